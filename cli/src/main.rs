@@ -1,0 +1,3 @@
+//! The `snaprestore` command.
+
+fn main() {}

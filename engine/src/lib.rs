@@ -1,0 +1,1 @@
+//! Restores memory lazily from snaprestore snapshots.

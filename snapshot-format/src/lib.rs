@@ -1,0 +1,1 @@
+//! The snaprestore file format.
