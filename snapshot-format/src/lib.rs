@@ -1,1 +1,4 @@
 //! The snaprestore file format.
+#![forbid(unsafe_code)]
+
+pub mod layout;
