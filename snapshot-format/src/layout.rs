@@ -66,6 +66,26 @@ pub const MAX_BLOBS: usize = 4096;
 /// Most bytes of a section that is read whole (the index top table excepted).
 pub const MAX_SECTION_BYTES: u64 = 256 << 20;
 
+/// Most bytes of the property section.
+pub const MAX_PROPERTIES_BYTES: u64 = 1 << 20;
+/// Most bytes of a region section that a reader fetches in the same read as the top table, if it
+/// lies right before it.
+pub const MAX_INLINE_REGION_BYTES: u64 = 48 << 10;
+
+/// Bits of [`RegionEntry::flags`].
+pub mod region_flags {
+    /// The owner could read the memory.
+    pub const READ: u32 = 1 << 0;
+    /// The owner could write it.
+    pub const WRITE: u32 = 1 << 1;
+    /// The owner could execute it.
+    pub const EXECUTE: u32 = 1 << 2;
+    /// The owner's mapping was shared.
+    pub const SHARED: u32 = 1 << 8;
+    /// All bits that version 1 defines.
+    pub const KNOWN: u32 = READ | WRITE | EXECUTE | SHARED;
+}
+
 /// Bits of `required_features`: a reader refuses a file that sets one it doesn't know.
 pub mod required {
     /// Some index entries point into ancestors.
@@ -164,6 +184,26 @@ pub struct Summary {
     pub content_digest: [u8; 32],
 }
 
+impl SectionKind {
+    /// All kinds that version 1 defines.
+    pub const ALL: [Self; 9] = [
+        Self::Regions,
+        Self::Top,
+        Self::FillRuns,
+        Self::Dictionaries,
+        Self::WorkingSets,
+        Self::Attachments,
+        Self::Properties,
+        Self::Ancestors,
+        Self::BlockDigests,
+    ];
+
+    /// The kind that `number` stands for.
+    pub fn from_number(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u32 == number)
+    }
+}
+
 /// Where one section lies.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -183,7 +223,7 @@ pub struct SectionEntry {
 }
 
 /// What a section holds. Numbers are part of the format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum SectionKind {
     /// [`RegionEntry`] records, then the names.
