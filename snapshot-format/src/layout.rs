@@ -362,7 +362,9 @@ pub struct FrameRef {
 }
 
 /// What one page is.
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct PageEntry {
     /// Number of the frame in this index block, or one of [`page_kind`].
@@ -402,7 +404,7 @@ pub struct FrameHeader {
 }
 
 /// Consecutive pages that lie in consecutive slots of a frame.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct PageRun {
     /// First page, counted from the frame's `base_page`.

@@ -1,0 +1,413 @@
+//! What can go wrong when a snapshot is read, and how bad it is.
+//!
+//! Every operation has an enum of its own; each message says the file, the place and what would
+//! have been right. `is_damage` tells "this file is not, or no longer, a good snapshot" from "the
+//! operation failed".
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+
+use crate::layout::SectionKind;
+
+/// A part of the file, as messages call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Part {
+    /// The first 4 KiB.
+    Header,
+    /// The last 4 KiB.
+    Trailer,
+    /// One of the sections, the top table included.
+    Section(SectionKind),
+    /// A section of a kind that this version doesn't define.
+    UnknownSection(u32),
+    /// An index block.
+    IndexBlock,
+    /// A frame record.
+    Frame,
+    /// A dictionary's bytes.
+    Dictionary,
+    /// A working set's runs.
+    WorkingSet,
+    /// An attachment's bytes.
+    Attachment,
+    /// Bytes that belong to nothing.
+    Gap,
+}
+
+impl Part {
+    pub(crate) const TOP: Self = Self::Section(SectionKind::Top);
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Header => "header",
+            Self::Trailer => "trailer",
+            Self::Section(SectionKind::Regions) => "region section",
+            Self::Section(SectionKind::Top) => "top table",
+            Self::Section(SectionKind::FillRuns) => "fill run section",
+            Self::Section(SectionKind::Dictionaries) => "dictionary section",
+            Self::Section(SectionKind::WorkingSets) => "working set section",
+            Self::Section(SectionKind::Attachments) => "attachment section",
+            Self::Section(SectionKind::Properties) => "property section",
+            Self::Section(SectionKind::Ancestors) => "ancestor section",
+            Self::Section(SectionKind::BlockDigests) => "block digest section",
+            Self::UnknownSection(kind) => return write!(f, "section of kind {kind}"),
+            Self::IndexBlock => "index block",
+            Self::Frame => "frame",
+            Self::Dictionary => "dictionary",
+            Self::WorkingSet => "working set",
+            Self::Attachment => "attachment",
+            Self::Gap => "gap",
+        };
+        f.write_str(name)
+    }
+}
+
+/// What exactly is wrong with a part of the file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Defect {
+    /// The bytes are not those that were written.
+    #[error("checksum {computed:#010x} where {stored:#010x} is recorded")]
+    Checksum {
+        /// CRC-32 as recorded in the file.
+        stored: u32,
+        /// CRC-32 of the bytes as they are.
+        computed: u32,
+    },
+    /// A byte that must be zero is not.
+    #[error("{field} must be zero")]
+    Reserved {
+        /// Name of the field.
+        field: &'static str,
+    },
+    /// A field has a value that it can't have.
+    #[error("{field} is {value}; accepted: {accepted}")]
+    Value {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What would have been right.
+        accepted: Cow<'static, str>,
+    },
+    /// A length or count passes a named limit.
+    #[error("{field} is {value}, more than the limit of {limit}")]
+    TooLarge {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A range doesn't lie where it must.
+    #[error("{field}: {len} from {offset} on do not lie within {from}..{to}")]
+    OutOfBounds {
+        /// What the range is of.
+        field: &'static str,
+        /// Start of the range.
+        offset: u64,
+        /// Its length, in the units of `offset`.
+        len: u64,
+        /// Start of what it must lie in.
+        from: u64,
+        /// End of what it must lie in.
+        to: u64,
+    },
+    /// Two things claim the same bytes or numbers.
+    #[error("{first} and {second} overlap")]
+    Overlap {
+        /// The one.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A name or text is not UTF-8, is empty where it may not be, or appears twice.
+    #[error("{field}: {detail}")]
+    Text {
+        /// Name of the field.
+        field: &'static str,
+        /// What is wrong with it.
+        detail: Cow<'static, str>,
+    },
+    /// The decompressor refused the bytes.
+    #[error("cannot be decoded: {reason}")]
+    Decode {
+        /// The decompressor's own words.
+        reason: Cow<'static, str>,
+    },
+    /// A part that must be there is missing.
+    #[error("{what} is missing")]
+    Missing {
+        /// The part.
+        what: Cow<'static, str>,
+    },
+}
+
+impl Defect {
+    pub(crate) fn value(
+        field: &'static str,
+        value: impl Into<u64>,
+        accepted: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Value {
+            field,
+            value: value.into(),
+            accepted: accepted.into(),
+        }
+    }
+}
+
+/// A defect and where it lies: what the checks return before the reader adds file and part.
+#[derive(Clone, Debug)]
+pub(crate) struct Flaw {
+    pub(crate) at: u64,
+    pub(crate) defect: Defect,
+}
+
+impl Flaw {
+    pub(crate) fn new(at: u64, defect: Defect) -> Self {
+        Self { at, defect }
+    }
+}
+
+/// A snapshot could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The store failed.
+    #[error("{file}: cannot read {len} bytes of the {part} at byte {offset}")]
+    Io {
+        /// The store's name.
+        file: String,
+        /// What was being read.
+        part: Part,
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// The store's error.
+        source: io::Error,
+    },
+    /// The store could not be opened or its length not be found.
+    #[error("{file}: cannot be opened")]
+    NoStore {
+        /// The store's name.
+        file: String,
+        /// The store's error.
+        source: io::Error,
+    },
+    /// The file doesn't begin as snapshots do.
+    #[error("{file}: not a snapshot: it does not begin with the magic bytes of one")]
+    NotASnapshot {
+        /// The store's name.
+        file: String,
+    },
+    /// The file begins as a snapshot but has no trailer at its end.
+    #[error(
+        "{file}: incomplete snapshot: the {file_bytes} bytes do not end in a trailer; it was not \
+         written to the end, or was cut off"
+    )]
+    Incomplete {
+        /// The store's name.
+        file: String,
+        /// Its length.
+        file_bytes: u64,
+    },
+    /// The file is a snapshot of another format version.
+    #[error("{file}: format version {version} is not supported; accepted: {accepted}")]
+    UnsupportedVersion {
+        /// The store's name.
+        file: String,
+        /// Version of the file.
+        version: u32,
+        /// Version that this reader knows.
+        accepted: u32,
+    },
+    /// The file can't be read right without features that this reader doesn't have.
+    #[error("{file}: needs features that this reader does not support: {names}")]
+    UnsupportedFeature {
+        /// The store's name.
+        file: String,
+        /// The features' names, or bit numbers where no name is known.
+        names: String,
+    },
+    /// The file is a snapshot with a defect.
+    #[error("{file}: damaged {part} at byte {offset}: {defect}")]
+    Damaged {
+        /// The store's name.
+        file: String,
+        /// The damaged part.
+        part: Part,
+        /// Where the damage lies, or begins.
+        offset: u64,
+        /// What is wrong.
+        defect: Defect,
+    },
+}
+
+impl OpenError {
+    /// Whether the file is damaged, incomplete or no snapshot, rather than the operation failed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_cut_off(source),
+            Self::NoStore { .. }
+            | Self::UnsupportedVersion { .. }
+            | Self::UnsupportedFeature { .. } => false,
+            Self::NotASnapshot { .. } | Self::Incomplete { .. } | Self::Damaged { .. } => true,
+        }
+    }
+}
+
+/// A part of an open snapshot could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The store failed.
+    #[error("{file}: cannot read {len} bytes of the {part} at byte {offset}")]
+    Io {
+        /// The store's name.
+        file: String,
+        /// What was being read.
+        part: Part,
+        /// Where.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// The store's error.
+        source: io::Error,
+    },
+    /// The part has a defect.
+    #[error("{file}: damaged {part} at byte {offset}: {defect}")]
+    Damaged {
+        /// The store's name.
+        file: String,
+        /// The damaged part.
+        part: Part,
+        /// Where the damage lies, or begins.
+        offset: u64,
+        /// What is wrong.
+        defect: Defect,
+    },
+    /// The caller asked for a block that the snapshot doesn't have.
+    #[error("{file}: has no block {block}, only {count}")]
+    NoSuchBlock {
+        /// The store's name.
+        file: String,
+        /// The block asked for.
+        block: u64,
+        /// Blocks in the snapshot.
+        count: u64,
+    },
+    /// The caller asked for a name that the snapshot doesn't have.
+    #[error("{file}: has no {part} named {name:?}")]
+    NoSuchName {
+        /// The store's name.
+        file: String,
+        /// What was asked for.
+        part: Part,
+        /// The name asked for.
+        name: String,
+    },
+    /// The caller's writer failed.
+    #[error("cannot write the {part} {name:?} of {file}")]
+    Output {
+        /// The store's name.
+        file: String,
+        /// What was being written out.
+        part: Part,
+        /// Its name.
+        name: String,
+        /// The writer's error.
+        source: io::Error,
+    },
+}
+
+impl ReadError {
+    /// Whether the file is damaged, rather than the operation failed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_cut_off(source),
+            Self::Damaged { .. } => true,
+            Self::NoSuchBlock { .. } | Self::NoSuchName { .. } | Self::Output { .. } => false,
+        }
+    }
+}
+
+/// A frame could not be read, checked or decoded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// The store failed.
+    #[error("{file}: cannot read the frame of {len} bytes at byte {offset}")]
+    Io {
+        /// The store's name.
+        file: String,
+        /// First byte of the frame record.
+        offset: u64,
+        /// Length of the frame record.
+        len: u64,
+        /// The store's error.
+        source: io::Error,
+    },
+    /// The frame has a defect.
+    #[error("{file}: damaged frame at byte {offset}: {defect}")]
+    Damaged {
+        /// The store's name.
+        file: String,
+        /// First byte of the frame record.
+        offset: u64,
+        /// What is wrong.
+        defect: Defect,
+    },
+    /// The frame's dictionary could not be read.
+    #[error("the frame at byte {offset} needs a dictionary that cannot be had")]
+    Dictionary {
+        /// First byte of the frame record.
+        offset: u64,
+        /// Why there is no dictionary.
+        source: Box<ReadError>,
+    },
+    /// The caller's buffer has another length than the decoded frame.
+    #[error("the frame at byte {offset} decodes to {expected} bytes, the buffer has {actual}")]
+    Buffer {
+        /// First byte of the frame record.
+        offset: u64,
+        /// Decoded length.
+        expected: usize,
+        /// The buffer's length.
+        actual: usize,
+    },
+}
+
+impl FrameError {
+    /// Whether the file is damaged, rather than the operation failed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_cut_off(source),
+            Self::Damaged { .. } => true,
+            Self::Dictionary { source, .. } => source.is_damage(),
+            Self::Buffer { .. } => false,
+        }
+    }
+
+    /// First byte of the frame record.
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Io { offset, .. }
+            | Self::Damaged { offset, .. }
+            | Self::Dictionary { offset, .. }
+            | Self::Buffer { offset, .. } => *offset,
+        }
+    }
+}
+
+/// All ranges are checked against the length that the file had when it was opened; if one can't be
+/// read any more, the file was cut off since.
+fn is_cut_off(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::UnexpectedEof
+}

@@ -1,0 +1,431 @@
+//! The index: a top table with an entry for each 512 pages, and the index blocks it points to.
+
+use zerocopy::FromBytes;
+
+use crate::error::{Defect, Flaw};
+use crate::frame::FrameRef;
+use crate::layout::{
+    self, INDEX_MAGIC, IndexHeader, MAX_INDEX_BLOCK_BYTES, PageEntry, TopEntry, codec, page_kind,
+    top_kind,
+};
+
+/// What one page of a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Page {
+    /// The page repeats this word; zero pages are fills of 0.
+    Fill(u64),
+    /// The page lies in a frame.
+    Stored {
+        /// The frame.
+        frame: FrameRef,
+        /// Its place in the frame, below `frame.slots()`.
+        slot: u16,
+    },
+    /// The page could not be read when the snapshot was taken; its content is not known.
+    Unavailable,
+    /// A number that no page has: past the end of its region.
+    Unused,
+}
+
+/// What the top table says about the 512 page numbers of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Top {
+    /// All pages repeat this word.
+    Fill(u64),
+    /// An index block describes each page.
+    Block,
+    /// No page could be read when the snapshot was taken.
+    Unavailable,
+}
+
+/// Bytes of the file where frames, index blocks, blobs and sections may lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Body {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+}
+
+impl Body {
+    /// That `len` bytes from `offset` on lie within the body. After this, their end is a number
+    /// below the file's length and no sum of the two can overflow.
+    pub(crate) fn check(&self, field: &'static str, offset: u64, len: u64) -> Result<(), Defect> {
+        let end = offset.checked_add(len);
+        if offset < self.from || end.is_none_or(|end| end > self.to) {
+            return Err(Defect::OutOfBounds {
+                field,
+                offset,
+                len,
+                from: self.from,
+                to: self.to,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Where an index block lies, checked against the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockRef {
+    pub(crate) offset: u64,
+    pub(crate) stored_len: u32,
+    pub(crate) decoded_len: u32,
+    pub(crate) crc: u32,
+    pub(crate) compressed: bool,
+}
+
+/// One entry of the top table, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CheckedTop {
+    Fill(u64),
+    Block(BlockRef),
+    Unavailable,
+}
+
+/// The top table: bytes as read, every entry of which has been checked.
+#[derive(Debug)]
+pub(crate) struct TopTable {
+    bytes: Vec<u8>,
+}
+
+impl TopTable {
+    /// Checks every entry; `at` is where the table lies in the file.
+    pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body) -> Result<Self, Flaw> {
+        for (number, entry) in records::<TopEntry>(&bytes).iter().enumerate() {
+            check_top(entry, body).map_err(|defect| {
+                Flaw::new(at + (number * size_of::<TopEntry>()) as u64, defect)
+            })?;
+        }
+        Ok(Self { bytes })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        (self.bytes.len() / size_of::<TopEntry>()) as u64
+    }
+
+    pub(crate) fn get(&self, block: u64) -> Option<CheckedTop> {
+        let entry = records::<TopEntry>(&self.bytes).get(usize::try_from(block).ok()?)?;
+        Some(match entry.kind {
+            top_kind::FILL => CheckedTop::Fill(entry.word.get()),
+            top_kind::BLOCK => CheckedTop::Block(BlockRef {
+                offset: entry.offset.get(),
+                stored_len: entry.stored_len.get(),
+                decoded_len: entry.decoded_len.get(),
+                crc: entry.crc.get(),
+                compressed: entry.codec == codec::ZSTD,
+            }),
+            _ => CheckedTop::Unavailable,
+        })
+    }
+}
+
+/// `bytes` as records; what is too short for a record at the end is left out.
+pub(crate) fn records<T>(bytes: &[u8]) -> &[T]
+where
+    T: FromBytes + zerocopy::Immutable + zerocopy::Unaligned + zerocopy::KnownLayout,
+{
+    let whole = bytes.len() / size_of::<T>();
+    match <[T]>::ref_from_prefix_with_elems(bytes, whole) {
+        Ok((records, _)) => records,
+        // Alignment is 1 and the length fits, so there is no other case.
+        Err(_) => &[],
+    }
+}
+
+fn check_top(entry: &TopEntry, body: Body) -> Result<(), Defect> {
+    let without_block = entry.codec == 0
+        && entry.layer.get() == 0
+        && entry.stored_len.get() == 0
+        && entry.offset.get() == 0
+        && entry.crc.get() == 0
+        && entry.decoded_len.get() == 0;
+    match entry.kind {
+        top_kind::FILL if without_block => Ok(()),
+        top_kind::UNAVAILABLE if without_block && entry.word.get() == 0 => Ok(()),
+        top_kind::FILL | top_kind::UNAVAILABLE => Err(Defect::Reserved {
+            field: "what a top entry without an index block leaves unused",
+        }),
+        top_kind::BLOCK => check_block_entry(entry, body),
+        other => Err(Defect::value("kind of a top entry", other, "0, 1 or 2")),
+    }
+}
+
+fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
+    let (stored_len, decoded_len) = (entry.stored_len.get(), entry.decoded_len.get());
+    if entry.word.get() != 0 {
+        return Err(Defect::Reserved {
+            field: "word of a top entry with an index block",
+        });
+    }
+    check_layer(entry.layer.get())?;
+    for (field, value) in [
+        ("stored length of an index block", stored_len),
+        ("decoded length of an index block", decoded_len),
+    ] {
+        if value as usize > MAX_INDEX_BLOCK_BYTES {
+            return Err(Defect::TooLarge {
+                field,
+                value: value.into(),
+                limit: MAX_INDEX_BLOCK_BYTES as u64,
+            });
+        }
+    }
+    if (decoded_len as usize) < size_of::<IndexHeader>() {
+        return Err(Defect::value(
+            "decoded length of an index block",
+            decoded_len,
+            "at least the length of its header",
+        ));
+    }
+    match entry.codec {
+        codec::RAW if stored_len != decoded_len => {
+            return Err(Defect::value(
+                "stored length of a raw index block",
+                stored_len,
+                format!("its decoded length {decoded_len}"),
+            ));
+        }
+        codec::ZSTD if stored_len == 0 => {
+            return Err(Defect::value(
+                "stored length of an index block",
+                stored_len,
+                "at least 1",
+            ));
+        }
+        codec::RAW | codec::ZSTD => {}
+        other => return Err(Defect::value("codec of an index block", other, "0 or 1")),
+    }
+    body.check("index block", entry.offset.get(), stored_len.into())
+}
+
+/// This reader has refused files that set the `ancestors` feature, so all is in this file.
+pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
+    if layer == 0 {
+        return Ok(());
+    }
+    Err(Defect::value(
+        "layer",
+        layer,
+        "0, as the file does not name the feature \"ancestors\"",
+    ))
+}
+
+/// One block of the index, checked: what each of up to 512 pages is.
+#[derive(Debug)]
+pub struct IndexBlock {
+    pages: Pages,
+}
+
+#[derive(Debug)]
+enum Pages {
+    /// All alike, as the top table says.
+    Alike { page: Page, count: usize },
+    /// Each its own.
+    Each {
+        frames: Box<[FrameRef]>,
+        fills: Box<[u64]>,
+        entries: Box<[PageEntry]>,
+    },
+}
+
+impl IndexBlock {
+    pub(crate) fn alike(page: Page, count: usize) -> Self {
+        Self {
+            pages: Pages::Alike { page, count },
+        }
+    }
+
+    /// Checks a decoded index block, which lies in the file at `at`: after this every frame that
+    /// it names lies within the file, and every slot and fill number within its frame and table.
+    pub(crate) fn check(
+        bytes: &[u8],
+        at: u64,
+        first_page: u64,
+        page_count: usize,
+        body: Body,
+    ) -> Result<Self, Flaw> {
+        Self::check_parts(bytes, first_page, page_count, body)
+            .map_err(|defect| Flaw::new(at, defect))
+    }
+
+    fn check_parts(
+        bytes: &[u8],
+        first_page: u64,
+        page_count: usize,
+        body: Body,
+    ) -> Result<Self, Defect> {
+        let Ok((header, rest)) = IndexHeader::ref_from_prefix(bytes) else {
+            return Err(Defect::value(
+                "decoded length of an index block",
+                bytes.len() as u64,
+                "at least the length of its header",
+            ));
+        };
+        if header.magic.get() != INDEX_MAGIC {
+            return Err(Defect::value(
+                "magic of an index block",
+                header.magic.get(),
+                format!("{INDEX_MAGIC}"),
+            ));
+        }
+        if header.reserved != [0; 6] || header.reserved2.get() != 0 {
+            return Err(Defect::Reserved {
+                field: "reserved bytes of an index block",
+            });
+        }
+        if header.first_page.get() != first_page {
+            return Err(Defect::value(
+                "first page of an index block",
+                header.first_page.get(),
+                format!("{first_page}"),
+            ));
+        }
+        if usize::from(header.page_count.get()) != page_count {
+            return Err(Defect::value(
+                "page count of an index block",
+                header.page_count.get(),
+                format!("{page_count}, as its region goes"),
+            ));
+        }
+        let frame_bytes = usize::from(header.frame_count.get()) * size_of::<layout::FrameRef>();
+        let fill_bytes = usize::from(header.fill_count.get()) * size_of::<u64>();
+        let page_bytes = page_count * size_of::<PageEntry>();
+        if rest.len() != frame_bytes + fill_bytes + page_bytes {
+            return Err(Defect::value(
+                "length of an index block",
+                bytes.len() as u64,
+                format!(
+                    "{}, as its counts go",
+                    size_of::<IndexHeader>() + frame_bytes + fill_bytes + page_bytes
+                ),
+            ));
+        }
+        let (frames, rest) = rest.split_at(frame_bytes);
+        let (fills, entries) = rest.split_at(fill_bytes);
+        let frames = records::<layout::FrameRef>(frames)
+            .iter()
+            .map(|raw| FrameRef::check(raw, body))
+            .collect::<Result<Box<[_]>, _>>()?;
+        let fills = records::<zerocopy::little_endian::U64>(fills)
+            .iter()
+            .map(|word| word.get())
+            .collect::<Box<[_]>>();
+        let entries = records::<PageEntry>(entries);
+        for entry in entries {
+            check_page(*entry, &frames, fills.len())?;
+        }
+        Ok(Self {
+            pages: Pages::Each {
+                frames,
+                fills,
+                entries: entries.into(),
+            },
+        })
+    }
+
+    /// Pages described: 512, or fewer at the end of a region.
+    pub fn page_count(&self) -> usize {
+        match &self.pages {
+            Pages::Alike { count, .. } => *count,
+            Pages::Each { entries, .. } => entries.len(),
+        }
+    }
+
+    /// What the `i`-th page is; [`Page::Unused`] past the end.
+    pub fn page(&self, i: usize) -> Page {
+        match &self.pages {
+            Pages::Alike { page, count } if i < *count => *page,
+            Pages::Alike { .. } => Page::Unused,
+            Pages::Each {
+                frames,
+                fills,
+                entries,
+            } => match entries.get(i) {
+                None => Page::Unused,
+                Some(entry) => match entry.frame.get() {
+                    page_kind::FILL => Page::Fill(fills[usize::from(entry.slot.get())]),
+                    page_kind::UNAVAILABLE => Page::Unavailable,
+                    frame => Page::Stored {
+                        frame: frames[usize::from(frame)],
+                        slot: entry.slot.get(),
+                    },
+                },
+            },
+        }
+    }
+
+    /// Number of the `i`-th page's frame in [`IndexBlock::frames`], and its slot there.
+    pub fn stored(&self, i: usize) -> Option<(usize, u16)> {
+        match &self.pages {
+            Pages::Alike { .. } => None,
+            Pages::Each {
+                frames, entries, ..
+            } => {
+                let entry = entries.get(i)?;
+                let frame = usize::from(entry.frame.get());
+                (frame < frames.len()).then(|| (frame, entry.slot.get()))
+            }
+        }
+    }
+
+    /// The frames that hold the pages, each once.
+    pub fn frames(&self) -> &[FrameRef] {
+        match &self.pages {
+            Pages::Alike { .. } => &[],
+            Pages::Each { frames, .. } => frames,
+        }
+    }
+
+    /// The words that the fill pages repeat.
+    pub fn fills(&self) -> &[u64] {
+        match &self.pages {
+            Pages::Alike {
+                page: Page::Fill(word),
+                ..
+            } => std::slice::from_ref(word),
+            Pages::Alike { .. } => &[],
+            Pages::Each { fills, .. } => fills,
+        }
+    }
+
+    /// Memory that the block takes: the weight of a cached one.
+    pub(crate) fn weight(&self) -> u64 {
+        let parts = match &self.pages {
+            Pages::Alike { .. } => 0,
+            Pages::Each {
+                frames,
+                fills,
+                entries,
+            } => size_of_val(&**frames) + size_of_val(&**fills) + size_of_val(&**entries),
+        };
+        (size_of::<Self>() + parts) as u64
+    }
+}
+
+fn check_page(entry: PageEntry, frames: &[FrameRef], fills: usize) -> Result<(), Defect> {
+    let slot = entry.slot.get();
+    match entry.frame.get() {
+        page_kind::FILL if usize::from(slot) < fills => Ok(()),
+        page_kind::FILL => Err(Defect::value(
+            "fill number of a page",
+            slot,
+            format!("below {fills}"),
+        )),
+        page_kind::UNAVAILABLE if slot == 0 => Ok(()),
+        page_kind::UNAVAILABLE => Err(Defect::Reserved {
+            field: "slot of an unavailable page",
+        }),
+        frame => match frames.get(usize::from(frame)) {
+            Some(known) if slot < known.slots() => Ok(()),
+            Some(known) => Err(Defect::value(
+                "slot of a page",
+                slot,
+                format!("below {}", known.slots()),
+            )),
+            None => Err(Defect::value(
+                "frame number of a page",
+                frame,
+                format!("below {}", frames.len()),
+            )),
+        },
+    }
+}

@@ -1,0 +1,727 @@
+//! An open snapshot: what a page is, and where everything else lies.
+//!
+//! Opening reads the header, the trailer and the top table, and with it the regions if they lie
+//! right before it: three reads whatever the size. Everything else is read when it is first asked
+//! for, checked, and kept. A look-up reads at most one index block, which carries all that is
+//! needed to find the frame; index blocks stay in a bounded cache.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+
+use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
+use crate::index::{BlockRef, CheckedTop, IndexBlock, Page, Top, TopTable};
+use crate::layout::{
+    MAX_INDEX_BLOCK_BYTES, MAX_INLINE_REGION_BYTES, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
+    SectionKind,
+};
+use crate::open::{self, Ends};
+use crate::sections::{self, Blob, Directory, Section};
+use crate::store::{FileStore, Reason, Store};
+use crate::types::{
+    Attachment, DictionaryInfo, FillRun, Region, SnapshotId, Summary, WorkingSet, WorkingSetRun,
+};
+
+/// How a snapshot is opened.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct SnapshotOptions {
+    /// Most bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB and stands
+    /// for 2 MiB of the owner's memory.
+    pub index_cache_bytes: u64,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            index_cache_bytes: 8 << 20,
+        }
+    }
+}
+
+impl SnapshotOptions {
+    /// Sets [`SnapshotOptions::index_cache_bytes`].
+    #[must_use]
+    pub fn index_cache_bytes(mut self, bytes: u64) -> Self {
+        self.index_cache_bytes = bytes;
+        self
+    }
+}
+
+/// An open snapshot. All methods can be called from many threads at once.
+pub struct Snapshot {
+    store: Arc<dyn Store>,
+    name: String,
+    ends: Ends,
+    top: TopTable,
+    regions: OnceLock<Vec<Region>>,
+    dictionaries: OnceLock<Vec<Dictionary>>,
+    /// Decompressors for index blocks: as many as there were look-ups at once.
+    contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
+    blocks: Cache<u64, Arc<IndexBlock>, ByMemory>,
+}
+
+/// A dictionary of the file and, once it was needed, its prepared form.
+struct Dictionary {
+    blob: Blob,
+    prepared: OnceLock<zstd_safe::DDict<'static>>,
+}
+
+#[derive(Clone)]
+struct ByMemory;
+
+impl Weighter<u64, Arc<IndexBlock>> for ByMemory {
+    fn weight(&self, _block: &u64, index: &Arc<IndexBlock>) -> u64 {
+        index.weight()
+    }
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("name", &self.name)
+            .field("id", &self.ends.id)
+            .field("blocks", &self.top.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Snapshot {
+    /// Opens the snapshot in `store`.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self, OpenError> {
+        Self::open_with(store, &SnapshotOptions::default())
+    }
+
+    /// Opens the file at `path`.
+    pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
+            file: path.display().to_string(),
+            source,
+        })?;
+        Self::open(Arc::new(store))
+    }
+
+    /// Opens the snapshot in `store` with options.
+    pub fn open_with(store: Arc<dyn Store>, options: &SnapshotOptions) -> Result<Self, OpenError> {
+        let ends = open::ends(&*store)?;
+        let name = store.name();
+        let (top, regions) = read_tables(&*store, &name, &ends)?;
+        let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
+        // The default is a shard for every quarter of a core, which on a large machine would cut
+        // the bound into pieces smaller than a few blocks.
+        let cache = OptionsBuilder::new()
+            .shards(8)
+            .estimated_items_capacity(items.clamp(64, 1 << 20))
+            .weight_capacity(options.index_cache_bytes)
+            .build()
+            .map_err(|error| OpenError::NoStore {
+                file: name.clone(),
+                source: io::Error::other(error.to_string()),
+            })?;
+        Ok(Self {
+            store,
+            name,
+            ends,
+            top,
+            regions: regions.map_or_else(OnceLock::new, OnceLock::from),
+            dictionaries: OnceLock::new(),
+            contexts: Mutex::new(Vec::new()),
+            blocks: Cache::with_options(
+                cache,
+                ByMemory,
+                DefaultHashBuilder::default(),
+                DefaultLifecycle::default(),
+            ),
+        })
+    }
+
+    /// Names this layout of frames.
+    pub fn id(&self) -> SnapshotId {
+        self.ends.id
+    }
+
+    /// What the snapshot holds, in numbers, as its writer counted. `verify` counts again.
+    pub fn summary(&self) -> &Summary {
+        &self.ends.summary
+    }
+
+    /// Length of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.ends.file_bytes
+    }
+
+    /// Version of the file's format.
+    pub fn format_version(&self) -> u32 {
+        self.ends.version
+    }
+
+    /// Bits of [`crate::layout::optional`], and those that this version doesn't define.
+    pub fn optional_features(&self) -> u64 {
+        self.ends.optional_features
+    }
+
+    /// What messages call the snapshot: the store's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The store that the snapshot is read from.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// Entries of the top table: the blocks of the page-number space.
+    pub fn block_count(&self) -> u64 {
+        self.top.len()
+    }
+
+    /// Size of the page-number space, with the unused numbers at the ends of regions.
+    pub fn page_slots(&self) -> u64 {
+        self.top.len() * PAGES_PER_BLOCK_U64
+    }
+
+    /// The regions, in the order of page numbers.
+    pub fn regions(&self) -> Result<&[Region], ReadError> {
+        let regions = get_or_try(&self.regions, || {
+            let section = self.needed(SectionKind::Regions)?;
+            let bytes = self.read_section(section, Part::Section(SectionKind::Regions))?;
+            sections::regions(&bytes, section, self.top.len(), self.ends.summary.pages)
+                .map_err(|flaw| self.damaged(Part::Section(SectionKind::Regions), flaw))
+        })?;
+        Ok(regions)
+    }
+
+    /// The region that `page` belongs to; none for numbers past a region's end.
+    pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
+        Ok(sections::region_of(self.regions()?, page))
+    }
+
+    /// Reads what look-ups and decoding would otherwise read when they first need it: the regions
+    /// and all dictionaries.
+    pub fn prepare(&self) -> Result<(), ReadError> {
+        self.regions()?;
+        for dictionary in self.dictionary_table()? {
+            self.prepared(dictionary)?;
+        }
+        Ok(())
+    }
+
+    /// What the top table says about a block. Entries for a last block speak of its used numbers
+    /// only.
+    ///
+    /// # Panics
+    ///
+    /// If `block` is not below [`Snapshot::block_count`].
+    pub fn top(&self, block: u64) -> Top {
+        match self.top.get(block) {
+            Some(CheckedTop::Fill(word)) => Top::Fill(word),
+            Some(CheckedTop::Block(_)) => Top::Block,
+            Some(CheckedTop::Unavailable) => Top::Unavailable,
+            None => panic!("block {block} of {}", self.top.len()),
+        }
+    }
+
+    /// Where the stored index block of a block lies.
+    #[expect(dead_code, reason = "for the verifier")]
+    pub(crate) fn block_ref(&self, block: u64) -> Option<BlockRef> {
+        match self.top.get(block)? {
+            CheckedTop::Block(index) => Some(index),
+            CheckedTop::Fill(_) | CheckedTop::Unavailable => None,
+        }
+    }
+
+    /// Pages of a block: 512, or fewer at the end of a region.
+    fn pages_of_block(&self, block: u64) -> Result<usize, ReadError> {
+        let first = block * PAGES_PER_BLOCK_U64;
+        let region = sections::region_of(self.regions()?, first);
+        let pages = region.map_or(0, |region| region.first_page + region.pages - first);
+        Ok(usize::try_from(pages).map_or(PAGES_PER_BLOCK, |pages| pages.min(PAGES_PER_BLOCK)))
+    }
+
+    /// The index block of a block: from the cache, or read, checked and cached. For a block that
+    /// has none in the file, because its pages are all alike, the answer says so of every page.
+    pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
+        match self.top.get(block) {
+            Some(CheckedTop::Block(index)) => self.blocks.get_or_insert_with(&block, || {
+                self.load_block(block, index, reason).map(Arc::new)
+            }),
+            Some(_) => self.uncached_block(block, reason).map(Arc::new),
+            None => Err(ReadError::NoSuchBlock {
+                file: self.name.clone(),
+                block,
+                count: self.top.len(),
+            }),
+        }
+    }
+
+    /// As [`Snapshot::index_block`], but neither from the cache nor into it: for one pass over
+    /// everything.
+    pub fn uncached_block(&self, block: u64, reason: Reason) -> Result<IndexBlock, ReadError> {
+        let alike = |page| Ok(IndexBlock::alike(page, self.pages_of_block(block)?));
+        match self.top.get(block) {
+            Some(CheckedTop::Fill(word)) => alike(Page::Fill(word)),
+            Some(CheckedTop::Unavailable) => alike(Page::Unavailable),
+            Some(CheckedTop::Block(index)) => self.load_block(block, index, reason),
+            None => Err(ReadError::NoSuchBlock {
+                file: self.name.clone(),
+                block,
+                count: self.top.len(),
+            }),
+        }
+    }
+
+    /// What a page is. Numbers that no page has are [`Page::Unused`].
+    pub fn look_up(&self, page: u64, reason: Reason) -> Result<Page, ReadError> {
+        let block = page / PAGES_PER_BLOCK_U64;
+        let alike = match self.top.get(block) {
+            None => return Ok(Page::Unused),
+            Some(CheckedTop::Fill(word)) => Page::Fill(word),
+            Some(CheckedTop::Unavailable) => Page::Unavailable,
+            Some(CheckedTop::Block(_)) => {
+                // The remainder is below 512.
+                let i = usize::try_from(page % PAGES_PER_BLOCK_U64).unwrap_or(usize::MAX);
+                return Ok(self.index_block(block, reason)?.page(i));
+            }
+        };
+        let used = sections::region_of(self.regions()?, page).is_some();
+        Ok(if used { alike } else { Page::Unused })
+    }
+
+    fn load_block(
+        &self,
+        block: u64,
+        index: BlockRef,
+        reason: Reason,
+    ) -> Result<IndexBlock, ReadError> {
+        let pages = self.pages_of_block(block)?;
+        let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
+        // Both lengths were held against the limit when the top table was read.
+        let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
+        let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
+        let stored = &mut stored[..index.stored_len as usize];
+        let decoded = &mut decoded[..index.decoded_len as usize];
+        self.read(Part::IndexBlock, stored, index.offset, reason)?;
+        let computed = crc32fast::hash(stored);
+        if computed != index.crc {
+            return Err(damaged(Defect::Checksum {
+                stored: index.crc,
+                computed,
+            }));
+        }
+        let bytes = if index.compressed {
+            let len = self.decompress(decoded, stored).map_err(|reason| {
+                damaged(Defect::Decode {
+                    reason: reason.into(),
+                })
+            })?;
+            if len != decoded.len() {
+                return Err(damaged(Defect::value(
+                    "decoded length of an index block",
+                    index.decoded_len,
+                    format!("{len}, what it decodes to"),
+                )));
+            }
+            decoded
+        } else {
+            stored
+        };
+        IndexBlock::check(
+            bytes,
+            index.offset,
+            block * PAGES_PER_BLOCK_U64,
+            pages,
+            self.ends.body,
+        )
+        .map_err(|flaw| self.damaged(Part::IndexBlock, flaw))
+    }
+
+    fn decompress(&self, out: &mut [u8], from: &[u8]) -> Result<usize, &'static str> {
+        let idle = self
+            .contexts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let mut context = idle.unwrap_or_else(zstd_safe::DCtx::create);
+        let result = context
+            .decompress(out, from)
+            .map_err(zstd_safe::get_error_name);
+        self.contexts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(context);
+        result
+    }
+
+    /// The longest runs of pages that all repeat one word, longest first.
+    pub fn fill_runs(&self) -> Result<Vec<FillRun>, ReadError> {
+        let kind = SectionKind::FillRuns;
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::fill_runs(&bytes, section, self.regions()?)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    /// The writer's notes on how the file came about, sorted by key.
+    pub fn properties(&self) -> Result<Vec<(String, String)>, ReadError> {
+        let kind = SectionKind::Properties;
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::properties(&bytes, section)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    /// The dictionaries that frames may name.
+    pub fn dictionaries(&self) -> Result<Vec<DictionaryInfo>, ReadError> {
+        Ok(self
+            .dictionary_table()?
+            .iter()
+            .map(|dictionary| DictionaryInfo {
+                // `sections::blobs` has checked that the number fits.
+                number: u16::try_from(dictionary.blob.tag).unwrap_or(0),
+                bytes: dictionary.blob.len,
+            })
+            .collect())
+    }
+
+    /// The working sets, in the order of the file.
+    pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
+        let run = size_of::<crate::layout::WorkingSetRun>() as u64;
+        let blobs = self.blobs(SectionKind::WorkingSets)?;
+        Ok(blobs
+            .into_iter()
+            .map(|blob| WorkingSet {
+                name: blob.name,
+                runs: blob.len / run,
+            })
+            .collect())
+    }
+
+    /// The runs of the working set called `name`, in order of first touch.
+    pub fn working_set(&self, name: &str) -> Result<Vec<WorkingSetRun>, ReadError> {
+        let blob = self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)?;
+        let bytes = self.read_checked(Part::WorkingSet, blob.offset, blob.len, blob.crc)?;
+        sections::working_set(&bytes, blob.offset, self.regions()?)
+            .map_err(|flaw| self.damaged(Part::WorkingSet, flaw))
+    }
+
+    /// The attachments, in the order of the file.
+    pub fn attachments(&self) -> Result<Vec<Attachment>, ReadError> {
+        let blobs = self.blobs(SectionKind::Attachments)?;
+        Ok(blobs
+            .into_iter()
+            .map(|blob| Attachment {
+                name: blob.name,
+                bytes: blob.len,
+            })
+            .collect())
+    }
+
+    /// Writes the attachment called `name` to `out`, and returns its length.
+    ///
+    /// The attachment is read twice: nothing is written before its checksum was found right. If
+    /// the file changes between the two, that is an error after the last byte.
+    pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
+        let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
+        self.check_blob(Part::Attachment, &blob, Reason::Open, |_| Ok(()))?;
+        self.check_blob(Part::Attachment, &blob, Reason::Open, |bytes| {
+            out.write_all(bytes).map_err(|source| ReadError::Output {
+                file: self.name.clone(),
+                part: Part::Attachment,
+                name: name.to_owned(),
+                source,
+            })
+        })?;
+        Ok(blob.len)
+    }
+
+    /// The attachment called `name` in memory, if it is no longer than `limit` bytes.
+    pub fn attachment_bytes(&self, name: &str, limit: u64) -> Result<Vec<u8>, ReadError> {
+        let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
+        if blob.len > limit {
+            let defect = Defect::TooLarge {
+                field: "length of the attachment",
+                value: blob.len,
+                limit,
+            };
+            return Err(self.damaged(Part::Attachment, Flaw::new(blob.offset, defect)));
+        }
+        self.read_checked(Part::Attachment, blob.offset, blob.len, blob.crc)
+    }
+}
+
+/// What the decoder and the verifier need besides.
+impl Snapshot {
+    /// The prepared dictionary of a number that a frame names.
+    pub(crate) fn dictionary(&self, number: u16) -> Result<&zstd_safe::DDict<'static>, ReadError> {
+        let known = self
+            .dictionary_table()?
+            .iter()
+            .find(|dictionary| dictionary.blob.tag == u32::from(number));
+        if let Some(dictionary) = known {
+            return self.prepared(dictionary);
+        }
+        let section = self.directory().get(SectionKind::Dictionaries);
+        let what = format!("dictionary {number}").into();
+        let flaw = Flaw::new(
+            section.map_or(0, |section| section.offset),
+            Defect::Missing { what },
+        );
+        Err(self.damaged(Part::Section(SectionKind::Dictionaries), flaw))
+    }
+
+    fn dictionary_table(&self) -> Result<&[Dictionary], ReadError> {
+        let table = get_or_try(&self.dictionaries, || {
+            let blobs = self.blobs(SectionKind::Dictionaries)?;
+            Ok(blobs
+                .into_iter()
+                .map(|blob| Dictionary {
+                    blob,
+                    prepared: OnceLock::new(),
+                })
+                .collect())
+        })?;
+        Ok(table)
+    }
+
+    fn prepared<'a>(
+        &self,
+        dictionary: &'a Dictionary,
+    ) -> Result<&'a zstd_safe::DDict<'static>, ReadError> {
+        get_or_try(&dictionary.prepared, || {
+            let blob = &dictionary.blob;
+            let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc)?;
+            zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
+                let reason = "not a dictionary".into();
+                self.damaged(
+                    Part::Dictionary,
+                    Flaw::new(blob.offset, Defect::Decode { reason }),
+                )
+            })
+        })
+    }
+
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.ends.directory
+    }
+
+    pub(crate) fn blobs(&self, kind: SectionKind) -> Result<Vec<Blob>, ReadError> {
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::blobs(&bytes, section, kind, self.ends.body)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    fn named_blob(&self, kind: SectionKind, part: Part, name: &str) -> Result<Blob, ReadError> {
+        let blob = self.blobs(kind)?.into_iter().find(|blob| blob.name == name);
+        blob.ok_or_else(|| ReadError::NoSuchName {
+            file: self.name.clone(),
+            part,
+            name: name.to_owned(),
+        })
+    }
+
+    /// Reads a blob piece by piece, hands the pieces on, and says at the end whether they were
+    /// right.
+    pub(crate) fn check_blob(
+        &self,
+        part: Part,
+        blob: &Blob,
+        reason: Reason,
+        mut each: impl FnMut(&[u8]) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut piece = vec![0; usize::try_from(blob.len).map_or(PIECE, |len| len.min(PIECE))];
+        let mut done = 0;
+        while done < blob.len {
+            let len = usize::try_from(blob.len - done).map_or(PIECE, |left| left.min(PIECE));
+            let piece = &mut piece[..len];
+            self.read(part, piece, blob.offset + done, reason)?;
+            hasher.update(piece);
+            each(piece)?;
+            done += len as u64;
+        }
+        self.check_crc(part, blob.offset, blob.crc, hasher.finalize())
+    }
+
+    fn needed(&self, kind: SectionKind) -> Result<&Section, ReadError> {
+        self.directory().get(kind).ok_or_else(|| {
+            let part = Part::Section(kind);
+            let what = part.to_string().into();
+            self.damaged(part, Flaw::new(0, Defect::Missing { what }))
+        })
+    }
+
+    fn optional_section(
+        &self,
+        kind: SectionKind,
+    ) -> Result<Option<(&Section, Vec<u8>)>, ReadError> {
+        let Some(section) = self.directory().get(kind) else {
+            return Ok(None);
+        };
+        let bytes = self.read_section(section, Part::Section(kind))?;
+        Ok(Some((section, bytes)))
+    }
+
+    pub(crate) fn read_section(&self, section: &Section, part: Part) -> Result<Vec<u8>, ReadError> {
+        self.read_checked(part, section.offset, section.len, section.crc)
+    }
+
+    /// Reads bytes whose length was checked against a limit and the file.
+    fn read_checked(
+        &self,
+        part: Part,
+        offset: u64,
+        len: u64,
+        crc: u32,
+    ) -> Result<Vec<u8>, ReadError> {
+        let mut bytes = buffer(len).map_err(|source| ReadError::Io {
+            file: self.name.clone(),
+            part,
+            offset,
+            len,
+            source,
+        })?;
+        self.read(part, &mut bytes, offset, Reason::Open)?;
+        self.check_crc(part, offset, crc, crc32fast::hash(&bytes))?;
+        Ok(bytes)
+    }
+
+    fn check_crc(
+        &self,
+        part: Part,
+        offset: u64,
+        stored: u32,
+        computed: u32,
+    ) -> Result<(), ReadError> {
+        if stored == computed {
+            return Ok(());
+        }
+        let defect = Defect::Checksum { stored, computed };
+        Err(self.damaged(part, Flaw::new(offset, defect)))
+    }
+
+    pub(crate) fn read(
+        &self,
+        part: Part,
+        buf: &mut [u8],
+        offset: u64,
+        reason: Reason,
+    ) -> Result<(), ReadError> {
+        self.store
+            .read_exact_at(buf, offset, reason)
+            .map_err(|source| ReadError::Io {
+                file: self.name.clone(),
+                part,
+                offset,
+                len: buf.len() as u64,
+                source,
+            })
+    }
+
+    fn damaged(&self, part: Part, flaw: Flaw) -> ReadError {
+        ReadError::Damaged {
+            file: self.name.clone(),
+            part,
+            offset: flaw.at,
+            defect: flaw.defect,
+        }
+    }
+}
+
+/// Bytes of a blob that are in memory at once.
+const PIECE: usize = 64 << 10;
+
+/// Zeroed memory for `len` bytes, or an error where there is none.
+fn buffer(len: u64) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(len)
+        .map_err(|_| io::ErrorKind::OutOfMemory)?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
+
+/// `OnceLock::get_or_try_init` is not stable. Two threads may both do the work; one result stays.
+fn get_or_try<T>(
+    cell: &OnceLock<T>,
+    make: impl FnOnce() -> Result<T, ReadError>,
+) -> Result<&T, ReadError> {
+    if let Some(value) = cell.get() {
+        return Ok(value);
+    }
+    let value = make()?;
+    Ok(cell.get_or_init(|| value))
+}
+
+/// The top table and, if they lie right before it, the regions, in one read.
+fn read_tables(
+    store: &dyn Store,
+    name: &str,
+    ends: &Ends,
+) -> Result<(TopTable, Option<Vec<Region>>), OpenError> {
+    let damaged = |part, flaw: Flaw| OpenError::Damaged {
+        file: name.to_owned(),
+        part,
+        offset: flaw.at,
+        defect: flaw.defect,
+    };
+    let missing = || {
+        let what = Part::TOP.to_string().into();
+        damaged(Part::Trailer, Flaw::new(0, Defect::Missing { what }))
+    };
+    let top = *ends.directory.get(SectionKind::Top).ok_or_else(missing)?;
+    let regions = ends.directory.get(SectionKind::Regions).filter(|regions| {
+        regions.offset + regions.len == top.offset && regions.len <= MAX_INLINE_REGION_BYTES
+    });
+    let from = regions.map_or(top.offset, |regions| regions.offset);
+    let failed = |source| OpenError::Io {
+        file: name.to_owned(),
+        part: Part::TOP,
+        offset: from,
+        len: top.offset + top.len - from,
+        source,
+    };
+    let mut bytes = buffer(top.offset + top.len - from).map_err(failed)?;
+    store
+        .read_exact_at(&mut bytes, from, Reason::Open)
+        .map_err(failed)?;
+    // The regions are few bytes; the top table may be many and keeps its buffer.
+    let region_bytes: Vec<u8> = match regions {
+        Some(section) => bytes
+            .drain(..usize::try_from(section.len).unwrap_or(0))
+            .collect(),
+        None => Vec::new(),
+    };
+    for (section, bytes, part) in [
+        (regions, &region_bytes, Part::Section(SectionKind::Regions)),
+        (Some(&top), &bytes, Part::TOP),
+    ] {
+        let Some(section) = section else { continue };
+        let computed = crc32fast::hash(bytes);
+        if computed != section.crc {
+            let defect = Defect::Checksum {
+                stored: section.crc,
+                computed,
+            };
+            return Err(damaged(part, Flaw::new(section.offset, defect)));
+        }
+    }
+    let top =
+        TopTable::check(bytes, top.offset, ends.body).map_err(|flaw| damaged(Part::TOP, flaw))?;
+    let regions = regions
+        .map(|section| {
+            sections::regions(&region_bytes, section, top.len(), ends.summary.pages)
+                .map_err(|flaw| damaged(Part::Section(SectionKind::Regions), flaw))
+        })
+        .transpose()?;
+    Ok((top, regions))
+}
