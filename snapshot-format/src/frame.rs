@@ -277,7 +277,6 @@ impl FrameDecoder {
     }
 
     /// The payload of the record that was decoded last: the verifier looks at it more closely.
-    #[expect(dead_code, reason = "for the verifier")]
     pub(crate) fn payload(&self, frame: &FrameRef, listed_runs: usize) -> &[u8] {
         let from = size_of::<FrameHeader>() + listed_runs * size_of::<PageRun>();
         &self.record[from..frame.stored_len as usize]

@@ -11,6 +11,7 @@ mod sections;
 mod snapshot;
 mod store;
 mod types;
+mod verify;
 
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
@@ -20,4 +21,8 @@ pub use snapshot::{Snapshot, SnapshotOptions};
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{
     Attachment, DictionaryInfo, FillRun, Region, SnapshotId, Summary, WorkingSet, WorkingSetRun,
+};
+pub use verify::{
+    MAX_PROBLEMS, Problem, Report, VerifyCallback, VerifyError, VerifyOptions, VerifyProgress,
+    verify,
 };

@@ -75,7 +75,6 @@ impl Directory {
         self.sections.iter().find(|s| s.number == kind as u32)
     }
 
-    #[expect(dead_code, reason = "for the verifier")]
     pub(crate) fn all(&self) -> &[Section] {
         &self.sections
     }

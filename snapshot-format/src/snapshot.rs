@@ -227,7 +227,6 @@ impl Snapshot {
     }
 
     /// Where the stored index block of a block lies.
-    #[expect(dead_code, reason = "for the verifier")]
     pub(crate) fn block_ref(&self, block: u64) -> Option<BlockRef> {
         match self.top.get(block)? {
             CheckedTop::Block(index) => Some(index),
@@ -549,6 +548,18 @@ impl Snapshot {
             done += len as u64;
         }
         self.check_crc(part, blob.offset, blob.crc, hasher.finalize())
+    }
+
+    /// Reads a section piece by piece, only to check it.
+    pub(crate) fn check_section(&self, section: &Section, part: Part) -> Result<(), ReadError> {
+        let blob = Blob {
+            offset: section.offset,
+            len: section.len,
+            crc: section.crc,
+            tag: 0,
+            name: String::new(),
+        };
+        self.check_blob(part, &blob, Reason::Verify, |_| Ok(()))
     }
 
     fn needed(&self, kind: SectionKind) -> Result<&Section, ReadError> {

@@ -1,0 +1,418 @@
+//! The verifier: reads a whole file and says everything that is wrong with it.
+//!
+//! ```text
+//! header, trailer, directory, top table      as a reader opens them
+//! every section and blob                     checksum, then content
+//! for each window of 1024 blocks (2 GiB of the owner's memory):
+//!     its index blocks, in parallel          checksum, structure, counts, no frame unused
+//!     every frame that they name, in parallel
+//!         checksum, header, decode           each time a window needs it
+//!         page list against the index        the first time: listed pages point here, every slot
+//!                                            is listed, no slot is a fill
+//!     digests of pages -> of blocks -> of the content
+//! every byte of the file                     belongs to exactly one thing, or is zero
+//! summary, fill runs                         as counted
+//! ```
+//!
+//! Memory: about 48 MiB, a decoder for each thread, and 50 bytes for each frame of the file.
+
+mod extents;
+mod pages;
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use crate::error::{OpenError, Part, ReadError};
+use crate::index::{Page, Top};
+use crate::layout::{PAGES_PER_BLOCK_U64, SectionKind};
+use crate::snapshot::Snapshot;
+use crate::store::{Reason, Store};
+use crate::types::Summary;
+
+/// Problems that a report lists; more are only counted.
+pub const MAX_PROBLEMS: usize = 1000;
+
+/// How far the verifier is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VerifyProgress {
+    /// Pages of the blocks that are done.
+    pub pages_done: u64,
+    /// Pages of the snapshot, as its summary says.
+    pub pages: u64,
+    /// Frames looked at.
+    pub frames_done: u64,
+}
+
+/// Called now and then on the thread that called [`verify`]; `Break` cancels.
+pub type VerifyCallback<'a> = Box<dyn FnMut(VerifyProgress) -> ControlFlow<()> + 'a>;
+
+/// How to verify.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct VerifyOptions<'a> {
+    /// Threads that decode; all cores if not set.
+    pub threads: Option<usize>,
+    /// Hears of the progress.
+    pub progress: Option<VerifyCallback<'a>>,
+}
+
+impl fmt::Debug for VerifyOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifyOptions")
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> VerifyOptions<'a> {
+    /// Sets [`VerifyOptions::threads`].
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Sets [`VerifyOptions::progress`].
+    #[must_use]
+    pub fn progress(
+        mut self,
+        callback: impl FnMut(VerifyProgress) -> ControlFlow<()> + 'a,
+    ) -> Self {
+        self.progress = Some(Box::new(callback));
+        self
+    }
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The kind of thing, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
+    /// `overlap`.
+    pub what: String,
+    /// Where in the file it lies or begins.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub detail: String,
+}
+
+/// What the verifier found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Frames that were read and looked at, good or bad.
+    pub frames_checked: u64,
+    /// Pages whose content was found as the file promises.
+    pub pages_checked: u64,
+    /// What is wrong, at most [`MAX_PROBLEMS`].
+    pub problems: Vec<Problem>,
+    /// Problems beyond those listed.
+    pub more_problems: u64,
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    pub fn ok(&self) -> bool {
+        self.problems.is_empty() && self.more_problems == 0
+    }
+
+    fn add(&mut self, what: impl fmt::Display, offset: u64, detail: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(Problem {
+                what: what.to_string(),
+                offset,
+                detail: detail.into(),
+            });
+        } else {
+            self.more_problems += 1;
+        }
+    }
+
+    /// Adds what a part's reader found.
+    fn add_error(&mut self, error: &ReadError) {
+        match error {
+            ReadError::Damaged {
+                part,
+                offset,
+                defect,
+                ..
+            } => self.add(part, *offset, defect.to_string()),
+            ReadError::Io {
+                part,
+                offset,
+                source,
+                ..
+            } => self.add(part, *offset, format!("cannot be read: {source}")),
+            other => self.add("file", 0, other.to_string()),
+        }
+    }
+}
+
+/// The file could not be verified at all.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// The file can't be opened for another reason than damage.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The progress callback asked for it.
+    #[error("verifying was cancelled")]
+    Cancelled,
+    /// The threads could not be started.
+    #[error("cannot start threads to verify with")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+/// Checks everything in `store`. Damage is not an error but a problem in the report, even where
+/// the file's ends are broken and nothing else can be looked at.
+pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Report, VerifyError> {
+    let mut report = Report::default();
+    let snapshot = match Snapshot::open(store) {
+        Ok(snapshot) => snapshot,
+        Err(error) if error.is_damage() => {
+            add_open_error(&mut report, &error);
+            return Ok(report);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut pool = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("verify-{i}"));
+    if let Some(threads) = options.threads {
+        pool = pool.num_threads(threads.max(1));
+    }
+    let mut check = Check {
+        snapshot: &snapshot,
+        pool: pool.build()?,
+        report,
+        progress: options.progress,
+        counted: Summary::default(),
+        extents: extents::Extents::default(),
+        complete: true,
+        pages_done: 0,
+    };
+    check.sections();
+    if snapshot.regions().is_ok() {
+        check.pages()?;
+        check.fill_runs();
+        check.gaps()?;
+        check.summary();
+    }
+    Ok(check.report)
+}
+
+fn add_open_error(report: &mut Report, error: &OpenError) {
+    match error {
+        OpenError::Damaged {
+            part,
+            offset,
+            defect,
+            ..
+        } => report.add(part, *offset, defect.to_string()),
+        OpenError::Io {
+            part,
+            offset,
+            source,
+            ..
+        } => report.add(part, *offset, format!("cannot be read: {source}")),
+        OpenError::Incomplete { file_bytes, .. } => {
+            report.add(Part::Trailer, *file_bytes, error.to_string());
+        }
+        other => report.add(Part::Header, 0, other.to_string()),
+    }
+}
+
+/// A verification under way.
+struct Check<'a> {
+    snapshot: &'a Snapshot,
+    pool: rayon::ThreadPool,
+    report: Report,
+    progress: Option<VerifyCallback<'a>>,
+    /// The summary as it should be.
+    counted: Summary,
+    extents: extents::Extents,
+    /// Nothing so far was unreadable: what remains unexplained is then a problem of its own, and
+    /// the counts are worth comparing.
+    complete: bool,
+    pages_done: u64,
+}
+
+impl Check<'_> {
+    fn tell_progress(&mut self) -> Result<(), VerifyError> {
+        let Some(callback) = &mut self.progress else {
+            return Ok(());
+        };
+        let progress = VerifyProgress {
+            pages_done: self.pages_done,
+            pages: self.snapshot.summary().pages,
+            frames_done: self.report.frames_checked,
+        };
+        match callback(progress) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(VerifyError::Cancelled),
+        }
+    }
+
+    /// Records the outcome of reading a part.
+    fn note<T>(&mut self, result: Result<T, ReadError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.complete = false;
+                self.report.add_error(&error);
+                None
+            }
+        }
+    }
+
+    /// Every section and what it points to, except the index.
+    fn sections(&mut self) {
+        let snapshot = self.snapshot;
+        for section in snapshot.directory().all() {
+            let kind = SectionKind::from_number(section.number);
+            let part = kind.map_or(Part::UnknownSection(section.number), Part::Section);
+            self.extents.add(part, section.offset, section.len);
+            match kind {
+                // Read and checked when the snapshot was opened.
+                Some(SectionKind::Top) => {}
+                Some(SectionKind::Regions) => {
+                    self.note(snapshot.regions());
+                }
+                Some(SectionKind::Properties) => {
+                    self.note(snapshot.properties());
+                }
+                Some(
+                    kind @ (SectionKind::Dictionaries
+                    | SectionKind::WorkingSets
+                    | SectionKind::Attachments),
+                ) => self.blobs(kind),
+                // The content of these is compared with the pages later.
+                Some(
+                    SectionKind::FillRuns | SectionKind::BlockDigests | SectionKind::Ancestors,
+                )
+                | None => {
+                    let checked = snapshot.check_section(section, part);
+                    self.note(checked);
+                }
+            }
+        }
+    }
+
+    fn blobs(&mut self, kind: SectionKind) {
+        let snapshot = self.snapshot;
+        let Some(blobs) = self.note(snapshot.blobs(kind)) else {
+            return;
+        };
+        for blob in blobs {
+            let (part, result) = match kind {
+                SectionKind::Dictionaries => {
+                    let number = u16::try_from(blob.tag).unwrap_or(0);
+                    (Part::Dictionary, snapshot.dictionary(number).map(|_| ()))
+                }
+                SectionKind::WorkingSets => {
+                    // Its runs can only be told right from wrong by the regions, whose own
+                    // problem is reported where they are looked at.
+                    if snapshot.regions().is_err() {
+                        continue;
+                    }
+                    let runs = snapshot.working_set(&blob.name);
+                    (Part::WorkingSet, runs.map(|_| ()))
+                }
+                _ => {
+                    let checked =
+                        snapshot.check_blob(Part::Attachment, &blob, Reason::Verify, |_| Ok(()));
+                    (Part::Attachment, checked)
+                }
+            };
+            self.extents.add(part, blob.offset, blob.len);
+            self.note(result);
+        }
+    }
+
+    /// That the pages of every fill run are what it says.
+    fn fill_runs(&mut self) {
+        let snapshot = self.snapshot;
+        // A damaged section was reported with its checksum only if that was wrong.
+        let Some(runs) = self.note(snapshot.fill_runs()) else {
+            return;
+        };
+        let at = snapshot.directory().get(SectionKind::FillRuns);
+        let at = at.map_or(0, |section| section.offset);
+        for (number, run) in runs.iter().enumerate() {
+            let offset = at + (number * size_of::<crate::layout::FillRun>()) as u64;
+            let end = run.first_page + run.pages;
+            let mut page = run.first_page;
+            while page < end {
+                let block = page / PAGES_PER_BLOCK_U64;
+                let block_end = end.min((block + 1) * PAGES_PER_BLOCK_U64);
+                let wrong = match snapshot.top(block) {
+                    Top::Fill(word) => (word != run.word).then_some(page),
+                    Top::Unavailable => Some(page),
+                    Top::Block => match snapshot.index_block(block, Reason::Verify) {
+                        Ok(index) => (page..block_end).find(|page| {
+                            let i = page % PAGES_PER_BLOCK_U64;
+                            index.page(usize::try_from(i).unwrap_or(usize::MAX))
+                                != Page::Fill(run.word)
+                        }),
+                        // The block's own problem is in the report.
+                        Err(_) => None,
+                    },
+                };
+                if let Some(page) = wrong {
+                    let detail = format!(
+                        "page {page} of run {number} is not a fill of {:#x}",
+                        run.word
+                    );
+                    self.report
+                        .add(Part::Section(SectionKind::FillRuns), offset, detail);
+                    break;
+                }
+                page = block_end;
+            }
+        }
+    }
+
+    /// The summary against what was counted.
+    fn summary(&mut self) {
+        if !self.complete {
+            return;
+        }
+        let stated = *self.snapshot.summary();
+        let counted = &self.counted;
+        let trailer = self.snapshot.file_bytes() - crate::layout::TRAILER_BYTES as u64;
+        let fields = [
+            ("pages", stated.pages, counted.pages),
+            ("zero_pages", stated.zero_pages, counted.zero_pages),
+            ("fill_pages", stated.fill_pages, counted.fill_pages),
+            ("stored_pages", stated.stored_pages, counted.stored_pages),
+            (
+                "duplicate_pages",
+                stated.duplicate_pages,
+                counted.duplicate_pages,
+            ),
+            (
+                "unavailable_pages",
+                stated.unavailable_pages,
+                counted.unavailable_pages,
+            ),
+            ("frames", stated.frames, counted.frames),
+            ("stored_bytes", stated.stored_bytes, counted.stored_bytes),
+            ("index_bytes", stated.index_bytes, counted.index_bytes),
+        ];
+        for (field, stated, counted) in fields {
+            if stated != counted {
+                let detail = format!("{field} is {stated}, but there are {counted}");
+                self.report.add("summary", trailer, detail);
+            }
+        }
+        if stated.content_digest != counted.content_digest {
+            self.report.add(
+                "digest",
+                trailer,
+                format!(
+                    "the content's digest is {}, recorded is {}",
+                    blake3::Hash::from(counted.content_digest),
+                    blake3::Hash::from(stated.content_digest)
+                ),
+            );
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The index and the frames, window by window.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use super::{Check, Problem, VerifyError};
+use crate::digest::{self, ContentHasher, Digest, UniformBlocks};
+use crate::error::{FrameError, Part, ReadError};
+use crate::frame::{Codec, FrameDecoder, FrameRef};
+use crate::index::{IndexBlock, Page, Top};
+use crate::layout::{
+    MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind,
+};
+use crate::snapshot::Snapshot;
+use crate::store::Reason;
+
+/// Blocks that are looked at together: their page digests take 16 MiB, their index blocks at most
+/// 20 MiB.
+const WINDOW: u64 = 1024;
+/// Frames between two calls of the progress callback.
+const BATCH: usize = 64;
+/// Problems that one frame or index block may add; the rest are counted.
+const MAX_OF_ONE: usize = 8;
+
+/// A window's index blocks; none for blocks without one, and for bad ones.
+struct Window {
+    first: u64,
+    blocks: Vec<Option<IndexBlock>>,
+}
+
+impl Window {
+    /// What a page is, as far as this window knows.
+    fn look_up(&self, page: u64) -> Option<Page> {
+        let i = (page / PAGES_PER_BLOCK_U64).checked_sub(self.first)?;
+        let block = self.blocks.get(usize::try_from(i).ok()?)?.as_ref()?;
+        let page = usize::try_from(page % PAGES_PER_BLOCK_U64).ok()?;
+        Some(block.page(page))
+    }
+}
+
+/// A frame that a window needs, and what for.
+struct Wanted {
+    frame: FrameRef,
+    /// The window before did not need it, nor any before that.
+    new: bool,
+    /// Page of the window, and the slot that it lies in.
+    uses: Vec<(u32, u16)>,
+}
+
+/// What became of a frame.
+struct Seen {
+    /// Digest of each slot; none if it could not be decoded.
+    digests: Option<Vec<Digest>>,
+    problems: Vec<Problem>,
+    more: u64,
+}
+
+/// Decoders and buffers, as many as there are threads at work.
+#[derive(Default)]
+struct Workers {
+    idle: Mutex<Vec<(FrameDecoder, Box<[u8]>)>>,
+}
+
+impl Workers {
+    fn with<T>(&self, work: impl FnOnce(&mut FrameDecoder, &mut [u8]) -> T) -> T {
+        let idle = self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let (mut decoder, mut out) = idle.unwrap_or_else(|| {
+            (
+                FrameDecoder::new(),
+                vec![0; MAX_FRAME_SLOTS * PAGE_SIZE].into(),
+            )
+        });
+        let result = work(&mut decoder, &mut out);
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((decoder, out));
+        result
+    }
+}
+
+/// Digests of the blocks as they become known, and the root over them.
+struct Digests {
+    content: ContentHasher,
+    uniform: UniformBlocks,
+    /// Digests of a window's pages.
+    pages: Vec<Digest>,
+    /// Blocks of the window with a page whose content is not known.
+    unknown: Vec<bool>,
+}
+
+impl Check<'_> {
+    pub(super) fn pages(&mut self) -> Result<(), VerifyError> {
+        let blocks = self.snapshot.block_count();
+        let workers = Workers::default();
+        let mut frames = HashMap::new();
+        let mut digests = Digests {
+            content: ContentHasher::new(),
+            uniform: UniformBlocks::default(),
+            pages: Vec::new(),
+            unknown: Vec::new(),
+        };
+        let mut first = 0;
+        while first < blocks {
+            let count = WINDOW.min(blocks - first);
+            let window = self.load_window(first, count);
+            digests.unknown.clear();
+            digests.unknown.resize(window.blocks.len(), false);
+            digests
+                .pages
+                .resize(window.blocks.len() * PAGES_PER_BLOCK, Digest::default());
+            let wanted = self.plan(&window, &mut frames, &mut digests);
+            for batch in wanted.chunks(BATCH) {
+                self.decode_batch(batch, &window, &workers, &mut digests);
+                self.tell_progress()?;
+            }
+            self.finish_window(&window, &mut digests);
+            self.tell_progress()?;
+            first += count;
+        }
+        for frame in frames.values() {
+            self.counted.frames += 1;
+            self.counted.stored_pages += u64::from(frame.slots());
+            self.counted.stored_bytes += u64::from(frame.stored_len());
+            self.extents
+                .add(Part::Frame, frame.offset(), frame.stored_len().into());
+        }
+        // Stored entries were counted as duplicates; one for each slot is not.
+        let stored = self.counted.stored_pages;
+        self.counted.duplicate_pages = self.counted.duplicate_pages.saturating_sub(stored);
+        let regions = self.snapshot.regions().unwrap_or_default();
+        self.counted.content_digest = digests
+            .content
+            .finish(regions.iter().map(|r| (r.space, r.start, r.pages)));
+        Ok(())
+    }
+
+    fn load_window(&mut self, first: u64, count: u64) -> Window {
+        let snapshot = self.snapshot;
+        let loaded: Vec<Option<Result<IndexBlock, ReadError>>> = self.pool.install(|| {
+            (first..first + count)
+                .into_par_iter()
+                .map(|block| {
+                    (snapshot.top(block) == Top::Block)
+                        .then(|| snapshot.uncached_block(block, Reason::Verify))
+                })
+                .collect()
+        });
+        let mut blocks = Vec::with_capacity(loaded.len());
+        for (block, loaded) in (first..).zip(loaded) {
+            if let Some(index) = snapshot.block_ref(block) {
+                self.counted.index_bytes += u64::from(index.stored_len);
+                self.extents
+                    .add(Part::IndexBlock, index.offset, index.stored_len.into());
+            }
+            blocks.push(loaded.and_then(|result| self.note(result)));
+        }
+        Window { first, blocks }
+    }
+
+    /// Counts the window's pages, enters the digests that need no frame, and lists the frames in
+    /// the order of the file.
+    fn plan(
+        &mut self,
+        window: &Window,
+        frames: &mut HashMap<u64, FrameRef>,
+        digests: &mut Digests,
+    ) -> Vec<Wanted> {
+        let mut wanted: HashMap<u64, Wanted> = HashMap::new();
+        for (number, block) in window.blocks.iter().enumerate() {
+            let Some(block) = block else { continue };
+            let offset = self
+                .snapshot
+                .block_ref(window.first + number as u64)
+                .map_or(0, |index| index.offset);
+            // The frames as this block numbers them: whether each agrees with other blocks.
+            let known: Vec<bool> = block
+                .frames()
+                .iter()
+                .map(|frame| {
+                    let new = !frames.contains_key(&frame.offset());
+                    let first = *frames.entry(frame.offset()).or_insert(*frame);
+                    wanted.entry(frame.offset()).or_insert(Wanted {
+                        frame: first,
+                        new,
+                        uses: Vec::new(),
+                    });
+                    first == *frame
+                })
+                .collect();
+            if known.contains(&false) {
+                let detail = "names a frame otherwise than another index block does";
+                self.report.add(Part::IndexBlock, offset, detail);
+            }
+            self.unused(block, offset);
+            let fills: Vec<Digest> = block
+                .fills()
+                .iter()
+                .map(|word| digest::fill(*word))
+                .collect();
+            for i in 0..block.page_count() {
+                let place = number * PAGES_PER_BLOCK + i;
+                self.counted.pages += 1;
+                match block.page(i) {
+                    Page::Fill(word) => {
+                        let fill = block.fills().iter().position(|fill| *fill == word);
+                        digests.pages[place] = fills[fill.unwrap_or(0)];
+                        if word == 0 {
+                            self.counted.zero_pages += 1;
+                        } else {
+                            self.counted.fill_pages += 1;
+                        }
+                        self.report.pages_checked += 1;
+                    }
+                    Page::Unavailable => {
+                        digests.pages[place] = digest::unavailable();
+                        self.counted.unavailable_pages += 1;
+                        self.report.pages_checked += 1;
+                    }
+                    Page::Stored { frame, slot } => {
+                        self.counted.duplicate_pages += 1;
+                        let agrees = block.stored(i).is_some_and(|(frame, _)| known[frame]);
+                        match wanted.get_mut(&frame.offset()).filter(|_| agrees) {
+                            // A window has 2^19 pages.
+                            Some(wanted) => wanted
+                                .uses
+                                .push((u32::try_from(place).unwrap_or(u32::MAX), slot)),
+                            None => digests.unknown[number] = true,
+                        }
+                    }
+                    Page::Unused => {}
+                }
+            }
+        }
+        let mut wanted: Vec<Wanted> = wanted.into_values().collect();
+        wanted.sort_by_key(|wanted| wanted.frame.offset());
+        wanted
+    }
+
+    /// That an index block names nothing twice and nothing in vain.
+    fn unused(&mut self, block: &IndexBlock, offset: u64) {
+        let mut used = vec![false; block.frames().len()];
+        for i in 0..block.page_count() {
+            if let Some((frame, _)) = block.stored(i) {
+                used[frame] = true;
+            }
+        }
+        if let Some(frame) = used.iter().position(|used| !used) {
+            let detail = format!("names frame {frame}, which no page of it uses");
+            self.report.add(Part::IndexBlock, offset, detail);
+        }
+        let mut offsets: Vec<u64> = block.frames().iter().map(FrameRef::offset).collect();
+        offsets.sort_unstable();
+        if offsets.windows(2).any(|pair| pair[0] == pair[1]) {
+            self.report
+                .add(Part::IndexBlock, offset, "names a frame twice");
+        }
+        let mut words = block.fills().to_vec();
+        words.sort_unstable();
+        if words.windows(2).any(|pair| pair[0] == pair[1]) {
+            self.report
+                .add(Part::IndexBlock, offset, "names a fill word twice");
+        }
+    }
+
+    fn decode_batch(
+        &mut self,
+        batch: &[Wanted],
+        window: &Window,
+        workers: &Workers,
+        digests: &mut Digests,
+    ) {
+        let snapshot = self.snapshot;
+        let seen: Vec<Seen> = self.pool.install(|| {
+            batch
+                .par_iter()
+                .map(|wanted| {
+                    workers.with(|decoder, out| look_at(snapshot, window, wanted, decoder, out))
+                })
+                .collect()
+        });
+        for (wanted, seen) in batch.iter().zip(seen) {
+            self.report.frames_checked += u64::from(wanted.new);
+            for problem in seen.problems {
+                self.report
+                    .add(problem.what, problem.offset, problem.detail);
+            }
+            self.report.more_problems += seen.more;
+            if seen.digests.is_none() {
+                self.complete = false;
+            }
+            for (place, slot) in &wanted.uses {
+                let place = *place as usize;
+                match &seen.digests {
+                    Some(slots) => {
+                        digests.pages[place] = slots[usize::from(*slot)];
+                        self.report.pages_checked += 1;
+                    }
+                    None => digests.unknown[place / PAGES_PER_BLOCK] = true,
+                }
+            }
+        }
+    }
+
+    /// Digests of the window's blocks, compared with those in the file.
+    fn finish_window(&mut self, window: &Window, digests: &mut Digests) {
+        let recorded = self.recorded_digests(window);
+        for (number, index) in window.blocks.iter().enumerate() {
+            let block = window.first + number as u64;
+            let digest = match (self.snapshot.top(block), index) {
+                (Top::Block, Some(index)) if !digests.unknown[number] => {
+                    let from = number * PAGES_PER_BLOCK;
+                    digest::block(&digests.pages[from..from + index.page_count()])
+                }
+                // Its problem is in the report, and the root can't be known any more.
+                (Top::Block, _) => {
+                    self.complete = false;
+                    continue;
+                }
+                (top, _) => self.alike(block, top, &mut digests.uniform),
+            };
+            digests.content.block(&digest);
+            self.pages_done += index.as_ref().map_or(0, |index| index.page_count() as u64);
+            let differs = recorded.get(number).filter(|recorded| **recorded != digest);
+            if differs.is_some() {
+                let section = self.snapshot.directory().get(SectionKind::BlockDigests);
+                let at = section.map_or(0, |section| section.offset) + 32 * block;
+                let detail = format!("block {block} has another digest than is recorded");
+                self.report.add("digest", at, detail);
+            }
+        }
+    }
+
+    /// Counts a block without an index block, and finds its digest.
+    fn alike(&mut self, block: u64, top: Top, uniform: &mut UniformBlocks) -> Digest {
+        let pages = self
+            .snapshot
+            .uncached_block(block, Reason::Verify)
+            .map_or(0, |index| index.page_count());
+        let count = pages as u64;
+        self.counted.pages += count;
+        self.report.pages_checked += count;
+        self.pages_done += count;
+        let page = match top {
+            Top::Fill(word) => {
+                if word == 0 {
+                    self.counted.zero_pages += count;
+                } else {
+                    self.counted.fill_pages += count;
+                }
+                digest::fill(word)
+            }
+            Top::Block | Top::Unavailable => {
+                self.counted.unavailable_pages += count;
+                digest::unavailable()
+            }
+        };
+        uniform.digest(page, pages)
+    }
+
+    /// The file's digests of the window's blocks; none if it has no section of them.
+    fn recorded_digests(&mut self, window: &Window) -> Vec<Digest> {
+        let snapshot = self.snapshot;
+        let Some(section) = snapshot.directory().get(SectionKind::BlockDigests) else {
+            return Vec::new();
+        };
+        if section.count != snapshot.block_count() {
+            if window.first == 0 {
+                let detail = format!(
+                    "there are {} digests for {} blocks",
+                    section.count,
+                    snapshot.block_count()
+                );
+                let part = Part::Section(SectionKind::BlockDigests);
+                self.report.add(part, section.offset, detail);
+            }
+            return Vec::new();
+        }
+        let mut digests = vec![Digest::default(); window.blocks.len()];
+        let read = snapshot.read(
+            Part::Section(SectionKind::BlockDigests),
+            digests.as_flattened_mut(),
+            section.offset + 32 * window.first,
+            Reason::Verify,
+        );
+        // That the section can't be read was found, and reported, with its checksum.
+        if read.is_err() { Vec::new() } else { digests }
+    }
+}
+
+/// Everything about one frame.
+fn look_at(
+    snapshot: &Snapshot,
+    window: &Window,
+    wanted: &Wanted,
+    decoder: &mut FrameDecoder,
+    out: &mut [u8],
+) -> Seen {
+    let frame = &wanted.frame;
+    let out = &mut out[..frame.decoded_len()];
+    let mut seen = Seen {
+        digests: None,
+        problems: Vec::new(),
+        more: 0,
+    };
+    let listed = match decoder.decode(snapshot, frame, Reason::Verify, out) {
+        Ok(listed) => listed,
+        Err(error) => {
+            // A frame that several windows need is reported once.
+            if wanted.new {
+                seen.add(Part::Frame.to_string(), frame.offset(), detail(&error));
+            }
+            return seen;
+        }
+    };
+    let pages = out.chunks_exact(PAGE_SIZE);
+    if !wanted.new {
+        seen.digests = Some(pages.map(digest::page).collect());
+        return seen;
+    }
+    let mut digests = Vec::with_capacity(pages.len());
+    for (slot, page) in pages.enumerate() {
+        if digest::fill_word(page).is_some() {
+            let detail = format!("slot {slot} stores a fill");
+            seen.add(Part::Frame.to_string(), frame.offset(), detail);
+        }
+        digests.push(digest::page(page));
+    }
+    seen.digests = Some(digests);
+    let mut has_page = vec![false; frame.slots().into()];
+    let runs = listed.runs().len();
+    for run in listed.runs() {
+        for i in 0..run.count {
+            let (page, slot) = (run.first_page + u64::from(i), run.slot + i);
+            has_page[usize::from(slot)] = true;
+            let indexed = match window.look_up(page) {
+                Some(indexed) => indexed,
+                None => match snapshot.look_up(page, Reason::Verify) {
+                    Ok(indexed) => indexed,
+                    // The index block's own problem is in the report.
+                    Err(_) => continue,
+                },
+            };
+            let here = Page::Stored {
+                frame: *frame,
+                slot,
+            };
+            if indexed != here {
+                let detail = format!(
+                    "page {page} is listed in slot {slot} of the frame, but its index entry \
+                     points elsewhere"
+                );
+                seen.add("page list".to_owned(), frame.offset(), detail);
+            }
+        }
+    }
+    if let Some(slot) = has_page.iter().position(|listed| !listed) {
+        let detail = format!("no page is listed for slot {slot} of the frame");
+        seen.add("page list".to_owned(), frame.offset(), detail);
+    }
+    let payload = decoder.payload(frame, runs);
+    if frame.codec() != Codec::Raw
+        && zstd_safe::find_frame_compressed_size(payload) != Ok(payload.len())
+    {
+        let detail = "the payload is not one zstd frame";
+        seen.add(Part::Frame.to_string(), frame.offset(), detail.to_owned());
+    }
+    seen
+}
+
+impl Seen {
+    fn add(&mut self, what: String, offset: u64, detail: String) {
+        if self.problems.len() < MAX_OF_ONE {
+            self.problems.push(Problem {
+                what,
+                offset,
+                detail,
+            });
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
+fn detail(error: &FrameError) -> String {
+    match error {
+        FrameError::Damaged { defect, .. } => defect.to_string(),
+        FrameError::Io { source, .. } => format!("cannot be read: {source}"),
+        FrameError::Dictionary { source, .. } => format!("its dictionary: {source}"),
+        other @ FrameError::Buffer { .. } => other.to_string(),
+    }
+}

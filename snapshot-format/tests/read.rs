@@ -1,0 +1,264 @@
+//! The hand-made sample, read back: every page, every table, with how many reads.
+
+mod common;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::{BLOCKS, CC, Content, DICTIONARY, REGIONS, Sample, content, page_bytes};
+use snapshot_format::layout::PAGE_SIZE;
+use snapshot_format::{
+    FrameDecoder, ListedRun, MemoryStore, Page, ReadError, Reason, Snapshot, Store, Top,
+};
+
+/// The bytes of a page as a reader gets them; none if there are none.
+fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Option<Vec<u8>> {
+    match snapshot.look_up(page, Reason::Demand).expect("look up") {
+        Page::Fill(word) => Some(word.to_le_bytes().repeat(PAGE_SIZE / 8)),
+        Page::Stored { frame, slot } => {
+            let mut out = vec![0; frame.decoded_len()];
+            decoder
+                .decode(snapshot, &frame, Reason::Demand, &mut out)
+                .expect("decode");
+            Some(
+                out.chunks(PAGE_SIZE)
+                    .nth(slot.into())
+                    .expect("slot")
+                    .to_vec(),
+            )
+        }
+        Page::Unavailable | Page::Unused => None,
+    }
+}
+
+#[test]
+fn every_page_reads_as_it_was_written() {
+    for inline_regions in [true, false] {
+        let snapshot = Sample::build(inline_regions).open().expect("open");
+        let mut decoder = FrameDecoder::new();
+        for page in 0..BLOCKS * 512 + 3 {
+            assert!(
+                read_page(&snapshot, &mut decoder, page) == page_bytes(page),
+                "page {page}"
+            );
+            let found = snapshot.look_up(page, Reason::Demand).expect("look up");
+            match content(page) {
+                None => assert_eq!(found, Page::Unused, "page {page}"),
+                Some(Content::Unavailable) => assert_eq!(found, Page::Unavailable, "page {page}"),
+                Some(_) => {}
+            }
+        }
+        assert_eq!(
+            snapshot
+                .look_up(u64::MAX, Reason::Demand)
+                .expect("any number"),
+            Page::Unused
+        );
+    }
+}
+
+#[test]
+fn all_that_is_in_the_file_can_be_asked_for() {
+    let snapshot = Sample::new().open().expect("open");
+    assert_eq!(
+        snapshot.id().to_string(),
+        "30313233343536373839616263646566"
+    );
+    assert_eq!(snapshot.format_version(), 1);
+    assert_eq!(snapshot.block_count(), BLOCKS);
+    assert_eq!(snapshot.page_slots(), BLOCKS * 512);
+    let regions = snapshot.regions().expect("regions");
+    let seen: Vec<_> = regions
+        .iter()
+        .map(|r| (r.space, r.start, r.pages, r.name.as_str()))
+        .collect();
+    assert_eq!(seen, REGIONS);
+    assert_eq!(snapshot.top(0), Top::Block);
+    assert_eq!(snapshot.top(2), Top::Fill(0));
+    assert_eq!(snapshot.top(4), Top::Unavailable);
+
+    let block = snapshot.index_block(0, Reason::Demand).expect("block");
+    assert_eq!(block.page_count(), 512);
+    assert_eq!(block.frames().len(), 2);
+    assert_eq!(block.fills(), [CC, 0]);
+    assert_eq!(block.page(25), Page::Fill(CC));
+    assert_eq!(block.stored(20), Some((1, 0)));
+    assert_eq!(block.stored(25), None);
+    assert_eq!(block.page(512), Page::Unused);
+    let alike = snapshot.index_block(4, Reason::Demand).expect("block");
+    assert_eq!((alike.page_count(), alike.page(4)), (5, Page::Unavailable));
+    assert!(matches!(
+        snapshot.index_block(5, Reason::Demand),
+        Err(ReadError::NoSuchBlock {
+            block: 5,
+            count: 5,
+            ..
+        })
+    ));
+
+    let runs = snapshot.fill_runs().expect("fill runs");
+    assert_eq!(
+        (runs.len(), runs[0].first_page, runs[0].pages),
+        (3, 1024, 512)
+    );
+    let dictionaries = snapshot.dictionaries().expect("dictionaries");
+    assert_eq!(dictionaries[0].number, DICTIONARY);
+    let names: Vec<_> = snapshot
+        .working_sets()
+        .expect("sets")
+        .into_iter()
+        .map(|s| s.name)
+        .collect();
+    assert_eq!(names, ["boot", "idle"]);
+    let boot = snapshot.working_set("boot").expect("boot");
+    assert_eq!((boot.len(), boot[0].first_page, boot[1].pages), (2, 512, 4));
+    assert_eq!(snapshot.working_set("idle").expect("idle"), []);
+    let properties = snapshot.properties().expect("properties");
+    assert_eq!(properties[1], ("writer".to_owned(), "test".to_owned()));
+
+    let mut state = Vec::new();
+    snapshot
+        .read_attachment("vmm state", &mut state)
+        .expect("attachment");
+    assert_eq!(state, b"registers and devices".repeat(9000));
+    assert_eq!(snapshot.attachment_bytes("empty", 0).expect("empty"), b"");
+    assert!(snapshot.attachment_bytes("vmm state", 100).is_err());
+    assert!(matches!(
+        snapshot.read_attachment("none", io::sink()),
+        Err(ReadError::NoSuchName { .. })
+    ));
+}
+
+#[test]
+fn a_frame_lists_its_pages() {
+    let snapshot = Sample::new().open().expect("open");
+    let Page::Stored { frame, .. } = snapshot.look_up(515, Reason::Demand).expect("look up") else {
+        panic!("page 515 is stored");
+    };
+    let mut decoder = FrameDecoder::new();
+    let mut out = vec![0; frame.decoded_len()];
+    let listed = decoder
+        .decode(&snapshot, &frame, Reason::Demand, &mut out)
+        .expect("decode");
+    let run = |first_page, slot| ListedRun {
+        first_page,
+        slot,
+        count: 4,
+    };
+    assert_eq!(
+        listed.runs().collect::<Vec<_>>(),
+        [run(512, 0), run(516, 4)]
+    );
+    assert!(
+        decoder
+            .decode(&snapshot, &frame, Reason::Demand, &mut out[1..])
+            .is_err_and(|error| !error.is_damage()),
+        "a buffer of the wrong size is the caller's mistake"
+    );
+}
+
+/// Counts reads and bytes by reason.
+struct Counting {
+    inner: MemoryStore,
+    reads: [AtomicU64; 4],
+    bytes: [AtomicU64; 4],
+}
+
+impl Counting {
+    fn take(&self, reason: Reason) -> (u64, u64) {
+        let i = reason as usize;
+        (
+            self.reads[i].swap(0, Ordering::Relaxed),
+            self.bytes[i].swap(0, Ordering::Relaxed),
+        )
+    }
+}
+
+impl Store for Counting {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()> {
+        self.reads[reason as usize].fetch_add(1, Ordering::Relaxed);
+        self.bytes[reason as usize].fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.inner.read_exact_at(buf, offset, reason)
+    }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+}
+
+#[test]
+fn opening_takes_three_reads_and_a_look_up_one() {
+    for inline_regions in [true, false] {
+        let store = Arc::new(Counting {
+            inner: MemoryStore::new(Sample::build(inline_regions).bytes),
+            reads: Default::default(),
+            bytes: Default::default(),
+        });
+        let snapshot = Snapshot::open(store.clone()).expect("open");
+        let (reads, bytes) = store.take(Reason::Open);
+        assert_eq!(reads, 3);
+        assert!(bytes <= BLOCKS * 32 + (64 << 10), "{bytes} bytes to open");
+
+        snapshot.regions().expect("regions");
+        let (reads, _) = store.take(Reason::Open);
+        assert_eq!(
+            reads,
+            u64::from(!inline_regions),
+            "regions come with the top table or once"
+        );
+
+        for page in 0..snapshot.page_slots() {
+            snapshot.look_up(page, Reason::Demand).expect("look up");
+        }
+        let (reads, bytes) = store.take(Reason::Demand);
+        assert_eq!(
+            reads, 3,
+            "one for each index block, which stays in the cache"
+        );
+        assert!(bytes <= 3 * (16 << 10));
+        assert_eq!(store.take(Reason::Open), (0, 0));
+
+        snapshot.prepare().expect("prepare");
+        assert_eq!(
+            store.take(Reason::Open).0,
+            2,
+            "the table of dictionaries and the dictionary"
+        );
+        let Page::Stored { frame, .. } = snapshot.look_up(512, Reason::Prefetch).expect("look up")
+        else {
+            panic!("page 512 is stored");
+        };
+        let mut out = vec![0; frame.decoded_len()];
+        FrameDecoder::new()
+            .decode(&snapshot, &frame, Reason::Prefetch, &mut out)
+            .expect("decode");
+        assert_eq!(
+            store.take(Reason::Prefetch),
+            (1, u64::from(frame.stored_len()))
+        );
+        assert_eq!(store.take(Reason::Open), (0, 0), "the dictionary is ready");
+    }
+}
+
+#[test]
+fn the_index_cache_has_a_bound_and_look_ups_work_without_it() {
+    let store = Arc::new(Counting {
+        inner: MemoryStore::new(Sample::new().bytes),
+        reads: Default::default(),
+        bytes: Default::default(),
+    });
+    let options = snapshot_format::SnapshotOptions::default().index_cache_bytes(0);
+    let snapshot = Snapshot::open_with(store.clone(), &options).expect("open");
+    for _ in 0..10 {
+        assert_eq!(
+            snapshot.look_up(25, Reason::Demand).expect("look up"),
+            Page::Fill(CC)
+        );
+    }
+    assert_eq!(store.take(Reason::Demand).0, 10);
+}
