@@ -1,1 +1,4 @@
 //! Restores memory lazily from snaprestore snapshots.
+
+pub mod mem;
+pub mod sys;

@@ -1,0 +1,48 @@
+//! Advice to the kernel that changes no content.
+
+use super::{MemError, RawRegion};
+use crate::sys::to_usize;
+
+/// Advice about memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Use transparent huge pages where a whole one fits.
+    HugePages,
+    /// Use small pages only.
+    NoHugePages,
+    /// Make huge pages of the small ones that are there, now (6.1). EINVAL means that no page could be made; EAGAIN and
+    /// ENOMEM that it may work later.
+    Collapse,
+    /// Leave the memory out of children made by `fork`.
+    DontFork,
+    /// Copy it into them, as usual.
+    DoFork,
+}
+
+impl Advice {
+    fn number(self) -> i32 {
+        match self {
+            Self::HugePages => libc::MADV_HUGEPAGE,
+            Self::NoHugePages => libc::MADV_NOHUGEPAGE,
+            Self::Collapse => libc::MADV_COLLAPSE,
+            Self::DontFork => libc::MADV_DONTFORK,
+            Self::DoFork => libc::MADV_DOFORK,
+        }
+    }
+}
+
+impl RawRegion {
+    /// Gives advice about `[offset, offset + len)`.
+    pub fn advise(&self, advice: Advice, offset: u64, len: u64) -> Result<(), MemError> {
+        let address = self.inside("advising about", offset, len)?;
+        let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
+        // SAFETY: none of the advice in the enum changes the content that this process sees, nor its access rights. What
+        // is not mapped there is refused with ENOMEM.
+        let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(MemError::last("advising about", address, len))
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! Memory: who owns which mapping, and what may be done to it.
+//!
+//! | type | whose memory |
+//! | --- | --- |
+//! | [`Mapping`] | ours: made here, unmapped on drop |
+//! | [`RawRegion`] | a mapping, ours or the caller's, on loan to a restore; the `unsafe` contract is its constructor's |
+//! | [`Block`] | a session's state, shareable with another process |
+//! | [`Ring`] | the head of a block, where the kernel writes messages |
+//!
+//! Memory that somebody else can change at any moment, which is all memory here, is never a `&[u8]`: there are raw
+//! pointers, addresses and lengths, and atomics.
+
+#![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
+
+mod advice;
+mod block;
+mod empty;
+mod mapping;
+mod region;
+#[cfg(feature = "rust-vmm")]
+pub mod rust_vmm;
+
+use std::io;
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+
+pub use advice::Advice;
+pub use block::{Block, Ring};
+pub use empty::{first_populated, first_populated_by_pagemap};
+pub use mapping::{Mapping, MappingOptions};
+pub use region::RawRegion;
+
+/// The huge page size of x86-64 and of ARM with 4 KiB pages.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// An operation on memory that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing} {len:#x} bytes of memory at {address:#x} failed")]
+pub struct MemError {
+    doing: &'static str,
+    address: u64,
+    len: u64,
+    source: io::Error,
+}
+
+impl MemError {
+    fn last(doing: &'static str, address: u64, len: u64) -> Self {
+        Self {
+            doing,
+            address,
+            len,
+            source: io::Error::last_os_error(),
+        }
+    }
+
+    fn invalid(doing: &'static str, address: u64, len: u64) -> Self {
+        Self {
+            doing,
+            address,
+            len,
+            source: Errno::EINVAL.into(),
+        }
+    }
+
+    /// What the kernel said.
+    pub fn os_error(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// A page without access rights that exists as long as the process, as a source that can't be read.
+pub(crate) fn unreadable_page() -> io::Result<u64> {
+    static PAGE: OnceLock<Mapping> = OnceLock::new();
+    if let Some(page) = PAGE.get() {
+        return Ok(page.address());
+    }
+    let page = Mapping::inaccessible(crate::sys::page_size()).map_err(|error| error.source)?;
+    // Another thread may have been first; then its page stays and ours is unmapped.
+    Ok(PAGE.get_or_init(|| page).address())
+}
+
+/// Calls that change how memory may be accessed. The callers own the memory or hold a contract for it.
+///
+/// # Safety
+///
+/// Nobody may rely on access to `[address, address + len)` that `protection` doesn't give.
+unsafe fn protect(address: u64, len: u64, protection: i32) -> Result<(), MemError> {
+    let pointer = std::ptr::with_exposed_provenance_mut(crate::sys::to_usize(address));
+    // SAFETY: mprotect changes access rights only, never content; the rights are the caller's promise.
+    let result = unsafe { libc::mprotect(pointer, crate::sys::to_usize(len), protection) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(MemError::last("changing the protection of", address, len))
+    }
+}

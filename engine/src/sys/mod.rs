@@ -1,0 +1,63 @@
+//! The kernel: every system call of the engine that needs `unsafe`, behind types that don't.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `abi`, `ioctls` | the numbers and structures of userfaultfd, checked against C |
+//! | `features` | feature and ioctl sets with the kernel that brought them, masks, kernel versions |
+//! | `open` | the ways to a userfaultfd, negotiation, errors that name the remedy |
+//! | `uffd` | [`Userfaultfd`]: register, unregister, wake, probe |
+//! | `install` | copy, zero, write-protect, continue, poison, move, and their outcomes |
+//! | `message` | reading messages |
+//! | `grants` | which memory of this process a userfaultfd may fill |
+//! | `event` | waking a thread that waits, and waiting |
+//! | `thread` | signals, checked reads |
+//!
+//! # Minimum kernel: 5.7
+//!
+//! The events REMOVE, REMAP and UNMAP (4.11) are what keeps discarded pages from coming back; ENOENT as the answer
+//! for memory that is gone came in 4.13. 5.7 is the first kernel in which a fault may be retried any number of times: before
+//! it a thread that is woken and finds its page still missing gets SIGBUS, and waking is how this engine recovers from
+//! every doubt. Everything newer is optional and has a fallback.
+
+#![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
+
+pub mod abi;
+pub mod event;
+pub mod features;
+mod grants;
+pub mod install;
+mod ioctls;
+pub mod message;
+pub mod open;
+pub mod thread;
+pub mod uffd;
+
+pub use event::{Ready, Wakeup, wait};
+pub use features::{Features, Ioctls, KernelVersion, Mask};
+pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
+pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
+pub use open::{Access, AccessFailure, OpenError, OpenOptions};
+pub use thread::{ReadFault, SignalsBlocked, read_checked};
+pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("userfaultfd needs Linux, and addresses are 64 bits wide here");
+
+/// The base page of this machine, 4 KiB on x86-64; the kernel wants addresses and lengths in multiples of it.
+pub fn page_size() -> u64 {
+    static SIZE: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *SIZE.get_or_init(|| {
+        // SAFETY: sysconf reads a constant of the process and touches no memory of ours.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(size).unwrap_or(4096)
+    })
+}
+
+/// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets only.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "usize has 64 bits, see compile_error above"
+)]
+pub(crate) const fn to_usize(n: u64) -> usize {
+    n as usize
+}
