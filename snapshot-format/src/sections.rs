@@ -499,11 +499,12 @@ fn check_blob(
     })
 }
 
-/// Checks the runs of a working set, which lies in the file at `at`.
+/// Checks the runs of a working set, which lies in the file at `at`. A run may cross from one
+/// region into the next, and then names numbers that no page has.
 pub(crate) fn working_set(
     bytes: &[u8],
     at: u64,
-    regions: &[Region],
+    page_slots: u64,
 ) -> Result<Vec<WorkingSetRun>, Flaw> {
     let mut runs = Vec::new();
     for (number, raw) in records::<layout::WorkingSetRun>(bytes).iter().enumerate() {
@@ -511,16 +512,14 @@ pub(crate) fn working_set(
             first_page: raw.first_page.get(),
             pages: raw.pages.get(),
         };
-        let region = region_of(regions, run.first_page);
-        let (from, to) = region.map_or((0, 0), |r| (r.first_page, r.first_page + r.pages));
         let end = run.first_page.checked_add(run.pages);
-        if run.pages == 0 || end.is_none_or(|end| end > to) {
+        if run.pages == 0 || end.is_none_or(|end| end > page_slots) {
             let defect = Defect::OutOfBounds {
                 field: "pages of a working set's run",
                 offset: run.first_page,
                 len: run.pages,
-                from,
-                to,
+                from: 0,
+                to: page_slots,
             };
             let at = at + (number * size_of::<layout::WorkingSetRun>()) as u64;
             return Err(Flaw::new(at, defect));

@@ -308,11 +308,6 @@ impl Check<'_> {
                     (Part::Dictionary, snapshot.dictionary(number).map(|_| ()))
                 }
                 SectionKind::WorkingSets => {
-                    // Its runs can only be told right from wrong by the regions, whose own
-                    // problem is reported where they are looked at.
-                    if snapshot.regions().is_err() {
-                        continue;
-                    }
                     let runs = snapshot.working_set(&blob.name);
                     (Part::WorkingSet, runs.map(|_| ()))
                 }
@@ -397,6 +392,18 @@ impl Check<'_> {
             ("stored_bytes", stated.stored_bytes, counted.stored_bytes),
             ("index_bytes", stated.index_bytes, counted.index_bytes),
         ];
+        let most = (crate::layout::MAX_FRAME_SLOTS * crate::layout::PAGE_SIZE) as u64;
+        if !stated
+            .frame_bytes
+            .is_multiple_of(crate::layout::PAGE_SIZE_U64)
+            || stated.frame_bytes > most
+        {
+            let detail = format!(
+                "frame_bytes is {}, not a multiple of 4096 up to {most}",
+                stated.frame_bytes
+            );
+            self.report.add("summary", trailer, detail);
+        }
         for (field, stated, counted) in fields {
             if stated != counted {
                 let detail = format!("{field} is {stated}, but there are {counted}");

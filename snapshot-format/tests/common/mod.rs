@@ -154,18 +154,23 @@ impl Sample {
     }
 
     /// `inline_regions`: the region section lies right before the top table.
+    pub fn build(inline_regions: bool) -> Self {
+        Self::build_with(inline_regions, &[])
+    }
+
+    /// `after_payload`: follows the payload of the second frame, within the frame record.
     #[expect(
         clippy::too_many_lines,
         reason = "one thing after the other, as in the file"
     )]
-    pub fn build(inline_regions: bool) -> Self {
+    pub fn build_with(inline_regions: bool, after_payload: &[u8]) -> Self {
         let mut bytes = vec![0; HEADER_BYTES];
         let mut frames = Vec::new();
         let mut refs = Vec::new();
         let mut stored_pages = 0;
         for (number, spec) in frame_specs().iter().enumerate() {
             let at = bytes.len();
-            let record = frame_record(spec);
+            let record = frame_record(spec, if number == 1 { after_payload } else { &[] });
             let slots = (spec.pages.end - spec.pages.start) as u16;
             stored_pages += u64::from(slots);
             refs.push(FrameRef {
@@ -264,7 +269,7 @@ impl Sample {
                 &mut bytes,
                 SectionKind::Attachments,
                 &[
-                    (0, "vmm state", b"registers and devices".repeat(9000)),
+                    (0, "vmm state", b"registers and devices".repeat(4000)),
                     (0, "empty", vec![]),
                 ],
             ),
@@ -435,7 +440,7 @@ impl Sample {
     }
 }
 
-fn frame_record(spec: &FrameSpec) -> Vec<u8> {
+fn frame_record(spec: &FrameSpec, after_payload: &[u8]) -> Vec<u8> {
     let slots = (spec.pages.end - spec.pages.start) as u16;
     let raw: Vec<u8> = spec.pages.clone().flat_map(pattern).collect();
     let payload = match spec.codec {
@@ -443,6 +448,7 @@ fn frame_record(spec: &FrameSpec) -> Vec<u8> {
         codec::ZSTD => compress(&raw, &[]),
         _ => compress(&raw, &dictionary_bytes()),
     };
+    let payload = [&payload, after_payload].concat();
     // Two runs where there is room for two, so that the list is one.
     let half = slots / 2;
     let runs: Vec<PageRun> = [(0, half), (half, slots - half)]

@@ -1,0 +1,239 @@
+//! What a snapshot holds besides its pages: read when asked for, checked, and handed out.
+
+use std::io;
+use std::sync::OnceLock;
+
+use super::{Dictionary, Snapshot, get_or_try};
+use crate::error::{Defect, Flaw, Part, ReadError};
+use crate::layout::{self, SectionKind};
+use crate::sections::{self, Blob, Section};
+use crate::store::Reason;
+use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
+
+/// Bytes of a blob that are in memory at once.
+const PIECE: usize = 64 << 10;
+
+impl Snapshot {
+    /// Reads what look-ups and decoding would otherwise read when they first need it: the regions
+    /// and all dictionaries.
+    pub fn prepare(&self) -> Result<(), ReadError> {
+        self.regions()?;
+        for dictionary in self.dictionary_table()? {
+            self.prepared(dictionary)?;
+        }
+        Ok(())
+    }
+
+    /// The longest runs of pages that all repeat one word, longest first.
+    pub fn fill_runs(&self) -> Result<Vec<FillRun>, ReadError> {
+        let kind = SectionKind::FillRuns;
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::fill_runs(&bytes, section, self.regions()?)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    /// The writer's notes on how the file came about, sorted by key.
+    pub fn properties(&self) -> Result<Vec<(String, String)>, ReadError> {
+        let kind = SectionKind::Properties;
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::properties(&bytes, section)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    /// The dictionaries that frames may name.
+    pub fn dictionaries(&self) -> Result<Vec<DictionaryInfo>, ReadError> {
+        Ok(self
+            .dictionary_table()?
+            .iter()
+            .map(|dictionary| DictionaryInfo {
+                // `sections::blobs` has checked that the number fits.
+                number: u16::try_from(dictionary.blob.tag).unwrap_or(0),
+                bytes: dictionary.blob.len,
+            })
+            .collect())
+    }
+
+    /// The working sets, in the order of the file.
+    pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
+        let run = size_of::<layout::WorkingSetRun>() as u64;
+        let blobs = self.blobs(SectionKind::WorkingSets)?;
+        Ok(blobs
+            .into_iter()
+            .map(|blob| WorkingSet {
+                name: blob.name,
+                runs: blob.len / run,
+            })
+            .collect())
+    }
+
+    /// The runs of the working set called `name`, in order of first touch.
+    pub fn working_set(&self, name: &str) -> Result<Vec<WorkingSetRun>, ReadError> {
+        let blob = self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)?;
+        let bytes = self.read_checked(Part::WorkingSet, blob.offset, blob.len, blob.crc)?;
+        sections::working_set(&bytes, blob.offset, self.page_slots())
+            .map_err(|flaw| self.damaged(Part::WorkingSet, flaw))
+    }
+
+    /// The attachments, in the order of the file.
+    pub fn attachments(&self) -> Result<Vec<Attachment>, ReadError> {
+        let blobs = self.blobs(SectionKind::Attachments)?;
+        Ok(blobs
+            .into_iter()
+            .map(|blob| Attachment {
+                name: blob.name,
+                bytes: blob.len,
+            })
+            .collect())
+    }
+
+    /// Writes the attachment called `name` to `out`, and returns its length.
+    ///
+    /// The attachment is read twice: nothing is written before its checksum was found right. If
+    /// the file changes between the two, that is an error after the last byte.
+    pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
+        let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
+        self.check_blob(Part::Attachment, &blob, Reason::Open, |_| Ok(()))?;
+        self.check_blob(Part::Attachment, &blob, Reason::Open, |bytes| {
+            out.write_all(bytes).map_err(|source| ReadError::Output {
+                file: self.name.clone(),
+                part: Part::Attachment,
+                name: name.to_owned(),
+                source,
+            })
+        })?;
+        Ok(blob.len)
+    }
+
+    /// The attachment called `name` in memory, if it is no longer than `limit` bytes.
+    pub fn attachment_bytes(&self, name: &str, limit: u64) -> Result<Vec<u8>, ReadError> {
+        let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
+        if blob.len > limit {
+            let defect = Defect::TooLarge {
+                field: "length of the attachment",
+                value: blob.len,
+                limit,
+            };
+            return Err(self.damaged(Part::Attachment, Flaw::new(blob.offset, defect)));
+        }
+        self.read_checked(Part::Attachment, blob.offset, blob.len, blob.crc)
+    }
+}
+
+/// What the decoder and the verifier need besides.
+impl Snapshot {
+    /// The prepared dictionary of a number that a frame names.
+    pub(crate) fn dictionary(&self, number: u16) -> Result<&zstd_safe::DDict<'static>, ReadError> {
+        let known = self
+            .dictionary_table()?
+            .iter()
+            .find(|dictionary| dictionary.blob.tag == u32::from(number));
+        if let Some(dictionary) = known {
+            return self.prepared(dictionary);
+        }
+        let section = self.directory().get(SectionKind::Dictionaries);
+        let what = format!("dictionary {number}").into();
+        let flaw = Flaw::new(
+            section.map_or(0, |section| section.offset),
+            Defect::Missing { what },
+        );
+        Err(self.damaged(Part::Section(SectionKind::Dictionaries), flaw))
+    }
+
+    fn dictionary_table(&self) -> Result<&[Dictionary], ReadError> {
+        let table = get_or_try(&self.dictionaries, || {
+            let blobs = self.blobs(SectionKind::Dictionaries)?;
+            Ok(blobs
+                .into_iter()
+                .map(|blob| Dictionary {
+                    blob,
+                    prepared: OnceLock::new(),
+                })
+                .collect())
+        })?;
+        Ok(table)
+    }
+
+    fn prepared<'a>(
+        &self,
+        dictionary: &'a Dictionary,
+    ) -> Result<&'a zstd_safe::DDict<'static>, ReadError> {
+        get_or_try(&dictionary.prepared, || {
+            let blob = &dictionary.blob;
+            let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc)?;
+            zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
+                let reason = "not a dictionary".into();
+                self.damaged(
+                    Part::Dictionary,
+                    Flaw::new(blob.offset, Defect::Decode { reason }),
+                )
+            })
+        })
+    }
+
+    pub(crate) fn blobs(&self, kind: SectionKind) -> Result<Vec<Blob>, ReadError> {
+        let Some((section, bytes)) = self.optional_section(kind)? else {
+            return Ok(Vec::new());
+        };
+        sections::blobs(&bytes, section, kind, self.ends.body)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+    }
+
+    fn named_blob(&self, kind: SectionKind, part: Part, name: &str) -> Result<Blob, ReadError> {
+        let blob = self.blobs(kind)?.into_iter().find(|blob| blob.name == name);
+        blob.ok_or_else(|| ReadError::NoSuchName {
+            file: self.name.clone(),
+            part,
+            name: name.to_owned(),
+        })
+    }
+
+    /// Reads a blob piece by piece, hands the pieces on, and says at the end whether they were
+    /// right.
+    pub(crate) fn check_blob(
+        &self,
+        part: Part,
+        blob: &Blob,
+        reason: Reason,
+        mut each: impl FnMut(&[u8]) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut piece = vec![0; usize::try_from(blob.len).map_or(PIECE, |len| len.min(PIECE))];
+        let mut done = 0;
+        while done < blob.len {
+            let len = usize::try_from(blob.len - done).map_or(PIECE, |left| left.min(PIECE));
+            let piece = &mut piece[..len];
+            self.read(part, piece, blob.offset + done, reason)?;
+            hasher.update(piece);
+            each(piece)?;
+            done += len as u64;
+        }
+        self.check_crc(part, blob.offset, blob.crc, hasher.finalize())
+    }
+
+    /// Reads a section piece by piece, only to check it.
+    pub(crate) fn check_section(&self, section: &Section, part: Part) -> Result<(), ReadError> {
+        let blob = Blob {
+            offset: section.offset,
+            len: section.len,
+            crc: section.crc,
+            tag: 0,
+            name: String::new(),
+        };
+        self.check_blob(part, &blob, Reason::Verify, |_| Ok(()))
+    }
+
+    fn optional_section(
+        &self,
+        kind: SectionKind,
+    ) -> Result<Option<(&Section, Vec<u8>)>, ReadError> {
+        let Some(section) = self.directory().get(kind) else {
+            return Ok(None);
+        };
+        let bytes = self.read_section(section, Part::Section(kind))?;
+        Ok(Some((section, bytes)))
+    }
+}

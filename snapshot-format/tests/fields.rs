@@ -1,0 +1,693 @@
+//! One field of the hand-made sample at a time gets a wrong value, with all checksums right: each
+//! has its named error. What no checksum guards against is what a hostile writer would try.
+
+mod common;
+
+use std::mem::offset_of;
+use std::ops::Range;
+
+use common::{DICTIONARY, Sample, UNKNOWN_KIND};
+use snapshot_format::layout::{
+    BlobEntry, FillRun, FrameHeader, FrameRef, HEADER_BYTES, Header, IndexHeader, PageEntry,
+    PageRun, RegionEntry, SectionEntry, SectionKind, Summary, TopEntry, Trailer, WorkingSetRun,
+    required,
+};
+use snapshot_format::{
+    FrameDecoder, OpenError, Page, ReadError, Reason, Snapshot, VerifyOptions, verify,
+};
+
+/// A field, the bytes that it gets, and words of the error that must follow.
+struct Case {
+    at: usize,
+    bytes: Vec<u8>,
+    error: &'static str,
+}
+
+fn u16(at: usize, value: u16, error: &'static str) -> Case {
+    Case {
+        at,
+        bytes: value.to_le_bytes().to_vec(),
+        error,
+    }
+}
+
+fn u32(at: usize, value: u32, error: &'static str) -> Case {
+    Case {
+        at,
+        bytes: value.to_le_bytes().to_vec(),
+        error,
+    }
+}
+
+fn u64(at: usize, value: u64, error: &'static str) -> Case {
+    Case {
+        at,
+        bytes: value.to_le_bytes().to_vec(),
+        error,
+    }
+}
+
+fn u8(at: usize, value: u8, error: &'static str) -> Case {
+    Case {
+        at,
+        bytes: vec![value],
+        error,
+    }
+}
+
+/// Whether `error` is damage and says the words.
+fn run(sample: &Sample, cases: &[Case], outcome: impl Fn(&Sample) -> (bool, String)) {
+    for (number, case) in cases.iter().enumerate() {
+        let mut wrong = sample.clone();
+        assert_ne!(
+            wrong.bytes[case.at..case.at + case.bytes.len()],
+            case.bytes,
+            "case {number} ({}) changes nothing",
+            case.error
+        );
+        wrong.put(case.at, &case.bytes);
+        wrong.seal();
+        let (damage, error) = outcome(&wrong);
+        assert!(
+            error.contains(case.error),
+            "case {number}: wanted {:?}, got {error:?}",
+            case.error
+        );
+        assert!(damage, "case {number}: {error:?} is damage");
+        // The verifier finds it as well, and finds it a problem of the file.
+        let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
+        assert!(
+            report
+                .problems
+                .iter()
+                .any(|p| p.detail.contains(case.error)),
+            "case {number}: wanted {:?}, the verifier says {:?}",
+            case.error,
+            report.problems
+        );
+    }
+}
+
+fn opening(sample: &Sample) -> (bool, String) {
+    match sample.open() {
+        Ok(_) => (false, "opens".to_owned()),
+        Err(error) => (error.is_damage(), error.to_string()),
+    }
+}
+
+fn reading<T>(
+    read: impl Fn(&Snapshot) -> Result<T, ReadError>,
+) -> impl Fn(&Sample) -> (bool, String) {
+    move |sample| match read(&sample.open().expect("opens")) {
+        Ok(_) => (false, "reads".to_owned()),
+        Err(error) => (error.is_damage(), error.to_string()),
+    }
+}
+
+#[test]
+fn the_ends() {
+    let sample = Sample::new();
+    let trailer = sample.trailer();
+    let entry = sample.entry_of(SectionKind::FillRuns);
+    let last_used = sample.section_entry(sample.sections.len());
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u8(0, b'S', "not a snapshot"),
+            u32(offset_of!(Header, page_size), 8192, "page size is 8192"),
+            u8(offset_of!(Header, reserved), 1, "reserved bytes of the header"),
+            u8(offset_of!(Header, reserved) + 4043, 1, "reserved bytes of the header"),
+            u8(offset_of!(Header, snapshot_id), b'x', "snapshot id of the trailer"),
+            u64(offset_of!(Header, optional_features), 1, "features of the header"),
+            u8(sample.bytes.len() - 1, 0, "incomplete"),
+            u32(trailer + offset_of!(Trailer, version), 2, "version of the trailer"),
+            u32(trailer + offset_of!(Trailer, section_count), 65, "number of sections is 65"),
+            u32(trailer + offset_of!(Trailer, section_count), 8, "reserved bytes of the trailer"),
+            u32(trailer + offset_of!(Trailer, section_count), 10, "kind of a section is 0"),
+            u64(trailer + offset_of!(Trailer, file_bytes), 1, "length of the file as recorded"),
+            u8(trailer + offset_of!(Trailer, reserved) + 1363, 1, "reserved bytes of the trailer"),
+            u8(last_used, 1, "reserved bytes of the trailer"),
+            u64(entry + offset_of!(SectionEntry, reserved), 1, "reserved bytes of a section"),
+            u32(entry + offset_of!(SectionEntry, kind), UNKNOWN_KIND, "each kind only once"),
+            u32(sample.entry_of(SectionKind::BlockDigests), 8, "no ancestors"),
+            u32(entry + offset_of!(SectionEntry, kind), 0, "kind of a section is 0"),
+            u64(entry + offset_of!(SectionEntry, offset), 0, "do not lie within"),
+            u64(entry + offset_of!(SectionEntry, offset), u64::MAX, "do not lie within"),
+            u64(entry + offset_of!(SectionEntry, offset), trailer as u64, "do not lie within"),
+            u64(entry + offset_of!(SectionEntry, len), u64::MAX, "do not lie within"),
+            u64(entry + offset_of!(SectionEntry, len), 1, "length of a section is 1"),
+            u64(entry + offset_of!(SectionEntry, count), 65, "count of a section is 65"),
+            u64(entry + offset_of!(SectionEntry, count), 2, "48 bytes for its 2 records"),
+            u64(
+                entry + offset_of!(SectionEntry, offset),
+                sample.section(SectionKind::Properties).start as u64,
+                "overlap",
+            ),
+            u32(sample.entry_of(SectionKind::Top), UNKNOWN_KIND + 1, "top table is missing"),
+            u32(sample.entry_of(SectionKind::Regions), UNKNOWN_KIND + 1, "region section is missing"),
+            u64(
+                sample.entry_of(SectionKind::Regions) + offset_of!(SectionEntry, count),
+                u64::MAX,
+                "count of a section",
+            ),
+            u64(
+                sample.entry_of(SectionKind::Top) + offset_of!(SectionEntry, count),
+                u64::MAX / 32,
+                "count of a section",
+            ),
+        ],
+        opening,
+    );
+}
+
+#[test]
+fn what_this_reader_does_not_support_has_a_name_and_is_no_damage() {
+    let refused = |at: usize, bytes: &[u8]| {
+        let mut sample = Sample::new();
+        sample.put(at, bytes);
+        sample.seal();
+        let error = sample.open().expect_err("refused");
+        assert!(!error.is_damage(), "{error}");
+        let report = verify(sample.store(), VerifyOptions::default());
+        assert!(report.is_err(), "no verdict on what can't be read");
+        error
+    };
+    let version = refused(offset_of!(Header, version), &2u32.to_le_bytes());
+    assert!(matches!(
+        version,
+        OpenError::UnsupportedVersion { version: 2, .. }
+    ));
+    let features = offset_of!(Header, required_features);
+    let trailer = Sample::new().trailer() + offset_of!(Trailer, required_features);
+    for at in [features, trailer] {
+        let error = refused(at, &required::ANCESTORS.to_le_bytes());
+        assert!(error.to_string().contains("ancestors"), "{error}");
+        let error = refused(at, &(1u64 << 40 | 1 << 3).to_le_bytes());
+        assert!(error.to_string().contains("bit 3, bit 40"), "{error}");
+    }
+    // Unknown optional features and unknown sections are none of a reader's business.
+    let mut sample = Sample::new();
+    let optional = sample.trailer() + offset_of!(Trailer, optional_features);
+    sample.put_u64(optional, 1 << 50);
+    sample.seal();
+    assert_eq!(sample.open().expect("opens").optional_features(), 1 << 50);
+}
+
+#[test]
+fn checksums_of_the_ends() {
+    for (at, part) in [(100, "header"), (Sample::new().trailer() + 100, "trailer")] {
+        let mut sample = Sample::new();
+        sample.bytes[at] ^= 1;
+        let error = sample.open().expect_err("damaged").to_string();
+        assert!(
+            error.contains(part) && error.contains("checksum"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn the_top_table() {
+    let sample = Sample::new();
+    let (block, fill) = (sample.top_entry(0), sample.top_entry(2));
+    let unavailable = sample.top_entry(4);
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u8(block, 3, "kind of a top entry is 3"),
+            u8(block, 0, "must be zero"),
+            u8(block + offset_of!(TopEntry, codec), 2, "codec of an index block is 2"),
+            u8(block + offset_of!(TopEntry, codec), 255, "codec of an index block is 255"),
+            u16(block + offset_of!(TopEntry, layer), 1, "layer is 1"),
+            u32(block + offset_of!(TopEntry, stored_len), 16385, "limit of 16384"),
+            u32(block + offset_of!(TopEntry, stored_len), u32::MAX, "limit of 16384"),
+            u32(block + offset_of!(TopEntry, stored_len), 100, "stored length of a raw"),
+            u32(sample.top_entry(3) + offset_of!(TopEntry, stored_len), 0, "at least 1"),
+            u32(block + offset_of!(TopEntry, decoded_len), 16385, "limit of 16384"),
+            u32(block + offset_of!(TopEntry, decoded_len), 31, "length of its header"),
+            u64(block + offset_of!(TopEntry, offset), 4095, "do not lie within"),
+            u64(block + offset_of!(TopEntry, offset), u64::MAX, "do not lie within"),
+            u64(block + offset_of!(TopEntry, offset), sample.trailer() as u64 - 100, "do not lie within"),
+            u64(block + offset_of!(TopEntry, word), 1, "must be zero"),
+            u8(fill + offset_of!(TopEntry, codec), 1, "must be zero"),
+            u64(fill + offset_of!(TopEntry, offset), 4096, "must be zero"),
+            u32(fill + offset_of!(TopEntry, crc), 1, "must be zero"),
+            u32(fill + offset_of!(TopEntry, decoded_len), 1, "must be zero"),
+            u64(unavailable + offset_of!(TopEntry, word), 1, "must be zero"),
+        ],
+        opening,
+    );
+}
+
+#[test]
+fn the_regions() {
+    for inline_regions in [true, false] {
+        let sample = Sample::build(inline_regions);
+        let regions = sample.section(SectionKind::Regions).start;
+        let second = regions + size_of::<RegionEntry>();
+        let pages = sample.trailer() + offset_of!(Trailer, summary) + offset_of!(Summary, pages);
+        #[rustfmt::skip]
+        let cases = [
+            u64(regions + offset_of!(RegionEntry, first_page), 512, "first page of a region"),
+            u64(second + offset_of!(RegionEntry, first_page), 1000, "first page of a region"),
+            u64(second + offset_of!(RegionEntry, first_page), 1536, "first page of a region"),
+            u64(regions + offset_of!(RegionEntry, pages), 1025, "first page of a region"),
+            u64(regions + offset_of!(RegionEntry, pages), u64::MAX, "pages of a region"),
+            u64(regions + offset_of!(RegionEntry, pages), 999, "pages of all regions"),
+            u64(second + size_of::<RegionEntry>() + offset_of!(RegionEntry, pages), 513, "start of a region"),
+            u64(second + offset_of!(RegionEntry, pages), 1 << 36, "pages of a region"),
+            u64(second + offset_of!(RegionEntry, start), 1, "start of a region"),
+            u64(second + offset_of!(RegionEntry, start), !0xfff, "start of a region"),
+            u32(second + offset_of!(RegionEntry, flags), 0x200, "flags of a region"),
+            u32(second + offset_of!(RegionEntry, page_shift), 0, "page shift of a region"),
+            u32(second + offset_of!(RegionEntry, page_shift), 64, "page shift of a region"),
+            u32(second + offset_of!(RegionEntry, name_len), 4097, "name of a region is 4097"),
+            u32(second + offset_of!(RegionEntry, name_len), 4, "name offset"),
+            u64(second + offset_of!(RegionEntry, name_offset), 0, "name offset"),
+            u64(second + offset_of!(RegionEntry, name_offset), u64::MAX, "name offset"),
+            u32(
+                second + size_of::<RegionEntry>() + offset_of!(RegionEntry, name_len),
+                3,
+                "length of the names",
+            ),
+            u64(second + offset_of!(RegionEntry, reserved), 1, "reserved bytes of a region"),
+            u64(second + offset_of!(RegionEntry, reserved2), 1, "reserved bytes of a region"),
+            u8(regions + 3 * size_of::<RegionEntry>(), 0xff, "not UTF-8"),
+            u64(pages, 1526, "pages of all regions"),
+        ];
+        if inline_regions {
+            run(&sample, &cases, opening);
+        } else {
+            run(
+                &sample,
+                &cases,
+                reading(|snapshot| snapshot.regions().map(<[_]>::len)),
+            );
+        }
+    }
+}
+
+#[test]
+fn the_number_of_blocks_matches_the_regions() {
+    // The last entry of the top table becomes part of a section of an unknown kind.
+    let mut sample = Sample::build(false);
+    let top = sample.entry_of(SectionKind::Top);
+    sample.put_u64(top + offset_of!(SectionEntry, count), 4);
+    sample.put_u64(top + offset_of!(SectionEntry, len), 4 * 32);
+    let place = sample.section(SectionKind::Top);
+    for (kind, range) in &mut sample.sections {
+        if *kind == SectionKind::Top as u32 {
+            *range = place.start..place.end - 32;
+        }
+    }
+    sample.blocks.retain(|(block, _)| *block < 4);
+    sample.seal();
+    let error = sample
+        .open()
+        .expect("opens")
+        .regions()
+        .expect_err("refused")
+        .to_string();
+    assert!(error.contains("number of index blocks"), "{error}");
+}
+
+fn index(block: u64) -> impl Fn(&Sample) -> (bool, String) {
+    reading(move |snapshot| snapshot.index_block(block, Reason::Demand))
+}
+
+#[test]
+fn index_blocks() {
+    let sample = Sample::new();
+    let (_, Range { start, .. }) = sample.blocks[0];
+    let frame = start + size_of::<IndexHeader>();
+    // Two frames and two words come before the pages.
+    let page = frame + 2 * size_of::<FrameRef>() + 16;
+    let fill = page + 30 * size_of::<PageEntry>();
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u32(start, 0, "magic of an index block"),
+            u16(start + offset_of!(IndexHeader, page_count), 511, "page count of an index block"),
+            u16(start + offset_of!(IndexHeader, frame_count), 3, "length of an index block"),
+            u16(start + offset_of!(IndexHeader, frame_count), 0xffff, "length of an index block"),
+            u16(start + offset_of!(IndexHeader, fill_count), 1, "length of an index block"),
+            u8(start + offset_of!(IndexHeader, reserved), 1, "reserved bytes of an index block"),
+            u64(start + offset_of!(IndexHeader, reserved2), 1, "reserved bytes of an index block"),
+            u64(start + offset_of!(IndexHeader, first_page), 512, "first page of an index block"),
+            u64(frame + offset_of!(FrameRef, offset), 0, "do not lie within"),
+            u64(frame + offset_of!(FrameRef, offset), u64::MAX, "do not lie within"),
+            u32(frame + offset_of!(FrameRef, stored_len), 24, "stored length of a frame is 24"),
+            u32(frame + offset_of!(FrameRef, stored_len), u32::MAX, "limit of 2113560"),
+            u32(frame + offset_of!(FrameRef, stored_len), 2_000_000, "do not lie within"),
+            u16(frame + offset_of!(FrameRef, slots), 0, "slots of a frame is 0"),
+            u16(frame + offset_of!(FrameRef, slots), 513, "slots of a frame is 513"),
+            u16(frame + offset_of!(FrameRef, slots), 3, "slot of a page is 3"),
+            u16(frame + offset_of!(FrameRef, layer), 1, "layer is 1"),
+            u16(frame + offset_of!(FrameRef, dictionary), 7, "dictionary of a frame"),
+            u8(frame + offset_of!(FrameRef, codec), 2, "dictionary of a frame"),
+            u8(frame + offset_of!(FrameRef, codec), 3, "codec of a frame is 3"),
+            u8(frame + offset_of!(FrameRef, reserved), 1, "reserved byte of a frame reference"),
+            u16(page, 2, "frame number of a page is 2"),
+            u16(page, 0xfffd, "frame number of a page is 65533"),
+            u16(page + 2, 4, "slot of a page is 4"),
+            u16(fill + 2, 2, "fill number of a page is 2"),
+            u16(fill, 0xfffe, "slot of an unavailable page"),
+        ],
+        index(0),
+    );
+}
+
+#[test]
+fn a_compressed_index_block_decodes_to_its_length() {
+    let sample = Sample::new();
+    let at = sample.top_entry(3) + offset_of!(TopEntry, decoded_len);
+    let stored = sample.blocks[2].1.start;
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u32(at, 16384, "decoded length of an index block"),
+            u32(at, 32, "cannot be decoded"),
+            u8(stored, 0, "cannot be decoded"),
+        ],
+        index(3),
+    );
+}
+
+/// Decodes the frame of a page.
+fn frame_of(page: u64) -> impl Fn(&Sample) -> (bool, String) {
+    move |sample| {
+        let snapshot = sample.open().expect("opens");
+        let Ok(Page::Stored { frame, .. }) = snapshot.look_up(page, Reason::Demand) else {
+            panic!("page {page} is stored");
+        };
+        let mut out = vec![0; frame.decoded_len()];
+        match FrameDecoder::new().decode(&snapshot, &frame, Reason::Demand, &mut out) {
+            Ok(_) => (false, "decodes".to_owned()),
+            Err(error) => {
+                let source = std::error::Error::source(&error).map(ToString::to_string);
+                (
+                    error.is_damage(),
+                    format!("{error}: {}", source.unwrap_or_default()),
+                )
+            }
+        }
+    }
+}
+
+#[test]
+fn frames() {
+    let sample = Sample::new();
+    let frame = sample.frames[0].start;
+    let runs = frame + size_of::<FrameHeader>();
+    let second = runs + size_of::<PageRun>();
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u32(frame, 0, "magic of a frame"),
+            u16(frame + offset_of!(FrameHeader, slots), 3, "slots of a frame is 3"),
+            u16(frame + offset_of!(FrameHeader, run_count), 1, "payload length of a frame"),
+            u16(frame + offset_of!(FrameHeader, run_count), 0xffff, "payload length of a frame"),
+            u16(frame + offset_of!(FrameHeader, dictionary), 7, "dictionary of a frame"),
+            u8(frame + offset_of!(FrameHeader, codec), 1, "codec of a frame is 1"),
+            u8(frame + offset_of!(FrameHeader, codec), 9, "codec of a frame is 9"),
+            u8(frame + offset_of!(FrameHeader, reserved), 1, "reserved byte of a frame"),
+            u32(frame + offset_of!(FrameHeader, payload_len), 0, "payload length of a frame"),
+            u32(frame + offset_of!(FrameHeader, payload_len), u32::MAX, "payload length of a frame"),
+            u64(frame + offset_of!(FrameHeader, base_page), u64::MAX, "pages of a page run"),
+            u64(frame + offset_of!(FrameHeader, base_page), 5 * 512 - 3, "pages of a page run"),
+            u32(runs + offset_of!(PageRun, page), 1, "lowest page of a frame's list"),
+            u32(second + offset_of!(PageRun, page), u32::MAX, "pages of a page run"),
+            u16(runs + offset_of!(PageRun, count), 0, "slots of a page run"),
+            u16(second + offset_of!(PageRun, count), 3, "slots of a page run"),
+            u16(second + offset_of!(PageRun, slot), 0xffff, "slots of a page run"),
+        ],
+        frame_of(0),
+    );
+}
+
+#[test]
+fn compressed_frames_decode_to_their_length() {
+    let sample = Sample::new();
+    let frame = sample.frames[1].clone();
+    // The payload begins after the header and two runs, with zstd's own magic.
+    let payload = frame.start + size_of::<FrameHeader>() + 2 * size_of::<PageRun>();
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u32(payload, 0, "cannot be decoded"),
+            u8(frame.end - 100, !sample.bytes[frame.end - 100], ""),
+        ],
+        frame_of(4),
+    );
+    // A frame that decodes to fewer pages than it has slots.
+    let mut wrong = sample.clone();
+    let short = common::compress(&common::pattern(4), &[]);
+    let room = frame.end - payload;
+    wrong.bytes[payload..frame.end].fill(0);
+    wrong.put(payload, &short);
+    // Fill the rest of the record with a skippable zstd frame.
+    let skip = room - short.len() - 8;
+    wrong.put_u32(payload + short.len(), 0x184d_2a50);
+    wrong.put_u32(
+        payload + short.len() + 4,
+        u32::try_from(skip).expect("small"),
+    );
+    wrong.seal();
+    let (damage, error) = frame_of(4)(&wrong);
+    assert!(
+        damage && error.contains("decoded length of a frame is 4096"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_frame_has_a_checksum() {
+    let mut sample = Sample::new();
+    let middle = sample.frames[0].start + 1000;
+    sample.bytes[middle] ^= 0x10;
+    let (damage, error) = frame_of(0)(&sample);
+    assert!(damage && error.contains("checksum"), "{error}");
+}
+
+#[test]
+fn dictionaries() {
+    let sample = Sample::new();
+    let entry = sample.section(SectionKind::Dictionaries).start;
+    let section = sample.entry_of(SectionKind::Dictionaries);
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u32(entry + offset_of!(BlobEntry, tag), 8, "dictionary 7 is missing"),
+            u32(entry + offset_of!(BlobEntry, tag), 0, "number of a dictionary is 0"),
+            u32(entry + offset_of!(BlobEntry, tag), 65543, "number of a dictionary is 65543"),
+            u64(entry + offset_of!(BlobEntry, len), 0, "length of a dictionary is 0"),
+            u64(entry + offset_of!(BlobEntry, len), 1 << 40, "do not lie within"),
+            u32(section, UNKNOWN_KIND + 1, "dictionary 7 is missing"),
+        ],
+        frame_of(512),
+    );
+    assert_eq!(
+        sample.open().expect("opens").dictionaries().expect("read")[0].number,
+        DICTIONARY
+    );
+}
+
+#[test]
+fn fill_runs() {
+    let sample = Sample::new();
+    let first = sample.section(SectionKind::FillRuns).start;
+    let second = first + size_of::<FillRun>();
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u64(first + offset_of!(FillRun, pages), 0, "pages of a fill run is 0"),
+            u64(second + offset_of!(FillRun, pages), 513, "no more than the run before"),
+            u64(second + offset_of!(FillRun, first_page), 900, "pages of a fill run"),
+            u64(second + offset_of!(FillRun, first_page), 1000, "pages of a fill run"),
+            u64(first + offset_of!(FillRun, first_page), u64::MAX, "pages of a fill run"),
+            u64(first + offset_of!(FillRun, pages), u64::MAX, "pages of a fill run"),
+            u64(second + offset_of!(FillRun, first_page), 1030, "overlap"),
+        ],
+        reading(Snapshot::fill_runs),
+    );
+}
+
+#[test]
+fn named_blobs() {
+    let sample = Sample::new();
+    let sets = sample.section(SectionKind::WorkingSets).start;
+    let second = sets + size_of::<BlobEntry>();
+    let names = second + size_of::<BlobEntry>();
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u64(sets + offset_of!(BlobEntry, offset), 1, "do not lie within"),
+            u64(sets + offset_of!(BlobEntry, len), 15, "length of a working set is 15"),
+            u32(sets + offset_of!(BlobEntry, tag), 1, "number of a named blob"),
+            u32(second + offset_of!(BlobEntry, name_offset), 0, "name offset"),
+            u32(second + offset_of!(BlobEntry, name_len), 0, "empty"),
+            u32(second + offset_of!(BlobEntry, name_len), 5000, "name of a blob is 5000"),
+            u32(second + offset_of!(BlobEntry, name_len), 5, "do not lie within"),
+            u32(second + offset_of!(BlobEntry, name_len), 3, "length of the names"),
+            u64(names, u64::from_le_bytes(*b"bootboot"), "appears twice"),
+            u8(names, 0xff, "not UTF-8"),
+        ],
+        reading(Snapshot::working_sets),
+    );
+    let (_, _, runs) = &sample.blobs[1];
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u64(runs.start + offset_of!(WorkingSetRun, pages), 0, "pages of a working set"),
+            u64(runs.start + offset_of!(WorkingSetRun, pages), u64::MAX, "pages of a working set"),
+            u64(runs.start, 5 * 512, "pages of a working set"),
+        ],
+        reading(|snapshot| snapshot.working_set("boot")),
+    );
+}
+
+#[test]
+fn an_attachment_is_checked_before_it_is_written() {
+    let mut sample = Sample::new();
+    let (_, _, blob) = sample.blobs[3].clone();
+    sample.bytes[blob.end - 1] ^= 1;
+    let snapshot = sample.open().expect("opens");
+    let mut out = Vec::new();
+    let error = snapshot
+        .read_attachment("vmm state", &mut out)
+        .expect_err("damaged");
+    assert!(
+        error.is_damage() && error.to_string().contains("checksum"),
+        "{error}"
+    );
+    assert!(out.is_empty(), "not a byte of it was written");
+}
+
+#[test]
+fn properties() {
+    let sample = Sample::new();
+    let text = sample.section(SectionKind::Properties);
+    let count = sample.entry_of(SectionKind::Properties) + offset_of!(SectionEntry, count);
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u8(text.start, b'z', "not sorted"),
+            u8(text.start, 0xff, "not UTF-8"),
+            u8(text.start, b'=', "without a key"),
+            u8(text.start + 6, b':', "without ="),
+            u8(text.end - 1, b'.', "no end"),
+            u64(count, 1, "count of the property section"),
+        ],
+        reading(Snapshot::properties),
+    );
+}
+
+/// What only the verifier looks for: each field is possible, but not true.
+#[test]
+fn what_is_possible_but_not_true() {
+    let sample = Sample::new();
+    let summary = sample.trailer() + offset_of!(Trailer, summary);
+    let index = sample.blocks[0].1.start;
+    let frames = index + size_of::<IndexHeader>();
+    let words = frames + 2 * size_of::<FrameRef>();
+    let page = words + 16;
+    let frame = sample.frames[0].start;
+    let runs = frame + size_of::<FrameHeader>();
+    let sections = |kind| sample.section(kind).start;
+    let gap = sample.frames[0].end + 10;
+    #[rustfmt::skip]
+    let cases = [
+        u64(summary + offset_of!(Summary, zero_pages), 1, "zero_pages is 1"),
+        u64(summary + offset_of!(Summary, fill_pages), 1, "fill_pages is 1"),
+        u64(summary + offset_of!(Summary, stored_pages), 1, "stored_pages is 1"),
+        u64(summary + offset_of!(Summary, duplicate_pages), 1, "duplicate_pages is 1"),
+        u64(summary + offset_of!(Summary, unavailable_pages), 1, "unavailable_pages is 1"),
+        u64(summary + offset_of!(Summary, frames), 1, "frames is 1"),
+        u64(summary + offset_of!(Summary, frame_bytes), 4097, "frame_bytes is 4097"),
+        u64(summary + offset_of!(Summary, frame_bytes), 1 << 22, "frame_bytes is 4194304"),
+        u64(summary + offset_of!(Summary, stored_bytes), 1, "stored_bytes is 1"),
+        u64(summary + offset_of!(Summary, index_bytes), 1, "index_bytes is 1"),
+        u8(summary + offset_of!(Summary, content_digest), 0, "the content's digest is"),
+        u8(sections(SectionKind::BlockDigests), 0, "block 0 has another digest"),
+        u8(sections(SectionKind::BlockDigests) + 2 * 32, 0, "block 2 has another digest"),
+        u64(sections(SectionKind::FillRuns) + offset_of!(FillRun, word), 5, "of run 0 is not"),
+        u64(sections(SectionKind::FillRuns) + size_of::<FillRun>(), 29, "page 29 of run 1 is not a fill"),
+        u64(words, 5, "block 0 has another digest"),
+        u64(words, 0, "names a fill word twice"),
+        u16(page + 2, 1, "page 0 is listed in slot 0"),
+        u16(page + 2, 1, "block 0 has another digest"),
+        u16(page, 0xfffe, "page 0 is listed in slot 0"),
+        u16(runs + size_of::<PageRun>() + offset_of!(PageRun, count), 1, "no page is listed for slot 3"),
+        u32(runs + size_of::<PageRun>() + offset_of!(PageRun, page), 3, "page 3 is listed in slot 2"),
+        u64(frame + offset_of!(FrameHeader, base_page), 1, "page 1 is listed in slot 0"),
+        u8(gap, 1, "belong to nothing"),
+        u64(sections(SectionKind::Attachments) + offset_of!(BlobEntry, offset), 4096, "share bytes"),
+    ];
+    for case in cases {
+        let mut wrong = sample.clone();
+        wrong.put(case.at, &case.bytes);
+        assert!(wrong.bytes != sample.bytes, "{}", case.error);
+        wrong.seal();
+        let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
+        assert!(
+            report
+                .problems
+                .iter()
+                .any(|problem| problem.detail.contains(case.error)),
+            "wanted {:?}, got {:?}",
+            case.error,
+            report.problems
+        );
+    }
+}
+
+#[test]
+fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
+    let mut sample = Sample::new();
+    let payload = sample.frames[0].start + size_of::<FrameHeader>() + 2 * size_of::<PageRun>();
+    sample.bytes[payload..payload + 4096].fill(0x11);
+    sample.seal();
+    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    assert!(
+        report
+            .problems
+            .iter()
+            .any(|p| p.detail == "slot 0 stores a fill"),
+        "{report:?}"
+    );
+
+    // A skippable zstd frame behind the payload decodes to nothing.
+    let sample = Sample::build_with(true, b"\x50\x2a\x4d\x18\x01\x00\x00\x00!");
+    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
+    assert_eq!(details, ["the payload is not one zstd frame"]);
+}
+
+#[test]
+fn the_list_of_problems_is_bounded() {
+    let mut sample = Sample::new();
+    // Every listed page of every frame is wrong, and the file has few: all are reported.
+    for frame in sample.frames.clone() {
+        sample.bytes[frame.start..frame.end].fill(7);
+    }
+    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    assert_eq!(
+        report.problems.iter().filter(|p| p.what == "frame").count(),
+        4
+    );
+    assert_eq!(report.more_problems, 0);
+    assert_eq!(report.frames_checked, 4);
+    assert!(report.pages_checked < 1525);
+    assert_eq!(HEADER_BYTES, 4096);
+}
