@@ -100,7 +100,7 @@ pub mod required {
 pub mod optional {
     /// Dictionaries are present. Frames name theirs, so nothing depends on this bit.
     pub const DICTIONARIES: u64 = 1 << 0;
-    /// Strong hashes of frames and index blocks are present (reserved).
+    /// Strong hashes of frames and index blocks are present. Version 1 writers never set it.
     pub const STRONG_HASHES: u64 = 1 << 1;
 }
 
@@ -144,8 +144,11 @@ pub struct Trailer {
     pub file_bytes: U64,
     /// What the snapshot holds, in numbers.
     pub summary: Summary,
+    /// Zero, unless [`optional::STRONG_HASHES`] is set: then the BLAKE3 hash of the section that
+    /// holds the hashes of all others, of the index blocks and of the frames.
+    pub strong_root: [u8; 32],
     /// Zero.
-    pub reserved: [u8; 1364],
+    pub reserved: [u8; 1332],
     /// Where the sections are, in any order; unused entries are zero.
     pub sections: [SectionEntry; MAX_SECTIONS],
     /// CRC-32 (IEEE) of the bytes before it.

@@ -1,4 +1,39 @@
-//! The snaprestore file format.
+//! The snaprestore file format: what is on disk, and who reads, writes and verifies it.
+//!
+//! A snapshot holds the memory of a microVM or of processes, compressed in small frames that can
+//! be decoded in any order. `FORMAT.md` beside this crate is normative.
+//!
+//! # Reading
+//!
+//! [`Snapshot`] says what a page is, [`FrameDecoder`] decodes the frame that it lies in:
+//!
+//! ```no_run
+//! use snapshot_format::layout::PAGE_SIZE;
+//! use snapshot_format::{FrameDecoder, Page, Reason, Snapshot};
+//!
+//! let snapshot = Snapshot::open_path("guest.snap")?;
+//! let mut decoder = FrameDecoder::new();
+//! match snapshot.look_up(4711, Reason::Demand)? {
+//!     Page::Fill(word) => println!("repeats {word:#x}"),
+//!     Page::Stored { frame, slot } => {
+//!         let mut pages = vec![0; frame.decoded_len()];
+//!         decoder.decode(&snapshot, &frame, Reason::Demand, &mut pages)?;
+//!         let page = &pages[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
+//!         println!("begins with {:02x?}", &page[..8]);
+//!     }
+//!     Page::Unavailable => println!("could not be read when the snapshot was taken"),
+//!     Page::Unused => println!("no page has this number"),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Every file is taken for hostile: a length, offset or number is checked against the file and a
+//! named limit before it is used, and no byte is interpreted whose checksum is not right. Nothing
+//! is mapped. Errors tell damage from failure (`is_damage`).
+//!
+//! # Verifying
+//!
+//! [`verify()`] reads everything and reports everything that is wrong.
 #![forbid(unsafe_code)]
 
 pub mod digest;

@@ -9,7 +9,7 @@ use crate::error::{Defect, OpenError, Part};
 use crate::index::Body;
 use crate::layout::{
     FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, Header, MAX_SECTIONS, PAGE_SIZE, TRAILER_BYTES,
-    TRAILER_MAGIC, Trailer, required,
+    TRAILER_MAGIC, Trailer, optional, required,
 };
 use crate::sections::Directory;
 use crate::store::{Reason, Store};
@@ -211,6 +211,12 @@ fn check_trailer(
         }));
     }
     let (entries, unused) = trailer.sections.split_at(used);
+    let strong_hashes = trailer.optional_features.get() & optional::STRONG_HASHES != 0;
+    if !strong_hashes && trailer.strong_root != [0; 32] {
+        return Err(damaged(Defect::Reserved {
+            field: "root of the strong hashes, which the file does not have,",
+        }));
+    }
     if trailer.reserved.iter().any(|&byte| byte != 0)
         || zerocopy::IntoBytes::as_bytes(unused)
             .iter()

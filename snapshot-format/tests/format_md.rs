@@ -1,0 +1,291 @@
+//! `FORMAT.md` is normative: its tables say what `layout.rs` says.
+
+use std::collections::BTreeMap;
+use std::mem::offset_of;
+
+use snapshot_format::layout::{self, SectionKind};
+
+const FORMAT: &str = include_str!("../FORMAT.md");
+
+/// Rows of the table whose header row begins with `first`, without header and rule.
+fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
+    let rows: Vec<&str> = text
+        .lines()
+        .skip_while(|line| !line.starts_with(&format!("| {first} |")))
+        .take_while(|line| line.starts_with('|'))
+        .collect();
+    assert!(rows.len() > 2, "no table of {first:?}");
+    rows[2..]
+        .iter()
+        .map(|row| row.trim_matches('|').split('|').map(str::trim).collect())
+        .collect()
+}
+
+/// What follows the heading of a struct, up to the next heading, and the size that it states.
+fn section(name: &str) -> (&'static str, usize) {
+    let heading = format!("### `{name}`: ");
+    let from = FORMAT
+        .find(&heading)
+        .unwrap_or_else(|| panic!("FORMAT.md has no heading for {name}"));
+    let text = &FORMAT[from + heading.len()..];
+    let (size, text) = text.split_once(" bytes\n").expect("a size");
+    let end = text.find("\n#").unwrap_or(text.len());
+    (&text[..end], size.parse().expect("a number"))
+}
+
+/// Checks a struct's table against (field, offset, bytes), which must be all of it.
+fn check(name: &str, size: usize, fields: &[(&str, usize, usize)]) {
+    let (text, stated) = section(name);
+    assert_eq!(stated, size, "size of {name}");
+    let rows = table(text, "offset");
+    let stated: Vec<(String, usize, usize)> = rows
+        .iter()
+        .map(|row| {
+            let number = |i: usize| row[i].parse().unwrap_or_else(|_| panic!("{name}: {row:?}"));
+            (row[2].trim_matches('`').to_owned(), number(0), number(1))
+        })
+        .collect();
+    let real: Vec<(String, usize, usize)> = fields
+        .iter()
+        .map(|(field, offset, bytes)| ((*field).to_owned(), *offset, *bytes))
+        .collect();
+    assert_eq!(stated, real, "fields of {name}");
+    let mut end = 0;
+    for (field, offset, bytes) in real {
+        assert_eq!(offset, end, "{name}.{field} follows the field before");
+        end += bytes;
+    }
+    assert_eq!(end, size, "the fields are all of {name}");
+}
+
+macro_rules! structs {
+    ($($name:ident { $($field:ident),+ $(,)? })+) => {
+        const STRUCTS: &[&str] = &[$(stringify!($name)),+];
+
+        #[test]
+        fn structs_are_as_documented() {
+            $({
+                fn bytes<T>(_: fn(&layout::$name) -> &T) -> usize {
+                    size_of::<T>()
+                }
+                check(
+                    stringify!($name),
+                    size_of::<layout::$name>(),
+                    &[$((
+                        stringify!($field),
+                        offset_of!(layout::$name, $field),
+                        bytes(|of| &of.$field),
+                    )),+],
+                );
+            })+
+        }
+    };
+}
+
+structs! {
+    Header {
+        magic, version, page_size, required_features, optional_features, snapshot_id, reserved, crc,
+    }
+    Trailer {
+        version, section_count, required_features, optional_features, snapshot_id, file_bytes,
+        summary, strong_root, reserved, sections, crc, magic,
+    }
+    Summary {
+        pages, zero_pages, fill_pages, stored_pages, duplicate_pages, unavailable_pages, frames,
+        frame_bytes, stored_bytes, index_bytes, content_digest,
+    }
+    SectionEntry { kind, crc, offset, len, count, reserved }
+    RegionEntry {
+        space, flags, start, pages, first_page, page_shift, name_len, name_offset, reserved,
+        reserved2,
+    }
+    TopEntry { kind, codec, layer, stored_len, offset, word, crc, decoded_len }
+    IndexHeader {
+        magic, page_count, frame_count, fill_count, reserved, first_page, reserved2,
+    }
+    FrameRef { offset, stored_len, crc, slots, layer, dictionary, codec, reserved }
+    PageEntry { frame, slot }
+    FrameHeader {
+        magic, slots, run_count, dictionary, codec, reserved, payload_len, base_page,
+    }
+    PageRun { page, slot, count }
+    FillRun { first_page, pages, word }
+    BlobEntry { offset, len, crc, tag, name_offset, name_len }
+    WorkingSetRun { first_page, pages }
+    AncestorEntry { snapshot_id, file_bytes, reserved }
+}
+
+#[test]
+fn every_struct_and_constant_of_the_layout_is_documented() {
+    let source = include_str!("../src/layout.rs");
+    let after = |line: &str, word: &str| {
+        let rest = line.strip_prefix(word)?;
+        let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_')?;
+        Some(rest[..end].to_owned())
+    };
+    let structs: Vec<String> = source
+        .lines()
+        .filter_map(|line| after(line, "pub struct "))
+        .collect();
+    assert_eq!(structs.len(), STRUCTS.len());
+    for name in &structs {
+        assert!(
+            STRUCTS.contains(&name.as_str()),
+            "{name} is not compared with FORMAT.md"
+        );
+    }
+    let limits = limits();
+    for name in source.lines().filter_map(|line| after(line, "pub const ")) {
+        let elsewhere = name.ends_with("_MAGIC") || name == "FORMAT_VERSION";
+        let same = name.strip_suffix("_U64").unwrap_or(&name);
+        assert!(
+            elsewhere || limits.contains_key(same),
+            "{name} is not in FORMAT.md's table of limits"
+        );
+    }
+}
+
+fn limits() -> BTreeMap<&'static str, u64> {
+    table(FORMAT, "limit")
+        .iter()
+        .map(|row| (row[0].trim_matches('`'), row[1].parse().expect("a number")))
+        .collect()
+}
+
+#[test]
+fn limits_are_as_documented() {
+    let real = BTreeMap::from([
+        ("PAGE_SIZE", layout::PAGE_SIZE as u64),
+        ("PAGES_PER_BLOCK", layout::PAGES_PER_BLOCK as u64),
+        ("HEADER_BYTES", layout::HEADER_BYTES as u64),
+        ("TRAILER_BYTES", layout::TRAILER_BYTES as u64),
+        ("MAX_SECTIONS", layout::MAX_SECTIONS as u64),
+        ("MAX_FRAME_SLOTS", layout::MAX_FRAME_SLOTS as u64),
+        (
+            "MAX_LISTED_PAGES_PER_SLOT",
+            layout::MAX_LISTED_PAGES_PER_SLOT as u64,
+        ),
+        (
+            "MAX_FRAME_RECORD_BYTES",
+            layout::MAX_FRAME_RECORD_BYTES as u64,
+        ),
+        (
+            "MAX_INDEX_BLOCK_BYTES",
+            layout::MAX_INDEX_BLOCK_BYTES as u64,
+        ),
+        ("MAX_PAGES", layout::MAX_PAGES),
+        ("MAX_REGIONS", layout::MAX_REGIONS),
+        ("MAX_NAME_BYTES", layout::MAX_NAME_BYTES as u64),
+        ("MAX_FILL_RUNS", layout::MAX_FILL_RUNS as u64),
+        ("MAX_DICTIONARIES", layout::MAX_DICTIONARIES as u64),
+        ("MAX_DICTIONARY_BYTES", layout::MAX_DICTIONARY_BYTES as u64),
+        ("MAX_ANCESTORS", layout::MAX_ANCESTORS as u64),
+        ("MAX_BLOBS", layout::MAX_BLOBS as u64),
+        ("MAX_SECTION_BYTES", layout::MAX_SECTION_BYTES),
+        ("MAX_PROPERTIES_BYTES", layout::MAX_PROPERTIES_BYTES),
+        ("MAX_INLINE_REGION_BYTES", layout::MAX_INLINE_REGION_BYTES),
+    ]);
+    assert_eq!(limits(), real);
+    assert_eq!(layout::PAGE_SIZE_U64, layout::PAGE_SIZE as u64);
+    assert_eq!(layout::PAGES_PER_BLOCK_U64, layout::PAGES_PER_BLOCK as u64);
+}
+
+/// (name, number) of each row of the table that begins with `first`.
+fn numbers(first: &str) -> Vec<(&'static str, u64)> {
+    table(FORMAT, first)
+        .iter()
+        .map(|row| {
+            let number = match row[1].strip_prefix("0x") {
+                Some(hex) => u64::from_str_radix(hex, 16),
+                None => row[1].parse(),
+            };
+            (row[0].trim_matches('`'), number.expect("a number"))
+        })
+        .collect()
+}
+
+#[test]
+fn numbers_are_as_documented() {
+    use layout::{codec, optional, page_kind, region_flags, required, top_kind};
+
+    let kinds = numbers("kind");
+    assert_eq!(kinds.len(), SectionKind::ALL.len());
+    for ((name, number), kind) in kinds.into_iter().zip(SectionKind::ALL) {
+        assert_eq!(number, u64::from(kind as u32), "{name}");
+        let words = name.to_lowercase().replace('_', "");
+        assert_eq!(words, format!("{kind:?}").to_lowercase());
+    }
+    assert_eq!(
+        numbers("top kind"),
+        [
+            ("FILL", u64::from(top_kind::FILL)),
+            ("BLOCK", u64::from(top_kind::BLOCK)),
+            ("UNAVAILABLE", u64::from(top_kind::UNAVAILABLE)),
+        ]
+    );
+    assert_eq!(
+        numbers("codec"),
+        [
+            ("RAW", u64::from(codec::RAW)),
+            ("ZSTD", u64::from(codec::ZSTD)),
+            ("ZSTD_DICTIONARY", u64::from(codec::ZSTD_DICTIONARY)),
+        ]
+    );
+    assert_eq!(
+        numbers("page kind"),
+        [
+            ("FILL", u64::from(page_kind::FILL)),
+            ("UNAVAILABLE", u64::from(page_kind::UNAVAILABLE)),
+        ]
+    );
+    let bit = |mask: u64| u64::from(mask.trailing_zeros());
+    assert_eq!(
+        numbers("region flag"),
+        [
+            ("READ", bit(region_flags::READ.into())),
+            ("WRITE", bit(region_flags::WRITE.into())),
+            ("EXECUTE", bit(region_flags::EXECUTE.into())),
+            ("SHARED", bit(region_flags::SHARED.into())),
+        ]
+    );
+    assert_eq!(region_flags::KNOWN.count_ones(), 4);
+    assert_eq!(
+        numbers("required feature"),
+        [("ANCESTORS", bit(required::ANCESTORS))]
+    );
+    assert_eq!(required::KNOWN.count_ones(), 1);
+    assert_eq!(
+        numbers("optional feature"),
+        [
+            ("DICTIONARIES", bit(optional::DICTIONARIES)),
+            ("STRONG_HASHES", bit(optional::STRONG_HASHES)),
+        ]
+    );
+}
+
+#[test]
+fn magics_and_version_are_as_documented() {
+    let hex = |bytes: &[u8]| {
+        let bytes: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("`{}`", bytes.join(" "))
+    };
+    for (name, magic) in [
+        ("Header", hex(&layout::HEADER_MAGIC)),
+        ("Trailer", hex(&layout::TRAILER_MAGIC)),
+        ("IndexHeader", hex(&layout::INDEX_MAGIC.to_le_bytes())),
+        ("FrameHeader", hex(&layout::FRAME_MAGIC.to_le_bytes())),
+    ] {
+        let (text, _) = section(name);
+        let rows = table(text, "offset");
+        let row = rows
+            .iter()
+            .find(|row| row[2] == "`magic`")
+            .expect("a magic");
+        assert!(row[3].starts_with(&magic), "{name}: {}", row[3]);
+    }
+    let (header, _) = section("Header");
+    let rows = table(header, "offset");
+    assert_eq!(rows[1][3], layout::FORMAT_VERSION.to_string());
+    assert_eq!(rows[2][3], layout::PAGE_SIZE.to_string());
+    assert!(FORMAT.starts_with("# The snaprestore file format, version 1\n"));
+}
