@@ -36,6 +36,7 @@
 //! [`verify()`] reads everything and reports everything that is wrong.
 #![forbid(unsafe_code)]
 
+pub mod dictionary;
 pub mod digest;
 mod error;
 mod frame;
@@ -47,6 +48,7 @@ mod snapshot;
 mod store;
 mod types;
 mod verify;
+mod writer;
 
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
@@ -61,3 +63,4 @@ pub use verify::{
     MAX_PROBLEMS, Problem, Report, VerifyCallback, VerifyError, VerifyOptions, VerifyProgress,
     verify,
 };
+pub use writer::{Dictionary, Progress, RegionSpec, WriteError, Writer, WriterOptions, Written};

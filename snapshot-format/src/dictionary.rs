@@ -1,0 +1,146 @@
+//! Dictionaries: training one, and finding out whether it pays.
+//!
+//! Small frames compress worse than a whole image because each starts from nothing. A dictionary
+//! gives it something to start from. It costs its own length in the file and some time for each
+//! frame, so one is only used if it saves clearly more than that on pages that it wasn't made from.
+
+use rayon::prelude::*;
+use zstd_safe::{CCtx, CDict};
+
+use crate::digest::fill_word;
+use crate::layout::PAGE_SIZE;
+
+/// Sizes that are tried. The small one sometimes wins by itself: it leaves the window to the frame.
+const SIZES: [usize; 2] = [112 << 10, 16 << 10];
+/// Bytes that zstd trains on. It takes a quarter of a second; four times as much takes three times
+/// as long and saved 0.1 % more.
+const MOST_TRAINING_BYTES: usize = 2 << 20;
+/// One frame of this many is not trained on but compressed to judge.
+const HELD_OUT: usize = 4;
+/// With less than this there is nothing to learn from.
+const LEAST_BYTES: usize = 2 << 20;
+/// What it must save of the frames' bytes at least: it also costs time to decode.
+const LEAST_SAVED: f64 = 0.005;
+
+/// A dictionary that pays.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// The dictionary.
+    pub bytes: Vec<u8>,
+    /// What part of the compressed bytes it saved on pages that it wasn't trained on.
+    pub saved_ratio: f64,
+}
+
+/// Trains a dictionary on `samples` (pages, one after the other, best from all over the source) for
+/// frames of `frame_pages` pages. Fills among them are left out.
+///
+/// `expected_bytes` is how many bytes of pages other than fills will be compressed: a dictionary
+/// pays only if what it saves on them is at least twice its own length. Returns none if none pays.
+///
+/// Uses the rayon pool that it is called in.
+pub fn train(
+    samples: &[u8],
+    frame_pages: usize,
+    level: i32,
+    expected_bytes: u64,
+) -> Option<Trained> {
+    let mut pages = Vec::with_capacity(samples.len());
+    for page in samples
+        .chunks_exact(PAGE_SIZE)
+        .filter(|page| fill_word(page).is_none())
+    {
+        pages.extend_from_slice(page);
+    }
+    let frames: Vec<&[u8]> = pages.chunks(frame_pages.max(1) * PAGE_SIZE).collect();
+    train_on_frames(&frames, level, expected_bytes)
+}
+
+/// As [`train`], with frames of distinct pages that are no fills.
+pub(crate) fn train_on_frames(
+    frames: &[&[u8]],
+    level: i32,
+    expected_bytes: u64,
+) -> Option<Trained> {
+    let total: usize = frames.iter().map(|frame| frame.len()).sum();
+    if total < LEAST_BYTES {
+        return None;
+    }
+    let held_out: Vec<&[u8]> = frames
+        .iter()
+        .copied()
+        .skip(HELD_OUT - 1)
+        .step_by(HELD_OUT)
+        .collect();
+    let (samples, sizes) = training_set(frames);
+    let plain = compressed_len(&held_out, |context, target, frame| {
+        context.compress(target, frame, level)
+    })?;
+    let raw: usize = held_out.iter().map(|frame| frame.len()).sum();
+    let expected = as_f64(expected_bytes) * plain / as_f64(raw as u64);
+
+    let judged = SIZES.into_par_iter().filter_map(|size| {
+        let mut bytes = vec![0; size];
+        let len = zstd_safe::train_from_buffer(&mut bytes[..], &samples, &sizes).ok()?;
+        bytes.truncate(len);
+        let prepared = CDict::try_create(&bytes, level)?;
+        let with = compressed_len(&held_out, |context, target, frame| {
+            context.compress_using_cdict(target, frame, &prepared)
+        })?;
+        let saved_ratio = (plain - with) / plain;
+        let gain = saved_ratio * expected - as_f64(len as u64);
+        (saved_ratio >= LEAST_SAVED && gain >= as_f64(len as u64))
+            .then_some((gain, Trained { bytes, saved_ratio }))
+    });
+    judged
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|(_, trained)| trained)
+}
+
+/// Pages from all frames that aren't held out, evenly, one after the other, and their lengths.
+fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
+    let pages = || {
+        let trained_on = frames
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| index % HELD_OUT != HELD_OUT - 1);
+        trained_on.flat_map(|(_, frame)| frame.chunks(PAGE_SIZE))
+    };
+    let step = (pages().count() * PAGE_SIZE)
+        .div_ceil(MOST_TRAINING_BYTES)
+        .max(1);
+    let mut samples = Vec::new();
+    let mut sizes = Vec::new();
+    for page in pages().step_by(step) {
+        samples.extend_from_slice(page);
+        sizes.push(page.len());
+    }
+    (samples, sizes)
+}
+
+/// Bytes of all `frames` when compressed, or stored if that is shorter.
+fn compressed_len(
+    frames: &[&[u8]],
+    compress: impl Fn(&mut CCtx<'static>, &mut [u8], &[u8]) -> zstd_safe::SafeResult + Sync,
+) -> Option<f64> {
+    let longest = frames.iter().map(|frame| frame.len()).max()?;
+    let room = zstd_safe::compress_bound(longest);
+    let total: Option<u64> = frames
+        .par_chunks(frames.len().div_ceil(rayon::current_num_threads()))
+        .map(|frames| {
+            let (mut context, mut target) = (CCtx::try_create()?, vec![0; room]);
+            let mut total = 0u64;
+            for frame in frames {
+                let len = compress(&mut context, &mut target, frame).ok()?;
+                total += len.min(frame.len()) as u64;
+            }
+            Some(total)
+        })
+        .sum();
+    total.map(as_f64)
+}
+
+/// Precision doesn't matter to an estimate.
+#[allow(clippy::cast_precision_loss)]
+fn as_f64(bytes: u64) -> f64 {
+    bytes as f64
+}

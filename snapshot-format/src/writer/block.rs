@@ -1,0 +1,143 @@
+//! Index blocks on their way in: gathering pages, and finding out what each page is.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use super::dedup::Key;
+use super::workers::Event;
+use crate::digest::{self, Digest};
+use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
+
+/// Room for the bytes of one index block. It goes back to where it came from when the last user
+/// lets go.
+pub(super) struct BlockBuffer {
+    bytes: Vec<u8>,
+    home: Sender<Event>,
+}
+
+impl BlockBuffer {
+    pub(super) fn new(bytes: Vec<u8>, home: Sender<Event>) -> Self {
+        debug_assert_eq!(bytes.len(), PAGES_PER_BLOCK * PAGE_SIZE);
+        Self { bytes, home }
+    }
+
+    pub(super) fn page(&self, index: usize) -> &[u8] {
+        &self.bytes[index * PAGE_SIZE..][..PAGE_SIZE]
+    }
+
+    /// The bytes of `count` pages from page `first` on.
+    pub(super) fn pages(&self, first: usize, count: usize) -> &[u8] {
+        &self.bytes[first * PAGE_SIZE..][..count * PAGE_SIZE]
+    }
+
+    pub(super) fn pages_mut(&mut self, first: usize, count: usize) -> &mut [u8] {
+        &mut self.bytes[first * PAGE_SIZE..][..count * PAGE_SIZE]
+    }
+}
+
+impl Drop for BlockBuffer {
+    fn drop(&mut self) {
+        // Nobody listens any more when the writer itself is gone.
+        let _ = self
+            .home
+            .send(Event::Buffer(std::mem::take(&mut self.bytes)));
+    }
+}
+
+/// What the caller said about a page.
+#[derive(Clone, Copy)]
+pub(super) enum Given {
+    /// Its bytes are in the buffer.
+    Bytes,
+    Fill(u64),
+    Unavailable,
+}
+
+/// What a page turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    Fill(u64),
+    Unavailable,
+    Data(Key),
+}
+
+/// The pages of an index block and the digest of their content.
+pub(super) struct Examined {
+    pub(super) pages: Vec<Seen>,
+    pub(super) digest: Digest,
+}
+
+impl Examined {
+    /// What all pages are, if they are all one fill or all unavailable.
+    pub(super) fn uniform(&self) -> Option<Seen> {
+        let first = *self.pages.first()?;
+        let same = !matches!(first, Seen::Data(_)) && self.pages.iter().all(|&page| page == first);
+        same.then_some(first)
+    }
+}
+
+/// Looks at every page: fills, and digests of the others.
+pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Examined {
+    let mut digests = Vec::with_capacity(given.len());
+    let mut last_fill = None;
+    let pages = given
+        .iter()
+        .enumerate()
+        .map(|(index, given)| {
+            let seen = match (*given, buffer) {
+                (Given::Fill(word), _) => Seen::Fill(word),
+                (Given::Bytes, Some(buffer)) => {
+                    let bytes = buffer.page(index);
+                    if let Some(word) = digest::fill_word(bytes) {
+                        Seen::Fill(word)
+                    } else {
+                        let digest = digest::stored(bytes);
+                        digests.push(digest);
+                        return Seen::Data(key(&digest));
+                    }
+                }
+                (Given::Unavailable, _) | (Given::Bytes, None) => Seen::Unavailable,
+            };
+            // Fills come in runs.
+            digests.push(match (seen, last_fill) {
+                (Seen::Fill(word), Some((last, digest))) if word == last => digest,
+                (Seen::Fill(word), _) => {
+                    let digest = digest::fill(word);
+                    last_fill = Some((word, digest));
+                    digest
+                }
+                _ => digest::unavailable(),
+            });
+            seen
+        })
+        .collect();
+    Examined {
+        pages,
+        digest: digest::block(&digests),
+    }
+}
+
+fn key(digest: &Digest) -> Key {
+    let (words, _) = digest.as_chunks::<8>();
+    [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]
+}
+
+/// The index block that is being filled by the caller.
+#[derive(Default)]
+pub(super) struct Gather {
+    pub(super) given: Vec<Given>,
+    pub(super) buffer: Option<BlockBuffer>,
+}
+
+impl Gather {
+    /// Pages that still fit.
+    pub(super) fn room(&self) -> usize {
+        PAGES_PER_BLOCK - self.given.len()
+    }
+
+    /// Adds `count` pages of which no bytes are needed.
+    pub(super) fn push(&mut self, given: Given, count: usize) {
+        debug_assert!(count <= self.room());
+        self.given.extend(std::iter::repeat_n(given, count));
+    }
+}

@@ -1,0 +1,94 @@
+//! What can stop a writer.
+
+use std::io;
+
+/// Why a snapshot could not be written. The writer that returned it accepts no further calls.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The output refused bytes.
+    #[error("could not write {what}")]
+    Io {
+        /// What was being written.
+        what: &'static str,
+        /// What the output said.
+        #[source]
+        source: io::Error,
+    },
+    /// The source of the pages could not be read.
+    #[error("could not read pages")]
+    Source(#[source] io::Error),
+    /// The source of an attachment could not be read.
+    #[error("could not read the attachment {name:?}")]
+    Attachment {
+        /// Name of the attachment.
+        name: String,
+        /// What its source said.
+        #[source]
+        source: io::Error,
+    },
+    /// The progress callback asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// The snapshot would pass a limit of the format.
+    #[error("{what} would be {value}; the format allows at most {limit}")]
+    Limit {
+        /// What is limited.
+        what: &'static str,
+        /// What it would have become.
+        value: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// A value that was passed in makes no sense.
+    #[error("{what} is {value}; accepted: {accepted}")]
+    Argument {
+        /// The argument.
+        what: &'static str,
+        /// Its value.
+        value: String,
+        /// What would have been accepted.
+        accepted: &'static str,
+    },
+    /// The compressor failed.
+    #[error("could not compress {what}: {detail}")]
+    Compress {
+        /// What was being compressed.
+        what: &'static str,
+        /// What zstd said.
+        detail: &'static str,
+    },
+    /// The threads could not be started.
+    #[error("could not start the writer's threads")]
+    Threads(#[source] rayon::ThreadPoolBuildError),
+    /// A thread of the writer panicked: a defect of this crate.
+    #[error("a thread of the writer panicked")]
+    Panicked,
+    /// An earlier call failed.
+    #[error("the writer was stopped by an earlier error")]
+    Stopped,
+}
+
+impl WriteError {
+    /// An [`WriteError::Argument`] with a displayable value.
+    pub(crate) fn argument(
+        what: &'static str,
+        value: impl std::fmt::Display,
+        accepted: &'static str,
+    ) -> Self {
+        Self::Argument {
+            what,
+            value: format!("{value}"),
+            accepted,
+        }
+    }
+
+    /// Refuses a value above its limit.
+    pub(crate) fn limit(what: &'static str, value: u64, limit: u64) -> Result<(), Self> {
+        if value > limit {
+            Err(Self::Limit { what, value, limit })
+        } else {
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! Frames: gathering pages into one, listing who has them, and building the record.
+//!
+//! The open frame takes new pages in order. Pages of the block that is being sequenced are only
+//! named; their bytes are copied when the block ends before the frame is full. A frame that starts
+//! and ends within one block is compressed from where the caller's bytes lie.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+use zstd_safe::{CCtx, CDict};
+
+use super::WriteError;
+use super::block::BlockBuffer;
+use crate::layout::{
+    FRAME_MAGIC, FrameHeader, FrameRef, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PageRun, codec,
+};
+
+/// The frame that takes new pages.
+#[derive(Default)]
+pub(super) struct OpenFrame {
+    base_page: u64,
+    runs: Vec<PageRun>,
+    /// Listed pages of each slot; as long as the frame has slots.
+    listed: Vec<u8>,
+    /// Bytes of the pages that came with earlier blocks.
+    own: Vec<u8>,
+    /// Pages of the current block, by their index in it.
+    tail: Vec<u16>,
+}
+
+impl OpenFrame {
+    pub(super) fn slots(&self) -> usize {
+        self.listed.len()
+    }
+
+    /// Whether the list of pages can name `page`: it counts from the first page in 32 bits.
+    pub(super) fn reaches(&self, page: u64) -> bool {
+        self.slots() == 0 || u32::try_from(page - self.base_page).is_ok()
+    }
+
+    /// Adds page `page`, which is page `index` of the current block, and returns its slot.
+    pub(super) fn add(&mut self, page: u64, index: u16) -> u16 {
+        if self.slots() == 0 {
+            self.base_page = page;
+        }
+        let slot = u16::try_from(self.slots()).expect("a frame has at most 512 slots");
+        self.tail.push(index);
+        self.listed.push(0);
+        self.list(page, slot);
+        slot
+    }
+
+    /// Lists `page` as one that has the content of `slot`, unless the list has no room for it.
+    pub(super) fn list(&mut self, page: u64, slot: u16) {
+        let listed = &mut self.listed[usize::from(slot)];
+        let Ok(delta) = u32::try_from(page - self.base_page) else {
+            return;
+        };
+        if usize::from(*listed) == MAX_LISTED_PAGES_PER_SLOT {
+            return;
+        }
+        *listed += 1;
+        if let Some(last) = self.runs.last_mut() {
+            let count = last.count.get();
+            if last.page.get().checked_add(count.into()) == Some(delta)
+                && last.slot.get() + count == slot
+            {
+                last.count.set(count + 1);
+                return;
+            }
+        }
+        self.runs.push(PageRun {
+            page: delta.into(),
+            slot: slot.into(),
+            count: 1.into(),
+        });
+    }
+
+    /// Copies what is named in `block`, which is about to go. `spare` gives a buffer to copy into.
+    pub(super) fn keep(&mut self, block: &BlockBuffer, spare: impl FnOnce() -> Vec<u8>) {
+        if self.tail.is_empty() {
+            return;
+        }
+        if self.own.capacity() == 0 {
+            self.own = spare();
+            self.own.clear();
+        }
+        for index in self.tail.drain(..) {
+            self.own.extend_from_slice(block.page(index.into()));
+        }
+    }
+
+    /// Ends the frame. `block` is the current one, if the frame has pages of it.
+    pub(super) fn seal(&mut self, number: u64, block: Option<&Arc<BlockBuffer>>) -> Sealed {
+        let block = if self.tail.is_empty() {
+            None
+        } else {
+            block.cloned()
+        };
+        let sealed = Sealed {
+            number,
+            slots: self.slots(),
+            base_page: self.base_page,
+            runs: std::mem::take(&mut self.runs),
+            own: std::mem::take(&mut self.own),
+            tail: std::mem::take(&mut self.tail),
+            block,
+        };
+        self.listed.clear();
+        sealed
+    }
+}
+
+/// A frame that takes no more pages.
+pub(super) struct Sealed {
+    pub(super) number: u64,
+    slots: usize,
+    base_page: u64,
+    runs: Vec<PageRun>,
+    own: Vec<u8>,
+    tail: Vec<u16>,
+    block: Option<Arc<BlockBuffer>>,
+}
+
+impl Sealed {
+    /// The bytes of all pages in slot order: where they lie if they lie together, or gathered.
+    pub(super) fn bytes<'a>(&'a self, gathered: &'a mut Vec<u8>) -> &'a [u8] {
+        let Some(block) = &self.block else {
+            return &self.own;
+        };
+        let contiguous = self.tail.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+        if self.own.is_empty() && contiguous {
+            return block.pages(self.tail[0].into(), self.tail.len());
+        }
+        gathered.clear();
+        gathered.extend_from_slice(&self.own);
+        for &index in &self.tail {
+            gathered.extend_from_slice(block.page(index.into()));
+        }
+        gathered
+    }
+}
+
+/// How frames are compressed.
+pub(super) struct Compression {
+    pub(super) level: i32,
+    /// The dictionary's number and its prepared form.
+    pub(super) dictionary: Option<(u16, CDict<'static>)>,
+}
+
+/// What a thread needs to build a frame; kept from one to the next.
+pub(super) struct Scratch {
+    context: CCtx<'static>,
+    gathered: Vec<u8>,
+}
+
+impl Scratch {
+    pub(super) fn new() -> Self {
+        Self {
+            context: CCtx::create(),
+            gathered: Vec::new(),
+        }
+    }
+}
+
+/// A frame record and what index blocks must know about it.
+pub(super) struct Built {
+    pub(super) number: u64,
+    /// The record is the first `len` bytes.
+    pub(super) record: Vec<u8>,
+    pub(super) len: usize,
+    /// The reference; its offset is known when the record is written.
+    pub(super) reference: FrameRef,
+    /// A buffer to use again.
+    pub(super) spare: Vec<u8>,
+}
+
+/// Bytes of a buffer that holds any record of `frame_pages` pages while it is built.
+pub(super) fn record_room(frame_pages: usize) -> usize {
+    size_of::<FrameHeader>()
+        + frame_pages * MAX_LISTED_PAGES_PER_SLOT * size_of::<PageRun>()
+        + zstd_safe::compress_bound(frame_pages * PAGE_SIZE)
+}
+
+/// Compresses `sealed` into `record`, which has [`record_room`].
+pub(super) fn build(
+    sealed: Sealed,
+    compression: &Compression,
+    scratch: &mut Scratch,
+    mut record: Vec<u8>,
+) -> Result<Built, WriteError> {
+    let runs = sealed.runs.as_bytes();
+    let head = size_of::<FrameHeader>() + runs.len();
+    let bytes = sealed.bytes(&mut scratch.gathered);
+    debug_assert_eq!(bytes.len(), sealed.slots * PAGE_SIZE);
+
+    let target = &mut record[head..];
+    let compressed = match &compression.dictionary {
+        Some((_, dictionary)) => scratch
+            .context
+            .compress_using_cdict(target, bytes, dictionary),
+        None => scratch.context.compress(target, bytes, compression.level),
+    }
+    .map_err(|code| WriteError::Compress {
+        what: "a frame",
+        detail: zstd_safe::get_error_name(code),
+    })?;
+    let (codec, dictionary, payload) = if compressed < bytes.len() {
+        match &compression.dictionary {
+            Some((number, _)) => (codec::ZSTD_DICTIONARY, *number, compressed),
+            None => (codec::ZSTD, 0, compressed),
+        }
+    } else {
+        target[..bytes.len()].copy_from_slice(bytes);
+        (codec::RAW, 0, bytes.len())
+    };
+
+    let slots = u16::try_from(sealed.slots).expect("a frame has at most 512 slots");
+    let header = FrameHeader {
+        magic: FRAME_MAGIC.into(),
+        slots: slots.into(),
+        run_count: u16::try_from(sealed.runs.len())
+            .expect("at most 4 runs for each slot")
+            .into(),
+        dictionary: dictionary.into(),
+        codec,
+        reserved: 0,
+        payload_len: u32::try_from(payload)
+            .expect("a frame has at most 2 MiB")
+            .into(),
+        base_page: sealed.base_page.into(),
+    };
+    record[..size_of::<FrameHeader>()].copy_from_slice(header.as_bytes());
+    record[size_of::<FrameHeader>()..head].copy_from_slice(runs);
+    let len = head + payload;
+    let reference = FrameRef {
+        offset: 0.into(),
+        stored_len: u32::try_from(len)
+            .expect("a record has at most 2.1 MiB")
+            .into(),
+        crc: crc32fast::hash(&record[..len]).into(),
+        slots: slots.into(),
+        layer: 0.into(),
+        dictionary: dictionary.into(),
+        codec,
+        reserved: 0,
+    };
+    Ok(Built {
+        number: sealed.number,
+        record,
+        len,
+        reference,
+        spare: sealed.own,
+    })
+}
+
+/// References of the frames that are written.
+///
+/// The first `bound` are kept for good, so that later pages can share theirs; of the others only
+/// those that a waiting index block needs.
+pub(super) struct FrameRefs {
+    bound: u64,
+    kept: Vec<FrameRef>,
+    recent: VecDeque<FrameRef>,
+    /// Number of the first of `recent`.
+    recent_first: u64,
+}
+
+impl FrameRefs {
+    pub(super) fn new(bound: u64) -> Self {
+        Self {
+            bound,
+            kept: Vec::new(),
+            recent: VecDeque::new(),
+            recent_first: bound,
+        }
+    }
+
+    /// Frames written.
+    pub(super) fn written(&self) -> u64 {
+        if self.recent_first > self.bound || !self.recent.is_empty() {
+            self.recent_first + self.recent.len() as u64
+        } else {
+            self.kept.len() as u64
+        }
+    }
+
+    /// Whether pages of frame `number` may be shared after it is sealed.
+    pub(super) fn keeps(&self, number: u64) -> bool {
+        number < self.bound
+    }
+
+    pub(super) fn push(&mut self, reference: FrameRef) {
+        if (self.kept.len() as u64) < self.bound {
+            self.kept.push(reference);
+        } else {
+            self.recent.push_back(reference);
+        }
+    }
+
+    pub(super) fn get(&self, number: u64) -> FrameRef {
+        let index = |from: u64| usize::try_from(number - from).expect("an index of kept frames");
+        if number < self.bound {
+            self.kept[index(0)]
+        } else {
+            self.recent[index(self.recent_first)]
+        }
+    }
+
+    /// Drops what lies before `number` and isn't kept for good.
+    pub(super) fn forget_before(&mut self, number: u64) {
+        while self.recent_first < number && self.recent.pop_front().is_some() {
+            self.recent_first += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reference(n: u64) -> FrameRef {
+        FrameRef {
+            offset: n.into(),
+            stored_len: 1.into(),
+            crc: 0.into(),
+            slots: 1.into(),
+            layer: 0.into(),
+            dictionary: 0.into(),
+            codec: codec::RAW,
+            reserved: 0,
+        }
+    }
+
+    #[test]
+    fn references_beyond_the_bound_are_kept_while_needed() {
+        let mut refs = FrameRefs::new(3);
+        for n in 0..10 {
+            assert_eq!(refs.written(), n);
+            refs.push(reference(n));
+        }
+        refs.forget_before(7);
+        assert_eq!(refs.written(), 10);
+        for n in [0, 1, 2, 7, 8, 9] {
+            assert_eq!(refs.get(n).offset.get(), n);
+        }
+        refs.forget_before(20);
+        assert_eq!((refs.written(), refs.recent.len()), (10, 0));
+    }
+
+    #[test]
+    fn a_list_names_each_slot_at_most_four_times() {
+        let mut open = OpenFrame::default();
+        for page in 0..8 {
+            open.add(page, 0);
+        }
+        for page in 8..1000 {
+            open.list(page, u16::try_from(page % 8).unwrap());
+        }
+        let sealed = open.seal(0, None);
+        let listed: usize = sealed
+            .runs
+            .iter()
+            .map(|run| usize::from(run.count.get()))
+            .sum();
+        assert_eq!(listed, 8 * MAX_LISTED_PAGES_PER_SLOT);
+        assert_eq!(
+            sealed.runs.len(),
+            MAX_LISTED_PAGES_PER_SLOT,
+            "consecutive pages share a run"
+        );
+        assert_eq!(open.slots(), 0);
+    }
+
+    #[test]
+    fn pages_out_of_the_lists_reach_are_refused_or_left_out() {
+        let mut open = OpenFrame::default();
+        assert!(open.reaches(u64::MAX));
+        open.add(512, 0);
+        let last = 512 + u64::from(u32::MAX);
+        assert!(open.reaches(last) && !open.reaches(last + 1));
+        open.list(last, 0);
+        open.list(last + 1, 0);
+        assert_eq!(open.seal(0, None).runs.len(), 2);
+    }
+}

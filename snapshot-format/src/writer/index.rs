@@ -1,0 +1,157 @@
+//! Index blocks on their way out.
+
+use zerocopy::IntoBytes;
+use zstd_safe::CCtx;
+
+use super::WriteError;
+use super::frame::FrameRefs;
+use crate::layout::{
+    FrameRef, INDEX_MAGIC, IndexHeader, MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK, PageEntry,
+    TopEntry, codec, page_kind, top_kind,
+};
+
+/// Level for index blocks. They are small and look alike at any level.
+const LEVEL: i32 = 3;
+
+/// An index block whose frames may not be written yet.
+pub(super) struct Draft {
+    /// Its place in the top table.
+    pub(super) block: usize,
+    pub(super) first_page: u64,
+    entries: Vec<PageEntry>,
+    /// Numbers of the frames that it names.
+    frames: Vec<u64>,
+    words: Vec<u64>,
+    /// Frames that must be written before it: its own and those of the blocks before it, so that
+    /// the order of the file doesn't depend on which thread was faster.
+    pub(super) needs: u64,
+    /// The frame that was open when the block came: it names older ones only if they are kept for
+    /// good.
+    pub(super) open_before: u64,
+}
+
+impl Draft {
+    pub(super) fn new(block: usize, first_page: u64, needs: u64, open_before: u64) -> Self {
+        Self {
+            block,
+            first_page,
+            entries: Vec::with_capacity(PAGES_PER_BLOCK),
+            frames: Vec::new(),
+            words: Vec::new(),
+            needs,
+            open_before,
+        }
+    }
+
+    pub(super) fn push_stored(&mut self, frame: u64, slot: u16) {
+        self.needs = self.needs.max(frame + 1);
+        let frame = number(&mut self.frames, frame);
+        self.entries.push(PageEntry {
+            frame: frame.into(),
+            slot: slot.into(),
+        });
+    }
+
+    pub(super) fn push_fill(&mut self, word: u64) {
+        let slot = number(&mut self.words, word);
+        self.entries.push(PageEntry {
+            frame: page_kind::FILL.into(),
+            slot: slot.into(),
+        });
+    }
+
+    pub(super) fn push_unavailable(&mut self) {
+        self.entries.push(PageEntry {
+            frame: page_kind::UNAVAILABLE.into(),
+            slot: 0.into(),
+        });
+    }
+
+    /// The block's bytes before compression.
+    fn encode(&self, refs: &FrameRefs, bytes: &mut Vec<u8>) {
+        let count = |len: usize| u16::try_from(len).expect("at most one for each of 512 pages");
+        let header = IndexHeader {
+            magic: INDEX_MAGIC.into(),
+            page_count: count(self.entries.len()).into(),
+            frame_count: count(self.frames.len()).into(),
+            fill_count: count(self.words.len()).into(),
+            reserved: [0; 6],
+            first_page: self.first_page.into(),
+            reserved2: 0.into(),
+        };
+        bytes.clear();
+        bytes.extend_from_slice(header.as_bytes());
+        for &frame in &self.frames {
+            let reference: FrameRef = refs.get(frame);
+            bytes.extend_from_slice(reference.as_bytes());
+        }
+        for word in &self.words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        bytes.extend_from_slice(self.entries.as_bytes());
+    }
+}
+
+/// The place of `value` in `list`, where it is entered if it is new.
+fn number<T: PartialEq>(list: &mut Vec<T>, value: T) -> u16 {
+    // The newest are asked for most.
+    let at = list
+        .iter()
+        .rposition(|known| *known == value)
+        .unwrap_or_else(|| {
+            list.push(value);
+            list.len() - 1
+        });
+    u16::try_from(at).expect("at most one for each of 512 pages")
+}
+
+/// Compresses index blocks.
+pub(super) struct IndexEncoder {
+    context: CCtx<'static>,
+    plain: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+impl IndexEncoder {
+    pub(super) fn new() -> Self {
+        Self {
+            context: CCtx::create(),
+            plain: Vec::with_capacity(MAX_INDEX_BLOCK_BYTES),
+            packed: vec![0; zstd_safe::compress_bound(MAX_INDEX_BLOCK_BYTES)],
+        }
+    }
+
+    /// The stored bytes of `draft` and its entry in the top table for a block at `offset`.
+    pub(super) fn encode(
+        &mut self,
+        draft: &Draft,
+        refs: &FrameRefs,
+        offset: u64,
+    ) -> Result<(&[u8], TopEntry), WriteError> {
+        draft.encode(refs, &mut self.plain);
+        let packed = self
+            .context
+            .compress(&mut self.packed[..], &self.plain, LEVEL)
+            .map_err(|code| WriteError::Compress {
+                what: "an index block",
+                detail: zstd_safe::get_error_name(code),
+            })?;
+        let (codec, stored) = if packed < self.plain.len() {
+            (codec::ZSTD, &self.packed[..packed])
+        } else {
+            (codec::RAW, &self.plain[..])
+        };
+        let len = |len: usize| u32::try_from(len).expect("an index block has at most 16 KiB");
+        let entry = TopEntry {
+            kind: top_kind::BLOCK,
+            codec,
+            layer: 0.into(),
+            stored_len: len(stored.len()).into(),
+            offset: offset.into(),
+            word: 0.into(),
+            crc: crc32fast::hash(stored).into(),
+            decoded_len: len(self.plain.len()).into(),
+        };
+        Ok((stored, entry))
+    }
+}

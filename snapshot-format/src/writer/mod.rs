@@ -1,0 +1,621 @@
+//! Writes a snapshot in one pass.
+//!
+//! ```text
+//! write_pages --> gather 512 pages --> pool: fills, digests --> in page order: share, fill frames
+//! write_fill  --> whole blocks: O(1) each ------------------>       |              ^
+//!                                                                   v              | in order
+//!                                              pool: compress frame, checksum --> write
+//! ```
+//!
+//! The caller's thread gathers, orders and writes; the pool hashes and compresses. All of it is
+//! bounded: blocks by the number of buffers, frames by the number under way, index blocks by
+//! sealing frames early. See `sequence` for the order of what is written.
+
+mod block;
+mod dedup;
+mod error;
+mod frame;
+mod index;
+mod options;
+mod output;
+mod runs;
+mod sections;
+mod sequence;
+mod training;
+mod workers;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+pub use error::WriteError;
+pub use options::{Dictionary, RegionSpec, WriterOptions};
+
+use self::block::{BlockBuffer, Gather, Given, Seen};
+use self::output::Output;
+use self::sections::{Blob, BlobWriter, Sections};
+use self::sequence::Stage;
+use self::training::Training;
+use self::workers::{DICTIONARY_NUMBER, Workers};
+use crate::digest::ContentHasher;
+use crate::layout::{
+    self, MAX_PAGES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, SectionKind, optional,
+};
+use crate::types::{Region, SnapshotId, Summary, WorkingSetRun};
+
+/// How far a writer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages that have been taken in and ordered.
+    pub pages_done: u64,
+    /// Bytes of the file so far.
+    pub bytes_written: u64,
+}
+
+/// What was written.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// The snapshot's id.
+    pub id: SnapshotId,
+    /// Counts and content digest.
+    pub summary: Summary,
+    /// Length of the file.
+    pub file_bytes: u64,
+    /// The regions, with their page numbers.
+    pub regions: Vec<Region>,
+    /// Length of the dictionary, or 0.
+    pub dictionary_bytes: u64,
+}
+
+type ProgressCallback = Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>;
+
+/// A block or several on their way to the ordering stage.
+enum Queued {
+    /// Being examined by the pool.
+    Block {
+        region: usize,
+        buffer: Option<Arc<BlockBuffer>>,
+    },
+    /// Blocks whose pages are all alike.
+    Uniform {
+        region: usize,
+        seen: Seen,
+        blocks: usize,
+        pages: u64,
+    },
+}
+
+/// Entries of the queue after which the writer waits for the first. Blocks with bytes are bounded
+/// by their buffers already.
+const MOST_QUEUED: usize = 64;
+
+/// Writes one snapshot to `W`, which may be a pipe.
+///
+/// ```
+/// use snapshot_format::{RegionSpec, Writer, WriterOptions};
+///
+/// let mut writer = Writer::new(Vec::new(), WriterOptions::default())?;
+/// writer.begin_region(&RegionSpec { name: "ram".into(), ..RegionSpec::default() })?;
+/// writer.write_pages(&[7; 8192])?;
+/// writer.write_fill(1 << 20, 0)?;
+/// let (file, written) = writer.finish()?;
+/// assert_eq!(written.file_bytes, file.len() as u64);
+/// assert_eq!(written.summary.pages, 2 + (1 << 20));
+/// # Ok::<(), snapshot_format::WriteError>(())
+/// ```
+pub struct Writer<W: Write> {
+    stage: Stage<W>,
+    gather: Gather,
+    queue: VecDeque<Queued>,
+    regions: Vec<Region>,
+    /// Pages of the page-number space that are taken, up to the end of a block.
+    next_page: u64,
+    id: SnapshotId,
+    optional_features: u64,
+    properties: BTreeMap<String, String>,
+    attachments: Vec<Blob>,
+    working_sets: Vec<Blob>,
+    /// The end of the last page that a working set names.
+    working_set_end: u64,
+    progress: Option<ProgressCallback>,
+    stopped: bool,
+}
+
+impl<W: Write> Writer<W> {
+    /// Starts a snapshot: writes its header and starts the threads.
+    pub fn new(out: W, options: WriterOptions) -> Result<Self, WriteError> {
+        options.check()?;
+        let id = options.snapshot_id.unwrap_or_else(random_id);
+        let frame_pages = options.frame_pages;
+        let mut properties = BTreeMap::new();
+        for (key, value) in options
+            .own_properties()
+            .into_iter()
+            .chain(options.properties.iter().cloned())
+        {
+            sections::check_property(&key, &value)?;
+            properties.insert(key, value);
+        }
+        let mut workers = Workers::start(options.thread_count(), frame_pages, options.level)?;
+        let training = match &options.dictionary {
+            Dictionary::Train => Some(Training::new(
+                options.level,
+                frame_pages,
+                options.expected_pages,
+            )),
+            Dictionary::Use(bytes) => {
+                workers.use_dictionary(options.level, bytes)?;
+                None
+            }
+            Dictionary::Off => None,
+        };
+        let mut out = Output::new(out);
+        sections::write_header(&mut out, id, 0)?;
+        let mut stage = Stage::new(
+            out,
+            workers,
+            frame_pages,
+            options.exact_distinct_pages,
+            training,
+        );
+        if let Dictionary::Use(bytes) = options.dictionary {
+            stage.dictionary = Some(bytes);
+        }
+        Ok(Self {
+            stage,
+            gather: Gather::default(),
+            queue: VecDeque::new(),
+            regions: Vec::new(),
+            next_page: 0,
+            id,
+            optional_features: 0,
+            properties,
+            attachments: Vec::new(),
+            working_sets: Vec::new(),
+            working_set_end: 0,
+            progress: None,
+            stopped: false,
+        })
+    }
+
+    /// Calls `callback` now and then, on the thread that writes. [`ControlFlow::Break`] makes the
+    /// call under way fail with [`WriteError::Cancelled`].
+    pub fn on_progress(
+        &mut self,
+        callback: impl FnMut(&Progress) -> ControlFlow<()> + Send + 'static,
+    ) {
+        self.progress = Some(Box::new(callback));
+    }
+
+    /// Begins the next region; what is written from now on is its pages.
+    pub fn begin_region(&mut self, region: &RegionSpec) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            region.check()?;
+            sections::check_region_count(writer.regions.len() + 1)?;
+            writer.end_region()?;
+            writer.regions.push(Region {
+                space: region.space,
+                flags: region.flags,
+                start: region.start,
+                pages: 0,
+                first_page: writer.next_page,
+                page_shift: if region.page_shift == 0 {
+                    12
+                } else {
+                    region.page_shift
+                },
+                name: region.name.clone(),
+            });
+            Ok(())
+        })
+    }
+
+    /// Writes the next pages of the region; `bytes` is a multiple of 4096 long.
+    pub fn write_pages(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            if !bytes.len().is_multiple_of(PAGE_SIZE) {
+                return Err(WriteError::argument(
+                    "the length of pages",
+                    bytes.len(),
+                    "multiples of 4096",
+                ));
+            }
+            let mut rest = bytes;
+            writer.write_from((bytes.len() / PAGE_SIZE) as u64, |room| {
+                let (now, later) = rest.split_at(room.len());
+                room.copy_from_slice(now);
+                rest = later;
+                Ok(())
+            })
+        })
+    }
+
+    /// Writes the next `pages` pages of the region, which `read` puts where they are needed: it is
+    /// called with room for some of them at a time. Saves a copy.
+    pub fn read_pages(
+        &mut self,
+        pages: u64,
+        mut read: impl FnMut(&mut [u8]) -> io::Result<()>,
+    ) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            writer.write_from(pages, |room| read(room).map_err(WriteError::Source))
+        })
+    }
+
+    fn write_from(
+        &mut self,
+        pages: u64,
+        mut fill: impl FnMut(&mut [u8]) -> Result<(), WriteError>,
+    ) -> Result<(), WriteError> {
+        self.extend_region(pages)?;
+        let mut left = pages;
+        while left > 0 {
+            if self.gather.buffer.is_none() {
+                self.gather.buffer = Some(self.wait_for_buffer()?);
+            }
+            let count = self
+                .gather
+                .room()
+                .min(usize::try_from(left).unwrap_or(usize::MAX));
+            let at = self.gather.given.len();
+            if let Some(buffer) = &mut self.gather.buffer {
+                fill(buffer.pages_mut(at, count))?;
+            }
+            self.gather.push(Given::Bytes, count);
+            left -= count as u64;
+            self.end_full_block()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the next `pages` pages of the region, which all repeat `word`. Costs nothing that
+    /// depends on the number of pages but 64 bytes of memory for each 2 MiB.
+    pub fn write_fill(&mut self, pages: u64, word: u64) -> Result<(), WriteError> {
+        self.guarded(|writer| writer.write_alike(pages, Given::Fill(word)))
+    }
+
+    /// Records that the next `pages` pages of the region could not be read.
+    pub fn write_unavailable(&mut self, pages: u64) -> Result<(), WriteError> {
+        self.guarded(|writer| writer.write_alike(pages, Given::Unavailable))
+    }
+
+    fn write_alike(&mut self, pages: u64, given: Given) -> Result<(), WriteError> {
+        self.extend_region(pages)?;
+        let mut left = usize::try_from(pages).map_err(|_| WriteError::Limit {
+            what: "the number of pages",
+            value: pages,
+            limit: MAX_PAGES,
+        })?;
+        if !self.gather.given.is_empty() {
+            let count = left.min(self.gather.room());
+            self.gather.push(given, count);
+            left -= count;
+            self.end_full_block()?;
+        }
+        let blocks = left / PAGES_PER_BLOCK;
+        if blocks > 0 {
+            let seen = match given {
+                Given::Fill(word) => Seen::Fill(word),
+                Given::Bytes | Given::Unavailable => Seen::Unavailable,
+            };
+            let pages = (blocks * PAGES_PER_BLOCK) as u64;
+            self.enqueue(Queued::Uniform {
+                region: self.regions.len() - 1,
+                seen,
+                blocks,
+                pages,
+            })?;
+        }
+        if !left.is_multiple_of(PAGES_PER_BLOCK) {
+            self.gather.push(given, left % PAGES_PER_BLOCK);
+        }
+        Ok(())
+    }
+
+    /// Adds the blob `name` with what `from` yields.
+    pub fn attach(&mut self, name: &str, from: &mut dyn Read) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            sections::check_blob_name("an attachment's name", name, &writer.attachments)?;
+            writer.settle()?;
+            let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                match from.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(len) => {
+                        blob.write(&mut writer.stage.out, "an attachment", &buffer[..len])?
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(source) => {
+                        return Err(WriteError::Attachment {
+                            name: name.to_owned(),
+                            source,
+                        });
+                    }
+                }
+                writer.report()?;
+            }
+            writer.attachments.push(blob.finish());
+            Ok(())
+        })
+    }
+
+    /// Adds the working set `name`: page numbers in order of first touch. They may be of regions
+    /// that are yet to come.
+    pub fn add_working_set(
+        &mut self,
+        name: &str,
+        runs: impl IntoIterator<Item = WorkingSetRun>,
+    ) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            sections::check_blob_name("a working set's name", name, &writer.working_sets)?;
+            writer.settle()?;
+            let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
+            for run in runs {
+                let end = run.first_page.saturating_add(run.pages);
+                if run.pages == 0 {
+                    return Err(WriteError::argument(
+                        "the length of a working set's run",
+                        0,
+                        "1 page or more",
+                    ));
+                }
+                WriteError::limit("a page number of a working set", end, MAX_PAGES)?;
+                writer.working_set_end = writer.working_set_end.max(end);
+                let raw = layout::WorkingSetRun {
+                    first_page: run.first_page.into(),
+                    pages: run.pages.into(),
+                };
+                blob.write(&mut writer.stage.out, "a working set", raw.as_bytes())?;
+            }
+            writer.working_sets.push(blob.finish());
+            Ok(())
+        })
+    }
+
+    /// Records a property, in place of an earlier one of the same key.
+    pub fn set_property(&mut self, key: &str, value: &str) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            sections::check_property(key, value)?;
+            writer.properties.insert(key.to_owned(), value.to_owned());
+            Ok(())
+        })
+    }
+
+    /// Writes all that is left and ends the file. Without it the file is incomplete and refused.
+    pub fn finish(mut self) -> Result<(W, Written), WriteError> {
+        let written = self.guarded(Self::write_end)?;
+        Ok((self.stage.out.finish()?, written))
+    }
+
+    fn write_end(&mut self) -> Result<Written, WriteError> {
+        self.end_region()?;
+        self.settle()?;
+        self.stage.finish()?;
+        self.report()?;
+        WriteError::limit(
+            "the end of a working set",
+            self.working_set_end,
+            self.next_page,
+        )?;
+
+        let stage = &mut self.stage;
+        let out = &mut stage.out;
+        let mut dictionaries = Vec::new();
+        if let Some(bytes) = &stage.dictionary {
+            let mut blob = BlobWriter::new(out, "", DICTIONARY_NUMBER.into());
+            blob.write(out, "the dictionary", bytes)?;
+            dictionaries.push(blob.finish());
+            self.optional_features |= optional::DICTIONARIES;
+        }
+        let mut content = ContentHasher::new();
+        stage
+            .digests
+            .iter()
+            .for_each(|digest| content.block(digest));
+        stage.summary.content_digest = content.finish(
+            self.regions
+                .iter()
+                .map(|region| (region.space, region.start, region.pages)),
+        );
+
+        let mut sections = Sections::default();
+        let runs = std::mem::take(&mut stage.runs).finish();
+        sections.write(
+            out,
+            SectionKind::BlockDigests,
+            stage.digests.len() as u64,
+            &[stage.digests.as_bytes()],
+        )?;
+        sections.write(
+            out,
+            SectionKind::FillRuns,
+            runs.len() as u64,
+            &[runs.as_bytes()],
+        )?;
+        sections.write_blobs(out, SectionKind::Dictionaries, &dictionaries)?;
+        sections.write_blobs(out, SectionKind::WorkingSets, &self.working_sets)?;
+        sections.write_blobs(out, SectionKind::Attachments, &self.attachments)?;
+        let properties = sections::properties_text(&self.properties)?;
+        sections.write(
+            out,
+            SectionKind::Properties,
+            self.properties.len() as u64,
+            &[properties.as_bytes()],
+        )?;
+        // A reader gets the regions with the read of the top table.
+        sections.write_regions(out, &self.regions)?;
+        sections.write(
+            out,
+            SectionKind::Top,
+            stage.top.len() as u64,
+            &[stage.top.as_bytes()],
+        )?;
+        let file_bytes = sections.finish(out, self.id, self.optional_features, &stage.summary)?;
+        Ok(Written {
+            id: self.id,
+            summary: stage.summary,
+            file_bytes,
+            regions: std::mem::take(&mut self.regions),
+            dictionary_bytes: dictionaries.iter().map(|blob| blob.len).sum(),
+        })
+    }
+
+    /// Runs `call` unless an earlier one failed.
+    fn guarded<T>(
+        &mut self,
+        call: impl FnOnce(&mut Self) -> Result<T, WriteError>,
+    ) -> Result<T, WriteError> {
+        if self.stopped {
+            return Err(WriteError::Stopped);
+        }
+        let result = call(self);
+        self.stopped = result.is_err();
+        result
+    }
+
+    fn extend_region(&mut self, pages: u64) -> Result<(), WriteError> {
+        let Some(region) = self.regions.last_mut() else {
+            return Err(WriteError::argument(
+                "the region of the pages",
+                "none",
+                "a region that was begun",
+            ));
+        };
+        let len = region.pages.saturating_add(pages);
+        WriteError::limit(
+            "the number of pages",
+            region.first_page.saturating_add(len),
+            MAX_PAGES,
+        )?;
+        // Below the limit the product can't overflow.
+        WriteError::limit(
+            "a region's length in bytes",
+            len * PAGE_SIZE_U64,
+            u64::MAX - region.start,
+        )?;
+        region.pages = len;
+        Ok(())
+    }
+
+    fn end_region(&mut self) -> Result<(), WriteError> {
+        self.end_block()?;
+        if let Some(region) = self.regions.last() {
+            let blocks = region.pages.div_ceil(layout::PAGES_PER_BLOCK_U64);
+            self.next_page = region.first_page + blocks * layout::PAGES_PER_BLOCK_U64;
+        }
+        Ok(())
+    }
+
+    fn end_full_block(&mut self) -> Result<(), WriteError> {
+        if self.gather.room() == 0 {
+            self.end_block()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn end_block(&mut self) -> Result<(), WriteError> {
+        let Gather { given, buffer } = std::mem::take(&mut self.gather);
+        if given.is_empty() {
+            return Ok(());
+        }
+        let region = self.regions.len() - 1;
+        let buffer = buffer.map(Arc::new);
+        self.stage.workers.examine(given, buffer.clone());
+        self.enqueue(Queued::Block { region, buffer })
+    }
+
+    fn enqueue(&mut self, queued: Queued) -> Result<(), WriteError> {
+        self.queue.push_back(queued);
+        self.advance()?;
+        while self.queue.len() > MOST_QUEUED {
+            self.stage.workers.wait()?;
+            self.advance()?;
+        }
+        Ok(())
+    }
+
+    /// Does what can be done without waiting.
+    fn advance(&mut self) -> Result<(), WriteError> {
+        self.stage.workers.poll()?;
+        self.stage.write_ready()?;
+        let mut any = false;
+        while let Some(first) = self.queue.pop_front() {
+            match first {
+                Queued::Uniform {
+                    region,
+                    seen,
+                    blocks,
+                    pages,
+                } => {
+                    self.stage.push_uniform(region, seen, blocks, pages);
+                }
+                Queued::Block { region, buffer } => {
+                    let Some(examined) = self.stage.workers.pop_examined() else {
+                        self.queue.push_front(Queued::Block { region, buffer });
+                        break;
+                    };
+                    self.stage.push_block(region, &examined, buffer)?;
+                }
+            }
+            any = true;
+        }
+        if any { self.report() } else { Ok(()) }
+    }
+
+    fn wait_for_buffer(&mut self) -> Result<BlockBuffer, WriteError> {
+        loop {
+            if let Some(buffer) = self.stage.workers.buffer() {
+                return Ok(buffer);
+            }
+            self.stage.workers.wait()?;
+            self.advance()?;
+        }
+    }
+
+    /// Waits until all blocks that are complete are ordered and all sealed frames written.
+    fn settle(&mut self) -> Result<(), WriteError> {
+        self.advance()?;
+        while !self.queue.is_empty() {
+            self.stage.workers.wait()?;
+            self.advance()?;
+        }
+        self.stage.settle()
+    }
+
+    fn report(&mut self) -> Result<(), WriteError> {
+        let Some(callback) = &mut self.progress else {
+            return Ok(());
+        };
+        let progress = Progress {
+            pages_done: self.stage.summary.pages,
+            bytes_written: self.stage.out.offset(),
+        };
+        match callback(&progress) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(WriteError::Cancelled),
+        }
+    }
+}
+
+/// An id that no other file has: 128 bits that the operating system gave the standard library as
+/// keys, with the time and the process mixed in, because a forked process has the same keys.
+fn random_id() -> SnapshotId {
+    use std::hash::{BuildHasher, RandomState};
+
+    let mut hasher = blake3::Hasher::new();
+    for n in 0..4 {
+        hasher.update(&RandomState::new().hash_one(n).to_le_bytes());
+    }
+    hasher.update(&std::process::id().to_le_bytes());
+    if let Ok(now) = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH) {
+        hasher.update(&now.as_nanos().to_le_bytes());
+    }
+    let mut id = [0; 16];
+    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    SnapshotId(id)
+}

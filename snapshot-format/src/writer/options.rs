@@ -1,0 +1,188 @@
+//! What a caller chooses.
+
+use super::WriteError;
+use crate::layout::{MAX_DICTIONARY_BYTES, MAX_FRAME_SLOTS, MAX_NAME_BYTES, PAGE_SIZE_U64};
+use crate::types::SnapshotId;
+
+/// What to do about a dictionary.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Dictionary {
+    /// Use none.
+    Off,
+    /// Train one on the first frames (a part of the first 64 MiB of distinct pages) while they are
+    /// being written, and use it for later frames if it pays on pages that it wasn't trained on.
+    /// Works on a stream; who can read the source anywhere gets a better one, and from the first
+    /// frame on, with [`crate::dictionary::train`].
+    #[default]
+    Train,
+    /// Use this one.
+    Use(Vec<u8>),
+}
+
+/// How a snapshot is written.
+///
+/// With the defaults a writer takes at most 128 MiB for any source up to 64 GiB. Larger frames,
+/// higher levels and more threads cost more: each thread has a zstd context and a frame of its own.
+#[derive(Clone, Debug)]
+pub struct WriterOptions {
+    /// The zstd level.
+    pub level: i32,
+    /// Pages of a frame, 1 to 512: what a fault must decode at most.
+    pub frame_pages: usize,
+    /// See [`Dictionary`].
+    pub dictionary: Dictionary,
+    /// Threads that hash and compress. By default one for each processor, at most 8.
+    pub threads: Option<usize>,
+    /// Distinct pages up to which every repetition is found; beyond, old pages are forgotten.
+    /// Costs 48 bytes each.
+    pub exact_distinct_pages: usize,
+    /// Pages that will be written, if known: decides how large a dictionary pays.
+    pub expected_pages: Option<u64>,
+    /// The snapshot's id; random by default. The same input, options and id give the same bytes.
+    pub snapshot_id: Option<SnapshotId>,
+    /// Properties to record, besides the writer's own.
+    pub properties: Vec<(String, String)>,
+}
+
+/// Frames of 128 KiB.
+const DEFAULT_FRAME_PAGES: usize = 32;
+/// More threads than this would wait for the one that orders the pages.
+const MAX_DEFAULT_THREADS: usize = 8;
+const MAX_THREADS: usize = 512;
+/// Bounds of the table of known pages: 384 bytes to 1.5 GiB.
+const EXACT_PAGES: std::ops::RangeInclusive<usize> = 8..=1 << 25;
+
+impl Default for WriterOptions {
+    fn default() -> Self {
+        Self {
+            level: 3,
+            frame_pages: DEFAULT_FRAME_PAGES,
+            dictionary: Dictionary::default(),
+            threads: None,
+            exact_distinct_pages: 1 << 20,
+            expected_pages: None,
+            snapshot_id: None,
+            properties: Vec::new(),
+        }
+    }
+}
+
+impl WriterOptions {
+    /// Refuses values that make no sense.
+    pub(super) fn check(&self) -> Result<(), WriteError> {
+        let levels = zstd_safe::min_c_level()..=zstd_safe::max_c_level();
+        if !levels.contains(&self.level) {
+            return Err(WriteError::argument(
+                "the compression level",
+                self.level,
+                "1 to 22, or below 0 for speed",
+            ));
+        }
+        if !(1..=MAX_FRAME_SLOTS).contains(&self.frame_pages) {
+            return Err(WriteError::argument(
+                "the number of pages in a frame",
+                self.frame_pages,
+                "1 to 512",
+            ));
+        }
+        if let Some(threads) = self.threads
+            && !(1..=MAX_THREADS).contains(&threads)
+        {
+            return Err(WriteError::argument(
+                "the number of threads",
+                threads,
+                "1 to 512",
+            ));
+        }
+        if !EXACT_PAGES.contains(&self.exact_distinct_pages) {
+            return Err(WriteError::argument(
+                "the number of exactly known pages",
+                self.exact_distinct_pages,
+                "8 to 33554432",
+            ));
+        }
+        if let Dictionary::Use(bytes) = &self.dictionary {
+            if bytes.is_empty() {
+                return Err(WriteError::argument(
+                    "the dictionary's length",
+                    0,
+                    "1 byte to 1 MiB",
+                ));
+            }
+            WriteError::limit(
+                "the dictionary's length",
+                bytes.len() as u64,
+                MAX_DICTIONARY_BYTES as u64,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// What the writer records about itself.
+    pub(super) fn own_properties(&self) -> Vec<(String, String)> {
+        vec![
+            (
+                "writer".into(),
+                concat!("snapshot-format ", env!("CARGO_PKG_VERSION")).into(),
+            ),
+            ("writer.level".into(), self.level.to_string()),
+            ("writer.frame_pages".into(), self.frame_pages.to_string()),
+        ]
+    }
+
+    /// The number of threads, as asked for or as fits this machine.
+    pub(super) fn thread_count(&self) -> usize {
+        self.threads.unwrap_or_else(|| {
+            std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(MAX_DEFAULT_THREADS)
+        })
+    }
+}
+
+/// One region of the snapshot. It has the pages that are written until the next one begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegionSpec {
+    /// Address space: 0 for a VM, one for each process of a tree.
+    pub space: u32,
+    /// Bits of [`crate::layout::region_flags`]; 0 if unknown.
+    pub flags: u32,
+    /// Address in the owner's terms, a multiple of 4096.
+    pub start: u64,
+    /// Page size of the owner's mapping as a power of two; 0 stands for 12 (4 KiB).
+    pub page_shift: u32,
+    /// What the owner calls it.
+    pub name: String,
+}
+
+impl RegionSpec {
+    /// Refuses values that the format can't hold.
+    pub(super) fn check(&self) -> Result<(), WriteError> {
+        if !self.start.is_multiple_of(PAGE_SIZE_U64) {
+            return Err(WriteError::argument(
+                "a region's start",
+                format_args!("{:#x}", self.start),
+                "multiples of 4096",
+            ));
+        }
+        if !matches!(self.page_shift, 0 | 12 | 21) {
+            return Err(WriteError::argument(
+                "a region's page size (log 2)",
+                self.page_shift,
+                "12 or 21",
+            ));
+        }
+        if self.flags & !crate::layout::region_flags::KNOWN != 0 {
+            return Err(WriteError::argument(
+                "a region's flags",
+                format_args!("{:#x}", self.flags),
+                "read 1, write 2, execute 4, shared 0x100",
+            ));
+        }
+        WriteError::limit(
+            "the length of a region's name",
+            self.name.len() as u64,
+            MAX_NAME_BYTES as u64,
+        )
+    }
+}

@@ -1,0 +1,272 @@
+//! What follows the frames: blobs' tables, sections and the trailer.
+
+use std::io::Write;
+
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::WriteError;
+use super::output::Output;
+use crate::layout::{
+    BlobEntry, FORMAT_VERSION, HEADER_MAGIC, Header, MAX_BLOBS, MAX_NAME_BYTES,
+    MAX_PROPERTIES_BYTES, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTIONS, PAGE_SIZE, RegionEntry,
+    SectionEntry, SectionKind, TRAILER_BYTES, TRAILER_MAGIC, Trailer,
+};
+use crate::types::{Region, SnapshotId, Summary};
+
+/// Writes the first 4 KiB.
+pub(super) fn write_header<W: Write>(
+    out: &mut Output<W>,
+    id: SnapshotId,
+    optional_features: u64,
+) -> Result<(), WriteError> {
+    let mut header = Header::new_zeroed();
+    header.magic = HEADER_MAGIC;
+    header.version = FORMAT_VERSION.into();
+    header.page_size = u32::try_from(PAGE_SIZE).expect("4096").into();
+    header.optional_features = optional_features.into();
+    header.snapshot_id = id.0;
+    let crc = crc32fast::hash(&header.as_bytes()[..size_of::<Header>() - 4]);
+    header.crc = crc.into();
+    out.write("the header", header.as_bytes())
+}
+
+/// Where one blob lies.
+pub(super) struct Blob {
+    pub(super) name: String,
+    /// Number of a dictionary, otherwise 0.
+    pub(super) tag: u32,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) crc: u32,
+}
+
+/// A blob that is being written.
+pub(super) struct BlobWriter {
+    blob: Blob,
+    hasher: crc32fast::Hasher,
+}
+
+impl BlobWriter {
+    pub(super) fn new<W: Write>(out: &Output<W>, name: &str, tag: u32) -> Self {
+        let blob = Blob {
+            name: name.to_owned(),
+            tag,
+            offset: out.offset(),
+            len: 0,
+            crc: 0,
+        };
+        Self {
+            blob,
+            hasher: crc32fast::Hasher::new(),
+        }
+    }
+
+    pub(super) fn write<W: Write>(
+        &mut self,
+        out: &mut Output<W>,
+        what: &'static str,
+        bytes: &[u8],
+    ) -> Result<(), WriteError> {
+        self.hasher.update(bytes);
+        self.blob.len += bytes.len() as u64;
+        out.write(what, bytes)
+    }
+
+    pub(super) fn finish(self) -> Blob {
+        Blob {
+            crc: self.hasher.finalize(),
+            ..self.blob
+        }
+    }
+}
+
+/// Checks the name of one more blob.
+pub(super) fn check_blob_name(
+    what: &'static str,
+    name: &str,
+    present: &[Blob],
+) -> Result<(), WriteError> {
+    if name.is_empty() || name.len() > MAX_NAME_BYTES {
+        return Err(WriteError::argument(
+            what,
+            format_args!("{name:?}"),
+            "1 to 4096 bytes",
+        ));
+    }
+    if present.iter().any(|blob| blob.name == name) {
+        return Err(WriteError::argument(
+            what,
+            format_args!("{name:?}"),
+            "each name once",
+        ));
+    }
+    WriteError::limit(what, present.len() as u64 + 1, MAX_BLOBS as u64)
+}
+
+/// Writes sections and remembers where they are.
+#[derive(Default)]
+pub(super) struct Sections {
+    entries: Vec<SectionEntry>,
+}
+
+impl Sections {
+    /// Writes one section from the parts that it consists of.
+    pub(super) fn write<W: Write>(
+        &mut self,
+        out: &mut Output<W>,
+        kind: SectionKind,
+        count: u64,
+        parts: &[&[u8]],
+    ) -> Result<(), WriteError> {
+        let offset = out.offset();
+        let mut hasher = crc32fast::Hasher::new();
+        for part in parts {
+            hasher.update(part);
+            out.write("a section", part)?;
+        }
+        self.entries.push(SectionEntry {
+            kind: (kind as u32).into(),
+            crc: hasher.finalize().into(),
+            offset: offset.into(),
+            len: (out.offset() - offset).into(),
+            count: count.into(),
+            reserved: 0.into(),
+        });
+        Ok(())
+    }
+
+    /// Writes a section of blobs, unless there are none.
+    pub(super) fn write_blobs<W: Write>(
+        &mut self,
+        out: &mut Output<W>,
+        kind: SectionKind,
+        blobs: &[Blob],
+    ) -> Result<(), WriteError> {
+        if blobs.is_empty() {
+            return Ok(());
+        }
+        let mut names = String::new();
+        let mut entries = Vec::with_capacity(blobs.len());
+        for blob in blobs {
+            entries.push(BlobEntry {
+                offset: blob.offset.into(),
+                len: blob.len.into(),
+                crc: blob.crc.into(),
+                tag: blob.tag.into(),
+                name_offset: name_len(names.len()).into(),
+                name_len: name_len(blob.name.len()).into(),
+            });
+            names.push_str(&blob.name);
+        }
+        self.write(
+            out,
+            kind,
+            blobs.len() as u64,
+            &[entries.as_bytes(), names.as_bytes()],
+        )
+    }
+
+    /// Writes the regions.
+    pub(super) fn write_regions<W: Write>(
+        &mut self,
+        out: &mut Output<W>,
+        regions: &[Region],
+    ) -> Result<(), WriteError> {
+        let mut names = String::new();
+        let mut entries = Vec::with_capacity(regions.len());
+        for region in regions {
+            entries.push(RegionEntry {
+                space: region.space.into(),
+                flags: region.flags.into(),
+                start: region.start.into(),
+                pages: region.pages.into(),
+                first_page: region.first_page.into(),
+                page_shift: region.page_shift.into(),
+                name_len: name_len(region.name.len()).into(),
+                name_offset: (names.len() as u64).into(),
+                reserved: 0.into(),
+                reserved2: 0.into(),
+            });
+            names.push_str(&region.name);
+        }
+        let len = size_of_val(entries.as_slice()) + names.len();
+        WriteError::limit("the size of the regions", len as u64, MAX_SECTION_BYTES)?;
+        self.write(
+            out,
+            SectionKind::Regions,
+            regions.len() as u64,
+            &[entries.as_bytes(), names.as_bytes()],
+        )
+    }
+
+    /// Writes the trailer and returns the length of the file.
+    pub(super) fn finish<W: Write>(
+        self,
+        out: &mut Output<W>,
+        id: SnapshotId,
+        optional_features: u64,
+        summary: &Summary,
+    ) -> Result<u64, WriteError> {
+        debug_assert!(self.entries.len() <= MAX_SECTIONS);
+        let mut trailer = Trailer::new_zeroed();
+        let file_bytes = out.offset() + TRAILER_BYTES as u64;
+        trailer.version = FORMAT_VERSION.into();
+        trailer.section_count = u32::try_from(self.entries.len())
+            .expect("at most 64")
+            .into();
+        trailer.optional_features = optional_features.into();
+        trailer.snapshot_id = id.0;
+        trailer.file_bytes = file_bytes.into();
+        trailer.summary = summary.into();
+        trailer.sections[..self.entries.len()].copy_from_slice(&self.entries);
+        trailer.magic = TRAILER_MAGIC;
+        let before_crc = size_of::<Trailer>() - 12;
+        trailer.crc = crc32fast::hash(&trailer.as_bytes()[..before_crc]).into();
+        out.write("the trailer", trailer.as_bytes())?;
+        Ok(file_bytes)
+    }
+}
+
+fn name_len(len: usize) -> u32 {
+    u32::try_from(len).expect("4096 names of 4096 bytes at most")
+}
+
+/// Checks the regions' number.
+pub(super) fn check_region_count(count: usize) -> Result<(), WriteError> {
+    WriteError::limit("the number of regions", count as u64, MAX_REGIONS)
+}
+
+/// Checks one property.
+pub(super) fn check_property(key: &str, value: &str) -> Result<(), WriteError> {
+    if key.is_empty() || key.contains(['=', '\n', '\r']) {
+        return Err(WriteError::argument(
+            "a property's key",
+            format_args!("{key:?}"),
+            "one line without '='",
+        ));
+    }
+    if value.contains(['\n', '\r']) {
+        return Err(WriteError::argument(
+            "a property's value",
+            format_args!("{value:?}"),
+            "one line",
+        ));
+    }
+    Ok(())
+}
+
+/// The properties section's text.
+pub(super) fn properties_text(
+    properties: &std::collections::BTreeMap<String, String>,
+) -> Result<String, WriteError> {
+    let mut text = String::new();
+    for (key, value) in properties {
+        text.extend([key, "=", value, "\n"]);
+    }
+    WriteError::limit(
+        "the size of the properties",
+        text.len() as u64,
+        MAX_PROPERTIES_BYTES,
+    )?;
+    Ok(text)
+}

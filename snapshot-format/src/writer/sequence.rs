@@ -1,0 +1,319 @@
+//! The stage that sees blocks in page order: shares pages, fills frames, writes what is ready.
+//!
+//! ```text
+//! for each page of the next examined block:
+//!     fill         -> word of the index block; zero pages also feed the runs
+//!     known        -> its frame and slot; listed in the frame while that is open
+//!     new          -> next slot of the open frame; full -> sealed -> handed to the pool
+//! the block's draft waits until all frames up to its newest are written
+//! for each frame that comes back, in order: write it; write the drafts that waited for it
+//! ```
+//!
+//! A draft follows the last frame that it or a draft before it needs, so the file is the same
+//! whichever thread was faster. What waits is bounded: by the frames under way, and by sealing the
+//! open frame early when [`MOST_DRAFTS_ON_OPEN`] drafts wait for it.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::Arc;
+
+use super::WriteError;
+use super::block::{BlockBuffer, Examined, Seen};
+use super::dedup::{DedupTable, Location};
+use super::frame::{FrameRefs, OpenFrame, Sealed};
+use super::index::{Draft, IndexEncoder};
+use super::output::Output;
+use super::runs::ZeroRuns;
+use super::training::{Step, Training};
+use super::workers::{Verdict, Workers};
+use crate::digest::{self, Digest, UniformBlocks};
+use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, TopEntry, top_kind};
+use crate::types::Summary;
+
+/// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
+const MOST_DRAFTS_ON_OPEN: usize = 64;
+/// Frames up to this number can be shared for good: 24 MiB of references.
+const MOST_SHARED_FRAMES: u64 = 1 << 20;
+
+pub(super) struct Stage<W> {
+    pub(super) out: Output<W>,
+    pub(super) workers: Workers,
+    frame_pages: usize,
+    dedup: DedupTable,
+    open: OpenFrame,
+    /// Number of the open frame: frames sealed.
+    sealed: u64,
+    refs: FrameRefs,
+    drafts: VecDeque<Draft>,
+    /// Drafts that came since the open frame got its first page.
+    drafts_on_open: usize,
+    index: IndexEncoder,
+    training: Option<Training>,
+    /// The dictionary in use.
+    pub(super) dictionary: Option<Vec<u8>>,
+    pub(super) top: Vec<TopEntry>,
+    pub(super) digests: Vec<Digest>,
+    uniform: UniformBlocks,
+    pub(super) runs: ZeroRuns,
+    /// The counts; the digest is added at the end.
+    pub(super) summary: Summary,
+}
+
+impl<W: Write> Stage<W> {
+    pub(super) fn new(
+        out: Output<W>,
+        workers: Workers,
+        frame_pages: usize,
+        exact_distinct_pages: usize,
+        training: Option<Training>,
+    ) -> Self {
+        Self {
+            out,
+            workers,
+            frame_pages,
+            dedup: DedupTable::new(exact_distinct_pages),
+            open: OpenFrame::default(),
+            sealed: 0,
+            refs: FrameRefs::new(MOST_SHARED_FRAMES.max(exact_distinct_pages as u64)),
+            drafts: VecDeque::new(),
+            drafts_on_open: 0,
+            index: IndexEncoder::new(),
+            training,
+            dictionary: None,
+            top: Vec::new(),
+            digests: Vec::new(),
+            uniform: UniformBlocks::default(),
+            runs: ZeroRuns::default(),
+            summary: Summary {
+                frame_bytes: frame_pages as u64 * PAGE_SIZE_U64,
+                ..Summary::default()
+            },
+        }
+    }
+
+    /// Takes the next `blocks` blocks in, all of whose pages (`pages` in all) are alike.
+    pub(super) fn push_uniform(&mut self, region: usize, seen: Seen, blocks: usize, pages: u64) {
+        let (kind, word, page) = match seen {
+            Seen::Fill(word) => (top_kind::FILL, word, digest::fill(word)),
+            Seen::Unavailable | Seen::Data(_) => (top_kind::UNAVAILABLE, 0, digest::unavailable()),
+        };
+        let entry = TopEntry {
+            kind,
+            word: word.into(),
+            ..empty_entry()
+        };
+        let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
+        self.count(region, seen, first_page, pages);
+        let in_last = pages - (blocks as u64 - 1) * PAGES_PER_BLOCK_U64;
+        let in_last = usize::try_from(in_last).expect("at most 512 pages in a block");
+        self.top.resize(self.top.len() + blocks, entry);
+        if blocks > 1 {
+            let digest = self.uniform.digest(page, PAGES_PER_BLOCK);
+            self.digests.resize(self.digests.len() + blocks - 1, digest);
+        }
+        self.digests.push(self.uniform.digest(page, in_last));
+    }
+
+    fn count(&mut self, region: usize, seen: Seen, first_page: u64, pages: u64) {
+        self.summary.pages += pages;
+        match seen {
+            Seen::Fill(0) => {
+                self.summary.zero_pages += pages;
+                self.runs.push(region, first_page, pages);
+            }
+            Seen::Fill(_) => self.summary.fill_pages += pages,
+            Seen::Unavailable => self.summary.unavailable_pages += pages,
+            Seen::Data(_) => {}
+        }
+    }
+
+    /// Takes the next block in.
+    pub(super) fn push_block(
+        &mut self,
+        region: usize,
+        examined: &Examined,
+        buffer: Option<Arc<BlockBuffer>>,
+    ) -> Result<(), WriteError> {
+        if let Some(seen) = examined.uniform() {
+            self.push_uniform(region, seen, 1, examined.pages.len() as u64);
+            return Ok(());
+        }
+        let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
+        let needs = self.drafts.back().map_or(0, |draft| draft.needs);
+        let mut draft = Draft::new(self.top.len(), first_page, needs, self.sealed);
+        for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
+            self.count(region, seen, page, 1);
+            match seen {
+                Seen::Fill(word) => draft.push_fill(word),
+                Seen::Unavailable => draft.push_unavailable(),
+                Seen::Data(key) => {
+                    let (frame, slot) = match self.dedup.find(key) {
+                        Ok(Location { frame, slot }) => {
+                            self.summary.duplicate_pages += 1;
+                            let frame = u64::from(frame);
+                            if frame == self.sealed {
+                                self.open.list(page, slot);
+                            }
+                            (frame, slot)
+                        }
+                        Err(place) => {
+                            self.summary.stored_pages += 1;
+                            if !self.open.reaches(page) {
+                                self.seal(buffer.as_ref())?;
+                            }
+                            let slot = self.open.add(page, index);
+                            if self.refs.keeps(self.sealed) {
+                                let frame = u32::try_from(self.sealed).expect("below the bound");
+                                self.dedup.insert(place, key, Location { frame, slot });
+                            }
+                            (self.sealed, slot)
+                        }
+                    };
+                    draft.push_stored(frame, slot);
+                    if self.open.slots() == self.frame_pages {
+                        self.seal(buffer.as_ref())?;
+                    }
+                }
+            }
+        }
+        if let Some(buffer) = buffer {
+            self.open.keep(&buffer, || self.workers.spare());
+        }
+        self.top.push(empty_entry());
+        self.digests.push(examined.digest);
+        self.push_draft(draft)
+    }
+
+    fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {
+        self.drafts.push_back(draft);
+        if let Some(first) = self.drafts.front() {
+            self.refs.forget_before(first.open_before);
+        }
+        self.write_drafts()?;
+        if self
+            .drafts
+            .back()
+            .is_some_and(|draft| draft.needs > self.sealed)
+        {
+            self.drafts_on_open += 1;
+            if self.drafts_on_open >= MOST_DRAFTS_ON_OPEN {
+                self.seal(None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the open frame. `buffer` has the bytes of the current block.
+    fn seal(&mut self, buffer: Option<&Arc<BlockBuffer>>) -> Result<(), WriteError> {
+        if self.open.slots() == 0 {
+            return Ok(());
+        }
+        self.drafts_on_open = 0;
+        let sealed = self.open.seal(self.sealed, buffer);
+        self.sealed += 1;
+        self.train(&sealed)?;
+        self.hand_out(sealed)
+    }
+
+    fn hand_out(&mut self, sealed: Sealed) -> Result<(), WriteError> {
+        while self.workers.frames_full() {
+            if !self.write_ready()? {
+                self.workers.wait()?;
+            }
+        }
+        self.workers.build(sealed);
+        Ok(())
+    }
+
+    /// Lets the training have a look at the frame that comes next, and uses what it has found if
+    /// this is the frame to begin with.
+    fn train(&mut self, sealed: &Sealed) -> Result<(), WriteError> {
+        let Some(training) = &mut self.training else {
+            return Ok(());
+        };
+        match training.step(sealed) {
+            Step::Go => {}
+            Step::Start(samples) => {
+                let (level, expected) = (training.level, training.expected_bytes(&self.summary));
+                self.workers.train(samples, level, expected);
+            }
+            Step::Decide => {
+                let level = training.level;
+                self.training = None;
+                let verdict = loop {
+                    if let Some(verdict) = self.workers.pop_verdict() {
+                        break verdict;
+                    }
+                    self.workers.wait()?;
+                };
+                if let Verdict::Pays(trained) = verdict {
+                    self.workers.use_dictionary(level, &trained.bytes)?;
+                    self.dictionary = Some(trained.bytes);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the frames that are built, and the drafts that waited for them. Says whether there
+    /// was one.
+    pub(super) fn write_ready(&mut self) -> Result<bool, WriteError> {
+        let mut any = false;
+        while let Some(mut built) = self.workers.pop_built() {
+            any = true;
+            built.reference.offset = self.out.offset().into();
+            self.out.write("a frame", &built.record[..built.len])?;
+            self.summary.frames += 1;
+            self.summary.stored_bytes += built.len as u64;
+            self.refs.push(built.reference);
+            self.workers.recycle(built.record, built.spare);
+            self.write_drafts()?;
+        }
+        Ok(any)
+    }
+
+    fn write_drafts(&mut self) -> Result<(), WriteError> {
+        while let Some(draft) = self.drafts.front()
+            && draft.needs <= self.refs.written()
+        {
+            let (stored, entry) = self.index.encode(draft, &self.refs, self.out.offset())?;
+            self.top[draft.block] = entry;
+            self.summary.index_bytes += stored.len() as u64;
+            self.out.write("an index block", stored)?;
+            self.drafts.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Waits until every frame that is under way is written.
+    pub(super) fn settle(&mut self) -> Result<(), WriteError> {
+        while self.workers.frames_under_way() {
+            if !self.write_ready()? {
+                self.workers.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the last frame and writes all that is left of frames and index blocks.
+    pub(super) fn finish(&mut self) -> Result<(), WriteError> {
+        self.seal(None)?;
+        self.settle()?;
+        debug_assert!(self.drafts.is_empty() && self.refs.written() == self.sealed);
+        Ok(())
+    }
+}
+
+/// An entry of the top table without a block; also stands for a draft until that is written.
+fn empty_entry() -> TopEntry {
+    TopEntry {
+        kind: top_kind::UNAVAILABLE,
+        codec: 0,
+        layer: 0.into(),
+        stored_len: 0.into(),
+        offset: 0.into(),
+        word: 0.into(),
+        crc: 0.into(),
+        decoded_len: 0.into(),
+    }
+}

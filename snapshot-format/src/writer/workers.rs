@@ -1,0 +1,288 @@
+//! The threads, and what travels between them and the caller's.
+//!
+//! ```text
+//! caller's thread                         pool
+//!   examine(pages)  ------------------->  fills, digests
+//!   pop_examined()  <-- Event::Examined
+//!   build(frame)    ------------------->  gather, compress, checksum
+//!   pop_built()     <-- Event::Built
+//!   buffer()        <-- Event::Buffer     last user of a block's bytes lets go
+//! ```
+//!
+//! Both kinds of work are handed out in order and handed back in order. What is under way is
+//! bounded by the caller: by the number of buffers, and by [`Workers::frames_full`].
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use zstd_safe::CDict;
+
+use super::WriteError;
+use super::block::{BlockBuffer, Examined, Given, examine};
+use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
+use crate::dictionary::{Trained, train_on_frames};
+use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
+
+/// Number of the one dictionary that a writer uses.
+pub(super) const DICTIONARY_NUMBER: u16 = 1;
+/// Bytes of frames that may be under way.
+const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
+
+/// What a thread of the pool reports.
+pub(super) enum Event {
+    Examined(u64, Examined),
+    Built(Result<Built, WriteError>),
+    Buffer(Vec<u8>),
+    Trained(Verdict),
+    Panicked,
+}
+
+/// What came of training a dictionary.
+pub(super) enum Verdict {
+    Pays(Trained),
+    Useless,
+}
+
+/// Things that come back in another order than they are wanted in.
+struct Reorder<T> {
+    first: u64,
+    items: VecDeque<Option<T>>,
+}
+
+impl<T> Reorder<T> {
+    fn new() -> Self {
+        Self {
+            first: 0,
+            items: VecDeque::new(),
+        }
+    }
+
+    /// The number of one more thing that will come back.
+    fn expect(&mut self) -> u64 {
+        self.items.push_back(None);
+        self.first + self.items.len() as u64 - 1
+    }
+
+    fn put(&mut self, number: u64, item: T) {
+        let index = usize::try_from(number - self.first).expect("an index of what is under way");
+        self.items[index] = Some(item);
+    }
+
+    fn pop(&mut self) -> Option<T> {
+        let item = self.items.front_mut()?.take()?;
+        self.items.pop_front();
+        self.first += 1;
+        Some(item)
+    }
+}
+
+/// What the threads share.
+struct Shared {
+    scratch: Mutex<Vec<Scratch>>,
+    records: Mutex<Vec<Vec<u8>>>,
+    record_room: usize,
+}
+
+pub(super) struct Workers {
+    pool: ThreadPool,
+    shared: Arc<Shared>,
+    compression: Arc<Compression>,
+    sender: Sender<Event>,
+    receiver: Receiver<Event>,
+    examined: Reorder<Examined>,
+    built: Reorder<Built>,
+    verdict: Option<Verdict>,
+    most_frames: usize,
+    free: Vec<Vec<u8>>,
+    /// Buffers that may still be allocated.
+    buffers_left: usize,
+    /// Buffers of one frame, to be used again.
+    spare: Vec<Vec<u8>>,
+    frame_bytes: usize,
+}
+
+impl Workers {
+    pub(super) fn start(
+        threads: usize,
+        frame_pages: usize,
+        level: i32,
+    ) -> Result<Self, WriteError> {
+        let (sender, receiver) = channel();
+        let panicked = sender.clone();
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|index| format!("snap-write-{index}"))
+            .panic_handler(move |_| {
+                let _ = panicked.send(Event::Panicked);
+            })
+            .build()
+            .map_err(WriteError::Threads)?;
+        let frame_bytes = frame_pages * PAGE_SIZE;
+        Ok(Self {
+            pool,
+            shared: Arc::new(Shared {
+                scratch: Mutex::default(),
+                records: Mutex::default(),
+                record_room: record_room(frame_pages),
+            }),
+            compression: Arc::new(Compression {
+                level,
+                dictionary: None,
+            }),
+            sender,
+            receiver,
+            examined: Reorder::new(),
+            built: Reorder::new(),
+            verdict: None,
+            most_frames: (FRAME_BYTES_UNDER_WAY / frame_bytes).max(threads + 2),
+            free: Vec::new(),
+            // One is filled, one is sequenced, and each thread has one; a few more keep the
+            // threads busy while the caller reads.
+            buffers_left: (threads + 2).max(8),
+            spare: Vec::new(),
+            frame_bytes,
+        })
+    }
+
+    /// Starts to train a dictionary on frames, for a source of `expected_bytes`.
+    pub(super) fn train(&self, frames: Vec<Vec<u8>>, level: i32, expected_bytes: u64) {
+        let sender = self.sender.clone();
+        self.pool.spawn_fifo(move || {
+            let frames: Vec<&[u8]> = frames.iter().map(Vec::as_slice).collect();
+            let verdict = train_on_frames(&frames, level, expected_bytes)
+                .map_or(Verdict::Useless, Verdict::Pays);
+            let _ = sender.send(Event::Trained(verdict));
+        });
+    }
+
+    /// What [`Workers::train`] found, once it is done.
+    pub(super) fn pop_verdict(&mut self) -> Option<Verdict> {
+        self.verdict.take()
+    }
+
+    /// Frames that are handed out from now on use the dictionary `bytes`.
+    pub(super) fn use_dictionary(&mut self, level: i32, bytes: &[u8]) -> Result<(), WriteError> {
+        let prepared = CDict::try_create(bytes, level).ok_or_else(|| {
+            WriteError::argument("the dictionary", "damaged", "what zstd's trainer makes")
+        })?;
+        let dictionary = Some((DICTIONARY_NUMBER, prepared));
+        self.compression = Arc::new(Compression { level, dictionary });
+        Ok(())
+    }
+
+    /// Room for a block's bytes, if some is free.
+    pub(super) fn buffer(&mut self) -> Option<BlockBuffer> {
+        let bytes = self.free.pop().or_else(|| {
+            self.buffers_left = self.buffers_left.checked_sub(1)?;
+            Some(vec![0; PAGES_PER_BLOCK * PAGE_SIZE])
+        })?;
+        Some(BlockBuffer::new(bytes, self.sender.clone()))
+    }
+
+    /// A buffer with room for one frame's pages.
+    pub(super) fn spare(&mut self) -> Vec<u8> {
+        self.spare
+            .pop()
+            .unwrap_or_else(|| Vec::with_capacity(self.frame_bytes))
+    }
+
+    /// Hands a block out to be examined.
+    pub(super) fn examine(&mut self, given: Vec<Given>, buffer: Option<Arc<BlockBuffer>>) {
+        let number = self.examined.expect();
+        let sender = self.sender.clone();
+        self.pool.spawn_fifo(move || {
+            let examined = examine(&given, buffer.as_ref());
+            drop(buffer);
+            // Nobody listens any more when the writer itself is gone.
+            let _ = sender.send(Event::Examined(number, examined));
+        });
+    }
+
+    /// The next block in the order of [`Workers::examine`], if it is done.
+    pub(super) fn pop_examined(&mut self) -> Option<Examined> {
+        self.examined.pop()
+    }
+
+    /// Whether no more frames should be handed out now.
+    pub(super) fn frames_full(&self) -> bool {
+        self.built.items.len() >= self.most_frames
+    }
+
+    /// Whether frames are under way.
+    pub(super) fn frames_under_way(&self) -> bool {
+        !self.built.items.is_empty()
+    }
+
+    /// Hands a frame out to be built. Frames come in the order of their numbers.
+    pub(super) fn build(&mut self, sealed: Sealed) {
+        let number = self.built.expect();
+        debug_assert_eq!(number, sealed.number);
+        let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
+        let compression = Arc::clone(&self.compression);
+        self.pool.spawn_fifo(move || {
+            let mut scratch = take(&shared.scratch).unwrap_or_else(Scratch::new);
+            let record = take(&shared.records).unwrap_or_else(|| vec![0; shared.record_room]);
+            let built = build(sealed, &compression, &mut scratch, record);
+            give(&shared.scratch, scratch);
+            let _ = sender.send(Event::Built(built));
+        });
+    }
+
+    /// The next frame in the order of [`Workers::build`], if it is done.
+    pub(super) fn pop_built(&mut self) -> Option<Built> {
+        self.built.pop()
+    }
+
+    /// Takes the buffers of a frame back that is written.
+    pub(super) fn recycle(&mut self, record: Vec<u8>, spare: Vec<u8>) {
+        give(&self.shared.records, record);
+        if spare.capacity() > 0 {
+            self.spare.push(spare);
+        }
+    }
+
+    /// Takes in what the threads have reported.
+    pub(super) fn poll(&mut self) -> Result<(), WriteError> {
+        loop {
+            match self.receiver.try_recv() {
+                Ok(event) => self.take_in(event)?,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    /// Waits until a thread reports something. Something must be under way.
+    pub(super) fn wait(&mut self) -> Result<(), WriteError> {
+        // The workers hold a sender, so the channel can't be closed.
+        let event = self.receiver.recv().map_err(|_| WriteError::Panicked)?;
+        self.take_in(event)?;
+        self.poll()
+    }
+
+    fn take_in(&mut self, event: Event) -> Result<(), WriteError> {
+        match event {
+            Event::Examined(number, examined) => self.examined.put(number, examined),
+            Event::Built(built) => {
+                let built = built?;
+                self.built.put(built.number, built);
+            }
+            Event::Buffer(bytes) => self.free.push(bytes),
+            Event::Trained(verdict) => self.verdict = Some(verdict),
+            Event::Panicked => return Err(WriteError::Panicked),
+        }
+        Ok(())
+    }
+}
+
+fn take<T>(stock: &Mutex<Vec<T>>) -> Option<T> {
+    stock.lock().unwrap_or_else(PoisonError::into_inner).pop()
+}
+
+fn give<T>(stock: &Mutex<Vec<T>>, item: T) {
+    stock
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(item);
+}
