@@ -39,6 +39,7 @@
 pub mod dictionary;
 pub mod digest;
 mod error;
+mod file;
 mod frame;
 mod index;
 pub mod layout;
@@ -52,6 +53,7 @@ mod writer;
 
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
+pub use file::{FileError, SnapshotFile};
 pub use frame::{Codec, FrameDecoder, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use snapshot::{Snapshot, SnapshotOptions};

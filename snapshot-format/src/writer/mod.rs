@@ -42,7 +42,8 @@ use self::training::Training;
 use self::workers::{DICTIONARY_NUMBER, Workers};
 use crate::digest::ContentHasher;
 use crate::layout::{
-    self, MAX_PAGES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, SectionKind, optional,
+    self, MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, SectionKind,
+    optional,
 };
 use crate::types::{Region, SnapshotId, Summary, WorkingSetRun};
 
@@ -118,8 +119,6 @@ pub struct Writer<W: Write> {
     properties: BTreeMap<String, String>,
     attachments: Vec<Blob>,
     working_sets: Vec<Blob>,
-    /// The end of the last page that a working set names.
-    working_set_end: u64,
     progress: Option<ProgressCallback>,
     stopped: bool,
 }
@@ -175,7 +174,6 @@ impl<W: Write> Writer<W> {
             properties,
             attachments: Vec::new(),
             working_sets: Vec::new(),
-            working_set_end: 0,
             progress: None,
             stopped: false,
         })
@@ -326,7 +324,7 @@ impl<W: Write> Writer<W> {
                 match from.read(&mut buffer) {
                     Ok(0) => break,
                     Ok(len) => {
-                        blob.write(&mut writer.stage.out, "an attachment", &buffer[..len])?
+                        blob.write(&mut writer.stage.out, "an attachment", &buffer[..len])?;
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(source) => {
@@ -343,8 +341,8 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Adds the working set `name`: page numbers in order of first touch. They may be of regions
-    /// that are yet to come.
+    /// Adds the working set `name`: page numbers in order of first touch, each run within a region
+    /// and among the pages that are written already.
     pub fn add_working_set(
         &mut self,
         name: &str,
@@ -355,25 +353,38 @@ impl<W: Write> Writer<W> {
             writer.settle()?;
             let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
             for run in runs {
-                let end = run.first_page.saturating_add(run.pages);
-                if run.pages == 0 {
+                if !writer.has_pages(&run) {
                     return Err(WriteError::argument(
-                        "the length of a working set's run",
-                        0,
-                        "1 page or more",
+                        "a working set's run",
+                        format_args!("{} pages from page {}", run.pages, run.first_page),
+                        "1 page or more of one region, written before",
                     ));
                 }
-                WriteError::limit("a page number of a working set", end, MAX_PAGES)?;
-                writer.working_set_end = writer.working_set_end.max(end);
                 let raw = layout::WorkingSetRun {
                     first_page: run.first_page.into(),
                     pages: run.pages.into(),
                 };
                 blob.write(&mut writer.stage.out, "a working set", raw.as_bytes())?;
+                WriteError::limit("the size of a working set", blob.len(), MAX_SECTION_BYTES)?;
             }
             writer.working_sets.push(blob.finish());
             Ok(())
         })
+    }
+
+    /// Whether all pages of `run` are pages of one region.
+    fn has_pages(&self, run: &WorkingSetRun) -> bool {
+        let after = self
+            .regions
+            .partition_point(|region| region.first_page <= run.first_page);
+        let region = after
+            .checked_sub(1)
+            .map(|index| self.regions[index].page_numbers());
+        let end = run.first_page.checked_add(run.pages);
+        run.pages > 0
+            && region
+                .zip(end)
+                .is_some_and(|(region, end)| end <= region.end)
     }
 
     /// Records a property, in place of an earlier one of the same key.
@@ -396,12 +407,6 @@ impl<W: Write> Writer<W> {
         self.settle()?;
         self.stage.finish()?;
         self.report()?;
-        WriteError::limit(
-            "the end of a working set",
-            self.working_set_end,
-            self.next_page,
-        )?;
-
         let stage = &mut self.stage;
         let out = &mut stage.out;
         let mut dictionaries = Vec::new();
@@ -491,11 +496,12 @@ impl<W: Write> Writer<W> {
             region.first_page.saturating_add(len),
             MAX_PAGES,
         )?;
-        // Below the limit the product can't overflow.
+        // Below the limit the product can't overflow. A region may end where the addresses do.
+        let most = u64::MAX - region.start;
         WriteError::limit(
             "a region's length in bytes",
-            len * PAGE_SIZE_U64,
-            u64::MAX - region.start,
+            (len * PAGE_SIZE_U64).saturating_sub(1),
+            most,
         )?;
         region.pages = len;
         Ok(())

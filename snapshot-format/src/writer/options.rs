@@ -165,11 +165,11 @@ impl RegionSpec {
                 "multiples of 4096",
             ));
         }
-        if !matches!(self.page_shift, 0 | 12 | 21) {
+        if !matches!(self.page_shift, 0 | 12..=40) {
             return Err(WriteError::argument(
                 "a region's page size (log 2)",
                 self.page_shift,
-                "12 or 21",
+                "12 to 40",
             ));
         }
         if self.flags & !crate::layout::region_flags::KNOWN != 0 {

@@ -72,6 +72,11 @@ impl BlobWriter {
         out.write(what, bytes)
     }
 
+    /// Bytes written so far.
+    pub(super) fn len(&self) -> u64 {
+        self.blob.len
+    }
+
     pub(super) fn finish(self) -> Blob {
         Blob {
             crc: self.hasher.finalize(),

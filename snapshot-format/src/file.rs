@@ -1,0 +1,345 @@
+//! Files that appear under their name only when they are complete and on disk.
+//!
+//! ```text
+//! create   nameless file in the target's folder (O_TMPFILE), or one with a temporary name
+//! write    ...
+//! commit   fsync of the file
+//!          no --force: link to the target's name, which fails if that exists
+//!          --force:    link to a temporary name, rename over the target
+//!          fsync of the folder
+//! ```
+//!
+//! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
+//! its process; only where the file system knows none, and in the moment between link and rename,
+//! a temporary name can stay behind after a kill: `.snaprestore-*.partial`.
+//!
+//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
+use nix::unistd::linkat;
+
+/// Bytes gathered before the file is written. Longer writes go straight through.
+const BUFFER_BYTES: usize = 64 << 10;
+/// Temporary names that are tried.
+const NAME_TRIES: u32 = 100;
+
+/// Why a file could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FileError {
+    /// The target exists, and replacing it was not asked for.
+    #[error("{} exists already", path.display())]
+    Exists {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The target's folder doesn't exist.
+    #[error("the folder {} does not exist", folder.display())]
+    NoFolder {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The target is a folder.
+    #[error("{} is a folder", path.display())]
+    IsFolder {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The file system refused something.
+    #[error("could not {what} {}", path.display())]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl FileError {
+    fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            what,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+/// Where the bytes go until the target gets its name.
+enum Place {
+    /// A file without a name in this folder.
+    Nameless { folder: PathBuf },
+    /// A file with a temporary name in this folder.
+    Named { folder: PathBuf, temporary: PathBuf },
+    /// The target itself, which is no regular file.
+    Straight,
+}
+
+/// A file that gets its name with [`SnapshotFile::commit`]. Dropped before, it leaves nothing.
+pub struct SnapshotFile {
+    out: BufWriter<File>,
+    target: PathBuf,
+    force: bool,
+    place: Place,
+}
+
+impl SnapshotFile {
+    /// Begins a file that will appear at `target`. With `force` it takes the place of one that is
+    /// there then; without, one that is there now or then is an error and stays.
+    pub fn create(target: impl AsRef<Path>, force: bool) -> Result<Self, FileError> {
+        Self::create_with(target.as_ref(), force, true)
+    }
+
+    fn create_with(target: &Path, force: bool, nameless: bool) -> Result<Self, FileError> {
+        if let Some(file) = open_straight(target)? {
+            let out = BufWriter::with_capacity(BUFFER_BYTES, file);
+            return Ok(Self {
+                out,
+                target: target.to_owned(),
+                force,
+                place: Place::Straight,
+            });
+        }
+        if target.is_dir() || target.file_name().is_none() {
+            return Err(FileError::IsFolder {
+                path: target.to_owned(),
+            });
+        }
+        let exists = target.symlink_metadata().is_ok();
+        if exists && !force {
+            return Err(FileError::Exists {
+                path: target.to_owned(),
+            });
+        }
+        // The file that a link points to is replaced, not the link.
+        let target = match target.canonicalize() {
+            Ok(path) if exists => path,
+            _ => target.to_owned(),
+        };
+        let folder = match target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        if !folder.is_dir() {
+            return Err(FileError::NoFolder { folder });
+        }
+        // Refused by some file systems (overlays, NFS, FUSE), each with an error of its own.
+        let unnamed = if nameless {
+            open_nameless(&folder).ok()
+        } else {
+            None
+        };
+        let (file, place) = if let Some(file) = unnamed {
+            (file, Place::Nameless { folder })
+        } else {
+            let (file, temporary) = with_temporary_name(&target, |path| {
+                OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create_new(true)
+                    .open(path)
+            })
+            .map_err(FileError::io("create a file in", &folder))?;
+            (file, Place::Named { folder, temporary })
+        };
+        Ok(Self {
+            out: BufWriter::with_capacity(BUFFER_BYTES, file),
+            target,
+            force,
+            place,
+        })
+    }
+
+    /// Whether the file can be written anywhere in it: false for pipes and devices.
+    pub fn is_regular(&self) -> bool {
+        !matches!(self.place, Place::Straight)
+    }
+
+    /// The file itself, with all written so far in it, to be written at any offset.
+    pub fn file(&mut self) -> io::Result<&File> {
+        self.out.flush()?;
+        Ok(self.out.get_ref())
+    }
+
+    /// Brings the file to disk and gives it its name.
+    pub fn commit(mut self) -> Result<(), FileError> {
+        self.out
+            .flush()
+            .map_err(FileError::io("write", &self.target))?;
+        if !self.is_regular() {
+            return Ok(());
+        }
+        self.out
+            .get_ref()
+            .sync_all()
+            .map_err(FileError::io("write to disk", &self.target))?;
+        match &mut self.place {
+            Place::Straight => {}
+            Place::Nameless { folder } => {
+                let folder = folder.clone();
+                let source = link_source(self.out.get_ref());
+                if self.force {
+                    let (_file, temporary) =
+                        with_temporary_name(&self.target, |path| link(&source, path))
+                            .map_err(FileError::io("name", &self.target))?;
+                    // From here on a drop has something to remove.
+                    self.place = Place::Named { folder, temporary };
+                    self.rename()?;
+                } else {
+                    link(&source, &self.target).map_err(|error| self.naming_error(error))?;
+                    sync_folder(&folder)?;
+                }
+            }
+            Place::Named { .. } => self.rename()?,
+        }
+        Ok(())
+    }
+
+    /// Gives a file with a temporary name the target's.
+    fn rename(&mut self) -> Result<(), FileError> {
+        let Place::Named { folder, temporary } = &self.place else {
+            return Ok(());
+        };
+        if self.force {
+            std::fs::rename(temporary, &self.target)
+        } else {
+            rename_new(temporary, &self.target)
+        }
+        .map_err(|error| self.naming_error(error))?;
+        let folder = folder.clone();
+        // The temporary name is gone.
+        self.place = Place::Straight;
+        sync_folder(&folder)
+    }
+
+    fn naming_error(&self, error: io::Error) -> FileError {
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            FileError::Exists {
+                path: self.target.clone(),
+            }
+        } else {
+            FileError::io("name", &self.target)(error)
+        }
+    }
+}
+
+impl Write for SnapshotFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.out.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl Seek for SnapshotFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.out.seek(to)
+    }
+}
+
+impl Drop for SnapshotFile {
+    fn drop(&mut self) {
+        if let Place::Named { temporary, .. } = &self.place {
+            // There is nobody to tell.
+            let _ = std::fs::remove_file(temporary);
+        }
+    }
+}
+
+/// Opens a target that is no regular file, or the standard output by one of its names.
+fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
+    let stdout = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
+    if stdout.iter().any(|name| target == Path::new(name)) {
+        // Opened anew, a regular file behind it would be written from its start.
+        let copy = io::stdout().as_fd().try_clone_to_owned();
+        return copy
+            .map(|fd| Some(fd.into()))
+            .map_err(FileError::io("open", target));
+    }
+    let Ok(metadata) = target.metadata() else {
+        return Ok(None);
+    };
+    let kind = metadata.file_type();
+    if kind.is_fifo() || kind.is_char_device() || kind.is_block_device() || kind.is_socket() {
+        let opened = OpenOptions::new().write(true).open(target);
+        return opened.map(Some).map_err(FileError::io("open", target));
+    }
+    Ok(None)
+}
+
+/// A file without a name that can be given one later.
+fn open_nameless(folder: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_TMPFILE.bits())
+        .open(folder)?;
+    // Without /proc the file could not be linked, and that would be found out at the very end.
+    link_source(&file).metadata()?;
+    Ok(file)
+}
+
+/// The path that stands for the open `file`.
+fn link_source(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
+}
+
+/// Links the open file that `source` stands for to the new name `path`.
+fn link(source: &Path, path: &Path) -> io::Result<()> {
+    linkat(AT_FDCWD, source, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW).map_err(io::Error::from)
+}
+
+/// Renames, but never over a file that exists.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        // Not every file system knows the flag. A link refuses an existing name just as well.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            std::fs::hard_link(from, to)?;
+            std::fs::remove_file(from)
+        }
+        result => result.map_err(io::Error::from),
+    }
+}
+
+/// Brings a folder's entries to disk.
+fn sync_folder(folder: &Path) -> Result<(), FileError> {
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(FileError::io("write to disk", folder))
+}
+
+/// Calls `make` with names beside `target` until one is free.
+fn with_temporary_name<T>(
+    target: &Path,
+    mut make: impl FnMut(&Path) -> io::Result<T>,
+) -> io::Result<(T, PathBuf)> {
+    let mut tries = 0;
+    loop {
+        // Doesn't contain the target's name, which may be as long as a name can be.
+        let path = target.with_file_name(format!(
+            ".snaprestore-{}-{tries}.partial",
+            std::process::id()
+        ));
+        match make(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < NAME_TRIES => {
+                tries += 1;
+            }
+            result => return result.map(|made| (made, path)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

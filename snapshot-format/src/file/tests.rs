@@ -1,0 +1,206 @@
+use std::fs;
+use std::io::Read;
+
+use super::*;
+
+/// A folder, whether files in it are nameless, and whether they replace.
+fn cases() -> impl Iterator<Item = (tempfile::TempDir, bool, bool)> {
+    [(true, true), (true, false), (false, true), (false, false)]
+        .into_iter()
+        .map(|(nameless, force)| (tempfile::tempdir().unwrap(), nameless, force))
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn write_new(target: &Path, force: bool, nameless: bool) -> SnapshotFile {
+    let mut file = SnapshotFile::create_with(target, force, nameless).unwrap();
+    assert!(file.is_regular());
+    file.write_all(b"new").unwrap();
+    file.flush().unwrap();
+    file
+}
+
+#[test]
+fn appears_whole_or_not_at_all() {
+    for (folder, nameless, force) in cases() {
+        let target = folder.path().join("snapshot");
+        drop(write_new(&target, force, nameless));
+        assert_eq!(names(folder.path()), [""; 0], "dropped before the end");
+
+        let file = write_new(&target, force, nameless);
+        assert!(!target.exists());
+        assert_eq!(names(folder.path()).len(), usize::from(!nameless));
+        file.commit().unwrap();
+        assert_eq!(names(folder.path()), ["snapshot"]);
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+    }
+}
+
+#[test]
+fn an_existing_target_is_an_error_and_stays() {
+    for (folder, nameless, _) in cases() {
+        let target = folder.path().join("snapshot");
+        fs::write(&target, "old").unwrap();
+        let refused = SnapshotFile::create_with(&target, false, nameless);
+        assert!(matches!(refused, Err(FileError::Exists { .. })));
+        assert_eq!(names(folder.path()), ["snapshot"]);
+
+        // It may also come while the file is written.
+        fs::remove_file(&target).unwrap();
+        let file = write_new(&target, false, nameless);
+        fs::write(&target, "old").unwrap();
+        assert!(matches!(file.commit(), Err(FileError::Exists { .. })));
+        assert_eq!(names(folder.path()), ["snapshot"]);
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+    }
+}
+
+#[test]
+fn a_replaced_target_stays_until_the_end() {
+    for (folder, nameless, _) in cases() {
+        let target = folder.path().join("snapshot");
+        fs::write(&target, "old").unwrap();
+        let mut reader = File::open(&target).unwrap();
+
+        drop(write_new(&target, true, nameless));
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+        let file = write_new(&target, true, nameless);
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+        file.commit().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        assert_eq!(names(folder.path()), ["snapshot"]);
+
+        // Who has the old one open goes on reading it.
+        let mut old = String::new();
+        reader.read_to_string(&mut old).unwrap();
+        assert_eq!(old, "old");
+    }
+}
+
+/// Runs the test `name` of this file in a process of its own, which ends without running any
+/// destructor.
+fn in_dying_process(name: &str, folder: &Path, step: &str) {
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("file::tests::{name}"), "--nocapture"])
+        .env("SNAPSHOT_FILE_TEST", folder)
+        .env("SNAPSHOT_FILE_STEP", step)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(!status.success(), "the process was to die at {step}");
+}
+
+#[test]
+fn a_killed_writer_leaves_the_old_target_or_the_new() {
+    if let Some(folder) = std::env::var_os("SNAPSHOT_FILE_TEST") {
+        let target = Path::new(&folder).join("snapshot");
+        let mut file = SnapshotFile::create(&target, true).unwrap();
+        let step = std::env::var("SNAPSHOT_FILE_STEP").unwrap();
+        if step == "created" {
+            std::process::abort();
+        }
+        file.write_all(&vec![7; 1 << 20]).unwrap();
+        if step == "written" {
+            std::process::abort();
+        }
+        file.commit().unwrap();
+        std::process::abort();
+    }
+    for (step, len) in [("created", 3), ("written", 3), ("committed", 1 << 20)] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("snapshot");
+        fs::write(&target, "old").unwrap();
+        in_dying_process(
+            "a_killed_writer_leaves_the_old_target_or_the_new",
+            folder.path(),
+            step,
+        );
+        assert_eq!(
+            fs::metadata(&target).unwrap().len(),
+            len,
+            "killed when {step}"
+        );
+        if SnapshotFile::create(&target, true)
+            .is_ok_and(|file| matches!(file.place, Place::Nameless { .. }))
+        {
+            assert_eq!(names(folder.path()), ["snapshot"], "killed when {step}");
+        }
+    }
+}
+
+#[test]
+fn a_missing_folder_and_a_folder_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = SnapshotFile::create(folder.path().join("no/snapshot"), true);
+    assert!(matches!(missing, Err(FileError::NoFolder { .. })));
+    for force in [true, false] {
+        let itself = SnapshotFile::create(folder.path(), force);
+        assert!(matches!(itself, Err(FileError::IsFolder { .. })));
+    }
+}
+
+#[test]
+fn a_link_keeps_pointing_to_the_replaced_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (link, target) = (folder.path().join("link"), folder.path().join("snapshot"));
+    fs::write(&target, "old").unwrap();
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    write_new(&link, true, true).commit().unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert_eq!(fs::read(&target).unwrap(), b"new");
+}
+
+#[test]
+fn devices_and_pipes_are_written_straight_to() {
+    let mut null = SnapshotFile::create("/dev/null", false).unwrap();
+    assert!(!null.is_regular());
+    null.write_all(&vec![1; 100_000]).unwrap();
+    null.commit().unwrap();
+    assert!(
+        Path::new("/dev/null")
+            .metadata()
+            .unwrap()
+            .file_type()
+            .is_char_device()
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let reader = std::thread::spawn({
+        let fifo = fifo.clone();
+        move || fs::read(fifo).unwrap()
+    });
+    let mut file = SnapshotFile::create(&fifo, false).unwrap();
+    file.write_all(b"new").unwrap();
+    file.commit().unwrap();
+    assert_eq!(reader.join().unwrap(), b"new");
+}
+
+#[test]
+fn a_full_device_is_an_error() {
+    let mut full = SnapshotFile::create("/dev/full", false).unwrap();
+    full.write_all(b"new").unwrap();
+    assert!(matches!(full.commit(), Err(FileError::Io { .. })));
+}
+
+#[test]
+fn writing_at_offsets_and_in_sequence_agree() {
+    use std::os::unix::fs::FileExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("raw");
+    let mut file = SnapshotFile::create(&target, false).unwrap();
+    file.write_all(b"head").unwrap();
+    file.file().unwrap().write_all_at(b"tail", 8).unwrap();
+    file.commit().unwrap();
+    assert_eq!(fs::read(&target).unwrap(), b"head\0\0\0\0tail");
+}
