@@ -1,16 +1,15 @@
 //! The hand-made sample, read back: every page, every table, with how many reads.
 
 mod common;
+mod counting;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{BLOCKS, CC, Content, DICTIONARY, REGIONS, Sample, content, page_bytes};
+use counting::Counting;
 use snapshot_format::layout::PAGE_SIZE;
-use snapshot_format::{
-    FrameDecoder, ListedRun, MemoryStore, Page, ReadError, Reason, Snapshot, Store, Top,
-};
+use snapshot_format::{FrameDecoder, ListedRun, Page, ReadError, Reason, Snapshot, Top};
 
 /// The bytes of a page as a reader gets them; none if there are none.
 fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Option<Vec<u8>> {
@@ -158,47 +157,10 @@ fn a_frame_lists_its_pages() {
     );
 }
 
-/// Counts reads and bytes by reason.
-struct Counting {
-    inner: MemoryStore,
-    reads: [AtomicU64; 4],
-    bytes: [AtomicU64; 4],
-}
-
-impl Counting {
-    fn take(&self, reason: Reason) -> (u64, u64) {
-        let i = reason as usize;
-        (
-            self.reads[i].swap(0, Ordering::Relaxed),
-            self.bytes[i].swap(0, Ordering::Relaxed),
-        )
-    }
-}
-
-impl Store for Counting {
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()> {
-        self.reads[reason as usize].fetch_add(1, Ordering::Relaxed);
-        self.bytes[reason as usize].fetch_add(buf.len() as u64, Ordering::Relaxed);
-        self.inner.read_exact_at(buf, offset, reason)
-    }
-
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-}
-
 #[test]
 fn opening_takes_three_reads_and_a_look_up_one() {
     for inline_regions in [true, false] {
-        let store = Arc::new(Counting {
-            inner: MemoryStore::new(Sample::build(inline_regions).bytes),
-            reads: Default::default(),
-            bytes: Default::default(),
-        });
+        let store = Arc::new(Counting::new(Sample::build(inline_regions).bytes));
         let snapshot = Snapshot::open(store.clone()).expect("open");
         let (reads, bytes) = store.take(Reason::Open);
         assert_eq!(reads, 3);
@@ -247,11 +209,7 @@ fn opening_takes_three_reads_and_a_look_up_one() {
 
 #[test]
 fn the_index_cache_has_a_bound_and_look_ups_work_without_it() {
-    let store = Arc::new(Counting {
-        inner: MemoryStore::new(Sample::new().bytes),
-        reads: Default::default(),
-        bytes: Default::default(),
-    });
+    let store = Arc::new(Counting::new(Sample::new().bytes));
     let options = snapshot_format::SnapshotOptions::default().index_cache_bytes(0);
     let snapshot = Snapshot::open_with(store.clone(), &options).expect("open");
     for _ in 0..10 {
