@@ -607,6 +607,7 @@ fn what_is_possible_but_not_true() {
     let frame = sample.frames[0].start;
     let runs = frame + size_of::<FrameHeader>();
     let sections = |kind| sample.section(kind).start;
+    let second = sample.blocks[1].1.start + size_of::<IndexHeader>();
     let gap = sample.frames[0].end + 10;
     #[rustfmt::skip]
     let cases = [
@@ -633,6 +634,9 @@ fn what_is_possible_but_not_true() {
         u16(runs + size_of::<PageRun>() + offset_of!(PageRun, count), 1, "no page is listed for slot 3"),
         u32(runs + size_of::<PageRun>() + offset_of!(PageRun, page), 3, "page 3 is listed in slot 2"),
         u64(frame + offset_of!(FrameHeader, base_page), 1, "page 1 is listed in slot 0"),
+        // The second block names the first frame for one page, 520.
+        u16(second + 24 + offset_of!(FrameRef, slots), 3, "names a frame otherwise"),
+        u16(second + 48 + 8 + 8 * 4, 0xffff, "names frame 1, which no page of it uses"),
         u8(gap, 1, "belong to nothing"),
         u64(sections(SectionKind::Attachments) + offset_of!(BlobEntry, offset), 4096, "share bytes"),
     ];
@@ -652,6 +656,24 @@ fn what_is_possible_but_not_true() {
             report.problems
         );
     }
+}
+
+#[test]
+fn an_index_block_may_not_name_a_frame_twice() {
+    let mut sample = Sample::new();
+    let frames = sample.blocks[1].1.start + size_of::<IndexHeader>();
+    let first = sample.bytes[frames..frames + size_of::<FrameRef>()].to_vec();
+    sample.put(frames + size_of::<FrameRef>(), &first);
+    for (at, frame) in &mut sample.frame_refs {
+        if *at == frames + size_of::<FrameRef>() {
+            *frame = 2;
+        }
+    }
+    sample.seal();
+    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
+    assert!(details.contains(&"names a frame twice"), "{details:?}");
+    assert!(details.contains(&"block 1 has another digest than is recorded"));
 }
 
 #[test]
