@@ -31,6 +31,11 @@
 //! named limit before it is used, and no byte is interpreted whose checksum is not right. Nothing
 //! is mapped. Errors tell damage from failure (`is_damage`).
 //!
+//! # Writing
+//!
+//! [`Writer`] takes pages in order and writes a snapshot in one pass to anything that implements
+//! [`std::io::Write`]; [`SnapshotFile`] is a file that gets its name when all of it is on disk.
+//!
 //! # Verifying
 //!
 //! [`verify()`] reads everything and reports everything that is wrong.
