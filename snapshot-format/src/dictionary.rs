@@ -4,10 +4,12 @@
 //! gives it something to start from. It costs its own length in the file and some time for each
 //! frame, so one is only used if it saves clearly more than that on pages that it wasn't made from.
 
+use std::collections::HashSet;
+
 use rayon::prelude::*;
 use zstd_safe::{CCtx, CDict};
 
-use crate::digest::fill_word;
+use crate::digest;
 use crate::layout::PAGE_SIZE;
 
 /// Sizes that are tried. The small one sometimes wins by itself: it leaves the window to the frame.
@@ -31,25 +33,26 @@ pub struct Trained {
     pub saved_ratio: f64,
 }
 
-/// Trains a dictionary on `samples` (pages, one after the other, best from all over the source) for
-/// frames of `frame_pages` pages. Fills among them are left out.
+/// Trains a dictionary on `samples` for frames of `frame_pages` pages.
 ///
-/// `expected_bytes` is how many bytes of pages other than fills will be compressed: a dictionary
+/// The samples are pages, one after the other: runs of about `frame_pages` that follow each other
+/// in the source, best from all over it, 4 to 16 MiB in all. Fills and repetitions among them are
+/// left out. `expected_bytes` is how many bytes of other pages will be compressed: a dictionary
 /// pays only if what it saves on them is at least twice its own length. Returns none if none pays.
 ///
-/// Uses the rayon pool that it is called in.
+/// Takes a few hundred milliseconds, on two threads of the rayon pool that it is called in.
 pub fn train(
     samples: &[u8],
     frame_pages: usize,
     level: i32,
     expected_bytes: u64,
 ) -> Option<Trained> {
+    let mut known = HashSet::new();
     let mut pages = Vec::with_capacity(samples.len());
-    for page in samples
-        .chunks_exact(PAGE_SIZE)
-        .filter(|page| fill_word(page).is_none())
-    {
-        pages.extend_from_slice(page);
+    for page in samples.chunks_exact(PAGE_SIZE) {
+        if digest::fill_word(page).is_none() && known.insert(digest::stored(page)) {
+            pages.extend_from_slice(page);
+        }
     }
     let frames: Vec<&[u8]> = pages.chunks(frame_pages.max(1) * PAGE_SIZE).collect();
     train_on_frames(&frames, level, expected_bytes)
