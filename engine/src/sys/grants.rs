@@ -27,6 +27,8 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     entries: Vec<Entry>,
+    /// Everything that was ever granted, merged: it tells memory that went away from memory that was never ours.
+    ever: Vec<(u64, u64)>,
 }
 
 impl Grants {
@@ -54,6 +56,19 @@ impl Grants {
         self.remove(start, end);
         let at = self.position(start);
         self.entries.insert(at, Entry { start, end, keep });
+        let first = self.ever.partition_point(|range| range.1 < start);
+        let last = self.ever.partition_point(|range| range.0 <= end);
+        let touched = self.ever.get(first..last).unwrap_or_default();
+        let merged = touched.iter().fold((start, end), |(low, high), range| {
+            (low.min(range.0), high.max(range.1))
+        });
+        self.ever.splice(first..last, [merged]);
+    }
+
+    /// Whether all of `[start, end)` was granted at some time.
+    pub(super) fn ever_contained(&self, start: u64, end: u64) -> bool {
+        let at = self.ever.partition_point(|range| range.1 < end);
+        self.ever.get(at).is_some_and(|range| range.0 <= start)
     }
 
     pub(super) fn remove(&mut self, start: u64, end: u64) {
@@ -83,8 +98,6 @@ impl Grants {
             .get(self.position(from))
             .and_then(|entry| entry.keep.clone());
         self.remove(from, from.saturating_add(len));
-        // The old mapping object still owns its old addresses, and must not unmap them twice: keeping it alive as
-        // long as the moved memory is granted is the most that can be done here.
         self.add(to, to.saturating_add(len), keep);
     }
 
@@ -147,5 +160,11 @@ mod tests {
         grants.faulted(510, 520);
         grants.faulted(505, 506);
         assert_eq!(list(&grants), [(0, 20), (30, 100), (500, 510), (510, 520)]);
+        assert!(!grants.contains(15, 35));
+        assert!(grants.ever_contained(15, 35));
+        assert!(grants.ever_contained(500, 520));
+        assert!(!grants.ever_contained(90, 101));
+        assert!(!grants.ever_contained(499, 501));
+        assert_eq!(grants.ever, [(0, 100), (500, 520)]);
     }
 }

@@ -10,12 +10,10 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::RwLockReadGuard;
 
 use nix::errno::Errno;
 
 use super::features::Ioctls;
-use super::grants::Grants;
 use super::uffd::Userfaultfd;
 use super::{abi, ioctls};
 use crate::mem::Mapping;
@@ -42,6 +40,9 @@ pub enum Installed {
     },
     /// The first page is already present. Nothing was done, and **nobody was woken**: who installed it with
     /// [`Wake::Later`] may not have come to waking yet.
+    ///
+    /// On hugetlbfs Linux 6.18 says this also when the page is absent and the pool is empty (where older kernels say
+    /// no memory), so a fault that comes back to such a page after a wake means [`NoMemory`](Self::NoMemory).
     Exists,
     /// Nothing was done: the owner is changing its mappings and waits until the event is read.
     Again,
@@ -161,26 +162,30 @@ struct Request {
 }
 
 impl Request {
-    /// Checks what the kernel doesn't; the guard keeps it true until the ioctl is over.
-    fn check(
+    /// Checks what the kernel doesn't, then calls it. The list of what is registered holds still until it has answered.
+    fn submit<T>(
         self,
         uffd: &Userfaultfd,
         ioctl: Ioctls,
-    ) -> Result<Option<RwLockReadGuard<'_, Grants>>, InstallError> {
+        gone: T,
+        call: impl FnOnce() -> Result<T, InstallError>,
+    ) -> Result<T, InstallError> {
         if uffd.hides(ioctl) {
             return Err(self.refused(Errno::EINVAL));
         }
-        let guard = uffd.grants();
-        let end = self
-            .address
-            .checked_add(self.len)
+        let Self { op, address, len } = self;
+        let end = address
+            .checked_add(len)
             .ok_or_else(|| self.refused(Errno::EINVAL))?;
-        match &guard {
-            Some(grants) if !grants.contains(self.address, end) => {
-                let Self { op, address, len } = self;
-                Err(InstallError::NotRegistered { op, address, len })
+        match uffd.grants() {
+            Some(grants) if grants.contains(address, end) => {
+                let outcome = call();
+                drop(grants);
+                outcome
             }
-            _ => Ok(guard),
+            Some(grants) if grants.ever_contained(address, end) => Ok(gone),
+            Some(_) => Err(InstallError::NotRegistered { op, address, len }),
+            None => call(),
         }
     }
 
@@ -243,20 +248,21 @@ impl Userfaultfd {
             address,
             len: bytes.len() as u64,
         };
-        let _guard = request.check(self, Ioctls::COPY)?;
-        let src = bytes.as_ptr().expose_provenance() as u64;
-        let mut argument = abi::uffdio_copy {
-            dst: address,
-            src,
-            len: request.len,
-            mode,
-            copy: 0,
-        };
-        // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length during the call. Filling absent
-        // pages of [address, address + len) is allowed: see the module `uffd` for the three reasons; the guard keeps the
-        // second true. If the kernel finds a page present or unregistered it stops before it.
-        let result = unsafe { ioctls::copy(self.as_raw(), &raw mut argument) };
-        request.outcome(result, argument.copy)
+        request.submit(self, Ioctls::COPY, Installed::Gone, || {
+            let src = bytes.as_ptr().expose_provenance() as u64;
+            let mut argument = abi::uffdio_copy {
+                dst: address,
+                src,
+                len: request.len,
+                mode,
+                copy: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length during the call. Filling absent
+            // pages of [address, address + len) is allowed: see the module `uffd` for the three reasons; `submit` keeps the
+            // second true. If the kernel finds a page present or unregistered it stops before it.
+            let result = unsafe { ioctls::copy(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.copy)
+        })
     }
 
     /// Installs zero pages. Not on hugetlbfs, where the kernel answers EINVAL: copy zeros there.
@@ -266,15 +272,16 @@ impl Userfaultfd {
             address,
             len,
         };
-        let _guard = request.check(self, Ioctls::ZEROPAGE)?;
-        let mut argument = abi::uffdio_zeropage {
-            range: request.range(),
-            mode: mode(wake, abi::UFFDIO_ZEROPAGE_MODE_DONTWAKE),
-            zeropage: 0,
-        };
-        // SAFETY: `argument` is a live uffdio_zeropage; the range is as in `copy`.
-        let result = unsafe { ioctls::zeropage(self.as_raw(), &raw mut argument) };
-        request.outcome(result, argument.zeropage)
+        request.submit(self, Ioctls::ZEROPAGE, Installed::Gone, || {
+            let mut argument = abi::uffdio_zeropage {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_ZEROPAGE_MODE_DONTWAKE),
+                zeropage: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_zeropage; the range is as in `copy`.
+            let result = unsafe { ioctls::zeropage(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.zeropage)
+        })
     }
 
     /// Installs pages that are in the file behind a shared mapping already (memory registered as [`Modes::MINOR`]).
@@ -286,16 +293,17 @@ impl Userfaultfd {
             address,
             len,
         };
-        let _guard = request.check(self, Ioctls::CONTINUE)?;
-        let mut argument = abi::uffdio_continue {
-            range: request.range(),
-            mode: mode(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE),
-            mapped: 0,
-        };
-        // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes visible is the content of
-        // the file that the owner mapped there itself.
-        let result = unsafe { ioctls::continue_(self.as_raw(), &raw mut argument) };
-        request.outcome(result, argument.mapped)
+        request.submit(self, Ioctls::CONTINUE, Installed::Gone, || {
+            let mut argument = abi::uffdio_continue {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE),
+                mapped: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes visible is the content of
+            // the file that the owner mapped there itself.
+            let result = unsafe { ioctls::continue_(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.mapped)
+        })
     }
 
     /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. A guest's access under KVM may
@@ -306,16 +314,17 @@ impl Userfaultfd {
             address,
             len,
         };
-        let _guard = request.check(self, Ioctls::POISON)?;
-        let mut argument = abi::uffdio_poison {
-            range: request.range(),
-            mode: mode(wake, abi::UFFDIO_POISON_MODE_DONTWAKE),
-            updated: 0,
-        };
-        // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison replaces absence only, and an access
-        // to it is a signal or an error, never undefined content.
-        let result = unsafe { ioctls::poison(self.as_raw(), &raw mut argument) };
-        request.outcome(result, argument.updated)
+        request.submit(self, Ioctls::POISON, Installed::Gone, || {
+            let mut argument = abi::uffdio_poison {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_POISON_MODE_DONTWAKE),
+                updated: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison replaces absence only, and an access
+            // to it is a signal or an error, never undefined content.
+            let result = unsafe { ioctls::poison(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.updated)
+        })
     }
 
     /// Installs pages by moving them out of `source`, whose pages at `offset` are absent afterwards.
@@ -341,22 +350,23 @@ impl Userfaultfd {
         if !inside {
             return Err(request.refused(Errno::EINVAL));
         }
-        let _guard = request.check(self, Ioctls::MOVE)?;
-        let holes = match holes {
-            MoveHoles::Refuse => 0,
-            MoveHoles::Skip => abi::UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
-        };
-        let mut argument = abi::uffdio_move {
-            dst: address,
-            src: source.address() + offset,
-            len,
-            mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
-            move_: 0,
-        };
-        // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source lies inside a mapping that is
-        // alive for the call and hands out raw pointers only, so no reference sees its pages go; they read as zeros then.
-        let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
-        request.outcome(result, argument.move_)
+        request.submit(self, Ioctls::MOVE, Installed::Gone, || {
+            let holes = match holes {
+                MoveHoles::Refuse => 0,
+                MoveHoles::Skip => abi::UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
+            };
+            let mut argument = abi::uffdio_move {
+                dst: address,
+                src: source.address() + offset,
+                len,
+                mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
+                move_: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source lies inside a mapping that is
+            // alive for the call and hands out raw pointers only, so no reference sees its pages go; they read as zeros then.
+            let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.move_)
+        })
     }
 
     /// Sets or clears write protection of a range that is registered as [`Modes::WRITE_PROTECT`].
@@ -374,27 +384,28 @@ impl Userfaultfd {
             address,
             len,
         };
-        let _guard = request.check(self, Ioctls::WRITEPROTECT)?;
-        // Protecting wakes nobody, and the kernel refuses DONTWAKE together with it.
-        let mode = if protect {
-            abi::UFFDIO_WRITEPROTECT_MODE_WP
-        } else {
-            mode(wake, abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE)
-        };
-        let mut argument = abi::uffdio_writeprotect {
-            range: request.range(),
-            mode,
-        };
-        // SAFETY: `argument` is a live uffdio_writeprotect; the range is as in `copy`. A protected page keeps its content,
-        // and a write to it waits until the protection is cleared.
-        let result = unsafe { ioctls::writeprotect(self.as_raw(), &raw mut argument) };
-        match result {
-            Ok(_) => Ok(Protected::Done),
-            Err(Errno::EAGAIN) => Ok(Protected::Again),
-            Err(Errno::ENOENT) => Ok(Protected::Gone),
-            Err(Errno::ESRCH) => Ok(Protected::OwnerGone),
-            Err(errno) => Err(request.refused(errno)),
-        }
+        request.submit(self, Ioctls::WRITEPROTECT, Protected::Gone, || {
+            // Protecting wakes nobody, and the kernel refuses DONTWAKE together with it.
+            let mode = if protect {
+                abi::UFFDIO_WRITEPROTECT_MODE_WP
+            } else {
+                mode(wake, abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE)
+            };
+            let mut argument = abi::uffdio_writeprotect {
+                range: request.range(),
+                mode,
+            };
+            // SAFETY: `argument` is a live uffdio_writeprotect; the range is as in `copy`. A protected page keeps its content,
+            // and a write to it waits until the protection is cleared.
+            let result = unsafe { ioctls::writeprotect(self.as_raw(), &raw mut argument) };
+            match result {
+                Ok(_) => Ok(Protected::Done),
+                Err(Errno::EAGAIN) => Ok(Protected::Again),
+                Err(Errno::ENOENT) => Ok(Protected::Gone),
+                Err(Errno::ESRCH) => Ok(Protected::OwnerGone),
+                Err(errno) => Err(request.refused(errno)),
+            }
+        })
     }
 
     fn as_raw(&self) -> i32 {

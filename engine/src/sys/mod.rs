@@ -11,6 +11,7 @@
 //! | `grants` | which memory of this process a userfaultfd may fill |
 //! | `event` | waking a thread that waits, and waiting |
 //! | `thread` | signals, checked reads |
+//! | `probe` | what this machine offers and permits |
 //!
 //! # Minimum kernel: 5.7
 //!
@@ -29,6 +30,7 @@ pub mod install;
 mod ioctls;
 pub mod message;
 pub mod open;
+pub mod probe;
 pub mod thread;
 pub mod uffd;
 
@@ -36,7 +38,8 @@ pub use event::{Ready, Wakeup, wait};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
-pub use open::{Access, AccessFailure, OpenError, OpenOptions};
+pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
+pub use probe::Probe;
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
 
