@@ -7,7 +7,7 @@ mod sys_support;
 
 use std::sync::Arc;
 
-use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion, first_populated};
+use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion, Scratch, first_populated};
 use snaprestore_engine::sys::{
     Features, InstallError, Installed, Ioctls, Message, Modes, MoveHoles, OpenOptions, Presence,
     Protected, ReadFault, Userfaultfd, Wake, read_checked,
@@ -176,15 +176,15 @@ fn every_install_reports_a_partial_run_and_an_existing_page() {
     );
 
     let scene = Scene::new(4);
-    let source = filled(4, 9);
+    let mut source = filled(4, 9);
     assert_eq!(
         scene.uffd.copy(scene.at(2), &page(7), Wake::Now).unwrap(),
         Installed::Done
     );
-    let moved = |at, from, len| {
+    let mut moved = |at, from, len| {
         scene
             .uffd
-            .move_(at, &source, from, len, MoveHoles::Refuse, Wake::Now)
+            .move_(at, &mut source, from, len, MoveHoles::Refuse, Wake::Now)
             .unwrap()
     };
     assert_eq!(moved(scene.at(0), 0, all), partial);
@@ -537,62 +537,71 @@ fn a_discard_clears_poison() {
     assert_eq!(peek(scene.at(0)), 0);
 }
 
-/// A mapping of `pages` pages that hold `byte`. Children that other tests fork meanwhile don't get it: they would make it busy.
-fn filled(pages: u64, byte: u8) -> Mapping {
-    let mapping = Mapping::new(pages * PAGE).unwrap();
-    madvise(mapping.address(), mapping.len(), libc::MADV_DONTFORK);
-    fill(&mapping, byte);
-    mapping
-}
-
-fn fill(mapping: &Mapping, byte: u8) {
-    (0..mapping.len()).for_each(|offset| poke(mapping.address() + offset, byte));
+/// Pages that hold `byte`.
+fn filled(pages: u64, byte: u8) -> Scratch {
+    let mut scratch = Scratch::new(pages * PAGE).unwrap();
+    scratch.bytes_mut().fill(byte);
+    scratch
 }
 
 #[test]
 fn move_takes_the_pages_out_of_their_source() {
     let mut scene = Scene::new(4);
-    let source = filled(4, 6);
+    let mut source = filled(4, 6);
     let reader = peeking(scene.at(2));
     let address = scene.fault();
-    let moved = |at, from, len, holes| scene.uffd.move_(at, &source, from, len, holes, Wake::Now);
-    assert_eq!(
-        moved(address, 0, PAGE, MoveHoles::Refuse).unwrap(),
-        Installed::Done
-    );
+    let moved = |source: &mut Scratch, at, from, len, holes| {
+        scene.uffd.move_(at, source, from, len, holes, Wake::Now)
+    };
+    let first = moved(&mut source, address, 0, PAGE, MoveHoles::Refuse).unwrap();
+    assert_eq!(first, Installed::Done);
     assert_eq!(reader.join().unwrap(), 6);
-    assert_eq!(peek(source.address() + PAGE), 6);
 
     // The first source page is a hole now.
-    let holes = moved(scene.at(0), 0, 2 * PAGE, MoveHoles::Refuse).unwrap();
+    let at = scene.at(0);
+    let holes = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Refuse).unwrap();
     assert_eq!(holes, Installed::Gone);
-    let skipped = moved(scene.at(0), 0, 2 * PAGE, MoveHoles::Skip).unwrap();
+    let skipped = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Skip).unwrap();
     assert_eq!(skipped, Installed::Done);
     assert_eq!(peek(scene.at(1)), 6);
     assert_eq!(
-        scene.uffd.zeropage(scene.at(0), PAGE, Wake::Now).unwrap(),
+        scene.uffd.zeropage(at, PAGE, Wake::Now).unwrap(),
         Installed::Done
     );
+    let left: Vec<u8> = (0..4).map(|page| source.bytes_mut()[page * 4096]).collect();
+    assert_eq!(left, [0, 0, 6, 6]);
 
-    let outside = moved(scene.at(3), 3 * PAGE, 2 * PAGE, MoveHoles::Refuse).unwrap_err();
-    assert_eq!(errno(&outside), Some(libc::EINVAL));
+    let outside = moved(
+        &mut source,
+        scene.at(3),
+        3 * PAGE,
+        2 * PAGE,
+        MoveHoles::Refuse,
+    );
+    assert_eq!(errno(&outside.unwrap_err()), Some(libc::EINVAL));
 }
 
 #[test]
 fn a_shared_source_page_is_busy() {
     let scene = Scene::new(1);
-    let source = Mapping::new(PAGE).unwrap();
-    fill(&source, 6);
+    let mut source = Scratch::new(PAGE).unwrap();
+    madvise(source.address(), PAGE, libc::MADV_DOFORK);
+    source.bytes_mut().fill(6);
     // A child that was forked after the page was written shares it until one of the two writes again.
     let child = Child::start(|| {
         // SAFETY: waits to be killed.
         unsafe { libc::pause() }
     });
-    let moved = scene
-        .uffd
-        .move_(scene.at(0), &source, 0, PAGE, MoveHoles::Refuse, Wake::Now);
+    let moved = scene.uffd.move_(
+        scene.at(0),
+        &mut source,
+        0,
+        PAGE,
+        MoveHoles::Refuse,
+        Wake::Now,
+    );
     assert_eq!(moved.unwrap(), Installed::SourceBusy);
-    assert_eq!(peek(source.address()), 6);
+    assert_eq!(source.bytes_mut()[0], 6);
     drop(child);
 }
 
@@ -616,10 +625,10 @@ fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
         scene.uffd.poison(start, PAGE, Wake::Now).unwrap(),
         Installed::Again
     );
-    let source = filled(1, 6);
+    let mut source = filled(1, 6);
     let moved = scene
         .uffd
-        .move_(start, &source, 0, PAGE, MoveHoles::Refuse, Wake::Now);
+        .move_(start, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now);
     assert_eq!(moved.unwrap(), Installed::Again);
     assert!(
         !owner.is_finished(),
@@ -647,11 +656,11 @@ fn hidden_ioctls_are_refused_as_by_a_kernel_without_them() {
     let ioctls = uffd.register(&region, 0, PAGE, Modes::MISSING).unwrap();
     assert_eq!(ioctls, Ioctls::WAKE | Ioctls::COPY | Ioctls::ZEROPAGE);
     let address = region.address();
-    let source = filled(1, 1);
+    let mut source = filled(1, 1);
     let refused = [
         uffd.poison(address, PAGE, Wake::Now),
         uffd.continue_(address, PAGE, Wake::Now),
-        uffd.move_(address, &source, 0, PAGE, MoveHoles::Refuse, Wake::Now),
+        uffd.move_(address, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now),
     ];
     for result in refused {
         assert_eq!(errno(&result.unwrap_err()), Some(libc::EINVAL));
@@ -726,4 +735,28 @@ fn lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage() {
         uffd.copy(region.address(), &bytes, Wake::Now).unwrap(),
         Installed::Exists
     );
+}
+
+#[test]
+fn huge_pages_are_moved_whole() {
+    let scene = Scene::new(1024);
+    let mut source = Scratch::new(4 << 20).unwrap();
+    source.bytes_mut().fill(3);
+    let (start, len) = (scene.at(0), 4 << 20);
+    let moved = scene
+        .uffd
+        .move_(start, &mut source, 0, len, MoveHoles::Refuse, Wake::Now);
+    assert_eq!(moved.unwrap(), Installed::Done);
+    assert_eq!(peek(start + len - 1), 3);
+    assert!(
+        source.bytes_mut().iter().all(|byte| *byte == 0),
+        "moved pages are zero where they were"
+    );
+    source.bytes_mut().fill(4);
+    let again = scene
+        .uffd
+        .move_(start, &mut source, 0, len, MoveHoles::Refuse, Wake::Now);
+    assert_eq!(again.unwrap(), Installed::Exists);
+    assert_eq!(peek(start), 3);
+    assert_eq!(source.bytes_mut()[0], 4);
 }

@@ -1,6 +1,6 @@
 //! Advice to the kernel that changes no content.
 
-use super::{MemError, RawRegion};
+use super::{Mapping, MemError, RawRegion};
 use crate::sys::to_usize;
 
 /// Advice about memory.
@@ -35,14 +35,24 @@ impl RawRegion {
     /// Gives advice about `[offset, offset + len)`.
     pub fn advise(&self, advice: Advice, offset: u64, len: u64) -> Result<(), MemError> {
         let address = self.inside("advising about", offset, len)?;
-        let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
-        // SAFETY: none of the advice in the enum changes the content that this process sees, nor its access rights. What
-        // is not mapped there is refused with ENOMEM.
-        let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(MemError::last("advising about", address, len))
-        }
+        advise(advice, address, len)
+    }
+}
+
+impl Mapping {
+    pub(super) fn advise(&self, advice: Advice) -> Result<(), MemError> {
+        advise(advice, self.address(), self.len())
+    }
+}
+
+fn advise(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
+    let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
+    // SAFETY: none of the advice in the enum changes the content that this process sees, nor its access rights. What is
+    // not mapped there is refused with ENOMEM.
+    let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(MemError::last("advising about", address, len))
     }
 }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`Mapping`] | ours: made here, unmapped on drop |
 //! | [`RawRegion`] | a mapping, ours or the caller's, on loan to a restore; the `unsafe` contract is its constructor's |
+//! | [`Scratch`] | ours, and nobody else's ever: where pages are assembled |
 //! | [`Block`] | a session's state, shareable with another process |
 //! | [`Ring`] | the head of a block, where the kernel writes messages |
 //!
@@ -19,6 +20,7 @@ mod mapping;
 mod region;
 #[cfg(feature = "rust-vmm")]
 pub mod rust_vmm;
+mod scratch;
 
 use std::io;
 use std::sync::OnceLock;
@@ -30,6 +32,7 @@ pub use block::{Block, Ring};
 pub use empty::{first_populated, first_populated_by_pagemap};
 pub use mapping::{Mapping, MappingOptions};
 pub use region::RawRegion;
+pub use scratch::Scratch;
 
 /// The huge page size of x86-64 and of ARM with 4 KiB pages.
 pub const HUGE_PAGE: u64 = 2 << 20;

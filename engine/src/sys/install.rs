@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use super::features::Ioctls;
 use super::uffd::Userfaultfd;
 use super::{abi, ioctls};
-use crate::mem::Mapping;
+use crate::mem::Scratch;
 
 /// Whether an operation wakes the threads that wait in its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -329,11 +329,11 @@ impl Userfaultfd {
 
     /// Installs pages by moving them out of `source`, whose pages at `offset` are absent afterwards.
     ///
-    /// Both must be memory of this process, and of the same kind.
+    /// Works in this process's own memory only. Huge pages move whole where both sides are aligned to them.
     pub fn move_(
         &self,
         address: u64,
-        source: &Mapping,
+        source: &mut Scratch,
         offset: u64,
         len: u64,
         holes: MoveHoles,
@@ -362,8 +362,8 @@ impl Userfaultfd {
                 mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
                 move_: 0,
             };
-            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source lies inside a mapping that is
-            // alive for the call and hands out raw pointers only, so no reference sees its pages go; they read as zeros then.
+            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source lies inside a scratch
+            // that is borrowed exclusively, so no reference sees its pages go; they read as zeros then.
             let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.move_)
         })

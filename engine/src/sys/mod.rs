@@ -15,8 +15,8 @@
 //!
 //! # Minimum kernel: 5.7
 //!
-//! The events REMOVE, REMAP and UNMAP (4.11) are what keeps discarded pages from coming back; ENOENT as the answer
-//! for memory that is gone came in 4.13. 5.7 is the first kernel in which a fault may be retried any number of times: before
+//! The events REMOVE, REMAP and UNMAP (4.11) are what keeps discarded pages from coming back.
+//! 5.7 is the first kernel in which a fault may be retried any number of times: before
 //! it a thread that is woken and finds its page still missing gets SIGBUS, and waking is how this engine recovers from
 //! every doubt. Everything newer is optional and has a fallback.
 
