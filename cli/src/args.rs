@@ -1,0 +1,397 @@
+//! What can be typed. Nothing here opens or checks a file: that is each command's first step.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+use crate::exit;
+
+/// Packs the memory of microVMs and processes into small, verified files, and brings it back
+/// lazily.
+#[derive(Debug, Parser)]
+#[command(name = "snaprestore", version, after_help = exit::HELP, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Copy, Debug, ClapArgs)]
+pub(crate) struct Common {
+    /// Print the result as one JSON object on standard output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print errors only
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Pack memory into a snapshot
+    Create(Create),
+    /// Show what a snapshot holds
+    Info(Info),
+    /// Check every byte of a snapshot
+    Verify(Verify),
+    /// Write a snapshot's memory, or an attachment, to a plain file
+    Extract(Extract),
+    /// Restore a snapshot lazily into this process and report how it went
+    Restore(Restore),
+    /// Tell what this machine permits, and what would permit the rest
+    Doctor,
+    /// Snapshot, verify and restore a live process, with nothing prepared
+    Demo(Demo),
+    /// Print the completion script of a shell
+    Completions(Completions),
+    /// Print the manual pages, or write them to a folder
+    Man(Man),
+    /// The process that `demo` snapshots.
+    #[command(hide = true)]
+    DemoOwner(DemoOwner),
+}
+
+/// Pack memory into a snapshot.
+///
+/// SOURCE is a raw memory file (holes of a sparse one are not read), an ELF core (of a process,
+/// by gcore or the kernel, or of a guest, by QEMU's dump-guest-memory), a block device, or a pipe.
+/// The snapshot appears under its name when it is complete and on disk, never before.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Create {
+    /// Memory to pack; `-` is standard input
+    #[arg(required_unless_present = "pid", value_hint = ValueHint::FilePath)]
+    pub(crate) source: Option<PathBuf>,
+    /// Take the memory of a live process
+    ///
+    /// All its threads are held while it is read, and go on afterwards, also if snaprestore is
+    /// killed meanwhile. Needs the right to trace it: the same user, or root.
+    #[arg(long, conflicts_with_all = ["source", "raw"])]
+    pub(crate) pid: Option<i32>,
+    /// Take SOURCE as plain memory, whatever it looks like
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Snapshot to write; `-` is standard output
+    #[arg(long, short, value_hint = ValueHint::FilePath)]
+    pub(crate) output: PathBuf,
+    /// Replace an existing snapshot, once the new one is complete
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// Compression level of zstd
+    #[arg(long, short, default_value_t = 3, value_name = "N", allow_hyphen_values = true,
+          value_parser = clap::value_parser!(i32).range(-7..=22))]
+    pub(crate) level: i32,
+    /// Memory compressed together, a power of two from 4 to 2048 KiB
+    ///
+    /// Larger frames are smaller on disk; smaller ones come faster when a single page is needed.
+    #[arg(long, default_value = "128", value_name = "KIB")]
+    pub(crate) frame_size: FrameSize,
+    /// Compression dictionary: trained where it pays, none, or a file made by `zstd --train`
+    #[arg(
+        long,
+        default_value = "auto",
+        value_name = "auto|off|PATH",
+        value_hint = ValueHint::FilePath
+    )]
+    pub(crate) dictionary: Dictionary,
+    /// Store a file beside the memory, under a name (may be repeated)
+    #[arg(long, value_name = "NAME=PATH")]
+    pub(crate) attach: Vec<Attachment>,
+    /// Threads that compress [default: one a core]
+    #[arg(long, value_name = "N", value_parser = threads())]
+    pub(crate) threads: Option<usize>,
+}
+
+/// `create --frame-size`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FrameSize {
+    pub(crate) kib: usize,
+}
+
+impl FromStr for FrameSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (digits, factor) = match text.trim_end_matches("iB") {
+            digits if digits.ends_with(['k', 'K']) => (&digits[..digits.len() - 1], 1),
+            digits if digits.ends_with(['m', 'M']) => (&digits[..digits.len() - 1], 1024),
+            digits => (digits, 1),
+        };
+        digits
+            .parse::<usize>()
+            .ok()
+            .and_then(|number| number.checked_mul(factor))
+            .filter(|kib| kib.is_power_of_two() && (4..=2048).contains(kib))
+            .map(|kib| Self { kib })
+            .ok_or_else(|| {
+                "must be a power of two from 4 to 2048 (KiB), as 64, 128K or 2M".to_owned()
+            })
+    }
+}
+
+/// `create --dictionary`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Dictionary {
+    Auto,
+    Off,
+    File(PathBuf),
+}
+
+impl FromStr for Dictionary {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("must be auto, off, or the path of a dictionary".into()),
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            path => Ok(Self::File(path.into())),
+        }
+    }
+}
+
+/// `create --attach`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Attachment {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+}
+
+impl FromStr for Attachment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(Self {
+                name: name.to_owned(),
+                path: path.into(),
+            }),
+            _ => Err("must be NAME=PATH, as vmstate=/run/vm/state.json".into()),
+        }
+    }
+}
+
+/// Show what a snapshot holds: identity, sizes, regions, attachments.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Info {
+    /// Snapshot to look at
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+}
+
+/// Check every byte of a snapshot: structure, checksums, every frame's decode, the digest.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Verify {
+    /// Snapshot to check
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// Threads that decode [default: one a core]
+    #[arg(long, value_name = "N", value_parser = threads())]
+    pub(crate) threads: Option<usize>,
+}
+
+/// Write a snapshot's memory, or an attachment, to a plain file.
+///
+/// The regions follow one another in the order of the snapshot; runs of zero pages become holes.
+/// Every byte has passed its checksum. The file appears under its name when it is complete.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Extract {
+    /// Snapshot to read
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// File to write; `-` is standard output
+    #[arg(long, short, value_hint = ValueHint::FilePath)]
+    pub(crate) output: PathBuf,
+    /// Replace an existing file, once the new one is complete
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// Only this region (may be repeated): its name, or its number as `info` shows it
+    #[arg(long, value_name = "NAME|NUMBER", conflicts_with = "attachment")]
+    pub(crate) region: Vec<String>,
+    /// This attachment instead of memory
+    #[arg(long, value_name = "NAME")]
+    pub(crate) attachment: Option<String>,
+    /// What to do with pages that could not be read when the snapshot was taken
+    #[arg(long, value_enum, default_value_t = Unavailable::Refuse, value_name = "WHAT")]
+    pub(crate) unavailable: Unavailable,
+    /// Threads that decode [default: one a core]
+    #[arg(long, value_name = "N", value_parser = threads())]
+    pub(crate) threads: Option<usize>,
+}
+
+/// `extract --unavailable`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Unavailable {
+    /// Write nothing and fail
+    Refuse,
+    /// Write zeros in their place
+    Zero,
+}
+
+/// Restore a snapshot lazily into this process and report how it went.
+///
+/// The memory is mapped at once, empty; each page is decoded and installed when it is first
+/// touched or prefetched. A frame that is damaged is reported with its pages, the rest goes on,
+/// and the exit code is 3.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Restore {
+    /// Snapshot to restore
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// Order in which every page is touched
+    #[arg(long, value_enum, default_value_t = Touch::Sequential, value_name = "ORDER")]
+    pub(crate) touch: Touch,
+    /// What is fetched in the background before it is touched
+    #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
+    pub(crate) prefetch: Prefetch,
+    /// Threads that serve page faults
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
+    pub(crate) threads: usize,
+    /// Threads that touch pages
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
+    pub(crate) touch_threads: usize,
+    /// Start of the random order, to repeat one
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) seed: u64,
+    /// Compare every touched page with this raw memory file, as `extract` writes it
+    #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
+    pub(crate) check: Option<PathBuf>,
+    /// Serve only faults of user code, where the kernel permits no other
+    #[arg(long)]
+    pub(crate) user_mode_only: bool,
+}
+
+/// `restore --touch`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Touch {
+    /// No page is touched
+    None,
+    /// From the first page to the last
+    Sequential,
+    /// Each page once, in a random order
+    Random,
+}
+
+/// `restore --prefetch`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Prefetch {
+    /// Nothing
+    Off,
+    /// The recorded working sets, in their order
+    WorkingSet,
+    /// Working sets, then everything else
+    All,
+}
+
+/// Snapshot, verify and restore a live process, with nothing prepared.
+///
+/// Starts a process that loads this machine's own files into memory and indexes them, snapshots
+/// it while it lives, verifies the snapshot, restores it lazily under random touches, and compares
+/// every page with what the process held.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Demo {
+    /// Snapshot this process instead
+    #[arg(long)]
+    pub(crate) pid: Option<i32>,
+    /// Keep the snapshot under this name
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) keep: Option<PathBuf>,
+    /// Memory that the demonstrated process fills, in MiB
+    #[arg(long, default_value_t = 256, value_name = "MIB",
+          value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) size: u32,
+}
+
+/// The process that `demo` snapshots: loads files until it holds so much, says so, and waits.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoOwner {
+    /// Memory to fill, in MiB
+    pub(crate) size: u32,
+}
+
+/// Print the completion script of a shell.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Completions {
+    /// Shell to complete for
+    #[arg(value_enum)]
+    pub(crate) shell: Shell,
+}
+
+/// Print the manual pages, or write them to a folder.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Man {
+    /// Command whose page to print [default: the page of snaprestore itself]
+    #[arg(conflicts_with = "output")]
+    pub(crate) command: Option<OsString>,
+    /// Folder to write all pages to
+    #[arg(long, short, value_hint = ValueHint::DirPath)]
+    pub(crate) output: Option<PathBuf>,
+}
+
+/// A number of threads: enough for any machine, and no typing mistake.
+fn threads() -> impl clap::builder::TypedValueParser<Value = usize> {
+    use clap::builder::TypedValueParser as _;
+    clap::value_parser!(u16).range(1..=512).map(usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_contradiction() {
+        use clap::CommandFactory as _;
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn frame_sizes_are_powers_of_two_from_4_kib_to_2_mib() {
+        for (text, kib) in [
+            ("4", 4),
+            ("128", 128),
+            ("64K", 64),
+            ("64KiB", 64),
+            ("2M", 2048),
+        ] {
+            assert_eq!(text.parse(), Ok(FrameSize { kib }), "{text}");
+        }
+        for text in [
+            "",
+            "0",
+            "2",
+            "96",
+            "4096",
+            "4M",
+            "K",
+            "-4",
+            "18014398509481985M",
+        ] {
+            assert!(text.parse::<FrameSize>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn attachments_are_split_at_the_first_equals_sign() {
+        assert_eq!(
+            "state=a=b".parse(),
+            Ok(Attachment {
+                name: "state".into(),
+                path: "a=b".into()
+            })
+        );
+        for text in ["", "state", "=path", "state="] {
+            assert!(text.parse::<Attachment>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_dictionary_is_a_word_or_a_path() {
+        assert_eq!("auto".parse(), Ok(Dictionary::Auto));
+        assert_eq!("./off".parse(), Ok(Dictionary::File("./off".into())));
+    }
+}

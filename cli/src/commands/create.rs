@@ -1,0 +1,286 @@
+//! `snaprestore create`: memory in, snapshot out.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use serde::Serialize;
+use snapshot_format::layout::{MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64};
+use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions, Written, dictionary};
+
+use crate::args;
+use crate::exit::{Exit, Refusal};
+use crate::facts::Facts;
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::signals::Cancel;
+use crate::source::{self, Region, Sampling, Sink, Source};
+use crate::target::{self, Target};
+
+/// Memory that a dictionary is trained on and tried with, at least; four frames of it are the
+/// least that says anything.
+const SAMPLE_BYTES: usize = 8 << 20;
+
+/// What was written, as it is reported.
+#[derive(Serialize)]
+pub(crate) struct Report {
+    #[serde(flatten)]
+    pub(crate) facts: Facts,
+    /// How long a process was held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) held_ms: Option<u64>,
+    pub(crate) elapsed_ms: u64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.facts)?;
+        write!(f, "time        {} ms", self.elapsed_ms)?;
+        match self.held_ms {
+            Some(held) => writeln!(f, ", the process was held for {held} ms"),
+            None => writeln!(f),
+        }
+    }
+}
+
+/// How a snapshot is to be written, checked and opened.
+pub(crate) struct Recipe {
+    pub(crate) level: i32,
+    pub(crate) frame_bytes: usize,
+    pub(crate) dictionary: Wanted,
+    pub(crate) threads: Option<usize>,
+    pub(crate) attachments: Vec<(String, File)>,
+}
+
+/// What to do about a dictionary.
+pub(crate) enum Wanted {
+    Auto,
+    Off,
+    This(Vec<u8>),
+}
+
+pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Result<Exit> {
+    let began = Instant::now();
+    let to_stdout = target::is_stdout(&args.output);
+    if to_stdout && output.json() {
+        return Err(Refusal::Usage(
+            "--json writes to standard output, and so does --output -; name a file".into(),
+        )
+        .into());
+    }
+    // Whatever can be wrong with options and target comes before a process is held.
+    let recipe = Recipe::new(args)?;
+    let target = Target::create(&args.output, args.force)?;
+    let mut source = source::open(args, output, cancel)?;
+    let opened = Instant::now();
+    let progress = Progress::bytes(
+        output,
+        "packing",
+        source.pages().map(|pages| pages * PAGE_SIZE_U64),
+    );
+    let mut writer = recipe
+        .start(target, &mut *source, progress, cancel)
+        .map_err(|error| target::named(error, &args.output))?;
+    source
+        .feed(&mut writer)
+        .map_err(|error| target::named(error, &args.output))?;
+    // A held process goes on here.
+    drop(source);
+    let held_ms = match args.pid {
+        Some(_) => Some(u64::try_from(opened.elapsed().as_millis())?),
+        None => None,
+    };
+    let (target, written) = writer
+        .finish(recipe.attachments)
+        .map_err(|error| target::named(error, &args.output))?;
+    target.complete()?;
+    let report = Report {
+        facts: facts(&written),
+        held_ms,
+        elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
+    };
+    if to_stdout {
+        output.report_aside(&report);
+    } else {
+        output.report(&report)?;
+    }
+    Ok(Exit::Done)
+}
+
+pub(crate) fn facts(written: &Written) -> Facts {
+    Facts::written(
+        written.id,
+        &written.summary,
+        written.file_bytes,
+        &written.regions,
+    )
+}
+
+impl Recipe {
+    fn new(args: &args::Create) -> Result<Self> {
+        let mut used = HashSet::new();
+        let mut attachments = Vec::new();
+        for attachment in &args.attach {
+            if !used.insert(&attachment.name) {
+                return Err(Refusal::Usage(format!(
+                    "two attachments are named {:?}; each needs a name of its own",
+                    attachment.name
+                ))
+                .into());
+            }
+            if attachment.name.len() > MAX_NAME_BYTES {
+                return Err(Refusal::Usage(format!(
+                    "an attachment's name has {} bytes; at most {MAX_NAME_BYTES} are possible",
+                    attachment.name.len()
+                ))
+                .into());
+            }
+            let named = || format!("{}: opening the attachment", attachment.path.display());
+            let file = File::open(&attachment.path).with_context(named)?;
+            if file.metadata().with_context(named)?.is_dir() {
+                bail!(
+                    "{}: is a folder; an attachment is a file",
+                    attachment.path.display()
+                );
+            }
+            attachments.push((attachment.name.clone(), file));
+        }
+        Ok(Self {
+            level: args.level,
+            frame_bytes: args.frame_size.kib << 10,
+            dictionary: match &args.dictionary {
+                args::Dictionary::Auto => Wanted::Auto,
+                args::Dictionary::Off => Wanted::Off,
+                args::Dictionary::File(path) => Wanted::This(read_dictionary(path)?),
+            },
+            threads: args.threads,
+            attachments,
+        })
+    }
+
+    /// Trains a dictionary if that may pay, and begins the snapshot.
+    pub(crate) fn start(
+        &self,
+        target: Target,
+        source: &mut dyn Source,
+        progress: Progress,
+        cancel: &Cancel,
+    ) -> Result<SnapshotSink> {
+        let dictionary = match &self.dictionary {
+            Wanted::Auto => self.train(source)?,
+            Wanted::Off => Dictionary::Off,
+            Wanted::This(bytes) => Dictionary::Use(bytes.clone()),
+        };
+        let options = WriterOptions {
+            level: self.level,
+            frame_pages: self.frame_bytes / PAGE_SIZE,
+            dictionary,
+            threads: self.threads,
+            expected_pages: source.pages(),
+            properties: source.describe(),
+            ..WriterOptions::default()
+        };
+        let mut writer = Writer::new(target, options)?;
+        let cancel = cancel.clone();
+        writer.on_progress(move |at| {
+            progress.set(at.pages_done * PAGE_SIZE_U64);
+            if cancel.requested() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        Ok(SnapshotSink { writer })
+    }
+
+    /// A dictionary from all over the source, if one pays. A source that can't be sampled leaves
+    /// the training to the writer, which sees the beginning.
+    fn train(&self, source: &mut dyn Source) -> Result<Dictionary> {
+        let samples = source.sample(&Sampling {
+            bytes: SAMPLE_BYTES.max(4 * self.frame_bytes),
+            piece: self.frame_bytes.max(16 << 10),
+        })?;
+        if samples.bytes.is_empty() {
+            return Ok(Dictionary::Train);
+        }
+        let mut pool = rayon::ThreadPoolBuilder::new().thread_name(|n| format!("train-{n}"));
+        if let Some(threads) = self.threads {
+            pool = pool.num_threads(threads);
+        }
+        let pool = pool.build().context("starting threads to train with")?;
+        let trained = pool.install(|| {
+            dictionary::train(
+                &samples.bytes,
+                self.frame_bytes / PAGE_SIZE,
+                self.level,
+                samples.expected_bytes(),
+            )
+        });
+        Ok(trained.map_or(Dictionary::Off, |trained| Dictionary::Use(trained.bytes)))
+    }
+}
+
+fn read_dictionary(path: &std::path::Path) -> Result<Vec<u8>> {
+    let named = || format!("{}: reading the dictionary", path.display());
+    let mut bytes = Vec::new();
+    let limit = MAX_DICTIONARY_BYTES as u64 + 1;
+    let file = fs::File::open(path).with_context(named)?;
+    file.take(limit)
+        .read_to_end(&mut bytes)
+        .with_context(named)?;
+    match bytes.len() {
+        0 => bail!("{}: an empty file is no dictionary", path.display()),
+        len if len > MAX_DICTIONARY_BYTES => bail!(
+            "{}: is longer than {MAX_DICTIONARY_BYTES} bytes, the most that a dictionary may have",
+            path.display()
+        ),
+        _ => Ok(bytes),
+    }
+}
+
+/// A snapshot that is being written.
+pub(crate) struct SnapshotSink {
+    writer: Writer<Target>,
+}
+
+impl SnapshotSink {
+    /// Stores the attachments and writes the end. The target isn't complete yet.
+    pub(crate) fn finish(mut self, attachments: Vec<(String, File)>) -> Result<(Target, Written)> {
+        for (name, mut file) in attachments {
+            self.writer.attach(&name, &mut file)?;
+        }
+        Ok(self.writer.finish()?)
+    }
+}
+
+impl Sink for SnapshotSink {
+    fn region(&mut self, region: &Region) -> Result<()> {
+        let mut name = region.name.clone();
+        while name.len() > MAX_NAME_BYTES {
+            name.pop();
+        }
+        Ok(self.writer.begin_region(&RegionSpec {
+            space: 0,
+            flags: region.flags,
+            start: region.start,
+            page_shift: region.page_shift,
+            name,
+        })?)
+    }
+
+    fn pages(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(self.writer.write_pages(bytes)?)
+    }
+
+    fn zeros(&mut self, pages: u64) -> Result<()> {
+        Ok(self.writer.write_fill(pages, 0)?)
+    }
+
+    fn unavailable(&mut self, pages: u64) -> Result<()> {
+        Ok(self.writer.write_unavailable(pages)?)
+    }
+}

@@ -1,0 +1,31 @@
+//! One file a command. Each first turns what was typed into what was meant (checked and opened),
+//! then does it, then reports.
+
+mod completions;
+mod create;
+mod extract;
+mod info;
+mod man;
+mod verify;
+
+use anyhow::Result;
+
+use crate::args::Command;
+use crate::exit::Exit;
+use crate::output::Output;
+use crate::signals::Cancel;
+
+/// Runs a command; `Exit` tells whether what it found is good.
+pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<Exit> {
+    match command {
+        Command::Create(args) => create::run(&args, output, cancel),
+        Command::Info(args) => info::run(&args, output),
+        Command::Verify(args) => verify::run(&args, output, cancel),
+        Command::Extract(args) => extract::run(&args, output, cancel),
+        Command::Completions(args) => completions::run(&args, output),
+        Command::Man(args) => man::run(&args, output),
+        Command::Restore(_) | Command::Doctor | Command::Demo(_) | Command::DemoOwner(_) => {
+            anyhow::bail!("this command is not built yet")
+        }
+    }
+}

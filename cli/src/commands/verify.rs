@@ -1,0 +1,115 @@
+//! `snaprestore verify`: every byte of a snapshot, checked.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use indicatif::HumanCount;
+use serde::Serialize;
+use snapshot_format::layout::PAGE_SIZE_U64;
+use snapshot_format::{FileStore, VerifyOptions};
+
+use crate::args;
+use crate::exit::Exit;
+use crate::output::{Output, count};
+use crate::progress::Progress;
+use crate::signals::Cancel;
+
+/// Problems that are listed for people.
+const LISTED_PROBLEMS: usize = 20;
+
+#[derive(Serialize)]
+pub(crate) struct Report {
+    file: String,
+    pub(crate) ok: bool,
+    pub(crate) frames_checked: u64,
+    pub(crate) pages_checked: u64,
+    problems: Vec<Problem>,
+    /// Problems beyond those listed.
+    more_problems: u64,
+    pub(crate) elapsed_ms: u64,
+}
+
+#[derive(Serialize)]
+struct Problem {
+    what: String,
+    offset: u64,
+    detail: String,
+}
+
+pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Exit> {
+    let report = check(args, output, cancel)?;
+    output.report(&report)?;
+    Ok(if report.ok { Exit::Done } else { Exit::Damaged })
+}
+
+/// Verifies a snapshot and says what was found.
+pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
+    let began = Instant::now();
+    let file = args.file.display().to_string();
+    let store = FileStore::open(&args.file).with_context(|| format!("{file}: cannot be opened"))?;
+    let progress = Progress::bytes(output, "verifying", None);
+    let mut options = VerifyOptions::default().progress(|at| {
+        progress.set_total(at.pages * PAGE_SIZE_U64);
+        progress.set(at.pages_done * PAGE_SIZE_U64);
+        if cancel.requested() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    });
+    if let Some(threads) = args.threads {
+        options = options.threads(threads);
+    }
+    let found = snapshot_format::verify(Arc::new(store), options).with_context(|| file.clone())?;
+    drop(progress);
+    Ok(Report {
+        ok: found.ok(),
+        file,
+        frames_checked: found.frames_checked,
+        pages_checked: found.pages_checked,
+        problems: found
+            .problems
+            .into_iter()
+            .map(|problem| Problem {
+                what: problem.what,
+                offset: problem.offset,
+                detail: problem.detail,
+            })
+            .collect(),
+        more_problems: found.more_problems,
+        elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
+    })
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let found = self.problems.len() as u64 + self.more_problems;
+        if self.ok {
+            write!(f, "{}: good", self.file)?;
+        } else {
+            write!(f, "{}: DAMAGED, {}", self.file, count(found, "problem"))?;
+        }
+        writeln!(
+            f,
+            " ({}, {} checked in {} ms)",
+            count(self.pages_checked, "page"),
+            count(self.frames_checked, "frame"),
+            self.elapsed_ms
+        )?;
+        for problem in self.problems.iter().take(LISTED_PROBLEMS) {
+            writeln!(
+                f,
+                "  {} at byte {}: {}",
+                problem.what, problem.offset, problem.detail
+            )?;
+        }
+        let listed = self.problems.len().min(LISTED_PROBLEMS) as u64;
+        if found > listed {
+            writeln!(f, "  ... and {} more", HumanCount(found - listed))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! How the command ends: the exit codes, and which error leads to which.
+
+use std::process::ExitCode;
+
+use snapshot_format::{FrameError, OpenError, ReadError};
+
+/// The documented exit codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Done as asked.
+    Done = 0,
+    /// The operation failed.
+    Failed = 1,
+    /// Wrong usage.
+    Usage = 2,
+    /// The file is damaged, incomplete or not a snapshot.
+    Damaged = 3,
+    /// This machine does not permit it; the message says what would.
+    NotPermitted = 4,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// What `--help` and the manual page say about the codes.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0  done
+  1  the operation failed
+  2  wrong usage
+  3  the file is damaged, incomplete or not a snapshot
+  4  this machine does not permit it (the message says what would)
+Interrupted by Ctrl-C or SIGTERM, it leaves no half file and no stopped process, and ends by that
+signal: a shell shows 130 or 143.";
+
+/// An error that decides its exit code itself.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// Options that clap accepts one by one but that make no sense together.
+    #[error("{0}")]
+    Usage(String),
+    /// The kernel or its settings said no.
+    #[error("{0}")]
+    NotPermitted(String),
+}
+
+impl Exit {
+    /// The code for an error, by the first of its causes that says something about it.
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
+        error
+            .chain()
+            .find_map(|cause| {
+                if let Some(refusal) = cause.downcast_ref::<Refusal>() {
+                    return Some(match refusal {
+                        Refusal::Usage(_) => Self::Usage,
+                        Refusal::NotPermitted(_) => Self::NotPermitted,
+                    });
+                }
+                let damage = |damage| if damage { Self::Damaged } else { Self::Failed };
+                if let Some(error) = cause.downcast_ref::<OpenError>() {
+                    return Some(damage(error.is_damage()));
+                }
+                if let Some(error) = cause.downcast_ref::<ReadError>() {
+                    return Some(damage(error.is_damage()));
+                }
+                cause
+                    .downcast_ref::<FrameError>()
+                    .map(|error| damage(error.is_damage()))
+            })
+            .unwrap_or(Self::Failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context as _;
+
+    #[test]
+    fn the_cause_decides_however_much_is_said_around_it() {
+        let error = Err::<(), _>(Refusal::NotPermitted("no".into()))
+            .context("while doing this")
+            .context("and that")
+            .unwrap_err();
+        assert_eq!(Exit::of(&error), Exit::NotPermitted);
+        assert_eq!(Exit::of(&anyhow::anyhow!("other")), Exit::Failed);
+    }
+}

@@ -1,0 +1,194 @@
+//! What a snapshot holds, as `create` and `info` report it.
+
+use std::fmt;
+
+use indicatif::{BinaryBytes, HumanCount};
+use serde::Serialize;
+use snapshot_format::layout::{FORMAT_VERSION, PAGE_SIZE_U64};
+use snapshot_format::{Region, Snapshot, SnapshotId, Summary};
+
+use crate::output::{count, percent, ratio};
+
+/// The numbers of a snapshot. The field names are part of the command's interface.
+#[derive(Debug, Serialize)]
+pub(crate) struct Facts {
+    snapshot_id: String,
+    format_version: u32,
+    content_digest: String,
+    page_size: u64,
+    pages: u64,
+    zero_pages: u64,
+    fill_pages: u64,
+    stored_pages: u64,
+    duplicate_pages: u64,
+    unavailable_pages: u64,
+    frames: u64,
+    frame_bytes: u64,
+    logical_bytes: u64,
+    stored_bytes: u64,
+    index_bytes: u64,
+    file_bytes: u64,
+    pub(crate) regions: Vec<RegionFacts>,
+}
+
+/// One region. Its length comes in bytes and its place as an address.
+#[derive(Debug, Serialize)]
+pub(crate) struct RegionFacts {
+    pub(crate) name: String,
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
+    pub(crate) space: u32,
+    /// As in `/proc/PID/maps`; empty if unknown.
+    pub(crate) protection: String,
+    pub(crate) page_bytes: u64,
+}
+
+impl RegionFacts {
+    fn new(region: &Region) -> Self {
+        Self {
+            name: region.name.clone(),
+            start: region.start,
+            bytes: region.bytes(),
+            space: region.space,
+            protection: protection(region.flags),
+            page_bytes: 1 << region.page_shift.min(63),
+        }
+    }
+}
+
+fn protection(flags: u32) -> String {
+    use snapshot_format::layout::region_flags::{EXECUTE, READ, SHARED, WRITE};
+    if flags == 0 {
+        return String::new();
+    }
+    let bit = |bit, letter| if flags & bit == 0 { '-' } else { letter };
+    [
+        bit(READ, 'r'),
+        bit(WRITE, 'w'),
+        bit(EXECUTE, 'x'),
+        if flags & SHARED == 0 { 'p' } else { 's' },
+    ]
+    .iter()
+    .collect()
+}
+
+impl Facts {
+    /// The facts of a snapshot that was just written.
+    pub(crate) fn written(
+        id: SnapshotId,
+        summary: &Summary,
+        file_bytes: u64,
+        regions: &[Region],
+    ) -> Self {
+        Self {
+            snapshot_id: id.to_string(),
+            format_version: FORMAT_VERSION,
+            content_digest: hex(&summary.content_digest),
+            page_size: PAGE_SIZE_U64,
+            pages: summary.pages,
+            zero_pages: summary.zero_pages,
+            fill_pages: summary.fill_pages,
+            stored_pages: summary.stored_pages,
+            duplicate_pages: summary.duplicate_pages,
+            unavailable_pages: summary.unavailable_pages,
+            frames: summary.frames,
+            frame_bytes: summary.frame_bytes,
+            logical_bytes: summary.pages * PAGE_SIZE_U64,
+            stored_bytes: summary.stored_bytes,
+            index_bytes: summary.index_bytes,
+            file_bytes,
+            regions: regions.iter().map(RegionFacts::new).collect(),
+        }
+    }
+
+    /// The facts of an open snapshot.
+    pub(crate) fn of(snapshot: &Snapshot) -> Result<Self, snapshot_format::ReadError> {
+        let regions = snapshot.regions()?;
+        Ok(Self {
+            format_version: snapshot.format_version(),
+            ..Self::written(
+                snapshot.id(),
+                snapshot.summary(),
+                snapshot.file_bytes(),
+                regions,
+            )
+        })
+    }
+}
+
+/// Lower-case hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = |bytes| BinaryBytes(bytes).to_string();
+        writeln!(
+            f,
+            "memory      {} in {} pages of {} KiB, {}",
+            bytes(self.logical_bytes),
+            HumanCount(self.pages),
+            self.page_size >> 10,
+            count(self.regions.len() as u64, "region")
+        )?;
+        writeln!(
+            f,
+            "file        {} ({} times smaller than the memory)",
+            bytes(self.file_bytes),
+            ratio(self.logical_bytes, self.file_bytes)
+        )?;
+        let lines = [
+            ("zero", self.zero_pages),
+            ("fill", self.fill_pages),
+            ("duplicate", self.duplicate_pages),
+            ("stored", self.stored_pages),
+            ("unavailable", self.unavailable_pages),
+        ];
+        for (what, pages) in lines {
+            if pages > 0 || what != "unavailable" {
+                writeln!(
+                    f,
+                    "{what:<11} {:>13} pages {:>7}",
+                    HumanCount(pages).to_string(),
+                    percent(pages, self.pages)
+                )?;
+            }
+        }
+        writeln!(
+            f,
+            "frames      {} of up to {}; {} stored, {} of index",
+            HumanCount(self.frames),
+            bytes(self.frame_bytes),
+            bytes(self.stored_bytes),
+            bytes(self.index_bytes)
+        )?;
+        writeln!(
+            f,
+            "identity    {} (format {})",
+            self.snapshot_id, self.format_version
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protection_reads_as_in_maps() {
+        assert_eq!(protection(0), "");
+        assert_eq!(protection(3), "rw-p");
+        assert_eq!(protection(0x105), "r-xs");
+        assert_eq!(protection(0x100), "---s");
+    }
+
+    #[test]
+    fn hex_keeps_leading_zeros() {
+        assert_eq!(hex(&[0, 10, 255]), "000aff");
+    }
+}

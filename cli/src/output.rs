@@ -1,0 +1,138 @@
+//! Where results go: a report on standard output, as text for people or as one JSON object;
+//! warnings and errors on standard error.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+
+use serde::Serialize;
+
+use crate::args::Common;
+use crate::exit::Exit;
+
+/// A command's result: `Display` is what people read, `Serialize` what `--json` prints.
+pub(crate) trait Report: Display + Serialize {}
+impl<T: Display + Serialize> Report for T {}
+
+/// Knows what the user wants to see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    json: bool,
+    quiet: bool,
+}
+
+impl Output {
+    pub(crate) fn new(common: Common) -> Self {
+        Self {
+            json: common.json,
+            quiet: common.quiet,
+        }
+    }
+
+    pub(crate) fn json(self) -> bool {
+        self.json
+    }
+
+    /// Whether progress may be drawn: on a terminal, for somebody who reads along.
+    pub(crate) fn shows_progress(self) -> bool {
+        !self.quiet && !self.json && io::stderr().is_terminal()
+    }
+
+    /// Prints the command's result. `--quiet` drops the text; JSON was asked for and is printed.
+    pub(crate) fn report(self, report: &impl Report) -> io::Result<()> {
+        if self.json {
+            let mut text = serde_json::to_string_pretty(report)?;
+            text.push('\n');
+            self.data(text.as_bytes())
+        } else if self.quiet {
+            Ok(())
+        } else {
+            self.data(report.to_string().as_bytes())
+        }
+    }
+
+    /// Prints a result on standard error, because standard output carries the data itself.
+    pub(crate) fn report_aside(self, report: &impl Report) {
+        if !self.quiet {
+            to_stderr(&report.to_string());
+        }
+    }
+
+    /// Writes to standard output whatever the options. A reader that went away has seen what it
+    /// wanted (`snaprestore info x | head -3`): that is success.
+    #[expect(clippy::unused_self, reason = "the one door for standard output")]
+    pub(crate) fn data(self, bytes: &[u8]) -> io::Result<()> {
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Something the user should know, though the command goes on.
+    pub(crate) fn warn(self, message: impl Display) {
+        if !self.quiet {
+            to_stderr(&format!("snaprestore: {message}\n"));
+        }
+    }
+
+    /// Prints an error with its causes and says how to exit.
+    #[expect(clippy::unused_self, reason = "the one door for errors")]
+    pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
+        to_stderr(&format!("snaprestore: {error:#}\n"));
+        Exit::of(error)
+    }
+}
+
+/// There is nobody to tell if standard error is closed.
+fn to_stderr(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Part of a whole in percent, as `12.3 %`.
+pub(crate) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    // Counts of pages are far below 2^52, where f64 is exact.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a percentage with one decimal is shown"
+    )]
+    let share = part as f64 * 100.0 / whole as f64;
+    format!("{share:.1} %")
+}
+
+/// A number with what it counts, as `1 page` or `2,000 pages`.
+pub(crate) fn count(number: u64, noun: &str) -> String {
+    let number_text = indicatif::HumanCount(number);
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number_text} {noun}{plural}")
+}
+
+/// How many times smaller `small` is than `large`, as `4.2`.
+pub(crate) fn ratio(large: u64, small: u64) -> String {
+    if small == 0 {
+        return "-".into();
+    }
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a ratio with one decimal is shown"
+    )]
+    let ratio = large as f64 / small as f64;
+    format!("{ratio:.1}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_ratios_of_nothing_are_not_numbers() {
+        assert_eq!(count(1, "page"), "1 page");
+        assert_eq!(count(2000, "page"), "2,000 pages");
+        assert_eq!(percent(1, 8), "12.5 %");
+        assert_eq!(percent(0, 0), "-");
+        assert_eq!(ratio(10, 4), "2.5");
+        assert_eq!(ratio(10, 0), "-");
+    }
+}

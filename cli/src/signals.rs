@@ -1,0 +1,125 @@
+//! Ctrl-C and its kin: asked to stop, a command undoes what it began and then dies by the signal.
+//!
+//! The signals are blocked in every thread and taken by one that waits for nothing else. It sets a
+//! flag that loops look at, and closes a pipe that waits can watch. A second signal ends the
+//! process at once; the kernel then lets go of traced processes and unnamed files.
+
+use std::io::{self, PipeReader};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use anyhow::Context as _;
+use nix::sys::signal::{SigSet, Signal, raise};
+
+/// What a user or a service manager stops a command with.
+const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// The command was asked to stop: unwinds to `main`, which knows.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub(crate) struct Interrupted;
+
+/// Tells whether the command was asked to stop.
+#[derive(Clone, Debug)]
+pub(crate) struct Cancel {
+    signal: Arc<AtomicI32>,
+    hangs_up: Arc<PipeReader>,
+}
+
+/// Blocks the stopping signals and starts the thread that takes them. To be called before any
+/// other thread exists, so that all inherit the mask.
+pub(crate) fn watch() -> anyhow::Result<Cancel> {
+    let (reader, writer) = io::pipe().context("creating a pipe for signals")?;
+    let cancel = Cancel {
+        signal: Arc::default(),
+        hangs_up: Arc::new(reader),
+    };
+    // A signal that the parent had ignored (nohup, a background job of a script) stays ignored;
+    // blocked and waited for it would arrive all the same.
+    let ignored = ignored_signals();
+    let mut wanted = SigSet::empty();
+    for signal in STOPPING {
+        if ignored & (1 << (signal as i32 - 1)) == 0 {
+            wanted.add(signal);
+        }
+    }
+    wanted.thread_block().context("blocking signals")?;
+    let seen = Arc::clone(&cancel.signal);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            let mut writer = Some(writer);
+            while let Ok(signal) = wanted.wait() {
+                if seen.swap(signal as i32, Ordering::SeqCst) != 0 {
+                    die_by(signal);
+                }
+                drop(writer.take());
+            }
+        })
+        .context("starting the thread that waits for signals")?;
+    Ok(cancel)
+}
+
+impl Cancel {
+    /// One that nothing ever sets off.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        let (reader, writer) = io::pipe().unwrap();
+        std::mem::forget(writer);
+        Self {
+            signal: Arc::default(),
+            hangs_up: Arc::new(reader),
+        }
+    }
+
+    pub(crate) fn requested(&self) -> bool {
+        self.signal.load(Ordering::SeqCst) != 0
+    }
+
+    /// For loops: ends them with an error once the command was asked to stop.
+    pub(crate) fn check(&self) -> Result<(), Interrupted> {
+        if self.requested() {
+            Err(Interrupted)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// A descriptor that hangs up when the command is asked to stop, for `poll`.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.hangs_up.as_fd()
+    }
+
+    /// Lets the signal have its default effect. Returns only where it has none, as in the first
+    /// process of a container: then with the code that a shell would show.
+    pub(crate) fn die(&self) -> ExitCode {
+        let number = self.signal.load(Ordering::SeqCst);
+        if let Ok(signal) = Signal::try_from(number) {
+            die_by(signal);
+        }
+        ExitCode::from(u8::try_from(128 + number).unwrap_or(1))
+    }
+}
+
+/// Raises a blocked signal and unblocks it, which delivers it to this thread.
+fn die_by(signal: Signal) {
+    let mut set = SigSet::empty();
+    set.add(signal);
+    let _ = raise(signal);
+    let _ = set.thread_unblock();
+}
+
+/// Bits of the signals that this process ignores. Unreadable counts as none.
+fn ignored_signals() -> u64 {
+    std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let mask = status
+                .lines()
+                .find_map(|line| line.strip_prefix("SigIgn:"))?;
+            u64::from_str_radix(mask.trim(), 16).ok()
+        })
+        .unwrap_or(0)
+}

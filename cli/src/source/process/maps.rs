@@ -1,0 +1,233 @@
+//! What a process has mapped: `/proc/PID/smaps`, or `maps` where the kernel has no `smaps`.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+
+/// One mapping.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "the four letters of a line in maps"
+)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) read: bool,
+    pub(super) write: bool,
+    pub(super) execute: bool,
+    pub(super) shared: bool,
+    pub(super) inode: u64,
+    pub(super) name: String,
+    /// From `smaps`; absent if only `maps` could be read.
+    pub(super) details: Option<Details>,
+}
+
+/// What only `smaps` tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Details {
+    /// Bytes present in memory or in swap.
+    pub(super) populated: u64,
+    /// Page size in bytes.
+    pub(super) page_size: u64,
+    /// Memory of a device: reading it may do something.
+    pub(super) device: bool,
+    /// A userfaultfd answers for missing pages.
+    pub(super) userfault: bool,
+}
+
+/// What the mapping's pages are if nobody has touched them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Untouched {
+    /// Zero: private anonymous memory.
+    Zero,
+    /// Known only to the process that answers the faults.
+    Unknown,
+    /// To be found by reading: the contents of a file.
+    Read,
+}
+
+impl Mapping {
+    /// Reads all mappings of a process, in order of address.
+    pub(super) fn all(pid: i32) -> io::Result<Vec<Self>> {
+        match File::open(format!("/proc/{pid}/smaps")) {
+            Ok(file) => parse(BufReader::new(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                parse(BufReader::new(File::open(format!("/proc/{pid}/maps"))?))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The kernel's entry for obsolete system calls: no memory of the process.
+    pub(super) fn is_vsyscall(&self) -> bool {
+        self.name == "[vsyscall]"
+    }
+
+    /// Address space set aside, that nobody may touch and that holds nothing.
+    pub(super) fn is_empty_reservation(&self) -> bool {
+        !(self.read || self.write || self.execute)
+            && self.is_private_anonymous()
+            && self
+                .details
+                .is_some_and(|details| details.populated == 0 && !details.userfault)
+    }
+
+    /// Private memory without a file. Mappings of the kernel's own making, like `[vdso]`, have
+    /// neither file nor such a name.
+    fn is_private_anonymous(&self) -> bool {
+        let named_by_kernel = self.name.starts_with('[')
+            && !matches!(self.name.as_str(), "[heap]" | "[stack]")
+            && !self.name.starts_with("[anon:");
+        let huge = self.name.starts_with("/anon_hugepage");
+        !self.shared && ((self.inode == 0 && !named_by_kernel) || huge)
+    }
+
+    pub(super) fn untouched(&self) -> Untouched {
+        if self.details.is_some_and(|details| details.userfault) {
+            Untouched::Unknown
+        } else if self.is_private_anonymous() {
+            Untouched::Zero
+        } else {
+            Untouched::Read
+        }
+    }
+
+    /// Page size as a power of two: the format's hint knows 4 KiB and 2 MiB.
+    pub(super) fn page_shift(&self) -> u32 {
+        match self.details {
+            Some(details) if details.page_size >= 2 << 20 => 21,
+            _ => 12,
+        }
+    }
+}
+
+fn parse(reader: impl BufRead) -> io::Result<Vec<Mapping>> {
+    let mut all: Vec<Mapping> = Vec::new();
+    for line in reader.split(b'\n') {
+        // Names are bytes of the file system's choosing.
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        if let Some(mapping) = parse_mapping(&line) {
+            all.push(mapping);
+        } else if let (Some(mapping), Some((key, value))) = (all.last_mut(), line.split_once(':')) {
+            detail(mapping.details.get_or_insert_default(), key, value);
+        }
+    }
+    Ok(all)
+}
+
+/// `start-end rwxp offset device inode name`, the name padded and optional.
+fn parse_mapping(line: &str) -> Option<Mapping> {
+    let mut fields = line.splitn(6, ' ');
+    let (start, end) = fields.next()?.split_once('-')?;
+    let [read, write, execute, shared] = fields.next()?.as_bytes().try_into().ok()?;
+    let (_offset, _device) = (fields.next()?, fields.next()?);
+    Some(Mapping {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        read: read == b'r',
+        write: write == b'w',
+        execute: execute == b'x',
+        shared: shared == b's',
+        inode: fields.next()?.parse().ok()?,
+        name: fields.next().unwrap_or_default().trim_start().to_owned(),
+        details: None,
+    })
+}
+
+fn detail(details: &mut Details, key: &str, value: &str) {
+    let kib = || {
+        let number = value.trim().strip_suffix("kB")?.trim();
+        number.parse::<u64>().ok().map(|kib| kib << 10)
+    };
+    match key {
+        "Rss" | "Swap" | "Shared_Hugetlb" | "Private_Hugetlb" => {
+            details.populated += kib().unwrap_or(0);
+        }
+        "KernelPageSize" => details.page_size = kib().unwrap_or(0),
+        "VmFlags" => {
+            for flag in value.split_ascii_whitespace() {
+                match flag {
+                    "io" | "pf" => details.device = true,
+                    "um" | "ui" => details.userfault = true,
+                    _ => {}
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+5581c0000000-5581c0021000 rw-p 00000000 00:00 0                          [heap]
+Size:                132 kB
+KernelPageSize:        4 kB
+Rss:                  12 kB
+Swap:                  4 kB
+VmFlags: rd wr mr mw me ac sd
+7f0000000000-7f0010000000 ---p 00000000 00:00 0 
+KernelPageSize:        4 kB
+Rss:                   0 kB
+VmFlags: mr mw me sd
+7f1000000000-7f1000200000 rw-s 00001000 00:0f 42                         /tmp/a file: 1 kB (deleted)
+Rss:                   0 kB
+VmFlags: rd wr sh um
+7ffd00000000-7ffd00004000 r--p 00000000 00:00 0                          [vvar]
+VmFlags: rd mr pf io de dd sd
+7ffd00004000-7ffd00006000 r-xp 00000000 00:00 0                          [vdso]
+Rss:                   0 kB
+VmFlags: rd ex mr mw me de sd
+7ffe00000000-7ffe40000000 rw-p 00000000 00:10 77                         /anon_hugepage (deleted)
+KernelPageSize:     2048 kB
+Private_Hugetlb:    2048 kB
+VmFlags: rd wr ht
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+";
+
+    #[test]
+    fn smaps_is_understood() {
+        let all = parse(SMAPS.as_bytes()).unwrap();
+        assert_eq!(all.len(), 7);
+        let [heap, reserved, file, vvar, vdso, huge, vsyscall] = &all[..] else {
+            unreachable!()
+        };
+        assert_eq!((heap.start, heap.end), (0x5581_c000_0000, 0x5581_c002_1000));
+        assert_eq!(heap.details.unwrap().populated, 16 << 10);
+        assert_eq!(heap.untouched(), Untouched::Zero);
+        assert!(!heap.is_empty_reservation());
+        assert!(reserved.is_empty_reservation());
+        assert_eq!(file.name, "/tmp/a file: 1 kB (deleted)");
+        assert_eq!((file.shared, file.inode), (true, 42));
+        assert_eq!(file.untouched(), Untouched::Unknown);
+        assert!(vvar.details.unwrap().device);
+        assert_eq!(vdso.untouched(), Untouched::Read);
+        assert_eq!(huge.page_shift(), 21);
+        assert_eq!(huge.untouched(), Untouched::Zero);
+        assert!(vsyscall.is_vsyscall());
+    }
+
+    #[test]
+    fn maps_alone_promises_nothing_about_what_is_populated() {
+        let line = "7f0000000000-7f0010000000 ---p 00000000 00:00 0 \n";
+        let all = parse(line.as_bytes()).unwrap();
+        assert_eq!(all[0].details, None);
+        assert!(!all[0].is_empty_reservation());
+    }
+
+    #[test]
+    fn this_process_is_among_its_own_mappings() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let all = Mapping::all(pid).unwrap();
+        assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        let here = 0_u8;
+        let address = std::ptr::from_ref(&here) as u64;
+        let stack = all
+            .iter()
+            .find(|mapping| (mapping.start..mapping.end).contains(&address));
+        assert!(stack.is_some_and(|mapping| mapping.write));
+    }
+}

@@ -1,0 +1,291 @@
+//! The memory of a live process, held still while it is read.
+
+mod hold;
+mod maps;
+mod pagemap;
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt as _;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::errno::Errno;
+
+use snapshot_format::layout::region_flags;
+
+use super::{CHUNK, PAGE, Region, Samples, Sampling, Sink, Source};
+use crate::exit::Refusal;
+use crate::output::{Output, count};
+use crate::signals::Cancel;
+use hold::Hold;
+use maps::{Mapping, Untouched};
+use pagemap::Pagemap;
+
+/// A stopped process and what it has mapped. It goes on when this is dropped.
+#[derive(Debug)]
+pub(crate) struct HeldProcess {
+    pid: i32,
+    name: String,
+    mappings: Vec<Mapping>,
+    memory: File,
+    pagemap: Option<Pagemap>,
+    output: Output,
+    cancel: Cancel,
+    /// Last, so that the process is held while anything above is used.
+    hold: Hold,
+}
+
+/// What is known of some pages without reading them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Plan {
+    Read,
+    Zero,
+    Unavailable,
+}
+
+impl HeldProcess {
+    /// Stops process `pid` and looks at what it has mapped.
+    pub(crate) fn hold(pid: i32, output: Output, cancel: &Cancel) -> Result<Self> {
+        let hold = Hold::new(pid, cancel)?;
+        let mappings: Vec<_> = Mapping::all(pid)
+            .map_err(|error| not_permitted(pid, "its mappings", error))?
+            .into_iter()
+            .filter(|mapping| !mapping.is_vsyscall() && !mapping.is_empty_reservation())
+            .collect();
+        if mappings.is_empty() {
+            bail!("process {pid} has no memory: it is ending");
+        }
+        let memory = File::open(format!("/proc/{pid}/mem"))
+            .map_err(|error| not_permitted(pid, "its memory", error))?;
+        Ok(Self {
+            pid,
+            name: fs::read_to_string(format!("/proc/{pid}/comm"))
+                .map(|name| name.trim_end().to_owned())
+                .unwrap_or_default(),
+            mappings,
+            memory,
+            pagemap: Pagemap::open(pid).ok(),
+            output,
+            cancel: cancel.clone(),
+            hold,
+        })
+    }
+
+    /// What `mapping` is, in runs of pages that are to be treated alike.
+    fn plan(
+        &self,
+        mapping: &Mapping,
+        run: &mut dyn FnMut(u64, u64, Plan) -> Result<()>,
+    ) -> Result<()> {
+        let details = mapping.details.unwrap_or_default();
+        let pages = (mapping.end - mapping.start) / PAGE;
+        if details.device {
+            return run(mapping.start, pages, Plan::Unavailable);
+        }
+        let absent = match mapping.untouched() {
+            Untouched::Read => return run(mapping.start, pages, Plan::Read),
+            Untouched::Zero => Plan::Zero,
+            Untouched::Unknown => Plan::Unavailable,
+        };
+        if mapping.details.is_some() && details.populated == 0 {
+            return run(mapping.start, pages, absent);
+        }
+        let Some(pagemap) = &self.pagemap else {
+            // Without it, reading tells; but a page that another process answers for would keep
+            // this one waiting.
+            let plan = if absent == Plan::Zero {
+                Plan::Read
+            } else {
+                absent
+            };
+            return run(mapping.start, pages, plan);
+        };
+        pagemap
+            .runs(mapping.start, pages, |start, pages, populated| {
+                self.cancel.check()?;
+                run(start, pages, if populated { Plan::Read } else { absent })
+            })
+            .map_err(|error| self.explain(error))
+    }
+
+    /// What an error of reading from the process means.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        if error.downcast_ref::<io::Error>().is_none() {
+            error
+        } else if self.hold.is_alive() {
+            error.context(format!("process {}", self.pid))
+        } else {
+            self.ended()
+        }
+    }
+
+    fn ended(&self) -> anyhow::Error {
+        anyhow!("process {} ended while it was read", self.pid)
+    }
+
+    /// Reads `pages` pages at `start`; those that can't be read are unavailable. Returns how many.
+    fn read_run(&self, start: u64, pages: u64, sink: &mut dyn Sink) -> Result<u64> {
+        let mut buffer = vec![0; usize::try_from((pages * PAGE).min(CHUNK as u64))?];
+        let end = start + pages * PAGE;
+        let (mut at, mut unreadable) = (start, 0);
+        while at < end {
+            self.cancel.check()?;
+            let want = usize::try_from((end - at).min(CHUNK as u64))?;
+            match self.memory.read_at(&mut buffer[..want], at) {
+                Ok(0) => return Err(self.ended()),
+                Ok(count) if count as u64 >= PAGE => {
+                    let whole = count as u64 / PAGE * PAGE;
+                    sink.pages(&buffer[..usize::try_from(whole)?])?;
+                    at += whole;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Ok(_) => {
+                    sink.unavailable(1)?;
+                    unreadable += 1;
+                    at += PAGE;
+                }
+                Err(error) if is_unreadable(&error) => {
+                    if !self.hold.is_alive() {
+                        return Err(self.ended());
+                    }
+                    sink.unavailable(1)?;
+                    unreadable += 1;
+                    at += PAGE;
+                }
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("process {}: reading at {at:#x}", self.pid));
+                }
+            }
+        }
+        Ok(unreadable)
+    }
+}
+
+/// The error of an address without memory behind it, as past the end of a mapped file.
+fn is_unreadable(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EIO | Errno::EFAULT | Errno::EOVERFLOW))
+}
+
+fn not_permitted(pid: i32, what: &str, error: io::Error) -> anyhow::Error {
+    if error.kind() == ErrorKind::PermissionDenied {
+        Refusal::NotPermitted(format!(
+            "process {pid}: {what} may not be read ({error}); run as root, or as the user that \
+             owns the process"
+        ))
+        .into()
+    } else {
+        anyhow::Error::new(error).context(format!("process {pid}: reading {what}"))
+    }
+}
+
+impl Source for HeldProcess {
+    fn describe(&self) -> Vec<(String, String)> {
+        vec![
+            ("source".into(), "process".into()),
+            ("source.pid".into(), self.pid.to_string()),
+            ("source.name".into(), self.name.clone()),
+        ]
+    }
+
+    fn pages(&self) -> Option<u64> {
+        let bytes: u64 = self
+            .mappings
+            .iter()
+            .map(|mapping| mapping.end - mapping.start)
+            .sum();
+        Some(bytes / PAGE)
+    }
+
+    fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
+        // What the process wrote itself is most of what will be stored, and is found without
+        // reading: private anonymous memory that is populated.
+        let own = || {
+            self.mappings
+                .iter()
+                .filter(|mapping| mapping.untouched() == Untouched::Zero)
+        };
+        let mut samples = Samples {
+            all: own()
+                .filter_map(|mapping| mapping.details)
+                .map(|details| details.populated)
+                .sum(),
+            ..Samples::default()
+        };
+        if samples.all <= wanted.bytes as u64 {
+            return Ok(samples);
+        }
+        let step = (samples.all / PAGE / wanted.pieces().max(1)).max(1);
+        let (mut passed, mut next) = (0, 0);
+        let mut piece = vec![0; wanted.piece];
+        for mapping in own() {
+            self.plan(mapping, &mut |start, pages, plan| {
+                if plan != Plan::Read {
+                    return Ok(());
+                }
+                while next < passed + pages {
+                    let page = next - passed;
+                    let len = usize::try_from((pages - page) * PAGE)?.min(piece.len());
+                    let place = start + page * PAGE;
+                    if let Ok(count) = self.memory.read_at(&mut piece[..len], place) {
+                        samples.keep(&piece[..count]);
+                    }
+                    next += step;
+                }
+                passed += pages;
+                Ok(())
+            })?;
+        }
+        Ok(samples)
+    }
+
+    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
+        let (mut unreadable, mut unknown) = (0, 0);
+        for mapping in &self.mappings {
+            let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+            sink.region(&Region {
+                start: mapping.start,
+                flags: bit(mapping.read, region_flags::READ)
+                    | bit(mapping.write, region_flags::WRITE)
+                    | bit(mapping.execute, region_flags::EXECUTE)
+                    | bit(mapping.shared, region_flags::SHARED),
+                page_shift: mapping.page_shift(),
+                name: mapping.name.clone(),
+            })?;
+            let answered = mapping.untouched() == Untouched::Unknown;
+            self.plan(mapping, &mut |start, pages, plan| match plan {
+                Plan::Read => {
+                    unreadable += self.read_run(start, pages, sink)?;
+                    Ok(())
+                }
+                Plan::Zero => sink.zeros(pages),
+                Plan::Unavailable => {
+                    if answered {
+                        unknown += pages;
+                    }
+                    sink.unavailable(pages)
+                }
+            })?;
+        }
+        if !self.hold.is_alive() {
+            return Err(self.ended());
+        }
+        if unknown > 0 {
+            self.output.warn(format_args!(
+                "warning: {} of process {} not in its memory yet: another process still brings them \
+                 (a lazy restore?); recorded as unavailable",
+                count(unknown, "page"),
+                self.pid
+            ));
+        }
+        if unreadable > 0 {
+            self.output.warn(format_args!(
+                "warning: {} of process {} could not be read; recorded as unavailable",
+                count(unreadable, "page"),
+                self.pid
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! A raw memory file: byte n is the memory's byte n.
+
+use anyhow::{Result, bail};
+
+use super::extents::Extents;
+use super::file::SourceFile;
+use super::{PAGE, Region, Samples, Sampling, Sink, Source};
+use crate::output::Output;
+use crate::signals::Cancel;
+
+/// A file or block device without structure.
+#[derive(Debug)]
+pub(crate) struct Raw {
+    file: SourceFile,
+    extents: Extents,
+    output: Output,
+    cancel: Cancel,
+}
+
+impl Raw {
+    pub(crate) fn open(file: SourceFile, output: Output, cancel: &Cancel) -> Result<Self> {
+        if file.len() == 0 {
+            bail!(
+                "{}: is empty; there is no memory to pack",
+                file.path().display()
+            );
+        }
+        if !file.len().is_multiple_of(PAGE) {
+            bail!(
+                "{}: has {} bytes, which is no multiple of {PAGE}, so it is not all of a memory; \
+                 if it should end in zeros: truncate --size=%{PAGE} on a copy",
+                file.path().display(),
+                file.len()
+            );
+        }
+        Ok(Self {
+            extents: file.extents()?,
+            file,
+            output,
+            cancel: cancel.clone(),
+        })
+    }
+}
+
+/// The one region of memory that has no addresses of its own.
+pub(super) fn region() -> Region {
+    Region {
+        page_shift: 12,
+        name: "memory".into(),
+        ..Region::default()
+    }
+}
+
+impl Source for Raw {
+    fn describe(&self) -> Vec<(String, String)> {
+        vec![
+            ("source".into(), "raw".into()),
+            ("source.path".into(), self.file.path().display().to_string()),
+        ]
+    }
+
+    fn pages(&self) -> Option<u64> {
+        Some(self.file.len() / PAGE)
+    }
+
+    fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
+        self.file.sample(&self.extents, wanted)
+    }
+
+    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
+        sink.region(&region())?;
+        self.file
+            .feed(&self.extents, 0..self.file.len(), sink, &self.cancel)?;
+        self.file.check_unchanged(self.output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::{Opened, open};
+    use super::super::testing::{Piece, Recorder};
+    use super::*;
+    use std::io::Write as _;
+    use std::os::unix::fs::FileExt as _;
+
+    fn opened(path: &std::path::Path) -> Result<Raw> {
+        let Opened::File(file) = open(path)? else {
+            panic!("not a file");
+        };
+        Raw::open(file, quiet(), &Cancel::never())
+    }
+
+    fn quiet() -> Output {
+        Output::new(crate::args::Common {
+            json: false,
+            quiet: true,
+        })
+    }
+
+    #[test]
+    fn data_and_holes_arrive_in_order() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8 << 20).unwrap();
+        file.as_file().write_all_at(&[7; 4096], 4 << 20).unwrap();
+        let mut sink = Recorder::default();
+        opened(file.path()).unwrap().feed(&mut sink).unwrap();
+        assert_eq!(sink.regions.len(), 1);
+        let zeros = &sink.regions[0].1;
+        assert!(
+            matches!(zeros[0], Piece::Zeros(pages) if pages > 900),
+            "holes are not read"
+        );
+        assert_eq!(sink.page(0, 1023), Some(vec![0; 4096]));
+        assert_eq!(sink.page(0, 1024), Some(vec![7; 4096]));
+        assert_eq!(sink.page(0, 2047), Some(vec![0; 4096]));
+    }
+
+    #[test]
+    fn half_a_page_is_refused() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[1; 5000]).unwrap();
+        let error = opened(file.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("5000 bytes") && error.contains("truncate"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_source_that_shrinks_or_grows_is_an_error() {
+        for (later, says) in [(4096, "to 4096 bytes"), (3 << 20, "to 3145728 bytes")] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&vec![1; 2 << 20]).unwrap();
+            let mut raw = opened(file.path()).unwrap();
+            file.as_file().set_len(later).unwrap();
+            let error = raw.feed(&mut Recorder::default()).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn samples_come_from_all_over_and_leave_zeros_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 30).unwrap();
+        for byte in [100_u8, 112] {
+            let bytes = vec![byte; 1 << 20];
+            file.as_file()
+                .write_all_at(&bytes, u64::from(byte) << 23)
+                .unwrap();
+        }
+        let wanted = Sampling {
+            bytes: 1 << 20,
+            piece: 64 << 10,
+        };
+        let samples = opened(file.path()).unwrap().sample(&wanted).unwrap();
+        // The two extents may be a little longer than what was written.
+        assert!((2 << 20..3 << 20).contains(&samples.expected_bytes()));
+        let samples = samples.bytes;
+        assert!(samples.len() <= 1 << 20 && samples.len().is_multiple_of(4096));
+        for byte in [100, 112] {
+            assert!(samples.contains(&byte));
+        }
+        assert!(!samples.contains(&0));
+    }
+}

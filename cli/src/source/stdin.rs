@@ -1,0 +1,195 @@
+//! Memory that streams by once: standard input, or a named pipe.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read as _};
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{CHUNK, Guess, PAGE, Samples, Sampling, Sink, Source, guess, raw};
+use crate::exit::Refusal;
+use crate::signals::Cancel;
+
+/// A pipe, file or terminal that is read to its end.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    file: File,
+    name: String,
+    /// Don't look at what it is.
+    raw: bool,
+    cancel: Cancel,
+}
+
+impl Stream {
+    pub(crate) fn stdin(raw: bool, cancel: &Cancel) -> Result<Self> {
+        if io::IsTerminal::is_terminal(&io::stdin()) {
+            return Err(
+                Refusal::Usage("standard input is a terminal; pipe memory into it".into()).into(),
+            );
+        }
+        let fd = io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .context("standard input")?;
+        Ok(Self {
+            file: fd.into(),
+            name: "standard input".into(),
+            raw,
+            cancel: cancel.clone(),
+        })
+    }
+
+    pub(crate) fn pipe(path: &Path, file: File, raw: bool, cancel: &Cancel) -> Self {
+        Self {
+            file,
+            name: path.display().to_string(),
+            raw,
+            cancel: cancel.clone(),
+        }
+    }
+
+    /// Fills `buffer` unless the stream ends before; returns how much came.
+    fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            self.wait()?;
+            match self.file.read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+                Err(error) => return Err(error).context(self.name.clone()),
+            }
+        }
+        Ok(filled)
+    }
+
+    /// Waits until there is something to read, or the command is asked to stop. A pipe that no
+    /// writer has opened yet reports neither data nor its end, so nothing is taken for an end that
+    /// isn't one.
+    fn wait(&self) -> Result<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.cancel.fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error).context(self.name.clone()),
+            }
+            let readable = fds[0].any().unwrap_or(true);
+            self.cancel.check()?;
+            if readable {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Source for Stream {
+    fn describe(&self) -> Vec<(String, String)> {
+        vec![("source".into(), "stream".into())]
+    }
+
+    fn pages(&self) -> Option<u64> {
+        None
+    }
+
+    fn sample(&mut self, _wanted: &Sampling) -> Result<Samples> {
+        Ok(Samples::default())
+    }
+
+    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        let mut total = 0;
+        sink.region(&raw::region())?;
+        loop {
+            let count = self.fill(&mut buffer)?;
+            if total == 0 && !self.raw {
+                match guess(&buffer[..count]) {
+                    Guess::Raw => {}
+                    Guess::ElfCore => bail!(
+                        "{}: carries an ELF core, which must be a file; save it first, or --raw \
+                         packs it as if it were memory",
+                        self.name
+                    ),
+                    Guess::Refused(what) => bail!("{}: {what}", self.name),
+                }
+            }
+            total += count as u64;
+            if total == 0 {
+                bail!("{}: is empty; there is no memory to pack", self.name);
+            }
+            if total % PAGE != 0 {
+                bail!(
+                    "{}: ended after {total} bytes, which is no multiple of {PAGE}, so it is not \
+                     all of a memory",
+                    self.name
+                );
+            }
+            if count > 0 {
+                sink.pages(&buffer[..count])?;
+            }
+            if count < buffer.len() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Recorder;
+    use super::*;
+    use std::io::Write as _;
+    use std::os::fd::OwnedFd;
+
+    fn stream(bytes: Vec<u8>, raw: bool) -> Result<Recorder> {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let feeder = std::thread::spawn(move || {
+            // Uneven pieces: a page may come in two.
+            for piece in bytes.chunks(3001) {
+                if writer.write_all(piece).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut sink = Recorder::default();
+        let file = File::from(OwnedFd::from(reader));
+        let mut stream = Stream::pipe(Path::new("pipe"), file, raw, &Cancel::never());
+        let result = stream.feed(&mut sink);
+        drop(stream);
+        feeder.join().unwrap();
+        result.map(|()| sink)
+    }
+
+    #[test]
+    fn pages_arrive_whole_however_the_pipe_cuts_them() {
+        let bytes: Vec<u8> = (0..768_u32)
+            .flat_map(|page| [page.to_le_bytes()[0]; 4096])
+            .collect();
+        let sink = stream(bytes, false).unwrap();
+        assert_eq!(sink.page(0, 0), Some(vec![0; 4096]));
+        assert_eq!(sink.page(0, 767), Some(vec![255; 4096]));
+    }
+
+    #[test]
+    fn an_end_within_a_page_is_an_error() {
+        let error = stream(vec![1; (1 << 20) + 5], false)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("1048581 bytes"), "{error}");
+    }
+
+    #[test]
+    fn what_must_be_a_file_is_refused_unless_meant() {
+        let mut bytes = vec![0; 8192];
+        bytes[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3e\0");
+        let error = stream(bytes.clone(), false).unwrap_err().to_string();
+        assert!(error.contains("ELF core"), "{error}");
+        stream(bytes, true).unwrap();
+    }
+}
