@@ -1,0 +1,409 @@
+//! Memory in, snapshot out, memory out again.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::process::Stdio;
+
+use snaprestore_fixtures::images::Mix;
+
+use crate::common::{Folder, Run, command, finish, make_fifo, number, run, wait_until};
+
+/// An image of every kind of page, 4 MiB and a part of a block.
+fn image() -> Vec<u8> {
+    Mix::new(1100, 7).bytes()
+}
+
+#[test]
+fn a_raw_file_comes_back_byte_for_byte() {
+    let folder = Folder::new();
+    let image = image();
+    folder.write("raw", &image);
+    for options in [
+        &[][..],
+        &["--frame-size", "4", "--dictionary", "off"],
+        &["--frame-size", "2M", "--level", "19", "--threads", "1"],
+        &["--level", "-5"],
+    ] {
+        let mut args = vec!["create", "raw", "-o", "s", "--force"];
+        args.extend(options);
+        run(&folder, &args).exits(0);
+        run(&folder, &["verify", "s"]).exits(0);
+        run(&folder, &["extract", "s", "-o", "out", "--force"]).exits(0);
+        assert!(folder.read("out") == image, "{options:?}");
+    }
+}
+
+#[test]
+fn the_report_has_the_promised_keys_and_they_add_up() {
+    let folder = Folder::new();
+    folder.write("raw", &image());
+    let created = run(&folder, &["create", "raw", "-o", "s", "--json"])
+        .exits(0)
+        .json();
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    for report in [&created, &info] {
+        let n = |key| number(report, key);
+        assert_eq!(report["snapshot_id"].as_str().unwrap().len(), 32);
+        assert_eq!(n("format_version"), 1);
+        assert_eq!(n("page_size"), 4096);
+        assert_eq!(n("pages"), 1100);
+        assert_eq!(
+            n("pages"),
+            n("zero_pages")
+                + n("fill_pages")
+                + n("stored_pages")
+                + n("duplicate_pages")
+                + n("unavailable_pages")
+        );
+        for kind in [
+            "zero_pages",
+            "fill_pages",
+            "stored_pages",
+            "duplicate_pages",
+        ] {
+            assert!(n(kind) > 0, "{kind}");
+        }
+        assert!(n("frames") > 0);
+        assert_eq!(n("frame_bytes"), 128 << 10);
+        assert_eq!(n("logical_bytes"), 1100 * 4096);
+        assert!(0 < n("stored_bytes") && n("stored_bytes") < n("file_bytes"));
+        assert_eq!(n("file_bytes"), folder.read("s").len() as u64);
+        let regions = report["regions"].as_array().unwrap();
+        assert_eq!(regions.len(), 1);
+        assert_eq!(regions[0]["name"], "memory");
+        assert_eq!(number(&regions[0], "start"), 0);
+        assert_eq!(number(&regions[0], "bytes"), 1100 * 4096);
+    }
+    number(&created, "elapsed_ms");
+    assert_eq!(created["snapshot_id"], info["snapshot_id"]);
+    assert_eq!(created["content_digest"], info["content_digest"]);
+    assert_eq!(info["properties"]["source"], "raw");
+
+    let verified = run(&folder, &["verify", "s", "--json"]).exits(0).json();
+    assert_eq!(verified["ok"], true);
+    assert_eq!(number(&verified, "pages_checked"), 1100);
+    assert_eq!(verified["frames_checked"], created["frames"]);
+    assert_eq!(verified["problems"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn holes_are_not_read_and_come_back_as_holes() {
+    let folder = Folder::new();
+    // A terabyte: reading its holes would take minutes.
+    let file = File::create(folder.file("raw")).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let page = [9; 4096];
+    let places = [0, 300 << 30, (1 << 40) - 4096];
+    for place in places {
+        file.write_all_at(&page, place).unwrap();
+    }
+    let report = run(&folder, &["create", "raw", "-o", "s", "--json"])
+        .exits(0)
+        .json();
+    assert_eq!(number(&report, "pages"), 1 << 28);
+    assert_eq!(number(&report, "zero_pages"), (1 << 28) - 3);
+
+    // As much as the file system of the test holds as one file.
+    let small = File::create(folder.file("small")).unwrap();
+    small.set_len(1 << 30).unwrap();
+    small.write_all_at(&page, 700 << 20).unwrap();
+    run(&folder, &["create", "small", "-o", "t"]).exits(0);
+    run(&folder, &["extract", "t", "-o", "out"]).exits(0);
+    let out = File::open(folder.file("out")).unwrap();
+    let metadata = out.metadata().unwrap();
+    assert_eq!(metadata.len(), 1 << 30);
+    assert!(
+        metadata.blocks() * 512 < 1 << 20,
+        "{} blocks",
+        metadata.blocks()
+    );
+    let mut found = [0; 4096];
+    out.read_exact_at(&mut found, 700 << 20).unwrap();
+    assert_eq!(found, page);
+}
+
+#[test]
+fn standard_input_and_pipes_are_streamed() {
+    let folder = Folder::new();
+    let image = image();
+    let mut child = command(["create", "-", "-o", "s"])
+        .current_dir(folder.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Dropped at the end of the statement: the end of the input.
+    child.stdin.take().unwrap().write_all(&image).unwrap();
+    finish(child).exits(0);
+    run(&folder, &["extract", "s", "-o", "out"]).exits(0);
+    assert!(folder.read("out") == image);
+
+    make_fifo(&folder.file("in"));
+    let child = command(["create", "in", "-o", "t"])
+        .current_dir(folder.path())
+        .spawn()
+        .unwrap();
+    let mut fifo = File::options().write(true).open(folder.file("in")).unwrap();
+    fifo.write_all(&image).unwrap();
+    drop(fifo);
+    finish(child).exits(0);
+    let [s, t] = ["s", "t"].map(|file| run(&folder, &["info", file, "--json"]).json());
+    assert_eq!(s["content_digest"], t["content_digest"]);
+}
+
+#[test]
+fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
+    let folder = Folder::new();
+    let image = image();
+    folder.write("raw", &image);
+    let made = run(&folder, &["create", "raw", "-o", "-"]).exits(0);
+    folder.write("s", &made.out);
+    assert!(
+        made.err.contains("1,100 pages"),
+        "the report is elsewhere: {}",
+        made.err
+    );
+    let back = run(&folder, &["extract", "s", "-o", "-"]).exits(0);
+    assert!(back.out == image);
+
+    make_fifo(&folder.file("fifo"));
+    let child = command(["create", "raw", "-o", "fifo", "--force", "-q"])
+        .current_dir(folder.path())
+        .spawn()
+        .unwrap();
+    let mut piped = Vec::new();
+    File::open(folder.file("fifo"))
+        .unwrap()
+        .read_to_end(&mut piped)
+        .unwrap();
+    finish(child).exits(0);
+    folder.write("t", &piped);
+    run(&folder, &["verify", "t"]).exits(0);
+}
+
+#[test]
+fn an_existing_target_stays_unless_forced() {
+    let folder = Folder::new();
+    folder.write("raw", &[5; 4096]);
+    folder.write("s", b"precious");
+    run(&folder, &["create", "raw", "-o", "s"])
+        .exits(1)
+        .says(&["s exists already", "--force"]);
+    assert_eq!(folder.read("s"), b"precious");
+    // Also when forced, until the new one is complete.
+    run(&folder, &["create", "missing", "-o", "s", "--force"])
+        .exits(1)
+        .says(&["missing"]);
+    assert_eq!(folder.read("s"), b"precious");
+    run(&folder, &["create", "raw", "-o", "s", "--force"]).exits(0);
+    run(&folder, &["verify", "s"]).exits(0);
+    assert_eq!(folder.names(), ["raw", "s"]);
+}
+
+#[test]
+fn what_cannot_be_read_or_written_is_named() {
+    let folder = Folder::new();
+    folder.write("raw", &[5; 4096]);
+    folder.write("odd", &[5; 5000]);
+    folder.write("empty", b"");
+    folder.write("kdump", &[b"KDUMP   ".to_vec(), vec![0; 4088]].concat());
+    std::fs::create_dir(folder.file("dir")).unwrap();
+    run(&folder, &["create", "raw", "-o", "snapshot"]).exits(0);
+    let failing: &[(&[&str], &[&str])] = &[
+        (&["missing", "-o", "s"], &["missing", "No such file"]),
+        (&["dir", "-o", "s"], &["dir", "is a folder"]),
+        (
+            &["/dev/zero", "-o", "s"],
+            &["/dev/zero", "character device"],
+        ),
+        (&["odd", "-o", "s"], &["odd", "5000 bytes", "truncate"]),
+        (&["empty", "-o", "s"], &["empty", "no memory"]),
+        (&["-", "-o", "s"], &["standard input", "no memory"]),
+        (&["kdump", "-o", "s"], &["kdump", "without compression"]),
+        (&["snapshot", "-o", "s"], &["snapshot already", "--raw"]),
+        (&["raw", "-o", "nowhere/s"], &["nowhere"]),
+        (&["raw", "-o", "dir"], &["dir"]),
+        (
+            &["raw", "-o", "s", "--attach", "a=missing"],
+            &["missing", "attachment"],
+        ),
+        (
+            &["raw", "-o", "s", "--attach", "a=dir"],
+            &["dir", "is a folder"],
+        ),
+        (
+            &["raw", "-o", "s", "--dictionary", "missing"],
+            &["missing", "dictionary"],
+        ),
+        (
+            &["raw", "-o", "s", "--dictionary", "empty"],
+            &["empty", "no dictionary"],
+        ),
+        // Where every write fails for want of space.
+        (
+            &["raw", "-o", "/dev/full", "--force"],
+            &["/dev/full", "No space left"],
+        ),
+    ];
+    let names = folder.names();
+    for (args, says) in failing {
+        let args: Vec<_> = ["create"].iter().chain(*args).copied().collect();
+        let run = run(&folder, &args);
+        assert_eq!(run.code, Some(1), "{args:?}: {}", run.err);
+        assert!(
+            run.err.starts_with("snaprestore: "),
+            "{args:?}: {}",
+            run.err
+        );
+        for says in *says {
+            assert!(
+                run.err.contains(says),
+                "{args:?}: no {says:?} in {}",
+                run.err
+            );
+        }
+        assert_eq!(folder.names(), names, "{args:?} left something");
+    }
+    run(&folder, &["create", "--raw", "kdump", "-o", "s"]).exits(0);
+}
+
+#[test]
+fn a_stream_that_ends_within_a_page_leaves_nothing() {
+    let folder = Folder::new();
+    let mut child = command(["create", "-", "-o", "s"])
+        .current_dir(folder.path())
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&[1; 5000]).unwrap();
+    finish(child)
+        .exits(1)
+        .says(&["standard input", "5000 bytes"]);
+    assert_eq!(folder.names(), [""; 0]);
+}
+
+#[test]
+fn a_source_that_shrinks_meanwhile_is_an_error() {
+    let folder = Folder::new();
+    // Random, so that the output is long enough to be held back by a pipe that nobody reads.
+    let image: Vec<u8> = Mix::new(4096, 3).bytes();
+    folder.write("raw", &image);
+    make_fifo(&folder.file("fifo"));
+    let child = command([
+        "create",
+        "raw",
+        "-o",
+        "fifo",
+        "--force",
+        "--dictionary",
+        "off",
+    ])
+    .current_dir(folder.path())
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let mut fifo = File::open(folder.file("fifo")).unwrap();
+    let mut first = [0; 8];
+    fifo.read_exact(&mut first).unwrap();
+    File::options()
+        .write(true)
+        .open(folder.file("raw"))
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    let mut rest = Vec::new();
+    fifo.read_to_end(&mut rest).unwrap();
+    finish(child)
+        .exits(1)
+        .says(&["raw", "size changed", "to 4096 bytes"]);
+    folder.write("s", &[&first[..], &rest].concat());
+    run(&folder, &["verify", "s"]).exits(3);
+}
+
+#[test]
+fn attachments_are_stored_beside_the_memory() {
+    let folder = Folder::new();
+    folder.write("raw", &[5; 4096]);
+    folder.write("state", b"{\"vcpus\": 2}");
+    folder.write("empty", b"");
+    run(
+        &folder,
+        &[
+            "create",
+            "raw",
+            "-o",
+            "s",
+            "--attach",
+            "vm=state",
+            "--attach",
+            "nothing=empty",
+        ],
+    )
+    .exits(0);
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    assert_eq!(
+        info["attachments"],
+        serde_json::json!([{"name": "vm", "bytes": 12}, {"name": "nothing", "bytes": 0}])
+    );
+    run(
+        &folder,
+        &["extract", "s", "--attachment", "vm", "-o", "out"],
+    )
+    .exits(0);
+    assert_eq!(folder.read("out"), b"{\"vcpus\": 2}");
+    let printed = run(
+        &folder,
+        &["extract", "s", "--attachment", "nothing", "-o", "-"],
+    )
+    .exits(0);
+    assert!(printed.out.is_empty());
+    run(
+        &folder,
+        &["extract", "s", "--attachment", "cpu", "-o", "none"],
+    )
+    .exits(1)
+    .says(&["\"cpu\"", "vm, nothing"]);
+    assert!(!folder.file("none").exists());
+}
+
+#[test]
+fn a_dictionary_can_be_brought_along() {
+    let folder = Folder::new();
+    // Any bytes serve as a dictionary: those that the pages share.
+    let shared: Vec<u8> = Mix::new(16, 1).bytes();
+    folder.write("dictionary", &shared[..32 << 10]);
+    folder.write("raw", &image());
+    run(
+        &folder,
+        &["create", "raw", "-o", "s", "--dictionary", "dictionary"],
+    )
+    .exits(0);
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    assert_eq!(number(&info["dictionaries"][0], "bytes"), 32 << 10);
+    run(&folder, &["verify", "s"]).exits(0);
+    run(&folder, &["extract", "s", "-o", "out"]).exits(0);
+    assert!(folder.read("out") == image());
+}
+
+#[test]
+fn a_pipe_whose_writer_comes_later_is_waited_for() {
+    let folder = Folder::new();
+    make_fifo(&folder.file("in"));
+    let mut child = command(["create", "in", "-o", "s", "-q"])
+        .current_dir(folder.path())
+        .spawn()
+        .unwrap();
+    // It has opened the pipe when opening the other side without waiting succeeds.
+    let mut writer = None;
+    wait_until("the pipe has a reader", || {
+        writer = File::options().write(true).open(folder.file("in")).ok();
+        writer.is_some()
+    });
+    assert!(child.try_wait().unwrap().is_none());
+    writer.unwrap().write_all(&[3; 4096]).unwrap();
+    assert_eq!(Run::of(&mut command(["--version"])).code, Some(0));
+    finish(child).exits(0);
+    run(&folder, &["verify", "s"]).exits(0);
+}

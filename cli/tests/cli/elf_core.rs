@@ -1,0 +1,446 @@
+//! ELF cores: made by hand, by gcore and by QEMU.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use snaprestore_fixtures::host::{Unavailable, ensure_program, skipped};
+
+use crate::common::{Folder, number, run, wait_until};
+use crate::owner::Owner;
+
+/// A core to be made. Its parts lie in the file as closely as they fit, so that nothing is aligned.
+#[derive(Default)]
+pub(crate) struct Core {
+    pub(crate) loads: Vec<Load>,
+    /// Start, end and name of mapped files.
+    pub(crate) files: Vec<(u64, u64, String)>,
+    /// As QEMU writes it: physical addresses count, and a note says so.
+    pub(crate) qemu: bool,
+    /// 32 bits, big-endian.
+    pub(crate) other_machine: bool,
+}
+
+/// A loadable segment.
+pub(crate) struct Load {
+    pub(crate) start: u64,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) memory_bytes: u64,
+}
+
+impl Load {
+    /// Pages of one byte each, all in the file.
+    fn pages(start: u64, bytes: &[u8]) -> Self {
+        Self {
+            start,
+            bytes: bytes.iter().flat_map(|&byte| [byte; 4096]).collect(),
+            memory_bytes: bytes.len() as u64 * 4096,
+        }
+    }
+}
+
+/// Writes numbers as a machine does.
+struct Numbers {
+    bytes: Vec<u8>,
+    other_machine: bool,
+}
+
+impl Numbers {
+    fn put(&mut self, value: u64, width: usize) {
+        if self.other_machine {
+            self.bytes.extend(&value.to_be_bytes()[8 - width..]);
+        } else {
+            self.bytes.extend(&value.to_le_bytes()[..width]);
+        }
+    }
+
+    fn half(&mut self, value: usize) {
+        self.put(value as u64, 2);
+    }
+
+    fn word(&mut self, value: u64) {
+        self.put(value, 4);
+    }
+
+    /// An address, offset or size.
+    fn long(&mut self, value: u64) {
+        self.put(value, if self.other_machine { 4 } else { 8 });
+    }
+}
+
+impl Core {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let numbers = || Numbers {
+            bytes: Vec::new(),
+            other_machine: self.other_machine,
+        };
+        let (header, program, section) = if self.other_machine {
+            (52, 32, 40)
+        } else {
+            (64, 56, 64)
+        };
+        let notes = self.notes(numbers());
+        let count = self.loads.len() + 1;
+        let many = count >= 0xffff;
+        let sections = header + count * program;
+        let mut offset = sections + usize::from(many) * section + 3;
+
+        let mut out = numbers();
+        let class = [[2, 1], [1, 2]][usize::from(self.other_machine)];
+        out.bytes.extend(b"\x7fELF");
+        out.bytes
+            .extend([class[0], class[1], 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        out.half(4);
+        out.half(if self.other_machine { 20 } else { 62 });
+        out.word(1);
+        out.long(0);
+        out.long(header as u64);
+        out.long(if many { sections as u64 } else { 0 });
+        out.word(0);
+        out.half(header);
+        out.half(program);
+        out.half(if many { 0xffff } else { count });
+        out.half(if many { section } else { 0 });
+        out.half(usize::from(many));
+        out.half(0);
+
+        let mut data = vec![0xee; 3];
+        let mut segment = |out: &mut Numbers, kind, address, bytes: &[u8], memory| {
+            // Of QEMU's, the virtual addresses may say anything.
+            let virt = if self.qemu {
+                address ^ 0xfff_0000
+            } else {
+                address
+            };
+            out.word(kind);
+            if !self.other_machine {
+                out.word(6);
+            }
+            out.long(offset as u64);
+            out.long(virt);
+            out.long(if self.qemu { address } else { 0 });
+            out.long(bytes.len() as u64);
+            out.long(memory);
+            if self.other_machine {
+                out.word(6);
+            }
+            out.long(1);
+            offset += bytes.len();
+            data.extend(bytes);
+        };
+        segment(&mut out, 4, 0, &notes, 0);
+        for load in &self.loads {
+            segment(&mut out, 1, load.start, &load.bytes, load.memory_bytes);
+        }
+        if many {
+            // Where the number of program headers stands when it needs more than 16 bits.
+            out.bytes.resize(out.bytes.len() + section, 0);
+            let at = out.bytes.len() - section + if self.other_machine { 28 } else { 44 };
+            let info = u32::try_from(count).unwrap();
+            let info = if self.other_machine {
+                info.to_be_bytes()
+            } else {
+                info.to_le_bytes()
+            };
+            out.bytes[at..at + 4].copy_from_slice(&info);
+        }
+        out.bytes.extend(data);
+        out.bytes
+    }
+
+    fn notes(&self, mut out: Numbers) -> Vec<u8> {
+        let note = |out: &mut Numbers, name: &[u8], kind, desc: &[u8]| {
+            out.word(name.len() as u64 + 1);
+            out.word(desc.len() as u64);
+            out.word(kind);
+            out.bytes.extend(name);
+            out.bytes
+                .resize((out.bytes.len() + 1).next_multiple_of(4), 0);
+            out.bytes.extend(desc);
+            out.bytes.resize(out.bytes.len().next_multiple_of(4), 0);
+        };
+        note(&mut out, b"CORE", 1, &[0; 12]);
+        if self.qemu {
+            note(&mut out, b"QEMU", 0, &[0; 16]);
+        }
+        if !self.files.is_empty() {
+            let mut desc = Numbers {
+                bytes: Vec::new(),
+                ..out
+            };
+            desc.long(self.files.len() as u64);
+            desc.long(4096);
+            for (start, end, _) in &self.files {
+                desc.long(*start);
+                desc.long(*end);
+                desc.long(0);
+            }
+            for (_, _, name) in &self.files {
+                desc.bytes.extend(name.as_bytes());
+                desc.bytes.push(0);
+            }
+            note(&mut out, b"CORE", 0x4649_4c45, &desc.bytes);
+        }
+        out.bytes
+    }
+}
+
+/// Name, start and bytes of each region.
+fn regions(folder: &Folder, snapshot: &str) -> Vec<(String, u64, u64)> {
+    let info = run(folder, &["info", snapshot, "--json"]).exits(0).json();
+    let regions = info["regions"].as_array().unwrap();
+    regions
+        .iter()
+        .map(|region| {
+            let name = region["name"].as_str().unwrap().to_owned();
+            (name, number(region, "start"), number(region, "bytes"))
+        })
+        .collect()
+}
+
+/// The bytes of a region.
+fn region(folder: &Folder, snapshot: &str, number: usize) -> Vec<u8> {
+    let number = number.to_string();
+    let args = ["extract", snapshot, "-o", "-", "--region", &number];
+    run(folder, &args).exits(0).out
+}
+
+#[test]
+fn segments_are_sorted_named_and_taken_once() {
+    let folder = Folder::new();
+    for other_machine in [false, true] {
+        let core = Core {
+            loads: vec![
+                Load::pages(0x9000, &[7, 8, 9]),
+                Load::pages(0x2000, &[1, 2]),
+                // Its first page is known from the one before.
+                Load::pages(0x3000, &[99, 3]),
+                Load {
+                    start: 0x20000,
+                    bytes: vec![5; 4096],
+                    memory_bytes: 0x4000,
+                },
+            ],
+            files: vec![
+                (0x9000, 0xc000, "/lib/b".into()),
+                (0x1000, 0x4000, "/bin/a".into()),
+            ],
+            other_machine,
+            ..Core::default()
+        };
+        folder.write("core", &core.bytes());
+        run(&folder, &["create", "core", "-o", "s", "--force"]).exits(0);
+        run(&folder, &["verify", "s"]).exits(0);
+        assert_eq!(
+            regions(&folder, "s"),
+            [
+                ("/bin/a".into(), 0x2000, 0x2000),
+                (String::new(), 0x4000, 0x1000),
+                ("/lib/b".into(), 0x9000, 0x3000),
+                (String::new(), 0x20000, 0x4000),
+            ]
+        );
+        assert_eq!(region(&folder, "s", 0), [[1; 4096], [2; 4096]].concat());
+        assert_eq!(region(&folder, "s", 1), [3; 4096]);
+        assert_eq!(
+            region(&folder, "s", 2),
+            [[7; 4096], [8; 4096], [9; 4096]].concat()
+        );
+        // What was not dumped is unknown, not zero.
+        let info = run(&folder, &["info", "s", "--json"]).json();
+        assert_eq!(number(&info, "unavailable_pages"), 3);
+    }
+}
+
+#[test]
+fn a_guest_has_physical_addresses_and_its_memory_is_one_where_it_touches() {
+    let folder = Folder::new();
+    let core = Core {
+        loads: vec![
+            Load::pages(0x10_0000, &[4, 5]),
+            Load::pages(0, &[1, 2]),
+            // The same memory under another virtual address.
+            Load::pages(0x10_1000, &[5, 6]),
+            Load::pages(0x2000, &[3]),
+        ],
+        qemu: true,
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    assert_eq!(
+        regions(&folder, "s"),
+        [
+            ("memory".into(), 0, 0x3000),
+            ("memory".into(), 0x10_0000, 0x3000)
+        ]
+    );
+    let expected: Vec<u8> = (1..=6).flat_map(|byte| [byte; 4096]).collect();
+    assert_eq!(run(&folder, &["extract", "s", "-o", "-"]).out, expected);
+    let info = run(&folder, &["info", "s", "--json"]).json();
+    assert_eq!(info["properties"]["source"], "elf core of a guest");
+}
+
+#[test]
+fn more_segments_than_16_bits_can_count() {
+    let folder = Folder::new();
+    let loads: Vec<_> = (0..70_000_u32)
+        .map(|n| Load {
+            start: 0x10000 + u64::from(n) * 0x2000,
+            bytes: n.to_le_bytes().repeat(1024),
+            memory_bytes: 4096,
+        })
+        .collect();
+    let core = Core {
+        loads,
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    let regions = regions(&folder, "s");
+    assert_eq!(regions.len(), 70_000);
+    assert_eq!(regions[69_999].1, 0x10000 + 69_999 * 0x2000);
+    assert_eq!(
+        region(&folder, "s", 69_999),
+        69_999_u32.to_le_bytes().repeat(1024)
+    );
+}
+
+#[test]
+fn damaged_cores_are_refused_and_say_why() {
+    let folder = Folder::new();
+    let core = Core {
+        loads: vec![Load::pages(0x1000, &[1, 2, 3])],
+        files: vec![(0x1000, 0x4000, "/bin/a".into())],
+        ..Core::default()
+    };
+    let good = core.bytes();
+    let refuse = |bytes: &[u8], says: &str| {
+        folder.write("core", bytes);
+        run(&folder, &["create", "core", "-o", "s"])
+            .exits(1)
+            .says(&["core", says]);
+        assert_eq!(folder.names(), ["core"]);
+    };
+    refuse(&good[..good.len() - 1], "cut short");
+    refuse(&good[..100], "damaged ELF core");
+    refuse(&good[..40], "damaged ELF core");
+    let mut unaligned = good.clone();
+    // The virtual address of the second program header.
+    unaligned[64 + 56 + 16] = 0x10;
+    refuse(&unaligned, "no multiple");
+    let nothing = Core::default().bytes();
+    refuse(&nothing, "no memory");
+    // However it is broken, it is refused or packed: never a panic.
+    for at in (16..240).step_by(2) {
+        for value in [0, 0xff] {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            folder.write("core", &bytes);
+            let run = run(
+                &folder,
+                &[
+                    "create",
+                    "core",
+                    "-o",
+                    "s",
+                    "--force",
+                    "--dictionary",
+                    "off",
+                ],
+            );
+            assert!(
+                matches!(run.code, Some(0 | 1)),
+                "byte {at}: {:?} {}",
+                run.code,
+                run.err
+            );
+            assert!(!run.err.contains("panicked"), "byte {at}: {}", run.err);
+        }
+    }
+}
+
+#[test]
+fn a_core_by_gcore_holds_what_the_process_held() {
+    let name = "a_core_by_gcore_holds_what_the_process_held";
+    let gcore = match ensure_program("gcore", "gdb") {
+        Ok(gcore) => gcore,
+        Err(why) => return skipped(name, &why),
+    };
+    let folder = Folder::new();
+    let owner = Owner::small();
+    let prefix = folder.file("core");
+    let made = Command::new(gcore)
+        .arg("-o")
+        .arg(&prefix)
+        .arg(owner.pid().to_string())
+        .output()
+        .unwrap();
+    let core = format!("core.{}", owner.pid());
+    if !folder.file(&core).exists() {
+        let why = format!(
+            "gcore made no core: {}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        return skipped(name, &Unavailable { why });
+    }
+    run(&folder, &["create", &core, "-o", "s"]).exits(0);
+    run(&folder, &["verify", "s"]).exits(0);
+    let regions = regions(&folder, "s");
+    let pattern = owner.place("pattern");
+    let index = regions
+        .iter()
+        .position(|(_, start, bytes)| (*start..start + bytes).contains(&pattern))
+        .expect("the region is there");
+    let bytes = region(&folder, "s", index);
+    let at = usize::try_from(pattern - regions[index].1).unwrap();
+    assert!(bytes[at..].starts_with(&Owner::pattern()));
+    assert!(
+        regions.iter().any(|(name, _, _)| name.contains("libc")),
+        "{regions:?}"
+    );
+}
+
+#[test]
+fn a_dump_by_qemu_holds_what_the_guest_held() {
+    let name = "a_dump_by_qemu_holds_what_the_guest_held";
+    let qemu = match ensure_program("qemu-system-x86_64", "qemu-system-x86") {
+        Ok(qemu) => qemu,
+        Err(why) => return skipped(name, &why),
+    };
+    let folder = Folder::new();
+    let mut qemu = Command::new(qemu)
+        .args([
+            "-machine",
+            "pc,accel=tcg",
+            "-m",
+            "32",
+            "-display",
+            "none",
+            "-net",
+            "none",
+        ])
+        .args(["-monitor", "stdio", "-serial", "none"])
+        .current_dir(folder.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut monitor = qemu.stdin.take().unwrap();
+    // The firmware runs meanwhile, or doesn't: both are memory.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    write!(
+        monitor,
+        "stop\npmemsave 0xc0000 0x1f40000 ram\ndump-guest-memory dump\nquit\n"
+    )
+    .unwrap();
+    let mut ended = false;
+    wait_until("QEMU ends", || {
+        ended = ended || qemu.try_wait().unwrap().is_some();
+        ended
+    });
+    run(&folder, &["create", "dump", "-o", "s"]).exits(0);
+    let regions = regions(&folder, "s");
+    assert_eq!(regions[0], ("memory".into(), 0, 0xa0000));
+    assert_eq!(regions[1], ("memory".into(), 0xc0000, 0x1f4_0000));
+    assert!(region(&folder, "s", 1) == folder.read("ram"));
+}

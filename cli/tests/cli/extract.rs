@@ -1,0 +1,118 @@
+//! Which memory is taken out of a snapshot.
+
+use crate::common::{Folder, number, run};
+use crate::elf_core::{Core, Load};
+
+/// A snapshot `s` of three regions: pages of 1; of 2, with two unknown pages; of 3.
+fn three_regions(folder: &Folder) {
+    let load = |start, byte, pages: usize, unknown: usize| Load {
+        start,
+        bytes: vec![byte; pages * 4096],
+        memory_bytes: ((pages + unknown) * 4096) as u64,
+    };
+    let core = Core {
+        loads: vec![
+            load(0x10000, 1, 3, 0),
+            load(0x50000, 2, 2, 2),
+            load(0x90000, 3, 600, 0),
+        ],
+        files: vec![
+            (0x10000, 0x13000, "low".into()),
+            (0x90000, 0x90000 + 600 * 4096, "1".into()),
+        ],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(folder, &["create", "core", "-o", "s"]).exits(0);
+}
+
+#[test]
+fn unknown_pages_are_refused_unless_zeros_will_do() {
+    let folder = Folder::new();
+    three_regions(&folder);
+    for target in ["out", "-"] {
+        let refused = run(&folder, &["extract", "s", "-o", target])
+            .exits(1)
+            .says(&["2 pages could not be read", "--unavailable zero"]);
+        assert!(refused.out.is_empty());
+    }
+    run(
+        &folder,
+        &[
+            "extract", "s", "-o", "out", "--region", "0", "--region", "2",
+        ],
+    )
+    .exits(0);
+    run(
+        &folder,
+        &[
+            "extract", "s", "-o", "bad", "--region", "low", "--region", "1",
+        ],
+    )
+    .exits(0);
+    let report = run(
+        &folder,
+        &[
+            "extract",
+            "s",
+            "-o",
+            "all",
+            "--unavailable",
+            "zero",
+            "--json",
+        ],
+    )
+    .exits(0)
+    .json();
+    assert_eq!(number(&report, "bytes"), 607 * 4096);
+    assert_eq!(number(&report, "unavailable_pages"), 2);
+    let expected = [
+        vec![1; 3 * 4096],
+        vec![2; 2 * 4096],
+        vec![0; 2 * 4096],
+        vec![3; 600 * 4096],
+    ];
+    assert!(folder.read("all") == expected.concat());
+}
+
+#[test]
+fn regions_are_named_or_numbered_and_keep_their_order() {
+    let folder = Folder::new();
+    three_regions(&folder);
+    let extract = |regions: &[&str]| {
+        let mut args = vec!["extract", "s", "-o", "out", "--force"];
+        for region in regions {
+            args.extend(["--region", region]);
+        }
+        run(&folder, &args).exits(0);
+        folder.read("out")
+    };
+    assert!(extract(&["low"]) == vec![1; 3 * 4096]);
+    // A name wins over a number.
+    assert!(extract(&["1"]) == vec![3; 600 * 4096]);
+    assert!(extract(&["2", "0"]) == [vec![1; 3 * 4096], vec![3; 600 * 4096]].concat());
+    run(&folder, &["extract", "s", "-o", "none", "--region", "high"])
+        .exits(1)
+        .says(&["\"high\"", "0 to 2"]);
+    run(&folder, &["extract", "s", "-o", "none", "--region", "3"]).exits(1);
+    assert!(!folder.file("none").exists());
+}
+
+#[test]
+fn an_existing_file_stays_unless_forced() {
+    let folder = Folder::new();
+    folder.write("raw", &[7; 8192]);
+    folder.write("out", b"precious");
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    run(&folder, &["extract", "s", "-o", "out"])
+        .exits(1)
+        .says(&["--force"]);
+    assert_eq!(folder.read("out"), b"precious");
+    run(
+        &folder,
+        &["extract", "s", "-o", "out", "--force", "--threads", "3"],
+    )
+    .exits(0);
+    assert!(folder.read("out") == vec![7; 8192]);
+    assert_eq!(folder.names(), ["out", "raw", "s"]);
+}

@@ -1,0 +1,15 @@
+//! The `snaprestore` command as users and scripts see it: exit codes, messages, JSON, files.
+#![allow(
+    unsafe_code,
+    reason = "a process with unusual memory has to map it first"
+)]
+
+mod common;
+mod create;
+mod damage;
+mod elf_core;
+mod extract;
+mod interrupted;
+mod owner;
+mod process;
+mod usage;

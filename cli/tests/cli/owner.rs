@@ -1,0 +1,240 @@
+//! A process with unusual memory, for the tests that take it from a live one: this test program,
+//! started again.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::num::NonZeroUsize;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+
+/// Set where this program shall be the owner.
+const ROLE: &str = "SNAPRESTORE_TEST_OWNER";
+/// Threads besides the main one.
+const THREADS: usize = 8;
+
+/// The started process. It ends when this is dropped, or when the test ends.
+pub(crate) struct Owner {
+    child: Child,
+    commands: ChildStdin,
+    answers: BufReader<std::process::ChildStdout>,
+    places: HashMap<String, u64>,
+}
+
+impl Owner {
+    pub(crate) fn start() -> Self {
+        Self::in_role("all")
+    }
+
+    /// One without vast mappings, which gcore writes out in full.
+    pub(crate) fn small() -> Self {
+        Self::in_role("small")
+    }
+
+    fn in_role(role: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "owner::owner_process",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env(ROLE, role)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut owner = Self {
+            commands: child.stdin.take().unwrap(),
+            answers: BufReader::new(child.stdout.take().unwrap()),
+            child,
+            places: HashMap::new(),
+        };
+        loop {
+            let line = owner.answer();
+            match line.split_once(' ') {
+                None => break,
+                Some((name, place)) => {
+                    owner.places.insert(name.into(), place.parse().unwrap());
+                }
+            }
+        }
+        owner
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The address of what the owner calls `name`.
+    pub(crate) fn place(&self, name: &str) -> u64 {
+        self.places[name]
+    }
+
+    /// What lies at the place `pattern`.
+    pub(crate) fn pattern() -> Vec<u8> {
+        (0..64_u8).flat_map(|page| [page ^ 0x5a; 4096]).collect()
+    }
+
+    /// Asks how often each thread went round; answers only if it runs.
+    pub(crate) fn rounds(&mut self) -> Vec<u64> {
+        self.ask("rounds")
+            .split(' ')
+            .map(|count| count.parse().unwrap())
+            .collect()
+    }
+
+    /// Asks how many real-time signals arrived.
+    pub(crate) fn signals(&mut self) -> u64 {
+        self.ask("signals").parse().unwrap()
+    }
+
+    fn ask(&mut self, what: &str) -> String {
+        writeln!(self.commands, "{what}").unwrap();
+        self.answer()
+    }
+
+    /// The next line that is meant for us; the test harness prints some of its own.
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(
+                self.answers.read_line(&mut line).unwrap() > 0,
+                "the owner ended"
+            );
+            if let Some((_, answer)) = line.split_once("owner: ") {
+                return answer.trim_end().to_owned();
+            }
+        }
+    }
+
+    /// The state letters of all its threads.
+    pub(crate) fn states(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let state = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+            stat.rsplit_once(") ")?.1.chars().next()
+        };
+        tasks.filter_map(state).collect()
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn map(bytes: usize, protection: ProtFlags, flags: MapFlags) -> NonNull<c_void> {
+    let length = NonZeroUsize::new(bytes).unwrap();
+    // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
+    unsafe { mmap_anonymous(None, length, protection, flags) }.unwrap()
+}
+
+static SIGNALS: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn count_signal(_: i32) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "the answers to the test that started this process"
+)]
+fn tell(text: &str) {
+    println!("owner: {text}");
+}
+
+/// Not a test unless it was started by one.
+#[test]
+fn owner_process() {
+    let Ok(role) = std::env::var(ROLE) else {
+        return;
+    };
+    let vast = |bytes| if role == "small" { 1 << 20 } else { bytes };
+    let read_write = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let private = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    let tell_place = |name: &str, place: NonNull<c_void>| {
+        tell(&format!("{name} {}", place.as_ptr() as u64));
+    };
+    let fill = |place: NonNull<c_void>, bytes: &[u8]| {
+        // SAFETY: every mapping below is longer than what is written to it, and nobody else
+        // knows it yet.
+        unsafe {
+            place
+                .cast::<u8>()
+                .as_ptr()
+                .copy_from(bytes.as_ptr(), bytes.len());
+        };
+    };
+
+    let pattern = map(64 * 4096, read_write, private);
+    fill(pattern, &Owner::pattern());
+    tell_place("pattern", pattern);
+
+    // Much memory of which little was touched.
+    let sparse = map(vast(1 << 32), read_write, private);
+    fill(sparse, &[1]);
+    tell_place("sparse", sparse);
+
+    // Address space that is only set aside, and a page that nobody may read any more.
+    tell_place(
+        "reserved",
+        map(vast(1 << 40), ProtFlags::PROT_NONE, private),
+    );
+    let hidden = map(3 * 4096, read_write, private);
+    fill(hidden, &[0x77; 4096]);
+    // SAFETY: the range is a mapping of ours that nothing uses.
+    unsafe { nix::sys::mman::mprotect(hidden, 3 * 4096, ProtFlags::PROT_NONE) }.unwrap();
+    tell_place("hidden", hidden);
+
+    let shared = map(8 << 20, read_write, MapFlags::MAP_SHARED);
+    fill(shared, &[0x33; 4096]);
+    tell_place("shared", shared);
+
+    // A file that became shorter than its mapping.
+    let shrunk = tempfile::tempfile().unwrap();
+    shrunk.set_len(4 * 4096).unwrap();
+    let length = NonZeroUsize::new(4 * 4096).unwrap();
+    // SAFETY: a fresh mapping replaces nothing; what is cut off below is not touched afterwards.
+    let cut = unsafe { mmap(None, length, read_write, MapFlags::MAP_SHARED, &shrunk, 0) }.unwrap();
+    fill(cut, &[0x44; 4096]);
+    shrunk.set_len(4096).unwrap();
+    tell_place("cut", cut);
+
+    // SAFETY: the handler only counts.
+    unsafe {
+        let handler = count_signal as extern "C" fn(i32) as libc::sighandler_t;
+        libc::signal(libc::SIGRTMIN(), handler);
+    }
+
+    let rounds: &'static [AtomicU64] = Vec::leak((0..THREADS).map(|_| AtomicU64::new(0)).collect());
+    for round in rounds {
+        std::thread::spawn(move || {
+            loop {
+                round.fetch_add(1, Ordering::Relaxed);
+                std::thread::yield_now();
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+        });
+    }
+    tell("ready");
+    for line in std::io::stdin().lines() {
+        match line.unwrap().as_str() {
+            "rounds" => {
+                let counts: Vec<_> = rounds
+                    .iter()
+                    .map(|round| round.load(Ordering::Relaxed).to_string())
+                    .collect();
+                tell(&counts.join(" "));
+            }
+            "signals" => tell(&SIGNALS.load(Ordering::Relaxed).to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+}

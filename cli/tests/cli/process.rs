@@ -1,0 +1,359 @@
+//! The memory of a live process, which goes on whatever happens.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use snaprestore_fixtures::host::{Unavailable, skipped};
+
+use crate::common::{Folder, Run, command, finish, make_fifo, number, program, run, wait_until};
+use crate::owner::Owner;
+
+fn regions(folder: &Folder, snapshot: &str) -> Vec<Value> {
+    let info = run(folder, &["info", snapshot, "--json"]).exits(0).json();
+    info["regions"].as_array().unwrap().clone()
+}
+
+/// Number and entry of the region that holds `address`.
+fn find(regions: &[Value], address: u64) -> Option<(usize, &Value)> {
+    regions.iter().enumerate().find(|(_, region)| {
+        let start = number(region, "start");
+        (start..start + number(region, "bytes")).contains(&address)
+    })
+}
+
+/// `len` bytes of the snapshot `s` at `address`; unknown pages are an error.
+fn memory(folder: &Folder, regions: &[Value], address: u64, len: usize) -> Vec<u8> {
+    let (index, region) = find(regions, address).expect("the region is there");
+    let index = index.to_string();
+    run(
+        folder,
+        &[
+            "extract", "s", "-o", "region", "--force", "--region", &index,
+        ],
+    )
+    .exits(0);
+    let file = File::open(folder.file("region")).unwrap();
+    let mut bytes = vec![0; len];
+    let at = address - number(region, "start");
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, at).unwrap();
+    bytes
+}
+
+/// The owner's threads run, all of them.
+fn assert_running(owner: &mut Owner) {
+    let before = owner.rounds();
+    wait_until("all threads of the owner run", || {
+        owner
+            .rounds()
+            .iter()
+            .zip(&before)
+            .all(|(now, before)| now > before)
+    });
+    assert!(!owner.states().contains(['t', 'T']), "{}", owner.states());
+}
+
+/// Starts taking the owner's memory, and returns when all its threads are held: the output is a
+/// pipe that nobody reads further.
+fn held(folder: &Folder, owner: &Owner) -> (Child, File) {
+    make_fifo(&folder.file("fifo"));
+    let pid = owner.pid().to_string();
+    let child = command(["create", "--pid", &pid, "-o", "fifo", "--force"])
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let fifo = File::open(folder.file("fifo")).unwrap();
+    wait_until("the owner is held", || {
+        let states = owner.states();
+        states.len() > 8 && states.chars().all(|state| state == 't')
+    });
+    (child, fifo)
+}
+
+#[test]
+fn a_process_is_taken_as_it_is_and_goes_on() {
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    let pid = owner.pid().to_string();
+    let report = run(&folder, &["create", "--pid", &pid, "-o", "s", "--json"])
+        .exits(0)
+        .json();
+    assert_running(&mut owner);
+    run(&folder, &["verify", "s"]).exits(0);
+    number(&report, "held_ms");
+
+    let regions = regions(&folder, "s");
+    let at = |name: &str| owner.place(name);
+    assert!(memory(&folder, &regions, at("pattern"), 64 * 4096) == Owner::pattern());
+    assert_eq!(memory(&folder, &regions, at("sparse"), 4), [1, 0, 0, 0]);
+    // Memory that the process itself may not read any more.
+    assert_eq!(memory(&folder, &regions, at("hidden"), 4096), [0x77; 4096]);
+    assert_eq!(memory(&folder, &regions, at("shared"), 4096), [0x33; 4096]);
+    assert_eq!(find(&regions, at("reserved")), None, "nothing is reserved");
+
+    let (_, sparse) = find(&regions, at("sparse")).unwrap();
+    assert!(number(sparse, "bytes") >= 1 << 32);
+    assert_eq!(sparse["protection"], "rw-p");
+    let (_, shared) = find(&regions, at("shared")).unwrap();
+    assert_eq!(shared["protection"], "rw-s");
+    let (_, hidden) = find(&regions, at("hidden")).unwrap();
+    assert_eq!(number(hidden, "start"), at("hidden"));
+    let named = |part: &str| {
+        regions
+            .iter()
+            .any(|r| r["name"].as_str().unwrap().contains(part))
+    };
+    assert!(named("[heap]") && named("[stack]") && named("libc") && named("[vdso]"));
+    assert!(!named("[vsyscall]"));
+
+    // What can't be read is unknown: past the end of a file, and what belongs to the kernel.
+    assert!(number(&report, "unavailable_pages") >= 3);
+    let (cut, region) = find(&regions, at("cut")).unwrap();
+    assert!(number(region, "bytes") == 4 * 4096, "{region}");
+    let cut = cut.to_string();
+    run(&folder, &["extract", "s", "-o", "cut", "--region", &cut])
+        .exits(1)
+        .says(&["3 of pages"]);
+    run(
+        &folder,
+        &[
+            "extract",
+            "s",
+            "-o",
+            "cut",
+            "--region",
+            &cut,
+            "--unavailable",
+            "zero",
+        ],
+    )
+    .exits(0);
+    assert_eq!(
+        folder.read("cut"),
+        [vec![0x44; 4096], vec![0; 3 * 4096]].concat()
+    );
+    let vvar = regions
+        .iter()
+        .position(|r| r["name"].as_str().unwrap().starts_with("[vvar"));
+    if let Some(vvar) = vvar {
+        let vvar = vvar.to_string();
+        run(&folder, &["extract", "s", "-o", "vvar", "--region", &vvar]).exits(1);
+    }
+    let info = run(&folder, &["info", "s", "--json"]).json();
+    assert_eq!(info["properties"]["source"], "process");
+    assert_eq!(info["properties"]["source.pid"], pid.as_str());
+}
+
+#[test]
+fn untouched_memory_stays_untouched() {
+    let folder = Folder::new();
+    let owner = Owner::start();
+    let populated = || -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps", owner.pid())).unwrap();
+        let start = format!("{:x}-", owner.place("sparse"));
+        let at = text.lines().skip_while(|line| !line.starts_with(&start));
+        let rss = at
+            .into_iter()
+            .find_map(|line| line.strip_prefix("Rss:"))
+            .unwrap();
+        rss.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let before = populated();
+    assert!(before < 4096, "{before} KiB");
+    let pid = owner.pid().to_string();
+    run(&folder, &["create", "--pid", &pid, "-o", "s"]).exits(0);
+    // Of 4 GiB; neighbours may have touched a page of theirs meanwhile.
+    assert!(
+        populated() < before + 1024,
+        "{} KiB, then {}",
+        before,
+        populated()
+    );
+}
+
+#[test]
+fn a_killed_snaprestore_leaves_the_process_running() {
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    let (mut child, _fifo) = held(&folder, &owner);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_running(&mut owner);
+}
+
+#[test]
+fn an_interrupted_snaprestore_leaves_the_process_running() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let (child, mut fifo) = held(&folder, &owner);
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        // It writes on until it sees the request: somebody must read that.
+        std::io::copy(&mut fifo, &mut std::io::sink()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.signal(), Some(signal as i32), "{output:?}");
+        assert_running(&mut owner);
+        std::fs::remove_file(folder.file("fifo")).unwrap();
+    }
+}
+
+#[test]
+fn an_error_leaves_the_process_running() {
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    // A reader that goes away makes writing fail.
+    let (child, mut fifo) = held(&folder, &owner);
+    let mut some = [0; 4096];
+    fifo.read_exact(&mut some).unwrap();
+    drop(fifo);
+    finish(child).exits(1).says(&["Broken pipe"]);
+    assert_running(&mut owner);
+}
+
+#[test]
+fn a_process_that_is_killed_meanwhile_is_an_error() {
+    let folder = Folder::new();
+    let owner = Owner::start();
+    let (child, mut fifo) = held(&folder, &owner);
+    kill(Pid::from_raw(owner.pid().cast_signed()), Signal::SIGKILL).unwrap();
+    let mut bytes = Vec::new();
+    fifo.read_to_end(&mut bytes).unwrap();
+    finish(child).exits(1).says(&["ended while it was read"]);
+    folder.write("s", &bytes);
+    run(&folder, &["verify", "s"]).exits(3);
+}
+
+#[test]
+fn signals_that_arrive_meanwhile_are_not_lost() {
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    let pid = owner.pid();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let sent = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0_u64;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                // Each real-time signal is queued and counted, unlike others.
+                // SAFETY: `kill` touches no memory of this process.
+                let result = unsafe { libc::kill(pid.cast_signed(), libc::SIGRTMIN()) };
+                sent += u64::from(result == 0);
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+            sent
+        });
+        for _ in 0..20 {
+            let pid = pid.to_string();
+            run(
+                &folder,
+                &[
+                    "create",
+                    "--pid",
+                    &pid,
+                    "-o",
+                    "s",
+                    "--force",
+                    "--dictionary",
+                    "off",
+                ],
+            )
+            .exits(0);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        sender.join().unwrap()
+    });
+    assert!(sent > 100, "{sent}");
+    wait_until("all signals are counted", || owner.signals() >= sent);
+    assert_eq!(owner.signals(), sent);
+    assert_running(&mut owner);
+}
+
+#[test]
+fn a_stopped_job_is_taken_and_stays_stopped() {
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    let pid = Pid::from_raw(owner.pid().cast_signed());
+    kill(pid, Signal::SIGSTOP).unwrap();
+    wait_until("the owner stops", || {
+        owner.states().chars().all(|state| state == 'T')
+    });
+    run(&folder, &["create", "--pid", &pid.to_string(), "-o", "s"]).exits(0);
+    assert!(
+        owner.states().chars().all(|state| state == 'T'),
+        "{}",
+        owner.states()
+    );
+    kill(pid, Signal::SIGCONT).unwrap();
+    assert_running(&mut owner);
+}
+
+#[test]
+fn processes_that_cannot_be_taken_are_named() {
+    let folder = Folder::new();
+    let owner = Owner::start();
+    let thread = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))
+        .unwrap()
+        .map(|task| task.unwrap().file_name().into_string().unwrap())
+        .find(|tid| *tid != owner.pid().to_string())
+        .unwrap();
+    let mut zombie = command(["--version"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("a child has ended", || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", zombie.id())).unwrap();
+        stat.contains(") Z ")
+    });
+    for (pid, says) in [
+        ("2000000000", "there is no process"),
+        ("0", "there is no process"),
+        (thread.as_str(), &format!("--pid {}", owner.pid())),
+        (&zombie.id().to_string(), "has ended"),
+    ] {
+        run(&folder, &["create", "--pid", pid, "-o", "s"])
+            .exits(1)
+            .says(&[pid, says]);
+    }
+    zombie.wait().unwrap();
+    if std::fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n") {
+        run(&folder, &["create", "--pid", "2", "-o", "s"])
+            .exits(1)
+            .says(&["of the kernel"]);
+    }
+    assert_eq!(folder.names(), [""; 0]);
+}
+
+#[test]
+fn a_process_of_somebody_else_exits_4_and_says_what_would_permit_it() {
+    let name = "a_process_of_somebody_else_exits_4_and_says_what_would_permit_it";
+    if !nix::unistd::geteuid().is_root() {
+        let why = "becoming another user needs root".into();
+        return skipped(name, &Unavailable { why });
+    }
+    let folder = Folder::new();
+    let mut owner = Owner::start();
+    // Where somebody else may run and write.
+    let mode = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(folder.path(), mode.clone()).unwrap();
+    std::fs::copy(program(), folder.file("snaprestore")).unwrap();
+    std::fs::set_permissions(folder.file("snaprestore"), mode).unwrap();
+    let refused = Run::of(
+        std::process::Command::new(folder.file("snaprestore"))
+            .args(["create", "--pid", &owner.pid().to_string(), "-o", "s"])
+            .current_dir(folder.path())
+            .uid(65534)
+            .gid(65534),
+    );
+    refused
+        .exits(4)
+        .says(&[&owner.pid().to_string(), "run as root", "CAP_SYS_PTRACE"]);
+    assert_eq!(folder.names(), ["snaprestore"]);
+    assert_running(&mut owner);
+}

@@ -1,0 +1,162 @@
+//! What is typed: wrong usage, help, completions, manual pages.
+
+use std::process::Stdio;
+
+use crate::common::{Folder, Run, command, run};
+
+#[test]
+fn wrong_usage_exits_2_and_says_what_is_right() {
+    let folder = Folder::new();
+    folder.write("raw", &[1; 4096]);
+    folder.write("note", b"x");
+    let wrong: &[(&[&str], &str)] = &[
+        (&[], "Usage"),
+        (&["fetch"], "fetch"),
+        (&["create"], "--output"),
+        (&["create", "-o", "s"], "<SOURCE"),
+        (&["create", "raw"], "--output"),
+        (&["create", "raw", "--pid", "1", "-o", "s"], "--pid"),
+        (
+            &["create", "raw", "-o", "s", "--frame-size", "96"],
+            "power of two",
+        ),
+        (&["create", "raw", "-o", "s", "--level", "23"], "23"),
+        (&["create", "raw", "-o", "s", "--threads", "0"], "0"),
+        (
+            &["create", "raw", "-o", "s", "--attach", "note"],
+            "NAME=PATH",
+        ),
+        (
+            &[
+                "create", "raw", "-o", "s", "--attach", "a=note", "--attach", "a=note",
+            ],
+            "named \"a\"",
+        ),
+        (&["create", "raw", "-o", "-", "--json"], "--json"),
+        (&["extract", "s"], "--output"),
+        (&["extract", "s", "-o", "-", "--json"], "--json"),
+        (
+            &["extract", "s", "-o", "r", "--unavailable", "guess"],
+            "guess",
+        ),
+        (
+            &[
+                "extract",
+                "s",
+                "-o",
+                "r",
+                "--attachment",
+                "a",
+                "--region",
+                "0",
+            ],
+            "--region",
+        ),
+        (&["info"], "<FILE>"),
+        (&["verify", "s", "--threads", "many"], "many"),
+        (&["restore", "s", "--touch", "twice"], "twice"),
+        (&["restore", "s", "--prefetch", "some"], "some"),
+        (&["completions", "cobol"], "cobol"),
+        (&["man", "fetch"], "fetch"),
+    ];
+    for (args, says) in wrong {
+        let run = run(&folder, args);
+        assert_eq!(run.code, Some(2), "{args:?}: {}", run.err);
+        assert!(
+            run.err.contains(says),
+            "{args:?}: no {says:?} in {}",
+            run.err
+        );
+        assert!(run.out.is_empty(), "{args:?}: {}", run.text());
+    }
+    assert_eq!(folder.names(), ["note", "raw"]);
+}
+
+#[test]
+fn help_documents_the_exit_codes() {
+    let help = Run::of(&mut command(["--help"])).exits(0).text();
+    for line in [
+        "3  the file is damaged",
+        "4  this machine does not permit it",
+        "130",
+    ] {
+        assert!(help.contains(line), "{help}");
+    }
+    let version = Run::of(&mut command(["--version"])).exits(0).text();
+    assert_eq!(
+        version,
+        concat!("snaprestore ", env!("CARGO_PKG_VERSION"), "\n")
+    );
+}
+
+#[test]
+fn every_command_has_help_and_a_manual_page() {
+    let folder = Folder::new();
+    let report = run(&folder, &["man", "--output", "pages", "--json"])
+        .exits(0)
+        .json();
+    let pages = report["pages"].as_array().unwrap();
+    assert!(pages.len() >= 10, "{report}");
+    for page in pages {
+        let name = page["name"].as_str().unwrap();
+        let text = String::from_utf8(folder.read(page["file"].as_str().unwrap())).unwrap();
+        assert!(
+            text.contains(".TH") && text.contains(&name.replace('-', "\\-")),
+            "{name}"
+        );
+        if let Some(command) = name.strip_prefix("snaprestore-") {
+            run(&folder, &[command, "--help"]).exits(0);
+            let printed = run(&folder, &["man", command]).exits(0).text();
+            assert_eq!(printed, text);
+        }
+    }
+    let hidden = pages
+        .iter()
+        .any(|page| page["name"].as_str().unwrap().contains("owner"));
+    assert!(!hidden, "{report}");
+}
+
+#[test]
+fn completions_know_the_commands() {
+    let folder = Folder::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(&folder, &["completions", shell]).exits(0).text();
+        assert!(script.contains("verify"), "{shell}");
+    }
+    let report = run(&folder, &["completions", "bash", "--json"])
+        .exits(0)
+        .json();
+    assert_eq!(report["shell"], "bash");
+    assert!(report["script"].as_str().unwrap().contains("verify"));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let run = Run::of(command(["man"]).stdout(writer).stderr(Stdio::piped()));
+    assert_eq!((run.code, run.err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn quiet_prints_errors_only() {
+    let folder = Folder::new();
+    folder.write("raw", &[1; 8192]);
+    let made = run(&folder, &["create", "raw", "-o", "s", "--quiet"]).exits(0);
+    assert_eq!((made.out.len(), made.err.len()), (0, 0));
+    for args in [
+        &["info", "s", "-q"][..],
+        &["verify", "s", "-q"],
+        &["extract", "s", "-o", "r", "-q"],
+    ] {
+        let run = run(&folder, args).exits(0);
+        assert_eq!(
+            (run.text(), run.err),
+            (String::new(), String::new()),
+            "{args:?}"
+        );
+    }
+    run(&folder, &["extract", "s", "-o", "r", "-q"])
+        .exits(1)
+        .says(&["exists already", "--force"]);
+}
