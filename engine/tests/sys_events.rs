@@ -650,3 +650,22 @@ fn finishing_reads_on_until_the_probe_says_gone_and_not_changing() {
     owner.join().unwrap();
     assert_eq!(scene.uffd.probe(start).unwrap(), Presence::Gone);
 }
+
+/// A child that keeps a copy of the descriptor keeps the userfaultfd, and nobody reads its events any more.
+#[test]
+fn dropping_ends_it_although_a_forked_child_holds_the_descriptor() {
+    let Scene {
+        uffd,
+        mapping,
+        region,
+        ..
+    } = Scene::with_events(2);
+    let child = Child::start(|| {
+        // SAFETY: waits to be killed.
+        unsafe { libc::pause() }
+    });
+    drop((mapping, region));
+    // The mapping's last owner is the userfaultfd: this unmaps it, and comes back.
+    drop(uffd);
+    drop(child);
+}

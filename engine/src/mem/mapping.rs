@@ -60,7 +60,7 @@ impl MappingOptions {
         let reserved_len = len
             .checked_add(HUGE_PAGE)
             .ok_or_else(|| MemError::invalid("mapping", 0, len))?;
-        let reserved = Mapping::reserve(reserved_len, 0)?;
+        let reserved = Mapping::reserve(reserved_len)?;
         let mapping = reserved.trim(offset, len)?;
         let (start, bytes) = (mapping.start.as_ptr(), to_usize(len));
         if self.huge_pool {
@@ -69,11 +69,10 @@ impl MappingOptions {
             // SAFETY: MAP_FIXED replaces exactly the reservation that `mapping` owns and nobody has a pointer into.
             let placed = unsafe { libc::mmap(start.cast(), bytes, libc::PROT_NONE, flags, -1, 0) };
             if placed == libc::MAP_FAILED {
-                return Err(MemError::last(
-                    "mapping huge pages for",
-                    mapping.address(),
-                    len,
-                ));
+                let error = MemError::last("mapping huge pages for", mapping.address(), len);
+                // A failed MAP_FIXED may have removed the reservation, and then the addresses can be somebody else's.
+                std::mem::forget(mapping);
+                return Err(error);
             }
         }
         // SAFETY: munlock changes accounting only. It fails for memory that isn't mapped, which this is.
@@ -109,11 +108,11 @@ impl Mapping {
     }
 
     pub(super) fn inaccessible(len: u64) -> Result<Self, MemError> {
-        Self::reserve(len, 0)
+        Self::reserve(len)
     }
 
-    fn reserve(len: u64, extra_flags: i32) -> Result<Self, MemError> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
+    fn reserve(len: u64) -> Result<Self, MemError> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: without an address and without MAP_FIXED the kernel picks memory that nothing else uses.
         let start = unsafe {
             libc::mmap(

@@ -101,6 +101,11 @@ impl Grants {
         self.add(to, to.saturating_add(len), keep);
     }
 
+    /// Everything that is granted.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.entries.iter().map(|entry| (entry.start, entry.end))
+    }
+
     /// The kernel reported a fault at the page `[start, end)`.
     pub(super) fn faulted(&mut self, start: u64, end: u64) {
         if !self.contains(start, end) {
@@ -114,11 +119,7 @@ mod tests {
     use super::*;
 
     fn list(grants: &Grants) -> Vec<(u64, u64)> {
-        grants
-            .entries
-            .iter()
-            .map(|entry| (entry.start, entry.end))
-            .collect()
+        grants.ranges().collect()
     }
 
     #[test]

@@ -225,8 +225,9 @@ impl Request {
 impl Userfaultfd {
     /// Installs absent pages with `bytes`, whose length is a multiple of the page size.
     ///
-    /// Also heals poisoned pages. The bytes are read by the kernel while the owner's mapping lock is held, so they should
-    /// be in memory: a private buffer, not a mapped file.
+    /// Also heals poisoned pages. The bytes should be in memory, in a private buffer: a source that has to be waited for holds
+    /// everybody up, and one that is itself missing under this userfaultfd waits for ever, because reading messages and
+    /// installing exclude each other.
     pub fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Result<Installed, InstallError> {
         self.copy_with(address, bytes, mode(wake, abi::UFFDIO_COPY_MODE_DONTWAKE))
     }

@@ -78,7 +78,7 @@ pub enum OpenError {
     /// Every way is forbidden to this process.
     #[error(
         "not permitted to make a userfaultfd ({}). Any one of these permits it: access to /dev/userfaultfd (Linux 6.1 or later), \
-         the capability CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1{}",
+         the capability CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1{}. In a container its system call filter must let userfaultfd through",
         list(tried),
         if *user_mode_only_would_do { ", or, if only this process's own instructions touch the memory, user-mode-only faults" } else { "" }
     )]

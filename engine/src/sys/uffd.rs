@@ -59,14 +59,12 @@ impl Modes {
 
 /// A userfaultfd that has been negotiated with, closed exactly once, when this is dropped.
 ///
-/// **When the last descriptor of a userfaultfd closes, every page still absent becomes zero** and waiting threads go on
-/// with zeros. Drop it only when nothing is missing, or nobody is left to see it.
+/// **When it is dropped, or the last descriptor of another process's closes, every page still absent becomes zero** and
+/// waiting threads go on with zeros. Drop it only when nothing is missing, or nobody is left to see it.
 ///
 /// All methods take `&self` and may be called from any thread. Keep it in an `Arc` and join every thread that uses it before
 /// the last one goes: that is what keeps an operation from ever reaching a reused descriptor number.
 pub struct Userfaultfd {
-    // Closed before `grants` lets go of mappings, so that no memory of ours is unmapped while still registered: with
-    // UNMAP events on, that munmap would wait for a reader for ever.
     fd: OwnedFd,
     enabled: Features,
     available: Features,
@@ -311,6 +309,26 @@ impl Userfaultfd {
         self.grants
             .as_ref()
             .map(|grants| grants.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Userfaultfd {
+    /// Unregisters this process's memory before the descriptor closes.
+    ///
+    /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does, an event would
+    /// have no reader any more, and the munmap of a mapping that only the list keeps alive would wait for it for ever.
+    fn drop(&mut self) {
+        let Some(grants) = self.grants_mut() else {
+            return;
+        };
+        for (start, end) in grants.ranges() {
+            let mut range = abi::uffdio_range {
+                start,
+                len: end - start,
+            };
+            // SAFETY: as in `unregister`. An error means that nothing is registered there, which is what is wanted.
+            let _ = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
+        }
     }
 }
 
