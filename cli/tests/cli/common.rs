@@ -143,3 +143,14 @@ pub(crate) fn number(report: &Value, key: &str) -> u64 {
         .as_u64()
         .unwrap_or_else(|| panic!("no number {key:?} in {report}"))
 }
+
+/// Bytes that nothing compresses.
+pub(crate) fn noise(len: usize) -> Vec<u8> {
+    let mut state = 1_u64;
+    let mut bytes = vec![0; len];
+    for word in bytes.as_chunks_mut::<8>().0 {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        *word = (state ^ (state >> 29)).to_le_bytes();
+    }
+    bytes
+}

@@ -7,7 +7,7 @@ use std::process::Stdio;
 
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, Run, command, finish, make_fifo, number, run, wait_until};
+use crate::common::{Folder, Run, command, finish, make_fifo, noise, number, run, wait_until};
 
 /// An image of every kind of page, 4 MiB and a part of a block.
 fn image() -> Vec<u8> {
@@ -287,9 +287,9 @@ fn a_stream_that_ends_within_a_page_leaves_nothing() {
 #[test]
 fn a_source_that_shrinks_meanwhile_is_an_error() {
     let folder = Folder::new();
-    // Random, so that the output is long enough to be held back by a pipe that nobody reads.
-    let image: Vec<u8> = Mix::new(4096, 3).bytes();
-    folder.write("raw", &image);
+    // Longer than all that the writer may have in memory, and nothing compresses: a pipe that
+    // nobody reads holds it back.
+    folder.write("raw", &noise(160 << 20));
     make_fifo(&folder.file("fifo"));
     let child = command([
         "create",

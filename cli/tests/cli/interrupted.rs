@@ -59,9 +59,11 @@ fn a_signal_ends_it_without_a_trace() {
 fn an_interrupted_command_leaves_the_old_target() {
     let folder = Folder::new();
     folder.write("s", b"precious");
-    let child = streaming(&folder, "s");
+    let mut child = streaming(&folder, "s");
     send(&child, Signal::SIGINT);
+    let input = child.stdin.take();
     let run: Run = finish(child);
+    drop(input);
     assert_eq!(run.code, None);
     assert!(run.err.contains("interrupted"), "{}", run.err);
     assert_eq!(folder.read("s"), b"precious");

@@ -34,6 +34,12 @@ impl Owner {
         Self::in_role("small")
     }
 
+    /// One with more noise than a writer may have in memory: it can't be read to the end while
+    /// nobody takes the output.
+    pub(crate) fn large() -> Self {
+        Self::in_role("large")
+    }
+
     fn in_role(role: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
@@ -176,6 +182,11 @@ fn owner_process() {
     let pattern = map(64 * 4096, read_write, private);
     fill(pattern, &Owner::pattern());
     tell_place("pattern", pattern);
+
+    if role == "large" {
+        let noise = map(160 << 20, read_write, private);
+        fill(noise, &crate::common::noise(160 << 20));
+    }
 
     // Much memory of which little was touched.
     let sparse = map(vast(1 << 32), read_write, private);

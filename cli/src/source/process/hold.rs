@@ -66,16 +66,26 @@ impl Hold {
                 break;
             }
         }
-        if hold.threads.is_empty() {
+        // Killed meanwhile, or it ended by itself.
+        if hold.thread().is_none() {
             bail!("process {pid} ended before it could be held");
         }
         Ok(hold)
     }
 
-    /// Whether the process still exists: only a kill can end a held one.
-    pub(super) fn is_alive(&self) -> bool {
-        fs::read_to_string(format!("/proc/{}/stat", self.pid))
-            .is_ok_and(|stat| !matches!(state(&stat), Some('Z' | 'X') | None))
+    /// A held thread, through which the memory can be reached: the main one, unless that ended
+    /// before the others.
+    pub(super) fn thread(&self) -> Option<Pid> {
+        let main = Pid::from_raw(self.pid);
+        let others = self.threads.keys().copied().filter(|&tid| tid != main);
+        std::iter::once(main)
+            .chain(others)
+            .find(|&tid| thread_state(self.pid, tid) == Some(TRACED))
+    }
+
+    /// Whether a thread is still held. Only a kill can change that.
+    pub(super) fn holds(&self, tid: Pid) -> bool {
+        thread_state(self.pid, tid) == Some(TRACED)
     }
 
     /// Traces and interrupts the threads that aren't yet; tells whether there were any.
@@ -167,6 +177,11 @@ impl Hold {
                     self.threads.remove(&tid);
                     continue;
                 }
+                // The end of a main thread is not reported while others are there, ended or not.
+                Ok(_) | Err(_) if has_ended(self.pid, tid) => {
+                    self.threads.remove(&tid);
+                    continue;
+                }
                 Ok(_) | Err(_) => continue,
             };
             self.threads.insert(tid, stopped);
@@ -228,14 +243,15 @@ fn has_threads(pid: i32) -> bool {
 }
 
 fn has_ended(pid: i32, tid: Pid) -> bool {
-    match fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")) {
-        Ok(stat) => matches!(state(&stat), Some('Z' | 'X') | None),
-        Err(_) => true,
-    }
+    matches!(thread_state(pid, tid), Some('Z' | 'X') | None)
 }
 
-/// The state letter of a `stat` line; the name before it may contain anything.
-fn state(stat: &str) -> Option<char> {
+/// State letter of a thread that its tracer has stopped.
+const TRACED: char = 't';
+
+/// The state letter of a thread, if there is one. The name before it may contain anything.
+fn thread_state(pid: i32, tid: Pid) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
 }
 

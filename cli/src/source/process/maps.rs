@@ -47,12 +47,12 @@ pub(super) enum Untouched {
 }
 
 impl Mapping {
-    /// Reads all mappings of a process, in order of address.
-    pub(super) fn all(pid: i32) -> io::Result<Vec<Self>> {
-        match File::open(format!("/proc/{pid}/smaps")) {
+    /// Reads all mappings of a process, in order of address. Its folder in `/proc` is `folder`.
+    pub(super) fn all(folder: &str) -> io::Result<Vec<Self>> {
+        match File::open(format!("{folder}/smaps")) {
             Ok(file) => parse(BufReader::new(file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                parse(BufReader::new(File::open(format!("/proc/{pid}/maps"))?))
+                parse(BufReader::new(File::open(format!("{folder}/maps"))?))
             }
             Err(error) => Err(error),
         }
@@ -220,8 +220,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn this_process_is_among_its_own_mappings() {
-        let pid = i32::try_from(std::process::id()).unwrap();
-        let all = Mapping::all(pid).unwrap();
+        let all = Mapping::all("/proc/self").unwrap();
         assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
         let here = 0_u8;
         let address = std::ptr::from_ref(&here) as u64;

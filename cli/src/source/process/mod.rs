@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 use snapshot_format::layout::region_flags;
 
@@ -31,6 +32,8 @@ pub(crate) struct HeldProcess {
     pagemap: Option<Pagemap>,
     output: Output,
     cancel: Cancel,
+    /// The thread through which the memory is read.
+    thread: Pid,
     /// Last, so that the process is held while anything above is used.
     hold: Hold,
 }
@@ -47,16 +50,19 @@ impl HeldProcess {
     /// Stops process `pid` and looks at what it has mapped.
     pub(crate) fn hold(pid: i32, output: Output, cancel: &Cancel) -> Result<Self> {
         let hold = Hold::new(pid, cancel)?;
-        let mappings: Vec<_> = Mapping::all(pid)
-            .map_err(|error| not_permitted(pid, "its mappings", error))?
+        // Through a thread, because a main one that ended early has no memory any more.
+        let thread = hold.thread().ok_or_else(|| ended(pid))?;
+        let folder = format!("/proc/{pid}/task/{thread}");
+        let mappings: Vec<_> = Mapping::all(&folder)
+            .map_err(|error| not_opened(pid, "its mappings", error))?
             .into_iter()
             .filter(|mapping| !mapping.is_vsyscall() && !mapping.is_empty_reservation())
             .collect();
         if mappings.is_empty() {
             bail!("process {pid} has no memory: it is ending");
         }
-        let memory = File::open(format!("/proc/{pid}/mem"))
-            .map_err(|error| not_permitted(pid, "its memory", error))?;
+        let memory = File::open(format!("{folder}/mem"))
+            .map_err(|error| not_opened(pid, "its memory", error))?;
         Ok(Self {
             pid,
             name: fs::read_to_string(format!("/proc/{pid}/comm"))
@@ -64,9 +70,10 @@ impl HeldProcess {
                 .unwrap_or_default(),
             mappings,
             memory,
-            pagemap: Pagemap::open(pid).ok(),
+            pagemap: Pagemap::open(&folder).ok(),
             output,
             cancel: cancel.clone(),
+            thread,
             hold,
         })
     }
@@ -112,15 +119,11 @@ impl HeldProcess {
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         if error.downcast_ref::<io::Error>().is_none() {
             error
-        } else if self.hold.is_alive() {
+        } else if self.hold.holds(self.thread) {
             error.context(format!("process {}", self.pid))
         } else {
-            self.ended()
+            ended(self.pid)
         }
-    }
-
-    fn ended(&self) -> anyhow::Error {
-        anyhow!("process {} ended while it was read", self.pid)
     }
 
     /// Reads `pages` pages at `start`; those that can't be read are unavailable. Returns how many.
@@ -132,7 +135,7 @@ impl HeldProcess {
             self.cancel.check()?;
             let want = usize::try_from((end - at).min(CHUNK as u64))?;
             match self.memory.read_at(&mut buffer[..want], at) {
-                Ok(0) => return Err(self.ended()),
+                Ok(0) => return Err(ended(self.pid)),
                 Ok(count) if count as u64 >= PAGE => {
                     let whole = count as u64 / PAGE * PAGE;
                     sink.pages(&buffer[..usize::try_from(whole)?])?;
@@ -145,8 +148,8 @@ impl HeldProcess {
                     at += PAGE;
                 }
                 Err(error) if is_unreadable(&error) => {
-                    if !self.hold.is_alive() {
-                        return Err(self.ended());
+                    if !self.hold.holds(self.thread) {
+                        return Err(ended(self.pid));
                     }
                     sink.unavailable(1)?;
                     unreadable += 1;
@@ -168,8 +171,16 @@ fn is_unreadable(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::EIO | Errno::EFAULT | Errno::EOVERFLOW))
 }
 
-fn not_permitted(pid: i32, what: &str, error: io::Error) -> anyhow::Error {
-    if error.kind() == ErrorKind::PermissionDenied {
+fn ended(pid: i32) -> anyhow::Error {
+    anyhow!("process {pid} ended while it was read")
+}
+
+/// A part of `/proc/PID` could not be opened.
+fn not_opened(pid: i32, what: &str, error: io::Error) -> anyhow::Error {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    if matches!(errno, Some(Errno::ESRCH | Errno::ENOENT)) {
+        ended(pid)
+    } else if error.kind() == ErrorKind::PermissionDenied {
         Refusal::NotPermitted(format!(
             "process {pid}: {what} may not be read ({error}); run as root, or as the user that \
              owns the process"
@@ -268,8 +279,8 @@ impl Source for HeldProcess {
                 }
             })?;
         }
-        if !self.hold.is_alive() {
-            return Err(self.ended());
+        if !self.hold.holds(self.thread) {
+            return Err(ended(self.pid));
         }
         if unknown > 0 {
             self.output.warn(format_args!(

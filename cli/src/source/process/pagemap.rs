@@ -22,8 +22,9 @@ pub(super) struct Pagemap {
 }
 
 impl Pagemap {
-    pub(super) fn open(pid: i32) -> io::Result<Self> {
-        File::open(format!("/proc/{pid}/pagemap")).map(|file| Self { file })
+    /// Opens that of a process, whose folder in `/proc` is `folder`.
+    pub(super) fn open(folder: &str) -> io::Result<Self> {
+        File::open(format!("{folder}/pagemap")).map(|file| Self { file })
     }
 
     /// Calls `run` with the start, the number and the state (populated or never touched) of each
@@ -81,9 +82,8 @@ mod tests {
         for page in [0, 1, 1000] {
             memory[index + page * 4096] = 1;
         }
-        let pid = i32::try_from(std::process::id()).unwrap();
         let mut runs = Vec::new();
-        Pagemap::open(pid)
+        Pagemap::open("/proc/self")
             .unwrap()
             .runs(base, 2048, |start, pages, populated| {
                 runs.push(((start - base) / PAGE, pages, populated));
