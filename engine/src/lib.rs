@@ -1,4 +1,6 @@
 //! Restores memory lazily from snaprestore snapshots.
 
 pub mod mem;
+pub mod restore;
+mod session;
 pub mod sys;

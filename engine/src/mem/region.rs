@@ -101,3 +101,11 @@ impl RawRegion {
         self.keep.clone()
     }
 }
+
+/// Takes every access to a range that was registered as part of a [`RawRegion`], wherever the owner has moved it since.
+///
+/// The range must be one of the session's address map, which starts as the regions and follows the owner's own changes.
+pub(crate) fn make_inaccessible_at(address: u64, len: u64) -> Result<(), MemError> {
+    // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving it doesn't end that.
+    unsafe { protect(address, len, libc::PROT_NONE) }
+}

@@ -1,0 +1,458 @@
+//! The session under every interleaving, on a model of the kernel.
+//!
+//! Each scenario has threads of the owner, which touch, discard, unmap and move pages and know
+//! what they must read, and threads of the session: fault threads and a prefetcher. The right code passes in every
+//! interleaving; each of six mistakes, planted in the platform under it, makes one fail.
+
+mod explore;
+mod model;
+mod world;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use explore::{Body, Explored, Setup, Thread, explore};
+use model::{Mistake, Model, Pages, Scene};
+use world::{Change, Content, Unmapped, World, at};
+
+use super::failure::Failure;
+use super::map::Extent;
+use super::platform::PAGE;
+use super::{Decision, Fault, Guard, Session, State, Worker};
+use model::Op;
+
+/// Pages of the model's snapshot: two frames of two pages.
+const PAGES: u64 = 4;
+
+/// One step of a thread of the owner.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    /// Read the page at this place. It must have its content, or be zero if it was discarded.
+    Touch(u64),
+    /// Discard the pages of places.
+    Discard(u64, u64),
+    /// Unmap the places.
+    Unmap(u64, u64),
+    /// Move one place to another, where the same content is expected.
+    Move(u64, u64),
+    /// Read a place that another thread may unmap or move away.
+    TouchIfMapped(u64),
+    /// Write this place, which then must keep what was written.
+    Write(u64, u8),
+}
+
+/// What is run.
+struct Scenario {
+    owner: &'static [&'static [Act]],
+    fault_threads: usize,
+    prefetchers: usize,
+    mistake: Option<Mistake>,
+    /// Pages whose discard was lost: marked present, and missing.
+    lost: &'static [u64],
+    /// COPY calls that may be cut short, installs that may find no memory.
+    cuts: u32,
+    shortages: u32,
+    /// Whether time passes between the start of a change and its event.
+    slow: bool,
+}
+
+impl Default for Scenario {
+    fn default() -> Self {
+        Self {
+            owner: &[],
+            fault_threads: 1,
+            prefetchers: 0,
+            mistake: None,
+            lost: &[],
+            cuts: 0,
+            shortages: 0,
+            slow: false,
+        }
+    }
+}
+
+/// What the owner knows of its pages.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+enum Knows {
+    /// The page has its content.
+    Original,
+    /// A discard has begun: either.
+    Discarding,
+    /// It was discarded.
+    Zero,
+    /// It was written after that.
+    Written(u8),
+}
+
+/// Nobody fails in these scenarios.
+struct NoFailures;
+
+impl Guard for NoFailures {
+    fn decide(&self, _: Fault, failure: &Failure) -> Decision {
+        panic!("{failure}")
+    }
+    fn end_owner(&self, why: &str) {
+        panic!("{why}")
+    }
+}
+
+type Owner = RefCell<(Vec<Knows>, Vec<String>, usize)>;
+
+impl Scenario {
+    fn explore(&self) -> Explored {
+        explore(|| self.setup())
+    }
+
+    fn setup(&self) -> Setup<Scene> {
+        let count = self.owner.len() + self.fault_threads + self.prefetchers;
+        let threads: Rc<[Thread<Op>]> = (0..count).map(|_| Thread::new()).collect();
+        let mut world = World {
+            cuts: self.cuts,
+            shortages: self.shortages,
+            ..World::default()
+        };
+        for place in 0..PAGES {
+            world.places.insert(at(place), Content::Missing);
+        }
+        let extent = Extent {
+            address: at(0),
+            pages: PAGES,
+            first_page: 0,
+        };
+        let (state, _) = State::new(PAGES, &[extent], 8).unwrap();
+        for page in self.lost {
+            state.mark_present(*page..page + 1);
+        }
+        let knows = (0..PAGES)
+            .map(|page| {
+                if self.lost.contains(&page) {
+                    Knows::Zero
+                } else {
+                    Knows::Original
+                }
+            })
+            .collect();
+        let model = Model::new(
+            world,
+            Rc::clone(&threads),
+            self.mistake,
+            self.fault_threads > 1,
+        );
+        let scene = Rc::new(Scene {
+            session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
+            owner: RefCell::new((knows, Vec::new(), self.owner.len())),
+            owners: self.owner.len(),
+        });
+        scene.session.platform.watch(&scene.session.state);
+        let mut bodies: Vec<Body> = Vec::new();
+        for (thread, acts) in self.owner.iter().copied().enumerate() {
+            let (scene, threads) = (Rc::clone(&scene), Rc::clone(&threads));
+            let slow = self.slow;
+            bodies.push(Box::new(move || {
+                for (i, act) in (0..).zip(acts) {
+                    threads[thread].forget(i);
+                    let model = &scene.session.platform;
+                    owner_acts(model, &threads[thread], thread, &scene.owner, *act, slow);
+                }
+                let mut owner = scene.owner.borrow_mut();
+                owner.2 -= 1;
+                if owner.2 == 0 {
+                    scene.session.end();
+                }
+            }));
+        }
+        for i in 0..self.fault_threads + self.prefetchers {
+            let (scene, thread) = (Rc::clone(&scene), self.owner.len() + i);
+            let prefetches = i >= self.fault_threads;
+            bodies.push(Box::new(move || {
+                let session = &scene.session;
+                let mut worker = Worker::new(None);
+                session.platform.enter(thread);
+                if prefetches {
+                    let _ = session.prefetch(&mut worker, 0..PAGES, || ());
+                } else {
+                    session.serve(&mut worker);
+                }
+            }));
+        }
+        Setup {
+            scene,
+            threads,
+            bodies,
+        }
+    }
+
+    /// Every interleaving is right.
+    #[expect(clippy::print_stdout, reason = "how much was tried")]
+    fn holds(&self) {
+        let explored = self.explore();
+        println!("{} states, {} runs", explored.states, explored.runs);
+        assert!(
+            explored.violation.is_none(),
+            "{}",
+            explored.violation.unwrap()
+        );
+    }
+
+    /// Some interleaving goes wrong in the way that `expected` says.
+    fn goes_wrong(&self, expected: &str) {
+        let violation = self
+            .explore()
+            .violation
+            .expect("the mistake went unnoticed");
+        assert!(
+            violation.contains(expected),
+            "another violation: {violation}"
+        );
+    }
+}
+
+/// One act of a thread of the owner, operation by operation.
+fn owner_acts(
+    model: &Model,
+    thread: &Thread<Op>,
+    number: usize,
+    owner: &Owner,
+    act: Act,
+    slow: bool,
+) {
+    let set = |places: std::ops::Range<u64>, to: Knows| {
+        for place in places {
+            owner.borrow_mut().0[usize::try_from(place).unwrap()] = to;
+        }
+    };
+    let wrong = |what: String| owner.borrow_mut().1.push(what);
+    let read = |place: u64| {
+        thread.stop(Op::Touch(at(place)));
+        loop {
+            if let Some(found) = model.world.borrow_mut().touch(number, at(place)) {
+                thread.tell(&found.is_ok());
+                return found;
+            }
+            thread.stop(Op::Sleep);
+        }
+    };
+    let change = |change: Change, before: &dyn Fn(), after: &dyn Fn()| {
+        thread.stop(Op::BeginChange);
+        if !model.world.borrow().is_registered(change) {
+            before();
+            after();
+            return;
+        }
+        model.world.borrow_mut().begin_change();
+        before();
+        if slow {
+            thread.stop(Op::Announce);
+        }
+        model.world.borrow_mut().announce(number, change);
+        thread.stop(Op::WaitRead);
+        model.world.borrow_mut().end_change();
+        thread.stop(Op::GoOn);
+        after();
+    };
+    match act {
+        Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
+            Ok(content) => {
+                let original = Content::Byte(model::content_of(place));
+                let knows = owner.borrow().0[usize::try_from(place).unwrap()];
+                let right = match knows {
+                    Knows::Original => content == original,
+                    Knows::Discarding => content == original || content == Content::Byte(0),
+                    Knows::Zero => content == Content::Byte(0),
+                    Knows::Written(byte) => content == Content::Byte(byte),
+                };
+                if !right {
+                    wrong(format!(
+                        "wrong byte: page {place} reads {content:?}, but it is {knows:?}"
+                    ));
+                }
+            }
+            Err(Unmapped) if matches!(act, Act::TouchIfMapped(_)) => {}
+            Err(Unmapped) => wrong(format!("page {place} is not mapped")),
+        },
+        Act::Write(place, byte) => {
+            if read(place).is_ok() {
+                model
+                    .world
+                    .borrow_mut()
+                    .places
+                    .insert(at(place), Content::Byte(byte));
+                set(place..place + 1, Knows::Written(byte));
+            }
+        }
+        Act::Discard(start, end) => change(
+            Change::Remove(at(start), at(end)),
+            &|| set(start..end, Knows::Discarding),
+            &|| {
+                model.world.borrow_mut().zap(at(start), at(end));
+                set(start..end, Knows::Zero);
+            },
+        ),
+        // The kernel takes the mappings away first and tells afterwards.
+        Act::Unmap(start, end) => change(
+            Change::Unmap(at(start), at(end)),
+            &|| model.world.borrow_mut().unmap(at(start), at(end)),
+            &|| (),
+        ),
+        Act::Move(from, to) => {
+            change(
+                Change::Remap(at(from), at(to), PAGE),
+                &|| model.world.borrow_mut().remap(at(from), at(to), PAGE),
+                &|| (),
+            );
+            let expected = Content::Byte(model::content_of(from));
+            match read(to) {
+                Ok(content) if content == expected => {}
+                found => wrong(format!("wrong byte: moved page {from} reads {found:?}")),
+            }
+        }
+    }
+}
+
+use Act::{Discard, Move, Touch, TouchIfMapped, Unmap, Write};
+
+/// The second toucher may come before, during or after the discard, and has to read accordingly.
+const TWO_AND_A_DISCARDER: &[&[Act]] = &[&[Touch(0)], &[Touch(2)], &[Discard(1, 3)]];
+
+#[test]
+fn two_faulting_threads_a_prefetcher_and_a_discarder() {
+    Scenario {
+        owner: TWO_AND_A_DISCARDER,
+        prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn two_fault_threads_and_a_discarder() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Touch(2)], &[Discard(0, 2)]],
+        fault_threads: 2,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn copies_that_are_cut_short() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
+        prefetchers: 1,
+        cuts: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn installs_that_find_no_memory() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Touch(3)]],
+        prefetchers: 1,
+        shortages: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn what_is_written_after_a_discard_stays() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2), Write(1, 99), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn unmapping_under_faults() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn moving_under_faults() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn a_page_whose_discard_was_lost() {
+    Scenario {
+        owner: &[&[Touch(1)], &[Touch(1), Touch(0)]],
+        lost: &[1],
+        prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn an_event_that_is_late() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(0, 2), Touch(1)]],
+        slow: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+fn planted(mistake: Mistake) -> Scenario {
+    Scenario {
+        owner: TWO_AND_A_DISCARDER,
+        prefetchers: 1,
+        mistake: Some(mistake),
+        ..Scenario::default()
+    }
+}
+
+#[test]
+fn mistake_no_install_lock_is_found() {
+    planted(Mistake::NoInstallLock).goes_wrong("wrong byte");
+}
+
+#[test]
+fn mistake_wake_for_present_is_found() {
+    Scenario {
+        owner: &[&[Touch(1)]],
+        lost: &[1],
+        mistake: Some(Mistake::WakeForPresent),
+        ..Scenario::default()
+    }
+    .goes_wrong("no progress");
+}
+
+#[test]
+fn mistake_eagain_dropped_is_found() {
+    planted(Mistake::EagainDropped).goes_wrong("hang");
+}
+
+#[test]
+fn mistake_no_wake_after_unmap_is_found() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+        mistake: Some(Mistake::NoWakeAfterUnmap),
+        ..Scenario::default()
+    }
+    .goes_wrong("hang");
+}
+
+#[test]
+fn mistake_present_before_copy_is_found() {
+    planted(Mistake::PresentBeforeCopy).goes_wrong("wrong byte");
+}
+
+#[test]
+fn mistake_remove_after_faults_is_found() {
+    planted(Mistake::RemoveAfterFaults).goes_wrong("wrong byte");
+}

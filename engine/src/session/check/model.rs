@@ -1,0 +1,452 @@
+//! The platform on the model: every operation stops first, so that the explorer can let another
+//! thread go before it.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::Owner;
+use super::explore::{self, Thread};
+use super::world::{BASE, Content as Held, World};
+use crate::session::claims::{Claims, FrameId};
+use crate::session::failure::{Failure, FailureKind};
+use crate::session::platform::{
+    Content, Event, Image, Installed, PAGE, PageNumber, Platform, Run, Waited,
+};
+use crate::session::{Session, State};
+use snapshot_format::Reason;
+
+/// What a thread stops before.
+#[derive(Clone, Copy, Debug, PartialEq, Hash)]
+pub(super) enum Op {
+    Shared,
+    Exclusive,
+    Lead,
+    WaitReadable,
+    WaitUnclaimed(FrameId),
+    BackOff,
+    Copy(u64, u64),
+    Zeropage(u64, u64),
+    Wake(u64, u64),
+    Unregister(u64, u64),
+    Probe,
+    /// After an install, before what it did is marked.
+    Mark,
+    Touch(u64),
+    Sleep,
+    BeginChange,
+    Announce,
+    WaitRead,
+    GoOn,
+}
+
+/// A mistake planted under the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mistake {
+    /// The install lock keeps nobody out.
+    NoInstallLock,
+    /// A fault on a present page is answered by WAKE alone.
+    WakeForPresent,
+    /// An install that said EAGAIN is taken as done.
+    EagainDropped,
+    /// Who sleeps where nothing is mapped any more is not woken: neither by UNMAP and REMAP, nor
+    /// when an install finds it out.
+    NoWakeAfterUnmap,
+    /// Pages are marked present before the COPY.
+    PresentBeforeCopy,
+    /// Faults of a batch are served before its events are recorded.
+    RemoveAfterFaults,
+}
+
+/// The content of a page, whose number is its place at the start.
+pub(super) fn content_of(page: u64) -> u8 {
+    u8::try_from(page).unwrap() + 1
+}
+
+/// The model under the session's platform.
+pub(super) struct Model {
+    pub(super) world: RefCell<World>,
+    threads: Rc<[Thread<Op>]>,
+    /// The thread that runs now: set by each after every stop.
+    current: Cell<usize>,
+    mistake: Option<Mistake>,
+    /// Whether more than one thread wants the lead.
+    several_leads: bool,
+    /// Whether the last install of the running thread said EAGAIN.
+    again: Cell<bool>,
+    /// The session's state, for the mistake that marks it.
+    state: Cell<*const State>,
+}
+
+// SAFETY: the session asks for a platform that threads can share; here all threads are coroutines of
+// one thread, which runs one at a time.
+#[expect(unsafe_code)]
+unsafe impl Sync for Model {}
+
+impl Model {
+    pub(super) fn new(
+        world: World,
+        threads: Rc<[Thread<Op>]>,
+        mistake: Option<Mistake>,
+        several_leads: bool,
+    ) -> Self {
+        Self {
+            world: RefCell::new(world),
+            threads,
+            current: Cell::new(0),
+            mistake,
+            several_leads,
+            again: Cell::new(false),
+            state: Cell::new(std::ptr::null()),
+        }
+    }
+
+    /// A thread of the session starts.
+    pub(super) fn enter(&self, thread: usize) {
+        self.current.set(thread);
+    }
+
+    /// The mistakes that mark pages need the session's state.
+    pub(super) fn watch(&self, state: &State) {
+        self.state.set(state);
+    }
+
+    fn stop(&self, op: Op) {
+        let current = self.current.get();
+        self.threads[current].stop(op);
+        self.current.set(current);
+    }
+
+    /// The current thread, and what it was told so far.
+    fn here(&self) -> (usize, u64) {
+        let current = self.current.get();
+        (current, self.threads[current].told())
+    }
+
+    fn is(&self, mistake: Mistake) -> bool {
+        self.mistake == Some(mistake)
+    }
+
+    fn choose(&self, n: usize) -> usize {
+        let current = self.current.get();
+        let chosen = self.threads[current].choose(n);
+        self.current.set(current);
+        chosen
+    }
+
+    fn told(&self, installed: Installed) -> Installed {
+        self.threads[self.current.get()].tell(&installed);
+        self.again.set(installed == Installed::Again);
+        match installed {
+            Installed::Again if self.is(Mistake::EagainDropped) => Installed::Done,
+            other => other,
+        }
+    }
+
+    fn out_of_memory(&self) -> bool {
+        if self.world.borrow().shortages == 0 || self.choose(2) == 0 {
+            return false;
+        }
+        // Another thread may have chosen the same meanwhile.
+        let left = &mut self.world.borrow_mut().shortages;
+        let short = *left > 0;
+        *left = left.saturating_sub(1);
+        short
+    }
+}
+
+/// A hold that ends when dropped.
+pub(super) struct Hold<'a> {
+    model: &'a Model,
+    release: fn(&mut World),
+    /// The thread, and what it had been told before the hold, if it keeps nothing of it.
+    forgets: Option<(usize, u64)>,
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        (self.release)(&mut self.model.world.borrow_mut());
+        let again = self.model.again.take();
+        if let Some((thread, told)) = self.forgets
+            && (again || std::ptr::fn_addr_eq(self.release, RELEASE_EXCLUSIVE))
+        {
+            self.model.threads[thread].forget(told);
+        }
+    }
+}
+
+const RELEASE_EXCLUSIVE: fn(&mut World) = |world| world.exclusive = false;
+
+impl Platform for Model {
+    type Shared<'h>
+        = Hold<'h>
+    where
+        Self: 'h;
+    type Exclusive<'h>
+        = Hold<'h>
+    where
+        Self: 'h;
+    type Lead<'h>
+        = Hold<'h>
+    where
+        Self: 'h;
+
+    fn shared(&self) -> Self::Shared<'_> {
+        // A hold that ends in EAGAIN is made again from where it was.
+        let forgets = Some(self.here());
+        self.stop(Op::Shared);
+        self.world.borrow_mut().shared += 1;
+        Hold {
+            model: self,
+            release: |world| world.shared -= 1,
+            forgets,
+        }
+    }
+
+    fn exclusive(&self) -> Self::Exclusive<'_> {
+        // What is read goes to the shared state.
+        let forgets = Some(self.here());
+        self.stop(Op::Exclusive);
+        if !self.is(Mistake::NoInstallLock) {
+            self.world.borrow_mut().exclusive = true;
+        }
+        Hold {
+            model: self,
+            release: RELEASE_EXCLUSIVE,
+            forgets,
+        }
+    }
+
+    fn lead(&self) -> Self::Lead<'_> {
+        // Between two faults a fault thread has nothing in mind.
+        self.threads[self.current.get()].forget(0);
+        if self.several_leads {
+            self.stop(Op::Lead);
+        }
+        self.world.borrow_mut().lead = true;
+        Hold {
+            model: self,
+            release: |world| world.lead = false,
+            forgets: None,
+        }
+    }
+
+    fn wait_readable(&self) -> Waited {
+        self.stop(Op::WaitReadable);
+        self.world.borrow_mut().kicked = false;
+        Waited::Ready
+    }
+
+    fn kick(&self) {
+        self.world.borrow_mut().kicked = true;
+    }
+
+    fn wait_unclaimed(&self, _: &Claims, frame: FrameId) {
+        self.stop(Op::WaitUnclaimed(frame));
+    }
+
+    fn back_off(&self, _: u32) -> bool {
+        self.stop(Op::BackOff);
+        true
+    }
+
+    /// No stop: what others can do between the exclusive hold's start and the read, they could as
+    /// well have done before it.
+    fn read(&self, _: &mut Hold<'_>, record: &mut dyn FnMut(Event)) -> usize {
+        let thread = &self.threads[self.current.get()];
+        let late = self.is(Mistake::RemoveAfterFaults);
+        let mut events = Vec::new();
+        let count = self
+            .world
+            .borrow_mut()
+            .read(late, &mut |event| events.push(event));
+        for event in events {
+            thread.tell(&format!("{event:?}"));
+            record(event);
+        }
+        count
+    }
+
+    #[expect(unsafe_code)]
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
+        let len = bytes.len() as u64;
+        if self.is(Mistake::PresentBeforeCopy) {
+            let first = (address - BASE) / PAGE;
+            // SAFETY: set by `watch` before any thread started, to the state of the session that owns
+            // this model, which doesn't move.
+            unsafe { &*self.state.get() }.mark_present(first..first + len / PAGE);
+        }
+        self.stop(Op::Copy(address, len));
+        if self.out_of_memory() {
+            return self.told(Installed::NoMemory);
+        }
+        let mut most = u64::MAX;
+        if len > PAGE && self.world.borrow().cuts > 0 && self.choose(2) == 1 {
+            let left = &mut self.world.borrow_mut().cuts;
+            most = if *left > 0 { 1 } else { u64::MAX };
+            *left = left.saturating_sub(1);
+        }
+        let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
+        let installed = self.world.borrow_mut().install(address, len, most, page);
+        let reported = self.told(installed);
+        let again = self.again.take();
+        self.stop(Op::Mark);
+        self.again.set(again);
+        reported
+    }
+
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
+        self.stop(Op::Zeropage(address, len));
+        if self.is(Mistake::WakeForPresent) {
+            return self.told(Installed::Exists);
+        }
+        let zero = |_| Held::Byte(0);
+        let installed = self
+            .world
+            .borrow_mut()
+            .install(address, len, u64::MAX, zero);
+        self.told(installed)
+    }
+
+    fn poison(&self, _: u64, _: u64) -> Installed {
+        unreachable!("nothing fails in the model")
+    }
+
+    fn unregister(&self, address: u64, len: u64) {
+        self.stop(Op::Unregister(address, len));
+        self.world.borrow_mut().unregister(address, len);
+    }
+
+    fn is_changing(&self, _: u64) -> bool {
+        self.stop(Op::Probe);
+        let changing = self.world.borrow().is_changing();
+        self.threads[self.current.get()].tell(&changing);
+        changing
+    }
+
+    fn wake(&self, address: u64, len: u64) {
+        if !self.world.borrow().exclusive {
+            self.stop(Op::Wake(address, len));
+        }
+        let mapped = self.world.borrow().places.contains_key(&address);
+        if !mapped && self.is(Mistake::NoWakeAfterUnmap) {
+            return;
+        }
+        self.world.borrow_mut().wake(address, len);
+    }
+}
+
+/// The snapshot of the model: page n repeats n + 1 and lies in frame n / 2, slot n % 2.
+pub(super) struct Pages;
+
+impl Image for Pages {
+    /// Its number.
+    type Frame = u64;
+    /// The bytes of the last frame.
+    type Decoder = Option<Box<[u8]>>;
+
+    fn id(&self, frame: &u64) -> FrameId {
+        FrameId(*frame)
+    }
+
+    fn content(&self, page: PageNumber, _: Reason) -> Result<Content<u64>, Failure> {
+        Ok(Content::Stored(page / 2, u16::try_from(page % 2).unwrap()))
+    }
+
+    fn decode(
+        &self,
+        decoder: &mut Self::Decoder,
+        frame: &u64,
+        _: Reason,
+        runs: &mut Vec<Run>,
+    ) -> Result<(), Failure> {
+        let first = frame * 2;
+        let bytes = decoder.get_or_insert_with(|| vec![0; 2 * 4096].into());
+        for (page, bytes) in (first..).zip(bytes.chunks_exact_mut(4096)) {
+            bytes[0] = content_of(page);
+        }
+        runs.clear();
+        runs.push(Run {
+            page: first,
+            slot: 0,
+            count: 2,
+        });
+        Ok(())
+    }
+
+    fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8] {
+        decoder.as_deref().unwrap_or_default()
+    }
+
+    fn failure(&self, detail: String) -> Failure {
+        Failure {
+            file: "model".to_owned(),
+            offset: None,
+            page: 0,
+            address: None,
+            kind: FailureKind::Io,
+            detail,
+        }
+    }
+}
+
+/// The whole: what the explorer sees.
+pub(super) struct Scene {
+    pub(super) session: Session<Model, Pages>,
+    pub(super) owner: Owner,
+    /// Threads of the owner; they come first.
+    pub(super) owners: usize,
+}
+
+impl explore::Scene for Scene {
+    type Op = Op;
+
+    fn enabled(&self, thread: usize, op: &Op) -> bool {
+        let model = &self.session.platform;
+        let world = model.world.borrow();
+        let unlocked = model.is(Mistake::NoInstallLock);
+        match op {
+            Op::Shared => unlocked || !world.exclusive,
+            Op::Exclusive => unlocked || (!world.exclusive && world.shared == 0),
+            Op::Lead => !world.lead,
+            Op::WaitReadable => world.readable() || world.kicked || !self.session.inbox.is_empty(),
+            Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
+            // Time passes until something has changed.
+            Op::BackOff => world.readable() || !world.is_changing(),
+            Op::Sleep => !world.sleeps(thread),
+            Op::WaitRead => !world.announced(thread),
+            _ => true,
+        }
+    }
+
+    fn digest(&self) -> u64 {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hasher = DefaultHasher::new();
+        self.session
+            .platform
+            .world
+            .borrow()
+            .digest()
+            .hash(&mut hasher);
+        self.session.state.snapshot().hash(&mut hasher);
+        self.session.inbox.addresses().hash(&mut hasher);
+        self.session.is_ending().hash(&mut hasher);
+        let owner = self.owner.borrow();
+        (&owner.0, owner.1.len(), owner.2).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn check_end(&self, stuck: &[usize]) -> Result<(), String> {
+        if let Some(wrong) = self.owner.borrow().1.first() {
+            return Err(wrong.clone());
+        }
+        if let Some(thread) = stuck.iter().find(|thread| **thread < self.owners) {
+            return Err(format!("hang: thread {thread} of the owner waits for ever"));
+        }
+        if !stuck.is_empty() {
+            return Err(format!(
+                "hang: threads {stuck:?} of the session don't return"
+            ));
+        }
+        Ok(())
+    }
+}

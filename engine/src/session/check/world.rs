@@ -1,0 +1,268 @@
+//! A model of one owner's memory and its userfaultfd: what the kernel promises, and no more.
+//!
+//! Modelled: faults that wait until woken and look again; faults read before events; events whose
+//! caller waits until they are read, and acts only after; EAGAIN from the moment the caller starts
+//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::session::platform::{Event, Installed, PAGE};
+
+/// Address of the first page.
+pub(super) const BASE: u64 = 0x10_0000;
+
+/// Address of a page's place.
+pub(super) fn at(place: u64) -> u64 {
+    BASE + place * PAGE
+}
+
+/// Threads are numbered as they were started.
+pub(super) type Thread = usize;
+
+/// What is at a mapped address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Content {
+    Missing,
+    /// A page with this content; 0 is the zero page.
+    Byte(u8),
+}
+
+/// A fault whose thread sleeps.
+#[derive(Clone, Copy, Debug, Hash)]
+pub(super) struct Sleeper {
+    thread: Thread,
+    address: u64,
+    read: bool,
+}
+
+/// An event whose caller waits.
+#[derive(Clone, Copy, Debug, Hash)]
+pub(super) enum Change {
+    Remove(u64, u64),
+    Unmap(u64, u64),
+    Remap(u64, u64, u64),
+}
+
+/// The kernel's side.
+#[derive(Debug, Default, Hash)]
+pub(super) struct World {
+    /// Mapped and registered places. A place that isn't here is not mapped.
+    pub(super) places: BTreeMap<u64, Content>,
+    /// Places that the kernel serves itself.
+    pub(super) unregistered: BTreeSet<u64>,
+    pub(super) sleepers: Vec<Sleeper>,
+    pub(super) events: VecDeque<(Thread, Change)>,
+    /// Events that were acknowledged and are given with the next read: a planted mistake's.
+    pub(super) withheld: VecDeque<Change>,
+    /// Threads between the start of a change and its going on.
+    pub(super) changing: u32,
+    pub(super) shared: u32,
+    pub(super) exclusive: bool,
+    pub(super) lead: bool,
+    pub(super) kicked: bool,
+    /// COPY calls of several pages that may still be cut short, and installs that may find no memory.
+    pub(super) cuts: u32,
+    pub(super) shortages: u32,
+}
+
+impl World {
+    /// The state as a number.
+    pub(super) fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// Whether a read would give something.
+    pub(super) fn readable(&self) -> bool {
+        self.sleepers.iter().any(|s| !s.read)
+            || !self.events.is_empty()
+            || !self.withheld.is_empty()
+    }
+
+    /// Whether installs are refused now.
+    pub(super) fn is_changing(&self) -> bool {
+        self.changing > 0
+    }
+
+    /// A thread touches `address`: its content, or `None` if it now sleeps.
+    pub(super) fn touch(
+        &mut self,
+        thread: Thread,
+        address: u64,
+    ) -> Option<Result<Content, Unmapped>> {
+        match self.places.get(&address) {
+            None => Some(Err(Unmapped)),
+            Some(Content::Missing) if self.unregistered.contains(&address) => {
+                self.places.insert(address, Content::Byte(0));
+                Some(Ok(Content::Byte(0)))
+            }
+            Some(Content::Missing) => {
+                self.sleepers.push(Sleeper {
+                    thread,
+                    address,
+                    read: false,
+                });
+                None
+            }
+            Some(content) => Some(Ok(*content)),
+        }
+    }
+
+    /// Whether a thread sleeps in a fault.
+    pub(super) fn sleeps(&self, thread: Thread) -> bool {
+        self.sleepers.iter().any(|sleeper| sleeper.thread == thread)
+    }
+
+    /// Whether a change is one that the session is told of.
+    pub(super) fn is_registered(&self, change: Change) -> bool {
+        let (Change::Remove(start, end) | Change::Unmap(start, end)) = change else {
+            let Change::Remap(from, ..) = change else {
+                return false;
+            };
+            return !self.unregistered.contains(&from);
+        };
+        self.places
+            .range(start..end)
+            .any(|(address, _)| !self.unregistered.contains(address))
+    }
+
+    /// A change begins: installs are refused from now on.
+    pub(super) fn begin_change(&mut self) {
+        self.changing += 1;
+    }
+
+    /// Its event is to be read.
+    pub(super) fn announce(&mut self, thread: Thread, change: Change) {
+        self.events.push_back((thread, change));
+    }
+
+    /// Whether a thread's event was not read yet.
+    pub(super) fn announced(&self, thread: Thread) -> bool {
+        self.events.iter().any(|(waiting, _)| *waiting == thread)
+    }
+
+    /// The caller goes on: installs are accepted again.
+    pub(super) fn end_change(&mut self) {
+        self.changing -= 1;
+    }
+
+    /// Drops the pages of a range.
+    pub(super) fn zap(&mut self, start: u64, end: u64) {
+        for (_, content) in self.places.range_mut(start..end) {
+            *content = Content::Missing;
+        }
+    }
+
+    /// Leaves the range to the kernel.
+    pub(super) fn unregister(&mut self, start: u64, len: u64) {
+        let range = start..start + len;
+        self.unregistered
+            .extend(self.places.range(range).map(|(address, _)| *address));
+        self.wake(start, len);
+    }
+
+    /// Takes the range from the address space.
+    pub(super) fn unmap(&mut self, start: u64, end: u64) {
+        self.places
+            .retain(|address, _| !(start..end).contains(address));
+    }
+
+    /// Moves the range.
+    pub(super) fn remap(&mut self, from: u64, to: u64, len: u64) {
+        for i in 0..len / PAGE {
+            if let Some(content) = self.places.remove(&(from + i * PAGE)) {
+                self.places.insert(to + i * PAGE, content);
+            }
+        }
+    }
+
+    /// Wakes the sleepers of a range.
+    pub(super) fn wake(&mut self, start: u64, len: u64) {
+        self.sleepers
+            .retain(|sleeper| !(start..start + len).contains(&sleeper.address));
+    }
+
+    /// Reads all messages, faults first. With `late`, events that come with faults are
+    /// acknowledged now and given with the next read.
+    pub(super) fn read(&mut self, late: bool, record: &mut dyn FnMut(Event)) -> usize {
+        let mut count = 0;
+        for change in std::mem::take(&mut self.withheld) {
+            record(change.event());
+            count += 1;
+        }
+        let mut faults = 0;
+        for sleeper in self.sleepers.iter_mut().filter(|sleeper| !sleeper.read) {
+            sleeper.read = true;
+            faults += 1;
+            record(Event::Fault {
+                address: sleeper.address,
+            });
+        }
+        for (_, change) in std::mem::take(&mut self.events) {
+            if late && faults > 0 {
+                self.withheld.push_back(change);
+            } else {
+                record(change.event());
+                count += 1;
+            }
+        }
+        count + faults
+    }
+
+    /// Installs pages one by one, as the kernel does: `each` gives the content of the i-th.
+    pub(super) fn install(
+        &mut self,
+        address: u64,
+        len: u64,
+        most: u64,
+        each: impl Fn(u64) -> Content,
+    ) -> Installed {
+        if self.changing > 0 {
+            return Installed::Again;
+        }
+        let pages = len / PAGE;
+        let registered =
+            |address| self.places.contains_key(&address) && !self.unregistered.contains(&address);
+        if (0..pages).any(|i| !registered(address + i * PAGE)) {
+            return Installed::Gone;
+        }
+        let mut done = 0;
+        for i in 0..pages.min(most) {
+            let place = self
+                .places
+                .get_mut(&(address + i * PAGE))
+                .expect("looked up above");
+            match place {
+                Content::Missing => {}
+                Content::Byte(_) => break,
+            }
+            *place = each(i);
+            done += 1;
+        }
+        if done == 0 {
+            return Installed::Exists;
+        }
+        self.wake(address, done * PAGE);
+        if done == pages {
+            Installed::Done
+        } else {
+            Installed::Partial(done * PAGE)
+        }
+    }
+}
+
+/// The touched address is not mapped: the thread would get SIGSEGV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unmapped;
+
+impl Change {
+    fn event(self) -> Event {
+        match self {
+            Self::Remove(start, end) => Event::Remove { start, end },
+            Self::Unmap(start, end) => Event::Unmap { start, end },
+            Self::Remap(from, to, len) => Event::Remap { from, to, len },
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Which frames are being decoded, so that no two threads decode the same one at once.
+//!
+//! A claim is a private note between the threads of one worker process: it dies with it, and the
+//! kernel's EEXIST settles what two claims in two processes would have raced for.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What tells frames apart: where the record lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FrameId(pub(crate) u64);
+
+/// The frames that are claimed now: at most one for each thread, so a list is enough.
+#[derive(Debug, Default)]
+pub(crate) struct Claims {
+    frames: Mutex<Vec<FrameId>>,
+    released: Condvar,
+}
+
+/// A claim, released when dropped.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    claims: &'a Claims,
+    frame: FrameId,
+}
+
+impl Claims {
+    /// Room for `threads` claims without allocating.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self {
+            frames: Mutex::new(Vec::with_capacity(threads)),
+            released: Condvar::new(),
+        }
+    }
+
+    /// Claims `frame`, unless somebody has it.
+    pub(crate) fn claim(&self, frame: FrameId) -> Option<Claim<'_>> {
+        let mut frames = self.lock();
+        if frames.contains(&frame) {
+            return None;
+        }
+        frames.push(frame);
+        Some(Claim {
+            claims: self,
+            frame,
+        })
+    }
+
+    /// Waits until nobody has claimed `frame`.
+    pub(crate) fn wait(&self, frame: FrameId) {
+        let mut frames = self.lock();
+        while frames.contains(&frame) {
+            frames = self
+                .released
+                .wait(frames)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether somebody has claimed `frame`.
+    #[cfg(test)]
+    pub(crate) fn is_claimed(&self, frame: FrameId) -> bool {
+        self.lock().contains(&frame)
+    }
+
+    /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    fn lock(&self) -> MutexGuard<'_, Vec<FrameId>> {
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut frames = self.claims.lock();
+        frames.retain(|frame| *frame != self.frame);
+        self.claims.released.notify_all();
+    }
+}

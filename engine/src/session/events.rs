@@ -1,0 +1,74 @@
+//! Reading messages and recording what they say.
+
+use super::platform::{Event, Image, Platform, Waited};
+use super::stats::add;
+use super::{Fault, Session};
+
+/// Why an owner that tears its memory into very many pieces is ended.
+const TOO_MANY_PIECES: &str = "the owner's munmap and mremap calls left its memory in more pieces than the session has room for";
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// The next fault to serve; waits for one. `None`: the session ends.
+    ///
+    /// One thread has the lead and waits for messages; when it leaves with a fault, the next one
+    /// takes the lead, serves what is left in the inbox, or waits.
+    pub(super) fn next_fault(&self) -> Option<Fault> {
+        let _lead = self.platform.lead();
+        loop {
+            if self.is_ending() {
+                return None;
+            }
+            if let Some(fault) = self.inbox.pop() {
+                return Some(fault);
+            }
+            if self.finish_if_settled() {
+                return None;
+            }
+            if self.platform.wait_readable() == Waited::End {
+                self.owner_is_gone();
+                return None;
+            }
+            self.read_events();
+        }
+    }
+
+    /// Reads messages and records them, all in one exclusive hold. Returns how many there were.
+    pub(crate) fn read_events(&self) -> usize {
+        let mut hold = self.platform.exclusive();
+        self.platform
+            .read(&mut hold, &mut |event| self.record(&event))
+    }
+
+    /// Records one message. The caller holds the lock exclusively.
+    fn record(&self, event: &Event) {
+        if !matches!(event, Event::Fault { .. }) {
+            add(&self.stats.events, 1);
+        }
+        match *event {
+            Event::Fault { address } => self.inbox.arrived(address),
+            Event::Remove { start, end } => {
+                for pages in self.state.map().pages_in(start..end) {
+                    self.state.mark_removed(pages);
+                }
+            }
+            Event::Unmap { start, end } => {
+                let removed = |pages| self.state.mark_removed(pages);
+                if self.state.map().unmap(&(start..end), removed).is_err() {
+                    self.guard.end_owner(TOO_MANY_PIECES);
+                }
+                self.platform.wake(start, end - start);
+            }
+            Event::Remap { from, to, len } => {
+                let removed = |pages| self.state.mark_removed(pages);
+                let old = from..from + len;
+                if self.state.map().remap(&old, to, removed).is_err() {
+                    self.guard.end_owner(TOO_MANY_PIECES);
+                }
+                self.platform.wake(from, len);
+            }
+            Event::Unexpected => {
+                tracing::warn!("userfaultfd sent a message that was not asked for");
+            }
+        }
+    }
+}

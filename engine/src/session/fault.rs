@@ -1,0 +1,360 @@
+//! Serving faults.
+//!
+//! ```text
+//! answer(fault):
+//!   loop:
+//!     hold the lock shared: look up the page's state
+//!       no page of ours, removed, present: ZEROPAGE, or WAKE if something is there; done
+//!       poisoned: POISON, or WAKE; done
+//!     absent: what is its content?
+//!       fill: install the fills around it; done
+//!       stored: claim the frame (or wait for who has it, and look again)
+//!               read, check, decode
+//!               install the run of the wanted page, then the other runs; done
+//!       can't be had: the failure policy
+//! ```
+
+use std::ops::Range;
+
+use snapshot_format::Reason;
+use snapshot_format::layout::PAGE_SIZE;
+
+use super::install::{HOLD_PAGES, Source, Stop};
+use super::platform::{Content, Image, Installed, PAGE, PageNumber, Platform, Run};
+use super::state::Status;
+use super::stats::add;
+use super::{Decision, Failure, FailureKind, Fault, Session};
+
+/// Pages of the buffer that fills other than zero are installed from.
+const FILL_PAGES: usize = 16;
+/// Runs that a frame may have: every slot four times.
+const MOST_RUNS: usize =
+    snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
+
+/// What one thread needs to serve faults and to prefetch, allocated once.
+pub(crate) struct Worker<I: Image> {
+    pub(super) decoder: I::Decoder,
+    pub(super) runs: Vec<Run>,
+    fill: Vec<u8>,
+    fill_word: u64,
+}
+
+impl<I: Image> Worker<I> {
+    pub(crate) fn new(decoder: I::Decoder) -> Self {
+        Self {
+            decoder,
+            runs: Vec::with_capacity(MOST_RUNS),
+            fill: vec![0; FILL_PAGES * PAGE_SIZE],
+            fill_word: 0,
+        }
+    }
+
+    /// A buffer of pages that repeat `word`.
+    fn filled(&mut self, word: u64) -> &[u8] {
+        if self.fill_word != word {
+            for chunk in self.fill.chunks_exact_mut(8) {
+                chunk.copy_from_slice(&word.to_le_bytes());
+            }
+            self.fill_word = word;
+        }
+        &self.fill
+    }
+}
+
+/// What the state of the faulting page asks for.
+enum Step {
+    /// It was answered.
+    Answered,
+    /// Read events, then look again.
+    Again,
+    /// Bring this page.
+    Bring(PageNumber),
+    /// It can't go on.
+    Stop(Stop),
+}
+
+/// What became of an attempt to bring a page.
+pub(super) enum Brought {
+    /// It was installed by this thread.
+    Yes,
+    /// Look again.
+    Look,
+}
+
+/// Why a page was not brought.
+pub(super) enum Lost {
+    /// Its content can't be had.
+    Failed(Failure),
+    /// It could not be installed.
+    Stopped(Stop),
+}
+
+impl From<Failure> for Lost {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Stop> for Lost {
+    fn from(stop: Stop) -> Self {
+        Self::Stopped(stop)
+    }
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// Serves faults until the session ends.
+    pub(crate) fn serve(&self, worker: &mut Worker<I>) {
+        while let Some(fault) = self.next_fault() {
+            add(&self.stats.faults, 1);
+            if self.answer(worker, fault) {
+                self.stats.fault_time.record(fault.at.elapsed());
+            }
+            self.inbox.answered();
+            // Whoever has the lead waits for messages, and there may be no more.
+            if self.state.may_be_settled() {
+                self.platform.kick();
+            }
+        }
+    }
+
+    /// Answers one fault. False: nobody does now.
+    fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> bool {
+        let address = fault.address & !(PAGE - 1);
+        let mut tries = 0;
+        loop {
+            let page = match self.look(address) {
+                Step::Answered => return true,
+                Step::Bring(page) => page,
+                Step::Again => {
+                    if let Err(stop) = self.after_again(&mut tries) {
+                        return self.stopped(fault, stop);
+                    }
+                    continue;
+                }
+                Step::Stop(stop) => return self.stopped(fault, stop),
+            };
+            match self.bring(worker, page, Reason::Demand) {
+                Ok(Brought::Yes) => {
+                    if let Some(observe) = &self.observer {
+                        observe(page);
+                    }
+                    return true;
+                }
+                Ok(Brought::Look) => {}
+                Err(Lost::Failed(mut failure)) => {
+                    failure.address = Some(address);
+                    return self.fail(fault, &failure);
+                }
+                Err(Lost::Stopped(stop)) => return self.stopped(fault, stop),
+            }
+        }
+    }
+
+    /// Looks up the page at `address` and answers what needs no content.
+    fn look(&self, address: u64) -> Step {
+        let _hold = self.platform.shared();
+        let page = self.state.map().page_at(address);
+        let installed = match page.map(|page| self.state.status(page)) {
+            Some(Status::Absent) => return Step::Bring(page.unwrap_or_default()),
+            Some(Status::Poisoned) => self.platform.poison(address, PAGE),
+            Some(Status::Present | Status::Removed) | None => self.platform.zeropage(address, PAGE),
+        };
+        match installed {
+            Installed::Done | Installed::Partial(_) => Step::Answered,
+            Installed::Exists | Installed::Gone => {
+                self.platform.wake(address, PAGE);
+                Step::Answered
+            }
+            Installed::Again | Installed::NoMemory => Step::Again,
+            Installed::OwnerGone => Step::Stop(Stop::OwnerGone),
+            Installed::Refused(errno) => Step::Stop(Stop::Refused(errno)),
+        }
+    }
+
+    /// Brings `page`, which is absent, and what comes with it.
+    pub(super) fn bring(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        reason: Reason,
+    ) -> Result<Brought, Lost> {
+        let done = match self.image.content(page, reason)? {
+            Content::Fill(word) => self.bring_fill(worker, page, word, reason)?,
+            Content::Stored(frame, slot) => {
+                let id = self.image.id(&frame);
+                let Some(claim) = self.claims.claim(id) else {
+                    if reason == Reason::Demand {
+                        self.platform.wait_unclaimed(&self.claims, id);
+                    }
+                    return Ok(Brought::Look);
+                };
+                // Who had the claim a moment ago may have brought it.
+                if self.state.status(page) != Status::Absent {
+                    return Ok(Brought::Look);
+                }
+                let done = self.bring_frame(worker, page, &frame, slot, reason)?;
+                drop(claim);
+                done
+            }
+            Content::Unavailable => return Err(Lost::Failed(self.unavailable(page))),
+        };
+        Ok(if done { Brought::Yes } else { Brought::Look })
+    }
+
+    /// Installs the fills around `page`.
+    fn bring_fill(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        word: u64,
+        reason: Reason,
+    ) -> Result<bool, Lost> {
+        let most = if word == 0 {
+            HOLD_PAGES
+        } else {
+            FILL_PAGES as u64
+        };
+        let same = |p: &PageNumber| matches!(self.image.content(*p, reason), Ok(Content::Fill(w)) if w == word);
+        let window = window(page, most);
+        let start = (window.start..page)
+            .rev()
+            .take_while(same)
+            .last()
+            .unwrap_or(page);
+        let end = (page + 1..window.end)
+            .take_while(same)
+            .last()
+            .map_or(page + 1, |p| p + 1);
+        let source = if word == 0 {
+            Source::Zeros
+        } else {
+            Source::Filled(worker.filled(word))
+        };
+        Ok(self.install(start..end, source, Some(page), reason)?)
+    }
+
+    /// Decodes `frame` and installs what it holds, the run of `page` first.
+    fn bring_frame(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        frame: &I::Frame,
+        slot: u16,
+        reason: Reason,
+    ) -> Result<bool, Lost> {
+        self.image
+            .decode(&mut worker.decoder, frame, reason, &mut worker.runs)?;
+        let bytes = self.image.bytes(&worker.decoder);
+        let listed = worker
+            .runs
+            .iter()
+            .find(|run| run.pages().contains(&page))
+            .copied();
+        // Pages that came to share this content after the frame was written are not in its list.
+        let first = listed.unwrap_or(Run {
+            page,
+            slot,
+            count: 1,
+        });
+        let window = window(page, HOLD_PAGES);
+        let near = first.pages().start.max(window.start)..first.pages().end.min(window.end);
+        let done = self.install(near, Source::Frame(bytes, first), Some(page), reason)?;
+        for run in &worker.runs {
+            self.install(run.pages(), Source::Frame(bytes, *run), None, reason)?;
+        }
+        Ok(done)
+    }
+
+    /// The failure of a page that the snapshot doesn't hold.
+    fn unavailable(&self, page: PageNumber) -> Failure {
+        Failure {
+            page,
+            kind: FailureKind::Unavailable,
+            ..self
+                .image
+                .failure("it could not be read when the snapshot was taken".to_owned())
+        }
+    }
+
+    /// A page that a fault wants can't be restored.
+    fn fail(&self, fault: Fault, failure: &Failure) -> bool {
+        self.report(failure);
+        match self.guard.decide(fault, failure) {
+            Decision::Leave => false,
+            Decision::Poison => self.poison(fault),
+        }
+    }
+
+    /// Poisons the page of a fault. False if it can't be done now.
+    pub(crate) fn poison(&self, fault: Fault) -> bool {
+        let address = fault.address & !(PAGE - 1);
+        let mut tries = 0;
+        loop {
+            let again = {
+                let _hold = self.platform.shared();
+                let page = self.state.map().page_at(address);
+                match page.filter(|page| self.state.status(*page) == Status::Absent) {
+                    None => {
+                        self.platform.wake(address, PAGE);
+                        return true;
+                    }
+                    Some(page) => match self.platform.poison(address, PAGE) {
+                        Installed::Done | Installed::Partial(_) => {
+                            self.state.mark_poisoned(page..page + 1);
+                            add(&self.stats.poisoned, 1);
+                            return true;
+                        }
+                        Installed::Exists | Installed::Gone => {
+                            self.platform.wake(address, PAGE);
+                            return true;
+                        }
+                        Installed::Again | Installed::NoMemory => Ok(()),
+                        Installed::OwnerGone => Err(Stop::OwnerGone),
+                        Installed::Refused(errno) => Err(Stop::Refused(errno)),
+                    },
+                }
+            };
+            if let Err(stop) = again.and_then(|()| self.after_again(&mut tries)) {
+                return self.stopped(fault, stop);
+            }
+        }
+    }
+
+    /// An install for a fault could not go on: the owner is gone, or must not go on.
+    fn stopped(&self, fault: Fault, stop: Stop) -> bool {
+        let why = match stop {
+            Stop::OwnerGone => {
+                self.owner_is_gone();
+                return false;
+            }
+            Stop::Stuck => "the owner's mappings kept changing without an event".to_owned(),
+            Stop::NoMemory => "the kernel had no memory for it, many times".to_owned(),
+            Stop::Refused(errno) => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                format!("the kernel refused to install it: {error}")
+            }
+        };
+        let failure = Failure {
+            page: self.state.map().page_at(fault.address).unwrap_or_default(),
+            address: Some(fault.address),
+            kind: FailureKind::Install,
+            ..self.image.failure(why.clone())
+        };
+        self.report(&failure);
+        self.guard.end_owner(&why);
+        false
+    }
+}
+
+impl Run {
+    /// The numbers of its pages.
+    pub(crate) fn pages(&self) -> Range<PageNumber> {
+        self.page..self.page + u64::from(self.count)
+    }
+}
+
+/// The aligned window of `pages` pages around `page`.
+fn window(page: PageNumber, pages: u64) -> Range<PageNumber> {
+    let start = page / pages * pages;
+    start..start + pages
+}

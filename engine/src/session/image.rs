@@ -1,0 +1,259 @@
+//! A snapshot as the content of a session.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use snapshot_format::layout::{MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK_U64};
+use snapshot_format::{FrameDecoder, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top};
+
+use super::claims::FrameId;
+use super::failure::{Failure, FailureKind};
+use super::platform::{Content, Image, PageNumber, Run};
+
+/// Decoded bytes that each thread keeps, for pages whose content many share: their frame is wanted
+/// again and again, and a frame's list doesn't name them all.
+const KEPT_BYTES: usize = 2 << 20;
+
+/// The content of a session that restores a snapshot.
+pub(crate) struct SnapshotImage {
+    snapshot: Arc<Snapshot>,
+    bytes_read: AtomicU64,
+    bytes_decoded: AtomicU64,
+}
+
+/// A thread's decoder, and the frames that it decoded last.
+pub(crate) struct Decoder {
+    frames: FrameDecoder,
+    kept: Vec<Kept>,
+    /// The one that was used last.
+    last: usize,
+    clock: u64,
+}
+
+/// A decoded frame.
+#[derive(Default)]
+struct Kept {
+    id: Option<FrameId>,
+    bytes: Vec<u8>,
+    len: usize,
+    runs: Vec<Run>,
+    used: u64,
+}
+
+impl SnapshotImage {
+    /// Reads what the frames of `snapshot` need before the first is decoded.
+    pub(crate) fn new(snapshot: Arc<Snapshot>) -> Result<Self, ReadError> {
+        snapshot.prepare()?;
+        Ok(Self {
+            snapshot,
+            bytes_read: AtomicU64::new(0),
+            bytes_decoded: AtomicU64::new(0),
+        })
+    }
+
+    /// Bytes of frame records read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Relaxed)
+    }
+
+    /// Bytes decoded from them.
+    pub(crate) fn bytes_decoded(&self) -> u64 {
+        self.bytes_decoded.load(Relaxed)
+    }
+
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// A decoder for one thread.
+    pub(crate) fn decoder(&self) -> Decoder {
+        let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
+            .unwrap_or(usize::MAX)
+            .clamp(PAGE_SIZE, MAX_FRAME_SLOTS * PAGE_SIZE);
+        let count = (KEPT_BYTES / frame_bytes).clamp(1, 16);
+        let kept = (0..count).map(|_| Kept {
+            bytes: vec![0; frame_bytes],
+            ..Kept::default()
+        });
+        Decoder {
+            frames: FrameDecoder::new(),
+            kept: kept.collect(),
+            last: 0,
+            clock: 0,
+        }
+    }
+
+    fn read_failure(&self, page: PageNumber, error: &ReadError) -> Failure {
+        Failure {
+            page,
+            kind: kind(error.is_damage()),
+            ..self.failure(message(error))
+        }
+    }
+
+    /// Appends the part of `listed` that the index confirms, page by page: the list is only a hint.
+    fn confirm(
+        &self,
+        frame: &FrameRef,
+        listed: Run,
+        block: &mut Option<(u64, Arc<IndexBlock>)>,
+        reason: Reason,
+        runs: &mut Vec<Run>,
+    ) -> Result<(), ReadError> {
+        let mut open: Option<Run> = None;
+        for (page, slot) in listed.pages().zip(listed.slot..) {
+            let number = page / PAGES_PER_BLOCK_U64;
+            let confirmed = number < self.snapshot.block_count()
+                && matches!(self.snapshot.top(number), Top::Block)
+                && {
+                    if block.as_ref().is_none_or(|(have, _)| *have != number) {
+                        *block = Some((number, self.snapshot.index_block(number, reason)?));
+                    }
+                    let within = usize::try_from(page % PAGES_PER_BLOCK_U64).unwrap_or(0);
+                    block.as_ref().is_some_and(|(_, block)| {
+                        block.page(within)
+                            == Page::Stored {
+                                frame: *frame,
+                                slot,
+                            }
+                    })
+                };
+            match &mut open {
+                Some(run) if confirmed => run.count += 1,
+                None if confirmed => {
+                    open = Some(Run {
+                        page,
+                        slot,
+                        count: 1,
+                    });
+                }
+                _ => runs.extend(open.take()),
+            }
+        }
+        runs.extend(open);
+        Ok(())
+    }
+}
+
+impl Image for SnapshotImage {
+    type Frame = FrameRef;
+    type Decoder = Decoder;
+
+    fn id(&self, frame: &FrameRef) -> FrameId {
+        FrameId(frame.offset())
+    }
+
+    fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<FrameRef>, Failure> {
+        match self.snapshot.look_up(page, reason) {
+            Ok(Page::Fill(word)) => Ok(Content::Fill(word)),
+            Ok(Page::Stored { frame, slot }) => Ok(Content::Stored(frame, slot)),
+            // A session's pages are those of regions, so `Unused` is not met.
+            Ok(Page::Unavailable | Page::Unused) => Ok(Content::Unavailable),
+            Err(error) => Err(self.read_failure(page, &error)),
+        }
+    }
+
+    fn decode(
+        &self,
+        decoder: &mut Decoder,
+        frame: &FrameRef,
+        reason: Reason,
+        runs: &mut Vec<Run>,
+    ) -> Result<(), Failure> {
+        runs.clear();
+        decoder.clock += 1;
+        let id = self.id(frame);
+        let found = decoder.kept.iter().position(|kept| kept.id == Some(id));
+        let oldest = || {
+            let oldest = decoder
+                .kept
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, kept)| kept.used);
+            oldest.map_or(0, |(i, _)| i)
+        };
+        let i = found.unwrap_or_else(oldest);
+        decoder.last = i;
+        let kept = &mut decoder.kept[i];
+        kept.used = decoder.clock;
+        if found.is_none() {
+            kept.id = None;
+            kept.runs.clear();
+            kept.len = frame.decoded_len();
+            // The summary's frame size is a promise of the writer's; a larger frame is still right.
+            if kept.bytes.len() < kept.len {
+                kept.bytes.resize(kept.len, 0);
+            }
+            let out = &mut kept.bytes[..kept.len];
+            let listed = decoder
+                .frames
+                .decode(&self.snapshot, frame, reason, out)
+                .map_err(|error| Failure {
+                    offset: Some(frame.offset()),
+                    kind: kind(error.is_damage()),
+                    ..self.failure(message(&error))
+                })?;
+            self.bytes_read
+                .fetch_add(u64::from(frame.stored_len()), Relaxed);
+            self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
+            let mut block = None;
+            for listed in listed.runs() {
+                let run = Run {
+                    page: listed.first_page,
+                    slot: listed.slot,
+                    count: listed.count,
+                };
+                self.confirm(frame, run, &mut block, reason, &mut kept.runs)
+                    .map_err(|error| self.read_failure(run.page, &error))?;
+            }
+            kept.id = Some(id);
+        }
+        runs.extend_from_slice(&kept.runs);
+        Ok(())
+    }
+
+    fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {
+        let kept = &decoder.kept[decoder.last];
+        &kept.bytes[..kept.len]
+    }
+
+    fn failure(&self, detail: String) -> Failure {
+        Failure {
+            file: self.snapshot.name().to_owned(),
+            offset: None,
+            page: 0,
+            address: None,
+            kind: FailureKind::Io,
+            detail,
+        }
+    }
+}
+
+fn kind(is_damage: bool) -> FailureKind {
+    if is_damage {
+        FailureKind::Damaged
+    } else {
+        FailureKind::Io
+    }
+}
+
+/// An error and what caused it, in one line.
+fn message(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// The pages of a region that lie in runs of zeros.
+pub(crate) fn zero_runs(snapshot: &Snapshot) -> Result<Vec<Range<PageNumber>>, ReadError> {
+    let runs = snapshot.fill_runs()?.into_iter();
+    Ok(runs
+        .filter(|run| run.word == 0)
+        .map(|run| run.first_page..run.first_page + run.pages)
+        .collect())
+}

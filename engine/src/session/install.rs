@@ -1,0 +1,219 @@
+//! Putting pages into the owner's memory, one hold of the install lock after another.
+//!
+//! ```text
+//! install(pages):
+//!   while pages are left:
+//!     hold the lock shared:
+//!       find the next absent pages, and where the owner has them now
+//!       one ioctl for at most 256 KiB of them
+//!       mark what it did
+//!     if it said EAGAIN: read events, then go on (everything is looked up again)
+//! ```
+
+use std::ops::Range;
+
+use snapshot_format::Reason;
+use snapshot_format::layout::PAGE_SIZE;
+
+use super::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
+use super::stats::add;
+use super::{Session, Stats};
+
+/// Most pages of one hold: 256 KiB, so that who reads events waits for little.
+pub(crate) const HOLD_PAGES: u64 = 64;
+
+/// How often an install that found no memory is tried again.
+const MEMORY_TRIES: u32 = 50;
+
+/// What pages are installed from.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// Slots of a decoded frame: `run.page` is in `run.slot`.
+    Frame(&'a [u8], Run),
+    /// Zeros.
+    Zeros,
+    /// A buffer that repeats the page; it may be shorter than the range.
+    Filled(&'a [u8]),
+}
+
+/// Why an install stopped before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The owner is gone.
+    OwnerGone,
+    /// The mappings kept changing, with nothing to read, for too long.
+    Stuck,
+    /// The kernel had no memory, many times.
+    NoMemory,
+    /// The kernel refused with this errno.
+    Refused(i32),
+}
+
+/// What one hold came to.
+enum Held {
+    /// Go on at this page.
+    Next(PageNumber),
+    /// Try again with fewer pages at once.
+    Fewer(u64),
+    /// Read events first.
+    Again,
+    /// No memory now.
+    NoMemory,
+    /// It can't go on.
+    Stop(Stop),
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// Installs what is absent of `pages`. True if `wanted` was installed, and its waiters woken,
+    /// by this call.
+    pub(super) fn install(
+        &self,
+        pages: Range<PageNumber>,
+        source: Source<'_>,
+        wanted: Option<PageNumber>,
+        reason: Reason,
+    ) -> Result<bool, Stop> {
+        // What is not absent never becomes so again: no need to take the lock for nothing.
+        if !self.state.any_absent(pages.clone()) {
+            return Ok(false);
+        }
+        let mut next = pages.start;
+        let mut limit = HOLD_PAGES;
+        let mut tries = 0;
+        let mut wanted_done = false;
+        while next < pages.end {
+            let held = self.hold(next..pages.end.min(next + limit), source, |done| {
+                wanted_done |= wanted.is_some_and(|page| done.contains(&page));
+                count(&self.stats, source, reason, done.end - done.start);
+            });
+            match held {
+                Held::Next(page) => {
+                    next = page;
+                    tries = 0;
+                }
+                Held::Fewer(pages) => limit = pages,
+                Held::Again => self.after_again(&mut tries)?,
+                Held::NoMemory if tries < MEMORY_TRIES => {
+                    tries += 1;
+                    self.platform.back_off(tries);
+                }
+                Held::NoMemory => return Err(Stop::NoMemory),
+                Held::Stop(stop) => return Err(stop),
+            }
+        }
+        Ok(wanted_done)
+    }
+
+    /// One hold of the lock: {look up, one ioctl}. Tells `done` which pages it installed.
+    fn hold(
+        &self,
+        pages: Range<PageNumber>,
+        source: Source<'_>,
+        done: impl FnOnce(Range<PageNumber>),
+    ) -> Held {
+        let _hold = self.platform.shared();
+        let Some(absent) = self.state.absent_in(pages.clone()) else {
+            return Held::Next(pages.end);
+        };
+        let first = absent.start;
+        // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
+        let Some((address, following)) = self.state.map().address_of(first) else {
+            return Held::Next(first + 1);
+        };
+        let count = (absent.end - first).min(following).min(source.most_pages());
+        match source.install(&self.platform, first, address, count) {
+            Installed::Done => {
+                self.state.mark_present(first..first + count);
+                done(first..first + count);
+                Held::Next(first + count)
+            }
+            Installed::Partial(bytes) => {
+                let end = first + bytes / PAGE;
+                self.state.mark_present(first..end);
+                done(first..end);
+                Held::Next(end)
+            }
+            Installed::Exists => {
+                self.state.mark_present(first..first + 1);
+                self.platform.wake(address, PAGE);
+                Held::Next(first + 1)
+            }
+            Installed::Again => {
+                add(&self.stats.retries, 1);
+                Held::Again
+            }
+            // The range may lie in several mappings, each of which takes a part of it.
+            Installed::Gone if count > 1 => Held::Fewer(count / 2),
+            // Nothing is registered there and no event is to be read, or it would have been EAGAIN.
+            Installed::Gone => {
+                self.state.mark_removed(first..first + 1);
+                self.platform.wake(address, PAGE);
+                Held::Next(first + 1)
+            }
+            Installed::NoMemory => Held::NoMemory,
+            Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
+            Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+        }
+    }
+
+    /// After EAGAIN: reads the events that it announced, or lets time pass if there are none yet.
+    pub(super) fn after_again(&self, tries: &mut u32) -> Result<(), Stop> {
+        if self.read_events() > 0 {
+            *tries = 0;
+            if !self.inbox.is_empty() {
+                self.platform.kick();
+            }
+            return Ok(());
+        }
+        *tries += 1;
+        if self.platform.back_off(*tries) {
+            Ok(())
+        } else {
+            Err(Stop::Stuck)
+        }
+    }
+}
+
+impl Source<'_> {
+    /// The most pages that one ioctl takes from here.
+    fn most_pages(&self) -> u64 {
+        match self {
+            Self::Filled(buffer) => (buffer.len() / PAGE_SIZE) as u64,
+            Self::Frame(..) | Self::Zeros => HOLD_PAGES,
+        }
+    }
+
+    /// The ioctl for `count` pages from `first` on, which the owner has at `address`.
+    #[expect(clippy::cast_possible_truncation)] // Lengths of buffers in memory.
+    fn install(
+        &self,
+        platform: &impl Platform,
+        first: PageNumber,
+        address: u64,
+        count: u64,
+    ) -> Installed {
+        let len = count * PAGE;
+        match self {
+            Self::Frame(bytes, run) => {
+                let start = (u64::from(run.slot) + (first - run.page)) * PAGE;
+                platform.copy(address, &bytes[start as usize..(start + len) as usize])
+            }
+            Self::Zeros => platform.zeropage(address, len),
+            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize]),
+        }
+    }
+}
+
+/// Counts installed pages by kind and reason.
+fn count(stats: &Stats, source: Source<'_>, reason: Reason, pages: u64) {
+    let by_reason = match reason {
+        Reason::Demand => &stats.demand,
+        _ => &stats.prefetch,
+    };
+    let counter = match source {
+        Source::Frame(..) => &by_reason.copied,
+        Source::Zeros => &by_reason.zeroed,
+        Source::Filled(_) => &by_reason.filled,
+    };
+    add(counter, pages);
+}

@@ -1,0 +1,197 @@
+//! The platform that is real: a userfaultfd and this process's threads.
+
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use crate::mem::{MemError, Ring, make_inaccessible_at};
+use crate::sys::{self, InstallError, Message, Presence, Ready, Userfaultfd, Wake, Wakeup};
+
+use super::claims::{Claims, FrameId};
+use super::platform::{Event, Installed, Platform, Waited};
+
+/// How long installs may go on meeting a changing mapping with no event to read: an owner that forks or unmaps a
+/// huge mapping is between the start of the change and its event for a while.
+const MOST_TRIES: u32 = 4000;
+/// The longest pause between two tries.
+const LONGEST_PAUSE: Duration = Duration::from_millis(5);
+
+/// A userfaultfd under a session.
+pub(crate) struct Kernel {
+    /// `None` once the session is over: what is missing then is nobody's to install.
+    uffd: RwLock<Option<Userfaultfd>>,
+    wakeup: Wakeup,
+    /// The install lock. Who holds it exclusively has the ring that messages are read into.
+    install: RwLock<Reader>,
+    lead: Mutex<()>,
+}
+
+/// What reading needs.
+pub(crate) struct Reader {
+    ring: Ring,
+    messages: Vec<Message>,
+}
+
+impl Kernel {
+    pub(crate) fn new(uffd: Userfaultfd, ring: Ring) -> std::io::Result<Self> {
+        Ok(Self {
+            uffd: RwLock::new(Some(uffd)),
+            wakeup: Wakeup::new()?,
+            install: RwLock::new(Reader {
+                ring,
+                messages: Vec::with_capacity(Ring::SLOTS),
+            }),
+            lead: Mutex::new(()),
+        })
+    }
+
+    /// Closes the userfaultfd. What is registered then reads as zeros where it is missing: nothing may
+    /// be, that anybody can touch. Threads that serve faults have to be gone.
+    pub(crate) fn close(&self) {
+        self.uffd
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+    }
+
+    /// Takes every access to memory that the owner has and that can't be restored any more.
+    pub(crate) fn make_inaccessible(address: u64, len: u64) -> Result<(), MemError> {
+        make_inaccessible_at(address, len)
+    }
+
+    /// An ioctl, if the session isn't over.
+    fn with<T>(&self, over: T, ioctl: impl FnOnce(&Userfaultfd) -> T) -> T {
+        let uffd = self.uffd.read().unwrap_or_else(PoisonError::into_inner);
+        uffd.as_ref().map_or(over, ioctl)
+    }
+
+    fn install(
+        &self,
+        ioctl: impl FnOnce(&Userfaultfd) -> Result<sys::Installed, InstallError>,
+    ) -> Installed {
+        self.with(Installed::Gone, |uffd| outcome(ioctl(uffd)))
+    }
+}
+
+/// The outcome of an install, for the session.
+fn outcome(result: Result<sys::Installed, InstallError>) -> Installed {
+    match result {
+        Ok(sys::Installed::Done) => Installed::Done,
+        Ok(sys::Installed::Partial { done }) => Installed::Partial(done),
+        Ok(sys::Installed::Exists) => Installed::Exists,
+        Ok(sys::Installed::Again) => Installed::Again,
+        Ok(sys::Installed::Gone) | Err(InstallError::NotRegistered { .. }) => Installed::Gone,
+        Ok(sys::Installed::OwnerGone) => Installed::OwnerGone,
+        Ok(sys::Installed::NoMemory) => Installed::NoMemory,
+        Ok(sys::Installed::SourceBusy) => Installed::Refused(libc::EBUSY),
+        Err(InstallError::Refused { source, .. }) => {
+            Installed::Refused(source.raw_os_error().unwrap_or(libc::EIO))
+        }
+        Err(_) => Installed::Refused(libc::EIO),
+    }
+}
+
+impl Platform for Kernel {
+    type Shared<'a> = RwLockReadGuard<'a, Reader>;
+    type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
+    type Lead<'a> = MutexGuard<'a, ()>;
+
+    // A panic while a lock is held leaves the ring as the kernel wrote it and the rest whole.
+    fn shared(&self) -> Self::Shared<'_> {
+        self.install.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exclusive(&self) -> Self::Exclusive<'_> {
+        self.install.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lead(&self) -> Self::Lead<'_> {
+        self.lead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_readable(&self) -> Waited {
+        let wait = |uffd: &Userfaultfd| sys::wait(uffd, &self.wakeup, None);
+        match self.with(Ok(Ready::default()), wait) {
+            Ok(ready) => {
+                if ready.woken {
+                    self.wakeup.clear();
+                }
+                Waited::Ready
+            }
+            Err(error) => {
+                tracing::error!(%error, "waiting for faults failed");
+                Waited::End
+            }
+        }
+    }
+
+    fn kick(&self) {
+        self.wakeup.signal();
+    }
+
+    fn wait_unclaimed(&self, claims: &Claims, frame: FrameId) {
+        claims.wait(frame);
+    }
+
+    fn back_off(&self, tries: u32) -> bool {
+        let pause = Duration::from_micros(20) * tries.min(1000);
+        std::thread::sleep(pause.min(LONGEST_PAUSE));
+        tries < MOST_TRIES
+    }
+
+    fn read(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(Event)) -> usize {
+        let Reader { ring, messages } = &mut **hold;
+        messages.clear();
+        self.with((), |uffd| {
+            if let Err(error) = uffd.read(ring, messages) {
+                tracing::error!(%error, "reading messages failed");
+            }
+        });
+        let count = messages.len();
+        for message in messages.drain(..) {
+            record(match message {
+                Message::Pagefault { address, .. } => Event::Fault { address },
+                Message::Remove { start, end } => Event::Remove { start, end },
+                Message::Unmap { start, end } => Event::Unmap { start, end },
+                Message::Remap { from, to, len } => Event::Remap { from, to, len },
+                Message::Fork { .. } | Message::Unknown(_) => Event::Unexpected,
+            });
+        }
+        ring.clear();
+        count
+    }
+
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
+        self.install(|uffd| uffd.copy(address, bytes, Wake::Now))
+    }
+
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
+        self.install(|uffd| uffd.zeropage(address, len, Wake::Now))
+    }
+
+    fn poison(&self, address: u64, len: u64) -> Installed {
+        self.install(|uffd| uffd.poison(address, len, Wake::Now))
+    }
+
+    fn wake(&self, address: u64, len: u64) {
+        self.with((), |uffd| {
+            if let Err(error) = uffd.wake(address, len) {
+                tracing::error!(%error, address, len, "waking failed");
+            }
+        });
+    }
+
+    fn unregister(&self, address: u64, len: u64) {
+        // What the owner has unmapped meanwhile is no longer registered either.
+        self.with((), |uffd| {
+            if let Err(error) = uffd.unregister(address, len) {
+                tracing::debug!(%error, address, len, "unregistering");
+            }
+        });
+    }
+
+    fn is_changing(&self, address: u64) -> bool {
+        self.with(false, |uffd| {
+            matches!(uffd.probe(address), Ok(Presence::Changing))
+        })
+    }
+}

@@ -1,0 +1,320 @@
+//! Where the owner has the pages: owner addresses to page numbers and back.
+//!
+//! Two copies lie in the session's block. A change writes the spare copy and makes it valid with one store, so that a
+//! worker killed in between leaves the old map whole. Each copy lists its extents by address, and
+//! their order by page number. Changes need an exclusive hold of the install lock, look-ups any hold.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+
+use super::platform::{PAGE, PageNumber};
+
+/// Words of an extent: its address, its pages, its first page number, and a word of the order by page number.
+const EXTENT_WORDS: usize = 4;
+
+/// Consecutive pages at consecutive addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Extent {
+    pub(crate) address: u64,
+    pub(crate) pages: u64,
+    pub(crate) first_page: PageNumber,
+}
+
+impl Extent {
+    fn end(&self) -> u64 {
+        self.address + self.pages * PAGE
+    }
+
+    /// The part of the extent inside `range`.
+    fn cut(&self, range: &Range<u64>) -> Option<Self> {
+        let start = self.address.max(range.start);
+        let end = self.end().min(range.end);
+        (start < end).then(|| Self {
+            address: start,
+            pages: (end - start) / PAGE,
+            first_page: self.first_page + (start - self.address) / PAGE,
+        })
+    }
+
+    /// The numbers of its pages.
+    pub(crate) fn page_numbers(&self) -> Range<PageNumber> {
+        self.first_page..self.first_page + self.pages
+    }
+}
+
+/// The owner has torn its memory into more pieces than there is room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TooManyPieces;
+
+/// A view of the map in the session's block.
+#[derive(Clone, Copy)]
+pub(crate) struct Map<'a> {
+    version: &'a AtomicU64,
+    counts: &'a [AtomicU64],
+    copies: [&'a [AtomicU64]; 2],
+}
+
+impl<'a> Map<'a> {
+    /// Words of one copy with room for `extents`.
+    pub(crate) const fn words(extents: usize) -> usize {
+        extents * EXTENT_WORDS
+    }
+
+    pub(crate) fn new(
+        version: &'a AtomicU64,
+        counts: &'a [AtomicU64],
+        copies: [&'a [AtomicU64]; 2],
+    ) -> Self {
+        Self {
+            version,
+            counts,
+            copies,
+        }
+    }
+
+    /// The page at `address`.
+    pub(crate) fn page_at(&self, address: u64) -> Option<PageNumber> {
+        let after = partition(self.len(), |i| self.extent(i).address <= address);
+        let extent = self.extent(after.checked_sub(1)?);
+        (address < extent.end()).then(|| extent.first_page + (address - extent.address) / PAGE)
+    }
+
+    /// The address of `page`, and how many pages follow each other from there, itself counted.
+    pub(crate) fn address_of(&self, page: PageNumber) -> Option<(u64, u64)> {
+        let after = partition(self.len(), |i| self.by_page(i).first_page <= page);
+        let extent = self.by_page(after.checked_sub(1)?);
+        let index = page - extent.first_page;
+        (index < extent.pages).then(|| (extent.address + index * PAGE, extent.pages - index))
+    }
+
+    /// The pages in `range`, piece by piece.
+    pub(crate) fn pages_in(
+        self,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = Range<PageNumber>> + 'a {
+        let first = partition(self.len(), |i| self.extent(i).end() <= range.start);
+        (first..self.len())
+            .map(move |i| self.extent(i))
+            .map_while(move |extent| extent.cut(&range))
+            .map(|part| part.page_numbers())
+    }
+
+    /// All extents, by address.
+    pub(crate) fn extents(self) -> impl Iterator<Item = Extent> + 'a {
+        (0..self.len()).map(move |i| self.extent(i))
+    }
+
+    /// Forgets the addresses of `range` and tells which pages were there.
+    pub(crate) fn unmap(
+        &self,
+        range: &Range<u64>,
+        mut gone: impl FnMut(Range<PageNumber>),
+    ) -> Result<(), TooManyPieces> {
+        self.change(range, |part| {
+            gone(part.page_numbers());
+            None
+        })
+    }
+
+    /// Moves the addresses of `range` to `to`. What was mapped there before is gone.
+    pub(crate) fn remap(
+        &self,
+        range: &Range<u64>,
+        to: u64,
+        gone: impl FnMut(Range<PageNumber>),
+    ) -> Result<(), TooManyPieces> {
+        self.unmap(&(to..to.saturating_add(range.end - range.start)), gone)?;
+        self.change(range, |part| {
+            Some(Extent {
+                address: to + (part.address - range.start),
+                ..part
+            })
+        })
+    }
+
+    /// Replaces the parts of all extents inside `range` by what `each` makes of them.
+    fn change(
+        &self,
+        range: &Range<u64>,
+        mut each: impl FnMut(Extent) -> Option<Extent>,
+    ) -> Result<(), TooManyPieces> {
+        if !self.extents().any(|extent| extent.cut(range).is_some()) {
+            return Ok(());
+        }
+        let mut next = Vec::with_capacity(self.len() + 2);
+        for extent in self.extents() {
+            next.extend(extent.cut(&(0..range.start)));
+            next.extend(extent.cut(&(range.end..u64::MAX)));
+            next.extend(extent.cut(range).and_then(&mut each));
+        }
+        if Self::words(next.len()) > self.copies[0].len() {
+            return Err(TooManyPieces);
+        }
+        self.publish(next);
+        Ok(())
+    }
+
+    /// Makes `extents`, which fit, the map.
+    pub(crate) fn publish(&self, mut extents: Vec<Extent>) {
+        let version = self.version.load(Relaxed) + 1;
+        let copy = self.copies[copy_of(version)];
+        extents.sort_unstable_by_key(|extent| extent.address);
+        let mut order: Vec<usize> = (0..extents.len()).collect();
+        order.sort_unstable_by_key(|i| extents[*i].first_page);
+        for ((words, extent), by_page) in copy.chunks_exact(EXTENT_WORDS).zip(&extents).zip(order) {
+            words[0].store(extent.address, Relaxed);
+            words[1].store(extent.pages, Relaxed);
+            words[2].store(extent.first_page, Relaxed);
+            words[3].store(by_page as u64, Relaxed);
+        }
+        self.counts[copy_of(version)].store(extents.len() as u64, Relaxed);
+        self.version.store(version, Release);
+    }
+
+    fn valid(&self) -> usize {
+        copy_of(self.version.load(Relaxed))
+    }
+
+    #[expect(clippy::cast_possible_truncation)] // The extents lie in memory.
+    fn len(&self) -> usize {
+        self.counts[self.valid()].load(Relaxed) as usize
+    }
+
+    fn extent(&self, i: usize) -> Extent {
+        let words = &self.copies[self.valid()][i * EXTENT_WORDS..];
+        Extent {
+            address: words[0].load(Relaxed),
+            pages: words[1].load(Relaxed),
+            first_page: words[2].load(Relaxed),
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation)] // An index into memory.
+    fn by_page(&self, i: usize) -> Extent {
+        let words = &self.copies[self.valid()][i * EXTENT_WORDS..];
+        self.extent(words[3].load(Relaxed) as usize)
+    }
+}
+
+/// The copy that is valid at a version: they take turns.
+fn copy_of(version: u64) -> usize {
+    usize::from(version % 2 == 1)
+}
+
+/// The first index of `0..len` for which `before` is false; it is true for all before.
+fn partition(len: usize, before: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, len);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if before(middle) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    low
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::state::State;
+    use super::*;
+    use std::collections::BTreeMap;
+
+    const BASE: u64 = 0x1000_0000;
+
+    fn at(index: u64) -> u64 {
+        BASE + index * PAGE
+    }
+
+    /// A map from each address to its page, one by one: what the extents must agree with.
+    fn naive(state: &State) -> BTreeMap<u64, u64> {
+        (0..4096)
+            .filter_map(|i| Some((at(i), state.map().page_at(at(i))?)))
+            .collect()
+    }
+
+    #[test]
+    fn changes_agree_with_a_naive_map() {
+        let extents =
+            [(0, 64, 0), (100, 200, 512), (400, 64, 1024)].map(|(i, pages, first)| Extent {
+                address: at(i),
+                pages,
+                first_page: first,
+            });
+        let state = State::new(2048, &extents, 200).unwrap().0;
+        let mut expected = naive(&state);
+        let mut seed = 7_u64;
+        let mut random = |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 33) % below
+        };
+        for round in 0..60 {
+            let (from, len, to) = (random(600), 1 + random(40), 600 + random(3000));
+            if round % 2 == 0 {
+                state
+                    .map()
+                    .unmap(&(at(from)..at(from + len)), |_| ())
+                    .unwrap();
+                expected.retain(|address, _| !(at(from)..at(from + len)).contains(address));
+            } else {
+                state
+                    .map()
+                    .remap(&(at(from)..at(from + len)), at(to), |_| ())
+                    .unwrap();
+                for i in 0..len {
+                    expected.remove(&at(to + i));
+                }
+                for i in 0..len {
+                    if let Some(page) = expected.remove(&at(from + i)) {
+                        expected.insert(at(to + i), page);
+                    }
+                }
+            }
+            assert_eq!(naive(&state), expected, "round {round}");
+            for (address, page) in &expected {
+                let (found, following) = state.map().address_of(*page).unwrap();
+                assert_eq!(found, *address);
+                for i in 0..following {
+                    assert_eq!(expected.get(&(address + i * PAGE)), Some(&(page + i)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn unmapped_pages_are_named() {
+        let extent = Extent {
+            address: at(0),
+            pages: 10,
+            first_page: 512,
+        };
+        let state = State::new(1024, &[extent], 4).unwrap().0;
+        let mut gone = Vec::new();
+        state
+            .map()
+            .unmap(&(at(2)..at(4)), |pages| gone.push(pages))
+            .unwrap();
+        assert_eq!(gone.len(), 1);
+        assert_eq!(gone[0], 514..516);
+        assert_eq!(state.map().address_of(514), None);
+        assert_eq!(state.map().address_of(513), Some((at(1), 1)));
+        assert_eq!(state.map().page_at(at(4)), Some(516));
+    }
+
+    #[test]
+    fn too_many_pieces_leave_the_map_as_it_was() {
+        let extent = Extent {
+            address: at(0),
+            pages: 10,
+            first_page: 0,
+        };
+        let state = State::new(64, &[extent], 1).unwrap().0;
+        state.map().unmap(&(at(2)..at(3)), |_| ()).unwrap();
+        assert_eq!(
+            state.map().unmap(&(at(5)..at(6)), |_| ()),
+            Err(TooManyPieces)
+        );
+        assert_eq!(state.map().page_at(at(5)), Some(5));
+    }
+}

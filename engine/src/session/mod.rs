@@ -1,0 +1,248 @@
+//! One restore: one address space, one userfaultfd, one table of page states.
+//!
+//! ```text
+//!   owner's threads          kernel             session
+//!   ---------------          ------             -------
+//!   touch absent page  -->   PAGEFAULT   -->    look up, claim frame, read, check, decode,
+//!                      <--   woken       <--    COPY its run, then the rest of the frame
+//!   madvise(DONTNEED)  -->   REMOVE      -->    removed
+//!   munmap, mremap     -->   UNMAP,REMAP -->    address map, WAKE of the old range
+//!                                               prefetch: the same path, from the other side
+//! ```
+//!
+//! What can happen to a page, and what follows:
+//!
+//! | state | fault | frame arrives good | frame is bad | REMOVE |
+//! | --- | --- | --- | --- | --- |
+//! | absent | decode, COPY, -> present | COPY, -> present | demand: failure policy; prefetch: stays absent | -> removed |
+//! | present (advice) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
+//! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
+//! | poisoned | POISON again; if EEXIST, WAKE | skip | skip | -> removed |
+//!
+//! A frame that is being decoded is *claimed*; who wants it waits for the claimer and looks again.
+//!
+//! The rules that make it right:
+//!
+//! 1. One thread at a time reads messages, holding the install lock exclusively until it has recorded
+//!    them all, in the order read, and has woken the old range of each UNMAP and REMAP
+//!    ([`events`]). The kernel gives faults before events, so no fault of a batch is served before
+//!    its events are recorded.
+//! 2. Installing holds the lock shared over {look up state and address; one ioctl of at most 256 KiB}
+//!    ([`install`]). The owner's discard goes on only when its event was read, that is, when no
+//!    install that was decided before it can still come after it.
+//! 3. EAGAIN means that an event waits to be read: the lock is let go, events are read, and everything
+//!    is looked up again.
+//! 4. A page is marked present after the ioctl succeeded or said EEXIST, and a fault on a present
+//!    page is answered by ZEROPAGE, never by WAKE alone: where the mark was wrong, WAKE alone would
+//!    fault for ever.
+//! 5. A fault at an address of no region gets a zero page or, if nothing is mapped there, a WAKE.
+
+mod claims;
+mod events;
+mod failure;
+mod fault;
+mod image;
+mod inbox;
+mod install;
+mod kernel;
+mod map;
+mod platform;
+mod prefetch;
+mod state;
+mod stats;
+
+#[cfg(test)]
+mod check;
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+pub use failure::{Failure, FailureKind, OnFailure, Verdict};
+pub use stats::{Histogram, Percentiles};
+
+pub(crate) use claims::Claims;
+pub(crate) use fault::Worker;
+pub(crate) use image::{SnapshotImage, zero_runs};
+pub(crate) use inbox::{Fault, Inbox};
+pub(crate) use kernel::Kernel;
+pub(crate) use map::Extent;
+pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
+pub(crate) use state::State;
+pub(crate) use stats::{Pages, Stats};
+
+/// Failures that are kept word for word; more are only counted.
+const KEPT_FAILURES: usize = 1000;
+
+/// What a failed page comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// Poison it.
+    Poison,
+    /// Nobody answers now: the owner is being ended, or somebody else will answer the fault.
+    Leave,
+}
+
+/// Who answers for the owner of the memory when it can't be restored.
+pub(crate) trait Guard: Send + Sync {
+    /// Decides about a page that a fault wants and that can't be restored.
+    fn decide(&self, fault: Fault, failure: &Failure) -> Decision;
+    /// The session can't go on, and the owner must not: ends the owner.
+    fn end_owner(&self, why: &str);
+}
+
+/// Called with the number of each page that a fault brought in.
+pub(crate) type TouchObserver = Box<dyn Fn(PageNumber) + Send + Sync>;
+
+/// One restore. Any number of threads serve faults ([`Session::serve`]) and prefetch.
+pub(crate) struct Session<P, I> {
+    pub(crate) platform: P,
+    pub(crate) image: I,
+    pub(crate) state: State,
+    pub(crate) inbox: Inbox,
+    pub(crate) stats: Stats,
+    claims: Claims,
+    guard: Box<dyn Guard>,
+    observer: Option<TouchObserver>,
+    failures: Mutex<Failures>,
+    phase: Phase,
+}
+
+/// How far a session is.
+#[derive(Debug, Default)]
+struct Phase {
+    /// Threads that serve faults shall return.
+    ending: AtomicBool,
+    /// Every page is settled.
+    complete: AtomicBool,
+}
+
+/// The failures seen so far.
+#[derive(Debug, Default)]
+struct Failures {
+    kept: Vec<Failure>,
+    count: u64,
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    pub(crate) fn new(
+        platform: P,
+        image: I,
+        state: State,
+        guard: Box<dyn Guard>,
+        observer: Option<TouchObserver>,
+        threads: usize,
+    ) -> Self {
+        Self {
+            platform,
+            image,
+            state,
+            inbox: Inbox::new(),
+            stats: Stats::default(),
+            claims: Claims::new(threads),
+            guard,
+            observer,
+            failures: Mutex::default(),
+            phase: Phase::default(),
+        }
+    }
+
+    /// Makes every thread return from [`Session::serve`]. Faults that still wait are not answered.
+    pub(crate) fn end(&self) {
+        self.phase.ending.store(true, Relaxed);
+        self.platform.kick();
+    }
+
+    /// Lets the fault threads look whether anything has changed.
+    pub(crate) fn kick(&self) {
+        self.platform.kick();
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.phase.ending.load(Relaxed)
+    }
+
+    /// Whether every page is present, removed or poisoned.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.phase.complete.load(Relaxed)
+    }
+
+    /// Where the owner has pages that are absent, piece by piece, and how many.
+    pub(crate) fn missing(&self) -> Vec<(u64, u64)> {
+        let mut missing = Vec::new();
+        for extent in self.state.map().extents() {
+            let mut next = extent.first_page;
+            let end = next + extent.pages;
+            while let Some(absent) = self.state.absent_in(next..end) {
+                let address = extent.address + (absent.start - extent.first_page) * PAGE;
+                missing.push((address, absent.end - absent.start));
+                next = absent.end;
+            }
+        }
+        missing
+    }
+
+    /// Serves a fault that was left: its content may be had now.
+    pub(crate) fn serve_again(&self, fault: Fault) {
+        self.inbox.arrived(fault.address);
+        self.platform.kick();
+    }
+
+    /// Finishes if every page is settled. True if so.
+    ///
+    /// The kernel may answer now: a page that is missing all the same was discarded. Whose discard waits for its
+    /// event to be read must not wait for ever, so events are read until none can be left.
+    fn finish_if_settled(&self) -> bool {
+        if !self.state.may_be_settled() {
+            return false;
+        }
+        let hold = self.platform.exclusive();
+        if self.state.recount() > 0 {
+            return false;
+        }
+        drop(hold);
+        let extents: Vec<Extent> = self.state.map().extents().collect();
+        for extent in &extents {
+            self.platform
+                .unregister(extent.address, extent.pages * PAGE);
+        }
+        let mut tries = 0;
+        while let Some(extent) = extents.first() {
+            self.read_events();
+            if !self.platform.is_changing(extent.address) || !self.platform.back_off(tries) {
+                break;
+            }
+            tries += 1;
+        }
+        self.phase.complete.store(true, Relaxed);
+        self.end();
+        true
+    }
+
+    fn owner_is_gone(&self) {
+        tracing::debug!("the owner of the memory is gone");
+        self.end();
+    }
+
+    /// Keeps a failure for the report; one for each place in the file.
+    pub(crate) fn report(&self, failure: &Failure) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = failures
+            .kept
+            .iter()
+            .any(|kept| kept.page == failure.page && kept.offset == failure.offset);
+        if known {
+            return;
+        }
+        failures.count += 1;
+        if failures.kept.len() < KEPT_FAILURES {
+            tracing::warn!(%failure, "a page can't be restored");
+            failures.kept.push(failure.clone());
+        }
+    }
+
+    /// The failures kept, and how many there were.
+    pub(crate) fn failures(&self) -> (Vec<Failure>, u64) {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        (failures.kept.clone(), failures.count)
+    }
+}

@@ -1,0 +1,159 @@
+//! What the session needs from outside: a kernel, threads, a content.
+//!
+//! The session is written against these traits, so that the same code runs on the real kernel and
+//! on a model of it that tries every interleaving.
+
+use snapshot_format::Reason;
+
+use super::claims::{Claims, FrameId};
+use super::failure::Failure;
+
+/// A page's number in the snapshot.
+pub(crate) type PageNumber = u64;
+
+/// Bytes of a page, as addresses count them.
+pub(crate) const PAGE: u64 = snapshot_format::layout::PAGE_SIZE_U64;
+
+/// What an install did. Addresses and lengths are the owner's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Installed {
+    /// All of it; waiting threads were woken.
+    Done,
+    /// The first bytes (a multiple of the page size, more than none); nothing is known of the rest.
+    Partial(u64),
+    /// A page is there already, at the first address.
+    Exists,
+    /// The mappings are changing: an event has to be read first. Nothing was installed.
+    Again,
+    /// Not wholly inside one registered mapping.
+    Gone,
+    /// The owner is gone.
+    OwnerGone,
+    /// The kernel had no memory; nothing was installed.
+    NoMemory,
+    /// The kernel refused with this errno, which no rule foresees.
+    Refused(i32),
+}
+
+/// What the userfaultfd reports.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A thread waits for the page at `address`.
+    Fault { address: u64 },
+    /// The range is being discarded: its pages are zero from now on.
+    Remove { start: u64, end: u64 },
+    /// The range is no longer mapped.
+    Unmap { start: u64, end: u64 },
+    /// The range moved.
+    Remap { from: u64, to: u64, len: u64 },
+    /// Something that this session didn't ask for.
+    Unexpected,
+}
+
+/// Why [`Platform::wait_readable`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// There may be something to read, or in the inbox.
+    Ready,
+    /// The userfaultfd is at its end: the owner is gone.
+    End,
+}
+
+/// The kernel and the threads under a session.
+pub(crate) trait Platform: Sync {
+    /// A shared hold of the install lock.
+    type Shared<'a>
+    where
+        Self: 'a;
+    /// An exclusive hold of the install lock.
+    type Exclusive<'a>
+    where
+        Self: 'a;
+    /// The right to wait for messages, which one thread has at a time.
+    type Lead<'a>
+    where
+        Self: 'a;
+
+    /// Takes the install lock shared: for {look up; one ioctl}.
+    fn shared(&self) -> Self::Shared<'_>;
+    /// Takes the install lock exclusively: for {read; record; wake}.
+    fn exclusive(&self) -> Self::Exclusive<'_>;
+    /// Waits for the right to wait for messages.
+    fn lead(&self) -> Self::Lead<'_>;
+    /// Waits until there may be a message or [`Platform::kick`] was called.
+    fn wait_readable(&self) -> Waited;
+    /// Ends the current or the next [`Platform::wait_readable`].
+    fn kick(&self);
+    /// Waits until nobody has claimed `frame`.
+    fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
+    /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no event to read.
+    /// False: it has been too long.
+    fn back_off(&self, tries: u32) -> bool;
+
+    /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
+    /// Returns how many.
+    fn read(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(Event)) -> usize;
+    /// Copies `bytes` to missing pages from `address` on and wakes who waits for them.
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed;
+    /// Maps zeros to missing pages and wakes who waits for them.
+    fn zeropage(&self, address: u64, len: u64) -> Installed;
+    /// Marks missing pages as poisoned and wakes who waits for them.
+    fn poison(&self, address: u64, len: u64) -> Installed;
+    /// Wakes who waits for a page in the range; each looks again.
+    fn wake(&self, address: u64, len: u64);
+    /// Gives the range back to the kernel, which from now on answers a missing page with zeros, and
+    /// wakes who waits in it. Nothing happens where nothing is registered any more.
+    fn unregister(&self, address: u64, len: u64);
+    /// Whether somebody waits, or is about to wait, for an event to be read. `address` was registered
+    /// and isn't any more.
+    fn is_changing(&self, address: u64) -> bool;
+}
+
+/// What one page of the snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content<F> {
+    /// It repeats a word.
+    Fill(u64),
+    /// It is a slot of a frame.
+    Stored(F, u16),
+    /// It could not be read when the snapshot was taken.
+    Unavailable,
+}
+
+/// Consecutive pages in consecutive slots of a decoded frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) page: PageNumber,
+    pub(crate) slot: u16,
+    pub(crate) count: u16,
+}
+
+/// The content that a session restores.
+pub(crate) trait Image: Sync {
+    /// Where a frame is.
+    type Frame: Copy;
+    /// Reads, checks and decodes frames; one for each thread, so that nothing is allocated later.
+    type Decoder;
+
+    /// What tells frames apart.
+    fn id(&self, frame: &Self::Frame) -> FrameId;
+
+    /// What `page` is.
+    fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<Self::Frame>, Failure>;
+
+    /// Decodes `frame` into the decoder's buffer and writes to `runs` the pages that it holds, each
+    /// confirmed by its own index entry.
+    fn decode(
+        &self,
+        decoder: &mut Self::Decoder,
+        frame: &Self::Frame,
+        reason: Reason,
+        runs: &mut Vec<Run>,
+    ) -> Result<(), Failure>;
+
+    /// The bytes of the last frame decoded.
+    fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];
+
+    /// A failure that names this snapshot.
+    fn failure(&self, detail: String) -> Failure;
+}

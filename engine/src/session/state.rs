@@ -1,0 +1,309 @@
+//! The page states and the address map: what has to outlive a worker, in one block of memory.
+//!
+//! | words | what |
+//! | --- | --- |
+//! | 8 | header: which copy of the address map is valid, pages not settled, extents of each copy |
+//! | n | `removed`, one bit a page: sticky, the page is zero from now on |
+//! | n | `present`, one bit a page: the kernel said that the page is there; advice |
+//! | n | `poisoned`, one bit a page |
+//! | m | the address map, two copies ([`super::map`]) |
+//!
+//! n is a word for each 64 page numbers. `removed` is written under an exclusive hold of the install lock only; the
+//! others under any hold. All accesses are relaxed: the lock orders what has to be in order.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::mem::{Block, Ring};
+
+use super::map::{Extent, Map};
+use super::platform::PageNumber;
+
+/// Word of the header that says which copy of the map is valid, and how often it changed.
+const MAP_VERSION: usize = 0;
+/// Word of the header that counts the pages in no settled state; never above the truth.
+const UNSETTLED: usize = 1;
+/// Words of the header that count the extents of each copy of the map.
+const EXTENTS: usize = 2;
+/// Words before the bitmaps.
+const HEADER_END: usize = 8;
+
+/// What the session believes of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Status {
+    /// It has to be installed.
+    Absent,
+    /// The kernel said that it is there.
+    Present,
+    /// The owner discarded it: it is zero.
+    Removed,
+    /// It couldn't be restored.
+    Poisoned,
+}
+
+/// The shared state of a session.
+#[derive(Debug)]
+pub(crate) struct State {
+    block: Arc<Block>,
+    words: usize,
+    pages: PageNumber,
+    bitmap_words: usize,
+    extent_capacity: usize,
+}
+
+impl State {
+    /// The state of `pages` page numbers, of which those in `extents` belong to the owner, with
+    /// room for `extra` pieces that unmapping and moving may leave. The ring is for its messages.
+    pub(crate) fn new(
+        pages: PageNumber,
+        extents: &[Extent],
+        extra: usize,
+    ) -> io::Result<(Self, Ring)> {
+        let too_many = || io::Error::other(format!("{pages} pages are too many for memory"));
+        let bitmap_words = usize::try_from(pages.div_ceil(64)).map_err(|_| too_many())?;
+        let extent_capacity = extents.len() + extra;
+        let words = HEADER_END + 3 * bitmap_words + 2 * Map::words(extent_capacity);
+        let (block, ring) = Block::anonymous((words * size_of::<u64>()) as u64)?;
+        let state = Self {
+            block,
+            words,
+            pages,
+            bitmap_words,
+            extent_capacity,
+        };
+        state.map().publish(extents.to_vec());
+        // Numbers past the end of a region belong to no page: nobody has to bring them.
+        let mut owned: Vec<_> = extents.iter().map(Extent::page_numbers).collect();
+        owned.sort_unstable_by_key(|range| range.start);
+        let mut next = 0;
+        for range in &owned {
+            state.mark_removed(next..range.start);
+            next = range.end;
+        }
+        state.mark_removed(next..pages);
+        let owned = owned.iter().map(|range| range.end - range.start).sum();
+        state.words()[UNSETTLED].store(owned, Relaxed);
+        Ok((state, ring))
+    }
+
+    /// Where the owner has the pages.
+    pub(crate) fn map(&self) -> Map<'_> {
+        let words = self.words();
+        let start = HEADER_END + 3 * self.bitmap_words;
+        let each = Map::words(self.extent_capacity);
+        Map::new(
+            &words[MAP_VERSION],
+            &words[EXTENTS..EXTENTS + 2],
+            [
+                &words[start..start + each],
+                &words[start + each..start + 2 * each],
+            ],
+        )
+    }
+
+    /// What is believed of `page`. A removed page is that whatever else happened to it.
+    pub(crate) fn status(&self, page: PageNumber) -> Status {
+        let (word, bit) = place(page);
+        let set = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed) & bit != 0;
+        if set(self.removed()) {
+            Status::Removed
+        } else if set(self.present()) {
+            Status::Present
+        } else if set(self.poisoned()) {
+            Status::Poisoned
+        } else {
+            Status::Absent
+        }
+    }
+
+    /// The first range of absent pages in `within`.
+    pub(crate) fn absent_in(&self, within: Range<PageNumber>) -> Option<Range<PageNumber>> {
+        let start = within
+            .clone()
+            .find(|page| self.status(*page) == Status::Absent)?;
+        let end = (start..within.end)
+            .find(|page| self.status(*page) != Status::Absent)
+            .unwrap_or(within.end);
+        Some(start..end)
+    }
+
+    /// Whether any page of `within` is absent; looks at 64 pages at once.
+    pub(crate) fn any_absent(&self, within: Range<PageNumber>) -> bool {
+        masks(within).any(|(word, mask)| self.settled_word(word) & mask != mask)
+    }
+
+    /// How many pages of `within` are absent.
+    pub(crate) fn count_absent(&self, within: Range<PageNumber>) -> u64 {
+        masks(within)
+            .map(|(word, mask)| u64::from((mask & !self.settled_word(word)).count_ones()))
+            .sum()
+    }
+
+    /// Records pages that the kernel said are there.
+    pub(crate) fn mark_present(&self, pages: Range<PageNumber>) {
+        self.mark(self.present(), pages);
+    }
+
+    /// Records pages that are zero from now on.
+    pub(crate) fn mark_removed(&self, pages: Range<PageNumber>) {
+        self.mark(self.removed(), pages);
+    }
+
+    /// Records pages that couldn't be restored.
+    pub(crate) fn mark_poisoned(&self, pages: Range<PageNumber>) {
+        self.mark(self.poisoned(), pages);
+    }
+
+    fn mark(&self, bitmap: &[AtomicU64], pages: Range<PageNumber>) {
+        let mut new = 0;
+        for (word, mask) in masks(pages.start..pages.end.min(self.pages)) {
+            let settled = self.settled_word(word);
+            bitmap[word].fetch_or(mask, Relaxed);
+            new += u64::from((mask & !settled).count_ones());
+        }
+        if new > 0 {
+            let unsettled = &self.words()[UNSETTLED];
+            // Two threads may both have counted a page: the count may fall short of the truth, and
+            // `recount` corrects it. It must not wrap.
+            let _ = unsettled.fetch_update(Relaxed, Relaxed, |n| Some(n.saturating_sub(new)));
+        }
+    }
+
+    /// Whether every page may be settled; [`State::recount`] tells.
+    pub(crate) fn may_be_settled(&self) -> bool {
+        self.words()[UNSETTLED].load(Relaxed) == 0
+    }
+
+    /// Counts the owner's pages that are absent. The caller holds the install lock exclusively.
+    pub(crate) fn recount(&self) -> u64 {
+        let map = self.map();
+        let absent = map
+            .extents()
+            .map(|extent| self.count_absent(extent.page_numbers()))
+            .sum();
+        self.words()[UNSETTLED].store(absent, Relaxed);
+        absent
+    }
+
+    /// The state as numbers, for telling two states apart.
+    #[cfg(test)]
+    pub(crate) fn snapshot(&self) -> Vec<u64> {
+        self.words().iter().map(|word| word.load(Relaxed)).collect()
+    }
+
+    fn settled_word(&self, word: usize) -> u64 {
+        self.removed()[word].load(Relaxed)
+            | self.present()[word].load(Relaxed)
+            | self.poisoned()[word].load(Relaxed)
+    }
+
+    fn removed(&self) -> &[AtomicU64] {
+        self.bitmap(0)
+    }
+
+    fn present(&self) -> &[AtomicU64] {
+        self.bitmap(1)
+    }
+
+    fn poisoned(&self) -> &[AtomicU64] {
+        self.bitmap(2)
+    }
+
+    fn bitmap(&self, which: usize) -> &[AtomicU64] {
+        let start = HEADER_END + which * self.bitmap_words;
+        &self.words()[start..start + self.bitmap_words]
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        self.block.words(0, self.words)
+    }
+}
+
+/// The word of a page's bit, and the bit.
+fn place(page: PageNumber) -> (usize, u64) {
+    (word_of(page), 1 << (page % 64))
+}
+
+/// The word of a page's bit. Page numbers fit: the block that holds the bits was allocated.
+fn word_of(page: PageNumber) -> usize {
+    crate::sys::to_usize(page / 64)
+}
+
+/// The words that hold the bits of `pages`, each with the mask of those bits.
+fn masks(pages: Range<PageNumber>) -> impl Iterator<Item = (usize, u64)> {
+    let words = if pages.is_empty() {
+        0..0
+    } else {
+        pages.start / 64..(pages.end - 1) / 64 + 1
+    };
+    words.map(move |word| {
+        let low = pages.start.max(word * 64) - word * 64;
+        let high = pages.end.min((word + 1) * 64) - word * 64;
+        let ones = if high - low == 64 {
+            u64::MAX
+        } else {
+            (1 << (high - low)) - 1
+        };
+        (word_of(word * 64), ones << low)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Status::{Absent, Poisoned, Present, Removed};
+
+    fn one_extent(pages: u64) -> State {
+        let extent = Extent {
+            address: 1 << 30,
+            pages,
+            first_page: 0,
+        };
+        State::new(pages, &[extent], 8).unwrap().0
+    }
+
+    /// The masks of a range have exactly the bits of its pages.
+    #[test]
+    fn masks_are_the_pages() {
+        for start in 0..140_u64 {
+            for end in start..200 {
+                let mut bits = [0_u64; 4];
+                for (word, mask) in masks(start..end) {
+                    bits[word] |= mask;
+                }
+                for page in 0..200_u64 {
+                    let set = bits[word_of(page)] >> (page % 64) & 1 == 1;
+                    assert_eq!(set, (start..end).contains(&page), "{start}..{end}: {page}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn removed_wins_over_all() {
+        let state = one_extent(100);
+        state.mark_present(3..5);
+        state.mark_poisoned(4..6);
+        state.mark_removed(3..4);
+        let seen: Vec<_> = (2..7).map(|page| state.status(page)).collect();
+        assert_eq!(seen, [Absent, Removed, Present, Poisoned, Absent]);
+        assert_eq!(state.recount(), 97);
+    }
+
+    #[test]
+    fn pages_are_counted_once_and_only_where_mapped() {
+        let state = one_extent(130);
+        state.mark_present(0..130);
+        state.mark_removed(10..500);
+        assert!(state.may_be_settled());
+        assert_eq!(state.recount(), 0);
+        let state = one_extent(130);
+        state.mark_present(0..129);
+        assert!(!state.may_be_settled());
+        assert!(state.any_absent(64..130));
+        assert!(!state.any_absent(0..129));
+        assert_eq!(state.absent_in(0..130), Some(129..130));
+    }
+}
