@@ -1,0 +1,416 @@
+//! What to restore, and how.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use snapshot_format::{ReadError, Region, Snapshot};
+
+use crate::mem::{Advice, MappingOptions, MemError, RawRegion, first_populated};
+use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
+use crate::sys::{
+    Features, Ioctls, Mask, Modes, OpenError, OpenOptions, RegisterError, UserModeOnly, Userfaultfd,
+};
+
+use super::guard::{Asker, Owner};
+use super::restored::{Inner, Restored, RestoredRegion};
+use super::threads::{Hook, ThreadError, start_threads};
+
+/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and `mremap`.
+const SPARE_PIECES: usize = 4096;
+
+/// What is fetched before it is touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Prefetch {
+    /// Nothing: pages come when they are touched.
+    Off,
+    /// The snapshot's working sets, in their order. Nothing if it has none.
+    WorkingSet,
+    /// The working sets, then everything else in address order.
+    All,
+}
+
+/// A restore into this process, being described.
+#[must_use = "nothing happens before `start`"]
+pub struct Restore {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) regions: BTreeMap<usize, RawRegion>,
+    pub(super) fault_threads: usize,
+    pub(super) prefetch: Prefetch,
+    pub(super) prefetch_threads: usize,
+    pub(super) prefetch_bandwidth: Option<u64>,
+    pub(super) on_failure: OnFailure,
+    pub(super) user_mode_only: bool,
+    pub(super) leave_zero_runs: bool,
+    pub(super) huge_pages: bool,
+    pub(super) mask: Mask,
+    pub(super) hook: Option<Hook>,
+    pub(super) observer: Option<Box<dyn Fn(u64) + Send + Sync>>,
+}
+
+/// Why a restore did not start. Nothing is left mapped or running.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// This machine or process may not use userfaultfd as asked.
+    #[error("userfaultfd can't be used")]
+    Userfaultfd(#[from] OpenError),
+    /// The snapshot could not be read.
+    #[error("the snapshot can't be read")]
+    Snapshot(#[from] ReadError),
+    /// Memory could not be mapped or advised.
+    #[error("memory for region {region} ({bytes} bytes) can't be prepared")]
+    Memory {
+        /// Number of the region.
+        region: usize,
+        /// Its length.
+        bytes: u64,
+        /// What the kernel said.
+        source: MemError,
+    },
+    /// The caller's memory doesn't fit the region.
+    #[error("the memory given for region {region} has {given} bytes, but the region has {needed}")]
+    RegionLength {
+        /// Number of the region.
+        region: usize,
+        /// What was given.
+        given: u64,
+        /// What the snapshot says.
+        needed: u64,
+    },
+    /// Memory was given for a region that the snapshot doesn't have.
+    #[error(
+        "memory was given for region {region}, but the snapshot has {count} regions, numbered from 0"
+    )]
+    NoSuchRegion {
+        /// Number given.
+        region: usize,
+        /// Regions of the snapshot.
+        count: usize,
+    },
+    /// A range could not be registered.
+    #[error("region {region} can't be registered with userfaultfd")]
+    Register {
+        /// Number of the region.
+        region: usize,
+        /// What the kernel said.
+        source: RegisterError,
+    },
+    /// A page is there already, so it would not be restored.
+    #[error(
+        "the memory for region {region} is not empty: a page is present at {address:#x}. Give fresh anonymous memory; \
+         under mlockall(MCL_FUTURE) map it PROT_NONE, munlock it, and mprotect it before"
+    )]
+    NotEmpty {
+        /// Number of the region.
+        region: usize,
+        /// The first page that is present.
+        address: u64,
+    },
+    /// Bad pages were to be poisoned, which this kernel can't do.
+    #[error(
+        "pages can't be poisoned on this kernel (UFFDIO_POISON needs Linux 6.6): choose another way to treat failures"
+    )]
+    NoPoison,
+    /// Memory for the session's tables or threads.
+    #[error("{what} can't be made")]
+    Resources {
+        /// What.
+        what: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+impl Restore {
+    /// Restores `snapshot` into memory of this process: mapped by the engine, unless given by
+    /// [`Restore::region`].
+    pub fn new(snapshot: Arc<Snapshot>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self {
+            snapshot,
+            regions: BTreeMap::new(),
+            fault_threads: 2,
+            prefetch: Prefetch::Off,
+            prefetch_threads: cores,
+            prefetch_bandwidth: None,
+            on_failure: OnFailure::Poison,
+            user_mode_only: false,
+            leave_zero_runs: true,
+            huge_pages: false,
+            mask: Mask::NONE,
+            hook: None,
+            observer: None,
+        }
+    }
+
+    /// Restores region `index` into the caller's memory, which must have its length and be empty.
+    pub fn region(mut self, index: usize, memory: RawRegion) -> Self {
+        self.regions.insert(index, memory);
+        self
+    }
+
+    /// Threads that serve faults; at least 1. One serves one toucher well; more help when many touch at
+    /// once, or when the store is slow. Default 2.
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.fault_threads = threads.max(1);
+        self
+    }
+
+    /// What is fetched before it is touched. Default [`Prefetch::Off`].
+    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+        self.prefetch = prefetch;
+        self
+    }
+
+    /// Threads that fetch ahead; at least 1. Default: one for each core.
+    pub fn prefetch_threads(mut self, threads: usize) -> Self {
+        self.prefetch_threads = threads.max(1);
+        self
+    }
+
+    /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
+    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.prefetch_bandwidth = Some(bytes_per_second.max(1));
+        self
+    }
+
+    /// What is done when a touched page can't be restored. Default [`OnFailure::Poison`]; for a VM's memory choose
+    /// [`OnFailure::Abort`].
+    pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
+        self.on_failure = on_failure;
+        self
+    }
+
+    /// Permits a userfaultfd that serves faults of user code only, where another is not permitted. A
+    /// system call or virtual CPU that touches a missing page then fails with EFAULT. Default: no.
+    pub fn user_mode_only(mut self, permitted: bool) -> Self {
+        self.user_mode_only = permitted;
+        self
+    }
+
+    /// Whether the longest zero runs are left to the kernel, which serves them at its own price. Say no
+    /// if the memory will be moved by `mremap`, which can't move a range that is registered in parts.
+    /// Default: yes.
+    pub fn leave_zero_runs(mut self, leave: bool) -> Self {
+        self.leave_zero_runs = leave;
+        self
+    }
+
+    /// Advises huge pages for the memory when it is complete. Default: no.
+    pub fn huge_pages(mut self, advise: bool) -> Self {
+        self.huge_pages = advise;
+        self
+    }
+
+    /// Hides a part of the kernel, to try what an older one would do.
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.mask = mask;
+        self
+    }
+
+    /// Called in each engine thread before it does anything, for instance to confine it. The signals are blocked by then.
+    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.hook = Some(Arc::new(hook));
+        self
+    }
+
+    /// Called with the number of each page that a touch brought in, in that order, by the thread that served it:
+    /// the working set of whoever runs.
+    pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        self.observer = Some(Box::new(observer));
+        self
+    }
+
+    /// Maps what has to be mapped, registers it, starts the threads, and returns: the memory may be
+    /// touched.
+    pub fn start(mut self) -> Result<Restored, StartError> {
+        let begun = Instant::now();
+        let resources = |what| move |source| StartError::Resources { what, source };
+        let snapshot = Arc::clone(&self.snapshot);
+        let image = SnapshotImage::new(Arc::clone(&snapshot))?;
+        let needed = snapshot.regions()?;
+        if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
+            return Err(StartError::NoSuchRegion {
+                region: *index,
+                count: needed.len(),
+            });
+        }
+        let regions = self.memory()?;
+        let user_mode_only = if self.user_mode_only {
+            UserModeOnly::IfNeeded
+        } else {
+            UserModeOnly::Never
+        };
+        let uffd = OpenOptions::new()
+            .wanted(Features::EMPTY)
+            .mask(self.mask)
+            .user_mode_only(user_mode_only)
+            .open()?;
+        let extents: Vec<Extent> = regions
+            .iter()
+            .zip(needed)
+            .map(|(memory, region)| Extent {
+                address: memory.address(),
+                pages: region.pages,
+                first_page: region.first_page,
+            })
+            .collect();
+        let (state, ring) = State::new(snapshot.page_slots(), &extents, SPARE_PIECES)
+            .map_err(resources("the session's tables"))?;
+        let left = if self.leave_zero_runs {
+            zero_runs(&snapshot)?
+        } else {
+            Vec::new()
+        };
+        for (index, (memory, region)) in regions.iter().zip(needed).enumerate() {
+            self.register(&uffd, index, memory, region, &left)?;
+            for pages in within(region.page_numbers(), &left) {
+                state.mark_present(pages);
+            }
+        }
+        let kernel = Kernel::new(uffd, ring).map_err(resources("the session's wake-up"))?;
+        let asker = match &self.on_failure {
+            OnFailure::Ask(callback) => Some(Asker::new(Arc::clone(callback))),
+            OnFailure::Poison | OnFailure::Abort => None,
+        };
+        let owner = Owner::new(&self.on_failure, asker.as_ref());
+        let session = Session::new(
+            kernel,
+            image,
+            state,
+            Box::new(owner),
+            self.observer.take(),
+            self.fault_threads + self.prefetch_threads,
+        );
+        let named = regions
+            .iter()
+            .zip(needed)
+            .map(|(memory, region)| RestoredRegion {
+                name: region.name.clone(),
+                space: region.space,
+                start: region.start,
+                first_page: region.first_page,
+                memory: memory.clone(),
+            });
+        let inner = Arc::new(Inner::new(session, named.collect(), begun, self.huge_pages));
+        match start_threads(&self, &inner, asker) {
+            Ok(threads) => Ok(Restored::new(inner, threads)),
+            Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
+        }
+    }
+
+    /// Registers the memory of one region, but for the runs that are left to the kernel, and proves that it is
+    /// empty.
+    fn register(
+        &self,
+        uffd: &Userfaultfd,
+        index: usize,
+        memory: &RawRegion,
+        region: &Region,
+        left: &[Range<u64>],
+    ) -> Result<(), StartError> {
+        memory
+            .advise(Advice::DontFork, 0, memory.len())
+            .map_err(|source| StartError::Memory {
+                region: index,
+                bytes: memory.len(),
+                source,
+            })?;
+        for pages in without(region.page_numbers(), left) {
+            let offset = (pages.start - region.first_page) * PAGE;
+            let len = (pages.end - pages.start) * PAGE;
+            let ioctls = uffd
+                .register(memory, offset, len, Modes::MISSING)
+                .map_err(|source| StartError::Register {
+                    region: index,
+                    source,
+                })?;
+            let poisons = matches!(self.on_failure, OnFailure::Poison | OnFailure::Ask(_));
+            if poisons && !ioctls.contains(Ioctls::POISON) {
+                return Err(StartError::NoPoison);
+            }
+        }
+        let populated = first_populated(memory.address(), memory.len());
+        let populated = populated.map_err(|source| StartError::Resources {
+            what: "the proof that the memory is empty",
+            source,
+        })?;
+        match populated {
+            Some(address) => Err(StartError::NotEmpty {
+                region: index,
+                address,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// The memory of each region: the caller's, or new.
+    fn memory(&mut self) -> Result<Vec<RawRegion>, StartError> {
+        let regions = self.snapshot.regions()?.iter().enumerate();
+        regions
+            .map(|(index, region)| match self.regions.remove(&index) {
+                Some(memory) if memory.len() == region.bytes() => Ok(memory),
+                Some(memory) => Err(StartError::RegionLength {
+                    region: index,
+                    given: memory.len(),
+                    needed: region.bytes(),
+                }),
+                None => MappingOptions::new()
+                    .congruent_to(region.start)
+                    .map(region.bytes())
+                    .map(|mapping| RawRegion::owned(Arc::new(mapping)))
+                    .map_err(|source| StartError::Memory {
+                        region: index,
+                        bytes: region.bytes(),
+                        source,
+                    }),
+            })
+            .collect()
+    }
+}
+
+/// The parts of `pages` that are in one of `runs`.
+fn within(pages: Range<u64>, runs: &[Range<u64>]) -> Vec<Range<u64>> {
+    let cut = |run: &Range<u64>| run.start.max(pages.start)..run.end.min(pages.end);
+    let mut parts: Vec<_> = runs
+        .iter()
+        .map(cut)
+        .filter(|part| !part.is_empty())
+        .collect();
+    parts.sort_unstable_by_key(|part| part.start);
+    parts
+}
+
+/// The parts of `pages` that are in none of `runs`.
+fn without(pages: Range<u64>, runs: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut parts = Vec::new();
+    let mut next = pages.start;
+    for run in within(pages.clone(), runs) {
+        if next < run.start {
+            parts.push(next..run.start);
+        }
+        next = next.max(run.end);
+    }
+    if next < pages.end {
+        parts.push(next..pages.end);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_split_a_region() {
+        let runs = [600..700, 0..10, 1020..2000];
+        assert_eq!(within(512..1024, &runs), [600..700, 1020..1024]);
+        assert_eq!(without(512..1024, &runs), [512..600, 700..1020]);
+        assert_eq!(without(600..700, &runs), []);
+        assert!(without(0..10, &runs).is_empty());
+    }
+}

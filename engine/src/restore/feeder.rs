@@ -1,0 +1,194 @@
+//! Prefetch: what is fetched next, and by whom.
+//!
+//! A feeder gives one index block at a time to a rayon pool of its own and never more blocks than there are
+//! threads: rayon has no priorities, so what may have to wait is not queued in it. It stands back while demand waits, and keeps to a
+//! budget.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use snapshot_format::layout::PAGES_PER_BLOCK_U64;
+
+use crate::session::{PAGE, SnapshotImage, Worker};
+
+use super::builder::Prefetch;
+use super::restored::Inner;
+use super::threads::Hook;
+
+/// The longest that prefetch waits for demand before a frame: an owner that faults all the time must not stop it.
+const LONGEST_STAND_BACK: Duration = Duration::from_micros(500);
+/// How long it waits before it looks again.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
+
+/// What the feeder shall do.
+pub(super) struct Plan {
+    pub(super) prefetch: Prefetch,
+    pub(super) threads: usize,
+    pub(super) bandwidth: Option<u64>,
+    pub(super) hook: Option<Hook>,
+}
+
+/// The thread that decides what is fetched next.
+pub(super) struct Feeder {
+    inner: Arc<Inner>,
+    plan: Plan,
+    pool: rayon::ThreadPool,
+    idle: Receiver<Worker<SnapshotImage>>,
+    done: Sender<Worker<SnapshotImage>>,
+    /// Pages that the pass left absent.
+    left: Arc<AtomicU64>,
+}
+
+impl Feeder {
+    pub(super) fn new(inner: &Arc<Inner>, plan: Plan) -> io::Result<Self> {
+        let hook = plan.hook.clone();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(plan.threads)
+            .thread_name(|i| format!("snap-fetch-{i}"))
+            .start_handler(move |i| {
+                if let Some(hook) = &hook {
+                    hook(&format!("snap-fetch-{i}"));
+                }
+            })
+            .build()
+            .map_err(io::Error::other)?;
+        let (done, idle) = channel();
+        for _ in 0..plan.threads {
+            // The receiver is in our hands.
+            let _ = done.send(Worker::new(inner.session.image.decoder()));
+        }
+        Ok(Self {
+            inner: Arc::clone(inner),
+            plan,
+            pool,
+            idle,
+            done,
+            left: Arc::default(),
+        })
+    }
+
+    /// Fetches all that the plan names, and returns when it is there, can't be had, or the session ends.
+    pub(super) fn run(self) {
+        let begun = Instant::now();
+        let mut handed_out = 0;
+        for runs in self.working_sets() {
+            for pages in runs {
+                self.hand_out(pages, begun, &mut handed_out);
+            }
+        }
+        if self.plan.prefetch == Prefetch::All {
+            // A pass leaves pages that somebody else was bringing; the next finds them there. What one pass leaves as the
+            // one before can't be had.
+            let mut before = u64::MAX;
+            loop {
+                self.left.store(0, Relaxed);
+                let slots = self.inner.session.image.snapshot().page_slots();
+                for block in 0..slots / PAGES_PER_BLOCK_U64 {
+                    let first = block * PAGES_PER_BLOCK_U64;
+                    self.hand_out(first..first + PAGES_PER_BLOCK_U64, begun, &mut handed_out);
+                }
+                self.wait_idle();
+                let left = self.left.load(Relaxed);
+                if left == 0 || left >= before || self.inner.session.is_ending() {
+                    break;
+                }
+                before = left;
+            }
+        }
+        self.wait_idle();
+        self.inner.session.kick();
+        self.inner.prefetch_ended();
+    }
+
+    /// The runs of each working set, those that can be read.
+    fn working_sets(&self) -> Vec<Vec<Range<u64>>> {
+        let snapshot = self.inner.session.image.snapshot();
+        let sets = snapshot.working_sets().unwrap_or_default();
+        let runs = |name: &str| match snapshot.working_set(name) {
+            Ok(runs) => runs
+                .iter()
+                .map(|run| run.first_page..run.first_page + run.pages)
+                .collect(),
+            Err(error) => {
+                tracing::warn!(%error, name, "a working set can't be read");
+                Vec::new()
+            }
+        };
+        sets.iter().map(|set| runs(&set.name)).collect()
+    }
+
+    /// Gives `pages` to the pool when a thread is idle and the budget allows.
+    fn hand_out(&self, pages: Range<u64>, begun: Instant, handed_out: &mut u64) {
+        let session = &self.inner.session;
+        let absent = session.state.count_absent(pages.clone());
+        if absent == 0 || session.is_ending() {
+            return;
+        }
+        if let Some(bandwidth) = self.plan.bandwidth {
+            *handed_out += absent * PAGE;
+            let due = Duration::from_nanos(nanos(*handed_out, bandwidth));
+            self.sleep_until(begun + due);
+        }
+        let Ok(mut worker) = self.idle.recv() else {
+            return;
+        };
+        let (inner, done, left) = (
+            Arc::clone(&self.inner),
+            self.done.clone(),
+            Arc::clone(&self.left),
+        );
+        self.pool.spawn(move || {
+            let session = &inner.session;
+            match session.prefetch(&mut worker, pages, || stand_back(&inner)) {
+                Ok(n) => {
+                    left.fetch_add(n, Relaxed);
+                }
+                Err(stop) => tracing::debug!(?stop, "prefetch stopped"),
+            }
+            // The feeder may have gone.
+            let _ = done.send(worker);
+        });
+    }
+
+    /// Waits until no block is being fetched.
+    fn wait_idle(&self) {
+        let workers: Vec<_> = (0..self.plan.threads)
+            .filter_map(|_| self.idle.recv().ok())
+            .collect();
+        for worker in workers {
+            let _ = self.done.send(worker);
+        }
+    }
+
+    /// Sleeps in short steps, so that the session's end is noticed.
+    fn sleep_until(&self, until: Instant) {
+        while !self.inner.session.is_ending() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(20)));
+        }
+    }
+}
+
+/// Waits while demand waits, but not for ever.
+fn stand_back(inner: &Inner) {
+    let begun = Instant::now();
+    while inner.session.inbox.demand_waits()
+        && !inner.session.is_ending()
+        && begun.elapsed() < LONGEST_STAND_BACK
+    {
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// How long `bytes` take at so many a second.
+fn nanos(bytes: u64, per_second: u64) -> u64 {
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(per_second);
+    u64::try_from(nanos).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,53 @@
+//! Restoring into one's own process.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use snaprestore_engine::restore::{OnFailure, Prefetch, Restore};
+//! use snapshot_format::Snapshot;
+//!
+//! let snapshot = Arc::new(Snapshot::open_path("guest.snap")?);
+//! let restored = Restore::new(snapshot)
+//!     .prefetch(Prefetch::All)
+//!     .on_failure(OnFailure::Abort)
+//!     .start()?;
+//! for region in restored.regions() {
+//!     println!("{:#x}: {} bytes at {:p}", region.start, region.len(), region.as_ptr());
+//! }
+//! restored.wait_complete();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! [`Restore::start`] maps memory (or takes the caller's), registers it with a userfaultfd and returns at once.
+//! From then on the memory may be touched by any thread and by virtual CPUs: what is missing arrives
+//! while the toucher waits. When everything has arrived, the memory is unregistered and the engine's
+//! threads end.
+//!
+//! # Threads
+//!
+//! | name | how many | what |
+//! | --- | --- | --- |
+//! | `snap-fault-N` | [`Restore::fault_threads`] | read faults and events, serve faults |
+//! | `snap-feed` | 1 with prefetch | decides what is fetched next |
+//! | `snap-fetch-N` | [`Restore::prefetch_threads`] | read, decode and install ahead of faults |
+//! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
+//!
+//! All block every signal and start no others. After the hook of
+//! [`Restore::on_thread_start`] has run they make only the system calls of [`SYSTEM_CALLS`], and those that the snapshot's
+//! store, the callbacks and the tracing subscriber make.
+//!
+//! # What memory may do meanwhile
+//!
+//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `munmap`, `mremap` and `mprotect`. Until the restore is complete the memory is left
+//! out of children (`MADV_DONTFORK`): a child could not be served past the parent's end.
+
+mod builder;
+mod feeder;
+mod guard;
+mod restored;
+mod threads;
+
+pub use builder::{Prefetch, Restore, StartError};
+pub use restored::{PageCounts, ReadAtError, Restored, RestoredRegion, Stats, Stop, StopError};
+pub use threads::SYSTEM_CALLS;
+
+pub use crate::session::{Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict};

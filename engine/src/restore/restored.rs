@@ -1,0 +1,426 @@
+//! A restore that runs.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::mem::{Advice, RawRegion};
+use crate::session::{Failure, Kernel, PAGE, Percentiles, Session, SnapshotImage};
+use crate::sys::{ReadFault, read_checked};
+
+use super::threads::Threads;
+
+/// Memory that is being restored.
+#[derive(Clone, Debug)]
+pub struct RestoredRegion {
+    /// The region's name in the snapshot.
+    pub name: String,
+    /// Its address space: 0 for a VM.
+    pub space: u32,
+    /// Its address in the owner's terms.
+    pub start: u64,
+    /// The number of its first page.
+    pub first_page: u64,
+    /// Where it is in this process.
+    pub(super) memory: RawRegion,
+}
+
+impl RestoredRegion {
+    /// Its first byte in this process. Valid as long as the [`Restored`] lives, or the caller's mapping.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.memory.as_ptr()
+    }
+
+    /// Its length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> u64 {
+        self.memory.len()
+    }
+}
+
+/// How [`Restored::stop`] ends a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Everything that is missing is installed first.
+    Complete,
+    /// What is missing becomes inaccessible: a touch is SIGSEGV, a system call gets EFAULT. What is there stays.
+    Inaccessible,
+}
+
+/// Why a restore was not completed. It goes on as before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopError {
+    /// Some pages can't be restored; the first failure tells why.
+    #[error("{count} failures, the first: {first}")]
+    Incomplete {
+        /// Failures.
+        count: u64,
+        /// The first of them.
+        first: Box<Failure>,
+    },
+    /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing its memory.
+    #[error("{missing} pages are still missing")]
+    Missing {
+        /// Pages.
+        missing: u64,
+    },
+}
+
+/// Why [`Restored::read_at`] could not read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadAtError {
+    /// The range is not in the region, or there is no such region.
+    #[error("{len} bytes at offset {offset:#x} are not in region {region}")]
+    OutOfRegion {
+        /// The region asked for.
+        region: usize,
+        /// Where in it.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// A page is poisoned, unmapped or inaccessible.
+    #[error(
+        "region {region} can't be read at offset {offset:#x}: the page is poisoned, inaccessible or unmapped"
+    )]
+    Unreadable {
+        /// The region.
+        region: usize,
+        /// In the first page that can't be read; everything before it was.
+        offset: u64,
+    },
+    /// The kernel refused for another reason.
+    #[error(transparent)]
+    Refused(ReadFault),
+}
+
+/// Pages installed for one reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// From frames.
+    pub copied: u64,
+    /// Repeating a word other than zero.
+    pub filled: u64,
+    /// Zero.
+    pub zeroed: u64,
+}
+
+/// What a restore has done so far.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// From the start call to usable memory.
+    pub mapped: Duration,
+    /// From the start call to the memory being complete, if it is.
+    pub complete: Option<Duration>,
+    /// Faults read.
+    pub faults: u64,
+    /// From reading a fault to its answer.
+    pub fault_time: Percentiles,
+    /// Pages that faults brought in: the touched ones and those that came with them.
+    pub demand: PageCounts,
+    /// Pages that prefetch brought in.
+    pub prefetch: PageCounts,
+    /// Pages poisoned.
+    pub poisoned: u64,
+    /// Events read: discards, unmappings, moves.
+    pub events: u64,
+    /// Installs that had to be repeated because the mappings were changing.
+    pub retries: u64,
+    /// Bytes read from the snapshot for frames and index blocks.
+    pub bytes_read: u64,
+    /// Bytes decoded from frames.
+    pub bytes_decoded: u64,
+    /// Failures so far.
+    pub failures: u64,
+}
+
+/// How often [`Stop::Complete`] looks for pages that are left without a failure.
+const MOST_TRIES: u32 = 10_000;
+
+/// What the engine's threads and the handle share.
+pub(super) struct Inner {
+    pub(super) session: Session<Kernel, SnapshotImage>,
+    regions: Vec<RestoredRegion>,
+    begun: Instant,
+    mapped: Duration,
+    huge_pages: bool,
+    fault_threads: AtomicUsize,
+    complete_nanos: AtomicU64,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+/// What a waiter waits for.
+#[derive(Debug, Default)]
+struct Progress {
+    served_out: bool,
+    prefetched: bool,
+}
+
+impl Inner {
+    pub(super) fn new(
+        session: Session<Kernel, SnapshotImage>,
+        regions: Vec<RestoredRegion>,
+        begun: Instant,
+        huge_pages: bool,
+    ) -> Self {
+        Self {
+            session,
+            regions,
+            begun,
+            mapped: begun.elapsed(),
+            huge_pages,
+            fault_threads: AtomicUsize::new(0),
+            complete_nanos: AtomicU64::new(0),
+            progress: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn fault_thread_starts(&self) {
+        self.fault_threads.fetch_add(1, Relaxed);
+    }
+
+    /// The last fault thread closes a complete session.
+    pub(super) fn fault_thread_ends(&self) {
+        if self.fault_threads.fetch_sub(1, AcqRel) > 1 {
+            return;
+        }
+        if self.session.is_complete() {
+            self.session.platform.close();
+            let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.complete_nanos.store(nanos.max(1), Relaxed);
+            self.release_memory();
+        }
+        self.update(|progress| progress.served_out = true);
+    }
+
+    /// The memory is the owner's alone: children may have it, and huge pages are worth having.
+    fn release_memory(&self) {
+        for RestoredRegion { memory, .. } in &self.regions {
+            // The owner may have unmapped or moved it.
+            let advise = |advice| match memory.advise(advice, 0, memory.len()) {
+                Ok(()) => {}
+                Err(error) => tracing::debug!(%error, ?advice, "advice after completion"),
+            };
+            advise(Advice::DoFork);
+            if self.huge_pages {
+                advise(Advice::HugePages);
+                advise(Advice::Collapse);
+            }
+        }
+    }
+
+    pub(super) fn prefetch_ended(&self) {
+        self.update(|progress| progress.prefetched = true);
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+}
+
+/// A restore that runs: the memory, and the engine's threads that fill it.
+///
+/// Dropping it stops the restore as [`Stop::Inaccessible`] does; memory that the engine mapped is unmapped then.
+pub struct Restored {
+    inner: Arc<Inner>,
+    threads: Threads,
+}
+
+impl std::fmt::Debug for Restored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Restored")
+            .field("regions", &self.inner.regions)
+            .field("complete", &self.is_complete())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Restored {
+    pub(super) fn new(inner: Arc<Inner>, threads: Threads) -> Self {
+        Self { inner, threads }
+    }
+
+    /// The memory of each region of the snapshot.
+    pub fn regions(&self) -> &[RestoredRegion] {
+        &self.inner.regions
+    }
+
+    /// Whether every page is there (or was discarded, or poisoned) and the memory is unregistered.
+    pub fn is_complete(&self) -> bool {
+        self.inner.complete_nanos.load(Relaxed) != 0
+    }
+
+    /// Waits until the restore is complete, or prefetch is at its end without that: with
+    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored. True if it is complete. With another
+    /// prefetch it can only become complete by touches; then this waits for the end of prefetch only.
+    pub fn wait_complete(&self) -> bool {
+        let mut progress = self
+            .inner
+            .progress
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while !progress.served_out
+            && (!progress.prefetched || self.inner.session.state.may_be_settled())
+        {
+            progress = self
+                .inner
+                .changed
+                .wait(progress)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(progress);
+        self.is_complete()
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> Stats {
+        let inner = &*self.inner;
+        let stats = &inner.session.stats;
+        let read = |counter: &AtomicU64| counter.load(Relaxed);
+        let pages = |pages: &crate::session::Pages| PageCounts {
+            copied: read(&pages.copied),
+            filled: read(&pages.filled),
+            zeroed: read(&pages.zeroed),
+        };
+        let complete = read(&inner.complete_nanos);
+        Stats {
+            mapped: inner.mapped,
+            complete: (complete != 0).then(|| Duration::from_nanos(complete)),
+            faults: read(&stats.faults),
+            fault_time: stats.fault_time.percentiles(),
+            demand: pages(&stats.demand),
+            prefetch: pages(&stats.prefetch),
+            poisoned: read(&stats.poisoned),
+            events: read(&stats.events),
+            retries: read(&stats.retries),
+            bytes_read: inner.session.image.bytes_read(),
+            bytes_decoded: inner.session.image.bytes_decoded(),
+            failures: inner.session.failures().1,
+        }
+    }
+
+    /// The pages that could not be restored when they were wanted, the first thousand of them.
+    pub fn failures(&self) -> Vec<Failure> {
+        self.inner.session.failures().0
+    }
+
+    /// Reads memory of region `region` from `offset` bytes on. What is missing is restored first. An
+    /// error, and not a signal, for a page that can't be read.
+    pub fn read_at(
+        &self,
+        region: usize,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), ReadAtError> {
+        let len = buffer.len() as u64;
+        let fits = |memory: &RawRegion| {
+            offset
+                .checked_add(len)
+                .is_some_and(|end| end <= memory.len())
+        };
+        let memory = self.inner.regions.get(region).map(|region| &region.memory);
+        let memory = memory
+            .filter(|memory| fits(memory))
+            .ok_or(ReadAtError::OutOfRegion {
+                region,
+                offset,
+                len,
+            })?;
+        read_checked(memory.address() + offset, buffer).map_err(|fault| match fault {
+            ReadFault::Unreadable { address } => ReadAtError::Unreadable {
+                region,
+                offset: address - memory.address(),
+            },
+            other => ReadAtError::Refused(other),
+        })
+    }
+
+    /// Ends the restore in the way that `stop` says. Under a KVM memslot call it only after the virtual CPUs have stopped: a
+    /// guest must not touch memory that becomes inaccessible.
+    pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
+        match stop {
+            Stop::Inaccessible => {
+                self.give_up();
+                Ok(())
+            }
+            Stop::Complete => self.complete(),
+        }
+    }
+
+    /// Installs what is missing, in this thread.
+    fn complete(&mut self) -> Result<(), StopError> {
+        let session = &self.inner.session;
+        let mut worker = crate::session::Worker::new(session.image.decoder());
+        let mut before = u64::MAX;
+        let mut tries = 0;
+        let missing = loop {
+            let pages = 0..session.image.snapshot().page_slots();
+            // The session ends when the last page is there: then nothing is left.
+            let left = session.prefetch(&mut worker, pages, || ()).unwrap_or(0);
+            // What is left may be on its way by prefetch.
+            if left == 0 || (left >= before && session.failures().1 > 0) || tries == MOST_TRIES {
+                break left;
+            }
+            before = left;
+            tries += 1;
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        if missing > 0 {
+            let (failures, count) = session.failures();
+            return Err(match failures.into_iter().next() {
+                Some(first) => StopError::Incomplete {
+                    count,
+                    first: Box::new(first),
+                },
+                None => StopError::Missing { missing },
+            });
+        }
+        session.kick();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+
+    /// Makes what is missing inaccessible, ends the threads and closes the userfaultfd.
+    fn give_up(&mut self) {
+        let session = &self.inner.session;
+        session.end();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+        if self.is_complete() {
+            return;
+        }
+        for (address, pages) in session.missing() {
+            if let Err(error) = Kernel::make_inaccessible(address, pages * PAGE) {
+                // The mappings may be in too many pieces for one more: then the whole memory goes.
+                tracing::warn!(%error, "making missing pages inaccessible");
+                self.make_all_inaccessible();
+                break;
+            }
+        }
+        session.platform.close();
+    }
+
+    fn make_all_inaccessible(&self) {
+        for extent in self.inner.session.state.map().extents() {
+            if let Err(error) = Kernel::make_inaccessible(extent.address, extent.pages * PAGE) {
+                tracing::error!(%error, "memory that is incomplete can't be made inaccessible: the process is ended");
+                std::process::abort();
+            }
+        }
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}

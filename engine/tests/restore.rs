@@ -1,0 +1,236 @@
+//! Restores of synthetic images, page by page against the source.
+
+#![allow(
+    unsafe_code,
+    reason = "the owner of restored memory touches it through raw pointers"
+)]
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, Stop};
+use snaprestore_fixtures::images::Mix;
+use snapshot_format::{MemoryStore, RegionSpec, Snapshot, Writer, WriterOptions};
+
+const PAGE: usize = 4096;
+/// Pages of the image: 32 MiB.
+const PAGES: u64 = 8192;
+/// Where its second region starts.
+const SPLIT: u64 = 3000;
+
+/// A snapshot of `image` in two regions.
+fn snapshot(image: &Mix) -> Arc<Snapshot> {
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    let bytes = image.bytes();
+    let (low, high) = bytes.split_at(usize::try_from(SPLIT).unwrap() * PAGE);
+    for (start, part) in [(0, low), (1 << 32, high)] {
+        let region = RegionSpec {
+            start,
+            ..RegionSpec::default()
+        };
+        writer.begin_region(&region).unwrap();
+        writer.write_pages(part).unwrap();
+    }
+    let (file, _) = writer.finish().unwrap();
+    Arc::new(Snapshot::open(Arc::new(MemoryStore::new(file))).unwrap())
+}
+
+/// The page as the restored memory has it: reading it is the touch.
+fn touch(restored: &Restored, page: u64) -> [u8; PAGE] {
+    let (region, first) = if page < SPLIT { (0, 0) } else { (1, SPLIT) };
+    let region = &restored.regions()[region];
+    assert!((page - first) * 4096 < region.len());
+    // SAFETY: the page is inside the region's mapping, which lives as long as `restored`; nobody
+    // writes to it but the engine, before this read can see it.
+    unsafe {
+        let at = region
+            .as_ptr()
+            .add(usize::try_from(page - first).unwrap() * PAGE);
+        at.cast::<[u8; PAGE]>().read_volatile()
+    }
+}
+
+fn compare(restored: &Restored, image: &Mix, pages: impl Iterator<Item = u64>) {
+    for page in pages {
+        assert!(touch(restored, page) == image.page(page), "page {page}");
+    }
+}
+
+/// Every number below `n` once, in an order without pattern.
+fn shuffled(n: u64) -> impl Iterator<Item = u64> {
+    // 4099 is prime and no factor of n, so the steps reach all.
+    assert!(!n.is_multiple_of(4099));
+    (0..n).map(move |i| i * 4099 % n)
+}
+
+#[test]
+fn every_order_gives_the_source() {
+    let image = Mix::new(PAGES, 1);
+    let snapshot = snapshot(&image);
+    for prefetch in [Prefetch::Off, Prefetch::WorkingSet, Prefetch::All] {
+        for fault_threads in [1, 4] {
+            let start = || {
+                Restore::new(Arc::clone(&snapshot))
+                    .prefetch(prefetch.clone())
+                    .fault_threads(fault_threads)
+                    .start()
+                    .unwrap()
+            };
+            compare(&start(), &image, 0..PAGES);
+            compare(&start(), &image, shuffled(PAGES));
+            let restored = start();
+            std::thread::scope(|scope| {
+                for thread in 0..4 {
+                    let (restored, image) = (&restored, &image);
+                    scope.spawn(move || compare(restored, image, shuffled(PAGES).skip(thread)));
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn prefetch_all_completes_without_touches() {
+    let image = Mix::new(PAGES, 2);
+    let restored = Restore::new(snapshot(&image))
+        .prefetch(Prefetch::All)
+        .huge_pages(true)
+        .start()
+        .unwrap();
+    assert!(restored.wait_complete());
+    let before = restored.stats();
+    assert_eq!(before.faults, 0);
+    assert!(before.complete.is_some());
+    compare(&restored, &image, 0..PAGES);
+    assert_eq!(restored.stats().faults, 0);
+    assert_eq!(restored.failures().len(), 0);
+}
+
+#[test]
+fn touching_everything_completes() {
+    let image = Mix::new(PAGES, 3);
+    let restored = Restore::new(snapshot(&image)).start().unwrap();
+    compare(&restored, &image, 0..PAGES);
+    assert!(restored.wait_complete());
+}
+
+#[test]
+fn stop_completes() {
+    let image = Mix::new(PAGES, 4);
+    let mut restored = Restore::new(snapshot(&image)).start().unwrap();
+    compare(&restored, &image, 100..110);
+    restored.stop(Stop::Complete).unwrap();
+    assert!(restored.is_complete());
+    compare(&restored, &image, 0..PAGES);
+}
+
+#[test]
+fn stop_makes_what_is_missing_inaccessible() {
+    let image = Mix::new(PAGES, 5);
+    let mut restored = Restore::new(snapshot(&image)).start().unwrap();
+    let page = (0..SPLIT).find(|page| image.page(*page)[0] != 0).unwrap();
+    compare(&restored, &image, page..=page);
+    restored.stop(Stop::Inaccessible).unwrap();
+    compare(&restored, &image, page..=page);
+    let mut bytes = [0; PAGE];
+    let unreadable = (0..SPLIT)
+        .filter(|page| restored.read_at(0, page * 4096, &mut bytes).is_err())
+        .count();
+    assert!(unreadable > 1000, "{unreadable} pages are inaccessible");
+}
+
+#[test]
+fn reading_at_restores_what_is_missing() {
+    let image = Mix::new(PAGES, 6);
+    let restored = Restore::new(snapshot(&image)).start().unwrap();
+    let mut bytes = vec![0; 3 * PAGE];
+    restored.read_at(1, 4096 * 7, &mut bytes).unwrap();
+    for (i, page) in (0..).zip(bytes.chunks(PAGE)) {
+        assert!(page == image.page(SPLIT + 7 + i));
+    }
+    assert!(restored.read_at(2, 0, &mut bytes).is_err());
+    assert!(restored.read_at(1, u64::MAX - 5, &mut bytes).is_err());
+}
+
+#[test]
+fn first_touches_are_observed_in_order() {
+    let image = Mix::new(PAGES, 7);
+    let snapshot = snapshot(&image);
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let log = Arc::clone(&seen);
+    let restored = Restore::new(Arc::clone(&snapshot))
+        .fault_threads(1)
+        .on_first_touch(move |page| log.lock().unwrap().push(page))
+        .start()
+        .unwrap();
+    let region = snapshot.regions().unwrap()[1].clone();
+    let wanted = [4000, 3000, 8000, 6000];
+    compare(&restored, &image, wanted.into_iter());
+    let numbers: Vec<u64> = wanted
+        .iter()
+        .map(|page| region.first_page + page - SPLIT)
+        .collect();
+    let seen = seen.lock().unwrap().clone();
+    let in_order: Vec<u64> = numbers
+        .into_iter()
+        .filter(|page| seen.contains(page))
+        .collect();
+    assert_eq!(seen, in_order);
+    assert!(!seen.is_empty());
+}
+
+/// Discards `pages` of the first region, as a balloon does.
+fn discard(restored: &Restored, pages: Range<usize>) {
+    let region = &restored.regions()[0];
+    // SAFETY: the range is inside the region, and what it holds is read as bytes only.
+    let result = unsafe {
+        let start = region.as_ptr().add(pages.start * PAGE);
+        libc::madvise(start.cast(), pages.len() * PAGE, libc::MADV_DONTNEED)
+    };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn discarded_pages_are_zero_under_prefetch() {
+    let image = Mix::new(PAGES, 8);
+    let snapshot = snapshot(&image);
+    for round in 0..20 {
+        let restored = Restore::new(Arc::clone(&snapshot))
+            .prefetch(Prefetch::All)
+            .leave_zero_runs(round % 2 == 0)
+            .start()
+            .unwrap();
+        for start in (0..2900_usize).step_by(100) {
+            discard(&restored, start..start + 50);
+            for page in start as u64..start as u64 + 100 {
+                let found = touch(&restored, page);
+                if page < start as u64 + 50 {
+                    assert!(found == [0; PAGE], "page {page} came back");
+                } else {
+                    assert!(found == image.page(page), "page {page}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_have_names_and_end() {
+    let image = Mix::new(PAGES, 9);
+    let named = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&named);
+    let restored = Restore::new(snapshot(&image))
+        .prefetch(Prefetch::All)
+        .prefetch_threads(2)
+        .on_thread_start(move |name| {
+            assert_eq!(std::thread::current().name(), Some(name));
+            assert!(name.starts_with("snap-"));
+            count.fetch_add(1, Relaxed);
+        })
+        .start()
+        .unwrap();
+    restored.wait_complete();
+    drop(restored);
+    assert_eq!(named.load(Relaxed), 2 + 1 + 2);
+}
