@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -23,6 +25,23 @@ pub(crate) fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Com
 /// Runs the command in `folder`.
 pub(crate) fn run(folder: &Folder, args: &[&str]) -> Run {
     Run::of(command(args).current_dir(folder.path()))
+}
+
+/// Runs the command in `folder` as a user without any rights, which needs root.
+pub(crate) fn as_nobody(folder: &Folder, args: &[&str]) -> Run {
+    // Where that user may run and write.
+    let mode = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(folder.path(), mode.clone()).unwrap();
+    fs::copy(program(), folder.file("snaprestore")).unwrap();
+    fs::set_permissions(folder.file("snaprestore"), mode).unwrap();
+    Run::of(
+        Command::new(folder.file("snaprestore"))
+            .args(args)
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .uid(65534)
+            .gid(65534),
+    )
 }
 
 /// A finished command.

@@ -7,6 +7,7 @@
 mod common;
 mod create;
 mod damage;
+mod doctor;
 mod elf_core;
 mod extract;
 mod interrupted;

@@ -2,8 +2,6 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -11,7 +9,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, ensure_python3, skipped};
 
-use crate::common::{Folder, Run, command, finish, make_fifo, number, program, run, wait_until};
+use crate::common::{Folder, as_nobody, command, finish, make_fifo, number, run, wait_until};
 use crate::owner::Owner;
 
 fn regions(folder: &Folder, snapshot: &str) -> Vec<Value> {
@@ -367,21 +365,11 @@ fn a_process_of_somebody_else_exits_4_and_says_what_would_permit_it() {
     }
     let folder = Folder::new();
     let mut owner = Owner::start();
-    // Where somebody else may run and write.
-    let mode = std::fs::Permissions::from_mode(0o777);
-    std::fs::set_permissions(folder.path(), mode.clone()).unwrap();
-    std::fs::copy(program(), folder.file("snaprestore")).unwrap();
-    std::fs::set_permissions(folder.file("snaprestore"), mode).unwrap();
-    let refused = Run::of(
-        std::process::Command::new(folder.file("snaprestore"))
-            .args(["create", "--pid", &owner.pid().to_string(), "-o", "s"])
-            .current_dir(folder.path())
-            .uid(65534)
-            .gid(65534),
-    );
+    let pid = owner.pid().to_string();
+    let refused = as_nobody(&folder, &["create", "--pid", &pid, "-o", "s"]);
     refused
         .exits(4)
-        .says(&[&owner.pid().to_string(), "run as root", "CAP_SYS_PTRACE"]);
+        .says(&[&pid, "run as root", "CAP_SYS_PTRACE"]);
     assert_eq!(folder.names(), ["snaprestore"]);
     assert_running(&mut owner);
 }

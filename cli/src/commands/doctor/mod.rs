@@ -1,0 +1,58 @@
+//! `snaprestore doctor`: what this machine permits, and what would permit the rest.
+
+mod checks;
+
+use std::fmt;
+
+use anyhow::Result;
+use serde::Serialize;
+use snaprestore_engine::sys::Probe;
+
+use crate::exit::Exit;
+use crate::output::Output;
+use checks::{Check, State};
+
+#[derive(Serialize)]
+struct Report {
+    /// Whether memory can be restored lazily here.
+    ok: bool,
+    kernel: String,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn run(output: Output) -> Result<Exit> {
+    let probe = Probe::take();
+    let checks = checks::all(&probe, &checks::Surroundings::look());
+    let ok = checks.iter().all(|check| check.state != State::Missing);
+    output.report(&Report {
+        ok,
+        kernel: probe.kernel_release.clone(),
+        checks,
+    })?;
+    Ok(if ok { Exit::Done } else { Exit::NotPermitted })
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for check in &self.checks {
+            let mark = match check.state {
+                State::Good => "good   ",
+                State::Limited => "limited",
+                State::Missing => "MISSING",
+            };
+            writeln!(f, "{mark}  {:<22} {}", check.name, check.detail)?;
+            if let Some(remedy) = &check.remedy {
+                writeln!(f, "{:32} -> {remedy}", "")?;
+            }
+        }
+        writeln!(
+            f,
+            "\n{}",
+            if self.ok {
+                "Memory can be restored lazily here."
+            } else {
+                "Memory cannot be restored lazily here; what is MISSING says what would permit it."
+            }
+        )
+    }
+}

@@ -1,0 +1,70 @@
+//! What this machine permits.
+
+use snaprestore_fixtures::host::{Unavailable, skipped};
+
+use crate::common::{Folder, as_nobody, run};
+
+#[test]
+fn every_check_is_judged_and_the_exit_code_is_the_sum() {
+    let folder = Folder::new();
+    let doctor = run(&folder, &["doctor", "--json"]);
+    let report = doctor.json();
+    let checks = report["checks"].as_array().unwrap();
+    let states: Vec<_> = checks
+        .iter()
+        .map(|check| check["state"].as_str().unwrap())
+        .collect();
+    assert!(
+        states.len() > 10
+            && states
+                .iter()
+                .all(|s| ["good", "limited", "missing"].contains(s))
+    );
+    let ok = !states.contains(&"missing");
+    assert_eq!(report["ok"], ok);
+    assert_eq!(doctor.code, Some(if ok { 0 } else { 4 }));
+    let text = run(&folder, &["doctor"]).text();
+    for name in [
+        "kernel",
+        "userfaultfd",
+        "/dev/kvm",
+        "huge pages",
+        "open files",
+    ] {
+        assert!(text.contains(name), "{text}");
+    }
+}
+
+#[test]
+fn without_rights_it_says_what_would_give_them() {
+    let name = "without_rights_it_says_what_would_give_them";
+    let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    let skip = |why: &str| skipped(name, &Unavailable { why: why.into() });
+    if !nix::unistd::geteuid().is_root() {
+        return skip("becoming another user needs root");
+    }
+    if !setting.is_ok_and(|setting| setting.trim() == "0") {
+        return skip("vm.unprivileged_userfaultfd permits it to everyone here");
+    }
+    let folder = Folder::new();
+    let doctor = as_nobody(&folder, &["doctor", "--json"]);
+    if doctor.code == Some(0) {
+        return skip("/dev/userfaultfd is open to everyone here");
+    }
+    let report = doctor.exits(4).json();
+    assert_eq!(report["ok"], false);
+    let checks = report["checks"].as_array().unwrap();
+    let missing = checks
+        .iter()
+        .find(|check| check["state"] == "missing")
+        .unwrap();
+    assert_eq!(missing["name"], "userfaultfd");
+    let remedy = missing["remedy"].as_str().unwrap();
+    for way in [
+        "/dev/userfaultfd",
+        "vm.unprivileged_userfaultfd=1",
+        "CAP_SYS_PTRACE",
+    ] {
+        assert!(remedy.contains(way), "{remedy}");
+    }
+}
