@@ -3,15 +3,18 @@
 //! ```sh
 //! cargo run --release -p snaprestore-engine --example lazy -- guest.snap
 //! ```
-#![allow(unsafe_code, reason = "restored memory is reached through raw pointers")]
+#![allow(
+    unsafe_code,
+    reason = "restored memory is reached through raw pointers"
+)]
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use snapshot_format::Snapshot;
 use snaprestore_engine::restore::{OnFailure, Prefetch, Restore};
+use snapshot_format::Snapshot;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::args_os().nth(1).ok_or("usage: lazy SNAPSHOT")?;
@@ -29,12 +32,20 @@ fn main() -> Result<(), Box<dyn Error>> {
         while offset < region.len() {
             // SAFETY: the offset is inside the region, which is mapped as long as `restored` lives;
             // nobody else writes to it, and a page that is missing arrives before the read returns.
-            let byte = unsafe { region.as_ptr().add(usize::try_from(offset)?).read_volatile() };
+            let byte = unsafe {
+                region
+                    .as_ptr()
+                    .add(usize::try_from(offset)?)
+                    .read_volatile()
+            };
             sum += u64::from(byte);
             offset += 4096;
         }
     }
-    println!("every page touched after {:?}, the sum is {sum}", begun.elapsed());
+    println!(
+        "every page touched after {:?}, the sum is {sum}",
+        begun.elapsed()
+    );
 
     restored.wait_complete();
     let stats = restored.stats();

@@ -234,3 +234,33 @@ fn threads_have_names_and_end() {
     drop(restored);
     assert_eq!(named.load(Relaxed), 2 + 1 + 2);
 }
+
+#[test]
+fn stop_unmaps() {
+    let image = Mix::new(PAGES, 10);
+    let mut restored = Restore::new(snapshot(&image))
+        .prefetch(Prefetch::All)
+        .start()
+        .unwrap();
+    compare(&restored, &image, 0..100);
+    restored.stop(Stop::Unmap).unwrap();
+    for page in 0..SPLIT {
+        assert!(
+            restored.read_at(0, page * 4096, &mut [0]).is_err(),
+            "page {page}"
+        );
+    }
+}
+
+#[test]
+fn given_pages_are_fetched() {
+    let image = Mix::new(PAGES, 11);
+    let restored = Restore::new(snapshot(&image))
+        .prefetch(Prefetch::Pages(vec![700..900, 0..10]))
+        .leave_zero_runs(false)
+        .start()
+        .unwrap();
+    assert!(!restored.wait_complete());
+    compare(&restored, &image, (700..900).chain(0..10));
+    assert_eq!(restored.stats().faults, 0);
+}

@@ -32,7 +32,7 @@ pub use block::{Block, Ring};
 pub use empty::{first_populated, first_populated_by_pagemap};
 pub use mapping::{Mapping, MappingOptions};
 pub use region::RawRegion;
-pub(crate) use region::make_inaccessible_at;
+pub(crate) use region::{make_inaccessible_at, reserve_at};
 pub use scratch::Scratch;
 
 /// The huge page size of x86-64 and of ARM with 4 KiB pages.

@@ -109,3 +109,25 @@ pub(crate) fn make_inaccessible_at(address: u64, len: u64) -> Result<(), MemErro
     // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving it doesn't end that.
     unsafe { protect(address, len, libc::PROT_NONE) }
 }
+
+/// Replaces such a range by a reservation without memory or access.
+pub(crate) fn reserve_at(address: u64, len: u64) -> Result<(), MemError> {
+    let pointer = std::ptr::with_exposed_provenance_mut(crate::sys::to_usize(address));
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: as for `make_inaccessible_at`, of the whole range: what a user of the memory can meet is a page without access. The
+    // range belongs to the restore, so no other mapping is replaced.
+    let result = unsafe {
+        libc::mmap(
+            pointer,
+            crate::sys::to_usize(len),
+            libc::PROT_NONE,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if result == libc::MAP_FAILED {
+        return Err(MemError::last("giving back", address, len));
+    }
+    Ok(())
+}

@@ -29,6 +29,8 @@ pub enum Prefetch {
     Off,
     /// The snapshot's working sets, in their order. Nothing if it has none.
     WorkingSet,
+    /// These page numbers, in this order.
+    Pages(Vec<Range<u64>>),
     /// The working sets, then everything else in address order.
     All,
 }

@@ -75,8 +75,13 @@ impl Feeder {
     pub(super) fn run(self) {
         let begun = Instant::now();
         let mut handed_out = 0;
-        for runs in self.working_sets() {
-            for pages in runs {
+        let first = match &self.plan.prefetch {
+            Prefetch::Pages(runs) => runs.clone(),
+            Prefetch::Off | Prefetch::WorkingSet | Prefetch::All => self.working_sets(),
+        };
+        let slots = self.inner.session.image.snapshot().page_slots();
+        for pages in first {
+            for pages in in_blocks(pages.start..pages.end.min(slots)) {
                 self.hand_out(pages, begun, &mut handed_out);
             }
         }
@@ -86,10 +91,8 @@ impl Feeder {
             let mut before = u64::MAX;
             loop {
                 self.left.store(0, Relaxed);
-                let slots = self.inner.session.image.snapshot().page_slots();
-                for block in 0..slots / PAGES_PER_BLOCK_U64 {
-                    let first = block * PAGES_PER_BLOCK_U64;
-                    self.hand_out(first..first + PAGES_PER_BLOCK_U64, begun, &mut handed_out);
+                for pages in in_blocks(0..slots) {
+                    self.hand_out(pages, begun, &mut handed_out);
                 }
                 self.wait_idle();
                 let left = self.left.load(Relaxed);
@@ -104,21 +107,23 @@ impl Feeder {
         self.inner.prefetch_ended();
     }
 
-    /// The runs of each working set, those that can be read.
-    fn working_sets(&self) -> Vec<Vec<Range<u64>>> {
+    /// The runs of all working sets that can be read.
+    fn working_sets(&self) -> Vec<Range<u64>> {
         let snapshot = self.inner.session.image.snapshot();
         let sets = snapshot.working_sets().unwrap_or_default();
-        let runs = |name: &str| match snapshot.working_set(name) {
-            Ok(runs) => runs
-                .iter()
-                .map(|run| run.first_page..run.first_page + run.pages)
-                .collect(),
-            Err(error) => {
-                tracing::warn!(%error, name, "a working set can't be read");
-                Vec::new()
+        let runs = |name: &str| -> Vec<Range<u64>> {
+            match snapshot.working_set(name) {
+                Ok(runs) => runs
+                    .iter()
+                    .map(|run| run.first_page..run.first_page + run.pages)
+                    .collect(),
+                Err(error) => {
+                    tracing::warn!(%error, name, "a working set can't be read");
+                    Vec::new()
+                }
             }
         };
-        sets.iter().map(|set| runs(&set.name)).collect()
+        sets.iter().flat_map(|set| runs(&set.name)).collect()
     }
 
     /// Gives `pages` to the pool when a thread is idle and the budget allows.
@@ -174,6 +179,15 @@ impl Feeder {
             std::thread::sleep(left.min(Duration::from_millis(20)));
         }
     }
+}
+
+/// Pages cut at the ends of index blocks: no more is handed out at once.
+fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let blocks = pages.start / PAGES_PER_BLOCK_U64..pages.end.div_ceil(PAGES_PER_BLOCK_U64);
+    blocks.map(move |block| {
+        let first = block * PAGES_PER_BLOCK_U64;
+        first.max(pages.start)..(first + PAGES_PER_BLOCK_U64).min(pages.end)
+    })
 }
 
 /// Waits while demand waits, but not for ever.

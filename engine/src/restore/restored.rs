@@ -45,6 +45,9 @@ pub enum Stop {
     Complete,
     /// What is missing becomes inaccessible: a touch is SIGSEGV, a system call gets EFAULT. What is there stays.
     Inaccessible,
+    /// All of the memory goes back to the kernel. Its addresses stay reserved, without access, until the caller unmaps its own mappings and
+    /// the [`Restored`] is dropped, so that nothing else comes to lie there.
+    Unmap,
 }
 
 /// Why a restore was not completed. It goes on as before.
@@ -346,6 +349,16 @@ impl Restored {
         match stop {
             Stop::Inaccessible => {
                 self.give_up();
+                Ok(())
+            }
+            Stop::Unmap => {
+                self.give_up();
+                for extent in self.inner.session.state.map().extents() {
+                    let len = extent.pages * PAGE;
+                    if let Err(error) = Kernel::give_back(extent.address, len) {
+                        tracing::warn!(%error, "giving memory back");
+                    }
+                }
                 Ok(())
             }
             Stop::Complete => self.complete(),

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use crate::mem::{MemError, Ring, make_inaccessible_at};
+use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
 use crate::sys::{self, InstallError, Message, Presence, Ready, Userfaultfd, Wake, Wakeup};
 
 use super::claims::{Claims, FrameId};
@@ -56,6 +56,11 @@ impl Kernel {
     /// Takes every access to memory that the owner has and that can't be restored any more.
     pub(crate) fn make_inaccessible(address: u64, len: u64) -> Result<(), MemError> {
         make_inaccessible_at(address, len)
+    }
+
+    /// Gives memory back to the kernel and keeps its addresses reserved. The userfaultfd is closed.
+    pub(crate) fn give_back(address: u64, len: u64) -> Result<(), MemError> {
+        reserve_at(address, len)
     }
 
     /// An ioctl, if the session isn't over.
