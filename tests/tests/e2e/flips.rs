@@ -1,0 +1,241 @@
+//! Every byte of a small snapshot flipped, and the snapshot cut at every length: what the engine
+//! restores is right or poisoned, and poisoned are exactly the pages of the bad frame.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::ops::Range;
+use std::sync::Arc;
+
+use snaprestore_engine::restore::{
+    Failure, FailureKind, OnFailure, Prefetch, Restore, Restored, StartError,
+};
+use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_tests::compare::PAGE;
+use snaprestore_tests::real::{can_restore, skip};
+use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+
+const PAGES: u64 = 24;
+
+/// Pages of every kind; most compress well, so that the file is small.
+fn image() -> Mix {
+    let shares = Shares {
+        zero_single: 80,
+        fill_single: 80,
+        almost_fill: 540,
+        text: 100,
+        pointers: 100,
+        copy_near: 100,
+        ..Shares::NONE
+    };
+    Mix::with_shares(PAGES, 4, shares)
+}
+
+/// A snapshot of `image` in several frames.
+fn snapshot(image: &Mix) -> Vec<u8> {
+    let options = WriterOptions {
+        frame_pages: 4,
+        ..WriterOptions::default()
+    };
+    let mut writer = Writer::new(Vec::new(), options).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    writer.write_pages(&image.bytes()).unwrap();
+    writer.finish().unwrap().0
+}
+
+/// Where each frame lies, and the pages that it holds.
+fn frames(bytes: &[u8]) -> Vec<(Range<u64>, Vec<u64>)> {
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.to_vec()))).unwrap();
+    let mut frames: BTreeMap<u64, (Range<u64>, Vec<u64>)> = BTreeMap::new();
+    for page in 0..PAGES {
+        if let Page::Stored { frame, .. } = snapshot.look_up(page, Reason::Verify).unwrap() {
+            let at = frame.offset();
+            let place = at..at + u64::from(frame.stored_len());
+            frames.entry(at).or_insert((place, Vec::new())).1.push(page);
+        }
+    }
+    frames.into_values().collect()
+}
+
+/// A restore of a snapshot that may be damaged; `None` if it is refused as such.
+fn start(snapshot: Vec<u8>, prefetch: Prefetch) -> Option<Restored> {
+    let snapshot = match Snapshot::open(Arc::new(MemoryStore::new(snapshot))) {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            assert!(error.is_damage(), "{error}");
+            return None;
+        }
+    };
+    match restore(Arc::new(snapshot)).prefetch(prefetch).start() {
+        Ok(restored) => Some(restored),
+        Err(StartError::Snapshot(error)) => {
+            assert!(error.is_damage(), "{error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn restore(snapshot: Arc<Snapshot>) -> Restore {
+    Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch_threads(1)
+        .on_failure(OnFailure::Poison)
+}
+
+/// Whether this kernel can poison.
+fn can_poison(test: &str, image: &Mix) -> bool {
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(snapshot(image)))).unwrap();
+    match restore(Arc::new(snapshot)).start() {
+        Err(why @ StartError::NoPoison) => {
+            skip(test, &why.to_string());
+            false
+        }
+        started => {
+            started.unwrap();
+            true
+        }
+    }
+}
+
+/// The pages that can't be read; all others must be right.
+fn poisoned(restored: &Restored, image: &Mix, case: &dyn std::fmt::Debug) -> Vec<u64> {
+    let mut buffer = [0; PAGE];
+    (0..PAGES)
+        .filter(|page| {
+            // Remains of the page before must not pass for this one.
+            buffer.fill(0xee);
+            let read = restored.read_at(0, page * PAGE as u64, &mut buffer);
+            if read.is_ok() {
+                assert!(
+                    buffer == image.page(*page),
+                    "{case:?}: page {page} is WRONG"
+                );
+            }
+            read.is_err()
+        })
+        .collect()
+}
+
+#[test]
+fn a_flipped_byte_poisons_the_pages_of_its_frame_and_is_never_wrong() {
+    let name = "a_flipped_byte_poisons_the_pages_of_its_frame_and_is_never_wrong";
+    let image = image();
+    if !can_restore(name) || !can_poison(name, &image) {
+        return;
+    }
+    let good = snapshot(&image);
+    let frames = frames(&good);
+    assert!(frames.len() >= 4, "{} frames", frames.len());
+    assert!(good.len() < 64 << 10, "{} bytes take too long", good.len());
+    let whole = start(good.clone(), Prefetch::Off).unwrap();
+    assert!(poisoned(&whole, &image, &"good").is_empty());
+
+    let (mut refused, mut in_frames, mut harmless) = (0, 0, 0);
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 8);
+        // Now and then the other way in.
+        let prefetch = if at % 3 == 0 {
+            Prefetch::All
+        } else {
+            Prefetch::Off
+        };
+        let Some(restored) = start(bad, prefetch) else {
+            refused += 1;
+            let hit = frames.iter().any(|(place, _)| place.contains(&(at as u64)));
+            assert!(
+                !hit,
+                "byte {at}: a bad frame is no reason to refuse the rest"
+            );
+            continue;
+        };
+        let lost = poisoned(&restored, &image, &at);
+        match frames
+            .iter()
+            .find(|(place, _)| place.contains(&(at as u64)))
+        {
+            Some((place, held)) => {
+                assert_eq!(&lost, held, "byte {at}");
+                let failures = restored.failures();
+                let named = {
+                    failures.iter().any(|failure| {
+                        failure.offset == Some(place.start) && failure.kind == FailureKind::Damaged
+                    })
+                };
+                assert!(
+                    named,
+                    "byte {at} of frame {place:?} with {held:?}: {failures:?}"
+                );
+                in_frames += 1;
+            }
+            None if lost.is_empty() => harmless += 1,
+            // An index block: everything that it tells of, and at least all that is stored.
+            None => {
+                let mut all = frames.iter().flat_map(|(_, held)| held);
+                assert!(all.all(|page| lost.contains(page)), "byte {at}: {lost:?}");
+            }
+        }
+    }
+    let stored: u64 = frames
+        .iter()
+        .map(|(place, _)| place.end - place.start)
+        .sum();
+    assert_eq!(in_frames, stored);
+    assert!(
+        refused > 0 && harmless < good.len() / 2,
+        "{refused} {harmless}"
+    );
+}
+
+#[test]
+fn a_snapshot_cut_at_any_length_is_refused() {
+    let good = snapshot(&image());
+    for len in 0..good.len() {
+        assert!(
+            start(good[..len].to_vec(), Prefetch::Off).is_none(),
+            "{len} bytes"
+        );
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_restored_is_never_wrong() {
+    let name = "a_file_that_shrinks_while_it_is_restored_is_never_wrong";
+    let image = image();
+    if !can_restore(name) || !can_poison(name, &image) {
+        return;
+    }
+    let good = snapshot(&image);
+    let frames = frames(&good);
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&good).unwrap();
+    for (cut, (place, _)) in frames.iter().enumerate() {
+        let copy = tempfile::NamedTempFile::new().unwrap();
+        std::fs::copy(file.path(), copy.path()).unwrap();
+        let snapshot = Arc::new(Snapshot::open_path(copy.path()).unwrap());
+        // The index is known, the frames are not: only they are lost.
+        snapshot.look_up(0, Reason::Demand).unwrap();
+        let restored = restore(snapshot).start().unwrap();
+        let half = place.start + (place.end - place.start) / 2;
+        File::options()
+            .write(true)
+            .open(copy.path())
+            .unwrap()
+            .set_len(half)
+            .unwrap();
+        let mut gone: Vec<u64> = frames[cut..]
+            .iter()
+            .flat_map(|(_, held)| held.clone())
+            .collect();
+        gone.sort_unstable();
+        assert_eq!(poisoned(&restored, &image, &cut), gone);
+        let failures = restored.failures();
+        let of_a_frame = |failure: &Failure| {
+            let mut places = frames[cut..].iter().map(|(place, _)| place.start);
+            places.any(|start| failure.offset == Some(start))
+        };
+        assert!(failures.iter().all(of_a_frame), "{failures:?}");
+        assert!(failures.len() >= frames.len() - cut, "{failures:?}");
+    }
+}

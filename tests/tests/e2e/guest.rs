@@ -1,0 +1,233 @@
+//! The memory of a real guest through the program: packed, verified, extracted, restored.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Mutex, OnceLock};
+
+use snaprestore_fixtures::guest::{GuestImage, PC_WINDOW};
+use snaprestore_fixtures::stats::PageStats;
+use snaprestore_tests::compare::{assert_same_files, bytes_at, first_difference};
+use snaprestore_tests::program::{Run, done, number, snaprestore};
+use snaprestore_tests::real::guest;
+
+/// Where the large files of these tests lie; overwritten by the next run.
+fn scratch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// The guest's snapshot by `create` from the raw file, made once for all tests.
+pub(crate) fn snapshot(image: &GuestImage) -> &'static Path {
+    static SNAPSHOT: OnceLock<PathBuf> = OnceLock::new();
+    SNAPSHOT.get_or_init(|| {
+        let snapshot = scratch("guest.snap");
+        let report = done([
+            "create".as_ref(),
+            image.raw.as_os_str(),
+            "--force".as_ref(),
+            "--output".as_ref(),
+            snapshot.as_os_str(),
+        ]);
+        check_report(image, &report);
+        snapshot
+    })
+}
+
+/// What `create` counted, against a count of its own.
+fn check_report(image: &GuestImage, report: &serde_json::Value) {
+    let stats = PageStats::of(File::open(&image.raw).unwrap()).unwrap();
+    let count = |key| number(report, key);
+    assert_eq!(count("page_size"), 4096);
+    assert_eq!(count("pages"), stats.pages);
+    assert_eq!(count("zero_pages"), stats.zero);
+    assert_eq!(count("fill_pages"), stats.fill);
+    // 1 GiB has fewer distinct pages than are held exactly.
+    assert_eq!(count("stored_pages"), stats.distinct);
+    let kinds = [
+        "zero_pages",
+        "fill_pages",
+        "stored_pages",
+        "duplicate_pages",
+    ];
+    assert_eq!(kinds.map(count).iter().sum::<u64>(), stats.pages);
+    assert_eq!(count("unavailable_pages"), 0);
+    assert_eq!(count("logical_bytes"), stats.pages * 4096);
+    assert!(count("file_bytes") * 4 < stats.pages * 4096, "{report}");
+}
+
+/// Both compare and decode 1 GiB; two at a time would only fight for the cores and the memory.
+fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[test]
+fn a_raw_guest_comes_back_byte_for_byte() {
+    let Some(image) = guest("a_raw_guest_comes_back_byte_for_byte") else {
+        return;
+    };
+    let _turn = one_at_a_time();
+    let snapshot = snapshot(&image);
+    let verified = done(["verify".as_ref(), snapshot.as_os_str()]);
+    assert_eq!(verified["ok"], true);
+    assert_eq!(verified["problems"].as_array().unwrap().len(), 0);
+    let pages = std::fs::metadata(&image.raw).unwrap().len() / 4096;
+    assert_eq!(number(&verified, "pages_checked"), pages);
+
+    let out = scratch("guest.out");
+    done([
+        "extract".as_ref(),
+        snapshot.as_os_str(),
+        "--force".as_ref(),
+        "--output".as_ref(),
+        out.as_os_str(),
+    ]);
+    assert_same_files(&image.raw, &out);
+    std::fs::remove_file(&out).unwrap();
+}
+
+#[test]
+fn a_guest_through_pipes_is_the_same_memory() {
+    let Some(image) = guest("a_guest_through_pipes_is_the_same_memory") else {
+        return;
+    };
+    let _turn = one_at_a_time();
+    let snapshot = snapshot(&image);
+    let info = done(["info".as_ref(), snapshot.as_os_str()]);
+    let streamed = scratch("guest-stdin.snap");
+    let report = Run::of(
+        snaprestore(["create", "-", "--json", "--force", "--output"])
+            .arg(&streamed)
+            .stdin(File::open(&image.raw).unwrap()),
+    )
+    .exits(0)
+    .json();
+    assert_eq!(report["content_digest"], info["content_digest"]);
+    assert_ne!(report["snapshot_id"], info["snapshot_id"]);
+
+    let mut child = snaprestore(["extract", "--output", "-"])
+        .arg(&streamed)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut raw = File::open(&image.raw).unwrap();
+    let difference = first_difference(&mut raw, child.stdout.as_mut().unwrap()).unwrap();
+    assert_eq!(difference, None);
+    assert!(child.wait().unwrap().success());
+    std::fs::remove_file(&streamed).unwrap();
+}
+
+/// A loadable segment of an ELF core.
+struct Segment {
+    offset: u64,
+    physical: u64,
+    file_bytes: u64,
+}
+
+/// The segments of a 64-bit little-endian core, read here a second time.
+fn segments(elf: &File) -> Vec<Segment> {
+    let header = bytes_at(elf, 0, 64);
+    assert_eq!(header[..6], *b"\x7fELF\x02\x01");
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    let half = |bytes: &[u8], at: usize| u16::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    let (table, size, count) = (word(&header, 32), half(&header, 54), half(&header, 56));
+    (0..u64::from(count))
+        .map(|i| bytes_at(elf, table + i * u64::from(size), 56))
+        .filter(|entry| entry[..4] == [1, 0, 0, 0])
+        .map(|entry| Segment {
+            offset: word(&entry, 8),
+            physical: word(&entry, 24),
+            file_bytes: word(&entry, 32),
+        })
+        .collect()
+}
+
+#[test]
+fn a_dumped_guest_comes_back_byte_for_byte() {
+    let Some(image) = guest("a_dumped_guest_comes_back_byte_for_byte") else {
+        return;
+    };
+    let _turn = one_at_a_time();
+    let (snapshot, out) = (scratch("guest-elf.snap"), scratch("guest-elf.out"));
+    done([
+        "create".as_ref(),
+        image.elf.as_os_str(),
+        "--force".as_ref(),
+        "--output".as_ref(),
+        snapshot.as_os_str(),
+    ]);
+    let verified = done(["verify".as_ref(), snapshot.as_os_str()]);
+    assert_eq!(verified["ok"], true);
+    done([
+        "extract".as_ref(),
+        snapshot.as_os_str(),
+        "--force".as_ref(),
+        "--output".as_ref(),
+        out.as_os_str(),
+    ]);
+
+    // Each byte of the dump is where the regions say.
+    let info = done(["info".as_ref(), snapshot.as_os_str()]);
+    let mut at = 0;
+    let regions: Vec<(u64, u64, u64)> = info["regions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|region| {
+            let place = (number(region, "start"), number(region, "bytes"), at);
+            at += place.1;
+            place
+        })
+        .collect();
+    let (elf, out_file) = (File::open(&image.elf).unwrap(), File::open(&out).unwrap());
+    let segments = segments(&elf);
+    let dumped: u64 = segments.iter().map(|segment| segment.file_bytes).sum();
+    assert_eq!(number(&info, "logical_bytes"), dumped);
+    for segment in &segments {
+        let step = 1 << 20;
+        let mut done = 0;
+        while done < segment.file_bytes {
+            let start = segment.physical + done;
+            let (first, bytes, place) = regions
+                .iter()
+                .find(|(first, bytes, _)| (*first..first + bytes).contains(&start))
+                .unwrap_or_else(|| panic!("no region has {start:#x}"));
+            let len = step
+                .min(segment.file_bytes - done)
+                .min(first + bytes - start);
+            let len_here = usize::try_from(len).unwrap();
+            let wanted = bytes_at(&elf, segment.offset + done, len_here);
+            let found = bytes_at(&out_file, place + (start - first), len_here);
+            assert!(wanted == found, "differs near {start:#x}");
+            done += len;
+        }
+    }
+
+    // And the guest's memory is the one of the raw file.
+    let raw = File::open(&image.raw).unwrap();
+    let raw_bytes = raw.metadata().unwrap().len();
+    let mut compared = 0;
+    for (start, bytes, place) in &regions {
+        let mut at = *start;
+        let end = (start + bytes).min(raw_bytes);
+        while at < end {
+            let len = (end - at).min(1 << 16);
+            let len_here = usize::try_from(len).unwrap();
+            // The window's borders are multiples of 64 KiB.
+            if !PC_WINDOW.contains(&at) {
+                let found = bytes_at(&out_file, place + (at - start), len_here);
+                assert!(
+                    bytes_at(&raw, at, len_here) == found,
+                    "differs near {at:#x}"
+                );
+                compared += len;
+            }
+            at += len;
+        }
+    }
+    assert!(compared + (PC_WINDOW.end - PC_WINDOW.start) >= raw_bytes);
+    for file in [&snapshot, &out] {
+        std::fs::remove_file(file).unwrap();
+    }
+}

@@ -1,0 +1,213 @@
+//! A live process with real data: taken as it is, compared with what `/proc` says, restored.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+use serde_json::Value;
+use snaprestore_fixtures::host::ensure_program;
+use snaprestore_fixtures::live::Live;
+use snaprestore_tests::compare::PAGE;
+use snaprestore_tests::program::{done, number, snaprestore};
+use snaprestore_tests::real::{live, skip};
+
+fn pid(live: &Live) -> Pid {
+    Pid::from_raw(live.pid().cast_signed())
+}
+
+/// The states of a process's threads, one letter each.
+fn states(pid: Pid) -> String {
+    std::fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok())
+        .filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next())
+        .collect()
+}
+
+/// Stops the process, so that its memory is the same whoever reads it.
+fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).unwrap();
+    for _ in 0..6000 {
+        if states(pid).chars().all(|state| state == 'T') {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("the process doesn't stop: {}", states(pid));
+}
+
+/// A region of a snapshot, and where it lies in what `extract` writes.
+struct Region {
+    name: String,
+    start: u64,
+    bytes: u64,
+    at: u64,
+}
+
+fn regions(info: &Value) -> Vec<Region> {
+    let mut at = 0;
+    let regions = info["regions"].as_array().unwrap().iter();
+    regions
+        .map(|region| {
+            let region = Region {
+                name: region["name"].as_str().unwrap().to_owned(),
+                start: number(region, "start"),
+                bytes: number(region, "bytes"),
+                at,
+            };
+            at += region.bytes;
+            region
+        })
+        .collect()
+}
+
+/// Compares what was extracted with the memory of the stopped process, page by page. Gives the
+/// pages that are equal, and those that the process doesn't let anybody read.
+fn compare_with_process(pid: Pid, regions: &[Region], extracted: &Path) -> (u64, u64) {
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let extracted = File::open(extracted).unwrap();
+    let (mut same, mut unreadable) = (0, 0);
+    let (mut wanted, mut found) = ([0; PAGE], [0; PAGE]);
+    for region in regions {
+        for page in 0..region.bytes / PAGE as u64 {
+            let offset = page * PAGE as u64;
+            extracted
+                .read_exact_at(&mut found, region.at + offset)
+                .unwrap();
+            let address = region.start + offset;
+            match memory.read_exact_at(&mut wanted, address) {
+                // The kernel's own data: its clock changes while nobody runs.
+                _ if region.name.starts_with("[vvar") => unreadable += 1,
+                Ok(()) => {
+                    assert!(wanted == found, "{:?} differs at {address:#x}", region.name);
+                    same += 1;
+                }
+                Err(_) => unreadable += 1,
+            }
+        }
+    }
+    (same, unreadable)
+}
+
+fn path(folder: &tempfile::TempDir, name: &str) -> String {
+    folder.path().join(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_live_process_goes_on_and_is_taken_whole() {
+    let name = "a_live_process_goes_on_and_is_taken_whole";
+    let Some(mut live) = live(name, 48) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (snapshot, out) = (path(&folder, "s"), path(&folder, "out"));
+    let id = pid(&live).to_string();
+
+    // While it runs.
+    let before = live.checksum().unwrap();
+    done(["create", "--pid", &id, "-o", &snapshot]);
+    assert_eq!(live.checksum().unwrap(), before, "its data is untouched");
+    live.work(10).unwrap();
+    let worked = live.checksum().unwrap();
+    assert_ne!(worked, before, "it goes on");
+
+    // While it is stopped, and can be compared.
+    stop(pid(&live));
+    let report = done(["create", "--pid", &id, "-o", &snapshot, "--force"]);
+    assert!(states(pid(&live)).chars().all(|state| state == 'T'));
+    assert_eq!(done(["verify", &snapshot])["ok"], true);
+    let info = done(["info", &snapshot]);
+    done(["extract", &snapshot, "-o", &out, "--unavailable", "zero"]);
+    let (same, unreadable) = compare_with_process(pid(&live), &regions(&info), Path::new(&out));
+    assert!(same * 4096 > 48 << 20, "{same} pages");
+    assert!(unreadable >= number(&report, "unavailable_pages"));
+    assert_eq!(same + unreadable, number(&report, "pages"));
+    kill(pid(&live), Signal::SIGCONT).unwrap();
+    assert_eq!(live.checksum().unwrap(), worked);
+    assert!(live.quit().unwrap());
+}
+
+#[test]
+fn a_core_of_a_live_process_comes_back() {
+    let name = "a_core_of_a_live_process_comes_back";
+    let gcore = match ensure_program("gcore", "gdb") {
+        Ok(gcore) => gcore,
+        Err(why) => return skip(name, &why.to_string()),
+    };
+    let Some(mut live) = live(name, 24) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (core, snapshot, out) = (
+        path(&folder, "core"),
+        path(&folder, "s"),
+        path(&folder, "out"),
+    );
+    let before = live.checksum().unwrap();
+    stop(pid(&live));
+    let id = pid(&live).to_string();
+    let made = Command::new(gcore)
+        .args(["-o", &core, &id])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let core = format!("{core}.{id}");
+    assert!(Path::new(&core).is_file(), "{made:?}");
+    stop(pid(&live));
+
+    done(["create", &core, "-o", &snapshot]);
+    assert_eq!(done(["verify", &snapshot])["ok"], true);
+    let info = done(["info", &snapshot]);
+    done(["extract", &snapshot, "-o", &out, "--unavailable", "zero"]);
+    let (same, _) = compare_with_process(pid(&live), &regions(&info), Path::new(&out));
+    assert!(same * 4096 > 24 << 20, "{same} pages");
+    kill(pid(&live), Signal::SIGCONT).unwrap();
+    assert_eq!(live.checksum().unwrap(), before);
+}
+
+#[test]
+fn a_process_goes_on_whenever_create_is_interrupted_or_killed() {
+    let name = "a_process_goes_on_whenever_create_is_interrupted_or_killed";
+    let Some(mut live) = live(name, 24) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = path(&folder, "s");
+    let id = pid(&live).to_string();
+    let before = live.checksum().unwrap();
+    let whole = number(
+        &done(["create", "--pid", &id, "-o", &snapshot]),
+        "elapsed_ms",
+    );
+    std::fs::remove_file(&snapshot).unwrap();
+    let mut rng = SmallRng::seed_from_u64(7);
+    let mut cut_short = 0;
+    for round in 0..12 {
+        let mut child = snaprestore(["create", "--pid", &id, "-o", &snapshot])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..=whole)));
+        let signal = [Signal::SIGINT, Signal::SIGKILL][round % 2];
+        let child_id = Pid::from_raw(child.id().cast_signed());
+        kill(child_id, signal).unwrap();
+        child.wait().unwrap();
+        assert_eq!(live.checksum().unwrap(), before, "round {round}");
+        assert!(!states(pid(&live)).contains(['t', 'T']), "round {round}");
+        if Path::new(&snapshot).exists() {
+            // It was just done.
+            assert_eq!(done(["verify", &snapshot])["ok"], true);
+            std::fs::remove_file(&snapshot).unwrap();
+        } else {
+            cut_short += 1;
+        }
+    }
+    assert!(cut_short > 0, "no round was cut short");
+}

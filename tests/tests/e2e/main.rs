@@ -1,0 +1,12 @@
+//! The `snaprestore` program and the engine on real memory, end to end.
+#![allow(
+    unsafe_code,
+    reason = "restored memory is touched and discarded through raw pointers"
+)]
+
+mod flips;
+mod guest;
+mod killed;
+mod lazily;
+mod live;
+mod outcomes;
