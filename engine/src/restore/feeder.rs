@@ -81,9 +81,10 @@ impl Feeder {
         };
         let slots = self.inner.session.image.snapshot().page_slots();
         for pages in first {
-            for pages in in_blocks(pages.start..pages.end.min(slots)) {
-                self.hand_out(pages, begun, &mut handed_out);
+            if self.inner.session.is_ending() {
+                break;
             }
+            self.hand_out(pages.start..pages.end.min(slots), begun, &mut handed_out);
         }
         if self.plan.prefetch == Prefetch::All {
             // A pass leaves pages that somebody else was bringing; the next finds them there. What one pass leaves as the
@@ -91,9 +92,7 @@ impl Feeder {
             let mut before = u64::MAX;
             loop {
                 self.left.store(0, Relaxed);
-                for pages in in_blocks(0..slots) {
-                    self.hand_out(pages, begun, &mut handed_out);
-                }
+                self.hand_out(0..slots, begun, &mut handed_out);
                 self.wait_idle();
                 let left = self.left.load(Relaxed);
                 if left == 0 || left >= before || self.inner.session.is_ending() {
@@ -126,11 +125,20 @@ impl Feeder {
         sets.iter().flat_map(|set| runs(&set.name)).collect()
     }
 
-    /// Gives `pages` to the pool when a thread is idle and the budget allows.
+    /// Gives `pages` to the pool, block by block, when a thread is idle and the budget allows.
     fn hand_out(&self, pages: Range<u64>, begun: Instant, handed_out: &mut u64) {
+        for pages in in_blocks(pages) {
+            if self.inner.session.is_ending() {
+                return;
+            }
+            self.hand_out_block(pages, begun, handed_out);
+        }
+    }
+
+    fn hand_out_block(&self, pages: Range<u64>, begun: Instant, handed_out: &mut u64) {
         let session = &self.inner.session;
         let absent = session.state.count_absent(pages.clone());
-        if absent == 0 || session.is_ending() {
+        if absent == 0 {
             return;
         }
         if let Some(bandwidth) = self.plan.bandwidth {

@@ -50,6 +50,17 @@ pub(super) struct ThreadError {
     pub(super) source: io::Error,
 }
 
+/// Ends the process if its thread panics: whoever waits for that thread's pages would wait for ever.
+struct EndOnPanic;
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 /// The threads of a restore.
 pub(super) type Threads = Vec<JoinHandle<()>>;
 
@@ -93,6 +104,7 @@ fn start_all(
         let hook = hook.clone();
         let named = name.clone();
         let thread = Builder::new().name(name).spawn(move || {
+            let _end = EndOnPanic;
             if let Some(hook) = hook {
                 hook(&named);
             }

@@ -34,7 +34,8 @@ pub(crate) struct Decoder {
 /// A decoded frame.
 #[derive(Default)]
 struct Kept {
-    id: Option<FrameId>,
+    /// All that the index says of it: another index block of a hostile file may name the same place otherwise.
+    frame: Option<FrameRef>,
     bytes: Vec<u8>,
     len: usize,
     runs: Vec<Run>,
@@ -163,8 +164,10 @@ impl Image for SnapshotImage {
     ) -> Result<(), Failure> {
         runs.clear();
         decoder.clock += 1;
-        let id = self.id(frame);
-        let found = decoder.kept.iter().position(|kept| kept.id == Some(id));
+        let found = decoder
+            .kept
+            .iter()
+            .position(|kept| kept.frame == Some(*frame));
         let oldest = || {
             let oldest = decoder
                 .kept
@@ -178,7 +181,7 @@ impl Image for SnapshotImage {
         let kept = &mut decoder.kept[i];
         kept.used = decoder.clock;
         if found.is_none() {
-            kept.id = None;
+            kept.frame = None;
             kept.runs.clear();
             kept.len = frame.decoded_len();
             // The summary's frame size is a promise of the writer's; a larger frame is still right.
@@ -207,7 +210,7 @@ impl Image for SnapshotImage {
                 self.confirm(frame, run, &mut block, reason, &mut kept.runs)
                     .map_err(|error| self.read_failure(run.page, &error))?;
             }
-            kept.id = Some(id);
+            kept.frame = Some(*frame);
         }
         runs.extend_from_slice(&kept.runs);
         Ok(())
