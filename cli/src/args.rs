@@ -261,9 +261,6 @@ pub(crate) struct Restore {
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
-    /// Serve only faults of user code, where the kernel permits no other
-    #[arg(long)]
-    pub(crate) user_mode_only: bool,
 }
 
 /// `restore --touch`.

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use snaprestore_engine::restore::StartError;
+use snaprestore_engine::sys;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
 /// The documented exit codes.
@@ -65,6 +67,12 @@ impl Exit {
                 }
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));
+                }
+                if let Some(StartError::Userfaultfd(error)) = cause.downcast_ref() {
+                    return Some(match error {
+                        sys::OpenError::Failed { .. } => Self::Failed,
+                        _ => Self::NotPermitted,
+                    });
                 }
                 cause
                     .downcast_ref::<FrameError>()

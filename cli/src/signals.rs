@@ -8,7 +8,7 @@ use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -25,6 +25,7 @@ pub(crate) struct Interrupted;
 #[derive(Clone, Debug)]
 pub(crate) struct Cancel {
     signal: Arc<AtomicI32>,
+    at_once: Arc<AtomicBool>,
     hangs_up: Arc<PipeReader>,
 }
 
@@ -34,6 +35,7 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     let (reader, writer) = io::pipe().context("creating a pipe for signals")?;
     let cancel = Cancel {
         signal: Arc::default(),
+        at_once: Arc::default(),
         hangs_up: Arc::new(reader),
     };
     // A signal that the parent had ignored (nohup, a background job of a script) stays ignored;
@@ -47,12 +49,14 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     }
     wanted.thread_block().context("blocking signals")?;
     let seen = Arc::clone(&cancel.signal);
+    let at_once = Arc::clone(&cancel.at_once);
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             let mut writer = Some(writer);
             while let Ok(signal) = wanted.wait() {
-                if seen.swap(signal as i32, Ordering::SeqCst) != 0 {
+                let again = seen.swap(signal as i32, Ordering::SeqCst) != 0;
+                if again || at_once.load(Ordering::SeqCst) {
                     die_by(signal);
                 }
                 drop(writer.take());
@@ -70,12 +74,19 @@ impl Cancel {
         std::mem::forget(writer);
         Self {
             signal: Arc::default(),
+            at_once: Arc::default(),
             hangs_up: Arc::new(reader),
         }
     }
 
     pub(crate) fn requested(&self) -> bool {
         self.signal.load(Ordering::SeqCst) != 0
+    }
+
+    /// From now on a signal ends the process where it stands: for commands that leave nothing
+    /// behind in any case.
+    pub(crate) fn end_at_once(&self) {
+        self.at_once.store(true, Ordering::SeqCst);
     }
 
     /// For loops: ends them with an error once the command was asked to stop.

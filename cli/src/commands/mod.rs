@@ -7,6 +7,7 @@ mod doctor;
 mod extract;
 mod info;
 mod man;
+mod restore;
 mod verify;
 
 use anyhow::Result;
@@ -23,10 +24,11 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Info(args) => info::run(&args, output),
         Command::Verify(args) => verify::run(&args, output, cancel),
         Command::Extract(args) => extract::run(&args, output, cancel),
+        Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Doctor => doctor::run(output),
         Command::Completions(args) => completions::run(&args, output),
         Command::Man(args) => man::run(&args, output),
-        Command::Restore(_) | Command::Demo(_) | Command::DemoOwner(_) => {
+        Command::Demo(_) | Command::DemoOwner(_) => {
             anyhow::bail!("this command is not built yet")
         }
     }

@@ -13,4 +13,5 @@ mod extract;
 mod interrupted;
 mod owner;
 mod process;
+mod restore;
 mod usage;

@@ -1,0 +1,129 @@
+//! `snaprestore restore`: a snapshot comes back lazily, into this process.
+
+mod order;
+mod report;
+mod touch;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
+use snapshot_format::Snapshot;
+use snapshot_format::layout::PAGE_SIZE_U64;
+
+use crate::args::{self, Touch};
+use crate::exit::Exit;
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::signals::Cancel;
+use order::Order;
+use report::Report;
+use touch::Pages;
+
+/// How long the engine may take to notice that every page was touched.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Exit> {
+    // Memory of our own goes with the process: there is nothing to undo, and nothing to wait for.
+    cancel.end_at_once();
+    let report = restore(args, output, cancel)?;
+    output.report(&report)?;
+    Ok(report.exit())
+}
+
+/// Restores a snapshot and says how it went.
+pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Report> {
+    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
+    let pages = Pages::of(&snapshot)?;
+    let raw = match &args.check {
+        Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
+        None => None,
+    };
+    let began = Instant::now();
+    let restored = start(&snapshot, args)?;
+    let touched = match args.touch {
+        Touch::None => None,
+        order => {
+            let order = match order {
+                Touch::Random => Order::random(pages.count, args.seed),
+                Touch::Sequential | Touch::None => Order::Sequential,
+            };
+            let progress = Progress::bytes(output, "touching", Some(pages.count * PAGE_SIZE_U64));
+            let touching = Instant::now();
+            let work = touch::Work {
+                restored: &restored,
+                pages: &pages,
+                order,
+                raw: raw.as_ref(),
+                began,
+            };
+            let touched = work.all(args.touch_threads, &progress, cancel)?;
+            Some((touched, touching.elapsed()))
+        }
+    };
+    if args.prefetch != args::Prefetch::Off {
+        restored.wait_complete();
+    }
+    // What was touched last counts as present a moment later. Pages of unknown content weren't
+    // touched: with them it stays incomplete.
+    if touched.is_some() && snapshot.summary().unavailable_pages == 0 {
+        let waiting = Instant::now();
+        while !restored.is_complete() && waiting.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+    let stats = restored.stats();
+    Ok(Report::new(
+        &snapshot,
+        &stats,
+        &restored.failures(),
+        touched.as_ref().map(|(touched, took)| (touched, *took)),
+    ))
+}
+
+/// The file to compare with, which must be as long as the memory.
+fn open_raw(path: &Path, bytes: u64) -> Result<File> {
+    let named = || path.display().to_string();
+    let file = File::open(path).with_context(named)?;
+    let len = file.metadata().with_context(named)?.len();
+    if len != bytes {
+        bail!(
+            "{}: has {len} bytes, but the snapshot holds {bytes} bytes of memory; `extract` makes \
+             a file to check against",
+            path.display()
+        );
+    }
+    Ok(file)
+}
+
+/// Maps the memory and starts to serve it.
+fn start(snapshot: &Arc<Snapshot>, args: &args::Restore) -> Result<Restored, StartError> {
+    let with = |on_failure| {
+        restore::Restore::new(Arc::clone(snapshot))
+            .fault_threads(args.threads)
+            .prefetch(match args.prefetch {
+                args::Prefetch::Off => restore::Prefetch::Off,
+                args::Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
+                args::Prefetch::All => restore::Prefetch::All,
+            })
+            .on_failure(on_failure)
+            .start()
+    };
+    match with(OnFailure::Poison) {
+        // Without poison a bad page can't be left behind: its toucher would wait for ever.
+        Err(StartError::NoPoison) => with(OnFailure::Ask(Arc::new(|failure| {
+            let _ = writeln!(
+                std::io::stderr(),
+                "snaprestore: {failure}; this kernel can't mark a page as bad (Linux 6.6 can), so \
+                 the restore ends here"
+            );
+            // A thread waits for this page: only the end of the process ends that.
+            std::process::exit(Exit::Damaged as i32)
+        }))),
+        result => result,
+    }
+}

@@ -1,0 +1,96 @@
+//! In which order pages are touched.
+
+/// An order of the numbers below a count: each exactly once, without a table of them.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Order {
+    Sequential,
+    Random(Shuffle),
+}
+
+/// A permutation made of four Feistel rounds. Numbers that leave the count are sent round again,
+/// which brings each back in; fewer than four times on average.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shuffle {
+    count: u64,
+    half_bits: u32,
+    seed: u64,
+}
+
+impl Order {
+    pub(super) fn random(count: u64, seed: u64) -> Self {
+        let bits = u64::BITS - count.saturating_sub(1).leading_zeros();
+        Self::Random(Shuffle {
+            count,
+            half_bits: bits.div_ceil(2).max(1),
+            seed,
+        })
+    }
+
+    /// The number at `position`, which is below the count.
+    pub(super) fn at(&self, position: u64) -> u64 {
+        match self {
+            Self::Sequential => position,
+            Self::Random(shuffle) => shuffle.at(position),
+        }
+    }
+}
+
+impl Shuffle {
+    fn at(&self, position: u64) -> u64 {
+        let mut number = self.mix(position);
+        while number >= self.count {
+            number = self.mix(number);
+        }
+        number
+    }
+
+    fn mix(&self, number: u64) -> u64 {
+        let mask = (1 << self.half_bits) - 1;
+        let (mut left, mut right) = (number >> self.half_bits, number & mask);
+        for round in 0..4_u64 {
+            let key = self
+                .seed
+                .wrapping_add(round.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            (left, right) = (right, left ^ (scramble(right ^ key) & mask));
+        }
+        left << self.half_bits | right
+    }
+}
+
+/// The finishing steps of splitmix64.
+fn scramble(mut number: u64) -> u64 {
+    number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_comes_once() {
+        for count in [1_u64, 2, 3, 7, 64, 1000, 4097] {
+            for seed in [0, 1, 0xdead_beef] {
+                let order = Order::random(count, seed);
+                let mut numbers: Vec<u64> = (0..count).map(|position| order.at(position)).collect();
+                numbers.sort_unstable();
+                assert!(numbers.into_iter().eq(0..count), "{count} {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn seeds_give_orders_of_their_own_without_runs() {
+        let order = |seed| -> Vec<u64> {
+            let order = Order::random(10_000, seed);
+            (0..10_000).map(|position| order.at(position)).collect()
+        };
+        assert_ne!(order(1), order(2));
+        let neighbours = order(1)
+            .windows(2)
+            .filter(|pair| pair[1] == pair[0] + 1)
+            .count();
+        assert!(neighbours < 10, "{neighbours}");
+    }
+}

@@ -1,0 +1,312 @@
+//! What a restore did, and what it could not.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use indicatif::{BinaryBytes, HumanCount};
+use serde::Serialize;
+use snaprestore_engine::restore::{Failure, FailureKind, Stats};
+use snapshot_format::{Page, ReadError, Reason, Snapshot};
+
+use super::touch::Touched;
+use crate::exit::Exit;
+use crate::output::count;
+
+/// Bad places that are listed for people.
+const LISTED: usize = 20;
+
+/// The field names are part of the command's interface.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(super) file: String,
+    pub(super) pages: u64,
+    /// Nothing was touched there: the contents aren't known.
+    pub(super) unavailable_pages: u64,
+    map_us: u64,
+    first_page_us: Option<u64>,
+    touch_ms: Option<u64>,
+    complete_ms: Option<u64>,
+    faults: u64,
+    fault_us: Percentiles,
+    pages_copied: u64,
+    pages_zeroed: u64,
+    prefetched_pages: u64,
+    bytes_read: u64,
+    bytes_decoded: u64,
+    pub(crate) checked_pages: u64,
+    pub(crate) mismatches: u64,
+    /// Numbers of the first pages that differed.
+    mismatched: Vec<u64>,
+    failures: Vec<Bad>,
+}
+
+/// Times in microseconds.
+#[derive(Debug, Serialize)]
+struct Percentiles {
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    max: f64,
+}
+
+/// A place of the file that could not be used, and the pages that it cost.
+#[derive(Debug, Serialize)]
+struct Bad {
+    file: String,
+    /// First byte of the frame or index block, if one is to blame.
+    offset: Option<u64>,
+    damaged: bool,
+    /// First and last number of each run of pages.
+    pages: Vec<(u64, u64)>,
+    detail: String,
+}
+
+impl Report {
+    pub(super) fn new(
+        snapshot: &Snapshot,
+        stats: &Stats,
+        failures: &[Failure],
+        touched: Option<(&Touched, Duration)>,
+    ) -> Self {
+        let none = Touched::default();
+        let found = touched.map_or(&none, |(touched, _)| touched);
+        Self {
+            file: snapshot.name().to_owned(),
+            pages: snapshot.summary().pages,
+            unavailable_pages: snapshot.summary().unavailable_pages,
+            map_us: whole_micros(stats.mapped),
+            first_page_us: found.first_page.map(whole_micros),
+            touch_ms: touched.map(|(_, took)| whole_millis(took)),
+            complete_ms: stats.complete.map(whole_millis),
+            faults: stats.faults,
+            fault_us: Percentiles {
+                p50: micros(stats.fault_time.p50),
+                p90: micros(stats.fault_time.p90),
+                p99: micros(stats.fault_time.p99),
+                max: micros(stats.fault_time.max),
+            },
+            pages_copied: [stats.demand, stats.prefetch]
+                .iter()
+                .map(|pages| pages.copied + pages.filled)
+                .sum(),
+            pages_zeroed: stats.demand.zeroed + stats.prefetch.zeroed,
+            prefetched_pages: stats.prefetch.copied + stats.prefetch.filled + stats.prefetch.zeroed,
+            bytes_read: stats.bytes_read,
+            bytes_decoded: stats.bytes_decoded,
+            checked_pages: found.checked_pages,
+            mismatches: found.mismatches,
+            mismatched: found.mismatched.clone(),
+            failures: bad_places(snapshot, failures, &found.bad),
+        }
+    }
+
+    /// A damaged file is worse than an operation that failed.
+    pub(super) fn exit(&self) -> Exit {
+        if self.failures.iter().any(|bad| bad.damaged) {
+            Exit::Damaged
+        } else if self.mismatches > 0 || !self.failures.is_empty() {
+            Exit::Failed
+        } else {
+            Exit::Done
+        }
+    }
+}
+
+/// Groups the pages that could not be had by the place that is to blame.
+fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec<Bad> {
+    let mut places: BTreeMap<Option<u64>, (Vec<u64>, bool, String)> = BTreeMap::new();
+    // What was not known when the snapshot was taken is no failure of the restore.
+    let failures = failures
+        .iter()
+        .filter(|failure| failure.kind != FailureKind::Unavailable);
+    for failure in failures {
+        let damaged = failure.kind == FailureKind::Damaged;
+        places
+            .entry(failure.offset)
+            .or_insert_with(|| (Vec::new(), damaged, failure.detail.clone()))
+            .0
+            .push(failure.page);
+    }
+    // The engine remembers the first failures only; the others say themselves where they lie.
+    for &page in touched {
+        let (offset, damaged, detail) = blame(snapshot, page);
+        places
+            .entry(offset)
+            .or_insert_with(|| (Vec::new(), damaged, detail))
+            .0
+            .push(page);
+    }
+    places
+        .into_iter()
+        .map(|(offset, (pages, damaged, detail))| Bad {
+            file: snapshot.name().to_owned(),
+            offset,
+            damaged,
+            pages: runs(pages),
+            detail,
+        })
+        .collect()
+}
+
+fn blame(snapshot: &Snapshot, page: u64) -> (Option<u64>, bool, String) {
+    match snapshot.look_up(page, Reason::Verify) {
+        Ok(Page::Stored { frame, .. }) => (
+            Some(frame.offset()),
+            true,
+            "its frame could not be restored".into(),
+        ),
+        Ok(_) => (None, false, "the page could not be installed".into()),
+        Err(error) => {
+            let offset = match &error {
+                ReadError::Damaged { offset, .. } | ReadError::Io { offset, .. } => Some(*offset),
+                _ => None,
+            };
+            (offset, error.is_damage(), error.to_string())
+        }
+    }
+}
+
+/// Sorted runs of numbers, first and last.
+fn runs(mut numbers: Vec<u64>) -> Vec<(u64, u64)> {
+    numbers.sort_unstable();
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if number <= *last + 1 => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    runs
+}
+
+fn whole_micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn whole_millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Microseconds with one decimal.
+fn micros(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e7).round() / 10.0
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "mapped      after {} us", HumanCount(self.map_us))?;
+        if let Some(first) = self.first_page_us {
+            writeln!(f, "first page  after {} us", HumanCount(first))?;
+        }
+        if let Some(touch) = self.touch_ms {
+            writeln!(
+                f,
+                "touched     {} in {} ms",
+                count(self.pages - self.unavailable_pages, "page"),
+                HumanCount(touch)
+            )?;
+        }
+        match self.complete_ms {
+            Some(complete) => writeln!(f, "complete    after {} ms", HumanCount(complete))?,
+            None => writeln!(
+                f,
+                "complete    no: some pages were not asked for, or not to be had"
+            )?,
+        }
+        writeln!(
+            f,
+            "faults      {}; {} us at p50, {} p90, {} p99, {} at most",
+            HumanCount(self.faults),
+            self.fault_us.p50,
+            self.fault_us.p90,
+            self.fault_us.p99,
+            self.fault_us.max
+        )?;
+        writeln!(
+            f,
+            "installed   {} copied, {} zeroed; {} of them by prefetch",
+            count(self.pages_copied, "page"),
+            HumanCount(self.pages_zeroed),
+            HumanCount(self.prefetched_pages)
+        )?;
+        writeln!(
+            f,
+            "read        {}, decoded to {}",
+            BinaryBytes(self.bytes_read),
+            BinaryBytes(self.bytes_decoded)
+        )?;
+        if self.unavailable_pages > 0 {
+            writeln!(
+                f,
+                "unknown     {} since the snapshot was taken; not touched",
+                count(self.unavailable_pages, "page")
+            )?;
+        }
+        if self.checked_pages > 0 {
+            writeln!(
+                f,
+                "checked     {}: {}",
+                count(self.checked_pages, "page"),
+                match self.mismatches {
+                    0 => "all equal".to_owned(),
+                    differ => format!(
+                        "{} DIFFER, the first with the numbers {:?}",
+                        HumanCount(differ),
+                        self.mismatched
+                    ),
+                }
+            )?;
+        }
+        for bad in self.failures.iter().take(LISTED) {
+            writeln!(f, "{bad}")?;
+        }
+        if self.failures.len() > LISTED {
+            writeln!(
+                f,
+                "... and {} more bad places",
+                self.failures.len() - LISTED
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Bad {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BAD         {}", self.file)?;
+        if let Some(offset) = self.offset {
+            write!(f, ", at byte {offset}")?;
+        }
+        write!(f, ": {}; pages ", self.detail)?;
+        for (number, (first, last)) in self.pages.iter().take(LISTED).enumerate() {
+            let comma = if number == 0 { "" } else { ", " };
+            if first == last {
+                write!(f, "{comma}{first}")?;
+            } else {
+                write!(f, "{comma}{first}-{last}")?;
+            }
+        }
+        if self.pages.len() > LISTED {
+            write!(f, ", ...")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_told_in_runs() {
+        assert_eq!(runs(vec![]), []);
+        assert_eq!(runs(vec![5, 3, 4, 4, 9]), [(3, 5), (9, 9)]);
+    }
+
+    #[test]
+    fn times_keep_a_tenth_of_a_microsecond() {
+        assert_eq!(micros(Duration::from_nanos(3_749)).to_string(), "3.7");
+        assert_eq!(whole_micros(Duration::from_millis(2)), 2000);
+    }
+}

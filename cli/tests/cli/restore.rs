@@ -1,0 +1,306 @@
+//! Snapshots that come back lazily.
+
+use serde_json::Value;
+use snaprestore_fixtures::host::{Unavailable, skipped};
+use snaprestore_fixtures::images::Mix;
+
+use crate::common::{Folder, Run, as_nobody, number, run};
+use crate::elf_core::{Core, Load};
+
+/// Whether restoring can be tested here; says why not.
+fn possible(folder: &Folder, test: &str) -> bool {
+    let doctor = run(folder, &["doctor", "--json"]);
+    if doctor.code == Some(0) {
+        return true;
+    }
+    let report = doctor.json();
+    let missing = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|check| check["state"] == "missing");
+    skipped(
+        test,
+        &Unavailable {
+            why: format!("userfaultfd: {}", missing.unwrap()),
+        },
+    );
+    false
+}
+
+/// An image `raw` and its snapshot `s`.
+fn packed(folder: &Folder, pages: u64) {
+    folder.write("raw", &Mix::new(pages, 11).bytes());
+    run(folder, &["create", "raw", "-o", "s"]).exits(0);
+}
+
+#[track_caller]
+fn restore(folder: &Folder, options: &[&str]) -> Run {
+    let mut args = vec!["restore", "s", "--json"];
+    args.extend(options);
+    run(folder, &args)
+}
+
+#[test]
+fn whatever_the_order_and_the_threads_memory_equals_the_source() {
+    let folder = Folder::new();
+    if !possible(
+        &folder,
+        "whatever_the_order_and_the_threads_memory_equals_the_source",
+    ) {
+        return;
+    }
+    packed(&folder, 3000);
+    for touch in ["sequential", "random"] {
+        for prefetch in ["off", "working-set", "all"] {
+            for threads in [["1", "1"], ["3", "4"]] {
+                let options = [
+                    "--touch",
+                    touch,
+                    "--prefetch",
+                    prefetch,
+                    "--threads",
+                    threads[0],
+                    "--touch-threads",
+                    threads[1],
+                    "--check",
+                    "raw",
+                    "--seed",
+                    "5",
+                ];
+                let report = restore(&folder, &options).exits(0).json();
+                let n = |key| number(&report, key);
+                assert_eq!(
+                    (n("checked_pages"), n("mismatches")),
+                    (3000, 0),
+                    "{options:?}"
+                );
+                assert!(n("pages_copied") > 0);
+                assert!(n("bytes_read") > 0);
+                for key in [
+                    "map_us",
+                    "first_page_us",
+                    "touch_ms",
+                    "complete_ms",
+                    "pages_zeroed",
+                ] {
+                    n(key);
+                }
+                for key in ["p50", "p90", "p99", "max"] {
+                    assert!(report["fault_us"][key].is_number(), "{report}");
+                }
+                if prefetch == "off" {
+                    assert!(n("faults") > 0);
+                    assert_eq!(n("prefetched_pages"), 0);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn without_touches_prefetch_brings_everything_or_nothing() {
+    let folder = Folder::new();
+    if !possible(
+        &folder,
+        "without_touches_prefetch_brings_everything_or_nothing",
+    ) {
+        return;
+    }
+    packed(&folder, 3000);
+    let all = restore(&folder, &["--touch", "none", "--prefetch", "all"])
+        .exits(0)
+        .json();
+    number(&all, "complete_ms");
+    assert_eq!(number(&all, "faults"), 0);
+    assert_eq!(
+        number(&all, "prefetched_pages"),
+        number(&all, "pages_copied") + number(&all, "pages_zeroed")
+    );
+    assert_eq!(all["touch_ms"], Value::Null);
+    let none = restore(&folder, &["--touch", "none", "--prefetch", "off"])
+        .exits(0)
+        .json();
+    assert_eq!(none["complete_ms"], Value::Null);
+    assert_eq!(none["first_page_us"], Value::Null);
+    assert_eq!(number(&none, "pages_copied"), 0);
+}
+
+#[test]
+fn memory_that_differs_is_told_and_fails() {
+    let folder = Folder::new();
+    if !possible(&folder, "memory_that_differs_is_told_and_fails") {
+        return;
+    }
+    packed(&folder, 600);
+    let mut other = folder.read("raw");
+    for page in [7, 300, 599] {
+        other[page * 4096 + 9] ^= 1;
+    }
+    folder.write("other", &other);
+    let report = restore(&folder, &["--check", "other", "--touch", "random"])
+        .exits(1)
+        .json();
+    assert_eq!(number(&report, "mismatches"), 3);
+    assert_eq!(report["mismatched"], serde_json::json!([7, 300, 599]));
+    let text = run(&folder, &["restore", "s", "--check", "other"])
+        .exits(1)
+        .text();
+    assert!(
+        text.contains("3 DIFFER") && text.contains("[7, 300, 599]"),
+        "{text}"
+    );
+    folder.write("short", &other[..4096]);
+    run(&folder, &["restore", "s", "--check", "short"])
+        .exits(1)
+        .says(&["short", "4096 bytes"]);
+    run(&folder, &["restore", "s", "--check", "none"])
+        .exits(1)
+        .says(&["none"]);
+}
+
+#[test]
+fn a_bad_frame_costs_its_pages_and_no_others() {
+    let folder = Folder::new();
+    if !possible(&folder, "a_bad_frame_costs_its_pages_and_no_others") {
+        return;
+    }
+    // Every page is its own, so that a frame holds 32 pages in a row.
+    let pages = 1024;
+    let raw: Vec<u8> = crate::common::noise(pages * 4096);
+    folder.write("raw", &raw);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let mut bytes = folder.read("s");
+    let first = 4096;
+    // Within the payload of the first frame.
+    bytes[first + 50_000] ^= 0x10;
+    folder.write("s", &bytes);
+    for prefetch in ["off", "all"] {
+        for touch in ["sequential", "random"] {
+            let options = ["--check", "raw", "--prefetch", prefetch, "--touch", touch];
+            let report = restore(&folder, &options).exits(3).json();
+            assert_eq!(
+                number(&report, "checked_pages"),
+                pages as u64 - 32,
+                "{report}"
+            );
+            assert_eq!(number(&report, "mismatches"), 0);
+            let failures = report["failures"].as_array().unwrap();
+            assert_eq!(failures.len(), 1, "{report}");
+            assert_eq!(failures[0]["file"], "s");
+            assert_eq!(number(&failures[0], "offset"), first as u64);
+            assert_eq!(failures[0]["damaged"], true);
+            assert_eq!(failures[0]["pages"], serde_json::json!([[0, 31]]));
+        }
+    }
+    let text = run(&folder, &["restore", "s"]).exits(3).text();
+    assert!(
+        text.contains("BAD") && text.contains("pages 0-31"),
+        "{text}"
+    );
+    // Also where nobody touched it.
+    let report = restore(&folder, &["--touch", "none", "--prefetch", "all"])
+        .exits(3)
+        .json();
+    assert!(!report["failures"].as_array().unwrap().is_empty());
+}
+
+/// Where the index block of a block lies: the top table is a section of kind 2, listed in the
+/// trailer; each of its entries has 32 bytes, the offset in the second 8.
+fn index_block(file: &[u8], block: usize) -> usize {
+    let number = |at: usize| {
+        let bytes = file[at..at + 8].try_into().unwrap();
+        usize::try_from(u64::from_le_bytes(bytes)).unwrap()
+    };
+    let sections = file.len() - 4096 + 1524;
+    let top = (sections..)
+        .step_by(40)
+        .find(|&entry| file[entry] == 2)
+        .unwrap();
+    number(number(top + 8) + 32 * block + 8)
+}
+
+#[test]
+fn a_bad_index_block_costs_its_pages() {
+    let folder = Folder::new();
+    if !possible(&folder, "a_bad_index_block_costs_its_pages") {
+        return;
+    }
+    folder.write("raw", &crate::common::noise(1024 * 4096));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let mut bytes = folder.read("s");
+    let place = index_block(&bytes, 1);
+    bytes[place + 40] ^= 1;
+    folder.write("s", &bytes);
+    let report = restore(&folder, &["--check", "raw"]).exits(3).json();
+    assert_eq!(number(&report, "checked_pages"), 512, "{report}");
+    assert_eq!(
+        report["failures"][0]["pages"],
+        serde_json::json!([[512, 1023]])
+    );
+}
+
+#[test]
+fn unknown_pages_are_left_alone_and_are_no_damage() {
+    let folder = Folder::new();
+    if !possible(&folder, "unknown_pages_are_left_alone_and_are_no_damage") {
+        return;
+    }
+    let load = |start: u64, known: &[u8], unknown: u64| Load {
+        start,
+        bytes: known.iter().flat_map(|&byte| [byte; 4096]).collect(),
+        memory_bytes: (known.len() as u64 + unknown) * 4096,
+    };
+    let core = Core {
+        loads: vec![
+            load(0x10000, &[1, 2], 3),
+            load(0x80000, &[], 600),
+            load(0x90_0000, &[3], 0),
+        ],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    run(
+        &folder,
+        &["extract", "s", "-o", "raw", "--unavailable", "zero"],
+    )
+    .exits(0);
+    for options in [["--prefetch", "off"], ["--prefetch", "all"]] {
+        let options = [&options[..], &["--check", "raw", "--touch", "random"]].concat();
+        let report = restore(&folder, &options).exits(0).json();
+        assert_eq!(number(&report, "checked_pages"), 3);
+        assert_eq!(number(&report, "unavailable_pages"), 603);
+    }
+}
+
+#[test]
+fn what_is_no_snapshot_exits_3() {
+    let folder = Folder::new();
+    folder.write("s", b"hello");
+    run(&folder, &["restore", "s"])
+        .exits(3)
+        .says(&["s: not a snapshot"]);
+    run(&folder, &["restore", "none"]).exits(1).says(&["none"]);
+}
+
+#[test]
+fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
+    let name = "without_the_right_to_it_exits_4_and_says_what_would_permit_it";
+    if !nix::unistd::geteuid().is_root() {
+        let why = "becoming another user needs root".into();
+        return skipped(name, &Unavailable { why });
+    }
+    let folder = Folder::new();
+    packed(&folder, 16);
+    let refused = as_nobody(&folder, &["restore", "s"]);
+    if refused.code == Some(0) {
+        let why = "every user may make a userfaultfd here".into();
+        return skipped(name, &Unavailable { why });
+    }
+    refused.exits(4).says(&[
+        "/dev/userfaultfd",
+        "CAP_SYS_PTRACE",
+        "vm.unprivileged_userfaultfd=1",
+    ]);
+}
