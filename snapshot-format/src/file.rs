@@ -13,12 +13,15 @@
 //! its process; only where the file system knows none, and in the moment between link and rename,
 //! a temporary name can stay behind after a kill: `.snaprestore-*.partial`.
 //!
+//! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
+//! another gets the permissions of that, because somebody chose them.
+//!
 //! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -27,6 +30,10 @@ use nix::unistd::linkat;
 
 /// Bytes gathered before the file is written. Longer writes go straight through.
 const BUFFER_BYTES: usize = 64 << 10;
+/// Permissions of a new file.
+const PRIVATE: u32 = 0o600;
+/// Permissions that are taken over from a replaced file: none that would change who runs it.
+const TAKEN_OVER: u32 = 0o777;
 /// Temporary names that are tried.
 const NAME_TRIES: u32 = 100;
 
@@ -147,17 +154,27 @@ impl SnapshotFile {
                     .read(true)
                     .write(true)
                     .create_new(true)
+                    .mode(PRIVATE)
                     .open(path)
             })
             .map_err(FileError::io("create a file in", &folder))?;
             (file, Place::Named { folder, temporary })
         };
-        Ok(Self {
+        let created = Self {
             out: BufWriter::with_capacity(BUFFER_BYTES, file),
             target,
             force,
             place,
-        })
+        };
+        if exists && let Ok(replaced) = created.target.metadata() {
+            let mode = replaced.permissions().mode() & TAKEN_OVER;
+            created
+                .out
+                .get_ref()
+                .set_permissions(Permissions::from_mode(mode))
+                .map_err(FileError::io("set the permissions of", &created.target))?;
+        }
+        Ok(created)
     }
 
     /// Whether the file can be written anywhere in it: false for pipes and devices.
@@ -285,6 +302,7 @@ fn open_nameless(folder: &Path) -> io::Result<File> {
         .read(true)
         .write(true)
         .custom_flags(OFlag::O_TMPFILE.bits())
+        .mode(PRIVATE)
         .open(folder)?;
     // Without /proc the file could not be linked, and that would be found out at the very end.
     link_source(&file).metadata()?;

@@ -204,3 +204,20 @@ fn writing_at_offsets_and_in_sequence_agree() {
     file.commit().unwrap();
     assert_eq!(fs::read(&target).unwrap(), b"head\0\0\0\0tail");
 }
+
+#[test]
+fn only_the_owner_reads_a_new_file_and_a_replaced_one_keeps_its_permissions() {
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    for (folder, nameless, force) in cases() {
+        let target = folder.path().join("snapshot");
+        write_new(&target, force, nameless).commit().unwrap();
+        // The test's umask can only take bits away.
+        assert_eq!(mode(&target) & 0o177, 0, "{:o}", mode(&target));
+
+        for given in [0o640, 0o604, 0o600] {
+            fs::set_permissions(&target, Permissions::from_mode(given)).unwrap();
+            write_new(&target, true, nameless).commit().unwrap();
+            assert_eq!(mode(&target), given);
+        }
+    }
+}
