@@ -236,6 +236,19 @@ pub enum OpenError {
         /// The features' names, or bit numbers where no name is known.
         names: String,
     },
+    /// The file is larger than the caller is ready for.
+    #[error(
+        "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
+         is set here (most_top_bytes)"
+    )]
+    TopTooLarge {
+        /// The store's name.
+        file: String,
+        /// Length of the top table.
+        bytes: u64,
+        /// [`crate::SnapshotOptions::most_top_bytes`].
+        limit: u64,
+    },
     /// The file is a snapshot with a defect.
     #[error("{file}: damaged {part} at byte {offset}: {defect}")]
     Damaged {
@@ -256,6 +269,7 @@ impl OpenError {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
             Self::NoStore { .. }
+            | Self::TopTooLarge { .. }
             | Self::UnsupportedVersion { .. }
             | Self::UnsupportedFeature { .. } => false,
             Self::NotASnapshot { .. } | Self::Incomplete { .. } | Self::Damaged { .. } => true,

@@ -84,6 +84,8 @@ pub mod region_flags {
     pub const SHARED: u32 = 1 << 8;
     /// All bits that version 1 defines.
     pub const KNOWN: u32 = READ | WRITE | EXECUTE | SHARED;
+    /// Bits that later writers may set as hints: a reader ignores those that it doesn't know.
+    pub const HINTS: u32 = 0xffff_0000;
 }
 
 /// Bits of `required_features`: a reader refuses a file that sets one it doesn't know.
@@ -147,8 +149,10 @@ pub struct Trailer {
     /// Zero, unless [`optional::STRONG_HASHES`] is set: then the BLAKE3 hash of the section that
     /// holds the hashes of all others, of the index blocks and of the frames.
     pub strong_root: [u8; 32],
+    /// Zero, and ignored.
+    pub unused: [u8; 666],
     /// Zero.
-    pub reserved: [u8; 1332],
+    pub reserved: [u8; 666],
     /// Where the sections are, in any order; unused entries are zero.
     pub sections: [SectionEntry; MAX_SECTIONS],
     /// CRC-32 (IEEE) of the bytes before it.
@@ -272,8 +276,8 @@ pub struct RegionEntry {
     pub name_offset: U64,
     /// Zero.
     pub reserved: U64,
-    /// Zero.
-    pub reserved2: U64,
+    /// Zero, and ignored.
+    pub unused: U64,
 }
 
 /// One entry of the top table: what an index block's 512 pages are.
@@ -290,7 +294,8 @@ pub struct TopEntry {
     pub stored_len: U32,
     /// Where the index block lies.
     pub offset: U64,
-    /// The repeated word, if a fill.
+    /// The repeated word, if a fill; number of the first page in the ancestor, if the index block
+    /// lies in one.
     pub word: U64,
     /// CRC-32 (IEEE) of the stored index block.
     pub crc: U32,
@@ -472,6 +477,8 @@ pub struct AncestorEntry {
     pub file_bytes: U64,
     /// Zero.
     pub reserved: U64,
+    /// BLAKE3 hash of its trailer, or zero if it isn't known.
+    pub trailer_hash: [u8; 32],
 }
 
 const _: () = {
@@ -489,7 +496,7 @@ const _: () = {
     assert!(size_of::<FillRun>() == 24);
     assert!(size_of::<BlobEntry>() == 32);
     assert!(size_of::<WorkingSetRun>() == 16);
-    assert!(size_of::<AncestorEntry>() == 32);
+    assert!(size_of::<AncestorEntry>() == 64);
     // An index block never passes its limit, even if every page has a frame of its own: a page
     // costs either a frame or a fill word, besides its entry.
     assert!(

@@ -11,6 +11,17 @@ use crate::layout::{
 };
 use crate::types::{FillRun, Region, WorkingSetRun};
 
+/// Whether `text` has a character that a terminal or a log could take for more than text.
+pub(crate) fn has_control(text: &str) -> bool {
+    text.bytes().any(|byte| byte < b' ' || byte == 0x7f)
+}
+
+/// Whether `name` can be the name of a file in a folder: what blobs are called, because that is
+/// where they are extracted to.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains('/')
+}
+
 /// One section, checked against the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Section {
@@ -203,10 +214,15 @@ impl<'a> Names<'a> {
             });
         };
         self.used += len;
-        std::str::from_utf8(bytes).map_err(|_| Defect::Text {
+        let refused = |detail: &'static str| Defect::Text {
             field,
-            detail: "not UTF-8".into(),
-        })
+            detail: detail.into(),
+        };
+        let name = std::str::from_utf8(bytes).map_err(|_| refused("not UTF-8"))?;
+        if has_control(name) {
+            return Err(refused("has a control character"));
+        }
+        Ok(name)
     }
 
     fn end(&self) -> Result<(), Defect> {
@@ -273,17 +289,17 @@ fn check_region(
     names: &mut Names<'_>,
 ) -> Result<Region, Defect> {
     let (start, pages) = (raw.start.get(), raw.pages.get());
-    if raw.reserved.get() != 0 || raw.reserved2.get() != 0 {
+    if raw.reserved.get() != 0 {
         return Err(Defect::Reserved {
             field: "reserved bytes of a region",
         });
     }
-    let unknown = raw.flags.get() & !region_flags::KNOWN;
+    let unknown = raw.flags.get() & !(region_flags::KNOWN | region_flags::HINTS);
     if unknown != 0 {
         return Err(Defect::value(
             "flags of a region",
             raw.flags.get(),
-            "bits 0, 1, 2 and 8",
+            "bits 0, 1, 2, 8 and 16 to 31",
         ));
     }
     if raw.first_page.get() != next_page {
@@ -327,7 +343,8 @@ fn check_region(
     )?;
     Ok(Region {
         space: raw.space.get(),
-        flags: raw.flags.get(),
+        // Hints that this version doesn't know are left out.
+        flags: raw.flags.get() & region_flags::KNOWN,
         start,
         pages,
         first_page: next_page,
@@ -439,8 +456,35 @@ pub(crate) fn blobs(
     }
     names
         .end()
+        .and_then(|()| check_together(&blobs, kind))
         .map_err(|defect| Flaw::new(section.offset, defect))?;
     Ok(blobs)
+}
+
+/// That the blobs of one section lie apart, and that all working sets together are bounded: without
+/// either a small file could ask for any amount of reading and memory.
+fn check_together(blobs: &[Blob], kind: SectionKind) -> Result<(), Defect> {
+    let mut by_offset: Vec<&Blob> = blobs.iter().filter(|blob| blob.len > 0).collect();
+    by_offset.sort_by_key(|blob| blob.offset);
+    for pair in by_offset.windows(2) {
+        // Both lie within the file, so the sum is a number.
+        if pair[0].offset + pair[0].len > pair[1].offset {
+            return Err(Defect::Overlap {
+                first: format!("the blob at byte {}", pair[0].offset),
+                second: format!("the blob at byte {}", pair[1].offset),
+            });
+        }
+    }
+    // They lie apart within the file, so this sum is a number, too.
+    let total: u64 = blobs.iter().map(|blob| blob.len).sum();
+    if kind == SectionKind::WorkingSets && total > MAX_SECTION_BYTES {
+        return Err(Defect::TooLarge {
+            field: "length of all working sets",
+            value: total,
+            limit: MAX_SECTION_BYTES,
+        });
+    }
+    Ok(())
 }
 
 fn check_blob(
@@ -473,10 +517,10 @@ fn check_blob(
                 field: "number of a named blob",
             });
         }
-        if name.is_empty() {
+        if !is_file_name(name) {
             return Err(Defect::Text {
                 field: "name of a blob",
-                detail: "empty".into(),
+                detail: "empty, . or .., or has a /".into(),
             });
         }
     }
@@ -507,7 +551,9 @@ pub(crate) fn working_set(
     page_slots: u64,
 ) -> Result<Vec<WorkingSetRun>, Flaw> {
     let mut runs = Vec::new();
+    let mut total = 0;
     for (number, raw) in records::<layout::WorkingSetRun>(bytes).iter().enumerate() {
+        let at = at + (number * size_of::<layout::WorkingSetRun>()) as u64;
         let run = WorkingSetRun {
             first_page: raw.first_page.get(),
             pages: raw.pages.get(),
@@ -521,7 +567,16 @@ pub(crate) fn working_set(
                 from: 0,
                 to: page_slots,
             };
-            let at = at + (number * size_of::<layout::WorkingSetRun>()) as u64;
+            return Err(Flaw::new(at, defect));
+        }
+        // Neither is above `MAX_PAGES`. The sum bounds the work of whoever goes through the pages.
+        total += run.pages;
+        if total > page_slots {
+            let defect = Defect::TooLarge {
+                field: "number of pages of a working set",
+                value: total,
+                limit: page_slots,
+            };
             return Err(Flaw::new(at, defect));
         }
         runs.push(run);
@@ -548,6 +603,9 @@ pub(crate) fn properties(bytes: &[u8], section: &Section) -> Result<Vec<(String,
         if key.is_empty() {
             return Err(flaw("a line without a key"));
         }
+        if has_control(line) {
+            return Err(flaw("a line has a control character"));
+        }
         if properties
             .last()
             .is_some_and(|(last, _)| last.as_str() >= key)
@@ -567,4 +625,34 @@ pub(crate) fn properties(bytes: &[u8], section: &Section) -> Result<Vec<(String,
         ));
     }
     Ok(properties)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_working_sets_together_are_bounded() {
+        let blob = |number: u64| Blob {
+            offset: 4096 + number * MAX_SECTION_BYTES,
+            len: MAX_SECTION_BYTES - number,
+            crc: 0,
+            tag: 0,
+            name: format!("set {number}"),
+        };
+        let blobs = [blob(0), blob(1)];
+        assert_eq!(
+            check_together(&blobs[..1], SectionKind::WorkingSets),
+            Ok(())
+        );
+        assert_eq!(check_together(&blobs, SectionKind::Attachments), Ok(()));
+        assert_eq!(
+            check_together(&blobs, SectionKind::WorkingSets),
+            Err(Defect::TooLarge {
+                field: "length of all working sets",
+                value: 2 * MAX_SECTION_BYTES - 1,
+                limit: MAX_SECTION_BYTES,
+            })
+        );
+    }
 }

@@ -33,12 +33,17 @@ pub struct SnapshotOptions {
     /// Most bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB and stands
     /// for 2 MiB of the owner's memory.
     pub index_cache_bytes: u64,
+    /// Most bytes of a top table that are read into memory: 16 for each MiB of the owner's memory,
+    /// so the default of 256 MiB stands for 16 TiB. A sparse file of any length costs nothing to
+    /// make, and what it claims must not decide what is allocated.
+    pub most_top_bytes: u64,
 }
 
 impl Default for SnapshotOptions {
     fn default() -> Self {
         Self {
             index_cache_bytes: 8 << 20,
+            most_top_bytes: 256 << 20,
         }
     }
 }
@@ -48,6 +53,13 @@ impl SnapshotOptions {
     #[must_use]
     pub fn index_cache_bytes(mut self, bytes: u64) -> Self {
         self.index_cache_bytes = bytes;
+        self
+    }
+
+    /// Sets [`SnapshotOptions::most_top_bytes`].
+    #[must_use]
+    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
+        self.most_top_bytes = bytes;
         self
     }
 }
@@ -110,7 +122,7 @@ impl Snapshot {
     pub fn open_with(store: Arc<dyn Store>, options: &SnapshotOptions) -> Result<Self, OpenError> {
         let ends = open::ends(&*store)?;
         let name = store.name();
-        let (top, regions) = read_tables(&*store, &name, &ends)?;
+        let (top, regions) = read_tables(&*store, &name, &ends, options.most_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is a shard for every quarter of a core, which on a large machine would cut
         // the bound into pieces smaller than a few blocks.
@@ -455,6 +467,7 @@ fn read_tables(
     store: &dyn Store,
     name: &str,
     ends: &Ends,
+    most_top_bytes: u64,
 ) -> Result<(TopTable, Option<Vec<Region>>), OpenError> {
     let damaged = |part, flaw: Flaw| OpenError::Damaged {
         file: name.to_owned(),
@@ -467,6 +480,13 @@ fn read_tables(
         damaged(Part::Trailer, Flaw::new(0, Defect::Missing { what }))
     };
     let top = *ends.directory.get(SectionKind::Top).ok_or_else(missing)?;
+    if top.len > most_top_bytes {
+        return Err(OpenError::TopTooLarge {
+            file: name.to_owned(),
+            bytes: top.len,
+            limit: most_top_bytes,
+        });
+    }
     let regions = ends.directory.get(SectionKind::Regions).filter(|regions| {
         regions.offset + regions.len == top.offset && regions.len <= MAX_INLINE_REGION_BYTES
     });

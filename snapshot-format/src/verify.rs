@@ -24,9 +24,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::error::{OpenError, Part, ReadError};
-use crate::index::{Page, Top};
-use crate::layout::{PAGES_PER_BLOCK_U64, SectionKind};
-use crate::snapshot::Snapshot;
+use crate::layout::SectionKind;
+use crate::snapshot::{Snapshot, SnapshotOptions};
 use crate::store::{Reason, Store};
 use crate::types::Summary;
 
@@ -56,6 +55,8 @@ pub struct VerifyOptions<'a> {
     pub threads: Option<usize>,
     /// Hears of the progress.
     pub progress: Option<VerifyCallback<'a>>,
+    /// See [`SnapshotOptions::most_top_bytes`].
+    pub most_top_bytes: Option<u64>,
 }
 
 impl fmt::Debug for VerifyOptions<'_> {
@@ -71,6 +72,13 @@ impl<'a> VerifyOptions<'a> {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Sets [`VerifyOptions::most_top_bytes`].
+    #[must_use]
+    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
+        self.most_top_bytes = Some(bytes);
         self
     }
 
@@ -167,7 +175,11 @@ pub enum VerifyError {
 /// the file's ends are broken and nothing else can be looked at.
 pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Report, VerifyError> {
     let mut report = Report::default();
-    let snapshot = match Snapshot::open(store) {
+    let mut how = SnapshotOptions::default();
+    if let Some(bytes) = options.most_top_bytes {
+        how = how.most_top_bytes(bytes);
+    }
+    let snapshot = match Snapshot::open_with(store, &how) {
         Ok(snapshot) => snapshot,
         Err(error) if error.is_damage() => {
             add_open_error(&mut report, &error);
@@ -322,46 +334,12 @@ impl Check<'_> {
         }
     }
 
-    /// That the pages of every fill run are what it says.
+    /// That the pages of every fill run are what it says: the reader looks.
     fn fill_runs(&mut self) {
-        let snapshot = self.snapshot;
-        // A damaged section was reported with its checksum only if that was wrong.
-        let Some(runs) = self.note(snapshot.fill_runs()) else {
-            return;
-        };
-        let at = snapshot.directory().get(SectionKind::FillRuns);
-        let at = at.map_or(0, |section| section.offset);
-        for (number, run) in runs.iter().enumerate() {
-            let offset = at + (number * size_of::<crate::layout::FillRun>()) as u64;
-            let end = run.first_page + run.pages;
-            let mut page = run.first_page;
-            while page < end {
-                let block = page / PAGES_PER_BLOCK_U64;
-                let block_end = end.min((block + 1) * PAGES_PER_BLOCK_U64);
-                let wrong = match snapshot.top(block) {
-                    Top::Fill(word) => (word != run.word).then_some(page),
-                    Top::Unavailable => Some(page),
-                    Top::Block => match snapshot.index_block(block, Reason::Verify) {
-                        Ok(index) => (page..block_end).find(|page| {
-                            let i = page % PAGES_PER_BLOCK_U64;
-                            index.page(usize::try_from(i).unwrap_or(usize::MAX))
-                                != Page::Fill(run.word)
-                        }),
-                        // The block's own problem is in the report.
-                        Err(_) => None,
-                    },
-                };
-                if let Some(page) = wrong {
-                    let detail = format!(
-                        "page {page} of run {number} is not a fill of {:#x}",
-                        run.word
-                    );
-                    self.report
-                        .add(Part::Section(SectionKind::FillRuns), offset, detail);
-                    break;
-                }
-                page = block_end;
-            }
+        // A damaged section was reported with its checksum only if that was wrong. Nothing but
+        // the runs depends on it, so all else can still be compared.
+        if let Err(error) = self.snapshot.fill_runs() {
+            self.report.add_error(&error);
         }
     }
 

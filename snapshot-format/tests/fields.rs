@@ -6,14 +6,15 @@ mod common;
 use std::mem::offset_of;
 use std::ops::Range;
 
-use common::{DICTIONARY, Sample, UNKNOWN_KIND};
+use common::{BLOCKS, DICTIONARY, Sample, UNKNOWN_KIND};
 use snapshot_format::layout::{
     BlobEntry, FillRun, FrameHeader, FrameRef, HEADER_BYTES, Header, IndexHeader, PageEntry,
     PageRun, RegionEntry, SectionEntry, SectionKind, Summary, TopEntry, Trailer, WorkingSetRun,
     required,
 };
 use snapshot_format::{
-    FrameDecoder, OpenError, Page, ReadError, Reason, Snapshot, VerifyOptions, verify,
+    FrameDecoder, OpenError, Page, ReadError, Reason, Snapshot, SnapshotOptions, VerifyOptions,
+    verify,
 };
 
 /// A field, the bytes that it gets, and words of the error that must follow.
@@ -128,11 +129,17 @@ fn the_ends() {
             u64(trailer + offset_of!(Trailer, file_bytes), 1, "length of the file as recorded"),
             u8(trailer + offset_of!(Trailer, strong_root) + 31, 1, "root of the strong hashes"),
             u8(trailer + offset_of!(Trailer, reserved), 1, "reserved bytes of the trailer"),
-            u8(trailer + offset_of!(Trailer, reserved) + 1331, 1, "reserved bytes of the trailer"),
+            u8(trailer + offset_of!(Trailer, reserved) + 665, 1, "reserved bytes of the trailer"),
             u8(last_used, 1, "reserved bytes of the trailer"),
             u64(entry + offset_of!(SectionEntry, reserved), 1, "reserved bytes of a section"),
             u32(entry + offset_of!(SectionEntry, kind), UNKNOWN_KIND, "each kind only once"),
-            u32(sample.entry_of(SectionKind::BlockDigests), 8, "no ancestors"),
+            Case {
+                at: sample.entry_of(SectionKind::BlockDigests),
+                bytes: [8, sample.section(SectionKind::BlockDigests).start as u64, 0, 0]
+                    .map(u64::to_le_bytes)
+                    .concat(),
+                error: "no ancestors",
+            },
             u32(entry + offset_of!(SectionEntry, kind), 0, "kind of a section is 0"),
             u64(entry + offset_of!(SectionEntry, offset), 0, "do not lie within"),
             u64(entry + offset_of!(SectionEntry, offset), u64::MAX, "do not lie within"),
@@ -194,6 +201,47 @@ fn what_this_reader_does_not_support_has_a_name_and_is_no_damage() {
     sample.put_u64(optional, 1 << 50);
     sample.seal();
     assert_eq!(sample.open().expect("opens").optional_features(), 1 << 50);
+}
+
+#[test]
+fn unused_room_is_ignored_and_guarded() {
+    let good = Sample::new();
+    let region = good.section(SectionKind::Regions).start;
+    let unused = good.trailer() + offset_of!(Trailer, unused);
+    for (at, bytes) in [
+        (region + offset_of!(RegionEntry, unused), &[1; 8][..]),
+        (region + offset_of!(RegionEntry, flags), &[3, 0, 0xff, 0xff]),
+        (unused, &[0xff; 666]),
+    ] {
+        let mut sample = good.clone();
+        sample.put(at, bytes);
+        let error = sample.open().expect_err("its checksum is wrong");
+        assert!(error.to_string().contains("checksum"), "{error}");
+        sample.seal();
+        let snapshot = sample.open().expect("opens");
+        assert_eq!(
+            snapshot.regions().unwrap(),
+            good.open().unwrap().regions().unwrap()
+        );
+        let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+        assert_eq!(report.problems, []);
+    }
+}
+
+#[test]
+fn a_top_table_above_the_callers_limit_is_refused_by_that_name() {
+    let sample = Sample::new();
+    let open = |bytes| {
+        let options = SnapshotOptions::default().most_top_bytes(bytes);
+        Snapshot::open_with(sample.store(), &options)
+    };
+    let error = open(BLOCKS * 32 - 1).expect_err("too large");
+    assert!(!error.is_damage() && matches!(error, OpenError::TopTooLarge { .. }));
+    assert!(error.to_string().contains("most_top_bytes"), "{error}");
+    open(BLOCKS * 32).expect("opens");
+    let options = VerifyOptions::default().most_top_bytes(0);
+    assert!(verify(sample.store(), options).is_err());
+    assert_eq!(SnapshotOptions::default().most_top_bytes, 256 << 20);
 }
 
 #[test]
@@ -275,7 +323,7 @@ fn the_regions() {
                 "length of the names",
             ),
             u64(second + offset_of!(RegionEntry, reserved), 1, "reserved bytes of a region"),
-            u64(second + offset_of!(RegionEntry, reserved2), 1, "reserved bytes of a region"),
+            u8(regions + 3 * size_of::<RegionEntry>(), b'\x1b', "has a control character"),
             u8(regions + 3 * size_of::<RegionEntry>(), 0xff, "not UTF-8"),
             u64(pages, 1526, "pages of all regions"),
         ];
@@ -506,6 +554,7 @@ fn fill_runs() {
     let sample = Sample::new();
     let first = sample.section(SectionKind::FillRuns).start;
     let second = first + size_of::<FillRun>();
+    let third = second + size_of::<FillRun>();
     #[rustfmt::skip]
     run(
         &sample,
@@ -517,9 +566,34 @@ fn fill_runs() {
             u64(first + offset_of!(FillRun, first_page), u64::MAX, "pages of a fill run"),
             u64(first + offset_of!(FillRun, pages), u64::MAX, "pages of a fill run"),
             u64(second + offset_of!(FillRun, first_page), 1030, "overlap"),
+            u64(first + offset_of!(FillRun, word), 5, "page 1024 of run 0 is not a fill of 0x5"),
+            u64(first + offset_of!(FillRun, first_page), 2048, "do not lie within"),
+            u64(second + offset_of!(FillRun, first_page), 29, "page 29 of run 1 is not a fill"),
+            u64(third + offset_of!(FillRun, first_page), 600, "page 600 of run 2 is not a fill"),
         ],
         reading(Snapshot::fill_runs),
     );
+    // A whole block that the top table calls something else, though its index entries may agree.
+    let top = sample.top_entry(2);
+    #[rustfmt::skip]
+    run(
+        &sample,
+        &[
+            u64(top + offset_of!(TopEntry, word), 7, "page 1024 of run 0 is not a fill"),
+            u8(top + offset_of!(TopEntry, kind), 2, "page 1024 of run 0 is not a fill"),
+        ],
+        reading(Snapshot::fill_runs),
+    );
+}
+
+#[test]
+fn a_fill_run_leaves_out_blocks_that_cannot_be_read() {
+    let mut sample = Sample::new();
+    let index = sample.blocks[0].1.clone();
+    sample.bytes[index.end - 1] ^= 1;
+    let runs = sample.open().expect("opens").fill_runs().expect("runs");
+    let runs: Vec<_> = runs.iter().map(|run| (run.first_page, run.pages)).collect();
+    assert_eq!(runs, [(1024, 512), (601, 399)]);
 }
 
 #[test]
@@ -528,6 +602,7 @@ fn named_blobs() {
     let sets = sample.section(SectionKind::WorkingSets).start;
     let second = sets + size_of::<BlobEntry>();
     let names = second + size_of::<BlobEntry>();
+    let (_, _, runs) = &sample.blobs[1];
     #[rustfmt::skip]
     run(
         &sample,
@@ -537,15 +612,21 @@ fn named_blobs() {
             u32(sets + offset_of!(BlobEntry, tag), 1, "number of a named blob"),
             u32(second + offset_of!(BlobEntry, name_offset), 0, "name offset"),
             u32(second + offset_of!(BlobEntry, name_len), 0, "empty"),
+            u8(names, 0x7f, "has a control character"),
+            u8(names, b'/', "has a /"),
             u32(second + offset_of!(BlobEntry, name_len), 5000, "name of a blob is 5000"),
             u32(second + offset_of!(BlobEntry, name_len), 5, "do not lie within"),
             u32(second + offset_of!(BlobEntry, name_len), 3, "length of the names"),
             u64(names, u64::from_le_bytes(*b"bootboot"), "appears twice"),
             u8(names, 0xff, "not UTF-8"),
+            Case {
+                at: second + offset_of!(BlobEntry, offset),
+                bytes: [runs.start as u64 + 16, 16].map(u64::to_le_bytes).concat(),
+                error: "overlap",
+            },
         ],
         reading(Snapshot::working_sets),
     );
-    let (_, _, runs) = &sample.blobs[1];
     #[rustfmt::skip]
     run(
         &sample,
@@ -553,6 +634,7 @@ fn named_blobs() {
             u64(runs.start + offset_of!(WorkingSetRun, pages), 0, "pages of a working set"),
             u64(runs.start + offset_of!(WorkingSetRun, pages), u64::MAX, "pages of a working set"),
             u64(runs.start, 5 * 512, "pages of a working set"),
+            u64(runs.start + 16 + offset_of!(WorkingSetRun, pages), 5 * 512, "of a working set is 2568"),
         ],
         reading(|snapshot| snapshot.working_set("boot")),
     );
@@ -587,6 +669,8 @@ fn properties() {
             u8(text.start, b'z', "not sorted"),
             u8(text.start, 0xff, "not UTF-8"),
             u8(text.start, b'=', "without a key"),
+            u8(text.start + 1, b'\t', "control character"),
+            u8(text.start + 8, 0x7f, "control character"),
             u8(text.start + 6, b':', "without ="),
             u8(text.end - 1, b'.', "no end"),
             u64(count, 1, "count of the property section"),

@@ -88,7 +88,7 @@ structs! {
     }
     Trailer {
         version, section_count, required_features, optional_features, snapshot_id, file_bytes,
-        summary, strong_root, reserved, sections, crc, magic,
+        summary, strong_root, unused, reserved, sections, crc, magic,
     }
     Summary {
         pages, zero_pages, fill_pages, stored_pages, duplicate_pages, unavailable_pages, frames,
@@ -97,7 +97,7 @@ structs! {
     SectionEntry { kind, crc, offset, len, count, reserved }
     RegionEntry {
         space, flags, start, pages, first_page, page_shift, name_len, name_offset, reserved,
-        reserved2,
+        unused,
     }
     TopEntry { kind, codec, layer, stored_len, offset, word, crc, decoded_len }
     IndexHeader {
@@ -112,7 +112,7 @@ structs! {
     FillRun { first_page, pages, word }
     BlobEntry { offset, len, crc, tag, name_offset, name_len }
     WorkingSetRun { first_page, pages }
-    AncestorEntry { snapshot_id, file_bytes, reserved }
+    AncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
 }
 
 #[test]
@@ -249,6 +249,8 @@ fn numbers_are_as_documented() {
         ]
     );
     assert_eq!(region_flags::KNOWN.count_ones(), 4);
+    assert_eq!(region_flags::HINTS, 0xffff_0000);
+    assert!(FORMAT.contains("Bits 16 to 31 are set aside for hints"));
     assert_eq!(
         numbers("required feature"),
         [("ANCESTORS", bit(required::ANCESTORS))]

@@ -367,7 +367,7 @@ type Call = fn(&mut Writer<Vec<u8>>) -> Result<(), WriteError>;
 
 #[test]
 fn wrong_arguments_are_refused() {
-    let argument: [(&str, Call); 9] = [
+    let argument: [(&str, Call); 14] = [
         ("no multiple of a page", |w| w.write_pages(&[0; 100])),
         ("start", |w| {
             w.begin_region(&RegionSpec {
@@ -389,6 +389,16 @@ fn wrong_arguments_are_refused() {
         }),
         ("key", |w| w.set_property("a=b", "")),
         ("value", |w| w.set_property("a", "b\nc")),
+        ("a tab in a key", |w| w.set_property("a\tb", "c")),
+        ("an escape in a value", |w| w.set_property("a", "\x1b[2J")),
+        ("a control character in a region's name", |w| {
+            w.begin_region(&RegionSpec {
+                name: "\x7f".into(),
+                ..RegionSpec::default()
+            })
+        }),
+        ("a path as a name", |w| w.attach("../x", &mut io::empty())),
+        ("a folder as a name", |w| w.add_working_set("..", [])),
         ("blob without a name", |w| w.attach("", &mut io::empty())),
         ("empty run", |w| {
             w.add_working_set(
@@ -427,13 +437,21 @@ fn wrong_arguments_are_refused() {
 
 #[test]
 fn what_passes_a_limit_is_refused() {
-    let limit: [(&str, Call); 3] = [
+    let limit: [(&str, Call); 4] = [
         ("pages", |w| w.write_fill(1 << 36, 0)),
         ("long name", |w| {
             w.begin_region(&RegionSpec {
                 name: "x".repeat(5000),
                 ..RegionSpec::default()
             })
+        }),
+        ("working set", |w| {
+            // More pages than there are, though each run is right.
+            let run = WorkingSetRun {
+                first_page: 0,
+                pages: 10,
+            };
+            w.add_working_set("x", [run; 52])
         }),
         ("address space", |w| {
             w.begin_region(&RegionSpec {

@@ -1,11 +1,13 @@
 //! What a snapshot holds besides its pages: read when asked for, checked, and handed out.
 
+use std::cmp::Reverse;
 use std::io;
 use std::sync::OnceLock;
 
 use super::{Dictionary, Snapshot, get_or_try};
 use crate::error::{Defect, Flaw, Part, ReadError};
-use crate::layout::{self, SectionKind};
+use crate::index::{Page, Top};
+use crate::layout::{self, PAGES_PER_BLOCK_U64, SectionKind};
 use crate::sections::{self, Blob, Section};
 use crate::store::Reason;
 use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
@@ -24,14 +26,83 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The longest runs of pages that all repeat one word, longest first.
+    /// The longest runs of pages that all repeat one word, longest first, held against the index:
+    /// who leaves them to the kernel need not look at a page of them again.
+    ///
+    /// Reads the index blocks that runs begin or end in. If such a block is damaged, its pages are
+    /// left out of the run.
     pub fn fill_runs(&self) -> Result<Vec<FillRun>, ReadError> {
         let kind = SectionKind::FillRuns;
         let Some((section, bytes)) = self.optional_section(kind)? else {
             return Ok(Vec::new());
         };
-        sections::fill_runs(&bytes, section, self.regions()?)
-            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+        let runs = sections::fill_runs(&bytes, section, self.regions()?)
+            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))?;
+        let mut good = Vec::with_capacity(runs.len());
+        for (number, run) in runs.into_iter().enumerate() {
+            let at = section.offset + (number * size_of::<layout::FillRun>()) as u64;
+            let run = self.hold_against_index(number, run, at)?;
+            good.extend((run.pages > 0).then_some(run));
+        }
+        good.sort_by_key(|run| Reverse(run.pages));
+        Ok(good)
+    }
+
+    /// The part of fill run `number` whose index blocks are whole; an error if a page is no fill.
+    /// Whole blocks must be fills of the top table, which is in memory.
+    fn hold_against_index(
+        &self,
+        number: usize,
+        run: FillRun,
+        at: u64,
+    ) -> Result<FillRun, ReadError> {
+        // The reader of the section has made sure that the run ends within a region.
+        let (mut first, mut end) = (run.first_page, run.first_page + run.pages);
+        for block in first / PAGES_PER_BLOCK_U64..end.div_ceil(PAGES_PER_BLOCK_U64) {
+            let block_first = block * PAGES_PER_BLOCK_U64;
+            let block_end = block_first + PAGES_PER_BLOCK_U64;
+            let mut pages =
+                run.first_page.max(block_first)..block_end.min(run.first_page + run.pages);
+            let wrong = match self.top(block) {
+                Top::Fill(word) if word == run.word => continue,
+                Top::Block if pages.end - pages.start < PAGES_PER_BLOCK_U64 => {
+                    match self.index_block(block, Reason::Open) {
+                        Ok(index) => pages.find(|page| {
+                            // The difference is below 512.
+                            let i = usize::try_from(page - block_first).unwrap_or(usize::MAX);
+                            index.page(i) != Page::Fill(run.word)
+                        }),
+                        Err(error) if error.is_damage() => {
+                            if first >= block_first {
+                                first = block_end.min(end);
+                            } else {
+                                end = block_first;
+                            }
+                            None
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Top::Fill(_) | Top::Block | Top::Unavailable => Some(pages.start),
+            };
+            if let Some(page) = wrong {
+                let detail = format!(
+                    "page {page} of run {number} is not a fill of {:#x} in the index",
+                    run.word
+                );
+                let defect = Defect::Text {
+                    field: "fill run",
+                    detail: detail.into(),
+                };
+                let part = Part::Section(SectionKind::FillRuns);
+                return Err(self.damaged(part, Flaw::new(at, defect)));
+            }
+        }
+        Ok(FillRun {
+            first_page: first,
+            pages: end - first,
+            word: run.word,
+        })
     }
 
     /// The writer's notes on how the file came about, sorted by key.

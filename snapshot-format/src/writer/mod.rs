@@ -42,8 +42,8 @@ use self::training::Training;
 use self::workers::{DICTIONARY_NUMBER, Workers};
 use crate::digest::ContentHasher;
 use crate::layout::{
-    self, MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, SectionKind,
-    optional,
+    self, MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK,
+    PAGES_PER_BLOCK_U64, SectionKind, optional,
 };
 use crate::types::{Region, SnapshotId, Summary, WorkingSetRun};
 
@@ -342,7 +342,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Adds the working set `name`: page numbers in order of first touch, each run within a region
-    /// and among the pages that are written already.
+    /// and among the pages that are written already, and all together no more than those.
     pub fn add_working_set(
         &mut self,
         name: &str,
@@ -352,6 +352,11 @@ impl<W: Write> Writer<W> {
             sections::check_blob_name("a working set's name", name, &writer.working_sets)?;
             writer.settle()?;
             let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
+            let before: u64 = writer.working_sets.iter().map(|set| set.len).sum();
+            let slots = writer.regions.last().map_or(0, |last| {
+                (last.first_page + last.pages).next_multiple_of(PAGES_PER_BLOCK_U64)
+            });
+            let mut pages = 0;
             for run in runs {
                 if !writer.has_pages(&run) {
                     return Err(WriteError::argument(
@@ -364,8 +369,11 @@ impl<W: Write> Writer<W> {
                     first_page: run.first_page.into(),
                     pages: run.pages.into(),
                 };
+                pages += run.pages;
+                WriteError::limit("the number of pages of a working set", pages, slots)?;
                 blob.write(&mut writer.stage.out, "a working set", raw.as_bytes())?;
-                WriteError::limit("the size of a working set", blob.len(), MAX_SECTION_BYTES)?;
+                let bytes = before + blob.len();
+                WriteError::limit("the size of all working sets", bytes, MAX_SECTION_BYTES)?;
             }
             writer.working_sets.push(blob.finish());
             Ok(())
@@ -510,8 +518,8 @@ impl<W: Write> Writer<W> {
     fn end_region(&mut self) -> Result<(), WriteError> {
         self.end_block()?;
         if let Some(region) = self.regions.last() {
-            let blocks = region.pages.div_ceil(layout::PAGES_PER_BLOCK_U64);
-            self.next_page = region.first_page + blocks * layout::PAGES_PER_BLOCK_U64;
+            let blocks = region.pages.div_ceil(PAGES_PER_BLOCK_U64);
+            self.next_page = region.first_page + blocks * PAGES_PER_BLOCK_U64;
         }
         Ok(())
     }

@@ -151,7 +151,7 @@ pub struct RegionSpec {
     pub start: u64,
     /// Page size of the owner's mapping as a power of two; 0 stands for 12 (4 KiB).
     pub page_shift: u32,
-    /// What the owner calls it.
+    /// What the owner calls it; no control characters.
     pub name: String,
 }
 
@@ -177,6 +177,13 @@ impl RegionSpec {
                 "a region's flags",
                 format_args!("{:#x}", self.flags),
                 "read 1, write 2, execute 4, shared 0x100",
+            ));
+        }
+        if crate::sections::has_control(&self.name) {
+            return Err(WriteError::argument(
+                "a region's name",
+                format_args!("{:?}", self.name),
+                "text without control characters",
             ));
         }
         WriteError::limit(

@@ -11,6 +11,7 @@ use crate::layout::{
     MAX_PROPERTIES_BYTES, MAX_REGIONS, MAX_SECTION_BYTES, MAX_SECTIONS, PAGE_SIZE, RegionEntry,
     SectionEntry, SectionKind, TRAILER_BYTES, TRAILER_MAGIC, Trailer,
 };
+use crate::sections::{has_control, is_file_name};
 use crate::types::{Region, SnapshotId, Summary};
 
 /// Writes the first 4 KiB.
@@ -91,11 +92,11 @@ pub(super) fn check_blob_name(
     name: &str,
     present: &[Blob],
 ) -> Result<(), WriteError> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES {
+    if !is_file_name(name) || has_control(name) || name.len() > MAX_NAME_BYTES {
         return Err(WriteError::argument(
             what,
             format_args!("{name:?}"),
-            "1 to 4096 bytes",
+            "1 to 4096 bytes without '/' and control characters, not \".\" or \"..\"",
         ));
     }
     if present.iter().any(|blob| blob.name == name) {
@@ -190,7 +191,7 @@ impl Sections {
                 name_len: name_len(region.name.len()).into(),
                 name_offset: (names.len() as u64).into(),
                 reserved: 0.into(),
-                reserved2: 0.into(),
+                unused: 0.into(),
             });
             names.push_str(&region.name);
         }
@@ -243,18 +244,18 @@ pub(super) fn check_region_count(count: usize) -> Result<(), WriteError> {
 
 /// Checks one property.
 pub(super) fn check_property(key: &str, value: &str) -> Result<(), WriteError> {
-    if key.is_empty() || key.contains(['=', '\n', '\r']) {
+    if key.is_empty() || key.contains('=') || has_control(key) {
         return Err(WriteError::argument(
             "a property's key",
             format_args!("{key:?}"),
-            "one line without '='",
+            "1 character or more, without '=' and control characters",
         ));
     }
-    if value.contains(['\n', '\r']) {
+    if has_control(value) {
         return Err(WriteError::argument(
             "a property's value",
             format_args!("{value:?}"),
-            "one line",
+            "text without control characters",
         ));
     }
     Ok(())

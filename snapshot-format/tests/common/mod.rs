@@ -569,7 +569,7 @@ fn region_section() -> Vec<u8> {
             name_len: (name.len() as u32).into(),
             name_offset: (names.len() as u64).into(),
             reserved: 0.into(),
-            reserved2: 0.into(),
+            unused: 0.into(),
         });
         names += name;
     }
