@@ -243,7 +243,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         reason: Reason,
     ) -> Result<bool, Lost> {
         self.image
-            .decode(&mut worker.decoder, frame, reason, &mut worker.runs)?;
+            .decode(&mut worker.decoder, frame, reason, &mut worker.runs)
+            .map_err(|failure| Failure { page, ..failure })?;
         let bytes = self.image.bytes(&worker.decoder);
         let listed = worker
             .runs
