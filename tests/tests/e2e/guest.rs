@@ -9,7 +9,7 @@ use snaprestore_fixtures::guest::{GuestImage, PC_WINDOW};
 use snaprestore_fixtures::stats::PageStats;
 use snaprestore_tests::compare::{assert_same_files, bytes_at, first_difference};
 use snaprestore_tests::program::{Run, done, number, snaprestore};
-use snaprestore_tests::real::guest;
+use snaprestore_tests::real::{can_restore, guest};
 
 /// Where the large files of these tests lie; overwritten by the next run.
 fn scratch(name: &str) -> PathBuf {
@@ -229,5 +229,61 @@ fn a_dumped_guest_comes_back_byte_for_byte() {
     assert!(compared + (PC_WINDOW.end - PC_WINDOW.start) >= raw_bytes);
     for file in [&snapshot, &out] {
         std::fs::remove_file(file).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_is_restored_in_every_order() {
+    let name = "a_guest_is_restored_in_every_order";
+    let (true, Some(image)) = (can_restore(name), guest(name)) else {
+        return;
+    };
+    let _turn = one_at_a_time();
+    let snapshot = snapshot(&image);
+    let pages = std::fs::metadata(&image.raw).unwrap().len() / 4096;
+    for (touch, prefetch, threads, touchers) in [
+        ("sequential", "off", "1", "1"),
+        ("sequential", "all", "1", "1"),
+        ("random", "off", "1", "1"),
+        ("random", "off", "4", "4"),
+        ("random", "all", "4", "4"),
+        ("random", "working-set", "2", "1"),
+    ] {
+        let report = done([
+            "restore".as_ref(),
+            snapshot.as_os_str(),
+            "--check".as_ref(),
+            image.raw.as_os_str(),
+            "--touch".as_ref(),
+            touch.as_ref(),
+            "--prefetch".as_ref(),
+            prefetch.as_ref(),
+            "--threads".as_ref(),
+            threads.as_ref(),
+            "--touch-threads".as_ref(),
+            touchers.as_ref(),
+        ]);
+        let count = |key| number(&report, key);
+        assert_eq!(count("mismatches"), 0, "{touch} {prefetch}: {report}");
+        assert_eq!(count("checked_pages"), pages, "{touch} {prefetch}");
+        for key in ["map_us", "first_page_us", "touch_ms", "complete_ms"] {
+            count(key);
+        }
+        for key in ["p50", "p90", "p99", "max"] {
+            assert!(report["fault_us"][key].is_number(), "{report}");
+        }
+        // Long zero runs are left to the kernel, so fewer are installed than there are.
+        let installed = count("pages_copied") + count("pages_zeroed");
+        assert!(installed > 0 && installed <= pages, "{report}");
+        assert!(count("bytes_read") > 0);
+        match prefetch {
+            "off" => {
+                assert_eq!(count("prefetched_pages"), 0);
+                assert!(count("faults") > 0);
+            }
+            "all" => assert!(count("prefetched_pages") > 0),
+            // The snapshot has none.
+            _ => {}
+        }
     }
 }

@@ -14,8 +14,8 @@ use serde_json::Value;
 use snaprestore_fixtures::host::ensure_program;
 use snaprestore_fixtures::live::Live;
 use snaprestore_tests::compare::PAGE;
-use snaprestore_tests::program::{done, number, snaprestore};
-use snaprestore_tests::real::{live, skip};
+use snaprestore_tests::program::{Run, done, number, snaprestore};
+use snaprestore_tests::real::{can_restore, live, skip};
 
 fn pid(live: &Live) -> Pid {
     Pid::from_raw(live.pid().cast_signed())
@@ -131,6 +131,37 @@ fn a_live_process_goes_on_and_is_taken_whole() {
     kill(pid(&live), Signal::SIGCONT).unwrap();
     assert_eq!(live.checksum().unwrap(), worked);
     assert!(live.quit().unwrap());
+
+    if can_restore(name) {
+        restore_with_unknown_pages(&snapshot, &out, &report);
+    }
+}
+
+/// Restores a process's memory. Pages that could not be read are failures when they are touched,
+/// all others are right.
+fn restore_with_unknown_pages(snapshot: &str, raw: &str, created: &Value) {
+    let unknown = number(created, "unavailable_pages");
+    let pages = number(created, "pages");
+    for prefetch in ["off", "all"] {
+        let run = Run::of(&mut snaprestore([
+            "restore",
+            snapshot,
+            "--check",
+            raw,
+            "--touch",
+            "random",
+            "--prefetch",
+            prefetch,
+            "--json",
+        ]));
+        let report = run.json();
+        assert_eq!(number(&report, "mismatches"), 0, "{report}");
+        assert_eq!(
+            number(&report, "checked_pages"),
+            pages - unknown,
+            "{report}"
+        );
+    }
 }
 
 #[test]

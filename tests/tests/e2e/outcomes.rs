@@ -265,3 +265,38 @@ fn a_source_that_may_not_be_read_is_named() {
     .says(&["/", "Permission denied"]);
     assert_eq!(names(folder.path()), ["raw", "snaprestore"]);
 }
+
+#[test]
+fn without_permission_for_userfaultfd_it_exits_4_and_says_what_permits_it() {
+    let name = "without_permission_for_userfaultfd_it_exits_4_and_says_what_permits_it";
+    if !can_be_nobody(name) {
+        return;
+    }
+    let setting = "/proc/sys/vm/unprivileged_userfaultfd";
+    if fs::read_to_string(setting).is_ok_and(|value| value.trim() == "1") {
+        return skip(
+            name,
+            "vm.unprivileged_userfaultfd is 1: everybody may use it here",
+        );
+    }
+    let open_to_all = fs::metadata("/dev/userfaultfd")
+        .is_ok_and(|device| device.permissions().mode() & 0o006 == 0o006);
+    if open_to_all {
+        return skip(name, "everybody may open /dev/userfaultfd here");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("s"));
+    noise(&raw, 1);
+    done([
+        "create".as_ref(),
+        raw.as_os_str(),
+        "-o".as_ref(),
+        snapshot.as_os_str(),
+    ]);
+    fs::set_permissions(&snapshot, fs::Permissions::from_mode(0o644)).unwrap();
+    let run = Run::of(as_nobody(folder.path()).arg("restore").arg(&snapshot)).exits(4);
+    run.says(&["userfaultfd", "vm.unprivileged_userfaultfd"]);
+    // What needs no userfaultfd works.
+    let verified = Run::of(as_nobody(folder.path()).arg("verify").arg(&snapshot));
+    assert_eq!(verified.code, Some(0), "{verified:?}");
+}
