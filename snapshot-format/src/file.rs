@@ -9,7 +9,8 @@
 //!          fsync of the folder
 //! ```
 //!
-//! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
+//! Where a nameless file can't be linked, it is copied to one with a temporary name. Killed at any
+//! point, there is the old target or the new one, whole. A nameless file goes with
 //! its process; only where the file system knows none, and in the moment between link and rename,
 //! a temporary name can stay behind after a kill: `.snaprestore-*.partial`.
 //!
@@ -19,6 +20,7 @@
 //! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to.
 
 use std::fs::{File, OpenOptions, Permissions};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
@@ -58,6 +60,21 @@ pub enum FileError {
     IsFolder {
         /// The target.
         path: PathBuf,
+    },
+    /// The target is a disk, of which nobody could say later where the snapshot ends.
+    #[error("{} is a block device; a snapshot is a file, a pipe or a stream", path.display())]
+    BlockDevice {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The file is whole and has its name, but the name may not outlive a crash of the machine.
+    #[error("{} is written, but its folder could not be brought to disk", path.display())]
+    NotSynced {
+        /// The target, which is there.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// The file system refused something.
     #[error("could not {what} {}", path.display())]
@@ -149,15 +166,8 @@ impl SnapshotFile {
         let (file, place) = if let Some(file) = unnamed {
             (file, Place::Nameless { folder })
         } else {
-            let (file, temporary) = with_temporary_name(&target, |path| {
-                OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .create_new(true)
-                    .mode(PRIVATE)
-                    .open(path)
-            })
-            .map_err(FileError::io("create a file in", &folder))?;
+            let (file, temporary) =
+                create_named(&target).map_err(FileError::io("create a file in", &folder))?;
             (file, Place::Named { folder, temporary })
         };
         let created = Self {
@@ -189,7 +199,14 @@ impl SnapshotFile {
     }
 
     /// Brings the file to disk and gives it its name.
-    pub fn commit(mut self) -> Result<(), FileError> {
+    pub fn commit(self) -> Result<(), FileError> {
+        self.commit_with(link)
+    }
+
+    fn commit_with(
+        mut self,
+        link: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(), FileError> {
         self.out
             .flush()
             .map_err(FileError::io("write", &self.target))?;
@@ -205,17 +222,26 @@ impl SnapshotFile {
             Place::Nameless { folder } => {
                 let folder = folder.clone();
                 let source = link_source(self.out.get_ref());
-                if self.force {
-                    let (_file, temporary) =
-                        with_temporary_name(&self.target, |path| link(&source, path))
-                            .map_err(FileError::io("name", &self.target))?;
-                    // From here on a drop has something to remove.
-                    self.place = Place::Named { folder, temporary };
-                    self.rename()?;
+                let linked = if self.force {
+                    with_temporary_name(&self.target, |path| link(&source, path))
+                        .map(|((), temporary)| Some(temporary))
                 } else {
-                    link(&source, &self.target).map_err(|error| self.naming_error(error))?;
-                    sync_folder(&folder)?;
-                }
+                    link(&source, &self.target).map(|()| None)
+                };
+                let temporary = match linked {
+                    Ok(None) => return sync_folder(&folder, &self.target),
+                    Ok(Some(temporary)) => temporary,
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                        return Err(self.naming_error(error));
+                    }
+                    // Some file systems make nameless files and never give them a name. Hours of
+                    // work are worth a copy.
+                    Err(_) => copy_to_named(self.out.get_ref(), &self.target)
+                        .map_err(FileError::io("name", &self.target))?,
+                };
+                // From here on a drop has something to remove.
+                self.place = Place::Named { folder, temporary };
+                self.rename()?;
             }
             Place::Named { .. } => self.rename()?,
         }
@@ -236,7 +262,7 @@ impl SnapshotFile {
         let folder = folder.clone();
         // The temporary name is gone.
         self.place = Place::Straight;
-        sync_folder(&folder)
+        sync_folder(&folder, &self.target)
     }
 
     fn naming_error(&self, error: io::Error) -> FileError {
@@ -289,7 +315,12 @@ fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
         return Ok(None);
     };
     let kind = metadata.file_type();
-    if kind.is_fifo() || kind.is_char_device() || kind.is_block_device() || kind.is_socket() {
+    if kind.is_block_device() {
+        return Err(FileError::BlockDevice {
+            path: target.to_owned(),
+        });
+    }
+    if kind.is_fifo() || kind.is_char_device() || kind.is_socket() {
         let opened = OpenOptions::new().write(true).open(target);
         return opened.map(Some).map_err(FileError::io("open", target));
     }
@@ -331,11 +362,45 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-/// Brings a folder's entries to disk.
-fn sync_folder(folder: &Path) -> Result<(), FileError> {
+/// Brings to disk that `target` has its name in the folder.
+fn sync_folder(folder: &Path, target: &Path) -> Result<(), FileError> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
-        .map_err(FileError::io("write to disk", folder))
+        .map_err(|source| FileError::NotSynced {
+            path: target.to_owned(),
+            source,
+        })
+}
+
+/// Copies the open `file` to one with a temporary name beside `target`, on disk.
+fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
+    let permissions = file.metadata()?.permissions();
+    let (mut copy, temporary) = create_named(target)?;
+    let copied = file
+        .seek(SeekFrom::Start(0))
+        .and_then(|_| io::copy(&mut file, &mut copy))
+        .and_then(|_| copy.set_permissions(permissions))
+        .and_then(|()| copy.sync_all());
+    match copied {
+        Ok(()) => Ok(temporary),
+        Err(error) => {
+            // The first error is the one to tell.
+            let _ = std::fs::remove_file(&temporary);
+            Err(error)
+        }
+    }
+}
+
+/// A new file with a temporary name beside `target`.
+fn create_named(target: &Path) -> io::Result<(File, PathBuf)> {
+    with_temporary_name(target, |path| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(PRIVATE)
+            .open(path)
+    })
 }
 
 /// Calls `make` with names beside `target` until one is free.
@@ -345,11 +410,10 @@ fn with_temporary_name<T>(
 ) -> io::Result<(T, PathBuf)> {
     let mut tries = 0;
     loop {
-        // Doesn't contain the target's name, which may be as long as a name can be.
-        let path = target.with_file_name(format!(
-            ".snaprestore-{}-{tries}.partial",
-            std::process::id()
-        ));
+        // Doesn't contain the target's name, which may be as long as a name can be. The number is
+        // one that nobody can foresee, and take before.
+        let number = RandomState::new().hash_one((std::process::id(), tries));
+        let path = target.with_file_name(format!(".snaprestore-{number:016x}.partial"));
         match make(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < NAME_TRIES => {
                 tries += 1;

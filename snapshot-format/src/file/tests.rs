@@ -1,3 +1,6 @@
+// Only to say what is skipped.
+#![allow(clippy::print_stdout)]
+
 use std::fs;
 use std::io::Read;
 
@@ -220,4 +223,63 @@ fn only_the_owner_reads_a_new_file_and_a_replaced_one_keeps_its_permissions() {
             assert_eq!(mode(&target), given);
         }
     }
+}
+
+#[test]
+fn a_nameless_file_that_gets_no_name_is_copied() {
+    let refuse = |_: &Path, _: &Path| Err(io::Error::from(Errno::EXDEV));
+    for force in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("snapshot");
+        if force {
+            fs::write(&target, "old").unwrap();
+            fs::set_permissions(&target, Permissions::from_mode(0o640)).unwrap();
+        }
+        let file = write_new(&target, force, true);
+        if !matches!(file.place, Place::Nameless { .. }) {
+            println!(
+                "SKIPPED a_nameless_file_that_gets_no_name_is_copied: the file system knows none"
+            );
+            return;
+        }
+        file.commit_with(refuse).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        assert_eq!(names(folder.path()), ["snapshot"]);
+        let mode = fs::metadata(&target).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, if force { 0o640 } else { 0o600 });
+
+        // One that came in between stays here, too.
+        let late = folder.path().join("late");
+        let file = write_new(&late, false, true);
+        fs::write(&late, "old").unwrap();
+        let exists = file.commit_with(refuse);
+        assert!(matches!(exists, Err(FileError::Exists { .. })));
+        assert_eq!(fs::read(&late).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["late", "snapshot"]);
+    }
+}
+
+#[test]
+fn temporary_names_cannot_be_foreseen() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("snapshot");
+    let (_first, one) = create_named(&target).unwrap();
+    fs::remove_file(&one).unwrap();
+    let (_second, other) = create_named(&target).unwrap();
+    assert_ne!(one, other);
+}
+
+#[test]
+fn a_block_device_is_refused() {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    // No driver has this number, and it is not opened.
+    if let Err(error) = mknod(&disk, SFlag::S_IFBLK, Mode::S_IRWXU, makedev(511, 7)) {
+        println!("SKIPPED a_block_device_is_refused: cannot make one: {error}");
+        return;
+    }
+    let refused = SnapshotFile::create(&disk, true);
+    assert!(matches!(refused, Err(FileError::BlockDevice { .. })));
 }
