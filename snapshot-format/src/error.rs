@@ -126,7 +126,7 @@ pub enum Defect {
         /// The other.
         second: String,
     },
-    /// A name or text is not UTF-8, is empty where it may not be, or appears twice.
+    /// A name, a text or what a record says is not what it must be.
     #[error("{field}: {detail}")]
     Text {
         /// Name of the field.

@@ -367,6 +367,19 @@ impl IndexBlock {
         }
     }
 
+    /// Number of the `i`-th page's word in [`IndexBlock::fills`].
+    pub(crate) fn fill_number(&self, i: usize) -> Option<usize> {
+        match &self.pages {
+            Pages::Alike { page, count } => {
+                (i < *count && matches!(page, Page::Fill(_))).then_some(0)
+            }
+            Pages::Each { entries, .. } => {
+                let entry = entries.get(i)?;
+                (entry.frame.get() == page_kind::FILL).then(|| entry.slot.get().into())
+            }
+        }
+    }
+
     /// The frames that hold the pages, each once.
     pub fn frames(&self) -> &[FrameRef] {
         match &self.pages {

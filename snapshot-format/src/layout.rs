@@ -259,7 +259,8 @@ pub enum SectionKind {
 pub struct RegionEntry {
     /// Address space: 0 for a VM, one for each process of a tree.
     pub space: U32,
-    /// Protection bits as `PROT_*` (1 read, 2 write, 4 execute), bit 8 shared; 0 if unknown.
+    /// Protection bits as `PROT_*` (1 read, 2 write, 4 execute), bit 8 shared, hints
+    /// from bit 16 on; 0 if unknown.
     pub flags: U32,
     /// Address in the owner's terms (guest-physical or virtual), a multiple of the page size.
     pub start: U64,
@@ -268,7 +269,7 @@ pub struct RegionEntry {
     /// Number of its first page, a multiple of 512; regions follow each other without gaps of a
     /// whole index block.
     pub first_page: U64,
-    /// Page size of the owner's mapping, as a power of two (12 or 21); a hint.
+    /// Page size of the owner's mapping, as a power of two (12 to 40); a hint.
     pub page_shift: U32,
     /// Bytes of the name.
     pub name_len: U32,

@@ -327,6 +327,14 @@ impl Snapshot {
                     format!("{len}, what it decodes to"),
                 )));
             }
+            // Look-ups needn't care.
+            if reason == Reason::Verify
+                && zstd_safe::find_frame_compressed_size(stored) != Ok(stored.len())
+            {
+                return Err(damaged(Defect::Decode {
+                    reason: "not one zstd frame".into(),
+                }));
+            }
             decoded
         } else {
             stored

@@ -4,14 +4,15 @@
 //! header, trailer, directory, top table      as a reader opens them
 //! every section and blob                     checksum, then content
 //! for each window of 1024 blocks (2 GiB of the owner's memory):
-//!     its index blocks, in parallel          checksum, structure, counts, no frame unused
+//!     its index blocks, in parallel          checksum, structure, counts, nothing unused
 //!     every frame that they name, in parallel
 //!         checksum, header, decode           each time a window needs it
 //!         page list against the index        the first time: listed pages point here, every slot
 //!                                            is listed, no slot is a fill
 //!     digests of pages -> of blocks -> of the content
 //! every byte of the file                     belongs to exactly one thing, or is zero
-//! summary, fill runs                         as counted
+//! summary                                    as counted
+//! fill runs                                  as the index says
 //! ```
 //!
 //! Memory: about 48 MiB, a decoder for each thread, and 50 bytes for each frame of the file.
@@ -23,7 +24,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use crate::error::{OpenError, Part, ReadError};
+use crate::error::{FrameError, OpenError, Part, ReadError};
 use crate::layout::SectionKind;
 use crate::snapshot::{Snapshot, SnapshotOptions};
 use crate::store::{Reason, Store};
@@ -163,6 +164,12 @@ pub enum VerifyError {
     /// The file can't be opened for another reason than damage.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// A part of the file could not be read, though the file may be whole.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// A frame could not be read, though the file may be whole.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
     /// The progress callback asked for it.
     #[error("verifying was cancelled")]
     Cancelled,
@@ -199,15 +206,17 @@ pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Repor
         counted: Summary::default(),
         extents: extents::Extents::default(),
         complete: true,
+        failed: None,
         pages_done: 0,
     };
-    check.sections();
+    check.sections()?;
     if snapshot.regions().is_ok() {
         check.pages()?;
         check.fill_runs();
         check.gaps()?;
         check.summary();
     }
+    check.stop_if_failed()?;
     Ok(check.report)
 }
 
@@ -244,11 +253,18 @@ struct Check<'a> {
     /// Nothing so far was unreadable: what remains unexplained is then a problem of its own, and
     /// the counts are worth comparing.
     complete: bool,
+    /// Why no verdict is possible: the store failed, which says nothing about the file.
+    failed: Option<VerifyError>,
     pages_done: u64,
 }
 
 impl Check<'_> {
+    fn stop_if_failed(&mut self) -> Result<(), VerifyError> {
+        self.failed.take().map_or(Ok(()), Err)
+    }
+
     fn tell_progress(&mut self) -> Result<(), VerifyError> {
+        self.stop_if_failed()?;
         let Some(callback) = &mut self.progress else {
             return Ok(());
         };
@@ -269,14 +285,23 @@ impl Check<'_> {
             Ok(value) => Some(value),
             Err(error) => {
                 self.complete = false;
-                self.report.add_error(&error);
+                self.problem(error);
                 None
             }
         }
     }
 
+    /// Damage is a problem, anything else ends the verification.
+    fn problem(&mut self, error: ReadError) {
+        if error.is_damage() {
+            self.report.add_error(&error);
+        } else {
+            self.failed.get_or_insert(error.into());
+        }
+    }
+
     /// Every section and what it points to, except the index.
-    fn sections(&mut self) {
+    fn sections(&mut self) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
         for section in snapshot.directory().all() {
             let kind = SectionKind::from_number(section.number);
@@ -295,7 +320,7 @@ impl Check<'_> {
                     kind @ (SectionKind::Dictionaries
                     | SectionKind::WorkingSets
                     | SectionKind::Attachments),
-                ) => self.blobs(kind),
+                ) => self.blobs(kind)?,
                 // The content of these is compared with the pages later.
                 Some(
                     SectionKind::FillRuns | SectionKind::BlockDigests | SectionKind::Ancestors,
@@ -305,13 +330,15 @@ impl Check<'_> {
                     self.note(checked);
                 }
             }
+            self.tell_progress()?;
         }
+        Ok(())
     }
 
-    fn blobs(&mut self, kind: SectionKind) {
+    fn blobs(&mut self, kind: SectionKind) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
         let Some(blobs) = self.note(snapshot.blobs(kind)) else {
-            return;
+            return Ok(());
         };
         for blob in blobs {
             let (part, result) = match kind {
@@ -320,18 +347,26 @@ impl Check<'_> {
                     (Part::Dictionary, snapshot.dictionary(number).map(|_| ()))
                 }
                 SectionKind::WorkingSets => {
-                    let runs = snapshot.working_set(&blob.name);
+                    let runs = snapshot.working_set_runs(&blob);
                     (Part::WorkingSet, runs.map(|_| ()))
                 }
+                // Can be as long as it likes: whoever waits hears of it on the way.
                 _ => {
+                    let part = Part::Attachment;
                     let checked =
-                        snapshot.check_blob(Part::Attachment, &blob, Reason::Verify, |_| Ok(()));
-                    (Part::Attachment, checked)
+                        snapshot.check_blob(part, &blob, Reason::Verify, |_| self.tell_progress());
+                    match checked {
+                        Ok(()) => (part, Ok(())),
+                        Err(VerifyError::Read(error)) => (part, Err(error)),
+                        Err(other) => return Err(other),
+                    }
                 }
             };
             self.extents.add(part, blob.offset, blob.len);
             self.note(result);
+            self.tell_progress()?;
         }
+        Ok(())
     }
 
     /// That the pages of every fill run are what it says: the reader looks.
@@ -339,7 +374,7 @@ impl Check<'_> {
         // A damaged section was reported with its checksum only if that was wrong. Nothing but
         // the runs depends on it, so all else can still be compared.
         if let Err(error) = self.snapshot.fill_runs() {
-            self.report.add_error(&error);
+            self.problem(error);
         }
     }
 

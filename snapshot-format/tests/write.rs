@@ -6,12 +6,12 @@ use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use model::{Given, Image, data_page, options};
+use model::{Given, Image, data_page, noise_page, options};
 use proptest::prelude::*;
 use snapshot_format::layout::{MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE};
 use snapshot_format::{
-    Dictionary, FrameDecoder, MemoryStore, Page, Reason, RegionSpec, Snapshot, VerifyOptions,
-    WorkingSetRun, WriteError, Writer, WriterOptions, Written, verify,
+    Codec, Dictionary, FrameDecoder, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot,
+    VerifyOptions, WorkingSetRun, WriteError, Writer, WriterOptions, Written, verify,
 };
 
 fn open(bytes: Vec<u8>) -> Snapshot {
@@ -571,4 +571,33 @@ impl Write for Positions {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Codecs of the frames of 32 pages, and the bytes that they take.
+fn stored(level: i32, pages: &[u8]) -> (Vec<Codec>, u64) {
+    let mut writer = writer(WriterOptions { level, ..options() });
+    writer.write_pages(pages).unwrap();
+    let (bytes, written) = writer.finish().unwrap();
+    let snapshot = open(bytes);
+    let block = snapshot.index_block(0, Reason::Demand).unwrap();
+    let codecs = block.frames().iter().map(FrameRef::codec).collect();
+    (codecs, written.summary.stored_bytes)
+}
+
+#[test]
+fn what_does_not_compress_is_stored_as_it_is() {
+    let noise: Vec<u8> = (0..64).flat_map(noise_page).collect();
+    let (codecs, bytes) = stored(3, &noise);
+    assert_eq!(codecs, [Codec::Raw, Codec::Raw]);
+    assert!(bytes < noise.len() as u64 + 1024, "{bytes}");
+    let (codecs, _) = stored(3, &data(0, 64));
+    assert_eq!(codecs, [Codec::Zstd, Codec::Zstd]);
+}
+
+#[test]
+fn a_higher_level_compresses_more() {
+    let pages = data(0, 64);
+    let (_, fast) = stored(1, &pages);
+    let (_, small) = stored(19, &pages);
+    assert!(small < fast, "{small} bytes at level 19, {fast} at level 1");
 }

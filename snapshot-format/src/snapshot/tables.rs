@@ -144,6 +144,10 @@ impl Snapshot {
     /// The runs of the working set called `name`, in order of first touch.
     pub fn working_set(&self, name: &str) -> Result<Vec<WorkingSetRun>, ReadError> {
         let blob = self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)?;
+        self.working_set_runs(&blob)
+    }
+
+    pub(crate) fn working_set_runs(&self, blob: &Blob) -> Result<Vec<WorkingSetRun>, ReadError> {
         let bytes = self.read_checked(Part::WorkingSet, blob.offset, blob.len, blob.crc)?;
         sections::working_set(&bytes, blob.offset, self.page_slots())
             .map_err(|flaw| self.damaged(Part::WorkingSet, flaw))
@@ -167,7 +171,9 @@ impl Snapshot {
     /// the file changes between the two, that is an error after the last byte.
     pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
         let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
-        self.check_blob(Part::Attachment, &blob, Reason::Open, |_| Ok(()))?;
+        self.check_blob(Part::Attachment, &blob, Reason::Open, |_| {
+            Ok::<_, ReadError>(())
+        })?;
         self.check_blob(Part::Attachment, &blob, Reason::Open, |bytes| {
             out.write_all(bytes).map_err(|source| ReadError::Output {
                 file: self.name.clone(),
@@ -264,13 +270,13 @@ impl Snapshot {
 
     /// Reads a blob piece by piece, hands the pieces on, and says at the end whether they were
     /// right.
-    pub(crate) fn check_blob(
+    pub(crate) fn check_blob<E: From<ReadError>>(
         &self,
         part: Part,
         blob: &Blob,
         reason: Reason,
-        mut each: impl FnMut(&[u8]) -> Result<(), ReadError>,
-    ) -> Result<(), ReadError> {
+        mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut hasher = crc32fast::Hasher::new();
         let mut piece = vec![0; usize::try_from(blob.len).map_or(PIECE, |len| len.min(PIECE))];
         let mut done = 0;
@@ -282,7 +288,7 @@ impl Snapshot {
             each(piece)?;
             done += len as u64;
         }
-        self.check_crc(part, blob.offset, blob.crc, hasher.finalize())
+        Ok(self.check_crc(part, blob.offset, blob.crc, hasher.finalize())?)
     }
 
     /// Reads a section piece by piece, only to check it.

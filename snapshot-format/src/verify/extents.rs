@@ -66,8 +66,8 @@ impl Check<'_> {
             let piece = &mut piece[..len];
             let read = self.snapshot.read(Part::Gap, piece, at, Reason::Verify);
             if let Err(error) = read {
-                self.report.add_error(&error);
-                return Ok(());
+                self.problem(error);
+                return self.stop_if_failed();
             }
             if let Some(i) = piece.iter().position(|&byte| byte != 0) {
                 let detail = format!("bytes {from}..{to} belong to nothing and are not zero");

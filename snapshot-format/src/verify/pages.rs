@@ -55,6 +55,8 @@ struct Seen {
     digests: Option<Vec<Digest>>,
     problems: Vec<Problem>,
     more: u64,
+    /// The store failed, which says nothing about the frame.
+    failed: Option<VerifyError>,
 }
 
 /// Decoders and buffers, as many as there are threads at work.
@@ -246,10 +248,18 @@ impl Check<'_> {
     /// That an index block names nothing twice and nothing in vain.
     fn unused(&mut self, block: &IndexBlock, offset: u64) {
         let mut used = vec![false; block.frames().len()];
+        let mut used_words = vec![false; block.fills().len()];
         for i in 0..block.page_count() {
             if let Some((frame, _)) = block.stored(i) {
                 used[frame] = true;
             }
+            if let Some(word) = block.fill_number(i) {
+                used_words[word] = true;
+            }
+        }
+        if let Some(word) = used_words.iter().position(|used| !used) {
+            let detail = format!("names fill word {word}, which no page of it uses");
+            self.report.add(Part::IndexBlock, offset, detail);
         }
         if let Some(frame) = used.iter().position(|used| !used) {
             let detail = format!("names frame {frame}, which no page of it uses");
@@ -292,6 +302,9 @@ impl Check<'_> {
                     .add(problem.what, problem.offset, problem.detail);
             }
             self.report.more_problems += seen.more;
+            if let Some(failed) = seen.failed {
+                self.failed.get_or_insert(failed);
+            }
             if seen.digests.is_none() {
                 self.complete = false;
             }
@@ -408,9 +421,14 @@ fn look_at(
         digests: None,
         problems: Vec::new(),
         more: 0,
+        failed: None,
     };
     let listed = match decoder.decode(snapshot, frame, Reason::Verify, out) {
         Ok(listed) => listed,
+        Err(error) if !error.is_damage() => {
+            seen.failed = Some(error.into());
+            return seen;
+        }
         Err(error) => {
             // A frame that several windows need is reported once.
             if wanted.new {
@@ -435,6 +453,15 @@ fn look_at(
     seen.digests = Some(digests);
     let mut has_page = vec![false; frame.slots().into()];
     let runs = listed.runs().len();
+    let mut pages: Vec<u64> = listed
+        .runs()
+        .flat_map(|run| run.first_page..run.first_page + u64::from(run.count))
+        .collect();
+    pages.sort_unstable();
+    if let Some([page, _]) = pages.windows(2).find(|pair| pair[0] == pair[1]) {
+        let detail = format!("page {page} is listed twice");
+        seen.add("page list".to_owned(), frame.offset(), detail);
+    }
     for run in listed.runs() {
         for i in 0..run.count {
             let (page, slot) = (run.first_page + u64::from(i), run.slot + i);
@@ -444,7 +471,11 @@ fn look_at(
                 None => match snapshot.look_up(page, Reason::Verify) {
                     Ok(indexed) => indexed,
                     // The index block's own problem is in the report.
-                    Err(_) => continue,
+                    Err(error) if error.is_damage() => continue,
+                    Err(error) => {
+                        seen.failed = Some(error.into());
+                        return seen;
+                    }
                 },
             };
             let here = Page::Stored {

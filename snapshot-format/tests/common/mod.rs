@@ -205,7 +205,7 @@ impl Sample {
                     let at = bytes.len();
                     let compressed = block == 3;
                     let stored = if compressed {
-                        compress(&decoded, &[])
+                        [&compress(&decoded, &[]), after_payload].concat()
                     } else {
                         frame_refs.extend(named.iter().enumerate().map(|(number, frame)| {
                             let from = size_of::<IndexHeader>() + number * size_of::<FrameRef>();

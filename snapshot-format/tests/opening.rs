@@ -1,0 +1,50 @@
+//! What opening leaves to the caller or to later writers: a limit on memory, and unused room.
+
+mod common;
+
+use std::mem::offset_of;
+
+use common::{BLOCKS, Sample};
+use snapshot_format::layout::{RegionEntry, SectionKind, Trailer};
+use snapshot_format::{OpenError, Snapshot, SnapshotOptions, VerifyOptions, verify};
+
+#[test]
+fn unused_room_is_ignored_and_guarded() {
+    let good = Sample::new();
+    let region = good.section(SectionKind::Regions).start;
+    let unused = good.trailer() + offset_of!(Trailer, unused);
+    for (at, bytes) in [
+        (region + offset_of!(RegionEntry, unused), &[1; 8][..]),
+        (region + offset_of!(RegionEntry, flags), &[3, 0, 0xff, 0xff]),
+        (unused, &[0xff; 666]),
+    ] {
+        let mut sample = good.clone();
+        sample.put(at, bytes);
+        let error = sample.open().expect_err("its checksum is wrong");
+        assert!(error.to_string().contains("checksum"), "{error}");
+        sample.seal();
+        let snapshot = sample.open().expect("opens");
+        assert_eq!(
+            snapshot.regions().unwrap(),
+            good.open().unwrap().regions().unwrap()
+        );
+        let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+        assert_eq!(report.problems, []);
+    }
+}
+
+#[test]
+fn a_top_table_above_the_callers_limit_is_refused_by_that_name() {
+    let sample = Sample::new();
+    let open = |bytes| {
+        let options = SnapshotOptions::default().most_top_bytes(bytes);
+        Snapshot::open_with(sample.store(), &options)
+    };
+    let error = open(BLOCKS * 32 - 1).expect_err("too large");
+    assert!(!error.is_damage() && matches!(error, OpenError::TopTooLarge { .. }));
+    assert!(error.to_string().contains("most_top_bytes"), "{error}");
+    open(BLOCKS * 32).expect("opens");
+    let options = VerifyOptions::default().most_top_bytes(0);
+    assert!(verify(sample.store(), options).is_err());
+    assert_eq!(SnapshotOptions::default().most_top_bytes, 256 << 20);
+}
