@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use snaprestore_engine::restore::StartError;
 use snaprestore_engine::sys;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
@@ -68,7 +67,8 @@ impl Exit {
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));
                 }
-                if let Some(StartError::Userfaultfd(error)) = cause.downcast_ref() {
+                // The restore's own error has this one as its cause.
+                if let Some(error) = cause.downcast_ref() {
                     return Some(match error {
                         sys::OpenError::Failed { .. } => Self::Failed,
                         _ => Self::NotPermitted,

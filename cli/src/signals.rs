@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use anyhow::Context as _;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 
 /// What a user or a service manager stops a command with.
@@ -98,9 +100,24 @@ impl Cancel {
         }
     }
 
-    /// A descriptor that hangs up when the command is asked to stop, for `poll`.
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.hangs_up.as_fd()
+    /// Waits until `fd` has something to read or is at its end, or fails because the command was
+    /// asked to stop.
+    pub(crate) fn wait_readable(&self, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(fd, PollFlags::POLLIN),
+                PollFd::new(self.hangs_up.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error).context("waiting for input"),
+            }
+            let readable = fds[0].any().unwrap_or(true);
+            self.check()?;
+            if readable {
+                return Ok(());
+            }
+        }
     }
 
     /// Lets the signal have its default effect. Returns only where it has none, as in the first

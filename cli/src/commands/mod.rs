@@ -3,6 +3,7 @@
 
 mod completions;
 mod create;
+mod demo;
 mod doctor;
 mod extract;
 mod info;
@@ -28,8 +29,7 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Doctor => doctor::run(output),
         Command::Completions(args) => completions::run(&args, output),
         Command::Man(args) => man::run(&args, output),
-        Command::Demo(_) | Command::DemoOwner(_) => {
-            anyhow::bail!("this command is not built yet")
-        }
+        Command::Demo(args) => demo::run(&args, output, cancel),
+        Command::DemoOwner(args) => demo::run_owner(&args, cancel),
     }
 }

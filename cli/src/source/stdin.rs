@@ -6,8 +6,6 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{CHUNK, Guess, PAGE, Samples, Sampling, Sink, Source, guess, raw};
 use crate::exit::Refusal;
@@ -55,7 +53,9 @@ impl Stream {
     fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
-            self.wait()?;
+            // A pipe that no writer has opened yet reports neither data nor its end: nothing is
+            // taken for an end that isn't one.
+            self.cancel.wait_readable(self.file.as_fd())?;
             match self.file.read(&mut buffer[filled..]) {
                 Ok(0) => break,
                 Ok(count) => filled += count,
@@ -65,27 +65,6 @@ impl Stream {
             }
         }
         Ok(filled)
-    }
-
-    /// Waits until there is something to read, or the command is asked to stop. A pipe that no
-    /// writer has opened yet reports neither data nor its end, so nothing is taken for an end that
-    /// isn't one.
-    fn wait(&self) -> Result<()> {
-        loop {
-            let mut fds = [
-                PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.cancel.fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error).context(self.name.clone()),
-            }
-            let readable = fds[0].any().unwrap_or(true);
-            self.cancel.check()?;
-            if readable {
-                return Ok(());
-            }
-        }
     }
 }
 

@@ -7,6 +7,7 @@
 mod common;
 mod create;
 mod damage;
+mod demo;
 mod doctor;
 mod elf_core;
 mod extract;

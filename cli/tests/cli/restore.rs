@@ -1,5 +1,7 @@
 //! Snapshots that come back lazily.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
@@ -8,7 +10,7 @@ use crate::common::{Folder, Run, as_nobody, number, run};
 use crate::elf_core::{Core, Load};
 
 /// Whether restoring can be tested here; says why not.
-fn possible(folder: &Folder, test: &str) -> bool {
+pub(crate) fn possible(folder: &Folder, test: &str) -> bool {
     let doctor = run(folder, &["doctor", "--json"]);
     if doctor.code == Some(0) {
         return true;
@@ -293,6 +295,9 @@ fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
     }
     let folder = Folder::new();
     packed(&folder, 16);
+    // A new snapshot is its owner's alone.
+    let everybody = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(folder.file("s"), everybody).unwrap();
     let refused = as_nobody(&folder, &["restore", "s"]);
     if refused.code == Some(0) {
         let why = "every user may make a userfaultfd here".into();

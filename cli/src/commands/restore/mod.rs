@@ -21,7 +21,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use order::Order;
-use report::Report;
+pub(crate) use report::Report;
 use touch::Pages;
 
 /// How long the engine may take to notice that every page was touched.

@@ -101,8 +101,13 @@ impl Report {
         }
     }
 
+    /// Pages whose content the snapshot knows.
+    pub(crate) fn known_pages(&self) -> u64 {
+        self.pages - self.unavailable_pages
+    }
+
     /// A damaged file is worse than an operation that failed.
-    pub(super) fn exit(&self) -> Exit {
+    pub(crate) fn exit(&self) -> Exit {
         if self.failures.iter().any(|bad| bad.damaged) {
             Exit::Damaged
         } else if self.mismatches > 0 || !self.failures.is_empty() {
@@ -203,16 +208,18 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "touched     {} in {} ms",
-                count(self.pages - self.unavailable_pages, "page"),
+                count(self.known_pages(), "page"),
                 HumanCount(touch)
             )?;
         }
         match self.complete_ms {
             Some(complete) => writeln!(f, "complete    after {} ms", HumanCount(complete))?,
-            None => writeln!(
+            None if self.touch_ms.is_some() && self.unavailable_pages > 0 => writeln!(
                 f,
-                "complete    no: some pages were not asked for, or not to be had"
+                "complete    but for {} whose contents are not known",
+                count(self.unavailable_pages, "page")
             )?,
+            None => writeln!(f, "complete    no: not every page was asked for")?,
         }
         writeln!(
             f,
@@ -236,13 +243,6 @@ impl fmt::Display for Report {
             BinaryBytes(self.bytes_read),
             BinaryBytes(self.bytes_decoded)
         )?;
-        if self.unavailable_pages > 0 {
-            writeln!(
-                f,
-                "unknown     {} since the snapshot was taken; not touched",
-                count(self.unavailable_pages, "page")
-            )?;
-        }
         if self.checked_pages > 0 {
             writeln!(
                 f,

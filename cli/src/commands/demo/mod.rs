@@ -1,0 +1,292 @@
+//! `snaprestore demo`: the main job on real input, with nothing prepared.
+
+mod owner;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use indicatif::{BinaryBytes, HumanCount};
+use nix::fcntl::OFlag;
+use serde::Serialize;
+use snaprestore_engine::sys::OpenOptions;
+
+use self::owner::{Owner, Told};
+use super::create::{self, Recipe, Wanted};
+use super::{restore, verify};
+use crate::args::{self, Prefetch, Touch};
+use crate::exit::Exit;
+use crate::output::{Output, count, percent, ratio};
+use crate::progress::Progress;
+use crate::signals::Cancel;
+use crate::source::{HeldProcess, PAGE, Region, Sink, Source as _};
+use crate::target::Target;
+
+pub(crate) use owner::run as run_owner;
+
+#[derive(Serialize)]
+struct Report {
+    /// Whether every page came back as the process held it.
+    ok: bool,
+    pid: i32,
+    /// What the process said before it was packed, and after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    before: Option<Told>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    after: Option<Told>,
+    create: create::Report,
+    verify: verify::Report,
+    restore: restore::Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kept: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<Exit> {
+    // If the end can't be reached, say so at the beginning.
+    OpenOptions::new().open()?;
+    let step = |what: &str| {
+        if output.shows_progress() {
+            output.warn(what);
+        }
+    };
+    let mut owner = None;
+    let mut before = None;
+    let pid = if let Some(pid) = args.pid {
+        pid
+    } else {
+        step("starting a process that reads this machine's files ...");
+        let mut started = Owner::start(args.size)?;
+        let pid = started.pid()?;
+        before = Some(started.ask(cancel)?);
+        owner = Some(started);
+        pid
+    };
+    cancel.check()?;
+    step("packing it while it lives ...");
+    let reference = temporary_file()?;
+    let (snapshot, create) = pack(pid, args.keep.as_deref(), &reference, output, cancel)?;
+    let after = match &mut owner {
+        Some(owner) => Some(owner.ask(cancel)?),
+        None => None,
+    };
+    // It has shown that it goes on; its memory is compared with a copy.
+    drop(owner);
+
+    step("verifying the snapshot ...");
+    let check = args::Verify {
+        file: snapshot.path.clone(),
+        threads: None,
+    };
+    let verify = verify::check(&check, output, cancel)?;
+    step("restoring it lazily under random touches ...");
+    let options = args::Restore {
+        file: snapshot.path.clone(),
+        touch: Touch::Random,
+        prefetch: Prefetch::Off,
+        threads: 1,
+        touch_threads: 2,
+        seed: 1,
+        check: Some(fd_path(&reference)),
+    };
+    let restore = restore::restore(&options, output, cancel)?;
+    let equal = restore.mismatches == 0 && restore.checked_pages == restore.known_pages();
+    let report = Report {
+        ok: verify.ok && restore.exit() == Exit::Done && equal,
+        pid,
+        before,
+        after,
+        create,
+        verify,
+        restore,
+        kept: args.keep.clone(),
+    };
+    output.report(&report)?;
+    Ok(if report.ok { Exit::Done } else { Exit::Failed })
+}
+
+/// A snapshot that is there as long as this is.
+struct Packed {
+    path: PathBuf,
+    /// Keeps a file without a name alive.
+    _file: Option<File>,
+}
+
+/// Packs a process, and writes the same memory as it is to `reference`.
+fn pack(
+    pid: i32,
+    keep: Option<&Path>,
+    reference: &File,
+    output: Output,
+    cancel: &Cancel,
+) -> Result<(Packed, create::Report)> {
+    let (target, packed) = if let Some(path) = keep {
+        let packed = Packed {
+            path: path.to_owned(),
+            _file: None,
+        };
+        (Target::create(path, false)?, packed)
+    } else {
+        let file = temporary_file()?;
+        // The target is closed when it is written; this one stays, and is what the path names.
+        let open = file.try_clone().context("keeping a temporary file open")?;
+        let packed = Packed {
+            path: fd_path(&open),
+            _file: Some(open),
+        };
+        (Target::Stream(file), packed)
+    };
+    let recipe = Recipe {
+        level: 3,
+        frame_bytes: 128 << 10,
+        dictionary: Wanted::Auto,
+        threads: None,
+        attachments: Vec::new(),
+    };
+    let began = Instant::now();
+    let mut process = HeldProcess::hold(pid, output, cancel)?;
+    let progress = Progress::bytes(output, "packing", process.pages().map(|pages| pages * PAGE));
+    let mut writer = recipe.start(target, &mut process, progress, cancel)?;
+    let mut both = Both {
+        snapshot: &mut writer,
+        reference,
+        offset: 0,
+    };
+    process.feed(&mut both)?;
+    let bytes = both.offset;
+    drop(process);
+    let held_ms = Some(u64::try_from(began.elapsed().as_millis())?);
+    reference.set_len(bytes)?;
+    let (target, written) = writer.finish(recipe.attachments)?;
+    target.complete()?;
+    let report = create::Report {
+        facts: create::facts(&written),
+        held_ms,
+        elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
+    };
+    Ok((packed, report))
+}
+
+/// Sends memory to the snapshot, and to a plain file to compare with.
+struct Both<'a, S> {
+    snapshot: &'a mut S,
+    reference: &'a File,
+    offset: u64,
+}
+
+impl<S: Sink> Sink for Both<'_, S> {
+    fn region(&mut self, region: &Region) -> Result<()> {
+        self.snapshot.region(region)
+    }
+
+    fn pages(&mut self, bytes: &[u8]) -> Result<()> {
+        self.reference
+            .write_all_at(bytes, self.offset)
+            .context("writing the memory to compare with to a temporary file")?;
+        self.offset += bytes.len() as u64;
+        self.snapshot.pages(bytes)
+    }
+
+    fn zeros(&mut self, pages: u64) -> Result<()> {
+        self.offset += pages * PAGE;
+        self.snapshot.zeros(pages)
+    }
+
+    fn unavailable(&mut self, pages: u64) -> Result<()> {
+        self.offset += pages * PAGE;
+        self.snapshot.unavailable(pages)
+    }
+}
+
+/// A file without a name, gone with this process however it ends.
+fn temporary_file() -> Result<File> {
+    let folder = std::env::temp_dir();
+    let mut options = File::options();
+    options.read(true).write(true).mode(0o600);
+    let nameless = options
+        .clone()
+        .custom_flags(OFlag::O_TMPFILE.bits())
+        .open(&folder);
+    nameless
+        .or_else(|_| {
+            let path = folder.join(format!("snaprestore-demo-{}", std::process::id()));
+            let file = options.create_new(true).open(&path)?;
+            std::fs::remove_file(&path)?;
+            Ok::<_, io::Error>(file)
+        })
+        .with_context(|| format!("{}: making a temporary file", folder.display()))
+}
+
+/// A path to an open file.
+fn fd_path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let facts = &self.create.facts;
+        match &self.before {
+            Some(told) => writeln!(
+                f,
+                "process     {} has read {} of this machine ({}) and indexed {}",
+                self.pid,
+                count(told.files, "file"),
+                BinaryBytes(told.bytes),
+                count(told.words, "word")
+            )?,
+            None => writeln!(f, "process     {}", self.pid)?,
+        }
+        writeln!(
+            f,
+            "packed      {} of memory in {} into {}: {} times smaller",
+            BinaryBytes(facts.logical_bytes),
+            count(facts.regions.len() as u64, "region"),
+            BinaryBytes(facts.file_bytes),
+            ratio(facts.logical_bytes, facts.file_bytes)
+        )?;
+        writeln!(
+            f,
+            "            {} zero, {} duplicate, {} stored; it was held for {} ms",
+            percent(facts.zero_pages, facts.pages),
+            percent(facts.duplicate_pages, facts.pages),
+            percent(facts.stored_pages, facts.pages),
+            HumanCount(self.create.held_ms.unwrap_or(0))
+        )?;
+        if let (Some(before), Some(after)) = (&self.before, &self.after) {
+            writeln!(
+                f,
+                "goes on     asked before and after, it counts {:?} {} and {} times; its thread \
+                 went {} rounds further",
+                owner::WORD,
+                HumanCount(before.occurrences),
+                HumanCount(after.occurrences),
+                HumanCount(after.rounds.saturating_sub(before.rounds))
+            )?;
+        }
+        writeln!(
+            f,
+            "verified    {}: {} in {}, in {} ms",
+            if self.verify.ok { "good" } else { "DAMAGED" },
+            count(self.verify.pages_checked, "page"),
+            count(self.verify.frames_checked, "frame"),
+            HumanCount(self.verify.elapsed_ms)
+        )?;
+        write!(f, "{}", self.restore)?;
+        if let Some(kept) = &self.kept {
+            writeln!(f, "kept        {}", kept.display())?;
+        }
+        writeln!(
+            f,
+            "\n{}",
+            if self.ok {
+                "Every page came back, when it was touched, as the process held it."
+            } else {
+                "NOT every page came back as the process held it."
+            }
+        )
+    }
+}

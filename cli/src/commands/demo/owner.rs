@@ -1,0 +1,226 @@
+//! The process that the demonstration packs: it reads this machine's own files into memory, indexes
+//! the words of the texts among them, and answers questions. Its other half starts and asks it.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use serde::Serialize;
+
+use crate::args;
+use crate::exit::Exit;
+use crate::signals::Cancel;
+
+/// Where files are looked for: texts first, of which half of the memory is made.
+const FOLDERS: [&str; 6] = [
+    "/usr/share",
+    "/etc",
+    "/usr/lib",
+    "/usr/bin",
+    "/var/lib",
+    "/opt",
+];
+/// Most bytes of one file.
+const MAX_FILE: u64 = 8 << 20;
+/// The word that is asked for.
+pub(super) const WORD: &str = "the";
+
+/// What the owner says about itself.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(super) struct Told {
+    pub(super) files: u64,
+    pub(super) bytes: u64,
+    /// Different words in the index.
+    pub(super) words: u64,
+    /// How often [`WORD`] occurs.
+    pub(super) occurrences: u64,
+    /// Rounds of a thread that never rests: grows while the process runs.
+    pub(super) rounds: u64,
+}
+
+/// A started owner. It doesn't outlive this process.
+#[derive(Debug)]
+pub(super) struct Owner {
+    child: Child,
+    questions: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Owner {
+    /// Starts one that fills `mib` MiB.
+    pub(super) fn start(mib: u32) -> Result<Self> {
+        let program = std::env::current_exe().context("finding this program")?;
+        let mut child = Command::new(program)
+            .args(["demo-owner", &mib.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting a process to pack")?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(questions), Some(answers)) => Ok(Self {
+                child,
+                questions,
+                answers: BufReader::new(answers),
+            }),
+            _ => bail!("the process to pack has no pipes"),
+        }
+    }
+
+    pub(super) fn pid(&self) -> Result<i32> {
+        Ok(i32::try_from(self.child.id())?)
+    }
+
+    /// Asks it how it is. Waits until it has loaded everything, the first time.
+    pub(super) fn ask(&mut self, cancel: &Cancel) -> Result<Told> {
+        let mut answer = String::new();
+        writeln!(self.questions, "{WORD}").context("asking the packed process")?;
+        // It answers with one line, which arrives whole.
+        cancel.wait_readable(self.answers.get_ref().as_fd())?;
+        self.answers
+            .read_line(&mut answer)
+            .context("asking the packed process")?;
+        let numbers: Vec<u64> = answer
+            .split_whitespace()
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        match numbers[..] {
+            [files, bytes, words, occurrences, rounds] => Ok(Told {
+                files,
+                bytes,
+                words,
+                occurrences,
+                rounds,
+            }),
+            _ => bail!("the packed process does not answer"),
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the owner holds.
+#[derive(Default)]
+struct Library {
+    files: Vec<(PathBuf, Vec<u8>)>,
+    bytes: u64,
+    words: HashMap<Box<[u8]>, u64>,
+}
+
+/// The owner's own part: loads, then answers until its input ends.
+pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
+    cancel.end_at_once();
+    // Whatever ends the other half ends this one, also while it loads.
+    prctl::set_pdeathsig(Signal::SIGKILL).context("tying this process to its parent")?;
+    let mut library = Library::default();
+    library.load(u64::from(args.size) << 20);
+    let rounds = Arc::new(AtomicU64::new(0));
+    let restless = Arc::clone(&rounds);
+    std::thread::spawn(move || {
+        loop {
+            restless.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    });
+    for question in io::stdin().lock().lines() {
+        let occurrences = library.words.get(question?.as_bytes()).copied();
+        let told = [
+            library.files.len() as u64,
+            library.bytes,
+            library.words.len() as u64,
+            occurrences.unwrap_or(0),
+            rounds.load(Ordering::Relaxed),
+        ];
+        let told = told.map(|number| number.to_string()).join(" ");
+        writeln!(io::stdout(), "{told}")?;
+    }
+    Ok(Exit::Done)
+}
+
+impl Library {
+    fn load(&mut self, limit: u64) {
+        for (number, folder) in FOLDERS.iter().enumerate() {
+            let limit = if number == 0 { limit / 2 } else { limit };
+            self.load_folder(Path::new(folder), limit);
+        }
+        // A machine without any of these has this program at least.
+        if self.files.is_empty() {
+            self.load_file(Path::new("/proc/self/exe"));
+        }
+    }
+
+    /// Loads files below `folder`, in the order of their names.
+    fn load_folder(&mut self, folder: &Path, limit: u64) {
+        let Ok(entries) = fs::read_dir(folder) else {
+            return;
+        };
+        let mut entries: Vec<_> = entries.flatten().collect();
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            if self.bytes >= limit {
+                return;
+            }
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => self.load_folder(&entry.path(), limit),
+                Ok(kind) if kind.is_file() => self.load_file(&entry.path()),
+                _ => {}
+            }
+        }
+    }
+
+    fn load_file(&mut self, path: &Path) {
+        let mut bytes = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
+        if read.is_err() || bytes.is_empty() {
+            return;
+        }
+        if !bytes.contains(&0) {
+            self.index(&bytes);
+        }
+        self.bytes += bytes.len() as u64;
+        self.files.push((path.to_owned(), bytes));
+    }
+
+    fn index(&mut self, text: &[u8]) {
+        for word in text.split(|byte| !byte.is_ascii_alphanumeric()) {
+            if !(2..=24).contains(&word.len()) {
+                continue;
+            }
+            let word = word.to_ascii_lowercase();
+            match self.words.get_mut(&word[..]) {
+                Some(count) => *count += 1,
+                None => {
+                    self.words.insert(word.into(), 1);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_counted_without_regard_to_case() {
+        let mut library = Library::default();
+        library.index(b"The cat, the dog; THE-end. a");
+        let count = |word: &str| library.words.get(word.as_bytes()).copied();
+        assert_eq!(count("the"), Some(3));
+        assert_eq!(count("end"), Some(1));
+        assert_eq!(count("a"), None);
+    }
+}
