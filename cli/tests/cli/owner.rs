@@ -208,6 +208,11 @@ fn owner_process() {
     fill(shared, &[0x33; 4096]);
     tell_place("shared", shared);
 
+    // Shared memory of which little was touched.
+    let untouched = map(vast(1 << 30), read_write, MapFlags::MAP_SHARED);
+    fill(untouched, &[0x66; 4096]);
+    tell_place("untouched", untouched);
+
     // A file that became shorter than its mapping.
     let shrunk = tempfile::tempfile().unwrap();
     shrunk.set_len(4 * 4096).unwrap();

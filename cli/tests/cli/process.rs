@@ -96,6 +96,10 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
     // Memory that the process itself may not read any more.
     assert_eq!(memory(&folder, &regions, at("hidden"), 4096), [0x77; 4096]);
     assert_eq!(memory(&folder, &regions, at("shared"), 4096), [0x33; 4096]);
+    assert_eq!(
+        memory(&folder, &regions, at("untouched"), 4098)[4094..],
+        [0x66, 0x66, 0, 0]
+    );
     assert_eq!(find(&regions, at("reserved")), None, "nothing is reserved");
 
     let (_, sparse) = find(&regions, at("sparse")).unwrap();
@@ -153,11 +157,17 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
 
 #[test]
 fn untouched_memory_stays_untouched() {
+    for place in ["sparse", "untouched"] {
+        stays_untouched(place);
+    }
+}
+
+fn stays_untouched(place: &str) {
     let folder = Folder::new();
     let owner = Owner::start();
     let populated = || -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps", owner.pid())).unwrap();
-        let start = format!("{:x}-", owner.place("sparse"));
+        let start = format!("{:x}-", owner.place(place));
         let at = text.lines().skip_while(|line| !line.starts_with(&start));
         let rss = at
             .into_iter()
@@ -169,7 +179,7 @@ fn untouched_memory_stays_untouched() {
     assert!(before < 4096, "{before} KiB");
     let pid = owner.pid().to_string();
     run(&folder, &["create", "--pid", &pid, "-o", "s"]).exits(0);
-    // Of 4 GiB; neighbours may have touched a page of theirs meanwhile.
+    // Of gigabytes; neighbours may have touched a page of theirs meanwhile.
     assert!(
         populated() < before + 1024,
         "{} KiB, then {}",

@@ -16,6 +16,10 @@ pub(super) struct Mapping {
     pub(super) write: bool,
     pub(super) execute: bool,
     pub(super) shared: bool,
+    /// Where in the file it begins.
+    pub(super) offset: u64,
+    /// Major and minor number of the file's device.
+    pub(super) device: (u64, u64),
     pub(super) inode: u64,
     pub(super) name: String,
     /// From `smaps`; absent if only `maps` could be read.
@@ -121,7 +125,8 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let [read, write, execute, shared] = fields.next()?.as_bytes().try_into().ok()?;
-    let (_offset, _device) = (fields.next()?, fields.next()?);
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
     Some(Mapping {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
@@ -129,6 +134,11 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
         write: write == b'w',
         execute: execute == b'x',
         shared: shared == b's',
+        offset,
+        device: (
+            u64::from_str_radix(major, 16).ok()?,
+            u64::from_str_radix(minor, 16).ok()?,
+        ),
         inode: fields.next()?.parse().ok()?,
         name: fields.next().unwrap_or_default().trim_start().to_owned(),
         details: None,
@@ -202,6 +212,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert!(reserved.is_empty_reservation());
         assert_eq!(file.name, "/tmp/a file: 1 kB (deleted)");
         assert_eq!((file.shared, file.inode), (true, 42));
+        assert_eq!((file.offset, file.device), (0x1000, (0, 15)));
         assert_eq!(file.untouched(), Untouched::Unknown);
         assert!(vvar.details.unwrap().device);
         assert_eq!(vdso.untouched(), Untouched::Read);

@@ -1,5 +1,6 @@
 //! The memory of a live process, held still while it is read.
 
+mod backing;
 mod hold;
 mod maps;
 mod pagemap;
@@ -14,10 +15,12 @@ use nix::unistd::Pid;
 
 use snapshot_format::layout::region_flags;
 
+use super::extents::Stretch;
 use super::{CHUNK, PAGE, Region, Samples, Sampling, Sink, Source};
 use crate::exit::Refusal;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
+use backing::Backing;
 use hold::Hold;
 use maps::{Mapping, Untouched};
 use pagemap::Pagemap;
@@ -90,7 +93,7 @@ impl HeldProcess {
             return run(mapping.start, pages, Plan::Unavailable);
         }
         let absent = match mapping.untouched() {
-            Untouched::Read => return run(mapping.start, pages, Plan::Read),
+            Untouched::Read => return self.plan_file(mapping, run),
             Untouched::Zero => Plan::Zero,
             Untouched::Unknown => Plan::Unavailable,
         };
@@ -113,6 +116,37 @@ impl HeldProcess {
                 run(start, pages, if populated { Plan::Read } else { absent })
             })
             .map_err(|error| self.explain(error))
+    }
+
+    /// As [`Self::plan`], for a mapping whose untouched pages are what its file holds.
+    fn plan_file(
+        &self,
+        mapping: &Mapping,
+        run: &mut dyn FnMut(u64, u64, Plan) -> Result<()>,
+    ) -> Result<()> {
+        let len = mapping.end - mapping.start;
+        let Some(backing) = Backing::of(self.pid, mapping) else {
+            return run(mapping.start, len / PAGE, Plan::Read);
+        };
+        let there = backing.end.saturating_sub(mapping.offset).min(len);
+        let range = mapping.offset..mapping.offset.saturating_add(there);
+        for stretch in backing.extents.stretches(range) {
+            self.cancel.check()?;
+            let (piece, plan) = match stretch {
+                Stretch::Data(piece) => (piece, Plan::Read),
+                Stretch::Hole(piece) => (piece, Plan::Zero),
+            };
+            let pages = (piece.end - piece.start) / PAGE;
+            run(mapping.start + piece.start, pages, plan)?;
+        }
+        if there < len {
+            run(
+                mapping.start + there,
+                (len - there) / PAGE,
+                Plan::Unavailable,
+            )?;
+        }
+        Ok(())
     }
 
     /// What an error of reading from the process means.
@@ -211,11 +245,12 @@ impl Source for HeldProcess {
 
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
         // What the process wrote itself is most of what will be stored, and is found without
-        // reading: private anonymous memory that is populated.
+        // reading: private anonymous memory that is populated, and shared memory.
         let own = || {
-            self.mappings
-                .iter()
-                .filter(|mapping| mapping.untouched() == Untouched::Zero)
+            self.mappings.iter().filter(|mapping| {
+                let shared = mapping.shared && mapping.write;
+                mapping.untouched() == Untouched::Zero || shared
+            })
         };
         let mut samples = Samples {
             all: own()
