@@ -34,30 +34,21 @@ pub(crate) struct Common {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Pack memory into a snapshot
     Create(Create),
-    /// Show what a snapshot holds
     Info(Info),
-    /// Check every byte of a snapshot
     Verify(Verify),
-    /// Write a snapshot's memory, or an attachment, to a plain file
     Extract(Extract),
-    /// Restore a snapshot lazily into this process and report how it went
     Restore(Restore),
     /// Tell what this machine permits, and what would permit the rest
     Doctor,
-    /// Snapshot, verify and restore a live process, with nothing prepared
     Demo(Demo),
-    /// Print the completion script of a shell
     Completions(Completions),
-    /// Print the manual pages, or write them to a folder
     Man(Man),
-    /// The process that `demo` snapshots.
     #[command(hide = true)]
     DemoOwner(DemoOwner),
 }
 
-/// Pack memory into a snapshot.
+/// Pack memory into a snapshot
 ///
 /// SOURCE is a raw memory file (holes of a sparse one are not read), an ELF core (of a process,
 /// by gcore or the kernel, or of a guest, by QEMU's dump-guest-memory), a block device, or a pipe.
@@ -70,7 +61,8 @@ pub(crate) struct Create {
     /// Take the memory of a live process
     ///
     /// All its threads are held while it is read, and go on afterwards, also if snaprestore is
-    /// killed meanwhile. Needs the right to trace it: the same user, or root.
+    /// killed meanwhile. Needs the right to trace it: the same user, or root. What cannot be read is
+    /// recorded as unavailable; address space that is only set aside is left out.
     #[arg(long, conflicts_with_all = ["source", "raw"])]
     pub(crate) pid: Option<i32>,
     /// Take SOURCE as plain memory, whatever it looks like
@@ -102,7 +94,7 @@ pub(crate) struct Create {
     /// Store a file beside the memory, under a name (may be repeated)
     #[arg(long, value_name = "NAME=PATH")]
     pub(crate) attach: Vec<Attachment>,
-    /// Threads that compress [default: one a core]
+    /// Threads that compress [default: one a core, at most 8]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
 }
@@ -176,7 +168,10 @@ impl FromStr for Attachment {
     }
 }
 
-/// Show what a snapshot holds: identity, sizes, regions, attachments.
+/// Show what a snapshot holds
+///
+/// Identity, sizes, regions, attachments, properties: read from its directory alone, whatever its
+/// size.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Info {
     /// Snapshot to look at
@@ -184,7 +179,10 @@ pub(crate) struct Info {
     pub(crate) file: PathBuf,
 }
 
-/// Check every byte of a snapshot: structure, checksums, every frame's decode, the digest.
+/// Check every byte of a snapshot
+///
+/// Structure, every checksum, every frame's decode, both directions of the index, the digest of
+/// the content.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Verify {
     /// Snapshot to check
@@ -195,7 +193,7 @@ pub(crate) struct Verify {
     pub(crate) threads: Option<usize>,
 }
 
-/// Write a snapshot's memory, or an attachment, to a plain file.
+/// Write a snapshot's memory, or an attachment, to a plain file
 ///
 /// The regions follow one another in the order of the snapshot; runs of zero pages become holes.
 /// Every byte has passed its checksum. The file appears under its name when it is complete.
@@ -233,7 +231,7 @@ pub(crate) enum Unavailable {
     Zero,
 }
 
-/// Restore a snapshot lazily into this process and report how it went.
+/// Restore a snapshot lazily into this process and report how it went
 ///
 /// The memory is mapped at once, empty; each page is decoded and installed when it is first
 /// touched or prefetched. A frame that is damaged is reported with its pages, the rest goes on,
@@ -285,7 +283,7 @@ pub(crate) enum Prefetch {
     All,
 }
 
-/// Snapshot, verify and restore a live process, with nothing prepared.
+/// Snapshot, verify and restore a live process, with nothing prepared
 ///
 /// Starts a process that loads this machine's own files into memory and indexes them, snapshots
 /// it while it lives, verifies the snapshot, restores it lazily under random touches, and compares
@@ -311,7 +309,7 @@ pub(crate) struct DemoOwner {
     pub(crate) size: u32,
 }
 
-/// Print the completion script of a shell.
+/// Print the completion script of a shell
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Completions {
     /// Shell to complete for
@@ -319,7 +317,7 @@ pub(crate) struct Completions {
     pub(crate) shell: Shell,
 }
 
-/// Print the manual pages, or write them to a folder.
+/// Print the manual pages, or write them to a folder
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Man {
     /// Command whose page to print [default: the page of snaprestore itself]
