@@ -37,7 +37,8 @@
 //!
 //! # What memory may do meanwhile
 //!
-//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `munmap`, `mremap` and `mprotect`. Until the restore is complete the memory is left
+//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and,
+//! where the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is complete the memory is left
 //! out of children (`MADV_DONTFORK`): a child could not be served past the parent's end.
 
 mod builder;

@@ -5,7 +5,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::mem::{Advice, RawRegion};
-use crate::session::{Failure, Kernel, PAGE, Percentiles, Session, SnapshotImage};
+use crate::session::{
+    Failure, Kernel, PAGE, Percentiles, Platform as _, Session, SnapshotImage,
+};
 use crate::sys::{ReadFault, read_checked};
 
 use super::threads::Threads;
@@ -27,6 +29,10 @@ pub struct RestoredRegion {
 
 impl RestoredRegion {
     /// Its first byte in this process. Valid as long as the [`Restored`] lives, or the caller's mapping.
+    ///
+    /// Memory that the engine mapped is unmapped as a whole in the end. Who unmaps or moves a part of it before
+    /// frees addresses that something else may be using by then: give memory of your own
+    /// ([`Restore::region`](super::Restore::region)) for that.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.as_ptr()
     }
@@ -141,6 +147,9 @@ pub struct Stats {
 
 /// How often [`Stop::Complete`] looks for pages that are left without a failure.
 const MOST_TRIES: u32 = 10_000;
+
+/// How often a restore that is given up follows an owner that goes on changing its mappings.
+const MOST_ROUNDS: u32 = 10_000;
 
 /// What the engine's threads and the handle share.
 pub(super) struct Inner {
@@ -411,12 +420,29 @@ impl Restored {
         if self.is_complete() {
             return;
         }
-        for (address, pages) in session.missing() {
-            if let Err(error) = Kernel::make_inaccessible(address, pages * PAGE) {
-                // The mappings may be in too many pieces for one more: then the whole memory goes.
-                tracing::warn!(%error, "making missing pages inaccessible");
-                self.make_all_inaccessible();
-                break;
+        for round in 0.. {
+            // The owner may have unmapped and moved memory when nobody read its events any more. What is missing is wherever it
+            // is now; at the old addresses there may be nothing, or memory that isn't ours.
+            while session.read_events() > 0 {}
+            let refused = session.missing().into_iter().find_map(|(address, pages)| {
+                let made = Kernel::make_inaccessible(address, pages * PAGE);
+                Some((address, made.err()?))
+            });
+            let changed = session.read_events() > 0
+                || refused
+                    .as_ref()
+                    .is_some_and(|(address, _)| session.platform.is_changing(*address));
+            match refused {
+                _ if changed && round < MOST_ROUNDS => {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                Some((address, error)) => {
+                    // The mappings may be in too many pieces for one more: then the whole memory goes.
+                    tracing::warn!(%error, address, "making missing pages inaccessible");
+                    self.make_all_inaccessible();
+                    break;
+                }
+                None => break,
             }
         }
         session.platform.close();

@@ -223,7 +223,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.end();
     }
 
-    /// Keeps a failure for the report; one for each place in the file.
+    /// Keeps a failure for the report: one for each page, as often as it may be tried.
     pub(crate) fn report(&self, failure: &Failure) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let known = failures

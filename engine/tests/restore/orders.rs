@@ -1,10 +1,5 @@
 //! Restores of synthetic images, page by page against the source.
 
-#![allow(
-    unsafe_code,
-    reason = "the owner of restored memory touches it through raw pointers"
-)]
-
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -1,0 +1,143 @@
+//! Demand comes before prefetch: shown by reads that wait, not by clocks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use snaprestore_engine::restore::{Prefetch, Restore};
+use snapshot_format::Reason;
+
+use crate::common::{
+    Gate, address, frame_of, open, open_hooked, pack, peek, random_bytes, source, wait_until,
+    within,
+};
+
+const PAGES: u64 = 2048;
+const FRAME: usize = 8;
+
+/// Every prefetch read of a frame waits, those of index blocks pass: demand for pages of all other frames is
+/// served meanwhile, and demand for the frames that are being prefetched by that one read.
+#[test]
+fn demand_is_served_while_every_prefetch_read_waits() {
+    let bytes = random_bytes(PAGES, 1);
+    let file = pack(&bytes, FRAME);
+    let good = open(file.clone());
+    let mut frames: Vec<u64> = (0..PAGES)
+        .map(|page| frame_of(&good, page).offset())
+        .collect();
+    frames.sort_unstable();
+    frames.dedup();
+    let reads = Arc::new(
+        frames
+            .iter()
+            .map(|_| AtomicU64::new(0))
+            .collect::<Vec<_>>(),
+    );
+    let gate = Gate::default();
+    let (held, counted, known) = (gate.clone(), Arc::clone(&reads), frames.clone());
+    let snapshot = open_hooked(file, move |_, offset, reason| {
+        if let Ok(frame) = known.binary_search(&offset) {
+            counted[frame].fetch_add(1, SeqCst);
+            if reason == Reason::Prefetch {
+                held.pass();
+            }
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch(Prefetch::All)
+        .prefetch_threads(2)
+        .start()
+        .unwrap();
+    let _opener = gate.opener();
+    wait_until("both prefetch threads wait in a read", || {
+        gate.waiting() == 2
+    });
+    let read_now = |page: u64| {
+        let frame = frames.binary_search(&frame_of(&good, page).offset());
+        reads[frame.unwrap()].load(SeqCst)
+    };
+    let (being_read, others): (Vec<u64>, Vec<u64>) =
+        (0..PAGES).partition(|page| read_now(*page) > 0);
+    assert_eq!(being_read.len(), 2 * FRAME);
+    let addresses: Vec<_> = others.iter().map(|page| address(&restored, *page)).collect();
+    let seen = within("demand is served", move || {
+        addresses.into_iter().map(peek).collect::<Vec<_>>()
+    });
+    for (seen, page) in seen.iter().zip(&others) {
+        assert!(seen == source(&bytes, *page), "page {page}");
+    }
+    assert_eq!(gate.waiting(), 2, "prefetch still waits");
+    let first = address(&restored, being_read[0]);
+    let touch = std::thread::spawn(move || peek(first));
+    let faults = restored.stats().faults;
+    wait_until("the touch is seen", || {
+        touch.is_finished() || restored.stats().faults > faults
+    });
+    gate.open();
+    let seen = within("demand for what is being read", move || {
+        touch.join().unwrap()
+    });
+    assert!(seen == source(&bytes, being_read[0]));
+    assert_eq!(read_now(being_read[0]), 1, "one read was enough");
+    assert!(restored.wait_complete());
+    assert!(reads.iter().all(|reads| reads.load(SeqCst) == 1));
+}
+
+/// The same where prefetch waits for index blocks: pages of other index blocks are served.
+#[test]
+fn demand_is_served_while_prefetch_waits_for_an_index_block() {
+    let bytes = random_bytes(PAGES, 2);
+    let gate = Gate::default();
+    let held = gate.clone();
+    let snapshot = open_hooked(pack(&bytes, FRAME), move |_, _, reason| {
+        if reason == Reason::Prefetch {
+            held.pass();
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch(Prefetch::All)
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    let _opener = gate.opener();
+    wait_until("prefetch waits in a read", || gate.waiting() == 1);
+    // The first block is being fetched.
+    let addresses: Vec<_> = (512..PAGES).map(|page| address(&restored, page)).collect();
+    let seen = within("demand is served", move || {
+        addresses.into_iter().map(peek).collect::<Vec<_>>()
+    });
+    for (seen, page) in seen.iter().zip(512..) {
+        assert!(seen == source(&bytes, page), "page {page}");
+    }
+    assert_eq!(gate.waiting(), 1);
+}
+
+/// For information: how long demand waits with a store that takes 10 ms a read.
+#[test]
+fn fault_times_with_a_slow_store() {
+    let bytes = random_bytes(PAGES, 3);
+    let file = pack(&bytes, FRAME);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let snapshot = open_hooked(file.clone(), |_, _, reason| {
+            if reason != Reason::Open {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(())
+        });
+        let restored = Restore::new(snapshot)
+            .prefetch(prefetch.clone())
+            .start()
+            .unwrap();
+        for i in 0..100 {
+            let page = (i * 769) % PAGES;
+            assert!(peek(address(&restored, page)) == source(&bytes, page));
+        }
+        let time = restored.stats().fault_time;
+        println!("10 ms a read, prefetch {prefetch:?}: {time:?}");
+        assert!(time.count > 0);
+    }
+}

@@ -1,0 +1,323 @@
+//! Pages that can't be restored: exactly those of the bad frame, by policy, and never zeros.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use snaprestore_engine::restore::{
+    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Verdict,
+};
+use snaprestore_engine::sys::{KernelVersion, Mask};
+use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+
+use crate::common::{
+    Ended, Gate, PAGE, address, compare, damaged, frame_of, in_child, index, open, open_hooked,
+    pack, pages_of_frame, peek, random_bytes, source, within,
+};
+
+const PAGES: u64 = 600;
+/// A page of the frame that is damaged.
+const BAD: u64 = 101;
+
+/// An image, its damaged snapshot, and the pages of the bad frame.
+fn bad_frame(seed: u64) -> (Vec<u8>, Arc<Snapshot>, Vec<u64>) {
+    let bytes = random_bytes(PAGES, seed);
+    let file = pack(&bytes, 8);
+    let good = open(file.clone());
+    let frame = frame_of(&good, BAD);
+    let bad = pages_of_frame(&good, frame.offset());
+    assert_eq!(bad.len(), 8);
+    (bytes, open(damaged(file, &frame)), bad)
+}
+
+/// Reads every page by `read_at`: those in `bad` fail, all others are right.
+fn exactly_bad(restored: &Restored, bytes: &[u8], bad: &[u64]) {
+    let mut page = [0; PAGE];
+    for n in 0..PAGES {
+        let read = restored.read_at(0, n * 4096, &mut page);
+        assert_eq!(read.is_err(), bad.contains(&n), "page {n}: {read:?}");
+        assert!(read.is_err() || page == source(bytes, n), "page {n}");
+    }
+}
+
+#[test]
+fn poison_hits_exactly_the_bad_frame() {
+    let (bytes, snapshot, bad) = bad_frame(1);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let restored = Restore::new(Arc::clone(&snapshot))
+            .prefetch(prefetch)
+            .start()
+            .unwrap();
+        exactly_bad(&restored, &bytes, &bad);
+        exactly_bad(&restored, &bytes, &bad);
+        let mut failed: Vec<u64> = restored
+            .failures()
+            .iter()
+            .map(|failure| failure.page)
+            .collect();
+        failed.sort_unstable();
+        failed.dedup();
+        assert_eq!(failed, bad);
+        assert!(
+            restored
+                .failures()
+                .iter()
+                .all(|failure| failure.kind == FailureKind::Damaged && failure.offset.is_some())
+        );
+        assert_eq!(restored.stats().poisoned, 8);
+        // Every page is settled, so the restore ends; the poison stays.
+        assert!(restored.wait_complete());
+        exactly_bad(&restored, &bytes, &bad);
+    }
+}
+
+#[test]
+fn a_poisoned_touch_is_a_sigbus() {
+    let ended = in_child(|| {
+        let (bytes, snapshot, _) = bad_frame(2);
+        let restored = Restore::new(snapshot).start().unwrap();
+        compare(&restored, &bytes, 0..50);
+        peek(address(&restored, BAD));
+        panic!("the touch went on");
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGBUS), "{ended:?}");
+}
+
+#[test]
+fn a_system_call_gets_efault_from_poison() {
+    let (bytes, snapshot, _) = bad_frame(3);
+    let restored = Restore::new(snapshot).start().unwrap();
+    let mut to = tempfile::tempfile().unwrap();
+    let write = |page: u64| {
+        let from = std::ptr::with_exposed_provenance(address(&restored, page));
+        // SAFETY: the kernel reads a mapped page and answers with an error where it can't.
+        let written = unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&to), from, PAGE) };
+        if written < 0 {
+            Err(io::Error::last_os_error().raw_os_error().unwrap())
+        } else {
+            Ok(usize::try_from(written).unwrap())
+        }
+    };
+    assert_eq!(write(BAD), Err(libc::EFAULT));
+    assert_eq!(write(BAD), Err(libc::EFAULT), "also the second time");
+    assert_eq!(write(7), Ok(PAGE));
+    let mut page = Vec::new();
+    io::Seek::rewind(&mut to).unwrap();
+    io::Read::read_to_end(&mut to, &mut page).unwrap();
+    assert!(page == source(&bytes, 7));
+}
+
+#[test]
+fn abort_ends_the_process() {
+    let ended = in_child(|| {
+        let (bytes, snapshot, _) = bad_frame(4);
+        let restored = Restore::new(snapshot)
+            .on_failure(OnFailure::Abort)
+            .start()
+            .unwrap();
+        compare(&restored, &bytes, 0..50);
+        peek(address(&restored, BAD));
+        panic!("the touch went on");
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
+}
+
+/// Prefetch alone never ends the owner: nobody has touched the page yet.
+#[test]
+fn prefetch_leaves_a_bad_frame_and_reports_it() {
+    let (bytes, snapshot, bad) = bad_frame(5);
+    let restored = Restore::new(snapshot)
+        .on_failure(OnFailure::Abort)
+        .prefetch(Prefetch::All)
+        .start()
+        .unwrap();
+    assert!(!restored.wait_complete());
+    let good = (0..PAGES).filter(|page| !bad.contains(page));
+    compare(&restored, &bytes, good);
+    let stats = restored.stats();
+    assert_eq!(stats.faults, 0);
+    assert_eq!(stats.prefetch.copied, PAGES - 8);
+    assert_eq!(stats.poisoned, 0);
+    let mut reported: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
+    reported.sort_unstable();
+    reported.dedup();
+    assert_eq!(reported, bad);
+}
+
+/// A store that fails for one frame until it is healed.
+struct Ill {
+    snapshot: Arc<Snapshot>,
+    healed: Arc<AtomicBool>,
+    bytes: Vec<u8>,
+}
+
+fn ill(seed: u64) -> Ill {
+    let bytes = random_bytes(PAGES, seed);
+    let file = pack(&bytes, 8);
+    let bad = frame_of(&open(file.clone()), BAD).offset();
+    let healed = Arc::new(AtomicBool::new(false));
+    let heals = Arc::clone(&healed);
+    let snapshot = open_hooked(file, move |_, offset, _| {
+        if offset == bad && !heals.load(SeqCst) {
+            return Err(io::Error::other("the store is ill"));
+        }
+        Ok(())
+    });
+    Ill {
+        snapshot,
+        healed,
+        bytes,
+    }
+}
+
+#[test]
+fn asking_can_heal_while_others_are_served() {
+    let Ill {
+        snapshot,
+        healed,
+        bytes,
+    } = ill(6);
+    let gate = Gate::default();
+    let (asked, asked_on) = (gate.clone(), Arc::new(Mutex::new(Vec::new())));
+    let threads = Arc::clone(&asked_on);
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .on_failure(OnFailure::Ask(Arc::new(move |failure| {
+            let name = std::thread::current().name().unwrap_or("").to_owned();
+            threads
+                .lock()
+                .unwrap()
+                .push((name, failure.page, failure.kind));
+            asked.pass();
+            Verdict::Retry
+        })))
+        .start()
+        .unwrap();
+    let _opener = gate.opener();
+    let bad = address(&restored, BAD);
+    let touch = std::thread::spawn(move || peek(bad));
+    crate::common::wait_until("the callback is asked", || gate.waiting() == 1);
+    // The only fault thread serves others while the question is open.
+    let others: Vec<_> = (0..PAGES)
+        .filter(|page| page / 8 != BAD / 8)
+        .map(|page| address(&restored, page))
+        .collect();
+    let seen = within("other faults are served", move || {
+        others.into_iter().map(peek).collect::<Vec<_>>()
+    });
+    let expected = (0..PAGES).filter(|page| page / 8 != BAD / 8);
+    for (seen, page) in seen.iter().zip(expected) {
+        assert!(seen == source(&bytes, page), "page {page}");
+    }
+    assert!(!touch.is_finished());
+    healed.store(true, SeqCst);
+    gate.open();
+    let seen = within("the fault is answered", move || touch.join().unwrap());
+    assert!(seen == source(&bytes, BAD));
+    let asked_on = asked_on.lock().unwrap();
+    assert!(
+        asked_on
+            .iter()
+            .all(|asked| *asked == ("snap-ask".to_owned(), BAD, FailureKind::Io)),
+        "{asked_on:?}"
+    );
+}
+
+#[test]
+fn asking_can_poison() {
+    let Ill {
+        snapshot, bytes, ..
+    } = ill(7);
+    let restored = Restore::new(snapshot)
+        .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
+        .start()
+        .unwrap();
+    let bad: Vec<u64> = (BAD / 8 * 8..BAD / 8 * 8 + 8).collect();
+    exactly_bad(&restored, &bytes, &bad);
+}
+
+/// A snapshot whose pages 3 and 4 of 10 could not be read.
+fn with_unavailable() -> (Vec<u8>, Arc<Snapshot>) {
+    let bytes = random_bytes(10, 8);
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    writer.write_pages(&bytes[..3 * PAGE]).unwrap();
+    writer.write_unavailable(2).unwrap();
+    writer.write_pages(&bytes[5 * PAGE..]).unwrap();
+    (bytes, open(writer.finish().unwrap().0))
+}
+
+#[test]
+fn unavailable_pages_never_read_as_zeros() {
+    let (bytes, snapshot) = with_unavailable();
+    let restored = Restore::new(snapshot).start().unwrap();
+    let mut page = [0; PAGE];
+    for n in 0..10 {
+        let read = restored.read_at(0, n * 4096, &mut page);
+        assert_eq!(read.is_err(), n == 3 || n == 4, "page {n}");
+        assert!(read.is_err() || page == source(&bytes, n));
+    }
+    let kinds: Vec<_> = restored
+        .failures()
+        .iter()
+        .map(|f| (f.page, f.kind))
+        .collect();
+    let unavailable = FailureKind::Unavailable;
+    assert_eq!(kinds, [(3, unavailable), (4, unavailable)]);
+    let ended: Ended = in_child(|| {
+        let (_, snapshot) = with_unavailable();
+        let restored = Restore::new(snapshot)
+            .on_failure(OnFailure::Abort)
+            .start()
+            .unwrap();
+        peek(address(&restored, 4));
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
+}
+
+#[test]
+fn poison_is_refused_where_the_kernel_has_none() {
+    let (_, snapshot, _) = bad_frame(9);
+    let start = |policy| {
+        Restore::new(Arc::clone(&snapshot))
+            .on_failure(policy)
+            .mask(Mask::kernel(KernelVersion::new(6, 5)))
+            .start()
+    };
+    let ask = OnFailure::Ask(Arc::new(|_| Verdict::Poison));
+    for policy in [OnFailure::Poison, ask] {
+        let refused = start(policy).unwrap_err();
+        assert!(matches!(refused, StartError::NoPoison), "{refused}");
+    }
+    start(OnFailure::Abort).unwrap();
+}
+
+/// A damaged index block is a failure of each of its pages, found by the same checks.
+#[test]
+fn a_damaged_index_block_poisons_its_pages_only() {
+    let bytes = random_bytes(1024, 10);
+    let file = pack(&bytes, 8);
+    let good = open(file.clone());
+    let frames: Vec<u64> = (0..1024).map(|page| frame_of(&good, page).offset()).collect();
+    let hit = Arc::new(Mutex::new(None));
+    let first = Arc::clone(&hit);
+    // The first read of a demand that is of no frame is that of an index block.
+    let snapshot = open_hooked(file, move |buf, offset, reason| {
+        if reason == Reason::Demand && !frames.contains(&offset) {
+            let mut first = first.lock().unwrap();
+            if *first.get_or_insert(offset) == offset {
+                buf[0] ^= 1;
+            }
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot).start().unwrap();
+    let mut page = [0; PAGE];
+    for n in [700, 5, 1023, 512, 511] {
+        let read = restored.read_at(0, n * 4096, &mut page);
+        assert_eq!(read.is_err(), n >= 512, "page {n}");
+        assert!(read.is_err() || page == bytes[index(n) * PAGE..][..PAGE]);
+    }
+    let pages: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
+    assert_eq!(pages, [700, 1023, 512]);
+}

@@ -1,0 +1,362 @@
+//! What the owner may do to its memory meanwhile.
+
+use std::sync::Arc;
+
+use snaprestore_engine::mem::RawRegion;
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
+
+use crate::common::{
+    PAGE, address, compare, in_child, open, pack, peek, poke, random_bytes, source, wait_until,
+    within,
+};
+
+const PAGES: u64 = 1024;
+const ZERO: [u8; PAGE] = [0; PAGE];
+
+fn start(bytes: &[u8], prefetch: Prefetch) -> Restored {
+    Restore::new(open(pack(bytes, 8)))
+        .prefetch(prefetch)
+        .leave_zero_runs(false)
+        .start()
+        .unwrap()
+}
+
+/// As [`start`], in memory of the test's own, which may be unmapped and moved. What is left of it stays mapped.
+fn start_in_own(bytes: &[u8], prefetch: Prefetch) -> Restored {
+    let restore = Restore::new(open(pack(bytes, 8)));
+    restore
+        .region(0, own(PAGES as usize))
+        .prefetch(prefetch)
+        .leave_zero_runs(false)
+        .start()
+        .unwrap()
+}
+
+/// Memory of the test's own that is never unmapped as a whole.
+fn own(pages: usize) -> RawRegion {
+    let start = pointer(map(pages)).cast();
+    // SAFETY: the memory was just mapped, is used through raw pointers only, and what is unmapped or moved of it is so under
+    // a restore, which always asks for the events.
+    unsafe { RawRegion::new(start, (pages * PAGE) as u64) }.unwrap()
+}
+
+fn pointer(address: usize) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(address)
+}
+
+#[track_caller]
+fn succeeded(result: libc::c_int) {
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn madvise(address: usize, pages: usize, advice: libc::c_int) {
+    // SAFETY: the tests give advice about their own memory, of which they hold no references.
+    succeeded(unsafe { libc::madvise(pointer(address), pages * PAGE, advice) });
+}
+
+fn munmap(address: usize, pages: usize) {
+    // SAFETY: the tests unmap their own memory, of which they hold no references.
+    succeeded(unsafe { libc::munmap(pointer(address), pages * PAGE) });
+}
+
+/// Anonymous memory of the test's own, registered by nobody.
+fn map(pages: usize) -> usize {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the kernel picks memory that nothing else uses.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED);
+    start.expose_provenance()
+}
+
+/// Moves `pages` pages from `from` to `to`, `grown` of them new there.
+fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int) {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | flags;
+    // SAFETY: both ranges are the test's own, and nobody refers to what they hold.
+    let moved = unsafe {
+        libc::mremap(
+            pointer(from),
+            pages * PAGE,
+            (pages + grown) * PAGE,
+            flags,
+            pointer(to),
+        )
+    };
+    assert_eq!(
+        moved,
+        pointer(to),
+        "{}",
+        std::io::Error::last_os_error()
+    );
+}
+
+/// MCL_FUTURE fills whatever is mapped with zeros at once: the engine's own mappings have to get round that.
+#[test]
+fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
+    in_child(|| {
+        // SAFETY: locking changes no content.
+        succeeded(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) });
+        let bytes = random_bytes(PAGES, 1);
+        for prefetch in [Prefetch::Off, Prefetch::All] {
+            let restored = start(&bytes, prefetch);
+            compare(&restored, &bytes, 0..PAGES);
+            assert!(restored.wait_complete());
+        }
+        let full = own(PAGES as usize);
+        let there = full.address();
+        let refused = Restore::new(open(pack(&bytes, 8)))
+            .region(0, full)
+            .start()
+            .unwrap_err();
+                assert!(
+            matches!(refused, StartError::NotEmpty { region: 0, address } if address == there),
+            "{refused}"
+        );
+    })
+    .expect_success();
+}
+
+/// One page that is present is found, wherever it is; empty memory of the caller's is taken.
+#[test]
+fn a_page_that_is_there_is_refused() {
+    let bytes = random_bytes(PAGES, 2);
+    let memory = map(PAGES as usize);
+    // SAFETY: the memory is the test's own and is never unmapped.
+    let region = || unsafe { RawRegion::new(pointer(memory).cast(), PAGES * 4096) }.unwrap();
+    let give = || {
+        Restore::new(open(pack(&bytes, 8)))
+            .region(0, region())
+            .start()
+    };
+    poke(memory + 700 * PAGE, 1);
+    let refused = give().unwrap_err();
+    let there = (memory + 700 * PAGE) as u64;
+    assert!(
+        matches!(refused, StartError::NotEmpty { address, .. } if address == there),
+        "{refused}"
+    );
+    madvise(memory, PAGES as usize, libc::MADV_DONTNEED);
+    let restored = give().unwrap();
+    assert_eq!(address(&restored, 0), memory);
+    compare(&restored, &bytes, 0..PAGES);
+}
+
+/// Whether a child made by `fork` now has the page at `address`, and if so its first byte.
+fn in_a_fork(address: usize) -> Option<u8> {
+    let mut pipe = [0; 2];
+    // SAFETY: the array takes two descriptors.
+    succeeded(unsafe { libc::pipe(pipe.as_mut_ptr()) });
+    // SAFETY: the child makes only system calls and leaves by _exit.
+    unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            let written = libc::write(pipe[1], pointer(address), 1);
+            libc::_exit(i32::from(written != 1));
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+        assert!(libc::WIFEXITED(status), "{status:#x}");
+        let mut byte = 0_u8;
+        let there = libc::WEXITSTATUS(status) == 0;
+        if there {
+            assert_eq!(libc::read(pipe[0], (&raw mut byte).cast(), 1), 1);
+        }
+        libc::close(pipe[0]);
+        libc::close(pipe[1]);
+        there.then_some(byte)
+    }
+}
+
+#[test]
+fn children_have_the_memory_only_when_it_is_complete() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 3);
+        let mut restored = start(&bytes, Prefetch::Off);
+        compare(&restored, &bytes, 0..100);
+        let (present, absent) = (address(&restored, 50), address(&restored, 900));
+        assert_eq!(in_a_fork(present), None);
+        assert_eq!(in_a_fork(absent), None);
+        restored.stop(Stop::Complete).unwrap();
+        assert_eq!(in_a_fork(present), Some(source(&bytes, 50)[0]));
+        assert_eq!(in_a_fork(absent), Some(source(&bytes, 900)[0]));
+        compare(&restored, &bytes, 0..PAGES);
+    })
+    .expect_success();
+}
+
+/// Mappings that begin and end inside frames: installs have to stop at them.
+#[test]
+fn split_mappings_and_huge_page_advice() {
+    let bytes = random_bytes(PAGES, 4);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let restored = start(&bytes, prefetch);
+        let base = address(&restored, 0);
+        madvise(base, PAGES as usize, libc::MADV_HUGEPAGE);
+        for page in (3..PAGES as usize).step_by(37) {
+            // SAFETY: nobody writes to the page until it is writable again.
+            succeeded(unsafe {
+                libc::mprotect(pointer(base + page * PAGE), 2 * PAGE, libc::PROT_READ)
+            });
+        }
+        compare(&restored, &bytes, (0..PAGES).rev());
+        assert!(restored.wait_complete());
+        compare(&restored, &bytes, 0..PAGES);
+    }
+}
+
+#[test]
+fn unmapped_parts_are_settled() {
+    let bytes = random_bytes(PAGES, 5);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let restored = start_in_own(&bytes, prefetch);
+        compare(&restored, &bytes, [99, 208]);
+        munmap(address(&restored, 100), 105);
+        munmap(address(&restored, 1000), 24);
+        let kept = (0..1000).filter(|page| !(100..205).contains(page));
+        compare(&restored, &bytes, kept);
+        within("it is complete", {
+            let restored = Arc::new(restored);
+            let waits = Arc::clone(&restored);
+            move || {
+                assert!(waits.wait_complete());
+                drop(waits);
+            }
+        });
+    }
+}
+
+#[test]
+fn moved_memory_is_restored_where_it_is() {
+    let bytes = random_bytes(PAGES, 6);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let restored = start_in_own(&bytes, prefetch);
+        let base = address(&restored, 0);
+        compare(&restored, &bytes, [301, 305]);
+        // Pages 300..420 move and grow by 30; what grew reads as zeros.
+        let there = map(150);
+        mremap(base + 300 * PAGE, 120, there, 30, 0);
+        for page in [0, 5, 119, 1, 60, 77] {
+            let seen = peek(there + page * PAGE);
+            assert!(seen == source(&bytes, 300 + page as u64), "page {page}");
+        }
+        for page in 120..150 {
+            assert!(peek(there + page * PAGE) == ZERO, "grown page {page}");
+        }
+        // And again, in part, over what moved before.
+        let again = map(40);
+        mremap(there + 20 * PAGE, 40, again, 0, 0);
+        for page in 0..40 {
+            assert!(peek(again + page * PAGE) == source(&bytes, 320 + page as u64));
+        }
+        for page in (0..20).chain(60..120) {
+            assert!(peek(there + page * PAGE) == source(&bytes, 300 + page as u64));
+        }
+        compare(&restored, &bytes, (0..300).chain(420..PAGES));
+        assert!(restored.wait_complete());
+        for page in 120..150 {
+            assert!(peek(there + page * PAGE) == ZERO, "grown page {page}");
+        }
+    }
+}
+
+/// MREMAP_DONTUNMAP leaves an empty mapping behind, which reads as zeros.
+#[test]
+fn what_a_move_leaves_behind_is_zero() {
+    let bytes = random_bytes(PAGES, 7);
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let restored = start_in_own(&bytes, prefetch);
+        let base = address(&restored, 0);
+        compare(&restored, &bytes, [301, 305]);
+        let there = map(120);
+        let dontunmap = 4;
+        mremap(base + 300 * PAGE, 120, there, 0, dontunmap);
+        for page in (0..120).rev() {
+            let left = peek(base + (300 + page) * PAGE);
+            assert!(left == ZERO, "page {page} left behind");
+            let seen = peek(there + page * PAGE);
+            assert!(seen == source(&bytes, 300 + page as u64), "page {page}");
+        }
+        compare(&restored, &bytes, (0..300).chain(420..PAGES));
+        assert!(restored.wait_complete());
+        assert!(peek(base + 310 * PAGE) == ZERO);
+    }
+}
+
+/// Threads discard without a pause while the restore becomes complete: none may wait for ever, and what was
+/// discarded is zero.
+#[test]
+fn discards_at_the_moment_of_completion_go_on() {
+    let bytes = random_bytes(64, 8);
+    let file = pack(&bytes, 8);
+    for _ in 0..200 {
+        let restored = Restore::new(open(file.clone()))
+            .prefetch(Prefetch::All)
+            .prefetch_threads(1)
+            .start()
+            .unwrap();
+        let base = address(&restored, 0);
+        let discards = move |page: usize| {
+            move || {
+                for _ in 0..30 {
+                    madvise(base + page * PAGE, 1, libc::MADV_DONTNEED);
+                    assert!(peek(base + page * PAGE) == ZERO);
+                }
+            }
+        };
+        let threads = [5, 40].map(|page| std::thread::spawn(discards(page)));
+        within("the discards", move || {
+            threads.map(|thread| thread.join().unwrap())
+        });
+        assert!(restored.wait_complete());
+        let kept = (0..64).filter(|page| ![5, 40].contains(page));
+        compare(&restored, &bytes, kept);
+    }
+}
+
+/// The owner unmaps and moves memory while the restore is given up, and nobody reads the events any more. What was
+/// missing was looked for at the old addresses: the process was ended because nothing was mapped there, and what had moved
+/// would have read as zeros. The events are read once more now, before anything is made inaccessible.
+#[test]
+fn giving_up_knows_the_last_moves() {
+    let ended = in_child(|| {
+        let bytes = random_bytes(PAGES, 9);
+        let gate = crate::common::Gate::default();
+        let held = gate.clone();
+        let restored = Restore::new(open(pack(&bytes, 8)))
+            .region(0, own(PAGES as usize))
+            .fault_threads(1)
+            .on_first_touch(move |_| held.pass())
+            .start()
+            .unwrap();
+        let base = address(&restored, 0);
+        // The only thread that reads events is kept busy by its observer.
+        let touch = std::thread::spawn(move || peek(base));
+        wait_until("the observer is called", || gate.waiting() == 1);
+        touch.join().unwrap();
+        let there = map(8);
+        let unmaps = std::thread::spawn(move || munmap(base + 100 * PAGE, 8));
+        let moves = std::thread::spawn(move || mremap(base + 200 * PAGE, 8, there, 0, 0));
+        let gone = |page: usize| {
+            let mut resident = 0_u8;
+            // SAFETY: the result goes to a live byte; unmapped addresses are an error.
+            let result =
+                unsafe { libc::mincore(pointer(base + page * PAGE), PAGE, &raw mut resident) };
+            result != 0
+        };
+        wait_until("both have happened", || gone(100) && gone(200));
+        let drops = std::thread::spawn(move || drop(restored));
+        // By now the drop has most likely told the thread to end, which is the case that matters; if not, the events are
+        // read in the usual way.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        gate.open();
+        drops.join().unwrap();
+        unmaps.join().unwrap();
+        moves.join().unwrap();
+        // What moved was missing: it must not read as zeros.
+        println!("the move is touched");
+        peek(there);
+        println!("the touch went on");
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGSEGV), "{ended:?}");
+    assert!(ended.output.contains("the move is touched"), "{ended:?}");
+}

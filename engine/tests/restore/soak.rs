@@ -1,0 +1,296 @@
+//! Four owners read, write, discard, move and unmap their memory for a while, each with an expected content for every page.
+//!
+//! `SNAPRESTORE_SOAK_SECONDS=60 cargo test --release -p snaprestore-engine --test restore soak -- --nocapture` runs it for that long with 1, 2
+//! and 4 fault threads each, and then asks for 100,000 discards, 10,000 of them of absent pages. Without the variable each
+//! takes [`SHORT`], and the numbers asked for are in proportion.
+//!
+//! A restore of the image is over in a fraction of a second, so it is done again and again: most of the time pages are still
+//! arriving.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use snaprestore_engine::mem::RawRegion;
+use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_fixtures::images::{Mix, SplitMix};
+use snapshot_format::Snapshot;
+
+use crate::common::{PAGE, open, pack, peek, poke};
+
+/// How long each number of fault threads is run without the variable.
+const SHORT: Duration = Duration::from_secs(3);
+/// Discards asked for in a minute for each number of fault threads, so that three of them make 100,000.
+const DISCARDS_A_MINUTE: u64 = 34_000;
+/// The same of pages that were absent as far as could be told.
+const ABSENT_A_MINUTE: u64 = 3_400;
+/// The longest that an owner may be without progress.
+const LONGEST_WAIT: Duration = Duration::from_secs(3);
+
+const OWNERS: usize = 4;
+/// Pages of each owner.
+const SHARE: usize = 4096;
+const PAGES: usize = OWNERS * SHARE;
+/// The most actions of an owner in one restore.
+const ACTIONS: u64 = 3000;
+
+/// What was done, over all restores.
+#[derive(Default, Debug)]
+struct Counts {
+    restores: AtomicU64,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    discards: AtomicU64,
+    discards_of_absent: AtomicU64,
+    moves: AtomicU64,
+    unmaps: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Relaxed);
+}
+
+fn pointer(address: usize) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(address)
+}
+
+/// Address space for `pages` pages, without memory.
+fn reserve(pages: usize, access: libc::c_int) -> usize {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: the kernel picks addresses that nothing else uses.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED);
+    start.expose_provenance()
+}
+
+fn release(address: usize, pages: usize) {
+    // SAFETY: the range is the test's own, and nobody refers to it.
+    assert_eq!(unsafe { libc::munmap(pointer(address), pages * PAGE) }, 0);
+}
+
+/// What a page must hold.
+#[derive(Clone, Copy)]
+enum Expected {
+    /// What the snapshot has, with the first byte replaced if it was written to.
+    Source(Option<u8>),
+    /// Zeros, with the first byte replaced.
+    Zero(u8),
+    Unmapped,
+}
+
+/// One owner's part of the memory.
+struct Owner<'a> {
+    image: &'a [u8],
+    first: usize,
+    /// Where each page is.
+    at: Vec<usize>,
+    expected: Vec<Expected>,
+    /// Pages that this owner has touched.
+    touched: Vec<bool>,
+    /// Where pages may be moved to: address space of its own.
+    spare: usize,
+    spare_used: usize,
+    random: SplitMix,
+    counts: &'a Counts,
+}
+
+impl Owner<'_> {
+    fn below(&mut self, n: usize) -> usize {
+        usize::try_from(self.random.next() % n as u64).unwrap()
+    }
+
+    fn check(&mut self, page: usize) {
+        let wanted = match self.expected[page] {
+            Expected::Unmapped => return,
+            Expected::Zero(first) => {
+                let mut wanted = [0; PAGE];
+                wanted[0] = first;
+                wanted
+            }
+            Expected::Source(written) => {
+                let from = (self.first + page) * PAGE;
+                let mut wanted: [u8; PAGE] = self.image[from..from + PAGE].try_into().unwrap();
+                wanted[0] = written.unwrap_or(wanted[0]);
+                wanted
+            }
+        };
+        let seen = peek(self.at[page]);
+        let what = match self.expected[page] {
+            Expected::Zero(_) => "discarded",
+            _ => "of the source",
+        };
+        assert!(seen == wanted, "page {} ({what}) is wrong", self.first + page);
+        self.touched[page] = true;
+        add(&self.counts.reads, 1);
+    }
+
+    fn write(&mut self, page: usize, byte: u8) {
+        self.expected[page] = match self.expected[page] {
+            Expected::Unmapped => return,
+            Expected::Zero(_) => Expected::Zero(byte),
+            Expected::Source(_) => Expected::Source(Some(byte)),
+        };
+        poke(self.at[page], byte);
+        self.touched[page] = true;
+        add(&self.counts.writes, 1);
+    }
+
+    /// Consecutive pages from `page` on, at most `most`, that lie at consecutive addresses.
+    fn run(&self, page: usize, most: usize) -> usize {
+        let end = SHARE.min(page + most);
+        let is_next = |next: &usize| {
+            self.at[*next] == self.at[page] + (next - page) * PAGE
+                && !matches!(self.expected[*next], Expected::Unmapped)
+        };
+        (page + 1..end).take_while(is_next).count() + 1
+    }
+
+    /// Whether the kernel has the page now; between this look and the discard it may arrive.
+    fn is_absent(&self, page: usize) -> bool {
+        let mut resident = 0_u8;
+        // SAFETY: the result goes to a live byte.
+        let result = unsafe { libc::mincore(pointer(self.at[page]), PAGE, &raw mut resident) };
+        result == 0 && resident & 1 == 0
+    }
+
+    fn discard(&mut self, page: usize, advice: libc::c_int) {
+        let count = self.run(page, 4);
+        let absent = (page..page + count)
+            .filter(|page| {
+                !self.touched[*page]
+                    && matches!(self.expected[*page], Expected::Source(_))
+                    && self.is_absent(*page)
+            })
+            .count();
+        // SAFETY: the pages are this owner's alone, who holds no references into them.
+        let result = unsafe { libc::madvise(pointer(self.at[page]), count * PAGE, advice) };
+        assert_eq!(result, 0);
+        add(&self.counts.discards, count as u64);
+        add(&self.counts.discards_of_absent, absent as u64);
+        for page in page..page + count {
+            self.expected[page] = Expected::Zero(0);
+            self.check(page);
+        }
+    }
+
+    fn relocate(&mut self, page: usize) {
+        let count = self.run(page, 8);
+        if self.spare_used + count > SHARE {
+            return;
+        }
+        let to = self.spare + self.spare_used * PAGE;
+        self.spare_used += count;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let bytes = count * PAGE;
+        // SAFETY: both ranges are this owner's.
+        let moved =
+            unsafe { libc::mremap(pointer(self.at[page]), bytes, bytes, flags, pointer(to)) };
+        assert_eq!(moved, pointer(to), "{}", std::io::Error::last_os_error());
+        for i in 0..count {
+            self.at[page + i] = to + i * PAGE;
+        }
+        add(&self.counts.moves, count as u64);
+        self.check(page + count - 1);
+    }
+
+    fn unmap(&mut self, page: usize) {
+        let count = self.run(page, 2);
+        release(self.at[page], count);
+        self.expected[page..page + count].fill(Expected::Unmapped);
+        add(&self.counts.unmaps, count as u64);
+    }
+
+    fn act(&mut self) {
+        let page = self.below(SHARE);
+        if matches!(self.expected[page], Expected::Unmapped) {
+            return;
+        }
+        match self.below(1000) {
+            0..=399 => self.check(page),
+            400..=599 => {
+                let byte = self.below(256);
+                self.write(page, u8::try_from(byte).unwrap());
+                self.check(page);
+            }
+            600..=984 => self.discard(page, libc::MADV_DONTNEED),
+            985..=994 => self.relocate(page),
+            _ => self.unmap(page),
+        }
+    }
+}
+
+/// One restore with its four owners, until each has done its actions and seen every page.
+fn one_restore(
+    snapshot: &Arc<Snapshot>,
+    image: &[u8],
+    fault_threads: usize,
+    seed: u64,
+    counts: &Counts,
+    progress: &[AtomicU64],
+) {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let base = reserve(PAGES, access);
+    // SAFETY: the memory was just mapped, is used through raw pointers only, and is unmapped and moved under a restore, which
+    // always asks for the events.
+    let region = unsafe { RawRegion::new(pointer(base).cast(), (PAGES * PAGE) as u64) }.unwrap();
+    let restored = Restore::new(Arc::clone(snapshot))
+        .region(0, region)
+        .leave_zero_runs(false)
+        .fault_threads(fault_threads)
+        .prefetch(Prefetch::All)
+        .prefetch_threads(2)
+        .prefetch_bandwidth(100 << 20)
+        .start()
+        .unwrap();
+    std::thread::scope(|scope| {
+        for (number, progress) in progress.iter().enumerate() {
+            scope.spawn(move || {
+                let first = number * SHARE;
+                let mut owner = Owner {
+                    image,
+                    first,
+                    at: (0..SHARE).map(|i| base + (first + i) * PAGE).collect(),
+                    expected: vec![Expected::Source(None); SHARE],
+                    touched: vec![false; SHARE],
+                    spare: reserve(SHARE, libc::PROT_NONE),
+                    spare_used: 0,
+                    random: SplitMix(seed * 10 + number as u64),
+                    counts,
+                };
+                for _ in 0..ACTIONS {
+                    owner.act();
+                    progress.fetch_add(1, Relaxed);
+                }
+                for page in 0..SHARE {
+                    owner.check(page);
+                    progress.fetch_add(1, Relaxed);
+                }
+                for page in 0..SHARE {
+                    if !matches!(owner.expected[page], Expected::Unmapped) {
+                        release(owner.at[page], 1);
+                        progress.fetch_add(1, Relaxed);
+                    }
+                }
+                release(owner.spare, SHARE);
+            });
+        }
+    });
+    // Everything is settled: removed, at the latest, when it was unmapped.
+    assert!(restored.wait_complete());
+    assert!(restored.failures().is_empty());
+    add(&counts.restores, 1);
+}
+
+/// Ends the process, saying who hangs: a thread that waits for a page can't be ended otherwise.
+fn watch(progress: &[AtomicU64], ended: &AtomicBool) {
+    let now = Instant::now();
+    let mut last: Vec<(u64, Instant)> = progress.iter().map(|_| (0, now)).collect();
+    while !ended.load(Relaxed) {
+        for (owner, (count, last)) in progress.iter().zip(&mut last).enumerate() {
+            let now = count.load_now(owner);
+            let _ = now;
+            let _ = last;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
