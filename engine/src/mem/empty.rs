@@ -109,3 +109,34 @@ fn scan_file(pagemap: &File, address: u64, end: u64) -> io::Result<Option<u64>> 
 fn entry_of(bytes: [u8; 8]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
+
+/// The first address of the range that is not private anonymous memory of small pages, by `/proc/self/maps`.
+///
+/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled in small ones.
+pub fn first_unsuitable(address: u64, len: u64) -> io::Result<Option<u64>> {
+    let end = address.saturating_add(len);
+    let mut next = address;
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        let mut fields = line.split_ascii_whitespace();
+        let bounds = fields.next().and_then(|bounds| bounds.split_once('-'));
+        let parse = |hex: &str| u64::from_str_radix(hex, 16).ok();
+        let Some((from, to)) = bounds.and_then(|(from, to)| Some((parse(from)?, parse(to)?)))
+        else {
+            continue;
+        };
+        if to <= next {
+            continue;
+        }
+        if from > next || next >= end {
+            break;
+        }
+        let private = fields.next().is_some_and(|mode| mode.ends_with('p'));
+        // Offset and device, then the inode: 0 for anonymous memory.
+        let anonymous = fields.nth(2) == Some("0");
+        if !private || !anonymous {
+            return Ok(Some(next));
+        }
+        next = to;
+    }
+    Ok((next < end).then_some(next))
+}

@@ -29,7 +29,7 @@ use nix::errno::Errno;
 
 pub use advice::Advice;
 pub use block::{Block, Ring};
-pub use empty::{first_populated, first_populated_by_pagemap};
+pub use empty::{first_populated, first_populated_by_pagemap, first_unsuitable};
 pub use mapping::{Mapping, MappingOptions};
 pub use region::RawRegion;
 pub(crate) use region::{make_inaccessible_at, reserve_at};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use snapshot_format::{ReadError, Region, Snapshot};
 
-use crate::mem::{Advice, MappingOptions, MemError, RawRegion, first_populated};
+use crate::mem::{Advice, MappingOptions, MemError, RawRegion, first_populated, first_unsuitable};
 use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
 use crate::sys::{
     Features, Ioctls, Mask, Modes, OpenError, OpenOptions, RegisterError, UserModeOnly, Userfaultfd,
@@ -82,6 +82,24 @@ pub enum StartError {
         given: u64,
         /// What the snapshot says.
         needed: u64,
+    },
+    /// The caller's memory is of a kind that can't be restored into: shared, of a file, or of huge pages.
+    #[error(
+        "the memory given for region {region} at {address:#x} is not private anonymous memory of 4 KiB pages"
+    )]
+    Unsuitable {
+        /// Number of the region.
+        region: usize,
+        /// Where it isn't.
+        address: u64,
+    },
+    /// The same memory was given for two regions.
+    #[error("the memory given for region {region} at {address:#x} is given for another region too")]
+    Overlap {
+        /// Number of one of them.
+        region: usize,
+        /// Where it starts.
+        address: u64,
     },
     /// Memory was given for a region that the snapshot doesn't have.
     #[error(
@@ -241,6 +259,7 @@ impl Restore {
                 count: needed.len(),
             });
         }
+        check_given(&self.regions)?;
         let regions = self.memory()?;
         let user_mode_only = if self.user_mode_only {
             UserModeOnly::IfNeeded
@@ -260,6 +279,7 @@ impl Restore {
                 pages: region.pages,
                 first_page: region.first_page,
             })
+            .filter(|extent| extent.pages > 0)
             .collect();
         let (state, ring) = State::new(snapshot.page_slots(), &extents, SPARE_PIECES)
             .map_err(resources("the session's tables"))?;
@@ -296,9 +316,16 @@ impl Restore {
                 space: region.space,
                 start: region.start,
                 first_page: region.first_page,
+                len: region.bytes(),
                 memory: memory.clone(),
             });
-        let inner = Arc::new(Inner::new(session, named.collect(), begun, self.huge_pages));
+        let inner = Arc::new(Inner::new(
+            session,
+            named.collect(),
+            begun,
+            self.huge_pages,
+            self.fault_threads,
+        ));
         match start_threads(&self, &inner, asker) {
             Ok(threads) => Ok(Restored::new(inner, threads)),
             Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
@@ -315,6 +342,9 @@ impl Restore {
         region: &Region,
         left: &[Range<u64>],
     ) -> Result<(), StartError> {
+        if region.pages == 0 {
+            return Ok(());
+        }
         memory
             .advise(Advice::DontFork, 0, memory.len())
             .map_err(|source| StartError::Memory {
@@ -331,6 +361,12 @@ impl Restore {
                     region: index,
                     source,
                 })?;
+            if !ioctls.contains(Ioctls::COPY.union(Ioctls::ZEROPAGE)) {
+                return Err(StartError::Unsuitable {
+                    region: index,
+                    address: memory.address() + offset,
+                });
+            }
             let poisons = matches!(self.on_failure, OnFailure::Poison | OnFailure::Ask(_));
             if poisons && !ioctls.contains(Ioctls::POISON) {
                 return Err(StartError::NoPoison);
@@ -338,7 +374,7 @@ impl Restore {
         }
         let populated = first_populated(memory.address(), memory.len());
         let populated = populated.map_err(|source| StartError::Resources {
-            what: "the proof that the memory is empty",
+            what: "the proof that the memory is empty (it needs /proc/self/pagemap)",
             source,
         })?;
         match populated {
@@ -356,23 +392,62 @@ impl Restore {
         regions
             .map(|(index, region)| match self.regions.remove(&index) {
                 Some(memory) if memory.len() == region.bytes() => Ok(memory),
+                // A region without pages still gets an address.
+                None if region.pages == 0 => new_memory(index, region.start, PAGE),
                 Some(memory) => Err(StartError::RegionLength {
                     region: index,
                     given: memory.len(),
                     needed: region.bytes(),
                 }),
-                None => MappingOptions::new()
-                    .congruent_to(region.start)
-                    .map(region.bytes())
-                    .map(|mapping| RawRegion::owned(Arc::new(mapping)))
-                    .map_err(|source| StartError::Memory {
-                        region: index,
-                        bytes: region.bytes(),
-                        source,
-                    }),
+                None => new_memory(index, region.start, region.bytes()),
             })
             .collect()
     }
+}
+
+/// Memory for a region, made here.
+fn new_memory(region: usize, start: u64, bytes: u64) -> Result<RawRegion, StartError> {
+    MappingOptions::new()
+        .congruent_to(start)
+        .map(bytes)
+        .map(|mapping| RawRegion::owned(Arc::new(mapping)))
+        .map_err(|source| StartError::Memory {
+            region,
+            bytes,
+            source,
+        })
+}
+
+/// Memory that the caller gives is its own, each piece once: in shared memory and files there are pages that raise
+/// no fault.
+fn check_given(given: &BTreeMap<usize, RawRegion>) -> Result<(), StartError> {
+    let mut by_address: Vec<_> = given.iter().collect();
+    by_address.sort_by_key(|(_, memory)| memory.address());
+    for pair in by_address.windows(2) {
+        let [(_, low), (region, high)] = pair else {
+            continue;
+        };
+        if low.address() + low.len() > high.address() {
+            return Err(StartError::Overlap {
+                region: **region,
+                address: high.address(),
+            });
+        }
+    }
+    for (region, memory) in given {
+        let unsuitable = first_unsuitable(memory.address(), memory.len());
+        let unsuitable = unsuitable.map_err(|source| StartError::Resources {
+            what: "the check of the memory given (it needs /proc/self/maps)",
+            source,
+        })?;
+        if let Some(address) = unsuitable {
+            return Err(StartError::Unsuitable {
+                region: *region,
+                address,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The parts of `pages` that are in one of `runs`.

@@ -24,6 +24,9 @@ const LONGEST_STAND_BACK: Duration = Duration::from_micros(500);
 /// How long it waits before it looks again.
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
+/// How long it waits for what somebody else was bringing.
+const NEXT_PASS: Duration = Duration::from_millis(1);
+
 /// What the feeder shall do.
 pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
@@ -39,8 +42,8 @@ pub(super) struct Feeder {
     pool: rayon::ThreadPool,
     idle: Receiver<Worker<SnapshotImage>>,
     done: Sender<Worker<SnapshotImage>>,
-    /// Pages that the pass left absent.
-    left: Arc<AtomicU64>,
+    /// Pages that the pass left to somebody else.
+    busy: Arc<AtomicU64>,
 }
 
 impl Feeder {
@@ -67,14 +70,13 @@ impl Feeder {
             pool,
             idle,
             done,
-            left: Arc::default(),
+            busy: Arc::default(),
         })
     }
 
     /// Fetches all that the plan names, and returns when it is there, can't be had, or the session ends.
     pub(super) fn run(self) {
         let begun = Instant::now();
-        let mut handed_out = 0;
         let first = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),
             Prefetch::Off | Prefetch::WorkingSet | Prefetch::All => self.working_sets(),
@@ -84,21 +86,18 @@ impl Feeder {
             if self.inner.session.is_ending() {
                 break;
             }
-            self.hand_out(pages.start..pages.end.min(slots), begun, &mut handed_out);
+            self.hand_out(pages.start..pages.end.min(slots), begun);
         }
         if self.plan.prefetch == Prefetch::All {
-            // A pass leaves pages that somebody else was bringing; the next finds them there. What one pass leaves as the
-            // one before can't be had.
-            let mut before = u64::MAX;
+            // A pass leaves pages that somebody else was bringing; the next finds them there.
             loop {
-                self.left.store(0, Relaxed);
-                self.hand_out(0..slots, begun, &mut handed_out);
+                self.busy.store(0, Relaxed);
+                self.hand_out(0..slots, begun);
                 self.wait_idle();
-                let left = self.left.load(Relaxed);
-                if left == 0 || left >= before || self.inner.session.is_ending() {
+                if self.busy.load(Relaxed) == 0 || self.inner.session.is_ending() {
                     break;
                 }
-                before = left;
+                std::thread::sleep(NEXT_PASS);
             }
         }
         self.wait_idle();
@@ -109,7 +108,10 @@ impl Feeder {
     /// The runs of all working sets that can be read.
     fn working_sets(&self) -> Vec<Range<u64>> {
         let snapshot = self.inner.session.image.snapshot();
-        let sets = snapshot.working_sets().unwrap_or_default();
+        let sets = snapshot.working_sets().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the working sets can't be read");
+            Vec::new()
+        });
         let runs = |name: &str| -> Vec<Range<u64>> {
             match snapshot.working_set(name) {
                 Ok(runs) => runs
@@ -126,42 +128,42 @@ impl Feeder {
     }
 
     /// Gives `pages` to the pool, block by block, when a thread is idle and the budget allows.
-    fn hand_out(&self, pages: Range<u64>, begun: Instant, handed_out: &mut u64) {
+    fn hand_out(&self, pages: Range<u64>, begun: Instant) {
         for pages in in_blocks(pages) {
             if self.inner.session.is_ending() {
                 return;
             }
-            self.hand_out_block(pages, begun, handed_out);
+            if self.inner.session.state.any_absent(pages.clone()) {
+                self.hand_out_block(pages, begun);
+            }
         }
     }
 
-    fn hand_out_block(&self, pages: Range<u64>, begun: Instant, handed_out: &mut u64) {
-        let session = &self.inner.session;
-        let absent = session.state.count_absent(pages.clone());
-        if absent == 0 {
-            return;
-        }
+    fn hand_out_block(&self, pages: Range<u64>, begun: Instant) {
         if let Some(bandwidth) = self.plan.bandwidth {
-            *handed_out += absent * PAGE;
-            let due = Duration::from_nanos(nanos(*handed_out, bandwidth));
-            self.sleep_until(begun + due);
+            let brought = self.inner.session.stats.prefetch.total() * PAGE;
+            self.sleep_until(begun + Duration::from_nanos(nanos(brought, bandwidth)));
         }
         let Ok(mut worker) = self.idle.recv() else {
             return;
         };
-        let (inner, done, left) = (
+        let (inner, done, busy) = (
             Arc::clone(&self.inner),
             self.done.clone(),
-            Arc::clone(&self.left),
+            Arc::clone(&self.busy),
         );
         self.pool.spawn(move || {
-            let session = &inner.session;
-            match session.prefetch(&mut worker, pages, || stand_back(&inner)) {
-                Ok(n) => {
-                    left.fetch_add(n, Relaxed);
+            match inner
+                .session
+                .prefetch(&mut worker, pages, || stand_back(&inner))
+            {
+                Ok(left) => {
+                    busy.fetch_add(left.busy, Relaxed);
                 }
                 Err(stop) => tracing::debug!(?stop, "prefetch stopped"),
             }
+            // The memory must not be this thread's to unmap, after everybody else has let go.
+            drop(inner);
             // The feeder may have gone.
             let _ = done.send(worker);
         });

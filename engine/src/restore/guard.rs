@@ -38,14 +38,11 @@ impl Asker {
         }
     }
 
-    /// Asks until the session is gone. The fault waits meanwhile; other faults are served.
+    /// Asks until the session ends. The fault waits meanwhile; other faults are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         drop(self.sender);
-        loop {
+        while !session.is_ending() {
             let Ok((fault, failure)) = self.questions.recv_timeout(ASK_AGAIN) else {
-                if session.is_ending() {
-                    return;
-                }
                 continue;
             };
             match (self.callback)(&failure) {

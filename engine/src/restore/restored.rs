@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::mem::{Advice, RawRegion};
 use crate::session::{
-    Failure, Kernel, PAGE, Percentiles, Platform as _, Session, SnapshotImage,
+    Failure, Kernel, PAGE, Percentiles, Platform as _, PrefetchStop, Session, SnapshotImage,
 };
 use crate::sys::{ReadFault, read_checked};
 
@@ -23,6 +23,8 @@ pub struct RestoredRegion {
     pub start: u64,
     /// The number of its first page.
     pub first_page: u64,
+    /// Its length in bytes.
+    pub(super) len: u64,
     /// Where it is in this process.
     pub(super) memory: RawRegion,
 }
@@ -38,9 +40,13 @@ impl RestoredRegion {
     }
 
     /// Its length in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
     pub fn len(&self) -> u64 {
-        self.memory.len()
+        self.len
+    }
+
+    /// Whether it has no page.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 }
 
@@ -68,6 +74,9 @@ pub enum StopError {
         /// The first of them.
         first: Box<Failure>,
     },
+    /// It has ended already: the memory is no longer the engine's.
+    #[error("the restore has ended already")]
+    Over,
     /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing its memory.
     #[error("{missing} pages are still missing")]
     Missing {
@@ -137,7 +146,7 @@ pub struct Stats {
     pub events: u64,
     /// Installs that had to be repeated because the mappings were changing.
     pub retries: u64,
-    /// Bytes read from the snapshot for frames and index blocks.
+    /// Bytes of frames read from the snapshot.
     pub bytes_read: u64,
     /// Bytes decoded from frames.
     pub bytes_decoded: u64,
@@ -147,6 +156,9 @@ pub struct Stats {
 
 /// How often [`Stop::Complete`] looks for pages that are left without a failure.
 const MOST_TRIES: u32 = 10_000;
+
+/// How often a waiter looks at what no notification tells.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How often a restore that is given up follows an owner that goes on changing its mappings.
 const MOST_ROUNDS: u32 = 10_000;
@@ -177,6 +189,7 @@ impl Inner {
         regions: Vec<RestoredRegion>,
         begun: Instant,
         huge_pages: bool,
+        fault_threads: usize,
     ) -> Self {
         Self {
             session,
@@ -184,15 +197,11 @@ impl Inner {
             begun,
             mapped: begun.elapsed(),
             huge_pages,
-            fault_threads: AtomicUsize::new(0),
+            fault_threads: AtomicUsize::new(fault_threads),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
             changed: Condvar::new(),
         }
-    }
-
-    pub(super) fn fault_thread_starts(&self) {
-        self.fault_threads.fetch_add(1, Relaxed);
     }
 
     /// The last fault thread closes a complete session.
@@ -203,8 +212,8 @@ impl Inner {
         if self.session.is_complete() {
             self.session.platform.close();
             let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            self.complete_nanos.store(nanos.max(1), Relaxed);
             self.release_memory();
+            self.complete_nanos.store(nanos.max(1), Relaxed);
         }
         self.update(|progress| progress.served_out = true);
     }
@@ -241,6 +250,8 @@ impl Inner {
 pub struct Restored {
     inner: Arc<Inner>,
     threads: Threads,
+    /// Whether it was given up.
+    over: bool,
 }
 
 impl std::fmt::Debug for Restored {
@@ -254,7 +265,11 @@ impl std::fmt::Debug for Restored {
 
 impl Restored {
     pub(super) fn new(inner: Arc<Inner>, threads: Threads) -> Self {
-        Self { inner, threads }
+        Self {
+            inner,
+            threads,
+            over: false,
+        }
     }
 
     /// The memory of each region of the snapshot.
@@ -268,25 +283,27 @@ impl Restored {
     }
 
     /// Waits until the restore is complete, or prefetch is at its end without that: with
-    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored. True if it is complete. With another
-    /// prefetch it can only become complete by touches; then this waits for the end of prefetch only.
+    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another prefetch the rest comes by
+    /// touches only. True if it is complete.
     pub fn wait_complete(&self) -> bool {
         let mut progress = self
             .inner
             .progress
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        while !progress.served_out
-            && (!progress.prefetched || self.inner.session.state.may_be_settled())
-        {
-            progress = self
-                .inner
-                .changed
-                .wait(progress)
-                .unwrap_or_else(PoisonError::into_inner);
+        // Whether all pages may be settled is not told by a notification, so it is looked at now and then.
+        while !progress.served_out && (!progress.prefetched || self.may_complete_yet()) {
+            let waited = self.inner.changed.wait_timeout(progress, LOOK_AGAIN);
+            progress = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(progress);
         self.is_complete()
+    }
+
+    /// Whether the last pages may be there, or be on their way: a page is marked only after its toucher was woken.
+    fn may_complete_yet(&self) -> bool {
+        let session = &self.inner.session;
+        session.state.may_be_settled() || session.inbox.demand_waits()
     }
 
     /// What was done so far.
@@ -352,16 +369,25 @@ impl Restored {
         })
     }
 
-    /// Ends the restore in the way that `stop` says. Under a KVM memslot call it only after the virtual CPUs have stopped: a
-    /// guest must not touch memory that becomes inaccessible.
+    /// Ends the restore in the way that `stop` says. A restore that is complete has ended already: then nothing is left to
+    /// do for [`Stop::Complete`] and [`Stop::Inaccessible`], and the memory is no longer the engine's to
+    /// [`Stop::Unmap`].
+    ///
+    /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch memory that becomes
+    /// inaccessible.
     pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
         match stop {
+            Stop::Complete => self.complete(),
             Stop::Inaccessible => {
                 self.give_up();
                 Ok(())
             }
+            Stop::Unmap if self.over || self.is_complete() => Err(StopError::Over),
             Stop::Unmap => {
                 self.give_up();
+                if self.is_complete() {
+                    return Err(StopError::Over);
+                }
                 for extent in self.inner.session.state.map().extents() {
                     let len = extent.pages * PAGE;
                     if let Err(error) = Kernel::give_back(extent.address, len) {
@@ -370,65 +396,77 @@ impl Restored {
                 }
                 Ok(())
             }
-            Stop::Complete => self.complete(),
         }
     }
 
     /// Installs what is missing, in this thread.
     fn complete(&mut self) -> Result<(), StopError> {
+        if self.over && !self.is_complete() {
+            return Err(StopError::Over);
+        }
         let session = &self.inner.session;
         let mut worker = crate::session::Worker::new(session.image.decoder());
-        let mut before = u64::MAX;
-        let mut tries = 0;
-        let missing = loop {
+        for _ in 0..MOST_TRIES {
             let pages = 0..session.image.snapshot().page_slots();
-            // The session ends when the last page is there: then nothing is left.
-            let left = session.prefetch(&mut worker, pages, || ()).unwrap_or(0);
-            // What is left may be on its way by prefetch.
-            if left == 0 || (left >= before && session.failures().1 > 0) || tries == MOST_TRIES {
-                break left;
+            match session.prefetch(&mut worker, pages, || ()) {
+                // What somebody else is bringing, prefetch or a fault thread, is there soon.
+                Ok(left) if left.busy > 0 => std::thread::sleep(Duration::from_millis(1)),
+                Ok(left) if left.failed == 0 => {
+                    session.kick();
+                    self.join();
+                    break;
+                }
+                Err(PrefetchStop::Ending) => {
+                    self.join();
+                    break;
+                }
+                Ok(_) | Err(PrefetchStop::Kernel) => break,
             }
-            before = left;
-            tries += 1;
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        if missing > 0 {
-            let (failures, count) = session.failures();
-            return Err(match failures.into_iter().next() {
-                Some(first) => StopError::Incomplete {
-                    count,
-                    first: Box::new(first),
-                },
-                None => StopError::Missing { missing },
-            });
         }
-        session.kick();
+        if self.is_complete() {
+            return Ok(());
+        }
+        let session = &self.inner.session;
+        let (failures, count) = session.failures();
+        Err(match failures.into_iter().next() {
+            Some(first) => StopError::Incomplete {
+                count,
+                first: Box::new(first),
+            },
+            None => StopError::Missing {
+                missing: session.missing().iter().map(|(_, pages)| pages).sum(),
+            },
+        })
+    }
+
+    fn join(&mut self) {
         for thread in self.threads.drain(..) {
+            // A thread that panics ends the process.
             let _ = thread.join();
         }
-        Ok(())
     }
 
     /// Makes what is missing inaccessible, ends the threads and closes the userfaultfd.
     fn give_up(&mut self) {
-        let session = &self.inner.session;
-        session.end();
-        for thread in self.threads.drain(..) {
-            // A thread that panicked has said so.
-            let _ = thread.join();
+        // Once given up, the memory may be unmapped and its addresses be something else's.
+        if std::mem::replace(&mut self.over, true) {
+            return;
         }
+        self.inner.session.end();
+        self.join();
         if self.is_complete() {
             return;
         }
+        let session = &self.inner.session;
         for round in 0.. {
             // The owner may have unmapped and moved memory when nobody read its events any more. What is missing is wherever it
             // is now; at the old addresses there may be nothing, or memory that isn't ours.
-            while session.read_events() > 0 {}
+            while session.read_events(0) > 0 {}
             let refused = session.missing().into_iter().find_map(|(address, pages)| {
                 let made = Kernel::make_inaccessible(address, pages * PAGE);
                 Some((address, made.err()?))
             });
-            let changed = session.read_events() > 0
+            let changed = session.read_events(0) > 0
                 || refused
                     .as_ref()
                     .is_some_and(|(address, _)| session.platform.is_changing(*address));

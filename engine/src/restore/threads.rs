@@ -114,7 +114,6 @@ fn start_all(
         Ok(())
     };
     for i in 0..restore.fault_threads {
-        inner.fault_thread_starts();
         let inner = Arc::clone(inner);
         // Buffers are made here, so that the thread itself never allocates them.
         let mut worker = Worker::new(inner.session.image.decoder());
@@ -133,7 +132,9 @@ fn start_all(
             Box::new(move || asker.run(&inner.session)),
         )?;
     }
-    if restore.prefetch != Prefetch::Off {
+    if restore.prefetch == Prefetch::Off {
+        inner.prefetch_ended();
+    } else {
         let plan = Plan {
             prefetch: restore.prefetch.clone(),
             threads: restore.prefetch_threads,

@@ -56,6 +56,14 @@ impl Claims {
         }
     }
 
+    /// All that are claimed, for telling two states apart.
+    #[cfg(test)]
+    pub(crate) fn frames(&self) -> Vec<FrameId> {
+        let mut frames = self.lock().clone();
+        frames.sort_unstable_by_key(|frame| frame.0);
+        frames
+    }
+
     /// Whether somebody has claimed `frame`.
     #[cfg(test)]
     pub(crate) fn is_claimed(&self, frame: FrameId) -> bool {

@@ -1,6 +1,6 @@
 //! Reading messages and recording what they say.
 
-use super::platform::{Event, Image, Platform, Waited};
+use super::platform::{Event, Image, Platform, ReadFailed, Waited};
 use super::stats::add;
 use super::{Fault, Session};
 
@@ -24,19 +24,26 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.finish_if_settled() {
                 return None;
             }
-            if self.platform.wait_readable() == Waited::End {
-                self.owner_is_gone();
+            if self.platform.wait_readable() == Waited::Failed {
+                self.guard.end_owner("waiting for faults failed");
+                self.end();
                 return None;
             }
-            self.read_events();
+            self.read_events(0);
         }
     }
 
     /// Reads messages and records them, all in one exclusive hold. Returns how many there were.
-    pub(crate) fn read_events(&self) -> usize {
-        let mut hold = self.platform.exclusive();
-        self.platform
-            .read(&mut hold, &mut |event| self.record(&event))
+    pub(crate) fn read_events(&self, about: u64) -> usize {
+        let mut hold = self.platform.exclusive(about);
+        let read = self
+            .platform
+            .read(&mut hold, &mut |event| self.record(&event));
+        read.unwrap_or_else(|ReadFailed| {
+            self.guard.end_owner("reading faults failed");
+            self.end();
+            0
+        })
     }
 
     /// Records one message. The caller holds the lock exclusively.

@@ -27,6 +27,8 @@ use super::{Decision, Failure, FailureKind, Fault, Session};
 
 /// Pages of the buffer that fills other than zero are installed from.
 const FILL_PAGES: usize = 16;
+/// How often a frame that could not be read is read again, with some milliseconds in between.
+const READ_TRIES: u32 = 4;
 /// Runs that a frame may have: every slot four times.
 const MOST_RUNS: usize =
     snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
@@ -110,23 +112,27 @@ impl<P: Platform, I: Image> Session<P, I> {
                 self.stats.fault_time.record(fault.at.elapsed());
             }
             self.inbox.answered();
-            // Whoever has the lead waits for messages, and there may be no more.
-            if self.state.may_be_settled() {
-                self.platform.kick();
-            }
+            self.look_if_settled();
+        }
+    }
+
+    /// Has the leader look whether the session is complete: it waits for messages, and there may be no more.
+    pub(super) fn look_if_settled(&self) {
+        if self.state.may_be_settled() {
+            self.platform.kick();
         }
     }
 
     /// Answers one fault. False: nobody does now.
     fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> bool {
         let address = fault.address & !(PAGE - 1);
-        let mut tries = 0;
+        let (mut tries, mut reads) = (0, 0);
         loop {
             let page = match self.look(address) {
                 Step::Answered => return true,
                 Step::Bring(page) => page,
                 Step::Again => {
-                    if let Err(stop) = self.after_again(&mut tries) {
+                    if let Err(stop) = self.after_again(&mut tries, address) {
                         return self.stopped(fault, stop);
                     }
                     continue;
@@ -141,6 +147,12 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return true;
                 }
                 Ok(Brought::Look) => {}
+                Err(Lost::Failed(failure))
+                    if failure.kind == FailureKind::Io && reads < READ_TRIES =>
+                {
+                    reads += 1;
+                    self.platform.back_off(reads * 100);
+                }
                 Err(Lost::Failed(mut failure)) => {
                     failure.address = Some(address);
                     return self.fail(fault, &failure);
@@ -152,12 +164,14 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Looks up the page at `address` and answers what needs no content.
     fn look(&self, address: u64) -> Step {
-        let _hold = self.platform.shared();
+        let _hold = self.platform.shared(address);
         let page = self.state.map().page_at(address);
-        let installed = match page.map(|page| self.state.status(page)) {
-            Some(Status::Absent) => return Step::Bring(page.unwrap_or_default()),
-            Some(Status::Poisoned) => self.platform.poison(address, PAGE),
-            Some(Status::Present | Status::Removed) | None => self.platform.zeropage(address, PAGE),
+        let installed = match page.map(|page| (page, self.state.status(page))) {
+            Some((page, Status::Absent)) => return Step::Bring(page),
+            Some((_, Status::Poisoned)) => self.platform.poison(address, PAGE),
+            Some((_, Status::Present | Status::Removed)) | None => {
+                self.platform.zeropage(address, PAGE)
+            }
         };
         match installed {
             Installed::Done | Installed::Partial(_) => Step::Answered,
@@ -233,7 +247,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(self.install(start..end, source, Some(page), reason)?)
     }
 
-    /// Decodes `frame` and installs what it holds, the run of `page` first.
+    /// Decodes `frame` and installs what it holds: the pages around `page` that its own index block knows, then, when
+    /// nobody waits any more, what the frame lists.
     fn bring_frame(
         &self,
         worker: &mut Worker<I>,
@@ -243,27 +258,45 @@ impl<P: Platform, I: Image> Session<P, I> {
         reason: Reason,
     ) -> Result<bool, Lost> {
         self.image
-            .decode(&mut worker.decoder, frame, reason, &mut worker.runs)
+            .decode(&mut worker.decoder, frame, reason)
             .map_err(|failure| Failure { page, ..failure })?;
+        let near = self.run_around(page, frame, slot, reason);
         let bytes = self.image.bytes(&worker.decoder);
-        let listed = worker
-            .runs
-            .iter()
-            .find(|run| run.pages().contains(&page))
-            .copied();
-        // Pages that came to share this content after the frame was written are not in its list.
-        let first = listed.unwrap_or(Run {
+        let source = Source::Frame(bytes, near);
+        let done = self.install(near.pages(), source, Some(page), reason)?;
+        self.image
+            .runs(&mut worker.decoder, reason, &mut worker.runs);
+        let bytes = self.image.bytes(&worker.decoder);
+        for run in &worker.runs {
+            match self.install(run.pages(), Source::Frame(bytes, *run), None, reason) {
+                Ok(_) => {}
+                // These pages only came with the one that was wanted.
+                Err(Stop::NoMemory | Stop::Stuck) if done => break,
+                Err(stop) => return Err(stop.into()),
+            }
+        }
+        Ok(done)
+    }
+
+    /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they do here. The
+    /// window lies in one index block, which was read to find `page`.
+    fn run_around(&self, page: PageNumber, frame: &I::Frame, slot: u16, reason: Reason) -> Run {
+        let is_at = |other: PageNumber, slot: u16| matches!(self.image.content(other, reason), Ok(Content::Stored(f, s)) if f == *frame && s == slot);
+        let window = window(page, HOLD_PAGES);
+        let mut run = Run {
             page,
             slot,
             count: 1,
-        });
-        let window = window(page, HOLD_PAGES);
-        let near = first.pages().start.max(window.start)..first.pages().end.min(window.end);
-        let done = self.install(near, Source::Frame(bytes, first), Some(page), reason)?;
-        for run in &worker.runs {
-            self.install(run.pages(), Source::Frame(bytes, *run), None, reason)?;
+        };
+        while run.page > window.start && run.slot > 0 && is_at(run.page - 1, run.slot - 1) {
+            run.page -= 1;
+            run.slot -= 1;
+            run.count += 1;
         }
-        Ok(done)
+        while run.pages().end < window.end && is_at(run.pages().end, run.slot + run.count) {
+            run.count += 1;
+        }
+        run
     }
 
     /// The failure of a page that the snapshot doesn't hold.
@@ -292,7 +325,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         let mut tries = 0;
         loop {
             let again = {
-                let _hold = self.platform.shared();
+                let _hold = self.platform.shared(address);
                 let page = self.state.map().page_at(address);
                 match page.filter(|page| self.state.status(*page) == Status::Absent) {
                     None => {
@@ -303,6 +336,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                         Installed::Done | Installed::Partial(_) => {
                             self.state.mark_poisoned(page..page + 1);
                             add(&self.stats.poisoned, 1);
+                            self.look_if_settled();
                             return true;
                         }
                         Installed::Exists | Installed::Gone => {
@@ -315,7 +349,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     },
                 }
             };
-            if let Err(stop) = again.and_then(|()| self.after_again(&mut tries)) {
+            if let Err(stop) = again.and_then(|()| self.after_again(&mut tries, address)) {
                 return self.stopped(fault, stop);
             }
         }
@@ -323,11 +357,27 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// An install for a fault could not go on: the owner is gone, or must not go on.
     fn stopped(&self, fault: Fault, stop: Stop) -> bool {
+        if stop == Stop::OwnerGone {
+            self.owner_is_gone();
+            return false;
+        }
+        let page = {
+            let _hold = self.platform.shared(fault.address);
+            self.state.map().page_at(fault.address).unwrap_or_default()
+        };
+        let failure = Failure {
+            address: Some(fault.address),
+            ..self.install_failure(page, stop)
+        };
+        self.report(&failure);
+        self.guard.end_owner(&failure.detail);
+        false
+    }
+
+    /// The failure of a page that the kernel would not install.
+    pub(super) fn install_failure(&self, page: PageNumber, stop: Stop) -> Failure {
         let why = match stop {
-            Stop::OwnerGone => {
-                self.owner_is_gone();
-                return false;
-            }
+            Stop::OwnerGone => "the owner of the memory is gone".to_owned(),
             Stop::Stuck => "the owner's mappings kept changing without an event".to_owned(),
             Stop::NoMemory => "the kernel had no memory for it, many times".to_owned(),
             Stop::Refused(errno) => {
@@ -335,15 +385,11 @@ impl<P: Platform, I: Image> Session<P, I> {
                 format!("the kernel refused to install it: {error}")
             }
         };
-        let failure = Failure {
-            page: self.state.map().page_at(fault.address).unwrap_or_default(),
-            address: Some(fault.address),
+        Failure {
+            page,
             kind: FailureKind::Install,
-            ..self.image.failure(why.clone())
-        };
-        self.report(&failure);
-        self.guard.end_owner(&why);
-        false
+            ..self.image.failure(why)
+        }
     }
 }
 

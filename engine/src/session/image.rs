@@ -38,7 +38,11 @@ struct Kept {
     frame: Option<FrameRef>,
     bytes: Vec<u8>,
     len: usize,
+    /// The frame's own list of its pages.
+    listed: Vec<Run>,
+    /// What of it the index confirmed, once that was asked.
     runs: Vec<Run>,
+    confirmed: bool,
     used: u64,
 }
 
@@ -160,9 +164,7 @@ impl Image for SnapshotImage {
         decoder: &mut Decoder,
         frame: &FrameRef,
         reason: Reason,
-        runs: &mut Vec<Run>,
     ) -> Result<(), Failure> {
-        runs.clear();
         decoder.clock += 1;
         let found = decoder
             .kept
@@ -180,43 +182,56 @@ impl Image for SnapshotImage {
         decoder.last = i;
         let kept = &mut decoder.kept[i];
         kept.used = decoder.clock;
-        if found.is_none() {
-            kept.frame = None;
-            kept.runs.clear();
-            kept.len = frame.decoded_len();
-            // The summary's frame size is a promise of the writer's; a larger frame is still right.
-            if kept.bytes.len() < kept.len {
-                kept.bytes.resize(kept.len, 0);
-            }
-            let out = &mut kept.bytes[..kept.len];
-            let listed = decoder
-                .frames
-                .decode(&self.snapshot, frame, reason, out)
-                .map_err(|error| Failure {
-                    offset: Some(frame.offset()),
-                    kind: kind(error.is_damage()),
-                    ..self.failure(message(&error))
-                })?;
-            self.bytes_read
-                .fetch_add(u64::from(frame.stored_len()), Relaxed);
-            self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
+        if found.is_some() {
+            return Ok(());
+        }
+        kept.frame = None;
+        kept.confirmed = false;
+        kept.listed.clear();
+        kept.len = frame.decoded_len();
+        // The summary's frame size is a promise of the writer's; a larger frame is still right.
+        if kept.bytes.len() < kept.len {
+            kept.bytes.resize(kept.len, 0);
+        }
+        let out = &mut kept.bytes[..kept.len];
+        let listed = decoder
+            .frames
+            .decode(&self.snapshot, frame, reason, out)
+            .map_err(|error| Failure {
+                offset: Some(frame.offset()),
+                kind: kind(error.is_damage()),
+                ..self.failure(message(&error))
+            })?;
+        kept.listed.extend(listed.runs().map(|listed| Run {
+            page: listed.first_page,
+            slot: listed.slot,
+            count: listed.count,
+        }));
+        kept.frame = Some(*frame);
+        self.bytes_read
+            .fetch_add(u64::from(frame.stored_len()), Relaxed);
+        self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
+        Ok(())
+    }
+
+    fn runs(&self, decoder: &mut Decoder, reason: Reason, runs: &mut Vec<Run>) {
+        runs.clear();
+        let kept = &mut decoder.kept[decoder.last];
+        let Some(frame) = kept.frame else { return };
+        if !kept.confirmed {
             let mut block = None;
-            for listed in listed.runs() {
-                let run = Run {
-                    page: listed.first_page,
-                    slot: listed.slot,
-                    count: listed.count,
-                };
+            kept.runs.clear();
+            for listed in &kept.listed {
                 // What is confirmed comes with the frame for nothing; what can't be is no failure of the page that is
                 // wanted, and will be one of its own when it is.
-                if let Err(error) = self.confirm(frame, run, &mut block, reason, &mut kept.runs) {
-                    tracing::debug!(%error, page = run.page, "a page that came with a frame is left");
+                let confirmed = self.confirm(&frame, *listed, &mut block, reason, &mut kept.runs);
+                if let Err(error) = confirmed {
+                    tracing::debug!(%error, page = listed.page, "a page that came with a frame is left");
                 }
             }
-            kept.frame = Some(*frame);
+            kept.confirmed = true;
         }
         runs.extend_from_slice(&kept.runs);
-        Ok(())
     }
 
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {
@@ -255,7 +270,7 @@ fn message(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The pages of a region that lie in runs of zeros.
+/// The snapshot's runs of zeros.
 pub(crate) fn zero_runs(snapshot: &Snapshot) -> Result<Vec<Range<PageNumber>>, ReadError> {
     let runs = snapshot.fill_runs()?.into_iter();
     Ok(runs

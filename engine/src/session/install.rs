@@ -22,8 +22,14 @@ use super::{Session, Stats};
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
 pub(crate) const HOLD_PAGES: u64 = 64;
 
-/// How often an install that found no memory is tried again.
-const MEMORY_TRIES: u32 = 50;
+/// How often an install that found no memory is tried again: for a fault some seconds long, for prefetch hardly.
+const fn memory_tries(reason: Reason) -> u32 {
+    if matches!(reason, Reason::Demand) {
+        1000
+    } else {
+        20
+    }
+}
 
 /// What pages are installed from.
 #[derive(Clone, Copy)]
@@ -92,8 +98,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                     tries = 0;
                 }
                 Held::Fewer(pages) => limit = pages,
-                Held::Again => self.after_again(&mut tries)?,
-                Held::NoMemory if tries < MEMORY_TRIES => {
+                Held::Again => self.after_again(&mut tries, next)?,
+                Held::NoMemory if tries < memory_tries(reason) => {
                     tries += 1;
                     self.platform.back_off(tries);
                 }
@@ -111,7 +117,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         source: Source<'_>,
         done: impl FnOnce(Range<PageNumber>),
     ) -> Held {
-        let _hold = self.platform.shared();
+        let _hold = self.platform.shared(pages.start);
         let Some(absent) = self.state.absent_in(pages.clone()) else {
             return Held::Next(pages.end);
         };
@@ -144,7 +150,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             // The range may lie in several mappings, each of which takes a part of it.
             Installed::Gone if count > 1 => Held::Fewer(count / 2),
-            // Nothing is registered there and no event is to be read, or it would have been EAGAIN.
+            // The kernel looks for a change before it looks for the mapping: a change that began in between has
+            // moved or unmapped the page, and its event, which can't be read during this hold, will say where it is.
+            Installed::Gone if self.platform.is_changing(address) => Held::Again,
             Installed::Gone => {
                 self.state.mark_removed(first..first + 1);
                 self.platform.wake(address, PAGE);
@@ -157,9 +165,10 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// After EAGAIN: reads the events that it announced, or lets time pass if there are none yet.
-    pub(super) fn after_again(&self, tries: &mut u32) -> Result<(), Stop> {
-        if self.read_events() > 0 {
+    pub(super) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), Stop> {
+        if self.read_events(about) > 0 {
             *tries = 0;
+            self.look_if_settled();
             if !self.inbox.is_empty() {
                 self.platform.kick();
             }

@@ -7,7 +7,7 @@ use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
 use crate::sys::{self, InstallError, Message, Presence, Ready, Userfaultfd, Wake, Wakeup};
 
 use super::claims::{Claims, FrameId};
-use super::platform::{Event, Installed, Platform, Waited};
+use super::platform::{Event, Installed, Platform, ReadFailed, Waited};
 
 /// How long installs may go on meeting a changing mapping with no event to read: an owner that forks or unmaps a
 /// huge mapping is between the start of the change and its event for a while.
@@ -101,11 +101,11 @@ impl Platform for Kernel {
     type Lead<'a> = MutexGuard<'a, ()>;
 
     // A panic while a lock is held leaves the ring as the kernel wrote it and the rest whole.
-    fn shared(&self) -> Self::Shared<'_> {
+    fn shared(&self, _about: u64) -> Self::Shared<'_> {
         self.install.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exclusive(&self) -> Self::Exclusive<'_> {
+    fn exclusive(&self, _about: u64) -> Self::Exclusive<'_> {
         self.install.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -124,7 +124,7 @@ impl Platform for Kernel {
             }
             Err(error) => {
                 tracing::error!(%error, "waiting for faults failed");
-                Waited::End
+                Waited::Failed
             }
         }
     }
@@ -143,14 +143,20 @@ impl Platform for Kernel {
         tries < MOST_TRIES
     }
 
-    fn read(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(Event)) -> usize {
+    fn read(
+        &self,
+        hold: &mut Self::Exclusive<'_>,
+        record: &mut dyn FnMut(Event),
+    ) -> Result<usize, ReadFailed> {
         let Reader { ring, messages } = &mut **hold;
         messages.clear();
-        self.with((), |uffd| {
-            if let Err(error) = uffd.read(ring, messages) {
-                tracing::error!(%error, "reading messages failed");
+        self.with(Ok(()), |uffd| match uffd.read(ring, messages) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::error!(%error, "reading faults failed");
+                Err(ReadFailed)
             }
-        });
+        })?;
         let count = messages.len();
         for message in messages.drain(..) {
             record(match message {
@@ -162,7 +168,7 @@ impl Platform for Kernel {
             });
         }
         ring.clear();
-        count
+        Ok(count)
     }
 
     fn copy(&self, address: u64, bytes: &[u8]) -> Installed {

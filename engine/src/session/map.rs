@@ -75,16 +75,20 @@ impl<'a> Map<'a> {
     /// The page at `address`.
     pub(crate) fn page_at(&self, address: u64) -> Option<PageNumber> {
         let after = partition(self.len(), |i| self.extent(i).address <= address);
-        let extent = self.extent(after.checked_sub(1)?);
-        (address < extent.end()).then(|| extent.first_page + (address - extent.address) / PAGE)
+        let extent = after.checked_sub(1).map(|i| self.extent(i));
+        let extent = extent.filter(|extent| address < extent.end());
+        extent.map(|extent| extent.first_page + (address - extent.address) / PAGE)
     }
 
     /// The address of `page`, and how many pages follow each other from there, itself counted.
     pub(crate) fn address_of(&self, page: PageNumber) -> Option<(u64, u64)> {
         let after = partition(self.len(), |i| self.by_page(i).first_page <= page);
-        let extent = self.by_page(after.checked_sub(1)?);
-        let index = page - extent.first_page;
-        (index < extent.pages).then(|| (extent.address + index * PAGE, extent.pages - index))
+        let extent = after.checked_sub(1).map(|i| self.by_page(i));
+        let extent = extent.filter(|extent| extent.page_numbers().contains(&page));
+        extent.map(|extent| {
+            let index = page - extent.first_page;
+            (extent.address + index * PAGE, extent.pages - index)
+        })
     }
 
     /// The pages in `range`, piece by piece.

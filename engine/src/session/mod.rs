@@ -67,6 +67,7 @@ pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;
 pub(crate) use map::Extent;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
+pub(crate) use prefetch::PrefetchStop;
 pub(crate) use state::State;
 pub(crate) use stats::{Pages, Stats};
 
@@ -195,19 +196,19 @@ impl<P: Platform, I: Image> Session<P, I> {
         if !self.state.may_be_settled() {
             return false;
         }
-        let hold = self.platform.exclusive();
+        let hold = self.platform.exclusive(0);
         if self.state.recount() > 0 {
             return false;
         }
-        drop(hold);
         let extents: Vec<Extent> = self.state.map().extents().collect();
+        drop(hold);
         for extent in &extents {
             self.platform
                 .unregister(extent.address, extent.pages * PAGE);
         }
         let mut tries = 0;
         while let Some(extent) = extents.first() {
-            self.read_events();
+            self.read_events(0);
             if !self.platform.is_changing(extent.address) || !self.platform.back_off(tries) {
                 break;
             }

@@ -53,11 +53,15 @@ pub(crate) enum Event {
 /// Why [`Platform::wait_readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waited {
-    /// There may be something to read, or in the inbox.
+    /// There may be something to read, or it was kicked.
     Ready,
-    /// The userfaultfd is at its end: the owner is gone.
-    End,
+    /// Waiting is not possible.
+    Failed,
 }
+
+/// Messages can't be read; the platform has logged why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReadFailed;
 
 /// The kernel and the threads under a session.
 pub(crate) trait Platform: Sync {
@@ -74,10 +78,11 @@ pub(crate) trait Platform: Sync {
     where
         Self: 'a;
 
-    /// Takes the install lock shared: for {look up; one ioctl}.
-    fn shared(&self) -> Self::Shared<'_>;
-    /// Takes the install lock exclusively: for {read; record; wake}.
-    fn exclusive(&self) -> Self::Exclusive<'_>;
+    /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page number that the hold is
+    /// about: it tells apart what two threads are doing.
+    fn shared(&self, about: u64) -> Self::Shared<'_>;
+    /// Takes the install lock exclusively: for {read; record; wake}. `about` as for [`Platform::shared`].
+    fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
     /// Waits for the right to wait for messages.
     fn lead(&self) -> Self::Lead<'_>;
     /// Waits until there may be a message or [`Platform::kick`] was called.
@@ -92,7 +97,11 @@ pub(crate) trait Platform: Sync {
 
     /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
     /// Returns how many.
-    fn read(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(Event)) -> usize;
+    fn read(
+        &self,
+        hold: &mut Self::Exclusive<'_>,
+        record: &mut dyn FnMut(Event),
+    ) -> Result<usize, ReadFailed>;
     /// Copies `bytes` to missing pages from `address` on and wakes who waits for them.
     fn copy(&self, address: u64, bytes: &[u8]) -> Installed;
     /// Maps zeros to missing pages and wakes who waits for them.
@@ -131,7 +140,7 @@ pub(crate) struct Run {
 /// The content that a session restores.
 pub(crate) trait Image: Sync {
     /// Where a frame is.
-    type Frame: Copy;
+    type Frame: Copy + PartialEq;
     /// Reads, checks and decodes frames; one for each thread, so that nothing is allocated later.
     type Decoder;
 
@@ -141,15 +150,16 @@ pub(crate) trait Image: Sync {
     /// What `page` is.
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<Self::Frame>, Failure>;
 
-    /// Decodes `frame` into the decoder's buffer and writes to `runs` the pages that it holds, each
-    /// confirmed by its own index entry.
+    /// Reads, checks and decodes `frame` into the decoder's buffer.
     fn decode(
         &self,
         decoder: &mut Self::Decoder,
         frame: &Self::Frame,
         reason: Reason,
-        runs: &mut Vec<Run>,
     ) -> Result<(), Failure>;
+
+    /// Writes to `runs` the pages that the last frame decoded holds, each confirmed by its own index entry.
+    fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>);
 
     /// The bytes of the last frame decoded.
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];

@@ -14,48 +14,54 @@ use super::{Session, Worker};
 pub(crate) enum PrefetchStop {
     /// The session ends.
     Ending,
-    /// The kernel would not go on.
+    /// The kernel would not go on. It was reported.
     Kernel,
+}
+
+/// Pages that a prefetch left absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    /// Somebody else was bringing them, or there was no memory just then: look again.
+    pub(crate) busy: u64,
+    /// They can't be restored; it was reported.
+    pub(crate) failed: u64,
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Brings what is absent of `pages`. `pause` is called before each frame or fill, with no claim
-    /// held, and returns when demand may be overtaken. Returns how many pages were left absent: because somebody
-    /// else is bringing them, or because they can't be restored (which is reported).
+    /// held, and returns when demand may be overtaken. Returns how many pages were left absent.
     pub(crate) fn prefetch(
         &self,
         worker: &mut Worker<I>,
         pages: Range<PageNumber>,
         mut pause: impl FnMut(),
-    ) -> Result<u64, PrefetchStop> {
-        let mut left = 0;
+    ) -> Result<Left, PrefetchStop> {
+        let mut left = Left::default();
         let mut next = pages.start;
-        while let Some(absent) = self.state.absent_in(next..pages.end) {
+        while let Some(page) = self.state.first_absent(next..pages.end) {
             if self.is_ending() {
                 return Err(PrefetchStop::Ending);
             }
             pause();
-            let page = absent.start;
             next = page + 1;
             match self.bring(worker, page, Reason::Prefetch) {
                 Ok(Brought::Yes) => {}
-                Ok(Brought::Look) | Err(Lost::Stopped(Stop::NoMemory)) => left += 1,
+                Ok(Brought::Look) | Err(Lost::Stopped(Stop::NoMemory)) => left.busy += 1,
                 Err(Lost::Failed(failure)) => {
                     self.report(&failure);
-                    left += 1;
+                    left.failed += 1;
                 }
                 Err(Lost::Stopped(Stop::OwnerGone)) => {
                     self.owner_is_gone();
                     return Err(PrefetchStop::Ending);
                 }
-                Err(Lost::Stopped(Stop::Stuck | Stop::Refused(_))) => {
+                Err(Lost::Stopped(stop @ (Stop::Stuck | Stop::Refused(_)))) => {
+                    self.report(&self.install_failure(page, stop));
                     return Err(PrefetchStop::Kernel);
                 }
             }
         }
-        if self.state.may_be_settled() {
-            self.platform.kick();
-        }
+        self.look_if_settled();
         Ok(left)
     }
 }

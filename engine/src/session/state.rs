@@ -8,8 +8,7 @@
 //! | n | `poisoned`, one bit a page |
 //! | m | the address map, two copies ([`super::map`]) |
 //!
-//! n is a word for each 64 page numbers. `removed` is written under an exclusive hold of the install lock only; the
-//! others under any hold. All accesses are relaxed: the lock orders what has to be in order.
+//! n is a word for each 64 page numbers. Bits are set under a hold of the install lock, for an event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
 
 use std::io;
 use std::ops::Range;
@@ -120,18 +119,24 @@ impl State {
 
     /// The first range of absent pages in `within`.
     pub(crate) fn absent_in(&self, within: Range<PageNumber>) -> Option<Range<PageNumber>> {
-        let start = within
-            .clone()
-            .find(|page| self.status(*page) == Status::Absent)?;
+        let start = self.first_absent(within.clone())?;
         let end = (start..within.end)
             .find(|page| self.status(*page) != Status::Absent)
             .unwrap_or(within.end);
         Some(start..end)
     }
 
+    /// The first absent page of `within`; looks at 64 pages at once.
+    pub(crate) fn first_absent(&self, within: Range<PageNumber>) -> Option<PageNumber> {
+        masks(within).find_map(|(word, mask)| {
+            let absent = mask & !self.settled_word(word);
+            (absent != 0).then(|| word as u64 * 64 + u64::from(absent.trailing_zeros()))
+        })
+    }
+
     /// Whether any page of `within` is absent; looks at 64 pages at once.
     pub(crate) fn any_absent(&self, within: Range<PageNumber>) -> bool {
-        masks(within).any(|(word, mask)| self.settled_word(word) & mask != mask)
+        self.first_absent(within).is_some()
     }
 
     /// How many pages of `within` are absent.
@@ -159,14 +164,14 @@ impl State {
     fn mark(&self, bitmap: &[AtomicU64], pages: Range<PageNumber>) {
         let mut new = 0;
         for (word, mask) in masks(pages.start..pages.end.min(self.pages)) {
-            let settled = self.settled_word(word);
-            bitmap[word].fetch_or(mask, Relaxed);
-            new += u64::from((mask & !settled).count_ones());
+            let others = self.settled_word(word) & !bitmap[word].load(Relaxed);
+            let before = bitmap[word].fetch_or(mask, Relaxed);
+            new += u64::from((mask & !before & !others).count_ones());
         }
         if new > 0 {
             let unsettled = &self.words()[UNSETTLED];
-            // Two threads may both have counted a page: the count may fall short of the truth, and
-            // `recount` corrects it. It must not wrap.
+            // Two threads may both have counted a page, one as present and one as poisoned: the count may
+            // fall short of the truth, and `recount` corrects it. It must not wrap.
             let _ = unsettled.fetch_update(Relaxed, Relaxed, |n| Some(n.saturating_sub(new)));
         }
     }

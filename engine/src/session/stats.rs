@@ -104,6 +104,16 @@ pub(crate) struct Pages {
     pub(crate) zeroed: AtomicU64,
 }
 
+impl Pages {
+    /// All of them.
+    pub(crate) fn total(&self) -> u64 {
+        [&self.copied, &self.filled, &self.zeroed]
+            .iter()
+            .map(|counter| counter.load(Relaxed))
+            .sum()
+    }
+}
+
 /// The counters of a session.
 #[derive(Debug, Default)]
 pub(crate) struct Stats {

@@ -27,12 +27,7 @@ fn demand_is_served_while_every_prefetch_read_waits() {
         .collect();
     frames.sort_unstable();
     frames.dedup();
-    let reads = Arc::new(
-        frames
-            .iter()
-            .map(|_| AtomicU64::new(0))
-            .collect::<Vec<_>>(),
-    );
+    let reads = Arc::new(frames.iter().map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
     let gate = Gate::default();
     let (held, counted, known) = (gate.clone(), Arc::clone(&reads), frames.clone());
     let snapshot = open_hooked(file, move |_, offset, reason| {
@@ -61,7 +56,10 @@ fn demand_is_served_while_every_prefetch_read_waits() {
     let (being_read, others): (Vec<u64>, Vec<u64>) =
         (0..PAGES).partition(|page| read_now(*page) > 0);
     assert_eq!(being_read.len(), 2 * FRAME);
-    let addresses: Vec<_> = others.iter().map(|page| address(&restored, *page)).collect();
+    let addresses: Vec<_> = others
+        .iter()
+        .map(|page| address(&restored, *page))
+        .collect();
     let seen = within("demand is served", move || {
         addresses.into_iter().map(peek).collect::<Vec<_>>()
     });

@@ -298,7 +298,9 @@ fn a_damaged_index_block_poisons_its_pages_only() {
     let bytes = random_bytes(1024, 10);
     let file = pack(&bytes, 8);
     let good = open(file.clone());
-    let frames: Vec<u64> = (0..1024).map(|page| frame_of(&good, page).offset()).collect();
+    let frames: Vec<u64> = (0..1024)
+        .map(|page| frame_of(&good, page).offset())
+        .collect();
     let hit = Arc::new(Mutex::new(None));
     let first = Arc::clone(&hit);
     // The first read of a demand that is of no frame is that of an index block.

@@ -82,12 +82,7 @@ fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int
             pointer(to),
         )
     };
-    assert_eq!(
-        moved,
-        pointer(to),
-        "{}",
-        std::io::Error::last_os_error()
-    );
+    assert_eq!(moved, pointer(to), "{}", std::io::Error::last_os_error());
 }
 
 /// MCL_FUTURE fills whatever is mapped with zeros at once: the engine's own mappings have to get round that.
@@ -108,7 +103,7 @@ fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
             .region(0, full)
             .start()
             .unwrap_err();
-                assert!(
+        assert!(
             matches!(refused, StartError::NotEmpty { region: 0, address } if address == there),
             "{refused}"
         );

@@ -3,9 +3,9 @@
 //! Threads are coroutines that stop before each operation that another thread could notice. At each
 //! stop the explorer picks one of those that can go on; depth first, it tries every pick. A state that was
 //! seen before is not explored again: two states are the same if the model, the session's shared
-//! state, and for each thread everything that it was ever told are the same. (A thread's own variables follow from what it
-//! was told: it is deterministic, and acts on what it reads of the shared state at once, in the
-//! arguments of its next operation.)
+//! state, what each thread stopped before, and for each thread everything that it was told are the
+//! same. A thread's own variables follow from these: it is deterministic, what it looks up in the shared
+//! state it acts on before its next stop, and each stop names what the thread is about.
 
 use std::cell::Cell;
 use std::collections::HashSet;

@@ -54,6 +54,10 @@ struct Scenario {
     shortages: u32,
     /// Whether time passes between the start of a change and its event.
     slow: bool,
+    /// Whether a change may begin between an install's first look for one and the kernel's lock.
+    two_checks: bool,
+    /// Whether nobody ends the session: it has to complete by itself.
+    completes: bool,
 }
 
 impl Default for Scenario {
@@ -67,6 +71,8 @@ impl Default for Scenario {
             cuts: 0,
             shortages: 0,
             slow: false,
+            two_checks: false,
+            completes: false,
         }
     }
 }
@@ -137,17 +143,18 @@ impl Scenario {
             Rc::clone(&threads),
             self.mistake,
             self.fault_threads > 1,
+            self.two_checks,
         );
         let scene = Rc::new(Scene {
             session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
             owner: RefCell::new((knows, Vec::new(), self.owner.len())),
             owners: self.owner.len(),
         });
-        scene.session.platform.watch(&scene.session.state);
+        scene.session.platform.watch(&scene.session);
         let mut bodies: Vec<Body> = Vec::new();
         for (thread, acts) in self.owner.iter().copied().enumerate() {
             let (scene, threads) = (Rc::clone(&scene), Rc::clone(&threads));
-            let slow = self.slow;
+            let (slow, completes) = (self.slow, self.completes);
             bodies.push(Box::new(move || {
                 for (i, act) in (0..).zip(acts) {
                     threads[thread].forget(i);
@@ -156,7 +163,7 @@ impl Scenario {
                 }
                 let mut owner = scene.owner.borrow_mut();
                 owner.2 -= 1;
-                if owner.2 == 0 {
+                if owner.2 == 0 && !completes {
                     scene.session.end();
                 }
             }));
@@ -371,6 +378,45 @@ fn unmapping_under_faults() {
     Scenario {
         owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
         prefetchers: 1,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+/// A page was moved while its install waited for the kernel's lock: the kernel had looked for a change before, and said
+/// ENOENT. The page was taken for gone and read zeros at its new address. Who gets ENOENT now looks
+/// whether a change has begun.
+#[test]
+fn moving_under_an_install_that_waits_for_the_kernel() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Move(0, 9)]],
+        two_checks: true,
+        ..Scenario::default()
+    }
+    .holds();
+    Scenario {
+        owner: &[&[Move(0, 9)]],
+        prefetchers: 1,
+        two_checks: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+/// The last page was settled by a thread that didn't have the lead, and the leader waited for messages for ever.
+#[test]
+fn a_session_completes_by_itself() {
+    Scenario {
+        owner: &[&[Touch(0), Touch(2)], &[Touch(3)]],
+        fault_threads: 2,
+        completes: true,
+        ..Scenario::default()
+    }
+    .holds();
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 3)]],
+        prefetchers: 1,
+        completes: true,
         ..Scenario::default()
     }
     .holds();

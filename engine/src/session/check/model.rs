@@ -7,25 +7,27 @@ use std::rc::Rc;
 use super::Owner;
 use super::explore::{self, Thread};
 use super::world::{BASE, Content as Held, World};
+use crate::session::Session;
 use crate::session::claims::{Claims, FrameId};
 use crate::session::failure::{Failure, FailureKind};
 use crate::session::platform::{
-    Content, Event, Image, Installed, PAGE, PageNumber, Platform, Run, Waited,
+    Content, Event, Image, Installed, PAGE, PageNumber, Platform, ReadFailed, Run, Waited,
 };
-use crate::session::{Session, State};
 use snapshot_format::Reason;
 
 /// What a thread stops before.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
 pub(super) enum Op {
-    Shared,
-    Exclusive,
+    Shared(u64),
+    Exclusive(u64),
     Lead,
     WaitReadable,
     WaitUnclaimed(FrameId),
     BackOff,
     Copy(u64, u64),
     Zeropage(u64, u64),
+    /// Between an install's first look for a change and the kernel's lock.
+    Lock,
     Wake(u64, u64),
     Unregister(u64, u64),
     Probe,
@@ -71,10 +73,11 @@ pub(super) struct Model {
     mistake: Option<Mistake>,
     /// Whether more than one thread wants the lead.
     several_leads: bool,
+    /// Whether a change may begin between an install's first look for one and the kernel's lock.
+    two_checks: bool,
     /// Whether the last install of the running thread said EAGAIN.
     again: Cell<bool>,
-    /// The session's state, for the mistake that marks it.
-    state: Cell<*const State>,
+    session: Cell<*const Session<Self, Pages>>,
 }
 
 // SAFETY: the session asks for a platform that threads can share; here all threads are coroutines of
@@ -88,6 +91,7 @@ impl Model {
         threads: Rc<[Thread<Op>]>,
         mistake: Option<Mistake>,
         several_leads: bool,
+        two_checks: bool,
     ) -> Self {
         Self {
             world: RefCell::new(world),
@@ -95,8 +99,9 @@ impl Model {
             current: Cell::new(0),
             mistake,
             several_leads,
+            two_checks,
             again: Cell::new(false),
-            state: Cell::new(std::ptr::null()),
+            session: Cell::new(std::ptr::null()),
         }
     }
 
@@ -105,9 +110,17 @@ impl Model {
         self.current.set(thread);
     }
 
-    /// The mistakes that mark pages need the session's state.
-    pub(super) fn watch(&self, state: &State) {
-        self.state.set(state);
+    /// Tells the model which session runs on it.
+    pub(super) fn watch(&self, session: &Session<Self, Pages>) {
+        self.session.set(session);
+    }
+
+    /// The session that runs on this model.
+    #[expect(unsafe_code)]
+    fn session(&self) -> &Session<Self, Pages> {
+        // SAFETY: set by `watch` before any thread started, to the session that owns this model and
+        // doesn't move.
+        unsafe { &*self.session.get() }
     }
 
     fn stop(&self, op: Op) {
@@ -140,6 +153,16 @@ impl Model {
             Installed::Again if self.is(Mistake::EagainDropped) => Installed::Done,
             other => other,
         }
+    }
+
+    /// The kernel looks for a change once before it takes its lock, and once more after it has found the mapping. True:
+    /// there is one now.
+    fn early_check(&self) -> bool {
+        let changing = self.world.borrow().is_changing();
+        if self.two_checks && !changing {
+            self.stop(Op::Lock);
+        }
+        changing
     }
 
     fn out_of_memory(&self) -> bool {
@@ -190,10 +213,10 @@ impl Platform for Model {
     where
         Self: 'h;
 
-    fn shared(&self) -> Self::Shared<'_> {
+    fn shared(&self, about: u64) -> Self::Shared<'_> {
         // A hold that ends in EAGAIN is made again from where it was.
         let forgets = Some(self.here());
-        self.stop(Op::Shared);
+        self.stop(Op::Shared(about));
         self.world.borrow_mut().shared += 1;
         Hold {
             model: self,
@@ -202,10 +225,10 @@ impl Platform for Model {
         }
     }
 
-    fn exclusive(&self) -> Self::Exclusive<'_> {
+    fn exclusive(&self, about: u64) -> Self::Exclusive<'_> {
         // What is read goes to the shared state.
         let forgets = Some(self.here());
-        self.stop(Op::Exclusive);
+        self.stop(Op::Exclusive(about));
         if !self.is(Mistake::NoInstallLock) {
             self.world.borrow_mut().exclusive = true;
         }
@@ -251,7 +274,7 @@ impl Platform for Model {
 
     /// No stop: what others can do between the exclusive hold's start and the read, they could as
     /// well have done before it.
-    fn read(&self, _: &mut Hold<'_>, record: &mut dyn FnMut(Event)) -> usize {
+    fn read(&self, _: &mut Hold<'_>, record: &mut dyn FnMut(Event)) -> Result<usize, ReadFailed> {
         let thread = &self.threads[self.current.get()];
         let late = self.is(Mistake::RemoveAfterFaults);
         let mut events = Vec::new();
@@ -263,17 +286,14 @@ impl Platform for Model {
             thread.tell(&format!("{event:?}"));
             record(event);
         }
-        count
+        Ok(count)
     }
 
-    #[expect(unsafe_code)]
     fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
         let len = bytes.len() as u64;
         if self.is(Mistake::PresentBeforeCopy) {
             let first = (address - BASE) / PAGE;
-            // SAFETY: set by `watch` before any thread started, to the state of the session that owns
-            // this model, which doesn't move.
-            unsafe { &*self.state.get() }.mark_present(first..first + len / PAGE);
+            self.session().state.mark_present(first..first + len / PAGE);
         }
         self.stop(Op::Copy(address, len));
         if self.out_of_memory() {
@@ -284,6 +304,9 @@ impl Platform for Model {
             let left = &mut self.world.borrow_mut().cuts;
             most = if *left > 0 { 1 } else { u64::MAX };
             *left = left.saturating_sub(1);
+        }
+        if self.early_check() {
+            return self.told(Installed::Again);
         }
         let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
@@ -298,6 +321,9 @@ impl Platform for Model {
         self.stop(Op::Zeropage(address, len));
         if self.is(Mistake::WakeForPresent) {
             return self.told(Installed::Exists);
+        }
+        if self.early_check() {
+            return self.told(Installed::Again);
         }
         let zero = |_| Held::Byte(0);
         let installed = self
@@ -352,25 +378,24 @@ impl Image for Pages {
         Ok(Content::Stored(page / 2, u16::try_from(page % 2).unwrap()))
     }
 
-    fn decode(
-        &self,
-        decoder: &mut Self::Decoder,
-        frame: &u64,
-        _: Reason,
-        runs: &mut Vec<Run>,
-    ) -> Result<(), Failure> {
-        let first = frame * 2;
+    fn decode(&self, decoder: &mut Self::Decoder, frame: &u64, _: Reason) -> Result<(), Failure> {
         let bytes = decoder.get_or_insert_with(|| vec![0; 2 * 4096].into());
-        for (page, bytes) in (first..).zip(bytes.chunks_exact_mut(4096)) {
+        for (page, bytes) in (frame * 2..).zip(bytes.chunks_exact_mut(4096)) {
             bytes[0] = content_of(page);
         }
+        Ok(())
+    }
+
+    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) {
+        let first = decoder
+            .as_deref()
+            .map_or(0, |bytes| u64::from(bytes[0]) - 1);
         runs.clear();
         runs.push(Run {
             page: first,
             slot: 0,
             count: 2,
         });
-        Ok(())
     }
 
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8] {
@@ -389,6 +414,17 @@ impl Image for Pages {
     }
 }
 
+/// All that the session's threads share, as a number.
+fn shared_digest(session: &Session<Model, Pages>) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    session.state.snapshot().hash(&mut hasher);
+    session.inbox.addresses().hash(&mut hasher);
+    session.claims.frames().hash(&mut hasher);
+    session.is_ending().hash(&mut hasher);
+    hasher.finish()
+}
+
 /// The whole: what the explorer sees.
 pub(super) struct Scene {
     pub(super) session: Session<Model, Pages>,
@@ -405,8 +441,8 @@ impl explore::Scene for Scene {
         let world = model.world.borrow();
         let unlocked = model.is(Mistake::NoInstallLock);
         match op {
-            Op::Shared => unlocked || !world.exclusive,
-            Op::Exclusive => unlocked || (!world.exclusive && world.shared == 0),
+            Op::Shared(_) => unlocked || !world.exclusive,
+            Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
             Op::Lead => !world.lead,
             Op::WaitReadable => world.readable() || world.kicked || !self.session.inbox.is_empty(),
             Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
@@ -427,9 +463,7 @@ impl explore::Scene for Scene {
             .borrow()
             .digest()
             .hash(&mut hasher);
-        self.session.state.snapshot().hash(&mut hasher);
-        self.session.inbox.addresses().hash(&mut hasher);
-        self.session.is_ending().hash(&mut hasher);
+        shared_digest(&self.session).hash(&mut hasher);
         let owner = self.owner.borrow();
         (&owner.0, owner.1.len(), owner.2).hash(&mut hasher);
         hasher.finish()

@@ -219,14 +219,14 @@ impl World {
         most: u64,
         each: impl Fn(u64) -> Content,
     ) -> Installed {
-        if self.changing > 0 {
-            return Installed::Again;
-        }
         let pages = len / PAGE;
         let registered =
             |address| self.places.contains_key(&address) && !self.unregistered.contains(&address);
         if (0..pages).any(|i| !registered(address + i * PAGE)) {
             return Installed::Gone;
+        }
+        if self.changing > 0 {
+            return Installed::Again;
         }
         let mut done = 0;
         for i in 0..pages.min(most) {
