@@ -45,6 +45,11 @@ impl Mapping {
     }
 }
 
+/// Gives advice about memory at an address of a session's map, which follows what the owner moves.
+pub(crate) fn advise_at(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
+    advise(advice, address, len)
+}
+
 fn advise(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
     // SAFETY: none of the advice in the enum changes the content that this process sees, nor its access rights. What is

@@ -5,6 +5,9 @@
 //!  ├── ring ──┼── (unused) ───┼── data: AtomicU64s ────┤
 //! ```
 //!
+//! A block in a memfd is backed and mapped in full from the start; an anonymous one, as any memory of the process, when it
+//! is first used, which is what lets a restore of much memory start at once.
+//!
 //! The ring is apart from the data because a message in it can carry a file descriptor: only the kernel writes there, and only
 //! the holder of the one [`Ring`] has it written.
 
@@ -23,7 +26,7 @@ use crate::sys::to_usize;
 const HEAD: u64 = 4096;
 const WORD: u64 = 8;
 
-/// Zeroed, fully backed shared memory.
+/// Zeroed shared memory.
 #[derive(Debug)]
 pub struct Block {
     start: NonNull<u8>,
@@ -90,11 +93,11 @@ impl Block {
 
     fn map(len: u64, memfd: Option<OwnedFd>) -> io::Result<(Arc<Self>, Ring)> {
         let total = to_usize(total(len)?);
-        let (anonymous, number) = match &memfd {
-            Some(fd) => (0, fd.as_raw_fd()),
+        let (kind, number) = match &memfd {
+            Some(fd) => (libc::MAP_POPULATE, fd.as_raw_fd()),
             None => (libc::MAP_ANONYMOUS, -1),
         };
-        let flags = libc::MAP_SHARED | libc::MAP_POPULATE | anonymous;
+        let flags = libc::MAP_SHARED | kind;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: without an address the kernel picks memory that nothing else uses. The file, if any, is sealed against
         // shrinking, so every byte of the mapping stays backed.

@@ -28,6 +28,7 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 
 pub use advice::Advice;
+pub(crate) use advice::advise_at;
 pub use block::{Block, Ring};
 pub use empty::{first_populated, first_populated_by_pagemap, first_unsuitable};
 pub use mapping::{Mapping, MappingOptions};

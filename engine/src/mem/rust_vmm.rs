@@ -5,6 +5,7 @@ use vm_memory::{
 };
 
 use super::RawRegion;
+use crate::restore::Restored;
 
 /// Why regions are no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -56,4 +57,24 @@ pub unsafe fn guest_memory(
         parts.push(GuestRegionMmap::new(mapped, *guest).ok_or_else(refused)?);
     }
     GuestMemoryMmap::from_regions(parts).map_err(GuestMemoryError::Regions)
+}
+
+impl Restored {
+    /// The regions of address space 0 as guest memory, each at its address in the guest.
+    ///
+    /// # Safety
+    ///
+    /// As for [`guest_memory`]: the result, its clones and parts of it are used only as long as this value lives and
+    /// isn't stopped by [`Stop::Inaccessible`](crate::restore::Stop::Inaccessible), and nobody unmaps or moves the memory.
+    pub unsafe fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestMemoryError> {
+        let mut regions: Vec<_> = self
+            .regions()
+            .iter()
+            .filter(|region| region.space == 0)
+            .map(|region| (GuestAddress(region.start), region.memory().clone()))
+            .collect();
+        regions.sort_unstable_by_key(|(start, _)| start.0);
+        // SAFETY: the caller's promise; a restore keeps its regions mapped, readable and writable until it ends.
+        unsafe { guest_memory(&regions) }
+    }
 }

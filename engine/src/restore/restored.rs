@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::mem::{Advice, RawRegion};
+use crate::mem::{Advice, RawRegion, advise_at};
 use crate::session::{
-    Failure, Kernel, PAGE, Percentiles, Platform as _, PrefetchStop, Session, SnapshotImage,
+    Extent, Failure, Kernel, PAGE, Percentiles, Platform as _, PrefetchStop, Session, SnapshotImage,
 };
 use crate::sys::{ReadFault, read_checked};
 
@@ -37,6 +37,11 @@ impl RestoredRegion {
     /// ([`Restore::region`](super::Restore::region)) for that.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.as_ptr()
+    }
+
+    #[cfg(feature = "rust-vmm")]
+    pub(crate) fn memory(&self) -> &RawRegion {
+        &self.memory
     }
 
     /// Its length in bytes.
@@ -220,9 +225,9 @@ impl Inner {
 
     /// The memory is the owner's alone: children may have it, and huge pages are worth having.
     fn release_memory(&self) {
-        for RestoredRegion { memory, .. } in &self.regions {
-            // The owner may have unmapped or moved it.
-            let advise = |advice| match memory.advise(advice, 0, memory.len()) {
+        // Where the owner has it now: at an address that it has unmapped there may be something else.
+        for Extent { address, pages, .. } in self.session.state.map().extents() {
+            let advise = |advice| match advise_at(advice, address, pages * PAGE) {
                 Ok(()) => {}
                 Err(error) => tracing::debug!(%error, ?advice, "advice after completion"),
             };

@@ -14,31 +14,36 @@ use super::restored::Inner;
 
 /// The system calls that engine threads make after [`Restore::on_thread_start`]'s hook: for a seccomp filter.
 pub const SYSTEM_CALLS: &[&str] = &[
-    // userfaultfd
+    // Faults, and installing.
     "ioctl",
     "read",
     "poll",
-    "ppoll", // waking each other
+    "ppoll",
+    // Waking each other, and waiting.
     "futex",
     "write",
     "sched_yield",
     "clock_nanosleep",
     "clock_gettime",
-    // the snapshot's file
-    "pread64", // memory for index blocks, freed memory, stacks of threads that end
+    // The snapshot's file.
+    "pread64",
+    // Memory for index blocks, and what is freed.
     "mmap",
     "munmap",
     "mremap",
     "brk",
     "madvise",
     "mprotect",
+    // Starting and ending a thread.
     "sigaltstack",
     "exit",
     "rt_sigprocmask",
     "rseq",
     "set_robust_list",
     "getrandom",
+    // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is open.
     "close",
+    "fcntl",
 ];
 
 /// Runs in each thread before anything else, with its name.

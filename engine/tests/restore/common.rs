@@ -235,8 +235,8 @@ pub(crate) fn in_child<F: FnOnce()>(body: F) -> Ended {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture", "--test-threads=1"])
         .env(CHILD, name)
-        .stdout(said.reopen().unwrap())
-        .stderr(said.reopen().unwrap())
+        .stdout(said.as_file().try_clone().unwrap())
+        .stderr(said.as_file().try_clone().unwrap())
         .spawn()
         .unwrap();
     let begun = Instant::now();

@@ -68,8 +68,8 @@ fn demand_is_served_while_every_prefetch_read_waits() {
     }
     assert_eq!(gate.waiting(), 2, "prefetch still waits");
     let first = address(&restored, being_read[0]);
-    let touch = std::thread::spawn(move || peek(first));
     let faults = restored.stats().faults;
+    let touch = std::thread::spawn(move || peek(first));
     wait_until("the touch is seen", || {
         touch.is_finished() || restored.stats().faults > faults
     });

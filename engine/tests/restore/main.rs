@@ -7,9 +7,24 @@
     unsafe_code,
     reason = "the owner of restored memory touches it through raw pointers"
 )]
+#![allow(
+    clippy::print_stdout,
+    reason = "what was measured, what was skipped, and what children report"
+)]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "lengths of small test memory on 64-bit machines"
+)]
 
 mod common;
+mod confined;
+mod crowd;
 mod demand;
 mod failures;
+#[cfg(feature = "rust-vmm")]
+mod guest_memory;
+mod kernels;
+mod lifecycle;
 mod orders;
 mod owner;
+mod soak;

@@ -85,7 +85,7 @@ fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int
     assert_eq!(moved, pointer(to), "{}", std::io::Error::last_os_error());
 }
 
-/// MCL_FUTURE fills whatever is mapped with zeros at once: the engine's own mappings have to get round that.
+/// `MCL_FUTURE` fills whatever is mapped with zeros at once: the engine's own mappings have to get round that.
 #[test]
 fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
     in_child(|| {
@@ -179,6 +179,22 @@ fn children_have_the_memory_only_when_it_is_complete() {
     .expect_success();
 }
 
+/// What had moved was advised about at its old address when the restore became complete: children never had it, and
+/// whatever had come to lie at the old address was advised about instead. The advice follows the memory now.
+#[test]
+fn children_have_what_moved_when_it_is_complete() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 10);
+        let mut restored = start_in_own(&bytes, Prefetch::Off);
+        let there = map(16);
+        mremap(address(&restored, 500), 16, there, 0, 0);
+        assert_eq!(in_a_fork(there), None);
+        restored.stop(Stop::Complete).unwrap();
+        assert_eq!(in_a_fork(there + 3 * PAGE), Some(source(&bytes, 503)[0]));
+    })
+    .expect_success();
+}
+
 /// Mappings that begin and end inside frames: installs have to stop at them.
 #[test]
 fn split_mappings_and_huge_page_advice() {
@@ -254,7 +270,7 @@ fn moved_memory_is_restored_where_it_is() {
     }
 }
 
-/// MREMAP_DONTUNMAP leaves an empty mapping behind, which reads as zeros.
+/// `MREMAP_DONTUNMAP` leaves an empty mapping behind, which reads as zeros.
 #[test]
 fn what_a_move_leaves_behind_is_zero() {
     let bytes = random_bytes(PAGES, 7);

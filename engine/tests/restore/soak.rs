@@ -119,7 +119,11 @@ impl Owner<'_> {
             Expected::Zero(_) => "discarded",
             _ => "of the source",
         };
-        assert!(seen == wanted, "page {} ({what}) is wrong", self.first + page);
+        assert!(
+            seen == wanted,
+            "page {} ({what}) is wrong",
+            self.first + page
+        );
         self.touched[page] = true;
         add(&self.counts.reads, 1);
     }
@@ -155,18 +159,16 @@ impl Owner<'_> {
 
     fn discard(&mut self, page: usize, advice: libc::c_int) {
         let count = self.run(page, 4);
-        let absent = (page..page + count)
-            .filter(|page| {
-                !self.touched[*page]
-                    && matches!(self.expected[*page], Expected::Source(_))
-                    && self.is_absent(*page)
-            })
-            .count();
+        let absent = (page..page + count).any(|page| {
+            !self.touched[page]
+                && matches!(self.expected[page], Expected::Source(_))
+                && self.is_absent(page)
+        });
         // SAFETY: the pages are this owner's alone, who holds no references into them.
         let result = unsafe { libc::madvise(pointer(self.at[page]), count * PAGE, advice) };
         assert_eq!(result, 0);
-        add(&self.counts.discards, count as u64);
-        add(&self.counts.discards_of_absent, absent as u64);
+        add(&self.counts.discards, 1);
+        add(&self.counts.discards_of_absent, u64::from(absent));
         for page in page..page + count {
             self.expected[page] = Expected::Zero(0);
             self.check(page);
@@ -181,10 +183,18 @@ impl Owner<'_> {
         let to = self.spare + self.spare_used * PAGE;
         self.spare_used += count;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        let bytes = count * PAGE;
-        // SAFETY: both ranges are this owner's.
-        let moved =
-            unsafe { libc::mremap(pointer(self.at[page]), bytes, bytes, flags, pointer(to)) };
+        let mremap = |pages: usize| {
+            let bytes = pages * PAGE;
+            // SAFETY: both ranges are this owner's.
+            unsafe { libc::mremap(pointer(self.at[page]), bytes, bytes, flags, pointer(to)) }
+        };
+        let mut moved = mremap(count);
+        let mut count = count;
+        if moved == libc::MAP_FAILED {
+            // Pages that came from two places can be two mappings, which don't move together.
+            count = 1;
+            moved = mremap(count);
+        }
         assert_eq!(moved, pointer(to), "{}", std::io::Error::last_os_error());
         for i in 0..count {
             self.at[page + i] = to + i * PAGE;
@@ -198,6 +208,24 @@ impl Owner<'_> {
         release(self.at[page], count);
         self.expected[page..page + count].fill(Expected::Unmapped);
         add(&self.counts.unmaps, count as u64);
+    }
+
+    /// Unmaps everything that is left, but no address that something else may have by now.
+    fn leave(self) {
+        let mut page = 0;
+        while page < SHARE {
+            if matches!(self.expected[page], Expected::Unmapped) {
+                page += 1;
+                continue;
+            }
+            let count = self.run(page, SHARE);
+            release(self.at[page], count);
+            page += count;
+        }
+        if self.spare_used < SHARE {
+            let rest = self.spare + self.spare_used * PAGE;
+            release(rest, SHARE - self.spare_used);
+        }
     }
 
     fn act(&mut self) {
@@ -226,7 +254,7 @@ fn one_restore(
     fault_threads: usize,
     seed: u64,
     counts: &Counts,
-    progress: &[AtomicU64],
+    progress: &[Progress],
 ) {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let base = reserve(PAGES, access);
@@ -243,8 +271,9 @@ fn one_restore(
         .start()
         .unwrap();
     std::thread::scope(|scope| {
-        for (number, progress) in progress.iter().enumerate() {
+        for (number, progress) in progress[..OWNERS].iter().enumerate() {
             scope.spawn(move || {
+                progress.busy.store(true, Relaxed);
                 let first = number * SHARE;
                 let mut owner = Owner {
                     image,
@@ -259,38 +288,102 @@ fn one_restore(
                 };
                 for _ in 0..ACTIONS {
                     owner.act();
-                    progress.fetch_add(1, Relaxed);
+                    progress.step();
                 }
                 for page in 0..SHARE {
                     owner.check(page);
-                    progress.fetch_add(1, Relaxed);
+                    progress.step();
                 }
-                for page in 0..SHARE {
-                    if !matches!(owner.expected[page], Expected::Unmapped) {
-                        release(owner.at[page], 1);
-                        progress.fetch_add(1, Relaxed);
-                    }
-                }
-                release(owner.spare, SHARE);
+                owner.leave();
+                progress.busy.store(false, Relaxed);
             });
         }
     });
     // Everything is settled: removed, at the latest, when it was unmapped.
+    progress[OWNERS].busy.store(true, Relaxed);
     assert!(restored.wait_complete());
+    progress[OWNERS].busy.store(false, Relaxed);
     assert!(restored.failures().is_empty());
     add(&counts.restores, 1);
 }
 
-/// Ends the process, saying who hangs: a thread that waits for a page can't be ended otherwise.
-fn watch(progress: &[AtomicU64], ended: &AtomicBool) {
-    let now = Instant::now();
-    let mut last: Vec<(u64, Instant)> = progress.iter().map(|_| (0, now)).collect();
+/// How far a thread is. One that is idle isn't expected to get on.
+#[derive(Default)]
+struct Progress {
+    steps: AtomicU64,
+    busy: AtomicBool,
+}
+
+impl Progress {
+    fn step(&self) {
+        add(&self.steps, 1);
+    }
+}
+
+/// Ends the process if a thread hangs: one that waits for a page can't be ended otherwise.
+fn watch(progress: &[Progress], longest: Duration, ended: &AtomicBool) {
+    let mut last: Vec<(u64, Instant)> = progress.iter().map(|_| (0, Instant::now())).collect();
     while !ended.load(Relaxed) {
-        for (owner, (count, last)) in progress.iter().zip(&mut last).enumerate() {
-            let now = count.load_now(owner);
-            let _ = now;
-            let _ = last;
+        for (number, (progress, last)) in progress.iter().zip(&mut last).enumerate() {
+            let steps = progress.steps.load(Relaxed);
+            if steps != last.0 || !progress.busy.load(Relaxed) {
+                *last = (steps, Instant::now());
+            }
+            if last.1.elapsed() > longest {
+                println!("owner {number} made no progress for {longest:?} after {steps} steps");
+                std::process::abort();
+            }
         }
         std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Ends the watch, also when the test fails.
+struct EndWatch(Arc<AtomicBool>);
+
+impl Drop for EndWatch {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+#[test]
+fn every_page_is_what_its_owner_expects() {
+    let asked: Option<u64> = std::env::var("SNAPRESTORE_SOAK_SECONDS")
+        .ok()
+        .map(|text| text.parse().expect("seconds"));
+    let duration = asked.map_or(SHORT, Duration::from_secs);
+    // The short form shares the machine with the other tests.
+    let longest = asked.map_or(crate::common::PATIENCE, |_| LONGEST_WAIT);
+    let image = Mix::new(PAGES as u64, 1).bytes();
+    let snapshot = open(pack(&image, 8));
+    for fault_threads in [1, 2, 4] {
+        let counts = Counts::default();
+        let progress: Arc<Vec<Progress>> =
+            Arc::new((0..=OWNERS).map(|_| Progress::default()).collect());
+        let ended = Arc::new(AtomicBool::new(false));
+        let watcher = {
+            let (progress, ended) = (Arc::clone(&progress), Arc::clone(&ended));
+            std::thread::spawn(move || watch(&progress, longest, &ended))
+        };
+        let end_watch = EndWatch(ended);
+        let begun = Instant::now();
+        let mut seed = fault_threads as u64 * 1000;
+        while begun.elapsed() < duration {
+            seed += 1;
+            one_restore(&snapshot, &image, fault_threads, seed, &counts, &progress);
+        }
+        drop(end_watch);
+        watcher.join().unwrap();
+        println!(
+            "{fault_threads} fault threads, {:?}: {counts:?}",
+            begun.elapsed()
+        );
+        let wanted = |a_minute: u64| a_minute * duration.as_secs() / 60;
+        assert!(counts.discards.load(Relaxed) >= wanted(DISCARDS_A_MINUTE));
+        assert!(counts.discards_of_absent.load(Relaxed) >= wanted(ABSENT_A_MINUTE));
+        for others in [&counts.moves, &counts.unmaps, &counts.writes] {
+            assert!(others.load(Relaxed) > 0);
+        }
     }
 }

@@ -1,0 +1,162 @@
+//! Beginning, ending, and doing so often.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_fixtures::images::{Mix, Shares};
+use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
+
+use crate::common::{
+    Gate, PAGE, address, compare, in_child, index, open, open_hooked, pack, peek, random_bytes,
+    wait_until,
+};
+
+#[test]
+fn two_restores_of_one_snapshot_at_once() {
+    const PAGES: u64 = 2048;
+    let bytes = random_bytes(PAGES, 1);
+    let snapshot = open(pack(&bytes, 8));
+    let start = |prefetch| {
+        Restore::new(Arc::clone(&snapshot))
+            .prefetch(prefetch)
+            .start()
+            .unwrap()
+    };
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let (one, other) = (start(prefetch.clone()), start(prefetch));
+        std::thread::scope(|scope| {
+            for restored in [&one, &other] {
+                let bytes = &bytes;
+                scope.spawn(move || compare(restored, bytes, (0..PAGES).rev()));
+            }
+        });
+        drop(one);
+        compare(&other, &bytes, 0..PAGES);
+    }
+}
+
+/// A thread waits for a page while the restore is dropped: it gets SIGSEGV. Closing first would have shown it zeros.
+#[test]
+fn dropping_never_shows_zeros_to_who_waits() {
+    let ended = in_child(|| {
+        let bytes = random_bytes(64, 2);
+        let gate = Gate::default();
+        let held = gate.clone();
+        let file = pack(&bytes, 8);
+        let restored = Restore::new(open_hooked(file, move |_, _, reason| {
+            if reason == snapshot_format::Reason::Demand {
+                held.pass();
+                return Err(std::io::Error::other("gone"));
+            }
+            Ok(())
+        }))
+        .fault_threads(1)
+        .on_failure(snaprestore_engine::restore::OnFailure::Ask(Arc::new(
+            |_| snaprestore_engine::restore::Verdict::Retry,
+        )))
+        .start()
+        .unwrap();
+        let page = address(&restored, 20);
+        let toucher = std::thread::spawn(move || {
+            let seen = peek(page);
+            println!("the touch went on with zeros: {}", seen == [0; PAGE]);
+        });
+        wait_until("the fault is being served", || gate.waiting() == 1);
+        let drops = std::thread::spawn(move || drop(restored));
+        gate.open();
+        drops.join().unwrap();
+        toucher.join().unwrap();
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGSEGV), "{ended:?}");
+    assert!(!ended.output.contains("went on"), "{ended:?}");
+}
+
+/// Entries of a folder of /proc.
+fn entries(folder: &str) -> usize {
+    std::fs::read_dir(folder).unwrap().count()
+}
+
+/// Mappings of this process.
+fn mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .lines()
+        .count()
+}
+
+#[test]
+fn nothing_is_left_after_fifty_restores() {
+    in_child(|| {
+        let bytes = random_bytes(512, 3);
+        let snapshot = open(pack(&bytes, 8));
+        let round = |i: u64| {
+            let prefetch = [Prefetch::Off, Prefetch::All][index(i % 2)].clone();
+            let restored = Restore::new(Arc::clone(&snapshot))
+                .prefetch(prefetch)
+                .start()
+                .unwrap();
+            // Some are complete, some are dropped in the middle.
+            compare(&restored, &bytes, 0..[5, 512][index(i / 2 % 2)]);
+        };
+        // What the process makes once is made now.
+        let threads = entries("/proc/self/task");
+        let all_ended = || entries("/proc/self/task") <= threads;
+        (0..4).for_each(round);
+        // Threads of a pool end by themselves, soon.
+        wait_until("all threads have ended", all_ended);
+        let (descriptors, mapped) = (entries("/proc/self/fd"), mappings());
+        (0..50).for_each(round);
+        wait_until("all threads have ended", all_ended);
+        assert_eq!(entries("/proc/self/fd"), descriptors);
+        // The allocator keeps some of what threads had.
+        assert!(mappings() < mapped + 20, "{mapped} -> {}", mappings());
+    })
+    .expect_success();
+}
+
+/// A snapshot of `gib` GiB, most of which repeats 8 MiB that has all sorts of pages.
+fn large(gib: u64) -> (Arc<Snapshot>, Mix) {
+    let part = Mix::with_shares(2048, 4, Shares::MIXED);
+    let bytes = part.bytes();
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    // 32 MiB of every GiB are that part, the rest is fills of two kinds.
+    for _ in 0..gib {
+        for _ in 0..4 {
+            writer.write_pages(&bytes).unwrap();
+        }
+        writer.write_fill(120 * 1024, 0).unwrap();
+        writer
+            .write_fill(128 * 1024 + 4 * 1024 - 4 * 2048, u64::MAX)
+            .unwrap();
+        writer.write_fill(4 * 1024, 0).unwrap();
+    }
+    (open(writer.finish().unwrap().0), part)
+}
+
+/// For information: how long it takes until memory can be used.
+#[test]
+fn start_times() {
+    for gib in [1, 64] {
+        let (snapshot, part) = large(gib);
+        assert_eq!(snapshot.summary().pages, gib << 18);
+        let mut times: Vec<_> = (0..7)
+            .map(|_| {
+                let begun = Instant::now();
+                let restored = Restore::new(Arc::clone(&snapshot)).start().unwrap();
+                let started = begun.elapsed();
+                let last = (gib - 1) << 18;
+                assert!(peek(address(&restored, last + 77)) == part.page(77));
+                assert!(peek(address(&restored, last + (1 << 18) - 1)) == [0; PAGE]);
+                assert!(peek(address(&restored, last + 200_000)) == [0xff; PAGE]);
+                started
+            })
+            .collect();
+        times.sort_unstable();
+        println!(
+            "start of {gib} GiB: fastest {:?}, median {:?}, slowest {:?}",
+            times[0], times[3], times[6]
+        );
+    }
+}
