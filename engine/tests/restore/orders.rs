@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, Stop};
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
 use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -258,4 +258,31 @@ fn given_pages_are_fetched() {
     assert!(!restored.wait_complete());
     compare(&restored, &image, (700..900).chain(0..10));
     assert_eq!(restored.stats().faults, 0);
+}
+
+fn golden(name: &str) -> Arc<Snapshot> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/golden/v1/");
+    Arc::new(Snapshot::open_path(format!("{path}{name}")).unwrap())
+}
+
+/// A region may have no page: `mmap` refused its length of 0, and with it the whole restore failed.
+#[test]
+fn a_region_without_pages_has_no_memory() {
+    let restored = Restore::new(golden("good-several-regions.snap")).prefetch(Prefetch::All);
+    let restored = restored.start().unwrap();
+    assert!(restored.wait_complete());
+    assert_eq!(restored.regions()[3].len(), 0);
+    let mut page = [0; PAGE];
+    restored.read_at(4, 0, &mut page).unwrap();
+    assert!(page.starts_with(b"page 3 of a golden file"));
+}
+
+/// A run of zeros that lies over stored pages, behind a good checksum, left these pages to the kernel, which made them zero.
+/// Runs are held against the index since, and such a file is refused.
+#[test]
+fn a_fill_run_that_lies_makes_no_zeros() {
+    let error = Restore::new(golden("bad-fill-run.snap"))
+        .start()
+        .expect_err("the run is a lie");
+    assert!(matches!(error, StartError::Snapshot(_)), "{error}");
 }
