@@ -120,6 +120,11 @@ fn parse(reader: impl BufRead) -> io::Result<Vec<Mapping>> {
     Ok(all)
 }
 
+/// A name as a snapshot can hold it: the names of files and processes may have control characters.
+pub(super) fn shown(name: &str) -> String {
+    name.replace(char::is_control, "?")
+}
+
 /// `start-end rwxp offset device inode name`, the name padded and optional.
 fn parse_mapping(line: &str) -> Option<Mapping> {
     let mut fields = line.splitn(6, ' ');
@@ -140,7 +145,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
             u64::from_str_radix(minor, 16).ok()?,
         ),
         inode: fields.next()?.parse().ok()?,
-        name: fields.next().unwrap_or_default().trim_start().to_owned(),
+        name: shown(fields.next().unwrap_or_default().trim_start()),
         details: None,
     })
 }
@@ -219,6 +224,14 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(huge.page_shift(), 21);
         assert_eq!(huge.untouched(), Untouched::Zero);
         assert!(vsyscall.is_vsyscall());
+    }
+
+    /// A file named with an escape character in the address space made packing the process fail.
+    #[test]
+    fn control_characters_in_names_are_replaced() {
+        let line = "7f0000000000-7f0010000000 r--p 00000000 00:0f 42 /tmp/a\u{1b}[31m\u{85}b\n";
+        let all = parse(line.as_bytes()).unwrap();
+        assert_eq!(all[0].name, "/tmp/a?[31m?b");
     }
 
     #[test]

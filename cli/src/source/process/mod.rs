@@ -69,7 +69,7 @@ impl HeldProcess {
         Ok(Self {
             pid,
             name: fs::read_to_string(format!("/proc/{pid}/comm"))
-                .map(|name| name.trim_end().to_owned())
+                .map(|name| maps::shown(name.trim_end()))
                 .unwrap_or_default(),
             mappings,
             memory,
