@@ -46,7 +46,7 @@ pub(crate) enum Event {
     Unmap { start: u64, end: u64 },
     /// The range moved.
     Remap { from: u64, to: u64, len: u64 },
-    /// Something that this session didn't ask for.
+    /// Something that was not asked for.
     Unexpected,
 }
 
