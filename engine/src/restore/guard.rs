@@ -1,11 +1,13 @@
 //! What happens to this process when a page can't be restored.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use crate::session::{
     Decision, Failure, Fault, Guard, Kernel, OnFailure, Session, SnapshotImage, Verdict,
 };
+
+use super::questions::{Next, Questions};
 
 /// A callback that decides about failures.
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;
@@ -18,51 +20,62 @@ pub(super) struct Owner {
 enum Policy {
     Poison,
     Abort,
-    Ask(Sender<(Fault, Failure)>),
+    Ask(Arc<Questions>),
 }
 
 /// The thread that asks, before it runs.
 pub(super) struct Asker {
     callback: Callback,
-    sender: Sender<(Fault, Failure)>,
-    questions: Receiver<(Fault, Failure)>,
+    questions: Arc<Questions>,
 }
+
+/// How often the asking thread looks whether the session has ended.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 impl Asker {
     pub(super) fn new(callback: Callback) -> Self {
-        let (sender, questions) = channel();
         Self {
             callback,
-            sender,
-            questions,
+            questions: Arc::default(),
         }
     }
 
-    /// Asks until the session ends. The fault waits meanwhile; other faults are served.
+    /// Asks until the session ends. The faults wait meanwhile; others are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
-        drop(self.sender);
         while !session.is_ending() {
-            let Ok((fault, failure)) = self.questions.recv_timeout(ASK_AGAIN) else {
-                continue;
-            };
-            match (self.callback)(&failure) {
-                Verdict::Retry => session.serve_again(fault),
-                Verdict::Poison => {
-                    session.poison(fault);
+            match self.questions.next(ASK_AGAIN) {
+                Next::Ask(failure) => match (self.callback)(&failure) {
+                    Verdict::Retry => self.questions.pause(failure.page),
+                    Verdict::Poison => self.poison(session, failure.page),
+                    Verdict::Abort => abort(&failure.to_string()),
+                },
+                Next::TryAgain(faults) => {
+                    for fault in faults {
+                        session.serve_again(fault);
+                    }
                 }
-                Verdict::Abort => abort(&failure.to_string()),
+                Next::Nothing => {}
+            }
+        }
+    }
+
+    fn poison(&self, session: &Session<Kernel, SnapshotImage>, page: u64) {
+        loop {
+            let faults = self.questions.take(page);
+            if faults.is_empty() {
+                return;
+            }
+            for fault in faults {
+                session.poison_left(fault);
             }
         }
     }
 }
 
-/// How often the asking thread looks whether the session has ended.
-const ASK_AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
-
 impl Owner {
     pub(super) fn new(on_failure: &OnFailure, asker: Option<&Asker>) -> Self {
         let policy = match (on_failure, asker) {
-            (OnFailure::Ask(_), Some(asker)) => Policy::Ask(asker.sender.clone()),
+            (OnFailure::Ask(_), Some(asker)) => Policy::Ask(Arc::clone(&asker.questions)),
             (OnFailure::Poison, _) => Policy::Poison,
             (OnFailure::Abort | OnFailure::Ask(_), _) => Policy::Abort,
         };
@@ -74,12 +87,16 @@ impl Guard for Owner {
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision {
         match &self.policy {
             Policy::Poison => Decision::Poison,
-            Policy::Ask(asker) => {
-                // The asking thread runs until the session ends, and then nobody is served any more.
-                let _ = asker.send((fault, failure.clone()));
-                Decision::Leave
-            }
+            // The asking thread runs until the session ends, and then nobody is served any more.
+            Policy::Ask(questions) => questions.ask(fault, failure),
             Policy::Abort => abort(&failure.to_string()),
+        }
+    }
+
+    fn undecided(&self, fault: Fault, page: u64) -> Option<Decision> {
+        match &self.policy {
+            Policy::Ask(questions) => questions.join(fault, page),
+            Policy::Poison | Policy::Abort => None,
         }
     }
 

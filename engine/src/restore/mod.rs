@@ -44,6 +44,7 @@
 mod builder;
 mod feeder;
 mod guard;
+mod questions;
 mod restored;
 mod threads;
 

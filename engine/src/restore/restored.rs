@@ -289,7 +289,8 @@ impl Restored {
 
     /// Waits until the restore is complete, or prefetch is at its end without that: with
     /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another prefetch the rest comes by
-    /// touches only. True if it is complete.
+    /// touches only. While a touch waits for its page, or for a verdict about it, it isn't known which, and is waited
+    /// for. True if it is complete.
     pub fn wait_complete(&self) -> bool {
         let mut progress = self
             .inner
@@ -305,10 +306,11 @@ impl Restored {
         self.is_complete()
     }
 
-    /// Whether the last pages may be there, or be on their way: a page is marked only after its toucher was woken.
+    /// Whether the last pages may be there, or be on their way: a page is marked only after its toucher was woken, and
+    /// only then is its fault no longer open. So faults are looked at first.
     fn may_complete_yet(&self) -> bool {
         let session = &self.inner.session;
-        session.state.may_be_settled() || session.inbox.demand_waits()
+        session.inbox.has_open() || session.state.may_be_settled()
     }
 
     /// What was done so far.

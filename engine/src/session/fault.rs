@@ -75,6 +75,17 @@ enum Step {
     Stop(Stop),
 }
 
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It was answered.
+    Given,
+    /// The guard has it, and will have it served again or poisoned.
+    Left,
+    /// Nobody answers it, or who answers another one does.
+    Nobody,
+}
+
 /// What became of an attempt to bring a page.
 pub(super) enum Brought {
     /// It was installed by this thread.
@@ -108,10 +119,14 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn serve(&self, worker: &mut Worker<I>) {
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
-            if self.answer(worker, fault) {
-                self.stats.fault_time.record(fault.at.elapsed());
+            match self.answer(worker, fault) {
+                Answer::Given => {
+                    self.stats.fault_time.record(fault.at.elapsed());
+                    self.inbox.answered();
+                }
+                Answer::Nobody => self.inbox.answered(),
+                Answer::Left => self.inbox.left(),
             }
-            self.inbox.answered();
             self.look_if_settled();
         }
     }
@@ -123,13 +138,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Answers one fault. False: nobody does now.
-    fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> bool {
+    /// Answers one fault.
+    pub(super) fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> Answer {
         let address = fault.address & !(PAGE - 1);
         let (mut tries, mut reads) = (0, 0);
         loop {
             let page = match self.look(address) {
-                Step::Answered => return true,
+                Step::Answered => return Answer::Given,
                 Step::Bring(page) => page,
                 Step::Again => {
                     if let Err(stop) = self.after_again(&mut tries, address) {
@@ -139,14 +154,19 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 Step::Stop(stop) => return self.stopped(fault, stop),
             };
+            if let Some(decision) = self.guard.undecided(fault, page) {
+                return self.decided(fault, decision);
+            }
             match self.bring(worker, page, Reason::Demand) {
                 Ok(Brought::Yes) => {
                     if let Some(observe) = &self.observer {
                         observe(page);
                     }
-                    return true;
+                    return Answer::Given;
                 }
                 Ok(Brought::Look) => {}
+                // Somebody else has decided about it meanwhile.
+                Err(Lost::Failed(_)) if self.state.status(page) != Status::Absent => {}
                 Err(Lost::Failed(failure))
                     if failure.kind == FailureKind::Io && reads < READ_TRIES =>
                 {
@@ -311,16 +331,21 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// A page that a fault wants can't be restored.
-    fn fail(&self, fault: Fault, failure: &Failure) -> bool {
+    fn fail(&self, fault: Fault, failure: &Failure) -> Answer {
         self.report(failure);
-        match self.guard.decide(fault, failure) {
-            Decision::Leave => false,
+        self.decided(fault, self.guard.decide(fault, failure))
+    }
+
+    fn decided(&self, fault: Fault, decision: Decision) -> Answer {
+        match decision {
             Decision::Poison => self.poison(fault),
+            Decision::Leave => Answer::Left,
+            Decision::Forget => Answer::Nobody,
         }
     }
 
-    /// Poisons the page of a fault. False if it can't be done now.
-    pub(crate) fn poison(&self, fault: Fault) -> bool {
+    /// Poisons the page of a fault.
+    pub(super) fn poison(&self, fault: Fault) -> Answer {
         let address = fault.address & !(PAGE - 1);
         let mut tries = 0;
         loop {
@@ -330,18 +355,18 @@ impl<P: Platform, I: Image> Session<P, I> {
                 match page.filter(|page| self.state.status(*page) == Status::Absent) {
                     None => {
                         self.platform.wake(address, PAGE);
-                        return true;
+                        return Answer::Given;
                     }
                     Some(page) => match self.platform.poison(address, PAGE) {
                         Installed::Done | Installed::Partial(_) => {
                             self.state.mark_poisoned(page..page + 1);
                             add(&self.stats.poisoned, 1);
                             self.look_if_settled();
-                            return true;
+                            return Answer::Given;
                         }
                         Installed::Exists | Installed::Gone => {
                             self.platform.wake(address, PAGE);
-                            return true;
+                            return Answer::Given;
                         }
                         Installed::Again | Installed::NoMemory => Ok(()),
                         Installed::OwnerGone => Err(Stop::OwnerGone),
@@ -356,10 +381,10 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// An install for a fault could not go on: the owner is gone, or must not go on.
-    fn stopped(&self, fault: Fault, stop: Stop) -> bool {
+    fn stopped(&self, fault: Fault, stop: Stop) -> Answer {
         if stop == Stop::OwnerGone {
             self.owner_is_gone();
-            return false;
+            return Answer::Nobody;
         }
         let page = {
             let _hold = self.platform.shared(fault.address);
@@ -371,7 +396,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         };
         self.report(&failure);
         self.guard.end_owner(&failure.detail);
-        false
+        Answer::Nobody
     }
 
     /// The failure of a page that the kernel would not install.

@@ -1,7 +1,10 @@
 //! Faults that were read and wait for a thread to serve them.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -18,24 +21,52 @@ pub(crate) struct Fault {
 }
 
 /// The faults that wait.
+///
+/// ```text
+///   arrived ──▶ waits here, is served ──▶ answered
+///                    │         ▲
+///                  left      again
+///                    ▼         │
+///               somebody else decides ──▶ settled
+/// ```
 #[derive(Debug)]
 pub(crate) struct Inbox {
     faults: Mutex<VecDeque<Fault>>,
-    /// Faults that were read and not yet answered, those being served included.
-    unanswered: AtomicUsize,
+    /// Faults that wait here or are being served.
+    waiting: AtomicUsize,
+    /// Those, and the ones that were left: what they come to is not recorded yet. One number for
+    /// both, so that no fault is out of sight on its way from one to the other.
+    open: AtomicUsize,
 }
 
 impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
-            unanswered: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            open: AtomicUsize::new(0),
         }
     }
 
     /// Takes in a fault that was just read.
     pub(crate) fn arrived(&self, address: u64) {
-        self.unanswered.fetch_add(1, Relaxed);
+        self.begin();
+        self.push(address);
+    }
+
+    /// Takes in a fault that was left: it can be served now.
+    pub(crate) fn again(&self, address: u64) {
+        self.waiting.fetch_add(1, Relaxed);
+        self.push(address);
+    }
+
+    /// Somebody waits for a page and is served without having been in the queue.
+    pub(crate) fn begin(&self) {
+        self.open.fetch_add(1, Relaxed);
+        self.waiting.fetch_add(1, Relaxed);
+    }
+
+    fn push(&self, address: u64) {
         self.lock().push_back(Fault {
             address,
             at: Instant::now(),
@@ -47,9 +78,21 @@ impl Inbox {
         self.lock().pop_front()
     }
 
-    /// A popped fault has been answered.
+    /// A fault that was being served has been answered, and what it came to is recorded.
     pub(crate) fn answered(&self) {
-        self.unanswered.fetch_sub(1, Relaxed);
+        self.left();
+        self.settled();
+    }
+
+    /// A fault that was being served is left to somebody else.
+    pub(crate) fn left(&self) {
+        self.waiting.fetch_sub(1, Relaxed);
+    }
+
+    /// A fault that was left has been answered, and what it came to is recorded.
+    pub(crate) fn settled(&self) {
+        // Who sees the number fall sees the record.
+        self.open.fetch_sub(1, Release);
     }
 
     /// Whether a fault waits to be popped.
@@ -57,9 +100,14 @@ impl Inbox {
         self.lock().is_empty()
     }
 
-    /// Whether a thread of the owner is known to wait.
+    /// Whether a thread of the owner is known to wait for what can be had.
     pub(crate) fn demand_waits(&self) -> bool {
-        self.unanswered.load(Relaxed) > 0
+        self.waiting.load(Relaxed) > 0
+    }
+
+    /// Whether what some fault comes to is not recorded yet.
+    pub(crate) fn has_open(&self) -> bool {
+        self.open.load(Acquire) > 0
     }
 
     /// The addresses that wait, for telling two states apart.

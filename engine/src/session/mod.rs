@@ -79,14 +79,18 @@ const KEPT_FAILURES: usize = 1000;
 pub(crate) enum Decision {
     /// Poison it.
     Poison,
-    /// Nobody answers now: the owner is being ended, or somebody else will answer the fault.
+    /// Leave the fault: the guard keeps it, and has it served again or poisoned later.
     Leave,
+    /// Forget the fault: the guard keeps another one for the same address, whose answer is this one's too.
+    Forget,
 }
 
 /// Who answers for the owner of the memory when it can't be restored.
 pub(crate) trait Guard: Send + Sync {
     /// Decides about a page that a fault wants and that can't be restored.
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision;
+    /// What becomes of a fault on a page about which a decision is being made. `None`: there is none.
+    fn undecided(&self, fault: Fault, page: PageNumber) -> Option<Decision>;
     /// The session can't go on, and the owner must not: ends the owner.
     fn end_owner(&self, why: &str);
 }
@@ -184,8 +188,15 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Serves a fault that was left: its content may be had now.
     pub(crate) fn serve_again(&self, fault: Fault) {
-        self.inbox.arrived(fault.address);
+        self.inbox.again(fault.address);
         self.platform.kick();
+    }
+
+    /// Poisons the page of a fault that was left.
+    pub(crate) fn poison_left(&self, fault: Fault) {
+        self.poison(fault);
+        self.inbox.settled();
+        self.look_if_settled();
     }
 
     /// Finishes if every page is settled. True if so.

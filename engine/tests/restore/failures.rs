@@ -1,8 +1,9 @@
 //! Pages that can't be restored: exactly those of the bad frame, by policy, and never zeros.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use snaprestore_engine::restore::{
     FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Verdict,
@@ -12,7 +13,7 @@ use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
 use crate::common::{
     Ended, Gate, PAGE, address, compare, damaged, frame_of, in_child, index, open, open_hooked,
-    pack, pages_of_frame, peek, random_bytes, source, within,
+    pack, pages_of_frame, peek, random_bytes, source, wait_until, within,
 };
 
 const PAGES: u64 = 600;
@@ -196,7 +197,7 @@ fn asking_can_heal_while_others_are_served() {
     let _opener = gate.opener();
     let bad = address(&restored, BAD);
     let touch = std::thread::spawn(move || peek(bad));
-    crate::common::wait_until("the callback is asked", || gate.waiting() == 1);
+    wait_until("the callback is asked", || gate.waiting() == 1);
     // The only fault thread serves others while the question is open.
     let others: Vec<_> = (0..PAGES)
         .filter(|page| page / 8 != BAD / 8)
@@ -234,6 +235,98 @@ fn asking_can_poison() {
         .unwrap();
     let bad: Vec<u64> = (BAD / 8 * 8..BAD / 8 * 8 + 8).collect();
     exactly_bad(&restored, &bytes, &bad);
+}
+
+/// While a verdict is open the restore may yet become complete: who waits for that waits for the verdict.
+#[test]
+fn waiting_for_completion_waits_for_the_verdict() {
+    let (bytes, snapshot, bad) = bad_frame(11);
+    let gate = Gate::default();
+    let asked = gate.clone();
+    let restored = Restore::new(snapshot)
+        .on_failure(OnFailure::Ask(Arc::new(move |_| {
+            asked.pass();
+            Verdict::Poison
+        })))
+        .start()
+        .unwrap();
+    let _opener = gate.opener();
+    compare(&restored, &bytes, (0..PAGES).filter(|n| !bad.contains(n)));
+    std::thread::scope(|scope| {
+        let read = |page: &u64| {
+            let (restored, page) = (&restored, *page);
+            scope.spawn(move || restored.read_at(0, page * 4096, &mut [0; PAGE]))
+        };
+        let reads: Vec<_> = bad.iter().map(read).collect();
+        wait_until("the callback is asked", || gate.waiting() == 1);
+        let waits = scope.spawn(|| restored.wait_complete());
+        // Longer than a waiter looks away.
+        std::thread::sleep(Duration::from_millis(120));
+        assert!(!waits.is_finished(), "the verdict is open");
+        gate.open();
+        assert!(reads.into_iter().all(|read| read.join().unwrap().is_err()));
+        assert!(waits.join().unwrap());
+    });
+}
+
+/// A signal handler that only interrupts.
+extern "C" fn interrupted(_: libc::c_int) {}
+
+/// A toucher that a signal interrupts touches again. There is still one question, and the page isn't read for it again.
+#[test]
+fn an_interrupted_toucher_is_one_question() {
+    in_child(|| {
+        // SAFETY: the handler does nothing, so it may run anywhere.
+        unsafe {
+            let handler = interrupted as extern "C" fn(libc::c_int);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as usize;
+            assert_eq!(
+                libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()),
+                0
+            );
+        }
+        let bytes = random_bytes(PAGES, 12);
+        let file = pack(&bytes, 8);
+        let frame = frame_of(&open(file.clone()), BAD).offset();
+        let reads = Arc::new(AtomicUsize::new(0));
+        let (healed, counted) = (Arc::new(AtomicBool::new(false)), Arc::clone(&reads));
+        let heals = Arc::clone(&healed);
+        let snapshot = open_hooked(file, move |buf, offset, _| {
+            if offset == frame {
+                counted.fetch_add(1, SeqCst);
+                buf[40] ^= u8::from(!heals.load(SeqCst));
+            }
+            Ok(())
+        });
+        let gate = Gate::default();
+        let (asked, times) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
+        let asks = Arc::clone(&times);
+        let restored = Restore::new(snapshot)
+            .on_failure(OnFailure::Ask(Arc::new(move |_| {
+                asks.fetch_add(1, SeqCst);
+                asked.pass();
+                Verdict::Retry
+            })))
+            .start()
+            .unwrap();
+        let _opener = gate.opener();
+        let bad = address(&restored, BAD);
+        let touch = std::thread::spawn(move || peek(bad));
+        wait_until("the callback is asked", || gate.waiting() == 1);
+        let thread = std::os::unix::thread::JoinHandleExt::as_pthread_t(&touch);
+        for faults in 2..20 {
+            // SAFETY: the thread waits for its page and hasn't been joined.
+            assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR1) }, 0);
+            wait_until("it touches again", || restored.stats().faults >= faults);
+        }
+        assert_eq!((times.load(SeqCst), reads.load(SeqCst)), (1, 1));
+        healed.store(true, SeqCst);
+        gate.open();
+        assert!(touch.join().unwrap() == source(&bytes, BAD));
+        assert_eq!((times.load(SeqCst), reads.load(SeqCst)), (1, 2));
+    })
+    .expect_success();
 }
 
 /// A snapshot whose pages 3 and 4 of 10 could not be read.

@@ -18,7 +18,7 @@ use world::{Change, Content, Unmapped, World, at};
 use super::failure::Failure;
 use super::map::Extent;
 use super::platform::PAGE;
-use super::{Decision, Fault, Guard, Session, State, Worker};
+use super::{Decision, Fault, Guard, PageNumber, Session, State, Worker};
 use model::Op;
 
 /// Pages of the model's snapshot: two frames of two pages.
@@ -96,6 +96,9 @@ struct NoFailures;
 impl Guard for NoFailures {
     fn decide(&self, _: Fault, failure: &Failure) -> Decision {
         panic!("{failure}")
+    }
+    fn undecided(&self, _: Fault, _: PageNumber) -> Option<Decision> {
+        None
     }
     fn end_owner(&self, why: &str) {
         panic!("{why}")
