@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 use nix::ioctl_readwrite;
 
-use crate::sys::page_size;
+use crate::sys::{page_size, to_usize};
 
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
@@ -72,6 +72,35 @@ pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
     }
 }
 
+/// The same by `mincore`, which needs no `/proc` and no permission, for memory that was mapped just now and that nobody else
+/// knows of. It doesn't see a page that was swapped out.
+///
+/// That is proof enough for such memory: what could have filled it is `mlockall(MCL_FUTURE)`, at the moment when it was mapped.
+/// [`MappingOptions::map`](super::MappingOptions::map) maps without access first, so that there is nothing to fill. Were it
+/// filled all the same, its pages would have become resident some microseconds ago and be locked until they were unlocked
+/// just now; to be missed here, each of them must have been written to swap in between.
+pub(crate) fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> {
+    let page = page_size();
+    let mut resident = vec![0_u8; 64 << 10];
+    let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
+    let mut at = address;
+    while at < end {
+        let pages = (end - at).div_ceil(page).min(resident.len() as u64);
+        let pointer = std::ptr::with_exposed_provenance_mut(to_usize(at));
+        // SAFETY: mincore only looks at the range, and writes one byte for each of its pages: `pages` is at most the length of
+        // the buffer.
+        let result =
+            unsafe { libc::mincore(pointer, to_usize(pages * page), resident.as_mut_ptr()) };
+        Errno::result(result)?;
+        let seen = &resident[..to_usize(pages)];
+        if let Some(index) = seen.iter().position(|state| state & 1 != 0) {
+            return Ok(Some(at + index as u64 * page));
+        }
+        at += pages * page;
+    }
+    Ok(None)
+}
+
 /// The same without `PAGEMAP_SCAN`, for kernels before 6.7: slower, 8 bytes read for each page.
 pub fn first_populated_by_pagemap(address: u64, len: u64) -> io::Result<Option<u64>> {
     let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
@@ -85,7 +114,7 @@ fn scan_file(pagemap: &File, address: u64, end: u64) -> io::Result<Option<u64>> 
     let mut at = address;
     while at < end {
         let pages = (end - at).div_ceil(page).min(buffer.len() as u64 / 8);
-        let bytes = &mut buffer[..crate::sys::to_usize(pages * 8)];
+        let bytes = &mut buffer[..to_usize(pages * 8)];
         pagemap.read_exact_at(bytes, at / page * 8)?;
         let entries = bytes.chunks_exact(8).map(|entry| {
             let word = <[u8; 8]>::try_from(entry).map_or(u64::MAX, entry_of);
@@ -139,4 +168,30 @@ pub fn first_unsuitable(address: u64, len: u64) -> io::Result<Option<u64>> {
         next = to;
     }
     Ok((next < end).then_some(next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::Mapping;
+
+    #[test]
+    fn resident_pages_are_found() {
+        let page = page_size();
+        // More than one call looks at.
+        let len = 70_000 * page;
+        let memory = Mapping::new(len).unwrap();
+        assert_eq!(first_resident(memory.address(), len).unwrap(), None);
+        for there in [69_999, 65_536, 3, 0] {
+            // SAFETY: the page is in the mapping, which is ours alone.
+            unsafe {
+                memory
+                    .as_ptr()
+                    .add(to_usize(there * page))
+                    .write_volatile(1);
+            }
+            let found = first_resident(memory.address(), len).unwrap();
+            assert_eq!(found, Some(memory.address() + there * page));
+        }
+    }
 }

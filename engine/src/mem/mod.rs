@@ -30,6 +30,7 @@ use nix::errno::Errno;
 pub use advice::Advice;
 pub(crate) use advice::advise_at;
 pub use block::{Block, Ring};
+pub(crate) use empty::first_resident;
 pub use empty::{first_populated, first_populated_by_pagemap, first_unsuitable};
 pub use mapping::{Mapping, MappingOptions};
 pub use region::RawRegion;

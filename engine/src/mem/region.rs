@@ -97,6 +97,11 @@ impl RawRegion {
             .ok_or_else(|| MemError::invalid(doing, self.address.saturating_add(offset), len))
     }
 
+    /// Whether the engine mapped it.
+    pub(crate) fn is_owned(&self) -> bool {
+        self.keep.is_some()
+    }
+
     pub(crate) fn keep(&self) -> Option<Arc<Mapping>> {
         self.keep.clone()
     }

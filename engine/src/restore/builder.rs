@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use snapshot_format::{ReadError, Region, Snapshot};
 
-use crate::mem::{Advice, MappingOptions, MemError, RawRegion, first_populated, first_unsuitable};
+use crate::mem::{
+    Advice, MappingOptions, MemError, RawRegion, first_populated, first_resident, first_unsuitable,
+};
 use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
 use crate::sys::{
     Features, Ioctls, Mask, Modes, OpenError, OpenOptions, RegisterError, UserModeOnly, Userfaultfd,
@@ -129,6 +131,19 @@ pub enum StartError {
         region: usize,
         /// The first page that is present.
         address: u64,
+    },
+    /// Whether the caller's memory is empty and of the right kind can't be seen.
+    #[error(
+        "that the memory given for region {region} is empty private memory can't be proved without {file}: mount /proc, \
+         start while the process is dumpable (prctl PR_SET_DUMPABLE), or let the engine map the memory"
+    )]
+    Unproven {
+        /// Number of the region.
+        region: usize,
+        /// The file that can't be read.
+        file: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
     },
     /// Bad pages were to be poisoned, which this kernel can't do.
     #[error(
@@ -261,6 +276,8 @@ impl Restore {
         }
         check_given(&self.regions)?;
         let regions = self.memory()?;
+        // Dropped after all that is made below: the userfaultfd is closed by then.
+        let mut in_children = LeftOutOfChildren::default();
         let user_mode_only = if self.user_mode_only {
             UserModeOnly::IfNeeded
         } else {
@@ -289,6 +306,7 @@ impl Restore {
             Vec::new()
         };
         for (index, (memory, region)) in regions.iter().zip(needed).enumerate() {
+            in_children.leave_out(index, memory, region)?;
             self.register(&uffd, index, memory, region, &left)?;
             for pages in within(region.page_numbers(), &left) {
                 state.mark_present(pages);
@@ -327,7 +345,10 @@ impl Restore {
             self.fault_threads,
         ));
         match start_threads(&self, &inner, asker) {
-            Ok(threads) => Ok(Restored::new(inner, threads)),
+            Ok(threads) => {
+                in_children.keep();
+                Ok(Restored::new(inner, threads))
+            }
             Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
         }
     }
@@ -345,13 +366,6 @@ impl Restore {
         if region.pages == 0 {
             return Ok(());
         }
-        memory
-            .advise(Advice::DontFork, 0, memory.len())
-            .map_err(|source| StartError::Memory {
-                region: index,
-                bytes: memory.len(),
-                source,
-            })?;
         for pages in without(region.page_numbers(), left) {
             let offset = (pages.start - region.first_page) * PAGE;
             let len = (pages.end - pages.start) * PAGE;
@@ -373,8 +387,18 @@ impl Restore {
             }
         }
         let populated = first_populated(memory.address(), memory.len());
-        let populated = populated.map_err(|source| StartError::Resources {
-            what: "the proof that the memory is empty (it needs /proc/self/pagemap)",
+        let populated = populated.or_else(|source| {
+            // Without /proc, or in a process that is not dumpable. Of memory that was mapped just now less has to be known.
+            if memory.is_owned() {
+                tracing::debug!(%source, "the memory is looked at by mincore");
+                first_resident(memory.address(), memory.len())
+            } else {
+                Err(source)
+            }
+        });
+        let populated = populated.map_err(|source| StartError::Unproven {
+            region: index,
+            file: "/proc/self/pagemap",
             source,
         })?;
         match populated {
@@ -402,6 +426,45 @@ impl Restore {
                 None => new_memory(index, region.start, region.bytes()),
             })
             .collect()
+    }
+}
+
+/// Memory that is left out of children until it is complete, or, if the restore doesn't start, until this is dropped.
+#[derive(Default)]
+struct LeftOutOfChildren(Vec<RawRegion>);
+
+impl LeftOutOfChildren {
+    fn leave_out(
+        &mut self,
+        index: usize,
+        memory: &RawRegion,
+        region: &Region,
+    ) -> Result<(), StartError> {
+        if region.pages == 0 {
+            return Ok(());
+        }
+        self.0.push(memory.clone());
+        let advised = memory.advise(Advice::DontFork, 0, memory.len());
+        advised.map_err(|source| StartError::Memory {
+            region: index,
+            bytes: memory.len(),
+            source,
+        })
+    }
+
+    /// The restore has started, and undoes it in the end.
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for LeftOutOfChildren {
+    fn drop(&mut self) {
+        for memory in &self.0 {
+            if let Err(error) = memory.advise(Advice::DoFork, 0, memory.len()) {
+                tracing::debug!(%error, "letting children have memory again");
+            }
+        }
     }
 }
 
@@ -436,8 +499,9 @@ fn check_given(given: &BTreeMap<usize, RawRegion>) -> Result<(), StartError> {
     }
     for (region, memory) in given {
         let unsuitable = first_unsuitable(memory.address(), memory.len());
-        let unsuitable = unsuitable.map_err(|source| StartError::Resources {
-            what: "the check of the memory given (it needs /proc/self/maps)",
+        let unsuitable = unsuitable.map_err(|source| StartError::Unproven {
+            region: *region,
+            file: "/proc/self/maps",
             source,
         })?;
         if let Some(address) = unsuitable {

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
@@ -17,7 +18,7 @@ use crate::session::{PAGE, SnapshotImage, Worker};
 
 use super::builder::Prefetch;
 use super::restored::Inner;
-use super::threads::Hook;
+use super::threads::{EndOnPanic, Hook};
 
 /// The longest that prefetch waits for demand before a frame: an owner that faults all the time must not stop it.
 const LONGEST_STAND_BACK: Duration = Duration::from_micros(500);
@@ -35,11 +36,59 @@ pub(super) struct Plan {
     pub(super) hook: Option<Hook>,
 }
 
+/// A rayon pool whose threads are joined when it is dropped: rayon only tells its own to end.
+struct Pool {
+    rayon: Option<rayon::ThreadPool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    fn new(threads: usize, hook: Option<&Hook>) -> io::Result<Self> {
+        let mut pool = Self {
+            rayon: None,
+            threads: Vec::with_capacity(threads),
+        };
+        let built = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .spawn_handler(|thread| {
+                let name = format!("snap-fetch-{}", thread.index());
+                let hook = hook.cloned();
+                let spawned = Builder::new().name(name.clone()).spawn(move || {
+                    let _end = EndOnPanic;
+                    if let Some(hook) = hook {
+                        hook(&name);
+                    }
+                    thread.run();
+                })?;
+                pool.threads.push(spawned);
+                Ok(())
+            })
+            .build();
+        // If it fails, rayon has told those that were started to end.
+        pool.rayon = Some(built.map_err(io::Error::other)?);
+        Ok(pool)
+    }
+
+    fn rayon(&self) -> &rayon::ThreadPool {
+        self.rayon.as_ref().unwrap_or_else(|| unreachable!())
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        drop(self.rayon.take());
+        for thread in self.threads.drain(..) {
+            // A thread that panics ends the process.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// The thread that decides what is fetched next.
 pub(super) struct Feeder {
     inner: Arc<Inner>,
     plan: Plan,
-    pool: rayon::ThreadPool,
+    pool: Pool,
     idle: Receiver<Worker<SnapshotImage>>,
     done: Sender<Worker<SnapshotImage>>,
     /// Pages that the pass left to somebody else.
@@ -48,17 +97,7 @@ pub(super) struct Feeder {
 
 impl Feeder {
     pub(super) fn new(inner: &Arc<Inner>, plan: Plan) -> io::Result<Self> {
-        let hook = plan.hook.clone();
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(plan.threads)
-            .thread_name(|i| format!("snap-fetch-{i}"))
-            .start_handler(move |i| {
-                if let Some(hook) = &hook {
-                    hook(&format!("snap-fetch-{i}"));
-                }
-            })
-            .build()
-            .map_err(io::Error::other)?;
+        let pool = Pool::new(plan.threads, plan.hook.as_ref())?;
         let (done, idle) = channel();
         for _ in 0..plan.threads {
             // The receiver is in our hands.
@@ -103,6 +142,7 @@ impl Feeder {
         self.wait_idle();
         self.inner.session.kick();
         self.inner.prefetch_ended();
+        // The feeder goes, and with it the pool: who joins this thread has joined those of the pool.
     }
 
     /// The runs of all working sets that can be read.
@@ -152,7 +192,7 @@ impl Feeder {
             self.done.clone(),
             Arc::clone(&self.busy),
         );
-        self.pool.spawn(move || {
+        self.pool.rayon().spawn(move || {
             match inner
                 .session
                 .prefetch(&mut worker, pages, || stand_back(&inner))

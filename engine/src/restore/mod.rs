@@ -31,7 +31,7 @@
 //! | `snap-fetch-N` | [`Restore::prefetch_threads`] | read, decode and install ahead of faults |
 //! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
 //!
-//! All block every signal and start no others. After the hook of
+//! When a [`Restored`] is dropped or was stopped they have ended. All block every signal and start no others. After the hook of
 //! [`Restore::on_thread_start`] has run they make only the system calls of [`SYSTEM_CALLS`], and those that the snapshot's
 //! store, the callbacks and the tracing subscriber make.
 //!
@@ -39,7 +39,8 @@
 //!
 //! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and,
 //! where the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is complete the memory is left
-//! out of children (`MADV_DONTFORK`): a child could not be served past the parent's end.
+//! out of children (`MADV_DONTFORK`): a child could not be served past the parent's end. When the restore is complete,
+//! was stopped, or didn't start, children get it again (`MADV_DOFORK`).
 
 mod builder;
 mod feeder;

@@ -225,16 +225,18 @@ impl Inner {
 
     /// The memory is the owner's alone: children may have it, and huge pages are worth having.
     fn release_memory(&self) {
+        self.advise(Advice::DoFork);
+        if self.huge_pages {
+            self.advise(Advice::HugePages);
+            self.advise(Advice::Collapse);
+        }
+    }
+
+    fn advise(&self, advice: Advice) {
         // Where the owner has it now: at an address that it has unmapped there may be something else.
         for Extent { address, pages, .. } in self.session.state.map().extents() {
-            let advise = |advice| match advise_at(advice, address, pages * PAGE) {
-                Ok(()) => {}
-                Err(error) => tracing::debug!(%error, ?advice, "advice after completion"),
-            };
-            advise(Advice::DoFork);
-            if self.huge_pages {
-                advise(Advice::HugePages);
-                advise(Advice::Collapse);
+            if let Err(error) = advise_at(advice, address, pages * PAGE) {
+                tracing::debug!(%error, ?advice, "advice at the end of a restore");
             }
         }
     }
@@ -491,6 +493,8 @@ impl Restored {
             }
         }
         session.platform.close();
+        // What is there stays the owner's, and what isn't can't be touched by a child either.
+        self.inner.advise(Advice::DoFork);
     }
 
     fn make_all_inaccessible(&self) {

@@ -56,7 +56,7 @@ pub(super) struct ThreadError {
 }
 
 /// Ends the process if its thread panics: whoever waits for that thread's pages would wait for ever.
-struct EndOnPanic;
+pub(super) struct EndOnPanic;
 
 impl Drop for EndOnPanic {
     fn drop(&mut self) {

@@ -65,9 +65,9 @@ fn poison_hits_exactly_the_bad_frame() {
                 .iter()
                 .all(|failure| failure.kind == FailureKind::Damaged && failure.offset.is_some())
         );
-        assert_eq!(restored.stats().poisoned, 8);
         // Every page is settled, so the restore ends; the poison stays.
         assert!(restored.wait_complete());
+        assert_eq!(restored.stats().poisoned, 8);
         exactly_bad(&restored, &bytes, &bad);
     }
 }

@@ -1,9 +1,11 @@
 //! Beginning, ending, and doing so often.
 
+use std::cell::RefCell;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Stop, Verdict};
 use snaprestore_fixtures::images::{Mix, Shares};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -70,6 +72,55 @@ fn dropping_never_shows_zeros_to_who_waits() {
     });
     assert_eq!(ended.signal(), Some(libc::SIGSEGV), "{ended:?}");
     assert!(!ended.output.contains("went on"), "{ended:?}");
+}
+
+/// Counts the threads that have begun and those that have ended, some time after their last own instruction.
+#[derive(Default)]
+struct Threads {
+    begun: AtomicUsize,
+    ended: AtomicUsize,
+}
+
+struct Ends(Arc<Threads>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(50));
+        self.0.ended.fetch_add(1, SeqCst);
+    }
+}
+
+thread_local! {
+    static ENDS: RefCell<Option<Ends>> = const { RefCell::new(None) };
+}
+
+/// When a restore was dropped, or completed by a stop, its threads have ended, and are not only about to.
+#[test]
+fn dropping_waits_for_every_thread() {
+    let bytes = random_bytes(512, 5);
+    let snapshot = open(pack(&bytes, 8));
+    for complete in [false, true] {
+        let threads = Arc::new(Threads::default());
+        let counted = Arc::clone(&threads);
+        let mut restored = Restore::new(Arc::clone(&snapshot))
+            .prefetch(Prefetch::All)
+            .prefetch_threads(3)
+            .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
+            .on_thread_start(move |_| {
+                counted.begun.fetch_add(1, SeqCst);
+                let ends = Ends(Arc::clone(&counted));
+                ENDS.with_borrow_mut(|slot| *slot = Some(ends));
+            })
+            .start()
+            .unwrap();
+        wait_until("all threads run", || threads.begun.load(SeqCst) == 7);
+        if complete {
+            restored.stop(Stop::Complete).unwrap();
+        } else {
+            drop(restored);
+        }
+        assert_eq!(threads.ended.load(SeqCst), 7, "complete: {complete}");
+    }
 }
 
 /// Entries of a folder of /proc.

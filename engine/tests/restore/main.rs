@@ -23,6 +23,7 @@ mod demand;
 mod failures;
 #[cfg(feature = "rust-vmm")]
 mod guest_memory;
+mod jailed;
 mod kernels;
 mod lifecycle;
 mod orders;

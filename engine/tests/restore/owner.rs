@@ -33,7 +33,7 @@ fn start_in_own(bytes: &[u8], prefetch: Prefetch) -> Restored {
 }
 
 /// Memory of the test's own that is never unmapped as a whole.
-fn own(pages: usize) -> RawRegion {
+pub(crate) fn own(pages: usize) -> RawRegion {
     let start = pointer(map(pages)).cast();
     // SAFETY: the memory was just mapped, is used through raw pointers only, and what is unmapped or moved of it is so under
     // a restore, which always asks for the events.
@@ -175,6 +175,35 @@ fn children_have_the_memory_only_when_it_is_complete() {
         assert_eq!(in_a_fork(present), Some(source(&bytes, 50)[0]));
         assert_eq!(in_a_fork(absent), Some(source(&bytes, 900)[0]));
         compare(&restored, &bytes, 0..PAGES);
+    })
+    .expect_success();
+}
+
+/// A restore that is given up, and one that doesn't start, leave the caller's memory as it was: for children too.
+#[test]
+fn children_have_what_a_restore_leaves() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 11);
+        for end in [
+            |mut it: Restored| it.stop(Stop::Inaccessible).unwrap(),
+            drop,
+        ] {
+            let restored = start_in_own(&bytes, Prefetch::Off);
+            compare(&restored, &bytes, 0..100);
+            let present = address(&restored, 50);
+            assert_eq!(in_a_fork(present), None);
+            end(restored);
+            assert_eq!(in_a_fork(present), Some(source(&bytes, 50)[0]));
+        }
+        let memory = own(PAGES as usize);
+        let there = memory.as_ptr().expose_provenance() + 9 * PAGE;
+        poke(there, 7);
+        let refused = Restore::new(open(pack(&bytes, 8)))
+            .region(0, memory)
+            .start()
+            .unwrap_err();
+        assert!(matches!(refused, StartError::NotEmpty { .. }), "{refused}");
+        assert_eq!(in_a_fork(there), Some(7));
     })
     .expect_success();
 }
