@@ -4,16 +4,43 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::restore::{Prefetch, Restore};
-use snapshot_format::Reason;
+use snaprestore_engine::restore::{Prefetch, Restore, Restored};
+use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{
-    Gate, address, frame_of, open, open_hooked, pack, peek, random_bytes, source, wait_until,
-    within,
+    Gate, Opener, address, frame_of, open, open_hooked, pack, peek, random_bytes, source,
+    wait_until, within,
 };
 
 const PAGES: u64 = 2048;
 const FRAME: usize = 8;
+
+/// A restore with one fault thread and all prefetch, whose snapshot's reads wait at the gate as they do in `snapshot`;
+/// returns when all prefetch threads wait.
+fn held(snapshot: Arc<Snapshot>, gate: &Gate, prefetch_threads: usize) -> (Restored, Opener) {
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch(Prefetch::All)
+        .prefetch_threads(prefetch_threads)
+        .start()
+        .unwrap();
+    let opener = gate.opener();
+    wait_until("every prefetch thread waits in a read", || {
+        gate.waiting() == prefetch_threads
+    });
+    (restored, opener)
+}
+
+/// Demand for `pages` is served, and right.
+fn is_served(restored: &Restored, bytes: &[u8], pages: &[u64]) {
+    let addresses: Vec<_> = pages.iter().map(|page| address(restored, *page)).collect();
+    let seen = within("demand is served", move || {
+        addresses.into_iter().map(peek).collect::<Vec<_>>()
+    });
+    for (seen, page) in seen.iter().zip(pages) {
+        assert!(seen == source(bytes, *page), "page {page}");
+    }
+}
 
 /// Every prefetch read of a frame waits, those of index blocks pass: demand for pages of all other frames is
 /// served meanwhile, and demand for the frames that are being prefetched by that one read.
@@ -39,16 +66,7 @@ fn demand_is_served_while_every_prefetch_read_waits() {
         }
         Ok(())
     });
-    let restored = Restore::new(snapshot)
-        .fault_threads(1)
-        .prefetch(Prefetch::All)
-        .prefetch_threads(2)
-        .start()
-        .unwrap();
-    let _opener = gate.opener();
-    wait_until("both prefetch threads wait in a read", || {
-        gate.waiting() == 2
-    });
+    let (restored, _opener) = held(snapshot, &gate, 2);
     let read_now = |page: u64| {
         let frame = frames.binary_search(&frame_of(&good, page).offset());
         reads[frame.unwrap()].load(SeqCst)
@@ -56,16 +74,7 @@ fn demand_is_served_while_every_prefetch_read_waits() {
     let (being_read, others): (Vec<u64>, Vec<u64>) =
         (0..PAGES).partition(|page| read_now(*page) > 0);
     assert_eq!(being_read.len(), 2 * FRAME);
-    let addresses: Vec<_> = others
-        .iter()
-        .map(|page| address(&restored, *page))
-        .collect();
-    let seen = within("demand is served", move || {
-        addresses.into_iter().map(peek).collect::<Vec<_>>()
-    });
-    for (seen, page) in seen.iter().zip(&others) {
-        assert!(seen == source(&bytes, *page), "page {page}");
-    }
+    is_served(&restored, &bytes, &others);
     assert_eq!(gate.waiting(), 2, "prefetch still waits");
     let first = address(&restored, being_read[0]);
     let faults = restored.stats().faults;
@@ -95,22 +104,9 @@ fn demand_is_served_while_prefetch_waits_for_an_index_block() {
         }
         Ok(())
     });
-    let restored = Restore::new(snapshot)
-        .fault_threads(1)
-        .prefetch(Prefetch::All)
-        .prefetch_threads(1)
-        .start()
-        .unwrap();
-    let _opener = gate.opener();
-    wait_until("prefetch waits in a read", || gate.waiting() == 1);
+    let (restored, _opener) = held(snapshot, &gate, 1);
     // The first block is being fetched.
-    let addresses: Vec<_> = (512..PAGES).map(|page| address(&restored, page)).collect();
-    let seen = within("demand is served", move || {
-        addresses.into_iter().map(peek).collect::<Vec<_>>()
-    });
-    for (seen, page) in seen.iter().zip(512..) {
-        assert!(seen == source(&bytes, page), "page {page}");
-    }
+    is_served(&restored, &bytes, &(512..PAGES).collect::<Vec<_>>());
     assert_eq!(gate.waiting(), 1);
 }
 
