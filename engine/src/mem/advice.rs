@@ -10,8 +10,8 @@ pub enum Advice {
     HugePages,
     /// Use small pages only.
     NoHugePages,
-    /// Make huge pages of the small ones that are there, now (6.1). EINVAL means that no page could be made; EAGAIN and
-    /// ENOMEM that it may work later.
+    /// Make huge pages of the small ones that are there, now (6.1). EINVAL means that no page could
+    /// be made; EAGAIN and ENOMEM that it may work later.
     Collapse,
     /// Leave the memory out of children made by `fork`.
     DontFork,
@@ -52,8 +52,8 @@ pub(crate) fn advise_at(advice: Advice, address: u64, len: u64) -> Result<(), Me
 
 fn advise(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
-    // SAFETY: none of the advice in the enum changes the content that this process sees, nor its access rights. What is
-    // not mapped there is refused with ENOMEM.
+    // SAFETY: none of the advice in the enum changes the content that this process sees, nor its
+    // access rights. What is not mapped there is refused with ENOMEM.
     let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
     if result == 0 {
         Ok(())

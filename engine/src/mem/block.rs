@@ -5,11 +5,12 @@
 //!  ├── ring ──┼── (unused) ───┼── data: AtomicU64s ────┤
 //! ```
 //!
-//! A block in a memfd is backed and mapped in full from the start; an anonymous one, as any memory of the process, when it
-//! is first used, which is what lets a restore of much memory start at once.
+//! A block in a memfd is backed and mapped in full from the start; an anonymous one, as any memory
+//! of the process, when it is first used, which is what lets a restore of much memory start at
+//! once.
 //!
-//! The ring is apart from the data because a message in it can carry a file descriptor: only the kernel writes there, and only
-//! the holder of the one [`Ring`] has it written.
+//! The ring is apart from the data because a message in it can carry a file descriptor: only the
+//! kernel writes there, and only the holder of the one [`Ring`] has it written.
 
 use std::ffi::CStr;
 use std::io;
@@ -56,8 +57,8 @@ impl Block {
         // SAFETY: the kernel made this descriptor just now, so nobody else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(number) };
         let size = i64::try_from(total).map_err(|_| io::Error::from(Errno::EFBIG))?;
-        // SAFETY: both take the descriptor and numbers. Allocating all of it now makes a full machine an error here
-        // in place of SIGBUS at some later store.
+        // SAFETY: both take the descriptor and numbers. Allocating all of it now makes a full
+        // machine an error here in place of SIGBUS at some later store.
         unsafe {
             Errno::result(libc::ftruncate(fd.as_raw_fd(), size))?;
             Errno::result(libc::fallocate(fd.as_raw_fd(), 0, 0, size))?;
@@ -67,12 +68,13 @@ impl Block {
         Self::map(len, Some(fd))
     }
 
-    /// The block in a memfd that another process made with [`memfd`](Self::memfd), its content as it is.
+    /// The block in a memfd that another process made with [`memfd`](Self::memfd), its content as
+    /// it is.
     ///
     /// # Safety
     ///
-    /// While the returned ring is used to read messages nobody else, in any process, writes to the head of the block: a
-    /// descriptor number found there is taken for the kernel's.
+    /// While the returned ring is used to read messages nobody else, in any process, writes to the
+    /// head of the block: a descriptor number found there is taken for the kernel's.
     pub unsafe fn from_memfd(fd: OwnedFd) -> io::Result<(Arc<Self>, Ring)> {
         // SAFETY: F_GET_SEALS takes no argument.
         let seals = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })?;
@@ -99,8 +101,8 @@ impl Block {
         };
         let flags = libc::MAP_SHARED | kind;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: without an address the kernel picks memory that nothing else uses. The file, if any, is sealed against
-        // shrinking, so every byte of the mapping stays backed.
+        // SAFETY: without an address the kernel picks memory that nothing else uses. The file, if
+        // any, is sealed against shrinking, so every byte of the mapping stays backed.
         let start =
             unsafe { libc::mmap(std::ptr::null_mut(), total, protection, flags, number, 0) };
         if start == libc::MAP_FAILED {
@@ -142,9 +144,9 @@ impl Block {
             "{count} words at {offset} of a block of {} bytes",
             self.len
         );
-        // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self`, and page-aligned; the assertion
-        // keeps the view inside and aligned. All views are of atomics, in every process, so there is no data race, and every
-        // bit pattern is a u64.
+        // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self`, and
+        // page-aligned; the assertion keeps the view inside and aligned. All views are of atomics,
+        // in every process, so there is no data race, and every bit pattern is a u64.
         unsafe {
             let first = self.start.add(to_usize(HEAD + offset)).cast::<AtomicU64>();
             std::slice::from_raw_parts(first.as_ptr(), count)
@@ -160,7 +162,8 @@ impl Block {
         &self.words(offset, 1)[0]
     }
 
-    /// Keeps the block in memory (mlock), so that no store into it waits for a disk. Limited by `RLIMIT_MEMLOCK`.
+    /// Keeps the block in memory (mlock), so that no store into it waits for a disk. Limited by
+    /// `RLIMIT_MEMLOCK`.
     pub fn lock(&self) -> io::Result<()> {
         // SAFETY: mlock changes residence only; the range is our mapping.
         let result = unsafe { libc::mlock(self.start.as_ptr().cast(), to_usize(HEAD + self.len)) };
@@ -171,7 +174,8 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and every view of it borrows from `self` or, in a Ring, keeps it alive.
+        // SAFETY: the mapping is ours, and every view of it borrows from `self` or, in a Ring,
+        // keeps it alive.
         unsafe { libc::munmap(self.start.as_ptr().cast(), to_usize(HEAD + self.len)) };
     }
 }
@@ -184,7 +188,8 @@ fn total(len: u64) -> io::Result<u64> {
     Ok(total.ok_or(Errno::EINVAL)?)
 }
 
-/// Where the kernel writes messages: the head of a block. There is one for each time that a block is mapped.
+/// Where the kernel writes messages: the head of a block. There is one for each time that a block
+/// is mapped.
 #[derive(Debug)]
 pub struct Ring {
     block: Arc<Block>,
@@ -202,7 +207,8 @@ impl Ring {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the head of a block is HEAD bytes, more than BYTES, and page-aligned; the rest as in `Block::words`.
+        // SAFETY: the head of a block is HEAD bytes, more than BYTES, and page-aligned; the rest as
+        // in `Block::words`.
         unsafe {
             std::slice::from_raw_parts(
                 self.block.start.cast::<AtomicU64>().as_ptr(),
@@ -215,7 +221,8 @@ impl Ring {
         self.block.start.as_ptr().cast()
     }
 
-    /// The 32 bytes of a slot; [`Raw::from_words`](crate::sys::message::Raw::from_words) tells what they mean.
+    /// The 32 bytes of a slot; [`Raw::from_words`](crate::sys::message::Raw::from_words) tells what
+    /// they mean.
     ///
     /// # Panics
     ///
@@ -233,7 +240,8 @@ impl Ring {
             .all(|word| word.load(Ordering::Acquire) == 0)
     }
 
-    /// Zeroes it. Every store made before, such as the record of what the messages said, is seen by whoever finds the ring clear.
+    /// Zeroes it. Every store made before, such as the record of what the messages said, is seen by
+    /// whoever finds the ring clear.
     pub fn clear(&mut self) {
         for word in self.words() {
             word.store(0, Ordering::Release);

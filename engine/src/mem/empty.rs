@@ -1,7 +1,8 @@
 //! The proof that memory is empty.
 //!
-//! A page that is present when its memory is registered never faults as missing: whatever it holds, zeros mostly, would be taken
-//! for restored. So an in-process restore looks, after registering, whether there is any.
+//! A page that is present when its memory is registered never faults as missing: whatever it holds,
+//! zeros mostly, would be taken for restored. So an in-process restore looks, after registering,
+//! whether there is any.
 
 use std::fs::File;
 use std::io;
@@ -45,8 +46,8 @@ const _: () = assert!(size_of::<PageRegion>() == 24 && size_of::<PmScanArg>() ==
 
 ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
 
-/// The first page of `[address, address + len)` of this process that holds anything (present, swapped out, or marked as
-/// poisoned), by `PAGEMAP_SCAN` (6.7) or by reading `/proc/self/pagemap`.
+/// The first page of `[address, address + len)` of this process that holds anything (present,
+/// swapped out, or marked as poisoned), by `PAGEMAP_SCAN` (6.7) or by reading `/proc/self/pagemap`.
 pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
@@ -62,8 +63,9 @@ pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
         return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         ..PmScanArg::default()
     };
-    // SAFETY: `argument` is a live pm_scan_arg that says its own size, and `found` is the one page_region that `vec` and
-    // `vec_len` promise; both are exclusively ours. Without flags the call only looks. A kernel without it answers ENOTTY.
+    // SAFETY: `argument` is a live pm_scan_arg that says its own size, and `found` is the one
+    // page_region that `vec` and `vec_len` promise; both are exclusively ours. Without flags the
+    // call only looks. A kernel without it answers ENOTTY.
     match unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut argument) } {
         Ok(0) => Ok(None),
         Ok(_) => Ok(Some(found.start)),
@@ -72,13 +74,14 @@ pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// The same by `mincore`, which needs no `/proc` and no permission, for memory that was mapped just now and that nobody else
-/// knows of. It doesn't see a page that was swapped out.
+/// The same by `mincore`, which needs no `/proc` and no permission, for memory that was mapped just
+/// now and that nobody else knows of. It doesn't see a page that was swapped out.
 ///
-/// That is proof enough for such memory: what could have filled it is `mlockall(MCL_FUTURE)`, at the moment when it was mapped.
-/// [`MappingOptions::map`](super::MappingOptions::map) maps without access first, so that there is nothing to fill. Were it
-/// filled all the same, its pages would have become resident some microseconds ago and be locked until they were unlocked
-/// just now; to be missed here, each of them must have been written to swap in between.
+/// That is proof enough for such memory: what could have filled it is `mlockall(MCL_FUTURE)`, at
+/// the moment when it was mapped. [`MappingOptions::map`](super::MappingOptions::map) maps without
+/// access first, so that there is nothing to fill. Were it filled all the same, its pages would
+/// have become resident some microseconds ago and be locked until they were unlocked just now; to
+/// be missed here, each of them must have been written to swap in between.
 pub(crate) fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> {
     let page = page_size();
     let mut resident = vec![0_u8; 64 << 10];
@@ -87,8 +90,8 @@ pub(crate) fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> 
     while at < end {
         let pages = (end - at).div_ceil(page).min(resident.len() as u64);
         let pointer = std::ptr::with_exposed_provenance_mut(to_usize(at));
-        // SAFETY: mincore only looks at the range, and writes one byte for each of its pages: `pages` is at most the length of
-        // the buffer.
+        // SAFETY: mincore only looks at the range, and writes one byte for each of its pages:
+        // `pages` is at most the length of the buffer.
         let result =
             unsafe { libc::mincore(pointer, to_usize(pages * page), resident.as_mut_ptr()) };
         Errno::result(result)?;
@@ -139,9 +142,11 @@ fn entry_of(bytes: [u8; 8]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// The first address of the range that is not private anonymous memory of small pages, by `/proc/self/maps`.
+/// The first address of the range that is not private anonymous memory of small pages, by
+/// `/proc/self/maps`.
 ///
-/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled in small ones.
+/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled
+/// in small ones.
 pub fn first_unsuitable(address: u64, len: u64) -> io::Result<Option<u64>> {
     let end = address.saturating_add(len);
     let mut next = address;

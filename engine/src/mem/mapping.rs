@@ -18,7 +18,8 @@ impl MappingOptions {
         Self::default()
     }
 
-    /// The start is equal to `owner_start` modulo 2 MiB, so that huge pages of the owner's address space are huge pages here.
+    /// The start is equal to `owner_start` modulo 2 MiB, so that huge pages of the owner's address
+    /// space are huge pages here.
     #[must_use]
     pub fn congruent_to(mut self, owner_start: u64) -> Self {
         self.congruent_to = owner_start;
@@ -34,8 +35,9 @@ impl MappingOptions {
 
     /// Maps `len` bytes, readable and writable, with no page present: `len` is in whole pages.
     ///
-    /// Also where `mlockall(MCL_FUTURE)` is on, which fills new mappings with zeros at once: the memory is first mapped without
-    /// access, so that there is nothing to fill, unlocked, and only then made accessible.
+    /// Also where `mlockall(MCL_FUTURE)` is on, which fills new mappings with zeros at once: the
+    /// memory is first mapped without access, so that there is nothing to fill, unlocked, and only
+    /// then made accessible.
     pub fn map(self, len: u64) -> Result<Mapping, MemError> {
         let page = if self.huge_pool {
             HUGE_PAGE
@@ -66,16 +68,19 @@ impl MappingOptions {
         if self.huge_pool {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             let flags = flags | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB | libc::MAP_FIXED;
-            // SAFETY: MAP_FIXED replaces exactly the reservation that `mapping` owns and nobody has a pointer into.
+            // SAFETY: MAP_FIXED replaces exactly the reservation that `mapping` owns and nobody has
+            // a pointer into.
             let placed = unsafe { libc::mmap(start.cast(), bytes, libc::PROT_NONE, flags, -1, 0) };
             if placed == libc::MAP_FAILED {
                 let error = MemError::last("mapping huge pages for", mapping.address(), len);
-                // A failed MAP_FIXED may have removed the reservation, and then the addresses can be somebody else's.
+                // A failed MAP_FIXED may have removed the reservation, and then the addresses can
+                // be somebody else's.
                 std::mem::forget(mapping);
                 return Err(error);
             }
         }
-        // SAFETY: munlock changes accounting only. It fails for memory that isn't mapped, which this is.
+        // SAFETY: munlock changes accounting only. It fails for memory that isn't mapped, which
+        // this is.
         if unsafe { libc::munlock(start.cast(), bytes) } != 0 {
             return Err(MemError::last("unlocking", mapping.address(), len));
         }
@@ -87,16 +92,17 @@ impl MappingOptions {
 
 /// Anonymous private memory that this value owns: unmapped on drop.
 ///
-/// With UNMAP events on, dropping it while it is registered waits until somebody reads the event. A userfaultfd that it is
-/// registered with keeps it alive (see [`RawRegion::owned`](super::RawRegion::owned)), so unregister first.
+/// With UNMAP events on, dropping it while it is registered waits until somebody reads the event. A
+/// userfaultfd that it is registered with keeps it alive (see
+/// [`RawRegion::owned`](super::RawRegion::owned)), so unregister first.
 #[derive(Debug)]
 pub struct Mapping {
     start: NonNull<u8>,
     len: u64,
 }
 
-// SAFETY: the value is an address and a length; what is at the address is reached through raw pointers only, whose users
-// have to argue for each access, in whatever thread.
+// SAFETY: the value is an address and a length; what is at the address is reached through raw
+// pointers only, whose users have to argue for each access, in whatever thread.
 unsafe impl Send for Mapping {}
 // SAFETY: as for Send; no method accesses the content.
 unsafe impl Sync for Mapping {}
@@ -113,7 +119,8 @@ impl Mapping {
 
     fn reserve(len: u64) -> Result<Self, MemError> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: without an address and without MAP_FIXED the kernel picks memory that nothing else uses.
+        // SAFETY: without an address and without MAP_FIXED the kernel picks memory that nothing
+        // else uses.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -138,7 +145,8 @@ impl Mapping {
     fn trim(self, offset: u64, len: u64) -> Result<Self, MemError> {
         let address = self.address();
         let aligned = address.next_multiple_of(HUGE_PAGE) + offset;
-        // One huge page back if that still lies inside: the reservation is one huge page longer than `len`.
+        // One huge page back if that still lies inside: the reservation is one huge page longer
+        // than `len`.
         let start = if aligned - HUGE_PAGE >= address {
             aligned - HUGE_PAGE
         } else {
@@ -146,16 +154,19 @@ impl Mapping {
         };
         let (head, tail) = (start - address, address + self.len - (start + len));
         let kept = Self {
-            // SAFETY: head + len + tail is the length of the reservation, so the result is inside it.
+            // SAFETY: head + len + tail is the length of the reservation, so the result is inside
+            // it.
             start: unsafe { self.start.add(to_usize(head)) },
             len,
         };
         let end = start + len;
         std::mem::forget(self);
-        // From here `kept` unmaps its part if something fails; a head or tail that can't be unmapped stays reserved.
+        // From here `kept` unmaps its part if something fails; a head or tail that can't be
+        // unmapped stays reserved.
         for (address, len) in [(address, head), (end, tail)] {
             if len > 0 {
-                // SAFETY: head and tail are parts of the reservation that nothing else owns since `self` was forgotten.
+                // SAFETY: head and tail are parts of the reservation that nothing else owns since
+                // `self` was forgotten.
                 unsafe { unmap(address, len)? };
             }
         }
@@ -188,9 +199,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by us and given to nobody; pointers handed out by `as_ptr` are their users'
-        // responsibility. munmap of a mapped range fails only if it would split a mapping beyond vm.max_map_count;
-        // then the memory stays mapped, which harms nobody.
+        // SAFETY: the range was mapped by us and given to nobody; pointers handed out by `as_ptr`
+        // are their users' responsibility. munmap of a mapped range fails only if it would split a
+        // mapping beyond vm.max_map_count; then the memory stays mapped, which harms nobody.
         let _ = unsafe { unmap(self.address(), self.len) };
     }
 }

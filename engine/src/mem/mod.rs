@@ -8,8 +8,8 @@
 //! | [`Block`] | a session's state, shareable with another process |
 //! | [`Ring`] | the head of a block, where the kernel writes messages |
 //!
-//! Memory that somebody else can change at any moment, which is all memory here, is never a `&[u8]`: there are raw
-//! pointers, addresses and lengths, and atomics.
+//! Memory that somebody else can change at any moment, which is all memory here, is never a
+//! `&[u8]`: there are raw pointers, addresses and lengths, and atomics.
 
 #![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
 
@@ -86,14 +86,16 @@ pub(crate) fn unreadable_page() -> io::Result<u64> {
     Ok(PAGE.get_or_init(|| page).address())
 }
 
-/// Calls that change how memory may be accessed. The callers own the memory or hold a contract for it.
+/// Calls that change how memory may be accessed. The callers own the memory or hold a contract for
+/// it.
 ///
 /// # Safety
 ///
 /// Nobody may rely on access to `[address, address + len)` that `protection` doesn't give.
 unsafe fn protect(address: u64, len: u64, protection: i32) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(crate::sys::to_usize(address));
-    // SAFETY: mprotect changes access rights only, never content; the rights are the caller's promise.
+    // SAFETY: mprotect changes access rights only, never content; the rights are the caller's
+    // promise.
     let result = unsafe { libc::mprotect(pointer, crate::sys::to_usize(len), protection) };
     if result == 0 {
         Ok(())

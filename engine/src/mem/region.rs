@@ -7,8 +7,8 @@ use crate::sys::page_size;
 
 /// A stretch of this process's memory that a restore may fill.
 ///
-/// The one `unsafe` step of restoring into one's own process is to make one of the caller's memory; all that follows
-/// (registering, installing, giving up) is safe because of what was promised here.
+/// The one `unsafe` step of restoring into one's own process is to make one of the caller's memory;
+/// all that follows (registering, installing, giving up) is safe because of what was promised here.
 #[derive(Clone, Debug)]
 pub struct RawRegion {
     address: u64,
@@ -23,13 +23,15 @@ impl RawRegion {
     ///
     /// Until everything registered of it is unregistered, or the userfaultfd is closed:
     ///
-    /// - `[start, start + len)` is mapped in this process, and is this restore's to fill: a page that isn't present
-    ///   may come to hold any bytes at any moment, may read as zeros after the end, may raise SIGBUS, and a whole page may
-    ///   become inaccessible if the restore is given up.
-    /// - So it is accessed as plain bytes: through raw pointers, atomics or volatile accesses, or through the kernel or a
-    ///   virtual CPU. No reference to a type with invalid values points into it before it is complete.
-    /// - It isn't unmapped or moved, unless the userfaultfd has [`Features::EVENTS`] on, so that it learns of that before the
-    ///   address can mean something else.
+    /// - `[start, start + len)` is mapped in this process, and is this restore's to fill: a page
+    ///   that isn't present may come to hold any bytes at any moment, may read as zeros after the
+    ///   end, may raise SIGBUS, and a whole page may become inaccessible if the restore is given
+    ///   up.
+    /// - So it is accessed as plain bytes: through raw pointers, atomics or volatile accesses, or
+    ///   through the kernel or a virtual CPU. No reference to a type with invalid values points
+    ///   into it before it is complete.
+    /// - It isn't unmapped or moved, unless the userfaultfd has [`Features::EVENTS`] on, so that it
+    ///   learns of that before the address can mean something else.
     ///
     /// [`Features::EVENTS`]: crate::sys::Features::EVENTS
     pub unsafe fn new(start: *mut u8, len: u64) -> Result<Self, MemError> {
@@ -52,8 +54,8 @@ impl RawRegion {
 
     /// Memory of the engine's own, kept alive as long as this or a registration of it.
     ///
-    /// Nobody else can have relied on its content: it was made empty, and is reachable through raw pointers only, whose
-    /// users have to bear the same that [`new`](Self::new) demands.
+    /// Nobody else can have relied on its content: it was made empty, and is reachable through raw
+    /// pointers only, whose users have to bear the same that [`new`](Self::new) demands.
     pub fn owned(mapping: Arc<Mapping>) -> Self {
         Self {
             address: mapping.address(),
@@ -78,8 +80,8 @@ impl RawRegion {
         self.len
     }
 
-    /// Takes every access to `[offset, offset + len)` away: what touches it from now on gets SIGSEGV, or EFAULT. For what
-    /// could not be restored, so that it never reads as zeros.
+    /// Takes every access to `[offset, offset + len)` away: what touches it from now on gets
+    /// SIGSEGV, or EFAULT. For what could not be restored, so that it never reads as zeros.
     pub fn make_inaccessible(&self, offset: u64, len: u64) -> Result<(), MemError> {
         let address = self.inside("making inaccessible", offset, len)?;
         // SAFETY: `new` names this among what the region's owner accepts.
@@ -107,11 +109,14 @@ impl RawRegion {
     }
 }
 
-/// Takes every access to a range that was registered as part of a [`RawRegion`], wherever the owner has moved it since.
+/// Takes every access to a range that was registered as part of a [`RawRegion`], wherever the owner
+/// has moved it since.
 ///
-/// The range must be one of the session's address map, which starts as the regions and follows the owner's own changes.
+/// The range must be one of the session's address map, which starts as the regions and follows the
+/// owner's own changes.
 pub(crate) fn make_inaccessible_at(address: u64, len: u64) -> Result<(), MemError> {
-    // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving it doesn't end that.
+    // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving it
+    // doesn't end that.
     unsafe { protect(address, len, libc::PROT_NONE) }
 }
 
@@ -119,8 +124,8 @@ pub(crate) fn make_inaccessible_at(address: u64, len: u64) -> Result<(), MemErro
 pub(crate) fn reserve_at(address: u64, len: u64) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(crate::sys::to_usize(address));
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: as for `make_inaccessible_at`, of the whole range: what a user of the memory can meet is a page without access. The
-    // range belongs to the restore, so no other mapping is replaced.
+    // SAFETY: as for `make_inaccessible_at`, of the whole range: what a user of the memory can meet
+    // is a page without access. The range belongs to the restore, so no other mapping is replaced.
     let result = unsafe {
         libc::mmap(
             pointer,

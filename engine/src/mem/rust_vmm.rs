@@ -30,9 +30,9 @@ pub enum GuestMemoryError {
 ///
 /// # Safety
 ///
-/// `vm-memory` doesn't own the memory and its types are cloned freely: every region must stay mapped, readable and
-/// writable, as long as the result or any clone of it, or of a part of it, is used. In particular a restore that is
-/// given up may take access away only when they are gone.
+/// `vm-memory` doesn't own the memory and its types are cloned freely: every region must stay
+/// mapped, readable and writable, as long as the result or any clone of it, or of a part of it, is
+/// used. In particular a restore that is given up may take access away only when they are gone.
 pub unsafe fn guest_memory(
     regions: &[(GuestAddress, RawRegion)],
 ) -> Result<GuestMemoryMmap, GuestMemoryError> {
@@ -44,7 +44,8 @@ pub unsafe fn guest_memory(
             guest: guest.0,
             len,
         };
-        // SAFETY: a RawRegion is a mapped range, by the contract of its making, and stays so by this function's.
+        // SAFETY: a RawRegion is a mapped range, by the contract of its making, and stays so by
+        // this function's.
         let mapped = unsafe {
             MmapRegion::build_raw(
                 region.as_ptr(),
@@ -64,8 +65,10 @@ impl Restored {
     ///
     /// # Safety
     ///
-    /// As for [`guest_memory`]: the result, its clones and parts of it are used only as long as this value lives and
-    /// isn't stopped by [`Stop::Inaccessible`](crate::restore::Stop::Inaccessible), and nobody unmaps or moves the memory.
+    /// As for [`guest_memory`]: the result, its clones and parts of it are used only as long as
+    /// this value lives and isn't stopped by
+    /// [`Stop::Inaccessible`](crate::restore::Stop::Inaccessible), and nobody unmaps or moves the
+    /// memory.
     pub unsafe fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestMemoryError> {
         let mut regions: Vec<_> = self
             .regions()
@@ -74,7 +77,8 @@ impl Restored {
             .map(|region| (GuestAddress(region.start), region.memory().clone()))
             .collect();
         regions.sort_unstable_by_key(|(start, _)| start.0);
-        // SAFETY: the caller's promise; a restore keeps its regions mapped, readable and writable until it ends.
+        // SAFETY: the caller's promise; a restore keeps its regions mapped, readable and writable
+        // until it ends.
         unsafe { guest_memory(&regions) }
     }
 }

@@ -5,9 +5,9 @@ use crate::sys::to_usize;
 
 /// A buffer that is the source of [`move_`](crate::sys::Userfaultfd::move_).
 ///
-/// Unlike a [`Mapping`] it is never lent to a restore, so nothing can poison it or take access to it away, and it can be
-/// written as bytes. It begins as zeros, as do pages that were moved away. It is left out of forked children: a page that a
-/// child shares can't be moved.
+/// Unlike a [`Mapping`] it is never lent to a restore, so nothing can poison it or take access to
+/// it away, and it can be written as bytes. It begins as zeros, as do pages that were moved away.
+/// It is left out of forked children: a page that a child shares can't be moved.
 #[derive(Debug)]
 pub struct Scratch {
     mapping: Mapping,
@@ -27,9 +27,10 @@ impl Scratch {
 
     /// The content.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the mapping is ours alone, anonymous, readable and writable for its length; it is not handed out, so its
-        // access rights stay, and no pointer to it exists but those borrowed from `self`. Its pages change by `move_` only,
-        // which borrows `self` exclusively. Anonymous memory is initialised: zeros.
+        // SAFETY: the mapping is ours alone, anonymous, readable and writable for its length; it is
+        // not handed out, so its access rights stay, and no pointer to it exists but those borrowed
+        // from `self`. Its pages change by `move_` only, which borrows `self` exclusively.
+        // Anonymous memory is initialised: zeros.
         unsafe {
             std::slice::from_raw_parts_mut(self.mapping.as_ptr(), to_usize(self.mapping.len()))
         }

@@ -20,7 +20,8 @@ use super::guard::{Asker, Owner};
 use super::restored::{Inner, Restored, RestoredRegion};
 use super::threads::{Hook, ThreadError, start_threads};
 
-/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and `mremap`.
+/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
+/// `mremap`.
 const SPARE_PIECES: usize = 4096;
 
 /// What is fetched before it is touched.
@@ -85,7 +86,8 @@ pub enum StartError {
         /// What the snapshot says.
         needed: u64,
     },
-    /// The caller's memory is of a kind that can't be restored into: shared, of a file, or of huge pages.
+    /// The caller's memory is of a kind that can't be restored into: shared, of a file, or of huge
+    /// pages.
     #[error(
         "the memory given for region {region} at {address:#x} is not private anonymous memory of 4 KiB pages"
     )]
@@ -188,8 +190,8 @@ impl Restore {
         self
     }
 
-    /// Threads that serve faults; at least 1. One serves one toucher well; more help when many touch at
-    /// once, or when the store is slow. Default 2.
+    /// Threads that serve faults; at least 1. One serves one toucher well; more help when many
+    /// touch at once, or when the store is slow. Default 2.
     pub fn fault_threads(mut self, threads: usize) -> Self {
         self.fault_threads = threads.max(1);
         self
@@ -213,29 +215,33 @@ impl Restore {
         self
     }
 
-    /// What is done when a touched page can't be restored. Default [`OnFailure::Poison`]; for a VM's memory choose
+    /// What is done when a touched page can't be restored. Default [`OnFailure::Poison`]; for a
+    /// VM's memory choose
     /// [`OnFailure::Abort`].
     pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.on_failure = on_failure;
         self
     }
 
-    /// Permits a userfaultfd that serves faults of user code only, where another is not permitted. A
-    /// system call or virtual CPU that touches a missing page then fails with EFAULT. Default: no.
+    /// Permits a userfaultfd that serves faults of user code only, where another is not permitted.
+    /// A system call or virtual CPU that touches a missing page then fails with EFAULT, other than
+    /// [`Restored::read_at`]. [`Restored::is_user_mode_only`] tells which it is. Default: no.
     pub fn user_mode_only(mut self, permitted: bool) -> Self {
         self.user_mode_only = permitted;
         self
     }
 
-    /// Whether the longest zero runs are left to the kernel, which serves them at its own price. Say no
-    /// if the memory will be moved by `mremap`, which can't move a range that is registered in parts.
-    /// Default: yes.
+    /// Whether the longest zero runs are left to the kernel, which serves them at its own price.
+    /// Say no if the memory will be moved by `mremap`, which can't move a range that is registered
+    /// in parts. Default: yes.
     pub fn leave_zero_runs(mut self, leave: bool) -> Self {
         self.leave_zero_runs = leave;
         self
     }
 
-    /// Advises huge pages for the memory when it is complete. Default: no.
+    /// Has the kernel make huge pages of the memory when it is complete, wherever all of one is
+    /// there (Linux 6.1; before, nothing is done). What was discarded, or left to the kernel, gets
+    /// no memory by that. Default: no.
     pub fn huge_pages(mut self, advise: bool) -> Self {
         self.huge_pages = advise;
         self
@@ -247,14 +253,15 @@ impl Restore {
         self
     }
 
-    /// Called in each engine thread before it does anything, for instance to confine it. The signals are blocked by then.
+    /// Called in each engine thread before it does anything, for instance to confine it. The
+    /// signals are blocked by then.
     pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.hook = Some(Arc::new(hook));
         self
     }
 
-    /// Called with the number of each page that a touch brought in, in that order, by the thread that served it:
-    /// the working set of whoever runs.
+    /// Called with the number of each page that a touch brought in, in that order, by the thread
+    /// that served it: the working set of whoever runs.
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));
         self
@@ -278,7 +285,7 @@ impl Restore {
         let regions = self.memory()?;
         // Dropped after all that is made below: the userfaultfd is closed by then.
         let mut in_children = LeftOutOfChildren::default();
-        let user_mode_only = if self.user_mode_only {
+        let permitted = if self.user_mode_only {
             UserModeOnly::IfNeeded
         } else {
             UserModeOnly::Never
@@ -286,8 +293,9 @@ impl Restore {
         let uffd = OpenOptions::new()
             .wanted(Features::EMPTY)
             .mask(self.mask)
-            .user_mode_only(user_mode_only)
+            .user_mode_only(permitted)
             .open()?;
+        let user_mode_only = uffd.is_user_mode_only();
         let extents: Vec<Extent> = regions
             .iter()
             .zip(needed)
@@ -342,6 +350,8 @@ impl Restore {
             named.collect(),
             begun,
             self.huge_pages,
+            user_mode_only,
+            left,
             self.fault_threads,
         ));
         match start_threads(&self, &inner, asker) {
@@ -353,8 +363,8 @@ impl Restore {
         }
     }
 
-    /// Registers the memory of one region, but for the runs that are left to the kernel, and proves that it is
-    /// empty.
+    /// Registers the memory of one region, but for the runs that are left to the kernel, and proves
+    /// that it is empty.
     fn register(
         &self,
         uffd: &Userfaultfd,
@@ -388,7 +398,8 @@ impl Restore {
         }
         let populated = first_populated(memory.address(), memory.len());
         let populated = populated.or_else(|source| {
-            // Without /proc, or in a process that is not dumpable. Of memory that was mapped just now less has to be known.
+            // Without /proc, or in a process that is not dumpable. Of memory that was mapped just
+            // now less has to be known.
             if memory.is_owned() {
                 tracing::debug!(%source, "the memory is looked at by mincore");
                 first_resident(memory.address(), memory.len())
@@ -429,7 +440,8 @@ impl Restore {
     }
 }
 
-/// Memory that is left out of children until it is complete, or, if the restore doesn't start, until this is dropped.
+/// Memory that is left out of children until it is complete, or, if the restore doesn't start,
+/// until this is dropped.
 #[derive(Default)]
 struct LeftOutOfChildren(Vec<RawRegion>);
 
@@ -481,8 +493,8 @@ fn new_memory(region: usize, start: u64, bytes: u64) -> Result<RawRegion, StartE
         })
 }
 
-/// Memory that the caller gives is its own, each piece once: in shared memory and files there are pages that raise
-/// no fault.
+/// Memory that the caller gives is its own, each piece once: in shared memory and files there are
+/// pages that raise no fault.
 fn check_given(given: &BTreeMap<usize, RawRegion>) -> Result<(), StartError> {
     let mut by_address: Vec<_> = given.iter().collect();
     by_address.sort_by_key(|(_, memory)| memory.address());

@@ -1,8 +1,8 @@
 //! Prefetch: what is fetched next, and by whom.
 //!
-//! A feeder gives one index block at a time to a rayon pool of its own and never more blocks than there are
-//! threads: rayon has no priorities, so what may have to wait is not queued in it. It stands back while demand waits, and keeps to a
-//! budget.
+//! A feeder gives one index block at a time to a rayon pool of its own and never more blocks than
+//! there are threads: rayon has no priorities, so what may have to wait is not queued in it. It
+//! stands back while demand waits, and keeps to a budget.
 
 use std::io;
 use std::ops::Range;
@@ -20,7 +20,8 @@ use super::builder::Prefetch;
 use super::restored::Inner;
 use super::threads::{EndOnPanic, Hook};
 
-/// The longest that prefetch waits for demand before a frame: an owner that faults all the time must not stop it.
+/// The longest that prefetch waits for demand before a frame: an owner that faults all the time
+/// must not stop it.
 const LONGEST_STAND_BACK: Duration = Duration::from_micros(500);
 /// How long it waits before it looks again.
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
@@ -113,7 +114,8 @@ impl Feeder {
         })
     }
 
-    /// Fetches all that the plan names, and returns when it is there, can't be had, or the session ends.
+    /// Fetches all that the plan names, and returns when it is there, can't be had, or the session
+    /// ends.
     pub(super) fn run(self) {
         let begun = Instant::now();
         let first = match &self.plan.prefetch {
@@ -142,7 +144,8 @@ impl Feeder {
         self.wait_idle();
         self.inner.session.kick();
         self.inner.prefetch_ended();
-        // The feeder goes, and with it the pool: who joins this thread has joined those of the pool.
+        // The feeder goes, and with it the pool: who joins this thread has joined those of the
+        // pool.
     }
 
     /// The runs of all working sets that can be read.

@@ -17,10 +17,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`Restore::start`] maps memory (or takes the caller's), registers it with a userfaultfd and returns at once.
-//! From then on the memory may be touched by any thread and by virtual CPUs: what is missing arrives
-//! while the toucher waits. When everything has arrived, the memory is unregistered and the engine's
-//! threads end.
+//! [`Restore::start`] maps memory (or takes the caller's), registers it with a userfaultfd and
+//! returns at once. From then on the memory may be touched by any thread and by virtual CPUs: what
+//! is missing arrives while the toucher waits. When everything has arrived, the memory is
+//! unregistered and the engine's threads end.
 //!
 //! # Threads
 //!
@@ -31,20 +31,23 @@
 //! | `snap-fetch-N` | [`Restore::prefetch_threads`] | read, decode and install ahead of faults |
 //! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
 //!
-//! When a [`Restored`] is dropped or was stopped they have ended. All block every signal and start no others. After the hook of
-//! [`Restore::on_thread_start`] has run they make only the system calls of [`SYSTEM_CALLS`], and those that the snapshot's
-//! store, the callbacks and the tracing subscriber make.
+//! When a [`Restored`] is dropped or was stopped they have ended. All block every signal and start
+//! no others. After the hook of [`Restore::on_thread_start`] has run they make only the system
+//! calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the callbacks and the tracing
+//! subscriber make.
 //!
 //! # What memory may do meanwhile
 //!
-//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and,
-//! where the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is complete the memory is left
-//! out of children (`MADV_DONTFORK`): a child could not be served past the parent's end. When the restore is complete,
-//! was stopped, or didn't start, children get it again (`MADV_DOFORK`).
+//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and, where
+//! the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is
+//! complete the memory is left out of children (`MADV_DONTFORK`): a child could not be served past
+//! the parent's end. When the restore is complete, was stopped, or didn't start, children get it
+//! again (`MADV_DOFORK`).
 
 mod builder;
 mod feeder;
 mod guard;
+mod huge;
 mod questions;
 mod restored;
 mod threads;

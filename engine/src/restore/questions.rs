@@ -1,4 +1,5 @@
-//! The questions that the asking thread has to put: one for each page, however many faults wait for it.
+//! The questions that the asking thread has to put: one for each page, however many faults wait for
+//! it.
 //!
 //! ```text
 //!            ask                 callback                     close
@@ -6,8 +7,8 @@
 //!                                 ──▶ Retry: pausing ── due ──▶ gone, its faults are served again
 //! ```
 //!
-//! A toucher that a signal interrupts faults anew on the same page. Such a fault joins the question about its page, without
-//! the page being read again, until the question is gone.
+//! A toucher that a signal interrupts faults anew on the same page. Such a fault joins the question
+//! about its page, without the page being read again, until the question is gone.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -20,7 +21,8 @@ use crate::session::{Decision, Failure, Fault};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(512);
-/// Pages of which is known how often they were tried again. Of more than so many in turn each begins anew.
+/// Pages of which is known how often they were tried again. Of more than so many in turn each
+/// begins anew.
 const TRIED_PAGES: usize = 64;
 
 /// The open questions.

@@ -1,5 +1,6 @@
 //! A restore that runs.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use crate::session::{
 };
 use crate::sys::{ReadFault, read_checked};
 
+use super::huge;
 use super::threads::Threads;
 
 /// Memory that is being restored.
@@ -30,11 +32,12 @@ pub struct RestoredRegion {
 }
 
 impl RestoredRegion {
-    /// Its first byte in this process. Valid as long as the [`Restored`] lives, or the caller's mapping.
+    /// Its first byte in this process. Valid as long as the [`Restored`] lives, or the caller's
+    /// mapping.
     ///
-    /// Memory that the engine mapped is unmapped as a whole in the end. Who unmaps or moves a part of it before
-    /// frees addresses that something else may be using by then: give memory of your own
-    /// ([`Restore::region`](super::Restore::region)) for that.
+    /// Memory that the engine mapped is unmapped as a whole in the end. Who unmaps or moves a part
+    /// of it before frees addresses that something else may be using by then: give memory of your
+    /// own ([`Restore::region`](super::Restore::region)) for that.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.as_ptr()
     }
@@ -60,10 +63,12 @@ impl RestoredRegion {
 pub enum Stop {
     /// Everything that is missing is installed first.
     Complete,
-    /// What is missing becomes inaccessible: a touch is SIGSEGV, a system call gets EFAULT. What is there stays.
+    /// What is missing becomes inaccessible: a touch is SIGSEGV, a system call gets EFAULT. What is
+    /// there stays.
     Inaccessible,
-    /// All of the memory goes back to the kernel. Its addresses stay reserved, without access, until the caller unmaps its own mappings and
-    /// the [`Restored`] is dropped, so that nothing else comes to lie there.
+    /// All of the memory goes back to the kernel. Its addresses stay reserved, without access,
+    /// until the caller unmaps its own mappings and the [`Restored`] is dropped, so that nothing
+    /// else comes to lie there.
     Unmap,
 }
 
@@ -82,7 +87,8 @@ pub enum StopError {
     /// It has ended already: the memory is no longer the engine's.
     #[error("the restore has ended already")]
     Over,
-    /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing its memory.
+    /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing
+    /// its memory.
     #[error("{missing} pages are still missing")]
     Missing {
         /// Pages.
@@ -137,7 +143,7 @@ pub struct Stats {
     pub mapped: Duration,
     /// From the start call to the memory being complete, if it is.
     pub complete: Option<Duration>,
-    /// Faults read.
+    /// Faults read, and pages that [`Restored::read_at`] asked for.
     pub faults: u64,
     /// From reading a fault to its answer.
     pub fault_time: Percentiles,
@@ -162,6 +168,9 @@ pub struct Stats {
 /// How often [`Stop::Complete`] looks for pages that are left without a failure.
 const MOST_TRIES: u32 = 10_000;
 
+/// How much [`Restored::read_at`] has brought and reads at once.
+const READ_PIECE: usize = 64 << 10;
+
 /// How often a waiter looks at what no notification tells.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -175,6 +184,9 @@ pub(super) struct Inner {
     begun: Instant,
     mapped: Duration,
     huge_pages: bool,
+    user_mode_only: bool,
+    /// Zero runs that were left to the kernel.
+    left: Vec<Range<u64>>,
     fault_threads: AtomicUsize,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
@@ -194,6 +206,8 @@ impl Inner {
         regions: Vec<RestoredRegion>,
         begun: Instant,
         huge_pages: bool,
+        user_mode_only: bool,
+        left: Vec<Range<u64>>,
         fault_threads: usize,
     ) -> Self {
         Self {
@@ -202,6 +216,8 @@ impl Inner {
             begun,
             mapped: begun.elapsed(),
             huge_pages,
+            user_mode_only,
+            left,
             fault_threads: AtomicUsize::new(fault_threads),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
@@ -227,13 +243,13 @@ impl Inner {
     fn release_memory(&self) {
         self.advise(Advice::DoFork);
         if self.huge_pages {
-            self.advise(Advice::HugePages);
-            self.advise(Advice::Collapse);
+            huge::collapse(&self.session, &self.left);
         }
     }
 
     fn advise(&self, advice: Advice) {
-        // Where the owner has it now: at an address that it has unmapped there may be something else.
+        // Where the owner has it now: at an address that it has unmapped there may be something
+        // else.
         for Extent { address, pages, .. } in self.session.state.map().extents() {
             if let Err(error) = advise_at(advice, address, pages * PAGE) {
                 tracing::debug!(%error, ?advice, "advice at the end of a restore");
@@ -253,7 +269,8 @@ impl Inner {
 
 /// A restore that runs: the memory, and the engine's threads that fill it.
 ///
-/// Dropping it stops the restore as [`Stop::Inaccessible`] does; memory that the engine mapped is unmapped then.
+/// Dropping it stops the restore as [`Stop::Inaccessible`] does; memory that the engine mapped is
+/// unmapped then.
 pub struct Restored {
     inner: Arc<Inner>,
     threads: Threads,
@@ -290,16 +307,17 @@ impl Restored {
     }
 
     /// Waits until the restore is complete, or prefetch is at its end without that: with
-    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another prefetch the rest comes by
-    /// touches only. While a touch waits for its page, or for a verdict about it, it isn't known which, and is waited
-    /// for. True if it is complete.
+    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another
+    /// prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
+    /// about it, it isn't known which, and is waited for. True if it is complete.
     pub fn wait_complete(&self) -> bool {
         let mut progress = self
             .inner
             .progress
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Whether all pages may be settled is not told by a notification, so it is looked at now and then.
+        // Whether all pages may be settled is not told by a notification, so it is looked at now
+        // and then.
         while !progress.served_out && (!progress.prefetched || self.may_complete_yet()) {
             let waited = self.inner.changed.wait_timeout(progress, LOOK_AGAIN);
             progress = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -308,8 +326,8 @@ impl Restored {
         self.is_complete()
     }
 
-    /// Whether the last pages may be there, or be on their way: a page is marked only after its toucher was woken, and
-    /// only then is its fault no longer open. So faults are looked at first.
+    /// Whether the last pages may be there, or be on their way: a page is marked only after its
+    /// toucher was woken, and only then is its fault no longer open. So faults are looked at first.
     fn may_complete_yet(&self) -> bool {
         let session = &self.inner.session;
         session.inbox.has_open() || session.state.may_be_settled()
@@ -347,8 +365,9 @@ impl Restored {
         self.inner.session.failures().0
     }
 
-    /// Reads memory of region `region` from `offset` bytes on. What is missing is restored first. An
-    /// error, and not a signal, for a page that can't be read.
+    /// Reads memory of region `region` from `offset` bytes on. What is missing is restored first,
+    /// as for a touch, and counted as one. An error, and not a signal, for a page that can't be
+    /// read.
     pub fn read_at(
         &self,
         region: usize,
@@ -369,21 +388,57 @@ impl Restored {
                 offset,
                 len,
             })?;
-        read_checked(memory.address() + offset, buffer).map_err(|fault| match fault {
-            ReadFault::Unreadable { address } => ReadAtError::Unreadable {
-                region,
-                offset: address - memory.address(),
-            },
-            other => ReadAtError::Refused(other),
-        })
+        let start = memory.address() + offset;
+        self.read_memory(start, buffer)
+            .map_err(|fault| match fault {
+                ReadFault::Unreadable { address } => ReadAtError::Unreadable {
+                    region,
+                    offset: address - memory.address(),
+                },
+                other => ReadAtError::Refused(other),
+            })
     }
 
-    /// Ends the restore in the way that `stop` says. A restore that is complete has ended already: then nothing is left to
-    /// do for [`Stop::Complete`] and [`Stop::Inaccessible`], and the memory is no longer the engine's to
+    /// Reads in pieces, so that what was brought for one is hardly ever discarded again before it
+    /// is read.
+    fn read_memory(&self, start: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
+        let session = &self.inner.session;
+        let mut at = start;
+        for piece in buffer.chunks_mut(READ_PIECE) {
+            let end = at + piece.len() as u64;
+            session.bring_for_reader(at..end);
+            let mut read = read_checked(at, piece);
+            // With another userfaultfd the kernel asks for what the owner has discarded. This one's
+            // doesn't.
+            let mut zeroed = None;
+            while let Err(ReadFault::Unreadable { address }) = read {
+                if !self.is_user_mode_only() || zeroed == Some(address) {
+                    break;
+                }
+                zeroed = Some(address);
+                session.zero_for_reader(address);
+                read = read_checked(at, piece);
+            }
+            read?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Whether only instructions of this process are stopped at a missing page: a system call, or a
+    /// virtual CPU, that touches one before the restore is complete fails with EFAULT.
+    /// [`read_at`](Self::read_at) works all the same.
+    pub fn is_user_mode_only(&self) -> bool {
+        self.inner.user_mode_only
+    }
+
+    /// Ends the restore in the way that `stop` says. A restore that is complete has ended already:
+    /// then nothing is left to do for [`Stop::Complete`] and [`Stop::Inaccessible`], and the memory
+    /// is no longer the engine's to
     /// [`Stop::Unmap`].
     ///
-    /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch memory that becomes
-    /// inaccessible.
+    /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
+    /// memory that becomes inaccessible.
     pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
         match stop {
             Stop::Complete => self.complete(),
@@ -468,8 +523,9 @@ impl Restored {
         }
         let session = &self.inner.session;
         for round in 0.. {
-            // The owner may have unmapped and moved memory when nobody read its events any more. What is missing is wherever it
-            // is now; at the old addresses there may be nothing, or memory that isn't ours.
+            // The owner may have unmapped and moved memory when nobody read its events any more.
+            // What is missing is wherever it is now; at the old addresses there may be nothing, or
+            // memory that isn't ours.
             while session.read_events(0) > 0 {}
             let refused = session.missing().into_iter().find_map(|(address, pages)| {
                 let made = Kernel::make_inaccessible(address, pages * PAGE);
@@ -484,7 +540,8 @@ impl Restored {
                     std::thread::sleep(Duration::from_micros(100));
                 }
                 Some((address, error)) => {
-                    // The mappings may be in too many pieces for one more: then the whole memory goes.
+                    // The mappings may be in too many pieces for one more: then the whole memory
+                    // goes.
                     tracing::warn!(%error, address, "making missing pages inaccessible");
                     self.make_all_inaccessible();
                     break;

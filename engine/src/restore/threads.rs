@@ -12,7 +12,8 @@ use super::feeder::{self, Plan};
 use super::guard::Asker;
 use super::restored::Inner;
 
-/// The system calls that engine threads make after [`Restore::on_thread_start`]'s hook: for a seccomp filter.
+/// The system calls that engine threads make after [`Restore::on_thread_start`]'s hook: for a
+/// seccomp filter.
 pub const SYSTEM_CALLS: &[&str] = &[
     // Faults, and installing.
     "ioctl",
@@ -41,7 +42,8 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "rseq",
     "set_robust_list",
     "getrandom",
-    // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is open.
+    // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is
+    // open.
     "close",
     "fcntl",
 ];
@@ -55,7 +57,8 @@ pub(super) struct ThreadError {
     pub(super) source: io::Error,
 }
 
-/// Ends the process if its thread panics: whoever waits for that thread's pages would wait for ever.
+/// Ends the process if its thread panics: whoever waits for that thread's pages would wait for
+/// ever.
 pub(super) struct EndOnPanic;
 
 impl Drop for EndOnPanic {

@@ -50,8 +50,8 @@ impl fmt::Display for Failure {
 /// What a callback decides about a failed page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Try to read it again, after a pause: 1 ms the first time, twice as long each further time, and at most half a
-    /// second.
+    /// Try to read it again, after a pause: 1 ms the first time, twice as long each further time,
+    /// and at most half a second.
     Retry,
     /// Poison it.
     Poison,
@@ -68,8 +68,9 @@ pub enum OnFailure {
     Poison,
     /// The process is ended. For the memory of a VM.
     Abort,
-    /// The callback decides, on a thread of its own, while the fault waits. It is asked once about a page, however many
-    /// wait for it, and again only if the page was tried again and still can't be had.
+    /// The callback decides, on a thread of its own, while the fault waits. It is asked once about
+    /// a page, however many wait for it, and again only if the page was tried again and still can't
+    /// be had.
     Ask(Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>),
 }
 

@@ -14,6 +14,7 @@
 //!       can't be had: the failure policy
 //! ```
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use snapshot_format::Reason;
@@ -29,6 +30,8 @@ use super::{Decision, Failure, FailureKind, Fault, Session};
 const FILL_PAGES: usize = 16;
 /// How often a frame that could not be read is read again, with some milliseconds in between.
 const READ_TRIES: u32 = 4;
+/// Damaged frames that a thread remembers.
+const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.
 const MOST_RUNS: usize =
     snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
@@ -39,6 +42,8 @@ pub(crate) struct Worker<I: Image> {
     pub(super) runs: Vec<Run>,
     fill: Vec<u8>,
     fill_word: u64,
+    /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
+    bad: VecDeque<(I::Frame, Failure)>,
 }
 
 impl<I: Image> Worker<I> {
@@ -48,7 +53,20 @@ impl<I: Image> Worker<I> {
             runs: Vec::with_capacity(MOST_RUNS),
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
+            bad: VecDeque::new(),
         }
+    }
+
+    fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
+        let known = self.bad.iter().find(|(bad, _)| bad == frame);
+        known.map(|(_, failure)| failure)
+    }
+
+    fn remember_bad(&mut self, frame: &I::Frame, failure: &Failure) {
+        if self.bad.len() == BAD_FRAMES {
+            self.bad.pop_front();
+        }
+        self.bad.push_back((*frame, failure.clone()));
     }
 
     /// A buffer of pages that repeat `word`.
@@ -64,7 +82,7 @@ impl<I: Image> Worker<I> {
 }
 
 /// What the state of the faulting page asks for.
-enum Step {
+pub(super) enum Step {
     /// It was answered.
     Answered,
     /// Read events, then look again.
@@ -131,7 +149,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Has the leader look whether the session is complete: it waits for messages, and there may be no more.
+    /// Has the leader look whether the session is complete: it waits for messages, and there may be
+    /// no more.
     pub(super) fn look_if_settled(&self) {
         if self.state.may_be_settled() {
             self.platform.kick();
@@ -183,7 +202,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Looks up the page at `address` and answers what needs no content.
-    fn look(&self, address: u64) -> Step {
+    pub(super) fn look(&self, address: u64) -> Step {
         let _hold = self.platform.shared(address);
         let page = self.state.map().page_at(address);
         let installed = match page.map(|page| (page, self.state.status(page))) {
@@ -215,6 +234,12 @@ impl<P: Platform, I: Image> Session<P, I> {
         let done = match self.image.content(page, reason)? {
             Content::Fill(word) => self.bring_fill(worker, page, word, reason)?,
             Content::Stored(frame, slot) => {
+                if reason == Reason::Prefetch
+                    && let Some(failure) = worker.known_bad(&frame)
+                {
+                    let failure = failure.clone();
+                    return Err(Lost::Failed(Failure { page, ..failure }));
+                }
                 let id = self.image.id(&frame);
                 let Some(claim) = self.claims.claim(id) else {
                     if reason == Reason::Demand {
@@ -267,8 +292,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(self.install(start..end, source, Some(page), reason)?)
     }
 
-    /// Decodes `frame` and installs what it holds: the pages around `page` that its own index block knows, then, when
-    /// nobody waits any more, what the frame lists.
+    /// Decodes `frame` and installs what it holds: the pages around `page` that its own index block
+    /// knows, then, when nobody waits any more, what the frame lists.
     fn bring_frame(
         &self,
         worker: &mut Worker<I>,
@@ -277,9 +302,15 @@ impl<P: Platform, I: Image> Session<P, I> {
         slot: u16,
         reason: Reason,
     ) -> Result<bool, Lost> {
-        self.image
-            .decode(&mut worker.decoder, frame, reason)
-            .map_err(|failure| Failure { page, ..failure })?;
+        let decoded = self.image.decode(&mut worker.decoder, frame, reason);
+        decoded.map_err(|failure| {
+            let failure = Failure { page, ..failure };
+            // A touch looks for itself: the file may have been mended.
+            if reason == Reason::Prefetch && failure.kind == FailureKind::Damaged {
+                worker.remember_bad(frame, &failure);
+            }
+            failure
+        })?;
         let near = self.run_around(page, frame, slot, reason);
         let bytes = self.image.bytes(&worker.decoder);
         let source = Source::Frame(bytes, near);
@@ -298,8 +329,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(done)
     }
 
-    /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they do here. The
-    /// window lies in one index block, which was read to find `page`.
+    /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they
+    /// do here. The window lies in one index block, which was read to find `page`.
     fn run_around(&self, page: PageNumber, frame: &I::Frame, slot: u16, reason: Reason) -> Run {
         let is_at = |other: PageNumber, slot: u16| matches!(self.image.content(other, reason), Ok(Content::Stored(f, s)) if f == *frame && s == slot);
         let window = window(page, HOLD_PAGES);

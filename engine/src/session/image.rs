@@ -34,7 +34,8 @@ pub(crate) struct Decoder {
 /// A decoded frame.
 #[derive(Default)]
 struct Kept {
-    /// All that the index says of it: another index block of a hostile file may name the same place otherwise.
+    /// All that the index says of it: another index block of a hostile file may name the same place
+    /// otherwise.
     frame: Option<FrameRef>,
     bytes: Vec<u8>,
     len: usize,
@@ -222,8 +223,8 @@ impl Image for SnapshotImage {
             let mut block = None;
             kept.runs.clear();
             for listed in &kept.listed {
-                // What is confirmed comes with the frame for nothing; what can't be is no failure of the page that is
-                // wanted, and will be one of its own when it is.
+                // What is confirmed comes with the frame for nothing; what can't be is no failure
+                // of the page that is wanted, and will be one of its own when it is.
                 let confirmed = self.confirm(&frame, *listed, &mut block, reason, &mut kept.runs);
                 if let Err(error) = confirmed {
                     tracing::debug!(%error, page = listed.page, "a page that came with a frame is left");

@@ -3,10 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{
     AtomicUsize,
-    Ordering::{Acquire, Relaxed, Release},
+    Ordering::{Acquire, Relaxed, Release, SeqCst},
+    fence,
 };
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Faults for which room is made beforehand; more threads than this fault at once only rarely.
 const ROOM: usize = 1024;
@@ -37,6 +38,20 @@ pub(crate) struct Inbox {
     /// Those, and the ones that were left: what they come to is not recorded yet. One number for
     /// both, so that no fault is out of sight on its way from one to the other.
     open: AtomicUsize,
+    /// Threads that wait for an answer here, and not in the kernel.
+    readers: AtomicUsize,
+    /// Answers given while somebody waited here.
+    answers: Mutex<u64>,
+    answered: Condvar,
+}
+
+/// A thread that waits for answers, until dropped.
+pub(crate) struct Reader<'a>(&'a Inbox);
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Inbox {
@@ -45,6 +60,9 @@ impl Inbox {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
             waiting: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
+            readers: AtomicUsize::new(0),
+            answers: Mutex::new(0),
+            answered: Condvar::new(),
         }
     }
 
@@ -93,6 +111,34 @@ impl Inbox {
     pub(crate) fn settled(&self) {
         // Who sees the number fall sees the record.
         self.open.fetch_sub(1, Release);
+        fence(SeqCst);
+        if self.readers.load(Relaxed) > 0 {
+            *self.answers() += 1;
+            self.answered.notify_all();
+        }
+    }
+
+    /// Has answers announced to [`Inbox::wait_for_answer`].
+    pub(crate) fn reader(&self) -> Reader<'_> {
+        self.readers.fetch_add(1, Relaxed);
+        // Either the answer sees this reader, or this reader what the answer recorded.
+        fence(SeqCst);
+        Reader(self)
+    }
+
+    /// The number of answers so far.
+    pub(crate) fn answers(&self) -> MutexGuard<'_, u64> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until there are more answers than `seen`, but not longer than `patience`.
+    pub(crate) fn wait_for_answer(&self, seen: u64, patience: Duration) {
+        let answers = self.answers();
+        let none = |answers: &mut u64| *answers == seen;
+        let _ = self
+            .answered
+            .wait_timeout_while(answers, patience, none)
+            .unwrap_or_else(PoisonError::into_inner);
     }
 
     /// Whether a fault waits to be popped.

@@ -22,7 +22,8 @@ use super::{Session, Stats};
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
 pub(crate) const HOLD_PAGES: u64 = 64;
 
-/// How often an install that found no memory is tried again: for a fault some seconds long, for prefetch hardly.
+/// How often an install that found no memory is tried again: for a fault some seconds long, for
+/// prefetch hardly.
 const fn memory_tries(reason: Reason) -> u32 {
     if matches!(reason, Reason::Demand) {
         1000
@@ -150,8 +151,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             // The range may lie in several mappings, each of which takes a part of it.
             Installed::Gone if count > 1 => Held::Fewer(count / 2),
-            // The kernel looks for a change before it looks for the mapping: a change that began in between has
-            // moved or unmapped the page, and its event, which can't be read during this hold, will say where it is.
+            // The kernel looks for a change before it looks for the mapping: a change that began in
+            // between has moved or unmapped the page, and its event, which can't be read during
+            // this hold, will say where it is.
             Installed::Gone if self.platform.is_changing(address) => Held::Again,
             Installed::Gone => {
                 self.state.mark_removed(first..first + 1);

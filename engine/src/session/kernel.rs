@@ -9,8 +9,8 @@ use crate::sys::{self, InstallError, Message, Presence, Ready, Userfaultfd, Wake
 use super::claims::{Claims, FrameId};
 use super::platform::{Event, Installed, Platform, ReadFailed, Waited};
 
-/// How long installs may go on meeting a changing mapping with no event to read: an owner that forks or unmaps a
-/// huge mapping is between the start of the change and its event for a while.
+/// How long installs may go on meeting a changing mapping with no event to read: an owner that
+/// forks or unmaps a huge mapping is between the start of the change and its event for a while.
 const MOST_TRIES: u32 = 4000;
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);
@@ -44,8 +44,8 @@ impl Kernel {
         })
     }
 
-    /// Closes the userfaultfd. What is registered then reads as zeros where it is missing: nothing may
-    /// be, that anybody can touch. Threads that serve faults have to be gone.
+    /// Closes the userfaultfd. What is registered then reads as zeros where it is missing: nothing
+    /// may be, that anybody can touch. Threads that serve faults have to be gone.
     pub(crate) fn close(&self) {
         self.uffd
             .write()

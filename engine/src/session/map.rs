@@ -1,15 +1,17 @@
 //! Where the owner has the pages: owner addresses to page numbers and back.
 //!
-//! Two copies lie in the session's block. A change writes the spare copy and makes it valid with one store, so that a
-//! worker killed in between leaves the old map whole. Each copy lists its extents by address, and
-//! their order by page number. Changes need an exclusive hold of the install lock, look-ups any hold.
+//! Two copies lie in the session's block. A change writes the spare copy and makes it valid with
+//! one store, so that a worker killed in between leaves the old map whole. Each copy lists its
+//! extents by address, and their order by page number. Changes need an exclusive hold of the
+//! install lock, look-ups any hold.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use super::platform::{PAGE, PageNumber};
 
-/// Words of an extent: its address, its pages, its first page number, and a word of the order by page number.
+/// Words of an extent: its address, its pages, its first page number, and a word of the order by
+/// page number.
 const EXTENT_WORDS: usize = 4;
 
 /// Consecutive pages at consecutive addresses.

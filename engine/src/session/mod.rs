@@ -23,15 +23,15 @@
 //!
 //! The rules that make it right:
 //!
-//! 1. One thread at a time reads messages, holding the install lock exclusively until it has recorded
-//!    them all, in the order read, and has woken the old range of each UNMAP and REMAP
+//! 1. One thread at a time reads messages, holding the install lock exclusively until it has
+//!    recorded them all, in the order read, and has woken the old range of each UNMAP and REMAP
 //!    ([`events`]). The kernel gives faults before events, so no fault of a batch is served before
 //!    its events are recorded.
-//! 2. Installing holds the lock shared over {look up state and address; one ioctl of at most 256 KiB}
-//!    ([`install`]). The owner's discard goes on only when its event was read, that is, when no
-//!    install that was decided before it can still come after it.
-//! 3. EAGAIN means that an event waits to be read: the lock is let go, events are read, and everything
-//!    is looked up again.
+//! 2. Installing holds the lock shared over {look up state and address; one ioctl of at most 256
+//!    KiB} ([`install`]). The owner's discard goes on only when its event was read, that is, when
+//!    no install that was decided before it can still come after it.
+//! 3. EAGAIN means that an event waits to be read: the lock is let go, events are read, and
+//!    everything is looked up again.
 //! 4. A page is marked present after the ioctl succeeded or said EEXIST, and a fault on a present
 //!    page is answered by ZEROPAGE, never by WAKE alone: where the mark was wrong, WAKE alone would
 //!    fault for ever.
@@ -48,6 +48,7 @@ mod kernel;
 mod map;
 mod platform;
 mod prefetch;
+mod read;
 mod state;
 mod stats;
 
@@ -81,7 +82,8 @@ pub(crate) enum Decision {
     Poison,
     /// Leave the fault: the guard keeps it, and has it served again or poisoned later.
     Leave,
-    /// Forget the fault: the guard keeps another one for the same address, whose answer is this one's too.
+    /// Forget the fault: the guard keeps another one for the same address, whose answer is this
+    /// one's too.
     Forget,
 }
 
@@ -89,7 +91,8 @@ pub(crate) enum Decision {
 pub(crate) trait Guard: Send + Sync {
     /// Decides about a page that a fault wants and that can't be restored.
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision;
-    /// What becomes of a fault on a page about which a decision is being made. `None`: there is none.
+    /// What becomes of a fault on a page about which a decision is being made. `None`: there is
+    /// none.
     fn undecided(&self, fault: Fault, page: PageNumber) -> Option<Decision>;
     /// The session can't go on, and the owner must not: ends the owner.
     fn end_owner(&self, why: &str);
@@ -201,8 +204,9 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Finishes if every page is settled. True if so.
     ///
-    /// The kernel may answer now: a page that is missing all the same was discarded. Whose discard waits for its
-    /// event to be read must not wait for ever, so events are read until none can be left.
+    /// The kernel may answer now: a page that is missing all the same was discarded. Whose discard
+    /// waits for its event to be read must not wait for ever, so events are read until none can be
+    /// left.
     fn finish_if_settled(&self) -> bool {
         if !self.state.may_be_settled() {
             return false;

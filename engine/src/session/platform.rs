@@ -78,10 +78,11 @@ pub(crate) trait Platform: Sync {
     where
         Self: 'a;
 
-    /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page number that the hold is
-    /// about: it tells apart what two threads are doing.
+    /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page
+    /// number that the hold is about: it tells apart what two threads are doing.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
-    /// Takes the install lock exclusively: for {read; record; wake}. `about` as for [`Platform::shared`].
+    /// Takes the install lock exclusively: for {read; record; wake}. `about` as for
+    /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
     /// Waits for the right to wait for messages.
     fn lead(&self) -> Self::Lead<'_>;
@@ -91,8 +92,8 @@ pub(crate) trait Platform: Sync {
     fn kick(&self);
     /// Waits until nobody has claimed `frame`.
     fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
-    /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no event to read.
-    /// False: it has been too long.
+    /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
+    /// event to read. False: it has been too long.
     fn back_off(&self, tries: u32) -> bool;
 
     /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
@@ -113,8 +114,8 @@ pub(crate) trait Platform: Sync {
     /// Gives the range back to the kernel, which from now on answers a missing page with zeros, and
     /// wakes who waits in it. Nothing happens where nothing is registered any more.
     fn unregister(&self, address: u64, len: u64);
-    /// Whether somebody waits, or is about to wait, for an event to be read. `address` was registered
-    /// and isn't any more.
+    /// Whether somebody waits, or is about to wait, for an event to be read. `address` was
+    /// registered and isn't any more.
     fn is_changing(&self, address: u64) -> bool;
 }
 
@@ -158,7 +159,8 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
-    /// Writes to `runs` the pages that the last frame decoded holds, each confirmed by its own index entry.
+    /// Writes to `runs` the pages that the last frame decoded holds, each confirmed by its own
+    /// index entry.
     fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>);
 
     /// The bytes of the last frame decoded.

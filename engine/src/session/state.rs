@@ -8,7 +8,8 @@
 //! | n | `poisoned`, one bit a page |
 //! | m | the address map, two copies ([`super::map`]) |
 //!
-//! n is a word for each 64 page numbers. Bits are set under a hold of the install lock, for an event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
+//! n is a word for each 64 page numbers. Bits are set under a hold of the install lock, for an
+//! event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
 
 use std::io;
 use std::ops::Range;
@@ -139,6 +140,14 @@ impl State {
         self.first_absent(within).is_some()
     }
 
+    /// Whether every page of `within` is present.
+    pub(crate) fn all_present(&self, within: Range<PageNumber>) -> bool {
+        masks(within).all(|(word, mask)| {
+            let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed);
+            load(self.present()) & !load(self.removed()) & !load(self.poisoned()) & mask == mask
+        })
+    }
+
     /// How many pages of `within` are absent.
     pub(crate) fn count_absent(&self, within: Range<PageNumber>) -> u64 {
         masks(within)
@@ -170,8 +179,8 @@ impl State {
         }
         if new > 0 {
             let unsettled = &self.words()[UNSETTLED];
-            // Two threads may both have counted a page, one as present and one as poisoned: the count may
-            // fall short of the truth, and `recount` corrects it. It must not wrap.
+            // Two threads may both have counted a page, one as present and one as poisoned: the
+            // count may fall short of the truth, and `recount` corrects it. It must not wrap.
             let _ = unsettled.fetch_update(Relaxed, Relaxed, |n| Some(n.saturating_sub(new)));
         }
     }
@@ -295,6 +304,9 @@ mod tests {
         let seen: Vec<_> = (2..7).map(|page| state.status(page)).collect();
         assert_eq!(seen, [Absent, Removed, Present, Poisoned, Absent]);
         assert_eq!(state.recount(), 97);
+        assert!(state.all_present(4..4) && !state.all_present(3..5) && !state.all_present(4..6));
+        state.mark_present(10..80);
+        assert!(state.all_present(10..80) && !state.all_present(10..81));
     }
 
     #[test]

@@ -10,8 +10,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::uffd::Userfaultfd;
 
-/// An eventfd: [`signal`](Self::signal) ends the waiting of every thread that waits on it, until it is
-/// [cleared](Self::clear).
+/// An eventfd: [`signal`](Self::signal) ends the waiting of every thread that waits on it, until it
+/// is [cleared](Self::clear).
 #[derive(Debug)]
 pub struct Wakeup(EventFd);
 
@@ -24,8 +24,8 @@ impl Wakeup {
 
     /// Ends the waiting. Never blocks, and signalling twice is the same as once.
     pub fn signal(&self) {
-        // EAGAIN means that the counter is at its maximum: it is signalled already. Nothing else can fail on a descriptor
-        // that we hold.
+        // EAGAIN means that the counter is at its maximum: it is signalled already. Nothing else
+        // can fail on a descriptor that we hold.
         let _ = self.0.write(1);
     }
 
@@ -44,10 +44,12 @@ pub struct Ready {
     pub woken: bool,
 }
 
-/// Waits until messages can be read, the wakeup is signalled, or the time is over (`None`: no limit).
+/// Waits until messages can be read, the wakeup is signalled, or the time is over (`None`: no
+/// limit).
 ///
-/// A userfaultfd without `O_NONBLOCK` answers `poll` with an error at once and for ever. The flag can be lost when the open
-/// file is shared with another process; then it is set again here, and waiting goes on.
+/// A userfaultfd without `O_NONBLOCK` answers `poll` with an error at once and for ever. The flag
+/// can be lost when the open file is shared with another process; then it is set again here, and
+/// waiting goes on.
 pub fn wait(uffd: &Userfaultfd, wakeup: &Wakeup, timeout: Option<Duration>) -> io::Result<Ready> {
     let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
         // Rounded up, so that a short wait doesn't become a spin.

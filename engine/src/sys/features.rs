@@ -24,7 +24,8 @@ impl KernelVersion {
         Self { major, minor }
     }
 
-    /// The running kernel, from `uname`. A distributor's kernel with newer features ported back counts by its number.
+    /// The running kernel, from `uname`. A distributor's kernel with newer features ported back
+    /// counts by its number.
     pub fn running() -> Option<Self> {
         nix::sys::utsname::uname()
             .ok()?
@@ -166,7 +167,8 @@ macro_rules! bit_set {
         }
 
         impl fmt::Display for $set {
-            /// The names, separated by commas; bits without a name as one number in hexadecimal; `none` if empty.
+            /// The names, separated by commas; bits without a name as one number in hexadecimal;
+            /// `none` if empty.
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let mut separator = "";
                 let mut rest = *self;
@@ -258,17 +260,19 @@ bit_set! {
 }
 
 impl Features {
-    /// What [`OpenOptions`](super::OpenOptions) demands unless told otherwise: without these a page that the owner
-    /// discarded, moved or unmapped would be filled with old data.
+    /// What [`OpenOptions`](super::OpenOptions) demands unless told otherwise: without these a page
+    /// that the owner discarded, moved or unmapped would be filled with old data.
     pub const EVENTS: Self = Self::EVENT_REMOVE
         .union(Self::EVENT_REMAP)
         .union(Self::EVENT_UNMAP);
 }
 
-/// What to hide of the running kernel, so that the way round it can be tested on a kernel that has it.
+/// What to hide of the running kernel, so that the way round it can be tested on a kernel that has
+/// it.
 ///
 /// A hidden feature is not seen as available and not asked for. A hidden ioctl is missing from what
-/// [`register`](super::Userfaultfd::register) reports and fails as it does on a kernel that doesn't know it.
+/// [`register`](super::Userfaultfd::register) reports and fails as it does on a kernel that doesn't
+/// know it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mask {
     /// Features to hide.

@@ -1,13 +1,15 @@
 //! Which memory of this process a userfaultfd may fill.
 //!
-//! The kernel lets `UFFDIO_COPY` write into absent pages of *any* memory of its address space that is registered with
-//! *any* userfaultfd, also another library's. A safe function that can do that is not safe. So a [`Userfaultfd`] of this
-//! process keeps the list of what was registered through it, under an `unsafe` contract, and installs nowhere else.
+//! The kernel lets `UFFDIO_COPY` write into absent pages of *any* memory of its address space that
+//! is registered with *any* userfaultfd, also another library's. A safe function that can do that
+//! is not safe. So a [`Userfaultfd`] of this process keeps the list of what was registered through
+//! it, under an `unsafe` contract, and installs nowhere else.
 //!
-//! The list follows what the kernel itself reports on the same descriptor: REMAP moves an entry, UNMAP removes it, and a
-//! fault is proof that its page is registered with this descriptor (memory grown by `mremap` is learned that way).
-//! Reading holds the list exclusively, installing holds it shared across check and ioctl; so no install runs between
-//! an owner's munmap (held up by the kernel until the message is read) and the list's knowing of it.
+//! The list follows what the kernel itself reports on the same descriptor: REMAP moves an entry,
+//! UNMAP removes it, and a fault is proof that its page is registered with this descriptor (memory
+//! grown by `mremap` is learned that way). Reading holds the list exclusively, installing holds it
+//! shared across check and ioctl; so no install runs between an owner's munmap (held up by the
+//! kernel until the message is read) and the list's knowing of it.
 //!
 //! [`Userfaultfd`]: super::Userfaultfd
 
@@ -23,11 +25,13 @@ struct Entry {
     keep: Option<Arc<Mapping>>,
 }
 
-/// Sorted by start, without overlaps; neighbours are not merged, because each keeps its own mapping alive.
+/// Sorted by start, without overlaps; neighbours are not merged, because each keeps its own mapping
+/// alive.
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     entries: Vec<Entry>,
-    /// Everything that was ever granted, merged: it tells memory that went away from memory that was never ours.
+    /// Everything that was ever granted, merged: it tells memory that went away from memory that
+    /// was never ours.
     ever: Vec<(u64, u64)>,
 }
 

@@ -1,9 +1,10 @@
 //! Putting pages into the owner's memory, with outcomes in place of error numbers.
 //!
-//! All installs share one shape: an ioctl over a range that goes page by page, stops at the first page that it can't
-//! do, and reports the bytes done in a field of its argument. The kernel returns EAGAIN both for "stopped in the middle" and for
-//! "did nothing because the mapping is changing"; kernels before 6.15 don't write the field in the second case. So
-//! the field starts at 0, and only a positive one counts as progress.
+//! All installs share one shape: an ioctl over a range that goes page by page, stops at the first
+//! page that it can't do, and reports the bytes done in a field of its argument. The kernel returns
+//! EAGAIN both for "stopped in the middle" and for "did nothing because the mapping is changing";
+//! kernels before 6.15 don't write the field in the second case. So the field starts at 0, and only
+//! a positive one counts as progress.
 //!
 //! After [`Installed::Partial`] the same call on the rest says why it stopped.
 
@@ -33,21 +34,24 @@ pub enum Wake {
 pub enum Installed {
     /// All of it is there.
     Done,
-    /// The first `done` bytes are there, more than none and less than all; try the rest to learn why it stopped.
+    /// The first `done` bytes are there, more than none and less than all; try the rest to learn
+    /// why it stopped.
     Partial {
         /// Whole pages, in bytes.
         done: u64,
     },
-    /// The first page is already present. Nothing was done, and **nobody was woken**: who installed it with
+    /// The first page is already present. Nothing was done, and **nobody was woken**: who installed
+    /// it with
     /// [`Wake::Later`] may not have come to waking yet.
     ///
-    /// On hugetlbfs Linux 6.18 says this also when the page is absent and the pool is empty (where older kernels say
-    /// no memory), so a fault that comes back to such a page after a wake means [`NoMemory`](Self::NoMemory).
+    /// On hugetlbfs Linux 6.18 says this also when the page is absent and the pool is empty (where
+    /// older kernels say no memory), so a fault that comes back to such a page after a wake means
+    /// [`NoMemory`](Self::NoMemory).
     Exists,
     /// Nothing was done: the owner is changing its mappings and waits until the event is read.
     Again,
-    /// Nothing was done: the first page is not registered (any more), or the range leaves the mapping that it begins in.
-    /// For a move also: a source page is absent.
+    /// Nothing was done: the first page is not registered (any more), or the range leaves the
+    /// mapping that it begins in. For a move also: a source page is absent.
     Gone,
     /// The owner has exited.
     OwnerGone,
@@ -114,8 +118,8 @@ impl fmt::Display for Op {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// The kernel refused: EINVAL for an operation that it or the kind of memory doesn't know or for a range that isn't
-    /// whole pages, EFAULT for a source that can't be read.
+    /// The kernel refused: EINVAL for an operation that it or the kind of memory doesn't know or
+    /// for a range that isn't whole pages, EFAULT for a source that can't be read.
     #[error("{op} of {len:#x} bytes at {address:#x} failed")]
     Refused {
         /// What.
@@ -162,7 +166,8 @@ struct Request {
 }
 
 impl Request {
-    /// Checks what the kernel doesn't, then calls it. The list of what is registered holds still until it has answered.
+    /// Checks what the kernel doesn't, then calls it. The list of what is registered holds still
+    /// until it has answered.
     fn submit<T>(
         self,
         uffd: &Userfaultfd,
@@ -225,14 +230,15 @@ impl Request {
 impl Userfaultfd {
     /// Installs absent pages with `bytes`, whose length is a multiple of the page size.
     ///
-    /// Also heals poisoned pages. The bytes should be in memory, in a private buffer: a source that has to be waited for holds
-    /// everybody up, and one that is itself missing under this userfaultfd waits for ever, because reading messages and
-    /// installing exclude each other.
+    /// Also heals poisoned pages. The bytes should be in memory, in a private buffer: a source that
+    /// has to be waited for holds everybody up, and one that is itself missing under this
+    /// userfaultfd waits for ever, because reading messages and installing exclude each other.
     pub fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Result<Installed, InstallError> {
         self.copy_with(address, bytes, mode(wake, abi::UFFDIO_COPY_MODE_DONTWAKE))
     }
 
-    /// As [`copy`](Self::copy), and the pages are write-protected from the first moment, so that no write is missed.
+    /// As [`copy`](Self::copy), and the pages are write-protected from the first moment, so that no
+    /// write is missed.
     pub fn copy_protected(
         &self,
         address: u64,
@@ -258,9 +264,10 @@ impl Userfaultfd {
                 mode,
                 copy: 0,
             };
-            // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length during the call. Filling absent
-            // pages of [address, address + len) is allowed: see the module `uffd` for the three reasons; `submit` keeps the
-            // second true. If the kernel finds a page present or unregistered it stops before it.
+            // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length
+            // during the call. Filling absent pages of [address, address + len) is allowed: see the
+            // module `uffd` for the three reasons; `submit` keeps the second true. If the kernel
+            // finds a page present or unregistered it stops before it.
             let result = unsafe { ioctls::copy(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.copy)
         })
@@ -285,7 +292,8 @@ impl Userfaultfd {
         })
     }
 
-    /// Installs pages that are in the file behind a shared mapping already (memory registered as [`Modes::MINOR`]).
+    /// Installs pages that are in the file behind a shared mapping already (memory registered as
+    /// [`Modes::MINOR`]).
     ///
     /// [`Modes::MINOR`]: super::Modes::MINOR
     pub fn continue_(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
@@ -300,15 +308,15 @@ impl Userfaultfd {
                 mode: mode(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE),
                 mapped: 0,
             };
-            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes visible is the content of
-            // the file that the owner mapped there itself.
+            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes
+            // visible is the content of the file that the owner mapped there itself.
             let result = unsafe { ioctls::continue_(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.mapped)
         })
     }
 
-    /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. A guest's access under KVM may
-    /// read zeros instead, so this is not for memory of a virtual machine.
+    /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. A guest's
+    /// access under KVM may read zeros instead, so this is not for memory of a virtual machine.
     pub fn poison(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
         let request = Request {
             op: Op::Poison,
@@ -321,16 +329,19 @@ impl Userfaultfd {
                 mode: mode(wake, abi::UFFDIO_POISON_MODE_DONTWAKE),
                 updated: 0,
             };
-            // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison replaces absence only, and an access
-            // to it is a signal or an error, never undefined content.
+            // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison
+            // replaces absence only, and an access to it is a signal or an error, never undefined
+            // content.
             let result = unsafe { ioctls::poison(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.updated)
         })
     }
 
-    /// Installs pages by moving them out of `source`, whose pages at `offset` are absent afterwards.
+    /// Installs pages by moving them out of `source`, whose pages at `offset` are absent
+    /// afterwards.
     ///
-    /// Works in this process's own memory only. Huge pages move whole where both sides are aligned to them.
+    /// Works in this process's own memory only. Huge pages move whole where both sides are aligned
+    /// to them.
     pub fn move_(
         &self,
         address: u64,
@@ -363,8 +374,9 @@ impl Userfaultfd {
                 mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
                 move_: 0,
             };
-            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source lies inside a scratch
-            // that is borrowed exclusively, so no reference sees its pages go; they read as zeros then.
+            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source
+            // lies inside a scratch that is borrowed exclusively, so no reference sees its pages
+            // go; they read as zeros then.
             let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.move_)
         })
@@ -396,8 +408,9 @@ impl Userfaultfd {
                 range: request.range(),
                 mode,
             };
-            // SAFETY: `argument` is a live uffdio_writeprotect; the range is as in `copy`. A protected page keeps its content,
-            // and a write to it waits until the protection is cleared.
+            // SAFETY: `argument` is a live uffdio_writeprotect; the range is as in `copy`. A
+            // protected page keeps its content, and a write to it waits until the protection is
+            // cleared.
             let result = unsafe { ioctls::writeprotect(self.as_raw(), &raw mut argument) };
             match result {
                 Ok(_) => Ok(Protected::Done),

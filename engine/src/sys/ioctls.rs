@@ -1,7 +1,8 @@
-//! The ioctls of `abi.rs` as functions, made by nix's macros, and the proof that both spell the same numbers.
+//! The ioctls of `abi.rs` as functions, made by nix's macros, and the proof that both spell the
+//! same numbers.
 //!
-//! Each function is `unsafe` because the kernel reads and writes through the pointer and acts on the addresses in the
-//! structure; the callers in this module say why theirs are right.
+//! Each function is `unsafe` because the kernel reads and writes through the pointer and acts on
+//! the addresses in the structure; the callers in this module say why theirs are right.
 
 use nix::{
     ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none, request_code_read,

@@ -1,10 +1,12 @@
 //! Reading what the kernel reports.
 //!
-//! `read` *is* the acknowledgement: the owner's madvise, mremap or munmap goes on as soon as the kernel has handed its
-//! message out. So messages are read straight into a [`Ring`], which can lie in memory that outlives this process.
+//! `read` *is* the acknowledgement: the owner's madvise, mremap or munmap goes on as soon as the
+//! kernel has handed its message out. So messages are read straight into a [`Ring`], which can lie
+//! in memory that outlives this process.
 //!
-//! The kernel hands out faults before any other message, whatever their order in time. Apply what isn't a fault first,
-//! and read until [`ReadOutcome::Empty`] before trusting that nothing is pending.
+//! The kernel hands out faults before any other message, whatever their order in time. Apply what
+//! isn't a fault first, and read until [`ReadOutcome::Empty`] before trusting that nothing is
+//! pending.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -108,8 +110,8 @@ pub enum ReadOutcome {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
-    /// The owner forked and this process has no descriptor left for the child's userfaultfd. The message stays pending, and
-    /// the owner waits in `fork`.
+    /// The owner forked and this process has no descriptor left for the child's userfaultfd. The
+    /// message stays pending, and the owner waits in `fork`.
     #[error(
         "no file descriptor is left for the userfaultfd of a forked child: raise RLIMIT_NOFILE"
     )]
@@ -120,11 +122,12 @@ pub enum ReadError {
 }
 
 impl Userfaultfd {
-    /// Reads up to 64 pending messages into `ring` and appends them, decoded, to `messages`. Doesn't wait.
+    /// Reads up to 64 pending messages into `ring` and appends them, decoded, to `messages`.
+    /// Doesn't wait.
     ///
-    /// `ring` is zeroed first: a message of an earlier read that must not be lost has to be dealt with before. It is left
-    /// as the kernel wrote it; call [`Ring::clear`] when everything in it has been recorded. No memory is allocated
-    /// if `messages` has room for 64 more.
+    /// `ring` is zeroed first: a message of an earlier read that must not be lost has to be dealt
+    /// with before. It is left as the kernel wrote it; call [`Ring::clear`] when everything in it
+    /// has been recorded. No memory is allocated if `messages` has room for 64 more.
     pub fn read(
         &self,
         ring: &mut Ring,
@@ -133,8 +136,9 @@ impl Userfaultfd {
         let mut grants = self.grants_mut();
         ring.clear();
         let count = loop {
-            // SAFETY: the ring is Ring::BYTES of mapped, writable memory for as long as `ring` lives. Others may look at it
-            // through atomics meanwhile; nobody holds a reference to plain bytes of it.
+            // SAFETY: the ring is Ring::BYTES of mapped, writable memory for as long as `ring`
+            // lives. Others may look at it through atomics meanwhile; nobody holds a reference to
+            // plain bytes of it.
             let read = unsafe { libc::read(self.as_fd().as_raw_fd(), ring.as_ptr(), Ring::BYTES) };
             match Errno::result(read) {
                 Ok(bytes) => {
@@ -152,8 +156,8 @@ impl Userfaultfd {
         messages.reserve(count);
         let page = super::page_size();
         for slot in 0..count {
-            // SAFETY: the slot was filled by the read above, once, and this is the only place that looks at it before the
-            // next read: `ring` is borrowed exclusively.
+            // SAFETY: the slot was filled by the read above, once, and this is the only place that
+            // looks at it before the next read: `ring` is borrowed exclusively.
             let message = unsafe { self.decode(ring.load(slot)) };
             if let Some(grants) = grants.as_mut() {
                 match &message {
@@ -173,8 +177,8 @@ impl Userfaultfd {
 
     /// # Safety
     ///
-    /// `words` must come from the kernel by a read of this descriptor in this process, and be decoded once: a fork
-    /// message carries a descriptor that becomes ours here.
+    /// `words` must come from the kernel by a read of this descriptor in this process, and be
+    /// decoded once: a fork message carries a descriptor that becomes ours here.
     unsafe fn decode(&self, words: [u64; 4]) -> Message {
         match Raw::from_words(words) {
             Raw::Pagefault {
@@ -199,8 +203,8 @@ impl Userfaultfd {
             }
             Raw::Fork { descriptor } => match i32::try_from(descriptor) {
                 Ok(number) => {
-                    // SAFETY: the kernel put this new descriptor into our table for this message, and by this
-                    // function's contract nobody else took it from there.
+                    // SAFETY: the kernel put this new descriptor into our table for this message,
+                    // and by this function's contract nobody else took it from there.
                     let fd = unsafe { OwnedFd::from_raw_fd(number) };
                     let child = Forked {
                         fd,
@@ -220,7 +224,8 @@ impl Userfaultfd {
     }
 }
 
-/// A message as it lies in a ring, owning nothing. For a successor that deals with what its predecessor had read.
+/// A message as it lies in a ring, owning nothing. For a successor that deals with what its
+/// predecessor had read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Raw {
     /// A thread waits for a page.
@@ -268,13 +273,15 @@ impl Raw {
     /// The message in these 32 bytes.
     pub fn from_words(words: [u64; 4]) -> Self {
         let mut message = MaybeUninit::<abi::uffd_msg>::uninit();
-        // SAFETY: both are 32 bytes (asserted in `abi.rs`), and every bit pattern is a uffd_msg: it has integers only.
+        // SAFETY: both are 32 bytes (asserted in `abi.rs`), and every bit pattern is a uffd_msg: it
+        // has integers only.
         let message = unsafe {
             std::ptr::copy_nonoverlapping(words.as_ptr().cast(), message.as_mut_ptr(), 1);
             message.assume_init()
         };
         let arg = message.arg;
-        // SAFETY: every member of the union is made of integers and no longer than it, and all its bytes are set.
+        // SAFETY: every member of the union is made of integers and no longer than it, and all its
+        // bytes are set.
         unsafe {
             match message.event {
                 abi::UFFD_EVENT_PAGEFAULT => {

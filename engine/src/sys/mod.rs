@@ -15,10 +15,10 @@
 //!
 //! # Minimum kernel: 5.7
 //!
-//! The events REMOVE, REMAP and UNMAP (4.11) are what keeps discarded pages from coming back.
-//! 5.7 is the first kernel in which a fault may be retried any number of times: before
-//! it a thread that is woken and finds its page still missing gets SIGBUS, and waking is how this engine recovers from
-//! every doubt. Everything newer is optional and has a fallback.
+//! The events REMOVE, REMAP and UNMAP (4.11) are what keeps discarded pages from coming back. 5.7
+//! is the first kernel in which a fault may be retried any number of times: before it a thread that
+//! is woken and finds its page still missing gets SIGBUS, and waking is how this engine recovers
+//! from every doubt. Everything newer is optional and has a fallback.
 
 #![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
 
@@ -46,7 +46,8 @@ pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfau
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("userfaultfd needs Linux, and addresses are 64 bits wide here");
 
-/// The base page of this machine, 4 KiB on x86-64; the kernel wants addresses and lengths in multiples of it.
+/// The base page of this machine, 4 KiB on x86-64; the kernel wants addresses and lengths in
+/// multiples of it.
 pub fn page_size() -> u64 {
     static SIZE: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     *SIZE.get_or_init(|| {
@@ -56,7 +57,8 @@ pub fn page_size() -> u64 {
     })
 }
 
-/// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets only.
+/// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets
+/// only.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "usize has 64 bits, see compile_error above"

@@ -1,11 +1,12 @@
 //! The ways to a userfaultfd, and the negotiation of its features.
 //!
-//! `/dev/userfaultfd` (6.1) is tried first: whoever may open it gets faults of the kernel's own accesses too. Then the
-//! system call, which the kernel allows to `CAP_SYS_PTRACE`, to everybody if `vm.unprivileged_userfaultfd` is 1, and to
-//! everybody for faults of user code alone.
+//! `/dev/userfaultfd` (6.1) is tried first: whoever may open it gets faults of the kernel's own
+//! accesses too. Then the system call, which the kernel allows to `CAP_SYS_PTRACE`, to everybody if
+//! `vm.unprivileged_userfaultfd` is 1, and to everybody for faults of user code alone.
 //!
-//! `UFFDIO_API` can be called once with success, and fails if a feature is unknown. So a first descriptor is asked
-//! with no features what there is, closed, and a second one enables what is both there and wanted.
+//! `UFFDIO_API` can be called once with success, and fails if a feature is unknown. So a first
+//! descriptor is asked with no features what there is, closed, and a second one enables what is
+//! both there and wanted.
 
 use std::fmt;
 use std::io;
@@ -48,8 +49,9 @@ pub struct AccessFailure {
 
 /// Whether a userfaultfd that doesn't see the kernel's own accesses will do.
 ///
-/// With one, a system call or a virtual CPU that touches a missing page gets EFAULT at once instead of the page, so it
-/// suits only owners whose memory is touched by their own instructions and nothing else.
+/// With one, a system call or a virtual CPU that touches a missing page gets EFAULT at once instead
+/// of the page, so it suits only owners whose memory is touched by their own instructions and
+/// nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UserModeOnly {
     /// Never.
@@ -193,7 +195,8 @@ impl OpenOptions {
         self
     }
 
-    /// A userfaultfd for this process's memory, close-on-exec and non-blocking, with no memory registered.
+    /// A userfaultfd for this process's memory, close-on-exec and non-blocking, with no memory
+    /// registered.
     pub fn open(&self) -> Result<Userfaultfd, OpenError> {
         let found = self.mask.kernel.or_else(KernelVersion::running);
         if let Some(found) = found.filter(|found| *found < KernelVersion::MINIMUM) {
@@ -313,8 +316,9 @@ pub(super) fn new_descriptor(access: Access, user_mode_only: bool) -> Result<Own
                 .write(true)
                 .open("/dev/userfaultfd")
                 .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
-            // SAFETY: USERFAULTFD_IOC_NEW takes its argument as a number and no pointer; the device is open for the
-            // length of the call. If the file is something else the kernel answers ENOTTY.
+            // SAFETY: USERFAULTFD_IOC_NEW takes its argument as a number and no pointer; the device
+            // is open for the length of the call. If the file is something else the kernel answers
+            // ENOTTY.
             unsafe { ioctls::userfaultfd_new(device.as_raw_fd(), flags)? }
         }
         // SAFETY: userfaultfd(2) takes a number and no pointer.
@@ -323,8 +327,8 @@ pub(super) fn new_descriptor(access: Access, user_mode_only: bool) -> Result<Own
             libc::c_int::try_from(number).map_err(|_| Errno::EBADF)?
         },
     };
-    // SAFETY: both calls return a new descriptor on success that nobody else in this process knows of, so it is closed
-    // by nobody but its OwnedFd.
+    // SAFETY: both calls return a new descriptor on success that nobody else in this process knows
+    // of, so it is closed by nobody but its OwnedFd.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -335,7 +339,8 @@ pub(super) fn negotiate(fd: &OwnedFd, features: Features) -> Result<abi::uffdio_
         features: features.bits(),
         ioctls: 0,
     };
-    // SAFETY: `api` is a live uffdio_api, the size that the request number carries, and exclusively ours for the call.
+    // SAFETY: `api` is a live uffdio_api, the size that the request number carries, and exclusively
+    // ours for the call.
     unsafe { ioctls::api(fd.as_raw_fd(), &raw mut api)? };
     Ok(api)
 }

@@ -1,7 +1,7 @@
 //! What this machine offers and permits, as plain values.
 //!
-//! Nothing here fails: what can't be found out is `None` or carries its error, because this is for explaining why other
-//! things fail.
+//! Nothing here fails: what can't be found out is `None` or carries its error, because this is for
+//! explaining why other things fail.
 
 use std::fs;
 use std::io;
@@ -63,7 +63,8 @@ pub struct Probe {
     pub open: Result<(), OpenError>,
     /// What the kernel has, if any way is open.
     pub features: Option<Features>,
-    /// The ioctls that work on anonymous memory, with CONTINUE if shared memory has it; if any way is open.
+    /// The ioctls that work on anonymous memory, with CONTINUE if shared memory has it; if any way
+    /// is open.
     pub ioctls: Option<Ioctls>,
     /// `vm.unprivileged_userfaultfd`; `None` on kernels before 5.2.
     pub unprivileged_userfaultfd: Option<bool>,

@@ -1,4 +1,5 @@
-//! What the engine's threads need of the system: no signals, and reads that fail in place of killing.
+//! What the engine's threads need of the system: no signals, and reads that fail in place of
+//! killing.
 
 use std::io;
 use std::marker::PhantomData;
@@ -6,9 +7,11 @@ use std::mem::MaybeUninit;
 
 use nix::errno::Errno;
 
-/// All signals of the calling thread are blocked until this is dropped; threads started meanwhile inherit that and keep it.
+/// All signals of the calling thread are blocked until this is dropped; threads started meanwhile
+/// inherit that and keep it.
 ///
-/// The kernel still delivers SIGKILL, SIGSTOP, and the signals that a thread's own instructions cause.
+/// The kernel still delivers SIGKILL, SIGSTOP, and the signals that a thread's own instructions
+/// cause.
 #[derive(Debug)]
 pub struct SignalsBlocked {
     before: libc::sigset_t,
@@ -21,8 +24,9 @@ impl SignalsBlocked {
     pub fn now() -> io::Result<Self> {
         let mut all = MaybeUninit::<libc::sigset_t>::uninit();
         let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: both pointers are to live, writable sigset_t; sigfillset initialises the first before it is read, and
-        // pthread_sigmask initialises the second when it returns 0, which is checked before it is taken.
+        // SAFETY: both pointers are to live, writable sigset_t; sigfillset initialises the first
+        // before it is read, and pthread_sigmask initialises the second when it returns 0, which is
+        // checked before it is taken.
         let before = unsafe {
             libc::sigfillset(all.as_mut_ptr());
             match libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) {
@@ -39,8 +43,8 @@ impl SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // SAFETY: `before` is the initialised mask that this thread had; it can't have changed threads. The call fails for
-        // a bad first argument only.
+        // SAFETY: `before` is the initialised mask that this thread had; it can't have changed
+        // threads. The call fails for a bad first argument only.
         unsafe {
             libc::pthread_sigmask(
                 libc::SIG_SETMASK,
@@ -55,7 +59,8 @@ impl Drop for SignalsBlocked {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadFault {
-    /// Poisoned, not mapped, or not readable. (Or absent, if the userfaultfd sees faults of user code only.)
+    /// Poisoned, not mapped, or not readable. (Or absent, if the userfaultfd sees faults of user
+    /// code only.)
     #[error("memory at {address:#x} cannot be read: poisoned, unmapped or without access")]
     Unreadable {
         /// In the first page that can't be read; everything before it was.
@@ -68,8 +73,8 @@ pub enum ReadFault {
 
 /// Reads memory of this process through the kernel: an error, not a signal, for what can't be read.
 ///
-/// A page that is missing under a userfaultfd is waited for. The bytes may be changing at the same time; what arrives
-/// then is some mixture, as it would be for another process.
+/// A page that is missing under a userfaultfd is waited for. The bytes may be changing at the same
+/// time; what arrives then is some mixture, as it would be for another process.
 pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
     let mut done = 0;
     while done < buffer.len() {
@@ -83,8 +88,9 @@ pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
             iov_base: std::ptr::with_exposed_provenance_mut(super::to_usize(from)),
             iov_len: rest.len(),
         };
-        // SAFETY: the kernel writes into `rest` only, which is exclusively ours for its length. The remote address is
-        // data to it: it checks the mapping and access rights of every page and answers EFAULT.
+        // SAFETY: the kernel writes into `rest` only, which is exclusively ours for its length. The
+        // remote address is data to it: it checks the mapping and access rights of every page and
+        // answers EFAULT.
         let read = unsafe {
             libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
         };

@@ -9,17 +9,18 @@
 //!
 //! # Why installing is safe to call
 //!
-//! An install writes into memory named by a number, and still the functions are not `unsafe`, for three reasons
-//! that must all hold:
+//! An install writes into memory named by a number, and still the functions are not `unsafe`, for
+//! three reasons that must all hold:
 //!
-//! 1. It fills *absent* pages only; the kernel answers EEXIST for a present one and changes nothing. So no byte
-//!    that any code has ever read or written changes.
-//! 2. Absent pages become filled only where memory was registered through this object. Registering is the `unsafe` step:
-//!    [`RawRegion`]'s contract says that the memory is plain bytes, any bytes, until the restore is over. The kernel
-//!    alone would also allow memory that other code registered with its own userfaultfd; the list in `grants.rs` doesn't.
-//! 3. Memory of another process is not ours to make unsound; what may be done to it is decided by whoever handed
-//!    over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because nothing tells a foreign descriptor from one of
-//!    this process that took a detour.
+//! 1. It fills *absent* pages only; the kernel answers EEXIST for a present one and changes
+//!    nothing. So no byte that any code has ever read or written changes.
+//! 2. Absent pages become filled only where memory was registered through this object. Registering
+//!    is the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes, any
+//!    bytes, until the restore is over. The kernel alone would also allow memory that other code
+//!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
+//! 3. Memory of another process is not ours to make unsound; what may be done to it is decided by
+//!    whoever handed over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because nothing tells
+//!    a foreign descriptor from one of this process that took a detour.
 
 use std::fmt;
 use std::io;
@@ -59,11 +60,13 @@ impl Modes {
 
 /// A userfaultfd that has been negotiated with, closed exactly once, when this is dropped.
 ///
-/// **When it is dropped, or the last descriptor of another process's closes, every page still absent becomes zero** and
-/// waiting threads go on with zeros. Drop it only when nothing is missing, or nobody is left to see it.
+/// **When it is dropped, or the last descriptor of another process's closes, every page still
+/// absent becomes zero** and waiting threads go on with zeros. Drop it only when nothing is
+/// missing, or nobody is left to see it.
 ///
-/// All methods take `&self` and may be called from any thread. Keep it in an `Arc` and join every thread that uses it before
-/// the last one goes: that is what keeps an operation from ever reaching a reused descriptor number.
+/// All methods take `&self` and may be called from any thread. Keep it in an `Arc` and join every
+/// thread that uses it before the last one goes: that is what keeps an operation from ever reaching
+/// a reused descriptor number.
 pub struct Userfaultfd {
     fd: OwnedFd,
     enabled: Features,
@@ -104,15 +107,18 @@ impl Userfaultfd {
         }
     }
 
-    /// Takes over a userfaultfd that came from another process, already negotiated there with `enabled`.
+    /// Takes over a userfaultfd that came from another process, already negotiated there with
+    /// `enabled`.
     ///
-    /// Sets `O_NONBLOCK`, without which the kernel's `poll` reports an error for ever; the flag belongs to the open file
-    /// and is shared with whoever sent it. Refuses a descriptor that is no userfaultfd or has not been through `UFFDIO_API`.
+    /// Sets `O_NONBLOCK`, without which the kernel's `poll` reports an error for ever; the flag
+    /// belongs to the open file and is shared with whoever sent it. Refuses a descriptor that is no
+    /// userfaultfd or has not been through `UFFDIO_API`.
     ///
     /// # Safety
     ///
-    /// The memory behind the descriptor must be another process's. (If it is this process's, every range registered
-    /// with any userfaultfd of this process must bear being filled with any bytes through the result.)
+    /// The memory behind the descriptor must be another process's. (If it is this process's, every
+    /// range registered with any userfaultfd of this process must bear being filled with any bytes
+    /// through the result.)
     pub unsafe fn adopt(
         fd: OwnedFd,
         enabled: Features,
@@ -127,8 +133,9 @@ impl Userfaultfd {
         }
         set_nonblocking(fd.as_fd()).map_err(AdoptError::Inspect)?;
         let adopted = Self::of_another_process(fd, enabled, hidden);
-        // Waking a page that nobody waits for changes nothing, and every ioctl but UFFDIO_API answers EINVAL before
-        // negotiation. The page at half of the lower address space is valid for every architecture's range check.
+        // Waking a page that nobody waits for changes nothing, and every ioctl but UFFDIO_API
+        // answers EINVAL before negotiation. The page at half of the lower address space is valid
+        // for every architecture's range check.
         adopted
             .wake(1 << 32, super::page_size())
             .map_err(|_| AdoptError::NotNegotiated)?;
@@ -210,9 +217,10 @@ impl Userfaultfd {
             mode: modes.bits(),
             ioctls: 0,
         };
-        // SAFETY: `argument` is a live uffdio_register, exclusively ours. What the registration does to the memory
-        // (accesses wait, absent pages can be filled) is what the contract behind `region`, or of `register_address`,
-        // accepted. If the range is not mapped or of an unsuitable kind the kernel refuses all of it.
+        // SAFETY: `argument` is a live uffdio_register, exclusively ours. What the registration
+        // does to the memory (accesses wait, absent pages can be filled) is what the contract
+        // behind `region`, or of `register_address`, accepted. If the range is not mapped or of an
+        // unsuitable kind the kernel refuses all of it.
         let result = unsafe { ioctls::register(self.fd.as_raw_fd(), &raw mut argument) };
         match result {
             Ok(_) => Ok(Ioctls::from_bits(argument.ioctls).without(self.hidden)),
@@ -222,12 +230,14 @@ impl Userfaultfd {
 
     /// Ends the reporting of faults in `[start, start + len)` and wakes who waits there.
     ///
-    /// **Pages still absent are zero from then on.** Nothing else of this crate does that without being asked to.
+    /// **Pages still absent are zero from then on.** Nothing else of this crate does that without
+    /// being asked to.
     pub fn unregister(&self, start: u64, len: u64) -> Result<Unregistered, RegisterError> {
         let mut grants = self.grants_mut();
         let mut range = abi::uffdio_range { start, len };
-        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Unregistering takes no memory away;
-        // what it changes is that absent pages read as zeros, initialised bytes, as the contract of registering allows.
+        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Unregistering takes no
+        // memory away; what it changes is that absent pages read as zeros, initialised bytes, as
+        // the contract of registering allows.
         let result = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
         let outcome = match result {
             Ok(_) => Unregistered::Done,
@@ -247,19 +257,21 @@ impl Userfaultfd {
 
     /// Lets every thread that waits for a page of the range try again.
     ///
-    /// A page that is still absent then faults, and is reported, anew: waking loses nothing, wherever it is done. The range
-    /// need not be mapped.
+    /// A page that is still absent then faults, and is reported, anew: waking loses nothing,
+    /// wherever it is done. The range need not be mapped.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = abi::uffdio_range { start, len };
-        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Waking makes waiting threads repeat their
-        // access and touches no memory.
+        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Waking makes waiting
+        // threads repeat their access and touches no memory.
         unsafe { ioctls::wake(self.fd.as_raw_fd(), &raw mut range) }?;
         Ok(())
     }
 
-    /// Whether the page at `address` can be installed into at this moment, found without installing anything.
+    /// Whether the page at `address` can be installed into at this moment, found without installing
+    /// anything.
     ///
-    /// It is a COPY whose source can't be read, so that the kernel gets as far as its checks and no further.
+    /// It is a COPY whose source can't be read, so that the kernel gets as far as its checks and no
+    /// further.
     pub fn probe(&self, address: u64) -> io::Result<Presence> {
         let mut argument = abi::uffdio_copy {
             dst: address & !(super::page_size() - 1),
@@ -268,14 +280,16 @@ impl Userfaultfd {
             mode: abi::UFFDIO_COPY_MODE_DONTWAKE,
             copy: 0,
         };
-        // SAFETY: `argument` is a live uffdio_copy. The source is a page without access rights that lives as long as
-        // the process, so the kernel has nothing to install, whatever the destination is.
+        // SAFETY: `argument` is a live uffdio_copy. The source is a page without access rights that
+        // lives as long as the process, so the kernel has nothing to install, whatever the
+        // destination is.
         let result = unsafe { ioctls::copy(self.fd.as_raw_fd(), &raw mut argument) };
         match result {
             Err(Errno::EAGAIN) => Ok(Presence::Changing),
             Err(Errno::ENOENT) => Ok(Presence::Gone),
             Err(Errno::ESRCH) => Ok(Presence::OwnerGone),
-            // EFAULT: all checks passed and the source failed. EEXIST, EINVAL: present already, or of another page size.
+            // EFAULT: all checks passed and the source failed. EEXIST, EINVAL: present already, or
+            // of another page size.
             Err(Errno::EFAULT | Errno::EEXIST | Errno::EINVAL) => Ok(Presence::Registered),
             Err(errno) => Err(errno.into()),
             Ok(_) => Err(io::Error::other(
@@ -284,7 +298,8 @@ impl Userfaultfd {
         }
     }
 
-    /// Sets `O_NONBLOCK` again. Who shares the open file can have cleared it, and then `poll` reports an error for ever.
+    /// Sets `O_NONBLOCK` again. Who shares the open file can have cleared it, and then `poll`
+    /// reports an error for ever.
     pub fn set_nonblocking(&self) -> io::Result<()> {
         set_nonblocking(self.as_fd())
     }
@@ -299,7 +314,8 @@ impl Userfaultfd {
 
     /// Held over check and ioctl by every install; `None` where nothing is checked.
     pub(super) fn grants(&self) -> Option<RwLockReadGuard<'_, Grants>> {
-        // The list is whole between calls of its methods, which don't panic; poisoning tells nothing.
+        // The list is whole between calls of its methods, which don't panic; poisoning tells
+        // nothing.
         self.grants
             .as_ref()
             .map(|grants| grants.read().unwrap_or_else(PoisonError::into_inner))
@@ -315,8 +331,9 @@ impl Userfaultfd {
 impl Drop for Userfaultfd {
     /// Unregisters this process's memory before the descriptor closes.
     ///
-    /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does, an event would
-    /// have no reader any more, and the munmap of a mapping that only the list keeps alive would wait for it for ever.
+    /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does,
+    /// an event would have no reader any more, and the munmap of a mapping that only the list keeps
+    /// alive would wait for it for ever.
     fn drop(&mut self) {
         let Some(grants) = self.grants_mut() else {
             return;
@@ -326,7 +343,8 @@ impl Drop for Userfaultfd {
                 start,
                 len: end - start,
             };
-            // SAFETY: as in `unregister`. An error means that nothing is registered there, which is what is wanted.
+            // SAFETY: as in `unregister`. An error means that nothing is registered there, which is
+            // what is wanted.
             let _ = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
         }
     }
@@ -396,7 +414,8 @@ pub enum RegisterError {
         /// How much.
         len: u64,
     },
-    /// Not whole pages, not mapped, or memory of a kind that the kernel doesn't register in this mode.
+    /// Not whole pages, not mapped, or memory of a kind that the kernel doesn't register in this
+    /// mode.
     #[error(
         "the memory at {start:#x}, {len:#x} bytes, cannot be registered: it must be whole pages, mapped, and anonymous, shared or hugetlbfs as the mode allows"
     )]
@@ -406,7 +425,8 @@ pub enum RegisterError {
         /// How much.
         len: u64,
     },
-    /// Anything else; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has exited.
+    /// Anything else; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has
+    /// exited.
     #[error("registering or unregistering {len:#x} bytes at {start:#x} failed")]
     Failed {
         /// Where.

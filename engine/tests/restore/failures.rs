@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Verdict,
+    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Stop, Verdict,
 };
 use snaprestore_engine::sys::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
@@ -143,6 +143,39 @@ fn prefetch_leaves_a_bad_frame_and_reports_it() {
     reported.sort_unstable();
     reported.dedup();
     assert_eq!(reported, bad);
+}
+
+/// Prefetch reads a damaged frame once, not for each of its pages. A touch reads it again, and so does a stop.
+#[test]
+fn prefetch_reads_a_bad_frame_once() {
+    let bytes = random_bytes(PAGES, 13);
+    let file = pack(&bytes, 8);
+    let frame = frame_of(&open(file.clone()), BAD).offset();
+    let healed = Arc::new(AtomicBool::new(false));
+    let (heals, reads) = (Arc::clone(&healed), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&reads);
+    let snapshot = open_hooked(file, move |buf, offset, _| {
+        if offset == frame {
+            counted.fetch_add(1, SeqCst);
+            buf[40] ^= u8::from(!heals.load(SeqCst));
+        }
+        Ok(())
+    });
+    let mut restored = Restore::new(snapshot)
+        .prefetch(Prefetch::All)
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    assert!(!restored.wait_complete());
+    assert_eq!(reads.load(SeqCst), 1);
+    let reported: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
+    assert_eq!(reported, (BAD / 8 * 8..BAD / 8 * 8 + 8).collect::<Vec<_>>());
+    assert!(restored.stop(Stop::Complete).is_err());
+    assert_eq!(reads.load(SeqCst), 2);
+    healed.store(true, SeqCst);
+    compare(&restored, &bytes, [BAD]);
+    restored.stop(Stop::Complete).unwrap();
+    compare(&restored, &bytes, 0..PAGES);
 }
 
 /// A store that fails for one frame until it is healed.

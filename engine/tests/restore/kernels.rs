@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, StartError};
+use snaprestore_engine::restore::{OnFailure, Prefetch, ReadAtError, Restore, StartError};
 use snaprestore_engine::sys::{Features, KernelVersion, Mask};
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{address, compare, in_child, open, pack, peek, source};
+use crate::common::{
+    address, compare, damaged, frame_of, in_child, open, pack, pages_of_frame, peek, random_bytes,
+    source,
+};
 
 #[test]
 fn every_kernel_level_restores_right() {
@@ -58,8 +61,8 @@ fn a_kernel_without_events_is_refused() {
     }
 }
 
-/// Who may use userfaultfd for user code only is refused unless that was asked for; then user code is served, and a
-/// system call gets EFAULT where it would have to wait.
+/// Who may use userfaultfd for user code only is refused unless that was asked for; then user code is served, a system
+/// call gets EFAULT where it would have to wait, and `read_at` reads all that can be read.
 #[test]
 fn user_mode_only_is_asked_for() {
     let device = std::path::Path::new("/dev/userfaultfd");
@@ -70,18 +73,20 @@ fn user_mode_only_is_asked_for() {
             assert_eq!(libc::setgroups(0, std::ptr::null()), 0);
             assert_eq!(libc::setgid(65534), 0);
             assert_eq!(libc::setuid(65534), 0);
-            // Changing users closed /proc/self to the process, and with it the proof that memory is empty.
-            assert_eq!(libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0), 0);
         }
-        let bytes = Mix::new(512, 3).bytes();
+        let bytes = random_bytes(512, 3);
+        let file = pack(&bytes, 8);
+        let frame = frame_of(&open(file.clone()), 77);
+        let bad = pages_of_frame(&open(file.clone()), frame.offset());
+        let file = damaged(file, &frame);
         let start = |permitted| {
-            Restore::new(open(pack(&bytes, 8)))
+            Restore::new(open(file.clone()))
                 .user_mode_only(permitted)
-                .leave_zero_runs(false)
                 .start()
         };
         match start(false) {
-            Ok(_) => {
+            Ok(restored) => {
+                assert!(!restored.is_user_mode_only());
                 println!("every user may use userfaultfd on this machine");
                 return;
             }
@@ -89,11 +94,56 @@ fn user_mode_only_is_asked_for() {
             Err(other) => panic!("{other}"),
         }
         let restored = start(true).unwrap();
+        assert!(restored.is_user_mode_only());
+        // A system call is not served.
+        let mut pipe = [0; 2];
+        let from = std::ptr::with_exposed_provenance(address(&restored, 500));
+        // SAFETY: the kernel reads a mapped page, or answers with an error.
+        let written = unsafe {
+            assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
+            libc::write(pipe[1], from, 4096)
+        };
+        assert_eq!(written, -1);
+        assert_eq!(
+            std::io::Error::last_os_error().raw_os_error(),
+            Some(libc::EFAULT)
+        );
         let mut page = [0; 4096];
-        assert!(restored.read_at(0, 500 * 4096, &mut page).is_err());
-        assert!(peek(address(&restored, 500)) == source(&bytes, 500));
         restored.read_at(0, 500 * 4096, &mut page).unwrap();
-        compare(&restored, &bytes, 0..512);
+        assert!(page == source(&bytes, 500));
+        assert!(peek(address(&restored, 501)) == source(&bytes, 501));
+        // Discarded, once present and once not.
+        for discarded in [100, 500] {
+            let start = std::ptr::with_exposed_provenance_mut(address(&restored, discarded));
+            // SAFETY: the memory is the test's, which has no reference to it.
+            let advised = unsafe { libc::madvise(start, 4096, libc::MADV_DONTNEED) };
+            assert_eq!(advised, 0);
+        }
+        // Many pages at once: with holes, and up to the first that is bad.
+        let mut all = vec![1; 512 * 4096];
+        let refused = restored.read_at(0, 0, &mut all).unwrap_err();
+        assert!(
+            matches!(refused, ReadAtError::Unreadable { offset, .. } if offset == bad[0] * 4096),
+            "{refused}"
+        );
+        let after = bad[7] + 1;
+        let rest = &mut all[after as usize * 4096..];
+        restored.read_at(0, after * 4096, rest).unwrap();
+        for n in (0..512).filter(|n| !bad.contains(n)) {
+            let expected = if [100, 500].contains(&n) {
+                &[0; 4096]
+            } else {
+                source(&bytes, n)
+            };
+            assert!(source(&all, n) == expected, "page {n}");
+            assert!(peek(address(&restored, n)) == expected, "page {n}");
+        }
+        for n in &bad {
+            assert!(restored.read_at(0, n * 4096, &mut page).is_err());
+        }
+        assert!(restored.wait_complete());
+        restored.read_at(0, 500 * 4096, &mut page).unwrap();
+        assert!(page == [0; 4096]);
         println!("user code was served");
     })
     .expect_success();

@@ -244,6 +244,70 @@ fn split_mappings_and_huge_page_advice() {
     }
 }
 
+/// KiB of `field` in `/proc/self/smaps`, summed over the mappings from `start` on.
+fn smaps(start: usize, pages: usize, field: &str) -> usize {
+    let mut inside = false;
+    let mut sum = 0;
+    for line in std::fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+        let word = line.split_ascii_whitespace().next().unwrap();
+        if let Some((from, _)) = word.split_once('-') {
+            let from = usize::from_str_radix(from, 16).unwrap();
+            inside = (start..start + pages * PAGE).contains(&from);
+        } else if inside && word.strip_suffix(':') == Some(field) {
+            let value = line.split_ascii_whitespace().nth(1).unwrap();
+            sum += value.parse::<usize>().unwrap();
+        }
+    }
+    sum
+}
+
+/// Huge pages are made of memory that is there, and of nothing else.
+#[test]
+fn huge_pages_give_no_memory_to_holes() {
+    const HUGE: usize = 512;
+    let said = in_child(|| {
+        // Stored, zero, stored but for a page that is discarded, half stored and half zero, and stored again.
+        let mut bytes = random_bytes(5 * HUGE as u64, 12);
+        bytes[HUGE * PAGE..2 * HUGE * PAGE].fill(0);
+        bytes[7 * HUGE / 2 * PAGE..4 * HUGE * PAGE].fill(0);
+        for leave in [true, false] {
+            let mut restored = Restore::new(open(pack(&bytes, 8)))
+                .huge_pages(true)
+                .leave_zero_runs(leave)
+                .start()
+                .unwrap();
+            let start = address(&restored, 0);
+            madvise(start + (2 * HUGE + 77) * PAGE, 1, libc::MADV_DONTNEED);
+            restored.stop(Stop::Complete).unwrap();
+            let huge = smaps(start, 5 * HUGE, "AnonHugePages");
+            if huge == 0 {
+                println!("no huge page was made");
+                return;
+            }
+            let rss = smaps(start, 5 * HUGE, "Rss");
+            // Where zeros are mapped among others they get memory; where they are left to the kernel they get none.
+            let (made, there) = if leave {
+                (2, 4 * HUGE - HUGE / 2 - 1)
+            } else {
+                (3, 4 * HUGE - 1)
+            };
+            assert_eq!((huge, rss), (made * 2048, there * 4), "left: {leave}");
+            for page in 0..5 * HUGE as u64 {
+                let expected = if page as usize == 2 * HUGE + 77 {
+                    &ZERO
+                } else {
+                    source(&bytes, page)
+                };
+                assert!(peek(address(&restored, page)) == expected, "page {page}");
+            }
+        }
+    })
+    .expect_success();
+    if said.contains("no huge page was made") {
+        println!("SKIPPED huge_pages_give_no_memory_to_holes: this kernel made no huge page");
+    }
+}
+
 #[test]
 fn unmapped_parts_are_settled() {
     let bytes = random_bytes(PAGES, 5);

@@ -1,11 +1,12 @@
 //! Runs every interleaving of some threads.
 //!
 //! Threads are coroutines that stop before each operation that another thread could notice. At each
-//! stop the explorer picks one of those that can go on; depth first, it tries every pick. A state that was
-//! seen before is not explored again: two states are the same if the model, the session's shared
-//! state, what each thread stopped before, and for each thread everything that it was told are the
-//! same. A thread's own variables follow from these: it is deterministic, what it looks up in the shared
-//! state it acts on before its next stop, and each stop names what the thread is about.
+//! stop the explorer picks one of those that can go on; depth first, it tries every pick. A state
+//! that was seen before is not explored again: two states are the same if the model, the session's
+//! shared state, what each thread stopped before, and for each thread everything that it was told
+//! are the same. A thread's own variables follow from these: it is deterministic, what it looks up
+//! in the shared state it acts on before its next stop, and each stop names what the thread is
+//! about.
 
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -65,8 +66,8 @@ impl<O: Copy + Hash> Thread<O> {
         chosen
     }
 
-    /// Forgets what the thread was told: at a point that it reaches with the same variables whatever
-    /// that was, which `point` names.
+    /// Forgets what the thread was told: at a point that it reaches with the same variables
+    /// whatever that was, which `point` names.
     pub(super) fn forget(&self, point: u64) {
         self.told.set(point);
     }

@@ -1,8 +1,9 @@
 //! The session under every interleaving, on a model of the kernel.
 //!
-//! Each scenario has threads of the owner, which touch, discard, unmap and move pages and know
-//! what they must read, and threads of the session: fault threads and a prefetcher. The right code passes in every
-//! interleaving; each of six mistakes, planted in the platform under it, makes one fail.
+//! Each scenario has threads of the owner, which touch, discard, unmap and move pages and know what
+//! they must read, and threads of the session: fault threads and a prefetcher. The right code
+//! passes in every interleaving; each of six mistakes, planted in the platform under it, makes one
+//! fail.
 
 mod explore;
 mod model;
@@ -386,9 +387,9 @@ fn unmapping_under_faults() {
     .holds();
 }
 
-/// A page was moved while its install waited for the kernel's lock: the kernel had looked for a change before, and said
-/// ENOENT. The page was taken for gone and read zeros at its new address. Who gets ENOENT now looks
-/// whether a change has begun.
+/// A page was moved while its install waited for the kernel's lock: the kernel had looked for a
+/// change before, and said ENOENT. The page was taken for gone and read zeros at its new address.
+/// Who gets ENOENT now looks whether a change has begun.
 #[test]
 fn moving_under_an_install_that_waits_for_the_kernel() {
     Scenario {
@@ -406,7 +407,8 @@ fn moving_under_an_install_that_waits_for_the_kernel() {
     .holds();
 }
 
-/// The last page was settled by a thread that didn't have the lead, and the leader waited for messages for ever.
+/// The last page was settled by a thread that didn't have the lead, and the leader waited for
+/// messages for ever.
 #[test]
 fn a_session_completes_by_itself() {
     Scenario {

@@ -80,8 +80,8 @@ pub(super) struct Model {
     session: Cell<*const Session<Self, Pages>>,
 }
 
-// SAFETY: the session asks for a platform that threads can share; here all threads are coroutines of
-// one thread, which runs one at a time.
+// SAFETY: the session asks for a platform that threads can share; here all threads are coroutines
+// of one thread, which runs one at a time.
 #[expect(unsafe_code)]
 unsafe impl Sync for Model {}
 
@@ -155,8 +155,8 @@ impl Model {
         }
     }
 
-    /// The kernel looks for a change once before it takes its lock, and once more after it has found the mapping. True:
-    /// there is one now.
+    /// The kernel looks for a change once before it takes its lock, and once more after it has
+    /// found the mapping. True: there is one now.
     fn early_check(&self) -> bool {
         let changing = self.world.borrow().is_changing();
         if self.two_checks && !changing {

@@ -61,7 +61,8 @@ pub(super) struct World {
     pub(super) exclusive: bool,
     pub(super) lead: bool,
     pub(super) kicked: bool,
-    /// COPY calls of several pages that may still be cut short, and installs that may find no memory.
+    /// COPY calls of several pages that may still be cut short, and installs that may find no
+    /// memory.
     pub(super) cuts: u32,
     pub(super) shortages: u32,
 }
