@@ -17,7 +17,7 @@ const FRAME: usize = 8;
 
 /// A restore with one fault thread and all prefetch, whose snapshot's reads wait at the gate as they do in `snapshot`;
 /// returns when all prefetch threads wait.
-fn held(snapshot: Arc<Snapshot>, gate: &Gate, prefetch_threads: usize) -> (Restored, Opener) {
+fn start_held(snapshot: Arc<Snapshot>, gate: &Gate, prefetch_threads: usize) -> (Restored, Opener) {
     let restored = Restore::new(snapshot)
         .fault_threads(1)
         .prefetch(Prefetch::All)
@@ -66,7 +66,7 @@ fn demand_is_served_while_every_prefetch_read_waits() {
         }
         Ok(())
     });
-    let (restored, _opener) = held(snapshot, &gate, 2);
+    let (restored, _opener) = start_held(snapshot, &gate, 2);
     let read_now = |page: u64| {
         let frame = frames.binary_search(&frame_of(&good, page).offset());
         reads[frame.unwrap()].load(SeqCst)
@@ -104,7 +104,7 @@ fn demand_is_served_while_prefetch_waits_for_an_index_block() {
         }
         Ok(())
     });
-    let (restored, _opener) = held(snapshot, &gate, 1);
+    let (restored, _opener) = start_held(snapshot, &gate, 1);
     // The first block is being fetched.
     is_served(&restored, &bytes, &(512..PAGES).collect::<Vec<_>>());
     assert_eq!(gate.waiting(), 1);
