@@ -1,0 +1,289 @@
+//! Who takes part: the ways to bring memory back.
+//!
+//! | name | what it does |
+//! | --- | --- |
+//! | `ours` | restores a snapshot through the library, with options: `ours:prefetch=all,frame=64` |
+//! | `mmap` | maps the raw file privately |
+//! | `handler` | a userfaultfd; a thread copies one page of the mapped raw file for each fault, where the scheduler puts it |
+//! | `handler-pinned` | the same, on the core of the thread that faults |
+//! | `read-all` | reads the raw file into anonymous memory first |
+//! | `unzstd` | decompresses a solid `.zst` (level 3) into anonymous memory first |
+//! | `squashfs-64k`, `squashfs-128k` | maps the raw file inside a squashfs image (zstd) |
+//! | `erofs` | maps the raw file inside an erofs image (the best codec of the installed mkfs.erofs) |
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::BenchError;
+use crate::contenders::{eager, handler, mapped, ours};
+use crate::touch::Memory;
+
+/// One way to bring memory back.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Contender {
+    /// snaprestore.
+    Ours(Ours),
+    /// A private mapping of the raw file.
+    Mmap,
+    /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's core.
+    Handler {
+        /// Whether it stays on the toucher's core.
+        pinned: bool,
+    },
+    /// The raw file, read whole.
+    ReadAll,
+    /// A compressed file, decompressed whole.
+    Unzstd,
+    /// The raw file in a squashfs image.
+    Squashfs {
+        /// Size of its blocks.
+        block_kib: u32,
+    },
+    /// The raw file in an erofs image.
+    Erofs,
+}
+
+/// Which pages snaprestore fetches before they are touched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Prefetch {
+    /// None.
+    #[default]
+    Off,
+    /// The recorded working sets.
+    WorkingSet,
+    /// All.
+    All,
+}
+
+/// How snaprestore is used; what isn't said is the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ours {
+    /// What is prefetched.
+    pub prefetch: Prefetch,
+    /// Threads that serve faults.
+    pub fault_threads: Option<usize>,
+    /// Threads that prefetch.
+    pub prefetch_threads: Option<usize>,
+    /// Whether huge pages are advised at the end.
+    pub huge_pages: bool,
+    /// Which snapshot is restored.
+    pub snapshot: SnapshotKind,
+}
+
+/// How a snapshot was made; what isn't said is the default of `create`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SnapshotKind {
+    /// Memory of a frame.
+    pub frame_kib: Option<u32>,
+    /// Level of compression.
+    pub level: Option<i32>,
+    /// No dictionary.
+    pub no_dictionary: bool,
+}
+
+/// Memory that a contender has brought back, or is bringing back.
+pub trait Restored {
+    /// The memory.
+    fn memory(&self) -> Memory;
+
+    /// Waits until everything is there.
+    fn complete(&mut self) -> Result<(), BenchError>;
+
+    /// What the contender itself counted.
+    fn facts(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}
+
+impl Contender {
+    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches stays.
+    pub fn start(
+        &self,
+        file: &Path,
+        bytes: u64,
+        core: Option<usize>,
+    ) -> Result<Box<dyn Restored>, BenchError> {
+        Ok(match self {
+            Self::Ours(options) => Box::new(ours::start(file, bytes, options)?),
+            Self::Mmap | Self::Squashfs { .. } | Self::Erofs => {
+                Box::new(mapped::start(file, bytes)?)
+            }
+            Self::Handler { .. } => Box::new(handler::start(file, bytes, core)?),
+            Self::ReadAll => Box::new(eager::read(file, bytes)?),
+            Self::Unzstd => Box::new(eager::decompress(file, bytes)?),
+        })
+    }
+
+    /// Whether it is snaprestore.
+    pub fn is_ours(&self) -> bool {
+        matches!(self, Self::Ours(_))
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ours(options) => options.fmt(f),
+            Self::Mmap => f.write_str("mmap"),
+            Self::Handler { pinned: false } => f.write_str("handler"),
+            Self::Handler { pinned: true } => f.write_str("handler-pinned"),
+            Self::ReadAll => f.write_str("read-all"),
+            Self::Unzstd => f.write_str("unzstd"),
+            Self::Squashfs { block_kib } => write!(f, "squashfs-{block_kib}k"),
+            Self::Erofs => f.write_str("erofs"),
+        }
+    }
+}
+
+impl fmt::Display for Ours {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ours")?;
+        let mut before = ':';
+        let mut option = |name: &str, value: Option<String>| match value {
+            Some(value) => {
+                write!(f, "{before}{name}={value}")?;
+                before = ',';
+                Ok(())
+            }
+            None => Ok(()),
+        };
+        let text = |number: Option<usize>| number.map(|number| number.to_string());
+        let prefetch = match self.prefetch {
+            Prefetch::Off => None,
+            Prefetch::WorkingSet => Some("working-set".into()),
+            Prefetch::All => Some("all".into()),
+        };
+        option("prefetch", prefetch)?;
+        option("fault-threads", text(self.fault_threads))?;
+        option("prefetch-threads", text(self.prefetch_threads))?;
+        option("huge-pages", self.huge_pages.then(|| "yes".into()))?;
+        let snapshot = &self.snapshot;
+        option("frame", snapshot.frame_kib.map(|kib| kib.to_string()))?;
+        option("level", snapshot.level.map(|level| level.to_string()))?;
+        option("dictionary", snapshot.no_dictionary.then(|| "off".into()))
+    }
+}
+
+impl FromStr for Contender {
+    type Err = BenchError;
+
+    fn from_str(text: &str) -> Result<Self, BenchError> {
+        let (name, options) = text.split_once(':').unwrap_or((text, ""));
+        if name != "ours" && !options.is_empty() {
+            return Err(BenchError::Invalid(format!(
+                "{text:?}: only `ours` has options"
+            )));
+        }
+        Ok(match name {
+            "ours" => Self::Ours(options.parse()?),
+            "mmap" => Self::Mmap,
+            "handler" => Self::Handler { pinned: false },
+            "handler-pinned" => Self::Handler { pinned: true },
+            "read-all" => Self::ReadAll,
+            "unzstd" => Self::Unzstd,
+            "squashfs-64k" => Self::Squashfs { block_kib: 64 },
+            "squashfs-128k" => Self::Squashfs { block_kib: 128 },
+            "erofs" => Self::Erofs,
+            _ => {
+                return Err(BenchError::Invalid(format!(
+                    "{text:?} is no contender; there are ours, mmap, handler, handler-pinned, read-all, unzstd, \
+                     squashfs-64k, squashfs-128k, erofs"
+                )));
+            }
+        })
+    }
+}
+
+impl FromStr for Ours {
+    type Err = BenchError;
+
+    fn from_str(text: &str) -> Result<Self, BenchError> {
+        let mut ours = Self::default();
+        for option in text.split(',').filter(|option| !option.is_empty()) {
+            let invalid = || {
+                BenchError::Invalid(format!(
+                    "{option:?} is no option of `ours`; there are prefetch=off|working-set|all, fault-threads=N, \
+                     prefetch-threads=N, huge-pages=yes, frame=KIB, level=N, dictionary=off"
+                ))
+            };
+            let (name, value) = option.split_once('=').ok_or_else(invalid)?;
+            let number = || value.parse().map_err(|_| invalid());
+            match (name, value) {
+                ("prefetch", "off") => ours.prefetch = Prefetch::Off,
+                ("prefetch", "working-set") => ours.prefetch = Prefetch::WorkingSet,
+                ("prefetch", "all") => ours.prefetch = Prefetch::All,
+                ("fault-threads", _) => ours.fault_threads = Some(number()?),
+                ("prefetch-threads", _) => ours.prefetch_threads = Some(number()?),
+                ("huge-pages", "yes") => ours.huge_pages = true,
+                ("frame", _) => {
+                    ours.snapshot.frame_kib = Some(value.parse().map_err(|_| invalid())?);
+                }
+                ("level", _) => ours.snapshot.level = Some(value.parse().map_err(|_| invalid())?),
+                ("dictionary", "off") => ours.snapshot.no_dictionary = true,
+                _ => return Err(invalid()),
+            }
+        }
+        Ok(ours)
+    }
+}
+
+impl TryFrom<String> for Contender {
+    type Error = BenchError;
+
+    fn try_from(text: String) -> Result<Self, BenchError> {
+        text.parse()
+    }
+}
+
+impl From<Contender> for String {
+    fn from(contender: Contender) -> Self {
+        contender.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_reads_back_as_what_it_names() {
+        for name in [
+            "ours",
+            "ours:prefetch=all",
+            "ours:prefetch=working-set,fault-threads=1,prefetch-threads=3,huge-pages=yes,frame=16,level=-1,dictionary=off",
+            "mmap",
+            "handler",
+            "handler-pinned",
+            "read-all",
+            "unzstd",
+            "squashfs-64k",
+            "squashfs-128k",
+            "erofs",
+        ] {
+            let contender: Contender = name.parse().unwrap();
+            assert_eq!(contender.to_string(), name);
+        }
+    }
+
+    #[test]
+    fn what_is_no_contender_is_refused_with_what_would_be() {
+        for name in [
+            "",
+            "theirs",
+            "mmap:frame=4",
+            "ours:frame",
+            "ours:frame=x",
+            "ours:speed=high",
+        ] {
+            let error = name.parse::<Contender>().unwrap_err().to_string();
+            assert!(
+                error.contains("there are") || error.contains("only"),
+                "{name}: {error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! snaprestore: the library's restore into this process.
+#![allow(
+    unsafe_code,
+    reason = "memory for several regions is given to the library"
+)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use snaprestore_engine::mem::RawRegion;
+use snaprestore_engine::restore::{self, OnFailure, Restore};
+use snapshot_format::Snapshot;
+
+use super::region::Region;
+use crate::BenchError;
+use crate::contender::{Ours, Prefetch, Restored};
+use crate::touch::Memory;
+
+pub(crate) struct Lazily {
+    // Stopped before the memory goes.
+    restored: restore::Restored,
+    open: Duration,
+    start: Duration,
+    memory: Memory,
+    _given: Option<Region>,
+}
+
+/// Opens the snapshot and starts its restore, `bytes` of memory in all.
+pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, BenchError> {
+    let failed = || format!("{}: restoring", file.display());
+    let began = Instant::now();
+    let snapshot = Snapshot::open_path(file).map_err(BenchError::of(failed()))?;
+    let open = began.elapsed();
+    let snapshot = Arc::new(snapshot);
+    let lens: Vec<u64> = snapshot
+        .regions()
+        .map_err(BenchError::of(failed()))?
+        .iter()
+        .map(snapshot_format::Region::bytes)
+        .collect();
+    if lens.iter().sum::<u64>() != bytes {
+        let found = lens.iter().sum::<u64>();
+        return Err(BenchError::Invalid(format!(
+            "{}: {found} bytes, not {bytes}",
+            failed()
+        )));
+    }
+    let mut restore = Restore::new(snapshot).on_failure(OnFailure::Abort);
+    restore = restore.prefetch(match options.prefetch {
+        Prefetch::Off => restore::Prefetch::Off,
+        Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
+        Prefetch::All => restore::Prefetch::All,
+    });
+    if let Some(threads) = options.fault_threads {
+        restore = restore.fault_threads(threads);
+    }
+    if let Some(threads) = options.prefetch_threads {
+        restore = restore.prefetch_threads(threads);
+    }
+    restore = restore.huge_pages(options.huge_pages);
+    // One region lies where the library puts it; several are given memory in which they follow one another, as in the raw file.
+    let given = if lens.len() == 1 {
+        None
+    } else {
+        let region = Region::anonymous(bytes)?;
+        let mut offset = 0;
+        for (index, len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
+            // SAFETY: the mapping is fresh, used by nobody else but the touching loop, and outlives the restore: `Lazily`
+            // drops the restore first.
+            let memory = unsafe { RawRegion::new(region.at(offset), *len) };
+            restore = restore.region(index, memory.map_err(BenchError::of(failed()))?);
+            offset += len;
+        }
+        Some(region)
+    };
+    let began = Instant::now();
+    let restored = restore.start();
+    let start = began.elapsed();
+    let restored = restored.map_err(|error| match error {
+        restore::StartError::Userfaultfd(error) => {
+            BenchError::Unavailable(crate::with_causes(&error))
+        }
+        error => BenchError::of(failed())(error),
+    })?;
+    let memory = match (&given, restored.regions().first()) {
+        (Some(region), _) => region.memory(),
+        // SAFETY: the region is mapped, and may be read and written, as long as `restored` lives.
+        (None, Some(region)) => unsafe { Memory::new(region.as_ptr(), region.len()) },
+        (None, None) => return Err(BenchError::Invalid(format!("{}: no memory", failed()))),
+    };
+    Ok(Lazily {
+        restored,
+        open,
+        start,
+        memory,
+        _given: given,
+    })
+}
+
+impl Restored for Lazily {
+    fn memory(&self) -> Memory {
+        self.memory
+    }
+
+    fn complete(&mut self) -> Result<(), BenchError> {
+        if self.restored.wait_complete() {
+            return Ok(());
+        }
+        Err(BenchError::Trial {
+            what: "waiting for the restore to complete".into(),
+            why: "prefetch ended before".into(),
+        })
+    }
+
+    fn facts(&self) -> serde_json::Value {
+        let stats = self.restored.stats();
+        let micros = |time: Duration| time.as_secs_f64() * 1e6;
+        json!({
+            "open_us": micros(self.open),
+            "start_us": micros(self.start),
+            "mapped_us": micros(stats.mapped),
+            "complete_ms": stats.complete.map(|time| time.as_secs_f64() * 1e3),
+            "faults": stats.faults,
+            "fault_us": { "p50": micros(stats.fault_time.p50), "p99": micros(stats.fault_time.p99) },
+            "demand_pages": stats.demand.copied + stats.demand.filled + stats.demand.zeroed,
+            "prefetch_pages": stats.prefetch.copied + stats.prefetch.filled + stats.prefetch.zeroed,
+            "bytes_read": stats.bytes_read,
+            "bytes_decoded": stats.bytes_decoded,
+            "retries": stats.retries,
+        })
+    }
+}

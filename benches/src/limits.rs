@@ -1,0 +1,189 @@
+//! What the parts of a restore cost by themselves: no restore of the same snapshot can be faster than decoding its
+//! frames and copying its pages.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
+
+use snapshot_format::{FrameDecoder, FrameRef, Page, Reason, Snapshot};
+
+use crate::contenders::Region;
+use crate::stats::Latencies;
+use crate::trial::{Before, Outcome};
+use crate::uffd::Uffd;
+use crate::workload::{Order, Plan};
+use crate::{BenchError, PAGE, cache};
+
+/// Bytes that one COPY takes at most: as many as a restore installs at once.
+const MOST_COPY: u64 = 256 << 10;
+
+/// What of a snapshot has to be decoded and copied.
+struct Contents {
+    snapshot: Snapshot,
+    /// Every frame once, in the order of the file.
+    frames: Vec<FrameRef>,
+    /// A page of each frame, in the order of the frames.
+    first_pages: Vec<u64>,
+    /// Stored pages, as runs of page numbers: a shared page as often as it occurs.
+    runs: Vec<(u64, u64)>,
+}
+
+impl Contents {
+    fn of(path: &Path) -> Result<Self, BenchError> {
+        let failed = || format!("{}: reading its index", path.display());
+        let snapshot = Snapshot::open_path(path).map_err(BenchError::of(failed()))?;
+        snapshot.prepare().map_err(BenchError::of(failed()))?;
+        let mut frames = BTreeMap::new();
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for block in 0..snapshot.block_count() {
+            let index = snapshot
+                .uncached_block(block, Reason::Verify)
+                .map_err(BenchError::of(failed()))?;
+            for (i, page) in (0..index.page_count()).zip(block * 512..) {
+                let Page::Stored { frame, .. } = index.page(i) else {
+                    continue;
+                };
+                frames.entry(frame.offset()).or_insert((frame, page));
+                match runs.last_mut() {
+                    Some((first, count)) if *first + *count == page => *count += 1,
+                    _ => runs.push((page, 1)),
+                }
+            }
+        }
+        let (frames, first_pages) = frames.into_values().unzip();
+        Ok(Self {
+            snapshot,
+            frames,
+            first_pages,
+            runs,
+        })
+    }
+}
+
+/// A page of each frame of a snapshot: touching them in any order is one fault a frame.
+pub fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
+    Ok(Contents::of(path)?.first_pages)
+}
+
+/// Runs `work` for 0 to `count` on `threads` threads, each with a state of its own.
+fn on_all<S>(
+    count: usize,
+    threads: usize,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) -> Result<(), BenchError> + Sync,
+) -> Result<(), BenchError> {
+    let next = AtomicUsize::new(0);
+    let one = || {
+        let mut state = state();
+        loop {
+            let item = next.fetch_add(1, Relaxed);
+            if item >= count {
+                return Ok(());
+            }
+            work(&mut state, item)?;
+        }
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
+        running.into_iter().try_for_each(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
+}
+
+/// Decodes every frame once.
+pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
+    let contents = Contents::of(path)?;
+    cache::warm(path)?;
+    let largest = contents.frames.iter().map(FrameRef::decoded_len).max();
+    let state = || (FrameDecoder::new(), vec![0; largest.unwrap_or(0)]);
+    let before = Before::now(path);
+    let began = Instant::now();
+    on_all(
+        contents.frames.len(),
+        threads,
+        state,
+        |(decoder, buffer), item| {
+            let frame = &contents.frames[item];
+            let out = &mut buffer[..frame.decoded_len()];
+            decoder
+                .decode(&contents.snapshot, frame, Reason::Prefetch, out)
+                .map(|_| ())
+                .map_err(BenchError::of("decoding a frame"))
+        },
+    )?;
+    let total = began.elapsed();
+    let mut outcome = before.outcome(path);
+    outcome.total_ms = total.as_secs_f64() * 1e3;
+    outcome.count = contents.frames.len() as u64;
+    Ok(outcome)
+}
+
+/// Decodes frames one by one in the order of a shuffle, each timed.
+pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, BenchError> {
+    let contents = Contents::of(path)?;
+    cache::warm(path)?;
+    let count = contents.frames.len() as u64;
+    // The plan's offsets lie in the pages that stand for the frames.
+    let plan = Plan::new(count, Order::Random, seed, 1.0, Some(most), None);
+    let largest = contents.frames.iter().map(FrameRef::decoded_len).max();
+    let (mut decoder, mut buffer) = (FrameDecoder::new(), vec![1; largest.unwrap_or(0)]);
+    let mut nanos = Vec::with_capacity(plan.offsets.len());
+    let before = Before::now(path);
+    let all = Instant::now();
+    for offset in &plan.offsets {
+        let number = usize::try_from(offset / PAGE).unwrap_or(usize::MAX);
+        let frame = &contents.frames[number];
+        let began = Instant::now();
+        decoder
+            .decode(
+                &contents.snapshot,
+                frame,
+                Reason::Demand,
+                &mut buffer[..frame.decoded_len()],
+            )
+            .map_err(BenchError::of("decoding a frame"))?;
+        nanos.push(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
+    }
+    let total = all.elapsed();
+    let mut outcome = before.outcome(path);
+    outcome.total_ms = total.as_secs_f64() * 1e3;
+    outcome.count = nanos.len() as u64;
+    outcome.latencies = Latencies::of(nanos);
+    Ok(outcome)
+}
+
+/// Copies as many bytes to the same places as a restore does, from a buffer that stays in the processor's cache.
+pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
+    let contents = Contents::of(path)?;
+    let mut pieces = Vec::new();
+    for (first, count) in &contents.runs {
+        let (mut at, end) = (first * PAGE, (first + count) * PAGE);
+        while at < end {
+            let len = MOST_COPY.min(end - at);
+            pieces.push((at, len));
+            at += len;
+        }
+    }
+    let bytes = contents.snapshot.page_slots() * PAGE;
+    let state = || vec![0x5a_u8; usize::try_from(MOST_COPY).unwrap_or(0)];
+    let before = Before::now(path);
+    let began = Instant::now();
+    let region = Region::anonymous(bytes)?;
+    let uffd = Uffd::open()?;
+    uffd.register(region.address(), bytes)?;
+    on_all(pieces.len(), threads, state, |buffer, item| {
+        let (offset, len) = pieces[item];
+        uffd.copy(region.address() + offset, buffer.as_ptr(), len)
+            .map(|_| ())
+            .map_err(BenchError::io("UFFDIO_COPY"))
+    })?;
+    let total = began.elapsed();
+    let mut outcome = before.outcome(path);
+    outcome.total_ms = total.as_secs_f64() * 1e3;
+    outcome.count = contents.runs.iter().map(|(_, count)| count).sum();
+    Ok(outcome)
+}

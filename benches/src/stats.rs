@@ -1,0 +1,147 @@
+//! Medians with their spread, and percentiles.
+
+use serde::{Deserialize, Serialize};
+
+/// Where the middle of some samples is, and how far they lie apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// Samples.
+    pub count: usize,
+    /// The smallest.
+    pub min: f64,
+    /// A quarter of the samples is below.
+    pub q1: f64,
+    /// Half of the samples is below.
+    pub median: f64,
+    /// Three quarters of the samples are below.
+    pub q3: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// The spread of `samples`, or none if there are none.
+    pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut sorted: Vec<f64> = samples.into_iter().collect();
+        sorted.sort_unstable_by(f64::total_cmp);
+        Some(Self {
+            count: sorted.len(),
+            min: *sorted.first()?,
+            q1: at(&sorted, 0.25),
+            median: at(&sorted, 0.5),
+            q3: at(&sorted, 0.75),
+            max: *sorted.last()?,
+        })
+    }
+}
+
+/// The value below which `part` of the sorted values lie, between two of them in proportion.
+fn at(sorted: &[f64], part: f64) -> f64 {
+    let place = part * float(sorted.len().saturating_sub(1) as u64);
+    let low = index(place.floor());
+    let high = (low + 1).min(sorted.len() - 1);
+    let (low_value, high_value) = (sorted[low], sorted[high]);
+    low_value + (high_value - low_value) * (place - place.floor())
+}
+
+/// Durations in microseconds, by percentile.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Latencies {
+    /// Durations.
+    pub count: u64,
+    /// Half of them were at most this.
+    pub p50: f64,
+    /// Nine in ten.
+    pub p90: f64,
+    /// 99 in a hundred.
+    pub p99: f64,
+    /// 999 in a thousand.
+    pub p999: f64,
+    /// The longest.
+    pub max: f64,
+    /// Percentiles 0 to 100, for pictures.
+    pub curve: Vec<f64>,
+}
+
+impl Latencies {
+    /// The percentiles of durations in nanoseconds.
+    pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
+        nanos.sort_unstable();
+        let micros = |part: f64| {
+            // The nearest rank: a duration that occurred.
+            let rank = index((float(nanos.len() as u64) * part).ceil()).max(1);
+            nanos.get(rank - 1).map(|nanos| float(*nanos) / 1e3)
+        };
+        Some(Self {
+            count: nanos.len() as u64,
+            p50: micros(0.5)?,
+            p90: micros(0.9)?,
+            p99: micros(0.99)?,
+            p999: micros(0.999)?,
+            max: micros(1.0)?,
+            curve: (0..=100)
+                .filter_map(|percent| micros(f64::from(percent) / 100.0))
+                .collect(),
+        })
+    }
+}
+
+/// A count or a number of bytes or nanoseconds as a number with a fraction. Below 2^53 it is exact.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "what is measured is far below 2^53"
+)]
+pub fn float(number: u64) -> f64 {
+    number as f64
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a place in a vector, computed from its length"
+)]
+fn index(place: f64) -> usize {
+    place as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn near(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-9
+    }
+
+    #[test]
+    fn nothing_has_no_spread() {
+        assert_eq!(Spread::of([]), None);
+        assert_eq!(Latencies::of(Vec::new()), None);
+    }
+
+    #[test]
+    fn one_sample_is_everything() {
+        let spread = Spread::of([7.0]).unwrap();
+        assert!(
+            [spread.min, spread.q1, spread.median, spread.q3, spread.max]
+                .iter()
+                .all(|value| near(*value, 7.0))
+        );
+        assert_eq!(spread.count, 1);
+    }
+
+    #[test]
+    fn the_order_of_samples_does_not_matter() {
+        let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
+        assert!(near(spread.median, 2.5) && near(spread.q1, 1.75) && near(spread.q3, 3.25));
+        assert!(near(spread.min, 1.0) && near(spread.max, 4.0));
+    }
+
+    #[test]
+    fn percentiles_are_durations_that_occurred() {
+        let latencies = Latencies::of((1..=1000).map(|us| us * 1000).rev().collect()).unwrap();
+        assert!(near(latencies.p50, 500.0) && near(latencies.p99, 990.0));
+        assert!(near(latencies.p999, 999.0) && near(latencies.max, 1000.0));
+        assert_eq!(latencies.curve.len(), 101);
+        assert!(near(latencies.curve[0], 1.0) && near(latencies.curve[100], 1000.0));
+    }
+}

@@ -1,0 +1,399 @@
+//! What this project must reach, computed from the raw results of a run.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use crate::create::{self, Sizes};
+use crate::report::short;
+use crate::rounds::Samples;
+use crate::stats::{Latencies, Spread, float};
+use crate::trial::Outcome;
+
+/// One thing to reach.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Target {
+    /// Its number, and a letter where a row has several.
+    pub number: String,
+    /// What is compared.
+    pub what: String,
+    /// What was measured, if it was.
+    pub value: Option<f64>,
+    /// What it may be at most.
+    pub limit: f64,
+    /// Of both; empty for a ratio.
+    pub unit: String,
+    /// The medians behind it.
+    pub from: String,
+}
+
+impl Target {
+    /// Whether it was measured and is met.
+    pub fn met(&self) -> bool {
+        self.value.is_some_and(|value| value <= self.limit)
+    }
+}
+
+/// Medians by workload and contender.
+struct Medians<'a>(&'a Samples);
+
+/// A value and how it came about.
+type Found = Option<(f64, String)>;
+
+impl Medians<'_> {
+    fn of(&self, workload: &str, contender: &str, value: fn(&Outcome) -> f64) -> Option<f64> {
+        Spread::of(self.0.values(workload, contender, value)).map(|spread| spread.median)
+    }
+
+    fn total(&self, workload: &str, contender: &str) -> Option<f64> {
+        self.of(workload, contender, |outcome| outcome.total_ms)
+    }
+
+    /// The quickest of several.
+    fn best(&self, workload: &str, contenders: &[&str]) -> Option<(f64, String)> {
+        contenders
+            .iter()
+            .filter_map(|name| Some((self.total(workload, name)?, (*name).to_owned())))
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+    }
+
+    fn against_best(&self, workload: &str, ours: &str, others: &[&str]) -> Found {
+        let mine = self.total(workload, ours)?;
+        let (best, who) = self.best(workload, others)?;
+        Some((
+            mine / best,
+            format!("{} ms / {who} {} ms", short(mine), short(best)),
+        ))
+    }
+
+    /// Median over the rounds of a percentile of single touches.
+    fn latency(&self, workload: &str, contender: &str, of: fn(&Latencies) -> f64) -> Option<f64> {
+        let samples = self.0.samples.iter().filter(|sample| {
+            sample.round > 0 && sample.workload == workload && sample.contender == contender
+        });
+        let values = samples.filter_map(|sample| sample.outcome.latencies.as_ref().map(of));
+        Spread::of(values).map(|spread| spread.median)
+    }
+
+    fn fault(&self, workload: &str, ours: &str, of: fn(&Latencies) -> f64) -> Found {
+        let mine = self.latency(workload, ours, of)?;
+        let handler = HANDLERS
+            .iter()
+            .filter_map(|name| self.latency(workload, name, of))
+            .min_by(f64::total_cmp)?;
+        let decode = self.latency(workload, "limit:decode-each", of)?;
+        let from = format!(
+            "{} us / (handler {} us + decode {} us)",
+            short(mine),
+            short(handler),
+            short(decode)
+        );
+        Some((mine / (handler + decode), from))
+    }
+
+    /// The largest over the rounds, in MiB.
+    fn most_beyond(&self, workload: &str, contender: &str) -> Found {
+        let values = self
+            .0
+            .values(workload, contender, |outcome| float(outcome.beyond_bytes));
+        let spread = Spread::of(values)?;
+        Some((
+            spread.max / 1_048_576.0,
+            format!("the largest of {} runs", spread.count),
+        ))
+    }
+
+    fn start(&self, workload: &str) -> Found {
+        let started = |outcome: &Outcome| {
+            let micros = &outcome.facts["start_us"];
+            micros.as_f64().unwrap_or(f64::NAN) / 1e3
+        };
+        let spread = Spread::of(self.0.values(workload, "ours", started))?;
+        let from = format!(
+            "median of {} fresh processes, {} to {} ms",
+            spread.count,
+            short(spread.min),
+            short(spread.max)
+        );
+        Some((spread.median, from))
+    }
+
+    fn complete(&self, value: fn(&Outcome) -> f64, unit: &str) -> Found {
+        let mine = self.of("complete", OURS_ALL, value)?;
+        let decode = self.of("complete", "limit:decode", value)?;
+        let copy = self.of("complete", "limit:copy", value)?;
+        let from = format!(
+            "{} {unit} / (decode {} {unit} + copy {} {unit})",
+            short(mine),
+            short(decode),
+            short(copy)
+        );
+        Some((mine / (decode + copy), from))
+    }
+}
+
+const OURS_ALL: &str = "ours:prefetch=all";
+const HANDLERS: [&str; 2] = ["handler", "handler-pinned"];
+const COLD: [&str; 4] = ["mmap", "squashfs-64k", "squashfs-128k", "erofs"];
+
+/// All targets, met or not.
+#[expect(clippy::too_many_lines, reason = "it is a table")]
+pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
+    let medians = Medians(samples);
+    let mut targets = Vec::new();
+    let mut add = |number: &str, what: &str, limit: f64, unit: &str, found: Found| {
+        let (value, from) = match found {
+            Some((value, from)) if value.is_finite() => (Some(value), from),
+            _ => (None, "not measured in this run".into()),
+        };
+        targets.push(Target {
+            number: number.into(),
+            what: what.into(),
+            value,
+            limit,
+            unit: unit.into(),
+            from,
+        });
+    };
+    let p50 = |latencies: &Latencies| latencies.p50;
+    let p99 = |latencies: &Latencies| latencies.p99;
+    let size = sizes.map(|sizes| {
+        let from = format!("{} / {} bytes", sizes.snapshot, sizes.solid);
+        (float(sizes.snapshot) / float(sizes.solid), from)
+    });
+    let share = sizes.map(|sizes| {
+        let from = format!("{} of {} bytes", sizes.index, sizes.snapshot);
+        (float(sizes.index) / float(sizes.snapshot) * 100.0, from)
+    });
+    let written = medians.against_best(create::NAME, create::OURS, &[create::ZSTD]);
+
+    add(
+        "1",
+        "file size, against zstd -3 of the whole image",
+        1.0,
+        "",
+        size,
+    );
+    add(
+        "2",
+        "create, against zstd -3 -T0 and fsync",
+        1.0,
+        "",
+        written,
+    );
+    add("3a", "start call, 1 GiB", 1.0, "ms", medians.start("start"));
+    add(
+        "3b",
+        "start call, 64 GiB with every page stored",
+        1.0,
+        "ms",
+        medians.start("start-64g"),
+    );
+    let reads = |ours| medians.against_best("random-reads", ours, &HANDLERS);
+    let writes = medians.against_best("random-writes", OURS_ALL, &HANDLERS);
+    add(
+        "4a",
+        "random reads, prefetch all, against a handler",
+        0.12,
+        "",
+        reads(OURS_ALL),
+    );
+    add(
+        "4b",
+        "random writes, prefetch all, against a handler",
+        0.20,
+        "",
+        writes,
+    );
+    add(
+        "5",
+        "random reads, no prefetch, against a handler",
+        0.25,
+        "",
+        reads("ours"),
+    );
+    let cold = medians.against_best("cold-reads", OURS_ALL, &COLD);
+    add(
+        "6",
+        "random reads, cold, against mmap, squashfs and erofs",
+        0.5,
+        "",
+        cold,
+    );
+    let complete = medians.complete(|outcome| outcome.total_ms, "ms");
+    add(
+        "7",
+        "complete restore, against decode and copy alone",
+        1.2,
+        "",
+        complete,
+    );
+    let fault = |workload, ours, of| medians.fault(workload, ours, of);
+    let small = "ours:frame=16";
+    let large = "ours:frame=64";
+    add(
+        "8a",
+        "one fault, p50, 16 KiB frames, against handler + decode",
+        1.25,
+        "",
+        fault("faults-16k", small, p50),
+    );
+    add(
+        "8b",
+        "one fault, p50, 64 KiB frames, against handler + decode",
+        1.25,
+        "",
+        fault("faults-64k", large, p50),
+    );
+    let default = medians
+        .latency("faults", "ours", p50)
+        .map(|micros| (micros, String::from("frames of the default size")));
+    add("8c", "one fault, p50, default frames", 250.0, "us", default);
+    add(
+        "9a",
+        "one fault, p99, 16 KiB frames, against handler + decode",
+        1.5,
+        "",
+        fault("faults-16k", small, p99),
+    );
+    add(
+        "9b",
+        "one fault, p99, 64 KiB frames, against handler + decode",
+        1.5,
+        "",
+        fault("faults-64k", large, p99),
+    );
+    let cpu = medians.complete(|outcome| outcome.cpu_s, "s");
+    add(
+        "10",
+        "CPU of a complete restore, against the sum of both alone",
+        1.25,
+        "",
+        cpu,
+    );
+    add(
+        "11a",
+        "memory beyond the pages, 1 GiB complete",
+        24.0,
+        "MiB",
+        medians.most_beyond("complete", OURS_ALL),
+    );
+    add(
+        "11b",
+        "memory beyond the pages, 64 GiB, touched here and there",
+        48.0,
+        "MiB",
+        medians.most_beyond("memory-64g", "ours"),
+    );
+    add("12", "index and tables, of the file", 0.5, "%", share);
+    targets
+}
+
+/// The targets as a table in Markdown.
+pub fn table(targets: &[Target]) -> String {
+    let mut text = String::from(
+        "| # | what | measured | at most | met | from |\n| --- | --- | --- | --- | --- | --- |\n",
+    );
+    for target in targets {
+        let Target {
+            number,
+            what,
+            limit,
+            unit,
+            from,
+            ..
+        } = target;
+        let value = target
+            .value
+            .map_or_else(|| "-".into(), |value| format!("{value:.3} {unit}"));
+        let met = match target.value {
+            None => "?",
+            Some(_) if target.met() => "yes",
+            Some(_) => "NO",
+        };
+        let limit = format!("{limit} {unit}");
+        let _ = writeln!(
+            text,
+            "| {number} | {what} | {} | {} | {met} | {from} |",
+            value.trim(),
+            limit.trim()
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rounds::Sample;
+
+    fn sample(workload: &str, contender: &str, round: u32, outcome: Outcome) -> Sample {
+        Sample {
+            workload: workload.into(),
+            contender: contender.into(),
+            round,
+            outcome,
+        }
+    }
+
+    fn total(total_ms: f64) -> Outcome {
+        Outcome {
+            total_ms,
+            ..Outcome::default()
+        }
+    }
+
+    fn find<'a>(targets: &'a [Target], number: &str) -> &'a Target {
+        targets
+            .iter()
+            .find(|target| target.number == number)
+            .unwrap()
+    }
+
+    #[test]
+    fn the_better_of_the_others_counts_and_the_first_round_does_not() {
+        let samples = Samples {
+            samples: vec![
+                sample("random-reads", "handler", 1, total(1000.0)),
+                sample("random-reads", "handler-pinned", 0, total(1.0)),
+                sample("random-reads", "handler-pinned", 1, total(100.0)),
+                sample("random-reads", OURS_ALL, 1, total(13.0)),
+                sample("random-reads", "ours", 1, total(25.0)),
+            ],
+            absent: Vec::new(),
+        };
+        let targets = all(&samples, None);
+        let all_fetched = find(&targets, "4a");
+        assert!((all_fetched.value.unwrap() - 0.13).abs() < 1e-9 && !all_fetched.met());
+        assert!(find(&targets, "5").met());
+        assert_eq!(find(&targets, "4b").value, None);
+        assert!(!find(&targets, "4b").met());
+        assert!(table(&targets).contains(
+            "| 4a | random reads, prefetch all, against a handler | 0.130 | 0.12 | NO |"
+        ));
+    }
+
+    #[test]
+    fn a_fault_is_held_against_handler_and_decode_together() {
+        let timed = |p50, p99| Outcome {
+            latencies: Some(Latencies {
+                p50,
+                p99,
+                ..Latencies::default()
+            }),
+            ..Outcome::default()
+        };
+        let samples = Samples {
+            samples: vec![
+                sample("faults-16k", "ours:frame=16", 1, timed(30.0, 90.0)),
+                sample("faults-16k", "handler", 1, timed(60.0, 40.0)),
+                sample("faults-16k", "handler-pinned", 1, timed(10.0, 50.0)),
+                sample("faults-16k", "limit:decode-each", 1, timed(20.0, 20.0)),
+            ],
+            absent: Vec::new(),
+        };
+        let targets = all(&samples, None);
+        assert!((find(&targets, "8a").value.unwrap() - 1.0).abs() < 1e-9);
+        assert!((find(&targets, "9a").value.unwrap() - 1.5).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,331 @@
+//! One measurement, in a process of its own.
+//!
+//! The program that measures runs itself again for each trial ([`Runner`]), with the trial as JSON on its standard
+//! input; the child ([`run_child`]) answers with the outcome on its standard output.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::contender::Contender;
+use crate::stats::Latencies;
+use crate::usage::{self, Held, Watcher, Who};
+use crate::workload::{Access, Cache, Order, Plan, read_pages};
+use crate::{BenchError, PAGE, cache, limits, uffd};
+
+/// After so many seconds a trial is killed: nothing here takes a tenth of it.
+const MOST_SECONDS: u32 = 300;
+
+/// What is measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trial {
+    /// A restore with touches.
+    Restore(RestoreTrial),
+    /// Every frame of a snapshot decoded once, and nothing else.
+    Decode {
+        /// The snapshot.
+        snapshot: PathBuf,
+        /// Threads.
+        threads: usize,
+    },
+    /// Every page that a restore copies copied into empty memory, and nothing else.
+    Copy {
+        /// The snapshot.
+        snapshot: PathBuf,
+        /// Threads.
+        threads: usize,
+    },
+    /// Frames decoded one by one, in the order of a shuffle, each timed.
+    DecodeEach {
+        /// The snapshot.
+        snapshot: PathBuf,
+        /// Frames at most.
+        most: u64,
+        /// Start of the shuffle.
+        seed: u64,
+    },
+}
+
+/// A restore with touches.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RestoreTrial {
+    /// Who restores.
+    pub contender: Contender,
+    /// From which file.
+    pub file: PathBuf,
+    /// How much memory.
+    pub bytes: u64,
+    /// Order of touches.
+    pub order: Order,
+    /// Start of the shuffle.
+    pub seed: u64,
+    /// Part of the order.
+    pub share: f64,
+    /// Touches at most.
+    pub most_pages: Option<u64>,
+    /// File of page numbers, for orders that come from one.
+    pub listed: Option<PathBuf>,
+    /// What a touch does.
+    pub access: Access,
+    /// Threads that touch.
+    pub threads: usize,
+    /// Whether the file is in memory.
+    pub cache: Cache,
+    /// Whether each touch is timed.
+    pub latencies: bool,
+    /// Whether every byte of the touched pages is checked afterwards, and memory is watched meanwhile. Such a trial's times
+    /// count for nothing.
+    pub proof: bool,
+}
+
+/// What a trial found. Fields that make no sense for its kind are zero or none.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    /// From the beginning to usable memory.
+    pub start_us: f64,
+    /// From usable memory to the last touch.
+    pub touch_ms: f64,
+    /// From the beginning to the end: the last touch, or everything being there if nothing is touched.
+    pub total_ms: f64,
+    /// Processor time of the process.
+    pub cpu_s: f64,
+    /// Processor time of the machine meanwhile, whoever took it: file systems also work in the kernel's threads.
+    pub machine_cpu_s: f64,
+    /// Anonymous memory and page tables at the end, beyond those before.
+    pub memory_bytes: u64,
+    /// The part of it that is neither restored content nor its page tables.
+    pub beyond_bytes: u64,
+    /// The most of it that was seen, in a proof.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
+    /// Read from disk by the process.
+    pub disk_bytes: u64,
+    /// Read from the disk that the file lies on, by whomever.
+    pub device_bytes: u64,
+    /// Pages touched, or pages copied or frames decoded by a limit.
+    pub count: u64,
+    /// Sum of the touched bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sum: Option<u64>,
+    /// Checksum of all bytes of the touched pages, in a proof.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<u32>,
+    /// Times of single touches.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latencies: Option<Latencies>,
+    /// How the file was made cold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cooled: Option<String>,
+    /// What the contender itself counted.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub facts: serde_json::Value,
+}
+
+/// What the child answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Reply {
+    Done(Box<Outcome>),
+    Unavailable(String),
+    Failed(String),
+}
+
+impl Trial {
+    /// Measures, in this process.
+    pub fn run(&self) -> Result<Outcome, BenchError> {
+        match self {
+            Self::Restore(trial) => trial.run(),
+            Self::Decode { snapshot, threads } => limits::decode(snapshot, *threads),
+            Self::Copy { snapshot, threads } => limits::copy(snapshot, *threads),
+            Self::DecodeEach {
+                snapshot,
+                most,
+                seed,
+            } => limits::decode_each(snapshot, *most, *seed),
+        }
+    }
+
+    fn file(&self) -> &Path {
+        match self {
+            Self::Restore(trial) => &trial.file,
+            Self::Decode { snapshot, .. }
+            | Self::Copy { snapshot, .. }
+            | Self::DecodeEach { snapshot, .. } => snapshot,
+        }
+    }
+}
+
+impl RestoreTrial {
+    fn run(&self) -> Result<Outcome, BenchError> {
+        let listed = self.listed.as_deref().map(read_pages).transpose()?;
+        let pages = self.bytes / PAGE;
+        let plan = Plan::new(
+            pages,
+            self.order,
+            self.seed,
+            self.share,
+            self.most_pages,
+            listed,
+        );
+        let core = match self.contender {
+            Contender::Handler { pinned: true } if self.threads > 1 => {
+                return Err(BenchError::Unavailable(
+                    "a handler can share the core of one faulting thread only".into(),
+                ));
+            }
+            Contender::Handler { pinned: true } => {
+                let core = uffd::this_core();
+                uffd::pin_to(core);
+                Some(core)
+            }
+            _ => None,
+        };
+        let cooled = match self.cache {
+            Cache::Warm => {
+                cache::warm(&self.file)?;
+                None
+            }
+            Cache::Cold => Some(cache::cool(&self.file)?.to_owned()),
+        };
+        let watcher = self.proof.then(Watcher::start);
+        let before = Before::now(&self.file);
+
+        let began = Instant::now();
+        let mut restored = self.contender.start(&self.file, self.bytes, core)?;
+        let usable = began.elapsed();
+        let memory = restored.memory();
+        let touched = memory.touch(&plan.offsets, self.access, self.threads, self.latencies);
+        if self.order == Order::None {
+            restored.complete()?;
+        }
+        let total = began.elapsed();
+
+        let mut outcome = before.outcome(&self.file);
+        outcome.start_us = usable.as_secs_f64() * 1e6;
+        outcome.touch_ms = total.saturating_sub(usable).as_secs_f64() * 1e3;
+        outcome.total_ms = total.as_secs_f64() * 1e3;
+        outcome.peak_bytes =
+            watcher.map(|watcher| watcher.stop().saturating_sub(before.held.bytes()));
+        let content = usage::content(memory.base().expose_provenance() as u64, memory.len())?;
+        outcome.beyond_bytes = outcome.memory_bytes.saturating_sub(content.bytes());
+        outcome.count = plan.offsets.len() as u64;
+        outcome.sum = memory.sum_after(&plan.offsets, self.access, &touched);
+        if outcome.sum.is_none() {
+            return Err(BenchError::Trial {
+                what: self.contender.to_string(),
+                why: "a byte that was written is not there".into(),
+            });
+        }
+        outcome.checksum = self.proof.then(|| memory.checksum(&plan.offsets));
+        outcome.latencies = Latencies::of(touched.nanos);
+        outcome.cooled = cooled;
+        outcome.facts = restored.facts();
+        Ok(outcome)
+    }
+}
+
+/// What was used before a measurement began.
+pub(crate) struct Before {
+    held: Held,
+    cpu: f64,
+    machine_cpu: f64,
+    disk: u64,
+    device: u64,
+}
+
+impl Before {
+    pub(crate) fn now(file: &Path) -> Self {
+        Self {
+            held: Held::now(),
+            device: usage::device_bytes(file),
+            disk: usage::disk_bytes(),
+            machine_cpu: usage::machine_cpu_seconds(),
+            cpu: usage::cpu_seconds(Who::Own),
+        }
+    }
+
+    /// What was used since.
+    pub(crate) fn outcome(&self, file: &Path) -> Outcome {
+        Outcome {
+            cpu_s: usage::cpu_seconds(Who::Own) - self.cpu,
+            machine_cpu_s: usage::machine_cpu_seconds() - self.machine_cpu,
+            memory_bytes: Held::now().bytes().saturating_sub(self.held.bytes()),
+            disk_bytes: usage::disk_bytes() - self.disk,
+            device_bytes: usage::device_bytes(file) - self.device,
+            ..Outcome::default()
+        }
+    }
+}
+
+/// Runs trials in processes of their own.
+#[derive(Clone, Debug)]
+pub struct Runner {
+    program: PathBuf,
+    args: Vec<OsString>,
+}
+
+impl Runner {
+    /// `program` with `args` calls [`run_child`].
+    pub fn new(program: PathBuf, args: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        Self {
+            program,
+            args: args.into_iter().map(Into::into).collect(),
+        }
+    }
+
+    /// Runs one trial to its end.
+    pub fn run(&self, trial: &Trial) -> Result<Outcome, BenchError> {
+        let what = || format!("a trial with {}", trial.file().display());
+        let failed = || BenchError::io(what());
+        let text = serde_json::to_vec(trial).map_err(BenchError::of(what()))?;
+        let mut child = Command::new(&self.program)
+            .args(&self.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed())?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A child that died says so by its status.
+            let _ = stdin.write_all(&text);
+        }
+        let output = child.wait_with_output().map_err(failed())?;
+        let reply = output
+            .status
+            .success()
+            .then(|| serde_json::from_slice(&output.stdout));
+        match reply {
+            Some(Ok(Reply::Done(outcome))) => Ok(*outcome),
+            Some(Ok(Reply::Unavailable(why))) => Err(BenchError::Unavailable(why)),
+            Some(Ok(Reply::Failed(why))) => Err(BenchError::Trial { what: what(), why }),
+            Some(Err(error)) => Err(BenchError::of(what())(error)),
+            None => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let why = format!("it ended with {}: {}", output.status, said.trim());
+                Err(BenchError::Trial { what: what(), why })
+            }
+        }
+    }
+}
+
+/// The child's side: reads a trial, runs it, writes what it found.
+#[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
+pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
+    // SAFETY: it asks for a signal that ends this process, whatever its threads wait for.
+    unsafe { libc::alarm(MOST_SECONDS) };
+    let trial: Trial = serde_json::from_reader(input).map_err(BenchError::of("reading a trial"))?;
+    let reply = match trial.run() {
+        Ok(outcome) => Reply::Done(Box::new(outcome)),
+        Err(BenchError::Unavailable(why)) => Reply::Unavailable(why),
+        Err(error) => Reply::Failed(crate::with_causes(&error)),
+    };
+    let text = serde_json::to_vec(&reply).map_err(BenchError::of("writing an outcome"))?;
+    output
+        .write_all(&text)
+        .map_err(BenchError::io("writing an outcome"))
+}

@@ -1,0 +1,298 @@
+//! What is touched, in which order and how; and the plan that follows from it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::contender::{Contender, SnapshotKind};
+use crate::{BenchError, PAGE};
+
+/// The order of touches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// No page is touched: the restore is complete when everything is there.
+    None,
+    /// From the first page to the last.
+    Sequential,
+    /// Each page once, shuffled.
+    #[default]
+    Random,
+    /// One page of each frame of the first snapshot among the contenders, shuffled: each touch is a
+    /// fault on a frame that nobody has decoded.
+    Frames,
+    /// The page numbers of a file, one a line.
+    Trace,
+}
+
+/// What a touch does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// Reads a byte.
+    #[default]
+    Read,
+    /// Writes a byte.
+    Write,
+}
+
+/// Whether the files are in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// The contender's file is in the page cache.
+    #[default]
+    Warm,
+    /// Nothing of it is, as far as this process may see to it.
+    Cold,
+}
+
+/// One comparison.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// Its name, as in a file name.
+    pub name: String,
+    /// What it says, for people.
+    pub title: String,
+    /// The image: `guest` for the memory of a real guest, or the path of a raw file.
+    #[serde(default = "guest")]
+    pub image: String,
+    /// The order of touches.
+    #[serde(default)]
+    pub order: Order,
+    /// Start of the shuffling.
+    #[serde(default = "one")]
+    pub seed: u64,
+    /// File of page numbers, for [`Order::Trace`].
+    #[serde(default)]
+    pub trace: Option<PathBuf>,
+    /// Part of the pages that is touched, from the start of the order.
+    #[serde(default = "all")]
+    pub share: f64,
+    /// Pages that are touched at most.
+    #[serde(default)]
+    pub most_pages: Option<u64>,
+    /// What a touch does.
+    #[serde(default)]
+    pub access: Access,
+    /// Threads that touch, each its own part of the order.
+    #[serde(default = "one_thread")]
+    pub threads: usize,
+    /// Whether the files are in memory.
+    #[serde(default)]
+    pub cache: Cache,
+    /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the whole.
+    #[serde(default)]
+    pub latencies: bool,
+    /// Who takes part.
+    pub contenders: Vec<Contender>,
+    /// What is measured beside them, on the first snapshot among the contenders.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
+}
+
+/// What a part of a restore costs by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    /// Every frame decoded once, on all cores.
+    Decode,
+    /// Every stored page copied to its place, on all cores.
+    Copy,
+    /// Frames decoded one by one, each timed.
+    DecodeEach,
+}
+
+impl Limit {
+    /// What stands for it among the contenders.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Decode => "limit:decode",
+            Self::Copy => "limit:copy",
+            Self::DecodeEach => "limit:decode-each",
+        }
+    }
+}
+
+fn guest() -> String {
+    "guest".into()
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn all() -> f64 {
+    1.0
+}
+
+fn one_thread() -> usize {
+    1
+}
+
+impl Workload {
+    /// The kind of the first snapshot among the contenders.
+    pub fn snapshot(&self) -> SnapshotKind {
+        let ours = self
+            .contenders
+            .iter()
+            .find_map(|contender| match contender {
+                Contender::Ours(ours) => Some(ours.snapshot.clone()),
+                _ => None,
+            });
+        ours.unwrap_or_default()
+    }
+
+    /// Refuses what makes no sense.
+    pub fn check(&self) -> Result<(), BenchError> {
+        let invalid = |why: &str| Err(BenchError::Invalid(format!("{}: {why}", self.name)));
+        if !(self.share > 0.0 && self.share <= 1.0) {
+            return invalid("`share` must be above 0 and at most 1");
+        }
+        if !(1..=256).contains(&self.threads) {
+            return invalid("`threads` must be 1 to 256");
+        }
+        if self.contenders.is_empty() {
+            return invalid("there are no contenders");
+        }
+        if (self.order == Order::Trace) != self.trace.is_some() {
+            return invalid("`trace` names a file if, and only if, `order` is \"trace\"");
+        }
+        Ok(())
+    }
+}
+
+/// Where the touches of a trial go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Offsets in memory, in the order of touch: a byte of each page, not always the same.
+    pub offsets: Vec<u64>,
+}
+
+impl Plan {
+    /// The plan for memory of `pages` pages. `listed` has the pages for orders that come from a file.
+    pub fn new(
+        pages: u64,
+        order: Order,
+        seed: u64,
+        share: f64,
+        most_pages: Option<u64>,
+        listed: Option<Vec<u64>>,
+    ) -> Self {
+        let mut chosen: Vec<u64> = match (order, listed) {
+            (Order::None, _) => Vec::new(),
+            (Order::Frames | Order::Trace, listed) => listed.unwrap_or_default(),
+            (Order::Sequential | Order::Random, _) => (0..pages).collect(),
+        };
+        chosen.retain(|page| *page < pages);
+        if matches!(order, Order::Random | Order::Frames) {
+            shuffle(&mut chosen, seed);
+        }
+        let wanted = share_of(chosen.len(), share);
+        let most = most_pages.map_or(usize::MAX, |most| {
+            usize::try_from(most).unwrap_or(usize::MAX)
+        });
+        chosen.truncate(wanted.min(most));
+        Self {
+            offsets: chosen
+                .into_iter()
+                .map(|page| page * PAGE + mixed(page) % PAGE)
+                .collect(),
+        }
+    }
+}
+
+/// Reads page numbers, one a line.
+pub fn read_pages(path: &Path) -> Result<Vec<u64>, BenchError> {
+    let named = format!("{}: reading the page numbers", path.display());
+    let text = fs::read_to_string(path).map_err(BenchError::io(named))?;
+    text.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(|line| {
+            line.parse().map_err(|_| {
+                let path = path.display();
+                BenchError::Invalid(format!("{path}: {line:?} is no page number"))
+            })
+        })
+        .collect()
+}
+
+/// At least one of `count`, if there are any.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a part of a length is a length"
+)]
+fn share_of(count: usize, share: f64) -> usize {
+    let part = (crate::stats::float(count as u64) * share).round() as usize;
+    part.clamp(count.min(1), count)
+}
+
+/// Fisher and Yates's shuffle; the same seed gives the same order on every machine.
+fn shuffle(pages: &mut [u64], seed: u64) {
+    for last in (1..pages.len()).rev() {
+        let random = mixed(
+            seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .wrapping_add(last as u64),
+        );
+        let place = usize::try_from(random % (last as u64 + 1)).unwrap_or(0);
+        pages.swap(last, place);
+    }
+}
+
+/// A number that looks random and depends on `number` alone (the finisher of splitmix64).
+fn mixed(number: u64) -> u64 {
+    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(plan: &Plan) -> Vec<u64> {
+        plan.offsets.iter().map(|offset| offset / PAGE).collect()
+    }
+
+    #[test]
+    fn every_order_touches_every_page_once() {
+        for order in [Order::Sequential, Order::Random] {
+            let mut touched = pages(&Plan::new(1000, order, 5, 1.0, None, None));
+            assert_eq!(order == Order::Sequential, touched.is_sorted());
+            touched.sort_unstable();
+            assert_eq!(touched, (0..1000).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_seed_names_an_order() {
+        let plan = |seed| Plan::new(1000, Order::Random, seed, 1.0, None, None);
+        assert_eq!(plan(1), plan(1));
+        assert_ne!(plan(1), plan(2));
+    }
+
+    #[test]
+    fn a_share_is_the_start_of_the_order() {
+        let plan = |share, most| pages(&Plan::new(1000, Order::Random, 1, share, most, None));
+        let whole = plan(1.0, None);
+        assert_eq!(plan(0.25, None), whole[..250]);
+        assert_eq!(plan(0.25, Some(10)), whole[..10]);
+        assert_eq!(plan(0.000_01, None), whole[..1]);
+    }
+
+    #[test]
+    fn pages_that_are_not_there_are_not_touched() {
+        let plan = Plan::new(10, Order::Trace, 1, 1.0, None, Some(vec![3, 10, 2, 99]));
+        assert_eq!(pages(&plan), [3, 2]);
+        assert!(
+            Plan::new(10, Order::None, 1, 1.0, None, None)
+                .offsets
+                .is_empty()
+        );
+    }
+}
