@@ -61,6 +61,7 @@ pub use error::{Defect, FrameError, OpenError, Part, ReadError};
 pub use file::{FileError, SnapshotFile};
 pub use frame::{Codec, FrameDecoder, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
+pub use sections::is_blob_name;
 pub use snapshot::{Snapshot, SnapshotOptions};
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{

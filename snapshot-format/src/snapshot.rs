@@ -5,22 +5,21 @@
 //! for, checked, and kept. A look-up reads at most one index block, which carries all that is
 //! needed to find the frame; index blocks stay in a bounded cache.
 
+mod blocks;
+mod opening;
 mod tables;
 
 use std::fmt;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
-use crate::index::{BlockRef, CheckedTop, IndexBlock, Page, Top, TopTable};
-use crate::layout::{
-    MAX_INDEX_BLOCK_BYTES, MAX_INLINE_REGION_BYTES, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
-    SectionKind,
-};
+use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
+use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind};
 use crate::open::{self, Ends};
 use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
@@ -122,7 +121,7 @@ impl Snapshot {
     pub fn open_with(store: Arc<dyn Store>, options: &SnapshotOptions) -> Result<Self, OpenError> {
         let ends = open::ends(&*store)?;
         let name = store.name();
-        let (top, regions) = read_tables(&*store, &name, &ends, options.most_top_bytes)?;
+        let (top, regions) = opening::read_tables(&*store, &name, &ends, options.most_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is a shard for every quarter of a core, which on a large machine would cut
         // the bound into pieces smaller than a few blocks.
@@ -243,128 +242,6 @@ impl Snapshot {
         let pages = region.map_or(0, |region| region.first_page + region.pages - first);
         Ok(usize::try_from(pages).map_or(PAGES_PER_BLOCK, |pages| pages.min(PAGES_PER_BLOCK)))
     }
-
-    /// The index block of a block: from the cache, or read, checked and cached. For a block that
-    /// has none in the file, because its pages are all alike, the answer says so of every page.
-    pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
-        match self.top.get(block) {
-            Some(CheckedTop::Block(index)) => self.blocks.get_or_insert_with(&block, || {
-                self.load_block(block, index, reason).map(Arc::new)
-            }),
-            Some(_) => self.uncached_block(block, reason).map(Arc::new),
-            None => Err(ReadError::NoSuchBlock {
-                file: self.name.clone(),
-                block,
-                count: self.top.len(),
-            }),
-        }
-    }
-
-    /// As [`Snapshot::index_block`], but neither from the cache nor into it: for one pass over
-    /// everything.
-    pub fn uncached_block(&self, block: u64, reason: Reason) -> Result<IndexBlock, ReadError> {
-        let alike = |page| Ok(IndexBlock::alike(page, self.pages_of_block(block)?));
-        match self.top.get(block) {
-            Some(CheckedTop::Fill(word)) => alike(Page::Fill(word)),
-            Some(CheckedTop::Unavailable) => alike(Page::Unavailable),
-            Some(CheckedTop::Block(index)) => self.load_block(block, index, reason),
-            None => Err(ReadError::NoSuchBlock {
-                file: self.name.clone(),
-                block,
-                count: self.top.len(),
-            }),
-        }
-    }
-
-    /// What a page is. Numbers that no page has are [`Page::Unused`].
-    pub fn look_up(&self, page: u64, reason: Reason) -> Result<Page, ReadError> {
-        let block = page / PAGES_PER_BLOCK_U64;
-        let alike = match self.top.get(block) {
-            None => return Ok(Page::Unused),
-            Some(CheckedTop::Fill(word)) => Page::Fill(word),
-            Some(CheckedTop::Unavailable) => Page::Unavailable,
-            Some(CheckedTop::Block(_)) => {
-                // The remainder is below 512.
-                let i = usize::try_from(page % PAGES_PER_BLOCK_U64).unwrap_or(usize::MAX);
-                return Ok(self.index_block(block, reason)?.page(i));
-            }
-        };
-        let used = sections::region_of(self.regions()?, page).is_some();
-        Ok(if used { alike } else { Page::Unused })
-    }
-
-    fn load_block(
-        &self,
-        block: u64,
-        index: BlockRef,
-        reason: Reason,
-    ) -> Result<IndexBlock, ReadError> {
-        let pages = self.pages_of_block(block)?;
-        let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
-        // Both lengths were held against the limit when the top table was read.
-        let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
-        let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
-        let stored = &mut stored[..index.stored_len as usize];
-        let decoded = &mut decoded[..index.decoded_len as usize];
-        self.read(Part::IndexBlock, stored, index.offset, reason)?;
-        let computed = crc32fast::hash(stored);
-        if computed != index.crc {
-            return Err(damaged(Defect::Checksum {
-                stored: index.crc,
-                computed,
-            }));
-        }
-        let bytes = if index.compressed {
-            let len = self.decompress(decoded, stored).map_err(|reason| {
-                damaged(Defect::Decode {
-                    reason: reason.into(),
-                })
-            })?;
-            if len != decoded.len() {
-                return Err(damaged(Defect::value(
-                    "decoded length of an index block",
-                    index.decoded_len,
-                    format!("{len}, what it decodes to"),
-                )));
-            }
-            // Look-ups needn't care.
-            if reason == Reason::Verify
-                && zstd_safe::find_frame_compressed_size(stored) != Ok(stored.len())
-            {
-                return Err(damaged(Defect::Decode {
-                    reason: "not one zstd frame".into(),
-                }));
-            }
-            decoded
-        } else {
-            stored
-        };
-        IndexBlock::check(
-            bytes,
-            index.offset,
-            block * PAGES_PER_BLOCK_U64,
-            pages,
-            self.ends.body,
-        )
-        .map_err(|flaw| self.damaged(Part::IndexBlock, flaw))
-    }
-
-    fn decompress(&self, out: &mut [u8], from: &[u8]) -> Result<usize, &'static str> {
-        let idle = self
-            .contexts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        let mut context = idle.unwrap_or_else(zstd_safe::DCtx::create);
-        let result = context
-            .decompress(out, from)
-            .map_err(zstd_safe::get_error_name);
-        self.contexts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(context);
-        result
-    }
 }
 
 /// Reading and checking, for all that follows.
@@ -468,76 +345,4 @@ fn get_or_try<T>(
     }
     let value = make()?;
     Ok(cell.get_or_init(|| value))
-}
-
-/// The top table and, if they lie right before it, the regions, in one read.
-fn read_tables(
-    store: &dyn Store,
-    name: &str,
-    ends: &Ends,
-    most_top_bytes: u64,
-) -> Result<(TopTable, Option<Vec<Region>>), OpenError> {
-    let damaged = |part, flaw: Flaw| OpenError::Damaged {
-        file: name.to_owned(),
-        part,
-        offset: flaw.at,
-        defect: flaw.defect,
-    };
-    let missing = || {
-        let what = Part::TOP.to_string().into();
-        damaged(Part::Trailer, Flaw::new(0, Defect::Missing { what }))
-    };
-    let top = *ends.directory.get(SectionKind::Top).ok_or_else(missing)?;
-    if top.len > most_top_bytes {
-        return Err(OpenError::TopTooLarge {
-            file: name.to_owned(),
-            bytes: top.len,
-            limit: most_top_bytes,
-        });
-    }
-    let regions = ends.directory.get(SectionKind::Regions).filter(|regions| {
-        regions.offset + regions.len == top.offset && regions.len <= MAX_INLINE_REGION_BYTES
-    });
-    let from = regions.map_or(top.offset, |regions| regions.offset);
-    let failed = |source| OpenError::Io {
-        file: name.to_owned(),
-        part: Part::TOP,
-        offset: from,
-        len: top.offset + top.len - from,
-        source,
-    };
-    let mut bytes = buffer(top.offset + top.len - from).map_err(failed)?;
-    store
-        .read_exact_at(&mut bytes, from, Reason::Open)
-        .map_err(failed)?;
-    // The regions are few bytes; the top table may be many and keeps its buffer.
-    let region_bytes: Vec<u8> = match regions {
-        Some(section) => bytes
-            .drain(..usize::try_from(section.len).unwrap_or(0))
-            .collect(),
-        None => Vec::new(),
-    };
-    for (section, bytes, part) in [
-        (regions, &region_bytes, Part::Section(SectionKind::Regions)),
-        (Some(&top), &bytes, Part::TOP),
-    ] {
-        let Some(section) = section else { continue };
-        let computed = crc32fast::hash(bytes);
-        if computed != section.crc {
-            let defect = Defect::Checksum {
-                stored: section.crc,
-                computed,
-            };
-            return Err(damaged(part, Flaw::new(section.offset, defect)));
-        }
-    }
-    let top =
-        TopTable::check(bytes, top.offset, ends.body).map_err(|flaw| damaged(Part::TOP, flaw))?;
-    let regions = regions
-        .map(|section| {
-            sections::regions(&region_bytes, section, top.len(), ends.summary.pages)
-                .map_err(|flaw| damaged(Part::Section(SectionKind::Regions), flaw))
-        })
-        .transpose()?;
-    Ok((top, regions))
 }

@@ -10,6 +10,26 @@ use crate::layout;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(pub [u8; 16]);
 
+impl SnapshotId {
+    /// An id that no other file has: 128 bits that the operating system gave the standard library
+    /// as keys, with the time and the process mixed in, because a forked process has the same keys.
+    pub(crate) fn random() -> Self {
+        use std::hash::{BuildHasher, RandomState};
+
+        let mut hasher = blake3::Hasher::new();
+        for n in 0..4 {
+            hasher.update(&RandomState::new().hash_one(n).to_le_bytes());
+        }
+        hasher.update(&std::process::id().to_le_bytes());
+        if let Ok(now) = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH) {
+            hasher.update(&now.as_nanos().to_le_bytes());
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        Self(id)
+    }
+}
+
 impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", u128::from_be_bytes(self.0))

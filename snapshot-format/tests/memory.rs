@@ -1,5 +1,11 @@
 //! A writer's memory is bounded, whatever the source: 128 MiB with default options and as many
 //! threads as those ever start. Each source is written in a process of its own, whose peak counts.
+//!
+//! 64 GiB of which every page is new take ten minutes, so they are written on demand only:
+//!
+//! ```text
+//! DISTINCT_GIB=64 cargo test --release -p snapshot-format --test memory distinct_8 -- --nocapture
+//! ```
 
 // The peaks are what one wants to see of these tests.
 #![allow(clippy::print_stdout)]
@@ -63,6 +69,17 @@ type Sink = Writer<io::Sink>;
 fn distinct(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     (0..pages / 512).try_for_each(|_| writer.write_pages(source.distinct()))
+}
+
+/// A frame for each page, more of them than are kept to be shared, and some pages of each block
+/// again shortly after: those are found up to the end.
+fn repeated(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
+    let mut source = Source::new();
+    for _ in 0..pages / 576 {
+        writer.write_pages(source.distinct())?;
+        writer.write_pages(&source.block[..64 * PAGE_SIZE])?;
+    }
+    Ok(())
 }
 
 /// Data, zeros given as bytes, copies of blocks near and far, single fills.
@@ -147,6 +164,17 @@ fn in_child(
     write: impl FnOnce(&mut Sink, u64) -> Result<(), WriteError>,
     check: impl FnOnce(&Summary),
 ) {
+    in_child_with(WriterOptions::default(), test, gib, write, check);
+}
+
+/// As [`in_child`], with other options.
+fn in_child_with(
+    options: WriterOptions,
+    test: &str,
+    gib: u64,
+    write: impl FnOnce(&mut Sink, u64) -> Result<(), WriteError>,
+    check: impl FnOnce(&Summary),
+) {
     let pages = gib * PAGES_PER_GIB;
     if std::env::var_os(CHILD).is_none() {
         let status = Command::new(std::env::current_exe().expect("the test's own path"))
@@ -160,7 +188,7 @@ fn in_child(
     let options = WriterOptions {
         threads: Some(THREADS),
         expected_pages: Some(pages),
-        ..WriterOptions::default()
+        ..options
     };
     let mut writer = Writer::new(io::sink(), options).expect("a writer");
     writer
@@ -204,8 +232,25 @@ fn distinct_1() {
 
 #[test]
 fn distinct_8() {
-    in_child("distinct_8", 8, distinct, |summary| {
-        assert_eq!(summary.stored_pages, 8 * PAGES_PER_GIB);
+    let gib = std::env::var("DISTINCT_GIB").map_or(8, |gib| gib.parse().expect("a number"));
+    in_child("distinct_8", gib, distinct, |summary| {
+        assert_eq!(summary.stored_pages, gib * PAGES_PER_GIB);
+    });
+}
+
+/// Frames of one page ran out of numbers that can be shared: past the first 2^20 no repetition was
+/// found any more.
+#[test]
+fn repeated_5() {
+    let options = WriterOptions {
+        frame_pages: 1,
+        ..WriterOptions::default()
+    };
+    let blocks = 5 * PAGES_PER_GIB / 576;
+    in_child_with(options, "repeated_5", 5, repeated, |summary| {
+        assert!(summary.frames > 1 << 20);
+        assert_eq!(summary.stored_pages, blocks * 512);
+        assert_eq!(summary.duplicate_pages, blocks * 64);
     });
 }
 

@@ -437,7 +437,7 @@ fn wrong_arguments_are_refused() {
 
 #[test]
 fn what_passes_a_limit_is_refused() {
-    let limit: [(&str, Call); 4] = [
+    let limit: [(&str, Call); 8] = [
         ("pages", |w| w.write_fill(1 << 36, 0)),
         ("long name", |w| {
             w.begin_region(&RegionSpec {
@@ -452,6 +452,28 @@ fn what_passes_a_limit_is_refused() {
                 pages: 10,
             };
             w.add_working_set("x", [run; 52])
+        }),
+        ("one property", |w| {
+            w.set_property("x", &"y".repeat(1 << 20))
+        }),
+        ("all properties", |w| {
+            // Far more than there may be: the call that passes the limit is the one that fails,
+            // and replacing a value counts what is left.
+            for _ in 0..64 {
+                w.set_property("replaced", &"y".repeat(1 << 19))?;
+            }
+            (0..1 << 20).try_for_each(|n| w.set_property(&n.to_string(), "y"))
+        }),
+        ("attachments", |w| {
+            (0..5000).try_for_each(|n| w.attach(&n.to_string(), &mut io::empty()))
+        }),
+        ("regions", |w| {
+            let name = "x".repeat(4096);
+            let region = RegionSpec {
+                name,
+                ..RegionSpec::default()
+            };
+            (0..1 << 20).try_for_each(|_| w.begin_region(&region))
         }),
         ("address space", |w| {
             w.begin_region(&RegionSpec {

@@ -44,20 +44,25 @@ impl Drop for BlockBuffer {
     }
 }
 
+/// What pages without bytes of their own are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Alike {
+    Fill(u64),
+    Unavailable,
+}
+
 /// What the caller said about a page.
 #[derive(Clone, Copy)]
 pub(super) enum Given {
     /// Its bytes are in the buffer.
     Bytes,
-    Fill(u64),
-    Unavailable,
+    Alike(Alike),
 }
 
 /// What a page turned out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Seen {
-    Fill(u64),
-    Unavailable,
+    Alike(Alike),
     Data(Key),
 }
 
@@ -69,14 +74,20 @@ pub(super) struct Examined {
 
 impl Examined {
     /// What all pages are, if they are all one fill or all unavailable.
-    pub(super) fn uniform(&self) -> Option<Seen> {
-        let first = *self.pages.first()?;
-        let same = !matches!(first, Seen::Data(_)) && self.pages.iter().all(|&page| page == first);
+    pub(super) fn uniform(&self) -> Option<Alike> {
+        let Seen::Alike(first) = *self.pages.first()? else {
+            return None;
+        };
+        let same = self.pages.iter().all(|&page| page == Seen::Alike(first));
         same.then_some(first)
     }
 }
 
 /// Looks at every page: fills, and digests of the others.
+///
+/// # Panics
+///
+/// If a page was given as bytes and there is no buffer: bytes of the caller's would be lost.
 pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Examined {
     let mut digests = Vec::with_capacity(given.len());
     let mut last_fill = None;
@@ -84,31 +95,31 @@ pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Exa
         .iter()
         .enumerate()
         .map(|(index, given)| {
-            let seen = match (*given, buffer) {
-                (Given::Fill(word), _) => Seen::Fill(word),
-                (Given::Bytes, Some(buffer)) => {
+            let alike = match *given {
+                Given::Alike(alike) => alike,
+                Given::Bytes => {
+                    let buffer = buffer.expect("pages given as bytes come with a buffer");
                     let bytes = buffer.page(index);
                     if let Some(word) = digest::fill_word(bytes) {
-                        Seen::Fill(word)
+                        Alike::Fill(word)
                     } else {
                         let digest = digest::stored(bytes);
                         digests.push(digest);
                         return Seen::Data(key(&digest));
                     }
                 }
-                (Given::Unavailable, _) | (Given::Bytes, None) => Seen::Unavailable,
             };
             // Fills come in runs.
-            digests.push(match (seen, last_fill) {
-                (Seen::Fill(word), Some((last, digest))) if word == last => digest,
-                (Seen::Fill(word), _) => {
+            digests.push(match (alike, last_fill) {
+                (Alike::Fill(word), Some((last, digest))) if word == last => digest,
+                (Alike::Fill(word), _) => {
                     let digest = digest::fill(word);
                     last_fill = Some((word, digest));
                     digest
                 }
-                _ => digest::unavailable(),
+                (Alike::Unavailable, _) => digest::unavailable(),
             });
-            seen
+            Seen::Alike(alike)
         })
         .collect();
     Examined {

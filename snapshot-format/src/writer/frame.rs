@@ -13,7 +13,8 @@ use zstd_safe::{CCtx, CDict};
 use super::WriteError;
 use super::block::BlockBuffer;
 use crate::layout::{
-    FRAME_MAGIC, FrameHeader, FrameRef, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PageRun, codec,
+    FRAME_MAGIC, FrameHeader, FrameRef, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
+    PageRun, codec,
 };
 
 /// The frame that takes new pages.
@@ -255,64 +256,51 @@ pub(super) fn build(
     })
 }
 
-/// References of the frames that are written.
-///
-/// The first `bound` are kept for good, so that later pages can share theirs; of the others only
-/// those that a waiting index block needs.
+/// Frames that are kept besides those that can be shared. While a block is taken in, at most 512
+/// frames are sealed and one stays open, and its index block is written when the last of them is.
+const MARGIN: u64 = 2 * PAGES_PER_BLOCK_U64;
+
+/// References of the frames that are written: the newest, so that later pages can share theirs.
 pub(super) struct FrameRefs {
+    /// Frames back from the newest that can be shared.
     bound: u64,
-    kept: Vec<FrameRef>,
-    recent: VecDeque<FrameRef>,
-    /// Number of the first of `recent`.
-    recent_first: u64,
+    kept: VecDeque<FrameRef>,
+    /// Number of the first of `kept`.
+    first: u64,
 }
 
 impl FrameRefs {
     pub(super) fn new(bound: u64) -> Self {
+        let most = usize::try_from(bound + MARGIN).expect("bounded by the options");
         Self {
             bound,
-            kept: Vec::new(),
-            recent: VecDeque::new(),
-            recent_first: bound,
+            // What is never touched takes no memory, and growing would take twice as much.
+            kept: VecDeque::with_capacity(most),
+            first: 0,
         }
     }
 
     /// Frames written.
     pub(super) fn written(&self) -> u64 {
-        if self.recent_first > self.bound || !self.recent.is_empty() {
-            self.recent_first + self.recent.len() as u64
-        } else {
-            self.kept.len() as u64
-        }
+        self.first + self.kept.len() as u64
     }
 
-    /// Whether pages of frame `number` may be shared after it is sealed.
-    pub(super) fn keeps(&self, number: u64) -> bool {
-        number < self.bound
+    /// The oldest frame that a block may share if it begins when `sealed` frames are.
+    pub(super) fn oldest_shared(&self, sealed: u64) -> u64 {
+        sealed.saturating_sub(self.bound)
     }
 
     pub(super) fn push(&mut self, reference: FrameRef) {
-        if (self.kept.len() as u64) < self.bound {
-            self.kept.push(reference);
-        } else {
-            self.recent.push_back(reference);
+        if self.kept.len() as u64 == self.bound + MARGIN {
+            self.kept.pop_front();
+            self.first += 1;
         }
+        self.kept.push_back(reference);
     }
 
     pub(super) fn get(&self, number: u64) -> FrameRef {
-        let index = |from: u64| usize::try_from(number - from).expect("an index of kept frames");
-        if number < self.bound {
-            self.kept[index(0)]
-        } else {
-            self.recent[index(self.recent_first)]
-        }
-    }
-
-    /// Drops what lies before `number` and isn't kept for good.
-    pub(super) fn forget_before(&mut self, number: u64) {
-        while self.recent_first < number && self.recent.pop_front().is_some() {
-            self.recent_first += 1;
-        }
+        let index = number.checked_sub(self.first);
+        self.kept[usize::try_from(index.expect("a frame that is kept")).expect("an index")]
     }
 }
 
@@ -334,19 +322,18 @@ mod tests {
     }
 
     #[test]
-    fn references_beyond_the_bound_are_kept_while_needed() {
+    fn the_newest_references_are_kept() {
         let mut refs = FrameRefs::new(3);
-        for n in 0..10 {
+        for n in 0..5000 {
             assert_eq!(refs.written(), n);
             refs.push(reference(n));
+            // A block that began when its newest frame was none yet: 512 were sealed meanwhile.
+            let began = (n + 1).saturating_sub(513);
+            for shared in refs.oldest_shared(began)..=n {
+                assert_eq!(refs.get(shared).offset.get(), shared);
+            }
         }
-        refs.forget_before(7);
-        assert_eq!(refs.written(), 10);
-        for n in [0, 1, 2, 7, 8, 9] {
-            assert_eq!(refs.get(n).offset.get(), n);
-        }
-        refs.forget_before(20);
-        assert_eq!((refs.written(), refs.recent.len()), (10, 0));
+        assert_eq!(refs.kept.len(), 3 + 1024);
     }
 
     #[test]

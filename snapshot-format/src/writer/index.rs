@@ -25,13 +25,10 @@ pub(super) struct Draft {
     /// Frames that must be written before it: its own and those of the blocks before it, so that
     /// the order of the file doesn't depend on which thread was faster.
     pub(super) needs: u64,
-    /// The frame that was open when the block came: it names older ones only if they are kept for
-    /// good.
-    pub(super) open_before: u64,
 }
 
 impl Draft {
-    pub(super) fn new(block: usize, first_page: u64, needs: u64, open_before: u64) -> Self {
+    pub(super) fn new(block: usize, first_page: u64, needs: u64) -> Self {
         Self {
             block,
             first_page,
@@ -39,7 +36,6 @@ impl Draft {
             frames: Vec::new(),
             words: Vec::new(),
             needs,
-            open_before,
         }
     }
 

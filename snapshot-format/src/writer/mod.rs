@@ -14,6 +14,7 @@
 mod block;
 mod dedup;
 mod error;
+mod extras;
 mod frame;
 mod index;
 mod options;
@@ -24,28 +25,25 @@ mod sequence;
 mod training;
 mod workers;
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::collections::VecDeque;
+use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-
-use zerocopy::IntoBytes;
 
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
 
-use self::block::{BlockBuffer, Gather, Given, Seen};
+use self::block::{Alike, BlockBuffer, Gather, Given};
+use self::extras::Properties;
 use self::output::Output;
-use self::sections::{Blob, BlobWriter, Sections};
+use self::sections::Blob;
 use self::sequence::Stage;
 use self::training::Training;
-use self::workers::{DICTIONARY_NUMBER, Workers};
-use crate::digest::ContentHasher;
+use self::workers::Workers;
 use crate::layout::{
-    self, MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK,
-    PAGES_PER_BLOCK_U64, SectionKind, optional,
+    MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
 };
-use crate::types::{Region, SnapshotId, Summary, WorkingSetRun};
+use crate::types::{Region, SnapshotId, Summary};
 
 /// How far a writer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +81,7 @@ enum Queued {
     /// Blocks whose pages are all alike.
     Uniform {
         region: usize,
-        seen: Seen,
+        alike: Alike,
         blocks: usize,
         pages: u64,
     },
@@ -112,11 +110,13 @@ pub struct Writer<W: Write> {
     gather: Gather,
     queue: VecDeque<Queued>,
     regions: Vec<Region>,
+    /// Bytes that the regions will take in the file.
+    region_bytes: u64,
     /// Pages of the page-number space that are taken, up to the end of a block.
     next_page: u64,
     id: SnapshotId,
     optional_features: u64,
-    properties: BTreeMap<String, String>,
+    properties: Properties,
     attachments: Vec<Blob>,
     working_sets: Vec<Blob>,
     progress: Option<ProgressCallback>,
@@ -127,16 +127,11 @@ impl<W: Write> Writer<W> {
     /// Starts a snapshot: writes its header and starts the threads.
     pub fn new(out: W, options: WriterOptions) -> Result<Self, WriteError> {
         options.check()?;
-        let id = options.snapshot_id.unwrap_or_else(random_id);
+        let id = options.snapshot_id.unwrap_or_else(SnapshotId::random);
         let frame_pages = options.frame_pages;
-        let mut properties = BTreeMap::new();
-        for (key, value) in options
-            .own_properties()
-            .into_iter()
-            .chain(options.properties.iter().cloned())
-        {
-            sections::check_property(&key, &value)?;
-            properties.insert(key, value);
+        let mut properties = Properties::default();
+        for (key, value) in options.own_properties().iter().chain(&options.properties) {
+            properties.set(key, value)?;
         }
         let mut workers = Workers::start(options.thread_count(), frame_pages, options.level)?;
         let training = match &options.dictionary {
@@ -168,6 +163,7 @@ impl<W: Write> Writer<W> {
             gather: Gather::default(),
             queue: VecDeque::new(),
             regions: Vec::new(),
+            region_bytes: 0,
             next_page: 0,
             id,
             optional_features: 0,
@@ -193,7 +189,10 @@ impl<W: Write> Writer<W> {
         self.guarded(|writer| {
             region.check()?;
             sections::check_region_count(writer.regions.len() + 1)?;
+            let bytes = writer.region_bytes + sections::region_bytes(&region.name);
+            WriteError::limit("the size of the regions", bytes, MAX_SECTION_BYTES)?;
             writer.end_region()?;
+            writer.region_bytes = bytes;
             writer.regions.push(Region {
                 space: region.space,
                 flags: region.flags,
@@ -272,15 +271,15 @@ impl<W: Write> Writer<W> {
     /// Writes the next `pages` pages of the region, which all repeat `word`. Costs nothing that
     /// depends on the number of pages but 64 bytes of memory for each 2 MiB.
     pub fn write_fill(&mut self, pages: u64, word: u64) -> Result<(), WriteError> {
-        self.guarded(|writer| writer.write_alike(pages, Given::Fill(word)))
+        self.guarded(|writer| writer.write_alike(pages, Alike::Fill(word)))
     }
 
     /// Records that the next `pages` pages of the region could not be read.
     pub fn write_unavailable(&mut self, pages: u64) -> Result<(), WriteError> {
-        self.guarded(|writer| writer.write_alike(pages, Given::Unavailable))
+        self.guarded(|writer| writer.write_alike(pages, Alike::Unavailable))
     }
 
-    fn write_alike(&mut self, pages: u64, given: Given) -> Result<(), WriteError> {
+    fn write_alike(&mut self, pages: u64, alike: Alike) -> Result<(), WriteError> {
         self.extend_region(pages)?;
         let mut left = usize::try_from(pages).map_err(|_| WriteError::Limit {
             what: "the number of pages",
@@ -289,192 +288,25 @@ impl<W: Write> Writer<W> {
         })?;
         if !self.gather.given.is_empty() {
             let count = left.min(self.gather.room());
-            self.gather.push(given, count);
+            self.gather.push(Given::Alike(alike), count);
             left -= count;
             self.end_full_block()?;
         }
         let blocks = left / PAGES_PER_BLOCK;
         if blocks > 0 {
-            let seen = match given {
-                Given::Fill(word) => Seen::Fill(word),
-                Given::Bytes | Given::Unavailable => Seen::Unavailable,
-            };
             let pages = (blocks * PAGES_PER_BLOCK) as u64;
             self.enqueue(Queued::Uniform {
                 region: self.regions.len() - 1,
-                seen,
+                alike,
                 blocks,
                 pages,
             })?;
         }
         if !left.is_multiple_of(PAGES_PER_BLOCK) {
-            self.gather.push(given, left % PAGES_PER_BLOCK);
+            self.gather
+                .push(Given::Alike(alike), left % PAGES_PER_BLOCK);
         }
         Ok(())
-    }
-
-    /// Adds the blob `name` with what `from` yields.
-    pub fn attach(&mut self, name: &str, from: &mut dyn Read) -> Result<(), WriteError> {
-        self.guarded(|writer| {
-            sections::check_blob_name("an attachment's name", name, &writer.attachments)?;
-            writer.settle()?;
-            let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
-            let mut buffer = vec![0; 64 << 10];
-            loop {
-                match from.read(&mut buffer) {
-                    Ok(0) => break,
-                    Ok(len) => {
-                        blob.write(&mut writer.stage.out, "an attachment", &buffer[..len])?;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(source) => {
-                        return Err(WriteError::Attachment {
-                            name: name.to_owned(),
-                            source,
-                        });
-                    }
-                }
-                writer.report()?;
-            }
-            writer.attachments.push(blob.finish());
-            Ok(())
-        })
-    }
-
-    /// Adds the working set `name`: page numbers in order of first touch, each run within a region
-    /// and among the pages that are written already, and all together no more than those.
-    pub fn add_working_set(
-        &mut self,
-        name: &str,
-        runs: impl IntoIterator<Item = WorkingSetRun>,
-    ) -> Result<(), WriteError> {
-        self.guarded(|writer| {
-            sections::check_blob_name("a working set's name", name, &writer.working_sets)?;
-            writer.settle()?;
-            let mut blob = BlobWriter::new(&writer.stage.out, name, 0);
-            let before: u64 = writer.working_sets.iter().map(|set| set.len).sum();
-            let slots = writer.regions.last().map_or(0, |last| {
-                (last.first_page + last.pages).next_multiple_of(PAGES_PER_BLOCK_U64)
-            });
-            let mut pages = 0;
-            for run in runs {
-                if !writer.has_pages(&run) {
-                    return Err(WriteError::argument(
-                        "a working set's run",
-                        format_args!("{} pages from page {}", run.pages, run.first_page),
-                        "1 page or more of one region, written before",
-                    ));
-                }
-                let raw = layout::WorkingSetRun {
-                    first_page: run.first_page.into(),
-                    pages: run.pages.into(),
-                };
-                pages += run.pages;
-                WriteError::limit("the number of pages of a working set", pages, slots)?;
-                blob.write(&mut writer.stage.out, "a working set", raw.as_bytes())?;
-                let bytes = before + blob.len();
-                WriteError::limit("the size of all working sets", bytes, MAX_SECTION_BYTES)?;
-            }
-            writer.working_sets.push(blob.finish());
-            Ok(())
-        })
-    }
-
-    /// Whether all pages of `run` are pages of one region.
-    fn has_pages(&self, run: &WorkingSetRun) -> bool {
-        let after = self
-            .regions
-            .partition_point(|region| region.first_page <= run.first_page);
-        let region = after
-            .checked_sub(1)
-            .map(|index| self.regions[index].page_numbers());
-        let end = run.first_page.checked_add(run.pages);
-        run.pages > 0
-            && region
-                .zip(end)
-                .is_some_and(|(region, end)| end <= region.end)
-    }
-
-    /// Records a property, in place of an earlier one of the same key.
-    pub fn set_property(&mut self, key: &str, value: &str) -> Result<(), WriteError> {
-        self.guarded(|writer| {
-            sections::check_property(key, value)?;
-            writer.properties.insert(key.to_owned(), value.to_owned());
-            Ok(())
-        })
-    }
-
-    /// Writes all that is left and ends the file. Without it the file is incomplete and refused.
-    pub fn finish(mut self) -> Result<(W, Written), WriteError> {
-        let written = self.guarded(Self::write_end)?;
-        Ok((self.stage.out.finish()?, written))
-    }
-
-    fn write_end(&mut self) -> Result<Written, WriteError> {
-        self.end_region()?;
-        self.settle()?;
-        self.stage.finish()?;
-        self.report()?;
-        let stage = &mut self.stage;
-        let out = &mut stage.out;
-        let mut dictionaries = Vec::new();
-        if let Some(bytes) = &stage.dictionary {
-            let mut blob = BlobWriter::new(out, "", DICTIONARY_NUMBER.into());
-            blob.write(out, "the dictionary", bytes)?;
-            dictionaries.push(blob.finish());
-            self.optional_features |= optional::DICTIONARIES;
-        }
-        let mut content = ContentHasher::new();
-        stage
-            .digests
-            .iter()
-            .for_each(|digest| content.block(digest));
-        stage.summary.content_digest = content.finish(
-            self.regions
-                .iter()
-                .map(|region| (region.space, region.start, region.pages)),
-        );
-
-        let mut sections = Sections::default();
-        let runs = std::mem::take(&mut stage.runs).finish();
-        sections.write(
-            out,
-            SectionKind::BlockDigests,
-            stage.digests.len() as u64,
-            &[stage.digests.as_bytes()],
-        )?;
-        sections.write(
-            out,
-            SectionKind::FillRuns,
-            runs.len() as u64,
-            &[runs.as_bytes()],
-        )?;
-        sections.write_blobs(out, SectionKind::Dictionaries, &dictionaries)?;
-        sections.write_blobs(out, SectionKind::WorkingSets, &self.working_sets)?;
-        sections.write_blobs(out, SectionKind::Attachments, &self.attachments)?;
-        let properties = sections::properties_text(&self.properties)?;
-        sections.write(
-            out,
-            SectionKind::Properties,
-            self.properties.len() as u64,
-            &[properties.as_bytes()],
-        )?;
-        // A reader gets the regions with the read of the top table.
-        sections.write_regions(out, &self.regions)?;
-        sections.write(
-            out,
-            SectionKind::Top,
-            stage.top.len() as u64,
-            &[stage.top.as_bytes()],
-        )?;
-        let file_bytes = sections.finish(out, self.id, self.optional_features, &stage.summary)?;
-        Ok(Written {
-            id: self.id,
-            summary: stage.summary,
-            file_bytes,
-            regions: std::mem::take(&mut self.regions),
-            dictionary_bytes: dictionaries.iter().map(|blob| blob.len).sum(),
-        })
     }
 
     /// Runs `call` unless an earlier one failed.
@@ -562,11 +394,11 @@ impl<W: Write> Writer<W> {
             match first {
                 Queued::Uniform {
                     region,
-                    seen,
+                    alike,
                     blocks,
                     pages,
                 } => {
-                    self.stage.push_uniform(region, seen, blocks, pages);
+                    self.stage.push_uniform(region, alike, blocks, pages);
                 }
                 Queued::Block { region, buffer } => {
                     let Some(examined) = self.stage.workers.pop_examined() else {
@@ -614,22 +446,4 @@ impl<W: Write> Writer<W> {
             ControlFlow::Break(()) => Err(WriteError::Cancelled),
         }
     }
-}
-
-/// An id that no other file has: 128 bits that the operating system gave the standard library as
-/// keys, with the time and the process mixed in, because a forked process has the same keys.
-fn random_id() -> SnapshotId {
-    use std::hash::{BuildHasher, RandomState};
-
-    let mut hasher = blake3::Hasher::new();
-    for n in 0..4 {
-        hasher.update(&RandomState::new().hash_one(n).to_le_bytes());
-    }
-    hasher.update(&std::process::id().to_le_bytes());
-    if let Ok(now) = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH) {
-        hasher.update(&now.as_nanos().to_le_bytes());
-    }
-    let mut id = [0; 16];
-    id.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    SnapshotId(id)
 }

@@ -18,7 +18,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::WriteError;
-use super::block::{BlockBuffer, Examined, Seen};
+use super::block::{Alike, BlockBuffer, Examined, Seen};
 use super::dedup::{DedupTable, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
@@ -32,7 +32,7 @@ use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
 const MOST_DRAFTS_ON_OPEN: usize = 64;
-/// Frames up to this number can be shared for good: 24 MiB of references.
+/// The newest frames can be shared, so many of them: 24 MiB of references.
 const MOST_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
@@ -92,10 +92,10 @@ impl<W: Write> Stage<W> {
     }
 
     /// Takes the next `blocks` blocks in, all of whose pages (`pages` in all) are alike.
-    pub(super) fn push_uniform(&mut self, region: usize, seen: Seen, blocks: usize, pages: u64) {
-        let (kind, word, page) = match seen {
-            Seen::Fill(word) => (top_kind::FILL, word, digest::fill(word)),
-            Seen::Unavailable | Seen::Data(_) => (top_kind::UNAVAILABLE, 0, digest::unavailable()),
+    pub(super) fn push_uniform(&mut self, region: usize, alike: Alike, blocks: usize, pages: u64) {
+        let (kind, word, page) = match alike {
+            Alike::Fill(word) => (top_kind::FILL, word, digest::fill(word)),
+            Alike::Unavailable => (top_kind::UNAVAILABLE, 0, digest::unavailable()),
         };
         let entry = TopEntry {
             kind,
@@ -103,7 +103,7 @@ impl<W: Write> Stage<W> {
             ..empty_entry()
         };
         let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
-        self.count(region, seen, first_page, pages);
+        self.count(region, Seen::Alike(alike), first_page, pages);
         let in_last = pages - (blocks as u64 - 1) * PAGES_PER_BLOCK_U64;
         let in_last = usize::try_from(in_last).expect("at most 512 pages in a block");
         self.top.resize(self.top.len() + blocks, entry);
@@ -117,12 +117,12 @@ impl<W: Write> Stage<W> {
     fn count(&mut self, region: usize, seen: Seen, first_page: u64, pages: u64) {
         self.summary.pages += pages;
         match seen {
-            Seen::Fill(0) => {
+            Seen::Alike(Alike::Fill(0)) => {
                 self.summary.zero_pages += pages;
                 self.runs.push(region, first_page, pages);
             }
-            Seen::Fill(_) => self.summary.fill_pages += pages,
-            Seen::Unavailable => self.summary.unavailable_pages += pages,
+            Seen::Alike(Alike::Fill(_)) => self.summary.fill_pages += pages,
+            Seen::Alike(Alike::Unavailable) => self.summary.unavailable_pages += pages,
             Seen::Data(_) => {}
         }
     }
@@ -134,20 +134,21 @@ impl<W: Write> Stage<W> {
         examined: &Examined,
         buffer: Option<Arc<BlockBuffer>>,
     ) -> Result<(), WriteError> {
-        if let Some(seen) = examined.uniform() {
-            self.push_uniform(region, seen, 1, examined.pages.len() as u64);
+        if let Some(alike) = examined.uniform() {
+            self.push_uniform(region, alike, 1, examined.pages.len() as u64);
             return Ok(());
         }
         let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
-        let mut draft = Draft::new(self.top.len(), first_page, needs, self.sealed);
+        let mut draft = Draft::new(self.top.len(), first_page, needs);
+        let oldest = self.refs.oldest_shared(self.sealed);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
-                Seen::Fill(word) => draft.push_fill(word),
-                Seen::Unavailable => draft.push_unavailable(),
+                Seen::Alike(Alike::Fill(word)) => draft.push_fill(word),
+                Seen::Alike(Alike::Unavailable) => draft.push_unavailable(),
                 Seen::Data(key) => {
-                    let (frame, slot) = match self.dedup.find(key) {
+                    let (frame, slot) = match self.dedup.find(key, oldest) {
                         Ok(Location { frame, slot }) => {
                             self.summary.duplicate_pages += 1;
                             let frame = u64::from(frame);
@@ -162,8 +163,8 @@ impl<W: Write> Stage<W> {
                                 self.seal(buffer.as_ref())?;
                             }
                             let slot = self.open.add(page, index);
-                            if self.refs.keeps(self.sealed) {
-                                let frame = u32::try_from(self.sealed).expect("below the bound");
+                            // Past 2^32 frames there is no sharing any more.
+                            if let Ok(frame) = u32::try_from(self.sealed) {
                                 self.dedup.insert(place, key, Location { frame, slot });
                             }
                             (self.sealed, slot)
@@ -186,9 +187,6 @@ impl<W: Write> Stage<W> {
 
     fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {
         self.drafts.push_back(draft);
-        if let Some(first) = self.drafts.front() {
-            self.refs.forget_before(first.open_before);
-        }
         self.write_drafts()?;
         if self
             .drafts

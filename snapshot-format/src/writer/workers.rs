@@ -286,3 +286,16 @@ fn give<T>(stock: &Mutex<Vec<T>>, item: T) {
         .unwrap_or_else(PoisonError::into_inner)
         .push(item);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pages given as bytes without a buffer were once recorded as unavailable.
+    #[test]
+    fn bytes_that_got_lost_are_an_error() {
+        let mut workers = Workers::start(1, 1, 1).expect("threads");
+        workers.examine(vec![Given::Bytes], None);
+        assert!(matches!(workers.wait(), Err(WriteError::Panicked)));
+    }
+}

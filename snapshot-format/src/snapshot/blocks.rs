@@ -1,0 +1,134 @@
+//! Index blocks and look-ups.
+
+use std::sync::{Arc, PoisonError};
+
+use super::Snapshot;
+use crate::error::{Defect, Flaw, Part, ReadError};
+use crate::index::{BlockRef, CheckedTop, IndexBlock, Page};
+use crate::layout::{MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK_U64};
+use crate::sections;
+use crate::store::Reason;
+
+impl Snapshot {
+    /// The index block of a block: from the cache, or read, checked and cached. For a block that
+    /// has none in the file, because its pages are all alike, the answer says so of every page.
+    pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
+        match self.top.get(block) {
+            Some(CheckedTop::Block(index)) => self.blocks.get_or_insert_with(&block, || {
+                self.load_block(block, index, reason).map(Arc::new)
+            }),
+            Some(_) => self.uncached_block(block, reason).map(Arc::new),
+            None => Err(ReadError::NoSuchBlock {
+                file: self.name.clone(),
+                block,
+                count: self.top.len(),
+            }),
+        }
+    }
+
+    /// As [`Snapshot::index_block`], but neither from the cache nor into it: for one pass over
+    /// everything.
+    pub fn uncached_block(&self, block: u64, reason: Reason) -> Result<IndexBlock, ReadError> {
+        let alike = |page| Ok(IndexBlock::alike(page, self.pages_of_block(block)?));
+        match self.top.get(block) {
+            Some(CheckedTop::Fill(word)) => alike(Page::Fill(word)),
+            Some(CheckedTop::Unavailable) => alike(Page::Unavailable),
+            Some(CheckedTop::Block(index)) => self.load_block(block, index, reason),
+            None => Err(ReadError::NoSuchBlock {
+                file: self.name.clone(),
+                block,
+                count: self.top.len(),
+            }),
+        }
+    }
+
+    /// What a page is. Numbers that no page has are [`Page::Unused`].
+    pub fn look_up(&self, page: u64, reason: Reason) -> Result<Page, ReadError> {
+        let block = page / PAGES_PER_BLOCK_U64;
+        let alike = match self.top.get(block) {
+            None => return Ok(Page::Unused),
+            Some(CheckedTop::Fill(word)) => Page::Fill(word),
+            Some(CheckedTop::Unavailable) => Page::Unavailable,
+            Some(CheckedTop::Block(_)) => {
+                // The remainder is below 512.
+                let i = usize::try_from(page % PAGES_PER_BLOCK_U64).unwrap_or(usize::MAX);
+                return Ok(self.index_block(block, reason)?.page(i));
+            }
+        };
+        let used = sections::region_of(self.regions()?, page).is_some();
+        Ok(if used { alike } else { Page::Unused })
+    }
+
+    fn load_block(
+        &self,
+        block: u64,
+        index: BlockRef,
+        reason: Reason,
+    ) -> Result<IndexBlock, ReadError> {
+        let pages = self.pages_of_block(block)?;
+        let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
+        // Both lengths were held against the limit when the top table was read.
+        let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
+        let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
+        let stored = &mut stored[..index.stored_len as usize];
+        let decoded = &mut decoded[..index.decoded_len as usize];
+        self.read(Part::IndexBlock, stored, index.offset, reason)?;
+        let computed = crc32fast::hash(stored);
+        if computed != index.crc {
+            return Err(damaged(Defect::Checksum {
+                stored: index.crc,
+                computed,
+            }));
+        }
+        let bytes = if index.compressed {
+            let len = self.decompress(decoded, stored).map_err(|reason| {
+                damaged(Defect::Decode {
+                    reason: reason.into(),
+                })
+            })?;
+            if len != decoded.len() {
+                return Err(damaged(Defect::value(
+                    "decoded length of an index block",
+                    index.decoded_len,
+                    format!("{len}, what it decodes to"),
+                )));
+            }
+            // Look-ups needn't care.
+            if reason == Reason::Verify
+                && zstd_safe::find_frame_compressed_size(stored) != Ok(stored.len())
+            {
+                return Err(damaged(Defect::Decode {
+                    reason: "not one zstd frame".into(),
+                }));
+            }
+            decoded
+        } else {
+            stored
+        };
+        IndexBlock::check(
+            bytes,
+            index.offset,
+            block * PAGES_PER_BLOCK_U64,
+            pages,
+            self.ends.body,
+        )
+        .map_err(|flaw| self.damaged(Part::IndexBlock, flaw))
+    }
+
+    fn decompress(&self, out: &mut [u8], from: &[u8]) -> Result<usize, &'static str> {
+        let idle = self
+            .contexts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let mut context = idle.unwrap_or_else(zstd_safe::DCtx::create);
+        let result = context
+            .decompress(out, from)
+            .map_err(zstd_safe::get_error_name);
+        self.contexts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(context);
+        result
+    }
+}
