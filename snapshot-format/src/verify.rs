@@ -6,7 +6,7 @@
 //! for each window of 1024 blocks (2 GiB of the owner's memory):
 //!     its index blocks, in parallel          checksum, structure, counts, nothing unused
 //!     every frame that they name, in parallel
-//!         checksum, header, decode           each time a window needs it
+//!         checksum, header, decode           for the first window that needs it, and the second
 //!         page list against the index        the first time: listed pages point here, every slot
 //!                                            is listed, no slot is a fill
 //!     digests of pages -> of blocks -> of the content
@@ -15,9 +15,16 @@
 //! fill runs                                  as the index says
 //! ```
 //!
-//! Memory: about 48 MiB, a decoder for each thread, and 50 bytes for each frame of the file.
+//! A frame that several windows need is decoded twice at most: then its digests are remembered.
+//! There is room for those of a million slots, 4 GiB of content that windows share; beyond it, a
+//! frame is decoded once for each window that needs it.
+//!
+//! Memory: about 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its own),
+//! 4 MiB for each thread, the top table, the longest of the sections and working sets (each is read
+//! whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the file.
 
 mod extents;
+mod frames;
 mod pages;
 
 use std::fmt;

@@ -6,11 +6,13 @@ mod common;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::Sample;
 use snapshot_format::layout::SectionKind;
 use snapshot_format::{
-    MemoryStore, Reason, Report, Store, VerifyError, VerifyOptions, Writer, WriterOptions, verify,
+    FrameRef, MemoryStore, Page, Reason, RegionSpec, Report, Snapshot, Store, VerifyError,
+    VerifyOptions, Writer, WriterOptions, verify,
 };
 
 fn report(sample: &Sample) -> Report {
@@ -115,4 +117,74 @@ fn verifying_can_be_cancelled_within_an_attachment() {
     let report = verify(Arc::new(MemoryStore::new(bytes)), options).expect("verify");
     assert!(report.ok());
     assert!(calls > 100, "{calls} calls for 160 pieces of 64 KiB");
+}
+
+/// Counts the reads of one offset.
+struct Counting {
+    inner: MemoryStore,
+    at: u64,
+    reads: AtomicU64,
+}
+
+impl Store for Counting {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()> {
+        if offset == self.at {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+        }
+        self.inner.read_exact_at(buf, offset, reason)
+    }
+
+    fn name(&self) -> String {
+        "counting".to_owned()
+    }
+}
+
+/// A frame that pages all over the snapshot share was decoded for every 2 GiB of them.
+#[test]
+fn a_frame_that_all_share_is_decoded_twice_at_most() {
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
+    writer
+        .begin_region(&RegionSpec::default())
+        .expect("begin_region");
+    let windows = 8;
+    for _ in 0..windows {
+        writer.write_pages(&common::pattern(1)).expect("a page");
+        writer.write_fill((2 << 30) / 4096 - 1, 0).expect("a fill");
+    }
+    let (mut bytes, written) = writer.finish().expect("finish");
+    assert_eq!(
+        (written.summary.frames, written.summary.stored_pages),
+        (1, 1)
+    );
+    let count = |bytes: &[u8], frame: FrameRef| {
+        let store = Arc::new(Counting {
+            inner: MemoryStore::new(bytes.to_vec()),
+            at: frame.offset(),
+            reads: AtomicU64::new(0),
+        });
+        let report = verify(store.clone(), VerifyOptions::default()).expect("verify");
+        assert_eq!(report.frames_checked, 1);
+        (report, store.reads.load(Ordering::Relaxed))
+    };
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.clone()))).expect("opens");
+    let Page::Stored { frame, .. } = snapshot.look_up(0, Reason::Verify).expect("look_up") else {
+        panic!("page 0 is stored");
+    };
+    let (report, reads) = count(&bytes, frame);
+    assert!(report.ok(), "{:?}", report.problems);
+    assert_eq!(report.pages_checked, windows * (2 << 30) / 4096);
+    assert_eq!(reads, 2);
+
+    // A bad one is looked at once and is one problem.
+    let at = usize::try_from(frame.offset()).expect("in memory");
+    bytes[at + 40] ^= 1;
+    let (report, reads) = count(&bytes, frame);
+    assert_eq!(
+        (report.problems.len(), report.more_problems, reads),
+        (1, 0, 1)
+    );
 }

@@ -1,19 +1,16 @@
 //! The index and the frames, window by window.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use super::{Check, Problem, VerifyError};
+use super::frames::{Remembered, Seen, Wanted, Workers, look_at};
+use super::{Check, VerifyError};
 use crate::digest::{self, ContentHasher, Digest, UniformBlocks};
-use crate::error::{FrameError, Part, ReadError};
-use crate::frame::{Codec, FrameDecoder, FrameRef};
+use crate::error::{Part, ReadError};
+use crate::frame::FrameRef;
 use crate::index::{IndexBlock, Page, Top};
-use crate::layout::{
-    MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind,
-};
-use crate::snapshot::Snapshot;
+use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind};
 use crate::store::Reason;
 
 /// Blocks that are looked at together: their page digests take 16 MiB, their index blocks at most
@@ -21,69 +18,20 @@ use crate::store::Reason;
 const WINDOW: u64 = 1024;
 /// Frames between two calls of the progress callback.
 const BATCH: usize = 64;
-/// Problems that one frame or index block may add; the rest are counted.
-const MAX_OF_ONE: usize = 8;
 
 /// A window's index blocks; none for blocks without one, and for bad ones.
-struct Window {
+pub(super) struct Window {
     first: u64,
     blocks: Vec<Option<IndexBlock>>,
 }
 
 impl Window {
     /// What a page is, as far as this window knows.
-    fn look_up(&self, page: u64) -> Option<Page> {
+    pub(super) fn look_up(&self, page: u64) -> Option<Page> {
         let i = (page / PAGES_PER_BLOCK_U64).checked_sub(self.first)?;
         let block = self.blocks.get(usize::try_from(i).ok()?)?.as_ref()?;
         let page = usize::try_from(page % PAGES_PER_BLOCK_U64).ok()?;
         Some(block.page(page))
-    }
-}
-
-/// A frame that a window needs, and what for.
-struct Wanted {
-    frame: FrameRef,
-    /// The window before did not need it, nor any before that.
-    new: bool,
-    /// Page of the window, and the slot that it lies in.
-    uses: Vec<(u32, u16)>,
-}
-
-/// What became of a frame.
-struct Seen {
-    /// Digest of each slot; none if it could not be decoded.
-    digests: Option<Vec<Digest>>,
-    problems: Vec<Problem>,
-    more: u64,
-    /// The store failed, which says nothing about the frame.
-    failed: Option<VerifyError>,
-}
-
-/// Decoders and buffers, as many as there are threads at work.
-#[derive(Default)]
-struct Workers {
-    idle: Mutex<Vec<(FrameDecoder, Box<[u8]>)>>,
-}
-
-impl Workers {
-    fn with<T>(&self, work: impl FnOnce(&mut FrameDecoder, &mut [u8]) -> T) -> T {
-        let idle = self
-            .idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        let (mut decoder, mut out) = idle.unwrap_or_else(|| {
-            (
-                FrameDecoder::new(),
-                vec![0; MAX_FRAME_SLOTS * PAGE_SIZE].into(),
-            )
-        });
-        let result = work(&mut decoder, &mut out);
-        self.idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((decoder, out));
-        result
     }
 }
 
@@ -95,6 +43,7 @@ struct Digests {
     pages: Vec<Digest>,
     /// Blocks of the window with a page whose content is not known.
     unknown: Vec<bool>,
+    remembered: Remembered,
 }
 
 impl Check<'_> {
@@ -107,6 +56,7 @@ impl Check<'_> {
             uniform: UniformBlocks::default(),
             pages: Vec::new(),
             unknown: Vec::new(),
+            remembered: Remembered::default(),
         };
         let mut first = 0;
         while first < blocks {
@@ -287,10 +237,14 @@ impl Check<'_> {
         digests: &mut Digests,
     ) {
         let snapshot = self.snapshot;
+        let remembered = &digests.remembered;
         let seen: Vec<Seen> = self.pool.install(|| {
             batch
                 .par_iter()
                 .map(|wanted| {
+                    if let Some(seen) = remembered.get(wanted) {
+                        return seen;
+                    }
                     workers.with(|decoder, out| look_at(snapshot, window, wanted, decoder, out))
                 })
                 .collect()
@@ -318,6 +272,7 @@ impl Check<'_> {
                     None => digests.unknown[place / PAGES_PER_BLOCK] = true,
                 }
             }
+            digests.remembered.keep(wanted, seen.digests);
         }
     }
 
@@ -404,126 +359,5 @@ impl Check<'_> {
         );
         // That the section can't be read was found, and reported, with its checksum.
         if read.is_err() { Vec::new() } else { digests }
-    }
-}
-
-/// Everything about one frame.
-fn look_at(
-    snapshot: &Snapshot,
-    window: &Window,
-    wanted: &Wanted,
-    decoder: &mut FrameDecoder,
-    out: &mut [u8],
-) -> Seen {
-    let frame = &wanted.frame;
-    let out = &mut out[..frame.decoded_len()];
-    let mut seen = Seen {
-        digests: None,
-        problems: Vec::new(),
-        more: 0,
-        failed: None,
-    };
-    let listed = match decoder.decode(snapshot, frame, Reason::Verify, out) {
-        Ok(listed) => listed,
-        Err(error) if !error.is_damage() => {
-            seen.failed = Some(error.into());
-            return seen;
-        }
-        Err(error) => {
-            // A frame that several windows need is reported once.
-            if wanted.new {
-                seen.add(Part::Frame.to_string(), frame.offset(), detail(&error));
-            }
-            return seen;
-        }
-    };
-    let pages = out.chunks_exact(PAGE_SIZE);
-    if !wanted.new {
-        seen.digests = Some(pages.map(digest::page).collect());
-        return seen;
-    }
-    let mut digests = Vec::with_capacity(pages.len());
-    for (slot, page) in pages.enumerate() {
-        if digest::fill_word(page).is_some() {
-            let detail = format!("slot {slot} stores a fill");
-            seen.add(Part::Frame.to_string(), frame.offset(), detail);
-        }
-        digests.push(digest::page(page));
-    }
-    seen.digests = Some(digests);
-    let mut has_page = vec![false; frame.slots().into()];
-    let runs = listed.runs().len();
-    let mut pages: Vec<u64> = listed
-        .runs()
-        .flat_map(|run| run.first_page..run.first_page + u64::from(run.count))
-        .collect();
-    pages.sort_unstable();
-    if let Some([page, _]) = pages.windows(2).find(|pair| pair[0] == pair[1]) {
-        let detail = format!("page {page} is listed twice");
-        seen.add("page list".to_owned(), frame.offset(), detail);
-    }
-    for run in listed.runs() {
-        for i in 0..run.count {
-            let (page, slot) = (run.first_page + u64::from(i), run.slot + i);
-            has_page[usize::from(slot)] = true;
-            let indexed = match window.look_up(page) {
-                Some(indexed) => indexed,
-                None => match snapshot.look_up(page, Reason::Verify) {
-                    Ok(indexed) => indexed,
-                    // The index block's own problem is in the report.
-                    Err(error) if error.is_damage() => continue,
-                    Err(error) => {
-                        seen.failed = Some(error.into());
-                        return seen;
-                    }
-                },
-            };
-            let here = Page::Stored {
-                frame: *frame,
-                slot,
-            };
-            if indexed != here {
-                let detail = format!(
-                    "page {page} is listed in slot {slot} of the frame, but its index entry \
-                     points elsewhere"
-                );
-                seen.add("page list".to_owned(), frame.offset(), detail);
-            }
-        }
-    }
-    if let Some(slot) = has_page.iter().position(|listed| !listed) {
-        let detail = format!("no page is listed for slot {slot} of the frame");
-        seen.add("page list".to_owned(), frame.offset(), detail);
-    }
-    let payload = decoder.payload(frame, runs);
-    if frame.codec() != Codec::Raw
-        && zstd_safe::find_frame_compressed_size(payload) != Ok(payload.len())
-    {
-        let detail = "the payload is not one zstd frame";
-        seen.add(Part::Frame.to_string(), frame.offset(), detail.to_owned());
-    }
-    seen
-}
-
-impl Seen {
-    fn add(&mut self, what: String, offset: u64, detail: String) {
-        if self.problems.len() < MAX_OF_ONE {
-            self.problems.push(Problem {
-                what,
-                offset,
-                detail,
-            });
-        } else {
-            self.more += 1;
-        }
-    }
-}
-
-fn detail(error: &FrameError) -> String {
-    match error {
-        FrameError::Damaged { defect, .. } => defect.to_string(),
-        FrameError::Io { source, .. } => format!("cannot be read: {source}"),
-        FrameError::Dictionary { source, .. } => format!("its dictionary: {source}"),
-        other @ FrameError::Buffer { .. } => other.to_string(),
     }
 }

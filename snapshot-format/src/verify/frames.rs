@@ -1,0 +1,225 @@
+//! One frame: everything about it, and what is remembered of it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::pages::Window;
+use super::{Problem, VerifyError};
+use crate::digest::{self, Digest};
+use crate::error::{FrameError, Part};
+use crate::frame::{Codec, FrameDecoder, FrameRef};
+use crate::index::Page;
+use crate::layout::{MAX_FRAME_SLOTS, PAGE_SIZE};
+use crate::snapshot::Snapshot;
+use crate::store::Reason;
+
+/// Problems that one frame may add; the rest are counted.
+const MAX_OF_ONE: usize = 8;
+/// A frame that a window needs, and what for.
+pub(super) struct Wanted {
+    pub(super) frame: FrameRef,
+    /// The window before did not need it, nor any before that.
+    pub(super) new: bool,
+    /// Page of the window, and the slot that it lies in.
+    pub(super) uses: Vec<(u32, u16)>,
+}
+
+/// What became of a frame.
+#[derive(Default)]
+pub(super) struct Seen {
+    /// Digest of each slot; none if it could not be decoded.
+    pub(super) digests: Option<Arc<[Digest]>>,
+    pub(super) problems: Vec<Problem>,
+    pub(super) more: u64,
+    /// The store failed, which says nothing about the frame.
+    pub(super) failed: Option<VerifyError>,
+}
+
+/// Decoders and buffers, as many as there are threads at work.
+#[derive(Default)]
+pub(super) struct Workers {
+    idle: Mutex<Vec<(FrameDecoder, Box<[u8]>)>>,
+}
+
+impl Workers {
+    pub(super) fn with<T>(&self, work: impl FnOnce(&mut FrameDecoder, &mut [u8]) -> T) -> T {
+        let idle = self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let (mut decoder, mut out) = idle.unwrap_or_else(|| {
+            (
+                FrameDecoder::new(),
+                vec![0; MAX_FRAME_SLOTS * PAGE_SIZE].into(),
+            )
+        });
+        let result = work(&mut decoder, &mut out);
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((decoder, out));
+        result
+    }
+}
+
+/// Digests that are remembered at most, 32 bytes each: of 4 GiB of content.
+const MOST_REMEMBERED: usize = 1 << 20;
+/// Digests whose memory an entry takes besides those that it holds.
+const ENTRY: usize = 3;
+
+/// Digests of frames that windows far apart need, so that a frame which all windows share isn't
+/// decoded for each. Most frames are needed by one window only, so one is remembered when a second
+/// needs it. Nothing gives way to others: what windows need in turns would push itself out.
+pub(super) struct Remembered {
+    /// None for a frame that is bad.
+    frames: HashMap<u64, Option<Arc<[Digest]>>>,
+    left: usize,
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self {
+            frames: HashMap::new(),
+            left: MOST_REMEMBERED,
+        }
+    }
+}
+
+impl Remembered {
+    pub(super) fn get(&self, wanted: &Wanted) -> Option<Seen> {
+        let digests = self.frames.get(&wanted.frame.offset())?.clone();
+        Some(Seen {
+            digests,
+            ..Seen::default()
+        })
+    }
+
+    pub(super) fn keep(&mut self, wanted: &Wanted, digests: Option<Arc<[Digest]>>) {
+        let offset = wanted.frame.offset();
+        let cost = digests.as_ref().map_or(0, |digests| digests.len()) + ENTRY;
+        if wanted.new && digests.is_some() || self.frames.contains_key(&offset) {
+            return;
+        }
+        if let Some(left) = self.left.checked_sub(cost) {
+            self.left = left;
+            self.frames.insert(offset, digests);
+        }
+    }
+}
+
+/// Everything about one frame.
+pub(super) fn look_at(
+    snapshot: &Snapshot,
+    window: &Window,
+    wanted: &Wanted,
+    decoder: &mut FrameDecoder,
+    out: &mut [u8],
+) -> Seen {
+    let frame = &wanted.frame;
+    let out = &mut out[..frame.decoded_len()];
+    let mut seen = Seen::default();
+    let listed = match decoder.decode(snapshot, frame, Reason::Verify, out) {
+        Ok(listed) => listed,
+        Err(error) if !error.is_damage() => {
+            seen.failed = Some(error.into());
+            return seen;
+        }
+        Err(error) => {
+            // A frame that several windows need is reported once.
+            if wanted.new {
+                seen.add(Part::Frame.to_string(), frame.offset(), detail(&error));
+            }
+            return seen;
+        }
+    };
+    let pages = out.chunks_exact(PAGE_SIZE);
+    if !wanted.new {
+        seen.digests = Some(pages.map(digest::page).collect());
+        return seen;
+    }
+    let mut digests = Vec::with_capacity(pages.len());
+    for (slot, page) in pages.enumerate() {
+        if digest::fill_word(page).is_some() {
+            let detail = format!("slot {slot} stores a fill");
+            seen.add(Part::Frame.to_string(), frame.offset(), detail);
+        }
+        digests.push(digest::page(page));
+    }
+    seen.digests = Some(digests.into());
+    let mut has_page = vec![false; frame.slots().into()];
+    let runs = listed.runs().len();
+    let mut pages: Vec<u64> = listed
+        .runs()
+        .flat_map(|run| run.first_page..run.first_page + u64::from(run.count))
+        .collect();
+    pages.sort_unstable();
+    if let Some([page, _]) = pages.windows(2).find(|pair| pair[0] == pair[1]) {
+        let detail = format!("page {page} is listed twice");
+        seen.add("page list".to_owned(), frame.offset(), detail);
+    }
+    for run in listed.runs() {
+        for i in 0..run.count {
+            let (page, slot) = (run.first_page + u64::from(i), run.slot + i);
+            has_page[usize::from(slot)] = true;
+            let indexed = match window.look_up(page) {
+                Some(indexed) => indexed,
+                None => match snapshot.look_up(page, Reason::Verify) {
+                    Ok(indexed) => indexed,
+                    // The index block's own problem is in the report.
+                    Err(error) if error.is_damage() => continue,
+                    Err(error) => {
+                        seen.failed = Some(error.into());
+                        return seen;
+                    }
+                },
+            };
+            let here = Page::Stored {
+                frame: *frame,
+                slot,
+            };
+            if indexed != here {
+                let detail = format!(
+                    "page {page} is listed in slot {slot} of the frame, but its index entry \
+                     points elsewhere"
+                );
+                seen.add("page list".to_owned(), frame.offset(), detail);
+            }
+        }
+    }
+    if let Some(slot) = has_page.iter().position(|listed| !listed) {
+        let detail = format!("no page is listed for slot {slot} of the frame");
+        seen.add("page list".to_owned(), frame.offset(), detail);
+    }
+    let payload = decoder.payload(frame, runs);
+    if frame.codec() != Codec::Raw
+        && zstd_safe::find_frame_compressed_size(payload) != Ok(payload.len())
+    {
+        let detail = "the payload is not one zstd frame";
+        seen.add(Part::Frame.to_string(), frame.offset(), detail.to_owned());
+    }
+    seen
+}
+
+impl Seen {
+    fn add(&mut self, what: String, offset: u64, detail: String) {
+        if self.problems.len() < MAX_OF_ONE {
+            self.problems.push(Problem {
+                what,
+                offset,
+                detail,
+            });
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
+fn detail(error: &FrameError) -> String {
+    match error {
+        FrameError::Damaged { defect, .. } => defect.to_string(),
+        FrameError::Io { source, .. } => format!("cannot be read: {source}"),
+        FrameError::Dictionary { source, .. } => format!("its dictionary: {source}"),
+        other @ FrameError::Buffer { .. } => other.to_string(),
+    }
+}
