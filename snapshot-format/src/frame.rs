@@ -21,7 +21,7 @@ use crate::error::{Defect, FrameError};
 use crate::index::{Body, check_layer, records};
 use crate::layout::{
     self, FRAME_MAGIC, FrameHeader, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS,
-    MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PageRun, codec,
+    MAX_LISTED_PAGES_PER_SLOT, MIN_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun, codec,
 };
 use crate::snapshot::Snapshot;
 use crate::store::Reason;
@@ -86,11 +86,11 @@ impl FrameRef {
                 limit: MAX_FRAME_RECORD_BYTES as u64,
             });
         }
-        if stored_len as usize <= size_of::<FrameHeader>() {
+        if (stored_len as usize) < MIN_FRAME_RECORD_BYTES {
             return Err(Defect::value(
                 "stored length of a frame",
                 stored_len,
-                "more than the length of its header",
+                format!("at least {MIN_FRAME_RECORD_BYTES}"),
             ));
         }
         body.check("frame", raw.offset.get(), stored_len.into())?;

@@ -40,6 +40,8 @@ pub const MAX_SECTIONS: usize = 64;
 pub const MAX_FRAME_SLOTS: usize = 512;
 /// Pages that one frame's list may name, for each of its slots: bounds what one decode installs.
 pub const MAX_LISTED_PAGES_PER_SLOT: usize = 4;
+/// Bytes of the shortest frame record: header, one run of its list, one byte of payload.
+pub const MIN_FRAME_RECORD_BYTES: usize = size_of::<FrameHeader>() + size_of::<PageRun>() + 1;
 /// Most bytes of a stored frame record: header, a full page list, and a raw payload.
 pub const MAX_FRAME_RECORD_BYTES: usize = size_of::<FrameHeader>()
     + MAX_FRAME_SLOTS * MAX_LISTED_PAGES_PER_SLOT * size_of::<PageRun>()

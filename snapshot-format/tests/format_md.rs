@@ -166,6 +166,10 @@ fn limits_are_as_documented() {
             layout::MAX_LISTED_PAGES_PER_SLOT as u64,
         ),
         (
+            "MIN_FRAME_RECORD_BYTES",
+            layout::MIN_FRAME_RECORD_BYTES as u64,
+        ),
+        (
             "MAX_FRAME_RECORD_BYTES",
             layout::MAX_FRAME_RECORD_BYTES as u64,
         ),

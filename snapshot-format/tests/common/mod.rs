@@ -129,6 +129,9 @@ pub fn dictionary_bytes() -> Vec<u8> {
     pattern(512).into_iter().chain(pattern(513)).collect()
 }
 
+/// Makes the payload of bytes.
+pub type Pack<'a> = &'a dyn Fn(&[u8]) -> Vec<u8>;
+
 /// The sample's bytes and where its parts lie.
 #[derive(Clone)]
 pub struct Sample {
@@ -155,22 +158,22 @@ impl Sample {
 
     /// `inline_regions`: the region section lies right before the top table.
     pub fn build(inline_regions: bool) -> Self {
-        Self::build_with(inline_regions, &[])
+        Self::build_with(inline_regions, &|raw| compress(raw, &[]))
     }
 
-    /// `after_payload`: follows the payload of the second frame, within the frame record.
+    /// `pack` compresses the second frame's pages and the fourth index block.
     #[expect(
         clippy::too_many_lines,
         reason = "one thing after the other, as in the file"
     )]
-    pub fn build_with(inline_regions: bool, after_payload: &[u8]) -> Self {
+    pub fn build_with(inline_regions: bool, pack: Pack<'_>) -> Self {
         let mut bytes = vec![0; HEADER_BYTES];
         let mut frames = Vec::new();
         let mut refs = Vec::new();
         let mut stored_pages = 0;
         for (number, spec) in frame_specs().iter().enumerate() {
             let at = bytes.len();
-            let record = frame_record(spec, if number == 1 { after_payload } else { &[] });
+            let record = frame_record(spec, (number == 1).then_some(pack));
             let slots = (spec.pages.end - spec.pages.start) as u16;
             stored_pages += u64::from(slots);
             refs.push(FrameRef {
@@ -205,7 +208,7 @@ impl Sample {
                     let at = bytes.len();
                     let compressed = block == 3;
                     let stored = if compressed {
-                        [&compress(&decoded, &[]), after_payload].concat()
+                        pack(&decoded)
                     } else {
                         frame_refs.extend(named.iter().enumerate().map(|(number, frame)| {
                             let from = size_of::<IndexHeader>() + number * size_of::<FrameRef>();
@@ -440,15 +443,15 @@ impl Sample {
     }
 }
 
-fn frame_record(spec: &FrameSpec, after_payload: &[u8]) -> Vec<u8> {
+fn frame_record(spec: &FrameSpec, pack: Option<Pack<'_>>) -> Vec<u8> {
     let slots = (spec.pages.end - spec.pages.start) as u16;
     let raw: Vec<u8> = spec.pages.clone().flat_map(pattern).collect();
-    let payload = match spec.codec {
-        codec::RAW => raw,
-        codec::ZSTD => compress(&raw, &[]),
+    let payload = match (spec.codec, pack) {
+        (codec::RAW, _) => raw,
+        (codec::ZSTD, None) => compress(&raw, &[]),
+        (codec::ZSTD, Some(pack)) => pack(&raw),
         _ => compress(&raw, &dictionary_bytes()),
     };
-    let payload = [&payload, after_payload].concat();
     // Two runs where there is room for two, so that the list is one.
     let half = slots / 2;
     let runs: Vec<PageRun> = [(0, half), (half, slots - half)]

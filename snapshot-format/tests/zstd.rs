@@ -1,0 +1,208 @@
+//! Which zstd frames a payload may be: what `FORMAT.md` says of codecs, held against the reader, the
+//! verifier and the writer.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Pack, Sample, compress};
+use snapshot_format::layout::{FrameHeader, PAGE_SIZE, PageRun};
+use snapshot_format::{
+    Dictionary, FrameDecoder, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot,
+    VerifyOptions, Writer, WriterOptions, dictionary, verify,
+};
+use zerocopy::FromBytes;
+use zstd_safe::{CCtx, CParameter};
+
+/// Single segment: the content's size is the window's.
+const SINGLE_SEGMENT: u8 = 1 << 5;
+const CHECKSUM: u8 = 1 << 2;
+const DICTIONARY_ID: u8 = 3;
+
+fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
+    match snapshot.look_up(page, Reason::Demand).expect("look_up") {
+        Page::Stored { frame, .. } => frame,
+        other => panic!("page {page} is {other:?}"),
+    }
+}
+
+/// Decodes the frame that `pack` made, and then says what the verifier finds.
+fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
+    let sample = Sample::build_with(true, pack);
+    let snapshot = sample.open().expect("opens");
+    let frame = frame_of_page(&snapshot, 4);
+    let mut out = vec![0; frame.decoded_len()];
+    let decoded = FrameDecoder::new()
+        .decode(&snapshot, &frame, Reason::Demand, &mut out)
+        .map(|_| ())
+        .map_err(|error| {
+            assert!(error.is_damage(), "{error}");
+            error.to_string()
+        });
+    if decoded.is_ok() {
+        assert!(out[..PAGE_SIZE] == common::pattern(4));
+    }
+    // The index block that is packed in the same way.
+    assert_eq!(
+        decoded.is_ok(),
+        snapshot.look_up(1536, Reason::Demand).is_ok()
+    );
+    let report = verify(sample.store(), VerifyOptions::default().threads(1)).expect("verify");
+    let problems = report.problems.into_iter().map(|p| p.detail).collect();
+    (decoded, problems)
+}
+
+fn with(parameter: CParameter) -> impl Fn(&[u8]) -> Vec<u8> {
+    move |raw| {
+        let mut context = CCtx::create();
+        context.set_parameter(parameter).expect("a parameter");
+        let mut out = vec![0; zstd_safe::compress_bound(raw.len())];
+        let len = context.compress2(&mut out[..], raw).expect("compress");
+        out.truncate(len);
+        out
+    }
+}
+
+/// A frame without content size: a byte that describes the window follows the first five.
+fn windowed(raw: &[u8]) -> Vec<u8> {
+    let frame = with(CParameter::ContentSizeFlag(false))(raw);
+    assert_eq!(frame[4], 0, "a window, and nothing else");
+    frame
+}
+
+#[test]
+fn frames_that_readers_must_take() {
+    let window = |log: u8| {
+        move |raw: &[u8]| {
+            let mut frame = windowed(raw);
+            frame[5] = (log - 10) << 3;
+            frame
+        }
+    };
+    let all: [(&str, Pack<'_>); 4] = [
+        ("without the content's size", &windowed),
+        ("with a checksum", &with(CParameter::ChecksumFlag(true))),
+        ("with a window of 8 MiB", &window(23)),
+        ("with a window of 2 GiB", &window(31)),
+    ];
+    for (what, pack) in all {
+        let (decoded, problems) = outcome(pack);
+        assert_eq!(decoded, Ok(()), "{what}");
+        assert_eq!(problems, [""; 0], "{what}");
+    }
+}
+
+#[test]
+fn frames_that_readers_must_refuse() {
+    let all: [(&str, Pack<'_>); 6] = [
+        ("a wrong checksum", &|raw| {
+            let mut frame = with(CParameter::ChecksumFlag(true))(raw);
+            *frame.last_mut().expect("not empty") ^= 1;
+            frame
+        }),
+        ("a wrong content size", &|raw| {
+            let mut frame = compress(raw, &[]);
+            assert_eq!(frame[4] & SINGLE_SEGMENT, SINGLE_SEGMENT);
+            frame[5] ^= 1;
+            frame
+        }),
+        ("a dictionary that the codec doesn't name", &|raw| {
+            let mut frame = windowed(raw);
+            frame[4] |= 1;
+            frame.insert(6, 77);
+            frame
+        }),
+        ("a window above 2 GiB", &|raw| {
+            let mut frame = windowed(raw);
+            frame[5] = (32 - 10) << 3;
+            frame
+        }),
+        ("bytes that are no frame behind it", &|raw| {
+            [&compress(raw, &[])[..], b"and so on"].concat()
+        }),
+        ("a frame that was cut off", &|raw| {
+            let mut frame = compress(raw, &[]);
+            frame.pop();
+            frame
+        }),
+    ];
+    for (what, pack) in all {
+        let (decoded, problems) = outcome(pack);
+        assert!(decoded.is_err(), "{what}");
+        assert!(problems.len() >= 2, "{what}: {problems:?}");
+    }
+}
+
+#[test]
+fn several_frames_are_the_verifiers_to_find() {
+    let (decoded, problems) = outcome(&|raw| {
+        let (one, other) = raw.split_at(raw.len() / 2);
+        [compress(one, &[]), compress(other, &[])].concat()
+    });
+    assert_eq!(decoded, Ok(()));
+    assert!(
+        problems
+            .iter()
+            .any(|p| p.contains("the payload is not one zstd frame")),
+        "{problems:?}"
+    );
+}
+
+/// The frame header descriptor of the first frame, and its codec.
+fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
+    let options = WriterOptions {
+        level,
+        frame_pages,
+        dictionary,
+        ..WriterOptions::default()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("writer");
+    writer
+        .begin_region(&RegionSpec::default())
+        .expect("begin_region");
+    for page in 0..1024 {
+        writer.write_pages(&common::pattern(page)).expect("pages");
+    }
+    let (bytes, _) = writer.finish().expect("finish");
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.clone()))).expect("opens");
+    let frame = frame_of_page(&snapshot, 0);
+    let at = usize::try_from(frame.offset()).expect("in memory");
+    let (header, _) = FrameHeader::ref_from_prefix(&bytes[at..]).expect("a header");
+    let payload =
+        at + size_of::<FrameHeader>() + usize::from(header.run_count.get()) * size_of::<PageRun>();
+    assert_eq!(bytes[payload..][..4], 0xfd2f_b528_u32.to_le_bytes());
+    (bytes[payload + 4], header.codec)
+}
+
+#[test]
+fn what_the_writer_writes() {
+    for (level, frame_pages) in [(1, 1), (3, 32), (19, 512)] {
+        let (plain, codec) = written(Dictionary::Off, level, frame_pages);
+        assert_eq!(
+            plain & (SINGLE_SEGMENT | CHECKSUM | DICTIONARY_ID),
+            SINGLE_SEGMENT
+        );
+        assert_eq!(codec, 1);
+        let raw = common::pattern(5000);
+        let (content, codec) = written(Dictionary::Use(raw), level, frame_pages);
+        assert_eq!(
+            content & (SINGLE_SEGMENT | CHECKSUM | DICTIONARY_ID),
+            SINGLE_SEGMENT
+        );
+        assert_eq!(codec, 2);
+    }
+    let text: Vec<u8> = (0..1024u64)
+        .flat_map(|page| {
+            let line = format!("line {} of a page that looks like all others; ", page * 77);
+            line.into_bytes()
+                .repeat(PAGE_SIZE)
+                .into_iter()
+                .take(PAGE_SIZE)
+        })
+        .collect();
+    let trained = dictionary::train(&text, 1, 3, 1 << 40).expect("a dictionary that pays");
+    let (formatted, codec) = written(Dictionary::Use(trained.bytes), 3, 32);
+    assert_eq!(formatted & (SINGLE_SEGMENT | CHECKSUM), SINGLE_SEGMENT);
+    assert_ne!(formatted & DICTIONARY_ID, 0, "names its dictionary");
+    assert_eq!(codec, 2);
+}
