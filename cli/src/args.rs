@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use snapshot_format::is_blob_name;
+use snapshot_format::layout::MAX_NAME_BYTES;
 
 use crate::exit;
 
@@ -61,8 +63,9 @@ pub(crate) struct Create {
     /// Take the memory of a live process
     ///
     /// All its threads are held while it is read, and go on afterwards, also if snaprestore is
-    /// killed meanwhile. Needs the right to trace it: the same user, or root. What cannot be read is
-    /// recorded as unavailable; address space that is only set aside is left out.
+    /// killed meanwhile. Needs the right to trace it: the same user, or root. What cannot be read
+    /// is recorded as unavailable. Address space that is only set aside is left out, and so are
+    /// 64 GiB or more in a row that were never touched.
     #[arg(long, conflicts_with_all = ["source", "raw"])]
     pub(crate) pid: Option<i32>,
     /// Take SOURCE as plain memory, whatever it looks like
@@ -158,13 +161,22 @@ impl FromStr for Attachment {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(Self {
-                name: name.to_owned(),
-                path: path.into(),
-            }),
-            _ => Err("must be NAME=PATH, as vmstate=/run/vm/state.json".into()),
+        let Some((name, path)) = text
+            .split_once('=')
+            .filter(|(name, path)| !name.is_empty() && !path.is_empty())
+        else {
+            return Err("must be NAME=PATH, as vmstate=/run/vm/state.json".into());
+        };
+        if !is_blob_name(name) {
+            return Err(format!(
+                "the name {name:?} can't be a file's: it must have at most {MAX_NAME_BYTES} \
+                 bytes, no / and no control characters, and not be . or .."
+            ));
         }
+        Ok(Self {
+            name: name.to_owned(),
+            path: path.into(),
+        })
     }
 }
 
@@ -379,7 +391,17 @@ mod tests {
                 path: "a=b".into()
             })
         );
-        for text in ["", "state", "=path", "state="] {
+        let long = format!("{}=path", "x".repeat(4097));
+        for text in [
+            "",
+            "state",
+            "=path",
+            "state=",
+            "..=path",
+            "a/b=path",
+            "a\u{1b}b=path",
+            &long,
+        ] {
             assert!(text.parse::<Attachment>().is_err(), "{text}");
         }
     }

@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
-use snapshot_format::layout::{MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64};
+use snapshot_format::layout::{
+    MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
+};
 use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions, Written, dictionary};
 
 use crate::args;
@@ -122,6 +124,13 @@ pub(crate) fn facts(written: &Written) -> Facts {
 
 impl Recipe {
     fn new(args: &args::Create) -> Result<Self> {
+        if args.attach.len() > MAX_BLOBS {
+            return Err(Refusal::Usage(format!(
+                "there are {} attachments; a snapshot has at most {MAX_BLOBS}",
+                args.attach.len()
+            ))
+            .into());
+        }
         let mut used = HashSet::new();
         let mut attachments = Vec::new();
         for attachment in &args.attach {
@@ -129,13 +138,6 @@ impl Recipe {
                 return Err(Refusal::Usage(format!(
                     "two attachments are named {:?}; each needs a name of its own",
                     attachment.name
-                ))
-                .into());
-            }
-            if attachment.name.len() > MAX_NAME_BYTES {
-                return Err(Refusal::Usage(format!(
-                    "an attachment's name has {} bytes; at most {MAX_NAME_BYTES} are possible",
-                    attachment.name.len()
                 ))
                 .into());
             }

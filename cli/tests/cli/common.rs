@@ -22,6 +22,24 @@ pub(crate) fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Com
     command
 }
 
+/// `command`, started with the default action for all that ends it, whatever the parent of these
+/// tests ignores: under `nohup` a hang-up would be waited for in vain.
+pub(crate) fn with_default_signals(mut command: Command) -> Command {
+    let reset = || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: between fork and exec only this thread runs, and setting a signal's default
+            // action is allowed there and touches no memory.
+            if unsafe { libc::signal(signal, libc::SIG_DFL) } == libc::SIG_ERR {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure neither allocates nor takes a lock.
+    unsafe { command.pre_exec(reset) };
+    command
+}
+
 /// Runs the command in `folder`.
 pub(crate) fn run(folder: &Folder, args: &[&str]) -> Run {
     Run::of(command(args).current_dir(folder.path()))

@@ -7,11 +7,11 @@ use std::process::{Child, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::{Folder, Run, command, finish, wait_until};
+use crate::common::{Folder, Run, command, finish, wait_until, with_default_signals};
 
 /// `create` from a pipe that has delivered something and goes on.
 fn streaming(folder: &Folder, target: &str) -> Child {
-    let mut child = command([
+    let mut child = with_default_signals(command([
         "create",
         "-",
         "-o",
@@ -19,7 +19,7 @@ fn streaming(folder: &Folder, target: &str) -> Child {
         "--force",
         "--dictionary",
         "off",
-    ])
+    ]))
     .current_dir(folder.path())
     .stdin(Stdio::piped())
     .stderr(Stdio::piped())
@@ -103,7 +103,7 @@ fn a_signal_that_the_parent_ignored_stays_ignored() {
 fn waiting_for_a_pipe_can_be_interrupted() {
     let folder = Folder::new();
     crate::common::make_fifo(&folder.file("in"));
-    let mut child = command(["create", "in", "-o", "s"])
+    let mut child = with_default_signals(command(["create", "in", "-o", "s"]))
         .current_dir(folder.path())
         .stderr(Stdio::piped())
         .spawn()

@@ -204,6 +204,15 @@ fn owner_process() {
     unsafe { nix::sys::mman::mprotect(hidden, 3 * 4096, ProtFlags::PROT_NONE) }.unwrap();
     tell_place("hidden", hidden);
 
+    // Set aside as sanitizers do, with one page touched in its middle. Neighbours of another kind
+    // keep it a mapping of its own.
+    let vast_memory = map(vast(1 << 40), read_write, private);
+    // SAFETY: half of the mapping's length lies within it, at the begin of a page.
+    let middle = unsafe { vast_memory.byte_add(vast(1 << 40) / 2) };
+    fill(middle, &[0x55; 4096]);
+    tell_place("vast", vast_memory);
+    tell_place("middle", middle);
+
     let shared = map(8 << 20, read_write, MapFlags::MAP_SHARED);
     fill(shared, &[0x33; 4096]);
     tell_place("shared", shared);

@@ -101,6 +101,11 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
         [0x66, 0x66, 0, 0]
     );
     assert_eq!(find(&regions, at("reserved")), None, "nothing is reserved");
+    // A terabyte of which one page was touched: the page, and not 32 MiB of tables.
+    assert_eq!(find(&regions, at("vast")), None, "vast and never touched");
+    assert_eq!(memory(&folder, &regions, at("middle"), 4096), [0x55; 4096]);
+    let stored = number(&report, "stored_bytes");
+    assert!(number(&report, "file_bytes") - stored < 8 << 20, "{report}");
 
     let (_, sparse) = find(&regions, at("sparse")).unwrap();
     assert!(number(sparse, "bytes") >= 1 << 32);

@@ -10,6 +10,7 @@
 //! | `message` | reading messages |
 //! | `grants` | which memory of this process a userfaultfd may fill |
 //! | `event` | waking a thread that waits, and waiting |
+//! | `pagemap` | which pages of a process exist |
 //! | `thread` | signals, checked reads |
 //! | `probe` | what this machine offers and permits |
 //!
@@ -30,6 +31,7 @@ pub mod install;
 mod ioctls;
 pub mod message;
 pub mod open;
+pub mod pagemap;
 pub mod probe;
 pub mod thread;
 pub mod uffd;

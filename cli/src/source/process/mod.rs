@@ -41,6 +41,10 @@ pub(crate) struct HeldProcess {
     hold: Hold,
 }
 
+/// Pages never touched, so many in a row or more, are left out: 64 GiB. Sanitizers and some
+/// runtimes set terabytes aside as if to use them, and a snapshot has 64 bytes for each 2 MiB.
+const VAST: u64 = (64 << 30) / PAGE;
+
 /// What is known of some pages without reading them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Plan {
@@ -199,6 +203,20 @@ impl HeldProcess {
     }
 }
 
+/// The region of a mapping, or of the part of it from `start` on.
+fn region(mapping: &Mapping, start: u64) -> Region {
+    let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+    Region {
+        start,
+        flags: bit(mapping.read, region_flags::READ)
+            | bit(mapping.write, region_flags::WRITE)
+            | bit(mapping.execute, region_flags::EXECUTE)
+            | bit(mapping.shared, region_flags::SHARED),
+        page_shift: mapping.page_shift(),
+        name: mapping.name.clone(),
+    }
+}
+
 /// The error of an address without memory behind it, as past the end of a mapped file.
 fn is_unreadable(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
@@ -238,6 +256,13 @@ impl Source for HeldProcess {
         let bytes: u64 = self
             .mappings
             .iter()
+            .filter(|mapping| {
+                // The vast ones are left out, most or all of them.
+                let populated = mapping.details.map(|details| details.populated);
+                mapping.untouched() != Untouched::Zero
+                    || mapping.end - mapping.start < VAST * PAGE
+                    || populated != Some(0)
+            })
             .map(|mapping| mapping.end - mapping.start)
             .sum();
         Some(bytes / PAGE)
@@ -287,35 +312,45 @@ impl Source for HeldProcess {
     }
 
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        let (mut unreadable, mut unknown) = (0, 0);
+        let (mut unreadable, mut unknown, mut left_out) = (0, 0, 0);
         for mapping in &self.mappings {
-            let bit = |set: bool, bit: u32| if set { bit } else { 0 };
-            sink.region(&Region {
-                start: mapping.start,
-                flags: bit(mapping.read, region_flags::READ)
-                    | bit(mapping.write, region_flags::WRITE)
-                    | bit(mapping.execute, region_flags::EXECUTE)
-                    | bit(mapping.shared, region_flags::SHARED),
-                page_shift: mapping.page_shift(),
-                name: mapping.name.clone(),
-            })?;
             let answered = mapping.untouched() == Untouched::Unknown;
-            self.plan(mapping, &mut |start, pages, plan| match plan {
-                Plan::Read => {
-                    unreadable += self.read_run(start, pages, sink)?;
-                    Ok(())
+            // A region ends where vast memory is left out, and another begins behind it.
+            let mut begun = false;
+            self.plan(mapping, &mut |start, pages, plan| {
+                if plan == Plan::Zero && pages >= VAST {
+                    left_out += pages;
+                    begun = false;
+                    return Ok(());
                 }
-                Plan::Zero => sink.zeros(pages),
-                Plan::Unavailable => {
-                    if answered {
-                        unknown += pages;
+                if !begun {
+                    sink.region(&region(mapping, start))?;
+                    begun = true;
+                }
+                match plan {
+                    Plan::Read => {
+                        unreadable += self.read_run(start, pages, sink)?;
+                        Ok(())
                     }
-                    sink.unavailable(pages)
+                    Plan::Zero => sink.zeros(pages),
+                    Plan::Unavailable => {
+                        if answered {
+                            unknown += pages;
+                        }
+                        sink.unavailable(pages)
+                    }
                 }
             })?;
         }
         if !self.hold.holds(self.thread) {
             return Err(ended(self.pid));
+        }
+        if left_out > 0 {
+            self.output.warn(format_args!(
+                "{} GiB of process {} were set aside and never touched; left out",
+                (left_out * PAGE) >> 30,
+                self.pid
+            ));
         }
         if unknown > 0 {
             self.output.warn(format_args!(

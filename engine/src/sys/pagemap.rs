@@ -1,0 +1,140 @@
+//! Which pages of a process exist, found without a look at each of them: `PAGEMAP_SCAN` (Linux 6.7).
+
+use std::fs::File;
+use std::io;
+use std::mem::size_of;
+use std::os::fd::AsRawFd as _;
+
+use nix::errno::Errno;
+
+/// `struct pm_scan_arg` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<PageRegion>() == 24);
+
+mod request {
+    nix::ioctl_readwrite!(pagemap_scan, b'f', 16, super::ScanArg);
+}
+
+/// The page is in memory.
+const PRESENT: u64 = 1 << 3;
+/// The page is in swap.
+const SWAPPED: u64 = 1 << 4;
+/// Ranges that one call may return.
+const RANGES: usize = 256;
+
+/// Calls `each` with the ranges of addresses from `start` to `end` that are populated, in memory or
+/// in swap, in order. `pagemap` is an open `/proc/PID/pagemap`. Ranges may touch.
+///
+/// An error of kind `Unsupported` is of a kernel that doesn't know the call; nothing was found yet.
+pub fn populated<E: From<io::Error>>(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    mut each: impl FnMut(u64, u64) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut ranges = [PageRegion::default(); RANGES];
+    let mut at = start;
+    while at < end {
+        let mut scan = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start: at,
+            end,
+            vec: ranges.as_mut_ptr() as u64,
+            vec_len: RANGES as u64,
+            category_anyof_mask: PRESENT | SWAPPED,
+            return_mask: PRESENT | SWAPPED,
+            ..ScanArg::default()
+        };
+        // SAFETY: the kernel reads and writes `scan`, and writes at most `vec_len` entries to
+        // `ranges`; both are ours alone and outlive the call. It only looks at the pages: the
+        // flags that would write-protect them are zero. A file that is no pagemap, or an older
+        // kernel, answers ENOTTY.
+        match unsafe { request::pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) } {
+            Ok(found) => {
+                let found = usize::try_from(found).unwrap_or(0).min(RANGES);
+                for range in &ranges[..found] {
+                    each(range.start, range.end)?;
+                }
+                if scan.walk_end <= at {
+                    return Err(io::Error::other("PAGEMAP_SCAN came to a halt").into());
+                }
+                at = scan.walk_end;
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::ENOTTY) => {
+                return Err(io::Error::from(io::ErrorKind::Unsupported).into());
+            }
+            Err(errno) => return Err(io::Error::from(errno).into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn touched_pages_are_found_among_a_terabyte() {
+        let page = 4096;
+        let bytes = 1 << 40;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
+        let place = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+        assert_ne!(place, libc::MAP_FAILED);
+        // SAFETY: nobody else knows the mapping, and no huge pages are made in it.
+        unsafe {
+            libc::madvise(place, bytes, libc::MADV_NOHUGEPAGE);
+            for at in [0, 1, 1000, bytes / page - 1] {
+                place.cast::<u8>().add(at * page).write(1);
+            }
+        }
+        let start = place as u64;
+        let mut found = Vec::new();
+        let scanned = populated(
+            &File::open("/proc/self/pagemap").unwrap(),
+            start,
+            start + bytes as u64,
+            |from, to| {
+                let pages = (from - start) / page as u64..(to - start) / page as u64;
+                found.extend(pages);
+                Ok::<_, io::Error>(())
+            },
+        );
+        // SAFETY: the mapping is ours and nothing refers to it any more.
+        assert_eq!(unsafe { libc::munmap(place, bytes) }, 0);
+        match scanned {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => assert_eq!(found, []),
+            scanned => {
+                scanned.unwrap();
+                assert_eq!(found, [0, 1, 1000, (bytes / page - 1) as u64]);
+            }
+        }
+    }
+}
