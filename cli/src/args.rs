@@ -271,6 +271,10 @@ pub(crate) struct Restore {
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
+    /// Do without permission for userfaultfd where there is none: only instructions of this
+    /// process are stopped at missing pages then, which is enough here
+    #[arg(long)]
+    pub(crate) user_mode_only: bool,
 }
 
 /// `restore --touch`.
@@ -312,6 +316,10 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 256, value_name = "MIB",
           value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) size: u32,
+    /// Do without permission for userfaultfd where there is none: only instructions of this
+    /// process are stopped at missing pages then, which is enough here
+    #[arg(long)]
+    pub(crate) user_mode_only: bool,
 }
 
 /// The process that `demo` snapshots: loads files until it holds so much, says so, and waits.

@@ -294,7 +294,7 @@ fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
         return skipped(name, &Unavailable { why });
     }
     let folder = Folder::new();
-    packed(&folder, 16);
+    packed(&folder, 300);
     // A new snapshot is its owner's alone.
     let everybody = std::fs::Permissions::from_mode(0o644);
     std::fs::set_permissions(folder.file("s"), everybody).unwrap();
@@ -307,5 +307,34 @@ fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
         "/dev/userfaultfd",
         "CAP_SYS_PTRACE",
         "vm.unprivileged_userfaultfd=1",
+        "--user-mode-only",
     ]);
+    let everything = [
+        "--prefetch",
+        "all",
+        "--touch",
+        "random",
+        "--touch-threads",
+        "2",
+    ];
+    for options in [&everything[..], &["--prefetch", "off"]] {
+        let mut args = vec![
+            "restore",
+            "s",
+            "--json",
+            "--user-mode-only",
+            "--check",
+            "raw",
+        ];
+        args.extend(options);
+        let report = as_nobody(&folder, &args).exits(0).json();
+        let n = |key| number(&report, key);
+        assert_eq!((n("checked_pages"), n("mismatches")), (300, 0), "{report}");
+        n("complete_ms");
+    }
+    as_nobody(
+        &folder,
+        &["restore", "s", "--touch", "none", "--user-mode-only"],
+    )
+    .exits(0);
 }

@@ -92,6 +92,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         touch_threads: 2,
         seed: 1,
         check: Some(fd_path(&reference)),
+        user_mode_only: args.user_mode_only,
     };
     let restore = restore::restore(&options, output, cancel)?;
     let equal = restore.mismatches == 0 && restore.checked_pages == restore.known_pages();

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
+use snaprestore_engine::sys::OpenError;
 use snapshot_format::Snapshot;
 use snapshot_format::layout::PAGE_SIZE_U64;
 
@@ -44,7 +45,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
         None => None,
     };
     let began = Instant::now();
-    let restored = start(&snapshot, args)?;
+    let restored = start(&snapshot, args).map_err(name_the_option)?;
     let touched = match args.touch {
         Touch::None => None,
         order => {
@@ -111,6 +112,7 @@ fn start(snapshot: &Arc<Snapshot>, args: &args::Restore) -> Result<Restored, Sta
                 args::Prefetch::All => restore::Prefetch::All,
             })
             .on_failure(on_failure)
+            .user_mode_only(args.user_mode_only)
             .start()
     };
     match with(OnFailure::Poison) {
@@ -125,5 +127,22 @@ fn start(snapshot: &Arc<Snapshot>, args: &args::Restore) -> Result<Restored, Sta
             std::process::exit(Exit::Damaged as i32)
         }))),
         result => result,
+    }
+}
+
+/// Tells whom userfaultfd is denied about the option that does without, where it would.
+fn name_the_option(error: StartError) -> anyhow::Error {
+    let would_do = matches!(
+        error,
+        StartError::Userfaultfd(OpenError::NotPermitted {
+            user_mode_only_would_do: true,
+            ..
+        })
+    );
+    let error = anyhow::Error::from(error);
+    if would_do {
+        error.context("not permitted; with --user-mode-only this command needs no permission")
+    } else {
+        error
     }
 }
