@@ -12,7 +12,7 @@ use std::time::Duration;
 use snaprestore_engine::mem::{Mapping, RawRegion, Ring};
 use snaprestore_engine::sys::{
     AdoptError, Features, Installed, Ioctls, Message, Modes, OpenOptions, Presence, ReadError,
-    ReadOutcome, Ready, Unregistered, Userfaultfd, Wake, Wakeup, wait,
+    ReadOutcome, Ready, Unregistered, Userfaultfd, Waiting, Wake,
 };
 use sys_support::{
     Child, Ended, PAGE, PATIENCE, Scene, eventually, madvise, messages, munmap, page, peek,
@@ -22,7 +22,8 @@ use sys_support::{
 /// Registered memory that a test may move or unmap piece by piece: nothing unmaps it at the end.
 fn leaked(uffd: &Userfaultfd, pages: u64) -> u64 {
     let (start, len) = Mapping::new(pages * PAGE).unwrap().into_raw();
-    // SAFETY: the memory stays this test's own, is reached through raw pointers only, and events are on.
+    // SAFETY: the memory stays this test's own, is reached through raw pointers only, and events
+    // are on.
     let region = unsafe { RawRegion::new(start, len) }.unwrap();
     uffd.register(&region, 0, len, Modes::MISSING).unwrap();
     region.address()
@@ -167,7 +168,8 @@ fn unmapped_memory_is_reported_and_gone() {
     );
 }
 
-/// An ordinary hang: a thread that waits for a page while another unmaps it is woken by nobody, unless its old range is.
+/// An ordinary hang: a thread that waits for a page while another unmaps it is woken by nobody,
+/// unless its old range is.
 #[test]
 fn a_fault_across_munmap_ends_by_waking_the_old_range() {
     let child = Child::start(|| {
@@ -201,7 +203,8 @@ fn lesson_1_a_fault_is_read_before_a_discard_that_is_older() {
         scene.uffd.probe(start).unwrap() == Presence::Changing
     });
     let reader = peeking(scene.at(5));
-    // The fault is pending as soon as the reader sleeps in it; until then only the discard is there to be polled.
+    // The fault is pending as soon as the reader sleeps in it; until then only the discard is there
+    // to be polled.
     eventually("the reader sleeps in its fault", || {
         pending(&scene.uffd) == 1
     });
@@ -345,7 +348,8 @@ fn sixty_four_messages_are_read_at_a_time_and_the_ring_keeps_them_until_it_is_cl
         scene.uffd.read(&mut scene.ring, &mut messages).unwrap(),
         ReadOutcome::Messages(6)
     );
-    // What the first read had left behind the sixth slot is gone: the ring is zeroed before each read.
+    // What the first read had left behind the sixth slot is gone: the ring is zeroed before each
+    // read.
     assert_eq!(scene.ring.load(6), [0; 4]);
     scene.ring.clear();
     assert!(scene.ring.is_clear());
@@ -390,8 +394,10 @@ fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
 fn lesson_20_nothing_to_read_is_not_the_end() {
     let mut scene = Scene::new(1);
     scene.assert_quiet();
-    let wakeup = Wakeup::new().unwrap();
-    let nothing = wait(&scene.uffd, &wakeup, Some(Duration::from_millis(1))).unwrap();
+    let waiting = Waiting::new(&scene.uffd).unwrap();
+    let nothing = waiting
+        .wait(&scene.uffd, Some(Duration::from_millis(1)))
+        .unwrap();
     assert_eq!(nothing, Ready::default());
     let reader = peeking(scene.at(0));
     assert_eq!(scene.fault(), scene.at(0));
@@ -404,32 +410,71 @@ fn lesson_20_nothing_to_read_is_not_the_end() {
 }
 
 #[test]
-fn a_wakeup_ends_every_waiting_until_it_is_cleared() {
+fn a_wakeup_ends_one_waiting_or_the_next() {
     let scene = Scene::new(1);
-    let wakeup = Wakeup::new().unwrap();
+    let waiting = Waiting::new(&scene.uffd).unwrap();
+    let woken = Ready {
+        messages: false,
+        woken: true,
+    };
     std::thread::scope(|scope| {
-        let waiters: Vec<_> = (0..3)
-            .map(|_| scope.spawn(|| wait(&scene.uffd, &wakeup, Some(PATIENCE)).unwrap()))
-            .collect();
-        wakeup.signal();
-        wakeup.signal();
+        let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();
+        let waiters: Vec<_> = (0..3).map(|_| scope.spawn(wait)).collect();
+        for woken_so_far in 1..=3 {
+            waiting.wake();
+            let finished = || waiters.iter().filter(|w| w.is_finished()).count();
+            eventually("one more waiter ends", || finished() >= woken_so_far);
+            assert_eq!(finished(), woken_so_far);
+        }
         for waiter in waiters {
-            assert_eq!(
-                waiter.join().unwrap(),
-                Ready {
-                    messages: false,
-                    woken: true
-                }
-            );
+            assert_eq!(waiter.join().unwrap(), woken);
         }
     });
-    assert!(wakeup.clear());
-    assert!(!wakeup.clear());
-    let after = wait(&scene.uffd, &wakeup, Some(Duration::ZERO)).unwrap();
-    assert_eq!(after, Ready::default());
+    let now = || waiting.wait(&scene.uffd, Some(Duration::ZERO)).unwrap();
+    assert_eq!(now(), Ready::default());
+    waiting.wake();
+    assert_eq!(now(), woken);
+    assert_eq!(now(), Ready::default());
 }
 
-/// An owner in another process: its userfaultfd, with events, and the start of its memory. `body` runs in it.
+/// Each fault ends the waiting of one thread, and none is lost while nobody waits.
+#[test]
+fn a_message_ends_one_waiting_or_the_next() {
+    let mut scene = Scene::new(2);
+    let waiting = Waiting::new(&scene.uffd).unwrap();
+    let came = Ready {
+        messages: true,
+        woken: false,
+    };
+    let readers = std::thread::scope(|scope| {
+        let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();
+        let waiters: Vec<_> = (0..2).map(|_| scope.spawn(wait)).collect();
+        let mut readers = Vec::new();
+        for number in 1..=2 {
+            readers.push(peeking(scene.at(number - 1)));
+            let finished = || waiters.iter().filter(|w| w.is_finished()).count() as u64;
+            eventually("one more waiter ends", || finished() >= number);
+            assert_eq!(finished(), number);
+        }
+        for waiter in waiters {
+            assert_eq!(waiter.join().unwrap(), came);
+        }
+        readers
+    });
+    assert_eq!(messages(&scene.uffd, &mut scene.ring).len(), 2);
+    for (number, reader) in (0..).zip(readers) {
+        let copied = scene.uffd.copy(scene.at(number), &page(1), Wake::Now);
+        assert_eq!(copied.unwrap(), Installed::Done);
+        assert_eq!(reader.join().unwrap(), 1);
+    }
+    // Two more edges at most are left, of messages that were read: they must not look like more.
+    let mut seen = Vec::new();
+    scene.uffd.read(&mut scene.ring, &mut seen).unwrap();
+    assert!(seen.is_empty());
+}
+
+/// An owner in another process: its userfaultfd, with events, and the start of its memory. `body`
+/// runs in it.
 fn owner(pages: u64, body: impl FnOnce(u64) -> i32) -> (Child, OwnedFd, u64) {
     let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
     let child = Child::start(move || {
@@ -551,7 +596,8 @@ fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
     if let Err(error) = options.open() {
         return println!("SKIPPED a_fork_brings_a_userfaultfd_for_the_childs_memory: {error}");
     }
-    // In a process of its own: fork copies every registered memory of a process, and other tests have some.
+    // In a process of its own: fork copies every registered memory of a process, and other tests
+    // have some.
     let result = Child::start(move || {
         let scene = Scene::with(2, &options, Modes::MISSING);
         let Scene {
@@ -604,8 +650,8 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
             ..
         } = Scene::with(1, &options, Modes::MISSING);
         let forker = std::thread::spawn(|| Child::start(|| 7));
-        let wakeup = Wakeup::new().unwrap();
-        assert!(wait(&uffd, &wakeup, Some(PATIENCE)).unwrap().messages);
+        let waiting = Waiting::new(&uffd).unwrap();
+        assert!(waiting.wait(&uffd, Some(PATIENCE)).unwrap().messages);
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
@@ -651,7 +697,8 @@ fn finishing_reads_on_until_the_probe_says_gone_and_not_changing() {
     assert_eq!(scene.uffd.probe(start).unwrap(), Presence::Gone);
 }
 
-/// A child that keeps a copy of the descriptor keeps the userfaultfd, and nobody reads its events any more.
+/// A child that keeps a copy of the descriptor keeps the userfaultfd, and nobody reads its events
+/// any more.
 #[test]
 fn dropping_ends_it_although_a_forked_child_holds_the_descriptor() {
     let Scene {

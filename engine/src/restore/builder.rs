@@ -291,7 +291,7 @@ impl Restore {
             UserModeOnly::Never
         };
         let uffd = OpenOptions::new()
-            .wanted(Features::EMPTY)
+            .wanted(Features::THREAD_ID)
             .mask(self.mask)
             .user_mode_only(permitted)
             .open()?;

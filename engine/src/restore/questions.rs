@@ -206,6 +206,7 @@ mod tests {
     fn fault(address: u64) -> Fault {
         Fault {
             address,
+            thread: 0,
             at: Instant::now(),
         }
     }

@@ -18,8 +18,12 @@ pub const SYSTEM_CALLS: &[&str] = &[
     // Faults, and installing.
     "ioctl",
     "read",
-    "poll",
-    "ppoll",
+    "epoll_wait",
+    "epoll_pwait",
+    "epoll_ctl",
+    // Going to the core of the thread that faults.
+    "sched_getaffinity",
+    "sched_setaffinity",
     // Waking each other, and waiting.
     "futex",
     "write",

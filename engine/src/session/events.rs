@@ -10,15 +10,19 @@ const TOO_MANY_PIECES: &str = "the owner's munmap and mremap calls left its memo
 impl<P: Platform, I: Image> Session<P, I> {
     /// The next fault to serve; waits for one. `None`: the session ends.
     ///
-    /// One thread has the lead and waits for messages; when it leaves with a fault, the next one
-    /// takes the lead, serves what is left in the inbox, or waits.
+    /// What arrives ends the waiting of one thread, which reads it all; if that is more than one
+    /// fault, it ends another's.
     pub(super) fn next_fault(&self) -> Option<Fault> {
-        let _lead = self.platform.lead();
         loop {
             if self.is_ending() {
+                // One thread was woken for it: so is the next.
+                self.platform.kick();
                 return None;
             }
             if let Some(fault) = self.inbox.pop() {
+                if !self.inbox.is_empty() {
+                    self.platform.kick();
+                }
                 return Some(fault);
             }
             if self.finish_if_settled() {
@@ -52,7 +56,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             add(&self.stats.events, 1);
         }
         match *event {
-            Event::Fault { address } => self.inbox.arrived(address),
+            Event::Fault { address, thread } => self.inbox.arrived(address, thread),
             Event::Remove { start, end } => {
                 for pages in self.state.map().pages_in(start..end) {
                     self.state.mark_removed(pages);

@@ -17,6 +17,8 @@ const ROOM: usize = 1024;
 pub(crate) struct Fault {
     /// The page's address.
     pub(crate) address: u64,
+    /// Its id, 0 if that isn't known.
+    pub(crate) thread: u32,
     /// When its message was read.
     pub(crate) at: Instant,
 }
@@ -67,15 +69,15 @@ impl Inbox {
     }
 
     /// Takes in a fault that was just read.
-    pub(crate) fn arrived(&self, address: u64) {
+    pub(crate) fn arrived(&self, address: u64, thread: u32) {
         self.begin();
-        self.push(address);
+        self.push(address, thread);
     }
 
     /// Takes in a fault that was left: it can be served now.
     pub(crate) fn again(&self, address: u64) {
         self.waiting.fetch_add(1, Relaxed);
-        self.push(address);
+        self.push(address, 0);
     }
 
     /// Somebody waits for a page and is served without having been in the queue.
@@ -84,9 +86,10 @@ impl Inbox {
         self.waiting.fetch_add(1, Relaxed);
     }
 
-    fn push(&self, address: u64) {
+    fn push(&self, address: u64, thread: u32) {
         self.lock().push_back(Fault {
             address,
+            thread,
             at: Instant::now(),
         });
     }
@@ -148,7 +151,12 @@ impl Inbox {
 
     /// Whether a thread of the owner is known to wait for what can be had.
     pub(crate) fn demand_waits(&self) -> bool {
-        self.waiting.load(Relaxed) > 0
+        self.waiting() > 0
+    }
+
+    /// Faults that wait here or are being served.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Relaxed)
     }
 
     /// Whether what some fault comes to is not recorded yet.

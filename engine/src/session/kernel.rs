@@ -1,10 +1,12 @@
 //! The platform that is real: a userfaultfd and this process's threads.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
-use crate::sys::{self, InstallError, Message, Presence, Ready, Userfaultfd, Wake, Wakeup};
+use crate::sys::{
+    self, Follower, InstallError, Message, Presence, Ready, Userfaultfd, Waiting, Wake,
+};
 
 use super::claims::{Claims, FrameId};
 use super::platform::{Event, Installed, Platform, ReadFailed, Waited};
@@ -19,10 +21,9 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(5);
 pub(crate) struct Kernel {
     /// `None` once the session is over: what is missing then is nobody's to install.
     uffd: RwLock<Option<Userfaultfd>>,
-    wakeup: Wakeup,
+    waiting: Waiting,
     /// The install lock. Who holds it exclusively has the ring that messages are read into.
     install: RwLock<Reader>,
-    lead: Mutex<()>,
 }
 
 /// What reading needs.
@@ -34,13 +35,12 @@ pub(crate) struct Reader {
 impl Kernel {
     pub(crate) fn new(uffd: Userfaultfd, ring: Ring) -> std::io::Result<Self> {
         Ok(Self {
+            waiting: Waiting::new(&uffd)?,
             uffd: RwLock::new(Some(uffd)),
-            wakeup: Wakeup::new()?,
             install: RwLock::new(Reader {
                 ring,
                 messages: Vec::with_capacity(Ring::SLOTS),
             }),
-            lead: Mutex::new(()),
         })
     }
 
@@ -98,7 +98,11 @@ fn outcome(result: Result<sys::Installed, InstallError>) -> Installed {
 impl Platform for Kernel {
     type Shared<'a> = RwLockReadGuard<'a, Reader>;
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
-    type Lead<'a> = MutexGuard<'a, ()>;
+    type Follower = Follower;
+
+    fn follow(&self, follower: &mut Follower, thread: u32) {
+        follower.served(thread);
+    }
 
     // A panic while a lock is held leaves the ring as the kernel wrote it and the rest whole.
     fn shared(&self, _about: u64) -> Self::Shared<'_> {
@@ -109,19 +113,10 @@ impl Platform for Kernel {
         self.install.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lead(&self) -> Self::Lead<'_> {
-        self.lead.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn wait_readable(&self) -> Waited {
-        let wait = |uffd: &Userfaultfd| sys::wait(uffd, &self.wakeup, None);
+        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, None);
         match self.with(Ok(Ready::default()), wait) {
-            Ok(ready) => {
-                if ready.woken {
-                    self.wakeup.clear();
-                }
-                Waited::Ready
-            }
+            Ok(_) => Waited::Ready,
             Err(error) => {
                 tracing::error!(%error, "waiting for faults failed");
                 Waited::Failed
@@ -130,7 +125,7 @@ impl Platform for Kernel {
     }
 
     fn kick(&self) {
-        self.wakeup.signal();
+        self.waiting.wake();
     }
 
     fn wait_unclaimed(&self, claims: &Claims, frame: FrameId) {
@@ -160,7 +155,12 @@ impl Platform for Kernel {
         let count = messages.len();
         for message in messages.drain(..) {
             record(match message {
-                Message::Pagefault { address, .. } => Event::Fault { address },
+                Message::Pagefault {
+                    address, thread, ..
+                } => Event::Fault {
+                    address,
+                    thread: thread.unwrap_or(0),
+                },
                 Message::Remove { start, end } => Event::Remove { start, end },
                 Message::Unmap { start, end } => Event::Unmap { start, end },
                 Message::Remap { from, to, len } => Event::Remap { from, to, len },
@@ -168,6 +168,9 @@ impl Platform for Kernel {
             });
         }
         ring.clear();
+        if count == Ring::SLOTS {
+            self.waiting.wake();
+        }
         Ok(count)
     }
 

@@ -38,8 +38,8 @@ pub(crate) enum Installed {
 /// What the userfaultfd reports.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A thread waits for the page at `address`.
-    Fault { address: u64 },
+    /// A thread waits for the page at `address`; its id, 0 if the kernel doesn't say.
+    Fault { address: u64, thread: u32 },
     /// The range is being discarded: its pages are zero from now on.
     Remove { start: u64, end: u64 },
     /// The range is no longer mapped.
@@ -73,22 +73,23 @@ pub(crate) trait Platform: Sync {
     type Exclusive<'a>
     where
         Self: 'a;
-    /// The right to wait for messages, which one thread has at a time.
-    type Lead<'a>
-    where
-        Self: 'a;
 
+    /// What a fault thread knows of whom it serves.
+    type Follower: Default;
+
+    /// The calling thread is about to serve a fault of `thread`, and may be better placed for it
+    /// elsewhere.
+    fn follow(&self, follower: &mut Self::Follower, thread: u32);
     /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page
     /// number that the hold is about: it tells apart what two threads are doing.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
     /// Takes the install lock exclusively: for {read; record; wake}. `about` as for
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits for the right to wait for messages.
-    fn lead(&self) -> Self::Lead<'_>;
-    /// Waits until there may be a message or [`Platform::kick`] was called.
+    /// Waits until there may be a message or [`Platform::kick`] was called. Several threads may
+    /// wait, and what arrives ends the waiting of one: it has to read.
     fn wait_readable(&self) -> Waited;
-    /// Ends the current or the next [`Platform::wait_readable`].
+    /// Ends the current [`Platform::wait_readable`] of one thread, or the next.
     fn kick(&self);
     /// Waits until nobody has claimed `frame`.
     fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
@@ -97,7 +98,7 @@ pub(crate) trait Platform: Sync {
     fn back_off(&self, tries: u32) -> bool;
 
     /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
-    /// Returns how many.
+    /// Returns how many. If there may be more, one waiting ends for them.
     fn read(
         &self,
         hold: &mut Self::Exclusive<'_>,
@@ -159,8 +160,8 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
-    /// Writes to `runs` the pages that the last frame decoded holds, each confirmed by its own
-    /// index entry.
+    /// Writes to `runs`, as far as it has room, the pages that the last frame decoded holds, each
+    /// confirmed by its own index entry.
     fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>);
 
     /// The bytes of the last frame decoded.

@@ -32,7 +32,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Asks for the page at `address` as a fault does, and waits until it is settled.
     fn wait_for(&self, address: u64) {
         let _reader = self.inbox.reader();
-        self.inbox.arrived(address);
+        self.inbox.arrived(address, 0);
         self.platform.kick();
         loop {
             // Counted before looking: an answer that is given after the look is not slept through.

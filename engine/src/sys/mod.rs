@@ -26,6 +26,7 @@
 pub mod abi;
 pub mod event;
 pub mod features;
+mod follower;
 mod grants;
 pub mod install;
 mod ioctls;
@@ -36,8 +37,9 @@ pub mod probe;
 pub mod thread;
 pub mod uffd;
 
-pub use event::{Ready, Wakeup, wait};
+pub use event::{Ready, Waiting};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
+pub use follower::Follower;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};

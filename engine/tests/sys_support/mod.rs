@@ -1,4 +1,5 @@
-//! What the tests of `sys` and `mem` share: memory under a userfaultfd, threads that touch it, and child processes.
+//! What the tests of `sys` and `mem` share: memory under a userfaultfd, threads that touch it, and
+//! child processes.
 
 #![allow(
     dead_code,
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use snaprestore_engine::mem::{Mapping, RawRegion, Ring};
 use snaprestore_engine::sys::{
-    Features, Message, Modes, OpenOptions, ReadOutcome, Ready, Userfaultfd, Wakeup, wait,
+    Features, Message, Modes, OpenOptions, ReadOutcome, Ready, Userfaultfd, Waiting,
 };
 
 pub const PAGE: u64 = 4096;
@@ -135,8 +136,8 @@ impl Scene {
 }
 
 pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
-    let wakeup = Wakeup::new().expect("an eventfd");
-    let ready = wait(uffd, &wakeup, Some(PATIENCE)).expect("poll");
+    let waiting = Waiting::new(uffd).expect("an epoll");
+    let ready = waiting.wait(uffd, Some(PATIENCE)).expect("wait");
     assert_eq!(
         ready,
         Ready {
@@ -176,8 +177,8 @@ pub struct Child {
 impl Child {
     /// Runs `body` in a child process, which exits with its result.
     pub fn start(body: impl FnOnce() -> i32) -> Self {
-        // SAFETY: the child runs only the test's body and leaves by _exit. glibc makes malloc usable after fork in
-        // a process with threads; the bodies take no other lock.
+        // SAFETY: the child runs only the test's body and leaves by _exit. glibc makes malloc
+        // usable after fork in a process with threads; the bodies take no other lock.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0, "{}", std::io::Error::last_os_error());
         if pid == 0 {
@@ -223,7 +224,8 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if !self.ended {
-            // SAFETY: the child is ours and not yet waited for, so its number names no other process.
+            // SAFETY: the child is ours and not yet waited for, so its number names no other
+            // process.
             unsafe {
                 libc::kill(self.pid, libc::SIGKILL);
                 libc::waitpid(self.pid, std::ptr::null_mut(), 0);

@@ -142,13 +142,7 @@ impl Scenario {
                 }
             })
             .collect();
-        let model = Model::new(
-            world,
-            Rc::clone(&threads),
-            self.mistake,
-            self.fault_threads > 1,
-            self.two_checks,
-        );
+        let model = Model::new(world, Rc::clone(&threads), self.mistake, self.two_checks);
         let scene = Rc::new(Scene {
             session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
             owner: RefCell::new((knows, Vec::new(), self.owner.len())),
@@ -407,8 +401,7 @@ fn moving_under_an_install_that_waits_for_the_kernel() {
     .holds();
 }
 
-/// The last page was settled by a thread that didn't have the lead, and the leader waited for
-/// messages for ever.
+/// The last page was settled by one thread while another waited for messages, for ever.
 #[test]
 fn a_session_completes_by_itself() {
     Scenario {

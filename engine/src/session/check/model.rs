@@ -20,7 +20,6 @@ use snapshot_format::Reason;
 pub(super) enum Op {
     Shared(u64),
     Exclusive(u64),
-    Lead,
     WaitReadable,
     WaitUnclaimed(FrameId),
     BackOff,
@@ -71,8 +70,6 @@ pub(super) struct Model {
     /// The thread that runs now: set by each after every stop.
     current: Cell<usize>,
     mistake: Option<Mistake>,
-    /// Whether more than one thread wants the lead.
-    several_leads: bool,
     /// Whether a change may begin between an install's first look for one and the kernel's lock.
     two_checks: bool,
     /// Whether the last install of the running thread said EAGAIN.
@@ -90,7 +87,6 @@ impl Model {
         world: World,
         threads: Rc<[Thread<Op>]>,
         mistake: Option<Mistake>,
-        several_leads: bool,
         two_checks: bool,
     ) -> Self {
         Self {
@@ -98,7 +94,6 @@ impl Model {
             threads,
             current: Cell::new(0),
             mistake,
-            several_leads,
             two_checks,
             again: Cell::new(false),
             session: Cell::new(std::ptr::null()),
@@ -208,10 +203,10 @@ impl Platform for Model {
         = Hold<'h>
     where
         Self: 'h;
-    type Lead<'h>
-        = Hold<'h>
-    where
-        Self: 'h;
+
+    type Follower = ();
+
+    fn follow(&self, (): &mut (), _: u32) {}
 
     fn shared(&self, about: u64) -> Self::Shared<'_> {
         // A hold that ends in EAGAIN is made again from where it was.
@@ -239,21 +234,9 @@ impl Platform for Model {
         }
     }
 
-    fn lead(&self) -> Self::Lead<'_> {
+    fn wait_readable(&self) -> Waited {
         // Between two faults a fault thread has nothing in mind.
         self.threads[self.current.get()].forget(0);
-        if self.several_leads {
-            self.stop(Op::Lead);
-        }
-        self.world.borrow_mut().lead = true;
-        Hold {
-            model: self,
-            release: |world| world.lead = false,
-            forgets: None,
-        }
-    }
-
-    fn wait_readable(&self) -> Waited {
         self.stop(Op::WaitReadable);
         self.world.borrow_mut().kicked = false;
         Waited::Ready
@@ -421,7 +404,7 @@ fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     session.state.snapshot().hash(&mut hasher);
     session.inbox.addresses().hash(&mut hasher);
     session.claims.frames().hash(&mut hasher);
-    session.is_ending().hash(&mut hasher);
+    session.phase_digest().hash(&mut hasher);
     hasher.finish()
 }
 
@@ -443,8 +426,7 @@ impl explore::Scene for Scene {
         match op {
             Op::Shared(_) => unlocked || !world.exclusive,
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
-            Op::Lead => !world.lead,
-            Op::WaitReadable => world.readable() || world.kicked || !self.session.inbox.is_empty(),
+            Op::WaitReadable => world.readable() || world.kicked,
             Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
             // Time passes until something has changed.
             Op::BackOff => world.readable() || !world.is_changing(),

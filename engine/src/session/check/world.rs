@@ -59,7 +59,6 @@ pub(super) struct World {
     pub(super) changing: u32,
     pub(super) shared: u32,
     pub(super) exclusive: bool,
-    pub(super) lead: bool,
     pub(super) kicked: bool,
     /// COPY calls of several pages that may still be cut short, and installs that may find no
     /// memory.
@@ -199,6 +198,7 @@ impl World {
             faults += 1;
             record(Event::Fault {
                 address: sleeper.address,
+                thread: 0,
             });
         }
         for (_, change) in std::mem::take(&mut self.events) {

@@ -1,0 +1,149 @@
+//! Serving a thread on its own core.
+//!
+//! To wake a thread on another core that is idle costs 45-60 us in a virtual machine, and an idle
+//! core is where the scheduler puts a fault thread. On the core of the thread that faulted, which
+//! stops there anyway, it runs after 6 us. Which core a thread is on isn't known, unless it may run
+//! on one only, as the virtual CPUs of many VMMs: then a fault thread goes there while faults of
+//! that thread follow each other.
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// Faults of one thread in a row before it is followed: to move costs as much as some faults.
+const BEFORE_FOLLOWING: u32 = 4;
+/// Faults after which is looked again where the thread may run.
+const LOOK_AGAIN: u32 = 256;
+
+/// Moves the calling thread to the core of the thread that it serves.
+#[derive(Debug, Default)]
+pub struct Follower {
+    thread: u32,
+    faults: u32,
+    /// Where it is, and where it may run otherwise.
+    at: Option<(usize, CpuSet)>,
+}
+
+impl Follower {
+    /// `thread`, by its thread id, has faulted, and the caller is about to serve it. Costs two
+    /// system calls now and then; if they are not permitted, nothing moves.
+    pub fn served(&mut self, thread: u32) {
+        if thread != self.thread {
+            self.thread = thread;
+            self.faults = 0;
+            self.go_home();
+        }
+        self.faults += 1;
+        if self.faults == BEFORE_FOLLOWING || self.faults.is_multiple_of(LOOK_AGAIN) {
+            self.follow();
+        }
+    }
+
+    fn follow(&mut self) {
+        let core = only_core(self.thread);
+        if core == self.at.map(|(at, _)| at) {
+            return;
+        }
+        self.go_home();
+        // Whoever bound this thread to some cores meant it.
+        if let Some(core) = core
+            && let Ok(home) = sched_getaffinity(Pid::from_raw(0))
+            && home.is_set(core) == Ok(true)
+            && bind(&[core])
+        {
+            self.at = Some((core, home));
+        }
+    }
+
+    fn go_home(&mut self) {
+        if let Some((_, home)) = self.at.take() {
+            let _ = sched_setaffinity(Pid::from_raw(0), &home);
+        }
+    }
+}
+
+/// The only core that a thread may run on.
+fn only_core(thread: u32) -> Option<usize> {
+    let thread = i32::try_from(thread).ok().filter(|id| *id > 0)?;
+    let cores = sched_getaffinity(Pid::from_raw(thread)).ok()?;
+    let mut set = (0..CpuSet::count()).filter(|core| cores.is_set(*core) == Ok(true));
+    let first = set.next()?;
+    set.next().is_none().then_some(first)
+}
+
+/// Lets the calling thread run on `cores` only.
+fn bind(cores: &[usize]) -> bool {
+    let mut set = CpuSet::new();
+    cores.iter().all(|core| set.set(*core).is_ok())
+        && sched_setaffinity(Pid::from_raw(0), &set).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    fn cores() -> Vec<usize> {
+        let mine = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        (0..CpuSet::count())
+            .filter(|core| mine.is_set(*core) == Ok(true))
+            .collect()
+    }
+
+    /// A thread that may run on `cores` and waits; its id.
+    fn waiting_on(cores: Vec<usize>) -> (u32, impl FnOnce()) {
+        let (tell, told) = channel();
+        let (stop, stopped) = channel::<()>();
+        let thread = std::thread::spawn(move || {
+            assert!(bind(&cores));
+            tell.send(nix::unistd::gettid().as_raw()).unwrap();
+            let _ = stopped.recv();
+        });
+        let id = u32::try_from(told.recv().unwrap()).unwrap();
+        let end = move || {
+            drop(stop);
+            thread.join().unwrap();
+        };
+        (id, end)
+    }
+
+    #[test]
+    fn a_bound_thread_is_followed_after_some_faults_and_left_for_another() {
+        let all = cores();
+        let (bound, end_bound) = waiting_on(vec![all[0]]);
+        let (free, end_free) = waiting_on(all.clone());
+        let mut follower = Follower::default();
+        for _ in 1..BEFORE_FOLLOWING {
+            follower.served(bound);
+            assert_eq!(cores(), all);
+        }
+        follower.served(bound);
+        assert_eq!(cores(), [all[0]]);
+        follower.served(free);
+        assert_eq!(cores(), all);
+        for _ in 0..2 * BEFORE_FOLLOWING {
+            follower.served(free);
+        }
+        // With one core it is bound to it by nature.
+        assert_eq!(cores(), all);
+        end_bound();
+        end_free();
+    }
+
+    #[test]
+    #[expect(clippy::print_stdout, reason = "a test that can't run says so")]
+    fn a_thread_that_is_bound_elsewhere_stays() {
+        let all = cores();
+        let [first, .., last] = all[..] else {
+            return println!("SKIPPED a_thread_that_is_bound_elsewhere_stays: it needs two cores");
+        };
+        let (bound, end) = waiting_on(vec![first]);
+        assert!(bind(&[last]));
+        let mut follower = Follower::default();
+        for _ in 0..LOOK_AGAIN {
+            follower.served(bound);
+        }
+        assert_eq!(cores(), [last]);
+        assert!(bind(&all));
+        end();
+    }
+}
