@@ -2,12 +2,15 @@
 //!
 //! A feeder gives one index block at a time to a rayon pool of its own and never more blocks than
 //! there are threads: rayon has no priorities, so what may have to wait is not queued in it. It
-//! stands back while demand waits, and keeps to a budget.
+//! keeps to a budget.
+//!
+//! A thread stands back while demand wants its core: faults being answered and frames being fetched
+//! are together no more than there are threads to fetch.
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -94,6 +97,13 @@ pub(super) struct Feeder {
     done: Sender<Worker<SnapshotImage>>,
     /// Pages that the pass left to somebody else.
     busy: Arc<AtomicU64>,
+    fetching: Arc<Fetching>,
+}
+
+/// How many threads fetch.
+struct Fetching {
+    now: AtomicUsize,
+    most: usize,
 }
 
 impl Feeder {
@@ -104,6 +114,10 @@ impl Feeder {
             // The receiver is in our hands.
             let _ = done.send(Worker::new(inner.session.image.decoder()));
         }
+        let fetching = Arc::new(Fetching {
+            now: AtomicUsize::new(0),
+            most: plan.threads,
+        });
         Ok(Self {
             inner: Arc::clone(inner),
             plan,
@@ -111,6 +125,7 @@ impl Feeder {
             idle,
             done,
             busy: Arc::default(),
+            fetching,
         })
     }
 
@@ -130,6 +145,11 @@ impl Feeder {
             self.hand_out(pages.start..pages.end.min(slots), begun);
         }
         if self.plan.prefetch == Prefetch::All {
+            let inner = Arc::clone(&self.inner);
+            self.pool.rayon().spawn(move || {
+                let session = &inner.session;
+                session.image.note_duplicates(|| session.is_ending());
+            });
             // A pass leaves pages that somebody else was bringing; the next finds them there.
             loop {
                 self.busy.store(0, Relaxed);
@@ -190,21 +210,18 @@ impl Feeder {
         let Ok(mut worker) = self.idle.recv() else {
             return;
         };
-        let (inner, done, busy) = (
-            Arc::clone(&self.inner),
-            self.done.clone(),
-            Arc::clone(&self.busy),
-        );
+        let (inner, done) = (Arc::clone(&self.inner), self.done.clone());
+        let (busy, fetching) = (Arc::clone(&self.busy), Arc::clone(&self.fetching));
         self.pool.rayon().spawn(move || {
-            match inner
-                .session
-                .prefetch(&mut worker, pages, || stand_back(&inner))
-            {
+            fetching.now.fetch_add(1, Relaxed);
+            let stand_back = || fetching.stand_back(&inner);
+            match inner.session.prefetch(&mut worker, pages, stand_back) {
                 Ok(left) => {
                     busy.fetch_add(left.busy, Relaxed);
                 }
                 Err(stop) => tracing::debug!(?stop, "prefetch stopped"),
             }
+            fetching.now.fetch_sub(1, Relaxed);
             // The memory must not be this thread's to unmap, after everybody else has let go.
             drop(inner);
             // The feeder may have gone.
@@ -243,14 +260,23 @@ fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     })
 }
 
-/// Waits while demand waits, but not for ever.
-fn stand_back(inner: &Inner) {
-    let begun = Instant::now();
-    while inner.session.inbox.demand_waits()
-        && !inner.session.is_ending()
-        && begun.elapsed() < LONGEST_STAND_BACK
-    {
-        std::thread::sleep(LOOK_AGAIN);
+impl Fetching {
+    /// Waits while demand wants this thread's core, but not for ever.
+    fn stand_back(&self, inner: &Inner) {
+        let demand = &inner.session.inbox;
+        if demand.waiting() + self.now.load(Relaxed) <= self.most {
+            return;
+        }
+        self.now.fetch_sub(1, Relaxed);
+        let begun = Instant::now();
+        while demand.demand_waits()
+            && demand.waiting() + self.now.load(Relaxed) >= self.most
+            && !inner.session.is_ending()
+            && begun.elapsed() < LONGEST_STAND_BACK
+        {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        self.now.fetch_add(1, Relaxed);
     }
 }
 

@@ -10,7 +10,7 @@
 //!       fill: install the fills around it; done
 //!       stored: claim the frame (or wait for who has it, and look again)
 //!               read, check, decode
-//!               install the run of the wanted page, then the other runs; done
+//!               install the run of the wanted page, then the other runs, then the fills between them; done
 //!       can't be had: the failure policy
 //! ```
 
@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use snapshot_format::Reason;
-use snapshot_format::layout::PAGE_SIZE;
+use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64};
 
 use super::install::{HOLD_PAGES, Source, Stop};
 use super::platform::{Content, Image, Installed, PAGE, PageNumber, Platform, Run};
@@ -27,7 +27,7 @@ use super::stats::add;
 use super::{Decision, Failure, FailureKind, Fault, Session};
 
 /// Pages of the buffer that fills other than zero are installed from.
-const FILL_PAGES: usize = 16;
+const FILL_PAGES: usize = 64;
 /// How often a frame that could not be read is read again, with some milliseconds in between.
 const READ_TRIES: u32 = 4;
 /// Damaged frames that a thread remembers.
@@ -135,8 +135,10 @@ impl From<Stop> for Lost {
 impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends.
     pub(crate) fn serve(&self, worker: &mut Worker<I>) {
+        let mut follower = P::Follower::default();
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
+            self.platform.follow(&mut follower, fault.thread);
             match self.answer(worker, fault) {
                 Answer::Given => {
                     self.stats.fault_time.record(fault.at.elapsed());
@@ -149,8 +151,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Has the leader look whether the session is complete: it waits for messages, and there may be
-    /// no more.
+    /// Has a thread that waits for messages look whether the session is complete: there may be no
+    /// more.
     pub(super) fn look_if_settled(&self) {
         if self.state.may_be_settled() {
             self.platform.kick();
@@ -326,7 +328,31 @@ impl<P: Platform, I: Image> Session<P, I> {
                 Err(stop) => return Err(stop.into()),
             }
         }
+        if reason == Reason::Demand {
+            self.bring_fills_between(worker, page);
+        }
         Ok(done)
+    }
+
+    /// Installs the fills that lie between the pages of the frame decoded last, near `page`: they
+    /// take microseconds, and a fault for each takes many.
+    fn bring_fills_between(&self, worker: &mut Worker<I>, page: PageNumber) {
+        let block = window(page, PAGES_PER_BLOCK_U64);
+        let near = worker.runs.iter().map(Run::pages);
+        let near = near.filter(|pages| block.contains(&pages.start));
+        let Some(between) = near.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else {
+            return;
+        };
+        let mut next = between.start;
+        while let Some(page) = self.state.first_absent(next..between.end.min(block.end)) {
+            next = page + 1;
+            if let Ok(Content::Fill(word)) = self.image.content(page, Reason::Demand)
+                && self.bring_fill(worker, page, word, Reason::Demand).is_err()
+            {
+                // It will be met again by whoever wants the page.
+                return;
+            }
+        }
     }
 
     /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they

@@ -4,10 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use snapshot_format::layout::{MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK_U64};
+use snapshot_format::layout::{
+    MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
+};
 use snapshot_format::{FrameDecoder, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top};
 
 use super::claims::FrameId;
+use super::duplicates::Duplicates;
 use super::failure::{Failure, FailureKind};
 use super::platform::{Content, Image, PageNumber, Run};
 
@@ -18,6 +21,7 @@ const KEPT_BYTES: usize = 2 << 20;
 /// The content of a session that restores a snapshot.
 pub(crate) struct SnapshotImage {
     snapshot: Arc<Snapshot>,
+    duplicates: Duplicates,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
 }
@@ -52,6 +56,7 @@ impl SnapshotImage {
     pub(crate) fn new(snapshot: Arc<Snapshot>) -> Result<Self, ReadError> {
         snapshot.prepare()?;
         Ok(Self {
+            duplicates: Duplicates::new(snapshot.block_count()),
             snapshot,
             bytes_read: AtomicU64::new(0),
             bytes_decoded: AtomicU64::new(0),
@@ -87,6 +92,27 @@ impl SnapshotImage {
             kept: kept.collect(),
             last: 0,
             clock: 0,
+        }
+    }
+
+    /// Notes which pages repeat earlier ones, for all of the snapshot or until there is no more
+    /// room. What can't be read now is reported when a page of it is wanted.
+    pub(crate) fn note_duplicates(&self, is_ending: impl Fn() -> bool) {
+        for number in 0..self.snapshot.block_count() {
+            if is_ending() || self.duplicates.is_full() {
+                return;
+            }
+            if matches!(self.snapshot.top(number), Top::Block) {
+                self.note_block(number, Reason::Prefetch);
+            }
+        }
+    }
+
+    fn note_block(&self, number: u64, reason: Reason) {
+        if self.duplicates.first_look(number)
+            && let Ok(block) = self.snapshot.index_block(number, reason)
+        {
+            self.duplicates.note(number, &block);
         }
     }
 
@@ -153,7 +179,10 @@ impl Image for SnapshotImage {
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<FrameRef>, Failure> {
         match self.snapshot.look_up(page, reason) {
             Ok(Page::Fill(word)) => Ok(Content::Fill(word)),
-            Ok(Page::Stored { frame, slot }) => Ok(Content::Stored(frame, slot)),
+            Ok(Page::Stored { frame, slot }) => {
+                self.note_block(page / PAGES_PER_BLOCK_U64, reason);
+                Ok(Content::Stored(frame, slot))
+            }
             // A session's pages are those of regions, so `Unused` is not met.
             Ok(Page::Unavailable | Page::Unused) => Ok(Content::Unavailable),
             Err(error) => Err(self.read_failure(page, &error)),
@@ -233,6 +262,13 @@ impl Image for SnapshotImage {
             kept.confirmed = true;
         }
         runs.extend_from_slice(&kept.runs);
+        // One content may be shared by ten thousand pages: a fault doesn't wait for them all.
+        let most = if reason == Reason::Demand {
+            usize::from(frame.slots()) * MAX_LISTED_PAGES_PER_SLOT
+        } else {
+            usize::MAX
+        };
+        self.duplicates.append(&frame, most, runs);
     }
 
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {

@@ -38,6 +38,7 @@
 //! 5. A fault at an address of no region gets a zero page or, if nothing is mapped there, a WAKE.
 
 mod claims;
+mod duplicates;
 mod events;
 mod failure;
 mod fault;
@@ -120,6 +121,8 @@ pub(crate) struct Session<P, I> {
 struct Phase {
     /// Threads that serve faults shall return.
     ending: AtomicBool,
+    /// A thread looks whether every page is settled.
+    finishing: AtomicBool,
     /// Every page is settled.
     complete: AtomicBool,
 }
@@ -169,6 +172,17 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.phase.ending.load(Relaxed)
     }
 
+    /// How far it is, for telling two states apart.
+    #[cfg(test)]
+    pub(crate) fn phase_digest(&self) -> [bool; 3] {
+        let Phase {
+            ending,
+            finishing,
+            complete,
+        } = &self.phase;
+        [ending, finishing, complete].map(|flag| flag.load(Relaxed))
+    }
+
     /// Whether every page is present, removed or poisoned.
     pub(crate) fn is_complete(&self) -> bool {
         self.phase.complete.load(Relaxed)
@@ -208,11 +222,12 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// waits for its event to be read must not wait for ever, so events are read until none can be
     /// left.
     fn finish_if_settled(&self) -> bool {
-        if !self.state.may_be_settled() {
+        if !self.state.may_be_settled() || self.phase.finishing.swap(true, Relaxed) {
             return false;
         }
         let hold = self.platform.exclusive(0);
         if self.state.recount() > 0 {
+            self.phase.finishing.store(false, Relaxed);
             return false;
         }
         let extents: Vec<Extent> = self.state.map().extents().collect();
