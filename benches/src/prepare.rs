@@ -376,8 +376,8 @@ fn tool(name: &str, package: &str) -> Result<Command, BenchError> {
     })
 }
 
-/// Runs a program to its end.
-pub(crate) fn run(command: &mut Command) -> Result<(), BenchError> {
+/// Runs a program to its end; what it says on standard error is part of the error.
+pub fn run(command: &mut Command) -> Result<(), BenchError> {
     let what = format!("{}", command.get_program().display());
     let output = command
         .stdin(Stdio::null())

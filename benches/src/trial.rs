@@ -316,8 +316,12 @@ impl Runner {
 /// The child's side: reads a trial, runs it, writes what it found.
 #[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
 pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
-    // SAFETY: it asks for a signal that ends this process, whatever its threads wait for.
-    unsafe { libc::alarm(MOST_SECONDS) };
+    // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a time, and with the thread
+    // that started it.
+    unsafe {
+        libc::alarm(MOST_SECONDS);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+    }
     let trial: Trial = serde_json::from_reader(input).map_err(BenchError::of("reading a trial"))?;
     let reply = match trial.run() {
         Ok(outcome) => Reply::Done(Box::new(outcome)),

@@ -151,8 +151,8 @@ impl Workload {
         if !(self.share > 0.0 && self.share <= 1.0) {
             return invalid("`share` must be above 0 and at most 1");
         }
-        if !(1..=256).contains(&self.threads) {
-            return invalid("`threads` must be 1 to 256");
+        if !(1..=512).contains(&self.threads) {
+            return invalid("`threads` must be 1 to 512");
         }
         if self.contenders.is_empty() {
             return invalid("there are no contenders");
@@ -283,6 +283,24 @@ mod tests {
         assert_eq!(plan(0.25, None), whole[..250]);
         assert_eq!(plan(0.25, Some(10)), whole[..10]);
         assert_eq!(plan(0.000_01, None), whole[..1]);
+    }
+
+    #[test]
+    fn every_workload_file_makes_sense() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
+        let mut count = 0;
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let text = fs::read_to_string(&path).unwrap();
+            let workload: Workload = toml::from_str(&text).unwrap();
+            workload.check().unwrap();
+            assert_eq!(path.file_stem().unwrap(), workload.name.as_str());
+            // What comes back from the results is what was run.
+            let json = serde_json::to_string(&workload).unwrap();
+            assert_eq!(serde_json::from_str::<Workload>(&json).unwrap(), workload);
+            count += 1;
+        }
+        assert!(count >= 10, "{count} files");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use snaprestore_benches::contender::Contender;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
 
@@ -43,11 +44,15 @@ pub(crate) enum Command {
     Restore(Restore),
     /// Tell what this machine permits, and what would permit the rest
     Doctor,
+    Bench(Bench),
     Demo(Demo),
     Completions(Completions),
     Man(Man),
     #[command(hide = true)]
     DemoOwner(DemoOwner),
+    /// One trial of `bench`, told on standard input
+    #[command(hide = true)]
+    BenchTrial,
 }
 
 /// Pack memory into a snapshot
@@ -297,6 +302,64 @@ pub(crate) enum Prefetch {
     WorkingSet,
     /// Working sets, then everything else
     All,
+}
+
+/// Compare restores with the other ways to do it, on your file and machine
+///
+/// The others: a private mapping of the raw file (mmap), a userfaultfd handler that copies one page
+/// a fault (handler, handler-pinned: on the core of the thread that faults), reading everything
+/// first (read-all), decompressing everything first (unzstd), and a mapping of the raw file inside
+/// a compressed file system (squashfs-64k, squashfs-128k, erofs: as root, with squashfs-tools or
+/// erofs-utils). What is missing is made in a temporary folder; each trial runs in a process of its own; all must
+/// read the same bytes.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Bench {
+    /// Snapshot, or raw memory file
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// Rounds that count, after one that doesn't
+    #[arg(long, default_value_t = 3, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
+    /// Order of touches
+    #[arg(long, value_enum, default_value_t = BenchOrder::Random, value_name = "ORDER")]
+    pub(crate) order: BenchOrder,
+    /// Start of the random order, to repeat one
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) seed: u64,
+    /// Part of the pages that is touched
+    #[arg(long, default_value_t = 100, value_name = "PERCENT",
+          value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) share: u8,
+    /// Write to the pages instead of reading them
+    #[arg(long)]
+    pub(crate) writes: bool,
+    /// Begin with nothing in the page cache (drops all of it, as root)
+    #[arg(long)]
+    pub(crate) cold: bool,
+    /// Threads that touch
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
+    pub(crate) threads: usize,
+    /// Who takes part, separated by semicolons; `ours` takes options: ours:prefetch=all,frame=64
+    #[arg(
+        long,
+        value_delimiter = ';',
+        value_name = "NAMES",
+        default_value = "ours:prefetch=all;ours;mmap;handler;handler-pinned;read-all;unzstd"
+    )]
+    pub(crate) contenders: Vec<Contender>,
+    /// Folder, on a disk, for what is made on the way
+    #[arg(long, default_value = "/var/tmp", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    pub(crate) dir: PathBuf,
+}
+
+/// `bench --order`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchOrder {
+    /// From the first page to the last
+    Sequential,
+    /// Each page once, in a random order
+    Random,
 }
 
 /// Snapshot, verify and restore a live process, with nothing prepared

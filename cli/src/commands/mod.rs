@@ -1,6 +1,7 @@
 //! One file a command. Each first turns what was typed into what was meant (checked and opened),
 //! then does it, then reports.
 
+mod bench;
 mod completions;
 mod create;
 mod demo;
@@ -26,6 +27,8 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Verify(args) => verify::run(&args, output, cancel),
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Restore(args) => restore::run(&args, output, cancel),
+        Command::Bench(args) => bench::run(&args, output, cancel),
+        Command::BenchTrial => bench::run_trial(cancel),
         Command::Doctor => doctor::run(output),
         Command::Completions(args) => completions::run(&args, output),
         Command::Man(args) => man::run(&args, output),

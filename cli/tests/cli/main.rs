@@ -4,6 +4,7 @@
     reason = "a process with unusual memory has to map it first"
 )]
 
+mod bench;
 mod common;
 mod create;
 mod damage;

@@ -37,6 +37,8 @@
 //!    fault for ever.
 //! 5. A fault at an address of no region gets a zero page or, if nothing is mapped there, a WAKE.
 
+#[cfg(feature = "bench-internals")]
+mod bench;
 mod claims;
 mod duplicates;
 mod events;
@@ -59,6 +61,8 @@ mod check;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+#[cfg(feature = "bench-internals")]
+pub use bench::PageStates;
 pub use failure::{Failure, FailureKind, OnFailure, Verdict};
 pub use stats::{Histogram, Percentiles};
 

@@ -1,0 +1,85 @@
+//! Opening, looking up, decoding.
+
+use std::fs;
+use std::hint::black_box;
+use std::io::Write as _;
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot};
+
+use crate::pieces::{frames, memory, noise, snapshot, written};
+
+/// Opening a file that lies in the page cache.
+pub(crate) fn open(criterion: &mut Criterion) {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(&written(memory(), 32, Dictionary::Off))
+        .expect("writing");
+    let path = file.path().to_owned();
+    assert!(fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0));
+    criterion.bench_function("open", |bencher| {
+        bencher.iter(|| black_box(Snapshot::open_path(&path).expect("it opens")));
+    });
+}
+
+/// What a page is: with its index block in the cache, and with none.
+pub(crate) fn look_up(criterion: &mut Criterion) {
+    let snapshot = snapshot(memory(), 32, Dictionary::Off);
+    let mut group = criterion.benchmark_group("look-up");
+    let pages = snapshot.page_slots();
+    let mut page = 0;
+    group.bench_function("cached", |bencher| {
+        bencher.iter(|| {
+            page = (page + 7919) % pages;
+            black_box(snapshot.look_up(page, Reason::Demand).expect("a page"))
+        });
+    });
+    let mut block = 0;
+    group.bench_function("index block read and checked", |bencher| {
+        bencher.iter(|| {
+            block = (block + 1) % snapshot.block_count();
+            black_box(
+                snapshot
+                    .uncached_block(block, Reason::Demand)
+                    .expect("a block"),
+            );
+        });
+    });
+    group.finish();
+}
+
+/// A frame from memory to memory: checksum and decode.
+pub(crate) fn decode(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("decode");
+    let kinds: [(&str, &[u8], Dictionary); 3] = [
+        ("zstd", memory(), Dictionary::Off),
+        ("zstd with a dictionary", memory(), Dictionary::Train),
+        ("raw", &noise(8 << 20), Dictionary::Off),
+    ];
+    for (name, bytes, dictionary) in kinds {
+        for frame_kib in [4, 16, 64, 128, 256, 512] {
+            let frame_pages = frame_kib / 4;
+            let snapshot = snapshot(bytes, frame_pages, dictionary.clone());
+            snapshot.prepare().expect("dictionaries");
+            let frames: Vec<FrameRef> = frames(&snapshot)
+                .into_iter()
+                .map(|(frame, _)| frame)
+                .filter(|frame| usize::from(frame.slots()) == frame_pages)
+                .collect();
+            let (mut decoder, mut out) = (FrameDecoder::new(), vec![0; frame_pages * 4096]);
+            let mut next = 0;
+            group.throughput(Throughput::Bytes(out.len() as u64));
+            group.bench_function(
+                BenchmarkId::new(name, format!("{frame_kib} KiB")),
+                |bencher| {
+                    bencher.iter(|| {
+                        next = (next + 1) % frames.len();
+                        let listed =
+                            decoder.decode(&snapshot, &frames[next], Reason::Demand, &mut out);
+                        black_box(listed.expect("a good frame").runs().len())
+                    });
+                },
+            );
+        }
+    }
+    group.finish();
+}

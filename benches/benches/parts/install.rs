@@ -1,0 +1,124 @@
+//! The ways to put pages into memory, by what one call takes.
+#![allow(unsafe_code, reason = "installed memory is given back to the kernel")]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion, Scratch};
+use snaprestore_engine::sys::{
+    Features, Installed, Modes, MoveHoles, OpenOptions, Userfaultfd, Wake,
+};
+
+/// Memory that is filled, emptied and filled again.
+const BYTES: u64 = 64 << 20;
+
+struct Target {
+    uffd: Userfaultfd,
+    memory: Arc<Mapping>,
+}
+
+impl Target {
+    /// None where userfaultfd is not permitted.
+    fn new() -> Option<Self> {
+        // No events: emptying the memory must not wait for somebody to read one.
+        let options = OpenOptions::new().required(Features::EMPTY);
+        let uffd = options.open().ok()?;
+        let memory = Arc::new(MappingOptions::new().map(BYTES).ok()?);
+        let region = RawRegion::owned(Arc::clone(&memory));
+        uffd.register(&region, 0, BYTES, Modes::MISSING).ok()?;
+        Some(Self { uffd, memory })
+    }
+
+    fn empty(&self) {
+        let len = usize::try_from(BYTES).expect("64 bits");
+        // SAFETY: the mapping is ours, and nobody reads its content.
+        let result =
+            unsafe { libc::madvise(self.memory.as_ptr().cast(), len, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0, "emptying the memory");
+    }
+
+    /// Time of `count` installs of `len` bytes each, from `before` on whenever the memory was emptied.
+    fn time(
+        &self,
+        count: u64,
+        len: u64,
+        mut before: impl FnMut(),
+        mut install: impl FnMut(&Userfaultfd, u64, u64) -> Installed,
+    ) -> Duration {
+        let mut total = Duration::ZERO;
+        let mut left = count;
+        while left > 0 {
+            self.empty();
+            before();
+            let now = left.min(BYTES / len);
+            let began = Instant::now();
+            for n in 0..now {
+                let done = install(&self.uffd, self.memory.address() + n * len, n * len);
+                assert_eq!(done, Installed::Done);
+            }
+            total += began.elapsed();
+            left -= now;
+        }
+        total
+    }
+}
+
+/// COPY, ZEROPAGE and MOVE.
+pub(crate) fn install(criterion: &mut Criterion) {
+    let Some(target) = Target::new() else {
+        return;
+    };
+    let mut group = criterion.benchmark_group("install");
+    for kib in [4, 16, 64, 128, 256, 2048] {
+        let len = kib << 10;
+        let bytes = vec![0x5a; usize::try_from(len).expect("64 bits")];
+        group.throughput(Throughput::Bytes(len));
+        let size = format!("{kib} KiB");
+        group.bench_function(BenchmarkId::new("COPY", &size), |bencher| {
+            bencher.iter_custom(|count| {
+                target.time(
+                    count,
+                    len,
+                    || (),
+                    |uffd, at, _| uffd.copy(at, &bytes, Wake::Later).expect("COPY"),
+                )
+            });
+        });
+        group.bench_function(BenchmarkId::new("ZEROPAGE", &size), |bencher| {
+            bencher.iter_custom(|count| {
+                target.time(
+                    count,
+                    len,
+                    || (),
+                    |uffd, at, _| uffd.zeropage(at, len, Wake::Later).expect("ZEROPAGE"),
+                )
+            });
+        });
+        if !target.uffd.available().contains(Features::MOVE) {
+            continue;
+        }
+        let scratch = std::cell::RefCell::new(Scratch::new(BYTES).expect("memory"));
+        group.bench_function(
+            BenchmarkId::new("MOVE, without the writing", &size),
+            |bencher| {
+                bencher.iter_custom(|count| {
+                    let fill = || scratch.borrow_mut().bytes_mut().fill(0x5a);
+                    target.time(count, len, fill, |uffd, at, offset| {
+                        let mut scratch = scratch.borrow_mut();
+                        uffd.move_(
+                            at,
+                            &mut scratch,
+                            offset,
+                            len,
+                            MoveHoles::Refuse,
+                            Wake::Later,
+                        )
+                        .expect("MOVE")
+                    })
+                });
+            },
+        );
+    }
+    group.finish();
+}

@@ -1,0 +1,25 @@
+//! The parts of a restore, one by one.
+//!
+//! ```sh
+//! cargo bench -p snaprestore-benches --bench parts -- decode
+//! ```
+//! The pages are a real guest's where its memory can be had, else synthetic ones.
+
+mod fault;
+mod format;
+mod install;
+mod pieces;
+mod states;
+
+use criterion::{criterion_group, criterion_main};
+
+criterion_group!(
+    parts,
+    format::open,
+    format::look_up,
+    format::decode,
+    install::install,
+    fault::one_fault,
+    states::page_states
+);
+criterion_main!(parts);

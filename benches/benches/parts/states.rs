@@ -1,0 +1,47 @@
+//! What is known of each page.
+
+use std::hint::black_box;
+
+use criterion::{BatchSize, Criterion};
+use snaprestore_engine::bench::PageStates;
+
+const PAGES: u64 = 1 << 18;
+
+/// The operations that a fault and an install make.
+pub(crate) fn page_states(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("page states");
+    let fresh = || PageStates::new(PAGES).expect("a table");
+    let states = fresh();
+    for page in (0..PAGES).step_by(2) {
+        states.mark_present(page..page + 1);
+    }
+    let mut page = 0;
+    group.bench_function("is one page absent", |bencher| {
+        bencher.iter(|| {
+            page = (page + 7919) % PAGES;
+            black_box(states.is_absent(page))
+        });
+    });
+    let full = fresh();
+    full.mark_present(0..PAGES - 1);
+    group.bench_function("find the one absent page of 1 GiB", |bencher| {
+        bencher.iter(|| black_box(full.absent_in(0..PAGES)));
+    });
+    group.bench_function("count the absent pages of 1 GiB", |bencher| {
+        bencher.iter(|| black_box(full.recount()));
+    });
+    for count in [1, 32, 512] {
+        group.bench_function(format!("mark {count} pages present"), |bencher| {
+            let mut next = 0;
+            bencher.iter_batched_ref(
+                fresh,
+                |states| {
+                    next = (next + count) % PAGES;
+                    states.mark_present(next..(next + count).min(PAGES));
+                },
+                BatchSize::NumIterations(512),
+            );
+        });
+    }
+    group.finish();
+}

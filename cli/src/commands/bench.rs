@@ -1,0 +1,207 @@
+//! `snaprestore bench`: the other ways to restore, side by side with this one, on the user's own file and machine.
+
+use std::fmt;
+use std::io::{Write as _, stderr, stdin, stdout};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use indicatif::BinaryBytes;
+use serde::Serialize;
+use snaprestore_benches::machine::Machine;
+use snaprestore_benches::prepare::{Images, run as run_program};
+use snaprestore_benches::report::{Row, rows, table};
+use snaprestore_benches::rounds::{self, Absent, Samples};
+use snaprestore_benches::trial::{Runner, run_child};
+use snaprestore_benches::workload::{Access, Cache, Order, Workload};
+use snapshot_format::{OpenError, Snapshot};
+
+use crate::args;
+use crate::exit::{Exit, Refusal};
+use crate::output::Output;
+use crate::signals::Cancel;
+
+/// The hidden command by which a trial is run in a process of its own.
+pub(crate) const TRIAL: &str = "bench-trial";
+
+#[derive(Serialize)]
+struct Report {
+    file: String,
+    machine: Machine,
+    memory_bytes: u64,
+    snapshot_bytes: Option<u64>,
+    rounds: u32,
+    workload: Workload,
+    contenders: Vec<Row>,
+    not_available: Vec<Absent>,
+    #[serde(skip)]
+    table: String,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Machine {
+            cpu, cores, kernel, ..
+        } = &self.machine;
+        writeln!(f, "machine     {cpu}, {cores} cores, Linux {kernel}")?;
+        write!(f, "memory      {}", BinaryBytes(self.memory_bytes))?;
+        if let Some(bytes) = self.snapshot_bytes {
+            write!(f, ", as a snapshot {}", BinaryBytes(bytes))?;
+        }
+        writeln!(f, "\n\n{}", self.table)?;
+        writeln!(
+            f,
+            "Medians of {} rounds. All contenders read the same bytes, which was checked. `extra` is memory beyond what was \
+             restored.",
+            self.rounds
+        )
+    }
+}
+
+pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result<Exit> {
+    let workload = workload(args)?;
+    let own = std::env::current_exe()
+        .context("finding this program, which runs itself for each trial")?;
+    let snapshot = match Snapshot::open_path(&args.file) {
+        Ok(snapshot) => Some(snapshot),
+        Err(OpenError::NotASnapshot { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    // Removed when the command ends, in whatever way but by force.
+    let folder = tempfile::Builder::new()
+        .prefix("snaprestore-bench-")
+        .tempdir_in(&args.dir)
+        .with_context(|| format!("{}: making a folder for the images", args.dir.display()))?;
+    let mut images = images(args, snapshot.as_ref(), folder.path(), &own, output)?;
+    let mut samples = Samples::default();
+    let runner = Runner::new(own, [TRIAL]);
+    let mut on_step = |step: &str| {
+        if output.shows_progress() {
+            // On a terminal the line is written over; it is cleared in the end.
+            let _ = write!(stderr(), "\r\x1b[K{step}");
+        }
+        !cancel.requested()
+    };
+    let done = rounds::run(
+        &workload,
+        &mut images,
+        &runner,
+        args.rounds,
+        &mut on_step,
+        &mut samples,
+    );
+    if output.shows_progress() {
+        let _ = write!(stderr(), "\r\x1b[K");
+    }
+    done?;
+    let report = Report {
+        file: args.file.display().to_string(),
+        machine: Machine::describe(),
+        memory_bytes: images.bytes(),
+        snapshot_bytes: images
+            .snapshot(&workload.snapshot())
+            .ok()
+            .and_then(|path| Some(path.metadata().ok()?.len())),
+        rounds: args.rounds,
+        contenders: rows(&samples, &workload),
+        table: table(&samples, &workload),
+        not_available: samples.absent,
+        workload,
+    };
+    output.report(&report)?;
+    let ours = |name: &str| name.starts_with("ours");
+    let lacks = report
+        .not_available
+        .iter()
+        .any(|absent| ours(&absent.contender));
+    Ok(if lacks {
+        Exit::NotPermitted
+    } else {
+        Exit::Done
+    })
+}
+
+/// One trial, told on standard input, answered on standard output.
+pub(crate) fn run_trial(cancel: &Cancel) -> Result<Exit> {
+    cancel.end_at_once();
+    run_child(&mut stdin().lock(), &mut stdout().lock())?;
+    Ok(Exit::Done)
+}
+
+/// What was meant.
+fn workload(args: &args::Bench) -> Result<Workload> {
+    let order = match args.order {
+        args::BenchOrder::Sequential => Order::Sequential,
+        args::BenchOrder::Random => Order::Random,
+    };
+    let access = if args.writes {
+        Access::Write
+    } else {
+        Access::Read
+    };
+    let cache = if args.cold { Cache::Cold } else { Cache::Warm };
+    let verb = if args.writes { "Write to" } else { "Read" };
+    let what = match args.share {
+        100 => "every page".to_owned(),
+        share => format!("{share} % of the pages"),
+    };
+    let how = match order {
+        Order::Sequential => "in order",
+        _ => "at random",
+    };
+    let threads = if args.threads == 1 {
+        String::new()
+    } else {
+        format!(", {} threads", args.threads)
+    };
+    let state = if args.cold { "cold" } else { "warm" };
+    let workload = Workload {
+        name: "bench".into(),
+        title: format!("{verb} {what} {how}, {state}{threads}"),
+        image: args.file.display().to_string(),
+        order,
+        seed: args.seed,
+        trace: None,
+        share: f64::from(args.share) / 100.0,
+        most_pages: None,
+        access,
+        threads: args.threads,
+        cache,
+        latencies: false,
+        contenders: args.contenders.clone(),
+        limits: Vec::new(),
+    };
+    workload
+        .check()
+        .map_err(|error| Refusal::Usage(error.to_string()))?;
+    Ok(workload)
+}
+
+/// The raw file, and what is made of it.
+fn images(
+    args: &args::Bench,
+    snapshot: Option<&Snapshot>,
+    folder: &Path,
+    own: &Path,
+    output: Output,
+) -> Result<Images> {
+    let Some(snapshot) = snapshot else {
+        return Ok(Images::new(&args.file, folder, own)?);
+    };
+    let raw: PathBuf = folder.join("memory.raw");
+    run_program(
+        Command::new(own)
+            .args(["extract", "--quiet", "--unavailable", "zero"])
+            .arg(&args.file)
+            .arg("-o")
+            .arg(&raw),
+    )?;
+    let mut images = Images::new(&raw, folder, own)?;
+    if snapshot.summary().unavailable_pages == 0 {
+        images.use_snapshot(&args.file.canonicalize()?);
+    } else {
+        // A page of unknown content can't be restored, and every contender touches every page.
+        output.warn("pages of unknown content are taken for zeros, in a new snapshot");
+    }
+    Ok(images)
+}

@@ -1,0 +1,121 @@
+//! The comparison with other ways to restore.
+
+use snaprestore_engine::sys::OpenOptions;
+use snaprestore_fixtures::host::{Unavailable, skipped};
+use snaprestore_fixtures::images::Mix;
+
+use crate::common::{Folder, number, run};
+
+const EVERYBODY: [&str; 7] = [
+    "ours:prefetch=all",
+    "ours",
+    "mmap",
+    "handler",
+    "handler-pinned",
+    "read-all",
+    "unzstd",
+];
+
+/// Memory of 16 MiB, and whether it can be restored lazily here.
+fn prepared(test: &str, folder: &Folder) -> bool {
+    folder.write("raw", &Mix::new(4096, 7).bytes());
+    match OpenOptions::new().open() {
+        Ok(_) => true,
+        Err(why) => {
+            let why = why.to_string();
+            skipped(test, &Unavailable { why });
+            false
+        }
+    }
+}
+
+#[test]
+fn every_contender_reads_the_same_bytes_in_every_way_to_touch() {
+    let folder = Folder::new();
+    if !prepared(
+        "every_contender_reads_the_same_bytes_in_every_way_to_touch",
+        &folder,
+    ) {
+        return;
+    }
+    let ways: [&[&str]; 4] = [
+        &[],
+        &["--writes", "--order", "sequential"],
+        &["--cold", "--share", "10"],
+        &["--threads", "3"],
+    ];
+    for way in ways {
+        let args = ["bench", "raw", "--rounds", "1", "--dir", ".", "--json"];
+        // The run fails if two contenders differ in a byte of any page that was touched.
+        let report = run(&folder, &[&args[..], way].concat()).exits(0).json();
+        assert_eq!(number(&report, "memory_bytes"), 16 << 20);
+        let rows = report["contenders"].as_array().unwrap();
+        let absent = report["not_available"].as_array().unwrap();
+        let has = |list: &[serde_json::Value], name: &str| {
+            list.iter().any(|entry| entry["contender"] == name)
+        };
+        for name in EVERYBODY {
+            // A handler can be on the core of one toucher only.
+            let cannot = way.contains(&"--threads") && name == "handler-pinned";
+            assert_eq!(has(absent, name), cannot, "{way:?}: {name}: {absent:?}");
+            assert_eq!(has(rows, name), !cannot, "{way:?}: {name}: {rows:?}");
+        }
+        for row in rows {
+            assert!(row["total_ms"]["median"].as_f64().unwrap() > 0.0, "{row}");
+        }
+        assert_eq!(
+            folder.names(),
+            ["raw"],
+            "{way:?}: something was left behind"
+        );
+    }
+}
+
+#[test]
+fn a_snapshot_is_compared_as_it_is() {
+    let folder = Folder::new();
+    if !prepared("a_snapshot_is_compared_as_it_is", &folder) {
+        return;
+    }
+    run(
+        &folder,
+        &["create", "--raw", "raw", "-o", "snap", "--frame-size", "16"],
+    )
+    .exits(0);
+    let args = [
+        "bench",
+        "snap",
+        "--rounds",
+        "1",
+        "--dir",
+        ".",
+        "--contenders",
+        "ours;mmap",
+    ];
+    let report = run(&folder, &[&args[..], &["--json"]].concat())
+        .exits(0)
+        .json();
+    let len = folder.read("snap").len() as u64;
+    assert_eq!(number(&report, "snapshot_bytes"), len);
+    let text = run(&folder, &args).exits(0).text();
+    for part in ["contender", "total ms", "mmap", "same bytes"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused() {
+    let folder = Folder::new();
+    folder.write("odd", &[1; 5000]);
+    run(&folder, &["bench", "odd", "--dir", "."])
+        .exits(1)
+        .says(&["whole pages"]);
+    run(&folder, &["bench", "odd", "--contenders", "ours;theirs"])
+        .exits(2)
+        .says(&["theirs", "there are"]);
+    run(&folder, &["bench", "none"]).exits(1).says(&["none"]);
+    run(&folder, &["bench", "odd", "--dir", "nowhere"])
+        .exits(1)
+        .says(&["nowhere"]);
+    assert_eq!(folder.names(), ["odd"]);
+}
