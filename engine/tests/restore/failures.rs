@@ -283,9 +283,9 @@ fn waiting_for_completion_waits_for_the_verdict() {
         })))
         .start()
         .unwrap();
-    let _opener = gate.opener();
     compare(&restored, &bytes, (0..PAGES).filter(|n| !bad.contains(n)));
     std::thread::scope(|scope| {
+        let _opener = gate.opener();
         let read = |page: &u64| {
             let (restored, page) = (&restored, *page);
             scope.spawn(move || restored.read_at(0, page * 4096, &mut [0; PAGE]))

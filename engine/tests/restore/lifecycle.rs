@@ -74,18 +74,19 @@ fn dropping_never_shows_zeros_to_who_waits() {
     assert!(!ended.output.contains("went on"), "{ended:?}");
 }
 
-/// Counts the threads that have begun and those that have ended, some time after their last own instruction.
+/// Counts the threads that have begun and those that have ended. Those that fetch take their time to end, the one that
+/// feeds them doesn't.
 #[derive(Default)]
 struct Threads {
     begun: AtomicUsize,
     ended: AtomicUsize,
 }
 
-struct Ends(Arc<Threads>);
+struct Ends(Arc<Threads>, Duration);
 
 impl Drop for Ends {
     fn drop(&mut self) {
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(self.1);
         self.0.ended.fetch_add(1, SeqCst);
     }
 }
@@ -106,9 +107,12 @@ fn dropping_waits_for_every_thread() {
             .prefetch(Prefetch::All)
             .prefetch_threads(3)
             .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
-            .on_thread_start(move |_| {
+            // Prefetch is not at its end before it is told to be.
+            .prefetch_bandwidth(1)
+            .on_thread_start(move |name| {
                 counted.begun.fetch_add(1, SeqCst);
-                let ends = Ends(Arc::clone(&counted));
+                let slow = u64::from(name.starts_with("snap-fetch"));
+                let ends = Ends(Arc::clone(&counted), Duration::from_millis(300 * slow));
                 ENDS.with_borrow_mut(|slot| *slot = Some(ends));
             })
             .start()
