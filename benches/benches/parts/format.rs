@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::io::Write as _;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot};
+use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot, dictionary};
 
 use crate::pieces::{frames, memory, noise, snapshot, written};
 
@@ -47,18 +47,28 @@ pub(crate) fn look_up(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// A dictionary for the memory: trained, or a piece of it where training doesn't pay.
+fn dictionary() -> Vec<u8> {
+    let trained = dictionary::train(&memory()[..16 << 20], 16, 3, 1 << 30);
+    trained.map_or_else(|| memory()[..64 << 10].to_vec(), |trained| trained.bytes)
+}
+
 /// A frame from memory to memory: checksum and decode.
 pub(crate) fn decode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decode");
     let kinds: [(&str, &[u8], Dictionary); 3] = [
         ("zstd", memory(), Dictionary::Off),
-        ("zstd with a dictionary", memory(), Dictionary::Train),
+        (
+            "zstd with a dictionary",
+            memory(),
+            Dictionary::Use(dictionary()),
+        ),
         ("raw", &noise(8 << 20), Dictionary::Off),
     ];
-    for (name, bytes, dictionary) in kinds {
+    for (name, bytes, kind) in kinds {
         for frame_kib in [4, 16, 64, 128, 256, 512] {
             let frame_pages = frame_kib / 4;
-            let snapshot = snapshot(bytes, frame_pages, dictionary.clone());
+            let snapshot = snapshot(bytes, frame_pages, kind.clone());
             snapshot.prepare().expect("dictionaries");
             let frames: Vec<FrameRef> = frames(&snapshot)
                 .into_iter()
