@@ -309,7 +309,7 @@ impl Restore {
         let (state, ring) = State::new(snapshot.page_slots(), &extents, SPARE_PIECES)
             .map_err(resources("the session's tables"))?;
         let left = if self.leave_zero_runs {
-            zero_runs(&snapshot)?
+            zero_runs(&snapshot)
         } else {
             Vec::new()
         };
@@ -317,7 +317,7 @@ impl Restore {
             in_children.leave_out(index, memory, region)?;
             self.register(&uffd, index, memory, region, &left)?;
             for pages in within(region.page_numbers(), &left) {
-                state.mark_present(pages);
+                state.leave_out(pages);
             }
         }
         let kernel = Kernel::new(uffd, ring).map_err(resources("the session's wake-up"))?;

@@ -110,10 +110,6 @@ impl Feeder {
     pub(super) fn new(inner: &Arc<Inner>, plan: Plan) -> io::Result<Self> {
         let pool = Pool::new(plan.threads, plan.hook.as_ref())?;
         let (done, idle) = channel();
-        for _ in 0..plan.threads {
-            // The receiver is in our hands.
-            let _ = done.send(Worker::new(inner.session.image.decoder()));
-        }
         let fetching = Arc::new(Fetching {
             now: AtomicUsize::new(0),
             most: plan.threads,
@@ -133,6 +129,12 @@ impl Feeder {
     /// ends.
     pub(super) fn run(self) {
         let begun = Instant::now();
+        for _ in 0..self.plan.threads {
+            // The receiver is in our hands.
+            let _ = self
+                .done
+                .send(Worker::new(self.inner.session.image.decoder()));
+        }
         let first = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),
             Prefetch::Off | Prefetch::WorkingSet | Prefetch::All => self.working_sets(),

@@ -127,11 +127,11 @@ fn start_all(
     };
     for i in 0..restore.fault_threads {
         let inner = Arc::clone(inner);
-        // Buffers are made here, so that the thread itself never allocates them.
-        let mut worker = Worker::new(inner.session.image.decoder());
         spawn(
             format!("snap-fault-{i}"),
             Box::new(move || {
+                // Before the first fault, and not in the way of the start.
+                let mut worker = Worker::new(inner.session.image.decoder());
                 inner.session.serve(&mut worker);
                 inner.fault_thread_ends();
             }),

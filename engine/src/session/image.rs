@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use snapshot_format::layout::{
-    MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
+    MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
 };
 use snapshot_format::{FrameDecoder, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top};
 
@@ -307,11 +307,20 @@ fn message(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The snapshot's runs of zeros.
-pub(crate) fn zero_runs(snapshot: &Snapshot) -> Result<Vec<Range<PageNumber>>, ReadError> {
-    let runs = snapshot.fill_runs()?.into_iter();
-    Ok(runs
-        .filter(|run| run.word == 0)
-        .map(|run| run.first_page..run.first_page + run.pages)
-        .collect())
+/// The longest runs of zero pages that are whole blocks of the index, at most
+/// [`MAX_FILL_RUNS`]. The top table knows them, and it is in memory: the file's list of fill runs
+/// has the pages at their ends as well, but reading and checking those takes longer than starting.
+pub(crate) fn zero_runs(snapshot: &Snapshot) -> Vec<Range<PageNumber>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for block in 0..snapshot.block_count() {
+        match runs.last_mut() {
+            _ if snapshot.top(block) != Top::Fill(0) => {}
+            Some(run) if run.end == block => run.end += 1,
+            _ => runs.push(block..block + 1),
+        }
+    }
+    runs.sort_by_key(|run| std::cmp::Reverse(run.end - run.start));
+    runs.truncate(MAX_FILL_RUNS);
+    let pages = |run: Range<u64>| run.start * PAGES_PER_BLOCK_U64..run.end * PAGES_PER_BLOCK_U64;
+    runs.into_iter().map(pages).collect()
 }

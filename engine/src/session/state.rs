@@ -160,6 +160,15 @@ impl State {
         self.mark(self.present(), pages);
     }
 
+    /// Leaves `pages` to the kernel, before anything else is known of them.
+    pub(crate) fn leave_out(&self, pages: Range<PageNumber>) {
+        // Nothing is read of the other bitmaps: that would take a page of memory for each of theirs.
+        for (word, mask) in masks(pages.clone()) {
+            self.present()[word].fetch_or(mask, Relaxed);
+        }
+        self.words()[UNSETTLED].fetch_sub(pages.end - pages.start, Relaxed);
+    }
+
     /// Records pages that are zero from now on.
     pub(crate) fn mark_removed(&self, pages: Range<PageNumber>) {
         self.mark(self.removed(), pages);
