@@ -91,11 +91,14 @@ pub(crate) struct Create {
     /// Larger frames are smaller on disk; smaller ones come faster when a single page is needed.
     #[arg(long, default_value = "128", value_name = "KIB")]
     pub(crate) frame_size: FrameSize,
-    /// Compression dictionary: trained where it pays, none, or a file made by `zstd --train`
+    /// Compression dictionary: trained, none, or a file made by `zstd --train`
+    ///
+    /// `auto` trains one for frames of up to 64 KiB. For larger ones it saves about half a percent, and writing
+    /// takes 40 % longer. A dictionary that doesn't pay is dropped.
     #[arg(
         long,
         default_value = "auto",
-        value_name = "auto|off|PATH",
+        value_name = "auto|train|off|PATH",
         value_hint = ValueHint::FilePath
     )]
     pub(crate) dictionary: Dictionary,
@@ -138,6 +141,7 @@ impl FromStr for FrameSize {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Dictionary {
     Auto,
+    Train,
     Off,
     File(PathBuf),
 }
@@ -147,8 +151,9 @@ impl FromStr for Dictionary {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "" => Err("must be auto, off, or the path of a dictionary".into()),
+            "" => Err("must be auto, train, off, or the path of a dictionary".into()),
             "auto" => Ok(Self::Auto),
+            "train" => Ok(Self::Train),
             "off" => Ok(Self::Off),
             path => Ok(Self::File(path.into())),
         }

@@ -24,6 +24,15 @@ const LEAST_BYTES: usize = 2 << 20;
 /// What it must save of the frames' bytes at least: it also costs time to decode.
 const LEAST_SAVED: f64 = 0.005;
 
+/// The largest frames for which one is trained by default. In a real guest it saves 0.6 % of frames
+/// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
+const MOST_FRAME_BYTES: usize = 64 << 10;
+
+/// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train it.
+pub fn is_worth_training(frame_pages: usize) -> bool {
+    frame_pages * PAGE_SIZE <= MOST_FRAME_BYTES
+}
+
 /// A dictionary that pays.
 #[derive(Clone, Debug)]
 pub struct Trained {

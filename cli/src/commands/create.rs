@@ -60,7 +60,7 @@ pub(crate) struct Recipe {
 
 /// What to do about a dictionary.
 pub(crate) enum Wanted {
-    Auto,
+    Trained,
     Off,
     This(Vec<u8>),
 }
@@ -151,11 +151,17 @@ impl Recipe {
             }
             attachments.push((attachment.name.clone(), file));
         }
+        let frame_bytes = args.frame_size.kib << 10;
+        let frame_pages = frame_bytes / PAGE_SIZE;
         Ok(Self {
             level: args.level,
-            frame_bytes: args.frame_size.kib << 10,
+            frame_bytes,
             dictionary: match &args.dictionary {
-                args::Dictionary::Auto => Wanted::Auto,
+                args::Dictionary::Auto if dictionary::is_worth_training(frame_pages) => {
+                    Wanted::Trained
+                }
+                args::Dictionary::Auto => Wanted::Off,
+                args::Dictionary::Train => Wanted::Trained,
                 args::Dictionary::Off => Wanted::Off,
                 args::Dictionary::File(path) => Wanted::This(read_dictionary(path)?),
             },
@@ -173,7 +179,7 @@ impl Recipe {
         cancel: &Cancel,
     ) -> Result<SnapshotSink> {
         let dictionary = match &self.dictionary {
-            Wanted::Auto => self.train(source)?,
+            Wanted::Trained => self.train(source)?,
             Wanted::Off => Dictionary::Off,
             Wanted::This(bytes) => Dictionary::Use(bytes.clone()),
         };

@@ -368,6 +368,36 @@ fn attachments_are_stored_beside_the_memory() {
     assert!(!folder.file("none").exists());
 }
 
+/// Where it is not asked for, a dictionary is trained for small frames only.
+#[test]
+fn a_dictionary_is_trained_where_it_is_worth_the_time() {
+    let folder = Folder::new();
+    // Words that every frame has, in an order of its own.
+    let words: Vec<[u8; 32]> = noise(2000 * 32).as_chunks().0.to_vec();
+    let order = noise((2000 * 32) + (24 << 16)).split_off(2000 * 32);
+    let order = order.as_chunks::<2>().0.iter();
+    let raw: Vec<u8> = order
+        .flat_map(|n| words[usize::from(u16::from_le_bytes(*n)) % words.len()])
+        .collect();
+    folder.write("raw", &raw);
+    let dictionaries = |arguments: &[&str]| {
+        let arguments = [&["create", "raw", "-o", "s", "--force"], arguments].concat();
+        run(&folder, &arguments).exits(0);
+        let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+        info["dictionaries"].as_array().unwrap().len()
+    };
+    assert_eq!(dictionaries(&["--frame-size", "64"]), 1);
+    assert_eq!(dictionaries(&["--frame-size", "128"]), 0);
+    assert_eq!(
+        dictionaries(&["--frame-size", "128", "--dictionary", "train"]),
+        1
+    );
+    assert_eq!(
+        dictionaries(&["--frame-size", "64", "--dictionary", "off"]),
+        0
+    );
+}
+
 #[test]
 fn a_dictionary_can_be_brought_along() {
     let folder = Folder::new();

@@ -30,6 +30,9 @@ use super::{Decision, Failure, FailureKind, Fault, Session};
 const FILL_PAGES: usize = 64;
 /// How often a frame that could not be read is read again, with some milliseconds in between.
 const READ_TRIES: u32 = 4;
+/// The longest run that a fault waits for as a whole: to copy as many pages takes as long as one more
+/// system call for the page that is wanted.
+const PAGES_WORTH_WAITING: u16 = 4;
 /// Damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.
@@ -315,8 +318,21 @@ impl<P: Platform, I: Image> Session<P, I> {
         })?;
         let near = self.run_around(page, frame, slot, reason);
         let bytes = self.image.bytes(&worker.decoder);
-        let source = Source::Frame(bytes, near);
-        let done = self.install(near.pages(), source, Some(page), reason)?;
+        let mut done = false;
+        if reason == Reason::Demand && near.count > PAGES_WORTH_WAITING {
+            let alone = Run {
+                page,
+                slot,
+                count: 1,
+            };
+            done = self.install(
+                alone.pages(),
+                Source::Frame(bytes, alone),
+                Some(page),
+                reason,
+            )?;
+        }
+        done |= self.install(near.pages(), Source::Frame(bytes, near), Some(page), reason)?;
         self.image
             .runs(&mut worker.decoder, reason, &mut worker.runs);
         let bytes = self.image.bytes(&worker.decoder);

@@ -134,8 +134,10 @@ impl<W: Write> Writer<W> {
             properties.set(key, value)?;
         }
         let mut workers = Workers::start(options.thread_count(), frame_pages, options.level)?;
+        let trains = crate::dictionary::is_worth_training(frame_pages);
         let training = match &options.dictionary {
-            Dictionary::Train => Some(Training::new(
+            Dictionary::Auto if !trains => None,
+            Dictionary::Auto | Dictionary::Train => Some(Training::new(
                 options.level,
                 frame_pages,
                 options.expected_pages,

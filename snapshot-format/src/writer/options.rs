@@ -7,13 +7,16 @@ use crate::types::SnapshotId;
 /// What to do about a dictionary.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Dictionary {
+    /// [Train](Self::Train) one if the frames are [small enough](crate::dictionary::is_worth_training)
+    /// that it is worth the time.
+    #[default]
+    Auto,
     /// Use none.
     Off,
     /// Train one on the first frames (a part of the first 64 MiB of distinct pages) while they are
     /// being written, and use it for later frames if it pays on pages that it wasn't trained on.
     /// Works on a stream; who can read the source anywhere gets a better one, and from the first
     /// frame on, with [`crate::dictionary::train`].
-    #[default]
     Train,
     /// Use this one.
     Use(Vec<u8>),

@@ -144,7 +144,7 @@ fn pack(
     let recipe = Recipe {
         level: 3,
         frame_bytes: 128 << 10,
-        dictionary: Wanted::Auto,
+        dictionary: Wanted::Off,
         threads: None,
         attachments: Vec::new(),
     };
