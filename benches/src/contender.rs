@@ -70,6 +70,8 @@ pub struct Ours {
     pub prefetch_threads: Option<usize>,
     /// Whether huge pages are advised at the end.
     pub huge_pages: bool,
+    /// Whether the touching thread is bound to its core, as virtual CPUs often are.
+    pub pinned: bool,
     /// Which snapshot is restored.
     pub snapshot: SnapshotKind,
 }
@@ -161,6 +163,7 @@ impl fmt::Display for Ours {
         option("fault-threads", text(self.fault_threads))?;
         option("prefetch-threads", text(self.prefetch_threads))?;
         option("huge-pages", self.huge_pages.then(|| "yes".into()))?;
+        option("pinned", self.pinned.then(|| "yes".into()))?;
         let snapshot = &self.snapshot;
         option("frame", snapshot.frame_kib.map(|kib| kib.to_string()))?;
         option("level", snapshot.level.map(|level| level.to_string()))?;
@@ -207,7 +210,7 @@ impl FromStr for Ours {
             let invalid = || {
                 BenchError::Invalid(format!(
                     "{option:?} is no option of `ours`; there are prefetch=off|working-set|all, fault-threads=N, \
-                     prefetch-threads=N, huge-pages=yes, frame=KIB, level=N, dictionary=off"
+                     prefetch-threads=N, huge-pages=yes, pinned=yes, frame=KIB, level=N, dictionary=off"
                 ))
             };
             let (name, value) = option.split_once('=').ok_or_else(invalid)?;
@@ -219,6 +222,7 @@ impl FromStr for Ours {
                 ("fault-threads", _) => ours.fault_threads = Some(number()?),
                 ("prefetch-threads", _) => ours.prefetch_threads = Some(number()?),
                 ("huge-pages", "yes") => ours.huge_pages = true,
+                ("pinned", "yes") => ours.pinned = true,
                 ("frame", _) => {
                     ours.snapshot.frame_kib = Some(value.parse().map_err(|_| invalid())?);
                 }
@@ -254,7 +258,7 @@ mod tests {
         for name in [
             "ours",
             "ours:prefetch=all",
-            "ours:prefetch=working-set,fault-threads=1,prefetch-threads=3,huge-pages=yes,frame=16,level=-1,dictionary=off",
+            "ours:prefetch=working-set,fault-threads=1,prefetch-threads=3,huge-pages=yes,pinned=yes,frame=16,level=-1,dictionary=off",
             "mmap",
             "handler",
             "handler-pinned",

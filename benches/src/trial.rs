@@ -199,6 +199,10 @@ impl RestoreTrial {
         let mut restored = self.contender.start(&self.file, self.bytes, core)?;
         let usable = began.elapsed();
         let memory = restored.memory();
+        // After the start: threads inherit where their creator may run.
+        if matches!(&self.contender, Contender::Ours(ours) if ours.pinned) {
+            uffd::pin_to(uffd::this_core());
+        }
         let touched = memory.touch(&plan.offsets, self.access, self.threads, self.latencies);
         if self.order == Order::None {
             restored.complete()?;

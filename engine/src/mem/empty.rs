@@ -6,71 +6,39 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::ioctl_readwrite;
 
+use crate::sys::pagemap::populated;
 use crate::sys::{page_size, to_usize};
-
-const PAGE_IS_PRESENT: u64 = 1 << 3;
-const PAGE_IS_SWAPPED: u64 = 1 << 4;
-
-#[repr(C)]
-#[derive(Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-const _: () = assert!(size_of::<PageRegion>() == 24 && size_of::<PmScanArg>() == 96);
-
-ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
 
 /// The first page of `[address, address + len)` of this process that holds anything (present,
 /// swapped out, or marked as poisoned), by `PAGEMAP_SCAN` (6.7) or by reading `/proc/self/pagemap`.
 pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
-    let mut found = PageRegion::default();
-    let mut argument = PmScanArg {
-        size: size_of::<PmScanArg>() as u64,
-        start: address,
-        end,
-        vec: (&raw mut found).expose_provenance() as u64,
-        vec_len: 1,
-        max_pages: 1,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        ..PmScanArg::default()
-    };
-    // SAFETY: `argument` is a live pm_scan_arg that says its own size, and `found` is the one
-    // page_region that `vec` and `vec_len` promise; both are exclusively ours. Without flags the
-    // call only looks. A kernel without it answers ENOTTY.
-    match unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut argument) } {
-        Ok(0) => Ok(None),
-        Ok(_) => Ok(Some(found.start)),
-        Err(Errno::ENOTTY | Errno::EINVAL) => scan_file(&pagemap, address, end),
-        Err(errno) => Err(errno.into()),
+    // The first range that is found ends the search.
+    let scanned = populated(&pagemap, address, end, |from, _| Err(Found::At(from)));
+    match scanned {
+        Ok(()) => Ok(None),
+        Err(Found::At(address)) => Ok(Some(address)),
+        Err(Found::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
+            scan_file(&pagemap, address, end)
+        }
+        Err(Found::Error(error)) => Err(error),
+    }
+}
+
+/// Why a scan was not carried to its end.
+enum Found {
+    At(u64),
+    Error(io::Error),
+}
+
+impl From<io::Error> for Found {
+    fn from(error: io::Error) -> Self {
+        Self::Error(error)
     }
 }
 

@@ -231,9 +231,11 @@ impl Restore {
         self
     }
 
-    /// Whether the longest zero runs are left to the kernel, which serves them at its own price.
-    /// Say no if the memory will be moved by `mremap`, which can't move a range that is registered
-    /// in parts. Default: yes.
+    /// Whether the longest runs of zeros, in whole 2 MiB, are left to the kernel, which serves them
+    /// at its own price. It happens in memory that the engine maps; in memory that is given with
+    /// [`Restore::region`] everything is registered, since nothing would be heard of what is
+    /// unmapped or moved in a range that isn't. Say no if memory will be moved by `mremap`, which
+    /// can't move a range that is registered in parts. Default: yes.
     pub fn leave_zero_runs(mut self, leave: bool) -> Self {
         self.leave_zero_runs = leave;
         self
@@ -315,8 +317,9 @@ impl Restore {
         };
         for (index, (memory, region)) in regions.iter().zip(needed).enumerate() {
             in_children.leave_out(index, memory, region)?;
-            self.register(&uffd, index, memory, region, &left)?;
-            for pages in within(region.page_numbers(), &left) {
+            let left = if memory.is_owned() { &left[..] } else { &[] };
+            self.register(&uffd, index, memory, region, left)?;
+            for pages in within(region.page_numbers(), left) {
                 state.leave_out(pages);
             }
         }

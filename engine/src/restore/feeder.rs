@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::session::{PAGE, SnapshotImage, Worker};
+use crate::session::{Kernel, PAGE, Session, SnapshotImage, Worker};
 
 use super::builder::Prefetch;
 use super::restored::Inner;
@@ -147,11 +147,9 @@ impl Feeder {
             self.hand_out(pages.start..pages.end.min(slots), begun);
         }
         if self.plan.prefetch == Prefetch::All {
-            let inner = Arc::clone(&self.inner);
-            self.pool.rayon().spawn(move || {
-                let session = &inner.session;
-                session.image.note_duplicates(|| session.is_ending());
-            });
+            if self.plan.threads > 1 {
+                self.note_duplicates();
+            }
             // A pass leaves pages that somebody else was bringing; the next finds them there.
             loop {
                 self.busy.store(0, Relaxed);
@@ -204,25 +202,50 @@ impl Feeder {
         }
     }
 
+    /// Has one thread look ahead for the pages that repeat earlier ones, while another begins. A
+    /// single thread notes them as it comes to them.
+    fn note_duplicates(&self) {
+        self.give(|session, _, stand_back| {
+            session.image.note_duplicates(|| {
+                stand_back();
+                !session.is_ending()
+            });
+        });
+    }
+
     fn hand_out_block(&self, pages: Range<u64>, begun: Instant) {
         if let Some(bandwidth) = self.plan.bandwidth {
             let brought = self.inner.session.stats.prefetch.total() * PAGE;
             self.sleep_until(begun + Duration::from_nanos(nanos(brought, bandwidth)));
         }
-        let Ok(mut worker) = self.idle.recv() else {
-            return;
-        };
-        let (inner, done) = (Arc::clone(&self.inner), self.done.clone());
-        let (busy, fetching) = (Arc::clone(&self.busy), Arc::clone(&self.fetching));
-        self.pool.rayon().spawn(move || {
-            fetching.now.fetch_add(1, Relaxed);
-            let stand_back = || fetching.stand_back(&inner);
-            match inner.session.prefetch(&mut worker, pages, stand_back) {
+        let busy = Arc::clone(&self.busy);
+        self.give(move |session, worker, stand_back| {
+            match session.prefetch(worker, pages, stand_back) {
                 Ok(left) => {
                     busy.fetch_add(left.busy, Relaxed);
                 }
                 Err(stop) => tracing::debug!(?stop, "prefetch stopped"),
             }
+        });
+    }
+
+    /// Gives `work` to the pool when a thread is idle. It gets a function to stand back with.
+    fn give(
+        &self,
+        work: impl FnOnce(&Session<Kernel, SnapshotImage>, &mut Worker<SnapshotImage>, &mut dyn FnMut())
+        + Send
+        + 'static,
+    ) {
+        let Ok(mut worker) = self.idle.recv() else {
+            return;
+        };
+        let (inner, done) = (Arc::clone(&self.inner), self.done.clone());
+        let fetching = Arc::clone(&self.fetching);
+        self.pool.rayon().spawn(move || {
+            fetching.now.fetch_add(1, Relaxed);
+            work(&inner.session, &mut worker, &mut || {
+                fetching.stand_back(&inner);
+            });
             fetching.now.fetch_sub(1, Relaxed);
             // The memory must not be this thread's to unmap, after everybody else has let go.
             drop(inner);

@@ -22,6 +22,7 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "epoll_pwait",
     "epoll_ctl",
     // Going to the core of the thread that faults.
+    "sched_getscheduler",
     "sched_getaffinity",
     "sched_setaffinity",
     // Waking each other, and waiting.

@@ -5,7 +5,7 @@
 //! has the whole frame decoded again: in a real guest a third of all that is decoded when its pages
 //! are touched in random order.
 //!
-//! A block of the index is noted when a page of it is first looked up, and all of them when
+//! A block of the index is noted when a stored page of it is first looked up, and all of them when
 //! everything is to be prefetched. The notes come from index blocks whose checksums were right, so
 //! they need no further confirmation. Nothing is allocated after the start: when the table is full,
 //! the pages that it doesn't have cost a decode.
@@ -36,12 +36,32 @@ pub(crate) struct Duplicates {
 struct Table {
     chains: Box<[u32]>,
     noted: Vec<Noted>,
+    /// The block after the one noted last, and the newest frame up to there. A block that is noted
+    /// out of turn shows only what is older than its own newest.
+    next_block: u64,
+    newest: u64,
 }
 
 struct Noted {
     frame: FrameRef,
     run: Run,
     next: u32,
+}
+
+impl Table {
+    fn push(&mut self, frame: &FrameRef, run: Run) {
+        if self.noted.len() == MOST_RUNS {
+            return;
+        }
+        // MOST_RUNS fits.
+        let here = u32::try_from(self.noted.len()).unwrap_or(END);
+        let next = std::mem::replace(&mut self.chains[chain(frame)], here);
+        self.noted.push(Noted {
+            frame: *frame,
+            run,
+            next,
+        });
+    }
 }
 
 impl Duplicates {
@@ -54,6 +74,8 @@ impl Duplicates {
             table: Mutex::new(Table {
                 chains: vec![END; CHAINS].into(),
                 noted: Vec::with_capacity(MOST_RUNS),
+                next_block: 0,
+                newest: 0,
             }),
         }
     }
@@ -77,8 +99,13 @@ impl Duplicates {
     /// Notes the pages of index block `number` whose frame was written before those of the pages in
     /// front of them.
     pub(crate) fn note(&self, number: u64, block: &IndexBlock) {
+        let mut table = self.lock();
         let first = number * PAGES_PER_BLOCK_U64;
-        let mut newest = 0;
+        let mut newest = if number == table.next_block {
+            table.newest
+        } else {
+            0
+        };
         let mut open: Option<(usize, Run)> = None;
         for (page, i) in (first..).zip(0..block.page_count()) {
             let stored = block.stored(i);
@@ -91,7 +118,7 @@ impl Duplicates {
                 continue;
             }
             if let Some((frame, run)) = open.take() {
-                self.push(&block.frames()[frame], run);
+                table.push(&block.frames()[frame], run);
             }
             let Some((frame, slot)) = stored else {
                 continue;
@@ -104,40 +131,32 @@ impl Duplicates {
             }
         }
         if let Some((frame, run)) = open {
-            self.push(&block.frames()[frame], run);
+            table.push(&block.frames()[frame], run);
         }
+        (table.next_block, table.newest) = (number + 1, newest);
     }
 
-    fn push(&self, frame: &FrameRef, run: Run) {
+    /// Moves runs noted of `frame` to `runs`, as far as that has room, until they have `most` pages.
+    /// Each is given once: if it can't be installed now, its pages cost a decode.
+    pub(crate) fn take(&self, frame: &FrameRef, most: usize, runs: &mut Vec<Run>) {
         let mut table = self.lock();
-        if table.noted.len() == MOST_RUNS {
-            return;
-        }
-        let chain = chain(frame);
-        // MOST_RUNS fits.
-        let here = u32::try_from(table.noted.len()).unwrap_or(END);
-        let next = std::mem::replace(&mut table.chains[chain], here);
-        table.noted.push(Noted {
-            frame: *frame,
-            run,
-            next,
-        });
-    }
-
-    /// Appends the runs noted of `frame`, as far as `runs` has room, until they have `most` pages.
-    pub(crate) fn append(&self, frame: &FrameRef, most: usize, runs: &mut Vec<Run>) {
-        let table = self.lock();
+        let table = &mut *table;
         let mut pages = 0;
-        let mut next = table.chains[chain(frame)];
-        while let Some(noted) = table.noted.get(next as usize) {
-            if pages >= most || runs.len() == runs.capacity() {
-                return;
-            }
+        // Where the number of the next note stands: in the chain's head, or in the note before.
+        let mut link = &mut table.chains[chain(frame)];
+        let mut rest = table.noted.as_mut_slice();
+        while pages < most && runs.len() < runs.capacity() && *link != END {
+            // A note points to an older one, so to a place in front of its own.
+            let (older, from) = rest.split_at_mut(*link as usize);
+            let noted = &mut from[0];
+            rest = older;
             if noted.frame == *frame {
                 runs.push(noted.run);
                 pages += usize::from(noted.run.count);
+                *link = noted.next;
+            } else {
+                link = &mut noted.next;
             }
-            next = noted.next;
         }
     }
 
@@ -151,4 +170,115 @@ impl Duplicates {
 fn chain(frame: &FrameRef) -> usize {
     let hash = frame.offset().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
     usize::try_from(hash).unwrap_or(0) % CHAINS
+}
+
+#[cfg(test)]
+mod tests {
+    use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Blocks 0 and 1 are new, in frames of 8 pages; block 2 repeats block 0 from its page 4 on, and
+    /// block 3 repeats block 0 page by page in reverse.
+    fn snapshot() -> Snapshot {
+        let page = |n: u64| {
+            let mut page = vec![0; 4096];
+            page[..8].copy_from_slice(&(n + 1).to_le_bytes());
+            page
+        };
+        let new = (0..1024).collect::<Vec<u64>>();
+        let shifted = (0..512).map(|n| (n + 4) % 512);
+        let reversed = (0..512).rev();
+        let options = WriterOptions {
+            frame_pages: 8,
+            ..WriterOptions::default()
+        };
+        let mut writer = Writer::new(Vec::new(), options).unwrap();
+        writer.begin_region(&RegionSpec::default()).unwrap();
+        for n in new.into_iter().chain(shifted).chain(reversed) {
+            writer.write_pages(&page(n)).unwrap();
+        }
+        let (bytes, _) = writer.finish().unwrap();
+        Snapshot::open(Arc::new(MemoryStore::new(bytes))).unwrap()
+    }
+
+    /// The frame of `page`.
+    fn frame(snapshot: &Snapshot, page: u64) -> FrameRef {
+        match snapshot.look_up(page, Reason::Demand).unwrap() {
+            Page::Stored { frame, .. } => frame,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn noted(snapshot: &Snapshot, blocks: impl IntoIterator<Item = u64>) -> Duplicates {
+        let notes = Duplicates::new(snapshot.block_count());
+        for block in blocks {
+            assert!(notes.first_look(block));
+            assert!(!notes.first_look(block));
+            notes.note(block, &snapshot.index_block(block, Reason::Demand).unwrap());
+        }
+        notes
+    }
+
+    fn taken(notes: &Duplicates, frame: &FrameRef, most: usize) -> Vec<Run> {
+        let mut runs = Vec::with_capacity(100);
+        notes.take(frame, most, &mut runs);
+        runs
+    }
+
+    #[test]
+    fn what_repeats_a_frame_is_noted_as_the_index_says_and_given_once() {
+        let snapshot = snapshot();
+        let notes = noted(&snapshot, 0..4);
+        for number in 0..64 {
+            let frame = frame(&snapshot, number * 8);
+            let mut pages = Vec::new();
+            // Ten pages in two calls: a call ends when it has enough.
+            for most in [3, usize::MAX] {
+                let runs = taken(&notes, &frame, most);
+                assert!(!runs.is_empty());
+                for run in runs {
+                    for (page, slot) in run.pages().zip(run.slot..) {
+                        let said = snapshot.look_up(page, Reason::Demand).unwrap();
+                        assert_eq!(said, Page::Stored { frame, slot });
+                        pages.push(page);
+                    }
+                }
+            }
+            pages.sort_unstable();
+            pages.dedup();
+            assert_eq!(pages.len(), 16, "frame {number}: {pages:?}");
+            assert!(pages.iter().all(|page| *page >= 1024));
+            assert!(taken(&notes, &frame, usize::MAX).is_empty());
+        }
+        for number in 64..128 {
+            let frame = frame(&snapshot, number * 8);
+            assert!(taken(&notes, &frame, usize::MAX).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_block_out_of_turn_shows_what_is_older_than_its_own() {
+        let snapshot = snapshot();
+        let notes = noted(&snapshot, [3, 0]);
+        // Its first frame is the newest of block 0.
+        assert!(taken(&notes, &frame(&snapshot, 504), usize::MAX).is_empty());
+        assert_eq!(taken(&notes, &frame(&snapshot, 0), usize::MAX).len(), 8);
+    }
+
+    #[test]
+    fn a_full_table_takes_no_more() {
+        let snapshot = snapshot();
+        let notes = Duplicates::new(4);
+        let block = snapshot.index_block(3, Reason::Demand).unwrap();
+        while !notes.is_full() {
+            notes.note(3, &block);
+        }
+        notes.note(3, &block);
+        assert!(notes.is_full());
+        let mut none = Vec::new();
+        notes.take(&frame(&snapshot, 0), usize::MAX, &mut none);
+        assert!(none.is_empty(), "there is no room in what was given");
+    }
 }

@@ -10,7 +10,8 @@
 //!       fill: install the fills around it; done
 //!       stored: claim the frame (or wait for who has it, and look again)
 //!               read, check, decode
-//!               install the run of the wanted page, then the other runs, then the fills between them; done
+//!               install the wanted page, then its run, then the other runs, then the fills
+//!               between them; done
 //!       can't be had: the failure policy
 //! ```
 
@@ -32,7 +33,8 @@ const FILL_PAGES: usize = 64;
 const READ_TRIES: u32 = 4;
 /// The longest run that a fault waits for as a whole: to copy as many pages takes as long as one more
 /// system call for the page that is wanted.
-const PAGES_WORTH_WAITING: u16 = 4;
+/// (The frames of the model have two pages.)
+const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
 /// Damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.
@@ -297,8 +299,9 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(self.install(start..end, source, Some(page), reason)?)
     }
 
-    /// Decodes `frame` and installs what it holds: the pages around `page` that its own index block
-    /// knows, then, when nobody waits any more, what the frame lists.
+    /// Decodes `frame` and installs what it holds: `page`, the pages around it that its own index
+    /// block knows, then, when nobody waits any more, what the frame lists and some of what repeats
+    /// it elsewhere.
     fn bring_frame(
         &self,
         worker: &mut Worker<I>,
@@ -332,25 +335,34 @@ impl<P: Platform, I: Image> Session<P, I> {
                 reason,
             )?;
         }
-        done |= self.install(near.pages(), Source::Frame(bytes, near), Some(page), reason)?;
-        self.image
+        match self.install(near.pages(), Source::Frame(bytes, near), Some(page), reason) {
+            Ok(now) => done |= now,
+            // The pages around the one that was wanted only came with it.
+            Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
+            Err(stop) => return Err(stop.into()),
+        }
+        let own = self
+            .image
             .runs(&mut worker.decoder, reason, &mut worker.runs);
         let bytes = self.image.bytes(&worker.decoder);
         for run in &worker.runs {
+            if self.is_ending() {
+                return Ok(done);
+            }
             match self.install(run.pages(), Source::Frame(bytes, *run), None, reason) {
                 Ok(_) => {}
-                // These pages only came with the one that was wanted.
-                Err(Stop::NoMemory | Stop::Stuck) if done => break,
+                Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
                 Err(stop) => return Err(stop.into()),
             }
         }
         if reason == Reason::Demand {
+            worker.runs.truncate(own);
             self.bring_fills_between(worker, page);
         }
         Ok(done)
     }
 
-    /// Installs the fills that lie between the pages of the frame decoded last, near `page`: they
+    /// Installs the fills that lie between the pages in `worker.runs`, near `page`: they
     /// take microseconds, and a fault for each takes many.
     fn bring_fills_between(&self, worker: &mut Worker<I>, page: PageNumber) {
         let block = window(page, PAGES_PER_BLOCK_U64);

@@ -29,6 +29,8 @@ pub(crate) struct SnapshotImage {
 /// A thread's decoder, and the frames that it decoded last.
 pub(crate) struct Decoder {
     frames: FrameDecoder,
+    /// What each of `kept` has room for.
+    frame_bytes: usize,
     kept: Vec<Kept>,
     /// The one that was used last.
     last: usize,
@@ -88,6 +90,7 @@ impl SnapshotImage {
             ..Kept::default()
         });
         Decoder {
+            frame_bytes,
             frames: FrameDecoder::new(),
             kept: kept.collect(),
             last: 0,
@@ -97,9 +100,10 @@ impl SnapshotImage {
 
     /// Notes which pages repeat earlier ones, for all of the snapshot or until there is no more
     /// room. What can't be read now is reported when a page of it is wanted.
-    pub(crate) fn note_duplicates(&self, is_ending: impl Fn() -> bool) {
+    /// `pause` is called before each read, and says whether to go on.
+    pub(crate) fn note_duplicates(&self, mut pause: impl FnMut() -> bool) {
         for number in 0..self.snapshot.block_count() {
-            if is_ending() || self.duplicates.is_full() {
+            if self.duplicates.is_full() || !pause() {
                 return;
             }
             if matches!(self.snapshot.top(number), Top::Block) {
@@ -140,7 +144,10 @@ impl SnapshotImage {
                 && matches!(self.snapshot.top(number), Top::Block)
                 && {
                     if block.as_ref().is_none_or(|(have, _)| *have != number) {
-                        *block = Some((number, self.snapshot.index_block(number, reason)?));
+                        let read = self.snapshot.index_block(number, reason);
+                        // What was confirmed so far stays so.
+                        let read = read.inspect_err(|_| runs.extend(open.take()))?;
+                        *block = Some((number, read));
                     }
                     let within = usize::try_from(page % PAGES_PER_BLOCK_U64).unwrap_or(0);
                     block.as_ref().is_some_and(|(_, block)| {
@@ -196,6 +203,12 @@ impl Image for SnapshotImage {
         reason: Reason,
     ) -> Result<(), Failure> {
         decoder.clock += 1;
+        // The summary's frame size is a promise of the writer's. A larger frame is still right, but
+        // there is room for one only.
+        if frame.decoded_len() > decoder.frame_bytes {
+            decoder.frame_bytes = frame.decoded_len();
+            decoder.kept.truncate(1);
+        }
         let found = decoder
             .kept
             .iter()
@@ -219,10 +232,7 @@ impl Image for SnapshotImage {
         kept.confirmed = false;
         kept.listed.clear();
         kept.len = frame.decoded_len();
-        // The summary's frame size is a promise of the writer's; a larger frame is still right.
-        if kept.bytes.len() < kept.len {
-            kept.bytes.resize(kept.len, 0);
-        }
+        kept.bytes.resize(kept.bytes.len().max(kept.len), 0);
         let out = &mut kept.bytes[..kept.len];
         let listed = decoder
             .frames
@@ -244,10 +254,10 @@ impl Image for SnapshotImage {
         Ok(())
     }
 
-    fn runs(&self, decoder: &mut Decoder, reason: Reason, runs: &mut Vec<Run>) {
+    fn runs(&self, decoder: &mut Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize {
         runs.clear();
         let kept = &mut decoder.kept[decoder.last];
-        let Some(frame) = kept.frame else { return };
+        let Some(frame) = kept.frame else { return 0 };
         if !kept.confirmed {
             let mut block = None;
             kept.runs.clear();
@@ -262,13 +272,12 @@ impl Image for SnapshotImage {
             kept.confirmed = true;
         }
         runs.extend_from_slice(&kept.runs);
-        // One content may be shared by ten thousand pages: a fault doesn't wait for them all.
-        let most = if reason == Reason::Demand {
-            usize::from(frame.slots()) * MAX_LISTED_PAGES_PER_SLOT
-        } else {
-            usize::MAX
-        };
-        self.duplicates.append(&frame, most, runs);
+        let own = runs.len();
+        // One content may be shared by ten thousand pages: whoever wants the frame doesn't wait for
+        // them all.
+        let most = usize::from(frame.slots()) * MAX_LISTED_PAGES_PER_SLOT;
+        self.duplicates.take(&frame, most, runs);
+        own
     }
 
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {

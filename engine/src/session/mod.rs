@@ -167,7 +167,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.platform.kick();
     }
 
-    /// Lets the fault threads look whether anything has changed.
+    /// Lets a fault thread look whether anything has changed.
     pub(crate) fn kick(&self) {
         self.platform.kick();
     }

@@ -162,7 +162,9 @@ pub(crate) trait Image: Sync {
 
     /// Writes to `runs`, as far as it has room, the pages that the last frame decoded holds, each
     /// confirmed by its own index entry.
-    fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>);
+    /// Returns how many of them, the first, are listed by the frame itself; the others repeat its
+    /// content elsewhere.
+    fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize;
 
     /// The bytes of the last frame decoded.
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::Session;
 use super::fault::Step;
-use super::platform::{Image, PAGE, Platform};
+use super::platform::{Image, PAGE, PageNumber, Platform};
 use super::state::Status;
 
 /// How often a reader looks at what no notification tells: that its page has moved, or that the
@@ -22,22 +22,23 @@ impl<P: Platform, I: Image> Session<P, I> {
         let mut next = addresses.start & !(PAGE - 1);
         while next < addresses.end && !self.is_ending() {
             match self.status_at(next) {
-                Some(Status::Poisoned) => return,
-                Some(Status::Absent) => self.wait_for(next),
-                Some(Status::Present | Status::Removed) | None => next += PAGE,
+                Some((_, Status::Poisoned)) => return,
+                Some((page, Status::Absent)) => self.wait_for(next, page),
+                Some((_, Status::Present | Status::Removed)) | None => next += PAGE,
             }
         }
     }
 
-    /// Asks for the page at `address` as a fault does, and waits until it is settled.
-    fn wait_for(&self, address: u64) {
+    /// Asks for `page`, which is at `address`, as a fault does, and waits until it is settled, or
+    /// the owner has moved it away.
+    fn wait_for(&self, address: u64, page: PageNumber) {
         let _reader = self.inbox.reader();
         self.inbox.arrived(address, 0);
         self.platform.kick();
         loop {
             // Counted before looking: an answer that is given after the look is not slept through.
             let answers = *self.inbox.answers();
-            if self.is_ending() || self.status_at(address) != Some(Status::Absent) {
+            if self.is_ending() || self.status_at(address) != Some((page, Status::Absent)) {
                 return;
             }
             self.inbox.wait_for_answer(answers, LOOK_AGAIN);
@@ -56,9 +57,9 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    fn status_at(&self, address: u64) -> Option<Status> {
+    fn status_at(&self, address: u64) -> Option<(PageNumber, Status)> {
         let _hold = self.platform.shared(address);
-        let page = self.state.map().page_at(address);
-        page.map(|page| self.state.status(page))
+        let page = self.state.map().page_at(address)?;
+        Some((page, self.state.status(page)))
     }
 }

@@ -65,40 +65,27 @@ impl Waiting {
             let millis = timeout.as_nanos().div_ceil(1_000_000);
             EpollTimeout::try_from(millis).unwrap_or(EpollTimeout::MAX)
         });
-        let mut repaired = false;
-        loop {
-            let mut events = [EpollEvent::empty(); 2];
-            let count = match self.epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => return Ok(Ready::default()),
-                Err(errno) => return Err(errno.into()),
-            };
-            let mut ready = Ready::default();
-            let mut broken = false;
-            for event in &events[..count] {
-                if event.data() == WOKEN {
-                    ready.woken = true;
-                } else {
-                    ready.messages = event.events().contains(EpollFlags::EPOLLIN);
-                    broken = event.events().contains(EpollFlags::EPOLLERR);
-                }
+        let mut events = [EpollEvent::empty(); 2];
+        let count = match self.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => return Ok(Ready::default()),
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut ready = Ready::default();
+        for event in &events[..count] {
+            if event.data() == WOKEN {
+                ready.woken = true;
+                continue;
             }
-            if !broken {
-                return Ok(ready);
+            // With an error nothing is known of messages: whoever reads will see.
+            ready.messages = true;
+            if event.events().contains(EpollFlags::EPOLLERR) {
+                uffd.set_nonblocking()?;
+                // What can be read, or comes, is an edge from now on.
+                self.epoll.modify(uffd.as_fd(), &mut edge(MESSAGES))?;
             }
-            if repaired {
-                return Err(io::Error::other(
-                    "a userfaultfd that is non-blocking reports an error",
-                ));
-            }
-            uffd.set_nonblocking()?;
-            // What can be read now is an edge again.
-            self.epoll.modify(uffd.as_fd(), &mut edge(MESSAGES))?;
-            if ready.woken {
-                self.wake();
-            }
-            repaired = true;
         }
+        Ok(ready)
     }
 }
 

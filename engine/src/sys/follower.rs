@@ -55,15 +55,30 @@ impl Follower {
     }
 
     fn go_home(&mut self) {
-        if let Some((_, home)) = self.at.take() {
-            let _ = sched_setaffinity(Pid::from_raw(0), &home);
+        if let Some((_, home)) = self.at
+            && sched_setaffinity(Pid::from_raw(0), &home).is_ok()
+        {
+            self.at = None;
         }
     }
 }
 
-/// The only core that a thread may run on.
+/// What the thread does afterwards is not done for the one that it served.
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.go_home();
+    }
+}
+
+/// The only core that a thread may run on. None for a real-time thread: on its core nobody else runs
+/// while it does, and it may be waiting, in a loop, for a thread whose fault nobody would read then.
 fn only_core(thread: u32) -> Option<usize> {
     let thread = i32::try_from(thread).ok().filter(|id| *id > 0)?;
+    // SAFETY: a system call that takes and returns numbers.
+    let policy = unsafe { libc::sched_getscheduler(thread) };
+    if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&policy) {
+        return None;
+    }
     let cores = sched_getaffinity(Pid::from_raw(thread)).ok()?;
     let mut set = (0..CpuSet::count()).filter(|core| cores.is_set(*core) == Ok(true));
     let first = set.next()?;
@@ -125,6 +140,12 @@ mod tests {
         }
         // With one core it is bound to it by nature.
         assert_eq!(cores(), all);
+        for _ in 0..BEFORE_FOLLOWING {
+            follower.served(bound);
+        }
+        assert_eq!(cores(), [all[0]]);
+        drop(follower);
+        assert_eq!(cores(), all, "after its work it goes where it was");
         end_bound();
         end_free();
     }

@@ -27,7 +27,6 @@ fn start_in_own(bytes: &[u8], prefetch: Prefetch) -> Restored {
     restore
         .region(0, own(PAGES as usize))
         .prefetch(prefetch)
-        .leave_zero_runs(false)
         .start()
         .unwrap()
 }
@@ -259,6 +258,36 @@ fn smaps(start: usize, pages: usize, field: &str) -> usize {
         }
     }
     sum
+}
+
+/// What the owner unmaps in memory of its own is its own to use again, zeros or not: giving the
+/// memory up took what had come to lie there, in a run of zeros of which nothing was heard.
+#[test]
+fn what_is_unmapped_in_given_memory_is_left_alone() {
+    const HUGE: u64 = 512;
+    let mut bytes = random_bytes(6 * HUGE, 14);
+    bytes[HUGE as usize * PAGE..3 * HUGE as usize * PAGE].fill(0);
+    let memory = own(6 * HUGE as usize);
+    let start = memory.as_ptr().expose_provenance();
+    let mut restored = Restore::new(open(pack(&bytes, 8)))
+        .region(0, memory)
+        .start()
+        .unwrap();
+    let (hole, len) = (start + HUGE as usize * PAGE, HUGE as usize * PAGE);
+    // SAFETY: the range is the test's own, nobody refers to it, and what is mapped there again is
+    // the test's own too.
+    unsafe {
+        assert_eq!(libc::munmap(pointer(hole), len), 0);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        assert_eq!(
+            libc::mmap(pointer(hole), len, access, flags, -1, 0),
+            pointer(hole)
+        );
+    }
+    poke(hole, 7);
+    restored.stop(Stop::Unmap).unwrap();
+    assert_eq!(peek(hole)[0], 7);
 }
 
 /// Huge pages are made of memory that is there, and of nothing else.

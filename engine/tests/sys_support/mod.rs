@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use snaprestore_engine::mem::{Mapping, RawRegion, Ring};
 use snaprestore_engine::sys::{
-    Features, Message, Modes, OpenOptions, ReadOutcome, Ready, Userfaultfd, Waiting,
+    Features, Message, Modes, OpenOptions, ReadOutcome, Userfaultfd, Waiting,
 };
 
 pub const PAGE: u64 = 4096;
@@ -137,19 +137,19 @@ impl Scene {
 
 pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
     let waiting = Waiting::new(uffd).expect("an epoll");
-    let ready = waiting.wait(uffd, Some(PATIENCE)).expect("wait");
-    assert_eq!(
-        ready,
-        Ready {
-            messages: true,
-            woken: false
-        },
-        "nothing came"
-    );
     let mut messages = Vec::new();
-    let outcome = uffd.read(ring, &mut messages).expect("read");
-    assert_eq!(outcome, ReadOutcome::Messages(messages.len()));
-    messages
+    loop {
+        let ready = waiting.wait(uffd, Some(PATIENCE)).expect("wait");
+        assert!(ready.messages && !ready.woken, "nothing came: {ready:?}");
+        // A userfaultfd that had to be repaired has nothing to read yet.
+        match uffd.read(ring, &mut messages).expect("read") {
+            ReadOutcome::Empty => {}
+            outcome => {
+                assert_eq!(outcome, ReadOutcome::Messages(messages.len()));
+                return messages;
+            }
+        }
+    }
 }
 
 /// Repeats until it is true.

@@ -238,7 +238,8 @@ impl Platform for Model {
         // Between two faults a fault thread has nothing in mind.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);
-        self.world.borrow_mut().kicked = false;
+        let mut world = self.world.borrow_mut();
+        (world.kicked, world.edge) = (false, false);
         Waited::Ready
     }
 
@@ -369,7 +370,7 @@ impl Image for Pages {
         Ok(())
     }
 
-    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) {
+    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) -> usize {
         let first = decoder
             .as_deref()
             .map_or(0, |bytes| u64::from(bytes[0]) - 1);
@@ -379,6 +380,7 @@ impl Image for Pages {
             slot: 0,
             count: 2,
         });
+        runs.len()
     }
 
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8] {
@@ -426,7 +428,7 @@ impl explore::Scene for Scene {
         match op {
             Op::Shared(_) => unlocked || !world.exclusive,
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
-            Op::WaitReadable => world.readable() || world.kicked,
+            Op::WaitReadable => world.edge || world.kicked,
             Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
             // Time passes until something has changed.
             Op::BackOff => world.readable() || !world.is_changing(),

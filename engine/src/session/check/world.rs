@@ -60,6 +60,9 @@ pub(super) struct World {
     pub(super) shared: u32,
     pub(super) exclusive: bool,
     pub(super) kicked: bool,
+    /// Something to read has come since a thread was woken for it. Who is woken takes it away, and
+    /// only what comes after brings it back.
+    pub(super) edge: bool,
     /// COPY calls of several pages that may still be cut short, and installs that may find no
     /// memory.
     pub(super) cuts: u32,
@@ -104,6 +107,7 @@ impl World {
                     address,
                     read: false,
                 });
+                self.edge = true;
                 None
             }
             Some(content) => Some(Ok(*content)),
@@ -136,6 +140,7 @@ impl World {
     /// Its event is to be read.
     pub(super) fn announce(&mut self, thread: Thread, change: Change) {
         self.events.push_back((thread, change));
+        self.edge = true;
     }
 
     /// Whether a thread's event was not read yet.
@@ -204,6 +209,7 @@ impl World {
         for (_, change) in std::mem::take(&mut self.events) {
             if late && faults > 0 {
                 self.withheld.push_back(change);
+                self.edge = true;
             } else {
                 record(change.event());
                 count += 1;
