@@ -126,6 +126,8 @@ pub struct Report {
     pub problems: Vec<Problem>,
     /// Problems beyond those listed.
     pub more_problems: u64,
+    /// The file doesn't begin as snapshots do: it is something else rather than damaged.
+    pub not_a_snapshot: bool,
 }
 
 impl Report {
@@ -135,12 +137,17 @@ impl Report {
     }
 
     fn add(&mut self, what: impl fmt::Display, offset: u64, detail: impl Into<String>) {
+        let problem = Problem {
+            what: what.to_string(),
+            offset,
+            detail: detail.into(),
+        };
+        // What several checks come across, such as a section that is read twice, is told once.
+        if self.problems.contains(&problem) {
+            return;
+        }
         if self.problems.len() < MAX_PROBLEMS {
-            self.problems.push(Problem {
-                what: what.to_string(),
-                offset,
-                detail: detail.into(),
-            });
+            self.problems.push(problem);
         } else {
             self.more_problems += 1;
         }
@@ -243,10 +250,26 @@ fn add_open_error(report: &mut Report, error: &OpenError) {
             source,
             ..
         } => report.add(part, *offset, format!("cannot be read: {source}")),
-        OpenError::Incomplete { file_bytes, .. } => {
-            report.add(Part::Trailer, *file_bytes, error.to_string());
+        OpenError::Incomplete { file, file_bytes } => {
+            report.add(Part::Trailer, *file_bytes, without_name(error, file));
+        }
+        OpenError::NotASnapshot { file } => {
+            report.not_a_snapshot = true;
+            report.add(Part::Header, 0, without_name(error, file));
         }
         other => report.add(Part::Header, 0, other.to_string()),
+    }
+}
+
+/// What an error says, without the file's name, which whoever asked for the report knows.
+fn without_name(error: &OpenError, file: &str) -> String {
+    let text = error.to_string();
+    match text
+        .strip_prefix(file)
+        .and_then(|rest| rest.strip_prefix(": "))
+    {
+        Some(rest) => rest.to_owned(),
+        None => text,
     }
 }
 

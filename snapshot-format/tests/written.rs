@@ -159,6 +159,10 @@ fn every_flipped_byte_of_a_small_snapshot_is_found() {
     let problems = |file: &[u8]| {
         let store = Arc::new(MemoryStore::new(file.to_vec()));
         let report = verify(store, VerifyOptions::default().threads(1)).expect("verify");
+        for (nth, problem) in report.problems.iter().enumerate() {
+            let before = &report.problems[..nth];
+            assert!(!before.contains(problem), "told twice: {problem:?}");
+        }
         report.problems.len()
     };
     assert_eq!(problems(&file), 0);
