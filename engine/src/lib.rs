@@ -5,6 +5,11 @@ pub mod restore;
 mod session;
 pub mod sys;
 
+/// The example of the project's front page, compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
+
 /// What only the project's own benches measure; no part of the interface.
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use snapshot_format::layout::PAGE_SIZE_U64;
+
 use crate::mem::{Advice, RawRegion, advise_at};
 use crate::session::{
     Extent, Failure, Kernel, PAGE, Percentiles, Platform as _, PrefetchStop, Session, SnapshotImage,
@@ -151,6 +153,9 @@ pub struct Stats {
     pub demand: PageCounts,
     /// Pages that prefetch brought in.
     pub prefetch: PageCounts,
+    /// Zero pages that the kernel serves itself when they are touched: they are in none of the
+    /// other counts.
+    pub left_to_kernel: u64,
     /// Pages poisoned.
     pub poisoned: u64,
     /// Events read: discards, unmappings, moves.
@@ -223,6 +228,21 @@ impl Inner {
             progress: Mutex::default(),
             changed: Condvar::new(),
         }
+    }
+
+    /// Pages of the regions that were left to the kernel. A run can reach over the gap that
+    /// follows a region.
+    fn left_pages(&self) -> u64 {
+        let of = |region: &RestoredRegion| -> u64 {
+            let end = region.first_page + region.len / PAGE_SIZE_U64;
+            let part = |run: &Range<u64>| {
+                run.end
+                    .min(end)
+                    .saturating_sub(run.start.max(region.first_page))
+            };
+            self.left.iter().map(part).sum()
+        };
+        self.regions.iter().map(of).sum()
     }
 
     /// The last fault thread closes a complete session.
@@ -351,6 +371,7 @@ impl Restored {
             fault_time: stats.fault_time.percentiles(),
             demand: pages(&stats.demand),
             prefetch: pages(&stats.prefetch),
+            left_to_kernel: inner.left_pages(),
             poisoned: read(&stats.poisoned),
             events: read(&stats.events),
             retries: read(&stats.retries),
