@@ -26,7 +26,8 @@ pub(crate) struct Args {
 /// Options of every command.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct Common {
-    /// Print the result as one JSON object on standard output
+    /// Print the result as one JSON object on standard output; of a failure, its error and exit
+    /// code
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// Print errors only
@@ -53,6 +54,17 @@ pub(crate) enum Command {
     /// One trial of `bench`, told on standard input
     #[command(hide = true)]
     BenchTrial,
+}
+
+impl Command {
+    /// Whether it leaves a file, and could leave half of one.
+    pub(crate) fn writes(&self) -> bool {
+        match self {
+            Self::Create(_) | Self::Extract(_) | Self::Bench(_) | Self::Demo(_) => true,
+            Self::Man(man) => man.output.is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// Pack memory into a snapshot
@@ -86,7 +98,7 @@ pub(crate) struct Create {
     #[arg(long, short, default_value_t = 3, value_name = "N", allow_hyphen_values = true,
           value_parser = clap::value_parser!(i32).range(-7..=22))]
     pub(crate) level: i32,
-    /// Memory compressed together, a power of two from 4 to 2048 KiB
+    /// Memory compressed together, a power of two from 4 to 2048 KiB, as 64, 128K or 2M
     ///
     /// Larger frames are smaller on disk; smaller ones come faster when a single page is needed.
     #[arg(long, default_value = "128", value_name = "KIB")]
@@ -267,7 +279,7 @@ pub(crate) struct Restore {
     #[arg(long, value_enum, default_value_t = Touch::Sequential, value_name = "ORDER")]
     pub(crate) touch: Touch,
     /// What is fetched in the background before it is touched
-    #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
+    #[arg(long, value_enum, default_value_t = Prefetch::All, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
     /// Threads that serve page faults
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
@@ -303,7 +315,7 @@ pub(crate) enum Touch {
 pub(crate) enum Prefetch {
     /// Nothing
     Off,
-    /// The recorded working sets, in their order
+    /// The recorded working sets, in their order; nothing if the snapshot has none
     WorkingSet,
     /// Working sets, then everything else
     All,
@@ -380,6 +392,9 @@ pub(crate) struct Demo {
     /// Keep the snapshot under this name
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) keep: Option<PathBuf>,
+    /// Replace an existing file of that name, once the new one is complete
+    #[arg(long, short, requires = "keep")]
+    pub(crate) force: bool,
     /// Memory that the demonstrated process fills, in MiB
     #[arg(long, default_value_t = 256, value_name = "MIB",
           value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -414,6 +429,9 @@ pub(crate) struct Man {
     /// Folder to write all pages to
     #[arg(long, short, value_hint = ValueHint::DirPath)]
     pub(crate) output: Option<PathBuf>,
+    /// Replace existing pages in that folder
+    #[arg(long, short, requires = "output")]
+    pub(crate) force: bool,
 }
 
 /// A number of threads: enough for any machine, and no typing mistake.

@@ -14,7 +14,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// Wrong usage.
     Usage = 2,
-    /// The file is damaged, incomplete or not a snapshot.
+    /// The file is damaged, incomplete, not a snapshot, or one that only a newer program can read.
     Damaged = 3,
     /// This machine does not permit it; the message says what would.
     NotPermitted = 4,
@@ -32,10 +32,14 @@ Exit codes:
   0  done
   1  the operation failed
   2  wrong usage
-  3  the file is damaged, incomplete or not a snapshot
+  3  the file is damaged, incomplete or not a snapshot, or has a version or features that this
+     program doesn't know
   4  this machine does not permit it (the message says what would)
 Interrupted by Ctrl-C or SIGTERM, it leaves no half file and no stopped process, and ends by that
-signal: a shell shows 130 or 143.";
+signal: a shell shows 130 or 143.
+
+With --json, a command that fails before it has a result prints the object
+{\"error\": \"...\", \"exit_code\": N} in its place.";
 
 /// An error that decides its exit code itself.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,32 @@ pub(crate) enum Refusal {
     /// The kernel or its settings said no.
     #[error("{0}")]
     NotPermitted(String),
+}
+
+/// Says what would permit a userfaultfd, one remedy a line.
+pub(crate) fn name_the_remedies(error: anyhow::Error) -> anyhow::Error {
+    let refused = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<sys::OpenError>());
+    let Some(sys::OpenError::NotPermitted {
+        user_mode_only_would_do,
+        ..
+    }) = refused
+    else {
+        return error;
+    };
+    let mut text =
+        "this process may not make a userfaultfd; any one of these permits it:".to_owned();
+    if *user_mode_only_would_do {
+        text.push_str("\n  --user-mode-only, which is enough for this command");
+    }
+    text.push_str(
+        "\n  access to /dev/userfaultfd (Linux 6.1 or later; as root: chgrp and chmod it)\
+         \n  sysctl vm.unprivileged_userfaultfd=1\
+         \n  the capability CAP_SYS_PTRACE\
+         \nIn a container its system call filter must let userfaultfd through.",
+    );
+    Refusal::NotPermitted(text).into()
 }
 
 impl Exit {
@@ -62,7 +92,11 @@ impl Exit {
                 }
                 let damage = |damage| if damage { Self::Damaged } else { Self::Failed };
                 if let Some(error) = cause.downcast_ref::<OpenError>() {
-                    return Some(damage(error.is_damage()));
+                    let newer = matches!(
+                        error,
+                        OpenError::UnsupportedVersion { .. } | OpenError::UnsupportedFeature { .. }
+                    );
+                    return Some(damage(newer || error.is_damage()));
                 }
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));

@@ -7,6 +7,7 @@ mod blocks;
 mod commands;
 mod exit;
 mod facts;
+mod input;
 mod output;
 mod progress;
 mod signals;
@@ -18,8 +19,12 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let args = args::Args::parse();
+    let args = match args::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return not_understood(&error),
+    };
     let output = output::Output::new(args.common);
+    let writes = args.command.writes();
     start_log();
     let cancel = match signals::watch() {
         Ok(cancel) => cancel,
@@ -30,11 +35,34 @@ fn main() -> ExitCode {
         Err(_) if cancel.requested() => {
             // Everything that needed undoing was undone while the error passed through its
             // owners: now the signal may have its usual effect, so that shells see it.
-            output.warn("interrupted; nothing was left behind");
+            let left = if writes {
+                "; nothing was left behind"
+            } else {
+                ""
+            };
+            output.warn(format_args!("interrupted{left}"));
+            output.failed("interrupted", cancel.exit_code());
             cancel.die()
         }
         Err(error) => output.fail(&error).into(),
     }
+}
+
+/// Shows help, or what is wrong with what was typed.
+fn not_understood(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    let code = error.exit_code();
+    if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+        let text = error.render().to_string();
+        let first = text.lines().next().unwrap_or_default();
+        let first = first.strip_prefix("error: ").unwrap_or(first);
+        let common = args::Common {
+            json: true,
+            quiet: false,
+        };
+        output::Output::new(common).failed(first, code);
+    }
+    ExitCode::from(u8::try_from(code).unwrap_or(exit::Exit::Usage as u8))
 }
 
 /// Libraries log through `tracing`; the variable chooses what is shown, as `debug` or

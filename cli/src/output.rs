@@ -3,7 +3,9 @@
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::args::Common;
@@ -12,6 +14,16 @@ use crate::exit::Exit;
 /// A command's result: `Display` is what people read, `Serialize` what `--json` prints.
 pub(crate) trait Report: Display + Serialize {}
 impl<T: Display + Serialize> Report for T {}
+
+/// Whether standard output has its JSON object: a reader must not find a second one.
+static HAS_OBJECT: AtomicBool = AtomicBool::new(false);
+
+/// What `--json` prints in the place of a result.
+#[derive(Serialize)]
+struct Failure<'a> {
+    error: &'a str,
+    exit_code: i32,
+}
 
 /// Knows what the user wants to see.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +50,11 @@ impl Output {
     }
 
     /// Prints the command's result. `--quiet` drops the text; JSON was asked for and is printed.
-    pub(crate) fn report(self, report: &impl Report) -> io::Result<()> {
+    pub(crate) fn report(self, report: &impl Report) -> Result<()> {
         if self.json {
             let mut text = serde_json::to_string_pretty(report)?;
             text.push('\n');
+            HAS_OBJECT.store(true, Ordering::SeqCst);
             self.data(text.as_bytes())
         } else if self.quiet {
             Ok(())
@@ -60,11 +73,11 @@ impl Output {
     /// Writes to standard output whatever the options. A reader that went away has seen what it
     /// wanted (`snaprestore info x | head -3`): that is success.
     #[expect(clippy::unused_self, reason = "the one door for standard output")]
-    pub(crate) fn data(self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn data(self, bytes: &[u8]) -> Result<()> {
         let mut stdout = io::stdout().lock();
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result,
+            result => result.context("standard output could not be written"),
         }
     }
 
@@ -76,10 +89,24 @@ impl Output {
     }
 
     /// Prints an error with its causes and says how to exit.
-    #[expect(clippy::unused_self, reason = "the one door for errors")]
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
-        to_stderr(&format!("snaprestore: {error:#}\n"));
-        Exit::of(error)
+        let exit = Exit::of(error);
+        let text = format!("{error:#}");
+        to_stderr(&format!("snaprestore: {text}\n"));
+        self.failed(&text, exit as i32);
+        exit
+    }
+
+    /// Prints the JSON object of a failure, if one was asked for and none was printed yet.
+    pub(crate) fn failed(self, error: &str, exit_code: i32) {
+        if !self.json || HAS_OBJECT.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        if let Ok(mut text) = serde_json::to_string_pretty(&Failure { error, exit_code }) {
+            text.push('\n');
+            // The error is on standard error too, and decides how the command ends.
+            let _ = self.data(text.as_bytes());
+        }
     }
 }
 

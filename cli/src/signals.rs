@@ -123,11 +123,15 @@ impl Cancel {
     /// Lets the signal have its default effect. Returns only where it has none, as in the first
     /// process of a container: then with the code that a shell would show.
     pub(crate) fn die(&self) -> ExitCode {
-        let number = self.signal.load(Ordering::SeqCst);
-        if let Ok(signal) = Signal::try_from(number) {
+        if let Ok(signal) = Signal::try_from(self.signal.load(Ordering::SeqCst)) {
             die_by(signal);
         }
-        ExitCode::from(u8::try_from(128 + number).unwrap_or(1))
+        ExitCode::from(u8::try_from(self.exit_code()).unwrap_or(1))
+    }
+
+    /// The code that a shell shows for a process that ended by the signal.
+    pub(crate) fn exit_code(&self) -> i32 {
+        128 + self.signal.load(Ordering::SeqCst)
     }
 }
 

@@ -1,9 +1,10 @@
 //! Where a command writes: a file that appears under its name only when it is complete, or a
 //! stream.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io::{self, IsTerminal as _, Write};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -31,6 +32,39 @@ pub(crate) fn name(target: &Path) -> String {
     } else {
         target.display().to_string()
     }
+}
+
+/// Refuses a target that is the file that `source` (`-`: standard input) names: it would be replaced
+/// by what is made of it. Whatever else is wrong with either is found when it is opened.
+pub(crate) fn refuse_source(target: &Path, source: &Path) -> Result<()> {
+    if is_stdout(target) {
+        return Ok(());
+    }
+    let of_source = if source == Path::new("-") {
+        let stdin = io::stdin().as_fd().try_clone_to_owned();
+        stdin.and_then(|stdin| File::from(stdin).metadata())
+    } else {
+        fs::metadata(source)
+    };
+    let (Ok(of_target), Ok(of_source)) = (fs::metadata(target), of_source) else {
+        return Ok(());
+    };
+    if is_same(&of_target, &of_source) {
+        return Err(Refusal::Usage(format!(
+            "{}: is read to make the output, and would be lost; name another file to write",
+            target.display()
+        ))
+        .into());
+    }
+    Ok(())
+}
+
+/// Whether two names lead to one file, or to one block device.
+fn is_same(a: &Metadata, b: &Metadata) -> bool {
+    let holds_data = a.is_file() || a.file_type().is_block_device();
+    let one_file = (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let are_devices = a.file_type().is_block_device() && b.file_type().is_block_device();
+    holds_data && one_file || are_devices && a.rdev() == b.rdev()
 }
 
 /// Says which target could not be written: what writes to it doesn't know.

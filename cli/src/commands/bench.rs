@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{Write as _, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use indicatif::BinaryBytes;
@@ -18,7 +19,8 @@ use snapshot_format::{OpenError, Snapshot};
 
 use crate::args;
 use crate::exit::{Exit, Refusal};
-use crate::output::Output;
+use crate::input;
+use crate::output::{Output, count};
 use crate::signals::Cancel;
 
 /// The hidden command by which a trial is run in a process of its own.
@@ -51,9 +53,9 @@ impl fmt::Display for Report {
         writeln!(f, "\n\n{}", self.table)?;
         writeln!(
             f,
-            "Medians of {} rounds. All contenders read the same bytes, which was checked. `extra` is memory beyond what was \
+            "Medians of {}. All contenders read the same bytes, which was checked. `extra` is memory beyond what was \
              restored.",
-            self.rounds
+            count(self.rounds.into(), "round")
         )
     }
 }
@@ -62,7 +64,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     let workload = workload(args)?;
     let own = std::env::current_exe()
         .context("finding this program, which runs itself for each trial")?;
-    let snapshot = match Snapshot::open_path(&args.file) {
+    let snapshot = match Snapshot::open(Arc::new(input::store(&args.file)?)) {
         Ok(snapshot) => Some(snapshot),
         Err(OpenError::NotASnapshot { .. }) => None,
         Err(error) => return Err(error.into()),

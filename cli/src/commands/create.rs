@@ -74,6 +74,14 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         )
         .into());
     }
+    let attached = args.attach.iter().map(|attachment| &attachment.path);
+    let dictionary = match &args.dictionary {
+        args::Dictionary::File(path) => Some(path),
+        _ => None,
+    };
+    for source in args.source.iter().chain(attached).chain(dictionary) {
+        target::refuse_source(&args.output, source)?;
+    }
     // Whatever can be wrong with options and target comes before a process is held.
     let recipe = Recipe::new(args)?;
     let target = Target::create(&args.output, args.force)?;
@@ -160,9 +168,8 @@ impl Recipe {
                 args::Dictionary::Auto if dictionary::is_worth_training(frame_pages) => {
                     Wanted::Trained
                 }
-                args::Dictionary::Auto => Wanted::Off,
                 args::Dictionary::Train => Wanted::Trained,
-                args::Dictionary::Off => Wanted::Off,
+                args::Dictionary::Auto | args::Dictionary::Off => Wanted::Off,
                 args::Dictionary::File(path) => Wanted::This(read_dictionary(path)?),
             },
             threads: args.threads,

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -18,6 +19,7 @@ use snapshot_format::{Region, Snapshot};
 use crate::args::{self, Unavailable};
 use crate::blocks::{BlockReader, Kind};
 use crate::exit::{Exit, Refusal};
+use crate::input;
 use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -37,16 +39,23 @@ struct Report {
     /// Unavailable pages that were written as zeros.
     unavailable_pages: u64,
     elapsed_ms: u64,
+    /// It is no memory, and has no holes.
+    #[serde(skip)]
+    attachment: bool,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "wrote {} to {}, {} of it data, in {} ms",
+            "wrote {} to {}{} in {} ms",
             BinaryBytes(self.bytes),
-            self.output,
-            BinaryBytes(self.data_bytes),
+            target::name(Path::new(&self.output)),
+            if self.attachment {
+                String::new()
+            } else {
+                format!(", {} of it data,", BinaryBytes(self.data_bytes))
+            },
             self.elapsed_ms
         )?;
         if self.unavailable_pages > 0 {
@@ -98,7 +107,8 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         )
         .into());
     }
-    let snapshot = Snapshot::open_path(&args.file)?;
+    target::refuse_source(&args.output, &args.file)?;
+    let snapshot = input::open(&args.file)?;
     let mut report = Report {
         file: args.file.display().to_string(),
         output: args.output.display().to_string(),
@@ -106,6 +116,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         data_bytes: 0,
         unavailable_pages: 0,
         elapsed_ms: 0,
+        attachment: args.attachment.is_some(),
     };
     if let Some(name) = &args.attachment {
         // Looked up first, so that a wrong name leaves no file.

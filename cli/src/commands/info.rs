@@ -7,11 +7,11 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 use serde::Serialize;
-use snapshot_format::Snapshot;
 
 use crate::args;
 use crate::exit::Exit;
 use crate::facts::Facts;
+use crate::input;
 use crate::output::{Output, count};
 
 /// Regions that are listed for people; a process tree has ten thousands.
@@ -48,7 +48,7 @@ struct Dictionary {
 }
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
-    let snapshot = Snapshot::open_path(&args.file)?;
+    let snapshot = input::open(&args.file)?;
     let report = Report {
         file: args.file.display().to_string(),
         facts: Facts::of(&snapshot)?,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 use clap_mangen::Man;
 use serde::Serialize;
@@ -50,10 +50,11 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
         let commands = root
             .get_subcommands()
             .filter(|command| !command.is_hide_set() && command.get_name() != "help");
-        std::iter::once(&root)
+        let pages: Vec<_> = std::iter::once(&root)
             .chain(commands)
-            .map(|command| write_page(command, folder))
-            .collect::<Result<_>>()?
+            .map(page)
+            .collect::<Result<_>>()?;
+        write_pages(pages, folder, args.force)?
     } else {
         let command = match &args.command {
             None => &root,
@@ -72,15 +73,23 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn write_page(command: &clap::Command, folder: &Path) -> Result<Page> {
-    let (name, text) = page(command)?;
-    let file = folder.join(format!("{name}.1"));
-    std::fs::write(&file, text).with_context(|| format!("{}: writing", file.display()))?;
-    Ok(Page {
-        name,
-        file: Some(file),
-        text: None,
-    })
+/// Writes pages, given by name and text. If one exists already, none is written without `force`.
+fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Result<Vec<Page>> {
+    let file = |name: &str| folder.join(format!("{name}.1"));
+    let mut files = pages.iter().map(|(name, _)| file(name));
+    if let Some(file) = files.find(|file| !force && file.symlink_metadata().is_ok()) {
+        bail!("{}: exists already; --force replaces it", file.display());
+    }
+    let write = |(name, text): (String, String)| {
+        let file = file(&name);
+        std::fs::write(&file, text).with_context(|| format!("{}: writing", file.display()))?;
+        Ok(Page {
+            name,
+            file: Some(file),
+            text: None,
+        })
+    };
+    pages.into_iter().map(write).collect()
 }
 
 /// The name of a command's page and its text.

@@ -5,14 +5,15 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{FileStore, VerifyOptions};
+use snapshot_format::{VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
+use crate::input;
 use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -30,6 +31,8 @@ pub(crate) struct Report {
     /// Problems beyond those listed.
     more_problems: u64,
     pub(crate) elapsed_ms: u64,
+    #[serde(skip)]
+    not_a_snapshot: bool,
 }
 
 #[derive(Serialize)]
@@ -49,7 +52,7 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
     let began = Instant::now();
     let file = args.file.display().to_string();
-    let store = FileStore::open(&args.file).with_context(|| format!("{file}: cannot be opened"))?;
+    let store = input::store(&args.file)?;
     let progress = Progress::bytes(output, "verifying", None);
     let mut options = VerifyOptions::default().progress(|at| {
         progress.set_total(at.pages * PAGE_SIZE_U64);
@@ -63,7 +66,13 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
     if let Some(threads) = args.threads {
         options = options.threads(threads);
     }
-    let found = snapshot_format::verify(Arc::new(store), options).with_context(|| file.clone())?;
+    let found = snapshot_format::verify(Arc::new(store), options).map_err(|error| match error {
+        // These name the file themselves, and decide the exit code.
+        VerifyError::Open(error) => anyhow::Error::from(error),
+        VerifyError::Read(error) => error.into(),
+        VerifyError::Frame(error) => error.into(),
+        other => anyhow::Error::from(other).context(file.clone()),
+    })?;
     drop(progress);
     Ok(Report {
         ok: found.ok(),
@@ -80,12 +89,16 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
             })
             .collect(),
         more_problems: found.more_problems,
+        not_a_snapshot: found.not_a_snapshot,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let (true, [problem]) = (self.not_a_snapshot, &self.problems[..]) {
+            return writeln!(f, "{}: {}", self.file, problem.detail);
+        }
         let found = self.problems.len() as u64 + self.more_problems;
         if self.ok {
             write!(f, "{}: good", self.file)?;

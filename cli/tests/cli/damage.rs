@@ -72,6 +72,60 @@ fn what_is_cut_off_or_no_snapshot_exits_3() {
 }
 
 #[test]
+fn what_is_no_snapshot_is_not_called_damaged() {
+    let folder = Folder::new();
+    folder.write("empty", b"");
+    std::fs::create_dir(folder.file("folder")).unwrap();
+    let text = run(&folder, &["verify", "empty"]).exits(3).text();
+    assert!(text.starts_with("empty: not a snapshot"), "{text}");
+    assert_eq!(text.matches("empty").count(), 1, "{text}");
+    for command in [
+        &["info"][..],
+        &["verify"],
+        &["restore"],
+        &["extract", "-o", "out"],
+    ] {
+        let run = run(&folder, &[command, &["folder"]].concat()).exits(1);
+        assert!(
+            run.err.starts_with("snaprestore: folder: is a folder"),
+            "{}",
+            run.err
+        );
+    }
+}
+
+#[test]
+fn what_only_a_newer_program_reads_exits_3() {
+    let folder = Folder::new();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/golden/v1/");
+    for (file, says) in [
+        ("bad-version-2.snap", "version 2"),
+        ("bad-required-feature.snap", "features"),
+    ] {
+        let path = format!("{golden}{file}");
+        for command in ["info", "verify", "restore"] {
+            run(&folder, &[command, &path]).exits(3).says(&[says]);
+        }
+    }
+}
+
+#[test]
+fn a_section_that_several_checks_read_is_told_once() {
+    let folder = Folder::new();
+    // A run of zero pages long enough to be listed.
+    let mut raw = crate::common::noise(8 * 4096);
+    raw.resize(4096 * 4096, 0);
+    folder.write("raw", &raw);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let mut bytes = folder.read("s");
+    let runs = crate::restore::section(&bytes, 3);
+    bytes[runs + 8] ^= 1;
+    folder.write("s", &bytes);
+    let report = run(&folder, &["verify", "s", "--json"]).exits(3).json();
+    assert_eq!(report["problems"].as_array().unwrap().len(), 1, "{report}");
+}
+
+#[test]
 fn a_missing_file_is_a_failed_operation() {
     let folder = Folder::new();
     for command in [&["info"][..], &["verify"], &["extract", "-o", "out"]] {

@@ -33,7 +33,13 @@ fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
     }
     run(&folder, &["verify", "kept"]).exits(0);
     // What is kept is not written over.
-    run(&folder, &args).exits(1).says(&["kept", "exists"]);
+    run(&folder, &args)
+        .exits(1)
+        .says(&["kept", "exists", "--force"]);
+    let before = folder.read("kept");
+    run(&folder, &[&args[..], &["--force"]].concat()).exits(0);
+    // Even a process that did the same would get a snapshot with another identity.
+    assert_ne!(folder.read("kept"), before);
     assert_eq!(folder.names(), ["kept"]);
 
     let report = run(&folder, &["demo", "--size", "24", "--json"])

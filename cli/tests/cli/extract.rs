@@ -1,6 +1,6 @@
 //! Which memory is taken out of a snapshot.
 
-use crate::common::{Folder, number, run};
+use crate::common::{Folder, Run, command, number, run};
 use crate::elf_core::{Core, Load};
 
 /// A snapshot `s` of three regions: pages of 1; of 2, with two unknown pages; of 3.
@@ -115,4 +115,58 @@ fn an_existing_file_stays_unless_forced() {
     .exits(0);
     assert!(folder.read("out") == vec![7; 8192]);
     assert_eq!(folder.names(), ["out", "raw", "s"]);
+}
+
+#[test]
+fn nothing_is_written_over_what_is_read() {
+    let folder = Folder::new();
+    folder.write("raw", &[7; 8192]);
+    folder.write("note", b"a note");
+    std::os::unix::fs::symlink("raw", folder.file("link")).unwrap();
+    let packed = ["create", "raw", "-o", "s", "--attach", "note=note"];
+    run(&folder, &packed).exits(0);
+    let before = folder.read("s");
+    let cases: &[&[&str]] = &[
+        &["create", "raw", "-o", "raw"],
+        &["create", "raw", "-o", "./link"],
+        &["create", "link", "-o", "raw"],
+        &["create", "raw", "-o", "note", "--attach", "n=note"],
+        &["create", "raw", "-o", "note", "--dictionary", "note"],
+        &["extract", "s", "-o", "s"],
+        &["extract", "s", "-o", "s", "--attachment", "note"],
+    ];
+    for args in cases {
+        for force in [&["--force"][..], &[]] {
+            let run = run(&folder, &[args, force].concat());
+            assert_eq!(run.code, Some(2), "{args:?}: {}", run.err);
+            assert!(run.err.contains("would be lost"), "{args:?}: {}", run.err);
+        }
+    }
+    let stdin = std::fs::File::open(folder.file("raw")).unwrap();
+    let mut piped = command(["create", "-", "-o", "raw", "-f"]);
+    Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(2);
+    assert_eq!(folder.names(), ["link", "note", "raw", "s"]);
+    assert_eq!(folder.read("raw"), [7; 8192]);
+    assert_eq!(folder.read("note"), b"a note");
+    assert_eq!(folder.read("s"), before);
+}
+
+#[test]
+fn an_attachment_goes_to_standard_output() {
+    let folder = Folder::new();
+    folder.write("raw", &[7; 8192]);
+    folder.write("note", b"a note");
+    let packed = ["create", "raw", "-o", "s", "--attach", "note=note"];
+    run(&folder, &packed).exits(0);
+    let told = run(
+        &folder,
+        &["extract", "s", "-o", "-", "--attachment", "note"],
+    )
+    .exits(0);
+    assert_eq!(told.out, b"a note");
+    assert!(
+        told.err.starts_with("wrote 6 B to standard output in "),
+        "{}",
+        told.err
+    );
 }

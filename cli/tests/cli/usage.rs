@@ -55,6 +55,12 @@ fn wrong_usage_exits_2_and_says_what_is_right() {
         (&["info"], "<FILE>"),
         (&["verify", "s", "--threads", "many"], "many"),
         (&["restore", "s", "--touch", "twice"], "twice"),
+        (
+            &["restore", "s", "--touch", "none", "--check", "raw"],
+            "--touch none touches none",
+        ),
+        (&["demo", "--force"], "--keep"),
+        (&["man", "--force"], "--output"),
         (&["restore", "s", "--prefetch", "some"], "some"),
         (&["completions", "cobol"], "cobol"),
         (&["man", "fetch"], "fetch"),
@@ -67,7 +73,13 @@ fn wrong_usage_exits_2_and_says_what_is_right() {
             "{args:?}: no {says:?} in {}",
             run.err
         );
-        assert!(run.out.is_empty(), "{args:?}: {}", run.text());
+        if args.contains(&"--json") {
+            let failure = run.json();
+            assert_eq!(failure["exit_code"], 2, "{failure}");
+            assert!(failure["error"].as_str().unwrap().contains(says));
+        } else {
+            assert!(run.out.is_empty(), "{args:?}: {}", run.text());
+        }
     }
     assert_eq!(folder.names(), ["note", "raw"]);
 }
@@ -77,6 +89,7 @@ fn help_documents_the_exit_codes() {
     let help = Run::of(&mut command(["--help"])).exits(0).text();
     for line in [
         "3  the file is damaged",
+        "\"exit_code\": N",
         "4  this machine does not permit it",
         "130",
     ] {
@@ -114,6 +127,66 @@ fn every_command_has_help_and_a_manual_page() {
         .iter()
         .any(|page| page["name"].as_str().unwrap().contains("owner"));
     assert!(!hidden, "{report}");
+}
+
+#[test]
+fn manual_pages_are_written_over_by_force_only() {
+    let folder = Folder::new();
+    folder.write("snaprestore-info.1", b"mine");
+    run(&folder, &["man", "-o", "."]).exits(1).says(&[
+        "snaprestore-info.1",
+        "exists already",
+        "--force",
+    ]);
+    assert_eq!(folder.names(), ["snaprestore-info.1"]);
+    assert_eq!(folder.read("snaprestore-info.1"), b"mine");
+    run(&folder, &["man", "-o", ".", "--force"]).exits(0);
+    assert_ne!(folder.read("snaprestore-info.1"), b"mine");
+}
+
+#[test]
+fn with_json_a_failure_is_an_object_too() {
+    let folder = Folder::new();
+    folder.write("text", b"hello");
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["info", "none", "--json"], 1, "No such file"),
+        (&["verify", "none", "--json"], 1, "No such file"),
+        (&["info", "text", "--json"], 3, "not a snapshot"),
+        (&["restore", "text", "--json"], 3, "not a snapshot"),
+        (&["create", "none", "-o", "s", "--json"], 1, "No such file"),
+        (
+            &["extract", "text", "-o", "r", "--json"],
+            3,
+            "not a snapshot",
+        ),
+        (&["fetch", "--json"], 2, "fetch"),
+        (&["info", "--json"], 2, "required"),
+    ];
+    for (args, code, says) in cases {
+        let run = run(&folder, args).exits(*code).says(&[says]);
+        let failure = run.json();
+        assert_eq!(failure["exit_code"], *code, "{args:?}");
+        let error = failure["error"].as_str().unwrap();
+        assert!(error.contains(says), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn standard_output_that_is_full_is_named() {
+    let folder = Folder::new();
+    folder.write("raw", &[1; 4096]);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let mut info = command(["info", "s"]);
+    info.current_dir(folder.path())
+        .stdout(full)
+        .stderr(Stdio::piped());
+    Run::of(&mut info)
+        .exits(1)
+        .says(&["standard output could not be written", "No space left"]);
 }
 
 #[test]

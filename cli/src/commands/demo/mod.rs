@@ -7,20 +7,20 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use nix::fcntl::OFlag;
 use serde::Serialize;
-use snaprestore_engine::sys::OpenOptions;
+use snaprestore_engine::sys::{OpenOptions, UserModeOnly};
 
 use self::owner::{Owner, Told};
 use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -48,7 +48,16 @@ struct Report {
 
 pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<Exit> {
     // If the end can't be reached, say so at the beginning.
-    OpenOptions::new().open()?;
+    let permitted = if args.user_mode_only {
+        UserModeOnly::IfNeeded
+    } else {
+        UserModeOnly::Never
+    };
+    OpenOptions::new()
+        .user_mode_only(permitted)
+        .open()
+        .map_err(|error| exit::name_the_remedies(error.into()))?;
+    let (target, snapshot) = destination(args)?;
     let step = |what: &str| {
         if output.shows_progress() {
             output.warn(what);
@@ -69,7 +78,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
     cancel.check()?;
     step("packing it while it lives ...");
     let reference = temporary_file()?;
-    let (snapshot, create) = pack(pid, args.keep.as_deref(), &reference, output, cancel)?;
+    let create = pack(pid, target, &reference, output, cancel)?;
     let after = match &mut owner {
         Some(owner) => Some(owner.ask(cancel)?),
         None => None,
@@ -117,30 +126,33 @@ struct Packed {
     _file: Option<File>,
 }
 
+/// Where the snapshot is to be written, and read from afterwards.
+fn destination(args: &args::Demo) -> Result<(Target, Packed)> {
+    if let Some(path) = &args.keep {
+        let packed = Packed {
+            path: path.clone(),
+            _file: None,
+        };
+        return Ok((Target::create(path, args.force)?, packed));
+    }
+    let file = temporary_file()?;
+    // The target is closed when it is written; this one stays, and is what the path names.
+    let open = file.try_clone().context("keeping a temporary file open")?;
+    let packed = Packed {
+        path: fd_path(&open),
+        _file: Some(open),
+    };
+    Ok((Target::Stream(file), packed))
+}
+
 /// Packs a process, and writes the same memory as it is to `reference`.
 fn pack(
     pid: i32,
-    keep: Option<&Path>,
+    target: Target,
     reference: &File,
     output: Output,
     cancel: &Cancel,
-) -> Result<(Packed, create::Report)> {
-    let (target, packed) = if let Some(path) = keep {
-        let packed = Packed {
-            path: path.to_owned(),
-            _file: None,
-        };
-        (Target::create(path, false)?, packed)
-    } else {
-        let file = temporary_file()?;
-        // The target is closed when it is written; this one stays, and is what the path names.
-        let open = file.try_clone().context("keeping a temporary file open")?;
-        let packed = Packed {
-            path: fd_path(&open),
-            _file: Some(open),
-        };
-        (Target::Stream(file), packed)
-    };
+) -> Result<create::Report> {
     let recipe = Recipe {
         level: 3,
         frame_bytes: 128 << 10,
@@ -164,12 +176,11 @@ fn pack(
     reference.set_len(bytes)?;
     let (target, written) = writer.finish(recipe.attachments)?;
     target.complete()?;
-    let report = create::Report {
+    Ok(create::Report {
         facts: create::facts(&written),
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
-    };
-    Ok((packed, report))
+    })
 }
 
 /// Sends memory to the snapshot, and to a plain file to compare with.

@@ -113,19 +113,38 @@ fn userfaultfd(probe: &Probe) -> Check {
     let name = "userfaultfd";
     match &probe.open {
         Ok(()) => good(name, "pages can be brought in when they are touched"),
-        Err(OpenError::NotPermitted { .. }) => missing(
-            name,
-            "not permitted to this process",
-            "as root: chgrp and chmod /dev/userfaultfd for the group that restores, or \
-             sysctl vm.unprivileged_userfaultfd=1, or run with CAP_SYS_PTRACE; in a container, \
-             let its system call filter pass userfaultfd",
-        ),
+        Err(error @ OpenError::NotPermitted { .. }) => {
+            let remedy = "as root: chgrp and chmod /dev/userfaultfd for the group that restores, \
+                          or sysctl vm.unprivileged_userfaultfd=1, or run with CAP_SYS_PTRACE; in \
+                          a container, let its system call filter pass userfaultfd";
+            if needs_user_mode_only(error) {
+                limited(
+                    name,
+                    "only with --user-mode-only: for memory that system calls and virtual CPUs \
+                     don't touch while it comes",
+                    format!("restore with --user-mode-only; without it: {remedy}"),
+                )
+            } else {
+                missing(name, "not permitted to this process", remedy)
+            }
+        }
         Err(error) => missing(
             name,
             error.to_string(),
             "needs a kernel with CONFIG_USERFAULTFD and what is listed here",
         ),
     }
+}
+
+/// Whether what is refused would be permitted with `--user-mode-only`.
+pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
+    matches!(
+        error,
+        OpenError::NotPermitted {
+            user_mode_only_would_do: true,
+            ..
+        }
+    )
 }
 
 /// Each way to a userfaultfd. None is needed if another works.
@@ -393,6 +412,22 @@ mod tests {
         assert_eq!(kernel.state, State::Missing);
         assert!(kernel.remedy.as_ref().unwrap().contains("5.7"));
         assert_eq!(find(&checks, "userfaultfd").state, State::Missing);
+    }
+
+    #[test]
+    fn where_user_mode_only_would_do_nothing_is_missing() {
+        let mut probe = Probe::take();
+        for (would_do, state) in [(true, State::Limited), (false, State::Missing)] {
+            probe.open = Err(OpenError::NotPermitted {
+                tried: Vec::new(),
+                user_mode_only_would_do: would_do,
+            });
+            let check = userfaultfd(&probe);
+            assert_eq!(check.state, state);
+            let remedy = check.remedy.unwrap();
+            assert_eq!(remedy.contains("--user-mode-only"), would_do, "{remedy}");
+            assert!(remedy.contains("vm.unprivileged_userfaultfd=1"), "{remedy}");
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@ use checks::{Check, State};
 struct Report {
     /// Whether memory can be restored lazily here.
     ok: bool,
+    /// It can, but only with `--user-mode-only`.
+    user_mode_only: bool,
     kernel: String,
     checks: Vec<Check>,
 }
@@ -24,8 +26,10 @@ pub(crate) fn run(output: Output) -> Result<Exit> {
     let probe = Probe::take();
     let checks = checks::all(&probe, &checks::Surroundings::look());
     let ok = checks.iter().all(|check| check.state != State::Missing);
+    let refused = probe.open.as_ref().err();
     output.report(&Report {
         ok,
+        user_mode_only: ok && refused.is_some_and(checks::needs_user_mode_only),
         kernel: probe.kernel_release.clone(),
         checks,
     })?;
@@ -48,7 +52,9 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "\n{}",
-            if self.ok {
+            if self.user_mode_only {
+                "Memory can be restored lazily here, but only with --user-mode-only."
+            } else if self.ok {
                 "Memory can be restored lazily here."
             } else {
                 "Memory cannot be restored lazily here; what is MISSING says what would permit it."

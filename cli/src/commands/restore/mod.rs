@@ -5,19 +5,18 @@ mod report;
 mod touch;
 
 use std::fs::File;
-use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
-use snaprestore_engine::sys::OpenError;
 use snapshot_format::Snapshot;
 use snapshot_format::layout::PAGE_SIZE_U64;
 
 use crate::args::{self, Touch};
-use crate::exit::Exit;
+use crate::exit::{self, Exit, Refusal};
+use crate::input;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -38,14 +37,23 @@ pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Resu
 
 /// Restores a snapshot and says how it went.
 pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Report> {
-    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
+    if args.check.is_some() && args.touch == Touch::None {
+        return Err(Refusal::Usage(
+            "--check compares pages when they are touched, and --touch none touches none; leave \
+             one of them out"
+                .into(),
+        )
+        .into());
+    }
+    let snapshot = Arc::new(input::open(&args.file)?);
     let pages = Pages::of(&snapshot)?;
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,
     };
     let began = Instant::now();
-    let restored = start(&snapshot, args).map_err(name_the_option)?;
+    let restored =
+        start(&snapshot, args, output).map_err(|error| exit::name_the_remedies(error.into()))?;
     let touched = match args.touch {
         Touch::None => None,
         order => {
@@ -102,7 +110,11 @@ fn open_raw(path: &Path, bytes: u64) -> Result<File> {
 }
 
 /// Maps the memory and starts to serve it.
-fn start(snapshot: &Arc<Snapshot>, args: &args::Restore) -> Result<Restored, StartError> {
+fn start(
+    snapshot: &Arc<Snapshot>,
+    args: &args::Restore,
+    output: Output,
+) -> Result<Restored, StartError> {
     let with = |on_failure| {
         restore::Restore::new(Arc::clone(snapshot))
             .fault_threads(args.threads)
@@ -117,32 +129,14 @@ fn start(snapshot: &Arc<Snapshot>, args: &args::Restore) -> Result<Restored, Sta
     };
     match with(OnFailure::Poison) {
         // Without poison a bad page can't be left behind: its toucher would wait for ever.
-        Err(StartError::NoPoison) => with(OnFailure::Ask(Arc::new(|failure| {
-            let _ = writeln!(
-                std::io::stderr(),
-                "snaprestore: {failure}; this kernel can't mark a page as bad (Linux 6.6 can), so \
-                 the restore ends here"
-            );
+        Err(StartError::NoPoison) => with(OnFailure::Ask(Arc::new(move |failure| {
+            output.fail(&anyhow!(
+                "{failure}; this kernel can't mark a page as bad (Linux 6.6 can), so the restore \
+                 ends here"
+            ));
             // A thread waits for this page: only the end of the process ends that.
             std::process::exit(Exit::Damaged as i32)
         }))),
         result => result,
-    }
-}
-
-/// Tells whom userfaultfd is denied about the option that does without, where it would.
-fn name_the_option(error: StartError) -> anyhow::Error {
-    let would_do = matches!(
-        error,
-        StartError::Userfaultfd(OpenError::NotPermitted {
-            user_mode_only_would_do: true,
-            ..
-        })
-    );
-    let error = anyhow::Error::from(error);
-    if would_do {
-        error.context("not permitted; with --user-mode-only this command needs no permission")
-    } else {
-        error
     }
 }

@@ -26,11 +26,16 @@ pub(crate) struct Report {
     map_us: u64,
     first_page_us: Option<u64>,
     touch_ms: Option<u64>,
+    /// When all memory was there; never, if pages are bad or unknown.
     complete_ms: Option<u64>,
+    /// Pages that were wanted and could not be had.
+    bad_pages: u64,
     faults: u64,
     fault_us: Percentiles,
     pages_copied: u64,
     pages_zeroed: u64,
+    /// Zero pages that the kernel serves itself.
+    pages_left_to_kernel: u64,
     prefetched_pages: u64,
     bytes_read: u64,
     bytes_decoded: u64,
@@ -71,6 +76,12 @@ impl Report {
     ) -> Self {
         let none = Touched::default();
         let found = touched.map_or(&none, |(touched, _)| touched);
+        let bad = bad_places(snapshot, failures, &found.bad);
+        let bad_pages = bad
+            .iter()
+            .flat_map(|bad| &bad.pages)
+            .map(|(first, last)| last - first + 1)
+            .sum();
         Self {
             file: snapshot.name().to_owned(),
             pages: snapshot.summary().pages,
@@ -78,7 +89,9 @@ impl Report {
             map_us: whole_micros(stats.mapped),
             first_page_us: found.first_page.map(whole_micros),
             touch_ms: touched.map(|(_, took)| whole_millis(took)),
-            complete_ms: stats.complete.map(whole_millis),
+            // To the engine a poisoned page is settled; to whoever wants the memory it is not.
+            complete_ms: stats.complete.filter(|_| bad_pages == 0).map(whole_millis),
+            bad_pages,
             faults: stats.faults,
             fault_us: Percentiles {
                 p50: micros(stats.fault_time.p50),
@@ -91,19 +104,36 @@ impl Report {
                 .map(|pages| pages.copied + pages.filled)
                 .sum(),
             pages_zeroed: stats.demand.zeroed + stats.prefetch.zeroed,
+            pages_left_to_kernel: stats.left_to_kernel,
             prefetched_pages: stats.prefetch.copied + stats.prefetch.filled + stats.prefetch.zeroed,
             bytes_read: stats.bytes_read,
             bytes_decoded: stats.bytes_decoded,
             checked_pages: found.checked_pages,
             mismatches: found.mismatches,
             mismatched: found.mismatched.clone(),
-            failures: bad_places(snapshot, failures, &found.bad),
+            failures: bad,
         }
     }
 
     /// Pages whose content the snapshot knows.
     pub(crate) fn known_pages(&self) -> u64 {
         self.pages - self.unavailable_pages
+    }
+
+    /// The numbers of pages that differed, as far as they are remembered.
+    fn listed(&self) -> String {
+        let numbers: Vec<_> = self.mismatched.iter().map(u64::to_string).collect();
+        let noun = if self.mismatches == 1 {
+            "page"
+        } else {
+            "pages"
+        };
+        let more = if self.mismatches > numbers.len() as u64 {
+            ", ..."
+        } else {
+            ""
+        };
+        format!("{noun} {}{more}", numbers.join(", "))
     }
 
     /// A damaged file is worse than an operation that failed.
@@ -129,7 +159,10 @@ fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec
         let damaged = failure.kind == FailureKind::Damaged;
         places
             .entry(failure.offset)
-            .or_insert_with(|| (Vec::new(), damaged, failure.detail.clone()))
+            .or_insert_with(|| {
+                let detail = without_place(&failure.detail, &failure.file, failure.offset);
+                (Vec::new(), damaged, detail)
+            })
             .0
             .push(failure.page);
     }
@@ -167,8 +200,21 @@ fn blame(snapshot: &Snapshot, page: u64) -> (Option<u64>, bool, String) {
                 ReadError::Damaged { offset, .. } | ReadError::Io { offset, .. } => Some(*offset),
                 _ => None,
             };
-            (offset, error.is_damage(), error.to_string())
+            let detail = without_place(&error.to_string(), snapshot.name(), offset);
+            (offset, error.is_damage(), detail)
         }
+    }
+}
+
+/// An error's text without file and offset, which the report gives beside it.
+fn without_place(text: &str, file: &str, offset: Option<u64>) -> String {
+    let rest = text
+        .strip_prefix(file)
+        .and_then(|rest| rest.strip_prefix(": "));
+    let text = rest.unwrap_or(text);
+    match offset {
+        Some(offset) => text.replacen(&format!(" at byte {offset}:"), ":", 1),
+        None => text.to_owned(),
     }
 }
 
@@ -214,6 +260,11 @@ impl fmt::Display for Report {
         }
         match self.complete_ms {
             Some(complete) => writeln!(f, "complete    after {} ms", HumanCount(complete))?,
+            None if self.bad_pages > 0 => writeln!(
+                f,
+                "complete    but for {}",
+                count(self.bad_pages, "bad page")
+            )?,
             None if self.touch_ms.is_some() && self.unavailable_pages > 0 => writeln!(
                 f,
                 "complete    but for {} whose contents are not known",
@@ -221,21 +272,24 @@ impl fmt::Display for Report {
             )?,
             None => writeln!(f, "complete    no: not every page was asked for")?,
         }
+        if self.faults > 0 {
+            writeln!(
+                f,
+                "faults      {}; {} us at p50, {} p90, {} p99, {} at most",
+                HumanCount(self.faults),
+                self.fault_us.p50,
+                self.fault_us.p90,
+                self.fault_us.p99,
+                self.fault_us.max
+            )?;
+        }
         writeln!(
             f,
-            "faults      {}; {} us at p50, {} p90, {} p99, {} at most",
-            HumanCount(self.faults),
-            self.fault_us.p50,
-            self.fault_us.p90,
-            self.fault_us.p99,
-            self.fault_us.max
-        )?;
-        writeln!(
-            f,
-            "installed   {} copied, {} zeroed; {} of them by prefetch",
+            "installed   {} copied, {} zeroed, {} of them by prefetch; {} left to the kernel",
             count(self.pages_copied, "page"),
             HumanCount(self.pages_zeroed),
-            HumanCount(self.prefetched_pages)
+            HumanCount(self.prefetched_pages),
+            count(self.pages_left_to_kernel, "zero page")
         )?;
         writeln!(
             f,
@@ -250,11 +304,7 @@ impl fmt::Display for Report {
                 count(self.checked_pages, "page"),
                 match self.mismatches {
                     0 => "all equal".to_owned(),
-                    differ => format!(
-                        "{} DIFFER, the first with the numbers {:?}",
-                        HumanCount(differ),
-                        self.mismatched
-                    ),
+                    differ => format!("{} DIFFER: {}", HumanCount(differ), self.listed()),
                 }
             )?;
         }
@@ -302,6 +352,19 @@ mod tests {
     fn pages_are_told_in_runs() {
         assert_eq!(runs(vec![]), []);
         assert_eq!(runs(vec![5, 3, 4, 4, 9]), [(3, 5), (9, 9)]);
+    }
+
+    #[test]
+    fn a_place_is_told_once() {
+        let told = |text, offset| without_place(text, "s: t", offset);
+        assert_eq!(
+            told("s: t: damaged frame at byte 40: wrong", Some(40)),
+            "damaged frame: wrong"
+        );
+        assert_eq!(
+            told("its frame could not be restored", Some(40)),
+            "its frame could not be restored"
+        );
     }
 
     #[test]
