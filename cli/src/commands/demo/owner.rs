@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use serde::Serialize;
@@ -125,6 +126,9 @@ pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
     cancel.end_at_once();
     // Whatever ends the other half ends this one, also while it loads.
     prctl::set_pdeathsig(Signal::SIGKILL).context("tying this process to its parent")?;
+    if asker_is_gone() {
+        return Ok(Exit::Done);
+    }
     let mut library = Library::default();
     library.load(u64::from(args.size) << 20);
     let rounds = Arc::new(AtomicU64::new(0));
@@ -148,6 +152,14 @@ pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
         writeln!(io::stdout(), "{told}")?;
     }
     Ok(Exit::Done)
+}
+
+/// Whether the other half ended before this one was tied to it: nobody writes questions then.
+fn asker_is_gone() -> bool {
+    let questions = io::stdin();
+    let mut fds = [PollFd::new(questions.as_fd(), PollFlags::empty())];
+    let hung_up = |fd: &PollFd<'_>| fd.revents().is_some_and(|e| e.contains(PollFlags::POLLHUP));
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|_| hung_up(&fds[0]))
 }
 
 impl Library {
