@@ -144,7 +144,7 @@ pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
         // A userfaultfd that had to be repaired has nothing to read yet.
         match uffd.read(ring, &mut messages).expect("read") {
             ReadOutcome::Empty => {}
-            outcome => {
+            outcome @ ReadOutcome::Messages(_) => {
                 assert_eq!(outcome, ReadOutcome::Messages(messages.len()));
                 return messages;
             }
