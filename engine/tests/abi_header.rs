@@ -4,14 +4,11 @@
 //! A distribution's header is often older than its kernel (Debian 12 has that of Linux 6.1): what the header doesn't define
 //! can't be compared, is counted aloud, and must be among what is known to be newer.
 
-#![allow(
-    clippy::print_stdout,
-    reason = "a skipped test and what it could not compare are said aloud"
-)]
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use snaprestore_fixtures::host::{skipped, told};
 
 /// Everything that came after the header of Linux 6.1.
 const NEWER_THAN_6_1: &[&str] = &[
@@ -83,10 +80,10 @@ fn host() -> String {
 #[test]
 fn the_abi_is_that_of_this_systems_header() {
     let (Some(macros), Some(text)) = (preprocess(&["-dM"]), preprocess(&[])) else {
-        println!(
-            "SKIPPED the_abi_is_that_of_this_systems_header: no cc, or no linux/userfaultfd.h"
+        return skipped(
+            "the_abi_is_that_of_this_systems_header",
+            &"no cc, or no linux/userfaultfd.h",
         );
-        return;
     };
     let defined: BTreeSet<String> = macros
         .lines()
@@ -109,7 +106,9 @@ fn the_abi_is_that_of_this_systems_header() {
     let absent: Vec<&str> = names
         .filter(|name| !defined.contains(*name) && !has_struct(name))
         .collect();
-    println!("not in this system's header, so not compared: {absent:?}");
+    told(&format_args!(
+        "not in this system's header, so not compared: {absent:?}"
+    ));
     for name in &absent {
         assert!(
             NEWER_THAN_6_1.contains(name),
@@ -174,7 +173,9 @@ fn the_abi_is_that_of_this_systems_header() {
     let passed: u32 = passed
         .and_then(|number| number.parse().ok())
         .expect(&report);
-    println!("{passed} comparisons with this system's header");
+    told(&format_args!(
+        "{passed} comparisons with this system's header"
+    ));
     // The header of 6.1 gives 197 of them; many fewer would mean that the generator no longer sees the file.
     assert!(passed >= 190, "{report}");
 }

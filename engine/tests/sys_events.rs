@@ -1,7 +1,6 @@
 //! Messages and waiting, against the running kernel.
 
 #![allow(unsafe_code, reason = "a test that touches memory under restore")]
-#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod sys_support;
 
@@ -14,6 +13,7 @@ use snaprestore_engine::sys::{
     AdoptError, Features, Installed, Ioctls, Message, Modes, OpenOptions, Presence, ReadError,
     ReadOutcome, Ready, Unregistered, Userfaultfd, Waiting, Wake,
 };
+use snaprestore_fixtures::host::skipped;
 use sys_support::{
     Child, Ended, PAGE, PATIENCE, Scene, eventually, madvise, messages, munmap, page, peek,
     peeking, pointer,
@@ -594,7 +594,7 @@ fn only_a_negotiated_userfaultfd_is_adopted_and_made_non_blocking() {
 fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
     let options = OpenOptions::new().required(Features::EVENTS | Features::EVENT_FORK);
     if let Err(error) = options.open() {
-        return println!("SKIPPED a_fork_brings_a_userfaultfd_for_the_childs_memory: {error}");
+        return skipped("a_fork_brings_a_userfaultfd_for_the_childs_memory", &error);
     }
     // In a process of its own: fork copies every registered memory of a process, and other tests
     // have some.
@@ -640,7 +640,10 @@ fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
 fn without_a_free_descriptor_a_fork_message_stays_pending() {
     let options = OpenOptions::new().required(Features::EVENTS | Features::EVENT_FORK);
     if let Err(error) = options.open() {
-        return println!("SKIPPED without_a_free_descriptor_a_fork_message_stays_pending: {error}");
+        return skipped(
+            "without_a_free_descriptor_a_fork_message_stays_pending",
+            &error,
+        );
     }
     let result = Child::start(move || {
         let Scene {

@@ -1,17 +1,18 @@
 //! Every install and its outcomes, against the running kernel.
 
 #![allow(unsafe_code, reason = "a test that touches memory under restore")]
-#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod sys_support;
 
-use std::sync::Arc;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion, Scratch, first_populated};
 use snaprestore_engine::sys::{
     Features, InstallError, Installed, Ioctls, Message, Modes, MoveHoles, OpenOptions, Presence,
-    Protected, ReadFault, Userfaultfd, Wake, read_checked,
+    Probe, Protected, ReadFault, Userfaultfd, Wake, read_checked,
 };
+use snaprestore_fixtures::host::skipped;
 use sys_support::{Child, Ended, PAGE, Scene, eventually, madvise, page, peek, peeking, poke};
 
 fn errno(error: &InstallError) -> Option<i32> {
@@ -396,7 +397,7 @@ fn continue_installs_what_the_file_holds() {
     let options = OpenOptions::new().required(Features::MINOR_SHMEM);
     let uffd = match options.open() {
         Ok(uffd) => uffd,
-        Err(error) => return println!("SKIPPED continue_installs_what_the_file_holds: {error}"),
+        Err(error) => return skipped("continue_installs_what_the_file_holds", &error),
     };
     let file = nix_memfd(4 * 4096);
     let map = || {
@@ -671,15 +672,68 @@ fn hidden_ioctls_are_refused_as_by_a_kernel_without_them() {
     );
 }
 
+/// The machine has one pool of huge pages, and tests that need it empty and filled.
+fn turn_at_the_pool() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the pool of 2 MiB pages has none and gets none; and how many of its pages are to be had.
+fn pool() -> (bool, u64) {
+    let pools = Probe::take().huge_pools;
+    let pool = pools.iter().find(|pool| pool.page_size == 2 << 20);
+    pool.map_or((false, 0), |pool| {
+        let empty = pool.total == 0 && pool.overcommit == 0;
+        (empty, pool.free - pool.reserved)
+    })
+}
+
+const POOL_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Pages that a test put into the pool, taken out again when it ends.
+struct Reserved {
+    before: String,
+}
+
+impl Reserved {
+    /// Sees to it that the pool has `pages` free ones, by adding as many if it has fewer. Only root may, and only with
+    /// memory that is not in pieces.
+    fn at_least(pages: u64) -> Result<Option<Self>, String> {
+        let (_, free) = pool();
+        if free >= pages {
+            return Ok(None);
+        }
+        let failed = |error: &dyn Display| format!("{POOL_PAGES}: {error}");
+        let before = std::fs::read_to_string(POOL_PAGES).map_err(|error| failed(&error))?;
+        let there: u64 = before.trim().parse().map_err(|error| failed(&error))?;
+        std::fs::write(POOL_PAGES, (there + pages).to_string()).map_err(|error| failed(&error))?;
+        let reserved = Self { before };
+        if pool().1 < pages {
+            return Err(format!(
+                "{POOL_PAGES}: the kernel finds no {pages} free pages"
+            ));
+        }
+        Ok(Some(reserved))
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // A page that is still mapped goes when it is unmapped.
+        let _ = std::fs::write(POOL_PAGES, self.before.trim());
+    }
+}
+
 /// Linux 6.18 answers EEXIST when it can't get a huge page, although the page is absent; kernels before say ENOMEM. Taken for
 /// "present", that would be a fault that comes back for ever.
 #[test]
 fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
-    let pools = snaprestore_engine::sys::Probe::take().huge_pools;
-    let pool = pools.iter().find(|pool| pool.page_size == 2 << 20);
-    if !pool.is_some_and(|pool| pool.total == 0 && pool.overcommit == 0) {
-        return println!(
-            "SKIPPED an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page: needs an empty pool of 2 MiB pages"
+    let _turn = turn_at_the_pool();
+    let (empty, _) = pool();
+    if !empty {
+        return skipped(
+            "an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page",
+            &"needs an empty pool of 2 MiB pages",
         );
     }
     let uffd = OpenOptions::new().open().unwrap();
@@ -701,15 +755,14 @@ fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
 
 #[test]
 fn lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage() {
-    let pools = snaprestore_engine::sys::Probe::take().huge_pools;
-    if !pools
-        .iter()
-        .any(|pool| pool.page_size == 2 << 20 && pool.free > 1)
-    {
-        return println!(
-            "SKIPPED lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage: needs vm.nr_hugepages of 2 or more"
-        );
-    }
+    let _turn = turn_at_the_pool();
+    let _reserved = match Reserved::at_least(2) {
+        Ok(reserved) => reserved,
+        Err(why) => {
+            let test = "lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage";
+            return skipped(test, &format_args!("needs two huge pages: {why}"));
+        }
+    };
     let uffd = OpenOptions::new().open().unwrap();
     let mapping = MappingOptions::new().huge_pool(true).map(4 << 20).unwrap();
     let region = RawRegion::owned(Arc::new(mapping));

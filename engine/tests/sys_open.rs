@@ -1,7 +1,6 @@
 //! Access, negotiation, masks, and what a probe of the machine says.
 
 #![allow(unsafe_code, reason = "a child process gives up its privileges")]
-#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod sys_support;
 
@@ -10,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use snaprestore_engine::sys::{
     Access, Features, Ioctls, KernelVersion, Mask, OpenError, OpenOptions, Probe, UserModeOnly,
 };
+use snaprestore_fixtures::host::skipped;
 use sys_support::{Child, Ended};
 
 /// The kernel that the newest feature came with, if this one has it.
@@ -45,14 +45,15 @@ fn a_new_userfaultfd_has_the_events_and_is_close_on_exec_and_non_blocking() {
 
 #[test]
 fn both_ways_lead_to_the_same_features() {
-    let mut found = Vec::new();
+    let (mut found, mut closed) = (Vec::new(), Vec::new());
     for access in [Access::Device, Access::Syscall] {
         match OpenOptions::new().access(access).open() {
             Ok(uffd) => found.push(uffd.available()),
-            Err(error) => {
-                println!("SKIPPED both_ways_lead_to_the_same_features ({access}): {error}");
-            }
+            Err(error) => closed.push(format!("{access}: {error}")),
         }
+    }
+    if !closed.is_empty() {
+        return skipped("both_ways_lead_to_the_same_features", &closed.join("; "));
     }
     assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{found:?}");
 }
@@ -87,8 +88,9 @@ fn wanted_features_are_enabled_where_there_are_any_and_required_ones_fail_by_nam
 #[test]
 fn every_kernel_since_the_minimum_can_be_imitated() {
     let Some(all) = everything() else {
-        return println!(
-            "SKIPPED every_kernel_since_the_minimum_can_be_imitated: this kernel lacks features itself"
+        return skipped(
+            "every_kernel_since_the_minimum_can_be_imitated",
+            &"this kernel lacks features itself",
         );
     };
     let versions = Features::KNOWN.iter().map(|entry| entry.since);
@@ -194,7 +196,7 @@ fn can_drop_privileges(test: &str) -> bool {
     let root = unsafe { libc::geteuid() } == 0;
     let open_to_all = Probe::take().unprivileged_userfaultfd == Some(true);
     if !root || open_to_all {
-        println!("SKIPPED {test}: needs root, and vm.unprivileged_userfaultfd=0");
+        skipped(test, &"needs root, and vm.unprivileged_userfaultfd=0");
     }
     root && !open_to_all
 }

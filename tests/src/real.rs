@@ -6,14 +6,14 @@ use std::path::Path;
 
 use snaprestore_engine::sys::{OpenError, OpenOptions};
 use snaprestore_fixtures::guest::{self, GuestImage};
-use snaprestore_fixtures::host::{Unavailable, find_program, skipped};
+use snaprestore_fixtures::host::{find_program, skipped};
 use snaprestore_fixtures::live::Live;
 
 use crate::compare::{PAGE, bytes_at};
 
 /// Says that a test can't run here and counts as skipped.
 pub fn skip(test: &str, why: &str) {
-    skipped(test, &Unavailable { why: why.into() });
+    skipped(test, &why);
 }
 
 /// The memory of a real guest. `None` only on a machine that truly can't make it, which has been

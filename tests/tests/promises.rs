@@ -34,10 +34,12 @@ fn sources(place: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether a file has a test of this name: a function under `#[test]`
-///.
+/// Whether a file has a test of this name: a function under `#[test]`, or a fuzz target.
 fn has_test(source: &Path, name: &str) -> bool {
     let text = fs::read_to_string(source).unwrap();
+    if name == "fuzz_target!" {
+        return text.lines().any(|line| line.starts_with("fuzz_target!("));
+    }
     let function = format!("fn {name}(");
     let lines: Vec<&str> = text.lines().map(str::trim_start).collect();
     lines.iter().enumerate().any(|(at, line)| {

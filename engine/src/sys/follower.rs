@@ -151,11 +151,11 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::print_stdout, reason = "a test that can't run says so")]
     fn a_thread_that_is_bound_elsewhere_stays() {
         let all = cores();
         let [first, .., last] = all[..] else {
-            return println!("SKIPPED a_thread_that_is_bound_elsewhere_stays: it needs two cores");
+            let test = "a_thread_that_is_bound_elsewhere_stays";
+            return snaprestore_fixtures::host::skipped(test, &"it needs two cores");
         };
         let (bound, end) = waiting_on(vec![first]);
         assert!(bind(&[last]));

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{Prefetch, Restore, Restored};
+use snaprestore_fixtures::host::told;
 use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{
@@ -131,7 +132,10 @@ fn fault_times_with_a_slow_store() {
             assert!(peek(address(&restored, page)) == source(&bytes, page));
         }
         let time = restored.stats().fault_time;
-        println!("10 ms a read, prefetch {prefetch:?}: {time:?}");
+        told(&format_args!(
+            "demand, 10 ms a read, prefetch {prefetch:?}: p50 {:?}, p99 {:?}, longest {:?} of {} faults",
+            time.p50, time.p99, time.max, time.count
+        ));
         assert!(time.count > 0);
     }
 }

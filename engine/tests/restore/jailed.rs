@@ -1,6 +1,7 @@
 //! Restores where little of the machine is to be seen: without `/proc`, and in a process that is not dumpable.
 
 use snaprestore_engine::restore::{Prefetch, Restore, StartError};
+use snaprestore_fixtures::host::skipped;
 
 use crate::common::{compare, in_child, open, pack, random_bytes};
 use crate::owner::own;
@@ -38,7 +39,7 @@ fn is_root(test: &str) -> bool {
     // SAFETY: geteuid takes nothing and can't fail.
     let root = unsafe { libc::geteuid() } == 0;
     if !root {
-        println!("SKIPPED {test}: it needs root, to give up what root may do");
+        skipped(test, &"it needs root, to give up what root may do");
     }
     root
 }

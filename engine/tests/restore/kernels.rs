@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use snaprestore_engine::restore::{OnFailure, Prefetch, ReadAtError, Restore, StartError};
 use snaprestore_engine::sys::{Features, KernelVersion, Mask};
+use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
 
 use crate::common::{
@@ -65,7 +66,6 @@ fn a_kernel_without_events_is_refused() {
 /// call gets EFAULT where it would have to wait, and `read_at` reads all that can be read.
 #[test]
 fn user_mode_only_is_asked_for() {
-    let device = std::path::Path::new("/dev/userfaultfd");
     let said = in_child(|| {
         // SAFETY: none of these touches memory. A user who is nobody has no right to the device, and none to the system call
         // but for user code, unless the machine gives it to all.
@@ -148,9 +148,9 @@ fn user_mode_only_is_asked_for() {
     })
     .expect_success();
     if said.contains("every user may") {
-        println!(
-            "SKIPPED user_mode_only_is_asked_for: every user may open {}",
-            device.display()
+        skipped(
+            "user_mode_only_is_asked_for",
+            &"every user may use userfaultfd on this machine",
         );
     } else {
         assert!(said.contains("user code was served"), "{said}");

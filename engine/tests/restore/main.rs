@@ -7,10 +7,7 @@
     unsafe_code,
     reason = "the owner of restored memory touches it through raw pointers"
 )]
-#![allow(
-    clippy::print_stdout,
-    reason = "what was measured, what was skipped, and what children report"
-)]
+#![allow(clippy::print_stdout, reason = "what children report")]
 #![allow(
     clippy::cast_possible_truncation,
     reason = "lengths of small test memory on 64-bit machines"

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
+use snaprestore_fixtures::host::skipped;
 
 use crate::common::{
     PAGE, address, compare, in_child, open, pack, peek, poke, random_bytes, source, wait_until,
@@ -328,7 +329,10 @@ fn huge_pages_give_no_memory_to_holes() {
     })
     .expect_success();
     if said.contains("no huge page was made") {
-        println!("SKIPPED huge_pages_give_no_memory_to_holes: this kernel made no huge page");
+        skipped(
+            "huge_pages_give_no_memory_to_holes",
+            &"this kernel made no huge page",
+        );
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_fixtures::host::told;
 use snaprestore_fixtures::images::{Mix, SplitMix};
 use snapshot_format::Snapshot;
 
@@ -330,7 +331,9 @@ fn watch(progress: &[Progress], longest: Duration, ended: &AtomicBool) {
                 *last = (steps, Instant::now());
             }
             if last.1.elapsed() > longest {
-                println!("owner {number} made no progress for {longest:?} after {steps} steps");
+                told(&format_args!(
+                    "owner {number} made no progress for {longest:?} after {steps} steps"
+                ));
                 std::process::abort();
             }
         }
@@ -375,10 +378,10 @@ fn every_page_is_what_its_owner_expects() {
         }
         drop(end_watch);
         watcher.join().unwrap();
-        println!(
-            "{fault_threads} fault threads, {:?}: {counts:?}",
+        told(&format_args!(
+            "soak, {fault_threads} fault threads, {:?}: {counts:?}",
             begun.elapsed()
-        );
+        ));
         let wanted = |a_minute: u64| a_minute * duration.as_secs() / 60;
         assert!(counts.discards.load(Relaxed) >= wanted(DISCARDS_A_MINUTE));
         assert!(counts.discards_of_absent.load(Relaxed) >= wanted(ABSENT_A_MINUTE));

@@ -12,6 +12,7 @@ use snaprestore_fixtures::images::SplitMix;
 use snaprestore_fuzz::{Eager, Found, mutate, only_damage, open, watched};
 use snapshot_format::layout::PAGE_SIZE;
 use snapshot_format::{Region, Snapshot, Top};
+use std::io::Write as _;
 use std::sync::Arc;
 
 /// Pages of a snapshot that is restored: 32 MiB.
@@ -121,7 +122,7 @@ fn compare(restored: &Restored, eager: &mut Eager<'_>, index: usize, region: &Re
 
 /// Ends the process without the fuzzer taking it for a crash.
 fn skipped(reason: &StartError) -> ! {
-    println!("SKIPPED fuzz restore: {reason}");
+    let _ = writeln!(std::io::stdout(), "SKIPPED fuzz restore: {reason}");
     // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could be unsound.
     unsafe { libc::_exit(0) }
 }

@@ -145,7 +145,8 @@ fn segments(elf: &File) -> Vec<Segment> {
 
 #[test]
 fn a_dumped_guest_comes_back_byte_for_byte() {
-    let Some(image) = guest("a_dumped_guest_comes_back_byte_for_byte") else {
+    let name = "a_dumped_guest_comes_back_byte_for_byte";
+    let Some(image) = guest(name) else {
         return;
     };
     let _turn = one_at_a_time();
@@ -227,6 +228,18 @@ fn a_dumped_guest_comes_back_byte_for_byte() {
         }
     }
     assert!(compared + (PC_WINDOW.end - PC_WINDOW.start) >= raw_bytes);
+
+    // What was compared byte by byte is what a restore of the dump gives.
+    if can_restore(name) {
+        let report = done([
+            "restore".as_ref(),
+            snapshot.as_os_str(),
+            "--check".as_ref(),
+            out.as_os_str(),
+        ]);
+        assert_eq!(number(&report, "mismatches"), 0, "{report}");
+        assert_eq!(number(&report, "checked_pages") * 4096, dumped, "{report}");
+    }
     for file in [&snapshot, &out] {
         std::fs::remove_file(file).unwrap();
     }
@@ -244,7 +257,10 @@ fn a_guest_is_restored_in_every_order() {
     for (touch, prefetch, threads, touchers) in [
         ("sequential", "off", "1", "1"),
         ("sequential", "all", "1", "1"),
+        ("sequential", "off", "4", "4"),
+        ("sequential", "all", "4", "4"),
         ("random", "off", "1", "1"),
+        ("random", "all", "1", "1"),
         ("random", "off", "4", "4"),
         ("random", "all", "4", "4"),
         ("random", "working-set", "2", "1"),

@@ -10,4 +10,5 @@ mod guest;
 mod killed;
 mod lazily;
 mod live;
+mod memory;
 mod outcomes;
