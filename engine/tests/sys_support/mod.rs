@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use snaprestore_engine::mem::{Mapping, RawRegion, Ring};
 use snaprestore_engine::sys::{
-    Features, Message, Modes, OpenOptions, ReadOutcome, Userfaultfd, Waiting,
+    Features, InstallError, Message, Modes, OpenOptions, ReadOutcome, Userfaultfd, Waiting,
 };
 
 pub const PAGE: u64 = 4096;
@@ -149,6 +149,14 @@ pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
                 return messages;
             }
         }
+    }
+}
+
+/// What the kernel refused an install with.
+pub fn errno(error: &InstallError) -> Option<i32> {
+    match error {
+        InstallError::Refused { source, .. } => source.raw_os_error(),
+        _ => None,
     }
 }
 
