@@ -1,39 +1,22 @@
 //! Frames: pages that are stored and decoded together.
-//!
-//! ```text
-//! decode(frame, out):
-//!     read the whole record into this thread's buffer         one read
-//!     CRC-32 of the record = the one that the index recorded  before any byte of it is believed
-//!     header agrees with the index; lengths add up
-//!     page list: slots within the frame, pages within the snapshot, at most 4 pages a slot
-//!     payload -> out, exactly slots * 4096 bytes
-//! ```
-//!
-//! Nothing on this path allocates: the record buffer and the decompressor live as long as the
-//! [`FrameDecoder`], a dictionary is prepared once per snapshot.
-
-use std::borrow::Cow;
-use std::fmt;
 
 use zerocopy::FromBytes;
 
-use crate::error::{Defect, FrameError};
+use crate::error::Defect;
 use crate::index::{Body, check_layer, records};
 use crate::layout::{
     self, FRAME_MAGIC, FrameHeader, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS,
     MAX_LISTED_PAGES_PER_SLOT, MIN_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun, codec,
 };
-use crate::snapshot::Snapshot;
-use crate::store::Reason;
 
 /// Where a frame lies and how to read it, checked against the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrameRef {
-    offset: u64,
-    stored_len: u32,
-    crc: u32,
-    slots: u16,
-    codec: Codec,
+    pub(crate) offset: u64,
+    pub(crate) stored_len: u32,
+    pub(crate) crc: u32,
+    pub(crate) slots: u16,
+    pub(crate) codec: Codec,
 }
 
 /// How a frame's payload is stored.
@@ -172,126 +155,18 @@ impl<'a> ListedPages<'a> {
     }
 }
 
-/// Reads and decodes frames. One for each thread; allocates all it needs when it is made.
-pub struct FrameDecoder {
-    record: Box<[u8]>,
-    context: zstd_safe::DCtx<'static>,
-}
-
-impl Default for FrameDecoder {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl fmt::Debug for FrameDecoder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FrameDecoder").finish_non_exhaustive()
-    }
-}
-
-impl FrameDecoder {
-    /// Allocates a buffer for the largest frame record, and a decompressor.
-    pub fn new() -> Self {
-        Self {
-            record: vec![0; MAX_FRAME_RECORD_BYTES].into(),
-            context: zstd_safe::DCtx::create(),
-        }
-    }
-
-    /// Reads, checks and decodes `frame` into `out`, which has exactly
-    /// [`FrameRef::decoded_len`] bytes. On an error the content of `out` means nothing.
-    ///
-    /// Allocates nothing once the frame's dictionary is prepared, which [`Snapshot::prepare`] does
-    /// for all of them.
-    pub fn decode<'a>(
-        &'a mut self,
-        snapshot: &Snapshot,
-        frame: &FrameRef,
-        reason: Reason,
-        out: &mut [u8],
-    ) -> Result<ListedPages<'a>, FrameError> {
-        if out.len() != frame.decoded_len() {
-            return Err(FrameError::Buffer {
-                offset: frame.offset,
-                expected: frame.decoded_len(),
-                actual: out.len(),
-            });
-        }
-        let damaged = |defect| FrameError::Damaged {
-            file: snapshot.name().to_owned(),
-            offset: frame.offset,
-            defect,
-        };
-        // `FrameRef::check` has held the length against the size of the buffer.
-        let record = &mut self.record[..frame.stored_len as usize];
-        snapshot
-            .store()
-            .read_exact_at(record, frame.offset, reason)
-            .map_err(|source| FrameError::Io {
-                file: snapshot.name().to_owned(),
-                offset: frame.offset,
-                len: frame.stored_len.into(),
-                source,
-            })?;
-        let computed = crc32fast::hash(record);
-        if computed != frame.crc {
-            return Err(damaged(Defect::Checksum {
-                stored: frame.crc,
-                computed,
-            }));
-        }
-        let parts = Parts::check(record, frame, snapshot.page_slots()).map_err(damaged)?;
-        let decoded = match frame.codec {
-            Codec::Raw => {
-                out.copy_from_slice(parts.payload);
-                Ok(out.len())
-            }
-            Codec::Zstd => self.context.decompress(out, parts.payload),
-            Codec::ZstdDictionary(number) => {
-                let dictionary =
-                    snapshot
-                        .dictionary(number)
-                        .map_err(|source| FrameError::Dictionary {
-                            offset: frame.offset,
-                            source: Box::new(source),
-                        })?;
-                self.context
-                    .decompress_using_ddict(out, parts.payload, dictionary)
-            }
-        };
-        match decoded {
-            Ok(len) if len == out.len() => Ok(ListedPages {
-                base_page: parts.base_page,
-                runs: parts.runs,
-            }),
-            Ok(len) => Err(damaged(Defect::value(
-                "decoded length of a frame",
-                len as u64,
-                format!("{}", out.len()),
-            ))),
-            Err(code) => Err(damaged(Defect::Decode {
-                reason: Cow::Borrowed(zstd_safe::get_error_name(code)),
-            })),
-        }
-    }
-
-    /// The payload of the record that was decoded last: the verifier looks at it more closely.
-    pub(crate) fn payload(&self, frame: &FrameRef, listed_runs: usize) -> &[u8] {
-        let from = size_of::<FrameHeader>() + listed_runs * size_of::<PageRun>();
-        &self.record[from..frame.stored_len as usize]
-    }
-}
-
 /// A frame record, taken apart and checked.
-struct Parts<'a> {
-    base_page: u64,
-    runs: &'a [PageRun],
-    payload: &'a [u8],
+pub(crate) struct Parts<'a> {
+    pub(crate) listed: ListedPages<'a>,
+    pub(crate) payload: &'a [u8],
 }
 
 impl<'a> Parts<'a> {
-    fn check(record: &'a [u8], frame: &FrameRef, page_slots: u64) -> Result<Self, Defect> {
+    pub(crate) fn check(
+        record: &'a [u8],
+        frame: &FrameRef,
+        page_slots: u64,
+    ) -> Result<Self, Defect> {
         let Ok((header, rest)) = FrameHeader::ref_from_prefix(record) else {
             return Err(Defect::value(
                 "stored length of a frame",
@@ -346,8 +221,7 @@ impl<'a> Parts<'a> {
         let runs = records(runs);
         check_runs(runs, base_page, frame.slots, page_slots)?;
         Ok(Self {
-            base_page,
-            runs,
+            listed: ListedPages { base_page, runs },
             payload,
         })
     }

@@ -41,6 +41,7 @@
 //! [`verify()`] reads everything and reports everything that is wrong.
 #![forbid(unsafe_code)]
 
+mod decoder;
 pub mod dictionary;
 pub mod digest;
 mod error;
@@ -56,10 +57,11 @@ mod types;
 mod verify;
 mod writer;
 
+pub use decoder::FrameDecoder;
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
 pub use file::{FileError, SnapshotFile};
-pub use frame::{Codec, FrameDecoder, FrameRef, ListedPages, ListedRun};
+pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
 pub use snapshot::{Snapshot, SnapshotOptions};

@@ -55,7 +55,7 @@ fn allocations() -> u64 {
 }
 
 /// Bytes that zstd has taken from C's allocator can't be counted here; that it takes none when it
-/// decodes is what its one-shot functions promise for a context that exists.
+/// decodes at once is what its one-shot functions promise for a context that exists.
 #[test]
 fn decoding_allocates_nothing() {
     let before = allocations();

@@ -42,6 +42,19 @@ fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     if decoded.is_ok() {
         assert!(out[..PAGE_SIZE] == common::pattern(4));
     }
+    // In steps it comes to the same.
+    out.fill(0);
+    let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
+    let first = steps.decode_first(&snapshot, &frame, Reason::Demand, 1, &mut out);
+    let first = first.map(|(_, ready)| ready);
+    let in_steps = first.and_then(|ready| {
+        assert!(out[..PAGE_SIZE] == common::pattern(4));
+        if ready == frame.slots() {
+            return Ok(());
+        }
+        steps.decode_rest(&snapshot, &frame, &mut out)
+    });
+    assert_eq!(decoded.is_ok(), in_steps.is_ok(), "{in_steps:?}");
     // The index block that is packed in the same way.
     assert_eq!(
         decoded.is_ok(),
@@ -172,6 +185,106 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
         at + size_of::<FrameHeader>() + usize::from(header.run_count.get()) * size_of::<PageRun>();
     assert_eq!(bytes[payload..][..4], 0xfd2f_b528_u32.to_le_bytes());
     (bytes[payload + 4], header.codec)
+}
+
+/// A snapshot of pages that are text, which compress and differ.
+fn text_in_frames(frame_pages: usize, dictionary: Dictionary) -> Snapshot {
+    let options = WriterOptions {
+        frame_pages,
+        dictionary,
+        ..WriterOptions::default()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("writer");
+    writer
+        .begin_region(&RegionSpec::default())
+        .expect("begin_region");
+    for page in 0..2048 {
+        writer.write_pages(&text_page(page)).expect("pages");
+    }
+    let (bytes, _) = writer.finish().expect("finish");
+    Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
+}
+
+fn text_page(page: u64) -> Vec<u8> {
+    let lines = (0..).flat_map(|line: u64| {
+        let number = (page << 8 | line).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        format!("{number:x} is what line {line} of page {page} has to say\n").into_bytes()
+    });
+    lines.take(PAGE_SIZE).collect()
+}
+
+#[test]
+fn frames_are_decoded_as_far_as_they_are_wanted() {
+    let dictionary = || Dictionary::Use(text_page(5000));
+    for (frame_pages, dictionary) in [
+        (16, Dictionary::Off),
+        (16, dictionary()),
+        (32, Dictionary::Off),
+        (512, dictionary()),
+    ] {
+        let snapshot = text_in_frames(frame_pages, dictionary);
+        let mut whole = FrameDecoder::new();
+        let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
+        let mut expected = vec![0; frame_pages * PAGE_SIZE];
+        let mut stopped = 0;
+        for (n, page) in (0..2048).step_by(frame_pages).enumerate() {
+            let frame = frame_of_page(&snapshot, page);
+            let listed = whole
+                .decode(&snapshot, &frame, Reason::Demand, &mut expected)
+                .expect("decodes");
+            let mut out = vec![0xaa; frame.decoded_len()];
+            let wanted = u16::try_from(n * 7 % frame_pages + 1).expect("small");
+            let (named, ready) = steps
+                .decode_first(&snapshot, &frame, Reason::Demand, wanted, &mut out)
+                .expect("decodes");
+            assert!(named.runs().eq(listed.runs()));
+            assert!(ready >= wanted && ready <= frame.slots());
+            let ready = usize::from(ready) * PAGE_SIZE;
+            assert!(out[..ready] == expected[..ready]);
+            stopped += usize::from(ready < out.len());
+            if n % 3 == 0 {
+                // Another is begun, and the rest forgotten.
+                continue;
+            }
+            steps
+                .decode_rest(&snapshot, &frame, &mut out)
+                .expect("decodes");
+            assert!(out == expected);
+            // What wasn't begun is decoded anew.
+            let mut other = vec![0; out.len()];
+            steps
+                .decode_rest(&snapshot, &frame, &mut other)
+                .expect("decodes");
+            assert!(other == expected);
+        }
+        let frames = 2048 / frame_pages;
+        assert!(stopped > frames / 4, "{stopped} of {frames}");
+    }
+}
+
+#[test]
+fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
+    // Damaged before the record's checksum was computed.
+    let sample = Sample::build_with(true, &|raw| {
+        let mut frame = with(CParameter::MaxBlockSize(1024))(raw);
+        let len = frame.len();
+        frame[len - 1] ^= 0xff;
+        frame[len - 2] ^= 0xff;
+        frame
+    });
+    let snapshot = sample.open().expect("opens");
+    let frame = frame_of_page(&snapshot, 4);
+    let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
+    let mut out = vec![0; frame.decoded_len()];
+    let (_, ready) = steps
+        .decode_first(&snapshot, &frame, Reason::Demand, 1, &mut out)
+        .expect("the first page comes out");
+    assert!(ready < frame.slots());
+    assert!(out[..PAGE_SIZE] == common::pattern(4));
+    let error = steps
+        .decode_rest(&snapshot, &frame, &mut out)
+        .expect_err("damaged");
+    assert!(error.is_damage(), "{error}");
 }
 
 #[test]

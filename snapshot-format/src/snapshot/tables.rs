@@ -220,6 +220,19 @@ impl Snapshot {
         Err(self.damaged(Part::Section(SectionKind::Dictionaries), flaw))
     }
 
+    /// The first `most` dictionaries, with their numbers.
+    pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, Vec<u8>)>, ReadError> {
+        let table = self.dictionary_table()?.iter().take(most);
+        let read = table.filter_map(|dictionary| {
+            let blob = &dictionary.blob;
+            // No frame can name a larger number.
+            let number = u16::try_from(blob.tag).ok()?;
+            let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc);
+            Some(bytes.map(|bytes| (number, bytes)))
+        });
+        read.collect()
+    }
+
     fn dictionary_table(&self) -> Result<&[Dictionary], ReadError> {
         let table = get_or_try(&self.dictionaries, || {
             let blobs = self.blobs(SectionKind::Dictionaries)?;

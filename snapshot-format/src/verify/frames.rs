@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::pages::Window;
 use super::{Problem, VerifyError};
+use crate::decoder::FrameDecoder;
 use crate::digest::{self, Digest};
 use crate::error::{FrameError, Part};
-use crate::frame::{Codec, FrameDecoder, FrameRef};
+use crate::frame::{Codec, FrameRef};
 use crate::index::Page;
 use crate::layout::{MAX_FRAME_SLOTS, PAGE_SIZE};
 use crate::snapshot::Snapshot;

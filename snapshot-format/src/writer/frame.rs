@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
-use zstd_safe::{CCtx, CDict};
+use zstd_safe::{CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
@@ -143,16 +143,53 @@ impl Sealed {
     }
 }
 
+/// The longest and the shortest zstd block that a writer asks for, in bytes.
+const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 32 << 10..=64 << 10;
+
 /// How frames are compressed.
 pub(super) struct Compression {
-    pub(super) level: i32,
-    /// The dictionary's number and its prepared form.
-    pub(super) dictionary: Option<(u16, CDict<'static>)>,
+    level: i32,
+    /// Bytes of a zstd block. A reader that waits for one page decodes the blocks up to it first,
+    /// so a frame has at least two, where they are not too short to decode fast.
+    block_bytes: u32,
+    /// The dictionary's number and its bytes.
+    dictionary: Option<(u16, Vec<u8>)>,
+}
+
+impl Compression {
+    pub(super) fn new(level: i32, frame_pages: usize) -> Self {
+        let half = frame_pages * PAGE_SIZE / 2;
+        let block = half.clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
+        Self {
+            level,
+            block_bytes: u32::try_from(block).expect("a block has at most 64 KiB"),
+            dictionary: None,
+        }
+    }
+
+    /// The same with a dictionary.
+    pub(super) fn with(&self, number: u16, dictionary: &[u8]) -> Self {
+        Self {
+            dictionary: Some((number, dictionary.to_vec())),
+            ..*self
+        }
+    }
+
+    pub(super) fn level(&self) -> i32 {
+        self.level
+    }
+
+    /// 0 if there is no dictionary; a writer has only one.
+    fn dictionary_number(&self) -> u16 {
+        self.dictionary.as_ref().map_or(0, |(number, _)| *number)
+    }
 }
 
 /// What a thread needs to build a frame; kept from one to the next.
 pub(super) struct Scratch {
     context: CCtx<'static>,
+    /// The number of the dictionary that the context is prepared for, if it is.
+    prepared: Option<u16>,
     gathered: Vec<u8>,
 }
 
@@ -160,8 +197,24 @@ impl Scratch {
     pub(super) fn new() -> Self {
         Self {
             context: CCtx::create(),
+            prepared: None,
             gathered: Vec::new(),
         }
+    }
+
+    /// Prepares the context. It stays so.
+    fn prepare(&mut self, compression: &Compression) -> Result<(), ErrorCode> {
+        let number = compression.dictionary_number();
+        if self.prepared == Some(number) {
+            return Ok(());
+        }
+        let context = &mut self.context;
+        context.set_parameter(CParameter::CompressionLevel(compression.level))?;
+        context.set_parameter(CParameter::MaxBlockSize(compression.block_bytes))?;
+        let dictionary = compression.dictionary.as_ref();
+        context.load_dictionary(dictionary.map_or(&[], |(_, bytes)| bytes))?;
+        self.prepared = Some(number);
+        Ok(())
     }
 }
 
@@ -191,26 +244,23 @@ pub(super) fn build(
     scratch: &mut Scratch,
     mut record: Vec<u8>,
 ) -> Result<Built, WriteError> {
+    let prepared = scratch.prepare(compression);
     let runs = sealed.runs.as_bytes();
     let head = size_of::<FrameHeader>() + runs.len();
     let bytes = sealed.bytes(&mut scratch.gathered);
     debug_assert_eq!(bytes.len(), sealed.slots * PAGE_SIZE);
 
     let target = &mut record[head..];
-    let compressed = match &compression.dictionary {
-        Some((_, dictionary)) => scratch
-            .context
-            .compress_using_cdict(target, bytes, dictionary),
-        None => scratch.context.compress(target, bytes, compression.level),
-    }
-    .map_err(|code| WriteError::Compress {
-        what: "a frame",
-        detail: zstd_safe::get_error_name(code),
-    })?;
+    let compressed = prepared
+        .and_then(|()| scratch.context.compress2(target, bytes))
+        .map_err(|code| WriteError::Compress {
+            what: "a frame",
+            detail: zstd_safe::get_error_name(code),
+        })?;
     let (codec, dictionary, payload) = if compressed < bytes.len() {
-        match &compression.dictionary {
-            Some((number, _)) => (codec::ZSTD_DICTIONARY, *number, compressed),
-            None => (codec::ZSTD, 0, compressed),
+        match compression.dictionary_number() {
+            0 => (codec::ZSTD, 0, compressed),
+            number => (codec::ZSTD_DICTIONARY, number, compressed),
         }
     } else {
         target[..bytes.len()].copy_from_slice(bytes);

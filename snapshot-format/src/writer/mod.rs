@@ -143,7 +143,7 @@ impl<W: Write> Writer<W> {
                 options.expected_pages,
             )),
             Dictionary::Use(bytes) => {
-                workers.use_dictionary(options.level, bytes)?;
+                workers.use_dictionary(bytes)?;
                 None
             }
             Dictionary::Off => None,

@@ -236,7 +236,6 @@ impl<W: Write> Stage<W> {
                 self.workers.train(samples, level, expected);
             }
             Step::Decide => {
-                let level = training.level;
                 self.training = None;
                 let verdict = loop {
                     if let Some(verdict) = self.workers.pop_verdict() {
@@ -245,7 +244,7 @@ impl<W: Write> Stage<W> {
                     self.workers.wait()?;
                 };
                 if let Verdict::Pays(trained) = verdict {
-                    self.workers.use_dictionary(level, &trained.bytes)?;
+                    self.workers.use_dictionary(&trained.bytes)?;
                     self.dictionary = Some(trained.bytes);
                 }
             }

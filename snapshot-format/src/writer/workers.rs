@@ -127,10 +127,7 @@ impl Workers {
                 records: Mutex::default(),
                 record_room: record_room(frame_pages),
             }),
-            compression: Arc::new(Compression {
-                level,
-                dictionary: None,
-            }),
+            compression: Arc::new(Compression::new(level, frame_pages)),
             sender,
             receiver,
             examined: Reorder::new(),
@@ -163,12 +160,13 @@ impl Workers {
     }
 
     /// Frames that are handed out from now on use the dictionary `bytes`.
-    pub(super) fn use_dictionary(&mut self, level: i32, bytes: &[u8]) -> Result<(), WriteError> {
-        let prepared = CDict::try_create(bytes, level).ok_or_else(|| {
-            WriteError::argument("the dictionary", "damaged", "what zstd's trainer makes")
-        })?;
-        let dictionary = Some((DICTIONARY_NUMBER, prepared));
-        self.compression = Arc::new(Compression { level, dictionary });
+    pub(super) fn use_dictionary(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        // A context would take a damaged one, and fail at the first frame.
+        if CDict::try_create(bytes, self.compression.level()).is_none() {
+            let expected = "what zstd's trainer makes";
+            return Err(WriteError::argument("the dictionary", "damaged", expected));
+        }
+        self.compression = Arc::new(self.compression.with(DICTIONARY_NUMBER, bytes));
         Ok(())
     }
 

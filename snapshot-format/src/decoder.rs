@@ -1,0 +1,361 @@
+//! Reading and decoding frames.
+//!
+//! ```text
+//! decode(frame, out):
+//!     read the whole record into this thread's buffer         one read
+//!     CRC-32 of the record = the one that the index recorded  before any byte of it is believed
+//!     header agrees with the index; lengths add up
+//!     page list: slots within the frame, pages within the snapshot, at most 4 pages a slot
+//!     payload -> out, exactly slots * 4096 bytes
+//! ```
+//!
+//! The payload can be decoded in two steps, the first of which ends when the page that somebody
+//! waits for has come out. zstd decodes block by block, and the writer gives a frame several.
+//!
+//! Nothing on this path allocates: the record buffer and the decompressors live as long as the
+//! [`FrameDecoder`], a dictionary is prepared once per snapshot.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
+
+use crate::error::{Defect, FrameError, ReadError};
+use crate::frame::{Codec, FrameRef, ListedPages, Parts};
+use crate::layout::{FrameHeader, MAX_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun};
+use crate::snapshot::Snapshot;
+use crate::store::Reason;
+use crate::types::SnapshotId;
+
+/// Frames of at least so many pages are decoded in steps. Writers give shorter ones a single block.
+const LEAST_PAGES: u16 = 16;
+/// Dictionaries that a decoder prepares for decoding in steps.
+const MOST_STREAMS: usize = 4;
+/// Bytes that tell zstd how many it wants next.
+const FRAME_HEADER_START: usize = 5;
+/// The part of a zstd frame header's first byte that must be as writers have it, and how they have
+/// it: a single segment, no checksum.
+const DESCRIPTOR_MASK: u8 = 1 << 5 | 1 << 2;
+const DESCRIPTOR: u8 = 1 << 5;
+/// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context that
+/// has decoded it has allocated what it will need.
+const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
+
+/// Reads and decodes frames. One for each thread; allocates all it needs when it is made.
+pub struct FrameDecoder {
+    record: Box<[u8]>,
+    context: DCtx<'static>,
+    /// For decoding in steps: a context for each dictionary, with its number; 0 is none.
+    streams: Vec<(u16, DCtx<'static>)>,
+    /// The snapshot whose dictionaries they have.
+    streams_of: Option<SnapshotId>,
+    begun: Option<Begun>,
+}
+
+/// A frame that is decoded as far as it was asked for.
+struct Begun {
+    frame: FrameRef,
+    stream: usize,
+    /// Bytes at the end of the record that aren't decoded.
+    left: usize,
+    /// Bytes that came out.
+    decoded: usize,
+}
+
+impl Default for FrameDecoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for FrameDecoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FrameDecoder").finish_non_exhaustive()
+    }
+}
+
+impl FrameDecoder {
+    /// Allocates a buffer for the largest frame record, and a decompressor.
+    pub fn new() -> Self {
+        Self {
+            record: vec![0; MAX_FRAME_RECORD_BYTES].into(),
+            context: DCtx::create(),
+            streams: Vec::new(),
+            streams_of: None,
+            begun: None,
+        }
+    }
+
+    /// As [`FrameDecoder::new`], prepared to [decode in steps](Self::decode_first) what `snapshot`
+    /// holds.
+    pub fn in_steps(snapshot: &Snapshot) -> Result<Self, ReadError> {
+        let mut decoder = Self::new();
+        decoder.streams_of = Some(snapshot.id());
+        decoder.add_stream(0, &[]);
+        for (number, bytes) in snapshot.dictionary_bytes(MOST_STREAMS)? {
+            decoder.add_stream(number, &bytes);
+        }
+        Ok(decoder)
+    }
+
+    /// A context for frames with the dictionary `bytes`. Without one, they are decoded as a whole.
+    fn add_stream(&mut self, number: u16, bytes: &[u8]) {
+        let mut context = DCtx::create();
+        let mut byte = [0_u8];
+        let ready = context
+            .set_parameter(DParameter::StableOutBuffer(true))
+            .and_then(|_| context.load_dictionary(bytes))
+            .and_then(|_| {
+                let mut output = OutBuffer::around(&mut byte[..]);
+                context.decompress_stream(&mut output, &mut InBuffer::around(&WARM_UP))
+            });
+        if ready == Ok(0) {
+            self.streams.push((number, context));
+        }
+    }
+
+    /// Reads, checks and decodes `frame` into `out`, which has exactly
+    /// [`FrameRef::decoded_len`] bytes. On an error the content of `out` means nothing.
+    ///
+    /// Allocates nothing once the frame's dictionary is prepared, which [`Snapshot::prepare`] does
+    /// for all of them.
+    pub fn decode<'a>(
+        &'a mut self,
+        snapshot: &Snapshot,
+        frame: &FrameRef,
+        reason: Reason,
+        out: &mut [u8],
+    ) -> Result<ListedPages<'a>, FrameError> {
+        self.begun = None;
+        let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
+        decode_whole(&mut self.context, snapshot, frame, parts.payload, out)?;
+        Ok(parts.listed)
+    }
+
+    /// As [`FrameDecoder::decode`], but may stop once the first `pages` pages are in `out`. Returns
+    /// what the frame lists, and how many pages are there. If that is not all of them,
+    /// [`FrameDecoder::decode_rest`] decodes the others.
+    ///
+    /// What has come out is right even if the rest can't be decoded: the checksum of the whole
+    /// record was.
+    pub fn decode_first<'a>(
+        &'a mut self,
+        snapshot: &Snapshot,
+        frame: &FrameRef,
+        reason: Reason,
+        pages: u16,
+        out: &mut [u8],
+    ) -> Result<(ListedPages<'a>, u16), FrameError> {
+        let Some(stream) = self.stream(snapshot, frame, pages) else {
+            let listed = self.decode(snapshot, frame, reason, out)?;
+            return Ok((listed, frame.slots));
+        };
+        self.begun = None;
+        let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
+        let payload = parts.payload;
+        if !is_stepwise(payload, out.len()) {
+            let decoded = decode_whole(&mut self.context, snapshot, frame, payload, out);
+            return decoded.map(|()| (parts.listed, frame.slots));
+        }
+        let context = &mut self.streams[stream].1;
+        let mut begun = Begun {
+            frame: *frame,
+            stream,
+            left: payload.len(),
+            decoded: 0,
+        };
+        // Whatever became of the frame before: this begins a new one.
+        let reset = context.reset(ResetDirective::SessionOnly);
+        reset
+            .map_err(decode_defect)
+            .and_then(|_| begun.advance(context, payload, out, usize::from(pages) * PAGE_SIZE))
+            .map_err(|defect| damaged(snapshot, frame, defect))?;
+        let ready = begun.decoded / PAGE_SIZE;
+        if begun.left > 0 {
+            self.begun = Some(begun);
+        }
+        // At most the slots of the frame, as `out` is no longer.
+        Ok((parts.listed, u16::try_from(ready).unwrap_or(frame.slots)))
+    }
+
+    /// Decodes what [`FrameDecoder::decode_first`] left of `frame`, into the same `out`. If another
+    /// frame was decoded meanwhile, all of it is read and decoded again.
+    pub fn decode_rest(
+        &mut self,
+        snapshot: &Snapshot,
+        frame: &FrameRef,
+        out: &mut [u8],
+    ) -> Result<(), FrameError> {
+        let begun = self.begun.take().filter(|begun| begun.frame == *frame);
+        let Some(mut begun) = begun.filter(|_| out.len() == frame.decoded_len()) else {
+            return self.decode(snapshot, frame, Reason::Demand, out).map(drop);
+        };
+        let record = &self.record[..frame.stored_len as usize];
+        let payload = &record[record.len() - begun.left..];
+        let context = &mut self.streams[begun.stream].1;
+        begun
+            .advance(context, payload, out, usize::MAX)
+            .map_err(|defect| damaged(snapshot, frame, defect))
+    }
+
+    /// The context that can decode the first `pages` of `frame`, if less is to be done for them than
+    /// for all.
+    fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
+        let number = match frame.codec {
+            Codec::Zstd => 0,
+            Codec::ZstdDictionary(number) => number,
+            Codec::Raw => return None,
+        };
+        if pages >= frame.slots
+            || frame.slots < LEAST_PAGES
+            || self.streams_of != Some(snapshot.id())
+        {
+            return None;
+        }
+        self.streams.iter().position(|(have, _)| *have == number)
+    }
+
+    /// The payload of the record that was decoded last: the verifier looks at it more closely.
+    pub(crate) fn payload(&self, frame: &FrameRef, listed_runs: usize) -> &[u8] {
+        let from = size_of::<FrameHeader>() + listed_runs * size_of::<PageRun>();
+        &self.record[from..frame.stored_len as usize]
+    }
+}
+
+impl Begun {
+    /// Decodes `payload`, the part that is left, until `enough` bytes are in `out`, or all of it.
+    fn advance(
+        &mut self,
+        context: &mut DCtx<'static>,
+        payload: &[u8],
+        out: &mut [u8],
+        enough: usize,
+    ) -> Result<(), Defect> {
+        let room = out.len();
+        let mut rest = payload;
+        let mut wants = if enough < room {
+            FRAME_HEADER_START
+        } else {
+            rest.len()
+        };
+        // When the last page has come out, the end of the frame is still to be looked at.
+        while self.decoded < enough.min(room) || !rest.is_empty() && self.decoded == room {
+            let mut input = InBuffer::around(&rest[..wants.min(rest.len())]);
+            let mut output = OutBuffer::around_pos(&mut *out, self.decoded);
+            let left = context.decompress_stream(&mut output, &mut input);
+            let (read, decoded) = (input.pos(), output.pos());
+            let stuck = read == 0 && decoded == self.decoded;
+            rest = &rest[read..];
+            (self.left, self.decoded) = (rest.len(), decoded);
+            // It says how many bytes it wants at once; 0 at the end of the frame.
+            wants = left.map_err(decode_defect)?;
+            if wants == 0 {
+                return check_len(decoded, room);
+            }
+            if stuck || rest.is_empty() {
+                let reason = Cow::Borrowed("the zstd frame doesn't end");
+                return Err(Defect::Decode { reason });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads the record of `frame`, and believes it once its checksum is right.
+fn read<'a>(
+    record: &'a mut [u8],
+    snapshot: &Snapshot,
+    frame: &FrameRef,
+    reason: Reason,
+    room: usize,
+) -> Result<Parts<'a>, FrameError> {
+    if room != frame.decoded_len() {
+        return Err(FrameError::Buffer {
+            offset: frame.offset,
+            expected: frame.decoded_len(),
+            actual: room,
+        });
+    }
+    // `FrameRef::check` has held the length against the size of the buffer.
+    let record = &mut record[..frame.stored_len as usize];
+    snapshot
+        .store()
+        .read_exact_at(record, frame.offset, reason)
+        .map_err(|source| FrameError::Io {
+            file: snapshot.name().to_owned(),
+            offset: frame.offset,
+            len: frame.stored_len.into(),
+            source,
+        })?;
+    let (stored, computed) = (frame.crc, crc32fast::hash(record));
+    if computed != stored {
+        let defect = Defect::Checksum { stored, computed };
+        return Err(damaged(snapshot, frame, defect));
+    }
+    Parts::check(record, frame, snapshot.page_slots())
+        .map_err(|defect| damaged(snapshot, frame, defect))
+}
+
+fn decode_whole(
+    context: &mut DCtx<'static>,
+    snapshot: &Snapshot,
+    frame: &FrameRef,
+    payload: &[u8],
+    out: &mut [u8],
+) -> Result<(), FrameError> {
+    let decoded = match frame.codec {
+        Codec::Raw => {
+            out.copy_from_slice(payload);
+            Ok(out.len())
+        }
+        Codec::Zstd => context.decompress(out, payload),
+        Codec::ZstdDictionary(number) => {
+            let dictionary =
+                snapshot
+                    .dictionary(number)
+                    .map_err(|source| FrameError::Dictionary {
+                        offset: frame.offset,
+                        source: Box::new(source),
+                    })?;
+            context.decompress_using_ddict(out, payload, dictionary)
+        }
+    };
+    decoded
+        .map_err(decode_defect)
+        .and_then(|len| check_len(len, out.len()))
+        .map_err(|defect| damaged(snapshot, frame, defect))
+}
+
+/// Whether `payload` is one zstd frame with the header that writers give it: then decoding it in
+/// steps comes to what decoding it at once does, or to an error behind what has come out.
+fn is_stepwise(payload: &[u8], len: usize) -> bool {
+    payload.get(4).map(|first| first & DESCRIPTOR_MASK) == Some(DESCRIPTOR)
+        && matches!(zstd_safe::get_frame_content_size(payload), Ok(Some(size)) if size == len as u64)
+        && zstd_safe::find_frame_compressed_size(payload) == Ok(payload.len())
+}
+
+fn damaged(snapshot: &Snapshot, frame: &FrameRef, defect: Defect) -> FrameError {
+    FrameError::Damaged {
+        file: snapshot.name().to_owned(),
+        offset: frame.offset,
+        defect,
+    }
+}
+
+fn decode_defect(code: zstd_safe::ErrorCode) -> Defect {
+    Defect::Decode {
+        reason: Cow::Borrowed(zstd_safe::get_error_name(code)),
+    }
+}
+
+/// What was decoded must fill the buffer.
+fn check_len(len: usize, expected: usize) -> Result<(), Defect> {
+    if len == expected {
+        return Ok(());
+    }
+    Err(Defect::value(
+        "decoded length of a frame",
+        len as u64,
+        format!("{expected}"),
+    ))
+}
