@@ -15,6 +15,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use snapshot_format::Reason;
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use crate::session::{Kernel, PAGE, Session, SnapshotImage, Worker};
@@ -131,9 +132,9 @@ impl Feeder {
         let begun = Instant::now();
         for _ in 0..self.plan.threads {
             // The receiver is in our hands.
-            let _ = self
-                .done
-                .send(Worker::new(self.inner.session.image.decoder()));
+            let _ = self.done.send(Worker::new(
+                self.inner.session.image.decoder(Reason::Prefetch),
+            ));
         }
         let first = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE_U64;
 
 use crate::mem::{Advice, RawRegion, advise_at};
@@ -490,7 +491,7 @@ impl Restored {
             return Err(StopError::Over);
         }
         let session = &self.inner.session;
-        let mut worker = crate::session::Worker::new(session.image.decoder());
+        let mut worker = crate::session::Worker::new(session.image.decoder(Reason::Prefetch));
         for _ in 0..MOST_TRIES {
             let pages = 0..session.image.snapshot().page_slots();
             match session.prefetch(&mut worker, pages, || ()) {

@@ -4,6 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
+use snapshot_format::Reason;
+
 use crate::session::Worker;
 use crate::sys::SignalsBlocked;
 
@@ -132,7 +134,7 @@ fn start_all(
             format!("snap-fault-{i}"),
             Box::new(move || {
                 // Before the first fault, and not in the way of the start.
-                let mut worker = Worker::new(inner.session.image.decoder());
+                let mut worker = Worker::new(inner.session.image.decoder(Reason::Demand));
                 inner.session.serve(&mut worker);
                 inner.fault_thread_ends();
             }),

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use snapshot_format::layout::{
     MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
 };
-use snapshot_format::{FrameDecoder, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top};
+use snapshot_format::{
+    FrameDecoder, FrameError, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top,
+};
 
 use super::claims::FrameId;
 use super::duplicates::Duplicates;
@@ -34,6 +36,8 @@ pub(crate) struct Decoder {
     kept: Vec<Kept>,
     /// The one that was used last.
     last: usize,
+    /// The frame that lies there and is not wholly decoded.
+    begun: Option<FrameRef>,
     clock: u64,
 }
 
@@ -44,7 +48,9 @@ struct Kept {
     /// otherwise.
     frame: Option<FrameRef>,
     bytes: Vec<u8>,
+    /// How many of them the frame has, and how many of those are decoded.
     len: usize,
+    ready: usize,
     /// The frame's own list of its pages.
     listed: Vec<Run>,
     /// What of it the index confirmed, once that was asked.
@@ -79,8 +85,8 @@ impl SnapshotImage {
         &self.snapshot
     }
 
-    /// A decoder for one thread.
-    pub(crate) fn decoder(&self) -> Decoder {
+    /// A decoder for one thread, which brings pages for this reason.
+    pub(crate) fn decoder(&self, reason: Reason) -> Decoder {
         let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
             .unwrap_or(usize::MAX)
             .clamp(PAGE_SIZE, MAX_FRAME_SLOTS * PAGE_SIZE);
@@ -91,9 +97,17 @@ impl SnapshotImage {
         });
         Decoder {
             frame_bytes,
-            frames: FrameDecoder::new(),
+            frames: if reason == Reason::Demand {
+                FrameDecoder::in_steps(&self.snapshot).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "frames are decoded as a whole");
+                    FrameDecoder::new()
+                })
+            } else {
+                FrameDecoder::new()
+            },
             kept: kept.collect(),
             last: 0,
+            begun: None,
             clock: 0,
         }
     }
@@ -123,6 +137,26 @@ impl SnapshotImage {
     fn read_failure(&self, page: PageNumber, error: &ReadError) -> Failure {
         Failure {
             page,
+            kind: kind(error.is_damage()),
+            ..self.failure(message(error))
+        }
+    }
+
+    /// Decodes what is left of the frame that was decoded last.
+    fn decode_rest(&self, decoder: &mut Decoder, frame: &FrameRef) -> Result<(), Failure> {
+        let kept = &mut decoder.kept[decoder.last];
+        decoder
+            .frames
+            .decode_rest(&self.snapshot, frame, &mut kept.bytes[..kept.len])
+            .map_err(|error| self.frame_failure(frame, &error))?;
+        kept.ready = kept.len;
+        kept.frame = Some(*frame);
+        Ok(())
+    }
+
+    fn frame_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
+        Failure {
+            offset: Some(frame.offset()),
             kind: kind(error.is_damage()),
             ..self.failure(message(error))
         }
@@ -196,13 +230,21 @@ impl Image for SnapshotImage {
         }
     }
 
+    fn slots(&self, frame: &FrameRef) -> u16 {
+        frame.slots()
+    }
+
     fn decode(
         &self,
         decoder: &mut Decoder,
         frame: &FrameRef,
+        slots: u16,
         reason: Reason,
     ) -> Result<(), Failure> {
         decoder.clock += 1;
+        if decoder.begun.take() == Some(*frame) {
+            return self.decode_rest(decoder, frame);
+        }
         // The summary's frame size is a promise of the writer's. A larger frame is still right, but
         // there is room for one only.
         if frame.decoded_len() > decoder.frame_bytes {
@@ -234,20 +276,21 @@ impl Image for SnapshotImage {
         kept.len = frame.decoded_len();
         kept.bytes.resize(kept.bytes.len().max(kept.len), 0);
         let out = &mut kept.bytes[..kept.len];
-        let listed = decoder
+        let (listed, ready) = decoder
             .frames
-            .decode(&self.snapshot, frame, reason, out)
-            .map_err(|error| Failure {
-                offset: Some(frame.offset()),
-                kind: kind(error.is_damage()),
-                ..self.failure(message(&error))
-            })?;
+            .decode_first(&self.snapshot, frame, reason, slots, out)
+            .map_err(|error| self.frame_failure(frame, &error))?;
         kept.listed.extend(listed.runs().map(|listed| Run {
             page: listed.first_page,
             slot: listed.slot,
             count: listed.count,
         }));
-        kept.frame = Some(*frame);
+        kept.ready = usize::from(ready) * PAGE_SIZE;
+        if kept.ready == kept.len {
+            kept.frame = Some(*frame);
+        } else {
+            decoder.begun = Some(*frame);
+        }
         self.bytes_read
             .fetch_add(u64::from(frame.stored_len()), Relaxed);
         self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
@@ -282,7 +325,7 @@ impl Image for SnapshotImage {
 
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {
         let kept = &decoder.kept[decoder.last];
-        &kept.bytes[..kept.len]
+        &kept.bytes[..kept.ready]
     }
 
     fn failure(&self, detail: String) -> Failure {

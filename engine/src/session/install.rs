@@ -5,8 +5,9 @@
 //!   while pages are left:
 //!     hold the lock shared:
 //!       find the next absent pages, and where the owner has them now
-//!       one ioctl for at most 256 KiB of them
+//!       one ioctl for at most 256 KiB of them, which wakes who waits
 //!       mark what it did
+//!     wake who waits now, if that would run on this core and meet the lock
 //!     if it said EAGAIN: read events, then go on (everything is looked up again)
 //! ```
 
@@ -18,6 +19,7 @@ use snapshot_format::layout::PAGE_SIZE;
 use super::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
 use super::stats::add;
 use super::{Session, Stats};
+use crate::sys::Wake;
 
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
 pub(crate) const HOLD_PAGES: u64 = 64;
@@ -41,6 +43,28 @@ pub(super) enum Source<'a> {
     Zeros,
     /// A buffer that repeats the page; it may be shorter than the range.
     Filled(&'a [u8]),
+}
+
+/// What pages are installed for.
+#[derive(Clone, Copy)]
+pub(super) struct Purpose {
+    pub(super) reason: Reason,
+    /// The page that somebody is known to want.
+    pub(super) wanted: Option<PageNumber>,
+    /// When who waits for it is woken: now, or when the lock was let go. On this core it may run at
+    /// once, and meet the lock at its next fault.
+    pub(super) wake: Wake,
+}
+
+impl Purpose {
+    /// They come along with others.
+    pub(super) fn along(reason: Reason) -> Self {
+        Self {
+            reason,
+            wanted: None,
+            wake: Wake::Now,
+        }
+    }
 }
 
 /// Why an install stopped before its end.
@@ -71,14 +95,13 @@ enum Held {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Installs what is absent of `pages`. True if `wanted` was installed, and its waiters woken,
-    /// by this call.
+    /// Installs what is absent of `pages`. True if the page that is wanted was installed, and its
+    /// waiters woken, by this call.
     pub(super) fn install(
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
-        wanted: Option<PageNumber>,
-        reason: Reason,
+        purpose: Purpose,
     ) -> Result<bool, Stop> {
         // What is not absent never becomes so again: no need to take the lock for nothing.
         if !self.state.any_absent(pages.clone()) {
@@ -89,10 +112,17 @@ impl<P: Platform, I: Image> Session<P, I> {
         let mut tries = 0;
         let mut wanted_done = false;
         while next < pages.end {
-            let held = self.hold(next..pages.end.min(next + limit), source, |done| {
-                wanted_done |= wanted.is_some_and(|page| done.contains(&page));
-                count(&self.stats, source, reason, done.end - done.start);
+            let mut woken_later = None;
+            let piece = next..pages.end.min(next + limit);
+            let held = self.hold(piece, source, purpose.wake, |done, address| {
+                let installed = done.end - done.start;
+                wanted_done |= purpose.wanted.is_some_and(|page| done.contains(&page));
+                count(&self.stats, source, purpose.reason, installed);
+                woken_later = (purpose.wake == Wake::Later).then_some((address, installed * PAGE));
             });
+            if let Some((address, len)) = woken_later {
+                self.platform.wake(address, len);
+            }
             match held {
                 Held::Next(page) => {
                     next = page;
@@ -100,7 +130,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 Held::Fewer(pages) => limit = pages,
                 Held::Again => self.after_again(&mut tries, next)?,
-                Held::NoMemory if tries < memory_tries(reason) => {
+                Held::NoMemory if tries < memory_tries(purpose.reason) => {
                     tries += 1;
                     self.platform.back_off(tries);
                 }
@@ -111,12 +141,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(wanted_done)
     }
 
-    /// One hold of the lock: {look up, one ioctl}. Tells `done` which pages it installed.
+    /// One hold of the lock: {look up, one ioctl}. Tells `done` which pages it installed, and where
+    /// the first lies.
     fn hold(
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
-        done: impl FnOnce(Range<PageNumber>),
+        wake: Wake,
+        done: impl FnOnce(Range<PageNumber>, u64),
     ) -> Held {
         let _hold = self.platform.shared(pages.start);
         let Some(absent) = self.state.absent_in(pages.clone()) else {
@@ -128,16 +160,16 @@ impl<P: Platform, I: Image> Session<P, I> {
             return Held::Next(first + 1);
         };
         let count = (absent.end - first).min(following).min(source.most_pages());
-        match source.install(&self.platform, first, address, count) {
+        match source.install(&self.platform, first, address, count, wake) {
             Installed::Done => {
                 self.state.mark_present(first..first + count);
-                done(first..first + count);
+                done(first..first + count, address);
                 Held::Next(first + count)
             }
             Installed::Partial(bytes) => {
                 let end = first + bytes / PAGE;
                 self.state.mark_present(first..end);
-                done(first..end);
+                done(first..end, address);
                 Held::Next(end)
             }
             Installed::Exists => {
@@ -202,15 +234,17 @@ impl Source<'_> {
         first: PageNumber,
         address: u64,
         count: u64,
+        wake: Wake,
     ) -> Installed {
         let len = count * PAGE;
         match self {
             Self::Frame(bytes, run) => {
                 let start = (u64::from(run.slot) + (first - run.page)) * PAGE;
-                platform.copy(address, &bytes[start as usize..(start + len) as usize])
+                let bytes = &bytes[start as usize..(start + len) as usize];
+                platform.copy(address, bytes, wake)
             }
-            Self::Zeros => platform.zeropage(address, len),
-            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize]),
+            Self::Zeros => platform.zeropage(address, len, wake),
+            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize], wake),
         }
     }
 }

@@ -100,8 +100,8 @@ impl Platform for Kernel {
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
     type Follower = Follower;
 
-    fn follow(&self, follower: &mut Follower, thread: u32) {
-        follower.served(thread);
+    fn follow(&self, follower: &mut Follower, thread: u32) -> bool {
+        follower.served(thread)
     }
 
     // A panic while a lock is held leaves the ring as the kernel wrote it and the rest whole.
@@ -174,12 +174,12 @@ impl Platform for Kernel {
         Ok(count)
     }
 
-    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
-        self.install(|uffd| uffd.copy(address, bytes, Wake::Now))
+    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
+        self.install(|uffd| uffd.copy(address, bytes, wake))
     }
 
-    fn zeropage(&self, address: u64, len: u64) -> Installed {
-        self.install(|uffd| uffd.zeropage(address, len, Wake::Now))
+    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
+        self.install(|uffd| uffd.zeropage(address, len, wake))
     }
 
     fn poison(&self, address: u64, len: u64) -> Installed {

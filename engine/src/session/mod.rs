@@ -3,8 +3,8 @@
 //! ```text
 //!   owner's threads          kernel             session
 //!   ---------------          ------             -------
-//!   touch absent page  -->   PAGEFAULT   -->    look up, claim frame, read, check, decode,
-//!                      <--   woken       <--    COPY its run, then the rest of the frame
+//!   touch absent page  -->   PAGEFAULT   -->    look up, claim frame, read, check, decode up to
+//!                      <--   woken       <--    the page, COPY it; then the rest of the frame
 //!   madvise(DONTNEED)  -->   REMOVE      -->    removed
 //!   munmap, mremap     -->   UNMAP,REMAP -->    address map, WAKE of the old range
 //!                                               prefetch: the same path, from the other side
@@ -39,6 +39,7 @@
 
 #[cfg(feature = "bench-internals")]
 mod bench;
+mod bring;
 mod claims;
 mod duplicates;
 mod events;
@@ -66,8 +67,8 @@ pub use bench::PageStates;
 pub use failure::{Failure, FailureKind, OnFailure, Verdict};
 pub use stats::{Histogram, Percentiles};
 
+pub(crate) use bring::Worker;
 pub(crate) use claims::Claims;
-pub(crate) use fault::Worker;
 pub(crate) use image::{SnapshotImage, zero_runs};
 pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;

@@ -7,6 +7,7 @@ use snapshot_format::Reason;
 
 use super::claims::{Claims, FrameId};
 use super::failure::Failure;
+use crate::sys::Wake;
 
 /// A page's number in the snapshot.
 pub(crate) type PageNumber = u64;
@@ -17,7 +18,7 @@ pub(crate) const PAGE: u64 = snapshot_format::layout::PAGE_SIZE_U64;
 /// What an install did. Addresses and lengths are the owner's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Installed {
-    /// All of it; waiting threads were woken.
+    /// All of it.
     Done,
     /// The first bytes (a multiple of the page size, more than none); nothing is known of the rest.
     Partial(u64),
@@ -78,8 +79,8 @@ pub(crate) trait Platform: Sync {
     type Follower: Default;
 
     /// The calling thread is about to serve a fault of `thread`, and may be better placed for it
-    /// elsewhere.
-    fn follow(&self, follower: &mut Self::Follower, thread: u32);
+    /// elsewhere. True if it is on that thread's core now.
+    fn follow(&self, follower: &mut Self::Follower, thread: u32) -> bool;
     /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page
     /// number that the hold is about: it tells apart what two threads are doing.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
@@ -104,10 +105,11 @@ pub(crate) trait Platform: Sync {
         hold: &mut Self::Exclusive<'_>,
         record: &mut dyn FnMut(Event),
     ) -> Result<usize, ReadFailed>;
-    /// Copies `bytes` to missing pages from `address` on and wakes who waits for them.
-    fn copy(&self, address: u64, bytes: &[u8]) -> Installed;
-    /// Maps zeros to missing pages and wakes who waits for them.
-    fn zeropage(&self, address: u64, len: u64) -> Installed;
+    /// Copies `bytes` to missing pages from `address` on and wakes who waits for them, if it is to
+    /// be now.
+    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed;
+    /// Maps zeros to missing pages; as [`Platform::copy`].
+    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed;
     /// Marks missing pages as poisoned and wakes who waits for them.
     fn poison(&self, address: u64, len: u64) -> Installed;
     /// Wakes who waits for a page in the range; each looks again.
@@ -152,11 +154,16 @@ pub(crate) trait Image: Sync {
     /// What `page` is.
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<Self::Frame>, Failure>;
 
-    /// Reads, checks and decodes `frame` into the decoder's buffer.
+    /// How many pages `frame` stores.
+    fn slots(&self, frame: &Self::Frame) -> u16;
+
+    /// Reads and checks `frame`, and decodes it into the decoder's buffer: its first `slots` pages,
+    /// or more. Goes on where the last call stopped if that was about the same frame.
     fn decode(
         &self,
         decoder: &mut Self::Decoder,
         frame: &Self::Frame,
+        slots: u16,
         reason: Reason,
     ) -> Result<(), Failure>;
 
@@ -166,7 +173,7 @@ pub(crate) trait Image: Sync {
     /// content elsewhere.
     fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize;
 
-    /// The bytes of the last frame decoded.
+    /// The bytes of the last frame, as far as it is decoded.
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];
 
     /// A failure that names this snapshot.

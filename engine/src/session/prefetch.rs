@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use snapshot_format::Reason;
 
-use super::fault::{Brought, Lost};
+use super::bring::{Brought, Lost};
 use super::install::Stop;
 use super::platform::{Image, PageNumber, Platform};
 use super::{Session, Worker};

@@ -25,8 +25,9 @@ pub struct Follower {
 
 impl Follower {
     /// `thread`, by its thread id, has faulted, and the caller is about to serve it. Costs two
-    /// system calls now and then; if they are not permitted, nothing moves.
-    pub fn served(&mut self, thread: u32) {
+    /// system calls now and then; if they are not permitted, nothing moves. True if the caller is on
+    /// the only core of `thread` now.
+    pub fn served(&mut self, thread: u32) -> bool {
         if thread != self.thread {
             self.thread = thread;
             self.faults = 0;
@@ -36,6 +37,7 @@ impl Follower {
         if self.faults == BEFORE_FOLLOWING || self.faults.is_multiple_of(LOOK_AGAIN) {
             self.follow();
         }
+        self.at.is_some()
     }
 
     fn follow(&mut self) {

@@ -24,7 +24,7 @@ use crate::mem::Scratch;
 pub enum Wake {
     /// At once.
     Now,
-    /// Somebody calls [`Userfaultfd::wake`] for a larger range later (`DONTWAKE`).
+    /// Somebody calls [`Userfaultfd::wake`] later (`DONTWAKE`).
     Later,
 }
 

@@ -7,13 +7,15 @@
 
 mod explore;
 mod model;
+mod pages;
 mod world;
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
 use explore::{Body, Explored, Setup, Thread, explore};
-use model::{Mistake, Model, Pages, Scene};
+use model::{Mistake, Model, Scene};
+use pages::Pages;
 use world::{Change, Content, Unmapped, World, at};
 
 use super::failure::Failure;
@@ -43,6 +45,10 @@ enum Act {
 }
 
 /// What is run.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches of a test"
+)]
 struct Scenario {
     owner: &'static [&'static [Act]],
     fault_threads: usize,
@@ -57,6 +63,9 @@ struct Scenario {
     slow: bool,
     /// Whether a change may begin between an install's first look for one and the kernel's lock.
     two_checks: bool,
+    /// Whether fault threads are on the core of the thread that they serve, and so wake it after they
+    /// have let go of the lock.
+    same_core: bool,
     /// Whether nobody ends the session: it has to complete by itself.
     completes: bool,
 }
@@ -73,6 +82,7 @@ impl Default for Scenario {
             shortages: 0,
             slow: false,
             two_checks: false,
+            same_core: false,
             completes: false,
         }
     }
@@ -142,7 +152,13 @@ impl Scenario {
                 }
             })
             .collect();
-        let model = Model::new(world, Rc::clone(&threads), self.mistake, self.two_checks);
+        let model = Model::new(
+            world,
+            Rc::clone(&threads),
+            self.mistake,
+            self.two_checks,
+            self.same_core,
+        );
         let scene = Rc::new(Scene {
             session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
             owner: RefCell::new((knows, Vec::new(), self.owner.len())),
@@ -171,7 +187,7 @@ impl Scenario {
             let prefetches = i >= self.fault_threads;
             bodies.push(Box::new(move || {
                 let session = &scene.session;
-                let mut worker = Worker::new(None);
+                let mut worker = Worker::new(Vec::new());
                 session.platform.enter(thread);
                 if prefetches {
                     let _ = session.prefetch(&mut worker, 0..PAGES, || ());
@@ -258,7 +274,7 @@ fn owner_acts(
     match act {
         Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
             Ok(content) => {
-                let original = Content::Byte(model::content_of(place));
+                let original = Content::Byte(pages::content_of(place));
                 let knows = owner.borrow().0[usize::try_from(place).unwrap()];
                 let right = match knows {
                     Knows::Original => content == original,
@@ -305,7 +321,7 @@ fn owner_acts(
                 &|| model.world.borrow_mut().remap(at(from), at(to), PAGE),
                 &|| (),
             );
-            let expected = Content::Byte(model::content_of(from));
+            let expected = Content::Byte(pages::content_of(from));
             match read(to) {
                 Ok(content) if content == expected => {}
                 found => wrong(format!("wrong byte: moved page {from} reads {found:?}")),
@@ -324,6 +340,7 @@ fn two_faulting_threads_a_prefetcher_and_a_discarder() {
     Scenario {
         owner: TWO_AND_A_DISCARDER,
         prefetchers: 1,
+        same_core: true,
         ..Scenario::default()
     }
     .holds();
@@ -373,12 +390,15 @@ fn what_is_written_after_a_discard_stays() {
 
 #[test]
 fn unmapping_under_faults() {
-    Scenario {
-        owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
-        prefetchers: 1,
-        ..Scenario::default()
+    for same_core in [false, true] {
+        Scenario {
+            owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+            prefetchers: 1,
+            same_core,
+            ..Scenario::default()
+        }
+        .holds();
     }
-    .holds();
 }
 
 /// A page was moved while its install waited for the kernel's lock: the kernel had looked for a
@@ -422,12 +442,15 @@ fn a_session_completes_by_itself() {
 
 #[test]
 fn moving_under_faults() {
-    Scenario {
-        owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
-        prefetchers: 1,
-        ..Scenario::default()
+    for same_core in [false, true] {
+        Scenario {
+            owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
+            prefetchers: 1,
+            same_core,
+            ..Scenario::default()
+        }
+        .holds();
     }
-    .holds();
 }
 
 #[test]
@@ -494,6 +517,17 @@ fn mistake_no_wake_after_unmap_is_found() {
 #[test]
 fn mistake_present_before_copy_is_found() {
     planted(Mistake::PresentBeforeCopy).goes_wrong("wrong byte");
+}
+
+#[test]
+fn mistake_no_late_wake_is_found() {
+    Scenario {
+        owner: &[&[Touch(0)]],
+        same_core: true,
+        mistake: Some(Mistake::NoLateWake),
+        ..Scenario::default()
+    }
+    .goes_wrong("hang");
 }
 
 #[test]

@@ -6,14 +6,12 @@ use std::rc::Rc;
 
 use super::Owner;
 use super::explore::{self, Thread};
+use super::pages::Pages;
 use super::world::{BASE, Content as Held, World};
 use crate::session::Session;
 use crate::session::claims::{Claims, FrameId};
-use crate::session::failure::{Failure, FailureKind};
-use crate::session::platform::{
-    Content, Event, Image, Installed, PAGE, PageNumber, Platform, ReadFailed, Run, Waited,
-};
-use snapshot_format::Reason;
+use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::sys::Wake;
 
 /// What a thread stops before.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
@@ -54,13 +52,10 @@ pub(super) enum Mistake {
     NoWakeAfterUnmap,
     /// Pages are marked present before the COPY.
     PresentBeforeCopy,
+    /// Who was not woken by the install is not woken after it.
+    NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
-}
-
-/// The content of a page, whose number is its place at the start.
-pub(super) fn content_of(page: u64) -> u8 {
-    u8::try_from(page).unwrap() + 1
 }
 
 /// The model under the session's platform.
@@ -72,6 +67,8 @@ pub(super) struct Model {
     mistake: Option<Mistake>,
     /// Whether a change may begin between an install's first look for one and the kernel's lock.
     two_checks: bool,
+    /// Whether fault threads are on the core of the thread that they serve.
+    same_core: bool,
     /// Whether the last install of the running thread said EAGAIN.
     again: Cell<bool>,
     session: Cell<*const Session<Self, Pages>>,
@@ -88,6 +85,7 @@ impl Model {
         threads: Rc<[Thread<Op>]>,
         mistake: Option<Mistake>,
         two_checks: bool,
+        same_core: bool,
     ) -> Self {
         Self {
             world: RefCell::new(world),
@@ -95,6 +93,7 @@ impl Model {
             current: Cell::new(0),
             mistake,
             two_checks,
+            same_core,
             again: Cell::new(false),
             session: Cell::new(std::ptr::null()),
         }
@@ -160,6 +159,18 @@ impl Model {
         changing
     }
 
+    /// The kernel's wake at the end of an install.
+    fn wake_now(&self, wake: Wake, address: u64, installed: Installed, len: u64) {
+        let done = match installed {
+            Installed::Done => len,
+            Installed::Partial(done) => done,
+            _ => return,
+        };
+        if wake == Wake::Now {
+            self.world.borrow_mut().wake(address, done);
+        }
+    }
+
     fn out_of_memory(&self) -> bool {
         if self.world.borrow().shortages == 0 || self.choose(2) == 0 {
             return false;
@@ -206,7 +217,9 @@ impl Platform for Model {
 
     type Follower = ();
 
-    fn follow(&self, (): &mut (), _: u32) {}
+    fn follow(&self, (): &mut (), _: u32) -> bool {
+        self.same_core
+    }
 
     fn shared(&self, about: u64) -> Self::Shared<'_> {
         // A hold that ends in EAGAIN is made again from where it was.
@@ -273,7 +286,7 @@ impl Platform for Model {
         Ok(count)
     }
 
-    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
+    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
         let len = bytes.len() as u64;
         if self.is(Mistake::PresentBeforeCopy) {
             let first = (address - BASE) / PAGE;
@@ -294,6 +307,7 @@ impl Platform for Model {
         }
         let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
+        self.wake_now(wake, address, installed, len);
         let reported = self.told(installed);
         let again = self.again.take();
         self.stop(Op::Mark);
@@ -301,7 +315,7 @@ impl Platform for Model {
         reported
     }
 
-    fn zeropage(&self, address: u64, len: u64) -> Installed {
+    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
         self.stop(Op::Zeropage(address, len));
         if self.is(Mistake::WakeForPresent) {
             return self.told(Installed::Exists);
@@ -314,6 +328,7 @@ impl Platform for Model {
             .world
             .borrow_mut()
             .install(address, len, u64::MAX, zero);
+        self.wake_now(wake, address, installed, len);
         self.told(installed)
     }
 
@@ -337,65 +352,13 @@ impl Platform for Model {
         if !self.world.borrow().exclusive {
             self.stop(Op::Wake(address, len));
         }
-        let mapped = self.world.borrow().places.contains_key(&address);
-        if !mapped && self.is(Mistake::NoWakeAfterUnmap) {
+        let place = self.world.borrow().places.get(&address).copied();
+        if place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
+            || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
+        {
             return;
         }
         self.world.borrow_mut().wake(address, len);
-    }
-}
-
-/// The snapshot of the model: page n repeats n + 1 and lies in frame n / 2, slot n % 2.
-pub(super) struct Pages;
-
-impl Image for Pages {
-    /// Its number.
-    type Frame = u64;
-    /// The bytes of the last frame.
-    type Decoder = Option<Box<[u8]>>;
-
-    fn id(&self, frame: &u64) -> FrameId {
-        FrameId(*frame)
-    }
-
-    fn content(&self, page: PageNumber, _: Reason) -> Result<Content<u64>, Failure> {
-        Ok(Content::Stored(page / 2, u16::try_from(page % 2).unwrap()))
-    }
-
-    fn decode(&self, decoder: &mut Self::Decoder, frame: &u64, _: Reason) -> Result<(), Failure> {
-        let bytes = decoder.get_or_insert_with(|| vec![0; 2 * 4096].into());
-        for (page, bytes) in (frame * 2..).zip(bytes.chunks_exact_mut(4096)) {
-            bytes[0] = content_of(page);
-        }
-        Ok(())
-    }
-
-    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) -> usize {
-        let first = decoder
-            .as_deref()
-            .map_or(0, |bytes| u64::from(bytes[0]) - 1);
-        runs.clear();
-        runs.push(Run {
-            page: first,
-            slot: 0,
-            count: 2,
-        });
-        runs.len()
-    }
-
-    fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8] {
-        decoder.as_deref().unwrap_or_default()
-    }
-
-    fn failure(&self, detail: String) -> Failure {
-        Failure {
-            file: "model".to_owned(),
-            offset: None,
-            page: 0,
-            address: None,
-            kind: FailureKind::Io,
-            detail,
-        }
     }
 }
 

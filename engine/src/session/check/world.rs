@@ -251,7 +251,6 @@ impl World {
         if done == 0 {
             return Installed::Exists;
         }
-        self.wake(address, done * PAGE);
         if done == pages {
             Installed::Done
         } else {

@@ -1,0 +1,349 @@
+//! Bringing a page, and what comes with it.
+//!
+//! ```text
+//! bring(page):
+//!   fill: install the fills around it
+//!   stored: claim the frame; if somebody has it, wait (a fault) and look again
+//!           read, check, decode up to the page, and install it
+//!           decode the rest; install the page's run, the other runs, and the fills between them
+//!   can't be had: an error
+//! ```
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use snapshot_format::Reason;
+use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64};
+
+use super::install::{HOLD_PAGES, Purpose, Source, Stop};
+use super::platform::{Content, Image, PageNumber, Platform, Run};
+use super::state::Status;
+use super::{Failure, FailureKind, Session};
+use crate::sys::Wake;
+
+/// Pages of the buffer that fills other than zero are installed from.
+const FILL_PAGES: usize = 64;
+/// The most pages of a frame that a fault waits for as a whole: to decode and copy as many takes as
+/// long as one more system call for the page that is wanted.
+/// (The frames of the model have two pages.)
+const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
+/// Damaged frames that a thread remembers.
+const BAD_FRAMES: usize = 64;
+/// Runs that a frame may have: every slot four times.
+const MOST_RUNS: usize =
+    snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
+
+/// What one thread needs to serve faults and to prefetch, allocated once.
+pub(crate) struct Worker<I: Image> {
+    pub(super) decoder: I::Decoder,
+    pub(super) runs: Vec<Run>,
+    fill: Vec<u8>,
+    fill_word: u64,
+    /// Whether this thread is on the core of the one that it serves.
+    pub(super) shares_core: bool,
+    /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
+    bad: VecDeque<(I::Frame, Failure)>,
+}
+
+impl<I: Image> Worker<I> {
+    pub(crate) fn new(decoder: I::Decoder) -> Self {
+        Self {
+            decoder,
+            runs: Vec::with_capacity(MOST_RUNS),
+            fill: vec![0; FILL_PAGES * PAGE_SIZE],
+            fill_word: 0,
+            shares_core: false,
+            bad: VecDeque::new(),
+        }
+    }
+
+    fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
+        let known = self.bad.iter().find(|(bad, _)| bad == frame);
+        known.map(|(_, failure)| failure)
+    }
+
+    fn remember_bad(&mut self, frame: &I::Frame, failure: &Failure) {
+        if self.bad.len() == BAD_FRAMES {
+            self.bad.pop_front();
+        }
+        self.bad.push_back((*frame, failure.clone()));
+    }
+
+    /// For installing `page` and what is installed with it.
+    fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
+        let later = reason == Reason::Demand && self.shares_core;
+        Purpose {
+            reason,
+            wanted: Some(page),
+            wake: if later { Wake::Later } else { Wake::Now },
+        }
+    }
+
+    /// A buffer of pages that repeat `word`.
+    fn filled(&mut self, word: u64) -> &[u8] {
+        if self.fill_word != word {
+            for chunk in self.fill.chunks_exact_mut(8) {
+                chunk.copy_from_slice(&word.to_le_bytes());
+            }
+            self.fill_word = word;
+        }
+        &self.fill
+    }
+}
+
+/// What became of an attempt to bring a page.
+pub(super) enum Brought {
+    /// It was installed by this thread.
+    Yes,
+    /// Look again.
+    Look,
+}
+
+/// Why a page was not brought.
+pub(super) enum Lost {
+    /// Its content can't be had.
+    Failed(Failure),
+    /// It could not be installed.
+    Stopped(Stop),
+}
+
+impl From<Failure> for Lost {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Stop> for Lost {
+    fn from(stop: Stop) -> Self {
+        Self::Stopped(stop)
+    }
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// Brings `page`, which is absent, and what comes with it.
+    pub(super) fn bring(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        reason: Reason,
+    ) -> Result<Brought, Lost> {
+        let done = match self.image.content(page, reason)? {
+            Content::Fill(word) => {
+                let purpose = worker.purpose(page, reason);
+                self.bring_fill(worker, page, word, purpose)?
+            }
+            Content::Stored(frame, slot) => {
+                if reason == Reason::Prefetch
+                    && let Some(failure) = worker.known_bad(&frame)
+                {
+                    let failure = failure.clone();
+                    return Err(Lost::Failed(Failure { page, ..failure }));
+                }
+                let id = self.image.id(&frame);
+                let Some(claim) = self.claims.claim(id) else {
+                    if reason == Reason::Demand {
+                        self.platform.wait_unclaimed(&self.claims, id);
+                    }
+                    return Ok(Brought::Look);
+                };
+                // Who had the claim a moment ago may have brought it.
+                if self.state.status(page) != Status::Absent {
+                    return Ok(Brought::Look);
+                }
+                let done = self.bring_frame(worker, page, &frame, slot, reason)?;
+                drop(claim);
+                done
+            }
+            Content::Unavailable => return Err(Lost::Failed(self.unavailable(page))),
+        };
+        Ok(if done { Brought::Yes } else { Brought::Look })
+    }
+
+    /// Installs the fills around `page`.
+    fn bring_fill(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        word: u64,
+        purpose: Purpose,
+    ) -> Result<bool, Lost> {
+        let reason = purpose.reason;
+        let most = if word == 0 {
+            HOLD_PAGES
+        } else {
+            FILL_PAGES as u64
+        };
+        let same = |p: &PageNumber| matches!(self.image.content(*p, reason), Ok(Content::Fill(w)) if w == word);
+        let window = window(page, most);
+        let start = (window.start..page)
+            .rev()
+            .take_while(same)
+            .last()
+            .unwrap_or(page);
+        let end = (page + 1..window.end)
+            .take_while(same)
+            .last()
+            .map_or(page + 1, |p| p + 1);
+        let source = if word == 0 {
+            Source::Zeros
+        } else {
+            Source::Filled(worker.filled(word))
+        };
+        Ok(self.install(start..end, source, purpose)?)
+    }
+
+    /// Decodes `frame` and installs what it holds: `page`, the pages around it that its own index
+    /// block knows, then, when nobody waits any more, what the frame lists and some of what repeats
+    /// it elsewhere.
+    fn bring_frame(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        frame: &I::Frame,
+        slot: u16,
+        reason: Reason,
+    ) -> Result<bool, Lost> {
+        let slots = self.image.slots(frame);
+        let purpose = worker.purpose(page, reason);
+        let mut done = false;
+        if reason == Reason::Demand && slots > PAGES_WORTH_WAITING {
+            self.decode(worker, page, frame, slot + 1, reason)?;
+            let alone = Run {
+                page,
+                slot,
+                count: 1,
+            };
+            let source = Source::Frame(self.image.bytes(&worker.decoder), alone);
+            done = self.install(alone.pages(), source, purpose)?;
+        }
+        match self.decode(worker, page, frame, slots, reason) {
+            Ok(()) => {}
+            Err(failure) if done => {
+                // Who wants another of its pages will meet it.
+                tracing::debug!(%failure, "the rest of a frame is left");
+                return Ok(true);
+            }
+            Err(failure) => return Err(failure.into()),
+        }
+        let near = self.run_around(page, frame, slot, reason);
+        let bytes = self.image.bytes(&worker.decoder);
+        let purpose = if done {
+            Purpose::along(reason)
+        } else {
+            purpose
+        };
+        match self.install(near.pages(), Source::Frame(bytes, near), purpose) {
+            Ok(now) => done |= now,
+            // The pages around the one that was wanted only came with it.
+            Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
+            Err(stop) => return Err(stop.into()),
+        }
+        let own = self
+            .image
+            .runs(&mut worker.decoder, reason, &mut worker.runs);
+        let bytes = self.image.bytes(&worker.decoder);
+        let purpose = Purpose::along(reason);
+        for run in &worker.runs {
+            if self.is_ending() {
+                return Ok(done);
+            }
+            match self.install(run.pages(), Source::Frame(bytes, *run), purpose) {
+                Ok(_) => {}
+                Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
+                Err(stop) => return Err(stop.into()),
+            }
+        }
+        if reason == Reason::Demand {
+            worker.runs.truncate(own);
+            self.bring_fills_between(worker, page);
+        }
+        Ok(done)
+    }
+
+    /// Decodes the first `slots` pages of `frame`, for `page`.
+    fn decode(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        frame: &I::Frame,
+        slots: u16,
+        reason: Reason,
+    ) -> Result<(), Failure> {
+        let decoded = self.image.decode(&mut worker.decoder, frame, slots, reason);
+        decoded.map_err(|failure| {
+            let failure = Failure { page, ..failure };
+            // A touch looks for itself: the file may have been mended.
+            if reason == Reason::Prefetch && failure.kind == FailureKind::Damaged {
+                worker.remember_bad(frame, &failure);
+            }
+            failure
+        })
+    }
+
+    /// Installs the fills that lie between the pages in `worker.runs`, near `page`: they
+    /// take microseconds, and a fault for each takes many.
+    fn bring_fills_between(&self, worker: &mut Worker<I>, page: PageNumber) {
+        let block = window(page, PAGES_PER_BLOCK_U64);
+        let near = worker.runs.iter().map(Run::pages);
+        let near = near.filter(|pages| block.contains(&pages.start));
+        let Some(between) = near.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else {
+            return;
+        };
+        let purpose = Purpose::along(Reason::Demand);
+        let mut next = between.start;
+        while let Some(page) = self.state.first_absent(next..between.end.min(block.end)) {
+            next = page + 1;
+            if let Ok(Content::Fill(word)) = self.image.content(page, Reason::Demand)
+                && self.bring_fill(worker, page, word, purpose).is_err()
+            {
+                // It will be met again by whoever wants the page.
+                return;
+            }
+        }
+    }
+
+    /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they
+    /// do here. The window lies in one index block, which was read to find `page`.
+    fn run_around(&self, page: PageNumber, frame: &I::Frame, slot: u16, reason: Reason) -> Run {
+        let is_at = |other: PageNumber, slot: u16| matches!(self.image.content(other, reason), Ok(Content::Stored(f, s)) if f == *frame && s == slot);
+        let window = window(page, HOLD_PAGES);
+        let mut run = Run {
+            page,
+            slot,
+            count: 1,
+        };
+        while run.page > window.start && run.slot > 0 && is_at(run.page - 1, run.slot - 1) {
+            run.page -= 1;
+            run.slot -= 1;
+            run.count += 1;
+        }
+        while run.pages().end < window.end && is_at(run.pages().end, run.slot + run.count) {
+            run.count += 1;
+        }
+        run
+    }
+
+    /// The failure of a page that the snapshot doesn't hold.
+    fn unavailable(&self, page: PageNumber) -> Failure {
+        Failure {
+            page,
+            kind: FailureKind::Unavailable,
+            ..self
+                .image
+                .failure("it could not be read when the snapshot was taken".to_owned())
+        }
+    }
+}
+
+impl Run {
+    /// The numbers of its pages.
+    pub(crate) fn pages(&self) -> Range<PageNumber> {
+        self.page..self.page + u64::from(self.count)
+    }
+}
+
+/// The aligned window of `pages` pages around `page`.
+fn window(page: PageNumber, pages: u64) -> Range<PageNumber> {
+    let start = page / pages * pages;
+    start..start + pages
+}

@@ -1,0 +1,80 @@
+//! The snapshot under a session in the model.
+
+use snapshot_format::Reason;
+
+use crate::session::claims::FrameId;
+use crate::session::failure::{Failure, FailureKind};
+use crate::session::platform::{Content, Image, PageNumber, Run};
+
+/// The content of a page, whose number is its place at the start.
+pub(super) fn content_of(page: u64) -> u8 {
+    u8::try_from(page).unwrap() + 1
+}
+
+/// The snapshot of the model: page n repeats n + 1 and lies in frame n / 2, slot n % 2.
+pub(super) struct Pages;
+
+impl Image for Pages {
+    /// Its number.
+    type Frame = u64;
+    /// The bytes of the last frame, as far as it is decoded.
+    type Decoder = Vec<u8>;
+
+    fn id(&self, frame: &u64) -> FrameId {
+        FrameId(*frame)
+    }
+
+    fn content(&self, page: PageNumber, _: Reason) -> Result<Content<u64>, Failure> {
+        Ok(Content::Stored(page / 2, u16::try_from(page % 2).unwrap()))
+    }
+
+    fn slots(&self, _: &u64) -> u16 {
+        2
+    }
+
+    fn decode(
+        &self,
+        decoder: &mut Self::Decoder,
+        frame: &u64,
+        slots: u16,
+        _: Reason,
+    ) -> Result<(), Failure> {
+        decoder.clear();
+        for page in (frame * 2..).take(slots.into()) {
+            decoder.resize(decoder.len() + 4096, 0);
+            let start = decoder.len() - 4096;
+            decoder[start] = content_of(page);
+        }
+        Ok(())
+    }
+
+    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) -> usize {
+        runs.clear();
+        runs.push(Run {
+            page: first_page(decoder),
+            slot: 0,
+            count: 2,
+        });
+        runs.len()
+    }
+
+    fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8] {
+        decoder
+    }
+
+    fn failure(&self, detail: String) -> Failure {
+        Failure {
+            file: "model".to_owned(),
+            offset: None,
+            page: 0,
+            address: None,
+            kind: FailureKind::Io,
+            detail,
+        }
+    }
+}
+
+/// The first page of the last frame decoded.
+fn first_page(decoder: &[u8]) -> PageNumber {
+    decoder.first().map_or(0, |first| u64::from(*first) - 1)
+}
