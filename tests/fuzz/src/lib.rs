@@ -81,6 +81,7 @@ pub fn open(bytes: &[u8]) -> Result<Snapshot, OpenError> {
 pub struct Eager<'a> {
     snapshot: &'a Snapshot,
     decoder: FrameDecoder,
+    steps: FrameDecoder,
     frames: HashMap<FrameRef, Option<Vec<u8>>>,
 }
 
@@ -93,6 +94,9 @@ pub enum Found {
     Bytes(Vec<u8>),
     /// No bytes that may be believed.
     Nothing,
+    /// These bytes, or none: they come before the place at which the frame can't be decoded any further, and who
+    /// waited for them may have been given them.
+    Torn(Vec<u8>),
     /// No page has the number.
     Unused,
 }
@@ -102,7 +106,7 @@ impl Found {
     pub fn is(&self, bytes: &[u8]) -> bool {
         match self {
             Self::Fill(word) => bytes.chunks(8).all(|chunk| chunk == word.to_le_bytes()),
-            Self::Bytes(right) => right == bytes,
+            Self::Bytes(right) | Self::Torn(right) => right == bytes,
             Self::Nothing | Self::Unused => false,
         }
     }
@@ -114,6 +118,7 @@ impl<'a> Eager<'a> {
         Self {
             snapshot,
             decoder: FrameDecoder::new(),
+            steps: FrameDecoder::in_steps(snapshot).unwrap_or_default(),
             frames: HashMap::new(),
         }
     }
@@ -147,9 +152,15 @@ impl<'a> Eager<'a> {
                 }
                 let from = usize::from(slot) * PAGE_SIZE;
                 let decoded = self.frames.get(&frame).and_then(Option::as_ref);
-                decoded.map_or(Found::Nothing, |frame| {
-                    Found::Bytes(frame[from..from + PAGE_SIZE].to_vec())
-                })
+                if let Some(frame) = decoded {
+                    return Found::Bytes(frame[from..from + PAGE_SIZE].to_vec());
+                }
+                let mut out = vec![0; frame.decoded_len()];
+                let first = self.steps.decode_first(snapshot, &frame, Reason::Demand, slot + 1, &mut out);
+                match first {
+                    Ok((_, ready)) if ready > slot => Found::Torn(out[from..from + PAGE_SIZE].to_vec()),
+                    _ => Found::Nothing,
+                }
             }
             Err(error) => {
                 only_damage(&error);

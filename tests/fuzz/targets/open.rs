@@ -48,7 +48,7 @@ fn pages(snapshot: &Snapshot) -> bool {
     let mut eager = Eager::new(snapshot);
     let mut lost = false;
     for page in 0..snapshot.page_slots().min(MOST_BLOCKS * 512) {
-        if eager.page(page) == Found::Nothing {
+        if matches!(eager.page(page), Found::Nothing | Found::Torn(_)) {
             let unavailable = snapshot.look_up(page, snapshot_format::Reason::Demand);
             lost |= !matches!(unavailable, Ok(snapshot_format::Page::Unavailable));
         }
