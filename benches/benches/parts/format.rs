@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::io::Write as _;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot, dictionary};
+use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot, dictionary, digest};
 
 use crate::pieces::{frames, memory, noise, snapshot, written};
 
@@ -53,6 +53,30 @@ fn dictionary() -> Vec<u8> {
     trained.map_or_else(|| memory()[..64 << 10].to_vec(), |trained| trained.bytes)
 }
 
+/// Whether a page repeats one word: of a page that does, and of one that doesn't; against comparing
+/// byte by byte.
+pub(crate) fn fills(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("is a page a fill");
+    group.throughput(Throughput::Bytes(4096));
+    let pages = [
+        ("zero", vec![0; 4096]),
+        ("other in its last byte", [vec![0; 4095], vec![1]].concat()),
+        ("noise", noise(4096)),
+    ];
+    for (name, page) in pages {
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| digest::fill_word(black_box(&page)));
+        });
+        group.bench_function(format!("{name}, byte by byte"), |bencher| {
+            bencher.iter(|| {
+                let page = black_box(&page);
+                (8..page.len()).all(|at| black_box(page[at]) == page[at % 8])
+            });
+        });
+    }
+    group.finish();
+}
+
 /// A frame from memory to memory: checksum and decode.
 pub(crate) fn decode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decode");
@@ -75,7 +99,8 @@ pub(crate) fn decode(criterion: &mut Criterion) {
                 .map(|(frame, _)| frame)
                 .filter(|frame| usize::from(frame.slots()) == frame_pages)
                 .collect();
-            let (mut decoder, mut out) = (FrameDecoder::new(), vec![0; frame_pages * 4096]);
+            let mut decoder = FrameDecoder::in_steps(&snapshot).expect("dictionaries");
+            let mut out = vec![0; frame_pages * 4096];
             let mut next = 0;
             group.throughput(Throughput::Bytes(out.len() as u64));
             group.bench_function(
@@ -86,6 +111,20 @@ pub(crate) fn decode(criterion: &mut Criterion) {
                         let listed =
                             decoder.decode(&snapshot, &frames[next], Reason::Demand, &mut out);
                         black_box(listed.expect("a good frame").runs().len())
+                    });
+                },
+            );
+            // What a thread waits for that touches some page of a frame.
+            group.bench_function(
+                BenchmarkId::new(format!("{name}, up to a page"), format!("{frame_kib} KiB")),
+                |bencher| {
+                    bencher.iter(|| {
+                        next = (next + 1) % frames.len();
+                        let (frame, slots) = (&frames[next], next * 7 % frame_pages + 1);
+                        let slots = u16::try_from(slots).expect("at most 512");
+                        let first =
+                            decoder.decode_first(&snapshot, frame, Reason::Demand, slots, &mut out);
+                        black_box(first.expect("a good frame").1)
                     });
                 },
             );

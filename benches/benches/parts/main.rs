@@ -17,6 +17,7 @@ criterion_group!(
     parts,
     format::open,
     format::look_up,
+    format::fills,
     format::decode,
     install::install,
     fault::one_fault,
