@@ -1,0 +1,63 @@
+//! Memory that the engine brings, in the launcher's own process.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Restored};
+use snapshot_format::Snapshot;
+use vm_memory::GuestMemoryMmap;
+
+use crate::restore::ArrivingMemory;
+
+/// A restore that runs, and its memory as `vm-memory` knows it.
+pub(crate) struct InProcess {
+    // Fields are dropped in this order: the memory goes before what keeps it mapped.
+    memory: GuestMemoryMmap,
+    restored: Restored,
+}
+
+impl InProcess {
+    /// Maps and registers memory for the regions of `snapshot`. Nothing of it is read yet.
+    pub(crate) fn start(snapshot: Arc<Snapshot>, prefetch: Prefetch) -> Result<Self> {
+        let restored = Restore::new(snapshot)
+            .prefetch(prefetch)
+            // A page that can't be restored ends this process, while the virtual CPU waits for it.
+            // Poison would not do: where KVM reads memory itself, to emulate an instruction for
+            // instance, a guest could read zeros.
+            .on_failure(OnFailure::Abort)
+            .start()?;
+        // SAFETY: the memory is used as long as this value lives at most: it is only lent out, and
+        // nobody in this program clones it. The restore is not stopped before, and nobody unmaps or
+        // moves its memory.
+        let memory = unsafe { restored.guest_memory() }?;
+        Ok(Self { memory, restored })
+    }
+}
+
+impl ArrivingMemory for InProcess {
+    fn guest(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    fn report(&self) -> String {
+        let stats = self.restored.stats();
+        let (demand, prefetch) = (stats.demand, stats.prefetch);
+        format!(
+            "memory     usable {:.1?} after it was asked for\n\
+             faults     {}; {:.1?} at p50, {:.1?} p99\n\
+             installed  {} pages copied, {} filled, {} zeroed; {} of them by prefetch; {} left to the kernel\n\
+             read       {} KiB, decoded to {} KiB",
+            stats.mapped,
+            stats.faults,
+            stats.fault_time.p50,
+            stats.fault_time.p99,
+            demand.copied + prefetch.copied,
+            demand.filled + prefetch.filled,
+            demand.zeroed + prefetch.zeroed,
+            prefetch.copied + prefetch.filled + prefetch.zeroed,
+            stats.left_to_kernel,
+            stats.bytes_read >> 10,
+            stats.bytes_decoded >> 10,
+        )
+    }
+}

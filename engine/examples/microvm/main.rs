@@ -1,0 +1,139 @@
+//! A launcher of microVMs, as small as one can be that takes snapshots and restores them lazily.
+//!
+//! ```sh
+//! cargo run --release -p snaprestore-engine --features rust-vmm --example microvm -- demo
+//! ```
+//!
+//! `microvm snapshot FILE` starts a guest on `/dev/kvm`, waits until it has filled its memory,
+//! pauses it, and writes memory and registers as one snapshot. `microvm restore FILE`, another
+//! process, lets it go on at once, with no page of its memory there: each arrives when the virtual
+//! CPU touches it. The guest verifies all of them in shuffled order and says over its serial port
+//! what it found. `microvm demo` does both and compares the two guests.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `guest.s`, `guest.rs` | the guest's program, and how its memory and CPU look at the start |
+//! | `vm.rs` | KVM: memory slots, running, the serial port, pausing |
+//! | `cpu.rs` | what a virtual CPU holds, in a snapshot and out of it |
+//! | `snapshot.rs` | from a paused VM to a file |
+//! | `restore.rs` | from a file to a running VM, wherever its memory comes from |
+//! | `in_process.rs` | memory that the engine brings, in this process |
+//! | `demo.rs` | both, compared |
+#![allow(
+    unsafe_code,
+    reason = "memory that a guest writes to is shared with the kernel by its address"
+)]
+#![allow(clippy::print_stdout, reason = "it is a program")]
+
+mod cpu;
+mod demo;
+mod guest;
+mod in_process;
+mod restore;
+mod snapshot;
+mod vm;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use kvm_ioctls::Kvm;
+use snaprestore_engine::restore::Prefetch;
+use snapshot_format::Snapshot;
+
+use crate::in_process::InProcess;
+
+const USAGE: &str = "\
+usage: microvm snapshot FILE [--memory MIB]
+       microvm restore FILE [--prefetch off|all]
+       microvm demo [--memory MIB] [--prefetch off|all]";
+
+/// What the content of the guest's pages follows from, with their addresses.
+const SEED: u64 = 0x5eed_0fa1_17b1_e5ed;
+
+fn main() -> Result<()> {
+    let begun = Instant::now();
+    // When a page can't be restored the engine says which and why before it ends the process.
+    tracing_subscriber::fmt().with_writer(io::stderr).init();
+    let Options {
+        command,
+        file,
+        mib,
+        prefetch,
+    } = Options::parse(std::env::args_os().skip(1))?;
+    match (command, file) {
+        (Command::Snapshot, Some(file)) => {
+            let kvm = open_kvm()?;
+            let memory = snapshot::new_memory(mib)?;
+            let vm = snapshot::run_until_filled(&kvm, &memory, mib, SEED)?;
+            let bytes = snapshot::write(&file, &kvm, &vm, &memory)?;
+            println!("snapshot   {mib} MiB in {} KiB", bytes >> 10);
+            Ok(())
+        }
+        (Command::Restore, Some(file)) => {
+            let kvm = open_kvm()?;
+            let snapshot = Arc::new(Snapshot::open_path(&file)?);
+            let memory = InProcess::start(Arc::clone(&snapshot), prefetch)?;
+            restore::run(&kvm, &snapshot, &memory, begun)
+        }
+        (Command::Demo, None) => demo::run(&open_kvm()?, mib, SEED, &prefetch),
+        _ => bail!(USAGE),
+    }
+}
+
+fn open_kvm() -> Result<Kvm> {
+    Kvm::new().context("/dev/kvm can't be opened")
+}
+
+enum Command {
+    Snapshot,
+    Restore,
+    Demo,
+}
+
+/// What was asked for.
+struct Options {
+    command: Command,
+    file: Option<PathBuf>,
+    mib: u64,
+    prefetch: Prefetch,
+}
+
+impl Options {
+    fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Result<Self> {
+        let command = match args.next().as_ref().and_then(|name| name.to_str()) {
+            Some("snapshot") => Command::Snapshot,
+            Some("restore") => Command::Restore,
+            Some("demo") => Command::Demo,
+            _ => bail!(USAGE),
+        };
+        let mut options = Self {
+            command,
+            file: None,
+            mib: 64,
+            prefetch: Prefetch::Off,
+        };
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().and_then(|value| value.into_string().ok());
+            match arg.to_str() {
+                Some("--memory") => {
+                    let mib = value().and_then(|mib| mib.parse().ok());
+                    options.mib = mib.context("--memory takes a number of MiB")?;
+                }
+                Some("--prefetch") => {
+                    options.prefetch = match value().as_deref() {
+                        Some("off") => Prefetch::Off,
+                        Some("all") => Prefetch::All,
+                        _ => bail!("--prefetch takes off or all"),
+                    };
+                }
+                Some(option) if option.starts_with('-') => bail!(USAGE),
+                _ if options.file.is_none() => options.file = Some(arg.into()),
+                _ => bail!(USAGE),
+            }
+        }
+        Ok(options)
+    }
+}

@@ -1,0 +1,141 @@
+//! A virtual machine on `/dev/kvm`: memory slots, one virtual CPU, a serial port.
+
+use std::io::{self, Write as _};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
+
+use crate::guest;
+
+/// Three pages of guest addresses that KVM needs for itself on some processors, in the gap.
+const KVM_OWN_PAGES: usize = 0xfffb_d000;
+/// Most bytes of a line that the guest says.
+const LONGEST_LINE: usize = 256;
+
+/// Why the guest stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// It may be snapshotted now.
+    Paused,
+    /// It has found everything as it was.
+    Good,
+    /// It has found something wrong, and said what.
+    Bad,
+}
+
+/// A virtual machine on borrowed memory.
+///
+/// The memory may still be arriving: the virtual CPU waits in the kernel where a page is missing,
+/// and knows nothing of it.
+pub(crate) struct Vm<'memory> {
+    pub(crate) vcpu: VcpuFd,
+    pub(crate) serial: Serial,
+    _machine: VmFd,
+    _memory: &'memory GuestMemoryMmap,
+}
+
+impl<'memory> Vm<'memory> {
+    /// A VM whose CPU is in the state of a reset.
+    pub(crate) fn new(kvm: &Kvm, memory: &'memory GuestMemoryMmap) -> Result<Self> {
+        let vm = kvm.create_vm().context("making a VM")?;
+        vm.set_tss_address(KVM_OWN_PAGES)
+            .context("giving KVM pages of its own")?;
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr().expose_provenance() as u64,
+            };
+            // SAFETY: the region is mapped and writable as long as the memory lives, and its users
+            // reach it by volatile accesses only, so the guest may write to it at any time. The
+            // guest runs only while `Vm` lives, which holds its only CPU and borrows the memory.
+            // Regions don't overlap in the guest: `vm-memory` refuses that. Should the kernel
+            // refuse the slot, nothing has happened.
+            unsafe { vm.set_user_memory_region(slot) }.with_context(|| {
+                format!("giving the VM its memory at {:#x}", slot.guest_phys_addr)
+            })?;
+        }
+        let vcpu = vm.create_vcpu(0).context("making a virtual CPU")?;
+        Ok(Self {
+            vcpu,
+            serial: Serial::default(),
+            _machine: vm,
+            _memory: memory,
+        })
+    }
+
+    /// Runs the guest until it asks for something.
+    pub(crate) fn run(&mut self) -> Result<Stopped> {
+        loop {
+            let request = match self.vcpu.run() {
+                Ok(VcpuExit::IoOut(guest::SERIAL_PORT, bytes)) => {
+                    self.serial.write(bytes)?;
+                    continue;
+                }
+                Ok(VcpuExit::IoOut(guest::REQUEST_PORT, &[request])) => request,
+                // A triple fault, among others.
+                Ok(exit) => bail!("the guest stopped unexpectedly: {exit:?}"),
+                // A signal. The guest goes on where it was.
+                Err(error) if error.errno() == libc::EINTR => continue,
+                // Where a page can't be restored the process ends, so no fault is left to get here.
+                Err(error) => return Err(error).context("running the guest"),
+            };
+            let stopped = match request {
+                guest::REQUEST_PAUSE => Stopped::Paused,
+                guest::REQUEST_GOOD => Stopped::Good,
+                guest::REQUEST_BAD => Stopped::Bad,
+                other => bail!("the guest asks for {other}, which means nothing"),
+            };
+            self.finish_instruction()?;
+            return Ok(stopped);
+        }
+    }
+
+    /// Has KVM finish the instruction that it left for us.
+    ///
+    /// It does so only when the CPU is run again. Registers that are read before may be those in
+    /// the middle of an instruction, and a guest restored from them would repeat it, or worse.
+    fn finish_instruction(&mut self) -> Result<()> {
+        self.vcpu.set_kvm_immediate_exit(1);
+        let exit = self.vcpu.run().map(|exit| format!("{exit:?}"));
+        self.vcpu.set_kvm_immediate_exit(0);
+        let finished = exit.as_ref().is_err_and(|e| e.errno() == libc::EINTR);
+        ensure!(finished, "the guest went on instead of pausing: {exit:?}");
+        Ok(())
+    }
+}
+
+/// The output of the guest, passed on line by line.
+#[derive(Default)]
+pub(crate) struct Serial {
+    /// When the first byte came.
+    pub(crate) first: Option<Instant>,
+    /// The lines so far.
+    pub(crate) lines: Vec<String>,
+    unfinished: Vec<u8>,
+}
+
+impl Serial {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.first.get_or_insert_with(Instant::now);
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.unfinished.push(byte);
+            }
+            // A guest can send without an end.
+            if byte == b'\n' || self.unfinished.len() == LONGEST_LINE {
+                let line = String::from_utf8_lossy(&self.unfinished).into_owned();
+                self.unfinished.clear();
+                writeln!(io::stdout(), "guest: {line}")
+                    .context("passing on what the guest says")?;
+                self.lines.push(line);
+            }
+        }
+        Ok(())
+    }
+}
