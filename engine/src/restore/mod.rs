@@ -36,6 +36,13 @@
 //! calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the callbacks and the tracing
 //! subscriber make.
 //!
+//! # Under KVM
+//!
+//! The regions become memory slots, and a virtual CPU that touches a missing page waits in the kernel
+//! until it is there. Choose [`OnFailure::Abort`], since a poisoned page can read as zeros where KVM
+//! emulates an instruction, don't permit [`Restore::user_mode_only`], and keep the [`Restored`] as
+//! long as the VM. `examples/microvm` is a whole launcher.
+//!
 //! # What memory may do meanwhile
 //!
 //! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and, where
