@@ -1,7 +1,9 @@
 //! Restores memory lazily from snaprestore snapshots.
 
 pub mod mem;
+
 pub mod restore;
+mod running;
 mod session;
 pub mod sys;
 

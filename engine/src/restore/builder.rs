@@ -17,26 +17,12 @@ use crate::sys::{
 };
 
 use super::guard::{Asker, Owner};
-use super::restored::{Inner, Restored, RestoredRegion};
-use super::threads::{Hook, ThreadError, start_threads};
+use super::restored::{self, Restored, RestoredRegion};
+use crate::running::{Body, Crew, Hook, Prefetch, Running, ThreadError};
 
 /// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
 /// `mremap`.
 const SPARE_PIECES: usize = 4096;
-
-/// What is fetched before it is touched.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Prefetch {
-    /// Nothing: pages come when they are touched.
-    Off,
-    /// The snapshot's working sets, in their order. Nothing if it has none.
-    WorkingSet,
-    /// These page numbers, in this order.
-    Pages(Vec<Range<u64>>),
-    /// The working sets, then everything else in address order.
-    All,
-}
 
 /// A restore into this process, being described.
 #[must_use = "nothing happens before `start`"]
@@ -348,21 +334,38 @@ impl Restore {
                 len: region.bytes(),
                 memory: memory.clone(),
             });
-        let inner = Arc::new(Inner::new(
-            session,
-            named.collect(),
-            begun,
-            self.huge_pages,
-            user_mode_only,
-            left,
-            self.fault_threads,
-        ));
-        match start_threads(&self, &inner, asker) {
+        let on_complete = restored::on_complete(self.huge_pages.then(|| left.clone()));
+        let running = Running::new(session, begun, self.fault_threads, on_complete);
+        let mapped = begun.elapsed();
+        let running = Arc::new(running);
+        let crew = self.crew(asker);
+        match crew.start(&running) {
             Ok(threads) => {
                 in_children.keep();
-                Ok(Restored::new(inner, threads))
+                Ok(Restored {
+                    running,
+                    threads,
+                    regions: named.collect(),
+                    mapped,
+                    user_mode_only,
+                    left,
+                    over: false,
+                })
             }
             Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
+        }
+    }
+
+    /// The threads that it takes.
+    fn crew(self, asker: Option<Asker>) -> Crew {
+        let ask = |asker: Asker| -> Body { Box::new(move |running| asker.run(&running.session)) };
+        Crew {
+            fault_threads: self.fault_threads,
+            prefetch: self.prefetch,
+            prefetch_threads: self.prefetch_threads,
+            prefetch_bandwidth: self.prefetch_bandwidth,
+            hook: self.hook,
+            other: asker.map(|asker| ("snap-ask", ask(asker))),
         }
     }
 

@@ -52,15 +52,13 @@
 //! again (`MADV_DOFORK`).
 
 mod builder;
-mod feeder;
 mod guard;
 mod huge;
 mod questions;
 mod restored;
-mod threads;
 
-pub use builder::{Prefetch, Restore, StartError};
-pub use restored::{PageCounts, ReadAtError, Restored, RestoredRegion, Stats, Stop, StopError};
-pub use threads::SYSTEM_CALLS;
+pub use builder::{Restore, StartError};
+pub use restored::{ReadAtError, Restored, RestoredRegion, Stop, StopError};
 
+pub use crate::running::{PageCounts, Prefetch, SYSTEM_CALLS, Stats};
 pub use crate::session::{Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict};

@@ -20,9 +20,8 @@ use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use crate::session::{Kernel, PAGE, Session, SnapshotImage, Worker};
 
-use super::builder::Prefetch;
-use super::restored::Inner;
 use super::threads::{EndOnPanic, Hook};
+use super::{Prefetch, Running};
 
 /// The longest that prefetch waits for demand before a frame: an owner that faults all the time
 /// must not stop it.
@@ -91,7 +90,7 @@ impl Drop for Pool {
 
 /// The thread that decides what is fetched next.
 pub(super) struct Feeder {
-    inner: Arc<Inner>,
+    running: Arc<Running>,
     plan: Plan,
     pool: Pool,
     idle: Receiver<Worker<SnapshotImage>>,
@@ -108,7 +107,7 @@ struct Fetching {
 }
 
 impl Feeder {
-    pub(super) fn new(inner: &Arc<Inner>, plan: Plan) -> io::Result<Self> {
+    pub(super) fn new(running: &Arc<Running>, plan: Plan) -> io::Result<Self> {
         let pool = Pool::new(plan.threads, plan.hook.as_ref())?;
         let (done, idle) = channel();
         let fetching = Arc::new(Fetching {
@@ -116,7 +115,7 @@ impl Feeder {
             most: plan.threads,
         });
         Ok(Self {
-            inner: Arc::clone(inner),
+            running: Arc::clone(running),
             plan,
             pool,
             idle,
@@ -133,16 +132,16 @@ impl Feeder {
         for _ in 0..self.plan.threads {
             // The receiver is in our hands.
             let _ = self.done.send(Worker::new(
-                self.inner.session.image.decoder(Reason::Prefetch),
+                self.running.session.image.decoder(Reason::Prefetch),
             ));
         }
         let first = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),
             Prefetch::Off | Prefetch::WorkingSet | Prefetch::All => self.working_sets(),
         };
-        let slots = self.inner.session.image.snapshot().page_slots();
+        let slots = self.running.session.image.snapshot().page_slots();
         for pages in first {
-            if self.inner.session.is_ending() {
+            if self.running.session.is_ending() {
                 break;
             }
             self.hand_out(pages.start..pages.end.min(slots), begun);
@@ -156,22 +155,22 @@ impl Feeder {
                 self.busy.store(0, Relaxed);
                 self.hand_out(0..slots, begun);
                 self.wait_idle();
-                if self.busy.load(Relaxed) == 0 || self.inner.session.is_ending() {
+                if self.busy.load(Relaxed) == 0 || self.running.session.is_ending() {
                     break;
                 }
                 std::thread::sleep(NEXT_PASS);
             }
         }
         self.wait_idle();
-        self.inner.session.kick();
-        self.inner.prefetch_ended();
+        self.running.session.kick();
+        self.running.prefetch_ended();
         // The feeder goes, and with it the pool: who joins this thread has joined those of the
         // pool.
     }
 
     /// The runs of all working sets that can be read.
     fn working_sets(&self) -> Vec<Range<u64>> {
-        let snapshot = self.inner.session.image.snapshot();
+        let snapshot = self.running.session.image.snapshot();
         let sets = snapshot.working_sets().unwrap_or_else(|error| {
             tracing::warn!(%error, "the working sets can't be read");
             Vec::new()
@@ -194,10 +193,10 @@ impl Feeder {
     /// Gives `pages` to the pool, block by block, when a thread is idle and the budget allows.
     fn hand_out(&self, pages: Range<u64>, begun: Instant) {
         for pages in in_blocks(pages) {
-            if self.inner.session.is_ending() {
+            if self.running.session.is_ending() {
                 return;
             }
-            if self.inner.session.state.any_absent(pages.clone()) {
+            if self.running.session.state.any_absent(pages.clone()) {
                 self.hand_out_block(pages, begun);
             }
         }
@@ -216,7 +215,7 @@ impl Feeder {
 
     fn hand_out_block(&self, pages: Range<u64>, begun: Instant) {
         if let Some(bandwidth) = self.plan.bandwidth {
-            let brought = self.inner.session.stats.prefetch.total() * PAGE;
+            let brought = self.running.session.stats.prefetch.total() * PAGE;
             self.sleep_until(begun + Duration::from_nanos(nanos(brought, bandwidth)));
         }
         let busy = Arc::clone(&self.busy);
@@ -240,16 +239,16 @@ impl Feeder {
         let Ok(mut worker) = self.idle.recv() else {
             return;
         };
-        let (inner, done) = (Arc::clone(&self.inner), self.done.clone());
+        let (running, done) = (Arc::clone(&self.running), self.done.clone());
         let fetching = Arc::clone(&self.fetching);
         self.pool.rayon().spawn(move || {
             fetching.now.fetch_add(1, Relaxed);
-            work(&inner.session, &mut worker, &mut || {
-                fetching.stand_back(&inner);
+            work(&running.session, &mut worker, &mut || {
+                fetching.stand_back(&running);
             });
             fetching.now.fetch_sub(1, Relaxed);
             // The memory must not be this thread's to unmap, after everybody else has let go.
-            drop(inner);
+            drop(running);
             // The feeder may have gone.
             let _ = done.send(worker);
         });
@@ -267,7 +266,7 @@ impl Feeder {
 
     /// Sleeps in short steps, so that the session's end is noticed.
     fn sleep_until(&self, until: Instant) {
-        while !self.inner.session.is_ending() {
+        while !self.running.session.is_ending() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -288,8 +287,8 @@ fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 
 impl Fetching {
     /// Waits while demand wants this thread's core, but not for ever.
-    fn stand_back(&self, inner: &Inner) {
-        let demand = &inner.session.inbox;
+    fn stand_back(&self, running: &Running) {
+        let demand = &running.session.inbox;
         if demand.waiting() + self.now.load(Relaxed) <= self.most {
             return;
         }
@@ -297,7 +296,7 @@ impl Fetching {
         let begun = Instant::now();
         while demand.demand_waits()
             && demand.waiting() + self.now.load(Relaxed) >= self.most
-            && !inner.session.is_ending()
+            && !running.session.is_ending()
             && begun.elapsed() < LONGEST_STAND_BACK
         {
             std::thread::sleep(LOOK_AGAIN);

@@ -1,0 +1,164 @@
+//! The engine's threads.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use snapshot_format::Reason;
+
+use crate::session::Worker;
+use crate::sys::SignalsBlocked;
+
+use super::feeder::{Feeder, Plan};
+use super::{Prefetch, Running};
+
+/// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
+/// seccomp filter.
+pub const SYSTEM_CALLS: &[&str] = &[
+    // Faults, and installing.
+    "ioctl",
+    "read",
+    "epoll_wait",
+    "epoll_pwait",
+    "epoll_ctl",
+    // Going to the core of the thread that faults.
+    "sched_getscheduler",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    // Waking each other, and waiting.
+    "futex",
+    "write",
+    "sched_yield",
+    "clock_nanosleep",
+    "clock_gettime",
+    // The snapshot's file.
+    "pread64",
+    // Memory for index blocks, and what is freed.
+    "mmap",
+    "munmap",
+    "mremap",
+    "brk",
+    "madvise",
+    "mprotect",
+    // Starting and ending a thread.
+    "sigaltstack",
+    "exit",
+    "rt_sigprocmask",
+    "rseq",
+    "set_robust_list",
+    "getrandom",
+    // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is
+    // open.
+    "close",
+    "fcntl",
+];
+
+/// Runs in each thread before anything else, with its name.
+pub(crate) type Hook = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// A thread, or something for it, could not be made.
+pub(crate) struct ThreadError {
+    pub(crate) what: &'static str,
+    pub(crate) source: io::Error,
+}
+
+/// Ends the process if its thread panics: whoever waits for that thread's pages would wait for
+/// ever.
+pub(super) struct EndOnPanic;
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+/// The threads over a session.
+pub(crate) type Threads = Vec<JoinHandle<()>>;
+
+/// What a thread does.
+pub(crate) type Body = Box<dyn FnOnce(&Running) + Send>;
+
+/// Which threads are started.
+pub(crate) struct Crew {
+    pub(crate) fault_threads: usize,
+    pub(crate) prefetch: Prefetch,
+    pub(crate) prefetch_threads: usize,
+    pub(crate) prefetch_bandwidth: Option<u64>,
+    pub(crate) hook: Option<Hook>,
+    /// One more, with its name.
+    pub(crate) other: Option<(&'static str, Body)>,
+}
+
+impl Crew {
+    /// Starts them. If one can't be started, those that were are ended.
+    pub(crate) fn start(self, running: &Arc<Running>) -> Result<Threads, ThreadError> {
+        // Threads inherit the mask: no signal reaches them, not even before their first instruction.
+        let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
+            what: "threads that block signals",
+            source,
+        })?;
+        let mut threads = Threads::new();
+        let started = self.start_all(running, &mut threads);
+        drop(blocked);
+        match started {
+            Ok(()) => Ok(threads),
+            Err(source) => {
+                running.session.end();
+                for thread in threads {
+                    let _ = thread.join();
+                }
+                Err(ThreadError {
+                    what: "the engine's threads",
+                    source,
+                })
+            }
+        }
+    }
+
+    fn start_all(self, running: &Arc<Running>, threads: &mut Threads) -> io::Result<()> {
+        let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
+            let hook = self.hook.clone();
+            let named = name.clone();
+            let thread = Builder::new().name(name).spawn(move || {
+                let _end = EndOnPanic;
+                if let Some(hook) = hook {
+                    hook(&named);
+                }
+                body();
+            })?;
+            threads.push(thread);
+            Ok(())
+        };
+        for i in 0..self.fault_threads {
+            let running = Arc::clone(running);
+            spawn(
+                format!("snap-fault-{i}"),
+                Box::new(move || {
+                    // Before the first fault, and not in the way of the start.
+                    let mut worker = Worker::new(running.session.image.decoder(Reason::Demand));
+                    running.session.serve(&mut worker);
+                    running.fault_thread_ends();
+                }),
+            )?;
+        }
+        if let Some((name, body)) = self.other {
+            let running = Arc::clone(running);
+            spawn(name.to_owned(), Box::new(move || body(&running)))?;
+        }
+        if self.prefetch == Prefetch::Off {
+            running.prefetch_ended();
+        } else {
+            let plan = Plan {
+                prefetch: self.prefetch,
+                threads: self.prefetch_threads,
+                bandwidth: self.prefetch_bandwidth,
+                hook: self.hook.clone(),
+            };
+            let feeder = Feeder::new(running, plan)?;
+            spawn("snap-feed".to_owned(), Box::new(move || feeder.run()))?;
+        }
+        Ok(())
+    }
+}
