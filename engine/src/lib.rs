@@ -1,6 +1,7 @@
 //! Restores memory lazily from snaprestore snapshots.
 
 pub mod mem;
+pub mod pager;
 
 pub mod restore;
 mod running;

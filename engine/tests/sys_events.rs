@@ -414,8 +414,8 @@ fn a_wakeup_ends_a_waiting_or_the_next() {
     let scene = Scene::new(1);
     let waiting = Waiting::new(&scene.uffd).unwrap();
     let woken = Ready {
-        messages: false,
         woken: true,
+        ..Ready::default()
     };
     std::thread::scope(|scope| {
         let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();
@@ -449,7 +449,7 @@ fn a_message_ends_a_waiting_or_the_next() {
     let waiting = Waiting::new(&scene.uffd).unwrap();
     let came = Ready {
         messages: true,
-        woken: false,
+        ..Ready::default()
     };
     let readers = std::thread::scope(|scope| {
         let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();

@@ -28,12 +28,16 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.finish_if_settled() {
                 return None;
             }
-            if self.platform.wait_readable() == Waited::Failed {
-                self.guard.end_owner("waiting for faults failed");
-                self.end();
-                return None;
+            match self.platform.wait_readable() {
+                Waited::Ready => {
+                    self.read_events(0);
+                }
+                Waited::OwnerGone => self.owner_is_gone(),
+                Waited::Failed => {
+                    self.guard.end_owner("waiting for faults failed");
+                    self.end();
+                }
             }
-            self.read_events(0);
         }
     }
 

@@ -1,5 +1,6 @@
 //! The platform that is real: a userfaultfd and this process's threads.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -42,6 +43,11 @@ impl Kernel {
                 messages: Vec::with_capacity(Ring::SLOTS),
             }),
         })
+    }
+
+    /// Ends the session when the process behind `pidfd` has ended.
+    pub(crate) fn watch_owner(&self, pidfd: BorrowedFd<'_>) -> std::io::Result<()> {
+        self.waiting.watch(pidfd)
     }
 
     /// Closes the userfaultfd. What is registered then reads as zeros where it is missing: nothing
@@ -116,6 +122,7 @@ impl Platform for Kernel {
     fn wait_readable(&self) -> Waited {
         let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, None);
         match self.with(Ok(Ready::default()), wait) {
+            Ok(ready) if ready.owner_gone => Waited::OwnerGone,
             Ok(_) => Waited::Ready,
             Err(error) => {
                 tracing::error!(%error, "waiting for faults failed");

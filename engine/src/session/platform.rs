@@ -56,6 +56,8 @@ pub(crate) enum Event {
 pub(crate) enum Waited {
     /// There may be something to read, or it was kicked.
     Ready,
+    /// The owner is gone.
+    OwnerGone,
     /// Waiting is not possible.
     Failed,
 }

@@ -1,7 +1,7 @@
 //! Waiting for messages, and being woken for another reason.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::uffd::Userfaultfd;
 /// What the messages of the userfaultfd and of the eventfd are told apart by.
 const MESSAGES: u64 = 0;
 const WOKEN: u64 = 1;
+const OWNER: u64 = 2;
 
 /// Threads whose waiting one message ends. The scheduler puts the first on a core that is idle,
 /// which takes it 45-60 us in a virtual machine, and the second on the core of the thread that
@@ -46,6 +47,8 @@ pub struct Ready {
     pub messages: bool,
     /// [`Waiting::wake`] was called.
     pub woken: bool,
+    /// The process of [`Waiting::watch`] has ended.
+    pub owner_gone: bool,
 }
 
 impl Waiting {
@@ -62,6 +65,15 @@ impl Waiting {
         };
         let rows = [row()?, row()?];
         Ok(Self { rows, wakeup })
+    }
+
+    /// Ends the waiting of one thread of each row, or its next, when the process behind `pidfd` has
+    /// ended.
+    pub fn watch(&self, pidfd: BorrowedFd<'_>) -> io::Result<()> {
+        for row in &self.rows {
+            row.epoll.add(pidfd, edge(OWNER))?;
+        }
+        Ok(())
     }
 
     /// Ends the waiting of one thread of each row, or its next. Never blocks.
@@ -86,7 +98,7 @@ impl Waiting {
         let shortest = self.rows.iter().min_by_key(|row| row.len.load(Relaxed));
         let row = shortest.unwrap_or(&self.rows[0]);
         row.len.fetch_add(1, Relaxed);
-        let mut events = [EpollEvent::empty(); 2];
+        let mut events = [EpollEvent::empty(); 3];
         let waited = row.epoll.wait(&mut events, timeout);
         row.len.fetch_sub(1, Relaxed);
         let count = match waited {
@@ -96,8 +108,12 @@ impl Waiting {
         };
         let mut ready = Ready::default();
         for event in &events[..count] {
-            if event.data() == WOKEN {
-                ready.woken = true;
+            match event.data() {
+                WOKEN => ready.woken = true,
+                OWNER => ready.owner_gone = true,
+                _ => {}
+            }
+            if event.data() != MESSAGES {
                 continue;
             }
             // With an error nothing is known of messages: whoever reads will see.

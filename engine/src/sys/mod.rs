@@ -34,6 +34,8 @@ pub mod message;
 pub mod open;
 pub mod pagemap;
 pub mod probe;
+pub mod process;
+pub mod socket;
 pub mod thread;
 pub mod uffd;
 
@@ -44,6 +46,8 @@ pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
+pub use process::{kill_by_pidfd, open_pidfd};
+pub use socket::{Peer, Received, peer_of, receive};
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
 

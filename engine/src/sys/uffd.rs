@@ -142,6 +142,18 @@ impl Userfaultfd {
         Ok(adopted)
     }
 
+    /// As [`Userfaultfd::adopt`], in a process that has no userfaultfd of its own: then the descriptor
+    /// can't be one for the memory of this process, and nothing has to be promised.
+    pub fn receive(fd: OwnedFd, enabled: Features, hidden: Ioctls) -> Result<Self, AdoptError> {
+        if super::open::has_opened() {
+            return Err(AdoptError::OwnMemory);
+        }
+        // SAFETY: a userfaultfd is bound to the memory of the process that opened it, and this
+        // process has opened none, so the descriptor is another's. Should one be opened from now on,
+        // memory that is registered with it is guarded by its own grants, and `fd` stays what it is.
+        unsafe { Self::adopt(fd, enabled, hidden) }
+    }
+
     /// The features that are on.
     pub fn features(&self) -> Features {
         self.enabled
@@ -462,6 +474,9 @@ pub enum AdoptError {
         /// The kernel's name for it.
         found: String,
     },
+    /// This process has opened a userfaultfd, and nothing tells that one from another process's.
+    #[error("this process has a userfaultfd of its own: serve other processes from another one")]
+    OwnMemory,
     /// Its sender hasn't negotiated with the kernel yet.
     #[error("the received userfaultfd has not been through UFFDIO_API")]
     NotNegotiated,

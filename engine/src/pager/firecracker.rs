@@ -1,0 +1,261 @@
+//! How Firecracker hands its memory over: one message on a Unix socket, a JSON array of regions with
+//! the userfaultfd beside it.
+//!
+//! ```text
+//! [{"base_host_virt_addr": A, "size": N, "offset": O, "page_size": 4096, "page_size_kib": 4096}, ...]
+//! ```
+//!
+//! Releases from v1.1 to v1.16 differ in which fields they send and in whether they close the socket
+//! afterwards (up to v1.11); the fields that are there tell all that matters. `page_size_kib` is in
+//! bytes, whatever its name says. The array may arrive in pieces, and the descriptor comes with the
+//! first. Variants of forks, which go on in other ways, are refused by name.
+//!
+//! Source: Firecracker's `src/vmm/src/persist.rs` (`GuestRegionUffdMapping`, `send_uffd_handshake`).
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+use super::handover::OwnerRegion;
+use crate::sys::receive;
+
+/// The most bytes of a message: some hundred regions, where a VM has four.
+const MOST_BYTES: usize = 64 << 10;
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// The socket failed.
+    #[error("reading from the VMM failed")]
+    Socket(#[from] io::Error),
+    /// Nothing more came.
+    #[error("the VMM sent {received} bytes of its regions and nothing more for {patience:?}")]
+    Silent {
+        /// Bytes that came.
+        received: usize,
+        /// How long was waited.
+        patience: Duration,
+    },
+    /// The other end closed the socket before its message was whole.
+    #[error("the VMM closed the socket after {received} bytes of its regions")]
+    Closed {
+        /// Bytes that came.
+        received: usize,
+    },
+    /// The message is too long to be one.
+    #[error("the VMM sent more than {MOST_BYTES} bytes, which can't be its regions")]
+    TooLong,
+    /// The message is none of Firecracker's.
+    #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
+    NotRegions {
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The message came without a descriptor.
+    #[error("the VMM sent its regions without a userfaultfd")]
+    NoDescriptor,
+    /// The message is of a variant that goes on otherwise.
+    #[error("this is the handshake of {variant}, which is not served")]
+    Variant {
+        /// Whose.
+        variant: &'static str,
+    },
+}
+
+/// What came in a handshake.
+#[derive(Debug)]
+pub struct Handshake {
+    /// The userfaultfd.
+    pub userfaultfd: OwnedFd,
+    /// The regions.
+    pub regions: Vec<OwnerRegion>,
+}
+
+/// One region, with the fields of all releases.
+#[derive(Debug, Deserialize)]
+struct Mapping {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    page_size: Option<u64>,
+    page_size_kib: Option<u64>,
+    #[serde(default)]
+    is_guest_memfd: bool,
+}
+
+/// Receives the handshake on `socket`, waiting no longer than `patience` for all of it.
+pub fn handshake(socket: &UnixStream, patience: Duration) -> Result<Handshake, HandshakeError> {
+    let deadline = Instant::now() + patience;
+    let mut text = vec![0; MOST_BYTES];
+    let (mut received, mut descriptors) = (0, Vec::new());
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let silent = HandshakeError::Silent { received, patience };
+        if left.is_zero() {
+            return Err(silent);
+        }
+        socket.set_read_timeout(Some(left))?;
+        if received == text.len() {
+            return Err(HandshakeError::TooLong);
+        }
+        let read = match receive(socket.as_fd(), &mut text[received..]) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error.into()),
+        };
+        descriptors.extend(read.descriptors);
+        if read.bytes == 0 {
+            return Err(HandshakeError::Closed { received });
+        }
+        received += read.bytes;
+        if let Some(mappings) = parse(&text[..received])? {
+            return accept(&mappings, descriptors);
+        }
+    }
+}
+
+/// The regions, or none if more has to come.
+fn parse(text: &[u8]) -> Result<Option<Vec<Mapping>>, HandshakeError> {
+    match serde_json::from_slice(text) {
+        Ok(mappings) => Ok(Some(mappings)),
+        Err(error) if error.is_eof() => Ok(None),
+        Err(error) => Err(HandshakeError::NotRegions {
+            detail: error.to_string(),
+        }),
+    }
+}
+
+fn accept(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake, HandshakeError> {
+    let variant = |variant| Err(HandshakeError::Variant { variant });
+    if mappings.iter().any(|mapping| mapping.is_guest_memfd) || descriptors.len() == 3 {
+        return variant("Firecracker's branch for secret-free memory");
+    }
+    if descriptors.len() == 2 {
+        return variant("E2B's Firecracker, which hands a memfd over as well");
+    }
+    if descriptors.len() > 3 {
+        return variant("an unknown VMM, which hands more than one descriptor over");
+    }
+    let Some(userfaultfd) = descriptors.into_iter().next() else {
+        return Err(HandshakeError::NoDescriptor);
+    };
+    let regions = mappings.iter().map(|mapping| OwnerRegion {
+        address: mapping.base_host_virt_addr,
+        len: mapping.size,
+        offset: mapping.offset,
+        page_size: mapping.page_size(),
+    });
+    Ok(Handshake {
+        userfaultfd,
+        regions: regions.collect(),
+    })
+}
+
+impl Mapping {
+    /// Bytes of a page. The older field has been documented as KiB and has always held bytes; no
+    /// page has so few bytes as one that is meant in KiB.
+    fn page_size(&self) -> u64 {
+        let older = self.page_size_kib.map(|number| match number {
+            4 | 2048 => number << 10,
+            bytes => bytes,
+        });
+        self.page_size.or(older).unwrap_or(4096)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, Write as _};
+    use std::os::fd::AsRawFd as _;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+    use super::*;
+
+    const V1_1: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0}]"#;
+    const V1_7: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0,"page_size_kib":2097152}]"#;
+    const V1_16: &str = r#"[{"base_host_virt_addr":139912345600000,"size":3221225472,"offset":0,"page_size":4096,"page_size_kib":4096},
+        {"base_host_virt_addr":139909124374528,"size":1073741824,"offset":3221225472,"page_size":4096,"page_size_kib":4096}]"#;
+
+    /// Sends `text` with `count` descriptors, in pieces of `piece` bytes, and then closes.
+    fn sent(text: &str, count: usize, piece: usize) -> Result<Handshake, HandshakeError> {
+        let (here, there) = UnixStream::pair().expect("a pair");
+        let fds = vec![here.as_raw_fd(); count];
+        let mut pieces = text.as_bytes().chunks(piece);
+        if let Some(first) = pieces.next() {
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let rights = if count == 0 { &[][..] } else { &rights[..] };
+            let bytes = [IoSlice::new(first)];
+            sendmsg::<()>(there.as_raw_fd(), &bytes, rights, MsgFlags::empty(), None)
+                .expect("sent");
+        }
+        let mut rest: Vec<Vec<u8>> = pieces.map(<[u8]>::to_vec).collect();
+        let sender = std::thread::spawn(move || {
+            for piece in rest.drain(..) {
+                std::thread::sleep(Duration::from_millis(1));
+                (&there).write_all(&piece).expect("sent");
+            }
+        });
+        let result = handshake(&here, Duration::from_secs(20));
+        sender.join().expect("the sender");
+        result
+    }
+
+    fn sizes(text: &str, piece: usize) -> Vec<(u64, u64)> {
+        let regions = sent(text, 1, piece).expect("a handshake").regions;
+        regions
+            .iter()
+            .map(|region| (region.len, region.page_size))
+            .collect()
+    }
+
+    #[test]
+    fn every_release_is_understood_whole_and_in_pieces() {
+        for piece in [1 << 20, 50, 7] {
+            assert_eq!(sizes(V1_1, piece), [(64 << 20, 4096)]);
+            assert_eq!(sizes(V1_7, piece), [(64 << 20, 2 << 20)]);
+            assert_eq!(sizes(V1_16, piece), [(3 << 30, 4096), (1 << 30, 4096)]);
+        }
+        let kib = V1_7.replace("2097152", "2048");
+        assert_eq!(sizes(&kib, 1000), [(64 << 20, 2 << 20)]);
+        let more = V1_1.replace("{\"base", "{\"gpa_start\":0,\"base");
+        assert_eq!(sizes(&more, 1000), [(64 << 20, 4096)]);
+    }
+
+    #[test]
+    fn what_is_no_handshake_is_refused_by_name() {
+        let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
+        let long = format!("[{}", " ".repeat(MOST_BYTES));
+        let cases = [
+            ("", 0, "closed the socket after 0 bytes"),
+            (&V1_1[..20], 1, "closed the socket after 20 bytes"),
+            ("GET / HTTP/1.1", 1, "no list of regions"),
+            ("[{\"size\":1}]", 1, "missing field"),
+            (V1_1, 0, "without a userfaultfd"),
+            (V1_1, 2, "E2B"),
+            (V1_1, 3, "secret-free"),
+            (V1_1, 4, "more than one descriptor"),
+            (&secret_free, 1, "secret-free"),
+            (&long, 1, "more than 65536 bytes"),
+        ];
+        for (text, count, expected) in cases {
+            let error = sent(text, count, 1 << 20).expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_silent_vmm_is_not_waited_for_without_end() {
+        let (here, _there) = UnixStream::pair().expect("a pair");
+        let error = handshake(&here, Duration::from_millis(20)).expect_err("silent");
+        assert!(
+            matches!(error, HandshakeError::Silent { received: 0, .. }),
+            "{error}"
+        );
+    }
+}

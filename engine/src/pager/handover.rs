@@ -1,0 +1,263 @@
+//! What an owner hands over, held against the snapshot.
+
+use std::os::fd::OwnedFd;
+
+use snapshot_format::Region;
+use snapshot_format::layout::PAGE_SIZE_U64;
+
+use crate::session::Extent;
+
+/// What an owner hands over.
+#[derive(Debug)]
+pub struct Handover {
+    /// Its userfaultfd, negotiated, with all regions registered for missing pages.
+    pub userfaultfd: OwnedFd,
+    /// A pidfd of it.
+    pub owner: OwnedFd,
+    /// Its memory.
+    pub regions: Vec<OwnerRegion>,
+}
+
+/// One mapping of an owner, as Firecracker describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnerRegion {
+    /// Its first byte in the owner.
+    pub address: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Where its content begins in the memory of the snapshot, whose regions are counted as one after
+    /// the other without a gap: the offset in a raw memory file.
+    pub offset: u64,
+    /// The page size of the mapping in bytes.
+    pub page_size: u64,
+}
+
+/// Why what was handed over doesn't fit.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandoverError {
+    /// There is none.
+    #[error("no region was handed over")]
+    NoRegion,
+    /// A number is no multiple of the page size, or zero, or the end is beyond 2^64.
+    #[error("region {region} has {what} {value:#x}, which must be {expected}")]
+    Value {
+        /// Number of the region.
+        region: usize,
+        /// Which of its numbers.
+        what: &'static str,
+        /// That number.
+        value: u64,
+        /// What would be accepted.
+        expected: &'static str,
+    },
+    /// Two of them share addresses or content.
+    #[error("regions {one} and {other} overlap {what}")]
+    Overlap {
+        /// Number of one.
+        one: usize,
+        /// Number of the other.
+        other: usize,
+        /// In what.
+        what: &'static str,
+    },
+    /// The owner has more or less memory than the snapshot.
+    #[error(
+        "the owner has {owner} bytes of memory and the snapshot {snapshot}: it is the snapshot of another VM, or the \
+         VM was configured otherwise"
+    )]
+    Size {
+        /// Bytes of all regions.
+        owner: u64,
+        /// Bytes of the snapshot.
+        snapshot: u64,
+    },
+}
+
+/// Where the owner has the pages of the snapshot.
+pub(super) fn extents(
+    regions: &[OwnerRegion],
+    snapshot: &[Region],
+) -> Result<Vec<Extent>, HandoverError> {
+    if regions.is_empty() {
+        return Err(HandoverError::NoRegion);
+    }
+    for (number, region) in regions.iter().enumerate() {
+        region.check(number)?;
+    }
+    disjoint(regions, "in the owner", |region| {
+        (region.address, region.len)
+    })?;
+    disjoint(regions, "in the snapshot", |region| {
+        (region.offset, region.len)
+    })?;
+    // Disjoint ranges below 2^64 don't add up to more.
+    let owner: u64 = regions.iter().map(|region| region.len).sum();
+    let memory: u64 = snapshot.iter().map(Region::bytes).sum();
+    let end = regions
+        .iter()
+        .map(|region| region.offset + region.len)
+        .max();
+    if owner != memory || end != Some(memory) {
+        return Err(HandoverError::Size {
+            owner,
+            snapshot: memory,
+        });
+    }
+    let mut extents = Vec::new();
+    for region in regions {
+        let mut begins = 0;
+        for of in snapshot {
+            let ends = begins + of.bytes();
+            let from = region.offset.max(begins);
+            let to = (region.offset + region.len).min(ends);
+            if from < to {
+                extents.push(Extent {
+                    address: region.address + (from - region.offset),
+                    pages: (to - from) / PAGE_SIZE_U64,
+                    first_page: of.first_page + (from - begins) / PAGE_SIZE_U64,
+                });
+            }
+            begins = ends;
+        }
+    }
+    Ok(extents)
+}
+
+impl OwnerRegion {
+    fn check(&self, region: usize) -> Result<(), HandoverError> {
+        let wrong = |what, value, expected| HandoverError::Value {
+            region,
+            what,
+            value,
+            expected,
+        };
+        if self.page_size != PAGE_SIZE_U64 {
+            return Err(wrong("page size", self.page_size, "4096"));
+        }
+        let numbers = [
+            ("address", self.address),
+            ("length", self.len),
+            ("offset", self.offset),
+        ];
+        for (what, value) in numbers {
+            if !value.is_multiple_of(PAGE_SIZE_U64) {
+                return Err(wrong(what, value, "a multiple of the page size"));
+            }
+        }
+        if self.len == 0 {
+            return Err(wrong("length", 0, "more than 0"));
+        }
+        for (what, value) in [("address", self.address), ("offset", self.offset)] {
+            if value.checked_add(self.len).is_none() {
+                return Err(wrong(what, value, "such that the region ends below 2^64"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn disjoint(
+    regions: &[OwnerRegion],
+    what: &'static str,
+    range: impl Fn(&OwnerRegion) -> (u64, u64),
+) -> Result<(), HandoverError> {
+    let mut sorted: Vec<_> = regions.iter().map(range).enumerate().collect();
+    sorted.sort_unstable_by_key(|(_, (start, _))| *start);
+    for pair in sorted.windows(2) {
+        let [(one, (start, len)), (other, (next, _))] = [pair[0], pair[1]];
+        if start + len > next {
+            return Err(HandoverError::Overlap { one, other, what });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = PAGE_SIZE_U64;
+
+    fn region(pages: u64, first_page: u64) -> Region {
+        Region {
+            space: 0,
+            flags: 0,
+            start: 0,
+            pages,
+            first_page,
+            page_shift: 0,
+            name: String::new(),
+        }
+    }
+
+    fn of(address: u64, len: u64, offset: u64) -> OwnerRegion {
+        OwnerRegion {
+            address: address * PAGE,
+            len: len * PAGE,
+            offset: offset * PAGE,
+            page_size: PAGE,
+        }
+    }
+
+    fn places(regions: &[OwnerRegion], snapshot: &[Region]) -> Vec<(u64, u64, u64)> {
+        let extents = extents(regions, snapshot).expect("they fit");
+        let place = |extent: &Extent| (extent.address / PAGE, extent.pages, extent.first_page);
+        extents.iter().map(place).collect()
+    }
+
+    #[test]
+    fn regions_may_come_in_any_order_and_be_cut_otherwise_than_in_the_snapshot() {
+        // The second lies lower in the owner, as with Firecracker.
+        let owner = [of(5000, 3, 0), of(100, 5, 3)];
+        assert_eq!(places(&owner, &[region(8, 0)]), [(5000, 3, 0), (100, 5, 3)]);
+        assert_eq!(
+            places(&owner, &[region(2, 0), region(6, 512)]),
+            [(5000, 2, 0), (5002, 1, 512), (100, 5, 513)]
+        );
+        let owner = [of(100, 5, 3), of(5000, 3, 0)];
+        assert_eq!(
+            places(&owner, &[region(3, 0), region(5, 512)]),
+            [(100, 5, 512), (5000, 3, 0)]
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let snapshot = [region(8, 0)];
+        let refused = |regions: &[OwnerRegion]| {
+            let error = extents(regions, &snapshot).expect_err("it doesn't fit");
+            error.to_string()
+        };
+        let huge = OwnerRegion {
+            page_size: 2 << 20,
+            ..of(512, 8, 0)
+        };
+        let odd = OwnerRegion {
+            address: 12,
+            ..of(1, 8, 0)
+        };
+        let beyond = OwnerRegion {
+            address: u64::MAX - PAGE + 1,
+            ..of(0, 8, 0)
+        };
+        let cases: [(&[OwnerRegion], &str); 9] = [
+            (&[], "no region"),
+            (&[huge], "page size 0x200000, which must be 4096"),
+            (&[odd], "address 0xc, which must be a multiple"),
+            (&[of(1, 0, 0)], "length 0x0, which must be more than 0"),
+            (&[beyond], "ends below 2^64"),
+            (&[of(1, 4, 0), of(4, 4, 4)], "overlap in the owner"),
+            (&[of(1, 4, 0), of(9, 4, 3)], "overlap in the snapshot"),
+            (
+                &[of(1, 7, 0)],
+                "28672 bytes of memory and the snapshot 32768",
+            ),
+            (&[of(1, 4, 0), of(9, 4, 5)], "the snapshot of another VM"),
+        ];
+        for (regions, expected) in cases {
+            let message = refused(regions);
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Serving the memory of another process: a VMM that hands its userfaultfd over.
+//!
+//! ```text
+//!   VMM                                      this process
+//!   mmap, userfaultfd, REGISTER
+//!   its regions and the descriptor  ──────▶  Pager::attach ──▶ Paged
+//!   touches a missing page          ──────▶  fault thread: read, check, decode, COPY
+//!   ends                            ──────▶  pidfd: the session ends
+//! ```
+//!
+//! It is the session of [`restore`](crate::restore), with another owner: the same faults, events and
+//! prefetch. What differs is who has the memory, and what happens when it can't be restored.
+//!
+//! # The owner is never left with wrong memory
+//!
+//! When the last descriptor of a userfaultfd closes, what is missing becomes zeros, unless the owner
+//! has kept a descriptor: then it waits for ever. So a session ends in one of three ways: everything
+//! is installed and unregistered ([`Paged::complete`]); the owner has ended by itself; or it is killed,
+//! by its pidfd, and the descriptor closed after it is gone. That is what dropping a [`Paged`]
+//! does.
+
+pub mod firecracker;
+mod handover;
+mod owner;
+mod paged;
+
+pub use handover::{Handover, HandoverError, OwnerRegion};
+pub use owner::OnError;
+pub use paged::{AttachError, Ending, Paged, Pager};
+
+pub use crate::running::{PageCounts, Prefetch, SYSTEM_CALLS, Stats};
+pub use crate::session::{Failure, FailureKind, Histogram, Percentiles};

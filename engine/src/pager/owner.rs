@@ -1,0 +1,116 @@
+//! The process whose memory it is, and its end.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::session::{Decision, Failure, Fault, Guard};
+use crate::sys::kill_by_pidfd;
+
+/// What is done when a page that the owner waits for can't be restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnError {
+    /// The owner is killed while it waits. For the memory of a VM: whatever else its touch could come
+    /// to can read as zeros where KVM emulates.
+    #[default]
+    Kill,
+    /// The page is poisoned: an instruction that touches it gets SIGBUS, a system call EFAULT. For
+    /// owners that are no VMs.
+    Poison,
+}
+
+/// An owner, by its pidfd.
+#[derive(Debug)]
+pub(super) struct Owner {
+    pidfd: OwnedFd,
+    /// Why it was killed, if it was.
+    killed: Mutex<Option<String>>,
+    gone: AtomicBool,
+}
+
+impl Owner {
+    pub(super) fn new(pidfd: OwnedFd) -> Self {
+        Self {
+            pidfd,
+            killed: Mutex::default(),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Why it was killed, if it was.
+    pub(super) fn killed(&self) -> Option<String> {
+        let killed = self.killed.lock();
+        killed.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends it. Its memory must not be served wrongly, and it must not wait for ever.
+    pub(super) fn kill(&self, why: &str) {
+        let mut killed = self.killed.lock().unwrap_or_else(PoisonError::into_inner);
+        if killed.is_some() {
+            return;
+        }
+        *killed = Some(why.to_owned());
+        match kill_by_pidfd(self.pidfd()) {
+            Ok(()) => tracing::error!(why, "the owner of the memory is killed"),
+            Err(Errno::ESRCH) => tracing::debug!(why, "the owner has ended by itself"),
+            // It is left waiting: nobody answers its faults, and the descriptor stays open.
+            Err(errno) => tracing::error!(why, %errno, "the owner of the memory can't be killed"),
+        }
+    }
+
+    /// Whether it has ended.
+    pub(super) fn is_gone(&self) -> bool {
+        if self.gone.load(Relaxed) {
+            return true;
+        }
+        let gone = self.poll(PollTimeout::ZERO);
+        self.gone.store(gone, Relaxed);
+        gone
+    }
+
+    /// Waits until it has ended.
+    pub(super) fn wait_gone(&self) {
+        while !self.is_gone() {
+            self.poll(PollTimeout::NONE);
+        }
+    }
+
+    fn poll(&self, timeout: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.pidfd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, timeout), Ok(1..))
+    }
+}
+
+/// The failure policy of a session for another process.
+pub(super) struct OwnerGuard {
+    pub(super) owner: Arc<Owner>,
+    pub(super) on_error: OnError,
+}
+
+impl Guard for OwnerGuard {
+    fn decide(&self, _: Fault, failure: &Failure) -> Decision {
+        match self.on_error {
+            OnError::Poison => Decision::Poison,
+            OnError::Kill => {
+                self.owner.kill(&failure.to_string());
+                // Nobody answers the fault: who waits there is about to end.
+                Decision::Forget
+            }
+        }
+    }
+
+    fn undecided(&self, _: Fault, _: u64) -> Option<Decision> {
+        None
+    }
+
+    fn end_owner(&self, why: &str) {
+        self.owner.kill(why);
+    }
+}

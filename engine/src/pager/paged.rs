@@ -1,0 +1,261 @@
+//! Attaching to an owner, and the session that follows.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use snapshot_format::{ReadError, Snapshot};
+
+use super::handover::{self, Handover, HandoverError};
+use super::owner::{OnError, Owner, OwnerGuard};
+use crate::running::{Crew, Hook, Prefetch, Running, Stats, ThreadError, Threads};
+use crate::session::{Failure, Kernel, Session, SnapshotImage, State};
+use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd};
+
+/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
+/// `mremap`.
+const SPARE_PIECES: usize = 4096;
+
+/// How the memory of an owner is served, being described.
+#[must_use = "nothing happens before `attach`"]
+pub struct Pager {
+    snapshot: Arc<Snapshot>,
+    fault_threads: usize,
+    prefetch: Prefetch,
+    prefetch_threads: usize,
+    prefetch_bandwidth: Option<u64>,
+    on_error: OnError,
+    hook: Option<Hook>,
+}
+
+/// Why a session did not start. The owner was not served, and is not killed: it still waits, and is
+/// the caller's to end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The regions don't fit the snapshot.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The descriptor is no userfaultfd that can be served.
+    #[error("the descriptor that was handed over can't be used")]
+    Userfaultfd(#[from] AdoptError),
+    /// The snapshot could not be read.
+    #[error("the snapshot can't be read")]
+    Snapshot(#[from] ReadError),
+    /// A thread, memory or descriptor for the session itself could not be had.
+    #[error("{what} can't be had")]
+    Resources {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Everything is there, and the memory is the owner's alone.
+    Complete,
+    /// The owner has ended by itself.
+    OwnerGone,
+    /// The owner was killed, for this reason.
+    Killed(String),
+}
+
+impl Pager {
+    /// Serves an owner from `snapshot`.
+    pub fn new(snapshot: Arc<Snapshot>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self {
+            snapshot,
+            fault_threads: 2,
+            prefetch: Prefetch::Off,
+            prefetch_threads: cores,
+            prefetch_bandwidth: None,
+            on_error: OnError::Kill,
+            hook: None,
+        }
+    }
+
+    /// Threads that serve faults; at least 1. Default 2.
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.fault_threads = threads.max(1);
+        self
+    }
+
+    /// What is fetched before it is touched. Default [`Prefetch::Off`].
+    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+        self.prefetch = prefetch;
+        self
+    }
+
+    /// Threads that fetch ahead; at least 1. Default: one for each core.
+    pub fn prefetch_threads(mut self, threads: usize) -> Self {
+        self.prefetch_threads = threads.max(1);
+        self
+    }
+
+    /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
+    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.prefetch_bandwidth = Some(bytes_per_second.max(1));
+        self
+    }
+
+    /// What is done when a page that the owner waits for can't be restored. Default
+    /// [`OnError::Kill`].
+    pub fn on_error(mut self, on_error: OnError) -> Self {
+        self.on_error = on_error;
+        self
+    }
+
+    /// Called in each engine thread before it does anything, for instance to confine it. The
+    /// signals are blocked by then.
+    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.hook = Some(Arc::new(hook));
+        self
+    }
+
+    /// Takes over the memory that was handed over, and serves it from now on.
+    ///
+    /// Refuses a process that has opened a userfaultfd for its own memory, with
+    /// [`AdoptError::OwnMemory`]: nothing tells that one from another's.
+    pub fn attach(self, handover: Handover) -> Result<Paged, AttachError> {
+        let begun = Instant::now();
+        let resources = |what| move |source| AttachError::Resources { what, source };
+        let image = SnapshotImage::new(Arc::clone(&self.snapshot))?;
+        let extents = handover::extents(&handover.regions, self.snapshot.regions()?)?;
+        let uffd = Userfaultfd::receive(handover.userfaultfd, Features::EMPTY, Ioctls::EMPTY)?;
+        let (state, ring) = State::new(self.snapshot.page_slots(), &extents, SPARE_PIECES)
+            .map_err(resources("memory for the session's tables"))?;
+        let kernel = Kernel::new(uffd, ring).map_err(resources("a descriptor to wait on"))?;
+        let owner = Arc::new(Owner::new(handover.owner));
+        kernel
+            .watch_owner(owner.pidfd())
+            .map_err(resources("a watch on the owner's pidfd"))?;
+        let guard = OwnerGuard {
+            owner: Arc::clone(&owner),
+            on_error: self.on_error,
+        };
+        let session = Session::new(
+            kernel,
+            image,
+            state,
+            Box::new(guard),
+            None,
+            self.fault_threads + self.prefetch_threads,
+        );
+        let running = Running::new(session, begun, self.fault_threads, Box::new(|_| ()));
+        let running = Arc::new(running);
+        let crew = Crew {
+            fault_threads: self.fault_threads,
+            prefetch: self.prefetch,
+            prefetch_threads: self.prefetch_threads,
+            prefetch_bandwidth: self.prefetch_bandwidth,
+            hook: self.hook,
+            other: None,
+        };
+        match crew.start(&running) {
+            Ok(threads) => Ok(Paged {
+                running,
+                threads,
+                owner,
+            }),
+            Err(ThreadError { what, source }) => Err(AttachError::Resources { what, source }),
+        }
+    }
+}
+
+/// A session that serves another process.
+///
+/// Dropping it before it has ended kills the owner, and waits for its end.
+pub struct Paged {
+    running: Arc<Running>,
+    threads: Threads,
+    owner: Arc<Owner>,
+}
+
+impl std::fmt::Debug for Paged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Paged")
+            .field("ending", &self.ending())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Paged {
+    /// How it ended, if it has.
+    pub fn ending(&self) -> Option<Ending> {
+        if self.running.is_complete() {
+            return Some(Ending::Complete);
+        }
+        if !self.owner.is_gone() {
+            return None;
+        }
+        let killed = self.owner.killed().map(Ending::Killed);
+        Some(killed.unwrap_or(Ending::OwnerGone))
+    }
+
+    /// The pidfd of the owner, which can be read when it has ended.
+    pub fn owner(&self) -> BorrowedFd<'_> {
+        self.owner.pidfd()
+    }
+
+    /// Waits until it has ended.
+    pub fn wait(&mut self) -> Ending {
+        loop {
+            for thread in self.threads.drain(..) {
+                // A thread that panics ends the process.
+                let _ = thread.join();
+            }
+            if let Some(ending) = self.ending() {
+                return ending;
+            }
+            // The session can't go on, and the owner was killed.
+            self.owner.wait_gone();
+        }
+    }
+
+    /// Waits until prefetch is at its end, or the session. True if everything is there.
+    pub fn wait_complete(&self) -> bool {
+        self.running.wait_complete()
+    }
+
+    /// Installs what is missing and lets the owner go. False if that can't be done; it goes on as
+    /// before then, or has ended: [`Paged::ending`] tells.
+    pub fn complete(&mut self) -> bool {
+        if self.running.install_rest() {
+            self.wait();
+        }
+        self.running.is_complete()
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> Stats {
+        self.running.stats()
+    }
+
+    /// The pages that could not be restored when they were wanted, the first thousand of them.
+    pub fn failures(&self) -> Vec<Failure> {
+        self.running.session.failures().0
+    }
+}
+
+impl Drop for Paged {
+    fn drop(&mut self) {
+        if self.ending().is_none() {
+            self.owner.kill("its pager ends");
+        }
+        self.running.session.end();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        if !self.running.is_complete() {
+            // What is missing becomes zeros when the descriptor closes: nobody may be left to see it.
+            self.owner.wait_gone();
+        }
+        self.running.session.platform.close();
+    }
+}

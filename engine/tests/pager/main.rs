@@ -1,0 +1,218 @@
+//! Serving the memory of other processes. The owners are children that map memory and register it
+//! as Firecracker does, two regions of which the second may lie lower, and compare what they read with
+//! the source.
+
+#![allow(
+    unsafe_code,
+    reason = "owners are processes of their own that touch memory"
+)]
+
+mod owner;
+
+#[path = "../restore/common.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod common;
+#[path = "../sys_support/mod.rs"]
+mod sys_support;
+
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+
+use common::{damaged, frame_of, open, pack, random_bytes};
+use owner::{Owner, Region, mixed};
+use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
+use sys_support::Ended;
+
+const PAGES: u64 = 2048;
+
+/// Two regions as a VM with a gap has them.
+const REGIONS: [Region; 2] = [
+    Region {
+        pages: 1500,
+        offset_pages: 0,
+    },
+    Region {
+        pages: PAGES - 1500,
+        offset_pages: 1500,
+    },
+];
+
+#[test]
+fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
+    let bytes = Arc::new(mixed(PAGES));
+    for prefetch in [Prefetch::Off, Prefetch::All] {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start(&REGIONS, move |memory| {
+            memory.compare_in_threads(&expected, 4)
+        });
+        let snapshot = open(pack(&bytes, 32));
+        let mut paged = Pager::new(snapshot)
+            .prefetch(prefetch)
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0));
+        let ending = paged.wait();
+        // With prefetch everything may have been there before the owner ended.
+        assert!(
+            matches!(ending, Ending::OwnerGone | Ending::Complete),
+            "{ending:?}"
+        );
+        let stats = paged.stats();
+        assert!(stats.faults > 0);
+        assert_eq!(stats.failures, 0);
+    }
+}
+
+/// The owner discards while pages arrive: what it reads there afterwards is zero.
+#[test]
+fn discarded_pages_read_as_zeros_also_under_prefetch() {
+    let bytes = Arc::new(mixed(PAGES));
+    for round in 0..8 {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start(&REGIONS, move |memory| {
+            memory.discard_and_compare(&expected, round)
+        });
+        let snapshot = open(pack(&bytes, 32));
+        let mut paged = Pager::new(snapshot)
+            .prefetch(Prefetch::All)
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
+        assert!(paged.stats().events > 0);
+        paged.wait();
+    }
+}
+
+#[test]
+fn a_completed_owner_goes_on_without_its_pager() {
+    let bytes = Arc::new(mixed(PAGES));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        memory.wait_for_word();
+        memory.compare_in_threads(&expected, 1)
+    });
+    let mut paged = Pager::new(open(pack(&bytes, 32)))
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(paged.ending(), None);
+    assert!(paged.complete());
+    assert_eq!(paged.ending(), Some(Ending::Complete));
+    drop(paged);
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+}
+
+#[test]
+fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
+    let bytes = Arc::new(random_bytes(PAGES, 5));
+    let file = pack(&bytes, 32);
+    let page = 700;
+    let frame = frame_of(&open(file.clone()), page);
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        memory.compare_in_threads(&expected, 2)
+    });
+    let mut paged = Pager::new(open(damaged(file, &frame)))
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
+    let Ending::Killed(why) = paged.wait() else {
+        panic!("{:?}", paged.ending());
+    };
+    let place = format!("offset {}", frame.offset());
+    assert!(why.contains("(memory)") && why.contains(&place), "{why}");
+}
+
+#[test]
+fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
+    let bytes = Arc::new(random_bytes(PAGES, 6));
+    let file = pack(&bytes, 32);
+    let frame = frame_of(&open(file.clone()), 700);
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        memory.compare_in_threads(&expected, 1)
+    });
+    let mut paged = Pager::new(open(damaged(file, &frame)))
+        .on_error(OnError::Poison)
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGBUS));
+    assert_eq!(paged.wait(), Ending::OwnerGone);
+    assert_eq!(paged.stats().poisoned, 1);
+}
+
+#[test]
+fn dropping_a_session_kills_its_owner_first() {
+    let bytes = Arc::new(mixed(PAGES));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        memory.compare_again_and_again(&expected)
+    });
+    let paged = Pager::new(open(pack(&bytes, 32)))
+        .attach(owner.handover())
+        .unwrap();
+    while paged.stats().faults == 0 {
+        std::thread::yield_now();
+    }
+    drop(paged);
+    assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
+}
+
+#[test]
+fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
+    let bytes = mixed(PAGES);
+    let owner = Owner::start(&REGIONS, |memory| {
+        memory.wait_for_word();
+        0
+    });
+    let snapshot = open(pack(&bytes, 32));
+    let mut handover = owner.handover();
+    handover.regions.truncate(1);
+    let refused = Pager::new(Arc::clone(&snapshot)).attach(handover);
+    assert!(
+        matches!(
+            refused,
+            Err(AttachError::Handover(HandoverError::Size { .. }))
+        ),
+        "{refused:?}"
+    );
+    let mut handover = owner.handover();
+    handover.userfaultfd = std::fs::File::open("/dev/null").unwrap().into();
+    let refused = Pager::new(snapshot).attach(handover);
+    assert!(
+        matches!(refused, Err(AttachError::Userfaultfd(_))),
+        "{refused:?}"
+    );
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+}
+
+/// A thousand sessions leave neither descriptors nor threads behind.
+#[test]
+fn sessions_leave_nothing_behind() {
+    let bytes = Arc::new(mixed(64));
+    let snapshot = open(pack(&bytes, 16));
+    let regions = [Region {
+        pages: 64,
+        offset_pages: 0,
+    }];
+    let highest = || std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    let once = || {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start(&regions, move |memory| {
+            memory.compare_in_threads(&expected, 1)
+        });
+        let mut paged = Pager::new(Arc::clone(&snapshot))
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0));
+        paged.wait();
+    };
+    once();
+    // Other tests open descriptors meanwhile, so the number may go up by some, not with each round.
+    let before = highest();
+    for _ in 0..200 {
+        once();
+    }
+    assert!(highest() < before + 100);
+}

@@ -1,0 +1,185 @@
+//! A process that hands its memory over, as a VMM does.
+
+use std::io::{PipeReader, PipeWriter, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::fd::AsRawFd as _;
+
+use snaprestore_engine::mem::{Mapping, RawRegion};
+use snaprestore_engine::pager::{Handover, OwnerRegion};
+use snaprestore_engine::sys::{Features, Modes, OpenOptions, open_pidfd};
+use snaprestore_fixtures::images::{Mix, Shares};
+
+use crate::common::PAGE;
+use crate::sys_support::Child;
+
+/// Pages of all kinds: zeros, fills, repeated ones and others.
+pub(crate) fn mixed(pages: u64) -> Vec<u8> {
+    Mix::with_shares(pages, 77, Shares::MIXED).bytes()
+}
+
+/// One region to be mapped.
+#[derive(Clone, Copy)]
+pub(crate) struct Region {
+    pub(crate) pages: u64,
+    pub(crate) offset_pages: u64,
+}
+
+/// The child, and what it handed over.
+pub(crate) struct Owner {
+    pub(crate) child: Child,
+    uffd: i32,
+    regions: Vec<OwnerRegion>,
+    to_child: PipeWriter,
+}
+
+/// The memory, in the child.
+pub(crate) struct Memory {
+    regions: Vec<OwnerRegion>,
+    from_parent: PipeReader,
+}
+
+impl Owner {
+    /// A process that maps and registers `regions`, the first above the others, tells where they are,
+    /// and runs `body`. Its exit code is the body's result.
+    pub(crate) fn start(regions: &[Region], body: impl FnOnce(&mut Memory) -> i32) -> Self {
+        let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
+        let (from_parent, to_child) = std::io::pipe().unwrap();
+        let child = Child::start(|| {
+            let uffd = OpenOptions::new()
+                .required(Features::EVENT_REMOVE)
+                .open()
+                .unwrap();
+            let mut mapped = Vec::new();
+            for region in regions {
+                let len = region.pages * PAGE as u64;
+                let (start, len) = Mapping::new(len).unwrap().into_raw();
+                // SAFETY: the memory is reached through raw pointers only, and stays mapped as long
+                // as this process.
+                let memory = unsafe { RawRegion::new(start, len) }.unwrap();
+                uffd.register(&memory, 0, len, Modes::MISSING).unwrap();
+                mapped.push(OwnerRegion {
+                    address: memory.address(),
+                    len,
+                    offset: region.offset_pages * PAGE as u64,
+                    page_size: PAGE as u64,
+                });
+            }
+            let number = u64::try_from(uffd.as_fd().as_raw_fd()).unwrap();
+            let mut words = vec![number];
+            words.extend(mapped.iter().map(|region| region.address));
+            for word in words {
+                to_parent.write_all(&word.to_le_bytes()).unwrap();
+            }
+            let mut memory = Memory {
+                regions: mapped,
+                from_parent,
+            };
+            let code = body(&mut memory);
+            drop(uffd);
+            code
+        });
+        let mut next = || {
+            let mut bytes = [0; 8];
+            from_child.read_exact(&mut bytes).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        let uffd = i32::try_from(next()).unwrap();
+        let regions = regions.iter().map(|region| OwnerRegion {
+            address: next(),
+            len: region.pages * PAGE as u64,
+            offset: region.offset_pages * PAGE as u64,
+            page_size: PAGE as u64,
+        });
+        Self {
+            regions: regions.collect(),
+            child,
+            uffd,
+            to_child,
+        }
+    }
+
+    pub(crate) fn handover(&self) -> Handover {
+        Handover {
+            userfaultfd: self.child.descriptor(self.uffd),
+            owner: open_pidfd(u32::try_from(self.child.pid()).unwrap()).unwrap(),
+            regions: self.regions.clone(),
+        }
+    }
+
+    /// Ends [`Memory::wait_for_word`].
+    pub(crate) fn word(&self) {
+        (&self.to_child).write_all(b"!").unwrap();
+    }
+}
+
+impl Memory {
+    pub(crate) fn wait_for_word(&mut self) {
+        self.from_parent.read_exact(&mut [0]).unwrap();
+    }
+
+    fn page(&self, page: u64) -> u64 {
+        let offset = page * PAGE as u64;
+        let within =
+            |region: &&OwnerRegion| (region.offset..region.offset + region.len).contains(&offset);
+        let region = self.regions.iter().find(within).unwrap();
+        region.address + (offset - region.offset)
+    }
+
+    fn pages(&self) -> u64 {
+        self.regions.iter().map(|region| region.len).sum::<u64>() / PAGE as u64
+    }
+
+    /// Whether `page` reads as `expected`; touches it.
+    fn is(&self, page: u64, expected: &[u8]) -> bool {
+        let address = usize::try_from(self.page(page)).unwrap();
+        crate::common::peek(address)[..] == *expected
+    }
+
+    /// Reads all pages in shuffled order from `threads` threads; 0 if they are right.
+    pub(crate) fn compare_in_threads(&self, source: &[u8], threads: u64) -> i32 {
+        let pages = self.pages();
+        let right = std::thread::scope(|scope| {
+            let check = |thread: u64| {
+                let mine = (thread..pages).step_by(usize::try_from(threads).unwrap());
+                // A step that has no factor in common with the number of pages.
+                let order = mine.map(|page| page * 1021 % pages);
+                order.fold(true, |right, page| {
+                    let start = usize::try_from(page).unwrap() * PAGE;
+                    right & self.is(page, &source[start..start + PAGE])
+                })
+            };
+            let threads: Vec<_> = (0..threads)
+                .map(|thread| scope.spawn(move || check(thread)))
+                .collect();
+            threads.into_iter().all(|thread| thread.join().unwrap())
+        });
+        i32::from(!right)
+    }
+
+    pub(crate) fn compare_again_and_again(&self, source: &[u8]) -> i32 {
+        while self.compare_in_threads(source, 2) == 0 {}
+        1
+    }
+
+    /// Discards some ranges as a balloon does, then reads everything; 0 if it is right.
+    pub(crate) fn discard_and_compare(&self, source: &[u8], round: u64) -> i32 {
+        let zeros = [0; PAGE];
+        let gone = |page: u64| page / 16 % 4 == round % 4;
+        for page in (0..self.pages()).step_by(16).filter(|page| gone(*page)) {
+            let count = 16.min(self.pages() - page);
+            for page in page..page + count {
+                crate::sys_support::madvise(self.page(page), PAGE as u64, libc::MADV_DONTNEED);
+            }
+        }
+        let wrong = (0..self.pages()).find(|page| {
+            let start = usize::try_from(*page).unwrap() * PAGE;
+            let expected = if gone(*page) {
+                &zeros[..]
+            } else {
+                &source[start..start + PAGE]
+            };
+            !self.is(*page, expected)
+        });
+        i32::from(wrong.is_some())
+    }
+}
