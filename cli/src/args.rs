@@ -43,6 +43,7 @@ pub(crate) enum Command {
     Verify(Verify),
     Extract(Extract),
     Restore(Restore),
+    Serve(Serve),
     /// Tell what this machine permits, and what would permit the rest
     Doctor,
     Bench(Bench),
@@ -297,6 +298,49 @@ pub(crate) struct Restore {
     /// process are stopped at missing pages then, which is enough here
     #[arg(long)]
     pub(crate) user_mode_only: bool,
+}
+
+/// Serve the memory of VMs that hand over their userfaultfd
+///
+/// A VMM connects to the socket and hands over its memory, as Firecracker does when it loads a
+/// snapshot with `mem_backend` of type `Uffd`; its pages then come from the snapshot when the guest
+/// touches them. One socket serves any number of VMs, one after another and at once. A VM whose
+/// page can't be restored is killed: it never reads wrong memory, and never waits for ever. Asked to
+/// stop (SIGTERM, Ctrl-C), it installs what is missing in every VM and lets them go on without it.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Serve {
+    /// Snapshot of the VMs' memory
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) snapshot: PathBuf,
+    /// Socket to listen on; it is made, and must not exist
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) socket: PathBuf,
+    /// What is fetched in the background before it is touched
+    #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
+    pub(crate) prefetch: Prefetch,
+    /// What is done when a page that a VM waits for can't be restored
+    #[arg(long, value_enum, default_value_t = OnError::Kill, value_name = "WHAT")]
+    pub(crate) on_error: OnError,
+    /// Users whose processes are served; more than one may be given [default: every user who may
+    /// connect]
+    #[arg(long, value_name = "UID")]
+    pub(crate) allow_uid: Vec<u32>,
+    /// Threads that serve the page faults of a VM
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = threads())]
+    pub(crate) threads: usize,
+    /// Seconds that a VMM that has connected may take to hand its memory over
+    #[arg(long, default_value_t = 10, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) patience: u64,
+}
+
+/// `serve --on-error`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnError {
+    /// The VM's process is killed
+    Kill,
+    /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
+    Poison,
 }
 
 /// `restore --touch`.

@@ -10,6 +10,7 @@ mod extract;
 mod info;
 mod man;
 mod restore;
+mod serve;
 mod verify;
 
 use anyhow::Result;
@@ -27,6 +28,7 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Verify(args) => verify::run(&args, output, cancel),
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Restore(args) => restore::run(&args, output, cancel),
+        Command::Serve(args) => serve::run(&args, output, cancel),
         Command::Bench(args) => bench::run(&args, output, cancel),
         Command::BenchTrial => bench::run_trial(cancel),
         Command::Doctor => doctor::run(output),

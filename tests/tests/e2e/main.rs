@@ -12,3 +12,4 @@ mod lazily;
 mod live;
 mod memory;
 mod outcomes;
+mod serve;

@@ -1,0 +1,253 @@
+//! A VMM as far as a userfaultfd handler can tell: maps memory, hands it over as Firecracker does, and
+//! touches all of it.
+//!
+//! ```text
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--wait] [--hold]
+//! ```
+//!
+//! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
+//! release whose message is sent, `--split` cuts the memory into two regions, the second of which
+//! lies lower, as with Firecracker. `--discard` gives every fourth run of 16 pages back before the
+//! touches, as a balloon does, and wants zeros there. `--wait` waits for the end of standard input before
+//! it touches anything, `--hold` when all is right, to touch everything again.
+#![allow(
+    unsafe_code,
+    reason = "memory that another process fills is touched through raw pointers"
+)]
+#![allow(clippy::print_stdout, reason = "it is a program")]
+
+use std::fs;
+use std::io::{self, IoSlice, Read as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+use snaprestore_engine::mem::{Mapping, RawRegion};
+use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
+
+const PAGE: usize = 4096;
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--wait] [--hold]";
+
+/// The releases whose messages differ.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    /// v1.1 to v1.6: no page size; the socket is closed afterwards.
+    V1_1,
+    /// v1.7 to v1.11: `page_size_kib`, in bytes; the socket is closed afterwards.
+    V1_7,
+    /// v1.12 and later: `page_size` as well; the socket stays open; discards are reported.
+    V1_12,
+}
+
+struct Options {
+    socket: PathBuf,
+    raw: PathBuf,
+    manner: Manner,
+    split: Option<usize>,
+    threads: usize,
+    discard: bool,
+    wait: bool,
+    hold: bool,
+}
+
+fn options() -> Option<Options> {
+    let mut args = std::env::args_os().skip(1);
+    let mut options = Options {
+        socket: args.next()?.into(),
+        raw: args.next()?.into(),
+        manner: Manner::V1_12,
+        split: None,
+        threads: 1,
+        discard: false,
+        wait: false,
+        hold: false,
+    };
+    while let Some(arg) = args.next() {
+        let mut value = || args.next()?.into_string().ok();
+        match arg.to_str()? {
+            "--manner" => {
+                options.manner = match value()?.as_str() {
+                    "v1.1" => Manner::V1_1,
+                    "v1.7" => Manner::V1_7,
+                    "v1.12" => Manner::V1_12,
+                    _ => return None,
+                }
+            }
+            "--split" => options.split = Some(value()?.parse().ok()?),
+            "--threads" => options.threads = value()?.parse().ok()?,
+            "--discard" => options.discard = true,
+            "--wait" => options.wait = true,
+            "--hold" => options.hold = true,
+            _ => return None,
+        }
+    }
+    Some(options)
+}
+
+fn main() -> ExitCode {
+    let Some(options) = options() else {
+        println!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    match run(&options) {
+        Ok(Ok(pages)) => {
+            println!("{pages} pages right");
+            ExitCode::SUCCESS
+        }
+        Ok(Err(page)) => {
+            println!("page {page} is wrong");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            println!("{error}");
+            ExitCode::from(3)
+        }
+    }
+}
+
+/// The memory, region by region.
+struct Memory {
+    /// First page and address of each.
+    regions: Vec<(usize, RawRegion)>,
+    pages: usize,
+}
+
+fn run(options: &Options) -> io::Result<Result<usize, usize>> {
+    let raw = fs::read(&options.raw)?;
+    let features = if options.manner == Manner::V1_12 {
+        Features::EVENT_REMOVE
+    } else {
+        Features::EMPTY
+    };
+    let uffd = OpenOptions::new()
+        .required(features)
+        .open()
+        .map_err(io::Error::other)?;
+    let memory = Memory::map(raw.len() / PAGE, options.split, &uffd)?;
+    let socket = memory.hand_over(options, &uffd)?;
+    let gone = |page: usize| options.discard && page / 16 % 4 == 1;
+    if options.discard {
+        memory.discard(gone);
+    }
+    if options.wait {
+        println!("handed over");
+        io::stdin().read_to_end(&mut Vec::new())?;
+    }
+    let mut result = memory.compare(&raw, options.threads, gone);
+    if options.hold && result.is_ok() {
+        println!("right so far");
+        io::stdin().read_to_end(&mut Vec::new())?;
+        result = memory.compare(&raw, options.threads, gone);
+    }
+    drop(socket);
+    Ok(result)
+}
+
+impl Memory {
+    fn map(pages: usize, split: Option<usize>, uffd: &Userfaultfd) -> io::Result<Self> {
+        let cut = split.filter(|cut| *cut < pages).unwrap_or(pages);
+        let mut regions = Vec::new();
+        for (first, count) in [(0, cut), (cut, pages - cut)] {
+            if count == 0 {
+                continue;
+            }
+            let len = (count * PAGE) as u64;
+            let (start, len) = Mapping::new(len).map_err(io::Error::other)?.into_raw();
+            // SAFETY: the memory is reached through raw pointers only, and stays mapped as long as
+            // this process.
+            let region = unsafe { RawRegion::new(start, len) }.map_err(io::Error::other)?;
+            uffd.register(&region, 0, len, Modes::MISSING)
+                .map_err(io::Error::other)?;
+            regions.push((first, region));
+        }
+        Ok(Self { regions, pages })
+    }
+
+    /// Sends the regions and the descriptor. The socket stays open where the release keeps it so.
+    fn hand_over(&self, options: &Options, uffd: &Userfaultfd) -> io::Result<Option<UnixStream>> {
+        let region = |(first, region): &(usize, RawRegion)| {
+            let mut fields = json!({
+                "base_host_virt_addr": region.address(),
+                "size": region.len(),
+                "offset": first * PAGE,
+            });
+            if options.manner != Manner::V1_1 {
+                fields["page_size_kib"] = PAGE.into();
+            }
+            if options.manner == Manner::V1_12 {
+                fields["page_size"] = PAGE.into();
+            }
+            fields
+        };
+        let message: Value = self.regions.iter().map(region).collect();
+        let socket = UnixStream::connect(&options.socket)?;
+        let descriptors = [uffd.as_fd().as_raw_fd()];
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(message.to_string().as_bytes())],
+            &[ControlMessage::ScmRights(&descriptors)],
+            MsgFlags::empty(),
+            None,
+        )?;
+        Ok((options.manner == Manner::V1_12).then_some(socket))
+    }
+
+    fn address(&self, page: usize) -> *mut u8 {
+        let within = |(first, region): &&(usize, RawRegion)| {
+            page.checked_sub(*first)
+                .is_some_and(|page| ((page * PAGE) as u64) < region.len())
+        };
+        let (first, region) = self
+            .regions
+            .iter()
+            .find(within)
+            .expect("a page of a region");
+        region.as_ptr().wrapping_add((page - first) * PAGE)
+    }
+
+    fn discard(&self, gone: impl Fn(usize) -> bool) {
+        for page in (0..self.pages).filter(|page| gone(*page)) {
+            // SAFETY: the page is this program's own, and nobody holds a reference to it.
+            let result =
+                unsafe { libc::madvise(self.address(page).cast(), PAGE, libc::MADV_DONTNEED) };
+            assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        }
+    }
+
+    /// Touches every page in a shuffled order. The number of pages that are right, or one that isn't.
+    fn compare(
+        &self,
+        raw: &[u8],
+        threads: usize,
+        gone: impl Fn(usize) -> bool + Sync,
+    ) -> Result<usize, usize> {
+        let is_right = |page: usize| {
+            // SAFETY: the page is mapped as long as this process, and only the handler writes to it,
+            // before this read can see it.
+            let content = unsafe { self.address(page).cast::<[u8; PAGE]>().read_volatile() };
+            if gone(page) {
+                content == [0; PAGE]
+            } else {
+                content[..] == raw[page * PAGE..][..PAGE]
+            }
+        };
+        let wrong = std::thread::scope(|scope| {
+            let part = |thread: usize| {
+                // 1021 is a prime, and divides no number of pages that is a power of two.
+                let order = (thread..self.pages).step_by(threads);
+                order
+                    .map(|page| page * 1021 % self.pages)
+                    .find(|page| !is_right(*page))
+            };
+            let threads: Vec<_> = (0..threads)
+                .map(|thread| scope.spawn(move || part(thread)))
+                .collect();
+            let wrong = threads.into_iter().filter_map(|thread| thread.join().ok()?);
+            wrong.min()
+        });
+        wrong.map_or(Ok(self.pages), Err)
+    }
+}
