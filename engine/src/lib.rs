@@ -2,7 +2,6 @@
 
 pub mod mem;
 pub mod pager;
-
 pub mod restore;
 mod running;
 mod session;

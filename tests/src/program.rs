@@ -15,21 +15,36 @@ pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| match std::env::var_os("SNAPRESTORE_BIN") {
         Some(path) => PathBuf::from(path),
-        None => build(),
+        None => build(&["--package", "snaprestore", "--bin", "snaprestore"]),
     })
 }
 
-fn build() -> PathBuf {
+/// The engine's example of a launcher for `/dev/kvm`, built now.
+pub fn microvm() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    let what = [
+        "--package",
+        "snaprestore-engine",
+        "--features",
+        "rust-vmm",
+        "--example",
+        "microvm",
+    ];
+    PROGRAM.get_or_init(|| build(&what))
+}
+
+fn build(what: &[&str]) -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
     let output = Command::new(cargo)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["build", "--package", "snaprestore", "--bin", "snaprestore"])
+        .arg("build")
+        .args(what)
         .args(["--message-format", "json-render-diagnostics"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
         .expect("cargo runs");
-    assert!(output.status.success(), "snaprestore can't be built");
+    assert!(output.status.success(), "{what:?} can't be built");
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())

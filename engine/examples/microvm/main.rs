@@ -18,6 +18,7 @@
 //! | `snapshot.rs` | from a paused VM to a file |
 //! | `restore.rs` | from a file to a running VM, wherever its memory comes from |
 //! | `in_process.rs` | memory that the engine brings, in this process |
+//! | `handed_over.rs` | memory that `snaprestore serve` brings, from another process |
 //! | `demo.rs` | both, compared |
 #![allow(
     unsafe_code,
@@ -28,6 +29,7 @@
 mod cpu;
 mod demo;
 mod guest;
+mod handed_over;
 mod in_process;
 mod restore;
 mod snapshot;
@@ -43,11 +45,12 @@ use kvm_ioctls::Kvm;
 use snaprestore_engine::restore::Prefetch;
 use snapshot_format::Snapshot;
 
+use crate::handed_over::HandedOver;
 use crate::in_process::InProcess;
 
 const USAGE: &str = "\
 usage: microvm snapshot FILE [--memory MIB]
-       microvm restore FILE [--prefetch off|all]
+       microvm restore FILE [--prefetch off|all | --serve SOCKET]
        microvm demo [--memory MIB] [--prefetch off|all]";
 
 /// What the content of the guest's pages follows from, with their addresses.
@@ -62,6 +65,7 @@ fn main() -> Result<()> {
         file,
         mib,
         prefetch,
+        socket,
     } = Options::parse(std::env::args_os().skip(1))?;
     match (command, file) {
         (Command::Snapshot, Some(file)) => {
@@ -75,6 +79,10 @@ fn main() -> Result<()> {
         (Command::Restore, Some(file)) => {
             let kvm = open_kvm()?;
             let snapshot = Arc::new(Snapshot::open_path(&file)?);
+            if let Some(socket) = socket {
+                let memory = HandedOver::start(&snapshot, &socket)?;
+                return restore::run(&kvm, &snapshot, &memory, begun);
+            }
             let memory = InProcess::start(Arc::clone(&snapshot), prefetch)?;
             restore::run(&kvm, &snapshot, &memory, begun)
         }
@@ -99,6 +107,8 @@ struct Options {
     file: Option<PathBuf>,
     mib: u64,
     prefetch: Prefetch,
+    /// Where somebody else serves the memory.
+    socket: Option<PathBuf>,
 }
 
 impl Options {
@@ -114,6 +124,7 @@ impl Options {
             file: None,
             mib: 64,
             prefetch: Prefetch::Off,
+            socket: None,
         };
         while let Some(arg) = args.next() {
             let mut value = || args.next().and_then(|value| value.into_string().ok());
@@ -128,6 +139,10 @@ impl Options {
                         Some("all") => Prefetch::All,
                         _ => bail!("--prefetch takes off or all"),
                     };
+                }
+                Some("--serve") => {
+                    let socket = args.next().context("--serve takes a path")?;
+                    options.socket = Some(socket.into());
                 }
                 Some(option) if option.starts_with('-') => bail!(USAGE),
                 _ if options.file.is_none() => options.file = Some(arg.into()),

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
-use snaprestore_tests::program::{Run, snaprestore};
+use snaprestore_tests::program::{self, Run, snaprestore};
 use tempfile::TempDir;
 
 const PAGES: u64 = 8192;
@@ -255,4 +256,39 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     // Nobody serves it: it is its owner's to end.
     misfit.kill().expect("killed");
     misfit.wait().expect("its end");
+}
+
+/// Two ways to be wrong are possible here that the fake VMM can't show: KVM reads the memory by itself,
+/// and does so before the first instruction.
+#[test]
+fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
+    let test = "a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended";
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return skipped(test, &format!("/dev/kvm: {error}"));
+    }
+    let mut scene = Scene::new(Shares::ZERO);
+    fs::remove_file(&scene.snapshot).expect("removed");
+    let microvm = |args: &[&str]| {
+        let mut command = Command::new(program::microvm());
+        command.args(args).stdin(Stdio::null());
+        Run::of(&mut command)
+    };
+    let (snapshot, socket) = (scene.snapshot.display().to_string(), scene.socket());
+    let socket = socket.display().to_string();
+    let _ = microvm(&["snapshot", &snapshot, "--memory", "32"]).exits(0);
+    for prefetch in ["off", "all"] {
+        scene.serve(&["--prefetch", prefetch]);
+        let run = microvm(&["restore", &snapshot, "--serve", &socket]).exits(0);
+        let said = String::from_utf8_lossy(&run.out).into_owned();
+        assert!(said.contains("guest: verified again "), "{said}");
+        let vms = scene.stop();
+        assert_eq!(endings(&vms), ["exited"]);
+        assert!(vms[0]["faults"].as_u64() > Some(0), "{vms:?}");
+    }
+    damage(&scene.snapshot);
+    scene.serve(&["--prefetch", "off"]);
+    let run = microvm(&["restore", &snapshot, "--serve", &socket]);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    assert!(!String::from_utf8_lossy(&run.out).contains("verified again"));
+    assert_eq!(endings(&scene.stop()), ["killed"]);
 }
