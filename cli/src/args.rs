@@ -305,14 +305,15 @@ pub(crate) struct Restore {
 /// A VMM connects to the socket and hands over its memory, as Firecracker does when it loads a
 /// snapshot with `mem_backend` of type `Uffd`; its pages then come from the snapshot when the guest
 /// touches them. One socket serves any number of VMs, one after another and at once. A VM whose
-/// page can't be restored is killed: it never reads wrong memory, and never waits for ever. Asked to
-/// stop (SIGTERM, Ctrl-C), it installs what is missing in every VM and lets them go on without it.
+/// page can't be restored is killed, and never reads wrong memory. Asked to stop (SIGTERM, Ctrl-C),
+/// it installs what is missing in every VM and lets them go on without it; asked again, or killed, it
+/// leaves those that aren't complete waiting for their missing pages.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Serve {
     /// Snapshot of the VMs' memory
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) snapshot: PathBuf,
-    /// Socket to listen on; it is made, and must not exist
+    /// Socket to listen on; it is made, and nobody may be listening there
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) socket: PathBuf,
     /// What is fetched in the background before it is touched

@@ -6,6 +6,7 @@
 //! ```
 
 use std::fmt;
+use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use indicatif::HumanCount;
 use serde::Serialize;
 use snaprestore_engine::pager::{self, Ending, Handover, Paged, Pager, firecracker};
@@ -87,21 +88,24 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
             }
         };
         vms.retain(|vm| !vm.is_finished());
+        let Some(peer) = server.admit(&stream) else {
+            continue;
+        };
         let server = Arc::clone(&server);
         let vm = std::thread::Builder::new()
             .name("vm".into())
-            .spawn(move || server.serve(&stream));
+            .spawn(move || server.serve(&stream, peer));
         match vm {
             Ok(vm) => vms.push(vm),
             Err(error) => output.warn(format_args!("a VM can't be served: {error}")),
         }
     };
-    if !cancel.requested() {
-        return Err(waited);
-    }
     drop(socket);
     for vm in vms {
         let _ = vm.join();
+    }
+    if !cancel.requested() {
+        return Err(waited);
     }
     let vms = server
         .ended
@@ -125,8 +129,13 @@ struct Socket {
 impl Socket {
     fn bind(path: &Path) -> Result<Self> {
         let name = path.display();
-        if UnixStream::connect(path).is_ok() {
-            bail!("{name}: another process serves there");
+        match UnixStream::connect(path) {
+            Ok(_) => bail!("{name}: another process serves there"),
+            // A socket that nobody listens at is left of a server that was killed.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                let _ = std::fs::remove_file(path);
+            }
+            Err(_) => {}
         }
         let listener = UnixListener::bind(path).with_context(|| {
             let hint = if path.exists() {
@@ -164,15 +173,27 @@ struct Server {
 }
 
 impl Server {
-    /// Serves the VM of one connection until its end.
-    fn serve(&self, stream: &UnixStream) {
+    /// Who has connected, if it is to be served.
+    fn admit(&self, stream: &UnixStream) -> Option<Peer> {
         let peer = match peer_of(stream.as_fd()) {
             Ok(peer) => peer,
             Err(error) => {
                 let message = format_args!("a VMM that connected can't be identified: {error}");
-                return self.output.warn(message);
+                self.output.warn(message);
+                return None;
             }
         };
+        if self.allowed.is_empty() || self.allowed.contains(&peer.uid) {
+            return Some(peer);
+        }
+        let Peer { pid, uid, .. } = peer;
+        let message = format_args!("VM {pid}: refused: --allow-uid doesn't name its user {uid}");
+        self.output.warn(message);
+        None
+    }
+
+    /// Serves the VM of one connection until its end.
+    fn serve(&self, stream: &UnixStream, peer: Peer) {
         let pid = peer.pid;
         let vm = match self.attach(stream, peer) {
             Ok(paged) => {
@@ -190,15 +211,10 @@ impl Server {
     }
 
     fn attach(&self, stream: &UnixStream, peer: Peer) -> Result<Paged> {
-        let Peer { uid, pidfd, .. } = peer;
-        ensure!(
-            self.allowed.is_empty() || self.allowed.contains(&uid),
-            "user {uid} is none of those that --allow-uid names"
-        );
         let handed = firecracker::handshake(stream, self.patience)?;
         let handover = Handover {
             userfaultfd: handed.userfaultfd,
-            owner: pidfd,
+            owner: peer.pidfd,
             regions: handed.regions,
         };
         let paged = Pager::new(Arc::clone(&self.snapshot))

@@ -113,7 +113,7 @@ impl Mapping {
         MappingOptions::new().map(len)
     }
 
-    pub(super) fn inaccessible(len: u64) -> Result<Self, MemError> {
+    pub(crate) fn inaccessible(len: u64) -> Result<Self, MemError> {
         Self::reserve(len)
     }
 

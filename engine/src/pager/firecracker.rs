@@ -108,13 +108,18 @@ pub fn handshake(socket: &UnixStream, patience: Duration) -> Result<Handshake, H
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error.into()),
         };
+        if read.truncated || received > 0 && !read.descriptors.is_empty() {
+            return Err(HandshakeError::Variant {
+                variant: "an unknown VMM, which hands more descriptors over",
+            });
+        }
         descriptors.extend(read.descriptors);
         if read.bytes == 0 {
             return Err(HandshakeError::Closed { received });
         }
         received += read.bytes;
         if let Some(mappings) = parse(&text[..received])? {
-            return accept(&mappings, descriptors);
+            return checked(&mappings, descriptors);
         }
     }
 }
@@ -124,13 +129,14 @@ fn parse(text: &[u8]) -> Result<Option<Vec<Mapping>>, HandshakeError> {
     match serde_json::from_slice(text) {
         Ok(mappings) => Ok(Some(mappings)),
         Err(error) if error.is_eof() => Ok(None),
+        // The error may quote what came, which is not ours to repeat at length.
         Err(error) => Err(HandshakeError::NotRegions {
-            detail: error.to_string(),
+            detail: error.to_string().chars().take(200).collect(),
         }),
     }
 }
 
-fn accept(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake, HandshakeError> {
+fn checked(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake, HandshakeError> {
     let variant = |variant| Err(HandshakeError::Variant { variant });
     if mappings.iter().any(|mapping| mapping.is_guest_memfd) || descriptors.len() == 3 {
         return variant("Firecracker's branch for secret-free memory");
@@ -139,7 +145,7 @@ fn accept(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake, 
         return variant("E2B's Firecracker, which hands a memfd over as well");
     }
     if descriptors.len() > 3 {
-        return variant("an unknown VMM, which hands more than one descriptor over");
+        return variant("an unknown VMM, which hands more descriptors over");
     }
     let Some(userfaultfd) = descriptors.into_iter().next() else {
         return Err(HandshakeError::NoDescriptor);
@@ -239,7 +245,8 @@ mod tests {
             (V1_1, 0, "without a userfaultfd"),
             (V1_1, 2, "E2B"),
             (V1_1, 3, "secret-free"),
-            (V1_1, 4, "more than one descriptor"),
+            (V1_1, 4, "more descriptors"),
+            (V1_1, 100, "more descriptors"),
             (&secret_free, 1, "secret-free"),
             (&long, 1, "more than 65536 bytes"),
         ];

@@ -1,5 +1,6 @@
 //! What an owner hands over, held against the snapshot.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 use snapshot_format::Region;
@@ -125,6 +126,11 @@ pub(super) fn extents(
 }
 
 impl OwnerRegion {
+    /// Its addresses in the owner.
+    pub(super) fn addresses(&self) -> Range<u64> {
+        self.address..self.address.saturating_add(self.len)
+    }
+
     fn check(&self, region: usize) -> Result<(), HandoverError> {
         let wrong = |what, value, expected| HandoverError::Value {
             region,

@@ -56,11 +56,14 @@ impl Owner {
         if killed.is_some() {
             return;
         }
-        *killed = Some(why.to_owned());
         match kill_by_pidfd(self.pidfd()) {
-            Ok(()) => tracing::error!(why, "the owner of the memory is killed"),
+            Ok(()) => {
+                tracing::error!(why, "the owner of the memory is killed");
+                *killed = Some(why.to_owned());
+            }
             Err(Errno::ESRCH) => tracing::debug!(why, "the owner has ended by itself"),
-            // It is left waiting: nobody answers its faults, and the descriptor stays open.
+            // It was permitted when the session began. It is left waiting: nobody answers its faults,
+            // and the descriptor stays open.
             Err(errno) => tracing::error!(why, %errno, "the owner of the memory can't be killed"),
         }
     }

@@ -2,17 +2,18 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use nix::errno::Errno;
 use snapshot_format::{ReadError, Snapshot};
 
-use super::handover::{self, Handover, HandoverError};
+use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
 use crate::running::{Crew, Hook, Prefetch, Running, Stats, ThreadError, Threads};
 use crate::session::{Failure, Kernel, Session, SnapshotImage, State};
-use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd};
+use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd, may_kill};
 
 /// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
 /// `mremap`.
@@ -30,8 +31,8 @@ pub struct Pager {
     hook: Option<Hook>,
 }
 
-/// Why a session did not start. The owner was not served, and is not killed: it still waits, and is
-/// the caller's to end.
+/// Why a session did not start. The userfaultfd is closed by then. An owner that has kept a descriptor of
+/// its own, as Firecracker does, waits at its next missing page, and is the caller's to end.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
@@ -44,7 +45,11 @@ pub enum AttachError {
     /// The snapshot could not be read.
     #[error("the snapshot can't be read")]
     Snapshot(#[from] ReadError),
-    /// A thread, memory or descriptor for the session itself could not be had.
+    /// The owner may not be killed, and so could be left waiting for ever.
+    #[error("the process that handed its memory over may not be killed by this one")]
+    NotPermitted(#[source] Errno),
+    /// A thread, memory or descriptor for the session itself could not be had. The owner was killed if
+    /// it had been served already.
     #[error("{what} can't be had")]
     Resources {
         /// What.
@@ -119,15 +124,20 @@ impl Pager {
     }
 
     /// Takes over the memory that was handed over, and serves it from now on.
-    ///
-    /// Refuses a process that has opened a userfaultfd for its own memory, with
-    /// [`AdoptError::OwnMemory`]: nothing tells that one from another's.
     pub fn attach(self, handover: Handover) -> Result<Paged, AttachError> {
         let begun = Instant::now();
         let resources = |what| move |source| AttachError::Resources { what, source };
+        may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
         let image = SnapshotImage::new(Arc::clone(&self.snapshot))?;
         let extents = handover::extents(&handover.regions, self.snapshot.regions()?)?;
-        let uffd = Userfaultfd::receive(handover.userfaultfd, Features::EMPTY, Ioctls::EMPTY)?;
+        // What doesn't overflow was checked with the extents.
+        let registered: Vec<_> = handover
+            .regions
+            .iter()
+            .map(OwnerRegion::addresses)
+            .collect();
+        let (fd, none) = (handover.userfaultfd, Features::EMPTY);
+        let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
         let (state, ring) = State::new(self.snapshot.page_slots(), &extents, SPARE_PIECES)
             .map_err(resources("memory for the session's tables"))?;
         let kernel = Kernel::new(uffd, ring).map_err(resources("a descriptor to wait on"))?;
@@ -163,7 +173,11 @@ impl Pager {
                 threads,
                 owner,
             }),
-            Err(ThreadError { what, source }) => Err(AttachError::Resources { what, source }),
+            Err(ThreadError { what, source }) => {
+                owner.kill("its pager can't be started");
+                owner.wait_gone();
+                Err(AttachError::Resources { what, source })
+            }
         }
     }
 }
@@ -191,7 +205,7 @@ impl Paged {
         if self.running.is_complete() {
             return Some(Ending::Complete);
         }
-        if !self.owner.is_gone() {
+        if !self.owner.is_gone() && !self.running.session.is_owner_gone() {
             return None;
         }
         let killed = self.owner.killed().map(Ending::Killed);
@@ -245,14 +259,16 @@ impl Paged {
 
 impl Drop for Paged {
     fn drop(&mut self) {
-        if self.ending().is_none() {
+        let session = &self.running.session;
+        // What is complete is so for good, though its threads may be about to say it.
+        if !session.is_complete() && self.ending().is_none() {
             self.owner.kill("its pager ends");
         }
-        self.running.session.end();
+        session.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        if !self.running.is_complete() {
+        if !session.is_complete() && !session.is_owner_gone() {
             // What is missing becomes zeros when the descriptor closes: nobody may be left to see it.
             self.owner.wait_gone();
         }

@@ -47,6 +47,8 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "rseq",
     "set_robust_list",
     "getrandom",
+    // Ending the process that is served.
+    "pidfd_send_signal",
     // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is
     // open.
     "close",

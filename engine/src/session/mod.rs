@@ -130,6 +130,8 @@ struct Phase {
     finishing: AtomicBool,
     /// Every page is settled.
     complete: AtomicBool,
+    /// The owner's memory is gone.
+    owner_gone: AtomicBool,
 }
 
 /// The failures seen so far.
@@ -184,6 +186,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             ending,
             finishing,
             complete,
+            owner_gone: _,
         } = &self.phase;
         [ending, finishing, complete].map(|flag| flag.load(Relaxed))
     }
@@ -254,7 +257,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         true
     }
 
+    /// Whether the owner's memory is gone: it has ended, or runs another program.
+    pub(crate) fn is_owner_gone(&self) -> bool {
+        self.phase.owner_gone.load(Relaxed)
+    }
+
     fn owner_is_gone(&self) {
+        self.phase.owner_gone.store(true, Relaxed);
         tracing::debug!("the owner of the memory is gone");
         self.end();
     }

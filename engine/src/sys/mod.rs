@@ -46,7 +46,7 @@ pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
-pub use process::{kill_by_pidfd, open_pidfd};
+pub use process::{kill_by_pidfd, may_kill, open_pidfd};
 pub use socket::{Peer, Received, peer_of, receive};
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};

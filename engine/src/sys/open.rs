@@ -11,7 +11,6 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use nix::errno::Errno;
 
@@ -155,14 +154,6 @@ impl Default for OpenOptions {
     }
 }
 
-/// Whether this process has opened a userfaultfd for its own memory.
-static OPENED: AtomicBool = AtomicBool::new(false);
-
-/// Whether this process may have a userfaultfd for its own memory.
-pub(super) fn has_opened() -> bool {
-    OPENED.load(Relaxed)
-}
-
 impl OpenOptions {
     /// Demands [`Features::EVENTS`], wants nothing more.
     pub fn new() -> Self {
@@ -224,7 +215,6 @@ impl OpenOptions {
             return Err(OpenError::MissingFeatures { missing, available });
         }
 
-        OPENED.store(true, Relaxed);
         let fd = new_descriptor(way.access, way.user_mode_only)
             .map_err(|errno| failed("opening it a second time", errno))?;
         let mut enabled = (self.required | self.wanted) & available;

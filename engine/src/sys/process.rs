@@ -16,6 +16,15 @@ pub fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 
 /// Kills the process behind `pidfd` (Linux 5.1). ESRCH: it has ended.
 pub fn kill_by_pidfd(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    signal(pidfd, libc::SIGKILL)
+}
+
+/// Whether the process behind `pidfd` may be killed: EPERM if not, ESRCH if it has ended.
+pub fn may_kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    signal(pidfd, 0)
+}
+
+fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the call takes numbers, and a null pointer where it may stand; it touches no memory of
     // ours.
@@ -23,7 +32,7 @@ pub fn kill_by_pidfd(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             pidfd.as_raw_fd(),
-            libc::SIGKILL,
+            signal,
             no_info,
             0,
         )

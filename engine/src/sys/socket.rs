@@ -1,15 +1,15 @@
 //! Unix sockets: descriptors that come with bytes, and who is on the other end.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sockopt};
+use nix::sys::socket::{getsockopt, sockopt};
 
 use super::process::open_pidfd;
 
-/// The most descriptors that one message can carry (`SCM_MAX_FD`).
-const MOST_DESCRIPTORS: usize = 253;
+/// Room for the descriptors of one message. Of more the kernel makes as many as there is room for.
+const DESCRIPTORS: usize = 8;
 
 /// What one read from a socket gave.
 #[derive(Debug)]
@@ -18,33 +18,64 @@ pub struct Received {
     pub bytes: usize,
     /// Descriptors that came along, closed on exec.
     pub descriptors: Vec<OwnedFd>,
+    /// Whether there were more: than there is room for, or than this process may have open.
+    pub truncated: bool,
 }
 
 /// Reads once from the connected Unix socket `socket`.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut slices = [IoSliceMut::new(buffer)];
-    let mut room = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
-    let message = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut slices,
-        Some(&mut room),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    // Aligned as a header of a control message is.
+    let mut control = [0_u64; 16];
+    let mut slice = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    let data = DESCRIPTORS * size_of::<RawFd>();
+    // SAFETY: computes a length from a length.
+    let room = unsafe { libc::CMSG_SPACE(u32::try_from(data).unwrap_or(0)) };
+    debug_assert!(room as usize <= size_of_val(&control));
+    // SAFETY: all fields are numbers and pointers, for which zero means none.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut slice;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = room as usize;
+    // SAFETY: the message points to a live buffer and to live, aligned room for control messages, with
+    // their lengths.
+    let bytes =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    let bytes = Errno::result(bytes)?;
     let mut descriptors = Vec::new();
-    // There is room for all that the kernel sends at once.
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = control {
-            // SAFETY: the kernel made these descriptors for this message just now, so nobody else
-            // owns them.
-            let owned = numbers
-                .iter()
-                .map(|number| unsafe { OwnedFd::from_raw_fd(*number) });
-            descriptors.extend(owned);
+    // SAFETY: the kernel has written whole control messages into the room, and their lengths; these
+    // functions go from one to the next within `msg_controllen`.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: not null, so a whole header within the room.
+        let found = unsafe { header.read() };
+        if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: computes a length, and a place behind the header.
+            let (empty, data) = unsafe { (libc::CMSG_LEN(0), libc::CMSG_DATA(header)) };
+            let count = (found.cmsg_len - empty as usize) / size_of::<RawFd>();
+            for index in 0..count {
+                let mut number: RawFd = -1;
+                let size = size_of::<RawFd>();
+                // SAFETY: the data is `count` descriptors, which need not be aligned; one is copied to
+                // a number of this function's own.
+                unsafe {
+                    let from = data.add(index * size);
+                    from.copy_to_nonoverlapping((&raw mut number).cast(), size);
+                }
+                // SAFETY: the kernel made it for this message just now, so nobody else owns it.
+                descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
         }
+        // SAFETY: as for the first.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     Ok(Received {
-        bytes: message.bytes,
+        bytes: usize::try_from(bytes).unwrap_or(0),
         descriptors,
+        truncated: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
 

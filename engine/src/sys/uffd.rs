@@ -19,11 +19,13 @@
 //!    bytes, until the restore is over. The kernel alone would also allow memory that other code
 //!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
 //! 3. Memory of another process is not ours to make unsound; what may be done to it is decided by
-//!    whoever handed over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because nothing tells
-//!    a foreign descriptor from one of this process that took a detour.
+//!    whoever handed over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because it believes
+//!    that the descriptor is foreign, and is no detour to this process;
+//!    [`Userfaultfd::adopt_foreign`] makes sure.
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -32,7 +34,11 @@ use nix::errno::Errno;
 use super::features::{Features, Ioctls};
 use super::grants::Grants;
 use super::{abi, ioctls};
-use crate::mem::{self, RawRegion};
+use crate::mem::{self, Mapping, RawRegion};
+
+/// How much of its address space a process reserves to find out whether a userfaultfd is its own: much,
+/// or less where that is limited.
+const RESERVED: [u64; 2] = [1 << 40, 1 << 30];
 
 /// What a registration reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,16 +148,41 @@ impl Userfaultfd {
         Ok(adopted)
     }
 
-    /// As [`Userfaultfd::adopt`], in a process that has no userfaultfd of its own: then the descriptor
-    /// can't be one for the memory of this process, and nothing has to be promised.
-    pub fn receive(fd: OwnedFd, enabled: Features, hidden: Ioctls) -> Result<Self, AdoptError> {
-        if super::open::has_opened() {
-            return Err(AdoptError::OwnMemory);
+    /// As [`Userfaultfd::adopt`], after making sure that the memory is another process's: then
+    /// nothing has to be promised.
+    ///
+    /// To unregister what is not registered changes nothing, and the kernel answers EINVAL where
+    /// nothing is mapped. So places in a range that this process has just reserved are tried, elsewhere
+    /// than at the addresses of `registered`: a descriptor that knows all of them belongs to this
+    /// process. The range is so long that another process has nothing in most of it.
+    pub fn adopt_foreign(
+        fd: OwnedFd,
+        enabled: Features,
+        hidden: Ioctls,
+        registered: &[Range<u64>],
+    ) -> Result<Self, AdoptError> {
+        // SAFETY: nothing is filled through the result before the look below, and it is dropped if
+        // the memory is this process's.
+        let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
+        let page = super::page_size();
+        let reserved = RESERVED
+            .iter()
+            .find_map(|len| Mapping::inaccessible(*len).ok());
+        let reserved = reserved.ok_or_else(|| AdoptError::Inspect(Errno::ENOMEM.into()))?;
+        let step = reserved.len() / 16;
+        for address in (reserved.address()..)
+            .step_by(super::to_usize(step))
+            .take(16)
+        {
+            if registered.iter().any(|range| range.contains(&address)) {
+                continue;
+            }
+            match adopted.unregister(address, page) {
+                Ok(Unregistered::Done) => {}
+                Ok(Unregistered::Gone | Unregistered::OwnerGone) | Err(_) => return Ok(adopted),
+            }
         }
-        // SAFETY: a userfaultfd is bound to the memory of the process that opened it, and this
-        // process has opened none, so the descriptor is another's. Should one be opened from now on,
-        // memory that is registered with it is guarded by its own grants, and `fd` stays what it is.
-        unsafe { Self::adopt(fd, enabled, hidden) }
+        Err(AdoptError::OwnMemory)
     }
 
     /// The features that are on.
@@ -474,8 +505,8 @@ pub enum AdoptError {
         /// The kernel's name for it.
         found: String,
     },
-    /// This process has opened a userfaultfd, and nothing tells that one from another process's.
-    #[error("this process has a userfaultfd of its own: serve other processes from another one")]
+    /// It is for the memory of this process.
+    #[error("the received userfaultfd is for the memory of this process")]
     OwnMemory,
     /// Its sender hasn't negotiated with the kernel yet.
     #[error("the received userfaultfd has not been through UFFDIO_API")]

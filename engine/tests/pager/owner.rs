@@ -130,7 +130,7 @@ impl Memory {
     }
 
     /// Whether `page` reads as `expected`; touches it.
-    fn is(&self, page: u64, expected: &[u8]) -> bool {
+    pub(crate) fn is(&self, page: u64, expected: &[u8]) -> bool {
         let address = usize::try_from(self.page(page)).unwrap();
         crate::common::peek(address)[..] == *expected
     }
@@ -154,11 +154,6 @@ impl Memory {
             threads.into_iter().all(|thread| thread.join().unwrap())
         });
         i32::from(!right)
-    }
-
-    pub(crate) fn compare_again_and_again(&self, source: &[u8]) -> i32 {
-        while self.compare_in_threads(source, 2) == 0 {}
-        1
     }
 
     /// Discards some ranges as a balloon does, then reads everything; 0 if it is right.

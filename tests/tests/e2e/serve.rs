@@ -64,6 +64,7 @@ impl Scene {
             .args(options)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        self.said = Arc::default();
         let mut daemon = command.spawn().expect("the daemon");
         let lines = BufReader::new(daemon.stderr.take().expect("a pipe")).lines();
         let said = Arc::clone(&self.said);
@@ -75,11 +76,7 @@ impl Scene {
             }
         });
         self.daemon = Some(daemon);
-        let began = Instant::now();
-        while !self.socket().exists() {
-            assert!(began.elapsed() < PATIENCE, "the daemon doesn't listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        self.wait_for("serving ", 1);
     }
 
     /// Waits until the daemon has said `what` so often.
@@ -167,9 +164,6 @@ fn vms_of_every_release_are_served_one_after_another_and_at_once() {
     }
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["exited"; 10]);
-    for vm in vms {
-        assert!(vm["faults"].as_u64() > Some(0), "{vm}");
-    }
 }
 
 #[test]
@@ -283,7 +277,6 @@ fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
         assert!(said.contains("guest: verified again "), "{said}");
         let vms = scene.stop();
         assert_eq!(endings(&vms), ["exited"]);
-        assert!(vms[0]["faults"].as_u64() > Some(0), "{vms:?}");
     }
     damage(&scene.snapshot);
     scene.serve(&["--prefetch", "off"]);
