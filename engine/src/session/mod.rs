@@ -244,6 +244,12 @@ impl<P: Platform, I: Image> Session<P, I> {
             self.platform
                 .unregister(extent.address, extent.pages * PAGE);
         }
+        // The kernel wakes who waits in a range before it gives the range up (seen with 6.18): who
+        // faults again, or for the first time, in between waits where nobody reads any more. Closing
+        // would end that too, but not while the owner has a descriptor of its own.
+        for extent in &extents {
+            self.platform.wake(extent.address, extent.pages * PAGE);
+        }
         let mut tries = 0;
         while let Some(extent) = extents.first() {
             self.read_events(0);

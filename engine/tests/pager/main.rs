@@ -68,6 +68,9 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
 }
 
 /// The owner discards while pages arrive: what it reads there afterwards is zero.
+///
+/// One in some hundred of them hung: a fault came between the kernel's wake-up at the end of the
+/// session and its giving the memory up, and nobody read any more. All are woken once more now.
 #[test]
 fn discarded_pages_read_as_zeros_also_under_prefetch() {
     let bytes = Arc::new(mixed(PAGES));
