@@ -407,7 +407,7 @@ pub(crate) struct Bench {
         long,
         value_delimiter = ';',
         value_name = "NAMES",
-        default_value = "ours:prefetch=all;ours;mmap;handler;handler-pinned;read-all;unzstd"
+        default_value = "ours:prefetch=all;ours;mmap;handler;handler-pinned;read-all;unzstd;squashfs-128k;erofs"
     )]
     pub(crate) contenders: Vec<Contender>,
     /// Folder, on a disk, for what is made on the way

@@ -88,6 +88,12 @@ impl Output {
         }
     }
 
+    /// Something that went wrong, though the command goes on: `--quiet` doesn't hide it.
+    #[expect(clippy::unused_self, reason = "the one door for standard error")]
+    pub(crate) fn error(self, message: impl Display) {
+        to_stderr(&format!("snaprestore: {message}\n"));
+    }
+
     /// Prints an error with its causes and says how to exit.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
         let exit = Exit::of(error);

@@ -93,7 +93,7 @@ impl FrameDecoder {
         decoder.streams_of = Some(snapshot.id());
         decoder.add_stream(0, &[]);
         for (number, bytes) in snapshot.dictionary_bytes(MOST_STREAMS)? {
-            decoder.add_stream(number, &bytes);
+            decoder.add_stream(number, bytes);
         }
         Ok(decoder)
     }

@@ -79,7 +79,14 @@ pub struct Snapshot {
 /// A dictionary of the file and, once it was needed, its prepared form.
 struct Dictionary {
     blob: Blob,
-    prepared: OnceLock<zstd_safe::DDict<'static>>,
+    prepared: OnceLock<Prepared>,
+}
+
+/// A dictionary that was read and checked.
+struct Prepared {
+    digested: zstd_safe::DDict<'static>,
+    /// For contexts that digest it themselves.
+    bytes: Vec<u8>,
 }
 
 #[derive(Clone)]

@@ -161,8 +161,13 @@ fn several_frames_are_the_verifiers_to_find() {
     );
 }
 
-/// The frame header descriptor of the first frame, and its codec.
-fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
+/// A snapshot file of one region.
+fn pack(
+    dictionary: Dictionary,
+    level: i32,
+    frame_pages: usize,
+    pages: impl Iterator<Item = Vec<u8>>,
+) -> Vec<u8> {
     let options = WriterOptions {
         level,
         frame_pages,
@@ -173,11 +178,25 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     writer
         .begin_region(&RegionSpec::default())
         .expect("begin_region");
-    for page in 0..1024 {
-        writer.write_pages(&common::pattern(page)).expect("pages");
+    for page in pages {
+        writer.write_pages(&page).expect("pages");
     }
-    let (bytes, _) = writer.finish().expect("finish");
-    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.clone()))).expect("opens");
+    writer.finish().expect("finish").0
+}
+
+fn open(bytes: Vec<u8>) -> Snapshot {
+    Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
+}
+
+/// The frame header descriptor of the first frame, and its codec.
+fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
+    let bytes = pack(
+        dictionary,
+        level,
+        frame_pages,
+        (0..1024).map(common::pattern),
+    );
+    let snapshot = open(bytes.clone());
     let frame = frame_of_page(&snapshot, 0);
     let at = usize::try_from(frame.offset()).expect("in memory");
     let (header, _) = FrameHeader::ref_from_prefix(&bytes[at..]).expect("a header");
@@ -187,24 +206,7 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     (bytes[payload + 4], header.codec)
 }
 
-/// A snapshot of pages that are text, which compress and differ.
-fn text_in_frames(frame_pages: usize, dictionary: Dictionary) -> Snapshot {
-    let options = WriterOptions {
-        frame_pages,
-        dictionary,
-        ..WriterOptions::default()
-    };
-    let mut writer = Writer::new(Vec::new(), options).expect("writer");
-    writer
-        .begin_region(&RegionSpec::default())
-        .expect("begin_region");
-    for page in 0..2048 {
-        writer.write_pages(&text_page(page)).expect("pages");
-    }
-    let (bytes, _) = writer.finish().expect("finish");
-    Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
-}
-
+/// A page of text, which compresses and differs from others.
 fn text_page(page: u64) -> Vec<u8> {
     let lines = (0..).flat_map(|line: u64| {
         let number = (page << 8 | line).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -222,7 +224,7 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
         (32, Dictionary::Off),
         (512, dictionary()),
     ] {
-        let snapshot = text_in_frames(frame_pages, dictionary);
+        let snapshot = open(pack(dictionary, 3, frame_pages, (0..2048).map(text_page)));
         let mut whole = FrameDecoder::new();
         let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
         let mut expected = vec![0; frame_pages * PAGE_SIZE];

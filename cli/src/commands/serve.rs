@@ -205,7 +205,10 @@ impl Server {
                 ..Vm::new(pid, "refused")
             },
         };
-        self.output.warn(&vm);
+        match vm.reason {
+            Some(_) => self.output.error(&vm),
+            None => self.output.warn(&vm),
+        }
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         ended.push(vm);
     }

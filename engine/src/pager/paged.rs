@@ -1,7 +1,6 @@
 //! Attaching to an owner, and the session that follows.
 
 use std::io;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,24 +10,16 @@ use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::running::{Crew, Hook, Prefetch, Running, Stats, ThreadError, Threads};
+use crate::running::{Crew, Prefetch, Running, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Failure, Kernel, Session, SnapshotImage, State};
 use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd, may_kill};
-
-/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
-/// `mremap`.
-const SPARE_PIECES: usize = 4096;
 
 /// How the memory of an owner is served, being described.
 #[must_use = "nothing happens before `attach`"]
 pub struct Pager {
     snapshot: Arc<Snapshot>,
-    fault_threads: usize,
-    prefetch: Prefetch,
-    prefetch_threads: usize,
-    prefetch_bandwidth: Option<u64>,
+    crew: Crew,
     on_error: OnError,
-    hook: Option<Hook>,
 }
 
 /// Why a session did not start. The userfaultfd is closed by then. An owner that has kept a descriptor of
@@ -73,53 +64,19 @@ pub enum Ending {
 impl Pager {
     /// Serves an owner from `snapshot`.
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             snapshot,
-            fault_threads: 2,
-            prefetch: Prefetch::Off,
-            prefetch_threads: cores,
-            prefetch_bandwidth: None,
+            crew: Crew::default(),
             on_error: OnError::Kill,
-            hook: None,
         }
     }
 
-    /// Threads that serve faults; at least 1. Default 2.
-    pub fn fault_threads(mut self, threads: usize) -> Self {
-        self.fault_threads = threads.max(1);
-        self
-    }
-
-    /// What is fetched before it is touched. Default [`Prefetch::Off`].
-    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
-        self.prefetch = prefetch;
-        self
-    }
-
-    /// Threads that fetch ahead; at least 1. Default: one for each core.
-    pub fn prefetch_threads(mut self, threads: usize) -> Self {
-        self.prefetch_threads = threads.max(1);
-        self
-    }
-
-    /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
-    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
-        self.prefetch_bandwidth = Some(bytes_per_second.max(1));
-        self
-    }
+    crew_options!();
 
     /// What is done when a page that the owner waits for can't be restored. Default
     /// [`OnError::Kill`].
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.on_error = on_error;
-        self
-    }
-
-    /// Called in each engine thread before it does anything, for instance to confine it. The
-    /// signals are blocked by then.
-    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        self.hook = Some(Arc::new(hook));
         self
     }
 
@@ -138,7 +95,7 @@ impl Pager {
             .collect();
         let (fd, none) = (handover.userfaultfd, Features::EMPTY);
         let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
-        let (state, ring) = State::new(self.snapshot.page_slots(), &extents, SPARE_PIECES)
+        let (state, ring) = State::new(self.snapshot.page_slots(), &extents, State::SPARE_PIECES)
             .map_err(resources("memory for the session's tables"))?;
         let kernel = Kernel::new(uffd, ring).map_err(resources("a descriptor to wait on"))?;
         let owner = Arc::new(Owner::new(handover.owner));
@@ -155,19 +112,11 @@ impl Pager {
             state,
             Box::new(guard),
             None,
-            self.fault_threads + self.prefetch_threads,
+            self.crew.decoders(),
         );
-        let running = Running::new(session, begun, self.fault_threads, Box::new(|_| ()));
+        let running = Running::new(session, begun, self.crew.fault_threads, Box::new(|_| ()));
         let running = Arc::new(running);
-        let crew = Crew {
-            fault_threads: self.fault_threads,
-            prefetch: self.prefetch,
-            prefetch_threads: self.prefetch_threads,
-            prefetch_bandwidth: self.prefetch_bandwidth,
-            hook: self.hook,
-            other: None,
-        };
-        match crew.start(&running) {
+        match self.crew.start(&running) {
             Ok(threads) => Ok(Paged {
                 running,
                 threads,

@@ -1,7 +1,6 @@
 //! What to restore, and how.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,27 +17,19 @@ use crate::sys::{
 
 use super::guard::{Asker, Owner};
 use super::restored::{self, Restored, RestoredRegion};
-use crate::running::{Body, Crew, Hook, Prefetch, Running, ThreadError};
-
-/// Pieces beyond one for each region that the owner may tear its memory into by `munmap` and
-/// `mremap`.
-const SPARE_PIECES: usize = 4096;
+use crate::running::{Body, Crew, Prefetch, Running, ThreadError, crew_options};
 
 /// A restore into this process, being described.
 #[must_use = "nothing happens before `start`"]
 pub struct Restore {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) regions: BTreeMap<usize, RawRegion>,
-    pub(super) fault_threads: usize,
-    pub(super) prefetch: Prefetch,
-    pub(super) prefetch_threads: usize,
-    pub(super) prefetch_bandwidth: Option<u64>,
+    crew: Crew,
     pub(super) on_failure: OnFailure,
     pub(super) user_mode_only: bool,
     pub(super) leave_zero_runs: bool,
     pub(super) huge_pages: bool,
     pub(super) mask: Mask,
-    pub(super) hook: Option<Hook>,
     pub(super) observer: Option<Box<dyn Fn(u64) + Send + Sync>>,
 }
 
@@ -152,20 +143,15 @@ impl Restore {
     /// Restores `snapshot` into memory of this process: mapped by the engine, unless given by
     /// [`Restore::region`].
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             snapshot,
             regions: BTreeMap::new(),
-            fault_threads: 2,
-            prefetch: Prefetch::Off,
-            prefetch_threads: cores,
-            prefetch_bandwidth: None,
+            crew: Crew::default(),
             on_failure: OnFailure::Poison,
             user_mode_only: false,
             leave_zero_runs: true,
             huge_pages: false,
             mask: Mask::NONE,
-            hook: None,
             observer: None,
         }
     }
@@ -176,30 +162,7 @@ impl Restore {
         self
     }
 
-    /// Threads that serve faults; at least 1. One serves one toucher well; more help when many
-    /// touch at once, or when the store is slow. Default 2.
-    pub fn fault_threads(mut self, threads: usize) -> Self {
-        self.fault_threads = threads.max(1);
-        self
-    }
-
-    /// What is fetched before it is touched. Default [`Prefetch::Off`].
-    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
-        self.prefetch = prefetch;
-        self
-    }
-
-    /// Threads that fetch ahead; at least 1. Default: one for each core.
-    pub fn prefetch_threads(mut self, threads: usize) -> Self {
-        self.prefetch_threads = threads.max(1);
-        self
-    }
-
-    /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
-    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
-        self.prefetch_bandwidth = Some(bytes_per_second.max(1));
-        self
-    }
+    crew_options!();
 
     /// What is done when a touched page can't be restored. Default [`OnFailure::Poison`]; for a
     /// VM's memory choose
@@ -238,13 +201,6 @@ impl Restore {
     /// Hides a part of the kernel, to try what an older one would do.
     pub fn mask(mut self, mask: Mask) -> Self {
         self.mask = mask;
-        self
-    }
-
-    /// Called in each engine thread before it does anything, for instance to confine it. The
-    /// signals are blocked by then.
-    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        self.hook = Some(Arc::new(hook));
         self
     }
 
@@ -294,7 +250,7 @@ impl Restore {
             })
             .filter(|extent| extent.pages > 0)
             .collect();
-        let (state, ring) = State::new(snapshot.page_slots(), &extents, SPARE_PIECES)
+        let (state, ring) = State::new(snapshot.page_slots(), &extents, State::SPARE_PIECES)
             .map_err(resources("the session's tables"))?;
         let left = if self.leave_zero_runs {
             zero_runs(&snapshot)
@@ -321,7 +277,7 @@ impl Restore {
             state,
             Box::new(owner),
             self.observer.take(),
-            self.fault_threads + self.prefetch_threads,
+            self.crew.decoders(),
         );
         let named = regions
             .iter()
@@ -335,11 +291,14 @@ impl Restore {
                 memory: memory.clone(),
             });
         let on_complete = restored::on_complete(self.huge_pages.then(|| left.clone()));
-        let running = Running::new(session, begun, self.fault_threads, on_complete);
+        let running = Running::new(session, begun, self.crew.fault_threads, on_complete);
         let mapped = begun.elapsed();
         let running = Arc::new(running);
-        let crew = self.crew(asker);
-        match crew.start(&running) {
+        self.crew.other = asker.map(|asker| {
+            let ask: Body = Box::new(move |running| asker.run(&running.session));
+            ("snap-ask", ask)
+        });
+        match self.crew.start(&running) {
             Ok(threads) => {
                 in_children.keep();
                 Ok(Restored {
@@ -353,19 +312,6 @@ impl Restore {
                 })
             }
             Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
-        }
-    }
-
-    /// The threads that it takes.
-    fn crew(self, asker: Option<Asker>) -> Crew {
-        let ask = |asker: Asker| -> Body { Box::new(move |running| asker.run(&running.session)) };
-        Crew {
-            fault_threads: self.fault_threads,
-            prefetch: self.prefetch,
-            prefetch_threads: self.prefetch_threads,
-            prefetch_bandwidth: self.prefetch_bandwidth,
-            hook: self.hook,
-            other: asker.map(|asker| ("snap-ask", ask(asker))),
         }
     }
 

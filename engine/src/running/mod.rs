@@ -21,7 +21,7 @@ use crate::session::{Kernel, PrefetchStop, Session, SnapshotImage, Worker};
 
 pub use stats::{PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
-pub(crate) use threads::{Body, Crew, Hook, ThreadError, Threads};
+pub(crate) use threads::{Body, Crew, ThreadError, Threads, crew_options};
 
 /// What is fetched before it is touched.
 #[derive(Clone, Debug, PartialEq, Eq)]

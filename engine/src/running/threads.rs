@@ -1,6 +1,7 @@
 //! The engine's threads.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
@@ -93,7 +94,62 @@ pub(crate) struct Crew {
     pub(crate) other: Option<(&'static str, Body)>,
 }
 
+impl Default for Crew {
+    fn default() -> Self {
+        Self {
+            fault_threads: 2,
+            prefetch: Prefetch::Off,
+            prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            prefetch_bandwidth: None,
+            hook: None,
+            other: None,
+        }
+    }
+}
+
+/// The options of a builder that has its threads in `crew`.
+macro_rules! crew_options {
+    () => {
+        /// Threads that serve faults; at least 1. One serves one toucher well; more help when many
+        /// touch at once, or when the store is slow. Default 2.
+        pub fn fault_threads(mut self, threads: usize) -> Self {
+            self.crew.fault_threads = threads.max(1);
+            self
+        }
+
+        /// What is fetched before it is touched. Default [`Prefetch::Off`].
+        pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+            self.crew.prefetch = prefetch;
+            self
+        }
+
+        /// Threads that fetch ahead; at least 1. Default: one for each core.
+        pub fn prefetch_threads(mut self, threads: usize) -> Self {
+            self.crew.prefetch_threads = threads.max(1);
+            self
+        }
+
+        /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
+        pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
+            self.crew.prefetch_bandwidth = Some(bytes_per_second.max(1));
+            self
+        }
+
+        /// Called in each engine thread before it does anything, for instance to confine it. The
+        /// signals are blocked by then.
+        pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+            self.crew.hook = Some(Arc::new(hook));
+            self
+        }
+    };
+}
+
 impl Crew {
+    /// Threads that decode at the same time, at most.
+    pub(crate) fn decoders(&self) -> usize {
+        self.fault_threads + self.prefetch_threads
+    }
+
     /// Starts them. If one can't be started, those that were are ended.
     pub(crate) fn start(self, running: &Arc<Running>) -> Result<Threads, ThreadError> {
         // Threads inherit the mask: no signal reaches them, not even before their first instruction.
@@ -164,3 +220,5 @@ impl Crew {
         Ok(())
     }
 }
+
+pub(crate) use crew_options;

@@ -54,6 +54,10 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Pieces beyond one for each region that an owner may tear its memory into by `munmap` and
+    /// `mremap`.
+    pub(crate) const SPARE_PIECES: usize = 4096;
+
     /// The state of `pages` page numbers, of which those in `extents` belong to the owner, with
     /// room for `extra` pieces that unmapping and moving may leave. The ring is for its messages.
     pub(crate) fn new(

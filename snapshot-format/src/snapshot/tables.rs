@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::io;
 use std::sync::OnceLock;
 
-use super::{Dictionary, Snapshot, get_or_try};
+use super::{Dictionary, Prepared, Snapshot, get_or_try};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::{Page, Top};
 use crate::layout::{self, PAGES_PER_BLOCK_U64, SectionKind};
@@ -209,7 +209,7 @@ impl Snapshot {
             .iter()
             .find(|dictionary| dictionary.blob.tag == u32::from(number));
         if let Some(dictionary) = known {
-            return self.prepared(dictionary);
+            return Ok(&self.prepared(dictionary)?.digested);
         }
         let section = self.directory().get(SectionKind::Dictionaries);
         let what = format!("dictionary {number}").into();
@@ -221,14 +221,13 @@ impl Snapshot {
     }
 
     /// The first `most` dictionaries, with their numbers.
-    pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, Vec<u8>)>, ReadError> {
+    pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, &[u8])>, ReadError> {
         let table = self.dictionary_table()?.iter().take(most);
         let read = table.filter_map(|dictionary| {
-            let blob = &dictionary.blob;
             // No frame can name a larger number.
-            let number = u16::try_from(blob.tag).ok()?;
-            let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc);
-            Some(bytes.map(|bytes| (number, bytes)))
+            let number = u16::try_from(dictionary.blob.tag).ok()?;
+            let prepared = self.prepared(dictionary);
+            Some(prepared.map(|prepared| (number, &prepared.bytes[..])))
         });
         read.collect()
     }
@@ -247,20 +246,18 @@ impl Snapshot {
         Ok(table)
     }
 
-    fn prepared<'a>(
-        &self,
-        dictionary: &'a Dictionary,
-    ) -> Result<&'a zstd_safe::DDict<'static>, ReadError> {
+    fn prepared<'a>(&self, dictionary: &'a Dictionary) -> Result<&'a Prepared, ReadError> {
         get_or_try(&dictionary.prepared, || {
             let blob = &dictionary.blob;
             let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc)?;
-            zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
+            let digested = zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
                 let reason = "not a dictionary".into();
                 self.damaged(
                     Part::Dictionary,
                     Flaw::new(blob.offset, Defect::Decode { reason }),
                 )
-            })
+            })?;
+            Ok(Prepared { digested, bytes })
         })
     }
 
