@@ -33,6 +33,8 @@ pub struct Images {
     program: PathBuf,
     made: BTreeMap<String, Result<PathBuf, String>>,
     namespace: bool,
+    /// Where images are mounted now.
+    mounted: Vec<PathBuf>,
 }
 
 impl Images {
@@ -56,6 +58,7 @@ impl Images {
             program: program.to_owned(),
             made: BTreeMap::new(),
             namespace: false,
+            mounted: Vec::new(),
         })
     }
 
@@ -68,6 +71,7 @@ impl Images {
             program: program.to_owned(),
             made: BTreeMap::new(),
             namespace: false,
+            mounted: Vec::new(),
         };
         images.use_snapshot(snapshot);
         images
@@ -289,7 +293,17 @@ impl Images {
         run(&mut command).map_err(|error| {
             BenchError::Unavailable(format!("{kind} can't be mounted: {error}"))
         })?;
+        self.mounted.push(point.clone());
         Ok(point)
+    }
+}
+
+/// Whoever made the folder may be about to remove it.
+impl Drop for Images {
+    fn drop(&mut self) {
+        for point in self.mounted.drain(..).rev() {
+            let _ = run(Command::new("umount").arg(point));
+        }
     }
 }
 
