@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use serde::{Deserialize, Serialize};
 use snaprestore_benches::contender::Contender;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
@@ -336,7 +337,8 @@ pub(crate) struct Serve {
 }
 
 /// `serve --on-error`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum OnError {
     /// The VM's process is killed
     Kill,
@@ -356,7 +358,8 @@ pub(crate) enum Touch {
 }
 
 /// `restore --prefetch`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Prefetch {
     /// Nothing
     Off,

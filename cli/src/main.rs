@@ -5,6 +5,7 @@
 mod args;
 mod blocks;
 mod commands;
+mod daemon;
 mod exit;
 mod facts;
 mod input;

@@ -1,0 +1,417 @@
+//! What the daemon is told to serve: the file of `serve --config`, and what `ctl add` sends.
+//!
+//! ```toml
+//! control = "/run/snaprestore/control.socket"
+//! metrics = "127.0.0.1:9100"
+//!
+//! [[service]]
+//! name = "web"
+//! snapshot = "/var/lib/snaprestore/web.snap"
+//! socket = "/run/snaprestore/web.socket"
+//! ```
+//!
+//! Nothing here opens a snapshot or makes a socket.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::args::{OnError, Prefetch};
+
+/// The longest file of `--config`: room for ten thousand services.
+const MOST_BYTES: u64 = 4 << 20;
+/// The longest name of a service: it is part of log lines, metrics and tables.
+const LONGEST_NAME: usize = 64;
+/// The longest path of a Unix socket, without the zero byte at its end.
+const LONGEST_SOCKET: usize = 107;
+/// What `--threads` takes.
+const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
+/// What `--patience` takes.
+const PATIENCE: std::ops::RangeInclusive<u64> = 1..=3600;
+
+/// A snapshot that is served at a socket, under a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Service {
+    pub(crate) name: String,
+    pub(crate) snapshot: PathBuf,
+    pub(crate) socket: PathBuf,
+    #[serde(default = "default_prefetch")]
+    pub(crate) prefetch: Prefetch,
+    #[serde(default = "default_on_error")]
+    pub(crate) on_error: OnError,
+    /// Users whose processes are served; none named: every user who may connect.
+    #[serde(default)]
+    pub(crate) allow_uid: Vec<u32>,
+    /// Threads that serve the faults of one VM.
+    #[serde(default = "default_threads")]
+    pub(crate) threads: usize,
+    /// Seconds that a VMM that has connected may take to hand its memory over.
+    #[serde(default = "default_patience")]
+    pub(crate) patience: u64,
+}
+
+fn default_prefetch() -> Prefetch {
+    Prefetch::WorkingSet
+}
+
+fn default_on_error() -> OnError {
+    OnError::Kill
+}
+
+fn default_threads() -> usize {
+    2
+}
+
+fn default_patience() -> u64 {
+    10
+}
+
+impl Service {
+    /// What is wrong with it, and what would be right.
+    pub(crate) fn check(&self) -> Result<()> {
+        let name = &self.name;
+        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(good) {
+            bail!(
+                "the name {name:?} of a service must have 1 to {LONGEST_NAME} letters, digits, \
+                 dots, dashes and underscores"
+            );
+        }
+        let wrong = || format!("service {name:?}");
+        absolute("snapshot", &self.snapshot).with_context(wrong)?;
+        check_socket("socket", &self.socket).with_context(wrong)?;
+        if !THREADS.contains(&self.threads) {
+            let error = anyhow!("threads = {} must be from 1 to 512", self.threads);
+            return Err(error).with_context(wrong);
+        }
+        if !PATIENCE.contains(&self.patience) {
+            let error = anyhow!("patience = {} must be from 1 to 3600 s", self.patience);
+            return Err(error).with_context(wrong);
+        }
+        Ok(())
+    }
+}
+
+fn absolute(what: &str, path: &Path) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        bail!("{what} is empty: it must be a path");
+    }
+    if !path.is_absolute() {
+        bail!("{what} = {}: the path must begin with /", path.display());
+    }
+    Ok(())
+}
+
+/// A path that a Unix socket can have.
+fn check_socket(what: &str, path: &Path) -> Result<()> {
+    absolute(what, path)?;
+    let len = path.as_os_str().len();
+    if len > LONGEST_SOCKET {
+        bail!(
+            "{what} = {}: a socket's path has at most {LONGEST_SOCKET} bytes, and this one {len}",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// Where metrics are read: a Unix socket, or an address that only this machine reaches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) enum MetricsAddress {
+    Socket(PathBuf),
+    Loopback(SocketAddr),
+}
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const RIGHT: &str = "must be the path of a socket, as ./metrics.socket or \
+            /run/snaprestore/metrics.socket, or a loopback address, as 127.0.0.1:9100 or [::1]:9100";
+        if text.contains('/') {
+            return Ok(Self::Socket(text.into()));
+        }
+        let address: SocketAddr = text.parse().map_err(|_| format!("{text:?} {RIGHT}"))?;
+        if !address.ip().is_loopback() {
+            return Err(format!(
+                "{text:?} can be reached from other machines, and metrics are given to whoever asks: it {RIGHT}"
+            ));
+        }
+        Ok(Self::Loopback(address))
+    }
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Loopback(address) => address.fmt(f),
+        }
+    }
+}
+
+impl From<MetricsAddress> for String {
+    fn from(address: MetricsAddress) -> Self {
+        address.to_string()
+    }
+}
+
+/// A file of `serve --config`, checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) control: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) metrics: Option<MetricsAddress>,
+    #[serde(default, rename = "service")]
+    pub(crate) services: Vec<Service>,
+}
+
+impl Config {
+    /// Reads and checks a file. Relative paths in it are meant from the file's folder.
+    pub(crate) fn load(file: &Path) -> Result<Self> {
+        let name = file.display();
+        let text = read(file).with_context(|| format!("{name}: can't be read"))?;
+        let folder = std::path::absolute(file).with_context(|| format!("{name}"))?;
+        let folder = folder.parent().unwrap_or(Path::new("/"));
+        Self::parse(&text, folder).with_context(|| format!("{name}"))
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self> {
+        // The error shows the line, and for an unknown key those that there are.
+        let mut config: Self =
+            toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
+        let resolve = |path: &mut PathBuf| {
+            if !path.as_os_str().is_empty() {
+                *path = folder.join(&*path);
+            }
+        };
+        config.control.iter_mut().for_each(resolve);
+        if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {
+            resolve(path);
+        }
+        for service in &mut config.services {
+            resolve(&mut service.snapshot);
+            resolve(&mut service.socket);
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Whether all of it can be served together.
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut names = BTreeSet::new();
+        let mut sockets = BTreeSet::new();
+        if let Some(control) = &self.control {
+            check_socket("control", control)?;
+            sockets.insert(control);
+        }
+        if let Some(MetricsAddress::Socket(path)) = &self.metrics {
+            check_socket("metrics", path)?;
+            if !sockets.insert(path) {
+                bail!(
+                    "metrics = {}: control has that socket already",
+                    path.display()
+                );
+            }
+        }
+        for service in &self.services {
+            service.check()?;
+            if !names.insert(&service.name) {
+                bail!(
+                    "two services are named {:?}: give each its own name",
+                    service.name
+                );
+            }
+            if !sockets.insert(&service.socket) {
+                bail!(
+                    "service {:?}: socket = {} is used above: give each its own socket",
+                    service.name,
+                    service.socket.display()
+                );
+            }
+        }
+        if self.services.is_empty() && self.control.is_none() {
+            bail!(
+                "there is nothing to serve: add a [[service]], or control = \"PATH\" to add services later"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file of configuration, and not a device or a disk image that was named by mistake.
+fn read(file: &Path) -> Result<String> {
+    use std::io::Read as _;
+
+    // Before it is opened: to open a pipe would wait for its writer.
+    if !std::fs::metadata(file)?.is_file() {
+        bail!("it is no file");
+    }
+    let mut text = String::new();
+    let file = std::fs::File::open(file)?;
+    file.take(MOST_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MOST_BYTES {
+        bail!("it is larger than 4 MiB");
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"
+control = "/run/control.socket"
+metrics = "127.0.0.1:9100"
+
+[[service]]
+name = "web"
+snapshot = "web.snap"
+socket = "/run/web.socket"
+
+[[service]]
+name = "db-1.2_x"
+snapshot = "/srv/db.snap"
+socket = "db.socket"
+prefetch = "all"
+on_error = "poison"
+allow_uid = [1000, 1001]
+threads = 4
+patience = 60
+"#;
+
+    fn parse(text: &str) -> Result<Config> {
+        Config::parse(text, Path::new("/etc/snaprestore"))
+    }
+
+    #[track_caller]
+    fn refused(text: &str, says: &[&str]) {
+        let error = format!("{:#}", parse(text).unwrap_err());
+        for part in says {
+            assert!(error.contains(part), "no {part:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_names_services_and_paths_are_meant_from_its_folder() {
+        let config = parse(WHOLE).unwrap();
+        assert_eq!(config.control, Some("/run/control.socket".into()));
+        let address = "127.0.0.1:9100".parse().unwrap();
+        assert_eq!(config.metrics, Some(MetricsAddress::Loopback(address)));
+        let [web, db] = &config.services[..] else {
+            panic!("{config:?}");
+        };
+        assert_eq!(web.snapshot, Path::new("/etc/snaprestore/web.snap"));
+        assert_eq!(web.socket, Path::new("/run/web.socket"));
+        assert_eq!(
+            (web.prefetch, web.on_error),
+            (Prefetch::WorkingSet, OnError::Kill)
+        );
+        assert_eq!((web.threads, web.patience), (2, 10));
+        assert!(web.allow_uid.is_empty());
+        assert_eq!(db.socket, Path::new("/etc/snaprestore/db.socket"));
+        assert_eq!((db.prefetch, db.on_error), (Prefetch::All, OnError::Poison));
+        assert_eq!(db.allow_uid, [1000, 1001]);
+        assert_eq!((db.threads, db.patience), (4, 60));
+    }
+
+    #[test]
+    fn what_was_parsed_is_written_and_parsed_alike() {
+        let config = parse(WHOLE).unwrap();
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line_and_what_would_be_right() {
+        refused("contrl = \"/x\"", &["line 1", "contrl", "control"]);
+        let service = "[[service]]\nname = \"a\"\nsnapshot = \"s\"\nsocket = \"/run/a\"\n";
+        refused(
+            &format!("{service}thread = 1"),
+            &["line 5", "thread", "threads"],
+        );
+        refused(
+            &format!("{service}prefetch = \"some\""),
+            &["line 5", "working-set"],
+        );
+        refused(&format!("{service}threads = 0"), &["\"a\"", "1 to 512"]);
+        refused(&format!("{service}patience = 0"), &["\"a\"", "3600"]);
+        refused(&format!("{service}{service}"), &["two services", "\"a\""]);
+        refused(
+            &format!("{service}{}", service.replace("\"a\"", "\"b\"")),
+            &["\"b\"", "own socket"],
+        );
+        refused(
+            &format!("control = \"/run/a\"\n{service}"),
+            &["\"a\"", "own socket"],
+        );
+        refused(
+            "control = \"/c\"\nmetrics = \"/c\"",
+            &["metrics", "control"],
+        );
+        refused(&service.replace("\"a\"", "\"a b\""), &["a b", "letters"]);
+        refused(&service.replace("\"a\"", "\"\""), &["letters"]);
+        refused(
+            &service.replace("/run/a", &"/x".repeat(60)),
+            &["107", "120"],
+        );
+        refused(&service.replace("\"s\"", "\"\""), &["snapshot", "empty"]);
+        refused("[[service]]\nname = \"a\"", &["snapshot"]);
+        refused("", &["nothing to serve"]);
+    }
+
+    #[test]
+    fn metrics_are_given_on_this_machine_only() {
+        for good in ["127.0.0.1:1", "127.1.2.3:9100", "[::1]:9100"] {
+            let address = good.parse::<MetricsAddress>().unwrap();
+            assert!(matches!(address, MetricsAddress::Loopback(_)), "{good}");
+            assert_eq!(address.to_string(), good);
+        }
+        for bad in [
+            "0.0.0.0:9100",
+            "[::]:9100",
+            "192.168.0.1:9100",
+            "localhost:9100",
+            "9100",
+            "",
+        ] {
+            let error = bad.parse::<MetricsAddress>().unwrap_err();
+            assert!(error.contains("127.0.0.1:9100"), "{error}");
+        }
+        let path = "./m".parse::<MetricsAddress>().unwrap();
+        assert_eq!(path, MetricsAddress::Socket("./m".into()));
+        refused(
+            "control = \"/c\"\nmetrics = \"0.0.0.0:9100\"",
+            &["line 2", "other machines"],
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_refused() {
+        for (path, says) in [
+            ("/none", "No such file"),
+            ("/dev/zero", "no file"),
+            ("/", "no file"),
+        ] {
+            let error = format!("{:#}", Config::load(Path::new(path)).unwrap_err());
+            assert!(error.contains(says) && error.starts_with(path), "{error}");
+        }
+    }
+}

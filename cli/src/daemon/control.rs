@@ -1,0 +1,349 @@
+//! The control socket: how operators talk to the daemon.
+//!
+//! ```text
+//!   ctl ──▶ {"op":"complete","vm":3}\n          one JSON object a line, as many as wanted
+//!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
+//! ```
+//!
+//! Only the daemon's own user and root may use it: the socket's mode says so, and who has connected
+//! is looked at as well. A line that is too long, or takes too long, ends the connection; one that
+//! isn't understood is answered by an error, and the next is read.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::geteuid;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::sys::peer_of;
+
+use super::config::Service;
+use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
+
+/// Where the control socket is, unless somebody says otherwise.
+pub(crate) const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
+
+/// The longest request: a service with paths and some thousand users.
+const LONGEST_REQUEST: usize = 64 << 10;
+/// The longest reply that is read: statistics of ten thousand VMs.
+const LONGEST_REPLY: usize = 256 << 20;
+/// How long a connection may stay without a whole request, and a reply without being taken.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What can be asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum Request {
+    Add {
+        service: Service,
+    },
+    Remove {
+        name: String,
+    },
+    List {},
+    Stats {
+        /// One VM; without it, all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmId>,
+        /// Whether the buckets of the histograms are wanted.
+        #[serde(default)]
+        buckets: bool,
+    },
+    /// Of one VM or of all, and never of all by oversight.
+    Complete {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmId>,
+        #[serde(default)]
+        all: bool,
+    },
+    Drain {},
+    Upgrade {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        program: Option<PathBuf>,
+    },
+}
+
+/// What is answered.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Reply<T> {
+    Ok(T),
+    Error(String),
+}
+
+/// What the daemon has to say to a request, in its own terms.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Said {
+    Nothing {},
+    List(List),
+    Stats(Vec<VmStats>),
+    Completed(Vec<Completed>),
+    Upgraded(Upgraded),
+}
+
+/// Makes the control socket at `path`, for the daemon's own user only. Nobody else can connect in
+/// between.
+pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
+    let make = || -> nix::Result<UnixListener> {
+        let socket = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        // The file gets the socket's mode.
+        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        listen(&socket, Backlog::new(128)?)?;
+        Ok(socket.into())
+    };
+    make().with_context(|| format!("{}: can't be listened on", path.display()))
+}
+
+/// Answers whoever has connected to the control socket, until they have no more to ask.
+pub(crate) fn answer(stream: &UnixStream, desk: &dyn Desk) {
+    if let Err(error) = converse(stream, desk) {
+        tracing::debug!(%error, "a connection to the control socket ends");
+    }
+}
+
+fn converse(stream: &UnixStream, desk: &dyn Desk) -> io::Result<()> {
+    let mut lines = Lines::new(stream, LONGEST_REQUEST);
+    let peer = peer_of(stream.as_fd())?;
+    let own = geteuid().as_raw();
+    if !may_use(peer.uid, own) {
+        let uid = peer.uid;
+        tracing::warn!(
+            pid = peer.pid,
+            uid,
+            "the control socket was used by another user"
+        );
+        let text = format!("user {uid} may not control this daemon: only user {own} and root may");
+        return send(stream, &Reply::<()>::Error(text));
+    }
+    loop {
+        let line = match lines.next(Some(Instant::now() + PATIENCE)) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let _ = send(stream, &Reply::<()>::Error(error.to_string()));
+                return Err(error);
+            }
+        };
+        let reply = match understand(line).and_then(|request| serve(desk, request)) {
+            Ok(said) => Reply::Ok(said),
+            Err(Refused(why)) => Reply::Error(why),
+        };
+        send(stream, &reply)?;
+    }
+}
+
+/// Whether user `uid` may control a daemon of user `own`.
+fn may_use(uid: u32, own: u32) -> bool {
+    uid == own || uid == 0
+}
+
+fn understand(line: &[u8]) -> Answer<Request> {
+    let request = serde_json::from_slice(line);
+    request.map_err(|error| Refused(format!("the request can't be understood: {error}")))
+}
+
+/// Has the desk do what was asked for.
+fn serve(desk: &dyn Desk, request: Request) -> Answer<Said> {
+    Ok(match request {
+        Request::Add { service } => {
+            service.check()?;
+            desk.add(service)?;
+            Said::Nothing {}
+        }
+        Request::Remove { name } => {
+            desk.remove(&name)?;
+            Said::Nothing {}
+        }
+        Request::List {} => Said::List(desk.list()?),
+        Request::Stats { vm, buckets } => {
+            let mut all = desk.stats(vm)?;
+            if !buckets {
+                for vm in &mut all {
+                    vm.session.drop_buckets();
+                }
+            }
+            Said::Stats(all)
+        }
+        Request::Complete { vm, all } => {
+            let which = match (vm, all) {
+                (Some(vm), false) => Which::Vm(vm),
+                (None, true) => Which::All,
+                _ => return Err(Refused("name one VM, or all of them".to_owned())),
+            };
+            Said::Completed(desk.complete(which)?)
+        }
+        Request::Drain {} => Said::Completed(desk.drain()?),
+        Request::Upgrade { program } => Said::Upgraded(desk.upgrade(program)?),
+    })
+}
+
+/// Writes one line. Who doesn't take it in time is left.
+fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    let until = Instant::now() + PATIENCE;
+    let mut rest = &line[..];
+    while !rest.is_empty() {
+        stream.set_write_timeout(Some(left(until)?))?;
+        match stream.write(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(done) => rest = &rest[done..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(in_words(error)),
+        }
+    }
+    Ok(())
+}
+
+/// What is left of the time until `until`.
+fn left(until: Instant) -> io::Result<Duration> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(in_words(io::ErrorKind::TimedOut.into()));
+    }
+    Ok(left)
+}
+
+fn in_words(error: io::Error) -> io::Error {
+    // What the kernel says of a timeout, too.
+    let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
+    if kinds.contains(&error.kind()) {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the other side was silent for too long",
+        )
+    } else {
+        error
+    }
+}
+
+/// Lines of a stream, of a bounded length.
+struct Lines<'a> {
+    stream: &'a UnixStream,
+    longest: usize,
+    buffer: Vec<u8>,
+    /// Where in the buffer the line ends that was given last.
+    given: usize,
+}
+
+impl<'a> Lines<'a> {
+    fn new(stream: &'a UnixStream, longest: usize) -> Self {
+        Self {
+            stream,
+            longest,
+            buffer: Vec::new(),
+            given: 0,
+        }
+    }
+
+    /// The next line, without its end. `None`: there are no more.
+    fn next(&mut self, until: Option<Instant>) -> io::Result<Option<&[u8]>> {
+        self.buffer.drain(..self.given);
+        self.given = 0;
+        let mut looked = 0;
+        loop {
+            if let Some(end) = self.buffer[looked..].iter().position(|byte| *byte == b'\n') {
+                let end = looked + end;
+                self.given = end + 1;
+                return Ok(Some(&self.buffer[..end]));
+            }
+            looked = self.buffer.len();
+            if looked >= self.longest {
+                let text = format!("a line has more than {} bytes", self.longest);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            self.stream.set_read_timeout(until.map(left).transpose()?)?;
+            let mut chunk = [0; 16 << 10];
+            let room = chunk.len().min(self.longest - looked);
+            match self.stream.read(&mut chunk[..room]) {
+                Ok(0) if looked == 0 => return Ok(None),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => self.buffer.extend_from_slice(&chunk[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(in_words(error)),
+            }
+        }
+    }
+}
+
+/// The daemon, as one that asks it sees it.
+pub(crate) struct Client {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Client {
+    /// Connects to the daemon whose control socket is at `path`.
+    pub(crate) fn connect(path: &Path) -> Result<Self> {
+        let name = path.display();
+        let stream = UnixStream::connect(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => anyhow!(
+                "{name}: no daemon is there: start `snaprestore serve --control {name}`, or name \
+                 its socket by --control or SNAPRESTORE_CONTROL"
+            ),
+            io::ErrorKind::ConnectionRefused => anyhow!(
+                "{name}: the daemon that made this socket has ended, or it is no control socket"
+            ),
+            io::ErrorKind::PermissionDenied => crate::exit::Refusal::NotPermitted(format!(
+                "{name}: only the user of the daemon and root may connect"
+            ))
+            .into(),
+            _ => anyhow::Error::new(error).context(format!("{name}: can't be connected to")),
+        })?;
+        Ok(Self {
+            stream,
+            path: path.to_owned(),
+        })
+    }
+
+    /// What can be waited on for the reply.
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Sends a request.
+    pub(crate) fn ask(&self, request: &Request) -> Result<()> {
+        let name = self.path.display();
+        match send(&self.stream, request) {
+            // It may have said why before it hung up.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            sent => sent.with_context(|| format!("{name}: the daemon could not be asked")),
+        }
+    }
+
+    /// Waits for the reply: of what takes as long as it takes, without a limit.
+    pub(crate) fn hear<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
+        let name = self.path.display();
+        let until = (!unlimited).then(|| Instant::now() + PATIENCE);
+        let mut lines = Lines::new(&self.stream, LONGEST_REPLY);
+        let line = lines.next(until);
+        let line = line.with_context(|| format!("{name}: the daemon did not answer"))?;
+        let Some(line) = line else {
+            bail!("{name}: the daemon hung up without an answer");
+        };
+        let reply: Reply<T> = serde_json::from_slice(line)
+            .with_context(|| format!("{name}: what answers there is no daemon of this version"))?;
+        match reply {
+            Reply::Ok(said) => Ok(said),
+            Reply::Error(why) => bail!(why),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
