@@ -10,6 +10,9 @@
 //! | `unzstd` | decompresses a solid `.zst` (level 3) into anonymous memory first |
 //! | `squashfs-64k`, `squashfs-128k` | maps the raw file inside a squashfs image (zstd) |
 //! | `erofs` | maps the raw file inside an erofs image (the best codec of the installed mkfs.erofs) |
+//! | `serve` | a VMM hands its memory over to `snaprestore serve`, with options: `serve:prefetch=all,frame=64` |
+//! | `vmm-handler`, `vmm-handler-pinned` | the same VMM and a process that does what `handler` does |
+//! | `vmm-copy-all` | the same VMM and a process that copies the whole raw file when the first page is touched |
 
 use std::fmt;
 use std::path::Path;
@@ -18,7 +21,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::BenchError;
-use crate::contenders::{eager, handler, mapped, ours};
+use crate::contenders::{eager, handler, mapped, ours, vmm};
 use crate::touch::Memory;
 
 /// One way to bring memory back.
@@ -45,6 +48,15 @@ pub enum Contender {
     },
     /// The raw file in an erofs image.
     Erofs,
+    /// snaprestore, serving a VMM from outside.
+    Serve(Ours),
+    /// One page a fault, from a process of its own.
+    VmmHandler {
+        /// Whether it stays on the toucher's core.
+        pinned: bool,
+    },
+    /// The raw file copied whole at the first fault, by a process of its own.
+    VmmCopyAll,
 }
 
 /// Which pages snaprestore fetches before they are touched.
@@ -102,13 +114,18 @@ pub trait Restored {
 }
 
 impl Contender {
-    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches stays.
+    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches stays, and
+    /// `socket` where a process listens that serves memory from outside.
     pub fn start(
         &self,
         file: &Path,
         bytes: u64,
         core: Option<usize>,
+        socket: Option<&Path>,
     ) -> Result<Box<dyn Restored>, BenchError> {
+        if let Some(socket) = socket {
+            return Ok(Box::new(vmm::start(socket, bytes)?));
+        }
         Ok(match self {
             Self::Ours(options) => Box::new(ours::start(file, bytes, options)?),
             Self::Mmap | Self::Squashfs { .. } | Self::Erofs => {
@@ -117,19 +134,29 @@ impl Contender {
             Self::Handler { .. } => Box::new(handler::start(file, bytes, core)?),
             Self::ReadAll => Box::new(eager::read(file, bytes)?),
             Self::Unzstd => Box::new(eager::decompress(file, bytes)?),
+            Self::Serve(_) | Self::VmmHandler { .. } | Self::VmmCopyAll => {
+                return Err(BenchError::Invalid(format!("{self}: nobody serves it")));
+            }
         })
     }
 
-    /// Whether it is snaprestore.
-    pub fn is_ours(&self) -> bool {
-        matches!(self, Self::Ours(_))
+    /// Whether its handler stays on the core of the thread that touches.
+    pub fn stays_on_a_core(&self) -> bool {
+        use Contender::{Handler, VmmHandler};
+        matches!(self, Handler { pinned: true } | VmmHandler { pinned: true })
+    }
+
+    /// Whether the thread that touches is bound to its core, and nobody else.
+    pub fn has_pinned_toucher(&self) -> bool {
+        matches!(self, Self::Ours(ours) | Self::Serve(ours) if ours.pinned)
     }
 }
 
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ours(options) => options.fmt(f),
+            Self::Ours(options) => options.write("ours", f),
+            Self::Serve(options) => options.write("serve", f),
             Self::Mmap => f.write_str("mmap"),
             Self::Handler { pinned: false } => f.write_str("handler"),
             Self::Handler { pinned: true } => f.write_str("handler-pinned"),
@@ -137,13 +164,16 @@ impl fmt::Display for Contender {
             Self::Unzstd => f.write_str("unzstd"),
             Self::Squashfs { block_kib } => write!(f, "squashfs-{block_kib}k"),
             Self::Erofs => f.write_str("erofs"),
+            Self::VmmHandler { pinned: false } => f.write_str("vmm-handler"),
+            Self::VmmHandler { pinned: true } => f.write_str("vmm-handler-pinned"),
+            Self::VmmCopyAll => f.write_str("vmm-copy-all"),
         }
     }
 }
 
-impl fmt::Display for Ours {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ours")?;
+impl Ours {
+    fn write(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(name)?;
         let mut before = ':';
         let mut option = |name: &str, value: Option<String>| match value {
             Some(value) => {
@@ -176,9 +206,9 @@ impl FromStr for Contender {
 
     fn from_str(text: &str) -> Result<Self, BenchError> {
         let (name, options) = text.split_once(':').unwrap_or((text, ""));
-        if name != "ours" && !options.is_empty() {
+        if !matches!(name, "ours" | "serve") && !options.is_empty() {
             return Err(BenchError::Invalid(format!(
-                "{text:?}: only `ours` has options"
+                "{text:?}: only `ours` and `serve` have options"
             )));
         }
         Ok(match name {
@@ -191,10 +221,22 @@ impl FromStr for Contender {
             "squashfs-64k" => Self::Squashfs { block_kib: 64 },
             "squashfs-128k" => Self::Squashfs { block_kib: 128 },
             "erofs" => Self::Erofs,
+            "serve" => {
+                let options: Ours = options.parse()?;
+                if options.prefetch_threads.is_some() || options.huge_pages {
+                    return Err(BenchError::Invalid(format!(
+                        "{text:?}: only `ours` has prefetch-threads and huge-pages"
+                    )));
+                }
+                Self::Serve(options)
+            }
+            "vmm-handler" => Self::VmmHandler { pinned: false },
+            "vmm-handler-pinned" => Self::VmmHandler { pinned: true },
+            "vmm-copy-all" => Self::VmmCopyAll,
             _ => {
                 return Err(BenchError::Invalid(format!(
                     "{text:?} is no contender; there are ours, mmap, handler, handler-pinned, read-all, unzstd, \
-                     squashfs-64k, squashfs-128k, erofs"
+                     squashfs-64k, squashfs-128k, erofs, serve, vmm-handler, vmm-handler-pinned, vmm-copy-all"
                 )));
             }
         })
@@ -209,7 +251,7 @@ impl FromStr for Ours {
         for option in text.split(',').filter(|option| !option.is_empty()) {
             let invalid = || {
                 BenchError::Invalid(format!(
-                    "{option:?} is no option of `ours`; there are prefetch=off|working-set|all, fault-threads=N, \
+                    "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, fault-threads=N, \
                      prefetch-threads=N, huge-pages=yes, pinned=yes, frame=KIB, level=N, dictionary=off"
                 ))
             };
@@ -267,6 +309,11 @@ mod tests {
             "squashfs-64k",
             "squashfs-128k",
             "erofs",
+            "serve",
+            "serve:prefetch=all,fault-threads=3,pinned=yes,frame=64",
+            "vmm-handler",
+            "vmm-handler-pinned",
+            "vmm-copy-all",
         ] {
             let contender: Contender = name.parse().unwrap();
             assert_eq!(contender.to_string(), name);
@@ -282,6 +329,7 @@ mod tests {
             "ours:frame",
             "ours:frame=x",
             "ours:speed=high",
+            "serve:huge-pages=yes",
         ] {
             let error = name.parse::<Contender>().unwrap_err().to_string();
             assert!(

@@ -15,6 +15,7 @@
 //! | [`touch`] | the loop that touches, the same for all |
 //! | [`usage`] | processor time, memory and disk reads of a process |
 //! | [`trial`] | one measurement in a process of its own |
+//! | `server` | the process that serves a trial's memory, where another one does |
 //! | [`prepare`] | the files that the contenders need, made from the raw image |
 //! | [`rounds`] | trials interleaved in rounds, and whether all of them read the same bytes |
 //! | [`limits`] | what decoding and installing cost by themselves |
@@ -36,6 +37,7 @@ pub mod plot;
 pub mod prepare;
 pub mod report;
 pub mod rounds;
+mod server;
 pub mod stats;
 pub mod targets;
 pub mod touch;

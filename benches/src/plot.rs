@@ -47,7 +47,7 @@ pub fn bars(samples: &Samples, workload: &Workload) -> String {
     let mut svg = head(height, &workload.title);
     for (place, (name, spread)) in (0_u32..).zip(&bars) {
         let y = 44.0 + BAR * 1.5 * f64::from(place);
-        let colour = if name.starts_with("ours") {
+        let colour = if name.starts_with("ours") || name.starts_with("serve") {
             OURS
         } else {
             OTHERS

@@ -108,10 +108,12 @@ impl Images {
     /// The file that a contender restores from. What can't be had is [`BenchError::Unavailable`] each time it is asked for.
     pub fn file_for(&mut self, contender: &Contender) -> Result<PathBuf, BenchError> {
         match contender {
-            Contender::Ours(ours) => self.snapshot(&ours.snapshot),
-            Contender::Mmap | Contender::Handler { .. } | Contender::ReadAll => {
-                self.raw().map(Path::to_owned)
-            }
+            Contender::Ours(ours) | Contender::Serve(ours) => self.snapshot(&ours.snapshot),
+            Contender::Mmap
+            | Contender::Handler { .. }
+            | Contender::ReadAll
+            | Contender::VmmHandler { .. }
+            | Contender::VmmCopyAll => self.raw().map(Path::to_owned),
             Contender::Unzstd => self.solid(),
             Contender::Squashfs { block_kib } => {
                 let block_kib = *block_kib;

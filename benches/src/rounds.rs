@@ -147,6 +147,7 @@ fn trial(
     Ok(RestoreTrial {
         contender: contender.clone(),
         file,
+        program: images.program().to_owned(),
         bytes: images.bytes(),
         order: workload.order,
         seed: workload.seed,

@@ -122,6 +122,19 @@ impl Medians<'_> {
         Some((spread.median, from))
     }
 
+    /// From the first system call of a VMM until its first page is there.
+    fn first_page(&self, contender: &str) -> Found {
+        let total = |outcome: &Outcome| outcome.total_ms;
+        let spread = Spread::of(self.0.values("vmm-start", contender, total))?;
+        let from = format!(
+            "median of {} fresh processes, {} to {} ms",
+            spread.count,
+            short(spread.min),
+            short(spread.max)
+        );
+        Some((spread.median, from))
+    }
+
     fn complete(&self, value: fn(&Outcome) -> f64, unit: &str) -> Found {
         let mine = self.of("complete", OURS_ALL, value)?;
         let decode = self.of("complete", "limit:decode", value)?;
@@ -137,6 +150,7 @@ impl Medians<'_> {
 }
 
 const OURS_ALL: &str = "ours:prefetch=all";
+const SERVE_ALL: &str = "serve:prefetch=all";
 const HANDLERS: [&str; 2] = ["handler", "handler-pinned"];
 const COLD: [&str; 4] = ["mmap", "squashfs-64k", "squashfs-128k", "erofs"];
 
@@ -290,6 +304,28 @@ pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
         medians.most_beyond("memory-64g", "ours"),
     );
     add("12", "index and tables, of the file", 0.5, "%", share);
+    add(
+        "13a",
+        "serve: a VMM's first system call to its first page",
+        5.0,
+        "ms",
+        medians.first_page("serve"),
+    );
+    add(
+        "13b",
+        "serve, prefetch all: a VMM's first system call to its first page",
+        5.0,
+        "ms",
+        medians.first_page(SERVE_ALL),
+    );
+    let pinned = ["vmm-handler-pinned"];
+    add(
+        "14",
+        "serve: random reads, prefetch all, against a pinned handler process",
+        0.15,
+        "",
+        medians.against_best("vmm-random-reads", SERVE_ALL, &pinned),
+    );
     targets
 }
 
@@ -375,6 +411,24 @@ mod tests {
         assert!(table(&targets).contains(
             "| 4a | random reads, prefetch all, against a handler | 0.130 | 0.12 | NO |"
         ));
+    }
+
+    #[test]
+    fn serve_is_held_against_the_pinned_handler_and_its_start_against_a_time() {
+        let samples = Samples {
+            samples: vec![
+                sample("vmm-random-reads", "vmm-handler", 1, total(100.0)),
+                sample("vmm-random-reads", "vmm-handler-pinned", 1, total(200.0)),
+                sample("vmm-random-reads", SERVE_ALL, 1, total(40.0)),
+                sample("vmm-start", "serve", 1, total(4.0)),
+                sample("vmm-start", SERVE_ALL, 1, total(6.0)),
+            ],
+            absent: Vec::new(),
+        };
+        let targets = all(&samples, None);
+        assert!((find(&targets, "14").value.unwrap() - 0.2).abs() < 1e-9);
+        assert!(!find(&targets, "14").met());
+        assert!(find(&targets, "13a").met() && !find(&targets, "13b").met());
     }
 
     #[test]

@@ -12,6 +12,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
+use crate::contenders::outside::Outside;
+use crate::server::Server;
 use crate::stats::Latencies;
 use crate::usage::{self, Held, Watcher, Who};
 use crate::workload::{Access, Cache, Order, Plan, read_pages};
@@ -49,6 +51,8 @@ pub enum Trial {
         /// Start of the shuffle.
         seed: u64,
     },
+    /// The other side of a trial: a handler that serves the memory of the trial's process. It finds nothing.
+    Outside(Outside),
 }
 
 /// A restore with touches.
@@ -58,6 +62,8 @@ pub struct RestoreTrial {
     pub contender: Contender,
     /// From which file.
     pub file: PathBuf,
+    /// The `snaprestore` that serves, where it does so from outside.
+    pub program: PathBuf,
     /// How much memory.
     pub bytes: u64,
     /// Order of touches.
@@ -86,17 +92,17 @@ pub struct RestoreTrial {
 /// What a trial found. Fields that make no sense for its kind are zero or none.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// From the beginning to usable memory.
+    /// From the beginning to usable memory; of a VMM, until it has handed its memory over.
     pub start_us: f64,
     /// From usable memory to the last touch.
     pub touch_ms: f64,
     /// From the beginning to the end: the last touch, or everything being there if nothing is touched.
     pub total_ms: f64,
-    /// Processor time of the process.
+    /// Processor time of the process, and of those that serve it.
     pub cpu_s: f64,
     /// Processor time of the machine meanwhile, whoever took it: file systems also work in the kernel's threads.
     pub machine_cpu_s: f64,
-    /// Anonymous memory and page tables at the end, beyond those before.
+    /// Anonymous memory and page tables at the end, beyond those before, of the process and of those that serve it.
     pub memory_bytes: u64,
     /// The part of it that is neither restored content nor its page tables.
     pub beyond_bytes: u64,
@@ -147,6 +153,7 @@ impl Trial {
                 most,
                 seed,
             } => limits::decode_each(snapshot, *most, *seed),
+            Self::Outside(outside) => outside.run().map(|()| Outcome::default()),
         }
     }
 
@@ -156,6 +163,7 @@ impl Trial {
             Self::Decode { snapshot, .. }
             | Self::Copy { snapshot, .. }
             | Self::DecodeEach { snapshot, .. } => snapshot,
+            Self::Outside(outside) => &outside.file,
         }
     }
 }
@@ -172,19 +180,18 @@ impl RestoreTrial {
             self.most_pages,
             listed,
         );
-        let core = match self.contender {
-            Contender::Handler { pinned: true } if self.threads > 1 => {
-                return Err(BenchError::Unavailable(
-                    "a handler can share the core of one faulting thread only".into(),
-                ));
-            }
-            Contender::Handler { pinned: true } => {
-                let core = uffd::this_core();
-                uffd::pin_to(core);
-                Some(core)
-            }
-            _ => None,
+        let core = if !self.contender.stays_on_a_core() {
+            None
+        } else if self.threads > 1 {
+            return Err(BenchError::Unavailable(
+                "a handler can share the core of one faulting thread only".into(),
+            ));
+        } else {
+            let core = uffd::this_core();
+            uffd::pin_to(core);
+            Some(core)
         };
+        let server = self.server(core)?;
         let cooled = match self.cache {
             Cache::Warm => {
                 cache::warm(&self.file)?;
@@ -193,14 +200,15 @@ impl RestoreTrial {
             Cache::Cold => Some(cache::cool(&self.file)?.to_owned()),
         };
         let watcher = self.proof.then(Watcher::start);
-        let before = Before::now(&self.file);
+        let before = Before::served_by(&self.file, server.as_ref().map(Server::pid));
 
         let began = Instant::now();
-        let mut restored = self.contender.start(&self.file, self.bytes, core)?;
+        let socket = server.as_ref().map(Server::socket);
+        let mut restored = self.contender.start(&self.file, self.bytes, core, socket)?;
         let usable = began.elapsed();
         let memory = restored.memory();
         // After the start: threads inherit where their creator may run.
-        if matches!(&self.contender, Contender::Ours(ours) if ours.pinned) {
+        if self.contender.has_pinned_toucher() {
             uffd::pin_to(uffd::this_core());
         }
         let touched = memory.touch(&plan.offsets, self.access, self.threads, self.latencies);
@@ -229,13 +237,34 @@ impl RestoreTrial {
         outcome.latencies = Latencies::of(touched.nanos);
         outcome.cooled = cooled;
         outcome.facts = restored.facts();
+        // The memory is still there: it may be completed now.
+        if let Some(server) = server {
+            outcome.facts["server"] = server.stop();
+        }
         Ok(outcome)
+    }
+
+    /// Starts who serves from outside, if anybody does.
+    fn server(&self, core: Option<usize>) -> Result<Option<Server>, BenchError> {
+        let handler = |everything| {
+            let populated = self.cache == Cache::Warm;
+            Server::handler(&self.file, self.bytes, core, everything, populated)
+        };
+        match &self.contender {
+            Contender::Serve(options) => Server::serve(&self.program, &self.file, options),
+            Contender::VmmHandler { .. } => handler(false),
+            Contender::VmmCopyAll => handler(true),
+            _ => return Ok(None),
+        }
+        .map(Some)
     }
 }
 
 /// What was used before a measurement began.
 pub(crate) struct Before {
+    server: Option<u32>,
     held: Held,
+    served: Served,
     cpu: f64,
     machine_cpu: f64,
     disk: u64,
@@ -244,7 +273,14 @@ pub(crate) struct Before {
 
 impl Before {
     pub(crate) fn now(file: &Path) -> Self {
+        Self::served_by(file, None)
+    }
+
+    /// The same, with what `server` and those that descend from it use.
+    pub(crate) fn served_by(file: &Path, server: Option<u32>) -> Self {
         Self {
+            server,
+            served: Served::by(server),
             held: Held::now(),
             device: usage::device_bytes(file),
             disk: usage::disk_bytes(),
@@ -255,14 +291,34 @@ impl Before {
 
     /// What was used since.
     pub(crate) fn outcome(&self, file: &Path) -> Outcome {
+        let own = usage::cpu_seconds(Who::Own) - self.cpu;
+        let served = Served::by(self.server);
+        let held = Held::now().bytes().saturating_sub(self.held.bytes());
         Outcome {
-            cpu_s: usage::cpu_seconds(Who::Own) - self.cpu,
+            cpu_s: own + served.cpu - self.served.cpu,
             machine_cpu_s: usage::machine_cpu_seconds() - self.machine_cpu,
-            memory_bytes: Held::now().bytes().saturating_sub(self.held.bytes()),
+            memory_bytes: held + served.bytes.saturating_sub(self.served.bytes),
             disk_bytes: usage::disk_bytes() - self.disk,
             device_bytes: usage::device_bytes(file) - self.device,
             ..Outcome::default()
         }
+    }
+}
+
+/// What the processes that serve a trial use.
+#[derive(Default)]
+struct Served {
+    cpu: f64,
+    bytes: u64,
+}
+
+impl Served {
+    fn by(server: Option<u32>) -> Self {
+        let family = server.map(usage::family).unwrap_or_default();
+        family.into_iter().fold(Self::default(), |sum, pid| Self {
+            cpu: sum.cpu + usage::cpu_seconds_of(pid),
+            bytes: sum.bytes + Held::of(pid).bytes(),
+        })
     }
 }
 

@@ -1,10 +1,11 @@
-//! As much of userfaultfd as a one-page-a-fault handler and the limit of copying need, and nothing in between.
+//! As much of userfaultfd as a one-page-a-fault handler, a VMM that hands its memory over and the limit of copying need, and
+//! nothing in between.
 #![allow(unsafe_code, reason = "it talks to the kernel")]
 
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use snaprestore_engine::sys::abi;
 
@@ -21,7 +22,10 @@ const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 /// `_IOWR(0xaa, 0x04, struct uffdio_zeropage)`
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 
-/// A userfaultfd that reads block on.
+/// `UFFD_FEATURE_EVENT_REMOVE`
+const EVENT_REMOVE: u64 = 1 << 3;
+
+/// A userfaultfd.
 #[derive(Debug)]
 pub(crate) struct Uffd {
     fd: OwnedFd,
@@ -35,16 +39,34 @@ pub(crate) enum Copied {
 }
 
 impl Uffd {
+    /// One that reads block on, and that tells of faults only.
     pub(crate) fn open() -> Result<Self, BenchError> {
-        let fd = new_descriptor()?;
+        Self::with(0, 0)
+    }
+
+    /// One as Firecracker opens it: reads don't block, and discards are told.
+    pub(crate) fn open_as_vmm() -> Result<Self, BenchError> {
+        Self::with(libc::O_NONBLOCK, EVENT_REMOVE)
+    }
+
+    fn with(flags: i32, features: u64) -> Result<Self, BenchError> {
+        let fd = new_descriptor(libc::O_CLOEXEC | flags)?;
         let mut api = abi::uffdio_api {
             api: 0xaa,
-            features: 0,
+            features,
             ioctls: 0,
         };
         // SAFETY: `api` is a live uffdio_api that the kernel reads and fills.
         let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
         check(result, "UFFDIO_API")?;
+        Ok(Self { fd })
+    }
+
+    /// Another process's, from now on with reads that block: its owner doesn't read.
+    pub(crate) fn received(fd: OwnedFd) -> Result<Self, BenchError> {
+        // SAFETY: it sets flags of an open descriptor.
+        let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
+        check(result, "F_SETFL")?;
         Ok(Self { fd })
     }
 
@@ -103,6 +125,12 @@ impl Uffd {
     }
 }
 
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 fn outcome(result: i32) -> io::Result<Copied> {
     if result == 0 {
         return Ok(Copied::Done);
@@ -123,19 +151,17 @@ fn check(result: i32, what: &str) -> Result<(), BenchError> {
 }
 
 /// The device first, as it asks for the least rights, then the system call.
-fn new_descriptor() -> Result<OwnedFd, BenchError> {
+fn new_descriptor(flags: i32) -> Result<OwnedFd, BenchError> {
     let raw = match File::open("/dev/userfaultfd") {
         // SAFETY: the argument is flags; the kernel gives a new descriptor or an error.
-        Ok(device) => unsafe {
-            libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC)
-        },
+        Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
         Err(_) => -1,
     };
     let raw = if raw >= 0 {
         raw
     } else {
         // SAFETY: as above.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         i32::try_from(fd).unwrap_or(-1)
     };
     if raw < 0 {

@@ -40,6 +40,45 @@ pub fn cpu_seconds(who: Who) -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
+/// Seconds of processor time of another process; none once it is gone.
+pub fn cpu_seconds_of(pid: u32) -> f64 {
+    let mut clock = 0;
+    // SAFETY: `clock` is a live clockid_t that is filled.
+    let found = unsafe { libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a live timespec that the kernel fills.
+    if found != 0 || unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return 0.0;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "seconds of a measurement")]
+    let seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
+    seconds
+}
+
+/// A process and those that descend from it.
+pub fn family(pid: u32) -> Vec<u32> {
+    let mut family = vec![pid];
+    let mut next = 0;
+    while let Some(pid) = family.get(next) {
+        next += 1;
+        let threads = fs::read_dir(format!("/proc/{pid}/task"))
+            .into_iter()
+            .flatten();
+        let children: Vec<u32> = threads
+            .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("children")).ok())
+            .flat_map(|pids| {
+                let pids = pids.split_whitespace().map(str::parse);
+                pids.filter_map(Result::ok).collect::<Vec<u32>>()
+            })
+            .collect();
+        family.extend(children);
+    }
+    family
+}
+
 /// Memory of this process that it doesn't share with the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
@@ -53,6 +92,11 @@ impl Held {
     /// What is held now.
     pub fn now() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default())
+    }
+
+    /// What another process holds now.
+    pub fn of(pid: u32) -> Self {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }
 
     /// Both together, in bytes.
@@ -243,6 +287,31 @@ mod tests {
         assert_eq!(resident_in(smaps, 0x1000, 0x5000), 12 << 10);
         assert_eq!(resident_in(smaps, 0x5000, 0x6000), 2 << 10);
         assert_eq!(resident_in(smaps, 0x6000, 0x7000), 0);
+    }
+
+    #[test]
+    fn a_child_belongs_to_the_family_and_has_memory_and_time_of_its_own() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "sleep 60 & echo; while :; do :; done"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let mut found = family(pid);
+        while cpu_seconds_of(pid) < 0.01 {}
+        let held = Held::of(pid).bytes();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(
+            family(std::process::id()).first() == Some(&std::process::id()),
+            "a process is of its own family"
+        );
+        assert_eq!((found.len(), found.remove(0)), (2, pid));
+        let sleeping = i32::try_from(found[0]).unwrap();
+        // SAFETY: it ends the process that the shell started here, which is not waited for.
+        unsafe { libc::kill(sleeping, libc::SIGKILL) };
+        assert!(held > 0);
     }
 
     #[test]

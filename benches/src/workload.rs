@@ -139,7 +139,7 @@ impl Workload {
             .contenders
             .iter()
             .find_map(|contender| match contender {
-                Contender::Ours(ours) => Some(ours.snapshot.clone()),
+                Contender::Ours(ours) | Contender::Serve(ours) => Some(ours.snapshot.clone()),
                 _ => None,
             });
         ours.unwrap_or_default()

@@ -375,7 +375,8 @@ pub(crate) enum Prefetch {
 /// a fault (handler, handler-pinned: on the core of the thread that faults), reading everything
 /// first (read-all), decompressing everything first (unzstd), and a mapping of the raw file inside
 /// a compressed file system (squashfs-64k, squashfs-128k, erofs: as root, with squashfs-tools or
-/// erofs-utils). What is missing is made in a temporary folder; each trial runs in a process of its own; all must
+/// erofs-utils). Memory that another process serves, as that of a VMM: serve, vmm-handler,
+/// vmm-handler-pinned, vmm-copy-all. What is missing is made in a temporary folder; each trial runs in a process of its own; all must
 /// read the same bytes.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Bench {
@@ -405,7 +406,8 @@ pub(crate) struct Bench {
     /// Threads that touch
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
-    /// Who takes part, separated by semicolons; `ours` takes options: ours:prefetch=all,frame=64
+    /// Who takes part, separated by semicolons; `ours` and `serve` take options:
+    /// ours:prefetch=all,frame=64
     #[arg(
         long,
         value_delimiter = ';',

@@ -27,6 +27,12 @@ impl Region {
         Self::map(bytes, libc::PROT_READ | write, flags, file.as_raw_fd())
     }
 
+    /// A file to be read, all of it mapped at once.
+    pub(crate) fn populated(file: &File, bytes: u64) -> Result<Self, BenchError> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_POPULATE;
+        Self::map(bytes, libc::PROT_READ, flags, file.as_raw_fd())
+    }
+
     fn map(bytes: u64, access: i32, flags: i32, fd: i32) -> Result<Self, BenchError> {
         let len = to_usize(bytes)?;
         // SAFETY: a new mapping at an address that the kernel chooses replaces nothing.

@@ -111,7 +111,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
         workload,
     };
     output.report(&report)?;
-    let ours = |name: &str| name.starts_with("ours");
+    let ours = |name: &str| name.starts_with("ours") || name.starts_with("serve");
     let lacks = report
         .not_available
         .iter()

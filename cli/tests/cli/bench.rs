@@ -72,6 +72,36 @@ fn every_contender_reads_the_same_bytes_in_every_way_to_touch() {
 }
 
 #[test]
+fn memory_that_is_served_from_outside_has_the_same_bytes() {
+    let folder = Folder::new();
+    if !prepared(
+        "memory_that_is_served_from_outside_has_the_same_bytes",
+        &folder,
+    ) {
+        return;
+    }
+    let everybody = [
+        "serve",
+        "serve:prefetch=all,frame=16",
+        "vmm-handler",
+        "vmm-handler-pinned",
+        "vmm-copy-all",
+        "mmap",
+    ];
+    let contenders = everybody.join(";");
+    let args = ["bench", "raw", "--rounds", "1", "--dir", ".", "--json"];
+    let report = run(
+        &folder,
+        &[&args[..], &["--contenders", &contenders]].concat(),
+    )
+    .exits(0)
+    .json();
+    let rows = report["contenders"].as_array().unwrap();
+    assert_eq!(rows.len(), everybody.len(), "{report}");
+    assert_eq!(folder.names(), ["raw"], "something was left behind");
+}
+
+#[test]
 fn a_snapshot_is_compared_as_it_is() {
     let folder = Folder::new();
     if !prepared("a_snapshot_is_compared_as_it_is", &folder) {

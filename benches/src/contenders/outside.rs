@@ -1,0 +1,87 @@
+//! What VMMs' example handlers do, in a process of its own: receives a userfaultfd over a Unix socket and serves it from the
+//! mapped raw file.
+//!
+//! ```text
+//! a page a fault:   loop: read one message (blocking) -> COPY of one page, which wakes
+//! everything first: read one message (blocking) -> COPY of the whole memory
+//! ```
+//!
+//! Firecracker has examples of both, which do more than they need: they poll before each read, and map the raw file
+//! when the VMM has connected. Here it is mapped, and all its pages are, before anybody connects; and reading blocks. So
+//! they are as quick as their designs can be.
+#![allow(unsafe_code, reason = "a trial that would wait for ever is ended")]
+
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager::firecracker::handshake;
+
+use super::region::Region;
+use crate::uffd::{Copied, Uffd, pin_to};
+use crate::{BenchError, PAGE};
+
+/// A handler that serves one VMM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outside {
+    /// The raw file.
+    pub file: PathBuf,
+    /// How much memory.
+    pub bytes: u64,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// The core it stays on.
+    pub core: Option<usize>,
+    /// Whether the first fault brings everything.
+    pub everything: bool,
+    /// Whether the file is read, and mapped, before the VMM connects.
+    pub populated: bool,
+}
+
+impl Outside {
+    /// Serves until the descriptor can't be read any more, which is not before the process is ended.
+    pub(crate) fn run(&self) -> Result<(), BenchError> {
+        let named = || format!("{}: serving it", self.file.display());
+        let file = File::open(&self.file).map_err(BenchError::io(named()))?;
+        let source = if self.populated {
+            Region::populated(&file, self.bytes)?
+        } else {
+            Region::of_file(&file, self.bytes, false)?
+        };
+        if let Some(core) = self.core {
+            pin_to(core);
+        }
+        let listener = UnixListener::bind(&self.socket).map_err(BenchError::io(named()))?;
+        let (stream, _) = listener.accept().map_err(BenchError::io(named()))?;
+        let handed =
+            handshake(&stream, Duration::from_secs(10)).map_err(BenchError::of(named()))?;
+        let uffd = Uffd::received(handed.userfaultfd)?;
+        let Some(memory) = handed.regions.first() else {
+            return Err(BenchError::Invalid(format!("{}: no region", named())));
+        };
+        while let Some(address) = uffd.next_fault() {
+            let (offset, len) = if self.everything {
+                (0, self.bytes)
+            } else {
+                ((address - memory.address) & !(PAGE - 1), PAGE)
+            };
+            match uffd.copy(memory.address + offset, source.at(offset), len) {
+                // Another thread's fault on the same page was answered before.
+                Ok(Copied::Done | Copied::Exists) => {}
+                Err(error) => {
+                    end_trial();
+                    return Err(BenchError::io(named())(error));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Ends the process that started this one and waits for a page that will not come.
+fn end_trial() {
+    // SAFETY: it sends a signal, to the parent: with that this process would have ended.
+    unsafe { libc::kill(libc::getppid(), libc::SIGKILL) };
+}
