@@ -51,6 +51,9 @@ pub(crate) enum Command {
     Demo(Demo),
     Completions(Completions),
     Man(Man),
+    /// What serves VMs for `serve`, which starts it
+    #[command(hide = true)]
+    Worker,
     #[command(hide = true)]
     DemoOwner(DemoOwner),
     /// One trial of `bench`, told on standard input
@@ -307,8 +310,9 @@ pub(crate) struct Restore {
 /// snapshot with `mem_backend` of type `Uffd`; its pages then come from the snapshot when the guest
 /// touches them. One socket serves any number of VMs, one after another and at once. A VM whose
 /// page can't be restored is killed, and never reads wrong memory. Asked to stop (SIGTERM, Ctrl-C),
-/// it installs what is missing in every VM and lets them go on without it; asked again, or killed, it
-/// leaves those that aren't complete waiting for their missing pages.
+/// it installs what is missing in every VM and lets them go on without it; asked again, it kills those
+/// that aren't complete. The process that serves the pages is another one, which is replaced when it dies
+/// or gets stuck.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Serve {
     /// Snapshot of the VMs' memory
@@ -334,6 +338,10 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) patience: u64,
+    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced
+    #[arg(long, default_value_t = 30, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) stuck_after: u64,
 }
 
 /// `serve --on-error`.

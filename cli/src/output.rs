@@ -88,6 +88,11 @@ impl Output {
         }
     }
 
+    /// What is going on, for who watches a command that runs for long.
+    pub(crate) fn say(self, message: impl Display) {
+        self.warn(message);
+    }
+
     /// Something that went wrong, though the command goes on: `--quiet` doesn't hide it.
     #[expect(clippy::unused_self, reason = "the one door for standard error")]
     pub(crate) fn error(self, message: impl Display) {

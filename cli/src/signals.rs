@@ -8,7 +8,7 @@ use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -28,6 +28,9 @@ pub(crate) struct Interrupted;
 pub(crate) struct Cancel {
     signal: Arc<AtomicI32>,
     at_once: Arc<AtomicBool>,
+    /// How many there were, and whether the second is the command's own to act on.
+    count: Arc<AtomicU32>,
+    counts: Arc<AtomicBool>,
     hangs_up: Arc<PipeReader>,
 }
 
@@ -38,6 +41,8 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     let cancel = Cancel {
         signal: Arc::default(),
         at_once: Arc::default(),
+        count: Arc::default(),
+        counts: Arc::default(),
         hangs_up: Arc::new(reader),
     };
     // A signal that the parent had ignored (nohup, a background job of a script) stays ignored;
@@ -52,12 +57,15 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     wanted.thread_block().context("blocking signals")?;
     let seen = Arc::clone(&cancel.signal);
     let at_once = Arc::clone(&cancel.at_once);
+    let (count, counts) = (Arc::clone(&cancel.count), Arc::clone(&cancel.counts));
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             let mut writer = Some(writer);
             while let Ok(signal) = wanted.wait() {
                 let again = seen.swap(signal as i32, Ordering::SeqCst) != 0;
+                count.fetch_add(1, Ordering::SeqCst);
+                let again = again && !counts.load(Ordering::SeqCst);
                 if again || at_once.load(Ordering::SeqCst) {
                     die_by(signal);
                 }
@@ -77,6 +85,8 @@ impl Cancel {
         Self {
             signal: Arc::default(),
             at_once: Arc::default(),
+            count: Arc::default(),
+            counts: Arc::default(),
             hangs_up: Arc::new(reader),
         }
     }
@@ -89,6 +99,16 @@ impl Cancel {
     /// behind in any case.
     pub(crate) fn end_at_once(&self) {
         self.at_once.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on a second signal is only counted.
+    pub(crate) fn count_signals(&self) {
+        self.counts.store(true, Ordering::SeqCst);
+    }
+
+    /// How often the command was asked to stop.
+    pub(crate) fn signals(&self) -> u32 {
+        self.count.load(Ordering::SeqCst)
     }
 
     /// For loops: ends them with an error once the command was asked to stop.
@@ -132,6 +152,13 @@ impl Cancel {
     /// The code that a shell shows for a process that ended by the signal.
     pub(crate) fn exit_code(&self) -> i32 {
         128 + self.signal.load(Ordering::SeqCst)
+    }
+}
+
+/// At its end once the command was asked to stop.
+impl AsFd for Cancel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.hangs_up.as_fd()
     }
 }
 

@@ -1,5 +1,7 @@
 //! Restores memory lazily from snaprestore snapshots.
 
+#[doc(hidden)]
+pub mod fail_point;
 pub mod mem;
 pub mod pager;
 pub mod restore;

@@ -294,15 +294,13 @@ fn a_block_in_a_memfd_keeps_its_size_and_content_for_the_next_process() {
         assert_eq!(result, -1, "{size}");
     }
     drop((block, ring));
-    // SAFETY: the first ring is gone, so this is the only one.
-    let (again, ring) = unsafe { Block::from_memfd(fd) }.unwrap();
+    let (again, ring) = Block::from_memfd(fd).unwrap();
     assert_eq!(again.len(), 4096);
     assert_eq!(again.word(8).load(Ordering::Relaxed), 0b101);
     assert!(ring.is_clear());
 
     let unsealed: OwnedFd = tempfile::tempfile().unwrap().into();
-    // SAFETY: there is no ring in it.
-    assert!(unsafe { Block::from_memfd(unsealed) }.is_err());
+    assert!(Block::from_memfd(unsealed).is_err());
 }
 
 #[test]

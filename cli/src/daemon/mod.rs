@@ -1,8 +1,45 @@
-//! What `snaprestore serve` is made of, and what its operators talk to.
+//! The daemon behind `serve`: it may be killed at any instant, and no VM gets a wrong byte or waits for
+//! ever.
+//!
+//! ```text
+//!   VMM ──connects──▶ keeper ──descriptors, regions──▶ worker
+//!        handshake      │  ◀──tables, endings───────      │  faults, events, prefetch: everything else
+//!                       │ died, or stuck: another         │
+//!                       └────────────────────────▶  worker
+//! ```
+//!
+//! What can't be made again is in the keeper first: listening sockets, the read that brings a
+//! userfaultfd, pidfds, the open files of snapshots, the tables of each session (a memfd that the
+//! worker makes and hands over before its first read). The keeper is one thread that moves descriptors and
+//! watches; all that decodes, parses a snapshot or answers requests is in the worker. A worker that dies
+//! is replaced once it is wholly gone, and its successor goes on from the tables, by
+//! [`Pager::resume`](snaprestore_engine::pager::Pager::resume). A new program takes over the same way: the
+//! old worker is killed.
+//!
+//! | dies | then |
+//! | --- | --- |
+//! | worker | the keeper starts another |
+//! | worker, twice on one frame | that frame counts as damaged: its VM is killed when it wants it |
+//! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
+//! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
 
-// Not all of it is called yet.
-#![allow(dead_code, reason = "the daemon takes these up one after another")]
-
+mod child;
+// What operators ask for is not all answered yet.
+#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod config;
+#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod control;
+#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod desk;
+mod keeper;
+mod listening;
+mod pending;
+mod report;
+mod vms;
+mod wire;
+mod worker;
+
+pub(crate) use config::Service;
+pub(crate) use keeper::{Keeper, Options};
+pub(crate) use report::Vm;
+pub(crate) use worker::run as run_worker;

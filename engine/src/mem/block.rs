@@ -10,7 +10,8 @@
 //! once.
 //!
 //! The ring is apart from the data because a message in it can carry a file descriptor: only the
-//! kernel writes there, and only the holder of the one [`Ring`] has it written.
+//! kernel writes there, and only the holder of the one [`Ring`] has it written. In a memfd another
+//! process could write there too, so a descriptor's number found there is never taken for one of ours.
 
 use std::ffi::CStr;
 use std::io;
@@ -68,14 +69,9 @@ impl Block {
         Self::map(len, Some(fd))
     }
 
-    /// The block in a memfd that another process made with [`memfd`](Self::memfd), its content as
-    /// it is.
-    ///
-    /// # Safety
-    ///
-    /// While the returned ring is used to read messages nobody else, in any process, writes to the
-    /// head of the block: a descriptor number found there is taken for the kernel's.
-    pub unsafe fn from_memfd(fd: OwnedFd) -> io::Result<(Arc<Self>, Ring)> {
+    /// The block in a memfd that [`memfd`](Self::memfd) made, here or in another process, its content
+    /// as it is.
+    pub fn from_memfd(fd: OwnedFd) -> io::Result<(Arc<Self>, Ring)> {
         // SAFETY: F_GET_SEALS takes no argument.
         let seals = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })?;
         let needed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -200,6 +196,11 @@ impl Ring {
     pub const SLOTS: usize = 64;
     /// Their size together.
     pub const BYTES: usize = Self::SLOTS * size_of::<uffd_msg>();
+
+    /// Whether no other process can write to it.
+    pub fn is_private(&self) -> bool {
+        self.block.memfd.is_none()
+    }
 
     /// A ring that nobody shares.
     pub fn private() -> io::Result<Self> {

@@ -13,7 +13,7 @@
 //! Source: Firecracker's `src/vmm/src/persist.rs` (`GuestRegionUffdMapping`, `send_uffd_handshake`).
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,9 @@ use crate::sys::receive;
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
 const MOST_BYTES: usize = 64 << 10;
+
+/// The most pieces of a message: two may happen.
+const MOST_PIECES: usize = 256;
 
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +50,9 @@ pub enum HandshakeError {
         received: usize,
     },
     /// The message is too long to be one.
-    #[error("the VMM sent more than {MOST_BYTES} bytes, which can't be its regions")]
+    #[error(
+        "the VMM sent more than {MOST_BYTES} bytes, or {MOST_PIECES} pieces, which can't be its regions"
+    )]
     TooLong,
     /// The message is none of Firecracker's.
     #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
@@ -90,36 +95,70 @@ struct Mapping {
 /// Receives the handshake on `socket`, waiting no longer than `patience` for all of it.
 pub fn handshake(socket: &UnixStream, patience: Duration) -> Result<Handshake, HandshakeError> {
     let deadline = Instant::now() + patience;
-    let mut text = vec![0; MOST_BYTES];
-    let (mut received, mut descriptors) = (0, Vec::new());
+    let mut arriving = Arriving::default();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let silent = HandshakeError::Silent { received, patience };
+        let silent = HandshakeError::Silent {
+            received: arriving.received,
+            patience,
+        };
         if left.is_zero() {
             return Err(silent);
         }
         socket.set_read_timeout(Some(left))?;
-        if received == text.len() {
+        match arriving.receive(socket.as_fd()) {
+            Ok(Some(handshake)) => return Ok(handshake),
+            Ok(None) => {}
+            Err(HandshakeError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(silent);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A handshake that may have come in part: for who waits for several at once.
+#[derive(Debug, Default)]
+pub struct Arriving {
+    text: Vec<u8>,
+    received: usize,
+    pieces: usize,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Arriving {
+    /// Bytes that have come.
+    pub fn received(&self) -> usize {
+        self.received
+    }
+
+    /// Reads once from `socket`. `None`: more has to come.
+    pub fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Option<Handshake>, HandshakeError> {
+        self.text.resize(MOST_BYTES, 0);
+        // To look whether it is whole costs more each time.
+        if self.received == MOST_BYTES || self.pieces == MOST_PIECES {
             return Err(HandshakeError::TooLong);
         }
-        let read = match receive(socket.as_fd(), &mut text[received..]) {
+        let read = match receive(socket, &mut self.text[self.received..]) {
             Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
             Err(error) => return Err(error.into()),
         };
+        let received = self.received;
         if read.truncated || received > 0 && !read.descriptors.is_empty() {
             return Err(HandshakeError::Variant {
                 variant: "an unknown VMM, which hands more descriptors over",
             });
         }
-        descriptors.extend(read.descriptors);
+        self.descriptors.extend(read.descriptors);
         if read.bytes == 0 {
             return Err(HandshakeError::Closed { received });
         }
-        received += read.bytes;
-        if let Some(mappings) = parse(&text[..received])? {
-            return checked(&mappings, descriptors);
+        self.received += read.bytes;
+        self.pieces += 1;
+        match parse(&self.text[..self.received])? {
+            Some(mappings) => checked(&mappings, std::mem::take(&mut self.descriptors)).map(Some),
+            None => Ok(None),
         }
     }
 }
@@ -248,7 +287,7 @@ mod tests {
             (V1_1, 4, "more descriptors"),
             (V1_1, 100, "more descriptors"),
             (&secret_free, 1, "secret-free"),
-            (&long, 1, "more than 65536 bytes"),
+            (&long, 1, "more than 65536 bytes, or"),
         ];
         for (text, count, expected) in cases {
             let error = sent(text, count, 1 << 20).expect_err(expected).to_string();

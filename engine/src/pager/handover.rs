@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
+use serde::{Deserialize, Serialize};
 use snapshot_format::Region;
 use snapshot_format::layout::PAGE_SIZE_U64;
 
@@ -20,7 +21,7 @@ pub struct Handover {
 }
 
 /// One mapping of an owner, as Firecracker describes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnerRegion {
     /// Its first byte in the owner.
     pub address: u64,

@@ -11,6 +11,14 @@
 //! It is the session of [`restore`](crate::restore), with another owner: the same faults, events and
 //! prefetch. What differs is who has the memory, and what happens when it can't be restored.
 //!
+//! # The process that serves may die
+//!
+//! What a session can't do without lies in its [tables](Pager::tables), a memfd into which messages are
+//! read as well: a read is what lets the owner's discard go on, and a process that is killed during it
+//! still finishes it. Somebody else, a keeper, holds the userfaultfd, the pidfd, the tables and the
+//! snapshot's open file; after the process is gone another [goes on](Pager::resume) with them.
+//! [`Vitals`] tells the keeper whether it is stuck, and on which frames it died.
+//!
 //! # The owner is never left with wrong memory
 //!
 //! When the last descriptor of a userfaultfd closes, what is missing becomes zeros, unless the owner
@@ -29,4 +37,4 @@ pub use owner::OnError;
 pub use paged::{AttachError, Ending, Paged, Pager};
 
 pub use crate::running::{PageCounts, Prefetch, SYSTEM_CALLS, Stats};
-pub use crate::session::{Failure, FailureKind, Histogram, Percentiles};
+pub use crate::session::{Failure, FailureKind, Histogram, Percentiles, Pulse, Vitals};

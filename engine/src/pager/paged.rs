@@ -1,7 +1,7 @@
 //! Attaching to an owner, and the session that follows.
 
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,8 +10,9 @@ use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
+use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Stats, ThreadError, Threads, crew_options};
-use crate::session::{Failure, Kernel, Session, SnapshotImage, State};
+use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
 use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd, may_kill};
 
 /// How the memory of an owner is served, being described.
@@ -50,6 +51,15 @@ pub enum AttachError {
     },
 }
 
+/// What holds the states of pages.
+const TABLES: &str = "memory for the session's tables";
+
+impl AttachError {
+    fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Resources { what, source }
+    }
+}
+
 /// How a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -83,37 +93,86 @@ impl Pager {
     /// Takes over the memory that was handed over, and serves it from now on.
     pub fn attach(self, handover: Handover) -> Result<Paged, AttachError> {
         let begun = Instant::now();
-        let resources = |what| move |source| AttachError::Resources { what, source };
+        let extents = self.extents(&handover.regions)?;
+        let tables = State::new(self.snapshot.page_slots(), &extents, State::SPARE_PIECES);
+        let tables = tables.map_err(AttachError::resources(TABLES))?;
+        self.serve(handover, tables, &[], begun)
+    }
+
+    /// Tables for a session with these regions, in a memfd that can neither shrink nor grow: what has to
+    /// outlive whoever serves it. [`Pager::resume`] begins with them, and goes on with them after the
+    /// process that did is gone.
+    pub fn tables(&self, regions: &[OwnerRegion]) -> Result<OwnedFd, AttachError> {
+        let extents = self.extents(regions)?;
+        let made = State::shared(self.snapshot.page_slots(), &extents, State::SPARE_PIECES)
+            .and_then(|(state, _)| match state.memfd() {
+                Some(memfd) => memfd.try_clone_to_owned(),
+                None => Err(io::ErrorKind::Unsupported.into()),
+            });
+        made.map_err(AttachError::resources(TABLES))
+    }
+
+    /// Serves the memory that was handed over from now on, going on where `tables` say that it was left.
+    ///
+    /// Whoever served it before must be gone: the whole process, as its pidfd tells. What it had read
+    /// and not recorded is recorded, and who waits is made to ask again. The regions are those of the
+    /// handover, whatever the owner has done with its memory since. `deadly` are frames, by their offset
+    /// in the file, that are not to be decoded: [`Vitals::decoding`](super::Vitals::decoding) tells on
+    /// which a process died.
+    ///
+    /// If this fails nobody serves the owner, and the tables are as they were.
+    pub fn resume(
+        self,
+        handover: Handover,
+        tables: OwnedFd,
+        deadly: &[u64],
+    ) -> Result<Paged, AttachError> {
+        let begun = Instant::now();
+        let tables = State::open(tables).map_err(AttachError::resources(TABLES))?;
+        if tables.0.page_slots() != self.snapshot.page_slots() {
+            let other = io::Error::other("they are those of another snapshot");
+            return Err(AttachError::resources(TABLES)(other));
+        }
+        self.serve(handover, tables, deadly, begun)
+    }
+
+    fn extents(&self, regions: &[OwnerRegion]) -> Result<Vec<Extent>, AttachError> {
+        Ok(handover::extents(regions, self.snapshot.regions()?)?)
+    }
+
+    fn serve(
+        self,
+        handover: Handover,
+        (state, ring): (State, Ring),
+        deadly: &[u64],
+        begun: Instant,
+    ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
         let image = SnapshotImage::new(Arc::clone(&self.snapshot))?;
-        let extents = handover::extents(&handover.regions, self.snapshot.regions()?)?;
         // What doesn't overflow was checked with the extents.
-        let registered: Vec<_> = handover
+        let mut registered: Vec<_> = handover
             .regions
             .iter()
             .map(OwnerRegion::addresses)
             .collect();
+        // Where the owner has moved its memory to, if it has.
+        registered.extend(state.map().extents().map(|extent| extent.addresses()));
         let (fd, none) = (handover.userfaultfd, Features::EMPTY);
         let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
-        let (state, ring) = State::new(self.snapshot.page_slots(), &extents, State::SPARE_PIECES)
-            .map_err(resources("memory for the session's tables"))?;
-        let kernel = Kernel::new(uffd, ring).map_err(resources("a descriptor to wait on"))?;
+        let kernel =
+            Kernel::new(uffd, ring).map_err(AttachError::resources("a descriptor to wait on"))?;
         let owner = Arc::new(Owner::new(handover.owner));
         kernel
             .watch_owner(owner.pidfd())
-            .map_err(resources("a watch on the owner's pidfd"))?;
+            .map_err(AttachError::resources("a watch on the owner's pidfd"))?;
         let guard = OwnerGuard {
             owner: Arc::clone(&owner),
             on_error: self.on_error,
         };
-        let session = Session::new(
-            kernel,
-            image,
-            state,
-            Box::new(guard),
-            None,
-            self.crew.decoders(),
-        );
+        let decoders = self.crew.decoders();
+        let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
+        session.refuse(deadly.iter().copied());
+        session.take_over();
         let running = Running::new(session, begun, self.crew.fault_threads, Box::new(|_| ()));
         let running = Arc::new(running);
         match self.crew.start(&running) {
@@ -167,12 +226,9 @@ impl Paged {
     }
 
     /// Waits until it has ended.
-    pub fn wait(&mut self) -> Ending {
+    pub fn wait(&self) -> Ending {
+        self.running.wait_served_out();
         loop {
-            for thread in self.threads.drain(..) {
-                // A thread that panics ends the process.
-                let _ = thread.join();
-            }
             if let Some(ending) = self.ending() {
                 return ending;
             }
@@ -188,11 +244,18 @@ impl Paged {
 
     /// Installs what is missing and lets the owner go. False if that can't be done; it goes on as
     /// before then, or has ended: [`Paged::ending`] tells.
-    pub fn complete(&mut self) -> bool {
+    pub fn complete(&self) -> bool {
         if self.running.install_rest() {
             self.wait();
         }
         self.running.is_complete()
+    }
+
+    /// Kills the owner, for this reason, if it has not ended: it shall not be served any more.
+    pub fn end(&self, why: &str) {
+        if self.ending().is_none() {
+            self.owner.kill(why);
+        }
     }
 
     /// What was done so far.

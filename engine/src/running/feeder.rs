@@ -36,6 +36,8 @@ const NEXT_PASS: Duration = Duration::from_millis(1);
 pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
     pub(super) threads: usize,
+    /// The number of the first of them among the session's threads.
+    pub(super) first_number: usize,
     pub(super) bandwidth: Option<u64>,
     pub(super) hook: Option<Hook>,
 }
@@ -129,11 +131,11 @@ impl Feeder {
     /// ends.
     pub(super) fn run(self) {
         let begun = Instant::now();
-        for _ in 0..self.plan.threads {
+        for thread in 0..self.plan.threads {
+            let decoder = self.running.session.image.decoder(Reason::Prefetch);
+            let number = self.plan.first_number + thread;
             // The receiver is in our hands.
-            let _ = self.done.send(Worker::new(
-                self.running.session.image.decoder(Reason::Prefetch),
-            ));
+            let _ = self.done.send(Worker::new(decoder, number));
         }
         let first = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),

@@ -110,6 +110,13 @@ impl Running {
         self.complete_nanos.load(Relaxed) != 0
     }
 
+    /// Waits until nobody serves faults any more.
+    pub(crate) fn wait_served_out(&self) {
+        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let serves = |progress: &mut Progress| !progress.served_out;
+        drop(self.changed.wait_while(progress, serves));
+    }
+
     /// Waits until the session is complete, or its prefetch is at its end without that. While a touch
     /// waits for its page, or for a verdict about it, it isn't known which, and is waited for. True if
     /// it is complete.
@@ -135,7 +142,8 @@ impl Running {
     /// changing its memory; otherwise the session is ending, complete or not.
     pub(crate) fn install_rest(&self) -> bool {
         let session = &self.session;
-        let mut worker = Worker::new(session.image.decoder(Reason::Prefetch));
+        // A thread of the caller's, of which nobody keeps note.
+        let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
         for _ in 0..MOST_TRIES {
             let pages = 0..session.image.snapshot().page_slots();
             match session.prefetch(&mut worker, pages, || ()) {

@@ -195,7 +195,7 @@ impl Crew {
                 format!("snap-fault-{i}"),
                 Box::new(move || {
                     // Before the first fault, and not in the way of the start.
-                    let mut worker = Worker::new(running.session.image.decoder(Reason::Demand));
+                    let mut worker = Worker::new(running.session.image.decoder(Reason::Demand), i);
                     running.session.serve(&mut worker);
                     running.fault_thread_ends();
                 }),
@@ -211,6 +211,7 @@ impl Crew {
             let plan = Plan {
                 prefetch: self.prefetch,
                 threads: self.prefetch_threads,
+                first_number: self.fault_threads,
                 bandwidth: self.prefetch_bandwidth,
                 hook: self.hook.clone(),
             };

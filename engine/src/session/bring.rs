@@ -19,6 +19,7 @@ use super::install::{HOLD_PAGES, Purpose, Source, Stop};
 use super::platform::{Content, Image, PageNumber, Platform, Run};
 use super::state::Status;
 use super::{Failure, FailureKind, Session};
+use crate::fail_point::{FailPoint, fail_point};
 use crate::sys::Wake;
 
 /// Pages of the buffer that fills other than zero are installed from.
@@ -27,6 +28,8 @@ const FILL_PAGES: usize = 64;
 /// long as one more system call for the page that is wanted.
 /// (The frames of the model have two pages.)
 const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
+/// What is wrong with a frame that is refused for what it did.
+const DEADLY: &str = "who decoded it died, twice";
 /// Damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.
@@ -39,6 +42,8 @@ pub(crate) struct Worker<I: Image> {
     pub(super) runs: Vec<Run>,
     fill: Vec<u8>,
     fill_word: u64,
+    /// Which of the session's threads it is of.
+    pub(super) number: usize,
     /// Whether this thread is on the core of the one that it serves.
     pub(super) shares_core: bool,
     /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
@@ -46,9 +51,11 @@ pub(crate) struct Worker<I: Image> {
 }
 
 impl<I: Image> Worker<I> {
-    pub(crate) fn new(decoder: I::Decoder) -> Self {
+    /// For thread number `number` of the session.
+    pub(crate) fn new(decoder: I::Decoder, number: usize) -> Self {
         Self {
             decoder,
+            number,
             runs: Vec::with_capacity(MOST_RUNS),
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
@@ -140,6 +147,14 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return Err(Lost::Failed(Failure { page, ..failure }));
                 }
                 let id = self.image.id(&frame);
+                if self.deadly.contains(&id) {
+                    return Err(Lost::Failed(Failure {
+                        page,
+                        offset: Some(id.0),
+                        kind: FailureKind::Damaged,
+                        ..self.image.failure(DEADLY.to_owned())
+                    }));
+                }
                 let Some(claim) = self.claims.claim(id) else {
                     if reason == Reason::Demand {
                         self.platform.wait_unclaimed(&self.claims, id);
@@ -269,7 +284,11 @@ impl<P: Platform, I: Image> Session<P, I> {
         slots: u16,
         reason: Reason,
     ) -> Result<(), Failure> {
+        self.state
+            .decoding(worker.number, Some(self.image.id(frame).0));
+        fail_point(FailPoint::Decoding);
         let decoded = self.image.decode(&mut worker.decoder, frame, slots, reason);
+        self.state.decoding(worker.number, None);
         decoded.map_err(|failure| {
             let failure = Failure { page, ..failure };
             // A touch looks for itself: the file may have been mended.

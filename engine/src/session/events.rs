@@ -1,11 +1,15 @@
 //! Reading messages and recording what they say.
 
-use super::platform::{Event, Image, Platform, ReadFailed, Waited};
+use super::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
 use super::stats::add;
 use super::{Fault, Session};
+use crate::fail_point::{FailPoint, fail_point};
 
 /// Why an owner that tears its memory into very many pieces is ended.
 const TOO_MANY_PIECES: &str = "the owner's munmap and mremap calls left its memory in more pieces than the session has room for";
+
+/// Why an owner that has asked for events of its forks is ended when it forks.
+const FORKED: &str = "it forked, and nobody serves its child";
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// The next fault to serve; waits for one. `None`: the session ends.
@@ -44,9 +48,19 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Reads messages and records them, all in one exclusive hold. Returns how many there were.
     pub(crate) fn read_events(&self, about: u64) -> usize {
         let mut hold = self.platform.exclusive(about);
-        let read = self
-            .platform
-            .read(&mut hold, &mut |event| self.record(&event));
+        self.state.count_read();
+        let mut slot = 0;
+        let read = self.platform.read(&mut hold, &mut |event| {
+            if slot == 0 {
+                fail_point(FailPoint::Read);
+            }
+            self.record(slot, &event);
+            fail_point(FailPoint::Recorded);
+            slot += 1;
+        });
+        fail_point(FailPoint::RingCleared);
+        // Only when nobody can find the messages again.
+        self.state.map().batch_ends();
         read.unwrap_or_else(|ReadFailed| {
             self.guard.end_owner("reading faults failed");
             self.end();
@@ -54,8 +68,45 @@ impl<P: Platform, I: Image> Session<P, I> {
         })
     }
 
-    /// Records one message. The caller holds the lock exclusively.
-    fn record(&self, event: &Event) {
+    /// Takes over from a worker that died: records what it had read and perhaps not recorded, and has
+    /// everybody who waits ask again. Before anything else is done with the session; done twice, by
+    /// somebody who was killed at it as well, it comes to the same.
+    ///
+    /// The messages of a batch up to the one that last changed the address map were dealt with, and
+    /// must not be again: the addresses of a discard may be those of other pages now. After it the
+    /// map is as it was, and what is recorded twice is recorded once.
+    pub(crate) fn take_over(&self) {
+        let mut hold = self.platform.exclusive(0);
+        let taken_in = self.state.map().taken_in();
+        self.platform.unrecorded(&mut hold, &mut |slot, event| {
+            match event {
+                // It is asked for again.
+                Event::Fault { .. } => {}
+                Event::Unmap { start, end } if slot < taken_in => {
+                    self.platform.wake(start, end - start);
+                }
+                Event::Remap { from, len, .. } if slot < taken_in => {
+                    self.platform.wake(from, len);
+                }
+                _ if slot < taken_in => {}
+                event => self.record(slot, &event),
+            }
+            fail_point(FailPoint::Replaying);
+        });
+        fail_point(FailPoint::Replayed);
+        self.platform.forget(&mut hold);
+        self.state.map().batch_ends();
+        fail_point(FailPoint::ReplayCleared);
+        self.state.take_over();
+        for extent in self.state.map().extents() {
+            self.platform.wake(extent.address, extent.pages * PAGE);
+        }
+        self.platform.wake_all();
+        fail_point(FailPoint::ReplayWoken);
+    }
+
+    /// Records one message, that in `slot` of its batch. The caller holds the lock exclusively.
+    fn record(&self, slot: usize, event: &Event) {
         if !matches!(event, Event::Fault { .. }) {
             add(&self.stats.events, 1);
         }
@@ -68,7 +119,12 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             Event::Unmap { start, end } => {
                 let removed = |pages| self.state.mark_removed(pages);
-                if self.state.map().unmap(&(start..end), removed).is_err() {
+                if self
+                    .state
+                    .map()
+                    .unmap(slot, &(start..end), removed)
+                    .is_err()
+                {
                     self.guard.end_owner(TOO_MANY_PIECES);
                 }
                 self.platform.wake(start, end - start);
@@ -76,11 +132,12 @@ impl<P: Platform, I: Image> Session<P, I> {
             Event::Remap { from, to, len } => {
                 let removed = |pages| self.state.mark_removed(pages);
                 let old = from..from + len;
-                if self.state.map().remap(&old, to, removed).is_err() {
+                if self.state.map().remap(slot, &old, to, removed).is_err() {
                     self.guard.end_owner(TOO_MANY_PIECES);
                 }
                 self.platform.wake(from, len);
             }
+            Event::Fork => self.guard.end_owner(FORKED),
             Event::Unexpected => {
                 tracing::warn!("userfaultfd sent a message that was not asked for");
             }

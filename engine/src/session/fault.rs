@@ -52,7 +52,10 @@ impl<P: Platform, I: Image> Session<P, I> {
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
             worker.shares_core = self.platform.follow(&mut follower, fault.thread);
-            match self.answer(worker, fault) {
+            self.state.turn(worker.number);
+            let answer = self.answer(worker, fault);
+            self.state.turn(worker.number);
+            match answer {
                 Answer::Given => {
                     self.stats.fault_time.record(fault.at.elapsed());
                     self.inbox.answered();

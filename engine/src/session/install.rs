@@ -19,6 +19,7 @@ use snapshot_format::layout::PAGE_SIZE;
 use super::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
 use super::stats::add;
 use super::{Session, Stats};
+use crate::fail_point::{FailPoint, fail_point};
 use crate::sys::Wake;
 
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
@@ -120,6 +121,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 count(&self.stats, source, purpose.reason, installed);
                 woken_later = (purpose.wake == Wake::Later).then_some((address, installed * PAGE));
             });
+            fail_point(FailPoint::Marked);
             if let Some((address, len)) = woken_later {
                 self.platform.wake(address, len);
             }
@@ -160,7 +162,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             return Held::Next(first + 1);
         };
         let count = (absent.end - first).min(following).min(source.most_pages());
-        match source.install(&self.platform, first, address, count, wake) {
+        let installed = source.install(&self.platform, first, address, count, wake);
+        fail_point(FailPoint::Installed);
+        match installed {
             Installed::Done => {
                 self.state.mark_present(first..first + count);
                 done(first..first + count, address);

@@ -4,17 +4,22 @@ use std::os::fd::BorrowedFd;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
+use crate::fail_point::{FailPoint, fail_point};
 use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
+use crate::sys::abi::UFFD_EVENT_FORK;
 use crate::sys::{
-    self, Follower, InstallError, Message, Presence, Ready, Userfaultfd, Waiting, Wake,
+    self, Follower, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
 use super::claims::{Claims, FrameId};
-use super::platform::{Event, Installed, Platform, ReadFailed, Waited};
+use super::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// How long installs may go on meeting a changing mapping with no event to read: an owner that
 /// forks or unmaps a huge mapping is between the start of the change and its event for a while.
 const MOST_TRIES: u32 = 4000;
+/// Where the memory of a process can lie: above what is never mapped, below the end of the smallest
+/// address space of a 64-bit process with four levels of page tables.
+const EVERYWHERE: (u64, u64) = (1 << 20, (1 << 47) - PAGE);
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);
 
@@ -171,14 +176,36 @@ impl Platform for Kernel {
                 Message::Remove { start, end } => Event::Remove { start, end },
                 Message::Unmap { start, end } => Event::Unmap { start, end },
                 Message::Remap { from, to, len } => Event::Remap { from, to, len },
-                Message::Fork { .. } | Message::Unknown(_) => Event::Unexpected,
+                Message::Fork { .. } | Message::Unknown(UFFD_EVENT_FORK) => Event::Fork,
+                Message::Unknown(_) => Event::Unexpected,
             });
         }
+        fail_point(FailPoint::AllRecorded);
         ring.clear();
         if count == Ring::SLOTS {
             self.waiting.wake();
         }
         Ok(count)
+    }
+
+    fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event)) {
+        // Who clears a ring begins at the front, so there may be nothing in its first slots only.
+        for slot in 0..Ring::SLOTS {
+            let event = match Raw::from_words(hold.ring.load(slot)) {
+                Raw::Unknown(0) => continue,
+                Raw::Pagefault { address, .. } => Event::Fault { address, thread: 0 },
+                Raw::Remove { start, end } => Event::Remove { start, end },
+                Raw::Unmap { start, end } => Event::Unmap { start, end },
+                Raw::Remap { from, to, len } => Event::Remap { from, to, len },
+                Raw::Fork { .. } => Event::Fork,
+                Raw::Unknown(_) => Event::Unexpected,
+            };
+            record(slot, event);
+        }
+    }
+
+    fn forget(&self, hold: &mut Self::Exclusive<'_>) {
+        hold.ring.clear();
     }
 
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
@@ -201,13 +228,25 @@ impl Platform for Kernel {
         });
     }
 
-    fn unregister(&self, address: u64, len: u64) {
-        // What the owner has unmapped meanwhile is no longer registered either.
+    fn wake_all(&self) {
         self.with((), |uffd| {
-            if let Err(error) = uffd.unregister(address, len) {
-                tracing::debug!(%error, address, len, "unregistering");
+            let (start, end) = EVERYWHERE;
+            // Where the address space is smaller the kernel refuses; what is known was woken.
+            if let Err(error) = uffd.wake(start, end - start) {
+                tracing::debug!(%error, "waking everywhere");
             }
         });
+    }
+
+    fn unregister(&self, address: u64, len: u64) -> bool {
+        // What the owner has unmapped meanwhile is no longer registered either.
+        self.with(true, |uffd| match uffd.unregister(address, len) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::error!(%error, address, len, "unregistering failed");
+                false
+            }
+        })
     }
 
     fn is_changing(&self, address: u64) -> bool {

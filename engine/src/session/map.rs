@@ -1,14 +1,17 @@
 //! Where the owner has the pages: owner addresses to page numbers and back.
 //!
 //! Two copies lie in the session's block. A change writes the spare copy and makes it valid with
-//! one store, so that a worker killed in between leaves the old map whole. Each copy lists its
-//! extents by address, and their order by page number. Changes need an exclusive hold of the
-//! install lock, look-ups any hold.
+//! one store, so that a worker killed in between leaves the old map whole. The same store says which
+//! message of the batch made the change, so that whoever reads the batch again makes it once only: a
+//! move made twice would find nothing at the old place and lose the pages. Each copy lists its extents
+//! by address, and their order by page number. Changes need an exclusive hold of the install lock,
+//! look-ups any hold.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 
 use super::platform::{PAGE, PageNumber};
+use crate::fail_point::{FailPoint, fail_point};
 
 /// Words of an extent: its address, its pages, its first page number, and a word of the order by
 /// page number.
@@ -38,6 +41,11 @@ impl Extent {
         })
     }
 
+    /// Its addresses.
+    pub(crate) fn addresses(&self) -> Range<u64> {
+        self.address..self.end()
+    }
+
     /// The numbers of its pages.
     pub(crate) fn page_numbers(&self) -> Range<PageNumber> {
         self.first_page..self.first_page + self.pages
@@ -47,6 +55,9 @@ impl Extent {
 /// The owner has torn its memory into more pieces than there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TooManyPieces;
+
+/// Bits of the version word that tell how many messages of the batch the map has taken in.
+const TAKEN_IN_BITS: u32 = 8;
 
 /// A view of the map in the session's block.
 #[derive(Clone, Copy)]
@@ -110,59 +121,77 @@ impl<'a> Map<'a> {
         (0..self.len()).map(move |i| self.extent(i))
     }
 
-    /// Forgets the addresses of `range` and tells which pages were there.
+    /// Forgets the addresses of `range` and tells which pages were there, as the message in `slot` of
+    /// the batch says.
     pub(crate) fn unmap(
         &self,
+        slot: usize,
         range: &Range<u64>,
-        mut gone: impl FnMut(Range<PageNumber>),
+        gone: impl FnMut(Range<PageNumber>),
     ) -> Result<(), TooManyPieces> {
-        self.change(range, |part| {
-            gone(part.page_numbers());
-            None
-        })
+        if !self.touches(range) {
+            return Ok(());
+        }
+        self.publish(cut_out(self.extents(), range, gone), slot + 1)
     }
 
-    /// Moves the addresses of `range` to `to`. What was mapped there before is gone.
+    /// Moves the addresses of `range` to `to`, as the message in `slot` of the batch says. What was
+    /// mapped there before is gone.
     pub(crate) fn remap(
         &self,
+        slot: usize,
         range: &Range<u64>,
         to: u64,
         gone: impl FnMut(Range<PageNumber>),
     ) -> Result<(), TooManyPieces> {
-        self.unmap(&(to..to.saturating_add(range.end - range.start)), gone)?;
-        self.change(range, |part| {
-            Some(Extent {
+        let target = to..to.saturating_add(range.end - range.start);
+        if !self.touches(range) && !self.touches(&target) {
+            return Ok(());
+        }
+        let left = cut_out(self.extents(), &target, gone);
+        let moved: Vec<Extent> = left
+            .iter()
+            .filter_map(|extent| extent.cut(range))
+            .map(|part| Extent {
                 address: to + (part.address - range.start),
                 ..part
             })
-        })
+            .collect();
+        let mut next = cut_out(left.into_iter(), range, |_| ());
+        next.extend(moved);
+        self.publish(next, slot + 1)
     }
 
-    /// Replaces the parts of all extents inside `range` by what `each` makes of them.
-    fn change(
+    fn touches(self, range: &Range<u64>) -> bool {
+        self.extents().any(|extent| extent.cut(range).is_some())
+    }
+
+    /// How many messages of the batch, the first, were dealt with for certain: no less than these if
+    /// whoever read it was killed.
+    pub(crate) fn taken_in(&self) -> usize {
+        usize::try_from(self.version.load(Relaxed) & ((1 << TAKEN_IN_BITS) - 1)).unwrap_or(0)
+    }
+
+    /// The batch is over, and nobody will find its messages again.
+    pub(crate) fn batch_ends(&self) {
+        let version = self.version.load(Relaxed);
+        // Mostly there is nothing to store in a line that every look-up reads.
+        if self.taken_in() > 0 {
+            let none = version >> TAKEN_IN_BITS << TAKEN_IN_BITS;
+            self.version.store(none, Release);
+        }
+    }
+
+    /// Makes `extents` the map, and the first `taken_in` messages of the batch dealt with.
+    pub(crate) fn publish(
         &self,
-        range: &Range<u64>,
-        mut each: impl FnMut(Extent) -> Option<Extent>,
+        mut extents: Vec<Extent>,
+        taken_in: usize,
     ) -> Result<(), TooManyPieces> {
-        if !self.extents().any(|extent| extent.cut(range).is_some()) {
-            return Ok(());
-        }
-        let mut next = Vec::with_capacity(self.len() + 2);
-        for extent in self.extents() {
-            next.extend(extent.cut(&(0..range.start)));
-            next.extend(extent.cut(&(range.end..u64::MAX)));
-            next.extend(extent.cut(range).and_then(&mut each));
-        }
-        if Self::words(next.len()) > self.copies[0].len() {
+        if Self::words(extents.len()) > self.copies[0].len() {
             return Err(TooManyPieces);
         }
-        self.publish(next);
-        Ok(())
-    }
-
-    /// Makes `extents`, which fit, the map.
-    pub(crate) fn publish(&self, mut extents: Vec<Extent>) {
-        let version = self.version.load(Relaxed) + 1;
+        let version = (self.version.load(Relaxed) >> TAKEN_IN_BITS) + 1;
         let copy = self.copies[copy_of(version)];
         extents.sort_unstable_by_key(|extent| extent.address);
         let mut order: Vec<usize> = (0..extents.len()).collect();
@@ -174,11 +203,15 @@ impl<'a> Map<'a> {
             words[3].store(by_page as u64, Relaxed);
         }
         self.counts[copy_of(version)].store(extents.len() as u64, Relaxed);
-        self.version.store(version, Release);
+        fail_point(FailPoint::MapWritten);
+        let word = version << TAKEN_IN_BITS | taken_in as u64;
+        self.version.store(word, Release);
+        fail_point(FailPoint::MapPublished);
+        Ok(())
     }
 
     fn valid(&self) -> usize {
-        copy_of(self.version.load(Relaxed))
+        copy_of(self.version.load(Relaxed) >> TAKEN_IN_BITS)
     }
 
     #[expect(clippy::cast_possible_truncation)] // The extents lie in memory.
@@ -200,6 +233,23 @@ impl<'a> Map<'a> {
         let words = &self.copies[self.valid()][i * EXTENT_WORDS..];
         self.extent(words[3].load(Relaxed) as usize)
     }
+}
+
+/// What is left of `extents` without `range`; tells which pages were there.
+fn cut_out(
+    extents: impl Iterator<Item = Extent>,
+    range: &Range<u64>,
+    mut gone: impl FnMut(Range<PageNumber>),
+) -> Vec<Extent> {
+    let mut left = Vec::with_capacity(extents.size_hint().0 + 2);
+    for extent in extents {
+        left.extend(extent.cut(&(0..range.start)));
+        left.extend(extent.cut(&(range.end..u64::MAX)));
+        if let Some(part) = extent.cut(range) {
+            gone(part.page_numbers());
+        }
+    }
+    left
 }
 
 /// The copy that is valid at a version: they take turns.
@@ -260,13 +310,13 @@ mod tests {
             if round % 2 == 0 {
                 state
                     .map()
-                    .unmap(&(at(from)..at(from + len)), |_| ())
+                    .unmap(0, &(at(from)..at(from + len)), |_| ())
                     .unwrap();
                 expected.retain(|address, _| !(at(from)..at(from + len)).contains(address));
             } else {
                 state
                     .map()
-                    .remap(&(at(from)..at(from + len)), at(to), |_| ())
+                    .remap(0, &(at(from)..at(from + len)), at(to), |_| ())
                     .unwrap();
                 for i in 0..len {
                     expected.remove(&at(to + i));
@@ -299,7 +349,7 @@ mod tests {
         let mut gone = Vec::new();
         state
             .map()
-            .unmap(&(at(2)..at(4)), |pages| gone.push(pages))
+            .unmap(0, &(at(2)..at(4)), |pages| gone.push(pages))
             .unwrap();
         assert_eq!(gone.len(), 1);
         assert_eq!(gone[0], 514..516);
@@ -316,11 +366,33 @@ mod tests {
             first_page: 0,
         };
         let state = State::new(64, &[extent], 1).unwrap().0;
-        state.map().unmap(&(at(2)..at(3)), |_| ()).unwrap();
+        state.map().unmap(0, &(at(2)..at(3)), |_| ()).unwrap();
         assert_eq!(
-            state.map().unmap(&(at(5)..at(6)), |_| ()),
+            state.map().unmap(0, &(at(5)..at(6)), |_| ()),
             Err(TooManyPieces)
         );
         assert_eq!(state.map().page_at(at(5)), Some(5));
+    }
+
+    #[test]
+    fn a_change_says_which_message_made_it_until_the_batch_ends() {
+        let extent = Extent {
+            address: at(0),
+            pages: 10,
+            first_page: 0,
+        };
+        let state = State::new(64, &[extent], 8).unwrap().0;
+        let map = state.map();
+        assert_eq!(map.taken_in(), 0);
+        map.unmap(5, &(at(100)..at(101)), |_| ()).unwrap();
+        assert_eq!(map.taken_in(), 0, "nothing of ours was there");
+        map.remap(2, &(at(0)..at(2)), at(50), |_| ()).unwrap();
+        assert_eq!(map.taken_in(), 3);
+        map.unmap(63, &(at(9)..at(10)), |_| ()).unwrap();
+        assert_eq!(map.taken_in(), 64);
+        let before: Vec<_> = map.extents().collect();
+        map.batch_ends();
+        assert_eq!(map.taken_in(), 0);
+        assert_eq!(map.extents().collect::<Vec<_>>(), before);
     }
 }

@@ -62,13 +62,16 @@ mod check;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+use crate::fail_point::{FailPoint, fail_point};
+
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
 pub use failure::{Failure, FailureKind, OnFailure, Verdict};
+pub use state::{Pulse, Vitals};
 pub use stats::{Histogram, Percentiles};
 
 pub(crate) use bring::Worker;
-pub(crate) use claims::Claims;
+pub(crate) use claims::{Claims, FrameId};
 pub(crate) use image::{SnapshotImage, zero_runs};
 pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;
@@ -117,6 +120,8 @@ pub(crate) struct Session<P, I> {
     claims: Claims,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
+    /// Frames that are not to be decoded: who tried has died.
+    deadly: Vec<FrameId>,
     failures: Mutex<Failures>,
     phase: Phase,
 }
@@ -159,9 +164,15 @@ impl<P: Platform, I: Image> Session<P, I> {
             claims: Claims::new(threads),
             guard,
             observer,
+            deadly: Vec::new(),
             failures: Mutex::default(),
             phase: Phase::default(),
         }
+    }
+
+    /// Has these frames refused like damaged ones, before anything is decoded.
+    pub(crate) fn refuse(&mut self, frames: impl IntoIterator<Item = u64>) {
+        self.deadly.extend(frames.into_iter().map(FrameId));
     }
 
     /// Makes every thread return from [`Session::serve`]. Faults that still wait are not answered.
@@ -240,9 +251,15 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         let extents: Vec<Extent> = self.state.map().extents().collect();
         drop(hold);
+        fail_point(FailPoint::Settled);
         for extent in &extents {
-            self.platform
-                .unregister(extent.address, extent.pages * PAGE);
+            let (address, len) = (extent.address, extent.pages * PAGE);
+            if !self.platform.unregister(address, len) {
+                // It would wait for ever at the first page that it discards.
+                self.guard
+                    .end_owner("its memory can't be given back to the kernel");
+            }
+            fail_point(FailPoint::Unregistered);
         }
         // The kernel wakes who waits in a range before it gives the range up (seen with 6.18): who
         // faults again, or for the first time, in between waits where nobody reads any more. Closing
@@ -258,6 +275,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             tries += 1;
         }
+        fail_point(FailPoint::Complete);
         self.phase.complete.store(true, Relaxed);
         self.end();
         true

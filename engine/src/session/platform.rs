@@ -47,6 +47,8 @@ pub(crate) enum Event {
     Unmap { start: u64, end: u64 },
     /// The range moved.
     Remap { from: u64, to: u64, len: u64 },
+    /// The owner forked, and its child's memory is registered as well.
+    Fork,
     /// Something that was not asked for.
     Unexpected,
 }
@@ -107,6 +109,10 @@ pub(crate) trait Platform: Sync {
         hold: &mut Self::Exclusive<'_>,
         record: &mut dyn FnMut(Event),
     ) -> Result<usize, ReadFailed>;
+    /// Gives what a predecessor has read, and may not have recorded, with its place in the batch.
+    fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event));
+    /// Nobody shall find it again.
+    fn forget(&self, hold: &mut Self::Exclusive<'_>);
     /// Copies `bytes` to missing pages from `address` on and wakes who waits for them, if it is to
     /// be now.
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed;
@@ -116,9 +122,12 @@ pub(crate) trait Platform: Sync {
     fn poison(&self, address: u64, len: u64) -> Installed;
     /// Wakes who waits for a page in the range; each looks again.
     fn wake(&self, address: u64, len: u64);
+    /// Wakes who waits for a page, wherever it is.
+    fn wake_all(&self);
     /// Gives the range back to the kernel, which from now on answers a missing page with zeros, and
-    /// wakes who waits in it. Nothing happens where nothing is registered any more.
-    fn unregister(&self, address: u64, len: u64);
+    /// wakes who waits in it. Nothing happens where nothing is registered any more. False if the
+    /// kernel would not.
+    fn unregister(&self, address: u64, len: u64) -> bool;
     /// Whether somebody waits, or is about to wait, for an event to be read. `address` was
     /// registered and isn't any more.
     fn is_changing(&self, address: u64) -> bool;

@@ -2,17 +2,20 @@
 //!
 //! | words | what |
 //! | --- | --- |
-//! | 8 | header: which copy of the address map is valid, pages not settled, extents of each copy |
+//! | 16 | header: which copy of the address map is valid, pages not settled, extents of each copy, what tells the layout, reads of messages so far |
+//! | 256 | what each of 32 threads is doing, 8 words each: whether it serves, which frame it decodes |
 //! | n | `removed`, one bit a page: sticky, the page is zero from now on |
 //! | n | `present`, one bit a page: the kernel said that the page is there; advice |
 //! | n | `poisoned`, one bit a page |
 //! | m | the address map, two copies ([`super::map`]) |
 //!
-//! n is a word for each 64 page numbers. Bits are set under a hold of the install lock, for an
+//! n is a word for each 64 page numbers. In a memfd it is what a successor goes on from, and what a
+//! keeper sees of a worker ([`Vitals`]). Bits are set under a hold of the install lock, for an
 //! event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -27,8 +30,28 @@ const MAP_VERSION: usize = 0;
 const UNSETTLED: usize = 1;
 /// Words of the header that count the extents of each copy of the map.
 const EXTENTS: usize = 2;
+/// Word of the header that says how all of this is laid out: another program may have made it.
+const LAYOUT: usize = 4;
+/// Word of the header that holds the number of page numbers.
+const PAGES: usize = 5;
+/// Word of the header that holds the room of each copy of the map, in extents.
+const CAPACITY: usize = 6;
+/// Word of the header that counts reads of messages.
+const READS: usize = 7;
+/// Where the words of the threads begin.
+const THREADS: usize = 16;
+/// Words of a thread: a line of the cache, so that threads don't take it from each other.
+const THREAD_WORDS: usize = 8;
+/// Threads that have words. Of what others do nothing is known.
+const MOST_THREADS: usize = 32;
+/// Word of a thread that counts the beginnings and ends of what it serves: odd while it serves.
+const TURNS: usize = 0;
+/// Word of a thread that names the frame that it decodes: one more than the frame's number, or 0.
+const DECODING: usize = 1;
 /// Words before the bitmaps.
-const HEADER_END: usize = 8;
+const HEADER_END: usize = THREADS + MOST_THREADS * THREAD_WORDS;
+/// The layout of this file's table.
+const VERSION: u64 = u64::from_le_bytes(*b"snaptab1");
 
 /// What the session believes of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,19 +88,69 @@ impl State {
         extents: &[Extent],
         extra: usize,
     ) -> io::Result<(Self, Ring)> {
+        Self::begin(pages, extents, extra, Block::anonymous)
+    }
+
+    /// As [`State::new`], in a memfd that other processes can share.
+    pub(crate) fn shared(
+        pages: PageNumber,
+        extents: &[Extent],
+        extra: usize,
+    ) -> io::Result<(Self, Ring)> {
+        Self::begin(pages, extents, extra, |len| {
+            Block::memfd(c"snaprestore session", len)
+        })
+    }
+
+    /// The state that [`State::shared`] made, here or in another process, as it is now.
+    pub(crate) fn open(memfd: OwnedFd) -> io::Result<(Self, Ring)> {
+        let (block, ring) = Block::from_memfd(memfd)?;
+        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
+        if block.len() < (HEADER_END * size_of::<u64>()) as u64 {
+            return Err(invalid("the session's tables are too short"));
+        }
+        let header = |word: usize| block.words(0, HEADER_END)[word].load(Relaxed);
+        if header(LAYOUT) != VERSION {
+            return Err(invalid("the session's tables are of another version"));
+        }
+        let number = |word| usize::try_from(header(word)).unwrap_or(usize::MAX);
+        let state = Self::over(Arc::clone(&block), header(PAGES), number(CAPACITY));
+        match state.filter(|state| (state.words * size_of::<u64>()) as u64 == block.len()) {
+            Some(state) => Ok((state, ring)),
+            None => Err(invalid("the session's tables contradict themselves")),
+        }
+    }
+
+    fn over(block: Arc<Block>, pages: PageNumber, extent_capacity: usize) -> Option<Self> {
+        let bitmap_words = usize::try_from(pages.div_ceil(64)).ok()?;
+        let map_words = extent_capacity.checked_mul(Map::words(1))?.checked_mul(2)?;
+        let words = bitmap_words.checked_mul(3)?.checked_add(HEADER_END)?;
+        Some(Self {
+            block,
+            words: words.checked_add(map_words)?,
+            pages,
+            bitmap_words,
+            extent_capacity,
+        })
+    }
+
+    fn begin(
+        pages: PageNumber,
+        extents: &[Extent],
+        extra: usize,
+        block: impl FnOnce(u64) -> io::Result<(Arc<Block>, Ring)>,
+    ) -> io::Result<(Self, Ring)> {
         let too_many = || io::Error::other(format!("{pages} pages are too many for memory"));
         let bitmap_words = usize::try_from(pages.div_ceil(64)).map_err(|_| too_many())?;
         let extent_capacity = extents.len() + extra;
         let words = HEADER_END + 3 * bitmap_words + 2 * Map::words(extent_capacity);
-        let (block, ring) = Block::anonymous((words * size_of::<u64>()) as u64)?;
-        let state = Self {
-            block,
-            words,
-            pages,
-            bitmap_words,
-            extent_capacity,
-        };
-        state.map().publish(extents.to_vec());
+        let (block, ring) = block((words * size_of::<u64>()) as u64)?;
+        let state = Self::over(block, pages, extent_capacity).ok_or_else(too_many)?;
+        let header = state.words();
+        header[PAGES].store(pages, Relaxed);
+        header[CAPACITY].store(extent_capacity as u64, Relaxed);
+        // They fit: the capacity is theirs and more.
+        let _ = state.map().publish(extents.to_vec(), 0);
         // Numbers past the end of a region belong to no page: nobody has to bring them.
         let mut owned: Vec<_> = extents.iter().map(Extent::page_numbers).collect();
         owned.sort_unstable_by_key(|range| range.start);
@@ -89,7 +162,56 @@ impl State {
         state.mark_removed(next..pages);
         let owned = owned.iter().map(|range| range.end - range.start).sum();
         state.words()[UNSETTLED].store(owned, Relaxed);
+        state.words()[LAYOUT].store(VERSION, Relaxed);
         Ok((state, ring))
+    }
+
+    /// The memfd that it lies in, if it does.
+    pub(crate) fn memfd(&self) -> Option<BorrowedFd<'_>> {
+        self.block.as_memfd()
+    }
+
+    /// Page numbers that it has room for.
+    pub(crate) fn page_slots(&self) -> PageNumber {
+        self.pages
+    }
+
+    /// Counts a read of messages: a sign of life.
+    pub(crate) fn count_read(&self) {
+        self.words()[READS].fetch_add(1, Relaxed);
+    }
+
+    /// Notes that thread number `thread` begins, or has ended, to serve a fault.
+    pub(crate) fn turn(&self, thread: usize) {
+        if let Some(words) = self.thread(thread) {
+            words[TURNS].fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Notes the frame that thread number `thread` decodes.
+    pub(crate) fn decoding(&self, thread: usize, frame: Option<u64>) {
+        if let Some(words) = self.thread(thread) {
+            words[DECODING].store(frame.map_or(0, |frame| frame + 1), Relaxed);
+        }
+    }
+
+    fn thread(&self, thread: usize) -> Option<&[AtomicU64]> {
+        (thread < MOST_THREADS).then(|| {
+            let start = THREADS + thread * THREAD_WORDS;
+            &self.words()[start..start + THREAD_WORDS]
+        })
+    }
+
+    /// Takes over from threads that are gone: what they were doing is theirs no more, and what they
+    /// may have left uncounted is counted. Nobody else uses the state.
+    pub(crate) fn take_over(&self) {
+        for thread in 0..MOST_THREADS {
+            if let Some(words) = self.thread(thread) {
+                words[TURNS].store(0, Relaxed);
+                words[DECODING].store(0, Relaxed);
+            }
+        }
+        self.recount();
     }
 
     /// Where the owner has the pages.
@@ -217,7 +339,10 @@ impl State {
     /// The state as numbers, for telling two states apart.
     #[cfg(test)]
     pub(crate) fn snapshot(&self) -> Vec<u64> {
-        self.words().iter().map(|word| word.load(Relaxed)).collect()
+        // What the threads have done, and how often, makes no difference to what they will do.
+        let words = self.words();
+        let words = words[..LAYOUT].iter().chain(&words[HEADER_END..]);
+        words.map(|word| word.load(Relaxed)).collect()
     }
 
     fn settled_word(&self, word: usize) -> u64 {
@@ -245,6 +370,50 @@ impl State {
 
     fn words(&self) -> &[AtomicU64] {
         self.block.words(0, self.words)
+    }
+}
+
+/// What a keeper sees of the threads over a session in a memfd.
+#[derive(Debug)]
+pub struct Vitals {
+    state: State,
+}
+
+/// What the threads over a session had done at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pulse {
+    /// Reads of messages.
+    pub reads: u64,
+    /// For each thread the beginnings and ends of what it served: odd while it serves.
+    pub turns: Vec<u64>,
+}
+
+impl Vitals {
+    /// Of the session whose tables lie in `memfd`.
+    pub fn new(memfd: OwnedFd) -> io::Result<Self> {
+        let state = State::open(memfd)?.0;
+        Ok(Self { state })
+    }
+
+    /// What was done so far.
+    pub fn pulse(&self) -> Pulse {
+        let turns = self.threads().map(|words| words[TURNS].load(Relaxed));
+        Pulse {
+            reads: self.state.words()[READS].load(Relaxed),
+            turns: turns.collect(),
+        }
+    }
+
+    /// The frames that are being decoded, by their offset in the file. Of a dead worker: those that it
+    /// died on.
+    pub fn decoding(&self) -> Vec<u64> {
+        self.threads()
+            .filter_map(|words| words[DECODING].load(Relaxed).checked_sub(1))
+            .collect()
+    }
+
+    fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {
+        (0..MOST_THREADS).filter_map(|thread| self.state.thread(thread))
     }
 }
 

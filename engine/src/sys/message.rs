@@ -157,8 +157,9 @@ impl Userfaultfd {
         let page = super::page_size();
         for slot in 0..count {
             // SAFETY: the slot was filled by the read above, once, and this is the only place that
-            // looks at it before the next read: `ring` is borrowed exclusively.
-            let message = unsafe { self.decode(ring.load(slot)) };
+            // looks at it before the next read: `ring` is borrowed exclusively. What others may have
+            // written to a shared one is not believed of descriptors.
+            let message = unsafe { self.decode(ring.load(slot), ring.is_private()) };
             if let Some(grants) = grants.as_mut() {
                 match &message {
                     Message::Pagefault { address, .. } => {
@@ -177,9 +178,9 @@ impl Userfaultfd {
 
     /// # Safety
     ///
-    /// `words` must come from the kernel by a read of this descriptor in this process, and be
-    /// decoded once: a fork message carries a descriptor that becomes ours here.
-    unsafe fn decode(&self, words: [u64; 4]) -> Message {
+    /// If descriptors are believed, `words` must come from the kernel by a read of this descriptor in
+    /// this process, and be decoded once: a fork message carries a descriptor that becomes ours here.
+    unsafe fn decode(&self, words: [u64; 4], believed: bool) -> Message {
         match Raw::from_words(words) {
             Raw::Pagefault {
                 address,
@@ -202,6 +203,8 @@ impl Userfaultfd {
                 }
             }
             Raw::Fork { descriptor } => match i32::try_from(descriptor) {
+                // It stays open until this process ends.
+                Ok(_) if !believed => Message::Unknown(abi::UFFD_EVENT_FORK),
                 Ok(number) => {
                     // SAFETY: the kernel put this new descriptor into our table for this message,
                     // and by this function's contract nobody else took it from there.

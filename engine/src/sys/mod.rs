@@ -43,7 +43,7 @@ pub use event::{Ready, Waiting};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
 pub use follower::Follower;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
-pub use message::{FaultFlags, Forked, Message, ReadError, ReadOutcome};
+pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
 pub use process::{kill_by_pidfd, may_kill, open_pidfd};

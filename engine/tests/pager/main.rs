@@ -48,7 +48,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
         });
         let snapshot = open(pack(&bytes, 32));
         let prefetch_off = prefetch == Prefetch::Off;
-        let mut paged = Pager::new(snapshot)
+        let paged = Pager::new(snapshot)
             .prefetch(prefetch)
             .attach(owner.handover())
             .unwrap();
@@ -80,7 +80,7 @@ fn discarded_pages_read_as_zeros_also_under_prefetch() {
             memory.discard_and_compare(&expected, round)
         });
         let snapshot = open(pack(&bytes, 32));
-        let mut paged = Pager::new(snapshot)
+        let paged = Pager::new(snapshot)
             .prefetch(Prefetch::All)
             .attach(owner.handover())
             .unwrap();
@@ -98,7 +98,7 @@ fn a_completed_owner_goes_on_without_its_pager() {
         memory.wait_for_word();
         memory.compare_in_threads(&expected, 1)
     });
-    let mut paged = Pager::new(open(pack(&bytes, 32)))
+    let paged = Pager::new(open(pack(&bytes, 32)))
         .attach(owner.handover())
         .unwrap();
     assert_eq!(paged.ending(), None);
@@ -119,7 +119,7 @@ fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
     let owner = Owner::start(&REGIONS, move |memory| {
         memory.compare_in_threads(&expected, 2)
     });
-    let mut paged = Pager::new(open(damaged(file, &frame)))
+    let paged = Pager::new(open(damaged(file, &frame)))
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
@@ -139,7 +139,7 @@ fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
     let owner = Owner::start(&REGIONS, move |memory| {
         memory.compare_in_threads(&expected, 1)
     });
-    let mut paged = Pager::new(open(damaged(file, &frame)))
+    let paged = Pager::new(open(damaged(file, &frame)))
         .on_error(OnError::Poison)
         .attach(owner.handover())
         .unwrap();
@@ -232,7 +232,7 @@ fn sessions_leave_nothing_behind() {
         let owner = Owner::start(&regions, move |memory| {
             memory.compare_in_threads(&expected, 1)
         });
-        let mut paged = Pager::new(Arc::clone(&snapshot))
+        let paged = Pager::new(Arc::clone(&snapshot))
             .attach(owner.handover())
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0));

@@ -187,7 +187,7 @@ impl Scenario {
             let prefetches = i >= self.fault_threads;
             bodies.push(Box::new(move || {
                 let session = &scene.session;
-                let mut worker = Worker::new(Vec::new());
+                let mut worker = Worker::new(Vec::new(), 0);
                 session.platform.enter(thread);
                 if prefetches {
                     let _ = session.prefetch(&mut worker, 0..PAGES, || ());

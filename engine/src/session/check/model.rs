@@ -286,6 +286,12 @@ impl Platform for Model {
         Ok(count)
     }
 
+    fn unrecorded(&self, _: &mut Hold<'_>, _: &mut dyn FnMut(usize, Event)) {}
+
+    fn forget(&self, _: &mut Hold<'_>) {}
+
+    fn wake_all(&self) {}
+
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
         let len = bytes.len() as u64;
         if self.is(Mistake::PresentBeforeCopy) {
@@ -336,9 +342,10 @@ impl Platform for Model {
         unreachable!("nothing fails in the model")
     }
 
-    fn unregister(&self, address: u64, len: u64) {
+    fn unregister(&self, address: u64, len: u64) -> bool {
         self.stop(Op::Unregister(address, len));
         self.world.borrow_mut().unregister(address, len);
+        true
     }
 
     fn is_changing(&self, _: u64) -> bool {

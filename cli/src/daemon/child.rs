@@ -1,0 +1,117 @@
+//! The worker's process, as the keeper sees it.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use snaprestore_engine::sys::open_pidfd;
+
+use super::wire::Wire;
+
+/// A worker.
+#[derive(Debug)]
+pub(super) struct Worker {
+    child: Child,
+    /// Readable once every thread of it is gone.
+    pidfd: OwnedFd,
+    pub(super) wire: Wire,
+    pub(super) started: Instant,
+    /// Whether it has said that it is.
+    pub(super) ready: bool,
+    /// Whether it was killed for being stuck.
+    stuck: bool,
+}
+
+/// How a worker came to its end.
+#[derive(Debug)]
+pub(super) struct Death {
+    /// In words.
+    pub(super) how: String,
+    /// Whether what it was doing may be to blame: it crashed or got stuck, and was not killed from
+    /// outside.
+    pub(super) of_itself: bool,
+}
+
+impl Worker {
+    /// Starts `program` as the worker number `number`, the first of which is 0.
+    pub(super) fn start(program: &OsStr, number: u64) -> Result<Self> {
+        let (wire, theirs) = Wire::pair().context("a socket for the worker")?;
+        let mut command = Command::new(program);
+        // A Ctrl-C is the keeper's to act on.
+        command.arg("worker").process_group(0);
+        command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        if !may_fail(number) {
+            command.env_remove(FAIL);
+        }
+        let child = command
+            .spawn()
+            .with_context(|| format!("{}: can't be started as a worker", program.display()))?;
+        let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;
+        Ok(Self {
+            child,
+            pidfd,
+            wire,
+            started: Instant::now(),
+            ready: false,
+            stuck: false,
+        })
+    }
+
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Kills it for being stuck.
+    pub(super) fn kill_stuck(&mut self) {
+        self.stuck = true;
+        self.kill();
+    }
+
+    /// Kills it. Its death is noticed as any.
+    pub(super) fn kill(&mut self) {
+        // It can't be another's process: its status has not been taken.
+        let _ = self.child.kill();
+    }
+
+    /// Takes the status of a worker whose pidfd is readable.
+    pub(super) fn bury(&mut self) -> Result<Death> {
+        let status: ExitStatus = self.child.wait().context("the worker's status")?;
+        let how = if self.stuck {
+            "was stuck, and was killed".to_owned()
+        } else {
+            match (status.code(), status.signal()) {
+                (Some(code), _) => format!("ended with code {code}"),
+                (None, signal) => format!("was killed by signal {}", signal.unwrap_or(0)),
+            }
+        };
+        let killed_from_outside = !self.stuck && status.signal() == Some(SIGKILL);
+        Ok(Death {
+            how,
+            of_itself: !killed_from_outside,
+        })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
+
+/// Names the place at which the project's own tests have a worker killed.
+pub(super) const FAIL: &str = "SNAPRESTORE_FAIL";
+
+/// How many workers, the first, heed it.
+const FAIL_WORKERS: &str = "SNAPRESTORE_FAIL_WORKERS";
+
+fn may_fail(number: u64) -> bool {
+    let workers = std::env::var(FAIL_WORKERS).ok();
+    let workers = workers.and_then(|workers| workers.parse().ok());
+    number < workers.unwrap_or(1)
+}

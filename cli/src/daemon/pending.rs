@@ -1,0 +1,67 @@
+//! Connections whose handshake has not come as a whole.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError};
+use snaprestore_engine::sys::Peer;
+
+/// The most of them at once; who connects then waits in the kernel's queue.
+pub(super) const MOST: usize = 256;
+
+/// One that is being waited for.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) service: u64,
+    pub(super) peer: Peer,
+    stream: UnixStream,
+    arriving: Arriving,
+    since: Instant,
+    patience: Duration,
+}
+
+impl Pending {
+    pub(super) fn new(
+        service: u64,
+        stream: UnixStream,
+        peer: Peer,
+        patience: Duration,
+    ) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            service,
+            peer,
+            stream,
+            arriving: Arriving::default(),
+            since: Instant::now(),
+            patience,
+        })
+    }
+
+    /// Reads what has come. `None`: more has to come.
+    pub(super) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
+        match self.arriving.receive(self.stream.as_fd()) {
+            Err(HandshakeError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
+    /// What it is refused for if it has taken too long.
+    pub(super) fn overdue(&self) -> Option<HandshakeError> {
+        let late = self.since.elapsed() >= self.patience;
+        late.then(|| HandshakeError::Silent {
+            received: self.arriving.received(),
+            patience: self.patience,
+        })
+    }
+}
+
+impl AsFd for Pending {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

@@ -1,0 +1,104 @@
+//! What became of a VM, for people and programs.
+
+use std::fmt;
+use std::time::Duration;
+
+use indicatif::HumanCount;
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager::{PageCounts, Stats};
+
+/// What became of one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Vm {
+    pub(crate) pid: u32,
+    pub(crate) ending: Ending,
+    /// Why it was killed or refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
+    faults: u64,
+    fault_p50_us: u64,
+    fault_p99_us: u64,
+    /// Pages that were installed.
+    pages: u64,
+    /// Of them before they were touched.
+    prefetched: u64,
+    discards: u64,
+}
+
+/// How a VM ended, for the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Ending {
+    /// It has all of its memory, and goes on alone.
+    Complete,
+    /// Its process has ended.
+    Exited,
+    /// Its process was killed.
+    Killed,
+    /// It was never served.
+    Refused,
+}
+
+impl Vm {
+    /// One of which nothing is known but its end.
+    pub(crate) fn new(pid: u32, ending: Ending, reason: Option<String>) -> Self {
+        Self {
+            pid,
+            ending,
+            reason,
+            faults: 0,
+            fault_p50_us: 0,
+            fault_p99_us: 0,
+            pages: 0,
+            prefetched: 0,
+            discards: 0,
+        }
+    }
+
+    /// With what was done for it.
+    pub(crate) fn with(self, stats: &Stats) -> Self {
+        let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            faults: stats.faults,
+            fault_p50_us: micros(stats.fault_time.p50),
+            fault_p99_us: micros(stats.fault_time.p99),
+            pages: total(stats.demand) + total(stats.prefetch),
+            prefetched: total(stats.prefetch),
+            discards: stats.events,
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Complete => "complete",
+            Self::Exited => "exited",
+            Self::Killed => "killed",
+            Self::Refused => "refused",
+        })
+    }
+}
+
+impl fmt::Display for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VM {}: {}", self.pid, self.ending)?;
+        if let Some(reason) = &self.reason {
+            write!(f, ": {reason}")?;
+        }
+        if self.pages > 0 {
+            write!(
+                f,
+                "; {} faults ({} us at p50, {} us p99), {} pages installed, {} of them before they were touched",
+                HumanCount(self.faults),
+                self.fault_p50_us,
+                self.fault_p99_us,
+                HumanCount(self.pages),
+                HumanCount(self.prefetched),
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,163 @@
+//! The VMs that the keeper holds.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use snaprestore_engine::pager::{OwnerRegion, Vitals};
+use snaprestore_engine::sys::{Peer, kill_by_pidfd};
+
+/// Deaths of workers on one frame after which it counts as damaged.
+const DEADLY: u32 = 2;
+
+/// All that can't be made again of one.
+#[derive(Debug)]
+pub(super) struct Vm {
+    pub(super) service: u64,
+    pub(super) peer: Peer,
+    pub(super) userfaultfd: OwnedFd,
+    pub(super) regions: Vec<OwnerRegion>,
+    tables: Option<Tables>,
+    /// Frames on which workers have died, by their offset, and how often.
+    suspects: BTreeMap<u64, u32>,
+    watch: Watch,
+}
+
+#[derive(Debug)]
+struct Tables {
+    memfd: OwnedFd,
+    vitals: Vitals,
+}
+
+/// Since when nothing has changed that ought to.
+#[derive(Debug)]
+struct Watch {
+    /// Whether the worker has it in hand.
+    served: bool,
+    since: Instant,
+    reads: (u64, Instant),
+    turns: Vec<(u64, Instant)>,
+}
+
+impl Watch {
+    fn begin() -> Self {
+        let now = Instant::now();
+        Self {
+            served: false,
+            since: now,
+            reads: (0, now),
+            turns: Vec::new(),
+        }
+    }
+}
+
+impl Vm {
+    pub(super) fn new(
+        service: u64,
+        peer: Peer,
+        userfaultfd: OwnedFd,
+        regions: Vec<OwnerRegion>,
+    ) -> Self {
+        Self {
+            service,
+            peer,
+            userfaultfd,
+            regions,
+            tables: None,
+            suspects: BTreeMap::new(),
+            watch: Watch::begin(),
+        }
+    }
+
+    /// Takes the tables that the worker made, before it has read anything.
+    pub(super) fn keep_tables(&mut self, memfd: OwnedFd) -> Result<()> {
+        let copy = memfd.try_clone().context("the tables of a VM")?;
+        let vitals = Vitals::new(copy).context("the tables of a VM")?;
+        self.tables = Some(Tables { memfd, vitals });
+        Ok(())
+    }
+
+    /// What a worker needs to serve it.
+    pub(super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut all = vec![self.userfaultfd.as_fd(), self.peer.pidfd.as_fd()];
+        all.extend(self.tables.as_ref().map(|tables| tables.memfd.as_fd()));
+        all
+    }
+
+    /// Frames that are not to be decoded.
+    pub(super) fn deadly(&self) -> Vec<u64> {
+        let deadly = self
+            .suspects
+            .iter()
+            .filter(|(_, deaths)| **deaths >= DEADLY);
+        deadly.map(|(frame, _)| *frame).collect()
+    }
+
+    /// Its worker has died of itself: notes on which frames.
+    pub(super) fn blame_frames(&mut self) {
+        for frame in self
+            .tables
+            .iter()
+            .flat_map(|tables| tables.vitals.decoding())
+        {
+            *self.suspects.entry(frame).or_default() += 1;
+        }
+    }
+
+    /// A worker is told of it.
+    pub(super) fn handed_over(&mut self) {
+        self.watch = Watch::begin();
+    }
+
+    /// The worker has it in hand.
+    pub(super) fn is_served(&mut self) {
+        self.watch.served = true;
+    }
+
+    /// Whether it waits for something that its worker has not done for so long: begun to serve it, read
+    /// its messages, answered its fault.
+    pub(super) fn is_neglected(&mut self, patience: Duration) -> bool {
+        let now = Instant::now();
+        let late = |since: Instant| now.duration_since(since) >= patience;
+        let watch = &mut self.watch;
+        let Some(tables) = self.tables.as_ref().filter(|_| watch.served) else {
+            return late(watch.since);
+        };
+        let pulse = tables.vitals.pulse();
+        if pulse.reads != watch.reads.0 || !readable(self.userfaultfd.as_fd()) {
+            watch.reads = (pulse.reads, now);
+        }
+        watch.turns.resize(pulse.turns.len(), (0, now));
+        for (seen, turns) in watch.turns.iter_mut().zip(pulse.turns) {
+            if seen.0 != turns || turns.is_multiple_of(2) {
+                *seen = (turns, now);
+            }
+        }
+        late(watch.reads.1) || watch.turns.iter().any(|(_, since)| late(*since))
+    }
+
+    /// Ends it. False, with what the kernel says, if that isn't permitted.
+    pub(super) fn kill(&self) -> Result<(), Errno> {
+        match kill_by_pidfd(self.peer.pidfd.as_fd()) {
+            Err(Errno::ESRCH) => Ok(()),
+            killed => killed,
+        }
+    }
+
+    /// Whether its process has ended: only then may its userfaultfd be closed, since what is missing
+    /// becomes zeros.
+    pub(super) fn is_gone(&self) -> bool {
+        readable(self.peer.pidfd.as_fd())
+    }
+}
+
+fn readable(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+        && fds[0]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLIN))
+}

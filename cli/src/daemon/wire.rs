@@ -1,0 +1,145 @@
+//! What keeper and worker say to each other: one JSON object a message, descriptors beside it.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager::OwnerRegion;
+use snaprestore_engine::sys::receive;
+
+use super::config::Service;
+use super::report::Vm;
+
+/// The most bytes of a message: the regions of a VM, at most a thousand.
+const MOST_BYTES: usize = 160 << 10;
+
+/// From the keeper.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum ToWorker {
+    /// VMs may come that are restored from this snapshot. With its open file.
+    Service {
+        /// What VMs name it by.
+        key: u64,
+        /// How they are served.
+        service: Service,
+    },
+    /// A VM is to be served. With its userfaultfd, its pidfd, and its tables if it has some.
+    Vm {
+        /// What it is known by.
+        id: u64,
+        /// The service that it connected to.
+        service: u64,
+        /// Its process.
+        pid: u32,
+        /// Its memory.
+        regions: Vec<OwnerRegion>,
+        /// Frames of the snapshot that are not to be decoded.
+        deadly: Vec<u64>,
+    },
+    /// Everything shall be installed in every VM, and the VMs let go.
+    Drain,
+}
+
+/// From the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FromWorker {
+    /// It has started, and reads what it is told.
+    Ready,
+    /// The tables of a VM, from which nothing was read yet. With their memfd.
+    Tables {
+        /// Whose.
+        id: u64,
+    },
+    /// A VM is served.
+    Served {
+        /// Which.
+        id: u64,
+    },
+    /// A VM is served no more.
+    Ended {
+        /// Which.
+        id: u64,
+        /// How it ended.
+        vm: Vm,
+    },
+}
+
+/// One end of the connection.
+#[derive(Debug)]
+pub(super) struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    /// The keeper's end, which never waits, and the worker's, which does.
+    pub(super) fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )?;
+        let flags = nix::fcntl::OFlag::O_NONBLOCK;
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(flags))?;
+        Ok((Self { socket: ours }, theirs))
+    }
+
+    pub(super) fn new(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// Sends one message. `WouldBlock`: the other end has not read what was sent before.
+    pub(super) fn send(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<()> {
+        let text = serde_json::to_vec(message)?;
+        if text.len() > MOST_BYTES {
+            return Err(io::Error::from(Errno::EMSGSIZE));
+        }
+        let numbers: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let rights = if numbers.is_empty() { &[][..] } else { &rights };
+        let socket = self.socket.as_raw_fd();
+        let bytes = [IoSlice::new(&text)];
+        loop {
+            match sendmsg::<()>(socket, &bytes, rights, MsgFlags::MSG_NOSIGNAL, None) {
+                Err(Errno::EINTR) => {}
+                sent => return Ok(sent.map(drop)?),
+            }
+        }
+    }
+
+    /// Takes one message. `None`: the other end is gone.
+    pub(super) fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+        let mut text = vec![0; MOST_BYTES];
+        let read = loop {
+            match receive(self.socket.as_fd(), &mut text) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                read => break read?,
+            }
+        };
+        if read.truncated {
+            let message = "a descriptor can't be taken over: raise the limit of open files";
+            return Err(io::Error::other(message));
+        }
+        if read.bytes == 0 {
+            return Ok(None);
+        }
+        let message = serde_json::from_slice(&text[..read.bytes])?;
+        Ok(Some((message, read.descriptors)))
+    }
+}
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
