@@ -78,27 +78,43 @@ mod armed {
 
     use super::FailPoint;
 
-    static ARMED: OnceLock<(FailPoint, AtomicU64)> = OnceLock::new();
+    static ARMED: OnceLock<Armed> = OnceLock::new();
 
-    /// Has the process killed when it comes to a place for the so-and-so-manieth time: `NAME:TIMES`.
-    /// False if that is no place. The first call counts.
+    struct Armed {
+        point: FailPoint,
+        times: AtomicU64,
+        crash: bool,
+    }
+
+    /// Has the process killed when it comes to a place for the so-and-so-manieth time: `NAME:TIMES`, or
+    /// crash there: `NAME:TIMES:crash`. False if that is no place. The first call counts.
     pub fn arm(what: &str) -> bool {
-        let (name, times) = what.split_once(':').unwrap_or((what, "1"));
+        let mut parts = what.split(':');
+        let name = parts.next().unwrap_or_default();
         let point = FailPoint::ALL.iter().find(|point| point.name() == name);
-        let (Some(point), Ok(times @ 1..)) = (point, times.parse()) else {
+        let times = parts.next().unwrap_or("1").parse();
+        let crash = parts.next().is_some();
+        let (Some(point), Ok(times @ 1..)) = (point, times) else {
             return false;
         };
-        ARMED.get_or_init(|| (*point, AtomicU64::new(times)));
+        ARMED.get_or_init(|| Armed {
+            point: *point,
+            times: AtomicU64::new(times),
+            crash,
+        });
         true
     }
 
     /// Has the process killed if this is the place.
     pub fn fail_point(point: FailPoint) {
-        if let Some((armed, times)) = ARMED.get()
-            && *armed == point
-            && times.fetch_sub(1, Relaxed) == 1
+        if let Some(armed) = ARMED.get()
+            && armed.point == point
+            && armed.times.fetch_sub(1, Relaxed) == 1
         {
-            // Nothing of this process runs after it.
+            if armed.crash {
+                std::process::abort();
+            }
+            // Nothing of this thread runs after it.
             let _ = kill(Pid::this(), Signal::SIGKILL);
         }
     }

@@ -15,7 +15,8 @@ pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| match std::env::var_os("SNAPRESTORE_BIN") {
         Some(path) => PathBuf::from(path),
-        None => build(&["--package", "snaprestore", "--bin", "snaprestore"]),
+        // With the places where tests have it killed.
+        None => build(&["--package", "snaprestore", "--all-features", "--bins"]),
     })
 }
 

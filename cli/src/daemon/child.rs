@@ -43,9 +43,10 @@ impl Worker {
         // A Ctrl-C is the keeper's to act on.
         command.arg("worker").process_group(0);
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        if !may_fail(number) {
-            command.env_remove(FAIL);
-        }
+        match place_to_fail(number) {
+            Some(place) => command.env(FAIL, place),
+            None => command.env_remove(FAIL),
+        };
         let child = command
             .spawn()
             .with_context(|| format!("{}: can't be started as a worker", program.display()))?;
@@ -104,14 +105,12 @@ impl Drop for Worker {
 
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
 
-/// Names the place at which the project's own tests have a worker killed.
+/// Names the places at which the project's own tests have workers killed: one for each worker, the
+/// first first.
 pub(super) const FAIL: &str = "SNAPRESTORE_FAIL";
 
-/// How many workers, the first, heed it.
-const FAIL_WORKERS: &str = "SNAPRESTORE_FAIL_WORKERS";
-
-fn may_fail(number: u64) -> bool {
-    let workers = std::env::var(FAIL_WORKERS).ok();
-    let workers = workers.and_then(|workers| workers.parse().ok());
-    number < workers.unwrap_or(1)
+fn place_to_fail(number: u64) -> Option<String> {
+    let places = std::env::var(FAIL).ok()?;
+    let place = places.split(',').nth(usize::try_from(number).ok()?);
+    place.map(str::to_owned)
 }

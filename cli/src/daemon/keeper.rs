@@ -344,11 +344,7 @@ impl Keeper {
                 Err(error) if is_gone(&error) => return Ok(()),
                 Err(error) => return Err(error).context("telling the worker"),
             }
-            if let Some(Outgoing::Vm(id)) = self.outgoing.pop_front()
-                && let Some(vm) = self.vms.get_mut(&id)
-            {
-                vm.handed_over();
-            }
+            self.outgoing.pop_front();
         }
         Ok(())
     }
@@ -449,10 +445,11 @@ impl Keeper {
         if self.stillborn > MOST_STILLBORN {
             bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
         }
-        if of_itself {
-            for vm in self.vms.values_mut() {
+        for vm in self.vms.values_mut() {
+            if of_itself {
                 vm.blame_frames();
             }
+            vm.handed_over();
         }
         self.worker = Worker::start(&self.program, self.workers)?;
         self.workers += 1;

@@ -107,7 +107,7 @@ impl Vm {
         }
     }
 
-    /// A worker is told of it.
+    /// A new worker is to serve it.
     pub(super) fn handed_over(&mut self) {
         self.watch = Watch::begin();
     }

@@ -2,13 +2,14 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--wait] [--hold]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
 //! release whose message is sent, `--split` cuts the memory into two regions, the second of which
 //! lies lower, as with Firecracker. `--discard` gives every fourth run of 16 pages back before the
-//! touches, as a balloon does, and wants zeros there. `--wait` waits for the end of standard input before
+//! touches, as a balloon does, and wants zeros there. `--move` moves every fourth run elsewhere, which no
+//! Firecracker does. `--wait` waits for the end of standard input before
 //! it touches anything, `--hold` when all is right, to touch everything again.
 #![allow(
     unsafe_code,
@@ -16,6 +17,7 @@
 )]
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, IoSlice, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -29,7 +31,9 @@ use snaprestore_engine::mem::{Mapping, RawRegion};
 use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
 
 const PAGE: usize = 4096;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--wait] [--hold]";
+/// Pages that are discarded or moved together.
+const RUN: usize = 16;
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -49,6 +53,7 @@ struct Options {
     split: Option<usize>,
     threads: usize,
     discard: bool,
+    moves: bool,
     wait: bool,
     hold: bool,
 }
@@ -62,6 +67,7 @@ fn options() -> Option<Options> {
         split: None,
         threads: 1,
         discard: false,
+        moves: false,
         wait: false,
         hold: false,
     };
@@ -79,6 +85,7 @@ fn options() -> Option<Options> {
             "--split" => options.split = Some(value()?.parse().ok()?),
             "--threads" => options.threads = value()?.parse().ok()?,
             "--discard" => options.discard = true,
+            "--move" => options.moves = true,
             "--wait" => options.wait = true,
             "--hold" => options.hold = true,
             _ => return None,
@@ -113,24 +120,31 @@ struct Memory {
     /// First page and address of each.
     regions: Vec<(usize, RawRegion)>,
     pages: usize,
+    /// Where runs of [`RUN`] pages were moved to.
+    moved: HashMap<usize, usize>,
 }
 
 fn run(options: &Options) -> io::Result<Result<usize, usize>> {
     let raw = fs::read(&options.raw)?;
-    let features = if options.manner == Manner::V1_12 {
-        Features::EVENT_REMOVE
-    } else {
-        Features::EMPTY
-    };
+    let mut features = Features::EMPTY;
+    if options.manner == Manner::V1_12 {
+        features = features | Features::EVENT_REMOVE;
+    }
+    if options.moves {
+        features = features | Features::EVENT_REMAP | Features::EVENT_UNMAP;
+    }
     let uffd = OpenOptions::new()
         .required(features)
         .open()
         .map_err(io::Error::other)?;
-    let memory = Memory::map(raw.len() / PAGE, options.split, &uffd)?;
+    let mut memory = Memory::map(raw.len() / PAGE, options.split, &uffd)?;
     let socket = memory.hand_over(options, &uffd)?;
-    let gone = |page: usize| options.discard && page / 16 % 4 == 1;
+    let gone = |page: usize| options.discard && page / RUN % 4 == 1;
     if options.discard {
         memory.discard(gone);
+    }
+    if options.moves {
+        memory.scatter();
     }
     if options.wait {
         println!("handed over");
@@ -163,7 +177,12 @@ impl Memory {
                 .map_err(io::Error::other)?;
             regions.push((first, region));
         }
-        Ok(Self { regions, pages })
+        let moved = HashMap::new();
+        Ok(Self {
+            regions,
+            pages,
+            moved,
+        })
     }
 
     /// Sends the regions and the descriptor. The socket stays open where the release keeps it so.
@@ -196,6 +215,9 @@ impl Memory {
     }
 
     fn address(&self, page: usize) -> *mut u8 {
+        if let Some(run) = self.moved.get(&(page / RUN)) {
+            return std::ptr::with_exposed_provenance_mut(run + page % RUN * PAGE);
+        }
         let within = |(first, region): &&(usize, RawRegion)| {
             page.checked_sub(*first)
                 .is_some_and(|page| ((page * PAGE) as u64) < region.len())
@@ -206,6 +228,29 @@ impl Memory {
             .find(within)
             .expect("a page of a region");
         region.as_ptr().wrapping_add((page - first) * PAGE)
+    }
+
+    /// Moves every fourth run to other addresses.
+    fn scatter(&mut self) {
+        for run in (3..self.pages / RUN).step_by(4) {
+            let from = self.address(run * RUN);
+            // A run that lies in two regions can't be moved at once.
+            if from.wrapping_add((RUN - 1) * PAGE) != self.address(run * RUN + RUN - 1) {
+                continue;
+            }
+            // SAFETY: the run is this program's own, reached through `address` only, which knows the new
+            // place from now on. Nothing else is at the target, which was reserved for it.
+            let to = unsafe {
+                let len = RUN * PAGE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let target = libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0);
+                assert_ne!(target, libc::MAP_FAILED);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                libc::mremap(from.cast(), len, len, flags, target)
+            };
+            assert_ne!(to, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+            self.moved.insert(run, to.expose_provenance());
+        }
     }
 
     fn discard(&self, gone: impl Fn(usize) -> bool) {

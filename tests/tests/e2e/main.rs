@@ -12,4 +12,6 @@ mod lazily;
 mod live;
 mod memory;
 mod outcomes;
+mod scene;
 mod serve;
+mod workers;

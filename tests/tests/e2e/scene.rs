@@ -1,0 +1,154 @@
+//! A daemon and its VMMs, each a process of its own.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_tests::program::{Run, snaprestore};
+use tempfile::TempDir;
+
+pub(crate) const PAGES: u64 = 8192;
+/// Only a hang takes so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A memory, its snapshot, and who serves it.
+pub(crate) struct Scene {
+    pub(crate) folder: TempDir,
+    raw: PathBuf,
+    pub(crate) snapshot: PathBuf,
+    daemon: Option<Child>,
+    /// What it has said so far.
+    said: Arc<Mutex<String>>,
+}
+
+impl Scene {
+    pub(crate) fn new(shares: Shares) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("snap"));
+        fs::write(&raw, Mix::with_shares(PAGES, 31, shares).bytes()).expect("written");
+        let create = snaprestore([
+            "create".as_ref(),
+            raw.as_os_str(),
+            "--output".as_ref(),
+            snapshot.as_os_str(),
+        ]);
+        let _ = Run::of(&mut { create }).exits(0);
+        Self {
+            folder,
+            raw,
+            snapshot,
+            daemon: None,
+            said: Arc::default(),
+        }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    pub(crate) fn serve(&mut self, options: &[&str]) {
+        self.serve_with(options, &[]);
+    }
+
+    /// With these in its environment.
+    pub(crate) fn serve_with(&mut self, options: &[&str], environment: &[(&str, &str)]) {
+        let mut command = snaprestore(["serve", "--json", "--snapshot"]);
+        command
+            .arg(&self.snapshot)
+            .arg("--socket")
+            .arg(self.socket());
+        command
+            .args(options)
+            .envs(environment.iter().copied())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        self.said = Arc::default();
+        let mut daemon = command.spawn().expect("the daemon");
+        let lines = BufReader::new(daemon.stderr.take().expect("a pipe")).lines();
+        let said = Arc::clone(&self.said);
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut said = said.lock().expect("not poisoned");
+                said.push_str(&line);
+                said.push('\n');
+            }
+        });
+        self.daemon = Some(daemon);
+        self.wait_for("serving ", 1);
+    }
+
+    /// Waits until the daemon has said `what` so often.
+    pub(crate) fn wait_for(&self, what: &str, times: usize) {
+        let began = Instant::now();
+        while self.said().matches(what).count() < times {
+            assert!(began.elapsed() < PATIENCE, "no {what:?} in {}", self.said());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(crate) fn said(&self) -> String {
+        self.said.lock().expect("not poisoned").clone()
+    }
+
+    pub(crate) fn vmm(&self, options: &[&str]) -> Command {
+        self.vmm_of(&self.raw, options)
+    }
+
+    pub(crate) fn vmm_of(&self, raw: &Path, options: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
+        command.arg(self.socket()).arg(raw).args(options);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// The process of the worker, if there is one just now.
+    pub(crate) fn worker(&self) -> Option<Pid> {
+        let keeper = self.daemon.as_ref()?.id();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"));
+        let first = children.ok()?.split_whitespace().next()?.parse().ok()?;
+        Some(Pid::from_raw(first))
+    }
+
+    /// Asks the daemon to stop, and gives what it reports.
+    pub(crate) fn stop(&mut self) -> Vec<Value> {
+        let daemon = self.daemon.take().expect("it runs");
+        let pid = Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"));
+        kill(pid, Signal::SIGTERM).expect("asked");
+        let run = Run::finish(daemon).exits(0);
+        let report: Value = serde_json::from_slice(&run.out).expect("JSON");
+        assert!(!self.socket().exists(), "the socket is left");
+        report["vms"].as_array().expect("VMs").clone()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+/// How the VMs ended. One that has touched everything may have been complete before it exited.
+pub(crate) fn endings(vms: &[Value]) -> Vec<&str> {
+    fn ending(vm: &Value) -> Option<&str> {
+        match vm["ending"].as_str()? {
+            "complete" => Some("exited"),
+            other => Some(other),
+        }
+    }
+    let mut endings: Vec<_> = vms.iter().filter_map(ending).collect();
+    endings.sort_unstable();
+    endings
+}

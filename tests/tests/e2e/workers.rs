@@ -1,0 +1,114 @@
+//! The process that serves VMs dies, at every place and at random, and the VMs don't notice.
+
+use std::process::Child;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use snaprestore_engine::fail_point::FailPoint;
+use snaprestore_fixtures::images::Shares;
+use snaprestore_tests::program::Run;
+
+use crate::scene::{PAGES, Scene, endings};
+
+/// What the daemon says when a worker has died.
+const DIED: &str = "another goes on";
+
+/// A VMM that gives memory back, moves some, and touches the rest from three threads.
+const VMM: &[&str] = &["--threads", "3", "--discard", "--move", "--split", "3000"];
+
+fn all_right(vmm: Child) {
+    let run = Run::finish(vmm).exits(0);
+    assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
+}
+
+/// Each place where what keeper and worker share is between two steps. Several workers in a row come
+/// to it; the first of them finds what one that died after a read has left.
+#[test]
+fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
+    let mut scene = Scene::new(Shares::MIXED);
+    for point in FailPoint::ALL {
+        let name = point.name();
+        // The tables are made once, before anything is read.
+        let before = match point {
+            FailPoint::TablesMade | FailPoint::TablesGiven => "received",
+            _ => "read:3",
+        };
+        let places = format!("{before},{name}:1,{name}:2,{name}:5,{name}:1");
+        scene.serve_with(&["--prefetch", "all"], &[("SNAPRESTORE_FAIL", &places)]);
+        let vmm = scene.vmm(VMM).spawn().expect("a VMM");
+        all_right(vmm);
+        let vms = scene.stop();
+        let deaths = scene.said().matches(DIED).count();
+        assert!(deaths >= 2, "{name}: {}", scene.said());
+        assert_eq!(endings(&vms), ["exited"], "{name}");
+    }
+}
+
+/// The worker is killed again and again while two VMs are restored, one that it completes and one that
+/// wants its pages one by one.
+#[test]
+fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let (mut kills, mut round) = (0, 0_u64);
+    while kills < 200 {
+        let prefetch = if round.is_multiple_of(2) {
+            "off"
+        } else {
+            "all"
+        };
+        scene.serve(&["--prefetch", prefetch]);
+        let mut vmms: Vec<Child> = (0..2)
+            .map(|_| scene.vmm(VMM).spawn().expect("a VMM"))
+            .collect();
+        while vmms
+            .iter_mut()
+            .any(|vmm| vmm.try_wait().expect("a child").is_none())
+        {
+            // From hardly started to well under way.
+            std::thread::sleep(Duration::from_micros(500 + kills * 7919 % 25_000));
+            if let Some(worker) = scene.worker() {
+                let _ = kill(worker, Signal::SIGKILL);
+                kills += 1;
+            }
+        }
+        vmms.into_iter().for_each(all_right);
+        assert_eq!(endings(&scene.stop()), ["exited"; 2]);
+        round += 1;
+    }
+}
+
+#[test]
+fn a_worker_that_stands_still_while_a_vm_waits_is_replaced() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&["--prefetch", "off", "--stuck-after", "1"]);
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    scene.wait_for("served", 1);
+    let worker = scene.worker().expect("a worker");
+    kill(worker, Signal::SIGSTOP).expect("stopped");
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    assert_eq!(
+        scene.said().matches("was stuck").count(),
+        1,
+        "{}",
+        scene.said()
+    );
+    let _ = scene.stop();
+}
+
+/// A frame that crashes whoever decodes it would crash every worker.
+#[test]
+fn a_frame_on_which_two_workers_crash_counts_as_damaged() {
+    let mut scene = Scene::new(Shares::RANDOM);
+    let crash = "decoding:1:crash,decoding:1:crash";
+    let options = ["--prefetch", "off", "--threads", "1"];
+    scene.serve_with(&options, &[("SNAPRESTORE_FAIL", crash)]);
+    let run = Run::of(&mut scene.vmm(&[]));
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    let vms = scene.stop();
+    assert_eq!(endings(&vms), ["killed"]);
+    let reason = vms[0]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("died, twice"), "{reason}");
+    assert_eq!(scene.said().matches(DIED).count(), 2, "{}", scene.said());
+}
