@@ -10,6 +10,8 @@
 //! | `message` | reading messages |
 //! | `grants` | which memory of this process a userfaultfd may fill |
 //! | `event` | waking a thread that waits, and waiting |
+//! | `process`, `socket`, `inherited` | other processes, and descriptors that come from them |
+//! | `confine` | giving up rights |
 //! | `pagemap` | which pages of a process exist |
 //! | `thread` | signals, checked reads |
 //! | `probe` | what this machine offers and permits |
@@ -24,10 +26,12 @@
 #![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
 
 pub mod abi;
+pub mod confine;
 pub mod event;
 pub mod features;
 mod follower;
 mod grants;
+mod inherited;
 pub mod install;
 mod ioctls;
 pub mod message;
@@ -42,6 +46,7 @@ pub mod uffd;
 pub use event::{Ready, Waiting};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
 pub use follower::Follower;
+pub use inherited::take_inherited;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
