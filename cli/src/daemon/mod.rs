@@ -27,6 +27,8 @@ mod child;
 // What operators ask for is not all answered yet.
 #[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod config;
+#[allow(dead_code, reason = "the worker takes it up")]
+mod confine;
 #[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod control;
 #[allow(dead_code, reason = "the worker takes these up one after another")]

@@ -4,6 +4,7 @@
     reason = "restored memory is touched and discarded through raw pointers"
 )]
 
+mod confined;
 mod damage;
 mod flips;
 mod guest;

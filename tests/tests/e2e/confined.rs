@@ -1,0 +1,153 @@
+//! The confinement of the worker: it serves a whole VM under it, and can do little else.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_tests::program::{Run, snaprestore};
+use tempfile::TempDir;
+
+const PAGES: u64 = 2048;
+
+struct Scene {
+    folder: TempDir,
+}
+
+impl Scene {
+    fn new(shares: Shares) -> Self {
+        let scene = Self {
+            folder: TempDir::new().expect("a folder"),
+        };
+        // A VM of another user connects there.
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(scene.folder.path(), mode).expect("set");
+        let bytes = Mix::with_shares(PAGES, 3, shares).bytes();
+        fs::write(scene.path("raw"), bytes).expect("written");
+        let (raw, snapshot) = (scene.path("raw"), scene.path("snap"));
+        let args = [
+            OsStr::new("create"),
+            raw.as_ref(),
+            "--output".as_ref(),
+            snapshot.as_ref(),
+        ];
+        let _ = Run::of(&mut snaprestore(args)).exits(0);
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Has one VM served to its end by a worker with these options. What the worker has said, and both ends.
+    fn serve(&self, options: &[&str]) -> (Vec<String>, Run, Run) {
+        let _ = fs::remove_file(self.path("socket"));
+        let mut worker = Command::new(env!("CARGO_BIN_EXE_confined-worker"));
+        let mut worker = worker
+            .arg(self.path("socket"))
+            .arg(self.path("snap"))
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("a worker");
+        let mut lines = BufReader::new(worker.stdout.take().expect("a pipe")).lines();
+        let first = lines.next().map(|line| line.expect("text"));
+        let Some("listening") = first.as_deref() else {
+            panic!("{first:?}: {}", Run::finish(worker).err);
+        };
+        let mut vm = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
+        vm.arg(self.path("socket")).arg(self.path("raw"));
+        vm.args(["--threads", "2", "--split", "500", "--discard"]);
+        let vm = Run::of(&mut vm);
+        let said = lines.map(|line| line.expect("text")).collect();
+        (said, Run::finish(worker), vm)
+    }
+}
+
+fn is_root(test: &str) -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        skipped(test, &"it needs root, to become another user");
+    }
+    root
+}
+
+#[track_caller]
+fn last(said: &[String]) -> &str {
+    said.last().map_or("", String::as_str)
+}
+
+#[test]
+fn a_confined_worker_serves_a_vm_and_can_do_nothing_else() {
+    let scene = Scene::new(Shares::MIXED);
+    for what in ["open", "socket", "connect", "fork", "kill", "pidfd", "stat"] {
+        let (said, worker, vm) = scene.serve(&["--then", what]);
+        let _ = vm.exits(0);
+        assert_eq!(
+            last(&said),
+            format!("{what}: Some({})", libc::EPERM),
+            "{}",
+            worker.err
+        );
+        assert!(said.contains(&"0 failures".into()), "{said:?}");
+    }
+    for what in ["exec", "userfaultfd"] {
+        let (said, worker, vm) = scene.serve(&["--then", what]);
+        let _ = vm.exits(0);
+        assert_eq!(worker.signal, Some(libc::SIGSYS), "{said:?}");
+    }
+}
+
+#[test]
+fn a_confined_worker_opens_files_beneath_its_folders_only() {
+    let test = "a_confined_worker_opens_files_beneath_its_folders_only";
+    let scene = Scene::new(Shares::MIXED);
+    let folder = scene.folder.path().display().to_string();
+    let with = |what: &str| {
+        let (said, worker, vm) = scene.serve(&["--readable", &folder, "--then", what]);
+        let _ = vm.exits(0);
+        assert!(said[0].starts_with("landlock "), "{said:?} {}", worker.err);
+        (said[0] != "landlock 0", last(&said).to_owned())
+    };
+    assert_eq!(with("read").1, "read: done");
+    assert_eq!(with("write").1, format!("write: Some({})", libc::EPERM));
+    let (has_landlock, opened) = with("open");
+    if !has_landlock {
+        return skipped(test, &"the kernel has no Landlock");
+    }
+    assert_eq!(opened, format!("open: Some({})", libc::EACCES));
+}
+
+/// The VM is root's, and still it is ended when a page of it is damaged.
+#[test]
+fn a_worker_that_is_nobody_ends_the_vm_of_another_user() {
+    let test = "a_worker_that_is_nobody_ends_the_vm_of_another_user";
+    if !is_root(test) {
+        return;
+    }
+    let scene = Scene::new(Shares::RANDOM);
+    let (said, worker, vm) = scene.serve(&["--user", "nobody", "--then", "kill"]);
+    let _ = vm.exits(0);
+    assert_eq!(
+        last(&said),
+        format!("kill: Some({})", libc::EPERM),
+        "{}",
+        worker.err
+    );
+    let mut bytes = fs::read(scene.path("snap")).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(scene.path("snap"), bytes).expect("written");
+    let (said, worker, vm) = scene.serve(&["--user", "nobody"]);
+    assert_eq!(vm.signal, Some(libc::SIGKILL), "{said:?} {}", worker.err);
+    assert!(
+        said.iter().any(|line| line.starts_with("ended: Killed(")),
+        "{said:?}"
+    );
+}
