@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Worker,
     #[command(hide = true)]
     DemoOwner(DemoOwner),
+    #[command(hide = true)]
+    Guardian(Guardian),
     /// One trial of `bench`, told on standard input
     #[command(hide = true)]
     BenchTrial,
@@ -468,6 +470,15 @@ pub(crate) struct Demo {
 pub(crate) struct DemoOwner {
     /// Memory to fill, in MiB
     pub(crate) size: u32,
+}
+
+/// The process that ends the VMs of `serve` when `serve` is killed. `serve` starts it, and is at the other end
+/// of its standard input.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Guardian {
+    /// Stay; without it another is started that does
+    #[arg(long)]
+    pub(crate) stay: bool,
 }
 
 /// Print the completion script of a shell

@@ -24,6 +24,15 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return not_understood(&error),
     };
+    if let args::Command::Guardian(guardian) = &args.command {
+        // It has its own way with signals, and no other thread.
+        let exit = if daemon::guardian::run(guardian.stay) {
+            exit::Exit::Done
+        } else {
+            exit::Exit::Failed
+        };
+        return exit.into();
+    }
     let output = output::Output::new(args.common);
     let writes = args.command.writes();
     start_log();

@@ -23,6 +23,7 @@
 //! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
 //! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
 
+mod cgroup;
 mod child;
 // What operators ask for is not all answered yet.
 #[allow(dead_code, reason = "the worker takes these up one after another")]
@@ -33,10 +34,16 @@ mod confine;
 pub(crate) mod control;
 #[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod desk;
+#[allow(dead_code, reason = "the keeper takes the other end up")]
+pub(crate) mod guardian;
 mod keeper;
 mod listening;
+#[allow(dead_code, reason = "the keeper takes it up")]
+mod outside;
 mod pending;
 mod report;
+#[allow(dead_code, reason = "the keeper takes it up")]
+mod systemd;
 mod vms;
 mod wire;
 mod worker;

@@ -2,7 +2,7 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold] [--let-go]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
@@ -10,7 +10,8 @@
 //! lies lower, as with Firecracker. `--discard` gives every fourth run of 16 pages back before the
 //! touches, as a balloon does, and wants zeros there. `--move` moves every fourth run elsewhere, which no
 //! Firecracker does. `--wait` waits for the end of standard input before
-//! it touches anything, `--hold` when all is right, to touch everything again.
+//! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
+//! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -33,7 +34,7 @@ use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
 const PAGE: usize = 4096;
 /// Pages that are discarded or moved together.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold] [--let-go]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,10 @@ enum Manner {
     V1_12,
 }
 
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an option of the command line"
+)]
 struct Options {
     socket: PathBuf,
     raw: PathBuf,
@@ -56,6 +61,7 @@ struct Options {
     moves: bool,
     wait: bool,
     hold: bool,
+    let_go: bool,
 }
 
 fn options() -> Option<Options> {
@@ -70,6 +76,7 @@ fn options() -> Option<Options> {
         moves: false,
         wait: false,
         hold: false,
+        let_go: false,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next()?.into_string().ok();
@@ -88,6 +95,7 @@ fn options() -> Option<Options> {
             "--move" => options.moves = true,
             "--wait" => options.wait = true,
             "--hold" => options.hold = true,
+            "--let-go" => options.let_go = true,
             _ => return None,
         }
     }
@@ -128,7 +136,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
     let raw = fs::read(&options.raw)?;
     let mut features = Features::EMPTY;
     if options.manner == Manner::V1_12 {
-        features = features | Features::EVENT_REMOVE;
+        features |= Features::EVENT_REMOVE;
     }
     if options.moves {
         features = features | Features::EVENT_REMAP | Features::EVENT_UNMAP;
@@ -139,6 +147,12 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         .map_err(io::Error::other)?;
     let mut memory = Memory::map(raw.len() / PAGE, options.split, &uffd)?;
     let socket = memory.hand_over(options, &uffd)?;
+    // Dropping it would unregister the memory first; kept, it is closed when the program ends.
+    let uffd = std::mem::ManuallyDrop::new(uffd);
+    if options.let_go {
+        // SAFETY: the number is the descriptor's, and nobody uses it or closes it from here on.
+        unsafe { libc::close(uffd.as_fd().as_raw_fd()) };
+    }
     let gone = |page: usize| options.discard && page / RUN % 4 == 1;
     if options.discard {
         memory.discard(gone);

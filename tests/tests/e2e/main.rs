@@ -13,6 +13,7 @@ mod lazily;
 mod live;
 mod memory;
 mod outcomes;
+mod outside;
 mod scene;
 mod serve;
 mod workers;

@@ -1,0 +1,138 @@
+//! A daemon's keeper as far as somebody outside can tell: takes one VM's memory, has it held, and serves
+//! nothing.
+//!
+//! ```text
+//! stand-in-keeper PROGRAM SOCKET SNAPSHOT
+//! ```
+//!
+//! `PROGRAM` is the `snaprestore` whose guardian is used. It says who holds, takes a VM at `SOCKET`, and does what
+//! it reads line by line: `release`, `news`. Started again by a service manager that gives it what was held, it
+//! serves that from `SNAPSHOT`.
+#![allow(clippy::print_stdout, reason = "it is a program")]
+
+#[path = "../../../cli/src/daemon/cgroup.rs"]
+#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
+mod cgroup;
+#[path = "../../../cli/src/daemon/guardian.rs"]
+#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
+mod guardian;
+#[path = "../../../cli/src/daemon/outside.rs"]
+#[allow(dead_code, reason = "a keeper does more")]
+mod outside;
+#[path = "../../../cli/src/daemon/systemd.rs"]
+#[allow(dead_code, reason = "a keeper does more")]
+mod systemd;
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use outside::Outside;
+use serde_json::{Value, json};
+use snaprestore_engine::pager::{Handover, OwnerRegion, Pager, firecracker};
+use snaprestore_engine::sys::peer_of;
+use snapshot_format::Snapshot;
+
+fn main() -> Result<()> {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let [program, socket, snapshot] = &args[..] else {
+        anyhow::bail!("usage: stand-in-keeper PROGRAM SOCKET SNAPSHOT");
+    };
+    let given = systemd::given();
+    let mut outside = Outside::find(Path::new(program), &given);
+    for (name, _) in &given.others {
+        println!("given {name}");
+    }
+    println!("held by {outside}");
+    if let Some(warning) = outside.warning() {
+        println!("warning: {warning}");
+    }
+    if let Some((id, fds)) = given.held.into_iter().next() {
+        let roles: Vec<_> = fds.iter().map(|(role, _)| role.as_str()).collect();
+        println!("given {id}: {}", roles.join(" "));
+        go_on(fds, Path::new(snapshot))?;
+        outside.release(&id)?;
+        println!("released {id}");
+        return Ok(());
+    }
+    let listener = UnixListener::bind(socket)?;
+    println!("listening");
+    let (stream, _) = listener.accept()?;
+    let handed = firecracker::handshake(&stream, Duration::from_secs(60))?;
+    let peer = peer_of(stream.as_fd())?;
+    let meta = meta(&handed.regions)?;
+    let fds = [
+        (outside::UFFD, handed.userfaultfd.as_fd()),
+        (outside::OWNER, peer.pidfd.as_fd()),
+        ("meta", meta.as_fd()),
+    ];
+    match outside.hold("vm-1", &fds) {
+        Ok(()) => println!("held"),
+        Err(error) => println!("not held: {error}"),
+    }
+    for line in io::stdin().lines() {
+        match line?.as_str() {
+            "release" => {
+                outside.release("vm-1")?;
+                println!("released");
+            }
+            "news" => {
+                let mut news = outside.news();
+                while news.is_empty() {
+                    std::thread::sleep(Duration::from_millis(5));
+                    news = outside.news();
+                }
+                println!("{news:?}");
+            }
+            other => anyhow::bail!("{other:?}"),
+        }
+    }
+    Ok(())
+}
+
+fn meta(regions: &[OwnerRegion]) -> Result<File> {
+    let region =
+        |region: &OwnerRegion| json!([region.address, region.len, region.offset, region.page_size]);
+    let regions: Value = regions.iter().map(region).collect();
+    let mut file = tempfile::tempfile()?;
+    file.write_all(regions.to_string().as_bytes())?;
+    Ok(file)
+}
+
+/// Serves the VM whose descriptors were given back, until it ends.
+fn go_on(fds: Vec<(String, OwnedFd)>, snapshot: &Path) -> Result<()> {
+    let (mut userfaultfd, mut owner, mut regions) = (None, None, Vec::new());
+    for (role, fd) in fds {
+        match role.as_str() {
+            outside::UFFD => userfaultfd = Some(fd),
+            outside::OWNER => owner = Some(fd),
+            _ => {
+                let (mut file, mut text) = (File::from(fd), String::new());
+                file.rewind()?;
+                file.read_to_string(&mut text)?;
+                let numbers: Vec<[u64; 4]> = serde_json::from_str(&text)?;
+                let region = |[address, len, offset, page_size]: [u64; 4]| OwnerRegion {
+                    address,
+                    len,
+                    offset,
+                    page_size,
+                };
+                regions = numbers.into_iter().map(region).collect();
+            }
+        }
+    }
+    let handover = Handover {
+        userfaultfd: userfaultfd.context("no userfaultfd")?,
+        owner: owner.context("no owner")?,
+        regions,
+    };
+    let snapshot = Arc::new(Snapshot::open_path(snapshot)?);
+    let paged = Pager::new(snapshot).attach(handover)?;
+    println!("ended: {:?}", paged.wait());
+    Ok(())
+}

@@ -1,0 +1,479 @@
+//! Who holds the VMs' memory when the daemon dies. The daemon is a stand-in that has memory held and serves
+//! nothing, so every VM waits at its first page.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_tests::program::{self, Run, snaprestore};
+use tempfile::TempDir;
+
+const PAGES: u64 = 512;
+/// Only a hang takes so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A memory without a page of zeros, and its snapshot.
+struct Scene {
+    folder: TempDir,
+}
+
+/// A process whose output is read line by line.
+struct Talker {
+    child: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self {
+            folder: TempDir::new().expect("a folder"),
+        };
+        let bytes = Mix::with_shares(PAGES, 5, Shares::RANDOM).bytes();
+        fs::write(scene.path("raw"), bytes).expect("written");
+        let (raw, snapshot) = (scene.path("raw"), scene.path("snap"));
+        let args = [
+            OsStr::new("create"),
+            raw.as_ref(),
+            "--output".as_ref(),
+            snapshot.as_ref(),
+        ];
+        let _ = Run::of(&mut snaprestore(args)).exits(0);
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The keeper, in a process group of its own.
+    fn keeper(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-keeper"));
+        command.arg(program::program());
+        command.arg(self.path("socket")).arg(self.path("snap"));
+        for variable in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS"] {
+            command.env_remove(variable);
+        }
+        command.process_group(0);
+        command
+    }
+
+    /// A VM that has handed its memory over to the keeper, and waits at its first page. It has kept no descriptor: if
+    /// nobody else has one, it reads zeros.
+    fn vm(&self) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
+        command.arg(self.path("socket")).arg(self.path("raw"));
+        command
+            .arg("--let-go")
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("a VM")
+    }
+}
+
+impl Talker {
+    fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        Self { child, lines }
+    }
+
+    fn line(&mut self) -> String {
+        let line = self.lines.next().expect("it says something");
+        line.expect("text")
+    }
+
+    #[track_caller]
+    fn says(&mut self, expected: &str) {
+        assert_eq!(self.line(), expected);
+    }
+
+    fn ask(&mut self, what: &str) -> String {
+        let stdin = self.child.stdin.as_mut().expect("a pipe");
+        writeln!(stdin, "{what}").expect("asked");
+        self.line()
+    }
+
+    /// The process id of the guardian that it has said it has.
+    fn guardian(&mut self) -> Pid {
+        let line = self.line();
+        let pid = line.strip_prefix("held by guardian ").expect(&line);
+        Pid::from_raw(pid.parse().expect("a pid"))
+    }
+
+    fn kill_group(&mut self) {
+        killpg(pid(&self.child), Signal::SIGKILL).expect("killed");
+        self.child.wait().expect("its end");
+    }
+}
+
+impl Drop for Talker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
+}
+
+/// Whether a process runs: nobody may be there to collect one that has ended.
+fn runs(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
+    state.is_some_and(|state| state != b'Z')
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < PATIENCE, "waiting: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until the VM whose memory the process `keeper` holds waits for a page.
+fn wait_for_fault(keeper: Pid) {
+    wait_until("the VM touches a page", || {
+        let open = fs::read_dir(format!("/proc/{keeper}/fdinfo")).expect("it lives");
+        let mut infos = open.filter_map(|info| fs::read_to_string(info.ok()?.path()).ok());
+        infos.any(|info| {
+            let pending = info.lines().find_map(|line| line.strip_prefix("pending:"));
+            pending.is_some_and(|count| count.trim() != "0")
+        })
+    });
+}
+
+/// The end of a VM.
+fn end_of(vm: &mut Child) -> ExitStatus {
+    let mut status = None;
+    wait_until("the VM's end", || {
+        status = vm.try_wait().expect("asked");
+        status.is_some()
+    });
+    status.expect("it has ended")
+}
+
+#[test]
+fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_read_zeros() {
+    let scene = Scene::new();
+    let mut keeper = Talker::start(scene.keeper());
+    let guardian = keeper.guardian();
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    // What ends services, and what a terminal sends.
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ] {
+        kill(guardian, signal).expect("sent");
+    }
+    let link = |fd: &str| fs::read_link(format!("/proc/{guardian}/fd/{fd}")).expect("a link");
+    for fd in ["0", "1", "2"] {
+        assert_eq!(link(fd), Path::new("/dev/null"));
+    }
+    wait_until("the guardian holds it", || {
+        let open = fs::read_dir(format!("/proc/{guardian}/fd")).expect("the guardian lives");
+        open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .any(|link| link == Path::new("anon_inode:[userfaultfd]"))
+    });
+    keeper.kill_group();
+    let end = end_of(&mut vm);
+    assert_eq!(end.signal(), Some(libc::SIGKILL), "{end}");
+    wait_until("the guardian's end", || !runs(guardian));
+}
+
+/// What was sent before the death is read after it: a guardian that has been stopped meanwhile finds
+/// both.
+#[test]
+fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
+    let scene = Scene::new();
+    let mut keeper = Talker::start(scene.keeper());
+    let guardian = keeper.guardian();
+    keeper.says("listening");
+    kill(guardian, Signal::SIGSTOP).expect("stopped");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    keeper.kill_group();
+    assert!(vm.try_wait().expect("asked").is_none());
+    kill(guardian, Signal::SIGCONT).expect("goes on");
+    let end = end_of(&mut vm);
+    assert_eq!(end.signal(), Some(libc::SIGKILL), "{end}");
+    wait_until("the guardian's end", || !runs(guardian));
+}
+
+/// The other tests are not blind: without a guardian such a VM reads zeros. And the keeper learns that it has no
+/// guardian any more.
+#[test]
+fn without_a_guardian_the_vm_reads_zeros_and_the_keeper_is_told() {
+    let scene = Scene::new();
+    let mut keeper = Talker::start(scene.keeper());
+    let guardian = keeper.guardian();
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    kill(guardian, Signal::SIGKILL).expect("killed");
+    assert_eq!(keeper.ask("news"), "[Gone]");
+    keeper.kill_group();
+    assert_eq!(end_of(&mut vm).code(), Some(1));
+}
+
+#[test]
+fn a_vm_that_was_released_is_not_killed() {
+    let scene = Scene::new();
+    let mut keeper = Talker::start(scene.keeper());
+    let guardian = keeper.guardian();
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    assert_eq!(keeper.ask("release"), "released");
+    keeper.kill_group();
+    wait_until("the guardian's end", || !runs(guardian));
+    // Nobody had released it in earnest: it reads zeros, by itself.
+    assert_eq!(end_of(&mut vm).code(), Some(1));
+}
+
+/// The keeper is nobody, the VM root's: the guardian can't end it, and stays so that it waits.
+#[test]
+fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
+    let test = "a_vm_that_may_not_be_killed_waits_and_never_reads_zeros";
+    if !nix::unistd::geteuid().is_root() {
+        return skipped(test, &"it needs root, to have a VM of another user");
+    }
+    let scene = Scene::new();
+    let everybody = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(scene.folder.path(), everybody).expect("set");
+    // Where nobody may run them.
+    let (keeper, program) = (scene.path("keeper"), scene.path("program"));
+    fs::copy(env!("CARGO_BIN_EXE_stand-in-keeper"), &keeper).expect("copied");
+    fs::copy(program::program(), &program).expect("copied");
+    let mut command = Command::new(keeper);
+    command.arg(program).arg(scene.path("socket"));
+    command.arg(scene.path("snap")).current_dir("/");
+    command.process_group(0).uid(65534).gid(65534);
+    let mut keeper = Talker::start(command);
+    let guardian = keeper.guardian();
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    keeper.kill_group();
+    // Time to do wrong.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(runs(guardian));
+    assert!(vm.try_wait().expect("asked").is_none(), "it waits");
+    vm.kill().expect("killed");
+    vm.wait().expect("its end");
+    wait_until("the guardian's end", || !runs(guardian));
+}
+
+#[test]
+fn a_guardian_leaves_the_cgroup_that_is_killed() {
+    let test = "a_guardian_leaves_the_cgroup_that_is_killed";
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let root = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let (point, kind) = (words.next()?, words.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(point))
+    });
+    let Some(root) = root else {
+        return skipped(test, &"there are no cgroups of version 2");
+    };
+    let outer = root.join(format!("snaprestore-test-{}", std::process::id()));
+    let cgroup = outer.join("keeper");
+    if let Err(error) = fs::create_dir_all(&cgroup) {
+        return skipped(test, &format!("no cgroup can be made: {error}"));
+    }
+    if !cgroup.join("cgroup.kill").exists() {
+        let _ = fs::remove_dir(&cgroup).and_then(|()| fs::remove_dir(&outer));
+        return skipped(test, &"the kernel can't kill cgroups (Linux 5.14)");
+    }
+    let scene = Scene::new();
+    let keeper = scene.keeper();
+    let mut inside = Command::new("sh");
+    inside
+        .args(["-c", "echo $$ > \"$0\"/cgroup.procs; exec \"$@\""])
+        .arg(&cgroup)
+        .arg(keeper.get_program())
+        .args(keeper.get_args());
+    let mut keeper = Talker::start(inside);
+    let guardian = keeper.guardian();
+    // Without a warning.
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    let of = fs::read_to_string(format!("/proc/{guardian}/cgroup")).expect("its cgroup");
+    assert!(!of.contains("/keeper"), "{of}");
+    fs::write(cgroup.join("cgroup.kill"), "1").expect("killed");
+    let end = end_of(&mut vm);
+    assert_eq!(end.signal(), Some(libc::SIGKILL), "{end}");
+    wait_until("the guardian's end", || !runs(guardian));
+    let _ = keeper.child.wait();
+    wait_until("the cgroup is empty", || fs::remove_dir(&cgroup).is_ok());
+    let _ = fs::remove_dir(&outer);
+}
+
+/// Keeps what a service sends to it, as systemd does.
+struct FakeManager {
+    socket: UnixDatagram,
+    kept: Vec<(String, OwnedFd)>,
+}
+
+impl FakeManager {
+    fn at(path: &Path) -> Self {
+        let socket = UnixDatagram::bind(path).expect("a socket");
+        socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        Self {
+            socket,
+            kept: Vec::new(),
+        }
+    }
+
+    fn take_one(&mut self) {
+        use snaprestore_engine::sys::receive;
+        let mut buffer = [0; 4096];
+        let received = receive(self.socket_fd(), &mut buffer).expect("a message");
+        let text = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();
+        let lines: Vec<_> = text.lines().collect();
+        let name = |line: &str| line.strip_prefix("FDNAME=").expect(line).to_owned();
+        match lines[..] {
+            ["FDSTORE=1", of, "FDPOLL=0"] => {
+                assert_eq!(received.descriptors.len(), 1);
+                let fds = received.descriptors.into_iter();
+                self.kept.extend(fds.map(|fd| (name(of), fd)));
+            }
+            ["FDSTOREREMOVE=1", of] => self.kept.retain(|(kept, _)| *kept != name(of)),
+            _ => panic!("{text}"),
+        }
+    }
+
+    fn socket_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        use std::os::fd::AsFd as _;
+        self.socket.as_fd()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.kept.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Starts `service` with all that is kept, and something of its own.
+    fn start(&self, service: &Command) -> Command {
+        let names: Vec<_> = std::iter::once("some.socket").chain(self.names()).collect();
+        // Their numbers are the service's third and so on, whatever they are here.
+        let null = fs::File::open("/dev/null").expect("it is there");
+        let mut sources: Vec<RawFd> = vec![null.as_raw_fd()];
+        sources.extend(self.kept.iter().map(|(_, fd)| fd.as_raw_fd()));
+        let high: Vec<OwnedFd> = sources
+            .iter()
+            .map(|fd| {
+                // SAFETY: the call takes numbers; what it makes is owned by nobody yet.
+                unsafe {
+                    let high = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, 200);
+                    assert!(high >= 200);
+                    OwnedFd::from_raw_fd(high)
+                }
+            })
+            .collect();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""])
+            .arg(service.get_program())
+            .args(service.get_args())
+            .env("LISTEN_FDS", names.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"));
+        let pass_on = move || {
+            for (number, fd) in (3..).zip(&high) {
+                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on belong to
+                // the parent's copies, of which the child needs none.
+                if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only.
+        unsafe { command.pre_exec(pass_on) };
+        command
+    }
+}
+
+#[test]
+fn what_systemd_holds_is_served_by_the_next_keeper() {
+    let scene = Scene::new();
+    let notify = scene.path("notify");
+    let mut manager = FakeManager::at(&notify);
+    let with_manager = |mut command: Command, room: &str| {
+        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", room);
+        command
+    };
+    let mut keeper = Talker::start(with_manager(scene.keeper(), "16"));
+    keeper.says("held by systemd, for 16 descriptors");
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("held");
+    wait_for_fault(pid(&keeper.child));
+    for _ in 0..3 {
+        manager.take_one();
+    }
+    assert_eq!(
+        manager.names(),
+        ["vm.vm-1.uffd", "vm.vm-1.owner", "vm.vm-1.meta"]
+    );
+    keeper.kill_group();
+    assert!(vm.try_wait().expect("asked").is_none(), "it waits");
+
+    let next = manager.start(&scene.keeper());
+    let mut keeper = Talker::start(with_manager(next, "16"));
+    keeper.says("given some.socket");
+    keeper.says("held by systemd, for 16 descriptors");
+    keeper.says("given vm-1: uffd owner meta");
+    assert_eq!(end_of(&mut vm).code(), Some(0), "every page is right");
+    // Everything may have been there before the VM ended.
+    let ended = keeper.line();
+    assert!(
+        ["ended: OwnerGone", "ended: Complete"].contains(&ended.as_str()),
+        "{ended}"
+    );
+    keeper.says("released vm-1");
+    for _ in 0..3 {
+        manager.take_one();
+    }
+    assert_eq!(manager.names(), [""; 0]);
+}
+
+#[test]
+fn a_store_that_is_full_is_an_error() {
+    let scene = Scene::new();
+    let notify = OsString::from(scene.path("notify"));
+    let _manager = FakeManager::at(Path::new(&notify));
+    let mut command = scene.keeper();
+    command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "2");
+    let mut keeper = Talker::start(command);
+    keeper.says("held by systemd, for 2 descriptors");
+    keeper.says("listening");
+    let mut vm = scene.vm();
+    keeper.says("not held: FileDescriptorStoreMax=2 is used up");
+    vm.kill().expect("killed");
+    vm.wait().expect("its end");
+}
