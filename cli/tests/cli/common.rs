@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -52,14 +53,23 @@ pub(crate) fn as_nobody(folder: &Folder, args: &[&str]) -> Run {
     fs::set_permissions(folder.path(), mode.clone()).unwrap();
     fs::copy(program(), folder.file("snaprestore")).unwrap();
     fs::set_permissions(folder.file("snaprestore"), mode).unwrap();
-    Run::of(
-        Command::new(folder.file("snaprestore"))
-            .args(args)
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .uid(65534)
-            .gid(65534),
-    )
+    let mut command = Command::new(folder.file("snaprestore"));
+    command
+        .args(args)
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .uid(65534)
+        .gid(65534);
+    loop {
+        match command.output() {
+            // A child that another test has just forked has the copy open for writing until it runs
+            // its own program.
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            output => return output.expect("the command starts").into(),
+        }
+    }
 }
 
 /// A finished command.
