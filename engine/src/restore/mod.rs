@@ -60,5 +60,7 @@ mod restored;
 pub use builder::{Restore, StartError};
 pub use restored::{ReadAtError, Restored, RestoredRegion, Stop, StopError};
 
-pub use crate::running::{PageCounts, Prefetch, SYSTEM_CALLS, Stats};
-pub use crate::session::{Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict};
+pub use crate::running::{FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Stats};
+pub use crate::session::{
+    Durations, Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict,
+};

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::Reason;
 
-use crate::session::{Kernel, PrefetchStop, Session, SnapshotImage, Worker};
+use crate::session::{Durations, Kernel, PrefetchStop, Session, SnapshotImage, Worker};
 
-pub use stats::{PageCounts, Stats};
+pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, Crew, ThreadError, Threads, crew_options};
 
@@ -174,7 +174,25 @@ impl Running {
             mapped: Duration::ZERO,
             complete: (complete != 0).then(|| Duration::from_nanos(complete)),
             faults: read(&stats.faults),
-            fault_time: stats.fault_time.percentiles(),
+            fault_time: Durations::of(&stats.fault_times.all()).percentiles(),
+            fault_kinds: FaultKinds {
+                stored: read(&stats.kinds.stored),
+                fill: read(&stats.kinds.fill),
+                removed: read(&stats.kinds.removed),
+                present: read(&stats.kinds.present),
+                poisoned: read(&stats.kinds.poisoned),
+                outside: read(&stats.kinds.outside),
+            },
+            fault_times: FaultTimes {
+                all: Durations::of(&stats.fault_times.all()),
+                nowhere: stats.fault_times.nowhere.durations(),
+                fill: stats.fault_times.fill.durations(),
+                read: stats.fault_times.read.durations(),
+                cached: stats.fault_times.cached.durations(),
+                another: stats.fault_times.another.durations(),
+            },
+            pages: self.session.image.snapshot().summary().pages,
+            missing: self.session.state.unsettled(),
             demand: pages(&stats.demand),
             prefetch: pages(&stats.prefetch),
             left_to_kernel: 0,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::session::Percentiles;
+use crate::session::{Durations, Percentiles};
 
 /// Pages installed for one reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,6 +13,40 @@ pub struct PageCounts {
     pub filled: u64,
     /// Zero.
     pub zeroed: u64,
+}
+
+/// Faults by what they met. One for whose page somebody else had yet to decide is in none of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultKinds {
+    /// A page that a frame holds.
+    pub stored: u64,
+    /// A page that repeats one word.
+    pub fill: u64,
+    /// A page that its owner has discarded.
+    pub removed: u64,
+    /// A page that was there when the fault was looked at.
+    pub present: u64,
+    /// A page that is poisoned.
+    pub poisoned: u64,
+    /// No page of the session's.
+    pub outside: u64,
+}
+
+/// From reading a fault to its answer, by where the content came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FaultTimes {
+    /// All of them.
+    pub all: Durations,
+    /// No content was needed.
+    pub nowhere: Durations,
+    /// It repeats one word.
+    pub fill: Durations,
+    /// Its frame was read and decoded.
+    pub read: Durations,
+    /// Its frame was decoded already.
+    pub cached: Durations,
+    /// Another thread was bringing it, and the fault waited.
+    pub another: Durations,
 }
 
 /// What a restore has done so far.
@@ -26,6 +60,14 @@ pub struct Stats {
     pub faults: u64,
     /// From reading a fault to its answer.
     pub fault_time: Percentiles,
+    /// The faults by what they met.
+    pub fault_kinds: FaultKinds,
+    /// How long they took, by where the content came from.
+    pub fault_times: FaultTimes,
+    /// Pages of the snapshot's regions.
+    pub pages: u64,
+    /// Pages that are neither there nor discarded nor poisoned: not more than that.
+    pub missing: u64,
     /// Pages that faults brought in: the touched ones and those that came with them.
     pub demand: PageCounts,
     /// Pages that prefetch brought in.

@@ -18,6 +18,7 @@ use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64};
 use super::install::{HOLD_PAGES, Purpose, Source, Stop};
 use super::platform::{Content, Image, PageNumber, Platform, Run};
 use super::state::Status;
+use super::stats::{CameFrom, Met, Trace};
 use super::{Failure, FailureKind, Session};
 use crate::fail_point::{FailPoint, fail_point};
 use crate::sys::Wake;
@@ -46,6 +47,8 @@ pub(crate) struct Worker<I: Image> {
     pub(super) number: usize,
     /// Whether this thread is on the core of the one that it serves.
     pub(super) shares_core: bool,
+    /// What is known of the fault that this thread serves.
+    pub(super) trace: Trace,
     /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
     bad: VecDeque<(I::Frame, Failure)>,
 }
@@ -60,6 +63,7 @@ impl<I: Image> Worker<I> {
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
             shares_core: false,
+            trace: Trace::default(),
             bad: VecDeque::new(),
         }
     }
@@ -136,10 +140,13 @@ impl<P: Platform, I: Image> Session<P, I> {
     ) -> Result<Brought, Lost> {
         let done = match self.image.content(page, reason)? {
             Content::Fill(word) => {
+                worker.trace.meet(Met::Fill);
+                worker.trace.from = CameFrom::Fill;
                 let purpose = worker.purpose(page, reason);
                 self.bring_fill(worker, page, word, purpose)?
             }
             Content::Stored(frame, slot) => {
+                worker.trace.meet(Met::Stored);
                 if reason == Reason::Prefetch
                     && let Some(failure) = worker.known_bad(&frame)
                 {
@@ -156,6 +163,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     }));
                 }
                 let Some(claim) = self.claims.claim(id) else {
+                    worker.trace.from = CameFrom::Another;
                     if reason == Reason::Demand {
                         self.platform.wait_unclaimed(&self.claims, id);
                     }
@@ -163,6 +171,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 };
                 // Who had the claim a moment ago may have brought it.
                 if self.state.status(page) != Status::Absent {
+                    worker.trace.from = CameFrom::Another;
                     return Ok(Brought::Look);
                 }
                 let done = self.bring_frame(worker, page, &frame, slot, reason)?;
@@ -289,6 +298,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         fail_point(FailPoint::Decoding);
         let decoded = self.image.decode(&mut worker.decoder, frame, slots, reason);
         self.state.decoding(worker.number, None);
+        worker.trace.decoded(self.image.was_cached(&worker.decoder));
         decoded.map_err(|failure| {
             let failure = Failure { page, ..failure };
             // A touch looks for itself: the file may have been mended.

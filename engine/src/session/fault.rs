@@ -16,7 +16,7 @@ use super::bring::{Brought, Lost, Worker};
 use super::install::Stop;
 use super::platform::{Image, Installed, PAGE, PageNumber, Platform};
 use super::state::Status;
-use super::stats::add;
+use super::stats::{Met, Trace, add};
 use super::{Decision, Failure, FailureKind, Fault, Session};
 use crate::sys::Wake;
 
@@ -24,8 +24,8 @@ use crate::sys::Wake;
 const READ_TRIES: u32 = 4;
 /// What the state of the faulting page asks for.
 pub(super) enum Step {
-    /// It was answered.
-    Answered,
+    /// It was answered: nothing had to be brought for what was met.
+    Answered(Met),
     /// Read events, then look again.
     Again,
     /// Bring this page.
@@ -52,12 +52,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
             worker.shares_core = self.platform.follow(&mut follower, fault.thread);
+            worker.trace = Trace::default();
             self.state.turn(worker.number);
             let answer = self.answer(worker, fault);
             self.state.turn(worker.number);
+            self.stats.met(worker.trace);
             match answer {
                 Answer::Given => {
-                    self.stats.fault_time.record(fault.at.elapsed());
+                    self.stats.took(worker.trace, fault.at.elapsed());
                     self.inbox.answered();
                 }
                 Answer::Nobody => self.inbox.answered(),
@@ -81,7 +83,10 @@ impl<P: Platform, I: Image> Session<P, I> {
         let (mut tries, mut reads) = (0, 0);
         loop {
             let page = match self.look(address) {
-                Step::Answered => return Answer::Given,
+                Step::Answered(met) => {
+                    worker.trace.meet(met);
+                    return Answer::Given;
+                }
                 Step::Bring(page) => page,
                 Step::Again => {
                     if let Err(stop) = self.after_again(&mut tries, address) {
@@ -123,18 +128,22 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(super) fn look(&self, address: u64) -> Step {
         let _hold = self.platform.shared(address);
         let page = self.state.map().page_at(address);
-        let installed = match page.map(|page| (page, self.state.status(page))) {
+        let met = match page.map(|page| (page, self.state.status(page))) {
             Some((page, Status::Absent)) => return Step::Bring(page),
-            Some((_, Status::Poisoned)) => self.platform.poison(address, PAGE),
-            Some((_, Status::Present | Status::Removed)) | None => {
-                self.platform.zeropage(address, PAGE, Wake::Now)
-            }
+            Some((_, Status::Poisoned)) => Met::Poisoned,
+            Some((_, Status::Present)) => Met::Present,
+            Some((_, Status::Removed)) => Met::Removed,
+            None => Met::Outside,
+        };
+        let installed = match met {
+            Met::Poisoned => self.platform.poison(address, PAGE),
+            _ => self.platform.zeropage(address, PAGE, Wake::Now),
         };
         match installed {
-            Installed::Done | Installed::Partial(_) => Step::Answered,
+            Installed::Done | Installed::Partial(_) => Step::Answered(met),
             Installed::Exists | Installed::Gone => {
                 self.platform.wake(address, PAGE);
-                Step::Answered
+                Step::Answered(met)
             }
             Installed::Again | Installed::NoMemory => Step::Again,
             Installed::OwnerGone => Step::Stop(Stop::OwnerGone),

@@ -38,6 +38,8 @@ pub(crate) struct Decoder {
     last: usize,
     /// The frame that lies there and is not wholly decoded.
     begun: Option<FrameRef>,
+    /// Whether the last frame lay there decoded.
+    cached: bool,
     clock: u64,
 }
 
@@ -108,6 +110,7 @@ impl SnapshotImage {
             kept: kept.collect(),
             last: 0,
             begun: None,
+            cached: false,
             clock: 0,
         }
     }
@@ -264,6 +267,7 @@ impl Image for SnapshotImage {
             oldest.map_or(0, |(i, _)| i)
         };
         let i = found.unwrap_or_else(oldest);
+        decoder.cached = found.is_some();
         decoder.last = i;
         let kept = &mut decoder.kept[i];
         kept.used = decoder.clock;
@@ -295,6 +299,10 @@ impl Image for SnapshotImage {
             .fetch_add(u64::from(frame.stored_len()), Relaxed);
         self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
         Ok(())
+    }
+
+    fn was_cached(&self, decoder: &Decoder) -> bool {
+        decoder.cached
     }
 
     fn runs(&self, decoder: &mut Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize {

@@ -68,7 +68,7 @@ use crate::fail_point::{FailPoint, fail_point};
 pub use bench::PageStates;
 pub use failure::{Failure, FailureKind, OnFailure, Verdict};
 pub use state::{Pulse, Vitals};
-pub use stats::{Histogram, Percentiles};
+pub use stats::{Durations, Histogram, Percentiles};
 
 pub(crate) use bring::Worker;
 pub(crate) use claims::{Claims, FrameId};

@@ -178,6 +178,11 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
+    /// Whether the last frame decoded lay there decoded, and was not read.
+    fn was_cached(&self, _decoder: &Self::Decoder) -> bool {
+        false
+    }
+
     /// Writes to `runs`, as far as it has room, the pages that the last frame decoded holds, each
     /// confirmed by its own index entry.
     /// Returns how many of them, the first, are listed by the frame itself; the others repeat its

@@ -320,6 +320,12 @@ impl State {
         }
     }
 
+    /// How many pages are not settled: never more than there are, and less where two threads have
+    /// counted the same page.
+    pub(crate) fn unsettled(&self) -> u64 {
+        self.words()[UNSETTLED].load(Relaxed)
+    }
+
     /// Whether every page may be settled; [`State::recount`] tells.
     pub(crate) fn may_be_settled(&self) -> bool {
         self.words()[UNSETTLED].load(Relaxed) == 0

@@ -10,6 +10,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct Histogram {
     buckets: Box<[AtomicU64]>,
+    sum: AtomicU64,
     max: AtomicU64,
 }
 
@@ -22,7 +23,63 @@ impl Default for Histogram {
     fn default() -> Self {
         Self {
             buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            sum: AtomicU64::new(0),
             max: AtomicU64::new(0),
+        }
+    }
+}
+
+/// What a [`Histogram`] held at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Durations {
+    /// The buckets that were not empty, in rising order: the longest duration that falls into it, and
+    /// how many did.
+    pub buckets: Vec<(Duration, u64)>,
+    /// All durations together.
+    pub sum: Duration,
+    /// The longest.
+    pub max: Duration,
+}
+
+impl Durations {
+    /// What was recorded by all of these histograms so far.
+    pub(crate) fn of(histograms: &[&Histogram]) -> Self {
+        let sum = |counter: fn(&Histogram, usize) -> &AtomicU64, i| -> u64 {
+            let counts = histograms.iter().map(|h| counter(h, i).load(Relaxed));
+            counts.sum()
+        };
+        let buckets = (0..BUCKETS).filter_map(|i| {
+            let count = sum(|h, i| &h.buckets[i], i);
+            (count > 0).then(|| (Duration::from_nanos(upper(i)), count))
+        });
+        let max = histograms.iter().map(|h| h.max.load(Relaxed)).max();
+        Self {
+            buckets: buckets.collect(),
+            sum: Duration::from_nanos(sum(|h, _| &h.sum, 0)),
+            max: Duration::from_nanos(max.unwrap_or(0)),
+        }
+    }
+
+    /// Their percentiles.
+    pub fn percentiles(&self) -> Percentiles {
+        let count = self.buckets.iter().map(|(_, count)| count).sum::<u64>();
+        let at = |hundredths: u64| {
+            let rank = (count * hundredths).div_ceil(100).max(1);
+            let mut seen = 0;
+            let found = self.buckets.iter().find(|(_, n)| {
+                seen += n;
+                seen >= rank
+            });
+            found
+                .map_or(Duration::ZERO, |(longest, _)| *longest)
+                .min(self.max)
+        };
+        Percentiles {
+            count,
+            p50: at(50),
+            p90: at(90),
+            p99: at(99),
+            max: self.max,
         }
     }
 }
@@ -47,30 +104,18 @@ impl Histogram {
     pub fn record(&self, duration: Duration) {
         let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         self.buckets[bucket(nanos)].fetch_add(1, Relaxed);
+        self.sum.fetch_add(nanos, Relaxed);
         self.max.fetch_max(nanos, Relaxed);
     }
 
     /// The percentiles of what was recorded so far.
     pub fn percentiles(&self) -> Percentiles {
-        let counts: Vec<u64> = self.buckets.iter().map(|n| n.load(Relaxed)).collect();
-        let count: u64 = counts.iter().sum();
-        let max = self.max.load(Relaxed);
-        let at = |hundredths: u64| {
-            let rank = (count * hundredths).div_ceil(100).max(1);
-            let mut seen = 0;
-            let found = counts.iter().position(|n| {
-                seen += n;
-                seen >= rank
-            });
-            Duration::from_nanos(found.map_or(0, upper).min(max))
-        };
-        Percentiles {
-            count,
-            p50: at(50),
-            p90: at(90),
-            p99: at(99),
-            max: Duration::from_nanos(max),
-        }
+        self.durations().percentiles()
+    }
+
+    /// What was recorded so far.
+    pub fn durations(&self) -> Durations {
+        Durations::of(&[self])
     }
 }
 
@@ -114,16 +159,142 @@ impl Pages {
     }
 }
 
+/// What a fault met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Met {
+    /// A page that a frame holds.
+    Stored,
+    /// A page that repeats one word.
+    Fill,
+    /// A page that its owner has discarded.
+    Removed,
+    /// A page that was there by then.
+    Present,
+    /// A page that is poisoned.
+    Poisoned,
+    /// No page of the session's.
+    Outside,
+}
+
+/// Where the content for a fault came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum CameFrom {
+    /// None was needed.
+    #[default]
+    Nowhere,
+    /// A repeated word.
+    Fill,
+    /// A frame that was read for it.
+    Read,
+    /// A frame that was decoded already.
+    Cached,
+    /// Another thread had it, and installed it.
+    Another,
+}
+
+/// What is known of the fault that a thread serves.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Trace {
+    /// The first that it met.
+    met: Option<Met>,
+    pub(crate) from: CameFrom,
+}
+
+impl Trace {
+    pub(crate) fn meet(&mut self, met: Met) {
+        self.met.get_or_insert(met);
+    }
+
+    /// A frame was decoded, or lay decoded. A fault that then decodes the rest of it, or the same frame
+    /// again, has it from where it came first.
+    pub(crate) fn decoded(&mut self, cached: bool) {
+        if !matches!(self.from, CameFrom::Read | CameFrom::Cached) {
+            self.from = if cached {
+                CameFrom::Cached
+            } else {
+                CameFrom::Read
+            };
+        }
+    }
+}
+
+/// Faults by what they met.
+#[derive(Debug, Default)]
+pub(crate) struct Kinds {
+    pub(crate) stored: AtomicU64,
+    pub(crate) fill: AtomicU64,
+    pub(crate) removed: AtomicU64,
+    pub(crate) present: AtomicU64,
+    pub(crate) poisoned: AtomicU64,
+    pub(crate) outside: AtomicU64,
+}
+
+/// From reading a fault to its answer, by where the content came from.
+#[derive(Debug, Default)]
+pub(crate) struct FaultTimes {
+    pub(crate) nowhere: Histogram,
+    pub(crate) fill: Histogram,
+    pub(crate) read: Histogram,
+    pub(crate) cached: Histogram,
+    pub(crate) another: Histogram,
+}
+
+impl FaultTimes {
+    /// All of them together.
+    pub(crate) fn all(&self) -> [&Histogram; 5] {
+        let Self {
+            nowhere,
+            fill,
+            read,
+            cached,
+            another,
+        } = self;
+        [nowhere, fill, read, cached, another]
+    }
+}
+
 /// The counters of a session.
 #[derive(Debug, Default)]
 pub(crate) struct Stats {
     pub(crate) faults: AtomicU64,
-    pub(crate) fault_time: Histogram,
+    pub(crate) kinds: Kinds,
+    pub(crate) fault_times: FaultTimes,
     pub(crate) demand: Pages,
     pub(crate) prefetch: Pages,
     pub(crate) poisoned: AtomicU64,
     pub(crate) events: AtomicU64,
     pub(crate) retries: AtomicU64,
+}
+
+impl Stats {
+    /// Counts a fault by what it met.
+    pub(crate) fn met(&self, trace: Trace) {
+        let kinds = &self.kinds;
+        let counter = match trace.met {
+            // Nothing was looked up: the guard has it.
+            None => return,
+            Some(Met::Stored) => &kinds.stored,
+            Some(Met::Fill) => &kinds.fill,
+            Some(Met::Removed) => &kinds.removed,
+            Some(Met::Present) => &kinds.present,
+            Some(Met::Poisoned) => &kinds.poisoned,
+            Some(Met::Outside) => &kinds.outside,
+        };
+        add(counter, 1);
+    }
+
+    /// Records how long a fault took that was answered.
+    pub(crate) fn took(&self, trace: Trace, time: Duration) {
+        let times = &self.fault_times;
+        let histogram = match trace.from {
+            CameFrom::Nowhere => &times.nowhere,
+            CameFrom::Fill => &times.fill,
+            CameFrom::Read => &times.read,
+            CameFrom::Cached => &times.cached,
+            CameFrom::Another => &times.another,
+        };
+        histogram.record(time);
+    }
 }
 
 pub(crate) fn add(counter: &AtomicU64, n: u64) {
@@ -152,10 +323,54 @@ mod tests {
         (1..=100).for_each(|us| histogram.record(Duration::from_micros(us)));
         let p = histogram.percentiles();
         assert_eq!(p.count, 100);
+        assert_eq!(histogram.durations().sum, Duration::from_micros(5050));
         assert_eq!(p.max, Duration::from_micros(100));
         for (found, expected) in [(p.p50, 50), (p.p90, 90), (p.p99, 99)] {
             let exact = Duration::from_micros(expected);
             assert!(found >= exact && found <= exact + exact / 16, "{found:?}");
         }
+    }
+
+    #[test]
+    fn histograms_together_are_one_of_all_that_they_hold() {
+        let (a, b, both) = (
+            Histogram::default(),
+            Histogram::default(),
+            Histogram::default(),
+        );
+        for us in 1..=100 {
+            let time = Duration::from_micros(us);
+            if us % 3 == 0 { &a } else { &b }.record(time);
+            both.record(time);
+        }
+        assert_eq!(Durations::of(&[&a, &b]), both.durations());
+        let counted: u64 = both.durations().buckets.iter().map(|(_, n)| n).sum();
+        assert_eq!(counted, 100);
+        assert_eq!(Durations::of(&[]), Durations::default());
+        assert_eq!(Durations::default().percentiles(), Percentiles::default());
+    }
+
+    #[test]
+    fn a_fault_has_met_what_it_met_first_and_has_its_frame_from_where_it_came_first() {
+        let stats = Stats::default();
+        let mut trace = Trace::default();
+        trace.meet(Met::Stored);
+        trace.from = CameFrom::Another;
+        trace.meet(Met::Present);
+        trace.decoded(false);
+        trace.decoded(true);
+        stats.met(trace);
+        stats.took(trace, Duration::from_micros(1));
+        let count = |counter: &AtomicU64| counter.load(Relaxed);
+        assert_eq!(
+            (count(&stats.kinds.stored), count(&stats.kinds.present)),
+            (1, 0)
+        );
+        let [_, _, read, ..] = stats.fault_times.all();
+        assert_eq!(read.percentiles().count, 1);
+        assert_eq!(
+            Durations::of(&stats.fault_times.all()).percentiles().count,
+            1
+        );
     }
 }

@@ -15,6 +15,7 @@
 
 mod common;
 mod confined;
+mod counted;
 mod crowd;
 mod demand;
 mod failures;

@@ -1,0 +1,134 @@
+//! What a session says of its faults.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use snaprestore_engine::restore::{Durations, Restore, Restored, Stats};
+use snapshot_format::{Reason, Snapshot};
+
+use crate::common::{PAGE, address, index, open, open_hooked, pack, peek, random_bytes, source};
+
+/// Stored pages, all different.
+const STORED: u64 = 512;
+/// Pages that repeat the first one, and its frame's list can't name them all.
+const REPEATED: u64 = 1024;
+/// Pages that repeat a word.
+const FILLS: u64 = 512;
+const FRAME: usize = 8;
+
+fn image() -> Vec<u8> {
+    let mut bytes = random_bytes(STORED, 3);
+    for _ in 0..REPEATED {
+        bytes.extend_from_within(..PAGE);
+    }
+    bytes.resize(bytes.len() + index(FILLS) * PAGE, 0xcc);
+    bytes
+}
+
+fn start(snapshot: Arc<Snapshot>, fault_threads: usize) -> Restored {
+    Restore::new(snapshot)
+        .fault_threads(fault_threads)
+        .leave_zero_runs(false)
+        .start()
+        .unwrap()
+}
+
+fn number(times: &Durations) -> u64 {
+    times.buckets.iter().map(|(_, count)| count).sum()
+}
+
+/// The statistics once every fault that was read is answered: who was woken runs before its fault is
+/// counted.
+fn settled(restored: &Restored) -> Stats {
+    loop {
+        let stats = restored.stats();
+        if number(&stats.fault_times.all) == stats.faults {
+            return stats;
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
+    let bytes = image();
+    let restored = start(open(pack(&bytes, FRAME)), 1);
+    let touch = |page: u64| assert!(peek(address(&restored, page)) == source(&bytes, page));
+    let begun = settled(&restored);
+    assert_eq!((begun.faults, begun.pages), (0, STORED + REPEATED + FILLS));
+    assert_eq!(begun.missing, begun.pages);
+
+    // Each comes with the seven others of its frame.
+    for page in (0..STORED).step_by(FRAME) {
+        touch(page);
+    }
+    let stored = settled(&restored);
+    assert_eq!(stored.faults, STORED / FRAME as u64);
+    assert_eq!(stored.fault_kinds.stored, stored.faults);
+    assert_eq!(number(&stored.fault_times.read), stored.faults);
+    assert!(stored.fault_times.all.sum >= stored.fault_times.all.max);
+    assert!(stored.missing <= begun.missing - STORED, "{stored:?}");
+
+    let filled = STORED + REPEATED;
+    touch(filled);
+    let stats = settled(&restored);
+    assert_eq!(stats.fault_kinds.fill, 1);
+    assert_eq!(number(&stats.fault_times.fill), 1);
+    assert_eq!(number(&stats.fault_times.nowhere), 0);
+
+    let start = std::ptr::with_exposed_provenance_mut(address(&restored, filled));
+    // SAFETY: the memory is the test's, which has no reference to it.
+    let advised = unsafe { libc::madvise(start, PAGE, libc::MADV_DONTNEED) };
+    assert_eq!(advised, 0);
+    assert!(
+        peek(address(&restored, filled))
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    let stats = settled(&restored);
+    assert_eq!(stats.fault_kinds.removed, 1);
+    assert_eq!(number(&stats.fault_times.nowhere), 1);
+
+    // The frame is read once more at most, and then lies there for all that repeat it.
+    for page in STORED..STORED + REPEATED {
+        touch(page);
+    }
+    let stats = settled(&restored);
+    assert!(number(&stats.fault_times.cached) > 0, "{stats:?}");
+    assert!(
+        number(&stats.fault_times.read) <= stored.faults + 1,
+        "{stats:?}"
+    );
+    let kinds = stats.fault_kinds;
+    assert_eq!(kinds.stored + kinds.fill + kinds.removed, stats.faults);
+    assert_eq!(kinds.present + kinds.poisoned + kinds.outside, 0);
+}
+
+/// Two threads want pages of one frame, whose read takes its time: one of their faults waits for the
+/// other's. How soon the second begins is the scheduler's, so it is tried with one frame after another.
+#[test]
+fn a_fault_that_waited_for_another_thread_is_told_apart() {
+    let bytes = random_bytes(STORED, 4);
+    let snapshot = open_hooked(pack(&bytes, FRAME), |_, _, reason| {
+        if reason == Reason::Demand {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    });
+    let restored = start(snapshot, 2);
+    for first in (0..STORED).step_by(FRAME) {
+        std::thread::scope(|scope| {
+            for page in [first, first + 7] {
+                let address = address(&restored, page);
+                let bytes = &bytes;
+                scope.spawn(move || assert!(peek(address) == source(bytes, page)));
+            }
+        });
+        let stats = settled(&restored);
+        if number(&stats.fault_times.another) > 0 {
+            assert!(stats.fault_kinds.stored >= 2, "{stats:?}");
+            return;
+        }
+    }
+    panic!("none has waited: {:?}", restored.stats());
+}
