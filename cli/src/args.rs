@@ -1,5 +1,7 @@
 //! What can be typed. Nothing here opens or checks a file: that is each command's first step.
 
+mod ctl;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,7 +13,11 @@ use snaprestore_benches::contender::Contender;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
 
+use crate::daemon::config::{MetricsAddress, Service};
 use crate::exit;
+use crate::log::LogFormat;
+
+pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
 
 /// Packs the memory of microVMs and processes into small, verified files, and brings it back
 /// lazily.
@@ -45,6 +51,7 @@ pub(crate) enum Command {
     Extract(Extract),
     Restore(Restore),
     Serve(Serve),
+    Ctl(Ctl),
     /// Tell what this machine permits, and what would permit the rest
     Doctor,
     Bench(Bench),
@@ -53,7 +60,7 @@ pub(crate) enum Command {
     Man(Man),
     /// What serves VMs for `serve`, which starts it
     #[command(hide = true)]
-    Worker,
+    Worker(Worker),
     #[command(hide = true)]
     DemoOwner(DemoOwner),
     #[command(hide = true)]
@@ -70,6 +77,15 @@ impl Command {
             Self::Create(_) | Self::Extract(_) | Self::Bench(_) | Self::Demo(_) => true,
             Self::Man(man) => man.output.is_some(),
             _ => false,
+        }
+    }
+
+    /// How it logs, if it is a daemon.
+    pub(crate) fn log_format(&self) -> Option<LogFormat> {
+        match self {
+            Self::Serve(serve) => Some(serve.log_format),
+            Self::Worker(worker) => Some(worker.log_format),
+            _ => None,
         }
     }
 }
@@ -306,6 +322,27 @@ pub(crate) struct Restore {
     pub(crate) user_mode_only: bool,
 }
 
+/// What `serve --help` says of its configuration, and of the log.
+const CONFIG_HELP: &str = "\
+The file of --config is TOML; paths in it are meant from its folder. What it may say of a service is
+what the options say, and needs as little:
+
+  control = \"/run/snaprestore/control.socket\"
+  metrics = \"127.0.0.1:9100\"
+
+  [[service]]
+  name = \"web\"
+  snapshot = \"/var/lib/snaprestore/web.snap\"
+  socket = \"/run/snaprestore/web.socket\"
+  prefetch = \"working-set\"
+  on_error = \"kill\"
+  allow_uid = [1000]
+  threads = 2
+  patience = 10
+
+Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
+`info,snaprestore_engine=debug`.";
+
 /// Serve the memory of VMs that hand over their userfaultfd
 ///
 /// A VMM connects to the socket and hands over its memory, as Firecracker does when it loads a
@@ -315,14 +352,53 @@ pub(crate) struct Restore {
 /// it installs what is missing in every VM and lets them go on without it; asked again, it kills those
 /// that aren't complete. The process that serves the pages is another one, which is replaced when it dies
 /// or gets stuck.
+///
+/// --config serves several snapshots, each at its own socket, and --control lets `snaprestore ctl` add
+/// and remove them, look at the VMs and let them go.
 #[derive(Debug, ClapArgs)]
+#[command(after_long_help = CONFIG_HELP)]
 pub(crate) struct Serve {
     /// Snapshot of the VMs' memory
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) snapshot: PathBuf,
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
+        required_unless_present_any = ["config", "control"], requires = "socket")]
+    pub(crate) snapshot: Option<PathBuf>,
     /// Socket to listen on; it is made, and nobody may be listening there
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath,
+        required_unless_present_any = ["config", "control"], requires = "snapshot")]
+    pub(crate) socket: Option<PathBuf>,
+    /// File that names what is served, instead of --snapshot and --socket
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
+        conflicts_with_all = ["snapshot", "socket"])]
+    pub(crate) config: Option<PathBuf>,
+    /// Control socket for `snaprestore ctl`, made for this user and root only
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
-    pub(crate) socket: PathBuf,
+    pub(crate) control: Option<PathBuf>,
+    /// Where Prometheus finds metrics: the path of a socket to make, or a loopback address, as
+    /// 127.0.0.1:9100
+    #[arg(long, value_name = "PATH|ADDRESS")]
+    pub(crate) metrics: Option<MetricsAddress>,
+    /// How events are logged
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
+    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced
+    #[arg(long, default_value_t = 30, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) stuck_after: u64,
+    #[command(flatten)]
+    pub(crate) options: ServiceOptions,
+}
+
+/// What the keeper starts.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Worker {
+    /// How events are logged
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How VMs are served.
+#[derive(Clone, Debug, ClapArgs)]
+pub(crate) struct ServiceOptions {
     /// What is fetched in the background before it is touched
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
@@ -340,10 +416,22 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) patience: u64,
-    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced
-    #[arg(long, default_value_t = 30, value_name = "SECONDS",
-        value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(crate) stuck_after: u64,
+}
+
+impl ServiceOptions {
+    /// The service with these options.
+    pub(crate) fn service(&self, name: String, snapshot: PathBuf, socket: PathBuf) -> Service {
+        Service {
+            name,
+            snapshot,
+            socket,
+            prefetch: self.prefetch,
+            on_error: self.on_error,
+            allow_uid: self.allow_uid.clone(),
+            threads: self.threads,
+            patience: self.patience,
+        }
+    }
 }
 
 /// `serve --on-error`.

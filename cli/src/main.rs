@@ -9,6 +9,7 @@ mod daemon;
 mod exit;
 mod facts;
 mod input;
+mod log;
 mod output;
 mod progress;
 mod signals;
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     }
     let output = output::Output::new(args.common);
     let writes = args.command.writes();
-    start_log();
+    log::start(args.command.log_format());
     let cancel = match signals::watch() {
         Ok(cancel) => cancel,
         Err(error) => return output.fail(&error).into(),
@@ -73,15 +74,4 @@ fn not_understood(error: &clap::Error) -> ExitCode {
         output::Output::new(common).failed(first, code);
     }
     ExitCode::from(u8::try_from(code).unwrap_or(exit::Exit::Usage as u8))
-}
-
-/// Libraries log through `tracing`; the variable chooses what is shown, as `debug` or
-/// `snaprestore_engine=trace`.
-fn start_log() {
-    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("SNAPRESTORE_LOG") {
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr)
-            .init();
-    }
 }

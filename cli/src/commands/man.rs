@@ -47,19 +47,17 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     let pages = if let Some(folder) = &args.output {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("{}: creating the folder", folder.display()))?;
-        let commands = root
-            .get_subcommands()
-            .filter(|command| !command.is_hide_set() && command.get_name() != "help");
         let pages: Vec<_> = std::iter::once(&root)
-            .chain(commands)
+            .chain(all_below(&root))
             .map(page)
             .collect::<Result<_>>()?;
         write_pages(pages, folder, args.force)?
     } else {
         let command = match &args.command {
             None => &root,
-            Some(name) => root
-                .find_subcommand(name)
+            Some(name) => all_below(&root)
+                .into_iter()
+                .find(|command| page_name(command).strip_prefix("snaprestore-") == name.to_str())
                 .ok_or_else(|| Refusal::Usage(format!("there is no command {}", name.display())))?,
         };
         let (name, text) = page(command)?;
@@ -71,6 +69,24 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     };
     output.report(&Pages { pages })?;
     Ok(Exit::Done)
+}
+
+/// The commands below `command` that people use, each followed by its own.
+fn all_below(command: &clap::Command) -> Vec<&clap::Command> {
+    let shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
+    let mut all = Vec::new();
+    for below in command.get_subcommands().filter(shown) {
+        all.push(below);
+        all.extend(all_below(below));
+    }
+    all
+}
+
+/// What the page of a command is called, as `snaprestore-ctl-add`.
+fn page_name(command: &clap::Command) -> &str {
+    command
+        .get_display_name()
+        .unwrap_or_else(|| command.get_name())
 }
 
 /// Writes pages, given by name and text. If one exists already, none is written without `force`.
@@ -94,10 +110,7 @@ fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Resu
 
 /// The name of a command's page and its text.
 fn page(command: &clap::Command) -> Result<(String, String)> {
-    let name = command
-        .get_display_name()
-        .unwrap_or_else(|| command.get_name())
-        .to_owned();
+    let name = page_name(command).to_owned();
     let mut text = Vec::new();
     Man::new(command.clone()).render(&mut text)?;
     Ok((name, String::from_utf8(text)?))

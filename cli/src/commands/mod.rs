@@ -4,6 +4,7 @@
 mod bench;
 mod completions;
 mod create;
+mod ctl;
 mod demo;
 mod doctor;
 mod extract;
@@ -29,7 +30,8 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),
-        Command::Worker => crate::daemon::run_worker(),
+        Command::Worker(_) => crate::daemon::run_worker(),
+        Command::Ctl(args) => ctl::run(&args, output, cancel),
         Command::Bench(args) => bench::run(&args, output, cancel),
         Command::BenchTrial => bench::run_trial(cancel),
         Command::Doctor => doctor::run(output),

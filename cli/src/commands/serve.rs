@@ -8,7 +8,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::args;
-use crate::daemon::{Keeper, Options, Service, Vm};
+use crate::daemon::config::{Config, MetricsAddress};
+use crate::daemon::{Door, Keeper, Options, Vm};
 use crate::exit::Exit;
 use crate::output::Output;
 use crate::signals::Cancel;
@@ -16,45 +17,62 @@ use crate::signals::Cancel;
 /// What became of all VMs.
 #[derive(Serialize)]
 struct Report {
-    snapshot: String,
-    socket: String,
     /// How many there were.
     served: u64,
+    /// Workers that took over from one that had died.
+    worker_restarts: u64,
     vms: Vec<Vm>,
 }
 
 pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result<Exit> {
+    let config = config(args)?;
     let options = Options {
         stuck_after: Duration::from_secs(args.stuck_after),
+        log_format: args.log_format,
     };
     let mut keeper = Keeper::new(options, output, cancel)?;
-    keeper.add(Service {
-        name: "default".to_owned(),
-        snapshot: absolute(&args.snapshot)?,
-        socket: absolute(&args.socket)?,
-        prefetch: args.prefetch,
-        on_error: args.on_error,
-        allow_uid: args.allow_uid.clone(),
-        threads: args.threads,
-        patience: args.patience,
-    })?;
-    output.say(format_args!(
-        "serving {} at {}",
-        args.snapshot.display(),
-        args.socket.display()
-    ));
-    let (vms, served) = keeper.run()?;
+    if let Some(control) = &config.control {
+        keeper.open(Door::Control, &MetricsAddress::Socket(control.clone()))?;
+    }
+    if let Some(metrics) = &config.metrics {
+        keeper.open(Door::Metrics, metrics)?;
+    }
+    for service in config.services {
+        keeper.add(service)?;
+    }
+    let ended = keeper.run()?;
     output.report(&Report {
-        snapshot: args.snapshot.display().to_string(),
-        socket: args.socket.display().to_string(),
-        served,
-        vms,
+        served: ended.count,
+        worker_restarts: ended.worker_restarts,
+        vms: ended.vms,
     })?;
     Ok(Exit::Done)
 }
 
+/// What was typed, as if it had been written to a file; what is typed wins.
+fn config(args: &args::Serve) -> Result<Config> {
+    let mut config = match &args.config {
+        Some(file) => Config::load(file)?,
+        None => Config::default(),
+    };
+    if let (Some(snapshot), Some(socket)) = (&args.snapshot, &args.socket) {
+        let (snapshot, socket) = (absolute(snapshot)?, absolute(socket)?);
+        let service = args.options.service("default".to_owned(), snapshot, socket);
+        config.services.push(service);
+    }
+    if let Some(control) = &args.control {
+        config.control = Some(absolute(control)?);
+    }
+    config.metrics = args.metrics.clone().or(config.metrics);
+    if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {
+        *path = absolute(&*path)?;
+    }
+    config.check()?;
+    Ok(config)
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "served {} VMs from {}", self.served, self.snapshot)
+        writeln!(f, "served {} VMs", self.served)
     }
 }

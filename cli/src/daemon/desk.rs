@@ -193,7 +193,7 @@ pub(crate) struct SessionStats {
     pub(crate) missing: u64,
     /// Faults read.
     pub(crate) faults: u64,
-    /// Those that were answered, by what they met.
+    /// By what they met.
     pub(crate) fault_kinds: FaultKinds,
     /// From reading a fault to its answer.
     pub(crate) fault_us: Times,
@@ -225,7 +225,7 @@ pub(crate) struct FaultKinds {
     pub(crate) removed: u64,
     /// A page that was there by then.
     pub(crate) present: u64,
-    /// A page that is poisoned, or was to be.
+    /// A page that is poisoned.
     pub(crate) poisoned: u64,
     /// No page of the memory that was handed over.
     pub(crate) outside: u64,
@@ -392,6 +392,36 @@ impl SessionStats {
         [&mut self.fault_us, fill, read, cached, waited, none]
     }
 
+    /// Adds the numbers of another session.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let mut other = other.clone();
+        for (times, others) in self.histograms().into_iter().zip(other.histograms()) {
+            times.add(others);
+        }
+        let (kinds, others) = (&mut self.fault_kinds, other.fault_kinds);
+        for (number, other) in [
+            (&mut kinds.stored, others.stored),
+            (&mut kinds.fill, others.fill),
+            (&mut kinds.removed, others.removed),
+            (&mut kinds.present, others.present),
+            (&mut kinds.poisoned, others.poisoned),
+            (&mut kinds.outside, others.outside),
+            (&mut self.pages, other.pages),
+            (&mut self.missing, other.missing),
+            (&mut self.faults, other.faults),
+            (&mut self.poisoned, other.poisoned),
+            (&mut self.discards, other.discards),
+            (&mut self.retries, other.retries),
+            (&mut self.bytes_read, other.bytes_read),
+            (&mut self.bytes_decoded, other.bytes_decoded),
+            (&mut self.failures, other.failures),
+        ] {
+            *number += other;
+        }
+        self.demand.add(other.demand);
+        self.prefetch.add(other.prefetch);
+    }
+
     /// Leaves only the percentiles of its histograms.
     pub(crate) fn drop_buckets(&mut self) {
         for times in self.histograms() {
@@ -400,10 +430,37 @@ impl SessionStats {
     }
 }
 
+impl From<&pager::Durations> for Times {
+    fn from(times: &pager::Durations) -> Self {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let buckets = times.buckets.iter();
+        let buckets = buckets.map(|(upper, count)| (nanos(*upper), *count));
+        Self::of(buckets.collect(), times.sum, times.max)
+    }
+}
+
 impl From<&pager::Stats> for SessionStats {
     fn from(stats: &pager::Stats) -> Self {
         Self {
+            pages: stats.pages,
+            missing: stats.missing,
             faults: stats.faults,
+            fault_kinds: FaultKinds {
+                stored: stats.fault_kinds.stored,
+                fill: stats.fault_kinds.fill,
+                removed: stats.fault_kinds.removed,
+                present: stats.fault_kinds.present,
+                poisoned: stats.fault_kinds.poisoned,
+                outside: stats.fault_kinds.outside,
+            },
+            fault_us: (&stats.fault_times.all).into(),
+            sources: Sources {
+                fill: (&stats.fault_times.fill).into(),
+                read: (&stats.fault_times.read).into(),
+                cached: (&stats.fault_times.cached).into(),
+                waited: (&stats.fault_times.another).into(),
+                none: (&stats.fault_times.nowhere).into(),
+            },
             demand: stats.demand.into(),
             prefetch: stats.prefetch.into(),
             poisoned: stats.poisoned,
@@ -412,7 +469,6 @@ impl From<&pager::Stats> for SessionStats {
             bytes_read: stats.bytes_read,
             bytes_decoded: stats.bytes_decoded,
             failures: stats.failures,
-            ..Self::default()
         }
     }
 }

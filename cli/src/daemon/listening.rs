@@ -1,54 +1,95 @@
 //! Sockets that are listened on.
 
+use std::fs::{remove_file, symlink_metadata};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-/// A listening socket, whose name is removed when it is dropped.
+use super::config::MetricsAddress;
+use super::control;
+
+/// A listening socket; the name that it has in the file system is removed when it is dropped.
 #[derive(Debug)]
 pub(super) struct Listening {
-    listener: UnixListener,
+    listener: Listener,
+    name: Option<Name>,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// A path, and the device and inode that it had: nobody else's is removed.
+#[derive(Debug)]
+struct Name {
     path: PathBuf,
-    /// The name's device and inode, so that nobody else's is removed.
-    file: Option<(u64, u64)>,
+    file: (u64, u64),
 }
 
 impl Listening {
-    /// Listens at `path`, where nobody may.
+    /// Listens at `path`, where nobody may, for whoever may connect.
     pub(super) fn bind(path: &Path) -> Result<Self> {
-        let name = path.display();
-        match UnixStream::connect(path) {
-            Ok(_) => bail!("{name}: another process serves there"),
-            // A socket that nobody listens at is left of a server that was killed.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                let _ = std::fs::remove_file(path);
-            }
-            Err(_) => {}
-        }
+        make_room(path)?;
         let listener = UnixListener::bind(path).with_context(|| {
             let hint = if path.exists() {
                 "; remove it if nothing serves there any more"
             } else {
                 ""
             };
-            format!("{name}: can't be listened on{hint}")
+            format!("{}: can't be listened on{hint}", path.display())
         })?;
+        Self::unix(listener, path)
+    }
+
+    /// Listens for this user and root only.
+    pub(super) fn private(path: &Path) -> Result<Self> {
+        make_room(path)?;
+        Self::unix(control::listen_at(path)?, path)
+    }
+
+    /// Listens for who reads metrics.
+    pub(super) fn metrics(address: &MetricsAddress) -> Result<Self> {
+        match address {
+            MetricsAddress::Socket(path) => Self::bind(path),
+            MetricsAddress::Loopback(address) => {
+                let listener = TcpListener::bind(address)
+                    .with_context(|| format!("{address}: can't be listened on"))?;
+                listener.set_nonblocking(true)?;
+                Ok(Self {
+                    listener: Listener::Tcp(listener),
+                    name: None,
+                })
+            }
+        }
+    }
+
+    fn unix(listener: UnixListener, path: &Path) -> Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self {
-            listener,
+        let name = identity(path).map(|file| Name {
             path: path.to_owned(),
-            file: identity(path),
+            file,
+        });
+        Ok(Self {
+            listener: Listener::Unix(listener),
+            name,
         })
     }
 
     /// The next connection. `None`: nobody waits.
-    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
-        match self.listener.accept() {
-            Ok((stream, _)) => Ok(Some(stream)),
+    pub(super) fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        let accepted = match &self.listener {
+            Listener::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
+            Listener::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),
+        };
+        match accepted {
+            Ok(stream) => Ok(Some(stream)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
@@ -57,20 +98,37 @@ impl Listening {
 
 impl AsFd for Listening {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        match &self.listener {
+            Listener::Unix(listener) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        }
     }
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        if self.file.is_some() && identity(&self.path) == self.file {
+        if let Some(Name { path, file }) = &self.name
+            && identity(path) == Some(*file)
+        {
             // Who has removed it meanwhile meant that.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = remove_file(path);
         }
     }
 }
 
+/// Removes a socket that nobody listens at: it is left of a server that was killed.
+fn make_room(path: &Path) -> Result<()> {
+    match UnixStream::connect(path) {
+        Ok(_) => bail!("{}: another process serves there", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            let _ = remove_file(path);
+        }
+        Err(_) => {}
+    }
+    Ok(())
+}
+
 fn identity(path: &Path) -> Option<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path).ok()?;
+    let metadata = symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }

@@ -25,24 +25,18 @@
 
 mod cgroup;
 mod child;
-// What operators ask for is not all answered yet.
-#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod config;
-#[allow(dead_code, reason = "the worker takes it up")]
 mod confine;
-#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod control;
-#[allow(dead_code, reason = "the worker takes these up one after another")]
 pub(crate) mod desk;
-#[allow(dead_code, reason = "the keeper takes the other end up")]
 pub(crate) mod guardian;
+mod asking;
 mod keeper;
 mod listening;
-#[allow(dead_code, reason = "the keeper takes it up")]
+pub(crate) mod metrics;
 mod outside;
 mod pending;
 mod report;
-#[allow(dead_code, reason = "the keeper takes it up")]
 mod systemd;
 mod vms;
 mod wire;

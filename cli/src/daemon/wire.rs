@@ -1,7 +1,9 @@
 //! What keeper and worker say to each other: one JSON object a message, descriptors beside it.
 
+use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,6 +15,7 @@ use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_engine::sys::receive;
 
 use super::config::Service;
+use super::desk::Upgraded;
 use super::report::Vm;
 
 /// The most bytes of a message: the regions of a VM, at most a thousand.
@@ -36,20 +39,83 @@ pub(super) enum ToWorker {
         service: u64,
         /// Its process.
         pid: u32,
+        /// How long ago it connected.
+        age_ms: u64,
         /// Its memory.
         regions: Vec<OwnerRegion>,
         /// Frames of the snapshot that are not to be decoded.
         deadly: Vec<u64>,
     },
+    /// No more VMs will come that are restored from this snapshot, and all that did have ended.
+    Forget {
+        /// Which.
+        key: u64,
+    },
+    /// Somebody wants something. With the connection.
+    Visitor {
+        /// Where they came in.
+        door: Door,
+        /// What only the keeper knows.
+        facts: Facts,
+    },
+    /// What became of a request.
+    Answer {
+        /// Which.
+        number: u64,
+        /// Nothing more for most; who takes over, for an upgrade.
+        result: Result<Option<Upgraded>, String>,
+    },
     /// Everything shall be installed in every VM, and the VMs let go.
     Drain,
+}
+
+/// Where somebody can come in who is no VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Door {
+    /// The control socket.
+    Control,
+    /// Where metrics are read.
+    Metrics,
+}
+
+/// What only the keeper knows, since workers come and go.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Facts {
+    /// Its process.
+    pub(super) keeper: u32,
+    /// Workers that took over from one that had died.
+    pub(super) worker_restarts: u64,
+    pub(super) draining: bool,
+    /// VMs that have ended, by service.
+    pub(super) ended: BTreeMap<u64, u64>,
+}
+
+/// What a worker can't do by itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Request {
+    Add(Service),
+    Remove(String),
+    Drain,
+    Upgrade(Option<PathBuf>),
 }
 
 /// From the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum FromWorker {
     /// It has started, and reads what it is told.
-    Ready,
+    Ready {
+        /// Of its program.
+        version: String,
+    },
+    /// An operator wants something that only the keeper can do.
+    Ask {
+        /// For the answer.
+        number: u64,
+        /// What.
+        request: Request,
+    },
+    /// The operator was told that another worker takes over.
+    Told,
     /// The tables of a VM, from which nothing was read yet. With their memfd.
     Tables {
         /// Whose.

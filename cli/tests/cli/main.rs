@@ -7,6 +7,7 @@
 mod bench;
 mod common;
 mod create;
+mod ctl;
 mod damage;
 mod demo;
 mod doctor;

@@ -64,6 +64,30 @@ fn wrong_usage_exits_2_and_says_what_is_right() {
         (&["restore", "s", "--prefetch", "some"], "some"),
         (&["completions", "cobol"], "cobol"),
         (&["man", "fetch"], "fetch"),
+        (&["serve"], "--snapshot"),
+        (&["serve", "--snapshot", "s"], "--socket"),
+        (
+            &["serve", "--config", "c", "--snapshot", "s", "--socket", "k"],
+            "--config",
+        ),
+        (
+            &[
+                "serve",
+                "--snapshot",
+                "s",
+                "--socket",
+                "k",
+                "--metrics",
+                "0.0.0.0:1",
+            ],
+            "127.0.0.1:9100",
+        ),
+        (&["ctl"], "add"),
+        (&["ctl", "start"], "start"),
+        (&["ctl", "complete"], "<VM"),
+        (&["ctl", "complete", "1", "--all"], "--all"),
+        (&["ctl", "complete", "web"], "web"),
+        (&["ctl", "add", "web", "--snapshot", "s"], "--socket"),
     ];
     for (args, says) in wrong {
         let run = run(&folder, args);
@@ -118,7 +142,9 @@ fn every_command_has_help_and_a_manual_page() {
             "{name}"
         );
         if let Some(command) = name.strip_prefix("snaprestore-") {
-            run(&folder, &[command, "--help"]).exits(0);
+            // `ctl-add` is a command of `ctl`.
+            let words: Vec<_> = command.split('-').chain(["--help"]).collect();
+            run(&folder, &words).exits(0);
             let printed = run(&folder, &["man", command]).exits(0).text();
             assert_eq!(printed, text);
         }

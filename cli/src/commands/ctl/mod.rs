@@ -1,0 +1,79 @@
+//! `snaprestore ctl`: talks to a running `serve` over its control socket.
+
+mod report;
+mod top;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::de::IgnoredAny;
+
+use crate::args::{self, CtlOp};
+use crate::daemon::control::{Client, Request};
+use crate::daemon::desk::Completed;
+use crate::exit::Exit;
+use crate::output::Output;
+use crate::signals::Cancel;
+
+use report::{Done, LetGo, Listing, Statistics};
+
+pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<Exit> {
+    // What was asked for goes on in the daemon.
+    cancel.end_at_once();
+    let client = Client::connect(&args.control)?;
+    match &args.op {
+        CtlOp::Add(add) => {
+            let (snapshot, socket) = (absolute(&add.snapshot)?, absolute(&add.socket)?);
+            let service = add.options.service(add.name.clone(), snapshot, socket);
+            service.check()?;
+            let name = service.name.clone();
+            client.ask(&Request::Add { service })?;
+            let _: IgnoredAny = client.hear(true)?;
+            output.report(&Done::added(name))?;
+        }
+        CtlOp::Remove(remove) => {
+            let name = remove.name.clone();
+            client.ask(&Request::Remove { name: name.clone() })?;
+            let _: IgnoredAny = client.hear(false)?;
+            output.report(&Done::removed(name))?;
+        }
+        CtlOp::List => {
+            client.ask(&Request::List {})?;
+            output.report(&Listing(client.hear(false)?))?;
+        }
+        CtlOp::Stats(stats) => {
+            let (vm, buckets) = (stats.vm, stats.buckets);
+            client.ask(&Request::Stats { vm, buckets })?;
+            let vms = client.hear(false)?;
+            output.report(&Statistics { vms })?;
+        }
+        CtlOp::Complete(complete) => {
+            let (vm, all) = (complete.vm, complete.all);
+            client.ask(&Request::Complete { vm, all })?;
+            return let_go(client.hear(true)?, output);
+        }
+        CtlOp::Drain => {
+            client.ask(&Request::Drain {})?;
+            return let_go(client.hear(true)?, output);
+        }
+        CtlOp::Top(top) => return top::run(top, &args.control, client, output),
+        CtlOp::Upgrade(upgrade) => {
+            let program = upgrade.program.as_deref().map(absolute).transpose()?;
+            client.ask(&Request::Upgrade { program })?;
+            output.report(&report::NowRuns(client.hear(true)?))?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// Reports VMs that were to be let go: a failure, if one could not be.
+fn let_go(vms: Vec<Completed>, output: Output) -> Result<Exit> {
+    let all = vms.iter().all(|vm| vm.done);
+    output.report(&LetGo { vms })?;
+    Ok(if all { Exit::Done } else { Exit::Failed })
+}
+
+/// A path as the daemon has to be told of it, which runs in another folder.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("{}", path.display()))
+}

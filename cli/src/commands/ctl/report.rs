@@ -1,0 +1,279 @@
+//! What the daemon has answered, for people and programs.
+
+use std::fmt;
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{BinaryBytes, HumanCount};
+use serde::Serialize;
+
+use crate::daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
+use crate::output::{count, percent};
+
+/// A service was added or removed.
+#[derive(Serialize)]
+pub(super) struct Done {
+    service: String,
+    #[serde(skip)]
+    what: &'static str,
+}
+
+impl Done {
+    pub(super) fn added(service: String) -> Self {
+        let what = "is served";
+        Self { service, what }
+    }
+
+    pub(super) fn removed(service: String) -> Self {
+        let what = "takes no more VMs; those that it has go on";
+        Self { service, what }
+    }
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} {}", self.service, self.what)
+    }
+}
+
+/// Another program has taken over.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct NowRuns(pub(super) Upgraded);
+
+impl fmt::Display for NowRuns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Upgraded { from, to } = &self.0;
+        writeln!(f, "{to} has taken over from {from}")
+    }
+}
+
+/// What is served.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct Listing(pub(super) List);
+
+impl fmt::Display for Listing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = &self.0;
+        write!(f, "snaprestore {}, process {}", list.version, list.pid)?;
+        if list.worker_restarts > 0 {
+            write!(f, ", {}", count(list.worker_restarts, "worker restart"))?;
+        }
+        if list.draining {
+            write!(f, ", takes no more VMs")?;
+        }
+        writeln!(f)?;
+        if list.services.is_empty() {
+            writeln!(f, "no service; `snaprestore ctl add` makes one")?;
+        } else {
+            let mut table = plain(["SERVICE", "SERVING", "ENDED", "SNAPSHOT", "SOCKET"]);
+            for listed in &list.services {
+                table.add_row([
+                    listed.service.name.clone(),
+                    listed.serving.to_string(),
+                    listed.ended.to_string(),
+                    listed.service.snapshot.display().to_string(),
+                    listed.service.socket.display().to_string(),
+                ]);
+            }
+            to_the_right(&mut table, &[1, 2]);
+            writeln!(f, "\n{}", table.trim_fmt())?;
+        }
+        if !list.vms.is_empty() {
+            let mut table = plain(["VM", "SERVICE", "PID", "STATE", "AGE"]);
+            for vm in &list.vms {
+                table.add_row([
+                    vm.id.to_string(),
+                    vm.service.clone(),
+                    vm.pid.to_string(),
+                    state(vm),
+                    age(vm.age_ms),
+                ]);
+            }
+            to_the_right(&mut table, &[0, 2, 4]);
+            writeln!(f, "\n{}", table.trim_fmt())?;
+        }
+        Ok(())
+    }
+}
+
+/// The state of a VM, and why it was ended.
+fn state(vm: &Vm) -> String {
+    let name = vm.state.name();
+    match &vm.reason {
+        Some(reason) => format!("{name}: {reason}"),
+        None => name.to_owned(),
+    }
+}
+
+/// A duration as people say it.
+fn age(millis: u64) -> String {
+    let (seconds, tenths) = (millis / 1000, millis / 100 % 10);
+    match seconds {
+        0..60 => format!("{seconds}.{tenths} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+/// What sessions have done.
+#[derive(Serialize)]
+pub(super) struct Statistics {
+    pub(super) vms: Vec<VmStats>,
+}
+
+impl fmt::Display for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.vms.is_empty() {
+            return writeln!(f, "no VM is served");
+        }
+        for (i, vm) in self.vms.iter().enumerate() {
+            if i > 0 {
+                writeln!(f)?;
+            }
+            one(f, vm)?;
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of one VM.
+fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
+    let (vm, s) = (&stats.vm, &stats.session);
+    let (id, service, pid) = (vm.id, &vm.service, vm.pid);
+    let age = age(vm.age_ms);
+    writeln!(
+        f,
+        "VM {id} of {service}, process {pid}, for {age}: {}",
+        state(vm)
+    )?;
+    writeln!(
+        f,
+        "memory      {}, {} of them missing; {} are settled",
+        count(s.pages, "page"),
+        HumanCount(s.missing),
+        percent(s.pages.saturating_sub(s.missing), s.pages)
+    )?;
+    let kinds = s.fault_kinds;
+    writeln!(
+        f,
+        "faults      {}: {} on stored pages, {} fills, {} removed, {} present, {} poisoned, {} outside",
+        HumanCount(s.faults),
+        HumanCount(kinds.stored),
+        HumanCount(kinds.fill),
+        HumanCount(kinds.removed),
+        HumanCount(kinds.present),
+        HumanCount(kinds.poisoned),
+        HumanCount(kinds.outside)
+    )?;
+    writeln!(f, "latency     {}", Latency(&s.fault_us))?;
+    let sources = [
+        ("read", &s.sources.read),
+        ("cached", &s.sources.cached),
+        ("waited", &s.sources.waited),
+        ("fill", &s.sources.fill),
+        ("none", &s.sources.none),
+    ];
+    for (name, times) in sources {
+        if times.count > 0 {
+            let number = HumanCount(times.count);
+            writeln!(f, "  {name:<8}  {}; {number}", Latency(times))?;
+        }
+    }
+    let pages = |pages: Pages| HumanCount(pages.total());
+    writeln!(
+        f,
+        "installed   {} pages by faults, {} by prefetch",
+        pages(s.demand),
+        pages(s.prefetch)
+    )?;
+    writeln!(
+        f,
+        "read        {}, decoded to {}",
+        BinaryBytes(s.bytes_read),
+        BinaryBytes(s.bytes_decoded)
+    )?;
+    writeln!(
+        f,
+        "events      {}, {}, {}, {}",
+        count(s.discards, "discard"),
+        count(s.retries, "retried install"),
+        count(s.failures, "failure"),
+        count(s.poisoned, "poisoned page")
+    )
+}
+
+/// Percentiles in one line.
+struct Latency<'a>(&'a Times);
+
+impl fmt::Display for Latency<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = self.0;
+        if times.count == 0 {
+            return f.write_str("-");
+        }
+        write!(
+            f,
+            "{:.1} us at p50, {:.1} p90, {:.1} p99, {:.1} at most",
+            times.p50, times.p90, times.p99, times.max
+        )
+    }
+}
+
+/// VMs that were to be let go.
+#[derive(Serialize)]
+pub(super) struct LetGo {
+    pub(super) vms: Vec<Completed>,
+}
+
+impl fmt::Display for LetGo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.vms.is_empty() {
+            return writeln!(f, "no VM was served");
+        }
+        for vm in &self.vms {
+            let id = vm.vm;
+            match (&vm.reason, vm.done) {
+                (_, true) => writeln!(f, "VM {id} needs no serving any more")?,
+                (Some(reason), false) => writeln!(f, "VM {id} can't be completed: {reason}")?,
+                (None, false) => writeln!(f, "VM {id} can't be completed")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A table without lines.
+pub(super) fn plain<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+/// Aligns columns of numbers.
+pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
+    for column in columns {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_have_two_units_at_most() {
+        for (millis, text) in [
+            (0, "0.0 s"),
+            (1_950, "1.9 s"),
+            (61_000, "1 min 1 s"),
+            (3_600_000, "1 h 0 min"),
+            (90_000_000, "1 d 1 h"),
+        ] {
+            assert_eq!(age(millis), text);
+        }
+    }
+}
