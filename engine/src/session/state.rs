@@ -247,7 +247,8 @@ impl State {
     /// The first range of absent pages in `within`.
     pub(crate) fn absent_in(&self, within: Range<PageNumber>) -> Option<Range<PageNumber>> {
         let start = self.first_absent(within.clone())?;
-        let end = (start..within.end)
+        // The first page is not looked at again: it may have come meanwhile, and no range is empty.
+        let end = (start + 1..within.end)
             .find(|page| self.status(*page) != Status::Absent)
             .unwrap_or(within.end);
         Some(start..end)
@@ -464,6 +465,25 @@ mod tests {
             first_page: 0,
         };
         State::new(pages, &[extent], 8).unwrap().0
+    }
+
+    /// Two threads that install the same pages killed an owner: between finding the first absent page
+    /// and the end of its range the other one marked it, the range came out empty, and the kernel
+    /// refuses to install nothing.
+    #[test]
+    fn a_range_of_absent_pages_is_never_empty_while_another_thread_marks() {
+        const PAGES: u64 = 1 << 22;
+        let state = one_extent(PAGES);
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..PAGES).for_each(|page| state.mark_present(page..page + 1)));
+            let mut next = 0;
+            while let Some(first) = state.first_absent(next..PAGES) {
+                if let Some(absent) = state.absent_in(first..PAGES.min(first + 2)) {
+                    assert!(!absent.is_empty(), "{absent:?}");
+                }
+                next = first;
+            }
+        });
     }
 
     /// The masks of a range have exactly the bits of its pages.
