@@ -83,7 +83,6 @@ pub(crate) fn start(daemon: Option<LogFormat>) {
 
 /// Says how many events were suppressed of places that have been silent since: to be called now and
 /// then by who would wait long for the next event, and at the end.
-#[allow(dead_code, reason = "the daemon takes it up when it waits by itself")]
 pub(crate) fn say_suppressed(format: LogFormat) {
     let mut text = String::new();
     for suppressed in LIMITER.due(Instant::now()) {

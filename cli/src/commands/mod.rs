@@ -30,7 +30,7 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),
-        Command::Worker(_) => crate::daemon::run_worker(),
+        Command::Worker(args) => crate::daemon::run_worker(&args),
         Command::Ctl(args) => ctl::run(&args, output, cancel),
         Command::Bench(args) => bench::run(&args, output, cancel),
         Command::BenchTrial => bench::run_trial(cancel),

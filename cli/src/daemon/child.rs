@@ -7,9 +7,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
 use snaprestore_engine::sys::open_pidfd;
 
 use super::wire::Wire;
+use crate::log::LogFormat;
 
 /// A worker.
 #[derive(Debug)]
@@ -19,8 +21,8 @@ pub(super) struct Worker {
     pidfd: OwnedFd,
     pub(super) wire: Wire,
     pub(super) started: Instant,
-    /// Whether it has said that it is.
-    pub(super) ready: bool,
+    /// The version of its program, once it has said that it is there.
+    pub(super) version: Option<String>,
     /// Whether it was killed for being stuck.
     stuck: bool,
 }
@@ -37,11 +39,14 @@ pub(super) struct Death {
 
 impl Worker {
     /// Starts `program` as the worker number `number`, the first of which is 0.
-    pub(super) fn start(program: &OsStr, number: u64) -> Result<Self> {
+    pub(super) fn start(program: &OsStr, number: u64, log_format: LogFormat) -> Result<Self> {
         let (wire, theirs) = Wire::pair().context("a socket for the worker")?;
         let mut command = Command::new(program);
         // A Ctrl-C is the keeper's to act on.
         command.arg("worker").process_group(0);
+        let format = log_format.to_possible_value();
+        let format = format.as_ref().map_or("text", |format| format.get_name());
+        command.args(["--log-format", format]);
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         match place_to_fail(number) {
             Some(place) => command.env(FAIL, place),
@@ -56,13 +61,18 @@ impl Worker {
             pidfd,
             wire,
             started: Instant::now(),
-            ready: false,
+            version: None,
             stuck: false,
         })
     }
 
     pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
+    }
+
+    /// Whether it has ended.
+    pub(super) fn is_gone(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Kills it for being stuck.

@@ -311,11 +311,6 @@ impl Client {
         })
     }
 
-    /// What can be waited on for the reply.
-    pub(crate) fn stream(&self) -> &UnixStream {
-        &self.stream
-    }
-
     /// Sends a request.
     pub(crate) fn ask(&self, request: &Request) -> Result<()> {
         let name = self.path.display();

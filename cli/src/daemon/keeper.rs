@@ -6,6 +6,8 @@
 //!     a handshake           whole: it becomes a VM, and the worker is told
 //!     a word of the worker  tables to keep, a VM that ended
 //!     the worker's end      take its last words, start another, tell it everything
+//!     a visitor             the worker is told
+//!     a successor's word    the worker is killed, and the successor is the worker
 //!     an owner's end        close what was its own
 //!     a signal              no more VMs; the worker completes those that are there; asked again,
 //!                           they are killed
@@ -14,10 +16,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
@@ -27,13 +31,15 @@ use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::sys::{Peer, peer_of};
 
 use super::child::{Death, Worker};
-use super::config::Service;
+use super::config::{MetricsAddress, Service};
+use super::desk::{Refused, Upgraded};
 use super::listening::Listening;
 use super::pending::{self, Pending};
 use super::report::{Ending, Vm as Report};
 use super::vms::Vm;
-use super::wire::{FromWorker, ToWorker};
+use super::wire::{Door, Facts, FromWorker, Request, ToWorker};
 use crate::input;
+use crate::log::LogFormat;
 use crate::output::Output;
 use crate::signals::Cancel;
 
@@ -45,12 +51,31 @@ const MOST_STILLBORN: u32 = 20;
 const LIVED: Duration = Duration::from_secs(10);
 /// The most endings that are kept word for word; more are only counted.
 const MOST_ENDINGS: usize = 10_000;
+/// How long a program that is to take over may need until it is ready.
+const SUCCESSION: Duration = Duration::from_secs(20);
+/// How long a worker may go on that has a successor, for its last words to an operator, and one that has
+/// nothing left to do.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+/// Visitors that wait for a worker.
+const MOST_VISITORS: usize = 64;
 
 /// How the daemon goes about it.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     /// How long a VM may wait for a worker that does nothing.
     pub(crate) stuck_after: Duration,
+    pub(crate) log_format: LogFormat,
+}
+
+/// What became of all VMs.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The first of them.
+    pub(crate) vms: Vec<Report>,
+    /// How many there were.
+    pub(crate) count: u64,
+    /// Workers that took over from one that had died.
+    pub(crate) worker_restarts: u64,
 }
 
 /// The keeper.
@@ -63,10 +88,14 @@ pub(crate) struct Keeper {
     /// Workers started, and how many in a row ended at once.
     workers: u64,
     stillborn: u32,
+    restarts: u64,
+    successor: Option<Successor>,
     outgoing: VecDeque<Outgoing>,
     services: BTreeMap<u64, Open>,
+    doors: Vec<(Door, Listening)>,
     vms: BTreeMap<u64, Vm>,
-    next: u64,
+    /// The numbers of the next service and the next VM.
+    next: (u64, u64),
     pending: Vec<Pending>,
     /// VMs that are no longer served, and whose processes have not ended yet.
     dying: Vec<Vm>,
@@ -80,14 +109,33 @@ struct Open {
     service: Service,
     file: OwnedFd,
     listening: Option<Listening>,
+    /// Whether it is forgotten when its last VM has ended.
+    removed: bool,
+    /// VMs that have ended.
+    ended: u64,
 }
 
-/// What waits to be sent to the worker. The descriptors are looked up when it is sent.
-#[derive(Clone, Copy, Debug)]
+/// A worker that is to take over.
+#[derive(Debug)]
+struct Successor {
+    worker: Worker,
+    program: OsString,
+    /// The operator's question.
+    number: u64,
+    /// Since when it has been ready.
+    ready: Option<Instant>,
+}
+
+/// What waits to be sent to the worker. Descriptors that are kept are looked up when it is sent.
+#[derive(Debug)]
 enum Outgoing {
     Service(u64),
+    Forget(u64),
     Vm(u64),
+    Visitor(Door, OwnedFd),
+    Answer(u64, Result<Option<Upgraded>, String>),
     Drain,
+    Leave,
 }
 
 /// How far the daemon is with its end.
@@ -106,6 +154,8 @@ enum Token {
     Signal,
     Wire,
     Death,
+    Succession,
+    Door(usize),
     Listening(u64),
     Pending(usize),
     Dying,
@@ -117,7 +167,7 @@ impl Keeper {
         raise_descriptor_limit();
         cancel.count_signals();
         let program = OsString::from("/proc/self/exe");
-        let worker = Worker::start(&program, 0)?;
+        let worker = Worker::start(&program, 0, options.log_format)?;
         Ok(Self {
             options,
             output,
@@ -126,10 +176,13 @@ impl Keeper {
             worker,
             workers: 1,
             stillborn: 0,
+            restarts: 0,
+            successor: None,
             outgoing: VecDeque::new(),
             services: BTreeMap::new(),
+            doors: Vec::new(),
             vms: BTreeMap::new(),
-            next: 1,
+            next: (1, 1),
             pending: Vec::new(),
             dying: Vec::new(),
             endings: Vec::new(),
@@ -138,31 +191,57 @@ impl Keeper {
         })
     }
 
+    /// Lets visitors in.
+    pub(crate) fn open(&mut self, door: Door, address: &MetricsAddress) -> Result<()> {
+        let listening = match (door, address) {
+            (Door::Control, MetricsAddress::Socket(path)) => Listening::private(path)?,
+            _ => Listening::metrics(address)?,
+        };
+        self.doors.push((door, listening));
+        Ok(())
+    }
+
     /// Listens for the VMs of a service from now on.
     pub(crate) fn add(&mut self, service: Service) -> Result<()> {
+        for open in self.services.values() {
+            let (other, path) = (&open.service, service.socket.display());
+            if other.name == service.name {
+                bail!("there is a service {:?} already", service.name);
+            }
+            if other.socket == service.socket && open.listening.is_some() {
+                bail!("service {:?} has the socket {path} already", other.name);
+            }
+        }
         // What is no good snapshot is refused here, and not VM by VM.
         drop(input::open(&service.snapshot)?);
         let store = input::store(&service.snapshot)?;
         let file = store.file().try_clone().context("a snapshot's file")?;
         let listening = Some(Listening::bind(&service.socket)?);
-        let key = self.number();
+        let key = self.next.0;
+        self.next.0 += 1;
+        self.say(format_args!(
+            "serving {} at {}",
+            service.snapshot.display(),
+            service.socket.display()
+        ));
         let open = Open {
             service,
             file: file.into(),
             listening,
+            removed: false,
+            ended: 0,
         };
         self.services.insert(key, open);
         self.outgoing.push_back(Outgoing::Service(key));
         Ok(())
     }
 
-    /// Serves until asked to stop, and every VM has ended or was let go. What became of them, and how many
-    /// there were.
-    pub(crate) fn run(mut self) -> Result<(Vec<Report>, u64)> {
+    /// Serves until asked to stop, and every VM has ended or was let go.
+    pub(crate) fn run(mut self) -> Result<Ended> {
         let failed = loop {
             if let Err(error) = self.turn() {
                 // VMs without a keeper would wait for ever.
-                self.output.error(format_args!("{error:#}"));
+                self.complain(format_args!("{error:#}"));
                 self.kill_all("the daemon can't go on");
                 if let Stopping::Kills = self.stopping {
                     break Err(error);
@@ -177,7 +256,24 @@ impl Keeper {
             self.wait_for_one(&[Token::Dying])?;
             self.dying.retain(|vm| !vm.is_gone());
         }
-        failed.map(|()| (self.endings, self.ended))
+        self.let_worker_leave();
+        failed.map(|()| Ended {
+            vms: self.endings,
+            count: self.ended,
+            worker_restarts: self.restarts,
+        })
+    }
+
+    /// Gives the worker time for its last words to an operator.
+    fn let_worker_leave(&mut self) {
+        self.outgoing.push_back(Outgoing::Leave);
+        let until = Instant::now() + LAST_WORDS;
+        while self.send().is_ok() && Instant::now() < until {
+            let ready = self.wait_for_one(&[Token::Death, Token::Wire]);
+            if ready.is_err() || self.listen_to_worker().is_err() || self.worker.is_gone() {
+                return;
+            }
+        }
     }
 
     /// Waits for something, and does what follows.
@@ -191,6 +287,8 @@ impl Keeper {
                 Token::Signal => self.stop(),
                 Token::Wire => self.listen_to_worker()?,
                 Token::Death => self.replace_worker()?,
+                Token::Succession => self.listen_to_successor(),
+                Token::Door(at) => self.let_in(at),
                 Token::Listening(key) => self.accept(key),
                 Token::Pending(at) => self.shake_hands(at),
                 Token::Dying => self.dying.retain(|vm| !vm.is_gone()),
@@ -205,14 +303,21 @@ impl Keeper {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
+        self.watch_succession();
         self.watch_worker();
         Ok(())
     }
 
     fn tokens(&self) -> Vec<Token> {
         let mut tokens = vec![Token::Death, Token::Wire];
-        if self.stopping == Stopping::No {
+        if !self.cancel.requested() {
             tokens.push(Token::Signal);
+        }
+        if self.successor.is_some() {
+            tokens.push(Token::Succession);
+        }
+        if self.outgoing.len() < MOST_VISITORS {
+            tokens.extend((0..self.doors.len()).map(Token::Door));
         }
         if self.pending.len() < pending::MOST {
             let open = self
@@ -241,6 +346,12 @@ impl Keeper {
                 Token::Signal => add(self.cancel.as_fd(), *token),
                 Token::Wire => add(self.worker.wire.as_fd(), *token),
                 Token::Death => add(self.worker.pidfd(), *token),
+                Token::Succession => {
+                    if let Some(successor) = &self.successor {
+                        add(successor.worker.wire.as_fd(), *token);
+                    }
+                }
+                Token::Door(at) => add(self.doors[at].1.as_fd(), *token),
                 Token::Listening(key) => {
                     let listening = self
                         .services
@@ -281,30 +392,34 @@ impl Keeper {
         };
         let accepted = open.listening.as_ref().map(Listening::accept);
         let stream = match accepted {
-            Some(Ok(Some(stream))) => stream,
-            Some(Err(error)) => {
-                // Of one connection, or for want of descriptors: the others go on.
-                self.output
-                    .warn(format_args!("a connection could not be taken: {error}"));
-                std::thread::sleep(Duration::from_millis(100));
-                return;
-            }
+            Some(Ok(Some(stream))) => UnixStream::from(stream),
+            Some(Err(error)) => return self.turned_away(&error),
             Some(Ok(None)) | None => return,
         };
-        match admit(open, &stream) {
-            Ok(peer) => match Pending::new(
-                key,
-                stream,
-                peer,
-                Duration::from_secs(open.service.patience),
-            ) {
-                Ok(pending) => self.pending.push(pending),
-                Err(error) => self
-                    .output
-                    .warn(format_args!("a VMM is not heard: {error}")),
-            },
-            Err(error) => self.output.warn(format_args!("{error:#}")),
+        let patience = Duration::from_secs(open.service.patience);
+        let pending = admit(open, &stream).and_then(|peer| {
+            Pending::new(key, stream, peer, patience).context("a VMM is not heard")
+        });
+        match pending {
+            Ok(pending) => self.pending.push(pending),
+            Err(error) => self.complain(format_args!("{error:#}")),
         }
+    }
+
+    /// Takes a visitor to the worker.
+    fn let_in(&mut self, at: usize) {
+        let (door, listening) = &self.doors[at];
+        match listening.accept() {
+            Ok(Some(stream)) => self.outgoing.push_back(Outgoing::Visitor(*door, stream)),
+            Ok(None) => {}
+            Err(error) => self.turned_away(&error),
+        }
+    }
+
+    /// Of one connection, or for want of descriptors: the others go on.
+    fn turned_away(&self, error: &io::Error) {
+        self.complain(format_args!("a connection could not be taken: {error}"));
+        std::thread::sleep(Duration::from_millis(100));
     }
 
     /// Goes on with a handshake.
@@ -329,51 +444,76 @@ impl Keeper {
             regions,
         } = handshake;
         let vm = Vm::new(service, peer, userfaultfd, regions);
-        let id = self.number();
+        let id = self.next.1;
+        self.next.1 += 1;
         self.vms.insert(id, vm);
         self.outgoing.push_back(Outgoing::Vm(id));
     }
 
     /// Sends the worker what it is to know, until it has no room for more.
     fn send(&mut self) -> Result<()> {
-        while let Some(next) = self.outgoing.front() {
-            match self.send_one(*next) {
+        while let Some(next) = self.outgoing.pop_front() {
+            match self.send_one(&next) {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.outgoing.push_front(next);
+                    return Ok(());
+                }
                 // It has died; its successor is told everything.
                 Err(error) if is_gone(&error) => return Ok(()),
                 Err(error) => return Err(error).context("telling the worker"),
             }
-            self.outgoing.pop_front();
         }
         Ok(())
     }
 
-    fn send_one(&self, what: Outgoing) -> io::Result<()> {
+    fn send_one(&self, what: &Outgoing) -> io::Result<()> {
         let wire = &self.worker.wire;
         match what {
             Outgoing::Service(key) => {
-                let Some(open) = self.services.get(&key) else {
+                let Some(open) = self.services.get(key) else {
                     return Ok(());
                 };
-                let service = open.service.clone();
+                let (key, service) = (*key, open.service.clone());
                 let message = ToWorker::Service { key, service };
                 wire.send(&message, &[open.file.as_fd()])
             }
             Outgoing::Vm(id) => {
-                let Some(vm) = self.vms.get(&id) else {
+                let Some(vm) = self.vms.get(id) else {
                     return Ok(());
                 };
+                let age = vm.connected.elapsed().as_millis();
                 let message = ToWorker::Vm {
-                    id,
+                    id: *id,
                     service: vm.service,
                     pid: vm.peer.pid,
+                    age_ms: u64::try_from(age).unwrap_or(u64::MAX),
                     regions: vm.regions.clone(),
                     deadly: vm.deadly(),
                 };
                 wire.send(&message, &vm.descriptors())
             }
+            Outgoing::Visitor(door, stream) => {
+                let (door, facts) = (*door, self.facts());
+                wire.send(&ToWorker::Visitor { door, facts }, &[stream.as_fd()])
+            }
+            Outgoing::Answer(number, result) => {
+                let (number, result) = (*number, result.clone());
+                wire.send(&ToWorker::Answer { number, result }, &[])
+            }
+            Outgoing::Forget(key) => wire.send(&ToWorker::Forget { key: *key }, &[]),
             Outgoing::Drain => wire.send(&ToWorker::Drain, &[]),
+            Outgoing::Leave => wire.send(&ToWorker::Leave, &[]),
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let ended = self.services.iter().map(|(key, open)| (*key, open.ended));
+        Facts {
+            keeper: std::process::id(),
+            worker_restarts: self.restarts,
+            draining: self.stopping != Stopping::No,
+            ended: ended.collect(),
         }
     }
 
@@ -392,7 +532,18 @@ impl Keeper {
 
     fn heard(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         match message {
-            FromWorker::Ready => self.worker.ready = true,
+            FromWorker::Ready { version } => self.worker.version = Some(version),
+            FromWorker::Ask { number, request } => self.asked(number, request),
+            // The operator knows: now it may go.
+            FromWorker::Told => {
+                if self
+                    .successor
+                    .as_ref()
+                    .is_some_and(|next| next.ready.is_some())
+                {
+                    self.worker.kill();
+                }
+            }
             FromWorker::Tables { id } => {
                 let memfd = descriptors
                     .into_iter()
@@ -406,7 +557,7 @@ impl Keeper {
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.is_served();
                     let pid = vm.peer.pid;
-                    self.output.say(format_args!("VM {pid}: served"));
+                    self.say(format_args!("VM {pid}: served"));
                 }
             }
             FromWorker::Ended { id, vm: report } => {
@@ -416,6 +567,7 @@ impl Keeper {
                 if report.ending == Ending::Refused {
                     self.kill(&vm);
                 }
+                self.count_ended(vm.service);
                 if report.ending != Ending::Complete {
                     self.dying.push(vm);
                 }
@@ -425,47 +577,186 @@ impl Keeper {
         Ok(())
     }
 
+    /// A VM of a service is no more. One that was removed goes with the last.
+    fn count_ended(&mut self, key: u64) {
+        let last = !self.vms.values().any(|vm| vm.service == key);
+        if let Some(open) = self.services.get_mut(&key) {
+            open.ended += 1;
+            if last && open.removed {
+                self.forget(key);
+            }
+        }
+    }
+
+    fn forget(&mut self, key: u64) {
+        self.services.remove(&key);
+        self.outgoing.push_back(Outgoing::Forget(key));
+    }
+
+    /// Does what an operator wants and the worker can't do.
+    fn asked(&mut self, number: u64, request: Request) {
+        let result = match request {
+            Request::Add(_) if self.stopping != Stopping::No => {
+                Err("the daemon is about to end".to_owned())
+            }
+            Request::Add(service) => self.add(service).map_err(|error| format!("{error:#}")),
+            Request::Remove(name) => self.remove(&name),
+            Request::Drain => {
+                self.stop();
+                Ok(())
+            }
+            Request::Upgrade(program) => match self.prepare_upgrade(number, program) {
+                // The answer comes when it is ready.
+                Ok(()) => return,
+                Err(error) => Err(format!("{error:#}")),
+            },
+        };
+        let result = result.map(|()| None);
+        self.outgoing.push_back(Outgoing::Answer(number, result));
+    }
+
+    fn remove(&mut self, name: &str) -> Result<(), String> {
+        let found = self.services.iter_mut();
+        let mut found = found.filter(|(_, open)| open.service.name == name && !open.removed);
+        let Some((key, open)) = found.next() else {
+            return Err(Refused::no_service(name).0);
+        };
+        let key = *key;
+        (open.listening, open.removed) = (None, true);
+        if !self.vms.values().any(|vm| vm.service == key)
+            && !self.pending.iter().any(|pending| pending.service == key)
+        {
+            self.forget(key);
+        }
+        Ok(())
+    }
+
+    /// Starts the program that is to take over.
+    fn prepare_upgrade(&mut self, number: u64, program: Option<PathBuf>) -> Result<()> {
+        if self.successor.is_some() {
+            bail!("another upgrade is under way");
+        }
+        let program = match program {
+            Some(program) => program,
+            None => own_path()?,
+        };
+        let program = program.into_os_string();
+        let worker = Worker::start(&program, self.workers, self.options.log_format)?;
+        self.workers += 1;
+        self.successor = Some(Successor {
+            worker,
+            program,
+            number,
+            ready: None,
+        });
+        Ok(())
+    }
+
+    /// Takes the first word of the worker that is to take over.
+    fn listen_to_successor(&mut self) {
+        let Some(successor) = &mut self.successor else {
+            return;
+        };
+        match successor.worker.wire.receive() {
+            Ok(Some((FromWorker::Ready { version }, _))) => {
+                let upgraded = Upgraded {
+                    from: self.worker.version.clone().unwrap_or_default(),
+                    to: version.clone(),
+                };
+                successor.worker.version = Some(version);
+                successor.ready = Some(Instant::now());
+                let answer = Outgoing::Answer(successor.number, Ok(Some(upgraded)));
+                self.outgoing.push_back(answer);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => self.give_up_upgrade("it ended, or says what no worker says"),
+        }
+    }
+
+    fn give_up_upgrade(&mut self, why: &str) {
+        if let Some(successor) = self.successor.take() {
+            let program = successor.program.display().to_string();
+            let answer = Err(format!(
+                "{program}: can't take over: {why}; all goes on as before"
+            ));
+            self.outgoing
+                .push_back(Outgoing::Answer(successor.number, answer));
+        }
+    }
+
+    fn watch_succession(&mut self) {
+        let Some(successor) = &self.successor else {
+            return;
+        };
+        match successor.ready {
+            None if successor.worker.started.elapsed() >= SUCCESSION => {
+                self.give_up_upgrade("it takes too long to start");
+            }
+            Some(since) if since.elapsed() >= LAST_WORDS => self.worker.kill(),
+            _ => {}
+        }
+    }
+
     /// The worker is gone: another goes on.
     fn replace_worker(&mut self) -> Result<()> {
         // Its last words count, and it says no more.
         self.listen_to_worker()?;
-        let Death { how, of_itself } = self.worker.bury()?;
-        let lived = self.worker.ready && self.worker.started.elapsed() >= LIVED;
-        self.stillborn = match lived || !of_itself && self.worker.ready {
-            true => 0,
-            false => self.stillborn + 1,
-        };
+        let death = self.worker.bury()?;
         if self.stopping == Stopping::Kills {
             return Ok(());
         }
-        let vms = self.vms.len();
-        self.output.error(format_args!(
-            "the worker {how}; another goes on with {vms} VMs"
-        ));
-        if self.stillborn > MOST_STILLBORN {
-            bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
-        }
+        self.worker = match self
+            .successor
+            .take_if(|successor| successor.ready.is_some())
+        {
+            Some(successor) => {
+                let version = successor.worker.version.clone().unwrap_or_default();
+                self.say(format_args!("a worker of version {version} takes over"));
+                self.program = successor.program;
+                successor.worker
+            }
+            None => self.start_another(&death)?,
+        };
         for vm in self.vms.values_mut() {
-            if of_itself {
+            if death.of_itself {
                 vm.blame_frames();
             }
             vm.handed_over();
         }
-        self.worker = Worker::start(&self.program, self.workers)?;
-        self.workers += 1;
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
         let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
-        self.outgoing = services.chain(vms).collect();
+        // Visitors of the dead one are lost, those who were not with it yet are not.
+        let waiting = std::mem::take(&mut self.outgoing).into_iter();
+        let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Visitor(..)));
+        self.outgoing = services.chain(vms).chain(waiting).collect();
         if self.stopping == Stopping::Drains {
             self.outgoing.push_back(Outgoing::Drain);
         }
         Ok(())
     }
 
+    fn start_another(&mut self, death: &Death) -> Result<Worker> {
+        let Death { how, of_itself } = death;
+        let ready = self.worker.version.is_some();
+        let lived = ready && (!of_itself || self.worker.started.elapsed() >= LIVED);
+        self.stillborn = if lived { 0 } else { self.stillborn + 1 };
+        let vms = self.vms.len();
+        self.complain(format_args!(
+            "the worker {how}; another goes on with {vms} VMs"
+        ));
+        if self.stillborn > MOST_STILLBORN {
+            bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
+        }
+        let worker = Worker::start(&self.program, self.workers, self.options.log_format)?;
+        self.workers += 1;
+        self.restarts += 1;
+        Ok(worker)
+    }
+
     /// Kills a worker that keeps a VM waiting.
     fn watch_worker(&mut self) {
         let patience = self.options.stuck_after;
-        let ready = self.worker.ready || self.worker.started.elapsed() < patience;
+        let ready = self.worker.version.is_some() || self.worker.started.elapsed() < patience;
         let neglected = |vm: &mut Vm| vm.is_neglected(patience);
         if !ready || self.vms.values_mut().any(neglected) {
             self.worker.kill_stuck();
@@ -474,6 +765,9 @@ impl Keeper {
 
     /// Takes no more VMs, and lets those that are there go.
     fn stop(&mut self) {
+        if self.stopping != Stopping::No {
+            return;
+        }
         // Who has connected already is served.
         let keys: Vec<u64> = self.services.keys().copied().collect();
         for key in keys {
@@ -498,6 +792,7 @@ impl Keeper {
         self.pending.clear();
         for (_, vm) in std::mem::take(&mut self.vms) {
             self.kill(&vm);
+            self.count_ended(vm.service);
             let pid = vm.peer.pid;
             self.dying.push(vm);
             self.note(Report::new(pid, Ending::Killed, Some(why.to_owned())));
@@ -507,7 +802,7 @@ impl Keeper {
     fn kill(&self, vm: &Vm) {
         if let Err(errno) = vm.kill() {
             let pid = vm.peer.pid;
-            self.output.error(format_args!(
+            self.complain(format_args!(
                 "VM {pid} can't be killed ({errno}), and waits for its next missing page for ever: end it"
             ));
         }
@@ -516,8 +811,8 @@ impl Keeper {
     /// Tells what became of a VM, and keeps it for the report.
     fn note(&mut self, report: Report) {
         match report.reason {
-            Some(_) => self.output.error(&report),
-            None => self.output.say(&report),
+            Some(_) => self.complain(&report),
+            None => self.say(&report),
         }
         self.ended += 1;
         if self.endings.len() < MOST_ENDINGS {
@@ -525,11 +820,29 @@ impl Keeper {
         }
     }
 
-    fn number(&mut self) -> u64 {
-        let number = self.next;
-        self.next += 1;
-        number
+    /// What goes on.
+    fn say(&self, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.say(what),
+            LogFormat::Json => tracing::info!("{what}"),
+        }
     }
+
+    /// What went wrong.
+    fn complain(&self, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.error(what),
+            LogFormat::Json => tracing::error!("{what}"),
+        }
+    }
+}
+
+/// Where this program is, or what has taken its place.
+fn own_path() -> Result<PathBuf> {
+    let path = std::env::current_exe().context("where this program is")?;
+    let name = path.to_string_lossy().into_owned();
+    // So the kernel calls a file that was replaced.
+    Ok(name.strip_suffix(" (deleted)").map_or(path, PathBuf::from))
 }
 
 /// Who has connected, if it is to be served.

@@ -23,6 +23,7 @@
 //! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
 //! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
 
+mod asking;
 mod cgroup;
 mod child;
 pub(crate) mod config;
@@ -30,7 +31,6 @@ mod confine;
 pub(crate) mod control;
 pub(crate) mod desk;
 pub(crate) mod guardian;
-mod asking;
 mod keeper;
 mod listening;
 pub(crate) mod metrics;
@@ -42,7 +42,7 @@ mod vms;
 mod wire;
 mod worker;
 
-pub(crate) use config::Service;
 pub(crate) use keeper::{Keeper, Options};
 pub(crate) use report::Vm;
+pub(crate) use wire::Door;
 pub(crate) use worker::run as run_worker;

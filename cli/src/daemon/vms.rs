@@ -20,6 +20,7 @@ pub(super) struct Vm {
     pub(super) peer: Peer,
     pub(super) userfaultfd: OwnedFd,
     pub(super) regions: Vec<OwnerRegion>,
+    pub(super) connected: Instant,
     tables: Option<Tables>,
     /// Frames on which workers have died, by their offset, and how often.
     suspects: BTreeMap<u64, u32>,
@@ -66,6 +67,7 @@ impl Vm {
             peer,
             userfaultfd,
             regions,
+            connected: Instant::now(),
             tables: None,
             suspects: BTreeMap::new(),
             watch: Watch::begin(),

@@ -67,6 +67,8 @@ pub(super) enum ToWorker {
     },
     /// Everything shall be installed in every VM, and the VMs let go.
     Drain,
+    /// Nothing is left to do.
+    Leave,
 }
 
 /// Where somebody can come in who is no VM.

@@ -1,44 +1,68 @@
 //! The worker: everything but holding descriptors. It may be killed at any instant.
 //!
 //! ```text
-//!   main thread        takes what the keeper sends; ends with the keeper
-//!   one thread a VM    makes the tables and gives them to the keeper, resumes, waits for the end
-//!                      of the VM and tells the keeper
+//!   main thread            takes what the keeper sends; ends with the keeper
+//!   one thread a VM        makes the tables and gives them to the keeper, resumes, waits for the end
+//!                          of the VM and tells the keeper
+//!   one thread a visitor   answers the control socket, or a scrape of the metrics
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
+use std::net::TcpStream;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager};
 use snapshot_format::{FileStore, Snapshot};
 
+use super::asking::Asked;
 use super::config::Service;
+use super::control;
+use super::desk::{self, VmState, VmStats};
+use super::metrics::{self, Book};
 use super::report::{Ending, Vm};
-use super::wire::{FromWorker, ToWorker, Wire};
+use super::wire::{Door, Facts, FromWorker, ToWorker, Wire};
 use crate::args;
 use crate::exit::Exit;
+use crate::log;
+
+/// VMs that have ended and are still told about.
+const REMEMBERED: usize = 100;
+/// How often it is said how many events were not logged.
+const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
+/// How long visitors may take for what they asked for when the worker is to leave.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs in the process that the keeper has started, its socket being standard input.
-pub(crate) fn run() -> Result<Exit> {
+pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     // Whoever serves while the keeper's successor has another worker would read what is that one's.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the keeper")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
     arm();
-    let worker = Arc::new(Worker {
-        wire: Wire::new(socket),
-        services: Mutex::default(),
-        vms: Mutex::default(),
-        draining: AtomicBool::new(false),
-    });
-    worker.wire.send(&FromWorker::Ready, &[])?;
+    let worker = Arc::new(Worker::new(Wire::new(socket)));
+    let format = args.log_format;
+    worker.begin("log", move |_| {
+        loop {
+            std::thread::sleep(SAY_SUPPRESSED);
+            log::say_suppressed(format);
+        }
+    })?;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    worker.wire.send(&FromWorker::Ready { version }, &[])?;
     while let Some((message, descriptors)) = worker.wire.receive()? {
+        if let ToWorker::Leave = message {
+            worker.let_visitors_finish();
+            return Ok(Exit::Done);
+        }
         worker.take(message, descriptors)?;
     }
     // The keeper is gone; what is open here must stay so until the VMs are, which is for somebody else
@@ -58,24 +82,39 @@ fn arm() {
 }
 
 /// What the threads share.
-struct Worker {
-    wire: Wire,
-    services: Mutex<HashMap<u64, Arc<Open>>>,
-    vms: Mutex<BTreeMap<u64, Arc<Paged>>>,
+pub(super) struct Worker {
+    pub(super) wire: Wire,
+    pub(super) services: Mutex<BTreeMap<u64, Arc<Open>>>,
+    pub(super) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
+    /// The last VMs that have ended.
+    pub(super) ended: Mutex<VecDeque<VmStats>>,
+    pub(super) asked: Asked,
+    pub(super) facts: Mutex<Facts>,
+    book: Book,
     draining: AtomicBool,
+    visitors: AtomicUsize,
 }
 
 /// A snapshot, and how VMs are served from it.
-struct Open {
+pub(super) struct Open {
+    pub(super) service: Service,
     snapshot: Result<Arc<Snapshot>, String>,
-    service: Service,
 }
 
-/// A VM that was handed over.
+/// A VM in this worker's hands.
+pub(super) struct Served {
+    pub(super) id: u64,
+    pub(super) pid: u32,
+    pub(super) service: Arc<Open>,
+    /// When it connected.
+    since: Instant,
+    /// Not before its session is there.
+    pub(super) paged: OnceLock<Paged>,
+    pub(super) completing: AtomicBool,
+}
+
+/// What came with a VM.
 struct Arrived {
-    id: u64,
-    pid: u32,
-    service: Arc<Open>,
     regions: Vec<OwnerRegion>,
     deadly: Vec<u64>,
     userfaultfd: OwnedFd,
@@ -84,6 +123,20 @@ struct Arrived {
 }
 
 impl Worker {
+    fn new(wire: Wire) -> Self {
+        Self {
+            wire,
+            services: Mutex::default(),
+            vms: Mutex::default(),
+            ended: Mutex::default(),
+            asked: Asked::default(),
+            facts: Mutex::default(),
+            book: Book::default(),
+            draining: AtomicBool::new(false),
+            visitors: AtomicUsize::new(0),
+        }
+    }
+
     /// Does what the keeper says.
     fn take(self: &Arc<Self>, message: ToWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         let mut descriptors = descriptors.into_iter();
@@ -91,118 +144,170 @@ impl Worker {
         match message {
             ToWorker::Service { key, service } => {
                 let file = next().context("a snapshot came without its file")?;
-                let open = Arc::new(Open::new(file, service));
-                lock(&self.services).insert(key, open);
+                lock(&self.services).insert(key, Arc::new(Open::new(file, service)));
+            }
+            ToWorker::Forget { key } => {
+                if let Some(open) = lock(&self.services).remove(&key) {
+                    self.book.forget(&open.service.name);
+                }
             }
             ToWorker::Vm {
                 id,
                 service,
                 pid,
+                age_ms,
                 regions,
                 deadly,
             } => {
                 let service = lock(&self.services).get(&service).cloned();
-                let arrived = Arrived {
+                let now = Instant::now();
+                let served = Arc::new(Served {
                     id,
                     pid,
                     service: service.context("a VM came before its snapshot")?,
+                    since: now
+                        .checked_sub(Duration::from_millis(age_ms))
+                        .unwrap_or(now),
+                    paged: OnceLock::new(),
+                    completing: AtomicBool::new(false),
+                });
+                let arrived = Arrived {
                     regions,
                     deadly,
                     userfaultfd: next().context("a VM came without its userfaultfd")?,
                     owner: next().context("a VM came without its pidfd")?,
                     tables: next(),
                 };
-                let worker = Arc::clone(self);
-                let begun = std::thread::Builder::new()
-                    .name("vm".into())
-                    .spawn(move || worker.serve(arrived));
-                begun.context("a thread for a VM")?;
+                lock(&self.vms).insert(id, Arc::clone(&served));
+                self.begin("vm", move |worker| worker.serve(&served, arrived))?;
             }
+            ToWorker::Visitor { door, facts } => {
+                let stream = next().context("a visitor came without a connection")?;
+                *lock(&self.facts) = facts;
+                self.visitors.fetch_add(1, SeqCst);
+                self.begin("visitor", move |worker| {
+                    worker.receive(door, stream);
+                    worker.visitors.fetch_sub(1, SeqCst);
+                })?;
+            }
+            ToWorker::Answer { number, result } => self.asked.answered(number, result),
             ToWorker::Drain => {
                 self.draining.store(true, SeqCst);
-                for vm in lock(&self.vms).values() {
-                    self.complete(vm)?;
+                let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
+                for vm in vms {
+                    self.begin("complete", move |_| vm.complete_or_end())?;
                 }
             }
+            ToWorker::Leave => {}
         }
         Ok(())
     }
 
+    fn begin(
+        self: &Arc<Self>,
+        name: &str,
+        body: impl FnOnce(&Self) + Send + 'static,
+    ) -> Result<()> {
+        let worker = Arc::clone(self);
+        let begun = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || body(&worker));
+        begun.with_context(|| format!("a thread ({name})"))?;
+        Ok(())
+    }
+
     /// Serves a VM to its end.
-    fn serve(self: &Arc<Self>, arrived: Arrived) {
-        let (id, pid) = (arrived.id, arrived.pid);
+    fn serve(&self, served: &Served, arrived: Arrived) {
+        let (id, pid) = (served.id, served.pid);
         fail_point(FailPoint::Received);
-        let vm = match self.resume(arrived) {
-            Ok(paged) => self.follow(id, pid, &paged),
+        let vm = match self.resume(served, arrived) {
+            Ok(paged) => follow(pid, paged),
             Err(error) if has_ended(&error) => Vm::new(pid, Ending::Exited, None),
             Err(error) => Vm::new(pid, Ending::Refused, Some(format!("{error:#}"))),
         };
+        let mut stats = served.stats();
+        stats.vm.state = vm.ending.into();
+        stats.vm.reason.clone_from(&vm.reason);
+        lock(&self.vms).remove(&id);
+        self.book.ended(&stats);
+        let mut ended = lock(&self.ended);
+        if ended.len() == REMEMBERED {
+            ended.pop_front();
+        }
+        stats.session.drop_buckets();
+        ended.push_back(stats);
+        drop(ended);
         self.tell(&FromWorker::Ended { id, vm });
     }
 
-    fn resume(&self, arrived: Arrived) -> Result<Arc<Paged>> {
-        let id = arrived.id;
-        let snapshot = match &arrived.service.snapshot {
-            Ok(snapshot) => Arc::clone(snapshot),
-            Err(error) => bail!("{error}"),
-        };
-        let pager = arrived.service.pager(snapshot);
-        let tables = match arrived.tables {
-            Some(tables) => tables,
-            None => {
-                let tables = pager.tables(&arrived.regions)?;
-                fail_point(FailPoint::TablesMade);
-                self.wire
-                    .send(&FromWorker::Tables { id }, &[tables.as_fd()])?;
-                fail_point(FailPoint::TablesGiven);
-                tables
-            }
+    fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
+        let id = served.id;
+        let pager = served.service.pager()?;
+        let tables = if let Some(tables) = arrived.tables {
+            tables
+        } else {
+            let tables = pager.tables(&arrived.regions)?;
+            fail_point(FailPoint::TablesMade);
+            let message = FromWorker::Tables { id };
+            self.wire.send(&message, &[tables.as_fd()])?;
+            fail_point(FailPoint::TablesGiven);
+            tables
         };
         let handover = Handover {
             userfaultfd: arrived.userfaultfd,
             owner: arrived.owner,
             regions: arrived.regions,
         };
-        let paged = Arc::new(pager.resume(handover, tables, &arrived.deadly)?);
-        lock(&self.vms).insert(id, Arc::clone(&paged));
+        let paged = pager.resume(handover, tables, &arrived.deadly)?;
+        let paged = served.paged.get_or_init(|| paged);
         self.tell(&FromWorker::Served { id });
         if self.draining.load(SeqCst) {
-            self.complete(&paged)?;
+            served.complete_or_end();
         }
         Ok(paged)
     }
 
-    /// Waits for the end of a VM.
-    fn follow(&self, id: u64, pid: u32, paged: &Paged) -> Vm {
-        let (ending, reason) = match paged.wait() {
-            pager::Ending::Complete => (Ending::Complete, None),
-            pager::Ending::OwnerGone => (Ending::Exited, None),
-            pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
-        };
-        lock(&self.vms).remove(&id);
-        Vm::new(pid, ending, reason).with(&paged.stats())
+    /// Answers whoever has come.
+    fn receive(&self, door: Door, stream: OwnedFd) {
+        match door {
+            Door::Control => {
+                control::answer(&UnixStream::from(stream), self);
+                if self.asked.takes_leave() {
+                    self.tell(&FromWorker::Told);
+                }
+            }
+            Door::Metrics if is_unix(&stream) => {
+                metrics::scrape(UnixStream::from(stream), || self.metrics());
+            }
+            Door::Metrics => metrics::scrape(TcpStream::from(stream), || self.metrics()),
+        }
     }
 
-    /// Has everything installed in a VM, in a thread of its own. A VM for which that can't be done is
-    /// killed: nobody will serve it.
-    fn complete(&self, vm: &Arc<Paged>) -> Result<()> {
-        let vm = Arc::clone(vm);
-        let begun = std::thread::Builder::new()
-            .name("complete".into())
-            .spawn(move || {
-                if !vm.complete() && vm.ending().is_none() {
-                    let first = vm.failures().into_iter().next();
-                    let first = first.map(|failure| failure.to_string());
-                    let first = first.unwrap_or_default();
-                    vm.end(&format!("it can't be completed: {first}"));
-                }
-            });
-        begun.context("a thread that completes a VM")?;
-        Ok(())
+    fn metrics(&self) -> String {
+        let live: Vec<_> = lock(&self.vms).values().map(|vm| vm.stats()).collect();
+        let facts = lock(&self.facts).clone();
+        let services = lock(&self.services);
+        let names = services.values().map(|open| open.service.name.clone());
+        let daemon = metrics::DaemonStats {
+            worker_restarts: facts.worker_restarts,
+            draining: facts.draining,
+            services: names.collect(),
+            frame_cache: None,
+        };
+        drop(services);
+        self.book.render(&live, &daemon)
+    }
+
+    /// Waits a little for visitors who are being answered.
+    fn let_visitors_finish(&self) {
+        let began = Instant::now();
+        while self.visitors.load(SeqCst) > 0 && began.elapsed() < LAST_WORDS {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Tells the keeper. If it is gone there is nobody to tell, and this process is about to end.
-    fn tell(&self, message: &FromWorker) {
+    pub(super) fn tell(&self, message: &FromWorker) {
         let _ = self.wire.send(message, &[]);
     }
 }
@@ -219,8 +324,12 @@ impl Open {
         }
     }
 
-    fn pager(&self, snapshot: Arc<Snapshot>) -> Pager {
-        Pager::new(snapshot)
+    fn pager(&self) -> Result<Pager> {
+        let snapshot = match &self.snapshot {
+            Ok(snapshot) => Arc::clone(snapshot),
+            Err(error) => bail!("{error}"),
+        };
+        Ok(Pager::new(snapshot)
             .fault_threads(self.service.threads)
             .prefetch(match self.service.prefetch {
                 args::Prefetch::Off => pager::Prefetch::Off,
@@ -230,8 +339,70 @@ impl Open {
             .on_error(match self.service.on_error {
                 args::OnError::Kill => pager::OnError::Kill,
                 args::OnError::Poison => pager::OnError::Poison,
-            })
+            }))
     }
+}
+
+impl Served {
+    /// Installs what is missing and lets the VM go. Why that can't be done, if it can't.
+    pub(super) fn complete(&self) -> Result<(), String> {
+        let Some(paged) = self.paged.get() else {
+            return Err("it is only just beginning to be served".to_owned());
+        };
+        self.completing.store(true, SeqCst);
+        let done = paged.complete() || paged.ending().is_some();
+        self.completing.store(false, SeqCst);
+        if done {
+            return Ok(());
+        }
+        let first = paged.failures().into_iter().next();
+        Err(first.map_or_else(
+            || "its memory keeps changing".to_owned(),
+            |failure| failure.to_string(),
+        ))
+    }
+
+    /// The same; a VM for which it can't be done is killed, since nobody will serve it.
+    fn complete_or_end(&self) {
+        if let Some(paged) = self.paged.get()
+            && let Err(why) = self.complete()
+        {
+            paged.end(&format!("it can't be completed: {why}"));
+        }
+    }
+
+    /// What is known of it now.
+    pub(super) fn stats(&self) -> VmStats {
+        let paged = self.paged.get();
+        let state = match paged {
+            None => VmState::Connecting,
+            Some(_) if self.completing.load(SeqCst) => VmState::Completing,
+            Some(_) => VmState::Serving,
+        };
+        VmStats {
+            vm: desk::Vm {
+                id: self.id,
+                service: self.service.service.name.clone(),
+                pid: self.pid,
+                state,
+                reason: None,
+                age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            },
+            session: paged
+                .map(|paged| (&paged.stats()).into())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Waits for the end of a VM.
+fn follow(pid: u32, paged: &Paged) -> Vm {
+    let (ending, reason) = match paged.wait() {
+        pager::Ending::Complete => (Ending::Complete, None),
+        pager::Ending::OwnerGone => (Ending::Exited, None),
+        pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
+    };
+    Vm::new(pid, ending, reason).with(&paged.stats())
 }
 
 /// Whether a VM can't be served because its process has ended.
@@ -242,7 +413,13 @@ fn has_ended(error: &anyhow::Error) -> bool {
     )
 }
 
-/// A panic elsewhere leaves these maps whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn is_unix(socket: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd as _;
+    let name = getsockname::<SockaddrStorage>(socket.as_raw_fd());
+    name.is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
+}
+
+/// A panic elsewhere leaves what is behind these locks whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -37,6 +37,4 @@ pub use owner::OnError;
 pub use paged::{AttachError, Ending, Paged, Pager};
 
 pub use crate::running::{FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Stats};
-pub use crate::session::{
-    Durations, Failure, FailureKind, Histogram, Percentiles, Pulse, Vitals,
-};
+pub use crate::session::{Durations, Failure, FailureKind, Histogram, Percentiles, Pulse, Vitals};

@@ -12,6 +12,7 @@ mod killed;
 mod lazily;
 mod live;
 mod memory;
+mod operators;
 mod outcomes;
 mod outside;
 mod scene;

@@ -102,8 +102,18 @@ impl Scene {
     }
 
     pub(crate) fn vmm_of(&self, raw: &Path, options: &[&str]) -> Command {
+        self.vmm_with(&self.socket(), raw, options)
+    }
+
+    /// A VMM that connects elsewhere.
+    pub(crate) fn vmm_at(&self, socket: &Path, options: &[&str]) -> Command {
+        self.vmm_with(socket, &self.raw, options)
+    }
+
+    #[expect(clippy::unused_self, reason = "a VMM is one of a scene")]
+    fn vmm_with(&self, socket: &Path, raw: &Path, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
-        command.arg(self.socket()).arg(raw).args(options);
+        command.arg(socket).arg(raw).args(options);
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -124,6 +134,13 @@ impl Scene {
         let daemon = self.daemon.take().expect("it runs");
         let pid = Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"));
         kill(pid, Signal::SIGTERM).expect("asked");
+        self.daemon = Some(daemon);
+        self.ended()
+    }
+
+    /// Waits for the end of the daemon, which was asked to stop, and gives what it reports.
+    pub(crate) fn ended(&mut self) -> Vec<Value> {
+        let daemon = self.daemon.take().expect("it runs");
         let run = Run::finish(daemon).exits(0);
         let report: Value = serde_json::from_slice(&run.out).expect("JSON");
         assert!(!self.socket().exists(), "the socket is left");

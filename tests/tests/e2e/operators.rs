@@ -1,0 +1,142 @@
+//! What operators do with a daemon: look, add, remove, let go, upgrade, drain.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde_json::Value;
+use snaprestore_fixtures::images::Shares;
+use snaprestore_tests::program::{self, Run, snaprestore};
+
+use crate::scene::{PAGES, Scene, endings};
+
+/// `ctl`, which shall succeed, and what it says.
+fn ctl(scene: &Scene, args: &[&str]) -> Value {
+    Run::of(&mut command(scene, args)).exits(0).json()
+}
+
+fn command(scene: &Scene, args: &[&str]) -> std::process::Command {
+    let mut command = snaprestore(["ctl", "--json"]);
+    command.env("SNAPRESTORE_CONTROL", scene.folder.path().join("control"));
+    command.args(args);
+    command
+}
+
+fn serve(scene: &mut Scene) {
+    let folder = scene.folder.path().to_owned();
+    let path = |name: &str| folder.join(name).display().to_string();
+    let (control, metrics) = (path("control"), path("metrics"));
+    let options = [
+        "--prefetch",
+        "off",
+        "--control",
+        &control,
+        "--metrics",
+        &metrics,
+    ];
+    scene.serve(&options);
+}
+
+fn scrape(socket: &Path) -> String {
+    let mut stream = UnixStream::connect(socket).expect("connected");
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+        .expect("asked");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("told");
+    text
+}
+
+#[test]
+fn an_operator_sees_vms_and_lets_them_go() {
+    let mut scene = Scene::new(Shares::MIXED);
+    serve(&mut scene);
+    let mut vmm = scene.vmm(&["--hold"]).spawn().expect("a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
+    assert_eq!(said.next().expect("a line").expect("read"), "right so far");
+    let list = ctl(&scene, &["list"]);
+    assert_eq!(list["services"][0]["service"]["name"], "default");
+    assert_eq!(
+        list["vms"].as_array().expect("VMs").len(),
+        0,
+        "complete by itself: {list}"
+    );
+    drop(vmm.stdin.take());
+    assert!(vmm.wait().expect("its end").success());
+
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    scene.wait_for("served", 2);
+    let stats = ctl(&scene, &["stats"]);
+    let stats = &stats["vms"][0];
+    assert_eq!(
+        (&stats["state"], &stats["missing"]),
+        (&"serving".into(), &PAGES.into()),
+        "{stats}"
+    );
+    let metrics = scrape(&scene.folder.path().join("metrics"));
+    assert!(metrics.starts_with("HTTP/1.1 200 OK"), "{metrics}");
+    let of_one = "snaprestore_vms{service=\"default\",state=\"serving\"} 1\n";
+    assert!(metrics.contains(of_one), "{metrics}");
+
+    // Another program file of the same version takes over under way.
+    let copy = scene.folder.path().join("copy");
+    fs::copy(program::program(), &copy).expect("copied");
+    let program = copy.display().to_string();
+    let upgraded = ctl(&scene, &["upgrade", &program]);
+    assert_eq!(upgraded["from"], upgraded["to"]);
+    scene.wait_for("takes over", 1);
+    // One that can't take over changes nothing.
+    let run = Run::of(&mut command(&scene, &["upgrade", "/bin/false"]));
+    assert_ne!(run.code, Some(0));
+    run.says(&["goes on as before"]);
+
+    scene.wait_for("served", 3);
+    let list = ctl(&scene, &["list"]);
+    let vms = list["vms"].as_array().expect("VMs");
+    let served = vms.iter().find(|vm| vm["state"] == "serving");
+    let id = served.expect("a VM")["id"].to_string();
+    let done = ctl(&scene, &["complete", &id]);
+    assert_eq!(done["vms"][0]["done"], true, "{done}");
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    assert_eq!(endings(&scene.stop()), ["exited"; 2]);
+}
+
+#[test]
+fn services_come_and_go_and_a_drain_ends_the_daemon() {
+    let mut scene = Scene::new(Shares::MIXED);
+    serve(&mut scene);
+    let folder = scene.folder.path().to_owned();
+    let path = |name: &str| folder.join(name).display().to_string();
+    let (snapshot, second) = (scene.snapshot.display().to_string(), path("second"));
+    let add = [
+        "add",
+        "second",
+        "--snapshot",
+        &snapshot,
+        "--socket",
+        &second,
+    ];
+    let _ = ctl(&scene, &add);
+    let run = Run::of(&mut command(&scene, &add));
+    assert_ne!(run.code, Some(0));
+    run.says(&["already"]);
+    let mut vmm = scene
+        .vmm_at(Path::new(&second), &["--wait"])
+        .spawn()
+        .expect("a VMM");
+    scene.wait_for("served", 1);
+    let _ = ctl(&scene, &["remove", "second"]);
+    assert!(!Path::new(&second).exists(), "the socket is left");
+    let run = Run::of(&mut command(&scene, &["remove", "second"]));
+    assert_ne!(run.code, Some(0));
+    // The VM is served on, and let go.
+    let drained = ctl(&scene, &["drain"]);
+    assert_eq!(drained["vms"][0]["done"], true, "{drained}");
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    assert_eq!(endings(&scene.ended()), ["exited"]);
+}
