@@ -7,7 +7,10 @@ use serde::{Deserialize, Serialize};
 use snapshot_format::Region;
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::session::Extent;
+use crate::session::{Extent, LARGE_PAGES};
+
+/// Bytes of a large page: 2 MiB.
+const LARGE_SIZE: u64 = LARGE_PAGES * PAGE_SIZE_U64;
 
 /// What an owner hands over.
 #[derive(Debug)]
@@ -30,7 +33,7 @@ pub struct OwnerRegion {
     /// Where its content begins in the memory of the snapshot, whose regions are counted as one after
     /// the other without a gap: the offset in a raw memory file.
     pub offset: u64,
-    /// The page size of the mapping in bytes.
+    /// The page size of the mapping in bytes: 4096, or 2 MiB for private memory of hugetlbfs.
     pub page_size: u64,
 }
 
@@ -62,6 +65,18 @@ pub enum HandoverError {
         other: usize,
         /// In what.
         what: &'static str,
+    },
+    /// A page of 2 MiB would have to be put together from two regions of the snapshot, or from parts
+    /// of pages of its index.
+    #[error(
+        "region {region} has pages of 2 MiB, and the snapshot begins a region of its own in the middle of one, at \
+         offset {offset:#x}: its memory was not in such pages"
+    )]
+    Straddles {
+        /// Number of the region.
+        region: usize,
+        /// Where that region begins, counted as the offsets of the owner's are.
+        offset: u64,
     },
     /// The owner has more or less memory than the snapshot.
     #[error(
@@ -107,17 +122,28 @@ pub(super) fn extents(
         });
     }
     let mut extents = Vec::new();
-    for region in regions {
+    for (number, region) in regions.iter().enumerate() {
+        let large = region.page_size == LARGE_SIZE;
         let mut begins = 0;
         for of in snapshot {
             let ends = begins + of.bytes();
             let from = region.offset.max(begins);
             let to = (region.offset + region.len).min(ends);
             if from < to {
+                let offset = from - begins;
+                // All that it ends in is whole, or the next begins in a page's middle.
+                if large && (!from.is_multiple_of(LARGE_SIZE) || !offset.is_multiple_of(LARGE_SIZE))
+                {
+                    return Err(HandoverError::Straddles {
+                        region: number,
+                        offset: begins,
+                    });
+                }
                 extents.push(Extent {
                     address: region.address + (from - region.offset),
                     pages: (to - from) / PAGE_SIZE_U64,
-                    first_page: of.first_page + (from - begins) / PAGE_SIZE_U64,
+                    first_page: of.first_page + offset / PAGE_SIZE_U64,
+                    large,
                 });
             }
             begins = ends;
@@ -139,8 +165,8 @@ impl OwnerRegion {
             value,
             expected,
         };
-        if self.page_size != PAGE_SIZE_U64 {
-            return Err(wrong("page size", self.page_size, "4096"));
+        if ![PAGE_SIZE_U64, LARGE_SIZE].contains(&self.page_size) {
+            return Err(wrong("page size", self.page_size, "4096 or 2097152"));
         }
         let numbers = [
             ("address", self.address),
@@ -148,7 +174,7 @@ impl OwnerRegion {
             ("offset", self.offset),
         ];
         for (what, value) in numbers {
-            if !value.is_multiple_of(PAGE_SIZE_U64) {
+            if !value.is_multiple_of(self.page_size) {
                 return Err(wrong(what, value, "a multiple of the page size"));
             }
         }
@@ -236,9 +262,13 @@ mod tests {
             let error = extents(regions, &snapshot).expect_err("it doesn't fit");
             error.to_string()
         };
-        let huge = OwnerRegion {
-            page_size: 2 << 20,
+        let larger = OwnerRegion {
+            page_size: 1 << 30,
             ..of(512, 8, 0)
+        };
+        let misplaced = OwnerRegion {
+            page_size: LARGE_SIZE,
+            ..of(LARGE_PAGES + 1, 8, 0)
         };
         let odd = OwnerRegion {
             address: 12,
@@ -248,9 +278,13 @@ mod tests {
             address: u64::MAX - PAGE + 1,
             ..of(0, 8, 0)
         };
-        let cases: [(&[OwnerRegion], &str); 9] = [
+        let cases: [(&[OwnerRegion], &str); 10] = [
             (&[], "no region"),
-            (&[huge], "page size 0x200000, which must be 4096"),
+            (
+                &[larger],
+                "page size 0x40000000, which must be 4096 or 2097152",
+            ),
+            (&[misplaced], "which must be a multiple of the page size"),
             (&[odd], "address 0xc, which must be a multiple"),
             (&[of(1, 0, 0)], "length 0x0, which must be more than 0"),
             (&[beyond], "ends below 2^64"),
@@ -266,5 +300,53 @@ mod tests {
             let message = refused(regions);
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn large_pages_come_whole_from_one_region_of_the_snapshot() {
+        let large = |address, len, offset| OwnerRegion {
+            page_size: LARGE_SIZE,
+            ..of(
+                address * LARGE_PAGES,
+                len * LARGE_PAGES,
+                offset * LARGE_PAGES,
+            )
+        };
+        let owner = [large(7, 3, 0), large(3, 2, 3)];
+        let two = [
+            region(2 * LARGE_PAGES, 0),
+            region(3 * LARGE_PAGES, 4 * LARGE_PAGES),
+        ];
+        let found = extents(&owner, &two).expect("they fit");
+        let place = |extent: &Extent| {
+            assert!(extent.large);
+            [extent.address / PAGE, extent.pages, extent.first_page].map(|n| n / LARGE_PAGES)
+        };
+        let found: Vec<_> = found.iter().map(place).collect();
+        assert_eq!(found, [[7, 2, 0], [9, 1, 4], [3, 2, 5]]);
+        let odd = [
+            region(2 * LARGE_PAGES - 1, 0),
+            region(3 * LARGE_PAGES + 1, 4 * LARGE_PAGES),
+        ];
+        let error = extents(&owner, &odd).expect_err("a page of both regions");
+        assert!(
+            matches!(error, HandoverError::Straddles { region: 0, offset }
+                if offset == (2 * LARGE_PAGES - 1) * PAGE),
+            "{error}"
+        );
+        // Small pages in front of it may be cut as they like, but the numbers of its pages must fit.
+        let mixed = [of(1000, LARGE_PAGES, 0), large(7, 4, 1)];
+        let one = [region(5 * LARGE_PAGES, 0)];
+        let sizes = extents(&mixed, &one).expect("they fit");
+        assert_eq!(
+            sizes.iter().map(|e| e.large).collect::<Vec<_>>(),
+            [false, true]
+        );
+        let odd = [region(1, 0), region(5 * LARGE_PAGES - 1, LARGE_PAGES)];
+        let error = extents(&mixed, &odd).expect_err("numbers that don't fit");
+        assert!(
+            matches!(error, HandoverError::Straddles { region: 1, .. }),
+            "{error}"
+        );
     }
 }

@@ -13,7 +13,7 @@ use super::owner::{OnError, Owner, OwnerGuard};
 use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
-use crate::sys::{AdoptError, Features, Ioctls, Userfaultfd, may_kill};
+use crate::sys::{AdoptError, Features, Ioctls, PageMap, Userfaultfd, may_kill};
 
 /// How the memory of an owner is served, being described.
 #[must_use = "nothing happens before `attach`"]
@@ -40,6 +40,12 @@ pub enum AttachError {
     /// The owner may not be killed, and so could be left waiting for ever.
     #[error("the process that handed its memory over may not be killed by this one")]
     NotPermitted(#[source] Errno),
+    /// The owner has pages of 2 MiB, and which of them are there can't be seen.
+    #[error(
+        "the page map of the process that handed its memory over can't be read, which its pages of 2 MiB need: that \
+         takes the permission to trace it (the same user, or CAP_SYS_PTRACE)"
+    )]
+    PageMap(#[source] io::Error),
     /// A thread, memory or descriptor for the session itself could not be had. The owner was killed if
     /// it had been served already.
     #[error("{what} can't be had")]
@@ -149,6 +155,11 @@ impl Pager {
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
         let image = SnapshotImage::new(Arc::clone(&self.snapshot))?;
+        let page_map = state
+            .has_large()
+            .then(|| PageMap::of(handover.owner.as_fd()))
+            .transpose()
+            .map_err(AttachError::PageMap)?;
         // What doesn't overflow was checked with the extents.
         let mut registered: Vec<_> = handover
             .regions
@@ -161,6 +172,7 @@ impl Pager {
         let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
         let kernel =
             Kernel::new(uffd, ring).map_err(AttachError::resources("a descriptor to wait on"))?;
+        let kernel = kernel.with_page_map(page_map);
         let owner = Arc::new(Owner::new(handover.owner));
         kernel
             .watch_owner(owner.pidfd())

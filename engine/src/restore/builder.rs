@@ -247,6 +247,7 @@ impl Restore {
                 address: memory.address(),
                 pages: region.pages,
                 first_page: region.first_page,
+                large: false,
             })
             .filter(|extent| extent.pages > 0)
             .collect();

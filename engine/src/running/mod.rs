@@ -40,6 +40,9 @@ pub enum Prefetch {
 /// How often [`Running::install_rest`] looks for pages that are left without a failure.
 const MOST_TRIES: u32 = 10_000;
 
+/// How often [`Running::install_rest`] goes on when there was no memory for a page.
+const MOST_SHORTAGES: u32 = 20;
+
 /// How often a waiter looks at what no notification tells.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -144,9 +147,13 @@ impl Running {
         let session = &self.session;
         // A thread of the caller's, of which nobody keeps note.
         let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
+        let mut shortages = 0;
         for _ in 0..MOST_TRIES {
             let pages = 0..session.image.snapshot().page_slots();
             match session.prefetch(&mut worker, pages, || ()) {
+                // Each page was tried for some time.
+                Ok(left) if left.short > 0 && shortages == MOST_SHORTAGES => return false,
+                Ok(left) if left.short > 0 => shortages += 1,
                 // What somebody else is bringing, prefetch or a fault thread, is there soon.
                 Ok(left) if left.busy > 0 => std::thread::sleep(Duration::from_millis(1)),
                 Ok(left) if left.failed == 0 => {

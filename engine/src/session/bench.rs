@@ -16,6 +16,7 @@ impl PageStates {
             address: 1 << 40,
             pages,
             first_page: 0,
+            large: false,
         };
         State::new(pages, &[extent], 0).map(|(state, _)| Self(state))
     }

@@ -16,6 +16,7 @@ use snapshot_format::Reason;
 use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64};
 
 use super::install::{HOLD_PAGES, Purpose, Source, Stop};
+use super::large::Assembly;
 use super::platform::{Content, Image, PageNumber, Platform, Run};
 use super::state::Status;
 use super::stats::{CameFrom, Met, Trace};
@@ -49,6 +50,8 @@ pub(crate) struct Worker<I: Image> {
     pub(super) shares_core: bool,
     /// What is known of the fault that this thread serves.
     pub(super) trace: Trace,
+    /// Where a large page is put together, in a session that has such.
+    pub(super) assembly: Option<Assembly<I::Frame>>,
     /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
     bad: VecDeque<(I::Frame, Failure)>,
 }
@@ -64,11 +67,12 @@ impl<I: Image> Worker<I> {
             fill_word: 0,
             shares_core: false,
             trace: Trace::default(),
+            assembly: None,
             bad: VecDeque::new(),
         }
     }
 
-    fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
+    pub(super) fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
         let known = self.bad.iter().find(|(bad, _)| bad == frame);
         known.map(|(_, failure)| failure)
     }
@@ -81,7 +85,7 @@ impl<I: Image> Worker<I> {
     }
 
     /// For installing `page` and what is installed with it.
-    fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
+    pub(super) fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
         let later = reason == Reason::Demand && self.shares_core;
         Purpose {
             reason,
@@ -154,14 +158,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return Err(Lost::Failed(Failure { page, ..failure }));
                 }
                 let id = self.image.id(&frame);
-                if self.deadly.contains(&id) {
-                    return Err(Lost::Failed(Failure {
-                        page,
-                        offset: Some(id.0),
-                        kind: FailureKind::Damaged,
-                        ..self.image.failure(DEADLY.to_owned())
-                    }));
-                }
+                self.refuse_deadly(page, &frame)?;
                 let Some(claim) = self.claims.claim(id) else {
                     worker.trace.from = CameFrom::Another;
                     if reason == Reason::Demand {
@@ -285,7 +282,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Decodes the first `slots` pages of `frame`, for `page`.
-    fn decode(
+    pub(super) fn decode(
         &self,
         worker: &mut Worker<I>,
         page: PageNumber,
@@ -352,8 +349,22 @@ impl<P: Platform, I: Image> Session<P, I> {
         run
     }
 
+    /// Fails `page` if its frame is one on which a worker died.
+    pub(super) fn refuse_deadly(&self, page: PageNumber, frame: &I::Frame) -> Result<(), Failure> {
+        let id = self.image.id(frame);
+        if !self.deadly.contains(&id) {
+            return Ok(());
+        }
+        Err(Failure {
+            page,
+            offset: Some(id.0),
+            kind: FailureKind::Damaged,
+            ..self.image.failure(DEADLY.to_owned())
+        })
+    }
+
     /// The failure of a page that the snapshot doesn't hold.
-    fn unavailable(&self, page: PageNumber) -> Failure {
+    pub(super) fn unavailable(&self, page: PageNumber) -> Failure {
         Failure {
             page,
             kind: FailureKind::Unavailable,

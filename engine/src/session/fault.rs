@@ -4,7 +4,8 @@
 //! answer(fault):
 //!   loop:
 //!     hold the lock shared: look up the page's state
-//!       no page of ours, removed, present: ZEROPAGE, or WAKE if something is there; done
+//!       no page of ours, removed, present: ZEROPAGE (2 MiB of zeros for a large page), or WAKE if
+//!         something is there; done
 //!       poisoned: POISON, or WAKE; done
 //!     absent: bring it
 //!       can't be had: the failure policy
@@ -29,7 +30,13 @@ pub(super) enum Step {
     /// Read events, then look again.
     Again,
     /// Bring this page.
-    Bring(PageNumber),
+    Bring {
+        page: PageNumber,
+        /// With the large page that it is a part of.
+        large: bool,
+    },
+    /// Wait for memory, then look again.
+    NoMemory,
     /// It can't go on.
     Stop(Stop),
 }
@@ -48,6 +55,7 @@ pub(super) enum Answer {
 impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends.
     pub(crate) fn serve(&self, worker: &mut Worker<I>) {
+        worker.prepare(&self.state);
         let mut follower = P::Follower::default();
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
@@ -80,14 +88,21 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Answers one fault.
     pub(super) fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> Answer {
         let address = fault.address & !(PAGE - 1);
-        let (mut tries, mut reads) = (0, 0);
+        let (mut tries, mut shortages, mut reads) = (0, 0, 0);
         loop {
-            let page = match self.look(address) {
+            let (page, large) = match self.look(address) {
                 Step::Answered(met) => {
                     worker.trace.meet(met);
                     return Answer::Given;
                 }
-                Step::Bring(page) => page,
+                Step::Bring { page, large } => (page, large),
+                Step::NoMemory => {
+                    if let Err(stop) = self.after_no_memory(&mut shortages, address, Reason::Demand)
+                    {
+                        return self.stopped(fault, stop);
+                    }
+                    continue;
+                }
                 Step::Again => {
                     if let Err(stop) = self.after_again(&mut tries, address) {
                         return self.stopped(fault, stop);
@@ -99,7 +114,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             if let Some(decision) = self.guard.undecided(fault, page) {
                 return self.decided(fault, decision);
             }
-            match self.bring(worker, page, Reason::Demand) {
+            match self.bring_unit(worker, page, large, Reason::Demand) {
                 Ok(Brought::Yes) => {
                     if let Some(observe) = &self.observer {
                         observe(page);
@@ -108,7 +123,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 Ok(Brought::Look) => {}
                 // Somebody else has decided about it meanwhile.
-                Err(Lost::Failed(_)) if self.state.status(page) != Status::Absent => {}
+                Err(Lost::Failed(failure)) if self.state.status(failure.page) != Status::Absent => {
+                }
                 Err(Lost::Failed(failure))
                     if failure.kind == FailureKind::Io && reads < READ_TRIES =>
                 {
@@ -116,7 +132,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                     self.platform.back_off(reads * 100);
                 }
                 Err(Lost::Failed(mut failure)) => {
-                    failure.address = Some(address);
+                    // A fault in a large page names its start, and another page may have failed.
+                    failure.address = Some(address + (failure.page - page) * PAGE);
                     return self.fail(fault, &failure);
                 }
                 Err(Lost::Stopped(stop)) => return self.stopped(fault, stop),
@@ -127,22 +144,37 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Looks up the page at `address` and answers what needs no content.
     pub(super) fn look(&self, address: u64) -> Step {
         let _hold = self.platform.shared(address);
-        let page = self.state.map().page_at(address);
-        let met = match page.map(|page| (page, self.state.status(page))) {
-            Some((page, Status::Absent)) => return Step::Bring(page),
-            Some((_, Status::Poisoned)) => Met::Poisoned,
-            Some((_, Status::Present)) => Met::Present,
-            Some((_, Status::Removed)) => Met::Removed,
-            None => Met::Outside,
-        };
-        let installed = match met {
-            Met::Poisoned => self.platform.poison(address, PAGE),
-            _ => self.platform.zeropage(address, PAGE, Wake::Now),
+        let unit = self.state.map().unit_at(address);
+        let large = unit.as_ref().is_some_and(|unit| unit.large);
+        let (mut address, mut len) = (address, PAGE);
+        let mut met = Met::Outside;
+        if let Some(unit) = &unit {
+            (address, len) = (unit.address, unit.len());
+            met = match self.state.status_of(unit) {
+                Status::Absent => {
+                    let page = unit.pages.start;
+                    return Step::Bring { page, large };
+                }
+                Status::Poisoned => Met::Poisoned,
+                Status::Present => Met::Present,
+                Status::Removed => Met::Removed,
+            };
+        }
+        let poisoned = matches!(met, Met::Poisoned);
+        let installed = match poisoned {
+            true => self.platform.poison(address, len),
+            false if large => self.platform.copy(address, self.zeros_of(len), Wake::Now),
+            false => self.platform.zeropage(address, len, Wake::Now),
         };
         match installed {
-            Installed::Done | Installed::Partial(_) => Step::Answered(met),
-            Installed::Exists | Installed::Gone => {
-                self.platform.wake(address, PAGE);
+            Installed::NoMemory if large => Step::NoMemory,
+            Installed::Exists if large && !poisoned && !self.platform.is_there(address) => {
+                Step::NoMemory
+            }
+            Installed::Done => Step::Answered(met),
+            Installed::Partial(_) if !large => Step::Answered(met),
+            Installed::Exists | Installed::Gone | Installed::Partial(_) => {
+                self.platform.wake(address, len);
                 Step::Answered(met)
             }
             Installed::Again | Installed::NoMemory => Step::Again,
@@ -172,15 +204,15 @@ impl<P: Platform, I: Image> Session<P, I> {
         loop {
             let again = {
                 let _hold = self.platform.shared(address);
-                let page = self.state.map().page_at(address);
-                match page.filter(|page| self.state.status(*page) == Status::Absent) {
+                let unit = self.state.map().unit_at(address);
+                match unit.filter(|unit| self.state.status_of(unit) == Status::Absent) {
                     None => {
                         self.platform.wake(address, PAGE);
                         return Answer::Given;
                     }
-                    Some(page) => match self.platform.poison(address, PAGE) {
+                    Some(unit) => match self.platform.poison(unit.address, unit.len()) {
                         Installed::Done | Installed::Partial(_) => {
-                            self.state.mark_poisoned(page..page + 1);
+                            self.state.mark_poisoned(unit.pages);
                             add(&self.stats.poisoned, 1);
                             self.look_if_settled();
                             return Answer::Given;

@@ -35,6 +35,16 @@ const fn memory_tries(reason: Reason) -> u32 {
     }
 }
 
+/// The same for a large page: they come from a pool, where one is free only when somebody gives it
+/// back.
+const fn large_memory_tries(reason: Reason) -> u32 {
+    if matches!(reason, Reason::Demand) {
+        1000
+    } else {
+        100
+    }
+}
+
 /// What pages are installed from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
@@ -158,10 +168,16 @@ impl<P: Platform, I: Image> Session<P, I> {
         };
         let first = absent.start;
         // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
-        let Some((address, following)) = self.state.map().address_of(first) else {
+        let Some(rest) = self.state.map().rest_from(first) else {
             return Held::Next(first + 1);
         };
-        let count = (absent.end - first).min(following).min(source.most_pages());
+        if rest.large {
+            return Held::Next(rest.page_numbers().end);
+        }
+        let address = rest.address;
+        let count = (absent.end - first)
+            .min(rest.pages)
+            .min(source.most_pages());
         let installed = source.install(&self.platform, first, address, count, wake);
         fail_point(FailPoint::Installed);
         match installed {
@@ -202,14 +218,27 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
+    /// After no memory was found for a large page: lets time pass. The owner may be about to give
+    /// some back, and goes on only when the event of that was read.
+    pub(super) fn after_no_memory(
+        &self,
+        tries: &mut u32,
+        about: u64,
+        reason: Reason,
+    ) -> Result<(), Stop> {
+        if *tries == large_memory_tries(reason) {
+            return Err(Stop::NoMemory);
+        }
+        *tries += 1;
+        self.read_now(about);
+        self.platform.back_off(*tries);
+        Ok(())
+    }
+
     /// After EAGAIN: reads the events that it announced, or lets time pass if there are none yet.
     pub(super) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), Stop> {
-        if self.read_events(about) > 0 {
+        if self.read_now(about) {
             *tries = 0;
-            self.look_if_settled();
-            if !self.inbox.is_empty() {
-                self.platform.kick();
-            }
             return Ok(());
         }
         *tries += 1;
@@ -218,6 +247,18 @@ impl<P: Platform, I: Image> Session<P, I> {
         } else {
             Err(Stop::Stuck)
         }
+    }
+
+    /// Reads events in the middle of an install. True if there were any.
+    fn read_now(&self, about: u64) -> bool {
+        let any = self.read_events(about) > 0;
+        if any {
+            self.look_if_settled();
+            if !self.inbox.is_empty() {
+                self.platform.kick();
+            }
+        }
+        any
     }
 }
 

@@ -8,7 +8,8 @@ use crate::fail_point::{FailPoint, fail_point};
 use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
 use crate::sys::abi::UFFD_EVENT_FORK;
 use crate::sys::{
-    self, Follower, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
+    self, Follower, InstallError, Message, PageMap, Presence, Raw, Ready, Userfaultfd, Waiting,
+    Wake,
 };
 
 use super::claims::{Claims, FrameId};
@@ -28,6 +29,8 @@ pub(crate) struct Kernel {
     /// `None` once the session is over: what is missing then is nobody's to install.
     uffd: RwLock<Option<Userfaultfd>>,
     waiting: Waiting,
+    /// Where it says which pages the owner has.
+    page_map: Option<PageMap>,
     /// The install lock. Who holds it exclusively has the ring that messages are read into.
     install: RwLock<Reader>,
 }
@@ -42,12 +45,18 @@ impl Kernel {
     pub(crate) fn new(uffd: Userfaultfd, ring: Ring) -> std::io::Result<Self> {
         Ok(Self {
             waiting: Waiting::new(&uffd)?,
+            page_map: None,
             uffd: RwLock::new(Some(uffd)),
             install: RwLock::new(Reader {
                 ring,
                 messages: Vec::with_capacity(Ring::SLOTS),
             }),
         })
+    }
+
+    /// Looks into the page map of the owner, if it has large pages.
+    pub(crate) fn with_page_map(self, page_map: Option<PageMap>) -> Self {
+        Self { page_map, ..self }
     }
 
     /// Ends the session when the process behind `pidfd` has ended.
@@ -218,6 +227,17 @@ impl Platform for Kernel {
 
     fn poison(&self, address: u64, len: u64) -> Installed {
         self.install(|uffd| uffd.poison(address, len, Wake::Now))
+    }
+
+    fn is_there(&self, address: u64) -> bool {
+        let Some(page_map) = &self.page_map else {
+            return true;
+        };
+        // Taken for missing, it is tried again for some time, and never for there.
+        page_map.has(address).unwrap_or_else(|error| {
+            tracing::warn!(%error, address, "the owner's page map can't be read");
+            false
+        })
     }
 
     fn wake(&self, address: u64, len: u64) {

@@ -10,12 +10,18 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 
+use snapshot_format::layout::PAGES_PER_BLOCK_U64;
+
 use super::platform::{PAGE, PageNumber};
 use crate::fail_point::{FailPoint, fail_point};
 
-/// Words of an extent: its address, its pages, its first page number, and a word of the order by
-/// page number.
-const EXTENT_WORDS: usize = 4;
+/// Words of an extent: its address, its pages, its first page number, a word of the order by page
+/// number, and whether its memory is of large pages.
+const EXTENT_WORDS: usize = 5;
+
+/// Pages that a large page, one of 2 MiB, is made of: those of one block of the index. (The model
+/// has smaller ones.)
+pub(crate) const LARGE_PAGES: u64 = if cfg!(test) { 2 } else { PAGES_PER_BLOCK_U64 };
 
 /// Consecutive pages at consecutive addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +29,24 @@ pub(crate) struct Extent {
     pub(crate) address: u64,
     pub(crate) pages: u64,
     pub(crate) first_page: PageNumber,
+    /// Whether its memory is of large pages, which are installed whole or not at all. It has whole
+    /// ones only, as long as the owner's memory is what was said of it.
+    pub(crate) large: bool,
+}
+
+/// What can only be installed as one: a page, or all pages of a large one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unit {
+    pub(crate) address: u64,
+    pub(crate) pages: Range<PageNumber>,
+    pub(crate) large: bool,
+}
+
+impl Unit {
+    /// Its bytes.
+    pub(crate) fn len(&self) -> u64 {
+        (self.pages.end - self.pages.start) * PAGE
+    }
 }
 
 impl Extent {
@@ -38,12 +62,29 @@ impl Extent {
             address: start,
             pages: (end - start) / PAGE,
             first_page: self.first_page + (start - self.address) / PAGE,
+            large: self.large,
         })
     }
 
     /// Its addresses.
     pub(crate) fn addresses(&self) -> Range<u64> {
         self.address..self.end()
+    }
+
+    /// The unit of `page`, which is one of its pages.
+    fn unit(&self, page: PageNumber) -> Unit {
+        let own = self.page_numbers();
+        let whole = if self.large {
+            block_of(page)
+        } else {
+            page..page + 1
+        };
+        let pages = whole.start.max(own.start)..whole.end.min(own.end);
+        Unit {
+            address: self.address + (pages.start - self.first_page) * PAGE,
+            pages,
+            large: self.large,
+        }
     }
 
     /// The numbers of its pages.
@@ -87,20 +128,43 @@ impl<'a> Map<'a> {
 
     /// The page at `address`.
     pub(crate) fn page_at(&self, address: u64) -> Option<PageNumber> {
-        let after = partition(self.len(), |i| self.extent(i).address <= address);
-        let extent = after.checked_sub(1).map(|i| self.extent(i));
-        let extent = extent.filter(|extent| address < extent.end());
+        let extent = self.extent_at(address);
         extent.map(|extent| extent.first_page + (address - extent.address) / PAGE)
     }
 
-    /// The address of `page`, and how many pages follow each other from there, itself counted.
-    pub(crate) fn address_of(&self, page: PageNumber) -> Option<(u64, u64)> {
+    /// What has to be installed as one for `address`.
+    pub(crate) fn unit_at(&self, address: u64) -> Option<Unit> {
+        let extent = self.extent_at(address)?;
+        Some(extent.unit(extent.first_page + (address - extent.address) / PAGE))
+    }
+
+    /// What has to be installed as one for `page`.
+    pub(crate) fn unit_of(&self, page: PageNumber) -> Option<Unit> {
+        self.extent_of(page).map(|extent| extent.unit(page))
+    }
+
+    fn extent_at(&self, address: u64) -> Option<Extent> {
+        let after = partition(self.len(), |i| self.extent(i).address <= address);
+        let extent = after.checked_sub(1).map(|i| self.extent(i));
+        extent.filter(|extent| address < extent.end())
+    }
+
+    fn extent_of(&self, page: PageNumber) -> Option<Extent> {
         let after = partition(self.len(), |i| self.by_page(i).first_page <= page);
         let extent = after.checked_sub(1).map(|i| self.by_page(i));
-        let extent = extent.filter(|extent| extent.page_numbers().contains(&page));
-        extent.map(|extent| {
+        extent.filter(|extent| extent.page_numbers().contains(&page))
+    }
+
+    /// `page` and the pages that follow it, at following addresses.
+    pub(crate) fn rest_from(&self, page: PageNumber) -> Option<Extent> {
+        self.extent_of(page).map(|extent| {
             let index = page - extent.first_page;
-            (extent.address + index * PAGE, extent.pages - index)
+            Extent {
+                address: extent.address + index * PAGE,
+                pages: extent.pages - index,
+                first_page: page,
+                large: extent.large,
+            }
         })
     }
 
@@ -201,6 +265,7 @@ impl<'a> Map<'a> {
             words[1].store(extent.pages, Relaxed);
             words[2].store(extent.first_page, Relaxed);
             words[3].store(by_page as u64, Relaxed);
+            words[4].store(u64::from(extent.large), Relaxed);
         }
         self.counts[copy_of(version)].store(extents.len() as u64, Relaxed);
         fail_point(FailPoint::MapWritten);
@@ -225,6 +290,7 @@ impl<'a> Map<'a> {
             address: words[0].load(Relaxed),
             pages: words[1].load(Relaxed),
             first_page: words[2].load(Relaxed),
+            large: words[4].load(Relaxed) != 0,
         }
     }
 
@@ -250,6 +316,12 @@ fn cut_out(
         }
     }
     left
+}
+
+/// The pages of the large page that `page` is a part of.
+pub(crate) fn block_of(page: PageNumber) -> Range<PageNumber> {
+    let start = page / LARGE_PAGES * LARGE_PAGES;
+    start..start + LARGE_PAGES
 }
 
 /// The copy that is valid at a version: they take turns.
@@ -297,6 +369,7 @@ mod tests {
                 address: at(i),
                 pages,
                 first_page: first,
+                large: false,
             });
         let state = State::new(2048, &extents, 200).unwrap().0;
         let mut expected = naive(&state);
@@ -329,13 +402,46 @@ mod tests {
             }
             assert_eq!(naive(&state), expected, "round {round}");
             for (address, page) in &expected {
-                let (found, following) = state.map().address_of(*page).unwrap();
-                assert_eq!(found, *address);
-                for i in 0..following {
+                let rest = state.map().rest_from(*page).unwrap();
+                assert_eq!((rest.address, rest.first_page), (*address, *page));
+                for i in 0..rest.pages {
                     assert_eq!(expected.get(&(address + i * PAGE)), Some(&(page + i)));
                 }
             }
         }
+    }
+
+    /// A large page is looked up as a whole, by any of its addresses or pages.
+    #[test]
+    fn large_pages_are_units() {
+        let extent = |place, first_page, large| Extent {
+            address: at(place),
+            pages: 4 * LARGE_PAGES,
+            first_page,
+            large,
+        };
+        let extents = [extent(0, 512, true), extent(600 * LARGE_PAGES, 0, false)];
+        let map = State::new(2048, &extents, 8).unwrap().0;
+        let map = map.map();
+        let second = Unit {
+            address: at(LARGE_PAGES),
+            pages: 512 + LARGE_PAGES..512 + 2 * LARGE_PAGES,
+            large: true,
+        };
+        assert_eq!(second.len(), LARGE_PAGES * PAGE);
+        for i in 0..LARGE_PAGES {
+            assert_eq!(map.unit_at(at(LARGE_PAGES + i)), Some(second.clone()));
+            assert_eq!(map.unit_of(512 + LARGE_PAGES + i), Some(second.clone()));
+        }
+        assert_eq!(map.unit_at(at(4 * LARGE_PAGES)), None);
+        assert_eq!(map.unit_of(3).unwrap().pages, 3..4);
+        // Moved, it still is one.
+        let to = 900 * LARGE_PAGES;
+        map.remap(&(at(0)..at(4 * LARGE_PAGES)), at(to), |_| ())
+            .unwrap();
+        let moved = map.unit_of(second.pages.start).unwrap();
+        assert_eq!(moved.address, at(to + LARGE_PAGES));
+        assert_eq!(moved.pages, second.pages);
     }
 
     #[test]
@@ -344,6 +450,7 @@ mod tests {
             address: at(0),
             pages: 10,
             first_page: 512,
+            large: false,
         };
         let state = State::new(1024, &[extent], 4).unwrap().0;
         let mut gone = Vec::new();
@@ -353,8 +460,9 @@ mod tests {
             .unwrap();
         assert_eq!(gone.len(), 1);
         assert_eq!(gone[0], 514..516);
-        assert_eq!(state.map().address_of(514), None);
-        assert_eq!(state.map().address_of(513), Some((at(1), 1)));
+        assert_eq!(state.map().rest_from(514), None);
+        let rest = state.map().rest_from(513).unwrap();
+        assert_eq!((rest.address, rest.pages), (at(1), 1));
         assert_eq!(state.map().page_at(at(4)), Some(516));
     }
 
@@ -364,6 +472,7 @@ mod tests {
             address: at(0),
             pages: 10,
             first_page: 0,
+            large: false,
         };
         let state = State::new(64, &[extent], 1).unwrap().0;
         state.map().unmap(0, &(at(2)..at(3)), |_| ()).unwrap();

@@ -28,7 +28,7 @@
 //!    ([`events`]). The kernel gives faults before events, so no fault of a batch is served before
 //!    its events are recorded.
 //! 2. Installing holds the lock shared over {look up state and address; one ioctl of at most 256
-//!    KiB} ([`install`]). The owner's discard goes on only when its event was read, that is, when
+//!    KiB, or for one page of 2 MiB ([`large`])} ([`install`]). The owner's discard goes on only when its event was read, that is, when
 //!    no install that was decided before it can still come after it.
 //! 3. EAGAIN means that an event waits to be read: the lock is let go, events are read, and
 //!    everything is looked up again.
@@ -49,6 +49,7 @@ mod image;
 mod inbox;
 mod install;
 mod kernel;
+mod large;
 mod map;
 mod platform;
 mod prefetch;
@@ -63,6 +64,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
 use crate::fail_point::{FailPoint, fail_point};
+use map::block_of;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
@@ -75,7 +77,7 @@ pub(crate) use claims::{Claims, FrameId};
 pub(crate) use image::{SnapshotImage, zero_runs};
 pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;
-pub(crate) use map::Extent;
+pub(crate) use map::{Extent, LARGE_PAGES};
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
 pub(crate) use prefetch::PrefetchStop;
 pub(crate) use state::State;
@@ -118,6 +120,8 @@ pub(crate) struct Session<P, I> {
     pub(crate) inbox: Inbox,
     pub(crate) stats: Stats,
     claims: Claims,
+    /// What a discarded large page is filled with; empty if there are none.
+    zeros: Vec<u8>,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
     /// Frames that are not to be decoded: who tried has died.
@@ -156,6 +160,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         threads: usize,
     ) -> Self {
         Self {
+            zeros: large::zeros(&state),
             platform,
             image,
             state,
@@ -213,7 +218,11 @@ impl<P: Platform, I: Image> Session<P, I> {
         for extent in self.state.map().extents() {
             let mut next = extent.first_page;
             let end = next + extent.pages;
-            while let Some(absent) = self.state.absent_in(next..end) {
+            while let Some(mut absent) = self.state.absent_in(next..end) {
+                if extent.large {
+                    absent = block_of(absent.start).start.max(extent.first_page)
+                        ..block_of(absent.end - 1).end.min(end);
+                }
                 let address = extent.address + (absent.start - extent.first_page) * PAGE;
                 missing.push((address, absent.end - absent.start));
                 next = absent.end;

@@ -120,6 +120,10 @@ pub(crate) trait Platform: Sync {
     fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed;
     /// Marks missing pages as poisoned and wakes who waits for them.
     fn poison(&self, address: u64, len: u64) -> Installed;
+    /// Whether there is a page at `address`, which an install of a large page said. Only the
+    /// owner's page table tells: where there is none and no memory for one either, some kernels say
+    /// the same.
+    fn is_there(&self, address: u64) -> bool;
     /// Wakes who waits for a page in the range; each looks again.
     fn wake(&self, address: u64, len: u64);
     /// Wakes who waits for a page, wherever it is.

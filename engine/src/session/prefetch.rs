@@ -6,6 +6,7 @@ use snapshot_format::Reason;
 
 use super::bring::{Brought, Lost};
 use super::install::Stop;
+use super::map::block_of;
 use super::platform::{Image, PageNumber, Platform};
 use super::{Session, Worker};
 
@@ -23,6 +24,8 @@ pub(crate) enum PrefetchStop {
 pub(crate) struct Left {
     /// Somebody else was bringing them, or there was no memory just then: look again.
     pub(crate) busy: u64,
+    /// Those of them for which there was no memory.
+    pub(crate) short: u64,
     /// They can't be restored; it was reported.
     pub(crate) failed: u64,
 }
@@ -36,6 +39,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         pages: Range<PageNumber>,
         mut pause: impl FnMut(),
     ) -> Result<Left, PrefetchStop> {
+        worker.prepare(&self.state);
         let mut left = Left::default();
         let mut next = pages.start;
         while let Some(page) = self.state.first_absent(next..pages.end) {
@@ -43,10 +47,19 @@ impl<P: Platform, I: Image> Session<P, I> {
                 return Err(PrefetchStop::Ending);
             }
             pause();
-            next = page + 1;
-            match self.bring(worker, page, Reason::Prefetch) {
+            let large = self.is_large(page);
+            next = if large { block_of(page).end } else { page + 1 };
+            match self.bring_unit(worker, page, large, Reason::Prefetch) {
                 Ok(Brought::Yes) => {}
-                Ok(Brought::Look) | Err(Lost::Stopped(Stop::NoMemory)) => left.busy += 1,
+                Ok(Brought::Look) => left.busy += 1,
+                Err(Lost::Stopped(Stop::NoMemory)) => {
+                    left.busy += 1;
+                    left.short += 1;
+                    if large {
+                        // There is none for the next either.
+                        break;
+                    }
+                }
                 Err(Lost::Failed(failure)) => {
                     self.report(&failure);
                     left.failed += 1;

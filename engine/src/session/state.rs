@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::mem::{Block, Ring};
 
-use super::map::{Extent, Map};
+use super::map::{Extent, Map, Unit};
 use super::platform::PageNumber;
 
 /// Word of the header that says which copy of the map is valid, and how often it changed.
@@ -38,6 +38,8 @@ const PAGES: usize = 5;
 const CAPACITY: usize = 6;
 /// Word of the header that counts reads of messages.
 const READS: usize = 7;
+/// Word of the header that says whether some of the owner's memory is of large pages.
+const LARGE: usize = 8;
 /// Where the words of the threads begin.
 const THREADS: usize = 16;
 /// Words of a thread: a line of the cache, so that threads don't take it from each other.
@@ -51,7 +53,7 @@ const DECODING: usize = 1;
 /// Words before the bitmaps.
 const HEADER_END: usize = THREADS + MOST_THREADS * THREAD_WORDS;
 /// The layout of this file's table.
-const VERSION: u64 = u64::from_le_bytes(*b"snaptab1");
+const VERSION: u64 = u64::from_le_bytes(*b"snaptab2");
 
 /// What the session believes of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -149,6 +151,8 @@ impl State {
         let header = state.words();
         header[PAGES].store(pages, Relaxed);
         header[CAPACITY].store(extent_capacity as u64, Relaxed);
+        let large = extents.iter().any(|extent| extent.large);
+        header[LARGE].store(u64::from(large), Relaxed);
         // They fit: the capacity is theirs and more.
         let _ = state.map().publish(extents.to_vec(), 0);
         // Numbers past the end of a region belong to no page: nobody has to bring them.
@@ -241,6 +245,45 @@ impl State {
             Status::Poisoned
         } else {
             Status::Absent
+        }
+    }
+
+    /// Whether some of the owner's memory is of large pages. It can't become so later.
+    pub(crate) fn has_large(&self) -> bool {
+        self.words()[LARGE].load(Relaxed) != 0
+    }
+
+    /// What is believed of the pages of a unit as a whole ([`super::large`] says why).
+    pub(crate) fn status_of(&self, unit: &Unit) -> Status {
+        if !unit.large {
+            return self.status(unit.pages.start);
+        }
+        let (mut present, mut poisoned, mut removed) = (false, false, true);
+        for (word, mask) in masks(unit.pages.clone()) {
+            let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed) & mask;
+            present |= load(self.present()) != 0;
+            poisoned |= load(self.poisoned()) != 0;
+            removed &= load(self.removed()) == mask;
+        }
+        if removed {
+            Status::Removed
+        } else if present {
+            Status::Present
+        } else if poisoned {
+            Status::Poisoned
+        } else {
+            Status::Absent
+        }
+    }
+
+    /// Calls `each` with the pages of `within` that are removed.
+    pub(crate) fn each_removed(&self, within: Range<PageNumber>, mut each: impl FnMut(PageNumber)) {
+        for (word, mask) in masks(within) {
+            let mut left = mask & self.removed()[word].load(Relaxed);
+            while left != 0 {
+                each(word as u64 * 64 + u64::from(left.trailing_zeros()));
+                left &= left - 1;
+            }
         }
     }
 
@@ -463,6 +506,7 @@ mod tests {
             address: 1 << 30,
             pages,
             first_page: 0,
+            large: false,
         };
         State::new(pages, &[extent], 8).unwrap().0
     }
@@ -515,6 +559,39 @@ mod tests {
         assert!(state.all_present(4..4) && !state.all_present(3..5) && !state.all_present(4..6));
         state.mark_present(10..80);
         assert!(state.all_present(10..80) && !state.all_present(10..81));
+    }
+
+    /// A large page is there if any of it was marked, and removed only if all of it was.
+    #[test]
+    fn a_large_page_has_one_status() {
+        let unit = Unit {
+            address: 1 << 30,
+            pages: 64..192,
+            large: true,
+        };
+        let after = |marks: &[fn(&State)]| {
+            let state = one_extent(256);
+            marks.iter().for_each(|mark| mark(&state));
+            state.status_of(&unit)
+        };
+        let some: fn(&State) = |state| state.mark_removed(10..191);
+        let rest: fn(&State) = |state| state.mark_removed(191..192);
+        let present: fn(&State) = |state| state.mark_present(70..71);
+        let poisoned: fn(&State) = |state| state.mark_poisoned(64..192);
+        let outside: fn(&State) = |state| state.mark_present(0..64);
+        assert_eq!(after(&[]), Absent);
+        assert_eq!(after(&[some, outside]), Absent);
+        assert_eq!(after(&[some, rest]), Removed);
+        assert_eq!(after(&[some, present]), Present);
+        assert_eq!(after(&[some, poisoned]), Poisoned);
+        assert_eq!(after(&[poisoned, present]), Present);
+        assert_eq!(after(&[present, poisoned, some, rest]), Removed);
+        let state = one_extent(256);
+        state.mark_removed(62..66);
+        state.mark_removed(130..131);
+        let mut removed = Vec::new();
+        state.each_removed(64..192, |page| removed.push(page));
+        assert_eq!(removed, [64, 65, 130]);
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
+pub(crate) use process::PageMap;
 pub use process::{kill_by_pidfd, may_kill, open_pidfd};
 pub use socket::{Peer, Received, peer_of, receive};
 pub use thread::{ReadFault, SignalsBlocked, read_checked};

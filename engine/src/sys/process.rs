@@ -1,9 +1,13 @@
 //! Other processes, by descriptors that go on meaning the same process when its id is used again.
 
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 
 use nix::errno::Errno;
+
+use super::page_size;
 
 /// A pidfd of the process `pid`, which polls as readable when the process has ended (Linux 5.3).
 pub fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
@@ -38,4 +42,60 @@ fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// The page table of another process, as far as `/proc` shows it: whether a page is there.
+#[derive(Debug)]
+pub(crate) struct PageMap {
+    file: File,
+}
+
+impl PageMap {
+    /// That of the process behind `pidfd`. Needs the permission to look into it that a debugger
+    /// needs as well.
+    pub(crate) fn of(pidfd: BorrowedFd<'_>) -> io::Result<Self> {
+        let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+        let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
+        let pid = pid.and_then(|pid| pid.trim().parse::<u32>().ok());
+        let pid = pid.ok_or_else(|| io::Error::from(Errno::ESRCH))?;
+        let file = File::open(format!("/proc/{pid}/pagemap"))?;
+        // The number was still its own when the file was opened if it has not ended by now.
+        may_kill(pidfd)?;
+        Ok(Self { file })
+    }
+
+    /// Whether there is a page at `address`, in memory or in swap.
+    pub(crate) fn has(&self, address: u64) -> io::Result<bool> {
+        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+        let mut entry = [0; 8];
+        self.file
+            .read_exact_at(&mut entry, address / page_size() * 8)?;
+        #[expect(clippy::host_endian_bytes, reason = "this machine's kernel makes it")]
+        let entry = u64::from_ne_bytes(entry);
+        Ok(entry & PRESENT_OR_SWAPPED != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+    use crate::mem::Mapping;
+
+    #[test]
+    fn the_page_map_tells_which_pages_are_there() {
+        let own = open_pidfd(std::process::id()).unwrap();
+        let map = PageMap::of(own.as_fd()).unwrap();
+        let memory = Mapping::new(4 * page_size()).unwrap();
+        // SAFETY: the page is in the mapping, which is this test's alone.
+        unsafe {
+            memory
+                .as_ptr()
+                .add(super::super::to_usize(page_size()))
+                .write_volatile(1)
+        };
+        let there = (0..3).map(|i| map.has(memory.address() + i * page_size()).unwrap());
+        assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);
+    }
 }

@@ -7,6 +7,7 @@
     reason = "owners are processes of their own that touch memory"
 )]
 
+mod huge;
 mod owner;
 
 #[path = "../restore/common.rs"]

@@ -4,7 +4,7 @@ use std::io::{PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::fd::AsRawFd as _;
 
-use snaprestore_engine::mem::{Mapping, RawRegion};
+use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion};
 use snaprestore_engine::pager::{Handover, OwnerRegion};
 use snaprestore_engine::sys::{Features, Modes, OpenOptions, open_pidfd};
 use snaprestore_fixtures::images::{Mix, Shares};
@@ -22,6 +22,62 @@ pub(crate) fn mixed(pages: u64) -> Vec<u8> {
 pub(crate) struct Region {
     pub(crate) pages: u64,
     pub(crate) offset_pages: u64,
+}
+
+/// What an owner's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// Private, in pages of 4 KiB.
+    Small,
+    /// Private, of the pool of 2 MiB pages, as Firecracker maps it.
+    Huge,
+    /// A shared file of that pool: of it parts of a page can be discarded.
+    HugeFile,
+}
+
+impl Backing {
+    fn page_size(self) -> u64 {
+        match self {
+            Self::Small => PAGE as u64,
+            Self::Huge | Self::HugeFile => 2 << 20,
+        }
+    }
+
+    /// Maps `len` bytes for as long as this process lives.
+    fn map(self, len: u64) -> (*mut u8, u64) {
+        match self {
+            Self::Small => Mapping::new(len).unwrap().into_raw(),
+            Self::Huge => MappingOptions::new()
+                .huge_pool(true)
+                .map(len)
+                .unwrap()
+                .into_raw(),
+            Self::HugeFile => {
+                let bytes = usize::try_from(len).unwrap();
+                let protection = libc::PROT_READ | libc::PROT_WRITE;
+                let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+                // SAFETY: the calls take numbers and a string that lives, and map at a place of the
+                // kernel's choice.
+                let start = unsafe {
+                    let file = libc::memfd_create(
+                        c"huge".as_ptr(),
+                        libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+                    );
+                    assert!(file >= 0, "{}", std::io::Error::last_os_error());
+                    let end = i64::try_from(len).unwrap();
+                    assert_eq!(libc::ftruncate(file, end), 0);
+                    libc::mmap(std::ptr::null_mut(), bytes, protection, flags, file, 0)
+                };
+                assert_ne!(
+                    start,
+                    libc::MAP_FAILED,
+                    "{}",
+                    std::io::Error::last_os_error()
+                );
+                (start.cast(), len)
+            }
+        }
+    }
 }
 
 /// The child, and what it handed over.
@@ -42,6 +98,15 @@ impl Owner {
     /// A process that maps and registers `regions`, the first above the others, tells where they are,
     /// and runs `body`. Its exit code is the body's result.
     pub(crate) fn start(regions: &[Region], body: impl FnOnce(&mut Memory) -> i32) -> Self {
+        Self::start_in(Backing::Small, regions, body)
+    }
+
+    /// The same with memory of another kind.
+    pub(crate) fn start_in(
+        backing: Backing,
+        regions: &[Region],
+        body: impl FnOnce(&mut Memory) -> i32,
+    ) -> Self {
         let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
         let (from_parent, to_child) = std::io::pipe().unwrap();
         let child = Child::start(|| {
@@ -52,7 +117,7 @@ impl Owner {
             let mut mapped = Vec::new();
             for region in regions {
                 let len = region.pages * PAGE as u64;
-                let (start, len) = Mapping::new(len).unwrap().into_raw();
+                let (start, len) = backing.map(len);
                 // SAFETY: the memory is reached through raw pointers only, and stays mapped as long
                 // as this process.
                 let memory = unsafe { RawRegion::new(start, len) }.unwrap();
@@ -61,7 +126,7 @@ impl Owner {
                     address: memory.address(),
                     len,
                     offset: region.offset_pages * PAGE as u64,
-                    page_size: PAGE as u64,
+                    page_size: backing.page_size(),
                 });
             }
             let number = u64::try_from(uffd.as_fd().as_raw_fd()).unwrap();
@@ -88,7 +153,7 @@ impl Owner {
             address: next(),
             len: region.pages * PAGE as u64,
             offset: region.offset_pages * PAGE as u64,
-            page_size: PAGE as u64,
+            page_size: backing.page_size(),
         });
         Self {
             regions: regions.collect(),
@@ -117,7 +182,8 @@ impl Memory {
         self.from_parent.read_exact(&mut [0]).unwrap();
     }
 
-    fn page(&self, page: u64) -> u64 {
+    /// The address of `page`.
+    pub(crate) fn page(&self, page: u64) -> u64 {
         let offset = page * PAGE as u64;
         let within =
             |region: &&OwnerRegion| (region.offset..region.offset + region.len).contains(&offset);
@@ -125,7 +191,7 @@ impl Memory {
         region.address + (offset - region.offset)
     }
 
-    fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.regions.iter().map(|region| region.len).sum::<u64>() / PAGE as u64
     }
 
@@ -156,9 +222,22 @@ impl Memory {
         i32::from(!right)
     }
 
+    /// Reads all pages in order, which are those of the source but for `gone` ones, which are zero.
+    /// The first that isn't right.
+    pub(crate) fn wrong(&self, source: &[u8], gone: impl Fn(u64) -> bool) -> Option<u64> {
+        (0..self.pages()).find(|page| {
+            let start = usize::try_from(*page).unwrap() * PAGE;
+            let expected = if gone(*page) {
+                &[0; PAGE][..]
+            } else {
+                &source[start..start + PAGE]
+            };
+            !self.is(*page, expected)
+        })
+    }
+
     /// Discards some ranges as a balloon does, then reads everything; 0 if it is right.
     pub(crate) fn discard_and_compare(&self, source: &[u8], round: u64) -> i32 {
-        let zeros = [0; PAGE];
         let gone = |page: u64| page / 16 % 4 == round % 4;
         for page in (0..self.pages()).step_by(16).filter(|page| gone(*page)) {
             let count = 16.min(self.pages() - page);
@@ -166,15 +245,6 @@ impl Memory {
                 crate::sys_support::madvise(self.page(page), PAGE as u64, libc::MADV_DONTNEED);
             }
         }
-        let wrong = (0..self.pages()).find(|page| {
-            let start = usize::try_from(*page).unwrap() * PAGE;
-            let expected = if gone(*page) {
-                &zeros[..]
-            } else {
-                &source[start..start + PAGE]
-            };
-            !self.is(*page, expected)
-        });
-        i32::from(wrong.is_some())
+        i32::from(self.wrong(source, gone).is_some())
     }
 }

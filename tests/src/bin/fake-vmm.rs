@@ -2,13 +2,14 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold] [--let-go]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
 //! release whose message is sent, `--split` cuts the memory into two regions, the second of which
-//! lies lower, as with Firecracker. `--discard` gives every fourth run of 16 pages back before the
-//! touches, as a balloon does, and wants zeros there. `--move` moves every fourth run elsewhere, which no
+//! lies lower, as with Firecracker. `--huge` takes the memory from the pool of 2 MiB pages. `--discard`
+//! gives every fourth run of 16 pages (with `--huge`, every fourth huge page) back before the touches, as
+//! a balloon does, and wants zeros there. `--move` moves every fourth run of 16 elsewhere, which no
 //! Firecracker does. `--wait` waits for the end of standard input before
 //! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
 //! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
@@ -28,13 +29,14 @@ use std::process::ExitCode;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use snaprestore_engine::mem::{Mapping, RawRegion};
+use snaprestore_engine::mem::{MappingOptions, RawRegion};
 use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
 
 const PAGE: usize = 4096;
-/// Pages that are discarded or moved together.
+const HUGE_PAGE: usize = 2 << 20;
+/// Pages that are discarded or moved together, of small ones.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--discard] [--move] [--wait] [--hold] [--let-go]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,7 @@ struct Options {
     manner: Manner,
     split: Option<usize>,
     threads: usize,
+    huge: bool,
     discard: bool,
     moves: bool,
     wait: bool,
@@ -72,6 +75,7 @@ fn options() -> Option<Options> {
         manner: Manner::V1_12,
         split: None,
         threads: 1,
+        huge: false,
         discard: false,
         moves: false,
         wait: false,
@@ -91,6 +95,7 @@ fn options() -> Option<Options> {
             }
             "--split" => options.split = Some(value()?.parse().ok()?),
             "--threads" => options.threads = value()?.parse().ok()?,
+            "--huge" => options.huge = true,
             "--discard" => options.discard = true,
             "--move" => options.moves = true,
             "--wait" => options.wait = true,
@@ -145,7 +150,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         .required(features)
         .open()
         .map_err(io::Error::other)?;
-    let mut memory = Memory::map(raw.len() / PAGE, options.split, &uffd)?;
+    let mut memory = Memory::map(raw.len() / PAGE, options, &uffd)?;
     let socket = memory.hand_over(options, &uffd)?;
     // Dropping it would unregister the memory first; kept, it is closed when the program ends.
     let uffd = std::mem::ManuallyDrop::new(uffd);
@@ -153,9 +158,10 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         // SAFETY: the number is the descriptor's, and nobody uses it or closes it from here on.
         unsafe { libc::close(uffd.as_fd().as_raw_fd()) };
     }
-    let gone = |page: usize| options.discard && page / RUN % 4 == 1;
+    let run = if options.huge { HUGE_PAGE / PAGE } else { RUN };
+    let gone = |page: usize| options.discard && page / run % 4 == 1;
     if options.discard {
-        memory.discard(gone);
+        memory.discard(run, gone);
     }
     if options.moves {
         memory.scatter();
@@ -175,15 +181,16 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
 }
 
 impl Memory {
-    fn map(pages: usize, split: Option<usize>, uffd: &Userfaultfd) -> io::Result<Self> {
-        let cut = split.filter(|cut| *cut < pages).unwrap_or(pages);
+    fn map(pages: usize, options: &Options, uffd: &Userfaultfd) -> io::Result<Self> {
+        let cut = options.split.filter(|cut| *cut < pages).unwrap_or(pages);
         let mut regions = Vec::new();
         for (first, count) in [(0, cut), (cut, pages - cut)] {
             if count == 0 {
                 continue;
             }
             let len = (count * PAGE) as u64;
-            let (start, len) = Mapping::new(len).map_err(io::Error::other)?.into_raw();
+            let mapping = MappingOptions::new().huge_pool(options.huge).map(len);
+            let (start, len) = mapping.map_err(io::Error::other)?.into_raw();
             // SAFETY: the memory is reached through raw pointers only, and stays mapped as long as
             // this process.
             let region = unsafe { RawRegion::new(start, len) }.map_err(io::Error::other)?;
@@ -201,6 +208,7 @@ impl Memory {
 
     /// Sends the regions and the descriptor. The socket stays open where the release keeps it so.
     fn hand_over(&self, options: &Options, uffd: &Userfaultfd) -> io::Result<Option<UnixStream>> {
+        let page_size = if options.huge { HUGE_PAGE } else { PAGE };
         let region = |(first, region): &(usize, RawRegion)| {
             let mut fields = json!({
                 "base_host_virt_addr": region.address(),
@@ -208,10 +216,10 @@ impl Memory {
                 "offset": first * PAGE,
             });
             if options.manner != Manner::V1_1 {
-                fields["page_size_kib"] = PAGE.into();
+                fields["page_size_kib"] = page_size.into();
             }
             if options.manner == Manner::V1_12 {
-                fields["page_size"] = PAGE.into();
+                fields["page_size"] = page_size.into();
             }
             fields
         };
@@ -267,11 +275,13 @@ impl Memory {
         }
     }
 
-    fn discard(&self, gone: impl Fn(usize) -> bool) {
-        for page in (0..self.pages).filter(|page| gone(*page)) {
-            // SAFETY: the page is this program's own, and nobody holds a reference to it.
-            let result =
-                unsafe { libc::madvise(self.address(page).cast(), PAGE, libc::MADV_DONTNEED) };
+    /// Discards the runs of `run` pages that are gone, in pieces as the memory allows.
+    fn discard(&self, run: usize, gone: impl Fn(usize) -> bool) {
+        let piece = if run * PAGE == HUGE_PAGE { run } else { 1 };
+        for page in (0..self.pages).step_by(piece).filter(|page| gone(*page)) {
+            let (address, len) = (self.address(page).cast(), piece * PAGE);
+            // SAFETY: the pages are this program's own, and nobody holds a reference to them.
+            let result = unsafe { libc::madvise(address, len, libc::MADV_DONTNEED) };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
         }
     }

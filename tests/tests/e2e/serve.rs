@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{self, Run};
 
@@ -35,6 +36,35 @@ fn vms_of_every_release_are_served_one_after_another_and_at_once() {
     }
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["exited"; 10]);
+}
+
+#[test]
+fn vms_with_huge_pages_are_served() {
+    let _pool = match HugePool::with(2 * PAGES / 512) {
+        Ok(pool) => pool,
+        Err(why) => return skipped("vms_with_huge_pages_are_served", &why),
+    };
+    let mut scene = Scene::new(Shares::MIXED);
+    for prefetch in ["off", "all"] {
+        scene.serve(&["--prefetch", prefetch]);
+        let options: [&[&str]; 2] = [
+            &["--huge", "--split", "3072", "--threads", "3"],
+            &["--huge", "--discard"],
+        ];
+        let vmms: Vec<Child> = options
+            .iter()
+            .map(|options| scene.vmm(options).spawn().expect("a VMM"))
+            .collect();
+        for vmm in vmms {
+            let run = Run::finish(vmm).exits(0);
+            assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
+        }
+        assert_eq!(endings(&scene.stop()), ["exited"; 2]);
+    }
+    // What v1.7 calls KiB is in bytes.
+    scene.serve(&[]);
+    let _ = Run::of(&mut scene.vmm(&["--manner", "v1.7", "--huge"])).exits(0);
+    assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
 #[test]

@@ -138,6 +138,7 @@ impl Scenario {
             address: at(0),
             pages: PAGES,
             first_page: 0,
+            large: false,
         };
         let (state, _) = State::new(PAGES, &[extent], 8).unwrap();
         for page in self.lost {

@@ -355,6 +355,13 @@ impl Platform for Model {
         changing
     }
 
+    fn is_there(&self, address: u64) -> bool {
+        let place = self.world.borrow().places.get(&address).copied();
+        let there = matches!(place, Some(Held::Byte(_)));
+        self.threads[self.current.get()].tell(&there);
+        there
+    }
+
     fn wake(&self, address: u64, len: u64) {
         if !self.world.borrow().exclusive {
             self.stop(Op::Wake(address, len));

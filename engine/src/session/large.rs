@@ -1,0 +1,369 @@
+//! Memory in pages of 2 MiB (hugetlbfs), which are installed whole or not at all.
+//!
+//! ```text
+//! bring_large(block):
+//!   claim it; if somebody has it, wait (a fault) and look again
+//!   for each of its 512 pages that is not removed: look up what it is, write it if it is a fill
+//!   for each frame that the others lie in, by offset: read, check, decode as far as is wanted, and
+//!     copy what it holds
+//!   one of them can't be had: the whole can't, an error
+//!   install:
+//!     hold the lock shared:
+//!       look up its address and state
+//!       absent: zeros to what is removed by now, one COPY of 2 MiB, mark all 512 present
+//!     EAGAIN or no memory: read events, then hold again
+//! ```
+//!
+//! The states are kept for each 4 KiB, as everywhere: the owner may discard any part.
+//!
+//! # What a large page is as a whole
+//!
+//! When a part is discarded the kernel sends the event of exactly that part. If the large page is
+//! there it writes zeros to the part, or frees the page if the part is all of it. If the page is
+//! missing it does nothing else. So, for a fault, of which the page is missing:
+//!
+//! | its bits | what has happened | it is |
+//! | --- | --- | --- |
+//! | all removed | it was discarded, at once or piece by piece | removed: zeros |
+//! | any present | it was installed once, and so was discarded as a whole since, whatever was seen of that | present: zeros |
+//! | some removed, none present | it was never installed | absent: zeros in what is removed, the rest from the snapshot |
+//!
+//! One present bit is enough, because a worker may die while it sets the 512: taken for absent, a
+//! page would come back as it was in the snapshot. A page that is there as well as partly removed
+//! needs nothing: the kernel writes those zeros after the event was read, so after any COPY that was
+//! decided before it, and a COPY that is decided later has zeros there itself.
+//!
+//! # When the pool is empty
+//!
+//! The kernel says ENOMEM, or (seen with 6.18) EEXIST, as for a page that is there. Believed, that would mark
+//! a page present that was never installed, and its next fault would give zeros. So who is told
+//! EEXIST looks into the owner's page map, and takes a missing page for no memory: tried again for
+//! some seconds, with events read in between, because a discard may be what frees a page. Then the
+//! owner is ended.
+//!
+//! One hold is longer than the 256 KiB of other installs: the kernel takes no part of such a page.
+
+use std::ops::Range;
+
+use snapshot_format::Reason;
+use snapshot_format::layout::PAGE_SIZE;
+
+use super::bring::{Brought, Lost};
+use super::claims::FrameId;
+use super::install::Stop;
+use super::map::{LARGE_PAGES, block_of};
+use super::platform::{Content, Image, Installed, PageNumber, Platform};
+use super::state::{State, Status};
+use super::stats::add;
+use super::{Failure, Session, Worker};
+use crate::fail_point::{FailPoint, fail_point};
+use crate::sys::{Wake, to_usize};
+
+/// Tells the claim of a large page from that of a frame, whose offset is less.
+const LARGE_CLAIM: u64 = 1 << 63;
+
+/// Bytes of a large page.
+const LARGE_BYTES: usize = to_usize(LARGE_PAGES) * PAGE_SIZE;
+
+/// Where a thread puts a large page together.
+pub(super) struct Assembly<F> {
+    bytes: Vec<u8>,
+    /// The pages that lie in frames.
+    stored: Vec<Part<F>>,
+}
+
+/// One page of a large page, in a frame.
+struct Part<F> {
+    frame: F,
+    slot: u16,
+    page: PageNumber,
+}
+
+/// What a large page was put together from, in pages.
+#[derive(Clone, Copy, Default)]
+struct Parts {
+    copied: u64,
+    filled: u64,
+    zeroed: u64,
+}
+
+/// What one hold came to.
+enum Held {
+    /// It was installed; who waits in this range is to be woken.
+    Installed(u64, u64),
+    /// There was nothing to install.
+    Settled,
+    /// Read events first.
+    Again,
+    /// No memory now.
+    NoMemory,
+    /// It can't go on.
+    Stop(Stop),
+}
+
+/// The zeros that a session needs for large pages.
+pub(super) fn zeros(state: &State) -> Vec<u8> {
+    vec![0; if state.has_large() { LARGE_BYTES } else { 0 }]
+}
+
+impl<F> Assembly<F> {
+    fn new() -> Self {
+        Self {
+            bytes: vec![0; LARGE_BYTES],
+            stored: Vec::with_capacity(to_usize(LARGE_PAGES)),
+        }
+    }
+
+    /// The bytes of `pages`, which are in one block.
+    fn pages_mut(&mut self, pages: &Range<PageNumber>) -> &mut [u8] {
+        let start = block_of(pages.start).start;
+        let within = |page: PageNumber| to_usize(page - start) * PAGE_SIZE;
+        &mut self.bytes[within(pages.start)..within(pages.end)]
+    }
+}
+
+impl<I: Image> Worker<I> {
+    /// Allocates what large pages need, before the first is wanted.
+    pub(super) fn prepare(&mut self, state: &State) {
+        if state.has_large() && self.assembly.is_none() {
+            self.assembly = Some(Assembly::new());
+        }
+    }
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// Whether `page` is a part of a large one.
+    pub(super) fn is_large(&self, page: PageNumber) -> bool {
+        self.state.has_large() && {
+            let _hold = self.platform.shared(page);
+            let unit = self.state.map().unit_of(page);
+            unit.is_some_and(|unit| unit.large)
+        }
+    }
+
+    /// Zeros for a large page, or for what its owner has left of it.
+    pub(super) fn zeros_of(&self, len: u64) -> &[u8] {
+        &self.zeros[..to_usize(len)]
+    }
+
+    /// Brings `page`, which is absent, and what comes with it: of a `large` page all of it.
+    pub(super) fn bring_unit(
+        &self,
+        worker: &mut Worker<I>,
+        page: PageNumber,
+        large: bool,
+        reason: Reason,
+    ) -> Result<Brought, Lost> {
+        if !large {
+            return self.bring(worker, page, reason);
+        }
+        let id = FrameId(LARGE_CLAIM | block_of(page).start);
+        let Some(claim) = self.claims.claim(id) else {
+            if reason == Reason::Demand {
+                self.platform.wait_unclaimed(&self.claims, id);
+            }
+            return Ok(Brought::Look);
+        };
+        // Out of the worker, whose decoder is needed at the same time.
+        let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
+        let brought = self.bring_large(worker, &mut assembly, page, reason);
+        worker.assembly = Some(assembly);
+        drop(claim);
+        brought
+    }
+
+    fn bring_large(
+        &self,
+        worker: &mut Worker<I>,
+        assembly: &mut Assembly<I::Frame>,
+        page: PageNumber,
+        reason: Reason,
+    ) -> Result<Brought, Lost> {
+        // Who had the claim a moment ago may have brought it.
+        if self.is_settled(page) {
+            return Ok(Brought::Look);
+        }
+        let Some(parts) = self.assemble(worker, assembly, block_of(page), reason)? else {
+            return Ok(Brought::Look);
+        };
+        let wake = worker.purpose(page, reason).wake;
+        if !self.install_large(assembly, page, wake, reason)? {
+            return Ok(Brought::Look);
+        }
+        let pages = match reason {
+            Reason::Demand => &self.stats.demand,
+            _ => &self.stats.prefetch,
+        };
+        add(&pages.copied, parts.copied);
+        add(&pages.filled, parts.filled);
+        add(&pages.zeroed, parts.zeroed);
+        Ok(Brought::Yes)
+    }
+
+    /// Whether the large page of `page` is settled. If it is, all of it is marked so: who died while
+    /// marking it must not leave a part that is wanted for ever.
+    fn is_settled(&self, page: PageNumber) -> bool {
+        let _hold = self.platform.shared(page);
+        let Some(unit) = self.state.map().unit_of(page) else {
+            return true;
+        };
+        match self.state.status_of(&unit) {
+            Status::Absent => return false,
+            Status::Present => self.state.mark_present(unit.pages),
+            Status::Poisoned => self.state.mark_poisoned(unit.pages),
+            Status::Removed => {}
+        }
+        true
+    }
+
+    /// Writes what `pages` are to the buffer, but for those that are removed. `None`: the session
+    /// ends.
+    fn assemble(
+        &self,
+        worker: &mut Worker<I>,
+        assembly: &mut Assembly<I::Frame>,
+        pages: Range<PageNumber>,
+        reason: Reason,
+    ) -> Result<Option<Parts>, Failure> {
+        let mut parts = Parts::default();
+        assembly.stored.clear();
+        for page in pages {
+            if self.state.status(page) == Status::Removed {
+                parts.zeroed += 1;
+                continue;
+            }
+            match self.image.content(page, reason)? {
+                Content::Fill(word) => {
+                    let counter = if word == 0 {
+                        &mut parts.zeroed
+                    } else {
+                        &mut parts.filled
+                    };
+                    *counter += 1;
+                    let bytes = assembly.pages_mut(&(page..page + 1));
+                    for chunk in bytes.chunks_exact_mut(8) {
+                        chunk.copy_from_slice(&word.to_le_bytes());
+                    }
+                }
+                Content::Stored(frame, slot) => {
+                    parts.copied += 1;
+                    assembly.stored.push(Part { frame, slot, page });
+                }
+                Content::Unavailable => return Err(self.unavailable(page)),
+            }
+        }
+        // Each frame is decoded once, however its pages are spread.
+        let mut stored = std::mem::take(&mut assembly.stored);
+        stored.sort_unstable_by_key(|part| (self.image.id(&part.frame).0, part.slot));
+        let copied = self.copy_stored(worker, assembly, &stored, reason);
+        assembly.stored = stored;
+        Ok(copied?.then_some(parts))
+    }
+
+    /// Copies what lies in frames to the buffer. False: the session ends.
+    fn copy_stored(
+        &self,
+        worker: &mut Worker<I>,
+        assembly: &mut Assembly<I::Frame>,
+        stored: &[Part<I::Frame>],
+        reason: Reason,
+    ) -> Result<bool, Failure> {
+        for of_frame in stored.chunk_by(|a, b| a.frame == b.frame) {
+            let (Some(first), Some(last)) = (of_frame.first(), of_frame.last()) else {
+                continue;
+            };
+            if reason != Reason::Demand {
+                if self.is_ending() {
+                    return Ok(false);
+                }
+                if let Some(failure) = worker.known_bad(&first.frame) {
+                    let page = first.page;
+                    return Err(Failure {
+                        page,
+                        ..failure.clone()
+                    });
+                }
+            }
+            self.refuse_deadly(first.page, &first.frame)?;
+            self.decode(worker, first.page, &first.frame, last.slot + 1, reason)?;
+            let bytes = self.image.bytes(&worker.decoder);
+            for part in of_frame {
+                let content = &bytes[usize::from(part.slot) * PAGE_SIZE..][..PAGE_SIZE];
+                assembly
+                    .pages_mut(&(part.page..part.page + 1))
+                    .copy_from_slice(content);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Installs the large page of `page` from the buffer. True if this call did.
+    fn install_large(
+        &self,
+        assembly: &mut Assembly<I::Frame>,
+        page: PageNumber,
+        wake: Wake,
+        reason: Reason,
+    ) -> Result<bool, Stop> {
+        let (mut tries, mut shortages) = (0, 0);
+        loop {
+            match self.hold_large(assembly, page, wake) {
+                Held::Installed(address, len) => {
+                    if wake == Wake::Later {
+                        self.platform.wake(address, len);
+                    }
+                    return Ok(true);
+                }
+                Held::Settled => return Ok(false),
+                Held::Again => self.after_again(&mut tries, page)?,
+                Held::NoMemory => self.after_no_memory(&mut shortages, page, reason)?,
+                Held::Stop(stop) => return Err(stop),
+            }
+        }
+    }
+
+    /// One hold of the lock: {look up; zeros to what is removed; one COPY}.
+    fn hold_large(&self, assembly: &mut Assembly<I::Frame>, page: PageNumber, wake: Wake) -> Held {
+        let _hold = self.platform.shared(page);
+        // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
+        let Some(unit) = self.state.map().unit_of(page) else {
+            return Held::Settled;
+        };
+        if self.state.status_of(&unit) != Status::Absent {
+            return Held::Settled;
+        }
+        self.state.each_removed(unit.pages.clone(), |page| {
+            assembly.pages_mut(&(page..page + 1)).fill(0);
+        });
+        let bytes = assembly.pages_mut(&unit.pages);
+        let installed = self.platform.copy(unit.address, bytes, wake);
+        fail_point(FailPoint::Installed);
+        match installed {
+            Installed::Done => {
+                self.state.mark_present(unit.pages.clone());
+                Held::Installed(unit.address, unit.len())
+            }
+            Installed::Exists if self.platform.is_there(unit.address) => {
+                self.state.mark_present(unit.pages.clone());
+                self.platform.wake(unit.address, unit.len());
+                Held::Settled
+            }
+            Installed::Exists | Installed::NoMemory => Held::NoMemory,
+            Installed::Again => {
+                add(&self.stats.retries, 1);
+                Held::Again
+            }
+            // As for small pages: a change that began in between has moved or unmapped it.
+            Installed::Gone if self.platform.is_changing(unit.address) => Held::Again,
+            Installed::Gone => {
+                self.state.mark_removed(unit.pages.clone());
+                self.platform.wake(unit.address, unit.len());
+                Held::Settled
+            }
+            // The memory is of small pages, whatever was said of it.
+            Installed::Partial(_) => Held::Stop(Stop::Refused(libc::EINVAL)),
+            Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
+            Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Owners whose memory is in pages of 2 MiB.
+
+use std::sync::Arc;
+
+use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::huge_pool::HugePool;
+
+use crate::common::{damaged, frame_of, open, pack, random_bytes};
+use crate::owner::{Backing, Memory, Owner, Region, mixed};
+use crate::sys_support::{Ended, madvise};
+
+/// Pages of the snapshot in one of the owner's.
+const LARGE: u64 = 512;
+/// Large pages of an owner.
+const COUNT: u64 = 12;
+const PAGES: u64 = COUNT * LARGE;
+
+const REGIONS: [Region; 2] = [
+    Region {
+        pages: 7 * LARGE,
+        offset_pages: 0,
+    },
+    Region {
+        pages: (COUNT - 7) * LARGE,
+        offset_pages: 7 * LARGE,
+    },
+];
+
+/// One large page and `more`, in one region.
+fn one_region(count: u64) -> [Region; 1] {
+    [Region {
+        pages: count * LARGE,
+        offset_pages: 0,
+    }]
+}
+
+/// The pool with so many pages; says so if the test can't run.
+fn pool(test: &str, pages: u64) -> Option<HugePool> {
+    HugePool::with(pages)
+        .map_err(|why| skipped(test, &why))
+        .ok()
+}
+
+#[test]
+fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
+    let test = "an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(mixed(PAGES));
+    for (frame_pages, prefetch) in [
+        (1, Prefetch::Off),
+        (16, Prefetch::All),
+        (64, Prefetch::Off),
+        (512, Prefetch::Off),
+        (512, Prefetch::All),
+    ] {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
+            memory.compare_in_threads(&expected, 4)
+        });
+        let mut paged = Pager::new(open(pack(&bytes, frame_pages)))
+            .prefetch(prefetch.clone())
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0), "{frame_pages}");
+        paged.wait();
+        let stats = paged.stats();
+        assert_eq!(stats.failures, 0);
+        if prefetch == Prefetch::Off {
+            let brought = stats.demand;
+            assert_eq!(brought.copied + brought.filled + brought.zeroed, PAGES);
+            assert!((COUNT..=4 * COUNT).contains(&stats.faults));
+        }
+    }
+}
+
+/// The kernel takes whole pages away from private memory, and rounds the end of a range down.
+#[test]
+fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
+    let test = "discarded_huge_pages_read_as_zeros_also_under_prefetch";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(mixed(PAGES));
+    for round in 0..8 {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
+            let gone = |page: u64| page / LARGE % 4 == round % 4;
+            for large in (0..COUNT).filter(|large| gone(large * LARGE)) {
+                if large % 2 == 0 {
+                    memory.is(large * LARGE, &[]);
+                }
+                // The one behind it is not wholly in the range, or in another region.
+                let more = if (large + 1) % 7 == 0 || large + 1 == COUNT {
+                    0
+                } else {
+                    1 << 20
+                };
+                let start = memory.page(large * LARGE);
+                madvise(start, (2 << 20) + more, libc::MADV_DONTNEED);
+            }
+            i32::from((0..2).any(|_| memory.wrong(&expected, gone).is_some()))
+        });
+        let mut paged = Pager::new(open(pack(&bytes, 32)))
+            .prefetch(Prefetch::All)
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
+        assert!(paged.stats().events > 0);
+        paged.wait();
+    }
+}
+
+/// Ranges of pages that begin and end anywhere, some in one large page and some over several.
+fn ranges(round: u64) -> Vec<std::ops::Range<u64>> {
+    let ranges = (0..PAGES / 700).map(|k| {
+        let start = k * 700 + 13 * round;
+        start..(start + (k * 331 + round * 77) % 690 + 1).min(PAGES)
+    });
+    // Not over the boundary of two mappings.
+    let border = 7 * LARGE;
+    let whole = |range: &std::ops::Range<u64>| range.end <= border || range.start >= border;
+    ranges.filter(whole).collect()
+}
+
+fn remove(memory: &Memory, ranges: &[std::ops::Range<u64>]) {
+    for pages in ranges {
+        let len = (pages.end - pages.start) * 4096;
+        madvise(memory.page(pages.start), len, libc::MADV_REMOVE);
+    }
+}
+
+/// Of a page that is missing the kernel zeroes nothing when a part of it is discarded: rounded inwards, the
+/// parts came back as they were in the snapshot.
+#[test]
+fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
+    let test = "lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(random_bytes(PAGES, 9));
+    for round in 0..8 {
+        let expected = Arc::clone(&bytes);
+        let prefetch = [Prefetch::Off, Prefetch::All][usize::from(round % 2 == 1)].clone();
+        let owner = Owner::start_in(Backing::HugeFile, &REGIONS, move |memory| {
+            let ranges = ranges(round);
+            let (before, during) = ranges.split_at(ranges.len() / 2);
+            let threads = std::thread::scope(|scope| {
+                // Another thread touches what is being discarded.
+                let toucher = scope.spawn(|| {
+                    for page in (0..PAGES).step_by(97) {
+                        memory.is(page, &[]);
+                    }
+                });
+                remove(memory, during);
+                toucher.join().is_ok()
+            });
+            // All of it is there by now; then it is discarded again.
+            remove(memory, before);
+            let gone = |page: u64| ranges.iter().any(|pages| pages.contains(&page));
+            let right = (0..2).all(|_| memory.wrong(&expected, gone).is_none());
+            i32::from(!threads || !right)
+        });
+        let mut paged = Pager::new(open(pack(&bytes, 32)))
+            .prefetch(prefetch)
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
+        assert!(paged.stats().events > 0);
+        paged.wait();
+    }
+}
+
+/// Nothing was touched before the discards, which the pager knows of first.
+#[test]
+fn parts_discarded_before_anything_is_there_are_zeros() {
+    let test = "parts_discarded_before_anything_is_there_are_zeros";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(random_bytes(PAGES, 10));
+    for round in 0..4 {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start_in(Backing::HugeFile, &REGIONS, move |memory| {
+            let ranges = ranges(round);
+            remove(memory, &ranges);
+            memory.wait_for_word();
+            let gone = |page: u64| ranges.iter().any(|pages| pages.contains(&page));
+            i32::from(memory.wrong(&expected, gone).is_some())
+        });
+        let mut paged = Pager::new(open(pack(&bytes, 64)))
+            .attach(owner.handover())
+            .unwrap();
+        let discards = ranges(round).len() as u64;
+        crate::common::wait_until("the discards are known", || {
+            paged.stats().events == discards
+        });
+        if round % 2 == 1 {
+            assert!(paged.complete());
+        }
+        owner.word();
+        assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
+        paged.wait();
+    }
+}
+
+#[test]
+fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
+    let test = "an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(mixed(PAGES));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
+        memory.wait_for_word();
+        memory.compare_in_threads(&expected, 1)
+    });
+    let mut paged = Pager::new(open(pack(&bytes, 32)))
+        .attach(owner.handover())
+        .unwrap();
+    assert!(paged.complete());
+    assert_eq!(paged.ending(), Some(Ending::Complete));
+    drop(paged);
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+}
+
+/// One frame of many in a large page.
+#[test]
+fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
+    let Some(_pool) = pool("an_owner_is_ended_for_a_bad_frame_in_a_huge_page", COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(random_bytes(PAGES, 5));
+    let file = pack(&bytes, 16);
+    let frame = frame_of(&open(file.clone()), 700);
+    for (on_error, signal) in [
+        (OnError::Kill, libc::SIGKILL),
+        (OnError::Poison, libc::SIGBUS),
+    ] {
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
+            // Never wrong: it ends here.
+            memory.compare_in_threads(&expected, 2)
+        });
+        let mut paged = Pager::new(open(damaged(file.clone(), &frame)))
+            .on_error(on_error)
+            .prefetch(Prefetch::All)
+            .attach(owner.handover())
+            .unwrap();
+        assert_eq!(owner.child.wait(), Ended::Signal(signal));
+        let ending = paged.wait();
+        match on_error {
+            OnError::Kill => {
+                let place = format!("offset {}", frame.offset());
+                assert!(
+                    matches!(&ending, Ending::Killed(why) if why.contains(&place)),
+                    "{ending:?}"
+                );
+            }
+            OnError::Poison => assert_eq!(paged.stats().poisoned, 1),
+        }
+        let failures = paged.failures();
+        assert!(!failures.is_empty());
+        for failure in failures {
+            assert_eq!(failure.page / LARGE, 700 / LARGE);
+            assert_eq!(failure.offset, Some(frame.offset()));
+        }
+    }
+}
+
+/// The kernel says "exists" when it has no page to give. Taken at its word, the page would be zeros
+/// from then on.
+#[test]
+fn an_owner_waits_for_a_huge_page_that_is_given_back() {
+    let test = "an_owner_waits_for_a_huge_page_that_is_given_back";
+    let Some(pool) = pool(test, 4) else {
+        return;
+    };
+    if pool.free() > 64 {
+        return skipped(test, &"the pool of 2 MiB pages is too large to be used up");
+    }
+    let count = pool.free() + 2;
+    let bytes = Arc::new(random_bytes(count * LARGE, 11));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start_in(Backing::Huge, &one_region(count), move |memory| {
+        let memory: &Memory = memory;
+        let source = |page: u64| &expected[usize::try_from(page * 4096).unwrap()..][..4096];
+        let right = (0..count - 2).all(|large| memory.is(large * LARGE, source(large * LARGE)));
+        let waited = std::thread::scope(|scope| {
+            let others = [count - 2, count - 1].map(|large| {
+                scope.spawn(move || {
+                    let page = large * LARGE + 5;
+                    memory.is(page, source(page))
+                })
+            });
+            // Long enough for both to be told that there is none.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            madvise(memory.page(0), 4 << 20, libc::MADV_DONTNEED);
+            others.map(|other| other.join().unwrap()) == [true; 2]
+        });
+        i32::from(!right || !waited)
+    });
+    let mut paged = Pager::new(open(pack(&bytes, 64)))
+        .fault_threads(1)
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+    paged.wait();
+}
+
+#[test]
+fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
+    let test = "an_owner_for_whom_there_is_no_huge_page_is_ended";
+    let _pool = match HugePool::empty() {
+        Ok(pool) => pool,
+        Err(why) => return skipped(test, &why),
+    };
+    let bytes = Arc::new(random_bytes(LARGE, 12));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start_in(Backing::Huge, &one_region(1), move |memory| {
+        memory.compare_in_threads(&expected, 1)
+    });
+    let mut paged = Pager::new(open(pack(&bytes, 64)))
+        .attach(owner.handover())
+        .unwrap();
+    assert!(!paged.complete(), "with no memory");
+    assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
+    let ending = paged.wait();
+    assert!(
+        matches!(&ending, Ending::Killed(why) if why.contains("no memory")),
+        "{ending:?}"
+    );
+}
