@@ -571,7 +571,9 @@ mod tests {
         };
         let after = |marks: &[fn(&State)]| {
             let state = one_extent(256);
-            marks.iter().for_each(|mark| mark(&state));
+            for mark in marks {
+                mark(&state);
+            }
             state.status_of(&unit)
         };
         let some: fn(&State) = |state| state.mark_removed(10..191);

@@ -93,7 +93,7 @@ mod tests {
             memory
                 .as_ptr()
                 .add(super::super::to_usize(page_size()))
-                .write_volatile(1)
+                .write_volatile(1);
         };
         let there = (0..3).map(|i| map.has(memory.address() + i * page_size()).unwrap());
         assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);

@@ -68,6 +68,8 @@ struct Scenario {
     same_core: bool,
     /// Whether nobody ends the session: it has to complete by itself.
     completes: bool,
+    /// Whether the memory is of large pages, of two pages each.
+    large: bool,
 }
 
 impl Default for Scenario {
@@ -84,6 +86,7 @@ impl Default for Scenario {
             two_checks: false,
             same_core: false,
             completes: false,
+            large: false,
         }
     }
 }
@@ -129,6 +132,7 @@ impl Scenario {
         let mut world = World {
             cuts: self.cuts,
             shortages: self.shortages,
+            large: self.large,
             ..World::default()
         };
         for place in 0..PAGES {
@@ -138,7 +142,7 @@ impl Scenario {
             address: at(0),
             pages: PAGES,
             first_page: 0,
-            large: false,
+            large: self.large,
         };
         let (state, _) = State::new(PAGES, &[extent], 8).unwrap();
         for page in self.lost {
@@ -473,6 +477,75 @@ fn an_event_that_is_late() {
         ..Scenario::default()
     }
     .holds();
+}
+
+/// Parts of large pages are discarded while they are put together, and when they are there.
+#[test]
+fn large_pages_of_which_parts_are_discarded() {
+    let owners: [(usize, &[&[Act]]); 3] = [
+        (1, &[&[Touch(0)], &[Discard(1, 2), Touch(1)]]),
+        (1, &[&[Touch(3)], &[Discard(1, 3)]]),
+        (
+            0,
+            &[&[Touch(1)], &[Discard(0, 1), Discard(1, 2), Write(0, 99)]],
+        ),
+    ];
+    for (prefetchers, owner) in owners {
+        Scenario {
+            owner,
+            prefetchers,
+            large: true,
+            ..Scenario::default()
+        }
+        .holds();
+    }
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
+        fault_threads: 2,
+        same_core: true,
+        large: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn large_pages_without_memory_lost_or_complete() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2), Touch(3)]],
+        shortages: 1,
+        large: true,
+        ..Scenario::default()
+    }
+    .holds();
+    Scenario {
+        owner: &[&[Touch(1)], &[Touch(0), Touch(2)]],
+        lost: &[0, 1],
+        prefetchers: 1,
+        large: true,
+        ..Scenario::default()
+    }
+    .holds();
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 3)]],
+        prefetchers: 1,
+        completes: true,
+        large: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn mistake_no_install_lock_is_found_with_large_pages() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
+        prefetchers: 1,
+        large: true,
+        mistake: Some(Mistake::NoInstallLock),
+        ..Scenario::default()
+    }
+    .goes_wrong("wrong byte");
 }
 
 fn planted(mistake: Mistake) -> Scenario {

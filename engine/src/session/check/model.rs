@@ -303,7 +303,11 @@ impl Platform for Model {
             return self.told(Installed::NoMemory);
         }
         let mut most = u64::MAX;
-        if len > PAGE && self.world.borrow().cuts > 0 && self.choose(2) == 1 {
+        if len > PAGE
+            && !self.world.borrow().large
+            && self.world.borrow().cuts > 0
+            && self.choose(2) == 1
+        {
             let left = &mut self.world.borrow_mut().cuts;
             most = if *left > 0 { 1 } else { u64::MAX };
             *left = left.saturating_sub(1);
@@ -328,6 +332,9 @@ impl Platform for Model {
         }
         if self.early_check() {
             return self.told(Installed::Again);
+        }
+        if self.world.borrow().large {
+            return self.told(Installed::Refused(libc::EINVAL));
         }
         let zero = |_| Held::Byte(0);
         let installed = self

@@ -2,12 +2,17 @@
 //!
 //! Modelled: faults that wait until woken and look again; faults read before events; events whose
 //! caller waits until they are read, and acts only after; EAGAIN from the moment the caller starts
-//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM.
+//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM. Large pages (here of two) fault, arrive and go
+//! as one; a part of one that is discarded is zeroed if it is there, and otherwise nothing happens to it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use crate::session::map::LARGE_PAGES;
 use crate::session::platform::{Event, Installed, PAGE};
+
+/// Bytes of a large page.
+const LARGE: u64 = LARGE_PAGES * PAGE;
 
 /// Address of the first page.
 pub(super) const BASE: u64 = 0x10_0000;
@@ -51,6 +56,8 @@ pub(super) struct World {
     pub(super) places: BTreeMap<u64, Content>,
     /// Places that the kernel serves itself.
     pub(super) unregistered: BTreeSet<u64>,
+    /// Whether the pages are large.
+    pub(super) large: bool,
     pub(super) sleepers: Vec<Sleeper>,
     pub(super) events: VecDeque<(Thread, Change)>,
     /// Events that were acknowledged and are given with the next read: a planted mistake's.
@@ -98,10 +105,14 @@ impl World {
         match self.places.get(&address) {
             None => Some(Err(Unmapped)),
             Some(Content::Missing) if self.unregistered.contains(&address) => {
-                self.places.insert(address, Content::Byte(0));
+                let unit = self.unit(address);
+                for (_, content) in self.places.range_mut(unit) {
+                    *content = Content::Byte(0);
+                }
                 Some(Ok(Content::Byte(0)))
             }
             Some(Content::Missing) => {
+                let address = self.unit(address).start;
                 self.sleepers.push(Sleeper {
                     thread,
                     address,
@@ -112,6 +123,13 @@ impl World {
             }
             Some(content) => Some(Ok(*content)),
         }
+    }
+
+    /// The page at `address`, as the kernel has it.
+    fn unit(&self, address: u64) -> std::ops::Range<u64> {
+        let len = if self.large { LARGE } else { PAGE };
+        let start = address / len * len;
+        start..start + len
     }
 
     /// Whether a thread sleeps in a fault.
@@ -155,8 +173,20 @@ impl World {
 
     /// Drops the pages of a range.
     pub(super) fn zap(&mut self, start: u64, end: u64) {
-        for (_, content) in self.places.range_mut(start..end) {
-            *content = Content::Missing;
+        let units: BTreeSet<u64> = (start..end)
+            .step_by(usize::try_from(PAGE).unwrap())
+            .map(|address| self.unit(address).start)
+            .collect();
+        for first in units {
+            let unit = self.unit(first);
+            let whole = start <= unit.start && unit.end <= end;
+            let part = unit.start.max(start)..unit.end.min(end);
+            for (_, content) in self.places.range_mut(part) {
+                *content = match content {
+                    Content::Byte(_) if !whole => Content::Byte(0),
+                    _ => Content::Missing,
+                };
+            }
         }
     }
 
@@ -227,6 +257,9 @@ impl World {
         each: impl Fn(u64) -> Content,
     ) -> Installed {
         let pages = len / PAGE;
+        if self.large && self.unit(address) != (address..address + len) {
+            return Installed::Refused(libc::EINVAL);
+        }
         let registered =
             |address| self.places.contains_key(&address) && !self.unregistered.contains(&address);
         if (0..pages).any(|i| !registered(address + i * PAGE)) {
