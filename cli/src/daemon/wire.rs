@@ -171,7 +171,7 @@ impl Wire {
         if text.len() > MOST_BYTES {
             return Err(io::Error::from(Errno::EMSGSIZE));
         }
-        let numbers: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        let numbers: Vec<_> = descriptors.iter().map(BorrowedFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&numbers)];
         let rights = if numbers.is_empty() { &[][..] } else { &rights };
         let socket = self.socket.as_raw_fd();

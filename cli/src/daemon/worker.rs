@@ -258,13 +258,13 @@ impl Worker {
             owner: arrived.owner,
             regions: arrived.regions,
         };
-        let paged = pager.resume(handover, tables, &arrived.deadly)?;
-        let paged = served.paged.get_or_init(|| paged);
+        let session = pager.resume(handover, tables, &arrived.deadly)?;
+        let session = served.paged.get_or_init(|| session);
         self.tell(&FromWorker::Served { id });
         if self.draining.load(SeqCst) {
             served.complete_or_end();
         }
-        Ok(paged)
+        Ok(session)
     }
 
     /// Answers whoever has come.

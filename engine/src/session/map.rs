@@ -437,7 +437,7 @@ mod tests {
         assert_eq!(map.unit_of(3).unwrap().pages, 3..4);
         // Moved, it still is one.
         let to = 900 * LARGE_PAGES;
-        map.remap(&(at(0)..at(4 * LARGE_PAGES)), at(to), |_| ())
+        map.remap(0, &(at(0)..at(4 * LARGE_PAGES)), at(to), |_| ())
             .unwrap();
         let moved = map.unit_of(second.pages.start).unwrap();
         assert_eq!(moved.address, at(to + LARGE_PAGES));
@@ -489,6 +489,7 @@ mod tests {
             address: at(0),
             pages: 10,
             first_page: 0,
+            large: false,
         };
         let state = State::new(64, &[extent], 8).unwrap().0;
         let map = state.map();

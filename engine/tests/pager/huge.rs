@@ -60,7 +60,7 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
         let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
             memory.compare_in_threads(&expected, 4)
         });
-        let mut paged = Pager::new(open(pack(&bytes, frame_pages)))
+        let paged = Pager::new(open(pack(&bytes, frame_pages)))
             .prefetch(prefetch.clone())
             .attach(owner.handover())
             .unwrap();
@@ -103,7 +103,7 @@ fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
             }
             i32::from((0..2).any(|_| memory.wrong(&expected, gone).is_some()))
         });
-        let mut paged = Pager::new(open(pack(&bytes, 32)))
+        let paged = Pager::new(open(pack(&bytes, 32)))
             .prefetch(Prefetch::All)
             .attach(owner.handover())
             .unwrap();
@@ -163,7 +163,7 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
             let right = (0..2).all(|_| memory.wrong(&expected, gone).is_none());
             i32::from(!threads || !right)
         });
-        let mut paged = Pager::new(open(pack(&bytes, 32)))
+        let paged = Pager::new(open(pack(&bytes, 32)))
             .prefetch(prefetch)
             .attach(owner.handover())
             .unwrap();
@@ -190,7 +190,7 @@ fn parts_discarded_before_anything_is_there_are_zeros() {
             let gone = |page: u64| ranges.iter().any(|pages| pages.contains(&page));
             i32::from(memory.wrong(&expected, gone).is_some())
         });
-        let mut paged = Pager::new(open(pack(&bytes, 64)))
+        let paged = Pager::new(open(pack(&bytes, 64)))
             .attach(owner.handover())
             .unwrap();
         let discards = ranges(round).len() as u64;
@@ -218,7 +218,7 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
         memory.wait_for_word();
         memory.compare_in_threads(&expected, 1)
     });
-    let mut paged = Pager::new(open(pack(&bytes, 32)))
+    let paged = Pager::new(open(pack(&bytes, 32)))
         .attach(owner.handover())
         .unwrap();
     assert!(paged.complete());
@@ -246,7 +246,7 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
             // Never wrong: it ends here.
             memory.compare_in_threads(&expected, 2)
         });
-        let mut paged = Pager::new(open(damaged(file.clone(), &frame)))
+        let paged = Pager::new(open(damaged(file.clone(), &frame)))
             .on_error(on_error)
             .prefetch(Prefetch::All)
             .attach(owner.handover())
@@ -304,7 +304,7 @@ fn an_owner_waits_for_a_huge_page_that_is_given_back() {
         });
         i32::from(!right || !waited)
     });
-    let mut paged = Pager::new(open(pack(&bytes, 64)))
+    let paged = Pager::new(open(pack(&bytes, 64)))
         .fault_threads(1)
         .attach(owner.handover())
         .unwrap();
@@ -324,7 +324,7 @@ fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
     let owner = Owner::start_in(Backing::Huge, &one_region(1), move |memory| {
         memory.compare_in_threads(&expected, 1)
     });
-    let mut paged = Pager::new(open(pack(&bytes, 64)))
+    let paged = Pager::new(open(pack(&bytes, 64)))
         .attach(owner.handover())
         .unwrap();
     assert!(!paged.complete(), "with no memory");

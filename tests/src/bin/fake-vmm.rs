@@ -144,7 +144,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         features |= Features::EVENT_REMOVE;
     }
     if options.moves {
-        features = features | Features::EVENT_REMAP | Features::EVENT_UNMAP;
+        features |= Features::EVENT_REMAP | Features::EVENT_UNMAP;
     }
     let uffd = OpenOptions::new()
         .required(features)

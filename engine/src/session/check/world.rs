@@ -50,6 +50,10 @@ pub(super) enum Change {
 }
 
 /// The kernel's side.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "what may happen, thing by thing"
+)]
 #[derive(Debug, Default, Hash)]
 pub(super) struct World {
     /// Mapped and registered places. A place that isn't here is not mapped.
