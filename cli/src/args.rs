@@ -384,6 +384,13 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,
+    /// Confine the process that serves the pages to what it needs: no files, no programs, few system calls.
+    /// Not for VMs whose memory is in huge pages
+    #[arg(long)]
+    pub(crate) confine: bool,
+    /// User that the confined process becomes, by name or number; it keeps the right to kill VMs
+    #[arg(long, value_name = "USER", requires = "confine")]
+    pub(crate) user: Option<String>,
     #[command(flatten)]
     pub(crate) options: ServiceOptions,
 }
@@ -391,6 +398,12 @@ pub(crate) struct Serve {
 /// What the keeper starts.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Worker {
+    /// Give up what isn't needed
+    #[arg(long)]
+    pub(crate) confine: bool,
+    /// User to become
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
     /// How events are logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,

@@ -37,6 +37,12 @@ fn main() -> ExitCode {
     let output = output::Output::new(args.common);
     let writes = args.command.writes();
     log::start(args.command.log_format());
+    // While there is one thread only.
+    if let args::Command::Worker(worker) = &args.command
+        && let Err(error) = daemon::confine(worker)
+    {
+        return output.fail(&error).into();
+    }
     let cancel = match signals::watch() {
         Ok(cancel) => cancel,
         Err(error) => return output.fail(&error).into(),

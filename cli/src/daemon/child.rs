@@ -10,8 +10,8 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 use snaprestore_engine::sys::open_pidfd;
 
+use super::keeper::Options;
 use super::wire::Wire;
-use crate::log::LogFormat;
 
 /// A worker.
 #[derive(Debug)]
@@ -39,14 +39,20 @@ pub(super) struct Death {
 
 impl Worker {
     /// Starts `program` as the worker number `number`, the first of which is 0.
-    pub(super) fn start(program: &OsStr, number: u64, log_format: LogFormat) -> Result<Self> {
+    pub(super) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
         let (wire, theirs) = Wire::pair().context("a socket for the worker")?;
         let mut command = Command::new(program);
         // A Ctrl-C is the keeper's to act on.
         command.arg("worker").process_group(0);
-        let format = log_format.to_possible_value();
+        let format = options.log_format.to_possible_value();
         let format = format.as_ref().map_or("text", |format| format.get_name());
         command.args(["--log-format", format]);
+        if options.confine {
+            command.arg("--confine");
+        }
+        if let Some(user) = &options.user {
+            command.args(["--user", user]);
+        }
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         match place_to_fail(number) {
             Some(place) => command.env(FAIL, place),

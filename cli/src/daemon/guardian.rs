@@ -81,7 +81,11 @@ impl Guardian {
         if !status.success() {
             return Err(io::Error::other(format!("{}: {status}", program.display())));
         }
-        let mut guardian = Self::resume(socket);
+        let mut guardian = Self {
+            socket,
+            pid: String::new(),
+            stays: None,
+        };
         let ready = guardian.first_message()?;
         match ready.splitn(5, ' ').collect::<Vec<_>>()[..] {
             ["ready", "1", pid, "left"] => pid.clone_into(&mut guardian.pid),
@@ -92,14 +96,6 @@ impl Guardian {
             _ => return Err(io::Error::new(ErrorKind::InvalidData, ready)),
         }
         Ok(guardian)
-    }
-
-    pub(super) fn resume(socket: OwnedFd) -> Self {
-        Self {
-            socket,
-            pid: String::new(),
-            stays: None,
-        }
     }
 
     fn first_message(&self) -> io::Result<String> {

@@ -8,6 +8,7 @@
 //!     the worker's end      take its last words, start another, tell it everything
 //!     a visitor             the worker is told
 //!     a successor's word    the worker is killed, and the successor is the worker
+//!     news from outside     who holds what the keeper would take with it has gone away
 //!     an owner's end        close what was its own
 //!     a signal              no more VMs; the worker completes those that are there; asked again,
 //!                           they are killed
@@ -20,7 +21,7 @@ use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -34,9 +35,11 @@ use super::child::{Death, Worker};
 use super::config::{MetricsAddress, Service};
 use super::desk::{Refused, Upgraded};
 use super::listening::Listening;
+use super::outside::{News, Outside};
 use super::pending::{self, Pending};
 use super::report::{Ending, Vm as Report};
-use super::vms::Vm;
+use super::systemd::{self, Manager};
+use super::vms::{Held, Vm};
 use super::wire::{Door, Facts, FromWorker, Request, ToWorker};
 use crate::input;
 use crate::log::LogFormat;
@@ -65,6 +68,9 @@ pub(crate) struct Options {
     /// How long a VM may wait for a worker that does nothing.
     pub(crate) stuck_after: Duration,
     pub(crate) log_format: LogFormat,
+    /// Whether the worker gives up what it doesn't need, and whom it becomes.
+    pub(crate) confine: bool,
+    pub(crate) user: Option<String>,
 }
 
 /// What became of all VMs.
@@ -90,6 +96,7 @@ pub(crate) struct Keeper {
     stillborn: u32,
     restarts: u64,
     successor: Option<Successor>,
+    outside: Outside,
     outgoing: VecDeque<Outgoing>,
     services: BTreeMap<u64, Open>,
     doors: Vec<(Door, Listening)>,
@@ -98,7 +105,7 @@ pub(crate) struct Keeper {
     next: (u64, u64),
     pending: Vec<Pending>,
     /// VMs that are no longer served, and whose processes have not ended yet.
-    dying: Vec<Vm>,
+    dying: BTreeMap<u64, Vm>,
     endings: Vec<Report>,
     ended: u64,
     stopping: Stopping,
@@ -108,6 +115,8 @@ pub(crate) struct Keeper {
 struct Open {
     service: Service,
     file: OwnedFd,
+    /// Under which id it is held outside.
+    held_as: String,
     listening: Option<Listening>,
     /// Whether it is forgotten when its last VM has ended.
     removed: bool,
@@ -155,6 +164,7 @@ enum Token {
     Wire,
     Death,
     Succession,
+    Outside,
     Door(usize),
     Listening(u64),
     Pending(usize),
@@ -167,8 +177,10 @@ impl Keeper {
         raise_descriptor_limit();
         cancel.count_signals();
         let program = OsString::from("/proc/self/exe");
-        let worker = Worker::start(&program, 0, options.log_format)?;
-        Ok(Self {
+        let given = systemd::given();
+        let outside = Outside::find(Path::new(&program), &given);
+        let worker = Worker::start(&program, 0, &options)?;
+        let mut keeper = Self {
             options,
             output,
             cancel: cancel.clone(),
@@ -178,17 +190,135 @@ impl Keeper {
             stillborn: 0,
             restarts: 0,
             successor: None,
+            outside,
             outgoing: VecDeque::new(),
             services: BTreeMap::new(),
             doors: Vec::new(),
             vms: BTreeMap::new(),
             next: (1, 1),
             pending: Vec::new(),
-            dying: Vec::new(),
+            dying: BTreeMap::new(),
             endings: Vec::new(),
             ended: 0,
             stopping: Stopping::No,
-        })
+        };
+        if let Some(warning) = keeper.outside.warning() {
+            keeper.complain(warning);
+        }
+        keeper.go_on_with(given.held);
+        Ok(keeper)
+    }
+
+    /// Takes back the VMs of a keeper that has died. Its worker died with it, or before this was started.
+    fn go_on_with(&mut self, held: BTreeMap<String, Vec<(String, OwnedFd)>>) {
+        let (vms, mut files): (Vec<_>, BTreeMap<_, _>) = {
+            let (vms, files): (Vec<_>, Vec<_>) =
+                held.into_iter().partition(|(id, _)| id.starts_with("vm-"));
+            (vms, files.into_iter().collect())
+        };
+        for (id, descriptors) in vms {
+            match Held::of(&id, descriptors) {
+                Ok(held) => self.take_back(held, &mut files),
+                Err(error) => {
+                    self.complain(format_args!("{id} can't be served any more: {error:#}"));
+                }
+            }
+        }
+    }
+
+    fn take_back(&mut self, held: Held, files: &mut BTreeMap<String, Vec<(String, OwnedFd)>>) {
+        let Held {
+            id,
+            mut vm,
+            service,
+            file,
+        } = held;
+        let pid = vm.peer.pid;
+        self.next.1 = self.next.1.max(id + 1);
+        // All VMs of one snapshot.
+        let known = self.services.iter().find(|(_, open)| open.held_as == file);
+        let key = match (known.map(|(key, _)| *key), files.remove(&file)) {
+            (Some(key), _) => Some(key),
+            (None, Some(mut fds)) => fds.pop().map(|(_, file_fd)| {
+                let key = self.next.0;
+                self.next.0 += 1;
+                let open = Open {
+                    service,
+                    file: file_fd,
+                    held_as: file,
+                    listening: None,
+                    removed: true,
+                    ended: 0,
+                };
+                self.services.insert(key, open);
+                self.outgoing.push_back(Outgoing::Service(key));
+                key
+            }),
+            (None, None) => None,
+        };
+        if let Some(key) = key {
+            vm.service = key;
+            self.vms.insert(id, vm);
+            self.outgoing.push_back(Outgoing::Vm(id));
+            self.say(format_args!("VM {pid}: taken back from systemd"));
+        } else {
+            self.kill(&vm);
+            self.dying.insert(id, vm);
+            let why = "its snapshot's open file was not held".to_owned();
+            self.note(Report::new(pid, Ending::Killed, Some(why)));
+        }
+    }
+
+    /// Has what a VM can't do without held outside.
+    fn hold(&mut self, id: u64) {
+        let Some(vm) = self.vms.get(&id) else { return };
+        let Some(open) = self.services.get(&vm.service) else {
+            return;
+        };
+        let outside = &mut self.outside;
+        let held = vm.hold(id, &open.service, &open.held_as, outside);
+        if let Err(error) = held {
+            let pid = vm.peer.pid;
+            self.complain(format_args!(
+                "VM {pid} is held by nobody else, and is lost with this process: {error:#}"
+            ));
+        }
+    }
+
+    /// Nobody needs to hold a VM any more.
+    fn release(&mut self, id: u64) {
+        if let Err(error) = self.outside.release(&format!("vm-{id}")) {
+            self.complain(format_args!("what was held of a VM is not let go: {error}"));
+        }
+    }
+
+    fn hear_outside(&mut self) {
+        for news in self.outside.news() {
+            match news {
+                News::NotHeld { id, why } => self.complain(format_args!(
+                    "{id} is held by nobody else, and is lost with this process: {why}"
+                )),
+                News::Gone => {
+                    self.complain("who held the VMs besides this process has ended; another does");
+                    self.outside =
+                        Outside::find(Path::new(&self.program), &systemd::Given::default());
+                    let ids: Vec<u64> = self.vms.keys().chain(self.dying.keys()).copied().collect();
+                    for id in ids {
+                        self.hold(id);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Closes what belonged to VMs whose processes have ended.
+    fn bury(&mut self) {
+        let gone = self.dying.iter().filter(|(_, vm)| vm.is_gone());
+        let gone: Vec<u64> = gone.map(|(id, _)| *id).collect();
+        for id in gone {
+            self.dying.remove(&id);
+            self.release(id);
+        }
     }
 
     /// Lets visitors in.
@@ -203,7 +333,7 @@ impl Keeper {
 
     /// Listens for the VMs of a service from now on.
     pub(crate) fn add(&mut self, service: Service) -> Result<()> {
-        for open in self.services.values() {
+        for open in self.services.values().filter(|open| !open.removed) {
             let (other, path) = (&open.service, service.socket.display());
             if other.name == service.name {
                 bail!("there is a service {:?} already", service.name);
@@ -224,9 +354,17 @@ impl Keeper {
             service.snapshot.display(),
             service.socket.display()
         ));
+        let file = OwnedFd::from(file);
+        let held_as = format!("file-{}-{key}", std::process::id());
+        if let Err(error) = self.outside.hold(&held_as, &[("snapshot", file.as_fd())]) {
+            self.complain(format_args!(
+                "a snapshot's file is held by nobody else: {error}"
+            ));
+        }
         let open = Open {
             service,
-            file: file.into(),
+            file,
+            held_as,
             listening,
             removed: false,
             ended: 0,
@@ -238,6 +376,7 @@ impl Keeper {
 
     /// Serves until asked to stop, and every VM has ended or was let go.
     pub(crate) fn run(mut self) -> Result<Ended> {
+        tell_manager("READY=1");
         let failed = loop {
             if let Err(error) = self.turn() {
                 // VMs without a keeper would wait for ever.
@@ -254,7 +393,7 @@ impl Keeper {
         };
         while !self.dying.is_empty() {
             self.wait_for_one(&[Token::Dying])?;
-            self.dying.retain(|vm| !vm.is_gone());
+            self.bury();
         }
         self.let_worker_leave();
         failed.map(|()| Ended {
@@ -291,7 +430,8 @@ impl Keeper {
                 Token::Door(at) => self.let_in(at),
                 Token::Listening(key) => self.accept(key),
                 Token::Pending(at) => self.shake_hands(at),
-                Token::Dying => self.dying.retain(|vm| !vm.is_gone()),
+                Token::Dying => self.bury(),
+                Token::Outside => self.hear_outside(),
             }
         }
         for at in (0..self.pending.len()).rev() {
@@ -309,7 +449,7 @@ impl Keeper {
     }
 
     fn tokens(&self) -> Vec<Token> {
-        let mut tokens = vec![Token::Death, Token::Wire];
+        let mut tokens = vec![Token::Death, Token::Wire, Token::Outside];
         if !self.cancel.requested() {
             tokens.push(Token::Signal);
         }
@@ -351,6 +491,11 @@ impl Keeper {
                         add(successor.worker.wire.as_fd(), *token);
                     }
                 }
+                Token::Outside => {
+                    if let Some(outside) = self.outside.watched() {
+                        add(outside, *token);
+                    }
+                }
                 Token::Door(at) => add(self.doors[at].1.as_fd(), *token),
                 Token::Listening(key) => {
                     let listening = self
@@ -363,7 +508,7 @@ impl Keeper {
                 }
                 Token::Pending(at) => add(self.pending[at].as_fd(), *token),
                 Token::Dying => {
-                    for vm in &self.dying {
+                    for vm in self.dying.values() {
                         add(vm.peer.pidfd.as_fd(), *token);
                     }
                 }
@@ -447,6 +592,7 @@ impl Keeper {
         let id = self.next.1;
         self.next.1 += 1;
         self.vms.insert(id, vm);
+        self.hold(id);
         self.outgoing.push_back(Outgoing::Vm(id));
     }
 
@@ -551,6 +697,7 @@ impl Keeper {
                     .context("tables without a memfd")?;
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.keep_tables(memfd)?;
+                    vm.hold_tables(id, &mut self.outside)?;
                 }
             }
             FromWorker::Served { id } => {
@@ -568,8 +715,10 @@ impl Keeper {
                     self.kill(&vm);
                 }
                 self.count_ended(vm.service);
-                if report.ending != Ending::Complete {
-                    self.dying.push(vm);
+                if report.ending == Ending::Complete {
+                    self.release(id);
+                } else {
+                    self.dying.insert(id, vm);
                 }
                 self.note(report);
             }
@@ -589,7 +738,10 @@ impl Keeper {
     }
 
     fn forget(&mut self, key: u64) {
-        self.services.remove(&key);
+        if let Some(open) = self.services.remove(&key) {
+            // systemd lets it go with the service if it doesn't now.
+            let _ = self.outside.release(&open.held_as);
+        }
         self.outgoing.push_back(Outgoing::Forget(key));
     }
 
@@ -641,7 +793,7 @@ impl Keeper {
             None => own_path()?,
         };
         let program = program.into_os_string();
-        let worker = Worker::start(&program, self.workers, self.options.log_format)?;
+        let worker = Worker::start(&program, self.workers, &self.options)?;
         self.workers += 1;
         self.successor = Some(Successor {
             worker,
@@ -747,7 +899,7 @@ impl Keeper {
         if self.stillborn > MOST_STILLBORN {
             bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
         }
-        let worker = Worker::start(&self.program, self.workers, self.options.log_format)?;
+        let worker = Worker::start(&self.program, self.workers, &self.options)?;
         self.workers += 1;
         self.restarts += 1;
         Ok(worker)
@@ -783,6 +935,7 @@ impl Keeper {
         for open in self.services.values_mut() {
             open.listening = None;
         }
+        tell_manager("STOPPING=1");
         self.stopping = Stopping::Drains;
         self.outgoing.push_back(Outgoing::Drain);
     }
@@ -790,11 +943,11 @@ impl Keeper {
     /// Ends every VM: nobody will serve it.
     fn kill_all(&mut self, why: &str) {
         self.pending.clear();
-        for (_, vm) in std::mem::take(&mut self.vms) {
+        for (id, vm) in std::mem::take(&mut self.vms) {
             self.kill(&vm);
             self.count_ended(vm.service);
             let pid = vm.peer.pid;
-            self.dying.push(vm);
+            self.dying.insert(id, vm);
             self.note(Report::new(pid, Ending::Killed, Some(why.to_owned())));
         }
     }
@@ -834,6 +987,14 @@ impl Keeper {
             LogFormat::Text => self.output.error(what),
             LogFormat::Json => tracing::error!("{what}"),
         }
+    }
+}
+
+/// Tells systemd, if it has started this process.
+fn tell_manager(state: &str) {
+    if let Some(Ok(manager)) = Manager::of_this_process() {
+        // It finds out by itself if this goes wrong.
+        let _ = manager.tell(state);
     }
 }
 

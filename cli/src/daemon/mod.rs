@@ -22,6 +22,7 @@
 //! | worker, twice on one frame | that frame counts as damaged: its VM is killed when it wants it |
 //! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
 //! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
+//! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`outside`]) |
 
 mod asking;
 mod cgroup;
@@ -45,4 +46,4 @@ mod worker;
 pub(crate) use keeper::{Keeper, Options};
 pub(crate) use report::Vm;
 pub(crate) use wire::Door;
-pub(crate) use worker::run as run_worker;
+pub(crate) use worker::{confine, run as run_worker};

@@ -94,15 +94,6 @@ impl Outside {
         Self { who, held }
     }
 
-    /// The guardian behind `socket`, which was kept open over an exec of the keeper; what it holds it goes on
-    /// holding.
-    pub(crate) fn resume(socket: OwnedFd) -> Self {
-        Self {
-            who: Who::Guardian(Guardian::resume(socket)),
-            held: BTreeMap::new(),
-        }
-    }
-
     /// Has the descriptors `fds` of `id`, each with its role, held. What was held of `id` under these roles
     /// before must have been released.
     ///
@@ -153,8 +144,7 @@ impl Outside {
         }
     }
 
-    /// What has to be polled for reading, to ask for [`Outside::news`] then. It has to stay open over an exec
-    /// of the keeper, for [`Outside::resume`].
+    /// What has to be polled for reading, to ask for [`Outside::news`] then.
     pub(crate) fn watched(&self) -> Option<BorrowedFd<'_>> {
         match &self.who {
             Who::Guardian(guardian) => Some(guardian.as_fd()),

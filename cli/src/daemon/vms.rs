@@ -1,17 +1,30 @@
 //! The VMs that the keeper holds.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{OwnerRegion, Vitals};
 use snaprestore_engine::sys::{Peer, kill_by_pidfd};
 
+use super::config::Service;
+use super::outside::{OWNER, Outside, UFFD};
+
 /// Deaths of workers on one frame after which it counts as damaged.
 const DEADLY: u32 = 2;
+
+/// The role under which the tables are held outside.
+const TABLES: &str = "tables";
+/// The role of what else has to be known of a VM.
+const META: &str = "meta";
 
 /// All that can't be made again of one.
 #[derive(Debug)]
@@ -79,6 +92,41 @@ impl Vm {
         let copy = memfd.try_clone().context("the tables of a VM")?;
         let vitals = Vitals::new(copy).context("the tables of a VM")?;
         self.tables = Some(Tables { memfd, vitals });
+        Ok(())
+    }
+
+    /// Has it held outside, with what its next keeper needs to know.
+    pub(super) fn hold(
+        &self,
+        id: u64,
+        service: &Service,
+        file: &str,
+        outside: &mut Outside,
+    ) -> Result<()> {
+        let meta = Meta {
+            pid: self.peer.pid,
+            uid: self.peer.uid,
+            regions: self.regions.clone(),
+            service: service.clone(),
+            file: file.to_owned(),
+        };
+        let memfd = memfd_create(c"snaprestore vm", MFdFlags::MFD_CLOEXEC)?;
+        let mut memfd = File::from(memfd);
+        memfd.write_all(&serde_json::to_vec(&meta)?)?;
+        let descriptors = [
+            (UFFD, self.userfaultfd.as_fd()),
+            (OWNER, self.peer.pidfd.as_fd()),
+            (META, memfd.as_fd()),
+        ];
+        outside.hold(&format!("vm-{id}"), &descriptors)?;
+        self.hold_tables(id, outside)
+    }
+
+    /// Has its tables held outside, if it has some.
+    pub(super) fn hold_tables(&self, id: u64, outside: &mut Outside) -> Result<()> {
+        if let Some(tables) = &self.tables {
+            outside.hold(&format!("vm-{id}"), &[(TABLES, tables.memfd.as_fd())])?;
+        }
         Ok(())
     }
 
@@ -153,6 +201,58 @@ impl Vm {
     /// becomes zeros.
     pub(super) fn is_gone(&self) -> bool {
         readable(self.peer.pidfd.as_fd())
+    }
+}
+
+/// What has to be known of a VM besides its descriptors.
+#[derive(Debug, Serialize, Deserialize)]
+struct Meta {
+    pid: u32,
+    uid: u32,
+    regions: Vec<OwnerRegion>,
+    service: Service,
+    /// The id under which its snapshot's open file is held.
+    file: String,
+}
+
+/// A VM that was held outside.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) id: u64,
+    /// Of no service yet.
+    pub(super) vm: Vm,
+    pub(super) service: Service,
+    pub(super) file: String,
+}
+
+impl Held {
+    /// From what was held under `id`.
+    pub(super) fn of(id: &str, descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
+        let number = id
+            .strip_prefix("vm-")
+            .and_then(|number| number.parse().ok());
+        let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
+        let mut take = |role: &str| by_role.remove(role);
+        let meta = File::from(take(META).context("it came back without its description")?);
+        let mut text = vec![0; usize::try_from(meta.metadata()?.len())?];
+        meta.read_exact_at(&mut text, 0)?;
+        let meta: Meta = serde_json::from_slice(&text)?;
+        let peer = Peer {
+            pid: meta.pid,
+            uid: meta.uid,
+            pidfd: take(OWNER).context("it came back without its pidfd")?,
+        };
+        let userfaultfd = take(UFFD).context("it came back without its userfaultfd")?;
+        let mut vm = Vm::new(0, peer, userfaultfd, meta.regions);
+        if let Some(tables) = take(TABLES) {
+            vm.keep_tables(tables)?;
+        }
+        Ok(Self {
+            id: number.context("it has no number")?,
+            vm,
+            service: meta.service,
+            file: meta.file,
+        })
     }
 }
 

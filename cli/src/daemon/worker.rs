@@ -26,6 +26,7 @@ use snapshot_format::{FileStore, Snapshot};
 
 use super::asking::Asked;
 use super::config::Service;
+use super::confine::{Account, Confinement, confine_worker};
 use super::control;
 use super::desk::{self, VmState, VmStats};
 use super::metrics::{self, Book};
@@ -68,6 +69,23 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     // The keeper is gone; what is open here must stay so until the VMs are, which is for somebody else
     // to see to.
     bail!("the keeper has gone away");
+}
+
+/// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
+pub(crate) fn confine(args: &args::Worker) -> Result<()> {
+    if !args.confine {
+        return Ok(());
+    }
+    let account = args.user.as_deref().map(Account::find).transpose()?;
+    let confined = confine_worker(&Confinement {
+        readable: Vec::new(),
+        account,
+    })?;
+    tracing::debug!(landlock = confined.landlock, "confined");
+    for warning in confined.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// Has this process killed where the project's own tests want it.

@@ -59,14 +59,28 @@ impl Scene {
 
     /// With these in its environment.
     pub(crate) fn serve_with(&mut self, options: &[&str], environment: &[(&str, &str)]) {
+        let mut command = self.daemon(options);
+        command.envs(environment.iter().copied());
+        self.start(command);
+    }
+
+    /// The daemon.
+    pub(crate) fn daemon(&self, options: &[&str]) -> Command {
         let mut command = snaprestore(["serve", "--json", "--snapshot"]);
         command
             .arg(&self.snapshot)
             .arg("--socket")
-            .arg(self.socket());
+            .arg(self.socket())
+            .args(options);
+        for variable in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS"] {
+            command.env_remove(variable);
+        }
         command
-            .args(options)
-            .envs(environment.iter().copied())
+    }
+
+    pub(crate) fn start(&mut self, mut command: Command) {
+        command
+            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         self.said = Arc::default();
@@ -119,6 +133,13 @@ impl Scene {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         command
+    }
+
+    /// Kills the keeper.
+    pub(crate) fn kill(&mut self) {
+        let mut daemon = self.daemon.take().expect("it runs");
+        daemon.kill().expect("killed");
+        daemon.wait().expect("its end");
     }
 
     /// The process of the worker, if there is one just now.

@@ -1,0 +1,81 @@
+//! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read what
+//! is wrong.
+
+use std::io::{BufRead as _, BufReader, Lines};
+use std::process::{Child, ChildStdout};
+use std::time::Duration;
+
+use snaprestore_fixtures::images::Shares;
+use snaprestore_tests::program::Run;
+
+use crate::manager::FakeManager;
+use crate::scene::{Scene, endings};
+
+/// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
+fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let options = ["--wait", "--let-go", "--discard", "--threads", "2"];
+    let mut vmm = scene.vmm(&options).spawn().expect("a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
+    let line = said.next().expect("a line").expect("read");
+    assert_eq!(line, "handed over");
+    (vmm, said)
+}
+
+#[test]
+fn the_next_keeper_goes_on_with_what_systemd_has_held() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let notify = scene.folder.path().join("notify");
+    let mut manager = FakeManager::at(&notify);
+    let managed = |mut command: std::process::Command| {
+        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
+        command
+    };
+    let options = ["--prefetch", "off"];
+    scene.start(managed(scene.daemon(&options)));
+    let (mut vmm, _said) = vmm(&scene);
+    // The snapshot's file; of the VM four.
+    while manager.names().len() < 5 {
+        manager.take_one();
+    }
+    scene.kill();
+    drop(vmm.stdin.take());
+
+    let next = manager.start(&scene.daemon(&options));
+    scene.start(managed(next));
+    scene.wait_for("taken back", 1);
+    let run = Run::finish(vmm).exits(0);
+    assert_eq!(run.err, "");
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
+#[test]
+fn without_systemd_a_guardian_ends_the_vms_of_a_killed_keeper() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&["--prefetch", "off"]);
+    let (mut vmm, _said) = vmm(&scene);
+    scene.kill();
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+}
+
+#[test]
+fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
+    let mut scene = Scene::new(Shares::MIXED);
+    for round in 0..12 {
+        scene.serve(&["--prefetch", "all"]);
+        let options = ["--threads", "3", "--discard", "--let-go"];
+        let vmm = scene.vmm(&options).spawn().expect("a VMM");
+        std::thread::sleep(Duration::from_millis(round * 6));
+        scene.kill();
+        let run = Run::finish(vmm);
+        let ended = run.signal == Some(libc::SIGKILL);
+        // One that had not connected, or not handed its memory over, fails to.
+        let said = String::from_utf8_lossy(&run.out).into_owned();
+        assert!(
+            ended || run.code == Some(0) || run.code == Some(3),
+            "{round}: {said}"
+        );
+        assert!(!said.contains("wrong"), "{round}: {said}");
+    }
+}

@@ -1,0 +1,97 @@
+//! A service manager that keeps descriptors.
+
+use std::fs;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+/// Only a hang takes so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Keeps what a service sends to it, as systemd does.
+pub(crate) struct FakeManager {
+    socket: UnixDatagram,
+    kept: Vec<(String, OwnedFd)>,
+}
+
+impl FakeManager {
+    pub(crate) fn at(path: &Path) -> Self {
+        let socket = UnixDatagram::bind(path).expect("a socket");
+        socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        Self {
+            socket,
+            kept: Vec::new(),
+        }
+    }
+
+    pub(crate) fn take_one(&mut self) {
+        use snaprestore_engine::sys::receive;
+        let mut buffer = [0; 4096];
+        let received = receive(self.socket_fd(), &mut buffer).expect("a message");
+        let text = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();
+        let lines: Vec<_> = text.lines().collect();
+        let name = |line: &str| line.strip_prefix("FDNAME=").expect(line).to_owned();
+        match lines[..] {
+            ["FDSTORE=1", of, "FDPOLL=0"] => {
+                assert_eq!(received.descriptors.len(), 1);
+                let fds = received.descriptors.into_iter();
+                self.kept.extend(fds.map(|fd| (name(of), fd)));
+            }
+            ["READY=1" | "STOPPING=1"] => {}
+            ["FDSTOREREMOVE=1", of] => self.kept.retain(|(kept, _)| *kept != name(of)),
+            _ => panic!("{text}"),
+        }
+    }
+
+    fn socket_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        use std::os::fd::AsFd as _;
+        self.socket.as_fd()
+    }
+
+    pub(crate) fn names(&self) -> Vec<&str> {
+        self.kept.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Starts `service` with all that is kept, and something of its own.
+    pub(crate) fn start(&self, service: &Command) -> Command {
+        let names: Vec<_> = std::iter::once("some.socket").chain(self.names()).collect();
+        // Their numbers are the service's third and so on, whatever they are here.
+        let null = fs::File::open("/dev/null").expect("it is there");
+        let mut sources: Vec<RawFd> = vec![null.as_raw_fd()];
+        sources.extend(self.kept.iter().map(|(_, fd)| fd.as_raw_fd()));
+        let high: Vec<OwnedFd> = sources
+            .iter()
+            .map(|fd| {
+                // SAFETY: the call takes numbers; what it makes is owned by nobody yet.
+                unsafe {
+                    let high = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, 200);
+                    assert!(high >= 200);
+                    OwnedFd::from_raw_fd(high)
+                }
+            })
+            .collect();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""])
+            .arg(service.get_program())
+            .args(service.get_args())
+            .env("LISTEN_FDS", names.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"));
+        let pass_on = move || {
+            for (number, fd) in (3..).zip(&high) {
+                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on belong to
+                // the parent's copies, of which the child needs none.
+                if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only.
+        unsafe { command.pre_exec(pass_on) };
+        command
+    }
+}
