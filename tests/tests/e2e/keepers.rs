@@ -26,12 +26,12 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let managed = |mut command: std::process::Command| {
+    let with_it = |mut command: std::process::Command| {
         command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
         command
     };
     let options = ["--prefetch", "off"];
-    scene.start(managed(scene.daemon(&options)));
+    scene.start(with_it(scene.daemon(&options)));
     let (mut vmm, _said) = vmm(&scene);
     // The snapshot's file; of the VM four.
     while manager.names().len() < 5 {
@@ -41,7 +41,7 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     drop(vmm.stdin.take());
 
     let next = manager.start(&scene.daemon(&options));
-    scene.start(managed(next));
+    scene.start(with_it(next));
     scene.wait_for("taken back", 1);
     let run = Run::finish(vmm).exits(0);
     assert_eq!(run.err, "");
