@@ -37,11 +37,12 @@ fn main() -> ExitCode {
     let output = output::Output::new(args.common);
     let writes = args.command.writes();
     log::start(args.command.log_format());
-    // While there is one thread only.
-    if let args::Command::Worker(worker) = &args.command
-        && let Err(error) = daemon::confine(worker)
-    {
-        return output.fail(&error).into();
+    if let args::Command::Worker(worker) = &args.command {
+        // It confines itself while there is no other thread, and a signal may end it as anything may.
+        return match daemon::run_worker(worker) {
+            Ok(exit) => exit.into(),
+            Err(error) => output.fail(&error).into(),
+        };
     }
     let cancel = match signals::watch() {
         Ok(cancel) => cancel,

@@ -30,7 +30,6 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),
-        Command::Worker(args) => crate::daemon::run_worker(&args),
         Command::Ctl(args) => ctl::run(&args, output, cancel),
         Command::Bench(args) => bench::run(&args, output, cancel),
         Command::BenchTrial => bench::run_trial(cancel),
@@ -39,7 +38,7 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Man(args) => man::run(&args, output),
         Command::Demo(args) => demo::run(&args, output, cancel),
         // It was run before signals were watched for.
-        Command::Guardian(_) => Ok(Exit::Usage),
+        Command::Guardian(_) | Command::Worker(_) => Ok(Exit::Usage),
         Command::DemoOwner(args) => demo::run_owner(&args, cancel),
     }
 }

@@ -11,6 +11,7 @@ use clap::ValueEnum as _;
 use snaprestore_engine::sys::open_pidfd;
 
 use super::keeper::Options;
+use super::systemd;
 use super::wire::Wire;
 
 /// A worker.
@@ -54,6 +55,9 @@ impl Worker {
             command.args(["--user", user]);
         }
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        for variable in systemd::VARIABLES {
+            command.env_remove(variable);
+        }
         match place_to_fail(number) {
             Some(place) => command.env(FAIL, place),
             None => command.env_remove(FAIL),

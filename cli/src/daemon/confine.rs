@@ -33,6 +33,7 @@ use landlock::{
 };
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
 use serde_json::{Value, json};
@@ -166,6 +167,12 @@ pub(crate) struct Confined {
     pub(crate) warnings: Vec<String>,
 }
 
+/// Has this process killed when the keeper ends: whoever serves while the keeper's successor has another
+/// worker would read what is that one's.
+pub(crate) fn end_with_keeper() -> Result<()> {
+    prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the keeper")
+}
+
 /// Confines this process. It must have no other thread yet.
 pub(crate) fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     // Where /proc is not to be seen the caller has to be right.
@@ -179,6 +186,8 @@ pub(crate) fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     // Before anything is given up that compiling could need.
     let filters = filters(!wanted.readable.is_empty())?;
     become_user(wanted.account)?;
+    // To become another user undoes it, and the filter forbids it.
+    end_with_keeper()?;
     prctl::set_dumpable(false).context("hiding this process's memory")?;
     prctl::set_no_new_privs().context("giving up privileges of programs")?;
     let landlock = restrict_files(&wanted.readable)?;

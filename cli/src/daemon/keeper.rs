@@ -423,7 +423,8 @@ impl Keeper {
         // From the back: places in lists stay right.
         for token in ready.into_iter().rev() {
             match token {
-                Token::Signal => self.stop(),
+                // It is looked at below, whenever it came.
+                Token::Signal => {}
                 Token::Wire => self.listen_to_worker()?,
                 Token::Death => self.replace_worker()?,
                 Token::Succession => self.listen_to_successor(),
@@ -433,6 +434,9 @@ impl Keeper {
                 Token::Dying => self.bury(),
                 Token::Outside => self.hear_outside(),
             }
+        }
+        if self.cancel.requested() {
+            self.stop();
         }
         for at in (0..self.pending.len()).rev() {
             if let Some(error) = self.pending[at].overdue() {

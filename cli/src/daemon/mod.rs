@@ -46,4 +46,4 @@ mod worker;
 pub(crate) use keeper::{Keeper, Options};
 pub(crate) use report::Vm;
 pub(crate) use wire::Door;
-pub(crate) use worker::{confine, run as run_worker};
+pub(crate) use worker::run as run_worker;

@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
-use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager};
@@ -26,7 +25,7 @@ use snapshot_format::{FileStore, Snapshot};
 
 use super::asking::Asked;
 use super::config::Service;
-use super::confine::{Account, Confinement, confine_worker};
+use super::confine::{Account, Confinement, confine_worker, end_with_keeper};
 use super::control;
 use super::desk::{self, VmState, VmStats};
 use super::metrics::{self, Book};
@@ -45,8 +44,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs in the process that the keeper has started, its socket being standard input.
 pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
-    // Whoever serves while the keeper's successor has another worker would read what is that one's.
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the keeper")?;
+    confine(args)?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
     arm();
     let worker = Arc::new(Worker::new(Wire::new(socket)));
@@ -72,9 +70,9 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
 }
 
 /// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
-pub(crate) fn confine(args: &args::Worker) -> Result<()> {
+fn confine(args: &args::Worker) -> Result<()> {
     if !args.confine {
-        return Ok(());
+        return end_with_keeper();
     }
     let account = args.user.as_deref().map(Account::find).transpose()?;
     let confined = confine_worker(&Confinement {

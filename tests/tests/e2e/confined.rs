@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::program::{Run, snaprestore};
@@ -81,6 +82,25 @@ fn is_root(test: &str) -> bool {
 #[track_caller]
 fn last(said: &[String]) -> &str {
     said.last().map_or("", String::as_str)
+}
+
+/// As operators use it: the worker of `serve` is confined, is another user, and may die all the same.
+#[test]
+fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
+    for options in [&["--confine"][..], &["--confine", "--user", "nobody"]] {
+        let mut scene = crate::scene::Scene::new(Shares::MIXED);
+        scene.serve(&[&["--prefetch", "off"], options].concat());
+        let mut vmm = scene.vmm(&["--wait", "--discard"]).spawn().expect("a VMM");
+        scene.wait_for("served", 1);
+        let worker = scene.worker().expect("a worker");
+        let status = fs::read_to_string(format!("/proc/{worker}/status")).expect("its status");
+        assert!(status.contains("\nSeccomp:\t2\n"), "{status}");
+        kill(worker, Signal::SIGKILL).expect("killed");
+        drop(vmm.stdin.take());
+        let run = Run::finish(vmm).exits(0);
+        assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+        assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
+    }
 }
 
 #[test]
