@@ -294,6 +294,11 @@ impl Platform for Model {
 
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
         let len = bytes.len() as u64;
+        // What is copied was put together before, from what was known then: threads that copy other
+        // bytes are not in the same state.
+        let page = crate::sys::to_usize(PAGE);
+        let decided: Vec<u8> = bytes.chunks(page).map(|page| page[0]).collect();
+        self.threads[self.current.get()].tell(&decided);
         if self.is(Mistake::PresentBeforeCopy) {
             let first = (address - BASE) / PAGE;
             self.session().state.mark_present(first..first + len / PAGE);
