@@ -1,0 +1,404 @@
+//! The keeper: one thread that holds what can't be made again, and watches the worker.
+//!
+//! ```text
+//!   loop: wait for any of
+//!     a connection          who it is, and whether it may
+//!     a handshake           whole: it becomes a VM, and the worker is told
+//!     a word of the worker  tables to keep, a VM that ended
+//!     the worker's end      take its last words, start another, tell it everything
+//!     a visitor             the worker is told
+//!     a successor's word    the worker is killed, and the successor is the worker
+//!     news from outside     who holds what the keeper would take with it has gone away
+//!     an owner's end        close what was its own
+//!     a signal              no more VMs; the worker completes those that are there; asked again,
+//!                           they are killed
+//!     a second gone by      is the worker stuck, is a handshake overdue?
+//! ```
+//!
+//! The loop is here; `services` are what VMs connect to, `guests` the VMs that have, `workers` is the worker
+//! and what it is told, `succession` a worker of another program that is to take over.
+
+mod guests;
+mod services;
+mod succession;
+mod workers;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use self::services::Open;
+use self::succession::Successor;
+use self::workers::Outgoing;
+use super::child::Worker;
+use super::listening::Listening;
+use super::outside::Outside;
+use super::pending::{self, Pending};
+use super::report::Vm as Report;
+use super::systemd::{self, Manager};
+use super::vms::Vm;
+use super::wire::Door;
+use crate::log::LogFormat;
+use crate::output::Output;
+use crate::signals::Cancel;
+
+/// How often it looks at what no descriptor tells.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The most endings that are kept word for word; more are only counted.
+const MOST_ENDINGS: usize = 10_000;
+/// Visitors that wait for a worker.
+const MOST_VISITORS: usize = 64;
+
+/// How the daemon goes about it.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    /// How long a VM may wait for a worker that does nothing.
+    pub(crate) stuck_after: Duration,
+    pub(crate) log_format: LogFormat,
+    /// Whether the worker gives up what it doesn't need, and whom it becomes.
+    pub(crate) confine: bool,
+    pub(crate) user: Option<String>,
+}
+
+/// What became of all VMs.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The first of them.
+    pub(crate) vms: Vec<Report>,
+    /// How many there were.
+    pub(crate) count: u64,
+    /// Workers that took over from one that had died.
+    pub(crate) worker_restarts: u64,
+}
+
+/// The keeper.
+pub(crate) struct Keeper {
+    options: Options,
+    output: Output,
+    cancel: Cancel,
+    program: OsString,
+    worker: Worker,
+    /// Workers started, and how many in a row ended at once.
+    workers: u64,
+    stillborn: u32,
+    restarts: u64,
+    successor: Option<Successor>,
+    outside: Outside,
+    outgoing: VecDeque<Outgoing>,
+    services: BTreeMap<u64, Open>,
+    doors: Vec<(Door, Listening)>,
+    vms: BTreeMap<u64, Vm>,
+    /// The numbers of the next service and the next VM.
+    next: (u64, u64),
+    pending: Vec<Pending>,
+    /// VMs that are no longer served, and whose processes have not ended yet.
+    dying: BTreeMap<u64, Vm>,
+    endings: Vec<Report>,
+    ended: u64,
+    stopping: Stopping,
+}
+
+/// How far the daemon is with its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopping {
+    No,
+    /// The worker completes the VMs.
+    Drains,
+    /// They are being killed.
+    Kills,
+}
+
+/// What a descriptor that is waited for is.
+#[derive(Clone, Copy)]
+enum Token {
+    Signal,
+    Wire,
+    Death,
+    Succession,
+    Outside,
+    Door(usize),
+    Listening(u64),
+    Pending(usize),
+    Dying,
+}
+
+impl Keeper {
+    /// Starts the worker.
+    pub(crate) fn new(options: Options, output: Output, cancel: &Cancel) -> Result<Self> {
+        raise_descriptor_limit();
+        cancel.count_signals();
+        let program = OsString::from("/proc/self/exe");
+        let given = systemd::given();
+        let outside = Outside::find(Path::new(&program), &given);
+        let worker = Worker::start(&program, 0, &options)?;
+        let mut keeper = Self {
+            options,
+            output,
+            cancel: cancel.clone(),
+            program,
+            worker,
+            workers: 1,
+            stillborn: 0,
+            restarts: 0,
+            successor: None,
+            outside,
+            outgoing: VecDeque::new(),
+            services: BTreeMap::new(),
+            doors: Vec::new(),
+            vms: BTreeMap::new(),
+            next: (1, 1),
+            pending: Vec::new(),
+            dying: BTreeMap::new(),
+            endings: Vec::new(),
+            ended: 0,
+            stopping: Stopping::No,
+        };
+        if let Some(warning) = keeper.outside.warning() {
+            keeper.complain(warning);
+        }
+        keeper.go_on_with(given.held);
+        Ok(keeper)
+    }
+
+    /// Serves until asked to stop, and every VM has ended or was let go.
+    pub(crate) fn run(mut self) -> Result<Ended> {
+        tell_manager("READY=1");
+        let failed = loop {
+            if let Err(error) = self.turn() {
+                // VMs without a keeper would wait for ever.
+                self.complain(format_args!("{error:#}"));
+                self.kill_all("the daemon can't go on");
+                if let Stopping::Kills = self.stopping {
+                    break Err(error);
+                }
+                self.stopping = Stopping::Kills;
+            }
+            if self.stopping != Stopping::No && self.vms.is_empty() && self.pending.is_empty() {
+                break Ok(());
+            }
+        };
+        while !self.dying.is_empty() {
+            self.wait_for_one(&[Token::Dying])?;
+            self.bury();
+        }
+        self.let_worker_leave();
+        failed.map(|()| Ended {
+            vms: self.endings,
+            count: self.ended,
+            worker_restarts: self.restarts,
+        })
+    }
+
+    /// Waits for something, and does what follows.
+    fn turn(&mut self) -> Result<()> {
+        self.send()?;
+        let tokens = self.tokens();
+        let ready = self.wait_for_one(&tokens)?;
+        // From the back: places in lists stay right.
+        for token in ready.into_iter().rev() {
+            match token {
+                // It is looked at below, whenever it came.
+                Token::Signal => {}
+                Token::Wire => self.listen_to_worker()?,
+                Token::Death => self.replace_worker()?,
+                Token::Succession => self.listen_to_successor(),
+                Token::Door(at) => self.let_in(at),
+                Token::Listening(key) => self.accept(key),
+                Token::Pending(at) => self.shake_hands(at),
+                Token::Dying => self.bury(),
+                Token::Outside => self.hear_outside(),
+            }
+        }
+        if self.cancel.requested() {
+            self.stop();
+        }
+        for at in (0..self.pending.len()).rev() {
+            if let Some(error) = self.pending[at].overdue() {
+                self.refuse(at, &error);
+            }
+        }
+        if self.stopping == Stopping::Drains && self.cancel.signals() > 1 {
+            self.kill_all("asked twice to stop");
+            self.stopping = Stopping::Kills;
+        }
+        self.watch_succession();
+        self.watch_worker();
+        Ok(())
+    }
+
+    fn tokens(&self) -> Vec<Token> {
+        let mut tokens = vec![Token::Death, Token::Wire, Token::Outside];
+        if !self.cancel.requested() {
+            tokens.push(Token::Signal);
+        }
+        if self.successor.is_some() {
+            tokens.push(Token::Succession);
+        }
+        if self.outgoing.len() < MOST_VISITORS {
+            tokens.extend((0..self.doors.len()).map(Token::Door));
+        }
+        if self.pending.len() < pending::MOST {
+            let open = self
+                .services
+                .iter()
+                .filter(|(_, open)| open.listening.is_some());
+            tokens.extend(open.map(|(key, _)| Token::Listening(*key)));
+        }
+        tokens.extend((0..self.pending.len()).map(Token::Pending));
+        if !self.dying.is_empty() {
+            tokens.push(Token::Dying);
+        }
+        tokens
+    }
+
+    /// Waits until one of them is ready, or a while has gone by. Which are.
+    fn wait_for_one(&self, tokens: &[Token]) -> Result<Vec<Token>> {
+        let mut fds = Vec::with_capacity(tokens.len() + self.dying.len());
+        let mut owners = Vec::with_capacity(fds.capacity());
+        let mut add = |fd, token| {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            owners.push(token);
+        };
+        for token in tokens {
+            match *token {
+                Token::Signal => add(self.cancel.as_fd(), *token),
+                Token::Wire => add(self.worker.wire.as_fd(), *token),
+                Token::Death => add(self.worker.pidfd(), *token),
+                Token::Succession => {
+                    if let Some(successor) = &self.successor {
+                        add(successor.worker.wire.as_fd(), *token);
+                    }
+                }
+                Token::Outside => {
+                    if let Some(outside) = self.outside.watched() {
+                        add(outside, *token);
+                    }
+                }
+                Token::Door(at) => add(self.doors[at].1.as_fd(), *token),
+                Token::Listening(key) => {
+                    let listening = self
+                        .services
+                        .get(&key)
+                        .and_then(|open| open.listening.as_ref());
+                    if let Some(listening) = listening {
+                        add(listening.as_fd(), *token);
+                    }
+                }
+                Token::Pending(at) => add(self.pending[at].as_fd(), *token),
+                Token::Dying => {
+                    for vm in self.dying.values() {
+                        add(vm.peer.pidfd.as_fd(), *token);
+                    }
+                }
+            }
+        }
+        // A worker that doesn't read is looked at again, and its wire tried again.
+        let millis = if self.outgoing.is_empty() {
+            LOOK_AGAIN.as_millis()
+        } else {
+            10
+        };
+        let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("waiting"),
+        }
+        let ready = fds.iter().zip(owners);
+        let ready = ready.filter(|(fd, _)| fd.any().unwrap_or(true));
+        Ok(ready.map(|(_, token)| token).collect())
+    }
+
+    /// Takes a visitor to the worker.
+    fn let_in(&mut self, at: usize) {
+        let (door, listening) = &self.doors[at];
+        match listening.accept() {
+            Ok(Some(stream)) => self.outgoing.push_back(Outgoing::Visitor(*door, stream)),
+            Ok(None) => {}
+            Err(error) => self.turned_away(&error),
+        }
+    }
+
+    /// Of one connection, or for want of descriptors: the others go on.
+    fn turned_away(&self, error: &io::Error) {
+        self.complain(format_args!("a connection could not be taken: {error}"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+
+    /// Takes no more VMs, and lets those that are there go.
+    fn stop(&mut self) {
+        if self.stopping != Stopping::No {
+            return;
+        }
+        // Who has connected already is served.
+        let keys: Vec<u64> = self.services.keys().copied().collect();
+        for key in keys {
+            let before = self.pending.len();
+            loop {
+                let taken = self.pending.len();
+                self.accept(key);
+                if self.pending.len() == taken || self.pending.len() > before + pending::MOST {
+                    break;
+                }
+            }
+        }
+        for open in self.services.values_mut() {
+            open.listening = None;
+        }
+        tell_manager("STOPPING=1");
+        self.stopping = Stopping::Drains;
+        self.outgoing.push_back(Outgoing::Drain);
+    }
+
+    /// Tells what became of a VM, and keeps it for the report.
+    fn note(&mut self, report: Report) {
+        match report.reason {
+            Some(_) => self.complain(&report),
+            None => self.say(&report),
+        }
+        self.ended += 1;
+        if self.endings.len() < MOST_ENDINGS {
+            self.endings.push(report);
+        }
+    }
+
+    /// What goes on.
+    fn say(&self, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.say(what),
+            LogFormat::Json => tracing::info!("{what}"),
+        }
+    }
+
+    /// What went wrong.
+    fn complain(&self, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.error(what),
+            LogFormat::Json => tracing::error!("{what}"),
+        }
+    }
+}
+
+/// Tells systemd, if it has started this process.
+fn tell_manager(state: &str) {
+    if let Some(Ok(manager)) = Manager::of_this_process() {
+        // It finds out by itself if this goes wrong.
+        let _ = manager.tell(state);
+    }
+}
+
+/// Every VM takes some descriptors.
+fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // With fewer it serves fewer.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

@@ -1,0 +1,271 @@
+//! The worker: what it is told, what it says, and who comes after it.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::{Keeper, Stopping, Token};
+use crate::daemon::child::{Death, Worker};
+use crate::daemon::desk::Upgraded;
+use crate::daemon::report::Ending;
+use crate::daemon::vms::Vm;
+use crate::daemon::wire::{Door, Facts, FromWorker, Request, ToWorker};
+
+/// Workers in a row that end before they are ready, or at once afterwards, until the daemon gives up.
+const MOST_STILLBORN: u32 = 20;
+/// A worker that has lived so long was not stillborn.
+const LIVED: Duration = Duration::from_secs(10);
+/// How long a worker may go on that has a successor, for its last words to an operator, and one that has
+/// nothing left to do.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// What waits to be sent to the worker. Descriptors that are kept are looked up when it is sent.
+#[derive(Debug)]
+pub(super) enum Outgoing {
+    Service(u64),
+    Forget(u64),
+    Vm(u64),
+    Visitor(Door, OwnedFd),
+    Answer(u64, Result<Option<Upgraded>, String>),
+    Drain,
+    Leave,
+}
+
+impl Keeper {
+    /// Sends the worker what it is to know, until it has no room for more.
+    pub(super) fn send(&mut self) -> Result<()> {
+        while let Some(next) = self.outgoing.pop_front() {
+            match self.send_one(&next) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.outgoing.push_front(next);
+                    return Ok(());
+                }
+                // It has died; its successor is told everything.
+                Err(error) if is_gone(&error) => return Ok(()),
+                Err(error) => return Err(error).context("telling the worker"),
+            }
+        }
+        Ok(())
+    }
+
+    fn send_one(&self, what: &Outgoing) -> io::Result<()> {
+        let wire = &self.worker.wire;
+        match what {
+            Outgoing::Service(key) => {
+                let Some(open) = self.services.get(key) else {
+                    return Ok(());
+                };
+                let (key, service) = (*key, open.service.clone());
+                let message = ToWorker::Service { key, service };
+                wire.send(&message, &[open.file.as_fd()])
+            }
+            Outgoing::Vm(id) => {
+                let Some(vm) = self.vms.get(id) else {
+                    return Ok(());
+                };
+                let age = vm.connected.elapsed().as_millis();
+                let message = ToWorker::Vm {
+                    id: *id,
+                    service: vm.service,
+                    pid: vm.peer.pid,
+                    age_ms: u64::try_from(age).unwrap_or(u64::MAX),
+                    regions: vm.regions.clone(),
+                    deadly: vm.deadly(),
+                };
+                wire.send(&message, &vm.descriptors())
+            }
+            Outgoing::Visitor(door, stream) => {
+                let (door, facts) = (*door, self.facts());
+                wire.send(&ToWorker::Visitor { door, facts }, &[stream.as_fd()])
+            }
+            Outgoing::Answer(number, result) => {
+                let (number, result) = (*number, result.clone());
+                wire.send(&ToWorker::Answer { number, result }, &[])
+            }
+            Outgoing::Forget(key) => wire.send(&ToWorker::Forget { key: *key }, &[]),
+            Outgoing::Drain => wire.send(&ToWorker::Drain, &[]),
+            Outgoing::Leave => wire.send(&ToWorker::Leave, &[]),
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let ended = self.services.iter().map(|(key, open)| (*key, open.ended));
+        Facts {
+            keeper: std::process::id(),
+            worker_restarts: self.restarts,
+            draining: self.stopping != Stopping::No,
+            ended: ended.collect(),
+        }
+    }
+
+    /// Takes what the worker has said.
+    pub(super) fn listen_to_worker(&mut self) -> Result<()> {
+        loop {
+            match self.worker.wire.receive() {
+                Ok(Some((message, descriptors))) => self.heard(message, descriptors)?,
+                // Its death is noticed by itself.
+                Ok(None) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error).context("listening to the worker"),
+            }
+        }
+    }
+
+    fn heard(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
+        match message {
+            FromWorker::Ready { version } => self.worker.version = Some(version),
+            FromWorker::Ask { number, request } => self.asked(number, request),
+            // The operator knows: now it may go.
+            FromWorker::Told => {
+                if self
+                    .successor
+                    .as_ref()
+                    .is_some_and(|next| next.ready.is_some())
+                {
+                    self.worker.kill();
+                }
+            }
+            FromWorker::Tables { id } => {
+                let memfd = descriptors
+                    .into_iter()
+                    .next()
+                    .context("tables without a memfd")?;
+                if let Some(vm) = self.vms.get_mut(&id) {
+                    vm.keep_tables(memfd)?;
+                    vm.hold_tables(id, &mut self.outside)?;
+                }
+            }
+            FromWorker::Served { id } => {
+                if let Some(vm) = self.vms.get_mut(&id) {
+                    vm.is_served();
+                    let pid = vm.peer.pid;
+                    self.say(format_args!("VM {pid}: served"));
+                }
+            }
+            FromWorker::Ended { id, vm: report } => {
+                let Some(vm) = self.vms.remove(&id) else {
+                    return Ok(());
+                };
+                if report.ending == Ending::Refused {
+                    self.kill(&vm);
+                }
+                self.count_ended(vm.service);
+                if report.ending == Ending::Complete {
+                    self.release(id);
+                } else {
+                    self.dying.insert(id, vm);
+                }
+                self.note(report);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what an operator wants and the worker can't do.
+    fn asked(&mut self, number: u64, request: Request) {
+        let result = match request {
+            Request::Add(_) if self.stopping != Stopping::No => {
+                Err("the daemon is about to end".to_owned())
+            }
+            Request::Add(service) => self.add(service).map_err(|error| format!("{error:#}")),
+            Request::Remove(name) => self.remove(&name),
+            Request::Drain => {
+                self.stop();
+                Ok(())
+            }
+            Request::Upgrade(program) => match self.prepare_upgrade(number, program) {
+                // The answer comes when it is ready.
+                Ok(()) => return,
+                Err(error) => Err(format!("{error:#}")),
+            },
+        };
+        let result = result.map(|()| None);
+        self.outgoing.push_back(Outgoing::Answer(number, result));
+    }
+
+    /// Gives the worker time for its last words to an operator.
+    pub(super) fn let_worker_leave(&mut self) {
+        self.outgoing.push_back(Outgoing::Leave);
+        let until = Instant::now() + LAST_WORDS;
+        while self.send().is_ok() && Instant::now() < until {
+            let ready = self.wait_for_one(&[Token::Death, Token::Wire]);
+            if ready.is_err() || self.listen_to_worker().is_err() || self.worker.is_gone() {
+                return;
+            }
+        }
+    }
+
+    /// The worker is gone: another goes on.
+    pub(super) fn replace_worker(&mut self) -> Result<()> {
+        // Its last words count, and it says no more.
+        self.listen_to_worker()?;
+        let death = self.worker.bury()?;
+        if self.stopping == Stopping::Kills {
+            return Ok(());
+        }
+        self.worker = match self
+            .successor
+            .take_if(|successor| successor.ready.is_some())
+        {
+            Some(successor) => {
+                let version = successor.worker.version.clone().unwrap_or_default();
+                self.say(format_args!("a worker of version {version} takes over"));
+                self.program = successor.program;
+                successor.worker
+            }
+            None => self.start_another(&death)?,
+        };
+        for vm in self.vms.values_mut() {
+            if death.of_itself {
+                vm.blame_frames();
+            }
+            vm.handed_over();
+        }
+        let services = self.services.keys().map(|key| Outgoing::Service(*key));
+        let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
+        // Visitors of the dead one are lost, those who were not with it yet are not.
+        let waiting = std::mem::take(&mut self.outgoing).into_iter();
+        let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Visitor(..)));
+        self.outgoing = services.chain(vms).chain(waiting).collect();
+        if self.stopping == Stopping::Drains {
+            self.outgoing.push_back(Outgoing::Drain);
+        }
+        Ok(())
+    }
+
+    fn start_another(&mut self, death: &Death) -> Result<Worker> {
+        let Death { how, of_itself } = death;
+        let ready = self.worker.version.is_some();
+        let lived = ready && (!of_itself || self.worker.started.elapsed() >= LIVED);
+        self.stillborn = if lived { 0 } else { self.stillborn + 1 };
+        let vms = self.vms.len();
+        self.complain(format_args!(
+            "the worker {how}; another goes on with {vms} VMs"
+        ));
+        if self.stillborn > MOST_STILLBORN {
+            bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
+        }
+        let worker = Worker::start(&self.program, self.workers, &self.options)?;
+        self.workers += 1;
+        self.restarts += 1;
+        Ok(worker)
+    }
+
+    /// Kills a worker that keeps a VM waiting.
+    pub(super) fn watch_worker(&mut self) {
+        let patience = self.options.stuck_after;
+        let ready = self.worker.version.is_some() || self.worker.started.elapsed() < patience;
+        let neglected = |vm: &mut Vm| vm.is_neglected(patience);
+        if !ready || self.vms.values_mut().any(neglected) {
+            self.worker.kill_stuck();
+        }
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+}
