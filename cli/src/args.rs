@@ -384,6 +384,10 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,
+    /// Decoded frames that VMs of one snapshot share, in MiB of memory for all of them; 0 keeps none
+    #[arg(long, default_value_t = 64, value_name = "MIB",
+        value_parser = clap::value_parser!(u64).range(..=1 << 20))]
+    pub(crate) frame_cache: u64,
     /// Confine the process that serves the pages to what it needs: no files, no programs, few system calls.
     /// Not for VMs whose memory is in huge pages
     #[arg(long)]
@@ -404,6 +408,9 @@ pub(crate) struct Worker {
     /// User to become
     #[arg(long, value_name = "USER")]
     pub(crate) user: Option<String>,
+    /// Decoded frames that sessions share, in MiB
+    #[arg(long, value_name = "MIB")]
+    pub(crate) frame_cache: u64,
     /// How events are logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,

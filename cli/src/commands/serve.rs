@@ -28,6 +28,7 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
     let config = config(args)?;
     let options = Options {
         stuck_after: Duration::from_secs(args.stuck_after),
+        frame_cache: args.frame_cache,
         log_format: args.log_format,
         confine: args.confine,
         user: args.user.clone(),

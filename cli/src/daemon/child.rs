@@ -48,6 +48,7 @@ impl Worker {
         let format = options.log_format.to_possible_value();
         let format = format.as_ref().map_or("text", |format| format.get_name());
         command.args(["--log-format", format]);
+        command.args(["--frame-cache", &options.frame_cache.to_string()]);
         if options.confine {
             command.arg("--confine");
         }

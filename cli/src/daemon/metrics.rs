@@ -16,6 +16,8 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::{collector::Collector, encoding::text, registry::Registry};
 
+use snaprestore_engine::pager::FrameCacheStats;
+
 use super::desk::{SessionStats, Times, VmState, VmStats};
 
 /// The longest head of a request.
@@ -56,18 +58,8 @@ pub(crate) struct DaemonStats {
     pub(crate) draining: bool,
     /// The names of all services, so that those without a VM are told about, too.
     pub(crate) services: Vec<String>,
-    /// The frames that the sessions share, if they share any.
-    pub(crate) frame_cache: Option<FrameCache>,
-}
-
-/// A cache of decoded frames.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct FrameCache {
-    pub(crate) hits: u64,
-    pub(crate) misses: u64,
-    pub(crate) evictions: u64,
-    pub(crate) frames: u64,
-    pub(crate) bytes: u64,
+    /// The frames that the sessions share.
+    pub(crate) frame_cache: FrameCacheStats,
 }
 
 /// What sessions have done that are no more, by service.
@@ -306,47 +298,46 @@ impl Picture {
 
     fn encode_daemon(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let daemon = &self.daemon;
-        let mut counters = vec![(
-            "worker_restarts",
-            "Times that a new worker took over from one that had ended",
-            daemon.worker_restarts,
-        )];
-        let mut gauges = vec![(
-            "draining",
-            "Whether no more VMs are taken",
-            u64::from(daemon.draining),
-        )];
-        if let Some(cache) = daemon.frame_cache {
-            counters.extend([
-                (
-                    "frame_cache_hits",
-                    "Frames found decoded in the shared cache",
-                    cache.hits,
-                ),
-                (
-                    "frame_cache_misses",
-                    "Frames not found in the shared cache",
-                    cache.misses,
-                ),
-                (
-                    "frame_cache_evictions",
-                    "Frames dropped from the shared cache for others",
-                    cache.evictions,
-                ),
-            ]);
-            gauges.extend([
-                (
-                    "frame_cache_frames",
-                    "Frames in the shared cache",
-                    cache.frames,
-                ),
-                (
-                    "frame_cache_bytes",
-                    "Decoded bytes in the shared cache",
-                    cache.bytes,
-                ),
-            ]);
-        }
+        let cache = &daemon.frame_cache;
+        let counters = [
+            (
+                "worker_restarts",
+                "Times that a new worker took over from one that had ended",
+                daemon.worker_restarts,
+            ),
+            (
+                "frame_cache_hits",
+                "Frames found decoded in the shared cache",
+                cache.hits,
+            ),
+            (
+                "frame_cache_misses",
+                "Frames not found in the shared cache",
+                cache.misses,
+            ),
+            (
+                "frame_cache_evictions",
+                "Frames dropped from the shared cache for others",
+                cache.evictions,
+            ),
+        ];
+        let gauges = [
+            (
+                "draining",
+                "Whether no more VMs are taken",
+                u64::from(daemon.draining),
+            ),
+            (
+                "frame_cache_frames",
+                "Frames in the shared cache",
+                cache.frames,
+            ),
+            (
+                "frame_cache_bytes",
+                "Decoded bytes in the shared cache",
+                cache.bytes,
+            ),
+        ];
         for (name, help, value) in counters {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             one_counter(metric, value)?;

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
-use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager};
+use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
 use snapshot_format::{FileStore, Snapshot};
 
 use super::asking::Asked;
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     confine(args)?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
     arm();
-    let worker = Arc::new(Worker::new(Wire::new(socket)));
+    let worker = Arc::new(Worker::new(Wire::new(socket), args.frame_cache));
     let format = args.log_format;
     worker.begin("log", move |_| {
         loop {
@@ -107,6 +107,7 @@ pub(super) struct Worker {
     pub(super) asked: Asked,
     pub(super) facts: Mutex<Facts>,
     book: Book,
+    shared: Shared,
     draining: AtomicBool,
     visitors: AtomicUsize,
 }
@@ -139,9 +140,10 @@ struct Arrived {
 }
 
 impl Worker {
-    fn new(wire: Wire) -> Self {
+    fn new(wire: Wire, frame_cache: u64) -> Self {
         Self {
             wire,
+            shared: Shared::new(frame_cache << 20),
             services: Mutex::default(),
             vms: Mutex::default(),
             ended: Mutex::default(),
@@ -166,6 +168,7 @@ impl Worker {
                 if let Some(open) = lock(&self.services).remove(&key) {
                     self.book.forget(&open.service.name);
                 }
+                self.shared.forget_closed();
             }
             ToWorker::Vm {
                 id,
@@ -258,7 +261,7 @@ impl Worker {
 
     fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
         let id = served.id;
-        let pager = served.service.pager()?;
+        let pager = served.service.pager(&self.shared)?;
         let tables = if let Some(tables) = arrived.tables {
             tables
         } else {
@@ -308,7 +311,7 @@ impl Worker {
             worker_restarts: facts.worker_restarts,
             draining: facts.draining,
             services: names.collect(),
-            frame_cache: None,
+            frame_cache: self.shared.frame_cache(),
         };
         drop(services);
         self.book.render(&live, &daemon)
@@ -340,12 +343,13 @@ impl Open {
         }
     }
 
-    fn pager(&self) -> Result<Pager> {
+    fn pager(&self, shared: &Shared) -> Result<Pager> {
         let snapshot = match &self.snapshot {
             Ok(snapshot) => Arc::clone(snapshot),
             Err(error) => bail!("{error}"),
         };
         Ok(Pager::new(snapshot)
+            .shared(shared)
             .fault_threads(self.service.threads)
             .prefetch(match self.service.prefetch {
                 args::Prefetch::Off => pager::Prefetch::Off,

@@ -11,7 +11,7 @@ use snapshot_format::{ReadError, Snapshot};
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
 use crate::mem::Ring;
-use crate::running::{Crew, Prefetch, Running, Stats, ThreadError, Threads, crew_options};
+use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
 use crate::sys::{AdoptError, Features, Ioctls, PageMap, Userfaultfd, may_kill};
 
@@ -154,7 +154,10 @@ impl Pager {
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
-        let image = SnapshotImage::new(Arc::clone(&self.snapshot))?;
+        let image = SnapshotImage::new(
+            Arc::clone(&self.snapshot),
+            self.crew.shared().frames(&self.snapshot),
+        )?;
         let page_map = state
             .has_large()
             .then(|| PageMap::of(handover.owner.as_fd()))
@@ -185,7 +188,7 @@ impl Pager {
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
         session.refuse(deadly.iter().copied());
         session.take_over();
-        let running = Running::new(session, begun, self.crew.fault_threads, Box::new(|_| ()));
+        let running = Running::new(session, begun, &self.crew, Box::new(|_| ()));
         let running = Arc::new(running);
         match self.crew.start(&running) {
             Ok(threads) => Ok(Paged {

@@ -17,7 +17,7 @@ use crate::sys::{
 
 use super::guard::{Asker, Owner};
 use super::restored::{self, Restored, RestoredRegion};
-use crate::running::{Body, Crew, Prefetch, Running, ThreadError, crew_options};
+use crate::running::{Body, Crew, Prefetch, Running, Shared, ThreadError, crew_options};
 
 /// A restore into this process, being described.
 #[must_use = "nothing happens before `start`"]
@@ -217,7 +217,8 @@ impl Restore {
         let begun = Instant::now();
         let resources = |what| move |source| StartError::Resources { what, source };
         let snapshot = Arc::clone(&self.snapshot);
-        let image = SnapshotImage::new(Arc::clone(&snapshot))?;
+        let image =
+            SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
         let needed = snapshot.regions()?;
         if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
             return Err(StartError::NoSuchRegion {
@@ -292,7 +293,7 @@ impl Restore {
                 memory: memory.clone(),
             });
         let on_complete = restored::on_complete(self.huge_pages.then(|| left.clone()));
-        let running = Running::new(session, begun, self.crew.fault_threads, on_complete);
+        let running = Running::new(session, begun, &self.crew, on_complete);
         let mapped = begun.elapsed();
         let running = Arc::new(running);
         self.crew.other = asker.map(|asker| {

@@ -60,7 +60,9 @@ mod restored;
 pub use builder::{Restore, StartError};
 pub use restored::{ReadAtError, Restored, RestoredRegion, Stop, StopError};
 
-pub use crate::running::{FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Stats};
+pub use crate::running::{
+    FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
+};
 pub use crate::session::{
     Durations, Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict,
 };

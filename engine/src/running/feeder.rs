@@ -4,13 +4,13 @@
 //! there are threads: rayon has no priorities, so what may have to wait is not queued in it. It
 //! keeps to a budget.
 //!
-//! A thread stands back while demand wants its core: faults being answered and frames being fetched
-//! are together no more than there are threads to fetch.
+//! A thread waits for its turn among those of all sessions, and stands back while demand wants its core
+//! ([`Shared`](super::Shared)).
 
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -23,13 +23,7 @@ use crate::session::{Kernel, PAGE, Session, SnapshotImage, Worker};
 use super::threads::{EndOnPanic, Hook};
 use super::{Prefetch, Running};
 
-/// The longest that prefetch waits for demand before a frame: an owner that faults all the time
-/// must not stop it.
-const LONGEST_STAND_BACK: Duration = Duration::from_micros(500);
-/// How long it waits before it looks again.
-const LOOK_AGAIN: Duration = Duration::from_micros(50);
-
-/// How long it waits for what somebody else was bringing.
+/// How long prefetch waits for what somebody else was bringing.
 const NEXT_PASS: Duration = Duration::from_millis(1);
 
 /// What the feeder shall do.
@@ -99,23 +93,12 @@ pub(super) struct Feeder {
     done: Sender<Worker<SnapshotImage>>,
     /// Pages that the pass left to somebody else.
     busy: Arc<AtomicU64>,
-    fetching: Arc<Fetching>,
-}
-
-/// How many threads fetch.
-struct Fetching {
-    now: AtomicUsize,
-    most: usize,
 }
 
 impl Feeder {
     pub(super) fn new(running: &Arc<Running>, plan: Plan) -> io::Result<Self> {
         let pool = Pool::new(plan.threads, plan.hook.as_ref())?;
         let (done, idle) = channel();
-        let fetching = Arc::new(Fetching {
-            now: AtomicUsize::new(0),
-            most: plan.threads,
-        });
         Ok(Self {
             running: Arc::clone(running),
             plan,
@@ -123,7 +106,6 @@ impl Feeder {
             idle,
             done,
             busy: Arc::default(),
-            fetching,
         })
     }
 
@@ -242,13 +224,12 @@ impl Feeder {
             return;
         };
         let (running, done) = (Arc::clone(&self.running), self.done.clone());
-        let fetching = Arc::clone(&self.fetching);
         self.pool.rayon().spawn(move || {
-            fetching.now.fetch_add(1, Relaxed);
+            let turn = running.turns.wait();
             work(&running.session, &mut worker, &mut || {
-                fetching.stand_back(&running);
+                turn.stand_back(|| running.session.is_ending());
             });
-            fetching.now.fetch_sub(1, Relaxed);
+            drop(turn);
             // The memory must not be this thread's to unmap, after everybody else has let go.
             drop(running);
             // The feeder may have gone.
@@ -285,26 +266,6 @@ fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let first = block * PAGES_PER_BLOCK_U64;
         first.max(pages.start)..(first + PAGES_PER_BLOCK_U64).min(pages.end)
     })
-}
-
-impl Fetching {
-    /// Waits while demand wants this thread's core, but not for ever.
-    fn stand_back(&self, running: &Running) {
-        let demand = &running.session.inbox;
-        if demand.waiting() + self.now.load(Relaxed) <= self.most {
-            return;
-        }
-        self.now.fetch_sub(1, Relaxed);
-        let begun = Instant::now();
-        while demand.demand_waits()
-            && demand.waiting() + self.now.load(Relaxed) >= self.most
-            && !running.session.is_ending()
-            && begun.elapsed() < LONGEST_STAND_BACK
-        {
-            std::thread::sleep(LOOK_AGAIN);
-        }
-        self.now.fetch_add(1, Relaxed);
-    }
 }
 
 /// How long `bytes` take at so many a second.

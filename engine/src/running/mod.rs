@@ -7,18 +7,21 @@
 //! ```
 
 mod feeder;
+mod shared;
 mod stats;
 mod threads;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use snapshot_format::Reason;
 
 use crate::session::{Durations, Kernel, PrefetchStop, Session, SnapshotImage, Worker};
 
+pub use shared::Shared;
+use shared::Turns;
 pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, Crew, ThreadError, Threads, crew_options};
@@ -54,6 +57,7 @@ pub(crate) struct Running {
     pub(crate) session: Session<Kernel, SnapshotImage>,
     begun: Instant,
     on_complete: OnComplete,
+    turns: Arc<Turns>,
     fault_threads: AtomicUsize,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
@@ -69,16 +73,19 @@ struct Progress {
 
 impl Running {
     pub(crate) fn new(
-        session: Session<Kernel, SnapshotImage>,
+        mut session: Session<Kernel, SnapshotImage>,
         begun: Instant,
-        fault_threads: usize,
+        crew: &Crew,
         on_complete: OnComplete,
     ) -> Self {
+        let turns = Arc::clone(crew.shared().turns());
+        session.inbox.count_in(turns.demand());
         Self {
             session,
             begun,
             on_complete,
-            fault_threads: AtomicUsize::new(fault_threads),
+            turns,
+            fault_threads: AtomicUsize::new(crew.fault_threads),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
             changed: Condvar::new(),

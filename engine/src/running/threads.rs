@@ -11,7 +11,7 @@ use crate::session::Worker;
 use crate::sys::SignalsBlocked;
 
 use super::feeder::{Feeder, Plan};
-use super::{Prefetch, Running};
+use super::{Prefetch, Running, Shared};
 
 /// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
 /// seccomp filter.
@@ -90,6 +90,7 @@ pub(crate) struct Crew {
     pub(crate) prefetch_threads: usize,
     pub(crate) prefetch_bandwidth: Option<u64>,
     pub(crate) hook: Option<Hook>,
+    pub(crate) shared: Option<Shared>,
     /// One more, with its name.
     pub(crate) other: Option<(&'static str, Body)>,
 }
@@ -102,6 +103,7 @@ impl Default for Crew {
             prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             prefetch_bandwidth: None,
             hook: None,
+            shared: None,
             other: None,
         }
     }
@@ -135,6 +137,12 @@ macro_rules! crew_options {
             self
         }
 
+        /// What this session shares with others of the same process. Default: nothing.
+        pub fn shared(mut self, shared: &Shared) -> Self {
+            self.crew.shared = Some(shared.clone());
+            self
+        }
+
         /// Called in each engine thread before it does anything, for instance to confine it. The
         /// signals are blocked by then.
         pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
@@ -145,6 +153,12 @@ macro_rules! crew_options {
 }
 
 impl Crew {
+    /// What the session shares, be it with nobody.
+    pub(crate) fn shared(&self) -> Shared {
+        let alone = || Shared::alone(self.prefetch_threads);
+        self.shared.clone().unwrap_or_else(alone)
+    }
+
     /// Threads that decode at the same time, at most.
     pub(crate) fn decoders(&self) -> usize {
         self.fault_threads + self.prefetch_threads

@@ -14,6 +14,7 @@ use snapshot_format::{
 use super::claims::FrameId;
 use super::duplicates::Duplicates;
 use super::failure::{Failure, FailureKind};
+use super::frames::{Decoded, Look, SharedFrames};
 use super::platform::{Content, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps, for pages whose content many share: their frame is wanted
@@ -24,6 +25,8 @@ const KEPT_BYTES: usize = 2 << 20;
 pub(crate) struct SnapshotImage {
     snapshot: Arc<Snapshot>,
     duplicates: Duplicates,
+    /// What other sessions of the snapshot have decoded.
+    shared: Option<SharedFrames>,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
 }
@@ -50,6 +53,8 @@ struct Kept {
     /// otherwise.
     frame: Option<FrameRef>,
     bytes: Vec<u8>,
+    /// The frame is another thread's, and its bytes lie here.
+    shared: Option<Arc<Decoded>>,
     /// How many of them the frame has, and how many of those are decoded.
     len: usize,
     ready: usize,
@@ -61,13 +66,34 @@ struct Kept {
     used: u64,
 }
 
+impl Kept {
+    /// For others.
+    fn copy(&self) -> Decoded {
+        Decoded {
+            bytes: self.bytes[..self.len].into(),
+            listed: self.listed.as_slice().into(),
+        }
+    }
+
+    /// Takes what another thread has decoded.
+    fn take(&mut self, frame: &FrameRef, decoded: Arc<Decoded>) {
+        self.listed.extend_from_slice(&decoded.listed);
+        (self.frame, self.ready) = (Some(*frame), self.len);
+        self.shared = Some(decoded);
+    }
+}
+
 impl SnapshotImage {
     /// Reads what the frames of `snapshot` need before the first is decoded.
-    pub(crate) fn new(snapshot: Arc<Snapshot>) -> Result<Self, ReadError> {
+    pub(crate) fn new(
+        snapshot: Arc<Snapshot>,
+        shared: Option<SharedFrames>,
+    ) -> Result<Self, ReadError> {
         snapshot.prepare()?;
         Ok(Self {
             duplicates: Duplicates::new(snapshot.block_count()),
             snapshot,
+            shared,
             bytes_read: AtomicU64::new(0),
             bytes_decoded: AtomicU64::new(0),
         })
@@ -154,6 +180,9 @@ impl SnapshotImage {
             .map_err(|error| self.frame_failure(frame, &error))?;
         kept.ready = kept.len;
         kept.frame = Some(*frame);
+        if let Some(shared) = &self.shared {
+            shared.keep(Look::Nothing, frame, || kept.copy());
+        }
         Ok(())
     }
 
@@ -275,9 +304,17 @@ impl Image for SnapshotImage {
             return Ok(());
         }
         kept.frame = None;
+        kept.shared = None;
         kept.confirmed = false;
         kept.listed.clear();
         kept.len = frame.decoded_len();
+        let shared = self.shared.as_ref();
+        let look = shared.map_or(Look::Nothing, |shared| shared.look(frame, reason));
+        if let Look::Found(decoded) = look {
+            kept.take(frame, decoded);
+            decoder.cached = true;
+            return Ok(());
+        }
         kept.bytes.resize(kept.bytes.len().max(kept.len), 0);
         let out = &mut kept.bytes[..kept.len];
         let (listed, ready) = decoder
@@ -292,6 +329,9 @@ impl Image for SnapshotImage {
         kept.ready = usize::from(ready) * PAGE_SIZE;
         if kept.ready == kept.len {
             kept.frame = Some(*frame);
+            if let Some(shared) = shared {
+                shared.keep(look, frame, || kept.copy());
+            }
         } else {
             decoder.begun = Some(*frame);
         }
@@ -333,7 +373,11 @@ impl Image for SnapshotImage {
 
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {
         let kept = &decoder.kept[decoder.last];
-        &kept.bytes[..kept.ready]
+        let bytes = match &kept.shared {
+            Some(shared) => &shared.bytes,
+            None => &kept.bytes[..],
+        };
+        &bytes[..kept.ready]
     }
 
     fn failure(&self, detail: String) -> Failure {

@@ -6,7 +6,7 @@ use std::sync::atomic::{
     Ordering::{Acquire, Relaxed, Release, SeqCst},
     fence,
 };
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Faults for which room is made beforehand; more threads than this fault at once only rarely.
@@ -37,6 +37,8 @@ pub(crate) struct Inbox {
     faults: Mutex<VecDeque<Fault>>,
     /// Faults that wait here or are being served.
     waiting: AtomicUsize,
+    /// The same, of all sessions that share it.
+    everybody: Arc<AtomicUsize>,
     /// Those, and the ones that were left: what they come to is not recorded yet. One number for
     /// both, so that no fault is out of sight on its way from one to the other.
     open: AtomicUsize,
@@ -56,16 +58,29 @@ impl Drop for Reader<'_> {
     }
 }
 
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        // Those that nobody answers any more.
+        self.everybody.fetch_sub(self.waiting(), Relaxed);
+    }
+}
+
 impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
             waiting: AtomicUsize::new(0),
+            everybody: Arc::default(),
             open: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
             answers: Mutex::new(0),
             answered: Condvar::new(),
         }
+    }
+
+    /// Counts faults that wait in `everybody` as well. None has arrived yet.
+    pub(crate) fn count_in(&mut self, everybody: &Arc<AtomicUsize>) {
+        self.everybody = Arc::clone(everybody);
     }
 
     /// Takes in a fault that was just read.
@@ -76,14 +91,19 @@ impl Inbox {
 
     /// Takes in a fault that was left: it can be served now.
     pub(crate) fn again(&self, address: u64) {
-        self.waiting.fetch_add(1, Relaxed);
+        self.waits();
         self.push(address, 0);
     }
 
     /// Somebody waits for a page and is served without having been in the queue.
     pub(crate) fn begin(&self) {
         self.open.fetch_add(1, Relaxed);
+        self.waits();
+    }
+
+    fn waits(&self) {
         self.waiting.fetch_add(1, Relaxed);
+        self.everybody.fetch_add(1, Relaxed);
     }
 
     fn push(&self, address: u64, thread: u32) {
@@ -108,6 +128,7 @@ impl Inbox {
     /// A fault that was being served is left to somebody else.
     pub(crate) fn left(&self) {
         self.waiting.fetch_sub(1, Relaxed);
+        self.everybody.fetch_sub(1, Relaxed);
     }
 
     /// A fault that was left has been answered, and what it came to is recorded.
@@ -149,13 +170,8 @@ impl Inbox {
         self.lock().is_empty()
     }
 
-    /// Whether a thread of the owner is known to wait for what can be had.
-    pub(crate) fn demand_waits(&self) -> bool {
-        self.waiting() > 0
-    }
-
     /// Faults that wait here or are being served.
-    pub(crate) fn waiting(&self) -> usize {
+    fn waiting(&self) -> usize {
         self.waiting.load(Relaxed)
     }
 

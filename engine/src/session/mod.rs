@@ -45,6 +45,7 @@ mod duplicates;
 mod events;
 mod failure;
 mod fault;
+mod frames;
 mod image;
 mod inbox;
 mod install;
@@ -69,11 +70,13 @@ use map::block_of;
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
 pub use failure::{Failure, FailureKind, OnFailure, Verdict};
+pub use frames::FrameCacheStats;
 pub use state::{Pulse, Vitals};
 pub use stats::{Durations, Histogram, Percentiles};
 
 pub(crate) use bring::Worker;
 pub(crate) use claims::{Claims, FrameId};
+pub(crate) use frames::{FrameCache, SharedFrames};
 pub(crate) use image::{SnapshotImage, zero_runs};
 pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;

@@ -9,6 +9,7 @@
 
 mod huge;
 mod owner;
+mod shared;
 
 #[path = "../restore/common.rs"]
 #[allow(dead_code, reason = "shared with other tests")]

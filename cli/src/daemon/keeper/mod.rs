@@ -63,6 +63,8 @@ const MOST_VISITORS: usize = 64;
 pub(crate) struct Options {
     /// How long a VM may wait for a worker that does nothing.
     pub(crate) stuck_after: Duration,
+    /// Decoded frames that VMs of one snapshot share, in MiB.
+    pub(crate) frame_cache: u64,
     pub(crate) log_format: LogFormat,
     /// Whether the worker gives up what it doesn't need, and whom it becomes.
     pub(crate) confine: bool,

@@ -1,0 +1,224 @@
+//! Decoded frames that the sessions of one process share.
+//!
+//! ```text
+//!   a thread's own frames ──not there──▶ shared frames ──not there──▶ read, check, decode
+//!                                            ▲                               │
+//!                                            └──────── a copy of it ◀────────┘
+//! ```
+//!
+//! Frames are kept as long as there is room, whoever decoded them and for whatever reason. They are found by the
+//! open snapshot and all that its index says of them: two files may call themselves by the same id, and one of them may lie.
+//!
+//! A prefetcher that wants what another is decoding waits for it: clones that start together fetch the same
+//! frames at the same time. A fault doesn't wait: what it wants may be at the front of the frame.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use quick_cache::sync::{Cache, GuardResult, PlaceholderGuard};
+use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
+use snapshot_format::{FrameRef, Reason, Snapshot};
+
+use super::platform::Run;
+
+/// Parts of the cache that are locked and bounded for themselves. More would be too small for the largest frames.
+const SHARDS: usize = 4;
+
+/// Decoded frames of any number of snapshots, of which those that are wanted least give way.
+pub(crate) struct FrameCache {
+    frames: Frames,
+    /// The snapshots that frames are of, by their places in memory. Nothing else comes to lie there as
+    /// long as they are known here.
+    known: Mutex<BTreeMap<usize, Weak<Snapshot>>>,
+    counts: Counts,
+    evictions: Arc<AtomicU64>,
+}
+
+type Frames = Cache<Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
+type Turn<'a> = PlaceholderGuard<'a, Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    snapshot: usize,
+    frame: FrameRef,
+}
+
+/// A decoded frame.
+pub(super) struct Decoded {
+    pub(super) bytes: Box<[u8]>,
+    /// The frame's own list of its pages.
+    pub(super) listed: Box<[Run]>,
+}
+
+#[derive(Clone)]
+pub(super) struct ByBytes;
+
+impl Weighter<Key, Arc<Decoded>> for ByBytes {
+    fn weight(&self, _: &Key, frame: &Arc<Decoded>) -> u64 {
+        (frame.bytes.len() + size_of_val(&*frame.listed) + size_of::<(Key, Decoded)>()) as u64
+    }
+}
+
+/// Counts what gives way.
+#[derive(Clone)]
+pub(super) struct Evicted(Arc<AtomicU64>);
+
+impl Lifecycle<Key, Arc<Decoded>> for Evicted {
+    /// What is freed after the lock was let go: mostly one frame gives way to another.
+    type RequestState = Option<Arc<Decoded>>;
+
+    fn on_evict(&self, freed: &mut Self::RequestState, _: Key, frame: Arc<Decoded>) {
+        self.0.fetch_add(1, Relaxed);
+        *freed = Some(frame);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+/// What a cache of decoded frames holds, and what it was good for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FrameCacheStats {
+    /// Frames that were wanted and were there.
+    pub hits: u64,
+    /// Frames that were wanted and were not there.
+    pub misses: u64,
+    /// Frames that gave way to others.
+    pub evictions: u64,
+    /// Frames that are there now.
+    pub frames: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
+}
+
+impl FrameCache {
+    /// Room for frames of `bytes` together.
+    pub(crate) fn new(bytes: u64) -> Self {
+        let evictions = Arc::default();
+        // Room for the index of a cache full of small frames, but not for the smallest.
+        let items = usize::try_from(bytes / (64 << 10)).unwrap_or(usize::MAX);
+        let options = OptionsBuilder::new()
+            .shards(SHARDS)
+            .estimated_items_capacity(items.clamp(64, 1 << 20))
+            .weight_capacity(bytes)
+            .build()
+            .unwrap_or_else(|_| unreachable!("both capacities are given"));
+        Self {
+            frames: Cache::with_options(
+                options,
+                ByBytes,
+                DefaultHashBuilder::default(),
+                Evicted(Arc::clone(&evictions)),
+            ),
+            known: Mutex::default(),
+            counts: Counts::default(),
+            evictions,
+        }
+    }
+
+    pub(crate) fn stats(&self) -> FrameCacheStats {
+        FrameCacheStats {
+            hits: self.counts.hits.load(Relaxed),
+            misses: self.counts.misses.load(Relaxed),
+            evictions: self.evictions.load(Relaxed),
+            frames: self.frames.len() as u64,
+            bytes: self.frames.weight(),
+        }
+    }
+
+    /// Drops the frames of snapshots that nobody has open any more.
+    pub(crate) fn forget_closed(&self) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_open = |snapshot: &Weak<Snapshot>| snapshot.strong_count() > 0;
+        if known.values().all(is_open) {
+            return;
+        }
+        let open = |key: &Key| known.get(&key.snapshot).is_some_and(is_open);
+        self.frames.retain(|key, _| open(key));
+        known.retain(|_, snapshot| is_open(snapshot));
+    }
+}
+
+/// The frames of one snapshot, for a session of it.
+pub(crate) struct SharedFrames {
+    cache: Arc<FrameCache>,
+    snapshot: usize,
+}
+
+/// What was found.
+pub(super) enum Look<'a> {
+    /// The frame.
+    Found(Arc<Decoded>),
+    /// Nothing. Whoever else fetches it waits until this is used, or dropped.
+    Turn(Turn<'a>),
+    /// Nothing.
+    Nothing,
+}
+
+impl SharedFrames {
+    pub(crate) fn new(cache: &Arc<FrameCache>, snapshot: &Arc<Snapshot>) -> Self {
+        cache.forget_closed();
+        let place = Arc::as_ptr(snapshot).addr();
+        let mut known = cache.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(place, Arc::downgrade(snapshot));
+        drop(known);
+        Self {
+            cache: Arc::clone(cache),
+            snapshot: place,
+        }
+    }
+
+    fn key(&self, frame: &FrameRef) -> Key {
+        Key {
+            snapshot: self.snapshot,
+            frame: *frame,
+        }
+    }
+
+    /// Looks for `frame`. Who fetches ahead waits for whoever does the same.
+    pub(super) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
+        let key = self.key(frame);
+        let look = if reason == Reason::Demand {
+            self.cache
+                .frames
+                .get(&key)
+                .map_or(Look::Nothing, Look::Found)
+        } else {
+            match self.cache.frames.get_value_or_guard(&key, None) {
+                GuardResult::Value(decoded) => Look::Found(decoded),
+                GuardResult::Guard(turn) => Look::Turn(turn),
+                GuardResult::Timeout => Look::Nothing,
+            }
+        };
+        let count = match look {
+            Look::Found(_) => &self.cache.counts.hits,
+            Look::Turn(_) | Look::Nothing => &self.cache.counts.misses,
+        };
+        count.fetch_add(1, Relaxed);
+        look
+    }
+
+    /// Keeps what was not found, unless it is there by now.
+    pub(super) fn keep(&self, look: Look<'_>, frame: &FrameRef, copy: impl FnOnce() -> Decoded) {
+        let frames = &self.cache.frames;
+        let turn = match look {
+            Look::Found(_) => return,
+            Look::Turn(turn) => turn,
+            // Another's turn is not waited for.
+            Look::Nothing => {
+                match frames.get_value_or_guard(&self.key(frame), Some(Duration::ZERO)) {
+                    GuardResult::Guard(turn) => turn,
+                    GuardResult::Value(_) | GuardResult::Timeout => return,
+                }
+            }
+        };
+        // Its place may be gone, if the cache was emptied meanwhile.
+        let _ = turn.insert(Arc::new(copy()));
+    }
+}

@@ -1,0 +1,109 @@
+//! What sessions of one process share.
+
+use std::sync::Arc;
+
+use snaprestore_engine::pager::{Ending, Pager, Prefetch, Shared, Stats};
+use snapshot_format::Snapshot;
+
+use crate::common::{damaged, frame_of, open, pack, random_bytes};
+use crate::owner::{Owner, mixed};
+use crate::sys_support::Ended;
+use crate::{PAGES, REGIONS};
+
+/// Room for everything.
+const PLENTY: u64 = 256 << 20;
+
+/// Serves an owner that compares all of its memory, to its end.
+fn serve(
+    snapshot: &Arc<Snapshot>,
+    bytes: &Arc<Vec<u8>>,
+    prefetch: Prefetch,
+    shared: &Shared,
+) -> (Ended, Ending, Stats) {
+    let expected = Arc::clone(bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        memory.compare_in_threads(&expected, 2)
+    });
+    let paged = Pager::new(Arc::clone(snapshot))
+        .prefetch(prefetch)
+        .shared(shared)
+        .attach(owner.handover())
+        .unwrap();
+    let ended = owner.child.wait();
+    (ended, paged.wait(), paged.stats())
+}
+
+#[test]
+fn what_one_session_has_decoded_the_next_needs_not_decode() {
+    let bytes = Arc::new(mixed(PAGES));
+    let snapshot = open(pack(&bytes, 32));
+    let shared = Shared::new(PLENTY);
+    let (ended, _, first) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
+    assert_eq!(ended, Ended::Exit(0));
+    assert!(first.bytes_decoded > 0);
+    let (ended, _, second) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
+    assert_eq!(ended, Ended::Exit(0));
+    assert_eq!((second.bytes_read, second.bytes_decoded), (0, 0));
+    let cache = shared.frame_cache();
+    assert!(cache.hits > 0 && cache.frames > 0 && cache.bytes <= PLENTY);
+    // Without anything shared.
+    let (ended, _, alone) = serve(&snapshot, &bytes, Prefetch::Off, &Shared::new(0));
+    assert_eq!(ended, Ended::Exit(0));
+    assert!(alone.bytes_decoded > 0);
+}
+
+/// More sessions than cores fetch ahead at the same time, by turns, and wait for each other's frames.
+#[test]
+fn sessions_that_start_together_all_get_every_byte() {
+    let bytes = Arc::new(mixed(PAGES));
+    let snapshot = open(pack(&bytes, 32));
+    for room in [PLENTY, 2 << 20] {
+        let shared = Shared::new(room);
+        std::thread::scope(|scope| {
+            let sessions: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| serve(&snapshot, &bytes, Prefetch::All, &shared)))
+                .collect();
+            for session in sessions {
+                let (ended, ending, stats) = session.join().unwrap();
+                assert_eq!(ended, Ended::Exit(0));
+                assert!(matches!(ending, Ending::Complete | Ending::OwnerGone));
+                assert_eq!(stats.failures, 0);
+            }
+        });
+        let cache = shared.frame_cache();
+        assert!(cache.bytes <= room, "{cache:?}");
+        assert_eq!(cache.evictions > 0, room < PLENTY, "{cache:?}");
+    }
+}
+
+/// Both files call themselves by the same id, and their indexes say the same of the frame.
+#[test]
+fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_round() {
+    let bytes = Arc::new(random_bytes(PAGES, 7));
+    let file = pack(&bytes, 32);
+    let good = open(file.clone());
+    let bad = open(damaged(file, &frame_of(&good, 700)));
+    assert_eq!(good.id(), bad.id());
+    let shared = Shared::new(PLENTY);
+    for _ in 0..2 {
+        let (ended, ..) = serve(&good, &bytes, Prefetch::Off, &shared);
+        assert_eq!(ended, Ended::Exit(0));
+        let (ended, ending, _) = serve(&bad, &bytes, Prefetch::Off, &shared);
+        assert_eq!(ended, Ended::Signal(libc::SIGKILL));
+        assert!(matches!(ending, Ending::Killed(_)), "{ending:?}");
+    }
+}
+
+#[test]
+fn frames_of_a_snapshot_that_was_closed_are_dropped() {
+    let bytes = Arc::new(mixed(PAGES));
+    let snapshot = open(pack(&bytes, 32));
+    let shared = Shared::new(PLENTY);
+    serve(&snapshot, &bytes, Prefetch::All, &shared);
+    shared.forget_closed();
+    assert!(shared.frame_cache().frames > 0);
+    drop(snapshot);
+    shared.forget_closed();
+    let cache = shared.frame_cache();
+    assert_eq!((cache.frames, cache.bytes), (0, 0));
+}
