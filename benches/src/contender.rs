@@ -84,6 +84,8 @@ pub struct Ours {
     pub huge_pages: bool,
     /// Whether the touching thread is bound to its core, as virtual CPUs often are.
     pub pinned: bool,
+    /// MiB of decoded frames that the VMs of a server share.
+    pub frame_cache: Option<usize>,
     /// Which snapshot is restored.
     pub snapshot: SnapshotKind,
 }
@@ -194,6 +196,7 @@ impl Ours {
         option("prefetch-threads", text(self.prefetch_threads))?;
         option("huge-pages", self.huge_pages.then(|| "yes".into()))?;
         option("pinned", self.pinned.then(|| "yes".into()))?;
+        option("frame-cache", text(self.frame_cache))?;
         let snapshot = &self.snapshot;
         option("frame", snapshot.frame_kib.map(|kib| kib.to_string()))?;
         option("level", snapshot.level.map(|level| level.to_string()))?;
@@ -212,7 +215,15 @@ impl FromStr for Contender {
             )));
         }
         Ok(match name {
-            "ours" => Self::Ours(options.parse()?),
+            "ours" => {
+                let options: Ours = options.parse()?;
+                if options.frame_cache.is_some() {
+                    return Err(BenchError::Invalid(format!(
+                        "{text:?}: only `serve` has frame-cache"
+                    )));
+                }
+                Self::Ours(options)
+            }
             "mmap" => Self::Mmap,
             "handler" => Self::Handler { pinned: false },
             "handler-pinned" => Self::Handler { pinned: true },
@@ -252,7 +263,8 @@ impl FromStr for Ours {
             let invalid = || {
                 BenchError::Invalid(format!(
                     "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, fault-threads=N, \
-                     prefetch-threads=N, huge-pages=yes, pinned=yes, frame=KIB, level=N, dictionary=off"
+                     prefetch-threads=N, huge-pages=yes, pinned=yes, frame-cache=MIB, frame=KIB, level=N, \
+                     dictionary=off"
                 ))
             };
             let (name, value) = option.split_once('=').ok_or_else(invalid)?;
@@ -265,6 +277,7 @@ impl FromStr for Ours {
                 ("prefetch-threads", _) => ours.prefetch_threads = Some(number()?),
                 ("huge-pages", "yes") => ours.huge_pages = true,
                 ("pinned", "yes") => ours.pinned = true,
+                ("frame-cache", _) => ours.frame_cache = Some(number()?),
                 ("frame", _) => {
                     ours.snapshot.frame_kib = Some(value.parse().map_err(|_| invalid())?);
                 }
@@ -310,7 +323,7 @@ mod tests {
             "squashfs-128k",
             "erofs",
             "serve",
-            "serve:prefetch=all,fault-threads=3,pinned=yes,frame=64",
+            "serve:prefetch=all,fault-threads=3,pinned=yes,frame-cache=0,frame=64",
             "vmm-handler",
             "vmm-handler-pinned",
             "vmm-copy-all",
@@ -330,6 +343,7 @@ mod tests {
             "ours:frame=x",
             "ours:speed=high",
             "serve:huge-pages=yes",
+            "ours:frame-cache=0",
         ] {
             let error = name.parse::<Contender>().unwrap_err().to_string();
             assert!(

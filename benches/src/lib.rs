@@ -18,6 +18,8 @@
 //! | `server` | the process that serves a trial's memory, where another one does |
 //! | [`prepare`] | the files that the contenders need, made from the raw image |
 //! | [`rounds`] | trials interleaved in rounds, and whether all of them read the same bytes |
+//! | [`create`] | writing snapshots, against writing a compressed file |
+//! | [`crowd`] | several VMs served at once, of which one storms |
 //! | [`limits`] | what decoding and installing cost by themselves |
 //! | [`stats`] | medians, quartiles, percentiles |
 //! | [`machine`] | what was measured on |
@@ -31,6 +33,7 @@ mod cache;
 pub mod contender;
 mod contenders;
 pub mod create;
+pub mod crowd;
 pub mod limits;
 pub mod machine;
 pub mod plot;

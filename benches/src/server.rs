@@ -67,6 +67,9 @@ impl Server {
         if let Some(threads) = options.fault_threads {
             command.args(["--threads", &threads.to_string()]);
         }
+        if let Some(mib) = options.frame_cache {
+            command.args(["--frame-cache", &mib.to_string()]);
+        }
         Self::start(place, command, b"")
     }
 

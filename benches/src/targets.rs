@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use crate::create::{self, Sizes};
+use crate::crowd::{self, Eighth};
 use crate::report::short;
 use crate::rounds::Samples;
 use crate::stats::{Latencies, Spread, float};
@@ -133,6 +134,14 @@ impl Medians<'_> {
             short(spread.max)
         );
         Some((spread.median, from))
+    }
+
+    /// What the calm VMs of a crowd notice of the one that storms.
+    fn stormed(&self) -> Found {
+        let p99 = |eighth: Eighth| self.latency(crowd::NAME, eighth.name(), |times| times.p99);
+        let (alone, stormed) = (p99(Eighth::Absent)?, p99(Eighth::Storms)?);
+        let from = format!("{} us / {} us", short(stormed), short(alone));
+        Some((stormed / alone, from))
     }
 
     fn complete(&self, value: fn(&Outcome) -> f64, unit: &str) -> Found {
@@ -325,6 +334,13 @@ pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
         0.15,
         "",
         medians.against_best("vmm-random-reads", SERVE_ALL, &pinned),
+    );
+    add(
+        "15",
+        "serve: one fault, p99, seven VMs while an eighth storms, against without it",
+        3.0,
+        "",
+        medians.stormed(),
     );
     targets
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
 use crate::contenders::outside::Outside;
+use crate::crowd::Member;
 use crate::server::Server;
 use crate::stats::Latencies;
 use crate::usage::{self, Held, Watcher, Who};
@@ -53,6 +54,8 @@ pub enum Trial {
     },
     /// The other side of a trial: a handler that serves the memory of the trial's process. It finds nothing.
     Outside(Outside),
+    /// One of several VMs that are served at once.
+    Member(Member),
 }
 
 /// A restore with touches.
@@ -154,6 +157,7 @@ impl Trial {
                 seed,
             } => limits::decode_each(snapshot, *most, *seed),
             Self::Outside(outside) => outside.run().map(|()| Outcome::default()),
+            Self::Member(member) => member.run(),
         }
     }
 
@@ -164,6 +168,7 @@ impl Trial {
             | Self::Copy { snapshot, .. }
             | Self::DecodeEach { snapshot, .. } => snapshot,
             Self::Outside(outside) => &outside.file,
+            Self::Member(member) => member.socket(),
         }
     }
 }

@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde::Serialize;
 use snaprestore_benches::create::{self, Sizes};
+use snaprestore_benches::crowd;
 use snaprestore_benches::machine::Machine;
 use snaprestore_benches::rounds::{self, Samples};
 use snaprestore_benches::targets::{self, Target};
@@ -27,7 +28,7 @@ use snaprestore_benches::{plot, report};
 /// Compares restores with the other ways to do it.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Workloads to run, by name [default: all of `workloads/`, and `create`]
+    /// Workloads to run, by name [default: all of `workloads/`, `create` and `crowd`]
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Contenders to run: those whose names begin so [default: all]
@@ -103,11 +104,17 @@ fn main() -> Result<()> {
     let mut samples = Samples::default();
     let mut sizes = None;
     let mut done = BTreeMap::new();
-    if args.only.is_empty() || args.only.iter().any(|name| name == create::NAME) {
+    let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| only == name);
+    if wanted(create::NAME) {
         eprintln!("create: {} rounds", args.rounds);
         let images = setup.images("guest")?;
         create::compare(images, args.rounds, &mut samples)?;
         sizes = Some(create::sizes(images)?);
+    }
+    if wanted(crowd::NAME) {
+        eprintln!("crowd: {} rounds", args.rounds);
+        crowd::compare(setup.images("guest")?, &runner, args.rounds, &mut samples)?;
+        println!("\n{}", crowd::table(&samples));
     }
     for workload in &workloads {
         let images = setup.images(&workload.image)?;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 use snaprestore_benches::prepare::Images;
 use snaprestore_benches::workload::Workload;
-use snaprestore_benches::{PAGE, create, wide};
+use snaprestore_benches::{PAGE, create, crowd, wide};
 use snaprestore_fixtures::guest;
 
 use crate::Args;
@@ -41,7 +41,8 @@ pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Wo
     let mut chosen: Vec<Workload> = if only.is_empty() {
         all.into_values().collect()
     } else {
-        let names = only.iter().filter(|name| *name != create::NAME);
+        let others = [create::NAME, crowd::NAME];
+        let names = only.iter().filter(|name| !others.contains(&name.as_str()));
         names
             .map(|name| {
                 all.remove(name)
