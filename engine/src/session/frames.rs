@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quick_cache::sync::{Cache, GuardResult, PlaceholderGuard};
@@ -25,6 +25,8 @@ use super::platform::Run;
 
 /// Parts of the cache that are locked and bounded for themselves. More would be too small for the largest frames.
 const SHARDS: usize = 4;
+/// Buffers that wait for a frame: more than threads decode at the same time on most machines.
+const MOST_IDLE: usize = 16;
 
 /// Decoded frames of any number of snapshots, of which those that are wanted least give way.
 pub(crate) struct FrameCache {
@@ -34,6 +36,7 @@ pub(crate) struct FrameCache {
     known: Mutex<BTreeMap<usize, Weak<Snapshot>>>,
     counts: Counts,
     evictions: Arc<AtomicU64>,
+    buffers: Arc<Buffers>,
 }
 
 type Frames = Cache<Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
@@ -47,9 +50,54 @@ pub(super) struct Key {
 
 /// A decoded frame.
 pub(super) struct Decoded {
-    pub(super) bytes: Box<[u8]>,
+    bytes: Vec<u8>,
     /// The frame's own list of its pages.
-    pub(super) listed: Box<[Run]>,
+    listed: Box<[Run]>,
+    buffers: Arc<Buffers>,
+}
+
+impl Decoded {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    pub(super) fn listed(&self) -> &[Run] {
+        &self.listed
+    }
+}
+
+impl Drop for Decoded {
+    fn drop(&mut self) {
+        self.buffers.put(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Buffers of frames that gave way, for those to which they did: to have the kernel take memory back and give it anew
+/// takes longer than to decode a frame.
+#[derive(Debug, Default)]
+struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    /// A buffer with this content.
+    fn with(&self, bytes: &[u8]) -> Vec<u8> {
+        let idle = self.lock().pop();
+        let mut buffer = idle.unwrap_or_default();
+        buffer.clear();
+        buffer.extend_from_slice(bytes);
+        buffer
+    }
+
+    fn put(&self, buffer: Vec<u8>) {
+        let mut idle = self.lock();
+        if idle.len() < MOST_IDLE {
+            idle.push(buffer);
+        }
+    }
+
+    /// The list is whole after every statement.
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Clone)]
@@ -119,6 +167,7 @@ impl FrameCache {
             known: Mutex::default(),
             counts: Counts::default(),
             evictions,
+            buffers: Arc::default(),
         }
     }
 
@@ -205,7 +254,7 @@ impl SharedFrames {
     }
 
     /// Keeps what was not found, unless it is there by now.
-    pub(super) fn keep(&self, look: Look<'_>, frame: &FrameRef, copy: impl FnOnce() -> Decoded) {
+    pub(super) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
         let frames = &self.cache.frames;
         let turn = match look {
             Look::Found(_) => return,
@@ -218,7 +267,13 @@ impl SharedFrames {
                 }
             }
         };
+        let buffers = &self.cache.buffers;
+        let decoded = Decoded {
+            bytes: buffers.with(bytes),
+            listed: listed.into(),
+            buffers: Arc::clone(buffers),
+        };
         // Its place may be gone, if the cache was emptied meanwhile.
-        let _ = turn.insert(Arc::new(copy()));
+        let _ = turn.insert(Arc::new(decoded));
     }
 }

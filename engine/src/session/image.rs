@@ -67,17 +67,14 @@ struct Kept {
 }
 
 impl Kept {
-    /// For others.
-    fn copy(&self) -> Decoded {
-        Decoded {
-            bytes: self.bytes[..self.len].into(),
-            listed: self.listed.as_slice().into(),
-        }
+    /// Keeps it for others.
+    fn share(&self, shared: &SharedFrames, look: Look<'_>, frame: &FrameRef) {
+        shared.keep(look, frame, &self.bytes[..self.len], &self.listed);
     }
 
     /// Takes what another thread has decoded.
     fn take(&mut self, frame: &FrameRef, decoded: Arc<Decoded>) {
-        self.listed.extend_from_slice(&decoded.listed);
+        self.listed.extend_from_slice(decoded.listed());
         (self.frame, self.ready) = (Some(*frame), self.len);
         self.shared = Some(decoded);
     }
@@ -181,7 +178,7 @@ impl SnapshotImage {
         kept.ready = kept.len;
         kept.frame = Some(*frame);
         if let Some(shared) = &self.shared {
-            shared.keep(Look::Nothing, frame, || kept.copy());
+            kept.share(shared, Look::Nothing, frame);
         }
         Ok(())
     }
@@ -330,7 +327,7 @@ impl Image for SnapshotImage {
         if kept.ready == kept.len {
             kept.frame = Some(*frame);
             if let Some(shared) = shared {
-                shared.keep(look, frame, || kept.copy());
+                kept.share(shared, look, frame);
             }
         } else {
             decoder.begun = Some(*frame);
@@ -374,7 +371,7 @@ impl Image for SnapshotImage {
     fn bytes<'a>(&self, decoder: &'a Decoder) -> &'a [u8] {
         let kept = &decoder.kept[decoder.last];
         let bytes = match &kept.shared {
-            Some(shared) => &shared.bytes,
+            Some(shared) => shared.bytes(),
             None => &kept.bytes[..],
         };
         &bytes[..kept.ready]
