@@ -135,6 +135,7 @@ struct Arrived {
     deadly: Vec<u64>,
     userfaultfd: OwnedFd,
     owner: OwnedFd,
+    page_map: Option<OwnedFd>,
     tables: Option<OwnedFd>,
 }
 
@@ -173,6 +174,7 @@ impl Worker {
                 pid,
                 age_ms,
                 regions,
+                page_map,
                 deadly,
             } => {
                 let service = lock(&self.services).get(&service).cloned();
@@ -192,6 +194,7 @@ impl Worker {
                     deadly,
                     userfaultfd: next().context("a VM came without its userfaultfd")?,
                     owner: next().context("a VM came without its pidfd")?,
+                    page_map: page_map.then(&mut next).flatten(),
                     tables: next(),
                 };
                 lock(&self.vms).insert(id, Arc::clone(&served));
@@ -273,6 +276,7 @@ impl Worker {
             userfaultfd: arrived.userfaultfd,
             owner: arrived.owner,
             regions: arrived.regions,
+            page_map: arrived.page_map,
         };
         let session = pager.resume(handover, tables, &arrived.deadly)?;
         let session = served.paged.get_or_init(|| session);

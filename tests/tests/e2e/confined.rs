@@ -9,9 +9,12 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::program::{Run, snaprestore};
 use tempfile::TempDir;
+
+use crate::manager::FakeManager;
 
 const PAGES: u64 = 2048;
 
@@ -101,6 +104,43 @@ fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
         assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
         assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
     }
+}
+
+/// Each of three workers has to know which huge pages are there, and none of them may open the file that tells.
+#[test]
+fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers() {
+    let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers";
+    let _pool = match HugePool::with(crate::scene::PAGES / 512) {
+        Ok(pool) => pool,
+        Err(why) => return skipped(test, &why),
+    };
+    let mut scene = crate::scene::Scene::new(Shares::MIXED);
+    let notify = scene.folder.path().join("notify");
+    let mut manager = FakeManager::at(&notify);
+    let with_it = |mut command: Command| {
+        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
+        command
+    };
+    let options = ["--prefetch", "off", "--confine"];
+    scene.start(with_it(scene.daemon(&options)));
+    let huge = ["--huge", "--split", "3072", "--wait", "--discard"];
+    let mut vmm = scene.vmm(&huge).spawn().expect("a VMM");
+    scene.wait_for(": served", 1);
+    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    scene.wait_for(": served", 2);
+    // The snapshot's file; of the VM five.
+    while manager.names().len() < 6 {
+        manager.take_one();
+    }
+    assert!(manager.names().contains(&"vm.vm-1.pagemap"));
+    scene.kill();
+    let next = manager.start(&scene.daemon(&options));
+    scene.start(with_it(next));
+    scene.wait_for(": served", 1);
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
 }
 
 #[test]

@@ -73,6 +73,7 @@ impl Keeper {
                     pid: vm.peer.pid,
                     age_ms: u64::try_from(age).unwrap_or(u64::MAX),
                     regions: vm.regions.clone(),
+                    page_map: vm.has_page_map(),
                     deadly: vm.deadly(),
                 };
                 wire.send(&message, &vm.descriptors())
