@@ -384,11 +384,12 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,
-    /// Confine the process that serves the pages to what it needs: no files, no programs, few system calls
+    /// Don't confine the process that serves the pages to what it needs: no files, no programs, few system
+    /// calls
     #[arg(long)]
-    pub(crate) confine: bool,
+    pub(crate) no_confine: bool,
     /// User that the confined process becomes, by name or number; it keeps the right to kill VMs
-    #[arg(long, value_name = "USER", requires = "confine")]
+    #[arg(long, value_name = "USER", conflicts_with = "no_confine")]
     pub(crate) user: Option<String>,
     #[command(flatten)]
     pub(crate) options: ServiceOptions,

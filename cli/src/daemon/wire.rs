@@ -113,6 +113,11 @@ pub(super) enum FromWorker {
         /// Of its program.
         version: String,
     },
+    /// It can't confine itself, and ends.
+    Unfit {
+        /// Why.
+        why: String,
+    },
     /// An operator wants something that only the keeper can do.
     Ask {
         /// For the answer.

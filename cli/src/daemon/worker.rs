@@ -10,15 +10,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::net::TcpStream;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
+use nix::unistd::geteuid;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager};
 use snapshot_format::{FileStore, Snapshot};
@@ -44,10 +47,18 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs in the process that the keeper has started, its socket being standard input.
 pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
-    confine(args)?;
-    let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let wire = Wire::new(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // What can't be asked for any more once this process is confined: the user of the daemon, and how many
+    // cores its cgroup may use.
+    let user = geteuid().as_raw();
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    if let Err(error) = confine(args) {
+        let why = format!("{error:#}");
+        wire.send(&FromWorker::Unfit { why }, &[])?;
+        return Ok(Exit::Failed);
+    }
     arm();
-    let worker = Arc::new(Worker::new(Wire::new(socket)));
+    let worker = Arc::new(Worker::new(wire, user, cores));
     let format = args.log_format;
     worker.begin("log", move |_| {
         loop {
@@ -78,7 +89,10 @@ fn confine(args: &args::Worker) -> Result<()> {
     let confined = confine_worker(&Confinement {
         readable: Vec::new(),
         account,
-    })?;
+    });
+    let confined = confined.context(
+        "the process that serves the pages can't be confined, which --no-confine does without",
+    )?;
     tracing::debug!(landlock = confined.landlock, "confined");
     for warning in confined.warnings {
         tracing::warn!("{warning}");
@@ -100,6 +114,9 @@ fn arm() {
 /// What the threads share.
 pub(super) struct Worker {
     pub(super) wire: Wire,
+    /// The user of the daemon.
+    user: u32,
+    cores: usize,
     pub(super) services: Mutex<BTreeMap<u64, Arc<Open>>>,
     pub(super) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
     /// The last VMs that have ended.
@@ -140,9 +157,11 @@ struct Arrived {
 }
 
 impl Worker {
-    fn new(wire: Wire) -> Self {
+    fn new(wire: Wire, user: u32, cores: usize) -> Self {
         Self {
             wire,
+            user,
+            cores,
             services: Mutex::default(),
             vms: Mutex::default(),
             ended: Mutex::default(),
@@ -261,7 +280,7 @@ impl Worker {
 
     fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
         let id = served.id;
-        let pager = served.service.pager()?;
+        let pager = served.service.pager()?.prefetch_threads(self.cores);
         let tables = if let Some(tables) = arrived.tables {
             tables
         } else {
@@ -291,7 +310,7 @@ impl Worker {
     fn receive(&self, door: Door, stream: OwnedFd) {
         match door {
             Door::Control => {
-                control::answer(&UnixStream::from(stream), self);
+                control::answer(&UnixStream::from(stream), self.user, self);
                 if self.asked.takes_leave() {
                     self.tell(&FromWorker::Told);
                 }
