@@ -388,12 +388,12 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 64, value_name = "MIB",
         value_parser = clap::value_parser!(u64).range(..=1 << 20))]
     pub(crate) frame_cache: u64,
-    /// Confine the process that serves the pages to what it needs: no files, no programs, few system calls.
-    /// Not for VMs whose memory is in huge pages
+    /// Don't confine the process that serves the pages to what it needs: no files, no programs, few system
+    /// calls
     #[arg(long)]
-    pub(crate) confine: bool,
+    pub(crate) no_confine: bool,
     /// User that the confined process becomes, by name or number; it keeps the right to kill VMs
-    #[arg(long, value_name = "USER", requires = "confine")]
+    #[arg(long, value_name = "USER", conflicts_with = "no_confine")]
     pub(crate) user: Option<String>,
     #[command(flatten)]
     pub(crate) options: ServiceOptions,

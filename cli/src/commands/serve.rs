@@ -30,7 +30,7 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
         stuck_after: Duration::from_secs(args.stuck_after),
         frame_cache: args.frame_cache,
         log_format: args.log_format,
-        confine: args.confine,
+        confine: !args.no_confine,
         user: args.user.clone(),
     };
     let mut keeper = Keeper::new(options, output, cancel)?;

@@ -20,10 +20,9 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::geteuid;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::sys::peer_of;
+use snaprestore_engine::sys::credentials_of;
 
 use super::config::Service;
 use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
@@ -109,24 +108,19 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
     make().with_context(|| format!("{}: can't be listened on", path.display()))
 }
 
-/// Answers whoever has connected to the control socket, until they have no more to ask.
-pub(crate) fn answer(stream: &UnixStream, desk: &dyn Desk) {
-    if let Err(error) = converse(stream, desk) {
+/// Answers whoever has connected to the control socket of a daemon of user `own`, until they have no more to
+/// ask.
+pub(crate) fn answer(stream: &UnixStream, own: u32, desk: &dyn Desk) {
+    if let Err(error) = converse(stream, own, desk) {
         tracing::debug!(%error, "a connection to the control socket ends");
     }
 }
 
-fn converse(stream: &UnixStream, desk: &dyn Desk) -> io::Result<()> {
+fn converse(stream: &UnixStream, own: u32, desk: &dyn Desk) -> io::Result<()> {
     let mut lines = Lines::new(stream, LONGEST_REQUEST);
-    let peer = peer_of(stream.as_fd())?;
-    let own = geteuid().as_raw();
-    if !may_use(peer.uid, own) {
-        let uid = peer.uid;
-        tracing::warn!(
-            pid = peer.pid,
-            uid,
-            "the control socket was used by another user"
-        );
+    let (pid, uid) = credentials_of(stream.as_fd())?;
+    if !may_use(uid, own) {
+        tracing::warn!(pid, uid, "the control socket was used by another user");
         let text = format!("user {uid} may not control this daemon: only user {own} and root may");
         return send(stream, &Reply::<()>::Error(text));
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{OwnerRegion, Vitals};
-use snaprestore_engine::sys::{Peer, kill_by_pidfd};
+use snaprestore_engine::sys::{Peer, kill_by_pidfd, open_page_map};
 
 use super::config::Service;
 use super::outside::{OWNER, Outside, UFFD};
@@ -23,6 +23,8 @@ const DEADLY: u32 = 2;
 
 /// The role under which the tables are held outside.
 const TABLES: &str = "tables";
+/// The role of the page map of one that has huge pages.
+const PAGE_MAP: &str = "pagemap";
 /// The role of what else has to be known of a VM.
 const META: &str = "meta";
 
@@ -34,6 +36,7 @@ pub(super) struct Vm {
     pub(super) userfaultfd: OwnedFd,
     pub(super) regions: Vec<OwnerRegion>,
     pub(super) connected: Instant,
+    page_map: Option<OwnedFd>,
     tables: Option<Tables>,
     /// Frames on which workers have died, by their offset, and how often.
     suspects: BTreeMap<u64, u32>,
@@ -81,10 +84,29 @@ impl Vm {
             userfaultfd,
             regions,
             connected: Instant::now(),
+            page_map: None,
             tables: None,
             suspects: BTreeMap::new(),
             watch: Watch::begin(),
         }
+    }
+
+    /// Opens its page map if it has huge pages: a confined worker can't.
+    pub(super) fn open_page_map(&mut self) -> io::Result<()> {
+        if self.page_map.is_some() || !self.regions.iter().any(OwnerRegion::is_huge) {
+            return Ok(());
+        }
+        match open_page_map(self.peer.pidfd.as_fd()) {
+            Ok(page_map) => self.page_map = Some(page_map),
+            // It has ended, as its worker will tell.
+            Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    pub(super) fn has_page_map(&self) -> bool {
+        self.page_map.is_some()
     }
 
     /// Takes the tables that the worker made, before it has read anything.
@@ -113,11 +135,12 @@ impl Vm {
         let memfd = memfd_create(c"snaprestore vm", MFdFlags::MFD_CLOEXEC)?;
         let mut memfd = File::from(memfd);
         memfd.write_all(&serde_json::to_vec(&meta)?)?;
-        let descriptors = [
+        let mut descriptors = vec![
             (UFFD, self.userfaultfd.as_fd()),
             (OWNER, self.peer.pidfd.as_fd()),
             (META, memfd.as_fd()),
         ];
+        descriptors.extend(self.page_map.as_ref().map(|map| (PAGE_MAP, map.as_fd())));
         outside.hold(&format!("vm-{id}"), &descriptors)?;
         self.hold_tables(id, outside)
     }
@@ -133,6 +156,7 @@ impl Vm {
     /// What a worker needs to serve it.
     pub(super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut all = vec![self.userfaultfd.as_fd(), self.peer.pidfd.as_fd()];
+        all.extend(self.page_map.as_ref().map(AsFd::as_fd));
         all.extend(self.tables.as_ref().map(|tables| tables.memfd.as_fd()));
         all
     }
@@ -244,6 +268,7 @@ impl Held {
         };
         let userfaultfd = take(UFFD).context("it came back without its userfaultfd")?;
         let mut vm = Vm::new(0, peer, userfaultfd, meta.regions);
+        vm.page_map = take(PAGE_MAP);
         if let Some(tables) = take(TABLES) {
             vm.keep_tables(tables)?;
         }

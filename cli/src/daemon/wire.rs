@@ -31,7 +31,8 @@ pub(super) enum ToWorker {
         /// How they are served.
         service: Service,
     },
-    /// A VM is to be served. With its userfaultfd, its pidfd, and its tables if it has some.
+    /// A VM is to be served. With its userfaultfd, its pidfd, its page map if it has huge pages, and its
+    /// tables if it has some.
     Vm {
         /// What it is known by.
         id: u64,
@@ -43,6 +44,9 @@ pub(super) enum ToWorker {
         age_ms: u64,
         /// Its memory.
         regions: Vec<OwnerRegion>,
+        /// Whether its page map came, after the pidfd.
+        #[serde(default)]
+        page_map: bool,
         /// Frames of the snapshot that are not to be decoded.
         deadly: Vec<u64>,
     },
@@ -108,6 +112,11 @@ pub(super) enum FromWorker {
     Ready {
         /// Of its program.
         version: String,
+    },
+    /// It can't confine itself, and ends.
+    Unfit {
+        /// Why.
+        why: String,
     },
     /// An operator wants something that only the keeper can do.
     Ask {

@@ -10,15 +10,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::net::TcpStream;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
+use nix::unistd::geteuid;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
 use snapshot_format::{FileStore, Snapshot};
@@ -44,10 +47,19 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs in the process that the keeper has started, its socket being standard input.
 pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
-    confine(args)?;
-    let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let wire = Wire::new(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // What can't be asked for any more once this process is confined: the user of the daemon, and how many
+    // cores its cgroup may use.
+    let user = geteuid().as_raw();
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    let shared = Shared::new(args.frame_cache << 20);
+    if let Err(error) = confine(args) {
+        let why = format!("{error:#}");
+        wire.send(&FromWorker::Unfit { why }, &[])?;
+        return Ok(Exit::Failed);
+    }
     arm();
-    let worker = Arc::new(Worker::new(Wire::new(socket), args.frame_cache));
+    let worker = Arc::new(Worker::new(wire, user, cores, shared));
     let format = args.log_format;
     worker.begin("log", move |_| {
         loop {
@@ -78,7 +90,10 @@ fn confine(args: &args::Worker) -> Result<()> {
     let confined = confine_worker(&Confinement {
         readable: Vec::new(),
         account,
-    })?;
+    });
+    let confined = confined.context(
+        "the process that serves the pages can't be confined, which --no-confine does without",
+    )?;
     tracing::debug!(landlock = confined.landlock, "confined");
     for warning in confined.warnings {
         tracing::warn!("{warning}");
@@ -100,6 +115,9 @@ fn arm() {
 /// What the threads share.
 pub(super) struct Worker {
     pub(super) wire: Wire,
+    /// The user of the daemon.
+    user: u32,
+    cores: usize,
     pub(super) services: Mutex<BTreeMap<u64, Arc<Open>>>,
     pub(super) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
     /// The last VMs that have ended.
@@ -136,14 +154,17 @@ struct Arrived {
     deadly: Vec<u64>,
     userfaultfd: OwnedFd,
     owner: OwnedFd,
+    page_map: Option<OwnedFd>,
     tables: Option<OwnedFd>,
 }
 
 impl Worker {
-    fn new(wire: Wire, frame_cache: u64) -> Self {
+    fn new(wire: Wire, user: u32, cores: usize, shared: Shared) -> Self {
         Self {
             wire,
-            shared: Shared::new(frame_cache << 20),
+            user,
+            cores,
+            shared,
             services: Mutex::default(),
             vms: Mutex::default(),
             ended: Mutex::default(),
@@ -176,6 +197,7 @@ impl Worker {
                 pid,
                 age_ms,
                 regions,
+                page_map,
                 deadly,
             } => {
                 let service = lock(&self.services).get(&service).cloned();
@@ -195,6 +217,7 @@ impl Worker {
                     deadly,
                     userfaultfd: next().context("a VM came without its userfaultfd")?,
                     owner: next().context("a VM came without its pidfd")?,
+                    page_map: page_map.then(&mut next).flatten(),
                     tables: next(),
                 };
                 lock(&self.vms).insert(id, Arc::clone(&served));
@@ -262,6 +285,7 @@ impl Worker {
     fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
         let id = served.id;
         let pager = served.service.pager(&self.shared)?;
+        let pager = pager.prefetch_threads(self.cores);
         let tables = if let Some(tables) = arrived.tables {
             tables
         } else {
@@ -276,6 +300,7 @@ impl Worker {
             userfaultfd: arrived.userfaultfd,
             owner: arrived.owner,
             regions: arrived.regions,
+            page_map: arrived.page_map,
         };
         let session = pager.resume(handover, tables, &arrived.deadly)?;
         let session = served.paged.get_or_init(|| session);
@@ -290,7 +315,7 @@ impl Worker {
     fn receive(&self, door: Door, stream: OwnedFd) {
         match door {
             Door::Control => {
-                control::answer(&UnixStream::from(stream), self);
+                control::answer(&UnixStream::from(stream), self.user, self);
                 if self.asked.takes_leave() {
                     self.tell(&FromWorker::Told);
                 }

@@ -21,6 +21,9 @@ pub struct Handover {
     pub owner: OwnedFd,
     /// Its memory.
     pub regions: Vec<OwnerRegion>,
+    /// Its page map, from [`open_page_map`](crate::sys::open_page_map), which pages of 2 MiB need: for a process
+    /// that can't open it. If there are such pages and this is `None`, it is opened.
+    pub page_map: Option<OwnedFd>,
 }
 
 /// One mapping of an owner, as Firecracker describes it.
@@ -123,7 +126,7 @@ pub(super) fn extents(
     }
     let mut extents = Vec::new();
     for (number, region) in regions.iter().enumerate() {
-        let large = region.page_size == LARGE_SIZE;
+        let large = region.is_huge();
         let mut begins = 0;
         for of in snapshot {
             let ends = begins + of.bytes();
@@ -153,6 +156,11 @@ pub(super) fn extents(
 }
 
 impl OwnerRegion {
+    /// Whether it has pages of 2 MiB.
+    pub fn is_huge(&self) -> bool {
+        self.page_size == LARGE_SIZE
+    }
+
     /// Its addresses in the owner.
     pub(super) fn addresses(&self) -> Range<u64> {
         self.address..self.address.saturating_add(self.len)

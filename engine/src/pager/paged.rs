@@ -13,7 +13,7 @@ use super::owner::{OnError, Owner, OwnerGuard};
 use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
-use crate::sys::{AdoptError, Features, Ioctls, PageMap, Userfaultfd, may_kill};
+use crate::sys::{AdoptError, Features, Ioctls, PageMap, Userfaultfd, may_kill, open_page_map};
 
 /// How the memory of an owner is served, being described.
 #[must_use = "nothing happens before `attach`"]
@@ -154,15 +154,13 @@ impl Pager {
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
-        let image = SnapshotImage::new(
-            Arc::clone(&self.snapshot),
-            self.crew.shared().frames(&self.snapshot),
-        )?;
-        let page_map = state
-            .has_large()
-            .then(|| PageMap::of(handover.owner.as_fd()))
-            .transpose()
-            .map_err(AttachError::PageMap)?;
+        let frames = self.crew.shared().frames(&self.snapshot);
+        let image = SnapshotImage::new(Arc::clone(&self.snapshot), frames)?;
+        let page_map = match handover.page_map {
+            _ if !state.has_large() => None,
+            Some(given) => Some(given),
+            None => Some(open_page_map(handover.owner.as_fd()).map_err(AttachError::PageMap)?),
+        };
         // What doesn't overflow was checked with the extents.
         let mut registered: Vec<_> = handover
             .regions
@@ -175,7 +173,7 @@ impl Pager {
         let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
         let kernel =
             Kernel::new(uffd, ring).map_err(AttachError::resources("a descriptor to wait on"))?;
-        let kernel = kernel.with_page_map(page_map);
+        let kernel = kernel.with_page_map(page_map.map(PageMap::new));
         let owner = Arc::new(Owner::new(handover.owner));
         kernel
             .watch_owner(owner.pidfd())

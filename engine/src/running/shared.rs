@@ -200,23 +200,23 @@ mod tests {
     fn turns_are_had_in_the_order_of_coming_and_no_more_at_once_than_may_be() {
         let turns = Turns::new(2);
         let (one, other) = (turns.wait(), turns.wait());
-        let (come, came) = channel();
+        let (tell, arrived) = channel();
         std::thread::scope(|scope| {
             for number in 0..3 {
-                let (turns, come) = (&turns, come.clone());
+                let (turns, tell) = (&turns, tell.clone());
                 scope.spawn(move || {
                     let turn = turns.wait();
                     assert!(turns.queue().taken <= 2, "{number}");
-                    come.send(number).unwrap();
+                    tell.send(number).unwrap();
                     drop(turn);
                 });
                 while turns.queue().waiting.len() <= number {
                     std::thread::yield_now();
                 }
             }
-            assert!(came.try_recv().is_err());
+            assert!(arrived.try_recv().is_err());
             drop(one);
-            let order: Vec<usize> = (0..3).map(|_| came.recv().unwrap()).collect();
+            let order: Vec<usize> = (0..3).map(|_| arrived.recv().unwrap()).collect();
             assert_eq!(order, [0, 1, 2]);
             drop(other);
         });

@@ -44,6 +44,22 @@ fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Opens the page map of the process behind `pidfd`, for [`Handover`](crate::pager::Handover): whoever has it can
+/// tell which of its pages are there, without the permission that opening it takes.
+///
+/// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has
+/// ended.
+pub fn open_page_map(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
+    let pid = pid.and_then(|pid| pid.trim().parse::<u32>().ok());
+    let pid = pid.ok_or_else(|| io::Error::from(Errno::ESRCH))?;
+    let file = File::open(format!("/proc/{pid}/pagemap"));
+    // The number was still its own when the file was opened if it has not ended by now.
+    may_kill(pidfd)?;
+    Ok(file?.into())
+}
+
 /// The page table of another process, as far as `/proc` shows it: whether a page is there.
 #[derive(Debug)]
 pub(crate) struct PageMap {
@@ -51,17 +67,9 @@ pub(crate) struct PageMap {
 }
 
 impl PageMap {
-    /// That of the process behind `pidfd`. Needs the permission to look into it that a debugger
-    /// needs as well.
-    pub(crate) fn of(pidfd: BorrowedFd<'_>) -> io::Result<Self> {
-        let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-        let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
-        let pid = pid.and_then(|pid| pid.trim().parse::<u32>().ok());
-        let pid = pid.ok_or_else(|| io::Error::from(Errno::ESRCH))?;
-        let file = File::open(format!("/proc/{pid}/pagemap"))?;
-        // The number was still its own when the file was opened if it has not ended by now.
-        may_kill(pidfd)?;
-        Ok(Self { file })
+    /// What [`open_page_map`] has opened.
+    pub(crate) fn new(file: OwnedFd) -> Self {
+        Self { file: file.into() }
     }
 
     /// Whether there is a page at `address`, in memory or in swap.
@@ -86,7 +94,7 @@ mod tests {
     #[test]
     fn the_page_map_tells_which_pages_are_there() {
         let own = open_pidfd(std::process::id()).unwrap();
-        let map = PageMap::of(own.as_fd()).unwrap();
+        let map = PageMap::new(open_page_map(own.as_fd()).unwrap());
         let memory = Mapping::new(4 * page_size()).unwrap();
         // SAFETY: the page is in the mapping, which is this test's alone.
         unsafe {
@@ -97,5 +105,14 @@ mod tests {
         };
         let there = (0..3).map(|i| map.has(memory.address() + i * page_size()).unwrap());
         assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_no_page_map() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pidfd = open_pidfd(child.id()).unwrap();
+        child.wait().unwrap();
+        let error = open_page_map(pidfd.as_fd()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
     }
 }

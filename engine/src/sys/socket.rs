@@ -1,7 +1,7 @@
 //! Unix sockets: descriptors that come with bytes, and who is on the other end.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -90,23 +90,25 @@ pub struct Peer {
     pub pidfd: OwnedFd,
 }
 
+/// The id and the user of the process that connected the Unix socket `socket`.
+pub fn credentials_of(socket: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+    let pid = u32::try_from(credentials.pid()).map_err(|_| Errno::ESRCH)?;
+    Ok((pid, credentials.uid()))
+}
+
 /// Who connected the Unix socket `socket`.
 ///
 /// Linux 6.5 gives a pidfd of that very process. Before, its id is looked up, and may in the meantime
 /// have become another's if the process has ended.
 pub fn peer_of(socket: BorrowedFd<'_>) -> io::Result<Peer> {
-    let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
-    let pid = u32::try_from(credentials.pid()).map_err(|_| Errno::ESRCH)?;
+    let (pid, uid) = credentials_of(socket)?;
     let pidfd = match peer_pidfd(socket) {
         Ok(pidfd) => pidfd,
         Err(Errno::ENOPROTOOPT) => open_pidfd(pid)?,
         Err(errno) => return Err(errno.into()),
     };
-    Ok(Peer {
-        pid,
-        uid: credentials.uid(),
-        pidfd,
-    })
+    Ok(Peer { pid, uid, pidfd })
 }
 
 fn peer_pidfd(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {

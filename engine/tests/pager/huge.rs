@@ -1,8 +1,10 @@
 //! Owners whose memory is in pages of 2 MiB.
 
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_engine::sys::open_page_map;
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 
@@ -283,6 +285,12 @@ fn an_owner_waits_for_a_huge_page_that_is_given_back() {
     if pool.free() > 64 {
         return skipped(test, &"the pool of 2 MiB pages is too large to be used up");
     }
+    for with_page_map in [false, true] {
+        wait_for_a_huge_page(&pool, with_page_map);
+    }
+}
+
+fn wait_for_a_huge_page(pool: &HugePool, with_page_map: bool) {
     let count = pool.free() + 2;
     let bytes = Arc::new(random_bytes(count * LARGE, 11));
     let expected = Arc::clone(&bytes);
@@ -304,9 +312,13 @@ fn an_owner_waits_for_a_huge_page_that_is_given_back() {
         });
         i32::from(!right || !waited)
     });
+    let mut handover = owner.handover();
+    if with_page_map {
+        handover.page_map = Some(open_page_map(handover.owner.as_fd()).unwrap());
+    }
     let paged = Pager::new(open(pack(&bytes, 64)))
         .fault_threads(1)
-        .attach(owner.handover())
+        .attach(handover)
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
     paged.wait();

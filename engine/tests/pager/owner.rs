@@ -168,6 +168,7 @@ impl Owner {
             userfaultfd: self.child.descriptor(self.uffd),
             owner: open_pidfd(u32::try_from(self.child.pid()).unwrap()).unwrap(),
             regions: self.regions.clone(),
+            page_map: None,
         }
     }
 

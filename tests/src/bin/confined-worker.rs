@@ -60,6 +60,7 @@ fn main() -> Result<()> {
         userfaultfd: handed.userfaultfd,
         owner: peer.pidfd,
         regions: handed.regions,
+        page_map: None,
     };
     let paged = Pager::new(snapshot)
         .fault_threads(2)

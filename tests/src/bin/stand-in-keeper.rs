@@ -130,6 +130,7 @@ fn go_on(fds: Vec<(String, OwnedFd)>, snapshot: &Path) -> Result<()> {
         userfaultfd: userfaultfd.context("no userfaultfd")?,
         owner: owner.context("no owner")?,
         regions,
+        page_map: None,
     };
     let snapshot = Arc::new(Snapshot::open_path(snapshot)?);
     let paged = Pager::new(snapshot).attach(handover)?;

@@ -4,14 +4,18 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::program::{Run, snaprestore};
 use tempfile::TempDir;
+
+use crate::manager::FakeManager;
 
 const PAGES: u64 = 2048;
 
@@ -84,23 +88,145 @@ fn last(said: &[String]) -> &str {
     said.last().map_or("", String::as_str)
 }
 
-/// As operators use it: the worker of `serve` is confined, is another user, and may die all the same.
+/// As operators use it: the worker of `serve` is confined unless they want it otherwise, is another user, and may
+/// die all the same.
 #[test]
 fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
-    for options in [&["--confine"][..], &["--confine", "--user", "nobody"]] {
+    let all: [(&[&str], _); 3] = [
+        (&[], "2"),
+        (&["--user", "nobody"], "2"),
+        (&["--no-confine"], "0"),
+    ];
+    for (options, filtered) in all {
         let mut scene = crate::scene::Scene::new(Shares::MIXED);
         scene.serve(&[&["--prefetch", "off"], options].concat());
         let mut vmm = scene.vmm(&["--wait", "--discard"]).spawn().expect("a VMM");
         scene.wait_for("served", 1);
         let worker = scene.worker().expect("a worker");
         let status = fs::read_to_string(format!("/proc/{worker}/status")).expect("its status");
-        assert!(status.contains("\nSeccomp:\t2\n"), "{status}");
+        let expected = format!("\nSeccomp:\t{filtered}\n");
+        assert!(status.contains(&expected), "{status}");
         kill(worker, Signal::SIGKILL).expect("killed");
         drop(vmm.stdin.take());
         let run = Run::finish(vmm).exits(0);
         assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
         assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
     }
+}
+
+/// Where no filter can be installed nothing is served, unless that is wanted.
+#[test]
+fn without_seccomp_serve_says_what_does_without() {
+    let mut scene = crate::scene::Scene::new(Shares::MIXED);
+    let mut refused = scene.daemon(&[]);
+    forbid_seccomp(&mut refused);
+    let run = Run::of(&mut refused).exits(1);
+    run.says(&[
+        "can't be confined",
+        "--no-confine",
+        "filter of system calls",
+    ]);
+    assert_eq!(run.err.matches("confined").count(), 1, "{}", run.err);
+    let mut served = scene.daemon(&["--no-confine"]);
+    forbid_seccomp(&mut served);
+    scene.start(served);
+    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
+}
+
+/// Has the call that installs filters fail in this program, by a filter.
+fn forbid_seccomp(command: &mut Command) {
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: u16::try_from(code).expect("a code"),
+        jt,
+        jf,
+        k,
+    };
+    let call = u32::try_from(libc::SYS_seccomp).expect("a number");
+    let eperm = u32::try_from(libc::EPERM).expect("a number");
+    let filter = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
+        step(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | eperm,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        nix::sys::prctl::set_no_new_privs()?;
+        snaprestore_engine::sys::confine::install_filter(&filter)
+    };
+    // SAFETY: the closure makes two system calls, and allocates nothing.
+    unsafe { command.pre_exec(install) };
+}
+
+/// The user of the daemon may control it, whomever its worker has become and whatever it may ask the kernel.
+#[test]
+fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
+    if !is_root("a_daemon_that_is_not_of_root_is_controlled_by_its_user") {
+        return;
+    }
+    let mut scene = crate::scene::Scene::new(Shares::ZERO);
+    let everybody = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(scene.folder.path(), everybody).expect("set");
+    // Where nobody may run it.
+    let program = scene.folder.path().join("program");
+    fs::copy(snaprestore_tests::program::program(), &program).expect("copied");
+    let readable = fs::Permissions::from_mode(0o644);
+    fs::set_permissions(&scene.snapshot, readable).expect("set");
+    let control = scene.folder.path().join("control");
+    let as_nobody = |like: &Command| {
+        let mut command = Command::new(&program);
+        command.args(like.get_args()).current_dir("/");
+        command.uid(65534).gid(65534);
+        command
+    };
+    let options = ["--control", &control.display().to_string()];
+    scene.start(as_nobody(&scene.daemon(&options)));
+    let list = snaprestore(["ctl", "list", "--control"].map(OsStr::new));
+    let mut list = as_nobody(&list);
+    let _ = Run::of(list.arg(&control)).exits(0);
+    let _ = scene.stop();
+}
+
+/// Each of three workers has to know which huge pages are there, and none of them may open the file that tells.
+#[test]
+fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers() {
+    let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers";
+    let _pool = match HugePool::with(crate::scene::PAGES / 512) {
+        Ok(pool) => pool,
+        Err(why) => return skipped(test, &why),
+    };
+    let mut scene = crate::scene::Scene::new(Shares::MIXED);
+    let notify = scene.folder.path().join("notify");
+    let mut manager = FakeManager::at(&notify);
+    let with_it = |mut command: Command| {
+        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
+        command
+    };
+    let options = ["--prefetch", "off"];
+    scene.start(with_it(scene.daemon(&options)));
+    let huge = ["--huge", "--split", "3072", "--wait", "--discard"];
+    let mut vmm = scene.vmm(&huge).spawn().expect("a VMM");
+    scene.wait_for(": served", 1);
+    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    scene.wait_for(": served", 2);
+    // The snapshot's file; of the VM five.
+    while manager.names().len() < 6 {
+        manager.take_one();
+    }
+    assert!(manager.names().contains(&"vm.vm-1.pagemap"));
+    scene.kill();
+    let next = manager.start(&scene.daemon(&options));
+    scene.start(with_it(next));
+    scene.wait_for(": served", 1);
+    drop(vmm.stdin.take());
+    let run = Run::finish(vmm).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
 }
 
 #[test]

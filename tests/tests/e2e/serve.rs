@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use snaprestore_engine::sys::{Features, OpenOptions};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::Shares;
@@ -104,6 +105,26 @@ fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
     scene.wait_for(&format!("killed: {}: page ", scene.snapshot.display()), 1);
     assert!(scene.said().contains("at offset"), "{}", scene.said());
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
+}
+
+/// For owners that are no VMs. What the daemon says meanwhile is for programs.
+#[test]
+fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
+    let test = "an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted";
+    if let Err(error) = OpenOptions::new().required(Features::POISON).open() {
+        return skipped(test, &error);
+    }
+    let mut scene = Scene::new(Shares::RANDOM);
+    damage(&scene.snapshot);
+    let options = ["--on-error", "poison", "--log-format", "json"];
+    scene.serve(&[&options[..], &["--prefetch", "off"]].concat());
+    let run = Run::of(&mut scene.vmm(&["--threads", "2"]));
+    assert_eq!(run.signal, Some(libc::SIGBUS), "{}", scene.said());
+    let vms = scene.stop();
+    assert_eq!(endings(&vms), ["exited"], "{}", scene.said());
+    for line in scene.said().lines() {
+        let _: serde_json::Value = serde_json::from_str(line).expect(line);
+    }
 }
 
 /// Flips a bit in the middle of the frames, of which a snapshot of random pages is full.

@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::sync::Mutex;
 
+use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
 use super::*;
@@ -110,7 +111,7 @@ impl Desk for Fake {
 fn replies(desk: &Fake, sent: &[u8]) -> Vec<Value> {
     let (here, there) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || answer(&there, desk));
+        scope.spawn(move || answer(&there, geteuid().as_raw(), desk));
         scope.spawn({
             let mut here = here.try_clone().unwrap();
             move || {
@@ -295,7 +296,7 @@ fn the_client_gets_what_the_desk_said() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (stream, _) = listener.accept().unwrap();
-            answer(&stream, &desk);
+            answer(&stream, geteuid().as_raw(), &desk);
         });
         let client = Client::connect(&path).unwrap();
         let ask = Request::Stats {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use snaprestore_engine::pager::AttachError;
+
 use super::Keeper;
 use super::services::Open;
 use super::workers::Outgoing;
@@ -64,17 +66,18 @@ impl Keeper {
             }),
             (None, None) => None,
         };
-        if let Some(key) = key {
-            vm.service = key;
-            self.vms.insert(id, vm);
-            self.outgoing.push_back(Outgoing::Vm(id));
-            self.say(format_args!("VM {pid}: taken back from systemd"));
-        } else {
-            self.kill(&vm);
-            self.dying.insert(id, vm);
+        let Some(key) = key else {
             let why = "its snapshot's open file was not held".to_owned();
-            self.note(Report::new(pid, Ending::Killed, Some(why)));
+            return self.end(id, vm, Ending::Killed, why);
+        };
+        vm.service = key;
+        if let Err(error) = vm.open_page_map() {
+            let why = anyhow::Error::from(AttachError::PageMap(error));
+            return self.end(id, vm, Ending::Killed, format!("{why:#}"));
         }
+        self.vms.insert(id, vm);
+        self.outgoing.push_back(Outgoing::Vm(id));
+        self.say(format_args!("VM {pid}: taken back from systemd"));
     }
 
     /// Has what a VM can't do without held outside.
@@ -133,12 +136,17 @@ impl Keeper {
     pub(super) fn kill_all(&mut self, why: &str) {
         self.pending.clear();
         for (id, vm) in std::mem::take(&mut self.vms) {
-            self.kill(&vm);
             self.count_ended(vm.service);
-            let pid = vm.peer.pid;
-            self.dying.insert(id, vm);
-            self.note(Report::new(pid, Ending::Killed, Some(why.to_owned())));
+            self.end(id, vm, Ending::Killed, why.to_owned());
         }
+    }
+
+    /// Ends a VM that is not, or no longer, among those that are served.
+    pub(super) fn end(&mut self, id: u64, vm: Vm, ending: Ending, why: String) {
+        self.kill(&vm);
+        let pid = vm.peer.pid;
+        self.dying.insert(id, vm);
+        self.note(Report::new(pid, ending, Some(why)));
     }
 
     pub(super) fn kill(&self, vm: &Vm) {

@@ -174,26 +174,27 @@ impl Keeper {
     /// Serves until asked to stop, and every VM has ended or was let go.
     pub(crate) fn run(mut self) -> Result<Ended> {
         tell_manager("READY=1");
-        let failed = loop {
-            if let Err(error) = self.turn() {
+        let mut outcome = Ok(());
+        loop {
+            let turn = self.turn();
+            let fails_again = turn.is_err() && self.stopping == Stopping::Kills;
+            if let Err(error) = &turn {
                 // VMs without a keeper would wait for ever.
-                self.complain(format_args!("{error:#}"));
-                self.kill_all("the daemon can't go on");
-                if let Stopping::Kills = self.stopping {
-                    break Err(error);
-                }
+                self.kill_all(&format!("the daemon can't go on: {error:#}"));
                 self.stopping = Stopping::Kills;
             }
-            if self.stopping != Stopping::No && self.vms.is_empty() && self.pending.is_empty() {
-                break Ok(());
+            outcome = outcome.and(turn);
+            let is_empty = self.vms.is_empty() && self.pending.is_empty();
+            if fails_again || self.stopping != Stopping::No && is_empty {
+                break;
             }
-        };
+        }
         while !self.dying.is_empty() {
             self.wait_for_one(&[Token::Dying])?;
             self.bury();
         }
         self.let_worker_leave();
-        failed.map(|()| Ended {
+        outcome.map(|()| Ended {
             vms: self.endings,
             count: self.ended,
             worker_restarts: self.restarts,

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use snaprestore_engine::pager::AttachError;
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::sys::{Peer, peer_of};
 
@@ -163,9 +164,14 @@ impl Keeper {
             userfaultfd,
             regions,
         } = handshake;
-        let vm = Vm::new(service, peer, userfaultfd, regions);
+        let mut vm = Vm::new(service, peer, userfaultfd, regions);
         let id = self.next.1;
         self.next.1 += 1;
+        if let Err(error) = vm.open_page_map() {
+            let why = anyhow::Error::from(AttachError::PageMap(error));
+            self.count_ended(service);
+            return self.end(id, vm, Ending::Refused, format!("{why:#}"));
+        }
         self.vms.insert(id, vm);
         self.hold(id);
         self.outgoing.push_back(Outgoing::Vm(id));

@@ -66,6 +66,7 @@ impl Keeper {
                 let answer = Outgoing::Answer(successor.number, Ok(Some(upgraded)));
                 self.outgoing.push_back(answer);
             }
+            Ok(Some((FromWorker::Unfit { why }, _))) => self.give_up_upgrade(&why),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             _ => self.give_up_upgrade("it ended, or says what no worker says"),
         }

@@ -73,6 +73,7 @@ impl Keeper {
                     pid: vm.peer.pid,
                     age_ms: u64::try_from(age).unwrap_or(u64::MAX),
                     regions: vm.regions.clone(),
+                    page_map: vm.has_page_map(),
                     deadly: vm.deadly(),
                 };
                 wire.send(&message, &vm.descriptors())
@@ -117,6 +118,9 @@ impl Keeper {
     fn heard(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         match message {
             FromWorker::Ready { version } => self.worker.version = Some(version),
+            // The first of all: another would fare no better. Of a later one it may be for want of memory.
+            FromWorker::Unfit { why } if self.workers == 1 => bail!("{why}"),
+            FromWorker::Unfit { why } => self.complain(why),
             FromWorker::Ask { number, request } => self.asked(number, request),
             // The operator knows: now it may go.
             FromWorker::Told => {
