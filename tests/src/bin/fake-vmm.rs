@@ -2,7 +2,7 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--hang-up]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
@@ -13,6 +13,8 @@
 //! Firecracker does. `--wait` waits for the end of standard input before
 //! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
 //! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
+//! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right. `--hang-up`
+//! closes the socket in the middle of the message, and touches nothing.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -36,7 +38,7 @@ const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 /// Pages that are discarded or moved together, of small ones.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--hang-up]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,9 @@ struct Options {
     wait: bool,
     hold: bool,
     let_go: bool,
+    only: usize,
+    die: bool,
+    hang_up: bool,
 }
 
 fn options() -> Option<Options> {
@@ -81,6 +86,9 @@ fn options() -> Option<Options> {
         wait: false,
         hold: false,
         let_go: false,
+        only: usize::MAX,
+        die: false,
+        hang_up: false,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next()?.into_string().ok();
@@ -101,6 +109,9 @@ fn options() -> Option<Options> {
             "--wait" => options.wait = true,
             "--hold" => options.hold = true,
             "--let-go" => options.let_go = true,
+            "--only" => options.only = value()?.parse().ok()?,
+            "--die" => options.die = true,
+            "--hang-up" => options.hang_up = true,
             _ => return None,
         }
     }
@@ -113,8 +124,15 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     match run(&options) {
+        Ok(Ok(_)) if options.hang_up => {
+            println!("hung up");
+            ExitCode::SUCCESS
+        }
         Ok(Ok(pages)) => {
             println!("{pages} pages right");
+            if options.die {
+                let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+            }
             ExitCode::SUCCESS
         }
         Ok(Err(page)) => {
@@ -152,6 +170,9 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         .map_err(io::Error::other)?;
     let mut memory = Memory::map(raw.len() / PAGE, options, &uffd)?;
     let socket = memory.hand_over(options, &uffd)?;
+    if options.hang_up {
+        return Ok(Ok(0));
+    }
     // Dropping it would unregister the memory first; kept, it is closed when the program ends.
     let uffd = std::mem::ManuallyDrop::new(uffd);
     if options.let_go {
@@ -170,11 +191,11 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
         println!("handed over");
         io::stdin().read_to_end(&mut Vec::new())?;
     }
-    let mut result = memory.compare(&raw, options.threads, gone);
+    let mut result = memory.compare(&raw, options, gone);
     if options.hold && result.is_ok() {
         println!("right so far");
         io::stdin().read_to_end(&mut Vec::new())?;
-        result = memory.compare(&raw, options.threads, gone);
+        result = memory.compare(&raw, options, gone);
     }
     drop(socket);
     Ok(result)
@@ -224,16 +245,20 @@ impl Memory {
             fields
         };
         let message: Value = self.regions.iter().map(region).collect();
+        let mut message = message.to_string();
+        if options.hang_up {
+            message.truncate(message.len() / 2);
+        }
         let socket = UnixStream::connect(&options.socket)?;
         let descriptors = [uffd.as_fd().as_raw_fd()];
         sendmsg::<()>(
             socket.as_raw_fd(),
-            &[IoSlice::new(message.to_string().as_bytes())],
+            &[IoSlice::new(message.as_bytes())],
             &[ControlMessage::ScmRights(&descriptors)],
             MsgFlags::empty(),
             None,
         )?;
-        Ok((options.manner == Manner::V1_12).then_some(socket))
+        Ok((options.manner == Manner::V1_12 && !options.hang_up).then_some(socket))
     }
 
     fn address(&self, page: usize) -> *mut u8 {
@@ -286,11 +311,12 @@ impl Memory {
         }
     }
 
-    /// Touches every page in a shuffled order. The number of pages that are right, or one that isn't.
+    /// Touches the pages in a shuffled order, all or the first of them. The number of pages that are right,
+    /// or one that isn't.
     fn compare(
         &self,
         raw: &[u8],
-        threads: usize,
+        options: &Options,
         gone: impl Fn(usize) -> bool + Sync,
     ) -> Result<usize, usize> {
         let is_right = |page: usize| {
@@ -303,10 +329,11 @@ impl Memory {
                 content[..] == raw[page * PAGE..][..PAGE]
             }
         };
+        let (count, threads) = (self.pages.min(options.only), options.threads);
         let wrong = std::thread::scope(|scope| {
             let part = |thread: usize| {
                 // 1021 is a prime, and divides no number of pages that is a power of two.
-                let order = (thread..self.pages).step_by(threads);
+                let order = (thread..count).step_by(threads);
                 order
                     .map(|page| page * 1021 % self.pages)
                     .find(|page| !is_right(*page))
@@ -317,6 +344,6 @@ impl Memory {
             let wrong = threads.into_iter().filter_map(|thread| thread.join().ok()?);
             wrong.min()
         });
-        wrong.map_or(Ok(self.pages), Err)
+        wrong.map_or(Ok(count), Err)
     }
 }

@@ -7,6 +7,7 @@
 mod confined;
 mod damage;
 mod flips;
+mod footprint;
 mod guest;
 mod keepers;
 mod killed;
@@ -19,4 +20,5 @@ mod outcomes;
 mod outside;
 mod scene;
 mod serve;
+mod thousand;
 mod workers;

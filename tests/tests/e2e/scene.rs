@@ -30,9 +30,14 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn new(shares: Shares) -> Self {
+        Self::of(PAGES, shares)
+    }
+
+    /// With so many pages.
+    pub(crate) fn of(pages: u64, shares: Shares) -> Self {
         let folder = TempDir::new().expect("a folder");
         let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("snap"));
-        fs::write(&raw, Mix::with_shares(PAGES, 31, shares).bytes()).expect("written");
+        fs::write(&raw, Mix::with_shares(pages, 31, shares).bytes()).expect("written");
         let create = snaprestore([
             "create".as_ref(),
             raw.as_os_str(),
@@ -140,6 +145,12 @@ impl Scene {
         let mut daemon = self.daemon.take().expect("it runs");
         daemon.kill().expect("killed");
         daemon.wait().expect("its end");
+    }
+
+    /// The keeper's process.
+    pub(crate) fn keeper(&self) -> Pid {
+        let daemon = self.daemon.as_ref().expect("it runs");
+        Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"))
     }
 
     /// The process of the worker, if there is one just now.
