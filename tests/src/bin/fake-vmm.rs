@@ -2,7 +2,7 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--send nothing|half]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
@@ -13,6 +13,7 @@
 //! Firecracker does. `--wait` waits for the end of standard input before
 //! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
 //! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
+//! `--send` has it say less than all, and go on as if it had said it.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -36,7 +37,7 @@ const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 /// Pages that are discarded or moved together, of small ones.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--send nothing|half]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -65,6 +66,16 @@ struct Options {
     wait: bool,
     hold: bool,
     let_go: bool,
+    send: Send,
+}
+
+/// How much of its message it sends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Send {
+    All,
+    /// Half, with the descriptor.
+    Half,
+    Nothing,
 }
 
 fn options() -> Option<Options> {
@@ -81,6 +92,7 @@ fn options() -> Option<Options> {
         wait: false,
         hold: false,
         let_go: false,
+        send: Send::All,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next()?.into_string().ok();
@@ -101,6 +113,13 @@ fn options() -> Option<Options> {
             "--wait" => options.wait = true,
             "--hold" => options.hold = true,
             "--let-go" => options.let_go = true,
+            "--send" => {
+                options.send = match value()?.as_str() {
+                    "half" => Send::Half,
+                    "nothing" => Send::Nothing,
+                    _ => return None,
+                }
+            }
             _ => return None,
         }
     }
@@ -225,15 +244,22 @@ impl Memory {
         };
         let message: Value = self.regions.iter().map(region).collect();
         let socket = UnixStream::connect(&options.socket)?;
+        let message = message.to_string();
+        let part = match options.send {
+            Send::All => &message[..],
+            Send::Half => &message[..message.len() / 2],
+            Send::Nothing => return Ok(Some(socket)),
+        };
         let descriptors = [uffd.as_fd().as_raw_fd()];
         sendmsg::<()>(
             socket.as_raw_fd(),
-            &[IoSlice::new(message.to_string().as_bytes())],
+            &[IoSlice::new(part.as_bytes())],
             &[ControlMessage::ScmRights(&descriptors)],
             MsgFlags::empty(),
             None,
         )?;
-        Ok((options.manner == Manner::V1_12).then_some(socket))
+        let stays_open = options.manner == Manner::V1_12 || options.send != Send::All;
+        Ok(stays_open.then_some(socket))
     }
 
     fn address(&self, page: usize) -> *mut u8 {
