@@ -8,9 +8,12 @@
 //!     hold ID, with the owner's pidfd and its
 //!     userfaultfds                             ──▶  keeps them
 //!                                  lost ID WHY ◀──  or can't
-//!     release ID                               ──▶  closes them
-//!     dies, or closes the socket               ──▶  kills each owner, waits for its end, closes its
-//!                                                   userfaultfds, exits
+//!     hold ID, with the pidfd of one who is about
+//!     to hand its memory over                  ──▶  the same; another `hold ID` takes its place
+//!     listen ID UID,UID with a listening socket──▶  keeps it
+//!     release ID                               ──▶  closes what it keeps under that name
+//!     dies, or closes the socket               ──▶  kills who is in the queue of a listening socket; kills each
+//!                                                   owner, waits for its end, closes its userfaultfds; exits
 //! ```
 //!
 //! What the keeper has sent before it dies is read before the end of the socket is. All signals are blocked, so only
@@ -22,7 +25,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -40,7 +43,7 @@ use nix::unistd::{dup2_stdin, setsid};
 use snaprestore_engine::sys::{Received, kill_by_pidfd, receive, take_inherited};
 
 use super::outside::News;
-use super::{cgroup, systemd};
+use super::{cgroup, queue, systemd};
 
 /// The hidden command, and the option of the process that stays.
 pub(crate) const COMMAND: &str = "guardian";
@@ -142,6 +145,22 @@ impl Guardian {
         send(self.as_fd(), &format!("hold {id}"), &control)
     }
 
+    pub(super) fn listen(
+        &self,
+        id: &str,
+        listening: BorrowedFd<'_>,
+        allowed: &[u32],
+    ) -> io::Result<()> {
+        let uids: Vec<_> = allowed.iter().map(ToString::to_string).collect();
+        let text = format!("listen {id} {}", uids.join(","));
+        if text.len() > MESSAGE {
+            let why = "too many users are allowed to connect";
+            return Err(io::Error::new(ErrorKind::InvalidInput, why));
+        }
+        let fds = [listening.as_raw_fd()];
+        send(self.as_fd(), &text, &[ControlMessage::ScmRights(&fds)])
+    }
+
     pub(super) fn release(&self, id: &str) -> io::Result<()> {
         send(self.as_fd(), &format!("release {id}"), &[])
     }
@@ -238,7 +257,11 @@ fn stay() -> io::Result<()> {
         &format!("ready 1 {} {place}", std::process::id()),
         &[],
     );
-    end_all(guard(&socket));
+    let (wards, queues) = guard(&socket);
+    for Queue { listener, allowed } in queues {
+        queue::end(&listener, &allowed, |what| log(&what));
+    }
+    end_all(wards);
     Ok(())
 }
 
@@ -261,9 +284,17 @@ struct Ward {
     _uffds: Vec<OwnedFd>,
 }
 
+/// A listening socket, and whose users may connect there: all, if none is named.
+#[derive(Debug)]
+struct Queue {
+    listener: UnixListener,
+    allowed: Vec<u32>,
+}
+
 /// Takes what the keeper sends, to its end. Gives what was held then.
-fn guard(socket: &OwnedFd) -> Vec<Ward> {
+fn guard(socket: &OwnedFd) -> (Vec<Ward>, Vec<Queue>) {
     let mut wards = BTreeMap::<String, Ward>::new();
+    let mut queues = BTreeMap::<String, Queue>::new();
     let mut errors = 0;
     loop {
         let mut buffer = [0; MESSAGE];
@@ -295,13 +326,39 @@ fn guard(socket: &OwnedFd) -> Vec<Ward> {
                     let _ = send(socket.as_fd(), &format!("lost {id} {why}"), &[]);
                 }
             },
+            Some(("listen", rest)) => {
+                let (id, uids) = rest.split_once(' ').unwrap_or((rest, ""));
+                match queue_of(uids, received) {
+                    Ok(queue) => {
+                        queues.insert(id.to_owned(), queue);
+                    }
+                    Err(why) => {
+                        let _ = send(socket.as_fd(), &format!("lost {id} {why}"), &[]);
+                    }
+                }
+            }
             Some(("release", id)) => {
                 wards.remove(id);
+                queues.remove(id);
             }
             _ => log(&format!("the keeper has sent {message:?}")),
         }
     }
-    wards.into_values().collect()
+    (
+        wards.into_values().collect(),
+        queues.into_values().collect(),
+    )
+}
+
+fn queue_of(uids: &str, received: Received) -> Result<Queue, &'static str> {
+    let mut fds = received.descriptors.into_iter();
+    let fd = fds.next().ok_or("it may have no more descriptors open")?;
+    let allowed = uids.split(',').filter(|uid| !uid.is_empty());
+    let allowed: Result<_, _> = allowed.map(str::parse).collect();
+    Ok(Queue {
+        listener: fd.into(),
+        allowed: allowed.map_err(|_| "its users are not understood")?,
+    })
 }
 
 fn ward(id: &str, received: Received) -> Result<Ward, &'static str> {

@@ -5,13 +5,18 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
 
 use super::config::MetricsAddress;
-use super::control;
+use super::{control, queue};
+
+/// How long the guardian of a keeper that has died may have its sockets.
+const LETTING_GO: Duration = Duration::from_secs(2);
 
 /// A listening socket; the name that it has in the file system is removed when it is dropped.
 #[derive(Debug)]
@@ -46,6 +51,33 @@ impl Listening {
             format!("{}: can't be listened on{hint}", path.display())
         })?;
         Self::unix(listener, path)
+    }
+
+    /// Goes on listening at a socket that an earlier keeper made, if its path is `path` and still means it; `held_as`
+    /// is what that one had it held as.
+    pub(super) fn inherit(socket: OwnedFd, held_as: &str) -> Option<(PathBuf, Self)> {
+        let listener = UnixListener::from(socket);
+        let path = listener.local_addr().ok()?.as_pathname()?.to_owned();
+        let mut listening = Self::unix(listener, &path).ok()?;
+        if listening.held_as().as_deref() != Some(held_as) {
+            listening.name = None;
+        }
+        Some((path, listening))
+    }
+
+    /// What it is to be held as, so that another keeper knows whether its path still means it; none if it doesn't, or
+    /// if it has none.
+    pub(super) fn held_as(&self) -> Option<String> {
+        let Name { path, file } = self.name.as_ref()?;
+        let (device, inode) = file;
+        (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
+    }
+
+    /// Ends who has connected and was not accepted; nobody can connect any more.
+    pub(super) fn end_queue(&self, allowed: &[u32], say: impl FnMut(String)) {
+        if let Listener::Unix(listener) = &self.listener {
+            queue::end(listener, allowed, say);
+        }
     }
 
     /// Listens for this user and root only.
@@ -116,16 +148,25 @@ impl Drop for Listening {
     }
 }
 
-/// Removes a socket that nobody listens at: it is left of a server that was killed.
+/// Removes a socket that nobody listens at: it is left of a server that was killed. A guardian may need a moment to
+/// let go of it.
 fn make_room(path: &Path) -> Result<()> {
-    match UnixStream::connect(path) {
-        Ok(_) => bail!("{}: another process serves there", path.display()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            let _ = remove_file(path);
+    let began = Instant::now();
+    // Of another kind, so that it is found out whether somebody has the socket, and nobody has to accept this.
+    let probe = UnixDatagram::unbound()?;
+    loop {
+        match probe.connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                let _ = remove_file(path);
+                return Ok(());
+            }
+            Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
+            _ if began.elapsed() >= LETTING_GO => {
+                bail!("{}: another process serves there", path.display())
+            }
+            _ => std::thread::sleep(LETTING_GO / 100),
         }
-        Err(_) => {}
     }
-    Ok(())
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {

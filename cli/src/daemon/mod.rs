@@ -23,6 +23,7 @@
 //! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
 //! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
 //! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`outside`]) |
+//! | keeper, while a VM hands its memory over | that VM is killed; one that was not accepted yet is served by systemd's next keeper |
 
 mod asking;
 mod cgroup;
@@ -37,6 +38,7 @@ mod listening;
 pub(crate) mod metrics;
 mod outside;
 mod pending;
+mod queue;
 mod report;
 mod systemd;
 mod vms;

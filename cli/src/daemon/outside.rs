@@ -14,6 +14,10 @@
 //!   nobody                                                              VMs wait for ever, or read zeros
 //! ```
 //!
+//! A VM is held from the moment at which it is accepted, by its pidfd alone until its handshake has come: what it has sent
+//! could be lost with the keeper, and it would wait for ever. Who has connected and was not accepted is held with the
+//! listening socket: the next keeper accepts from the same one, and the guardian kills whoever is in its queue.
+//!
 //! What is held has an id, made of letters, digits, `-` and `_`, which means the same over restarts, and
 //! roles below it. systemd compares what it is given: the same open file is kept once, under the name that
 //! came first. So what VMs share, as a snapshot's file, is held under an id of its own.
@@ -31,6 +35,9 @@ use super::systemd::{self, Given, Manager};
 pub(crate) const UFFD: &str = "uffd";
 /// The role of the pidfd of the process whose memory it is.
 pub(crate) const OWNER: &str = "owner";
+
+/// The role of a socket at which VMs connect.
+const LISTENING: &str = "listening";
 
 /// The longest id. With the longest role a name has at most the 255 bytes that systemd permits.
 const ID_MAX: usize = 64;
@@ -94,23 +101,25 @@ impl Outside {
         Self { who, held }
     }
 
-    /// Has the descriptors `fds` of `id`, each with its role, held. What was held of `id` under these roles
-    /// before must have been released.
+    /// Has the descriptors `fds` of `id`, each with its role, held. What is held of `id` under one of these roles already
+    /// must be the same.
     ///
-    /// The guardian holds the userfaultfds and the owner, and nothing else: it ends VMs, and can't go on with
+    /// The guardian holds the owner and the userfaultfds, and nothing else: it ends VMs, and can't go on with
     /// them. Once this has returned, the keeper may die.
     pub(crate) fn hold(&mut self, id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
         check(id, fds)?;
         match &self.who {
             Who::Systemd { manager, room } => {
                 let held: usize = self.held.values().map(Vec::len).sum();
-                if held + fds.len() > *room {
+                let roles = self.held.entry(id.to_owned()).or_default();
+                let known = |role: &str| roles.iter().any(|known| known == role);
+                let new: Vec<_> = fds.iter().filter(|(role, _)| !known(role)).collect();
+                if held + new.len() > *room {
                     let why = format!("FileDescriptorStoreMax={room} is used up");
                     return Err(io::Error::other(why));
                 }
-                for (role, fd) in fds {
+                for (role, fd) in new {
                     manager.store(&systemd::name(id, role), *fd)?;
-                    let roles = self.held.entry(id.to_owned()).or_default();
                     roles.push((*role).to_owned());
                 }
                 Ok(())
@@ -123,12 +132,22 @@ impl Outside {
                 };
                 let owner = of(|role| role == OWNER).next();
                 let uffds: Vec<_> = of(|role| role.starts_with(UFFD)).collect();
-                match owner {
-                    Some(owner) if !uffds.is_empty() => guardian.hold(id, owner, &uffds),
-                    _ => Ok(()),
-                }
+                owner.map_or(Ok(()), |owner| guardian.hold(id, owner, &uffds))
             }
             Who::Nobody { .. } => Ok(()),
+        }
+    }
+
+    /// Has the socket `listening` held, at which VMs of the users `allowed` connect, or of all if none is named.
+    pub(crate) fn hold_listening(
+        &mut self,
+        id: &str,
+        listening: BorrowedFd<'_>,
+        allowed: &[u32],
+    ) -> io::Result<()> {
+        match &self.who {
+            Who::Guardian(guardian) => guardian.listen(id, listening, allowed),
+            _ => self.hold(id, &[(LISTENING, listening)]),
         }
     }
 

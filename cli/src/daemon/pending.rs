@@ -14,6 +14,8 @@ pub(super) const MOST: usize = 256;
 /// One that is being waited for.
 #[derive(Debug)]
 pub(super) struct Pending {
+    /// The number of the VM that it becomes.
+    pub(super) id: u64,
     pub(super) service: u64,
     pub(super) peer: Peer,
     stream: UnixStream,
@@ -24,6 +26,7 @@ pub(super) struct Pending {
 
 impl Pending {
     pub(super) fn new(
+        id: u64,
         service: u64,
         stream: UnixStream,
         peer: Peer,
@@ -31,6 +34,7 @@ impl Pending {
     ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
+            id,
             service,
             peer,
             stream,

@@ -7,13 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{OwnerRegion, Vitals};
-use snaprestore_engine::sys::{Peer, kill_by_pidfd, open_page_map};
+use snaprestore_engine::sys::{Peer, kill_by_pidfd, open_page_map, pid_of};
 
 use super::config::Service;
 use super::outside::{OWNER, Outside, UFFD};
@@ -141,14 +141,14 @@ impl Vm {
             (META, memfd.as_fd()),
         ];
         descriptors.extend(self.page_map.as_ref().map(|map| (PAGE_MAP, map.as_fd())));
-        outside.hold(&format!("vm-{id}"), &descriptors)?;
+        outside.hold(&held_as(id), &descriptors)?;
         self.hold_tables(id, outside)
     }
 
     /// Has its tables held outside, if it has some.
     pub(super) fn hold_tables(&self, id: u64, outside: &mut Outside) -> Result<()> {
         if let Some(tables) = &self.tables {
-            outside.hold(&format!("vm-{id}"), &[(TABLES, tables.memfd.as_fd())])?;
+            outside.hold(&held_as(id), &[(TABLES, tables.memfd.as_fd())])?;
         }
         Ok(())
     }
@@ -212,19 +212,50 @@ impl Vm {
         }
         late(watch.reads.1) || watch.turns.iter().any(|(_, since)| late(*since))
     }
+}
 
-    /// Ends it. False, with what the kernel says, if that isn't permitted.
-    pub(super) fn kill(&self) -> Result<(), Errno> {
-        match kill_by_pidfd(self.peer.pidfd.as_fd()) {
-            Err(Errno::ESRCH) => Ok(()),
-            killed => killed,
+/// A VM that is served no more, and whose process may not have ended yet.
+#[derive(Debug)]
+pub(super) struct Dying {
+    owner: OwnedFd,
+    /// Closed when it has ended and not before, since what is missing becomes zeros.
+    _held: Vec<OwnedFd>,
+}
+
+impl Dying {
+    /// Ends it. Its id, and what the kernel says if that isn't permitted.
+    pub(super) fn kill(&self) -> (u32, Result<(), Errno>) {
+        let pid = pid_of(self.owner()).unwrap_or(0);
+        match kill_by_pidfd(self.owner()) {
+            Err(Errno::ESRCH) => (pid, Ok(())),
+            killed => (pid, killed),
         }
     }
 
-    /// Whether its process has ended: only then may its userfaultfd be closed, since what is missing
-    /// becomes zeros.
+    pub(super) fn owner(&self) -> BorrowedFd<'_> {
+        self.owner.as_fd()
+    }
+
     pub(super) fn is_gone(&self) -> bool {
-        readable(self.peer.pidfd.as_fd())
+        readable(self.owner())
+    }
+}
+
+impl From<Vm> for Dying {
+    fn from(vm: Vm) -> Self {
+        Self {
+            owner: vm.peer.pidfd,
+            _held: vec![vm.userfaultfd],
+        }
+    }
+}
+
+impl From<Peer> for Dying {
+    fn from(peer: Peer) -> Self {
+        Self {
+            owner: peer.pidfd,
+            _held: Vec::new(),
+        }
     }
 }
 
@@ -239,46 +270,78 @@ struct Meta {
     file: String,
 }
 
+impl Meta {
+    fn read(memfd: &OwnedFd) -> Result<Self> {
+        let memfd = File::from(memfd.try_clone()?);
+        let mut text = vec![0; usize::try_from(memfd.metadata()?.len())?];
+        memfd.read_exact_at(&mut text, 0)?;
+        Ok(serde_json::from_slice(&text)?)
+    }
+}
+
 /// A VM that was held outside.
 #[derive(Debug)]
-pub(super) struct Held {
-    pub(super) id: u64,
-    /// Of no service yet.
-    pub(super) vm: Vm,
-    pub(super) service: Service,
-    pub(super) file: String,
+pub(super) enum Held {
+    /// As a whole.
+    Vm {
+        /// Of no service yet.
+        vm: Box<Vm>,
+        service: Service,
+        /// The id under which its snapshot's open file is held.
+        file: String,
+    },
+    /// In part, which is good for ending it only.
+    Part {
+        vm: Dying,
+        /// Why it can't be served.
+        why: String,
+    },
 }
 
 impl Held {
-    /// From what was held under `id`.
-    pub(super) fn of(id: &str, descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
-        let number = id
-            .strip_prefix("vm-")
-            .and_then(|number| number.parse().ok());
+    /// From what was held under one id.
+    pub(super) fn of(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
-        let mut take = |role: &str| by_role.remove(role);
-        let meta = File::from(take(META).context("it came back without its description")?);
-        let mut text = vec![0; usize::try_from(meta.metadata()?.len())?];
-        meta.read_exact_at(&mut text, 0)?;
-        let meta: Meta = serde_json::from_slice(&text)?;
+        let owner = by_role.remove(OWNER);
+        let pidfd = owner.context("it came back without its pidfd")?;
+        let part = |owner, held, why: anyhow::Error| Self::Part {
+            vm: Dying { owner, _held: held },
+            why: format!("{why:#}"),
+        };
+        let meta = match by_role.get(META).map(Meta::read) {
+            Some(Ok(meta)) if by_role.contains_key(UFFD) => meta,
+            Some(Err(error)) => {
+                let why = error.context("its description can't be read");
+                return Ok(part(pidfd, by_role.into_values().collect(), why));
+            }
+            _ => {
+                let why = anyhow!("it was handing its memory over when the last keeper died");
+                return Ok(part(pidfd, by_role.into_values().collect(), why));
+            }
+        };
         let peer = Peer {
             pid: meta.pid,
             uid: meta.uid,
-            pidfd: take(OWNER).context("it came back without its pidfd")?,
+            pidfd,
         };
-        let userfaultfd = take(UFFD).context("it came back without its userfaultfd")?;
+        let userfaultfd = by_role.remove(UFFD).context("a userfaultfd")?;
         let mut vm = Vm::new(0, peer, userfaultfd, meta.regions);
-        vm.page_map = take(PAGE_MAP);
-        if let Some(tables) = take(TABLES) {
-            vm.keep_tables(tables)?;
+        vm.page_map = by_role.remove(PAGE_MAP);
+        let tables = by_role.remove(TABLES);
+        match tables.map_or(Ok(()), |tables| vm.keep_tables(tables)) {
+            Ok(()) => Ok(Self::Vm {
+                vm: Box::new(vm),
+                service: meta.service,
+                file: meta.file,
+            }),
+            Err(why) => Ok(part(vm.peer.pidfd, vec![vm.userfaultfd], why)),
         }
-        Ok(Self {
-            id: number.context("it has no number")?,
-            vm,
-            service: meta.service,
-            file: meta.file,
-        })
     }
+}
+
+/// Under which id what belongs to VM number `id` is held outside.
+pub(super) fn held_as(id: u64) -> String {
+    format!("vm-{id}")
 }
 
 fn readable(fd: BorrowedFd<'_>) -> bool {

@@ -52,7 +52,7 @@ pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
 pub(crate) use process::PageMap;
-pub use process::{kill_by_pidfd, may_kill, open_page_map, open_pidfd};
+pub use process::{kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};

@@ -44,17 +44,21 @@ fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// The id of the process behind `pidfd`. ESRCH: it has ended.
+pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
+    let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
+    let pid = pid.and_then(|pid| pid.trim().parse().ok());
+    pid.ok_or_else(|| Errno::ESRCH.into())
+}
+
 /// Opens the page map of the process behind `pidfd`, for [`Handover`](crate::pager::Handover): whoever has it can
 /// tell which of its pages are there, without the permission that opening it takes.
 ///
 /// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has
 /// ended.
 pub fn open_page_map(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-    let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
-    let pid = pid.and_then(|pid| pid.trim().parse::<u32>().ok());
-    let pid = pid.ok_or_else(|| io::Error::from(Errno::ESRCH))?;
-    let file = File::open(format!("/proc/{pid}/pagemap"));
+    let file = File::open(format!("/proc/{}/pagemap", pid_of(pidfd)?));
     // The number was still its own when the file was opened if it has not ended by now.
     may_kill(pidfd)?;
     Ok(file?.into())

@@ -2,7 +2,7 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--hang-up]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half] [--hang-up]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
@@ -13,8 +13,9 @@
 //! Firecracker does. `--wait` waits for the end of standard input before
 //! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
 //! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
-//! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right. `--hang-up`
-//! closes the socket in the middle of the message, and touches nothing.
+//! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right.
+//! `--send` has it say less than all, and go on as if it had said it; with `--hang-up` it closes the socket then, and
+//! touches nothing.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -38,7 +39,7 @@ const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 /// Pages that are discarded or moved together, of small ones.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--hang-up]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half] [--hang-up]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -70,6 +71,16 @@ struct Options {
     only: usize,
     die: bool,
     hang_up: bool,
+    send: Send,
+}
+
+/// How much of its message it sends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Send {
+    All,
+    /// Half, with the descriptor.
+    Half,
+    Nothing,
 }
 
 fn options() -> Option<Options> {
@@ -89,6 +100,7 @@ fn options() -> Option<Options> {
         only: usize::MAX,
         die: false,
         hang_up: false,
+        send: Send::All,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next()?.into_string().ok();
@@ -112,6 +124,13 @@ fn options() -> Option<Options> {
             "--only" => options.only = value()?.parse().ok()?,
             "--die" => options.die = true,
             "--hang-up" => options.hang_up = true,
+            "--send" => {
+                options.send = match value()?.as_str() {
+                    "half" => Send::Half,
+                    "nothing" => Send::Nothing,
+                    _ => return None,
+                }
+            }
             _ => return None,
         }
     }
@@ -245,20 +264,23 @@ impl Memory {
             fields
         };
         let message: Value = self.regions.iter().map(region).collect();
-        let mut message = message.to_string();
-        if options.hang_up {
-            message.truncate(message.len() / 2);
-        }
         let socket = UnixStream::connect(&options.socket)?;
+        let message = message.to_string();
+        let part = match options.send {
+            Send::All => &message[..],
+            Send::Half => &message[..message.len() / 2],
+            Send::Nothing => return Ok(Some(socket)),
+        };
         let descriptors = [uffd.as_fd().as_raw_fd()];
         sendmsg::<()>(
             socket.as_raw_fd(),
-            &[IoSlice::new(message.as_bytes())],
+            &[IoSlice::new(part.as_bytes())],
             &[ControlMessage::ScmRights(&descriptors)],
             MsgFlags::empty(),
             None,
         )?;
-        Ok((options.manner == Manner::V1_12 && !options.hang_up).then_some(socket))
+        let stays_open = options.manner == Manner::V1_12 || options.send != Send::All;
+        Ok((stays_open && !options.hang_up).then_some(socket))
     }
 
     fn address(&self, page: usize) -> *mut u8 {

@@ -19,6 +19,9 @@ mod guardian;
 #[path = "../../../cli/src/daemon/outside.rs"]
 #[allow(dead_code, reason = "a keeper does more")]
 mod outside;
+#[path = "../../../cli/src/daemon/queue.rs"]
+#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
+mod queue;
 #[path = "../../../cli/src/daemon/systemd.rs"]
 #[allow(dead_code, reason = "a keeper does more")]
 mod systemd;

@@ -214,8 +214,8 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers
     scene.wait_for(": served", 1);
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
     scene.wait_for(": served", 2);
-    // The snapshot's file; of the VM five.
-    while manager.names().len() < 6 {
+    // The snapshot's file, and the socket; of the VM five.
+    while manager.names().len() < 7 {
         manager.take_one();
     }
     assert!(manager.names().contains(&"vm.vm-1.pagemap"));

@@ -1,15 +1,22 @@
 //! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read what
 //! is wrong.
 
+use std::fs;
 use std::io::{BufRead as _, BufReader, Lines};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, ChildStdout};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::Run;
 
 use crate::manager::FakeManager;
 use crate::scene::{Scene, endings};
+
+/// Only a hang takes so long.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
@@ -33,8 +40,8 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     let options = ["--prefetch", "off"];
     scene.start(with_it(scene.daemon(&options)));
     let (mut vmm, _said) = vmm(&scene);
-    // The snapshot's file; of the VM four.
-    while manager.names().len() < 5 {
+    // The snapshot's file, and the socket; of the VM four.
+    while manager.names().len() < 6 {
         manager.take_one();
     }
     scene.kill();
@@ -66,7 +73,7 @@ fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
         scene.serve(&["--prefetch", "all"]);
         let options = ["--threads", "3", "--discard", "--let-go"];
         let vmm = scene.vmm(&options).spawn().expect("a VMM");
-        // Before, its memory may be on its way to the keeper, and in nobody else's hands.
+        // Before, it may be accepted, and in nobody else's hands for the time of three system calls.
         scene.wait_for("served", 1);
         std::thread::sleep(Duration::from_millis(round * 3));
         scene.kill();
@@ -76,4 +83,125 @@ fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
         assert!(ended || run.code == Some(0), "{round}: {said}");
         assert!(!said.contains("wrong"), "{round}: {said}");
     }
+}
+
+/// Whether a guardian holds the process.
+fn is_guarded(pid: u32) -> bool {
+    let holds = |process: &Path| {
+        let is_guardian =
+            fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "snap-guardian\n");
+        let open = fs::read_dir(process.join("fdinfo")).into_iter().flatten();
+        let mut infos = open.filter_map(|info| fs::read_to_string(info.ok()?.path()).ok());
+        is_guardian && infos.any(|info| info.contains(&format!("Pid:\t{pid}\n")))
+    };
+    let mut processes = fs::read_dir("/proc").expect("processes");
+    processes.any(|process| process.is_ok_and(|process| holds(&process.path())))
+}
+
+/// The end of a VMM, which must not wait for ever.
+fn ended(mut vmm: Child) -> Run {
+    let began = Instant::now();
+    while vmm.try_wait().expect("a child").is_none() {
+        if began.elapsed() > PATIENCE {
+            let _ = vmm.kill();
+            panic!("it waits for ever");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Run::finish(vmm)
+}
+
+/// It has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
+#[test]
+fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
+    let mut scene = Scene::new(Shares::MIXED);
+    for part in ["nothing", "half"] {
+        scene.serve(&["--patience", "3600"]);
+        let vmm = scene.vmm(&["--send", part]).spawn().expect("a VMM");
+        let began = Instant::now();
+        while !is_guarded(vmm.id()) {
+            assert!(began.elapsed() < PATIENCE, "nobody holds it");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        scene.kill();
+        let run = ended(vmm);
+        assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
+    }
+    // Who is refused is let go, and nobody ends it when the keeper dies.
+    scene.serve(&["--patience", "1"]);
+    let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
+    scene.wait_for("refused", 1);
+    scene.kill();
+    let began = Instant::now();
+    while is_guarded(vmm.id()) {
+        assert!(began.elapsed() < PATIENCE, "it is still held");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(vmm.try_wait().expect("a child").is_none(), "it was ended");
+    vmm.kill().expect("killed");
+    vmm.wait().expect("its end");
+}
+
+/// A VMM that hands all over to a keeper which takes nothing any more.
+fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
+    kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
+    let line = said.next().expect("a line").expect("read");
+    assert_eq!(line, "handed over");
+    (vmm, said)
+}
+
+#[test]
+fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&[]);
+    let (mut vmm, _said) = queued(&scene);
+    // Who only looks whether somebody is there is not ended: it is this test.
+    drop(UnixStream::connect(scene.socket()).expect("connected"));
+    scene.kill();
+    drop(vmm.stdin.take());
+    let run = ended(vmm);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    // Another can begin at once.
+    scene.serve(&[]);
+    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
+#[test]
+fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let notify = scene.folder.path().join("notify");
+    let mut manager = FakeManager::at(&notify);
+    let with_it = |mut command: std::process::Command| {
+        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
+        command
+    };
+    let options = ["--prefetch", "off", "--patience", "3600"];
+    scene.start(with_it(scene.daemon(&options)));
+    let half = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
+    while !manager.names().contains(&"vm.vm-1.owner") {
+        manager.take_one();
+    }
+    let (mut waits, _said) = queued(&scene);
+    scene.kill();
+    let next = manager.start(&scene.daemon(&options));
+    scene.start(with_it(next));
+    let run = ended(half);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    scene.wait_for("killed: it was handing its memory over when", 1);
+    while !manager.names().contains(&"vm.vm-2.tables") {
+        manager.take_one();
+    }
+    drop(waits.stdin.take());
+    let _ = ended(waits).exits(0);
+    assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
+    // Neither of them is held any more, nor the socket.
+    let is_file = |name: &&str| name.starts_with("vm.file-");
+    while !manager.names().iter().all(is_file) {
+        manager.take_one();
+    }
+    assert_eq!(manager.names().len(), 1);
 }

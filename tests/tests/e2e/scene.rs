@@ -140,6 +140,11 @@ impl Scene {
         command
     }
 
+    pub(crate) fn keeper(&self) -> Pid {
+        let id = self.daemon.as_ref().expect("it runs").id();
+        Pid::from_raw(i32::try_from(id).expect("a pid"))
+    }
+
     /// Kills the keeper.
     pub(crate) fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("it runs");
@@ -163,10 +168,7 @@ impl Scene {
 
     /// Asks the daemon to stop, and gives what it reports.
     pub(crate) fn stop(&mut self) -> Vec<Value> {
-        let daemon = self.daemon.take().expect("it runs");
-        let pid = Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"));
-        kill(pid, Signal::SIGTERM).expect("asked");
-        self.daemon = Some(daemon);
+        kill(self.keeper(), Signal::SIGTERM).expect("asked");
         self.ended()
     }
 

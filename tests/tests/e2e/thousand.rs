@@ -67,7 +67,7 @@ impl End {
             Self::Early => scene.vmm(&["--only", &touch]),
             Self::Killed => scene.vmm(&["--only", &touch, "--die"]),
             Self::Misfit => scene.vmm_of(misfit, &[]),
-            Self::HangsUp => scene.vmm(&["--hang-up"]),
+            Self::HangsUp => scene.vmm(&["--send", "half", "--hang-up"]),
         };
         let run = Run::of(&mut vmm);
         match self {

@@ -1,7 +1,7 @@
 //! VMs: held by others too, taken back from a keeper that has died, and ended.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use snaprestore_engine::pager::AttachError;
@@ -9,42 +9,54 @@ use snaprestore_engine::pager::AttachError;
 use super::Keeper;
 use super::services::Open;
 use super::workers::Outgoing;
-use crate::daemon::outside::{News, Outside};
+use crate::daemon::config::Service;
+use crate::daemon::listening::Listening;
+use crate::daemon::outside::{News, OWNER, Outside};
 use crate::daemon::report::{Ending, Vm as Report};
 use crate::daemon::systemd;
-use crate::daemon::vms::{Held, Vm};
+use crate::daemon::vms::{Dying, Held, Vm, held_as};
 
 impl Keeper {
-    /// Takes back the VMs of a keeper that has died. Its worker died with it, or before this was started.
+    /// Takes back what a keeper that has died had held. Its worker died with it, or before this was started.
     pub(super) fn go_on_with(&mut self, held: BTreeMap<String, Vec<(String, OwnedFd)>>) {
-        let (vms, mut files): (Vec<_>, BTreeMap<_, _>) = {
-            let (vms, files): (Vec<_>, Vec<_>) =
-                held.into_iter().partition(|(id, _)| id.starts_with("vm-"));
-            (vms, files.into_iter().collect())
-        };
+        let (mut files, mut vms) = (BTreeMap::new(), Vec::new());
+        for (id, mut descriptors) in held {
+            let number = id.strip_prefix("vm-").and_then(|id| id.parse().ok());
+            if let Some(number) = number {
+                vms.push((number, descriptors));
+            } else if !id.starts_with("socket-") {
+                files.insert(id, descriptors);
+            } else if let Some((_, socket)) = descriptors.pop()
+                && let Some((path, listening)) = Listening::inherit(socket, &id)
+            {
+                self.inherited.insert(path, (id, listening));
+            }
+        }
         for (id, descriptors) in vms {
-            match Held::of(&id, descriptors) {
-                Ok(held) => self.take_back(held, &mut files),
+            self.next.1 = self.next.1.max(id + 1);
+            match Held::of(descriptors) {
+                Ok(Held::Vm { vm, service, file }) => {
+                    self.take_back(id, *vm, (service, file), &mut files);
+                }
+                Ok(Held::Part { vm, why }) => self.end(id, vm, Ending::Killed, why),
                 Err(error) => {
-                    self.complain(format_args!("{id} can't be served any more: {error:#}"));
+                    self.complain(format_args!("VM {id} can't be served any more: {error:#}"));
                 }
             }
         }
+        for id in files.into_keys() {
+            self.release_as(&id);
+        }
     }
 
-    pub(super) fn take_back(
+    fn take_back(
         &mut self,
-        held: Held,
+        id: u64,
+        mut vm: Vm,
+        (service, file): (Service, String),
         files: &mut BTreeMap<String, Vec<(String, OwnedFd)>>,
     ) {
-        let Held {
-            id,
-            mut vm,
-            service,
-            file,
-        } = held;
         let pid = vm.peer.pid;
-        self.next.1 = self.next.1.max(id + 1);
         // All VMs of one snapshot.
         let known = self.services.iter().find(|(_, open)| open.held_as == file);
         let key = match (known.map(|(key, _)| *key), files.remove(&file)) {
@@ -57,6 +69,7 @@ impl Keeper {
                     file: file_fd,
                     held_as: file,
                     listening: None,
+                    listening_held_as: None,
                     removed: true,
                     ended: 0,
                 };
@@ -96,10 +109,20 @@ impl Keeper {
         }
     }
 
+    /// Has who has connected held outside by its pidfd: its memory may lie in the socket already.
+    pub(super) fn hold_owner(&mut self, id: u64, owner: BorrowedFd<'_>) {
+        // If it can't be, that is said when it is a VM.
+        let _ = self.outside.hold(&held_as(id), &[(OWNER, owner)]);
+    }
+
     /// Nobody needs to hold a VM any more.
     pub(super) fn release(&mut self, id: u64) {
-        if let Err(error) = self.outside.release(&format!("vm-{id}")) {
-            self.complain(format_args!("what was held of a VM is not let go: {error}"));
+        self.release_as(&held_as(id));
+    }
+
+    pub(super) fn release_as(&mut self, id: &str) {
+        if let Err(error) = self.outside.release(id) {
+            self.complain(format_args!("{id} is not let go: {error}"));
         }
     }
 
@@ -113,9 +136,17 @@ impl Keeper {
                     self.complain("who held the VMs besides this process has ended; another does");
                     self.outside =
                         Outside::find(Path::new(&self.program), &systemd::Given::default());
-                    let ids: Vec<u64> = self.vms.keys().chain(self.dying.keys()).copied().collect();
+                    let ids: Vec<u64> = self.vms.keys().copied().collect();
                     for id in ids {
                         self.hold(id);
+                    }
+                    for pending in &self.pending {
+                        let owner = [(OWNER, pending.peer.pidfd.as_fd())];
+                        let _ = self.outside.hold(&held_as(pending.id), &owner);
+                    }
+                    let keys: Vec<u64> = self.services.keys().copied().collect();
+                    for key in keys {
+                        self.hold_listening(key);
                     }
                 }
             }
@@ -134,27 +165,34 @@ impl Keeper {
 
     /// Ends every VM: nobody will serve it.
     pub(super) fn kill_all(&mut self, why: &str) {
-        self.pending.clear();
+        for pending in std::mem::take(&mut self.pending) {
+            // It may have sent all of its memory, and would wait for it.
+            let vm = Dying::from(pending.peer);
+            self.end(pending.id, vm, Ending::Killed, why.to_owned());
+        }
         for (id, vm) in std::mem::take(&mut self.vms) {
-            self.count_ended(vm.service);
+            let service = vm.service;
             self.end(id, vm, Ending::Killed, why.to_owned());
+            self.count_ended(service);
         }
     }
 
     /// Ends a VM that is not, or no longer, among those that are served.
-    pub(super) fn end(&mut self, id: u64, vm: Vm, ending: Ending, why: String) {
-        self.kill(&vm);
-        let pid = vm.peer.pid;
-        self.dying.insert(id, vm);
+    pub(super) fn end(&mut self, id: u64, vm: impl Into<Dying>, ending: Ending, why: String) {
+        let pid = self.kill(id, vm);
         self.note(Report::new(pid, ending, Some(why)));
     }
 
-    pub(super) fn kill(&self, vm: &Vm) {
-        if let Err(errno) = vm.kill() {
-            let pid = vm.peer.pid;
+    /// The same, without a word. Its process id.
+    pub(super) fn kill(&mut self, id: u64, vm: impl Into<Dying>) -> u32 {
+        let vm = vm.into();
+        let (pid, killed) = vm.kill();
+        if let Err(errno) = killed {
             self.complain(format_args!(
                 "VM {pid} can't be killed ({errno}), and waits for its next missing page for ever: end it"
             ));
         }
+        self.dying.insert(id, vm);
+        pid
     }
 }

@@ -28,7 +28,7 @@ use std::ffi::OsString;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -45,7 +45,7 @@ use super::outside::Outside;
 use super::pending::{self, Pending};
 use super::report::Vm as Report;
 use super::systemd::{self, Manager};
-use super::vms::Vm;
+use super::vms::{Dying, Vm};
 use super::wire::Door;
 use crate::log::LogFormat;
 use crate::output::Output;
@@ -102,8 +102,10 @@ pub(crate) struct Keeper {
     /// The numbers of the next service and the next VM.
     next: (u64, u64),
     pending: Vec<Pending>,
+    /// Sockets of a keeper that has died, by their paths, and what they are held as.
+    inherited: BTreeMap<PathBuf, (String, Listening)>,
     /// VMs that are no longer served, and whose processes have not ended yet.
-    dying: BTreeMap<u64, Vm>,
+    dying: BTreeMap<u64, Dying>,
     endings: Vec<Report>,
     ended: u64,
     stopping: Stopping,
@@ -159,6 +161,7 @@ impl Keeper {
             vms: BTreeMap::new(),
             next: (1, 1),
             pending: Vec::new(),
+            inherited: BTreeMap::new(),
             dying: BTreeMap::new(),
             endings: Vec::new(),
             ended: 0,
@@ -174,6 +177,7 @@ impl Keeper {
     /// Serves until asked to stop, and every VM has ended or was let go.
     pub(crate) fn run(mut self) -> Result<Ended> {
         tell_manager("READY=1");
+        self.end_inherited();
         let mut outcome = Ok(());
         loop {
             let turn = self.turn();
@@ -299,7 +303,7 @@ impl Keeper {
                 Token::Pending(at) => add(self.pending[at].as_fd(), *token),
                 Token::Dying => {
                     for vm in self.dying.values() {
-                        add(vm.peer.pidfd.as_fd(), *token);
+                        add(vm.owner(), *token);
                     }
                 }
             }
@@ -341,20 +345,9 @@ impl Keeper {
         if self.stopping != Stopping::No {
             return;
         }
-        // Who has connected already is served.
         let keys: Vec<u64> = self.services.keys().copied().collect();
         for key in keys {
-            let before = self.pending.len();
-            loop {
-                let taken = self.pending.len();
-                self.accept(key);
-                if self.pending.len() == taken || self.pending.len() > before + pending::MOST {
-                    break;
-                }
-            }
-        }
-        for open in self.services.values_mut() {
-            open.listening = None;
+            self.close(key);
         }
         tell_manager("STOPPING=1");
         self.stopping = Stopping::Drains;

@@ -14,7 +14,7 @@ use super::workers::Outgoing;
 use crate::daemon::config::{MetricsAddress, Service};
 use crate::daemon::desk::Refused;
 use crate::daemon::listening::Listening;
-use crate::daemon::pending::Pending;
+use crate::daemon::pending::{self, Pending};
 use crate::daemon::report::{Ending, Vm as Report};
 use crate::daemon::vms::Vm;
 use crate::daemon::wire::Door;
@@ -27,6 +27,8 @@ pub(super) struct Open {
     /// Under which id it is held outside.
     pub(super) held_as: String,
     pub(super) listening: Option<Listening>,
+    /// Under which id that is held outside.
+    pub(super) listening_held_as: Option<String>,
     /// Whether it is forgotten when its last VM has ended.
     pub(super) removed: bool,
     /// VMs that have ended.
@@ -59,7 +61,7 @@ impl Keeper {
         drop(input::open(&service.snapshot)?);
         let store = input::store(&service.snapshot)?;
         let file = store.file().try_clone().context("a snapshot's file")?;
-        let listening = Some(Listening::bind(&service.socket)?);
+        let listening = self.listen(&service)?;
         let key = self.next.0;
         self.next.0 += 1;
         self.say(format_args!(
@@ -78,39 +80,104 @@ impl Keeper {
             service,
             file,
             held_as,
-            listening,
+            listening_held_as: listening.held_as(),
+            listening: Some(listening),
             removed: false,
             ended: 0,
         };
         self.services.insert(key, open);
+        self.hold_listening(key);
         self.outgoing.push_back(Outgoing::Service(key));
         Ok(())
     }
 
+    /// Listens at the socket of a service; at that of a keeper that has died, if systemd has held it, where VMs may wait.
+    fn listen(&mut self, service: &Service) -> Result<Listening> {
+        if let Some((id, listening)) = self.inherited.remove(&service.socket) {
+            if listening.held_as().as_ref() == Some(&id) {
+                return Ok(listening);
+            }
+            self.end_queue(&id, &listening, &service.allow_uid);
+        }
+        Listening::bind(&service.socket)
+    }
+
+    /// Has the socket of a service held outside.
+    pub(super) fn hold_listening(&mut self, key: u64) {
+        let Some(open) = self.services.get(&key) else {
+            return;
+        };
+        if let (Some(id), Some(listening)) = (&open.listening_held_as, &open.listening) {
+            let allowed = &open.service.allow_uid;
+            let held = self.outside.hold_listening(id, listening.as_fd(), allowed);
+            if let Err(error) = held {
+                self.complain(format_args!(
+                    "a socket is held by nobody else: who waits there is lost with this process: {error}"
+                ));
+            }
+        }
+    }
+
+    /// Nobody can connect to a service any more; who has already is heard.
+    pub(super) fn close(&mut self, key: u64) {
+        let before = self.pending.len();
+        loop {
+            let taken = self.pending.len();
+            self.accept(key);
+            if self.pending.len() == taken || self.pending.len() > before + pending::MOST {
+                break;
+            }
+        }
+        let Some(open) = self.services.get_mut(&key) else {
+            return;
+        };
+        let allowed = open.service.allow_uid.clone();
+        let held_as = open.listening_held_as.take().unwrap_or_default();
+        if let Some(listening) = open.listening.take() {
+            self.end_queue(&held_as, &listening, &allowed);
+        }
+    }
+
+    /// Ends who waits at sockets of a keeper that has died, at which nothing is served any more.
+    pub(super) fn end_inherited(&mut self) {
+        for (id, listening) in std::mem::take(&mut self.inherited).into_values() {
+            self.end_queue(&id, &listening, &[]);
+        }
+    }
+
+    fn end_queue(&mut self, held_as: &str, listening: &Listening, allowed: &[u32]) {
+        listening.end_queue(allowed, |what| self.complain(what));
+        self.release_as(held_as);
+    }
+
     pub(super) fn remove(&mut self, name: &str) -> Result<(), String> {
-        let found = self.services.iter_mut();
-        let mut found = found.filter(|(_, open)| open.service.name == name && !open.removed);
-        let Some((key, open)) = found.next() else {
+        let mut found = self.services.iter_mut();
+        let named = found.find(|(_, open)| open.service.name == name && !open.removed);
+        let Some((key, open)) = named else {
             return Err(Refused::no_service(name).0);
         };
         let key = *key;
-        (open.listening, open.removed) = (None, true);
-        if !self.vms.values().any(|vm| vm.service == key)
-            && !self.pending.iter().any(|pending| pending.service == key)
-        {
-            self.forget(key);
-        }
+        open.removed = true;
+        self.close(key);
+        self.forget_if_unused(key);
         Ok(())
     }
 
-    /// A VM of a service is no more. One that was removed goes with the last.
+    /// A VM of a service is no more.
     pub(super) fn count_ended(&mut self, key: u64) {
-        let last = !self.vms.values().any(|vm| vm.service == key);
         if let Some(open) = self.services.get_mut(&key) {
             open.ended += 1;
-            if last && open.removed {
-                self.forget(key);
-            }
+        }
+        self.forget_if_unused(key);
+    }
+
+    /// A service that was removed goes with its last VM.
+    fn forget_if_unused(&mut self, key: u64) {
+        let is_removed = self.services.get(&key).is_some_and(|open| open.removed);
+        let is_used = self.vms.values().any(|vm| vm.service == key)
+            || self.pending.iter().any(|pending| pending.service == key);
+        if is_removed && !is_used {
+            self.forget(key);
         }
     }
 
@@ -134,12 +201,20 @@ impl Keeper {
             Some(Ok(None)) | None => return,
         };
         let patience = Duration::from_secs(open.service.patience);
+        let id = self.next.1;
         let pending = admit(open, &stream).and_then(|peer| {
-            Pending::new(key, stream, peer, patience).context("a VMM is not heard")
+            self.hold_owner(id, peer.pidfd.as_fd());
+            Pending::new(id, key, stream, peer, patience).context("a VMM is not heard")
         });
         match pending {
-            Ok(pending) => self.pending.push(pending),
-            Err(error) => self.complain(format_args!("{error:#}")),
+            Ok(pending) => {
+                self.next.1 += 1;
+                self.pending.push(pending);
+            }
+            Err(error) => {
+                self.release(id);
+                self.complain(format_args!("{error:#}"));
+            }
         }
     }
 
@@ -154,23 +229,31 @@ impl Keeper {
 
     /// A handshake that comes to nothing. Nobody was served.
     pub(super) fn refuse(&mut self, at: usize, error: &HandshakeError) {
-        let pid = self.pending.swap_remove(at).peer.pid;
-        self.note(Report::new(pid, Ending::Refused, Some(error.to_string())));
+        let Pending {
+            id, service, peer, ..
+        } = self.pending.swap_remove(at);
+        self.release(id);
+        self.note(Report::new(
+            peer.pid,
+            Ending::Refused,
+            Some(error.to_string()),
+        ));
+        self.forget_if_unused(service);
     }
 
     fn begin(&mut self, at: usize, handshake: Handshake) {
-        let Pending { service, peer, .. } = self.pending.swap_remove(at);
+        let Pending {
+            id, service, peer, ..
+        } = self.pending.swap_remove(at);
         let Handshake {
             userfaultfd,
             regions,
         } = handshake;
         let mut vm = Vm::new(service, peer, userfaultfd, regions);
-        let id = self.next.1;
-        self.next.1 += 1;
         if let Err(error) = vm.open_page_map() {
             let why = anyhow::Error::from(AttachError::PageMap(error));
-            self.count_ended(service);
-            return self.end(id, vm, Ending::Refused, format!("{why:#}"));
+            self.end(id, vm, Ending::Refused, format!("{why:#}"));
+            return self.count_ended(service);
         }
         self.vms.insert(id, vm);
         self.hold(id);

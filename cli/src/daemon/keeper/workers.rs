@@ -153,15 +153,17 @@ impl Keeper {
                 let Some(vm) = self.vms.remove(&id) else {
                     return Ok(());
                 };
-                if report.ending == Ending::Refused {
-                    self.kill(&vm);
+                let service = vm.service;
+                match report.ending {
+                    Ending::Complete => self.release(id),
+                    Ending::Refused => {
+                        self.kill(id, vm);
+                    }
+                    _ => {
+                        self.dying.insert(id, vm.into());
+                    }
                 }
-                self.count_ended(vm.service);
-                if report.ending == Ending::Complete {
-                    self.release(id);
-                } else {
-                    self.dying.insert(id, vm);
-                }
+                self.count_ended(service);
                 self.note(report);
             }
         }

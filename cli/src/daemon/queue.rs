@@ -1,0 +1,72 @@
+//! Who has connected to a socket that nobody accepts from any more.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use snaprestore_engine::sys::{kill_by_pidfd, peer_of};
+
+/// How often it is tried again to accept, for want of memory or descriptors.
+const TRIES: u32 = 100;
+
+/// Ends who waits in the queue of `listener`: their memory may lie in it, and nobody will serve that. Of the users
+/// `allowed` only, if some are named. Nobody can connect afterwards.
+pub(super) fn end(listener: &UnixListener, allowed: &[u32], mut say: impl FnMut(String)) {
+    // What is in the queue already can be accepted all the same.
+    let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
+    let _ = listener.set_nonblocking(true);
+    let mut failed = 0;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => match end_one(&stream, allowed) {
+                Ok(Some(pid)) => say(format!(
+                    "VM {pid}: killed, for nobody takes the memory that it hands over"
+                )),
+                Ok(None) => {}
+                Err(error) => say(format!(
+                    "who hands memory over can't be killed ({error}), and waits at missing pages until somebody does"
+                )),
+            },
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // The queue is empty.
+            Err(error)
+                if [ErrorKind::InvalidInput, ErrorKind::WouldBlock].contains(&error.kind()) =>
+            {
+                return;
+            }
+            Err(error) if failed == TRIES => {
+                return say(format!("who hands memory over can't be accepted: {error}"));
+            }
+            Err(_) => {
+                failed += 1;
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
+fn end_one(stream: &UnixStream, allowed: &[u32]) -> io::Result<Option<u32>> {
+    let peer = match peer_of(stream.as_fd()) {
+        Ok(peer) => peer,
+        // It has ended.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let is_stranger = !allowed.is_empty() && !allowed.contains(&peer.uid);
+    if is_stranger || has_left(stream) {
+        return Ok(None);
+    }
+    match kill_by_pidfd(peer.pidfd.as_fd()) {
+        Ok(()) => Ok(Some(peer.pid)),
+        Err(nix::errno::Errno::ESRCH) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether it has hung up and has sent nothing: somebody who looked whether a daemon is there.
+fn has_left(stream: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+}
