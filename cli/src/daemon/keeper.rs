@@ -61,6 +61,8 @@ const SUCCESSION: Duration = Duration::from_secs(20);
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Visitors that wait for a worker.
 const MOST_VISITORS: usize = 64;
+/// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
+const MOST_OF_A_PROCESS: usize = 16;
 
 /// How the daemon goes about it.
 #[derive(Clone, Debug)]
@@ -547,12 +549,25 @@ impl Keeper {
         };
         let patience = Duration::from_secs(open.service.patience);
         let pending = admit(open, &stream).and_then(|peer| {
+            self.has_room_for(&peer)?;
             Pending::new(key, stream, peer, patience).context("a VMM is not heard")
         });
         match pending {
             Ok(pending) => self.pending.push(pending),
             Err(error) => self.complain(format_args!("{error:#}")),
         }
+    }
+
+    /// Whether so many of one process may be had. In another namespace processes have no number here.
+    fn has_room_for(&self, peer: &Peer) -> Result<()> {
+        let pid = peer.pid;
+        let vms = self.vms.values().chain(self.dying.values());
+        let peers = vms.map(|vm| &vm.peer);
+        let peers = peers.chain(self.pending.iter().map(|pending| &pending.peer));
+        if pid != 0 && peers.filter(|peer| peer.pid == pid).count() >= MOST_OF_A_PROCESS {
+            bail!("VM {pid}: refused: its process has {MOST_OF_A_PROCESS} VMs already");
+        }
+        Ok(())
     }
 
     /// Takes a visitor to the worker.

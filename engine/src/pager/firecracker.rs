@@ -20,10 +20,13 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::handover::OwnerRegion;
-use crate::sys::receive;
+use crate::sys::{may_report_forks, receive};
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
 const MOST_BYTES: usize = 64 << 10;
+
+/// The most regions, however few bytes each takes: so that what is made of them has a bound as well.
+const MOST_REGIONS: usize = 1000;
 
 /// The most pieces of a message: two may happen.
 const MOST_PIECES: usize = 256;
@@ -54,6 +57,12 @@ pub enum HandshakeError {
         "the VMM sent more than {MOST_BYTES} bytes, or {MOST_PIECES} pieces, which can't be its regions"
     )]
     TooLong,
+    /// The message has too many regions to be one.
+    #[error("the VMM sent {regions} regions; at most {MOST_REGIONS} are taken")]
+    TooMany {
+        /// How many.
+        regions: usize,
+    },
     /// The message is none of Firecracker's.
     #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
     NotRegions {
@@ -63,6 +72,11 @@ pub enum HandshakeError {
     /// The message came without a descriptor.
     #[error("the VMM sent its regions without a userfaultfd")]
     NoDescriptor,
+    /// The kernel would give a userfaultfd of each child to whoever reads.
+    #[error(
+        "the VMM's userfaultfd reports forks, or may yet be made to, and nobody would serve its children"
+    )]
+    ReportsForks,
     /// The message is of a variant that goes on otherwise.
     #[error("this is the handshake of {variant}, which is not served")]
     Variant {
@@ -189,6 +203,13 @@ fn checked(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake,
     let Some(userfaultfd) = descriptors.into_iter().next() else {
         return Err(HandshakeError::NoDescriptor);
     };
+    if may_report_forks(userfaultfd.as_fd()) {
+        return Err(HandshakeError::ReportsForks);
+    }
+    if mappings.len() > MOST_REGIONS {
+        let regions = mappings.len();
+        return Err(HandshakeError::TooMany { regions });
+    }
     let regions = mappings.iter().map(|mapping| OwnerRegion {
         address: mapping.base_host_virt_addr,
         len: mapping.size,
@@ -275,6 +296,8 @@ mod tests {
     #[test]
     fn what_is_no_handshake_is_refused_by_name() {
         let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
+        // As short as can be: by its bytes alone it would be taken.
+        let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MOST_REGIONS));
         let long = format!("[{}", " ".repeat(MOST_BYTES));
         let cases = [
             ("", 0, "closed the socket after 0 bytes"),
@@ -288,6 +311,7 @@ mod tests {
             (V1_1, 100, "more descriptors"),
             (&secret_free, 1, "secret-free"),
             (&long, 1, "more than 65536 bytes, or"),
+            (&many, 1, "sent 1001 regions"),
         ];
         for (text, count, expected) in cases {
             let error = sent(text, count, 1 << 20).expect_err(expected).to_string();
