@@ -3,8 +3,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder;
 
+use super::thread::SignalsBlocked;
 use super::{abi, ioctls};
 
 /// What the kernel calls a userfaultfd.
@@ -16,6 +19,65 @@ pub(super) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<OsString> {
     Ok(link.into_os_string())
 }
 
+/// Whether `fd` is a userfaultfd.
+pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    kind_of(fd).is_ok_and(|kind| kind == USERFAULTFD)
+}
+
+/// Descriptors that another process has sent, and of which nothing is known.
+///
+/// To close one can ask whoever is behind it: a file system that is a program (FUSE) is told, and need not
+/// answer. The thread that closes waits then, can't be ended, and no more can its process. So those that are no
+/// userfaultfds are closed by a thread of their own.
+#[derive(Debug, Default)]
+pub struct Untrusted(Vec<OwnedFd>);
+
+impl Untrusted {
+    /// Takes more of them.
+    pub fn extend(&mut self, descriptors: Vec<OwnedFd>) {
+        self.0.extend(descriptors);
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes the first if it is a userfaultfd. Else says what it is, or nothing if there is none.
+    pub fn take_userfaultfd(&mut self) -> Result<OwnedFd, Option<String>> {
+        let first = self.0.first().ok_or(None)?;
+        match kind_of(first.as_fd()) {
+            Ok(kind) if kind == USERFAULTFD => Ok(self.0.remove(0)),
+            Ok(kind) => Err(Some(kind.to_string_lossy().into_owned())),
+            Err(error) => Err(Some(error.to_string())),
+        }
+    }
+}
+
+impl Drop for Untrusted {
+    fn drop(&mut self) {
+        let others = self.0.drain(..).filter(|fd| !is_userfaultfd(fd.as_fd()));
+        let others: Vec<OwnedFd> = others.collect();
+        if others.is_empty() {
+            return;
+        }
+        let others = Arc::new(Mutex::new(others));
+        let take = |others: &Mutex<Vec<OwnedFd>>| {
+            std::mem::take(&mut *others.lock().unwrap_or_else(PoisonError::into_inner))
+        };
+        let theirs = Arc::clone(&others);
+        // A signal is for a thread that can act on it.
+        let _blocked = SignalsBlocked::now();
+        let closing = Builder::new()
+            .name("snap-close".into())
+            .stack_size(64 << 10);
+        if closing.spawn(move || drop(take(&theirs))).is_err() {
+            // Better open for ever than a thread that waits for ever.
+            std::mem::forget(take(&others));
+        }
+    }
+}
+
 /// Whether `fd` is a userfaultfd that reports forks, or with which nobody has negotiated yet, so that it can
 /// still be made to.
 ///
@@ -23,7 +85,7 @@ pub(super) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<OsString> {
 /// any instant can't know whether it had taken it from there, so it stays there: to be refused by who
 /// serves others as well. False too where `/proc` doesn't tell.
 pub fn may_report_forks(fd: BorrowedFd<'_>) -> bool {
-    if !kind_of(fd).is_ok_and(|kind| kind == USERFAULTFD) {
+    if !is_userfaultfd(fd) {
         return false;
     }
     // What has been negotiated stays so: this comes before the look.

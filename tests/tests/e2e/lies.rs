@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
+use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
@@ -69,13 +70,19 @@ impl Watched {
         Run::of(ctl.arg(&self.control)).exits(0).json()
     }
 
-    /// Runs a liar to its end, or for a while.
+    /// Runs a liar to its end, or for a while. What it said.
     fn lie(&self, words: &[String]) -> String {
-        let said = self
-            .scene
-            .folder
-            .path()
-            .join(format!("said-{}", words.join("-")));
+        let (mut liar, said) = self.liar(words);
+        let by_seed = words.len() == 1;
+        end_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
+        end_group(liar);
+        fs::read_to_string(&said).expect("what it said")
+    }
+
+    /// A liar, and where it says what it does.
+    fn liar(&self, words: &[String]) -> (Child, PathBuf) {
+        let name = format!("said-{}", words.join("-"));
+        let said = self.scene.folder.path().join(name);
         let mut liar = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
         liar.arg(self.scene.socket())
             .arg(&self.raw)
@@ -84,13 +91,7 @@ impl Watched {
             .stdin(Stdio::null())
             .stdout(fs::File::create(&said).expect("a file"))
             .stderr(Stdio::null());
-        let mut liar = liar.spawn().expect("a liar");
-        let by_seed = words.len() == 1;
-        end_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
-        let group = Pid::from_raw(i32::try_from(liar.id()).expect("a pid"));
-        let _ = killpg(group, Signal::SIGKILL);
-        let _ = liar.wait();
-        fs::read_to_string(&said).expect("what it said")
+        (liar.spawn().expect("a liar"), said)
     }
 
     /// Runs an honest VM, which must come out right.
@@ -123,6 +124,13 @@ impl Watched {
         let mut scene = self.scene;
         let _ = scene.stop();
     }
+}
+
+/// Kills what is left of it and of its children.
+fn end_group(mut leader: Child) {
+    let group = Pid::from_raw(i32::try_from(leader.id()).expect("a pid"));
+    let _ = killpg(group, Signal::SIGKILL);
+    let _ = leader.wait();
 }
 
 /// Whether it ended by itself within this time.
@@ -251,4 +259,26 @@ fn a_storm_of_discards_is_no_worker_that_stands_still() {
         "seconds=9",
     ];
     leaves_others_alone(&storm, &["--prefetch", "off", "--stuck-after", "4"]);
+}
+
+/// Who closed it waited for the liar, could not be killed, and the worker could not be replaced.
+#[test]
+fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
+    let test = "a_file_that_cannot_be_closed_keeps_nobody_waiting";
+    let root = nix::unistd::geteuid().is_root();
+    if let Err(error) = fs::File::options().write(true).open("/dev/fuse") {
+        return skipped(test, &format!("/dev/fuse: {error}"));
+    } else if !root {
+        return skipped(test, &"it needs root, to mount a file system");
+    }
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let words = ["Fuse", "seconds=600"].map(str::to_owned);
+    let (liar, _) = watched.liar(&words);
+    watched.scene.wait_for("which is no userfaultfd", 1);
+    for _ in 0..3 {
+        assert_eq!(watched.honest(&[]), Ok(()));
+    }
+    let _ = watched.list();
+    end_group(liar);
+    watched.assert_unharmed("a file that can't be closed");
 }

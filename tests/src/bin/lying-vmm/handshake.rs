@@ -183,6 +183,8 @@ pub(crate) enum Descriptors {
     Fresh,
     /// That of the parent, sent by a child.
     OfParent,
+    /// A file that can't be closed before this program has ended. Only by name, since it takes a mount.
+    Fuse,
 }
 
 impl Descriptors {
@@ -231,6 +233,7 @@ impl Descriptors {
                     }
                     vec![fd]
                 }
+                Self::Fuse => vec![crate::fuse::file().unwrap_or(-1)],
                 Self::Fresh => {
                     let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC);
                     vec![i32::try_from(fd).unwrap_or(-1)]

@@ -15,6 +15,7 @@
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
 mod deeds;
+mod fuse;
 mod handshake;
 mod memory;
 
@@ -86,7 +87,9 @@ impl Plan {
         for name in names {
             if let Some(text) = named(Text::ALL, name) {
                 plan.text = text;
-            } else if let Some(descriptors) = named(Descriptors::ALL, name) {
+            } else if let Some(descriptors) =
+                named(&[Descriptors::ALL, &[Descriptors::Fuse]].concat(), name)
+            {
                 plan.descriptors = descriptors;
             } else if let Some(pieces) = named(Pieces::ALL, name) {
                 plan.pieces = pieces;
