@@ -390,6 +390,35 @@ fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
     assert_eq!(reader.join().unwrap(), 1);
 }
 
+/// Whoever shares the open file can have its reads wait, just before one: that one held the lock that all
+/// installs need, and its thread could not be ended any more.
+#[test]
+fn a_read_does_not_wait_even_where_the_flag_was_cleared() {
+    let scene = Scene::new(1);
+    let raw = scene.uffd.as_fd().as_raw_fd();
+    // SAFETY: F_SETFL takes a number.
+    unsafe { libc::fcntl(raw, libc::F_SETFL, 0) };
+    let mut nothing = [0_u8; 32];
+    let slice = libc::iovec {
+        iov_base: nothing.as_mut_ptr().cast(),
+        iov_len: nothing.len(),
+    };
+    // SAFETY: the slice is live memory of that length.
+    let read = unsafe { libc::preadv2(raw, &raw const slice, 1, -1, libc::RWF_NOWAIT) };
+    assert_eq!(read, -1);
+    if std::io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
+        let test = "a_read_does_not_wait_even_where_the_flag_was_cleared";
+        return skipped(test, &"the kernel has only the flag (Linux 6.10)");
+    }
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut ring = Ring::private().unwrap();
+        let read = scene.uffd.read(&mut ring, &mut Vec::new());
+        let _ = done.send(read.unwrap());
+    });
+    assert_eq!(is_done.recv_timeout(PATIENCE), Ok(ReadOutcome::Empty));
+}
+
 #[test]
 fn lesson_20_nothing_to_read_is_not_the_end() {
     let mut scene = Scene::new(1);

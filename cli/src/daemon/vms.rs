@@ -223,9 +223,14 @@ pub(super) struct Dying {
 }
 
 impl Dying {
+    /// The number of the process, 0 if it has none here.
+    pub(super) fn pid(&self) -> u32 {
+        pid_of(self.owner()).unwrap_or(0)
+    }
+
     /// Ends it. Its id, and what the kernel says if that isn't permitted.
     pub(super) fn kill(&self) -> (u32, Result<(), Errno>) {
-        let pid = pid_of(self.owner()).unwrap_or(0);
+        let pid = self.pid();
         match kill_by_pidfd(self.owner()) {
             Err(Errno::ESRCH) => (pid, Ok(())),
             killed => (pid, killed),

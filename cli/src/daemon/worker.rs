@@ -221,16 +221,26 @@ impl Worker {
                     tables: next(),
                 };
                 lock(&self.vms).insert(id, Arc::clone(&served));
-                self.begin("vm", move |worker| worker.serve(&served, arrived))?;
+                let begun = self.begin("vm", move |worker| worker.serve(&served, arrived));
+                if let Err(error) = begun {
+                    // It costs this one: those that are served have their threads.
+                    lock(&self.vms).remove(&id);
+                    let vm = Vm::new(pid, Ending::Refused, Some(format!("{error:#}")));
+                    self.tell(&FromWorker::Ended { id, vm });
+                }
             }
             ToWorker::Visitor { door, facts } => {
                 let stream = next().context("a visitor came without a connection")?;
                 *lock(&self.facts) = facts;
                 self.visitors.fetch_add(1, SeqCst);
-                self.begin("visitor", move |worker| {
+                let begun = self.begin("visitor", move |worker| {
                     worker.receive(door, stream);
                     worker.visitors.fetch_sub(1, SeqCst);
-                })?;
+                });
+                if let Err(error) = begun {
+                    self.visitors.fetch_sub(1, SeqCst);
+                    tracing::warn!("a visitor is turned away: {error:#}");
+                }
             }
             ToWorker::Answer { number, result } => self.asked.answered(number, result),
             ToWorker::Drain => {

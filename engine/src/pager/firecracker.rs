@@ -20,10 +20,13 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::handover::OwnerRegion;
-use crate::sys::receive;
+use crate::sys::{Untrusted, may_report_forks, receive};
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
 const MOST_BYTES: usize = 64 << 10;
+
+/// The most regions, however few bytes each takes: so that what is made of them has a bound as well.
+const MOST_REGIONS: usize = 1000;
 
 /// The most pieces of a message: two may happen.
 const MOST_PIECES: usize = 256;
@@ -54,6 +57,12 @@ pub enum HandshakeError {
         "the VMM sent more than {MOST_BYTES} bytes, or {MOST_PIECES} pieces, which can't be its regions"
     )]
     TooLong,
+    /// The message has too many regions to be one.
+    #[error("the VMM sent {regions} regions; at most {MOST_REGIONS} are taken")]
+    TooMany {
+        /// How many.
+        regions: usize,
+    },
     /// The message is none of Firecracker's.
     #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
     NotRegions {
@@ -63,6 +72,17 @@ pub enum HandshakeError {
     /// The message came without a descriptor.
     #[error("the VMM sent its regions without a userfaultfd")]
     NoDescriptor,
+    /// What came is something else.
+    #[error("the VMM handed {found:?} over, which is no userfaultfd")]
+    NotUserfaultfd {
+        /// What it is.
+        found: String,
+    },
+    /// The kernel would give a userfaultfd of each child to whoever reads.
+    #[error(
+        "the VMM's userfaultfd reports forks, or may yet be made to, and nobody would serve its children"
+    )]
+    ReportsForks,
     /// The message is of a variant that goes on otherwise.
     #[error("this is the handshake of {variant}, which is not served")]
     Variant {
@@ -123,7 +143,7 @@ pub struct Arriving {
     text: Vec<u8>,
     received: usize,
     pieces: usize,
-    descriptors: Vec<OwnedFd>,
+    descriptors: Untrusted,
 }
 
 impl Arriving {
@@ -144,13 +164,13 @@ impl Arriving {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let received = self.received;
-        if read.truncated || received > 0 && !read.descriptors.is_empty() {
+        let (received, before) = (self.received, self.descriptors.count());
+        self.descriptors.extend(read.descriptors);
+        if read.truncated || received > 0 && self.descriptors.count() > before {
             return Err(HandshakeError::Variant {
                 variant: "an unknown VMM, which hands more descriptors over",
             });
         }
-        self.descriptors.extend(read.descriptors);
         if read.bytes == 0 {
             return Err(HandshakeError::Closed { received });
         }
@@ -175,20 +195,29 @@ fn parse(text: &[u8]) -> Result<Option<Vec<Mapping>>, HandshakeError> {
     }
 }
 
-fn checked(mappings: &[Mapping], descriptors: Vec<OwnedFd>) -> Result<Handshake, HandshakeError> {
+fn checked(mappings: &[Mapping], mut descriptors: Untrusted) -> Result<Handshake, HandshakeError> {
     let variant = |variant| Err(HandshakeError::Variant { variant });
-    if mappings.iter().any(|mapping| mapping.is_guest_memfd) || descriptors.len() == 3 {
+    if mappings.iter().any(|mapping| mapping.is_guest_memfd) || descriptors.count() == 3 {
         return variant("Firecracker's branch for secret-free memory");
     }
-    if descriptors.len() == 2 {
+    if descriptors.count() == 2 {
         return variant("E2B's Firecracker, which hands a memfd over as well");
     }
-    if descriptors.len() > 3 {
+    if descriptors.count() > 3 {
         return variant("an unknown VMM, which hands more descriptors over");
     }
-    let Some(userfaultfd) = descriptors.into_iter().next() else {
-        return Err(HandshakeError::NoDescriptor);
-    };
+    let userfaultfd = descriptors.take_userfaultfd();
+    let userfaultfd = userfaultfd.map_err(|found| match found {
+        Some(found) => HandshakeError::NotUserfaultfd { found },
+        None => HandshakeError::NoDescriptor,
+    })?;
+    if may_report_forks(userfaultfd.as_fd()) {
+        return Err(HandshakeError::ReportsForks);
+    }
+    if mappings.len() > MOST_REGIONS {
+        let regions = mappings.len();
+        return Err(HandshakeError::TooMany { regions });
+    }
     let regions = mappings.iter().map(|mapping| OwnerRegion {
         address: mapping.base_host_virt_addr,
         len: mapping.size,
@@ -221,6 +250,7 @@ mod tests {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
     use super::*;
+    use crate::sys::OpenOptions;
 
     const V1_1: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0}]"#;
     const V1_7: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0,"page_size_kib":2097152}]"#;
@@ -230,7 +260,8 @@ mod tests {
     /// Sends `text` with `count` descriptors, in pieces of `piece` bytes, and then closes.
     fn sent(text: &str, count: usize, piece: usize) -> Result<Handshake, HandshakeError> {
         let (here, there) = UnixStream::pair().expect("a pair");
-        let fds = vec![here.as_raw_fd(); count];
+        let uffd = OpenOptions::new().open().expect("a userfaultfd");
+        let fds = vec![uffd.as_fd().as_raw_fd(); count];
         let mut pieces = text.as_bytes().chunks(piece);
         if let Some(first) = pieces.next() {
             let rights = [ControlMessage::ScmRights(&fds)];
@@ -275,6 +306,8 @@ mod tests {
     #[test]
     fn what_is_no_handshake_is_refused_by_name() {
         let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
+        // As short as can be: by its bytes alone it would be taken.
+        let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MOST_REGIONS));
         let long = format!("[{}", " ".repeat(MOST_BYTES));
         let cases = [
             ("", 0, "closed the socket after 0 bytes"),
@@ -288,11 +321,24 @@ mod tests {
             (V1_1, 100, "more descriptors"),
             (&secret_free, 1, "secret-free"),
             (&long, 1, "more than 65536 bytes, or"),
+            (&many, 1, "sent 1001 regions"),
         ];
         for (text, count, expected) in cases {
             let error = sent(text, count, 1 << 20).expect_err(expected).to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_no_userfaultfd_is_refused_by_name() {
+        let (here, there) = UnixStream::pair().expect("a pair");
+        let fds = [here.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let bytes = [IoSlice::new(V1_1.as_bytes())];
+        sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).expect("sent");
+        let error = handshake(&here, Duration::from_secs(20)).expect_err("a socket");
+        let error = error.to_string();
+        assert!(error.contains("handed \"socket:["), "{error}");
     }
 
     #[test]

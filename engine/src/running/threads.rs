@@ -18,6 +18,7 @@ use super::{Prefetch, Running, Shared};
 pub const SYSTEM_CALLS: &[&str] = &[
     // Faults, and installing.
     "ioctl",
+    "preadv2",
     "read",
     "epoll_wait",
     "epoll_pwait",

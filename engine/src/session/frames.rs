@@ -6,14 +6,16 @@
 //!                                            └──────── a copy of it ◀────────┘
 //! ```
 //!
-//! Frames are kept as long as there is room, whoever decoded them and for whatever reason. They are found by the
-//! open snapshot and all that its index says of them: two files may call themselves by the same id, and one of them may lie.
+//! Frames are kept as long as there is room, whoever decoded them and for whatever reason, but for those of a snapshot's
+//! first session as long as it is the only one there has been: nobody may ever want them, and the copies cost a twentieth of
+//! a restore. They are found by the open snapshot and all that its index says of them: two files may call themselves by the
+//! same id, and one of them may lie.
 //!
 //! A prefetcher that wants what another is decoding waits for it: clones that start together fetch the same
 //! frames at the same time. A fault doesn't wait: what it wants may be at the front of the frame.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -33,10 +35,16 @@ pub(crate) struct FrameCache {
     frames: Frames,
     /// The snapshots that frames are of, by their places in memory. Nothing else comes to lie there as
     /// long as they are known here.
-    known: Mutex<BTreeMap<usize, Weak<Snapshot>>>,
+    known: Mutex<BTreeMap<usize, Known>>,
     counts: Counts,
     evictions: Arc<AtomicU64>,
     buffers: Arc<Buffers>,
+}
+
+/// A snapshot, and how many sessions of it there have been.
+struct Known {
+    snapshot: Weak<Snapshot>,
+    sessions: Arc<AtomicUsize>,
 }
 
 type Frames = Cache<Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
@@ -184,7 +192,7 @@ impl FrameCache {
     /// Drops the frames of snapshots that nobody has open any more.
     pub(crate) fn forget_closed(&self) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_open = |snapshot: &Weak<Snapshot>| snapshot.strong_count() > 0;
+        let is_open = |known: &Known| known.snapshot.strong_count() > 0;
         if known.values().all(is_open) {
             return;
         }
@@ -198,6 +206,7 @@ impl FrameCache {
 pub(crate) struct SharedFrames {
     cache: Arc<FrameCache>,
     snapshot: usize,
+    sessions: Arc<AtomicUsize>,
 }
 
 /// What was found.
@@ -215,11 +224,15 @@ impl SharedFrames {
         cache.forget_closed();
         let place = Arc::as_ptr(snapshot).addr();
         let mut known = cache.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(place, Arc::downgrade(snapshot));
-        drop(known);
+        let known = known.entry(place).or_insert_with(|| Known {
+            snapshot: Arc::downgrade(snapshot),
+            sessions: Arc::default(),
+        });
+        known.sessions.fetch_add(1, Relaxed);
         Self {
             cache: Arc::clone(cache),
             snapshot: place,
+            sessions: Arc::clone(&known.sessions),
         }
     }
 
@@ -230,8 +243,16 @@ impl SharedFrames {
         }
     }
 
+    /// Whether there is anybody to share with.
+    fn is_alone(&self) -> bool {
+        self.sessions.load(Relaxed) < 2
+    }
+
     /// Looks for `frame`. Who fetches ahead waits for whoever does the same.
     pub(super) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
+        if self.is_alone() {
+            return Look::Nothing;
+        }
         let key = self.key(frame);
         let look = if reason == Reason::Demand {
             self.cache
@@ -258,6 +279,7 @@ impl SharedFrames {
         let frames = &self.cache.frames;
         let turn = match look {
             Look::Found(_) => return,
+            Look::Nothing if self.is_alone() => return,
             Look::Turn(turn) => turn,
             // Another's turn is not waited for.
             Look::Nothing => {

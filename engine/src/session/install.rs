@@ -251,6 +251,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Reads events in the middle of an install. True if there were any.
     fn read_now(&self, about: u64) -> bool {
+        self.state.all_go_on();
         let any = self.read_events(about) > 0;
         if any {
             self.look_if_settled();

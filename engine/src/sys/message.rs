@@ -136,14 +136,8 @@ impl Userfaultfd {
         let mut grants = self.grants_mut();
         ring.clear();
         let count = loop {
-            // SAFETY: the ring is Ring::BYTES of mapped, writable memory for as long as `ring`
-            // lives. Others may look at it through atomics meanwhile; nobody holds a reference to
-            // plain bytes of it.
-            let read = unsafe { libc::read(self.as_fd().as_raw_fd(), ring.as_ptr(), Ring::BYTES) };
-            match Errno::result(read) {
-                Ok(bytes) => {
-                    break usize::try_from(bytes).unwrap_or(0) / size_of::<abi::uffd_msg>();
-                }
+            match read_at_once(self.as_fd(), ring) {
+                Ok(bytes) => break bytes / size_of::<abi::uffd_msg>(),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Ok(ReadOutcome::Empty),
                 Err(errno @ (Errno::EMFILE | Errno::ENFILE)) => {
@@ -225,6 +219,31 @@ impl Userfaultfd {
             Raw::Unknown(event) => Message::Unknown(event),
         }
     }
+}
+
+/// Reads what is there into `ring`; EAGAIN if nothing is.
+///
+/// `O_NONBLOCK` belongs to the open file, and who shares it can clear it at any instant: a read would wait then,
+/// with the install lock held. So each read says by itself that it shall not wait, which userfaultfds understand since
+/// Linux 6.10. Before, the flag is all that there is.
+fn read_at_once(uffd: BorrowedFd<'_>, ring: &mut Ring) -> nix::Result<usize> {
+    let fd = uffd.as_raw_fd();
+    let slice = libc::iovec {
+        iov_base: ring.as_ptr(),
+        iov_len: Ring::BYTES,
+    };
+    // SAFETY: the ring is Ring::BYTES of mapped, writable memory for as long as `ring` lives. Others may look at
+    // it through atomics meanwhile; nobody holds a reference to plain bytes of it.
+    let read = unsafe { libc::preadv2(fd, &raw const slice, 1, -1, libc::RWF_NOWAIT) };
+    let read = match Errno::result(read) {
+        // What a kernel says that doesn't know the call, the flag, or the flag for this kind of file; or a filter.
+        Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EPERM) => {
+            // SAFETY: as above.
+            Errno::result(unsafe { libc::read(fd, ring.as_ptr(), Ring::BYTES) })
+        }
+        read => read,
+    };
+    read.map(|bytes| usize::try_from(bytes).unwrap_or(0))
 }
 
 /// A message as it lies in a ring, owning nothing. For a successor that deals with what its

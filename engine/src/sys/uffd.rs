@@ -32,6 +32,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use nix::errno::Errno;
 
 use super::features::{Features, Ioctls};
+use super::foreign::{USERFAULTFD, kind_of};
 use super::grants::Grants;
 use super::{abi, ioctls};
 use crate::mem::{self, Mapping, RawRegion};
@@ -130,12 +131,10 @@ impl Userfaultfd {
         enabled: Features,
         hidden: Ioctls,
     ) -> Result<Self, AdoptError> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        let link = link.map_err(AdoptError::Inspect)?;
-        if link.as_os_str() != "anon_inode:[userfaultfd]" {
-            return Err(AdoptError::NotUserfaultfd {
-                found: link.to_string_lossy().into_owned(),
-            });
+        let kind = kind_of(fd.as_fd()).map_err(AdoptError::Inspect)?;
+        if kind != USERFAULTFD {
+            let found = kind.to_string_lossy().into_owned();
+            return Err(AdoptError::NotUserfaultfd { found });
         }
         set_nonblocking(fd.as_fd()).map_err(AdoptError::Inspect)?;
         let adopted = Self::of_another_process(fd, enabled, hidden);

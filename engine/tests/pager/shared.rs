@@ -38,12 +38,16 @@ fn what_one_session_has_decoded_the_next_needs_not_decode() {
     let bytes = Arc::new(mixed(PAGES));
     let snapshot = open(pack(&bytes, 32));
     let shared = Shared::new(PLENTY);
-    let (ended, _, first) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
+    for session in 0..2 {
+        let (ended, _, stats) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
+        assert_eq!(ended, Ended::Exit(0));
+        assert!(stats.bytes_decoded > 0);
+        // The first may have been the only one.
+        assert_eq!(shared.frame_cache().frames > 0, session > 0);
+    }
+    let (ended, _, third) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
     assert_eq!(ended, Ended::Exit(0));
-    assert!(first.bytes_decoded > 0);
-    let (ended, _, second) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
-    assert_eq!(ended, Ended::Exit(0));
-    assert_eq!((second.bytes_read, second.bytes_decoded), (0, 0));
+    assert_eq!((third.bytes_read, third.bytes_decoded), (0, 0));
     let cache = shared.frame_cache();
     assert!(cache.hits > 0 && cache.frames > 0 && cache.bytes <= PLENTY);
     // Without anything shared.
@@ -85,7 +89,7 @@ fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_
     let bad = open(damaged(file, &frame_of(&good, 700)));
     assert_eq!(good.id(), bad.id());
     let shared = Shared::new(PLENTY);
-    for _ in 0..2 {
+    for _ in 0..3 {
         let (ended, ..) = serve(&good, &bytes, Prefetch::Off, &shared);
         assert_eq!(ended, Ended::Exit(0));
         let (ended, ending, _) = serve(&bad, &bytes, Prefetch::Off, &shared);
@@ -99,7 +103,9 @@ fn frames_of_a_snapshot_that_was_closed_are_dropped() {
     let bytes = Arc::new(mixed(PAGES));
     let snapshot = open(pack(&bytes, 32));
     let shared = Shared::new(PLENTY);
-    serve(&snapshot, &bytes, Prefetch::All, &shared);
+    for _ in 0..2 {
+        serve(&snapshot, &bytes, Prefetch::Off, &shared);
+    }
     shared.forget_closed();
     assert!(shared.frame_cache().frames > 0);
     drop(snapshot);

@@ -81,16 +81,16 @@ impl Footprint {
     /// Waits until the process holds what it held once; what it was asked for may have been answered before
     /// it has put everything away.
     #[track_caller]
-    pub(crate) fn comes_back(&self, name: &str, process: Pid) {
+    pub(crate) fn comes_back(&self, name: &str, process: Pid, about: &str) {
         let began = Instant::now();
         loop {
-            let now = Self::of(process).unwrap_or_else(|| panic!("the {name} has ended"));
+            let now = Self::of(process).unwrap_or_else(|| panic!("{about}: the {name} has ended"));
             if now == *self {
                 return;
             }
             assert!(
                 began.elapsed() < PATIENCE,
-                "the {name} has too much: {:?}, and too little: {:?}",
+                "{about}: the {name} has too much: {:?}, and too little: {:?}",
                 now.over(self),
                 self.over(&now)
             );

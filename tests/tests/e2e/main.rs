@@ -12,6 +12,7 @@ mod guest;
 mod keepers;
 mod killed;
 mod lazily;
+mod lies;
 mod live;
 mod manager;
 mod memory;

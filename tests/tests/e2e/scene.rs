@@ -140,11 +140,6 @@ impl Scene {
         command
     }
 
-    pub(crate) fn keeper(&self) -> Pid {
-        let id = self.daemon.as_ref().expect("it runs").id();
-        Pid::from_raw(i32::try_from(id).expect("a pid"))
-    }
-
     /// Kills the keeper.
     pub(crate) fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("it runs");

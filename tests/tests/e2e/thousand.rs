@@ -114,7 +114,7 @@ impl Daemon {
     /// Every VM is gone: what each process holds is what it held before the first.
     fn is_idle(&self) {
         for (at, idle) in self.idle.iter().enumerate() {
-            idle.comes_back(self.names[at], self.processes[at]);
+            idle.comes_back(self.names[at], self.processes[at], "without VMs");
         }
     }
 

@@ -16,9 +16,12 @@ use crate::daemon::desk::Refused;
 use crate::daemon::listening::Listening;
 use crate::daemon::pending::{self, Pending};
 use crate::daemon::report::{Ending, Vm as Report};
-use crate::daemon::vms::Vm;
+use crate::daemon::vms::{Dying, Vm};
 use crate::daemon::wire::Door;
 use crate::input;
+
+/// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
+const MOST_OF_A_PROCESS: usize = 16;
 
 /// A service that was opened.
 pub(super) struct Open {
@@ -203,6 +206,7 @@ impl Keeper {
         let patience = Duration::from_secs(open.service.patience);
         let id = self.next.1;
         let pending = admit(open, &stream).and_then(|peer| {
+            self.has_room_for(&peer)?;
             self.hold_owner(id, peer.pidfd.as_fd());
             Pending::new(id, key, stream, peer, patience).context("a VMM is not heard")
         });
@@ -216,6 +220,19 @@ impl Keeper {
                 self.complain(format_args!("{error:#}"));
             }
         }
+    }
+
+    /// Whether so many of one process may be had. In another namespace processes have no number here.
+    fn has_room_for(&self, peer: &Peer) -> Result<()> {
+        let pid = peer.pid;
+        let pending = self.pending.iter().map(|pending| pending.peer.pid);
+        let served = self.vms.values().map(|vm| vm.peer.pid);
+        let dying = self.dying.values().map(Dying::pid);
+        let peers = pending.chain(served).chain(dying);
+        if pid != 0 && peers.filter(|peer| *peer == pid).count() >= MOST_OF_A_PROCESS {
+            bail!("VM {pid}: refused: its process has {MOST_OF_A_PROCESS} VMs already");
+        }
+        Ok(())
     }
 
     /// Goes on with a handshake.

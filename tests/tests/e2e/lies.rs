@@ -1,0 +1,284 @@
+//! VMMs that lie, stall and do what no VMM does, beside honest ones, of which none may notice.
+
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::Value;
+use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::images::Shares;
+use snaprestore_tests::program::{Run, snaprestore};
+
+use crate::footprint::{Footprint, process_with};
+use crate::scene::Scene;
+
+const PAGES: u64 = 1024;
+/// Liars at once.
+const AT_ONCE: u64 = 3;
+/// Only a liar that hangs, or has stopped itself, needs so long.
+const LIARS_TIME: Duration = Duration::from_secs(2);
+/// The same for those that were told what to do.
+const LONGEST: Duration = Duration::from_secs(20);
+/// Only an honest VM that nobody serves needs so long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A daemon, and what it holds when it has nothing to do.
+struct Watched {
+    scene: Scene,
+    control: PathBuf,
+    raw: PathBuf,
+    processes: Vec<(&'static str, Pid, Footprint)>,
+}
+
+impl Watched {
+    fn new(options: &[&str]) -> Self {
+        let mut scene = Scene::of(PAGES, Shares::MIXED);
+        let control = scene.folder.path().join("control");
+        let raw = scene.folder.path().join("raw");
+        let mark = scene.folder.path().display().to_string();
+        let mut all = vec!["--patience", "1", "--control"];
+        all.push(control.to_str().expect("text"));
+        all.extend(options);
+        scene.serve_with(&all, &[("SNAPRESTORE_TEST", &mark)]);
+        let mut watched = Self {
+            scene,
+            control,
+            raw,
+            processes: Vec::new(),
+        };
+        let _ = watched.list();
+        let guardian = process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian");
+        let worker = watched.scene.worker().expect("a worker");
+        let named = [
+            ("keeper", watched.scene.keeper()),
+            ("worker", worker),
+            ("guardian", guardian.expect("a guardian")),
+        ];
+        let settled = named.map(|(name, pid)| (name, pid, Footprint::settled(pid)));
+        watched.processes = settled.into();
+        watched
+    }
+
+    fn list(&self) -> Value {
+        let mut ctl = snaprestore(["ctl", "list", "--json", "--control"]);
+        Run::of(ctl.arg(&self.control)).exits(0).json()
+    }
+
+    /// Runs a liar to its end, or for a while. What it said.
+    fn lie(&self, words: &[String]) -> String {
+        let (mut liar, said) = self.liar(words);
+        let by_seed = words.len() == 1;
+        end_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
+        end_group(liar);
+        fs::read_to_string(&said).expect("what it said")
+    }
+
+    /// A liar, and where it says what it does.
+    fn liar(&self, words: &[String]) -> (Child, PathBuf) {
+        let name = format!("said-{}", words.join("-"));
+        let said = self.scene.folder.path().join(name);
+        let mut liar = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
+        liar.arg(self.scene.socket())
+            .arg(&self.raw)
+            .args(words)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(&said).expect("a file"))
+            .stderr(Stdio::null());
+        (liar.spawn().expect("a liar"), said)
+    }
+
+    /// Runs an honest VM, which must come out right.
+    fn honest(&self, options: &[&str]) -> Result<(), String> {
+        let mut vmm = self.scene.vmm(options);
+        let mut vmm = vmm.stdin(Stdio::null()).spawn().expect("a VMM");
+        if !end_within(&mut vmm, PATIENCE) {
+            let _ = vmm.kill();
+            return Err(format!("an honest VM waits: {options:?}"));
+        }
+        let run = Run::finish(vmm);
+        let said = String::from_utf8_lossy(&run.out).into_owned();
+        if run.code == Some(0) && said == format!("{PAGES} pages right\n") {
+            return Ok(());
+        }
+        Err(format!(
+            "an honest VM: {:?} {:?} {said}",
+            run.code, run.signal
+        ))
+    }
+
+    /// What every liar must leave as it was.
+    fn assert_unharmed(self, about: &str) {
+        assert_eq!(self.honest(&[]), Ok(()), "{about}");
+        let list = self.list();
+        assert_eq!(list["worker_restarts"], 0, "{about}: {}", self.scene.said());
+        for (name, pid, idle) in &self.processes {
+            idle.comes_back(name, *pid, about);
+        }
+        let mut scene = self.scene;
+        let _ = scene.stop();
+    }
+}
+
+/// Kills what is left of it and of its children.
+fn end_group(mut leader: Child) {
+    let group = Pid::from_raw(i32::try_from(leader.id()).expect("a pid"));
+    let _ = killpg(group, Signal::SIGKILL);
+    let _ = leader.wait();
+}
+
+/// Whether it ended by itself within this time.
+fn end_within(child: &mut Child, time: Duration) -> bool {
+    let began = Instant::now();
+    while child.try_wait().expect("a child").is_none() {
+        if began.elapsed() > time {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
+}
+
+/// A number from the environment, for more than what every run of the tests does.
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().expect(name))
+}
+
+#[test]
+fn liars_at_random_harm_no_one_but_themselves() {
+    let first = number("SNAPRESTORE_LIES_SEED", 1);
+    let count = number("SNAPRESTORE_LIES", 120);
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let next = AtomicU64::new(first);
+    let over = AtomicBool::new(false);
+    let harm = Mutex::new(None::<String>);
+    let harmed = || harm.lock().expect("not poisoned").is_some();
+    let running = Mutex::new(Vec::<u64>::new());
+    let now = || running.lock().expect("not poisoned").clone();
+    std::thread::scope(|scope| {
+        let liars: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                scope.spawn(|| {
+                    while !harmed() {
+                        let seed = next.fetch_add(1, SeqCst);
+                        if seed >= first + count {
+                            return;
+                        }
+                        running.lock().expect("not poisoned").push(seed);
+                        let _ = watched.lie(&[seed.to_string()]);
+                        let mut running = running.lock().expect("not poisoned");
+                        running.retain(|other| *other != seed);
+                    }
+                })
+            })
+            .collect();
+        for options in [
+            &["--threads", "2", "--discard"][..],
+            &["--split", "700", "--move", "--manner", "v1.7"],
+        ] {
+            let (watched, over, harm, now) = (&watched, &over, &harm, &now);
+            scope.spawn(move || {
+                while !over.load(SeqCst) {
+                    if let Err(what) = watched.honest(options) {
+                        let told = format!("{what}, beside the seeds {:?}", now());
+                        *harm.lock().expect("not poisoned") = Some(told);
+                        return;
+                    }
+                }
+            });
+        }
+        while liars.iter().any(|liar| !liar.is_finished()) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        over.store(true, SeqCst);
+    });
+    let harm = harm.into_inner().expect("not poisoned");
+    assert_eq!(harm, None, "{}", watched.scene.said());
+    let told = format!("the seeds from {first} on, {count} of them");
+    watched.assert_unharmed(&told);
+}
+
+/// A liar, in its own words, and the options of the daemon that it is told to.
+fn leaves_others_alone(words: &[&str], options: &[&str]) {
+    let watched = Watched::new(options);
+    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+    let said = watched.lie(&words);
+    assert!(said.contains(&words[0]), "{said}");
+    watched.assert_unharmed(&words.join(" "));
+}
+
+/// Keeper and worker could not talk of so many, and the keeper gave up all its VMs.
+#[test]
+fn regions_by_the_thousand_cost_nobody_else() {
+    leaves_others_alone(&["VeryManyRegions"], &[]);
+    leaves_others_alone(&["ManyRegions", "Touch"], &[]);
+}
+
+/// A thread of the worker waited in a read for ever, with what it held, and could not be ended.
+#[test]
+fn reads_that_were_made_to_wait_keep_no_thread() {
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let clear = ["ClearNonblocking"; 3];
+    // Not each time a read comes just then.
+    for others in [["Touch", "Discard"], ["Touch", "Blocking"]].repeat(3) {
+        let words = clear.iter().chain(&others).map(|word| (*word).to_owned());
+        let _ = watched.lie(&words.collect::<Vec<_>>());
+    }
+    watched.assert_unharmed("cleared flags");
+}
+
+/// The userfaultfds of the children stayed in the worker.
+#[test]
+fn forks_that_are_reported_leave_nothing_behind() {
+    leaves_others_alone(&["Forks", "Fork", "Touch"], &[]);
+}
+
+/// One process had as many sessions as it liked, each with its threads.
+#[test]
+fn a_process_has_a_bounded_number_of_vms() {
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let _ = watched.lie(&["times=100".to_owned(), "Touch".to_owned()]);
+    watched.scene.wait_for("has 16 VMs already", 84);
+    watched.assert_unharmed("100 connections");
+}
+
+/// The worker was taken for stuck, and killed, when one VM had every install repeated.
+#[test]
+fn a_storm_of_discards_is_no_worker_that_stands_still() {
+    let storm = [
+        "DiscardStorm",
+        "DiscardStorm",
+        "DiscardStorm",
+        "Touch",
+        "seconds=9",
+    ];
+    leaves_others_alone(&storm, &["--prefetch", "off", "--stuck-after", "4"]);
+}
+
+/// Who closed it waited for the liar, could not be killed, and the worker could not be replaced.
+#[test]
+fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
+    let test = "a_file_that_cannot_be_closed_keeps_nobody_waiting";
+    let root = nix::unistd::geteuid().is_root();
+    if let Err(error) = fs::File::options().write(true).open("/dev/fuse") {
+        return skipped(test, &format!("/dev/fuse: {error}"));
+    } else if !root {
+        return skipped(test, &"it needs root, to mount a file system");
+    }
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let words = ["Fuse", "seconds=600"].map(str::to_owned);
+    let (liar, _) = watched.liar(&words);
+    watched.scene.wait_for("which is no userfaultfd", 1);
+    for _ in 0..3 {
+        assert_eq!(watched.honest(&[]), Ok(()));
+    }
+    let _ = watched.list();
+    end_group(liar);
+    watched.assert_unharmed("a file that can't be closed");
+}
