@@ -281,10 +281,14 @@ impl Keeper {
         let held = vm.hold(id, &open.service, &open.held_as, outside);
         if let Err(error) = held {
             let pid = vm.peer.pid;
-            self.complain(format_args!(
-                "VM {pid} is held by nobody else, and is lost with this process: {error:#}"
-            ));
+            self.held_by_nobody(pid, &error);
         }
+    }
+
+    fn held_by_nobody(&self, pid: u32, error: &anyhow::Error) {
+        self.complain(format_args!(
+            "VM {pid} is held by nobody else, and is lost with this process: {error:#}"
+        ));
     }
 
     /// Nobody needs to hold a VM any more.
@@ -716,7 +720,12 @@ impl Keeper {
                     .context("tables without a memfd")?;
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.keep_tables(memfd)?;
-                    vm.hold_tables(id, &mut self.outside)?;
+                    let (pid, held) = (vm.peer.pid, vm.hold_tables(id, &mut self.outside));
+                    if let Err(error) = held {
+                        // Without its tables a next keeper would not know what the VM has discarded.
+                        self.release(id);
+                        self.held_by_nobody(pid, &error);
+                    }
                 }
             }
             FromWorker::Served { id } => {

@@ -48,6 +48,31 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
+/// There is room for all of a VM but its tables, as there is in the end for some VM: it was taken for a reason to
+/// give up, with all VMs.
+#[test]
+fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let notify = scene.folder.path().join("notify");
+    let mut manager = FakeManager::at(&notify);
+    let mut daemon = scene.daemon(&["--prefetch", "off"]);
+    daemon.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "4");
+    scene.start(daemon);
+    let vmm = scene.vmm(&["--discard"]).spawn().expect("a VMM");
+    scene.wait_for("is held by nobody else", 1);
+    let _ = Run::finish(vmm).exits(0);
+    // The snapshot's file, that it is ready, the VM's three, and those let go.
+    for _ in 0..8 {
+        manager.take_one();
+    }
+    let held = manager.names();
+    assert!(
+        held.len() == 1 && held[0].ends_with(".snapshot"),
+        "{held:?}"
+    );
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
 #[test]
 fn without_systemd_a_guardian_ends_the_vms_of_a_killed_keeper() {
     let mut scene = Scene::new(Shares::MIXED);
