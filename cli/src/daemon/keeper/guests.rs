@@ -102,11 +102,26 @@ impl Keeper {
         let outside = &mut self.outside;
         let held = vm.hold(id, &open.service, &open.held_as, outside);
         if let Err(error) = held {
-            let pid = vm.peer.pid;
-            self.complain(format_args!(
-                "VM {pid} is held by nobody else, and is lost with this process: {error:#}"
-            ));
+            self.hold_in_part(id, &error);
         }
+    }
+
+    /// Has a VM that can't be held outside with all that it needs held by its pidfd: a next keeper ends it. Without its
+    /// tables that keeper would not know what the VM has discarded.
+    pub(super) fn hold_in_part(&mut self, id: u64, why: &anyhow::Error) {
+        self.release(id);
+        let Some(vm) = self.vms.get(&id) else { return };
+        let owner = self
+            .outside
+            .hold(&held_as(id), &[(OWNER, vm.peer.pidfd.as_fd())]);
+        let is = match owner {
+            Ok(()) => "ended",
+            Err(_) => "lost",
+        };
+        let pid = vm.peer.pid;
+        self.complain(format_args!(
+            "VM {pid} can't be held with all that it needs, and is {is} with this process: {why:#}"
+        ));
     }
 
     /// Has who has connected held outside by its pidfd: its memory may lie in the socket already.

@@ -139,7 +139,9 @@ impl Keeper {
                     .context("tables without a memfd")?;
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.keep_tables(memfd)?;
-                    vm.hold_tables(id, &mut self.outside)?;
+                    if let Err(error) = vm.hold_tables(id, &mut self.outside) {
+                        self.hold_in_part(id, &error);
+                    }
                 }
             }
             FromWorker::Served { id } => {
