@@ -48,6 +48,34 @@ fn scrape(socket: &Path) -> String {
     text
 }
 
+/// A number of the metrics, of all services together.
+fn metric(scene: &Scene, name: &str) -> u64 {
+    let text = scrape(&scene.folder.path().join("metrics"));
+    let line = text.lines().find(|line| line.starts_with(name));
+    let value = line.and_then(|line| line.rsplit(' ').next());
+    let value = value.unwrap_or_else(|| panic!("no {name} in {text}"));
+    value.parse().expect(name)
+}
+
+#[test]
+fn vms_of_one_snapshot_share_decoded_frames() {
+    let mut scene = Scene::new(Shares::MIXED);
+    serve(&mut scene);
+    let mut decoded = Vec::new();
+    for number in 0..4 {
+        let run = Run::of(&mut scene.vmm(&[])).exits(0);
+        assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
+        scene.wait_for("pages installed", number + 1);
+        decoded.push(metric(&scene, "snaprestore_decoded_bytes_total"));
+    }
+    // The first may have been the only one; the second shares what it decodes.
+    assert!(decoded[0] < decoded[1], "{decoded:?}");
+    assert_eq!(decoded[1..], [decoded[1]; 3]);
+    assert!(metric(&scene, "snaprestore_frame_cache_hits_total") > 0);
+    assert!(metric(&scene, "snaprestore_frame_cache_frames") > 0);
+    assert_eq!(endings(&scene.stop()).len(), 4);
+}
+
 #[test]
 fn an_operator_sees_vms_and_lets_them_go() {
     let mut scene = Scene::new(Shares::MIXED);
