@@ -8,6 +8,7 @@ mod confined;
 mod damage;
 mod flips;
 mod guest;
+mod hung;
 mod keepers;
 mod killed;
 mod lazily;
