@@ -380,7 +380,8 @@ pub(crate) struct Serve {
     /// How events are logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,
-    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced
+    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced. A VM for
+    /// which three of them got stuck in a row is killed
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,

@@ -1,10 +1,12 @@
 //! The worker's process, as the keeper sees it.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
@@ -26,6 +28,8 @@ pub(super) struct Worker {
     pub(super) version: Option<String>,
     /// Whether it was killed for being stuck.
     stuck: bool,
+    /// Since when it ought to be gone.
+    killed: Option<Instant>,
 }
 
 /// How a worker came to its end.
@@ -36,6 +40,8 @@ pub(super) struct Death {
     /// Whether what it was doing may be to blame: it crashed or got stuck, and was not killed from
     /// outside.
     pub(super) of_itself: bool,
+    /// Whether it was killed for being stuck.
+    pub(super) stuck: bool,
 }
 
 impl Worker {
@@ -74,6 +80,7 @@ impl Worker {
             started: Instant::now(),
             version: None,
             stuck: false,
+            killed: None,
         })
     }
 
@@ -96,6 +103,27 @@ impl Worker {
     pub(super) fn kill(&mut self) {
         // It can't be another's process: its status has not been taken.
         let _ = self.child.kill();
+        self.killed.get_or_insert_with(Instant::now);
+    }
+
+    /// When it was killed.
+    pub(super) fn killed(&self) -> Option<Instant> {
+        self.killed
+    }
+
+    /// What the threads of it wait for that can't be killed, as far as the kernel tells.
+    pub(super) fn waits_for(&self) -> String {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let tasks = fs::read_dir(tasks).into_iter().flatten();
+        let mut found: Vec<_> = tasks
+            .filter_map(|task| uninterruptible(&task.ok()?.path()))
+            .collect();
+        found.dedup();
+        if found.is_empty() {
+            return "no thread of it tells what for".to_owned();
+        }
+        found.truncate(3);
+        format!("uninterruptible in {}", found.join(", "))
     }
 
     /// Takes the status of a worker whose pidfd is readable.
@@ -113,6 +141,7 @@ impl Worker {
         Ok(Death {
             how,
             of_itself: !killed_from_outside,
+            stuck: self.stuck,
         })
     }
 }
@@ -120,8 +149,37 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.kill();
-        let _ = self.child.wait();
+        // One that can't be killed is left to whoever takes care of orphans.
+        let began = Instant::now();
+        while !self.is_gone() && began.elapsed() < PARTING {
+            std::thread::sleep(PARTING / 100);
+        }
     }
+}
+
+/// How long the end of a worker is waited for that is not needed any more.
+const PARTING: Duration = Duration::from_secs(2);
+
+/// Where in the kernel a task waits, if it does so uninterruptibly.
+fn uninterruptible(task: &Path) -> Option<String> {
+    let stat = fs::read_to_string(task.join("stat")).ok()?;
+    if !stat.rsplit_once(") ")?.1.starts_with('D') {
+        return None;
+    }
+    // It takes the permission to trace it; "0" is said without.
+    let place = fs::read_to_string(task.join("wchan")).unwrap_or_default();
+    let call = fs::read_to_string(task.join("syscall")).unwrap_or_default();
+    let call = call.split(' ').next().unwrap_or_default().trim_end();
+    let place = if ["", "0"].contains(&place.trim()) {
+        "a place that the kernel doesn't tell"
+    } else {
+        place.trim()
+    };
+    Some(if call.is_empty() {
+        place.to_owned()
+    } else {
+        format!("{place} (system call {call})")
+    })
 }
 
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;

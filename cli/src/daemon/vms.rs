@@ -21,6 +21,11 @@ use super::outside::{OWNER, Outside, UFFD};
 /// Deaths of workers on one frame after which it counts as damaged.
 const DEADLY: u32 = 2;
 
+/// Workers that get stuck for one VM in a row after which it is ended: the third knows which frames the others were at.
+const HOPELESS: u32 = 3;
+/// As many times the patience later it is another row.
+const IN_A_ROW: u32 = 4;
+
 /// The role under which the tables are held outside.
 const TABLES: &str = "tables";
 /// The role of the page map of one that has huge pages.
@@ -40,6 +45,8 @@ pub(super) struct Vm {
     tables: Option<Tables>,
     /// Frames on which workers have died, by their offset, and how often.
     suspects: BTreeMap<u64, u32>,
+    /// Workers in a row that got stuck while it waited, and when the last did.
+    stuck: (u32, Option<Instant>),
     watch: Watch,
 }
 
@@ -87,6 +94,7 @@ impl Vm {
             page_map: None,
             tables: None,
             suspects: BTreeMap::new(),
+            stuck: (0, None),
             watch: Watch::begin(),
         }
     }
@@ -179,6 +187,32 @@ impl Vm {
         {
             *self.suspects.entry(frame).or_default() += 1;
         }
+    }
+
+    /// Its worker is killed for keeping it waiting.
+    pub(super) fn count_stuck(&mut self, patience: Duration) {
+        let (count, last) = &mut self.stuck;
+        // The next one would get stuck at once.
+        if last.is_some_and(|last| last.elapsed() > IN_A_ROW * patience) {
+            *count = 0;
+        }
+        (*count, *last) = (*count + 1, Some(Instant::now()));
+    }
+
+    /// Whether its worker was killed for keeping it waiting, and has not ended yet.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.1.is_some_and(|last| last >= self.watch.since)
+    }
+
+    /// Whether no worker can serve it.
+    pub(super) fn is_hopeless(&self) -> bool {
+        self.stuck.0 >= HOPELESS
+    }
+
+    /// Whether its worker reads a frame for it.
+    pub(super) fn is_reading(&self) -> bool {
+        let tables = self.tables.as_ref();
+        tables.is_some_and(|tables| !tables.vitals.decoding().is_empty())
     }
 
     /// A new worker is to serve it.

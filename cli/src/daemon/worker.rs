@@ -133,7 +133,9 @@ pub(super) struct Worker {
 /// A snapshot, and how VMs are served from it.
 pub(super) struct Open {
     pub(super) service: Service,
-    snapshot: Result<Arc<Snapshot>, String>,
+    file: OwnedFd,
+    /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
+    snapshot: OnceLock<Result<Arc<Snapshot>, String>>,
 }
 
 /// A VM in this worker's hands.
@@ -368,18 +370,24 @@ impl Worker {
 
 impl Open {
     fn new(file: OwnedFd, service: Service) -> Self {
-        let store = FileStore::from_file(File::from(file), &service.snapshot);
-        let snapshot = Snapshot::open(Arc::new(store));
         Self {
-            snapshot: snapshot
-                .map(Arc::new)
-                .map_err(|error| format!("{:#}", anyhow::Error::from(error))),
+            file,
             service,
+            snapshot: OnceLock::new(),
         }
     }
 
+    fn open(&self) -> Result<Arc<Snapshot>> {
+        let file = self.file.try_clone().context("a snapshot's file")?;
+        let store = FileStore::from_file(File::from(file), &self.service.snapshot);
+        Ok(Arc::new(Snapshot::open(Arc::new(store))?))
+    }
+
     fn pager(&self, shared: &Shared) -> Result<Pager> {
-        let snapshot = match &self.snapshot {
+        let opened = self
+            .snapshot
+            .get_or_init(|| self.open().map_err(|error| format!("{error:#}")));
+        let snapshot = match opened {
             Ok(snapshot) => Arc::clone(snapshot),
             Err(error) => bail!("{error}"),
         };

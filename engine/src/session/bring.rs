@@ -31,7 +31,7 @@ const FILL_PAGES: usize = 64;
 /// (The frames of the model have two pages.)
 const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
 /// What is wrong with a frame that is refused for what it did.
-const DEADLY: &str = "who decoded it died, twice";
+const DEADLY: &str = "who read it died or got stuck, twice";
 /// Damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.

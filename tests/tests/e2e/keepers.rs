@@ -13,10 +13,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::Run;
 
 use crate::manager::FakeManager;
-use crate::scene::{Scene, endings};
-
-/// Only a hang takes so long.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::scene::{PATIENCE, Scene, end_of, endings};
 
 /// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
@@ -121,19 +118,6 @@ fn is_guarded(pid: u32) -> bool {
     processes.any(|process| process.is_ok_and(|process| holds(&process.path())))
 }
 
-/// The end of a VMM, which must not wait for ever.
-fn ended(mut vmm: Child) -> Run {
-    let began = Instant::now();
-    while vmm.try_wait().expect("a child").is_none() {
-        if began.elapsed() > PATIENCE {
-            let _ = vmm.kill();
-            panic!("it waits for ever");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Run::finish(vmm)
-}
-
 /// It has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
 #[test]
 fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
@@ -147,7 +131,7 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
             std::thread::sleep(Duration::from_millis(5));
         }
         scene.kill();
-        let run = ended(vmm);
+        let run = end_of(vmm);
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
     }
     // Who is refused is let go, and nobody ends it when the keeper dies.
@@ -185,7 +169,7 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     drop(UnixStream::connect(scene.socket()).expect("connected"));
     scene.kill();
     drop(vmm.stdin.take());
-    let run = ended(vmm);
+    let run = end_of(vmm);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     // Another can begin at once.
     scene.serve(&[]);
@@ -212,14 +196,14 @@ fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
     scene.kill();
     let next = manager.start(&scene.daemon(&options));
     scene.start(with_it(next));
-    let run = ended(half);
+    let run = end_of(half);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     scene.wait_for("killed: it was handing its memory over when", 1);
     while !manager.names().contains(&"vm.vm-2.tables") {
         manager.take_one();
     }
     drop(waits.stdin.take());
-    let _ = ended(waits).exits(0);
+    let _ = end_of(waits).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
     // Neither of them is held any more, nor the socket.
     let is_file = |name: &&str| name.starts_with("vm.file-");

@@ -9,6 +9,7 @@ mod damage;
 mod flips;
 mod footprint;
 mod guest;
+mod hung;
 mod keepers;
 mod killed;
 mod lazily;

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 pub(crate) const PAGES: u64 = 8192;
 /// Only a hang takes so long.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A memory, its snapshot, and who serves it.
 pub(crate) struct Scene {
@@ -184,6 +184,20 @@ impl Drop for Scene {
             let _ = daemon.wait();
         }
     }
+}
+
+/// The end of a VMM, which must not wait for ever.
+#[track_caller]
+pub(crate) fn end_of(mut vmm: Child) -> Run {
+    let began = Instant::now();
+    while vmm.try_wait().expect("a child").is_none() {
+        if began.elapsed() > PATIENCE {
+            let _ = vmm.kill();
+            panic!("it waits for ever");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Run::finish(vmm)
 }
 
 /// How the VMs ended. One that has touched everything may have been complete before it exited.

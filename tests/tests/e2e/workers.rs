@@ -109,6 +109,6 @@ fn a_frame_on_which_two_workers_crash_counts_as_damaged() {
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["killed"]);
     let reason = vms[0]["reason"].as_str().expect("a reason");
-    assert!(reason.contains("died, twice"), "{reason}");
+    assert!(reason.contains("died or got stuck, twice"), "{reason}");
     assert_eq!(scene.said().matches(DIED).count(), 2, "{}", scene.said());
 }

@@ -16,9 +16,10 @@
 //! ```
 //!
 //! The loop is here; `services` are what VMs connect to, `guests` the VMs that have, `workers` is the worker
-//! and what it is told, `succession` a worker of another program that is to take over.
+//! and what it is told, `hung` what follows when it is stuck, `succession` a worker of another program that is to take over.
 
 mod guests;
+mod hung;
 mod services;
 mod succession;
 mod workers;
@@ -36,6 +37,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use self::hung::Undead;
 use self::services::Open;
 use self::succession::Successor;
 use self::workers::Outgoing;
@@ -89,6 +91,7 @@ pub(crate) struct Keeper {
     cancel: Cancel,
     program: OsString,
     worker: Worker,
+    undead: Vec<Undead>,
     /// Workers started, and how many in a row ended at once.
     workers: u64,
     stillborn: u32,
@@ -150,6 +153,7 @@ impl Keeper {
             cancel: cancel.clone(),
             program,
             worker,
+            undead: Vec::new(),
             workers: 1,
             stillborn: 0,
             restarts: 0,
@@ -238,8 +242,7 @@ impl Keeper {
             self.stopping = Stopping::Kills;
         }
         self.watch_succession();
-        self.watch_worker();
-        Ok(())
+        self.watch_worker()
     }
 
     fn tokens(&self) -> Vec<Token> {

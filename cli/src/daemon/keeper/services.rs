@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -60,10 +62,7 @@ impl Keeper {
                 bail!("service {:?} has the socket {path} already", other.name);
             }
         }
-        // What is no good snapshot is refused here, and not VM by VM.
-        drop(input::open(&service.snapshot)?);
-        let store = input::store(&service.snapshot)?;
-        let file = store.file().try_clone().context("a snapshot's file")?;
+        let file = opened_in_time(&service.snapshot, self.options.stuck_after)?;
         let listening = self.listen(&service)?;
         let key = self.next.0;
         self.next.0 += 1;
@@ -72,7 +71,6 @@ impl Keeper {
             service.snapshot.display(),
             service.socket.display()
         ));
-        let file = OwnedFd::from(file);
         let held_as = format!("file-{}-{key}", std::process::id());
         if let Err(error) = self.outside.hold(&held_as, &[("snapshot", file.as_fd())]) {
             self.complain(format_args!(
@@ -175,10 +173,11 @@ impl Keeper {
     }
 
     /// A service that was removed goes with its last VM.
-    fn forget_if_unused(&mut self, key: u64) {
+    pub(super) fn forget_if_unused(&mut self, key: u64) {
         let is_removed = self.services.get(&key).is_some_and(|open| open.removed);
         let is_used = self.vms.values().any(|vm| vm.service == key)
-            || self.pending.iter().any(|pending| pending.service == key);
+            || self.pending.iter().any(|pending| pending.service == key)
+            || self.is_hung(key);
         if is_removed && !is_used {
             self.forget(key);
         }
@@ -267,6 +266,11 @@ impl Keeper {
             regions,
         } = handshake;
         let mut vm = Vm::new(service, peer, userfaultfd, regions);
+        if self.is_hung(service) {
+            let why = "its snapshot can't be read: a worker that waits for it can't be killed";
+            self.end(id, vm, Ending::Refused, why.to_owned());
+            return self.count_ended(service);
+        }
         if let Err(error) = vm.open_page_map() {
             let why = anyhow::Error::from(AttachError::PageMap(error));
             self.end(id, vm, Ending::Refused, format!("{why:#}"));
@@ -276,6 +280,25 @@ impl Keeper {
         self.hold(id);
         self.outgoing.push_back(Outgoing::Vm(id));
     }
+}
+
+/// The open file of a snapshot. What is no good one is refused here, and not VM by VM; one that doesn't answer must not
+/// stop the keeper.
+fn opened_in_time(path: &Path, patience: Duration) -> Result<OwnedFd> {
+    let open = |path: &Path| -> Result<OwnedFd> {
+        drop(input::open(path)?);
+        let store = input::store(path)?;
+        let file = store.file().try_clone().context("a snapshot's file")?;
+        Ok(file.into())
+    };
+    let (sender, opened) = channel();
+    let owned = path.to_owned();
+    let thread = std::thread::Builder::new().name("open".into());
+    thread.spawn(move || sender.send(open(&owned)))?;
+    opened.recv_timeout(patience).unwrap_or_else(|_| {
+        let path = path.display();
+        bail!("{path}: can't be read: nothing came for {patience:?}")
+    })
 }
 
 /// Who has connected, if it is to be served.

@@ -10,7 +10,6 @@ use super::{Keeper, Stopping, Token};
 use crate::daemon::child::{Death, Worker};
 use crate::daemon::desk::Upgraded;
 use crate::daemon::report::Ending;
-use crate::daemon::vms::Vm;
 use crate::daemon::wire::{Door, Facts, FromWorker, Request, ToWorker};
 
 /// Workers in a row that end before they are ready, or at once afterwards, until the daemon gives up.
@@ -214,22 +213,34 @@ impl Keeper {
         if self.stopping == Stopping::Kills {
             return Ok(());
         }
-        self.worker = match self
-            .successor
-            .take_if(|successor| successor.ready.is_some())
-        {
-            Some(successor) => {
-                let version = successor.worker.version.clone().unwrap_or_default();
-                self.say(format_args!("a worker of version {version} takes over"));
-                self.program = successor.program;
-                successor.worker
-            }
-            None => self.start_another(&death)?,
-        };
-        for vm in self.vms.values_mut() {
-            if death.of_itself {
+        if death.of_itself {
+            for vm in self.vms.values_mut() {
                 vm.blame_frames();
             }
+        }
+        self.worker = self.next_worker(&death)?;
+        self.end_hopeless();
+        self.introduce_worker();
+        Ok(())
+    }
+
+    /// Who goes on: the program that is to take over, or another of the same.
+    pub(super) fn next_worker(&mut self, death: &Death) -> Result<Worker> {
+        let successor = self
+            .successor
+            .take_if(|successor| successor.ready.is_some());
+        let Some(successor) = successor else {
+            return self.start_another(death);
+        };
+        let version = successor.worker.version.clone().unwrap_or_default();
+        self.say(format_args!("a worker of version {version} takes over"));
+        self.program = successor.program;
+        Ok(successor.worker)
+    }
+
+    /// Has a new worker told everything.
+    pub(super) fn introduce_worker(&mut self) {
+        for vm in self.vms.values_mut() {
             vm.handed_over();
         }
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
@@ -241,13 +252,16 @@ impl Keeper {
         if self.stopping == Stopping::Drains {
             self.outgoing.push_back(Outgoing::Drain);
         }
-        Ok(())
     }
 
     fn start_another(&mut self, death: &Death) -> Result<Worker> {
-        let Death { how, of_itself } = death;
+        let Death {
+            how,
+            of_itself,
+            stuck,
+        } = death;
         let ready = self.worker.version.is_some();
-        let lived = ready && (!of_itself || self.worker.started.elapsed() >= LIVED);
+        let lived = ready && (!of_itself || *stuck || self.worker.started.elapsed() >= LIVED);
         self.stillborn = if lived { 0 } else { self.stillborn + 1 };
         let vms = self.vms.len();
         self.complain(format_args!(
@@ -260,16 +274,6 @@ impl Keeper {
         self.workers += 1;
         self.restarts += 1;
         Ok(worker)
-    }
-
-    /// Kills a worker that keeps a VM waiting.
-    pub(super) fn watch_worker(&mut self) {
-        let patience = self.options.stuck_after;
-        let ready = self.worker.version.is_some() || self.worker.started.elapsed() < patience;
-        let neglected = |vm: &mut Vm| vm.is_neglected(patience);
-        if !ready || self.vms.values_mut().any(neglected) {
-            self.worker.kill_stuck();
-        }
     }
 }
 
