@@ -13,6 +13,7 @@ use fuser::{
     Generation, INodeNo, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry,
     ReplyOpen, Request,
 };
+use nix::mount::{MntFlags, umount2};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
@@ -129,7 +130,6 @@ impl Filesystem for Served {
 struct Mounted {
     disk: Arc<Disk>,
     folder: PathBuf,
-    // Unmounts; who waits gets an error then.
     _session: BackgroundSession,
 }
 
@@ -182,6 +182,14 @@ impl Mounted {
     fn vmm(&self, scene: &Scene, options: &[&str]) -> Child {
         let mut vmm = scene.vmm_at(&self.socket(), options);
         vmm.spawn().expect("a VMM")
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Also if a worker is still about to end that has its file open.
+        self.go_on();
+        let _ = umount2(&self.folder, MntFlags::MNT_DETACH);
     }
 }
 
@@ -278,8 +286,6 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     assert!(reason.contains("got stuck, twice"), "{reason}");
     let reason = reason_with(&vms, &early.snapshot());
     assert!(reason.contains("one worker after another"), "{reason}");
-    early.go_on();
-    never.go_on();
 }
 
 /// Whoever waits can't be killed, and so the worker never ends.
@@ -330,5 +336,4 @@ fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
     drop(bad.stdin.take());
     is_killed(bad, &scene);
     assert_eq!(endings(&scene.stop()), ["killed"]);
-    disk.go_on();
 }
