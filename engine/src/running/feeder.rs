@@ -225,11 +225,12 @@ impl Feeder {
         };
         let (running, done) = (Arc::clone(&self.running), self.done.clone());
         self.pool.rayon().spawn(move || {
-            let turn = running.turns.wait();
-            work(&running.session, &mut worker, &mut || {
-                turn.stand_back(|| running.session.is_ending());
-            });
-            drop(turn);
+            let is_over = || running.session.is_ending();
+            if let Some(turn) = running.turns.wait(is_over) {
+                work(&running.session, &mut worker, &mut || {
+                    turn.stand_back(is_over);
+                });
+            }
             // The memory must not be this thread's to unmap, after everybody else has let go.
             drop(running);
             // The feeder may have gone.
@@ -260,7 +261,7 @@ impl Feeder {
 }
 
 /// Pages cut at the ends of index blocks: no more is handed out at once.
-fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+pub(super) fn in_blocks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let blocks = pages.start / PAGES_PER_BLOCK_U64..pages.end.div_ceil(PAGES_PER_BLOCK_U64);
     blocks.map(move |block| {
         let first = block * PAGES_PER_BLOCK_U64;

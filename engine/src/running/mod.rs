@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::Reason;
 
-use crate::session::{Durations, Kernel, PrefetchStop, Session, SnapshotImage, Worker};
+use crate::session::{Durations, Kernel, Left, PrefetchStop, Session, SnapshotImage, Worker};
 
+use feeder::in_blocks;
 pub use shared::Shared;
 use shared::Turns;
 pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
@@ -97,6 +98,7 @@ impl Running {
         if self.fault_threads.fetch_sub(1, AcqRel) > 1 {
             return;
         }
+        self.session.inbox.abandon();
         if self.session.is_complete() {
             self.session.platform.close();
             let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -156,8 +158,7 @@ impl Running {
         let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
         let mut shortages = 0;
         for _ in 0..MOST_TRIES {
-            let pages = 0..session.image.snapshot().page_slots();
-            match session.prefetch(&mut worker, pages, || ()) {
+            match self.install_once(&mut worker) {
                 // Each page was tried for some time.
                 Ok(left) if left.short > 0 && shortages == MOST_SHORTAGES => return false,
                 Ok(left) if left.short > 0 => shortages += 1,
@@ -172,6 +173,23 @@ impl Running {
             }
         }
         false
+    }
+
+    /// Tries to install each page that is missing, block by block, by turns with others.
+    fn install_once(&self, worker: &mut Worker<SnapshotImage>) -> Result<Left, PrefetchStop> {
+        let session = &self.session;
+        let mut all = Left::default();
+        for pages in in_blocks(0..session.image.snapshot().page_slots()) {
+            if !session.state.any_absent(pages.clone()) {
+                continue;
+            }
+            let Some(turn) = self.turns.wait(|| session.is_ending()) else {
+                return Err(PrefetchStop::Ending);
+            };
+            let pause = || turn.stand_back(|| session.is_ending());
+            all.add(session.prefetch(worker, pages, pause)?);
+        }
+        Ok(all)
     }
 
     /// What was done so far, but for what only the door knows.

@@ -11,15 +11,16 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use snapshot_format::Snapshot;
 
 use crate::session::{FrameCache, FrameCacheStats, SharedFrames};
 
-/// How long a thread waits for its turn, at most: those whose turn it is may be waiting for their owners.
+/// How long nobody may be handed a turn until somebody has one more than may be.
 const LONGEST_WAIT: Duration = Duration::from_millis(20);
 /// The longest that prefetch waits for demand before a frame: an owner that faults all the time
 /// must not stop it.
@@ -50,7 +51,7 @@ impl Shared {
         let most = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             frames,
-            turns: Arc::new(Turns::new(most)),
+            turns: Arc::new(Turns::new(most, LONGEST_WAIT)),
         }
     }
 
@@ -58,7 +59,7 @@ impl Shared {
     pub(crate) fn alone(prefetch_threads: usize) -> Self {
         Self {
             frames: None,
-            turns: Arc::new(Turns::new(prefetch_threads)),
+            turns: Arc::new(Turns::new(prefetch_threads, LONGEST_WAIT)),
         }
     }
 
@@ -86,33 +87,52 @@ impl Shared {
 }
 
 /// Whose turn it is to fetch ahead.
+///
+/// ```text
+///   wait ──▶ fewer than may be: a turn ──────────────────────▶ dropped: the first who waits has it
+///     └────▶ the end of the queue ──▶ first, and handed it ──┘
+///                                └──▶ first, and nobody was handed one for some time: one more than may be
+/// ```
 #[derive(Debug)]
 pub(crate) struct Turns {
     /// Threads whose turn it may be at once.
     most: usize,
+    /// How long nobody may be handed a turn: those whose turn it is may be waiting for their owners.
+    longest_wait: Duration,
     /// Faults that wait or are being served, in all sessions.
     demand: Arc<AtomicUsize>,
     /// Threads whose turn it is, but for those that stand back.
     fetching: AtomicUsize,
     queue: Mutex<Queue>,
-    changed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     taken: usize,
-    next: u64,
-    waiting: VecDeque<u64>,
+    waiting: VecDeque<Arc<Waiter>>,
+    /// When somebody was handed a turn last.
+    moved: Instant,
+}
+
+/// A thread that waits.
+#[derive(Debug)]
+struct Waiter {
+    thread: Thread,
+    has_turn: AtomicBool,
 }
 
 impl Turns {
-    fn new(most: usize) -> Self {
+    fn new(most: usize, longest_wait: Duration) -> Self {
         Self {
             most,
+            longest_wait,
             demand: Arc::default(),
             fetching: AtomicUsize::new(0),
-            queue: Mutex::default(),
-            changed: Condvar::new(),
+            queue: Mutex::new(Queue {
+                taken: 0,
+                waiting: VecDeque::new(),
+                moved: Instant::now(),
+            }),
         }
     }
 
@@ -121,29 +141,43 @@ impl Turns {
         &self.demand
     }
 
-    /// Waits for a turn: who came first has it first.
-    pub(crate) fn wait(&self) -> Turn<'_> {
+    /// Waits for a turn: who came first has it first. None if it is over before.
+    pub(crate) fn wait(&self, is_over: impl Fn() -> bool) -> Option<Turn<'_>> {
         let mut queue = self.queue();
-        if queue.taken >= self.most || !queue.waiting.is_empty() {
-            let ticket = queue.next;
-            queue.next += 1;
-            queue.waiting.push_back(ticket);
-            let until = Instant::now() + LONGEST_WAIT;
-            loop {
-                let left = until.saturating_duration_since(Instant::now());
-                let is_next = queue.waiting.front() == Some(&ticket);
-                if left.is_zero() || is_next && queue.taken < self.most {
-                    break;
-                }
-                let waited = self.changed.wait_timeout(queue, left);
-                queue = waited.unwrap_or_else(PoisonError::into_inner).0;
-            }
-            queue.waiting.retain(|other| *other != ticket);
-            // The one behind may have its turn as well.
-            self.changed.notify_all();
+        if queue.taken < self.most && queue.waiting.is_empty() {
+            queue.taken += 1;
+            return Some(self.begin());
         }
-        queue.taken += 1;
+        let waiter = Arc::new(Waiter {
+            thread: std::thread::current(),
+            has_turn: AtomicBool::new(false),
+        });
+        if queue.waiting.is_empty() {
+            queue.moved = Instant::now();
+        }
+        queue.waiting.push_back(Arc::clone(&waiter));
         drop(queue);
+        loop {
+            std::thread::park_timeout(self.longest_wait);
+            let mut queue = self.queue();
+            if waiter.has_turn.load(Relaxed) {
+                return Some(self.begin());
+            }
+            let is_first = queue
+                .waiting
+                .front()
+                .is_some_and(|first| Arc::ptr_eq(first, &waiter));
+            if is_over() {
+                queue.waiting.retain(|other| !Arc::ptr_eq(other, &waiter));
+                return None;
+            }
+            if is_first && queue.moved.elapsed() >= self.longest_wait {
+                queue.hand_on();
+            }
+        }
+    }
+
+    fn begin(&self) -> Turn<'_> {
         self.fetching.fetch_add(1, Relaxed);
         Turn(self)
     }
@@ -151,6 +185,19 @@ impl Turns {
     /// The queue is whole after every statement.
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    /// Gives a turn to the first who waits.
+    fn hand_on(&mut self) {
+        if let Some(first) = self.waiting.pop_front() {
+            self.taken += 1;
+            self.moved = Instant::now();
+            // Read under the same lock.
+            first.has_turn.store(true, Relaxed);
+            first.thread.unpark();
+        }
     }
 }
 
@@ -184,40 +231,44 @@ impl Drop for Turn<'_> {
         self.0.fetching.fetch_sub(1, Relaxed);
         let mut queue = self.0.queue();
         queue.taken -= 1;
-        if !queue.waiting.is_empty() {
-            self.0.changed.notify_all();
+        if queue.taken < self.0.most {
+            queue.hand_on();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::sync::mpsc::channel;
 
     use super::*;
 
+    const NEVER: Duration = Duration::from_secs(3600);
+
     #[test]
     fn turns_are_had_in_the_order_of_coming_and_no_more_at_once_than_may_be() {
-        let turns = Turns::new(2);
-        let (one, other) = (turns.wait(), turns.wait());
-        let (tell, arrived) = channel();
+        let turns = Turns::new(2, NEVER);
+        let wait = || turns.wait(|| false).unwrap();
+        let (one, other) = (wait(), wait());
+        let (tell, told) = channel();
         std::thread::scope(|scope| {
             for number in 0..3 {
                 let (turns, tell) = (&turns, tell.clone());
                 scope.spawn(move || {
-                    let turn = turns.wait();
-                    assert!(turns.queue().taken <= 2, "{number}");
-                    tell.send(number).unwrap();
+                    let turn = turns.wait(|| false);
+                    tell.send((number, turns.queue().taken)).unwrap();
                     drop(turn);
                 });
                 while turns.queue().waiting.len() <= number {
                     std::thread::yield_now();
                 }
             }
-            assert!(arrived.try_recv().is_err());
+            assert!(told.try_recv().is_err());
             drop(one);
-            let order: Vec<usize> = (0..3).map(|_| arrived.recv().unwrap()).collect();
-            assert_eq!(order, [0, 1, 2]);
+            for number in 0..3 {
+                assert_eq!(told.recv().unwrap(), (number, 2));
+            }
             drop(other);
         });
         assert_eq!(turns.queue().taken, 0);
@@ -226,31 +277,27 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_ever_for_a_turn_that_is_not_given_back() {
-        let turns = Turns::new(1);
-        let _kept = turns.wait();
-        let _another = turns.wait();
+        let turns = Turns::new(1, Duration::from_millis(1));
+        let _kept = turns.wait(|| false);
+        let _another = turns.wait(|| false).unwrap();
         assert_eq!(turns.queue().taken, 2);
+        assert!(turns.wait(|| true).is_none());
         assert!(turns.queue().waiting.is_empty());
     }
 
     #[test]
     fn who_fetches_stands_back_for_the_faults_of_any_session() {
-        let turns = Turns::new(2);
-        let turn = turns.wait();
-        turns.demand().store(2, Relaxed);
+        let turns = Turns::new(2, NEVER);
+        let turn = turns.wait(|| false).unwrap();
         // It would go on after some time in any case, so what is looked at is whether it asks.
-        let asked = std::cell::Cell::new(false);
-        turn.stand_back(|| {
-            asked.set(true);
-            true
-        });
-        assert!(asked.get());
+        let asks = || {
+            let asked = Cell::new(false);
+            turn.stand_back(|| asked.replace(true) || asked.get());
+            asked.get()
+        };
+        turns.demand().store(2, Relaxed);
+        assert!(asks());
         turns.demand().store(0, Relaxed);
-        asked.set(false);
-        turn.stand_back(|| {
-            asked.set(true);
-            true
-        });
-        assert!(!asked.get());
+        assert!(!asks());
     }
 }

@@ -11,7 +11,7 @@
 //! a restore. They are found by the open snapshot and all that its index says of them: two files may call themselves by the
 //! same id, and one of them may lie.
 //!
-//! A prefetcher that wants what another is decoding waits for it: clones that start together fetch the same
+//! A prefetcher that wants what another is decoding waits for it a little: clones that start together fetch the same
 //! frames at the same time. A fault doesn't wait: what it wants may be at the front of the frame.
 
 use std::collections::BTreeMap;
@@ -30,29 +30,40 @@ const SHARDS: usize = 4;
 /// Buffers that wait for a frame: more than threads decode at the same time on most machines.
 const MOST_IDLE: usize = 16;
 
+/// How long who fetches ahead waits for another, which may be waiting for a disk.
+const LONGEST_WAIT: Duration = Duration::from_millis(20);
+
 /// Decoded frames of any number of snapshots, of which those that are wanted least give way.
 pub(crate) struct FrameCache {
     frames: Frames,
-    /// The snapshots that frames are of, by their places in memory. Nothing else comes to lie there as
-    /// long as they are known here.
-    known: Mutex<BTreeMap<usize, Known>>,
+    known: Mutex<KnownSnapshots>,
     counts: Counts,
     evictions: Arc<AtomicU64>,
     buffers: Arc<Buffers>,
 }
 
-/// A snapshot, and how many sessions of it there have been.
+/// The snapshots that frames are of.
+#[derive(Default)]
+struct KnownSnapshots {
+    /// By their places in memory. Nothing else comes to lie there as long as they are known here.
+    by_place: BTreeMap<usize, Known>,
+    /// The number of the next. None is given twice.
+    next: u64,
+}
+
+/// A snapshot, the number by which its frames are found, and how many sessions of it there have been.
 struct Known {
     snapshot: Weak<Snapshot>,
+    number: u64,
     sessions: Arc<AtomicUsize>,
 }
 
 type Frames = Cache<Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
-type Turn<'a> = PlaceholderGuard<'a, Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
+type Place<'a> = PlaceholderGuard<'a, Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    snapshot: usize,
+    snapshot: u64,
     frame: FrameRef,
 }
 
@@ -88,8 +99,12 @@ struct Buffers(Mutex<Vec<Vec<u8>>>);
 impl Buffers {
     /// A buffer with this content.
     fn with(&self, bytes: &[u8]) -> Vec<u8> {
-        let idle = self.lock().pop();
-        let mut buffer = idle.unwrap_or_default();
+        let fits = |buffer: &Vec<u8>| (bytes.len()..=2 * bytes.len()).contains(&buffer.capacity());
+        let mut idle = self.lock();
+        let found = idle.iter().position(fits);
+        let found = found.map(|place| idle.swap_remove(place));
+        drop(idle);
+        let mut buffer = found.unwrap_or_else(|| Vec::with_capacity(bytes.len()));
         buffer.clear();
         buffer.extend_from_slice(bytes);
         buffer
@@ -97,9 +112,11 @@ impl Buffers {
 
     fn put(&self, buffer: Vec<u8>) {
         let mut idle = self.lock();
-        if idle.len() < MOST_IDLE {
-            idle.push(buffer);
-        }
+        // Those of another size than is wanted now go first.
+        let oldest = (idle.len() == MOST_IDLE).then(|| idle.remove(0));
+        idle.push(buffer);
+        drop(idle);
+        drop(oldest);
     }
 
     /// The list is whole after every statement.
@@ -113,7 +130,7 @@ pub(super) struct ByBytes;
 
 impl Weighter<Key, Arc<Decoded>> for ByBytes {
     fn weight(&self, _: &Key, frame: &Arc<Decoded>) -> u64 {
-        (frame.bytes.len() + size_of_val(&*frame.listed) + size_of::<(Key, Decoded)>()) as u64
+        (frame.bytes.capacity() + size_of_val(&*frame.listed) + size_of::<(Key, Decoded)>()) as u64
     }
 }
 
@@ -191,21 +208,31 @@ impl FrameCache {
 
     /// Drops the frames of snapshots that nobody has open any more.
     pub(crate) fn forget_closed(&self) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_open = |known: &Known| known.snapshot.strong_count() > 0;
-        if known.values().all(is_open) {
-            return;
+        let mut known = self.known();
+        // Looked at once: one that is closed in between is forgotten the next time.
+        let mut closed = Vec::new();
+        known.by_place.retain(|_, known| {
+            let is_open = known.snapshot.strong_count() > 0;
+            if !is_open {
+                closed.push(known.number);
+            }
+            is_open
+        });
+        if !closed.is_empty() {
+            self.frames.retain(|key, _| !closed.contains(&key.snapshot));
         }
-        let open = |key: &Key| known.get(&key.snapshot).is_some_and(is_open);
-        self.frames.retain(|key, _| open(key));
-        known.retain(|_, snapshot| is_open(snapshot));
+    }
+
+    /// The table is whole after every statement.
+    fn known(&self) -> MutexGuard<'_, KnownSnapshots> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The frames of one snapshot, for a session of it.
 pub(crate) struct SharedFrames {
     cache: Arc<FrameCache>,
-    snapshot: usize,
+    snapshot: u64,
     sessions: Arc<AtomicUsize>,
 }
 
@@ -213,8 +240,8 @@ pub(crate) struct SharedFrames {
 pub(super) enum Look<'a> {
     /// The frame.
     Found(Arc<Decoded>),
-    /// Nothing. Whoever else fetches it waits until this is used, or dropped.
-    Turn(Turn<'a>),
+    /// Nothing, but a place for it: whoever else fetches it waits until that is filled, or dropped.
+    Place(Place<'a>),
     /// Nothing.
     Nothing,
 }
@@ -222,17 +249,21 @@ pub(super) enum Look<'a> {
 impl SharedFrames {
     pub(crate) fn new(cache: &Arc<FrameCache>, snapshot: &Arc<Snapshot>) -> Self {
         cache.forget_closed();
+        let known = &mut *cache.known();
         let place = Arc::as_ptr(snapshot).addr();
-        let mut known = cache.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.entry(place).or_insert_with(|| Known {
-            snapshot: Arc::downgrade(snapshot),
-            sessions: Arc::default(),
+        let here = known.by_place.entry(place).or_insert_with(|| {
+            known.next += 1;
+            Known {
+                snapshot: Arc::downgrade(snapshot),
+                number: known.next,
+                sessions: Arc::default(),
+            }
         });
-        known.sessions.fetch_add(1, Relaxed);
+        here.sessions.fetch_add(1, Relaxed);
         Self {
             cache: Arc::clone(cache),
-            snapshot: place,
-            sessions: Arc::clone(&known.sessions),
+            snapshot: here.number,
+            sessions: Arc::clone(&here.sessions),
         }
     }
 
@@ -260,15 +291,19 @@ impl SharedFrames {
                 .get(&key)
                 .map_or(Look::Nothing, Look::Found)
         } else {
-            match self.cache.frames.get_value_or_guard(&key, None) {
+            match self
+                .cache
+                .frames
+                .get_value_or_guard(&key, Some(LONGEST_WAIT))
+            {
                 GuardResult::Value(decoded) => Look::Found(decoded),
-                GuardResult::Guard(turn) => Look::Turn(turn),
+                GuardResult::Guard(place) => Look::Place(place),
                 GuardResult::Timeout => Look::Nothing,
             }
         };
         let count = match look {
             Look::Found(_) => &self.cache.counts.hits,
-            Look::Turn(_) | Look::Nothing => &self.cache.counts.misses,
+            Look::Place(_) | Look::Nothing => &self.cache.counts.misses,
         };
         count.fetch_add(1, Relaxed);
         look
@@ -277,14 +312,14 @@ impl SharedFrames {
     /// Keeps what was not found, unless it is there by now.
     pub(super) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
         let frames = &self.cache.frames;
-        let turn = match look {
+        let place = match look {
             Look::Found(_) => return,
             Look::Nothing if self.is_alone() => return,
-            Look::Turn(turn) => turn,
-            // Another's turn is not waited for.
+            Look::Place(place) => place,
+            // What another is decoding is not waited for.
             Look::Nothing => {
                 match frames.get_value_or_guard(&self.key(frame), Some(Duration::ZERO)) {
-                    GuardResult::Guard(turn) => turn,
+                    GuardResult::Guard(place) => place,
                     GuardResult::Value(_) | GuardResult::Timeout => return,
                 }
             }
@@ -295,7 +330,37 @@ impl SharedFrames {
             listed: listed.into(),
             buffers: Arc::clone(buffers),
         };
-        // Its place may be gone, if the cache was emptied meanwhile.
-        let _ = turn.insert(Arc::new(decoded));
+        // It may be gone, if the cache was emptied meanwhile.
+        let _ = place.insert(Arc::new(decoded));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_frame_does_not_take_the_buffer_of_a_large_one() {
+        let buffers = Buffers::default();
+        buffers.put(Vec::with_capacity(1 << 20));
+        let small = buffers.with(&[1; 4096]);
+        assert!(small.capacity() <= 2 * 4096 && small == [1; 4096]);
+        let large = buffers.with(&vec![2; 600 << 10]);
+        assert_eq!((large.capacity(), large.len()), (1 << 20, 600 << 10));
+        assert!(buffers.lock().is_empty());
+    }
+
+    #[test]
+    fn the_buffers_that_wait_are_few_and_the_latest() {
+        let buffers = Buffers::default();
+        for size in 1..=2 * MOST_IDLE {
+            buffers.put(Vec::with_capacity(size << 12));
+        }
+        let idle = buffers.lock();
+        assert_eq!(idle.len(), MOST_IDLE);
+        assert!(
+            idle.iter()
+                .all(|buffer| buffer.capacity() > MOST_IDLE << 12)
+        );
     }
 }

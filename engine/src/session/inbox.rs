@@ -35,10 +35,8 @@ pub(crate) struct Fault {
 #[derive(Debug)]
 pub(crate) struct Inbox {
     faults: Mutex<VecDeque<Fault>>,
-    /// Faults that wait here or are being served.
-    waiting: AtomicUsize,
-    /// The same, of all sessions that share it.
-    everybody: Arc<AtomicUsize>,
+    /// Faults that wait here or are being served, in all sessions that share the number.
+    waiting: Arc<AtomicUsize>,
     /// Those, and the ones that were left: what they come to is not recorded yet. One number for
     /// both, so that no fault is out of sight on its way from one to the other.
     open: AtomicUsize,
@@ -60,8 +58,7 @@ impl Drop for Reader<'_> {
 
 impl Drop for Inbox {
     fn drop(&mut self) {
-        // Those that nobody answers any more.
-        self.everybody.fetch_sub(self.waiting(), Relaxed);
+        self.abandon();
     }
 }
 
@@ -69,8 +66,7 @@ impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
-            waiting: AtomicUsize::new(0),
-            everybody: Arc::default(),
+            waiting: Arc::default(),
             open: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
             answers: Mutex::new(0),
@@ -78,9 +74,9 @@ impl Inbox {
         }
     }
 
-    /// Counts faults that wait in `everybody` as well. None has arrived yet.
-    pub(crate) fn count_in(&mut self, everybody: &Arc<AtomicUsize>) {
-        self.everybody = Arc::clone(everybody);
+    /// Counts faults that wait together with those of others. None has arrived yet.
+    pub(crate) fn count_in(&mut self, waiting: &Arc<AtomicUsize>) {
+        self.waiting = Arc::clone(waiting);
     }
 
     /// Takes in a fault that was just read.
@@ -91,19 +87,14 @@ impl Inbox {
 
     /// Takes in a fault that was left: it can be served now.
     pub(crate) fn again(&self, address: u64) {
-        self.waits();
+        self.waiting.fetch_add(1, Relaxed);
         self.push(address, 0);
     }
 
     /// Somebody waits for a page and is served without having been in the queue.
     pub(crate) fn begin(&self) {
         self.open.fetch_add(1, Relaxed);
-        self.waits();
-    }
-
-    fn waits(&self) {
         self.waiting.fetch_add(1, Relaxed);
-        self.everybody.fetch_add(1, Relaxed);
     }
 
     fn push(&self, address: u64, thread: u32) {
@@ -112,6 +103,13 @@ impl Inbox {
             thread,
             at: Instant::now(),
         });
+    }
+
+    /// Nobody answers those that wait here.
+    pub(crate) fn abandon(&self) {
+        let mut faults = self.lock();
+        self.waiting.fetch_sub(faults.len(), Relaxed);
+        faults.clear();
     }
 
     /// The fault that has waited longest.
@@ -128,7 +126,6 @@ impl Inbox {
     /// A fault that was being served is left to somebody else.
     pub(crate) fn left(&self) {
         self.waiting.fetch_sub(1, Relaxed);
-        self.everybody.fetch_sub(1, Relaxed);
     }
 
     /// A fault that was left has been answered, and what it came to is recorded.
@@ -170,11 +167,6 @@ impl Inbox {
         self.lock().is_empty()
     }
 
-    /// Faults that wait here or are being served.
-    fn waiting(&self) -> usize {
-        self.waiting.load(Relaxed)
-    }
-
     /// Whether what some fault comes to is not recorded yet.
     pub(crate) fn has_open(&self) -> bool {
         self.open.load(Acquire) > 0
@@ -189,5 +181,31 @@ impl Inbox {
     /// The queue is whole after every statement, so a panic elsewhere leaves nothing to repair.
     fn lock(&self) -> MutexGuard<'_, VecDeque<Fault>> {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_that_ends_with_faults_leaves_none_in_the_number_of_all() {
+        let waiting = Arc::default();
+        let (mut one, mut other) = (Inbox::new(), Inbox::new());
+        one.count_in(&waiting);
+        other.count_in(&waiting);
+        for address in 0..3 {
+            one.arrived(address << 12, 0);
+            other.arrived(address << 12, 0);
+        }
+        let served = one.pop();
+        one.abandon();
+        assert_eq!(waiting.load(Relaxed), 4);
+        assert!(served.is_some() && one.pop().is_none());
+        one.answered();
+        drop(one);
+        assert_eq!(waiting.load(Relaxed), 3);
+        drop(other);
+        assert_eq!(waiting.load(Relaxed), 0);
     }
 }

@@ -82,7 +82,7 @@ pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;
 pub(crate) use map::{Extent, LARGE_PAGES};
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
-pub(crate) use prefetch::PrefetchStop;
+pub(crate) use prefetch::{Left, PrefetchStop};
 pub(crate) use state::State;
 pub(crate) use stats::{Pages, Stats};
 

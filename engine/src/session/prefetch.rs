@@ -30,6 +30,15 @@ pub(crate) struct Left {
     pub(crate) failed: u64,
 }
 
+impl Left {
+    /// Adds what another call left.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.busy += other.busy;
+        self.short += other.short;
+        self.failed += other.failed;
+    }
+}
+
 impl<P: Platform, I: Image> Session<P, I> {
     /// Brings what is absent of `pages`. `pause` is called before each frame or fill, with no claim
     /// held, and returns when demand may be overtaken. Returns how many pages were left absent.
