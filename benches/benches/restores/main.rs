@@ -114,7 +114,9 @@ fn main() -> Result<()> {
     if wanted(crowd::NAME) {
         eprintln!("crowd: {} rounds", args.rounds);
         crowd::compare(setup.images("guest")?, &runner, args.rounds, &mut samples)?;
-        println!("\n{}", crowd::table(&samples));
+        let table = crowd::table(&samples);
+        println!("\n{table}");
+        done.insert(crowd::NAME.to_owned(), table);
     }
     for workload in &workloads {
         let images = setup.images(&workload.image)?;
@@ -135,7 +137,10 @@ fn main() -> Result<()> {
         println!("\n{table}");
         done.insert(workload.name.clone(), table);
     }
-    let targets = targets::all(&samples, sizes.as_ref());
+    let mut targets = targets::all(&samples, sizes.as_ref());
+    if !args.only.is_empty() {
+        targets.retain(|target| target.value.is_some());
+    }
     println!("\n{}", targets::table(&targets));
     if let Some(out) = &args.out {
         let results = Results {
@@ -163,10 +168,11 @@ fn write(
     text.push('\n');
     fs::write(out.join("results.json"), text)?;
     fs::write(out.join("targets.md"), targets::table(&results.targets))?;
-    let tables: Vec<&str> = results
-        .workloads
-        .iter()
-        .filter_map(|workload| tables.get(&workload.name).map(String::as_str))
+    let workloads = results.workloads.iter();
+    let names = workloads.map(|workload| workload.name.as_str());
+    let tables: Vec<&str> = std::iter::once(crowd::NAME)
+        .chain(names)
+        .filter_map(|name| tables.get(name).map(String::as_str))
         .collect();
     fs::write(out.join("tables.txt"), tables.join("\n"))?;
     for workload in &results.workloads {
