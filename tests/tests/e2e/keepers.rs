@@ -177,6 +177,27 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
+/// The first of them that was refused left those behind to be ended.
+#[test]
+fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&[]);
+    kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
+    // One more than may be of one process.
+    let connect = |_| UnixStream::connect(scene.socket()).expect("connected");
+    drop((0..17).map(connect).collect::<Vec<_>>());
+    let (mut vmm, _said) = queued(&scene);
+    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    kill(scene.keeper(), Signal::SIGCONT).expect("goes on");
+    scene.wait_for("has 16 VMs already", 1);
+    drop(vmm.stdin.take());
+    let run = end_of(vmm);
+    assert_eq!(run.code, Some(0), "{}", scene.said());
+    let vms = scene.ended();
+    let served = endings(&vms).into_iter().filter(|how| *how == "exited");
+    assert_eq!(served.count(), 1, "{vms:?}");
+}
+
 #[test]
 fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
     let mut scene = Scene::new(Shares::MIXED);

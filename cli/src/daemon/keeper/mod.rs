@@ -223,7 +223,9 @@ impl Keeper {
                 Token::Death => self.replace_worker()?,
                 Token::Succession => self.listen_to_successor(),
                 Token::Door(at) => self.let_in(at),
-                Token::Listening(key) => self.accept(key),
+                Token::Listening(key) => {
+                    self.accept(key);
+                }
                 Token::Pending(at) => self.shake_hands(at),
                 Token::Dying => self.bury(),
                 Token::Outside => self.hear_outside(),

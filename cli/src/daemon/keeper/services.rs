@@ -121,14 +121,13 @@ impl Keeper {
 
     /// Nobody can connect to a service any more; who has already is heard.
     pub(super) fn close(&mut self, key: u64) {
-        let before = self.pending.len();
-        loop {
-            let taken = self.pending.len();
-            self.accept(key);
-            if self.pending.len() == taken || self.pending.len() > before + pending::MOST {
-                break;
-            }
+        let listening = self.services.get_mut(&key);
+        if let Some(listening) = listening.and_then(|open| open.listening.as_mut()) {
+            listening.close();
         }
+        let most = self.pending.len() + pending::MOST;
+        // Who is refused keeps nobody behind from being heard.
+        while self.pending.len() < most && self.accept(key) {}
         let Some(open) = self.services.get_mut(&key) else {
             return;
         };
@@ -191,16 +190,19 @@ impl Keeper {
         self.outgoing.push_back(Outgoing::Forget(key));
     }
 
-    /// Takes who has connected.
-    pub(super) fn accept(&mut self, key: u64) {
+    /// Takes who has connected. Whether somebody had.
+    pub(super) fn accept(&mut self, key: u64) -> bool {
         let Some(open) = self.services.get(&key) else {
-            return;
+            return false;
         };
         let accepted = open.listening.as_ref().map(Listening::accept);
         let stream = match accepted {
             Some(Ok(Some(stream))) => UnixStream::from(stream),
-            Some(Err(error)) => return self.turned_away(&error),
-            Some(Ok(None)) | None => return,
+            Some(Err(error)) => {
+                self.turned_away(&error);
+                return false;
+            }
+            Some(Ok(None)) | None => return false,
         };
         let patience = Duration::from_secs(open.service.patience);
         let id = self.next.1;
@@ -219,6 +221,7 @@ impl Keeper {
                 self.complain(format_args!("{error:#}"));
             }
         }
+        true
     }
 
     /// Whether so many of one process may be had. In another namespace processes have no number here.
