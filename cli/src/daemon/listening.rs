@@ -1,16 +1,17 @@
 //! Sockets that are listened on.
 
 use std::fs::{remove_file, symlink_metadata};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 
 use super::config::MetricsAddress;
 use super::{control, queue};
@@ -73,6 +74,24 @@ impl Listening {
         (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
     }
 
+    /// Nobody can connect any more; who has already can be accepted.
+    pub(super) fn close(&mut self) {
+        // A keeper that goes on with the socket must not take it for one at which others come.
+        self.remove_name();
+        if let Listener::Unix(listener) = &self.listener {
+            let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
+        }
+    }
+
+    fn remove_name(&mut self) {
+        if let Some(Name { path, file }) = self.name.take()
+            && identity(&path) == Some(file)
+        {
+            // Who has removed it meanwhile meant that.
+            let _ = remove_file(path);
+        }
+    }
+
     /// Ends who has connected and was not accepted; nobody can connect any more.
     pub(super) fn end_queue(&self, allowed: &[u32], say: impl FnMut(String)) {
         if let Listener::Unix(listener) = &self.listener {
@@ -122,7 +141,12 @@ impl Listening {
         };
         match accepted {
             Ok(stream) => Ok(Some(stream)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            // The other of one that is closed.
+            Err(error)
+                if [ErrorKind::WouldBlock, ErrorKind::InvalidInput].contains(&error.kind()) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -139,12 +163,7 @@ impl AsFd for Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        if let Some(Name { path, file }) = &self.name
-            && identity(path) == Some(*file)
-        {
-            // Who has removed it meanwhile meant that.
-            let _ = remove_file(path);
-        }
+        self.remove_name();
     }
 }
 
@@ -156,7 +175,15 @@ fn make_room(path: &Path) -> Result<()> {
     let probe = UnixDatagram::unbound()?;
     loop {
         match probe.connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                // So it is for every file that can't be connected to, which may be anything.
+                if symlink_metadata(path).is_ok_and(|file| !file.file_type().is_socket()) {
+                    bail!(
+                        "{}: can't be listened on, for a file that is no socket lies there; name another path, \
+                         or remove it",
+                        path.display()
+                    );
+                }
                 let _ = remove_file(path);
                 return Ok(());
             }

@@ -1,5 +1,7 @@
 //! What is typed: wrong usage, help, completions, manual pages.
 
+use std::fs;
+use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 
 use crate::common::{Folder, Run, command, run};
@@ -258,4 +260,34 @@ fn quiet_prints_errors_only() {
     run(&folder, &["extract", "s", "-o", "r", "-q"])
         .exits(1)
         .says(&["exists already", "--force"]);
+}
+
+/// A socket that nobody listens at was removed, and so was any other file.
+#[test]
+fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
+    let folder = Folder::new();
+    folder.write("raw", &[7; 4096]);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let content = fs::read(folder.file("s")).unwrap();
+    let control = ["--socket", "socket", "--control", "s"];
+    let metrics = ["--socket", "socket", "--metrics", "./s"];
+    for options in [&["--socket", "s"][..], &control, &metrics] {
+        let serve = [&["serve", "--snapshot", "s"][..], options].concat();
+        let failed = run(&folder, &serve).exits(1);
+        failed.says(&["s: can't be listened on", "name another path"]);
+        assert_eq!(fs::read(folder.file("s")).unwrap(), content);
+    }
+    // One that is left of a daemon that was killed makes room: what fails is the next.
+    drop(UnixListener::bind(folder.file("old")).unwrap());
+    let serve = [
+        "serve",
+        "--snapshot",
+        "s",
+        "--control",
+        "old",
+        "--socket",
+        "s",
+    ];
+    run(&folder, &serve).exits(1).says(&["s: can't be"]);
+    assert!(!folder.file("old").exists());
 }

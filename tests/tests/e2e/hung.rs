@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -19,7 +19,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 use snapshot_format::{Page, Reason, Snapshot};
 
-use crate::scene::{Scene, end_of, endings};
+use crate::scene::{PATIENCE, Scene, end_of, endings, within};
 
 const NAME: &str = "snap";
 const TTL: Duration = Duration::from_secs(3600);
@@ -170,6 +170,17 @@ impl Mounted {
         *self.disk.stalled.lock().expect("not poisoned") = Some(Stalled { bytes, waiting });
     }
 
+    /// Waits until somebody waits for it.
+    fn wait_until_asked(&self) {
+        let is_asked = || {
+            let stalled = self.disk.stalled.lock().expect("not poisoned");
+            stalled
+                .as_ref()
+                .is_some_and(|stalled| !stalled.waiting.is_empty())
+        };
+        assert!(within(PATIENCE, is_asked), "nobody reads it");
+    }
+
     /// It answers again, also what it was asked for.
     fn go_on(&self) {
         let waiting = self.disk.stalled.lock().expect("not poisoned").take();
@@ -193,11 +204,14 @@ impl Drop for Mounted {
     }
 }
 
+/// After so many seconds a worker is stuck; one that waits for a core is not.
+const STUCK_AFTER: &str = "4";
+
 /// A daemon that serves one snapshot from the scene's folder, and others from disks that can stall.
-fn serve(scene: &mut Scene, disks: &[&Mounted]) {
+fn serve(scene: &mut Scene, stuck_after: &str, disks: &[&Mounted]) {
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
-    let options = ["--stuck-after", "1", "--prefetch", "off"];
+    let options = ["--stuck-after", stuck_after, "--prefetch", "off"];
     scene.serve(&[&options[..], &["--control", &control]].concat());
     for disk in disks {
         let _ = add(scene, disk).exits(0);
@@ -205,12 +219,17 @@ fn serve(scene: &mut Scene, disks: &[&Mounted]) {
 }
 
 fn add(scene: &Scene, disk: &Mounted) -> Run {
+    Run::of(&mut adding(scene, disk))
+}
+
+fn adding(scene: &Scene, disk: &Mounted) -> Command {
     let name = disk.folder.file_name().expect("a name");
     let mut add = snaprestore(["ctl", "add"]);
     add.env("SNAPRESTORE_CONTROL", scene.folder.path().join("control"));
     add.arg(name).arg("--snapshot").arg(disk.snapshot());
     add.arg("--socket").arg(disk.socket());
-    Run::of(add.args(["--prefetch", "off"]))
+    add.args(["--prefetch", "off"]);
+    add
 }
 
 fn mount(test: &str, scene: &Scene, name: &str, direct: bool) -> Option<Mounted> {
@@ -264,7 +283,7 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     let Some(never) = mount(test, &scene, "never", false) else {
         return;
     };
-    serve(&mut scene, &[&early, &late]);
+    serve(&mut scene, STUCK_AFTER, &[&early, &late]);
     let good = scene.vmm(&["--wait"]).spawn().expect("a VMM");
     let mut bad = late.vmm(&scene, &["--wait"]);
     scene.wait_for(": served", 2);
@@ -276,7 +295,7 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     early.stall();
     is_killed(early.vmm(&scene, &[]), &scene);
     never.stall();
-    add(&scene, &never).exits(1).says(&["nothing came for 1s"]);
+    add(&scene, &never).exits(1).says(&["nothing came for 4s"]);
     is_right(good);
     late.go_on();
     is_right(late.vmm(&scene, &[]));
@@ -296,7 +315,7 @@ fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
     let Some(disk) = mount(test, &scene, "disk", true) else {
         return;
     };
-    serve(&mut scene, &[&disk]);
+    serve(&mut scene, STUCK_AFTER, &[&disk]);
     let good = scene.vmm(&["--wait"]).spawn().expect("a VMM");
     let mut bad = disk.vmm(&scene, &["--wait"]);
     scene.wait_for(": served", 2);
@@ -329,11 +348,33 @@ fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
     let Some(disk) = mount(test, &scene, "disk", true) else {
         return;
     };
-    serve(&mut scene, &[&disk]);
+    serve(&mut scene, STUCK_AFTER, &[&disk]);
     let mut bad = disk.vmm(&scene, &["--wait"]);
     scene.wait_for(": served", 1);
     disk.stall();
     drop(bad.stdin.take());
     is_killed(bad, &scene);
     assert_eq!(endings(&scene.stop()), ["killed"]);
+}
+
+/// The keeper waited for it, accepted nobody, and took its worker for stuck.
+#[test]
+fn a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting() {
+    let test = "a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting";
+    let mut scene = Scene::new(Shares::MIXED);
+    let Some(disk) = mount(test, &scene, "disk", false) else {
+        return;
+    };
+    serve(&mut scene, "60", &[]);
+    disk.stall();
+    let mut add = adding(&scene, &disk);
+    let add = add.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut add = add.spawn().expect("ctl");
+    disk.wait_until_asked();
+    is_right(scene.vmm(&[]).spawn().expect("a VMM"));
+    assert!(add.try_wait().expect("a child").is_none());
+    disk.go_on();
+    let _ = end_of(add).exits(0);
+    is_right(disk.vmm(&scene, &[]));
+    assert_eq!(endings(&scene.stop()), ["exited"; 2]);
 }

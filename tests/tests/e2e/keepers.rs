@@ -6,14 +6,14 @@ use std::io::{BufRead as _, BufReader, Lines};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::Run;
 
 use crate::manager::FakeManager;
-use crate::scene::{PATIENCE, Scene, end_of, endings};
+use crate::scene::{PATIENCE, Scene, end_of, endings, within};
 
 /// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
@@ -125,11 +125,8 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
     for part in ["nothing", "half"] {
         scene.serve(&["--patience", "3600"]);
         let vmm = scene.vmm(&["--send", part]).spawn().expect("a VMM");
-        let began = Instant::now();
-        while !is_guarded(vmm.id()) {
-            assert!(began.elapsed() < PATIENCE, "nobody holds it");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let held = within(PATIENCE, || is_guarded(vmm.id()));
+        assert!(held, "nobody holds it");
         scene.kill();
         let run = end_of(vmm);
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
@@ -139,11 +136,8 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
     let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
     scene.wait_for("refused", 1);
     scene.kill();
-    let began = Instant::now();
-    while is_guarded(vmm.id()) {
-        assert!(began.elapsed() < PATIENCE, "it is still held");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let released = within(PATIENCE, || !is_guarded(vmm.id()));
+    assert!(released, "it is still held");
     std::thread::sleep(Duration::from_millis(100));
     assert!(vmm.try_wait().expect("a child").is_none(), "it was ended");
     vmm.kill().expect("killed");
@@ -175,6 +169,27 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     scene.serve(&[]);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
+/// The first of them that was refused left those behind to be ended.
+#[test]
+fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&[]);
+    kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
+    // One more than may be of one process.
+    let connect = |_| UnixStream::connect(scene.socket()).expect("connected");
+    drop((0..17).map(connect).collect::<Vec<_>>());
+    let (mut vmm, _said) = queued(&scene);
+    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    kill(scene.keeper(), Signal::SIGCONT).expect("goes on");
+    scene.wait_for("has 16 VMs already", 1);
+    drop(vmm.stdin.take());
+    let run = end_of(vmm);
+    assert_eq!(run.code, Some(0), "{}", scene.said());
+    let vms = scene.ended();
+    let served = endings(&vms).into_iter().filter(|how| *how == "exited");
+    assert_eq!(served.count(), 1, "{vms:?}");
 }
 
 #[test]

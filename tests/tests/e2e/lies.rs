@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -16,7 +16,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
 use crate::footprint::{Footprint, process_with};
-use crate::scene::Scene;
+use crate::scene::{PATIENCE, Scene, ends_within};
 
 const PAGES: u64 = 1024;
 /// Liars at once.
@@ -25,8 +25,6 @@ const AT_ONCE: u64 = 3;
 const LIARS_TIME: Duration = Duration::from_secs(2);
 /// The same for those that were told what to do.
 const LONGEST: Duration = Duration::from_secs(20);
-/// Only an honest VM that nobody serves needs so long.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A daemon, and what it holds when it has nothing to do.
 struct Watched {
@@ -42,7 +40,7 @@ impl Watched {
         let control = scene.folder.path().join("control");
         let raw = scene.folder.path().join("raw");
         let mark = scene.folder.path().display().to_string();
-        let mut all = vec!["--patience", "1", "--control"];
+        let mut all = vec!["--patience", "5", "--control"];
         all.push(control.to_str().expect("text"));
         all.extend(options);
         scene.serve_with(&all, &[("SNAPRESTORE_TEST", &mark)]);
@@ -74,7 +72,7 @@ impl Watched {
     fn lie(&self, words: &[String]) -> String {
         let (mut liar, said) = self.liar(words);
         let by_seed = words.len() == 1;
-        end_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
+        ends_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
         end_group(liar);
         fs::read_to_string(&said).expect("what it said")
     }
@@ -98,7 +96,7 @@ impl Watched {
     fn honest(&self, options: &[&str]) -> Result<(), String> {
         let mut vmm = self.scene.vmm(options);
         let mut vmm = vmm.stdin(Stdio::null()).spawn().expect("a VMM");
-        if !end_within(&mut vmm, PATIENCE) {
+        if !ends_within(&mut vmm, PATIENCE) {
             let _ = vmm.kill();
             return Err(format!("an honest VM waits: {options:?}"));
         }
@@ -131,18 +129,6 @@ fn end_group(mut leader: Child) {
     let group = Pid::from_raw(i32::try_from(leader.id()).expect("a pid"));
     let _ = killpg(group, Signal::SIGKILL);
     let _ = leader.wait();
-}
-
-/// Whether it ended by itself within this time.
-fn end_within(child: &mut Child, time: Duration) -> bool {
-    let began = Instant::now();
-    while child.try_wait().expect("a child").is_none() {
-        if began.elapsed() > time {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    true
 }
 
 /// A number from the environment, for more than what every run of the tests does.
@@ -243,8 +229,11 @@ fn forks_that_are_reported_leave_nothing_behind() {
 #[test]
 fn a_process_has_a_bounded_number_of_vms() {
     let watched = Watched::new(&["--prefetch", "off"]);
-    let _ = watched.lie(&["times=100".to_owned(), "Touch".to_owned()]);
+    // It must live until all have come.
+    let words = ["times=100", "Touch", "seconds=600"].map(str::to_owned);
+    let (liar, _) = watched.liar(&words);
     watched.scene.wait_for("has 16 VMs already", 84);
+    end_group(liar);
     watched.assert_unharmed("100 connections");
 }
 

@@ -105,11 +105,8 @@ impl Scene {
 
     /// Waits until the daemon has said `what` so often.
     pub(crate) fn wait_for(&self, what: &str, times: usize) {
-        let began = Instant::now();
-        while self.said().matches(what).count() < times {
-            assert!(began.elapsed() < PATIENCE, "no {what:?} in {}", self.said());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let is_said = || self.said().matches(what).count() >= times;
+        assert!(within(PATIENCE, is_said), "no {what:?} in {}", self.said());
     }
 
     pub(crate) fn said(&self) -> String {
@@ -189,15 +186,30 @@ impl Drop for Scene {
 /// The end of a VMM, which must not wait for ever.
 #[track_caller]
 pub(crate) fn end_of(mut vmm: Child) -> Run {
-    let began = Instant::now();
-    while vmm.try_wait().expect("a child").is_none() {
-        if began.elapsed() > PATIENCE {
-            let _ = vmm.kill();
-            panic!("it waits for ever");
-        }
-        std::thread::sleep(Duration::from_millis(5));
+    if !ends_within(&mut vmm, PATIENCE) {
+        let _ = vmm.kill();
+        panic!("it waits for ever");
     }
     Run::finish(vmm)
+}
+
+/// Whether it ends by itself within this time.
+pub(crate) fn ends_within(child: &mut Child, time: Duration) -> bool {
+    within(time, || child.try_wait().expect("a child").is_some())
+}
+
+/// Whether it becomes true within this time.
+pub(crate) fn within(time: Duration, mut is_true: impl FnMut() -> bool) -> bool {
+    let began = Instant::now();
+    loop {
+        if is_true() {
+            return true;
+        }
+        if began.elapsed() > time {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// How the VMs ended. One that has touched everything may have been complete before it exited.

@@ -38,7 +38,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use self::hung::Undead;
-use self::services::Open;
+use self::services::{Open, Opening};
 use self::succession::Successor;
 use self::workers::Outgoing;
 use super::child::Worker;
@@ -100,6 +100,7 @@ pub(crate) struct Keeper {
     outside: Outside,
     outgoing: VecDeque<Outgoing>,
     services: BTreeMap<u64, Open>,
+    opening: Vec<Opening>,
     doors: Vec<(Door, Listening)>,
     vms: BTreeMap<u64, Vm>,
     /// The numbers of the next service and the next VM.
@@ -161,6 +162,7 @@ impl Keeper {
             outside,
             outgoing: VecDeque::new(),
             services: BTreeMap::new(),
+            opening: Vec::new(),
             doors: Vec::new(),
             vms: BTreeMap::new(),
             next: (1, 1),
@@ -223,7 +225,9 @@ impl Keeper {
                 Token::Death => self.replace_worker()?,
                 Token::Succession => self.listen_to_successor(),
                 Token::Door(at) => self.let_in(at),
-                Token::Listening(key) => self.accept(key),
+                Token::Listening(key) => {
+                    self.accept(key);
+                }
                 Token::Pending(at) => self.shake_hands(at),
                 Token::Dying => self.bury(),
                 Token::Outside => self.hear_outside(),
@@ -241,6 +245,7 @@ impl Keeper {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
+        self.watch_opening();
         self.watch_succession();
         self.watch_worker()
     }
@@ -311,8 +316,8 @@ impl Keeper {
                 }
             }
         }
-        // A worker that doesn't read is looked at again, and its wire tried again.
-        let millis = if self.outgoing.is_empty() {
+        // A worker that doesn't read is looked at again, and its wire tried again; so is a file that is being opened.
+        let millis = if self.outgoing.is_empty() && self.opening.is_empty() {
             LOOK_AGAIN.as_millis()
         } else {
             10

@@ -3,16 +3,16 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::pager::AttachError;
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::sys::{Peer, peer_of};
 
-use super::Keeper;
 use super::workers::Outgoing;
+use super::{Keeper, Stopping};
 use crate::daemon::config::{MetricsAddress, Service};
 use crate::daemon::desk::Refused;
 use crate::daemon::listening::Listening;
@@ -40,6 +40,16 @@ pub(super) struct Open {
     pub(super) ended: u64,
 }
 
+/// A service that an operator adds, whose snapshot is not open yet.
+#[derive(Debug)]
+pub(super) struct Opening {
+    /// The operator's question.
+    number: u64,
+    service: Service,
+    opened: Receiver<Result<OwnedFd>>,
+    since: Instant,
+}
+
 impl Keeper {
     /// Lets visitors in.
     pub(crate) fn open(&mut self, door: Door, address: &MetricsAddress) -> Result<()> {
@@ -53,6 +63,46 @@ impl Keeper {
 
     /// Listens for the VMs of a service from now on.
     pub(crate) fn add(&mut self, service: Service) -> Result<()> {
+        self.may_be_added(&service)?;
+        let patience = self.options.stuck_after;
+        let opened = begin_to_open(&service.snapshot)?;
+        let file = opened.recv_timeout(patience);
+        let file = file.map_err(|_| silent(&service.snapshot, patience))?;
+        self.add_opened(service, file?)
+    }
+
+    /// The same for an operator, who is told when the snapshot is open: a disk that doesn't answer must not stop the
+    /// keeper.
+    pub(super) fn begin_to_add(&mut self, number: u64, service: Service) -> Result<()> {
+        self.may_be_added(&service)?;
+        self.opening.push(Opening {
+            number,
+            opened: begin_to_open(&service.snapshot)?,
+            service,
+            since: Instant::now(),
+        });
+        Ok(())
+    }
+
+    /// Goes on with what operators want to add.
+    pub(super) fn watch_opening(&mut self) {
+        let patience = self.options.stuck_after;
+        for opening in std::mem::take(&mut self.opening) {
+            let opened = opening.opened.try_recv();
+            let result = match opened {
+                _ if self.stopping != Stopping::No => Err(anyhow!("the daemon is about to end")),
+                Ok(file) => file.and_then(|file| self.add_opened(opening.service, file)),
+                Err(TryRecvError::Empty) if opening.since.elapsed() < patience => {
+                    self.opening.push(opening);
+                    continue;
+                }
+                Err(_) => Err(silent(&opening.service.snapshot, patience)),
+            };
+            self.answer(opening.number, result);
+        }
+    }
+
+    fn may_be_added(&self, service: &Service) -> Result<()> {
         for open in self.services.values().filter(|open| !open.removed) {
             let (other, path) = (&open.service, service.socket.display());
             if other.name == service.name {
@@ -62,7 +112,12 @@ impl Keeper {
                 bail!("service {:?} has the socket {path} already", other.name);
             }
         }
-        let file = opened_in_time(&service.snapshot, self.options.stuck_after)?;
+        Ok(())
+    }
+
+    fn add_opened(&mut self, service: Service, file: OwnedFd) -> Result<()> {
+        // Another may have been added meanwhile.
+        self.may_be_added(&service)?;
         let listening = self.listen(&service)?;
         let key = self.next.0;
         self.next.0 += 1;
@@ -121,14 +176,13 @@ impl Keeper {
 
     /// Nobody can connect to a service any more; who has already is heard.
     pub(super) fn close(&mut self, key: u64) {
-        let before = self.pending.len();
-        loop {
-            let taken = self.pending.len();
-            self.accept(key);
-            if self.pending.len() == taken || self.pending.len() > before + pending::MOST {
-                break;
-            }
+        let listening = self.services.get_mut(&key);
+        if let Some(listening) = listening.and_then(|open| open.listening.as_mut()) {
+            listening.close();
         }
+        let most = self.pending.len() + pending::MOST;
+        // Who is refused keeps nobody behind from being heard.
+        while self.pending.len() < most && self.accept(key) {}
         let Some(open) = self.services.get_mut(&key) else {
             return;
         };
@@ -191,16 +245,19 @@ impl Keeper {
         self.outgoing.push_back(Outgoing::Forget(key));
     }
 
-    /// Takes who has connected.
-    pub(super) fn accept(&mut self, key: u64) {
+    /// Takes who has connected. Whether somebody had.
+    pub(super) fn accept(&mut self, key: u64) -> bool {
         let Some(open) = self.services.get(&key) else {
-            return;
+            return false;
         };
         let accepted = open.listening.as_ref().map(Listening::accept);
         let stream = match accepted {
             Some(Ok(Some(stream))) => UnixStream::from(stream),
-            Some(Err(error)) => return self.turned_away(&error),
-            Some(Ok(None)) | None => return,
+            Some(Err(error)) => {
+                self.turned_away(&error);
+                return false;
+            }
+            Some(Ok(None)) | None => return false,
         };
         let patience = Duration::from_secs(open.service.patience);
         let id = self.next.1;
@@ -219,6 +276,7 @@ impl Keeper {
                 self.complain(format_args!("{error:#}"));
             }
         }
+        true
     }
 
     /// Whether so many of one process may be had. In another namespace processes have no number here.
@@ -282,9 +340,9 @@ impl Keeper {
     }
 }
 
-/// The open file of a snapshot. What is no good one is refused here, and not VM by VM; one that doesn't answer must not
-/// stop the keeper.
-fn opened_in_time(path: &Path, patience: Duration) -> Result<OwnedFd> {
+/// Opens the file of a snapshot in a thread of its own, for the disk may not answer. What is no good one is refused here,
+/// and not VM by VM.
+fn begin_to_open(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
     let open = |path: &Path| -> Result<OwnedFd> {
         drop(input::open(path)?);
         let store = input::store(path)?;
@@ -292,13 +350,15 @@ fn opened_in_time(path: &Path, patience: Duration) -> Result<OwnedFd> {
         Ok(file.into())
     };
     let (sender, opened) = channel();
-    let owned = path.to_owned();
+    let path = path.to_owned();
     let thread = std::thread::Builder::new().name("open".into());
-    thread.spawn(move || sender.send(open(&owned)))?;
-    opened.recv_timeout(patience).unwrap_or_else(|_| {
-        let path = path.display();
-        bail!("{path}: can't be read: nothing came for {patience:?}")
-    })
+    thread.spawn(move || sender.send(open(&path)))?;
+    Ok(opened)
+}
+
+fn silent(path: &Path, patience: Duration) -> anyhow::Error {
+    let path = path.display();
+    anyhow!("{path}: can't be read: nothing came for {patience:?}")
 }
 
 /// Who has connected, if it is to be served.

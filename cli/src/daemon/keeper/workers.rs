@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Keeper, Stopping, Token};
 use crate::daemon::child::{Death, Worker};
@@ -175,10 +175,14 @@ impl Keeper {
     fn asked(&mut self, number: u64, request: Request) {
         let result = match request {
             Request::Add(_) if self.stopping != Stopping::No => {
-                Err("the daemon is about to end".to_owned())
+                Err(anyhow!("the daemon is about to end"))
             }
-            Request::Add(service) => self.add(service).map_err(|error| format!("{error:#}")),
-            Request::Remove(name) => self.remove(&name),
+            Request::Add(service) => match self.begin_to_add(number, service) {
+                // The answer comes when its snapshot is open.
+                Ok(()) => return,
+                Err(error) => Err(error),
+            },
+            Request::Remove(name) => self.remove(&name).map_err(anyhow::Error::msg),
             Request::Drain => {
                 self.stop();
                 Ok(())
@@ -186,10 +190,14 @@ impl Keeper {
             Request::Upgrade(program) => match self.prepare_upgrade(number, program) {
                 // The answer comes when it is ready.
                 Ok(()) => return,
-                Err(error) => Err(format!("{error:#}")),
+                Err(error) => Err(error),
             },
         };
-        let result = result.map(|()| None);
+        self.answer(number, result);
+    }
+
+    pub(super) fn answer(&mut self, number: u64, result: Result<()>) {
+        let result = result.map(|()| None).map_err(|error| format!("{error:#}"));
         self.outgoing.push_back(Outgoing::Answer(number, result));
     }
 
@@ -245,6 +253,8 @@ impl Keeper {
         }
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
         let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
+        // Nobody could be told what became of it.
+        self.opening.clear();
         // Visitors of the dead one are lost, those who were not with it yet are not.
         let waiting = std::mem::take(&mut self.outgoing).into_iter();
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Visitor(..)));
