@@ -138,7 +138,7 @@ macro_rules! crew_options {
             self
         }
 
-        /// What this session shares with others of the same process. Default: nothing.
+        /// What the session shares with others of the same process. Default: nothing.
         pub fn shared(mut self, shared: &Shared) -> Self {
             self.crew.shared = Some(shared.clone());
             self
