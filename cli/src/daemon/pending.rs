@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError};
-use snaprestore_engine::sys::Peer;
+use snaprestore_engine::sys::{Closing, Peer};
 
 /// The most of them at once; who connects then waits in the kernel's queue.
 pub(super) const MOST: usize = 256;
@@ -52,6 +52,11 @@ impl Pending {
             }
             other => other,
         }
+    }
+
+    /// What tells, after this was dropped, whether all that it had sent is closed.
+    pub(super) fn closing(&self) -> Closing {
+        self.arriving.closing()
     }
 
     /// What it is refused for if it has taken too long.
