@@ -11,8 +11,8 @@ use snaprestore_engine::sys::{kill_by_pidfd, peer_of};
 /// How often it is tried again to accept, for want of memory or descriptors.
 const TRIES: u32 = 100;
 
-/// Ends who waits in the queue of `listener`: their memory may lie in it, and nobody will serve that. Of the users
-/// `allowed` only, if some are named. Nobody can connect afterwards.
+/// Ends who has sent something and waits in the queue of `listener`: their memory may lie in it, and nobody will serve that.
+/// Of the users `allowed` only, if some are named. Nobody can connect afterwards.
 pub(super) fn end(listener: &UnixListener, allowed: &[u32], mut say: impl FnMut(String)) {
     // What is in the queue already can be accepted all the same.
     let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
@@ -55,7 +55,7 @@ fn end_one(stream: &UnixStream, allowed: &[u32]) -> io::Result<Option<u32>> {
         Err(error) => return Err(error),
     };
     let is_stranger = !allowed.is_empty() && !allowed.contains(&peer.uid);
-    if is_stranger || has_left(stream) {
+    if is_stranger || has_sent_nothing(stream) {
         return Ok(None);
     }
     match kill_by_pidfd(peer.pidfd.as_fd()) {
@@ -65,8 +65,41 @@ fn end_one(stream: &UnixStream, allowed: &[u32]) -> io::Result<Option<u32>> {
     }
 }
 
-/// Whether it has hung up and has sent nothing: somebody who looked whether a daemon is there.
-fn has_left(stream: &UnixStream) -> bool {
+/// Whether it has sent nothing, and can't any more: somebody who looked whether a daemon is there, or a VMM that was about
+/// to begin, and finds that it can't.
+fn has_sent_nothing(stream: &UnixStream) -> bool {
+    // What it sends from now on fails; what it has sent can still be read.
+    let _ = shutdown(stream.as_raw_fd(), Shutdown::Read);
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn who_has_sent_nothing_is_let_go_and_can_send_nothing_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        // This process, which would be killed.
+        let mut waits = UnixStream::connect(&path).unwrap();
+        drop(UnixStream::connect(&path).unwrap());
+        end(&listener, &[], |what| panic!("{what}"));
+        let sent = waits.write(b"[").unwrap_err();
+        assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
+        UnixStream::connect(&path).unwrap_err();
+    }
+
+    #[test]
+    fn what_was_sent_before_is_found_and_nothing_can_follow() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        there.write_all(b"[").unwrap();
+        assert!(!has_sent_nothing(&here));
+        let sent = there.write(b"[").unwrap_err();
+        assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
+    }
 }
