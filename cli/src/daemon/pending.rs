@@ -24,6 +24,13 @@ pub(super) struct Pending {
     patience: Duration,
 }
 
+/// What came of a handshake, and what may still lie in the socket.
+#[derive(Debug)]
+pub(super) struct Unheard {
+    _stream: UnixStream,
+    _arriving: Arriving,
+}
+
 impl Pending {
     pub(super) fn new(
         id: u64,
@@ -42,6 +49,14 @@ impl Pending {
             since: Instant::now(),
             patience,
         })
+    }
+
+    pub(super) fn into_unheard(self) -> (Peer, Unheard) {
+        let unheard = Unheard {
+            _stream: self.stream,
+            _arriving: self.arriving,
+        };
+        (self.peer, unheard)
     }
 
     /// Reads what has come. `None`: more has to come.

@@ -214,7 +214,12 @@ impl Keeper {
     }
 
     fn end_queue(&mut self, held_as: &str, listening: &Listening, allowed: &[u32]) {
-        listening.end_queue(allowed, |what| self.complain(what));
+        for queued in listening.end_queue(allowed, |what| self.complain(what)) {
+            let id = self.next.1;
+            self.next.1 += 1;
+            self.hold_owner(id, queued.peer.pidfd.as_fd());
+            self.dying.insert(id, queued.into());
+        }
         self.release_as(held_as);
     }
 
