@@ -257,9 +257,14 @@ fn stay() -> io::Result<()> {
         &format!("ready 1 {} {place}", std::process::id()),
         &[],
     );
-    let (wards, queues) = guard(&socket);
+    let (mut wards, queues) = guard(&socket);
     for Queue { listener, allowed } in queues {
-        queue::end(&listener, &allowed, |what| log(&what));
+        let ended = queue::end(&listener, &allowed, |what| log(&what));
+        wards.extend(ended.into_iter().map(|queued| Ward {
+            id: format!("VM {}", queued.peer.pid),
+            owner: queued.peer.pidfd,
+            _held: vec![queued.stream.into()],
+        }));
     }
     end_all(wards);
     Ok(())
@@ -281,7 +286,7 @@ struct Ward {
     id: String,
     owner: OwnedFd,
     /// Closed when the owner has ended, never before.
-    _uffds: Vec<OwnedFd>,
+    _held: Vec<OwnedFd>,
 }
 
 /// A listening socket, and whose users may connect there: all, if none is named.
@@ -369,7 +374,7 @@ fn ward(id: &str, received: Received) -> Result<Ward, &'static str> {
     Ok(Ward {
         id: id.to_owned(),
         owner: fds.next().ok_or("it came without descriptors")?,
-        _uffds: fds.collect(),
+        _held: fds.collect(),
     })
 }
 

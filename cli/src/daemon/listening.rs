@@ -14,7 +14,8 @@ use nix::errno::Errno;
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::config::MetricsAddress;
-use super::{control, queue};
+use super::control;
+use super::queue::{self, Queued};
 
 /// How long the guardian of a keeper that has died may have its sockets.
 const LETTING_GO: Duration = Duration::from_secs(2);
@@ -93,9 +94,10 @@ impl Listening {
     }
 
     /// Ends who has connected and was not accepted; nobody can connect any more.
-    pub(super) fn end_queue(&self, allowed: &[u32], say: impl FnMut(String)) {
-        if let Listener::Unix(listener) = &self.listener {
-            queue::end(listener, allowed, say);
+    pub(super) fn end_queue(&self, allowed: &[u32], say: impl FnMut(String)) -> Vec<Queued> {
+        match &self.listener {
+            Listener::Unix(listener) => queue::end(listener, allowed, say),
+            Listener::Tcp(_) => Vec::new(),
         }
     }
 

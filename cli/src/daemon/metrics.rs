@@ -334,7 +334,7 @@ impl Picture {
             ),
             (
                 "frame_cache_bytes",
-                "Decoded bytes in the shared cache",
+                "Bytes that frames in the shared cache take, with their lists",
                 cache.bytes,
             ),
         ];

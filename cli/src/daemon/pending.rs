@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError};
-use snaprestore_engine::sys::Peer;
+use snaprestore_engine::sys::{Closing, Peer};
 
 /// The most of them at once; who connects then waits in the kernel's queue.
 pub(super) const MOST: usize = 256;
@@ -22,6 +22,13 @@ pub(super) struct Pending {
     arriving: Arriving,
     since: Instant,
     patience: Duration,
+}
+
+/// What came of a handshake, and what may still lie in the socket.
+#[derive(Debug)]
+pub(super) struct Unheard {
+    _stream: UnixStream,
+    _arriving: Arriving,
 }
 
 impl Pending {
@@ -44,6 +51,14 @@ impl Pending {
         })
     }
 
+    pub(super) fn into_unheard(self) -> (Peer, Unheard) {
+        let unheard = Unheard {
+            _stream: self.stream,
+            _arriving: self.arriving,
+        };
+        (self.peer, unheard)
+    }
+
     /// Reads what has come. `None`: more has to come.
     pub(super) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         match self.arriving.receive(self.stream.as_fd()) {
@@ -52,6 +67,11 @@ impl Pending {
             }
             other => other,
         }
+    }
+
+    /// What tells, after this was dropped, whether all that it had sent is closed.
+    pub(super) fn closing(&self) -> Closing {
+        self.arriving.closing()
     }
 
     /// What it is refused for if it has taken too long.

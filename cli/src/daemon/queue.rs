@@ -6,24 +6,41 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
-use snaprestore_engine::sys::{kill_by_pidfd, peer_of};
+use snaprestore_engine::sys::{Peer, kill_by_pidfd, peer_of};
 
 /// How often it is tried again to accept, for want of memory or descriptors.
 const TRIES: u32 = 100;
 
-/// Ends who waits in the queue of `listener`: their memory may lie in it, and nobody will serve that. Of the users
-/// `allowed` only, if some are named. Nobody can connect afterwards.
-pub(super) fn end(listener: &UnixListener, allowed: &[u32], mut say: impl FnMut(String)) {
+/// Who was ended.
+#[derive(Debug)]
+pub(super) struct Queued {
+    pub(super) peer: Peer,
+    /// In it lies what they hand over, which must stay open until they have ended.
+    pub(super) stream: UnixStream,
+}
+
+/// Ends who has sent something and waits in the queue of `listener`: their memory may lie in it, and nobody will serve that.
+/// Of the users `allowed` only, if some are named. Nobody can connect afterwards.
+pub(super) fn end(
+    listener: &UnixListener,
+    allowed: &[u32],
+    mut say: impl FnMut(String),
+) -> Vec<Queued> {
+    let mut ended = Vec::new();
     // What is in the queue already can be accepted all the same.
     let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
     let _ = listener.set_nonblocking(true);
     let mut failed = 0;
     loop {
         match listener.accept() {
-            Ok((stream, _)) => match end_one(&stream, allowed) {
-                Ok(Some(pid)) => say(format!(
-                    "VM {pid}: killed, for nobody takes the memory that it hands over"
-                )),
+            Ok((stream, _)) => match end_one(stream, allowed) {
+                Ok(Some(queued)) => {
+                    let pid = queued.peer.pid;
+                    say(format!(
+                        "VM {pid}: killed, for nobody takes the memory that it hands over"
+                    ));
+                    ended.push(queued);
+                }
                 Ok(None) => {}
                 Err(error) => say(format!(
                     "who hands memory over can't be killed ({error}), and waits at missing pages until somebody does"
@@ -34,10 +51,11 @@ pub(super) fn end(listener: &UnixListener, allowed: &[u32], mut say: impl FnMut(
             Err(error)
                 if [ErrorKind::InvalidInput, ErrorKind::WouldBlock].contains(&error.kind()) =>
             {
-                return;
+                return ended;
             }
             Err(error) if failed == TRIES => {
-                return say(format!("who hands memory over can't be accepted: {error}"));
+                say(format!("who hands memory over can't be accepted: {error}"));
+                return ended;
             }
             Err(_) => {
                 failed += 1;
@@ -47,7 +65,7 @@ pub(super) fn end(listener: &UnixListener, allowed: &[u32], mut say: impl FnMut(
     }
 }
 
-fn end_one(stream: &UnixStream, allowed: &[u32]) -> io::Result<Option<u32>> {
+fn end_one(stream: UnixStream, allowed: &[u32]) -> io::Result<Option<Queued>> {
     let peer = match peer_of(stream.as_fd()) {
         Ok(peer) => peer,
         // It has ended.
@@ -55,18 +73,51 @@ fn end_one(stream: &UnixStream, allowed: &[u32]) -> io::Result<Option<u32>> {
         Err(error) => return Err(error),
     };
     let is_stranger = !allowed.is_empty() && !allowed.contains(&peer.uid);
-    if is_stranger || has_left(stream) {
+    if is_stranger || has_sent_nothing(&stream) {
         return Ok(None);
     }
     match kill_by_pidfd(peer.pidfd.as_fd()) {
-        Ok(()) => Ok(Some(peer.pid)),
+        Ok(()) => Ok(Some(Queued { peer, stream })),
         Err(nix::errno::Errno::ESRCH) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Whether it has hung up and has sent nothing: somebody who looked whether a daemon is there.
-fn has_left(stream: &UnixStream) -> bool {
+/// Whether it has sent nothing, and can't any more: somebody who looked whether a daemon is there, or a VMM that was about
+/// to begin, and finds that it can't.
+fn has_sent_nothing(stream: &UnixStream) -> bool {
+    // What it sends from now on fails; what it has sent can still be read.
+    let _ = shutdown(stream.as_raw_fd(), Shutdown::Read);
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn who_has_sent_nothing_is_let_go_and_can_send_nothing_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        // This process, which would be killed.
+        let mut waits = UnixStream::connect(&path).unwrap();
+        drop(UnixStream::connect(&path).unwrap());
+        assert!(end(&listener, &[], |what| panic!("{what}")).is_empty());
+        let sent = waits.write(b"[").unwrap_err();
+        assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
+        UnixStream::connect(&path).unwrap_err();
+    }
+
+    #[test]
+    fn what_was_sent_before_is_found_and_nothing_can_follow() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        there.write_all(b"[").unwrap();
+        assert!(!has_sent_nothing(&here));
+        let sent = there.write(b"[").unwrap_err();
+        assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
+    }
 }

@@ -13,10 +13,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{OwnerRegion, Vitals};
-use snaprestore_engine::sys::{Peer, kill_by_pidfd, open_page_map, pid_of};
+use snaprestore_engine::sys::{Peer, is_userfaultfd, kill_by_pidfd, open_page_map, pid_of};
 
 use super::config::Service;
 use super::outside::{OWNER, Outside, UFFD};
+use super::pending::{Pending, Unheard};
+use super::queue::Queued;
 
 /// Deaths of workers on one frame after which it counts as damaged.
 const DEADLY: u32 = 2;
@@ -253,7 +255,9 @@ impl Vm {
 pub(super) struct Dying {
     owner: OwnedFd,
     /// Closed when it has ended and not before, since what is missing becomes zeros.
-    _held: Vec<OwnedFd>,
+    held: Vec<OwnedFd>,
+    /// The same, of one whose handshake had not come as a whole.
+    _unheard: Option<Unheard>,
 }
 
 impl Dying {
@@ -275,6 +279,14 @@ impl Dying {
         self.owner.as_fd()
     }
 
+    /// Has it held outside, by who ends it and then closes what it has.
+    pub(super) fn hold(&self, id: u64, outside: &mut Outside) -> io::Result<()> {
+        let userfaultfd = self.held.iter().find(|fd| is_userfaultfd(fd.as_fd()));
+        let mut descriptors = vec![(OWNER, self.owner())];
+        descriptors.extend(userfaultfd.map(|fd| (UFFD, fd.as_fd())));
+        outside.hold(&held_as(id), &descriptors)
+    }
+
     pub(super) fn is_gone(&self) -> bool {
         readable(self.owner())
     }
@@ -284,16 +296,29 @@ impl From<Vm> for Dying {
     fn from(vm: Vm) -> Self {
         Self {
             owner: vm.peer.pidfd,
-            _held: vec![vm.userfaultfd],
+            held: vec![vm.userfaultfd],
+            _unheard: None,
         }
     }
 }
 
-impl From<Peer> for Dying {
-    fn from(peer: Peer) -> Self {
+impl From<Pending> for Dying {
+    fn from(pending: Pending) -> Self {
+        let (peer, unheard) = pending.into_unheard();
         Self {
             owner: peer.pidfd,
-            _held: Vec::new(),
+            held: Vec::new(),
+            _unheard: Some(unheard),
+        }
+    }
+}
+
+impl From<Queued> for Dying {
+    fn from(Queued { peer, stream }: Queued) -> Self {
+        Self {
+            owner: peer.pidfd,
+            held: vec![stream.into()],
+            _unheard: None,
         }
     }
 }
@@ -344,7 +369,11 @@ impl Held {
         let owner = by_role.remove(OWNER);
         let pidfd = owner.context("it came back without its pidfd")?;
         let part = |owner, held, why: anyhow::Error| Self::Part {
-            vm: Dying { owner, _held: held },
+            vm: Dying {
+                owner,
+                held,
+                _unheard: None,
+            },
             why: format!("{why:#}"),
         };
         let meta = match by_role.get(META).map(Meta::read) {

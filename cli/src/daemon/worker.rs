@@ -135,7 +135,7 @@ pub(super) struct Open {
     pub(super) service: Service,
     file: OwnedFd,
     /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
-    snapshot: OnceLock<Result<Arc<Snapshot>, String>>,
+    snapshot: Mutex<Option<Arc<Snapshot>>>,
 }
 
 /// A VM in this worker's hands.
@@ -249,7 +249,11 @@ impl Worker {
                 self.draining.store(true, SeqCst);
                 let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
                 for vm in vms {
-                    self.begin("complete", move |_| vm.complete_or_end())?;
+                    let own = Arc::clone(&vm);
+                    if let Err(error) = self.begin("complete", move |_| own.complete_or_end()) {
+                        // It costs this one.
+                        vm.end(&format!("{error:#}"));
+                    }
                 }
             }
             ToWorker::Leave => {}
@@ -373,7 +377,7 @@ impl Open {
         Self {
             file,
             service,
-            snapshot: OnceLock::new(),
+            snapshot: Mutex::default(),
         }
     }
 
@@ -383,15 +387,18 @@ impl Open {
         Ok(Arc::new(Snapshot::open(Arc::new(store))?))
     }
 
-    fn pager(&self, shared: &Shared) -> Result<Pager> {
-        let opened = self
-            .snapshot
-            .get_or_init(|| self.open().map_err(|error| format!("{error:#}")));
-        let snapshot = match opened {
-            Ok(snapshot) => Arc::clone(snapshot),
-            Err(error) => bail!("{error}"),
+    /// For want of descriptors one VM is refused, and not all that come after it.
+    fn snapshot(&self) -> Result<Arc<Snapshot>> {
+        let mut snapshot = lock(&self.snapshot);
+        let opened = match snapshot.take() {
+            Some(snapshot) => snapshot,
+            None => self.open()?,
         };
-        Ok(Pager::new(snapshot)
+        Ok(Arc::clone(snapshot.insert(opened)))
+    }
+
+    fn pager(&self, shared: &Shared) -> Result<Pager> {
+        Ok(Pager::new(self.snapshot()?)
             .shared(shared)
             .fault_threads(self.service.threads)
             .prefetch(match self.service.prefetch {
@@ -427,9 +434,14 @@ impl Served {
 
     /// The same; a VM for which it can't be done is killed, since nobody will serve it.
     fn complete_or_end(&self) {
-        if let Some(paged) = self.paged.get()
-            && let Err(why) = self.complete()
-        {
+        if let Err(why) = self.complete() {
+            self.end(&why);
+        }
+    }
+
+    /// Kills it if it is served; if it is about to be, its own thread completes it.
+    fn end(&self, why: &str) {
+        if let Some(paged) = self.paged.get() {
             paged.end(&format!("it can't be completed: {why}"));
         }
     }

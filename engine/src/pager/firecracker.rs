@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::handover::OwnerRegion;
-use crate::sys::{Untrusted, may_report_forks, receive};
+use crate::sys::{Closing, Untrusted, may_report_forks, receive};
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
 const MOST_BYTES: usize = 64 << 10;
@@ -152,6 +152,11 @@ impl Arriving {
         self.received
     }
 
+    /// What tells, after this was dropped, whether all that came is closed.
+    pub fn closing(&self) -> Closing {
+        self.descriptors.closing()
+    }
+
     /// Reads once from `socket`. `None`: more has to come.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Option<Handshake>, HandshakeError> {
         self.text.resize(MOST_BYTES, 0);
@@ -177,7 +182,7 @@ impl Arriving {
         self.received += read.bytes;
         self.pieces += 1;
         match parse(&self.text[..self.received])? {
-            Some(mappings) => checked(&mappings, std::mem::take(&mut self.descriptors)).map(Some),
+            Some(mappings) => checked(&mappings, &mut self.descriptors).map(Some),
             None => Ok(None),
         }
     }
@@ -195,7 +200,7 @@ fn parse(text: &[u8]) -> Result<Option<Vec<Mapping>>, HandshakeError> {
     }
 }
 
-fn checked(mappings: &[Mapping], mut descriptors: Untrusted) -> Result<Handshake, HandshakeError> {
+fn checked(mappings: &[Mapping], descriptors: &mut Untrusted) -> Result<Handshake, HandshakeError> {
     let variant = |variant| Err(HandshakeError::Variant { variant });
     if mappings.iter().any(|mapping| mapping.is_guest_memfd) || descriptors.count() == 3 {
         return variant("Firecracker's branch for secret-free memory");
@@ -206,12 +211,12 @@ fn checked(mappings: &[Mapping], mut descriptors: Untrusted) -> Result<Handshake
     if descriptors.count() > 3 {
         return variant("an unknown VMM, which hands more descriptors over");
     }
-    let userfaultfd = descriptors.take_userfaultfd();
+    let userfaultfd = descriptors.userfaultfd();
     let userfaultfd = userfaultfd.map_err(|found| match found {
         Some(found) => HandshakeError::NotUserfaultfd { found },
         None => HandshakeError::NoDescriptor,
     })?;
-    if may_report_forks(userfaultfd.as_fd()) {
+    if may_report_forks(userfaultfd) {
         return Err(HandshakeError::ReportsForks);
     }
     if mappings.len() > MOST_REGIONS {
@@ -225,7 +230,9 @@ fn checked(mappings: &[Mapping], mut descriptors: Untrusted) -> Result<Handshake
         page_size: mapping.page_size(),
     });
     Ok(Handshake {
-        userfaultfd,
+        userfaultfd: descriptors
+            .take_first()
+            .ok_or(HandshakeError::NoDescriptor)?,
         regions: regions.collect(),
     })
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::Builder;
 
 use super::thread::SignalsBlocked;
@@ -27,54 +27,84 @@ pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
 /// Descriptors that another process has sent, and of which nothing is known.
 ///
 /// To close one can ask whoever is behind it: a file system that is a program (FUSE) is told, and need not
-/// answer. The thread that closes waits then, can't be ended, and no more can its process. So those that are no
-/// userfaultfds are closed by a thread of their own.
+/// answer; of a userfaultfd the memory is locked. The thread that closes waits then, can't be ended, and no more can its
+/// process. So they are closed by a thread of their own, and whoever takes many has to look how many of those are
+/// still at it: [`Untrusted::closing`].
 #[derive(Debug, Default)]
-pub struct Untrusted(Vec<OwnedFd>);
+pub struct Untrusted {
+    descriptors: Vec<OwnedFd>,
+    open: Arc<()>,
+}
+
+/// Tells whether descriptors that were dropped are closed.
+#[derive(Clone, Debug)]
+pub struct Closing(Weak<()>);
+
+impl Closing {
+    /// Whether they are not, or are not even dropped.
+    pub fn is_open(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+}
+
+/// What has been dropped and no thread has begun to close.
+static DROPPED: Mutex<Vec<(Vec<OwnedFd>, Arc<()>)>> = Mutex::new(Vec::new());
 
 impl Untrusted {
     /// Takes more of them.
     pub fn extend(&mut self, descriptors: Vec<OwnedFd>) {
-        self.0.extend(descriptors);
+        self.descriptors.extend(descriptors);
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.descriptors.len()
     }
 
-    /// Takes the first if it is a userfaultfd. Else says what it is, or nothing if there is none.
-    pub fn take_userfaultfd(&mut self) -> Result<OwnedFd, Option<String>> {
-        let first = self.0.first().ok_or(None)?;
+    /// What tells afterwards whether all are closed.
+    pub fn closing(&self) -> Closing {
+        Closing(Arc::downgrade(&self.open))
+    }
+
+    /// The first, if it is a userfaultfd. Else says what it is, or nothing if there is none.
+    pub fn userfaultfd(&self) -> Result<BorrowedFd<'_>, Option<String>> {
+        let first = self.descriptors.first().ok_or(None)?;
         match kind_of(first.as_fd()) {
-            Ok(kind) if kind == USERFAULTFD => Ok(self.0.remove(0)),
+            Ok(kind) if kind == USERFAULTFD => Ok(first.as_fd()),
             Ok(kind) => Err(Some(kind.to_string_lossy().into_owned())),
             Err(error) => Err(Some(error.to_string())),
         }
+    }
+
+    /// Takes the first, which is to be kept.
+    pub fn take_first(&mut self) -> Option<OwnedFd> {
+        (!self.descriptors.is_empty()).then(|| self.descriptors.remove(0))
     }
 }
 
 impl Drop for Untrusted {
     fn drop(&mut self) {
-        let others = self.0.drain(..).filter(|fd| !is_userfaultfd(fd.as_fd()));
-        let others: Vec<OwnedFd> = others.collect();
-        if others.is_empty() {
+        if self.descriptors.is_empty() {
             return;
         }
-        let others = Arc::new(Mutex::new(others));
-        let take = |others: &Mutex<Vec<OwnedFd>>| {
-            std::mem::take(&mut *others.lock().unwrap_or_else(PoisonError::into_inner))
-        };
-        let theirs = Arc::clone(&others);
+        let descriptors = std::mem::take(&mut self.descriptors);
+        let dropped = || DROPPED.lock().unwrap_or_else(PoisonError::into_inner);
+        dropped().push((descriptors, Arc::clone(&self.open)));
         // A signal is for a thread that can act on it.
         let _blocked = SignalsBlocked::now();
         let closing = Builder::new()
             .name("snap-close".into())
             .stack_size(64 << 10);
-        if closing.spawn(move || drop(take(&theirs))).is_err() {
-            // Better open for ever than a thread that waits for ever.
-            std::mem::forget(take(&others));
-        }
+        // Better open until the next can begin than a thread that waits for ever.
+        let _ = closing.spawn(move || {
+            loop {
+                let next = dropped().pop();
+                let Some((descriptors, _open)) = next else {
+                    return;
+                };
+                drop(descriptors);
+            }
+        });
     }
 }
 
@@ -111,7 +141,7 @@ fn features_in(about: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::pipe;
+    use std::io::{Read as _, pipe};
     use std::os::fd::AsFd as _;
 
     use super::*;
@@ -132,6 +162,24 @@ mod tests {
             .unwrap();
         let reports = forks.features().contains(Features::EVENT_FORK);
         assert_eq!(may_report_forks(forks.as_fd()), reports);
+    }
+
+    #[test]
+    fn what_is_dropped_is_closed_by_another_thread() {
+        let (mut pipe, end) = pipe().unwrap();
+        let mut untrusted = Untrusted::default();
+        untrusted.extend(vec![end.into()]);
+        let closing = untrusted.closing();
+        assert!(closing.is_open());
+        drop(untrusted);
+        assert_eq!(pipe.read(&mut [0]).unwrap(), 0);
+        while closing.is_open() {
+            std::thread::yield_now();
+        }
+        let none = Untrusted::default();
+        let closing = none.closing();
+        drop(none);
+        assert!(!closing.is_open());
     }
 
     #[test]

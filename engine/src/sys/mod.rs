@@ -47,7 +47,7 @@ pub mod uffd;
 pub use event::{Ready, Waiting};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
 pub use follower::Follower;
-pub use foreign::{Untrusted, is_userfaultfd, may_report_forks};
+pub use foreign::{Closing, Untrusted, is_userfaultfd, may_report_forks};
 pub use inherited::take_inherited;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};

@@ -179,11 +179,12 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
     kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
     // One more than may be of one process.
     let connect = |_| UnixStream::connect(scene.socket()).expect("connected");
-    drop((0..17).map(connect).collect::<Vec<_>>());
+    let crowd: Vec<_> = (0..17).map(connect).collect();
     let (mut vmm, _said) = queued(&scene);
     kill(scene.keeper(), Signal::SIGTERM).expect("asked");
     kill(scene.keeper(), Signal::SIGCONT).expect("goes on");
     scene.wait_for("has 16 VMs already", 1);
+    drop(crowd);
     drop(vmm.stdin.take());
     let run = end_of(vmm);
     assert_eq!(run.code, Some(0), "{}", scene.said());

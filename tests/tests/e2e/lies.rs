@@ -16,7 +16,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
 use crate::footprint::{Footprint, process_with};
-use crate::scene::{PATIENCE, Scene, ends_within};
+use crate::scene::{PATIENCE, Scene, end_of, ends_within};
 
 const PAGES: u64 = 1024;
 /// Liars at once.
@@ -51,6 +51,8 @@ impl Watched {
             processes: Vec::new(),
         };
         let _ = watched.list();
+        // Which opens the snapshot.
+        assert_eq!(watched.honest(&[]), Ok(()));
         let guardian = process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian");
         let worker = watched.scene.worker().expect("a worker");
         let named = [
@@ -253,12 +255,8 @@ fn a_storm_of_discards_is_no_worker_that_stands_still() {
 /// Who closed it waited for the liar, could not be killed, and the worker could not be replaced.
 #[test]
 fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
-    let test = "a_file_that_cannot_be_closed_keeps_nobody_waiting";
-    let root = nix::unistd::geteuid().is_root();
-    if let Err(error) = fs::File::options().write(true).open("/dev/fuse") {
-        return skipped(test, &format!("/dev/fuse: {error}"));
-    } else if !root {
-        return skipped(test, &"it needs root, to mount a file system");
+    if !can_mount("a_file_that_cannot_be_closed_keeps_nobody_waiting") {
+        return;
     }
     let watched = Watched::new(&["--prefetch", "off"]);
     let words = ["Fuse", "seconds=600"].map(str::to_owned);
@@ -270,4 +268,51 @@ fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
     let _ = watched.list();
     end_group(liar);
     watched.assert_unharmed("a file that can't be closed");
+}
+
+/// Each cost a thread and some descriptors, and there was no end to them.
+#[test]
+fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
+    if !can_mount("files_that_cannot_be_closed_are_taken_a_bounded_number_of_times") {
+        return;
+    }
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let words = ["Fuse", "times=40", "seconds=600"].map(str::to_owned);
+    let (liar, _) = watched.liar(&words);
+    watched.scene.wait_for("has 16 VMs already", 24);
+    assert_eq!(
+        watched.scene.said().matches("is no userfaultfd").count(),
+        16
+    );
+    assert_eq!(watched.honest(&[]), Ok(()));
+    end_group(liar);
+    watched.assert_unharmed("files that can't be closed");
+}
+
+/// So many processes that none of them has too many.
+#[test]
+fn who_comes_while_too_many_files_are_kept_open_waits_and_is_served() {
+    if !can_mount("who_comes_while_too_many_files_are_kept_open_waits_and_is_served") {
+        return;
+    }
+    let watched = Watched::new(&["--prefetch", "off"]);
+    let words = ["Fuse", "times=13", "seconds=600"].map(str::to_owned);
+    let liars: Vec<_> = (0..5).map(|_| watched.liar(&words).0).collect();
+    watched.scene.wait_for("is no userfaultfd", 64);
+    let honest = watched.scene.vmm(&[]).spawn().expect("a VMM");
+    liars.into_iter().for_each(end_group);
+    let _ = end_of(honest).exits(0);
+    watched.assert_unharmed("files that can't be closed");
+}
+
+fn can_mount(test: &str) -> bool {
+    if let Err(error) = fs::File::options().write(true).open("/dev/fuse") {
+        skipped(test, &format!("/dev/fuse: {error}"));
+        return false;
+    }
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        skipped(test, &"it needs root, to mount a file system");
+    }
+    root
 }

@@ -159,6 +159,9 @@ impl Keeper {
                         let owner = [(OWNER, pending.peer.pidfd.as_fd())];
                         let _ = self.outside.hold(&held_as(pending.id), &owner);
                     }
+                    for (id, vm) in &self.dying {
+                        let _ = vm.hold(*id, &mut self.outside);
+                    }
                     let keys: Vec<u64> = self.services.keys().copied().collect();
                     for key in keys {
                         self.hold_listening(key);
@@ -182,8 +185,8 @@ impl Keeper {
     pub(super) fn kill_all(&mut self, why: &str) {
         for pending in std::mem::take(&mut self.pending) {
             // It may have sent all of its memory, and would wait for it.
-            let vm = Dying::from(pending.peer);
-            self.end(pending.id, vm, Ending::Killed, why.to_owned());
+            let id = pending.id;
+            self.end(id, pending, Ending::Killed, why.to_owned());
         }
         for (id, vm) in std::mem::take(&mut self.vms) {
             let service = vm.service;

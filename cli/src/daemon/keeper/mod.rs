@@ -38,13 +38,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use self::hung::Undead;
-use self::services::{Open, Opening};
+use self::services::{Open, Opening, Unclosed};
 use self::succession::Successor;
 use self::workers::Outgoing;
 use super::child::Worker;
 use super::listening::Listening;
 use super::outside::Outside;
-use super::pending::{self, Pending};
+use super::pending::Pending;
 use super::report::Vm as Report;
 use super::systemd::{self, Manager};
 use super::vms::{Dying, Vm};
@@ -106,6 +106,7 @@ pub(crate) struct Keeper {
     /// The numbers of the next service and the next VM.
     next: (u64, u64),
     pending: Vec<Pending>,
+    unclosed: Vec<Unclosed>,
     /// Sockets of a keeper that has died, by their paths, and what they are held as.
     inherited: BTreeMap<PathBuf, (String, Listening)>,
     /// VMs that are no longer served, and whose processes have not ended yet.
@@ -167,6 +168,7 @@ impl Keeper {
             vms: BTreeMap::new(),
             next: (1, 1),
             pending: Vec::new(),
+            unclosed: Vec::new(),
             inherited: BTreeMap::new(),
             dying: BTreeMap::new(),
             endings: Vec::new(),
@@ -245,6 +247,7 @@ impl Keeper {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
+        self.watch_unclosed();
         self.watch_opening();
         self.watch_succession();
         self.watch_worker()
@@ -261,7 +264,7 @@ impl Keeper {
         if self.outgoing.len() < MOST_VISITORS {
             tokens.extend((0..self.doors.len()).map(Token::Door));
         }
-        if self.pending.len() < pending::MOST {
+        if self.takes_more() {
             let open = self
                 .services
                 .iter()

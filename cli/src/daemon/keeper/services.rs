@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::pager::AttachError;
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
-use snaprestore_engine::sys::{Peer, peer_of};
+use snaprestore_engine::sys::{Closing, Peer, kill_by_pidfd, peer_of};
 
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
@@ -24,6 +24,19 @@ use crate::input;
 
 /// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
 const MOST_OF_A_PROCESS: usize = 16;
+
+/// Refused connections at once whose descriptors are not closed yet.
+const MOST_CLOSING: usize = 64;
+/// How long that takes at most, unless somebody sees to it that it takes longer.
+const CLOSES: Duration = Duration::from_secs(1);
+
+/// Who was refused, and had sent what is not closed yet.
+#[derive(Debug)]
+pub(super) struct Unclosed {
+    peer: Peer,
+    closing: Closing,
+    since: Instant,
+}
 
 /// A service that was opened.
 pub(super) struct Open {
@@ -201,7 +214,12 @@ impl Keeper {
     }
 
     fn end_queue(&mut self, held_as: &str, listening: &Listening, allowed: &[u32]) {
-        listening.end_queue(allowed, |what| self.complain(what));
+        for queued in listening.end_queue(allowed, |what| self.complain(what)) {
+            let id = self.next.1;
+            self.next.1 += 1;
+            self.hold_owner(id, queued.peer.pidfd.as_fd());
+            self.dying.insert(id, queued.into());
+        }
         self.release_as(held_as);
     }
 
@@ -279,13 +297,34 @@ impl Keeper {
         true
     }
 
+    /// Whether more may be accepted; else they wait in the kernel's queue.
+    pub(super) fn takes_more(&self) -> bool {
+        self.pending.len() < pending::MOST && self.unclosed.len() < MOST_CLOSING
+    }
+
+    /// Looks whose descriptors are closed. Who has those of too many kept open is killed: that closes them, if they are of a
+    /// file system that is their program. If it doesn't, nobody is accepted until somebody ends that program: VMs that are
+    /// served need descriptors and threads as well.
+    pub(super) fn watch_unclosed(&mut self) {
+        self.unclosed.retain(|unclosed| unclosed.closing.is_open());
+        if self.unclosed.len() < MOST_CLOSING {
+            return;
+        }
+        for Unclosed { peer, since, .. } in &self.unclosed {
+            if since.elapsed() >= CLOSES {
+                let _ = kill_by_pidfd(peer.pidfd.as_fd());
+            }
+        }
+    }
+
     /// Whether so many of one process may be had. In another namespace processes have no number here.
     fn has_room_for(&self, peer: &Peer) -> Result<()> {
         let pid = peer.pid;
         let pending = self.pending.iter().map(|pending| pending.peer.pid);
         let served = self.vms.values().map(|vm| vm.peer.pid);
         let dying = self.dying.values().map(Dying::pid);
-        let peers = pending.chain(served).chain(dying);
+        let unclosed = self.unclosed.iter().map(|unclosed| unclosed.peer.pid);
+        let peers = pending.chain(served).chain(dying).chain(unclosed);
         if pid != 0 && peers.filter(|peer| *peer == pid).count() >= MOST_OF_A_PROCESS {
             bail!("VM {pid}: refused: its process has {MOST_OF_A_PROCESS} VMs already");
         }
@@ -303,15 +342,18 @@ impl Keeper {
 
     /// A handshake that comes to nothing. Nobody was served.
     pub(super) fn refuse(&mut self, at: usize, error: &HandshakeError) {
+        let closing = self.pending[at].closing();
         let Pending {
             id, service, peer, ..
         } = self.pending.swap_remove(at);
         self.release(id);
-        self.note(Report::new(
-            peer.pid,
-            Ending::Refused,
-            Some(error.to_string()),
-        ));
+        let why = Some(error.to_string());
+        self.note(Report::new(peer.pid, Ending::Refused, why));
+        self.unclosed.push(Unclosed {
+            peer,
+            closing,
+            since: Instant::now(),
+        });
         self.forget_if_unused(service);
     }
 
