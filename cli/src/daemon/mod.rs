@@ -41,6 +41,7 @@ pub(crate) mod metrics;
 mod outside;
 mod pending;
 mod queue;
+mod refusals;
 mod report;
 mod systemd;
 mod vms;

@@ -30,7 +30,7 @@ use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
@@ -45,6 +45,7 @@ use super::child::Worker;
 use super::listening::Listening;
 use super::outside::Outside;
 use super::pending::Pending;
+use super::refusals::Refusals;
 use super::report::Vm as Report;
 use super::systemd::{self, Manager};
 use super::vms::{Dying, Vm};
@@ -113,6 +114,7 @@ pub(crate) struct Keeper {
     dying: BTreeMap<u64, Dying>,
     endings: Vec<Report>,
     ended: u64,
+    refusals: Refusals,
     stopping: Stopping,
 }
 
@@ -173,6 +175,7 @@ impl Keeper {
             dying: BTreeMap::new(),
             endings: Vec::new(),
             ended: 0,
+            refusals: Refusals::new(),
             stopping: Stopping::No,
         };
         if let Some(warning) = keeper.outside.warning() {
@@ -249,6 +252,9 @@ impl Keeper {
         }
         self.watch_unclosed();
         self.watch_opening();
+        if let Some(untold) = self.refusals.untold(Instant::now()) {
+            self.complain(format_args!("{untold} more connections were refused"));
+        }
         self.watch_succession();
         self.watch_worker()
     }
@@ -373,6 +379,27 @@ impl Keeper {
         }
         self.ended += 1;
         if self.endings.len() < MOST_ENDINGS {
+            self.endings.push(report);
+        }
+    }
+
+    /// Tells of a connection that comes to nothing, unless there are too many.
+    fn refused(&mut self, what: impl Display) {
+        if !self.refusals.is_shown() {
+            return;
+        }
+        match self.options.log_format {
+            LogFormat::Text => self.output.error(what),
+            // A place of its own: these keep nothing else from being logged.
+            LogFormat::Json => tracing::error!("{what}"),
+        }
+    }
+
+    /// The same of one whose handshake was bad, for the report.
+    fn note_refusal(&mut self, report: Report) {
+        self.refused(&report);
+        self.ended += 1;
+        if self.refusals.is_kept() && self.endings.len() < MOST_ENDINGS {
             self.endings.push(report);
         }
     }

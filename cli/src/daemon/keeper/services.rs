@@ -291,7 +291,7 @@ impl Keeper {
             }
             Err(error) => {
                 self.release(id);
-                self.complain(format_args!("{error:#}"));
+                self.refused(format_args!("{error:#}"));
             }
         }
         true
@@ -348,7 +348,7 @@ impl Keeper {
         } = self.pending.swap_remove(at);
         self.release(id);
         let why = Some(error.to_string());
-        self.note(Report::new(peer.pid, Ending::Refused, why));
+        self.note_refusal(Report::new(peer.pid, Ending::Refused, why));
         self.unclosed.push(Unclosed {
             peer,
             closing,
