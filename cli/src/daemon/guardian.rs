@@ -53,6 +53,8 @@ const STAY: &str = "--stay";
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The longest message.
 const MESSAGE: usize = 4096;
+/// Milliseconds that the other end may need until it reads.
+const A_MOMENT: u8 = 200;
 
 /// The keeper's end.
 #[derive(Debug)]
@@ -202,11 +204,19 @@ impl AsFd for Guardian {
 }
 
 /// Sends without waiting: a guardian that takes nothing must not stop the keeper.
+/// Sends a message. The other end does nothing but read, so it is given a moment if it has not come to that.
 fn send(socket: BorrowedFd<'_>, text: &str, control: &[ControlMessage<'_>]) -> io::Result<()> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     let text = [IoSlice::new(text.as_bytes())];
-    sendmsg::<()>(socket.as_raw_fd(), &text, control, flags, None)?;
-    Ok(())
+    let once = || sendmsg::<()>(socket.as_raw_fd(), &text, control, flags, None);
+    let sent = once().or_else(|errno| {
+        if errno != Errno::EAGAIN {
+            return Err(errno);
+        }
+        poll(&mut [PollFd::new(socket, PollFlags::POLLOUT)], A_MOMENT)?;
+        once()
+    });
+    sent.map(drop).map_err(io::Error::from)
 }
 
 /// The hidden command `guardian`. The process that the keeper starts only starts another, which nobody has to

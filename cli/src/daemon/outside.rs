@@ -22,7 +22,7 @@
 //! roles below it. systemd compares what it is given: the same open file is kept once, under the name that
 //! came first. So what VMs share, as a snapshot's file, is held under an id of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -49,6 +49,8 @@ pub(crate) struct Outside {
     who: Who,
     /// The roles that are held of each id.
     held: BTreeMap<String, Vec<String>>,
+    /// What is to be let go as soon as the guardian reads again.
+    unreleased: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -91,14 +93,18 @@ impl Outside {
                     .iter()
                     .map(|(id, fds)| (id.clone(), roles(fds)))
                     .collect(),
+                unreleased: BTreeSet::new(),
             };
         }
         let who = match Guardian::start(program) {
             Ok(guardian) => Who::Guardian(guardian),
             Err(why) => Who::Nobody { why },
         };
-        let held = BTreeMap::new();
-        Self { who, held }
+        Self {
+            who,
+            held: BTreeMap::new(),
+            unreleased: BTreeSet::new(),
+        }
     }
 
     /// Has the descriptors `fds` of `id`, each with its role, held. What is held of `id` under one of these roles already
@@ -132,6 +138,8 @@ impl Outside {
                 };
                 let owner = of(|role| role == OWNER).next();
                 let uffds: Vec<_> = of(|role| role.starts_with(UFFD)).collect();
+                // It takes the place of what is held of `id`.
+                self.unreleased.remove(id);
                 owner.map_or(Ok(()), |owner| guardian.hold(id, owner, &uffds))
             }
             Who::Nobody { .. } => Ok(()),
@@ -158,8 +166,24 @@ impl Outside {
             Who::Systemd { manager, .. } => roles
                 .iter()
                 .try_for_each(|role| manager.remove(&systemd::name(id, role))),
-            Who::Guardian(guardian) => guardian.release(id),
+            Who::Guardian(guardian) => match guardian.release(id) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.unreleased.insert(id.to_owned());
+                    Ok(())
+                }
+                released => released,
+            },
             Who::Nobody { .. } => Ok(()),
+        }
+    }
+
+    /// Tries again what could not be let go.
+    pub(crate) fn release_rest(&mut self) {
+        while let Some(id) = self.unreleased.pop_first() {
+            // If it has ended, all is let go.
+            if self.release(&id).is_err() || self.unreleased.contains(&id) {
+                return;
+            }
         }
     }
 

@@ -250,6 +250,7 @@ impl Keeper {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
+        self.outside.release_rest();
         self.watch_unclosed();
         self.watch_opening();
         if let Some(untold) = self.refusals.untold(Instant::now()) {
