@@ -98,7 +98,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Before its first VM.
+    /// Before all VMs but one.
     fn of(scene: &Scene, mark: &str) -> Self {
         let guardian = process_with(mark, "guardian").expect("a guardian");
         let worker = scene.worker().expect("a worker");
@@ -179,6 +179,8 @@ fn a_thousand_vms_leave_nothing_behind() {
     };
     assert_eq!(restarts(), 0);
 
+    // The worker opens the snapshot when the first wants it.
+    End::Early.run(&scene, &misfit);
     let mut daemon = Daemon::of(&scene, &format!("SNAPRESTORE_TEST={mark}"));
     let idle = || std::thread::sleep(Duration::from_millis(20));
     run_vms(&scene, &misfit, WARM, idle);
@@ -209,7 +211,8 @@ fn a_thousand_vms_leave_nothing_behind() {
         *counts.entry(ending).or_default() += 1;
     }
     let each = (SESSIONS + WARM) / End::ALL.len();
-    assert_eq!(counts["refused"], 2 * each, "{counts:?}");
+    // Of bad handshakes the first hundred are told about.
+    assert_eq!(counts["refused"], each + each.min(100), "{counts:?}");
     let served = counts["exited"] + counts.get("complete").copied().unwrap_or(0);
-    assert_eq!(served, 3 * each, "{counts:?}");
+    assert_eq!(served, 3 * each + 1, "{counts:?}");
 }
