@@ -203,12 +203,8 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers
     let mut scene = crate::scene::Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let with_it = |mut command: Command| {
-        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
-        command
-    };
     let options = ["--prefetch", "off"];
-    scene.start(with_it(scene.daemon(&options)));
+    scene.start(manager.manages(scene.daemon(&options), 64));
     let huge = ["--huge", "--split", "3072", "--wait", "--discard"];
     let mut vmm = scene.vmm(&huge).spawn().expect("a VMM");
     scene.wait_for(": served", 1);
@@ -221,7 +217,7 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers
     assert!(manager.names().contains(&"vm.vm-1.pagemap"));
     scene.kill();
     let next = manager.start(&scene.daemon(&options));
-    scene.start(with_it(next));
+    scene.start(manager.manages(next, 64));
     scene.wait_for(": served", 1);
     drop(vmm.stdin.take());
     let run = Run::finish(vmm).exits(0);

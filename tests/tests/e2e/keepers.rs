@@ -30,12 +30,8 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let with_it = |mut command: std::process::Command| {
-        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
-        command
-    };
     let options = ["--prefetch", "off"];
-    scene.start(with_it(scene.daemon(&options)));
+    scene.start(manager.manages(scene.daemon(&options), 64));
     let (mut vmm, _said) = vmm(&scene);
     // The snapshot's file, and the socket; of the VM four.
     while manager.names().len() < 6 {
@@ -45,7 +41,7 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     drop(vmm.stdin.take());
 
     let next = manager.start(&scene.daemon(&options));
-    scene.start(with_it(next));
+    scene.start(manager.manages(next, 64));
     scene.wait_for("taken back", 1);
     let run = Run::finish(vmm).exits(0);
     assert_eq!(run.err, "");
@@ -59,9 +55,7 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let mut daemon = scene.daemon(&["--prefetch", "off"]);
-    daemon.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "5");
-    scene.start(daemon);
+    scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
     scene.wait_for("can't be held with all that it needs, and is ended", 1);
     // The service's two and the VM's three; then those are let go but for the one by which a next keeper ends it.
@@ -198,12 +192,8 @@ fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let with_it = |mut command: std::process::Command| {
-        command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "64");
-        command
-    };
     let options = ["--prefetch", "off", "--patience", "3600"];
-    scene.start(with_it(scene.daemon(&options)));
+    scene.start(manager.manages(scene.daemon(&options), 64));
     let half = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
     while !manager.names().contains(&"vm.vm-1.owner") {
         manager.take_one();
@@ -211,7 +201,7 @@ fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
     let (mut waits, _said) = queued(&scene);
     scene.kill();
     let next = manager.start(&scene.daemon(&options));
-    scene.start(with_it(next));
+    scene.start(manager.manages(next, 64));
     let run = end_of(half);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     scene.wait_for("killed: it was handing its memory over when", 1);

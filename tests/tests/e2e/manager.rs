@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Keeps what a service sends to it, as systemd does.
 pub(crate) struct FakeManager {
     socket: UnixDatagram,
+    path: PathBuf,
     kept: Vec<(String, OwnedFd)>,
 }
 
@@ -23,8 +24,17 @@ impl FakeManager {
         socket.set_read_timeout(Some(PATIENCE)).expect("set");
         Self {
             socket,
+            path: path.to_owned(),
             kept: Vec::new(),
         }
+    }
+
+    /// A service that this manager keeps `room` descriptors for.
+    pub(crate) fn manages(&self, mut service: Command, room: usize) -> Command {
+        service
+            .env("NOTIFY_SOCKET", &self.path)
+            .env("FDSTORE", room.to_string());
+        service
     }
 
     pub(crate) fn take_one(&mut self) {
