@@ -354,8 +354,8 @@ fn regions_become_guest_memory() {
     let mut scene = Scene::new(4);
     let other = RawRegion::owned(Arc::new(Mapping::new(2 * PAGE).unwrap()));
     let parts = [
-        (GuestAddress(0), scene.region.clone()),
-        (GuestAddress(0x10_0000), other.clone()),
+        (GuestAddress(0), &scene.region),
+        (GuestAddress(0x10_0000), &other),
     ];
     // SAFETY: both regions live until the end of this test.
     let memory = unsafe { guest_memory(&parts) }.unwrap();
@@ -378,13 +378,13 @@ fn regions_become_guest_memory() {
     assert_eq!(reader.join().unwrap(), 0x2121);
 
     let overlapping = [
-        (GuestAddress(0), scene.region.clone()),
-        (GuestAddress(0x1000), other.clone()),
+        (GuestAddress(0), &scene.region),
+        (GuestAddress(0x1000), &other),
     ];
     // SAFETY: as above.
     let error = unsafe { guest_memory(&overlapping) }.unwrap_err();
     assert!(matches!(error, GuestMemoryError::Regions(_)), "{error}");
-    let beyond = [(GuestAddress(u64::MAX - 100), other)];
+    let beyond = [(GuestAddress(u64::MAX - 100), &other)];
     // SAFETY: as above.
     let error = unsafe { guest_memory(&beyond) }.unwrap_err();
     assert!(matches!(error, GuestMemoryError::Region { .. }), "{error}");

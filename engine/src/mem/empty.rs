@@ -5,7 +5,8 @@
 //! whether there is any.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
@@ -13,21 +14,36 @@ use nix::errno::Errno;
 use crate::sys::pagemap::populated;
 use crate::sys::{page_size, to_usize};
 
+/// Which pages of this process hold anything: present, swapped out, or marked as poisoned.
+#[derive(Debug)]
+pub(crate) struct Pagemap(File);
+
+impl Pagemap {
+    pub(crate) fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// The first such page of `[address, address + len)`, by `PAGEMAP_SCAN` (6.7) or by reading the
+    /// file.
+    pub(crate) fn first_populated(&self, address: u64, len: u64) -> io::Result<Option<u64>> {
+        let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
+        // The first range that is found ends the search.
+        let scanned = populated(&self.0, address, end, |from, _| Err(Found::At(from)));
+        match scanned {
+            Ok(()) => Ok(None),
+            Err(Found::At(address)) => Ok(Some(address)),
+            Err(Found::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
+                scan_file(&self.0, address, end)
+            }
+            Err(Found::Error(error)) => Err(error),
+        }
+    }
+}
+
 /// The first page of `[address, address + len)` of this process that holds anything (present,
 /// swapped out, or marked as poisoned), by `PAGEMAP_SCAN` (6.7) or by reading `/proc/self/pagemap`.
 pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
-    // The first range that is found ends the search.
-    let scanned = populated(&pagemap, address, end, |from, _| Err(Found::At(from)));
-    match scanned {
-        Ok(()) => Ok(None),
-        Err(Found::At(address)) => Ok(Some(address)),
-        Err(Found::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
-            scan_file(&pagemap, address, end)
-        }
-        Err(Found::Error(error)) => Err(error),
-    }
+    Pagemap::open()?.first_populated(address, len)
 }
 
 /// Why a scan was not carried to its end.
@@ -110,37 +126,119 @@ fn entry_of(bytes: [u8; 8]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// The first address of the range that is not private anonymous memory of small pages, by
-/// `/proc/self/maps`.
+/// Why the caller's memory can't be restored into.
+#[derive(Debug)]
+pub(crate) enum Unsuitable {
+    /// At this address, in the range of this number, is no private anonymous memory of small pages.
+    Kind {
+        /// Number of the range.
+        range: usize,
+        /// Where.
+        address: u64,
+    },
+    /// What it is can't be seen.
+    Unproven(io::Error),
+}
+
+impl From<io::Error> for Unsuitable {
+    fn from(error: io::Error) -> Self {
+        Self::Unproven(error)
+    }
+}
+
+/// Makes sure that `ranges`, which are in order and apart, are private anonymous memory of small
+/// pages, and returns what of them is left out of children (`MADV_DONTFORK`) already.
 ///
-/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled
-/// in small ones.
-pub fn first_unsuitable(address: u64, len: u64) -> io::Result<Option<u64>> {
-    let end = address.saturating_add(len);
-    let mut next = address;
-    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
-        let mut fields = line.split_ascii_whitespace();
-        let bounds = fields.next().and_then(|bounds| bounds.split_once('-'));
-        let parse = |hex: &str| u64::from_str_radix(hex, 16).ok();
-        let Some((from, to)) = bounds.and_then(|(from, to)| Some((parse(from)?, parse(to)?)))
-        else {
-            continue;
-        };
-        if to <= next {
-            continue;
-        }
-        if from > next || next >= end {
+/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled in
+/// small ones.
+///
+/// It is one pass over `/proc/self/smaps`, up to the last of the ranges, however many they are. The
+/// kernel looks at each page table on the way: 1 to 4 ms for each GiB in small pages that is resident
+/// at lower addresses. `/proc/self/maps` costs less, but doesn't tell what children get.
+pub(crate) fn dont_fork_of(ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, Unsuitable> {
+    let mut left_out: Vec<Range<u64>> = Vec::new();
+    let Some(last) = ranges.last() else {
+        return Ok(left_out);
+    };
+    let mut smaps = BufReader::with_capacity(1 << 16, File::open(SMAPS)?);
+    let mut line = String::new();
+    // The first range that was not seen to its end, and how far it was.
+    let (mut number, mut seen) = (0, 0);
+    let mut mapping = 0..0;
+    loop {
+        line.clear();
+        if smaps.read_line(&mut line)? == 0 {
             break;
         }
-        let private = fields.next().is_some_and(|mode| mode.ends_with('p'));
-        // Offset and device, then the inode: 0 for anonymous memory.
-        let anonymous = fields.nth(2) == Some("0");
-        if !private || !anonymous {
-            return Ok(Some(next));
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split_ascii_whitespace().any(|flag| flag == "dc") {
+                let first = ranges.partition_point(|range| range.end <= mapping.start);
+                let cut =
+                    |range: &Range<u64>| range.start.max(mapping.start)..range.end.min(mapping.end);
+                let parts = ranges[first..].iter().map(cut);
+                left_out.extend(parts.take_while(|part| !part.is_empty()));
+            }
+            if mapping.end >= last.end {
+                break;
+            }
+            continue;
         }
-        next = to;
+        let Some(found) = Mapped::parse(&line) else {
+            continue;
+        };
+        mapping = found.addresses;
+        while let Some(range) = ranges.get(number)
+            && mapping.end > range.start.max(seen)
+        {
+            let next = range.start.max(seen);
+            if mapping.start > next || !found.suitable {
+                break;
+            }
+            seen = mapping.end;
+            if mapping.end < range.end {
+                break;
+            }
+            number += 1;
+            seen = 0;
+        }
+        let begun = ranges.get(number).map(|range| range.start.max(seen));
+        if begun.is_some_and(|next| next < mapping.end) {
+            break;
+        }
     }
-    Ok((next < end).then_some(next))
+    match ranges.get(number) {
+        None => Ok(left_out),
+        Some(range) => Err(Unsuitable::Kind {
+            range: number,
+            address: range.start.max(seen),
+        }),
+    }
+}
+
+/// The file that says what mappings are.
+pub(crate) const SMAPS: &str = "/proc/self/smaps";
+
+/// The first line about a mapping.
+struct Mapped {
+    addresses: Range<u64>,
+    /// Private anonymous memory, but perhaps of huge pages.
+    suitable: bool,
+}
+
+impl Mapped {
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace();
+        let (from, to) = fields.next()?.split_once('-')?;
+        let parse = |hex: &str| u64::from_str_radix(hex, 16).ok();
+        let addresses = parse(from)?..parse(to)?;
+        let private = fields.next()?.ends_with('p');
+        // Offset and device, then the inode: 0 for anonymous memory.
+        let anonymous = fields.nth(2)? == "0";
+        Some(Self {
+            addresses,
+            suitable: private && anonymous,
+        })
+    }
 }
 
 #[cfg(test)]

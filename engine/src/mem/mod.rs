@@ -15,6 +15,7 @@
 
 mod advice;
 mod block;
+mod brake;
 mod empty;
 mod mapping;
 mod region;
@@ -30,11 +31,12 @@ use nix::errno::Errno;
 pub use advice::Advice;
 pub(crate) use advice::advise_at;
 pub use block::{Block, Ring};
-pub(crate) use empty::first_resident;
-pub use empty::{first_populated, first_populated_by_pagemap, first_unsuitable};
+pub(crate) use brake::Brake;
+pub(crate) use empty::{Pagemap, SMAPS, Unsuitable, dont_fork_of, first_resident};
+pub use empty::{first_populated, first_populated_by_pagemap};
 pub use mapping::{Mapping, MappingOptions};
 pub use region::RawRegion;
-pub(crate) use region::{make_inaccessible_at, reserve_at};
+pub(crate) use region::make_inaccessible_at;
 pub use scratch::Scratch;
 
 /// The huge page size of x86-64 and of ARM with 4 KiB pages.

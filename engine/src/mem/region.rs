@@ -9,7 +9,23 @@ use crate::sys::page_size;
 ///
 /// The one `unsafe` step of restoring into one's own process is to make one of the caller's memory;
 /// all that follows (registering, installing, giving up) is safe because of what was promised here.
-#[derive(Clone, Debug)]
+/// The promise lasts as long as the value. So there is one value for it, and who has none can't reach
+/// the memory any more:
+///
+/// ```compile_fail,E0599
+/// # fn again(memory: snaprestore_engine::mem::RawRegion) {
+/// let again = memory.clone();
+/// # }
+/// ```
+///
+/// ```compile_fail,E0382
+/// # use snaprestore_engine::{mem::RawRegion, restore::Restore};
+/// # fn again(restore: Restore, memory: RawRegion) {
+/// let restore = restore.region(0, memory);
+/// memory.make_inaccessible(0, 4096);
+/// # }
+/// ```
+#[derive(Debug)]
 pub struct RawRegion {
     address: u64,
     len: u64,
@@ -21,7 +37,9 @@ impl RawRegion {
     ///
     /// # Safety
     ///
-    /// Until everything registered of it is unregistered, or the userfaultfd is closed:
+    /// As long as this value lives (a [`Restored`] keeps what was given to its
+    /// [`Restore::region`]), and until everything registered of it is unregistered or the userfaultfd
+    /// is closed:
     ///
     /// - `[start, start + len)` is mapped in this process, and is this restore's to fill: a page
     ///   that isn't present may come to hold any bytes at any moment, may read as zeros after the
@@ -30,10 +48,19 @@ impl RawRegion {
     /// - So it is accessed as plain bytes: through raw pointers, atomics or volatile accesses, or
     ///   through the kernel or a virtual CPU. No reference to a type with invalid values points
     ///   into it before it is complete.
-    /// - It isn't unmapped or moved, unless the userfaultfd has [`Features::EVENTS`] on, so that it
-    ///   learns of that before the address can mean something else.
+    /// - It isn't unmapped or moved, unless
+    ///   - the userfaultfd has [`Features::EVENTS`] on, as that of a restore always has, so that it
+    ///     learns of that before the address can mean something else, or a restore of the memory is
+    ///     complete or was stopped; and
+    ///   - what comes to lie at these addresses may be read as bytes through the kernel, which
+    ///     [`Restored::read_at`] does; and
+    ///   - on kernels without UFFDIO_POISON (before 6.6), it doesn't happen while the restore is
+    ///     stopped or dropped.
     ///
     /// [`Features::EVENTS`]: crate::sys::Features::EVENTS
+    /// [`Restore::region`]: crate::restore::Restore::region
+    /// [`Restored`]: crate::restore::Restored
+    /// [`Restored::read_at`]: crate::restore::Restored::read_at
     pub unsafe fn new(start: *mut u8, len: u64) -> Result<Self, MemError> {
         let address = start.expose_provenance() as u64;
         let page = page_size();
@@ -110,34 +137,13 @@ impl RawRegion {
 }
 
 /// Takes every access to a range that was registered as part of a [`RawRegion`], wherever the owner
-/// has moved it since.
+/// has moved it since, on a kernel that can't poison it.
 ///
 /// The range must be one of the session's address map, which starts as the regions and follows the
 /// owner's own changes.
 pub(crate) fn make_inaccessible_at(address: u64, len: u64) -> Result<(), MemError> {
     // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving it
-    // doesn't end that.
+    // doesn't end that. The owner has promised not to unmap or move any of it just now, so nothing
+    // else can lie there.
     unsafe { protect(address, len, libc::PROT_NONE) }
-}
-
-/// Replaces such a range by a reservation without memory or access.
-pub(crate) fn reserve_at(address: u64, len: u64) -> Result<(), MemError> {
-    let pointer = std::ptr::with_exposed_provenance_mut(crate::sys::to_usize(address));
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    // SAFETY: as for `make_inaccessible_at`, of the whole range: what a user of the memory can meet
-    // is a page without access. The range belongs to the restore, so no other mapping is replaced.
-    let result = unsafe {
-        libc::mmap(
-            pointer,
-            crate::sys::to_usize(len),
-            libc::PROT_NONE,
-            flags,
-            -1,
-            0,
-        )
-    };
-    if result == libc::MAP_FAILED {
-        return Err(MemError::last("giving back", address, len));
-    }
-    Ok(())
 }

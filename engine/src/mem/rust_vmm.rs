@@ -34,7 +34,7 @@ pub enum GuestMemoryError {
 /// mapped, readable and writable, as long as the result or any clone of it, or of a part of it, is
 /// used. In particular a restore that is given up may take access away only when they are gone.
 pub unsafe fn guest_memory(
-    regions: &[(GuestAddress, RawRegion)],
+    regions: &[(GuestAddress, &RawRegion)],
 ) -> Result<GuestMemoryMmap, GuestMemoryError> {
     let mut parts = Vec::with_capacity(regions.len());
     for (guest, region) in regions {
@@ -71,10 +71,9 @@ impl Restored {
     /// memory.
     pub unsafe fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestMemoryError> {
         let mut regions: Vec<_> = self
-            .regions()
-            .iter()
-            .filter(|region| region.space == 0)
-            .map(|region| (GuestAddress(region.start), region.memory().clone()))
+            .memory()
+            .filter(|(region, _)| region.space == 0)
+            .map(|(region, memory)| (GuestAddress(region.start), memory))
             .collect();
         regions.sort_unstable_by_key(|(start, _)| start.0);
         // SAFETY: the caller's promise; a restore keeps its regions mapped, readable and writable

@@ -13,7 +13,10 @@ use super::owner::{OnError, Owner, OwnerGuard};
 use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
-use crate::sys::{AdoptError, Features, Ioctls, PageMap, Userfaultfd, may_kill, open_page_map};
+use crate::sys::{
+    AdoptError, Features, Ioctls, PageMap, PageSizeError, Userfaultfd, check_page_size, may_kill,
+    open_page_map,
+};
 
 /// How the memory of an owner is served, being described.
 #[must_use = "nothing happens before `attach`"]
@@ -28,6 +31,9 @@ pub struct Pager {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
+    /// A page of the kernel is no page of a snapshot.
+    #[error(transparent)]
+    PageSize(#[from] PageSizeError),
     /// The regions don't fit the snapshot.
     #[error(transparent)]
     Handover(#[from] HandoverError),
@@ -106,7 +112,8 @@ impl Pager {
     }
 
     /// Tables for a session with these regions, in a memfd that can neither shrink nor grow: what has to
-    /// outlive whoever serves it. [`Pager::resume`] begins with them, and goes on with them after the
+    /// outlive whoever serves it. They have room for an owner that moves its memory (`mremap`) into 4096
+    /// pieces more than it has regions; one that has more is killed. [`Pager::resume`] begins with them, and goes on with them after the
     /// process that did is gone.
     pub fn tables(&self, regions: &[OwnerRegion]) -> Result<OwnedFd, AttachError> {
         let extents = self.extents(regions)?;
@@ -143,6 +150,7 @@ impl Pager {
     }
 
     fn extents(&self, regions: &[OwnerRegion]) -> Result<Vec<Extent>, AttachError> {
+        check_page_size()?;
         Ok(handover::extents(regions, self.snapshot.regions()?)?)
     }
 

@@ -46,7 +46,8 @@ fn is_there(
 ) -> bool {
     let apart = |run: &Range<u64>| run.end <= pages.start || pages.end <= run.start;
     let mut blocks = pages.start / PAGES_PER_BLOCK_U64..pages.end.div_ceil(PAGES_PER_BLOCK_U64);
-    session.state.all_present(pages.clone())
-        && left.iter().all(apart)
+    // What is left to the kernel is not looked up: its states take no memory.
+    left.iter().all(apart)
+        && session.state.all_present(pages.clone())
         && blocks.any(|block| session.image.snapshot().top(block) != Top::Fill(0))
 }

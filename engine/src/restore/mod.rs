@@ -49,7 +49,10 @@
 //! the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is
 //! complete the memory is left out of children (`MADV_DONTFORK`): a child could not be served past
 //! the parent's end. When the restore is complete, was stopped, or didn't start, children get it
-//! again (`MADV_DOFORK`).
+//! again (`MADV_DOFORK`), but for what the owner had left out itself before.
+//!
+//! Memory that was unmapped costs the restore nothing more. What is moved piece by piece is
+//! remembered piece by piece, as many as there are.
 
 mod builder;
 mod guard;

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::mem::{Advice, RawRegion, advise_at};
+use crate::mem::{Advice, MemError, RawRegion, advise_at};
 use crate::running::{OnComplete, Running, Stats, Threads};
-use crate::session::{Extent, Failure, Kernel, PAGE, Platform as _, Session, SnapshotImage};
-use crate::sys::{ReadFault, read_checked};
+use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
+use crate::sys::{ReadFault, read_checked, to_usize};
 
+use super::builder::without;
 use super::huge;
 
 /// Memory that is being restored.
@@ -27,7 +28,7 @@ pub struct RestoredRegion {
     /// Its length in bytes.
     pub(super) len: u64,
     /// Where it is in this process.
-    pub(super) memory: RawRegion,
+    pub(super) address: u64,
 }
 
 impl RestoredRegion {
@@ -38,12 +39,7 @@ impl RestoredRegion {
     /// of it before frees addresses that something else may be using by then: give memory of your
     /// own ([`Restore::region`](super::Restore::region)) for that.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.memory.as_ptr()
-    }
-
-    #[cfg(feature = "rust-vmm")]
-    pub(crate) fn memory(&self) -> &RawRegion {
-        &self.memory
+        std::ptr::with_exposed_provenance_mut(to_usize(self.address))
     }
 
     /// Its length in bytes.
@@ -62,16 +58,12 @@ impl RestoredRegion {
 pub enum Stop {
     /// Everything that is missing is installed first.
     Complete,
-    /// What is missing becomes inaccessible: a touch is SIGSEGV, a system call gets EFAULT. What is
-    /// there stays.
+    /// What is missing is poisoned: a touch is SIGBUS, a system call gets EFAULT. What is there
+    /// stays. Kernels without UFFDIO_POISON (before 6.6) take access to it away: a touch is SIGSEGV.
     Inaccessible,
-    /// All of the memory goes back to the kernel. Its addresses stay reserved, without access,
-    /// until the caller unmaps its own mappings and the [`Restored`] is dropped, so that nothing
-    /// else comes to lie there.
-    Unmap,
 }
 
-/// Why a restore was not completed. It goes on as before.
+/// Why a restore was not completed, and goes on as before; or was given up, but not exactly.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StopError {
@@ -86,6 +78,21 @@ pub enum StopError {
     /// It has ended already: the memory is no longer the engine's.
     #[error("the restore has ended already")]
     Over,
+    /// It was given up, and the owner changed its memory at the same time, on a kernel that can't poison
+    /// pages: what was discarded just then may be inaccessible.
+    #[error(
+        "the restore was given up while its memory changed, and this kernel can't poison pages (that needs Linux 6.6): \
+         pages discarded meanwhile may be inaccessible as well as those that were missing. Stop what uses the memory first"
+    )]
+    Changed,
+    /// It was given up, and the missing pages were in too many pieces for a kernel that can't poison pages:
+    /// all of the memory is inaccessible, also what was there.
+    #[error(
+        "the restore was given up, and all of its memory made inaccessible, present pages too: this kernel can't poison \
+         pages (that needs Linux 6.6), and the missing ones were in more pieces than the process may have mappings. \
+         Raise the limit (sysctl vm.max_map_count)"
+    )]
+    TooManyMappings(#[source] MemError),
     /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing
     /// its memory.
     #[error("{missing} pages are still missing")]
@@ -127,13 +134,16 @@ pub enum ReadAtError {
 /// How much [`Restored::read_at`] has brought and reads at once.
 const READ_PIECE: usize = 64 << 10;
 
-/// How often a restore that is given up follows an owner that goes on changing its mappings.
-const MOST_ROUNDS: u32 = 10_000;
+/// How often a restore that is given up, on a kernel without poison, follows an owner that goes on
+/// changing its mappings, and how long it waits in between.
+const MOST_ROUNDS: u32 = 100;
+const ROUND_INTERVAL: Duration = Duration::from_micros(100);
 
 /// A restore that runs: the memory, and the engine's threads that fill it.
 ///
-/// Dropping it stops the restore as [`Stop::Inaccessible`] does; memory that the engine mapped is
-/// unmapped then.
+/// Dropping it stops the restore. Memory that the engine mapped is unmapped. Memory that was given
+/// stays: what is missing is poisoned as by [`Stop::Inaccessible`], and where that returns an error, a
+/// drop logs it.
 pub struct Restored {
     pub(super) running: Arc<Running>,
     pub(super) threads: Threads,
@@ -144,6 +154,10 @@ pub struct Restored {
     pub(super) left: Vec<Range<u64>>,
     /// Whether it was given up.
     pub(super) over: bool,
+    /// Pages that are left out of children in the end as well, in order.
+    pub(super) kept: Arc<[Range<u64>]>,
+    /// The memory of each region, which is mapped for as long as it is used. Dropped last.
+    pub(super) memory: Vec<RawRegion>,
 }
 
 impl std::fmt::Debug for Restored {
@@ -155,23 +169,31 @@ impl std::fmt::Debug for Restored {
     }
 }
 
-/// What becomes of memory that is complete: it is the owner's alone, so children may have it, and
-/// huge pages are worth having. `collapse` are the runs that were never registered, if huge pages
-/// are wanted.
-pub(super) fn on_complete(collapse: Option<Vec<Range<u64>>>) -> OnComplete {
+/// What becomes of memory that is complete: it is the owner's alone, so children may have it but for
+/// the pages that the owner has `kept` from them, and huge pages are worth having. `collapse` are the
+/// runs that were never registered, if huge pages are wanted.
+pub(super) fn on_complete(
+    kept: Arc<[Range<u64>]>,
+    collapse: Option<Vec<Range<u64>>>,
+) -> OnComplete {
     Box::new(move |session| {
-        advise(session, Advice::DoFork);
+        let_children_have(session, &kept);
         if let Some(left) = &collapse {
             huge::collapse(session, left);
         }
     })
 }
 
-fn advise(session: &Session<Kernel, SnapshotImage>, advice: Advice) {
-    // Where the owner has it now: at an address that it has unmapped there may be something else.
-    for Extent { address, pages, .. } in session.state.map().extents() {
-        if let Err(error) = advise_at(advice, address, pages * PAGE) {
-            tracing::debug!(%error, ?advice, "advice at the end of a restore");
+/// Lets children have the memory, where the owner has it now: at an address that it has unmapped there
+/// may be something else.
+fn let_children_have(session: &Session<Kernel, SnapshotImage>, kept: &[Range<u64>]) {
+    for extent in session.state.mapped() {
+        for pages in without(extent.page_numbers(), kept) {
+            let address = extent.address + (pages.start - extent.first_page) * PAGE;
+            let len = (pages.end - pages.start) * PAGE;
+            if let Err(error) = advise_at(Advice::DoFork, address, len) {
+                tracing::debug!(%error, "letting children have memory again");
+            }
         }
     }
 }
@@ -180,6 +202,12 @@ impl Restored {
     /// The memory of each region of the snapshot.
     pub fn regions(&self) -> &[RestoredRegion] {
         &self.regions
+    }
+
+    /// The regions, and the memory of each.
+    #[cfg(feature = "rust-vmm")]
+    pub(crate) fn memory(&self) -> impl Iterator<Item = (&RestoredRegion, &RawRegion)> {
+        self.regions.iter().zip(&self.memory)
     }
 
     /// Whether every page is there (or was discarded, or poisoned) and the memory is unregistered.
@@ -239,7 +267,7 @@ impl Restored {
                 .checked_add(len)
                 .is_some_and(|end| end <= memory.len())
         };
-        let memory = self.regions.get(region).map(|region| &region.memory);
+        let memory = self.memory.get(region);
         let memory = memory
             .filter(|memory| fits(memory))
             .ok_or(ReadAtError::OutOfRegion {
@@ -247,12 +275,12 @@ impl Restored {
                 offset,
                 len,
             })?;
-        let start = memory.address() + offset;
-        self.read_memory(start, buffer)
+        let base = memory.address();
+        self.read_memory(base + offset, buffer)
             .map_err(|fault| match fault {
                 ReadFault::Unreadable { address } => ReadAtError::Unreadable {
                     region,
-                    offset: address - memory.address(),
+                    offset: address - base,
                 },
                 other => ReadAtError::Refused(other),
             })
@@ -292,33 +320,14 @@ impl Restored {
     }
 
     /// Ends the restore in the way that `stop` says. A restore that is complete has ended already:
-    /// then nothing is left to do for [`Stop::Complete`] and [`Stop::Inaccessible`], and the memory
-    /// is no longer the engine's to
-    /// [`Stop::Unmap`].
+    /// then nothing is left to do.
     ///
     /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
-    /// memory that becomes inaccessible.
+    /// memory that is poisoned or inaccessible.
     pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
         match stop {
             Stop::Complete => self.complete(),
-            Stop::Inaccessible => {
-                self.give_up();
-                Ok(())
-            }
-            Stop::Unmap if self.over || self.is_complete() => Err(StopError::Over),
-            Stop::Unmap => {
-                self.give_up();
-                if self.is_complete() {
-                    return Err(StopError::Over);
-                }
-                for extent in self.running.session.state.map().extents() {
-                    let len = extent.pages * PAGE;
-                    if let Err(error) = Kernel::give_back(extent.address, len) {
-                        tracing::warn!(%error, "giving memory back");
-                    }
-                }
-                Ok(())
-            }
+            Stop::Inaccessible => self.give_up(false),
         }
     }
 
@@ -353,23 +362,58 @@ impl Restored {
         }
     }
 
-    /// Makes what is missing inaccessible, ends the threads and closes the userfaultfd.
-    fn give_up(&mut self) {
+    /// Ends the threads, sees to it that what is missing can't be read, and closes the userfaultfd.
+    /// If all is `unmapped` next, what is there need not stay.
+    fn give_up(&mut self, unmapped: bool) -> Result<(), StopError> {
         // Once given up, the memory may be unmapped and its addresses be something else's.
         if std::mem::replace(&mut self.over, true) {
-            return;
+            return Ok(());
         }
         self.running.session.end();
         self.join();
         if self.is_complete() {
-            return;
+            return Ok(());
         }
         let session = &self.running.session;
+        let done = if unmapped && self.make_own_inaccessible() {
+            session.let_go();
+            Ok(())
+        } else {
+            session
+                .give_up()
+                .or_else(|NoPoison| self.give_up_without_poison())
+        };
+        session.platform.close();
+        // What is there stays the owner's, and what isn't can't be touched by a child either.
+        let_children_have(session, &self.kept);
+        done
+    }
+
+    /// Takes every access away if all of the memory is the engine's, which nobody else unmaps or moves:
+    /// one call for a region of any size. False if it isn't.
+    fn make_own_inaccessible(&self) -> bool {
+        let session = &self.running.session;
+        session.read_events(0);
+        if !session.state.is_in_place() || !self.memory.iter().all(RawRegion::is_owned) {
+            return false;
+        }
+        let mut made = self
+            .memory
+            .iter()
+            .map(|memory| memory.make_inaccessible(0, memory.len()));
+        made.all(|made| {
+            made.inspect_err(|error| tracing::debug!(%error, "missing pages are poisoned"))
+                .is_ok()
+        })
+    }
+
+    /// As [`Session::give_up`], on a kernel that can't poison: by address, while the owner neither
+    /// unmaps nor moves anything, which the contract of [`RawRegion::new`] says.
+    fn give_up_without_poison(&self) -> Result<(), StopError> {
+        let session = &self.running.session;
+        session.read_events(0);
+        let mut done = Ok(());
         for round in 0.. {
-            // The owner may have unmapped and moved memory when nobody read its events any more.
-            // What is missing is wherever it is now; at the old addresses there may be nothing, or
-            // memory that isn't ours.
-            while session.read_events(0) > 0 {}
             let refused = session.missing().into_iter().find_map(|(address, pages)| {
                 let made = Kernel::make_inaccessible(address, pages * PAGE);
                 Some((address, made.err()?))
@@ -378,27 +422,25 @@ impl Restored {
                 || refused
                     .as_ref()
                     .is_some_and(|(address, _)| session.platform.is_changing(*address));
+            if changed {
+                done = Err(StopError::Changed);
+            }
             match refused {
-                _ if changed && round < MOST_ROUNDS => {
-                    std::thread::sleep(Duration::from_micros(100));
-                }
-                Some((address, error)) => {
-                    // The mappings may be in too many pieces for one more: then the whole memory
-                    // goes.
-                    tracing::warn!(%error, address, "making missing pages inaccessible");
+                _ if changed && round < MOST_ROUNDS => std::thread::sleep(ROUND_INTERVAL),
+                Some((_, error)) => {
                     self.make_all_inaccessible();
+                    done = Err(StopError::TooManyMappings(error));
                     break;
                 }
                 None => break,
             }
         }
-        session.platform.close();
-        // What is there stays the owner's, and what isn't can't be touched by a child either.
-        advise(&self.running.session, Advice::DoFork);
+        session.let_go();
+        done
     }
 
     fn make_all_inaccessible(&self) {
-        for extent in self.running.session.state.map().extents() {
+        for extent in self.running.session.state.mapped() {
             if let Err(error) = Kernel::make_inaccessible(extent.address, extent.pages * PAGE) {
                 tracing::error!(%error, "memory that is incomplete can't be made inaccessible: the process is ended");
                 std::process::abort();
@@ -409,6 +451,8 @@ impl Restored {
 
 impl Drop for Restored {
     fn drop(&mut self) {
-        self.give_up();
+        if let Err(error) = self.give_up(true) {
+            tracing::error!(%error, "a restore was dropped");
+        }
     }
 }

@@ -5,9 +5,6 @@ use super::stats::add;
 use super::{Fault, Session};
 use crate::fail_point::{FailPoint, fail_point};
 
-/// Why an owner that tears its memory into very many pieces is ended.
-const TOO_MANY_PIECES: &str = "the owner's munmap and mremap calls left its memory in more pieces than the session has room for";
-
 /// Why an owner that has asked for events of its forks is ended when it forks.
 const FORKED: &str = "it forked, and nobody serves its child";
 
@@ -118,14 +115,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
             }
             Event::Unmap { start, end } => {
-                let removed = |pages| self.state.mark_removed(pages);
-                if self
-                    .state
-                    .map()
-                    .unmap(slot, &(start..end), removed)
-                    .is_err()
-                {
-                    self.guard.end_owner(TOO_MANY_PIECES);
+                for pages in self.state.map().pages_in(start..end) {
+                    self.state.mark_unmapped(pages);
                 }
                 self.platform.wake(start, end - start);
             }
@@ -133,7 +124,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                 let removed = |pages| self.state.mark_removed(pages);
                 let old = from..from + len;
                 if self.state.map().remap(slot, &old, to, removed).is_err() {
-                    self.guard.end_owner(TOO_MANY_PIECES);
+                    self.guard.end_owner(&format!(
+                        "the owner's mremap calls left its memory in more pieces than the {} that one session follows",
+                        self.state.most_pieces(),
+                    ));
                 }
                 self.platform.wake(from, len);
             }

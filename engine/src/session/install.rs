@@ -25,6 +25,12 @@ use crate::sys::Wake;
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
 pub(crate) const HOLD_PAGES: u64 = 64;
 
+/// Most pages of one hold that poisons: 1 GiB, for which the kernel takes about 30 ms.
+const POISON_PAGES: u64 = 1 << 18;
+
+/// How often poisoning is refused in a row before the owner is held up.
+const MOST_REFUSALS: u32 = 16;
+
 /// How often an install that found no memory is tried again: for a fault some seconds long, for
 /// prefetch hardly.
 const fn memory_tries(reason: Reason) -> u32 {
@@ -54,6 +60,8 @@ pub(super) enum Source<'a> {
     Zeros,
     /// A buffer that repeats the page; it may be shorter than the range.
     Filled(&'a [u8]),
+    /// Nothing: they become poisoned.
+    Poison,
 }
 
 /// What pages are installed for.
@@ -119,9 +127,10 @@ impl<P: Platform, I: Image> Session<P, I> {
             return Ok(false);
         }
         let mut next = pages.start;
-        let mut limit = HOLD_PAGES;
+        let mut limit = source.most_pages();
         let mut tries = 0;
         let mut wanted_done = false;
+        let (mut refusals, mut brake) = (0, None);
         while next < pages.end {
             let mut woken_later = None;
             let piece = next..pages.end.min(next + limit);
@@ -138,10 +147,19 @@ impl<P: Platform, I: Image> Session<P, I> {
             match held {
                 Held::Next(page) => {
                     next = page;
-                    tries = 0;
+                    (tries, refusals) = (0, 0);
+                    limit = source.most_pages().min(limit * 2);
                 }
                 Held::Fewer(pages) => limit = pages,
-                Held::Again => self.after_again(&mut tries, next)?,
+                Held::Again => {
+                    self.after_again(&mut tries, next)?;
+                    refusals += 1;
+                    if matches!(source, Source::Poison) && refusals > MOST_REFUSALS {
+                        brake.get_or_insert_with(|| self.platform.brake());
+                        // Who was let go has to run before who comes next is held up.
+                        self.platform.back_off(1);
+                    }
+                }
                 Held::NoMemory if tries < memory_tries(purpose.reason) => {
                     tries += 1;
                     self.platform.back_off(tries);
@@ -182,13 +200,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
-                self.state.mark_present(first..first + count);
+                self.mark(first..first + count, source);
                 done(first..first + count, address);
                 Held::Next(first + count)
             }
             Installed::Partial(bytes) => {
                 let end = first + bytes / PAGE;
-                self.state.mark_present(first..end);
+                self.mark(first..end, source);
                 done(first..end, address);
                 Held::Next(end)
             }
@@ -215,6 +233,14 @@ impl<P: Platform, I: Image> Session<P, I> {
             Installed::NoMemory => Held::NoMemory,
             Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
             Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+        }
+    }
+
+    /// Records what was installed.
+    fn mark(&self, pages: Range<PageNumber>, source: Source<'_>) {
+        match source {
+            Source::Poison => self.state.mark_poisoned(pages),
+            Source::Frame(..) | Source::Zeros | Source::Filled(_) => self.state.mark_present(pages),
         }
     }
 
@@ -269,6 +295,7 @@ impl Source<'_> {
         match self {
             Self::Filled(buffer) => (buffer.len() / PAGE_SIZE) as u64,
             Self::Frame(..) | Self::Zeros => HOLD_PAGES,
+            Self::Poison => POISON_PAGES,
         }
     }
 
@@ -291,6 +318,7 @@ impl Source<'_> {
             }
             Self::Zeros => platform.zeropage(address, len, wake),
             Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize], wake),
+            Self::Poison => platform.poison(address, len),
         }
     }
 }
@@ -305,6 +333,7 @@ fn count(stats: &Stats, source: Source<'_>, reason: Reason, pages: u64) {
         Source::Frame(..) => &by_reason.copied,
         Source::Zeros => &by_reason.zeroed,
         Source::Filled(_) => &by_reason.filled,
+        Source::Poison => &stats.poisoned,
     };
     add(counter, pages);
 }

@@ -5,7 +5,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use crate::fail_point::{FailPoint, fail_point};
-use crate::mem::{MemError, Ring, make_inaccessible_at, reserve_at};
+use crate::mem::{Brake, MemError, Ring, make_inaccessible_at};
 use crate::sys::abi::UFFD_EVENT_FORK;
 use crate::sys::{
     self, Follower, InstallError, Message, PageMap, Presence, Raw, Ready, Userfaultfd, Waiting,
@@ -73,14 +73,10 @@ impl Kernel {
             .take();
     }
 
-    /// Takes every access to memory that the owner has and that can't be restored any more.
+    /// Takes every access to memory that the owner has and that can't be restored any more, for kernels
+    /// that can't poison it.
     pub(crate) fn make_inaccessible(address: u64, len: u64) -> Result<(), MemError> {
         make_inaccessible_at(address, len)
-    }
-
-    /// Gives memory back to the kernel and keeps its addresses reserved. The userfaultfd is closed.
-    pub(crate) fn give_back(address: u64, len: u64) -> Result<(), MemError> {
-        reserve_at(address, len)
     }
 
     /// An ioctl, if the session isn't over.
@@ -119,6 +115,7 @@ impl Platform for Kernel {
     type Shared<'a> = RwLockReadGuard<'a, Reader>;
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
     type Follower = Follower;
+    type Brake = Option<Brake>;
 
     fn follow(&self, follower: &mut Follower, thread: u32) -> bool {
         follower.served(thread)
@@ -157,6 +154,12 @@ impl Platform for Kernel {
         let pause = Duration::from_micros(20) * tries.min(1000);
         std::thread::sleep(pause.min(LONGEST_PAUSE));
         tries < MOST_TRIES
+    }
+
+    fn brake(&self) -> Option<Brake> {
+        Brake::new()
+            .inspect_err(|error| tracing::debug!(%error, "the owner can't be held up"))
+            .ok()
     }
 
     fn read(

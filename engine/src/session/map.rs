@@ -6,9 +6,16 @@
 //! move made twice would find nothing at the old place and lose the pages. Each copy lists its extents
 //! by address, and their order by page number. Changes need an exclusive hold of the install lock,
 //! look-ups any hold.
+//!
+//! Only moving changes the map. What is unmapped stays in it, marked in the state's bitmap: pages
+//! that are removed are installed nowhere, and a move to their address takes it from them. So an owner
+//! may unmap as many pieces as it likes. A move needs up to two pieces more; where they don't fit,
+//! the map of this process's memory goes on in two longer copies on the heap ([`Growth`]). One that
+//! another process may have to go on with can't.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::Release};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
@@ -93,6 +100,54 @@ impl Extent {
     }
 }
 
+/// Two copies of a map.
+type Copies = [Box<[AtomicU64]>; 2];
+
+/// Ever longer copies of the map, each as long as those before it together.
+#[derive(Debug)]
+pub(crate) struct Growth {
+    /// `None` if the map can't grow.
+    grown: Option<[OnceLock<Copies>; MOST_GROWTHS]>,
+    /// How many of them there are; the last is the one that counts.
+    count: AtomicUsize,
+}
+
+/// How often a map grows, each time to twice its length: from a thousand pieces to four billion.
+const MOST_GROWTHS: usize = 22;
+
+impl Growth {
+    pub(crate) fn new(possible: bool) -> Self {
+        Self {
+            grown: possible.then(|| [const { OnceLock::new() }; MOST_GROWTHS]),
+            count: AtomicUsize::new(0),
+        }
+    }
+
+    /// The copies that count, if the map has grown.
+    fn copies(&self) -> Option<[&[AtomicU64]; 2]> {
+        let last = self.count.load(Relaxed).checked_sub(1)?;
+        let [first, second] = self.grown.as_ref()?[last].get()?;
+        Some([first, second])
+    }
+
+    /// Copies of `words` words at least, which count from now on.
+    fn grow(&self, words: usize) -> Option<[&[AtomicU64]; 2]> {
+        let next = self.count.load(Relaxed);
+        let slot = self.grown.as_ref()?.get(next)?;
+        slot.set([zeroed(words)?, zeroed(words)?]).ok()?;
+        self.count.store(next + 1, Relaxed);
+        self.copies()
+    }
+}
+
+/// Zeroed words, if there is memory for them.
+fn zeroed(words: usize) -> Option<Box<[AtomicU64]>> {
+    let mut zeroed = Vec::new();
+    zeroed.try_reserve_exact(words).ok()?;
+    zeroed.resize_with(words, AtomicU64::default);
+    Some(zeroed.into_boxed_slice())
+}
+
 /// The owner has torn its memory into more pieces than there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TooManyPieces;
@@ -106,6 +161,7 @@ pub(crate) struct Map<'a> {
     version: &'a AtomicU64,
     counts: &'a [AtomicU64],
     copies: [&'a [AtomicU64]; 2],
+    growth: &'a Growth,
 }
 
 impl<'a> Map<'a> {
@@ -118,12 +174,19 @@ impl<'a> Map<'a> {
         version: &'a AtomicU64,
         counts: &'a [AtomicU64],
         copies: [&'a [AtomicU64]; 2],
+        growth: &'a Growth,
     ) -> Self {
         Self {
             version,
             counts,
-            copies,
+            copies: growth.copies().unwrap_or(copies),
+            growth,
         }
+    }
+
+    /// Whether it is as it was made.
+    pub(crate) fn is_first(&self) -> bool {
+        self.version.load(Relaxed) >> TAKEN_IN_BITS == 1
     }
 
     /// The page at `address`.
@@ -185,20 +248,6 @@ impl<'a> Map<'a> {
         (0..self.len()).map(move |i| self.extent(i))
     }
 
-    /// Forgets the addresses of `range` and tells which pages were there, as the message in `slot` of
-    /// the batch says.
-    pub(crate) fn unmap(
-        &self,
-        slot: usize,
-        range: &Range<u64>,
-        gone: impl FnMut(Range<PageNumber>),
-    ) -> Result<(), TooManyPieces> {
-        if !self.touches(range) {
-            return Ok(());
-        }
-        self.publish(cut_out(self.extents(), range, gone), slot + 1)
-    }
-
     /// Moves the addresses of `range` to `to`, as the message in `slot` of the batch says. What was
     /// mapped there before is gone.
     pub(crate) fn remap(
@@ -252,11 +301,13 @@ impl<'a> Map<'a> {
         mut extents: Vec<Extent>,
         taken_in: usize,
     ) -> Result<(), TooManyPieces> {
-        if Self::words(extents.len()) > self.copies[0].len() {
-            return Err(TooManyPieces);
+        let mut copies = self.copies;
+        if Self::words(extents.len()) > copies[0].len() {
+            let more = Self::words(extents.len()).max(2 * copies[0].len());
+            copies = self.growth.grow(more).ok_or(TooManyPieces)?;
         }
         let version = (self.version.load(Relaxed) >> TAKEN_IN_BITS) + 1;
-        let copy = self.copies[copy_of(version)];
+        let copy = copies[copy_of(version)];
         extents.sort_unstable_by_key(|extent| extent.address);
         let mut order: Vec<usize> = (0..extents.len()).collect();
         order.sort_unstable_by_key(|i| extents[*i].first_page);
@@ -345,7 +396,7 @@ fn partition(len: usize, before: impl Fn(usize) -> bool) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::state::State;
+    use super::super::state::{State, Status};
     use super::*;
     use std::collections::BTreeMap;
 
@@ -357,9 +408,29 @@ mod tests {
 
     /// A map from each address to its page, one by one: what the extents must agree with.
     fn naive(state: &State) -> BTreeMap<u64, u64> {
-        (0..4096)
-            .filter_map(|i| Some((at(i), state.map().page_at(at(i))?)))
-            .collect()
+        let mapped = state.mapped().into_iter();
+        let pages = mapped.flat_map(|extent| {
+            (0..extent.pages).map(move |i| (extent.address + i * PAGE, extent.first_page + i))
+        });
+        let pages: BTreeMap<u64, u64> = pages.collect();
+        for i in 0..4096 {
+            let page = state.map().page_at(at(i));
+            let is_mapped = |page: &u64| pages.get(&at(i)) == Some(page);
+            let is_gone = |page: &u64| state.status(*page) == Status::Removed;
+            assert!(
+                page.is_none_or(|page| is_mapped(&page) || is_gone(&page)),
+                "{i}: {page:?}"
+            );
+            assert!(page.is_some() || !pages.contains_key(&at(i)), "{i}");
+        }
+        pages
+    }
+
+    /// What the message about it does.
+    fn unmap(state: &State, places: Range<u64>) {
+        for pages in state.map().pages_in(at(places.start)..at(places.end)) {
+            state.mark_unmapped(pages);
+        }
     }
 
     #[test]
@@ -381,10 +452,7 @@ mod tests {
         for round in 0..60 {
             let (from, len, to) = (random(600), 1 + random(40), 600 + random(3000));
             if round % 2 == 0 {
-                state
-                    .map()
-                    .unmap(0, &(at(from)..at(from + len)), |_| ())
-                    .unwrap();
+                unmap(&state, from..from + len);
                 expected.retain(|address, _| !(at(from)..at(from + len)).contains(address));
             } else {
                 state
@@ -404,7 +472,8 @@ mod tests {
             for (address, page) in &expected {
                 let rest = state.map().rest_from(*page).unwrap();
                 assert_eq!((rest.address, rest.first_page), (*address, *page));
-                for i in 0..rest.pages {
+                let is_gone = |i: &u64| state.status(page + i) == Status::Removed;
+                for i in (0..rest.pages).filter(|i| !is_gone(i)) {
                     assert_eq!(expected.get(&(address + i * PAGE)), Some(&(page + i)));
                 }
             }
@@ -444,43 +513,83 @@ mod tests {
         assert_eq!(moved.pages, second.pages);
     }
 
-    #[test]
-    fn unmapped_pages_are_named() {
-        let extent = Extent {
+    fn ten_pages() -> Extent {
+        Extent {
             address: at(0),
             pages: 10,
             first_page: 512,
             large: false,
-        };
-        let state = State::new(1024, &[extent], 4).unwrap().0;
-        let mut gone = Vec::new();
-        state
-            .map()
-            .unmap(0, &(at(2)..at(4)), |pages| gone.push(pages))
-            .unwrap();
-        assert_eq!(gone.len(), 1);
-        assert_eq!(gone[0], 514..516);
-        assert_eq!(state.map().rest_from(514), None);
-        let rest = state.map().rest_from(513).unwrap();
-        assert_eq!((rest.address, rest.pages), (at(1), 1));
-        assert_eq!(state.map().page_at(at(4)), Some(516));
+        }
     }
 
     #[test]
-    fn too_many_pieces_leave_the_map_as_it_was() {
+    fn unmapped_pages_are_removed_and_need_no_piece() {
+        let state = State::shared(1024, &[ten_pages()], 0).unwrap().0;
+        for place in (1..10).step_by(2) {
+            unmap(&state, place..place + 1);
+        }
+        let mapped = state.mapped();
+        let mapped: Vec<_> = mapped
+            .iter()
+            .map(|part| (part.address, part.pages))
+            .collect();
+        assert_eq!(mapped, [0, 2, 4, 6, 8].map(|place| (at(place), 1)));
+        assert_eq!(state.status(513), Status::Removed);
+        assert_eq!(state.status(514), Status::Absent);
+        assert_eq!(state.map().page_at(at(4)), Some(516));
+    }
+
+    /// A page that moves to where another was unmapped has that address alone.
+    #[test]
+    fn a_move_takes_an_address_from_what_was_unmapped_there() {
+        let state = State::new(1024, &[ten_pages()], 8).unwrap().0;
+        unmap(&state, 2..4);
+        let target = at(3);
+        state
+            .map()
+            .remap(0, &(at(8)..at(9)), target, |_| ())
+            .unwrap();
+        assert_eq!(state.map().page_at(target), Some(520));
+        assert_eq!(state.map().rest_from(520).unwrap().address, target);
+        assert_eq!(state.map().rest_from(515), None);
+        assert_eq!(naive(&state).get(&target), Some(&520));
+    }
+
+    #[test]
+    fn too_many_moves_leave_a_shared_map_as_it_was() {
+        let state = State::shared(1024, &[ten_pages()], 2).unwrap().0;
+        state
+            .map()
+            .remap(0, &(at(2)..at(3)), at(50), |_| ())
+            .unwrap();
+        let refused = state.map().remap(1, &(at(5)..at(6)), at(60), |_| ());
+        assert_eq!(refused, Err(TooManyPieces));
+        assert_eq!(state.map().page_at(at(5)), Some(517));
+    }
+
+    /// Pages that are moved one by one, in an order that leaves no two together.
+    #[test]
+    fn moves_grow_the_map_of_this_process() {
+        const PAGES: u64 = 3000;
         let extent = Extent {
-            address: at(0),
-            pages: 10,
+            pages: PAGES,
             first_page: 0,
-            large: false,
+            ..ten_pages()
         };
-        let state = State::new(64, &[extent], 1).unwrap().0;
-        state.map().unmap(0, &(at(2)..at(3)), |_| ()).unwrap();
-        assert_eq!(
-            state.map().unmap(0, &(at(5)..at(6)), |_| ()),
-            Err(TooManyPieces)
-        );
-        assert_eq!(state.map().page_at(at(5)), Some(5));
+        let state = State::new(4096, &[extent], 4).unwrap().0;
+        for page in 0..PAGES {
+            let to = at(10_000 + 2 * (PAGES - page));
+            state
+                .map()
+                .remap(0, &(at(page)..at(page + 1)), to, |_| ())
+                .unwrap();
+        }
+        assert_eq!(state.map().extents().count(), 3000);
+        for page in 0..PAGES {
+            let to = at(10_000 + 2 * (PAGES - page));
+            assert_eq!(state.map().page_at(to), Some(page));
+            assert_eq!(state.map().rest_from(page).unwrap().address, to);
+        }
     }
 
     #[test]
@@ -494,11 +603,11 @@ mod tests {
         let state = State::new(64, &[extent], 8).unwrap().0;
         let map = state.map();
         assert_eq!(map.taken_in(), 0);
-        map.unmap(5, &(at(100)..at(101)), |_| ()).unwrap();
+        map.remap(5, &(at(100)..at(101)), at(200), |_| ()).unwrap();
         assert_eq!(map.taken_in(), 0, "nothing of ours was there");
         map.remap(2, &(at(0)..at(2)), at(50), |_| ()).unwrap();
         assert_eq!(map.taken_in(), 3);
-        map.unmap(63, &(at(9)..at(10)), |_| ()).unwrap();
+        map.remap(63, &(at(9)..at(10)), at(60), |_| ()).unwrap();
         assert_eq!(map.taken_in(), 64);
         let before: Vec<_> = map.extents().collect();
         map.batch_ends();

@@ -46,6 +46,7 @@ mod events;
 mod failure;
 mod fault;
 mod frames;
+mod give_up;
 mod image;
 mod inbox;
 mod install;
@@ -77,6 +78,7 @@ pub use stats::{Durations, Histogram, Percentiles};
 pub(crate) use bring::Worker;
 pub(crate) use claims::{Claims, FrameId};
 pub(crate) use frames::{FrameCache, SharedFrames};
+pub(crate) use give_up::NoPoison;
 pub(crate) use image::{SnapshotImage, zero_runs};
 pub(crate) use inbox::{Fault, Inbox};
 pub(crate) use kernel::Kernel;
@@ -261,10 +263,21 @@ impl<P: Platform, I: Image> Session<P, I> {
             self.phase.finishing.store(false, Relaxed);
             return false;
         }
-        let extents: Vec<Extent> = self.state.map().extents().collect();
         drop(hold);
         fail_point(FailPoint::Settled);
-        for extent in &extents {
+        self.let_go();
+        fail_point(FailPoint::Complete);
+        self.phase.complete.store(true, Relaxed);
+        self.end();
+        true
+    }
+
+    /// Gives the memory back to the kernel: unregisters it, wakes who waits, and reads events until
+    /// none can be left.
+    pub(crate) fn let_go(&self) {
+        let extents = self.state.mapped();
+        // From the last on: what knows of each of many is shortened at its end.
+        for extent in extents.iter().rev() {
             let (address, len) = (extent.address, extent.pages * PAGE);
             if !self.platform.unregister(address, len) {
                 // It would wait for ever at the first page that it discards.
@@ -287,10 +300,6 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             tries += 1;
         }
-        fail_point(FailPoint::Complete);
-        self.phase.complete.store(true, Relaxed);
-        self.end();
-        true
     }
 
     /// Whether the owner's memory is gone: it has ended, or runs another program.

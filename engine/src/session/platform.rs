@@ -81,6 +81,8 @@ pub(crate) trait Platform: Sync {
 
     /// What a fault thread knows of whom it serves.
     type Follower: Default;
+    /// What keeps the owner from changing its mappings, until dropped.
+    type Brake;
 
     /// The calling thread is about to serve a fault of `thread`, and may be better placed for it
     /// elsewhere. True if it is on that thread's core now.
@@ -101,6 +103,9 @@ pub(crate) trait Platform: Sync {
     /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
     /// event to read. False: it has been too long.
     fn back_off(&self, tries: u32) -> bool;
+
+    /// Keeps the owner, which is this process, from changing its mappings as often as it would.
+    fn brake(&self) -> Self::Brake;
 
     /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
     /// Returns how many. If there may be more, one waiting ends for them.

@@ -7,9 +7,13 @@
 //! | n | `removed`, one bit a page: sticky, the page is zero from now on |
 //! | n | `present`, one bit a page: the kernel said that the page is there; advice |
 //! | n | `poisoned`, one bit a page |
+//! | n | `unmapped`, one bit a page: sticky, the owner has nothing of the session's at its address |
+//! | n / 512 | `left`, one bit for each 512 pages: left to the kernel |
 //! | m | the address map, two copies ([`super::map`]) |
 //!
-//! n is a word for each 64 page numbers. In a memfd it is what a successor goes on from, and what a
+//! n is a word for each 64 page numbers. Pages that are left to the kernel are never looked up in the
+//! other bitmaps, so that those take no memory for them: a restore of 16 TiB of zeros needs a
+//! megabyte. In a memfd it is what a successor goes on from, and what a
 //! keeper sees of a worker ([`Vitals`]). Bits are set under a hold of the install lock, for an
 //! event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
 
@@ -19,10 +23,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use snapshot_format::layout::PAGES_PER_BLOCK_U64;
+
 use crate::mem::{Block, Ring};
 
-use super::map::{Extent, Map, Unit};
-use super::platform::PageNumber;
+use super::map::{Extent, Growth, Map, Unit};
+use super::platform::{PAGE, PageNumber};
 
 /// Word of the header that says which copy of the map is valid, and how often it changed.
 const MAP_VERSION: usize = 0;
@@ -40,6 +46,8 @@ const CAPACITY: usize = 6;
 const READS: usize = 7;
 /// Word of the header that says whether some of the owner's memory is of large pages.
 const LARGE: usize = 8;
+/// Word of the header that counts the pages that were unmapped.
+const UNMAPPED: usize = 9;
 /// Where the words of the threads begin.
 const THREADS: usize = 16;
 /// Words of a thread: a line of the cache, so that threads don't take it from each other.
@@ -50,10 +58,14 @@ const MOST_THREADS: usize = 32;
 const TURNS: usize = 0;
 /// Word of a thread that names the frame that it decodes: one more than the frame's number, or 0.
 const DECODING: usize = 1;
+/// Bitmaps with one bit a page.
+const BITMAPS: usize = 4;
+/// Pages that are left to the kernel together: those of one block of the index.
+const LEFT_PAGES: u64 = PAGES_PER_BLOCK_U64;
 /// Words before the bitmaps.
 const HEADER_END: usize = THREADS + MOST_THREADS * THREAD_WORDS;
 /// The layout of this file's table.
-const VERSION: u64 = u64::from_le_bytes(*b"snaptab2");
+const VERSION: u64 = u64::from_le_bytes(*b"snaptab3");
 
 /// What the session believes of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,16 +87,20 @@ pub(crate) struct State {
     words: usize,
     pages: PageNumber,
     bitmap_words: usize,
+    left_words: usize,
     extent_capacity: usize,
+    /// Where the map grows if no other process has to find it.
+    growth: Growth,
 }
 
 impl State {
-    /// Pieces beyond one for each region that an owner may tear its memory into by `munmap` and
-    /// `mremap`.
+    /// Pieces beyond one for each region that an owner may tear its memory into by `mremap` before
+    /// the map has to grow, which it can't in tables that are shared with another process.
     pub(crate) const SPARE_PIECES: usize = 4096;
 
     /// The state of `pages` page numbers, of which those in `extents` belong to the owner, with
-    /// room for `extra` pieces that unmapping and moving may leave. The ring is for its messages.
+    /// room for `extra` pieces that moving may leave before the map grows. The ring is for its
+    /// messages.
     pub(crate) fn new(
         pages: PageNumber,
         extents: &[Extent],
@@ -124,14 +140,13 @@ impl State {
     }
 
     fn over(block: Arc<Block>, pages: PageNumber, extent_capacity: usize) -> Option<Self> {
-        let bitmap_words = usize::try_from(pages.div_ceil(64)).ok()?;
-        let map_words = extent_capacity.checked_mul(Map::words(1))?.checked_mul(2)?;
-        let words = bitmap_words.checked_mul(3)?.checked_add(HEADER_END)?;
         Some(Self {
+            words: words(pages, extent_capacity)?,
+            growth: Growth::new(block.as_memfd().is_none()),
             block,
-            words: words.checked_add(map_words)?,
             pages,
-            bitmap_words,
+            bitmap_words: usize::try_from(pages.div_ceil(64)).ok()?,
+            left_words: usize::try_from(pages.div_ceil(64 * LEFT_PAGES)).ok()?,
             extent_capacity,
         })
     }
@@ -143,9 +158,8 @@ impl State {
         block: impl FnOnce(u64) -> io::Result<(Arc<Block>, Ring)>,
     ) -> io::Result<(Self, Ring)> {
         let too_many = || io::Error::other(format!("{pages} pages are too many for memory"));
-        let bitmap_words = usize::try_from(pages.div_ceil(64)).map_err(|_| too_many())?;
         let extent_capacity = extents.len() + extra;
-        let words = HEADER_END + 3 * bitmap_words + 2 * Map::words(extent_capacity);
+        let words = words(pages, extent_capacity).ok_or_else(too_many)?;
         let (block, ring) = block((words * size_of::<u64>()) as u64)?;
         let state = Self::over(block, pages, extent_capacity).ok_or_else(too_many)?;
         let header = state.words();
@@ -230,7 +244,7 @@ impl State {
     /// Where the owner has the pages.
     pub(crate) fn map(&self) -> Map<'_> {
         let words = self.words();
-        let start = HEADER_END + 3 * self.bitmap_words;
+        let start = HEADER_END + BITMAPS * self.bitmap_words + self.left_words;
         let each = Map::words(self.extent_capacity);
         Map::new(
             &words[MAP_VERSION],
@@ -239,14 +253,52 @@ impl State {
                 &words[start..start + each],
                 &words[start + each..start + 2 * each],
             ],
+            &self.growth,
         )
+    }
+
+    /// The pieces that the memory of an owner in another process may be in at most.
+    pub(crate) fn most_pieces(&self) -> usize {
+        self.extent_capacity
+    }
+
+    /// Where the owner still has pages: the map without what was unmapped.
+    pub(crate) fn mapped(&self) -> Vec<Extent> {
+        let extents = self.map().extents();
+        if self.words()[UNMAPPED].load(Relaxed) == 0 {
+            return extents.collect();
+        }
+        let unmapped = self.unmapped();
+        let gone = |word: usize| unmapped[word].load(Relaxed);
+        let mut mapped = Vec::new();
+        for extent in extents {
+            let end = extent.page_numbers().end;
+            let mut next = extent.first_page;
+            while let Some(start) = first_bit(next..end, |word| !gone(word)) {
+                next = first_bit(start..end, gone).unwrap_or(end);
+                mapped.push(Extent {
+                    address: extent.address + (start - extent.first_page) * PAGE,
+                    pages: next - start,
+                    first_page: start,
+                    large: extent.large,
+                });
+            }
+        }
+        mapped
+    }
+
+    /// Whether the owner has neither moved nor unmapped anything, as far as events tell.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.words()[UNMAPPED].load(Relaxed) == 0 && self.map().is_first()
     }
 
     /// What is believed of `page`. A removed page is that whatever else happened to it.
     pub(crate) fn status(&self, page: PageNumber) -> Status {
         let (word, bit) = place(page);
         let set = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed) & bit != 0;
-        if set(self.removed()) {
+        if self.is_left(page / LEFT_PAGES) {
+            Status::Present
+        } else if set(self.removed()) {
             Status::Removed
         } else if set(self.present()) {
             Status::Present
@@ -300,23 +352,41 @@ impl State {
     pub(crate) fn absent_in(&self, within: Range<PageNumber>) -> Option<Range<PageNumber>> {
         let start = self.first_absent(within.clone())?;
         // The first page is not looked at again: it may have come meanwhile, and no range is empty.
-        let end = (start + 1..within.end)
-            .find(|page| self.status(*page) != Status::Absent)
-            .unwrap_or(within.end);
+        let rest = start + 1..within.end;
+        let end = first_bit(rest, |word| self.settled_word(word)).unwrap_or(within.end);
         Some(start..end)
     }
 
-    /// The first absent page of `within`; looks at 64 pages at once.
+    /// The first absent page of `within`; looks at 64 pages at once, and at nothing of what is left
+    /// to the kernel.
     pub(crate) fn first_absent(&self, within: Range<PageNumber>) -> Option<PageNumber> {
-        masks(within).find_map(|(word, mask)| {
-            let absent = mask & !self.settled_word(word);
-            (absent != 0).then(|| word as u64 * 64 + u64::from(absent.trailing_zeros()))
-        })
+        self.not_left(within)
+            .find_map(|part| first_bit(part, |word| !self.settled_word(word)))
     }
 
     /// Whether any page of `within` is absent; looks at 64 pages at once.
     pub(crate) fn any_absent(&self, within: Range<PageNumber>) -> bool {
         self.first_absent(within).is_some()
+    }
+
+    /// The parts of `within` that are not left to the kernel.
+    fn not_left(&self, within: Range<PageNumber>) -> impl Iterator<Item = Range<PageNumber>> {
+        let mut next = within.start;
+        std::iter::from_fn(move || {
+            while next < within.end {
+                let block = next / LEFT_PAGES;
+                let left = self.left()[word_of(block)].load(Relaxed) >> (block % 64);
+                // Blocks until the next that is not left, or the next word.
+                let skipped = u64::from(left.trailing_ones()).min(64 - block % 64);
+                if skipped == 0 {
+                    let start = next;
+                    next = within.end.min((block + 1) * LEFT_PAGES);
+                    return Some(start..next);
+                }
+                next = (block + skipped) * LEFT_PAGES;
+            }
+            None
+        })
     }
 
     /// Whether every page of `within` is present.
@@ -329,7 +399,8 @@ impl State {
 
     /// How many pages of `within` are absent.
     pub(crate) fn count_absent(&self, within: Range<PageNumber>) -> u64 {
-        masks(within)
+        self.not_left(within)
+            .flat_map(masks)
             .map(|(word, mask)| u64::from((mask & !self.settled_word(word)).count_ones()))
             .sum()
     }
@@ -341,9 +412,20 @@ impl State {
 
     /// Leaves `pages` to the kernel, before anything else is known of them.
     pub(crate) fn leave_out(&self, pages: Range<PageNumber>) {
+        let blocks = pages.start.div_ceil(LEFT_PAGES)..pages.end / LEFT_PAGES;
+        for (word, mask) in masks(blocks.clone()) {
+            self.left()[word].fetch_or(mask, Relaxed);
+        }
         // Nothing is read of the other bitmaps: that would take a page of memory for each of theirs.
-        for (word, mask) in masks(pages.clone()) {
-            self.present()[word].fetch_or(mask, Relaxed);
+        let whole = if blocks.is_empty() {
+            pages.start..pages.start
+        } else {
+            blocks.start * LEFT_PAGES..blocks.end * LEFT_PAGES
+        };
+        for edge in [pages.start..whole.start, whole.end..pages.end] {
+            for (word, mask) in masks(edge) {
+                self.present()[word].fetch_or(mask, Relaxed);
+            }
         }
         self.words()[UNSETTLED].fetch_sub(pages.end - pages.start, Relaxed);
     }
@@ -351,6 +433,17 @@ impl State {
     /// Records pages that are zero from now on.
     pub(crate) fn mark_removed(&self, pages: Range<PageNumber>) {
         self.mark(self.removed(), pages);
+    }
+
+    /// Records pages that the owner has unmapped: nobody ever asks for them again.
+    pub(crate) fn mark_unmapped(&self, pages: Range<PageNumber>) {
+        let mut new = 0;
+        for (word, mask) in masks(pages.clone()) {
+            let before = self.unmapped()[word].fetch_or(mask, Relaxed);
+            new += u64::from((mask & !before).count_ones());
+        }
+        self.words()[UNMAPPED].fetch_add(new, Relaxed);
+        self.mark_removed(pages);
     }
 
     /// Records pages that couldn't be restored.
@@ -404,7 +497,15 @@ impl State {
         words.map(|word| word.load(Relaxed)).collect()
     }
 
+    fn is_left(&self, block: u64) -> bool {
+        let (word, bit) = place(block);
+        self.left()[word].load(Relaxed) & bit != 0
+    }
+
     fn settled_word(&self, word: usize) -> u64 {
+        if self.is_left(word as u64 * 64 / LEFT_PAGES) {
+            return u64::MAX;
+        }
         self.removed()[word].load(Relaxed)
             | self.present()[word].load(Relaxed)
             | self.poisoned()[word].load(Relaxed)
@@ -420,6 +521,15 @@ impl State {
 
     fn poisoned(&self) -> &[AtomicU64] {
         self.bitmap(2)
+    }
+
+    fn unmapped(&self) -> &[AtomicU64] {
+        self.bitmap(3)
+    }
+
+    fn left(&self) -> &[AtomicU64] {
+        let start = HEADER_END + BITMAPS * self.bitmap_words;
+        &self.words()[start..start + self.left_words]
     }
 
     fn bitmap(&self, which: usize) -> &[AtomicU64] {
@@ -474,6 +584,23 @@ impl Vitals {
     fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {
         (0..MOST_THREADS).filter_map(|thread| self.state.thread(thread))
     }
+}
+
+/// The words of a state of `pages` page numbers with a map of `extents`.
+fn words(pages: PageNumber, extents: usize) -> Option<usize> {
+    let bitmap = usize::try_from(pages.div_ceil(64)).ok()?;
+    let left = usize::try_from(pages.div_ceil(64 * LEFT_PAGES)).ok()?;
+    let map = extents.checked_mul(Map::words(1))?.checked_mul(2)?;
+    let bitmaps = bitmap.checked_mul(BITMAPS)?.checked_add(left)?;
+    HEADER_END.checked_add(bitmaps)?.checked_add(map)
+}
+
+/// The first page of `within` whose bit is set in the words that `word` gives.
+fn first_bit(within: Range<PageNumber>, word: impl Fn(usize) -> u64) -> Option<PageNumber> {
+    masks(within).find_map(|(index, mask)| {
+        let set = mask & word(index);
+        (set != 0).then(|| index as u64 * 64 + u64::from(set.trailing_zeros()))
+    })
 }
 
 /// The word of a page's bit, and the bit.

@@ -73,6 +73,30 @@ pub fn page_size() -> u64 {
     })
 }
 
+/// Pages of this kernel are not of 4 KiB, as those of a snapshot are, so that they can't be restored one
+/// by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this kernel has pages of {size} bytes, and a snapshot's have 4096: run a kernel with 4 KiB pages"
+)]
+pub struct PageSizeError {
+    /// The kernel's.
+    pub size: u64,
+}
+
+/// Makes sure that a page of a snapshot is one of the kernel's.
+pub(crate) fn check_page_size() -> Result<(), PageSizeError> {
+    can_be_restored(page_size())
+}
+
+fn can_be_restored(size: u64) -> Result<(), PageSizeError> {
+    if size == snapshot_format::layout::PAGE_SIZE_U64 {
+        Ok(())
+    } else {
+        Err(PageSizeError { size })
+    }
+}
+
 /// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets
 /// only.
 #[expect(
@@ -81,4 +105,16 @@ pub fn page_size() -> u64 {
 )]
 pub(crate) const fn to_usize(n: u64) -> usize {
     n as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_with_larger_pages_is_refused() {
+        assert_eq!(can_be_restored(4096), Ok(()));
+        let refused = can_be_restored(65536).unwrap_err();
+        assert!(refused.to_string().contains("65536 bytes"), "{refused}");
+    }
 }

@@ -11,7 +11,7 @@ use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
 
 use crate::common::{
     Gate, PAGE, address, compare, in_child, index, open, open_hooked, pack, peek, random_bytes,
-    wait_until,
+    source, wait_until,
 };
 
 #[test]
@@ -214,4 +214,86 @@ fn start_times() {
             times[0], times[3], times[6]
         );
     }
+}
+
+/// Regions in mappings of their own, given by the caller: what the process has mapped was read again for each of them, and
+/// ten thousand took a minute.
+#[test]
+fn ten_thousand_given_regions_start_at_once() {
+    const REGIONS: usize = 10_000;
+    in_child(|| {
+        let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+        for region in 0..REGIONS as u64 {
+            let spec = RegionSpec {
+                start: region << 13,
+                ..RegionSpec::default()
+            };
+            writer.begin_region(&spec).unwrap();
+            writer.write_fill(1, region + 1).unwrap();
+        }
+        let snapshot = open(writer.finish().unwrap().0);
+        let places = crate::owner::own_apart(REGIONS);
+        let mut restore = Restore::new(Arc::clone(&snapshot));
+        // In no order.
+        for (index, memory) in places.into_iter().enumerate() {
+            restore = restore.region(index * 7919 % REGIONS, memory);
+        }
+        let begun = Instant::now();
+        let mut restored = restore.start().unwrap();
+        let started = begun.elapsed();
+        println!("start of {REGIONS} given regions: {started:?}");
+        assert!(started < Duration::from_secs(10), "{started:?}");
+        restored.stop(Stop::Complete).unwrap();
+        println!("complete after {:?}", begun.elapsed());
+        for (region, n) in restored.regions().iter().zip(1_u64..) {
+            assert_eq!(
+                peek(region.as_ptr().expose_provenance())[..8],
+                n.to_le_bytes()
+            );
+        }
+    })
+    .expect_success();
+}
+
+/// Memory of this process that is shared, or anonymous and mapped as shared: where tables lie. In KiB.
+fn shared_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("RssShmem"))
+        .unwrap();
+    line.split_ascii_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+/// What is left to the kernel needs no memory for the states of its pages: they took half a gigabyte for 16 TiB.
+#[test]
+fn a_terabyte_of_zeros_needs_no_tables() {
+    const PAGES: u64 = 1 << 28;
+    in_child(|| {
+        let bytes = random_bytes(512, 7);
+        let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+        writer.begin_region(&RegionSpec::default()).unwrap();
+        writer.write_pages(&bytes).unwrap();
+        writer.write_fill(PAGES - 1024, 0).unwrap();
+        writer.write_pages(&bytes).unwrap();
+        let snapshot = open(writer.finish().unwrap().0);
+        let before = shared_kib();
+        let begun = Instant::now();
+        let mut restored = Restore::new(snapshot)
+            .prefetch(Prefetch::All)
+            .start()
+            .unwrap();
+        println!("start of a sparse TiB: {:?}", begun.elapsed());
+        compare(&restored, &bytes, 0..512);
+        assert!(peek(address(&restored, PAGES - 1)) == source(&bytes, 511));
+        assert!(peek(address(&restored, PAGES / 2)) == [0; PAGE]);
+        restored.stop(Stop::Complete).unwrap();
+        let grown = shared_kib() - before;
+        assert!(grown < 4096, "{grown} KiB");
+    })
+    .expect_success();
 }

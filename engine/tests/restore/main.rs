@@ -19,6 +19,7 @@ mod counted;
 mod crowd;
 mod demand;
 mod failures;
+mod give_up;
 #[cfg(feature = "rust-vmm")]
 mod guest_memory;
 mod jailed;

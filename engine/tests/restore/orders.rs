@@ -231,23 +231,6 @@ fn threads_have_names_and_end() {
 }
 
 #[test]
-fn stop_unmaps() {
-    let image = Mix::new(PAGES, 10);
-    let mut restored = Restore::new(snapshot(&image))
-        .prefetch(Prefetch::All)
-        .start()
-        .unwrap();
-    compare(&restored, &image, 0..100);
-    restored.stop(Stop::Unmap).unwrap();
-    for page in 0..SPLIT {
-        assert!(
-            restored.read_at(0, page * 4096, &mut [0]).is_err(),
-            "page {page}"
-        );
-    }
-}
-
-#[test]
 fn given_pages_are_fetched() {
     let image = Mix::new(PAGES, 11);
     let restored = Restore::new(snapshot(&image))

@@ -40,6 +40,17 @@ pub(crate) fn own(pages: usize) -> RawRegion {
     unsafe { RawRegion::new(start, (pages * PAGE) as u64) }.unwrap()
 }
 
+/// Single pages of the test's own in mappings of their own.
+pub(crate) fn own_apart(count: usize) -> Vec<RawRegion> {
+    let start = map(2 * count);
+    let page = |i: usize| {
+        munmap(start + (2 * i + 1) * PAGE, 1);
+        // SAFETY: as in `own`.
+        unsafe { RawRegion::new(pointer(start + 2 * i * PAGE).cast(), PAGE as u64) }.unwrap()
+    };
+    (0..count).map(page).collect()
+}
+
 fn pointer(address: usize) -> *mut libc::c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
@@ -49,12 +60,12 @@ fn succeeded(result: libc::c_int) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-fn madvise(address: usize, pages: usize, advice: libc::c_int) {
+pub(crate) fn madvise(address: usize, pages: usize, advice: libc::c_int) {
     // SAFETY: the tests give advice about their own memory, of which they hold no references.
     succeeded(unsafe { libc::madvise(pointer(address), pages * PAGE, advice) });
 }
 
-fn munmap(address: usize, pages: usize) {
+pub(crate) fn munmap(address: usize, pages: usize) {
     // SAFETY: the tests unmap their own memory, of which they hold no references.
     succeeded(unsafe { libc::munmap(pointer(address), pages * PAGE) });
 }
@@ -67,6 +78,20 @@ fn map(pages: usize) -> usize {
     let start = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, access, flags, -1, 0) };
     assert_ne!(start, libc::MAP_FAILED);
     start.expose_provenance()
+}
+
+/// Anonymous memory of the test's own at an address where there is none.
+pub(crate) fn map_at(address: usize, pages: usize) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the kernel refuses where something is mapped.
+    let start = unsafe { libc::mmap(pointer(address), pages * PAGE, access, flags, -1, 0) };
+    assert_eq!(
+        start,
+        pointer(address),
+        "{}",
+        std::io::Error::last_os_error()
+    );
 }
 
 /// Moves `pages` pages from `from` to `to`, `grown` of them new there.
@@ -224,6 +249,86 @@ fn children_have_what_moved_when_it_is_complete() {
     .expect_success();
 }
 
+/// What the caller had left out of children itself stays so: the end of the restore gave it to them.
+#[test]
+fn memory_that_children_never_had_stays_so() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 15);
+        let give = |memory: RawRegion| {
+            let start = memory.as_ptr().expose_provenance();
+            madvise(start + 40 * PAGE, 20, libc::MADV_DONTFORK);
+            Restore::new(open(pack(&bytes, 8)))
+                .region(0, memory)
+                .start()
+        };
+        let had = |base: usize| [39, 40, 59, 60].map(|page| in_a_fork(base + page * PAGE));
+        let kept = [true, false, false, true];
+        for end in [
+            |it: &mut Restored| it.stop(Stop::Complete).unwrap(),
+            |it: &mut Restored| it.stop(Stop::Inaccessible).unwrap(),
+        ] {
+            let mut restored = give(own(PAGES as usize)).unwrap();
+            let base = address(&restored, 0);
+            compare(&restored, &bytes, 30..70);
+            assert_eq!(had(base), [None; 4]);
+            // It is the pages that stay left out, wherever they are.
+            let there = map(8);
+            mremap(base + 50 * PAGE, 8, there, 0, 0);
+            end(&mut restored);
+            assert_eq!(had(base).map(|byte| byte.is_some()), kept);
+            assert_eq!(in_a_fork(there + 3 * PAGE), None);
+            assert!(peek(there + 3 * PAGE) == source(&bytes, 53));
+        }
+        let memory = own(PAGES as usize);
+        let base = memory.as_ptr().expose_provenance();
+        poke(base, 7);
+        give(memory).unwrap_err();
+        assert_eq!(had(base).map(|byte| byte.is_some()), kept);
+    })
+    .expect_success();
+}
+
+/// An owner was ended when it had its memory in more than some thousand pieces.
+#[test]
+fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
+    const MANY: u64 = 12_000;
+    in_child(|| {
+        let bytes = random_bytes(MANY, 16);
+        let restored = Restore::new(open(pack(&bytes, 8)))
+            .region(0, own(MANY as usize))
+            .start()
+            .unwrap();
+        let base = address(&restored, 0);
+        for page in (1..MANY as usize).step_by(2) {
+            munmap(base + page * PAGE, 1);
+        }
+        compare(&restored, &bytes, (0..MANY).step_by(1000));
+        // Each to where another was unmapped, the last first, so that no two stay together.
+        for page in (0..MANY as usize / 2).step_by(2) {
+            mremap(
+                base + page * PAGE,
+                1,
+                base + (MANY as usize - 1 - page) * PAGE,
+                0,
+                0,
+            );
+        }
+        for page in (0..MANY).step_by(2) {
+            let place = if page < MANY / 2 {
+                MANY - 1 - page
+            } else {
+                page
+            };
+            assert!(
+                peek(base + place as usize * PAGE) == source(&bytes, page),
+                "page {page}"
+            );
+        }
+        assert!(restored.wait_complete());
+    })
+    .expect_success();
+}
+
 /// Mappings that begin and end inside frames: installs have to stop at them.
 #[test]
 fn split_mappings_and_huge_page_advice() {
@@ -287,7 +392,7 @@ fn what_is_unmapped_in_given_memory_is_left_alone() {
         );
     }
     poke(hole, 7);
-    restored.stop(Stop::Unmap).unwrap();
+    restored.stop(Stop::Inaccessible).unwrap();
     assert_eq!(peek(hole)[0], 7);
 }
 
@@ -447,7 +552,7 @@ fn discards_at_the_moment_of_completion_go_on() {
 
 /// The owner unmaps and moves memory while the restore is given up, and nobody reads the events any more. What was
 /// missing was looked for at the old addresses: the process was ended because nothing was mapped there, and what had moved
-/// would have read as zeros. The events are read once more now, before anything is made inaccessible.
+/// would have read as zeros. What is missing is poisoned now, which the kernel refuses until the events were read.
 #[test]
 fn giving_up_knows_the_last_moves() {
     let ended = in_child(|| {
@@ -489,6 +594,6 @@ fn giving_up_knows_the_last_moves() {
         peek(there);
         println!("the touch went on");
     });
-    assert_eq!(ended.signal(), Some(libc::SIGSEGV), "{ended:?}");
+    assert_eq!(ended.signal(), Some(libc::SIGBUS), "{ended:?}");
     assert!(ended.output.contains("the move is touched"), "{ended:?}");
 }

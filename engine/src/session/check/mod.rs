@@ -1,9 +1,9 @@
 //! The session under every interleaving, on a model of the kernel.
 //!
 //! Each scenario has threads of the owner, which touch, discard, unmap and move pages and know what
-//! they must read, and threads of the session: fault threads and a prefetcher. The right code
-//! passes in every interleaving; each of six mistakes, planted in the platform under it, makes one
-//! fail.
+//! they must read, and threads of the session: fault threads, a prefetcher, and one that gives up. The
+//! right code passes in every interleaving; each of some mistakes, planted in the platform under it,
+//! makes one fail.
 
 mod explore;
 mod model;
@@ -42,7 +42,12 @@ enum Act {
     TouchIfMapped(u64),
     /// Write this place, which then must keep what was written.
     Write(u64, u8),
+    /// Map something else at this place, if nothing is mapped there. It must stay what it is.
+    MapAfresh(u64),
 }
+
+/// The content of what is mapped afresh.
+const FRESH: u8 = 77;
 
 /// What is run.
 #[expect(
@@ -70,6 +75,8 @@ struct Scenario {
     completes: bool,
     /// Whether the memory is of large pages, of two pages each.
     large: bool,
+    /// Whether a thread gives the session up, at any time.
+    gives_up: bool,
 }
 
 impl Default for Scenario {
@@ -87,6 +94,7 @@ impl Default for Scenario {
             same_core: false,
             completes: false,
             large: false,
+            gives_up: false,
         }
     }
 }
@@ -127,7 +135,8 @@ impl Scenario {
     }
 
     fn setup(&self) -> Setup<Scene> {
-        let count = self.owner.len() + self.fault_threads + self.prefetchers;
+        let served = self.owner.len() + self.fault_threads + self.prefetchers;
+        let count = served + usize::from(self.gives_up);
         let threads: Rc<[Thread<Op>]> = (0..count).map(|_| Thread::new()).collect();
         let mut world = World {
             cuts: self.cuts,
@@ -168,21 +177,23 @@ impl Scenario {
             session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
             owner: RefCell::new((knows, Vec::new(), self.owner.len())),
             owners: self.owner.len(),
+            gives_up: self.gives_up,
         });
         scene.session.platform.watch(&scene.session);
+        let serving = self.fault_threads + self.prefetchers;
+        scene.session.platform.serving.set(serving);
         let mut bodies: Vec<Body> = Vec::new();
         for (thread, acts) in self.owner.iter().copied().enumerate() {
             let (scene, threads) = (Rc::clone(&scene), Rc::clone(&threads));
-            let (slow, completes) = (self.slow, self.completes);
+            let (slow, ends) = (self.slow, !self.completes && !self.gives_up);
             bodies.push(Box::new(move || {
                 for (i, act) in (0..).zip(acts) {
                     threads[thread].forget(i);
-                    let model = &scene.session.platform;
-                    owner_acts(model, &threads[thread], thread, &scene.owner, *act, slow);
+                    owner_acts(&scene, &threads[thread], thread, *act, slow);
                 }
                 let mut owner = scene.owner.borrow_mut();
                 owner.2 -= 1;
-                if owner.2 == 0 && !completes {
+                if owner.2 == 0 && ends {
                     scene.session.end();
                 }
             }));
@@ -199,6 +210,19 @@ impl Scenario {
                 } else {
                     session.serve(&mut worker);
                 }
+                session.platform.leave();
+            }));
+        }
+        if self.gives_up {
+            let scene = Rc::clone(&scene);
+            bodies.push(Box::new(move || {
+                let session = &scene.session;
+                session.platform.enter(served);
+                session.platform.stop(Op::End);
+                session.end();
+                session.platform.stop(Op::Join);
+                session.give_up().expect("the model can poison");
+                session.platform.close();
             }));
         }
         Setup {
@@ -234,14 +258,8 @@ impl Scenario {
 }
 
 /// One act of a thread of the owner, operation by operation.
-fn owner_acts(
-    model: &Model,
-    thread: &Thread<Op>,
-    number: usize,
-    owner: &Owner,
-    act: Act,
-    slow: bool,
-) {
+fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow: bool) {
+    let (model, owner, gives_up) = (&scene.session.platform, &scene.owner, scene.gives_up);
     let set = |places: std::ops::Range<u64>, to: Knows| {
         for place in places {
             owner.borrow_mut().0[usize::try_from(place).unwrap()] = to;
@@ -281,9 +299,10 @@ fn owner_acts(
             Ok(content) => {
                 let original = Content::Byte(pages::content_of(place));
                 let knows = owner.borrow().0[usize::try_from(place).unwrap()];
+                let original = content == original || gives_up && content == Content::Poison;
                 let right = match knows {
-                    Knows::Original => content == original,
-                    Knows::Discarding => content == original || content == Content::Byte(0),
+                    Knows::Original => original,
+                    Knows::Discarding => original || content == Content::Byte(0),
                     Knows::Zero => content == Content::Byte(0),
                     Knows::Written(byte) => content == Content::Byte(byte),
                 };
@@ -297,7 +316,7 @@ fn owner_acts(
             Err(Unmapped) => wrong(format!("page {place} is not mapped")),
         },
         Act::Write(place, byte) => {
-            if read(place).is_ok() {
+            if let Ok(Content::Byte(_)) = read(place) {
                 model
                     .world
                     .borrow_mut()
@@ -320,6 +339,17 @@ fn owner_acts(
             &|| model.world.borrow_mut().unmap(at(start), at(end)),
             &|| (),
         ),
+        Act::MapAfresh(place) => {
+            thread.stop(Op::MapAfresh);
+            let mapped = model.world.borrow_mut().map_afresh(at(place), FRESH);
+            thread.tell(&mapped);
+            if mapped {
+                match read(place) {
+                    Ok(Content::Byte(FRESH)) => {}
+                    found => wrong(format!("wrong byte: fresh place {place} reads {found:?}")),
+                }
+            }
+        }
         Act::Move(from, to) => {
             change(
                 Change::Remap(at(from), at(to), PAGE),
@@ -329,13 +359,14 @@ fn owner_acts(
             let expected = Content::Byte(pages::content_of(from));
             match read(to) {
                 Ok(content) if content == expected => {}
+                Ok(Content::Poison) if gives_up => {}
                 found => wrong(format!("wrong byte: moved page {from} reads {found:?}")),
             }
         }
     }
 }
 
-use Act::{Discard, Move, Touch, TouchIfMapped, Unmap, Write};
+use Act::{Discard, MapAfresh, Move, Touch, TouchIfMapped, Unmap, Write};
 
 /// The second toucher may come before, during or after the discard, and has to read accordingly.
 const TWO_AND_A_DISCARDER: &[&[Act]] = &[&[Touch(0)], &[Touch(2)], &[Discard(1, 3)]];
@@ -546,6 +577,63 @@ fn mistake_no_install_lock_is_found_with_large_pages() {
         ..Scenario::default()
     }
     .goes_wrong("wrong byte");
+}
+
+/// Owners of a session that is given up at any moment.
+const GIVEN_UP: [&[&[Act]]; 5] = [
+    &[&[Touch(0)], &[Touch(2), Touch(3)]],
+    &[&[Touch(0)], &[Discard(1, 3), Touch(1)]],
+    &[&[Discard(0, 1), Write(0, 99), Touch(0)], &[Discard(2, 4)]],
+    &[&[Unmap(0, 2), Touch(2)], &[MapAfresh(0)]],
+    &[&[Move(0, 9)], &[MapAfresh(0), Touch(3)]],
+];
+
+/// What was missing is poisoned wherever it is, what was there or was discarded stays, and what the
+/// owner maps where it has unmapped something is left alone.
+#[test]
+fn giving_up_under_an_owner_that_changes_its_memory() {
+    for owner in GIVEN_UP {
+        for two_checks in [false, true] {
+            Scenario {
+                owner,
+                two_checks,
+                gives_up: true,
+                ..Scenario::default()
+            }
+            .holds();
+        }
+    }
+    Scenario {
+        owner: &[&[Touch(0), Discard(1, 2)]],
+        prefetchers: 1,
+        cuts: 1,
+        gives_up: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn mistake_protecting_by_address_is_found() {
+    Scenario {
+        owner: GIVEN_UP[3],
+        gives_up: true,
+        mistake: Some(Mistake::ProtectByAddress),
+        ..Scenario::default()
+    }
+    .goes_wrong("fresh place");
+}
+
+#[test]
+fn mistake_eagain_dropped_in_giving_up_is_found() {
+    Scenario {
+        owner: GIVEN_UP[1],
+        fault_threads: 0,
+        gives_up: true,
+        mistake: Some(Mistake::EagainDropped),
+        ..Scenario::default()
+    }
+    .goes_wrong("page 0");
 }
 
 fn planted(mistake: Mistake) -> Scenario {

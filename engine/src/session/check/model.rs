@@ -4,10 +4,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use super::Owner;
 use super::explore::{self, Thread};
 use super::pages::Pages;
-use super::world::{BASE, Content as Held, World};
+use super::world::{BASE, Content as Held, World, at};
+use super::{Knows, Owner};
 use crate::session::Session;
 use crate::session::claims::{Claims, FrameId};
 use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
@@ -27,7 +27,14 @@ pub(super) enum Op {
     Lock,
     Wake(u64, u64),
     Unregister(u64, u64),
+    Poison(u64, u64),
     Probe,
+    /// The session is given up.
+    End,
+    /// Until the session's threads have returned.
+    Join,
+    Close,
+    MapAfresh,
     /// After an install, before what it did is marked.
     Mark,
     Touch(u64),
@@ -56,6 +63,8 @@ pub(super) enum Mistake {
     NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
+    /// What is missing in the end is made inaccessible by its address.
+    ProtectByAddress,
 }
 
 /// The model under the session's platform.
@@ -71,6 +80,8 @@ pub(super) struct Model {
     same_core: bool,
     /// Whether the last install of the running thread said EAGAIN.
     again: Cell<bool>,
+    /// Threads of the session that have not returned.
+    pub(super) serving: Cell<usize>,
     session: Cell<*const Session<Self, Pages>>,
 }
 
@@ -95,6 +106,7 @@ impl Model {
             two_checks,
             same_core,
             again: Cell::new(false),
+            serving: Cell::new(0),
             session: Cell::new(std::ptr::null()),
         }
     }
@@ -117,7 +129,18 @@ impl Model {
         unsafe { &*self.session.get() }
     }
 
-    fn stop(&self, op: Op) {
+    /// A thread of the session has returned.
+    pub(super) fn leave(&self) {
+        self.serving.set(self.serving.get() - 1);
+    }
+
+    /// Closes the userfaultfd.
+    pub(super) fn close(&self) {
+        self.stop(Op::Close);
+        self.world.borrow_mut().close();
+    }
+
+    pub(super) fn stop(&self, op: Op) {
         let current = self.current.get();
         self.threads[current].stop(op);
         self.current.set(current);
@@ -216,6 +239,7 @@ impl Platform for Model {
         Self: 'h;
 
     type Follower = ();
+    type Brake = ();
 
     fn follow(&self, (): &mut (), _: u32) -> bool {
         self.same_core
@@ -268,6 +292,8 @@ impl Platform for Model {
         self.stop(Op::BackOff);
         true
     }
+
+    fn brake(&self) {}
 
     /// No stop: what others can do between the exclusive hold's start and the read, they could as
     /// well have done before it.
@@ -350,8 +376,22 @@ impl Platform for Model {
         self.told(installed)
     }
 
-    fn poison(&self, _: u64, _: u64) -> Installed {
-        unreachable!("nothing fails in the model")
+    fn poison(&self, address: u64, len: u64) -> Installed {
+        self.stop(Op::Poison(address, len));
+        if self.is(Mistake::ProtectByAddress) {
+            self.world.borrow_mut().protect(address, len);
+            return self.told(Installed::Done);
+        }
+        if self.early_check() {
+            return self.told(Installed::Again);
+        }
+        let poison = |_| Held::Poison;
+        let installed = self
+            .world
+            .borrow_mut()
+            .install(address, len, u64::MAX, poison);
+        self.wake_now(Wake::Now, address, installed, len);
+        self.told(installed)
     }
 
     fn unregister(&self, address: u64, len: u64) -> bool {
@@ -405,6 +445,25 @@ pub(super) struct Scene {
     pub(super) owner: Owner,
     /// Threads of the owner; they come first.
     pub(super) owners: usize,
+    /// Whether the session is given up in the end.
+    pub(super) gives_up: bool,
+}
+
+impl Scene {
+    /// What was missing when all was closed must not be left to the kernel, which would make it zero.
+    fn check_given_up(&self) -> Result<(), String> {
+        let world = self.session.platform.world.borrow();
+        if world.fresh.values().any(|content| *content == Held::Poison) {
+            return Err("a fresh place became inaccessible".to_owned());
+        }
+        for (page, knows) in (0..).zip(&self.owner.borrow().0) {
+            let content = world.places.get(&at(page));
+            if *knows == Knows::Original && content == Some(&Held::Missing) {
+                return Err(format!("page {page} would read as zeros"));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl explore::Scene for Scene {
@@ -423,6 +482,7 @@ impl explore::Scene for Scene {
             Op::BackOff => world.readable() || !world.is_changing(),
             Op::Sleep => !world.sleeps(thread),
             Op::WaitRead => !world.announced(thread),
+            Op::Join => model.serving.get() == 0,
             _ => true,
         }
     }
@@ -437,6 +497,7 @@ impl explore::Scene for Scene {
             .digest()
             .hash(&mut hasher);
         shared_digest(&self.session).hash(&mut hasher);
+        self.session.platform.serving.get().hash(&mut hasher);
         let owner = self.owner.borrow();
         (&owner.0, owner.1.len(), owner.2).hash(&mut hasher);
         hasher.finish()
@@ -453,6 +514,9 @@ impl explore::Scene for Scene {
             return Err(format!(
                 "hang: threads {stuck:?} of the session don't return"
             ));
+        }
+        if self.gives_up {
+            self.check_given_up()?;
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 //!
 //! Modelled: faults that wait until woken and look again; faults read before events; events whose
 //! caller waits until they are read, and acts only after; EAGAIN from the moment the caller starts
-//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM. Large pages (here of two) fault, arrive and go
+//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM; poison, which stays when all is closed; memory
+//! that is mapped afresh where something was unmapped. Large pages (here of two) fault, arrive and go
 //! as one; a part of one that is discarded is zeroed if it is there, and otherwise nothing happens to it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -31,6 +32,8 @@ pub(super) enum Content {
     Missing,
     /// A page with this content; 0 is the zero page.
     Byte(u8),
+    /// A touch is a signal.
+    Poison,
 }
 
 /// A fault whose thread sleeps.
@@ -58,6 +61,8 @@ pub(super) enum Change {
 pub(super) struct World {
     /// Mapped and registered places. A place that isn't here is not mapped.
     pub(super) places: BTreeMap<u64, Content>,
+    /// What is mapped where nothing of the session's is any more: its memory isn't registered.
+    pub(super) fresh: BTreeMap<u64, Content>,
     /// Places that the kernel serves itself.
     pub(super) unregistered: BTreeSet<u64>,
     /// Whether the pages are large.
@@ -107,7 +112,7 @@ impl World {
         address: u64,
     ) -> Option<Result<Content, Unmapped>> {
         match self.places.get(&address) {
-            None => Some(Err(Unmapped)),
+            None => Some(self.fresh.get(&address).copied().ok_or(Unmapped)),
             Some(Content::Missing) if self.unregistered.contains(&address) => {
                 let unit = self.unit(address);
                 for (_, content) in self.places.range_mut(unit) {
@@ -202,6 +207,36 @@ impl World {
         self.wake(start, len);
     }
 
+    /// Closes the userfaultfd: everything is left to the kernel, and who waits for an event goes on.
+    pub(super) fn close(&mut self) {
+        self.unregistered.extend(self.places.keys());
+        self.sleepers.clear();
+        self.events.clear();
+    }
+
+    /// Takes access away by address: whatever is there and isn't a page of the session's.
+    pub(super) fn protect(&mut self, start: u64, len: u64) {
+        let range = start..start + len;
+        for (_, content) in self.places.range_mut(range.clone()) {
+            if *content == Content::Missing {
+                *content = Content::Poison;
+            }
+        }
+        for (_, content) in self.fresh.range_mut(range) {
+            *content = Content::Poison;
+        }
+        self.wake(start, len);
+    }
+
+    /// Maps something else at an address where there is nothing. False if there is something.
+    pub(super) fn map_afresh(&mut self, address: u64, content: u8) -> bool {
+        let free = !self.places.contains_key(&address) && !self.fresh.contains_key(&address);
+        if free {
+            self.fresh.insert(address, Content::Byte(content));
+        }
+        free
+    }
+
     /// Takes the range from the address space.
     pub(super) fn unmap(&mut self, start: u64, end: u64) {
         self.places
@@ -280,7 +315,7 @@ impl World {
                 .expect("looked up above");
             match place {
                 Content::Missing => {}
-                Content::Byte(_) => break,
+                Content::Byte(_) | Content::Poison => break,
             }
             *place = each(i);
             done += 1;

@@ -1,0 +1,251 @@
+//! Giving a restore up: what is missing can't be read any more, what is there stays, and nothing else is touched.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use snaprestore_engine::restore::{OnFailure, Restore, Stop, StopError};
+use snaprestore_engine::sys::{Features, Mask};
+use snaprestore_fixtures::host::skipped;
+use snaprestore_fixtures::images::SplitMix;
+use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
+
+use crate::common::{
+    PAGE, address, compare, in_child, open, pack, peek, poke, random_bytes, wait_until,
+};
+use crate::owner::{madvise, map_at, munmap, own};
+
+/// A snapshot of `pages` pages that repeat one word each, so that its file is small.
+fn filled(pages: u64) -> Arc<Snapshot> {
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    writer.write_fill(pages, u64::MAX).unwrap();
+    open(writer.finish().unwrap().0)
+}
+
+/// The first byte of a page as the kernel reads it, if it may.
+fn read(address: usize) -> Option<u8> {
+    let mut byte = 0_u8;
+    let from = libc::iovec {
+        iov_base: std::ptr::with_exposed_provenance_mut(address),
+        iov_len: 1,
+    };
+    let to = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    // SAFETY: the kernel reads one byte of this process, or answers with an error, and writes it to a live byte.
+    let read =
+        unsafe { libc::process_vm_readv(libc::getpid(), &raw const to, 1, &raw const from, 1, 0) };
+    (read == 1).then_some(byte)
+}
+
+/// A thread that unmaps memory of its own, and maps something else at the same place, while the restore is given up: the
+/// new mapping became inaccessible, because the missing pages were protected by their addresses.
+#[test]
+fn memory_mapped_afresh_is_left_alone() {
+    const PAGES: usize = 1024;
+    const PIECE: usize = 16;
+    let bytes = random_bytes(PAGES as u64, 1);
+    let snapshot = open(pack(&bytes, 8));
+    for round in 0..60 {
+        let memory = own(PAGES);
+        let base = memory.as_ptr().expose_provenance();
+        let mut restored = Restore::new(Arc::clone(&snapshot))
+            .region(0, memory)
+            .start()
+            .unwrap();
+        // Something present in each piece, so that what is missing is in many.
+        for page in (0..PAGES).step_by(PIECE) {
+            peek(base + page * PAGE);
+        }
+        let (begun, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let maps = scope.spawn(|| {
+                let mut mapped = Vec::new();
+                for piece in (0..PAGES).step_by(PIECE).skip(1) {
+                    let place = base + piece * PAGE;
+                    munmap(place, PIECE);
+                    map_at(place, PIECE);
+                    poke(place, 7);
+                    mapped.push(place);
+                    begun.store(true, SeqCst);
+                    if ended.load(SeqCst) {
+                        break;
+                    }
+                }
+                mapped
+            });
+            while !begun.load(SeqCst) {
+                std::hint::spin_loop();
+            }
+            if round % 2 == 0 {
+                restored.stop(Stop::Inaccessible).unwrap();
+            } else {
+                drop(restored);
+            }
+            ended.store(true, SeqCst);
+            for place in maps.join().unwrap() {
+                assert_eq!(read(place), Some(7), "round {round}");
+                assert_eq!(read(place + PAGE), Some(0), "round {round}");
+            }
+        });
+        munmap(base, PAGES);
+    }
+}
+
+/// Missing pages are errors in every read, and present and discarded ones stay as they are, on a kernel that can poison
+/// and on one that can't.
+#[test]
+fn only_what_is_missing_is_lost() {
+    const PAGES: usize = 512;
+    let bytes = random_bytes(PAGES as u64, 2);
+    let snapshot = open(pack(&bytes, 8));
+    for mask in [Mask::NONE, Mask::NONE.hiding(Features::POISON)] {
+        for by_drop in [false, true] {
+            let memory = own(PAGES);
+            let base = memory.as_ptr().expose_provenance();
+            let mut restored = Restore::new(Arc::clone(&snapshot))
+                .region(0, memory)
+                .on_failure(OnFailure::Abort)
+                .mask(mask)
+                .start()
+                .unwrap();
+            compare(&restored, &bytes, [0, 100, 511]);
+            madvise(base + 200 * PAGE, 2, libc::MADV_DONTNEED);
+            if by_drop {
+                drop(restored);
+            } else {
+                restored.stop(Stop::Inaccessible).unwrap();
+                restored.stop(Stop::Inaccessible).unwrap();
+            }
+            let seen = |page: usize| read(base + page * PAGE);
+            for page in [0, 100, 511] {
+                assert_eq!(
+                    seen(page),
+                    Some(bytes[page * PAGE]),
+                    "{mask:?}: page {page}"
+                );
+            }
+            assert_eq!((seen(200), seen(201)), (Some(0), Some(0)), "{mask:?}");
+            let lost = (0..PAGES).filter(|page| seen(*page).is_none()).count();
+            // What was touched came with the rest of its frames.
+            assert!((400..=PAGES - 5).contains(&lost), "{mask:?}: {lost} lost");
+            let is_right = |page: usize| seen(page) == Some(bytes[page * PAGE]);
+            let right = (0..PAGES).filter(|page| is_right(*page)).count();
+            assert!(
+                right + lost + 2 >= PAGES,
+                "{mask:?}: {right} right, {lost} lost"
+            );
+            munmap(base, PAGES);
+        }
+    }
+}
+
+/// A touch of a missing page is SIGBUS once a restore was given up.
+#[test]
+fn touching_what_was_given_up_is_sigbus() {
+    let ended = in_child(|| {
+        let bytes = random_bytes(64, 3);
+        let mut restored = Restore::new(open(pack(&bytes, 8))).start().unwrap();
+        restored.stop(Stop::Inaccessible).unwrap();
+        peek(address(&restored, 7));
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGBUS), "{ended:?}");
+}
+
+/// What is missing is in more pieces than a process may have mappings. Present pages were made inaccessible then, without
+/// a word.
+#[test]
+fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
+    const TEST: &str = "pieces_beyond_the_limit_of_mappings_lose_nothing_silently";
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let limit: usize = limit.trim().parse().unwrap();
+    if limit > 200_000 {
+        return skipped(TEST, &format!("vm.max_map_count is {limit}"));
+    }
+    let pages = 2 * limit + 2000;
+    let snapshot = filled(pages as u64);
+    for mask in [Mask::NONE, Mask::NONE.hiding(Features::POISON)] {
+        let memory = own(pages);
+        let base = memory.as_ptr().expose_provenance();
+        let mut restored = Restore::new(Arc::clone(&snapshot))
+            .region(0, memory)
+            .on_failure(OnFailure::Abort)
+            .mask(mask)
+            .start()
+            .unwrap();
+        for page in (0..pages).step_by(2) {
+            madvise(base + page * PAGE, 1, libc::MADV_DONTNEED);
+        }
+        let stopped = restored.stop(Stop::Inaccessible);
+        let seen = [0, 1, pages - 2, pages - 1].map(|page| read(base + page * PAGE));
+        if mask == Mask::NONE {
+            stopped.unwrap();
+            assert_eq!(seen, [Some(0), None, Some(0), None]);
+        } else {
+            let refused = stopped.unwrap_err();
+            assert!(
+                matches!(refused, StopError::TooManyMappings(_)),
+                "{refused}"
+            );
+            assert!(
+                refused.to_string().contains("vm.max_map_count"),
+                "{refused}"
+            );
+            assert_eq!(seen, [None; 4]);
+        }
+        drop(restored);
+        munmap(base, pages);
+    }
+}
+
+/// Threads that discard without a pause: each poisoning began again at the first page, and stopping took seconds.
+#[test]
+fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
+    const PAGES: usize = 1 << 18;
+    const THREADS: usize = 16;
+    let snapshot = filled(PAGES as u64);
+    for round in 0..4 {
+        let memory = own(PAGES);
+        let base = memory.as_ptr().expose_provenance();
+        let mut restored = Restore::new(Arc::clone(&snapshot))
+            .region(0, memory)
+            .start()
+            .unwrap();
+        let ended = AtomicBool::new(false);
+        let discards = AtomicUsize::new(0);
+        let (elapsed, events) = std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (ended, discards) = (&ended, &discards);
+                scope.spawn(move || {
+                    let mut random = SplitMix(thread as u64);
+                    while !ended.load(SeqCst) {
+                        madvise(
+                            base + (random.next() % PAGES as u64) as usize * PAGE,
+                            1,
+                            libc::MADV_DONTNEED,
+                        );
+                        discards.fetch_add(1, SeqCst);
+                    }
+                });
+            }
+            wait_until("the storm rages", || {
+                discards.load(SeqCst) > 2000 * (round + 1)
+            });
+            let before = restored.stats().events;
+            let begun = Instant::now();
+            restored.stop(Stop::Inaccessible).unwrap();
+            let elapsed = begun.elapsed();
+            ended.store(true, SeqCst);
+            (elapsed, restored.stats().events - before)
+        });
+        println!(
+            "stopped after {elapsed:?}, {events} events, {} discards",
+            discards.into_inner()
+        );
+        // The aim is a tenth of a second on a machine of two cores.
+        assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+        munmap(base, PAGES);
+    }
+}
