@@ -6,11 +6,12 @@
 //!     CRC-32 of the record = the one that the index recorded  before any byte of it is believed
 //!     header agrees with the index; lengths add up
 //!     page list: slots within the frame, pages within the snapshot, at most 4 pages a slot
+//!     payload is exactly one zstd frame                       none before, between or behind
 //!     payload -> out, exactly slots * 4096 bytes
 //! ```
 //!
 //! The payload can be decoded in two steps, the first of which ends when the page that somebody
-//! waits for has come out. zstd decodes block by block, and the writer gives a frame several.
+//! waits for has come out. zstd decodes block by block, and the writer gives a frame of 64 KiB and more at least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
 //! [`FrameDecoder`], a dictionary is prepared once per snapshot.
@@ -22,19 +23,20 @@ use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use crate::error::{Defect, FrameError, ReadError};
 use crate::frame::{Codec, FrameRef, ListedPages, Parts};
-use crate::layout::{FrameHeader, MAX_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun};
+use crate::layout::{MAX_FRAME_RECORD_BYTES, PAGE_SIZE};
 use crate::snapshot::Snapshot;
 use crate::store::Reason;
 use crate::types::SnapshotId;
 
-/// Frames of at least so many pages are decoded in steps. Writers give shorter ones a single block.
+/// Frames of at least so many pages are decoded in steps: the writer gives these at least two zstd
+/// blocks.
 const LEAST_PAGES: u16 = 16;
 /// Dictionaries that a decoder prepares for decoding in steps.
 const MOST_STREAMS: usize = 4;
 /// Bytes that tell zstd how many it wants next.
 const FRAME_HEADER_START: usize = 5;
-/// The part of a zstd frame header's first byte that must be as writers have it, and how they have
-/// it: a single segment, no checksum.
+/// The part of a zstd frame header's first byte that decides whether the frame is decoded in steps,
+/// and how it must be: a single segment, no checksum. Levels 1 and 2 give long frames a window.
 const DESCRIPTOR_MASK: u8 = 1 << 5 | 1 << 2;
 const DESCRIPTOR: u8 = 1 << 5;
 /// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context that
@@ -214,12 +216,6 @@ impl FrameDecoder {
         }
         self.streams.iter().position(|(have, _)| *have == number)
     }
-
-    /// The payload of the record that was decoded last: the verifier looks at it more closely.
-    pub(crate) fn payload(&self, frame: &FrameRef, listed_runs: usize) -> &[u8] {
-        let from = size_of::<FrameHeader>() + listed_runs * size_of::<PageRun>();
-        &self.record[from..frame.stored_len as usize]
-    }
 }
 
 impl Begun {
@@ -293,7 +289,23 @@ fn read<'a>(
         return Err(damaged(snapshot, frame, defect));
     }
     Parts::check(record, frame, snapshot.page_slots())
+        .and_then(|parts| {
+            if frame.codec != Codec::Raw {
+                one_zstd_frame(parts.payload)?;
+            }
+            Ok(parts)
+        })
         .map_err(|defect| damaged(snapshot, frame, defect))
+}
+
+/// Checks that `bytes` are exactly one zstd frame: zstd itself would decode several, one behind the
+/// other, and skip those that it is told to skip.
+pub(crate) fn one_zstd_frame(bytes: &[u8]) -> Result<(), Defect> {
+    if zstd_safe::find_frame_compressed_size(bytes) == Ok(bytes.len()) {
+        return Ok(());
+    }
+    let reason = Cow::Borrowed("not exactly one zstd frame");
+    Err(Defect::Decode { reason })
 }
 
 fn decode_whole(
@@ -326,12 +338,11 @@ fn decode_whole(
         .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
-/// Whether `payload` is one zstd frame with the header that writers give it: then decoding it in
+/// Whether `payload`, which is one zstd frame, has a header of the usual kind: then decoding it in
 /// steps comes to what decoding it at once does, or to an error behind what has come out.
 fn is_stepwise(payload: &[u8], len: usize) -> bool {
     payload.get(4).map(|first| first & DESCRIPTOR_MASK) == Some(DESCRIPTOR)
         && matches!(zstd_safe::get_frame_content_size(payload), Ok(Some(size)) if size == len as u64)
-        && zstd_safe::find_frame_compressed_size(payload) == Ok(payload.len())
 }
 
 fn damaged(snapshot: &Snapshot, frame: &FrameRef, defect: Defect) -> FrameError {

@@ -1,6 +1,7 @@
-//! The content digest: tells whether two snapshots hold the same memory, however they store it.
+//! The content digest tells whether two snapshots hold the same memory, however they store it; the
+//! state digest, whether they also have the same regions and attachments.
 //!
-//! A tree of BLAKE3 hashes, fixed by page numbers and content alone:
+//! The content digest is a tree of BLAKE3 hashes, fixed by page numbers and content alone:
 //!
 //! ```text
 //! page   = content that is no fill: BLAKE3(4096 bytes)
@@ -15,8 +16,19 @@
 //! A page that repeats a word has the digest of the fill even if a file stores its bytes, so the
 //! digest doesn't depend on how clever the writer was. Numbers past a region's end have no digest.
 //! The blocks come before the regions because a writer learns the last length at the very end.
+//!
+//! ```text
+//! state  = BLAKE3("snaprestore state" ++ root
+//!                 ++ for each region: flags, page shift and length of the name as 4 bytes LE each,
+//!                    the name
+//!                 ++ number of regions as 8 bytes LE
+//!                 ++ for each attachment, in the order of the names' bytes: length of the name as
+//!                    4 bytes LE, the name, BLAKE3(the attachment)
+//!                 ++ number of attachments as 8 bytes LE)
+//! ```
 
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
+use crate::types::Region;
 
 /// A BLAKE3 hash.
 pub type Digest = [u8; 32];
@@ -25,6 +37,7 @@ const FILL: &[u8] = b"snaprestore fill";
 const UNAVAILABLE: &[u8] = b"snaprestore unavailable";
 const BLOCK: &[u8] = b"snaprestore block";
 const CONTENT: &[u8] = b"snaprestore content";
+const STATE: &[u8] = b"snaprestore state";
 
 /// The word that the whole of `page` repeats, if there is one.
 ///
@@ -140,6 +153,33 @@ impl ContentHasher {
     }
 }
 
+/// Digest of a snapshot's state: its content, what its regions are, and its attachments, each as
+/// name and BLAKE3 hash, in any order.
+pub fn state(content: &Digest, regions: &[Region], attachments: &[(&str, Digest)]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(STATE).update(content);
+    // No name is longer than 4096 bytes.
+    let len = |name: &str| u32::try_from(name.len()).unwrap_or(u32::MAX).to_le_bytes();
+    for region in regions {
+        hasher
+            .update(&region.flags.to_le_bytes())
+            .update(&region.page_shift.to_le_bytes())
+            .update(&len(&region.name))
+            .update(region.name.as_bytes());
+    }
+    hasher.update(&(regions.len() as u64).to_le_bytes());
+    let mut by_name: Vec<_> = attachments.iter().collect();
+    by_name.sort_unstable_by_key(|(name, _)| *name);
+    for (name, digest) in by_name {
+        hasher
+            .update(&len(name))
+            .update(name.as_bytes())
+            .update(digest);
+    }
+    hasher.update(&(attachments.len() as u64).to_le_bytes());
+    hasher.finalize().into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,5 +229,39 @@ mod tests {
         assert_ne!(base, root(&[fill(1), fill(2)], &[(1, 0, 1000)]));
         assert_ne!(base, root(&[fill(1), fill(2)], &[(0, 4096, 1000)]));
         assert_ne!(base, root(&[fill(1), fill(2)], &[(0, 0, 1001)]));
+    }
+
+    #[test]
+    fn the_state_depends_on_flags_names_and_attachments() {
+        let region = |flags, name: &str| Region {
+            space: 0,
+            flags,
+            start: 0,
+            pages: 1,
+            first_page: 0,
+            page_shift: 12,
+            name: name.to_owned(),
+        };
+        let (ram, one, two) = ([region(3, "ram")], ("one", fill(1)), ("two", fill(2)));
+        let base = state(&fill(0), &ram, &[one, two]);
+        assert_eq!(base, state(&fill(0), &ram, &[two, one]), "in any order");
+        for other in [
+            state(&fill(9), &ram, &[one, two]),
+            state(&fill(0), &[region(1, "ram")], &[one, two]),
+            state(&fill(0), &[region(3, "rom")], &[one, two]),
+            state(
+                &fill(0),
+                &[Region {
+                    page_shift: 21,
+                    ..region(3, "ram")
+                }],
+                &[one, two],
+            ),
+            state(&fill(0), &ram, &[one]),
+            state(&fill(0), &ram, &[one, ("two", fill(3))]),
+            state(&fill(0), &ram, &[one, ("tow", fill(2))]),
+        ] {
+            assert_ne!(base, other);
+        }
     }
 }

@@ -38,6 +38,7 @@ pub enum Part {
 
 impl Part {
     pub(crate) const TOP: Self = Self::Section(SectionKind::Top);
+    pub(crate) const REGIONS: Self = Self::Section(SectionKind::Regions);
 }
 
 impl fmt::Display for Part {

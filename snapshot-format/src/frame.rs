@@ -271,3 +271,53 @@ fn check_runs(runs: &[PageRun], base_page: u64, slots: u16, page_slots: u64) -> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The limit is on all listed pages together: one slot may have most of them.
+    #[test]
+    fn a_list_is_bounded_in_total() {
+        let list = |named: u32| -> Vec<PageRun> {
+            (0..named)
+                .map(|page| PageRun {
+                    page: page.into(),
+                    slot: 1.into(),
+                    count: 1.into(),
+                })
+                .collect()
+        };
+        assert_eq!(check_runs(&list(8), 0, 2, 512), Ok(()));
+        let too_many = check_runs(&list(9), 0, 2, 512);
+        assert!(
+            matches!(
+                too_many,
+                Err(Defect::TooLarge {
+                    value: 9,
+                    limit: 8,
+                    ..
+                })
+            ),
+            "{too_many:?}"
+        );
+    }
+
+    /// Numbers that no page has are page numbers, too; the one behind the last is none.
+    #[test]
+    fn a_list_ends_with_the_page_numbers() {
+        let run = |count: u16| {
+            [PageRun {
+                page: 0.into(),
+                slot: 0.into(),
+                count: count.into(),
+            }]
+        };
+        assert_eq!(check_runs(&run(2), 510, 4, 512), Ok(()));
+        let beyond = check_runs(&run(3), 510, 4, 512);
+        assert!(
+            matches!(beyond, Err(Defect::OutOfBounds { .. })),
+            "{beyond:?}"
+        );
+    }
+}

@@ -67,8 +67,8 @@ impl Body {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockRef {
     pub(crate) offset: u64,
-    pub(crate) stored_len: u32,
-    pub(crate) decoded_len: u32,
+    pub(crate) stored_len: u16,
+    pub(crate) decoded_len: u16,
     pub(crate) crc: u32,
     pub(crate) compressed: bool,
 }
@@ -105,9 +105,9 @@ impl TopTable {
     pub(crate) fn get(&self, block: u64) -> Option<CheckedTop> {
         let entry = records::<TopEntry>(&self.bytes).get(usize::try_from(block).ok()?)?;
         Some(match entry.kind {
-            top_kind::FILL => CheckedTop::Fill(entry.word.get()),
+            top_kind::FILL => CheckedTop::Fill(entry.word_or_offset.get()),
             top_kind::BLOCK => CheckedTop::Block(BlockRef {
-                offset: entry.offset.get(),
+                offset: entry.word_or_offset.get(),
                 stored_len: entry.stored_len.get(),
                 decoded_len: entry.decoded_len.get(),
                 crc: entry.crc.get(),
@@ -135,12 +135,12 @@ fn check_top(entry: &TopEntry, body: Body) -> Result<(), Defect> {
     let without_block = entry.codec == 0
         && entry.layer.get() == 0
         && entry.stored_len.get() == 0
-        && entry.offset.get() == 0
+        && entry.decoded_len.get() == 0
         && entry.crc.get() == 0
-        && entry.decoded_len.get() == 0;
+        && entry.ancestor_block.get() == 0;
     match entry.kind {
         top_kind::FILL if without_block => Ok(()),
-        top_kind::UNAVAILABLE if without_block && entry.word.get() == 0 => Ok(()),
+        top_kind::UNAVAILABLE if without_block && entry.word_or_offset.get() == 0 => Ok(()),
         top_kind::FILL | top_kind::UNAVAILABLE => Err(Defect::Reserved {
             field: "what a top entry without an index block leaves unused",
         }),
@@ -151,17 +151,17 @@ fn check_top(entry: &TopEntry, body: Body) -> Result<(), Defect> {
 
 fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
     let (stored_len, decoded_len) = (entry.stored_len.get(), entry.decoded_len.get());
-    if entry.word.get() != 0 {
+    check_layer(entry.layer.get())?;
+    if entry.ancestor_block.get() != 0 {
         return Err(Defect::Reserved {
-            field: "word of a top entry with an index block",
+            field: "ancestor block of a top entry with an index block of this file",
         });
     }
-    check_layer(entry.layer.get())?;
     for (field, value) in [
         ("stored length of an index block", stored_len),
         ("decoded length of an index block", decoded_len),
     ] {
-        if value as usize > MAX_INDEX_BLOCK_BYTES {
+        if usize::from(value) > MAX_INDEX_BLOCK_BYTES {
             return Err(Defect::TooLarge {
                 field,
                 value: value.into(),
@@ -169,7 +169,7 @@ fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
             });
         }
     }
-    if (decoded_len as usize) < size_of::<IndexHeader>() {
+    if usize::from(decoded_len) < size_of::<IndexHeader>() {
         return Err(Defect::value(
             "decoded length of an index block",
             decoded_len,
@@ -194,7 +194,7 @@ fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
         codec::RAW | codec::ZSTD => {}
         other => return Err(Defect::value("codec of an index block", other, "0 or 1")),
     }
-    body.check("index block", entry.offset.get(), stored_len.into())
+    body.check("index block", entry.word_or_offset.get(), stored_len.into())
 }
 
 /// This reader has refused files that set the `ancestors` feature, so all is in this file.

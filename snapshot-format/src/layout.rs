@@ -38,7 +38,8 @@ pub const MAX_SECTIONS: usize = 64;
 
 /// Most slots of a frame: 2 MiB decoded, so that one decode buffer serves every frame.
 pub const MAX_FRAME_SLOTS: usize = 512;
-/// Pages that one frame's list may name, for each of its slots: bounds what one decode installs.
+/// Pages that one frame's list may name for each slot that the frame has, all together, however
+/// they are spread over the slots: bounds what one decode installs.
 pub const MAX_LISTED_PAGES_PER_SLOT: usize = 4;
 /// Bytes of the shortest frame record: header, one run of its list, one byte of payload.
 pub const MIN_FRAME_RECORD_BYTES: usize = size_of::<FrameHeader>() + size_of::<PageRun>() + 1;
@@ -70,9 +71,9 @@ pub const MAX_SECTION_BYTES: u64 = 256 << 20;
 
 /// Most bytes of the property section.
 pub const MAX_PROPERTIES_BYTES: u64 = 1 << 20;
-/// Most bytes of a region section that a reader fetches in the same read as the top table, if it
-/// lies right before it.
-pub const MAX_INLINE_REGION_BYTES: u64 = 48 << 10;
+/// Bytes at the end of the file that a reader opens it with: one read, which in an ordinary
+/// snapshot brings the regions and the top table together with the trailer.
+pub const TAIL_BYTES: usize = 64 << 10;
 
 /// Bits of [`RegionEntry::flags`].
 pub mod region_flags {
@@ -152,9 +153,9 @@ pub struct Trailer {
     /// holds the hashes of all others, of the index blocks and of the frames.
     pub strong_root: [u8; 32],
     /// Zero, and ignored.
-    pub unused: [u8; 666],
+    pub unused: [u8; 650],
     /// Zero.
-    pub reserved: [u8; 666],
+    pub reserved: [u8; 650],
     /// Where the sections are, in any order; unused entries are zero.
     pub sections: [SectionEntry; MAX_SECTIONS],
     /// CRC-32 (IEEE) of the bytes before it.
@@ -191,6 +192,8 @@ pub struct Summary {
     pub index_bytes: U64,
     /// Digest of the content, the root of the tree over the block digests.
     pub content_digest: [u8; 32],
+    /// Digest of the content, of what the regions are, and of the attachments.
+    pub state_digest: [u8; 32],
 }
 
 impl SectionKind {
@@ -294,16 +297,15 @@ pub struct TopEntry {
     /// Layer that holds the index block: 0 is this file, n the n-th ancestor.
     pub layer: U16,
     /// Stored length of the index block.
-    pub stored_len: U32,
-    /// Where the index block lies.
-    pub offset: U64,
-    /// The repeated word, if a fill; number of the first page in the ancestor, if the index block
-    /// lies in one.
-    pub word: U64,
+    pub stored_len: U16,
+    /// Decoded length of the index block.
+    pub decoded_len: U16,
+    /// The repeated word of a fill, or the first byte of the index block.
+    pub word_or_offset: U64,
     /// CRC-32 (IEEE) of the stored index block.
     pub crc: U32,
-    /// Decoded length of the index block.
-    pub decoded_len: U32,
+    /// Number of the block in the ancestor that the index block lies in; 0 in layer 0.
+    pub ancestor_block: U32,
 }
 
 /// Values of [`TopEntry::kind`].
@@ -487,10 +489,10 @@ pub struct AncestorEntry {
 const _: () = {
     assert!(size_of::<Header>() == HEADER_BYTES);
     assert!(size_of::<Trailer>() == TRAILER_BYTES);
-    assert!(size_of::<Summary>() == 112);
+    assert!(size_of::<Summary>() == 144);
     assert!(size_of::<SectionEntry>() == 40);
     assert!(size_of::<RegionEntry>() == 64);
-    assert!(size_of::<TopEntry>() == 32);
+    assert!(size_of::<TopEntry>() == 24);
     assert!(size_of::<IndexHeader>() == 32);
     assert!(size_of::<FrameRef>() == 24);
     assert!(size_of::<PageEntry>() == 4);

@@ -1,15 +1,16 @@
-//! From a store to checked ends: header, trailer and directory.
+//! From a store to checked ends: trailer and directory, from the last 64 KiB of the file.
 //!
 //! The order of the checks decides what a broken file is called, so it is part of the format: see
-//! "Opening" in `FORMAT.md`.
+//! "Opening" in `FORMAT.md`. The header is read only to give a file without a trailer its name, and
+//! by the verifier.
 
 use zerocopy::FromBytes;
 
 use crate::error::{Defect, OpenError, Part};
 use crate::index::Body;
 use crate::layout::{
-    FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, Header, MAX_SECTIONS, PAGE_SIZE, TRAILER_BYTES,
-    TRAILER_MAGIC, Trailer, optional, required,
+    FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, Header, MAX_SECTIONS, PAGE_SIZE, TAIL_BYTES,
+    TRAILER_BYTES, TRAILER_MAGIC, Trailer, optional, required,
 };
 use crate::sections::Directory;
 use crate::store::{Reason, Store};
@@ -19,11 +20,12 @@ use crate::types::{SnapshotId, Summary};
 /// name, but can't yet read them.
 const SUPPORTED: u64 = required::KNOWN & !required::ANCESTORS;
 
-/// What the two ends of the file say, checked.
+/// What the trailer says, checked.
 #[derive(Debug)]
 pub(crate) struct Ends {
     pub(crate) id: SnapshotId,
     pub(crate) version: u32,
+    pub(crate) required_features: u64,
     pub(crate) optional_features: u64,
     pub(crate) file_bytes: u64,
     pub(crate) body: Body,
@@ -31,39 +33,86 @@ pub(crate) struct Ends {
     pub(crate) directory: Directory,
 }
 
-/// Reads and checks the ends of the file, with one read each.
-pub(crate) fn ends(store: &dyn Store) -> Result<Ends, OpenError> {
+/// The last 64 KiB of a file, or all of a shorter one.
+pub(crate) struct Tail {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Tail {
+    fn read(store: &dyn Store, file_bytes: u64) -> Result<Self, OpenError> {
+        let len = usize::try_from(file_bytes).map_or(TAIL_BYTES, |len| len.min(TAIL_BYTES));
+        let start = file_bytes - len as u64;
+        let mut bytes = vec![0; len];
+        read(store, Part::Trailer, &mut bytes, start)?;
+        Ok(Self { start, bytes })
+    }
+
+    /// Fills `buf`, which the file has from `offset` on, and reads what lies before the tail.
+    pub(crate) fn read_exact_at(
+        &self,
+        store: &dyn Store,
+        part: Part,
+        buf: &mut [u8],
+        offset: u64,
+    ) -> Result<(), OpenError> {
+        let before = self.start.saturating_sub(offset);
+        let before = usize::try_from(before).map_or(buf.len(), |before| before.min(buf.len()));
+        let (before, within) = buf.split_at_mut(before);
+        if !before.is_empty() {
+            read(store, part, before, offset)?;
+        }
+        if !within.is_empty() {
+            // Both are offsets within the file, and the tail is in memory.
+            let from = usize::try_from(offset.max(self.start) - self.start).unwrap_or(0);
+            within.copy_from_slice(&self.bytes[from..from + within.len()]);
+        }
+        Ok(())
+    }
+}
+
+/// Checks the end of the file, which it gets with one read.
+pub(crate) fn ends(store: &dyn Store) -> Result<(Ends, Tail), OpenError> {
     let file = || store.name();
     let file_bytes = store.len().map_err(|source| OpenError::NoStore {
         file: file(),
         source,
     })?;
+    let tail = Tail::read(store, file_bytes)?;
+    if !tail.bytes.ends_with(&TRAILER_MAGIC) || file_bytes < (HEADER_BYTES + TRAILER_BYTES) as u64 {
+        return Err(without_trailer(store, file_bytes));
+    }
+    let trailer = &tail.bytes[tail.bytes.len() - TRAILER_BYTES..];
+    Ok((check_trailer(&file, trailer, file_bytes)?, tail))
+}
+
+/// Names a file that doesn't end in a trailer: its header is all there is to go by.
+fn without_trailer(store: &dyn Store, file_bytes: u64) -> OpenError {
+    let file = || store.name();
+    let incomplete = OpenError::Incomplete {
+        file: file(),
+        file_bytes,
+    };
     let mut buffer = [0; HEADER_BYTES];
     let there = usize::try_from(file_bytes).map_or(HEADER_BYTES, |len| len.min(HEADER_BYTES));
     let head = &mut buffer[..there];
-    read(store, Part::Header, head, 0)?;
+    if let Err(error) = read(store, Part::Header, head, 0) {
+        return error;
+    }
     let magic = &head[..there.min(HEADER_MAGIC.len())];
     if magic.is_empty() || !HEADER_MAGIC.starts_with(magic) {
-        return Err(OpenError::NotASnapshot { file: file() });
+        return OpenError::NotASnapshot { file: file() };
     }
-    if file_bytes < (HEADER_BYTES + TRAILER_BYTES) as u64 {
-        return Err(OpenError::Incomplete {
-            file: file(),
-            file_bytes,
-        });
+    let Ok(header) = Header::ref_from_bytes(head) else {
+        return incomplete;
+    };
+    if let Err(defect) = check_header_crc(header, head) {
+        return damaged(&file, Part::Header, 0, defect);
     }
-    let header = check_header(&file, head)?;
-
-    let mut tail = [0; TRAILER_BYTES];
-    let trailer_at = file_bytes - TRAILER_BYTES as u64;
-    read(store, Part::Trailer, &mut tail, trailer_at)?;
-    if !tail.ends_with(&TRAILER_MAGIC) {
-        return Err(OpenError::Incomplete {
-            file: file(),
-            file_bytes,
-        });
-    }
-    check_trailer(&file, &header, &tail, file_bytes)
+    check_version(&file, header.version.get())
+        .and_then(|()| check_features(&file, header.required_features.get()))
+        .err()
+        .unwrap_or(incomplete)
 }
 
 fn read(store: &dyn Store, part: Part, buf: &mut [u8], offset: u64) -> Result<(), OpenError> {
@@ -87,42 +136,80 @@ fn damaged(file: &dyn Fn() -> String, part: Part, offset: u64, defect: Defect) -
     }
 }
 
-/// Magic and checksum stand at the same place in every version, so that a flipped bit is damage
-/// and only a whole header can name a version.
-fn check_header(file: &dyn Fn() -> String, bytes: &[u8]) -> Result<Header, OpenError> {
-    let damaged = |defect| damaged(file, Part::Header, 0, defect);
-    let header = Header::read_from_bytes(bytes).map_err(|_| OpenError::Incomplete {
-        file: file(),
-        file_bytes: bytes.len() as u64,
-    })?;
+fn check_header_crc(header: &Header, bytes: &[u8]) -> Result<(), Defect> {
     let computed = crc32fast::hash(&bytes[..HEADER_BYTES - 4]);
-    if computed != header.crc.get() {
-        return Err(damaged(Defect::Checksum {
-            stored: header.crc.get(),
-            computed,
-        }));
+    let stored = header.crc.get();
+    if computed == stored {
+        return Ok(());
     }
-    if header.version.get() != FORMAT_VERSION {
-        return Err(OpenError::UnsupportedVersion {
-            file: file(),
-            version: header.version.get(),
-            accepted: FORMAT_VERSION,
+    Err(Defect::Checksum { stored, computed })
+}
+
+/// Holds the header, the first bytes of the file, against the rest: for the verifier.
+pub(crate) fn check_header(bytes: &[u8; HEADER_BYTES], ends: &Ends) -> Result<(), Defect> {
+    if !bytes.starts_with(&HEADER_MAGIC) {
+        let detail = "not the magic bytes of a snapshot".into();
+        return Err(Defect::Text {
+            field: "first bytes of the file",
+            detail,
         });
     }
-    check_features(file, header.required_features.get())?;
+    let Ok(header) = Header::ref_from_bytes(bytes) else {
+        let what = "header".into();
+        return Err(Defect::Missing { what });
+    };
+    check_header_crc(header, bytes)?;
+    if header.version.get() != ends.version {
+        return Err(Defect::value(
+            "version of the header",
+            header.version.get(),
+            format!("{}, as the trailer says", ends.version),
+        ));
+    }
     if header.page_size.get() as usize != PAGE_SIZE {
-        return Err(damaged(Defect::value(
+        return Err(Defect::value(
             "page size",
             header.page_size.get(),
             format!("{PAGE_SIZE}"),
-        )));
+        ));
+    }
+    let only_here = header.optional_features.get() & !ends.optional_features
+        | header.required_features.get() & !ends.required_features;
+    if only_here != 0 {
+        return Err(Defect::value(
+            "features of the header",
+            only_here,
+            "features that the trailer names too",
+        ));
+    }
+    if header.snapshot_id != ends.id.0 {
+        return Err(Defect::Text {
+            field: "snapshot id of the header",
+            detail: format!(
+                "{}, but the trailer says {}",
+                SnapshotId(header.snapshot_id),
+                ends.id
+            )
+            .into(),
+        });
     }
     if header.reserved.iter().any(|&byte| byte != 0) {
-        return Err(damaged(Defect::Reserved {
+        return Err(Defect::Reserved {
             field: "reserved bytes of the header",
-        }));
+        });
     }
-    Ok(header)
+    Ok(())
+}
+
+fn check_version(file: &dyn Fn() -> String, version: u32) -> Result<(), OpenError> {
+    if version == FORMAT_VERSION {
+        return Ok(());
+    }
+    Err(OpenError::UnsupportedVersion {
+        file: file(),
+        version,
+        accepted: FORMAT_VERSION,
+    })
 }
 
 fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenError> {
@@ -147,9 +234,10 @@ fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenEr
     })
 }
 
+/// Version, checksum and magic stand at the same place in every version, so that a flipped bit is
+/// damage and only a whole trailer can name a version.
 fn check_trailer(
     file: &dyn Fn() -> String,
-    header: &Header,
     bytes: &[u8],
     file_bytes: u64,
 ) -> Result<Ends, OpenError> {
@@ -166,35 +254,8 @@ fn check_trailer(
             computed,
         }));
     }
-    if trailer.version.get() != header.version.get() {
-        return Err(damaged(Defect::value(
-            "version of the trailer",
-            trailer.version.get(),
-            format!("{}, as the header says", header.version),
-        )));
-    }
-    if trailer.snapshot_id != header.snapshot_id {
-        return Err(damaged(Defect::Text {
-            field: "snapshot id of the trailer",
-            detail: format!(
-                "{}, but the header says {}",
-                SnapshotId(trailer.snapshot_id),
-                SnapshotId(header.snapshot_id)
-            )
-            .into(),
-        }));
-    }
+    check_version(file, trailer.version.get())?;
     check_features(file, trailer.required_features.get())?;
-    // Every feature that passed is supported, so there is none that only the header could name.
-    let only_in_header = header.optional_features.get() & !trailer.optional_features.get()
-        | header.required_features.get() & !trailer.required_features.get();
-    if only_in_header != 0 {
-        return Err(damaged(Defect::value(
-            "features of the header",
-            only_in_header,
-            "features that the trailer names too",
-        )));
-    }
     if trailer.file_bytes.get() != file_bytes {
         return Err(damaged(Defect::value(
             "length of the file as recorded",
@@ -239,8 +300,9 @@ fn check_trailer(
             defect: flaw.defect,
         })?;
     Ok(Ends {
-        id: SnapshotId(header.snapshot_id),
-        version: header.version.get(),
+        id: SnapshotId(trailer.snapshot_id),
+        version: trailer.version.get(),
+        required_features: trailer.required_features.get(),
         optional_features: trailer.optional_features.get(),
         file_bytes,
         body,

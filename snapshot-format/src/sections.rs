@@ -152,8 +152,8 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
             MAX_BLOBS as u64,
             MAX_SECTION_BYTES,
         ),
-        // Lines of text: at least a byte for the key, the equals sign and the end of the line.
-        SectionKind::Properties => (3, true, u64::MAX, layout::MAX_PROPERTIES_BYTES),
+        // Lines of text, which are counted when they are read.
+        SectionKind::Properties => (0, true, u64::MAX, layout::MAX_PROPERTIES_BYTES),
         SectionKind::Ancestors => (
             size_of::<layout::AncestorEntry>(),
             false,

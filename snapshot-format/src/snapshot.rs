@@ -1,8 +1,8 @@
 //! An open snapshot: what a page is, and where everything else lies.
 //!
-//! Opening reads the header, the trailer and the top table, and with it the regions if they lie
-//! right before it: three reads whatever the size. Everything else is read when it is first asked
-//! for, checked, and kept. A look-up reads at most one index block, which carries all that is
+//! Opening reads the last 64 KiB of the file, which in an ordinary snapshot hold trailer, top table
+//! and regions; what of these lies before takes one more read. Everything else is read when it is
+//! first asked for, checked, and kept. A look-up reads at most one index block, which carries all that is
 //! needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
@@ -17,9 +17,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
+use self::opening::Tables;
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
-use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind};
+use crate::layout::{HEADER_BYTES, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
 use crate::open::{self, Ends};
 use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
@@ -32,8 +33,8 @@ pub struct SnapshotOptions {
     /// Most bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB and stands
     /// for 2 MiB of the owner's memory.
     pub index_cache_bytes: u64,
-    /// Most bytes of a top table that are read into memory: 16 for each MiB of the owner's memory,
-    /// so the default of 256 MiB stands for 16 TiB. A sparse file of any length costs nothing to
+    /// Most bytes of a top table that are read into memory: 12 for each MiB of the owner's memory,
+    /// so the default of 256 MiB stands for 21 TiB. A sparse file of any length costs nothing to
     /// make, and what it claims must not decide what is allocated.
     pub most_top_bytes: u64,
 }
@@ -69,7 +70,7 @@ pub struct Snapshot {
     name: String,
     ends: Ends,
     top: TopTable,
-    regions: OnceLock<Vec<Region>>,
+    regions: Vec<Region>,
     dictionaries: OnceLock<Vec<Dictionary>>,
     /// Decompressors for index blocks: as many as there were look-ups at once.
     contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
@@ -126,9 +127,15 @@ impl Snapshot {
 
     /// Opens the snapshot in `store` with options.
     pub fn open_with(store: Arc<dyn Store>, options: &SnapshotOptions) -> Result<Self, OpenError> {
-        let ends = open::ends(&*store)?;
+        let (ends, tail) = open::ends(&*store)?;
         let name = store.name();
-        let (top, regions) = opening::read_tables(&*store, &name, &ends, options.most_top_bytes)?;
+        let tables = Tables {
+            store: &*store,
+            name: &name,
+            ends: &ends,
+            tail: &tail,
+        };
+        let (top, regions) = tables.read(options.most_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is a shard for every quarter of a core, which on a large machine would cut
         // the bound into pieces smaller than a few blocks.
@@ -146,7 +153,7 @@ impl Snapshot {
             name,
             ends,
             top,
-            regions: regions.map_or_else(OnceLock::new, OnceLock::from),
+            regions,
             dictionaries: OnceLock::new(),
             contexts: Mutex::new(Vec::new()),
             blocks: Cache::with_options(
@@ -203,20 +210,14 @@ impl Snapshot {
         self.top.len() * PAGES_PER_BLOCK_U64
     }
 
-    /// The regions, in the order of page numbers.
+    /// The regions, in the order of page numbers. They were read when the snapshot was opened.
     pub fn regions(&self) -> Result<&[Region], ReadError> {
-        let regions = get_or_try(&self.regions, || {
-            let section = self.needed(SectionKind::Regions)?;
-            let bytes = self.read_section(section, Part::Section(SectionKind::Regions))?;
-            sections::regions(&bytes, section, self.top.len(), self.ends.summary.pages)
-                .map_err(|flaw| self.damaged(Part::Section(SectionKind::Regions), flaw))
-        })?;
-        Ok(regions)
+        Ok(&self.regions)
     }
 
     /// The region that `page` belongs to; none for numbers past a region's end.
     pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
-        Ok(sections::region_of(self.regions()?, page))
+        Ok(sections::region_of(&self.regions, page))
     }
 
     /// What the top table says about a block. Entries for a last block speak of its used numbers
@@ -243,11 +244,11 @@ impl Snapshot {
     }
 
     /// Pages of a block: 512, or fewer at the end of a region.
-    fn pages_of_block(&self, block: u64) -> Result<usize, ReadError> {
+    fn pages_of_block(&self, block: u64) -> usize {
         let first = block * PAGES_PER_BLOCK_U64;
-        let region = sections::region_of(self.regions()?, first);
+        let region = sections::region_of(&self.regions, first);
         let pages = region.map_or(0, |region| region.first_page + region.pages - first);
-        Ok(usize::try_from(pages).map_or(PAGES_PER_BLOCK, |pages| pages.min(PAGES_PER_BLOCK)))
+        usize::try_from(pages).map_or(PAGES_PER_BLOCK, |pages| pages.min(PAGES_PER_BLOCK))
     }
 }
 
@@ -257,12 +258,12 @@ impl Snapshot {
         &self.ends.directory
     }
 
-    fn needed(&self, kind: SectionKind) -> Result<&Section, ReadError> {
-        self.directory().get(kind).ok_or_else(|| {
-            let part = Part::Section(kind);
-            let what = part.to_string().into();
-            self.damaged(part, Flaw::new(0, Defect::Missing { what }))
-        })
+    /// Holds the header against the trailer: for the verifier.
+    pub(crate) fn check_header(&self) -> Result<(), ReadError> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.read(Part::Header, &mut bytes, 0, Reason::Verify)?;
+        open::check_header(&bytes, &self.ends)
+            .map_err(|defect| self.damaged(Part::Header, Flaw::new(0, defect)))
     }
 
     pub(crate) fn read_section(&self, section: &Section, part: Part) -> Result<Vec<u8>, ReadError> {

@@ -67,6 +67,9 @@ pub struct Summary {
     pub index_bytes: u64,
     /// Digest of the content: see [`crate::digest`].
     pub content_digest: Digest,
+    /// Digest of the content, of what the regions are, and of the attachments: see
+    /// [`crate::digest::state`].
+    pub state_digest: Digest,
 }
 
 impl From<&layout::Summary> for Summary {
@@ -83,6 +86,7 @@ impl From<&layout::Summary> for Summary {
             stored_bytes: raw.stored_bytes.get(),
             index_bytes: raw.index_bytes.get(),
             content_digest: raw.content_digest,
+            state_digest: raw.state_digest,
         }
     }
 }
@@ -101,6 +105,7 @@ impl From<&Summary> for layout::Summary {
             stored_bytes: plain.stored_bytes.into(),
             index_bytes: plain.index_bytes.into(),
             content_digest: plain.content_digest,
+            state_digest: plain.state_digest,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The verifier: reads a whole file and says everything that is wrong with it.
 //!
 //! ```text
-//! header, trailer, directory, top table      as a reader opens them
+//! trailer, directory, top table, regions     as a reader opens them
+//! header                                     against the trailer
 //! every section and blob                     checksum, then content
 //! for each window of 1024 blocks (2 GiB of the owner's memory):
 //!     its index blocks, in parallel          checksum, structure, counts, nothing unused
@@ -11,7 +12,7 @@
 //!                                            is listed, no slot is a fill
 //!     digests of pages -> of blocks -> of the content
 //! every byte of the file                     belongs to exactly one thing, or is zero
-//! summary                                    as counted
+//! summary, with its digests                  as counted
 //! fill runs                                  as the index says
 //! ```
 //!
@@ -33,6 +34,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::digest::{self, Digest};
 use crate::error::{FrameError, OpenError, Part, ReadError};
 use crate::layout::SectionKind;
 use crate::snapshot::{Snapshot, SnapshotOptions};
@@ -221,17 +223,17 @@ pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Repor
         progress: options.progress,
         counted: Summary::default(),
         extents: extents::Extents::default(),
+        attachments: Vec::new(),
         complete: true,
         failed: None,
         pages_done: 0,
     };
+    check.header();
     check.sections()?;
-    if snapshot.regions().is_ok() {
-        check.pages()?;
-        check.fill_runs();
-        check.gaps()?;
-        check.summary();
-    }
+    check.pages()?;
+    check.fill_runs();
+    check.gaps()?;
+    check.summary();
     check.stop_if_failed()?;
     Ok(check.report)
 }
@@ -282,6 +284,8 @@ struct Check<'a> {
     /// The summary as it should be.
     counted: Summary,
     extents: extents::Extents,
+    /// Names and digests of the attachments that were read.
+    attachments: Vec<(String, Digest)>,
     /// Nothing so far was unreadable: what remains unexplained is then a problem of its own, and
     /// the counts are worth comparing.
     complete: bool,
@@ -332,6 +336,13 @@ impl Check<'_> {
         }
     }
 
+    /// The header, which nothing else depends on.
+    fn header(&mut self) {
+        if let Err(error) = self.snapshot.check_header() {
+            self.problem(error);
+        }
+    }
+
     /// Every section and what it points to, except the index.
     fn sections(&mut self) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
@@ -341,10 +352,7 @@ impl Check<'_> {
             self.extents.add(part, section.offset, section.len);
             match kind {
                 // Read and checked when the snapshot was opened.
-                Some(SectionKind::Top) => {}
-                Some(SectionKind::Regions) => {
-                    self.note(snapshot.regions());
-                }
+                Some(SectionKind::Top | SectionKind::Regions) => {}
                 Some(SectionKind::Properties) => {
                     self.note(snapshot.properties());
                 }
@@ -385,10 +393,17 @@ impl Check<'_> {
                 // Can be as long as it likes: whoever waits hears of it on the way.
                 _ => {
                     let part = Part::Attachment;
-                    let checked =
-                        snapshot.check_blob(part, &blob, Reason::Verify, |_| self.tell_progress());
+                    let mut hasher = blake3::Hasher::new();
+                    let checked = snapshot.check_blob(part, &blob, Reason::Verify, |bytes| {
+                        hasher.update(bytes);
+                        self.tell_progress()
+                    });
                     match checked {
-                        Ok(()) => (part, Ok(())),
+                        Ok(()) => {
+                            let digest = hasher.finalize().into();
+                            self.attachments.push((blob.name.clone(), digest));
+                            (part, Ok(()))
+                        }
                         Err(VerifyError::Read(error)) => (part, Err(error)),
                         Err(other) => return Err(other),
                     }
@@ -455,16 +470,28 @@ impl Check<'_> {
                 self.report.add("summary", trailer, detail);
             }
         }
-        if stated.content_digest != counted.content_digest {
-            self.report.add(
-                "digest",
-                trailer,
-                format!(
-                    "the content's digest is {}, recorded is {}",
-                    blake3::Hash::from(counted.content_digest),
-                    blake3::Hash::from(stated.content_digest)
-                ),
-            );
+        let regions = self.snapshot.regions().unwrap_or_default();
+        let attachments: Vec<_> = self
+            .attachments
+            .iter()
+            .map(|(name, digest)| (&name[..], *digest))
+            .collect();
+        let state = digest::state(&counted.content_digest, regions, &attachments);
+        for (what, stated, counted) in [
+            ("content", stated.content_digest, counted.content_digest),
+            ("state", stated.state_digest, state),
+        ] {
+            if stated != counted {
+                self.report.add(
+                    "digest",
+                    trailer,
+                    format!(
+                        "the {what}'s digest is {}, recorded is {}",
+                        blake3::Hash::from(counted),
+                        blake3::Hash::from(stated)
+                    ),
+                );
+            }
         }
     }
 }

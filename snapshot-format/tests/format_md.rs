@@ -92,14 +92,14 @@ structs! {
     }
     Summary {
         pages, zero_pages, fill_pages, stored_pages, duplicate_pages, unavailable_pages, frames,
-        frame_bytes, stored_bytes, index_bytes, content_digest,
+        frame_bytes, stored_bytes, index_bytes, content_digest, state_digest,
     }
     SectionEntry { kind, crc, offset, len, count, reserved }
     RegionEntry {
         space, flags, start, pages, first_page, page_shift, name_len, name_offset, reserved,
         unused,
     }
-    TopEntry { kind, codec, layer, stored_len, offset, word, crc, decoded_len }
+    TopEntry { kind, codec, layer, stored_len, decoded_len, word_or_offset, crc, ancestor_block }
     IndexHeader {
         magic, page_count, frame_count, fill_count, reserved, first_page, reserved2,
     }
@@ -187,7 +187,7 @@ fn limits_are_as_documented() {
         ("MAX_BLOBS", layout::MAX_BLOBS as u64),
         ("MAX_SECTION_BYTES", layout::MAX_SECTION_BYTES),
         ("MAX_PROPERTIES_BYTES", layout::MAX_PROPERTIES_BYTES),
-        ("MAX_INLINE_REGION_BYTES", layout::MAX_INLINE_REGION_BYTES),
+        ("TAIL_BYTES", layout::TAIL_BYTES as u64),
     ]);
     assert_eq!(limits(), real);
     assert_eq!(layout::PAGE_SIZE_U64, layout::PAGE_SIZE as u64);
@@ -294,4 +294,174 @@ fn magics_and_version_are_as_documented() {
     assert_eq!(rows[1][3], layout::FORMAT_VERSION.to_string());
     assert_eq!(rows[2][3], layout::PAGE_SIZE.to_string());
     assert!(FORMAT.starts_with("# The snaprestore file format, version 1\n"));
+}
+
+fn chapter(heading: &str) -> &'static str {
+    let from = FORMAT
+        .find(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("FORMAT.md has no {heading}"));
+    let text = &FORMAT[from + heading.len() + 2..];
+    let end = text.find("\n## ").unwrap_or(text.len());
+    &text[..end]
+}
+
+const EXAMPLE: &[u8] = include_bytes!("../../fixtures/golden/v1/good-tiny.snap");
+
+/// The dump blocks of the example: what stands above each, and the bytes that it shows, where all
+/// others are zero.
+fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let (mut above, mut inside) = ("", false);
+    for line in text.lines() {
+        match line {
+            "```text" => inside = true,
+            "```" => inside = false,
+            "" => {}
+            row if inside => {
+                if above.starts_with("The same, decoded") != decoded {
+                    continue;
+                }
+                let (offset, rest) = row.split_once("  ").expect("an offset");
+                let at = usize::from_str_radix(offset, 16).expect("an offset");
+                let hex = rest.split("  ").next().expect("bytes");
+                for (i, byte) in hex.split(' ').enumerate() {
+                    bytes[at + i] = u8::from_str_radix(byte, 16).expect("a byte");
+                }
+            }
+            text => above = text,
+        }
+    }
+    bytes
+}
+
+#[test]
+fn the_example_is_the_golden_file() {
+    use snapshot_format::layout::TopEntry;
+    use zerocopy::FromBytes;
+
+    let text = chapter("## A worked example");
+    assert!(text.contains(&format!("has {} bytes", EXAMPLE.len())));
+    let shown = dumps(text, false, EXAMPLE.len());
+    for (at, (shown, real)) in shown.iter().zip(EXAMPLE).enumerate() {
+        assert_eq!(shown, real, "byte {at:#x}");
+    }
+    // The index block, which the file has compressed.
+    let top = FORMAT
+        .lines()
+        .find_map(|line| line.strip_prefix("Top table, at byte "))
+        .and_then(|rest| rest.trim_end_matches(':').parse::<usize>().ok())
+        .expect("where the top table lies");
+    let (entry, _) = TopEntry::read_from_prefix(&EXAMPLE[top..]).expect("an entry");
+    let at = usize::try_from(entry.word_or_offset.get()).expect("in the file");
+    let stored = &EXAMPLE[at..at + usize::from(entry.stored_len.get())];
+    let mut decoded = vec![0; entry.decoded_len.get().into()];
+    zstd_safe::decompress(&mut decoded[..], stored).expect("a zstd frame");
+    assert_eq!(dumps(text, true, decoded.len()), decoded);
+}
+
+/// The digests of the example, computed by what FORMAT.md says of them and nothing else.
+#[test]
+fn the_example_has_the_digests_that_follow() {
+    let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
+    let page = |n: u64| -> Vec<u8> {
+        let text = format!("page {n} of a golden file; ").into_bytes();
+        text.into_iter().cycle().take(4096).collect()
+    };
+    let fill = [&b"snaprestore fill"[..], &[0; 8]].concat();
+    let pages = [hash(&page(0)), hash(&page(1)), hash(&page(2)), hash(&fill)];
+    let block = hash(&[&b"snaprestore block"[..], pages.as_flattened()].concat());
+    let (four, eight) = (u32::to_le_bytes, u64::to_le_bytes);
+    // Space 0, start 0, four pages; one region.
+    let root = [
+        &b"snaprestore content"[..],
+        &block,
+        &four(0),
+        &eight(0),
+        &eight(4),
+        &eight(1),
+    ];
+    let content = hash(&root.concat());
+    // Flags 3, pages of 2^12 bytes, a name of three bytes; one region, no attachment.
+    let state = [
+        &b"snaprestore state"[..],
+        &content,
+        &four(3),
+        &four(12),
+        &four(3),
+        b"ram",
+        &eight(1),
+        &eight(0),
+    ];
+    let state = hash(&state.concat());
+    let stated: BTreeMap<&str, &str> = table(chapter("## A worked example"), "digest of")
+        .iter()
+        .map(|row| (row[0], row[1].trim_matches('`')))
+        .collect();
+    let hex = |digest: [u8; 32]| blake3::Hash::from(digest).to_string();
+    let all = [
+        ("page 0", pages[0]),
+        ("page 1", pages[1]),
+        ("page 2", pages[2]),
+        ("page 3, a fill of 0", pages[3]),
+        ("block 0", block),
+        ("the content", content),
+        ("the state", state),
+    ];
+    let all: BTreeMap<&str, String> = all.map(|(of, digest)| (of, hex(digest))).into();
+    for (of, digest) in &all {
+        assert_eq!(stated.get(of), Some(&&digest[..]), "{of}: {all:#?}");
+    }
+    assert_eq!(stated.len(), all.len());
+}
+
+#[test]
+fn the_properties_of_the_writer_are_documented() {
+    use snapshot_format::{MemoryStore, Snapshot, Writer, WriterOptions};
+
+    let writer = Writer::new(Vec::new(), WriterOptions::default()).expect("a writer");
+    let (file, _) = writer.finish().expect("a file");
+    let snapshot = Snapshot::open(std::sync::Arc::new(MemoryStore::new(file))).expect("opens");
+    let properties = snapshot.properties().expect("properties");
+    let mut documented: Vec<&str> = table(FORMAT, "property")
+        .iter()
+        .filter(|row| row[1] == "library")
+        .map(|row| row[0].trim_matches('`'))
+        .collect();
+    documented.sort_unstable();
+    let keys: Vec<&str> = properties.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(documented, keys);
+}
+
+/// Each cell that is a rule says whose.
+#[test]
+fn every_field_says_who_checks_it() {
+    for name in STRUCTS {
+        let (text, _) = section(name);
+        for row in table(text, "offset") {
+            let by = *row.get(4).unwrap_or_else(|| panic!("{name}: {row:?}"));
+            let known = ["reader", "verifier", "nobody", "see there"];
+            assert!(known.contains(&by), "{name}: {row:?}");
+        }
+    }
+}
+
+/// What an ordinary file is, in numbers.
+#[test]
+fn the_tail_holds_what_is_promised() {
+    let room = layout::TAIL_BYTES - layout::TRAILER_BYTES;
+    assert!(chapter("## Opening").contains(&format!("at most {room} bytes")));
+    for row in table(chapter("## Opening"), "memory") {
+        let gib: usize = row[0].trim_end_matches(" GiB").parse().expect("GiB");
+        let top = gib * 512 * size_of::<layout::TopEntry>();
+        assert_eq!(row[1], format!("{top} bytes"));
+        let left = match room - top {
+            0 => "none".to_owned(),
+            left => format!("{left} bytes"),
+        };
+        assert_eq!(row[2], left);
+    }
+    let most =
+        layout::MAX_PAGES / layout::PAGES_PER_BLOCK_U64 * size_of::<layout::TopEntry>() as u64;
+    assert_eq!(most, 3 << 30);
+    assert!(FORMAT.contains("the top table has at most 3 GiB"));
 }

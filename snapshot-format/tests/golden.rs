@@ -1,16 +1,19 @@
 //! The golden files of every format version, held to what their manifest says. They were written once and are kept: a
 //! reader that treats one of them otherwise than the manifest says has changed the format.
 
+mod counting;
+
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use counting::Counting;
 use serde_json::Value;
-use snapshot_format::layout::{PAGE_SIZE, SectionKind};
+use snapshot_format::layout::{PAGE_SIZE, SectionKind, TAIL_BYTES};
 use snapshot_format::{
-    Defect, FrameDecoder, MemoryStore, OpenError, Page, Reason, Report, Snapshot, VerifyError,
-    VerifyOptions, WorkingSetRun, verify,
+    Defect, FrameDecoder, MemoryStore, OpenError, Page, Reason, Report, Snapshot, Store,
+    VerifyError, VerifyOptions, WorkingSetRun, verify,
 };
 
 fn folder() -> PathBuf {
@@ -81,6 +84,26 @@ fn name_of(error: &OpenError) -> String {
             format!("damaged {part}: {defect}")
         }
         other => format!("{other:?}"),
+    }
+}
+
+/// Where a file that can't be opened is damaged.
+fn place_of(error: &OpenError) -> Option<(String, u64)> {
+    match error {
+        OpenError::Damaged { part, offset, .. } => Some((part.to_string(), *offset)),
+        OpenError::Incomplete { file_bytes, .. } => Some(("trailer".to_owned(), *file_bytes)),
+        _ => None,
+    }
+}
+
+/// A region's name, which the manifest shortens if it is one letter again and again.
+fn region_name(region: &Value) -> String {
+    match &region["name"] {
+        Value::String(name) => name.clone(),
+        name => {
+            let times = usize::try_from(number(name, "times")).expect("small");
+            text(name, "repeat").repeat(times)
+        }
     }
 }
 
@@ -192,6 +215,40 @@ fn the_manifest_names_every_file_and_its_length() {
     assert_eq!(there, named);
 }
 
+/// Whether `offset` lies in the part that the manifest calls damaged.
+fn is_there(entry: &Value, offset: u64) -> bool {
+    let bytes = list(&entry["place"], "bytes");
+    let [from, to] = [0, 1].map(|i| bytes[i].as_u64().expect("an offset"));
+    // A file that was cut off is damaged where it ends.
+    (from..to).contains(&offset) || from == to && from == offset
+}
+
+#[test]
+fn each_outcome_is_named_and_follows_from_what_is_refused_or_found() {
+    let mut seen = std::collections::BTreeSet::new();
+    for entry in &manifest() {
+        let (file, outcome, open) = (
+            text(entry, "file"),
+            text(entry, "outcome"),
+            text(entry, "open"),
+        );
+        let good = open == "ok" && list(entry, "problems").is_empty();
+        match outcome {
+            "good" => assert!(good && file.starts_with("good-"), "{file}"),
+            "damaged" => assert!(
+                !good && (open == "ok" || open.starts_with(outcome)),
+                "{file}"
+            ),
+            "incomplete" | "not a snapshot" | "unsupported" => {
+                assert!(open.starts_with(outcome), "{file}");
+            }
+            other => panic!("{file}: {other}"),
+        }
+        seen.insert(outcome.to_owned());
+    }
+    assert_eq!(seen.len(), 5, "{seen:?}");
+}
+
 #[test]
 fn files_open_or_are_refused_as_the_manifest_says() {
     let mut refused = 0;
@@ -202,6 +259,10 @@ fn files_open_or_are_refused_as_the_manifest_says() {
             Ok(_) => assert_eq!(wanted, "ok", "{file}"),
             Err(error) => {
                 assert_eq!(name_of(&error), wanted, "{file}: {error}");
+                if let Some((part, offset)) = place_of(&error) {
+                    assert_eq!(part, text(&entry["place"], "part"), "{file}: {error}");
+                    assert!(is_there(entry, offset), "{file}: {error}");
+                }
                 let unsupported = wanted.starts_with("unsupported");
                 assert_eq!(error.is_damage(), !unsupported, "{file}: {error}");
                 match check(file) {
@@ -212,7 +273,7 @@ fn files_open_or_are_refused_as_the_manifest_says() {
             }
         }
     }
-    assert!(refused >= 25, "{refused} files are refused");
+    assert!(refused >= 30, "{refused} files are refused");
 }
 
 #[test]
@@ -230,9 +291,12 @@ fn the_verifier_finds_what_the_manifest_says() {
         let report = check(file).unwrap_or_else(|error| panic!("{file}: {error}"));
         assert_eq!(kinds(&report), wanted, "{file}: {report:#?}");
         assert_eq!(report.ok(), wanted.is_empty(), "{file}");
+        if let Some(first) = report.problems.first() {
+            assert!(is_there(entry, first.offset), "{file}: {first:?}");
+        }
         bad += u32::from(!wanted.is_empty());
     }
-    assert!(bad >= 20, "{bad} files have problems");
+    assert!(bad >= 40, "{bad} files have problems");
 }
 
 #[test]
@@ -268,11 +332,13 @@ fn good_files_hold_what_was_put_in() {
         );
         let digest = blake3::Hash::from(summary.content_digest).to_string();
         assert_eq!(digest, text(entry, "content_digest"), "{file}");
+        let digest = blake3::Hash::from(summary.state_digest).to_string();
+        assert_eq!(digest, text(entry, "state_digest"), "{file}");
         blobs_are_as_in(entry, snapshot);
         regions_are_as_in(entry, &mut pages);
         good += 1;
     }
-    assert!(good >= 12, "{good} good files");
+    assert!(good >= 23, "{good} good files");
 }
 
 fn blobs_are_as_in(entry: &Value, snapshot: &Snapshot) {
@@ -308,7 +374,7 @@ fn regions_are_as_in(entry: &Value, pages: &mut Pages) {
     let regions = pages.snapshot.regions().expect("regions").to_vec();
     assert_eq!(regions.len(), list(entry, "regions").len(), "{file}");
     for (region, wanted) in regions.iter().zip(list(entry, "regions")) {
-        assert_eq!(region.name, text(wanted, "name"), "{file}");
+        assert_eq!(region.name, region_name(wanted), "{file}");
         for (key, value) in [
             ("space", region.space.into()),
             ("start", region.start),
@@ -359,6 +425,36 @@ fn bad_files_lose_the_pages_of_the_defect_and_no_other() {
                 assert!(found == good.page(page), "{file}: page {page} is another");
             }
         }
+    }
+}
+
+/// What the end of a file holds, one read of it opens. What lies before is one read more.
+#[test]
+fn one_read_of_the_tail_opens_a_file() {
+    for entry in manifest()
+        .iter()
+        .filter(|entry| text(entry, "open") == "ok")
+    {
+        let file = text(entry, "file");
+        let bytes = fs::read(folder().join(file)).expect("a golden file");
+        let tail = bytes.len().min(TAIL_BYTES) as u64;
+        let counting = Arc::new(Counting::new(bytes));
+        let snapshot = Snapshot::open(counting.clone()).expect("opens");
+        let (reads, bytes) = counting.take(Reason::Open);
+        if file == "good-long-region-section.snap" {
+            let before = counting.len().expect("a length") - tail;
+            assert_eq!(reads, 2, "{file}");
+            assert!(bytes > tail && bytes <= tail + before, "{file}: {bytes}");
+        } else {
+            assert_eq!((reads, bytes), (1, tail), "{file}");
+        }
+        let blocks = snapshot.block_count();
+        (0..blocks).for_each(|block| drop(snapshot.look_up(block * 512, Reason::Demand)));
+        assert_eq!(
+            counting.take(Reason::Open),
+            (0, 0),
+            "{file}: regions are there"
+        );
     }
 }
 

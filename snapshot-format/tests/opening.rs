@@ -5,7 +5,7 @@ mod common;
 use std::mem::offset_of;
 
 use common::{BLOCKS, Sample};
-use snapshot_format::layout::{RegionEntry, SectionKind, Trailer};
+use snapshot_format::layout::{RegionEntry, SectionKind, TopEntry, Trailer};
 use snapshot_format::{OpenError, Snapshot, SnapshotOptions, VerifyOptions, verify};
 
 #[test]
@@ -16,7 +16,7 @@ fn unused_room_is_ignored_and_guarded() {
     for (at, bytes) in [
         (region + offset_of!(RegionEntry, unused), &[1; 8][..]),
         (region + offset_of!(RegionEntry, flags), &[3, 0, 0xff, 0xff]),
-        (unused, &[0xff; 666]),
+        (unused, &[0xff; 650]),
     ] {
         let mut sample = good.clone();
         sample.put(at, bytes);
@@ -40,10 +40,11 @@ fn a_top_table_above_the_callers_limit_is_refused_by_that_name() {
         let options = SnapshotOptions::default().most_top_bytes(bytes);
         Snapshot::open_with(sample.store(), &options)
     };
-    let error = open(BLOCKS * 32 - 1).expect_err("too large");
+    let top_bytes = BLOCKS * size_of::<TopEntry>() as u64;
+    let error = open(top_bytes - 1).expect_err("too large");
     assert!(!error.is_damage() && matches!(error, OpenError::TopTooLarge { .. }));
     assert!(error.to_string().contains("most_top_bytes"), "{error}");
-    open(BLOCKS * 32).expect("opens");
+    open(top_bytes).expect("opens");
     let options = VerifyOptions::default().most_top_bytes(0);
     assert!(verify(sample.store(), options).is_err());
     assert_eq!(SnapshotOptions::default().most_top_bytes, 256 << 20);

@@ -44,6 +44,7 @@ fn what_is_possible_but_not_true() {
         u64(summary + offset_of!(Summary, stored_bytes), 1, "stored_bytes is 1"),
         u64(summary + offset_of!(Summary, index_bytes), 1, "index_bytes is 1"),
         u8(summary + offset_of!(Summary, content_digest), 0, "the content's digest is"),
+        u8(summary + offset_of!(Summary, state_digest), 0, "the state's digest is"),
         u8(sections(SectionKind::BlockDigests), 0, "block 0 has another digest"),
         u8(sections(SectionKind::BlockDigests) + 2 * 32, 0, "block 2 has another digest"),
         u64(sections(SectionKind::FillRuns) + offset_of!(FillRun, word), 5, "of run 0 is not"),
@@ -134,11 +135,8 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
     let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
     let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
     assert_eq!(
-        details,
-        [
-            "cannot be decoded: not one zstd frame",
-            "the payload is not one zstd frame"
-        ]
+        details, ["cannot be decoded: not exactly one zstd frame"; 2],
+        "of the index block and of the frame"
     );
 }
 

@@ -1,82 +1,93 @@
-//! The read of the top table, the third and last of opening.
+//! The regions and the top table, which lie in the tail of an ordinary snapshot.
 
 use super::buffer;
 use crate::error::{Defect, Flaw, OpenError, Part};
 use crate::index::TopTable;
-use crate::layout::{MAX_INLINE_REGION_BYTES, SectionKind};
-use crate::open::Ends;
-use crate::sections;
-use crate::store::{Reason, Store};
+use crate::layout::SectionKind;
+use crate::open::{Ends, Tail};
+use crate::sections::{self, Section};
+use crate::store::Store;
 use crate::types::Region;
 
-/// The top table and, if they lie right before it, the regions, in one read.
-pub(super) fn read_tables(
-    store: &dyn Store,
-    name: &str,
-    ends: &Ends,
-    most_top_bytes: u64,
-) -> Result<(TopTable, Option<Vec<Region>>), OpenError> {
-    let damaged = |part, flaw: Flaw| OpenError::Damaged {
-        file: name.to_owned(),
-        part,
-        offset: flaw.at,
-        defect: flaw.defect,
-    };
-    let missing = || {
-        let what = Part::TOP.to_string().into();
-        damaged(Part::Trailer, Flaw::new(0, Defect::Missing { what }))
-    };
-    let top = *ends.directory.get(SectionKind::Top).ok_or_else(missing)?;
-    if top.len > most_top_bytes {
-        return Err(OpenError::TopTooLarge {
-            file: name.to_owned(),
-            bytes: top.len,
-            limit: most_top_bytes,
-        });
+/// Where the tables come from.
+pub(super) struct Tables<'a> {
+    pub(super) store: &'a dyn Store,
+    pub(super) name: &'a str,
+    pub(super) ends: &'a Ends,
+    pub(super) tail: &'a Tail,
+}
+
+impl Tables<'_> {
+    /// Returns the top table and the regions, from the tail as far as that has them. If the regions
+    /// end where the top table begins, the rest is one more read.
+    pub(super) fn read(&self, most_top_bytes: u64) -> Result<(TopTable, Vec<Region>), OpenError> {
+        let top = self.section(SectionKind::Top)?;
+        let regions = self.section(SectionKind::Regions)?;
+        if top.len > most_top_bytes {
+            return Err(OpenError::TopTooLarge {
+                file: self.name.to_owned(),
+                bytes: top.len,
+                limit: most_top_bytes,
+            });
+        }
+        let (region_bytes, top_bytes) = if regions.offset + regions.len == top.offset {
+            let mut both = self.bytes(Part::TOP, regions.offset, regions.len + top.len)?;
+            // The regions are few bytes; the top table may be many and keeps its buffer.
+            let regions = usize::try_from(regions.len).unwrap_or(both.len());
+            (both.drain(..regions).collect(), both)
+        } else {
+            let top = self.bytes(Part::TOP, top.offset, top.len)?;
+            let regions = self.bytes(Part::REGIONS, regions.offset, regions.len)?;
+            (regions, top)
+        };
+        self.check_crc(Part::TOP, top, &top_bytes)?;
+        let table = TopTable::check(top_bytes, top.offset, self.ends.body)
+            .map_err(|flaw| self.damaged(Part::TOP, flaw))?;
+        self.check_crc(Part::REGIONS, regions, &region_bytes)?;
+        let pages = self.ends.summary.pages;
+        let regions = sections::regions(&region_bytes, regions, table.len(), pages)
+            .map_err(|flaw| self.damaged(Part::REGIONS, flaw))?;
+        Ok((table, regions))
     }
-    let regions = ends.directory.get(SectionKind::Regions).filter(|regions| {
-        regions.offset + regions.len == top.offset && regions.len <= MAX_INLINE_REGION_BYTES
-    });
-    let from = regions.map_or(top.offset, |regions| regions.offset);
-    let failed = |source| OpenError::Io {
-        file: name.to_owned(),
-        part: Part::TOP,
-        offset: from,
-        len: top.offset + top.len - from,
-        source,
-    };
-    let mut bytes = buffer(top.offset + top.len - from).map_err(failed)?;
-    store
-        .read_exact_at(&mut bytes, from, Reason::Open)
-        .map_err(failed)?;
-    // The regions are few bytes; the top table may be many and keeps its buffer.
-    let region_bytes: Vec<u8> = match regions {
-        Some(section) => bytes
-            .drain(..usize::try_from(section.len).unwrap_or(0))
-            .collect(),
-        None => Vec::new(),
-    };
-    for (section, bytes, part) in [
-        (regions, &region_bytes, Part::Section(SectionKind::Regions)),
-        (Some(&top), &bytes, Part::TOP),
-    ] {
-        let Some(section) = section else { continue };
+
+    fn section(&self, kind: SectionKind) -> Result<&Section, OpenError> {
+        self.ends.directory.get(kind).ok_or_else(|| {
+            let what = Part::Section(kind).to_string().into();
+            self.damaged(Part::Trailer, Flaw::new(0, Defect::Missing { what }))
+        })
+    }
+
+    fn bytes(&self, part: Part, offset: u64, len: u64) -> Result<Vec<u8>, OpenError> {
+        let mut bytes = buffer(len).map_err(|source| OpenError::Io {
+            file: self.name.to_owned(),
+            part,
+            offset,
+            len,
+            source,
+        })?;
+        self.tail
+            .read_exact_at(self.store, part, &mut bytes, offset)?;
+        Ok(bytes)
+    }
+
+    fn check_crc(&self, part: Part, section: &Section, bytes: &[u8]) -> Result<(), OpenError> {
         let computed = crc32fast::hash(bytes);
-        if computed != section.crc {
-            let defect = Defect::Checksum {
-                stored: section.crc,
-                computed,
-            };
-            return Err(damaged(part, Flaw::new(section.offset, defect)));
+        if computed == section.crc {
+            return Ok(());
+        }
+        let defect = Defect::Checksum {
+            stored: section.crc,
+            computed,
+        };
+        Err(self.damaged(part, Flaw::new(section.offset, defect)))
+    }
+
+    fn damaged(&self, part: Part, flaw: Flaw) -> OpenError {
+        OpenError::Damaged {
+            file: self.name.to_owned(),
+            part,
+            offset: flaw.at,
+            defect: flaw.defect,
         }
     }
-    let top =
-        TopTable::check(bytes, top.offset, ends.body).map_err(|flaw| damaged(Part::TOP, flaw))?;
-    let regions = regions
-        .map(|section| {
-            sections::regions(&region_bytes, section, top.len(), ends.summary.pages)
-                .map_err(|flaw| damaged(Part::Section(SectionKind::Regions), flaw))
-        })
-        .transpose()?;
-    Ok((top, regions))
 }

@@ -16,10 +16,8 @@ use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRu
 const PIECE: usize = 64 << 10;
 
 impl Snapshot {
-    /// Reads what look-ups and decoding would otherwise read when they first need it: the regions
-    /// and all dictionaries.
+    /// Reads what decoding would otherwise read when it first needs it: all dictionaries.
     pub fn prepare(&self) -> Result<(), ReadError> {
-        self.regions()?;
         for dictionary in self.dictionary_table()? {
             self.prepared(dictionary)?;
         }
@@ -36,7 +34,7 @@ impl Snapshot {
         let Some((section, bytes)) = self.optional_section(kind)? else {
             return Ok(Vec::new());
         };
-        let runs = sections::fill_runs(&bytes, section, self.regions()?)
+        let runs = sections::fill_runs(&bytes, section, &self.regions)
             .map_err(|flaw| self.damaged(Part::Section(kind), flaw))?;
         let mut good = Vec::with_capacity(runs.len());
         for (number, run) in runs.into_iter().enumerate() {

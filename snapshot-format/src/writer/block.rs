@@ -128,6 +128,7 @@ pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Exa
     }
 }
 
+/// The first 128 bits of the digest.
 fn key(digest: &Digest) -> Key {
     let (words, _) = digest.as_chunks::<8>();
     [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]

@@ -241,6 +241,36 @@ mod tests {
         }
     }
 
+    /// Keys are equal if all 128 bits are. The table is filled so that the search for the other key
+    /// passes the entry whichever bit it is that differs.
+    #[test]
+    fn keys_that_differ_in_one_bit_are_two() {
+        for bit in 0..128 {
+            let mut table = DedupTable::new(8);
+            let mask = table.slots.len() as u64 - 1;
+            let other: Key = [key(7)[0] & !mask, key(7)[1]];
+            let mut entered = other;
+            entered[bit / 64] ^= 1 << (bit % 64);
+            let (home, searched) = (table.home(entered), table.home(other));
+            assert_eq!(searched, 0);
+            for slot in 0..home {
+                let filler = [slot as u64 | (100 << 32), slot as u64];
+                let place = table.find(filler, 0).expect_err("a new key");
+                assert_eq!(place, Place::Empty(slot));
+                table.insert(place, filler, location(1));
+            }
+            let place = table.find(entered, 0).expect_err("a new key");
+            assert_eq!(place, Place::Empty(home));
+            table.insert(place, entered, location(2));
+            assert_eq!(table.find(entered, 0), Ok(location(2)));
+            assert_eq!(
+                table.find(other, 0),
+                Err(Place::Empty(home + 1)),
+                "bit {bit} is not compared"
+            );
+        }
+    }
+
     /// A new page whose own slot was empty was not entered into a full table: every fourth.
     #[test]
     fn a_full_table_takes_every_new_page_in() {

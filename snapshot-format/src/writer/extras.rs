@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::sections::{self, BlobWriter, Sections};
 use super::workers::DICTIONARY_NUMBER;
 use super::{WriteError, Writer, Written};
-use crate::digest::ContentHasher;
+use crate::digest::{self, ContentHasher};
 use crate::layout::{
     self, MAX_PROPERTIES_BYTES, MAX_SECTION_BYTES, PAGES_PER_BLOCK_U64, SectionKind, optional,
 };
@@ -180,6 +180,13 @@ impl<W: Write> Writer<W> {
                 .iter()
                 .map(|region| (region.space, region.start, region.pages)),
         );
+        let attachments: Vec<_> = self
+            .attachments
+            .iter()
+            .map(|blob| (&blob.name[..], blob.digest))
+            .collect();
+        stage.summary.state_digest =
+            digest::state(&stage.summary.content_digest, &self.regions, &attachments);
 
         let mut sections = Sections::default();
         let runs = std::mem::take(&mut stage.runs).finish();
@@ -205,7 +212,7 @@ impl<W: Write> Writer<W> {
             self.properties.count(),
             &[properties.as_bytes()],
         )?;
-        // A reader gets the regions with the read of the top table.
+        // What a reader opens the file with comes last: one read of the tail brings it.
         sections.write_regions(out, &self.regions)?;
         sections.write(
             out,

@@ -137,16 +137,16 @@ impl IndexEncoder {
         } else {
             (codec::RAW, &self.plain[..])
         };
-        let len = |len: usize| u32::try_from(len).expect("an index block has at most 16 KiB");
+        let len = |len: usize| u16::try_from(len).expect("an index block has at most 16 KiB");
         let entry = TopEntry {
             kind: top_kind::BLOCK,
             codec,
             layer: 0.into(),
             stored_len: len(stored.len()).into(),
-            offset: offset.into(),
-            word: 0.into(),
-            crc: crc32fast::hash(stored).into(),
             decoded_len: len(self.plain.len()).into(),
+            word_or_offset: offset.into(),
+            crc: crc32fast::hash(stored).into(),
+            ancestor_block: 0.into(),
         };
         Ok((stored, entry))
     }

@@ -271,7 +271,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Writes the next `pages` pages of the region, which all repeat `word`. Costs nothing that
-    /// depends on the number of pages but 64 bytes of memory for each 2 MiB.
+    /// depends on the number of pages but 56 bytes of memory for each 2 MiB.
     pub fn write_fill(&mut self, pages: u64, word: u64) -> Result<(), WriteError> {
         self.guarded(|writer| writer.write_alike(pages, Alike::Fill(word)))
     }

@@ -6,6 +6,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::WriteError;
 use super::output::Output;
+use crate::digest::Digest;
 use crate::layout::{
     BlobEntry, FORMAT_VERSION, HEADER_MAGIC, Header, MAX_BLOBS, MAX_REGIONS, MAX_SECTIONS,
     PAGE_SIZE, RegionEntry, SectionEntry, SectionKind, TRAILER_BYTES, TRAILER_MAGIC, Trailer,
@@ -38,12 +39,14 @@ pub(super) struct Blob {
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) crc: u32,
+    pub(super) digest: Digest,
 }
 
 /// A blob that is being written.
 pub(super) struct BlobWriter {
     blob: Blob,
-    hasher: crc32fast::Hasher,
+    crc: crc32fast::Hasher,
+    digest: blake3::Hasher,
 }
 
 impl BlobWriter {
@@ -54,10 +57,12 @@ impl BlobWriter {
             offset: out.offset(),
             len: 0,
             crc: 0,
+            digest: Digest::default(),
         };
         Self {
             blob,
-            hasher: crc32fast::Hasher::new(),
+            crc: crc32fast::Hasher::new(),
+            digest: blake3::Hasher::new(),
         }
     }
 
@@ -67,7 +72,8 @@ impl BlobWriter {
         what: &'static str,
         bytes: &[u8],
     ) -> Result<(), WriteError> {
-        self.hasher.update(bytes);
+        self.crc.update(bytes);
+        self.digest.update(bytes);
         self.blob.len += bytes.len() as u64;
         out.write(what, bytes)
     }
@@ -79,7 +85,8 @@ impl BlobWriter {
 
     pub(super) fn finish(self) -> Blob {
         Blob {
-            crc: self.hasher.finalize(),
+            crc: self.crc.finalize(),
+            digest: self.digest.finalize().into(),
             ..self.blob
         }
     }

@@ -99,7 +99,7 @@ impl<W: Write> Stage<W> {
         };
         let entry = TopEntry {
             kind,
-            word: word.into(),
+            word_or_offset: word.into(),
             ..empty_entry()
         };
         let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
@@ -308,9 +308,9 @@ fn empty_entry() -> TopEntry {
         codec: 0,
         layer: 0.into(),
         stored_len: 0.into(),
-        offset: 0.into(),
-        word: 0.into(),
-        crc: 0.into(),
         decoded_len: 0.into(),
+        word_or_offset: 0.into(),
+        crc: 0.into(),
+        ancestor_block: 0.into(),
     }
 }

@@ -218,9 +218,9 @@ impl Sample {
                     };
                     entry.kind = top_kind::BLOCK;
                     entry.codec = if compressed { codec::ZSTD } else { codec::RAW };
-                    entry.stored_len = (stored.len() as u32).into();
-                    entry.decoded_len = (decoded.len() as u32).into();
-                    entry.offset = (at as u64).into();
+                    entry.stored_len = (stored.len() as u16).into();
+                    entry.decoded_len = (decoded.len() as u16).into();
+                    entry.word_or_offset = (at as u64).into();
                     entry.crc = crc32fast::hash(&stored).into();
                     index_bytes += stored.len() as u64;
                     blocks.push((block, at..at + stored.len()));
@@ -268,14 +268,7 @@ impl Sample {
                 SectionKind::WorkingSets,
                 &[(0, "boot", runs.as_bytes().to_vec()), (0, "idle", vec![])],
             ),
-            blob_section(
-                &mut bytes,
-                SectionKind::Attachments,
-                &[
-                    (0, "vmm state", b"registers and devices".repeat(4000)),
-                    (0, "empty", vec![]),
-                ],
-            ),
+            blob_section(&mut bytes, SectionKind::Attachments, &attachments()),
         ];
 
         let fill_runs =
@@ -325,6 +318,8 @@ impl Sample {
                 .iter()
                 .map(|(space, start, pages, _)| (*space, *start, *pages)),
         );
+        let content = trailer.summary.content_digest;
+        trailer.summary.state_digest = state_digest(&content, &attachments());
         let mut places = Vec::new();
         for ((kind, section, count), entry) in sections.iter().zip(&mut trailer.sections) {
             *entry = SectionEntry {
@@ -558,6 +553,35 @@ fn block_digest(block: u64) -> Digest {
     digest::block(&pages)
 }
 
+fn attachments() -> [(u32, &'static str, Vec<u8>); 2] {
+    [
+        (0, "vmm state", b"registers and devices".repeat(4000)),
+        (0, "empty", vec![]),
+    ]
+}
+
+/// The state digest, from what `FORMAT.md` says of it.
+fn state_digest(content: &Digest, attachments: &[(u32, &str, Vec<u8>)]) -> Digest {
+    let mut all = b"snaprestore state".to_vec();
+    all.extend_from_slice(content);
+    for (_, _, _, name) in REGIONS {
+        for number in [3, 12, name.len() as u32] {
+            all.extend_from_slice(&number.to_le_bytes());
+        }
+        all.extend_from_slice(name.as_bytes());
+    }
+    all.extend_from_slice(&(REGIONS.len() as u64).to_le_bytes());
+    let mut attachments = attachments.to_vec();
+    attachments.sort_by_key(|(_, name, _)| *name);
+    for (_, name, bytes) in &attachments {
+        all.extend_from_slice(&(name.len() as u32).to_le_bytes());
+        all.extend_from_slice(name.as_bytes());
+        all.extend_from_slice(blake3::hash(bytes).as_bytes());
+    }
+    all.extend_from_slice(&(attachments.len() as u64).to_le_bytes());
+    blake3::hash(&all).into()
+}
+
 fn region_section() -> Vec<u8> {
     let mut entries = Vec::new();
     let mut names = String::new();
@@ -605,5 +629,6 @@ fn summary(stored_pages: u64, frames: &[Range<usize>], index_bytes: u64) -> layo
             .into(),
         index_bytes: index_bytes.into(),
         content_digest: [0; 32],
+        state_digest: [0; 32],
     }
 }
