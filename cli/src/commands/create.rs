@@ -211,8 +211,8 @@ impl Recipe {
             if source::is_firecracker_state(&start[..len]) {
                 bail!(
                     "{}: most of it is holes, and the attachment {name:?} is the state of a \
-                     Firecracker VM, so this looks like a diff; {MERGE_A_DIFF}; if holes are zeros: \
-                     --holes zero",
+                     Firecracker VM, so this looks like a diff, in which a hole means \
+                     \"unchanged\": {MERGE_A_DIFF}; if holes are zeros: --holes zero",
                     source.map(names::path).unwrap_or_default()
                 );
             }

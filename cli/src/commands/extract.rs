@@ -27,7 +27,7 @@ use crate::signals::Cancel;
 use crate::target::{self, Target};
 
 /// Regions whose places are listed for people.
-const LISTED_REGIONS: usize = 16;
+const LISTED_REGIONS: usize = 8;
 
 /// Blocks that a thread takes at once: 32 MiB, so that few frames are decoded by two threads.
 const BLOCKS_AT_ONCE: u64 = 16;
@@ -78,14 +78,14 @@ impl fmt::Display for Report {
         }
         writeln!(f, "offsets are not addresses:")?;
         for region in regions.iter().take(LISTED_REGIONS) {
-            writeln!(
-                f,
-                "  at offset {:#x}: {} from address {:#x} on {}",
+            let line = format!(
+                "  at offset {:#x}: {} from address {:#x} on, {}",
                 region.offset,
                 BinaryBytes(region.bytes),
                 region.start,
                 names::shown(&region.name)
-            )?;
+            );
+            writeln!(f, "{}", line.trim_end_matches(", "))?;
         }
         let left = regions.len().saturating_sub(LISTED_REGIONS);
         if left > 0 {

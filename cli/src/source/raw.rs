@@ -11,10 +11,9 @@ use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
 
-/// What to do with a diff, in which a hole means that a page is as it was.
-pub(crate) const MERGE_A_DIFF: &str = "if the file is a diff, in which a hole means \"unchanged\", \
-     merge it into its base first (Firecracker: snapshot-editor edit-memory rebase --memory-path \
-     BASE --diff-path DIFF)";
+/// How to make memory of a diff.
+pub(crate) const MERGE_A_DIFF: &str = "merge it into its base first (Firecracker: snapshot-editor \
+     edit-memory rebase --memory-path BASE --diff-path DIFF)";
 
 /// A file or block device without structure.
 #[derive(Debug)]
@@ -107,7 +106,9 @@ impl Source for Raw {
             value: self.hole_bytes.to_string(),
             text: match self.holes {
                 Some(Holes::Zero) => format!("{read}, as --holes zero says"),
-                None => format!("{read}; {MERGE_A_DIFF}"),
+                None => format!(
+                    "{read}; if the file is a diff, in which a hole means \"unchanged\", {MERGE_A_DIFF}"
+                ),
             },
             warning: false,
         }]

@@ -190,7 +190,7 @@ fn offsets_are_told_where_they_are_no_addresses() {
     let told = run(&folder, &["extract", "s", "-o", "out"]).exits(0).text();
     assert!(told.contains("offsets are not addresses"), "{told}");
     assert!(
-        told.contains("at offset 0x2000: 8.00 KiB from address 0x100000000 on memory"),
+        told.contains("at offset 0x2000: 8.00 KiB from address 0x100000000 on, memory"),
         "{told}"
     );
     let high = ["extract", "s", "-o", "out", "-f", "--region", "1", "--json"];
