@@ -2,10 +2,12 @@
 
 mod ctl;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
@@ -16,6 +18,7 @@ use snapshot_format::layout::MAX_NAME_BYTES;
 use crate::daemon::config::{MetricsAddress, Service};
 use crate::exit;
 use crate::log::LogFormat;
+use crate::names;
 
 pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
 
@@ -93,7 +96,10 @@ impl Command {
 /// Pack memory into a snapshot
 ///
 /// SOURCE is a raw memory file (holes of a sparse one are not read), an ELF core (of a process,
-/// by gcore or the kernel, or of a guest, by QEMU's dump-guest-memory), a block device, or a pipe.
+/// by gcore or the kernel; of a guest, by QEMU's dump-guest-memory or VirtualBox's dumpvmcore; of a
+/// machine, by its kernel), a block device, or a pipe. Files that are surely no memory (compressed,
+/// saved states, disk images) are refused. Whatever is left out, or taken for something that it may
+/// not be, is told: in the summary, in `remarks` of --json, and as a property of the snapshot.
 /// The snapshot appears under its name when it is complete and on disk, never before.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Create {
@@ -111,6 +117,16 @@ pub(crate) struct Create {
     /// Take SOURCE as plain memory, whatever it looks like
     #[arg(long)]
     pub(crate) raw: bool,
+    /// Confirm what the holes of a raw file are
+    ///
+    /// They are read as zeros, and the summary tells how many. In a diff (as Firecracker writes it)
+    /// a hole means "unchanged": a diff must be merged into its base first. So a file most of which
+    /// is holes is refused beside the state of a Firecracker VM (--attach), unless this is given.
+    #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "pid")]
+    pub(crate) holes: Option<Holes>,
+    /// Take what is there of an ELF core that was cut short; the rest is recorded as unavailable
+    #[arg(long, conflicts_with_all = ["pid", "raw"])]
+    pub(crate) incomplete: bool,
     /// Snapshot to write; `-` is standard output
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
@@ -134,15 +150,24 @@ pub(crate) struct Create {
         long,
         default_value = "auto",
         value_name = "auto|train|off|PATH",
-        value_hint = ValueHint::FilePath
+        value_hint = ValueHint::FilePath,
+        value_parser = OsStringValueParser::new().try_map(Dictionary::parse)
     )]
     pub(crate) dictionary: Dictionary,
     /// Store a file beside the memory, under a name (may be repeated)
-    #[arg(long, value_name = "NAME=PATH")]
+    #[arg(long, value_name = "NAME=PATH",
+          value_parser = OsStringValueParser::new().try_map(Attachment::parse))]
     pub(crate) attach: Vec<Attachment>,
     /// Threads that compress [default: one a core, at most 8]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
+}
+
+/// `create --holes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Holes {
+    /// They are zeros
+    Zero,
 }
 
 /// `create --frame-size`.
@@ -181,16 +206,14 @@ pub(crate) enum Dictionary {
     File(PathBuf),
 }
 
-impl FromStr for Dictionary {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "" => Err("must be auto, train, off, or the path of a dictionary".into()),
-            "auto" => Ok(Self::Auto),
-            "train" => Ok(Self::Train),
-            "off" => Ok(Self::Off),
-            path => Ok(Self::File(path.into())),
+impl Dictionary {
+    fn parse(text: OsString) -> Result<Self, String> {
+        match text.to_str() {
+            Some("") => Err("must be auto, train, off, or the path of a dictionary".into()),
+            Some("auto") => Ok(Self::Auto),
+            Some("train") => Ok(Self::Train),
+            Some("off") => Ok(Self::Off),
+            _ => Ok(Self::File(text.into())),
         }
     }
 }
@@ -202,26 +225,27 @@ pub(crate) struct Attachment {
     pub(crate) path: PathBuf,
 }
 
-impl FromStr for Attachment {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Some((name, path)) = text
-            .split_once('=')
+impl Attachment {
+    fn parse(text: OsString) -> Result<Self, String> {
+        let bytes = text.into_vec();
+        let at = bytes.iter().position(|&byte| byte == b'=');
+        let Some((name, path)) = at
+            .map(|at| (&bytes[..at], &bytes[at + 1..]))
             .filter(|(name, path)| !name.is_empty() && !path.is_empty())
         else {
             return Err("must be NAME=PATH, as vmstate=/run/vm/state.json".into());
         };
-        if !is_blob_name(name) {
-            return Err(format!(
-                "the name {name:?} can't be a file's: it must have at most {MAX_NAME_BYTES} \
-                 bytes, no / and no control characters, and not be . or .."
-            ));
+        match std::str::from_utf8(name) {
+            Ok(name) if is_blob_name(name) => Ok(Self {
+                name: name.to_owned(),
+                path: OsStr::from_bytes(path).into(),
+            }),
+            _ => Err(format!(
+                "the name \"{}\" can't be a file's: it must have at most {MAX_NAME_BYTES} \
+                 bytes of UTF-8, no / and no control characters, and not be . or ..",
+                names::stored(name)
+            )),
         }
-        Ok(Self {
-            name: name.to_owned(),
-            path: path.into(),
-        })
     }
 }
 
@@ -252,8 +276,11 @@ pub(crate) struct Verify {
 
 /// Write a snapshot's memory, or an attachment, to a plain file
 ///
-/// The regions follow one another in the order of the snapshot; runs of zero pages become holes.
-/// Every byte has passed its checksum. The file appears under its name when it is complete.
+/// The regions follow one another in the order of the snapshot, without the addresses between them:
+/// where memory doesn't begin at 0 or has a gap (as that of every PC with more than 3 GiB),
+/// offsets are not addresses. `info` lists the offset of each region in the whole memory, and
+/// the summary those of what was written. Runs of zero pages become holes. Every byte has passed its
+/// checksum. The file appears under its name when it is complete.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Extract {
     /// Snapshot to read
@@ -613,8 +640,7 @@ pub(crate) struct Man {
 }
 
 /// A number of threads: enough for any machine, and no typing mistake.
-fn threads() -> impl clap::builder::TypedValueParser<Value = usize> {
-    use clap::builder::TypedValueParser as _;
+fn threads() -> impl TypedValueParser<Value = usize> {
     clap::value_parser!(u16).range(1..=512).map(usize::from)
 }
 
@@ -657,7 +683,7 @@ mod tests {
     #[test]
     fn attachments_are_split_at_the_first_equals_sign() {
         assert_eq!(
-            "state=a=b".parse(),
+            Attachment::parse("state=a=b".into()),
             Ok(Attachment {
                 name: "state".into(),
                 path: "a=b".into()
@@ -674,13 +700,25 @@ mod tests {
             "a\u{1b}b=path",
             &long,
         ] {
-            assert!(text.parse::<Attachment>().is_err(), "{text}");
+            assert!(Attachment::parse(text.into()).is_err(), "{text}");
         }
+        // A path is any bytes, a name isn't.
+        let path = OsString::from_vec(b"state=/\xff".to_vec());
+        assert_eq!(
+            Attachment::parse(path).unwrap().path.as_os_str().as_bytes(),
+            b"/\xff"
+        );
+        let name = OsString::from_vec(b"\xff=state".to_vec());
+        assert!(Attachment::parse(name).unwrap_err().contains("\\xff"));
     }
 
     #[test]
     fn a_dictionary_is_a_word_or_a_path() {
-        assert_eq!("auto".parse(), Ok(Dictionary::Auto));
-        assert_eq!("./off".parse(), Ok(Dictionary::File("./off".into())));
+        assert_eq!(Dictionary::parse("auto".into()), Ok(Dictionary::Auto));
+        assert_eq!(
+            Dictionary::parse("./off".into()),
+            Ok(Dictionary::File("./off".into()))
+        );
+        assert!(Dictionary::parse("".into()).is_err());
     }
 }

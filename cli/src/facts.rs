@@ -38,6 +38,8 @@ pub(crate) struct RegionFacts {
     pub(crate) name: String,
     pub(crate) start: u64,
     pub(crate) bytes: u64,
+    /// Where it begins in what `extract` writes.
+    pub(crate) offset: u64,
     pub(crate) space: u32,
     /// As in `/proc/PID/maps`; empty if unknown.
     pub(crate) protection: String,
@@ -45,11 +47,23 @@ pub(crate) struct RegionFacts {
 }
 
 impl RegionFacts {
-    fn new(region: &Region) -> Self {
+    /// The facts of regions that are written one behind the other.
+    pub(crate) fn all<'r>(regions: impl IntoIterator<Item = &'r Region>) -> Vec<Self> {
+        let mut offset = 0;
+        let placed = |region: &Region| {
+            let facts = Self::new(region, offset);
+            offset += facts.bytes;
+            facts
+        };
+        regions.into_iter().map(placed).collect()
+    }
+
+    fn new(region: &Region, offset: u64) -> Self {
         Self {
             name: region.name.clone(),
             start: region.start,
             bytes: region.bytes(),
+            offset,
             space: region.space,
             protection: protection(region.flags),
             page_bytes: 1 << region.page_shift.min(63),
@@ -99,7 +113,7 @@ impl Facts {
             stored_bytes: summary.stored_bytes,
             index_bytes: summary.index_bytes,
             file_bytes,
-            regions: regions.iter().map(RegionFacts::new).collect(),
+            regions: RegionFacts::all(regions),
         }
     }
 

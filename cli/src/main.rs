@@ -10,6 +10,7 @@ mod exit;
 mod facts;
 mod input;
 mod log;
+mod names;
 mod output;
 mod progress;
 mod signals;

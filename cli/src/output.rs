@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::args::Common;
 use crate::exit::Exit;
+use crate::names;
 
 /// A command's result: `Display` is what people read, `Serialize` what `--json` prints.
 pub(crate) trait Report: Display + Serialize {}
@@ -59,7 +60,7 @@ impl Output {
         } else if self.quiet {
             Ok(())
         } else {
-            self.data(report.to_string().as_bytes())
+            self.data(names::shown_lines(&report.to_string()).as_bytes())
         }
     }
 
@@ -121,9 +122,11 @@ impl Output {
     }
 }
 
-/// There is nobody to tell if standard error is closed.
+/// Writes text for people. There is nobody to tell if standard error is closed.
 fn to_stderr(text: &str) {
-    let _ = io::stderr().lock().write_all(text.as_bytes());
+    let _ = io::stderr()
+        .lock()
+        .write_all(names::shown_lines(text).as_bytes());
 }
 
 /// Part of a whole in percent, as `12.3 %`.

@@ -8,9 +8,10 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use snapshot_format::{FileError, SnapshotFile, WriteError};
+use snapshot_format::{FileError, SnapshotFile, WriteError, is_unsupported};
 
 use crate::exit::Refusal;
+use crate::names;
 
 /// An opened target.
 pub(crate) enum Target {
@@ -30,7 +31,7 @@ pub(crate) fn name(target: &Path) -> String {
     if is_stdout(target) {
         "standard output".into()
     } else {
-        target.display().to_string()
+        names::path(target)
     }
 }
 
@@ -52,7 +53,7 @@ pub(crate) fn refuse_source(target: &Path, source: &Path) -> Result<()> {
     if is_same(&of_target, &of_source) {
         return Err(Refusal::Usage(format!(
             "{}: is read to make the output, and would be lost; name another file to write",
-            target.display()
+            names::path(target)
         ))
         .into());
     }
@@ -100,10 +101,19 @@ impl Target {
         }
     }
 
-    /// The file, if bytes can be written anywhere in it.
-    pub(crate) fn file(&mut self) -> io::Result<Option<&File>> {
+    /// The file with `len` bytes that are all holes, if it can have them, and if bytes can be
+    /// written anywhere in it.
+    pub(crate) fn sparse(&mut self, len: u64) -> io::Result<Option<&File>> {
         match self {
-            Self::File(file) if file.is_regular() => file.file().map(Some),
+            Self::File(file) if file.is_regular() => {
+                let file = file.file()?;
+                match file.set_len(len) {
+                    Ok(()) => Ok(Some(file)),
+                    // Some file systems can only append.
+                    Err(error) if is_unsupported(&error) => Ok(None),
+                    Err(error) => Err(error),
+                }
+            }
             Self::File(_) | Self::Stream(_) => Ok(None),
         }
     }

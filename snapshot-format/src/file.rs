@@ -9,10 +9,21 @@
 //!          fsync of the folder
 //! ```
 //!
-//! Where a nameless file can't be linked, it is copied to one with a temporary name. Killed at any
-//! point, there is the old target or the new one, whole. A nameless file goes with
+//! Where a file system can't do a step, there is another way, and none replaces a file without
+//! `force`:
+//!
+//! | step | instead |
+//! | --- | --- |
+//! | make a nameless file | one with a temporary name |
+//! | link a nameless file | copy it to one with a temporary name |
+//! | rename, but not over a file (`RENAME_NOREPLACE`) | link and remove; or make an empty target that must not exist yet, and rename over that |
+//! | fsync of a file or a folder | sync of the file system |
+//! | any way to the target's name | the finished file stays under its temporary name, and the error says so |
+//!
+//! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
 //! its process; only where the file system knows none, and in the moment between link and rename,
-//! a temporary name can stay behind after a kill: `.snaprestore-*.partial`.
+//! a temporary name can stay behind after a kill: `.snaprestore-*.partial`; and where it can neither
+//! link nor rename without replacing, an empty target in the moment before the rename.
 //!
 //! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
 //! another gets the permissions of that, because somebody chose them.
@@ -23,12 +34,12 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
-use nix::unistd::linkat;
+use nix::unistd::{linkat, syncfs};
 
 /// Bytes gathered before the file is written. Longer writes go straight through.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -66,6 +77,20 @@ pub enum FileError {
     BlockDevice {
         /// The target.
         path: PathBuf,
+    },
+    /// The file is whole, but could not be given its name: it stays under a temporary one.
+    #[error(
+        "could not name the file {}, which is complete and kept as {}: rename it",
+        path.display(), partial.display()
+    )]
+    NotNamed {
+        /// The target.
+        path: PathBuf,
+        /// What the file is called.
+        partial: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// The file is whole and has its name, but the name may not outlive a crash of the machine.
     #[error("{} is written, but its folder could not be brought to disk", path.display())]
@@ -178,10 +203,7 @@ impl SnapshotFile {
         };
         if exists && let Ok(replaced) = created.target.metadata() {
             let mode = replaced.permissions().mode() & TAKEN_OVER;
-            created
-                .out
-                .get_ref()
-                .set_permissions(Permissions::from_mode(mode))
+            take_over(created.out.get_ref(), Permissions::from_mode(mode))
                 .map_err(FileError::io("set the permissions of", &created.target))?;
         }
         Ok(created)
@@ -213,11 +235,9 @@ impl SnapshotFile {
         if !self.is_regular() {
             return Ok(());
         }
-        self.out
-            .get_ref()
-            .sync_all()
-            .map_err(FileError::io("write to disk", &self.target))?;
-        match &mut self.place {
+        let file = self.out.get_ref();
+        sync(file, file).map_err(FileError::io("write to disk", &self.target))?;
+        match &self.place {
             Place::Straight => {}
             Place::Nameless { folder } => {
                 let folder = folder.clone();
@@ -229,10 +249,14 @@ impl SnapshotFile {
                     link(&source, &self.target).map(|()| None)
                 };
                 let temporary = match linked {
-                    Ok(None) => return sync_folder(&folder, &self.target),
+                    Ok(None) => return self.sync_folder(&folder),
                     Ok(Some(temporary)) => temporary,
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        return Err(self.naming_error(error));
+                        // It came in between. Hours of work are worth a name all the same.
+                        let kept = with_temporary_name(&self.target, |path| link(&source, path));
+                        let ((), temporary) = kept.map_err(FileError::io("name", &self.target))?;
+                        self.place = Place::Named { folder, temporary };
+                        return Err(self.keep(error));
                     }
                     // Some file systems make nameless files and never give them a name. Hours of
                     // work are worth a copy.
@@ -253,26 +277,43 @@ impl SnapshotFile {
         let Place::Named { folder, temporary } = &self.place else {
             return Ok(());
         };
-        if self.force {
+        let folder = folder.clone();
+        let renamed = if self.force {
             std::fs::rename(temporary, &self.target)
         } else {
             rename_new(temporary, &self.target)
-        }
-        .map_err(|error| self.naming_error(error))?;
-        let folder = folder.clone();
+        };
+        renamed.map_err(|error| self.keep(error))?;
         // The temporary name is gone.
         self.place = Place::Straight;
-        sync_folder(&folder, &self.target)
+        self.sync_folder(&folder)
     }
 
-    fn naming_error(&self, error: io::Error) -> FileError {
-        if error.kind() == io::ErrorKind::AlreadyExists {
-            FileError::Exists {
+    /// Leaves a finished file under its temporary name, and says why.
+    fn keep(&mut self, source: io::Error) -> FileError {
+        match std::mem::replace(&mut self.place, Place::Straight) {
+            Place::Named { temporary, .. } => FileError::NotNamed {
                 path: self.target.clone(),
-            }
-        } else {
-            FileError::io("name", &self.target)(error)
+                partial: temporary,
+                source,
+            },
+            Place::Nameless { .. } | Place::Straight => FileError::io("name", &self.target)(source),
         }
+    }
+
+    /// Brings to disk that the target has its name in the folder.
+    fn sync_folder(&self, folder: &Path) -> Result<(), FileError> {
+        let file = self.out.get_ref();
+        // A folder that may be written, but not read, can't be opened.
+        let synced = match File::open(folder) {
+            Ok(folder) => sync(&folder, file),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => sync_system(file),
+            Err(error) => Err(error),
+        };
+        synced.map_err(|source| FileError::NotSynced {
+            path: self.target.clone(),
+            source,
+        })
     }
 }
 
@@ -350,26 +391,74 @@ fn link(source: &Path, path: &Path) -> io::Result<()> {
     linkat(AT_FDCWD, source, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW).map_err(io::Error::from)
 }
 
+/// Whether an error says that a file system, or the server behind it, can't do what was asked.
+pub fn is_unsupported(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(Errno::EINVAL | Errno::ENOSYS | Errno::ENOTTY | Errno::EOPNOTSUPP | Errno::EPERM)
+    )
+}
+
 /// Renames, but never over a file that exists.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
-        // Not every file system knows the flag. A link refuses an existing name just as well.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            std::fs::hard_link(from, to)?;
-            std::fs::remove_file(from)
-        }
-        result => result.map_err(io::Error::from),
+        Ok(()) => return Ok(()),
+        // Each file system has an error of its own for a flag that it doesn't know.
+        Err(error) if is_unsupported(&error.into()) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // A link refuses an existing name just as well.
+    match std::fs::hard_link(from, to) {
+        Ok(()) => return std::fs::remove_file(from),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(error),
+        Err(_) => {}
+    }
+    claim(to)?;
+    std::fs::rename(from, to).inspect_err(|_| {
+        // It is empty, and ours. The first error is the one to tell.
+        let _ = std::fs::remove_file(to);
+    })
+}
+
+/// Makes an empty file that did not exist, and checks that it is the one of that name.
+fn claim(path: &Path) -> io::Result<()> {
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(PRIVATE)
+        .open(path)?
+        .metadata()?;
+    let there = path.symlink_metadata()?;
+    if (made.dev(), made.ino()) == (there.dev(), there.ino()) && there.len() == 0 {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::AlreadyExists.into())
     }
 }
 
-/// Brings to disk that `target` has its name in the folder.
-fn sync_folder(folder: &Path, target: &Path) -> Result<(), FileError> {
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(|source| FileError::NotSynced {
-            path: target.to_owned(),
-            source,
-        })
+/// Gives a file these permissions, where the file system has any. Without, it stays private.
+fn take_over(file: &File, permissions: Permissions) -> io::Result<()> {
+    match file.set_permissions(permissions) {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        result => result,
+    }
+}
+
+/// Brings `what` to disk: alone if that can be done, or all of the file system that `file` is in.
+fn sync(what: &File, file: &File) -> io::Result<()> {
+    match what.sync_all() {
+        Err(error) if is_unsupported(&error) => sync_system(file),
+        result => result,
+    }
+}
+
+/// Brings the file system that `file` is in to disk, if it can do that.
+fn sync_system(file: &File) -> io::Result<()> {
+    match syncfs(file).map_err(io::Error::from) {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        result => result,
+    }
 }
 
 /// Copies the open `file` to one with a temporary name beside `target`, on disk.
@@ -379,8 +468,8 @@ fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
     let copied = file
         .seek(SeekFrom::Start(0))
         .and_then(|_| io::copy(&mut file, &mut copy))
-        .and_then(|_| copy.set_permissions(permissions))
-        .and_then(|()| copy.sync_all());
+        .and_then(|_| take_over(&copy, permissions))
+        .and_then(|()| sync(&copy, &copy));
     match copied {
         Ok(()) => Ok(temporary),
         Err(error) => {

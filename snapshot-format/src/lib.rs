@@ -60,7 +60,7 @@ mod writer;
 pub use decoder::FrameDecoder;
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
-pub use file::{FileError, SnapshotFile};
+pub use file::{FileError, SnapshotFile, is_unsupported};
 pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;

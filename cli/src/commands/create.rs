@@ -5,6 +5,8 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -17,10 +19,11 @@ use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions, Written, di
 use crate::args;
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
+use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
-use crate::source::{self, Region, Sampling, Sink, Source};
+use crate::source::{self, MERGE_A_DIFF, Region, Remark, Sampling, Sink, Source};
 use crate::target::{self, Target};
 
 /// Memory that a dictionary is trained on and tried with, at least; four frames of it are the
@@ -32,6 +35,8 @@ const SAMPLE_BYTES: usize = 8 << 20;
 pub(crate) struct Report {
     #[serde(flatten)]
     pub(crate) facts: Facts,
+    /// How the source was taken, where that may not be how it was meant.
+    pub(crate) remarks: Vec<Remark>,
     /// How long a process was held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) held_ms: Option<u64>,
@@ -41,6 +46,10 @@ pub(crate) struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
+        for remark in &self.remarks {
+            let what = if remark.warning { "WARNING" } else { "note" };
+            writeln!(f, "{what:<11} {}", remark.text)?;
+        }
         write!(f, "time        {} ms", self.elapsed_ms)?;
         match self.held_ms {
             Some(held) => writeln!(f, ", the process was held for {held} ms"),
@@ -87,6 +96,9 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let target = Target::create(&args.output, args.force)?;
     let mut source = source::open(args, output, cancel)?;
     let opened = Instant::now();
+    if args.holes.is_none() && source.is_mostly_holes() {
+        recipe.refuse_diff(args.source.as_deref())?;
+    }
     let progress = Progress::bytes(
         output,
         "packing",
@@ -98,18 +110,28 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     source
         .feed(&mut writer)
         .map_err(|error| target::named(error, &args.output))?;
+    let remarks = source.remarks();
     // A held process goes on here.
     drop(source);
     let held_ms = match args.pid {
         Some(_) => Some(u64::try_from(opened.elapsed().as_millis())?),
         None => None,
     };
+    for remark in &remarks {
+        writer
+            .remark(remark)
+            .map_err(|error| target::named(error, &args.output))?;
+        if remark.warning {
+            output.warn(format_args!("warning: {}", remark.text));
+        }
+    }
     let (target, written) = writer
         .finish(recipe.attachments)
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
     let report = Report {
         facts: facts(&written),
+        remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     };
@@ -149,12 +171,12 @@ impl Recipe {
                 ))
                 .into());
             }
-            let named = || format!("{}: opening the attachment", attachment.path.display());
+            let named = || format!("{}: opening the attachment", names::path(&attachment.path));
             let file = File::open(&attachment.path).with_context(named)?;
             if file.metadata().with_context(named)?.is_dir() {
                 bail!(
                     "{}: is a folder; an attachment is a file",
-                    attachment.path.display()
+                    names::path(&attachment.path)
                 );
             }
             attachments.push((attachment.name.clone(), file));
@@ -175,6 +197,27 @@ impl Recipe {
             threads: args.threads,
             attachments,
         })
+    }
+
+    /// Refuses a raw file of holes beside the state of a Firecracker VM: all memory of a VM that has
+    /// run is not mostly holes, but a diff is.
+    fn refuse_diff(&self, source: Option<&Path>) -> Result<()> {
+        for (name, file) in &self.attachments {
+            let mut start = [0; 16];
+            // One that can't be read at any place is no state that a VMM has written to a file.
+            let Ok(len) = file.read_at(&mut start, 0) else {
+                continue;
+            };
+            if source::is_firecracker_state(&start[..len]) {
+                bail!(
+                    "{}: most of it is holes, and the attachment {name:?} is the state of a \
+                     Firecracker VM, so this looks like a diff, in which a hole means \
+                     \"unchanged\": {MERGE_A_DIFF}; if holes are zeros: --holes zero",
+                    source.map(names::path).unwrap_or_default()
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Trains a dictionary if that may pay, and begins the snapshot.
@@ -239,8 +282,8 @@ impl Recipe {
     }
 }
 
-fn read_dictionary(path: &std::path::Path) -> Result<Vec<u8>> {
-    let named = || format!("{}: reading the dictionary", path.display());
+fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
+    let named = || format!("{}: reading the dictionary", names::path(path));
     let mut bytes = Vec::new();
     let limit = MAX_DICTIONARY_BYTES as u64 + 1;
     let file = fs::File::open(path).with_context(named)?;
@@ -248,10 +291,10 @@ fn read_dictionary(path: &std::path::Path) -> Result<Vec<u8>> {
         .read_to_end(&mut bytes)
         .with_context(named)?;
     match bytes.len() {
-        0 => bail!("{}: an empty file is no dictionary", path.display()),
+        0 => bail!("{}: an empty file is no dictionary", names::path(path)),
         len if len > MAX_DICTIONARY_BYTES => bail!(
             "{}: is longer than {MAX_DICTIONARY_BYTES} bytes, the most that a dictionary may have",
-            path.display()
+            names::path(path)
         ),
         _ => Ok(bytes),
     }
@@ -263,6 +306,11 @@ pub(crate) struct SnapshotSink {
 }
 
 impl SnapshotSink {
+    /// Records a remark as a property.
+    fn remark(&mut self, remark: &Remark) -> Result<()> {
+        Ok(self.writer.set_property(remark.key, &remark.value)?)
+    }
+
     /// Stores the attachments and writes the end. The target isn't complete yet.
     pub(crate) fn finish(mut self, attachments: Vec<(String, File)>) -> Result<(Target, Written)> {
         for (name, mut file) in attachments {
@@ -274,16 +322,12 @@ impl SnapshotSink {
 
 impl Sink for SnapshotSink {
     fn region(&mut self, region: &Region) -> Result<()> {
-        let mut name = region.name.clone();
-        while name.len() > MAX_NAME_BYTES {
-            name.pop();
-        }
         Ok(self.writer.begin_region(&RegionSpec {
             space: 0,
             flags: region.flags,
             start: region.start,
             page_shift: region.page_shift,
-            name,
+            name: names::shortened(region.name.clone(), MAX_NAME_BYTES),
         })?)
     }
 

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::Write as _;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -19,11 +18,16 @@ use snapshot_format::{Region, Snapshot};
 use crate::args::{self, Unavailable};
 use crate::blocks::{BlockReader, Kind};
 use crate::exit::{Exit, Refusal};
+use crate::facts::RegionFacts;
 use crate::input;
+use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use crate::target::{self, Target};
+
+/// Regions whose places are listed for people.
+const LISTED_REGIONS: usize = 8;
 
 /// Blocks that a thread takes at once: 32 MiB, so that few frames are decoded by two threads.
 const BLOCKS_AT_ONCE: u64 = 16;
@@ -38,10 +42,13 @@ struct Report {
     data_bytes: u64,
     /// Unavailable pages that were written as zeros.
     unavailable_pages: u64,
+    /// What was written where; none of an attachment, which is no memory and has no holes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    regions: Option<Vec<RegionFacts>>,
     elapsed_ms: u64,
-    /// It is no memory, and has no holes.
+    /// What people know the target as.
     #[serde(skip)]
-    attachment: bool,
+    target: String,
 }
 
 impl fmt::Display for Report {
@@ -50,8 +57,8 @@ impl fmt::Display for Report {
             f,
             "wrote {} to {}{} in {} ms",
             BinaryBytes(self.bytes),
-            target::name(Path::new(&self.output)),
-            if self.attachment {
+            self.target,
+            if self.regions.is_none() {
                 String::new()
             } else {
                 format!(", {} of it data,", BinaryBytes(self.data_bytes))
@@ -65,6 +72,25 @@ impl fmt::Display for Report {
                 count(self.unavailable_pages, "page")
             )?;
         }
+        let regions = self.regions.as_deref().unwrap_or_default();
+        if regions.iter().all(|region| region.offset == region.start) {
+            return Ok(());
+        }
+        writeln!(f, "offsets are not addresses:")?;
+        for region in regions.iter().take(LISTED_REGIONS) {
+            let line = format!(
+                "  at offset {:#x}: {} from address {:#x} on, {}",
+                region.offset,
+                BinaryBytes(region.bytes),
+                region.start,
+                names::shown(&region.name)
+            );
+            writeln!(f, "{}", line.trim_end_matches(", "))?;
+        }
+        let left = regions.len().saturating_sub(LISTED_REGIONS);
+        if left > 0 {
+            writeln!(f, "  ... and {left} more regions (all with --json)")?;
+        }
         Ok(())
     }
 }
@@ -76,6 +102,7 @@ struct Plan<'s> {
     target: String,
     /// The regions, in order, with the number of the first block of each, counted through.
     pieces: Vec<Piece>,
+    regions: Vec<&'s Region>,
     blocks: u64,
     pages: u64,
     unavailable: Unavailable,
@@ -110,13 +137,14 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
     target::refuse_source(&args.output, &args.file)?;
     let snapshot = input::open(&args.file)?;
     let mut report = Report {
-        file: args.file.display().to_string(),
-        output: args.output.display().to_string(),
+        file: names::exact(&args.file),
+        output: names::exact(&args.output),
         bytes: 0,
         data_bytes: 0,
         unavailable_pages: 0,
+        regions: None,
         elapsed_ms: 0,
-        attachment: args.attachment.is_some(),
+        target: target::name(&args.output),
     };
     if let Some(name) = &args.attachment {
         // Looked up first, so that a wrong name leaves no file.
@@ -128,7 +156,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
                 .collect();
             bail!(
                 "{}: has no attachment {name:?}; it has: {}",
-                report.file,
+                names::path(&args.file),
                 list(&known)
             );
         }
@@ -137,13 +165,14 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         report.data_bytes = report.bytes;
         target.complete()?;
     } else {
-        let plan = Plan::new(&snapshot, args, &report.file)?;
+        let plan = Plan::new(&snapshot, args, &names::path(&args.file))?;
         let written = Written::default();
         let mut target = Target::create(&args.output, args.force)?;
         let progress = Progress::bytes(output, "extracting", Some(plan.bytes()));
-        if let Some(file) = target.file()? {
-            file.set_len(plan.bytes())
-                .with_context(|| format!("{}: setting its length", report.output))?;
+        let sparse = target.sparse(plan.bytes());
+        if let Some(file) =
+            sparse.with_context(|| format!("{}: setting its length", plan.target))?
+        {
             plan.write_sparse(file, args.threads, &written, &progress, cancel)?;
         } else {
             plan.write_stream(&mut target, &written, &progress, cancel)?;
@@ -153,6 +182,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         report.bytes = plan.bytes();
         report.data_bytes = written.data.into_inner() * PAGE_SIZE_U64;
         report.unavailable_pages = written.unavailable.into_inner();
+        report.regions = Some(RegionFacts::all(plan.regions));
     }
     report.elapsed_ms = u64::try_from(began.elapsed().as_millis())?;
     if to_stdout {
@@ -170,13 +200,13 @@ impl<'s> Plan<'s> {
             file: file.to_owned(),
             target: target::name(&args.output),
             pieces: Vec::new(),
+            regions: chosen(snapshot.regions()?, &args.region)
+                .with_context(|| format!("{file}: choosing regions"))?,
             blocks: 0,
             pages: 0,
             unavailable: args.unavailable,
         };
-        for region in chosen(snapshot.regions()?, &args.region)
-            .with_context(|| format!("{file}: choosing regions"))?
-        {
+        for region in &plan.regions {
             plan.pieces.push(Piece {
                 from: plan.blocks,
                 block: region.first_page / PAGES_PER_BLOCK_U64,
@@ -344,7 +374,9 @@ fn chosen<'r>(regions: &'r [Region], wanted: &[String]) -> Result<Vec<&'r Region
     }
     let mut take = vec![false; regions.len()];
     for wanted in wanted {
-        let named = regions.iter().map(|region| region.name == *wanted);
+        // As it is, or as it is shown.
+        let is_wanted = |name: &str| name == wanted || names::shown(name) == *wanted;
+        let named = regions.iter().map(|region| is_wanted(&region.name));
         let mut found = false;
         for (take, named) in take.iter_mut().zip(named) {
             *take |= named;

@@ -12,6 +12,7 @@ use crate::args;
 use crate::exit::Exit;
 use crate::facts::Facts;
 use crate::input;
+use crate::names;
 use crate::output::{Output, count};
 
 /// Regions that are listed for people; a process tree has ten thousands.
@@ -50,7 +51,7 @@ struct Dictionary {
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     let snapshot = input::open(&args.file)?;
     let report = Report {
-        file: args.file.display().to_string(),
+        file: names::exact(&args.file),
         facts: Facts::of(&snapshot)?,
         properties: snapshot.properties()?.into_iter().collect(),
         attachments: snapshot
@@ -100,8 +101,8 @@ impl fmt::Display for Report {
         for set in &self.working_sets {
             writeln!(
                 f,
-                "working set {:?}: {} in {}",
-                set.name,
+                "working set \"{}\": {} in {}",
+                names::shown(&set.name),
                 count(set.pages, "page"),
                 count(set.runs, "run")
             )?;
@@ -109,8 +110,8 @@ impl fmt::Display for Report {
         for attachment in &self.attachments {
             writeln!(
                 f,
-                "attachment  {:?}: {}",
-                attachment.name,
+                "attachment  \"{}\": {}",
+                names::shown(&attachment.name),
                 BinaryBytes(attachment.bytes)
             )?;
         }
@@ -130,17 +131,18 @@ fn region_table(facts: &Facts) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
-        .set_header(["#", "start", "size", "access", "name"]);
+        .set_header(["#", "start", "size", "offset", "access", "name"]);
     for (number, region) in facts.regions.iter().take(LISTED_REGIONS).enumerate() {
         table.add_row([
             number.to_string(),
             format!("{:#x}", region.start),
             BinaryBytes(region.bytes).to_string(),
+            format!("{:#x}", region.offset),
             region.protection.clone(),
-            region.name.clone(),
+            names::shown(&region.name).into_owned(),
         ]);
     }
-    for column in [0, 1, 2] {
+    for column in [0, 1, 2, 3] {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }

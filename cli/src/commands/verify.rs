@@ -14,6 +14,7 @@ use snapshot_format::{VerifyError, VerifyOptions};
 use crate::args;
 use crate::exit::Exit;
 use crate::input;
+use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -51,7 +52,7 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 /// Verifies a snapshot and says what was found.
 pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
     let began = Instant::now();
-    let file = args.file.display().to_string();
+    let file = names::exact(&args.file);
     let store = input::store(&args.file)?;
     let progress = Progress::bytes(output, "verifying", None);
     let mut options = VerifyOptions::default().progress(|at| {

@@ -1,14 +1,27 @@
-//! ELF cores: of processes (gcore, the kernel) and of guests (QEMU's dump-guest-memory).
+//! ELF cores: of processes (gcore, the kernel) and of whole machines (QEMU's dump-guest-memory,
+//! VirtualBox's dumpvmcore, a crashed kernel's vmcore).
 //!
 //! The two differ in what an address means. A process's core lists virtual ranges; memory that it
 //! names without having its bytes (mapped files left out by the dump filter) is unavailable: what
-//! it was isn't known, and zeros would be a lie. QEMU's lists guest-physical ranges in `p_paddr`;
-//! with the paging option one physical range appears once for each virtual mapping, and is taken
-//! once.
+//! it was isn't known, and zeros would be a lie. A machine's lists physical ranges in `p_paddr`, and
+//! its `p_vaddr` may say anything: with QEMU's paging option one physical range appears once for
+//! each virtual mapping. A note tells which it is. Without one, physical addresses are taken where
+//! virtual ones contradict each other and they don't.
+//!
+//! ```text
+//! program headers -> spans of bytes -> overlaps are compared, each byte is taken once
+//!                                   -> whole pages, and pages put together from odd pieces
+//! ```
+//!
+//! Nothing is left out without a remark. Bytes that two segments hold differently are an error.
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use indicatif::HumanCount;
 use object::elf::{self, FileHeader32, FileHeader64};
 use object::read::elf::{FileHeader, ProgramHeader as _};
 use object::{Endianness, ReadCache};
@@ -17,17 +30,22 @@ use snapshot_format::layout::region_flags;
 
 use super::extents::Extents;
 use super::file::SourceFile;
-use super::{PAGE, Region, Samples, Sampling, Sink, Source};
-use crate::output::Output;
+use super::{CHUNK, PAGE, Region, Remark, Samples, Sampling, Sink, Source};
+use crate::names;
+use crate::output::{Output, count};
 use crate::signals::Cancel;
 
 /// Most program headers that are read: regions are bounded by the format as well.
 const MAX_SEGMENTS: u32 = 1 << 20;
 /// Most bytes of notes that are read. A thread's registers take a few KiB.
 const MAX_NOTE_BYTES: u64 = 256 << 20;
+/// Most places at which segments overlap that are looked at.
+const MAX_OVERLAPS: u64 = 16 << 20;
 
 /// Where the kernel shows processes its entry for obsolete system calls: no memory of theirs.
 const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
+/// Byte of the file's identification that has the version of the format.
+const EI_VERSION: u64 = 6;
 
 /// Whether a file that starts with `start` is a core.
 pub(super) fn is_core(start: &[u8]) -> bool {
@@ -49,45 +67,106 @@ pub(crate) struct ElfCore {
     file: SourceFile,
     extents: Extents,
     segments: Vec<Segment>,
-    guest: bool,
+    kind: Kind,
+    remarks: Vec<Remark>,
     output: Output,
     cancel: Cancel,
 }
 
-/// Pages of one segment, all of which are in the file, or none.
+/// What a core is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    Process,
+    /// The memory of a virtual machine, by a note of its VMM.
+    Guest,
+    /// The memory of a machine, by a note of its kernel or by its addresses.
+    Machine,
+}
+
+impl Kind {
+    /// Whether `p_paddr` counts.
+    fn is_physical(self) -> bool {
+        self != Self::Process
+    }
+}
+
+/// Pages of one segment that are known in the same way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Segment {
     /// Its program header.
     number: usize,
     start: u64,
     pages: u64,
-    present: bool,
-    offset: u64,
-    /// Bytes in the file: fewer than the pages have, if the last one is not whole.
-    file_bytes: u64,
+    content: Content,
     flags: u32,
     name: String,
+}
+
+/// Where the bytes of pages are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Content {
+    /// In the file, from this offset on.
+    At(u64),
+    /// One page, put together from parts of the file; what is between them is no memory.
+    Pieces(Vec<Piece>),
+    /// Nowhere.
+    Unknown,
+}
+
+/// Part of a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    /// Offset in the page.
+    at: u64,
+    len: u64,
+    /// Offset in the file.
+    offset: u64,
 }
 
 impl Segment {
     fn end(&self) -> u64 {
         self.start + self.pages * PAGE
     }
+}
+
+/// Bytes of memory that one segment names, all of which are in the file, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Span {
+    number: usize,
+    start: u64,
+    end: u64,
+    /// Offset of its first byte in the file.
+    offset: u64,
+    flags: u32,
+}
+
+impl Span {
+    fn offset_of(&self, address: u64) -> u64 {
+        self.offset.wrapping_add(address - self.start)
+    }
 
     /// The part of it that lies in `range`.
     fn within(&self, range: Range<u64>) -> Option<Self> {
         let start = self.start.max(range.start);
-        let end = self.end().min(range.end);
-        let gone = start.saturating_sub(self.start);
-        let pages = end.saturating_sub(start) / PAGE;
-        (pages > 0).then(|| Self {
+        let end = self.end.min(range.end);
+        (start < end).then(|| Self {
             start,
-            pages,
-            offset: self.offset + gone,
-            file_bytes: self.file_bytes.saturating_sub(gone).min(pages * PAGE),
+            end,
+            offset: self.offset_of(start),
             ..self.clone()
         })
     }
+}
+
+/// Memory that two segments hold, in different places of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Overlap {
+    start: u64,
+    len: u64,
+    /// Segments and offsets.
+    taken: (usize, u64),
+    dropped: (usize, u64),
 }
 
 /// A loadable segment as the file states it.
@@ -102,10 +181,21 @@ struct Load {
     flags: u32,
 }
 
+impl Load {
+    fn start(&self, physical: bool) -> u64 {
+        if physical { self.paddr } else { self.vaddr }
+    }
+
+    /// Bytes of its memory that the file is to have.
+    fn known_bytes(&self) -> u64 {
+        self.file_bytes.min(self.memory_bytes)
+    }
+}
+
 /// What the notes tell.
 #[derive(Debug, Default)]
 struct Notes {
-    qemu: bool,
+    kind: Kind,
     /// Mapped files of a process, by address.
     files: Vec<(Range<u64>, String)>,
 }
@@ -113,7 +203,7 @@ struct Notes {
 impl Notes {
     /// What the memory at an address is called.
     fn name(&self, address: u64) -> String {
-        if self.qemu {
+        if self.kind.is_physical() {
             return "memory".into();
         }
         let after = self
@@ -129,29 +219,66 @@ impl Notes {
 }
 
 impl ElfCore {
-    pub(crate) fn open(file: SourceFile, output: Output, cancel: &Cancel) -> Result<Self> {
-        let (loads, notes) = parse(&file)
-            .map_err(|error| anyhow!("{}: damaged ELF core: {error:#}", file.path().display()))?;
-        let segments = plan(&loads, &notes, file.len())
-            .with_context(|| format!("{}: ELF core", file.path().display()))?;
-        if segments.is_empty() {
-            bail!("{}: the ELF core holds no memory", file.path().display());
+    pub(crate) fn open(
+        file: SourceFile,
+        incomplete: bool,
+        output: Output,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let named = || names::path(file.path());
+        let (loads, mut notes) =
+            parse(&file).map_err(|error| anyhow!("{}: damaged ELF core: {error:#}", named()))?;
+        let of_core = || format!("{}: ELF core", named());
+        let mut plan = Plan::default();
+        if notes.kind == Kind::Process && !is_usable(&loads, false) && is_usable(&loads, true) {
+            notes.kind = Kind::Machine;
+            plan.contradicting = true;
         }
+        plan.make(&loads, &notes, file.len(), incomplete)
+            .with_context(of_core)?;
+        if plan.segments.is_empty() {
+            bail!("{}: the ELF core holds no memory", named());
+        }
+        compare(&file, &plan.overlaps, cancel).with_context(of_core)?;
         Ok(Self {
             extents: file.extents()?,
             file,
-            segments,
-            guest: notes.qemu,
+            remarks: plan.remarks(),
+            segments: plan.segments,
+            kind: notes.kind,
             output,
             cancel: cancel.clone(),
         })
     }
 }
 
+/// A file whose identification says that it has the current version, as VirtualBox forgets to.
+struct Versioned<'a>(&'a File);
+
+impl Read for Versioned<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let from = self.0.stream_position()?;
+        let count = self.0.read(buffer)?;
+        let at = EI_VERSION.checked_sub(from).map(usize::try_from);
+        if let Some(Ok(at)) = at
+            && let Some(version @ 0) = buffer[..count].get_mut(at)
+        {
+            *version = elf::EV_CURRENT.0;
+        }
+        Ok(count)
+    }
+}
+
+impl Seek for Versioned<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.0.seek(to)
+    }
+}
+
 fn parse(file: &SourceFile) -> Result<(Vec<Load>, Notes)> {
     let mut start = [0; 5];
     file.read(&mut start, 0)?;
-    let cache = ReadCache::new(file.as_file());
+    let cache = ReadCache::new(Versioned(file.as_file()));
     if start[4] == elf::ELFCLASS32.0 {
         parse_class::<FileHeader32<Endianness>>(&cache)
     } else {
@@ -160,7 +287,7 @@ fn parse(file: &SourceFile) -> Result<(Vec<Load>, Notes)> {
 }
 
 fn parse_class<Elf: FileHeader<Endian = Endianness>>(
-    cache: &ReadCache<&std::fs::File>,
+    cache: &ReadCache<Versioned<'_>>,
 ) -> Result<(Vec<Load>, Notes)> {
     let header = Elf::parse(cache)?;
     let endian = header.endian()?;
@@ -191,8 +318,10 @@ fn parse_class<Elf: FileHeader<Endian = Endianness>>(
                     continue;
                 };
                 while let Some(note) = all.next()? {
-                    if note.name() == b"QEMU" {
-                        notes.qemu = true;
+                    if matches!(note.name(), b"QEMU" | b"VBCORE") {
+                        notes.kind = Kind::Guest;
+                    } else if note.name() == b"VMCOREINFO" && notes.kind == Kind::Process {
+                        notes.kind = Kind::Machine;
                     } else if note.name() == b"CORE" && note.n_type(endian) == elf::NT_FILE {
                         notes.files = mapped_files::<Elf>(note.desc(), endian)?;
                     }
@@ -239,134 +368,388 @@ fn mapped_files<Elf: FileHeader<Endian = Endianness>>(
                 .next()
                 .context("its list of mapped files is cut short")?;
             let range = word(2 + 3 * index)?..word(3 + 3 * index)?;
-            Ok((range, String::from_utf8_lossy(name).into_owned()))
+            Ok((range, names::stored(name)))
         })
         .collect()
 }
 
-/// Checks the segments against the file, sorts them, and takes memory that several name only once:
-/// from one that has its bytes, if there is one.
-fn plan(loads: &[Load], notes: &Notes, file_len: u64) -> Result<Vec<Segment>> {
-    let (mut present, mut absent) = (Vec::new(), Vec::new());
-    let memory = |load: &&Load| load.memory_bytes > 0 && (notes.qemu || load.vaddr < VSYSCALL);
-    for load in loads.iter().filter(memory) {
-        let (first, rest) = check(load, notes, file_len)?;
-        present.extend(first);
-        absent.extend(rest);
+/// Whether the addresses of one kind can be those of the segments: they stay within the address
+/// space, and no two segments hold the same memory in different places of the file.
+fn is_usable(loads: &[Load], physical: bool) -> bool {
+    let mut spans = Vec::new();
+    for load in loads.iter().filter(|load| load.known_bytes() > 0) {
+        let start = load.start(physical);
+        let Some(end) = start.checked_add(load.known_bytes()) else {
+            return false;
+        };
+        spans.push((start, end, load.offset.wrapping_sub(start)));
     }
-    let present = taken_once(present);
-    let absent = taken_once(absent);
-    let mut all = Vec::new();
+    spans.sort_unstable();
+    let mut last: Option<(u64, u64)> = None;
+    for (start, end, place) in spans {
+        match &mut last {
+            Some((taken, of)) if start < *taken => {
+                if *of != place {
+                    return false;
+                }
+                *taken = end.max(*taken);
+            }
+            _ => last = Some((end, place)),
+        }
+    }
+    true
+}
+
+/// What is taken of a core, and what isn't.
+#[derive(Debug, Default)]
+struct Plan {
+    segments: Vec<Segment>,
+    overlaps: Vec<Overlap>,
+    /// Virtual addresses contradict each other, so physical ones are taken.
+    contradicting: bool,
+    beyond: Counted,
+    unaddressed: Counted,
+    cut: Counted,
+    partly_known: Counted,
+    filled: Counted,
+}
+
+/// Bytes, and where the first of them are.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counted {
+    bytes: u64,
+    first: Option<String>,
+}
+
+impl Counted {
+    fn add(&mut self, bytes: u64, place: impl FnOnce() -> String) {
+        self.bytes += bytes;
+        self.first.get_or_insert_with(place);
+    }
+
+    fn remark(&self, key: &'static str, what: &str) -> Option<Remark> {
+        let first = self.first.as_ref()?;
+        Some(Remark {
+            key,
+            value: self.bytes.to_string(),
+            text: format!(
+                "{} bytes {what} (the first {first})",
+                HumanCount(self.bytes)
+            ),
+            warning: true,
+        })
+    }
+}
+
+impl Plan {
+    /// Takes each byte of memory once: from a segment that has it, if there is one.
+    fn make(
+        &mut self,
+        loads: &[Load],
+        notes: &Notes,
+        file_len: u64,
+        incomplete: bool,
+    ) -> Result<()> {
+        let (mut present, mut absent) = (Vec::new(), Vec::new());
+        for load in loads {
+            let spans = self.spans(load, notes.kind, file_len, incomplete)?;
+            present.extend(spans.0);
+            absent.extend(spans.1);
+        }
+        let (present, overlaps) = taken_once(present)?;
+        self.overlaps = overlaps;
+        let (absent, _) = taken_once(absent)?;
+        let absent = without(absent, &present);
+        self.cut_into_pages(&present, &absent);
+        for segment in &mut self.segments {
+            segment.name = notes.name(segment.start);
+        }
+        Ok(())
+    }
+
+    /// The bytes of a segment that the file has, and those that it hasn't.
+    fn spans(
+        &mut self,
+        load: &Load,
+        kind: Kind,
+        file_len: u64,
+        incomplete: bool,
+    ) -> Result<(Option<Span>, Option<Span>)> {
+        let (number, start) = (load.number, load.start(kind.is_physical()));
+        if !kind.is_physical() && start == VSYSCALL {
+            return Ok((None, None));
+        }
+        let known = load.known_bytes();
+        if load.file_bytes > known {
+            let beyond = load.file_bytes - known;
+            self.beyond.add(beyond, || format!("of segment {number}"));
+        }
+        if load.memory_bytes == 0 {
+            return Ok((None, None));
+        }
+        // What the kernel has mapped elsewhere, or what is no RAM, has all bits set.
+        if kind.is_physical() && (start == u64::MAX || start == u64::from(u32::MAX)) {
+            if known > 0 {
+                let place = || format!("of segment {number}, virtual address {:#x}", load.vaddr);
+                self.unaddressed.add(known, place);
+            }
+            return Ok((None, None));
+        }
+        let end = start
+            .checked_add(load.memory_bytes)
+            .filter(|end| end.checked_next_multiple_of(PAGE).is_some())
+            .with_context(|| format!("segment {number} passes the end of the address space"))?;
+        let there = file_len.saturating_sub(load.offset).min(known);
+        if there < known {
+            if !incomplete {
+                bail!(
+                    "segment {number} ({start:#x}) needs {known} bytes at offset {}, but the file \
+                     has only {file_len}: it was cut short (disk full, or `ulimit -c`?); \
+                     --incomplete takes what is there",
+                    load.offset
+                );
+            }
+            self.cut
+                .add(known - there, || format!("at {:#x}", start + there));
+        }
+        let bit = |elf: u32, ours: u32| if load.flags & elf != 0 { ours } else { 0 };
+        let flags = if kind.is_physical() {
+            0
+        } else {
+            bit(elf::PF_R.0, region_flags::READ)
+                | bit(elf::PF_W.0, region_flags::WRITE)
+                | bit(elf::PF_X.0, region_flags::EXECUTE)
+        };
+        let whole = Span {
+            number,
+            start,
+            end,
+            offset: load.offset,
+            flags,
+        };
+        Ok((
+            whole.within(start..start + there),
+            whole.within(start + there..end),
+        ))
+    }
+
+    /// Makes whole pages of spans that are sorted and disjoint.
+    fn cut_into_pages(&mut self, present: &[Span], absent: &[Span]) {
+        let mut odd: BTreeMap<u64, Odd> = BTreeMap::new();
+        for (spans, known) in [(present, true), (absent, false)] {
+            for span in spans {
+                let whole = span.start.next_multiple_of(PAGE)..span.end / PAGE * PAGE;
+                if let Some(whole) = span.within(whole.clone()) {
+                    self.segments.push(Segment {
+                        number: span.number,
+                        start: whole.start,
+                        pages: (whole.end - whole.start) / PAGE,
+                        content: if known {
+                            Content::At(whole.offset)
+                        } else {
+                            Content::Unknown
+                        },
+                        flags: span.flags,
+                        name: String::new(),
+                    });
+                }
+                // Before the first whole page and behind the last, which may be one page.
+                let head = span.within(0..whole.start);
+                let tail = span.within(whole.end.max(whole.start)..u64::MAX);
+                for part in head.iter().chain(&tail) {
+                    let page = part.start / PAGE * PAGE;
+                    odd.entry(page).or_default().add(part, known, page);
+                }
+            }
+        }
+        for (start, page) in odd {
+            let known: u64 = page.pieces.iter().map(|piece| piece.len).sum();
+            let place = || format!("at {:#x}", start + page.pieces.first().map_or(0, |p| p.at));
+            let content = if page.unknown {
+                if known > 0 {
+                    self.partly_known.add(known, place);
+                }
+                Content::Unknown
+            } else {
+                if known < PAGE {
+                    self.filled.add(PAGE - known, place);
+                }
+                Content::Pieces(page.pieces)
+            };
+            self.segments.push(Segment {
+                number: page.number,
+                start,
+                pages: 1,
+                content,
+                flags: page.flags,
+                name: String::new(),
+            });
+        }
+        self.segments.sort_by_key(|segment| segment.start);
+    }
+
+    fn remarks(&self) -> Vec<Remark> {
+        let physical = self.contradicting.then(|| Remark {
+            key: "source.addresses",
+            value: "physical".into(),
+            text: "physical addresses are taken, because virtual ones contradict each other".into(),
+            warning: false,
+        });
+        let counted = [
+            self.cut.remark(
+                "source.cut_bytes",
+                "are missing, because the file was cut short; recorded as unavailable",
+            ),
+            self.beyond.remark(
+                "source.beyond_bytes",
+                "lie in the file beyond the memory of their segments; left out",
+            ),
+            self.unaddressed.remark(
+                "source.unaddressed_bytes",
+                "have no physical address; left out",
+            ),
+            self.partly_known.remark(
+                "source.partly_known_bytes",
+                "belong to pages of which the dump lacks the rest; left out, the pages are recorded \
+                 as unavailable",
+            ),
+            self.filled.remark(
+                "source.filled_bytes",
+                "belong to no memory, but to pages of which a part is memory; zeros were put there",
+            ),
+        ];
+        physical
+            .into_iter()
+            .chain(counted.into_iter().flatten())
+            .collect()
+    }
+}
+
+/// A page of which a segment has a part.
+#[derive(Default)]
+struct Odd {
+    number: usize,
+    flags: u32,
+    pieces: Vec<Piece>,
+    /// Whether a segment names a part without having its bytes.
+    unknown: bool,
+}
+
+impl Odd {
+    fn add(&mut self, part: &Span, known: bool, page: u64) {
+        if self.pieces.is_empty() && !self.unknown {
+            (self.number, self.flags) = (part.number, part.flags);
+        }
+        if known {
+            self.pieces.push(Piece {
+                at: part.start - page,
+                len: part.end - part.start,
+                offset: part.offset,
+            });
+        } else {
+            self.unknown = true;
+        }
+    }
+}
+
+/// Sorts spans and cuts off what an earlier one has.
+fn taken_once(mut spans: Vec<Span>) -> Result<(Vec<Span>, Vec<Overlap>)> {
+    spans.sort_by_key(|span| span.start);
+    let mut taken: Vec<Span> = Vec::new();
+    let mut overlaps = Vec::new();
+    let mut looked_at = 0;
+    for span in spans {
+        let free = taken.last().map_or(0, |last| last.end);
+        // Whatever lies between its start and `free` is taken, because no earlier one starts later.
+        let first = taken.partition_point(|other| other.end <= span.start);
+        for other in &taken[first..] {
+            let Some(twice) = span.within(other.start..other.end) else {
+                break;
+            };
+            looked_at += 1;
+            if looked_at > MAX_OVERLAPS {
+                bail!("its segments overlap in more than {MAX_OVERLAPS} places");
+            }
+            let offset = other.offset_of(twice.start);
+            if offset != twice.offset {
+                overlaps.push(Overlap {
+                    start: twice.start,
+                    len: twice.end - twice.start,
+                    taken: (other.number, offset),
+                    dropped: (span.number, twice.offset),
+                });
+            }
+        }
+        taken.extend(span.within(free..u64::MAX));
+    }
+    Ok((taken, overlaps))
+}
+
+/// The parts of sorted spans that lie in none of `others`, which are sorted and disjoint, too.
+fn without(spans: Vec<Span>, others: &[Span]) -> Vec<Span> {
+    let mut left = Vec::new();
     let mut next = 0;
-    for segment in absent {
-        // Both are sorted: what ends before this one ends before all later ones.
-        while present
-            .get(next)
-            .is_some_and(|p: &Segment| p.end() <= segment.start)
-        {
+    for span in spans {
+        // What ends before this one ends before all later ones.
+        while others.get(next).is_some_and(|o| o.end <= span.start) {
             next += 1;
         }
-        let mut free = segment.start;
-        for other in &present[next..] {
-            if other.start >= segment.end() {
+        let mut free = span.start;
+        for other in &others[next..] {
+            if other.start >= span.end {
                 break;
             }
-            all.extend(segment.within(free..other.start));
-            free = other.end();
+            left.extend(span.within(free..other.start));
+            free = other.end;
         }
-        all.extend(segment.within(free..segment.end()));
+        left.extend(span.within(free..span.end));
     }
-    all.extend(present);
-    all.sort_by_key(|segment| segment.start);
-    for segment in &mut all {
-        segment.name = notes.name(segment.start);
-    }
-    Ok(all)
+    left
 }
 
-/// Sorts segments and cuts off what an earlier one has.
-fn taken_once(mut segments: Vec<Segment>) -> Vec<Segment> {
-    segments.sort_by_key(|segment| segment.start);
-    let mut taken: Vec<Segment> = Vec::new();
-    for segment in segments {
-        let free = taken.last().map_or(0, Segment::end);
-        taken.extend(segment.within(free..segment.end()));
+/// Checks that memory which two segments hold is the same in both.
+fn compare(file: &SourceFile, overlaps: &[Overlap], cancel: &Cancel) -> Result<()> {
+    // Segments that share no bytes of the file have no more than it has.
+    let twice = overlaps.iter().map(|overlap| u128::from(overlap.len));
+    if twice.sum::<u128>() > u128::from(file.len()) {
+        bail!("its segments hold more bytes at addresses of others than the file has");
     }
-    taken
-}
-
-/// The part of a segment that the file has, and the part that it hasn't.
-fn check(load: &Load, notes: &Notes, file_len: u64) -> Result<(Option<Segment>, Option<Segment>)> {
-    let number = load.number;
-    let start = if notes.qemu { load.paddr } else { load.vaddr };
-    if start % PAGE != 0 {
-        bail!("segment {number} starts at {start:#x}, which is no multiple of {PAGE}");
+    let (mut one, mut other) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for overlap in overlaps {
+        let mut done = 0;
+        while done < overlap.len {
+            cancel.check()?;
+            let len = usize::try_from((overlap.len - done).min(CHUNK as u64))?;
+            let (one, other) = (&mut one[..len], &mut other[..len]);
+            file.read(one, overlap.taken.1 + done)?;
+            file.read(other, overlap.dropped.1 + done)?;
+            if let Some(at) = one.iter().zip(other.iter()).position(|(a, b)| a != b) {
+                bail!(
+                    "segments {} and {} both hold the {} from {:#x} on, and differ at {:#x}: the \
+                     dump contradicts itself, so take another; --raw packs the file as it is",
+                    overlap.taken.0,
+                    overlap.dropped.0,
+                    count(overlap.len, "byte"),
+                    overlap.start,
+                    overlap.start + done + at as u64
+                );
+            }
+            done += len as u64;
+        }
     }
-    let memory_end = start
-        .checked_add(load.memory_bytes)
-        .and_then(|end| end.checked_next_multiple_of(PAGE))
-        .with_context(|| format!("segment {number} passes the end of the address space"))?;
-    // Whatever a file has beyond a segment's memory is no memory.
-    let file_bytes = load.file_bytes.min(load.memory_bytes);
-    if load
-        .offset
-        .checked_add(file_bytes)
-        .is_none_or(|end| end > file_len)
-    {
-        bail!(
-            "segment {number} ({start:#x}) needs {file_bytes} bytes at offset {}, but the file has \
-             only {file_len}: it was cut short (disk full, or `ulimit -c`?)",
-            load.offset
-        );
-    }
-    let pages = (memory_end - start) / PAGE;
-    let present = if file_bytes == load.memory_bytes {
-        // All there; what is missing to a whole page lies outside of the memory.
-        pages
-    } else {
-        // A page of which only a part is known is not known.
-        file_bytes / PAGE
-    };
-    let flags = if notes.qemu {
-        0
-    } else {
-        let bit = |elf: u32, ours: u32| if load.flags & elf != 0 { ours } else { 0 };
-        bit(elf::PF_R.0, region_flags::READ)
-            | bit(elf::PF_W.0, region_flags::WRITE)
-            | bit(elf::PF_X.0, region_flags::EXECUTE)
-    };
-    let whole = Segment {
-        number,
-        start,
-        pages,
-        present: true,
-        offset: load.offset,
-        file_bytes,
-        flags,
-        name: String::new(),
-    };
-    let known = start + present * PAGE;
-    let missing = Segment {
-        present: false,
-        file_bytes: 0,
-        ..whole.clone()
-    };
-    Ok((
-        whole.within(start..known),
-        missing.within(known..memory_end),
-    ))
+    Ok(())
 }
 
 impl Source for ElfCore {
     fn describe(&self) -> Vec<(String, String)> {
-        let kind = if self.guest {
-            "elf core of a guest"
-        } else {
-            "elf core of a process"
+        let kind = match self.kind {
+            Kind::Process => "elf core of a process",
+            Kind::Guest => "elf core of a guest",
+            Kind::Machine => "elf core of a machine",
         };
         vec![
             ("source".into(), kind.into()),
-            ("source.path".into(), self.file.path().display().to_string()),
+            ("source.path".into(), names::path(self.file.path())),
         ]
     }
 
@@ -375,8 +758,18 @@ impl Source for ElfCore {
     }
 
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
+        // Odd pages are too few to matter.
+        let known = || {
+            self.segments.iter().filter_map(|segment| {
+                if let Content::At(offset) = segment.content {
+                    Some((segment.pages, offset))
+                } else {
+                    None
+                }
+            })
+        };
         let mut samples = Samples {
-            all: self.segments.iter().map(|segment| segment.file_bytes).sum(),
+            all: known().map(|(pages, _)| pages * PAGE).sum(),
             ..Samples::default()
         };
         if samples.all <= wanted.bytes as u64 {
@@ -386,13 +779,11 @@ impl Source for ElfCore {
         let step = (samples.all / PAGE / wanted.pieces().max(1)).max(1);
         let mut piece = vec![0; wanted.piece];
         let (mut next, mut before) = (0, 0);
-        for segment in &self.segments {
-            let pages = segment.file_bytes / PAGE;
+        for (pages, offset) in known() {
             while next < before + pages {
                 let page = next - before;
                 let len = usize::try_from((pages - page) * PAGE)?.min(piece.len());
-                self.file
-                    .read(&mut piece[..len], segment.offset + page * PAGE)?;
+                self.file.read(&mut piece[..len], offset + page * PAGE)?;
                 samples.keep(&piece[..len]);
                 next += step;
             }
@@ -402,12 +793,13 @@ impl Source for ElfCore {
     }
 
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        // Pieces of one segment are one region; of a guest, all memory that touches: QEMU cuts it
+        // Pieces of one segment are one region; of a machine, all memory that touches: QEMU cuts it
         // up by the mappings of the moment.
         let mut last: Option<&Segment> = None;
         for segment in &self.segments {
             let goes_on = last.is_some_and(|last| {
-                last.end() == segment.start && (self.guest || last.number == segment.number)
+                last.end() == segment.start
+                    && (self.kind.is_physical() || last.number == segment.number)
             });
             last = Some(segment);
             if !goes_on {
@@ -418,23 +810,28 @@ impl Source for ElfCore {
                     name: segment.name.clone(),
                 })?;
             }
-            if !segment.present {
-                sink.unavailable(segment.pages)?;
-                continue;
-            }
-            let whole = segment.file_bytes / PAGE * PAGE;
-            if whole > 0 {
-                let range = segment.offset..segment.offset + whole;
-                self.file.feed(&self.extents, range, sink, &self.cancel)?;
-            }
-            if whole < segment.file_bytes {
-                let mut page = vec![0; usize::try_from(PAGE)?];
-                let rest = usize::try_from(segment.file_bytes - whole)?;
-                self.file.read(&mut page[..rest], segment.offset + whole)?;
-                sink.pages(&page)?;
+            match &segment.content {
+                Content::Unknown => sink.unavailable(segment.pages)?,
+                Content::At(offset) => {
+                    let range = *offset..*offset + segment.pages * PAGE;
+                    self.file.feed(&self.extents, range, sink, &self.cancel)?;
+                }
+                Content::Pieces(pieces) => {
+                    let mut page = vec![0; usize::try_from(PAGE)?];
+                    for piece in pieces {
+                        let at = usize::try_from(piece.at)?;
+                        let len = usize::try_from(piece.len)?;
+                        self.file.read(&mut page[at..at + len], piece.offset)?;
+                    }
+                    sink.pages(&page)?;
+                }
             }
         }
         self.file.check_unchanged(self.output)
+    }
+
+    fn remarks(&self) -> Vec<Remark> {
+        self.remarks.clone()
     }
 }
 
@@ -454,16 +851,32 @@ mod tests {
         }
     }
 
-    fn planned(loads: &[Load]) -> Vec<(u64, u64, bool, u64)> {
-        plan(loads, &Notes::default(), 1 << 30)
-            .unwrap()
-            .iter()
-            .map(|s| (s.start, s.pages, s.present, s.offset))
-            .collect()
+    fn plan_of(loads: &[Load], kind: Kind, incomplete: bool) -> Result<Plan> {
+        let notes = Notes {
+            kind,
+            ..Notes::default()
+        };
+        let mut plan = Plan::default();
+        plan.make(loads, &notes, 1 << 30, incomplete)?;
+        Ok(plan)
+    }
+
+    /// Start, pages, and offset if they are known, of each segment.
+    fn planned(loads: &[Load]) -> Vec<(u64, u64, Option<u64>)> {
+        let plan = plan_of(loads, Kind::Process, false).unwrap();
+        let segments = plan.segments.iter().map(|segment| {
+            let offset = match &segment.content {
+                Content::At(offset) => Some(*offset),
+                Content::Pieces(pieces) => Some(pieces[0].offset),
+                Content::Unknown => None,
+            };
+            (segment.start, segment.pages, offset)
+        });
+        segments.collect()
     }
 
     #[test]
-    fn memory_named_twice_is_taken_once() {
+    fn memory_named_twice_is_taken_once_and_compared() {
         let loads = [
             load(0x5000, 0x3000, 0x3000, 0x9003),
             load(0x1000, 0x2000, 0x2000, 0x100),
@@ -473,24 +886,108 @@ mod tests {
         assert_eq!(
             planned(&loads),
             [
-                (0x1000, 2, true, 0x100),
-                (0x5000, 3, true, 0x9003),
-                (0x8000, 2, true, 0x22000)
+                (0x1000, 2, Some(0x100)),
+                (0x5000, 3, Some(0x9003)),
+                (0x8000, 2, Some(0x22000))
             ]
+        );
+        let plan = plan_of(&loads, Kind::Process, false).unwrap();
+        assert_eq!(
+            plan.overlaps,
+            [Overlap {
+                start: 0x6000,
+                len: 0x2000,
+                taken: (0, 0xa003),
+                dropped: (0, 0x20000),
+            }]
+        );
+        // One place of the file under several names needs no comparison.
+        let loads = [
+            load(0x1000, 0x4000, 0x4000, 0x100),
+            load(0x2000, 0x4000, 0x4000, 0x1100),
+            load(0x3000, 0x1000, 0x1000, 0x2100),
+        ];
+        assert_eq!(
+            planned(&loads),
+            [(0x1000, 4, Some(0x100)), (0x5000, 1, Some(0x4100))]
+        );
+        let plan = plan_of(&loads, Kind::Process, false).unwrap();
+        assert_eq!(plan.overlaps, []);
+    }
+
+    #[test]
+    fn overlaps_with_several_segments_are_all_found() {
+        let loads = [
+            load(0x1000, 0x2000, 0x2000, 0x100),
+            load(0x2000, 0x2000, 0x2000, 0x10000),
+            load(0x2800, 0x1000, 0x1000, 0x20000),
+        ];
+        let plan = plan_of(&loads, Kind::Process, false).unwrap();
+        let overlaps: Vec<_> = plan.overlaps.iter().map(|o| (o.start, o.len)).collect();
+        assert_eq!(
+            overlaps,
+            [(0x2000, 0x1000), (0x2800, 0x800), (0x3000, 0x800)]
         );
     }
 
     #[test]
     fn what_was_not_dumped_is_not_present() {
-        assert_eq!(planned(&[load(0, 0, 0x4000, 0)]), [(0, 4, false, 0)]);
+        assert_eq!(planned(&[load(0, 0, 0x4000, 0)]), [(0, 4, None)]);
         assert_eq!(
             planned(&[load(0, 0x1800, 0x4000, 7)]),
-            [(0, 1, true, 7), (0x1000, 3, false, 0x1007)]
+            [(0, 1, Some(7)), (0x1000, 1, None), (0x2000, 2, None)]
         );
+        let plan = plan_of(&[load(0, 0x1800, 0x4000, 7)], Kind::Process, false).unwrap();
+        assert_eq!(plan.partly_known.bytes, 0x800);
+    }
+
+    #[test]
+    fn memory_is_no_longer_than_its_segment_says() {
+        assert_eq!(planned(&[load(0, 0x3000, 0x1000, 7)]), [(0, 1, Some(7))]);
+        let loads = [load(0, 0x3000, 0x1000, 7), load(0x5000, 0x100, 0, 7)];
+        let plan = plan_of(&loads, Kind::Process, false).unwrap();
+        assert_eq!(plan.segments.len(), 1);
+        assert_eq!(plan.beyond.bytes, 0x2100);
+        let remarks = plan.remarks();
+        assert_eq!(remarks[0].key, "source.beyond_bytes");
+        assert!(remarks[0].warning && remarks[0].text.contains("8,448 bytes"));
+    }
+
+    #[test]
+    fn odd_pieces_become_whole_pages() {
         // All of the memory is there; it just doesn't fill its last page.
-        assert_eq!(planned(&[load(0, 0x1800, 0x1800, 7)]), [(0, 2, true, 7)]);
-        // More in the file than in memory.
-        assert_eq!(planned(&[load(0, 0x3000, 0x1000, 7)]), [(0, 1, true, 7)]);
+        assert_eq!(
+            planned(&[load(0, 0x1800, 0x1800, 7)]),
+            [(0, 1, Some(7)), (0x1000, 1, Some(0x1007))]
+        );
+        // Two segments that meet inside of a page, and one that has a page's middle.
+        let loads = [
+            load(0x1080, 0x1000, 0x1000, 0x100),
+            load(0x2080, 0xf80, 0xf80, 0x8000),
+            load(0x5100, 0x10, 0x10, 0x9000),
+        ];
+        let plan = plan_of(&loads, Kind::Guest, false).unwrap();
+        let pieces: Vec<_> = plan
+            .segments
+            .iter()
+            .map(|segment| match &segment.content {
+                Content::Pieces(pieces) => {
+                    let pieces = pieces.iter().map(|p| (p.at, p.len, p.offset));
+                    (segment.start, pieces.collect::<Vec<_>>())
+                }
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            pieces,
+            [
+                (0x1000, vec![(0x80, 0xf80, 0x100)]),
+                (0x2000, vec![(0, 0x80, 0x1080), (0x80, 0xf80, 0x8000)]),
+                (0x5000, vec![(0x100, 0x10, 0x9000)]),
+            ]
+        );
+        assert_eq!(plan.filled.bytes, 0x80 + 0xff0);
+        assert_eq!(plan.filled.first.as_deref(), Some("at 0x1080"));
     }
 
     #[test]
@@ -503,11 +1000,11 @@ mod tests {
         assert_eq!(
             planned(&loads),
             [
-                (0, 2, false, 0),
-                (0x2000, 1, true, 9),
-                (0x3000, 1, false, 0x3000),
-                (0x4000, 1, true, 99),
-                (0x5000, 3, false, 0x5000),
+                (0, 2, None),
+                (0x2000, 1, Some(9)),
+                (0x3000, 1, None),
+                (0x4000, 1, Some(99)),
+                (0x5000, 3, None),
             ]
         );
     }
@@ -515,14 +1012,71 @@ mod tests {
     #[test]
     fn impossible_segments_are_refused() {
         for (bad, says) in [
-            (load(0x10, 1, 1, 0), "no multiple"),
             (load(VSYSCALL - 0x1000, 0x1000, 1 << 40, 0), "address space"),
-            (load(0, 0x1000, 0x1000, 1 << 30), "cut short"),
-            (load(0, 0x1000, 0x1000, u64::MAX), "cut short"),
+            (load(u64::MAX, 0x1000, 0x1000, 0), "address space"),
+            (load(0, 0x1000, 0x1000, 1 << 30), "--incomplete"),
+            (load(0, 0x1000, 0x1000, u64::MAX), "--incomplete"),
         ] {
-            let error = plan(&[bad], &Notes::default(), 1 << 30).unwrap_err();
+            let error = plan_of(&[bad], Kind::Process, false).unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
         }
+    }
+
+    #[test]
+    fn of_a_core_that_was_cut_short_the_rest_is_unavailable() {
+        let cut = load(0x1000, 0x4000, 0x4000, (1 << 30) - 0x2000);
+        let plan = plan_of(&[cut], Kind::Process, true).unwrap();
+        let pages: Vec<_> = plan
+            .segments
+            .iter()
+            .map(|s| (s.start, s.pages, s.content == Content::Unknown))
+            .collect();
+        assert_eq!(pages, [(0x1000, 2, false), (0x3000, 2, true)]);
+        assert_eq!(plan.cut.bytes, 0x2000);
+    }
+
+    #[test]
+    fn addresses_are_taken_that_contradict_nothing() {
+        let at = |vaddr, paddr, offset| Load {
+            vaddr,
+            paddr,
+            ..load(0, 0x2000, 0x2000, offset)
+        };
+        // Several segments at one virtual address, or at the end of the address space.
+        let physical = [at(0, 0, 0x1000), at(0, 0x10000, 0x3000)];
+        let beyond = [at(u64::MAX, 0x1000, 0x1000), at(0x8000, 0x8000, 0x3000)];
+        for loads in [physical, beyond] {
+            assert!(!is_usable(&loads, false) && is_usable(&loads, true));
+        }
+        // A process, which has no physical addresses.
+        let process = [at(0x1000, 0, 0x1000), at(0x8000, 0, 0x3000)];
+        assert!(is_usable(&process, false) && !is_usable(&process, true));
+        // One place of the file under two names contradicts nothing.
+        let twice = [at(0x1000, 0, 0x1000), at(0x2000, 0, 0x2000)];
+        assert!(is_usable(&twice, false));
+    }
+
+    #[test]
+    fn memory_without_a_physical_address_is_left_out_with_a_warning() {
+        let mapped = Load {
+            paddr: u64::MAX,
+            ..load(0x1000, 0x1000, 0x1000, 0)
+        };
+        let loads = [mapped, load(0x8000, 0x1000, 0x1000, 0x1000)];
+        let plan = plan_of(&loads, Kind::Machine, false).unwrap();
+        assert_eq!(plan.segments.len(), 1);
+        assert_eq!(plan.unaddressed.bytes, 0x1000);
+        assert!(plan.remarks()[0].text.contains("virtual address 0x1000"));
+    }
+
+    /// What lies near the page for obsolete system calls is memory of the process.
+    #[test]
+    fn only_the_page_for_obsolete_system_calls_is_no_memory() {
+        let loads = [
+            load(VSYSCALL, 0x1000, 0x1000, 0),
+            load(VSYSCALL + 0x1000, 0x1000, 0x1000, 0x1000),
+        ];
+        assert_eq!(planned(&loads), [(VSYSCALL + 0x1000, 1, Some(0x1000))]);
     }
 
     #[test]

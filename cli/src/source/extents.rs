@@ -3,8 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 
 use nix::errno::Errno;
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
+};
 use nix::unistd::{Whence, lseek};
 
 use super::PAGE;
@@ -13,6 +17,11 @@ use super::PAGE;
 const MAX_EXTENTS: u64 = 1 << 19;
 /// Holes shorter than this are read: finding out costs more than reading them.
 const MIN_HOLE: u64 = 64 << 10;
+
+/// Extents that file systems find without a block of their own, and the most that each further one
+/// takes there. Holes of a file to which more is allocated are not believed.
+const EXTENTS_ASIDE: u64 = 4;
+const BYTES_PER_EXTENT_ASIDE: u64 = 64;
 
 /// The data of a file, as sorted byte ranges that don't touch.
 #[derive(Debug)]
@@ -30,39 +39,27 @@ pub(crate) enum Stretch {
 }
 
 impl Extents {
-    /// Asks the file system once, by `SEEK_DATA` and `SEEK_HOLE`; a file or device that doesn't
-    /// know is all data. Memory is bounded, because of many short holes only the longer ones are
-    /// kept.
+    /// Finds the data of `file` by `SEEK_DATA` and `SEEK_HOLE`. A file or device that doesn't know
+    /// is all data. Memory is bounded, because of many short holes only the longer ones are kept.
+    ///
+    /// A hole is read as zeros, so a file system that calls something a hole that is none would
+    /// lose data. Those below know what is in the page cache and not yet on the disk. Any other is
+    /// asked after the file was synced (one by FUSE may know nothing of pages that somebody has
+    /// written to a mapping), and is not believed if it has allocated more than the data it names.
     pub(crate) fn of(file: &File, len: u64) -> io::Result<Self> {
-        let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
-        let mut data: Vec<Range<u64>> = Vec::new();
-        let mut at = 0;
-        while at < len {
-            let start = match seek(file, at, Whence::SeekData) {
-                Ok(start) => start.min(len),
-                // Nothing but a hole up to the end.
-                Err(Errno::ENXIO) => break,
-                Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS) if data.is_empty() => {
-                    return Ok(Self::dense(len));
-                }
-                Err(error) => return Err(error.into()),
-            };
-            if start == len {
-                break;
-            }
-            let end = match seek(file, start, Whence::SeekHole) {
-                Ok(end) => end.min(len),
-                // The file became shorter; whoever reads it will find out.
-                Err(Errno::ENXIO) => len,
-                Err(error) => return Err(error.into()),
-            };
-            match data.last_mut() {
-                Some(last) if start - last.end < min_hole => last.end = end,
-                _ => data.push(start..end),
-            }
-            at = end.max(start + 1);
+        let walked = Walked::all(file, len)?;
+        if walked.bytes >= len || knows_its_cache(file) {
+            return Ok(walked.extents);
         }
-        Ok(Self { data })
+        if file.sync_data().is_err() {
+            return Ok(Self::dense(len));
+        }
+        let walked = Walked::all(file, len)?;
+        let allocated = file.metadata()?.blocks().saturating_mul(512);
+        if allocated > walked.allocated_at_most() {
+            return Ok(Self::dense(len));
+        }
+        Ok(walked.extents)
     }
 
     /// A file without holes.
@@ -72,6 +69,16 @@ impl Extents {
     )]
     pub(crate) fn dense(len: u64) -> Self {
         Self { data: vec![0..len] }
+    }
+
+    /// Bytes of `0..len` that are known to be zero.
+    pub(crate) fn hole_bytes(&self, len: u64) -> u64 {
+        self.stretches(0..len)
+            .map(|stretch| match stretch {
+                Stretch::Data(_) => 0,
+                Stretch::Hole(range) => range.end - range.start,
+            })
+            .sum()
     }
 
     /// Bytes of data.
@@ -127,6 +134,82 @@ impl Extents {
         }
         None
     }
+}
+
+/// What a file system says of a file.
+struct Walked {
+    extents: Extents,
+    /// Data without the short holes between.
+    bytes: u64,
+    /// Number of extents, counted before those with short holes between were joined.
+    count: u64,
+}
+
+impl Walked {
+    fn all(file: &File, len: u64) -> io::Result<Self> {
+        let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
+        let mut data: Vec<Range<u64>> = Vec::new();
+        let (mut bytes, mut count) = (0, 0);
+        let mut at = 0;
+        while at < len {
+            let start = match seek(file, at, Whence::SeekData) {
+                Ok(start) => start.min(len),
+                // Nothing but a hole up to the end.
+                Err(Errno::ENXIO) => break,
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS) if data.is_empty() => {
+                    return Ok(Self {
+                        extents: Extents::dense(len),
+                        bytes: len,
+                        count: 1,
+                    });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if start == len {
+                break;
+            }
+            let end = match seek(file, start, Whence::SeekHole) {
+                Ok(end) => end.min(len),
+                // The file became shorter; whoever reads it will find out.
+                Err(Errno::ENXIO) => len,
+                Err(error) => return Err(error.into()),
+            };
+            bytes += end.saturating_sub(start);
+            count += 1;
+            match data.last_mut() {
+                Some(last) if start - last.end < min_hole => last.end = end,
+                _ => data.push(start..end),
+            }
+            at = end.max(start + 1);
+        }
+        Ok(Self {
+            extents: Extents { data },
+            bytes,
+            count,
+        })
+    }
+
+    /// The most that the file takes on the disk if all else is holes.
+    fn allocated_at_most(&self) -> u64 {
+        let aside = if self.count > EXTENTS_ASIDE {
+            PAGE + self.count * BYTES_PER_EXTENT_ASIDE
+        } else {
+            0
+        };
+        self.bytes.next_multiple_of(PAGE).saturating_add(aside)
+    }
+}
+
+/// Whether a file lies in a file system of the kernel's own that looks into the page cache before
+/// it calls something a hole.
+fn knows_its_cache(file: &File) -> bool {
+    let known = [
+        BTRFS_SUPER_MAGIC,
+        EXT4_SUPER_MAGIC,
+        TMPFS_MAGIC,
+        XFS_SUPER_MAGIC,
+    ];
+    fstatfs(file).is_ok_and(|system| known.contains(&system.filesystem_type()))
 }
 
 fn seek(file: &File, from: u64, whence: Whence) -> Result<u64, Errno> {
@@ -196,8 +279,26 @@ mod tests {
             })
             .sum();
         assert!((4096..1 << 20).contains(&data), "{data}");
+        assert_eq!(extents.hole_bytes(64 << 20), (64 << 20) - data);
         let at = extents.nth_data_byte(0).unwrap();
         assert!(at <= 32 << 20 && 32 << 20 < at + data);
         assert_eq!(extents.nth_data_byte(data), None);
+    }
+
+    #[test]
+    fn one_allocated_page_beyond_the_data_is_too_much() {
+        let most = |bytes, count| {
+            let extents = Extents { data: Vec::new() };
+            let walked = Walked {
+                extents,
+                bytes,
+                count,
+            };
+            walked.allocated_at_most()
+        };
+        assert_eq!(most(0, 0), 0);
+        assert_eq!(most(5000, 2), 8192);
+        // The tree of extents of a file in a thousand pieces, as ext4 keeps it.
+        assert!(most(4096 * 1000, 1000) >= 4096 * 1000 + 4 * 4096);
     }
 }

@@ -1,8 +1,9 @@
 //! A source that can be read at any place, and that nobody should change meanwhile.
 
 use std::fs::{File, Metadata};
-use std::io::{ErrorKind, Seek as _, SeekFrom};
+use std::io::{self, ErrorKind, Seek as _, SeekFrom};
 use std::ops::Range;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::extents::{Extents, Stretch};
 use super::{CHUNK, PAGE, Samples, Sampling, Sink};
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
 
@@ -31,7 +33,7 @@ pub(crate) struct SourceFile {
 
 /// Opens `path` for reading, if it is something that holds memory.
 pub(crate) fn open(path: &Path) -> Result<Opened> {
-    let named = || path.display().to_string();
+    let named = || names::path(path);
     // Not blocking, so that a pipe whose writer hasn't come yet can be waited for with Ctrl-C in
     // mind.
     let file = File::options()
@@ -47,7 +49,7 @@ pub(crate) fn open(path: &Path) -> Result<Opened> {
     } else if kind.is_block_device() {
         (&file)
             .seek(SeekFrom::End(0))
-            .with_context(|| format!("{}: finding the size of the device", path.display()))?
+            .with_context(|| format!("{}: finding the size of the device", names::path(path)))?
     } else if kind.is_fifo() {
         return Ok(Opened::Pipe(file));
     } else {
@@ -60,7 +62,7 @@ pub(crate) fn open(path: &Path) -> Result<Opened> {
         };
         bail!(
             "{}: is {what}; name a file, a block device or a pipe",
-            path.display()
+            names::path(path)
         );
     };
     Ok(Opened::File(SourceFile {
@@ -68,6 +70,23 @@ pub(crate) fn open(path: &Path) -> Result<Opened> {
         path: path.to_owned(),
         len,
         at_opening,
+    }))
+}
+
+/// Takes standard input if it is a regular file of which nothing was read yet.
+pub(crate) fn stdin() -> Result<Option<SourceFile>> {
+    let named = || "standard input";
+    let fd = io::stdin().as_fd().try_clone_to_owned().context(named())?;
+    let mut file = File::from(fd);
+    let metadata = file.metadata().with_context(named)?;
+    if !metadata.is_file() || file.stream_position().with_context(named)? > 0 {
+        return Ok(None);
+    }
+    Ok(Some(SourceFile {
+        file,
+        path: named().into(),
+        len: metadata.len(),
+        at_opening: Some(stamp(&metadata)),
     }))
 }
 
@@ -101,7 +120,7 @@ impl SourceFile {
             return Ok(Extents::dense(self.len));
         }
         Extents::of(&self.file, self.len)
-            .with_context(|| format!("{}: finding its holes", self.path.display()))
+            .with_context(|| format!("{}: finding its holes", names::path(&self.path)))
     }
 
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -111,7 +130,7 @@ impl SourceFile {
                 ErrorKind::UnexpectedEof => self.changed_size(),
                 _ => anyhow::Error::new(error).context(format!(
                     "{}: reading {} bytes at offset {offset}",
-                    self.path.display(),
+                    names::path(&self.path),
                     buffer.len()
                 )),
             })
@@ -178,7 +197,7 @@ impl SourceFile {
         let metadata = self
             .file
             .metadata()
-            .with_context(|| self.path.display().to_string())?;
+            .with_context(|| names::path(&self.path))?;
         let now = stamp(&metadata);
         if now.0 != before.0 {
             return Err(self.changed_size());
@@ -187,7 +206,7 @@ impl SourceFile {
             output.warn(format_args!(
                 "warning: {} was written to while it was read; its pages may come from different \
                  moments (stop its owner first, or use --pid)",
-                self.path.display()
+                names::path(&self.path)
             ));
         }
         Ok(())
@@ -201,7 +220,7 @@ impl SourceFile {
         anyhow::anyhow!(
             "{}: its size changed while it was read, from {} to {now} bytes; try again when nobody \
              writes to it",
-            self.path.display(),
+            names::path(&self.path),
             self.len
         )
     }

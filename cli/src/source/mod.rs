@@ -3,6 +3,7 @@
 mod elf_core;
 mod extents;
 mod file;
+mod kinds;
 mod process;
 mod raw;
 mod stdin;
@@ -10,14 +11,20 @@ mod stdin;
 use std::path::Path;
 
 use anyhow::Result;
-use snapshot_format::layout::{HEADER_MAGIC, PAGE_SIZE, PAGE_SIZE_U64};
+use serde::Serialize;
+use snapshot_format::layout::{PAGE_SIZE, PAGE_SIZE_U64};
 
 use crate::args;
 use crate::exit::Refusal;
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+use file::SourceFile;
+use kinds::{Guess, guess};
 
+pub(crate) use kinds::is_firecracker_state;
 pub(crate) use process::HeldProcess;
+pub(crate) use raw::MERGE_A_DIFF;
 
 /// Bytes of a page: what sources are counted in.
 pub(crate) const PAGE: u64 = PAGE_SIZE_U64;
@@ -48,6 +55,21 @@ pub(crate) trait Sink {
     fn zeros(&mut self, pages: u64) -> Result<()>;
     /// Pages that could not be read.
     fn unavailable(&mut self, pages: u64) -> Result<()>;
+}
+
+/// How a source was taken, where that may not be how it was meant. Nothing is left out, and nothing
+/// taken for something else, without one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Remark {
+    /// Key of the snapshot's property that records it.
+    pub(crate) key: &'static str,
+    /// Value of that property.
+    pub(crate) value: String,
+    /// Sentence for people.
+    pub(crate) text: String,
+    /// Whether something is missing: then it is a warning too.
+    #[serde(skip)]
+    pub(crate) warning: bool,
 }
 
 /// How much of a source to look at.
@@ -105,6 +127,14 @@ pub(crate) trait Source {
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples>;
     /// Delivers everything to `sink`, once.
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()>;
+    /// How it was taken, once it has been delivered.
+    fn remarks(&self) -> Vec<Remark> {
+        Vec::new()
+    }
+    /// Whether it is a raw file most of which are holes.
+    fn is_mostly_holes(&self) -> bool {
+        false
+    }
 }
 
 /// Opens what `create` was told to read.
@@ -120,52 +150,41 @@ pub(crate) fn open(
         return Err(Refusal::Usage("name a source, or a process with --pid".into()).into());
     };
     if path == Path::new("-") {
-        return Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?));
+        // A file that is redirected has holes, and can be read at any place.
+        return match file::stdin()? {
+            Some(file) => open_file(file, create, output, cancel),
+            None => Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?)),
+        };
     }
-    open_path(path, create.raw, output, cancel)
+    match file::open(path)? {
+        file::Opened::Pipe(pipe) => Ok(Box::new(stdin::Stream::pipe(
+            path, pipe, create.raw, cancel,
+        ))),
+        file::Opened::File(file) => open_file(file, create, output, cancel),
+    }
 }
 
-fn open_path(path: &Path, raw: bool, output: Output, cancel: &Cancel) -> Result<Box<dyn Source>> {
-    let file = match file::open(path)? {
-        file::Opened::Pipe(pipe) => {
-            return Ok(Box::new(stdin::Stream::pipe(path, pipe, raw, cancel)));
+fn open_file(
+    file: SourceFile,
+    create: &args::Create,
+    output: Output,
+    cancel: &Cancel,
+) -> Result<Box<dyn Source>> {
+    let guess = guess(&file.start()?);
+    match guess {
+        _ if create.raw => {}
+        Guess::ElfCore => {
+            let core = elf_core::ElfCore::open(file, create.incomplete, output, cancel)?;
+            return Ok(Box::new(core));
         }
-        file::Opened::File(file) => file,
-    };
-    let start = file.start()?;
-    if !raw {
-        match guess(&start) {
-            Guess::ElfCore => {
-                return Ok(Box::new(elf_core::ElfCore::open(file, output, cancel)?));
-            }
-            Guess::Refused(what) => anyhow::bail!("{}: {what}", path.display()),
-            Guess::Raw => {}
+        Guess::Other(what) => {
+            anyhow::bail!("{}: {}", names::path(file.path()), what.refusal());
         }
+        Guess::Raw => {}
     }
-    Ok(Box::new(raw::Raw::open(file, output, cancel)?))
-}
-
-/// What the first bytes look like.
-enum Guess {
-    Raw,
-    ElfCore,
-    /// Surely a mistake: what it is, and what to do.
-    Refused(&'static str),
-}
-
-fn guess(start: &[u8]) -> Guess {
-    if elf_core::is_core(start) {
-        Guess::ElfCore
-    } else if start.starts_with(&HEADER_MAGIC) {
-        Guess::Refused("is a snapshot already (--raw packs it as if it were memory)")
-    } else if start.starts_with(b"KDUMP   ") || start.starts_with(b"makedumpfile\0") {
-        Guess::Refused(
-            "is a kdump-compressed dump, which cannot be read: dump without compression \
-             (dump-guest-memory without -z, -l, -s), or --raw packs it as if it were memory",
-        )
-    } else {
-        Guess::Raw
-    }
+    let is_known = !matches!(guess, Guess::Raw);
+    let raw = raw::Raw::open(file, is_known, create.holes, output, cancel)?;
+    Ok(Box::new(raw))
 }
 
 #[cfg(test)]

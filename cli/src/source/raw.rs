@@ -1,41 +1,63 @@
 //! A raw memory file: byte n is the memory's byte n.
 
 use anyhow::{Result, bail};
+use indicatif::BinaryBytes;
 
 use super::extents::Extents;
 use super::file::SourceFile;
-use super::{PAGE, Region, Samples, Sampling, Sink, Source};
+use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
+use crate::args::Holes;
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+
+/// How to make memory of a diff.
+pub(crate) const MERGE_A_DIFF: &str = "merge it into its base first (Firecracker: snapshot-editor \
+     edit-memory rebase --memory-path BASE --diff-path DIFF)";
 
 /// A file or block device without structure.
 #[derive(Debug)]
 pub(crate) struct Raw {
     file: SourceFile,
     extents: Extents,
+    hole_bytes: u64,
+    /// What holes mean, if that was said.
+    holes: Option<Holes>,
     output: Output,
     cancel: Cancel,
 }
 
 impl Raw {
-    pub(crate) fn open(file: SourceFile, output: Output, cancel: &Cancel) -> Result<Self> {
+    /// Takes a file as memory. `is_known` tells that it looks like something else.
+    pub(crate) fn open(
+        file: SourceFile,
+        is_known: bool,
+        holes: Option<Holes>,
+        output: Output,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let name = names::path(file.path());
         if file.len() == 0 {
-            bail!(
-                "{}: is empty; there is no memory to pack",
-                file.path().display()
-            );
+            bail!("{name}: is empty; there is no memory to pack");
         }
         if !file.len().is_multiple_of(PAGE) {
+            let padding = if is_known {
+                String::new()
+            } else {
+                format!("; if it should end in zeros: truncate --size=%{PAGE} on a copy")
+            };
             bail!(
-                "{}: has {} bytes, which is no multiple of {PAGE}, so it is not all of a memory; \
-                 if it should end in zeros: truncate --size=%{PAGE} on a copy",
-                file.path().display(),
+                "{name}: has {} bytes, which is no multiple of {PAGE}, so it is not all of a \
+                 memory{padding}",
                 file.len()
             );
         }
+        let extents = file.extents()?;
         Ok(Self {
-            extents: file.extents()?,
+            hole_bytes: extents.hole_bytes(file.len()),
+            extents,
             file,
+            holes,
             output,
             cancel: cancel.clone(),
         })
@@ -55,7 +77,7 @@ impl Source for Raw {
     fn describe(&self) -> Vec<(String, String)> {
         vec![
             ("source".into(), "raw".into()),
-            ("source.path".into(), self.file.path().display().to_string()),
+            ("source.path".into(), names::path(self.file.path())),
         ]
     }
 
@@ -73,6 +95,28 @@ impl Source for Raw {
             .feed(&self.extents, 0..self.file.len(), sink, &self.cancel)?;
         self.file.check_unchanged(self.output)
     }
+
+    fn remarks(&self) -> Vec<Remark> {
+        if self.hole_bytes == 0 {
+            return Vec::new();
+        }
+        let read = format!("{} read as zeros from holes", BinaryBytes(self.hole_bytes));
+        vec![Remark {
+            key: "source.hole_bytes",
+            value: self.hole_bytes.to_string(),
+            text: match self.holes {
+                Some(Holes::Zero) => format!("{read}, as --holes zero says"),
+                None => format!(
+                    "{read}; if the file is a diff, in which a hole means \"unchanged\", {MERGE_A_DIFF}"
+                ),
+            },
+            warning: false,
+        }]
+    }
+
+    fn is_mostly_holes(&self) -> bool {
+        self.hole_bytes > self.file.len() / 2
+    }
 }
 
 #[cfg(test)]
@@ -87,7 +131,7 @@ mod tests {
         let Opened::File(file) = open(path)? else {
             panic!("not a file");
         };
-        Raw::open(file, quiet(), &Cancel::never())
+        Raw::open(file, false, None, quiet(), &Cancel::never())
     }
 
     fn quiet() -> Output {
@@ -103,7 +147,10 @@ mod tests {
         file.as_file().set_len(8 << 20).unwrap();
         file.as_file().write_all_at(&[7; 4096], 4 << 20).unwrap();
         let mut sink = Recorder::default();
-        opened(file.path()).unwrap().feed(&mut sink).unwrap();
+        let mut raw = opened(file.path()).unwrap();
+        raw.feed(&mut sink).unwrap();
+        assert!(raw.is_mostly_holes());
+        assert_eq!(raw.remarks()[0].key, "source.hole_bytes");
         assert_eq!(sink.regions.len(), 1);
         let zeros = &sink.regions[0].1;
         assert!(

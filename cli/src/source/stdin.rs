@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::{CHUNK, Guess, PAGE, Samples, Sampling, Sink, Source, guess, raw};
 use crate::exit::Refusal;
+use crate::names;
 use crate::signals::Cancel;
 
 /// A pipe, file or terminal that is read to its end.
@@ -43,7 +44,7 @@ impl Stream {
     pub(crate) fn pipe(path: &Path, file: File, raw: bool, cancel: &Cancel) -> Self {
         Self {
             file,
-            name: path.display().to_string(),
+            name: names::path(path),
             raw,
             cancel: cancel.clone(),
         }
@@ -95,7 +96,7 @@ impl Source for Stream {
                          packs it as if it were memory",
                         self.name
                     ),
-                    Guess::Refused(what) => bail!("{}: {what}", self.name),
+                    Guess::Other(what) => bail!("{}: {}", self.name, what.refusal()),
                 }
             }
             total += count as u64;

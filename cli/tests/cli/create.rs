@@ -123,6 +123,195 @@ fn holes_are_not_read_and_come_back_as_holes() {
     assert_eq!(found, page);
 }
 
+/// Starts of states, as releases of Firecracker with bincode and with bitcode write them.
+const STATES: [&[u8]; 2] = [
+    b"\x00\x00\x64\x86\x84\x19\x10\x07\x06\x00\x00\x00\x00\x00\x00\x00",
+    b"\x00\x00\x00\x64\x86\x84\x19\x10\x07\x06\x31\x31\x2e\x30\x2e\x30",
+];
+
+/// A file of 8 MiB with 64 KiB of data.
+fn write_diff(folder: &Folder, name: &str) {
+    let file = File::create(folder.file(name)).unwrap();
+    file.set_len(8 << 20).unwrap();
+    file.write_all_at(&[7; 64 << 10], 1 << 20).unwrap();
+}
+
+#[test]
+fn holes_that_were_read_as_zeros_are_told() {
+    let folder = Folder::new();
+    write_diff(&folder, "diff");
+    let create = ["create", "diff", "-o", "s", "--force"];
+    let told = run(&folder, &create).exits(0);
+    for says in ["read as zeros from holes", "snapshot-editor"] {
+        assert!(told.text().contains(says), "{}", told.text());
+    }
+    // Most raw files have holes: it is no warning.
+    assert_eq!(told.err, "");
+    let told = run(&folder, &[&create[..], &["--json"]].concat()).json();
+    let remark = &told["remarks"][0];
+    assert_eq!(remark["key"], "source.hole_bytes");
+    let bytes: u64 = remark["value"].as_str().unwrap().parse().unwrap();
+    assert!((7 << 20..8 << 20).contains(&bytes), "{bytes}");
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    assert_eq!(info["properties"]["source.hole_bytes"], remark["value"]);
+
+    // Who has confirmed it needs no advice.
+    let confirmed = [&create[..], &["--holes", "zero"]].concat();
+    let told = run(&folder, &confirmed).exits(0).text();
+    assert!(told.contains("as --holes zero says"), "{told}");
+    assert!(!told.contains("snapshot-editor"), "{told}");
+
+    // A file is the same through standard input.
+    let stdin = File::open(folder.file("diff")).unwrap();
+    let mut piped = command(["create", "-", "-o", "s", "-f", "--json"]);
+    let piped = Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
+    assert_eq!(piped.json()["remarks"], told_remarks(&folder, &create));
+
+    folder.write("dense", &[7; 64 << 10]);
+    let told = run(&folder, &["create", "dense", "-o", "s", "-f", "--json"]).exits(0);
+    assert_eq!(told.json()["remarks"], serde_json::json!([]));
+}
+
+fn told_remarks(folder: &Folder, create: &[&str]) -> serde_json::Value {
+    run(folder, &[create, &["--json"]].concat()).json()["remarks"].take()
+}
+
+#[test]
+fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
+    let folder = Folder::new();
+    write_diff(&folder, "diff");
+    folder.write("dense", &noise(1 << 20));
+    folder.write("other", b"{\"vcpus\": 2}");
+    for state in STATES {
+        folder.write("state", &[state, &[1; 100]].concat());
+        let names = folder.names();
+        let attach = ["--attach", "vmstate=state"];
+        let diff = [&["create", "diff", "-o", "s"][..], &attach].concat();
+        run(&folder, &diff).exits(1).says(&[
+            "diff: ",
+            "\"vmstate\"",
+            "merge it into its base",
+            "--holes zero",
+        ]);
+        assert_eq!(folder.names(), names);
+        run(&folder, &[&diff[..], &["--holes", "zero"]].concat()).exits(0);
+        run(
+            &folder,
+            &["extract", "s", "--attachment", "vmstate", "-o", "out"],
+        )
+        .exits(0);
+        assert_eq!(folder.read("out"), folder.read("state"));
+        // All memory of a VM, and a file beside which something else is attached.
+        run(
+            &folder,
+            &[&["create", "dense", "-o", "t"][..], &attach].concat(),
+        )
+        .exits(0);
+        run(
+            &folder,
+            &["create", "diff", "-o", "u", "--attach", "a=other"],
+        )
+        .exits(0);
+        for name in ["s", "t", "u", "out"] {
+            std::fs::remove_file(folder.file(name)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn files_that_are_no_memory_are_refused_by_name() {
+    let folder = Folder::new();
+    for (magic, is, remedy) in [
+        (&b"\x28\xb5\x2f\xfd"[..], "zstd", "zstd -d"),
+        (b"\x1f\x8b\x08\x00", "gzip", "gzip -d"),
+        (b"\xfd7zXZ\x00", "xz", "xz -d"),
+        (b"\x04\x22\x4d\x18", "lz4", "lz4 -d"),
+        (b"QEVM\x00\x00\x00\x03", "QEMU", "dump-guest-memory"),
+        (b"LibvirtQemudSave\x02", "virsh save", "virsh dump"),
+        (b"EMiL\x01\x00\x00\x00", "LiME", "format=padded"),
+        (b"AVML\x02\x00\x00\x00", "AVML", "convert"),
+        (b"MDMP\x93\xa7\x00\x00", "minidump", "gcore"),
+        (b"PAGEDU64", "Windows", "convert"),
+        (b"QFI\xfb\x00\x00\x00\x03", "qcow2", "dump-guest-memory"),
+        (
+            b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0",
+            "no core",
+            "gcore",
+        ),
+    ] {
+        for len in [8192, 8100] {
+            let mut bytes = noise(8192);
+            bytes[..magic.len()].copy_from_slice(magic);
+            folder.write("x", &bytes[..len]);
+            let refused = run(&folder, &["create", "x", "-o", "s"])
+                .exits(1)
+                .says(&["x: is ", is, remedy, "--raw"]);
+            assert!(!refused.err.contains("truncate"), "{}", refused.err);
+            // Also where it comes through a pipe.
+            let mut child = command(["create", "-", "-o", "s"])
+                .current_dir(folder.path())
+                .stdin(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut stdin = child.stdin.take().unwrap();
+            stdin.write_all(&bytes[..len]).unwrap();
+            drop(stdin);
+            finish(child).exits(1).says(&["standard input: is ", is]);
+            assert_eq!(folder.names(), ["x"]);
+            // It is not all of something else, so padding it would not help.
+            let raw = run(&folder, &["create", "--raw", "x", "-o", "s"]);
+            if len == 8192 {
+                raw.exits(0);
+                run(&folder, &["extract", "s", "-o", "out"]).exits(0);
+                assert!(folder.read("out") == bytes);
+                std::fs::remove_file(folder.file("s")).unwrap();
+                std::fs::remove_file(folder.file("out")).unwrap();
+            } else {
+                let refused = raw.exits(1).says(&["8100 bytes"]);
+                assert!(!refused.err.contains("truncate"), "{}", refused.err);
+            }
+        }
+    }
+}
+
+#[test]
+fn file_names_of_any_bytes_are_recorded_and_shown() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let folder = Folder::new();
+    let names: [&[u8]; 4] = [b"a\x1b[2J", b"a\xff", b"a\xfe", b"a\nb"];
+    let mut recorded = Vec::new();
+    for name in names {
+        let name = OsStr::from_bytes(name);
+        std::fs::write(folder.path().join(name), [1; 4096]).unwrap();
+        let attach = [b"state=", name.as_bytes()].concat();
+        let args = ["create", "-o", "s", "-f", "--attach"].map(OsStr::new);
+        let mut create = command(args);
+        create.arg(OsStr::from_bytes(&attach)).arg(name);
+        Run::of(create.current_dir(folder.path())).exits(0);
+        let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+        recorded.push(
+            info["properties"]["source.path"]
+                .as_str()
+                .unwrap()
+                .to_owned(),
+        );
+        let shown = run(&folder, &["info", "s"]).exits(0).text();
+        assert!(shown.contains(recorded.last().unwrap()), "{shown}");
+        assert!(!shown.contains('\x1b'), "{shown}");
+        // The same in what is said of a file that isn't there.
+        std::fs::remove_file(folder.path().join(name)).unwrap();
+        for command_line in [&["create", "-o", "s", "-f"][..], &["info"], &["verify"]] {
+            let mut missing = command(command_line);
+            let missing = Run::of(missing.arg(name).current_dir(folder.path())).exits(1);
+            assert!(!missing.err.contains('\x1b'), "{}", missing.err);
+        }
+    }
+    assert_eq!(recorded, [r"a\x1b[2J", r"a\xff", r"a\xfe", r"a\x0ab"]);
+}
+
 #[test]
 fn standard_input_and_pipes_are_streamed() {
     let folder = Folder::new();

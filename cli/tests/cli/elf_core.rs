@@ -13,9 +13,15 @@ use crate::owner::Owner;
 pub(crate) struct Core {
     pub(crate) loads: Vec<Load>,
     /// Start, end and name of mapped files.
-    pub(crate) files: Vec<(u64, u64, String)>,
+    pub(crate) files: Vec<(u64, u64, Vec<u8>)>,
     /// As QEMU writes it: physical addresses count, and a note says so.
     pub(crate) qemu: bool,
+    /// As a machine's: physical addresses, and this virtual one for all segments.
+    pub(crate) machine: Option<u64>,
+    /// Name of one more note.
+    pub(crate) note: &'static [u8],
+    /// Without the version of the format, as VirtualBox writes it.
+    pub(crate) no_version: bool,
     /// 32 bits, big-endian.
     pub(crate) other_machine: bool,
 }
@@ -87,8 +93,9 @@ impl Core {
         let mut out = numbers();
         let class = [[2, 1], [1, 2]][usize::from(self.other_machine)];
         out.bytes.extend(b"\x7fELF");
+        let version = u8::from(!self.no_version);
         out.bytes
-            .extend([class[0], class[1], 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            .extend([class[0], class[1], version, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         out.half(4);
         out.half(if self.other_machine { 20 } else { 62 });
         out.word(1);
@@ -106,18 +113,19 @@ impl Core {
         let mut data = vec![0xee; 3];
         let mut segment = |out: &mut Numbers, kind, address, bytes: &[u8], memory| {
             // Of QEMU's, the virtual addresses may say anything.
-            let virt = if self.qemu {
-                address ^ 0xfff_0000
-            } else {
-                address
+            let virt = match self.machine {
+                Some(virt) => virt,
+                None if self.qemu => address ^ 0xfff_0000,
+                None => address,
             };
+            let is_physical = self.qemu || self.machine.is_some();
             out.word(kind);
             if !self.other_machine {
                 out.word(6);
             }
             out.long(offset as u64);
             out.long(virt);
-            out.long(if self.qemu { address } else { 0 });
+            out.long(if is_physical { address } else { 0 });
             out.long(bytes.len() as u64);
             out.long(memory);
             if self.other_machine {
@@ -162,6 +170,9 @@ impl Core {
         if self.qemu {
             note(&mut out, b"QEMU", 0, &[0; 16]);
         }
+        if !self.note.is_empty() {
+            note(&mut out, self.note, 0xb00, &[0; 24]);
+        }
         if !self.files.is_empty() {
             let mut desc = Numbers {
                 bytes: Vec::new(),
@@ -175,7 +186,7 @@ impl Core {
                 desc.long(0);
             }
             for (_, _, name) in &self.files {
-                desc.bytes.extend(name.as_bytes());
+                desc.bytes.extend(name);
                 desc.bytes.push(0);
             }
             note(&mut out, b"CORE", 0x4649_4c45, &desc.bytes);
@@ -213,7 +224,7 @@ fn segments_are_sorted_named_and_taken_once() {
                 Load::pages(0x9000, &[7, 8, 9]),
                 Load::pages(0x2000, &[1, 2]),
                 // Its first page is known from the one before.
-                Load::pages(0x3000, &[99, 3]),
+                Load::pages(0x3000, &[2, 3]),
                 Load {
                     start: 0x20000,
                     bytes: vec![5; 4096],
@@ -280,6 +291,236 @@ fn a_guest_has_physical_addresses_and_its_memory_is_one_where_it_touches() {
     assert_eq!(info["properties"]["source"], "elf core of a guest");
 }
 
+/// Properties of a snapshot.
+fn properties(folder: &Folder, snapshot: &str) -> serde_json::Value {
+    run(folder, &["info", snapshot, "--json"]).exits(0).json()["properties"].take()
+}
+
+/// Dumps of machines whose virtual addresses say nothing: of VirtualBox, and of a kernel.
+#[test]
+fn machines_are_taken_by_physical_addresses() {
+    let folder = Folder::new();
+    for (note, virt, no_version, source) in [
+        (&b"VBCORE"[..], 0, false, "elf core of a guest"),
+        (b"VBCORE", 0, true, "elf core of a guest"),
+        (b"VMCOREINFO", 0, false, "elf core of a machine"),
+        (b"VMCOREINFO", u64::MAX, false, "elf core of a machine"),
+        // No note says so, but virtual addresses contradict each other.
+        (b"", 0, false, "elf core of a machine"),
+        (b"", u64::MAX, false, "elf core of a machine"),
+    ] {
+        let core = Core {
+            loads: vec![
+                Load::pages(0xe000_0000, &[3, 4, 5]),
+                Load::pages(0x1000, &[1, 2]),
+                Load::pages(0xffff_0000, &[6]),
+            ],
+            machine: Some(virt),
+            note,
+            no_version,
+            ..Core::default()
+        };
+        folder.write("core", &core.bytes());
+        let made = run(&folder, &["create", "core", "-o", "s", "--force", "--json"])
+            .exits(0)
+            .json();
+        assert_eq!(
+            regions(&folder, "s"),
+            [
+                ("memory".into(), 0x1000, 0x2000),
+                ("memory".into(), 0xe000_0000, 0x3000),
+                ("memory".into(), 0xffff_0000, 0x1000)
+            ]
+        );
+        let expected: Vec<u8> = (1..=6).flat_map(|byte| [byte; 4096]).collect();
+        assert_eq!(run(&folder, &["extract", "s", "-o", "-"]).out, expected);
+        let properties = properties(&folder, "s");
+        assert_eq!(properties["source"], source);
+        let by_addresses = note.is_empty().then_some("physical");
+        assert_eq!(properties["source.addresses"].as_str(), by_addresses);
+        assert_eq!(made["remarks"][0]["value"].as_str(), by_addresses);
+    }
+}
+
+#[test]
+fn segments_that_contradict_each_other_are_refused_by_number_and_address() {
+    let folder = Folder::new();
+    let core = Core {
+        loads: vec![
+            Load::pages(0x40_0000, &[1, 2, 3]),
+            Load::pages(0x40_1000, &[2, 9, 9]),
+        ],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    let refused = run(&folder, &["create", "core", "-o", "s"])
+        .exits(1)
+        .says(&[
+            "segments 1 and 2",
+            "0x401000",
+            "differ at 0x402000",
+            "--raw",
+        ]);
+    assert!(!refused.err.contains("damaged"), "{}", refused.err);
+    assert_eq!(folder.names(), ["core"]);
+}
+
+/// The summary, the JSON object, a property and a warning tell what is not taken as it is.
+#[test]
+fn what_is_not_taken_completely_is_told_everywhere() {
+    let folder = Folder::new();
+    let load = |start, bytes: usize, memory_bytes| Load {
+        start,
+        bytes: vec![7; bytes],
+        memory_bytes,
+    };
+    let memory = || Load::pages(0, &[1, 2]);
+    let cases: [(&str, Core, &str, u64, u64); 4] = [
+        // Of a TPM, as QEMU dumps it.
+        (
+            "source.filled_bytes",
+            Core {
+                loads: vec![memory(), load(0xfed4_0080, 3968, 3968)],
+                qemu: true,
+                ..Core::default()
+            },
+            "0xfed40080",
+            128,
+            0,
+        ),
+        (
+            "source.partly_known_bytes",
+            Core {
+                loads: vec![memory(), load(0x9000, 0x1800, 0x4000)],
+                ..Core::default()
+            },
+            "0xa000",
+            0x800,
+            3,
+        ),
+        (
+            "source.beyond_bytes",
+            Core {
+                loads: vec![memory(), load(0x9000, 0x2000, 0)],
+                ..Core::default()
+            },
+            "segment 2",
+            0x2000,
+            0,
+        ),
+        (
+            "source.unaddressed_bytes",
+            Core {
+                loads: vec![memory(), load(u64::MAX, 0x1000, 0x1000)],
+                machine: Some(0xffff_c900_0000_0000),
+                note: b"VMCOREINFO",
+                ..Core::default()
+            },
+            "0xffffc90000000000",
+            0x1000,
+            0,
+        ),
+    ];
+    for (key, core, place, bytes, unavailable) in cases {
+        folder.write("core", &core.bytes());
+        let create = ["create", "core", "-o", "s", "--force"];
+        let told = run(&folder, &create).exits(0).says(&["warning: ", place]);
+        assert!(told.text().contains("WARNING"), "{}", told.text());
+        assert!(told.text().contains(place), "{}", told.text());
+        assert_eq!(properties(&folder, "s")[key], bytes.to_string());
+        let told = run(&folder, &[&create[..], &["--json"]].concat()).json();
+        assert_eq!(told["remarks"][0]["key"], key);
+        assert_eq!(told["remarks"][0]["value"], bytes.to_string());
+        assert_eq!(number(&told, "unavailable_pages"), unavailable);
+        run(&folder, &["verify", "s"]).exits(0);
+    }
+    // The odd part is there, and what is around it is zero.
+    let core = Core {
+        loads: vec![
+            load(0xfed4_0080, 0x780, 0x780),
+            load(0xfed4_0800, 0x7c0, 0x7c0),
+        ],
+        qemu: true,
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s", "--force"]).exits(0);
+    let parts = [vec![0; 0x80], vec![7; 0xf40], vec![0; 0x40]];
+    assert_eq!(region(&folder, "s", 0), parts.concat());
+    // Nothing is told where there is nothing to tell.
+    let core = Core {
+        loads: vec![memory()],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    let quiet = run(&folder, &["create", "core", "-o", "s", "--force", "--json"]).exits(0);
+    assert_eq!(quiet.json()["remarks"], serde_json::json!([]));
+    assert_eq!(quiet.err, "");
+}
+
+#[test]
+fn what_is_there_of_a_core_that_was_cut_short_is_taken_if_that_is_wanted() {
+    let folder = Folder::new();
+    let core = Core {
+        loads: vec![Load::pages(0x1000, &[1, 2, 3, 4])],
+        ..Core::default()
+    };
+    let bytes = core.bytes();
+    folder.write("core", &bytes[..bytes.len() - 0x1800]);
+    run(&folder, &["create", "core", "-o", "s"])
+        .exits(1)
+        .says(&["cut short", "--incomplete"]);
+    let told = run(
+        &folder,
+        &["create", "core", "-o", "s", "--incomplete", "--json"],
+    )
+    .exits(0)
+    .says(&["warning: ", "6,144 bytes are missing"])
+    .json();
+    assert_eq!(number(&told, "unavailable_pages"), 2);
+    let properties = properties(&folder, "s");
+    assert_eq!(properties["source.cut_bytes"], "6144");
+    assert_eq!(properties["source.partly_known_bytes"], "2048");
+    let all = ["extract", "s", "-o", "-", "--unavailable", "zero"];
+    let taken = run(&folder, &all).exits(0).out;
+    assert_eq!(taken[..0x2000], [[1; 4096], [2; 4096]].concat());
+}
+
+#[test]
+fn names_of_mapped_files_stay_different_and_can_be_shown() {
+    let folder = Folder::new();
+    let names: [&[u8]; 3] = [
+        b"/lib/\xfe\x1b[2J",
+        b"/lib/\xff\x1b[2J",
+        b"/lib/\\xff\\x1b[2J",
+    ];
+    let core = Core {
+        loads: (0..3).map(|n| Load::pages(0x1000 << n, &[1])).collect(),
+        files: (0..3)
+            .map(|n| (0x1000 << n, (0x1000 << n) + 0x1000, names[n].to_vec()))
+            .collect(),
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    let stored: Vec<_> = regions(&folder, "s").into_iter().map(|r| r.0).collect();
+    assert_eq!(
+        stored,
+        [
+            r"/lib/\xfe\x1b[2J",
+            r"/lib/\xff\x1b[2J",
+            r"/lib/\\xff\\x1b[2J"
+        ]
+    );
+    let shown = run(&folder, &["info", "s"]).exits(0).text();
+    assert!(
+        shown.contains(&stored[0]) && !shown.contains('\x1b'),
+        "{shown}"
+    );
+    let args = ["extract", "s", "-o", "-", "--region", &stored[1]];
+    assert_eq!(run(&folder, &args).exits(0).out, [1; 4096]);
+}
+
 #[test]
 fn more_segments_than_16_bits_can_count() {
     let folder = Folder::new();
@@ -324,10 +565,16 @@ fn damaged_cores_are_refused_and_say_why() {
     refuse(&good[..good.len() - 1], "cut short");
     refuse(&good[..100], "damaged ELF core");
     refuse(&good[..40], "damaged ELF core");
-    let mut unaligned = good.clone();
-    // The virtual address of the second program header.
-    unaligned[64 + 56 + 16] = 0x10;
-    refuse(&unaligned, "no multiple");
+    // More program headers than 16 bits can count, and than are read. Their number stands in a
+    // section header.
+    let mut many = good.clone();
+    let at = many.len() as u64;
+    many[40..48].copy_from_slice(&at.to_le_bytes());
+    many[56..62].copy_from_slice(&[0xff, 0xff, 64, 0, 1, 0]);
+    let mut section = [0; 64];
+    section[44..48].copy_from_slice(&((1_u32 << 20) + 1).to_le_bytes());
+    many.extend(section);
+    refuse(&many, "1048577 program headers; at most 1048576");
     let nothing = Core::default().bytes();
     refuse(&nothing, "no memory");
     // However it is broken, it is refused or packed: never a panic.

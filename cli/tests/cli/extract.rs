@@ -170,3 +170,46 @@ fn an_attachment_goes_to_standard_output() {
         told.err
     );
 }
+
+/// A guest with more than 3 GiB has a gap in its addresses, below 4 GiB.
+#[test]
+fn offsets_are_told_where_they_are_no_addresses() {
+    let folder = Folder::new();
+    let load = |start, byte| Load {
+        start,
+        bytes: vec![byte; 8192],
+        memory_bytes: 8192,
+    };
+    let core = Core {
+        loads: vec![load(0, 1), load(1 << 32, 2)],
+        qemu: true,
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    let told = run(&folder, &["extract", "s", "-o", "out"]).exits(0).text();
+    assert!(told.contains("offsets are not addresses"), "{told}");
+    assert!(
+        told.contains("at offset 0x2000: 8.00 KiB from address 0x100000000 on, memory"),
+        "{told}"
+    );
+    let high = ["extract", "s", "-o", "out", "-f", "--region", "1", "--json"];
+    let told = run(&folder, &high).exits(0).json();
+    let places = |report: &serde_json::Value| -> Vec<(u64, u64)> {
+        let regions = report["regions"].as_array().unwrap();
+        let place = |region| (number(region, "start"), number(region, "offset"));
+        regions.iter().map(place).collect()
+    };
+    assert_eq!(places(&told), [(1 << 32, 0)]);
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    assert_eq!(places(&info), [(0, 0), (1 << 32, 0x2000)]);
+    assert!(run(&folder, &["info", "s"]).text().contains("0x2000"));
+
+    // Of memory that begins at 0 and has no gap, offsets are addresses.
+    folder.write("raw", &[7; 8192]);
+    run(&folder, &["create", "raw", "-o", "t"]).exits(0);
+    let told = run(&folder, &["extract", "t", "-o", "raw2"])
+        .exits(0)
+        .text();
+    assert!(!told.contains("address"), "{told}");
+}

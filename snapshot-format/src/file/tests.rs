@@ -57,14 +57,28 @@ fn an_existing_target_is_an_error_and_stays() {
         assert!(matches!(refused, Err(FileError::Exists { .. })));
         assert_eq!(names(folder.path()), ["snapshot"]);
 
-        // It may also come while the file is written.
+        // It may also come while the file is written, which is kept then.
         fs::remove_file(&target).unwrap();
         let file = write_new(&target, false, nameless);
         fs::write(&target, "old").unwrap();
-        assert!(matches!(file.commit(), Err(FileError::Exists { .. })));
-        assert_eq!(names(folder.path()), ["snapshot"]);
+        assert_eq!(kept(file.commit()), b"new");
+        assert_eq!(names(folder.path()).len(), 2);
         assert_eq!(fs::read(&target).unwrap(), b"old");
     }
+}
+
+/// The content of the file that could not be named because another was there.
+fn kept(committed: Result<(), FileError>) -> Vec<u8> {
+    let error = committed.unwrap_err();
+    let FileError::NotNamed {
+        partial, source, ..
+    } = &error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
+    assert!(error.to_string().contains(partial.to_str().unwrap()));
+    fs::read(partial).unwrap()
 }
 
 #[test]
@@ -254,11 +268,37 @@ fn a_nameless_file_that_gets_no_name_is_copied() {
         let late = folder.path().join("late");
         let file = write_new(&late, false, true);
         fs::write(&late, "old").unwrap();
-        let exists = file.commit_with(refuse);
-        assert!(matches!(exists, Err(FileError::Exists { .. })));
+        assert_eq!(kept(file.commit_with(refuse)), b"new");
         assert_eq!(fs::read(&late).unwrap(), b"old");
-        assert_eq!(names(folder.path()), ["late", "snapshot"]);
+        assert_eq!(names(folder.path()).len(), 3);
     }
+}
+
+/// What `rename_new` does where there is neither a flag for it nor a link.
+#[test]
+fn a_name_is_claimed_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("snapshot");
+    claim(&target).unwrap();
+    assert_eq!(fs::read(&target).unwrap(), b"");
+    fs::write(&target, "old").unwrap();
+    let refused = claim(&target).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(fs::read(&target).unwrap(), b"old");
+}
+
+#[test]
+fn a_file_that_cannot_be_named_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("snapshot");
+    let file = write_new(&target, true, false);
+    // Nothing can be renamed over a folder.
+    fs::create_dir(&target).unwrap();
+    let error = file.commit().unwrap_err();
+    let FileError::NotNamed { partial, .. } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(fs::read(partial).unwrap(), b"new");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod confined;
 mod damage;
+mod filesystems;
 mod flips;
 mod footprint;
 mod guest;

@@ -14,6 +14,7 @@ use crate::args;
 use crate::daemon::control::{Client, Request};
 use crate::daemon::desk::{SessionStats, VmId, VmStats};
 use crate::exit::Exit;
+use crate::names;
 use crate::output::{Output, count, percent};
 
 pub(super) fn run(
@@ -36,7 +37,8 @@ pub(super) fn run(
             return Ok(Exit::Done);
         }
         frame.rows = Some(args.rows);
-        output.data(redraw(&frame.to_string(), first).as_bytes())?;
+        let text = frame.to_string();
+        output.data(redraw(&names::shown_lines(&text), first).as_bytes())?;
         (before, first) = (now, false);
     }
 }

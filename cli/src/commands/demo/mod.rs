@@ -171,6 +171,7 @@ fn pack(
     };
     process.feed(&mut both)?;
     let bytes = both.offset;
+    let remarks = process.remarks();
     drop(process);
     let held_ms = Some(u64::try_from(began.elapsed().as_millis())?);
     reference.set_len(bytes)?;
@@ -178,6 +179,7 @@ fn pack(
     target.complete()?;
     Ok(create::Report {
         facts: create::facts(&written),
+        remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })

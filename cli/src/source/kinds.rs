@@ -1,0 +1,203 @@
+//! Which files are surely no plain memory: those that hold it in a container that isn't read, and
+//! those that hold something else. All are told by their first bytes.
+
+use snapshot_format::layout::HEADER_MAGIC;
+
+use super::elf_core;
+
+/// Where the low 16 bits of the number at the start of a Firecracker state end.
+const FIRECRACKER_MAGICS: [&[u8]; 2] = [b"\x64\x86\x84\x19\x10\x07", b"\xaa\xaa\x84\x19\x10\x07"];
+
+/// What the first bytes look like.
+pub(super) enum Guess {
+    Raw,
+    ElfCore,
+    /// Surely a mistake.
+    Other(&'static Kind),
+}
+
+/// A kind of file that is no plain memory.
+pub(super) struct Kind {
+    /// Its first bytes.
+    magic: &'static [u8],
+    /// What it is, after "is".
+    is: &'static str,
+    /// What to do.
+    instead: &'static str,
+}
+
+impl Kind {
+    /// Why it is not packed, and what to do.
+    pub(super) fn refusal(&self) -> String {
+        format!(
+            "is {}: {}; --raw packs it as if it were memory",
+            self.is, self.instead
+        )
+    }
+}
+
+const VMWARE: &str = "a state of VMware";
+const VMEM: &str = "take the .vmem file beside it, or convert it to an ELF core (vmss2core)";
+const UNPACK: &str = "unpack it first";
+const DUMP_ANEW: &str =
+    "take the memory as an ELF dump (QEMU's dump-guest-memory, virsh dump --memory-only)";
+const CONVERT: &str = "convert it to raw memory (Volatility's layerwriter does)";
+const PADDED: &str = "convert it to raw memory (Volatility's layerwriter does), or take it with \
+                      LiME's format=padded";
+
+const KINDS: &[Kind] = &[
+    kind(&HEADER_MAGIC, "a snapshot already", "use it as it is"),
+    kind(
+        b"\x28\xb5\x2f\xfd",
+        "compressed (zstd)",
+        "unpack it first (zstd -d)",
+    ),
+    kind(
+        b"\x1f\x8b\x08",
+        "compressed (gzip)",
+        "unpack it first (gzip -d)",
+    ),
+    kind(b"\xfd7zXZ\0", "compressed (xz)", "unpack it first (xz -d)"),
+    kind(
+        b"\x04\x22\x4d\x18",
+        "compressed (lz4)",
+        "unpack it first (lz4 -d)",
+    ),
+    kind(
+        b"\x02\x21\x4c\x18",
+        "compressed (lz4)",
+        "unpack it first (lz4 -d)",
+    ),
+    kind(
+        b"\x89LZO\0\r\n\x1a\n",
+        "compressed (lzop)",
+        "unpack it first (lzop -d)",
+    ),
+    kind(b"BZh", "compressed (bzip2)", "unpack it first (bzip2 -d)"),
+    kind(b"\xff\x06\0\0sNaPpY", "compressed (snappy)", UNPACK),
+    kind(b"PK\x03\x04", "an archive (zip)", UNPACK),
+    kind(b"7z\xbc\xaf\x27\x1c", "an archive (7z)", UNPACK),
+    kind(b"QFI\xfb", "a disk image (qcow2)", DUMP_ANEW),
+    kind(b"QEVM", "a migration stream of QEMU", DUMP_ANEW),
+    // "LibvirtQemudSave", or "LibvirtQemudPart" while it is written.
+    kind(
+        b"LibvirtQemu",
+        "a saved domain of libvirt (virsh save)",
+        DUMP_ANEW,
+    ),
+    kind(
+        b"KDUMP   ",
+        "a kdump-compressed dump, which cannot be read",
+        "dump without compression (dump-guest-memory without -z, -l, -s)",
+    ),
+    kind(
+        b"makedumpfile\0",
+        "a flattened dump of makedumpfile, which cannot be read",
+        "write it without compression and as ELF (makedumpfile -R, -E)",
+    ),
+    kind(
+        b"\x7fVirtualBox Saved",
+        "a saved state of VirtualBox",
+        "take a core (VBoxManage debugvm VM dumpvmcore)",
+    ),
+    kind(b"\xd0\xbe\xd2\xbe", VMWARE, VMEM),
+    kind(b"\xd1\xba\xd1\xba", VMWARE, VMEM),
+    kind(b"\xd2\xbe\xd2\xbe", VMWARE, VMEM),
+    kind(b"\xd3\xbe\xd3\xbe", VMWARE, VMEM),
+    kind(b"EMiL", "a dump of LiME, whose ranges have headers", PADDED),
+    kind(b"AVML", "a compressed dump of AVML", CONVERT),
+    kind(
+        b"MDMP\x93\xa7",
+        "a minidump, which holds parts of a process only",
+        "take a core of the process (gcore)",
+    ),
+    kind(b"PAGEDU64", "a Windows crash dump", CONVERT),
+    kind(b"PAGEDUMP", "a Windows crash dump", CONVERT),
+    kind(
+        b"\x7fELF",
+        "an ELF file, but no core",
+        "take a core of the process (gcore)",
+    ),
+];
+
+const fn kind(magic: &'static [u8], is: &'static str, instead: &'static str) -> Kind {
+    Kind { magic, is, instead }
+}
+
+/// Says what a file is that starts with `start`.
+pub(super) fn guess(start: &[u8]) -> Guess {
+    if elf_core::is_core(start) {
+        return Guess::ElfCore;
+    }
+    match KINDS.iter().find(|kind| start.starts_with(kind.magic)) {
+        Some(kind) => Guess::Other(kind),
+        None => Guess::Raw,
+    }
+}
+
+/// Whether a file that starts with `start` is the state of a Firecracker VM. Its first number has
+/// the architecture in its upper bits; bitcode, which newer releases write, puts a byte before it.
+pub(crate) fn is_firecracker_state(start: &[u8]) -> bool {
+    [2, 3].iter().any(|&at| {
+        let after = start.get(at..).unwrap_or_default();
+        FIRECRACKER_MAGICS
+            .iter()
+            .any(|magic| after.starts_with(magic))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_refused(start: &[u8]) -> bool {
+        matches!(guess(start), Guess::Other(_))
+    }
+
+    #[test]
+    fn each_kind_is_told_by_its_magic_alone() {
+        for kind in KINDS {
+            let start = [kind.magic, &[0xaa; 64]].concat();
+            let Guess::Other(found) = guess(&start) else {
+                panic!("{} is not refused", kind.is);
+            };
+            assert_eq!(found.is, kind.is);
+            assert!(!found.refusal().contains("truncate"), "{}", kind.is);
+            assert!(!is_refused(&start[..kind.magic.len() - 1]), "{}", kind.is);
+        }
+    }
+
+    #[test]
+    fn memory_and_cores_are_taken() {
+        assert!(!is_refused(&[]));
+        assert!(!is_refused(&[0; 64]));
+        // The interrupt vectors of a guest, where its memory begins.
+        assert!(!is_refused(
+            b"\x53\xff\x00\xf0\x53\xff\x00\xf0\xc3\xe2\x00\xf0"
+        ));
+        let core = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0";
+        assert!(matches!(guess(core), Guess::ElfCore));
+    }
+
+    #[test]
+    fn states_of_firecracker_are_known() {
+        // As bincode and bitcode write the number, for both architectures.
+        for start in [
+            &b"\x00\x00\x64\x86\x84\x19\x10\x07\x05\x00"[..],
+            b"\x01\x00\x64\x86\x84\x19\x10\x07",
+            b"\x00\x00\x00\x64\x86\x84\x19\x10\x07\x06\x31",
+            b"\x00\x00\xaa\xaa\x84\x19\x10\x07",
+            b"\x00\x00\x00\xaa\xaa\x84\x19\x10\x07\x06",
+        ] {
+            assert!(is_firecracker_state(start), "{start:x?}");
+        }
+        for start in [
+            &b"{\"vcpus\": 2}"[..],
+            b"",
+            &[0; 32],
+            b"\x64\x86\x84\x19\x10\x07",
+        ] {
+            assert!(!is_firecracker_state(start), "{start:x?}");
+        }
+    }
+}
