@@ -3,7 +3,7 @@
 //! ```text
 //! bring(page):
 //!   fill: install the fills around it
-//!   stored: claim the frame; if somebody has it, wait (a fault) and look again
+//!   stored: claim the frame; if a claim is in the way, wait (a fault) and look again
 //!           read, check, decode up to the page, and install it
 //!           decode the rest; install the page's run, the other runs, and the fills between them
 //!   can't be had: an error
@@ -159,7 +159,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 let id = self.image.id(&frame);
                 self.refuse_deadly(page, &frame)?;
-                let Some(claim) = self.claims.claim(id) else {
+                let Some(claim) = self.claims.claim(id, reason) else {
                     worker.trace.from = CameFrom::Another;
                     if reason == Reason::Demand {
                         self.platform.wait_unclaimed(&self.claims, id);

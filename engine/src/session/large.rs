@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bring_large(block):
-//!   claim it; if somebody has it, wait (a fault) and look again
+//!   claim it; if a claim is in the way, wait (a fault) and look again
 //!   for each of its 512 pages that is not removed: look up what it is, write it if it is a fill
 //!   for each frame that the others lie in, by offset: read, check, decode as far as is wanted, and
 //!     copy what it holds
@@ -158,7 +158,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return self.bring(worker, page, reason);
         }
         let id = FrameId(LARGE_CLAIM | block_of(page).start);
-        let Some(claim) = self.claims.claim(id) else {
+        let Some(claim) = self.claims.claim(id, reason) else {
             if reason == Reason::Demand {
                 self.platform.wait_unclaimed(&self.claims, id);
             }

@@ -19,7 +19,8 @@
 //! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
 //! | poisoned | POISON again; if EEXIST, WAKE | skip | skip | -> removed |
 //!
-//! A frame that is being decoded is *claimed*; who wants it waits for the claimer and looks again.
+//! A frame that is being brought is *claimed*. Another fault that wants it waits for the claimer and
+//! looks again, unless that is a prefetcher: demand never waits for a read of prefetch ([`claims`]).
 //!
 //! The rules that make it right:
 //!

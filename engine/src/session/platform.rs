@@ -96,7 +96,7 @@ pub(crate) trait Platform: Sync {
     fn wait_readable(&self) -> Waited;
     /// Ends the current [`Platform::wait_readable`] of one thread, or the next.
     fn kick(&self);
-    /// Waits until nobody has claimed `frame`.
+    /// Waits until no fault has claimed `frame`.
     fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
     /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
     /// event to read. False: it has been too long.
