@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::Reason;
 
-use crate::session::{Durations, Kernel, Left, PrefetchStop, Session, SnapshotImage, Worker};
+use crate::session::{
+    Durations, Kernel, Left, PrefetchStop, Retries, Session, SnapshotImage, Worker,
+};
 
 use feeder::in_blocks;
 pub use shared::Shared;
@@ -81,6 +83,7 @@ impl Running {
     ) -> Self {
         let turns = Arc::clone(crew.shared().turns());
         session.inbox.count_in(turns.demand());
+        session.retry_timeout = crew.retry_timeout;
         Self {
             session,
             begun,
@@ -150,12 +153,13 @@ impl Running {
         self.session.inbox.has_open() || self.session.state.may_be_settled()
     }
 
-    /// Installs what is missing, in this thread. False if some of it can't be, or the owner keeps
+    /// Installs what is missing, and first what is poisoned, in this thread. False if some of it can't be, or the owner keeps
     /// changing its memory; otherwise the session is ending, complete or not.
     pub(crate) fn install_rest(&self) -> bool {
         let session = &self.session;
         // A thread of the caller's, of which nobody keeps note.
         let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
+        self.heal(&mut worker);
         let mut shortages = 0;
         for _ in 0..MOST_TRIES {
             match self.install_once(&mut worker) {
@@ -173,6 +177,18 @@ impl Running {
             }
         }
         false
+    }
+
+    /// Brings pages that were poisoned, if they can be had by now.
+    fn heal(&self, worker: &mut Worker<SnapshotImage>) {
+        let session = &self.session;
+        let (mut retries, mut last) = (Retries::default(), false);
+        while let Ok(Left { unread: 1.., .. }) = session.heal(worker, last) {
+            match retries.failed(Instant::now(), session.retry_timeout) {
+                Some(pause) => std::thread::sleep(pause),
+                None => last = true,
+            }
+        }
     }
 
     /// Tries to install each page that is missing, block by block, by turns with others.

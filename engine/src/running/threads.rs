@@ -4,10 +4,11 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use snapshot_format::Reason;
 
-use crate::session::Worker;
+use crate::session::{RETRY_TIMEOUT, Worker};
 use crate::sys::SignalsBlocked;
 
 use super::feeder::{Feeder, Plan};
@@ -90,6 +91,7 @@ pub(crate) struct Crew {
     pub(crate) prefetch: Prefetch,
     pub(crate) prefetch_threads: usize,
     pub(crate) prefetch_bandwidth: Option<u64>,
+    pub(crate) retry_timeout: Duration,
     pub(crate) hook: Option<Hook>,
     pub(crate) shared: Option<Shared>,
     /// One more, with its name.
@@ -103,6 +105,7 @@ impl Default for Crew {
             prefetch: Prefetch::Off,
             prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             prefetch_bandwidth: None,
+            retry_timeout: RETRY_TIMEOUT,
             hook: None,
             shared: None,
             other: None,
@@ -135,6 +138,14 @@ macro_rules! crew_options {
         /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
         pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
             self.crew.prefetch_bandwidth = Some(bytes_per_second.max(1));
+            self
+        }
+
+        /// How long a page that can't be read is read again, with pauses that grow from 1 ms to half
+        /// a second, before it counts as failed. Other faults are served meanwhile. Damage isn't
+        /// read again. Default 5 s.
+        pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
+            self.crew.retry_timeout = timeout;
             self
         }
 

@@ -95,7 +95,7 @@ impl<I: Image> Worker<I> {
     }
 
     /// A buffer of pages that repeat `word`.
-    fn filled(&mut self, word: u64) -> &[u8] {
+    pub(super) fn filled(&mut self, word: u64) -> &[u8] {
         if self.fill_word != word {
             for chunk in self.fill.chunks_exact_mut(8) {
                 chunk.copy_from_slice(&word.to_le_bytes());

@@ -26,6 +26,8 @@ pub(crate) struct Left {
     pub(crate) busy: u64,
     /// Those of them for which there was no memory.
     pub(crate) short: u64,
+    /// They could not be read, and may be later.
+    pub(crate) unread: u64,
     /// They can't be restored; it was reported.
     pub(crate) failed: u64,
 }
@@ -35,6 +37,7 @@ impl Left {
     pub(crate) fn add(&mut self, other: Self) {
         self.busy += other.busy;
         self.short += other.short;
+        self.unread += other.unread;
         self.failed += other.failed;
     }
 }

@@ -54,6 +54,7 @@ fn dropping_never_shows_zeros_to_who_waits() {
             Ok(())
         }))
         .fault_threads(1)
+        .retry_timeout(Duration::ZERO)
         .on_failure(snaprestore_engine::restore::OnFailure::Ask(Arc::new(
             |_| snaprestore_engine::restore::Verdict::Retry,
         )))
