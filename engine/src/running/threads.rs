@@ -6,13 +6,11 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use snapshot_format::Reason;
-
-use crate::session::{RETRY_TIMEOUT, Worker};
+use crate::session::RETRY_TIMEOUT;
 use crate::sys::SignalsBlocked;
 
-use super::feeder::{Feeder, Plan};
-use super::{Prefetch, Running, Shared};
+use super::feed::Plan;
+use super::{Prefetch, Running, Shared, workers};
 
 /// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
 /// seccomp filter.
@@ -129,7 +127,8 @@ macro_rules! crew_options {
             self
         }
 
-        /// Threads that fetch ahead; at least 1. Default: one for each core.
+        /// Threads that fetch ahead for this session at once; from 1 to 64. They are those of
+        /// [`Shared`]. Default: one for each core.
         pub fn prefetch_threads(mut self, threads: usize) -> Self {
             self.crew.prefetch_threads = threads.max(1);
             self
@@ -149,14 +148,18 @@ macro_rules! crew_options {
             self
         }
 
-        /// What the session shares with others of the same process. Default: nothing.
+        /// What the session shares with others of the same process. Default: with all others that
+        /// were given nothing else the threads that fetch ahead, unless it has a hook
+        /// ([`on_thread_start`](Self::on_thread_start)).
         pub fn shared(mut self, shared: &Shared) -> Self {
             self.crew.shared = Some(shared.clone());
             self
         }
 
-        /// Called in each engine thread before it does anything, for instance to confine it. The
-        /// signals are blocked by then.
+        /// Called in each thread of this session before it does anything, for instance to confine
+        /// it. The signals are blocked by then. The threads that fetch ahead are the session's own
+        /// then, unless it was given a [`Shared`](Self::shared): those serve several sessions, and call
+        /// the hook of [`Shared::on_thread_start`] only.
         pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
             self.crew.hook = Some(Arc::new(hook));
             self
@@ -167,8 +170,11 @@ macro_rules! crew_options {
 impl Crew {
     /// What the session shares, be it with nobody.
     pub(crate) fn shared(&self) -> Shared {
-        let alone = || Shared::alone(self.prefetch_threads);
-        self.shared.clone().unwrap_or_else(alone)
+        match (&self.shared, &self.hook) {
+            (Some(shared), _) => shared.clone(),
+            (None, Some(hook)) => Shared::alone(hook),
+            (None, None) => Shared::of_the_process(),
+        }
     }
 
     /// Threads that decode at the same time, at most.
@@ -220,9 +226,13 @@ impl Crew {
             spawn(
                 format!("snap-fault-{i}"),
                 Box::new(move || {
+                    let workers = workers::For {
+                        workers: running.pool.workers(),
+                        image: &running.session.image,
+                    };
                     // Before the first fault, and not in the way of the start.
-                    let mut worker = Worker::new(running.session.image.decoder(Reason::Demand), i);
-                    running.session.serve(&mut worker);
+                    workers.prepare();
+                    running.session.serve(i, &workers);
                     running.fault_thread_ends();
                 }),
             )?;
@@ -233,18 +243,15 @@ impl Crew {
         }
         if self.prefetch == Prefetch::Off {
             running.prefetch_ended();
-        } else {
-            let plan = Plan {
-                prefetch: self.prefetch,
-                threads: self.prefetch_threads,
-                first_number: self.fault_threads,
-                bandwidth: self.prefetch_bandwidth,
-                hook: self.hook.clone(),
-            };
-            let feeder = Feeder::new(running, plan)?;
-            spawn("snap-feed".to_owned(), Box::new(move || feeder.run()))?;
+            return Ok(());
         }
-        Ok(())
+        running.prefetch(Plan {
+            prefetch: self.prefetch,
+            completes: false,
+            threads: self.prefetch_threads,
+            first_number: self.fault_threads,
+            bandwidth: self.prefetch_bandwidth,
+        })
     }
 }
 

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use snapshot_format::Reason;
 
-use super::bring::{Brought, Lost, Worker};
+use super::bring::{Brought, Lend, Lost, Worker};
 use super::install::Stop;
 use super::platform::{Image, Installed, PAGE, PageNumber, Platform};
 use super::state::Status;
@@ -56,21 +56,25 @@ pub(super) enum Answer {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Serves faults until the session ends.
-    pub(crate) fn serve(&self, worker: &mut Worker<I>) {
-        worker.prepare(&self.state);
+    /// Serves faults until the session ends, as thread number `number` of it.
+    pub(crate) fn serve(&self, number: usize, workers: &impl Lend<I>) {
         let mut follower = P::Follower::default();
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
-            worker.shares_core = self.platform.follow(&mut follower, fault.thread);
-            worker.trace = Trace::default();
-            self.state.turn(worker.number);
-            let answer = self.answer(worker, fault);
-            self.state.turn(worker.number);
-            self.stats.met(worker.trace);
+            let shares_core = self.platform.follow(&mut follower, fault.thread);
+            self.state.turn(number);
+            let (answer, trace) = workers.with(|worker| {
+                worker.prepare(&self.state);
+                worker.number = number;
+                worker.shares_core = shares_core;
+                worker.trace = Trace::default();
+                (self.answer(worker, fault), worker.trace)
+            });
+            self.state.turn(number);
+            self.stats.met(trace);
             match answer {
                 Answer::Given => {
-                    self.stats.took(worker.trace, fault.at.elapsed());
+                    self.stats.took(trace, fault.at.elapsed());
                     self.inbox.answered();
                 }
                 Answer::Nobody => self.inbox.answered(),

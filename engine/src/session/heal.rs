@@ -22,7 +22,7 @@ use super::map::{LARGE_PAGES, block_of};
 use super::platform::{Content, Image, Installed, PageNumber, Platform};
 use super::state::Status;
 use super::stats::add;
-use super::{FailureKind, Left, PrefetchStop, Session, Worker};
+use super::{Failure, FailureKind, Left, PrefetchStop, Session, Worker};
 use crate::sys::Wake;
 
 /// What one hold came to.
@@ -98,6 +98,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                 Ok(self.install_over_poison(page, bytes)?)
             }
             Content::Stored(frame, slot) => {
+                if let Some(failure) = worker.known_bad(&frame) {
+                    let failure = failure.clone();
+                    return Err(Lost::Failed(Failure { page, ..failure }));
+                }
                 self.refuse_deadly(page, &frame)?;
                 let slots = self.image.slots(&frame);
                 self.decode(worker, page, &frame, slots, Reason::Prefetch)?;

@@ -78,7 +78,7 @@ pub use frames::FrameCacheStats;
 pub use state::{Pulse, Vitals};
 pub use stats::{Durations, Histogram, Percentiles};
 
-pub(crate) use bring::Worker;
+pub(crate) use bring::{Lend, Worker};
 pub(crate) use claims::{Claims, FrameId};
 pub(crate) use frames::{FrameCache, SharedFrames};
 pub(crate) use image::{SnapshotImage, zero_runs};

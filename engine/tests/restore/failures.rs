@@ -318,6 +318,117 @@ fn completing_heals_poisoned_pages() {
     compare(&restored, &bytes, 0..1024);
 }
 
+/// While it is completed the store fails a little longer.
+#[test]
+fn completing_reads_again_what_could_not_be_read() {
+    let Ill {
+        snapshot,
+        healed,
+        reads,
+        bytes,
+    } = ill(18);
+    let mut restored = Restore::new(snapshot).retry_timeout(NEVER).start().unwrap();
+    std::thread::scope(|scope| {
+        let stops = scope.spawn(|| restored.stop(Stop::Complete));
+        wait_until("it is read again", || reads.load(SeqCst) >= 8);
+        healed.store(true, SeqCst);
+        stops.join().unwrap().unwrap();
+    });
+    compare(&restored, &bytes, 0..PAGES);
+}
+
+/// Prefetch leaves what it can't read, fetches everything else, and comes back to it.
+#[test]
+fn prefetch_comes_back_to_what_could_not_be_read() {
+    let Ill {
+        snapshot,
+        healed,
+        reads,
+        bytes,
+    } = ill(20);
+    let restored = Restore::new(snapshot)
+        .prefetch(Prefetch::All)
+        .retry_timeout(NEVER)
+        .start()
+        .unwrap();
+    wait_until("all else is there, and it is read again", || {
+        restored.stats().prefetch.copied == PAGES - 8 && reads.load(SeqCst) >= 4
+    });
+    assert!(restored.failures().is_empty());
+    healed.store(true, SeqCst);
+    assert!(restored.wait_complete());
+    let stats = restored.stats();
+    assert_eq!((stats.prefetch.copied, stats.failures), (PAGES, 0));
+    compare(&restored, &bytes, 0..PAGES);
+}
+
+/// What prefetch could not read until the timeout was over is reported page by page.
+#[test]
+fn prefetch_reports_what_it_could_not_read_in_time() {
+    for timeout in [Duration::ZERO, Duration::from_millis(30)] {
+        let Ill {
+            snapshot, bytes, ..
+        } = ill(21);
+        let restored = Restore::new(snapshot)
+            .prefetch(Prefetch::All)
+            .retry_timeout(timeout)
+            .start()
+            .unwrap();
+        assert!(!restored.wait_complete());
+        let first = BAD / 8 * 8;
+        let mut reported: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
+        reported.sort_unstable();
+        assert_eq!(reported, (first..first + 8).collect::<Vec<_>>());
+        assert!(
+            restored
+                .failures()
+                .iter()
+                .all(|f| f.kind == FailureKind::Io)
+        );
+        assert_eq!(restored.stats().prefetch.copied, PAGES - 8);
+        let good = (0..PAGES).filter(|page| page / 8 != BAD / 8);
+        compare(&restored, &bytes, good);
+    }
+}
+
+/// The threads that fetch ahead are told that there is no memory, as an owner's cgroup can have it.
+#[test]
+fn prefetch_without_memory_ends_and_says_so() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 22);
+        // An ioctl that copies pages fails with ENOMEM.
+        let json = format!(
+            r#"{{"it": {{"mismatch_action": "allow", "match_action": {{"errno": {}}}, "filter": [
+                {{"syscall": "ioctl", "args": [{{"index": 1, "type": "dword", "op": "eq", "val": {}}}]}}]}}}}"#,
+            libc::ENOMEM,
+            0xc028_aa03_u32
+        );
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let mut filters = seccompiler::compile_from_json(json.as_bytes(), arch).unwrap();
+        let filter = filters.remove("it").unwrap();
+        let restored = Restore::new(open(pack(&bytes, 8)))
+            .prefetch(Prefetch::All)
+            .retry_timeout(Duration::from_millis(50))
+            .on_thread_start(move |name| {
+                if name.starts_with("snap-fetch") {
+                    seccompiler::apply_filter(&filter).unwrap();
+                }
+            })
+            .start()
+            .unwrap();
+        assert!(!restored.wait_complete());
+        let failures = restored.failures();
+        let said = failures.first().expect("it says why").to_string();
+        assert!(said.contains("memory"), "{said}");
+        assert!(failures.iter().all(|f| f.kind == FailureKind::Install));
+        assert_eq!(restored.stats().prefetch.copied, 0);
+        // Touches are served all the same.
+        compare(&restored, &bytes, 0..PAGES);
+        assert!(restored.wait_complete());
+    })
+    .expect_success();
+}
+
 #[test]
 fn completing_with_pages_that_stay_poisoned_is_an_error() {
     let (bytes, snapshot, bad) = bad_frame(19);

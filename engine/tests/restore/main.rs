@@ -24,6 +24,7 @@ mod guest_memory;
 mod jailed;
 mod kernels;
 mod lifecycle;
+mod many;
 mod orders;
 mod owner;
 mod soak;

@@ -22,7 +22,7 @@ use world::{Change, Content, Unmapped, World, at};
 use super::failure::Failure;
 use super::map::Extent;
 use super::platform::PAGE;
-use super::{Decision, Fault, Guard, PageNumber, Session, State, Worker};
+use super::{Decision, Fault, Guard, Lend, PageNumber, Session, State, Worker};
 use model::Op;
 
 /// Pages of the model's snapshot: two frames of two pages.
@@ -123,6 +123,13 @@ impl Guard for NoFailures {
     }
 }
 
+/// Each thread has its own.
+impl Lend<Pages> for RefCell<Worker<Pages>> {
+    fn with<T>(&self, work: impl FnOnce(&mut Worker<Pages>) -> T) -> T {
+        work(&mut self.borrow_mut())
+    }
+}
+
 type Owner = RefCell<(Vec<Knows>, Vec<String>, usize)>;
 
 impl Scenario {
@@ -197,12 +204,13 @@ impl Scenario {
             let prefetched = self.prefetched.clone();
             bodies.push(Box::new(move || {
                 let session = &scene.session;
-                let mut worker = Worker::new(Vec::new(), 0);
+                let worker = RefCell::new(Worker::new(Vec::new()));
                 session.platform.enter(thread);
                 if prefetches {
-                    let _ = session.prefetch(&mut worker, prefetched, || ());
+                    let worker = &mut worker.borrow_mut();
+                    let _ = session.prefetch(worker, prefetched, false, || ());
                 } else {
-                    session.serve(&mut worker);
+                    session.serve(0, &worker);
                 }
             }));
         }
