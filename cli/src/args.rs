@@ -340,6 +340,10 @@ pub(crate) struct Restore {
     /// Start of the random order, to repeat one
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
+    /// Seconds that a page that can't be read is read again, before it counts as bad; damage isn't
+    /// read again
+    #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
+    pub(crate) retry_timeout: u64,
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
@@ -366,6 +370,7 @@ what the options say, and needs as little:
   allow_uid = [1000]
   threads = 2
   patience = 10
+  retry_timeout = 5
 
 Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
 `info,snaprestore_engine=debug`.";
@@ -464,6 +469,10 @@ pub(crate) struct ServiceOptions {
     #[arg(long, default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) patience: u64,
+    /// Seconds that a page that can't be read is read again, before --on-error decides; damage isn't
+    /// read again
+    #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
+    pub(crate) retry_timeout: u64,
 }
 
 impl ServiceOptions {
@@ -478,6 +487,7 @@ impl ServiceOptions {
             allow_uid: self.allow_uid.clone(),
             threads: self.threads,
             patience: self.patience,
+            retry_timeout: self.retry_timeout,
         }
     }
 }
@@ -637,6 +647,14 @@ pub(crate) struct Man {
     /// Replace existing pages in that folder
     #[arg(long, short, requires = "output")]
     pub(crate) force: bool,
+}
+
+/// What `--retry-timeout` is unless given.
+pub(crate) const RETRY_TIMEOUT: u64 = 5;
+
+/// Seconds of `--retry-timeout`: 0 reads nothing again.
+fn retry_timeout() -> impl clap::builder::TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(0..=3600)
 }
 
 /// A number of threads: enough for any machine, and no typing mistake.

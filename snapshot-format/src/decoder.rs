@@ -92,12 +92,26 @@ impl FrameDecoder {
     /// holds.
     pub fn in_steps(snapshot: &Snapshot) -> Result<Self, ReadError> {
         let mut decoder = Self::new();
-        decoder.streams_of = Some(snapshot.id());
-        decoder.add_stream(0, &[]);
-        for (number, bytes) in snapshot.dictionary_bytes(MOST_STREAMS)? {
-            decoder.add_stream(number, bytes);
-        }
+        decoder.prepare_for(snapshot)?;
         Ok(decoder)
+    }
+
+    /// Prepares a decoder to [decode in steps](Self::decode_first) what `snapshot` holds. It forgets
+    /// the snapshot before, and the frame that it had begun. After an error it decodes frames as a
+    /// whole.
+    pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
+        self.begun = None;
+        self.streams_of = None;
+        // The first needs no dictionary.
+        self.streams.retain(|(number, _)| *number == 0);
+        if self.streams.is_empty() {
+            self.add_stream(0, &[]);
+        }
+        for (number, bytes) in snapshot.dictionary_bytes(MOST_STREAMS)? {
+            self.add_stream(number, bytes);
+        }
+        self.streams_of = Some(snapshot.id());
+        Ok(())
     }
 
     /// A context for frames with the dictionary `bytes`. Without one, they are decoded as a whole.

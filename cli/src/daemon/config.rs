@@ -21,7 +21,7 @@ use std::str::FromStr;
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{OnError, Prefetch};
+use crate::args::{OnError, Prefetch, RETRY_TIMEOUT};
 
 /// The longest file of `--config`: room for ten thousand services.
 const MOST_BYTES: u64 = 4 << 20;
@@ -33,6 +33,8 @@ const LONGEST_SOCKET: usize = 107;
 const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
 /// What `--patience` takes.
 const PATIENCE: std::ops::RangeInclusive<u64> = 1..=3600;
+/// What `--retry-timeout` takes.
+const RETRY_TIMEOUTS: std::ops::RangeInclusive<u64> = 0..=3600;
 
 /// A snapshot that is served at a socket, under a name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +56,9 @@ pub(crate) struct Service {
     /// Seconds that a VMM that has connected may take to hand its memory over.
     #[serde(default = "default_patience")]
     pub(crate) patience: u64,
+    /// Seconds that a page that can't be read is read again, before `on_error` decides.
+    #[serde(default = "default_retry_timeout")]
+    pub(crate) retry_timeout: u64,
 }
 
 fn default_prefetch() -> Prefetch {
@@ -70,6 +75,10 @@ fn default_threads() -> usize {
 
 fn default_patience() -> u64 {
     10
+}
+
+fn default_retry_timeout() -> u64 {
+    RETRY_TIMEOUT
 }
 
 impl Service {
@@ -92,6 +101,11 @@ impl Service {
         }
         if !PATIENCE.contains(&self.patience) {
             let error = anyhow!("patience = {} must be from 1 to 3600 s", self.patience);
+            return Err(error).with_context(wrong);
+        }
+        if !RETRY_TIMEOUTS.contains(&self.retry_timeout) {
+            let retry_timeout = self.retry_timeout;
+            let error = anyhow!("retry_timeout = {retry_timeout} must be from 0 to 3600 s");
             return Err(error).with_context(wrong);
         }
         Ok(())
@@ -295,6 +309,7 @@ on_error = "poison"
 allow_uid = [1000, 1001]
 threads = 4
 patience = 60
+retry_timeout = 0
 "#;
 
     fn parse(text: &str) -> Result<Config> {
@@ -324,12 +339,12 @@ patience = 60
             (web.prefetch, web.on_error),
             (Prefetch::WorkingSet, OnError::Kill)
         );
-        assert_eq!((web.threads, web.patience), (2, 10));
+        assert_eq!((web.threads, web.patience, web.retry_timeout), (2, 10, 5));
         assert!(web.allow_uid.is_empty());
         assert_eq!(db.socket, Path::new("/etc/snaprestore/db.socket"));
         assert_eq!((db.prefetch, db.on_error), (Prefetch::All, OnError::Poison));
         assert_eq!(db.allow_uid, [1000, 1001]);
-        assert_eq!((db.threads, db.patience), (4, 60));
+        assert_eq!((db.threads, db.patience, db.retry_timeout), (4, 60, 0));
     }
 
     #[test]
@@ -353,6 +368,10 @@ patience = 60
         );
         refused(&format!("{service}threads = 0"), &["\"a\"", "1 to 512"]);
         refused(&format!("{service}patience = 0"), &["\"a\"", "3600"]);
+        refused(
+            &format!("{service}retry_timeout = 3601"),
+            &["\"a\"", "0 to 3600"],
+        );
         refused(&format!("{service}{service}"), &["two services", "\"a\""]);
         refused(
             &format!("{service}{}", service.replace("\"a\"", "\"b\"")),

@@ -401,6 +401,7 @@ impl Open {
         Ok(Pager::new(self.snapshot()?)
             .shared(shared)
             .fault_threads(self.service.threads)
+            .retry_timeout(Duration::from_secs(self.service.retry_timeout))
             .prefetch(match self.service.prefetch {
                 args::Prefetch::Off => pager::Prefetch::Off,
                 args::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,

@@ -7,7 +7,7 @@ use crate::session::{
     Decision, Failure, Fault, Guard, Kernel, OnFailure, Session, SnapshotImage, Verdict,
 };
 
-use super::questions::{Next, Questions};
+use super::questions::Questions;
 
 /// A callback that decides about failures.
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;
@@ -43,31 +43,26 @@ impl Asker {
     /// Asks until the session ends. The faults wait meanwhile; others are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         while !session.is_ending() {
-            match self.questions.next(ASK_AGAIN) {
-                Next::Ask(failure) => match (self.callback)(&failure) {
-                    Verdict::Retry => self.questions.pause(failure.page),
-                    Verdict::Poison => self.poison(session, failure.page),
-                    Verdict::Abort => abort(&failure.to_string()),
-                },
-                Next::TryAgain(faults) => {
-                    for fault in faults {
-                        session.serve_again(fault);
-                    }
-                }
-                Next::Nothing => {}
+            let Some(failure) = self.questions.next(ASK_AGAIN) else {
+                continue;
+            };
+            let page = failure.page;
+            match (self.callback)(&failure) {
+                Verdict::Retry => self.each(page, |fault| session.serve_again(fault, page)),
+                Verdict::Poison => self.each(page, |fault| session.poison_left(fault)),
+                Verdict::Abort => abort(&failure.to_string()),
             }
         }
     }
 
-    fn poison(&self, session: &Session<Kernel, SnapshotImage>, page: u64) {
+    /// Calls `verdict` with each fault that waits for one about `page`.
+    fn each(&self, page: u64, verdict: impl Fn(Fault)) {
         loop {
             let faults = self.questions.take(page);
             if faults.is_empty() {
                 return;
             }
-            for fault in faults {
-                session.poison_left(fault);
-            }
+            faults.into_iter().for_each(&verdict);
         }
     }
 }

@@ -27,12 +27,11 @@
 //! | name | how many | what |
 //! | --- | --- | --- |
 //! | `snap-fault-N` | [`Restore::fault_threads`] | read faults and events, serve faults |
-//! | `snap-feed` | 1 with prefetch | decides what is fetched next |
-//! | `snap-fetch-N` | [`Restore::prefetch_threads`] | read, decode and install ahead of faults |
+//! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | read, decode and install ahead of faults |
 //! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
 //!
-//! When a [`Restored`] is dropped or was stopped they have ended. All block every signal and start
-//! no others. After the hook of [`Restore::on_thread_start`] has run they make only the system
+//! When a [`Restored`] is dropped or was stopped its threads have ended, and those of the pool if no
+//! other restore wants something fetched. All block every signal and start no others. After the hook of [`Restore::on_thread_start`] has run they make only the system
 //! calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the callbacks and the tracing
 //! subscriber make.
 //!

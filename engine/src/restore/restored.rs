@@ -56,14 +56,16 @@ impl RestoredRegion {
 /// How [`Restored::stop`] ends a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// Everything that is missing is installed first.
+    /// Everything that is missing is installed first, and pages that were poisoned are brought after
+    /// all, if they can be had by now.
     Complete,
     /// What is missing is poisoned: a touch is SIGBUS, a system call gets EFAULT. What is there
     /// stays. Kernels without UFFDIO_POISON (before 6.6) take access to it away: a touch is SIGSEGV.
     Inaccessible,
 }
 
-/// Why a restore was not completed, and goes on as before; or was given up, but not exactly.
+/// Why a restore was not completed, and goes on as before unless a variant says otherwise; or was
+/// given up, but not exactly.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StopError {
@@ -73,6 +75,14 @@ pub enum StopError {
         /// Failures.
         count: u64,
         /// The first of them.
+        first: Box<Failure>,
+    },
+    /// Everything else is there and the restore has ended, but these pages stay poisoned.
+    #[error("{pages} pages stay poisoned; the first failure: {first}")]
+    Poisoned {
+        /// Pages.
+        pages: u64,
+        /// The first failure that was kept.
         first: Box<Failure>,
     },
     /// It has ended already: the memory is no longer the engine's.
@@ -339,12 +349,20 @@ impl Restored {
         if self.running.install_rest() {
             self.join();
         }
-        if self.is_complete() {
-            return Ok(());
-        }
         let session = &self.running.session;
         let (failures, count) = session.failures();
-        Err(match failures.into_iter().next() {
+        let first = failures.into_iter().next();
+        if self.is_complete() {
+            return match (session.state.count_poisoned(), first) {
+                (0, _) => Ok(()),
+                (pages, Some(first)) => Err(StopError::Poisoned {
+                    pages,
+                    first: Box::new(first),
+                }),
+                (missing, None) => Err(StopError::Missing { missing }),
+            };
+        }
+        Err(match first {
             Some(first) => StopError::Incomplete {
                 count,
                 first: Box::new(first),

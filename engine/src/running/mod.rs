@@ -2,27 +2,28 @@
 //!
 //! ```text
 //!   Crew::start ──▶ snap-fault-N ──▶ serve faults until the session ends
-//!               └─▶ snap-feed ─────▶ hands blocks to snap-fetch-N, until all is there
+//!               └─▶ feed ──────────▶ its turns at the pool of all sessions, until all is there
 //!   the last fault thread of a complete session closes it
 //! ```
 
-mod feeder;
+mod feed;
+mod pool;
 mod shared;
 mod stats;
 mod threads;
+mod workers;
 
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use snapshot_format::Reason;
+use crate::session::{Durations, Kernel, Session, SnapshotImage};
 
-use crate::session::{Durations, Kernel, Left, PrefetchStop, Session, SnapshotImage, Worker};
-
-use feeder::in_blocks;
+use feed::{Feed, Plan};
+use pool::Pool;
 pub use shared::Shared;
-use shared::Turns;
 pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, Crew, ThreadError, Threads, crew_options};
@@ -41,11 +42,8 @@ pub enum Prefetch {
     All,
 }
 
-/// How often [`Running::install_rest`] looks for pages that are left without a failure.
-const MOST_TRIES: u32 = 10_000;
-
-/// How often [`Running::install_rest`] goes on when there was no memory for a page.
-const MOST_SHORTAGES: u32 = 20;
+/// The number of threads that have no place in the session's tables.
+const UNNUMBERED: usize = usize::MAX / 2;
 
 /// How often a waiter looks at what no notification tells.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -58,7 +56,11 @@ pub(crate) struct Running {
     pub(crate) session: Session<Kernel, SnapshotImage>,
     begun: Instant,
     on_complete: OnComplete,
-    turns: Arc<Turns>,
+    pool: Arc<Pool>,
+    /// What is fetched ahead, if something is.
+    feed: OnceLock<Arc<Feed>>,
+    prefetch_threads: usize,
+    _user: workers::User,
     fault_threads: AtomicUsize,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
@@ -79,13 +81,17 @@ impl Running {
         crew: &Crew,
         on_complete: OnComplete,
     ) -> Self {
-        let turns = Arc::clone(crew.shared().turns());
-        session.inbox.count_in(turns.demand());
+        let pool = Arc::clone(crew.shared().pool());
+        session.inbox.count_in(pool.demand());
+        session.retry_timeout = crew.retry_timeout;
         Self {
             session,
             begun,
             on_complete,
-            turns,
+            _user: workers::User::new(&pool),
+            pool,
+            feed: OnceLock::new(),
+            prefetch_threads: crew.prefetch_threads,
             fault_threads: AtomicUsize::new(crew.fault_threads),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
@@ -106,6 +112,17 @@ impl Running {
             self.complete_nanos.store(nanos.max(1), Relaxed);
         }
         self.update(|progress| progress.served_out = true);
+        if let Some(feed) = self.feed.get() {
+            self.pool.leave(feed);
+        }
+    }
+
+    /// Has the pool fetch `plan` ahead.
+    fn prefetch(self: &Arc<Self>, plan: Plan) -> io::Result<()> {
+        let feed = Feed::new(self, plan);
+        // Once, and before: the session may be at its end before this returns.
+        let _ = self.feed.set(Arc::clone(&feed));
+        self.pool.add(&feed)
     }
 
     fn prefetch_ended(&self) {
@@ -150,46 +167,27 @@ impl Running {
         self.session.inbox.has_open() || self.session.state.may_be_settled()
     }
 
-    /// Installs what is missing, in this thread. False if some of it can't be, or the owner keeps
-    /// changing its memory; otherwise the session is ending, complete or not.
-    pub(crate) fn install_rest(&self) -> bool {
-        let session = &self.session;
-        // A thread of the caller's, of which nobody keeps note.
-        let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
-        let mut shortages = 0;
-        for _ in 0..MOST_TRIES {
-            match self.install_once(&mut worker) {
-                // Each page was tried for some time.
-                Ok(left) if left.short > 0 && shortages == MOST_SHORTAGES => return false,
-                Ok(left) if left.short > 0 => shortages += 1,
-                // What somebody else is bringing, prefetch or a fault thread, is there soon.
-                Ok(left) if left.busy > 0 => std::thread::sleep(Duration::from_millis(1)),
-                Ok(left) if left.failed == 0 => {
-                    session.kick();
-                    return true;
-                }
-                Err(PrefetchStop::Ending) => return true,
-                Ok(_) | Err(PrefetchStop::Kernel) => return false,
-            }
+    /// Installs what is missing, and first what is poisoned, in this thread and those of the pool.
+    /// False if some of it can't be, or the owner keeps changing its memory; otherwise the session is
+    /// ending, complete or not.
+    pub(crate) fn install_rest(self: &Arc<Self>) -> bool {
+        let feed = Feed::new(
+            self,
+            Plan {
+                prefetch: Prefetch::Off,
+                completes: true,
+                threads: self.prefetch_threads,
+                // Threads of which nobody keeps note.
+                first_number: UNNUMBERED,
+                bandwidth: None,
+            },
+        );
+        self.pool.finish(&feed);
+        let done = feed.is_done();
+        if done {
+            self.session.kick();
         }
-        false
-    }
-
-    /// Tries to install each page that is missing, block by block, by turns with others.
-    fn install_once(&self, worker: &mut Worker<SnapshotImage>) -> Result<Left, PrefetchStop> {
-        let session = &self.session;
-        let mut all = Left::default();
-        for pages in in_blocks(0..session.image.snapshot().page_slots()) {
-            if !session.state.any_absent(pages.clone()) {
-                continue;
-            }
-            let Some(turn) = self.turns.wait(|| session.is_ending()) else {
-                return Err(PrefetchStop::Ending);
-            };
-            let pause = || turn.stand_back(|| session.is_ending());
-            all.add(session.prefetch(worker, pages, pause)?);
-        }
-        Ok(all)
+        done
     }
 
     /// What was done so far, but for what only the door knows.

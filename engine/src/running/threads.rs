@@ -4,14 +4,13 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
-use snapshot_format::Reason;
-
-use crate::session::Worker;
+use crate::session::RETRY_TIMEOUT;
 use crate::sys::SignalsBlocked;
 
-use super::feeder::{Feeder, Plan};
-use super::{Prefetch, Running, Shared};
+use super::feed::Plan;
+use super::{Prefetch, Running, Shared, workers};
 
 /// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
 /// seccomp filter.
@@ -90,6 +89,7 @@ pub(crate) struct Crew {
     pub(crate) prefetch: Prefetch,
     pub(crate) prefetch_threads: usize,
     pub(crate) prefetch_bandwidth: Option<u64>,
+    pub(crate) retry_timeout: Duration,
     pub(crate) hook: Option<Hook>,
     pub(crate) shared: Option<Shared>,
     /// One more, with its name.
@@ -103,6 +103,7 @@ impl Default for Crew {
             prefetch: Prefetch::Off,
             prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             prefetch_bandwidth: None,
+            retry_timeout: RETRY_TIMEOUT,
             hook: None,
             shared: None,
             other: None,
@@ -126,7 +127,8 @@ macro_rules! crew_options {
             self
         }
 
-        /// Threads that fetch ahead; at least 1. Default: one for each core.
+        /// Threads that fetch ahead for this session at once; from 1 to 64. They are those of
+        /// [`Shared`]. Default: one for each core.
         pub fn prefetch_threads(mut self, threads: usize) -> Self {
             self.crew.prefetch_threads = threads.max(1);
             self
@@ -138,14 +140,26 @@ macro_rules! crew_options {
             self
         }
 
-        /// What the session shares with others of the same process. Default: nothing.
+        /// How long a page that can't be read is read again, with pauses that grow from 1 ms to half
+        /// a second, before it counts as failed. Other faults are served meanwhile. Damage isn't
+        /// read again. Default 5 s.
+        pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
+            self.crew.retry_timeout = timeout;
+            self
+        }
+
+        /// What the session shares with others of the same process. Default: with all others that
+        /// were given nothing else the threads that fetch ahead, unless it has a hook
+        /// ([`on_thread_start`](Self::on_thread_start)).
         pub fn shared(mut self, shared: &Shared) -> Self {
             self.crew.shared = Some(shared.clone());
             self
         }
 
-        /// Called in each engine thread before it does anything, for instance to confine it. The
-        /// signals are blocked by then.
+        /// Called in each thread of this session before it does anything, for instance to confine
+        /// it. The signals are blocked by then. The threads that fetch ahead are the session's own
+        /// then, unless it was given a [`Shared`](Self::shared): those serve several sessions, and call
+        /// the hook of [`Shared::on_thread_start`] only.
         pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
             self.crew.hook = Some(Arc::new(hook));
             self
@@ -156,8 +170,11 @@ macro_rules! crew_options {
 impl Crew {
     /// What the session shares, be it with nobody.
     pub(crate) fn shared(&self) -> Shared {
-        let alone = || Shared::alone(self.prefetch_threads);
-        self.shared.clone().unwrap_or_else(alone)
+        match (&self.shared, &self.hook) {
+            (Some(shared), _) => shared.clone(),
+            (None, Some(hook)) => Shared::alone(hook),
+            (None, None) => Shared::of_the_process(),
+        }
     }
 
     /// Threads that decode at the same time, at most.
@@ -209,9 +226,13 @@ impl Crew {
             spawn(
                 format!("snap-fault-{i}"),
                 Box::new(move || {
+                    let workers = workers::For {
+                        workers: running.pool.workers(),
+                        image: &running.session.image,
+                    };
                     // Before the first fault, and not in the way of the start.
-                    let mut worker = Worker::new(running.session.image.decoder(Reason::Demand), i);
-                    running.session.serve(&mut worker);
+                    workers.prepare();
+                    running.session.serve(i, &workers);
                     running.fault_thread_ends();
                 }),
             )?;
@@ -222,18 +243,15 @@ impl Crew {
         }
         if self.prefetch == Prefetch::Off {
             running.prefetch_ended();
-        } else {
-            let plan = Plan {
-                prefetch: self.prefetch,
-                threads: self.prefetch_threads,
-                first_number: self.fault_threads,
-                bandwidth: self.prefetch_bandwidth,
-                hook: self.hook.clone(),
-            };
-            let feeder = Feeder::new(running, plan)?;
-            spawn("snap-feed".to_owned(), Box::new(move || feeder.run()))?;
+            return Ok(());
         }
-        Ok(())
+        running.prefetch(Plan {
+            prefetch: self.prefetch,
+            completes: false,
+            threads: self.prefetch_threads,
+            first_number: self.fault_threads,
+            bandwidth: self.prefetch_bandwidth,
+        })
     }
 }
 

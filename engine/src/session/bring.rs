@@ -3,7 +3,7 @@
 //! ```text
 //! bring(page):
 //!   fill: install the fills around it
-//!   stored: claim the frame; if somebody has it, wait (a fault) and look again
+//!   stored: claim the frame; if a claim is in the way, wait (a fault) and look again
 //!           read, check, decode up to the page, and install it
 //!           decode the rest; install the page's run, the other runs, and the fills between them
 //!   can't be had: an error
@@ -20,7 +20,7 @@ use super::large::Assembly;
 use super::platform::{Content, Image, PageNumber, Platform, Run};
 use super::state::Status;
 use super::stats::{CameFrom, Met, Trace};
-use super::{Failure, FailureKind, Session};
+use super::{Failure, FailureKind, Session, SnapshotImage};
 use crate::fail_point::{FailPoint, fail_point};
 use crate::sys::Wake;
 
@@ -38,30 +38,48 @@ const BAD_FRAMES: usize = 64;
 const MOST_RUNS: usize =
     snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
 
-/// What one thread needs to serve faults and to prefetch, allocated once.
+/// What a thread needs to serve a fault, or to prefetch.
 pub(crate) struct Worker<I: Image> {
     pub(super) decoder: I::Decoder,
     pub(super) runs: Vec<Run>,
     fill: Vec<u8>,
     fill_word: u64,
-    /// Which of the session's threads it is of.
-    pub(super) number: usize,
+    /// Which of the session's threads has it.
+    pub(crate) number: usize,
     /// Whether this thread is on the core of the one that it serves.
     pub(super) shares_core: bool,
     /// What is known of the fault that this thread serves.
     pub(super) trace: Trace,
     /// Where a large page is put together, in a session that has such.
     pub(super) assembly: Option<Assembly<I::Frame>>,
-    /// Frames that prefetch found damaged, the latest last: not read once for each of their pages.
+    /// Frames that prefetch could not use, the latest last: not read once for each of their pages.
     bad: VecDeque<(I::Frame, Failure)>,
 }
 
+/// Where a thread gets a worker from when it has something to do.
+pub(crate) trait Lend<I: Image> {
+    /// Calls `work` with a worker that no other thread has meanwhile.
+    fn with<T>(&self, work: impl FnOnce(&mut Worker<I>) -> T) -> T;
+}
+
+impl Worker<SnapshotImage> {
+    /// Whether it has decoded frames of this snapshot.
+    pub(crate) fn knows(&self, image: &SnapshotImage) -> bool {
+        image.is_known_to(&self.decoder)
+    }
+
+    /// Prepares it for something new to do, for a session of this snapshot.
+    pub(crate) fn adopt(&mut self, image: &SnapshotImage) {
+        image.adopt(&mut self.decoder);
+        self.bad.clear();
+    }
+}
+
 impl<I: Image> Worker<I> {
-    /// For thread number `number` of the session.
-    pub(crate) fn new(decoder: I::Decoder, number: usize) -> Self {
+    pub(crate) fn new(decoder: I::Decoder) -> Self {
         Self {
             decoder,
-            number,
+            number: usize::MAX,
             runs: Vec::with_capacity(MOST_RUNS),
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
@@ -95,7 +113,7 @@ impl<I: Image> Worker<I> {
     }
 
     /// A buffer of pages that repeat `word`.
-    fn filled(&mut self, word: u64) -> &[u8] {
+    pub(super) fn filled(&mut self, word: u64) -> &[u8] {
         if self.fill_word != word {
             for chunk in self.fill.chunks_exact_mut(8) {
                 chunk.copy_from_slice(&word.to_le_bytes());
@@ -159,7 +177,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 let id = self.image.id(&frame);
                 self.refuse_deadly(page, &frame)?;
-                let Some(claim) = self.claims.claim(id) else {
+                let Some(claim) = self.claims.claim(id, reason) else {
                     worker.trace.from = CameFrom::Another;
                     if reason == Reason::Demand {
                         self.platform.wait_unclaimed(&self.claims, id);
@@ -299,7 +317,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         decoded.map_err(|failure| {
             let failure = Failure { page, ..failure };
             // A touch looks for itself: the file may have been mended.
-            if reason == Reason::Prefetch && failure.kind == FailureKind::Damaged {
+            if reason == Reason::Prefetch {
                 worker.remember_bad(frame, &failure);
             }
             failure

@@ -1,9 +1,20 @@
-//! Which frames are being decoded, so that no two threads decode the same one at once.
+//! Which frames are being brought, so that no two threads read and decode the same one at once.
+//!
+//! Demand waits for demand only. A prefetcher's read may take seconds, at a store that puts
+//! prefetch last: a fault that wants the same frame reads it for itself, and claims it beside the
+//! prefetcher.
+//!
+//! | wanted for | nobody has it | prefetch has it | demand has it |
+//! | --- | --- | --- | --- |
+//! | demand | claim | claim | wait |
+//! | prefetch | claim | leave | leave |
 //!
 //! A claim is a private note between the threads of one worker process: it dies with it, and the
 //! kernel's EEXIST settles what two claims in two processes would have raced for.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use snapshot_format::Reason;
 
 /// What tells frames apart: where the record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,7 +29,7 @@ pub(crate) struct Claims {
 
 #[derive(Debug, Default)]
 struct Held {
-    frames: Vec<FrameId>,
+    frames: Vec<(FrameId, Reason)>,
     /// Threads that wait for a release: to announce one is a system call.
     waiting: usize,
 }
@@ -27,7 +38,7 @@ struct Held {
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
     claims: &'a Claims,
-    frame: FrameId,
+    frame: (FrameId, Reason),
 }
 
 impl Claims {
@@ -42,12 +53,16 @@ impl Claims {
         }
     }
 
-    /// Claims `frame`, unless somebody has it.
-    pub(crate) fn claim(&self, frame: FrameId) -> Option<Claim<'_>> {
+    /// Claims `frame` for `reason`, unless another claim is in the way.
+    pub(crate) fn claim(&self, frame: FrameId, reason: Reason) -> Option<Claim<'_>> {
         let mut held = self.lock();
-        if held.frames.contains(&frame) {
+        let is_in_the_way = |(other, by): &(FrameId, Reason)| {
+            *other == frame && (reason != Reason::Demand || *by == Reason::Demand)
+        };
+        if held.frames.iter().any(is_in_the_way) {
             return None;
         }
+        let frame = (frame, reason);
         held.frames.push(frame);
         Some(Claim {
             claims: self,
@@ -55,11 +70,11 @@ impl Claims {
         })
     }
 
-    /// Waits until nobody has claimed `frame`.
+    /// Waits until no fault has claimed `frame`.
     pub(crate) fn wait(&self, frame: FrameId) {
         let mut held = self.lock();
         held.waiting += 1;
-        while held.frames.contains(&frame) {
+        while held.frames.contains(&(frame, Reason::Demand)) {
             held = self
                 .released
                 .wait(held)
@@ -70,16 +85,16 @@ impl Claims {
 
     /// All that are claimed, for telling two states apart.
     #[cfg(test)]
-    pub(crate) fn frames(&self) -> Vec<FrameId> {
+    pub(crate) fn frames(&self) -> Vec<(FrameId, Reason)> {
         let mut frames = self.lock().frames.clone();
-        frames.sort_unstable_by_key(|frame| frame.0);
+        frames.sort_unstable_by_key(|(frame, reason)| (frame.0, *reason != Reason::Demand));
         frames
     }
 
-    /// Whether somebody has claimed `frame`.
+    /// Whether a fault has claimed `frame`.
     #[cfg(test)]
     pub(crate) fn is_claimed(&self, frame: FrameId) -> bool {
-        self.lock().frames.contains(&frame)
+        self.lock().frames.contains(&(frame, Reason::Demand))
     }
 
     /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
@@ -92,8 +107,32 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = self.claims.lock();
         held.frames.retain(|frame| *frame != self.frame);
-        if held.waiting > 0 {
+        if self.frame.1 == Reason::Demand && held.waiting > 0 {
             self.claims.released.notify_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Reason::{Demand, Prefetch};
+
+    #[test]
+    fn demand_passes_prefetch_and_nothing_else_passes() {
+        let claims = Claims::new(4);
+        let frame = FrameId(7);
+        let fetching = claims.claim(frame, Prefetch).unwrap();
+        assert!(claims.claim(frame, Prefetch).is_none());
+        // Returns at once.
+        claims.wait(frame);
+        let serving = claims.claim(frame, Demand).unwrap();
+        assert!(claims.claim(frame, Demand).is_none());
+        drop(fetching);
+        assert!(claims.claim(frame, Prefetch).is_none());
+        drop(serving);
+        assert!(claims.claim(frame, Prefetch).is_some());
+        assert!(claims.claim(FrameId(8), Demand).is_some());
+        assert!(claims.lock().frames.is_empty());
     }
 }

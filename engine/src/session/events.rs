@@ -1,5 +1,7 @@
 //! Reading messages and recording what they say.
 
+use std::time::Instant;
+
 use super::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
 use super::stats::add;
 use super::{Fault, Session};
@@ -20,8 +22,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                 self.platform.kick();
                 return None;
             }
+            let next_due = self.inbox.resume();
             if let Some(fault) = self.inbox.pop() {
-                if !self.inbox.is_empty() {
+                // Another thread looks after the others, and after those that are paused.
+                if !self.inbox.is_empty() || next_due.is_some() {
                     self.platform.kick();
                 }
                 return Some(fault);
@@ -29,7 +33,8 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.finish_if_settled() {
                 return None;
             }
-            match self.platform.wait_readable() {
+            let patience = next_due.map(|due| due.saturating_duration_since(Instant::now()));
+            match self.platform.wait_readable(patience) {
                 Waited::Ready => {
                     self.read_events(0);
                 }

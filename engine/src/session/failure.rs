@@ -26,7 +26,7 @@ pub struct Failure {
 pub enum FailureKind {
     /// The file is damaged: what it holds doesn't pass its checks.
     Damaged,
-    /// The file could not be read; trying again may help.
+    /// The file could not be read, nor when it was read again until the retry timeout was over.
     Io,
     /// The page could not be read when the snapshot was taken.
     Unavailable,
@@ -50,8 +50,8 @@ impl fmt::Display for Failure {
 /// What a callback decides about a failed page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Try to read it again, after a pause: 1 ms the first time, twice as long each further time,
-    /// and at most half a second.
+    /// Try to read it again, after a pause: 1 ms after the first failure, twice as long each further
+    /// time, and at most half a second.
     Retry,
     /// Poison it.
     Poison,

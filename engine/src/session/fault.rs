@@ -8,12 +8,16 @@
 //!         something is there; done
 //!       poisoned: POISON, or WAKE; done
 //!     absent: bring it
+//!       can't be read: pause, and read it again, until the retry timeout is over; meanwhile others
+//!         are served
 //!       can't be had: the failure policy
 //! ```
 
+use std::time::Instant;
+
 use snapshot_format::Reason;
 
-use super::bring::{Brought, Lost, Worker};
+use super::bring::{Brought, Lend, Lost, Worker};
 use super::install::Stop;
 use super::platform::{Image, Installed, PAGE, PageNumber, Platform};
 use super::state::Status;
@@ -21,8 +25,6 @@ use super::stats::{Met, Trace, add};
 use super::{Decision, Failure, FailureKind, Fault, Session};
 use crate::sys::Wake;
 
-/// How often a frame that could not be read is read again, with some milliseconds in between.
-const READ_TRIES: u32 = 4;
 /// What the state of the faulting page asks for.
 pub(super) enum Step {
     /// It was answered: nothing had to be brought for what was met.
@@ -46,28 +48,33 @@ pub(super) enum Step {
 pub(super) enum Answer {
     /// It was answered.
     Given,
-    /// The guard has it, and will have it served again or poisoned.
+    /// It is served again after a pause, or the guard has it, and will have it served again or
+    /// poisoned.
     Left,
     /// Nobody answers it, or who answers another one does.
     Nobody,
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Serves faults until the session ends.
-    pub(crate) fn serve(&self, worker: &mut Worker<I>) {
-        worker.prepare(&self.state);
+    /// Serves faults until the session ends, as thread number `number` of it.
+    pub(crate) fn serve(&self, number: usize, workers: &impl Lend<I>) {
         let mut follower = P::Follower::default();
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
-            worker.shares_core = self.platform.follow(&mut follower, fault.thread);
-            worker.trace = Trace::default();
-            self.state.turn(worker.number);
-            let answer = self.answer(worker, fault);
-            self.state.turn(worker.number);
-            self.stats.met(worker.trace);
+            let shares_core = self.platform.follow(&mut follower, fault.thread);
+            self.state.turn(number);
+            let (answer, trace) = workers.with(|worker| {
+                worker.prepare(&self.state);
+                worker.number = number;
+                worker.shares_core = shares_core;
+                worker.trace = Trace::default();
+                (self.answer(worker, fault), worker.trace)
+            });
+            self.state.turn(number);
+            self.stats.met(trace);
             match answer {
                 Answer::Given => {
-                    self.stats.took(worker.trace, fault.at.elapsed());
+                    self.stats.took(trace, fault.at.elapsed());
                     self.inbox.answered();
                 }
                 Answer::Nobody => self.inbox.answered(),
@@ -86,9 +93,9 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Answers one fault.
-    pub(super) fn answer(&self, worker: &mut Worker<I>, fault: Fault) -> Answer {
+    pub(super) fn answer(&self, worker: &mut Worker<I>, mut fault: Fault) -> Answer {
         let address = fault.address & !(PAGE - 1);
-        let (mut tries, mut shortages, mut reads) = (0, 0, 0);
+        let (mut tries, mut shortages) = (0, 0);
         loop {
             let (page, large) = match self.look(address) {
                 Step::Answered(met) => {
@@ -111,7 +118,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 Step::Stop(stop) => return self.stopped(fault, stop),
             };
-            if let Some(decision) = self.guard.undecided(fault, page) {
+            let undecided = self.guard.undecided(fault, page);
+            if let Some(decision) = undecided.or_else(|| self.inbox.join(fault, page)) {
                 return self.decided(fault, decision);
             }
             match self.bring_unit(worker, page, large, Reason::Demand) {
@@ -125,15 +133,12 @@ impl<P: Platform, I: Image> Session<P, I> {
                 // Somebody else has decided about it meanwhile.
                 Err(Lost::Failed(failure)) if self.state.status(failure.page) != Status::Absent => {
                 }
-                Err(Lost::Failed(failure))
-                    if failure.kind == FailureKind::Io && reads < READ_TRIES =>
-                {
-                    reads += 1;
-                    self.platform.back_off(reads * 100);
-                }
                 Err(Lost::Failed(mut failure)) => {
                     // A fault in a large page names its start, and another page may have failed.
                     failure.address = Some(address + (failure.page - page) * PAGE);
+                    if self.pause_after(&mut fault, page, &failure) {
+                        return Answer::Left;
+                    }
                     return self.fail(fault, &failure);
                 }
                 Err(Lost::Stopped(stop)) => return self.stopped(fault, stop),
@@ -181,6 +186,20 @@ impl<P: Platform, I: Image> Session<P, I> {
             Installed::OwnerGone => Step::Stop(Stop::OwnerGone),
             Installed::Refused(errno) => Step::Stop(Stop::Refused(errno)),
         }
+    }
+
+    /// Pauses a fault whose page could not be read, unless the time for that is over. Damage stays:
+    /// nothing is read again for it.
+    fn pause_after(&self, fault: &mut Fault, page: PageNumber, failure: &Failure) -> bool {
+        let now = Instant::now();
+        let is_io = failure.kind == FailureKind::Io;
+        let pause = is_io.then(|| fault.retries.failed(now, self.retry_timeout));
+        let Some(pause) = pause.flatten() else {
+            return false;
+        };
+        tracing::debug!(%failure, ?pause, "a page is read again");
+        self.inbox.pause(*fault, page, now + pause);
+        true
     }
 
     /// A page that a fault wants can't be restored.

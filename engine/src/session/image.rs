@@ -1,8 +1,8 @@
 //! A snapshot as the content of a session.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 
 use snapshot_format::layout::{
     MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
@@ -31,9 +31,12 @@ pub(crate) struct SnapshotImage {
     bytes_decoded: AtomicU64,
 }
 
-/// A thread's decoder, and the frames that it decoded last.
+/// A decoder, and the frames that it decoded last.
 pub(crate) struct Decoder {
     frames: FrameDecoder,
+    /// The snapshot that the frames are of. Known by its place in memory: nothing else comes to lie
+    /// there as long as it is known here.
+    of: Weak<Snapshot>,
     /// What each of `kept` has room for.
     frame_bytes: usize,
     kept: Vec<Kept>,
@@ -110,27 +113,13 @@ impl SnapshotImage {
         &self.snapshot
     }
 
-    /// A decoder for one thread, which brings pages for this reason.
-    pub(crate) fn decoder(&self, reason: Reason) -> Decoder {
-        let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
-            .unwrap_or(usize::MAX)
-            .clamp(PAGE_SIZE, MAX_FRAME_SLOTS * PAGE_SIZE);
-        let count = (KEPT_BYTES / frame_bytes).clamp(1, 16);
-        let kept = (0..count).map(|_| Kept {
-            bytes: vec![0; frame_bytes],
-            ..Kept::default()
-        });
+    /// A decoder, which has to [adopt](Self::adopt) a snapshot first.
+    pub(crate) fn decoder() -> Decoder {
         Decoder {
-            frame_bytes,
-            frames: if reason == Reason::Demand {
-                FrameDecoder::in_steps(&self.snapshot).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "frames are decoded as a whole");
-                    FrameDecoder::new()
-                })
-            } else {
-                FrameDecoder::new()
-            },
-            kept: kept.collect(),
+            frames: FrameDecoder::new(),
+            of: Weak::new(),
+            frame_bytes: 0,
+            kept: Vec::new(),
             last: 0,
             begun: None,
             cached: false,
@@ -138,18 +127,55 @@ impl SnapshotImage {
         }
     }
 
-    /// Notes which pages repeat earlier ones, for all of the snapshot or until there is no more
-    /// room. What can't be read now is reported when a page of it is wanted.
-    /// `pause` is called before each read, and says whether to go on.
-    pub(crate) fn note_duplicates(&self, mut pause: impl FnMut() -> bool) {
-        for number in 0..self.snapshot.block_count() {
+    /// Whether `decoder` has decoded frames of this snapshot.
+    pub(crate) fn is_known_to(&self, decoder: &Decoder) -> bool {
+        std::ptr::eq(decoder.of.as_ptr(), Arc::as_ptr(&self.snapshot))
+    }
+
+    /// Prepares `decoder` for this snapshot. It forgets what it knows of another.
+    pub(crate) fn adopt(&self, decoder: &mut Decoder) {
+        decoder.begun = None;
+        if self.is_known_to(decoder) {
+            return;
+        }
+        decoder.of = Arc::downgrade(&self.snapshot);
+        if let Err(error) = decoder.frames.prepare_for(&self.snapshot) {
+            tracing::warn!(%error, "frames are decoded as a whole");
+        }
+        let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
+            .unwrap_or(usize::MAX)
+            .clamp(PAGE_SIZE, MAX_FRAME_SLOTS * PAGE_SIZE);
+        let count = (KEPT_BYTES / frame_bytes).clamp(1, 16);
+        if decoder.frame_bytes != frame_bytes || decoder.kept.len() != count {
+            decoder.kept.clear();
+        }
+        decoder.kept.resize_with(count, || Kept {
+            bytes: vec![0; frame_bytes],
+            ..Kept::default()
+        });
+        for kept in &mut decoder.kept {
+            (kept.frame, kept.shared) = (None, None);
+        }
+        (decoder.frame_bytes, decoder.last) = (frame_bytes, 0);
+    }
+
+    /// Notes which pages of these index blocks repeat earlier ones, or until there is no more room.
+    /// What can't be read now is reported when a page of it is wanted. `pause` is called before each
+    /// read, and says whether to go on. Returns the number of the next block, if there may be more.
+    pub(crate) fn note_duplicates(
+        &self,
+        blocks: Range<u64>,
+        mut pause: impl FnMut() -> bool,
+    ) -> Option<u64> {
+        for number in blocks.clone() {
             if self.duplicates.is_full() || !pause() {
-                return;
+                return None;
             }
             if matches!(self.snapshot.top(number), Top::Block) {
                 self.note_block(number, Reason::Prefetch);
             }
         }
+        Some(blocks.end)
     }
 
     fn note_block(&self, number: u64, reason: Reason) {

@@ -9,6 +9,10 @@ use std::sync::atomic::{
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::Decision;
+use super::platform::PageNumber;
+use super::retries::Retries;
+
 /// Faults for which room is made beforehand; more threads than this fault at once only rarely.
 const ROOM: usize = 1024;
 
@@ -21,6 +25,16 @@ pub(crate) struct Fault {
     pub(crate) thread: u32,
     /// When its message was read.
     pub(crate) at: Instant,
+    /// How often its page could not be read.
+    pub(crate) retries: Retries,
+}
+
+/// A fault whose page is to be read again.
+#[derive(Debug)]
+struct Paused {
+    fault: Fault,
+    page: PageNumber,
+    due: Instant,
 }
 
 /// The faults that wait.
@@ -28,13 +42,21 @@ pub(crate) struct Fault {
 /// ```text
 ///   arrived ──▶ waits here, is served ──▶ answered
 ///                    │         ▲
-///                  left      again
+///                  left      due
 ///                    ▼         │
-///               somebody else decides ──▶ settled
+///      the guard decides ──▶ paused
+///                    │
+///                    └──▶ settled
 /// ```
+///
+/// A toucher that a signal interrupts faults anew. Such a fault joins the one that is paused, without
+/// the page being read again.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     faults: Mutex<VecDeque<Fault>>,
+    paused: Mutex<Vec<Paused>>,
+    /// How many are paused: looked at for each fault, without the lock.
+    paused_count: AtomicUsize,
     /// Faults that wait here or are being served, in all sessions that share the number.
     waiting: Arc<AtomicUsize>,
     /// Those, and the ones that were left: what they come to is not recorded yet. One number for
@@ -66,6 +88,8 @@ impl Inbox {
     pub(crate) fn new() -> Self {
         Self {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
+            paused: Mutex::default(),
+            paused_count: AtomicUsize::new(0),
             waiting: Arc::default(),
             open: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
@@ -82,13 +106,56 @@ impl Inbox {
     /// Takes in a fault that was just read.
     pub(crate) fn arrived(&self, address: u64, thread: u32) {
         self.begin();
-        self.push(address, thread);
+        self.lock().push_back(Fault {
+            address,
+            thread,
+            at: Instant::now(),
+            retries: Retries::default(),
+        });
     }
 
-    /// Takes in a fault that was left: it can be served now.
-    pub(crate) fn again(&self, address: u64) {
-        self.waiting.fetch_add(1, Relaxed);
-        self.push(address, 0);
+    /// Keeps a fault that was left until `due`, when it is served again. It is about `page`.
+    pub(crate) fn pause(&self, fault: Fault, page: PageNumber, due: Instant) {
+        let mut paused = self.paused();
+        paused.push(Paused { fault, page, due });
+        self.paused_count.store(paused.len(), Relaxed);
+    }
+
+    /// Adds a fault to one that is paused and about the same page, if there is one.
+    pub(super) fn join(&self, fault: Fault, page: PageNumber) -> Option<Decision> {
+        if self.paused_count.load(Relaxed) == 0 {
+            return None;
+        }
+        let mut paused = self.paused();
+        let about = |it: &&Paused| it.page == page;
+        let Paused {
+            due, fault: first, ..
+        } = paused.iter().find(about)?;
+        let (due, retries) = (*due, first.retries);
+        let address = |it: &Paused| it.page == page && it.fault.address == fault.address;
+        if paused.iter().any(address) {
+            return Some(Decision::Forget);
+        }
+        let fault = Fault { retries, ..fault };
+        paused.push(Paused { fault, page, due });
+        self.paused_count.store(paused.len(), Relaxed);
+        Some(Decision::Leave)
+    }
+
+    /// Has the faults served again whose pause is over. Returns when the next one's is.
+    pub(crate) fn resume(&self) -> Option<Instant> {
+        if self.paused_count.load(Relaxed) == 0 {
+            return None;
+        }
+        let mut paused = self.paused();
+        let now = Instant::now();
+        for Paused { fault, .. } in paused.extract_if(.., |it| it.due <= now) {
+            self.waiting.fetch_add(1, Relaxed);
+            // Its thread may have turned to something else.
+            self.lock().push_back(Fault { thread: 0, ..fault });
+        }
+        self.paused_count.store(paused.len(), Relaxed);
+        paused.iter().map(|it| it.due).min()
     }
 
     /// Somebody waits for a page and is served without having been in the queue.
@@ -97,19 +164,14 @@ impl Inbox {
         self.waiting.fetch_add(1, Relaxed);
     }
 
-    fn push(&self, address: u64, thread: u32) {
-        self.lock().push_back(Fault {
-            address,
-            thread,
-            at: Instant::now(),
-        });
-    }
-
     /// Nobody answers those that wait here.
     pub(crate) fn abandon(&self) {
         let mut faults = self.lock();
         self.waiting.fetch_sub(faults.len(), Relaxed);
         faults.clear();
+        // They are not in the number.
+        self.paused().clear();
+        self.paused_count.store(0, Relaxed);
     }
 
     /// The fault that has waited longest.
@@ -178,6 +240,11 @@ impl Inbox {
         self.lock().iter().map(|fault| fault.address).collect()
     }
 
+    /// The list is whole after every statement.
+    fn paused(&self) -> MutexGuard<'_, Vec<Paused>> {
+        self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The queue is whole after every statement, so a panic elsewhere leaves nothing to repair.
     fn lock(&self) -> MutexGuard<'_, VecDeque<Fault>> {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
@@ -207,5 +274,50 @@ mod tests {
         assert_eq!(waiting.load(Relaxed), 3);
         drop(other);
         assert_eq!(waiting.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_paused_fault_waits_and_takes_in_those_of_its_page() {
+        let inbox = Inbox::new();
+        let fault = |address| Fault {
+            address,
+            thread: 5,
+            at: Instant::now(),
+            retries: Retries::default(),
+        };
+        let mut failed = fault(0x1000);
+        failed.retries.pause();
+        assert_eq!(inbox.join(fault(0x1000), 1), None);
+        assert_eq!(inbox.resume(), None);
+        let due = Instant::now() + Duration::from_secs(3600);
+        inbox.pause(failed, 1, due);
+        assert_eq!(inbox.join(fault(0x1000), 1), Some(Decision::Forget));
+        assert_eq!(inbox.join(fault(0x9000), 1), Some(Decision::Leave));
+        assert_eq!(inbox.join(fault(0x9000), 1), Some(Decision::Forget));
+        assert_eq!(inbox.join(fault(0x2000), 2), None);
+        assert_eq!(inbox.resume(), Some(due));
+        assert!(inbox.is_empty());
+        inbox.pause(fault(0x2000), 2, Instant::now());
+        assert_eq!(inbox.resume(), Some(due));
+        assert_eq!(inbox.addresses(), [0x2000]);
+        assert_eq!(inbox.waiting.load(Relaxed), 1);
+        inbox.abandon();
+        assert_eq!(inbox.resume(), None);
+        assert_eq!(inbox.waiting.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn a_fault_keeps_its_age_and_its_retries() {
+        let inbox = Inbox::new();
+        inbox.arrived(0x1000, 0);
+        let mut fault = inbox.pop().unwrap();
+        inbox.left();
+        fault.retries.pause();
+        inbox.pause(fault, 1, Instant::now());
+        inbox.resume();
+        let again = inbox.pop().unwrap();
+        assert_eq!((again.at, again.retries), (fault.at, fault.retries));
+        inbox.answered();
+        assert!(!inbox.has_open());
     }
 }

@@ -130,8 +130,8 @@ impl Platform for Kernel {
         self.install.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait_readable(&self) -> Waited {
-        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, None);
+    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
+        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, patience);
         match self.with(Ok(Ready::default()), wait) {
             Ok(ready) if ready.owner_gone => Waited::OwnerGone,
             Ok(_) => Waited::Ready,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bring_large(block):
-//!   claim it; if somebody has it, wait (a fault) and look again
+//!   claim it; if a claim is in the way, wait (a fault) and look again
 //!   for each of its 512 pages that is not removed: look up what it is, write it if it is a fill
 //!   for each frame that the others lie in, by offset: read, check, decode as far as is wanted, and
 //!     copy what it holds
@@ -81,7 +81,7 @@ struct Part<F> {
 
 /// What a large page was put together from, in pages.
 #[derive(Clone, Copy, Default)]
-struct Parts {
+pub(super) struct Parts {
     copied: u64,
     filled: u64,
     zeroed: u64,
@@ -107,7 +107,7 @@ pub(super) fn zeros(state: &State) -> Vec<u8> {
 }
 
 impl<F> Assembly<F> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             bytes: vec![0; LARGE_BYTES],
             stored: Vec::with_capacity(to_usize(LARGE_PAGES)),
@@ -158,7 +158,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return self.bring(worker, page, reason);
         }
         let id = FrameId(LARGE_CLAIM | block_of(page).start);
-        let Some(claim) = self.claims.claim(id) else {
+        let Some(claim) = self.claims.claim(id, reason) else {
             if reason == Reason::Demand {
                 self.platform.wait_unclaimed(&self.claims, id);
             }
@@ -187,7 +187,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return Ok(Brought::Look);
         };
         let wake = worker.purpose(page, reason).wake;
-        if !self.install_large(assembly, page, wake, reason)? {
+        if !self.install_large(assembly, page, Status::Absent, wake, reason)? {
             return Ok(Brought::Look);
         }
         let pages = match reason {
@@ -218,7 +218,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Writes what `pages` are to the buffer, but for those that are removed. `None`: the session
     /// ends.
-    fn assemble(
+    pub(super) fn assemble(
         &self,
         worker: &mut Worker<I>,
         assembly: &mut Assembly<I::Frame>,
@@ -297,17 +297,19 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(true)
     }
 
-    /// Installs the large page of `page` from the buffer. True if this call did.
-    fn install_large(
+    /// Installs the large page of `page` from the buffer, if it is `over`: absent or poisoned. True
+    /// if this call did.
+    pub(super) fn install_large(
         &self,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
+        over: Status,
         wake: Wake,
         reason: Reason,
     ) -> Result<bool, Stop> {
         let (mut tries, mut shortages) = (0, 0);
         loop {
-            match self.hold_large(assembly, page, wake) {
+            match self.hold_large(assembly, page, over, wake) {
                 Held::Installed(address, len) => {
                     if wake == Wake::Later {
                         self.platform.wake(address, len);
@@ -323,13 +325,19 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// One hold of the lock: {look up; zeros to what is removed; one COPY}.
-    fn hold_large(&self, assembly: &mut Assembly<I::Frame>, page: PageNumber, wake: Wake) -> Held {
+    fn hold_large(
+        &self,
+        assembly: &mut Assembly<I::Frame>,
+        page: PageNumber,
+        over: Status,
+        wake: Wake,
+    ) -> Held {
         let _hold = self.platform.shared(page);
         // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
         let Some(unit) = self.state.map().unit_of(page) else {
             return Held::Settled;
         };
-        if self.state.status_of(&unit) != Status::Absent {
+        if self.state.status_of(&unit) != over {
             return Held::Settled;
         }
         self.state.each_removed(unit.pages.clone(), |page| {
@@ -340,9 +348,15 @@ impl<P: Platform, I: Image> Session<P, I> {
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
-                self.state.mark_present(unit.pages.clone());
+                if over == Status::Poisoned {
+                    self.state.mark_healed(unit.pages.clone());
+                } else {
+                    self.state.mark_present(unit.pages.clone());
+                }
                 Held::Installed(unit.address, unit.len())
             }
+            // Another thread heals it.
+            Installed::Exists if over == Status::Poisoned => Held::Settled,
             Installed::Exists if self.platform.is_there(unit.address) => {
                 self.state.mark_present(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());

@@ -17,9 +17,10 @@
 //! | absent | decode, COPY, -> present | COPY, -> present | demand: failure policy; prefetch: stays absent | -> removed |
 //! | present (advice) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
 //! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
-//! | poisoned | POISON again; if EEXIST, WAKE | skip | skip | -> removed |
+//! | poisoned | POISON again; if EEXIST, WAKE | skip; when the restore is completed COPY, -> present ([`heal`]) | skip | -> removed |
 //!
-//! A frame that is being decoded is *claimed*; who wants it waits for the claimer and looks again.
+//! A frame that is being brought is *claimed*. Another fault that wants it waits for the claimer and
+//! looks again, unless that is a prefetcher: demand never waits for a read of prefetch ([`claims`]).
 //!
 //! The rules that make it right:
 //!
@@ -47,6 +48,7 @@ mod failure;
 mod fault;
 mod frames;
 mod give_up;
+mod heal;
 mod image;
 mod inbox;
 mod install;
@@ -56,6 +58,7 @@ mod map;
 mod platform;
 mod prefetch;
 mod read;
+mod retries;
 mod state;
 mod stats;
 
@@ -64,6 +67,7 @@ mod check;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::fail_point::{FailPoint, fail_point};
 use map::block_of;
@@ -75,7 +79,7 @@ pub use frames::FrameCacheStats;
 pub use state::{Pulse, Vitals};
 pub use stats::{Durations, Histogram, Percentiles};
 
-pub(crate) use bring::Worker;
+pub(crate) use bring::{Lend, Worker};
 pub(crate) use claims::{Claims, FrameId};
 pub(crate) use frames::{FrameCache, SharedFrames};
 pub(crate) use give_up::NoPoison;
@@ -85,6 +89,7 @@ pub(crate) use kernel::Kernel;
 pub(crate) use map::{Extent, LARGE_PAGES};
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
 pub(crate) use prefetch::{Left, PrefetchStop};
+pub(crate) use retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use state::State;
 pub(crate) use stats::{Pages, Stats};
 
@@ -96,10 +101,9 @@ const KEPT_FAILURES: usize = 1000;
 pub(crate) enum Decision {
     /// Poison it.
     Poison,
-    /// Leave the fault: the guard keeps it, and has it served again or poisoned later.
+    /// Leave the fault: whoever decided keeps it, and has it served again or poisoned later.
     Leave,
-    /// Forget the fault: the guard keeps another one for the same address, whose answer is this
-    /// one's too.
+    /// Forget the fault: another one for the same address is kept, whose answer is this one's too.
     Forget,
 }
 
@@ -131,6 +135,8 @@ pub(crate) struct Session<P, I> {
     observer: Option<TouchObserver>,
     /// Frames that are not to be decoded: who tried has died.
     deadly: Vec<FrameId>,
+    /// How long a page that can't be read is read again before it counts as failed.
+    pub(crate) retry_timeout: Duration,
     failures: Mutex<Failures>,
     phase: Phase,
 }
@@ -175,6 +181,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             guard,
             observer,
             deadly: Vec::new(),
+            retry_timeout: RETRY_TIMEOUT,
             failures: Mutex::default(),
             phase: Phase::default(),
         }
@@ -236,9 +243,10 @@ impl<P: Platform, I: Image> Session<P, I> {
         missing
     }
 
-    /// Serves a fault that was left: its content may be had now.
-    pub(crate) fn serve_again(&self, fault: Fault) {
-        self.inbox.again(fault.address);
+    /// Serves a fault that was left once more, after a pause: its content may be had then.
+    pub(crate) fn serve_again(&self, mut fault: Fault, page: PageNumber) {
+        let pause = fault.retries.pause();
+        self.inbox.pause(fault, page, Instant::now() + pause);
         self.platform.kick();
     }
 

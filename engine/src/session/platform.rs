@@ -3,6 +3,8 @@
 //! The session is written against these traits, so that the same code runs on the real kernel and
 //! on a model of it that tries every interleaving.
 
+use std::time::Duration;
+
 use snapshot_format::Reason;
 
 use super::claims::{Claims, FrameId};
@@ -56,7 +58,7 @@ pub(crate) enum Event {
 /// Why [`Platform::wait_readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waited {
-    /// There may be something to read, or it was kicked.
+    /// There may be something to read, it was kicked, or the time is over.
     Ready,
     /// The owner is gone.
     OwnerGone,
@@ -93,12 +95,12 @@ pub(crate) trait Platform: Sync {
     /// Takes the install lock exclusively: for {read; record; wake}. `about` as for
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits until there may be a message or [`Platform::kick`] was called. Several threads may
-    /// wait, and what arrives ends the waiting of one: it has to read.
-    fn wait_readable(&self) -> Waited;
+    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` is over.
+    /// Several threads may wait, and what arrives ends the waiting of one: it has to read.
+    fn wait_readable(&self, patience: Option<Duration>) -> Waited;
     /// Ends the current [`Platform::wait_readable`] of one thread, or the next.
     fn kick(&self);
-    /// Waits until nobody has claimed `frame`.
+    /// Waits until no fault has claimed `frame`.
     fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
     /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
     /// event to read. False: it has been too long.

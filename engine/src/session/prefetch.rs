@@ -7,8 +7,8 @@ use snapshot_format::Reason;
 use super::bring::{Brought, Lost};
 use super::install::Stop;
 use super::map::block_of;
-use super::platform::{Image, PageNumber, Platform};
-use super::{Session, Worker};
+use super::platform::{Content, Image, PageNumber, Platform};
+use super::{FailureKind, Session, Worker};
 
 /// Why prefetch stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,33 +19,45 @@ pub(crate) enum PrefetchStop {
     Kernel,
 }
 
-/// Pages that a prefetch left absent.
+/// What a prefetch came to, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Left {
-    /// Somebody else was bringing them, or there was no memory just then: look again.
+    /// This thread brought them, and what came with them.
+    pub(crate) brought: u64,
+    /// Left absent: another thread was bringing them. Look again.
     pub(crate) busy: u64,
-    /// Those of them for which there was no memory.
+    /// Left absent: there was no memory for the first of them.
     pub(crate) short: u64,
-    /// They can't be restored; it was reported.
+    /// Left absent: the first of them could not be read, and may be later.
+    pub(crate) unread: u64,
+    /// After `unread`: the first page that may be in another frame, of those that were not tried.
+    pub(crate) rest: Option<PageNumber>,
+    /// Left absent: they can't be restored, which was reported.
     pub(crate) failed: u64,
 }
 
 impl Left {
-    /// Adds what another call left.
+    /// Adds what another call came to.
     pub(crate) fn add(&mut self, other: Self) {
+        self.brought += other.brought;
         self.busy += other.busy;
         self.short += other.short;
+        self.unread += other.unread;
         self.failed += other.failed;
     }
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Brings what is absent of `pages`. `pause` is called before each frame or fill, with no claim
-    /// held, and returns when demand may be overtaken. Returns how many pages were left absent.
+    /// Brings what is absent of `pages`, which are in one index block. `pause` is called before each
+    /// frame or fill, with no claim held, and returns when demand may be overtaken.
+    ///
+    /// Ends at the first page that can't be read now or for which there is no memory, which isn't
+    /// reported unless this is the `last` try.
     pub(crate) fn prefetch(
         &self,
         worker: &mut Worker<I>,
         pages: Range<PageNumber>,
+        last: bool,
         mut pause: impl FnMut(),
     ) -> Result<Left, PrefetchStop> {
         worker.prepare(&self.state);
@@ -59,15 +71,20 @@ impl<P: Platform, I: Image> Session<P, I> {
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
             match self.bring_unit(worker, page, large, Reason::Prefetch) {
-                Ok(Brought::Yes) => {}
+                Ok(Brought::Yes) => left.brought += 1,
                 Ok(Brought::Look) => left.busy += 1,
-                Err(Lost::Stopped(Stop::NoMemory)) => {
-                    left.busy += 1;
-                    left.short += 1;
-                    if large {
-                        // There is none for the next either.
-                        break;
+                Err(Lost::Stopped(stop @ Stop::NoMemory)) => {
+                    if last {
+                        self.report(&self.install_failure(page, stop));
                     }
+                    left.short += self.state.count_absent(page..pages.end);
+                    break;
+                }
+                Err(Lost::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
+                    tracing::debug!(%failure, "prefetch reads a page again");
+                    left.unread += 1;
+                    left.rest = self.behind_frame(page, pages.end).filter(|_| !large);
+                    break;
                 }
                 Err(Lost::Failed(failure)) => {
                     self.report(&failure);
@@ -85,5 +102,16 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         self.look_if_settled();
         Ok(left)
+    }
+
+    /// The first page behind `page`, before `end`, that doesn't lie in its frame. None if that isn't
+    /// known.
+    fn behind_frame(&self, page: PageNumber, end: PageNumber) -> Option<PageNumber> {
+        let frame = |page| match self.image.content(page, Reason::Prefetch) {
+            Ok(Content::Stored(frame, _)) => Some(frame),
+            _ => None,
+        };
+        let bad = frame(page)?;
+        (page + 1..end).find(|page| frame(*page) != Some(bad))
     }
 }

@@ -451,6 +451,35 @@ impl State {
         self.mark(self.poisoned(), pages);
     }
 
+    /// Records that poisoned pages are there after all.
+    pub(crate) fn mark_healed(&self, pages: Range<PageNumber>) {
+        self.mark_present(pages.clone());
+        for (word, mask) in masks(pages) {
+            self.poisoned()[word].fetch_and(!mask, Relaxed);
+        }
+    }
+
+    /// The first poisoned page from `page` on that the owner still has.
+    pub(crate) fn first_poisoned(&self, page: PageNumber) -> Option<PageNumber> {
+        masks(page..self.pages).find_map(|(word, mask)| {
+            let poisoned = mask & self.poisoned_word(word);
+            (poisoned != 0).then(|| word as u64 * 64 + u64::from(poisoned.trailing_zeros()))
+        })
+    }
+
+    /// How many pages of the owner's are poisoned.
+    pub(crate) fn count_poisoned(&self) -> u64 {
+        masks(0..self.pages)
+            .map(|(word, _)| u64::from(self.poisoned_word(word).count_ones()))
+            .sum()
+    }
+
+    /// The pages of a word whose status is poisoned.
+    fn poisoned_word(&self, word: usize) -> u64 {
+        let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed);
+        load(self.poisoned()) & !load(self.present()) & !load(self.removed())
+    }
+
     fn mark(&self, bitmap: &[AtomicU64], pages: Range<PageNumber>) {
         let mut new = 0;
         for (word, mask) in masks(pages.start..pages.end.min(self.pages)) {
@@ -695,6 +724,28 @@ mod tests {
         assert!(state.all_present(4..4) && !state.all_present(3..5) && !state.all_present(4..6));
         state.mark_present(10..80);
         assert!(state.all_present(10..80) && !state.all_present(10..81));
+    }
+
+    #[test]
+    fn healed_pages_are_present_and_poisoned_no_more() {
+        let state = one_extent(200);
+        state.mark_poisoned(60..70);
+        state.mark_removed(61..62);
+        assert_eq!(
+            (state.first_poisoned(0), state.count_poisoned()),
+            (Some(60), 9)
+        );
+        assert_eq!(state.first_poisoned(61), Some(62));
+        state.mark_healed(60..69);
+        assert_eq!(
+            (state.first_poisoned(0), state.count_poisoned()),
+            (Some(69), 1)
+        );
+        assert_eq!((state.status(60), state.status(61)), (Present, Removed));
+        assert!(state.all_present(62..69));
+        assert_eq!(state.recount(), 190);
+        state.mark_healed(69..70);
+        assert_eq!((state.first_poisoned(0), state.count_poisoned()), (None, 0));
     }
 
     /// A large page is there if any of it was marked, and removed only if all of it was.

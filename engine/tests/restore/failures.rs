@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Stop, Verdict,
+    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Stop, StopError, Verdict,
 };
 use snaprestore_engine::sys::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
@@ -182,6 +182,8 @@ fn prefetch_reads_a_bad_frame_once() {
 struct Ill {
     snapshot: Arc<Snapshot>,
     healed: Arc<AtomicBool>,
+    /// Reads of that frame.
+    reads: Arc<AtomicUsize>,
     bytes: Vec<u8>,
 }
 
@@ -190,17 +192,258 @@ fn ill(seed: u64) -> Ill {
     let file = pack(&bytes, 8);
     let bad = frame_of(&open(file.clone()), BAD).offset();
     let healed = Arc::new(AtomicBool::new(false));
-    let heals = Arc::clone(&healed);
+    let reads = Arc::new(AtomicUsize::new(0));
+    let (heals, counted) = (Arc::clone(&healed), Arc::clone(&reads));
     let snapshot = open_hooked(file, move |_, offset, _| {
-        if offset == bad && !heals.load(SeqCst) {
-            return Err(io::Error::other("the store is ill"));
+        if offset != bad {
+            return Ok(());
         }
-        Ok(())
+        counted.fetch_add(1, SeqCst);
+        if heals.load(SeqCst) {
+            return Ok(());
+        }
+        Err(io::Error::other("the store is ill"))
     });
     Ill {
         snapshot,
         healed,
+        reads,
         bytes,
+    }
+}
+
+/// Only a hang takes so long.
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// A read error isn't final: the page is read again, by the only fault thread, which serves others meanwhile.
+#[test]
+fn read_error_is_retried_while_others_are_served() {
+    let Ill {
+        snapshot,
+        healed,
+        reads,
+        bytes,
+    } = ill(14);
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .retry_timeout(NEVER)
+        .on_failure(OnFailure::Abort)
+        .start()
+        .unwrap();
+    let bad = address(&restored, BAD);
+    let touch = std::thread::spawn(move || peek(bad));
+    // More than were ever made before the page counted as failed.
+    wait_until("the frame is read again", || reads.load(SeqCst) >= 8);
+    let others: Vec<_> = (0..PAGES).filter(|page| page / 8 != BAD / 8).collect();
+    let addresses: Vec<_> = others
+        .iter()
+        .map(|page| address(&restored, *page))
+        .collect();
+    let seen = within("other faults are served", move || {
+        addresses.into_iter().map(peek).collect::<Vec<_>>()
+    });
+    for (seen, page) in seen.iter().zip(others) {
+        assert!(seen == source(&bytes, page), "page {page}");
+    }
+    assert!(!touch.is_finished());
+    assert!(restored.failures().is_empty());
+    healed.store(true, SeqCst);
+    let seen = within("the fault is answered", move || touch.join().unwrap());
+    assert!(seen == source(&bytes, BAD));
+    assert_eq!(restored.stats().failures, 0);
+}
+
+#[test]
+fn read_error_fails_after_the_retry_timeout() {
+    for (timeout, least) in [(Duration::ZERO, 1), (Duration::from_millis(20), 3)] {
+        let Ill {
+            snapshot, reads, ..
+        } = ill(15);
+        let restored = Restore::new(snapshot)
+            .retry_timeout(timeout)
+            .start()
+            .unwrap();
+        assert!(restored.read_at(0, BAD * 4096, &mut [0; PAGE]).is_err());
+        let reads = reads.load(SeqCst);
+        // The pauses between them grow: no machine is so fast that there are many.
+        assert!((least..=7).contains(&reads), "{reads} reads in {timeout:?}");
+        assert_eq!(restored.failures()[0].kind, FailureKind::Io);
+        assert_eq!(restored.stats().poisoned, 1);
+    }
+}
+
+#[test]
+fn damage_is_not_read_again() {
+    let bytes = random_bytes(PAGES, 16);
+    let file = pack(&bytes, 8);
+    let frame = frame_of(&open(file.clone()), BAD);
+    let reads = Arc::new(AtomicUsize::new(0));
+    let (counted, offset) = (Arc::clone(&reads), frame.offset());
+    let snapshot = open_hooked(damaged(file, &frame), move |_, at, _| {
+        counted.fetch_add(usize::from(at == offset), SeqCst);
+        Ok(())
+    });
+    let restored = Restore::new(snapshot).retry_timeout(NEVER).start().unwrap();
+    assert!(restored.read_at(0, BAD * 4096, &mut [0; PAGE]).is_err());
+    assert_eq!(reads.load(SeqCst), 1);
+}
+
+/// Pages of every kind were poisoned while the store failed. It works again when the restore is completed.
+#[test]
+fn completing_heals_poisoned_pages() {
+    let mut bytes = random_bytes(1024, 17);
+    bytes[600 * PAGE..601 * PAGE].fill(0);
+    bytes[601 * PAGE..603 * PAGE].fill(0xcc);
+    let ill = Arc::new(AtomicBool::new(true));
+    let is_ill = Arc::clone(&ill);
+    let snapshot = open_hooked(pack(&bytes, 8), move |_, _, reason| {
+        if reason != Reason::Open && is_ill.load(SeqCst) {
+            return Err(io::Error::other("the store is ill"));
+        }
+        Ok(())
+    });
+    let mut restored = Restore::new(snapshot)
+        .retry_timeout(Duration::ZERO)
+        .start()
+        .unwrap();
+    let poisoned = [0, 1, 599, 600, 601, 602, 1023];
+    for page in poisoned {
+        let read = restored.read_at(0, page * 4096, &mut [0; PAGE]);
+        assert!(read.is_err(), "page {page}");
+    }
+    assert_eq!(restored.stats().poisoned, poisoned.len() as u64);
+    ill.store(false, SeqCst);
+    restored.stop(Stop::Complete).unwrap();
+    assert!(restored.is_complete());
+    compare(&restored, &bytes, 0..1024);
+}
+
+/// While it is completed the store fails a little longer.
+#[test]
+fn completing_reads_again_what_could_not_be_read() {
+    let Ill {
+        snapshot,
+        healed,
+        reads,
+        bytes,
+    } = ill(18);
+    let mut restored = Restore::new(snapshot).retry_timeout(NEVER).start().unwrap();
+    std::thread::scope(|scope| {
+        let stops = scope.spawn(|| restored.stop(Stop::Complete));
+        wait_until("it is read again", || reads.load(SeqCst) >= 8);
+        healed.store(true, SeqCst);
+        stops.join().unwrap().unwrap();
+    });
+    compare(&restored, &bytes, 0..PAGES);
+}
+
+/// Prefetch leaves what it can't read, fetches everything else, and comes back to it.
+#[test]
+fn prefetch_comes_back_to_what_could_not_be_read() {
+    let Ill {
+        snapshot,
+        healed,
+        reads,
+        bytes,
+    } = ill(20);
+    let restored = Restore::new(snapshot)
+        .prefetch(Prefetch::All)
+        .retry_timeout(NEVER)
+        .start()
+        .unwrap();
+    wait_until("all else is there, and it is read again", || {
+        restored.stats().prefetch.copied == PAGES - 8 && reads.load(SeqCst) >= 4
+    });
+    assert!(restored.failures().is_empty());
+    healed.store(true, SeqCst);
+    assert!(restored.wait_complete());
+    let stats = restored.stats();
+    assert_eq!((stats.prefetch.copied, stats.failures), (PAGES, 0));
+    compare(&restored, &bytes, 0..PAGES);
+}
+
+/// What prefetch could not read until the timeout was over is reported page by page.
+#[test]
+fn prefetch_reports_what_it_could_not_read_in_time() {
+    for timeout in [Duration::ZERO, Duration::from_millis(30)] {
+        let Ill {
+            snapshot, bytes, ..
+        } = ill(21);
+        let restored = Restore::new(snapshot)
+            .prefetch(Prefetch::All)
+            .retry_timeout(timeout)
+            .start()
+            .unwrap();
+        assert!(!restored.wait_complete());
+        let first = BAD / 8 * 8;
+        let mut reported: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
+        reported.sort_unstable();
+        assert_eq!(reported, (first..first + 8).collect::<Vec<_>>());
+        assert!(
+            restored
+                .failures()
+                .iter()
+                .all(|f| f.kind == FailureKind::Io)
+        );
+        assert_eq!(restored.stats().prefetch.copied, PAGES - 8);
+        let good = (0..PAGES).filter(|page| page / 8 != BAD / 8);
+        compare(&restored, &bytes, good);
+    }
+}
+
+/// The threads that fetch ahead are told that there is no memory, as an owner's cgroup can have it.
+#[test]
+fn prefetch_without_memory_ends_and_says_so() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 22);
+        // An ioctl that copies pages fails with ENOMEM.
+        let json = format!(
+            r#"{{"it": {{"mismatch_action": "allow", "match_action": {{"errno": {}}}, "filter": [
+                {{"syscall": "ioctl", "args": [{{"index": 1, "type": "dword", "op": "eq", "val": {}}}]}}]}}}}"#,
+            libc::ENOMEM,
+            0xc028_aa03_u32
+        );
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let mut filters = seccompiler::compile_from_json(json.as_bytes(), arch).unwrap();
+        let filter = filters.remove("it").unwrap();
+        let restored = Restore::new(open(pack(&bytes, 8)))
+            .prefetch(Prefetch::All)
+            .retry_timeout(Duration::from_millis(50))
+            .on_thread_start(move |name| {
+                if name.starts_with("snap-fetch") {
+                    seccompiler::apply_filter(&filter).unwrap();
+                }
+            })
+            .start()
+            .unwrap();
+        assert!(!restored.wait_complete());
+        let failures = restored.failures();
+        let said = failures.first().expect("it says why").to_string();
+        assert!(said.contains("memory"), "{said}");
+        assert!(failures.iter().all(|f| f.kind == FailureKind::Install));
+        assert_eq!(restored.stats().prefetch.copied, 0);
+        // Touches are served all the same.
+        compare(&restored, &bytes, 0..PAGES);
+        assert!(restored.wait_complete());
+    })
+    .expect_success();
+}
+
+#[test]
+fn completing_with_pages_that_stay_poisoned_is_an_error() {
+    let (bytes, snapshot, bad) = bad_frame(19);
+    // Completed by the stop, or before it.
+    for touched in [0..PAGES, BAD / 8 * 8..BAD / 8 * 8 + 8] {
+        let mut restored = Restore::new(Arc::clone(&snapshot)).start().unwrap();
+        for page in touched {
+            let _ = restored.read_at(0, page * 4096, &mut [0; PAGE]);
+        }
+        match restored.stop(Stop::Complete) {
+            Err(StopError::Poisoned { pages: 8, first }) => assert!(bad.contains(&first.page)),
+            other => panic!("{other:?}"),
+        }
+        assert!(restored.is_complete());
+        exactly_bad(&restored, &bytes, &bad);
     }
 }
 
@@ -210,12 +453,14 @@ fn asking_can_heal_while_others_are_served() {
         snapshot,
         healed,
         bytes,
+        ..
     } = ill(6);
     let gate = Gate::default();
     let (asked, asked_on) = (gate.clone(), Arc::new(Mutex::new(Vec::new())));
     let threads = Arc::clone(&asked_on);
     let restored = Restore::new(snapshot)
         .fault_threads(1)
+        .retry_timeout(Duration::ZERO)
         .on_failure(OnFailure::Ask(Arc::new(move |failure| {
             let name = std::thread::current().name().unwrap_or("").to_owned();
             threads
@@ -263,6 +508,7 @@ fn asking_can_poison() {
         snapshot, bytes, ..
     } = ill(7);
     let restored = Restore::new(snapshot)
+        .retry_timeout(Duration::from_millis(1))
         .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
         .start()
         .unwrap();

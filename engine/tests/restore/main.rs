@@ -25,6 +25,7 @@ mod guest_memory;
 mod jailed;
 mod kernels;
 mod lifecycle;
+mod many;
 mod orders;
 mod owner;
 mod soak;

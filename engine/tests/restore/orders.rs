@@ -227,7 +227,7 @@ fn threads_have_names_and_end() {
         .unwrap();
     restored.wait_complete();
     drop(restored);
-    assert_eq!(named.load(Relaxed), 2 + 1 + 2);
+    assert_eq!(named.load(Relaxed), 2 + 2);
 }
 
 #[test]

@@ -13,8 +13,19 @@ use crate::store::Reason;
 impl Snapshot {
     /// The index block of a block: from the cache, or read, checked and cached. For a block that
     /// has none in the file, because its pages are all alike, the answer says so of every page.
+    ///
+    /// Threads that want the same block at the same time share one read, but none waits for a read
+    /// of [`Reason::Prefetch`].
     pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
         match self.top.get(block) {
+            Some(CheckedTop::Block(index)) if reason == Reason::Prefetch => {
+                if let Some(cached) = self.blocks.get(&block) {
+                    return Ok(cached);
+                }
+                let loaded = Arc::new(self.load_block(block, index, reason)?);
+                self.blocks.insert(block, Arc::clone(&loaded));
+                Ok(loaded)
+            }
             Some(CheckedTop::Block(index)) => self.blocks.get_or_insert_with(&block, || {
                 self.load_block(block, index, reason).map(Arc::new)
             }),

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use snaprestore_engine::restore::{
     Failure, FailureKind, OnFailure, Prefetch, Restore, Restored, StartError,
@@ -80,6 +81,7 @@ fn restore(snapshot: Arc<Snapshot>) -> Restore {
     Restore::new(snapshot)
         .fault_threads(1)
         .prefetch_threads(1)
+        .retry_timeout(Duration::ZERO)
         .on_failure(OnFailure::Poison)
 }
 

@@ -100,6 +100,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         threads: 1,
         touch_threads: 2,
         seed: 1,
+        retry_timeout: args::RETRY_TIMEOUT,
         check: Some(fd_path(&reference)),
         user_mode_only: args.user_mode_only,
     };

@@ -118,6 +118,7 @@ fn start(
     let with = |on_failure| {
         restore::Restore::new(Arc::clone(snapshot))
             .fault_threads(args.threads)
+            .retry_timeout(Duration::from_secs(args.retry_timeout))
             .prefetch(match args.prefetch {
                 args::Prefetch::Off => restore::Prefetch::Off,
                 args::Prefetch::WorkingSet => restore::Prefetch::WorkingSet,

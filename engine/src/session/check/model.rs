@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
@@ -271,7 +272,8 @@ impl Platform for Model {
         }
     }
 
-    fn wait_readable(&self) -> Waited {
+    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
+        assert_eq!(patience, None, "nothing fails in the model");
         // Between two faults a fault thread has nothing in mind.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);

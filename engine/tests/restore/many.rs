@@ -1,0 +1,211 @@
+//! Many restores in one process: what they share, what they cost together, and what is left of them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread::available_parallelism;
+
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, Shared};
+use snaprestore_fixtures::host::told;
+use snapshot_format::{Reason, Snapshot};
+
+use crate::common::{
+    Gate, PAGE, address, compare, in_child, open, open_hooked, pack, peek, random_bytes, source,
+    wait_until, within,
+};
+
+const RESTORES: usize = 300;
+const PAGES: u64 = 128;
+/// What they may take together beyond their content, in bytes.
+const MAX_OVERHEAD: u64 = 64 << 20;
+/// What the allocator may keep after they are gone.
+const MAX_LEFT: u64 = 16 << 20;
+
+/// A snapshot whose prefetch reads wait at the gate.
+fn gated(bytes: &[u8], gate: &Gate) -> Arc<Snapshot> {
+    let held = gate.clone();
+    open_hooked(pack(bytes, 32), move |_, _, reason| {
+        if reason == Reason::Prefetch {
+            held.pass();
+        }
+        Ok(())
+    })
+}
+
+fn start(snapshot: &Arc<Snapshot>) -> Restored {
+    Restore::new(Arc::clone(snapshot))
+        .prefetch(Prefetch::All)
+        .start()
+        .unwrap()
+}
+
+/// Threads of this process whose name begins like this.
+fn threads(prefix: &str) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    // One that ends meanwhile has no name any more.
+    let names = tasks.filter_map(|task| {
+        let path = task.ok()?.path().join("comm");
+        std::fs::read_to_string(path).ok()
+    });
+    names.filter(|name| name.starts_with(prefix)).count()
+}
+
+fn entries(folder: &str) -> usize {
+    std::fs::read_dir(folder).unwrap().count()
+}
+
+/// Bytes of memory that are this process's own.
+fn resident() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Anonymous:"));
+    let kib = line.unwrap().trim().trim_end_matches(" kB");
+    kib.trim().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn three_hundred_restores_share_one_pool_and_leave_nothing() {
+    in_child(|| {
+        let bytes = random_bytes(PAGES, 1);
+        // What the process makes once is made now.
+        assert!(start(&open(pack(&bytes, 32))).wait_complete());
+        let gate = Gate::default();
+        let snapshot = gated(&bytes, &gate);
+        let cores = available_parallelism().unwrap().get();
+        let (all, descriptors, before) = (threads(""), entries("/proc/self/fd"), resident());
+
+        let opener = gate.opener();
+        let restores: Vec<_> = (0..RESTORES).map(|_| start(&snapshot)).collect();
+        wait_until("the pool's threads wait in reads", || {
+            gate.waiting() >= cores
+        });
+        wait_until("all fault threads run", || {
+            threads("snap-fault") == 2 * RESTORES
+        });
+        assert!(
+            threads("snap-fetch") <= 2 * cores,
+            "{}",
+            threads("snap-fetch")
+        );
+        assert!(threads("snap-") <= 2 * RESTORES + 2 * cores);
+        // Each has served a fault.
+        for restored in &restores {
+            compare(restored, &bytes, [PAGES - 1]);
+        }
+        let content = RESTORES as u64 * PAGES * PAGE as u64;
+        let running = resident() - before;
+        drop(opener);
+        for restored in &restores {
+            assert!(restored.wait_complete());
+            compare(restored, &bytes, [0, PAGES / 2]);
+        }
+        let complete = resident() - before;
+        told(&format_args!(
+            "{RESTORES} restores of {} MiB: {} MiB while they run, {} MiB when all is there",
+            content >> 20,
+            running >> 20,
+            complete >> 20
+        ));
+        assert!(running <= content + MAX_OVERHEAD, "{running}");
+        assert!(complete <= content + MAX_OVERHEAD, "{complete}");
+
+        drop(restores);
+        drop(snapshot);
+        // The snapshot's writer had some that were ending.
+        assert!(threads("") <= all, "threads");
+        assert_eq!(entries("/proc/self/fd"), descriptors, "descriptors");
+        let left = resident().saturating_sub(before);
+        told(&format_args!("{} KiB are left of them", left >> 10));
+        assert!(left <= MAX_LEFT, "{left} bytes are left");
+    })
+    .expect_success();
+}
+
+/// A session whose prefetch doesn't get on keeps as many threads as may be at work. That of another goes on.
+#[test]
+fn blocked_prefetch_does_not_stop_that_of_other_sessions() {
+    let gate = Gate::default();
+    let bytes = random_bytes(2048, 2);
+    let shared = Shared::new(0);
+    let start = |snapshot| {
+        Restore::new(snapshot)
+            .prefetch(Prefetch::All)
+            .prefetch_threads(2)
+            .shared(&shared)
+            .start()
+            .unwrap()
+    };
+    let _blocked = start(gated(&bytes, &gate));
+    let _opener = gate.opener();
+    wait_until("its threads wait", || gate.waiting() == 2);
+    let other = start(open(pack(&bytes, 32)));
+    let other = within("the other is complete", move || {
+        assert!(other.wait_complete());
+        other
+    });
+    compare(&other, &bytes, 0..2048);
+}
+
+/// Sessions of several snapshots borrow from the same workers: none is served with what another has decoded.
+#[test]
+fn workers_that_serve_several_snapshots_mix_nothing_up() {
+    const PAGES: u64 = 512;
+    let shared = Shared::new(0);
+    let images: Vec<_> = (0..12)
+        .map(|seed| {
+            // Frames of all lie at the same places and have the same lengths, or others.
+            let bytes = random_bytes(PAGES, 10 + seed);
+            let snapshot = open(pack(&bytes, [32, 8, 16][seed as usize % 3]));
+            (bytes, snapshot)
+        })
+        .collect();
+    let restores: Vec<_> = images
+        .iter()
+        .map(|(_, snapshot)| {
+            Restore::new(Arc::clone(snapshot))
+                .shared(&shared)
+                .start()
+                .unwrap()
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (images, restores) = (&images, &restores);
+            scope.spawn(move || {
+                for page in (thread..PAGES).step_by(4) {
+                    for (restored, (bytes, _)) in restores.iter().zip(images) {
+                        let page = (page * 37) % PAGES;
+                        assert!(peek(address(restored, page)) == source(bytes, page));
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// A hook of a session's own is called in all of its threads, one of `Shared` in those of the pool alone.
+#[test]
+fn hooks_are_called_where_they_were_given() {
+    let bytes = random_bytes(512, 3);
+    let own = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let of_pool = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let notes = |[fault, fetch]: &[Arc<AtomicBool>; 2]| {
+        let (fault, fetch) = (Arc::clone(fault), Arc::clone(fetch));
+        move |name: &str| {
+            fault.fetch_or(name.starts_with("snap-fault"), SeqCst);
+            fetch.fetch_or(name.starts_with("snap-fetch"), SeqCst);
+        }
+    };
+    let seen = |hooks: &[Arc<AtomicBool>; 2]| [0, 1].map(|at| hooks[at].swap(false, SeqCst));
+    let snapshot = open(pack(&bytes, 8));
+    let restore = || {
+        Restore::new(Arc::clone(&snapshot))
+            .prefetch(Prefetch::All)
+            .on_thread_start(notes(&own))
+    };
+    assert!(restore().start().unwrap().wait_complete());
+    assert_eq!((seen(&own), seen(&of_pool)), ([true, true], [false, false]));
+    let shared = Shared::new(0).on_thread_start(notes(&of_pool));
+    assert!(restore().shared(&shared).start().unwrap().wait_complete());
+    assert_eq!((seen(&own), seen(&of_pool)), ([true, false], [false, true]));
+}
