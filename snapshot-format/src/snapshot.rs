@@ -2,8 +2,8 @@
 //!
 //! Opening reads the last 64 KiB of the file, which in an ordinary snapshot hold trailer, top table
 //! and regions; what of these lies before takes one more read. Everything else is read when it is
-//! first asked for, checked, and kept. A look-up reads at most one index block, which carries all that is
-//! needed to find the frame; index blocks stay in a bounded cache.
+//! first asked for, checked, and kept. A look-up reads at most one index block, which carries all
+//! that is needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
 mod opening;

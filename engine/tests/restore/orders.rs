@@ -278,3 +278,36 @@ fn a_fill_run_that_lies_makes_no_zeros() {
     }
     assert!(stored > 0);
 }
+
+/// Frames that list pages of other frames, or fills, behind good checksums. Decoding such a frame for
+/// one page must bring no page into memory of which the index says that it is elsewhere.
+#[test]
+fn a_page_list_that_lies_brings_no_page() {
+    for name in [
+        "bad-list-names-pages-of-other-frames.snap",
+        "bad-list-disagrees.snap",
+    ] {
+        let read_all = |name: &str| -> Vec<Option<[u8; PAGE]>> {
+            let snapshot = golden(name);
+            let pages = snapshot.regions().unwrap()[0].pages;
+            let restored = Restore::new(snapshot)
+                .prefetch(Prefetch::Off)
+                .start()
+                .unwrap();
+            // The first touch decodes the frame that lies. It is over before the next begins.
+            (0..pages)
+                .map(|page| {
+                    let mut bytes = [0; PAGE];
+                    let read = restored.read_at(0, page * 4096, &mut bytes);
+                    read.is_ok().then_some(bytes)
+                })
+                .collect()
+        };
+        let (good, bad) = (read_all("good-raw-index.snap"), read_all(name));
+        assert!(good[512].unwrap().starts_with(b"page 512 of a golden file"));
+        assert!(good[100].unwrap() == [0; PAGE]);
+        for (page, (good, bad)) in good.iter().zip(&bad).enumerate() {
+            assert!(good == bad, "{name}: page {page} is another");
+        }
+    }
+}
