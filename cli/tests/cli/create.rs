@@ -133,7 +133,7 @@ const STATES: [&[u8]; 2] = [
 fn write_diff(folder: &Folder, name: &str) {
     let file = File::create(folder.file(name)).unwrap();
     file.set_len(8 << 20).unwrap();
-    file.write_all_at(&[7; 64 << 10], 1 << 20).unwrap();
+    file.write_all_at(&vec![7; 64 << 10], 1 << 20).unwrap();
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn holes_that_were_read_as_zeros_are_told() {
     let piped = Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
     assert_eq!(piped.json()["remarks"], told_remarks(&folder, &create));
 
-    folder.write("dense", &[7; 64 << 10]);
+    folder.write("dense", &vec![7; 64 << 10]);
     let told = run(&folder, &["create", "dense", "-o", "s", "-f", "--json"]).exits(0);
     assert_eq!(told.json()["remarks"], serde_json::json!([]));
 }
