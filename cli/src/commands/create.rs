@@ -32,7 +32,7 @@ const SAMPLE_BYTES: usize = 8 << 20;
 pub(crate) struct Report {
     #[serde(flatten)]
     pub(crate) facts: Facts,
-    /// How long a process was held.
+    /// How long a process was held: until its memory was read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) held_ms: Option<u64>,
     pub(crate) elapsed_ms: u64,
@@ -86,7 +86,6 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let recipe = Recipe::new(args)?;
     let target = Target::create(&args.output, args.force)?;
     let mut source = source::open(args, output, cancel)?;
-    let opened = Instant::now();
     let progress = Progress::bytes(
         output,
         "packing",
@@ -98,12 +97,9 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     source
         .feed(&mut writer)
         .map_err(|error| target::named(error, &args.output))?;
-    // A held process goes on here.
+    let held = source.held().map(|held| held.as_millis());
+    let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
-    let held_ms = match args.pid {
-        Some(_) => Some(u64::try_from(opened.elapsed().as_millis())?),
-        None => None,
-    };
     let (target, written) = writer
         .finish(recipe.attachments)
         .map_err(|error| target::named(error, &args.output))?;

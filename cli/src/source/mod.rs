@@ -8,6 +8,7 @@ mod raw;
 mod stdin;
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use snapshot_format::layout::{HEADER_MAGIC, PAGE_SIZE, PAGE_SIZE_U64};
@@ -16,8 +17,9 @@ use crate::args;
 use crate::exit::Refusal;
 use crate::output::Output;
 use crate::signals::Cancel;
+use crate::target;
 
-pub(crate) use process::HeldProcess;
+pub(crate) use process::{HeldProcess, Place};
 
 /// Bytes of a page: what sources are counted in.
 pub(crate) const PAGE: u64 = PAGE_SIZE_U64;
@@ -105,6 +107,10 @@ pub(crate) trait Source {
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples>;
     /// Delivers everything to `sink`, once.
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()>;
+    /// How long a process was stopped to read it.
+    fn held(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Opens what `create` was told to read.
@@ -114,7 +120,9 @@ pub(crate) fn open(
     cancel: &Cancel,
 ) -> Result<Box<dyn Source>> {
     if let Some(pid) = create.pid {
-        return Ok(Box::new(HeldProcess::hold(pid, output, cancel)?));
+        let target = (!target::is_stdout(&create.output)).then_some(create.output.as_path());
+        let place = Place::beside(target);
+        return Ok(Box::new(HeldProcess::hold(pid, place, output, cancel)?));
     }
     let Some(path) = create.source.as_deref() else {
         return Err(Refusal::Usage("name a source, or a process with --pid".into()).into());
