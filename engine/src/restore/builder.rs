@@ -11,6 +11,7 @@ use crate::mem::{
     Advice, MappingOptions, MemError, RawRegion, first_populated, first_resident, first_unsuitable,
 };
 use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
+use crate::sys::limits::Hint;
 use crate::sys::{
     Features, Ioctls, Mask, Modes, OpenError, OpenOptions, RegisterError, UserModeOnly, Userfaultfd,
 };
@@ -130,13 +131,25 @@ pub enum StartError {
     )]
     NoPoison,
     /// Memory for the session's tables or threads.
-    #[error("{what} can't be made")]
+    #[error("{what} can't be made{hint}")]
     Resources {
         /// What.
         what: &'static str,
+        /// The limit that was met, if one is known.
+        hint: Hint,
         /// What the kernel said.
         source: std::io::Error,
     },
+}
+
+impl StartError {
+    fn resources(what: &'static str, source: std::io::Error) -> Self {
+        Self::Resources {
+            what,
+            hint: Hint::for_thread(&source),
+            source,
+        }
+    }
 }
 
 impl Restore {
@@ -215,7 +228,7 @@ impl Restore {
     /// touched.
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
-        let resources = |what| move |source| StartError::Resources { what, source };
+        let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
@@ -313,7 +326,7 @@ impl Restore {
                     over: false,
                 })
             }
-            Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
+            Err(ThreadError { what, source }) => Err(StartError::resources(what, source)),
         }
     }
 
