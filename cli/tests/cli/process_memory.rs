@@ -277,6 +277,13 @@ fn an_ordinary_user_is_told_what_shared_memory_can_hide() {
 sparse('anonymous', SHARED | ANONYMOUS)
 sparse('memfd', SHARED, memfd('a'), False)
 sparse('private_memfd', PRIVATE, memfd('b'))
+libc.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+libc.shmat.restype, libc.shmat.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+segment = libc.shmget(0, 256 * MIB, 0o1600)
+at = libc.shmat(segment, None, 0)
+libc.shmctl(segment, 0, None)
+fill(at, 1, 9)
+print('system_v', at, flush=True)
 fill(mapped('small', MIB, 3, SHARED | ANONYMOUS), 1, 9)
 "
     );
@@ -290,13 +297,15 @@ fill(mapped('small', MIB, 3, SHARED | ANONYMOUS), 1, 9)
     let grown = puppet.status("VmRSS").saturating_sub(before);
     assert!(grown < 8 << 10, "{grown} KiB");
     assert!(taken.err.contains("not in its page table"), "{}", taken.err);
-    let hidden = 2 * ((256 << 20) / PAGE as u64 - 1);
+    let hidden = 3 * ((256 << 20) / PAGE as u64 - 1);
     assert_eq!(number(&taken.json(), "unavailable_pages"), hidden);
     for name in ["private_memfd", "small"] {
         let found = memory(&folder, puppet.place(name), PAGE).unwrap();
         assert_eq!(found[..2], [9, 0], "{name}");
     }
-    memory(&folder, puppet.place("anonymous"), PAGE).unwrap_err();
+    for name in ["anonymous", "system_v"] {
+        memory(&folder, puppet.place(name), PAGE).unwrap_err();
+    }
 }
 
 /// A snapshotter that write-protects memory leaves markers for pages that don't exist.

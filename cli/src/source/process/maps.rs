@@ -94,7 +94,13 @@ impl Mapping {
             && !matches!(self.name.as_str(), "[heap]" | "[stack]")
             && !self.name.starts_with("[anon:");
         let huge = self.name.starts_with("/anon_hugepage");
-        !self.shared && ((self.inode == 0 && !named_by_kernel) || huge)
+        !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
+    }
+
+    /// Whether there is a file behind it. The first segment of System V shared memory has the inode
+    /// number 0.
+    fn is_of_file(&self) -> bool {
+        self.inode != 0 || self.name.starts_with('/')
     }
 
     pub(super) fn untouched(&self) -> Untouched {
@@ -102,7 +108,7 @@ impl Mapping {
             Untouched::Unknown
         } else if self.is_private_anonymous() {
             Untouched::Zero
-        } else if self.inode != 0 {
+        } else if self.is_of_file() {
             Untouched::File
         } else {
             Untouched::Read
@@ -244,6 +250,13 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(huge.page_shift(), 21);
         assert_eq!(huge.untouched(), Untouched::Zero);
         assert!(vsyscall.is_kernel_data() && vvar.is_kernel_data() && !vdso.is_kernel_data());
+    }
+
+    #[test]
+    fn first_system_v_segment_is_a_file() {
+        let line = "7f0000000000-7f0010000000 rw-s 00000000 00:01 0    /SYSV00000000 (deleted)\n";
+        let all = parse(line.as_bytes()).unwrap();
+        assert_eq!(all[0].untouched(), Untouched::File);
     }
 
     /// A file named with an escape character in the address space made packing the process fail.
