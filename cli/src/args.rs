@@ -108,10 +108,20 @@ pub(crate) struct Create {
     pub(crate) source: Option<PathBuf>,
     /// Take the memory of a live process
     ///
-    /// All its threads are held while it is read, and go on afterwards, also if snaprestore is
-    /// killed meanwhile. Needs the right to trace it: the same user, or root. What cannot be read
-    /// is recorded as unavailable. Address space that is only set aside is left out, and so are
-    /// 64 GiB or more in a row that were never touched.
+    /// All its threads are stopped while its memory is read, and go on as soon as it is read, also if
+    /// snaprestore is killed meanwhile or its output is taken slowly: until it is compressed, it lies
+    /// in a temporary file beside the output (for standard output in TMPDIR or /var/tmp). If that
+    /// has no room, the process waits. Needs the right to trace it: the same user, or root.
+    ///
+    /// Some blocking system calls of the process may fail with EINTR afterwards, without a signal
+    /// handler: epoll_wait, semop and semtimedop, sigtimedwait and sigwaitinfo, io_uring_enter, and
+    /// socket calls with a timeout (SO_RCVTIMEO, SO_SNDTIMEO). Others are restarted.
+    ///
+    /// Memory that is not to be dumped (MADV_DONTDUMP, often keys) is taken like any other: a
+    /// restore needs it. What cannot be read is recorded as unavailable: secret memory
+    /// (memfd_secret), memory of devices, pages that another process has yet to bring, and what lies
+    /// beyond the end of a mapped file. Address space that is only set aside is left out, and so are
+    /// 64 GiB or more in a row that were never touched or cannot be read, and the kernel's [vvar].
     #[arg(long, conflicts_with_all = ["source", "raw"])]
     pub(crate) pid: Option<i32>,
     /// Take SOURCE as plain memory, whatever it looks like

@@ -3,12 +3,15 @@
 //! The signals are blocked in every thread and taken by one that waits for nothing else. It sets a
 //! flag that loops look at, and closes a pipe that waits can watch. A second signal ends the
 //! process at once; the kernel then lets go of traced processes and unnamed files.
+//!
+//! Ctrl-Z stops the process as it does any other, after what a command has to do before
+//! ([`Cancel::before_stop`]).
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -32,6 +35,27 @@ pub(crate) struct Cancel {
     count: Arc<AtomicU32>,
     counts: Arc<AtomicBool>,
     hangs_up: Arc<PipeReader>,
+    before_stop: Arc<Mutex<Option<Hook>>>,
+}
+
+/// Called on the thread that takes signals.
+#[derive(Clone)]
+struct Hook(Arc<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
+}
+
+/// Keeps what [`Cancel::before_stop`] was given, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct BeforeStop(Arc<Mutex<Option<Hook>>>);
+
+impl Drop for BeforeStop {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 /// Blocks the stopping signals and starts the thread that takes them. To be called before any
@@ -44,12 +68,13 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
         count: Arc::default(),
         counts: Arc::default(),
         hangs_up: Arc::new(reader),
+        before_stop: Arc::default(),
     };
     // A signal that the parent had ignored (nohup, a background job of a script) stays ignored;
     // blocked and waited for it would arrive all the same.
     let ignored = ignored_signals();
     let mut wanted = SigSet::empty();
-    for signal in STOPPING {
+    for signal in STOPPING.into_iter().chain([Signal::SIGTSTP]) {
         if ignored & (1 << (signal as i32 - 1)) == 0 {
             wanted.add(signal);
         }
@@ -58,11 +83,16 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     let seen = Arc::clone(&cancel.signal);
     let at_once = Arc::clone(&cancel.at_once);
     let (count, counts) = (Arc::clone(&cancel.count), Arc::clone(&cancel.counts));
+    let before_stop = Arc::clone(&cancel.before_stop);
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             let mut writer = Some(writer);
             while let Ok(signal) = wanted.wait() {
+                if signal == Signal::SIGTSTP {
+                    stop(&before_stop);
+                    continue;
+                }
                 let again = seen.swap(signal as i32, Ordering::SeqCst) != 0;
                 count.fetch_add(1, Ordering::SeqCst);
                 let again = again && !counts.load(Ordering::SeqCst);
@@ -88,6 +118,7 @@ impl Cancel {
             count: Arc::default(),
             counts: Arc::default(),
             hangs_up: Arc::new(reader),
+            before_stop: Arc::default(),
         }
     }
 
@@ -109,6 +140,17 @@ impl Cancel {
     /// How often the command was asked to stop.
     pub(crate) fn signals(&self) -> u32 {
         self.count.load(Ordering::SeqCst)
+    }
+
+    /// Has `hook` called when Ctrl-Z is about to stop the process, until the returned value is
+    /// dropped. One command needs no more than one.
+    pub(crate) fn before_stop(&self, hook: impl Fn() + Send + Sync + 'static) -> BeforeStop {
+        let mut place = self
+            .before_stop
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *place = Some(Hook(Arc::new(hook)));
+        BeforeStop(Arc::clone(&self.before_stop))
     }
 
     /// For loops: ends them with an error once the command was asked to stop.
@@ -160,6 +202,21 @@ impl AsFd for Cancel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.hangs_up.as_fd()
     }
+}
+
+/// Lets Ctrl-Z have its effect. Returns when the process is continued.
+fn stop(before: &Mutex<Option<Hook>>) {
+    let hook = before
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    if let Some(Hook(hook)) = hook {
+        hook();
+    }
+    die_by(Signal::SIGTSTP);
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTSTP);
+    let _ = set.thread_block();
 }
 
 /// Raises a blocked signal and unblocks it, which delivers it to this thread.

@@ -37,7 +37,7 @@ pub(crate) struct Report {
     pub(crate) facts: Facts,
     /// How the source was taken, where that may not be how it was meant.
     pub(crate) remarks: Vec<Remark>,
-    /// How long a process was held.
+    /// How long a process was held: until its memory was read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) held_ms: Option<u64>,
     pub(crate) elapsed_ms: u64,
@@ -95,7 +95,6 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let recipe = Recipe::new(args)?;
     let target = Target::create(&args.output, args.force)?;
     let mut source = source::open(args, output, cancel)?;
-    let opened = Instant::now();
     if args.holes.is_none() && source.is_mostly_holes() {
         recipe.refuse_diff(args.source.as_deref())?;
     }
@@ -111,12 +110,9 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .feed(&mut writer)
         .map_err(|error| target::named(error, &args.output))?;
     let remarks = source.remarks();
-    // A held process goes on here.
+    let held = source.held().map(|held| held.as_millis());
+    let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
-    let held_ms = match args.pid {
-        Some(_) => Some(u64::try_from(opened.elapsed().as_millis())?),
-        None => None,
-    };
     for remark in &remarks {
         writer
             .remark(remark)

@@ -9,6 +9,7 @@ mod raw;
 mod stdin;
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -19,11 +20,12 @@ use crate::exit::Refusal;
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+use crate::target;
 use file::SourceFile;
 use kinds::{Guess, guess};
 
 pub(crate) use kinds::is_firecracker_state;
-pub(crate) use process::HeldProcess;
+pub(crate) use process::{HeldProcess, Place};
 pub(crate) use raw::MERGE_A_DIFF;
 
 /// Bytes of a page: what sources are counted in.
@@ -135,6 +137,10 @@ pub(crate) trait Source {
     fn is_mostly_holes(&self) -> bool {
         false
     }
+    /// How long a process was stopped to read it.
+    fn held(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Opens what `create` was told to read.
@@ -144,7 +150,9 @@ pub(crate) fn open(
     cancel: &Cancel,
 ) -> Result<Box<dyn Source>> {
     if let Some(pid) = create.pid {
-        return Ok(Box::new(HeldProcess::hold(pid, output, cancel)?));
+        let target = (!target::is_stdout(&create.output)).then_some(create.output.as_path());
+        let place = Place::beside(target);
+        return Ok(Box::new(HeldProcess::hold(pid, place, output, cancel)?));
     }
     let Some(path) = create.source.as_deref() else {
         return Err(Refusal::Usage("name a source, or a process with --pid".into()).into());

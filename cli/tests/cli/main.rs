@@ -16,5 +16,6 @@ mod extract;
 mod interrupted;
 mod owner;
 mod process;
+mod process_memory;
 mod restore;
 mod usage;

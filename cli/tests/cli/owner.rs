@@ -40,6 +40,11 @@ impl Owner {
         Self::in_role("large")
     }
 
+    /// A small one, one thread of which waits in the kernel for the process `place("child")`.
+    pub(crate) fn vfork() -> Self {
+        Self::in_role("vfork")
+    }
+
     fn in_role(role: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
@@ -93,6 +98,15 @@ impl Owner {
             .collect()
     }
 
+    /// How many signals SIGUSR1 arrived, read from the owner's memory: also while it is stopped.
+    pub(crate) fn user_signals(&self) -> u64 {
+        let memory = std::fs::File::open(format!("/proc/{}/mem", self.pid())).unwrap();
+        let mut count = [0; 8];
+        let place = self.place("user_signals");
+        std::os::unix::fs::FileExt::read_exact_at(&memory, &mut count, place).unwrap();
+        u64::from_ne_bytes(count)
+    }
+
     /// Asks how many real-time signals arrived.
     pub(crate) fn signals(&mut self) -> u64 {
         self.ask("signals").parse().unwrap()
@@ -143,9 +157,46 @@ fn map(bytes: usize, protection: ProtFlags, flags: MapFlags) -> NonNull<c_void> 
 }
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);
+static USER_SIGNALS: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn count_signal(_: i32) {
     SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+extern "C" fn count_user_signal(_: i32) {
+    USER_SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Starts a child for which the calling thread waits in the kernel, as after `vfork`, until it is
+/// killed. Returns its process id then.
+fn wait_for_a_child(tell: impl Fn(i32)) {
+    let mut told = [0; 2];
+    // SAFETY: the kernel writes two descriptors to the array.
+    assert_eq!(unsafe { libc::pipe(told.as_mut_ptr()) }, 0);
+    let [read, write] = told;
+    let teller = std::thread::spawn(move || {
+        let mut pid = [0; 4];
+        // SAFETY: the kernel writes at most four bytes to the array.
+        let count = unsafe { libc::read(read, pid.as_mut_ptr().cast(), 4) };
+        assert_eq!(count, 4);
+        i32::from_ne_bytes(pid)
+    });
+    std::thread::spawn(move || {
+        let flags = libc::CLONE_VFORK | libc::SIGCHLD;
+        // SAFETY: without a stack and without CLONE_VM it is a fork: the child has memory of its own,
+        // in which it does nothing but system calls.
+        unsafe {
+            if libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) == 0 {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                let pid = libc::getpid().to_ne_bytes();
+                libc::write(write, pid.as_ptr().cast(), 4);
+                loop {
+                    libc::pause();
+                }
+            }
+        }
+    });
+    tell(teller.join().unwrap());
 }
 
 #[expect(
@@ -162,7 +213,8 @@ fn owner_process() {
     let Ok(role) = std::env::var(ROLE) else {
         return;
     };
-    let vast = |bytes| if role == "small" { 1 << 20 } else { bytes };
+    let is_small = matches!(role.as_str(), "small" | "vfork");
+    let vast = |bytes| if is_small { 1 << 20 } else { bytes };
     let read_write = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let private = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     let tell_place = |name: &str, place: NonNull<c_void>| {
@@ -236,6 +288,12 @@ fn owner_process() {
     unsafe {
         let handler = count_signal as extern "C" fn(i32) as libc::sighandler_t;
         libc::signal(libc::SIGRTMIN(), handler);
+        let handler = count_user_signal as extern "C" fn(i32) as libc::sighandler_t;
+        libc::signal(libc::SIGUSR1, handler);
+    }
+    tell(&format!("user_signals {}", USER_SIGNALS.as_ptr() as u64));
+    if role == "vfork" {
+        wait_for_a_child(|pid| tell(&format!("child {pid}")));
     }
 
     let rounds: &'static [AtomicU64] = Vec::leak((0..THREADS).map(|_| AtomicU64::new(0)).collect());

@@ -28,6 +28,8 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
+use crate::sys::limits::Hint;
+
 pub use advice::Advice;
 pub(crate) use advice::advise_at;
 pub use block::{Block, Ring};
@@ -44,21 +46,25 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// An operation on memory that the kernel refused.
 #[derive(Debug, thiserror::Error)]
-#[error("{doing} {len:#x} bytes of memory at {address:#x} failed")]
+#[error("{doing} {len:#x} bytes of memory at {address:#x} failed{hint}")]
 pub struct MemError {
     doing: &'static str,
     address: u64,
     len: u64,
+    /// The limit that was met, if one is known.
+    hint: Hint,
     source: io::Error,
 }
 
 impl MemError {
     fn last(doing: &'static str, address: u64, len: u64) -> Self {
+        let source = io::Error::last_os_error();
         Self {
             doing,
             address,
             len,
-            source: io::Error::last_os_error(),
+            hint: Hint::for_memory(&source, len),
+            source,
         }
     }
 
@@ -67,6 +73,7 @@ impl MemError {
             doing,
             address,
             len,
+            hint: Hint::default(),
             source: Errno::EINVAL.into(),
         }
     }

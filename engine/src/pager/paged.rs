@@ -13,6 +13,7 @@ use super::owner::{OnError, Owner, OwnerGuard};
 use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
+use crate::sys::limits::Hint;
 use crate::sys::{
     AdoptError, Features, Ioctls, PageMap, PageSizeError, Userfaultfd, check_page_size, may_kill,
     open_page_map,
@@ -54,10 +55,12 @@ pub enum AttachError {
     PageMap(#[source] io::Error),
     /// A thread, memory or descriptor for the session itself could not be had. The owner was killed if
     /// it had been served already.
-    #[error("{what} can't be had")]
+    #[error("{what} can't be had{hint}")]
     Resources {
         /// What.
         what: &'static str,
+        /// The limit that was met, if one is known.
+        hint: Hint,
         /// Why.
         source: io::Error,
     },
@@ -68,7 +71,11 @@ const TABLES: &str = "memory for the session's tables";
 
 impl AttachError {
     fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Resources { what, source }
+        move |source| Self::Resources {
+            what,
+            hint: Hint::for_thread(&source),
+            source,
+        }
     }
 }
 
@@ -205,7 +212,7 @@ impl Pager {
             Err(ThreadError { what, source }) => {
                 owner.kill("its pager can't be started");
                 owner.wait_gone();
-                Err(AttachError::Resources { what, source })
+                Err(AttachError::resources(what)(source))
             }
         }
     }

@@ -13,6 +13,7 @@ use crate::mem::{
     first_resident,
 };
 use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
+use crate::sys::limits::Hint;
 use crate::sys::{
     Features, Ioctls, Mask, Modes, OpenError, OpenOptions, PageSizeError, RegisterError,
     UserModeOnly, Userfaultfd, check_page_size,
@@ -136,13 +137,25 @@ pub enum StartError {
     )]
     NoPoison,
     /// Memory for the session's tables or threads.
-    #[error("{what} can't be made")]
+    #[error("{what} can't be made{hint}")]
     Resources {
         /// What.
         what: &'static str,
+        /// The limit that was met, if one is known.
+        hint: Hint,
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+impl StartError {
+    fn resources(what: &'static str, source: std::io::Error) -> Self {
+        Self::Resources {
+            what,
+            hint: Hint::for_thread(&source),
+            source,
+        }
+    }
 }
 
 impl Restore {
@@ -224,7 +237,7 @@ impl Restore {
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
         check_page_size()?;
-        let resources = |what| move |source| StartError::Resources { what, source };
+        let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
@@ -338,7 +351,7 @@ impl Restore {
                     memory: regions,
                 })
             }
-            Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
+            Err(ThreadError { what, source }) => Err(StartError::resources(what, source)),
         }
     }
 

@@ -285,6 +285,14 @@ impl Image for SnapshotImage {
         }
     }
 
+    fn unavailable_until(&self, page: PageNumber) -> PageNumber {
+        let block = page / PAGES_PER_BLOCK_U64;
+        match self.snapshot.top(block) {
+            Top::Unavailable => (block + 1) * PAGES_PER_BLOCK_U64,
+            Top::Fill(_) | Top::Block => page,
+        }
+    }
+
     fn slots(&self, frame: &FrameRef) -> u16 {
         frame.slots()
     }

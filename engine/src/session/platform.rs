@@ -176,6 +176,12 @@ pub(crate) trait Image: Sync {
     /// What `page` is.
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<Self::Frame>, Failure>;
 
+    /// The end of the pages, from `page` on, that are known to be unavailable without reading
+    /// anything; `page` itself if there are none.
+    fn unavailable_until(&self, page: PageNumber) -> PageNumber {
+        page
+    }
+
     /// How many pages `frame` stores.
     fn slots(&self, frame: &Self::Frame) -> u16;
 

@@ -67,6 +67,13 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.is_ending() {
                 return Err(PrefetchStop::Ending);
             }
+            let known = self.image.unavailable_until(page).min(pages.end);
+            if known > page {
+                self.report(&self.unavailable(page));
+                left.failed += known - page;
+                next = known;
+                continue;
+            }
             pause();
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };

@@ -12,6 +12,7 @@
 //! | `event` | waking a thread that waits, and waiting |
 //! | `process`, `socket`, `inherited` | other processes, and descriptors that come from them |
 //! | `confine` | giving up rights |
+//! | `limits` | which limit is behind an ENOMEM or EAGAIN |
 //! | `pagemap` | which pages of a process exist |
 //! | `thread` | signals, checked reads |
 //! | `probe` | what this machine offers and permits |
@@ -35,6 +36,7 @@ mod grants;
 mod inherited;
 pub mod install;
 mod ioctls;
+pub mod limits;
 pub mod message;
 pub mod open;
 pub mod pagemap;

@@ -40,12 +40,31 @@ mod request {
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, super::ScanArg);
 }
 
-/// The page is in memory.
+/// The page is not write-protected by a userfaultfd (`PAGE_IS_WRITTEN`).
+const WRITTEN: u64 = 1 << 1;
+/// The page is in memory (`PAGE_IS_PRESENT`).
 const PRESENT: u64 = 1 << 3;
-/// The page is in swap.
+/// The page is in swap, or a marker stands in its place (`PAGE_IS_SWAPPED`).
 const SWAPPED: u64 = 1 << 4;
+/// The marker of a guard page stands in its place (`PAGE_IS_GUARD`, Linux 6.16).
+const GUARD: u64 = 1 << 8;
 /// Ranges that one call may return.
 const RANGES: usize = 256;
+
+/// An entry of a page table, as far as it tells where the page's content is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// The page is in memory.
+    Present,
+    /// The page is in swap, or is poisoned, or is about to be moved.
+    Swapped,
+    /// As [`Self::Swapped`], and a userfaultfd write-protects the page. In shared memory this is
+    /// only a marker: the content is in the file.
+    Protected,
+    /// A guard page (`MADV_GUARD_INSTALL`): it has no content. Kernels before 6.16 report
+    /// [`Self::Swapped`].
+    Guard,
+}
 
 /// Calls `each` with the ranges of addresses from `start` to `end` that are populated, in memory or
 /// in swap, in order. `pagemap` is an open `/proc/PID/pagemap`. Ranges may touch.
@@ -57,7 +76,18 @@ pub fn populated<E: From<io::Error>>(
     end: u64,
     mut each: impl FnMut(u64, u64) -> Result<(), E>,
 ) -> Result<(), E> {
+    entries(pagemap, start, end, |from, to, _| each(from, to))
+}
+
+/// As [`populated`], and tells apart what stands in the page table.
+pub fn entries<E: From<io::Error>>(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    mut each: impl FnMut(u64, u64, Entry) -> Result<(), E>,
+) -> Result<(), E> {
     let mut ranges = [PageRegion::default(); RANGES];
+    let mut wanted = PRESENT | SWAPPED | WRITTEN | GUARD;
     let mut at = start;
     while at < end {
         let mut scan = ScanArg {
@@ -67,7 +97,7 @@ pub fn populated<E: From<io::Error>>(
             vec: ranges.as_mut_ptr() as u64,
             vec_len: RANGES as u64,
             category_anyof_mask: PRESENT | SWAPPED,
-            return_mask: PRESENT | SWAPPED,
+            return_mask: wanted,
             ..ScanArg::default()
         };
         // SAFETY: the kernel reads and writes `scan`, and writes at most `vec_len` entries to
@@ -78,7 +108,7 @@ pub fn populated<E: From<io::Error>>(
             Ok(found) => {
                 let found = usize::try_from(found).unwrap_or(0).min(RANGES);
                 for range in &ranges[..found] {
-                    each(range.start, range.end)?;
+                    each(range.start, range.end, entry(range.categories))?;
                 }
                 if scan.walk_end <= at {
                     return Err(io::Error::other("PAGEMAP_SCAN came to a halt").into());
@@ -86,6 +116,8 @@ pub fn populated<E: From<io::Error>>(
                 at = scan.walk_end;
             }
             Err(Errno::EINTR) => {}
+            // Linux 6.7 to 6.15.
+            Err(Errno::EINVAL) if wanted & GUARD != 0 => wanted &= !GUARD,
             Err(Errno::ENOTTY) => {
                 return Err(io::Error::from(io::ErrorKind::Unsupported).into());
             }
@@ -93,6 +125,18 @@ pub fn populated<E: From<io::Error>>(
         }
     }
     Ok(())
+}
+
+fn entry(categories: u64) -> Entry {
+    if categories & GUARD != 0 {
+        Entry::Guard
+    } else if categories & PRESENT != 0 {
+        Entry::Present
+    } else if categories & WRITTEN != 0 {
+        Entry::Swapped
+    } else {
+        Entry::Protected
+    }
 }
 
 #[cfg(test)]

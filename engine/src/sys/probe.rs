@@ -76,6 +76,12 @@ pub struct Probe {
     pub open_files: Option<Limit>,
     /// `vm.max_map_count`.
     pub max_map_count: Option<u64>,
+    /// `RLIMIT_AS`, bytes.
+    pub address_space: Option<Limit>,
+    /// `RLIMIT_NPROC`, processes and threads of the user.
+    pub threads: Option<Limit>,
+    /// `vm.overcommit_memory`: 0 refuses what can't fit at all, 1 nothing, 2 all beyond a limit.
+    pub overcommit: Option<u64>,
     /// The pools of huge pages, by size.
     pub huge_pools: Vec<HugePool>,
     /// `/sys/kernel/mm/transparent_hugepage/enabled`: `always`, `madvise` or `never`.
@@ -131,6 +137,9 @@ impl Probe {
             memlock: limit(Resource::RLIMIT_MEMLOCK),
             open_files: limit(Resource::RLIMIT_NOFILE),
             max_map_count: number("/proc/sys/vm/max_map_count"),
+            address_space: limit(Resource::RLIMIT_AS),
+            threads: limit(Resource::RLIMIT_NPROC),
+            overcommit: number("/proc/sys/vm/overcommit_memory"),
             huge_pools: huge_pools(),
             transparent_huge_pages: choice("/sys/kernel/mm/transparent_hugepage/enabled"),
             shared_transparent_huge_pages: choice(

@@ -34,6 +34,7 @@ use nix::errno::Errno;
 use super::features::{Features, Ioctls};
 use super::foreign::{USERFAULTFD, kind_of};
 use super::grants::Grants;
+use super::limits::Hint;
 use super::{abi, ioctls};
 use crate::mem::{self, Mapping, RawRegion};
 
@@ -469,12 +470,14 @@ pub enum RegisterError {
     },
     /// Anything else; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has
     /// exited.
-    #[error("registering or unregistering {len:#x} bytes at {start:#x} failed")]
+    #[error("registering or unregistering {len:#x} bytes at {start:#x} failed{hint}")]
     Failed {
         /// Where.
         start: u64,
         /// How much.
         len: u64,
+        /// The limit that was met, if one is known.
+        hint: Hint,
         /// What the kernel said.
         source: io::Error,
     },
@@ -485,11 +488,15 @@ impl RegisterError {
         match errno {
             Errno::EBUSY => Self::Busy { start, len },
             Errno::EINVAL => Self::Unsuitable { start, len },
-            errno => Self::Failed {
-                start,
-                len,
-                source: errno.into(),
-            },
+            errno => {
+                let source = errno.into();
+                Self::Failed {
+                    start,
+                    len,
+                    hint: Hint::for_mappings(&source),
+                    source,
+                }
+            }
         }
     }
 }

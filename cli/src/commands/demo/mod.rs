@@ -24,7 +24,7 @@ use crate::exit::{self, Exit};
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
-use crate::source::{HeldProcess, PAGE, Region, Sink, Source as _};
+use crate::source::{HeldProcess, PAGE, Place, Region, Sink, Source as _};
 use crate::target::Target;
 
 pub(crate) use owner::run as run_owner;
@@ -162,7 +162,8 @@ fn pack(
         attachments: Vec::new(),
     };
     let began = Instant::now();
-    let mut process = HeldProcess::hold(pid, output, cancel)?;
+    let place = Place::beside(Some(&std::env::temp_dir().join("snapshot")));
+    let mut process = HeldProcess::hold(pid, place, output, cancel)?;
     let progress = Progress::bytes(output, "packing", process.pages().map(|pages| pages * PAGE));
     let mut writer = recipe.start(target, &mut process, progress, cancel)?;
     let mut both = Both {
@@ -173,8 +174,9 @@ fn pack(
     process.feed(&mut both)?;
     let bytes = both.offset;
     let remarks = process.remarks();
+    let held = process.held().map(|held| held.as_millis());
+    let held_ms = held.map(u64::try_from).transpose()?;
     drop(process);
-    let held_ms = Some(u64::try_from(began.elapsed().as_millis())?);
     reference.set_len(bytes)?;
     let (target, written) = writer.finish(recipe.attachments)?;
     target.complete()?;

@@ -311,7 +311,42 @@ fn limits(probe: &Probe) -> Vec<Check> {
             good("mappings", detail)
         });
     }
+    if let Some(limit) = probe.address_space {
+        let detail = words(limit, |n| BinaryBytes(n).to_string());
+        checks.push(match limit.soft {
+            Some(_) => limited(
+                "address space",
+                format!("{detail} (RLIMIT_AS): no more memory than that can be restored"),
+                "raise it: ulimit -v unlimited",
+            ),
+            None => good("address space", detail),
+        });
+    }
+    if let Some(limit) = probe.threads {
+        checks.push(good(
+            "threads",
+            format!("{} a user", words(limit, |n| HumanCount(n).to_string())),
+        ));
+    }
+    checks.extend(probe.overcommit.map(overcommit));
     checks
+}
+
+/// `vm.overcommit_memory`.
+fn overcommit(policy: u64) -> Check {
+    let name = "overcommit";
+    match policy {
+        2 => limited(
+            name,
+            "vm.overcommit_memory is 2: memory is refused beyond a limit, also if it is never used",
+            "sysctl vm.overcommit_memory=0, or raise vm.overcommit_ratio",
+        ),
+        1 => good(name, "vm.overcommit_memory is 1: any amount can be mapped"),
+        _ => good(
+            name,
+            format!("vm.overcommit_memory is {policy}: what can't fit at all is refused"),
+        ),
+    }
 }
 
 /// A limit as people read it.
@@ -458,6 +493,11 @@ mod tests {
             hard: Some(4096),
         });
         probe.max_map_count = Some(1000);
+        probe.address_space = Some(Limit {
+            soft: Some(1 << 30),
+            hard: None,
+        });
+        probe.overcommit = Some(2);
         probe.transparent_huge_pages = Some("never".into());
         probe.kvm = Err(io::ErrorKind::PermissionDenied.into());
         let scope = |scope: &str| Surroundings {
@@ -469,6 +509,8 @@ mod tests {
             "live processes",
             "open files",
             "mappings",
+            "address space",
+            "overcommit",
             "huge pages",
             "/dev/kvm",
         ] {

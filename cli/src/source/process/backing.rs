@@ -1,9 +1,11 @@
-//! The files behind shared mappings. Reading a page of shared memory that nobody has touched makes
-//! the kernel allocate it, for good: a guest's memory in a memfd would grow to its full size by
-//! being looked at. The file itself tells where its holes are.
+//! The files behind mappings. Reading a page of a mapped file that nobody has touched through the
+//! process makes the kernel allocate it, for good: a guest's memory in a memfd would grow to its
+//! full size by being looked at. The file itself tells where its holes are, and reading from it
+//! allocates nothing.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::fs::{self, File, Metadata};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use nix::fcntl::OFlag;
@@ -12,57 +14,130 @@ use super::super::PAGE;
 use super::super::extents::Extents;
 use super::maps::Mapping;
 
-/// What a mapped file says about its data.
+/// A mapped file.
 #[derive(Debug)]
 pub(super) struct Backing {
+    file: File,
     pub(super) extents: Extents,
-    /// End of the last page of the file: beyond it a mapping can't be read.
+    /// End of the last page of the file: beyond it a mapping has no content.
     pub(super) end: u64,
 }
 
 impl Backing {
-    /// Finds the file behind a shared mapping of process `pid`. None where there is no file, or no
-    /// right to see it: then only reading tells.
+    /// Finds the file behind a mapping of process `pid`. None where there is no file, or no right to
+    /// see it.
     pub(super) fn of(pid: i32, mapping: &Mapping) -> Option<Self> {
-        if !mapping.shared || mapping.inode == 0 {
-            return None;
-        }
-        let link = format!(
-            "/proc/{pid}/map_files/{:x}-{:x}",
-            mapping.start, mapping.end
-        );
-        let file = open(Path::new(&link), mapping).or_else(|| by_descriptor(pid, mapping))?;
-        let len = file.metadata().ok()?.len();
+        let (start, end) = (mapping.start, mapping.end);
+        // It leads to the mapped file and no other, and can be followed with privileges only.
+        let link = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        let file = open(Path::new(&link), |_| true)
+            .or_else(|| by_descriptor(pid, mapping))
+            .or_else(|| by_name(pid, mapping))?;
+        let metadata = file.metadata().ok()?;
+        let len = metadata.len();
+        let extents = if mapping.page_size() > PAGE && is_all_mapped(mapping, &metadata) {
+            // The file system of huge pages can't tell its holes.
+            Extents::dense(0)
+        } else {
+            Extents::of(&file, len).ok()?
+        };
         Some(Self {
-            extents: Extents::of(&file, len).ok()?,
-            end: len.checked_next_multiple_of(PAGE)?,
+            file,
+            extents,
+            end: len.checked_next_multiple_of(mapping.page_size())?,
         })
+    }
+
+    /// Fills whole pages. Behind the end of the file there are zeros.
+    pub(super) fn read(&self, pages: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < pages.len() {
+            match self
+                .file
+                .read_at(&mut pages[filled..], offset + filled as u64)
+            {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if (filled as u64) < PAGE => return Err(error),
+                // The next read begins at the page that fails.
+                Err(_) => return Ok(filled),
+            }
+        }
+        pages[filled..].fill(0);
+        Ok(pages.len())
     }
 }
 
-/// Links in `map_files` can be followed with privileges only; a descriptor of the process leads to
-/// the same file for whoever may trace it.
+/// How many bytes of the file behind `mapping` are no holes, if the file can be seen.
+pub(super) fn allocated(pid: i32, mapping: &Mapping) -> Option<u64> {
+    let (start, end) = (mapping.start, mapping.end);
+    let metadata = fs::metadata(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).ok()?;
+    Some(metadata.blocks() * 512)
+}
+
+/// Whether the file has no page that isn't populated in this mapping.
+fn is_all_mapped(mapping: &Mapping, metadata: &Metadata) -> bool {
+    let allocated = metadata.blocks() * 512;
+    let populated = mapping.details.map_or(0, |details| details.populated);
+    allocated == 0 || mapping.shared && populated >= allocated
+}
+
+/// A private mapping of `/dev/zero`, which is anonymous memory.
+pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
+    const ZERO: (u64, u64) = (1, 5);
+    if mapping.shared || mapping.name != "/dev/zero" {
+        return false;
+    }
+    fs::metadata(format!("/proc/{pid}/root/dev/zero")).is_ok_and(|metadata| {
+        let device = metadata.rdev();
+        let device = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+        metadata.file_type().is_char_device() && metadata.ino() == mapping.inode && device == ZERO
+    })
+}
+
+/// A descriptor of the process leads to the same file for whoever may trace it.
 fn by_descriptor(pid: i32, mapping: &Mapping) -> Option<File> {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .ok()?
         .flatten()
-        .find_map(|descriptor| open(&descriptor.path(), mapping))
+        .find_map(|descriptor| {
+            let path = descriptor.path();
+            let named = fs::read_link(&path).is_ok_and(|name| name == Path::new(&mapping.name));
+            open(&path, |metadata| is_mapped(metadata, mapping, named))
+        })
 }
 
-/// Opens `path` if it is the mapped file. Looked at before it is opened, because opening a device
+/// A file that is still where it was.
+fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
+    let path = format!("/proc/{pid}/root{}", mapping.name);
+    open(Path::new(&path), |metadata| {
+        is_mapped(metadata, mapping, false)
+    })
+}
+
+/// Whether this is what the file behind `mapping` looks like. Some file systems (btrfs, overlayfs)
+/// have devices of their own in `maps`; the kernel's name for the open file decides there.
+fn is_mapped(metadata: &Metadata, mapping: &Mapping, same_name: bool) -> bool {
+    let device = metadata.dev();
+    let device = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    metadata.ino() == mapping.inode && (device == mapping.device || same_name)
+}
+
+/// Opens `path` if it is a file that `fits`. Looked at before it is opened, because opening a device
 /// can do something.
-fn open(path: &Path, mapping: &Mapping) -> Option<File> {
+fn open(path: &Path, fits: impl Fn(&Metadata) -> bool) -> Option<File> {
     let metadata = fs::metadata(path).ok()?;
-    let device = (
-        nix::sys::stat::major(metadata.dev()),
-        nix::sys::stat::minor(metadata.dev()),
-    );
-    if !metadata.is_file() || metadata.ino() != mapping.inode || device != mapping.device {
+    if !metadata.is_file() || !fits(&metadata) {
         return None;
     }
-    File::options()
+    let file = File::options()
         .read(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())
         .open(path)
-        .ok()
+        .ok()?;
+    // Another may have taken its name in between.
+    let opened = file.metadata().ok()?;
+    let same = (opened.dev(), opened.ino()) == (metadata.dev(), metadata.ino());
+    same.then_some(file)
 }

@@ -1,91 +1,284 @@
 //! Stops every thread of a process, and lets it go on in any case.
 //!
-//! `PTRACE_SEIZE` and `PTRACE_INTERRUPT` stop a thread without sending it a signal. When the
-//! tracer dies, by whatever cause, the kernel detaches and the thread goes on: nothing that happens
-//! to this process can leave the other one stopped.
+//! ```text
+//!   tracer thread:  seize + interrupt all ──all stopped──▶ wait ──let go──▶ ends
+//!                        │    ▲                                  (the kernel detaches)
+//!                        ▼    │ after a pause, in which the process runs
+//!                   one thread doesn't stop
+//! ```
+//!
+//! `PTRACE_SEIZE` and `PTRACE_INTERRUPT` stop a thread without sending it a signal. Tracing belongs
+//! to the thread that began it. When that ends, by whatever cause, the kernel detaches and the
+//! stopped threads go on: nothing that happens to this process can leave the other one stopped. So
+//! there is a thread for tracing alone, and its end is how the process is let go.
 //!
 //! A thread may stop on its way to a signal instead, in the moment between the two calls; it must
 //! get that signal when it goes on. Stops are only peeked at (`WNOWAIT`), so that the kernel itself
-//! remembers the signal of a thread whose tracer ends.
+//! remembers the signal.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::marker::PhantomData;
-use std::thread::sleep;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use super::stuck::{self, Stuck};
 use crate::exit::Refusal;
-use crate::signals::Cancel;
+use crate::output::Output;
+use crate::signals::{BeforeStop, Cancel};
 
-/// How long a thread may take to stop. One that waits in the kernel for a disk stops when that
-/// answers.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the others may stand still because one thread doesn't stop: one that waits in the
+/// kernel, and one that runs and stops as soon as it gets a processor.
+const WAITING_THREAD_TIMEOUT: Duration = Duration::from_millis(200);
+const RUNNING_THREAD_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the process runs between two attempts, and how long attempts are made. A thread that
+/// waits in the kernel for a disk stops when that answers.
+const ATTEMPT_INTERVAL: Duration = Duration::from_millis(300);
+const ATTEMPTS_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long Ctrl-Z waits for the memory to be read, before the process is let go without.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A process whose threads are all stopped until this is dropped.
 #[derive(Debug)]
 pub(super) struct Hold {
     pid: i32,
-    threads: BTreeMap<Pid, Thread>,
-    /// Tracing belongs to the thread that began it.
-    not_send: PhantomData<*const ()>,
+    thread: Pid,
+    since: Instant,
+    latch: Arc<Latch>,
+    tracer: Option<JoinHandle<()>>,
+    _before_stop: BeforeStop,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Thread {
-    /// Asked to stop.
-    Running,
-    /// Stopped, perhaps on the way to this signal, which it must get when it goes on.
-    Stopped(Option<Signal>),
-    /// Stopped on the way to a real-time signal. Detaching would have to name it, which `nix`
-    /// can't; the end of the tracing thread lets it go on, with the signal.
-    UntilEnd,
+/// Whether the process shall be let go.
+#[derive(Debug, Default)]
+struct Latch {
+    open: Mutex<Open>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Open {
+    /// It is held.
+    #[default]
+    No,
+    /// Its memory was read, or nobody wants it any more.
+    Done,
+    /// This process is about to be stopped by Ctrl-Z.
+    Stopping,
+}
+
+impl Latch {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self, why: Open) {
+        let mut open = self.lock();
+        if *open == Open::No {
+            *open = why;
+        }
+        drop(open);
+        self.changed.notify_all();
+    }
+
+    /// Waits until it is open, or for `timeout`.
+    fn wait(&self, timeout: Duration) -> Open {
+        let is_shut = |open: &mut Open| *open == Open::No;
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), timeout, is_shut);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Fails if this process is about to be stopped.
+    fn check(&self, pid: i32) -> Result<()> {
+        if *self.lock() == Open::Stopping {
+            bail!(
+                "process {pid} was let go because Ctrl-Z stopped this command before it had read \
+                 all memory; run it again"
+            );
+        }
+        Ok(())
+    }
 }
 
 impl Hold {
     /// Stops all threads of process `pid`.
-    pub(super) fn new(pid: i32, cancel: &Cancel) -> Result<Self> {
+    pub(super) fn new(pid: i32, output: Output, cancel: &Cancel) -> Result<Self> {
         check_target(pid)?;
-        let mut hold = Self {
-            pid,
-            threads: BTreeMap::new(),
-            not_send: PhantomData,
+        let began = Instant::now();
+        let latch = Arc::<Latch>::default();
+        let before_stop = {
+            let latch = Arc::clone(&latch);
+            cancel.before_stop(move || let_go_before_stop(pid, &latch))
         };
-        // A thread that still runs can start another one while the list is read; once a pass finds
-        // no new thread, all those that could were stopped before it.
+        let mut is_told = false;
         loop {
-            let new = hold.seize_new()?;
-            hold.wait_stopped(cancel)?;
-            if !new {
-                break;
+            let since = Instant::now();
+            let (answer, answers) = channel();
+            let tracer = {
+                let (latch, cancel) = (Arc::clone(&latch), cancel.clone());
+                std::thread::Builder::new()
+                    .name("tracer".into())
+                    .spawn(move || trace(pid, &latch, &cancel, &answer))
+                    .context("starting a thread to stop the process with")?
+            };
+            let stopped = answers.recv().context("stopping the process")?;
+            let stuck = match stopped {
+                Ok(Stopped::All(thread)) => {
+                    return Ok(Self {
+                        pid,
+                        thread,
+                        since,
+                        latch,
+                        tracer: Some(tracer),
+                        _before_stop: before_stop,
+                    });
+                }
+                Ok(Stopped::Not(stuck)) => stuck,
+                Err(error) => {
+                    let _ = tracer.join();
+                    return Err(error);
+                }
+            };
+            // All threads go on here.
+            let _ = tracer.join();
+            if stuck.is_frozen() || began.elapsed() > ATTEMPTS_TIMEOUT {
+                return Err(anyhow!("{stuck}"));
             }
+            if !is_told {
+                output.warn(format_args!(
+                    "{stuck}; trying again for {} s",
+                    ATTEMPTS_TIMEOUT.as_secs()
+                ));
+                is_told = true;
+            }
+            sleep(ATTEMPT_INTERVAL);
+            cancel.check()?;
         }
-        // Killed meanwhile, or it ended by itself.
-        if hold.thread().is_none() {
-            bail!("process {pid} ended before it could be held");
-        }
-        Ok(hold)
     }
 
     /// A held thread, through which the memory can be reached: the main one, unless that ended
     /// before the others.
-    pub(super) fn thread(&self) -> Option<Pid> {
-        let main = Pid::from_raw(self.pid);
-        let others = self.threads.keys().copied().filter(|&tid| tid != main);
-        std::iter::once(main)
-            .chain(others)
-            .find(|&tid| thread_state(self.pid, tid) == Some(TRACED))
+    pub(super) fn thread(&self) -> Pid {
+        self.thread
     }
 
-    /// Whether a thread is still held. Only a kill can change that.
-    pub(super) fn holds(&self, tid: Pid) -> bool {
-        thread_state(self.pid, tid) == Some(TRACED)
+    /// Since when the process is held.
+    pub(super) fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Fails if the process is held no longer: it was killed, or let go because of Ctrl-Z.
+    pub(super) fn check(&self) -> Result<()> {
+        self.latch.check(self.pid)?;
+        if thread_state(self.pid, self.thread) != Some(TRACED) {
+            // The state may have changed because of that.
+            self.latch.check(self.pid)?;
+            return Err(ended(self.pid));
+        }
+        Ok(())
+    }
+
+    /// Fails if the process was let go because of Ctrl-Z. Costs no system call.
+    pub(super) fn check_latch(&self) -> Result<()> {
+        self.latch.check(self.pid)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.latch.open(Open::Done);
+        if let Some(tracer) = self.tracer.take() {
+            let _ = tracer.join();
+        }
+    }
+}
+
+/// What is said of a process that isn't there any more.
+pub(super) fn ended(pid: i32) -> anyhow::Error {
+    anyhow!("process {pid} ended while it was read")
+}
+
+/// Lets the process go on before this one is stopped: at once when its memory was read, and after a
+/// while in any case.
+fn let_go_before_stop(pid: i32, latch: &Latch) {
+    if latch.wait(STOP_TIMEOUT) == Open::No {
+        latch.open(Open::Stopping);
+    }
+    // The tracer must end before it is stopped as well.
+    let began = Instant::now();
+    while began.elapsed() < STOP_TIMEOUT && any_traced(pid) {
+        sleep(Duration::from_millis(1));
+    }
+}
+
+fn any_traced(pid: i32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    tasks.into_iter().flatten().flatten().any(|task| {
+        let tid = task.file_name().to_str().and_then(|name| name.parse().ok());
+        tid.is_some_and(|tid| thread_state(pid, Pid::from_raw(tid)) == Some(TRACED))
+    })
+}
+
+/// How an attempt went.
+enum Stopped {
+    /// All threads are stopped; this is one of them.
+    All(Pid),
+    /// One is not.
+    Not(Stuck),
+}
+
+/// What the tracer thread does: it stops all threads of `pid`, reports that, and keeps them until
+/// the latch opens.
+fn trace(pid: i32, latch: &Latch, cancel: &Cancel, answer: &Sender<Result<Stopped>>) {
+    let stopped = Tracer {
+        pid,
+        latch,
+        cancel,
+        threads: BTreeMap::new(),
+    }
+    .stop();
+    let is_held = matches!(stopped, Ok(Stopped::All(_)));
+    if answer.send(stopped).is_ok() && is_held {
+        while latch.wait(Duration::from_secs(60)) == Open::No {}
+    }
+}
+
+/// The threads of a process that are being stopped.
+struct Tracer<'a> {
+    pid: i32,
+    latch: &'a Latch,
+    cancel: &'a Cancel,
+    /// Whether each has stopped.
+    threads: BTreeMap<Pid, bool>,
+}
+
+impl Tracer<'_> {
+    fn stop(mut self) -> Result<Stopped> {
+        // A thread that still runs can start another one while the list is read; once a pass finds
+        // no new thread, all those that could were stopped before it.
+        while self.seize_new()? {
+            if let Some(stuck) = self.wait_stopped()? {
+                return Ok(Stopped::Not(stuck));
+            }
+        }
+        let main = Pid::from_raw(self.pid);
+        let others = self.threads.keys().copied().filter(|&tid| tid != main);
+        let held = std::iter::once(main)
+            .chain(others)
+            .find(|&tid| thread_state(self.pid, tid) == Some(TRACED));
+        // Killed meanwhile, or it ended by itself.
+        let thread =
+            held.with_context(|| format!("process {} ended before it could be held", self.pid))?;
+        Ok(Stopped::All(thread))
     }
 
     /// Traces and interrupts the threads that aren't yet; tells whether there were any.
@@ -112,7 +305,7 @@ impl Hold {
                     return Err(error).with_context(|| format!("holding process {pid}"));
                 }
             }
-            self.threads.insert(tid, Thread::Running);
+            self.threads.insert(tid, false);
             new = true;
             match ptrace::interrupt(tid) {
                 Ok(()) | Err(Errno::ESRCH) => {}
@@ -124,22 +317,34 @@ impl Hold {
         Ok(new)
     }
 
-    fn wait_stopped(&mut self, cancel: &Cancel) -> Result<()> {
-        let began = Instant::now();
+    /// Waits until all have stopped. Gives up and returns the reason if one doesn't.
+    fn wait_stopped(&mut self) -> Result<Option<Stuck>> {
         let mut pause = Duration::from_micros(50);
+        let mut left = usize::MAX;
+        let mut last_stop = Instant::now();
         loop {
             self.collect();
-            let Some(tid) = self.running().next() else {
-                return Ok(());
+            let mut running = self.running();
+            let Some(tid) = running.next() else {
+                return Ok(None);
             };
-            cancel.check()?;
-            if began.elapsed() > PATIENCE {
-                bail!(
-                    "process {}: thread {tid} does not stop; it has waited in the kernel for {} s \
-                     (for a disk or a file server?)",
-                    self.pid,
-                    PATIENCE.as_secs()
-                );
+            let now_left = 1 + running.count();
+            if now_left < left {
+                (left, last_stop) = (now_left, Instant::now());
+            }
+            self.cancel.check()?;
+            self.latch.check(self.pid)?;
+            let waited = last_stop.elapsed();
+            if waited > WAITING_THREAD_TIMEOUT {
+                // One that waits in the kernel: the others can't stop it from doing so.
+                let waits = |tid: &Pid| thread_state(self.pid, *tid) == Some('D');
+                let waiting = self.running().find(waits);
+                if let Some(tid) = waiting {
+                    return Ok(Some(stuck::why(self.pid, tid)));
+                }
+                if waited > RUNNING_THREAD_TIMEOUT {
+                    return Ok(Some(stuck::why(self.pid, tid)));
+                }
             }
             sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));
@@ -147,9 +352,9 @@ impl Hold {
     }
 
     fn running(&self) -> impl Iterator<Item = Pid> {
-        self.threads
-            .iter()
-            .filter(|(_, thread)| matches!(thread, Thread::Running))
+        let threads = self.threads.iter();
+        threads
+            .filter(|(_, stopped)| !**stopped)
             .map(|(&tid, _)| tid)
     }
 
@@ -161,46 +366,24 @@ impl Hold {
             | WaitPidFlag::WNOHANG
             | WaitPidFlag::WNOWAIT;
         for tid in self.running().collect::<Vec<_>>() {
-            let stopped = match waitid(Id::Pid(tid), peek) {
-                // On its way to a signal: an event has a number above zero.
-                Ok(WaitStatus::PtraceEvent(_, signal, 0)) => Thread::Stopped(Some(signal)),
-                // The stop that was asked for, or that of a stopped job, which stays stopped.
-                Ok(WaitStatus::PtraceEvent(..)) => Thread::Stopped(None),
-                // A signal without a name in `nix`.
-                Err(Errno::EINVAL) => Thread::UntilEnd,
+            match waitid(Id::Pid(tid), peek) {
+                // The stop that was asked for, that of a stopped job, which stays stopped, or one on
+                // the way to a signal. A signal without a name in `nix` is an error of its own.
+                Ok(WaitStatus::PtraceEvent(..)) | Err(Errno::EINVAL) => {
+                    self.threads.insert(tid, true);
+                }
                 Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => {
                     let _ = waitpid(tid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
                     self.threads.remove(&tid);
-                    continue;
                 }
                 Err(Errno::ECHILD) => {
                     self.threads.remove(&tid);
-                    continue;
                 }
                 // The end of a main thread is not reported while others are there, ended or not.
                 Ok(_) | Err(_) if has_ended(self.pid, tid) => {
                     self.threads.remove(&tid);
-                    continue;
                 }
-                Ok(_) | Err(_) => continue,
-            };
-            self.threads.insert(tid, stopped);
-        }
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        // Only a stopped thread can be let go. One that hasn't stopped yet is waited for a little;
-        // after that the end of this process does it.
-        let began = Instant::now();
-        while self.running().next().is_some() && began.elapsed() < Duration::from_secs(1) {
-            self.collect();
-            sleep(Duration::from_micros(200));
-        }
-        for (&tid, thread) in &self.threads {
-            if let Thread::Stopped(signal) = *thread {
-                let _ = ptrace::detach(tid, signal);
+                Ok(_) | Err(_) => {}
             }
         }
     }
@@ -250,7 +433,7 @@ fn has_ended(pid: i32, tid: Pid) -> bool {
 const TRACED: char = 't';
 
 /// The state letter of a thread, if there is one. The name before it may contain anything.
-fn thread_state(pid: i32, tid: Pid) -> Option<char> {
+pub(super) fn thread_state(pid: i32, tid: Pid) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
 }

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 
+use super::super::PAGE;
+
 /// One mapping.
 #[expect(
     clippy::struct_excessive_bools,
@@ -46,7 +48,9 @@ pub(super) enum Untouched {
     Zero,
     /// Known only to the process that answers the faults.
     Unknown,
-    /// To be found by reading: the contents of a file.
+    /// The contents of a file.
+    File,
+    /// To be found by reading: the kernel's own, as `[vdso]`.
     Read,
 }
 
@@ -62,12 +66,19 @@ impl Mapping {
         }
     }
 
-    /// The kernel's entry for obsolete system calls: no memory of the process.
-    pub(super) fn is_vsyscall(&self) -> bool {
-        self.name == "[vsyscall]"
+    /// Data of the kernel, and its entry for obsolete system calls: no memory of the process, and not
+    /// to be read.
+    pub(super) fn is_kernel_data(&self) -> bool {
+        self.name == "[vsyscall]" || self.name.starts_with("[vvar")
     }
 
-    /// Address space set aside, that nobody may touch and that holds nothing.
+    /// Memory of `memfd_secret`, which nobody but the process can read.
+    pub(super) fn is_secret(&self) -> bool {
+        self.inode != 0 && self.name.starts_with("/secretmem")
+    }
+
+    /// Address space set aside, that nobody may touch and in which nothing is populated. Only the
+    /// page table tells whether there are markers.
     pub(super) fn is_empty_reservation(&self) -> bool {
         !(self.read || self.write || self.execute)
             && self.is_private_anonymous()
@@ -83,7 +94,13 @@ impl Mapping {
             && !matches!(self.name.as_str(), "[heap]" | "[stack]")
             && !self.name.starts_with("[anon:");
         let huge = self.name.starts_with("/anon_hugepage");
-        !self.shared && ((self.inode == 0 && !named_by_kernel) || huge)
+        !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
+    }
+
+    /// Whether there is a file behind it. The first segment of System V shared memory has the inode
+    /// number 0.
+    fn is_of_file(&self) -> bool {
+        self.inode != 0 || self.name.starts_with('/')
     }
 
     pub(super) fn untouched(&self) -> Untouched {
@@ -91,17 +108,26 @@ impl Mapping {
             Untouched::Unknown
         } else if self.is_private_anonymous() {
             Untouched::Zero
+        } else if self.is_of_file() {
+            Untouched::File
         } else {
             Untouched::Read
         }
     }
 
+    /// Page size in bytes.
+    pub(super) fn page_size(&self) -> u64 {
+        let size = self.details.map_or(PAGE, |details| details.page_size);
+        if size.is_power_of_two() {
+            size.max(PAGE)
+        } else {
+            PAGE
+        }
+    }
+
     /// Page size as a power of two: the format's hint knows 4 KiB and 2 MiB.
     pub(super) fn page_shift(&self) -> u32 {
-        match self.details {
-            Some(details) if details.page_size >= 2 << 20 => 21,
-            _ => 12,
-        }
+        if self.page_size() >= 2 << 20 { 21 } else { 12 }
     }
 }
 
@@ -223,7 +249,14 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(vdso.untouched(), Untouched::Read);
         assert_eq!(huge.page_shift(), 21);
         assert_eq!(huge.untouched(), Untouched::Zero);
-        assert!(vsyscall.is_vsyscall());
+        assert!(vsyscall.is_kernel_data() && vvar.is_kernel_data() && !vdso.is_kernel_data());
+    }
+
+    #[test]
+    fn first_system_v_segment_is_a_file() {
+        let line = "7f0000000000-7f0010000000 rw-s 00000000 00:01 0    /SYSV00000000 (deleted)\n";
+        let all = parse(line.as_bytes()).unwrap();
+        assert_eq!(all[0].untouched(), Untouched::File);
     }
 
     /// A file named with an escape character in the address space made packing the process fail.

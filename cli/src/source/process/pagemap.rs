@@ -1,21 +1,28 @@
 //! Which pages of a process exist: `/proc/PID/pagemap`.
 //!
 //! The kernel lists what is populated (Linux 6.7), which takes no time for what isn't; an older one
-//! gives a word for each page.
+//! gives a word for each page. `smaps` doesn't count markers: a poisoned page is in a mapping of
+//! which nothing is populated.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Context as _, Result};
-use snaprestore_engine::sys::pagemap;
+use snaprestore_engine::sys::pagemap::{self, Entry};
 
 use super::super::PAGE;
+use super::VAST;
+use super::maps::Mapping;
 
 /// The page is in memory.
 const PRESENT: u64 = 1 << 63;
-/// The page is in swap.
+/// The page is in swap, or a marker stands in its place.
 const SWAPPED: u64 = 1 << 62;
+/// The marker of a guard page stands in its place (Linux 6.15).
+const GUARD: u64 = 1 << 58;
+/// A userfaultfd write-protects the page.
+const PROTECTED: u64 = 1 << 57;
 /// Words read at once: 512 KiB of them describe 256 MiB.
 const WORDS: usize = 64 << 10;
 
@@ -31,36 +38,72 @@ impl Pagemap {
         File::open(format!("{folder}/pagemap")).map(|file| Self { file })
     }
 
-    /// Calls `run` with the start, the number and the state (populated or never touched) of each
-    /// run of pages, in order and without gaps.
+    /// Calls `run` with the start, the number and the state of each run of pages of `mapping`, in
+    /// order and without gaps: whether the page's content is the process's own, or in swap, or a
+    /// marker stands there that makes it unreadable. Otherwise it was never touched, or its content
+    /// is in a file.
     pub(super) fn runs(
         &self,
-        start: u64,
-        pages: u64,
-        run: impl FnMut(u64, u64, bool) -> Result<()>,
+        mapping: &Mapping,
+        mut run: impl FnMut(u64, u64, bool) -> Result<()>,
     ) -> Result<()> {
-        let end = start + pages * PAGE;
+        let (start, end) = (mapping.start, mapping.end);
+        let is_own = |entry| match entry {
+            Entry::Present | Entry::Swapped => true,
+            // Swapped pages of shared memory aren't listed in page tables.
+            Entry::Protected => !mapping.shared,
+            Entry::Guard => false,
+        };
         let mut runs = Runs {
             at: start,
-            run,
+            run: &mut run,
             open: None,
         };
-        let scanned = pagemap::populated(&self.file, start, end, |from, to| {
+        let scanned = pagemap::entries(&self.file, start, end, |from, to, entry| {
             runs.push(from, false)?;
-            runs.push(to, true)
+            runs.push(to, is_own(entry))
         });
         match scanned {
-            Err(error) if is_unsupported(&error) => self.words(end, &mut runs)?,
+            Err(error) if is_unsupported(&error) => {
+                // Gigabytes of words tell the same: vast memory that smaps calls untouched is left
+                // out in any case.
+                let is_vast = (end - start) / PAGE >= VAST;
+                if !(is_vast
+                    && mapping
+                        .details
+                        .is_some_and(|details| details.populated == 0))
+                {
+                    self.words(end, &is_own, &mut runs)?;
+                }
+            }
             scanned => scanned.context("finding which pages exist")?,
         }
         runs.push(end, false)?;
         runs.finish()
     }
 
+    /// Whether no page of `mapping` has content of its own.
+    pub(super) fn is_untouched(&self, mapping: &Mapping) -> bool {
+        let mut untouched = true;
+        let looked = self.runs(mapping, |_, _, own| {
+            untouched &= !own;
+            Ok(())
+        });
+        looked.is_ok() && untouched
+    }
+
+    /// Whether the page at `address` is a guard page. For kernels that don't list them.
+    pub(super) fn is_guard(&self, address: u64) -> bool {
+        let mut word = [0; 8];
+        let read = self.file.read_exact_at(&mut word, address / PAGE * 8);
+        read.is_ok() && to_entry(word) == Some(Entry::Guard)
+    }
+
     /// As far as `end`, page by page.
     fn words<F: FnMut(u64, u64, bool) -> Result<()>>(
         &self,
         end: u64,
+        is_own: &impl Fn(Entry) -> bool,
         runs: &mut Runs<F>,
     ) -> Result<()> {
         let left = usize::try_from((end - runs.at) / PAGE)?;
@@ -74,13 +117,27 @@ impl Pagemap {
                 .context("finding which pages exist")?;
             let (words, _) = bytes.as_chunks::<8>();
             for word in words {
-                // The kernel writes its own byte order; only this machine reads it.
-                #[expect(clippy::host_endian_bytes, reason = "a word from the kernel")]
-                let populated = u64::from_ne_bytes(*word) & (PRESENT | SWAPPED) != 0;
-                runs.push(runs.at + PAGE, populated)?;
+                runs.push(runs.at + PAGE, to_entry(*word).is_some_and(is_own))?;
             }
         }
         Ok(())
+    }
+}
+
+fn to_entry(word: [u8; 8]) -> Option<Entry> {
+    // The kernel writes its own byte order; only this machine reads it.
+    #[expect(clippy::host_endian_bytes, reason = "a word from the kernel")]
+    let word = u64::from_ne_bytes(word);
+    if word & PRESENT != 0 {
+        Some(Entry::Present)
+    } else if word & SWAPPED == 0 {
+        None
+    } else if word & GUARD != 0 {
+        Some(Entry::Guard)
+    } else if word & PROTECTED != 0 {
+        Some(Entry::Protected)
+    } else {
+        Some(Entry::Swapped)
     }
 }
 
@@ -139,8 +196,13 @@ mod tests {
         }
         let mut runs = Vec::new();
         let pagemap = Pagemap::open("/proc/self").unwrap();
+        let mapping = Mapping {
+            start: base,
+            end: base + 2048 * PAGE,
+            ..Mapping::default()
+        };
         pagemap
-            .runs(base, 2048, |start, pages, populated| {
+            .runs(&mapping, |start, pages, populated| {
                 runs.push(((start - base) / PAGE, pages, populated));
                 Ok(())
             })
@@ -154,7 +216,9 @@ mod tests {
             },
             open: None,
         };
-        pagemap.words(base + 2048 * PAGE, &mut joined).unwrap();
+        pagemap
+            .words(base + 2048 * PAGE, &|_| true, &mut joined)
+            .unwrap();
         joined.finish().unwrap();
         assert_eq!(runs, by_words, "both ways tell the same");
         let state = |page: u64| {

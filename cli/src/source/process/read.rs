@@ -1,0 +1,248 @@
+//! Reading all memory of a stopped process into the spool.
+
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+
+use super::super::{CHUNK, PAGE};
+use super::hold::ended;
+use super::plan::{Plan, Reason};
+use super::spool::{Filler, Spool};
+use super::{Inner, VAST, region};
+use crate::output::{Output, count};
+
+/// Pages that may be read through the process though they aren't in its page table, which may add
+/// them to its memory: 8 MiB in all.
+const MAX_HIDDEN_PAGES: u64 = (8 << 20) / PAGE;
+
+/// What was not read, and how long the process was held.
+#[derive(Debug, Default)]
+pub(super) struct Summary {
+    pub(super) held: Duration,
+    /// Pages that reading failed for.
+    unreadable: u64,
+    /// Pages that another process brings.
+    answered: u64,
+    /// Pages of devices.
+    device: u64,
+    /// Pages of `memfd_secret`.
+    secret: u64,
+    /// Pages of which this user can't tell whether they hold anything.
+    hidden: u64,
+    /// Pages of that kind that were few enough to be read.
+    hidden_read: u64,
+    /// Vast memory that was never touched, or is unavailable.
+    left_out: u64,
+    left_out_unavailable: u64,
+}
+
+/// Reports the end of the reading, also of one that panics.
+struct EndOnDrop<'a>(&'a Spool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+impl Inner {
+    /// Reads everything, lets the process go on, and tells the writer that it was all.
+    pub(super) fn read(self: Box<Self>, spool: &Spool) -> Result<Summary> {
+        let _end = EndOnDrop(spool);
+        let mut summary = self.read_mappings(spool)?;
+        let since = self.hold.since();
+        // The process goes on here.
+        drop(self);
+        summary.held = since.elapsed();
+        Ok(summary)
+    }
+
+    fn read_mappings(&self, spool: &Spool) -> Result<Summary> {
+        let check = || self.check();
+        let mut filler = Filler::new(spool, &check);
+        let mut summary = Summary::default();
+        for mapping in &self.mappings {
+            // A region ends where vast memory is left out, and another begins behind it.
+            let mut begun = false;
+            self.plan(mapping, &mut |start, pages, plan| {
+                if pages >= VAST {
+                    match plan {
+                        Plan::Zero => summary.left_out += pages,
+                        Plan::Unavailable(_) => summary.left_out_unavailable += pages,
+                        _ => {}
+                    }
+                    if matches!(plan, Plan::Zero | Plan::Unavailable(_)) {
+                        begun = false;
+                        return Ok(());
+                    }
+                }
+                if !begun {
+                    filler.region(&region(mapping, start))?;
+                    begun = true;
+                }
+                self.read_run(start, pages, plan, mapping, &mut filler, &mut summary)
+            })?;
+        }
+        filler.flush()?;
+        self.hold.check()?;
+        Ok(summary)
+    }
+
+    fn read_run(
+        &self,
+        start: u64,
+        pages: u64,
+        plan: Plan,
+        mapping: &super::Mapping,
+        filler: &mut Filler<'_>,
+        summary: &mut Summary,
+    ) -> Result<()> {
+        match plan {
+            Plan::Process => {
+                summary.unreadable += self.read_process(start, pages, filler)?;
+            }
+            Plan::File(backing) => {
+                let offset = mapping.offset + (start - mapping.start);
+                let read = |buffer: &mut [u8], at: u64| backing.read(buffer, offset + at);
+                summary.unreadable +=
+                    read_pages(pages, filler, read, |_, _| Ok(Failed::Unavailable))?;
+            }
+            Plan::Zero => filler.zeros(pages)?,
+            Plan::Unavailable(reason) => {
+                match reason {
+                    Reason::Device => summary.device += pages,
+                    Reason::Answered => summary.answered += pages,
+                    Reason::Secret => summary.secret += pages,
+                    // There is nothing to know.
+                    Reason::BeyondFile => {}
+                }
+                filler.unavailable(pages)?;
+            }
+            Plan::Hidden if pages <= MAX_HIDDEN_PAGES - summary.hidden_read => {
+                summary.hidden_read += pages;
+                summary.unreadable += self.read_process(start, pages, filler)?;
+            }
+            Plan::Hidden => {
+                summary.hidden += pages;
+                filler.unavailable(pages)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads `pages` pages at `start` from the process; those that can't be read are unavailable.
+    /// Returns how many.
+    fn read_process(&self, start: u64, pages: u64, filler: &mut Filler<'_>) -> Result<u64> {
+        let read = |buffer: &mut [u8], at: u64| match self.memory.read_at(buffer, start + at) {
+            // There is no process any more.
+            Ok(0) => Err(Errno::ESRCH.into()),
+            result => result,
+        };
+        read_pages(pages, filler, read, |at, error| {
+            let errno = error.raw_os_error().map(Errno::from_raw);
+            match errno {
+                // There is no memory behind the address, or a marker that forbids it.
+                Some(Errno::EIO | Errno::EFAULT | Errno::EOVERFLOW) => {
+                    self.hold.check()?;
+                    let is_guard = |pagemap: &super::Pagemap| pagemap.is_guard(start + at);
+                    Ok(if self.pagemap.as_ref().is_some_and(is_guard) {
+                        Failed::Guard
+                    } else {
+                        Failed::Unavailable
+                    })
+                }
+                Some(Errno::ESRCH) => Err(ended(self.pid)),
+                _ => Err(io::Error::from(error.kind()))
+                    .with_context(|| format!("process {}: reading at {:#x}", self.pid, start + at)),
+            }
+        })
+    }
+}
+
+/// What a page is that can't be read.
+enum Failed {
+    Unavailable,
+    Guard,
+}
+
+/// Reads `pages` pages by `read`, which is given a place in bytes from the first. `failed` says what
+/// becomes of a page that can't be read. Returns how many are unavailable.
+fn read_pages(
+    pages: u64,
+    filler: &mut Filler<'_>,
+    read: impl Fn(&mut [u8], u64) -> io::Result<usize>,
+    failed: impl Fn(u64, &io::Error) -> Result<Failed>,
+) -> Result<u64> {
+    let end = pages * PAGE;
+    let (mut at, mut unavailable) = (0, 0);
+    let mut most = CHUNK as u64;
+    while at < end {
+        let error = match filler.pages((end - at).min(most), |buffer| read(buffer, at))? {
+            Ok(count) if count as u64 >= PAGE => {
+                at += count as u64 / PAGE * PAGE;
+                most = CHUNK as u64;
+                continue;
+            }
+            Ok(_) => Errno::EIO.into(),
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => error,
+        };
+        match failed(at, &error)? {
+            Failed::Guard => filler.zeros(1)?,
+            Failed::Unavailable => {
+                filler.unavailable(1)?;
+                unavailable += 1;
+            }
+        }
+        at += PAGE;
+        // The next is likely to fail as well.
+        most = PAGE;
+    }
+    Ok(unavailable)
+}
+
+impl Summary {
+    /// Says what was not read.
+    pub(super) fn warn(&self, pid: i32, output: Output) {
+        let gib = |pages: u64| (pages * PAGE) >> 30;
+        if self.left_out > 0 {
+            output.warn(format_args!(
+                "{} GiB of process {pid} were set aside and never touched; left out",
+                gib(self.left_out)
+            ));
+        }
+        if self.left_out_unavailable > 0 {
+            output.warn(format_args!(
+                "warning: {} GiB of process {pid} can't be read (mappings longer than their file, \
+                 of a device, or filled by another process); left out",
+                gib(self.left_out_unavailable)
+            ));
+        }
+        let unavailable = |pages: u64, why: &str| {
+            if pages > 0 {
+                output.warn(format_args!(
+                    "warning: {} of process {pid} {why}; recorded as unavailable",
+                    count(pages, "page")
+                ));
+            }
+        };
+        unavailable(
+            self.answered,
+            "not in its memory yet: another process still brings them (a lazy restore?)",
+        );
+        unavailable(self.device, "belong to a device");
+        unavailable(
+            self.secret,
+            "are secret (memfd_secret), and only it can read them",
+        );
+        unavailable(
+            self.hidden,
+            "are shared memory, or of a file that can't be opened, and not in its page table: \
+             reading them could make it grow by as much (root can see whether they hold anything)",
+        );
+        unavailable(self.unreadable, "could not be read");
+    }
+}

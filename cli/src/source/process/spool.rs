@@ -1,0 +1,491 @@
+//! A queue between the thread that reads a stopped process and the writer of the snapshot.
+//!
+//! ```text
+//!   reader ──chunks──▶ 16 MiB of memory, then a temporary file ──chunks──▶ writer
+//! ```
+//!
+//! The process is stopped until the last chunk is in the queue, not until it is compressed and
+//! written. The reader waits for the writer only if there is no room in the file either. The file
+//! has no name: it is gone when this process ends, however it ends. What was taken from it is
+//! punched out, so that mostly nothing of it reaches the disk.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statvfs::fstatvfs;
+
+use super::super::{CHUNK, PAGE, Region, Sink};
+
+/// Chunks that are kept in memory.
+const MAX_CHUNKS_IN_MEMORY: usize = 16;
+/// How often a reader that waits for room looks whether it shall stop.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Where a spool may put its file.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// The folder.
+    pub(crate) folder: PathBuf,
+    /// Whether the snapshot is written there too, and needs room.
+    pub(crate) is_shared: bool,
+}
+
+impl Place {
+    /// The folder of `target`, or one for large temporary files if the target is a stream.
+    pub(crate) fn beside(target: Option<&Path>) -> Self {
+        let Some(target) = target else {
+            let given = std::env::var_os("TMPDIR").map(PathBuf::from);
+            // Often on a disk, where /tmp is memory.
+            let folder = given.unwrap_or_else(|| "/var/tmp".into());
+            return Self {
+                folder,
+                is_shared: false,
+            };
+        };
+        let parent = target.parent().filter(|parent| *parent != Path::new(""));
+        Self {
+            folder: parent.unwrap_or(Path::new(".")).into(),
+            is_shared: true,
+        }
+    }
+}
+
+/// The queue. One thread fills it through a [`Filler`], another empties it.
+#[derive(Debug)]
+pub(super) struct Spool {
+    state: Mutex<State>,
+    changed: Condvar,
+    file: Option<File>,
+    /// How long a file may become (`RLIMIT_FSIZE`).
+    longest: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Chunk>,
+    in_memory: usize,
+    /// Where the next chunk goes in the file.
+    file_end: u64,
+    /// Bytes that the file takes, and may take.
+    file_bytes: u64,
+    file_limit: u64,
+    /// Buffers to use again.
+    spare: Vec<Vec<u8>>,
+    /// The writer takes no more.
+    closed: bool,
+    /// The reader gives no more.
+    ended: bool,
+}
+
+#[derive(Debug)]
+enum Chunk {
+    Memory(Vec<u8>),
+    File { offset: u64, len: usize },
+}
+
+impl Spool {
+    /// A queue for memory of which at most `bytes` bytes are more than zeros. If no file can be made,
+    /// there is none.
+    pub(super) fn new(place: &Place, bytes: u64) -> Self {
+        let file = tempfile::tempfile_in(&place.folder).ok();
+        let limit = file.as_ref().map_or(0, |file| {
+            let Ok(about) = fstatvfs(file) else { return 0 };
+            let free = about
+                .blocks_available()
+                .saturating_mul(about.fragment_size());
+            // The snapshot may become as large as the memory, and must not lack room because of
+            // the spool.
+            let snapshot = if place.is_shared { bytes } else { 0 };
+            free.saturating_sub(snapshot) / 2
+        });
+        Self {
+            state: Mutex::new(State {
+                file_limit: limit,
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+            file,
+            longest: getrlimit(Resource::RLIMIT_FSIZE).map_or(0, |(soft, _)| soft),
+        }
+    }
+
+    /// The state is whole after every statement.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the reader's next call fail: nobody takes what it reads.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Puts a chunk into the queue. `check` is called while there is no room, and ends the wait by
+    /// an error.
+    fn push(&self, chunk: Vec<u8>, check: &dyn Fn() -> Result<()>) -> Result<Vec<u8>> {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                bail!("nobody takes the memory");
+            }
+            if state.in_memory < MAX_CHUNKS_IN_MEMORY {
+                state.in_memory += 1;
+                state.queue.push_back(Chunk::Memory(chunk));
+                break;
+            }
+            let (offset, len) = (state.file_end, chunk.len());
+            if let Some(file) = &self.file
+                && state.file_bytes + len as u64 <= state.file_limit
+                && offset + len as u64 <= self.longest
+            {
+                drop(state);
+                let written = file.write_all_at(&chunk, offset);
+                state = self.lock();
+                if written.is_ok() {
+                    state.file_bytes += len as u64;
+                    state.file_end = offset + len as u64;
+                    state.queue.push_back(Chunk::File { offset, len });
+                    state.spare.push(chunk);
+                    break;
+                }
+                // The disk is full: from now on the reader waits.
+                state.file_limit = 0;
+                continue;
+            }
+            let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            check()?;
+            state = self.lock();
+        }
+        self.changed.notify_all();
+        let mut buffer = state.spare.pop().unwrap_or_default();
+        buffer.clear();
+        Ok(buffer)
+    }
+
+    /// Tells the writer that this was all.
+    pub(super) fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Gives everything to `sink`, until the reader has ended.
+    pub(super) fn empty(&self, sink: &mut dyn Sink) -> Result<()> {
+        while let Some(chunk) = self.pop()? {
+            deliver(&chunk, sink)?;
+            let mut state = self.lock();
+            if state.spare.len() < 2 {
+                state.spare.push(chunk);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next chunk, or none if the reader has ended.
+    fn pop(&self) -> Result<Option<Vec<u8>>> {
+        let mut state = self.lock();
+        let next = loop {
+            if let Some(next) = state.queue.pop_front() {
+                break next;
+            }
+            if state.ended {
+                return Ok(None);
+            }
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        };
+        let chunk = match next {
+            Chunk::Memory(chunk) => {
+                state.in_memory -= 1;
+                chunk
+            }
+            Chunk::File { offset, len } => {
+                let mut chunk = state.spare.pop().unwrap_or_default();
+                drop(state);
+                chunk.resize(len, 0);
+                let Some(file) = &self.file else {
+                    unreachable!("a chunk was put there");
+                };
+                file.read_exact_at(&mut chunk, offset)
+                    .context("reading back what was read of the process")?;
+                let place = (i64::try_from(offset)?, i64::try_from(len)?);
+                let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+                let punch = punch | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let punched = fallocate(file.as_fd(), punch, place.0, place.1);
+                let mut state = self.lock();
+                if punched.is_ok() {
+                    state.file_bytes -= len as u64;
+                }
+                drop(state);
+                self.changed.notify_all();
+                return Ok(Some(chunk));
+            }
+        };
+        drop(state);
+        self.changed.notify_all();
+        Ok(Some(chunk))
+    }
+}
+
+/// What kinds of records a chunk is made of: a letter, a number, and what belongs to it.
+const REGION: u8 = b'R';
+const PAGES: u8 = b'P';
+const ZEROS: u8 = b'Z';
+const UNAVAILABLE: u8 = b'U';
+
+/// Room that a chunk must have left for it to take more pages.
+const LEAST_ROOM: usize = 64 << 10;
+
+/// The reader's end of a [`Spool`].
+pub(super) struct Filler<'a> {
+    spool: &'a Spool,
+    chunk: Vec<u8>,
+    /// Called now and then: an error ends the reading.
+    check: &'a dyn Fn() -> Result<()>,
+}
+
+impl<'a> Filler<'a> {
+    pub(super) fn new(spool: &'a Spool, check: &'a dyn Fn() -> Result<()>) -> Self {
+        Self {
+            spool,
+            chunk: Vec::new(),
+            check,
+        }
+    }
+
+    fn record(&mut self, kind: u8, number: u64) -> Result<()> {
+        if self.chunk.len() >= CHUNK {
+            self.flush()?;
+        }
+        self.chunk.push(kind);
+        self.chunk.extend(number.to_le_bytes());
+        Ok(())
+    }
+
+    pub(super) fn region(&mut self, region: &Region) -> Result<()> {
+        self.record(REGION, region.start)?;
+        let name = region.name.as_bytes();
+        for number in [region.flags, region.page_shift, u32::try_from(name.len())?] {
+            self.chunk.extend(number.to_le_bytes());
+        }
+        self.chunk.extend(name);
+        Ok(())
+    }
+
+    pub(super) fn zeros(&mut self, pages: u64) -> Result<()> {
+        self.record(ZEROS, pages)
+    }
+
+    pub(super) fn unavailable(&mut self, pages: u64) -> Result<()> {
+        self.record(UNAVAILABLE, pages)
+    }
+
+    /// Takes the whole pages that `read` fills from the front of a buffer of at most `most` bytes.
+    /// Returns what `read` returned.
+    pub(super) fn pages(
+        &mut self,
+        most: u64,
+        read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> Result<io::Result<usize>> {
+        (self.check)()?;
+        if self.chunk.len() + LEAST_ROOM > CHUNK {
+            self.flush()?;
+        }
+        let room = (CHUNK - self.chunk.len()) as u64 / PAGE * PAGE;
+        let before = self.chunk.len();
+        self.record(PAGES, 0)?;
+        let start = self.chunk.len();
+        let most = usize::try_from(most.min(room))?;
+        self.chunk.resize(start + most, 0);
+        let filled = read(&mut self.chunk[start..]);
+        let pages = match filled {
+            Ok(count) => count as u64 / PAGE,
+            Err(_) => 0,
+        };
+        if pages == 0 {
+            self.chunk.truncate(before);
+        } else {
+            self.chunk[before + 1..start].copy_from_slice(&pages.to_le_bytes());
+            self.chunk.truncate(start + usize::try_from(pages * PAGE)?);
+        }
+        Ok(filled)
+    }
+
+    /// Gives the writer what there is.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        let chunk = std::mem::take(&mut self.chunk);
+        self.chunk = self.spool.push(chunk, self.check)?;
+        Ok(())
+    }
+}
+
+/// Gives the records of a chunk to `sink`.
+fn deliver(mut chunk: &[u8], sink: &mut dyn Sink) -> Result<()> {
+    while let Some((&kind, rest)) = chunk.split_first() {
+        chunk = rest;
+        let number = u64::from_le_bytes(cut(&mut chunk)?);
+        match kind {
+            REGION => {
+                let [flags, page_shift, name] =
+                    [cut(&mut chunk)?, cut(&mut chunk)?, cut(&mut chunk)?].map(u32::from_le_bytes);
+                let name = bytes(&mut chunk, u64::from(name))?;
+                sink.region(&Region {
+                    start: number,
+                    flags,
+                    page_shift,
+                    name: String::from_utf8_lossy(name).into_owned(),
+                })?;
+            }
+            PAGES => sink.pages(bytes(&mut chunk, number * PAGE)?)?,
+            ZEROS => sink.zeros(number)?,
+            UNAVAILABLE => sink.unavailable(number)?,
+            _ => bail!("{DAMAGED}"),
+        }
+    }
+    Ok(())
+}
+
+const DAMAGED: &str = "what was read of the process was changed in the temporary file";
+
+fn cut<const N: usize>(chunk: &mut &[u8]) -> Result<[u8; N]> {
+    let (first, rest) = chunk.split_first_chunk().context(DAMAGED)?;
+    *chunk = rest;
+    Ok(*first)
+}
+
+fn bytes<'a>(chunk: &mut &'a [u8], count: u64) -> Result<&'a [u8]> {
+    let count = usize::try_from(count)?;
+    let (first, rest) = chunk.split_at_checked(count).context(DAMAGED)?;
+    *chunk = rest;
+    Ok(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::testing::Recorder;
+    use super::*;
+
+    fn region(name: &str) -> Region {
+        Region {
+            start: 0x1000,
+            flags: 3,
+            page_shift: 21,
+            name: name.into(),
+        }
+    }
+
+    /// Fills `spool` with `count` times 3 pages of which the middle ones are unavailable and zero.
+    fn fill(spool: &Spool, count: u32) -> Result<()> {
+        let check = || Ok(());
+        let mut filler = Filler::new(spool, &check);
+        filler.region(&region("[heap]"))?;
+        for number in 0..count {
+            let read = filler.pages(PAGE, |page| {
+                page.fill(u8::try_from(number % 251).unwrap());
+                Ok(page.len())
+            })?;
+            assert_eq!(read.unwrap() as u64, PAGE);
+            // What fails leaves nothing.
+            let failed = filler.pages(PAGE, |_| Err(io::ErrorKind::Other.into()))?;
+            assert!(failed.is_err());
+            filler.unavailable(1)?;
+            filler.zeros(1)?;
+        }
+        filler.flush()
+    }
+
+    fn assert_all(recorder: &Recorder, count: u32) {
+        assert_eq!(recorder.regions[0].0, region("[heap]"));
+        for number in 0..count {
+            let at = u64::from(number) * 3;
+            let byte = u8::try_from(number % 251).unwrap();
+            assert_eq!(recorder.page(0, at), Some(vec![byte; 4096]), "{number}");
+            assert_eq!(recorder.page(0, at + 1), None);
+            assert_eq!(recorder.page(0, at + 2), Some(vec![0; 4096]));
+        }
+    }
+
+    fn place() -> Place {
+        Place {
+            folder: std::env::temp_dir(),
+            is_shared: false,
+        }
+    }
+
+    #[test]
+    fn reader_ends_before_writer_begins() {
+        let spool = Spool::new(&place(), 1 << 30);
+        // More than is kept in memory.
+        let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        fill(&spool, count).unwrap();
+        spool.end();
+        assert!(spool.lock().file_bytes > 0);
+        let mut recorder = Recorder::default();
+        spool.empty(&mut recorder).unwrap();
+        assert_all(&recorder, count);
+        assert_eq!(
+            spool.lock().file_bytes,
+            0,
+            "the file system can punch holes"
+        );
+    }
+
+    #[test]
+    fn without_a_file_the_reader_waits_for_the_writer() {
+        let nowhere = Place {
+            folder: "/does/not/exist".into(),
+            is_shared: true,
+        };
+        let spool = Spool::new(&nowhere, 1 << 30);
+        let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        let mut recorder = Recorder::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                fill(&spool, count).unwrap();
+                spool.end();
+            });
+            spool.empty(&mut recorder).unwrap();
+        });
+        assert_all(&recorder, count);
+    }
+
+    #[test]
+    fn reader_that_waits_sees_that_nobody_writes() {
+        let nowhere = Place {
+            folder: "/does/not/exist".into(),
+            is_shared: true,
+        };
+        let spool = Spool::new(&nowhere, 1 << 30);
+        let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| fill(&spool, count));
+            spool.close();
+            assert!(reader.join().unwrap().is_err());
+        });
+    }
+
+    #[test]
+    fn regions_with_long_names_and_nothing_else() {
+        let spool = Spool::new(&place(), 0);
+        let check = || Ok(());
+        let mut filler = Filler::new(&spool, &check);
+        for name in ["", &"x".repeat(5000)] {
+            filler.region(&region(name)).unwrap();
+        }
+        filler.flush().unwrap();
+        spool.end();
+        let mut recorder = Recorder::default();
+        spool.empty(&mut recorder).unwrap();
+        let names = recorder.regions.iter().map(|(region, _)| region.name.len());
+        assert_eq!(names.collect::<Vec<_>>(), [0, 5000]);
+    }
+}

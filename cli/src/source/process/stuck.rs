@@ -1,0 +1,178 @@
+//! Why a thread does not stop.
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+
+use nix::unistd::Pid;
+
+use super::hold::thread_state;
+
+/// A thread that does not stop, and the reason.
+#[derive(Debug)]
+pub(super) struct Stuck {
+    pid: i32,
+    tid: Pid,
+    reason: Reason,
+}
+
+#[derive(Debug)]
+enum Reason {
+    /// A cgroup that is frozen, by its path.
+    Frozen(String),
+    /// A wait in the kernel, in this function if that is known.
+    Waits(Option<String>),
+    /// None: it should stop.
+    Unknown,
+}
+
+/// Finds out why thread `tid` of process `pid` does not stop.
+pub(super) fn why(pid: i32, tid: Pid) -> Stuck {
+    let folder = format!("/proc/{pid}/task/{tid}");
+    let waits_in = fs::read_to_string(format!("{folder}/wchan"))
+        .ok()
+        .filter(|name| !name.is_empty() && name != "0");
+    let reason = if let Some(cgroup) = frozen_cgroup(&folder) {
+        Reason::Frozen(cgroup)
+    } else if thread_state(pid, tid) == Some('D') {
+        Reason::Waits(waits_in)
+    } else {
+        Reason::Unknown
+    };
+    Stuck { pid, tid, reason }
+}
+
+impl Stuck {
+    /// Whether waiting is of no use.
+    pub(super) fn is_frozen(&self) -> bool {
+        matches!(self.reason, Reason::Frozen(_))
+    }
+}
+
+impl fmt::Display for Stuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, tid, reason } = self;
+        match reason {
+            Reason::Frozen(cgroup) => write!(
+                f,
+                "process {pid} is frozen, so it cannot be stopped (freezer.state of its cgroup \
+                 {cgroup}, as docker pause sets it); thaw it, and try again"
+            ),
+            Reason::Waits(Some(function)) => {
+                write!(
+                    f,
+                    "process {pid}: thread {tid} does not stop; it waits in the kernel, in \
+                     {function}"
+                )?;
+                match hint(function) {
+                    Some(hint) => write!(f, " ({hint})"),
+                    None => Ok(()),
+                }
+            }
+            Reason::Waits(None) => write!(
+                f,
+                "process {pid}: thread {tid} does not stop; it waits in the kernel (for a disk, a \
+                 file server, or a child of vfork?)"
+            ),
+            Reason::Unknown => write!(f, "process {pid}: thread {tid} does not stop"),
+        }
+    }
+}
+
+/// What a thread that waits in a function of the kernel waits for.
+fn hint(function: &str) -> Option<&'static str> {
+    const HINTS: [(&[&str], &str); 4] = [
+        (
+            &["kernel_clone", "do_fork", "vfork"],
+            "for the child of its vfork, which has yet to start a program",
+        ),
+        (&["nfs", "rpc", "fuse", "cifs", "p9_"], "for a file server"),
+        (
+            &["userfault"],
+            "for the process that answers its page faults",
+        ),
+        (
+            &["io_schedule", "folio", "blk_", "jbd2", "submit_bio"],
+            "for a disk",
+        ),
+    ];
+    HINTS
+        .iter()
+        .find(|(parts, _)| parts.iter().any(|part| function.contains(part)))
+        .map(|(_, hint)| *hint)
+}
+
+/// The cgroup of version 1 that is frozen and holds the task behind a folder of `/proc`. In version
+/// 2 threads are frozen where they can be traced.
+fn frozen_cgroup(folder: &str) -> Option<String> {
+    let groups = fs::read_to_string(format!("{folder}/cgroup")).ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let group = freezer_group(&groups)?;
+    let (root, point) = freezer_mount(&mounts)?;
+    let within = group.strip_prefix(root).unwrap_or(group);
+    let path = PathBuf::from(point).join(within.trim_start_matches('/'));
+    let state = fs::read_to_string(path.join("freezer.state")).ok()?;
+    (state.trim() != "THAWED").then(|| group.to_owned())
+}
+
+/// The path in a line `number:controllers:path` of `/proc/PID/cgroup`.
+fn freezer_group(groups: &str) -> Option<&str> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let mut controllers = fields.next()?.split(',');
+        controllers.any(|name| name == "freezer").then_some(())?;
+        fields.next()
+    })
+}
+
+/// Root and mount point of the freezer's hierarchy, from `/proc/PID/mountinfo`.
+fn freezer_mount(mounts: &str) -> Option<(&str, &str)> {
+    mounts.lines().find_map(|line| {
+        let (mount, about) = line.split_once(" - ")?;
+        let mut about = about.split(' ');
+        (about.next() == Some("cgroup")).then_some(())?;
+        let mut options = about.nth(1)?.split(',');
+        options.any(|name| name == "freezer").then_some(())?;
+        let mut fields = mount.split(' ').skip(3);
+        let root = fields.next()?;
+        Some((root.trim_end_matches('/'), fields.next()?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freezer_of_a_container_is_found() {
+        let groups = "12:memory:/docker/abc\n7:freezer:/docker/abc\n1:name=systemd:/x\n0::/y\n";
+        assert_eq!(freezer_group(groups), Some("/docker/abc"));
+        assert_eq!(freezer_group("0::/y\n"), None);
+        let mounts = "\
+30 25 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw
+36 25 0:33 / /sys/fs/cgroup/memory rw shared:16 - cgroup cgroup rw,memory
+41 25 0:38 /docker/abc /sys/fs/cgroup/freezer ro master:20 - cgroup cgroup rw,freezer
+";
+        let found = freezer_mount(mounts);
+        assert_eq!(found, Some(("/docker/abc", "/sys/fs/cgroup/freezer")));
+        assert_eq!(
+            freezer_mount("36 25 0:33 / /x rw - ext4 /dev/vda rw\n"),
+            None
+        );
+    }
+
+    #[test]
+    fn waits_are_explained() {
+        let stuck = |reason| Stuck {
+            pid: 7,
+            tid: Pid::from_raw(8),
+            reason,
+        };
+        let waits = |function: &str| stuck(Reason::Waits(Some(function.into()))).to_string();
+        assert!(waits("kernel_clone").contains("kernel_clone (for the child of its vfork"));
+        assert!(waits("rpc_wait_bit_killable").contains("file server"));
+        assert!(waits("something_else").ends_with("in something_else"));
+        let frozen = stuck(Reason::Frozen("/docker/abc".into()));
+        assert!(frozen.is_frozen() && frozen.to_string().contains("cgroup /docker/abc"));
+    }
+}

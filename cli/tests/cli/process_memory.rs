@@ -1,0 +1,462 @@
+//! Kinds of memory of a live process that reading alone can't tell, or would change.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use nix::unistd::geteuid;
+use serde_json::Value;
+use snaprestore_fixtures::host::{ensure_python3, skipped};
+use snaprestore_fixtures::huge_pool::HugePool;
+
+use crate::common::{Folder, Run, as_nobody, number, run};
+
+const NOBODY: u32 = 65534;
+const PAGE: usize = 4096;
+
+/// Functions for the programs below. Constants are the kernel's.
+const PRELUDE: &str = r"
+import ctypes, fcntl, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+SHARED, PRIVATE, ANONYMOUS, NORESERVE = 1, 2, 0x20, 0x4000
+PAGE, MIB, GIB = 4096, 1 << 20, 1 << 30
+def unable(why):
+    print('unable', why, flush=True)
+    sys.exit()
+def mapped(name, size, protection=3, flags=PRIVATE | ANONYMOUS | NORESERVE, fd=-1, offset=0):
+    at = libc.mmap(None, size, protection, flags, fd, offset)
+    if at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), name)
+    print(name, at, flush=True)
+    return at
+def fill(at, size, byte=1):
+    ctypes.memset(at, byte, size)
+def advise(at, size, advice):
+    return libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), advice)
+def userfaultfd(features):
+    fd = libc.syscall(323, 0) if os.uname().machine == 'x86_64' else libc.syscall(282, 0)
+    if fd < 0:
+        fd = libc.syscall(323, 1)
+    if fd < 0:
+        unable('userfaultfd is not permitted')
+    try:
+        fcntl.ioctl(fd, 0xc018aa3f, struct.pack('QQQ', 0xaa, features, 0))
+    except OSError:
+        unable('the kernel has no such userfaultfd')
+    return fd
+def register(fd, at, size, mode):
+    fcntl.ioctl(fd, 0xc020aa00, struct.pack('QQQQ', at, size, mode, 0))
+";
+
+/// A process of Python's, which has done what it was told and waits.
+struct Puppet {
+    child: Child,
+    _stdin: ChildStdin,
+    places: Vec<(String, u64)>,
+}
+
+impl Puppet {
+    /// Runs `program`, and returns where it has mapped what. Says so and returns nothing if the
+    /// machine can't do it. `as_user` needs root.
+    fn start(test: &str, program: &str, as_user: Option<u32>) -> Option<Self> {
+        let python = match ensure_python3() {
+            Ok(python) => python,
+            Err(why) => {
+                skipped(test, &why);
+                return None;
+            }
+        };
+        let mut command = Command::new(python);
+        let end = "print('ready', flush=True)\nsys.stdin.read()\n";
+        command
+            .args(["-c", &format!("{PRELUDE}{program}\n{end}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        if let Some(user) = as_user {
+            command.uid(user).gid(user);
+        }
+        let mut child = command.spawn().unwrap();
+        let mut puppet = Self {
+            _stdin: child.stdin.take().unwrap(),
+            places: Vec::new(),
+            child,
+        };
+        let mut lines = BufReader::new(puppet.child.stdout.take().unwrap()).lines();
+        loop {
+            let line = lines.next().expect("the program ended").unwrap();
+            match line.split_once(' ') {
+                None if line == "ready" => return Some(puppet),
+                Some(("unable", why)) => {
+                    skipped(test, &why);
+                    return None;
+                }
+                Some((name, place)) => puppet.places.push((name.into(), place.parse().unwrap())),
+                None => panic!("{line:?}"),
+            }
+        }
+    }
+
+    fn place(&self, name: &str) -> u64 {
+        let found = self.places.iter().find(|(known, _)| known == name);
+        found.unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    /// A number in KiB of its `/proc/PID/status`.
+    fn status(&self, field: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(field));
+        let number = line.unwrap().trim_start_matches(':').trim();
+        number.trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Packs it into `s`.
+    fn take(&self, folder: &Folder) -> Run {
+        let pid = self.child.id().to_string();
+        run(folder, &["create", "--pid", &pid, "-o", "s", "--json"])
+    }
+}
+
+impl Drop for Puppet {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The first `len` bytes of what the snapshot holds at `address`, or why they can't be had.
+fn memory(folder: &Folder, address: u64, len: usize) -> Result<Vec<u8>, String> {
+    let info = run(folder, &["info", "s", "--json"]).exits(0).json();
+    let regions: Vec<Value> = info["regions"].as_array().unwrap().clone();
+    let found = regions.iter().enumerate().find(|(_, region)| {
+        let start = number(region, "start");
+        (start..start + number(region, "bytes")).contains(&address)
+    });
+    let (index, region) = found.ok_or("no region")?;
+    let index = index.to_string();
+    let extracted = run(
+        folder,
+        &["extract", "s", "-o", "o", "-f", "--region", &index],
+    );
+    if extracted.code != Some(0) {
+        return Err(extracted.err);
+    }
+    let mut file = std::fs::File::open(folder.file("o")).unwrap();
+    let at = address - number(region, "start");
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(at)).unwrap();
+    let mut bytes = vec![0; len];
+    file.read_exact(&mut bytes).unwrap();
+    Ok(bytes)
+}
+
+#[test]
+fn poisoned_page_among_untouched_ones_is_unavailable() {
+    let test = "poisoned_page_among_untouched_ones_is_unavailable";
+    // UFFD_FEATURE_POISON, UFFDIO_POISON. Closing the descriptor leaves the marker.
+    let program = "
+fd = userfaultfd(1 << 14)
+for name, protection in (('memory', 3), ('hidden', 0)):
+    at = mapped(name, 16 * PAGE)
+    register(fd, at, 16 * PAGE, 1)
+    fcntl.ioctl(fd, 0xc020aa08, struct.pack('QQQq', at + 3 * PAGE, PAGE, 0, 0))
+    if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(16 * PAGE), protection): unable('mprotect')
+os.close(fd)
+";
+    let Some(puppet) = Puppet::start(test, program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let taken = puppet.take(&folder).exits(0);
+    assert!(taken.err.contains("2 pages of process"), "{}", taken.err);
+    assert_eq!(number(&taken.json(), "unavailable_pages"), 2);
+    for name in ["memory", "hidden"] {
+        let error = memory(&folder, puppet.place(name), PAGE).unwrap_err();
+        assert!(
+            error.contains("unavailable") || error.contains("could not be read"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn guard_page_is_no_lost_page_and_extract_works() {
+    let test = "guard_page_is_no_lost_page_and_extract_works";
+    // MADV_GUARD_INSTALL.
+    let program = "
+at = mapped('memory', 16 * PAGE)
+fill(at, 16 * PAGE, 7)
+if advise(at + 4 * PAGE, PAGE, 102): unable('no MADV_GUARD_INSTALL')
+at = mapped('many', 512 * MIB)
+if advise(at, 512 * MIB, 102): unable('no MADV_GUARD_INSTALL')
+";
+    let Some(puppet) = Puppet::start(test, program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let taken = puppet.take(&folder).exits(0);
+    assert_eq!(taken.err, "", "no warning");
+    assert_eq!(number(&taken.json(), "unavailable_pages"), 0);
+    let found = memory(&folder, puppet.place("memory"), 6 * PAGE).unwrap();
+    let expected = [vec![7; 4 * PAGE], vec![0; PAGE], vec![7; PAGE]].concat();
+    assert!(found == expected);
+    run(&folder, &["extract", "s", "-o", "all"]).exits(0);
+}
+
+/// Mappings of which one page is touched, in 256 MiB.
+const SPARSE: &str = "
+def sparse(name, flags, fd=-1, keep=True):
+    at = mapped(name, 256 * MIB, 3, flags, fd)
+    fill(at, 1, 9)
+    if fd >= 0 and not keep: os.close(fd)
+    return at
+def memfd(name):
+    fd = os.memfd_create(name)
+    os.ftruncate(fd, 256 * MIB)
+    return fd
+";
+
+#[test]
+fn reading_untouched_memory_does_not_make_the_process_grow() {
+    let test = "reading_untouched_memory_does_not_make_the_process_grow";
+    let program = format!(
+        "{SPARSE}
+import tempfile
+file = tempfile.TemporaryFile()
+file.truncate(256 * MIB)
+os.pwrite(file.fileno(), b'file', 128 * MIB)
+sparse('anonymous', SHARED | ANONYMOUS)
+sparse('memfd', SHARED, memfd('a'), False)
+sparse('private_memfd', PRIVATE, memfd('b'))
+sparse('private_file', PRIVATE, file.fileno())
+held = memfd('c')
+os.pwrite(held, b'written', 64 * MIB)
+sparse('written', SHARED, held)
+"
+    );
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let before = puppet.status("VmRSS");
+    let taken = puppet.take(&folder).exits(0);
+    let grown = puppet.status("VmRSS").saturating_sub(before);
+    assert!(grown < 8 << 10, "{grown} KiB");
+    if geteuid().is_root() {
+        assert_eq!(taken.err, "");
+        assert_eq!(number(&taken.json(), "unavailable_pages"), 0);
+    }
+    for name in ["memfd", "private_memfd", "private_file", "written"] {
+        // The name of an open file leads to those that are still open for everybody.
+        if name != "memfd" || geteuid().is_root() {
+            let found = memory(&folder, puppet.place(name), PAGE).unwrap();
+            assert_eq!(found[..2], [9, 0], "{name}");
+        }
+    }
+    // Never touched through the mapping, and no hole.
+    for (name, at, wanted) in [
+        ("private_file", 128 << 20, &b"file"[..]),
+        ("written", 64 << 20, b"written"),
+    ] {
+        let found = memory(&folder, puppet.place(name) + at, wanted.len()).unwrap();
+        assert_eq!(found, wanted, "{name}");
+    }
+}
+
+/// Without privileges nobody can tell what shared memory holds that isn't in a page table: it is
+/// never taken for zeros.
+#[test]
+fn an_ordinary_user_is_told_what_shared_memory_can_hide() {
+    let test = "an_ordinary_user_is_told_what_shared_memory_can_hide";
+    if !geteuid().is_root() {
+        return skipped(test, &"becoming another user needs root");
+    }
+    let program = format!(
+        "libc.prctl(4, 1)
+{SPARSE}
+sparse('anonymous', SHARED | ANONYMOUS)
+sparse('memfd', SHARED, memfd('a'), False)
+sparse('private_memfd', PRIVATE, memfd('b'))
+libc.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+libc.shmat.restype, libc.shmat.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+segment = libc.shmget(0, 256 * MIB, 0o1600)
+at = libc.shmat(segment, None, 0)
+libc.shmctl(segment, 0, None)
+fill(at, 1, 9)
+print('system_v', at, flush=True)
+fill(mapped('small', MIB, 3, SHARED | ANONYMOUS), 1, 9)
+"
+    );
+    let Some(puppet) = Puppet::start(test, &program, Some(NOBODY)) else {
+        return;
+    };
+    let folder = Folder::new();
+    let before = puppet.status("VmRSS");
+    let pid = puppet.child.id().to_string();
+    let taken = as_nobody(&folder, &["create", "--pid", &pid, "-o", "s", "--json"]).exits(0);
+    let grown = puppet.status("VmRSS").saturating_sub(before);
+    assert!(grown < 8 << 10, "{grown} KiB");
+    assert!(taken.err.contains("not in its page table"), "{}", taken.err);
+    let hidden = 3 * ((256 << 20) / PAGE as u64 - 1);
+    assert_eq!(number(&taken.json(), "unavailable_pages"), hidden);
+    for name in ["private_memfd", "small"] {
+        let found = memory(&folder, puppet.place(name), PAGE).unwrap();
+        assert_eq!(found[..2], [9, 0], "{name}");
+    }
+    for name in ["anonymous", "system_v"] {
+        memory(&folder, puppet.place(name), PAGE).unwrap_err();
+    }
+}
+
+/// A snapshotter that write-protects memory leaves markers for pages that don't exist.
+#[test]
+fn write_protected_holes_of_shared_memory_stay_holes() {
+    let test = "write_protected_holes_of_shared_memory_stay_holes";
+    if !geteuid().is_root() {
+        return skipped(test, &"seeing the file behind shared memory needs root");
+    }
+    // UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFDIO_WRITEPROTECT.
+    let program = format!(
+        "{SPARSE}
+fd = userfaultfd(1 << 12 | 1)
+at = sparse('memory', SHARED, memfd('a'))
+register(fd, at, 256 * MIB, 2)
+fcntl.ioctl(fd, 0xc018aa06, struct.pack('QQQ', at, 256 * MIB, 1))
+"
+    );
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let before = puppet.status("VmRSS");
+    let taken = puppet.take(&folder).exits(0);
+    let grown = puppet.status("VmRSS").saturating_sub(before);
+    assert!(grown < 8 << 10, "{grown} KiB");
+    assert_eq!(taken.err, "");
+    let found = memory(&folder, puppet.place("memory"), 2 * PAGE).unwrap();
+    assert_eq!(found[..2], [9, 0]);
+}
+
+#[test]
+fn untouched_huge_pages_stay_in_the_pool() {
+    let test = "untouched_huge_pages_stay_in_the_pool";
+    let _pool = match HugePool::with(12) {
+        Ok(pool) => pool,
+        Err(why) => return skipped(test, &why),
+    };
+    // MFD_HUGETLB; MAP_HUGETLB.
+    let program = "
+libc.memfd_create.restype = ctypes.c_int
+def file():
+    fd = libc.memfd_create(b'huge', 4)
+    os.ftruncate(fd, 64 * MIB)
+    return fd
+fill(mapped('shared', 64 * MIB, 3, SHARED | NORESERVE, file()), 1, 9)
+fill(mapped('private', 64 * MIB, 3, PRIVATE | NORESERVE, file()), 1, 9)
+fill(mapped('anonymous', 64 * MIB, 3, SHARED | ANONYMOUS | NORESERVE | 0x40000), 1, 9)
+other = file()
+at = mapped('partly', 2 * MIB, 3, SHARED | NORESERVE, other, 4 * MIB)
+fill(at, 1, 8)
+fill(mapped('whole', 64 * MIB, 3, SHARED | NORESERVE, other), 1, 9)
+";
+    let Some(puppet) = Puppet::start(test, program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let before = puppet.status("HugetlbPages");
+    let taken = puppet.take(&folder).exits(0);
+    assert_eq!(puppet.status("HugetlbPages"), before);
+    assert_eq!(
+        (number(&taken.json(), "unavailable_pages"), &*taken.err),
+        (0, "")
+    );
+    for name in ["shared", "private", "anonymous", "whole"] {
+        let found = memory(&folder, puppet.place(name), PAGE).unwrap();
+        assert_eq!(found[..2], [9, 0], "{name}");
+    }
+    // Touched through another mapping only.
+    let found = memory(&folder, puppet.place("whole") + (4 << 20), 2).unwrap();
+    assert_eq!(found, [8, 0]);
+}
+
+#[test]
+fn mappings_longer_than_their_file_take_no_read_a_page() {
+    let test = "mappings_longer_than_their_file_take_no_read_a_page";
+    let program = "
+import tempfile
+file = tempfile.TemporaryFile()
+file.write(b'x' * (PAGE + 1))
+file.flush()
+mapped('private', 16 * GIB, 1, PRIVATE | NORESERVE, file.fileno())
+mapped('shared', 16 * GIB, 1, SHARED, file.fileno())
+mapped('hidden', 16 * GIB, 0, PRIVATE | NORESERVE, file.fileno())
+mapped('vast', 4096 * GIB, 1, SHARED, file.fileno())
+";
+    let Some(puppet) = Puppet::start(test, program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let taken = puppet.take(&folder).exits(0);
+    let report = taken.json();
+    // A read a page would take 2 minutes.
+    assert!(number(&report, "held_ms") < 30_000, "{report}");
+    let beyond = 3 * ((16_u64 << 30) / PAGE as u64 - 2);
+    assert_eq!(number(&report, "unavailable_pages"), beyond);
+    assert!(taken.err.contains("4095 GiB of process"), "{}", taken.err);
+    assert!(number(&report, "file_bytes") < 32 << 20, "{report}");
+    run(&folder, &["verify", "s"]).exits(0);
+    let all = "zero";
+    for name in ["private", "shared", "hidden", "vast"] {
+        let info = run(&folder, &["info", "s", "--json"]).json();
+        let regions = info["regions"].as_array().unwrap();
+        let start = puppet.place(name);
+        let index = regions.iter().position(|r| number(r, "start") == start);
+        let index = index.unwrap().to_string();
+        // Without the parts that aren't there the file is short, whatever its holes.
+        run(
+            &folder,
+            &[
+                "extract",
+                "s",
+                "-o",
+                "o",
+                "-f",
+                "--region",
+                &index,
+                "--unavailable",
+                all,
+            ],
+        )
+        .exits(0);
+        let mut bytes = vec![0; PAGE + 2];
+        let mut file = std::fs::File::open(folder.file("o")).unwrap();
+        file.read_exact(&mut bytes).unwrap();
+        let expected = [vec![b'x'; PAGE + 1], vec![0]].concat();
+        assert!(bytes == expected, "{name}");
+    }
+}
+
+#[test]
+fn secret_memory_is_unavailable_and_undumped_memory_is_taken() {
+    let test = "secret_memory_is_unavailable_and_undumped_memory_is_taken";
+    // memfd_secret, MADV_DONTDUMP.
+    let program = "
+at = mapped('undumped', 4 * PAGE)
+fill(at, 4 * PAGE, 5)
+if advise(at, 4 * PAGE, 16): unable('no MADV_DONTDUMP')
+fd = libc.syscall(447, 0)
+if fd < 0: unable('no memfd_secret here')
+os.ftruncate(fd, 8 * PAGE)
+fill(mapped('secret', 8 * PAGE, 3, SHARED, fd), 2 * PAGE, 6)
+";
+    let Some(puppet) = Puppet::start(test, program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let taken = puppet.take(&folder).exits(0);
+    assert!(taken.err.contains("8 pages of process"), "{}", taken.err);
+    assert!(taken.err.contains("memfd_secret"), "{}", taken.err);
+    let found = memory(&folder, puppet.place("undumped"), PAGE).unwrap();
+    assert!(found == vec![5; PAGE]);
+    memory(&folder, puppet.place("secret"), PAGE).unwrap_err();
+}
