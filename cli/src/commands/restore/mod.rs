@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
-use snapshot_format::Snapshot;
 use snapshot_format::layout::PAGE_SIZE_U64;
+use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
@@ -97,8 +97,8 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
 /// The file to compare with, which must be as long as the memory.
 fn open_raw(path: &Path, bytes: u64) -> Result<File> {
     let named = || path.display().to_string();
-    let file = File::open(path).with_context(named)?;
-    let len = file.metadata().with_context(named)?.len();
+    let store = FileStore::open(path).with_context(named)?;
+    let len = store.len().with_context(named)?;
     if len != bytes {
         bail!(
             "{}: has {len} bytes, but the snapshot holds {bytes} bytes of memory; `extract` makes \
@@ -106,7 +106,7 @@ fn open_raw(path: &Path, bytes: u64) -> Result<File> {
             path.display()
         );
     }
-    Ok(file)
+    Ok(store.into_file())
 }
 
 /// Maps the memory and starts to serve it.
