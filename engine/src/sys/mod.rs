@@ -14,6 +14,7 @@
 //! | `confine` | giving up rights |
 //! | `pagemap` | which pages of a process exist |
 //! | `thread` | signals, checked reads |
+//! | `load` | loads that come back with an error from a page that can't be had |
 //! | `probe` | what this machine offers and permits |
 //!
 //! # Minimum kernel: 5.7
@@ -35,6 +36,7 @@ mod grants;
 mod inherited;
 pub mod install;
 mod ioctls;
+mod load;
 pub mod message;
 pub mod open;
 pub mod pagemap;
@@ -50,6 +52,7 @@ pub use follower::Follower;
 pub use foreign::{Closing, Untrusted, is_userfaultfd, may_report_forks};
 pub use inherited::take_inherited;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
+pub use load::Loads;
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
