@@ -205,7 +205,8 @@ impl Restore {
     }
 
     /// Called with the number of each page that a touch brought in, in that order, by the thread
-    /// that served it: the working set of whoever runs.
+    /// that served it: the working set of whoever runs. What it may do is said in
+    /// [the module](super#callbacks).
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));
         self
@@ -215,6 +216,10 @@ impl Restore {
     /// touched.
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
+        if self.observer.is_some() {
+            // While one is stuck in the observer, the other reads why.
+            self.crew.fault_threads = self.crew.fault_threads.max(2);
+        }
         let resources = |what| move |source| StartError::Resources { what, source };
         let snapshot = Arc::clone(&self.snapshot);
         let image =
@@ -281,6 +286,7 @@ impl Restore {
             self.observer.take(),
             self.crew.decoders(),
         );
+        session.threads.watch_faults();
         let named = regions
             .iter()
             .zip(needed)

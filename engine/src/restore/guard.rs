@@ -8,6 +8,7 @@ use crate::session::{
 };
 
 use super::questions::{Next, Questions};
+use crate::sys::abort;
 
 /// A callback that decides about failures.
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;
@@ -44,11 +45,18 @@ impl Asker {
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         while !session.is_ending() {
             match self.questions.next(ASK_AGAIN) {
-                Next::Ask(failure) => match (self.callback)(&failure) {
-                    Verdict::Retry => self.questions.pause(failure.page),
-                    Verdict::Poison => self.poison(session, failure.page),
-                    Verdict::Abort => abort(&failure.to_string()),
-                },
+                Next::Ask(failure) => {
+                    let verdict = (self.callback)(&failure);
+                    if session.is_ending() {
+                        // It took so long that the restore was given up, and its pages with it.
+                        return;
+                    }
+                    match verdict {
+                        Verdict::Retry => self.questions.pause(failure.page),
+                        Verdict::Poison => self.poison(session, failure.page),
+                        Verdict::Abort => abort(&failure.to_string()),
+                    }
+                }
                 Next::TryAgain(faults) => {
                     for fault in faults {
                         session.serve_again(fault);
@@ -103,10 +111,4 @@ impl Guard for Owner {
     fn end_owner(&self, why: &str) {
         abort(why)
     }
-}
-
-/// Ends the process: going on would let somebody read wrong memory, or wait for ever.
-fn abort(why: &str) -> ! {
-    tracing::error!(why, "memory can't be restored: the process is ended");
-    std::process::abort()
 }

@@ -9,7 +9,7 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 use crate::mem::{Advice, RawRegion, advise_at};
 use crate::running::{OnComplete, Running, Stats, Threads};
 use crate::session::{Extent, Failure, Kernel, PAGE, Platform as _, Session, SnapshotImage};
-use crate::sys::{ReadFault, read_checked};
+use crate::sys::{ReadFault, abort, read_checked};
 
 use super::huge;
 
@@ -86,6 +86,12 @@ pub enum StopError {
     /// It has ended already: the memory is no longer the engine's.
     #[error("the restore has ended already")]
     Over,
+    /// Called by a callback or the store, for which completing would wait.
+    #[error("cannot complete a restore from one of its callbacks; call it from another thread")]
+    InCallback,
+    /// Called in a child that the process has forked.
+    #[error("cannot stop a restore in a forked child; it is the parent's")]
+    InChild,
     /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing
     /// its memory.
     #[error("{missing} pages are still missing")]
@@ -119,6 +125,9 @@ pub enum ReadAtError {
         /// In the first page that can't be read; everything before it was.
         offset: u64,
     },
+    /// Called by a callback or the store, which may be what the page waits for.
+    #[error("cannot read memory under restore from a callback; read it from another thread")]
+    InCallback,
     /// The kernel refused for another reason.
     #[error(transparent)]
     Refused(ReadFault),
@@ -133,7 +142,9 @@ const MOST_ROUNDS: u32 = 10_000;
 /// A restore that runs: the memory, and the engine's threads that fill it.
 ///
 /// Dropping it stops the restore as [`Stop::Inaccessible`] does; memory that the engine mapped is
-/// unmapped then.
+/// unmapped then. A callback may drop it; a callback that does not return makes it take two seconds
+/// (see [the module](super#callbacks)). In a forked child nothing is done: the restore is the
+/// parent's.
 pub struct Restored {
     pub(super) running: Arc<Running>,
     pub(super) threads: Threads,
@@ -191,7 +202,12 @@ impl Restored {
     /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another
     /// prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
     /// about it, it isn't known which, and is waited for. True if it is complete.
+    ///
+    /// Doesn't wait when called by a callback, which would wait for itself.
     pub fn wait_complete(&self) -> bool {
+        if self.running.session.threads.is_current() {
+            return self.is_complete();
+        }
         self.running.wait_complete()
     }
 
@@ -233,6 +249,9 @@ impl Restored {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), ReadAtError> {
+        if self.running.session.threads.is_current() {
+            return Err(ReadAtError::InCallback);
+        }
         let len = buffer.len() as u64;
         let fits = |memory: &RawRegion| {
             offset
@@ -299,7 +318,13 @@ impl Restored {
     /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
     /// memory that becomes inaccessible.
     pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
+        if self.running.is_of_parent() {
+            return Err(StopError::InChild);
+        }
         match stop {
+            Stop::Complete if self.running.session.threads.is_current() => {
+                Err(StopError::InCallback)
+            }
             Stop::Complete => self.complete(),
             Stop::Inaccessible => {
                 self.give_up();
@@ -347,10 +372,7 @@ impl Restored {
     }
 
     fn join(&mut self) {
-        for thread in self.threads.drain(..) {
-            // A thread that panics ends the process.
-            let _ = thread.join();
-        }
+        self.running.end_threads(&mut self.threads);
     }
 
     /// Makes what is missing inaccessible, ends the threads and closes the userfaultfd.
@@ -400,8 +422,9 @@ impl Restored {
     fn make_all_inaccessible(&self) {
         for extent in self.running.session.state.map().extents() {
             if let Err(error) = Kernel::make_inaccessible(extent.address, extent.pages * PAGE) {
-                tracing::error!(%error, "memory that is incomplete can't be made inaccessible: the process is ended");
-                std::process::abort();
+                abort(&format!(
+                    "cannot make incomplete memory inaccessible: {error}"
+                ));
             }
         }
     }
@@ -409,6 +432,13 @@ impl Restored {
 
 impl Drop for Restored {
     fn drop(&mut self) {
+        if self.running.is_of_parent() {
+            // Nothing of it exists here: no thread to wait for, and no memory to unmap.
+            std::mem::forget(std::mem::take(&mut self.threads));
+            std::mem::forget(std::mem::take(&mut self.regions));
+            std::mem::forget(Arc::clone(&self.running));
+            return;
+        }
         self.give_up();
     }
 }

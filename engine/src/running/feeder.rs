@@ -20,7 +20,7 @@ use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use crate::session::{Kernel, PAGE, Session, SnapshotImage, Worker};
 
-use super::threads::{EndOnPanic, Hook};
+use super::threads::{Hook, run};
 use super::{Prefetch, Running};
 
 /// How long prefetch waits for what somebody else was bringing.
@@ -43,7 +43,7 @@ struct Pool {
 }
 
 impl Pool {
-    fn new(threads: usize, hook: Option<&Hook>) -> io::Result<Self> {
+    fn new(running: &Running, threads: usize, hook: Option<&Hook>) -> io::Result<Self> {
         let mut pool = Self {
             rayon: None,
             threads: Vec::with_capacity(threads),
@@ -53,13 +53,10 @@ impl Pool {
             .spawn_handler(|thread| {
                 let name = format!("snap-fetch-{}", thread.index());
                 let hook = hook.cloned();
-                let spawned = Builder::new().name(name.clone()).spawn(move || {
-                    let _end = EndOnPanic;
-                    if let Some(hook) = hook {
-                        hook(&name);
-                    }
-                    thread.run();
-                })?;
+                let place = running.session.threads.place(&name);
+                let spawned = Builder::new()
+                    .name(name.clone())
+                    .spawn(move || run(place, &name, hook.as_ref(), || thread.run()))?;
                 pool.threads.push(spawned);
                 Ok(())
             })
@@ -97,7 +94,7 @@ pub(super) struct Feeder {
 
 impl Feeder {
     pub(super) fn new(running: &Arc<Running>, plan: Plan) -> io::Result<Self> {
-        let pool = Pool::new(plan.threads, plan.hook.as_ref())?;
+        let pool = Pool::new(running, plan.threads, plan.hook.as_ref())?;
         let (done, idle) = channel();
         Ok(Self {
             running: Arc::clone(running),

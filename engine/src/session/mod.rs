@@ -57,12 +57,13 @@ mod prefetch;
 mod read;
 mod state;
 mod stats;
+mod threads;
 
 #[cfg(test)]
 mod check;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::fail_point::{FailPoint, fail_point};
 use map::block_of;
@@ -85,6 +86,7 @@ pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
 pub(crate) use prefetch::{Left, PrefetchStop};
 pub(crate) use state::State;
 pub(crate) use stats::{Pages, Stats};
+pub(crate) use threads::{EngineThreads, Place};
 
 /// Failures that are kept word for word; more are only counted.
 const KEPT_FAILURES: usize = 1000;
@@ -122,6 +124,8 @@ pub(crate) struct Session<P, I> {
     pub(crate) state: State,
     pub(crate) inbox: Inbox,
     pub(crate) stats: Stats,
+    /// The threads that work for it now.
+    pub(crate) threads: Arc<EngineThreads>,
     claims: Claims,
     /// What a discarded large page is filled with; empty if there are none.
     zeros: Vec<u8>,
@@ -169,6 +173,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             state,
             inbox: Inbox::new(),
             stats: Stats::default(),
+            threads: Arc::default(),
             claims: Claims::new(threads),
             guard,
             observer,
