@@ -24,6 +24,11 @@ use order::Order;
 pub(crate) use report::Report;
 use touch::Pages;
 
+/// Says that the command does with less than the engine wants.
+pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full userfaultfd; going on with \
+     one for faults of user mode only, which is enough for this command (`snaprestore doctor` says \
+     what would permit the other)";
+
 /// How long the engine may take to notice that every page was touched.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -54,6 +59,9 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     let began = Instant::now();
     let restored =
         start(&snapshot, args, output).map_err(|error| exit::name_the_remedies(error.into()))?;
+    if restored.is_user_mode_only() && !args.user_mode_only {
+        output.warn(USER_MODE_ONLY);
+    }
     let touched = match args.touch {
         Touch::None => None,
         order => {
@@ -124,7 +132,7 @@ fn start(
                 args::Prefetch::All => restore::Prefetch::All,
             })
             .on_failure(on_failure)
-            .user_mode_only(args.user_mode_only)
+            .user_mode_only(true)
             .start()
     };
     match with(OnFailure::Poison) {
