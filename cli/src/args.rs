@@ -357,8 +357,9 @@ pub(crate) struct Restore {
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
-    /// Do without permission for userfaultfd where there is none: only instructions of this
-    /// process are stopped at missing pages then, which is enough here
+    /// Don't mention that a full userfaultfd isn't permitted here: with one for faults of user mode
+    /// only, which is taken then, instructions of this process wait for missing pages, and system
+    /// calls don't, which is enough for this command
     #[arg(long)]
     pub(crate) user_mode_only: bool,
 }
@@ -615,8 +616,9 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 256, value_name = "MIB",
           value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) size: u32,
-    /// Do without permission for userfaultfd where there is none: only instructions of this
-    /// process are stopped at missing pages then, which is enough here
+    /// Don't mention that a full userfaultfd isn't permitted here: with one for faults of user mode
+    /// only, which is taken then, instructions of this process wait for missing pages, and system
+    /// calls don't, which is enough for this command
     #[arg(long)]
     pub(crate) user_mode_only: bool,
 }

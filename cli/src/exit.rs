@@ -57,25 +57,15 @@ pub(crate) fn name_the_remedies(error: anyhow::Error) -> anyhow::Error {
     let refused = error
         .chain()
         .find_map(|cause| cause.downcast_ref::<sys::OpenError>());
-    let Some(sys::OpenError::NotPermitted {
-        user_mode_only_would_do,
-        ..
-    }) = refused
-    else {
+    if !matches!(refused, Some(sys::OpenError::NotPermitted { .. })) {
         return error;
-    };
-    let mut text =
-        "this process may not make a userfaultfd; any one of these permits it:".to_owned();
-    if *user_mode_only_would_do {
-        text.push_str("\n  --user-mode-only, which is enough for this command");
     }
-    text.push_str(
-        "\n  access to /dev/userfaultfd (Linux 6.1 or later; as root: chgrp and chmod it)\
+    let text = "\
+this process may not make a userfaultfd; any one of these permits it:\n  access to /dev/userfaultfd (Linux 6.1 or later; as root: chgrp and chmod it)\
          \n  sysctl vm.unprivileged_userfaultfd=1\
          \n  the capability CAP_SYS_PTRACE\
-         \nIn a container its system call filter must let userfaultfd through.",
-    );
-    Refusal::NotPermitted(text).into()
+         \nIn a container its system call filter must let userfaultfd through.";
+    Refusal::NotPermitted(text.to_owned()).into()
 }
 
 impl Exit {

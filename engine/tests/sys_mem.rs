@@ -12,7 +12,7 @@ use snaprestore_engine::mem::{
     Advice, Block, HUGE_PAGE, Mapping, MappingOptions, RawRegion, Ring, first_populated,
     first_populated_by_pagemap,
 };
-use snaprestore_engine::sys::{Installed, ReadFault, SignalsBlocked, Wake, read_checked};
+use snaprestore_engine::sys::{Installed, Loads, ReadFault, SignalsBlocked, Wake, read_checked};
 use sys_support::{Child, Ended, PAGE, Scene, page, peek, poke};
 
 fn is_mapped(address: u64) -> bool {
@@ -388,4 +388,69 @@ fn regions_become_guest_memory() {
     // SAFETY: as above.
     let error = unsafe { guest_memory(&beyond) }.unwrap_err();
     assert!(matches!(error, GuestMemoryError::Region { .. }), "{error}");
+}
+
+/// Two pages: one without access, and one of a file that is too short for it.
+fn pages_that_fault() -> [u64; 2] {
+    let file = tempfile::tempfile().unwrap();
+    let map = |access: i32, flags: i32, fd: i32| {
+        // SAFETY: a new mapping, where the kernel likes.
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), 4096, access, flags, fd, 0) };
+        assert_ne!(memory, libc::MAP_FAILED);
+        memory.expose_provenance() as u64
+    };
+    [
+        map(libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        map(libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd()),
+    ]
+}
+
+#[test]
+fn load_of_a_page_that_cannot_be_had_is_an_error() {
+    let child = Child::start(|| {
+        let mapping = Mapping::new(PAGE).unwrap();
+        poke(mapping.address() + 5, 7);
+        // Blocked, a signal of this kind would end the process.
+        let blocked = SignalsBlocked::now().unwrap();
+        let loads = Loads::in_this_thread().unwrap();
+        for _ in 0..3 {
+            assert_eq!(loads.byte(mapping.address() + 5).unwrap(), 7);
+            assert_eq!(loads.byte(mapping.address()).unwrap(), 0);
+            for bad in pages_that_fault().into_iter().chain([0, PAGE]) {
+                let error = loads.byte(bad).unwrap_err();
+                let is_it = matches!(error, ReadFault::Unreadable { address } if address == bad);
+                assert!(is_it, "{error}");
+            }
+        }
+        drop((loads, blocked));
+        0
+    });
+    assert_eq!(child.wait(), Ended::Exit(0));
+}
+
+#[test]
+fn other_faults_meet_the_action_that_was_set_before_loads() {
+    extern "C" fn exits(signal: i32) {
+        // SAFETY: ends this child process at once.
+        unsafe { libc::_exit(40 + signal) };
+    }
+    let faults = |signal: i32, handled: bool, page: u64| {
+        Child::start(move || {
+            let action = if handled {
+                (exits as extern "C" fn(i32) as *const ()).expose_provenance()
+            } else {
+                libc::SIG_DFL
+            };
+            // SAFETY: a number, and a handler that may run at any point of this child process.
+            unsafe { libc::signal(signal, action) };
+            let loads = Loads::in_this_thread().unwrap();
+            assert!(loads.byte(page).is_err());
+            i32::from(peek(page))
+        })
+    };
+    let [inaccessible, beyond] = pages_that_fault();
+    for (signal, page) in [(libc::SIGSEGV, inaccessible), (libc::SIGBUS, beyond)] {
+        assert_eq!(faults(signal, true, page).wait(), Ended::Exit(40 + signal));
+        assert_eq!(faults(signal, false, page).wait(), Ended::Signal(signal));
+    }
 }

@@ -115,7 +115,7 @@ impl Snapshot {
         Self::open_with(store, &SnapshotOptions::default())
     }
 
-    /// Opens the file at `path`.
+    /// Opens the regular file or block device at `path`.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let store = FileStore::open(path).map_err(|source| OpenError::NoStore {

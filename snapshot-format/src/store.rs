@@ -4,10 +4,12 @@
 //! is used, and a mapped file can change between the two or end in a SIGBUS.
 
 use std::fmt;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, FileType};
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 /// Why bytes are read. Stores may treat the reasons differently; statistics count them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,7 +42,7 @@ pub trait Store: Send + Sync {
     fn name(&self) -> String;
 }
 
-/// A snapshot in a local file, read with `pread`.
+/// A snapshot in a regular file or on a block device, read with `pread`.
 #[derive(Debug)]
 pub struct FileStore {
     file: File,
@@ -48,10 +50,20 @@ pub struct FileStore {
 }
 
 impl FileStore {
-    /// Opens the file at `path` for reading.
+    /// Opens the regular file or block device at `path` for reading. Refuses everything else, and
+    /// never waits: a pipe without a writer, or a terminal, would block here for ever.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let file = File::open(&path)?;
+        // Opening a device can have effects, and opening a socket has no error that names it.
+        check_kind(path.metadata()?.file_type())?;
+        let file = File::options()
+            .read(true)
+            .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+            .open(&path)?;
+        // The name may stand for another file by now.
+        check_kind(file.metadata()?.file_type())?;
+        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+        fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
         Ok(Self { file, path })
     }
 
@@ -67,11 +79,39 @@ impl FileStore {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// Returns the file alone.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+}
+
+/// Refuses what can't be read at any offset.
+fn check_kind(kind: FileType) -> io::Result<()> {
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "folder"
+    } else if kind.is_fifo() {
+        "named pipe"
+    } else if kind.is_socket() {
+        "socket"
+    } else {
+        "character device"
+    };
+    Err(io::Error::other(format!(
+        "it is a {what}; name a regular file or a block device"
+    )))
 }
 
 impl Store for FileStore {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        let metadata = self.file.metadata()?;
+        if metadata.file_type().is_block_device() {
+            // Its metadata has no length. Nobody else uses the position.
+            return (&self.file).seek(SeekFrom::End(0));
+        }
+        Ok(metadata.len())
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, _reason: Reason) -> io::Result<()> {

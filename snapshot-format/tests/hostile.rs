@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use common::{Sample, page_bytes};
@@ -186,6 +187,33 @@ fn other_files_are_no_snapshots() {
     let error = Snapshot::open_path("/nonexistent/file").expect_err("no file");
     assert!(!error.is_damage());
     assert!(error.to_string().contains("/nonexistent/file"));
+}
+
+#[test]
+fn what_is_no_file_or_disk_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let socket = folder.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (path, kind) in [
+        (fifo.as_path(), "named pipe"),
+        (&socket, "socket"),
+        (folder.path(), "folder"),
+        (Path::new("/dev/zero"), "character device"),
+    ] {
+        let (told, heard) = std::sync::mpsc::channel();
+        let opened = path.to_owned();
+        std::thread::spawn(move || told.send(Snapshot::open_path(opened)));
+        let error = heard
+            .recv_timeout(std::time::Duration::from_secs(60))
+            .expect("it doesn't wait for a writer")
+            .expect_err("no snapshot");
+        assert!(!error.is_damage());
+        assert!(error.to_string().contains(path.to_str().unwrap()));
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.contains(kind), "{why}");
+    }
 }
 
 /// Overwrites parts of the sample's structure, and makes all checksums right again.

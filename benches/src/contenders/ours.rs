@@ -47,7 +47,10 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
             failed()
         )));
     }
-    let mut restore = Restore::new(snapshot).on_failure(OnFailure::Abort);
+    // Only the loop that touches it, in user mode, reads the memory while it comes.
+    let mut restore = Restore::new(snapshot)
+        .on_failure(OnFailure::Abort)
+        .user_mode_only(true);
     restore = restore.prefetch(match options.prefetch {
         Prefetch::Off => restore::Prefetch::Off,
         Prefetch::WorkingSet => restore::Prefetch::WorkingSet,

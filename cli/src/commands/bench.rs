@@ -15,6 +15,7 @@ use snaprestore_benches::report::{Row, rows, table};
 use snaprestore_benches::rounds::{self, Absent, Samples};
 use snaprestore_benches::trial::{Runner, run_child};
 use snaprestore_benches::workload::{Access, Cache, Order, Workload};
+use snaprestore_engine::sys;
 use snapshot_format::{OpenError, Snapshot};
 
 use crate::args;
@@ -62,6 +63,15 @@ impl fmt::Display for Report {
 
 pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result<Exit> {
     let workload = workload(args)?;
+    if matches!(
+        sys::OpenOptions::new().open(),
+        Err(sys::OpenError::NotPermitted {
+            user_mode_only_would_do: true,
+            ..
+        })
+    ) {
+        output.warn(super::restore::USER_MODE_ONLY);
+    }
     let own = std::env::current_exe()
         .context("finding this program, which runs itself for each trial")?;
     let snapshot = match Snapshot::open(Arc::new(input::store(&args.file)?)) {

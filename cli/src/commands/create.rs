@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt as _;
@@ -14,7 +14,9 @@ use serde::Serialize;
 use snapshot_format::layout::{
     MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
-use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions, Written, dictionary};
+use snapshot_format::{
+    Dictionary, FileStore, RegionSpec, Writer, WriterOptions, Written, dictionary,
+};
 
 use crate::args;
 use crate::exit::{Exit, Refusal};
@@ -168,14 +170,8 @@ impl Recipe {
                 .into());
             }
             let named = || format!("{}: opening the attachment", names::path(&attachment.path));
-            let file = File::open(&attachment.path).with_context(named)?;
-            if file.metadata().with_context(named)?.is_dir() {
-                bail!(
-                    "{}: is a folder; an attachment is a file",
-                    names::path(&attachment.path)
-                );
-            }
-            attachments.push((attachment.name.clone(), file));
+            let store = FileStore::open(&attachment.path).with_context(named)?;
+            attachments.push((attachment.name.clone(), store.into_file()));
         }
         let frame_bytes = args.frame_size.kib << 10;
         let frame_pages = frame_bytes / PAGE_SIZE;
@@ -282,8 +278,10 @@ fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
     let named = || format!("{}: reading the dictionary", names::path(path));
     let mut bytes = Vec::new();
     let limit = MAX_DICTIONARY_BYTES as u64 + 1;
-    let file = fs::File::open(path).with_context(named)?;
-    file.take(limit)
+    let store = FileStore::open(path).with_context(named)?;
+    store
+        .into_file()
+        .take(limit)
         .read_to_end(&mut bytes)
         .with_context(named)?;
     match bytes.len() {

@@ -20,6 +20,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
+use snapshot_format::FileStore;
 
 use crate::args::{OnError, Prefetch, RETRY_TIMEOUT};
 
@@ -270,16 +271,12 @@ impl Config {
     }
 }
 
-/// Reads a file of configuration, and not a device or a disk image that was named by mistake.
+/// Reads a file of configuration, and not a disk image that was named by mistake.
 fn read(file: &Path) -> Result<String> {
     use std::io::Read as _;
 
-    // Before it is opened: to open a pipe would wait for its writer.
-    if !std::fs::metadata(file)?.is_file() {
-        bail!("it is no file");
-    }
+    let file = FileStore::open(file)?.into_file();
     let mut text = String::new();
-    let file = std::fs::File::open(file)?;
     file.take(MOST_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MOST_BYTES {
         bail!("it is larger than 4 MiB");
@@ -426,8 +423,8 @@ retry_timeout = 0
     fn a_file_that_is_none_is_refused() {
         for (path, says) in [
             ("/none", "No such file"),
-            ("/dev/zero", "no file"),
-            ("/", "no file"),
+            ("/dev/zero", "character device"),
+            ("/", "folder"),
         ] {
             let error = format!("{:#}", Config::load(Path::new(path)).unwrap_err());
             assert!(error.contains(says) && error.starts_with(path), "{error}");

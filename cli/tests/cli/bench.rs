@@ -4,7 +4,8 @@ use snaprestore_engine::sys::OpenOptions;
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, number, run};
+use crate::common::{Folder, as_nobody, number, run};
+use crate::restore::nobody_is_limited;
 
 const EVERYBODY: [&str; 7] = [
     "ours:prefetch=all",
@@ -131,6 +132,24 @@ fn a_snapshot_is_compared_as_it_is() {
     for part in ["contender", "total ms", "mmap", "same bytes"] {
         assert!(text.contains(part), "{text}");
     }
+}
+
+#[test]
+fn ordinary_user_compares_for_user_mode() {
+    if !nobody_is_limited("ordinary_user_compares_for_user_mode") {
+        return;
+    }
+    let folder = Folder::new();
+    folder.write("raw", &Mix::new(256, 7).bytes());
+    let args = ["bench", "raw", "--rounds", "1", "--dir", ".", "--json"];
+    let run = as_nobody(
+        &folder,
+        &[&args[..], &["--contenders", "ours;mmap"]].concat(),
+    )
+    .exits(0);
+    let rows = run.json()["contenders"].as_array().unwrap().len();
+    assert_eq!(rows, 2, "{}", run.text());
+    run.says(&["note: ", "user mode only"]);
 }
 
 #[test]

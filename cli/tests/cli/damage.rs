@@ -1,8 +1,12 @@
 //! Snapshots that are broken, cut off, or none at all.
 
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, number, run};
+use crate::common::{Folder, command, finish, number, run};
 
 fn snapshot(folder: &Folder) -> Vec<u8> {
     folder.write("raw", &Mix::new(700, 5).bytes());
@@ -87,10 +91,121 @@ fn what_is_no_snapshot_is_not_called_damaged() {
     ] {
         let run = run(&folder, &[command, &["folder"]].concat()).exits(1);
         assert!(
-            run.err.starts_with("snaprestore: folder: is a folder"),
+            run.err
+                .starts_with("snaprestore: folder: cannot be opened: it is a folder"),
             "{}",
             run.err
         );
+    }
+}
+
+/// To open a pipe waits for its writer, and no signal ends that.
+#[test]
+fn pipe_or_device_as_input_is_refused_by_name() {
+    let folder = Folder::new();
+    folder.write("raw", &crate::common::noise(4096));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    crate::common::make_fifo(&folder.file("fifo"));
+    let _socket = std::os::unix::net::UnixListener::bind(folder.file("socket")).unwrap();
+    let commands: [&[&str]; 10] = [
+        &["info", "FILE"],
+        &["verify", "FILE"],
+        &["restore", "FILE"],
+        &["restore", "s", "--check", "FILE"],
+        &["extract", "FILE", "-o", "out"],
+        &["bench", "FILE", "--dir", "."],
+        &["serve", "--snapshot", "FILE", "--socket", "vmm.socket"],
+        &["serve", "--config", "FILE"],
+        &["create", "raw", "-o", "out", "--attach", "a=FILE"],
+        &["create", "raw", "-o", "out", "--dictionary", "FILE"],
+    ];
+    for (file, kind) in [
+        ("fifo", "named pipe"),
+        ("socket", "socket"),
+        ("/dev/zero", "character device"),
+    ] {
+        for args in commands {
+            let args: Vec<_> = args.iter().map(|arg| arg.replace("FILE", file)).collect();
+            let mut child = command(&args)
+                .current_dir(folder.path())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let began = Instant::now();
+            while child.try_wait().unwrap().is_none() {
+                if began.elapsed() > Duration::from_secs(60) {
+                    child.kill().unwrap();
+                    panic!("{args:?} hangs");
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            finish(child).exits(1).says(&[file, kind]);
+        }
+    }
+    assert!(!folder.file("out").exists());
+}
+
+/// A loop device over a file, until dropped.
+struct Loop(String);
+
+impl Loop {
+    fn over(folder: &Folder, file: &str) -> Result<Self, String> {
+        let made = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--read-only", file])
+            .current_dir(folder.path())
+            .output()
+            .map_err(|error| format!("losetup: {error}"))?;
+        if !made.status.success() {
+            return Err(String::from_utf8_lossy(&made.stderr).trim().to_owned());
+        }
+        Ok(Self(
+            String::from_utf8(made.stdout).unwrap().trim().to_owned(),
+        ))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn block_device_holds_a_snapshot_or_raw_memory() {
+    let folder = Folder::new();
+    folder.write("raw", &crate::common::noise(64 * 4096));
+    // A device has whole sectors.
+    for extra in 0..1024 {
+        folder.write("extra", &crate::common::noise(8 * 128)[..extra]);
+        run(
+            &folder,
+            &["create", "raw", "-o", "s", "--force", "--attach", "a=extra"],
+        )
+        .exits(0);
+        if folder.read("s").len().is_multiple_of(512) {
+            break;
+        }
+    }
+    let (snapshot, raw) = match (Loop::over(&folder, "s"), Loop::over(&folder, "raw")) {
+        (Ok(snapshot), Ok(raw)) => (snapshot, raw),
+        (Err(why), _) | (_, Err(why)) => {
+            let why = format!("no loop device: {why}");
+            return skipped(
+                "block_device_holds_a_snapshot_or_raw_memory",
+                &Unavailable { why },
+            );
+        }
+    };
+    run(&folder, &["info", &snapshot.0]).exits(0);
+    run(&folder, &["verify", &snapshot.0]).exits(0);
+    run(&folder, &["extract", &snapshot.0, "-o", "out"]).exits(0);
+    assert!(folder.read("out") == folder.read("raw"));
+    run(&folder, &["create", &raw.0, "-o", "again"]).exits(0);
+    if crate::restore::possible(&folder, "block_device_holds_a_snapshot_or_raw_memory") {
+        run(&folder, &["restore", &snapshot.0, "--check", &raw.0]).exits(0);
     }
 }
 

@@ -6,9 +6,9 @@ use std::process::Stdio;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::{Folder, command, number, run, wait_until};
+use crate::common::{Folder, as_nobody, command, number, run, wait_until};
 use crate::owner::Owner;
-use crate::restore::possible;
+use crate::restore::{nobody_is_limited, possible};
 
 #[test]
 fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
@@ -62,6 +62,17 @@ fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
         number(&report["create"], "pages") - number(&report["create"], "unavailable_pages")
     );
     assert!(number(restore, "faults") > 0);
+}
+
+#[test]
+fn ordinary_user_can_run_it() {
+    if !nobody_is_limited("ordinary_user_can_run_it") {
+        return;
+    }
+    let folder = Folder::new();
+    let run = as_nobody(&folder, &["demo", "--size", "8"]).exits(0);
+    assert!(run.text().contains("Every page"), "{}", run.text());
+    run.says(&["note: ", "user mode only"]);
 }
 
 #[test]

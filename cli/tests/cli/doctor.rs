@@ -59,12 +59,12 @@ fn without_rights_it_says_what_would_give_them() {
         .unwrap();
     let remedy = check["remedy"].as_str().unwrap();
     if report["user_mode_only"] == true {
-        // Restoring works, with an option: then that is the verdict.
+        // Restoring works, but not for VMs: then that is the verdict.
         assert_eq!((doctor.code, &report["ok"]), (Some(0), &true.into()));
         assert_eq!(check["state"], "limited");
-        assert!(remedy.contains("--user-mode-only"), "{remedy}");
+        assert!(remedy.contains("for the memory of VMs"), "{remedy}");
         let text = as_nobody(&folder, &["doctor"]).exits(0).text();
-        assert!(text.contains("only with --user-mode-only"), "{text}");
+        assert!(text.contains("only for user mode"), "{text}");
     } else {
         assert_eq!((doctor.code, &report["ok"]), (Some(4), &false.into()));
         assert_eq!(check["state"], "missing");

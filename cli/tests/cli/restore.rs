@@ -1,6 +1,7 @@
 //! Snapshots that come back lazily.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, skipped};
@@ -325,30 +326,31 @@ fn what_is_no_snapshot_exits_3() {
     run(&folder, &["restore", "none"]).exits(1).says(&["none"]);
 }
 
+/// Whether a user without rights can be tried here, who may not make a full userfaultfd.
+pub(crate) fn nobody_is_limited(test: &str) -> bool {
+    let why = if !nix::unistd::geteuid().is_root() {
+        "becoming another user needs root"
+    } else {
+        let folder = Folder::new();
+        let doctor = as_nobody(&folder, &["doctor", "--json"]);
+        if doctor.json()["user_mode_only"] == true {
+            return true;
+        }
+        "every user may make a full userfaultfd here, or none"
+    };
+    skipped(test, &Unavailable { why: why.into() });
+    false
+}
+
 #[test]
-fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
-    let name = "without_the_right_to_it_exits_4_and_says_what_would_permit_it";
-    if !nix::unistd::geteuid().is_root() {
-        let why = "becoming another user needs root".into();
-        return skipped(name, &Unavailable { why });
+fn ordinary_user_restores_and_is_told_of_user_mode() {
+    if !nobody_is_limited("ordinary_user_restores_and_is_told_of_user_mode") {
+        return;
     }
     let folder = Folder::new();
-    packed(&folder, 300);
-    // A new snapshot is its owner's alone.
-    let everybody = std::fs::Permissions::from_mode(0o644);
-    std::fs::set_permissions(folder.file("s"), everybody).unwrap();
-    let refused = as_nobody(&folder, &["restore", "s"]);
-    if refused.code == Some(0) {
-        let why = "every user may make a userfaultfd here".into();
-        return skipped(name, &Unavailable { why });
-    }
-    let refused = refused.exits(4).says(&[
-        "\n  access to /dev/userfaultfd",
-        "\n  the capability CAP_SYS_PTRACE\n",
-        "\n  sysctl vm.unprivileged_userfaultfd=1\n",
-        "\n  --user-mode-only",
-    ]);
-    assert_eq!(refused.err.matches("user-mode-only").count(), 1);
+    folder.write("raw", &Mix::new(300, 11).bytes());
+    as_nobody(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    as_nobody(&folder, &["verify", "s"]).exits(0);
     let everything = [
         "--prefetch",
         "all",
@@ -358,23 +360,60 @@ fn without_the_right_to_it_exits_4_and_says_what_would_permit_it() {
         "2",
     ];
     for options in [&everything[..], &["--prefetch", "off"]] {
-        let mut args = vec![
-            "restore",
-            "s",
-            "--json",
-            "--user-mode-only",
-            "--check",
-            "raw",
-        ];
-        args.extend(options);
-        let report = as_nobody(&folder, &args).exits(0).json();
+        let args = [&["restore", "s", "--json", "--check", "raw"], options].concat();
+        let run = as_nobody(&folder, &args).exits(0);
+        let report = run.json();
         let n = |key| number(&report, key);
         assert_eq!((n("checked_pages"), n("mismatches")), (300, 0), "{report}");
         n("complete_ms");
+        assert_eq!(run.err.lines().count(), 1, "{}", run.err);
+        run.says(&["note: ", "user mode only", "snaprestore doctor"]);
     }
-    as_nobody(
-        &folder,
-        &["restore", "s", "--touch", "none", "--user-mode-only"],
-    )
-    .exits(0);
+    // Who knows it isn't told.
+    let args = ["restore", "s", "--touch", "none", "--user-mode-only"];
+    let run = as_nobody(&folder, &args).exits(0);
+    assert_eq!(run.err, "");
+}
+
+/// As in a container whose system call filter lets no userfaultfd through.
+#[test]
+fn without_any_right_to_it_exits_4_and_says_what_would_permit_it() {
+    let name = "without_any_right_to_it_exits_4_and_says_what_would_permit_it";
+    if !nobody_is_limited(name) {
+        return;
+    }
+    let folder = Folder::new();
+    folder.write("raw", &Mix::new(300, 11).bytes());
+    as_nobody(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let without = |args: &[&str]| {
+        let mut command = Command::new(folder.file("snaprestore"));
+        command
+            .args(args)
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .uid(65534)
+            .gid(65534);
+        let filter = without_userfaultfd();
+        let confine = move || {
+            seccompiler::apply_filter(&filter).map_err(|_| std::io::ErrorKind::Other.into())
+        };
+        // SAFETY: the closure makes two system calls, and neither allocates nor takes a lock.
+        unsafe { command.pre_exec(confine) };
+        Run::of(&mut command)
+    };
+    for args in [&["restore", "s"][..], &["demo", "--size", "1"]] {
+        without(args).exits(4).says(&[
+            "\n  access to /dev/userfaultfd",
+            "\n  the capability CAP_SYS_PTRACE\n",
+            "\n  sysctl vm.unprivileged_userfaultfd=1\n",
+        ]);
+    }
+}
+
+fn without_userfaultfd() -> seccompiler::BpfProgram {
+    let json = r#"{"all":{"mismatch_action":"allow","match_action":{"errno":1},
+        "filter":[{"syscall":"userfaultfd"}]}}"#;
+    let arch: seccompiler::TargetArch = std::env::consts::ARCH.try_into().unwrap();
+    let mut filters = seccompiler::compile_from_json(json.as_bytes(), arch).unwrap();
+    filters.remove("all").unwrap()
 }

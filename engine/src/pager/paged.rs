@@ -220,7 +220,8 @@ impl Pager {
 
 /// A session that serves another process.
 ///
-/// Dropping it before it has ended kills the owner, and waits for its end.
+/// Dropping it before it has ended kills the owner, and waits for its end. In a forked child nothing
+/// is done.
 pub struct Paged {
     running: Arc<Running>,
     threads: Threads,
@@ -299,15 +300,19 @@ impl Paged {
 
 impl Drop for Paged {
     fn drop(&mut self) {
+        if self.running.is_of_parent() {
+            // A forked child: the session, and the owner, are the parent's.
+            std::mem::forget(std::mem::take(&mut self.threads));
+            std::mem::forget(Arc::clone(&self.running));
+            return;
+        }
         let session = &self.running.session;
         // What is complete is so for good, though its threads may be about to say it.
         if !session.is_complete() && self.ending().is_none() {
             self.owner.kill("its pager ends");
         }
         session.end();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.running.end_threads(&mut self.threads);
         if !session.is_complete() && !session.is_owner_gone() {
             // What is missing becomes zeros when the descriptor closes: nobody may be left to see it.
             self.owner.wait_gone();

@@ -226,7 +226,8 @@ impl Restore {
     }
 
     /// Called with the number of each page that a touch brought in, in that order, by the thread
-    /// that served it: the working set of whoever runs.
+    /// that served it: the working set of whoever runs. What it may do is said in
+    /// [the module](super#callbacks).
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));
         self
@@ -238,6 +239,11 @@ impl Restore {
         let begun = Instant::now();
         check_page_size()?;
         let resources = |what| move |source| StartError::resources(what, source);
+        if self.observer.is_some() {
+            // While one is stuck in the observer, the other reads why.
+            self.crew.fault_threads = self.crew.fault_threads.max(2);
+        }
+        let resources = |what| move |source| StartError::Resources { what, source };
         let snapshot = Arc::clone(&self.snapshot);
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
@@ -314,6 +320,7 @@ impl Restore {
             self.observer.take(),
             self.crew.decoders(),
         );
+        session.threads.watch_faults();
         let named = regions
             .iter()
             .zip(needed)

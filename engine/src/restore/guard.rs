@@ -8,6 +8,7 @@ use crate::session::{
 };
 
 use super::questions::Questions;
+use crate::sys::abort;
 
 /// A callback that decides about failures.
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;
@@ -47,7 +48,12 @@ impl Asker {
                 continue;
             };
             let page = failure.page;
-            match (self.callback)(&failure) {
+            let verdict = (self.callback)(&failure);
+            if session.is_ending() {
+                // It took so long that the restore was given up, and its pages with it.
+                return;
+            }
+            match verdict {
                 Verdict::Retry => self.each(page, |fault| session.serve_again(fault, page)),
                 Verdict::Poison => self.each(page, |fault| session.poison_left(fault)),
                 Verdict::Abort => abort(&failure.to_string()),
@@ -98,10 +104,4 @@ impl Guard for Owner {
     fn end_owner(&self, why: &str) {
         abort(why)
     }
-}
-
-/// Ends the process: going on would let somebody read wrong memory, or wait for ever.
-fn abort(why: &str) -> ! {
-    tracing::error!(why, "memory can't be restored: the process is ended");
-    std::process::abort()
 }

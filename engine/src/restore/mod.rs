@@ -30,10 +30,34 @@
 //! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | read, decode and install ahead of faults |
 //! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
 //!
-//! When a [`Restored`] is dropped or was stopped its threads have ended, and those of the pool if no
-//! other restore wants something fetched. All block every signal and start no others. After the hook of [`Restore::on_thread_start`] has run they make only the system
+//! When a [`Restored`] is dropped or was stopped its threads have ended, unless a callback does not
+//! return, and those of the pool if no other restore wants something fetched. All block every signal
+//! and start no others. They take neither a real-time policy nor fewer cores than the main thread has
+//! from the thread that starts them: one that spins for a page under SCHED_FIFO on the only core of
+//! its handler would wait for ever. After the hook of [`Restore::on_thread_start`] has run they make only the system
 //! calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the callbacks and the tracing
 //! subscriber make.
+//!
+//! # Callbacks
+//!
+//! The observer ([`Restore::on_first_touch`]), the callback of [`OnFailure::Ask`], the hook of
+//! [`Restore::on_thread_start`], the snapshot's [`Store`](snapshot_format::Store) and the tracing
+//! subscriber are called by the engine's threads while somebody waits for a page.
+//!
+//! | a callback | then |
+//! | --- | --- |
+//! | touches memory that its own session restores | the process is aborted with the reason, as soon as another thread reads the fault, in [`Restored`]'s drop at the latest |
+//! | calls [`Restored::read_at`], or [`Restored::stop`] with [`Stop::Complete`] | an error, `InCallback` |
+//! | calls [`Restored::wait_complete`] | returns at once |
+//! | drops the [`Restored`], or gives it up | all is done but waiting for the threads, which end when the callback has returned |
+//! | does not return | its page waits; drop and stop leave its thread behind after two seconds |
+//! | panics | the process is aborted with the reason |
+//!
+//! Touching means system calls on that memory, too. Memory of other sessions may be touched. A
+//! thread that was left behind cannot reach the memory any more: it would do so through the
+//! userfaultfd, which is closed.
+//!
+//! Every abort writes one line with the reason to standard error, with or without a subscriber.
 //!
 //! # Under KVM
 //!
@@ -48,10 +72,16 @@
 //! the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is
 //! complete the memory is left out of children (`MADV_DONTFORK`): a child could not be served past
 //! the parent's end. When the restore is complete, was stopped, or didn't start, children get it
-//! again (`MADV_DOFORK`), but for what the owner had left out itself before.
+//! again (`MADV_DOFORK`), but for what the owner had left out itself before. A child that drops its
+//! copy of the [`Restored`] changes nothing.
 //!
 //! Memory that was unmapped costs the restore nothing more. What is moved piece by piece is
 //! remembered piece by piece, as many as there are.
+//!
+//! - `/proc/PID/mem` and ptrace don't wait for a page that is missing: debuggers and others who use
+//!   them get EIO. [`Restored::read_at`] waits.
+//! - Guard pages (`MADV_GUARD_INSTALL`) in memory that is not complete are overwritten when their
+//!   page arrives. Install them when the restore is complete.
 
 mod builder;
 mod guard;

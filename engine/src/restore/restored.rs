@@ -9,7 +9,7 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 use crate::mem::{Advice, MemError, RawRegion, advise_at};
 use crate::running::{OnComplete, Running, Stats, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
-use crate::sys::{ReadFault, read_checked, to_usize};
+use crate::sys::{ReadFault, abort, read_checked, to_usize};
 
 use super::builder::without;
 use super::huge;
@@ -103,6 +103,12 @@ pub enum StopError {
          Raise the limit (sysctl vm.max_map_count)"
     )]
     TooManyMappings(#[source] MemError),
+    /// Called by a callback or the store, for which completing would wait.
+    #[error("cannot complete a restore from one of its callbacks; call it from another thread")]
+    InCallback,
+    /// Called in a child that the process has forked.
+    #[error("cannot stop a restore in a forked child; it is the parent's")]
+    InChild,
     /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing
     /// its memory.
     #[error("{missing} pages are still missing")]
@@ -136,6 +142,9 @@ pub enum ReadAtError {
         /// In the first page that can't be read; everything before it was.
         offset: u64,
     },
+    /// Called by a callback or the store, which may be what the page waits for.
+    #[error("cannot read memory under restore from a callback; read it from another thread")]
+    InCallback,
     /// The kernel refused for another reason.
     #[error(transparent)]
     Refused(ReadFault),
@@ -153,7 +162,9 @@ const ROUND_INTERVAL: Duration = Duration::from_micros(100);
 ///
 /// Dropping it stops the restore. Memory that the engine mapped is unmapped. Memory that was given
 /// stays: what is missing is poisoned as by [`Stop::Inaccessible`], and where that returns an error, a
-/// drop logs it.
+/// drop logs it. A callback may drop it; a callback that does not return makes it take two seconds
+/// (see [the module](super#callbacks)). In a forked child nothing is done: the restore is the
+/// parent's.
 pub struct Restored {
     pub(super) running: Arc<Running>,
     pub(super) threads: Threads,
@@ -229,7 +240,12 @@ impl Restored {
     /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another
     /// prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
     /// about it, it isn't known which, and is waited for. True if it is complete.
+    ///
+    /// Doesn't wait when called by a callback, which would wait for itself.
     pub fn wait_complete(&self) -> bool {
+        if self.running.session.threads.is_current() {
+            return self.is_complete();
+        }
         self.running.wait_complete()
     }
 
@@ -271,6 +287,9 @@ impl Restored {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), ReadAtError> {
+        if self.running.session.threads.is_current() {
+            return Err(ReadAtError::InCallback);
+        }
         let len = buffer.len() as u64;
         let fits = |memory: &RawRegion| {
             offset
@@ -335,7 +354,13 @@ impl Restored {
     /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
     /// memory that is poisoned or inaccessible.
     pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
+        if self.running.is_of_parent() {
+            return Err(StopError::InChild);
+        }
         match stop {
+            Stop::Complete if self.running.session.threads.is_current() => {
+                Err(StopError::InCallback)
+            }
             Stop::Complete => self.complete(),
             Stop::Inaccessible => self.give_up(false),
         }
@@ -374,10 +399,7 @@ impl Restored {
     }
 
     fn join(&mut self) {
-        for thread in self.threads.drain(..) {
-            // A thread that panics ends the process.
-            let _ = thread.join();
-        }
+        self.running.end_threads(&mut self.threads);
     }
 
     /// Ends the threads, sees to it that what is missing can't be read, and closes the userfaultfd.
@@ -460,8 +482,9 @@ impl Restored {
     fn make_all_inaccessible(&self) {
         for extent in self.running.session.state.mapped() {
             if let Err(error) = Kernel::make_inaccessible(extent.address, extent.pages * PAGE) {
-                tracing::error!(%error, "memory that is incomplete can't be made inaccessible: the process is ended");
-                std::process::abort();
+                abort(&format!(
+                    "cannot make incomplete memory inaccessible: {error}"
+                ));
             }
         }
     }
@@ -469,6 +492,13 @@ impl Restored {
 
 impl Drop for Restored {
     fn drop(&mut self) {
+        if self.running.is_of_parent() {
+            // Nothing of it exists here: no thread to wait for, and no memory to unmap.
+            std::mem::forget(std::mem::take(&mut self.threads));
+            std::mem::forget(std::mem::take(&mut self.memory));
+            std::mem::forget(Arc::clone(&self.running));
+            return;
+        }
         if let Err(error) = self.give_up(true) {
             tracing::error!(%error, "a restore was dropped");
         }

@@ -147,6 +147,11 @@ impl Feed {
             return Step::Over;
         };
         let session = &running.session;
+        // A thread of the pool is one of the session's while it works for it.
+        let place = session
+            .threads
+            .place(std::thread::current().name().unwrap_or("prefetch"));
+        place.begin();
         let task = match self.progress().next(&self.plan, self.begun, session) {
             Next::Task(task) => task,
             Next::None(step) => return step,

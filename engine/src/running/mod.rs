@@ -45,6 +45,10 @@ pub enum Prefetch {
 /// The number of threads that have no place in the session's tables.
 const UNNUMBERED: usize = usize::MAX / 2;
 
+/// How long threads that were told to end may take before they are left behind: in a callback or a
+/// read that does not return.
+const LEAVING_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How often a waiter looks at what no notification tells.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -62,6 +66,8 @@ pub(crate) struct Running {
     prefetch_threads: usize,
     _user: workers::User,
     fault_threads: AtomicUsize,
+    /// The process that started it.
+    pid: u32,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -72,6 +78,8 @@ pub(crate) struct Running {
 struct Progress {
     served_out: bool,
     prefetched: bool,
+    /// The memory may be somebody else's: some threads were left behind.
+    left_behind: bool,
 }
 
 impl Running {
@@ -93,6 +101,7 @@ impl Running {
             feed: OnceLock::new(),
             prefetch_threads: crew.prefetch_threads,
             fault_threads: AtomicUsize::new(crew.fault_threads),
+            pid: std::process::id(),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
             changed: Condvar::new(),
@@ -108,8 +117,12 @@ impl Running {
         if self.session.is_complete() {
             self.session.platform.close();
             let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            (self.on_complete)(&self.session);
-            self.complete_nanos.store(nanos.max(1), Relaxed);
+            // Held meanwhile, so that nobody who leaves this thread behind returns before.
+            let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+            if !progress.left_behind {
+                (self.on_complete)(&self.session);
+                self.complete_nanos.store(nanos.max(1), Relaxed);
+            }
         }
         self.update(|progress| progress.served_out = true);
         if let Some(feed) = self.feed.get() {
@@ -123,6 +136,45 @@ impl Running {
         // Once, and before: the session may be at its end before this returns.
         let _ = self.feed.set(Arc::clone(&feed));
         self.pool.add(&feed)
+    }
+
+    /// Whether this is the copy of a child that the process has forked. The threads, the memory and
+    /// the userfaultfd are the parent's.
+    pub(crate) fn is_of_parent(&self) -> bool {
+        self.pid != std::process::id()
+    }
+
+    /// Waits for the threads of a session that is ending.
+    ///
+    /// A thread whose callback or store does not return is left behind, and so are all if the
+    /// calling thread is one of them. That is sound: what they still do goes through the session,
+    /// which lives as long as they do, and reaches memory only through its userfaultfd. The caller
+    /// closes that before the memory can go, and from then on every install is refused. The only
+    /// other thing that is done to the memory, when a session completes, is not done any more.
+    pub(crate) fn end_threads(&self, threads: &mut Threads) {
+        let engine = &self.session.threads;
+        let begun = Instant::now();
+        while !engine.is_current() && begun.elapsed() < LEAVING_TIMEOUT {
+            if engine.wait_gone(LOOK_AGAIN) {
+                for thread in threads.drain(..) {
+                    // A thread that panics ends the process.
+                    let _ = thread.join();
+                }
+                return;
+            }
+            // A thread that waits for a page of its own session: nobody else may be left to read
+            // of it.
+            self.session.read_events(0);
+        }
+        if !engine.is_current() {
+            let threads = engine.names();
+            tracing::warn!(
+                ?threads,
+                "a callback or the store does not return: left its threads behind"
+            );
+        }
+        self.update(|progress| progress.left_behind = true);
+        threads.clear();
     }
 
     fn prefetch_ended(&self) {

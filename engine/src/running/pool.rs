@@ -22,7 +22,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::feed::{Feed, Step};
-use super::threads::{EndOnPanic, Hook};
+use super::threads::{Hook, run};
 use super::workers::Workers;
 
 /// How long all threads may be at the same tasks until one more goes to work.
@@ -200,13 +200,11 @@ impl Pool {
         let name = format!("snap-fetch-{}", ring.threads.len());
         let (pool, generation) = (Arc::clone(self), ring.generation);
         Builder::new().name(name.clone()).spawn(move || {
-            let _end = EndOnPanic;
-            if let Some(hook) = &pool.hook {
-                hook(&name);
-            }
-            while let Some(task) = pool.take(|ring| ring.generation == generation, None) {
-                pool.work(task);
-            }
+            run(&name, None, pool.hook.as_ref(), || {
+                while let Some(task) = pool.take(|ring| ring.generation == generation, None) {
+                    pool.work(task);
+                }
+            });
         })
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crate::session::RETRY_TIMEOUT;
-use crate::sys::SignalsBlocked;
+use crate::session::{Place, RETRY_TIMEOUT};
+use crate::sys::{SignalsBlocked, abort, leave_creator};
 
 use super::feed::Plan;
 use super::{Prefetch, Running, Shared, workers};
@@ -48,8 +48,10 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "rseq",
     "set_robust_list",
     "getrandom",
-    // Ending the process that is served.
+    // Ending the process that is served, or this one: whether standard error has room for why.
     "pidfd_send_signal",
+    "poll",
+    "ppoll",
     // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is
     // open.
     "close",
@@ -67,14 +69,32 @@ pub(crate) struct ThreadError {
 
 /// Ends the process if its thread panics: whoever waits for that thread's pages would wait for
 /// ever.
-pub(super) struct EndOnPanic;
+struct EndOnPanic<'a>(&'a str);
 
-impl Drop for EndOnPanic {
+impl Drop for EndOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            std::process::abort();
+            abort(&format!(
+                "engine thread {} panicked; a callback or the store must not",
+                self.0
+            ));
         }
     }
+}
+
+/// Runs `body` in the calling thread, which was started as engine thread `name`.
+/// It keeps its `place` in a session, if it works for one only.
+pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: impl FnOnce()) {
+    let _end = EndOnPanic(name);
+    leave_creator();
+    if let Some(place) = &place {
+        place.begin();
+    }
+    if let Some(hook) = hook {
+        hook(name);
+    }
+    body();
+    drop(place);
 }
 
 /// The threads over a session.
@@ -114,8 +134,9 @@ impl Default for Crew {
 /// The options of a builder that has its threads in `crew`.
 macro_rules! crew_options {
     () => {
-        /// Threads that serve faults; at least 1. One serves one toucher well; more help when many
-        /// touch at once, or when the store is slow. Default 2.
+        /// Threads that serve faults; at least 1, and 2 with an observer of first touches, so that
+        /// a fault of its own is noticed. One serves one toucher well; more help when many touch at
+        /// once, or when the store is slow. Default 2.
         pub fn fault_threads(mut self, threads: usize) -> Self {
             self.crew.fault_threads = threads.max(1);
             self
@@ -156,10 +177,13 @@ macro_rules! crew_options {
             self
         }
 
-        /// Called in each thread of this session before it does anything, for instance to confine
-        /// it. The signals are blocked by then. The threads that fetch ahead are the session's own
-        /// then, unless it was given a [`Shared`](Self::shared): those serve several sessions, and call
-        /// the hook of [`Shared::on_thread_start`] only.
+        /// Called in each thread of this session before it does anything, for instance to confine it,
+        /// or to give it a policy or cores. The signals are blocked by then. The thread has the cores
+        /// of the main thread and of the one that starts it, and no real-time policy, whatever the
+        /// latter has. The hook must return, and must not touch memory that is being restored. The
+        /// threads that fetch ahead are the session's own then, unless it was given a
+        /// [`Shared`](Self::shared): those serve several sessions, and call the hook of
+        /// [`Shared::on_thread_start`] only.
         pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
             self.crew.hook = Some(Arc::new(hook));
             self
@@ -196,9 +220,7 @@ impl Crew {
             Ok(()) => Ok(threads),
             Err(source) => {
                 running.session.end();
-                for thread in threads {
-                    let _ = thread.join();
-                }
+                running.end_threads(&mut threads);
                 Err(ThreadError {
                     what: "the engine's threads",
                     source,
@@ -210,14 +232,11 @@ impl Crew {
     fn start_all(self, running: &Arc<Running>, threads: &mut Threads) -> io::Result<()> {
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
             let hook = self.hook.clone();
+            let place = running.session.threads.place(&name);
             let named = name.clone();
-            let thread = Builder::new().name(name).spawn(move || {
-                let _end = EndOnPanic;
-                if let Some(hook) = hook {
-                    hook(&named);
-                }
-                body();
-            })?;
+            let thread = Builder::new()
+                .name(name)
+                .spawn(move || run(&named, Some(place), hook.as_ref(), body))?;
             threads.push(thread);
             Ok(())
         };

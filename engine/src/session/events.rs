@@ -113,7 +113,16 @@ impl<P: Platform, I: Image> Session<P, I> {
             add(&self.stats.events, 1);
         }
         match *event {
-            Event::Fault { address, thread } => self.inbox.arrived(address, thread),
+            Event::Fault { address, thread } => {
+                if let Some(name) = self.threads.faulting(thread) {
+                    self.guard.end_owner(&format!(
+                        "engine thread {name} touched {address:#x}, which it restores and would \
+                         wait for: a callback, the store or the tracing subscriber must not touch \
+                         memory that is being restored"
+                    ));
+                }
+                self.inbox.arrived(address, thread);
+            }
             Event::Remove { start, end } => {
                 for pages in self.state.map().pages_in(start..end) {
                     self.state.mark_removed(pages);

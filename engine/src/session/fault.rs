@@ -205,6 +205,11 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// A page that a fault wants can't be restored.
     fn fail(&self, fault: Fault, failure: &Failure) -> Answer {
         self.report(failure);
+        if self.is_ending() {
+            // The session is being given up, or was while this thread read: no page of it is this
+            // thread's to decide about.
+            return Answer::Nobody;
+        }
         self.decided(fault, self.guard.decide(fault, failure))
     }
 

@@ -61,12 +61,13 @@ mod read;
 mod retries;
 mod state;
 mod stats;
+mod threads;
 
 #[cfg(test)]
 mod check;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::fail_point::{FailPoint, fail_point};
@@ -92,6 +93,7 @@ pub(crate) use prefetch::{Left, PrefetchStop};
 pub(crate) use retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use state::State;
 pub(crate) use stats::{Pages, Stats};
+pub(crate) use threads::{EngineThreads, Place};
 
 /// Failures that are kept word for word; more are only counted.
 const KEPT_FAILURES: usize = 1000;
@@ -128,6 +130,8 @@ pub(crate) struct Session<P, I> {
     pub(crate) state: State,
     pub(crate) inbox: Inbox,
     pub(crate) stats: Stats,
+    /// The threads that work for it now.
+    pub(crate) threads: Arc<EngineThreads>,
     claims: Claims,
     /// What a discarded large page is filled with; empty if there are none.
     zeros: Vec<u8>,
@@ -177,6 +181,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             state,
             inbox: Inbox::new(),
             stats: Stats::default(),
+            threads: Arc::default(),
             claims: Claims::new(threads),
             guard,
             observer,

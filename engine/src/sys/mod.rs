@@ -14,7 +14,9 @@
 //! | `confine` | giving up rights |
 //! | `limits` | which limit is behind an ENOMEM or EAGAIN |
 //! | `pagemap` | which pages of a process exist |
-//! | `thread` | signals, checked reads |
+//! | `thread` | signals, scheduling, checked reads |
+//! | `load` | loads that come back with an error from a page that can't be had |
+//! | `abort` | aborting this process, with the reason on standard error |
 //! | `probe` | what this machine offers and permits |
 //!
 //! # Minimum kernel: 5.7
@@ -27,6 +29,7 @@
 #![allow(unsafe_code, reason = "one of the two modules that talk to the kernel")]
 
 pub mod abi;
+mod abort;
 pub mod confine;
 pub mod event;
 pub mod features;
@@ -37,6 +40,7 @@ mod inherited;
 pub mod install;
 mod ioctls;
 pub mod limits;
+mod load;
 pub mod message;
 pub mod open;
 pub mod pagemap;
@@ -46,18 +50,21 @@ pub mod socket;
 pub mod thread;
 pub mod uffd;
 
+pub(crate) use abort::abort;
 pub use event::{Ready, Waiting};
 pub use features::{Features, Ioctls, KernelVersion, Mask};
 pub use follower::Follower;
 pub use foreign::{Closing, Untrusted, is_userfaultfd, may_report_forks};
 pub use inherited::take_inherited;
 pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
+pub use load::Loads;
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::Probe;
 pub(crate) use process::PageMap;
 pub use process::{kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
+pub(crate) use thread::leave_creator;
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
 

@@ -1,6 +1,7 @@
 //! Pages that can't be restored: exactly those of the bad frame, by policy, and never zeros.
 
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -119,6 +120,34 @@ fn abort_ends_the_process() {
         compare(&restored, &bytes, 0..50);
         peek(address(&restored, BAD));
         panic!("the touch went on");
+    });
+    assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
+    // Without a tracing subscriber.
+    let line = ended
+        .output
+        .lines()
+        .find(|line| line.contains("snaprestore: aborting"));
+    let line = line.unwrap_or_else(|| panic!("no reason in {ended:?}"));
+    assert!(line.contains("damaged frame"), "{line}");
+}
+
+#[test]
+fn abort_does_not_wait_for_a_full_standard_error() {
+    let ended = in_child(|| {
+        let (_, snapshot, _) = bad_frame(4);
+        let restored = Restore::new(snapshot)
+            .on_failure(OnFailure::Abort)
+            .start()
+            .unwrap();
+        let (_reader, mut writer) = io::pipe().unwrap();
+        // SAFETY: system calls on a descriptor that is open, and on numbers.
+        unsafe {
+            libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK);
+            while io::Write::write(&mut writer, &[0; 4096]).is_ok() {}
+            libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, 0);
+            libc::dup2(writer.as_raw_fd(), 2);
+        }
+        peek(address(&restored, BAD));
     });
     assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
 }

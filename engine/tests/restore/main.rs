@@ -13,6 +13,7 @@
     reason = "lengths of small test memory on 64-bit machines"
 )]
 
+mod callbacks;
 mod common;
 mod confined;
 mod counted;

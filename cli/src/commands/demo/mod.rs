@@ -48,13 +48,8 @@ struct Report {
 
 pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<Exit> {
     // If the end can't be reached, say so at the beginning.
-    let permitted = if args.user_mode_only {
-        UserModeOnly::IfNeeded
-    } else {
-        UserModeOnly::Never
-    };
     OpenOptions::new()
-        .user_mode_only(permitted)
+        .user_mode_only(UserModeOnly::IfNeeded)
         .open()
         .map_err(|error| exit::name_the_remedies(error.into()))?;
     let (target, snapshot) = destination(args)?;

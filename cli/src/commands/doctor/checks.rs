@@ -120,9 +120,9 @@ fn userfaultfd(probe: &Probe) -> Check {
             if needs_user_mode_only(error) {
                 limited(
                     name,
-                    "only with --user-mode-only: for memory that system calls and virtual CPUs \
-                     don't touch while it comes",
-                    format!("restore with --user-mode-only; without it: {remedy}"),
+                    "only for user mode: for memory that system calls and virtual CPUs don't \
+                     touch while it comes, as that of restore, demo and bench",
+                    format!("for the memory of VMs: {remedy}"),
                 )
             } else {
                 missing(name, "not permitted to this process", remedy)
@@ -136,7 +136,7 @@ fn userfaultfd(probe: &Probe) -> Check {
     }
 }
 
-/// Whether what is refused would be permitted with `--user-mode-only`.
+/// Whether what is refused would be permitted for faults of user mode only.
 pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
     matches!(
         error,
@@ -460,7 +460,11 @@ mod tests {
             let check = userfaultfd(&probe);
             assert_eq!(check.state, state);
             let remedy = check.remedy.unwrap();
-            assert_eq!(remedy.contains("--user-mode-only"), would_do, "{remedy}");
+            assert_eq!(
+                remedy.contains("for the memory of VMs"),
+                would_do,
+                "{remedy}"
+            );
             assert!(remedy.contains("vm.unprivileged_userfaultfd=1"), "{remedy}");
         }
     }

@@ -16,7 +16,7 @@ use checks::{Check, State};
 struct Report {
     /// Whether memory can be restored lazily here.
     ok: bool,
-    /// It can, but only with `--user-mode-only`.
+    /// It can, but only where system calls and virtual CPUs don't touch it while it comes.
     user_mode_only: bool,
     kernel: String,
     checks: Vec<Check>,
@@ -53,7 +53,8 @@ impl fmt::Display for Report {
             f,
             "\n{}",
             if self.user_mode_only {
-                "Memory can be restored lazily here, but only with --user-mode-only."
+                "Memory can be restored lazily here, but only for user mode: by restore, demo and bench, and \
+                 not for virtual CPUs."
             } else if self.ok {
                 "Memory can be restored lazily here."
             } else {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
-use snapshot_format::Snapshot;
 use snapshot_format::layout::PAGE_SIZE_U64;
+use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
@@ -23,6 +23,11 @@ use crate::signals::Cancel;
 use order::Order;
 pub(crate) use report::Report;
 use touch::Pages;
+
+/// Says that the command does with less than the engine wants.
+pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full userfaultfd; going on with \
+     one for faults of user mode only, which is enough for this command (`snaprestore doctor` says \
+     what would permit the other)";
 
 /// How long the engine may take to notice that every page was touched.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -54,6 +59,9 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     let began = Instant::now();
     let restored =
         start(&snapshot, args, output).map_err(|error| exit::name_the_remedies(error.into()))?;
+    if restored.is_user_mode_only() && !args.user_mode_only {
+        output.warn(USER_MODE_ONLY);
+    }
     let touched = match args.touch {
         Touch::None => None,
         order => {
@@ -97,8 +105,8 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
 /// The file to compare with, which must be as long as the memory.
 fn open_raw(path: &Path, bytes: u64) -> Result<File> {
     let named = || path.display().to_string();
-    let file = File::open(path).with_context(named)?;
-    let len = file.metadata().with_context(named)?.len();
+    let store = FileStore::open(path).with_context(named)?;
+    let len = store.len().with_context(named)?;
     if len != bytes {
         bail!(
             "{}: has {len} bytes, but the snapshot holds {bytes} bytes of memory; `extract` makes \
@@ -106,7 +114,7 @@ fn open_raw(path: &Path, bytes: u64) -> Result<File> {
             path.display()
         );
     }
-    Ok(file)
+    Ok(store.into_file())
 }
 
 /// Maps the memory and starts to serve it.
@@ -125,7 +133,7 @@ fn start(
                 args::Prefetch::All => restore::Prefetch::All,
             })
             .on_failure(on_failure)
-            .user_mode_only(args.user_mode_only)
+            .user_mode_only(true)
             .start()
     };
     match with(OnFailure::Poison) {

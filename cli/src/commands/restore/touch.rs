@@ -1,4 +1,7 @@
 //! Touching every page, from several threads, and comparing what arrives.
+//!
+//! A touch is a load of one byte, as an owner's: its page fault is what is measured. Whole pages are
+//! read only to compare them.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use snaprestore_engine::restore::{ReadAtError, Restored};
+use snaprestore_engine::sys::{Loads, ReadFault};
 use snapshot_format::layout::{PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64};
 use snapshot_format::{Page, Reason, Region, Snapshot, Top};
 
@@ -185,6 +189,7 @@ impl Work<'_> {
 
 impl Shared<'_> {
     fn run(&self) -> Result<()> {
+        let loads = Loads::in_this_thread().context("catching bad pages")?;
         let mut memory = vec![0; PAGE_SIZE];
         let mut expected = vec![0; PAGE_SIZE];
         let mut found = Touched::default();
@@ -197,7 +202,7 @@ impl Shared<'_> {
             let to = self.work.pages.count.min(from + AT_ONCE);
             for position in from..to {
                 let page = self.work.order.at(position);
-                self.touch(page, &mut memory, &mut expected, &mut found)?;
+                self.touch(&loads, page, &mut memory, &mut expected, &mut found)?;
             }
             self.progress.advance((to - from) * PAGE_SIZE_U64);
         }
@@ -212,6 +217,7 @@ impl Shared<'_> {
 
     fn touch(
         &self,
+        loads: &Loads,
         page: u64,
         memory: &mut [u8],
         expected: &mut [u8],
@@ -221,10 +227,11 @@ impl Shared<'_> {
         if self.work.pages.is_unavailable(number) {
             return Ok(());
         }
-        match self.work.restored.read_at(region, offset, memory) {
-            Ok(()) => {}
+        let start = self.work.restored.regions()[region].as_ptr();
+        match loads.byte(start.expose_provenance() as u64 + offset) {
+            Ok(_) => {}
             // Poisoned: its frame is bad.
-            Err(ReadAtError::Unreadable { .. }) => {
+            Err(ReadFault::Unreadable { .. }) => {
                 found.bad.push(number);
                 return Ok(());
             }
@@ -236,6 +243,15 @@ impl Shared<'_> {
         let Some(raw) = self.work.raw else {
             return Ok(());
         };
+        match self.work.restored.read_at(region, offset, memory) {
+            Ok(()) => {}
+            // It was there a moment ago: memory is failing.
+            Err(ReadAtError::Unreadable { .. }) => {
+                found.bad.push(number);
+                return Ok(());
+            }
+            Err(error) => return Err(error).with_context(|| format!("reading page {number}")),
+        }
         raw.read_exact_at(expected, page * PAGE_SIZE_U64)
             .context("reading the file to check against")?;
         found.checked_pages += 1;

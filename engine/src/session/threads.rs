@@ -1,0 +1,113 @@
+//! The engine's threads that work for a session now.
+//!
+//! A thread that touches the memory that it restores waits for a page that nobody may be left to
+//! bring, and a thread that ends the session can't wait for itself. Both are told by who the thread
+//! is, so each has a place here from before it is started until it has ended.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use std::time::Duration;
+
+use nix::unistd::gettid;
+
+/// The threads that work for one session.
+#[derive(Debug, Default)]
+pub(crate) struct EngineThreads {
+    places: Mutex<Vec<Entry>>,
+    left: Condvar,
+    next: AtomicU64,
+    /// Whether faults tell threads by the numbers of this process.
+    own_memory: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    place: u64,
+    name: String,
+    /// The thread, once it runs, and its number in the kernel.
+    thread: Option<(ThreadId, u32)>,
+}
+
+/// The place of one thread, given up when dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    threads: Arc<EngineThreads>,
+    place: u64,
+}
+
+impl EngineThreads {
+    /// Makes a place for thread `name`, which is about to be started.
+    pub(crate) fn place(self: &Arc<Self>, name: &str) -> Place {
+        let place = self.next.fetch_add(1, Relaxed);
+        self.lock().push(Entry {
+            place,
+            name: name.to_owned(),
+            thread: None,
+        });
+        Place {
+            threads: Arc::clone(self),
+            place,
+        }
+    }
+
+    /// Looks for these threads in the faults of the session from now on: its memory is this
+    /// process's.
+    pub(crate) fn watch_faults(&self) {
+        self.own_memory.store(true, Relaxed);
+    }
+
+    /// The name of the engine's thread that has faulted, if the thread is one.
+    pub(crate) fn faulting(&self, thread: u32) -> Option<String> {
+        if !self.own_memory.load(Relaxed) {
+            return None;
+        }
+        let places = self.lock();
+        let is_it = |entry: &&Entry| entry.thread.is_some_and(|(_, number)| number == thread);
+        places.iter().find(is_it).map(|entry| entry.name.clone())
+    }
+
+    /// Whether the calling thread is one of them.
+    pub(crate) fn is_current(&self) -> bool {
+        let current = std::thread::current().id();
+        let is_it = |entry: &Entry| entry.thread.is_some_and(|(id, _)| id == current);
+        self.lock().iter().any(is_it)
+    }
+
+    /// Waits until none is left, for `patience` at most. True if none is.
+    pub(crate) fn wait_gone(&self, patience: Duration) -> bool {
+        let some = |places: &mut Vec<Entry>| !places.is_empty();
+        let waited = self.left.wait_timeout_while(self.lock(), patience, some);
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+
+    /// The names of those that are left.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.lock().iter().map(|it| it.name.clone()).collect()
+    }
+
+    /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// The calling thread takes the place.
+    pub(crate) fn begin(&self) {
+        let number = u32::try_from(gettid().as_raw()).unwrap_or(0);
+        let mut places = self.threads.lock();
+        if let Some(entry) = places.iter_mut().find(|entry| entry.place == self.place) {
+            entry.thread = Some((std::thread::current().id(), number));
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.threads
+            .lock()
+            .retain(|entry| entry.place != self.place);
+        self.threads.left.notify_all();
+    }
+}
