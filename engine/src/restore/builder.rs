@@ -243,7 +243,6 @@ impl Restore {
             // While one is stuck in the observer, the other reads why.
             self.crew.fault_threads = self.crew.fault_threads.max(2);
         }
-        let resources = |what| move |source| StartError::Resources { what, source };
         let snapshot = Arc::clone(&self.snapshot);
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;

@@ -48,6 +48,8 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "rseq",
     "set_robust_list",
     "getrandom",
+    // Prefetch: which thread it is, for each session that it works for.
+    "gettid",
     // Ending the process that is served, or this one: whether standard error has room for why.
     "pidfd_send_signal",
     "poll",
