@@ -290,8 +290,8 @@ fn ordinary_user_runs_the_first_commands() {
     noise(&folder.path().join("raw"), 1);
     let raw = fs::Permissions::from_mode(0o644);
     fs::set_permissions(folder.path().join("raw"), raw).unwrap();
-    nobody(&["create", "raw", "-o", "s"]).exits(0);
-    nobody(&["verify", "s"]).exits(0);
+    let _ = nobody(&["create", "raw", "-o", "s"]).exits(0);
+    let _ = nobody(&["verify", "s"]).exits(0);
     for args in [
         &["demo", "--size", "16"][..],
         &["restore", "s", "--check", "raw", "--touch", "random"],
