@@ -44,8 +44,8 @@ pub enum Prefetch {
 /// How often [`Running::install_rest`] looks for pages that are left without a failure.
 const MOST_TRIES: u32 = 10_000;
 
-/// How often [`Running::install_rest`] goes on when there was no memory for a page.
-const MOST_SHORTAGES: u32 = 20;
+/// How long [`Running::install_rest`] goes on when there is no memory for any page.
+const SHORTAGE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a waiter looks at what no notification tells.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -156,12 +156,18 @@ impl Running {
         let session = &self.session;
         // A thread of the caller's, of which nobody keeps note.
         let mut worker = Worker::new(session.image.decoder(Reason::Prefetch), usize::MAX);
-        let mut shortages = 0;
+        let mut short_since = (u64::MAX, Instant::now());
         for _ in 0..MOST_TRIES {
             match self.install_once(&mut worker) {
-                // Each page was tried for some time.
-                Ok(left) if left.short > 0 && shortages == MOST_SHORTAGES => return false,
-                Ok(left) if left.short > 0 => shortages += 1,
+                Ok(left) if left.short > 0 => {
+                    let missing = session.state.unsettled();
+                    if missing < short_since.0 {
+                        short_since = (missing, Instant::now());
+                    } else if short_since.1.elapsed() >= SHORTAGE_TIMEOUT {
+                        return false;
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
                 // What somebody else is bringing, prefetch or a fault thread, is there soon.
                 Ok(left) if left.busy > 0 => std::thread::sleep(Duration::from_millis(1)),
                 Ok(left) if left.failed == 0 => {
@@ -175,7 +181,7 @@ impl Running {
         false
     }
 
-    /// Tries to install each page that is missing, block by block, by turns with others.
+    /// Tries to install each page that is missing, block by block, by turns with others. Ends where there is no memory.
     fn install_once(&self, worker: &mut Worker<SnapshotImage>) -> Result<Left, PrefetchStop> {
         let session = &self.session;
         let mut all = Left::default();
@@ -188,6 +194,9 @@ impl Running {
             };
             let pause = || turn.stand_back(|| session.is_ending());
             all.add(session.prefetch(worker, pages, pause)?);
+            if all.short > 0 {
+                break;
+            }
         }
         Ok(all)
     }
@@ -231,6 +240,8 @@ impl Running {
             poisoned: read(&stats.poisoned),
             events: read(&stats.events),
             retries: read(&stats.retries),
+            shortages: read(&stats.shortages),
+            huge_shortages: read(&stats.large_shortages),
             bytes_read: self.session.image.bytes_read(),
             bytes_decoded: self.session.image.bytes_decoded(),
             failures: self.session.failures().1,

@@ -194,8 +194,10 @@ impl Crew {
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
             let hook = self.hook.clone();
             let named = name.clone();
+            let span = tracing::Span::current();
             let thread = Builder::new().name(name).spawn(move || {
                 let _end = EndOnPanic;
+                let _of = span.entered();
                 if let Some(hook) = hook {
                     hook(&named);
                 }
