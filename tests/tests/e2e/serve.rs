@@ -9,7 +9,7 @@ use snaprestore_engine::sys::{Features, OpenOptions};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::Shares;
-use snaprestore_tests::program::{self, Run};
+use snaprestore_tests::program::Run;
 
 use crate::scene::{PAGES, Scene, endings};
 
@@ -185,7 +185,7 @@ fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
     let mut scene = Scene::new(Shares::ZERO);
     fs::remove_file(&scene.snapshot).expect("removed");
     let microvm = |args: &[&str]| {
-        let mut command = Command::new(program::microvm());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).stdin(Stdio::null());
         Run::of(&mut command)
     };
