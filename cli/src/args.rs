@@ -15,7 +15,7 @@ use snaprestore_benches::contender::Contender;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
 
-use crate::daemon::config::{MetricsAddress, Service};
+use crate::daemon::config::{MetricsAddress, Service, SocketMode};
 use crate::exit;
 use crate::log::LogFormat;
 use crate::names;
@@ -382,6 +382,8 @@ what the options say, and needs as little:
   threads = 2
   patience = 10
   retry_timeout = 5
+  socket_mode = \"0660\"
+  socket_group = \"kvm\"
 
 Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
 `info,snaprestore_engine=debug`.";
@@ -393,7 +395,8 @@ Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
 /// touches them. One socket serves any number of VMs, one after another and at once. A VM whose
 /// page can't be restored is killed, and never reads wrong memory. Asked to stop (SIGTERM, Ctrl-C),
 /// it installs what is missing in every VM and lets them go on without it; asked again, it kills those
-/// that aren't complete. The process that serves the pages is another one, which is replaced when it dies
+/// that aren't complete. It exits with 0 if all of them were let go or had ended, and with 1 if it killed
+/// one that it should have completed. The process that serves the pages is another one, which is replaced when it dies
 /// or gets stuck.
 ///
 /// --config serves several snapshots, each at its own socket, and --control lets `snaprestore ctl` add
@@ -484,6 +487,13 @@ pub(crate) struct ServiceOptions {
     /// read again
     #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
     pub(crate) retry_timeout: u64,
+    /// Mode of the socket, in octal, as 0660: who may write to it may connect [default: what the umask
+    /// leaves of 0777]
+    #[arg(long, value_name = "MODE")]
+    pub(crate) socket_mode: Option<SocketMode>,
+    /// Group of the socket, by name or number [default: that of the daemon or of the folder]
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) socket_group: Option<String>,
 }
 
 impl ServiceOptions {
@@ -499,6 +509,8 @@ impl ServiceOptions {
             threads: self.threads,
             patience: self.patience,
             retry_timeout: self.retry_timeout,
+            socket_mode: self.socket_mode,
+            socket_group: self.socket_group.clone(),
         }
     }
 }

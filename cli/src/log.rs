@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tracing::callsite::Identifier;
 use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::{Format, Writer};
+use tracing_subscriber::fmt::format::{Format, Json, Writer};
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
@@ -73,7 +74,7 @@ pub(crate) fn start(daemon: Option<LogFormat>) {
         LogFormat::Json => builder
             .json()
             .event_format(Limited {
-                inner: Format::default().json().flatten_event(false),
+                inner: json(),
                 json: true,
                 limiter: &LIMITER,
             })
@@ -116,11 +117,41 @@ where
         for suppressed in self.limiter.due(now) {
             suppressed.write(&mut writer, self.json)?;
         }
-        if self.limiter.admits(event.metadata(), now) {
-            self.inner.format_event(context, writer, event)?;
+        if !self.limiter.admits(event.metadata(), now) {
+            return Ok(());
         }
-        Ok(())
+        if !self.json {
+            return self.inner.format_event(context, writer, event);
+        }
+        let mut line = String::new();
+        self.inner
+            .format_event(context, Writer::new(&mut line), event)?;
+        writeln!(
+            writer,
+            "{}",
+            with_fields_of_span(&line)
+                .as_deref()
+                .unwrap_or(line.trim_end())
+        )
     }
+}
+
+/// One JSON object an event.
+fn json() -> Format<Json> {
+    Format::default()
+        .json()
+        .flatten_event(false)
+        .with_span_list(false)
+}
+
+/// A JSON line with the fields of its span among its own: who looks for a VM finds it in one place.
+fn with_fields_of_span(line: &str) -> Option<String> {
+    let mut object: Map<String, Value> = serde_json::from_str(line).ok()?;
+    if let Some(Value::Object(mut span)) = object.remove("span") {
+        span.remove("name");
+        object.get_mut("fields")?.as_object_mut()?.append(&mut span);
+    }
+    serde_json::to_string(&object).ok()
 }
 
 /// Counts events by the place that logs them.
@@ -317,7 +348,7 @@ mod tests {
         let subscriber = tracing_subscriber::fmt()
             .json()
             .event_format(Limited {
-                inner: Format::default().json().flatten_event(false),
+                inner: json(),
                 json: true,
                 limiter,
             })
@@ -331,7 +362,8 @@ mod tests {
                 }
             }
             let_time_pass(limiter);
-            log(99);
+            let span = tracing::error_span!("vm", vm = 3, pid = 77, service = "web");
+            span.in_scope(|| log(99));
         });
         let lines: Vec<serde_json::Value> = kept
             .lines()
@@ -345,5 +377,14 @@ mod tests {
         assert_eq!(suppressed["fields"]["suppressed"], 1, "{suppressed}");
         assert_eq!(suppressed["level"], "WARN");
         assert!(suppressed["timestamp"].is_string(), "{suppressed}");
+        // Whose it is stands beside what it says.
+        let fields = &lines[MOST as usize + 1]["fields"];
+        let of = (
+            &fields["number"],
+            &fields["vm"],
+            &fields["pid"],
+            &fields["service"],
+        );
+        assert_eq!(of, (&99.into(), &3.into(), &77.into(), &"web".into()));
     }
 }

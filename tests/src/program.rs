@@ -15,26 +15,13 @@ pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| match std::env::var_os("SNAPRESTORE_BIN") {
         Some(path) => PathBuf::from(path),
-        // With the places where tests have it killed.
-        None => build(&["--package", "snaprestore", "--all-features", "--bins"]),
+        None => build(),
     })
 }
 
-/// The engine's example of a launcher for `/dev/kvm`, built now.
-pub fn microvm() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let what = [
-        "--package",
-        "snaprestore-engine",
-        "--features",
-        "rust-vmm",
-        "--example",
-        "microvm",
-    ];
-    PROGRAM.get_or_init(|| build(&what))
-}
-
-fn build(what: &[&str]) -> PathBuf {
+/// Builds the program, with the places where tests have it killed.
+fn build() -> PathBuf {
+    let what = ["--package", "snaprestore", "--all-features", "--bins"];
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
     let output = Command::new(cargo)
         .current_dir(env!("CARGO_MANIFEST_DIR"))

@@ -5,13 +5,14 @@ use std::path::absolute;
 use std::time::Duration;
 
 use anyhow::Result;
+use indicatif::HumanCount;
 use serde::Serialize;
 
 use crate::args;
 use crate::daemon::config::{Config, MetricsAddress};
 use crate::daemon::{Door, Keeper, Options, Vm};
 use crate::exit::Exit;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::signals::Cancel;
 
 /// What became of all VMs.
@@ -19,6 +20,8 @@ use crate::signals::Cancel;
 struct Report {
     /// How many there were.
     served: u64,
+    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their memory.
+    incomplete: u64,
     /// Workers that took over from one that had died.
     worker_restarts: u64,
     vms: Vec<Vm>,
@@ -46,10 +49,14 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
     let ended = keeper.run()?;
     output.report(&Report {
         served: ended.count,
+        incomplete: ended.incomplete,
         worker_restarts: ended.worker_restarts,
         vms: ended.vms,
     })?;
-    Ok(Exit::Done)
+    Ok(match ended.incomplete {
+        0 => Exit::Done,
+        _ => Exit::Failed,
+    })
 }
 
 /// What was typed, as if it had been written to a file; what is typed wins.
@@ -76,6 +83,14 @@ fn config(args: &args::Serve) -> Result<Config> {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "served {} VMs", self.served)
+        write!(f, "served {}", count(self.served, "VM"))?;
+        if self.incomplete > 0 {
+            let killed = HumanCount(self.incomplete);
+            write!(
+                f,
+                "; {killed} of them had to be killed before all of its memory was there"
+            )?;
+        }
+        writeln!(f)
     }
 }

@@ -67,15 +67,23 @@ impl Worker {
     }
 
     /// The VMs that are served, or the one that is meant.
-    fn served(&self, which: Which) -> Answer<Vec<std::sync::Arc<Served>>> {
+    fn served(&self, which: Which) -> Vec<std::sync::Arc<Served>> {
         let vms = lock(&self.vms);
         match which {
-            Which::All => Ok(vms.values().cloned().collect()),
-            Which::Vm(id) => match vms.get(&id) {
-                Some(vm) => Ok(vec![std::sync::Arc::clone(vm)]),
-                None => Err(Refused::no_vm(id)),
-            },
+            Which::All => vms.values().cloned().collect(),
+            Which::Vm(id) => vms.get(&id).cloned().into_iter().collect(),
         }
+    }
+
+    /// What became of a VM that was to be completed and that is served no more, as long as it is remembered.
+    fn became(&self, vm: VmId) -> Option<Completed> {
+        let ended = lock(&self.ended);
+        let stats = ended.iter().find(|stats| stats.vm.id == vm)?;
+        Some(Completed {
+            vm,
+            done: !matches!(stats.vm.state, VmState::Killed | VmState::Refused),
+            reason: stats.vm.reason.clone(),
+        })
     }
 }
 
@@ -90,7 +98,14 @@ impl Desk for Worker {
 
     fn list(&self) -> Answer<List> {
         let facts = lock(&self.facts).clone();
-        let serving: Vec<VmStats> = lock(&self.vms).values().map(|vm| vm.stats()).collect();
+        // Together: a VM that ends just now is among one of them.
+        let (serving, mut vms) = {
+            let vms = lock(&self.vms);
+            let serving: Vec<VmStats> = vms.values().map(|vm| vm.stats()).collect();
+            let ended = lock(&self.ended);
+            let ended: Vec<_> = ended.iter().map(|vm| vm.vm.clone()).collect();
+            (serving, ended)
+        };
         let services = lock(&self.services);
         let listed = services.iter().map(|(key, open)| {
             let name = &open.service.name;
@@ -98,10 +113,9 @@ impl Desk for Worker {
             Listed {
                 service: open.service.clone(),
                 serving: here.count() as u64,
-                ended: facts.ended.get(key).copied().unwrap_or(0),
+                ended: facts.ended.get(key).map_or(0, |ended| ended.values().sum()),
             }
         });
-        let mut vms: Vec<_> = lock(&self.ended).iter().map(|vm| vm.vm.clone()).collect();
         vms.extend(serving.iter().map(|vm| vm.vm.clone()));
         vms.sort_unstable_by_key(|vm| vm.id);
         Ok(List {
@@ -129,7 +143,12 @@ impl Desk for Worker {
     }
 
     fn complete(&self, which: Which) -> Answer<Vec<Completed>> {
-        let vms = self.served(which)?;
+        let vms = self.served(which);
+        if let (Which::Vm(id), []) = (which, &vms[..]) {
+            // It may just have completed, or ended by itself.
+            let became = self.became(id).ok_or_else(|| Refused::no_vm(id))?;
+            return Ok(vec![became]);
+        }
         Ok(std::thread::scope(|scope| {
             let begun: Vec<_> = vms
                 .iter()
@@ -155,16 +174,12 @@ impl Desk for Worker {
         while !lock(&self.vms).is_empty() {
             std::thread::sleep(LOOK_AGAIN);
         }
-        let ended = lock(&self.ended);
         let became = ids.into_iter().map(|vm| {
-            let stats = ended.iter().find(|stats| stats.vm.id == vm);
-            Completed {
+            self.became(vm).unwrap_or(Completed {
                 vm,
-                done: stats.is_some_and(|stats| {
-                    !matches!(stats.vm.state, VmState::Killed | VmState::Refused)
-                }),
-                reason: stats.and_then(|stats| stats.vm.reason.clone()),
-            }
+                done: false,
+                reason: Some("it is not known any more what became of it".to_owned()),
+            })
         });
         Ok(became.collect())
     }

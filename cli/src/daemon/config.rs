@@ -14,11 +14,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::{Permissions, set_permissions};
 use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use nix::unistd::Group;
 use serde::{Deserialize, Serialize};
 use snapshot_format::FileStore;
 
@@ -60,6 +63,56 @@ pub(crate) struct Service {
     /// Seconds that a page that can't be read is read again, before `on_error` decides.
     #[serde(default = "default_retry_timeout")]
     pub(crate) retry_timeout: u64,
+    /// The permission bits of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) socket_mode: Option<SocketMode>,
+    /// The group of the socket, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) socket_group: Option<String>,
+}
+
+fn group_number(group: &str) -> Result<u32> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let found = Group::from_name(group).with_context(|| format!("group {group}"))?;
+    let found = found.with_context(|| format!("there is no group {group:?}"))?;
+    Ok(found.gid.as_raw())
+}
+
+/// The permission bits of a socket, written in octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct SocketMode(u32);
+
+impl FromStr for SocketMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mode = u32::from_str_radix(text, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777);
+        let mode = mode.ok_or_else(|| {
+            format!(
+                "{text:?} must be a mode in octal, as 0660: who may write to the socket may connect"
+            )
+        })?;
+        Ok(Self(mode))
+    }
+}
+
+impl TryFrom<String> for SocketMode {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<SocketMode> for String {
+    fn from(SocketMode(mode): SocketMode) -> Self {
+        format!("{mode:04o}")
+    }
 }
 
 fn default_prefetch() -> Prefetch {
@@ -83,6 +136,26 @@ fn default_retry_timeout() -> u64 {
 }
 
 impl Service {
+    /// Gives its socket the permissions that were asked for; the umask and the user of the daemon have decided the others.
+    pub(crate) fn share_socket(&self) -> Result<()> {
+        let socket = &self.socket;
+        let name = socket.display();
+        if let Some(group) = &self.socket_group {
+            let number = group_number(group)?;
+            lchown(socket, None, Some(number)).with_context(|| {
+                format!(
+                    "{name}: cannot give the socket to group {group}; this takes CAP_CHOWN, or a daemon whose user \
+                     owns the socket and is in the group"
+                )
+            })?;
+        }
+        if let Some(SocketMode(mode)) = self.socket_mode {
+            set_permissions(socket, Permissions::from_mode(mode))
+                .with_context(|| format!("{name}: cannot set the mode of the socket"))?;
+        }
+        Ok(())
+    }
+
     /// What is wrong with it, and what would be right.
     pub(crate) fn check(&self) -> Result<()> {
         let name = &self.name;
@@ -307,6 +380,8 @@ allow_uid = [1000, 1001]
 threads = 4
 patience = 60
 retry_timeout = 0
+socket_mode = "0660"
+socket_group = "kvm"
 "#;
 
     fn parse(text: &str) -> Result<Config> {
@@ -338,6 +413,9 @@ retry_timeout = 0
         );
         assert_eq!((web.threads, web.patience, web.retry_timeout), (2, 10, 5));
         assert!(web.allow_uid.is_empty());
+        assert_eq!((web.socket_mode, &web.socket_group), (None, &None));
+        assert_eq!(db.socket_mode, Some(SocketMode(0o660)));
+        assert_eq!(db.socket_group.as_deref(), Some("kvm"));
         assert_eq!(db.socket, Path::new("/etc/snaprestore/db.socket"));
         assert_eq!((db.prefetch, db.on_error), (Prefetch::All, OnError::Poison));
         assert_eq!(db.allow_uid, [1000, 1001]);
@@ -369,6 +447,12 @@ retry_timeout = 0
             &format!("{service}retry_timeout = 3601"),
             &["\"a\"", "0 to 3600"],
         );
+        for mode in ["0o660", "999", "1777", ""] {
+            refused(
+                &format!("{service}socket_mode = \"{mode}\""),
+                &["octal", "0660"],
+            );
+        }
         refused(&format!("{service}{service}"), &["two services", "\"a\""]);
         refused(
             &format!("{service}{}", service.replace("\"a\"", "\"b\"")),

@@ -208,10 +208,23 @@ pub(crate) struct SessionStats {
     pub(crate) discards: u64,
     /// Installs that had to be repeated because the mappings were changing.
     pub(crate) retries: u64,
+    /// Installs that were given up for want of memory, by where it was to come from.
+    #[serde(default)]
+    pub(crate) shortages: Shortages,
     pub(crate) bytes_read: u64,
     pub(crate) bytes_decoded: u64,
     /// Failures to have a page, for whatever reason it was wanted.
     pub(crate) failures: u64,
+}
+
+/// Installs that were given up for want of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Shortages {
+    /// Of the machine or the VM's cgroup.
+    pub(crate) memory: u64,
+    /// Of the pool of 2 MiB pages.
+    #[serde(rename = "hugepages-2048kB")]
+    pub(crate) huge_pages: u64,
 }
 
 /// Faults, by what they met.
@@ -412,6 +425,8 @@ impl SessionStats {
             (&mut self.poisoned, other.poisoned),
             (&mut self.discards, other.discards),
             (&mut self.retries, other.retries),
+            (&mut self.shortages.memory, other.shortages.memory),
+            (&mut self.shortages.huge_pages, other.shortages.huge_pages),
             (&mut self.bytes_read, other.bytes_read),
             (&mut self.bytes_decoded, other.bytes_decoded),
             (&mut self.failures, other.failures),
@@ -466,6 +481,10 @@ impl From<&pager::Stats> for SessionStats {
             poisoned: stats.poisoned,
             discards: stats.events,
             retries: stats.retries,
+            shortages: Shortages {
+                memory: stats.shortages,
+                huge_pages: stats.huge_shortages,
+            },
             bytes_read: stats.bytes_read,
             bytes_decoded: stats.bytes_decoded,
             failures: stats.failures,

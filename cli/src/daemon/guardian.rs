@@ -4,13 +4,14 @@
 //!   keeper                                        guardian, in a session and a cgroup of its own
 //!     snaprestore guardian, standard input     ──▶  starts itself again and exits: nobody's child
 //!     is one end of a socket (seqpacket)            blocks signals, leaves the cgroup
-//!                      ready 1 PID left|stays WHY ◀──
-//!     hold ID, with the owner's pidfd and its
-//!     userfaultfds                             ──▶  keeps them
+//!                      ready 2 PID left|stays WHY ◀──
+//!     hold ID SERVICE, with the owner's pidfd and
+//!     its userfaultfds                         ──▶  keeps them
 //!                                  lost ID WHY ◀──  or can't
-//!     hold ID, with the pidfd of one who is about
-//!     to hand its memory over                  ──▶  the same; another `hold ID` takes its place
-//!     listen ID UID,UID with a listening socket──▶  keeps it
+//!     hold ID SERVICE, with the pidfd of one who is
+//!     about to hand its memory over            ──▶  the same; another `hold ID` takes its place
+//!     listen ID SERVICE UID,UID, with a listening
+//!     socket                                   ──▶  keeps it
 //!     release ID                               ──▶  closes what it keeps under that name
 //!     dies, or closes the socket               ──▶  kills who is in the queue of a listening socket; kills each
 //!                                                   owner, waits for its end, closes its userfaultfds; exits
@@ -40,7 +41,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use nix::unistd::{dup2_stdin, setsid};
-use snaprestore_engine::sys::{Received, kill_by_pidfd, receive, take_inherited};
+use snaprestore_engine::sys::{Received, kill_by_pidfd, pid_of, receive, take_inherited};
 
 use super::outside::News;
 use super::{cgroup, queue, systemd};
@@ -54,7 +55,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The longest message.
 const MESSAGE: usize = 4096;
 /// Milliseconds that the other end may need until it reads.
-const A_MOMENT: u8 = 200;
+pub(super) const A_MOMENT: u8 = 200;
 
 /// The keeper's end.
 #[derive(Debug)]
@@ -93,14 +94,24 @@ impl Guardian {
         };
         let ready = guardian.first_message()?;
         match ready.splitn(5, ' ').collect::<Vec<_>>()[..] {
-            ["ready", "1", pid, "left"] => pid.clone_into(&mut guardian.pid),
-            ["ready", "1", pid, "stays", why] => {
+            ["ready", "2", pid, "left"] => pid.clone_into(&mut guardian.pid),
+            ["ready", "2", pid, "stays", why] => {
                 pid.clone_into(&mut guardian.pid);
                 guardian.stays = Some(why.to_owned());
             }
             _ => return Err(io::Error::new(ErrorKind::InvalidData, ready)),
         }
         Ok(guardian)
+    }
+
+    /// The keeper's end of `socket`, whose other end a test reads.
+    #[cfg(test)]
+    pub(super) fn at(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            pid: String::new(),
+            stays: None,
+        }
     }
 
     fn first_message(&self) -> io::Result<String> {
@@ -135,36 +146,17 @@ impl Guardian {
         self.stays.as_deref()
     }
 
-    pub(super) fn hold(
-        &self,
-        id: &str,
-        owner: BorrowedFd<'_>,
-        uffds: &[BorrowedFd<'_>],
-    ) -> io::Result<()> {
-        let fds = std::iter::once(&owner).chain(uffds);
-        let fds: Vec<_> = fds.map(AsRawFd::as_raw_fd).collect();
-        let control = [ControlMessage::ScmRights(&fds)];
-        send(self.as_fd(), &format!("hold {id}"), &control)
-    }
-
-    pub(super) fn listen(
-        &self,
-        id: &str,
-        listening: BorrowedFd<'_>,
-        allowed: &[u32],
-    ) -> io::Result<()> {
-        let uids: Vec<_> = allowed.iter().map(ToString::to_string).collect();
-        let text = format!("listen {id} {}", uids.join(","));
+    /// Sends one message with these descriptors, and waits up to `wait` milliseconds until the guardian has room for
+    /// it.
+    pub(super) fn tell(&self, text: &str, fds: &[BorrowedFd<'_>], wait: u8) -> io::Result<()> {
         if text.len() > MESSAGE {
             let why = "too many users are allowed to connect";
             return Err(io::Error::new(ErrorKind::InvalidInput, why));
         }
-        let fds = [listening.as_raw_fd()];
-        send(self.as_fd(), &text, &[ControlMessage::ScmRights(&fds)])
-    }
-
-    pub(super) fn release(&self, id: &str) -> io::Result<()> {
-        send(self.as_fd(), &format!("release {id}"), &[])
+        let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let control = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &[][..] } else { &control };
+        send(self.as_fd(), text, control, wait)
     }
 
     pub(super) fn news(&self) -> Vec<News> {
@@ -203,17 +195,21 @@ impl AsFd for Guardian {
     }
 }
 
-/// Sends without waiting: a guardian that takes nothing must not stop the keeper.
-/// Sends a message. The other end does nothing but read, so it is given a moment if it has not come to that.
-fn send(socket: BorrowedFd<'_>, text: &str, control: &[ControlMessage<'_>]) -> io::Result<()> {
+/// Sends a message, and waits at most `wait` milliseconds for room: an end that reads nothing must not stop the other.
+fn send(
+    socket: BorrowedFd<'_>,
+    text: &str,
+    control: &[ControlMessage<'_>],
+    wait: u8,
+) -> io::Result<()> {
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     let text = [IoSlice::new(text.as_bytes())];
     let once = || sendmsg::<()>(socket.as_raw_fd(), &text, control, flags, None);
     let sent = once().or_else(|errno| {
-        if errno != Errno::EAGAIN {
+        if errno != Errno::EAGAIN || wait == 0 {
             return Err(errno);
         }
-        poll(&mut [PollFd::new(socket, PollFlags::POLLOUT)], A_MOMENT)?;
+        poll(&mut [PollFd::new(socket, PollFlags::POLLOUT)], wait)?;
         once()
     });
     sent.map(drop).map_err(io::Error::from)
@@ -264,14 +260,22 @@ fn stay() -> io::Result<()> {
     // If the keeper is gone already, the end of the socket says so below.
     let _ = send(
         socket.as_fd(),
-        &format!("ready 1 {} {place}", std::process::id()),
+        &format!("ready 2 {} {place}", std::process::id()),
         &[],
+        A_MOMENT,
     );
     let (mut wards, queues) = guard(&socket);
-    for Queue { listener, allowed } in queues {
-        let ended = queue::end(&listener, &allowed, |what| log(&what));
+    // Who looks on sees by this that all was read.
+    drop(socket);
+    for Queue {
+        listener,
+        service,
+        allowed,
+    } in queues
+    {
+        let ended = queue::end(&listener, &service, &allowed, |what| log(&what));
         wards.extend(ended.into_iter().map(|queued| Ward {
-            id: format!("VM {}", queued.peer.pid),
+            name: format!("process {} at service {service}", queued.peer.pid),
             owner: queued.peer.pidfd,
             _held: vec![queued.stream.into()],
         }));
@@ -293,7 +297,8 @@ fn close_inherited() {
 /// What is held of one VM.
 #[derive(Debug)]
 struct Ward {
-    id: String,
+    /// What the log calls it.
+    name: String,
     owner: OwnedFd,
     /// Closed when the owner has ended, never before.
     _held: Vec<OwnedFd>,
@@ -303,6 +308,7 @@ struct Ward {
 #[derive(Debug)]
 struct Queue {
     listener: UnixListener,
+    service: String,
     allowed: Vec<u32>,
 }
 
@@ -333,23 +339,24 @@ fn guard(socket: &OwnedFd) -> (Vec<Ward>, Vec<Queue>) {
         errors = 0;
         let message = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();
         match message.split_once(' ') {
-            Some(("hold", id)) => match ward(id, received) {
-                Ok(ward) => {
-                    wards.insert(id.to_owned(), ward);
+            Some(("hold", rest)) => {
+                let (id, service) = rest.split_once(' ').unwrap_or((rest, ""));
+                match ward(id, service, received) {
+                    Ok(ward) => {
+                        wards.insert(id.to_owned(), ward);
+                    }
+                    Err(why) => tell_lost(socket, id, why),
                 }
-                Err(why) => {
-                    let _ = send(socket.as_fd(), &format!("lost {id} {why}"), &[]);
-                }
-            },
+            }
             Some(("listen", rest)) => {
-                let (id, uids) = rest.split_once(' ').unwrap_or((rest, ""));
-                match queue_of(uids, received) {
+                let mut parts = rest.splitn(3, ' ').map(str::to_owned);
+                let mut part = || parts.next().unwrap_or_default();
+                let (id, service, uids) = (part(), part(), part());
+                match queue_of(service, &uids, received) {
                     Ok(queue) => {
-                        queues.insert(id.to_owned(), queue);
+                        queues.insert(id, queue);
                     }
-                    Err(why) => {
-                        let _ = send(socket.as_fd(), &format!("lost {id} {why}"), &[]);
-                    }
+                    Err(why) => tell_lost(socket, &id, why),
                 }
             }
             Some(("release", id)) => {
@@ -365,25 +372,34 @@ fn guard(socket: &OwnedFd) -> (Vec<Ward>, Vec<Queue>) {
     )
 }
 
-fn queue_of(uids: &str, received: Received) -> Result<Queue, &'static str> {
+/// Tells the keeper that something is not held.
+fn tell_lost(socket: &OwnedFd, id: &str, why: &str) {
+    let _ = send(socket.as_fd(), &format!("lost {id} {why}"), &[], A_MOMENT);
+}
+
+fn queue_of(service: String, uids: &str, received: Received) -> Result<Queue, &'static str> {
     let mut fds = received.descriptors.into_iter();
     let fd = fds.next().ok_or("it may have no more descriptors open")?;
     let allowed = uids.split(',').filter(|uid| !uid.is_empty());
     let allowed: Result<_, _> = allowed.map(str::parse).collect();
     Ok(Queue {
         listener: fd.into(),
+        service,
         allowed: allowed.map_err(|_| "its users are not understood")?,
     })
 }
 
-fn ward(id: &str, received: Received) -> Result<Ward, &'static str> {
+fn ward(id: &str, service: &str, received: Received) -> Result<Ward, &'static str> {
     if received.truncated {
         return Err("it may have no more descriptors open");
     }
     let mut fds = received.descriptors.into_iter();
+    let owner = fds.next().ok_or("it came without descriptors")?;
+    let pid = pid_of(owner.as_fd()).unwrap_or(0);
+    let number = id.strip_prefix("vm-").unwrap_or(id);
     Ok(Ward {
-        id: id.to_owned(),
-        owner: fds.next().ok_or("it came without descriptors")?,
+        name: format!("VM {number} (pid {pid}, service {service})"),
+        owner,
         _held: fds.collect(),
     })
 }
@@ -394,12 +410,12 @@ fn end_all(mut wards: Vec<Ward>) {
         match kill_by_pidfd(ward.owner.as_fd()) {
             Ok(()) => log(&format!(
                 "{}: killed, for nobody serves its memory",
-                ward.id
+                ward.name
             )),
             Err(Errno::ESRCH) => {}
             Err(error) => log(&format!(
                 "{}: it may not be killed ({error}), and waits at missing pages until somebody does",
-                ward.id
+                ward.name
             )),
         }
     }

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
+};
 
 use super::config::MetricsAddress;
 use super::control;
@@ -41,10 +43,16 @@ struct Name {
 }
 
 impl Listening {
-    /// Listens at `path`, where nobody may, for whoever may connect.
-    pub(super) fn bind(path: &Path) -> Result<Self> {
+    /// Listens at `path`, where nobody may, for whoever may connect. Nobody can before `share` has set who.
+    pub(super) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
         make_room(path)?;
-        let listener = UnixListener::bind(path).with_context(|| {
+        let bound = || -> nix::Result<OwnedFd> {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+            Ok(socket)
+        };
+        let socket = bound().with_context(|| {
             let hint = if path.exists() {
                 "; remove it if nothing serves there any more"
             } else {
@@ -52,7 +60,12 @@ impl Listening {
             };
             format!("{}: can't be listened on{hint}", path.display())
         })?;
-        Self::unix(listener, path)
+        // Removes the socket again if it can't be shared as wanted.
+        let listening = Self::unix(socket.into(), path)?;
+        share()?;
+        listen(&listening, Backlog::MAXCONN)
+            .with_context(|| format!("{}: can't be listened on", path.display()))?;
+        Ok(listening)
     }
 
     /// Goes on listening at a socket that an earlier keeper made, if its path is `path` and still means it; `held_as`
@@ -94,9 +107,14 @@ impl Listening {
     }
 
     /// Ends who has connected and was not accepted; nobody can connect any more.
-    pub(super) fn end_queue(&self, allowed: &[u32], say: impl FnMut(String)) -> Vec<Queued> {
+    pub(super) fn end_queue(
+        &self,
+        service: &str,
+        allowed: &[u32],
+        say: impl FnMut(String),
+    ) -> Vec<Queued> {
         match &self.listener {
-            Listener::Unix(listener) => queue::end(listener, allowed, say),
+            Listener::Unix(listener) => queue::end(listener, service, allowed, say),
             Listener::Tcp(_) => Vec::new(),
         }
     }
@@ -110,7 +128,7 @@ impl Listening {
     /// Listens for who reads metrics.
     pub(super) fn metrics(address: &MetricsAddress) -> Result<Self> {
         match address {
-            MetricsAddress::Socket(path) => Self::bind(path),
+            MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
             MetricsAddress::Loopback(address) => {
                 let listener = TcpListener::bind(address)
                     .with_context(|| format!("{address}: can't be listened on"))?;

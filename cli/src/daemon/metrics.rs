@@ -58,6 +58,8 @@ pub(crate) struct DaemonStats {
     pub(crate) draining: bool,
     /// The names of all services, so that those without a VM are told about, too.
     pub(crate) services: Vec<String>,
+    /// VMs that have ended, by service and state: all that the daemon has seen, whoever served them.
+    pub(crate) ended: BTreeMap<String, BTreeMap<VmState, u64>>,
     /// The frames that the sessions share.
     pub(crate) frame_cache: FrameCacheStats,
 }
@@ -72,15 +74,8 @@ pub(crate) struct Book {
 #[derive(Clone, Debug, Default)]
 struct Account {
     session: SessionStats,
-    /// VMs by their state: those that have ended, and, when it is rendered, the others.
+    /// VMs by their state, when it is rendered.
     states: BTreeMap<VmState, u64>,
-}
-
-impl Account {
-    fn add(&mut self, vm: &VmStats) {
-        self.session.add(&vm.session);
-        *self.states.entry(vm.vm.state).or_default() += 1;
-    }
 }
 
 impl Book {
@@ -90,7 +85,8 @@ impl Book {
         // Nothing of it is there, and nothing will come.
         (vm.session.pages, vm.session.missing) = (0, 0);
         let mut services = self.lock();
-        services.entry(vm.vm.service.clone()).or_default().add(&vm);
+        let account = services.entry(vm.vm.service.clone()).or_default();
+        account.session.add(&vm.session);
     }
 
     /// Forgets a service that was removed and whose VMs have ended.
@@ -104,8 +100,14 @@ impl Book {
         for name in &daemon.services {
             services.entry(name.clone()).or_default();
         }
+        for (name, ended) in &daemon.ended {
+            let account = services.entry(name.clone()).or_default();
+            account.states.clone_from(ended);
+        }
         for vm in live {
-            services.entry(vm.vm.service.clone()).or_default().add(vm);
+            let account = services.entry(vm.vm.service.clone()).or_default();
+            account.session.add(&vm.session);
+            *account.states.entry(vm.vm.state).or_default() += 1;
         }
         let mut registry = Registry::with_prefix("snaprestore");
         registry.register_collector(Box::new(Picture {
@@ -121,6 +123,14 @@ impl Book {
     /// The accounts are whole after every statement, so a panic elsewhere leaves nothing to repair.
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Account>> {
         self.services.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clone for Book {
+    fn clone(&self) -> Self {
+        Self {
+            services: Mutex::new(self.lock().clone()),
+        }
     }
 }
 
@@ -193,6 +203,18 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
         "Installs repeated because the mappings were changing",
         "",
         |account| vec![("", account.session.retries)],
+    ),
+    (
+        "shortages",
+        "Installs given up for want of memory, by where it was to come from",
+        "source",
+        |account| {
+            let shortages = account.session.shortages;
+            vec![
+                ("memory", shortages.memory),
+                ("hugepages-2048kB", shortages.huge_pages),
+            ]
+        },
     ),
     (
         "failures",

@@ -23,7 +23,7 @@
 //! | worker stops, hangs in a lock or on a disk while faults wait | the keeper kills it |
 //! | worker, for getting stuck three times in a row while one VM waits | that VM is killed |
 //! | worker can't be killed: its disk never answers | its VMs are killed, and another serves those that come |
-//! | worker, again and again before it is ready | the VMs are killed, and the daemon ends |
+//! | worker, before it is ready, at least 20 times in a row and for 30 s | the VMs are killed, and the daemon ends |
 //! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`outside`]) |
 //! | keeper, while a VM hands its memory over | that VM is killed; one that was not accepted yet is served by systemd's next keeper |
 

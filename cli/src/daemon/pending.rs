@@ -20,7 +20,7 @@ pub(super) struct Pending {
     pub(super) peer: Peer,
     stream: UnixStream,
     arriving: Arriving,
-    since: Instant,
+    pub(super) since: Instant,
     patience: Duration,
 }
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use snaprestore_engine::sys::{Peer, kill_by_pidfd, peer_of};
 
@@ -23,6 +24,19 @@ pub(super) struct Queued {
 /// Of the users `allowed` only, if some are named. Nobody can connect afterwards.
 pub(super) fn end(
     listener: &UnixListener,
+    service: &str,
+    allowed: &[u32],
+    say: impl FnMut(String),
+) -> Vec<Queued> {
+    let kill = |peer: &Peer| kill_by_pidfd(peer.pidfd.as_fd());
+    end_by(kill, listener, service, allowed, say)
+}
+
+/// The same, by `kill`.
+fn end_by(
+    mut kill: impl FnMut(&Peer) -> Result<(), Errno>,
+    listener: &UnixListener,
+    service: &str,
     allowed: &[u32],
     mut say: impl FnMut(String),
 ) -> Vec<Queued> {
@@ -33,17 +47,18 @@ pub(super) fn end(
     let mut failed = 0;
     loop {
         match listener.accept() {
-            Ok((stream, _)) => match end_one(stream, allowed) {
+            Ok((stream, _)) => match end_one(&mut kill, stream, allowed) {
                 Ok(Some(queued)) => {
                     let pid = queued.peer.pid;
                     say(format!(
-                        "VM {pid}: killed, for nobody takes the memory that it hands over"
+                        "process {pid} at service {service}: killed, for nobody takes the memory that it hands over"
                     ));
                     ended.push(queued);
                 }
                 Ok(None) => {}
                 Err(error) => say(format!(
-                    "who hands memory over can't be killed ({error}), and waits at missing pages until somebody does"
+                    "who hands memory over at service {service} can't be killed ({error}), and waits at missing \
+                     pages until somebody does"
                 )),
             },
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -54,7 +69,9 @@ pub(super) fn end(
                 return ended;
             }
             Err(error) if failed == TRIES => {
-                say(format!("who hands memory over can't be accepted: {error}"));
+                say(format!(
+                    "who hands memory over at service {service} can't be accepted: {error}"
+                ));
                 return ended;
             }
             Err(_) => {
@@ -65,7 +82,11 @@ pub(super) fn end(
     }
 }
 
-fn end_one(stream: UnixStream, allowed: &[u32]) -> io::Result<Option<Queued>> {
+fn end_one(
+    kill: &mut impl FnMut(&Peer) -> Result<(), Errno>,
+    stream: UnixStream,
+    allowed: &[u32],
+) -> io::Result<Option<Queued>> {
     let peer = match peer_of(stream.as_fd()) {
         Ok(peer) => peer,
         // It has ended.
@@ -76,9 +97,9 @@ fn end_one(stream: UnixStream, allowed: &[u32]) -> io::Result<Option<Queued>> {
     if is_stranger || has_sent_nothing(&stream) {
         return Ok(None);
     }
-    match kill_by_pidfd(peer.pidfd.as_fd()) {
+    match kill(&peer) {
         Ok(()) => Ok(Some(Queued { peer, stream })),
-        Err(nix::errno::Errno::ESRCH) => Ok(None),
+        Err(Errno::ESRCH) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
@@ -98,18 +119,45 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn who_has_sent_nothing_is_let_go_and_can_send_nothing_any_more() {
+    /// A listener, its path, and the folder that it is in.
+    fn listener() -> (UnixListener, std::path::PathBuf, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        let listener = UnixListener::bind(&path).unwrap();
-        // This process, which would be killed.
+        (UnixListener::bind(&path).unwrap(), path, folder)
+    }
+
+    /// Ends the queue without killing anybody: who connects here is this process. How many it would have killed.
+    fn killed(listener: &UnixListener, allowed: &[u32]) -> usize {
+        let mut killed = 0;
+        let kill = |_: &Peer| {
+            killed += 1;
+            Ok(())
+        };
+        let ended = end_by(kill, listener, "web", allowed, drop);
+        assert_eq!(ended.len(), killed);
+        killed
+    }
+
+    #[test]
+    fn backlog_peer_without_data_is_not_killed() {
+        let (listener, path, _folder) = listener();
         let mut waits = UnixStream::connect(&path).unwrap();
         drop(UnixStream::connect(&path).unwrap());
-        assert!(end(&listener, &[], |what| panic!("{what}")).is_empty());
+        assert_eq!(killed(&listener, &[]), 0);
         let sent = waits.write(b"[").unwrap_err();
         assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
         UnixStream::connect(&path).unwrap_err();
+    }
+
+    #[test]
+    fn backlog_peer_of_an_allowed_user_is_killed() {
+        let own = nix::unistd::geteuid().as_raw();
+        for (allowed, expected) in [(&[][..], 1), (&[own], 1), (&[own + 1], 0)] {
+            let (listener, path, _folder) = listener();
+            let mut peer = UnixStream::connect(&path).unwrap();
+            peer.write_all(b"[").unwrap();
+            assert_eq!(killed(&listener, allowed), expected, "{allowed:?}");
+        }
     }
 
     #[test]

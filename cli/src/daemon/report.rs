@@ -7,10 +7,36 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{PageCounts, Stats};
 
+use crate::output::count;
+
+/// The name of a VM in logs, messages and reports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmLabel {
+    pub(crate) id: u64,
+    pub(crate) pid: u32,
+    pub(crate) service: String,
+}
+
+impl VmLabel {
+    /// A span that gives all events below it the fields of this VM.
+    pub(crate) fn span(&self) -> tracing::Span {
+        let Self { id, pid, service } = self;
+        tracing::error_span!("vm", vm = id, pid, service)
+    }
+}
+
+impl fmt::Display for VmLabel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, pid, service } = self;
+        write!(f, "VM {id} (pid {pid}, service {service})")
+    }
+}
+
 /// What became of one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Vm {
-    pub(crate) pid: u32,
+    #[serde(flatten)]
+    pub(crate) label: VmLabel,
     pub(crate) ending: Ending,
     /// Why it was killed or refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -26,7 +52,7 @@ pub(crate) struct Vm {
 }
 
 /// How a VM ended, for the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Ending {
     /// It has all of its memory, and goes on alone.
@@ -41,9 +67,9 @@ pub(crate) enum Ending {
 
 impl Vm {
     /// One of which nothing is known but its end.
-    pub(crate) fn new(pid: u32, ending: Ending, reason: Option<String>) -> Self {
+    pub(crate) fn new(label: VmLabel, ending: Ending, reason: Option<String>) -> Self {
         Self {
-            pid,
+            label,
             ending,
             reason,
             faults: 0,
@@ -82,20 +108,21 @@ impl fmt::Display for Ending {
     }
 }
 
+/// What follows the label in a log line.
 impl fmt::Display for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VM {}: {}", self.pid, self.ending)?;
+        write!(f, "{}", self.ending)?;
         if let Some(reason) = &self.reason {
             write!(f, ": {reason}")?;
         }
         if self.pages > 0 {
             write!(
                 f,
-                "; {} faults ({} us at p50, {} us p99), {} pages installed, {} of them before they were touched",
-                HumanCount(self.faults),
+                "; {} ({} us at p50, {} us p99), {} installed, {} of them before they were touched",
+                count(self.faults, "fault"),
                 self.fault_p50_us,
                 self.fault_p99_us,
-                HumanCount(self.pages),
+                count(self.pages, "page"),
                 HumanCount(self.prefetched),
             )?;
         }

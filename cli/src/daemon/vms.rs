@@ -135,6 +135,7 @@ impl Vm {
         file: &str,
         outside: &mut Outside,
     ) -> Result<()> {
+        let name = &service.name;
         let meta = Meta {
             pid: self.peer.pid,
             uid: self.peer.uid,
@@ -151,14 +152,14 @@ impl Vm {
             (META, memfd.as_fd()),
         ];
         descriptors.extend(self.page_map.as_ref().map(|map| (PAGE_MAP, map.as_fd())));
-        outside.hold(&held_as(id), &descriptors)?;
-        self.hold_tables(id, outside)
+        outside.hold(&held_as(id), name, &descriptors)?;
+        self.hold_tables(id, name, outside)
     }
 
     /// Has its tables held outside, if it has some.
-    pub(super) fn hold_tables(&self, id: u64, outside: &mut Outside) -> Result<()> {
+    pub(super) fn hold_tables(&self, id: u64, service: &str, outside: &mut Outside) -> Result<()> {
         if let Some(tables) = &self.tables {
-            outside.hold(&held_as(id), &[(TABLES, tables.memfd.as_fd())])?;
+            outside.hold(&held_as(id), service, &[(TABLES, tables.memfd.as_fd())])?;
         }
         Ok(())
     }
@@ -253,6 +254,12 @@ impl Vm {
 /// A VM that is served no more, and whose process may not have ended yet.
 #[derive(Debug)]
 pub(super) struct Dying {
+    /// The number of its service; 0 if it has none here.
+    pub(super) service: u64,
+    /// The name of its service, as far as it is known.
+    pub(super) service_name: String,
+    pub(super) pid: u32,
+    pub(super) connected: Instant,
     owner: OwnedFd,
     /// Closed when it has ended and not before, since what is missing becomes zeros.
     held: Vec<OwnedFd>,
@@ -261,17 +268,24 @@ pub(super) struct Dying {
 }
 
 impl Dying {
-    /// The number of the process, 0 if it has none here.
-    pub(super) fn pid(&self) -> u32 {
-        pid_of(self.owner()).unwrap_or(0)
+    /// Kills it. What the kernel says if that isn't permitted.
+    pub(super) fn kill(&self) -> Result<(), Errno> {
+        match kill_by_pidfd(self.owner()) {
+            Err(Errno::ESRCH) => Ok(()),
+            killed => killed,
+        }
     }
 
-    /// Ends it. Its id, and what the kernel says if that isn't permitted.
-    pub(super) fn kill(&self) -> (u32, Result<(), Errno>) {
-        let pid = self.pid();
-        match kill_by_pidfd(self.owner()) {
-            Err(Errno::ESRCH) => (pid, Ok(())),
-            killed => (pid, killed),
+    /// One of which only a pidfd is known.
+    fn part(owner: OwnedFd, held: Vec<OwnedFd>) -> Self {
+        Self {
+            service: 0,
+            service_name: String::new(),
+            pid: pid_of(owner.as_fd()).unwrap_or(0),
+            connected: Instant::now(),
+            owner,
+            held,
+            _unheard: None,
         }
     }
 
@@ -284,7 +298,7 @@ impl Dying {
         let userfaultfd = self.held.iter().find(|fd| is_userfaultfd(fd.as_fd()));
         let mut descriptors = vec![(OWNER, self.owner())];
         descriptors.extend(userfaultfd.map(|fd| (UFFD, fd.as_fd())));
-        outside.hold(&held_as(id), &descriptors)
+        outside.hold(&held_as(id), &self.service_name, &descriptors)
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -295,20 +309,24 @@ impl Dying {
 impl From<Vm> for Dying {
     fn from(vm: Vm) -> Self {
         Self {
-            owner: vm.peer.pidfd,
-            held: vec![vm.userfaultfd],
-            _unheard: None,
+            service: vm.service,
+            pid: vm.peer.pid,
+            connected: vm.connected,
+            ..Self::part(vm.peer.pidfd, vec![vm.userfaultfd])
         }
     }
 }
 
 impl From<Pending> for Dying {
     fn from(pending: Pending) -> Self {
+        let (service, connected) = (pending.service, pending.since);
         let (peer, unheard) = pending.into_unheard();
         Self {
-            owner: peer.pidfd,
-            held: Vec::new(),
+            service,
+            pid: peer.pid,
+            connected,
             _unheard: Some(unheard),
+            ..Self::part(peer.pidfd, Vec::new())
         }
     }
 }
@@ -316,9 +334,8 @@ impl From<Pending> for Dying {
 impl From<Queued> for Dying {
     fn from(Queued { peer, stream }: Queued) -> Self {
         Self {
-            owner: peer.pidfd,
-            held: vec![stream.into()],
-            _unheard: None,
+            pid: peer.pid,
+            ..Self::part(peer.pidfd, vec![stream.into()])
         }
     }
 }
@@ -369,11 +386,7 @@ impl Held {
         let owner = by_role.remove(OWNER);
         let pidfd = owner.context("it came back without its pidfd")?;
         let part = |owner, held, why: anyhow::Error| Self::Part {
-            vm: Dying {
-                owner,
-                held,
-                _unheard: None,
-            },
+            vm: Dying::part(owner, held),
             why: format!("{why:#}"),
         };
         let meta = match by_role.get(META).map(Meta::read) {

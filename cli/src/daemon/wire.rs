@@ -15,8 +15,8 @@ use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_engine::sys::receive;
 
 use super::config::Service;
-use super::desk::Upgraded;
-use super::report::Vm;
+use super::desk::{self, Upgraded};
+use super::report::{Ending, Vm};
 
 /// The most bytes of a message: the regions of a VM, at most a thousand.
 const MOST_BYTES: usize = 160 << 10;
@@ -69,6 +69,11 @@ pub(super) enum ToWorker {
         /// Nothing more for most; who takes over, for an upgrade.
         result: Result<Option<Upgraded>, String>,
     },
+    /// A VM has ended in other hands than this worker's.
+    Ended {
+        /// What is told of it.
+        vm: desk::Vm,
+    },
     /// Everything shall be installed in every VM, and the VMs let go.
     Drain,
     /// Nothing is left to do.
@@ -93,8 +98,11 @@ pub(super) struct Facts {
     pub(super) worker_restarts: u64,
     pub(super) draining: bool,
     /// VMs that have ended, by service.
-    pub(super) ended: BTreeMap<u64, u64>,
+    pub(super) ended: BTreeMap<u64, Endings>,
 }
+
+/// How many VMs have ended in which way.
+pub(super) type Endings = BTreeMap<Ending, u64>;
 
 /// What a worker can't do by itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -143,6 +151,9 @@ pub(super) enum FromWorker {
         id: u64,
         /// How it ended.
         vm: Vm,
+        /// Whether it was killed although it was to be completed, since the daemon was asked to stop.
+        #[serde(default)]
+        incomplete: bool,
     },
 }
 

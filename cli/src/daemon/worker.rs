@@ -12,6 +12,7 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -30,16 +31,15 @@ use super::asking::Asked;
 use super::config::Service;
 use super::confine::{Account, Confinement, confine_worker, end_with_keeper};
 use super::control;
-use super::desk::{self, VmState, VmStats};
+use super::desk::{self, SessionStats, VmState, VmStats};
+use super::keeper::REMEMBERED;
 use super::metrics::{self, Book};
-use super::report::{Ending, Vm};
+use super::report::{Ending, Vm, VmLabel};
 use super::wire::{Door, Facts, FromWorker, ToWorker, Wire};
 use crate::args;
 use crate::exit::Exit;
 use crate::log;
 
-/// VMs that have ended and are still told about.
-const REMEMBERED: usize = 100;
 /// How often it is said how many events were not logged.
 const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
 /// How long visitors may take for what they asked for when the worker is to leave.
@@ -53,13 +53,14 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     let user = geteuid().as_raw();
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
     let shared = Shared::new(args.frame_cache << 20);
+    let pool = HugePool::open();
     if let Err(error) = confine(args) {
         let why = format!("{error:#}");
         wire.send(&FromWorker::Unfit { why }, &[])?;
         return Ok(Exit::Failed);
     }
     arm();
-    let worker = Arc::new(Worker::new(wire, user, cores, shared));
+    let worker = Arc::new(Worker::new(wire, user, cores, shared, pool));
     let format = args.log_format;
     worker.begin("log", move |_| {
         loop {
@@ -125,6 +126,7 @@ pub(super) struct Worker {
     pub(super) asked: Asked,
     pub(super) facts: Mutex<Facts>,
     book: Book,
+    pool: Arc<HugePool>,
     shared: Shared,
     draining: AtomicBool,
     visitors: AtomicUsize,
@@ -148,7 +150,53 @@ pub(super) struct Served {
     /// Not before its session is there.
     pub(super) paged: OnceLock<Paged>,
     pub(super) completing: AtomicBool,
+    /// Whether the daemon was asked to stop while it was alive, and so is to complete it.
+    to_complete: AtomicBool,
+    pool: Arc<HugePool>,
 }
+
+/// The machine's pool of 2 MiB pages. Its files are opened before this process is confined.
+#[derive(Debug, Default)]
+struct HugePool {
+    free: Option<File>,
+    total: Option<File>,
+}
+
+impl HugePool {
+    fn open() -> Self {
+        let file = |name: &str| {
+            File::open(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}")).ok()
+        };
+        Self {
+            free: file("free_hugepages"),
+            total: file("nr_hugepages"),
+        }
+    }
+
+    /// What an operator is told when it has no page for a VM.
+    fn shortage(&self) -> String {
+        let number = |file: &Option<File>| {
+            let mut text = [0; 32];
+            let read = file.as_ref()?.read_at(&mut text, 0).ok()?;
+            std::str::from_utf8(&text[..read]).ok()?.trim().parse().ok()
+        };
+        let has = match (number(&self.free), number(&self.total)) {
+            (Some(free), Some(total)) => {
+                let (free, total): (u64, u64) = (free, total);
+                format!("{free} of {total} pages are free")
+            }
+            _ => "how many pages it has is not known".to_owned(),
+        };
+        format!(
+            "the pool hugepages-2048kB has no page of 2 MiB for it ({has}); raise vm.nr_hugepages, or the \
+             hugetlb.2MB.max of its cgroup, and try again"
+        )
+    }
+}
+
+/// What an operator is told when there is no memory for the small pages of a VM.
+const MEMORY_SHORTAGE: &str = "the kernel has no memory for it: the machine or the VM's cgroup (memory.max) is at its \
+    limit";
 
 /// What came with a VM.
 struct Arrived {
@@ -161,8 +209,9 @@ struct Arrived {
 }
 
 impl Worker {
-    fn new(wire: Wire, user: u32, cores: usize, shared: Shared) -> Self {
+    fn new(wire: Wire, user: u32, cores: usize, shared: Shared, pool: HugePool) -> Self {
         Self {
+            pool: Arc::new(pool),
             wire,
             user,
             cores,
@@ -213,6 +262,8 @@ impl Worker {
                         .unwrap_or(now),
                     paged: OnceLock::new(),
                     completing: AtomicBool::new(false),
+                    to_complete: AtomicBool::new(false),
+                    pool: Arc::clone(&self.pool),
                 });
                 let arrived = Arrived {
                     regions,
@@ -223,14 +274,19 @@ impl Worker {
                     tables: next(),
                 };
                 lock(&self.vms).insert(id, Arc::clone(&served));
-                let begun = self.begin("vm", move |worker| worker.serve(&served, arrived));
+                let label = served.label();
+                let vm = Arc::clone(&served);
+                let begun = self.begin("vm", move |worker| worker.serve(&vm, arrived));
                 if let Err(error) = begun {
                     // It costs this one: those that are served have their threads.
-                    lock(&self.vms).remove(&id);
-                    let vm = Vm::new(pid, Ending::Refused, Some(format!("{error:#}")));
-                    self.tell(&FromWorker::Ended { id, vm });
+                    let vm = Vm::new(label, Ending::Refused, Some(format!("{error:#}")));
+                    self.ended(&served, vm);
                 }
             }
+            ToWorker::Ended { vm } => self.remember(VmStats {
+                vm,
+                session: SessionStats::default(),
+            }),
             ToWorker::Visitor { door, facts } => {
                 let stream = next().context("a visitor came without a connection")?;
                 *lock(&self.facts) = facts;
@@ -276,26 +332,43 @@ impl Worker {
 
     /// Serves a VM to its end.
     fn serve(&self, served: &Served, arrived: Arrived) {
-        let (id, pid) = (served.id, served.pid);
+        // Whatever is logged of it says of which it is.
+        let _of = served.label().span().entered();
         fail_point(FailPoint::Received);
+        let label = served.label();
         let vm = match self.resume(served, arrived) {
-            Ok(paged) => follow(pid, paged),
-            Err(error) if has_ended(&error) => Vm::new(pid, Ending::Exited, None),
-            Err(error) => Vm::new(pid, Ending::Refused, Some(format!("{error:#}"))),
+            Ok(paged) => follow(label, paged),
+            Err(error) if has_ended(&error) => Vm::new(label, Ending::Exited, None),
+            Err(error) => Vm::new(label, Ending::Refused, Some(format!("{error:#}"))),
         };
+        self.ended(served, vm);
+    }
+
+    /// A VM is served no more.
+    fn ended(&self, served: &Served, vm: Vm) {
+        let id = served.id;
         let mut stats = served.stats();
         stats.vm.state = vm.ending.into();
         stats.vm.reason.clone_from(&vm.reason);
-        lock(&self.vms).remove(&id);
-        self.book.ended(&stats);
+        {
+            // Who asks for it finds it among those that are served, or among those that have ended.
+            let mut vms = lock(&self.vms);
+            self.book.ended(&stats);
+            stats.session.drop_buckets();
+            self.remember(stats);
+            vms.remove(&id);
+        }
+        let incomplete = vm.ending == Ending::Killed && served.to_complete.load(SeqCst);
+        self.tell(&FromWorker::Ended { id, vm, incomplete });
+    }
+
+    /// Keeps what is known of a VM that has ended for who asks.
+    fn remember(&self, stats: VmStats) {
         let mut ended = lock(&self.ended);
         if ended.len() == REMEMBERED {
             ended.pop_front();
         }
-        stats.session.drop_buckets();
         ended.push_back(stats);
-        drop(ended);
-        self.tell(&FromWorker::Ended { id, vm });
     }
 
     fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
@@ -344,18 +417,31 @@ impl Worker {
     }
 
     fn metrics(&self) -> String {
-        let live: Vec<_> = lock(&self.vms).values().map(|vm| vm.stats()).collect();
+        // With those that have ended, of which none may be among both.
+        let (live, ended) = {
+            let vms = lock(&self.vms);
+            let live: Vec<_> = vms.values().map(|vm| vm.stats()).collect();
+            (live, self.book.clone())
+        };
         let facts = lock(&self.facts).clone();
         let services = lock(&self.services);
+        let mut endings = BTreeMap::<String, BTreeMap<VmState, u64>>::new();
+        for (key, open) in services.iter() {
+            let of_service = endings.entry(open.service.name.clone()).or_default();
+            for (ending, count) in facts.ended.get(key).into_iter().flatten() {
+                *of_service.entry((*ending).into()).or_default() += count;
+            }
+        }
         let names = services.values().map(|open| open.service.name.clone());
         let daemon = metrics::DaemonStats {
             worker_restarts: facts.worker_restarts,
             draining: facts.draining,
             services: names.collect(),
+            ended: endings,
             frame_cache: self.shared.frame_cache(),
         };
         drop(services);
-        self.book.render(&live, &daemon)
+        ended.render(&live, &daemon)
     }
 
     /// Waits a little for visitors who are being answered.
@@ -415,16 +501,34 @@ impl Open {
 }
 
 impl Served {
+    /// What it is called.
+    pub(super) fn label(&self) -> VmLabel {
+        VmLabel {
+            id: self.id,
+            pid: self.pid,
+            service: self.service.service.name.clone(),
+        }
+    }
+
     /// Installs what is missing and lets the VM go. Why that can't be done, if it can't.
     pub(super) fn complete(&self) -> Result<(), String> {
+        let _of = self.label().span().entered();
         let Some(paged) = self.paged.get() else {
             return Err("it is only just beginning to be served".to_owned());
         };
         self.completing.store(true, SeqCst);
+        let before = paged.stats();
         let done = paged.complete() || paged.ending().is_some();
         self.completing.store(false, SeqCst);
         if done {
             return Ok(());
+        }
+        let after = paged.stats();
+        if after.huge_shortages > before.huge_shortages {
+            return Err(self.pool.shortage());
+        }
+        if after.shortages > before.shortages {
+            return Err(MEMORY_SHORTAGE.to_owned());
         }
         let first = paged.failures().into_iter().next();
         Err(first.map_or_else(
@@ -435,6 +539,13 @@ impl Served {
 
     /// The same; a VM for which it can't be done is killed, since nobody will serve it.
     fn complete_or_end(&self) {
+        let _of = self.label().span().entered();
+        // One that has ended by now was not killed for want of this.
+        let has_ended = self
+            .paged
+            .get()
+            .is_some_and(|paged| paged.ending().is_some());
+        self.to_complete.fetch_or(!has_ended, SeqCst);
         if let Err(why) = self.complete() {
             self.end(&why);
         }
@@ -472,13 +583,13 @@ impl Served {
 }
 
 /// Waits for the end of a VM.
-fn follow(pid: u32, paged: &Paged) -> Vm {
+fn follow(label: VmLabel, paged: &Paged) -> Vm {
     let (ending, reason) = match paged.wait() {
         pager::Ending::Complete => (Ending::Complete, None),
         pager::Ending::OwnerGone => (Ending::Exited, None),
         pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
     };
-    Vm::new(pid, ending, reason).with(&paged.stats())
+    Vm::new(label, ending, reason).with(&paged.stats())
 }
 
 /// Whether a VM can't be served because its process has ended.

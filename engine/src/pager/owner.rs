@@ -58,7 +58,8 @@ impl Owner {
         }
         match kill_by_pidfd(self.pidfd()) {
             Ok(()) => {
-                tracing::error!(why, "the owner of the memory is killed");
+                // Whoever waits for the session's end is told.
+                tracing::debug!(why, "the owner of the memory is killed");
                 *killed = Some(why.to_owned());
             }
             Err(Errno::ESRCH) => tracing::debug!(why, "the owner has ended by itself"),
@@ -115,5 +116,9 @@ impl Guard for OwnerGuard {
 
     fn end_owner(&self, why: &str) {
         self.owner.kill(why);
+    }
+
+    fn tells_of_end(&self) -> bool {
+        self.on_error == OnError::Kill
     }
 }

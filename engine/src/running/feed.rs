@@ -53,6 +53,8 @@ pub(super) struct Plan {
 /// The prefetch of one session.
 pub(super) struct Feed {
     running: Weak<Running>,
+    /// Where the thread was that made it: what is logged belongs there.
+    span: tracing::Span,
     plan: Plan,
     begun: Instant,
     progress: Mutex<Progress>,
@@ -126,6 +128,7 @@ impl Feed {
     pub(super) fn new(running: &Arc<Running>, plan: Plan) -> Arc<Self> {
         Arc::new(Self {
             running: Arc::downgrade(running),
+            span: tracing::Span::current(),
             plan,
             begun: Instant::now(),
             progress: Mutex::default(),
@@ -148,6 +151,7 @@ impl Feed {
         };
         let session = &running.session;
         // A thread of the pool is one of the session's while it works for it.
+        let _of = self.span.enter();
         let place = session
             .threads
             .place(std::thread::current().name().unwrap_or("prefetch"));

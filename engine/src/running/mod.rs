@@ -281,6 +281,8 @@ impl Running {
             poisoned: read(&stats.poisoned),
             events: read(&stats.events),
             retries: read(&stats.retries),
+            shortages: read(&stats.shortages),
+            huge_shortages: read(&stats.large_shortages),
             bytes_read: self.session.image.bytes_read(),
             bytes_decoded: self.session.image.bytes_decoded(),
             failures: self.session.failures().1,

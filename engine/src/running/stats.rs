@@ -81,6 +81,10 @@ pub struct Stats {
     pub events: u64,
     /// Installs that had to be repeated because the mappings were changing.
     pub retries: u64,
+    /// Installs that were given up because the kernel had no memory.
+    pub shortages: u64,
+    /// Installs of 2 MiB pages that were given up because their pool had none.
+    pub huge_shortages: u64,
     /// Bytes of frames read from the snapshot.
     pub bytes_read: u64,
     /// Bytes decoded from frames.

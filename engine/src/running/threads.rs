@@ -236,9 +236,11 @@ impl Crew {
             let hook = self.hook.clone();
             let place = running.session.threads.place(&name);
             let named = name.clone();
-            let thread = Builder::new()
-                .name(name)
-                .spawn(move || run(&named, Some(place), hook.as_ref(), body))?;
+            let span = tracing::Span::current();
+            let thread = Builder::new().name(name).spawn(move || {
+                let _of = span.entered();
+                run(&named, Some(place), hook.as_ref(), body);
+            })?;
             threads.push(thread);
             Ok(())
         };

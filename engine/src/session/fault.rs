@@ -38,7 +38,10 @@ pub(super) enum Step {
         large: bool,
     },
     /// Wait for memory, then look again.
-    NoMemory,
+    NoMemory {
+        /// For a large page.
+        large: bool,
+    },
     /// It can't go on.
     Stop(Stop),
 }
@@ -103,9 +106,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return Answer::Given;
                 }
                 Step::Bring { page, large } => (page, large),
-                Step::NoMemory => {
-                    if let Err(stop) = self.after_no_memory(&mut shortages, address, Reason::Demand)
-                    {
+                Step::NoMemory { large } => {
+                    let reason = Reason::Demand;
+                    let waited = self.after_no_memory(&mut shortages, address, large, reason);
+                    if let Err(stop) = waited {
                         return self.stopped(fault, stop);
                     }
                     continue;
@@ -172,9 +176,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             false => self.platform.zeropage(address, len, Wake::Now),
         };
         match installed {
-            Installed::NoMemory if large => Step::NoMemory,
+            Installed::NoMemory if !poisoned => Step::NoMemory { large },
             Installed::Exists if large && !poisoned && !self.platform.is_there(address) => {
-                Step::NoMemory
+                Step::NoMemory { large }
             }
             Installed::Done => Step::Answered(met),
             Installed::Partial(_) if !large => Step::Answered(met),
@@ -204,7 +208,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// A page that a fault wants can't be restored.
     fn fail(&self, fault: Fault, failure: &Failure) -> Answer {
-        self.report(failure);
+        self.report_of_fault(failure);
         if self.is_ending() {
             // The session is being given up, or was while this thread read: no page of it is this
             // thread's to decide about.
@@ -271,9 +275,18 @@ impl<P: Platform, I: Image> Session<P, I> {
             address: Some(fault.address),
             ..self.install_failure(page, stop)
         };
-        self.report(&failure);
-        self.guard.end_owner(&failure.detail);
+        self.report_of_fault(&failure);
+        self.guard.end_owner(&failure.to_string());
         Answer::Nobody
+    }
+
+    /// Reports a failure about which the guard decides next.
+    fn report_of_fault(&self, failure: &Failure) {
+        if self.guard.tells_of_end() {
+            self.keep_failure(failure);
+        } else {
+            self.report(failure);
+        }
     }
 
     /// The failure of a page that the kernel would not install.
@@ -281,7 +294,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         let why = match stop {
             Stop::OwnerGone => "the owner of the memory is gone".to_owned(),
             Stop::Stuck => "the owner's mappings kept changing without an event".to_owned(),
-            Stop::NoMemory => "the kernel had no memory for it, many times".to_owned(),
+            Stop::NoMemory => super::install::no_memory(self.is_large(page)).to_owned(),
             Stop::Refused(errno) => {
                 let error = std::io::Error::from_raw_os_error(errno);
                 format!("the kernel refused to install it: {error}")

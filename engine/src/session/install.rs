@@ -86,6 +86,16 @@ impl Purpose {
     }
 }
 
+/// What an operator can do when there is no memory for a page.
+pub(super) const fn no_memory(large: bool) -> &'static str {
+    if large {
+        "no page of 2 MiB is free in the pool hugepages-2048kB; raise vm.nr_hugepages, or the hugetlb.2MB.max of the \
+         owner's cgroup"
+    } else {
+        "the kernel has no memory for them; the machine or the owner's cgroup (memory.max) is at its limit"
+    }
+}
+
 /// Why an install stopped before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
@@ -149,6 +159,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     next = page;
                     (tries, refusals) = (0, 0);
                     limit = source.most_pages().min(limit * 2);
+                    self.has_memory(false);
                 }
                 Held::Fewer(pages) => limit = pages,
                 Held::Again => {
@@ -164,7 +175,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                     tries += 1;
                     self.platform.back_off(tries);
                 }
-                Held::NoMemory => return Err(Stop::NoMemory),
+                Held::NoMemory => {
+                    self.is_short(false);
+                    return Err(Stop::NoMemory);
+                }
                 Held::Stop(stop) => return Err(stop),
             }
         }
@@ -244,15 +258,17 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// After no memory was found for a large page: lets time pass. The owner may be about to give
-    /// some back, and goes on only when the event of that was read.
+    /// After no memory was found: lets time pass. The owner may be about to give some back, and goes
+    /// on only when the event of that was read.
     pub(super) fn after_no_memory(
         &self,
         tries: &mut u32,
         about: u64,
+        large: bool,
         reason: Reason,
     ) -> Result<(), Stop> {
         if *tries == large_memory_tries(reason) {
+            self.is_short(large);
             return Err(Stop::NoMemory);
         }
         *tries += 1;

@@ -311,6 +311,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         loop {
             match self.hold_large(assembly, page, over, wake) {
                 Held::Installed(address, len) => {
+                    self.has_memory(true);
                     if wake == Wake::Later {
                         self.platform.wake(address, len);
                     }
@@ -318,7 +319,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 Held::Settled => return Ok(false),
                 Held::Again => self.after_again(&mut tries, page)?,
-                Held::NoMemory => self.after_no_memory(&mut shortages, page, reason)?,
+                Held::NoMemory => self.after_no_memory(&mut shortages, page, true, reason)?,
                 Held::Stop(stop) => return Err(stop),
             }
         }

@@ -72,6 +72,7 @@ use std::time::{Duration, Instant};
 
 use crate::fail_point::{FailPoint, fail_point};
 use map::block_of;
+use stats::add;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
@@ -118,6 +119,11 @@ pub(crate) trait Guard: Send + Sync {
     fn undecided(&self, fault: Fault, page: PageNumber) -> Option<Decision>;
     /// The session can't go on, and the owner must not: ends the owner.
     fn end_owner(&self, why: &str);
+    /// Whether the end of the owner, and why it came, is logged by whoever has this guard: a failure that ends the owner is
+    /// not logged twice.
+    fn tells_of_end(&self) -> bool {
+        false
+    }
 }
 
 /// Called with the number of each page that a fault brought in.
@@ -143,6 +149,16 @@ pub(crate) struct Session<P, I> {
     pub(crate) retry_timeout: Duration,
     failures: Mutex<Failures>,
     phase: Phase,
+    shortage: Shortage,
+    /// The span that everything belongs to that is logged about the session: that of who made it.
+    span: tracing::Span,
+}
+
+/// Whether memory is short just now, for small pages and for large ones.
+#[derive(Debug, Default)]
+struct Shortage {
+    small: AtomicBool,
+    large: AtomicBool,
 }
 
 /// How far a session is.
@@ -189,6 +205,8 @@ impl<P: Platform, I: Image> Session<P, I> {
             retry_timeout: RETRY_TIMEOUT,
             failures: Mutex::default(),
             phase: Phase::default(),
+            shortage: Shortage::default(),
+            span: tracing::Span::current(),
         }
     }
 
@@ -326,21 +344,55 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.end();
     }
 
-    /// Keeps a failure for the report: one for each page, as often as it may be tried.
+    /// Takes note of an install that found no memory, and logs the first of a row.
+    fn is_short(&self, large: bool) {
+        add(self.stats.shortages_of(large), 1);
+        if !self.shortage_of(large).swap(true, Relaxed) {
+            let _of = self.span.enter();
+            tracing::warn!("pages can't be installed: {}", install::no_memory(large));
+        }
+    }
+
+    /// Takes note of an install that found memory.
+    fn has_memory(&self, large: bool) {
+        let shortage = self.shortage_of(large);
+        if shortage.load(Relaxed) {
+            shortage.store(false, Relaxed);
+        }
+    }
+
+    fn shortage_of(&self, large: bool) -> &AtomicBool {
+        if large {
+            &self.shortage.large
+        } else {
+            &self.shortage.small
+        }
+    }
+
+    /// Keeps a failure for the report, and logs it: one for each page, as often as it may be tried.
     pub(crate) fn report(&self, failure: &Failure) {
+        if self.keep_failure(failure) {
+            let _of = self.span.enter();
+            tracing::warn!(%failure, "a page can't be restored");
+        }
+    }
+
+    /// Keeps a failure for the report. True if it is new, and one of those that are told.
+    fn keep_failure(&self, failure: &Failure) -> bool {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let known = failures
             .kept
             .iter()
             .any(|kept| kept.page == failure.page && kept.offset == failure.offset);
         if known {
-            return;
+            return false;
         }
         failures.count += 1;
-        if failures.kept.len() < KEPT_FAILURES {
-            tracing::warn!(%failure, "a page can't be restored");
+        let is_told = failures.kept.len() < KEPT_FAILURES;
+        if is_told {
             failures.kept.push(failure.clone());
         }
+        is_told
     }
 
     /// The failures kept, and how many there were.

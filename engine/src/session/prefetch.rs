@@ -60,6 +60,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         last: bool,
         mut pause: impl FnMut(),
     ) -> Result<Left, PrefetchStop> {
+        // The thread may work for many sessions.
+        let _of = self.span.enter();
         worker.prepare(&self.state);
         let mut left = Left::default();
         let mut next = pages.start;

@@ -264,9 +264,22 @@ pub(crate) struct Stats {
     pub(crate) poisoned: AtomicU64,
     pub(crate) events: AtomicU64,
     pub(crate) retries: AtomicU64,
+    /// Installs that were given up for want of memory.
+    pub(crate) shortages: AtomicU64,
+    /// The same of large pages, for want of a free one in their pool.
+    pub(crate) large_shortages: AtomicU64,
 }
 
 impl Stats {
+    /// The count of shortages of small or large pages.
+    pub(super) fn shortages_of(&self, large: bool) -> &AtomicU64 {
+        if large {
+            &self.large_shortages
+        } else {
+            &self.shortages
+        }
+    }
+
     /// Counts a fault by what it met.
     pub(crate) fn met(&self, trace: Trace) {
         let kinds = &self.kinds;

@@ -2,7 +2,7 @@
 //! touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half] [--hang-up]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half|late] [--hang-up]
 //! ```
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
@@ -14,7 +14,7 @@
 //! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
 //! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
 //! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right.
-//! `--send` has it say less than all, and go on as if it had said it; with `--hang-up` it closes the socket then, and
+//! `--send` has it say less than all, and go on as if it had said it, or say the rest when a line comes on standard input; with `--hang-up` it closes the socket then, and
 //! touches nothing.
 #![allow(
     unsafe_code,
@@ -24,7 +24,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, IoSlice, Read as _};
+use std::io::{self, BufRead as _, IoSlice, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -33,13 +33,13 @@ use std::process::ExitCode;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use snaprestore_engine::mem::{MappingOptions, RawRegion};
-use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
+use snaprestore_engine::sys::{Features, Modes, OpenOptions, UserModeOnly, Userfaultfd};
 
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 /// Pages that are discarded or moved together, of small ones.
 const RUN: usize = 16;
-const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half] [--hang-up]";
+const USAGE: &str = "usage: fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half|late] [--hang-up]";
 
 /// The releases whose messages differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,6 +80,8 @@ enum Send {
     All,
     /// Half, with the descriptor.
     Half,
+    /// The same, and the other half when it is told to.
+    Late,
     Nothing,
 }
 
@@ -127,6 +129,7 @@ fn options() -> Option<Options> {
             "--send" => {
                 options.send = match value()?.as_str() {
                     "half" => Send::Half,
+                    "late" => Send::Late,
                     "nothing" => Send::Nothing,
                     _ => return None,
                 }
@@ -185,6 +188,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
     }
     let uffd = OpenOptions::new()
         .required(features)
+        .user_mode_only(UserModeOnly::IfNeeded)
         .open()
         .map_err(io::Error::other)?;
     let mut memory = Memory::map(raw.len() / PAGE, options, &uffd)?;
@@ -268,7 +272,7 @@ impl Memory {
         let message = message.to_string();
         let part = match options.send {
             Send::All => &message[..],
-            Send::Half => &message[..message.len() / 2],
+            Send::Half | Send::Late => &message[..message.len() / 2],
             Send::Nothing => return Ok(Some(socket)),
         };
         let descriptors = [uffd.as_fd().as_raw_fd()];
@@ -279,6 +283,11 @@ impl Memory {
             MsgFlags::empty(),
             None,
         )?;
+        if options.send == Send::Late {
+            println!("half sent");
+            io::stdin().lock().read_line(&mut String::new())?;
+            (&socket).write_all(&message.as_bytes()[part.len()..])?;
+        }
         let stays_open = options.manner == Manner::V1_12 || options.send != Send::All;
         Ok((stays_open && !options.hang_up).then_some(socket))
     }

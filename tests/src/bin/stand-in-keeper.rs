@@ -74,7 +74,7 @@ fn main() -> Result<()> {
         (outside::OWNER, peer.pidfd.as_fd()),
         ("meta", meta.as_fd()),
     ];
-    match outside.hold("vm-1", &fds) {
+    match outside.hold("vm-1", "some", &fds) {
         Ok(()) => println!("held"),
         Err(error) => println!("not held: {error}"),
     }

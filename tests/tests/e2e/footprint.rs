@@ -9,12 +9,18 @@ use nix::unistd::Pid;
 /// Only a leak takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Sockets of a keeper, its worker and its guardian that have nothing to do: of a daemon with one service and a control
+/// socket. The keeper listens at both, and talks to the other two; the worker has its end twice, once as standard input;
+/// the guardian holds the socket of the service.
+pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
+
 /// What a process holds that has nothing to do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Footprint {
     /// Open descriptors, by what they are.
     pub(crate) descriptors: BTreeMap<String, usize>,
-    pub(crate) threads: usize,
+    /// Threads, by their names.
+    pub(crate) threads: BTreeMap<String, usize>,
 }
 
 /// What it has mapped.
@@ -43,37 +49,66 @@ impl Footprint {
             };
             *descriptors.entry(kind).or_default() += 1;
         }
-        let threads = fs::read_dir(format!("/proc/{process}/task")).ok()?.count();
+        let mut threads = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{process}/task")).ok()? {
+            let Ok(name) = fs::read_to_string(task.ok()?.path().join("comm")) else {
+                continue;
+            };
+            *threads.entry(name.trim_end().to_owned()).or_default() += 1;
+        }
         Some(Self {
             descriptors,
             threads,
         })
     }
 
-    /// What a process holds that has come to rest.
-    pub(crate) fn settled(process: Pid) -> Self {
-        let look = || Self::of(process).expect("it runs");
-        let (mut last, mut same) = (look(), 0);
-        while same < 20 {
+    /// What a process holds that has come to rest, which is when it has nothing left of a VM or of who asked it, and
+    /// has `sockets`: what it was told can't be taken for read before that.
+    #[track_caller]
+    pub(crate) fn at_rest(name: &str, process: Pid, sockets: usize) -> Self {
+        let began = Instant::now();
+        loop {
+            let now = Self::of(process).unwrap_or_else(|| panic!("the {name} has ended"));
+            if now.is_at_rest() && now.descriptors.get("socket") == Some(&sockets) {
+                return now;
+            }
+            let told = "does not come to rest";
+            assert!(began.elapsed() < PATIENCE, "the {name} {told}: {now:?}");
             std::thread::sleep(Duration::from_millis(10));
-            let now = look();
-            same = if now == last { same + 1 } else { 0 };
-            last = now;
         }
-        last
+    }
+
+    /// Whether nothing is left of a VM, or of who asked for something.
+    fn is_at_rest(&self) -> bool {
+        let of_vm = |kind: &String| kind.contains("[userfaultfd]") || kind.contains("memfd:");
+        let busy = |name: &String| {
+            let names = [
+                "vm",
+                "visitor",
+                "complete",
+                "snap-fault",
+                "snap-feed",
+                "open",
+            ];
+            names.iter().any(|busy| name.starts_with(busy))
+        };
+        !self.descriptors.keys().any(of_vm) && !self.threads.keys().any(busy)
     }
 
     /// What this one has that `other` hasn't.
     fn over(&self, other: &Self) -> Vec<String> {
         let mut over = Vec::new();
-        for (kind, count) in &self.descriptors {
-            let before = other.descriptors.get(kind).copied().unwrap_or(0);
-            if *count > before {
-                over.push(format!("{} of {kind}", count - before));
+        let kinds = [
+            (&self.descriptors, &other.descriptors, ""),
+            (&self.threads, &other.threads, "thread "),
+        ];
+        for (ours, others, what) in kinds {
+            for (kind, count) in ours {
+                let before = others.get(kind).copied().unwrap_or(0);
+                if *count > before {
+                    over.push(format!("{} of {what}{kind}", count - before));
+                }
             }
-        }
-        if self.threads > other.threads {
-            over.push(format!("{} threads", self.threads - other.threads));
         }
         over
     }

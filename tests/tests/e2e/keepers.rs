@@ -2,15 +2,18 @@
 //! is wrong.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Lines};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead as _, BufReader, Lines, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, ChildStdout};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Shares;
-use snaprestore_tests::program::Run;
+use snaprestore_tests::program::{Run, snaprestore};
 
 use crate::manager::FakeManager;
 use crate::scene::{PATIENCE, Scene, end_of, endings, within};
@@ -126,16 +129,25 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
     }
     // Who is refused is let go, and nobody ends it when the keeper dies.
-    scene.serve(&["--patience", "1"]);
+    scene.start(scene.marked(&["--patience", "1"]));
+    let guardian = scene.guardian().expect("a guardian");
     let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
     scene.wait_for("refused", 1);
     scene.kill();
-    let released = within(PATIENCE, || !is_guarded(vmm.id()));
-    assert!(released, "it is still held");
-    std::thread::sleep(Duration::from_millis(100));
+    wait_for_end(guardian);
     assert!(vmm.try_wait().expect("a child").is_none(), "it was ended");
     vmm.kill().expect("killed");
     vmm.wait().expect("its end");
+}
+
+/// Waits until a guardian has done what it had to do.
+fn wait_for_end(guardian: Pid) {
+    let runs = || {
+        let stat = fs::read_to_string(format!("/proc/{guardian}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    };
+    assert!(within(PATIENCE, || !runs()), "the guardian does not end");
 }
 
 /// A VMM that hands all over to a keeper which takes nothing any more.
@@ -153,8 +165,6 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     let (mut vmm, _said) = queued(&scene);
-    // Who only looks whether somebody is there is not ended: it is this test.
-    drop(UnixStream::connect(scene.socket()).expect("connected"));
     scene.kill();
     drop(vmm.stdin.take());
     let run = end_of(vmm);
@@ -165,20 +175,209 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
+/// How many sockets a process has open.
+fn open_sockets(pid: u32) -> usize {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
+    let links = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    let is_socket = |link: &std::path::PathBuf| link.to_string_lossy().starts_with("socket:");
+    links.filter(is_socket).count()
+}
+
+/// The guardian has nothing of the socket but what its keeper sends.
+#[test]
+fn second_guardian_kills_vms_that_wait_to_be_accepted() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.start(scene.marked(&[]));
+    let first = scene.guardian().expect("a guardian");
+    kill(first, Signal::SIGKILL).expect("killed");
+    // Said when everything is held again.
+    scene.wait_for("the guardian exited", 1);
+    let second = scene.guardian().expect("another guardian");
+    assert_ne!(first, second);
+    let (mut vmm, _said) = queued(&scene);
+    scene.kill();
+    drop(vmm.stdin.take());
+    let run = end_of(vmm);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    wait_for_end(second);
+}
+
+/// A guardian that stands still is told everything when it goes on: it kills none that it was told to release.
+#[test]
+fn release_that_finds_the_guardian_stopped_is_not_lost() {
+    let mut scene = Scene::of(16, Shares::MIXED);
+    let control = scene.folder.path().join("control");
+    let control = control.display().to_string();
+    scene.start(scene.marked(&["--prefetch", "off", "--control", &control]));
+    let guardian = scene.guardian().expect("a guardian");
+    let (mut vmm, _said) = vmm(&scene);
+    scene.wait_for(": served", 1);
+    assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
+    kill(guardian, Signal::SIGSTOP).expect("stopped");
+    // Each is held twice and released, until nothing more fits into its socket.
+    while !scene.said().contains("messages wait for it") {
+        let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    }
+    let complete = ["ctl", "complete", "1", "--control", &control];
+    let _ = Run::of(&mut snaprestore(complete)).exits(0);
+    kill(guardian, Signal::SIGCONT).expect("goes on");
+    scene.wait_for("has read all messages", 1);
+    scene.kill();
+    wait_for_end(guardian);
+    assert!(vmm.try_wait().expect("a child").is_none(), "it was killed");
+    drop(vmm.stdin.take());
+    let _ = end_of(vmm).exits(0);
+}
+
+/// It has connected, and was accepted, when the daemon is asked to stop; it hands its memory over after that.
+#[test]
+fn vm_that_hands_over_during_a_drain_is_completed() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&["--prefetch", "off"]);
+    let mut vmm = scene
+        .vmm(&["--send", "late", "--wait"])
+        .spawn()
+        .expect("a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
+    assert_eq!(said.next().expect("a line").expect("read"), "half sent");
+    assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
+    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    let is_draining = || !scene.socket().exists();
+    assert!(within(PATIENCE, is_draining), "it goes on listening");
+    let mut stdin = vmm.stdin.take().expect("a pipe");
+    writeln!(stdin).expect("told");
+    let vms = scene.ended();
+    assert_eq!(vms[0]["ending"], "complete", "{vms:?}");
+    drop(stdin);
+    let _ = end_of(vmm).exits(0);
+}
+
+/// The folder of a scene, a copy of the VMM in it, and the user nobody, who may use both.
+struct Nobody(std::path::PathBuf);
+
+impl Nobody {
+    fn new(test: &str, scene: &Scene) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            skipped(test, &"it needs root, to have a VM of another user");
+            return None;
+        }
+        let folder = scene.folder.path();
+        let everybody = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("set");
+        };
+        everybody(folder, 0o755);
+        everybody(scene.raw(), 0o644);
+        everybody(&scene.socket(), 0o666);
+        let program = folder.join("vmm");
+        fs::copy(env!("CARGO_BIN_EXE_fake-vmm"), &program).expect("copied");
+        Some(Self(program))
+    }
+
+    /// The same VMM, of this user.
+    fn vmm(&self, like: &Command) -> Command {
+        let mut command = Command::new(&self.0);
+        command.args(like.get_args()).current_dir("/");
+        command.uid(65534).gid(65534);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(Stdio::piped());
+        command
+    }
+}
+
+#[test]
+fn users_that_are_not_allowed_are_refused_and_the_others_served() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.serve(&["--allow-uid", "65534"]);
+    let test = "users_that_are_not_allowed_are_refused_and_the_others_served";
+    let Some(nobody) = Nobody::new(test, &scene) else {
+        return;
+    };
+    let mut refused = scene.vmm(&[]).spawn().expect("a VMM");
+    scene.wait_for("refused: --allow-uid doesn't name its user 0", 1);
+    let _ = Run::of(&mut nobody.vmm(&scene.vmm(&[]))).exits(0);
+    refused.kill().expect("killed");
+    refused.wait().expect("its end");
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+    // And the other way round.
+    scene.serve(&["--allow-uid", "0"]);
+    fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666)).expect("set");
+    let mut refused = nobody.vmm(&scene.vmm(&[])).spawn().expect("a VMM");
+    scene.wait_for("refused: --allow-uid doesn't name its user 65534", 1);
+    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    refused.kill().expect("killed");
+    refused.wait().expect("its end");
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
+#[test]
+fn backlog_peers_of_other_users_are_not_killed() {
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.start(scene.marked(&["--allow-uid", "65534"]));
+    let guardian = scene.guardian().expect("a guardian");
+    let test = "backlog_peers_of_other_users_are_not_killed";
+    let Some(nobody) = Nobody::new(test, &scene) else {
+        return;
+    };
+    let (mut stranger, _said) = queued(&scene);
+    let mut vmm = nobody.vmm(&scene.vmm(&["--wait"])).spawn().expect("a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
+    assert_eq!(said.next().expect("a line").expect("read"), "handed over");
+    scene.kill();
+    let run = end_of(vmm);
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    wait_for_end(guardian);
+    assert!(
+        stranger.try_wait().expect("a child").is_none(),
+        "it was killed"
+    );
+    stranger.kill().expect("killed");
+    stranger.wait().expect("its end");
+}
+
+/// The daemon is in a PID namespace of its own, as in a container, and the VMM outside.
+#[test]
+fn vmm_of_another_pid_namespace_is_refused_with_the_remedy() {
+    let test = "vmm_of_another_pid_namespace_is_refused_with_the_remedy";
+    let within_namespace = |inner: &Command| {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--"]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        command
+    };
+    match within_namespace(&Command::new("true")).output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => return skipped(test, &String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => return skipped(test, &format!("unshare: {error}")),
+    }
+    let mut scene = Scene::new(Shares::MIXED);
+    scene.start(within_namespace(&scene.daemon(&[])));
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    scene.wait_for("is in a PID namespace that this one can't see", 1);
+    scene.wait_for("--pid=host", 1);
+    assert!(vmm.try_wait().expect("a child").is_none(), "it was killed");
+    vmm.kill().expect("killed");
+    vmm.wait().expect("its end");
+}
+
 /// The first of them that was refused left those behind to be ended.
 #[test]
 fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
-    // One more than may be of one process.
-    let connect = |_| UnixStream::connect(scene.socket()).expect("connected");
-    let crowd: Vec<_> = (0..17).map(connect).collect();
+    // One more than may be of one process. It is another than this one, which might be ended.
+    let mut crowd = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
+    let crowd = crowd.arg(scene.socket()).arg(scene.raw());
+    let crowd = crowd.args(["Nothing", "None", "times=17", "seconds=600"]);
+    let mut crowd = crowd.stdout(Stdio::null()).spawn().expect("a crowd");
+    let connected = || open_sockets(crowd.id()) == 17;
+    assert!(within(PATIENCE, connected), "the crowd does not connect");
     let (mut vmm, _said) = queued(&scene);
     kill(scene.keeper(), Signal::SIGTERM).expect("asked");
     kill(scene.keeper(), Signal::SIGCONT).expect("goes on");
     scene.wait_for("has 16 VMs already", 1);
-    drop(crowd);
+    crowd.kill().expect("killed");
+    crowd.wait().expect("its end");
     drop(vmm.stdin.take());
     let run = end_of(vmm);
     assert_eq!(run.code, Some(0), "{}", scene.said());

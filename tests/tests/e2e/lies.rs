@@ -15,7 +15,7 @@ use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
-use crate::footprint::{Footprint, process_with};
+use crate::footprint::{Footprint, IDLE_SOCKETS, process_with};
 use crate::scene::{PATIENCE, Scene, end_of, ends_within};
 
 const PAGES: u64 = 1024;
@@ -60,8 +60,10 @@ impl Watched {
             ("worker", worker),
             ("guardian", guardian.expect("a guardian")),
         ];
-        let settled = named.map(|(name, pid)| (name, pid, Footprint::settled(pid)));
-        watched.processes = settled.into();
+        let idle = named.into_iter().zip(IDLE_SOCKETS);
+        let idle =
+            idle.map(|((name, pid), sockets)| (name, pid, Footprint::at_rest(name, pid, sockets)));
+        watched.processes = idle.collect();
         watched
     }
 

@@ -5,11 +5,12 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{self, Run, snaprestore};
 
-use crate::scene::{PAGES, Scene, endings};
+use crate::scene::{PAGES, PATIENCE, Scene, endings, within};
 
 /// `ctl`, which shall succeed, and what it says.
 fn ctl(scene: &Scene, args: &[&str]) -> Value {
@@ -120,12 +121,61 @@ fn an_operator_sees_vms_and_lets_them_go() {
     let vms = list["vms"].as_array().expect("VMs");
     let served = vms.iter().find(|vm| vm["state"] == "serving");
     let id = served.expect("a VM")["id"].to_string();
+    // Again, too: it has just completed.
+    for _ in 0..2 {
+        let done = ctl(&scene, &["complete", &id]);
+        assert_eq!(done["vms"][0]["done"], true, "{done}");
+    }
+    let run = Run::of(&mut command(&scene, &["complete", "99"])).exits(1);
+    run.says(&["there is no VM 99"]);
+    // Another worker knows it as well.
+    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    scene.wait_for("another goes on", 1);
     let done = ctl(&scene, &["complete", &id]);
     assert_eq!(done["vms"][0]["done"], true, "{done}");
     drop(vmm.stdin.take());
     let run = Run::finish(vmm).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
     assert_eq!(endings(&scene.stop()), ["exited"; 2]);
+}
+
+/// However it ended, and whoever has decided that, each VM is one, and stays so when another worker counts.
+#[test]
+fn metrics_count_each_ended_vm_once() {
+    let mut scene = Scene::new(Shares::MIXED);
+    serve(&mut scene);
+    let misfit = scene.folder.path().join("misfit");
+    fs::write(&misfit, vec![0; 7 * 4096]).expect("written");
+    for _ in 0..2 {
+        let _ = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
+        let _ = Run::of(&mut scene.vmm(&["--only", "10"])).exits(0);
+        let _ = Run::of(&mut scene.vmm(&["--send", "half", "--hang-up"])).exits(0);
+        let run = Run::of(&mut scene.vmm_of(&misfit, &[]));
+        assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    }
+    let told = |scene: &Scene| {
+        let text = scrape(&scene.folder.path().join("metrics"));
+        let of = |ending: &str| {
+            let line =
+                format!("snaprestore_vms_ended_total{{service=\"default\",ending=\"{ending}\"}} ");
+            let value = text.lines().find_map(|other| other.strip_prefix(&line));
+            value.expect(&text).parse::<u64>().expect("a number")
+        };
+        [of("complete") + of("exited"), of("killed"), of("refused")]
+    };
+    let expected = [4, 0, 4];
+    assert!(
+        within(PATIENCE, || told(&scene) == expected),
+        "{:?}",
+        told(&scene)
+    );
+    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    scene.wait_for("another goes on", 1);
+    assert_eq!(told(&scene), expected);
+    let list = ctl(&scene, &["list"]);
+    assert_eq!(list["services"][0]["ended"], 8, "{list}");
+    assert_eq!(list["vms"].as_array().expect("VMs").len(), 6, "{list}");
+    assert_eq!(scene.stop().len(), 8);
 }
 
 #[test]

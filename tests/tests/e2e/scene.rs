@@ -14,6 +14,8 @@ use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::program::{Run, snaprestore};
 use tempfile::TempDir;
 
+use crate::footprint::process_with;
+
 pub(crate) const PAGES: u64 = 8192;
 /// Only a hang takes so long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
@@ -52,6 +54,11 @@ impl Scene {
             daemon: None,
             said: Arc::default(),
         }
+    }
+
+    /// The memory as it was.
+    pub(crate) fn raw(&self) -> &Path {
+        &self.raw
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -166,11 +173,33 @@ impl Scene {
 
     /// Waits for the end of the daemon, which was asked to stop, and gives what it reports.
     pub(crate) fn ended(&mut self) -> Vec<Value> {
-        let daemon = self.daemon.take().expect("it runs");
-        let run = Run::finish(daemon).exits(0);
-        let report: Value = serde_json::from_slice(&run.out).expect("JSON");
-        assert!(!self.socket().exists(), "the socket is left");
+        let report = self.exits(0);
         report["vms"].as_array().expect("VMs").clone()
+    }
+
+    /// Waits until the daemon, which was asked to stop, exits with this code, and gives its report.
+    pub(crate) fn exits(&mut self, code: i32) -> Value {
+        let mut daemon = self.daemon.take().expect("it runs");
+        if !ends_within(&mut daemon, PATIENCE) {
+            let _ = daemon.kill();
+            panic!("the daemon does not end: {}", self.said());
+        }
+        let run = Run::finish(daemon).exits(code);
+        assert!(!self.socket().exists(), "the socket is left");
+        run.json()
+    }
+
+    /// The guardian of a daemon that is [`Scene::marked`].
+    pub(crate) fn guardian(&self) -> Option<Pid> {
+        let mark = self.folder.path().display();
+        process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian")
+    }
+
+    /// The daemon, whose processes can be told from those of others.
+    pub(crate) fn marked(&self, options: &[&str]) -> Command {
+        let mut command = self.daemon(options);
+        command.env("SNAPRESTORE_TEST", self.folder.path());
+        command
     }
 }
 

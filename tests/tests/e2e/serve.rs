@@ -5,13 +5,14 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::{Signal, kill};
 use snaprestore_engine::sys::{Features, OpenOptions};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::Shares;
-use snaprestore_tests::program::{self, Run};
+use snaprestore_tests::program::{Run, snaprestore};
 
-use crate::scene::{PAGES, Scene, endings};
+use crate::scene::{PAGES, Scene, end_of, endings};
 
 #[test]
 fn vms_of_every_release_are_served_one_after_another_and_at_once() {
@@ -105,6 +106,12 @@ fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
     scene.wait_for(&format!("killed: {}: page ", scene.snapshot.display()), 1);
     assert!(scene.said().contains("at offset"), "{}", scene.said());
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
+    // Once, however many have noticed.
+    let said = scene.said();
+    let lines = said
+        .lines()
+        .filter(|line| line.contains("page ") && line.contains("offset"));
+    assert_eq!(lines.count(), 1, "{said}");
 }
 
 /// For owners that are no VMs. What the daemon says meanwhile is for programs.
@@ -122,9 +129,125 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
     assert_eq!(run.signal, Some(libc::SIGBUS), "{}", scene.said());
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["exited"], "{}", scene.said());
+    let (id, pid) = (&vms[0]["id"], &vms[0]["pid"]);
+    let mut of_vm = Vec::new();
     for line in scene.said().lines() {
-        let _: serde_json::Value = serde_json::from_str(line).expect(line);
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        let fields = &line["fields"];
+        if fields["vm"].is_null() {
+            let message = fields["message"].as_str().expect("a message");
+            assert!(
+                !message.contains("VM") && !message.contains("page"),
+                "{line}"
+            );
+            continue;
+        }
+        let of = (&fields["vm"], &fields["pid"], &fields["service"]);
+        assert_eq!(of, (id, pid, &"default".into()), "{line}");
+        of_vm.push(fields["message"].as_str().expect("a message").to_owned());
     }
+    // From the keeper, from a thread of the engine's, and at the end.
+    for part in ["served", "a page can't be restored", "exited"] {
+        let has = of_vm.iter().any(|message| message.starts_with(part));
+        assert!(has, "no {part:?} in {of_vm:?}");
+    }
+}
+
+/// What it should have completed it has to kill: a page of it is damaged.
+#[test]
+fn daemon_that_cannot_complete_a_vm_exits_with_1() {
+    let mut scene = Scene::new(Shares::RANDOM);
+    scene.serve(&["--prefetch", "off"]);
+    let vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    scene.wait_for(": served", 1);
+    damage(&scene.snapshot);
+    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    let report = scene.exits(1);
+    assert_eq!(report["incomplete"], 1, "{report}");
+    assert_eq!(report["vms"][0]["ending"], "killed", "{report}");
+    assert_eq!(end_of(vmm).signal, Some(libc::SIGKILL));
+    // One that was killed before does not count.
+    scene.serve(&["--prefetch", "off"]);
+    let run = Run::of(&mut scene.vmm(&[]));
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    scene.wait_for("killed: ", 1);
+    assert_eq!(endings(&scene.stop()), ["killed"]);
+}
+
+#[test]
+fn socket_has_the_mode_and_group_that_are_asked_for() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    let mut scene = Scene::new(Shares::ZERO);
+    let own = nix::unistd::getegid().as_raw();
+    let group = if nix::unistd::geteuid().is_root() {
+        65534
+    } else {
+        own
+    };
+    let options = ["--socket-mode", "0664", "--socket-group"];
+    scene.serve(&[&options[..], &[&group.to_string()]].concat());
+    let socket = fs::metadata(scene.socket()).expect("a socket");
+    assert_eq!(socket.permissions().mode() & 0o7777, 0o664);
+    assert_eq!(socket.gid(), group);
+    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = scene.stop();
+    let run = Run::of(&mut scene.daemon(&["--socket-group", "no-such-group"])).exits(1);
+    run.says(&["there is no group \"no-such-group\""]);
+    assert!(!scene.socket().exists(), "the socket is left");
+    let _ = Run::of(&mut scene.daemon(&["--socket-mode", "0x1"])).exits(2);
+}
+
+/// Half of the memory finds a page in the pool, and the rest doesn't.
+#[test]
+fn empty_huge_page_pool_is_named_by_those_who_need_it() {
+    let test = "empty_huge_page_pool_is_named_by_those_who_need_it";
+    let pool = match HugePool::with(PAGES / 512 / 2) {
+        Ok(pool) => pool,
+        Err(why) => return skipped(test, &why),
+    };
+    let huge_pages = pool.free() + 4;
+    let mut scene = Scene::of(huge_pages * 512, Shares::MIXED);
+    let control = scene.folder.path().join("control");
+    let control = control.display().to_string();
+    scene.serve(&["--prefetch", "off", "--control", &control]);
+    let mut vmm = scene.vmm(&["--huge", "--wait"]).spawn().expect("a VMM");
+    scene.wait_for(": served", 1);
+    let ctl = |args: &[&str]| {
+        let mut ctl = snaprestore([&["ctl", "--control", &control], args].concat());
+        Run::of(&mut ctl)
+    };
+    let run = ctl(&["complete", "1"]).exits(1);
+    let said = String::from_utf8_lossy(&run.out).into_owned();
+    for part in ["hugepages-2048kB", "0 of ", "vm.nr_hugepages"] {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    let stats = ctl(&["stats", "1", "--json"]).exits(0).json();
+    let shortages = &stats["vms"][0]["shortages"];
+    assert!(shortages["hugepages-2048kB"].as_u64() > Some(0), "{stats}");
+    assert_eq!(shortages["memory"], 0, "{stats}");
+    let said = String::from_utf8_lossy(&ctl(&["stats", "1"]).exits(0).out).into_owned();
+    assert!(said.contains("shortage    pool hugepages-2048kB"), "{said}");
+    // One line, however often it was tried.
+    let logged = scene.said();
+    assert_eq!(
+        logged.matches("the pool hugepages-2048kB").count(),
+        1,
+        "{logged}"
+    );
+    // What it has now is enough.
+    drop(pool);
+    let _more = match HugePool::with(4) {
+        Ok(pool) => pool,
+        Err(why) => {
+            vmm.kill().expect("killed");
+            vmm.wait().expect("its end");
+            return skipped(test, &why);
+        }
+    };
+    let _ = ctl(&["complete", "1"]).exits(0);
+    drop(vmm.stdin.take());
+    let _ = end_of(vmm).exits(0);
+    let _ = scene.stop();
 }
 
 /// Flips a bit in the middle of the frames, of which a snapshot of random pages is full.
@@ -144,14 +267,19 @@ fn damage(snapshot: &Path) {
 
 #[test]
 fn who_is_no_vmm_is_refused_and_hurts_nobody() {
-    use std::io::Write as _;
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--patience", "1"]);
-    // One says nothing, one something else, one goes away.
-    let silent = std::os::unix::net::UnixStream::connect(scene.socket()).expect("connected");
-    let mut other = std::os::unix::net::UnixStream::connect(scene.socket()).expect("connected");
-    other.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("sent");
-    drop(std::os::unix::net::UnixStream::connect(scene.socket()).expect("connected"));
+    // One says nothing, one something else, one goes away: other processes than this one, which might be ended.
+    let peer = |words: &[&str]| {
+        let mut peer = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
+        peer.arg(scene.socket()).arg(scene.raw()).args(words);
+        peer.stdout(Stdio::null()).spawn().expect("a peer")
+    };
+    let mut peers = [
+        peer(&["Nothing", "None", "seconds=600"]),
+        peer(&["Noise", "None", "seconds=600"]),
+        peer(&["Nothing", "None", "HangsUp", "seconds=600"]),
+    ];
     let short = scene.folder.path().join("short");
     fs::write(&short, vec![0; 4096 * 10]).expect("written");
     let mut misfit = scene.vmm_of(&short, &[]).spawn().expect("a VMM");
@@ -164,7 +292,10 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     ] {
         scene.wait_for(part, 1);
     }
-    drop(silent);
+    for peer in &mut peers {
+        peer.kill().expect("killed");
+        peer.wait().expect("its end");
+    }
     assert_eq!(
         endings(&scene.stop()),
         ["exited", "refused", "refused", "refused", "refused"]
@@ -185,7 +316,7 @@ fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
     let mut scene = Scene::new(Shares::ZERO);
     fs::remove_file(&scene.snapshot).expect("removed");
     let microvm = |args: &[&str]| {
-        let mut command = Command::new(program::microvm());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).stdin(Stdio::null());
         Run::of(&mut command)
     };

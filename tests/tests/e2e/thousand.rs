@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
-use crate::footprint::{Footprint, Mapped, process_with};
+use crate::footprint::{Footprint, IDLE_SOCKETS, Mapped, process_with};
 use crate::scene::Scene;
 
 const PAGES: u64 = 256;
@@ -103,9 +103,12 @@ impl Daemon {
         let guardian = process_with(mark, "guardian").expect("a guardian");
         let worker = scene.worker().expect("a worker");
         let processes = [scene.keeper(), worker, guardian];
-        let idle = processes.map(Footprint::settled);
+        let names = ["keeper", "worker", "guardian"];
+        let idle = std::array::from_fn(|at| {
+            Footprint::at_rest(names[at], processes[at], IDLE_SOCKETS[at])
+        });
         Self {
-            names: ["keeper", "worker", "guardian"],
+            names,
             processes,
             idle,
         }

@@ -80,14 +80,16 @@ impl fmt::Display for Listing {
             writeln!(f, "\n{}", table.trim_fmt())?;
         }
         if !list.vms.is_empty() {
-            let mut table = plain(["VM", "SERVICE", "PID", "STATE", "AGE"]);
+            // The longest is the last: it moves no other column.
+            let mut table = plain(["VM", "SERVICE", "PID", "STATE", "AGE", "REASON"]);
             for vm in &list.vms {
                 table.add_row([
                     vm.id.to_string(),
                     vm.service.clone(),
                     vm.pid.to_string(),
-                    state(vm),
+                    vm.state.name().to_owned(),
                     age(vm.age_ms),
+                    reason(vm),
                 ]);
             }
             to_the_right(&mut table, &[0, 2, 4]);
@@ -97,13 +99,11 @@ impl fmt::Display for Listing {
     }
 }
 
-/// The state of a VM, and why it was ended.
-fn state(vm: &Vm) -> String {
-    let name = vm.state.name();
-    match &vm.reason {
-        Some(reason) => format!("{name}: {reason}"),
-        None => name.to_owned(),
-    }
+/// Why a VM was killed or refused, in one line: parts of it come from file names.
+fn reason(vm: &Vm) -> String {
+    let reason = vm.reason.as_deref().unwrap_or_default();
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    reason.chars().map(plain).collect()
 }
 
 /// A duration as people say it.
@@ -145,9 +145,12 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
     let age = age(vm.age_ms);
     writeln!(
         f,
-        "VM {id} of {service}, process {pid}, for {age}: {}",
-        state(vm)
+        "VM {id} (pid {pid}, service {service}), for {age}: {}",
+        vm.state.name()
     )?;
+    if vm.reason.is_some() {
+        writeln!(f, "reason      {}", reason(vm))?;
+    }
     writeln!(
         f,
         "memory      {}, {} of them missing; {} are settled",
@@ -201,7 +204,17 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
         count(s.retries, "retried install"),
         count(s.failures, "failure"),
         count(s.poisoned, "poisoned page")
-    )
+    )?;
+    for (source, times) in [
+        ("memory", s.shortages.memory),
+        ("pool hugepages-2048kB", s.shortages.huge_pages),
+    ] {
+        if times > 0 {
+            let installs = count(times, "install");
+            writeln!(f, "shortage    {source}: {installs} given up")?;
+        }
+    }
+    Ok(())
 }
 
 /// Percentiles in one line.
@@ -263,6 +276,38 @@ pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::desk::VmState;
+
+    #[test]
+    fn long_reasons_move_no_column() {
+        let vm = |id: u64, reason: Option<&str>| Vm {
+            id,
+            service: "web".into(),
+            pid: 1000 + u32::try_from(id).unwrap(),
+            state: VmState::Killed,
+            reason: reason.map(str::to_owned),
+            age_ms: 1000,
+        };
+        let list = List {
+            vms: vec![
+                vm(1, None),
+                vm(2, Some(&"a page is damaged\n".repeat(30))),
+                vm(100, Some("short")),
+            ],
+            ..List::default()
+        };
+        let text = Listing(list).to_string();
+        let table = text.lines().skip_while(|line| !line.contains("STATE"));
+        let table: Vec<_> = table.collect();
+        assert_eq!(table.len(), 4, "{text}");
+        let end = table[0].find("AGE").unwrap() + 3;
+        for row in &table[1..] {
+            assert!(
+                row.get(..end).is_some_and(|row| row.ends_with("1.0 s")),
+                "{text}"
+            );
+        }
+    }
 
     #[test]
     fn ages_have_two_units_at_most() {

@@ -6,15 +6,16 @@ use std::path::Path;
 
 use snaprestore_engine::pager::AttachError;
 
-use super::Keeper;
 use super::services::Open;
 use super::workers::Outgoing;
+use super::{Keeper, Stopping};
 use crate::daemon::config::Service;
 use crate::daemon::listening::Listening;
-use crate::daemon::outside::{News, OWNER, Outside};
-use crate::daemon::report::{Ending, Vm as Report};
+use crate::daemon::outside::{News, OWNER, Outside, Pace};
+use crate::daemon::report::{Ending, Vm as Report, VmLabel};
 use crate::daemon::systemd;
 use crate::daemon::vms::{Dying, Held, Vm, held_as};
+use crate::daemon::wire::Endings;
 
 impl Keeper {
     /// Takes back what a keeper that has died had held. Its worker died with it, or before this was started.
@@ -40,7 +41,8 @@ impl Keeper {
                 }
                 Ok(Held::Part { vm, why }) => self.end(id, vm, Ending::Killed, why),
                 Err(error) => {
-                    self.complain(format_args!("VM {id} can't be served any more: {error:#}"));
+                    let label = self.label(id, 0, 0);
+                    self.complain_of(&label, format_args!("can't be served any more: {error:#}"));
                 }
             }
         }
@@ -71,7 +73,7 @@ impl Keeper {
                     listening: None,
                     listening_held_as: None,
                     removed: true,
-                    ended: 0,
+                    ended: Endings::new(),
                 };
                 self.services.insert(key, open);
                 self.outgoing.push_back(Outgoing::Service(key));
@@ -90,7 +92,7 @@ impl Keeper {
         }
         self.vms.insert(id, vm);
         self.outgoing.push_back(Outgoing::Vm(id));
-        self.say(format_args!("VM {pid}: taken back from systemd"));
+        self.say_of(&self.label(id, key, pid), "taken back from systemd");
     }
 
     /// Has what a VM can't do without held outside.
@@ -111,23 +113,35 @@ impl Keeper {
     pub(super) fn hold_in_part(&mut self, id: u64, why: &anyhow::Error) {
         self.release(id);
         let Some(vm) = self.vms.get(&id) else { return };
-        let owner = self
-            .outside
-            .hold(&held_as(id), &[(OWNER, vm.peer.pidfd.as_fd())]);
+        let label = self.label(id, vm.service, vm.peer.pid);
+        let owner = [(OWNER, vm.peer.pidfd.as_fd())];
+        let owner = self.outside.hold(&held_as(id), &label.service, &owner);
         let is = match owner {
             Ok(()) => "ended",
             Err(_) => "lost",
         };
-        let pid = vm.peer.pid;
-        self.complain(format_args!(
-            "VM {pid} can't be held with all that it needs, and is {is} with this process: {why:#}"
-        ));
+        self.complain_of(
+            &label,
+            format_args!(
+                "can't be held with all that it needs, and is {is} with this process: {why:#}"
+            ),
+        );
     }
 
     /// Has who has connected held outside by its pidfd: its memory may lie in the socket already.
-    pub(super) fn hold_owner(&mut self, id: u64, owner: BorrowedFd<'_>) {
+    pub(super) fn hold_owner(&mut self, id: u64, service: &str, owner: BorrowedFd<'_>) {
         // If it can't be, that is said when it is a VM.
-        let _ = self.outside.hold(&held_as(id), &[(OWNER, owner)]);
+        let _ = self.outside.hold(&held_as(id), service, &[(OWNER, owner)]);
+    }
+
+    /// What VM number `id` is called.
+    pub(super) fn label(&self, id: u64, service: u64, pid: u32) -> VmLabel {
+        let open = self.services.get(&service);
+        VmLabel {
+            id,
+            pid,
+            service: open.map_or_else(|| "?".to_owned(), |open| open.service.name.clone()),
+        }
     }
 
     /// Nobody needs to hold a VM any more.
@@ -148,7 +162,6 @@ impl Keeper {
                     "{id} is held by nobody else, and is lost with this process: {why}"
                 )),
                 News::Gone => {
-                    self.complain("who held the VMs besides this process has ended; another does");
                     self.outside =
                         Outside::find(Path::new(&self.program), &systemd::Given::default());
                     let ids: Vec<u64> = self.vms.keys().copied().collect();
@@ -156,8 +169,10 @@ impl Keeper {
                         self.hold(id);
                     }
                     for pending in &self.pending {
+                        let open = self.services.get(&pending.service);
+                        let service = open.map_or("", |open| &open.service.name);
                         let owner = [(OWNER, pending.peer.pidfd.as_fd())];
-                        let _ = self.outside.hold(&held_as(pending.id), &owner);
+                        let _ = self.outside.hold(&held_as(pending.id), service, &owner);
                     }
                     for (id, vm) in &self.dying {
                         let _ = vm.hold(*id, &mut self.outside);
@@ -166,8 +181,31 @@ impl Keeper {
                     for key in keys {
                         self.hold_listening(key);
                     }
+                    self.complain(format_args!(
+                        "the guardian exited; what it held is held now by: {}",
+                        self.outside
+                    ));
+                    if let Some(warning) = self.outside.warning() {
+                        self.complain(warning);
+                    }
                 }
             }
+        }
+    }
+
+    /// Tells the guardian what it could not be told before.
+    pub(super) fn catch_up_outside(&mut self) {
+        match self.outside.catch_up() {
+            Some(Pace::Lags(count)) => self.complain(format_args!(
+                "{} reads nothing, and {count} messages wait for it: what they are about is lost if this process is \
+                 killed meanwhile; they are sent when it goes on",
+                self.outside
+            )),
+            Some(Pace::UpToDate) => self.say(format_args!(
+                "{} has read all messages that had waited for it",
+                self.outside
+            )),
+            None => {}
         }
     }
 
@@ -185,32 +223,55 @@ impl Keeper {
     pub(super) fn kill_all(&mut self, why: &str) {
         for pending in std::mem::take(&mut self.pending) {
             // It may have sent all of its memory, and would wait for it.
-            let id = pending.id;
+            let (id, service) = (pending.id, pending.service);
             self.end(id, pending, Ending::Killed, why.to_owned());
+            self.forget_if_unused(service);
         }
         for (id, vm) in std::mem::take(&mut self.vms) {
             let service = vm.service;
             self.end(id, vm, Ending::Killed, why.to_owned());
-            self.count_ended(service);
+            self.forget_if_unused(service);
         }
     }
 
     /// Ends a VM that is not, or no longer, among those that are served.
     pub(super) fn end(&mut self, id: u64, vm: impl Into<Dying>, ending: Ending, why: String) {
-        let pid = self.kill(id, vm);
-        self.note(Report::new(pid, ending, Some(why)));
+        let vm = vm.into();
+        let (service, connected) = (vm.service, vm.connected);
+        if self.stopping != Stopping::No && ending == Ending::Killed {
+            self.incomplete += 1;
+        }
+        let label = self.kill(id, vm);
+        let told = self.note(service, connected, Report::new(label, ending, Some(why)));
+        self.outgoing.push_back(Outgoing::Ended(told));
     }
 
-    /// The same, without a word. Its process id.
-    pub(super) fn kill(&mut self, id: u64, vm: impl Into<Dying>) -> u32 {
+    /// The same, without a word. What it is called.
+    pub(super) fn kill(&mut self, id: u64, vm: impl Into<Dying>) -> VmLabel {
         let vm = vm.into();
-        let (pid, killed) = vm.kill();
+        let killed = vm.kill();
+        let label = self.let_die(id, vm);
         if let Err(errno) = killed {
-            self.complain(format_args!(
-                "VM {pid} can't be killed ({errno}), and waits for its next missing page for ever: end it"
-            ));
+            self.complain_of(
+                &label,
+                format_args!(
+                    "can't be killed ({errno}), and waits for its next missing page for ever: end it"
+                ),
+            );
+        }
+        label
+    }
+
+    /// Waits for the end of a VM that is served no more. What it is called.
+    pub(super) fn let_die(&mut self, id: u64, vm: impl Into<Dying>) -> VmLabel {
+        let mut vm = vm.into();
+        let mut label = self.label(id, vm.service, vm.pid);
+        if vm.service_name.is_empty() {
+            vm.service_name.clone_from(&label.service);
+        } else {
+            label.service.clone_from(&vm.service_name);
         }
         self.dying.insert(id, vm);
-        pid
+        label
     }
 }

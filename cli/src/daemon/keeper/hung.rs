@@ -67,7 +67,7 @@ impl Keeper {
             let why =
                 format!("{what}: one worker after another got stuck while it waited for a page");
             self.end(id, vm, Ending::Killed, why);
-            self.count_ended(service);
+            self.forget_if_unused(service);
         }
     }
 
@@ -102,7 +102,7 @@ impl Keeper {
         let worker = mem::replace(&mut self.worker, next);
         self.undead.push(Undead { worker, hung });
         for service in ended {
-            self.count_ended(service);
+            self.forget_if_unused(service);
         }
         self.introduce_worker();
         Ok(())

@@ -40,13 +40,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use self::hung::Undead;
 use self::services::{Open, Opening, Unclosed};
 use self::succession::Successor;
-use self::workers::Outgoing;
+use self::workers::{Outgoing, Stillborn};
 use super::child::Worker;
+use super::desk;
 use super::listening::Listening;
 use super::outside::Outside;
 use super::pending::Pending;
 use super::refusals::Refusals;
-use super::report::Vm as Report;
+use super::report::{Vm as Report, VmLabel};
 use super::systemd::{self, Manager};
 use super::vms::{Dying, Vm};
 use super::wire::Door;
@@ -58,6 +59,10 @@ use crate::signals::Cancel;
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// The most endings that are kept word for word; more are only counted.
 const MOST_ENDINGS: usize = 10_000;
+/// VMs that have ended and that operators may still ask for.
+pub(super) const REMEMBERED: usize = 100;
+/// How long a guardian may take for its last messages.
+const LAST_MESSAGES: Duration = Duration::from_secs(5);
 /// Visitors that wait for a worker.
 const MOST_VISITORS: usize = 64;
 
@@ -81,6 +86,8 @@ pub(crate) struct Ended {
     pub(crate) vms: Vec<Report>,
     /// How many there were.
     pub(crate) count: u64,
+    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their memory.
+    pub(crate) incomplete: u64,
     /// Workers that took over from one that had died.
     pub(crate) worker_restarts: u64,
 }
@@ -93,9 +100,9 @@ pub(crate) struct Keeper {
     program: OsString,
     worker: Worker,
     undead: Vec<Undead>,
-    /// Workers started, and how many in a row ended at once.
+    /// Workers started, and those in a row that ended at once.
     workers: u64,
-    stillborn: u32,
+    stillborn: Stillborn,
     restarts: u64,
     successor: Option<Successor>,
     outside: Outside,
@@ -114,6 +121,9 @@ pub(crate) struct Keeper {
     dying: BTreeMap<u64, Dying>,
     endings: Vec<Report>,
     ended: u64,
+    incomplete: u64,
+    /// The last that have ended, for operators.
+    recent: VecDeque<desk::Vm>,
     refusals: Refusals,
     stopping: Stopping,
 }
@@ -159,7 +169,7 @@ impl Keeper {
             worker,
             undead: Vec::new(),
             workers: 1,
-            stillborn: 0,
+            stillborn: Stillborn::default(),
             restarts: 0,
             successor: None,
             outside,
@@ -175,6 +185,8 @@ impl Keeper {
             dying: BTreeMap::new(),
             endings: Vec::new(),
             ended: 0,
+            incomplete: 0,
+            recent: VecDeque::new(),
             refusals: Refusals::new(),
             stopping: Stopping::No,
         };
@@ -209,9 +221,17 @@ impl Keeper {
             self.bury();
         }
         self.let_worker_leave();
+        if !self.outside.settle(LAST_MESSAGES) {
+            self.complain(format_args!(
+                "{} reads nothing, and takes VMs that were let go for such that are served: kill it (SIGKILL), or it \
+                 kills them when it goes on",
+                self.outside
+            ));
+        }
         outcome.map(|()| Ended {
             vms: self.endings,
             count: self.ended,
+            incomplete: self.incomplete,
             worker_restarts: self.restarts,
         })
     }
@@ -250,7 +270,7 @@ impl Keeper {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
-        self.outside.release_rest();
+        self.catch_up_outside();
         self.watch_unclosed();
         self.watch_opening();
         if let Some(untold) = self.refusals.untold(Instant::now()) {
@@ -372,33 +392,49 @@ impl Keeper {
         self.outgoing.push_back(Outgoing::Drain);
     }
 
-    /// Tells what became of a VM, and keeps it for the report.
-    fn note(&mut self, report: Report) {
+    /// Tells what became of a VM of a service, and keeps it for the report and for operators, who are told what is
+    /// returned.
+    fn note(&mut self, service: u64, connected: Instant, report: Report) -> desk::Vm {
         match report.reason {
-            Some(_) => self.complain(&report),
-            None => self.say(&report),
+            Some(_) => self.complain_of(&report.label, &report),
+            None => self.say_of(&report.label, &report),
         }
         self.ended += 1;
+        self.count_ended(service, report.ending);
+        let age = u64::try_from(connected.elapsed().as_millis());
+        let told = desk::Vm {
+            id: report.label.id,
+            service: report.label.service.clone(),
+            pid: report.label.pid,
+            state: report.ending.into(),
+            reason: report.reason.clone(),
+            age_ms: age.unwrap_or(u64::MAX),
+        };
+        if self.recent.len() == REMEMBERED {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(told.clone());
         if self.endings.len() < MOST_ENDINGS {
             self.endings.push(report);
         }
+        told
     }
 
     /// Tells of a connection that comes to nothing, unless there are too many.
-    fn refused(&mut self, what: impl Display) {
+    fn refused(&mut self, label: &VmLabel, what: impl Display) {
         if !self.refusals.is_shown() {
             return;
         }
         match self.options.log_format {
-            LogFormat::Text => self.output.error(what),
+            LogFormat::Text => self.output.error(format_args!("{label}: {what}")),
             // A place of its own: these keep nothing else from being logged.
-            LogFormat::Json => tracing::error!("{what}"),
+            LogFormat::Json => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
 
     /// The same of one whose handshake was bad, for the report.
     fn note_refusal(&mut self, report: Report) {
-        self.refused(&report);
+        self.refused(&report.label, &report);
         self.ended += 1;
         if self.refusals.is_kept() && self.endings.len() < MOST_ENDINGS {
             self.endings.push(report);
@@ -410,6 +446,22 @@ impl Keeper {
         match self.options.log_format {
             LogFormat::Text => self.output.say(what),
             LogFormat::Json => tracing::info!("{what}"),
+        }
+    }
+
+    /// What goes on with a VM.
+    fn say_of(&self, label: &VmLabel, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.say(format_args!("{label}: {what}")),
+            LogFormat::Json => label.span().in_scope(|| tracing::info!("{what}")),
+        }
+    }
+
+    /// What went wrong with a VM.
+    fn complain_of(&self, label: &VmLabel, what: impl Display) {
+        match self.options.log_format {
+            LogFormat::Text => self.output.error(format_args!("{label}: {what}")),
+            LogFormat::Json => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
 

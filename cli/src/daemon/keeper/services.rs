@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::pager::AttachError;
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
-use snaprestore_engine::sys::{Closing, Peer, kill_by_pidfd, peer_of};
+use snaprestore_engine::sys::{Closing, Peer, credentials_of, kill_by_pidfd, peer_of};
 
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
@@ -19,7 +19,7 @@ use crate::daemon::listening::Listening;
 use crate::daemon::pending::{self, Pending};
 use crate::daemon::report::{Ending, Vm as Report};
 use crate::daemon::vms::{Dying, Vm};
-use crate::daemon::wire::Door;
+use crate::daemon::wire::{Door, Endings};
 use crate::input;
 
 /// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
@@ -50,7 +50,7 @@ pub(super) struct Open {
     /// Whether it is forgotten when its last VM has ended.
     pub(super) removed: bool,
     /// VMs that have ended.
-    pub(super) ended: u64,
+    pub(super) ended: Endings,
 }
 
 /// A service that an operator adds, whose snapshot is not open yet.
@@ -140,7 +140,8 @@ impl Keeper {
             service.socket.display()
         ));
         let held_as = format!("file-{}-{key}", std::process::id());
-        if let Err(error) = self.outside.hold(&held_as, &[("snapshot", file.as_fd())]) {
+        let fds = [("snapshot", file.as_fd())];
+        if let Err(error) = self.outside.hold(&held_as, &service.name, &fds) {
             self.complain(format_args!(
                 "a snapshot's file is held by nobody else: {error}"
             ));
@@ -152,7 +153,7 @@ impl Keeper {
             listening_held_as: listening.held_as(),
             listening: Some(listening),
             removed: false,
-            ended: 0,
+            ended: Endings::new(),
         };
         self.services.insert(key, open);
         self.hold_listening(key);
@@ -164,11 +165,12 @@ impl Keeper {
     fn listen(&mut self, service: &Service) -> Result<Listening> {
         if let Some((id, listening)) = self.inherited.remove(&service.socket) {
             if listening.held_as().as_ref() == Some(&id) {
+                service.share_socket()?;
                 return Ok(listening);
             }
-            self.end_queue(&id, &listening, &service.allow_uid);
+            self.end_queue(&id, &listening, &service.name, &service.allow_uid);
         }
-        Listening::bind(&service.socket)
+        Listening::bind_with(&service.socket, || service.share_socket())
     }
 
     /// Has the socket of a service held outside.
@@ -178,7 +180,8 @@ impl Keeper {
         };
         if let (Some(id), Some(listening)) = (&open.listening_held_as, &open.listening) {
             let allowed = &open.service.allow_uid;
-            let held = self.outside.hold_listening(id, listening.as_fd(), allowed);
+            let (name, fd) = (&open.service.name, listening.as_fd());
+            let held = self.outside.hold_listening(id, name, fd, allowed);
             if let Err(error) = held {
                 self.complain(format_args!(
                     "a socket is held by nobody else: who waits there is lost with this process: {error}"
@@ -199,26 +202,28 @@ impl Keeper {
         let Some(open) = self.services.get_mut(&key) else {
             return;
         };
-        let allowed = open.service.allow_uid.clone();
+        let (name, allowed) = (open.service.name.clone(), open.service.allow_uid.clone());
         let held_as = open.listening_held_as.take().unwrap_or_default();
         if let Some(listening) = open.listening.take() {
-            self.end_queue(&held_as, &listening, &allowed);
+            self.end_queue(&held_as, &listening, &name, &allowed);
         }
     }
 
     /// Ends who waits at sockets of a keeper that has died, at which nothing is served any more.
     pub(super) fn end_inherited(&mut self) {
         for (id, listening) in std::mem::take(&mut self.inherited).into_values() {
-            self.end_queue(&id, &listening, &[]);
+            self.end_queue(&id, &listening, "?", &[]);
         }
     }
 
-    fn end_queue(&mut self, held_as: &str, listening: &Listening, allowed: &[u32]) {
-        for queued in listening.end_queue(allowed, |what| self.complain(what)) {
+    fn end_queue(&mut self, held_as: &str, listening: &Listening, service: &str, allowed: &[u32]) {
+        for queued in listening.end_queue(service, allowed, |what| self.complain(what)) {
             let id = self.next.1;
             self.next.1 += 1;
-            self.hold_owner(id, queued.peer.pidfd.as_fd());
-            self.dying.insert(id, queued.into());
+            self.hold_owner(id, service, queued.peer.pidfd.as_fd());
+            let mut vm = Dying::from(queued);
+            service.clone_into(&mut vm.service_name);
+            self.let_die(id, vm);
         }
         self.release_as(held_as);
     }
@@ -237,11 +242,10 @@ impl Keeper {
     }
 
     /// A VM of a service is no more.
-    pub(super) fn count_ended(&mut self, key: u64) {
+    pub(super) fn count_ended(&mut self, key: u64, ending: Ending) {
         if let Some(open) = self.services.get_mut(&key) {
-            open.ended += 1;
+            *open.ended.entry(ending).or_default() += 1;
         }
-        self.forget_if_unused(key);
     }
 
     /// A service that was removed goes with its last VM.
@@ -278,20 +282,22 @@ impl Keeper {
             Some(Ok(None)) | None => return false,
         };
         let patience = Duration::from_secs(open.service.patience);
+        let name = open.service.name.clone();
         let id = self.next.1;
+        self.next.1 += 1;
+        let pid = credentials_of(stream.as_fd()).map_or(0, |(pid, _)| pid);
         let pending = admit(open, &stream).and_then(|peer| {
             self.has_room_for(&peer)?;
-            self.hold_owner(id, peer.pidfd.as_fd());
+            self.hold_owner(id, &name, peer.pidfd.as_fd());
             Pending::new(id, key, stream, peer, patience).context("a VMM is not heard")
         });
         match pending {
-            Ok(pending) => {
-                self.next.1 += 1;
-                self.pending.push(pending);
-            }
+            Ok(pending) => self.pending.push(pending),
             Err(error) => {
                 self.release(id);
-                self.refused(format_args!("{error:#}"));
+                self.count_ended(key, Ending::Refused);
+                let label = self.label(id, key, pid);
+                self.refused(&label, format_args!("refused: {error:#}"));
             }
         }
         true
@@ -322,11 +328,11 @@ impl Keeper {
         let pid = peer.pid;
         let pending = self.pending.iter().map(|pending| pending.peer.pid);
         let served = self.vms.values().map(|vm| vm.peer.pid);
-        let dying = self.dying.values().map(Dying::pid);
+        let dying = self.dying.values().map(|vm| vm.pid);
         let unclosed = self.unclosed.iter().map(|unclosed| unclosed.peer.pid);
         let peers = pending.chain(served).chain(dying).chain(unclosed);
         if pid != 0 && peers.filter(|peer| *peer == pid).count() >= MOST_OF_A_PROCESS {
-            bail!("VM {pid}: refused: its process has {MOST_OF_A_PROCESS} VMs already");
+            bail!("its process has {MOST_OF_A_PROCESS} VMs already");
         }
         Ok(())
     }
@@ -348,7 +354,9 @@ impl Keeper {
         } = self.pending.swap_remove(at);
         self.release(id);
         let why = Some(error.to_string());
-        self.note_refusal(Report::new(peer.pid, Ending::Refused, why));
+        let label = self.label(id, service, peer.pid);
+        self.count_ended(service, Ending::Refused);
+        self.note_refusal(Report::new(label, Ending::Refused, why));
         self.unclosed.push(Unclosed {
             peer,
             closing,
@@ -369,12 +377,12 @@ impl Keeper {
         if self.is_hung(service) {
             let why = "its snapshot can't be read: a worker that waits for it can't be killed";
             self.end(id, vm, Ending::Refused, why.to_owned());
-            return self.count_ended(service);
+            return self.forget_if_unused(service);
         }
         if let Err(error) = vm.open_page_map() {
             let why = anyhow::Error::from(AttachError::PageMap(error));
             self.end(id, vm, Ending::Refused, format!("{why:#}"));
-            return self.count_ended(service);
+            return self.forget_if_unused(service);
         }
         self.vms.insert(id, vm);
         self.hold(id);
@@ -405,11 +413,17 @@ fn silent(path: &Path, patience: Duration) -> anyhow::Error {
 
 /// Who has connected, if it is to be served.
 fn admit(open: &Open, stream: &UnixStream) -> Result<Peer> {
-    let peer = peer_of(stream.as_fd()).context("a VMM that connected can't be identified")?;
+    let (pid, uid) = credentials_of(stream.as_fd()).context("it can't be identified")?;
     let allowed = &open.service.allow_uid;
-    if !allowed.is_empty() && !allowed.contains(&peer.uid) {
-        let Peer { pid, uid, .. } = peer;
-        bail!("VM {pid}: refused: --allow-uid doesn't name its user {uid}");
+    if !allowed.is_empty() && !allowed.contains(&uid) {
+        bail!("--allow-uid doesn't name its user {uid}");
     }
-    Ok(peer)
+    if pid == 0 {
+        bail!(
+            "its process is in a PID namespace that this one can't see, and so could not be killed if a page of it were \
+             lost: run `serve` in the VMM's PID namespace or in one above it (in a container: with the host's, as \
+             `--pid=host`), and end this VMM, which waits for its first page"
+        );
+    }
+    peer_of(stream.as_fd()).context("it can't be identified")
 }

@@ -8,14 +8,20 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Keeper, Stopping, Token};
 use crate::daemon::child::{Death, Worker};
-use crate::daemon::desk::Upgraded;
+use crate::daemon::desk::{self, Upgraded};
 use crate::daemon::report::Ending;
 use crate::daemon::wire::{Door, Facts, FromWorker, Request, ToWorker};
+use crate::output::count;
 
-/// Workers in a row that end before they are ready, or at once afterwards, until the daemon gives up.
+/// The daemon gives up when at least so many workers in a row have ended before they were ready, or at once afterwards,
 const MOST_STILLBORN: u32 = 20;
+/// and that for so long: on a machine with too much to do workers are slow, and may be killed early many times.
+const STILLBORN_FOR: Duration = Duration::from_secs(30);
 /// A worker that has lived so long was not stillborn.
 const LIVED: Duration = Duration::from_secs(10);
+/// The pause before another is started, for each that was stillborn in a row, and the longest.
+const RESTART_PAUSE: Duration = Duration::from_millis(10);
+const MAX_RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// How long a worker may go on that has a successor, for its last words to an operator, and one that has
 /// nothing left to do.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(3);
@@ -28,8 +34,40 @@ pub(super) enum Outgoing {
     Vm(u64),
     Visitor(Door, OwnedFd),
     Answer(u64, Result<Option<Upgraded>, String>),
+    Ended(desk::Vm),
     Drain,
     Leave,
+}
+
+/// Workers in a row that ended before they could serve.
+#[derive(Debug, Default)]
+pub(super) struct Stillborn {
+    count: u32,
+    since: Option<Instant>,
+}
+
+impl Stillborn {
+    /// Takes note of a worker that has ended at `now`.
+    fn note(&mut self, lived: bool, now: Instant) {
+        if lived {
+            *self = Self::default();
+        } else {
+            self.count += 1;
+            self.since.get_or_insert(now);
+        }
+    }
+
+    /// Whether there is no sense in starting another.
+    fn is_hopeless(&self, now: Instant) -> bool {
+        let lasts = |since| now.saturating_duration_since(since) >= STILLBORN_FOR;
+        self.count >= MOST_STILLBORN && self.since.is_some_and(lasts)
+    }
+
+    /// How long to wait before the next is started.
+    fn pause(&self) -> Duration {
+        // The first of a row is replaced at once: VMs wait.
+        (RESTART_PAUSE * self.count.saturating_sub(1)).min(MAX_RESTART_PAUSE)
+    }
 }
 
 impl Keeper {
@@ -42,8 +80,11 @@ impl Keeper {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
-                // It has died; its successor is told everything.
-                Err(error) if is_gone(&error) => return Ok(()),
+                // It has died; its successor is told everything, and meets who waits.
+                Err(error) if is_gone(&error) => {
+                    self.outgoing.push_front(next);
+                    return Ok(());
+                }
                 Err(error) => return Err(error).context("telling the worker"),
             }
         }
@@ -85,6 +126,7 @@ impl Keeper {
                 let (number, result) = (*number, result.clone());
                 wire.send(&ToWorker::Answer { number, result }, &[])
             }
+            Outgoing::Ended(vm) => wire.send(&ToWorker::Ended { vm: vm.clone() }, &[]),
             Outgoing::Forget(key) => wire.send(&ToWorker::Forget { key: *key }, &[]),
             Outgoing::Drain => wire.send(&ToWorker::Drain, &[]),
             Outgoing::Leave => wire.send(&ToWorker::Leave, &[]),
@@ -92,7 +134,8 @@ impl Keeper {
     }
 
     fn facts(&self) -> Facts {
-        let ended = self.services.iter().map(|(key, open)| (*key, open.ended));
+        let ended = self.services.iter();
+        let ended = ended.map(|(key, open)| (*key, open.ended.clone()));
         Facts {
             keeper: std::process::id(),
             worker_restarts: self.restarts,
@@ -138,7 +181,9 @@ impl Keeper {
                     .context("tables without a memfd")?;
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.keep_tables(memfd)?;
-                    if let Err(error) = vm.hold_tables(id, &mut self.outside) {
+                    let open = self.services.get(&vm.service);
+                    let service = open.map_or("", |open| &open.service.name);
+                    if let Err(error) = vm.hold_tables(id, service, &mut self.outside) {
                         self.hold_in_part(id, &error);
                     }
                 }
@@ -146,26 +191,31 @@ impl Keeper {
             FromWorker::Served { id } => {
                 if let Some(vm) = self.vms.get_mut(&id) {
                     vm.is_served();
-                    let pid = vm.peer.pid;
-                    self.say(format_args!("VM {pid}: served"));
+                    let (service, pid) = (vm.service, vm.peer.pid);
+                    self.say_of(&self.label(id, service, pid), "served");
                 }
             }
-            FromWorker::Ended { id, vm: report } => {
+            FromWorker::Ended {
+                id,
+                vm: report,
+                incomplete,
+            } => {
                 let Some(vm) = self.vms.remove(&id) else {
                     return Ok(());
                 };
-                let service = vm.service;
+                let (service, connected) = (vm.service, vm.connected);
                 match report.ending {
                     Ending::Complete => self.release(id),
                     Ending::Refused => {
                         self.kill(id, vm);
                     }
                     _ => {
-                        self.dying.insert(id, vm.into());
+                        self.let_die(id, vm);
                     }
                 }
-                self.count_ended(service);
-                self.note(report);
+                self.incomplete += u64::from(incomplete);
+                let _ = self.note(service, connected, report);
+                self.forget_if_unused(service);
             }
         }
         Ok(())
@@ -252,13 +302,14 @@ impl Keeper {
             vm.handed_over();
         }
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
+        let ended = self.recent.iter().cloned().map(Outgoing::Ended);
         let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
         // Nobody could be told what became of it.
         self.opening.clear();
         // Visitors of the dead one are lost, those who were not with it yet are not.
         let waiting = std::mem::take(&mut self.outgoing).into_iter();
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Visitor(..)));
-        self.outgoing = services.chain(vms).chain(waiting).collect();
+        self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
         if self.stopping == Stopping::Drains {
             self.outgoing.push_back(Outgoing::Drain);
         }
@@ -272,14 +323,16 @@ impl Keeper {
         } = death;
         let ready = self.worker.version.is_some();
         let lived = ready && (!of_itself || *stuck || self.worker.started.elapsed() >= LIVED);
-        self.stillborn = if lived { 0 } else { self.stillborn + 1 };
-        let vms = self.vms.len();
-        self.complain(format_args!(
-            "the worker {how}; another goes on with {vms} VMs"
-        ));
-        if self.stillborn > MOST_STILLBORN {
-            bail!("{MOST_STILLBORN} workers in a row have ended at once; the last {how}");
+        self.stillborn.note(lived, Instant::now());
+        let vms = count(self.vms.len() as u64, "VM");
+        self.complain(format_args!("the worker {how}; another goes on with {vms}"));
+        if self.stillborn.is_hopeless(Instant::now()) {
+            bail!(
+                "for {STILLBORN_FOR:?} no worker has become ready: {} of them have ended at once, and the last {how}",
+                self.stillborn.count
+            );
         }
+        std::thread::sleep(self.stillborn.pause());
         let worker = Worker::start(&self.program, self.workers, &self.options)?;
         self.workers += 1;
         self.restarts += 1;
@@ -290,4 +343,34 @@ impl Keeper {
 fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stillborn_workers_end_the_daemon_after_a_time_and_not_after_a_number() {
+        let begun = Instant::now();
+        let mut stillborn = Stillborn::default();
+        for _ in 0..1000 {
+            stillborn.note(false, begun);
+        }
+        assert!(!stillborn.is_hopeless(begun + STILLBORN_FOR / 2));
+        assert!(stillborn.is_hopeless(begun + STILLBORN_FOR));
+        assert_eq!(stillborn.pause(), MAX_RESTART_PAUSE);
+    }
+
+    #[test]
+    fn worker_that_lived_begins_another_row() {
+        let begun = Instant::now();
+        let mut stillborn = Stillborn::default();
+        assert_eq!(stillborn.pause(), Duration::ZERO);
+        for lived in [false, true, false] {
+            stillborn.note(lived, begun);
+        }
+        assert_eq!((stillborn.count, stillborn.pause()), (1, Duration::ZERO));
+        // Few that take long each are no reason either.
+        assert!(!stillborn.is_hopeless(begun + 10 * STILLBORN_FOR));
+    }
 }
