@@ -119,7 +119,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             match self.hold_over_poison(page, bytes) {
                 Held::Settled => return Ok(()),
                 Held::Again => self.after_again(&mut tries, page)?,
-                Held::NoMemory => self.after_no_memory(&mut shortages, page, Reason::Prefetch)?,
+                Held::NoMemory => {
+                    self.after_no_memory(&mut shortages, page, false, Reason::Prefetch)?;
+                }
                 Held::Stop(stop) => return Err(stop),
             }
         }
