@@ -166,7 +166,7 @@ fn what_is_served_is_listed() {
         "/srv/web.snap",
         "/run/web",
         "1 min 1 s",
-        "killed: page 5 is bad",
+        "page 5 is bad",
     ] {
         assert!(text.contains(part), "no {part:?} in: {text}");
     }
@@ -183,7 +183,7 @@ fn statistics_are_shown_with_percentiles() {
     let (run, asked) = once(&folder, json!({"ok": [vm(12, 250)]}), &["stats", "3"]);
     let text = run.exits(0).text();
     for part in [
-        "VM 3 of web, process 77",
+        "VM 3 (pid 77, service web)",
         "75.0 % are settled",
         "12 on stored pages",
         "20.0 us at p50, 80.5 p90, 99.9 p99, 1234.5 at most",

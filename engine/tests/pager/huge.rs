@@ -343,7 +343,7 @@ fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
     let ending = paged.wait();
     assert!(
-        matches!(&ending, Ending::Killed(why) if why.contains("no memory")),
+        matches!(&ending, Ending::Killed(why) if why.contains("hugepages-2048kB")),
         "{ending:?}"
     );
 }
