@@ -216,10 +216,7 @@ impl Restore {
     /// touched.
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
-        if self.observer.is_some() {
-            // While one is stuck in the observer, the other reads why.
-            self.crew.fault_threads = self.crew.fault_threads.max(2);
-        }
+        self.watch_observer();
         let resources = |what| move |source| StartError::Resources { what, source };
         let snapshot = Arc::clone(&self.snapshot);
         let image =
@@ -320,6 +317,13 @@ impl Restore {
                 })
             }
             Err(ThreadError { what, source }) => Err(StartError::Resources { what, source }),
+        }
+    }
+
+    /// While one fault thread is stuck in an observer that touches memory, another reads of it.
+    fn watch_observer(&mut self) {
+        if self.observer.is_some() {
+            self.crew.fault_threads = self.crew.fault_threads.max(2);
         }
     }
 
