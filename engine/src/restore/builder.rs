@@ -238,11 +238,8 @@ impl Restore {
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
         check_page_size()?;
+        self.watch_observer();
         let resources = |what| move |source| StartError::resources(what, source);
-        if self.observer.is_some() {
-            // While one is stuck in the observer, the other reads why.
-            self.crew.fault_threads = self.crew.fault_threads.max(2);
-        }
         let snapshot = Arc::clone(&self.snapshot);
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
@@ -358,6 +355,13 @@ impl Restore {
                 })
             }
             Err(ThreadError { what, source }) => Err(StartError::resources(what, source)),
+        }
+    }
+
+    /// While one fault thread is stuck in an observer that touches memory, another reads of it.
+    fn watch_observer(&mut self) {
+        if self.observer.is_some() {
+            self.crew.fault_threads = self.crew.fault_threads.max(2);
         }
     }
 

@@ -33,10 +33,10 @@
 //! When a [`Restored`] is dropped or was stopped its threads have ended, unless a callback does not
 //! return, and those of the pool if no other restore wants something fetched. All block every signal
 //! and start no others. They take neither a real-time policy nor fewer cores than the main thread has
-//! from the thread that starts them: one that spins for a page under SCHED_FIFO on the only core of
-//! its handler would wait for ever. After the hook of [`Restore::on_thread_start`] has run they make only the system
-//! calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the callbacks and the tracing
-//! subscriber make.
+//! from the thread that starts them: one that spins for a page under `SCHED_FIFO` on the only core
+//! of its handler would wait for ever. After the hook of [`Restore::on_thread_start`] has run they
+//! make only the system calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the
+//! callbacks and the tracing subscriber make.
 //!
 //! # Callbacks
 //!
@@ -44,14 +44,17 @@
 //! [`Restore::on_thread_start`], the snapshot's [`Store`](snapshot_format::Store) and the tracing
 //! subscriber are called by the engine's threads while somebody waits for a page.
 //!
-//! | a callback | then |
-//! | --- | --- |
-//! | touches memory that its own session restores | the process is aborted with the reason, as soon as another thread reads the fault, in [`Restored`]'s drop at the latest |
-//! | calls [`Restored::read_at`], or [`Restored::stop`] with [`Stop::Complete`] | an error, `InCallback` |
-//! | calls [`Restored::wait_complete`] | returns at once |
-//! | drops the [`Restored`], or gives it up | all is done but waiting for the threads, which end when the callback has returned |
-//! | does not return | its page waits; drop and stop leave its thread behind after two seconds |
-//! | panics | the process is aborted with the reason |
+//! A callback that
+//!
+//! - touches memory that its own session restores: the process is aborted with the reason, as soon
+//!   as another thread reads the fault, in [`Restored`]'s drop at the latest;
+//! - calls [`Restored::read_at`], or [`Restored::stop`] with [`Stop::Complete`]: gets the error
+//!   `InCallback`;
+//! - calls [`Restored::wait_complete`]: comes back at once;
+//! - drops the [`Restored`], or gives it up: all is done but waiting for the threads, which end when
+//!   the callback has returned;
+//! - does not return: its page waits; drop and stop leave its thread behind after two seconds;
+//! - panics: the process is aborted with the reason.
 //!
 //! Touching means system calls on that memory, too. Memory of other sessions may be touched. A
 //! thread that was left behind cannot reach the memory any more: it would do so through the

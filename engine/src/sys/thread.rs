@@ -60,7 +60,7 @@ impl Drop for SignalsBlocked {
 /// Undoes what the calling thread inherited from the one that created it: a real-time policy, and
 /// cores that are fewer than those of the main thread.
 ///
-/// A thread that decodes under SCHED_FIFO stops everybody else on its core, and one that is bound
+/// A thread that decodes under `SCHED_FIFO` stops everybody else on its core, and one that is bound
 /// to the core of a thread that waits for it, and spins, never runs. What is not permitted stays as
 /// it is.
 pub(crate) fn leave_creator() {
