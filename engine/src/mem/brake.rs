@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::{Builder, JoinHandle};
 
 use super::{Advice, Mapping, protect};
-use crate::sys::{page_size, to_usize};
+use crate::sys::{SignalsBlocked, page_size, to_usize};
 
 /// Bytes of the memory whose protection is changed. At 20 ns a page it takes some 0.3 ms: long enough for
 /// each waiting thread to run once.
@@ -35,9 +35,12 @@ impl Brake {
             .map_err(io::Error::other)?;
         let released = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&released);
+        // The thread inherits the mask, as every thread of the engine does.
+        let blocked = SignalsBlocked::now()?;
         let thread = Builder::new()
             .name("snap-brake".to_owned())
             .spawn(move || hold(&memory, &until))?;
+        drop(blocked);
         Ok(Self {
             released,
             thread: Some(thread),

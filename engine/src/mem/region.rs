@@ -53,8 +53,9 @@ impl RawRegion {
     ///     learns of that before the address can mean something else, or a restore of the memory is
     ///     complete or was stopped; and
     ///   - what comes to lie at these addresses may be read as bytes through the kernel, which
-    ///     [`Restored::read_at`] does; and
-    ///   - on kernels without UFFDIO_POISON (before 6.6), it doesn't happen while the restore is
+    ///     [`Restored::read_at`] does, and be copied to children (`MADV_DOFORK`), which the end of a
+    ///     restore sees to; and
+    ///   - on kernels without `UFFDIO_POISON` (before 6.6), it doesn't happen while the restore is
     ///     stopped or dropped.
     ///
     /// [`Features::EVENTS`]: crate::sys::Features::EVENTS

@@ -9,7 +9,7 @@ use std::time::Instant;
 use snapshot_format::{ReadError, Region, Snapshot};
 
 use crate::mem::{
-    Advice, MappingOptions, MemError, Pagemap, RawRegion, SMAPS, Unsuitable, dont_fork_of,
+    Advice, Mapping, MappingOptions, MemError, Pagemap, RawRegion, SMAPS, Unsuitable, dont_fork_of,
     first_resident,
 };
 use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
@@ -176,8 +176,8 @@ impl Restore {
     }
 
     /// Restores region `index` into the caller's memory, which must have its length and be empty.
-    /// The [`Restored`] keeps it. Making sure of its kind takes 1 to 4 ms for each GiB that the process
-    /// has resident in small pages, at lower addresses.
+    /// The [`Restored`] keeps it. Making sure of its kind takes up to 25 ms for each GiB that the
+    /// process has resident, in small pages, at lower addresses.
     pub fn region(mut self, index: usize, memory: RawRegion) -> Self {
         self.regions.insert(index, memory);
         self
@@ -241,8 +241,6 @@ impl Restore {
         self.watch_observer();
         let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
-        let image =
-            SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
         let needed = snapshot.regions()?;
         if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
             return Err(StartError::NoSuchRegion {
@@ -252,30 +250,14 @@ impl Restore {
         }
         let dont_fork = check_given(&self.regions)?;
         let regions = self.memory()?;
+        check_heap(self.crew.decoders())?;
+        let image =
+            SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
         // Dropped after all that is made below: the userfaultfd is closed by then.
         let mut in_children = LeftOutOfChildren::default();
-        let permitted = if self.user_mode_only {
-            UserModeOnly::IfNeeded
-        } else {
-            UserModeOnly::Never
-        };
-        let uffd = OpenOptions::new()
-            .wanted(Features::THREAD_ID)
-            .mask(self.mask)
-            .user_mode_only(permitted)
-            .open()?;
+        let uffd = self.open_userfaultfd()?;
         let user_mode_only = uffd.is_user_mode_only();
-        let extents: Vec<Extent> = regions
-            .iter()
-            .zip(needed)
-            .map(|(memory, region)| Extent {
-                address: memory.address(),
-                pages: region.pages,
-                first_page: region.first_page,
-                large: false,
-            })
-            .filter(|extent| extent.pages > 0)
-            .collect();
+        let extents = extents(&regions, needed);
         let (state, ring) = State::new(snapshot.page_slots(), &extents, State::SPARE_PIECES)
             .map_err(resources("the session's tables"))?;
         let mut left = if self.leave_zero_runs {
@@ -317,18 +299,7 @@ impl Restore {
             self.crew.decoders(),
         );
         session.threads.watch_faults();
-        let named = regions
-            .iter()
-            .zip(needed)
-            .map(|(memory, region)| RestoredRegion {
-                name: region.name.clone(),
-                space: region.space,
-                start: region.start,
-                first_page: region.first_page,
-                len: region.bytes(),
-                address: memory.address(),
-            });
-        let named = named.collect();
+        let named = named(&regions, needed);
         let kept: Arc<[Range<u64>]> = kept.into();
         let collapse = self.huge_pages.then(|| left.clone());
         let on_complete = restored::on_complete(Arc::clone(&kept), collapse);
@@ -363,6 +334,19 @@ impl Restore {
         if self.observer.is_some() {
             self.crew.fault_threads = self.crew.fault_threads.max(2);
         }
+    }
+
+    fn open_userfaultfd(&self) -> Result<Userfaultfd, OpenError> {
+        let permitted = if self.user_mode_only {
+            UserModeOnly::IfNeeded
+        } else {
+            UserModeOnly::Never
+        };
+        OpenOptions::new()
+            .wanted(Features::THREAD_ID)
+            .mask(self.mask)
+            .user_mode_only(permitted)
+            .open()
     }
 
     /// Registers the memory of one region, but for the runs that are left to the kernel.
@@ -414,6 +398,32 @@ impl Restore {
             })
             .collect()
     }
+}
+
+/// Where the pages of the regions are.
+fn extents(regions: &[RawRegion], needed: &[Region]) -> Vec<Extent> {
+    let extents = regions.iter().zip(needed).map(|(memory, region)| Extent {
+        address: memory.address(),
+        pages: region.pages,
+        first_page: region.first_page,
+        large: false,
+    });
+    extents.filter(|extent| extent.pages > 0).collect()
+}
+
+/// The regions as their users see them.
+fn named(regions: &[RawRegion], needed: &[Region]) -> Vec<RestoredRegion> {
+    let named = regions.iter().zip(needed);
+    named
+        .map(|(memory, region)| RestoredRegion {
+            name: region.name.clone(),
+            space: region.space,
+            start: region.start,
+            first_page: region.first_page,
+            len: region.bytes(),
+            address: memory.address(),
+        })
+        .collect()
 }
 
 /// Proves that the memory of one region, which is registered, is empty.
@@ -506,6 +516,23 @@ impl Drop for LeftOutOfChildren<'_> {
                 tracing::debug!(%error, "letting children have memory again");
             }
         }
+    }
+}
+
+/// Room on the heap for a session's tables, and for the stack and buffers of each thread.
+const HEAP: u64 = 8 << 20;
+const HEAP_PER_THREAD: u64 = 6 << 20;
+
+/// An allocation that fails ends the process. So it is seen here, where it is an error, whether there is
+/// room for those that follow: the process may be limited.
+fn check_heap(threads: usize) -> Result<(), StartError> {
+    let bytes = HEAP + threads as u64 * HEAP_PER_THREAD;
+    match Mapping::new(bytes) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(StartError::Resources {
+            what: "room for the session's tables and threads (see RLIMIT_DATA and RLIMIT_AS)",
+            source: io::Error::other(source),
+        }),
     }
 }
 

@@ -29,6 +29,7 @@
 //! | `snap-fault-N` | [`Restore::fault_threads`] | read faults and events, serve faults |
 //! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | read, decode and install ahead of faults |
 //! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
+//! | `snap-brake` | 1 while a restore is given up under many discards | slows them down, without the hook |
 //!
 //! When a [`Restored`] is dropped or was stopped its threads have ended, unless a callback does not
 //! return, and those of the pool if no other restore wants something fetched. All block every signal

@@ -60,7 +60,7 @@ pub enum Stop {
     /// all, if they can be had by now.
     Complete,
     /// What is missing is poisoned: a touch is SIGBUS, a system call gets EFAULT. What is there
-    /// stays. Kernels without UFFDIO_POISON (before 6.6) take access to it away: a touch is SIGSEGV.
+    /// stays. Kernels without `UFFDIO_POISON` (before 6.6) take access to it away: a touch is SIGSEGV.
     Inaccessible,
 }
 

@@ -118,7 +118,7 @@ const MOST_GROWTHS: usize = 22;
 impl Growth {
     pub(crate) fn new(possible: bool) -> Self {
         Self {
-            grown: possible.then(|| [const { OnceLock::new() }; MOST_GROWTHS]),
+            grown: possible.then_some([const { OnceLock::new() }; MOST_GROWTHS]),
             count: AtomicUsize::new(0),
         }
     }

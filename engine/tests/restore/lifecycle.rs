@@ -297,3 +297,58 @@ fn a_terabyte_of_zeros_needs_no_tables() {
     })
     .expect_success();
 }
+
+/// Where the process may not have more memory (`RLIMIT_DATA`), starting is an error, and not the end of the process.
+#[test]
+fn start_without_memory_is_an_error() {
+    in_child(|| {
+        let bytes = random_bytes(4096, 8);
+        let snapshot = open(pack(&bytes, 8));
+        let limit = |soft: u64| {
+            let limit = libc::rlimit {
+                rlim_cur: soft,
+                rlim_max: libc::RLIM_INFINITY,
+            };
+            // SAFETY: the pointer is to a live rlimit.
+            assert_eq!(
+                unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) },
+                0
+            );
+        };
+        let data = || -> u64 {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status
+                .lines()
+                .find(|line| line.starts_with("VmData"))
+                .unwrap();
+            line.split_ascii_whitespace()
+                .nth(1)
+                .unwrap()
+                .parse::<u64>()
+                .unwrap()
+                << 10
+        };
+        let (mut refused, mut started) = (0, 0);
+        for more in (1..64).map(|i| i << 20) {
+            println!("{} MiB more", more >> 20);
+            let restore = Restore::new(Arc::clone(&snapshot)).prefetch(Prefetch::All);
+            limit(data() + more);
+            let result = restore.start();
+            limit(libc::RLIM_INFINITY);
+            match result {
+                Ok(restored) => {
+                    compare(&restored, &bytes, 0..4096);
+                    started += 1;
+                }
+                Err(error) => {
+                    let told = format!("{error:?}");
+                    assert!(told.contains("memory"), "{told}");
+                    refused += 1;
+                }
+            }
+        }
+        println!("refused {refused}, started {started}");
+        assert!(refused > 0 && started > 0);
+    })
+    .expect_success();
+}

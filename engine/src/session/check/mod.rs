@@ -116,6 +116,20 @@ enum Knows {
     Written(u8),
 }
 
+impl Knows {
+    /// Whether the page of `place` may read as `content`.
+    fn allows(self, place: u64, content: Content, gives_up: bool) -> bool {
+        let original = content == Content::Byte(pages::content_of(place))
+            || gives_up && content == Content::Poison;
+        match self {
+            Self::Original => original,
+            Self::Discarding => original || content == Content::Byte(0),
+            Self::Zero => content == Content::Byte(0),
+            Self::Written(byte) => content == Content::Byte(byte),
+        }
+    }
+}
+
 /// Nobody fails in these scenarios.
 struct NoFailures;
 
@@ -310,15 +324,8 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
     match act {
         Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
             Ok(content) => {
-                let original = Content::Byte(pages::content_of(place));
                 let knows = owner.borrow().0[usize::try_from(place).unwrap()];
-                let original = content == original || gives_up && content == Content::Poison;
-                let right = match knows {
-                    Knows::Original => original,
-                    Knows::Discarding => original || content == Content::Byte(0),
-                    Knows::Zero => content == Content::Byte(0),
-                    Knows::Written(byte) => content == Content::Byte(byte),
-                };
+                let right = knows.allows(place, content, gives_up);
                 if !right {
                     wrong(format!(
                         "wrong byte: page {place} reads {content:?}, but it is {knows:?}"
