@@ -529,10 +529,10 @@ fn check_heap(threads: usize) -> Result<(), StartError> {
     let bytes = HEAP + threads as u64 * HEAP_PER_THREAD;
     match Mapping::new(bytes) {
         Ok(_) => Ok(()),
-        Err(source) => Err(StartError::Resources {
-            what: "room for the session's tables and threads (see RLIMIT_DATA and RLIMIT_AS)",
-            source: io::Error::other(source),
-        }),
+        Err(source) => Err(StartError::resources(
+            "room for the session's tables and threads (see RLIMIT_DATA and RLIMIT_AS)",
+            io::Error::other(source),
+        )),
     }
 }
 

@@ -14,7 +14,7 @@
 //! | `confine` | giving up rights |
 //! | `limits` | which limit is behind an ENOMEM or EAGAIN |
 //! | `pagemap` | which pages of a process exist |
-//! | `thread` | signals, scheduling, checked reads |
+//! | `thread` | signals, scheduling, checked reads, freed memory |
 //! | `load` | loads that come back with an error from a page that can't be had |
 //! | `abort` | aborting this process, with the reason on standard error |
 //! | `probe` | what this machine offers and permits |
@@ -64,8 +64,8 @@ pub use probe::Probe;
 pub(crate) use process::PageMap;
 pub use process::{kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
-pub(crate) use thread::leave_creator;
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
+pub(crate) use thread::{leave_creator, trim_heap};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
