@@ -197,8 +197,9 @@ impl Restored {
     }
 
     /// Waits until the restore is complete, or prefetch is at its end without that: with
-    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored; with another
-    /// prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
+    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored, or there was no
+    /// memory for them until the retry timeout was over, as [`failures`](Self::failures) says; with
+    /// another prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
     /// about it, it isn't known which, and is waited for. True if it is complete.
     pub fn wait_complete(&self) -> bool {
         self.running.wait_complete()

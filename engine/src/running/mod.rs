@@ -60,7 +60,8 @@ pub(crate) struct Running {
     /// What is fetched ahead, if something is.
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
-    _user: workers::User,
+    /// Until nobody serves faults any more.
+    user: Mutex<Option<workers::User>>,
     fault_threads: AtomicUsize,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
@@ -88,7 +89,7 @@ impl Running {
             session,
             begun,
             on_complete,
-            _user: workers::User::new(&pool),
+            user: Mutex::new(Some(workers::User::new(&pool))),
             pool,
             feed: OnceLock::new(),
             prefetch_threads: crew.prefetch_threads,
@@ -115,6 +116,12 @@ impl Running {
         if let Some(feed) = self.feed.get() {
             self.pool.leave(feed);
         }
+        drop(
+            self.user
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
     }
 
     /// Has the pool fetch `plan` ahead.

@@ -75,7 +75,7 @@ pub struct Stats {
     /// Zero pages that the kernel serves itself when they are touched: they are in none of the
     /// other counts.
     pub left_to_kernel: u64,
-    /// Pages poisoned.
+    /// Pages poisoned, also those that were healed since.
     pub poisoned: u64,
     /// Events read: discards, unmappings, moves.
     pub events: u64,

@@ -142,7 +142,7 @@ macro_rules! crew_options {
 
         /// How long a page that can't be read is read again, with pauses that grow from 1 ms to half
         /// a second, before it counts as failed. Other faults are served meanwhile. Damage isn't
-        /// read again. Default 5 s.
+        /// read again. Prefetch that finds no memory goes on for as long. Default 5 s.
         pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
             self.crew.retry_timeout = timeout;
             self

@@ -1,29 +1,37 @@
 //! What threads serve and fetch with, lent to whichever thread has something to do.
 //!
 //! A worker has buffers of some MiB. Threads that wait need none, and most threads of many sessions
-//! wait: so a fault thread borrows one for each fault, and a thread that fetches for each task. A few
-//! that were used last are kept, with the frames that they decoded, as long as there is a session.
+//! wait: so a fault thread borrows one for each fault, and a thread that fetches for each task. There
+//! are as many as are in use at once, or a few more, which keep the frames that they decoded last for
+//! the session that had them. With the last session they go, and their memory is returned to the
+//! system.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::session::{Lend, SnapshotImage, Worker};
+use crate::sys::trim_heap;
 
-/// Workers that nobody uses now.
+use super::pool::Pool;
+
+/// The workers of a pool.
 pub(super) struct Workers {
-    /// The one that was used last is at the end.
-    idle: Mutex<Idle>,
+    state: Mutex<State>,
+    /// So many there may be although nobody uses them.
     most: usize,
 }
 
 #[derive(Default)]
-struct Idle {
-    workers: Vec<Worker<SnapshotImage>>,
+struct State {
+    /// Those that nobody uses now. The one that was used last is at the end.
+    idle: Vec<Worker<SnapshotImage>>,
+    /// Those, and the ones that are lent.
+    total: usize,
     /// Sessions that may want one.
     sessions: usize,
 }
 
 /// A session, until dropped.
-pub(super) struct User(pub(super) std::sync::Arc<super::pool::Pool>);
+pub(super) struct User(Arc<Pool>);
 
 /// The workers for a session.
 pub(super) struct For<'a> {
@@ -32,48 +40,50 @@ pub(super) struct For<'a> {
 }
 
 impl Workers {
-    /// Keeps `most` that nobody uses.
     pub(super) fn new(most: usize) -> Self {
         Self {
-            idle: Mutex::default(),
+            state: Mutex::default(),
             most,
         }
     }
 
     fn lend(&self, image: &SnapshotImage) -> Worker<SnapshotImage> {
-        let mut idle = self.idle();
-        let known = idle.workers.iter().rposition(|worker| worker.knows(image));
-        let found = match known {
-            Some(at) => Some(idle.workers.remove(at)),
-            // The others may be wanted again by those who used them last.
-            None if idle.workers.len() == self.most => Some(idle.workers.remove(0)),
-            None => None,
-        };
-        drop(idle);
+        let mut state = self.state();
+        let idle = &state.idle;
+        let known = idle.iter().rposition(|worker| worker.knows(image));
+        // Another session may want the others again, the latest most likely.
+        let may_take = state.total >= self.most && !idle.is_empty();
+        let prepared = || idle.iter().position(|worker| worker.is_prepared(image));
+        let at = known.or_else(|| may_take.then(|| prepared().unwrap_or(0)));
+        let found = at.map(|at| state.idle.remove(at));
+        state.total += usize::from(found.is_none());
+        drop(state);
         let mut worker = found.unwrap_or_else(|| Worker::new(SnapshotImage::decoder()));
         worker.adopt(image);
         worker
     }
 
     fn give_back(&self, worker: Worker<SnapshotImage>) {
-        let mut idle = self.idle();
-        let oldest = (idle.workers.len() == self.most).then(|| idle.workers.remove(0));
-        idle.workers.push(worker);
-        drop(idle);
-        drop(oldest);
+        let mut state = self.state();
+        state.idle.push(worker);
+        let is_one_too_many = state.total > self.most || state.sessions == 0;
+        let unwanted = is_one_too_many.then(|| state.idle.remove(0));
+        state.total -= usize::from(is_one_too_many);
+        drop(state);
+        drop(unwanted);
     }
 
-    /// The list is whole after every statement.
-    fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    /// It is whole after every statement.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl For<'_> {
     /// Makes the first worker before it is wanted.
     pub(super) fn prepare(&self) {
-        let has_any = !self.workers.idle().workers.is_empty();
-        if !has_any {
+        let total = self.workers.state().total;
+        if total == 0 {
             self.workers.give_back(self.workers.lend(self.image));
         }
     }
@@ -89,18 +99,25 @@ impl Lend<SnapshotImage> for For<'_> {
 }
 
 impl User {
-    pub(super) fn new(pool: &std::sync::Arc<super::pool::Pool>) -> Self {
-        pool.workers().idle().sessions += 1;
-        Self(std::sync::Arc::clone(pool))
+    pub(super) fn new(pool: &Arc<Pool>) -> Self {
+        pool.workers().state().sessions += 1;
+        Self(Arc::clone(pool))
     }
 }
 
 impl Drop for User {
     fn drop(&mut self) {
-        let mut idle = self.0.workers().idle();
-        idle.sessions -= 1;
-        let unwanted = (idle.sessions == 0).then(|| std::mem::take(&mut idle.workers));
-        drop(idle);
-        drop(unwanted);
+        let mut state = self.0.workers().state();
+        state.sessions -= 1;
+        if state.sessions > 0 {
+            return;
+        }
+        let unwanted = std::mem::take(&mut state.idle);
+        state.total -= unwanted.len();
+        drop(state);
+        if !unwanted.is_empty() {
+            drop(unwanted);
+            trim_heap();
+        }
     }
 }

@@ -63,12 +63,17 @@ pub(crate) trait Lend<I: Image> {
 }
 
 impl Worker<SnapshotImage> {
-    /// Whether it has decoded frames of this snapshot.
+    /// Whether it was lent to this session before.
     pub(crate) fn knows(&self, image: &SnapshotImage) -> bool {
         image.is_known_to(&self.decoder)
     }
 
-    /// Prepares it for something new to do, for a session of this snapshot.
+    /// Whether it was lent to a session of this snapshot before.
+    pub(crate) fn is_prepared(&self, image: &SnapshotImage) -> bool {
+        image.is_prepared(&self.decoder)
+    }
+
+    /// Prepares it for something new to do, for this session.
     pub(crate) fn adopt(&mut self, image: &SnapshotImage) {
         image.adopt(&mut self.decoder);
         self.bad.clear();

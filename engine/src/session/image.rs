@@ -21,9 +21,14 @@ use super::platform::{Content, Image, PageNumber, Run};
 /// again and again, and a frame's list doesn't name them all.
 const KEPT_BYTES: usize = 2 << 20;
 
+/// The number of the next session.
+static SESSIONS: AtomicU64 = AtomicU64::new(1);
+
 /// The content of a session that restores a snapshot.
 pub(crate) struct SnapshotImage {
     snapshot: Arc<Snapshot>,
+    /// The number of the session: no two of the process have the same.
+    session: u64,
     duplicates: Duplicates,
     /// What other sessions of the snapshot have decoded.
     shared: Option<SharedFrames>,
@@ -34,9 +39,11 @@ pub(crate) struct SnapshotImage {
 /// A decoder, and the frames that it decoded last.
 pub(crate) struct Decoder {
     frames: FrameDecoder,
-    /// The snapshot that the frames are of. Known by its place in memory: nothing else comes to lie
+    /// The snapshot that it is prepared for. Known by its place in memory: nothing else comes to lie
     /// there as long as it is known here.
     of: Weak<Snapshot>,
+    /// The number of the session that the frames are of.
+    session: u64,
     /// What each of `kept` has room for.
     frame_bytes: usize,
     kept: Vec<Kept>,
@@ -91,6 +98,7 @@ impl SnapshotImage {
     ) -> Result<Self, ReadError> {
         snapshot.prepare()?;
         Ok(Self {
+            session: SESSIONS.fetch_add(1, Relaxed),
             duplicates: Duplicates::new(snapshot.block_count()),
             snapshot,
             shared,
@@ -118,6 +126,7 @@ impl SnapshotImage {
         Decoder {
             frames: FrameDecoder::new(),
             of: Weak::new(),
+            session: 0,
             frame_bytes: 0,
             kept: Vec::new(),
             last: 0,
@@ -127,20 +136,28 @@ impl SnapshotImage {
         }
     }
 
-    /// Whether `decoder` has decoded frames of this snapshot.
+    /// Whether `decoder` has decoded frames for this session.
     pub(crate) fn is_known_to(&self, decoder: &Decoder) -> bool {
+        decoder.session == self.session
+    }
+
+    /// Whether `decoder` is prepared for this snapshot.
+    pub(crate) fn is_prepared(&self, decoder: &Decoder) -> bool {
         std::ptr::eq(decoder.of.as_ptr(), Arc::as_ptr(&self.snapshot))
     }
 
-    /// Prepares `decoder` for this snapshot. It forgets what it knows of another.
+    /// Prepares `decoder` for this session. It forgets what it knows of another.
     pub(crate) fn adopt(&self, decoder: &mut Decoder) {
         decoder.begun = None;
         if self.is_known_to(decoder) {
             return;
         }
-        decoder.of = Arc::downgrade(&self.snapshot);
-        if let Err(error) = decoder.frames.prepare_for(&self.snapshot) {
-            tracing::warn!(%error, "frames are decoded as a whole");
+        decoder.session = self.session;
+        if !self.is_prepared(decoder) {
+            decoder.of = Arc::downgrade(&self.snapshot);
+            if let Err(error) = decoder.frames.prepare_for(&self.snapshot) {
+                tracing::warn!(%error, "frames are decoded as a whole");
+            }
         }
         let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
             .unwrap_or(usize::MAX)

@@ -13,7 +13,7 @@
 //! | `process`, `socket`, `inherited` | other processes, and descriptors that come from them |
 //! | `confine` | giving up rights |
 //! | `pagemap` | which pages of a process exist |
-//! | `thread` | signals, checked reads |
+//! | `thread` | signals, checked reads, freed memory |
 //! | `probe` | what this machine offers and permits |
 //!
 //! # Minimum kernel: 5.7
@@ -56,6 +56,7 @@ pub use probe::Probe;
 pub(crate) use process::PageMap;
 pub use process::{kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
+pub(crate) use thread::trim_heap;
 pub use thread::{ReadFault, SignalsBlocked, read_checked};
 pub use uffd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
 

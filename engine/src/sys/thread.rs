@@ -55,6 +55,15 @@ impl Drop for SignalsBlocked {
     }
 }
 
+/// Returns freed memory to the system, which the C library may keep for use by threads to come.
+pub(crate) fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer, and any thread may call it at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Memory of this process that could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
