@@ -88,6 +88,7 @@ enum Rest {
 
 impl Entry {
     /// When a thread can have a task of it; `None` if another thread has to end one first.
+    #[expect(clippy::option_option, reason = "now, later, or not by itself")]
     fn due(&self) -> Option<Option<Instant>> {
         let is_full = crate::sys::to_usize(self.slots.count_ones().into()) >= self.feed.threads();
         match self.rest {

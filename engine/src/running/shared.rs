@@ -54,6 +54,7 @@ impl Shared {
     /// Called in each thread that fetches ahead before it does anything, as the hook of
     /// [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start) is in a session's own.
     /// To be said before the first session has it.
+    #[must_use]
     pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.pool = Arc::new(Pool::new(Some(Arc::new(hook))));
         self

@@ -18,7 +18,7 @@ const PAGES: u64 = 128;
 /// What they may take together beyond their content, in bytes.
 const MAX_OVERHEAD: u64 = 64 << 20;
 /// What the allocator may keep after they are gone.
-const MAX_LEFT: u64 = 16 << 20;
+const MAX_LEFT: u64 = 64 << 20;
 
 /// A snapshot whose prefetch reads wait at the gate.
 fn gated(bytes: &[u8], gate: &Gate) -> Arc<Snapshot> {
