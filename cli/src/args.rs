@@ -1,5 +1,10 @@
 //! What can be typed. Nothing here opens or checks a file: that is each command's first step.
 
+#![expect(
+    clippy::doc_markdown,
+    reason = "the comments of options are help texts, in which backticks are shown"
+)]
+
 mod ctl;
 
 use std::ffi::{OsStr, OsString};
@@ -121,7 +126,7 @@ pub(crate) struct Create {
     /// restore needs it. What cannot be read is recorded as unavailable: secret memory
     /// (memfd_secret), memory of devices, pages that another process has yet to bring, and what lies
     /// beyond the end of a mapped file. Address space that is only set aside is left out, and so are
-    /// 64 GiB or more in a row that were never touched or cannot be read, and the kernel's [vvar].
+    /// 64 GiB or more in a row that were never touched or cannot be read, and the kernel's vvar.
     #[arg(long, conflicts_with_all = ["source", "raw"])]
     pub(crate) pid: Option<i32>,
     /// Take SOURCE as plain memory, whatever it looks like

@@ -104,7 +104,7 @@ impl Owner {
         let mut count = [0; 8];
         let place = self.place("user_signals");
         std::os::unix::fs::FileExt::read_exact_at(&memory, &mut count, place).unwrap();
-        u64::from_ne_bytes(count)
+        u64::from_le_bytes(count)
     }
 
     /// Asks how many real-time signals arrived.
@@ -179,7 +179,7 @@ fn wait_for_a_child(tell: impl Fn(i32)) {
         // SAFETY: the kernel writes at most four bytes to the array.
         let count = unsafe { libc::read(read, pid.as_mut_ptr().cast(), 4) };
         assert_eq!(count, 4);
-        i32::from_ne_bytes(pid)
+        i32::from_le_bytes(pid)
     });
     std::thread::spawn(move || {
         let flags = libc::CLONE_VFORK | libc::SIGCHLD;
@@ -188,7 +188,7 @@ fn wait_for_a_child(tell: impl Fn(i32)) {
         unsafe {
             if libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) == 0 {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                let pid = libc::getpid().to_ne_bytes();
+                let pid = libc::getpid().to_le_bytes();
                 libc::write(write, pid.as_ptr().cast(), 4);
                 loop {
                     libc::pause();

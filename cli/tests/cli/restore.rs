@@ -328,15 +328,15 @@ fn what_is_no_snapshot_exits_3() {
 
 /// Whether a user without rights can be tried here, who may not make a full userfaultfd.
 pub(crate) fn nobody_is_limited(test: &str) -> bool {
-    let why = if !nix::unistd::geteuid().is_root() {
-        "becoming another user needs root"
-    } else {
+    let why = if nix::unistd::geteuid().is_root() {
         let folder = Folder::new();
         let doctor = as_nobody(&folder, &["doctor", "--json"]);
         if doctor.json()["user_mode_only"] == true {
             return true;
         }
         "every user may make a full userfaultfd here, or none"
+    } else {
+        "becoming another user needs root"
     };
     skipped(test, &Unavailable { why: why.into() });
     false

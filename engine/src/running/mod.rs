@@ -20,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::session::{Durations, Kernel, Session, SnapshotImage};
+use crate::sys::trim_heap;
 
 use feed::{Feed, Plan};
 use pool::Pool;
@@ -72,6 +73,30 @@ pub(crate) struct Running {
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
     changed: Condvar,
+    /// Dropped after everything else.
+    _counted: Counted,
+}
+
+/// A session of this process. When the last is dropped, the memory that they took is returned to the
+/// system.
+struct Counted;
+
+/// The sessions of this process.
+static SESSIONS: AtomicUsize = AtomicUsize::new(0);
+
+impl Counted {
+    fn new() -> Self {
+        SESSIONS.fetch_add(1, Relaxed);
+        Self
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if SESSIONS.fetch_sub(1, AcqRel) == 1 {
+            trim_heap();
+        }
+    }
 }
 
 /// What a waiter waits for.
@@ -106,6 +131,7 @@ impl Running {
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
             changed: Condvar::new(),
+            _counted: Counted::new(),
         }
     }
 

@@ -87,16 +87,9 @@ enum Rest {
 }
 
 impl Entry {
-    /// When a thread can have a task of it; `None` if another thread has to end one first.
-    #[expect(clippy::option_option, reason = "now, later, or not by itself")]
-    fn due(&self) -> Option<Option<Instant>> {
-        let is_full = crate::sys::to_usize(self.slots.count_ones().into()) >= self.feed.threads();
-        match self.rest {
-            _ if is_full => None,
-            Rest::Ready => Some(None),
-            Rest::Until(due) => Some(Some(due)),
-            Rest::Drained | Rest::Over => None,
-        }
+    /// Whether all of its threads are at a task, so that one has to end first.
+    fn is_full(&self) -> bool {
+        crate::sys::to_usize(self.slots.count_ones().into()) >= self.feed.threads()
     }
 }
 
@@ -110,12 +103,13 @@ impl Ring {
             if only.is_some_and(|only| !Arc::ptr_eq(only, &entry.feed)) {
                 continue;
             }
-            match entry.due() {
-                None => {}
-                Some(Some(due)) if due > now => {
+            match entry.rest {
+                _ if entry.is_full() => {}
+                Rest::Until(due) if due > now => {
                     earliest = Some(earliest.map_or(due, |earliest| earliest.min(due)));
                 }
-                Some(_) => return Ok(at),
+                Rest::Ready | Rest::Until(_) => return Ok(at),
+                Rest::Drained | Rest::Over => {}
             }
         }
         Err(earliest)

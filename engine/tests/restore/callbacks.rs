@@ -264,9 +264,9 @@ fn handle_can_be_dropped_by_the_observer_the_store_and_the_question() {
             let touched = address(&restored, page);
             *slot.lock().unwrap() = Some(restored);
             in_store.store(page == 1, SeqCst);
-            let toucher = touch(touched);
+            let touching = touch(touched);
             told.1.recv_timeout(crate::common::PATIENCE).unwrap();
-            let got = toucher.join().unwrap();
+            let got = touching.join().unwrap();
             // The observer is called when the page is there, and may be unmapped before it is read.
             assert!(got.is_none() || page == 0, "page {page}: {got:?}");
             wait_until("its threads have ended", || engine_threads().is_empty());
@@ -331,7 +331,7 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
     .expect_success();
 }
 
-/// A thread under SCHED_FIFO, bound to one core, starts a restore.
+/// A thread under `SCHED_FIFO`, bound to one core, starts a restore.
 #[test]
 fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
     let test = "engine_threads_inherit_neither_real_time_policy_nor_one_core";

@@ -310,10 +310,8 @@ fn start_without_memory_is_an_error() {
                 rlim_max: libc::RLIM_INFINITY,
             };
             // SAFETY: the pointer is to a live rlimit.
-            assert_eq!(
-                unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) },
-                0
-            );
+            let set = unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) };
+            assert_eq!(set, 0);
         };
         let data = || -> u64 {
             let status = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -225,13 +225,13 @@ impl Scenario {
         }
         for i in 0..self.fault_threads + self.prefetchers {
             let (scene, thread) = (Rc::clone(&scene), self.owner.len() + i);
-            let prefetches = i >= self.fault_threads;
+            let is_prefetcher = i >= self.fault_threads;
             let prefetched = self.prefetched.clone();
             bodies.push(Box::new(move || {
                 let session = &scene.session;
                 let worker = RefCell::new(Worker::new(Vec::new()));
                 session.platform.enter(thread);
-                if prefetches {
+                if is_prefetcher {
                     let worker = &mut worker.borrow_mut();
                     let _ = session.prefetch(worker, prefetched, false, || ());
                 } else {
