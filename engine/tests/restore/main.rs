@@ -27,3 +27,4 @@ mod lifecycle;
 mod orders;
 mod owner;
 mod soak;
+mod waits;
