@@ -27,6 +27,8 @@ pub(super) enum Op {
     Lock,
     Wake(u64, u64),
     Unregister(u64, u64),
+    /// Between the wake-up of who sleeps in a range and the end of its registration.
+    Unregistered(u64, u64),
     Probe,
     /// After an install, before what it did is marked.
     Mark,
@@ -56,6 +58,10 @@ pub(super) enum Mistake {
     NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
+    /// A COPY that is cut short is taken for one page longer than it was.
+    CutMarksOneMore,
+    /// Nobody is woken after a range was unregistered.
+    NoWakeAfterUnregister,
 }
 
 /// The model under the session's platform.
@@ -145,6 +151,9 @@ impl Model {
         self.again.set(installed == Installed::Again);
         match installed {
             Installed::Again if self.is(Mistake::EagainDropped) => Installed::Done,
+            Installed::Partial(done) if self.is(Mistake::CutMarksOneMore) => {
+                Installed::Partial(done + PAGE)
+            }
             other => other,
         }
     }
@@ -356,6 +365,8 @@ impl Platform for Model {
 
     fn unregister(&self, address: u64, len: u64) -> bool {
         self.stop(Op::Unregister(address, len));
+        self.world.borrow_mut().wake(address, len);
+        self.stop(Op::Unregistered(address, len));
         self.world.borrow_mut().unregister(address, len);
         true
     }
@@ -379,7 +390,9 @@ impl Platform for Model {
             self.stop(Op::Wake(address, len));
         }
         let place = self.world.borrow().places.get(&address).copied();
-        if place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
+        let unregistered = self.world.borrow().unregistered.contains(&address);
+        if unregistered && self.is(Mistake::NoWakeAfterUnregister)
+            || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
             || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;
