@@ -7,6 +7,7 @@
     reason = "owners are processes of their own that touch memory"
 )]
 
+mod ending;
 mod huge;
 mod owner;
 mod shared;
@@ -148,23 +149,6 @@ fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGBUS));
     assert_eq!(paged.wait(), Ending::OwnerGone);
     assert_eq!(paged.stats().poisoned, 1);
-}
-
-#[test]
-fn dropping_a_session_kills_its_owner_first() {
-    let bytes = Arc::new(mixed(PAGES));
-    let expected = Arc::clone(&bytes);
-    // It touches a page, and waits.
-    let owner = Owner::start(&REGIONS, move |memory| {
-        let right = memory.is(0, &expected[..4096]);
-        memory.wait_for_word();
-        i32::from(!right)
-    });
-    let paged = Pager::new(open(pack(&bytes, 32)))
-        .attach(owner.handover())
-        .unwrap();
-    drop(paged);
-    assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::os::fd::AsRawFd as _;
 
 use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion};
 use snaprestore_engine::pager::{Handover, OwnerRegion};
-use snaprestore_engine::sys::{Features, Modes, OpenOptions, open_pidfd};
+use snaprestore_engine::sys::{
+    Features, Installed, Modes, OpenOptions, Userfaultfd, Wake, open_pidfd,
+};
 use snaprestore_fixtures::images::{Mix, Shares};
 
 use crate::common::PAGE;
@@ -92,6 +94,7 @@ pub(crate) struct Owner {
 pub(crate) struct Memory {
     regions: Vec<OwnerRegion>,
     from_parent: PipeReader,
+    uffd: Option<Userfaultfd>,
 }
 
 impl Owner {
@@ -135,13 +138,11 @@ impl Owner {
             for word in words {
                 to_parent.write_all(&word.to_le_bytes()).unwrap();
             }
-            let mut memory = Memory {
+            body(&mut Memory {
                 regions: mapped,
                 from_parent,
-            };
-            let code = body(&mut memory);
-            drop(uffd);
-            code
+                uffd: Some(uffd),
+            })
         });
         let mut next = || {
             let mut bytes = [0; 8];
@@ -172,6 +173,11 @@ impl Owner {
         }
     }
 
+    /// Where its memory is.
+    pub(crate) fn regions(&self) -> Vec<OwnerRegion> {
+        self.regions.clone()
+    }
+
     /// Ends [`Memory::wait_for_word`].
     pub(crate) fn word(&self) {
         (&self.to_child).write_all(b"!").unwrap();
@@ -181,6 +187,26 @@ impl Owner {
 impl Memory {
     pub(crate) fn wait_for_word(&mut self) {
         self.from_parent.read_exact(&mut [0]).unwrap();
+    }
+
+    /// Closes the owner's own descriptor: what is missing becomes zeros when the pager closes its one.
+    pub(crate) fn close_userfaultfd(&mut self) {
+        // Dropping it would unregister the memory as well.
+        let uffd = std::mem::ManuallyDrop::new(self.uffd.take().unwrap());
+        // SAFETY: the descriptor is this process's own, and nobody uses it any more.
+        assert_eq!(unsafe { libc::close(uffd.as_fd().as_raw_fd()) }, 0);
+    }
+
+    /// Whether `page`, which is there, is still registered. Looks without a fault.
+    pub(crate) fn is_registered(&self, page: u64) -> bool {
+        let uffd = self.uffd.as_ref().unwrap();
+        let copied = uffd.copy(self.page(page), &[0; PAGE], Wake::Later);
+        // Where a page is there nothing is copied.
+        matches!(copied, Ok(Installed::Exists | Installed::Again))
+    }
+
+    pub(crate) fn regions(&self) -> impl Iterator<Item = &OwnerRegion> {
+        self.regions.iter()
     }
 
     /// The address of `page`.

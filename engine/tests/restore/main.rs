@@ -30,3 +30,4 @@ mod many;
 mod orders;
 mod owner;
 mod soak;
+mod waits;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
 use snaprestore_fixtures::host::skipped;
+use snapshot_format::{RegionSpec, Writer, WriterOptions};
 
 use crate::common::{
     PAGE, address, compare, in_child, open, pack, peek, poke, random_bytes, source, wait_until,
@@ -460,6 +461,40 @@ fn unmapped_parts_are_settled() {
             }
         });
     }
+}
+
+/// Two regions lie side by side in one mapping, so that the kernel reports a discard over their border
+/// by one message.
+#[test]
+fn discard_over_two_regions_is_zero_in_both() {
+    const HALF: usize = PAGES as usize / 2;
+    let bytes = random_bytes(PAGES, 15);
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    for half in bytes.chunks(HALF * PAGE) {
+        writer.begin_region(&RegionSpec::default()).unwrap();
+        writer.write_pages(half).unwrap();
+    }
+    let memory = map(2 * HALF);
+    let half = |number: usize| {
+        let start = pointer(memory + number * HALF * PAGE).cast();
+        // SAFETY: the memory was just mapped, is used through raw pointers only, and never unmapped.
+        unsafe { RawRegion::new(start, (HALF * PAGE) as u64) }.unwrap()
+    };
+    let restored = Restore::new(open(writer.finish().unwrap().0))
+        .region(0, half(0))
+        .region(1, half(1))
+        .start()
+        .unwrap();
+    madvise(memory + (HALF - 10) * PAGE, 20, libc::MADV_DONTNEED);
+    for page in 0..2 * HALF {
+        let expected = if (HALF - 10..HALF + 10).contains(&page) {
+            &ZERO
+        } else {
+            source(&bytes, page as u64)
+        };
+        assert!(peek(memory + page * PAGE) == expected, "page {page}");
+    }
+    assert_eq!(restored.stats().events, 1);
 }
 
 #[test]

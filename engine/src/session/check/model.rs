@@ -29,6 +29,8 @@ pub(super) enum Op {
     Wake(u64, u64),
     Unregister(u64, u64),
     Poison(u64, u64),
+    /// Between the wake-up of who sleeps in a range and the end of its registration.
+    Unregistered(u64, u64),
     Probe,
     /// The session is given up.
     End,
@@ -66,6 +68,10 @@ pub(super) enum Mistake {
     RemoveAfterFaults,
     /// What is missing in the end is made inaccessible by its address.
     ProtectByAddress,
+    /// A COPY that is cut short is taken for one page longer than it was.
+    CutMarksOneMore,
+    /// Nobody is woken after a range was unregistered.
+    NoWakeAfterUnregister,
 }
 
 /// The model under the session's platform.
@@ -169,6 +175,9 @@ impl Model {
         self.again.set(installed == Installed::Again);
         match installed {
             Installed::Again if self.is(Mistake::EagainDropped) => Installed::Done,
+            Installed::Partial(done) if self.is(Mistake::CutMarksOneMore) => {
+                Installed::Partial(done + PAGE)
+            }
             other => other,
         }
     }
@@ -398,6 +407,8 @@ impl Platform for Model {
 
     fn unregister(&self, address: u64, len: u64) -> bool {
         self.stop(Op::Unregister(address, len));
+        self.world.borrow_mut().wake(address, len);
+        self.stop(Op::Unregistered(address, len));
         self.world.borrow_mut().unregister(address, len);
         true
     }
@@ -421,7 +432,9 @@ impl Platform for Model {
             self.stop(Op::Wake(address, len));
         }
         let place = self.world.borrow().places.get(&address).copied();
-        if place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
+        let unregistered = self.world.borrow().unregistered.contains(&address);
+        if unregistered && self.is(Mistake::NoWakeAfterUnregister)
+            || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
             || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;

@@ -2,9 +2,11 @@
 //!
 //! Modelled: faults that wait until woken and look again; faults read before events; events whose
 //! caller waits until they are read, and acts only after; EAGAIN from the moment the caller starts
-//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM; poison, which stays when all is closed; memory
-//! that is mapped afresh where something was unmapped. Large pages (here of two) fault, arrive and go
-//! as one; a part of one that is discarded is zeroed if it is there, and otherwise nothing happens to it.
+//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM; UNREGISTER, which wakes the sleepers of
+//! a range before it gives the range up, so that a fault in between sleeps until somebody wakes it;
+//! poison, which stays when all is closed; memory that is mapped afresh where something was unmapped.
+//! Large pages (here of two) fault, arrive and go as one; a part of one that is discarded is zeroed
+//! if it is there, and otherwise nothing happens to it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -199,12 +201,11 @@ impl World {
         }
     }
 
-    /// Leaves the range to the kernel.
+    /// Leaves the range to the kernel, which has woken its sleepers before.
     pub(super) fn unregister(&mut self, start: u64, len: u64) {
         let range = start..start + len;
         self.unregistered
             .extend(self.places.range(range).map(|(address, _)| *address));
-        self.wake(start, len);
     }
 
     /// Closes the userfaultfd: everything is left to the kernel, and who waits for an event goes on.

@@ -1,0 +1,118 @@
+//! Threads that wait for each other, and must all go on.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{JoinHandle, sleep};
+use std::time::Duration;
+
+use snaprestore_engine::restore::Restore;
+use snapshot_format::Reason;
+
+use crate::common::{
+    Gate, PAGE, address, frame_of, in_child, open, open_hooked, pack, peek, random_bytes, source,
+    wait_until, within,
+};
+
+/// Whether a thread of this process sleeps.
+fn sleeps(thread: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+    let state = stat.rsplit(") ").next().unwrap();
+    state.starts_with(['S', 'D'])
+}
+
+/// One read takes 64 messages at most. When more have arrived before it nothing announces the rest
+/// once more, and the thread that reads has to see to them.
+#[test]
+fn faults_beyond_one_batch_of_messages_are_served() {
+    in_child(|| {
+        const THREADS: u64 = 300;
+        let bytes = Arc::new(random_bytes(THREADS + 1, 21));
+        let gate = Gate::default();
+        let held = gate.clone();
+        let restored = Restore::new(open(pack(&bytes, 1)))
+            .fault_threads(1)
+            .on_first_touch(move |_| held.pass())
+            .start()
+            .unwrap();
+        let start = address(&restored, 0);
+        let _opener = gate.opener();
+        // The only thread that reads is kept busy by its observer.
+        peek(start);
+        wait_until("the observer is called", || gate.waiting() == 1);
+        let (say, said) = mpsc::channel();
+        let touch = |page: u64| {
+            let (say, bytes) = (say.clone(), Arc::clone(&bytes));
+            let touch = move || {
+                // SAFETY: the call has no arguments.
+                say.send(unsafe { libc::gettid() }).unwrap();
+                let seen = peek(start + page as usize * PAGE);
+                assert!(seen == source(&bytes, page), "page {page}");
+            };
+            let small = std::thread::Builder::new().stack_size(256 << 10);
+            small.spawn(touch).unwrap()
+        };
+        let touches: Vec<JoinHandle<()>> = (1..=THREADS).map(touch).collect();
+        for thread in said.iter().take(touches.len()) {
+            wait_until("it waits for its page", || sleeps(thread));
+        }
+        gate.open();
+        within("all are served", move || {
+            for touch in touches {
+                touch.join().unwrap();
+            }
+        });
+    })
+    .expect_success();
+}
+
+/// Two frames are being read, and for each another thread waits. The one that waits first waits for
+/// the frame that comes last: the end of the other read must not be lost on it.
+#[test]
+fn threads_that_wait_for_different_frames_all_go_on() {
+    let bytes = random_bytes(64, 22);
+    let file = pack(&bytes, 8);
+    let good = open(file.clone());
+    let (one, other) = (frame_of(&good, 0).offset(), frame_of(&good, 32).offset());
+    assert_eq!(frame_of(&good, 1).offset(), one);
+    assert_eq!(frame_of(&good, 33).offset(), other);
+    let gates = [Gate::default(), Gate::default()];
+    let held = gates.clone();
+    let snapshot = open_hooked(file, move |_, offset, reason| {
+        match offset {
+            _ if reason != Reason::Demand => {}
+            _ if offset == one => held[0].pass(),
+            _ if offset == other => held[1].pass(),
+            _ => {}
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot).fault_threads(4).start().unwrap();
+    let _openers = gates.each_ref().map(Gate::opener);
+    let touch = |page: u64| {
+        let there = address(&restored, page);
+        let expected = source(&bytes, page).to_vec();
+        std::thread::spawn(move || assert!(peek(there) == expected[..], "page {page}"))
+    };
+    let mut touches = Vec::new();
+    for (page, gate) in [(0, &gates[0]), (32, &gates[1])] {
+        touches.push(touch(page));
+        wait_until("the frame is being read", || gate.waiting() == 1);
+    }
+    for (page, faults) in [(33, 3), (1, 4)] {
+        touches.push(touch(page));
+        wait_until("the fault is taken", || restored.stats().faults == faults);
+        // Nothing tells that its thread waits by now. If it doesn't, this shows less.
+        sleep(Duration::from_millis(20));
+    }
+    for gate in gates {
+        gate.open();
+        sleep(Duration::from_millis(20));
+    }
+    within("all go on", move || {
+        for touch in touches {
+            touch.join().unwrap();
+        }
+        drop(restored);
+    });
+}
