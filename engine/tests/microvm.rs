@@ -227,7 +227,7 @@ fn a_damaged_frame_ends_the_vm() {
             let ended = restore(&bad, prefetch);
             assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:#?}");
             assert!(!ended.out.contains("verified"), "{ended:#?}");
-            let why = ["memory can't be restored", "bad.snap: page "];
+            let why = ["memory cannot be restored", "bad.snap: page "];
             assert!(why.iter().all(|why| ended.err.contains(why)), "{ended:#?}");
         }
     }

@@ -85,7 +85,7 @@ fn vm(faults: u64, missing: u64) -> Value {
         "demand": {"copied": 10 * faults, "filled": 0, "zeroed": 0},
         "prefetch": {"copied": 7, "filled": 0, "zeroed": 0},
         "poisoned": 0, "discards": 2, "retries": 0, "bytes_read": 4096, "bytes_decoded": 16384,
-        "failures": 1,
+        "failures": 1, "shortages": {"memory": 0, "hugepages-2048kB": 0},
     })
 }
 
@@ -121,6 +121,7 @@ fn services_are_added_with_whole_paths_and_removed() {
         json!({"op": "add", "service": {
             "name": "web", "snapshot": snapshot, "socket": "/run/w", "prefetch": "all",
             "on_error": "poison", "allow_uid": [7], "threads": 3, "patience": 5,
+            "retry_timeout": 5,
         }})
     );
     let (removed, asked) = once(&folder, json!({"ok": {}}), &["remove", "web", "--json"]);

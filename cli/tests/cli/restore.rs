@@ -257,9 +257,9 @@ pub(crate) fn section(file: &[u8], kind: u8) -> usize {
 }
 
 /// Where the index block of a block lies: the top table is a section of kind 2; each of its
-/// entries has 32 bytes, the offset in the second 8.
+/// entries has 24 bytes, the offset in the second 8.
 fn index_block(file: &[u8], block: usize) -> usize {
-    number_at(file, section(file, 2) + 32 * block + 8)
+    number_at(file, section(file, 2) + 24 * block + 8)
 }
 
 #[test]

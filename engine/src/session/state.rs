@@ -461,16 +461,15 @@ impl State {
 
     /// The first poisoned page from `page` on that the owner still has.
     pub(crate) fn first_poisoned(&self, page: PageNumber) -> Option<PageNumber> {
-        masks(page..self.pages).find_map(|(word, mask)| {
-            let poisoned = mask & self.poisoned_word(word);
-            (poisoned != 0).then(|| word as u64 * 64 + u64::from(poisoned.trailing_zeros()))
-        })
+        let mut parts = self.not_left(page..self.pages);
+        parts.find_map(|part| first_bit(part, |word| self.poisoned_word(word)))
     }
 
     /// How many pages of the owner's are poisoned.
     pub(crate) fn count_poisoned(&self) -> u64 {
-        masks(0..self.pages)
-            .map(|(word, _)| u64::from(self.poisoned_word(word).count_ones()))
+        self.not_left(0..self.pages)
+            .flat_map(masks)
+            .map(|(word, mask)| u64::from((self.poisoned_word(word) & mask).count_ones()))
             .sum()
     }
 

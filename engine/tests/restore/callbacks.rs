@@ -336,7 +336,8 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
 fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
     let test = "engine_threads_inherit_neither_real_time_policy_nor_one_core";
     let said = in_child(|| {
-        let bytes = random_bytes(PAGES, 10);
+        // More than one task, so that prefetch is not done while it is looked at.
+        let bytes = random_bytes(4 * 512, 10);
         // SAFETY: system calls on live values of the types that they take.
         let set = |core: usize| unsafe {
             let mut cores: libc::cpu_set_t = std::mem::zeroed();
@@ -361,7 +362,8 @@ fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
             }
             let restored = Restore::new(open(pack(&bytes, 8)))
                 .prefetch(Prefetch::All)
-                .prefetch_bandwidth(1 << 20)
+                .prefetch_threads(2)
+                .prefetch_bandwidth(4096)
                 .start()
                 .unwrap();
             compare(&restored, &bytes, 0..10);

@@ -27,19 +27,21 @@ fn sleeps(thread: i32) -> bool {
 fn faults_beyond_one_batch_of_messages_are_served() {
     in_child(|| {
         const THREADS: u64 = 300;
-        let bytes = Arc::new(random_bytes(THREADS + 1, 21));
+        let bytes = Arc::new(random_bytes(THREADS + 2, 21));
         let gate = Gate::default();
         let held = gate.clone();
         let restored = Restore::new(open(pack(&bytes, 1)))
-            .fault_threads(1)
+            .fault_threads(2)
             .on_first_touch(move |_| held.pass())
             .start()
             .unwrap();
         let start = address(&restored, 0);
         let _opener = gate.opener();
-        // The only thread that reads is kept busy by its observer.
-        peek(start);
-        wait_until("the observer is called", || gate.waiting() == 1);
+        // Both threads that read are kept busy by the observer.
+        for busy in 1..=2 {
+            peek(start + (busy - 1) * PAGE);
+            wait_until("the observer is called", || gate.waiting() == busy);
+        }
         let (say, said) = mpsc::channel();
         let touch = |page: u64| {
             let (say, bytes) = (say.clone(), Arc::clone(&bytes));
@@ -52,7 +54,7 @@ fn faults_beyond_one_batch_of_messages_are_served() {
             let small = std::thread::Builder::new().stack_size(256 << 10);
             small.spawn(touch).unwrap()
         };
-        let touches: Vec<JoinHandle<()>> = (1..=THREADS).map(touch).collect();
+        let touches: Vec<JoinHandle<()>> = (2..THREADS + 2).map(touch).collect();
         for thread in said.iter().take(touches.len()) {
             wait_until("it waits for its page", || sleeps(thread));
         }

@@ -1,7 +1,7 @@
 //! A daemon and its VMMs, each a process of its own.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -180,11 +180,19 @@ impl Scene {
     /// Waits until the daemon, which was asked to stop, exits with this code, and gives its report.
     pub(crate) fn exits(&mut self, code: i32) -> Value {
         let mut daemon = self.daemon.take().expect("it runs");
+        // A report of many VMs is larger than a pipe: the daemon would wait for its reader.
+        let mut stdout = daemon.stdout.take().expect("a pipe");
+        let report = std::thread::spawn(move || {
+            let mut report = Vec::new();
+            stdout.read_to_end(&mut report).map(|_| report)
+        });
         if !ends_within(&mut daemon, PATIENCE) {
             let _ = daemon.kill();
             panic!("the daemon does not end: {}", self.said());
         }
-        let run = Run::finish(daemon).exits(code);
+        let mut run = Run::finish(daemon);
+        run.out = report.join().expect("a thread").expect("the report");
+        let run = run.exits(code);
         assert!(!self.socket().exists(), "the socket is left");
         run.json()
     }
