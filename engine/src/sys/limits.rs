@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -92,10 +92,9 @@ impl Facts {
         let number = |path: &str| text(path)?.trim().parse().ok();
         let status = text("/proc/self/status").unwrap_or_default();
         let machine = text("/proc/meminfo").unwrap_or_default();
-        let maps = text("/proc/self/maps");
         let total = kib(&machine, "MemTotal:").zip(kib(&machine, "SwapTotal:"));
         Self {
-            mappings: maps.map(|maps| maps.lines().count() as u64),
+            mappings: count_mappings().ok(),
             max_mappings: number("/proc/sys/vm/max_map_count"),
             address_space: kib(&status, "VmSize:").unwrap_or(0),
             max_address_space: soft(Resource::RLIMIT_AS),
@@ -160,6 +159,20 @@ impl Facts {
                 gib(machine)
             )),
             _ => None,
+        }
+    }
+}
+
+/// How many mappings this process has. A buffer for all of the file would need a mapping of its own,
+/// which can't be had where this is asked.
+fn count_mappings() -> io::Result<u64> {
+    let mut maps = fs::File::open("/proc/self/maps")?;
+    let mut buffer = [0; 4096];
+    let mut count = 0;
+    loop {
+        match maps.read(&mut buffer)? {
+            0 => return Ok(count),
+            len => count += buffer[..len].iter().filter(|byte| **byte == b'\n').count() as u64,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Stop, Verdict};
+use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -251,6 +252,39 @@ fn ten_thousand_given_regions_start_at_once() {
                 n.to_le_bytes()
             );
         }
+    })
+    .expect_success();
+}
+
+/// The kernel says ENOMEM, on a machine that has memory.
+#[test]
+fn more_regions_than_mappings_are_permitted_name_the_limit() {
+    let test = "more_regions_than_mappings_are_permitted_name_the_limit";
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let limit: u64 = limit.trim().parse().unwrap();
+    if limit > 200_000 {
+        skipped(test, &format!("vm.max_map_count is {limit}"));
+        return;
+    }
+    in_child(|| {
+        let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+        for region in 0..limit + 500 {
+            let spec = RegionSpec {
+                start: 2 * region * PAGE as u64,
+                ..RegionSpec::default()
+            };
+            writer.begin_region(&spec).unwrap();
+            writer.write_pages(&random_bytes(1, region)).unwrap();
+        }
+        let snapshot = open(writer.finish().unwrap().0);
+        let error = Restore::new(snapshot).start().unwrap_err();
+        let mut said = error.to_string();
+        let mut next = std::error::Error::source(&error);
+        while let Some(error) = next {
+            said += &format!(": {error}");
+            next = error.source();
+        }
+        assert!(said.contains("vm.max_map_count"), "{said}");
     })
     .expect_success();
 }
