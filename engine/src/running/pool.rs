@@ -204,7 +204,7 @@ impl Pool {
     }
 
     /// Works at `feed` in this thread, with those of the pool if there are any, until it is at its
-    /// end.
+    /// end. Threads that are not needed any more have ended then.
     pub(super) fn finish(&self, feed: &Arc<Feed>) {
         self.push(&mut self.ring(), feed);
         let is_there = |ring: &Ring| {
@@ -215,6 +215,7 @@ impl Pool {
         while let Some(task) = self.take(is_there, Some(feed)) {
             self.work(task);
         }
+        self.join_retired(self.ring());
     }
 
     /// Takes a feed out whose session has ended. No thread is at it any more when this returns, and
@@ -229,11 +230,20 @@ impl Pool {
             }
             ring = wait(&self.done, ring, None);
         }
+        self.join_retired(ring);
+    }
+
+    /// Waits for the threads that were told to end.
+    fn join_retired(&self, mut ring: MutexGuard<'_, Ring>) {
         let retired = std::mem::take(&mut ring.retired);
         drop(ring);
+        let current = std::thread::current().id();
         for thread in retired {
-            // A thread that panics ends the process.
-            let _ = thread.join();
+            // One that calls from a callback can't wait for itself. A thread that panics ends the
+            // process.
+            if thread.thread().id() != current {
+                let _ = thread.join();
+            }
         }
     }
 
