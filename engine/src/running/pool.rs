@@ -215,7 +215,7 @@ impl Pool {
         while let Some(task) = self.take(is_there, Some(feed)) {
             self.work(task);
         }
-        self.join_retired(self.ring());
+        join_retired(self.ring());
     }
 
     /// Takes a feed out whose session has ended. No thread is at it any more when this returns, and
@@ -230,21 +230,7 @@ impl Pool {
             }
             ring = wait(&self.done, ring, None);
         }
-        self.join_retired(ring);
-    }
-
-    /// Waits for the threads that were told to end.
-    fn join_retired(&self, mut ring: MutexGuard<'_, Ring>) {
-        let retired = std::mem::take(&mut ring.retired);
-        drop(ring);
-        let current = std::thread::current().id();
-        for thread in retired {
-            // One that calls from a callback can't wait for itself. A thread that panics ends the
-            // process.
-            if thread.thread().id() != current {
-                let _ = thread.join();
-            }
-        }
+        join_retired(ring);
     }
 
     fn push(&self, ring: &mut Ring, feed: &Arc<Feed>) {
@@ -385,6 +371,19 @@ impl Pool {
     /// The ring is whole after every statement.
     fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for the threads that were told to end.
+fn join_retired(mut ring: MutexGuard<'_, Ring>) {
+    let retired = std::mem::take(&mut ring.retired);
+    drop(ring);
+    let current = std::thread::current().id();
+    for thread in retired {
+        // One that calls from a callback can't wait for itself. A thread that panics ends the process.
+        if thread.thread().id() != current {
+            let _ = thread.join();
+        }
     }
 }
 

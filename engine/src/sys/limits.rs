@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{self, Read as _};
+use std::io::{self, BufRead as _, BufReader};
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -166,15 +166,9 @@ impl Facts {
 /// How many mappings this process has. A buffer for all of the file would need a mapping of its own,
 /// which can't be had where this is asked.
 fn count_mappings() -> io::Result<u64> {
-    let mut maps = fs::File::open("/proc/self/maps")?;
-    let mut buffer = [0; 4096];
-    let mut count = 0;
-    loop {
-        match maps.read(&mut buffer)? {
-            0 => return Ok(count),
-            len => count += buffer[..len].iter().filter(|byte| **byte == b'\n').count() as u64,
-        }
-    }
+    let maps = BufReader::with_capacity(4096, fs::File::open("/proc/self/maps")?);
+    maps.split(b'\n')
+        .try_fold(0, |count, line| line.map(|_| count + 1))
 }
 
 /// A number of KiB behind `name`, in bytes.

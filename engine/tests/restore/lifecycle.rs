@@ -278,12 +278,8 @@ fn more_regions_than_mappings_are_permitted_name_the_limit() {
         }
         let snapshot = open(writer.finish().unwrap().0);
         let error = Restore::new(snapshot).start().unwrap_err();
-        let mut said = error.to_string();
-        let mut next = std::error::Error::source(&error);
-        while let Some(error) = next {
-            said += &format!(": {error}");
-            next = error.source();
-        }
+        let causes = std::iter::successors(std::error::Error::source(&error), |it| it.source());
+        let said: String = causes.map(ToString::to_string).collect();
         assert!(said.contains("vm.max_map_count"), "{said}");
     })
     .expect_success();
