@@ -678,7 +678,7 @@ pub(crate) struct Man {
     pub(crate) force: bool,
 }
 
-/// What `--retry-timeout` is unless given.
+/// The default of `--retry-timeout`, in seconds.
 pub(crate) const RETRY_TIMEOUT: u64 = 5;
 
 /// Seconds of `--retry-timeout`: 0 reads nothing again.

@@ -42,11 +42,11 @@ struct Report {
     data_bytes: u64,
     /// Unavailable pages that were written as zeros.
     unavailable_pages: u64,
-    /// What was written where; none of an attachment, which is no memory and has no holes.
+    /// The regions written and their offsets; none of an attachment, which is no memory and has no holes.
     #[serde(skip_serializing_if = "Option::is_none")]
     regions: Option<Vec<RegionFacts>>,
     elapsed_ms: u64,
-    /// What people know the target as.
+    /// The name that people know the target by.
     #[serde(skip)]
     target: String,
 }

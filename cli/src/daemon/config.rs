@@ -37,7 +37,7 @@ const LONGEST_SOCKET: usize = 107;
 const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
 /// What `--patience` takes.
 const PATIENCE: std::ops::RangeInclusive<u64> = 1..=3600;
-/// What `--retry-timeout` takes.
+/// The values that `--retry-timeout` takes.
 const RETRY_TIMEOUTS: std::ops::RangeInclusive<u64> = 0..=3600;
 
 /// A snapshot that is served at a socket, under a name.

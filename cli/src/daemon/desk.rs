@@ -220,9 +220,9 @@ pub(crate) struct SessionStats {
 /// Installs that were given up for want of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Shortages {
-    /// Of the machine or the VM's cgroup.
+    /// Shortages of the machine's or the VM's cgroup's memory.
     pub(crate) memory: u64,
-    /// Of the pool of 2 MiB pages.
+    /// Shortages of the pool of 2 MiB pages.
     #[serde(rename = "hugepages-2048kB")]
     pub(crate) huge_pages: u64,
 }

@@ -297,7 +297,7 @@ fn close_inherited() {
 /// What is held of one VM.
 #[derive(Debug)]
 struct Ward {
-    /// What the log calls it.
+    /// The name that the log uses for it.
     name: String,
     owner: OwnedFd,
     /// Closed when the owner has ended, never before.

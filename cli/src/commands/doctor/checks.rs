@@ -136,7 +136,7 @@ fn userfaultfd(probe: &Probe) -> Check {
     }
 }
 
-/// Whether what is refused would be permitted for faults of user mode only.
+/// Tells whether what is refused would be permitted for faults of user mode only.
 pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
     matches!(
         error,

@@ -16,7 +16,7 @@ use checks::{Check, State};
 struct Report {
     /// Whether memory can be restored lazily here.
     ok: bool,
-    /// It can, but only where system calls and virtual CPUs don't touch it while it comes.
+    /// Possible, but only where system calls and virtual CPUs don't touch it while it comes.
     user_mode_only: bool,
     kernel: String,
     checks: Vec<Check>,

@@ -134,7 +134,7 @@ impl Keeper {
         let _ = self.outside.hold(&held_as(id), service, &[(OWNER, owner)]);
     }
 
-    /// What VM number `id` is called.
+    /// The name of VM number `id`.
     pub(super) fn label(&self, id: u64, service: u64, pid: u32) -> VmLabel {
         let open = self.services.get(&service);
         VmLabel {

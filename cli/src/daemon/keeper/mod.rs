@@ -449,7 +449,7 @@ impl Keeper {
         }
     }
 
-    /// What goes on with a VM.
+    /// Logs `what` happens to a VM.
     fn say_of(&self, label: &VmLabel, what: impl Display) {
         match self.options.log_format {
             LogFormat::Text => self.output.say(format_args!("{label}: {what}")),
