@@ -250,7 +250,7 @@ impl Restore {
         }
         let dont_fork = check_given(&self.regions)?;
         let regions = self.memory()?;
-        check_heap(self.crew.decoders())?;
+        check_heap(self.crew.threads())?;
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
         // Dropped after all that is made below: the userfaultfd is closed by then.

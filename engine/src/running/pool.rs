@@ -1,4 +1,4 @@
-//! The threads that fetch ahead, for all sessions that share them.
+//! The prefetcher: one rayon pool, which fetches ahead for all sessions that share it.
 //!
 //! ```text
 //!   session ─▶ feed ─┐            ┌─ snap-fetch-0 ─┐
@@ -6,12 +6,13 @@
 //!   session ─▶ feed ─┘            └─ ...          ─┘
 //! ```
 //!
-//! The threads are started with the first feed, by the thread that adds it, and end with the last. No
-//! more than [`Pool::limit`] are at work, and none of them while a fault of any session wants its core.
+//! A job of the rayon pool is a turn: it does tasks, whichever feed's they are, until there is none.
+//! Sessions take turns because of the ring: rayon prefers what its own threads have spawned to what
+//! comes from outside, so with a job for each feed the first would keep the others waiting.
 //!
 //! An install can block for reasons that lie with the owner: its memory is limited, or it changes its
-//! mappings all the time. So with more than one feed there are twice as many threads, and whenever no
-//! task has begun or ended for [`STUCK_AFTER`] one more of them goes to work.
+//! mappings all the time. So a feed gets at most half of the threads of a pool that others may share.
+//! The threads start with the first feed, in the thread that adds it, and end with the last.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,12 +22,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
 use super::feed::{Feed, Step};
-use super::threads::{Hook, run};
+use super::threads::{Hook, aborting_on_panic, run};
 use super::workers::Workers;
 
-/// How long all threads may be at the same tasks until one more goes to work.
-const STUCK_AFTER: Duration = Duration::from_millis(20);
 /// The longest that prefetch waits for demand before a frame: an owner that faults all the time
 /// must not stop it.
 const MAX_STAND_BACK: Duration = Duration::from_micros(500);
@@ -35,41 +36,45 @@ const LOOK_AGAIN: Duration = Duration::from_micros(50);
 /// Threads that may be at one feed at once: each has a bit of a word.
 pub(super) const MAX_FEED_THREADS: usize = 64;
 
-/// A pool of threads for prefetch, and what they decode with.
+/// The prefetch of all sessions that share it, and what they decode with.
 pub(crate) struct Pool {
     /// Faults that wait or are being served, in all sessions.
     demand: Arc<AtomicUsize>,
     /// Threads at a task, but for those that stand back.
     fetching: AtomicUsize,
-    /// Threads that may be at a task at once.
-    limit: AtomicUsize,
     cores: usize,
+    /// Whether several sessions may have it.
+    is_shared: bool,
     hook: Option<Hook>,
     ring: Mutex<Ring>,
-    /// A task may be had that could not before.
+    /// A task may be had that could not before, a task has ended, or the threads have.
     changed: Condvar,
-    /// A task has ended.
-    done: Condvar,
     workers: Workers,
 }
 
+#[derive(Default)]
 struct Ring {
     feeds: VecDeque<Entry>,
-    /// Threads at a task.
-    busy: usize,
-    /// When a task last began or ended.
-    moved: Instant,
-    /// Threads of older generations end when they have nothing to do.
-    generation: u64,
-    threads: Vec<JoinHandle<()>>,
-    /// Threads of older generations.
+    threads: Option<Threads>,
+    /// Jobs of the rayon pool.
+    turns: usize,
+    /// Whether one of them waits for a feed that rests.
+    has_waiter: bool,
+    /// Threads that end.
     retired: Vec<JoinHandle<()>>,
+}
+
+struct Threads {
+    rayon: ThreadPool,
+    handles: Vec<JoinHandle<()>>,
 }
 
 /// A feed in the ring.
 struct Entry {
     feed: Arc<Feed>,
-    /// One bit for each thread that is at a task of it.
+    /// Threads that may be at a task of it.
+    threads: usize,
+    /// One bit for each thread that is.
     slots: u64,
     rest: Rest,
 }
@@ -86,33 +91,37 @@ enum Rest {
     Over,
 }
 
-impl Entry {
-    /// Whether all of its threads are at a task, so that one has to end first.
-    fn is_full(&self) -> bool {
-        crate::sys::to_usize(self.slots.count_ones().into()) >= self.feed.threads()
-    }
+/// When there is a task.
+enum Next {
+    /// Now, of the entry at this place.
+    Now(usize),
+    /// Not before then.
+    Until(Instant),
+    /// When a task ends or a feed is added, if ever.
+    Unknown,
 }
 
 impl Ring {
-    /// The first entry that has a task now, or else the time when one will. With `only`, of no other
-    /// feed.
-    fn next(&self, only: Option<&Arc<Feed>>) -> Result<usize, Option<Instant>> {
+    /// When there is a task. With `only`, one of that feed.
+    fn next(&self, only: Option<&Arc<Feed>>) -> Next {
         let now = Instant::now();
         let mut earliest: Option<Instant> = None;
         for (at, entry) in self.feeds.iter().enumerate() {
             if only.is_some_and(|only| !Arc::ptr_eq(only, &entry.feed)) {
                 continue;
             }
+            // With all of its threads at a task, one has to end first.
+            let is_full = crate::sys::to_usize(entry.slots.count_ones().into()) >= entry.threads;
             match entry.rest {
-                _ if entry.is_full() => {}
+                _ if is_full => {}
                 Rest::Until(due) if due > now => {
                     earliest = Some(earliest.map_or(due, |earliest| earliest.min(due)));
                 }
-                Rest::Ready | Rest::Until(_) => return Ok(at),
+                Rest::Ready | Rest::Until(_) => return Next::Now(at),
                 Rest::Drained | Rest::Over => {}
             }
         }
-        Err(earliest)
+        earliest.map_or(Next::Unknown, Next::Until)
     }
 
     fn entry(&mut self, feed: &Arc<Feed>) -> Option<&mut Entry> {
@@ -120,40 +129,34 @@ impl Ring {
         entries.find(|entry| Arc::ptr_eq(&entry.feed, feed))
     }
 
-    /// Has the threads end if there is no feed left.
+    /// Has the threads end if there is no feed left and no turn.
     fn retire_if_idle(&mut self) {
-        if self.feeds.is_empty() && !self.threads.is_empty() {
-            self.generation += 1;
-            self.retired.append(&mut self.threads);
+        if self.feeds.is_empty()
+            && self.turns == 0
+            && let Some(threads) = self.threads.take()
+        {
+            self.retired.extend(threads.handles);
         }
     }
 }
 
-/// A thread's place at a task, which [`Pool::take`] gave.
-pub(super) struct Task {
+/// A thread's place at a task, which [`Pool::begin`] gave.
+struct Task {
     feed: Arc<Feed>,
     slot: usize,
 }
 
 impl Pool {
-    pub(super) fn new(hook: Option<Hook>) -> Self {
+    pub(super) fn new(hook: Option<Hook>, is_shared: bool) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Self {
             demand: Arc::default(),
             fetching: AtomicUsize::new(0),
-            limit: AtomicUsize::new(cores),
             cores,
+            is_shared,
             hook,
-            ring: Mutex::new(Ring {
-                feeds: VecDeque::new(),
-                busy: 0,
-                moved: Instant::now(),
-                generation: 0,
-                threads: Vec::new(),
-                retired: Vec::new(),
-            }),
+            ring: Mutex::default(),
             changed: Condvar::new(),
-            done: Condvar::new(),
             workers: Workers::new(2 * cores + 2),
         }
     }
@@ -168,54 +171,64 @@ impl Pool {
         &self.workers
     }
 
-    /// Adds a feed, and starts threads for it. The threads inherit the caller's signal mask.
+    /// Adds a feed, and starts the threads if there are none. They inherit the caller's signal mask.
     pub(super) fn add(self: &Arc<Self>, feed: &Arc<Feed>) -> io::Result<()> {
         let mut ring = self.ring();
-        self.push(&mut ring, feed);
-        let wanted: usize = ring.feeds.iter().map(|entry| entry.feed.threads()).sum();
-        let limit = self.limit.load(Relaxed);
-        let spare = if ring.feeds.len() > 1 { limit } else { 0 };
-        while ring.threads.len() < wanted.min(limit) + spare {
-            match self.start_thread(&ring) {
-                Ok(thread) => ring.threads.push(thread),
-                Err(error) if ring.threads.is_empty() => {
-                    self.remove(&mut ring, feed);
-                    return Err(error);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "prefetch has fewer threads than it was told to");
-                    break;
-                }
-            }
+        if ring.threads.is_none() {
+            ring.threads = Some(self.start_threads(feed)?);
         }
+        self.push(&mut ring, feed);
         Ok(())
     }
 
-    fn start_thread(self: &Arc<Self>, ring: &Ring) -> io::Result<JoinHandle<()>> {
-        let name = format!("snap-fetch-{}", ring.threads.len());
-        let (pool, generation) = (Arc::clone(self), ring.generation);
-        Builder::new().name(name.clone()).spawn(move || {
-            run(&name, None, pool.hook.as_ref(), || {
-                while let Some(task) = pool.take(|ring| ring.generation == generation, None) {
-                    pool.work(task);
-                }
-            });
-        })
+    /// The threads that a first feed starts that may have so many at work.
+    pub(super) fn thread_count(&self, of_feed: usize) -> usize {
+        if self.is_shared {
+            2 * of_feed.max(self.cores)
+        } else {
+            of_feed
+        }
+    }
+
+    fn start_threads(&self, first: &Feed) -> io::Result<Threads> {
+        let count = self.thread_count(first.threads());
+        let mut handles = Vec::with_capacity(count);
+        let rayon = ThreadPoolBuilder::new()
+            .num_threads(count)
+            .thread_name(|index| format!("snap-fetch-{index}"))
+            .spawn_handler(|thread| {
+                let name = thread.name().unwrap_or_default().to_owned();
+                let hook = self.hook.clone();
+                let builder = Builder::new().name(name.clone());
+                handles.push(builder.spawn(move || {
+                    run(&name, None, hook.as_ref(), || thread.run());
+                })?);
+                Ok(())
+            })
+            .build()
+            .map_err(io::Error::other)?;
+        Ok(Threads { rayon, handles })
     }
 
     /// Works at `feed` in this thread, with those of the pool if there are any, until it is at its
     /// end. Threads that are not needed any more have ended then.
-    pub(super) fn finish(&self, feed: &Arc<Feed>) {
-        self.push(&mut self.ring(), feed);
-        let is_there = |ring: &Ring| {
-            ring.feeds
-                .iter()
-                .any(|entry| Arc::ptr_eq(&entry.feed, feed))
-        };
-        while let Some(task) = self.take(is_there, Some(feed)) {
-            self.work(task);
+    pub(super) fn finish(self: &Arc<Self>, feed: &Arc<Feed>) {
+        let mut ring = self.ring();
+        self.push(&mut ring, feed);
+        while ring.entry(feed).is_some() {
+            match ring.next(Some(feed)) {
+                Next::Now(at) => {
+                    if let Some(task) = self.begin(&mut ring, at) {
+                        drop(ring);
+                        self.work(task);
+                        ring = self.ring();
+                    }
+                }
+                Next::Until(due) => ring = wait(&self.changed, ring, Some(due)),
+                Next::Unknown => ring = wait(&self.changed, ring, None),
+            }
         }
-        join_retired(self.ring());
+        self.join_retired(ring);
     }
 
     /// Takes a feed out whose session has ended. No thread is at it any more when this returns, and
@@ -228,73 +241,83 @@ impl Pool {
                 self.remove(&mut ring, feed);
                 break;
             }
-            ring = wait(&self.done, ring, None);
+            ring = wait(&self.changed, ring, None);
         }
-        join_retired(ring);
+        self.join_retired(ring);
     }
 
-    fn push(&self, ring: &mut Ring, feed: &Arc<Feed>) {
-        if ring.feeds.is_empty() {
-            ring.moved = Instant::now();
-        }
+    fn push(self: &Arc<Self>, ring: &mut Ring, feed: &Arc<Feed>) {
+        let rayon = ring.threads.as_ref().map(|threads| &threads.rayon);
+        let all = rayon.map_or(MAX_FEED_THREADS, ThreadPool::current_num_threads);
+        let share = if self.is_shared { all / 2 } else { all };
         ring.feeds.push_back(Entry {
             feed: Arc::clone(feed),
+            threads: feed.threads().min(share),
             slots: 0,
             rest: Rest::Ready,
         });
-        self.update_limit(ring);
+        self.spawn_turn(ring);
         self.changed.notify_all();
     }
 
     fn remove(&self, ring: &mut Ring, feed: &Arc<Feed>) {
         ring.feeds.retain(|entry| !Arc::ptr_eq(&entry.feed, feed));
-        self.update_limit(ring);
         ring.retire_if_idle();
         self.changed.notify_all();
-        self.done.notify_all();
     }
 
-    fn update_limit(&self, ring: &Ring) {
-        let most = ring.feeds.iter().map(|entry| entry.feed.threads()).max();
-        self.limit.store(most.unwrap_or(0).max(self.cores), Relaxed);
-    }
-
-    /// Takes a task, in turn with the other feeds; waits for one while `goes_on`.
-    fn take(&self, goes_on: impl Fn(&Ring) -> bool, only: Option<&Arc<Feed>>) -> Option<Task> {
-        let mut ring = self.ring();
-        while goes_on(&ring) {
-            let until = match ring.next(only) {
-                Ok(at) => {
-                    let stuck = ring.moved + STUCK_AFTER;
-                    let is_free = ring.busy < self.limit.load(Relaxed);
-                    if is_free || Instant::now() >= stuck {
-                        return self.begin(&mut ring, at);
-                    }
-                    Some(stuck)
-                }
-                Err(earliest) => earliest,
-            };
-            // Who works at one feed alone waits for those that are at it as well.
-            let signal = if only.is_some() {
-                &self.done
-            } else {
-                &self.changed
-            };
-            ring = wait(signal, ring, until);
+    /// One more turn, if there is a thread for it.
+    fn spawn_turn(self: &Arc<Self>, ring: &mut Ring) {
+        let Some(threads) = &ring.threads else {
+            return;
+        };
+        if ring.turns < threads.rayon.current_num_threads() {
+            ring.turns += 1;
+            let pool = Arc::clone(self);
+            threads
+                .rayon
+                .spawn_fifo(move || aborting_on_panic(|| pool.turn()));
         }
-        None
+    }
+
+    fn turn(self: &Arc<Self>) {
+        let mut ring = self.ring();
+        loop {
+            match ring.next(None) {
+                Next::Now(at) => {
+                    if let Some(task) = self.begin(&mut ring, at) {
+                        drop(ring);
+                        self.work(task);
+                        ring = self.ring();
+                    }
+                }
+                Next::Until(due) if !ring.has_waiter => {
+                    ring.has_waiter = true;
+                    ring = wait(&self.changed, ring, Some(due));
+                    ring.has_waiter = false;
+                }
+                Next::Until(_) | Next::Unknown => break,
+            }
+        }
+        ring.turns -= 1;
+        ring.retire_if_idle();
+        self.changed.notify_all();
     }
 
     /// Begins a task of the entry at a place, which goes to the end of the ring.
-    fn begin(&self, ring: &mut Ring, at: usize) -> Option<Task> {
+    fn begin(self: &Arc<Self>, ring: &mut Ring, at: usize) -> Option<Task> {
         let mut entry = ring.feeds.remove(at)?;
         let slot = entry.slots.trailing_ones();
         entry.slots |= 1 << slot;
         let feed = Arc::clone(&entry.feed);
         ring.feeds.push_back(entry);
-        ring.busy += 1;
-        ring.moved = Instant::now();
         self.fetching.fetch_add(1, Relaxed);
+        // While this thread is at it, another has to see to what else there is.
+        match ring.next(None) {
+            Next::Now(_) => self.spawn_turn(ring),
+            Next::Until(_) if !ring.has_waiter => self.spawn_turn(ring),
+            Next::Until(_) | Next::Unknown => {}
+        }
         Some(Task {
             feed,
             slot: crate::sys::to_usize(slot.into()),
@@ -306,13 +329,10 @@ impl Pool {
         let step = feed.step(self, slot);
         self.fetching.fetch_sub(1, Relaxed);
         let mut ring = self.ring();
-        ring.busy -= 1;
-        ring.moved = Instant::now();
         let bit = 1 << slot;
         let Some(entry) = ring.entry(&feed) else {
             return;
         };
-        let was_drained = entry.rest == Rest::Drained;
         // What a feed that is over says has no meaning.
         if entry.rest != Rest::Over {
             entry.rest = match step {
@@ -339,27 +359,20 @@ impl Pool {
         } else if is_last && entry.rest == Rest::Drained {
             entry.rest = Rest::Ready;
         }
-        // This thread takes the next task itself: others are woken if there may be more than one.
-        if was_drained {
-            self.changed.notify_all();
-        } else if let Step::Until(_) = step {
-            self.changed.notify_one();
-        }
-        self.done.notify_all();
+        self.changed.notify_all();
     }
 
     /// Waits while demand wants this thread's core, but not for ever: faults being answered and
-    /// frames being fetched are together no more than there may be fetched.
+    /// frames being fetched are together no more than there are cores.
     pub(super) fn stand_back(&self, is_over: impl Fn() -> bool) {
         let demand = || self.demand.load(Relaxed);
-        let limit = self.limit.load(Relaxed);
-        if demand() + self.fetching.load(Relaxed) <= limit {
+        if demand() + self.fetching.load(Relaxed) <= self.cores {
             return;
         }
         self.fetching.fetch_sub(1, Relaxed);
         let begun = Instant::now();
         while demand() > 0
-            && demand() + self.fetching.load(Relaxed) >= limit
+            && demand() + self.fetching.load(Relaxed) >= self.cores
             && !is_over()
             && begun.elapsed() < MAX_STAND_BACK
         {
@@ -368,22 +381,22 @@ impl Pool {
         self.fetching.fetch_add(1, Relaxed);
     }
 
+    /// Waits until the threads have ended, if there is no feed left.
+    fn join_retired(&self, mut ring: MutexGuard<'_, Ring>) {
+        while ring.feeds.is_empty() && ring.threads.is_some() {
+            ring = wait(&self.changed, ring, None);
+        }
+        let retired = std::mem::take(&mut ring.retired);
+        drop(ring);
+        for thread in retired {
+            // A thread that panics ends the process.
+            let _ = thread.join();
+        }
+    }
+
     /// The ring is whole after every statement.
     fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Waits for the threads that were told to end.
-fn join_retired(mut ring: MutexGuard<'_, Ring>) {
-    let retired = std::mem::take(&mut ring.retired);
-    drop(ring);
-    let current = std::thread::current().id();
-    for thread in retired {
-        // One that calls from a callback can't wait for itself. A thread that panics ends the process.
-        if thread.thread().id() != current {
-            let _ = thread.join();
-        }
     }
 }
 
@@ -408,7 +421,7 @@ mod tests {
 
     #[test]
     fn prefetch_stands_back_for_the_faults_of_any_session() {
-        let pool = Pool::new(None);
+        let pool = Pool::new(None, true);
         pool.fetching.store(1, Relaxed);
         // It would go on after some time in any case, so what is looked at is whether it asks.
         let asks = || {

@@ -23,8 +23,9 @@ static OF_THE_PROCESS: LazyLock<Shared> = LazyLock::new(|| Shared::new(0));
 
 /// What the sessions of one process share: decoded frames, and the threads that fetch ahead.
 ///
-/// The threads are started when the first session wants something fetched, by the thread that starts
-/// that session, and inherit what threads inherit from it. They end with the last such session.
+/// The threads, two for each core, are started when the first session wants something fetched, by the
+/// thread that starts that session, and inherit what threads inherit from it. They end with the last
+/// such session.
 #[derive(Clone)]
 pub struct Shared {
     frames: Option<Arc<FrameCache>>,
@@ -47,7 +48,7 @@ impl Shared {
         let frames = (frame_cache > 0).then(|| Arc::new(FrameCache::new(frame_cache)));
         Self {
             frames,
-            pool: Arc::new(Pool::new(None)),
+            pool: Arc::new(Pool::new(None, true)),
         }
     }
 
@@ -56,7 +57,7 @@ impl Shared {
     /// To be said before the first session has it.
     #[must_use]
     pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        self.pool = Arc::new(Pool::new(Some(Arc::new(hook))));
+        self.pool = Arc::new(Pool::new(Some(Arc::new(hook)), true));
         self
     }
 
@@ -69,7 +70,7 @@ impl Shared {
     pub(super) fn alone(hook: &Hook) -> Self {
         Self {
             frames: None,
-            pool: Arc::new(Pool::new(Some(Arc::clone(hook)))),
+            pool: Arc::new(Pool::new(Some(Arc::clone(hook)), false)),
         }
     }
 

@@ -84,6 +84,13 @@ impl Drop for EndOnPanic<'_> {
     }
 }
 
+/// Runs `body` in an engine thread that another program's code runs: it must not catch its panics.
+pub(super) fn aborting_on_panic(body: impl FnOnce()) {
+    let thread = std::thread::current();
+    let _end = EndOnPanic(thread.name().unwrap_or_default());
+    body();
+}
+
 /// Runs `body` in the calling thread, which was started as engine thread `name`.
 /// It keeps its `place` in a session, if it works for one only.
 pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: impl FnOnce()) {
@@ -151,7 +158,8 @@ macro_rules! crew_options {
         }
 
         /// Threads that fetch ahead for this session at once; from 1 to 64. They are those of
-        /// [`Shared`]. Default: one for each core.
+        /// [`Shared`]: no more than half as many as its first session started. Default: one for
+        /// each core.
         pub fn prefetch_threads(mut self, threads: usize) -> Self {
             self.crew.prefetch_threads = threads.max(1);
             self
@@ -203,7 +211,13 @@ impl Crew {
         }
     }
 
-    /// Threads that decode at the same time, at most.
+    /// Threads that are started, at most.
+    pub(crate) fn threads(&self) -> usize {
+        let shared = self.shared();
+        self.fault_threads + shared.pool().thread_count(self.prefetch_threads)
+    }
+
+    /// Threads that decode for the session at the same time, at most.
     pub(crate) fn decoders(&self) -> usize {
         self.fault_threads + self.prefetch_threads
     }

@@ -140,6 +140,8 @@ fn engine_threads_block_every_signal() {
             .prefetch(Prefetch::All)
             .prefetch_threads(2)
             .prefetch_bandwidth(1 << 20)
+            // With a hook they are its own.
+            .on_thread_start(|_| {})
             .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
             .start()
             .unwrap();
