@@ -1,111 +1,37 @@
-//! ELF cores: of processes (gcore, the kernel) and of whole machines (QEMU's dump-guest-memory,
-//! VirtualBox's dumpvmcore, a crashed kernel's vmcore).
-//!
-//! The two differ in what an address means. A process's core lists virtual ranges; memory that it
-//! names without having its bytes (mapped files left out by the dump filter) is unavailable: what
-//! it was isn't known, and zeros would be a lie. A machine's lists physical ranges in `p_paddr`, and
-//! its `p_vaddr` may say anything: with QEMU's paging option one physical range appears once for
-//! each virtual mapping. A note tells which it is. Without one, physical addresses are taken where
-//! virtual ones contradict each other and they don't.
-//!
-//! ```text
-//! program headers -> spans of bytes -> overlaps are compared, each byte is taken once
-//!                                   -> whole pages, and pages put together from odd pieces
-//! ```
-//!
-//! Nothing is left out without a remark. Bytes that two segments hold differently are an error.
+//! Which bytes of a core are which pages: each byte of memory is taken once.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use indicatif::HumanCount;
-use object::elf::{self, FileHeader32, FileHeader64};
-use object::read::elf::{FileHeader, ProgramHeader as _};
-use object::{Endianness, ReadCache};
+use object::elf;
 
 use snapshot_format::layout::region_flags;
 
-use super::extents::Extents;
-use super::file::SourceFile;
-use super::{CHUNK, PAGE, Region, Remark, Samples, Sampling, Sink, Source};
-use crate::names;
-use crate::output::{Output, count};
-use crate::signals::Cancel;
+use super::super::{PAGE, Remark};
+use super::headers::{Kind, Load, Notes};
 
-/// Most program headers that are read: regions are bounded by the format as well.
-const MAX_SEGMENTS: u32 = 1 << 20;
-/// Most bytes of notes that are read. A thread's registers take a few KiB.
-const MAX_NOTE_BYTES: u64 = 256 << 20;
 /// Most places at which segments overlap that are looked at.
 const MAX_OVERLAPS: u64 = 16 << 20;
-
 /// Where the kernel shows processes its entry for obsolete system calls: no memory of theirs.
 const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
-/// Byte of the file's identification that has the version of the format.
-const EI_VERSION: u64 = 6;
-
-/// Whether a file that starts with `start` is a core.
-pub(super) fn is_core(start: &[u8]) -> bool {
-    let little = match start {
-        [0x7f, b'E', b'L', b'F', _, data, ..] => *data != elf::ELFDATA2MSB.0,
-        _ => return false,
-    };
-    let kind = match start.get(16..18) {
-        Some(&[a, b]) if little => u16::from_le_bytes([a, b]),
-        Some(&[a, b]) => u16::from_be_bytes([a, b]),
-        _ => return false,
-    };
-    kind == elf::ET_CORE.0
-}
-
-/// An opened core whose segments were checked.
-#[derive(Debug)]
-pub(crate) struct ElfCore {
-    file: SourceFile,
-    extents: Extents,
-    segments: Vec<Segment>,
-    kind: Kind,
-    remarks: Vec<Remark>,
-    output: Output,
-    cancel: Cancel,
-}
-
-/// What a core is of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Kind {
-    #[default]
-    Process,
-    /// The memory of a virtual machine, by a note of its VMM.
-    Guest,
-    /// The memory of a machine, by a note of its kernel or by its addresses.
-    Machine,
-}
-
-impl Kind {
-    /// Whether `p_paddr` counts.
-    fn is_physical(self) -> bool {
-        self != Self::Process
-    }
-}
 
 /// Pages of one segment that are known in the same way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Segment {
+pub(super) struct Segment {
     /// Its program header.
-    number: usize,
-    start: u64,
-    pages: u64,
-    content: Content,
-    flags: u32,
-    name: String,
+    pub(super) number: usize,
+    pub(super) start: u64,
+    pub(super) pages: u64,
+    pub(super) content: Content,
+    pub(super) flags: u32,
+    pub(super) name: String,
 }
 
 /// Where the bytes of pages are.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Content {
+pub(super) enum Content {
     /// In the file, from this offset on.
     At(u64),
     /// One page, put together from parts of the file; what is between them is no memory.
@@ -116,38 +42,38 @@ enum Content {
 
 /// Part of a page.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Piece {
+pub(super) struct Piece {
     /// Offset in the page.
-    at: u64,
-    len: u64,
+    pub(super) at: u64,
+    pub(super) len: u64,
     /// Offset in the file.
-    offset: u64,
+    pub(super) offset: u64,
 }
 
 impl Segment {
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.start + self.pages * PAGE
     }
 }
 
 /// Bytes of memory that one segment names, all of which are in the file, or none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Span {
-    number: usize,
-    start: u64,
-    end: u64,
+pub(super) struct Span {
+    pub(super) number: usize,
+    pub(super) start: u64,
+    pub(super) end: u64,
     /// Offset of its first byte in the file.
-    offset: u64,
-    flags: u32,
+    pub(super) offset: u64,
+    pub(super) flags: u32,
 }
 
 impl Span {
-    fn offset_of(&self, address: u64) -> u64 {
+    pub(super) fn offset_of(&self, address: u64) -> u64 {
         self.offset.wrapping_add(address - self.start)
     }
 
     /// The part of it that lies in `range`.
-    fn within(&self, range: Range<u64>) -> Option<Self> {
+    pub(super) fn within(&self, range: Range<u64>) -> Option<Self> {
         let start = self.start.max(range.start);
         let end = self.end.min(range.end);
         (start < end).then(|| Self {
@@ -161,221 +87,17 @@ impl Span {
 
 /// Memory that two segments hold, in different places of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Overlap {
-    start: u64,
-    len: u64,
+pub(super) struct Overlap {
+    pub(super) start: u64,
+    pub(super) len: u64,
     /// Segments and offsets.
-    taken: (usize, u64),
-    dropped: (usize, u64),
-}
-
-/// A loadable segment as the file states it.
-#[derive(Clone, Copy, Debug)]
-struct Load {
-    number: usize,
-    vaddr: u64,
-    paddr: u64,
-    file_bytes: u64,
-    memory_bytes: u64,
-    offset: u64,
-    flags: u32,
-}
-
-impl Load {
-    fn start(&self, physical: bool) -> u64 {
-        if physical { self.paddr } else { self.vaddr }
-    }
-
-    /// Bytes of its memory that the file is to have.
-    fn known_bytes(&self) -> u64 {
-        self.file_bytes.min(self.memory_bytes)
-    }
-}
-
-/// What the notes tell.
-#[derive(Debug, Default)]
-struct Notes {
-    kind: Kind,
-    /// Mapped files of a process, by address.
-    files: Vec<(Range<u64>, String)>,
-}
-
-impl Notes {
-    /// What the memory at an address is called.
-    fn name(&self, address: u64) -> String {
-        if self.kind.is_physical() {
-            return "memory".into();
-        }
-        let after = self
-            .files
-            .partition_point(|(range, _)| range.start <= address);
-        after
-            .checked_sub(1)
-            .map(|index| &self.files[index])
-            .filter(|(range, _)| address < range.end)
-            .map(|(_, name)| name.clone())
-            .unwrap_or_default()
-    }
-}
-
-impl ElfCore {
-    pub(crate) fn open(
-        file: SourceFile,
-        incomplete: bool,
-        output: Output,
-        cancel: &Cancel,
-    ) -> Result<Self> {
-        let named = || names::path(file.path());
-        let (loads, mut notes) =
-            parse(&file).map_err(|error| anyhow!("{}: damaged ELF core: {error:#}", named()))?;
-        let of_core = || format!("{}: ELF core", named());
-        let mut plan = Plan::default();
-        if notes.kind == Kind::Process && !is_usable(&loads, false) && is_usable(&loads, true) {
-            notes.kind = Kind::Machine;
-            plan.contradicting = true;
-        }
-        plan.make(&loads, &notes, file.len(), incomplete)
-            .with_context(of_core)?;
-        if plan.segments.is_empty() {
-            bail!("{}: the ELF core holds no memory", named());
-        }
-        compare(&file, &plan.overlaps, cancel).with_context(of_core)?;
-        Ok(Self {
-            extents: file.extents()?,
-            file,
-            remarks: plan.remarks(),
-            segments: plan.segments,
-            kind: notes.kind,
-            output,
-            cancel: cancel.clone(),
-        })
-    }
-}
-
-/// A file whose identification says that it has the current version, as VirtualBox forgets to.
-struct Versioned<'a>(&'a File);
-
-impl Read for Versioned<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let from = self.0.stream_position()?;
-        let count = self.0.read(buffer)?;
-        let at = EI_VERSION.checked_sub(from).map(usize::try_from);
-        if let Some(Ok(at)) = at
-            && let Some(version @ 0) = buffer[..count].get_mut(at)
-        {
-            *version = elf::EV_CURRENT.0;
-        }
-        Ok(count)
-    }
-}
-
-impl Seek for Versioned<'_> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        self.0.seek(to)
-    }
-}
-
-fn parse(file: &SourceFile) -> Result<(Vec<Load>, Notes)> {
-    let mut start = [0; 5];
-    file.read(&mut start, 0)?;
-    let cache = ReadCache::new(Versioned(file.as_file()));
-    if start[4] == elf::ELFCLASS32.0 {
-        parse_class::<FileHeader32<Endianness>>(&cache)
-    } else {
-        parse_class::<FileHeader64<Endianness>>(&cache)
-    }
-}
-
-fn parse_class<Elf: FileHeader<Endian = Endianness>>(
-    cache: &ReadCache<Versioned<'_>>,
-) -> Result<(Vec<Load>, Notes)> {
-    let header = Elf::parse(cache)?;
-    let endian = header.endian()?;
-    let count = header.phnum(endian, cache)?;
-    if count > MAX_SEGMENTS {
-        bail!("{count} program headers; at most {MAX_SEGMENTS} are read");
-    }
-    let mut loads = Vec::new();
-    let mut notes = Notes::default();
-    let mut note_bytes = 0_u64;
-    for (number, segment) in header.program_headers(endian, cache)?.iter().enumerate() {
-        match segment.p_type(endian) {
-            elf::PT_LOAD => loads.push(Load {
-                number,
-                vaddr: segment.p_vaddr(endian).into(),
-                paddr: segment.p_paddr(endian).into(),
-                file_bytes: segment.p_filesz(endian).into(),
-                memory_bytes: segment.p_memsz(endian).into(),
-                offset: segment.p_offset(endian).into(),
-                flags: segment.p_flags(endian).0,
-            }),
-            elf::PT_NOTE => {
-                note_bytes = note_bytes.saturating_add(segment.p_filesz(endian).into());
-                if note_bytes > MAX_NOTE_BYTES {
-                    bail!("more than {MAX_NOTE_BYTES} bytes of notes");
-                }
-                let Some(mut all) = segment.notes(endian, cache)? else {
-                    continue;
-                };
-                while let Some(note) = all.next()? {
-                    if matches!(note.name(), b"QEMU" | b"VBCORE") {
-                        notes.kind = Kind::Guest;
-                    } else if note.name() == b"VMCOREINFO" && notes.kind == Kind::Process {
-                        notes.kind = Kind::Machine;
-                    } else if note.name() == b"CORE" && note.n_type(endian) == elf::NT_FILE {
-                        notes.files = mapped_files::<Elf>(note.desc(), endian)?;
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-    notes.files.sort_by_key(|(range, _)| range.start);
-    Ok((loads, notes))
-}
-
-/// Reads `NT_FILE`: a count, the unit of the offsets, three words for each mapping, then the names.
-fn mapped_files<Elf: FileHeader<Endian = Endianness>>(
-    note: &[u8],
-    endian: Endianness,
-) -> Result<Vec<(Range<u64>, String)>> {
-    let width = size_of::<Elf::Word>();
-    let word = |index: usize| -> Result<u64> {
-        let bytes = index
-            .checked_mul(width)
-            .and_then(|at| note.get(at..at.checked_add(width)?))
-            .context("its list of mapped files is cut short")?;
-        let mut wide = [0; 8];
-        let little = endian == Endianness::Little;
-        if little {
-            wide[..width].copy_from_slice(bytes);
-            Ok(u64::from_le_bytes(wide))
-        } else {
-            wide[8 - width..].copy_from_slice(bytes);
-            Ok(u64::from_be_bytes(wide))
-        }
-    };
-    let count = usize::try_from(word(0)?)?;
-    // Each mapping has its three words in the note, so the count meets the note's size first.
-    if count > note.len() / (3 * width) {
-        bail!("its list of mapped files is cut short");
-    }
-    let names = note.get((2 + 3 * count) * width..).unwrap_or_default();
-    let mut names = names.split(|&byte| byte == 0);
-    (0..count)
-        .map(|index| {
-            let name = names
-                .next()
-                .context("its list of mapped files is cut short")?;
-            let range = word(2 + 3 * index)?..word(3 + 3 * index)?;
-            Ok((range, names::stored(name)))
-        })
-        .collect()
+    pub(super) taken: (usize, u64),
+    pub(super) dropped: (usize, u64),
 }
 
 /// Whether the addresses of one kind can be those of the segments: they stay within the address
 /// space, and no two segments hold the same memory in different places of the file.
-fn is_usable(loads: &[Load], physical: bool) -> bool {
+pub(super) fn is_usable(loads: &[Load], physical: bool) -> bool {
     let mut spans = Vec::new();
     for load in loads.iter().filter(|load| load.known_bytes() > 0) {
         let start = load.start(physical);
@@ -402,11 +124,11 @@ fn is_usable(loads: &[Load], physical: bool) -> bool {
 
 /// What is taken of a core, and what isn't.
 #[derive(Debug, Default)]
-struct Plan {
-    segments: Vec<Segment>,
-    overlaps: Vec<Overlap>,
+pub(super) struct Plan {
+    pub(super) segments: Vec<Segment>,
+    pub(super) overlaps: Vec<Overlap>,
     /// Virtual addresses contradict each other, so physical ones are taken.
-    contradicting: bool,
+    pub(super) contradicting: bool,
     beyond: Counted,
     unaddressed: Counted,
     cut: Counted,
@@ -443,7 +165,7 @@ impl Counted {
 
 impl Plan {
     /// Takes each byte of memory once: from a segment that has it, if there is one.
-    fn make(
+    pub(super) fn make(
         &mut self,
         loads: &[Load],
         notes: &Notes,
@@ -588,7 +310,7 @@ impl Plan {
         self.segments.sort_by_key(|segment| segment.start);
     }
 
-    fn remarks(&self) -> Vec<Remark> {
+    pub(super) fn remarks(&self) -> Vec<Remark> {
         let physical = self.contradicting.then(|| Remark {
             key: "source.addresses",
             value: "physical".into(),
@@ -705,134 +427,6 @@ fn without(spans: Vec<Span>, others: &[Span]) -> Vec<Span> {
         left.extend(span.within(free..span.end));
     }
     left
-}
-
-/// Checks that memory which two segments hold is the same in both.
-fn compare(file: &SourceFile, overlaps: &[Overlap], cancel: &Cancel) -> Result<()> {
-    // Segments that share no bytes of the file have no more than it has.
-    let twice = overlaps.iter().map(|overlap| u128::from(overlap.len));
-    if twice.sum::<u128>() > u128::from(file.len()) {
-        bail!("its segments hold more bytes at addresses of others than the file has");
-    }
-    let (mut one, mut other) = (vec![0; CHUNK], vec![0; CHUNK]);
-    for overlap in overlaps {
-        let mut done = 0;
-        while done < overlap.len {
-            cancel.check()?;
-            let len = usize::try_from((overlap.len - done).min(CHUNK as u64))?;
-            let (one, other) = (&mut one[..len], &mut other[..len]);
-            file.read(one, overlap.taken.1 + done)?;
-            file.read(other, overlap.dropped.1 + done)?;
-            if let Some(at) = one.iter().zip(other.iter()).position(|(a, b)| a != b) {
-                bail!(
-                    "segments {} and {} both hold the {} from {:#x} on, and differ at {:#x}: the \
-                     dump contradicts itself, so take another; --raw packs the file as it is",
-                    overlap.taken.0,
-                    overlap.dropped.0,
-                    count(overlap.len, "byte"),
-                    overlap.start,
-                    overlap.start + done + at as u64
-                );
-            }
-            done += len as u64;
-        }
-    }
-    Ok(())
-}
-
-impl Source for ElfCore {
-    fn describe(&self) -> Vec<(String, String)> {
-        let kind = match self.kind {
-            Kind::Process => "elf core of a process",
-            Kind::Guest => "elf core of a guest",
-            Kind::Machine => "elf core of a machine",
-        };
-        vec![
-            ("source".into(), kind.into()),
-            ("source.path".into(), names::path(self.file.path())),
-        ]
-    }
-
-    fn pages(&self) -> Option<u64> {
-        Some(self.segments.iter().map(|segment| segment.pages).sum())
-    }
-
-    fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
-        // Odd pages are too few to matter.
-        let known = || {
-            self.segments.iter().filter_map(|segment| {
-                if let Content::At(offset) = segment.content {
-                    Some((segment.pages, offset))
-                } else {
-                    None
-                }
-            })
-        };
-        let mut samples = Samples {
-            all: known().map(|(pages, _)| pages * PAGE).sum(),
-            ..Samples::default()
-        };
-        if samples.all <= wanted.bytes as u64 {
-            return Ok(samples);
-        }
-        // Every so many pages of all segments, a piece.
-        let step = (samples.all / PAGE / wanted.pieces().max(1)).max(1);
-        let mut piece = vec![0; wanted.piece];
-        let (mut next, mut before) = (0, 0);
-        for (pages, offset) in known() {
-            while next < before + pages {
-                let page = next - before;
-                let len = usize::try_from((pages - page) * PAGE)?.min(piece.len());
-                self.file.read(&mut piece[..len], offset + page * PAGE)?;
-                samples.keep(&piece[..len]);
-                next += step;
-            }
-            before += pages;
-        }
-        Ok(samples)
-    }
-
-    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        // Pieces of one segment are one region; of a machine, all memory that touches: QEMU cuts it
-        // up by the mappings of the moment.
-        let mut last: Option<&Segment> = None;
-        for segment in &self.segments {
-            let goes_on = last.is_some_and(|last| {
-                last.end() == segment.start
-                    && (self.kind.is_physical() || last.number == segment.number)
-            });
-            last = Some(segment);
-            if !goes_on {
-                sink.region(&Region {
-                    start: segment.start,
-                    flags: segment.flags,
-                    page_shift: 12,
-                    name: segment.name.clone(),
-                })?;
-            }
-            match &segment.content {
-                Content::Unknown => sink.unavailable(segment.pages)?,
-                Content::At(offset) => {
-                    let range = *offset..*offset + segment.pages * PAGE;
-                    self.file.feed(&self.extents, range, sink, &self.cancel)?;
-                }
-                Content::Pieces(pieces) => {
-                    let mut page = vec![0; usize::try_from(PAGE)?];
-                    for piece in pieces {
-                        let at = usize::try_from(piece.at)?;
-                        let len = usize::try_from(piece.len)?;
-                        self.file.read(&mut page[at..at + len], piece.offset)?;
-                    }
-                    sink.pages(&page)?;
-                }
-            }
-        }
-        self.file.check_unchanged(self.output)
-    }
-
-    fn remarks(&self) -> Vec<Remark> {
-        self.remarks.clone()
-    }
 }
 
 #[cfg(test)]
@@ -1077,15 +671,5 @@ mod tests {
             load(VSYSCALL + 0x1000, 0x1000, 0x1000, 0x1000),
         ];
         assert_eq!(planned(&loads), [(VSYSCALL + 0x1000, 1, Some(0x1000))]);
-    }
-
-    #[test]
-    fn only_cores_are_cores() {
-        let core = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0";
-        assert!(is_core(core));
-        assert!(!is_core(&core[..17]));
-        let mut program = *core;
-        program[16] = 2;
-        assert!(!is_core(&program));
     }
 }
