@@ -7,7 +7,7 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-use snaprestore_engine::sys::abi;
+use snaprestore_uffd::uffd::abi;
 
 use crate::BenchError;
 

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use snaprestore_engine::sys;
+use snaprestore_uffd::uffd;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
 /// The documented exit codes.
@@ -56,8 +56,8 @@ pub(crate) enum Refusal {
 pub(crate) fn name_the_remedies(error: anyhow::Error) -> anyhow::Error {
     let refused = error
         .chain()
-        .find_map(|cause| cause.downcast_ref::<sys::OpenError>());
-    if !matches!(refused, Some(sys::OpenError::NotPermitted { .. })) {
+        .find_map(|cause| cause.downcast_ref::<uffd::OpenError>());
+    if !matches!(refused, Some(uffd::OpenError::NotPermitted { .. })) {
         return error;
     }
     let text = "\
@@ -94,7 +94,7 @@ impl Exit {
                 // The restore's own error has this one as its cause.
                 if let Some(error) = cause.downcast_ref() {
                     return Some(match error {
-                        sys::OpenError::Failed { .. } => Self::Failed,
+                        uffd::OpenError::Failed { .. } => Self::Failed,
                         _ => Self::NotPermitted,
                     });
                 }

@@ -2,6 +2,8 @@
 //! file a command; memory comes in through `source`, results go out through `output`, and `exit`
 //! says with which code.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod blocks;
 mod commands;

@@ -1,13 +1,16 @@
 //! Restores memory lazily from snaprestore snapshots.
 
+// The model checker of the session, a test, switches stacks.
+#![cfg_attr(not(test), forbid(unsafe_code))]
+
 #[doc(hidden)]
 pub mod fail_point;
-pub mod mem;
 pub mod pager;
 pub mod restore;
 mod running;
 mod session;
-pub mod sys;
+
+pub use snaprestore_uffd as uffd;
 
 /// The example of the project's front page, compiled with the documentation's.
 #[cfg(doctest)]

@@ -31,7 +31,12 @@ fn program() -> &'static Path {
         let profile = test.ancestors().nth(2).unwrap();
         let program = profile.join("examples/microvm");
         let engine = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let sources = ["examples/microvm", "src", "../snapshot-format/src"];
+        let sources = [
+            "examples/microvm",
+            "src",
+            "uffd/src",
+            "../snapshot-format/src",
+        ];
         let newest = sources.map(|folder| newest_below(&engine.join(folder)));
         let built = fs::metadata(&program).and_then(|program| program.modified());
         if !built.is_ok_and(|built| newest.iter().all(|newest| built >= *newest)) {

@@ -39,6 +39,7 @@
 //! # Verifying
 //!
 //! [`verify()`] reads everything and reports everything that is wrong.
+
 #![forbid(unsafe_code)]
 
 mod decoder;

@@ -4,10 +4,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use snaprestore_engine::sys::{OpenError, OpenOptions};
 use snaprestore_fixtures::guest::{self, GuestImage};
 use snaprestore_fixtures::host::{find_program, skipped};
 use snaprestore_fixtures::live::Live;
+use snaprestore_uffd::uffd::{OpenError, OpenOptions};
 
 use crate::compare::{PAGE, bytes_at};
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion, Scratch};
-use snaprestore_engine::sys::{
+use snaprestore_uffd::memory::{Mapping, MappingOptions, RawRegion, Scratch};
+use snaprestore_uffd::uffd::{
     Features, Installed, Modes, MoveHoles, OpenOptions, Userfaultfd, Wake,
 };
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{self, OnFailure, Restore};
+use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::Snapshot;
 
 use super::region::Region;

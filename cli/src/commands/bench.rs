@@ -15,7 +15,7 @@ use snaprestore_benches::report::{Row, rows, table};
 use snaprestore_benches::rounds::{self, Absent, Samples};
 use snaprestore_benches::trial::{Runner, run_child};
 use snaprestore_benches::workload::{Access, Cache, Order, Workload};
-use snaprestore_engine::sys;
+use snaprestore_uffd::uffd;
 use snapshot_format::{OpenError, Snapshot};
 
 use crate::args;
@@ -64,8 +64,8 @@ impl fmt::Display for Report {
 pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result<Exit> {
     let workload = workload(args)?;
     if matches!(
-        sys::OpenOptions::new().open(),
-        Err(sys::OpenError::NotPermitted {
+        uffd::OpenOptions::new().open(),
+        Err(uffd::OpenError::NotPermitted {
             user_mode_only_would_do: true,
             ..
         })

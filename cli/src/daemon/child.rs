@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
-use snaprestore_engine::sys::open_pidfd;
+use snaprestore_uffd::os::open_pidfd;
 
 use super::keeper::Options;
 use super::systemd;

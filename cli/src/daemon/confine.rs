@@ -38,8 +38,8 @@ use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
 use serde_json::{Value, json};
 use snaprestore_engine::pager::SYSTEM_CALLS;
-use snaprestore_engine::sys::abi;
-use snaprestore_engine::sys::confine::{CAP_KILL, install_filter, keep_capabilities};
+use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
+use snaprestore_uffd::uffd::abi;
 
 /// The newest kind of Landlock that this was tested with. Less is taken where the kernel has less.
 const LANDLOCK: ABI = ABI::V7;

@@ -22,7 +22,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::sys::credentials_of;
+use snaprestore_uffd::os::credentials_of;
 
 use super::config::Service;
 use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};

@@ -41,7 +41,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use nix::unistd::{dup2_stdin, setsid};
-use snaprestore_engine::sys::{Received, kill_by_pidfd, pid_of, receive, take_inherited};
+use snaprestore_uffd::os::{Received, kill_by_pidfd, pid_of, receive, take_inherited};
 
 use super::outside::News;
 use super::{cgroup, queue, systemd};

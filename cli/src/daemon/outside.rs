@@ -359,7 +359,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
-    use snaprestore_engine::sys::receive;
+    use snaprestore_uffd::os::receive;
 
     use super::*;
 

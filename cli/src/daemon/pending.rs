@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError};
-use snaprestore_engine::sys::{Closing, Peer};
+use snaprestore_uffd::os::Peer;
+use snaprestore_uffd::uffd::Closing;
 
 /// The most of them at once; who connects then waits in the kernel's queue.
 pub(super) const MOST: usize = 256;

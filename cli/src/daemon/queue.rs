@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
-use snaprestore_engine::sys::{Peer, kill_by_pidfd, peer_of};
+use snaprestore_uffd::os::{Peer, kill_by_pidfd, peer_of};
 
 /// How often it is tried again to accept, for want of memory or descriptors.
 const TRIES: u32 = 100;

@@ -20,7 +20,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use snaprestore_engine::sys::take_inherited;
+use snaprestore_uffd::os::take_inherited;
 
 /// What systemd sets for a service, and what it must not pass on to processes that it starts.
 pub(crate) const VARIABLES: [&str; 5] = [

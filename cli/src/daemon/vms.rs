@@ -13,7 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{OwnerRegion, Vitals};
-use snaprestore_engine::sys::{Peer, is_userfaultfd, kill_by_pidfd, open_page_map, pid_of};
+use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map, pid_of};
+use snaprestore_uffd::uffd::is_userfaultfd;
 
 use super::config::Service;
 use super::outside::{OWNER, Outside, UFFD};

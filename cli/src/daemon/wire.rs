@@ -12,7 +12,7 @@ use nix::sys::socket::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::OwnerRegion;
-use snaprestore_engine::sys::receive;
+use snaprestore_uffd::os::receive;
 
 use super::config::Service;
 use super::desk::{self, Upgraded};

@@ -1,8 +1,8 @@
 //! The comparison with other ways to restore.
 
-use snaprestore_engine::sys::OpenOptions;
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
+use snaprestore_uffd::uffd::OpenOptions;
 
 use crate::common::{Folder, as_nobody, number, run};
 use crate::restore::nobody_is_limited;

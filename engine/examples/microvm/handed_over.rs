@@ -9,8 +9,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use snaprestore_engine::mem::RawRegion;
-use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
+use snaprestore_uffd::memory::RawRegion;
+use snaprestore_uffd::uffd::{Features, Modes, OpenOptions, Userfaultfd};
 use snapshot_format::Snapshot;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
 

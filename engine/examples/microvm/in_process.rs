@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Restored};
+use snaprestore_uffd::memory::guest_memory;
 use snapshot_format::Snapshot;
 use vm_memory::GuestMemoryMmap;
 
@@ -29,7 +30,7 @@ impl InProcess {
         // SAFETY: the memory is used as long as this value lives at most: it is only lent out, and
         // nobody in this program clones it. The restore is not stopped before, and nobody unmaps or
         // moves its memory.
-        let memory = unsafe { restored.guest_memory() }?;
+        let memory = unsafe { guest_memory(&restored.guest_regions()) }?;
         Ok(Self { memory, restored })
     }
 }

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::handover::OwnerRegion;
-use crate::sys::{Closing, Untrusted, may_report_forks, receive};
+use snaprestore_uffd::os::receive;
+use snaprestore_uffd::uffd::{Closing, Untrusted, may_report_forks};
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
 const MOST_BYTES: usize = 64 << 10;
@@ -257,7 +258,7 @@ mod tests {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
     use super::*;
-    use crate::sys::OpenOptions;
+    use snaprestore_uffd::uffd::OpenOptions;
 
     const V1_1: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0}]"#;
     const V1_7: &str = r#"[{"base_host_virt_addr":140573004529664,"size":67108864,"offset":0,"page_size_kib":2097152}]"#;

@@ -21,7 +21,7 @@ pub struct Handover {
     pub owner: OwnedFd,
     /// Its memory.
     pub regions: Vec<OwnerRegion>,
-    /// Its page map, from [`open_page_map`](crate::sys::open_page_map), which pages of 2 MiB need: for a process
+    /// Its page map, from [`open_page_map`](snaprestore_uffd::os::open_page_map), which pages of 2 MiB need: for a process
     /// that can't open it. If there are such pages and this is `None`, it is opened.
     pub page_map: Option<OwnedFd>,
 }

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::session::{Decision, Failure, Fault, Guard};
-use crate::sys::kill_by_pidfd;
+use snaprestore_uffd::os::kill_by_pidfd;
 
 /// What is done when a page that the owner waits for can't be restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -10,14 +10,13 @@ use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::mem::Ring;
 use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
-use crate::sys::limits::Hint;
-use crate::sys::{
-    AdoptError, Features, Ioctls, PageMap, PageSizeError, Userfaultfd, check_page_size, may_kill,
-    open_page_map,
-};
+use snaprestore_uffd::memory::Ring;
+use snaprestore_uffd::os::limits::Hint;
+use snaprestore_uffd::os::{PageMap, may_kill, open_page_map};
+use snaprestore_uffd::uffd::{AdoptError, Features, Ioctls, Userfaultfd};
+use snaprestore_uffd::{PageSizeError, check_page_size};
 
 /// How the memory of an owner is served, being described.
 #[must_use = "nothing happens before `attach`"]

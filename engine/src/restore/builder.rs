@@ -8,16 +8,16 @@ use std::time::Instant;
 
 use snapshot_format::{ReadError, Region, Snapshot};
 
-use crate::mem::{
+use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
+use snaprestore_uffd::memory::{
     Advice, Mapping, MappingOptions, MemError, Pagemap, RawRegion, SMAPS, Unsuitable, dont_fork_of,
     first_resident,
 };
-use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
-use crate::sys::limits::Hint;
-use crate::sys::{
-    Features, Ioctls, Mask, Modes, OpenError, OpenOptions, PageSizeError, RegisterError,
-    UserModeOnly, Userfaultfd, check_page_size,
+use snaprestore_uffd::os::limits::Hint;
+use snaprestore_uffd::uffd::{
+    Features, Ioctls, Mask, Modes, OpenError, OpenOptions, RegisterError, UserModeOnly, Userfaultfd,
 };
+use snaprestore_uffd::{PageSizeError, check_page_size};
 
 use super::guard::{Asker, Owner};
 use super::restored::{self, Restored, RestoredRegion};
@@ -176,7 +176,17 @@ impl Restore {
     }
 
     /// Restores region `index` into the caller's memory, which must have its length and be empty.
-    /// The [`Restored`] keeps it. Making sure of its kind takes up to 25 ms for each GiB that the
+    /// The [`Restored`] keeps it, and nobody else has it:
+    ///
+    /// ```compile_fail,E0382
+    /// # use snaprestore_engine::{restore::Restore, uffd::memory::RawRegion};
+    /// # fn again(restore: Restore, memory: RawRegion) {
+    /// let restore = restore.region(0, memory);
+    /// memory.make_inaccessible(0, 4096);
+    /// # }
+    /// ```
+    ///
+    /// Making sure of its kind takes up to 25 ms for each GiB that the
     /// process has resident, in small pages, at lower addresses.
     pub fn region(mut self, index: usize, memory: RawRegion) -> Self {
         self.regions.insert(index, memory);

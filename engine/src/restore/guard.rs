@@ -8,7 +8,7 @@ use crate::session::{
 };
 
 use super::questions::Questions;
-use crate::sys::abort;
+use snaprestore_uffd::os::abort;
 
 /// A callback that decides about failures.
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;

@@ -19,8 +19,8 @@ use std::ops::Range;
 use snapshot_format::Top;
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::mem::{Advice, HUGE_PAGE, advise_at};
 use crate::session::{Kernel, PAGE, Session, SnapshotImage};
+use snaprestore_uffd::memory::{Advice, HUGE_PAGE, advise_at};
 
 /// Makes huge pages where they cost no memory. `left` are runs that were never registered.
 pub(super) fn collapse(session: &Session<Kernel, SnapshotImage>, left: &[Range<u64>]) {

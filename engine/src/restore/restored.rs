@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::mem::{Advice, MemError, RawRegion, advise_at};
 use crate::running::{OnComplete, Running, Stats, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
-use crate::sys::{ReadFault, abort, read_checked, to_usize};
+use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
+use snaprestore_uffd::memory::{ReadFault, read_checked};
+use snaprestore_uffd::os::abort;
+use snaprestore_uffd::to_usize;
 
 use super::builder::without;
 use super::huge;
@@ -225,10 +227,18 @@ impl Restored {
         &self.regions
     }
 
-    /// The regions, and the memory of each.
-    #[cfg(feature = "rust-vmm")]
-    pub(crate) fn memory(&self) -> impl Iterator<Item = (&RestoredRegion, &RawRegion)> {
-        self.regions.iter().zip(&self.memory)
+    /// The regions of address space 0, each with its address in the guest, in ascending order: for
+    /// `snaprestore_uffd::memory::guest_memory` (feature `rust-vmm`).
+    pub fn guest_regions(&self) -> Vec<(u64, &RawRegion)> {
+        let mut regions: Vec<_> = self
+            .regions
+            .iter()
+            .zip(&self.memory)
+            .filter(|(region, _)| region.space == 0)
+            .map(|(region, memory)| (region.start, memory))
+            .collect();
+        regions.sort_unstable_by_key(|(start, _)| *start);
+        regions
     }
 
     /// Whether every page is there (or was discarded, or poisoned) and the memory is unregistered.
@@ -456,7 +466,7 @@ impl Restored {
         let mut done = Ok(());
         for round in 0.. {
             let refused = session.missing().into_iter().find_map(|(address, pages)| {
-                let made = Kernel::make_inaccessible(address, pages * PAGE);
+                let made = session.platform.make_inaccessible(address, pages * PAGE);
                 Some((address, made.err()?))
             });
             let changed = session.read_events(0) > 0
@@ -481,8 +491,12 @@ impl Restored {
     }
 
     fn make_all_inaccessible(&self) {
-        for extent in self.running.session.state.mapped() {
-            if let Err(error) = Kernel::make_inaccessible(extent.address, extent.pages * PAGE) {
+        let session = &self.running.session;
+        for extent in session.state.mapped() {
+            let made = session
+                .platform
+                .make_inaccessible(extent.address, extent.pages * PAGE);
+            if let Err(error) = made {
                 abort(&format!(
                     "cannot make incomplete memory inaccessible: {error}"
                 ));

@@ -20,7 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::session::{Durations, Kernel, Session, SnapshotImage};
-use crate::sys::trim_heap;
+use snaprestore_uffd::os::trim_heap;
 
 use feed::{Feed, Plan};
 use pool::Pool;

@@ -111,7 +111,8 @@ impl Ring {
                 continue;
             }
             // With all of its threads at a task, one has to end first.
-            let is_full = crate::sys::to_usize(entry.slots.count_ones().into()) >= entry.threads;
+            let is_full =
+                snaprestore_uffd::to_usize(entry.slots.count_ones().into()) >= entry.threads;
             match entry.rest {
                 _ if is_full => {}
                 Rest::Until(due) if due > now => {
@@ -320,7 +321,7 @@ impl Pool {
         }
         Some(Task {
             feed,
-            slot: crate::sys::to_usize(slot.into()),
+            slot: snaprestore_uffd::to_usize(slot.into()),
         })
     }
 

@@ -7,7 +7,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use crate::session::{Place, RETRY_TIMEOUT};
-use crate::sys::{SignalsBlocked, abort, leave_creator};
+use snaprestore_uffd::os::{SignalsBlocked, abort, leave_creator};
 
 use super::feed::Plan;
 use super::{Prefetch, Running, Shared, workers};

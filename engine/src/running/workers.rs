@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::session::{Lend, SnapshotImage, Worker};
-use crate::sys::trim_heap;
+use snaprestore_uffd::os::trim_heap;
 
 use super::pool::Pool;
 

@@ -22,7 +22,7 @@ use super::state::Status;
 use super::stats::{CameFrom, Met, Trace};
 use super::{Failure, FailureKind, Session, SnapshotImage};
 use crate::fail_point::{FailPoint, fail_point};
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// Pages of the buffer that fills other than zero are installed from.
 const FILL_PAGES: usize = 64;

@@ -23,7 +23,7 @@ use super::platform::{Image, Installed, PAGE, PageNumber, Platform};
 use super::state::Status;
 use super::stats::{Met, Trace, add};
 use super::{Decision, Failure, FailureKind, Fault, Session};
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// What the state of the faulting page asks for.
 pub(super) enum Step {

@@ -23,7 +23,7 @@ use super::platform::{Content, Image, Installed, PageNumber, Platform};
 use super::state::Status;
 use super::stats::add;
 use super::{Failure, FailureKind, Left, PrefetchStop, Session, Worker};
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// What one hold came to.
 enum Held {

@@ -20,7 +20,7 @@ use super::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
 use super::stats::add;
 use super::{Session, Stats};
 use crate::fail_point::{FailPoint, fail_point};
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
 pub(crate) const HOLD_PAGES: u64 = 64;

@@ -5,11 +5,11 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use crate::fail_point::{FailPoint, fail_point};
-use crate::mem::{Brake, MemError, Ring, make_inaccessible_at};
-use crate::sys::abi::UFFD_EVENT_FORK;
-use crate::sys::{
-    self, Follower, InstallError, Message, PageMap, Presence, Raw, Ready, Userfaultfd, Waiting,
-    Wake,
+use snaprestore_uffd::memory::{Brake, MemError, Ring};
+use snaprestore_uffd::os::{Follower, PageMap};
+use snaprestore_uffd::uffd::abi::UFFD_EVENT_FORK;
+use snaprestore_uffd::uffd::{
+    self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
 use super::claims::{Claims, FrameId};
@@ -75,8 +75,8 @@ impl Kernel {
 
     /// Takes every access to memory that the owner has and that can't be restored any more, for kernels
     /// that can't poison it.
-    pub(crate) fn make_inaccessible(address: u64, len: u64) -> Result<(), MemError> {
-        make_inaccessible_at(address, len)
+    pub(crate) fn make_inaccessible(&self, address: u64, len: u64) -> Result<(), MemError> {
+        self.with(Ok(()), |uffd| uffd.make_inaccessible(address, len))
     }
 
     /// An ioctl, if the session isn't over.
@@ -87,23 +87,23 @@ impl Kernel {
 
     fn install(
         &self,
-        ioctl: impl FnOnce(&Userfaultfd) -> Result<sys::Installed, InstallError>,
+        ioctl: impl FnOnce(&Userfaultfd) -> Result<uffd::Installed, InstallError>,
     ) -> Installed {
         self.with(Installed::Gone, |uffd| outcome(ioctl(uffd)))
     }
 }
 
 /// The outcome of an install, for the session.
-fn outcome(result: Result<sys::Installed, InstallError>) -> Installed {
+fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
     match result {
-        Ok(sys::Installed::Done) => Installed::Done,
-        Ok(sys::Installed::Partial { done }) => Installed::Partial(done),
-        Ok(sys::Installed::Exists) => Installed::Exists,
-        Ok(sys::Installed::Again) => Installed::Again,
-        Ok(sys::Installed::Gone) | Err(InstallError::NotRegistered { .. }) => Installed::Gone,
-        Ok(sys::Installed::OwnerGone) => Installed::OwnerGone,
-        Ok(sys::Installed::NoMemory) => Installed::NoMemory,
-        Ok(sys::Installed::SourceBusy) => Installed::Refused(libc::EBUSY),
+        Ok(uffd::Installed::Done) => Installed::Done,
+        Ok(uffd::Installed::Partial { done }) => Installed::Partial(done),
+        Ok(uffd::Installed::Exists) => Installed::Exists,
+        Ok(uffd::Installed::Again) => Installed::Again,
+        Ok(uffd::Installed::Gone) | Err(InstallError::NotRegistered { .. }) => Installed::Gone,
+        Ok(uffd::Installed::OwnerGone) => Installed::OwnerGone,
+        Ok(uffd::Installed::NoMemory) => Installed::NoMemory,
+        Ok(uffd::Installed::SourceBusy) => Installed::Refused(libc::EBUSY),
         Err(InstallError::Refused { source, .. }) => {
             Installed::Refused(source.raw_os_error().unwrap_or(libc::EIO))
         }

@@ -57,7 +57,8 @@ use super::state::{State, Status};
 use super::stats::add;
 use super::{Failure, Session, Worker};
 use crate::fail_point::{FailPoint, fail_point};
-use crate::sys::{Wake, to_usize};
+use snaprestore_uffd::to_usize;
+use snaprestore_uffd::uffd::Wake;
 
 /// Tells the claim of a large page from that of a frame, whose offset is less.
 const LARGE_CLAIM: u64 = 1 << 63;

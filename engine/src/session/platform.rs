@@ -9,7 +9,7 @@ use snapshot_format::Reason;
 
 use super::claims::{Claims, FrameId};
 use super::failure::Failure;
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// A page's number in the snapshot.
 pub(crate) type PageNumber = u64;

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::mem::{Block, Ring};
+use snaprestore_uffd::memory::{Block, Ring};
 
 use super::map::{Extent, Growth, Map, Unit};
 use super::platform::{PAGE, PageNumber};
@@ -638,7 +638,7 @@ fn place(page: PageNumber) -> (usize, u64) {
 
 /// The word of a page's bit. Page numbers fit: the block that holds the bits was allocated.
 fn word_of(page: PageNumber) -> usize {
-    crate::sys::to_usize(page / 64)
+    snaprestore_uffd::to_usize(page / 64)
 }
 
 /// The words that hold the bits of `pages`, each with the mask of those bits.

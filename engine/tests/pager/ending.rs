@@ -15,7 +15,7 @@ use snapshot_format::Reason;
 
 use crate::common::{in_child, open, open_hooked, pack, random_bytes, wait_until};
 use crate::owner::{Memory, Owner, Region, mixed};
-use crate::sys_support::{Ended, madvise, peek};
+use crate::uffd_support::{Ended, madvise, peek};
 use crate::{PAGES, REGIONS};
 
 #[test]

@@ -4,13 +4,13 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
-use snaprestore_engine::sys::open_page_map;
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
+use snaprestore_uffd::os::open_page_map;
 
 use crate::common::{damaged, frame_of, open, pack, random_bytes};
 use crate::owner::{Backing, Memory, Owner, Region, mixed};
-use crate::sys_support::{Ended, madvise};
+use crate::uffd_support::{Ended, madvise};
 
 /// Pages of the snapshot in one of the owner's.
 const LARGE: u64 = 512;

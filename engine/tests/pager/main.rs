@@ -15,8 +15,8 @@ mod shared;
 #[path = "../restore/common.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod common;
-#[path = "../sys_support/mod.rs"]
-mod sys_support;
+#[path = "../../uffd/tests/support/mod.rs"]
+mod uffd_support;
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
@@ -24,8 +24,8 @@ use std::sync::Arc;
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
 use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
-use snaprestore_engine::sys::{AdoptError, OpenOptions};
-use sys_support::Ended;
+use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
+use uffd_support::Ended;
 
 const PAGES: u64 = 2048;
 

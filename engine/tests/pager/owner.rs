@@ -4,15 +4,14 @@ use std::io::{PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::fd::AsRawFd as _;
 
-use snaprestore_engine::mem::{Mapping, MappingOptions, RawRegion};
 use snaprestore_engine::pager::{Handover, OwnerRegion};
-use snaprestore_engine::sys::{
-    Features, Installed, Modes, OpenOptions, Userfaultfd, Wake, open_pidfd,
-};
 use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_uffd::memory::{Mapping, MappingOptions, RawRegion};
+use snaprestore_uffd::os::open_pidfd;
+use snaprestore_uffd::uffd::{Features, Installed, Modes, OpenOptions, Userfaultfd, Wake};
 
 use crate::common::PAGE;
-use crate::sys_support::Child;
+use crate::uffd_support::Child;
 
 /// Pages of all kinds: zeros, fills, repeated ones and others.
 pub(crate) fn mixed(pages: u64) -> Vec<u8> {
@@ -269,7 +268,7 @@ impl Memory {
         for page in (0..self.pages()).step_by(16).filter(|page| gone(*page)) {
             let count = 16.min(self.pages() - page);
             for page in page..page + count {
-                crate::sys_support::madvise(self.page(page), PAGE as u64, libc::MADV_DONTNEED);
+                crate::uffd_support::madvise(self.page(page), PAGE as u64, libc::MADV_DONTNEED);
             }
         }
         i32::from(self.wrong(source, gone).is_some())

@@ -7,7 +7,7 @@ use snapshot_format::Snapshot;
 
 use crate::common::{damaged, frame_of, open, pack, random_bytes};
 use crate::owner::{Owner, mixed};
-use crate::sys_support::Ended;
+use crate::uffd_support::Ended;
 use crate::{PAGES, REGIONS};
 
 /// Room for everything.

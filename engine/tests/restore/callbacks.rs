@@ -5,12 +5,12 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
-use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{
     OnFailure, Prefetch, ReadAtError, Restore, Restored, Stop, StopError, Verdict,
 };
-use snaprestore_engine::sys::Loads;
 use snaprestore_fixtures::host::skipped;
+use snaprestore_uffd::memory::Loads;
+use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{

@@ -9,7 +9,7 @@ use std::time::Duration;
 use snaprestore_engine::restore::{
     FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Stop, StopError, Verdict,
 };
-use snaprestore_engine::sys::{KernelVersion, Mask};
+use snaprestore_uffd::uffd::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
 use crate::common::{

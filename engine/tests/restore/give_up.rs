@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::restore::{OnFailure, Restore, Stop, StopError};
-use snaprestore_engine::sys::{Features, Mask};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::SplitMix;
+use snaprestore_uffd::uffd::{Features, Mask};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
 
 use crate::common::{

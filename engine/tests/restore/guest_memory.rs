@@ -1,6 +1,7 @@
 //! The restored regions as `vm-memory` guest memory.
 
 use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_uffd::memory::guest_memory;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -27,7 +28,7 @@ fn guest_memory_reads_as_the_source() {
             .start()
             .unwrap();
         // SAFETY: the guest memory is dropped before the restore.
-        let memory = unsafe { restored.guest_memory() }.unwrap();
+        let memory = unsafe { guest_memory(&restored.guest_regions()) }.unwrap();
         assert_eq!(memory.num_regions(), 2);
         assert_eq!(
             memory.iter().map(GuestMemoryRegion::len).sum::<u64>(),

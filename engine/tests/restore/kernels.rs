@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use snaprestore_engine::restore::{OnFailure, Prefetch, ReadAtError, Restore, StartError};
-use snaprestore_engine::sys::{Features, KernelVersion, Mask};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
+use snaprestore_uffd::uffd::{Features, KernelVersion, Mask};
 
 use crate::common::{
     address, compare, damaged, frame_of, in_child, open, pack, pages_of_frame, peek, random_bytes,

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
 use snaprestore_fixtures::host::skipped;
+use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};
 
 use crate::common::{

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::mem::RawRegion;
 use snaprestore_engine::restore::{Prefetch, Restore};
 use snaprestore_fixtures::host::told;
 use snaprestore_fixtures::images::{Mix, SplitMix};
+use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::Snapshot;
 
 use crate::common::{PAGE, open, pack, peek, poke};

@@ -24,7 +24,7 @@ use confine::{Account, Confinement, confine_worker};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::getppid;
 use snaprestore_engine::pager::{Handover, Pager, Prefetch, firecracker};
-use snaprestore_engine::sys::{open_pidfd, peer_of};
+use snaprestore_uffd::os::{open_pidfd, peer_of};
 use snapshot_format::{FileStore, Snapshot};
 
 fn main() -> Result<()> {
@@ -89,7 +89,7 @@ fn outcome(what: &str, wanted: &Confinement) -> String {
         "pidfd" => open_pidfd(1).map(drop),
         "stat" => std::fs::metadata(Path::new("/etc/passwd")).map(drop),
         "exec" => Err(Command::new("/bin/true").exec()),
-        "userfaultfd" => snaprestore_engine::sys::OpenOptions::new()
+        "userfaultfd" => snaprestore_uffd::uffd::OpenOptions::new()
             .open()
             .map(drop)
             .map_err(std::io::Error::other),

@@ -32,8 +32,8 @@ use std::process::ExitCode;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use snaprestore_engine::mem::{MappingOptions, RawRegion};
-use snaprestore_engine::sys::{Features, Modes, OpenOptions, UserModeOnly, Userfaultfd};
+use snaprestore_uffd::memory::{MappingOptions, RawRegion};
+use snaprestore_uffd::uffd::{Features, Modes, OpenOptions, UserModeOnly, Userfaultfd};
 
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;

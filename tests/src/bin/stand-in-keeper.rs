@@ -38,7 +38,7 @@ use anyhow::{Context as _, Result};
 use outside::Outside;
 use serde_json::{Value, json};
 use snaprestore_engine::pager::{Handover, OwnerRegion, Pager, firecracker};
-use snaprestore_engine::sys::peer_of;
+use snaprestore_uffd::os::peer_of;
 use snapshot_format::Snapshot;
 
 fn main() -> Result<()> {

@@ -157,7 +157,7 @@ fn forbid_seccomp(command: &mut Command) {
     ];
     let install = move || {
         nix::sys::prctl::set_no_new_privs()?;
-        snaprestore_engine::sys::confine::install_filter(&filter)
+        snaprestore_uffd::os::sandbox::install_filter(&filter)
     };
     // SAFETY: the closure makes two system calls, and allocates nothing.
     unsafe { command.pre_exec(install) };

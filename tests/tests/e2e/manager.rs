@@ -38,7 +38,7 @@ impl FakeManager {
     }
 
     pub(crate) fn take_one(&mut self) {
-        use snaprestore_engine::sys::receive;
+        use snaprestore_uffd::os::receive;
         let mut buffer = [0; 4096];
         let received = receive(self.socket_fd(), &mut buffer).expect("a message");
         let text = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();

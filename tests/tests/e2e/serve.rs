@@ -6,11 +6,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
-use snaprestore_engine::sys::{Features, OpenOptions};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
+use snaprestore_uffd::uffd::{Features, OpenOptions};
 
 use crate::scene::{PAGES, Scene, end_of, endings};
 

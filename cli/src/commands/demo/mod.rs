@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use nix::fcntl::OFlag;
 use serde::Serialize;
-use snaprestore_engine::sys::{OpenOptions, UserModeOnly};
+use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
 use self::owner::{Owner, Told};
 use super::create::{self, Recipe, Wanted};

@@ -5,8 +5,8 @@ use std::io;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snaprestore_engine::sys::probe::{HugePool, Limit};
-use snaprestore_engine::sys::{Access, Features, KernelVersion, OpenError, Probe};
+use snaprestore_uffd::uffd::{Access, Features, KernelVersion, OpenError, Probe};
+use snaprestore_uffd::uffd::{HugePool, Limit};
 
 /// One thing that matters to restoring, and how it is here.
 #[derive(Debug, Serialize)]
@@ -416,7 +416,7 @@ fn kvm(opened: &Result<(), io::Error>) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snaprestore_engine::sys::Mask;
+    use snaprestore_uffd::uffd::Mask;
 
     fn find<'c>(checks: &'c [Check], name: &str) -> &'c Check {
         checks

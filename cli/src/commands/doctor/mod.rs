@@ -6,7 +6,7 @@ use std::fmt;
 
 use anyhow::Result;
 use serde::Serialize;
-use snaprestore_engine::sys::Probe;
+use snaprestore_uffd::uffd::Probe;
 
 use crate::exit::Exit;
 use crate::output::Output;

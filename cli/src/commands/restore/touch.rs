@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use snaprestore_engine::restore::{ReadAtError, Restored};
-use snaprestore_engine::sys::{Loads, ReadFault};
+use snaprestore_uffd::memory::{Loads, ReadFault};
 use snapshot_format::layout::{PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64};
 use snapshot_format::{Page, Reason, Region, Snapshot, Top};
 

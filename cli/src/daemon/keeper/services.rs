@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::pager::AttachError;
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
-use snaprestore_engine::sys::{Closing, Peer, credentials_of, kill_by_pidfd, peer_of};
+use snaprestore_uffd::os::{Peer, credentials_of, kill_by_pidfd, peer_of};
+use snaprestore_uffd::uffd::Closing;
 
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};

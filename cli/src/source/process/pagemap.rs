@@ -9,7 +9,8 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Context as _, Result};
-use snaprestore_engine::sys::pagemap::{self, Entry};
+use snaprestore_uffd::os::pagemap;
+use snaprestore_uffd::os::pagemap::Entry;
 
 use super::super::PAGE;
 use super::VAST;

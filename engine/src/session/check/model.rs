@@ -12,7 +12,7 @@ use super::{Knows, Owner};
 use crate::session::Session;
 use crate::session::claims::{Claims, FrameId};
 use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
-use crate::sys::Wake;
+use snaprestore_uffd::uffd::Wake;
 
 /// What a thread stops before.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
@@ -333,7 +333,7 @@ impl Platform for Model {
         let len = bytes.len() as u64;
         // What is copied was put together before, from what was known then: threads that copy other
         // bytes are not in the same state.
-        let page = crate::sys::to_usize(PAGE);
+        let page = snaprestore_uffd::to_usize(PAGE);
         let decided: Vec<u8> = bytes.chunks(page).map(|page| page[0]).collect();
         self.threads[self.current.get()].tell(&decided);
         if self.is(Mistake::PresentBeforeCopy) {

@@ -10,7 +10,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rand::RngExt as _;
 use rand::rngs::SmallRng;
 use serde_json::json;
-use snaprestore_engine::sys::open_pidfd;
+use snaprestore_uffd::os::open_pidfd;
 
 use crate::memory::{Memory, PAGE};
 

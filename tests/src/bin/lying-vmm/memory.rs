@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use snaprestore_engine::mem::{MappingOptions, RawRegion};
-use snaprestore_engine::sys::{Features, Modes, OpenOptions, Userfaultfd};
+use snaprestore_uffd::memory::{MappingOptions, RawRegion};
+use snaprestore_uffd::uffd::{Features, Modes, OpenOptions, Userfaultfd};
 
 use crate::deeds::Deed;
 

@@ -1,0 +1,103 @@
+//! Memory under userfaultfd, without `unsafe` at the caller: the kernel's interface, memory
+//! mappings, and what else a program that restores memory needs of Linux.
+//!
+//! | module | contents |
+//! | --- | --- |
+//! | [`uffd`] | userfaultfd: opening, registering, installing pages, reading messages, and what a machine permits |
+//! | [`memory`] | mappings and who owns them, blocks shared between processes, checked loads |
+//! | [`os`] | waiting, signals, other processes, descriptors that come from them, limits, sandboxes |
+//!
+//! A userfaultfd can fill memory that it does not own, so every function that installs a page
+//! checks that the page lies in memory that was registered under the contract of
+//! [`RawRegion::new`](memory::RawRegion::new), which is the one `unsafe` step.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use snaprestore_uffd::memory::{Mapping, RawRegion};
+//! use snaprestore_uffd::uffd::{Installed, Modes, OpenOptions, UserModeOnly, Wake};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let region = RawRegion::owned(Arc::new(Mapping::new(4096)?));
+//! let uffd = OpenOptions::new().user_mode_only(UserModeOnly::IfNeeded).open()?;
+//! uffd.register(&region, 0, region.len(), Modes::MISSING)?;
+//! let installed = uffd.copy(region.address(), &[7; 4096], Wake::Now)?;
+//! assert_eq!(installed, Installed::Done);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Minimum kernel: 5.7
+//!
+//! The events REMOVE, REMAP and UNMAP (4.11) keep discarded pages from coming back. 5.7 is the first
+//! kernel in which a fault may be retried any number of times: before it a thread that is woken and
+//! finds its page still missing gets SIGBUS, and waking is how a restore recovers from every doubt.
+//! Everything newer is optional and has a fallback.
+
+#![allow(unsafe_code, reason = "the one package that talks to the kernel")]
+
+pub mod memory;
+pub mod os;
+pub mod uffd;
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("userfaultfd needs Linux, and addresses are 64 bits wide here");
+
+/// Bytes of a page of a snapshot.
+const PAGE_SIZE: u64 = 4096;
+
+/// The base page of this machine, 4 KiB on x86-64; the kernel wants addresses and lengths in
+/// multiples of it.
+pub fn page_size() -> u64 {
+    static SIZE: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *SIZE.get_or_init(|| {
+        // SAFETY: sysconf reads a constant of the process and touches no memory of ours.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(size).unwrap_or(4096)
+    })
+}
+
+/// Pages of this kernel are not of 4 KiB, as those of a snapshot are, so that they can't be restored one
+/// by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this kernel has pages of {size} bytes, and a snapshot's have 4096: run a kernel with 4 KiB pages"
+)]
+pub struct PageSizeError {
+    /// The kernel's.
+    pub size: u64,
+}
+
+/// Makes sure that a page of a snapshot is one of the kernel's.
+pub fn check_page_size() -> Result<(), PageSizeError> {
+    can_be_restored(page_size())
+}
+
+fn can_be_restored(size: u64) -> Result<(), PageSizeError> {
+    if size == PAGE_SIZE {
+        Ok(())
+    } else {
+        Err(PageSizeError { size })
+    }
+}
+
+/// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets
+/// only.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "usize has 64 bits, see compile_error above"
+)]
+pub const fn to_usize(n: u64) -> usize {
+    n as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_with_larger_pages_is_refused() {
+        assert_eq!(can_be_restored(4096), Ok(()));
+        let refused = can_be_restored(65536).unwrap_err();
+        assert!(refused.to_string().contains("65536 bytes"), "{refused}");
+    }
+}

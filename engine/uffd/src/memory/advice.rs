@@ -1,0 +1,63 @@
+//! Advice to the kernel that changes no content.
+
+use super::{Mapping, MemError, RawRegion};
+use crate::to_usize;
+
+/// Advice about memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Use transparent huge pages where a whole one fits.
+    HugePages,
+    /// Use small pages only.
+    NoHugePages,
+    /// Make huge pages of the small ones that are there, now (6.1). EINVAL means that no page could
+    /// be made; EAGAIN and ENOMEM that it may work later.
+    Collapse,
+    /// Leave the memory out of children made by `fork`.
+    DontFork,
+    /// Copy it into them, as usual.
+    DoFork,
+}
+
+impl Advice {
+    fn number(self) -> i32 {
+        match self {
+            Self::HugePages => libc::MADV_HUGEPAGE,
+            Self::NoHugePages => libc::MADV_NOHUGEPAGE,
+            Self::Collapse => libc::MADV_COLLAPSE,
+            Self::DontFork => libc::MADV_DONTFORK,
+            Self::DoFork => libc::MADV_DOFORK,
+        }
+    }
+}
+
+impl RawRegion {
+    /// Gives advice about `[offset, offset + len)`.
+    pub fn advise(&self, advice: Advice, offset: u64, len: u64) -> Result<(), MemError> {
+        let address = self.inside("advising about", offset, len)?;
+        advise(advice, address, len)
+    }
+}
+
+impl Mapping {
+    pub(super) fn advise(&self, advice: Advice) -> Result<(), MemError> {
+        advise(advice, self.address(), self.len())
+    }
+}
+
+/// Gives advice about memory at an address of a session's map, which follows what the owner moves.
+pub fn advise_at(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
+    advise(advice, address, len)
+}
+
+fn advise(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
+    let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
+    // SAFETY: none of the advice in the enum changes the content that this process sees, nor its
+    // access rights. What is not mapped there is refused with ENOMEM.
+    let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(MemError::last("advising about", address, len))
+    }
+}

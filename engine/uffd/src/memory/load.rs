@@ -1,0 +1,284 @@
+//! Reads of memory that come back with an error from a page that cannot be had: through the kernel, and
+//! by loads.
+//!
+//! ```text
+//!   byte(address) ──▶ load: one instruction, and a return
+//!                       │ SIGBUS or SIGSEGV with the program counter at `load`
+//!                       ▼
+//!                     handler ──▶ sets the program counter to `failed`, which returns -1
+//!                             ──▶ any other program counter: the action that was set before
+//! ```
+
+use std::io;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+
+use nix::errno::Errno;
+
+use crate::to_usize;
+
+/// Memory of this process that could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadFault {
+    /// Poisoned, not mapped, or not readable. (Or absent, if the userfaultfd sees faults of user
+    /// code only.)
+    #[error("memory at {address:#x} cannot be read: poisoned, unmapped or without access")]
+    Unreadable {
+        /// In the first page that can't be read; everything before it was.
+        address: u64,
+    },
+    /// The system call is not permitted, for example by a filter.
+    #[error("process_vm_readv failed")]
+    Failed(#[source] io::Error),
+}
+
+/// Reads memory of this process through the kernel: an error, not a signal, for what can't be read.
+///
+/// A page that is missing under a userfaultfd is waited for. The bytes may be changing at the same
+/// time; what arrives then is some mixture, as it would be for another process.
+pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let rest = &mut buffer[done..];
+        let local = libc::iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        };
+        let from = address.wrapping_add(done as u64);
+        let remote = libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(to_usize(from)),
+            iov_len: rest.len(),
+        };
+        // SAFETY: the kernel writes into `rest` only, which is exclusively ours for its length. The
+        // remote address is data to it: it checks the mapping and access rights of every page and
+        // answers EFAULT.
+        let read = unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        };
+        match Errno::result(read) {
+            Ok(0) | Err(Errno::EFAULT) => return Err(ReadFault::Unreadable { address: from }),
+            // A short read ends where a page could not be read; the next round says so.
+            Ok(bytes) => done += usize::try_from(bytes).unwrap_or(0),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(ReadFault::Failed(errno.into())),
+        }
+    }
+    Ok(())
+}
+
+/// Loads of single bytes of this process's memory, by the thread that made this.
+///
+/// A load is a touch like any other: a page that is missing under a userfaultfd raises a fault,
+/// and is waited for. A page that is poisoned, unmapped or without access is an error, where
+/// another load would end the process by SIGBUS or SIGSEGV.
+#[derive(Debug)]
+pub struct Loads {
+    /// The signals that this thread had blocked.
+    before: libc::sigset_t,
+    // The mask belongs to one thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl Loads {
+    /// Sets the actions for SIGBUS and SIGSEGV in this process, once, and lets both reach this
+    /// thread until the value is dropped.
+    pub fn in_this_thread() -> io::Result<Self> {
+        catch::install()?;
+        let mut faults = MaybeUninit::<libc::sigset_t>::uninit();
+        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: all pointers are to live, writable sigset_t; sigemptyset initialises the first
+        // before it is used, and pthread_sigmask the second when it returns 0, which is checked
+        // before it is taken.
+        let before = unsafe {
+            libc::sigemptyset(faults.as_mut_ptr());
+            libc::sigaddset(faults.as_mut_ptr(), libc::SIGBUS);
+            libc::sigaddset(faults.as_mut_ptr(), libc::SIGSEGV);
+            match libc::pthread_sigmask(libc::SIG_UNBLOCK, faults.as_ptr(), before.as_mut_ptr()) {
+                0 => before.assume_init(),
+                errno => return Err(io::Error::from_raw_os_error(errno)),
+            }
+        };
+        Ok(Self {
+            before,
+            not_send: PhantomData,
+        })
+    }
+
+    /// Loads the byte at `address`.
+    pub fn byte(&self, address: u64) -> Result<u8, ReadFault> {
+        catch::byte(address)
+    }
+}
+
+impl Drop for Loads {
+    fn drop(&mut self) {
+        // SAFETY: `before` is the initialised mask that this thread had; it can't have changed
+        // threads. The call fails for a bad first argument only.
+        unsafe {
+            libc::pthread_sigmask(
+                libc::SIG_SETMASK,
+                &raw const self.before,
+                std::ptr::null_mut(),
+            )
+        };
+    }
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod catch {
+    use std::arch::naked_asm;
+    use std::ffi::{c_int, c_void};
+    use std::io;
+    use std::mem::MaybeUninit;
+    use std::sync::OnceLock;
+
+    use nix::errno::Errno;
+
+    use super::ReadFault;
+
+    /// Loads the byte at `address`. Its first instruction is the load, and nothing was pushed
+    /// before, so `failed` can return in its place.
+    #[cfg(target_arch = "x86_64")]
+    #[unsafe(naked)]
+    extern "C" fn load(address: u64) -> i32 {
+        naked_asm!("movzx eax, byte ptr [rdi]", "ret")
+    }
+
+    /// What `load` becomes when its load faults.
+    #[cfg(target_arch = "x86_64")]
+    #[unsafe(naked)]
+    extern "C" fn failed() -> i32 {
+        naked_asm!("mov eax, -1", "ret")
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    #[unsafe(naked)]
+    extern "C" fn load(address: u64) -> i32 {
+        naked_asm!("ldrb w0, [x0]", "ret")
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    #[unsafe(naked)]
+    extern "C" fn failed() -> i32 {
+        naked_asm!("mov w0, #-1", "ret")
+    }
+
+    /// Loads a byte. Reading memory that others write gives one of the bytes that were there: the
+    /// compiler knows nothing of the load.
+    pub(super) fn byte(address: u64) -> Result<u8, ReadFault> {
+        u8::try_from(load(address)).map_err(|_| ReadFault::Unreadable { address })
+    }
+
+    const CAUGHT: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
+
+    /// The actions that were set before, in the order of `CAUGHT`.
+    static BEFORE: [OnceLock<libc::sigaction>; 2] = [OnceLock::new(), OnceLock::new()];
+
+    pub(super) fn install() -> io::Result<()> {
+        static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
+        Ok((*INSTALLED.get_or_init(set_actions))?)
+    }
+
+    fn set_actions() -> Result<(), Errno> {
+        for (signal, before) in CAUGHT.iter().zip(&BEFORE) {
+            let mut found = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: the pointer is to a live sigaction, which the call initialises when it
+            // succeeds; it is known to the handler before the handler is set.
+            unsafe {
+                Errno::result(libc::sigaction(
+                    *signal,
+                    std::ptr::null(),
+                    found.as_mut_ptr(),
+                ))?;
+                before.get_or_init(|| found.assume_init());
+            }
+            let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: an action of zeros is a valid one, with an empty mask; the handler has the
+            // type that SA_SIGINFO asks for, and does only what is allowed in a handler.
+            unsafe {
+                let action = action.assume_init_mut();
+                action.sa_sigaction = (handle as Handler as *const ()).expose_provenance();
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                Errno::result(libc::sigaction(*signal, action, std::ptr::null_mut()))?;
+            }
+        }
+        Ok(())
+    }
+
+    type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
+
+    extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        // SAFETY: with SA_SIGINFO the kernel passes the context of the interrupted thread, which
+        // is this handler's alone until it returns.
+        let counter = unsafe { program_counter(&mut *context.cast::<libc::ucontext_t>()) };
+        let at_load = (load as extern "C" fn(u64) -> i32 as *const ()).addr() as u64;
+        if *counter == at_load {
+            // `failed` returns to the caller of `load` as `load` would: its only instruction that
+            // has run is the one that had no effect.
+            *counter = (failed as extern "C" fn() -> i32 as *const ()).addr() as u64;
+            return;
+        }
+        let at = CAUGHT.iter().position(|caught| *caught == signal);
+        let before = at.and_then(|at| BEFORE[at].get());
+        let action = before.map_or(libc::SIG_DFL, |before| before.sa_sigaction);
+        let takes_info = before.is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0);
+        // SAFETY: the address is of a handler of the type that its flags say, which whoever set it
+        // has vouched for; it gets what the kernel gave. `signal` and `raise` take numbers, and are
+        // allowed in a handler. The kernel sets `si_code`.
+        unsafe {
+            let was_sent = (*info).si_code <= 0;
+            match action {
+                libc::SIG_IGN if was_sent => {}
+                // A fault comes again after the return, and meets the default. What was sent
+                // doesn't.
+                libc::SIG_DFL | libc::SIG_IGN => {
+                    libc::signal(signal, libc::SIG_DFL);
+                    if was_sent {
+                        libc::raise(signal);
+                    }
+                }
+                handler => {
+                    let handler = std::ptr::with_exposed_provenance::<()>(handler);
+                    if takes_info {
+                        let handler = std::mem::transmute::<*const (), Handler>(handler);
+                        handler(signal, info, context);
+                    } else {
+                        let handler =
+                            std::mem::transmute::<*const (), extern "C" fn(c_int)>(handler);
+                        handler(signal);
+                    }
+                }
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn program_counter(context: &mut libc::ucontext_t) -> &mut u64 {
+        let register = &raw mut context.uc_mcontext.gregs[libc::REG_RIP.cast_unsigned() as usize];
+        // SAFETY: the register is a 64-bit integer that `context` borrows exclusively.
+        unsafe { &mut *register.cast::<u64>() }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    fn program_counter(context: &mut libc::ucontext_t) -> &mut u64 {
+        &mut context.uc_mcontext.pc
+    }
+}
+
+/// Without a handler: what the kernel reads for this thread waits for a missing page as well.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod catch {
+    use super::super::read_checked;
+    use super::ReadFault;
+
+    pub(super) fn install() -> std::io::Result<()> {
+        Ok(())
+    }
+
+    pub(super) fn byte(address: u64) -> Result<u8, ReadFault> {
+        let mut byte = [0];
+        read_checked(address, &mut byte)?;
+        Ok(byte[0])
+    }
+}

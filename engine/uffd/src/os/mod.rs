@@ -1,0 +1,27 @@
+//! Linux: what a program that restores memory needs besides memory and userfaultfd.
+//!
+//! | file | contents |
+//! | --- | --- |
+//! | `thread`, `affinity` | signals, scheduling, cores, freed memory |
+//! | `process`, `socket`, `inherited` | other processes, and descriptors that come from them |
+//! | `pagemap` | which pages of a process exist |
+//! | `sandbox` | giving up rights |
+//! | `limits` | which limit is behind an ENOMEM or EAGAIN |
+//! | `abort` | aborting this process, with the reason on standard error |
+
+mod abort;
+mod affinity;
+mod inherited;
+pub mod limits;
+pub mod pagemap;
+mod process;
+pub mod sandbox;
+mod socket;
+mod thread;
+
+pub use abort::abort;
+pub use affinity::Follower;
+pub use inherited::take_inherited;
+pub use process::{PageMap, kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
+pub use socket::{Peer, Received, credentials_of, peer_of, receive};
+pub use thread::{SignalsBlocked, leave_creator, trim_heap};

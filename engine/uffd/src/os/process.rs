@@ -1,0 +1,122 @@
+//! Other processes, by descriptors that go on meaning the same process when its id is used again.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
+
+use nix::errno::Errno;
+
+use crate::page_size;
+
+/// A pidfd of the process `pid`, which polls as readable when the process has ended (Linux 5.3).
+pub fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers, and touches no memory of ours.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel made this descriptor just now, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Kills the process behind `pidfd` (Linux 5.1). ESRCH: it has ended.
+pub fn kill_by_pidfd(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    signal(pidfd, libc::SIGKILL)
+}
+
+/// Whether the process behind `pidfd` may be killed: EPERM if not, ESRCH if it has ended.
+pub fn may_kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    signal(pidfd, 0)
+}
+
+fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the call takes numbers, and a null pointer where it may stand; it touches no memory of
+    // ours.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            no_info,
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// The id of the process behind `pidfd`. ESRCH: it has ended.
+pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
+    let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
+    let pid = pid.and_then(|pid| pid.trim().parse().ok());
+    pid.ok_or_else(|| Errno::ESRCH.into())
+}
+
+/// Opens the page map of the process behind `pidfd`, for [`Handover`](crate::pager::Handover): whoever has it can
+/// tell which of its pages are there, without the permission that opening it takes.
+///
+/// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has
+/// ended.
+pub fn open_page_map(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let file = File::open(format!("/proc/{}/pagemap", pid_of(pidfd)?));
+    // The number was still its own when the file was opened if it has not ended by now.
+    may_kill(pidfd)?;
+    Ok(file?.into())
+}
+
+/// The page table of another process, as far as `/proc` shows it: whether a page is there.
+#[derive(Debug)]
+pub struct PageMap {
+    file: File,
+}
+
+impl PageMap {
+    /// What [`open_page_map`] has opened.
+    pub fn new(file: OwnedFd) -> Self {
+        Self { file: file.into() }
+    }
+
+    /// Whether there is a page at `address`, in memory or in swap.
+    pub fn has(&self, address: u64) -> io::Result<bool> {
+        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+        let mut entry = [0; 8];
+        self.file
+            .read_exact_at(&mut entry, address / page_size() * 8)?;
+        #[expect(clippy::host_endian_bytes, reason = "this machine's kernel makes it")]
+        let entry = u64::from_ne_bytes(entry);
+        Ok(entry & PRESENT_OR_SWAPPED != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+    use crate::memory::Mapping;
+
+    #[test]
+    fn the_page_map_tells_which_pages_are_there() {
+        let own = open_pidfd(std::process::id()).unwrap();
+        let map = PageMap::new(open_page_map(own.as_fd()).unwrap());
+        let memory = Mapping::new(4 * page_size()).unwrap();
+        // SAFETY: the page is in the mapping, which is this test's alone.
+        unsafe {
+            memory
+                .as_ptr()
+                .add(crate::to_usize(page_size()))
+                .write_volatile(1);
+        };
+        let there = (0..3).map(|i| map.has(memory.address() + i * page_size()).unwrap());
+        assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_no_page_map() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pidfd = open_pidfd(child.id()).unwrap();
+        child.wait().unwrap();
+        let error = open_page_map(pidfd.as_fd()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+}

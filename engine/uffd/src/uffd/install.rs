@@ -1,0 +1,508 @@
+//! Putting pages into the owner's memory, with outcomes in place of error numbers.
+//!
+//! All installs share one shape: an ioctl over a range that goes page by page, stops at the first
+//! page that it can't do, and reports the bytes done in a field of its argument. The kernel returns
+//! EAGAIN both for "stopped in the middle" and for "did nothing because the mapping is changing";
+//! kernels before 6.15 don't write the field in the second case. So the field starts at 0, and only
+//! a positive one counts as progress.
+//!
+//! After [`Installed::Partial`] the same call on the rest says why it stopped.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+
+use super::features::Ioctls;
+use super::userfaultfd::Userfaultfd;
+use super::{abi, ioctls};
+use crate::memory::Scratch;
+
+/// Whether an operation wakes the threads that wait in its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// At once.
+    Now,
+    /// Somebody calls [`Userfaultfd::wake`] later (`DONTWAKE`).
+    Later,
+}
+
+/// What an install came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "an install that isn't `Done` leaves somebody waiting"]
+pub enum Installed {
+    /// All of it is there.
+    Done,
+    /// The first `done` bytes are there, more than none and less than all; try the rest to learn
+    /// why it stopped.
+    Partial {
+        /// Whole pages, in bytes.
+        done: u64,
+    },
+    /// The first page is already present. Nothing was done, and **nobody was woken**: who installed
+    /// it with
+    /// [`Wake::Later`] may not have come to waking yet.
+    ///
+    /// On hugetlbfs Linux 6.18 says this also when the page is absent and the pool is empty (where
+    /// older kernels say no memory), so a fault that comes back to such a page after a wake means
+    /// [`NoMemory`](Self::NoMemory).
+    Exists,
+    /// Nothing was done: the owner is changing its mappings and waits until the event is read.
+    Again,
+    /// Nothing was done: the first page is not registered (any more), or the range leaves the
+    /// mapping that it begins in. For a move also: a source page is absent.
+    Gone,
+    /// The owner has exited.
+    OwnerGone,
+    /// Nothing was done: no memory, or the pool of huge pages is empty.
+    NoMemory,
+    /// Nothing was done: the first page to move is pinned or shared. Copy it.
+    SourceBusy,
+}
+
+/// What a change of write protection came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a change that isn't `Done` has not happened"]
+pub enum Protected {
+    /// All of it is changed.
+    Done,
+    /// Nothing was done: the owner is changing its mappings and waits until the event is read.
+    Again,
+    /// A part of the range is not registered for write protection (any more).
+    Gone,
+    /// The owner has exited.
+    OwnerGone,
+}
+
+/// Whether a move may meet absent source pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MoveHoles {
+    /// It stops there with [`Installed::Gone`].
+    Refuse,
+    /// It passes over them, and the pages at the destination stay absent.
+    Skip,
+}
+
+/// The operation that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// `UFFDIO_COPY`
+    Copy,
+    /// `UFFDIO_ZEROPAGE`
+    Zeropage,
+    /// `UFFDIO_CONTINUE`
+    Continue,
+    /// `UFFDIO_POISON`
+    Poison,
+    /// `UFFDIO_MOVE`
+    Move,
+    /// `UFFDIO_WRITEPROTECT`
+    WriteProtect,
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Copy => "UFFDIO_COPY",
+            Self::Zeropage => "UFFDIO_ZEROPAGE",
+            Self::Continue => "UFFDIO_CONTINUE",
+            Self::Poison => "UFFDIO_POISON",
+            Self::Move => "UFFDIO_MOVE",
+            Self::WriteProtect => "UFFDIO_WRITEPROTECT",
+        })
+    }
+}
+
+/// An install that failed in a way that isn't part of ordinary work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InstallError {
+    /// The kernel refused: EINVAL for an operation that it or the kind of memory doesn't know or
+    /// for a range that isn't whole pages, EFAULT for a source that can't be read.
+    #[error("{op} of {len:#x} bytes at {address:#x} failed")]
+    Refused {
+        /// What.
+        op: Op,
+        /// Where.
+        address: u64,
+        /// How much.
+        len: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The range was never registered through this descriptor; the kernel was not asked.
+    #[error(
+        "{op} of {len:#x} bytes at {address:#x}: not memory that was registered through this userfaultfd"
+    )]
+    NotRegistered {
+        /// What.
+        op: Op,
+        /// Where.
+        address: u64,
+        /// How much.
+        len: u64,
+    },
+    /// The kernel reported more bytes than it was asked for, or success with less.
+    #[error("{op} of {len:#x} bytes at {address:#x}: the kernel reports {reported} bytes")]
+    Implausible {
+        /// What.
+        op: Op,
+        /// Where.
+        address: u64,
+        /// How much.
+        len: u64,
+        /// The field that the kernel wrote.
+        reported: i64,
+    },
+}
+
+/// One request, for checks and errors.
+#[derive(Clone, Copy)]
+struct Request {
+    op: Op,
+    address: u64,
+    len: u64,
+}
+
+impl Request {
+    /// Checks what the kernel doesn't, then calls it. The list of what is registered holds still
+    /// until it has answered.
+    fn submit<T>(
+        self,
+        uffd: &Userfaultfd,
+        ioctl: Ioctls,
+        gone: T,
+        call: impl FnOnce() -> Result<T, InstallError>,
+    ) -> Result<T, InstallError> {
+        if uffd.hides(ioctl) {
+            return Err(self.refused(Errno::EINVAL));
+        }
+        let Self { op, address, len } = self;
+        let end = address
+            .checked_add(len)
+            .ok_or_else(|| self.refused(Errno::EINVAL))?;
+        match uffd.grants() {
+            Some(grants) if grants.contains(address, end) => {
+                let outcome = call();
+                drop(grants);
+                outcome
+            }
+            Some(grants) if grants.ever_contained(address, end) => Ok(gone),
+            Some(_) => Err(InstallError::NotRegistered { op, address, len }),
+            None => call(),
+        }
+    }
+
+    fn refused(self, errno: Errno) -> InstallError {
+        let Self { op, address, len } = self;
+        InstallError::Refused {
+            op,
+            address,
+            len,
+            source: errno.into(),
+        }
+    }
+
+    fn outcome(self, result: nix::Result<i32>, reported: i64) -> Result<Installed, InstallError> {
+        let done = u64::try_from(reported).unwrap_or(0);
+        let Self { op, address, len } = self;
+        match result {
+            Ok(_) if done == len => Ok(Installed::Done),
+            Err(Errno::EAGAIN) if done == 0 => Ok(Installed::Again),
+            Err(Errno::EAGAIN) if done < len => Ok(Installed::Partial { done }),
+            Ok(_) | Err(Errno::EAGAIN) => Err(InstallError::Implausible {
+                op,
+                address,
+                len,
+                reported,
+            }),
+            Err(Errno::EEXIST) => Ok(Installed::Exists),
+            Err(Errno::ENOENT) => Ok(Installed::Gone),
+            Err(Errno::ESRCH) => Ok(Installed::OwnerGone),
+            Err(Errno::ENOMEM) => Ok(Installed::NoMemory),
+            Err(Errno::EBUSY) => Ok(Installed::SourceBusy),
+            Err(errno) => Err(self.refused(errno)),
+        }
+    }
+}
+
+impl Userfaultfd {
+    /// Installs absent pages with `bytes`, whose length is a multiple of the page size.
+    ///
+    /// Also heals poisoned pages. The bytes should be in memory, in a private buffer: a source that
+    /// has to be waited for holds everybody up, and one that is itself missing under this
+    /// userfaultfd waits for ever, because reading messages and installing exclude each other.
+    pub fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Result<Installed, InstallError> {
+        self.copy_with(address, bytes, mode(wake, abi::UFFDIO_COPY_MODE_DONTWAKE))
+    }
+
+    /// As [`copy`](Self::copy), and the pages are write-protected from the first moment, so that no
+    /// write is missed.
+    pub fn copy_protected(
+        &self,
+        address: u64,
+        bytes: &[u8],
+        wake: Wake,
+    ) -> Result<Installed, InstallError> {
+        let mode = mode(wake, abi::UFFDIO_COPY_MODE_DONTWAKE) | abi::UFFDIO_COPY_MODE_WP;
+        self.copy_with(address, bytes, mode)
+    }
+
+    fn copy_with(&self, address: u64, bytes: &[u8], mode: u64) -> Result<Installed, InstallError> {
+        let request = Request {
+            op: Op::Copy,
+            address,
+            len: bytes.len() as u64,
+        };
+        request.submit(self, Ioctls::COPY, Installed::Gone, || {
+            let src = bytes.as_ptr().expose_provenance() as u64;
+            let mut argument = abi::uffdio_copy {
+                dst: address,
+                src,
+                len: request.len,
+                mode,
+                copy: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length
+            // during the call. Filling absent pages of [address, address + len) is allowed: see the
+            // module `uffd` for the three reasons; `submit` keeps the second true. If the kernel
+            // finds a page present or unregistered it stops before it.
+            let result = unsafe { ioctls::copy(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.copy)
+        })
+    }
+
+    /// Installs zero pages. Not on hugetlbfs, where the kernel answers EINVAL: copy zeros there.
+    pub fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
+        let request = Request {
+            op: Op::Zeropage,
+            address,
+            len,
+        };
+        request.submit(self, Ioctls::ZEROPAGE, Installed::Gone, || {
+            let mut argument = abi::uffdio_zeropage {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_ZEROPAGE_MODE_DONTWAKE),
+                zeropage: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_zeropage; the range is as in `copy`.
+            let result = unsafe { ioctls::zeropage(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.zeropage)
+        })
+    }
+
+    /// Installs pages that are in the file behind a shared mapping already (memory registered as
+    /// [`Modes::MINOR`]).
+    ///
+    /// [`Modes::MINOR`]: super::Modes::MINOR
+    pub fn continue_(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
+        let request = Request {
+            op: Op::Continue,
+            address,
+            len,
+        };
+        request.submit(self, Ioctls::CONTINUE, Installed::Gone, || {
+            let mut argument = abi::uffdio_continue {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE),
+                mapped: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes
+            // visible is the content of the file that the owner mapped there itself.
+            let result = unsafe { ioctls::continue_(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.mapped)
+        })
+    }
+
+    /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. A guest's
+    /// access under KVM may read zeros instead, so this is not for memory of a virtual machine.
+    pub fn poison(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
+        let request = Request {
+            op: Op::Poison,
+            address,
+            len,
+        };
+        request.submit(self, Ioctls::POISON, Installed::Gone, || {
+            let mut argument = abi::uffdio_poison {
+                range: request.range(),
+                mode: mode(wake, abi::UFFDIO_POISON_MODE_DONTWAKE),
+                updated: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison
+            // replaces absence only, and an access to it is a signal or an error, never undefined
+            // content.
+            let result = unsafe { ioctls::poison(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.updated)
+        })
+    }
+
+    /// Installs pages by moving them out of `source`, whose pages at `offset` are absent
+    /// afterwards.
+    ///
+    /// Works in this process's own memory only. Huge pages move whole where both sides are aligned
+    /// to them.
+    pub fn move_(
+        &self,
+        address: u64,
+        source: &mut Scratch,
+        offset: u64,
+        len: u64,
+        holes: MoveHoles,
+        wake: Wake,
+    ) -> Result<Installed, InstallError> {
+        let request = Request {
+            op: Op::Move,
+            address,
+            len,
+        };
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= source.len());
+        if !inside {
+            return Err(request.refused(Errno::EINVAL));
+        }
+        request.submit(self, Ioctls::MOVE, Installed::Gone, || {
+            let holes = match holes {
+                MoveHoles::Refuse => 0,
+                MoveHoles::Skip => abi::UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
+            };
+            let mut argument = abi::uffdio_move {
+                dst: address,
+                src: source.address() + offset,
+                len,
+                mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
+                move_: 0,
+            };
+            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source
+            // lies inside a scratch that is borrowed exclusively, so no reference sees its pages
+            // go; they read as zeros then.
+            let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
+            request.outcome(result, argument.move_)
+        })
+    }
+
+    /// Sets or clears write protection of a range that is registered as [`Modes::WRITE_PROTECT`].
+    ///
+    /// [`Modes::WRITE_PROTECT`]: super::Modes::WRITE_PROTECT
+    pub fn write_protect(
+        &self,
+        address: u64,
+        len: u64,
+        protect: bool,
+        wake: Wake,
+    ) -> Result<Protected, InstallError> {
+        let request = Request {
+            op: Op::WriteProtect,
+            address,
+            len,
+        };
+        request.submit(self, Ioctls::WRITEPROTECT, Protected::Gone, || {
+            // Protecting wakes nobody, and the kernel refuses DONTWAKE together with it.
+            let mode = if protect {
+                abi::UFFDIO_WRITEPROTECT_MODE_WP
+            } else {
+                mode(wake, abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE)
+            };
+            let mut argument = abi::uffdio_writeprotect {
+                range: request.range(),
+                mode,
+            };
+            // SAFETY: `argument` is a live uffdio_writeprotect; the range is as in `copy`. A
+            // protected page keeps its content, and a write to it waits until the protection is
+            // cleared.
+            let result = unsafe { ioctls::writeprotect(self.as_raw(), &raw mut argument) };
+            match result {
+                Ok(_) => Ok(Protected::Done),
+                Err(Errno::EAGAIN) => Ok(Protected::Again),
+                Err(Errno::ENOENT) => Ok(Protected::Gone),
+                Err(Errno::ESRCH) => Ok(Protected::OwnerGone),
+                Err(errno) => Err(request.refused(errno)),
+            }
+        })
+    }
+
+    fn as_raw(&self) -> i32 {
+        use std::os::fd::AsFd;
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl Request {
+    fn range(self) -> abi::uffdio_range {
+        abi::uffdio_range {
+            start: self.address,
+            len: self.len,
+        }
+    }
+}
+
+fn mode(wake: Wake, dont_wake: u64) -> u64 {
+    match wake {
+        Wake::Now => 0,
+        Wake::Later => dont_wake,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REQUEST: Request = Request {
+        op: Op::Copy,
+        address: 0x1000,
+        len: 0x3000,
+    };
+
+    #[test]
+    fn lesson_13_every_way_in_which_kernels_report_is_understood() {
+        let eagain = i64::from(libc::EAGAIN);
+        let outcomes = [
+            // Newer kernels write -EAGAIN when the mapping is changing, older ones nothing.
+            (Err(Errno::EAGAIN), -eagain, Installed::Again),
+            (Err(Errno::EAGAIN), 0, Installed::Again),
+            (
+                Err(Errno::EAGAIN),
+                0x1000,
+                Installed::Partial { done: 0x1000 },
+            ),
+            (Ok(0), 0x3000, Installed::Done),
+            // Other errors are reported twice, in the field as well.
+            (
+                Err(Errno::EEXIST),
+                -i64::from(libc::EEXIST),
+                Installed::Exists,
+            ),
+            (
+                Err(Errno::ENOENT),
+                -i64::from(libc::ENOENT),
+                Installed::Gone,
+            ),
+            (Err(Errno::ESRCH), 0, Installed::OwnerGone),
+            (
+                Err(Errno::ENOMEM),
+                -i64::from(libc::ENOMEM),
+                Installed::NoMemory,
+            ),
+        ];
+        for (result, reported, expected) in outcomes {
+            assert_eq!(
+                REQUEST.outcome(result, reported).expect("an outcome"),
+                expected
+            );
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_contradicts_itself_is_an_error() {
+        for (result, reported) in [
+            (Ok(0), 0x1000),
+            (Ok(0), -11),
+            (Err(Errno::EAGAIN), 0x3000),
+            (Err(Errno::EAGAIN), i64::MAX),
+        ] {
+            let error = REQUEST.outcome(result, reported).expect_err("implausible");
+            assert!(matches!(error, InstallError::Implausible { .. }), "{error}");
+        }
+    }
+}

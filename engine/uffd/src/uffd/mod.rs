@@ -1,0 +1,34 @@
+//! userfaultfd: the kernel's interface, behind types that need no `unsafe`.
+//!
+//! | file | contents |
+//! | --- | --- |
+//! | `abi`, `ioctls` | numbers and structures, checked against C |
+//! | `features` | feature and ioctl sets with the kernel that brought them, masks, kernel versions |
+//! | `open` | the ways to a userfaultfd, negotiation, errors that name the remedy |
+//! | `userfaultfd` | [`Userfaultfd`]: register, unregister, wake, probe |
+//! | `install` | copy, zero, write-protect, continue, poison, move, and their outcomes |
+//! | `message`, `waiting` | reading messages, and waiting for them or to be woken |
+//! | `grants` | which memory of this process a userfaultfd may fill |
+//! | `foreign` | descriptors from another process: whether one is a userfaultfd, closing it |
+//! | `probe` | what this machine offers and permits |
+
+pub mod abi;
+mod features;
+mod foreign;
+mod grants;
+mod install;
+mod ioctls;
+mod message;
+mod open;
+mod probe;
+mod userfaultfd;
+mod waiting;
+
+pub use features::{BadRelease, Features, Ioctls, KernelVersion, Mask};
+pub use foreign::{Closing, Untrusted, is_userfaultfd, may_report_forks};
+pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
+pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
+pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
+pub use probe::{AccessProbe, HugePool, Limit, Probe};
+pub use userfaultfd::{AdoptError, Modes, Presence, RegisterError, Unregistered, Userfaultfd};
+pub use waiting::{Ready, Waiting};

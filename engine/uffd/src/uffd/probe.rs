@@ -1,0 +1,232 @@
+//! What this machine offers and permits, as plain values.
+//!
+//! Nothing here fails: what can't be found out is `None` or carries its error, because this is for
+//! explaining why other things fail.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
+use super::features::{Features, Ioctls, KernelVersion, Mask};
+use super::open::{Access, OpenError, OpenOptions, UserModeOnly};
+use super::userfaultfd::{Modes, Userfaultfd};
+use crate::memory::{Mapping, RawRegion};
+
+/// One way to a userfaultfd, tried.
+#[derive(Debug)]
+pub struct AccessProbe {
+    /// Which.
+    pub access: Access,
+    /// For faults of user code only.
+    pub user_mode_only: bool,
+    /// The kernel's answer.
+    pub result: Result<(), io::Error>,
+}
+
+/// A resource limit in bytes or pieces; `None` is unlimited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// In force.
+    pub soft: Option<u64>,
+    /// How far this process may raise it.
+    pub hard: Option<u64>,
+}
+
+/// The pool of one size of huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugePool {
+    /// Bytes a page.
+    pub page_size: u64,
+    /// Pages in the pool.
+    pub total: u64,
+    /// Not in use.
+    pub free: u64,
+    /// Promised to mappings and not yet in use.
+    pub reserved: u64,
+    /// How many more the kernel may make when asked.
+    pub overcommit: u64,
+}
+
+/// Everything that decides whether and how memory can be restored lazily here.
+#[derive(Debug)]
+pub struct Probe {
+    /// `uname -r`.
+    pub kernel_release: String,
+    /// The same as a version.
+    pub kernel: Option<KernelVersion>,
+    /// Every way, in the order in which they are tried.
+    pub access: Vec<AccessProbe>,
+    /// Opening as the engine does it; its error names the remedy.
+    pub open: Result<(), OpenError>,
+    /// What the kernel has, if any way is open.
+    pub features: Option<Features>,
+    /// The ioctls that work on anonymous memory, with CONTINUE if shared memory has it; if any way
+    /// is open.
+    pub ioctls: Option<Ioctls>,
+    /// `vm.unprivileged_userfaultfd`; `None` on kernels before 5.2.
+    pub unprivileged_userfaultfd: Option<bool>,
+    /// Whether this process has `CAP_SYS_PTRACE` in effect.
+    pub cap_sys_ptrace: Option<bool>,
+    /// `RLIMIT_MEMLOCK`, bytes.
+    pub memlock: Option<Limit>,
+    /// `RLIMIT_NOFILE`, descriptors.
+    pub open_files: Option<Limit>,
+    /// `vm.max_map_count`.
+    pub max_map_count: Option<u64>,
+    /// `RLIMIT_AS`, bytes.
+    pub address_space: Option<Limit>,
+    /// `RLIMIT_NPROC`, processes and threads of the user.
+    pub threads: Option<Limit>,
+    /// `vm.overcommit_memory`: 0 refuses what can't fit at all, 1 nothing, 2 all beyond a limit.
+    pub overcommit: Option<u64>,
+    /// The pools of huge pages, by size.
+    pub huge_pools: Vec<HugePool>,
+    /// `/sys/kernel/mm/transparent_hugepage/enabled`: `always`, `madvise` or `never`.
+    pub transparent_huge_pages: Option<String>,
+    /// The same for shared memory.
+    pub shared_transparent_huge_pages: Option<String>,
+    /// Whether `/dev/kvm` can be opened for reading and writing.
+    pub kvm: Result<(), io::Error>,
+}
+
+impl Probe {
+    /// Looks at this machine.
+    pub fn take() -> Self {
+        Self::with_mask(Mask::NONE)
+    }
+
+    /// Looks at this machine, with a part of the kernel hidden.
+    pub fn with_mask(mask: Mask) -> Self {
+        let ways = [
+            (Access::Device, false),
+            (Access::Syscall, false),
+            (Access::Device, true),
+            (Access::Syscall, true),
+        ];
+        let access = ways.map(|(access, user_mode_only)| AccessProbe {
+            access,
+            user_mode_only,
+            result: super::open::new_descriptor(access, user_mode_only)
+                .map(drop)
+                .map_err(io::Error::from),
+        });
+        let options = OpenOptions::new().mask(mask);
+        let opened = options
+            .clone()
+            .required(Features::EMPTY)
+            .wanted(Features::PAGEFAULT_FLAG_WP)
+            .user_mode_only(UserModeOnly::IfNeeded)
+            .open()
+            .ok();
+        let release = nix::sys::utsname::uname().ok();
+        let release = release.map(|names| names.release().to_string_lossy().into_owned());
+        let kernel_release = release.unwrap_or_default();
+        Self {
+            kernel: mask.kernel.or_else(|| kernel_release.parse().ok()),
+            kernel_release,
+            access: access.into(),
+            open: options.open().map(drop),
+            features: opened.as_ref().map(Userfaultfd::available),
+            ioctls: opened.as_ref().and_then(|uffd| range_ioctls(uffd, mask)),
+            unprivileged_userfaultfd: number("/proc/sys/vm/unprivileged_userfaultfd")
+                .map(|value| value != 0),
+            cap_sys_ptrace: cap_sys_ptrace(),
+            memlock: limit(Resource::RLIMIT_MEMLOCK),
+            open_files: limit(Resource::RLIMIT_NOFILE),
+            max_map_count: number("/proc/sys/vm/max_map_count"),
+            address_space: limit(Resource::RLIMIT_AS),
+            threads: limit(Resource::RLIMIT_NPROC),
+            overcommit: number("/proc/sys/vm/overcommit_memory"),
+            huge_pools: huge_pools(),
+            transparent_huge_pages: choice("/sys/kernel/mm/transparent_hugepage/enabled"),
+            shared_transparent_huge_pages: choice(
+                "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+            ),
+            kvm: fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/kvm")
+                .map(drop),
+        }
+    }
+}
+
+fn range_ioctls(uffd: &Userfaultfd, mask: Mask) -> Option<Ioctls> {
+    let mapping = Mapping::new(crate::page_size()).ok()?;
+    let region = RawRegion::owned(Arc::new(mapping));
+    let modes = if uffd.features().contains(Features::PAGEFAULT_FLAG_WP) {
+        Modes::MISSING.and(Modes::WRITE_PROTECT)
+    } else {
+        Modes::MISSING
+    };
+    let mut ioctls = uffd.register(&region, 0, region.len(), modes).ok()?;
+    if uffd.available().contains(Features::MINOR_SHMEM) {
+        ioctls |= Ioctls::CONTINUE.without(mask.ioctls);
+    }
+    Some(ioctls)
+}
+
+fn text(path: impl AsRef<Path>) -> Option<String> {
+    fs::read_to_string(path).ok()
+}
+
+fn number(path: impl AsRef<Path>) -> Option<u64> {
+    text(path)?.trim().parse().ok()
+}
+
+/// The word in brackets of `always [madvise] never`.
+fn choice(path: &str) -> Option<String> {
+    let text = text(path)?;
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+fn cap_sys_ptrace() -> Option<bool> {
+    const CAP_SYS_PTRACE: u32 = 19;
+    let status = text("/proc/self/status")?;
+    let set = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))?;
+    let bits = u64::from_str_radix(set.trim(), 16).ok()?;
+    Some(bits >> CAP_SYS_PTRACE & 1 == 1)
+}
+
+fn limit(resource: Resource) -> Option<Limit> {
+    let (soft, hard) = getrlimit(resource).ok()?;
+    let finite = |value| (value != RLIM_INFINITY).then_some(value);
+    Some(Limit {
+        soft: finite(soft),
+        hard: finite(hard),
+    })
+}
+
+fn huge_pools() -> Vec<HugePool> {
+    let folders = fs::read_dir("/sys/kernel/mm/hugepages")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut pools: Vec<_> = folders
+        .filter_map(|folder| huge_pool(&folder.path()))
+        .collect();
+    pools.sort_by_key(|pool| pool.page_size);
+    pools
+}
+
+fn huge_pool(folder: &Path) -> Option<HugePool> {
+    let name = folder.file_name()?.to_str()?;
+    let kilobytes: u64 = name
+        .strip_prefix("hugepages-")?
+        .strip_suffix("kB")?
+        .parse()
+        .ok()?;
+    Some(HugePool {
+        page_size: kilobytes.checked_mul(1024)?,
+        total: number(folder.join("nr_hugepages"))?,
+        free: number(folder.join("free_hugepages"))?,
+        reserved: number(folder.join("resv_hugepages"))?,
+        overcommit: number(folder.join("nr_overcommit_hugepages"))?,
+    })
+}

@@ -1,0 +1,564 @@
+//! One userfaultfd: its ranges, and what holds whatever the operation.
+//!
+//! ```text
+//!  OpenOptions::open ──┐                                 ┌─ read ──> messages        (message.rs)
+//!  adopt (received) ───┼─> Userfaultfd ── register ──────┼─ copy, zeropage, ...      (install.rs)
+//!  Forked::into ───────┘        │                        ├─ wake, probe
+//!                               └── drop: closes         └─ unregister: absent = zero from then on
+//! ```
+//!
+//! # Why installing is safe to call
+//!
+//! An install writes into memory named by a number, and still the functions are not `unsafe`, for
+//! three reasons that must all hold:
+//!
+//! 1. It fills *absent* pages only; the kernel answers EEXIST for a present one and changes
+//!    nothing. So no byte that any code has ever read or written changes.
+//! 2. Absent pages become filled only where memory was registered through this object. Registering
+//!    is the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes, any
+//!    bytes, until the restore is over. The kernel alone would also allow memory that other code
+//!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
+//! 3. Memory of another process is not ours to make unsound; what may be done to it is decided by
+//!    whoever handed over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because it believes
+//!    that the descriptor is foreign, and is no detour to this process;
+//!    [`Userfaultfd::adopt_foreign`] makes sure.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use nix::errno::Errno;
+
+use super::features::{Features, Ioctls};
+use super::foreign::{USERFAULTFD, kind_of};
+use super::grants::Grants;
+use super::{abi, ioctls};
+use crate::memory::{self, Mapping, MemError, RawRegion};
+use crate::os::limits::Hint;
+
+/// How much of its address space a process reserves to find out whether a userfaultfd is its own: much,
+/// or less where that is limited.
+const RESERVED: [u64; 2] = [1 << 40, 1 << 30];
+
+/// What a registration reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Modes(u64);
+
+impl Modes {
+    /// Touches of absent pages.
+    pub const MISSING: Self = Self(abi::UFFDIO_REGISTER_MODE_MISSING);
+    /// Writes to write-protected pages.
+    pub const WRITE_PROTECT: Self = Self(abi::UFFDIO_REGISTER_MODE_WP);
+    /// Touches of pages that are in the file behind the mapping, but not mapped.
+    pub const MINOR: Self = Self(abi::UFFDIO_REGISTER_MODE_MINOR);
+
+    /// Both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The kernel's bits.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+/// A userfaultfd that has been negotiated with, closed exactly once, when this is dropped.
+///
+/// **When it is dropped, or the last descriptor of another process's closes, every page still
+/// absent becomes zero** and waiting threads go on with zeros. Drop it only when nothing is
+/// missing, or nobody is left to see it.
+///
+/// All methods take `&self` and may be called from any thread. Keep it in an `Arc` and join every
+/// thread that uses it before the last one goes: that is what keeps an operation from ever reaching
+/// a reused descriptor number.
+pub struct Userfaultfd {
+    fd: OwnedFd,
+    enabled: Features,
+    available: Features,
+    hidden: Ioctls,
+    user_mode_only: bool,
+    /// `None` where the memory is another process's.
+    grants: Option<RwLock<Grants>>,
+}
+
+impl Userfaultfd {
+    pub(super) fn of_this_process(
+        fd: OwnedFd,
+        enabled: Features,
+        available: Features,
+        hidden: Ioctls,
+        user_mode_only: bool,
+    ) -> Self {
+        let grants = Some(RwLock::new(Grants::default()));
+        Self {
+            fd,
+            enabled,
+            available,
+            hidden,
+            user_mode_only,
+            grants,
+        }
+    }
+
+    pub(super) fn of_another_process(fd: OwnedFd, enabled: Features, hidden: Ioctls) -> Self {
+        Self {
+            fd,
+            enabled,
+            available: enabled,
+            hidden,
+            user_mode_only: false,
+            grants: None,
+        }
+    }
+
+    /// Takes over a userfaultfd that came from another process, already negotiated there with
+    /// `enabled`.
+    ///
+    /// Sets `O_NONBLOCK`, without which the kernel's `poll` reports an error for ever; the flag
+    /// belongs to the open file and is shared with whoever sent it. Refuses a descriptor that is no
+    /// userfaultfd or has not been through `UFFDIO_API`.
+    ///
+    /// # Safety
+    ///
+    /// The memory behind the descriptor must be another process's. (If it is this process's, every
+    /// range registered with any userfaultfd of this process must bear being filled with any bytes
+    /// through the result.)
+    pub unsafe fn adopt(
+        fd: OwnedFd,
+        enabled: Features,
+        hidden: Ioctls,
+    ) -> Result<Self, AdoptError> {
+        let kind = kind_of(fd.as_fd()).map_err(AdoptError::Inspect)?;
+        if kind != USERFAULTFD {
+            let found = kind.to_string_lossy().into_owned();
+            return Err(AdoptError::NotUserfaultfd { found });
+        }
+        set_nonblocking(fd.as_fd()).map_err(AdoptError::Inspect)?;
+        let adopted = Self::of_another_process(fd, enabled, hidden);
+        // Waking a page that nobody waits for changes nothing, and every ioctl but UFFDIO_API
+        // answers EINVAL before negotiation. The page at half of the lower address space is valid
+        // for every architecture's range check.
+        adopted
+            .wake(1 << 32, crate::page_size())
+            .map_err(|_| AdoptError::NotNegotiated)?;
+        Ok(adopted)
+    }
+
+    /// As [`Userfaultfd::adopt`], after making sure that the memory is another process's: then
+    /// nothing has to be promised.
+    ///
+    /// To unregister what is not registered changes nothing, and the kernel answers EINVAL where
+    /// nothing is mapped. So places in a range that this process has just reserved are tried, elsewhere
+    /// than at the addresses of `registered`: a descriptor that knows all of them belongs to this
+    /// process. The range is so long that another process has nothing in most of it.
+    pub fn adopt_foreign(
+        fd: OwnedFd,
+        enabled: Features,
+        hidden: Ioctls,
+        registered: &[Range<u64>],
+    ) -> Result<Self, AdoptError> {
+        // SAFETY: nothing is filled through the result before the look below, and it is dropped if
+        // the memory is this process's.
+        let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
+        let page = crate::page_size();
+        let reserved = RESERVED
+            .iter()
+            .find_map(|len| Mapping::inaccessible(*len).ok());
+        let reserved = reserved.ok_or_else(|| AdoptError::Inspect(Errno::ENOMEM.into()))?;
+        let step = reserved.len() / 16;
+        for address in (reserved.address()..)
+            .step_by(crate::to_usize(step))
+            .take(16)
+        {
+            if registered.iter().any(|range| range.contains(&address)) {
+                continue;
+            }
+            match adopted.unregister(address, page) {
+                Ok(Unregistered::Done) => {}
+                Ok(Unregistered::Gone | Unregistered::OwnerGone) | Err(_) => return Ok(adopted),
+            }
+        }
+        Err(AdoptError::OwnMemory)
+    }
+
+    /// The features that are on.
+    pub fn features(&self) -> Features {
+        self.enabled
+    }
+
+    /// All that the kernel has and no mask hides; for an adopted one, what is on.
+    pub fn available(&self) -> Features {
+        self.available
+    }
+
+    /// Whether faults of the kernel's own accesses fail with EFAULT in place of being reported.
+    pub fn is_user_mode_only(&self) -> bool {
+        self.user_mode_only
+    }
+
+    /// Whether the memory is this process's own.
+    pub fn is_own_memory(&self) -> bool {
+        self.grants.is_some()
+    }
+
+    /// Begins to report faults of `[offset, offset + len)` of `region`, and allows it to be filled.
+    ///
+    /// Answers which ioctls work there. The first fault may be read before this returns.
+    pub fn register(
+        &self,
+        region: &RawRegion,
+        offset: u64,
+        len: u64,
+        modes: Modes,
+    ) -> Result<Ioctls, RegisterError> {
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= region.len());
+        if !inside || self.grants.is_none() {
+            return Err(RegisterError::OutOfRegion {
+                offset,
+                len,
+                region: region.len(),
+            });
+        }
+        let start = region.address() + offset;
+        let mut grants = self.grants_mut();
+        let answer = self.register_ioctl(start, len, modes)?;
+        if let Some(grants) = grants.as_mut() {
+            grants.add(start, start + len, region.keep());
+        }
+        Ok(answer)
+    }
+
+    /// Begins to report faults of memory that is known by its address only, in the owner's terms.
+    ///
+    /// # Safety
+    ///
+    /// If the memory is this process's own, the range must satisfy what [`RawRegion::new`] demands.
+    pub unsafe fn register_address(
+        &self,
+        start: u64,
+        len: u64,
+        modes: Modes,
+    ) -> Result<Ioctls, RegisterError> {
+        let mut grants = self.grants_mut();
+        let answer = self.register_ioctl(start, len, modes)?;
+        if let Some(grants) = grants.as_mut() {
+            grants.add(start, start + len, None);
+        }
+        Ok(answer)
+    }
+
+    fn register_ioctl(&self, start: u64, len: u64, modes: Modes) -> Result<Ioctls, RegisterError> {
+        let range = abi::uffdio_range { start, len };
+        let mut argument = abi::uffdio_register {
+            range,
+            mode: modes.bits(),
+            ioctls: 0,
+        };
+        // SAFETY: `argument` is a live uffdio_register, exclusively ours. What the registration
+        // does to the memory (accesses wait, absent pages can be filled) is what the contract
+        // behind `region`, or of `register_address`, accepted. If the range is not mapped or of an
+        // unsuitable kind the kernel refuses all of it.
+        let result = unsafe { ioctls::register(self.fd.as_raw_fd(), &raw mut argument) };
+        match result {
+            Ok(_) => Ok(Ioctls::from_bits(argument.ioctls).without(self.hidden)),
+            Err(errno) => Err(RegisterError::new(start, len, errno)),
+        }
+    }
+
+    /// Ends the reporting of faults in `[start, start + len)` and wakes who waits there.
+    ///
+    /// **Pages still absent are zero from then on.** Nothing else of this crate does that without
+    /// being asked to.
+    pub fn unregister(&self, start: u64, len: u64) -> Result<Unregistered, RegisterError> {
+        let mut grants = self.grants_mut();
+        let mut range = abi::uffdio_range { start, len };
+        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Unregistering takes no
+        // memory away; what it changes is that absent pages read as zeros, initialised bytes, as
+        // the contract of registering allows.
+        let result = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
+        let outcome = match result {
+            Ok(_) => Unregistered::Done,
+            // The kernel's answer when no mapping begins in the range.
+            Err(Errno::EINVAL) if is_range(start, len) => Unregistered::Gone,
+            // Without an owner the kernel says ENOMEM here, which can also mean what it says.
+            Err(Errno::ENOMEM) if matches!(self.probe(start), Ok(Presence::OwnerGone)) => {
+                Unregistered::OwnerGone
+            }
+            Err(errno) => return Err(RegisterError::new(start, len, errno)),
+        };
+        if let Some(grants) = grants.as_mut() {
+            grants.remove(start, start.saturating_add(len));
+        }
+        Ok(outcome)
+    }
+
+    /// Lets every thread that waits for a page of the range try again.
+    ///
+    /// A page that is still absent then faults, and is reported, anew: waking loses nothing,
+    /// wherever it is done. The range need not be mapped.
+    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut range = abi::uffdio_range { start, len };
+        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Waking makes waiting
+        // threads repeat their access and touches no memory.
+        unsafe { ioctls::wake(self.fd.as_raw_fd(), &raw mut range) }?;
+        Ok(())
+    }
+
+    /// Whether the page at `address` can be installed into at this moment, found without installing
+    /// anything.
+    ///
+    /// It is a COPY whose source can't be read, so that the kernel gets as far as its checks and no
+    /// further.
+    pub fn probe(&self, address: u64) -> io::Result<Presence> {
+        let mut argument = abi::uffdio_copy {
+            dst: address & !(crate::page_size() - 1),
+            src: memory::unreadable_page()?,
+            len: crate::page_size(),
+            mode: abi::UFFDIO_COPY_MODE_DONTWAKE,
+            copy: 0,
+        };
+        // SAFETY: `argument` is a live uffdio_copy. The source is a page without access rights that
+        // lives as long as the process, so the kernel has nothing to install, whatever the
+        // destination is.
+        let result = unsafe { ioctls::copy(self.fd.as_raw_fd(), &raw mut argument) };
+        match result {
+            Err(Errno::EAGAIN) => Ok(Presence::Changing),
+            Err(Errno::ENOENT) => Ok(Presence::Gone),
+            Err(Errno::ESRCH) => Ok(Presence::OwnerGone),
+            // EFAULT: all checks passed and the source failed. EEXIST, EINVAL: present already, or
+            // of another page size.
+            Err(Errno::EFAULT | Errno::EEXIST | Errno::EINVAL) => Ok(Presence::Registered),
+            Err(errno) => Err(errno.into()),
+            Ok(_) => Err(io::Error::other(
+                "the kernel copied a page without access rights",
+            )),
+        }
+    }
+
+    /// Sets `O_NONBLOCK` again. Who shares the open file can have cleared it, and then `poll`
+    /// reports an error for ever.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        set_nonblocking(self.as_fd())
+    }
+
+    /// Takes every access to a range that is registered through this descriptor, wherever the owner has
+    /// moved it since: what touches it gets SIGSEGV, or EFAULT. For kernels that can't poison what
+    /// could not be restored. The owner must not unmap or move any of it at the same time, as
+    /// [`RawRegion::new`] says.
+    pub fn make_inaccessible(&self, address: u64, len: u64) -> Result<(), MemError> {
+        let doing = "making inaccessible";
+        let end = address.checked_add(len);
+        let is_granted = |end| match self.grants() {
+            Some(grants) => grants.contains(address, end),
+            None => false,
+        };
+        if !end.is_some_and(is_granted) {
+            return Err(MemError::invalid(doing, address, len));
+        }
+        // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving
+        // it doesn't end that. The owner has promised not to unmap or move any of it just now, so
+        // nothing else can lie there.
+        unsafe { memory::protect(address, len, libc::PROT_NONE) }
+    }
+
+    pub(super) fn hides(&self, ioctl: Ioctls) -> bool {
+        self.hidden.contains(ioctl)
+    }
+
+    pub(super) fn hidden(&self) -> Ioctls {
+        self.hidden
+    }
+
+    /// Held over check and ioctl by every install; `None` where nothing is checked.
+    pub(super) fn grants(&self) -> Option<RwLockReadGuard<'_, Grants>> {
+        // The list is whole between calls of its methods, which don't panic; poisoning tells
+        // nothing.
+        self.grants
+            .as_ref()
+            .map(|grants| grants.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn grants_mut(&self) -> Option<RwLockWriteGuard<'_, Grants>> {
+        self.grants
+            .as_ref()
+            .map(|grants| grants.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Userfaultfd {
+    /// Unregisters this process's memory before the descriptor closes.
+    ///
+    /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does,
+    /// an event would have no reader any more, and the munmap of a mapping that only the list keeps
+    /// alive would wait for it for ever.
+    fn drop(&mut self) {
+        let Some(grants) = self.grants_mut() else {
+            return;
+        };
+        for (start, end) in grants.ranges() {
+            let mut range = abi::uffdio_range {
+                start,
+                len: end - start,
+            };
+            // SAFETY: as in `unregister`. An error means that nothing is registered there, which is
+            // what is wanted.
+            let _ = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
+        }
+    }
+}
+
+impl AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl fmt::Debug for Userfaultfd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Userfaultfd")
+            .field("fd", &self.fd.as_raw_fd())
+            .field("features", &self.enabled)
+            .field("own_memory", &self.grants.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a probe found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// The page is registered with a userfaultfd of its process.
+    Registered,
+    /// It is not.
+    Gone,
+    /// The owner is discarding, moving or unmapping memory and waits for the event to be read.
+    Changing,
+    /// The owner has exited.
+    OwnerGone,
+}
+
+/// What became of a range that was to be unregistered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unregistered {
+    /// It isn't registered any more.
+    Done,
+    /// Nothing is mapped there.
+    Gone,
+    /// The owner has exited.
+    OwnerGone,
+}
+
+/// Why a range can't be registered or unregistered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// The range is not inside its region, or the region is not memory of the owner.
+    #[error(
+        "cannot register {len:#x} bytes at offset {offset:#x} of a region of {region:#x} bytes"
+    )]
+    OutOfRegion {
+        /// Asked for.
+        offset: u64,
+        /// Asked for.
+        len: u64,
+        /// The region's length.
+        region: u64,
+    },
+    /// Another userfaultfd has it.
+    #[error("the memory at {start:#x}, {len:#x} bytes, is registered with another userfaultfd")]
+    Busy {
+        /// Where.
+        start: u64,
+        /// How much.
+        len: u64,
+    },
+    /// Not whole pages, not mapped, or memory of a kind that the kernel doesn't register in this
+    /// mode.
+    #[error(
+        "the memory at {start:#x}, {len:#x} bytes, cannot be registered: it must be whole pages, mapped, and anonymous, shared or hugetlbfs as the mode allows"
+    )]
+    Unsuitable {
+        /// Where.
+        start: u64,
+        /// How much.
+        len: u64,
+    },
+    /// Anything else; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has
+    /// exited.
+    #[error("registering or unregistering {len:#x} bytes at {start:#x} failed{hint}")]
+    Failed {
+        /// Where.
+        start: u64,
+        /// How much.
+        len: u64,
+        /// The limit that was met, if one is known.
+        hint: Hint,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl RegisterError {
+    fn new(start: u64, len: u64, errno: Errno) -> Self {
+        match errno {
+            Errno::EBUSY => Self::Busy { start, len },
+            Errno::EINVAL => Self::Unsuitable { start, len },
+            errno => {
+                let source = errno.into();
+                Self::Failed {
+                    start,
+                    len,
+                    hint: Hint::for_mappings(&source),
+                    source,
+                }
+            }
+        }
+    }
+}
+
+/// Why a received descriptor is refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdoptError {
+    /// It is something else.
+    #[error("the received descriptor is {found}, not a userfaultfd")]
+    NotUserfaultfd {
+        /// The kernel's name for it.
+        found: String,
+    },
+    /// It is for the memory of this process.
+    #[error("the received userfaultfd is for the memory of this process")]
+    OwnMemory,
+    /// Its sender hasn't negotiated with the kernel yet.
+    #[error("the received userfaultfd has not been through UFFDIO_API")]
+    NotNegotiated,
+    /// It could not be looked at, or not be made non-blocking.
+    #[error("cannot inspect the received descriptor")]
+    Inspect(#[source] io::Error),
+}
+
+fn is_range(start: u64, len: u64) -> bool {
+    let page = crate::page_size();
+    len > 0
+        && start.is_multiple_of(page)
+        && len.is_multiple_of(page)
+        && start.checked_add(len).is_some()
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: F_GETFL takes no argument and touches no memory.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    let flags = Errno::result(flags)?;
+    if flags & libc::O_NONBLOCK == 0 {
+        // SAFETY: F_SETFL takes a number; it changes how the open file waits and nothing else.
+        let result =
+            unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
+        Errno::result(result)?;
+    }
+    Ok(())
+}
