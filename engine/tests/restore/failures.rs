@@ -676,6 +676,38 @@ fn unavailable_pages_never_read_as_zeros() {
     assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
 }
 
+/// 64 GiB that could not be read, and nothing else. Each block of the index is one failure: page by page
+/// there would be millions.
+#[test]
+fn unavailable_blocks_are_skipped_as_a_whole() {
+    const BLOCKS: u64 = 32 << 10;
+    const BLOCK_PAGES: u64 = 512;
+    let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    writer.write_unavailable(BLOCKS * BLOCK_PAGES).unwrap();
+    let restored = Restore::new(open(writer.finish().unwrap().0))
+        .prefetch(Prefetch::All)
+        .start()
+        .unwrap();
+    assert!(!restored.wait_complete());
+    assert_eq!(restored.stats().failures, BLOCKS);
+    let failures = restored.failures();
+    let mut pages: Vec<u64> = failures.iter().map(|failure| failure.page).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    assert_eq!(pages.len(), failures.len());
+    assert!(pages.iter().all(|page| page % BLOCK_PAGES == 0));
+    assert!(
+        failures
+            .iter()
+            .all(|failure| failure.kind == FailureKind::Unavailable)
+    );
+    // They are not zeros either.
+    for page in [0, 7, BLOCKS * BLOCK_PAGES - 1] {
+        assert!(restored.read_at(0, page * 4096, &mut [0; PAGE]).is_err());
+    }
+}
+
 #[test]
 fn poison_is_refused_where_the_kernel_has_none() {
     let (_, snapshot, _) = bad_frame(9);
