@@ -41,6 +41,8 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
 use nix::unistd::{linkat, syncfs};
 
+use crate::names::escape_path;
+
 /// Bytes gathered before the file is written. Longer writes go straight through.
 const BUFFER_BYTES: usize = 64 << 10;
 /// Permissions of a new file.
@@ -55,25 +57,28 @@ const NAME_TRIES: u32 = 100;
 #[non_exhaustive]
 pub enum FileError {
     /// The target exists, and replacing it was not asked for.
-    #[error("{} exists already", path.display())]
+    #[error("{} exists already", escape_path(path))]
     Exists {
         /// The target.
         path: PathBuf,
     },
     /// The target's folder doesn't exist.
-    #[error("the folder {} does not exist", folder.display())]
+    #[error("the folder {} does not exist", escape_path(folder))]
     NoFolder {
         /// The folder.
         folder: PathBuf,
     },
     /// The target is a folder.
-    #[error("{} is a folder", path.display())]
+    #[error("{} is a folder", escape_path(path))]
     IsFolder {
         /// The target.
         path: PathBuf,
     },
     /// The target is a disk, of which nobody could say later where the snapshot ends.
-    #[error("{} is a block device; a snapshot is a file, a pipe or a stream", path.display())]
+    #[error(
+        "{} is a block device; a snapshot is a file, a pipe or a stream",
+        escape_path(path)
+    )]
     BlockDevice {
         /// The target.
         path: PathBuf,
@@ -81,7 +86,8 @@ pub enum FileError {
     /// The file is whole, but could not be given its name: it stays under a temporary one.
     #[error(
         "could not name the file {}, which is complete and kept as {}: rename it",
-        path.display(), partial.display()
+        escape_path(path),
+        escape_path(partial)
     )]
     NotNamed {
         /// The target.
@@ -93,7 +99,10 @@ pub enum FileError {
         source: io::Error,
     },
     /// The file is whole and has its name, but the name may not outlive a crash of the machine.
-    #[error("{} is written, but its folder could not be brought to disk", path.display())]
+    #[error(
+        "{} is written, but its folder could not be brought to disk",
+        escape_path(path)
+    )]
     NotSynced {
         /// The target, which is there.
         path: PathBuf,
@@ -102,7 +111,7 @@ pub enum FileError {
         source: io::Error,
     },
     /// The file system refused something.
-    #[error("could not {what} {}", path.display())]
+    #[error("could not {what} {}", escape_path(path))]
     Io {
         /// What was being done.
         what: &'static str,

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::names::escape_path;
+
 /// Why bytes are read. Stores may treat the reasons differently; statistics count them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -38,7 +40,7 @@ pub trait Store: Send + Sync {
     /// [`io::ErrorKind::UnexpectedEof`].
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()>;
 
-    /// What messages call the store: for a file, its path.
+    /// What messages call the store: for a file, its path, escaped.
     fn name(&self) -> String;
 }
 
@@ -119,7 +121,7 @@ impl Store for FileStore {
     }
 
     fn name(&self) -> String {
-        self.path.display().to_string()
+        escape_path(&self.path)
     }
 }
 

@@ -460,3 +460,38 @@ fill(mapped('secret', 8 * PAGE, 3, SHARED, fd), 2 * PAGE, 6)
     assert!(found == vec![5; PAGE]);
     memory(&folder, puppet.place("secret"), PAGE).unwrap_err();
 }
+
+/// Names are any bytes: those of two files, or of a process, stay different.
+#[test]
+fn names_that_differ_in_one_byte_stay_different() {
+    let test = "names_that_differ_in_one_byte_stay_different";
+    let files = Folder::new();
+    // PR_SET_NAME. The kernel writes a line feed as `\\012`.
+    let program = format!(
+        r"
+os.chdir({:?})
+for name in (b'a\x01', b'a\x02', b'b\xfe', b'b\xff', b'c\n', b'c\\012'):
+    with open(name, 'wb') as file:
+        file.write(b'x' * PAGE)
+    with open(name, 'rb') as file:
+        mapped('file', PAGE, 1, PRIVATE, file.fileno())
+libc.prctl(15, b'n\xff) Z\x1b[1m', 0, 0, 0)
+",
+        files.path()
+    );
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    puppet.take(&folder).exits(0);
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    assert_eq!(info["properties"]["source.name"], r"n\xff) Z\x1b[1m");
+    let prefix = format!("{}/", files.path().display());
+    let regions = info["regions"].as_array().unwrap().iter();
+    let names = regions.filter_map(|region| region["name"].as_str()?.strip_prefix(&prefix));
+    let names: std::collections::BTreeSet<_> = names.collect();
+    // Others than root can't follow the link that tells a line feed.
+    let line_feed = geteuid().is_root().then_some(r"c\x0a");
+    let expected = [r"a\x01", r"a\x02", r"b\xfe", r"b\xff", r"c\\012"];
+    assert_eq!(names, expected.into_iter().chain(line_feed).collect());
+}

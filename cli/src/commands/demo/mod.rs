@@ -21,6 +21,7 @@ use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
 use crate::exit::{self, Exit};
+use crate::names;
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -230,7 +231,7 @@ fn temporary_file() -> Result<File> {
             std::fs::remove_file(&path)?;
             Ok::<_, io::Error>(file)
         })
-        .with_context(|| format!("{}: making a temporary file", folder.display()))
+        .with_context(|| format!("{}: making a temporary file", names::path(&folder)))
 }
 
 /// A path to an open file.
@@ -289,7 +290,7 @@ impl fmt::Display for Report {
         )?;
         write!(f, "{}", self.restore)?;
         if let Some(kept) = &self.kept {
-            writeln!(f, "kept        {}", kept.display())?;
+            writeln!(f, "kept        {}", names::path(kept))?;
         }
         writeln!(
             f,
