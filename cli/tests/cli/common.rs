@@ -183,6 +183,20 @@ pub(crate) fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a fifo");
 }
 
+/// Key and value of what `create` remarks on its source.
+#[track_caller]
+pub(crate) fn remarks(report: &Value) -> Vec<(String, u64)> {
+    let remarks = report["remarks"].as_array().expect("a list of remarks");
+    let text = |remark: &Value, key: &str| remark[key].as_str().expect("a text").to_owned();
+    remarks
+        .iter()
+        .map(|remark| {
+            assert!(!text(remark, "text").is_empty(), "{remark}");
+            (text(remark, "key"), text(remark, "value").parse().unwrap())
+        })
+        .collect()
+}
+
 /// A number of a JSON report.
 #[track_caller]
 pub(crate) fn number(report: &Value, key: &str) -> u64 {

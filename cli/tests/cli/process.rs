@@ -11,7 +11,8 @@ use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, ensure_python3, skipped};
 
 use crate::common::{
-    Folder, as_nobody, command, finish, make_fifo, number, run, wait_until, with_default_signals,
+    Folder, as_nobody, command, finish, make_fifo, number, remarks, run, wait_until,
+    with_default_signals,
 };
 use crate::owner::Owner;
 
@@ -149,6 +150,8 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
 
     // What can't be read is unknown: past the end of a file.
     assert_eq!(number(&report, "unavailable_pages"), 3);
+    let keys: Vec<_> = remarks(&report).into_iter().map(|(key, _)| key).collect();
+    assert_eq!(keys, ["source.beyond_file_bytes", "source.untouched_bytes"]);
     let (cut, region) = find(&regions, at("cut")).unwrap();
     assert!(number(region, "bytes") == 4 * 4096, "{region}");
     let cut = cut.to_string();

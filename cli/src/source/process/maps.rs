@@ -43,6 +43,8 @@ pub(super) struct Details {
     pub(super) device: bool,
     /// A userfaultfd answers for missing pages.
     pub(super) userfault: bool,
+    /// Not to be in dumps (`MADV_DONTDUMP`).
+    pub(super) undumped: bool,
 }
 
 /// What the mapping's pages are if nobody has touched them.
@@ -222,6 +224,7 @@ fn detail(details: &mut Details, key: &str, value: &str) {
                 match flag {
                     "io" | "pf" => details.device = true,
                     "um" | "ui" => details.userfault = true,
+                    "dd" => details.undumped = true,
                     _ => {}
                 }
             }
@@ -240,7 +243,7 @@ Size:                132 kB
 KernelPageSize:        4 kB
 Rss:                  12 kB
 Swap:                  4 kB
-VmFlags: rd wr mr mw me ac sd
+VmFlags: rd wr mr mw me ac dd sd
 7f0000000000-7f0010000000 ---p 00000000 00:00 0 
 KernelPageSize:        4 kB
 Rss:                   0 kB
@@ -270,6 +273,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!((heap.start, heap.end), (0x5581_c000_0000, 0x5581_c002_1000));
         assert_eq!(heap.details.unwrap().populated, 16 << 10);
         assert_eq!(heap.untouched(), Untouched::Zero);
+        assert!(heap.details.unwrap().undumped && !file.details.unwrap().undumped);
         assert!(!heap.is_empty_reservation());
         assert!(reserved.is_empty_reservation());
         assert_eq!(file.name, b"/tmp/a file: 1 kB (deleted)");

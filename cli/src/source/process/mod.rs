@@ -28,7 +28,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
 use snapshot_format::layout::region_flags;
 
-use super::{PAGE, Region, Samples, Sampling, Sink, Source};
+use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
 use crate::exit::Refusal;
 use crate::names;
 use crate::output::Output;
@@ -54,9 +54,9 @@ pub(crate) struct HeldProcess {
     name: String,
     pages: u64,
     place: Place,
-    output: Output,
     reading: Reading,
     held: Option<Duration>,
+    remarks: Vec<Remark>,
 }
 
 /// How far it is.
@@ -114,7 +114,6 @@ impl HeldProcess {
                 .unwrap_or_default(),
             pages: expected_pages(&mappings),
             place,
-            output,
             reading: Reading::NotYet(Box::new(Inner {
                 pid,
                 mappings,
@@ -125,6 +124,7 @@ impl HeldProcess {
                 hold,
             })),
             held: None,
+            remarks: Vec::new(),
         })
     }
 
@@ -159,7 +159,7 @@ impl HeldProcess {
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.held = Some(summary.held);
-        summary.warn(self.pid, self.output);
+        self.remarks = summary.remarks(self.pid);
         Ok(())
     }
 }
@@ -324,6 +324,10 @@ impl Source for HeldProcess {
             Arc::clone(spool).empty(sink)?;
         }
         self.end()
+    }
+
+    fn remarks(&self) -> Vec<Remark> {
+        self.remarks.clone()
     }
 
     fn held(&self) -> Option<Duration> {
