@@ -28,7 +28,8 @@
 //! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
 //! another gets the permissions of that, because somebody chose them.
 //!
-//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to.
+//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to. A
+//! named pipe needs a reader beforehand: nothing waits for one.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::hash::{BuildHasher, RandomState};
@@ -42,6 +43,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
 use nix::unistd::{linkat, syncfs};
 
 use crate::names::escape_path;
+use crate::store::make_blocking;
 
 /// Bytes gathered before the file is written. Longer writes go straight through.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -71,6 +73,12 @@ pub enum FileError {
     /// The target is a folder.
     #[error("{} is a folder", escape_path(path))]
     IsFolder {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The target is a named pipe that nobody reads: opening it would wait for a reader.
+    #[error("no process reads the named pipe {}", escape_path(path))]
+    NoReader {
         /// The target.
         path: PathBuf,
     },
@@ -370,11 +378,35 @@ fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
             path: target.to_owned(),
         });
     }
-    if kind.is_fifo() || kind.is_char_device() || kind.is_socket() {
+    if kind.is_fifo() {
+        return open_pipe(target).map(Some);
+    }
+    if kind.is_char_device() || kind.is_socket() {
         let opened = OpenOptions::new().write(true).open(target);
         return opened.map(Some).map_err(FileError::io("open", target));
     }
     Ok(None)
+}
+
+/// Opens a named pipe for writing, without waiting for a reader: nothing could end that wait in
+/// an orderly way.
+fn open_pipe(target: &Path) -> Result<File, FileError> {
+    let opened = OpenOptions::new()
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(target);
+    match opened {
+        Ok(pipe) => match make_blocking(&pipe) {
+            Ok(()) => Ok(pipe),
+            Err(error) => Err(FileError::io("open", target)(error)),
+        },
+        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => {
+            Err(FileError::NoReader {
+                path: target.to_owned(),
+            })
+        }
+        Err(error) => Err(FileError::io("open", target)(error)),
+    }
 }
 
 /// A file without a name that can be given one later.

@@ -64,8 +64,7 @@ impl FileStore {
             .open(&path)?;
         // The name may stand for another file by now.
         check_kind(file.metadata()?.file_type())?;
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
-        fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+        make_blocking(&file)?;
         Ok(Self { file, path })
     }
 
@@ -86,6 +85,13 @@ impl FileStore {
     pub fn into_file(self) -> File {
         self.file
     }
+}
+
+/// Takes back `O_NONBLOCK`, which was for the opening only.
+pub(crate) fn make_blocking(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// Refuses what can't be read at any offset.

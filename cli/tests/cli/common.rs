@@ -178,6 +178,20 @@ pub(crate) fn finish(child: Child) -> Run {
         .into()
 }
 
+/// As [`finish`], but panics if it hasn't ended after `timeout`.
+#[track_caller]
+pub(crate) fn finish_within(mut child: Child, timeout: Duration) -> Run {
+    let began = Instant::now();
+    while child.try_wait().expect("waiting for a child").is_none() {
+        if began.elapsed() > timeout {
+            let _ = child.kill();
+            panic!("it does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    finish(child)
+}
+
 /// Makes a named pipe.
 pub(crate) fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a fifo");
