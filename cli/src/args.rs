@@ -142,7 +142,7 @@ pub(crate) struct Create {
     /// Take what is there of an ELF core that was cut short; the rest is recorded as unavailable
     #[arg(long, conflicts_with_all = ["pid", "raw"])]
     pub(crate) incomplete: bool,
-    /// Snapshot to write; `-` is standard output
+    /// Snapshot to write; `-` is standard output, and a named pipe must have a reader
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
     /// Replace an existing snapshot, once the new one is complete
@@ -301,7 +301,7 @@ pub(crate) struct Extract {
     /// Snapshot to read
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
-    /// File to write; `-` is standard output
+    /// File to write; `-` is standard output, and a named pipe must have a reader
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
     /// Replace an existing file, once the new one is complete

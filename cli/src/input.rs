@@ -7,6 +7,8 @@ use std::sync::Arc;
 use anyhow::Result;
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
+use crate::names;
+
 /// Opens a snapshot.
 pub(crate) fn open(path: &Path) -> Result<Snapshot> {
     Ok(Snapshot::open(Arc::new(store(path)?))?)
@@ -15,7 +17,7 @@ pub(crate) fn open(path: &Path) -> Result<Snapshot> {
 /// Opens the file at `path`, whatever is in it.
 pub(crate) fn store(path: &Path) -> Result<FileStore> {
     let opened = FileStore::open(path).map_err(|source| OpenError::NoStore {
-        file: path.display().to_string(),
+        file: names::path(path),
         source,
     });
     Ok(opened?)

@@ -71,7 +71,12 @@ fn main() -> ExitCode {
 
 /// Shows help, or what is wrong with what was typed.
 fn not_understood(error: &clap::Error) -> ExitCode {
-    let _ = error.print();
+    if error.use_stderr() {
+        // It repeats what was typed, or what a shell made of it: names of files.
+        output::to_stderr(&error.render().to_string());
+    } else {
+        let _ = error.print();
+    }
     let code = error.exit_code();
     if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
         let text = error.render().to_string();

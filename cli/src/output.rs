@@ -123,7 +123,7 @@ impl Output {
 }
 
 /// Writes text for people. There is nobody to tell if standard error is closed.
-fn to_stderr(text: &str) {
+pub(crate) fn to_stderr(text: &str) {
     let _ = io::stderr()
         .lock()
         .write_all(names::shown_lines(text).as_bytes());

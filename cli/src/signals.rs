@@ -229,9 +229,11 @@ fn die_by(signal: Signal) {
 
 /// Bits of the signals that this process ignores. Unreadable counts as none.
 fn ignored_signals() -> u64 {
-    std::fs::read_to_string("/proc/self/status")
+    std::fs::read("/proc/self/status")
         .ok()
         .and_then(|status| {
+            // The name of the program, which stands there too, is any bytes.
+            let status = String::from_utf8_lossy(&status);
             let mask = status
                 .lines()
                 .find_map(|line| line.strip_prefix("SigIgn:"))?;

@@ -97,6 +97,9 @@ impl Target {
             Err(error @ FileError::Exists { .. }) => {
                 Err(anyhow::anyhow!("{error}; --force replaces it"))
             }
+            Err(error @ FileError::NoReader { .. }) => Err(anyhow::anyhow!(
+                "{error}; start its reader first, or pipe standard output into it (-o -)"
+            )),
             Err(error) => Err(error.into()),
         }
     }

@@ -28,7 +28,8 @@
 //! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
 //! another gets the permissions of that, because somebody chose them.
 //!
-//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to.
+//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to. A
+//! named pipe needs a reader beforehand: nothing waits for one.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::hash::{BuildHasher, RandomState};
@@ -40,6 +41,9 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
 use nix::unistd::{linkat, syncfs};
+
+use crate::names::escape_path;
+use crate::store::make_blocking;
 
 /// Bytes gathered before the file is written. Longer writes go straight through.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -55,25 +59,34 @@ const NAME_TRIES: u32 = 100;
 #[non_exhaustive]
 pub enum FileError {
     /// The target exists, and replacing it was not asked for.
-    #[error("{} exists already", path.display())]
+    #[error("{} exists already", escape_path(path))]
     Exists {
         /// The target.
         path: PathBuf,
     },
     /// The target's folder doesn't exist.
-    #[error("the folder {} does not exist", folder.display())]
+    #[error("the folder {} does not exist", escape_path(folder))]
     NoFolder {
         /// The folder.
         folder: PathBuf,
     },
     /// The target is a folder.
-    #[error("{} is a folder", path.display())]
+    #[error("{} is a folder", escape_path(path))]
     IsFolder {
         /// The target.
         path: PathBuf,
     },
+    /// The target is a named pipe that nobody reads: opening it would wait for a reader.
+    #[error("no process reads the named pipe {}", escape_path(path))]
+    NoReader {
+        /// The target.
+        path: PathBuf,
+    },
     /// The target is a disk, of which nobody could say later where the snapshot ends.
-    #[error("{} is a block device; a snapshot is a file, a pipe or a stream", path.display())]
+    #[error(
+        "{} is a block device; a snapshot is a file, a pipe or a stream",
+        escape_path(path)
+    )]
     BlockDevice {
         /// The target.
         path: PathBuf,
@@ -81,7 +94,8 @@ pub enum FileError {
     /// The file is whole, but could not be given its name: it stays under a temporary one.
     #[error(
         "could not name the file {}, which is complete and kept as {}: rename it",
-        path.display(), partial.display()
+        escape_path(path),
+        escape_path(partial)
     )]
     NotNamed {
         /// The target.
@@ -93,7 +107,10 @@ pub enum FileError {
         source: io::Error,
     },
     /// The file is whole and has its name, but the name may not outlive a crash of the machine.
-    #[error("{} is written, but its folder could not be brought to disk", path.display())]
+    #[error(
+        "{} is written, but its folder could not be brought to disk",
+        escape_path(path)
+    )]
     NotSynced {
         /// The target, which is there.
         path: PathBuf,
@@ -102,7 +119,7 @@ pub enum FileError {
         source: io::Error,
     },
     /// The file system refused something.
-    #[error("could not {what} {}", path.display())]
+    #[error("could not {what} {}", escape_path(path))]
     Io {
         /// What was being done.
         what: &'static str,
@@ -361,11 +378,35 @@ fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
             path: target.to_owned(),
         });
     }
-    if kind.is_fifo() || kind.is_char_device() || kind.is_socket() {
+    if kind.is_fifo() {
+        return open_pipe(target).map(Some);
+    }
+    if kind.is_char_device() || kind.is_socket() {
         let opened = OpenOptions::new().write(true).open(target);
         return opened.map(Some).map_err(FileError::io("open", target));
     }
     Ok(None)
+}
+
+/// Opens a named pipe for writing, without waiting for a reader: nothing could end that wait in
+/// an orderly way.
+fn open_pipe(target: &Path) -> Result<File, FileError> {
+    let opened = OpenOptions::new()
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(target);
+    match opened {
+        Ok(pipe) => match make_blocking(&pipe) {
+            Ok(()) => Ok(pipe),
+            Err(error) => Err(FileError::io("open", target)(error)),
+        },
+        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => {
+            Err(FileError::NoReader {
+                path: target.to_owned(),
+            })
+        }
+        Err(error) => Err(FileError::io("open", target)(error)),
+    }
 }
 
 /// A file without a name that can be given one later.

@@ -50,6 +50,7 @@ mod file;
 mod frame;
 mod index;
 pub mod layout;
+pub mod names;
 mod open;
 mod sections;
 mod snapshot;

@@ -21,6 +21,7 @@ use self::opening::Tables;
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
 use crate::layout::{HEADER_BYTES, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
+use crate::names::escape_path;
 use crate::open::{self, Ends};
 use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
@@ -119,7 +120,7 @@ impl Snapshot {
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
-            file: path.display().to_string(),
+            file: escape_path(path),
             source,
         })?;
         Self::open(Arc::new(store))

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::names::escape_path;
+
 /// Why bytes are read. Stores may treat the reasons differently; statistics count them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -38,7 +40,7 @@ pub trait Store: Send + Sync {
     /// [`io::ErrorKind::UnexpectedEof`].
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()>;
 
-    /// What messages call the store: for a file, its path.
+    /// What messages call the store: for a file, its path, escaped.
     fn name(&self) -> String;
 }
 
@@ -62,8 +64,7 @@ impl FileStore {
             .open(&path)?;
         // The name may stand for another file by now.
         check_kind(file.metadata()?.file_type())?;
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
-        fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+        make_blocking(&file)?;
         Ok(Self { file, path })
     }
 
@@ -84,6 +85,13 @@ impl FileStore {
     pub fn into_file(self) -> File {
         self.file
     }
+}
+
+/// Takes back `O_NONBLOCK`, which was for the opening only.
+pub(crate) fn make_blocking(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// Refuses what can't be read at any offset.
@@ -119,7 +127,7 @@ impl Store for FileStore {
     }
 
     fn name(&self) -> String {
-        self.path.display().to_string()
+        escape_path(&self.path)
     }
 }
 

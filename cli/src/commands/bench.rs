@@ -21,6 +21,7 @@ use snapshot_format::{OpenError, Snapshot};
 use crate::args;
 use crate::exit::{Exit, Refusal};
 use crate::input;
+use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
 
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     let folder = tempfile::Builder::new()
         .prefix("snaprestore-bench-")
         .tempdir_in(&args.dir)
-        .with_context(|| format!("{}: making a folder for the images", args.dir.display()))?;
+        .with_context(|| format!("{}: making a folder for the images", names::path(&args.dir)))?;
     let mut images = images(args, snapshot.as_ref(), folder.path(), &own, output)?;
     let mut samples = Samples::default();
     let runner = Runner::new(own, [TRIAL]);
@@ -107,7 +108,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     }
     done?;
     let report = Report {
-        file: args.file.display().to_string(),
+        file: names::exact(&args.file),
         machine: Machine::describe(),
         memory_bytes: images.bytes(),
         snapshot_bytes: images
@@ -170,7 +171,7 @@ fn workload(args: &args::Bench) -> Result<Workload> {
     let workload = Workload {
         name: "bench".into(),
         title: format!("{verb} {what} {how}, {state}{threads}"),
-        image: args.file.display().to_string(),
+        image: names::exact(&args.file),
         order,
         seed: args.seed,
         trace: None,

@@ -115,16 +115,11 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let held = source.held().map(|held| held.as_millis());
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
-    for remark in &remarks {
-        writer
-            .remark(remark)
-            .map_err(|error| target::named(error, &args.output))?;
-        if remark.warning {
-            output.warn(format_args!("warning: {}", remark.text));
-        }
+    for remark in remarks.iter().filter(|remark| remark.warning) {
+        output.warn(format_args!("warning: {}", remark.text));
     }
     let (target, written) = writer
-        .finish(recipe.attachments)
+        .finish(&remarks, recipe.attachments)
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
     let report = Report {
@@ -300,13 +295,16 @@ pub(crate) struct SnapshotSink {
 }
 
 impl SnapshotSink {
-    /// Records a remark as a property.
-    fn remark(&mut self, remark: &Remark) -> Result<()> {
-        Ok(self.writer.set_property(remark.key, &remark.value)?)
-    }
-
-    /// Stores the attachments and writes the end. The target isn't complete yet.
-    pub(crate) fn finish(mut self, attachments: Vec<(String, File)>) -> Result<(Target, Written)> {
+    /// Records remarks as properties, stores the attachments and writes the end. The target isn't
+    /// complete yet.
+    pub(crate) fn finish(
+        mut self,
+        remarks: &[Remark],
+        attachments: Vec<(String, File)>,
+    ) -> Result<(Target, Written)> {
+        for remark in remarks {
+            self.writer.set_property(remark.key, &remark.value)?;
+        }
         for (name, mut file) in attachments {
             self.writer.attach(&name, &mut file)?;
         }

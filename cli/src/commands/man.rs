@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::args::{self, Args};
 use crate::exit::{Exit, Refusal};
+use crate::names;
 use crate::output::Output;
 
 /// Pages that were printed or written.
@@ -32,7 +33,7 @@ impl fmt::Display for Pages {
         for page in &self.pages {
             match (&page.text, &page.file) {
                 (Some(text), _) => f.write_str(text)?,
-                (None, Some(file)) => writeln!(f, "wrote {}", file.display())?,
+                (None, Some(file)) => writeln!(f, "wrote {}", names::path(file))?,
                 (None, None) => {}
             }
         }
@@ -46,7 +47,7 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     root.build();
     let pages = if let Some(folder) = &args.output {
         std::fs::create_dir_all(folder)
-            .with_context(|| format!("{}: creating the folder", folder.display()))?;
+            .with_context(|| format!("{}: creating the folder", names::path(folder)))?;
         let pages: Vec<_> = std::iter::once(&root)
             .chain(all_below(&root))
             .map(page)
@@ -58,7 +59,12 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
             Some(name) => all_below(&root)
                 .into_iter()
                 .find(|command| page_name(command).strip_prefix("snaprestore-") == name.to_str())
-                .ok_or_else(|| Refusal::Usage(format!("there is no command {}", name.display())))?,
+                .ok_or_else(|| {
+                    Refusal::Usage(format!(
+                        "there is no command {}",
+                        names::path(name.as_ref())
+                    ))
+                })?,
         };
         let (name, text) = page(command)?;
         vec![Page {
@@ -94,11 +100,14 @@ fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Resu
     let file = |name: &str| folder.join(format!("{name}.1"));
     let mut files = pages.iter().map(|(name, _)| file(name));
     if let Some(file) = files.find(|file| !force && file.symlink_metadata().is_ok()) {
-        bail!("{}: exists already; --force replaces it", file.display());
+        bail!(
+            "{}: exists already; --force replaces it",
+            names::path(&file)
+        );
     }
     let write = |(name, text): (String, String)| {
         let file = file(&name);
-        std::fs::write(&file, text).with_context(|| format!("{}: writing", file.display()))?;
+        std::fs::write(&file, text).with_context(|| format!("{}: writing", names::path(&file)))?;
         Ok(Page {
             name,
             file: Some(file),

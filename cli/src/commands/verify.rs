@@ -72,7 +72,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         VerifyError::Open(error) => anyhow::Error::from(error),
         VerifyError::Read(error) => error.into(),
         VerifyError::Frame(error) => error.into(),
-        other => anyhow::Error::from(other).context(file.clone()),
+        other => anyhow::Error::from(other).context(names::path(&args.file)),
     })?;
     drop(progress);
     Ok(Report {
@@ -97,14 +97,15 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let file = names::shown(&self.file);
         if let (true, [problem]) = (self.not_a_snapshot, &self.problems[..]) {
-            return writeln!(f, "{}: {}", self.file, problem.detail);
+            return writeln!(f, "{file}: {}", problem.detail);
         }
         let found = self.problems.len() as u64 + self.more_problems;
         if self.ok {
-            write!(f, "{}: good", self.file)?;
+            write!(f, "{file}: good")?;
         } else {
-            write!(f, "{}: DAMAGED, {}", self.file, count(found, "problem"))?;
+            write!(f, "{file}: DAMAGED, {}", count(found, "problem"))?;
         }
         writeln!(
             f,

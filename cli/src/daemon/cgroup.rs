@@ -8,10 +8,14 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
+use crate::names;
+
 /// Moves this process out of the cgroup that it is in: to its parent, else to the root, else to a new
 /// one beside it. Done if it is in a root already, which can't be killed from within.
 pub(super) fn leave() -> io::Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mounts = fs::read("/proc/self/mountinfo")?;
+    // Other mounts have names of any bytes.
+    let mounts = String::from_utf8_lossy(&mounts);
     let mut result = Ok(());
     for line in fs::read_to_string("/proc/self/cgroup")?.lines() {
         let Some((root, path)) =
@@ -23,7 +27,7 @@ pub(super) fn leave() -> io::Result<()> {
             let place = root.join(path.trim_start_matches('/'));
             result = Err(io::Error::new(
                 error.kind(),
-                format!("{}: {error}", place.display()),
+                format!("{}: {error}", names::path(&place)),
             ));
         }
     }

@@ -15,6 +15,7 @@ use snaprestore_uffd::os::open_pidfd;
 use super::keeper::Options;
 use super::systemd;
 use super::wire::Wire;
+use crate::names;
 
 /// A worker.
 #[derive(Debug)]
@@ -69,9 +70,12 @@ impl Worker {
             Some(place) => command.env(FAIL, place),
             None => command.env_remove(FAIL),
         };
-        let child = command
-            .spawn()
-            .with_context(|| format!("{}: can't be started as a worker", program.display()))?;
+        let child = command.spawn().with_context(|| {
+            format!(
+                "{}: can't be started as a worker",
+                names::path(program.as_ref())
+            )
+        })?;
         let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;
         Ok(Self {
             child,

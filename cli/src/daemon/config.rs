@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use snapshot_format::FileStore;
 
 use crate::args::{OnError, Prefetch, RETRY_TIMEOUT};
+use crate::names;
 
 /// The longest file of `--config`: room for ten thousand services.
 const MOST_BYTES: u64 = 4 << 20;
@@ -139,7 +140,7 @@ impl Service {
     /// Gives its socket the permissions that were asked for; the umask and the user of the daemon have decided the others.
     pub(crate) fn share_socket(&self) -> Result<()> {
         let socket = &self.socket;
-        let name = socket.display();
+        let name = names::path(socket);
         if let Some(group) = &self.socket_group {
             let number = group_number(group)?;
             lchown(socket, None, Some(number)).with_context(|| {
@@ -191,7 +192,7 @@ fn absolute(what: &str, path: &Path) -> Result<()> {
         bail!("{what} is empty: it must be a path");
     }
     if !path.is_absolute() {
-        bail!("{what} = {}: the path must begin with /", path.display());
+        bail!("{what} = {}: the path must begin with /", names::path(path));
     }
     Ok(())
 }
@@ -203,7 +204,7 @@ fn check_socket(what: &str, path: &Path) -> Result<()> {
     if len > LONGEST_SOCKET {
         bail!(
             "{what} = {}: a socket's path has at most {LONGEST_SOCKET} bytes, and this one {len}",
-            path.display()
+            names::path(path)
         );
     }
     Ok(())
@@ -274,7 +275,7 @@ pub(crate) struct Config {
 impl Config {
     /// Reads and checks a file. Relative paths in it are meant from the file's folder.
     pub(crate) fn load(file: &Path) -> Result<Self> {
-        let name = file.display();
+        let name = names::path(file);
         let text = read(file).with_context(|| format!("{name}: can't be read"))?;
         let folder = std::path::absolute(file).with_context(|| format!("{name}"))?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
@@ -315,7 +316,7 @@ impl Config {
             if !sockets.insert(path) {
                 bail!(
                     "metrics = {}: control has that socket already",
-                    path.display()
+                    names::path(path)
                 );
             }
         }
@@ -331,7 +332,7 @@ impl Config {
                 bail!(
                     "service {:?}: socket = {} is used above: give each its own socket",
                     service.name,
-                    service.socket.display()
+                    names::path(&service.socket)
                 );
             }
         }

@@ -41,6 +41,8 @@ use snaprestore_engine::pager::SYSTEM_CALLS;
 use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
 use snaprestore_uffd::uffd::abi;
 
+use crate::names;
+
 /// The newest kind of Landlock that this was tested with. Less is taken where the kernel has less.
 const LANDLOCK: ABI = ABI::V7;
 
@@ -235,7 +237,7 @@ fn become_user(account: Option<Account>) -> Result<()> {
 
 fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
     for path in readable {
-        fs::metadata(path).with_context(|| path.display().to_string())?;
+        fs::metadata(path).with_context(|| names::path(path))?;
     }
     let restrict = || -> Result<_, landlock::RulesetError> {
         Ruleset::default()

@@ -26,6 +26,7 @@ use snaprestore_uffd::os::credentials_of;
 
 use super::config::Service;
 use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
+use crate::names;
 
 /// Where the control socket is, unless somebody says otherwise.
 pub(crate) const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
@@ -105,7 +106,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
         listen(&socket, Backlog::new(128)?)?;
         Ok(socket.into())
     };
-    make().with_context(|| format!("{}: can't be listened on", path.display()))
+    make().with_context(|| format!("{}: can't be listened on", names::path(path)))
 }
 
 /// Answers whoever has connected to the control socket of a daemon of user `own`, until they have no more to
@@ -284,7 +285,7 @@ pub(crate) struct Client {
 impl Client {
     /// Connects to the daemon whose control socket is at `path`.
     pub(crate) fn connect(path: &Path) -> Result<Self> {
-        let name = path.display();
+        let name = names::path(path);
         let stream = UnixStream::connect(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => anyhow!(
                 "{name}: no daemon is there: start `snaprestore serve --control {name}`, or name \
@@ -307,7 +308,7 @@ impl Client {
 
     /// Sends a request.
     pub(crate) fn ask(&self, request: &Request) -> Result<()> {
-        let name = self.path.display();
+        let name = names::path(&self.path);
         match send(&self.stream, request) {
             // It may have said why before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -317,7 +318,7 @@ impl Client {
 
     /// Waits for the reply: of what takes as long as it takes, without a limit.
     pub(crate) fn hear<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
-        let name = self.path.display();
+        let name = names::path(&self.path);
         let until = (!unlimited).then(|| Instant::now() + PATIENCE);
         let mut lines = Lines::new(&self.stream, LONGEST_REPLY);
         let line = lines.next(until);

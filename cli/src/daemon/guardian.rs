@@ -45,6 +45,7 @@ use snaprestore_uffd::os::{Received, kill_by_pidfd, pid_of, receive, take_inheri
 
 use super::outside::News;
 use super::{cgroup, queue, systemd};
+use crate::names;
 
 /// The hidden command, and the option of the process that stays.
 pub(crate) const COMMAND: &str = "guardian";
@@ -85,7 +86,10 @@ impl Guardian {
         // Holds the guardian's end; without it the end of the guardian can be seen.
         drop(command);
         if !status.success() {
-            return Err(io::Error::other(format!("{}: {status}", program.display())));
+            return Err(io::Error::other(format!(
+                "{}: {status}",
+                names::path(program)
+            )));
         }
         let mut guardian = Self {
             socket,

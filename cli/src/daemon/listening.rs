@@ -18,6 +18,7 @@ use nix::sys::socket::{
 use super::config::MetricsAddress;
 use super::control;
 use super::queue::{self, Queued};
+use crate::names;
 
 /// How long the guardian of a keeper that has died may have its sockets.
 const LETTING_GO: Duration = Duration::from_secs(2);
@@ -58,13 +59,13 @@ impl Listening {
             } else {
                 ""
             };
-            format!("{}: can't be listened on{hint}", path.display())
+            format!("{}: can't be listened on{hint}", names::path(path))
         })?;
         // Removes the socket again if it can't be shared as wanted.
         let listening = Self::unix(socket.into(), path)?;
         share()?;
         listen(&listening, Backlog::MAXCONN)
-            .with_context(|| format!("{}: can't be listened on", path.display()))?;
+            .with_context(|| format!("{}: can't be listened on", names::path(path)))?;
         Ok(listening)
     }
 
@@ -201,7 +202,7 @@ fn make_room(path: &Path) -> Result<()> {
                     bail!(
                         "{}: can't be listened on, for a file that is no socket lies there; name another path, \
                          or remove it",
-                        path.display()
+                        names::path(path)
                     );
                 }
                 let _ = remove_file(path);
@@ -209,7 +210,7 @@ fn make_room(path: &Path) -> Result<()> {
             }
             Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
             _ if began.elapsed() >= LETTING_GO => {
-                bail!("{}: another process serves there", path.display())
+                bail!("{}: another process serves there", names::path(path))
             }
             _ => std::thread::sleep(LETTING_GO / 100),
         }

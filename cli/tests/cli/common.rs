@@ -178,9 +178,37 @@ pub(crate) fn finish(child: Child) -> Run {
         .into()
 }
 
+/// As [`finish`], but panics if it hasn't ended after `timeout`.
+#[track_caller]
+pub(crate) fn finish_within(mut child: Child, timeout: Duration) -> Run {
+    let began = Instant::now();
+    while child.try_wait().expect("waiting for a child").is_none() {
+        if began.elapsed() > timeout {
+            let _ = child.kill();
+            panic!("it does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    finish(child)
+}
+
 /// Makes a named pipe.
 pub(crate) fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a fifo");
+}
+
+/// Key and value of what `create` remarks on its source.
+#[track_caller]
+pub(crate) fn remarks(report: &Value) -> Vec<(String, u64)> {
+    let remarks = report["remarks"].as_array().expect("a list of remarks");
+    let text = |remark: &Value, key: &str| remark[key].as_str().expect("a text").to_owned();
+    remarks
+        .iter()
+        .map(|remark| {
+            assert!(!text(remark, "text").is_empty(), "{remark}");
+            (text(remark, "key"), text(remark, "value").parse().unwrap())
+        })
+        .collect()
 }
 
 /// A number of a JSON report.

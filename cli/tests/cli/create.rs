@@ -7,7 +7,9 @@ use std::process::Stdio;
 
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, Run, command, finish, make_fifo, noise, number, run, wait_until};
+use crate::common::{
+    Folder, Run, command, finish, finish_within, make_fifo, noise, number, run, wait_until,
+};
 
 /// An image of every kind of page, 4 MiB and a part of a block.
 fn image() -> Vec<u8> {
@@ -357,18 +359,48 @@ fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
     assert!(back.out == image);
 
     make_fifo(&folder.file("fifo"));
-    let child = command(["create", "raw", "-o", "fifo", "--force", "-q"])
+    let both = File::options()
+        .read(true)
+        .write(true)
+        .open(folder.file("fifo"))
+        .unwrap();
+    let mut reader = File::open(folder.file("fifo")).unwrap();
+    let child = command(["create", "raw", "-o", "fifo", "-q"])
         .current_dir(folder.path())
         .spawn()
         .unwrap();
-    let mut piped = Vec::new();
-    File::open(folder.file("fifo"))
-        .unwrap()
-        .read_to_end(&mut piped)
-        .unwrap();
+    let mut piped = vec![0; 8];
+    reader.read_exact(&mut piped).unwrap();
+    // From here on the end of the command is the end of the pipe.
+    drop(both);
+    reader.read_to_end(&mut piped).unwrap();
     finish(child).exits(0);
     folder.write("t", &piped);
     run(&folder, &["verify", "t"]).exits(0);
+}
+
+/// Opening it would wait for a reader, and Ctrl-C could not end that.
+#[test]
+fn named_pipe_without_reader_is_refused_as_output() {
+    let folder = Folder::new();
+    folder.write("raw", &image());
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    make_fifo(&folder.file("fifo"));
+    for args in [
+        ["create", "raw", "-o", "fifo"],
+        ["extract", "s", "-o", "fifo"],
+    ] {
+        let child = command(args)
+            .current_dir(folder.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let refused = finish_within(child, std::time::Duration::from_secs(60));
+        refused
+            .exits(1)
+            .says(&["no process reads the named pipe fifo", "-o -"]);
+    }
+    assert_eq!(folder.names(), ["fifo", "raw", "s"]);
 }
 
 #[test]
@@ -479,23 +511,15 @@ fn a_source_that_shrinks_meanwhile_is_an_error() {
     // Longer than all that the writer may have in memory, and nothing compresses: a pipe that
     // nobody reads holds it back.
     folder.write("raw", &noise(160 << 20));
-    make_fifo(&folder.file("fifo"));
-    let child = command([
-        "create",
-        "raw",
-        "-o",
-        "fifo",
-        "--force",
-        "--dictionary",
-        "off",
-    ])
-    .current_dir(folder.path())
-    .stderr(Stdio::piped())
-    .spawn()
-    .unwrap();
-    let mut fifo = File::open(folder.file("fifo")).unwrap();
+    let mut child = command(["create", "raw", "-o", "-", "--dictionary", "off"])
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut pipe = child.stdout.take().unwrap();
     let mut first = [0; 8];
-    fifo.read_exact(&mut first).unwrap();
+    pipe.read_exact(&mut first).unwrap();
     File::options()
         .write(true)
         .open(folder.file("raw"))
@@ -503,7 +527,7 @@ fn a_source_that_shrinks_meanwhile_is_an_error() {
         .set_len(4096)
         .unwrap();
     let mut rest = Vec::new();
-    fifo.read_to_end(&mut rest).unwrap();
+    pipe.read_to_end(&mut rest).unwrap();
     finish(child)
         .exits(1)
         .says(&["raw", "size changed", "to 4096 bytes"]);

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -11,7 +11,7 @@ use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, ensure_python3, skipped};
 
 use crate::common::{
-    Folder, as_nobody, command, finish, make_fifo, number, run, wait_until, with_default_signals,
+    Folder, as_nobody, command, finish, number, remarks, run, wait_until, with_default_signals,
 };
 use crate::owner::Owner;
 
@@ -61,7 +61,7 @@ fn assert_running(owner: &mut Owner) {
 
 /// Starts taking the owner's memory, and returns when all its threads are held: the output is a
 /// pipe that nobody reads further, and nothing may be put aside in files.
-fn held(folder: &Folder, owner: &Owner) -> (Child, File) {
+fn held(folder: &Folder, owner: &Owner) -> (Child, ChildStdout) {
     let mut command = taking(folder, owner);
     let no_files = || {
         let none = libc::rlimit {
@@ -77,25 +77,24 @@ fn held(folder: &Folder, owner: &Owner) -> (Child, File) {
     };
     // SAFETY: the closure neither allocates nor takes a lock.
     unsafe { command.pre_exec(no_files) };
-    let child = command.spawn().unwrap();
-    let mut fifo = File::open(folder.file("fifo")).unwrap();
+    let mut child = command.spawn().unwrap();
+    let mut pipe = child.stdout.take().unwrap();
     // More than the header: pages are being read.
-    fifo.read_exact(&mut [0; 8192]).unwrap();
+    pipe.read_exact(&mut [0; 8192]).unwrap();
     wait_until("the owner is held", || {
         let states = owner.states();
         states.len() > 8 && states.chars().all(|state| state == 't')
     });
-    (child, fifo)
+    (child, pipe)
 }
 
-/// Takes the owner's memory into the pipe `fifo`, as a job of its own.
+/// Takes the owner's memory into a pipe, as a job of its own.
 fn taking(folder: &Folder, owner: &Owner) -> Command {
-    make_fifo(&folder.file("fifo"));
     let pid = owner.pid().to_string();
-    let mut command =
-        with_default_signals(command(["create", "--pid", &pid, "-o", "fifo", "--force"]));
+    let mut command = with_default_signals(command(["create", "--pid", &pid, "-o", "-"]));
     command
         .current_dir(folder.path())
+        .env("TMPDIR", folder.path())
         .process_group(0)
         .stderr(Stdio::piped())
         .stdout(Stdio::piped());
@@ -149,6 +148,8 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
 
     // What can't be read is unknown: past the end of a file.
     assert_eq!(number(&report, "unavailable_pages"), 3);
+    let keys: Vec<_> = remarks(&report).into_iter().map(|(key, _)| key).collect();
+    assert_eq!(keys, ["source.beyond_file_bytes", "source.untouched_bytes"]);
     let (cut, region) = find(&regions, at("cut")).unwrap();
     assert!(number(region, "bytes") == 4 * 4096, "{region}");
     let cut = cut.to_string();
@@ -215,7 +216,7 @@ fn stays_untouched(place: &str) {
 fn a_killed_snaprestore_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
-    let (mut child, _fifo) = held(&folder, &owner);
+    let (mut child, _pipe) = held(&folder, &owner);
     child.kill().unwrap();
     child.wait().unwrap();
     assert_running(&mut owner);
@@ -227,14 +228,13 @@ fn an_interrupted_snaprestore_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let (child, mut fifo) = held(&folder, &owner);
+        let (child, mut pipe) = held(&folder, &owner);
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
         // It writes on until it sees the request: somebody must read that.
-        std::io::copy(&mut fifo, &mut std::io::sink()).unwrap();
+        std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.signal(), Some(signal as i32), "{output:?}");
         assert_running(&mut owner);
-        std::fs::remove_file(folder.file("fifo")).unwrap();
     }
 }
 
@@ -243,8 +243,8 @@ fn an_error_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     // A reader that goes away makes writing fail.
-    let (child, fifo) = held(&folder, &owner);
-    drop(fifo);
+    let (child, pipe) = held(&folder, &owner);
+    drop(pipe);
     finish(child).exits(1).says(&["Broken pipe"]);
     assert_running(&mut owner);
 }
@@ -253,9 +253,9 @@ fn an_error_leaves_the_process_running() {
 fn a_process_that_is_killed_meanwhile_is_an_error() {
     let folder = Folder::new();
     let owner = Owner::large();
-    let (child, mut fifo) = held(&folder, &owner);
+    let (child, mut pipe) = held(&folder, &owner);
     kill(Pid::from_raw(owner.pid().cast_signed()), Signal::SIGKILL).unwrap();
-    std::io::copy(&mut fifo, &mut std::io::sink()).unwrap();
+    std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
     finish(child).exits(1).says(&["ended while it was read"]);
 }
 
@@ -346,33 +346,29 @@ fn process_runs_again_once_its_memory_is_read() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     let mut child = taking(&folder, &owner).spawn().unwrap();
-    let mut fifo = File::open(folder.file("fifo")).unwrap();
+    let mut pipe = child.stdout.take().unwrap();
     let mut begin = vec![0; 1 << 20];
-    fifo.read_exact(&mut begin).unwrap();
+    pipe.read_exact(&mut begin).unwrap();
     // Nobody takes the rest for now: more than fits into memory is not compressed yet.
     wait_until("no thread is stopped", || !owner.states().contains('t'));
     assert_running(&mut owner);
     assert!(child.try_wait().unwrap().is_none(), "it waits for us");
     let mut snapshot = begin;
-    fifo.read_to_end(&mut snapshot).unwrap();
+    pipe.read_to_end(&mut snapshot).unwrap();
     finish(child).exits(0);
     folder.write("s", &snapshot);
     run(&folder, &["verify", "s"]).exits(0);
     let regions = regions(&folder, "s");
     let pattern = memory(&folder, &regions, owner.place("pattern"), 64 * 4096);
     assert!(pattern == Owner::pattern());
-    assert_eq!(
-        folder.names(),
-        ["fifo", "region", "s"],
-        "nothing else is left"
-    );
+    assert_eq!(folder.names(), ["region", "s"], "nothing else is left");
 }
 
 #[test]
 fn ctrl_z_lets_the_process_go_before_it_stops() {
     let folder = Folder::new();
     let mut owner = Owner::large();
-    let (child, fifo) = held(&folder, &owner);
+    let (child, pipe) = held(&folder, &owner);
     let taker = Pid::from_raw(child.id().cast_signed());
     let state = || {
         let stat = std::fs::read_to_string(format!("/proc/{taker}/stat")).unwrap();
@@ -382,8 +378,8 @@ fn ctrl_z_lets_the_process_go_before_it_stops() {
     wait_until("it stops", || state() == Some('T'));
     assert_running(&mut owner);
     kill(taker, Signal::SIGCONT).unwrap();
-    let mut fifo = fifo;
-    std::io::copy(&mut fifo, &mut std::io::sink()).unwrap();
+    let mut pipe = pipe;
+    std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
     finish(child).exits(1).says(&["let go because Ctrl-Z"]);
     assert_running(&mut owner);
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Stdio;
 
 use crate::common::{Folder, Run, command, run};
@@ -290,4 +291,54 @@ fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
     ];
     run(&folder, &serve).exits(1).says(&["s: can't be"]);
     assert!(!folder.file("old").exists());
+}
+
+/// A terminal obeys escape sequences, and a line feed would begin a line that nobody has said.
+#[test]
+fn names_of_any_bytes_are_escaped_in_messages() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt as _;
+    let folder = Folder::new();
+    folder.write("raw", &[1; 4096]);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    for end in [b'\xfe', b'\xff'] {
+        let name = [&b"a\\\n\x1b[31m"[..], &[end]].concat();
+        let name = OsStr::from_bytes(&name);
+        fs::write(folder.file("").join(name), [1; 8192]).unwrap();
+        let missing = Path::new(name).join("s");
+        let os = |text: &str| OsString::from(text);
+        let all: [Vec<OsString>; 12] = [
+            vec![os("info"), name.into()],
+            vec![os("info"), missing.clone().into()],
+            vec![os("verify"), name.into()],
+            vec![os("restore"), name.into()],
+            vec![os("restore"), os("s"), os("--check"), name.into()],
+            vec![os("create"), os("raw"), os("-o"), name.into()],
+            vec![os("create"), os("raw"), os("-o"), missing.clone().into()],
+            vec![os("create"), missing.into(), os("-o"), os("t")],
+            vec![os("extract"), os("s"), os("-o"), name.into()],
+            vec![os("man"), os("-o"), name.into()],
+            vec![os("man"), name.into()],
+            vec![os("serve"), os("--config"), name.into()],
+        ];
+        for args in all {
+            let said = Run::of(command(&args).current_dir(folder.path()));
+            assert_ne!(said.code, Some(0), "{args:?}");
+            let shown = format!("a\\\\\\x0a\\x1b[31m\\x{end:02x}");
+            let said = said.text() + &said.err;
+            assert!(said.contains(&shown), "{args:?}: {said}");
+            assert!(!said.contains('\u{1b}'), "{args:?}: {said}");
+        }
+    }
+    // Text that JSON could hold as it is.
+    let name = "b\n\u{1b}[31mc";
+    fs::copy(folder.file("s"), folder.file(name)).unwrap();
+    for args in [["verify", name], ["info", name]] {
+        let said = run(&folder, &args).exits(0).text();
+        assert!(!said.contains("b\n") && !said.contains('\u{1b}'), "{said}");
+    }
+    // What nobody expects is repeated as it was typed, or made of file names by a shell.
+    let args = ["info", "s", "\u{1b}[31m"];
+    let said = Run::of(command(args).current_dir(folder.path())).exits(2);
+    assert!(!said.err.contains('\u{1b}'), "{}", said.err);
 }

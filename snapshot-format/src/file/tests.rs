@@ -194,14 +194,13 @@ fn devices_and_pipes_are_written_straight_to() {
     let folder = tempfile::tempdir().unwrap();
     let fifo = folder.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let reader = std::thread::spawn({
-        let fifo = fifo.clone();
-        move || fs::read(fifo).unwrap()
-    });
+    let mut reader = File::options().read(true).write(true).open(&fifo).unwrap();
     let mut file = SnapshotFile::create(&fifo, false).unwrap();
     file.write_all(b"new").unwrap();
     file.commit().unwrap();
-    assert_eq!(reader.join().unwrap(), b"new");
+    let mut read = [0; 3];
+    reader.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"new");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::args::{self, CtlOp};
 use crate::daemon::control::{Client, Request};
 use crate::daemon::desk::Completed;
 use crate::exit::Exit;
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
 
@@ -75,5 +76,5 @@ fn let_go(vms: Vec<Completed>, output: Output) -> Result<Exit> {
 
 /// A path as the daemon has to be told of it, which runs in another folder.
 fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).with_context(|| format!("{}", path.display()))
+    std::path::absolute(path).with_context(|| names::path(path))
 }

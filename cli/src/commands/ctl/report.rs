@@ -7,6 +7,7 @@ use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 
 use crate::daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
+use crate::names;
 use crate::output::{count, percent};
 
 /// A service was added or removed.
@@ -72,8 +73,8 @@ impl fmt::Display for Listing {
                     listed.service.name.clone(),
                     listed.serving.to_string(),
                     listed.ended.to_string(),
-                    listed.service.snapshot.display().to_string(),
-                    listed.service.socket.display().to_string(),
+                    names::path(&listed.service.snapshot),
+                    names::path(&listed.service.socket),
                 ]);
             }
             to_the_right(&mut table, &[1, 2]);

@@ -21,6 +21,7 @@ use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
 use crate::exit::{self, Exit};
+use crate::names;
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -173,7 +174,7 @@ fn pack(
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(process);
     reference.set_len(bytes)?;
-    let (target, written) = writer.finish(recipe.attachments)?;
+    let (target, written) = writer.finish(&remarks, recipe.attachments)?;
     target.complete()?;
     Ok(create::Report {
         facts: create::facts(&written),
@@ -230,7 +231,7 @@ fn temporary_file() -> Result<File> {
             std::fs::remove_file(&path)?;
             Ok::<_, io::Error>(file)
         })
-        .with_context(|| format!("{}: making a temporary file", folder.display()))
+        .with_context(|| format!("{}: making a temporary file", names::path(&folder)))
 }
 
 /// A path to an open file.
@@ -289,7 +290,7 @@ impl fmt::Display for Report {
         )?;
         write!(f, "{}", self.restore)?;
         if let Some(kept) = &self.kept {
-            writeln!(f, "kept        {}", kept.display())?;
+            writeln!(f, "kept        {}", names::path(kept))?;
         }
         writeln!(
             f,

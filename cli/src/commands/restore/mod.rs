@@ -17,6 +17,7 @@ use snapshot_format::{FileStore, Snapshot, Store as _};
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
 use crate::input;
+use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
@@ -95,6 +96,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     }
     let stats = restored.stats();
     Ok(Report::new(
+        names::exact(&args.file),
         &snapshot,
         &stats,
         &restored.failures(),
@@ -104,14 +106,14 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
 
 /// The file to compare with, which must be as long as the memory.
 fn open_raw(path: &Path, bytes: u64) -> Result<File> {
-    let named = || path.display().to_string();
+    let named = || names::path(path);
     let store = FileStore::open(path).with_context(named)?;
     let len = store.len().with_context(named)?;
     if len != bytes {
         bail!(
             "{}: has {len} bytes, but the snapshot holds {bytes} bytes of memory; `extract` makes \
              a file to check against",
-            path.display()
+            names::path(path)
         );
     }
     Ok(store.into_file())

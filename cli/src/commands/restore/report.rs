@@ -69,6 +69,7 @@ struct Bad {
 
 impl Report {
     pub(super) fn new(
+        file: String,
         snapshot: &Snapshot,
         stats: &Stats,
         failures: &[Failure],
@@ -83,7 +84,7 @@ impl Report {
             .map(|(first, last)| last - first + 1)
             .sum();
         Self {
-            file: snapshot.name().to_owned(),
+            file,
             pages: snapshot.summary().pages,
             unavailable_pages: snapshot.summary().unavailable_pages,
             map_us: whole_micros(stats.mapped),

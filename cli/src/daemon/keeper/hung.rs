@@ -21,6 +21,7 @@ use super::{Keeper, Stopping};
 use crate::daemon::child::{Death, Worker};
 use crate::daemon::report::Ending;
 use crate::daemon::vms::Vm;
+use crate::names;
 
 /// A worker that was killed and doesn't end.
 #[derive(Debug)]
@@ -133,7 +134,7 @@ impl Keeper {
     fn snapshots(&self, services: &BTreeSet<u64>) -> String {
         let known = services.iter().filter_map(|key| self.services.get(key));
         let paths: BTreeSet<_> = known
-            .map(|open| open.service.snapshot.display().to_string())
+            .map(|open| names::path(&open.service.snapshot))
             .collect();
         let paths: Vec<_> = paths.into_iter().collect();
         if paths.is_empty() {

@@ -22,6 +22,7 @@ use crate::daemon::report::{Ending, Vm as Report};
 use crate::daemon::vms::{Dying, Vm};
 use crate::daemon::wire::{Door, Endings};
 use crate::input;
+use crate::names;
 
 /// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
 const MOST_OF_A_PROCESS: usize = 16;
@@ -118,7 +119,7 @@ impl Keeper {
 
     fn may_be_added(&self, service: &Service) -> Result<()> {
         for open in self.services.values().filter(|open| !open.removed) {
-            let (other, path) = (&open.service, service.socket.display());
+            let (other, path) = (&open.service, names::path(&service.socket));
             if other.name == service.name {
                 bail!("there is a service {:?} already", service.name);
             }
@@ -137,8 +138,8 @@ impl Keeper {
         self.next.0 += 1;
         self.say(format_args!(
             "serving {} at {}",
-            service.snapshot.display(),
-            service.socket.display()
+            names::path(&service.snapshot),
+            names::path(&service.socket)
         ));
         let held_as = format!("file-{}-{key}", std::process::id());
         let fds = [("snapshot", file.as_fd())];
@@ -408,7 +409,7 @@ fn begin_to_open(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
 }
 
 fn silent(path: &Path, patience: Duration) -> anyhow::Error {
-    let path = path.display();
+    let path = names::path(path);
     anyhow!("{path}: can't be read: nothing came for {patience:?}")
 }
 

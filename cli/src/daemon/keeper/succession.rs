@@ -1,8 +1,9 @@
 //! An upgrade: a worker of another program is started beside the one that serves, and takes over when it is
 //! ready.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use super::workers::{LAST_WORDS, Outgoing};
 use crate::daemon::child::Worker;
 use crate::daemon::desk::Upgraded;
 use crate::daemon::wire::FromWorker;
+use crate::names;
 
 /// How long a program that is to take over may need until it is ready.
 const SUCCESSION: Duration = Duration::from_secs(20);
@@ -74,7 +76,7 @@ impl Keeper {
 
     pub(super) fn give_up_upgrade(&mut self, why: &str) {
         if let Some(successor) = self.successor.take() {
-            let program = successor.program.display().to_string();
+            let program = names::path(successor.program.as_ref());
             let answer = Err(format!(
                 "{program}: can't take over: {why}; all goes on as before"
             ));
@@ -100,7 +102,7 @@ impl Keeper {
 /// Where this program is, or what has taken its place.
 fn own_path() -> Result<PathBuf> {
     let path = std::env::current_exe().context("where this program is")?;
-    let name = path.to_string_lossy().into_owned();
     // So the kernel calls a file that was replaced.
-    Ok(name.strip_suffix(" (deleted)").map_or(path, PathBuf::from))
+    let deleted = path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+    Ok(deleted.map_or_else(|| path.clone(), |name| OsStr::from_bytes(name).into()))
 }

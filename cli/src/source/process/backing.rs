@@ -27,10 +27,7 @@ impl Backing {
     /// Finds the file behind a mapping of process `pid`. None where there is no file, or no right to
     /// see it.
     pub(super) fn of(pid: i32, mapping: &Mapping) -> Option<Self> {
-        let (start, end) = (mapping.start, mapping.end);
-        // It leads to the mapped file and no other, and can be followed with privileges only.
-        let link = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-        let file = open(Path::new(&link), |_| true)
+        let file = open(Path::new(&mapping.link(pid)), |_| true)
             .or_else(|| by_descriptor(pid, mapping))
             .or_else(|| by_name(pid, mapping))?;
         let metadata = file.metadata().ok()?;
@@ -71,8 +68,7 @@ impl Backing {
 
 /// How many bytes of the file behind `mapping` are no holes, if the file can be seen.
 pub(super) fn allocated(pid: i32, mapping: &Mapping) -> Option<u64> {
-    let (start, end) = (mapping.start, mapping.end);
-    let metadata = fs::metadata(format!("/proc/{pid}/map_files/{start:x}-{end:x}")).ok()?;
+    let metadata = fs::metadata(mapping.link(pid)).ok()?;
     Some(metadata.blocks() * 512)
 }
 
@@ -86,7 +82,7 @@ fn is_all_mapped(mapping: &Mapping, metadata: &Metadata) -> bool {
 /// A private mapping of `/dev/zero`, which is anonymous memory.
 pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
     const ZERO: (u64, u64) = (1, 5);
-    if mapping.shared || mapping.name != "/dev/zero" {
+    if mapping.shared || mapping.name != b"/dev/zero" {
         return false;
     }
     fs::metadata(format!("/proc/{pid}/root/dev/zero")).is_ok_and(|metadata| {
@@ -103,15 +99,16 @@ fn by_descriptor(pid: i32, mapping: &Mapping) -> Option<File> {
         .flatten()
         .find_map(|descriptor| {
             let path = descriptor.path();
-            let named = fs::read_link(&path).is_ok_and(|name| name == Path::new(&mapping.name));
+            let named = fs::read_link(&path).is_ok_and(|name| name == mapping.path());
             open(&path, |metadata| is_mapped(metadata, mapping, named))
         })
 }
 
 /// A file that is still where it was.
 fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
-    let path = format!("/proc/{pid}/root{}", mapping.name);
-    open(Path::new(&path), |metadata| {
+    let within = mapping.path().strip_prefix("/").ok()?;
+    let path = Path::new("/proc").join(pid.to_string()).join("root");
+    open(&path.join(within), |metadata| {
         is_mapped(metadata, mapping, false)
     })
 }

@@ -394,10 +394,12 @@ fn check_target(pid: i32) -> Result<()> {
     if pid == i32::try_from(std::process::id())? {
         bail!("process {pid} is snaprestore itself; name another one");
     }
-    let status = match fs::read_to_string(format!("/proc/{pid}/status")) {
+    let status = match fs::read(format!("/proc/{pid}/status")) {
         Ok(status) if pid > 0 => status,
         _ => bail!("there is no process {pid}"),
     };
+    // The name of the process, which stands there too, is any bytes.
+    let status = String::from_utf8_lossy(&status);
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         Some(line.trim().to_owned())
@@ -432,9 +434,10 @@ fn has_ended(pid: i32, tid: Pid) -> bool {
 /// State letter of a thread that its tracer has stopped.
 const TRACED: char = 't';
 
-/// The state letter of a thread, if there is one. The name before it may contain anything.
+/// The state letter of a thread, if there is one. The name before it is any bytes.
 pub(super) fn thread_state(pid: i32, tid: Pid) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    let stat = fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
     stat.rsplit_once(") ")?.1.chars().next()
 }
 

@@ -1,7 +1,10 @@
 //! What a process has mapped: `/proc/PID/smaps`, or `maps` where the kernel has no `smaps`.
 
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::Path;
 
 use super::super::PAGE;
 
@@ -23,7 +26,8 @@ pub(super) struct Mapping {
     /// Major and minor number of the file's device.
     pub(super) device: (u64, u64),
     pub(super) inode: u64,
-    pub(super) name: String,
+    /// Any bytes.
+    pub(super) name: Vec<u8>,
     /// From `smaps`; absent if only `maps` could be read.
     pub(super) details: Option<Details>,
 }
@@ -39,6 +43,8 @@ pub(super) struct Details {
     pub(super) device: bool,
     /// A userfaultfd answers for missing pages.
     pub(super) userfault: bool,
+    /// Not to be in dumps (`MADV_DONTDUMP`).
+    pub(super) undumped: bool,
 }
 
 /// What the mapping's pages are if nobody has touched them.
@@ -55,26 +61,53 @@ pub(super) enum Untouched {
 }
 
 impl Mapping {
-    /// Reads all mappings of a process, in order of address. Its folder in `/proc` is `folder`.
-    pub(super) fn all(folder: &str) -> io::Result<Vec<Self>> {
-        match File::open(format!("{folder}/smaps")) {
+    /// Reads all mappings of process `pid`, in order of address. A thread of it has the folder
+    /// `folder` in `/proc`.
+    pub(super) fn all(pid: i32, folder: &str) -> io::Result<Vec<Self>> {
+        let mut all = match File::open(format!("{folder}/smaps")) {
             Ok(file) => parse(BufReader::new(file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 parse(BufReader::new(File::open(format!("{folder}/maps"))?))
             }
             Err(error) => Err(error),
+        }?;
+        for mapping in &mut all {
+            mapping.tell_line_feeds(pid);
         }
+        Ok(all)
+    }
+
+    /// Finds out what a name is that may have a line feed. The kernel writes `\012` for it, and for
+    /// these four characters too. Only those who may follow links of mappings can tell; for others
+    /// the name stays as it is written.
+    fn tell_line_feeds(&mut self, pid: i32) {
+        let written = b"\\012";
+        if self.name.windows(written.len()).any(|part| part == written)
+            && let Ok(name) = fs::read_link(self.link(pid))
+        {
+            self.name = name.into_os_string().into_vec();
+        }
+    }
+
+    /// A link to the mapped file and no other. It takes privileges to follow it.
+    pub(super) fn link(&self, pid: i32) -> String {
+        format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end)
+    }
+
+    /// The name as a path.
+    pub(super) fn path(&self) -> &Path {
+        OsStr::from_bytes(&self.name).as_ref()
     }
 
     /// Data of the kernel, and its entry for obsolete system calls: no memory of the process, and not
     /// to be read.
     pub(super) fn is_kernel_data(&self) -> bool {
-        self.name == "[vsyscall]" || self.name.starts_with("[vvar")
+        self.name == b"[vsyscall]" || self.name.starts_with(b"[vvar")
     }
 
     /// Memory of `memfd_secret`, which nobody but the process can read.
     pub(super) fn is_secret(&self) -> bool {
-        self.inode != 0 && self.name.starts_with("/secretmem")
+        self.inode != 0 && self.name.starts_with(b"/secretmem")
     }
 
     /// Address space set aside, that nobody may touch and in which nothing is populated. Only the
@@ -90,17 +123,17 @@ impl Mapping {
     /// Private memory without a file. Mappings of the kernel's own making, like `[vdso]`, have
     /// neither file nor such a name.
     fn is_private_anonymous(&self) -> bool {
-        let named_by_kernel = self.name.starts_with('[')
-            && !matches!(self.name.as_str(), "[heap]" | "[stack]")
-            && !self.name.starts_with("[anon:");
-        let huge = self.name.starts_with("/anon_hugepage");
+        let named_by_kernel = self.name.starts_with(b"[")
+            && !matches!(&*self.name, b"[heap]" | b"[stack]")
+            && !self.name.starts_with(b"[anon:");
+        let huge = self.name.starts_with(b"/anon_hugepage");
         !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
     }
 
     /// Whether there is a file behind it. The first segment of System V shared memory has the inode
     /// number 0.
     fn is_of_file(&self) -> bool {
-        self.inode != 0 || self.name.starts_with('/')
+        self.inode != 0 || self.name.starts_with(b"/")
     }
 
     pub(super) fn untouched(&self) -> Untouched {
@@ -134,30 +167,29 @@ impl Mapping {
 fn parse(reader: impl BufRead) -> io::Result<Vec<Mapping>> {
     let mut all: Vec<Mapping> = Vec::new();
     for line in reader.split(b'\n') {
-        // Names are bytes of the file system's choosing.
         let line = line?;
-        let line = String::from_utf8_lossy(&line);
         if let Some(mapping) = parse_mapping(&line) {
             all.push(mapping);
-        } else if let (Some(mapping), Some((key, value))) = (all.last_mut(), line.split_once(':')) {
+        } else if let Some(mapping) = all.last_mut()
+            && let Ok(line) = str::from_utf8(&line)
+            && let Some((key, value)) = line.split_once(':')
+        {
             detail(mapping.details.get_or_insert_default(), key, value);
         }
     }
     Ok(all)
 }
 
-/// A name as a snapshot can hold it: the names of files and processes may have control characters.
-pub(super) fn shown(name: &str) -> String {
-    name.replace(char::is_control, "?")
-}
-
 /// `start-end rwxp offset device inode name`, the name padded and optional.
-fn parse_mapping(line: &str) -> Option<Mapping> {
-    let mut fields = line.splitn(6, ' ');
-    let (start, end) = fields.next()?.split_once('-')?;
-    let [read, write, execute, shared] = fields.next()?.as_bytes().try_into().ok()?;
-    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-    let (major, minor) = fields.next()?.split_once(':')?;
+fn parse_mapping(line: &[u8]) -> Option<Mapping> {
+    let mut parts = line.splitn(6, |&byte| byte == b' ');
+    let mut fields = parts.by_ref().take(5).map(|part| str::from_utf8(part).ok());
+    let mut field = || fields.next().flatten();
+    let (start, end) = field()?.split_once('-')?;
+    let [read, write, execute, shared] = field()?.as_bytes().try_into().ok()?;
+    let offset = u64::from_str_radix(field()?, 16).ok()?;
+    let (major, minor) = field()?.split_once(':')?;
+    let inode = field()?.parse().ok()?;
     Some(Mapping {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
@@ -170,8 +202,9 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
             u64::from_str_radix(major, 16).ok()?,
             u64::from_str_radix(minor, 16).ok()?,
         ),
-        inode: fields.next()?.parse().ok()?,
-        name: shown(fields.next().unwrap_or_default().trim_start()),
+        inode,
+        // The first character of a name is no space.
+        name: parts.next().unwrap_or_default().trim_ascii_start().to_vec(),
         details: None,
     })
 }
@@ -191,6 +224,7 @@ fn detail(details: &mut Details, key: &str, value: &str) {
                 match flag {
                     "io" | "pf" => details.device = true,
                     "um" | "ui" => details.userfault = true,
+                    "dd" => details.undumped = true,
                     _ => {}
                 }
             }
@@ -209,7 +243,7 @@ Size:                132 kB
 KernelPageSize:        4 kB
 Rss:                  12 kB
 Swap:                  4 kB
-VmFlags: rd wr mr mw me ac sd
+VmFlags: rd wr mr mw me ac dd sd
 7f0000000000-7f0010000000 ---p 00000000 00:00 0 
 KernelPageSize:        4 kB
 Rss:                   0 kB
@@ -239,9 +273,10 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!((heap.start, heap.end), (0x5581_c000_0000, 0x5581_c002_1000));
         assert_eq!(heap.details.unwrap().populated, 16 << 10);
         assert_eq!(heap.untouched(), Untouched::Zero);
+        assert!(heap.details.unwrap().undumped && !file.details.unwrap().undumped);
         assert!(!heap.is_empty_reservation());
         assert!(reserved.is_empty_reservation());
-        assert_eq!(file.name, "/tmp/a file: 1 kB (deleted)");
+        assert_eq!(file.name, b"/tmp/a file: 1 kB (deleted)");
         assert_eq!((file.shared, file.inode), (true, 42));
         assert_eq!((file.offset, file.device), (0x1000, (0, 15)));
         assert_eq!(file.untouched(), Untouched::Unknown);
@@ -259,12 +294,12 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(all[0].untouched(), Untouched::File);
     }
 
-    /// A file named with an escape character in the address space made packing the process fail.
     #[test]
-    fn control_characters_in_names_are_replaced() {
-        let line = "7f0000000000-7f0010000000 r--p 00000000 00:0f 42 /tmp/a\u{1b}[31m\u{85}b\n";
-        let all = parse(line.as_bytes()).unwrap();
-        assert_eq!(all[0].name, "/tmp/a?[31m?b");
+    fn names_are_any_bytes() {
+        let line = b"7f0000000000-7f0010000000 r--p 00000000 00:0f 42   /tmp/a\x1b[31m \xff\x85\n";
+        let all = parse(&line[..]).unwrap();
+        assert_eq!(all[0].name, b"/tmp/a\x1b[31m \xff\x85");
+        assert_eq!(all[0].inode, 42);
     }
 
     #[test]
@@ -277,7 +312,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn this_process_is_among_its_own_mappings() {
-        let all = Mapping::all("/proc/self").unwrap();
+        let all = Mapping::all(std::process::id().cast_signed(), "/proc/self").unwrap();
         assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
         let here = 0_u8;
         let address = std::ptr::from_ref(&here) as u64;

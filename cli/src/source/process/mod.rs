@@ -28,8 +28,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
 use snapshot_format::layout::region_flags;
 
-use super::{PAGE, Region, Samples, Sampling, Sink, Source};
+use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
 use crate::exit::Refusal;
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
 use backing::Backing;
@@ -53,9 +54,9 @@ pub(crate) struct HeldProcess {
     name: String,
     pages: u64,
     place: Place,
-    output: Output,
     reading: Reading,
     held: Option<Duration>,
+    remarks: Vec<Remark>,
 }
 
 /// How far it is.
@@ -96,7 +97,7 @@ impl HeldProcess {
             let untouched = |pagemap: &Pagemap| pagemap.is_untouched(mapping);
             mapping.is_empty_reservation() && pagemap.as_ref().is_none_or(untouched)
         };
-        let mappings: Vec<_> = Mapping::all(&folder)
+        let mappings: Vec<_> = Mapping::all(pid, &folder)
             .map_err(|error| not_opened(pid, "its mappings", error))?
             .into_iter()
             .filter(|mapping| !mapping.is_kernel_data() && !is_empty(mapping))
@@ -108,12 +109,11 @@ impl HeldProcess {
             .map_err(|error| not_opened(pid, "its memory", error))?;
         Ok(Self {
             pid,
-            name: fs::read_to_string(format!("/proc/{pid}/comm"))
-                .map(|name| maps::shown(name.trim_end()))
+            name: fs::read(format!("/proc/{pid}/comm"))
+                .map(|name| names::stored(name.strip_suffix(b"\n").unwrap_or(&name)))
                 .unwrap_or_default(),
             pages: expected_pages(&mappings),
             place,
-            output,
             reading: Reading::NotYet(Box::new(Inner {
                 pid,
                 mappings,
@@ -124,6 +124,7 @@ impl HeldProcess {
                 hold,
             })),
             held: None,
+            remarks: Vec::new(),
         })
     }
 
@@ -158,7 +159,7 @@ impl HeldProcess {
             Err(panic) => std::panic::resume_unwind(panic),
         };
         self.held = Some(summary.held);
-        summary.warn(self.pid, self.output);
+        self.remarks = summary.remarks(self.pid);
         Ok(())
     }
 }
@@ -272,7 +273,7 @@ fn region(mapping: &Mapping, start: u64) -> Region {
             | bit(mapping.execute, region_flags::EXECUTE)
             | bit(mapping.shared, region_flags::SHARED),
         page_shift: mapping.page_shift(),
-        name: mapping.name.clone(),
+        name: names::stored(&mapping.name),
     }
 }
 
@@ -323,6 +324,10 @@ impl Source for HeldProcess {
             Arc::clone(spool).empty(sink)?;
         }
         self.end()
+    }
+
+    fn remarks(&self) -> Vec<Remark> {
+        self.remarks.clone()
     }
 
     fn held(&self) -> Option<Duration> {

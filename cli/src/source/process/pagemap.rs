@@ -186,6 +186,24 @@ impl<F: FnMut(u64, u64, bool) -> Result<()>> Runs<F> {
 mod tests {
     use super::*;
 
+    /// Of kernels that list nothing.
+    #[test]
+    fn words_tell_content_from_markers() {
+        let entry = |word: u64| to_entry(word.to_ne_bytes());
+        // The lowest bits are a page frame, and bit 55 has a meaning that doesn't matter.
+        let other = 1 << 55 | 0x1234;
+        assert_eq!(entry(other), None);
+        for (bits, expected) in [
+            (1 << 63, Entry::Present),
+            (1 << 63 | 1 << 57, Entry::Present),
+            (1 << 62, Entry::Swapped),
+            (1 << 62 | 1 << 57, Entry::Protected),
+            (1 << 62 | 1 << 58, Entry::Guard),
+        ] {
+            assert_eq!(entry(bits | other), Some(expected), "{bits:#x}");
+        }
+    }
+
     #[test]
     fn touched_pages_of_this_process_are_populated() {
         // A fresh mapping, large enough that the allocator doesn't fill it with anything.

@@ -7,18 +7,19 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 
-use super::super::{CHUNK, PAGE};
+use super::super::{CHUNK, PAGE, Remark};
 use super::hold::ended;
 use super::plan::{Plan, Reason};
 use super::spool::{Filler, Spool};
 use super::{Inner, VAST, region};
-use crate::output::{Output, count};
+use crate::output::count;
 
 /// Pages that may be read through the process though they aren't in its page table, which may add
 /// them to its memory: 8 MiB in all.
 const MAX_HIDDEN_PAGES: u64 = (8 << 20) / PAGE;
 
-/// What was not read, and how long the process was held.
+/// How long the process was held, and how many pages were not read, or may not be what they were
+/// taken for.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     pub(super) held: Duration,
@@ -34,6 +35,10 @@ pub(super) struct Summary {
     hidden: u64,
     /// Pages of that kind that were few enough to be read.
     hidden_read: u64,
+    /// Pages beyond the end of the mapped file.
+    beyond_file: u64,
+    /// Pages that are not to be in dumps, and were taken.
+    undumped: u64,
     /// Vast memory that was never touched, or is unavailable.
     left_out: u64,
     left_out_unavailable: u64,
@@ -100,6 +105,11 @@ impl Inner {
         filler: &mut Filler<'_>,
         summary: &mut Summary,
     ) -> Result<()> {
+        if matches!(plan, Plan::Process | Plan::File(_))
+            && mapping.details.is_some_and(|details| details.undumped)
+        {
+            summary.undumped += pages;
+        }
         match plan {
             Plan::Process => {
                 summary.unreadable += self.read_process(start, pages, filler)?;
@@ -116,8 +126,7 @@ impl Inner {
                     Reason::Device => summary.device += pages,
                     Reason::Answered => summary.answered += pages,
                     Reason::Secret => summary.secret += pages,
-                    // There is nothing to know.
-                    Reason::BeyondFile => {}
+                    Reason::BeyondFile => summary.beyond_file += pages,
                 }
                 filler.unavailable(pages)?;
             }
@@ -205,44 +214,71 @@ fn read_pages(
 }
 
 impl Summary {
-    /// Says what was not read.
-    pub(super) fn warn(&self, pid: i32, output: Output) {
-        let gib = |pages: u64| (pages * PAGE) >> 30;
-        if self.left_out > 0 {
-            output.warn(format_args!(
-                "{} GiB of process {pid} were set aside and never touched; left out",
-                gib(self.left_out)
-            ));
-        }
-        if self.left_out_unavailable > 0 {
-            output.warn(format_args!(
-                "warning: {} GiB of process {pid} can't be read (mappings longer than their file, \
-                 of a device, or filled by another process); left out",
-                gib(self.left_out_unavailable)
-            ));
-        }
-        let unavailable = |pages: u64, why: &str| {
-            if pages > 0 {
-                output.warn(format_args!(
-                    "warning: {} of process {pid} {why}; recorded as unavailable",
-                    count(pages, "page")
-                ));
-            }
+    /// What there is to say of process `pid`.
+    pub(super) fn remarks(&self, pid: i32) -> Vec<Remark> {
+        let remark = |pages: u64, key, warning, why: &str| {
+            (pages > 0).then(|| Remark {
+                key,
+                value: (pages * PAGE).to_string(),
+                text: format!("{} of process {pid} {why}", count(pages, "page")),
+                warning,
+            })
         };
-        unavailable(
-            self.answered,
-            "not in its memory yet: another process still brings them (a lazy restore?)",
-        );
-        unavailable(self.device, "belong to a device");
-        unavailable(
-            self.secret,
-            "are secret (memfd_secret), and only it can read them",
-        );
-        unavailable(
-            self.hidden,
-            "are shared memory, or of a file that can't be opened, and not in its page table: \
-             reading them could make it grow by as much (root can see whether they hold anything)",
-        );
-        unavailable(self.unreadable, "could not be read");
+        let unavailable = |pages, key, why: &str| {
+            remark(pages, key, true, &format!("{why}; recorded as unavailable"))
+        };
+        let remarks = [
+            unavailable(
+                self.unreadable,
+                "source.unreadable_bytes",
+                "could not be read (poisoned or damaged memory, or an error of its file)",
+            ),
+            unavailable(
+                self.answered,
+                "source.missing_bytes",
+                "are not in its memory yet: another process still brings them (a lazy restore?)",
+            ),
+            unavailable(self.device, "source.device_bytes", "belong to a device"),
+            unavailable(
+                self.secret,
+                "source.secret_bytes",
+                "are secret (memfd_secret), and only it can read them",
+            ),
+            unavailable(
+                self.hidden,
+                "source.hidden_bytes",
+                "are shared memory, or of a file that can't be opened, and not in its page table: \
+                 reading them could make it grow by as much (root can see whether they hold \
+                 anything)",
+            ),
+            remark(
+                self.beyond_file,
+                "source.beyond_file_bytes",
+                false,
+                "lie beyond the end of the file that they map, where there is no content; recorded \
+                 as unavailable",
+            ),
+            remark(
+                self.undumped,
+                "source.undumped_bytes",
+                false,
+                "are marked as not to be dumped (MADV_DONTDUMP, often keys), and were taken: keep \
+                 the snapshot as you keep them",
+            ),
+            remark(
+                self.left_out_unavailable,
+                "source.left_out_bytes",
+                true,
+                "can't be read (64 GiB or more in a row, of mappings longer than their file, of a \
+                 device, or filled by another process); left out",
+            ),
+            remark(
+                self.left_out,
+                "source.untouched_bytes",
+                false,
+                "were set aside and never touched (64 GiB or more in a row); left out",
+            ),
+        ];
+        remarks.into_iter().flatten().collect()
     }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use nix::unistd::Pid;
 
 use super::hold::thread_state;
+use crate::names;
 
 /// A thread that does not stop, and the reason.
 #[derive(Debug)]
@@ -56,7 +57,8 @@ impl fmt::Display for Stuck {
             Reason::Frozen(cgroup) => write!(
                 f,
                 "process {pid} is frozen, so it cannot be stopped (freezer.state of its cgroup \
-                 {cgroup}, as docker pause sets it); thaw it, and try again"
+                 {}, as docker pause sets it); thaw it, and try again",
+                names::stored(cgroup.as_bytes())
             ),
             Reason::Waits(Some(function)) => {
                 write!(
@@ -106,7 +108,9 @@ fn hint(function: &str) -> Option<&'static str> {
 /// 2 threads are frozen where they can be traced.
 fn frozen_cgroup(folder: &str) -> Option<String> {
     let groups = fs::read_to_string(format!("{folder}/cgroup")).ok()?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mounts = fs::read("/proc/self/mountinfo").ok()?;
+    // Other mounts have names of any bytes.
+    let mounts = String::from_utf8_lossy(&mounts);
     let group = freezer_group(&groups)?;
     let (root, point) = freezer_mount(&mounts)?;
     let within = group.strip_prefix(root).unwrap_or(group);

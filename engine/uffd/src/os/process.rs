@@ -58,10 +58,20 @@ pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
 /// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has
 /// ended.
 pub fn open_page_map(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let file = File::open(format!("/proc/{}/pagemap", pid_of(pidfd)?));
+    let file = open_by_pid(pidfd, |pid| File::open(format!("/proc/{pid}/pagemap")))?;
+    Ok(file.into())
+}
+
+/// Returns what `open` opens for the PID of the process behind `pidfd`, unless the PID may have become
+/// another's meanwhile: ESRCH.
+fn open_by_pid(
+    pidfd: BorrowedFd<'_>,
+    open: impl FnOnce(u32) -> io::Result<File>,
+) -> io::Result<File> {
+    let file = open(pid_of(pidfd)?);
     // The number was still its own when the file was opened if it has not ended by now.
     may_kill(pidfd)?;
-    Ok(file?.into())
+    file
 }
 
 /// The page table of another process, as far as `/proc` shows it: whether a page is there.
@@ -109,6 +119,22 @@ mod tests {
         };
         let there = (0..3).map(|i| map.has(memory.address() + i * page_size()).unwrap());
         assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);
+    }
+
+    /// The process ends after its PID was read, and another gets the PID before the page map is
+    /// opened: here this one.
+    #[test]
+    fn page_map_of_a_reused_pid_is_refused() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pidfd = open_pidfd(child.id()).unwrap();
+        // A zombie has its PID still.
+        let error = open_by_pid(pidfd.as_fd(), |pid| {
+            assert_eq!(pid, child.id());
+            child.wait()?;
+            File::open("/proc/self/pagemap")
+        })
+        .unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
     }
 
     #[test]
