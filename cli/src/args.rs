@@ -16,7 +16,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
-use snaprestore_benches::contender::Contender;
+use snaprestore_compare::contender::Contender;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
 

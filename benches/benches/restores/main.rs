@@ -16,14 +16,14 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use serde::Serialize;
-use snaprestore_benches::create::{self, Sizes};
-use snaprestore_benches::crowd;
-use snaprestore_benches::machine::Machine;
-use snaprestore_benches::rounds::{self, Samples};
-use snaprestore_benches::targets::{self, Target};
-use snaprestore_benches::trial::{Runner, run_child};
-use snaprestore_benches::workload::Workload;
-use snaprestore_benches::{plot, report};
+use snaprestore_compare::create::{self, Sizes};
+use snaprestore_compare::crowd;
+use snaprestore_compare::machine::Machine;
+use snaprestore_compare::rounds::{self, Samples};
+use snaprestore_compare::targets::{self, Target};
+use snaprestore_compare::trial::{Runner, run_child};
+use snaprestore_compare::workload::Workload;
+use snaprestore_compare::{plot, report};
 
 /// Compares restores with the other ways to do it.
 #[derive(Debug, Parser)]

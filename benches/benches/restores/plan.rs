@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use snaprestore_benches::prepare::Images;
-use snaprestore_benches::workload::Workload;
-use snaprestore_benches::{PAGE, create, crowd, wide};
+use snaprestore_compare::prepare::Images;
+use snaprestore_compare::workload::Workload;
+use snaprestore_compare::{PAGE, create, crowd, wide};
 use snaprestore_fixtures::guest;
 
 use crate::Args;

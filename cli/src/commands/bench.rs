@@ -9,12 +9,12 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use indicatif::BinaryBytes;
 use serde::Serialize;
-use snaprestore_benches::machine::Machine;
-use snaprestore_benches::prepare::{Images, run as run_program};
-use snaprestore_benches::report::{Row, rows, table};
-use snaprestore_benches::rounds::{self, Absent, Samples};
-use snaprestore_benches::trial::{Runner, run_child};
-use snaprestore_benches::workload::{Access, Cache, Order, Workload};
+use snaprestore_compare::machine::Machine;
+use snaprestore_compare::prepare::{Images, run as run_program};
+use snaprestore_compare::report::{Row, rows, table};
+use snaprestore_compare::rounds::{self, Absent, Samples};
+use snaprestore_compare::trial::{Runner, run_child};
+use snaprestore_compare::workload::{Access, Cache, Order, Workload};
 use snaprestore_uffd::uffd;
 use snapshot_format::{OpenError, Snapshot};
 

@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn every_workload_file_makes_sense() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../workloads");
         let mut count = 0;
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
