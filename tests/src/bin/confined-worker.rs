@@ -8,6 +8,9 @@
 
 #[path = "../../../cli/src/daemon/confine.rs"]
 mod confine;
+#[path = "../../../cli/src/names.rs"]
+#[allow(dead_code, reason = "shared with `snaprestore`")]
+mod names;
 
 use std::fs::File;
 use std::net::UdpSocket;

@@ -16,6 +16,9 @@ mod cgroup;
 #[path = "../../../cli/src/daemon/guardian.rs"]
 #[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
 mod guardian;
+#[path = "../../../cli/src/names.rs"]
+#[allow(dead_code, reason = "shared with `snaprestore`")]
+mod names;
 #[path = "../../../cli/src/daemon/outside.rs"]
 #[allow(dead_code, reason = "a keeper does more")]
 mod outside;
