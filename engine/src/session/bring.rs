@@ -24,8 +24,9 @@ use super::{Failure, FailureKind, Session, SnapshotImage};
 use crate::fail_point::{FailPoint, fail_point};
 use snaprestore_uffd::uffd::Wake;
 
-/// Pages of the buffer that fills other than zero are installed from.
-const FILL_PAGES: usize = 64;
+/// Pages of the buffer that fills other than zero are installed from. (The model has no fills, and makes
+/// many buffers.)
+const FILL_PAGES: usize = if cfg!(test) { 1 } else { 64 };
 /// The most pages of a frame that a fault waits for as a whole: to decode and copy as many takes as
 /// long as one more system call for the page that is wanted.
 /// (The frames of the model have two pages.)

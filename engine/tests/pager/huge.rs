@@ -1,14 +1,16 @@
 //! Owners whose memory is in pages of 2 MiB.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
 
 use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;
 
-use crate::common::{damaged, frame_of, open, pack, random_bytes};
+use crate::common::{damaged, frame_of, open, open_hooked, pack, random_bytes, wait_until};
 use crate::owner::{Backing, Memory, Owner, Region, mixed};
 use crate::uffd_support::{Ended, madvise};
 
@@ -272,6 +274,60 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
             assert_eq!(failure.offset, Some(frame.offset()));
         }
     }
+}
+
+/// Writes the byte at `address` to a pipe: a system call gets an error from poison, and no signal.
+fn wrote(pipe: &std::io::PipeWriter, address: u64) -> Result<(), i32> {
+    let from = std::ptr::with_exposed_provenance(usize::try_from(address).unwrap());
+    // SAFETY: the kernel reads one byte of this process, or answers with an error.
+    let written = unsafe { libc::write(pipe.as_raw_fd(), from, 1) };
+    match written {
+        1 => Ok(()),
+        _ => Err(std::io::Error::last_os_error().raw_os_error().unwrap()),
+    }
+}
+
+/// A large page was poisoned while the store failed for one of its frames. The store works again when
+/// the session is completed.
+#[test]
+fn completing_heals_poisoned_huge_pages() {
+    let test = "completing_heals_poisoned_huge_pages";
+    let Some(_pool) = pool(test, 2) else {
+        return;
+    };
+    let bytes = Arc::new(random_bytes(2 * LARGE, 21));
+    let file = pack(&bytes, 16);
+    let frame = frame_of(&open(file.clone()), LARGE + 300).offset();
+    let ill = Arc::new(AtomicBool::new(true));
+    let is_ill = Arc::clone(&ill);
+    let snapshot = open_hooked(file, move |_, offset, _| {
+        if offset == frame && is_ill.load(SeqCst) {
+            return Err(std::io::Error::other("the store is ill"));
+        }
+        Ok(())
+    });
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start_in(Backing::Huge, &one_region(2), move |memory| {
+        let (_reader, pipe) = std::io::pipe().unwrap();
+        let touches = [LARGE + 5, LARGE + 300].map(|page| wrote(&pipe, memory.page(page)));
+        if touches != [Err(libc::EFAULT); 2] {
+            return 1;
+        }
+        memory.wait_for_word();
+        let wrong = memory.wrong(&expected, |_| false);
+        if wrong.is_some() { 2 } else { 0 }
+    });
+    let paged = Pager::new(snapshot)
+        .on_error(OnError::Poison)
+        .retry_timeout(Duration::ZERO)
+        .attach(owner.handover())
+        .unwrap();
+    wait_until("the page is poisoned", || paged.stats().poisoned > 0);
+    assert_eq!(paged.failures()[0].page / LARGE, 1);
+    ill.store(false, SeqCst);
+    assert!(paged.complete());
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
 /// The kernel says "exists" when it has no page to give. Taken at its word, the page would be zeros

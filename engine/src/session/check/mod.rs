@@ -19,7 +19,7 @@ use model::{Mistake, Model, Scene};
 use pages::Pages;
 use world::{Change, Content, Unmapped, World, at};
 
-use super::failure::Failure;
+use super::failure::{Failure, FailureKind};
 use super::map::Extent;
 use super::platform::PAGE;
 use super::{Decision, Fault, Guard, Lend, PageNumber, Session, State, Worker};
@@ -82,6 +82,13 @@ struct Scenario {
     large: bool,
     /// Whether a thread gives the session up, at any time.
     gives_up: bool,
+    /// The frame that is damaged.
+    damaged: Option<u64>,
+    /// How many faults are served together: none before so many were taken, as with a store that
+    /// answers the first read after the last.
+    together: usize,
+    /// The place of a discarded page that a thread of the session fills with zeros, for a reader.
+    zeroed: Option<u64>,
 }
 
 impl Default for Scenario {
@@ -102,6 +109,9 @@ impl Default for Scenario {
             completes: false,
             large: false,
             gives_up: false,
+            damaged: None,
+            together: 0,
+            zeroed: None,
         }
     }
 }
@@ -120,10 +130,10 @@ enum Knows {
 }
 
 impl Knows {
-    /// Whether the page of `place` may read as `content`.
-    fn allows(self, place: u64, content: Content, gives_up: bool) -> bool {
+    /// Whether the page of `place`, which may be lost, may read as `content`.
+    fn allows(self, place: u64, content: Content, may_be_lost: bool) -> bool {
         let original = content == Content::Byte(pages::content_of(place))
-            || gives_up && content == Content::Poison;
+            || may_be_lost && content == Content::Poison;
         match self {
             Self::Original => original,
             Self::Discarding => original || content == Content::Byte(0),
@@ -133,12 +143,13 @@ impl Knows {
     }
 }
 
-/// Nobody fails in these scenarios.
-struct NoFailures;
+/// Has the pages of the damaged frame poisoned. Nothing else fails in these scenarios.
+struct OnlyDamage;
 
-impl Guard for NoFailures {
+impl Guard for OnlyDamage {
     fn decide(&self, _: Fault, failure: &Failure) -> Decision {
-        panic!("{failure}")
+        assert_eq!(failure.kind, FailureKind::Damaged, "{failure}");
+        Decision::Poison
     }
     fn undecided(&self, _: Fault, _: PageNumber) -> Option<Decision> {
         None
@@ -148,10 +159,20 @@ impl Guard for NoFailures {
     }
 }
 
-/// Each thread has its own.
-impl Lend<Pages> for RefCell<Worker<Pages>> {
+/// A thread's own worker.
+struct Own {
+    scene: Rc<Scene>,
+    worker: RefCell<Worker<Pages>>,
+}
+
+impl Lend<Pages> for Own {
     fn with<T>(&self, work: impl FnOnce(&mut Worker<Pages>) -> T) -> T {
-        work(&mut self.borrow_mut())
+        if self.scene.together > 0 {
+            let model = &self.scene.session.platform;
+            model.taken.set(model.taken.get() + 1);
+            model.stop(Op::Together);
+        }
+        work(&mut self.worker.borrow_mut())
     }
 }
 
@@ -163,7 +184,9 @@ impl Scenario {
     }
 
     fn setup(&self) -> Setup<Scene> {
-        let served = self.owner.len() + self.fault_threads + self.prefetchers;
+        let readers = usize::from(self.zeroed.is_some());
+        let serving = self.fault_threads + self.prefetchers + readers;
+        let served = self.owner.len() + serving;
         let count = served + usize::from(self.gives_up);
         let threads: Rc<[Thread<Op>]> = (0..count).map(|_| Thread::new()).collect();
         let mut world = World {
@@ -204,14 +227,17 @@ impl Scenario {
             self.two_checks,
             self.same_core,
         );
+        let pages = Pages {
+            damaged: self.damaged,
+        };
         let scene = Rc::new(Scene {
-            session: Session::new(model, Pages, state, Box::new(NoFailures), None, 4),
+            session: Session::new(model, pages, state, Box::new(OnlyDamage), None, 4),
             owner: RefCell::new((knows, Vec::new(), self.owner.len())),
             owners: self.owner.len(),
             gives_up: self.gives_up,
+            together: self.together,
         });
         scene.session.platform.watch(&scene.session);
-        let serving = self.fault_threads + self.prefetchers;
         scene.session.platform.serving.set(serving);
         let mut bodies: Vec<Body> = Vec::new();
         for (thread, acts) in self.owner.iter().copied().enumerate() {
@@ -229,19 +255,25 @@ impl Scenario {
                 }
             }));
         }
-        for i in 0..self.fault_threads + self.prefetchers {
+        for i in 0..serving {
             let (scene, thread) = (Rc::clone(&scene), self.owner.len() + i);
-            let is_prefetcher = i >= self.fault_threads;
+            let is_fault_thread = i < self.fault_threads;
+            let zeroed = self.zeroed.filter(|_| i + 1 == serving);
             let prefetched = self.prefetched.clone();
             bodies.push(Box::new(move || {
                 let session = &scene.session;
-                let worker = RefCell::new(Worker::new(Vec::new()));
+                let own = Own {
+                    scene: Rc::clone(&scene),
+                    worker: RefCell::new(Worker::new(Vec::new())),
+                };
                 session.platform.enter(thread);
-                if is_prefetcher {
-                    let worker = &mut worker.borrow_mut();
-                    let _ = session.prefetch(worker, prefetched, false, || ());
+                if is_fault_thread {
+                    session.serve(0, &own);
+                } else if let Some(place) = zeroed {
+                    session.zero_for_reader(at(place));
                 } else {
-                    session.serve(0, &worker);
+                    let worker = &mut own.worker.borrow_mut();
+                    let _ = session.prefetch(worker, prefetched, false, || ());
                 }
                 session.platform.leave();
             }));
@@ -292,7 +324,8 @@ impl Scenario {
 
 /// One act of a thread of the owner, operation by operation.
 fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow: bool) {
-    let (model, owner, gives_up) = (&scene.session.platform, &scene.owner, scene.gives_up);
+    let (model, owner) = (&scene.session.platform, &scene.owner);
+    let may_be_lost = |page: u64| scene.gives_up || scene.session.image.is_damaged(page);
     let set = |places: std::ops::Range<u64>, to: Knows| {
         for place in places {
             owner.borrow_mut().0[usize::try_from(place).unwrap()] = to;
@@ -331,7 +364,7 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
         Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
             Ok(content) => {
                 let knows = owner.borrow().0[usize::try_from(place).unwrap()];
-                let right = knows.allows(place, content, gives_up);
+                let right = knows.allows(place, content, may_be_lost(place));
                 if !right {
                     wrong(format!(
                         "wrong byte: page {place} reads {content:?}, but it is {knows:?}"
@@ -385,7 +418,7 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
             let expected = Content::Byte(pages::content_of(from));
             match read(to) {
                 Ok(content) if content == expected => {}
-                Ok(Content::Poison) if gives_up => {}
+                Ok(Content::Poison) if may_be_lost(from) => {}
                 found => wrong(format!("wrong byte: moved page {from} reads {found:?}")),
             }
         }
@@ -397,13 +430,34 @@ use Act::{Discard, MapAfresh, Move, Touch, TouchIfMapped, Unmap, Write};
 /// The second toucher may come before, during or after the discard, and has to read accordingly.
 const TWO_AND_A_DISCARDER: &[&[Act]] = &[&[Touch(0)], &[Touch(2)], &[Discard(1, 3)]];
 
-#[test]
-fn two_faulting_threads_a_prefetcher_and_a_discarder() {
+/// One frame at a time: with both there are ten times as many interleavings.
+fn two_faulting_threads_a_prefetcher_and_a_discarder_of(prefetched: Range<u64>) {
     Scenario {
         owner: TWO_AND_A_DISCARDER,
         prefetchers: 1,
-        // Of one frame only: there are ten times as many interleavings with two.
-        prefetched: 2..4,
+        prefetched,
+        same_core: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+#[test]
+fn two_faulting_threads_a_prefetcher_and_a_discarder() {
+    two_faulting_threads_a_prefetcher_and_a_discarder_of(2..4);
+}
+
+#[test]
+fn two_faulting_threads_a_prefetcher_of_the_other_frame_and_a_discarder() {
+    two_faulting_threads_a_prefetcher_and_a_discarder_of(0..2);
+}
+
+/// Both frames are prefetched, and touched by one thread.
+#[test]
+fn a_faulting_thread_a_prefetcher_of_two_frames_and_a_discarder() {
+    Scenario {
+        owner: &[&[Touch(0), Touch(2)], &[Discard(1, 3)]],
+        prefetchers: 1,
         same_core: true,
         ..Scenario::default()
     }
@@ -551,6 +605,80 @@ fn moving_under_faults() {
         }
         .holds();
     }
+}
+
+/// Both faults may be read at once by one thread: another one has to serve the second.
+#[test]
+fn faults_that_are_served_together() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Touch(2)]],
+        fault_threads: 2,
+        together: 2,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+/// A fault that is read while pages are prefetched, by a thread that does not serve it.
+#[test]
+fn faults_that_are_read_in_an_install() {
+    Scenario {
+        owner: &[&[Touch(0)], &[Discard(1, 2)]],
+        prefetchers: 1,
+        prefetched: 2..4,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+/// The discard of the last absent page is read by a thread that only fills a page with zeros.
+#[test]
+fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
+    Scenario {
+        owner: &[&[Touch(2)], &[Discard(1, 2)]],
+        lost: &[0],
+        zeroed: Some(0),
+        completes: true,
+        ..Scenario::default()
+    }
+    .holds();
+}
+
+/// The pages of a damaged frame are poisoned, and those of them that are discarded are zero: also
+/// one that is discarded when its frame has failed.
+#[test]
+fn pages_of_a_damaged_frame() {
+    let owners: [&[&[Act]]; 5] = [
+        &[&[Touch(1)], &[Discard(1, 2)]],
+        &[&[Touch(1)], &[Discard(1, 2), Touch(1)]],
+        &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+        &[&[Touch(0)], &[Discard(1, 2), Write(1, 99), Touch(1)]],
+        &[&[TouchIfMapped(0)], &[Move(0, 9)]],
+    ];
+    for owner in owners {
+        Scenario {
+            owner,
+            damaged: Some(0),
+            ..Scenario::default()
+        }
+        .holds();
+    }
+    Scenario {
+        owner: &[&[Touch(0), Touch(2)], &[Touch(1)]],
+        fault_threads: 2,
+        damaged: Some(0),
+        completes: true,
+        ..Scenario::default()
+    }
+    .holds();
+    Scenario {
+        owner: &[&[Touch(1)], &[Discard(0, 2)]],
+        prefetchers: 1,
+        damaged: Some(0),
+        completes: true,
+        ..Scenario::default()
+    }
+    .holds();
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub(super) enum Op {
     /// Between the wake-up of who sleeps in a range and the end of its registration.
     Unregistered(u64, u64),
     Probe,
+    /// Until as many faults are being served as are served together.
+    Together,
     /// The session is given up.
     End,
     /// Until the session's threads have returned.
@@ -89,6 +91,8 @@ pub(super) struct Model {
     again: Cell<bool>,
     /// Threads of the session that have not returned.
     pub(super) serving: Cell<usize>,
+    /// Faults that have been taken, where some are served together only.
+    pub(super) taken: Cell<usize>,
     session: Cell<*const Session<Self, Pages>>,
 }
 
@@ -114,6 +118,7 @@ impl Model {
             same_core,
             again: Cell::new(false),
             serving: Cell::new(0),
+            taken: Cell::new(0),
             session: Cell::new(std::ptr::null()),
         }
     }
@@ -462,6 +467,8 @@ pub(super) struct Scene {
     pub(super) owners: usize,
     /// Whether the session is given up in the end.
     pub(super) gives_up: bool,
+    /// How many faults are served together.
+    pub(super) together: usize,
 }
 
 impl Scene {
@@ -491,12 +498,14 @@ impl explore::Scene for Scene {
         match op {
             Op::Shared(_) => unlocked || !world.exclusive,
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
-            Op::WaitReadable => world.edge || world.kicked,
+            // What another thread has read by then ends no waiting.
+            Op::WaitReadable => world.kicked || world.edge && world.readable(),
             Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
             // Time passes until something has changed.
             Op::BackOff => world.readable() || !world.is_changing(),
             Op::Sleep => !world.sleeps(thread),
             Op::WaitRead => !world.announced(thread),
+            Op::Together => model.taken.get() >= self.together,
             Op::Join => model.serving.get() == 0,
             _ => true,
         }
@@ -513,6 +522,7 @@ impl explore::Scene for Scene {
             .hash(&mut hasher);
         shared_digest(&self.session).hash(&mut hasher);
         self.session.platform.serving.get().hash(&mut hasher);
+        self.session.platform.taken.get().hash(&mut hasher);
         let owner = self.owner.borrow();
         (&owner.0, owner.1.len(), owner.2).hash(&mut hasher);
         hasher.finish()

@@ -12,7 +12,18 @@ pub(super) fn content_of(page: u64) -> u8 {
 }
 
 /// The snapshot of the model: page n repeats n + 1 and lies in frame n / 2, slot n % 2.
-pub(super) struct Pages;
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Pages {
+    /// The frame that is damaged.
+    pub(super) damaged: Option<u64>,
+}
+
+impl Pages {
+    /// Whether `page` lies in the damaged frame.
+    pub(super) fn is_damaged(&self, page: PageNumber) -> bool {
+        self.damaged == Some(page / 2)
+    }
+}
 
 impl Image for Pages {
     /// Its number.
@@ -40,6 +51,12 @@ impl Image for Pages {
         _: Reason,
     ) -> Result<(), Failure> {
         decoder.clear();
+        if self.damaged == Some(*frame) {
+            return Err(Failure {
+                kind: FailureKind::Damaged,
+                ..self.failure("damaged".to_owned())
+            });
+        }
         for page in (frame * 2..).take(slots.into()) {
             decoder.resize(decoder.len() + 4096, 0);
             let start = decoder.len() - 4096;
