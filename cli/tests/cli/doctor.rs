@@ -1,8 +1,13 @@
 //! What this machine permits.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+
 use snaprestore_fixtures::host::{Unavailable, skipped};
 
-use crate::common::{Folder, as_nobody, run};
+use crate::common::{Folder, Run, as_nobody, command, run};
+use crate::restore::possible;
 
 #[test]
 fn every_check_is_judged_and_the_exit_code_is_the_sum() {
@@ -76,4 +81,58 @@ fn without_rights_it_says_what_would_give_them() {
     ] {
         assert!(remedy.contains(way), "{remedy}");
     }
+}
+
+/// Runs the command in `folder`, with an address space of at most `bytes`.
+fn with_address_space(folder: &Folder, bytes: u64, args: &[&str]) -> Run {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    let set = move || {
+        // SAFETY: setting a limit is a system call that only reads the struct, and may be made
+        // between fork and exec.
+        match unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let mut command = command(args);
+    command.current_dir(folder.path());
+    // SAFETY: the closure neither allocates nor takes a lock.
+    unsafe { command.pre_exec(set) };
+    Run::of(&mut command)
+}
+
+/// The kernel says no more than that there is no memory, on a machine that has some.
+#[test]
+fn limit_on_the_address_space_is_named() {
+    const LIMIT: u64 = 8 << 30;
+    let folder = Folder::new();
+    let raw = File::create(folder.file("raw")).unwrap();
+    raw.set_len(2 * LIMIT).unwrap();
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let address_space = |doctor: &Run| {
+        let report = doctor.json();
+        let checks = report["checks"].as_array().unwrap();
+        let check = checks.iter().find(|check| check["name"] == "address space");
+        check.unwrap().clone()
+    };
+    let doctor = with_address_space(&folder, LIMIT, &["doctor", "--json"]);
+    let check = address_space(&doctor);
+    assert_eq!(check["state"], "limited", "{check}");
+    let detail = check["detail"].as_str().unwrap();
+    assert!(detail.contains("8.00 GiB (RLIMIT_AS)"), "{detail}");
+    let remedy = check["remedy"].as_str().unwrap();
+    assert!(remedy.contains("ulimit -v"), "{remedy}");
+    let check = address_space(&run(&folder, &["doctor", "--json"]));
+    assert_eq!(check["state"], "good", "{check}");
+
+    if !possible(&folder, "limit_on_the_address_space_is_named") {
+        return;
+    }
+    with_address_space(&folder, LIMIT, &["restore", "s"])
+        .exits(1)
+        .says(&["8192 MiB (RLIMIT_AS)", "ulimit -v"]);
+    run(&folder, &["restore", "s", "--touch", "none"]).exits(0);
 }
