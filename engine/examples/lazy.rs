@@ -13,7 +13,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use snaprestore_engine::restore::{OnFailure, Prefetch, Restore};
+use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore};
 use snapshot_format::Snapshot;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let restored = Restore::new(snapshot)
         .prefetch(Prefetch::All)
-        .on_failure(OnFailure::Poison)
+        .on_failure(FailurePolicy::Poison)
         .start()?;
     println!("usable after {:?}", begun.elapsed());
 

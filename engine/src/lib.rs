@@ -7,7 +7,7 @@
 pub mod fail_point;
 pub mod pager;
 pub mod restore;
-mod running;
+mod runtime;
 mod session;
 
 pub use snaprestore_uffd as uffd;

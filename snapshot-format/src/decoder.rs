@@ -32,7 +32,7 @@ use crate::types::SnapshotId;
 /// blocks.
 const LEAST_PAGES: u16 = 16;
 /// Dictionaries that a decoder prepares for decoding in steps.
-const MOST_STREAMS: usize = 4;
+const MAX_STREAMS: usize = 4;
 /// Bytes that tell zstd how many it wants next.
 const FRAME_HEADER_START: usize = 5;
 /// The part of a zstd frame header's first byte that decides whether the frame is decoded in steps,
@@ -107,7 +107,7 @@ impl FrameDecoder {
         if self.streams.is_empty() {
             self.add_stream(0, &[]);
         }
-        for (number, bytes) in snapshot.dictionary_bytes(MOST_STREAMS)? {
+        for (number, bytes) in snapshot.dictionary_bytes(MAX_STREAMS)? {
             self.add_stream(number, bytes);
         }
         self.streams_of = Some(snapshot.id());

@@ -16,7 +16,7 @@ use crate::layout::PAGE_SIZE;
 const SIZES: [usize; 2] = [112 << 10, 16 << 10];
 /// Bytes that zstd trains on. It takes a quarter of a second; four times as much takes three times
 /// as long and saved 0.1 % more.
-const MOST_TRAINING_BYTES: usize = 2 << 20;
+const MAX_TRAINING_BYTES: usize = 2 << 20;
 /// One frame of this many is not trained on but compressed to judge.
 const HELD_OUT: usize = 4;
 /// With less than this there is nothing to learn from.
@@ -26,11 +26,11 @@ const LEAST_SAVED: f64 = 0.005;
 
 /// The largest frames for which one is trained by default. In a real guest it saves 0.6 % of frames
 /// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
-const MOST_FRAME_BYTES: usize = 64 << 10;
+const MAX_FRAME_BYTES: usize = 64 << 10;
 
 /// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train it.
 pub fn is_worth_training(frame_pages: usize) -> bool {
-    frame_pages * PAGE_SIZE <= MOST_FRAME_BYTES
+    frame_pages * PAGE_SIZE <= MAX_FRAME_BYTES
 }
 
 /// A dictionary that pays.
@@ -118,7 +118,7 @@ fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
         trained_on.flat_map(|(_, frame)| frame.chunks(PAGE_SIZE))
     };
     let step = (pages().count() * PAGE_SIZE)
-        .div_ceil(MOST_TRAINING_BYTES)
+        .div_ceil(MAX_TRAINING_BYTES)
         .max(1);
     let mut samples = Vec::new();
     let mut sizes = Vec::new();

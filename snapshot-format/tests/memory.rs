@@ -18,7 +18,7 @@ use std::process::Command;
 use snapshot_format::layout::PAGE_SIZE;
 use snapshot_format::{RegionSpec, Summary, WriteError, Writer, WriterOptions};
 
-const MOST_BYTES: u64 = 128 << 20;
+const MAX_BYTES: u64 = 128 << 20;
 /// Most that a writer starts by itself.
 const THREADS: usize = 8;
 const PAGES_PER_GIB: u64 = 1 << 18;
@@ -210,7 +210,7 @@ fn in_child_with(
         peak >> 20
     );
     check(&written.summary);
-    assert!(peak <= MOST_BYTES, "{peak} bytes");
+    assert!(peak <= MAX_BYTES, "{peak} bytes");
 }
 
 /// `VmHWM` of this process.

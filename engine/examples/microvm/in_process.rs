@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Restored};
+use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore, Restored};
 use snaprestore_uffd::memory::guest_memory;
 use snapshot_format::Snapshot;
 use vm_memory::GuestMemoryMmap;
@@ -25,7 +25,7 @@ impl InProcess {
             // A page that can't be restored ends this process, while the virtual CPU waits for it.
             // Poison would not do: where KVM reads memory itself, to emulate an instruction for
             // instance, a guest could read zeros.
-            .on_failure(OnFailure::Abort)
+            .on_failure(FailurePolicy::Abort)
             .start()?;
         // SAFETY: the memory is used as long as this value lives at most: it is only lent out, and
         // nobody in this program clones it. The restore is not stopped before, and nobody unmaps or

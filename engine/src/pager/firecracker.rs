@@ -24,13 +24,13 @@ use snaprestore_uffd::os::receive;
 use snaprestore_uffd::uffd::{Closing, Untrusted, may_report_forks};
 
 /// The most bytes of a message: some hundred regions, where a VM has four.
-const MOST_BYTES: usize = 64 << 10;
+const MAX_BYTES: usize = 64 << 10;
 
 /// The most regions, however few bytes each takes: so that what is made of them has a bound as well.
-const MOST_REGIONS: usize = 1000;
+const MAX_REGIONS: usize = 1000;
 
 /// The most pieces of a message: two may happen.
-const MOST_PIECES: usize = 256;
+const MAX_PIECES: usize = 256;
 
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
@@ -55,11 +55,11 @@ pub enum HandshakeError {
     },
     /// The message is too long to be one.
     #[error(
-        "the VMM sent more than {MOST_BYTES} bytes, or {MOST_PIECES} pieces, which can't be its regions"
+        "the VMM sent more than {MAX_BYTES} bytes, or {MAX_PIECES} pieces, which can't be its regions"
     )]
     TooLong,
     /// The message has too many regions to be one.
-    #[error("the VMM sent {regions} regions; at most {MOST_REGIONS} are taken")]
+    #[error("the VMM sent {regions} regions; at most {MAX_REGIONS} are taken")]
     TooMany {
         /// How many.
         regions: usize,
@@ -160,9 +160,9 @@ impl Arriving {
 
     /// Reads once from `socket`. `None`: more has to come.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Option<Handshake>, HandshakeError> {
-        self.text.resize(MOST_BYTES, 0);
+        self.text.resize(MAX_BYTES, 0);
         // To look whether it is whole costs more each time.
-        if self.received == MOST_BYTES || self.pieces == MOST_PIECES {
+        if self.received == MAX_BYTES || self.pieces == MAX_PIECES {
             return Err(HandshakeError::TooLong);
         }
         let read = match receive(socket, &mut self.text[self.received..]) {
@@ -220,7 +220,7 @@ fn checked(mappings: &[Mapping], descriptors: &mut Untrusted) -> Result<Handshak
     if may_report_forks(userfaultfd) {
         return Err(HandshakeError::ReportsForks);
     }
-    if mappings.len() > MOST_REGIONS {
+    if mappings.len() > MAX_REGIONS {
         let regions = mappings.len();
         return Err(HandshakeError::TooMany { regions });
     }
@@ -315,8 +315,8 @@ mod tests {
     fn what_is_no_handshake_is_refused_by_name() {
         let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
         // As short as can be: by its bytes alone it would be taken.
-        let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MOST_REGIONS));
-        let long = format!("[{}", " ".repeat(MOST_BYTES));
+        let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MAX_REGIONS));
+        let long = format!("[{}", " ".repeat(MAX_BYTES));
         let cases = [
             ("", 0, "closed the socket after 0 bytes"),
             (&V1_1[..20], 1, "closed the socket after 20 bytes"),

@@ -36,7 +36,7 @@ pub use handover::{Handover, HandoverError, OwnerRegion};
 pub use owner::OnError;
 pub use paged::{AttachError, Ending, Paged, Pager};
 
-pub use crate::running::{
+pub use crate::runtime::{
     FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
 };
 pub use crate::session::{

@@ -10,7 +10,9 @@ use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::running::{Crew, Prefetch, Running, Shared, Stats, ThreadError, Threads, crew_options};
+use crate::runtime::{
+    Prefetch, Runtime, Shared, Stats, ThreadError, ThreadOptions, Threads, crew_options,
+};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
@@ -22,7 +24,7 @@ use snaprestore_uffd::{PageSizeError, check_page_size};
 #[must_use = "nothing happens before `attach`"]
 pub struct Pager {
     snapshot: Arc<Snapshot>,
-    crew: Crew,
+    crew: ThreadOptions,
     on_error: OnError,
 }
 
@@ -94,7 +96,7 @@ impl Pager {
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
         Self {
             snapshot,
-            crew: Crew::default(),
+            crew: ThreadOptions::default(),
             on_error: OnError::Kill,
         }
     }
@@ -135,7 +137,7 @@ impl Pager {
     ///
     /// Whoever served it before must be gone: the whole process, as its pidfd tells. What it had read
     /// and not recorded is recorded, and who waits is made to ask again. The regions are those of the
-    /// handover, whatever the owner has done with its memory since. `deadly` are frames, by their offset
+    /// handover, whatever the owner has done with its memory since. `quarantined` are frames, by their offset
     /// in the file, that are not to be decoded: [`Vitals::decoding`](super::Vitals::decoding) tells on
     /// which a process died.
     ///
@@ -144,7 +146,7 @@ impl Pager {
         self,
         handover: Handover,
         tables: OwnedFd,
-        deadly: &[u64],
+        quarantined: &[u64],
     ) -> Result<Paged, AttachError> {
         let begun = Instant::now();
         let tables = State::open(tables).map_err(AttachError::resources(TABLES))?;
@@ -152,7 +154,7 @@ impl Pager {
             let other = io::Error::other("they are those of another snapshot");
             return Err(AttachError::resources(TABLES)(other));
         }
-        self.serve(handover, tables, deadly, begun)
+        self.serve(handover, tables, quarantined, begun)
     }
 
     fn extents(&self, regions: &[OwnerRegion]) -> Result<Vec<Extent>, AttachError> {
@@ -164,7 +166,7 @@ impl Pager {
         self,
         handover: Handover,
         (state, ring): (State, Ring),
-        deadly: &[u64],
+        quarantined: &[u64],
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
@@ -198,9 +200,9 @@ impl Pager {
         };
         let decoders = self.crew.decoders();
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
-        session.refuse(deadly.iter().copied());
-        session.take_over();
-        let running = Running::new(session, begun, &self.crew, Box::new(|_| ()));
+        session.refuse(quarantined.iter().copied());
+        session.recover();
+        let running = Runtime::new(session, begun, &self.crew, Box::new(|_| ()));
         let running = Arc::new(running);
         match self.crew.start(&running) {
             Ok(threads) => Ok(Paged {
@@ -222,7 +224,7 @@ impl Pager {
 /// Dropping it before it has ended kills the owner, and waits for its end. In a forked child nothing
 /// is done.
 pub struct Paged {
-    running: Arc<Running>,
+    running: Arc<Runtime>,
     threads: Threads,
     owner: Arc<Owner>,
 }

@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use snapshot_format::{ReadError, Region, Snapshot};
 
-use crate::session::{Extent, Kernel, OnFailure, PAGE, Session, SnapshotImage, State, zero_runs};
+use crate::session::{
+    Extent, FailurePolicy, Kernel, PAGE, Session, SnapshotImage, State, zero_runs,
+};
 use snaprestore_uffd::memory::{
     Advice, Mapping, MappingOptions, MemError, Pagemap, RawRegion, SMAPS, Unsuitable, dont_fork_of,
     first_resident,
@@ -21,15 +23,15 @@ use snaprestore_uffd::{PageSizeError, check_page_size};
 
 use super::guard::{Asker, Owner};
 use super::restored::{self, Restored, RestoredRegion};
-use crate::running::{Body, Crew, Prefetch, Running, Shared, ThreadError, crew_options};
+use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, crew_options};
 
 /// A restore into this process, being described.
 #[must_use = "nothing happens before `start`"]
 pub struct Restore {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) regions: BTreeMap<usize, RawRegion>,
-    crew: Crew,
-    pub(super) on_failure: OnFailure,
+    crew: ThreadOptions,
+    pub(super) on_failure: FailurePolicy,
     pub(super) user_mode_only: bool,
     pub(super) leave_zero_runs: bool,
     pub(super) huge_pages: bool,
@@ -165,8 +167,8 @@ impl Restore {
         Self {
             snapshot,
             regions: BTreeMap::new(),
-            crew: Crew::default(),
-            on_failure: OnFailure::Poison,
+            crew: ThreadOptions::default(),
+            on_failure: FailurePolicy::Poison,
             user_mode_only: false,
             leave_zero_runs: true,
             huge_pages: false,
@@ -195,10 +197,10 @@ impl Restore {
 
     crew_options!();
 
-    /// What is done when a touched page can't be restored. Default [`OnFailure::Poison`]; for a
+    /// What is done when a touched page can't be restored. Default [`FailurePolicy::Poison`]; for a
     /// VM's memory choose
-    /// [`OnFailure::Abort`].
-    pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
+    /// [`FailurePolicy::Abort`].
+    pub fn on_failure(mut self, on_failure: FailurePolicy) -> Self {
         self.on_failure = on_failure;
         self
     }
@@ -296,8 +298,8 @@ impl Restore {
         kept.sort_unstable_by_key(|pages| pages.start);
         let kernel = Kernel::new(uffd, ring).map_err(resources("the session's wake-up"))?;
         let asker = match &self.on_failure {
-            OnFailure::Ask(callback) => Some(Asker::new(Arc::clone(callback))),
-            OnFailure::Poison | OnFailure::Abort => None,
+            FailurePolicy::Ask(callback) => Some(Asker::new(Arc::clone(callback))),
+            FailurePolicy::Poison | FailurePolicy::Abort => None,
         };
         let owner = Owner::new(&self.on_failure, asker.as_ref());
         let session = Session::new(
@@ -313,7 +315,7 @@ impl Restore {
         let kept: Arc<[Range<u64>]> = kept.into();
         let collapse = self.huge_pages.then(|| left.clone());
         let on_complete = restored::on_complete(Arc::clone(&kept), collapse);
-        let running = Running::new(session, begun, &self.crew, on_complete);
+        let running = Runtime::new(session, begun, &self.crew, on_complete);
         let mapped = begun.elapsed();
         let running = Arc::new(running);
         self.crew.other = asker.map(|asker| {
@@ -383,7 +385,10 @@ impl Restore {
                     address: memory.address() + offset,
                 });
             }
-            let poisons = matches!(self.on_failure, OnFailure::Poison | OnFailure::Ask(_));
+            let poisons = matches!(
+                self.on_failure,
+                FailurePolicy::Poison | FailurePolicy::Ask(_)
+            );
             if poisons && !ioctls.contains(Ioctls::POISON) {
                 return Err(StartError::NoPoison);
             }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::session::{
-    Decision, Failure, Fault, Guard, Kernel, OnFailure, Session, SnapshotImage, Verdict,
+    Decision, Failure, FailureDecision, FailurePolicy, Fault, Guard, Kernel, Session, SnapshotImage,
 };
 
 use super::questions::Questions;
 use snaprestore_uffd::os::abort;
 
 /// A callback that decides about failures.
-pub(super) type Callback = Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>;
+pub(super) type Callback = Arc<dyn Fn(&Failure) -> FailureDecision + Send + Sync>;
 
 /// The failure policy of this process.
 pub(super) struct Owner {
@@ -54,9 +54,9 @@ impl Asker {
                 return;
             }
             match verdict {
-                Verdict::Retry => self.each(page, |fault| session.serve_again(fault, page)),
-                Verdict::Poison => self.each(page, |fault| session.poison_left(fault)),
-                Verdict::Abort => abort(&failure.to_string()),
+                FailureDecision::Retry => self.each(page, |fault| session.serve_again(fault, page)),
+                FailureDecision::Poison => self.each(page, |fault| session.poison_left(fault)),
+                FailureDecision::Abort => abort(&failure.to_string()),
             }
         }
     }
@@ -74,11 +74,11 @@ impl Asker {
 }
 
 impl Owner {
-    pub(super) fn new(on_failure: &OnFailure, asker: Option<&Asker>) -> Self {
+    pub(super) fn new(on_failure: &FailurePolicy, asker: Option<&Asker>) -> Self {
         let policy = match (on_failure, asker) {
-            (OnFailure::Ask(_), Some(asker)) => Policy::Ask(Arc::clone(&asker.questions)),
-            (OnFailure::Poison, _) => Policy::Poison,
-            (OnFailure::Abort | OnFailure::Ask(_), _) => Policy::Abort,
+            (FailurePolicy::Ask(_), Some(asker)) => Policy::Ask(Arc::clone(&asker.questions)),
+            (FailurePolicy::Poison, _) => Policy::Poison,
+            (FailurePolicy::Abort | FailurePolicy::Ask(_), _) => Policy::Abort,
         };
         Self { policy }
     }

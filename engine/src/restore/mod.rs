@@ -28,7 +28,7 @@
 //! | --- | --- | --- |
 //! | `snap-fault-N` | [`Restore::fault_threads`] | read faults and events, serve faults |
 //! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | read, decode and install ahead of faults |
-//! | `snap-ask` | 1 with [`OnFailure::Ask`] | calls the callback |
+//! | `snap-ask` | 1 with [`FailurePolicy::Ask`] | calls the callback |
 //! | `snap-brake` | 1 while a restore is given up under many discards | slows them down, without the hook |
 //!
 //! When a [`Restored`] is dropped or was stopped its threads have ended, unless a callback does not
@@ -41,7 +41,7 @@
 //!
 //! # Callbacks
 //!
-//! The observer ([`Restore::on_first_touch`]), the callback of [`OnFailure::Ask`], the hook of
+//! The observer ([`Restore::on_first_touch`]), the callback of [`FailurePolicy::Ask`], the hook of
 //! [`Restore::on_thread_start`], the snapshot's [`Store`](snapshot_format::Store) and the tracing
 //! subscriber are called by the engine's threads while somebody waits for a page.
 //!
@@ -49,7 +49,7 @@
 //!
 //! - touches memory that its own session restores: the process is aborted with the reason, as soon
 //!   as another thread reads the fault, in [`Restored`]'s drop at the latest;
-//! - calls [`Restored::read_at`], or [`Restored::stop`] with [`Stop::Complete`]: gets the error
+//! - calls [`Restored::read_at`], or [`Restored::stop`] with [`StopMode::Complete`]: gets the error
 //!   `InCallback`;
 //! - calls [`Restored::wait_complete`]: comes back at once;
 //! - drops the [`Restored`], or gives it up: all is done but waiting for the threads, which end when
@@ -66,7 +66,7 @@
 //! # Under KVM
 //!
 //! The regions become memory slots, and a virtual CPU that touches a missing page waits in the kernel
-//! until it is there. Choose [`OnFailure::Abort`], since a poisoned page can read as zeros where KVM
+//! until it is there. Choose [`FailurePolicy::Abort`], since a poisoned page can read as zeros where KVM
 //! emulates an instruction, don't permit [`Restore::user_mode_only`], and keep the [`Restored`] as
 //! long as the VM. `examples/microvm` is a whole launcher.
 //!
@@ -94,11 +94,11 @@ mod questions;
 mod restored;
 
 pub use builder::{Restore, StartError};
-pub use restored::{ReadAtError, Restored, RestoredRegion, Stop, StopError};
+pub use restored::{ReadAtError, Restored, RestoredRegion, StopError, StopMode};
 
-pub use crate::running::{
+pub use crate::runtime::{
     FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
 };
 pub use crate::session::{
-    Durations, Failure, FailureKind, Histogram, OnFailure, Percentiles, Verdict,
+    Durations, Failure, FailureDecision, FailureKind, FailurePolicy, Histogram, Percentiles,
 };

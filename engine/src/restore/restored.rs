@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::running::{OnComplete, Running, Stats, Threads};
+use crate::runtime::{OnComplete, Runtime, Stats, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
 use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
@@ -57,7 +57,7 @@ impl RestoredRegion {
 
 /// How [`Restored::stop`] ends a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum StopMode {
     /// Everything that is missing is installed first, and pages that were poisoned are brought after
     /// all, if they can be had by now.
     Complete,
@@ -94,7 +94,7 @@ pub enum StopError {
     /// pages: what was discarded just then may be inaccessible.
     #[error(
         "the restore was given up while its memory changed, and this kernel can't poison pages (that needs Linux 6.6): \
-         pages discarded meanwhile may be inaccessible as well as those that were missing. Stop what uses the memory first"
+         pages discarded meanwhile may be inaccessible as well as those that were missing. StopMode what uses the memory first"
     )]
     Changed,
     /// It was given up, and the missing pages were in too many pieces for a kernel that can't poison pages:
@@ -157,18 +157,18 @@ const READ_PIECE: usize = 64 << 10;
 
 /// How often a restore that is given up, on a kernel without poison, follows an owner that goes on
 /// changing its mappings, and how long it waits in between.
-const MOST_ROUNDS: u32 = 100;
+const MAX_ROUNDS: u32 = 100;
 const ROUND_INTERVAL: Duration = Duration::from_micros(100);
 
 /// A restore that runs: the memory, and the engine's threads that fill it.
 ///
 /// Dropping it stops the restore. Memory that the engine mapped is unmapped. Memory that was given
-/// stays: what is missing is poisoned as by [`Stop::Inaccessible`], and where that returns an error, a
+/// stays: what is missing is poisoned as by [`StopMode::Inaccessible`], and where that returns an error, a
 /// drop logs it. A callback may drop it; a callback that does not return makes it take two seconds
 /// (see [the module](super#callbacks)). In a forked child nothing is done: the restore is the
 /// parent's.
 pub struct Restored {
-    pub(super) running: Arc<Running>,
+    pub(super) running: Arc<Runtime>,
     pub(super) threads: Threads,
     pub(super) regions: Vec<RestoredRegion>,
     pub(super) mapped: Duration,
@@ -364,16 +364,16 @@ impl Restored {
     ///
     /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
     /// memory that is poisoned or inaccessible.
-    pub fn stop(&mut self, stop: Stop) -> Result<(), StopError> {
+    pub fn stop(&mut self, stop: StopMode) -> Result<(), StopError> {
         if self.running.is_of_parent() {
             return Err(StopError::InChild);
         }
         match stop {
-            Stop::Complete if self.running.session.threads.is_current() => {
+            StopMode::Complete if self.running.session.threads.is_current() => {
                 Err(StopError::InCallback)
             }
-            Stop::Complete => self.complete(),
-            Stop::Inaccessible => self.give_up(false),
+            StopMode::Complete => self.complete(),
+            StopMode::Inaccessible => self.give_up(false),
         }
     }
 
@@ -477,7 +477,7 @@ impl Restored {
                 done = Err(StopError::Changed);
             }
             match refused {
-                _ if changed && round < MOST_ROUNDS => std::thread::sleep(ROUND_INTERVAL),
+                _ if changed && round < MAX_ROUNDS => std::thread::sleep(ROUND_INTERVAL),
                 Some((_, error)) => {
                     self.make_all_inaccessible();
                     done = Err(StopError::TooManyMappings(error));

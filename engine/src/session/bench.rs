@@ -28,7 +28,7 @@ impl PageStates {
 
     /// Whether a page has to be installed.
     pub fn is_absent(&self, page: u64) -> bool {
-        self.0.status(page) == super::state::Status::Absent
+        self.0.status(page) == crate::session::state::Status::Absent
     }
 
     /// The first range of pages that have to be installed.

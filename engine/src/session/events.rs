@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
-use super::stats::add;
 use super::{Fault, Session};
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
+use crate::session::stats::add;
 
 /// Why an owner that has asked for events of its forks is ended when it forks.
 const FORKED: &str = "it forked, and nobody serves its child";
@@ -22,10 +22,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                 self.platform.kick();
                 return None;
             }
-            let next_due = self.inbox.resume();
-            if let Some(fault) = self.inbox.pop() {
+            let next_due = self.queue.resume();
+            if let Some(fault) = self.queue.pop() {
                 // Another thread looks after the others, and after those that are paused.
-                if !self.inbox.is_empty() || next_due.is_some() {
+                if !self.queue.is_empty() || next_due.is_some() {
                     self.platform.kick();
                 }
                 return Some(fault);
@@ -77,7 +77,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// The messages of a batch up to the one that last changed the address map were dealt with, and
     /// must not be again: the addresses of a discard may be those of other pages now. After it the
     /// map is as it was, and what is recorded twice is recorded once.
-    pub(crate) fn take_over(&self) {
+    pub(crate) fn recover(&self) {
         let mut hold = self.platform.exclusive(0);
         let taken_in = self.state.map().taken_in();
         self.platform.unrecorded(&mut hold, &mut |slot, event| {
@@ -99,7 +99,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.platform.forget(&mut hold);
         self.state.map().batch_ends();
         fail_point(FailPoint::ReplayCleared);
-        self.state.take_over();
+        self.state.recover();
         for extent in self.state.map().extents() {
             self.platform.wake(extent.address, extent.pages * PAGE);
         }
@@ -121,7 +121,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                          memory that is being restored"
                     ));
                 }
-                self.inbox.arrived(address, thread);
+                self.queue.push(address, thread);
             }
             Event::Remove { start, end } => {
                 for pages in self.state.map().pages_in(start..end) {

@@ -49,7 +49,7 @@ impl fmt::Display for Failure {
 
 /// What a callback decides about a failed page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum FailureDecision {
     /// Try to read it again, after a pause: 1 ms after the first failure, twice as long each further
     /// time, and at most half a second.
     Retry,
@@ -62,7 +62,7 @@ pub enum Verdict {
 /// What is done when a touched page can't be restored. It is never left to read as zeros, and the
 /// toucher never waits for ever.
 #[derive(Clone)]
-pub enum OnFailure {
+pub enum FailurePolicy {
     /// The page is poisoned: an instruction that touches it gets SIGBUS, a system call EFAULT. For
     /// memory that only user code touches; under KVM poison can read as zeros.
     Poison,
@@ -71,10 +71,10 @@ pub enum OnFailure {
     /// The callback decides, on a thread of its own, while the fault waits. It is asked once about
     /// a page, however many wait for it, and again only if the page was tried again and still can't
     /// be had.
-    Ask(Arc<dyn Fn(&Failure) -> Verdict + Send + Sync>),
+    Ask(Arc<dyn Fn(&Failure) -> FailureDecision + Send + Sync>),
 }
 
-impl fmt::Debug for OnFailure {
+impl fmt::Debug for FailurePolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Poison => "Poison",

@@ -28,8 +28,8 @@
 use snapshot_format::Reason;
 
 use super::Session;
-use super::install::{Purpose, Source, Stop};
-use super::platform::{Image, Platform};
+use crate::session::fault::install::{InstallError, Purpose, Source};
+use crate::session::platform::{Image, Platform};
 
 /// The kernel can't poison pages. Nothing was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +41,8 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn give_up(&self) -> Result<(), NoPoison> {
         let all = 0..self.state.page_slots();
         match self.install(all, Source::Poison, Purpose::along(Reason::Demand)) {
-            Ok(_) | Err(Stop::OwnerGone) => {}
-            Err(Stop::Refused(libc::EINVAL)) => return Err(NoPoison),
+            Ok(_) | Err(InstallError::OwnerGone) => {}
+            Err(InstallError::Refused(libc::EINVAL)) => return Err(NoPoison),
             // Closing would turn what is missing into zeros, and not closing leave its touchers
             // waiting for ever.
             Err(stop) => self.guard.end_owner(&format!(

@@ -17,7 +17,7 @@
 //! | absent | decode, COPY, -> present | COPY, -> present | demand: failure policy; prefetch: stays absent | -> removed |
 //! | present (advice) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
 //! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
-//! | poisoned | POISON again; if EEXIST, WAKE | skip; when the restore is completed COPY, -> present ([`heal`]) | skip | -> removed |
+//! | poisoned | POISON again; if EEXIST, WAKE | skip; when the restore is completed COPY, -> present ([`completion`]) | skip | -> removed |
 //!
 //! A frame that is being brought is *claimed*. Another fault that wants it waits for the claimer and
 //! looks again, unless that is a prefetcher: demand never waits for a read of prefetch ([`claims`]).
@@ -40,59 +40,47 @@
 
 #[cfg(feature = "bench-internals")]
 mod bench;
-mod bring;
-mod claims;
-mod duplicates;
+mod completion;
+mod content;
 mod events;
 mod failure;
 mod fault;
-mod frames;
 mod give_up;
-mod heal;
-mod image;
-mod inbox;
-mod install;
-mod kernel;
-mod large;
-mod map;
 mod platform;
-mod prefetch;
-mod read;
-mod retries;
 mod state;
 mod stats;
 mod threads;
 
 #[cfg(test)]
-mod check;
+mod model;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::fail_point::{FailPoint, fail_point};
-use map::block_of;
+use state::address_map::block_of;
 use stats::add;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
-pub use failure::{Failure, FailureKind, OnFailure, Verdict};
-pub use frames::FrameCacheStats;
+pub use content::frame_cache::FrameCacheStats;
+pub use failure::{Failure, FailureDecision, FailureKind, FailurePolicy};
 pub use state::{Pulse, Vitals};
 pub use stats::{Durations, Histogram, Percentiles};
 
-pub(crate) use bring::{Lend, Worker};
-pub(crate) use claims::{Claims, FrameId};
-pub(crate) use frames::{FrameCache, SharedFrames};
+pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
+pub(crate) use content::snapshot::{SnapshotImage, zero_runs};
+pub(crate) use fault::in_flight::{FrameId, InFlight};
+pub(crate) use fault::load::{LendContext, ThreadContext};
+pub(crate) use fault::prefetch::{Left, PrefetchStop};
+pub(crate) use fault::queue::{Fault, FaultQueue};
+pub(crate) use fault::retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use give_up::NoPoison;
-pub(crate) use image::{SnapshotImage, zero_runs};
-pub(crate) use inbox::{Fault, Inbox};
-pub(crate) use kernel::Kernel;
-pub(crate) use map::{Extent, LARGE_PAGES};
+pub(crate) use platform::kernel::Kernel;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
-pub(crate) use prefetch::{Left, PrefetchStop};
-pub(crate) use retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use state::State;
+pub(crate) use state::address_map::{Extent, LARGE_PAGES};
 pub(crate) use stats::{Pages, Stats};
 pub(crate) use threads::{EngineThreads, Place};
 
@@ -134,17 +122,17 @@ pub(crate) struct Session<P, I> {
     pub(crate) platform: P,
     pub(crate) image: I,
     pub(crate) state: State,
-    pub(crate) inbox: Inbox,
+    pub(crate) queue: FaultQueue,
     pub(crate) stats: Stats,
     /// The threads that work for it now.
     pub(crate) threads: Arc<EngineThreads>,
-    claims: Claims,
+    claims: InFlight,
     /// What a discarded large page is filled with; empty if there are none.
     zeros: Vec<u8>,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
     /// Frames that are not to be decoded: who tried has died.
-    deadly: Vec<FrameId>,
+    quarantined: Vec<FrameId>,
     /// How long a page that can't be read is read again before it counts as failed.
     pub(crate) retry_timeout: Duration,
     failures: Mutex<Failures>,
@@ -191,17 +179,17 @@ impl<P: Platform, I: Image> Session<P, I> {
         threads: usize,
     ) -> Self {
         Self {
-            zeros: large::zeros(&state),
+            zeros: fault::huge::zeros(&state),
             platform,
             image,
             state,
-            inbox: Inbox::new(),
+            queue: FaultQueue::new(),
             stats: Stats::default(),
             threads: Arc::default(),
-            claims: Claims::new(threads),
+            claims: InFlight::new(threads),
             guard,
             observer,
-            deadly: Vec::new(),
+            quarantined: Vec::new(),
             retry_timeout: RETRY_TIMEOUT,
             failures: Mutex::default(),
             phase: Phase::default(),
@@ -212,7 +200,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Has these frames refused like damaged ones, before anything is decoded.
     pub(crate) fn refuse(&mut self, frames: impl IntoIterator<Item = u64>) {
-        self.deadly.extend(frames.into_iter().map(FrameId));
+        self.quarantined.extend(frames.into_iter().map(FrameId));
     }
 
     /// Makes every thread return from [`Session::serve`]. Faults that still wait are not answered.
@@ -269,14 +257,14 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Serves a fault that was left once more, after a pause: its content may be had then.
     pub(crate) fn serve_again(&self, mut fault: Fault, page: PageNumber) {
         let pause = fault.retries.pause();
-        self.inbox.pause(fault, page, Instant::now() + pause);
+        self.queue.pause(fault, page, Instant::now() + pause);
         self.platform.kick();
     }
 
     /// Poisons the page of a fault that was left.
     pub(crate) fn poison_left(&self, fault: Fault) {
         self.poison(fault);
-        self.inbox.settled();
+        self.queue.resolve();
         self.look_if_settled();
     }
 
@@ -349,7 +337,10 @@ impl<P: Platform, I: Image> Session<P, I> {
         add(self.stats.shortages_of(large), 1);
         if !self.shortage_of(large).swap(true, Relaxed) {
             let _of = self.span.enter();
-            tracing::warn!("pages can't be installed: {}", install::no_memory(large));
+            tracing::warn!(
+                "pages can't be installed: {}",
+                fault::install::no_memory(large)
+            );
         }
     }
 

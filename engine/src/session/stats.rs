@@ -161,7 +161,7 @@ impl Pages {
 
 /// What a fault met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Met {
+pub(crate) enum FaultKind {
     /// A page that a frame holds.
     Stored,
     /// A page that repeats one word.
@@ -178,7 +178,7 @@ pub(crate) enum Met {
 
 /// Where the content for a fault came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum CameFrom {
+pub(crate) enum ContentSource {
     /// None was needed.
     #[default]
     Nowhere,
@@ -194,25 +194,25 @@ pub(crate) enum CameFrom {
 
 /// What is known of the fault that a thread serves.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Trace {
+pub(crate) struct FaultTrace {
     /// The first that it met.
-    met: Option<Met>,
-    pub(crate) from: CameFrom,
+    met: Option<FaultKind>,
+    pub(crate) from: ContentSource,
 }
 
-impl Trace {
-    pub(crate) fn meet(&mut self, met: Met) {
+impl FaultTrace {
+    pub(crate) fn meet(&mut self, met: FaultKind) {
         self.met.get_or_insert(met);
     }
 
     /// A frame was decoded, or lay decoded. A fault that then decodes the rest of it, or the same frame
     /// again, has it from where it came first.
     pub(crate) fn decoded(&mut self, cached: bool) {
-        if !matches!(self.from, CameFrom::Read | CameFrom::Cached) {
+        if !matches!(self.from, ContentSource::Read | ContentSource::Cached) {
             self.from = if cached {
-                CameFrom::Cached
+                ContentSource::Cached
             } else {
-                CameFrom::Read
+                ContentSource::Read
             };
         }
     }
@@ -281,30 +281,30 @@ impl Stats {
     }
 
     /// Counts a fault by what it met.
-    pub(crate) fn met(&self, trace: Trace) {
+    pub(crate) fn met(&self, trace: FaultTrace) {
         let kinds = &self.kinds;
         let counter = match trace.met {
             // Nothing was looked up: the guard has it.
             None => return,
-            Some(Met::Stored) => &kinds.stored,
-            Some(Met::Fill) => &kinds.fill,
-            Some(Met::Removed) => &kinds.removed,
-            Some(Met::Present) => &kinds.present,
-            Some(Met::Poisoned) => &kinds.poisoned,
-            Some(Met::Outside) => &kinds.outside,
+            Some(FaultKind::Stored) => &kinds.stored,
+            Some(FaultKind::Fill) => &kinds.fill,
+            Some(FaultKind::Removed) => &kinds.removed,
+            Some(FaultKind::Present) => &kinds.present,
+            Some(FaultKind::Poisoned) => &kinds.poisoned,
+            Some(FaultKind::Outside) => &kinds.outside,
         };
         add(counter, 1);
     }
 
     /// Records how long a fault took that was answered.
-    pub(crate) fn took(&self, trace: Trace, time: Duration) {
+    pub(crate) fn took(&self, trace: FaultTrace, time: Duration) {
         let times = &self.fault_times;
         let histogram = match trace.from {
-            CameFrom::Nowhere => &times.nowhere,
-            CameFrom::Fill => &times.fill,
-            CameFrom::Read => &times.read,
-            CameFrom::Cached => &times.cached,
-            CameFrom::Another => &times.another,
+            ContentSource::Nowhere => &times.nowhere,
+            ContentSource::Fill => &times.fill,
+            ContentSource::Read => &times.read,
+            ContentSource::Cached => &times.cached,
+            ContentSource::Another => &times.another,
         };
         histogram.record(time);
     }
@@ -366,10 +366,10 @@ mod tests {
     #[test]
     fn a_fault_has_met_what_it_met_first_and_has_its_frame_from_where_it_came_first() {
         let stats = Stats::default();
-        let mut trace = Trace::default();
-        trace.meet(Met::Stored);
-        trace.from = CameFrom::Another;
-        trace.meet(Met::Present);
+        let mut trace = FaultTrace::default();
+        trace.meet(FaultKind::Stored);
+        trace.from = ContentSource::Another;
+        trace.meet(FaultKind::Present);
         trace.decoded(false);
         trace.decoded(true);
         stats.met(trace);

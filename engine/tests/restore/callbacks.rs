@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use snaprestore_engine::restore::{
-    OnFailure, Prefetch, ReadAtError, Restore, Restored, Stop, StopError, Verdict,
+    FailureDecision, FailurePolicy, Prefetch, ReadAtError, Restore, Restored, StopError, StopMode,
 };
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::Loads;
@@ -116,9 +116,9 @@ fn question_without_answer_does_not_hold_up_drop() {
         let gate = Gate::default();
         let asked = gate.clone();
         let restored = Restore::new(with_bad_frame(4))
-            .on_failure(OnFailure::Ask(Arc::new(move |_| {
+            .on_failure(FailurePolicy::Ask(Arc::new(move |_| {
                 asked.pass();
-                Verdict::Abort
+                FailureDecision::Abort
             })))
             .start()
             .unwrap();
@@ -250,9 +250,9 @@ fn handle_can_be_dropped_by_the_observer_the_store_and_the_question() {
             }
             Ok(())
         });
-        let ask = OnFailure::Ask(Arc::new(move |_| {
+        let ask = FailurePolicy::Ask(Arc::new(move |_| {
             asker();
-            Verdict::Poison
+            FailureDecision::Poison
         }));
         let ways = [
             Restore::new(open(pack(&bytes, 8))).on_first_touch(move |_| observer()),
@@ -285,7 +285,7 @@ fn callback_that_would_wait_for_itself_gets_an_error() {
             let mut restored = observed.get().unwrap().lock().unwrap();
             let read = restored.read_at(0, 9000, &mut [0; 8]);
             let complete = restored.wait_complete();
-            let stop = restored.stop(Stop::Complete);
+            let stop = restored.stop(StopMode::Complete);
             let _ = tell.send((read, complete, stop));
         })
         .start()
@@ -313,7 +313,10 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
         // SAFETY: the child only drops its copy, and exits without running anything else.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let refused = matches!(restored.stop(Stop::Inaccessible), Err(StopError::InChild));
+            let refused = matches!(
+                restored.stop(StopMode::Inaccessible),
+                Err(StopError::InChild)
+            );
             drop(restored);
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(if refused { 0 } else { 3 }) };

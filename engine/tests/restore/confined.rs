@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
-use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, SYSTEM_CALLS, Verdict};
+use snaprestore_engine::restore::{
+    FailureDecision, FailurePolicy, Prefetch, Restore, SYSTEM_CALLS,
+};
 use snapshot_format::Snapshot;
 
 use crate::common::{
@@ -40,10 +42,10 @@ fn restore_confined(allowed: &[&str]) {
     let path = folder.path().join("confined.snap");
     std::fs::write(&path, damaged(file, &frame)).unwrap();
     let snapshot = || Arc::new(Snapshot::open_path(&path).unwrap());
-    let ask = OnFailure::Ask(Arc::new(|_| Verdict::Poison));
+    let ask = FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison));
     for (prefetch, on_failure) in [
-        (Prefetch::Off, OnFailure::Poison),
-        (Prefetch::All, OnFailure::Poison),
+        (Prefetch::Off, FailurePolicy::Poison),
+        (Prefetch::All, FailurePolicy::Poison),
         (Prefetch::All, ask),
     ] {
         for bandwidth in [u64::MAX, 64 << 20] {
@@ -142,7 +144,7 @@ fn engine_threads_block_every_signal() {
             .prefetch_bandwidth(1 << 20)
             // With a hook they are its own.
             .on_thread_start(|_| {})
-            .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
+            .on_failure(FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison)))
             .start()
             .unwrap();
         compare(&restored, &bytes, 0..64);

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    FailureKind, OnFailure, Prefetch, Restore, Restored, StartError, Stop, StopError, Verdict,
+    FailureDecision, FailureKind, FailurePolicy, Prefetch, Restore, Restored, StartError,
+    StopError, StopMode,
 };
 use snaprestore_uffd::uffd::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
@@ -114,7 +115,7 @@ fn abort_ends_the_process() {
     let ended = in_child(|| {
         let (bytes, snapshot, _) = bad_frame(4);
         let restored = Restore::new(snapshot)
-            .on_failure(OnFailure::Abort)
+            .on_failure(FailurePolicy::Abort)
             .start()
             .unwrap();
         compare(&restored, &bytes, 0..50);
@@ -136,7 +137,7 @@ fn abort_does_not_wait_for_a_full_standard_error() {
     let ended = in_child(|| {
         let (_, snapshot, _) = bad_frame(4);
         let restored = Restore::new(snapshot)
-            .on_failure(OnFailure::Abort)
+            .on_failure(FailurePolicy::Abort)
             .start()
             .unwrap();
         let (_reader, mut writer) = io::pipe().unwrap();
@@ -157,7 +158,7 @@ fn abort_does_not_wait_for_a_full_standard_error() {
 fn prefetch_leaves_a_bad_frame_and_reports_it() {
     let (bytes, snapshot, bad) = bad_frame(5);
     let restored = Restore::new(snapshot)
-        .on_failure(OnFailure::Abort)
+        .on_failure(FailurePolicy::Abort)
         .prefetch(Prefetch::All)
         .start()
         .unwrap();
@@ -199,11 +200,11 @@ fn prefetch_reads_a_bad_frame_once() {
     assert_eq!(reads.load(SeqCst), 1);
     let reported: Vec<u64> = restored.failures().iter().map(|f| f.page).collect();
     assert_eq!(reported, (BAD / 8 * 8..BAD / 8 * 8 + 8).collect::<Vec<_>>());
-    assert!(restored.stop(Stop::Complete).is_err());
+    assert!(restored.stop(StopMode::Complete).is_err());
     assert_eq!(reads.load(SeqCst), 2);
     healed.store(true, SeqCst);
     compare(&restored, &bytes, [BAD]);
-    restored.stop(Stop::Complete).unwrap();
+    restored.stop(StopMode::Complete).unwrap();
     compare(&restored, &bytes, 0..PAGES);
 }
 
@@ -256,7 +257,7 @@ fn read_error_is_retried_while_others_are_served() {
     let restored = Restore::new(snapshot)
         .fault_threads(1)
         .retry_timeout(NEVER)
-        .on_failure(OnFailure::Abort)
+        .on_failure(FailurePolicy::Abort)
         .start()
         .unwrap();
     let bad = address(&restored, BAD);
@@ -342,7 +343,7 @@ fn completing_heals_poisoned_pages() {
     }
     assert_eq!(restored.stats().poisoned, poisoned.len() as u64);
     ill.store(false, SeqCst);
-    restored.stop(Stop::Complete).unwrap();
+    restored.stop(StopMode::Complete).unwrap();
     assert!(restored.is_complete());
     compare(&restored, &bytes, 0..1024);
 }
@@ -358,7 +359,7 @@ fn completing_reads_again_what_could_not_be_read() {
     } = ill(18);
     let mut restored = Restore::new(snapshot).retry_timeout(NEVER).start().unwrap();
     std::thread::scope(|scope| {
-        let stops = scope.spawn(|| restored.stop(Stop::Complete));
+        let stops = scope.spawn(|| restored.stop(StopMode::Complete));
         wait_until("it is read again", || reads.load(SeqCst) >= 8);
         healed.store(true, SeqCst);
         stops.join().unwrap().unwrap();
@@ -467,7 +468,7 @@ fn completing_with_pages_that_stay_poisoned_is_an_error() {
         for page in touched {
             let _ = restored.read_at(0, page * 4096, &mut [0; PAGE]);
         }
-        match restored.stop(Stop::Complete) {
+        match restored.stop(StopMode::Complete) {
             Err(StopError::Poisoned { pages: 8, first }) => assert!(bad.contains(&first.page)),
             other => panic!("{other:?}"),
         }
@@ -490,14 +491,14 @@ fn asking_can_heal_while_others_are_served() {
     let restored = Restore::new(snapshot)
         .fault_threads(1)
         .retry_timeout(Duration::ZERO)
-        .on_failure(OnFailure::Ask(Arc::new(move |failure| {
+        .on_failure(FailurePolicy::Ask(Arc::new(move |failure| {
             let name = std::thread::current().name().unwrap_or("").to_owned();
             threads
                 .lock()
                 .unwrap()
                 .push((name, failure.page, failure.kind));
             asked.pass();
-            Verdict::Retry
+            FailureDecision::Retry
         })))
         .start()
         .unwrap();
@@ -538,7 +539,7 @@ fn asking_can_poison() {
     } = ill(7);
     let restored = Restore::new(snapshot)
         .retry_timeout(Duration::from_millis(1))
-        .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
+        .on_failure(FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison)))
         .start()
         .unwrap();
     let bad: Vec<u64> = (BAD / 8 * 8..BAD / 8 * 8 + 8).collect();
@@ -552,9 +553,9 @@ fn waiting_for_completion_waits_for_the_verdict() {
     let gate = Gate::default();
     let asked = gate.clone();
     let restored = Restore::new(snapshot)
-        .on_failure(OnFailure::Ask(Arc::new(move |_| {
+        .on_failure(FailurePolicy::Ask(Arc::new(move |_| {
             asked.pass();
-            Verdict::Poison
+            FailureDecision::Poison
         })))
         .start()
         .unwrap();
@@ -611,10 +612,10 @@ fn an_interrupted_toucher_is_one_question() {
         let (asked, times) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
         let asks = Arc::clone(&times);
         let restored = Restore::new(snapshot)
-            .on_failure(OnFailure::Ask(Arc::new(move |_| {
+            .on_failure(FailurePolicy::Ask(Arc::new(move |_| {
                 asks.fetch_add(1, SeqCst);
                 asked.pass();
-                Verdict::Retry
+                FailureDecision::Retry
             })))
             .start()
             .unwrap();
@@ -668,7 +669,7 @@ fn unavailable_pages_never_read_as_zeros() {
     let ended: Ended = in_child(|| {
         let (_, snapshot) = with_unavailable();
         let restored = Restore::new(snapshot)
-            .on_failure(OnFailure::Abort)
+            .on_failure(FailurePolicy::Abort)
             .start()
             .unwrap();
         peek(address(&restored, 4));
@@ -717,12 +718,12 @@ fn poison_is_refused_where_the_kernel_has_none() {
             .mask(Mask::kernel(KernelVersion::new(6, 5)))
             .start()
     };
-    let ask = OnFailure::Ask(Arc::new(|_| Verdict::Poison));
-    for policy in [OnFailure::Poison, ask] {
+    let ask = FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison));
+    for policy in [FailurePolicy::Poison, ask] {
         let refused = start(policy).unwrap_err();
         assert!(matches!(refused, StartError::NoPoison), "{refused}");
     }
-    start(OnFailure::Abort).unwrap();
+    start(FailurePolicy::Abort).unwrap();
 }
 
 /// A damaged index block is a failure of each of its pages, found by the same checks.

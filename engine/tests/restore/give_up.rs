@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{OnFailure, Restore, Stop, StopError};
+use snaprestore_engine::restore::{FailurePolicy, Restore, StopError, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::SplitMix;
 use snaprestore_uffd::uffd::{Features, Mask};
@@ -80,7 +80,7 @@ fn memory_mapped_afresh_is_left_alone() {
                 std::hint::spin_loop();
             }
             if round % 2 == 0 {
-                restored.stop(Stop::Inaccessible).unwrap();
+                restored.stop(StopMode::Inaccessible).unwrap();
             } else {
                 drop(restored);
             }
@@ -107,7 +107,7 @@ fn only_what_is_missing_is_lost() {
             let base = memory.as_ptr().expose_provenance();
             let mut restored = Restore::new(Arc::clone(&snapshot))
                 .region(0, memory)
-                .on_failure(OnFailure::Abort)
+                .on_failure(FailurePolicy::Abort)
                 .mask(mask)
                 .start()
                 .unwrap();
@@ -116,8 +116,8 @@ fn only_what_is_missing_is_lost() {
             if by_drop {
                 drop(restored);
             } else {
-                restored.stop(Stop::Inaccessible).unwrap();
-                restored.stop(Stop::Inaccessible).unwrap();
+                restored.stop(StopMode::Inaccessible).unwrap();
+                restored.stop(StopMode::Inaccessible).unwrap();
             }
             let seen = |page: usize| read(base + page * PAGE);
             for page in [0, 100, 511] {
@@ -148,7 +148,7 @@ fn touching_what_was_given_up_is_sigbus() {
     let ended = in_child(|| {
         let bytes = random_bytes(64, 3);
         let mut restored = Restore::new(open(pack(&bytes, 8))).start().unwrap();
-        restored.stop(Stop::Inaccessible).unwrap();
+        restored.stop(StopMode::Inaccessible).unwrap();
         peek(address(&restored, 7));
     });
     assert_eq!(ended.signal(), Some(libc::SIGBUS), "{ended:?}");
@@ -171,14 +171,14 @@ fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
         let base = memory.as_ptr().expose_provenance();
         let mut restored = Restore::new(Arc::clone(&snapshot))
             .region(0, memory)
-            .on_failure(OnFailure::Abort)
+            .on_failure(FailurePolicy::Abort)
             .mask(mask)
             .start()
             .unwrap();
         for page in (0..pages).step_by(2) {
             madvise(base + page * PAGE, 1, libc::MADV_DONTNEED);
         }
-        let stopped = restored.stop(Stop::Inaccessible);
+        let stopped = restored.stop(StopMode::Inaccessible);
         let seen = [0, 1, pages - 2, pages - 1].map(|page| read(base + page * PAGE));
         if mask == Mask::NONE {
             stopped.unwrap();
@@ -235,7 +235,7 @@ fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
             });
             let before = restored.stats().events;
             let begun = Instant::now();
-            restored.stop(Stop::Inaccessible).unwrap();
+            restored.stop(StopMode::Inaccessible).unwrap();
             let elapsed = begun.elapsed();
             ended.store(true, SeqCst);
             (elapsed, restored.stats().events - before)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{OnFailure, Prefetch, ReadAtError, Restore, StartError};
+use snaprestore_engine::restore::{FailurePolicy, Prefetch, ReadAtError, Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
 use snaprestore_uffd::uffd::{Features, KernelVersion, Mask};
@@ -30,11 +30,11 @@ fn every_kernel_level_restores_right() {
                 .start()
         };
         for prefetch in [Prefetch::Off, Prefetch::All] {
-            let restored = start(prefetch, OnFailure::Abort).unwrap();
+            let restored = start(prefetch, FailurePolicy::Abort).unwrap();
             compare(&restored, &bytes, (0..PAGES).rev());
             assert!(restored.wait_complete(), "{mask:?}");
         }
-        match start(Prefetch::Off, OnFailure::Poison) {
+        match start(Prefetch::Off, FailurePolicy::Poison) {
             Ok(restored) => {
                 assert!(poisons, "{mask:?}");
                 compare(&restored, &bytes, 0..100);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{OnFailure, Prefetch, Restore, Stop, Verdict};
+use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Prefetch, Restore, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
@@ -56,8 +56,8 @@ fn dropping_never_shows_zeros_to_who_waits() {
         }))
         .fault_threads(1)
         .retry_timeout(Duration::ZERO)
-        .on_failure(snaprestore_engine::restore::OnFailure::Ask(Arc::new(
-            |_| snaprestore_engine::restore::Verdict::Retry,
+        .on_failure(snaprestore_engine::restore::FailurePolicy::Ask(Arc::new(
+            |_| snaprestore_engine::restore::FailureDecision::Retry,
         )))
         .start()
         .unwrap();
@@ -107,7 +107,7 @@ fn dropping_waits_for_every_thread() {
         let mut restored = Restore::new(Arc::clone(&snapshot))
             .prefetch(Prefetch::All)
             .prefetch_threads(3)
-            .on_failure(OnFailure::Ask(Arc::new(|_| Verdict::Poison)))
+            .on_failure(FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison)))
             // Prefetch is not at its end before it is told to be.
             .prefetch_bandwidth(1)
             .on_thread_start(move |name| {
@@ -120,7 +120,7 @@ fn dropping_waits_for_every_thread() {
             .unwrap();
         wait_until("all threads run", || threads.begun.load(SeqCst) == 6);
         if complete {
-            restored.stop(Stop::Complete).unwrap();
+            restored.stop(StopMode::Complete).unwrap();
         } else {
             drop(restored);
         }
@@ -244,7 +244,7 @@ fn ten_thousand_given_regions_start_at_once() {
         let started = begun.elapsed();
         println!("start of {REGIONS} given regions: {started:?}");
         assert!(started < Duration::from_secs(10), "{started:?}");
-        restored.stop(Stop::Complete).unwrap();
+        restored.stop(StopMode::Complete).unwrap();
         println!("complete after {:?}", begun.elapsed());
         for (region, n) in restored.regions().iter().zip(1_u64..) {
             assert_eq!(
@@ -321,7 +321,7 @@ fn a_terabyte_of_zeros_needs_no_tables() {
         compare(&restored, &bytes, 0..512);
         assert!(peek(address(&restored, PAGES - 1)) == source(&bytes, 511));
         assert!(peek(address(&restored, PAGES / 2)) == [0; PAGE]);
-        restored.stop(Stop::Complete).unwrap();
+        restored.stop(StopMode::Complete).unwrap();
         let grown = shared_kib() - before;
         assert!(grown < 4096, "{grown} KiB");
     })

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, Stop};
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, StopMode};
 use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -115,7 +115,7 @@ fn stop_completes() {
     let image = Mix::new(PAGES, 4);
     let mut restored = Restore::new(snapshot(&image)).start().unwrap();
     compare(&restored, &image, 100..110);
-    restored.stop(Stop::Complete).unwrap();
+    restored.stop(StopMode::Complete).unwrap();
     assert!(restored.is_complete());
     compare(&restored, &image, 0..PAGES);
 }
@@ -126,7 +126,7 @@ fn stop_makes_what_is_missing_inaccessible() {
     let mut restored = Restore::new(snapshot(&image)).start().unwrap();
     let page = (0..SPLIT).find(|page| image.page(*page)[0] != 0).unwrap();
     compare(&restored, &image, page..=page);
-    restored.stop(Stop::Inaccessible).unwrap();
+    restored.stop(StopMode::Inaccessible).unwrap();
     compare(&restored, &image, page..=page);
     let mut bytes = [0; PAGE];
     let unreadable = (0..SPLIT)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, Stop};
+use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};
@@ -197,7 +197,7 @@ fn children_have_the_memory_only_when_it_is_complete() {
         let (present, absent) = (address(&restored, 50), address(&restored, 900));
         assert_eq!(in_a_fork(present), None);
         assert_eq!(in_a_fork(absent), None);
-        restored.stop(Stop::Complete).unwrap();
+        restored.stop(StopMode::Complete).unwrap();
         assert_eq!(in_a_fork(present), Some(source(&bytes, 50)[0]));
         assert_eq!(in_a_fork(absent), Some(source(&bytes, 900)[0]));
         compare(&restored, &bytes, 0..PAGES);
@@ -211,7 +211,7 @@ fn children_have_what_a_restore_leaves() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 11);
         for end in [
-            |mut it: Restored| it.stop(Stop::Inaccessible).unwrap(),
+            |mut it: Restored| it.stop(StopMode::Inaccessible).unwrap(),
             drop,
         ] {
             let restored = start_in_own(&bytes, Prefetch::Off);
@@ -244,7 +244,7 @@ fn children_have_what_moved_when_it_is_complete() {
         let there = map(16);
         mremap(address(&restored, 500), 16, there, 0, 0);
         assert_eq!(in_a_fork(there), None);
-        restored.stop(Stop::Complete).unwrap();
+        restored.stop(StopMode::Complete).unwrap();
         assert_eq!(in_a_fork(there + 3 * PAGE), Some(source(&bytes, 503)[0]));
     })
     .expect_success();
@@ -265,8 +265,8 @@ fn memory_that_children_never_had_stays_so() {
         let had = |base: usize| [39, 40, 59, 60].map(|page| in_a_fork(base + page * PAGE));
         let kept = [true, false, false, true];
         for end in [
-            |it: &mut Restored| it.stop(Stop::Complete).unwrap(),
-            |it: &mut Restored| it.stop(Stop::Inaccessible).unwrap(),
+            |it: &mut Restored| it.stop(StopMode::Complete).unwrap(),
+            |it: &mut Restored| it.stop(StopMode::Inaccessible).unwrap(),
         ] {
             let mut restored = give(own(PAGES as usize)).unwrap();
             let base = address(&restored, 0);
@@ -393,7 +393,7 @@ fn what_is_unmapped_in_given_memory_is_left_alone() {
         );
     }
     poke(hole, 7);
-    restored.stop(Stop::Inaccessible).unwrap();
+    restored.stop(StopMode::Inaccessible).unwrap();
     assert_eq!(peek(hole)[0], 7);
 }
 
@@ -414,7 +414,7 @@ fn huge_pages_give_no_memory_to_holes() {
                 .unwrap();
             let start = address(&restored, 0);
             madvise(start + (2 * HUGE + 77) * PAGE, 1, libc::MADV_DONTNEED);
-            restored.stop(Stop::Complete).unwrap();
+            restored.stop(StopMode::Complete).unwrap();
             let huge = smaps(start, 5 * HUGE, "AnonHugePages");
             if huge == 0 {
                 println!("no huge page was made");

@@ -65,7 +65,7 @@ impl Workers {
 }
 
 /// Digests that are remembered at most, 32 bytes each: of 4 GiB of content.
-const MOST_REMEMBERED: usize = 1 << 20;
+const MAX_REMEMBERED: usize = 1 << 20;
 /// Digests whose memory an entry takes besides those that it holds.
 const ENTRY: usize = 3;
 
@@ -82,7 +82,7 @@ impl Default for Remembered {
     fn default() -> Self {
         Self {
             frames: HashMap::new(),
-            left: MOST_REMEMBERED,
+            left: MAX_REMEMBERED,
         }
     }
 }

@@ -89,7 +89,7 @@ enum Queued {
 
 /// Entries of the queue after which the writer waits for the first. Blocks with bytes are bounded
 /// by their buffers already.
-const MOST_QUEUED: usize = 64;
+const MAX_QUEUED: usize = 64;
 
 /// Writes one snapshot to `W`, which may be a pipe.
 ///
@@ -380,7 +380,7 @@ impl<W: Write> Writer<W> {
     fn enqueue(&mut self, queued: Queued) -> Result<(), WriteError> {
         self.queue.push_back(queued);
         self.advance()?;
-        while self.queue.len() > MOST_QUEUED {
+        while self.queue.len() > MAX_QUEUED {
             self.stage.workers.wait()?;
             self.advance()?;
         }

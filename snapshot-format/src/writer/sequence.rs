@@ -11,7 +11,7 @@
 //!
 //! A draft follows the last frame that it or a draft before it needs, so the file is the same
 //! whichever thread was faster. What waits is bounded: by the frames under way, and by sealing the
-//! open frame early when [`MOST_DRAFTS_ON_OPEN`] drafts wait for it.
+//! open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -31,9 +31,9 @@ use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, TopEntr
 use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
-const MOST_DRAFTS_ON_OPEN: usize = 64;
+const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// The newest frames can be shared, so many of them: 24 MiB of references.
-const MOST_SHARED_FRAMES: u64 = 1 << 20;
+const MAX_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -74,7 +74,7 @@ impl<W: Write> Stage<W> {
             dedup: DedupTable::new(exact_distinct_pages),
             open: OpenFrame::default(),
             sealed: 0,
-            refs: FrameRefs::new(MOST_SHARED_FRAMES.max(exact_distinct_pages as u64)),
+            refs: FrameRefs::new(MAX_SHARED_FRAMES.max(exact_distinct_pages as u64)),
             drafts: VecDeque::new(),
             drafts_on_open: 0,
             index: IndexEncoder::new(),
@@ -194,7 +194,7 @@ impl<W: Write> Stage<W> {
             .is_some_and(|draft| draft.needs > self.sealed)
         {
             self.drafts_on_open += 1;
-            if self.drafts_on_open >= MOST_DRAFTS_ON_OPEN {
+            if self.drafts_on_open >= MAX_DRAFTS_ON_OPEN {
                 self.seal(None)?;
             }
         }

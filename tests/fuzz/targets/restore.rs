@@ -6,7 +6,7 @@
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
 use snaprestore_engine::restore::{
-    OnFailure, Prefetch, ReadAtError, Restore, Restored, StartError,
+    FailurePolicy, Prefetch, ReadAtError, Restore, Restored, StartError,
 };
 use snaprestore_fixtures::images::SplitMix;
 use snaprestore_fuzz::{Eager, Found, mutate, only_damage, open, watched};
@@ -53,7 +53,7 @@ fn check(bytes: &[u8]) {
         .prefetch(prefetch)
         .prefetch_threads(1)
         .leave_zero_runs(!rng.next().is_multiple_of(4))
-        .on_failure(OnFailure::Poison)
+        .on_failure(FailurePolicy::Poison)
         .start();
     let restored = match started {
         Ok(restored) => restored,

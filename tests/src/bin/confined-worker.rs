@@ -9,7 +9,7 @@
 #[path = "../../../cli/src/daemon/confine.rs"]
 mod confine;
 #[path = "../../../cli/src/names.rs"]
-#[allow(dead_code, reason = "shared with `snaprestore`")]
+#[allow(dead_code, unused_imports, reason = "shared with `snaprestore`")]
 mod names;
 
 use std::fs::File;

@@ -17,7 +17,7 @@ mod cgroup;
 #[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
 mod guardian;
 #[path = "../../../cli/src/names.rs"]
-#[allow(dead_code, reason = "shared with `snaprestore`")]
+#[allow(dead_code, unused_imports, reason = "shared with `snaprestore`")]
 mod names;
 #[path = "../../../cli/src/daemon/outside.rs"]
 #[allow(dead_code, reason = "a keeper does more")]

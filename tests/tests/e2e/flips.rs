@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    Failure, FailureKind, OnFailure, Prefetch, Restore, Restored, StartError,
+    Failure, FailureKind, FailurePolicy, Prefetch, Restore, Restored, StartError,
 };
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::compare::PAGE;
@@ -82,7 +82,7 @@ fn restore(snapshot: Arc<Snapshot>) -> Restore {
         .fault_threads(1)
         .prefetch_threads(1)
         .retry_timeout(Duration::ZERO)
-        .on_failure(OnFailure::Poison)
+        .on_failure(FailurePolicy::Poison)
 }
 
 /// Whether this kernel can poison.

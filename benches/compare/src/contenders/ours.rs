@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use snaprestore_engine::restore::{self, OnFailure, Restore};
+use snaprestore_engine::restore::{self, FailurePolicy, Restore};
 use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::Snapshot;
 
@@ -49,7 +49,7 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
     }
     // Only the loop that touches it, in user mode, reads the memory while it comes.
     let mut restore = Restore::new(snapshot)
-        .on_failure(OnFailure::Abort)
+        .on_failure(FailurePolicy::Abort)
         .user_mode_only(true);
     restore = restore.prefetch(match options.prefetch {
         Prefetch::Off => restore::Prefetch::Off,

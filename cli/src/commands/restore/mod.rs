@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use snaprestore_engine::restore::{self, OnFailure, Restored, StartError};
+use snaprestore_engine::restore::{self, FailurePolicy, Restored, StartError};
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{FileStore, Snapshot, Store as _};
 
@@ -138,9 +138,9 @@ fn start(
             .user_mode_only(true)
             .start()
     };
-    match with(OnFailure::Poison) {
+    match with(FailurePolicy::Poison) {
         // Without poison a bad page can't be left behind: its toucher would wait for ever.
-        Err(StartError::NoPoison) => with(OnFailure::Ask(Arc::new(move |failure| {
+        Err(StartError::NoPoison) => with(FailurePolicy::Ask(Arc::new(move |failure| {
             output.fail(&anyhow!(
                 "{failure}; this kernel can't mark a page as bad (Linux 6.6 can), so the restore \
                  ends here"

@@ -7,7 +7,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::write;
 
 /// How long the line waits for room in standard error, in milliseconds.
-const PATIENCE: u16 = 1000;
+const TIMEOUT_MS: u16 = 1000;
 
 /// Aborts this process, because it would read wrong memory or wait for ever if it went on. Writes
 /// one line that says why to standard error: not every program has a tracing subscriber.
@@ -21,7 +21,7 @@ pub fn abort(why: &str) -> ! {
     let stderr = stderr();
     let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
     // Nobody may be reading a pipe that is full. Where polling is not permitted the line is tried.
-    if poll(&mut fds, PollTimeout::from(PATIENCE)) != Ok(0) {
+    if poll(&mut fds, PollTimeout::from(TIMEOUT_MS)) != Ok(0) {
         // Nobody is left to tell that it failed.
         let _ = write(stderr.as_fd(), line.as_bytes());
     }

@@ -12,18 +12,18 @@ use nix::unistd::Pid;
 /// Faults of one thread in a row before it is followed: to move costs as much as some faults.
 const BEFORE_FOLLOWING: u32 = 4;
 /// Faults after which is looked again where the thread may run.
-const LOOK_AGAIN: u32 = 256;
+const POLL_INTERVAL: u32 = 256;
 
 /// Moves the calling thread to the core of the thread that it serves.
 #[derive(Debug, Default)]
-pub struct Follower {
+pub struct CoreFollower {
     thread: u32,
     faults: u32,
     /// Where it is, and where it may run otherwise.
     at: Option<(usize, CpuSet)>,
 }
 
-impl Follower {
+impl CoreFollower {
     /// `thread`, by its thread id, has faulted, and the caller is about to serve it. Costs two
     /// system calls now and then; if they are not permitted, nothing moves. True if the caller is on
     /// the only core of `thread` now.
@@ -34,7 +34,7 @@ impl Follower {
             self.go_home();
         }
         self.faults += 1;
-        if self.faults == BEFORE_FOLLOWING || self.faults.is_multiple_of(LOOK_AGAIN) {
+        if self.faults == BEFORE_FOLLOWING || self.faults.is_multiple_of(POLL_INTERVAL) {
             self.follow();
         }
         self.at.is_some()
@@ -66,7 +66,7 @@ impl Follower {
 }
 
 /// What the thread does afterwards is not done for the one that it served.
-impl Drop for Follower {
+impl Drop for CoreFollower {
     fn drop(&mut self) {
         self.go_home();
     }
@@ -128,7 +128,7 @@ mod tests {
         let all = cores();
         let (bound, end_bound) = waiting_on(vec![all[0]]);
         let (free, end_free) = waiting_on(all.clone());
-        let mut follower = Follower::default();
+        let mut follower = CoreFollower::default();
         for _ in 1..BEFORE_FOLLOWING {
             follower.served(bound);
             assert_eq!(cores(), all);
@@ -161,8 +161,8 @@ mod tests {
         };
         let (bound, end) = waiting_on(vec![first]);
         assert!(bind(&[last]));
-        let mut follower = Follower::default();
-        for _ in 0..LOOK_AGAIN {
+        let mut follower = CoreFollower::default();
+        for _ in 0..POLL_INTERVAL {
             follower.served(bound);
         }
         assert_eq!(cores(), [last]);

@@ -20,7 +20,7 @@ mod socket;
 mod thread;
 
 pub use abort::abort;
-pub use affinity::Follower;
+pub use affinity::CoreFollower;
 pub use inherited::take_inherited;
 pub use process::{PageMap, kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};

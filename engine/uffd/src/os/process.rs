@@ -52,7 +52,7 @@ pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
     pid.ok_or_else(|| Errno::ESRCH.into())
 }
 
-/// Opens the page map of the process behind `pidfd`, for [`Handover`](crate::pager::Handover): whoever has it can
+/// Opens the page map of the process behind `pidfd`, for the handover of a pager: whoever has it can
 /// tell which of its pages are there, without the permission that opening it takes.
 ///
 /// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has

@@ -35,7 +35,7 @@ pub(crate) enum Deed {
     ClearNonblocking,
     Fork,
     Exec,
-    Stop,
+    StopMode,
     Exit,
     /// Connects and closes.
     Knock,
@@ -59,7 +59,7 @@ impl Deed {
         Self::ClearNonblocking,
         Self::Fork,
         Self::Exec,
-        Self::Stop,
+        Self::StopMode,
         Self::Exit,
         Self::Knock,
         Self::Fill,
@@ -150,11 +150,11 @@ impl Deed {
                 Self::Exec if rng.random_bool(0.01) => {
                     let _ = Command::new("/bin/sleep").arg("0.3").exec();
                 }
-                Self::Stop if rng.random_bool(0.01) => {
+                Self::StopMode if rng.random_bool(0.01) => {
                     let _ = raise(Signal::SIGSTOP);
                 }
                 Self::Exit if rng.random_bool(0.01) => libc::_exit(0),
-                Self::Exec | Self::Stop | Self::Exit => {}
+                Self::Exec | Self::StopMode | Self::Exit => {}
                 Self::Knock => {
                     if let Ok(stream) = UnixStream::connect(socket) {
                         libc::shutdown(stream.as_raw_fd(), libc::SHUT_RDWR);

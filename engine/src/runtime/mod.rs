@@ -6,12 +6,12 @@
 //!   the last fault thread of a complete session closes it
 //! ```
 
-mod feed;
-mod pool;
+mod contexts;
+mod prefetcher;
+mod session_prefetch;
 mod shared;
 mod stats;
 mod threads;
-mod workers;
 
 use std::io;
 use std::ops::Range;
@@ -22,12 +22,12 @@ use std::time::{Duration, Instant};
 use crate::session::{Durations, Kernel, Session, SnapshotImage};
 use snaprestore_uffd::os::trim_heap;
 
-use feed::{Feed, Plan};
-use pool::Pool;
+use prefetcher::Pool;
+use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
 pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
-pub(crate) use threads::{Body, Crew, ThreadError, Threads, crew_options};
+pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads, crew_options};
 
 /// What is fetched before it is touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +51,13 @@ const UNNUMBERED: usize = usize::MAX / 2;
 const LEAVING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often a waiter looks at what no notification tells.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What is done with a session that is complete, after the kernel has it no more.
 pub(crate) type OnComplete = Box<dyn Fn(&Session<Kernel, SnapshotImage>) + Send + Sync>;
 
 /// A session, and what its threads and those who wait for them share.
-pub(crate) struct Running {
+pub(crate) struct Runtime {
     pub(crate) session: Session<Kernel, SnapshotImage>,
     begun: Instant,
     on_complete: OnComplete,
@@ -66,7 +66,7 @@ pub(crate) struct Running {
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
     /// Until nobody serves faults any more.
-    user: Mutex<Option<workers::User>>,
+    user: Mutex<Option<contexts::User>>,
     fault_threads: AtomicUsize,
     /// The process that started it.
     pid: u32,
@@ -108,21 +108,21 @@ struct Progress {
     left_behind: bool,
 }
 
-impl Running {
+impl Runtime {
     pub(crate) fn new(
         mut session: Session<Kernel, SnapshotImage>,
         begun: Instant,
-        crew: &Crew,
+        crew: &ThreadOptions,
         on_complete: OnComplete,
     ) -> Self {
         let pool = Arc::clone(crew.shared().pool());
-        session.inbox.count_in(pool.demand());
+        session.queue.count_in(pool.demand());
         session.retry_timeout = crew.retry_timeout;
         Self {
             session,
             begun,
             on_complete,
-            user: Mutex::new(Some(workers::User::new(&pool))),
+            user: Mutex::new(Some(contexts::User::new(&pool))),
             pool,
             feed: OnceLock::new(),
             prefetch_threads: crew.prefetch_threads,
@@ -140,7 +140,7 @@ impl Running {
         if self.fault_threads.fetch_sub(1, AcqRel) > 1 {
             return;
         }
-        self.session.inbox.abandon();
+        self.session.queue.abandon();
         if self.session.is_complete() {
             self.session.platform.close();
             let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -188,7 +188,7 @@ impl Running {
         let engine = &self.session.threads;
         let begun = Instant::now();
         while !engine.is_current() && begun.elapsed() < LEAVING_TIMEOUT {
-            if engine.wait_gone(LOOK_AGAIN) {
+            if engine.wait_gone(POLL_INTERVAL) {
                 for thread in threads.drain(..) {
                     // A thread that panics ends the process.
                     let _ = thread.join();
@@ -239,7 +239,7 @@ impl Running {
         // Whether all pages may be settled is not told by a notification, so it is looked at now
         // and then.
         while !progress.served_out && (!progress.prefetched || self.may_complete_yet()) {
-            let waited = self.changed.wait_timeout(progress, LOOK_AGAIN);
+            let waited = self.changed.wait_timeout(progress, POLL_INTERVAL);
             progress = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(progress);
@@ -249,7 +249,7 @@ impl Running {
     /// Whether the last pages may be there, or be on their way: a page is marked only after its
     /// toucher was woken, and only then is its fault no longer open. So faults are looked at first.
     fn may_complete_yet(&self) -> bool {
-        self.session.inbox.has_open() || self.session.state.may_be_settled()
+        self.session.queue.has_open() || self.session.state.may_be_settled()
     }
 
     /// Installs what is missing, and first what is poisoned, in this thread and those of the pool.

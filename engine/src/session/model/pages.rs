@@ -2,8 +2,8 @@
 
 use snapshot_format::Reason;
 
-use crate::session::claims::FrameId;
 use crate::session::failure::{Failure, FailureKind};
+use crate::session::fault::in_flight::FrameId;
 use crate::session::platform::{Content, Image, PageNumber, Run};
 
 /// The content of a page, whose number is its place at the start.

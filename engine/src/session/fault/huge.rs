@@ -48,15 +48,15 @@ use std::ops::Range;
 use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
-use super::bring::{Brought, Lost};
-use super::claims::FrameId;
-use super::install::Stop;
-use super::map::{LARGE_PAGES, block_of};
-use super::platform::{Content, Image, Installed, PageNumber, Platform};
-use super::state::{State, Status};
-use super::stats::add;
-use super::{Failure, Session, Worker};
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::fault::in_flight::FrameId;
+use crate::session::fault::install::InstallError;
+use crate::session::fault::load::{LoadError, Loaded};
+use crate::session::platform::{Content, Image, Installed, PageNumber, Platform};
+use crate::session::state::address_map::{LARGE_PAGES, block_of};
+use crate::session::state::{State, Status};
+use crate::session::stats::add;
+use crate::session::{Failure, Session, ThreadContext};
 use snaprestore_uffd::to_usize;
 use snaprestore_uffd::uffd::Wake;
 
@@ -67,7 +67,7 @@ const LARGE_CLAIM: u64 = 1 << 63;
 const LARGE_BYTES: usize = to_usize(LARGE_PAGES) * PAGE_SIZE;
 
 /// Where a thread puts a large page together.
-pub(super) struct Assembly<F> {
+pub(crate) struct Assembly<F> {
     bytes: Vec<u8>,
     /// The pages that lie in frames.
     stored: Vec<Part<F>>,
@@ -82,14 +82,14 @@ struct Part<F> {
 
 /// What a large page was put together from, in pages.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Parts {
+pub(crate) struct Parts {
     copied: u64,
     filled: u64,
     zeroed: u64,
 }
 
 /// What one hold came to.
-enum Held {
+enum HoldOutcome {
     /// It was installed; who waits in this range is to be woken.
     Installed(u64, u64),
     /// There was nothing to install.
@@ -99,16 +99,16 @@ enum Held {
     /// No memory now.
     NoMemory,
     /// It can't go on.
-    Stop(Stop),
+    InstallError(InstallError),
 }
 
 /// The zeros that a session needs for large pages.
-pub(super) fn zeros(state: &State) -> Vec<u8> {
+pub(crate) fn zeros(state: &State) -> Vec<u8> {
     vec![0; if state.has_large() { LARGE_BYTES } else { 0 }]
 }
 
 impl<F> Assembly<F> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             bytes: vec![0; LARGE_BYTES],
             stored: Vec::with_capacity(to_usize(LARGE_PAGES)),
@@ -123,9 +123,9 @@ impl<F> Assembly<F> {
     }
 }
 
-impl<I: Image> Worker<I> {
+impl<I: Image> ThreadContext<I> {
     /// Allocates what large pages need, before the first is wanted.
-    pub(super) fn prepare(&mut self, state: &State) {
+    pub(crate) fn prepare(&mut self, state: &State) {
         if state.has_large() && self.assembly.is_none() {
             self.assembly = Some(Assembly::new());
         }
@@ -134,7 +134,7 @@ impl<I: Image> Worker<I> {
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Whether `page` is a part of a large one.
-    pub(super) fn is_large(&self, page: PageNumber) -> bool {
+    pub(crate) fn is_large(&self, page: PageNumber) -> bool {
         self.state.has_large() && {
             let _hold = self.platform.shared(page);
             let unit = self.state.map().unit_of(page);
@@ -143,18 +143,18 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Zeros for a large page, or for what its owner has left of it.
-    pub(super) fn zeros_of(&self, len: u64) -> &[u8] {
+    pub(crate) fn zeros_of(&self, len: u64) -> &[u8] {
         &self.zeros[..to_usize(len)]
     }
 
     /// Brings `page`, which is absent, and what comes with it: of a `large` page all of it.
-    pub(super) fn bring_unit(
+    pub(crate) fn load_unit(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         page: PageNumber,
         large: bool,
         reason: Reason,
-    ) -> Result<Brought, Lost> {
+    ) -> Result<Loaded, LoadError> {
         if !large {
             return self.bring(worker, page, reason);
         }
@@ -163,7 +163,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             if reason == Reason::Demand {
                 self.platform.wait_unclaimed(&self.claims, id);
             }
-            return Ok(Brought::Look);
+            return Ok(Loaded::Look);
         };
         // Out of the worker, whose decoder is needed at the same time.
         let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
@@ -175,21 +175,21 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     fn bring_large(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         reason: Reason,
-    ) -> Result<Brought, Lost> {
+    ) -> Result<Loaded, LoadError> {
         // Who had the claim a moment ago may have brought it.
         if self.is_settled(page) {
-            return Ok(Brought::Look);
+            return Ok(Loaded::Look);
         }
         let Some(parts) = self.assemble(worker, assembly, block_of(page), reason)? else {
-            return Ok(Brought::Look);
+            return Ok(Loaded::Look);
         };
         let wake = worker.purpose(page, reason).wake;
         if !self.install_large(assembly, page, Status::Absent, wake, reason)? {
-            return Ok(Brought::Look);
+            return Ok(Loaded::Look);
         }
         let pages = match reason {
             Reason::Demand => &self.stats.demand,
@@ -198,7 +198,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         add(&pages.copied, parts.copied);
         add(&pages.filled, parts.filled);
         add(&pages.zeroed, parts.zeroed);
-        Ok(Brought::Yes)
+        Ok(Loaded::Yes)
     }
 
     /// Whether the large page of `page` is settled. If it is, all of it is marked so: who died while
@@ -219,9 +219,9 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Writes what `pages` are to the buffer, but for those that are removed. `None`: the session
     /// ends.
-    pub(super) fn assemble(
+    pub(crate) fn assemble(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         pages: Range<PageNumber>,
         reason: Reason,
@@ -264,7 +264,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Copies what lies in frames to the buffer. False: the session ends.
     fn copy_stored(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         stored: &[Part<I::Frame>],
         reason: Reason,
@@ -285,7 +285,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     });
                 }
             }
-            self.refuse_deadly(first.page, &first.frame)?;
+            self.check_quarantine(first.page, &first.frame)?;
             self.decode(worker, first.page, &first.frame, last.slot + 1, reason)?;
             let bytes = self.image.bytes(&worker.decoder);
             for part in of_frame {
@@ -300,28 +300,30 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Installs the large page of `page` from the buffer, if it is `over`: absent or poisoned. True
     /// if this call did.
-    pub(super) fn install_large(
+    pub(crate) fn install_large(
         &self,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         over: Status,
         wake: Wake,
         reason: Reason,
-    ) -> Result<bool, Stop> {
+    ) -> Result<bool, InstallError> {
         let (mut tries, mut shortages) = (0, 0);
         loop {
             match self.hold_large(assembly, page, over, wake) {
-                Held::Installed(address, len) => {
+                HoldOutcome::Installed(address, len) => {
                     self.has_memory(true);
                     if wake == Wake::Later {
                         self.platform.wake(address, len);
                     }
                     return Ok(true);
                 }
-                Held::Settled => return Ok(false),
-                Held::Again => self.after_again(&mut tries, page)?,
-                Held::NoMemory => self.after_no_memory(&mut shortages, page, true, reason)?,
-                Held::Stop(stop) => return Err(stop),
+                HoldOutcome::Settled => return Ok(false),
+                HoldOutcome::Again => self.after_again(&mut tries, page)?,
+                HoldOutcome::NoMemory => {
+                    self.after_no_memory(&mut shortages, page, true, reason)?
+                }
+                HoldOutcome::InstallError(stop) => return Err(stop),
             }
         }
     }
@@ -333,14 +335,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         page: PageNumber,
         over: Status,
         wake: Wake,
-    ) -> Held {
+    ) -> HoldOutcome {
         let _hold = self.platform.shared(page);
         // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
         let Some(unit) = self.state.map().unit_of(page) else {
-            return Held::Settled;
+            return HoldOutcome::Settled;
         };
         if self.state.status_of(&unit) != over {
-            return Held::Settled;
+            return HoldOutcome::Settled;
         }
         self.state.each_removed(unit.pages.clone(), |page| {
             assembly.pages_mut(&(page..page + 1)).fill(0);
@@ -355,31 +357,31 @@ impl<P: Platform, I: Image> Session<P, I> {
                 } else {
                     self.state.mark_present(unit.pages.clone());
                 }
-                Held::Installed(unit.address, unit.len())
+                HoldOutcome::Installed(unit.address, unit.len())
             }
             // Another thread heals it.
-            Installed::Exists if over == Status::Poisoned => Held::Settled,
+            Installed::Exists if over == Status::Poisoned => HoldOutcome::Settled,
             Installed::Exists if self.platform.is_there(unit.address) => {
                 self.state.mark_present(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                Held::Settled
+                HoldOutcome::Settled
             }
-            Installed::Exists | Installed::NoMemory => Held::NoMemory,
+            Installed::Exists | Installed::NoMemory => HoldOutcome::NoMemory,
             Installed::Again => {
                 add(&self.stats.retries, 1);
-                Held::Again
+                HoldOutcome::Again
             }
             // As for small pages: a change that began in between has moved or unmapped it.
-            Installed::Gone if self.platform.is_changing(unit.address) => Held::Again,
+            Installed::Gone if self.platform.is_changing(unit.address) => HoldOutcome::Again,
             Installed::Gone => {
                 self.state.mark_removed(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                Held::Settled
+                HoldOutcome::Settled
             }
             // The memory is of small pages, whatever was said of it.
-            Installed::Partial(_) => Held::Stop(Stop::Refused(libc::EINVAL)),
-            Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
-            Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+            Installed::Partial(_) => HoldOutcome::InstallError(InstallError::Refused(libc::EINVAL)),
+            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
         }
     }
 }

@@ -9,9 +9,9 @@ use std::sync::atomic::{
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Decision;
-use super::platform::PageNumber;
-use super::retries::Retries;
+use crate::session::Decision;
+use crate::session::fault::retries::Retries;
+use crate::session::platform::PageNumber;
 
 /// Faults for which room is made beforehand; more threads than this fault at once only rarely.
 const ROOM: usize = 1024;
@@ -52,7 +52,7 @@ struct Paused {
 /// A toucher that a signal interrupts faults anew. Such a fault joins the one that is paused, without
 /// the page being read again.
 #[derive(Debug)]
-pub(crate) struct Inbox {
+pub(crate) struct FaultQueue {
     faults: Mutex<VecDeque<Fault>>,
     paused: Mutex<Vec<Paused>>,
     /// How many are paused: looked at for each fault, without the lock.
@@ -70,7 +70,7 @@ pub(crate) struct Inbox {
 }
 
 /// A thread that waits for answers, until dropped.
-pub(crate) struct Reader<'a>(&'a Inbox);
+pub(crate) struct Reader<'a>(&'a FaultQueue);
 
 impl Drop for Reader<'_> {
     fn drop(&mut self) {
@@ -78,13 +78,13 @@ impl Drop for Reader<'_> {
     }
 }
 
-impl Drop for Inbox {
+impl Drop for FaultQueue {
     fn drop(&mut self) {
         self.abandon();
     }
 }
 
-impl Inbox {
+impl FaultQueue {
     pub(crate) fn new() -> Self {
         Self {
             faults: Mutex::new(VecDeque::with_capacity(ROOM)),
@@ -104,8 +104,8 @@ impl Inbox {
     }
 
     /// Takes in a fault that was just read.
-    pub(crate) fn arrived(&self, address: u64, thread: u32) {
-        self.begin();
+    pub(crate) fn push(&self, address: u64, thread: u32) {
+        self.track();
         self.lock().push_back(Fault {
             address,
             thread,
@@ -122,7 +122,7 @@ impl Inbox {
     }
 
     /// Adds a fault to one that is paused and about the same page, if there is one.
-    pub(super) fn join(&self, fault: Fault, page: PageNumber) -> Option<Decision> {
+    pub(crate) fn join(&self, fault: Fault, page: PageNumber) -> Option<Decision> {
         if self.paused_count.load(Relaxed) == 0 {
             return None;
         }
@@ -159,7 +159,7 @@ impl Inbox {
     }
 
     /// Somebody waits for a page and is served without having been in the queue.
-    pub(crate) fn begin(&self) {
+    pub(crate) fn track(&self) {
         self.open.fetch_add(1, Relaxed);
         self.waiting.fetch_add(1, Relaxed);
     }
@@ -181,17 +181,17 @@ impl Inbox {
 
     /// A fault that was being served has been answered, and what it came to is recorded.
     pub(crate) fn answered(&self) {
-        self.left();
-        self.settled();
+        self.detach();
+        self.resolve();
     }
 
     /// A fault that was being served is left to somebody else.
-    pub(crate) fn left(&self) {
+    pub(crate) fn detach(&self) {
         self.waiting.fetch_sub(1, Relaxed);
     }
 
     /// A fault that was left has been answered, and what it came to is recorded.
-    pub(crate) fn settled(&self) {
+    pub(crate) fn resolve(&self) {
         // Who sees the number fall sees the record.
         self.open.fetch_sub(1, Release);
         fence(SeqCst);
@@ -201,7 +201,7 @@ impl Inbox {
         }
     }
 
-    /// Has answers announced to [`Inbox::wait_for_answer`].
+    /// Has answers announced to [`FaultQueue::wait_for_answer`].
     pub(crate) fn reader(&self) -> Reader<'_> {
         self.readers.fetch_add(1, Relaxed);
         // Either the answer sees this reader, or this reader what the answer recorded.
@@ -258,12 +258,12 @@ mod tests {
     #[test]
     fn a_session_that_ends_with_faults_leaves_none_in_the_number_of_all() {
         let waiting = Arc::default();
-        let (mut one, mut other) = (Inbox::new(), Inbox::new());
+        let (mut one, mut other) = (FaultQueue::new(), FaultQueue::new());
         one.count_in(&waiting);
         other.count_in(&waiting);
         for address in 0..3 {
-            one.arrived(address << 12, 0);
-            other.arrived(address << 12, 0);
+            one.push(address << 12, 0);
+            other.push(address << 12, 0);
         }
         let served = one.pop();
         one.abandon();
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_paused_fault_waits_and_takes_in_those_of_its_page() {
-        let inbox = Inbox::new();
+        let queue = FaultQueue::new();
         let fault = |address| Fault {
             address,
             thread: 5,
@@ -287,37 +287,37 @@ mod tests {
         };
         let mut failed = fault(0x1000);
         failed.retries.pause();
-        assert_eq!(inbox.join(fault(0x1000), 1), None);
-        assert_eq!(inbox.resume(), None);
+        assert_eq!(queue.join(fault(0x1000), 1), None);
+        assert_eq!(queue.resume(), None);
         let due = Instant::now() + Duration::from_secs(3600);
-        inbox.pause(failed, 1, due);
-        assert_eq!(inbox.join(fault(0x1000), 1), Some(Decision::Forget));
-        assert_eq!(inbox.join(fault(0x9000), 1), Some(Decision::Leave));
-        assert_eq!(inbox.join(fault(0x9000), 1), Some(Decision::Forget));
-        assert_eq!(inbox.join(fault(0x2000), 2), None);
-        assert_eq!(inbox.resume(), Some(due));
-        assert!(inbox.is_empty());
-        inbox.pause(fault(0x2000), 2, Instant::now());
-        assert_eq!(inbox.resume(), Some(due));
-        assert_eq!(inbox.addresses(), [0x2000]);
-        assert_eq!(inbox.waiting.load(Relaxed), 1);
-        inbox.abandon();
-        assert_eq!(inbox.resume(), None);
-        assert_eq!(inbox.waiting.load(Relaxed), 0);
+        queue.pause(failed, 1, due);
+        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Forget));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Leave));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Forget));
+        assert_eq!(queue.join(fault(0x2000), 2), None);
+        assert_eq!(queue.resume(), Some(due));
+        assert!(queue.is_empty());
+        queue.pause(fault(0x2000), 2, Instant::now());
+        assert_eq!(queue.resume(), Some(due));
+        assert_eq!(queue.addresses(), [0x2000]);
+        assert_eq!(queue.waiting.load(Relaxed), 1);
+        queue.abandon();
+        assert_eq!(queue.resume(), None);
+        assert_eq!(queue.waiting.load(Relaxed), 0);
     }
 
     #[test]
     fn a_fault_keeps_its_age_and_its_retries() {
-        let inbox = Inbox::new();
-        inbox.arrived(0x1000, 0);
-        let mut fault = inbox.pop().unwrap();
-        inbox.left();
+        let queue = FaultQueue::new();
+        queue.push(0x1000, 0);
+        let mut fault = queue.pop().unwrap();
+        queue.detach();
         fault.retries.pause();
-        inbox.pause(fault, 1, Instant::now());
-        inbox.resume();
-        let again = inbox.pop().unwrap();
+        queue.pause(fault, 1, Instant::now());
+        queue.resume();
+        let again = queue.pop().unwrap();
         assert_eq!((again.at, again.retries), (fault.at, fault.retries));
-        inbox.answered();
-        assert!(!inbox.has_open());
+        queue.answered();
+        assert!(!queue.has_open());
     }
 }

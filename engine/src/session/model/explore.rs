@@ -17,11 +17,11 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 /// Steps after which a run is taken to make no progress.
-const MOST_STEPS: usize = 1500;
+const MAX_STEPS: usize = 1500;
 
 /// What a thread stopped before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Stop<O> {
+pub(super) enum InstallError<O> {
     /// The operation; it may have to wait for its condition.
     Op(O),
     /// A choice of the model, one of so many.
@@ -42,7 +42,7 @@ pub(super) trait Scene: 'static {
 
 /// How a thread talks to the explorer.
 pub(super) struct Thread<O> {
-    yielder: Cell<*const Yielder<usize, Stop<O>>>,
+    yielder: Cell<*const Yielder<usize, InstallError<O>>>,
     told: Cell<u64>,
 }
 
@@ -56,12 +56,12 @@ impl<O: Copy + Hash> Thread<O> {
 
     /// Stops before an operation until the explorer picks this thread.
     pub(super) fn stop(&self, op: O) {
-        self.suspend(Stop::Op(op));
+        self.suspend(InstallError::Op(op));
     }
 
     /// A number below `n`: each is tried.
     pub(super) fn choose(&self, n: usize) -> usize {
-        let chosen = self.suspend(Stop::Choose(n));
+        let chosen = self.suspend(InstallError::Choose(n));
         self.tell(&chosen);
         chosen
     }
@@ -86,7 +86,7 @@ impl<O: Copy + Hash> Thread<O> {
     }
 
     #[expect(unsafe_code)]
-    fn suspend(&self, stop: Stop<O>) -> usize {
+    fn suspend(&self, stop: InstallError<O>) -> usize {
         // SAFETY: the pointer was set by `spawn` when this coroutine started, on whose stack the
         // yielder lives as long as the coroutine runs; only the running coroutine comes here.
         let yielder = unsafe { &*self.yielder.get() };
@@ -96,7 +96,7 @@ impl<O: Copy + Hash> Thread<O> {
     }
 }
 
-struct OpMark<'a, O>(&'a Stop<O>);
+struct OpMark<'a, O>(&'a InstallError<O>);
 
 impl<O: Hash> Hash for OpMark<'_, O> {
     fn hash<H: Hasher>(&self, state: &mut H) {
@@ -176,11 +176,13 @@ fn run<S: Scene>(
         let stack = stacks
             .pop()
             .unwrap_or_else(|| DefaultStack::new(256 << 10).expect("stack"));
-        let mut coroutine =
-            Coroutine::with_stack(stack, move |yielder: &Yielder<usize, Stop<S::Op>>, _| {
+        let mut coroutine = Coroutine::with_stack(
+            stack,
+            move |yielder: &Yielder<usize, InstallError<S::Op>>, _| {
                 threads[number].yielder.set(yielder);
                 body();
-            });
+            },
+        );
         stops.push(resume(&mut coroutine, 0));
         coroutines.push(coroutine);
     }
@@ -189,8 +191,10 @@ fn run<S: Scene>(
         let mut picks = Vec::new();
         for (thread, stop) in stops.iter().enumerate() {
             match stop {
-                Some(Stop::Op(op)) if scene.enabled(thread, op) => picks.push((thread, 0)),
-                Some(Stop::Choose(n)) => picks.extend((0..*n).map(|choice| (thread, choice))),
+                Some(InstallError::Op(op)) if scene.enabled(thread, op) => picks.push((thread, 0)),
+                Some(InstallError::Choose(n)) => {
+                    picks.extend((0..*n).map(|choice| (thread, choice)))
+                }
                 _ => {}
             }
         }
@@ -198,7 +202,7 @@ fn run<S: Scene>(
             let stuck: Vec<usize> = (0..stops.len()).filter(|i| stops[*i].is_some()).collect();
             return Some(scene.check_end(&stuck));
         }
-        if step > MOST_STEPS {
+        if step > MAX_STEPS {
             return Some(Err("no progress: the threads go in circles".to_owned()));
         }
         if step == path.len() {
@@ -229,9 +233,9 @@ fn run<S: Scene>(
 }
 
 fn resume<O>(
-    coroutine: &mut Coroutine<usize, Stop<O>, (), DefaultStack>,
+    coroutine: &mut Coroutine<usize, InstallError<O>, (), DefaultStack>,
     choice: usize,
-) -> Option<Stop<O>> {
+) -> Option<InstallError<O>> {
     match coroutine.resume(choice) {
         CoroutineResult::Yield(stop) => Some(stop),
         CoroutineResult::Return(()) => None,
@@ -239,7 +243,7 @@ fn resume<O>(
 }
 
 /// The end of a run, for a reader.
-fn shown<O: std::fmt::Debug>(trace: &[(usize, Option<Stop<O>>)]) -> String {
+fn shown<O: std::fmt::Debug>(trace: &[(usize, Option<InstallError<O>>)]) -> String {
     let from = trace.len().saturating_sub(60);
     let lines = trace[from..].iter();
     let lines: Vec<_> = lines

@@ -21,17 +21,17 @@ use std::time::{Duration, Instant};
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use crate::session::{
-    Kernel, Left, Lend as _, PAGE, PrefetchStop, Retries, Session, SnapshotImage,
+    Kernel, Left, LendContext as _, PAGE, PrefetchStop, Retries, Session, SnapshotImage,
 };
 
-use super::pool::{MAX_FEED_THREADS, Pool};
-use super::workers;
-use super::{Prefetch, Running};
+use super::contexts;
+use super::prefetcher::{MAX_FEED_THREADS, Pool};
+use super::{Prefetch, Runtime};
 
 /// How long a round waits for what another thread was bringing.
 const NEXT_ROUND: Duration = Duration::from_millis(1);
 /// How long the last round may bring nothing, at least, before it ends.
-const LAST_ROUND_PATIENCE: Duration = Duration::from_secs(1);
+const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Rounds in which a session is to be completed although another thread was always bringing something.
 const MAX_ROUNDS: u32 = 10_000;
 /// Index blocks that one task looks through for duplicates.
@@ -52,7 +52,7 @@ pub(super) struct Plan {
 
 /// The prefetch of one session.
 pub(super) struct Feed {
-    running: Weak<Running>,
+    running: Weak<Runtime>,
     /// Where the thread was that made it: what is logged belongs there.
     span: tracing::Span,
     plan: Plan,
@@ -125,7 +125,7 @@ enum Task {
 }
 
 impl Feed {
-    pub(super) fn new(running: &Arc<Running>, plan: Plan) -> Arc<Self> {
+    pub(super) fn new(running: &Arc<Runtime>, plan: Plan) -> Arc<Self> {
         Arc::new(Self {
             running: Arc::downgrade(running),
             span: tracing::Span::current(),
@@ -161,7 +161,7 @@ impl Feed {
             Next::None(step) => return step,
         };
         let stand_back = || pool.stand_back(|| session.is_ending());
-        let workers = workers::For {
+        let workers = contexts::For {
             workers: pool.workers(),
             image: &session.image,
         };
@@ -395,7 +395,7 @@ impl Progress {
         } else if left.failed > 0 && left.busy == 0 {
             self.failed.insert(pages.clone());
             if was_last && left.brought == 0 {
-                let patience = timeout.max(LAST_ROUND_PATIENCE);
+                let patience = timeout.max(LAST_ROUND_TIMEOUT);
                 let goes_on = self.retries.failed(Instant::now(), patience).is_some();
                 self.over = (!goes_on).then_some(false);
             }

@@ -17,6 +17,8 @@
 //! keeper sees of a worker ([`Vitals`]). Bits are set under a hold of the install lock, for an
 //! event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
 
+pub(crate) mod address_map;
+
 use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,8 +29,8 @@ use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use snaprestore_uffd::memory::{Block, Ring};
 
-use super::map::{Extent, Growth, Map, Unit};
-use super::platform::{PAGE, PageNumber};
+use crate::session::platform::{PAGE, PageNumber};
+use crate::session::state::address_map::{Extent, Growth, Map, Unit};
 
 /// Word of the header that says which copy of the map is valid, and how often it changed.
 const MAP_VERSION: usize = 0;
@@ -53,9 +55,9 @@ const THREADS: usize = 16;
 /// Words of a thread: a line of the cache, so that threads don't take it from each other.
 const THREAD_WORDS: usize = 8;
 /// Threads that have words. Of what others do nothing is known.
-const MOST_THREADS: usize = 32;
+const MAX_THREADS: usize = 32;
 /// Word of a thread that counts the beginnings and ends of what it serves: odd while it serves.
-const TURNS: usize = 0;
+const HEARTBEATS: usize = 0;
 /// Word of a thread that names the frame that it decodes: one more than the frame's number, or 0.
 const DECODING: usize = 1;
 /// Bitmaps with one bit a page.
@@ -63,7 +65,7 @@ const BITMAPS: usize = 4;
 /// Pages that are left to the kernel together: those of one block of the index.
 const LEFT_PAGES: u64 = PAGES_PER_BLOCK_U64;
 /// Words before the bitmaps.
-const HEADER_END: usize = THREADS + MOST_THREADS * THREAD_WORDS;
+const HEADER_END: usize = THREADS + MAX_THREADS * THREAD_WORDS;
 /// The layout of this file's table.
 const VERSION: u64 = u64::from_le_bytes(*b"snaptab3");
 
@@ -200,18 +202,18 @@ impl State {
     }
 
     /// Notes that thread number `thread` begins, or has ended, to serve a fault.
-    pub(crate) fn turn(&self, thread: usize) {
+    pub(crate) fn beat(&self, thread: usize) {
         if let Some(words) = self.thread(thread) {
-            words[TURNS].fetch_add(1, Relaxed);
+            words[HEARTBEATS].fetch_add(1, Relaxed);
         }
     }
 
     /// Notes that serving takes long because the owner has it take long, and not because a thread stands still:
     /// whoever changes its mappings without a pause can have every install repeated for as long as it likes.
-    pub(crate) fn all_go_on(&self) {
-        for words in (0..MOST_THREADS).filter_map(|thread| self.thread(thread)) {
+    pub(crate) fn beat_all(&self) {
+        for words in (0..MAX_THREADS).filter_map(|thread| self.thread(thread)) {
             // Odd stays odd, and even even.
-            words[TURNS].fetch_add(2, Relaxed);
+            words[HEARTBEATS].fetch_add(2, Relaxed);
         }
     }
 
@@ -223,7 +225,7 @@ impl State {
     }
 
     fn thread(&self, thread: usize) -> Option<&[AtomicU64]> {
-        (thread < MOST_THREADS).then(|| {
+        (thread < MAX_THREADS).then(|| {
             let start = THREADS + thread * THREAD_WORDS;
             &self.words()[start..start + THREAD_WORDS]
         })
@@ -231,10 +233,10 @@ impl State {
 
     /// Takes over from threads that are gone: what they were doing is theirs no more, and what they
     /// may have left uncounted is counted. Nobody else uses the state.
-    pub(crate) fn take_over(&self) {
-        for thread in 0..MOST_THREADS {
+    pub(crate) fn recover(&self) {
+        for thread in 0..MAX_THREADS {
             if let Some(words) = self.thread(thread) {
-                words[TURNS].store(0, Relaxed);
+                words[HEARTBEATS].store(0, Relaxed);
                 words[DECODING].store(0, Relaxed);
             }
         }
@@ -594,7 +596,7 @@ impl Vitals {
 
     /// What was done so far.
     pub fn pulse(&self) -> Pulse {
-        let turns = self.threads().map(|words| words[TURNS].load(Relaxed));
+        let turns = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
         Pulse {
             reads: self.state.words()[READS].load(Relaxed),
             turns: turns.collect(),
@@ -610,7 +612,7 @@ impl Vitals {
     }
 
     fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {
-        (0..MOST_THREADS).filter_map(|thread| self.state.thread(thread))
+        (0..MAX_THREADS).filter_map(|thread| self.state.thread(thread))
     }
 }
 

@@ -3,12 +3,14 @@
 //! The session is written against these traits, so that the same code runs on the real kernel and
 //! on a model of it that tries every interleaving.
 
+pub(crate) mod kernel;
+
 use std::time::Duration;
 
 use snapshot_format::Reason;
 
-use super::claims::{Claims, FrameId};
-use super::failure::Failure;
+use crate::session::failure::Failure;
+use crate::session::fault::in_flight::{FrameId, InFlight};
 use snaprestore_uffd::uffd::Wake;
 
 /// A page's number in the snapshot.
@@ -82,13 +84,13 @@ pub(crate) trait Platform: Sync {
         Self: 'a;
 
     /// What a fault thread knows of whom it serves.
-    type Follower: Default;
+    type CoreFollower: Default;
     /// What keeps the owner from changing its mappings, until dropped.
     type Brake;
 
     /// The calling thread is about to serve a fault of `thread`, and may be better placed for it
     /// elsewhere. True if it is on that thread's core now.
-    fn follow(&self, follower: &mut Self::Follower, thread: u32) -> bool;
+    fn follow(&self, follower: &mut Self::CoreFollower, thread: u32) -> bool;
     /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page
     /// number that the hold is about: it tells apart what two threads are doing.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
@@ -101,7 +103,7 @@ pub(crate) trait Platform: Sync {
     /// Ends the current [`Platform::wait_readable`] of one thread, or the next.
     fn kick(&self);
     /// Waits until no fault has claimed `frame`.
-    fn wait_unclaimed(&self, claims: &Claims, frame: FrameId);
+    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId);
     /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
     /// event to read. False: it has been too long.
     fn back_off(&self, tries: u32) -> bool;

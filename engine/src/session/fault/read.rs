@@ -1,20 +1,20 @@
 //! Reading the owner's memory without a fault of the kernel's: what is missing is asked for first.
 //!
 //! A userfaultfd for user mode only doesn't stop a system call at a missing page: the call fails
-//! with EFAULT. So who reads by a system call puts the page into the inbox, as a fault would be,
+//! with EFAULT. So who reads by a system call puts the page into the queue, as a fault would be,
 //! and waits without holding anything until it is settled.
 
 use std::ops::Range;
 use std::time::Duration;
 
-use super::Session;
-use super::fault::Step;
-use super::platform::{Image, PAGE, PageNumber, Platform};
-use super::state::Status;
+use crate::session::Session;
+use crate::session::fault::Lookup;
+use crate::session::platform::{Image, PAGE, PageNumber, Platform};
+use crate::session::state::Status;
 
 /// How often a reader looks at what no notification tells: that its page has moved, or that the
 /// session ends.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Has every page of `addresses` brought, up to the first that can't be, and waits for it.
@@ -32,16 +32,16 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Asks for `page`, which is at `address`, as a fault does, and waits until it is settled, or
     /// the owner has moved it away.
     fn wait_for(&self, address: u64, page: PageNumber) {
-        let _reader = self.inbox.reader();
-        self.inbox.arrived(address, 0);
+        let _reader = self.queue.reader();
+        self.queue.push(address, 0);
         self.platform.kick();
         loop {
             // Counted before looking: an answer that is given after the look is not slept through.
-            let answers = *self.inbox.answers();
+            let answers = *self.queue.answers();
             if self.is_ending() || self.status_at(address) != Some((page, Status::Absent)) {
                 return;
             }
-            self.inbox.wait_for_answer(answers, LOOK_AGAIN);
+            self.queue.wait_for_answer(answers, POLL_INTERVAL);
         }
     }
 
@@ -50,7 +50,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn zero_for_reader(&self, address: u64) {
         let address = address & !(PAGE - 1);
         let mut tries = 0;
-        while let Step::Again = self.look(address) {
+        while let Lookup::Again = self.look(address) {
             if self.after_again(&mut tries, address).is_err() {
                 return;
             }

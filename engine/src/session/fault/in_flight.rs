@@ -22,13 +22,13 @@ pub(crate) struct FrameId(pub(crate) u64);
 
 /// The frames that are claimed now: at most one for each thread, so a list is enough.
 #[derive(Debug, Default)]
-pub(crate) struct Claims {
-    held: Mutex<Held>,
+pub(crate) struct InFlight {
+    held: Mutex<HoldOutcome>,
     released: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct HoldOutcome {
     frames: Vec<(FrameId, Reason)>,
     /// Threads that wait for a release: to announce one is a system call.
     waiting: usize,
@@ -37,15 +37,15 @@ struct Held {
 /// A claim, released when dropped.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
-    claims: &'a Claims,
+    claims: &'a InFlight,
     frame: (FrameId, Reason),
 }
 
-impl Claims {
+impl InFlight {
     /// Room for `threads` claims without allocating.
     pub(crate) fn new(threads: usize) -> Self {
         Self {
-            held: Mutex::new(Held {
+            held: Mutex::new(HoldOutcome {
                 frames: Vec::with_capacity(threads),
                 waiting: 0,
             }),
@@ -98,7 +98,7 @@ impl Claims {
     }
 
     /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
-    fn lock(&self) -> MutexGuard<'_, Held> {
+    fn lock(&self) -> MutexGuard<'_, HoldOutcome> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn demand_passes_prefetch_and_nothing_else_passes() {
-        let claims = Claims::new(4);
+        let claims = InFlight::new(4);
         let frame = FrameId(7);
         let fetching = claims.claim(frame, Prefetch).unwrap();
         assert!(claims.claim(frame, Prefetch).is_none());

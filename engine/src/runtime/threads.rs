@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::session::{Place, RETRY_TIMEOUT};
 use snaprestore_uffd::os::{SignalsBlocked, abort, leave_creator};
 
-use super::feed::Plan;
-use super::{Prefetch, Running, Shared, workers};
+use super::session_prefetch::Plan;
+use super::{Prefetch, Runtime, Shared, contexts};
 
 /// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
 /// seccomp filter.
@@ -110,10 +110,10 @@ pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: i
 pub(crate) type Threads = Vec<JoinHandle<()>>;
 
 /// What a thread does.
-pub(crate) type Body = Box<dyn FnOnce(&Running) + Send>;
+pub(crate) type Body = Box<dyn FnOnce(&Runtime) + Send>;
 
 /// Which threads are started.
-pub(crate) struct Crew {
+pub(crate) struct ThreadOptions {
     pub(crate) fault_threads: usize,
     pub(crate) prefetch: Prefetch,
     pub(crate) prefetch_threads: usize,
@@ -125,7 +125,7 @@ pub(crate) struct Crew {
     pub(crate) other: Option<(&'static str, Body)>,
 }
 
-impl Default for Crew {
+impl Default for ThreadOptions {
     fn default() -> Self {
         Self {
             fault_threads: 2,
@@ -201,7 +201,7 @@ macro_rules! crew_options {
     };
 }
 
-impl Crew {
+impl ThreadOptions {
     /// What the session shares, be it with nobody.
     pub(crate) fn shared(&self) -> Shared {
         match (&self.shared, &self.hook) {
@@ -223,7 +223,7 @@ impl Crew {
     }
 
     /// Starts them. If one can't be started, those that were are ended.
-    pub(crate) fn start(self, running: &Arc<Running>) -> Result<Threads, ThreadError> {
+    pub(crate) fn start(self, running: &Arc<Runtime>) -> Result<Threads, ThreadError> {
         // Threads inherit the mask: no signal reaches them, not even before their first instruction.
         let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
             what: "threads that block signals",
@@ -245,7 +245,7 @@ impl Crew {
         }
     }
 
-    fn start_all(self, running: &Arc<Running>, threads: &mut Threads) -> io::Result<()> {
+    fn start_all(self, running: &Arc<Runtime>, threads: &mut Threads) -> io::Result<()> {
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
             let hook = self.hook.clone();
             let place = running.session.threads.place(&name);
@@ -263,7 +263,7 @@ impl Crew {
             spawn(
                 format!("snap-fault-{i}"),
                 Box::new(move || {
-                    let workers = workers::For {
+                    let workers = contexts::For {
                         workers: running.pool.workers(),
                         image: &running.session.image,
                     };

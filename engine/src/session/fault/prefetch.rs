@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use snapshot_format::Reason;
 
-use super::bring::{Brought, Lost};
-use super::install::Stop;
-use super::map::block_of;
-use super::platform::{Content, Image, PageNumber, Platform};
-use super::{FailureKind, Session, Worker};
+use crate::session::fault::install::InstallError;
+use crate::session::fault::load::{LoadError, Loaded};
+use crate::session::platform::{Content, Image, PageNumber, Platform};
+use crate::session::state::address_map::block_of;
+use crate::session::{FailureKind, Session, ThreadContext};
 
 /// Why prefetch stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// reported unless this is the `last` try.
     pub(crate) fn prefetch(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         pages: Range<PageNumber>,
         last: bool,
         mut pause: impl FnMut(),
@@ -79,31 +79,33 @@ impl<P: Platform, I: Image> Session<P, I> {
             pause();
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
-            match self.bring_unit(worker, page, large, Reason::Prefetch) {
-                Ok(Brought::Yes) => left.brought += 1,
-                Ok(Brought::Look) => left.busy += 1,
-                Err(Lost::Stopped(stop @ Stop::NoMemory)) => {
+            match self.load_unit(worker, page, large, Reason::Prefetch) {
+                Ok(Loaded::Yes) => left.brought += 1,
+                Ok(Loaded::Look) => left.busy += 1,
+                Err(LoadError::Stopped(stop @ InstallError::NoMemory)) => {
                     if last {
                         self.report(&self.install_failure(page, stop));
                     }
                     left.short += self.state.count_absent(page..pages.end);
                     break;
                 }
-                Err(Lost::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
+                Err(LoadError::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
                     tracing::debug!(%failure, "prefetch reads a page again");
                     left.unread += 1;
                     left.rest = self.behind_frame(page, pages.end).filter(|_| !large);
                     break;
                 }
-                Err(Lost::Failed(failure)) => {
+                Err(LoadError::Failed(failure)) => {
                     self.report(&failure);
                     left.failed += 1;
                 }
-                Err(Lost::Stopped(Stop::OwnerGone)) => {
+                Err(LoadError::Stopped(InstallError::OwnerGone)) => {
                     self.owner_is_gone();
                     return Err(PrefetchStop::Ending);
                 }
-                Err(Lost::Stopped(stop @ (Stop::Stuck | Stop::Refused(_)))) => {
+                Err(LoadError::Stopped(
+                    stop @ (InstallError::Stuck | InstallError::Refused(_)),
+                )) => {
                     self.report(&self.install_failure(page, stop));
                     return Err(PrefetchStop::Kernel);
                 }

@@ -11,8 +11,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use crate::session::map::LARGE_PAGES;
 use crate::session::platform::{Event, Installed, PAGE};
+use crate::session::state::address_map::LARGE_PAGES;
 
 /// Bytes of a large page.
 const LARGE: u64 = LARGE_PAGES * PAGE;

@@ -8,10 +8,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::session::{Lend, SnapshotImage, Worker};
+use crate::session::{LendContext, SnapshotImage, ThreadContext};
 use snaprestore_uffd::os::trim_heap;
 
-use super::pool::Pool;
+use super::prefetcher::Pool;
 
 /// The workers of a pool.
 pub(super) struct Workers {
@@ -23,7 +23,7 @@ pub(super) struct Workers {
 #[derive(Default)]
 struct State {
     /// Those that nobody uses now. The one that was used last is at the end.
-    idle: Vec<Worker<SnapshotImage>>,
+    idle: Vec<ThreadContext<SnapshotImage>>,
     /// Those, and the ones that are lent.
     total: usize,
     /// Sessions that may want one.
@@ -47,7 +47,7 @@ impl Workers {
         }
     }
 
-    fn lend(&self, image: &SnapshotImage) -> Worker<SnapshotImage> {
+    fn lend(&self, image: &SnapshotImage) -> ThreadContext<SnapshotImage> {
         let mut state = self.state();
         let idle = &state.idle;
         let known = idle.iter().rposition(|worker| worker.knows(image));
@@ -58,12 +58,12 @@ impl Workers {
         let found = at.map(|at| state.idle.remove(at));
         state.total += usize::from(found.is_none());
         drop(state);
-        let mut worker = found.unwrap_or_else(|| Worker::new(SnapshotImage::decoder()));
+        let mut worker = found.unwrap_or_else(|| ThreadContext::new(SnapshotImage::decoder()));
         worker.adopt(image);
         worker
     }
 
-    fn give_back(&self, worker: Worker<SnapshotImage>) {
+    fn give_back(&self, worker: ThreadContext<SnapshotImage>) {
         let mut state = self.state();
         state.idle.push(worker);
         let is_one_too_many = state.total > self.most || state.sessions == 0;
@@ -89,8 +89,8 @@ impl For<'_> {
     }
 }
 
-impl Lend<SnapshotImage> for For<'_> {
-    fn with<T>(&self, work: impl FnOnce(&mut Worker<SnapshotImage>) -> T) -> T {
+impl LendContext<SnapshotImage> for For<'_> {
+    fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<SnapshotImage>) -> T) -> T {
         let mut worker = self.workers.lend(self.image);
         let done = work(&mut worker);
         self.workers.give_back(worker);

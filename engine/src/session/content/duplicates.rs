@@ -16,10 +16,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 use snapshot_format::{FrameRef, IndexBlock};
 
-use super::platform::Run;
+use crate::session::platform::Run;
 
 /// Most runs that are noted: 1.5 MiB of them.
-const MOST_RUNS: usize = 1 << 15;
+const MAX_RUNS: usize = 1 << 15;
 /// Chains of the table.
 const CHAINS: usize = 1 << 12;
 /// The end of a chain.
@@ -50,10 +50,10 @@ struct Noted {
 
 impl Table {
     fn push(&mut self, frame: &FrameRef, run: Run) {
-        if self.noted.len() == MOST_RUNS {
+        if self.noted.len() == MAX_RUNS {
             return;
         }
-        // MOST_RUNS fits.
+        // MAX_RUNS fits.
         let here = u32::try_from(self.noted.len()).unwrap_or(END);
         let next = std::mem::replace(&mut self.chains[chain(frame)], here);
         self.noted.push(Noted {
@@ -73,7 +73,7 @@ impl Duplicates {
                 .collect(),
             table: Mutex::new(Table {
                 chains: vec![END; CHAINS].into(),
-                noted: Vec::with_capacity(MOST_RUNS),
+                noted: Vec::with_capacity(MAX_RUNS),
                 next_block: 0,
                 newest: 0,
             }),
@@ -93,7 +93,7 @@ impl Duplicates {
 
     /// Whether there is no more room.
     pub(crate) fn is_full(&self) -> bool {
-        self.lock().noted.len() == MOST_RUNS
+        self.lock().noted.len() == MAX_RUNS
     }
 
     /// Notes the pages of index block `number` whose frame was written before those of the pages in

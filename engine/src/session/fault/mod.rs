@@ -13,22 +13,31 @@
 //!       can't be had: the failure policy
 //! ```
 
+pub(crate) mod huge;
+pub(crate) mod in_flight;
+pub(crate) mod install;
+pub(crate) mod load;
+pub(crate) mod prefetch;
+pub(crate) mod queue;
+pub(crate) mod read;
+pub(crate) mod retries;
+
 use std::time::Instant;
 
 use snapshot_format::Reason;
 
-use super::bring::{Brought, Lend, Lost, Worker};
-use super::install::Stop;
-use super::platform::{Image, Installed, PAGE, PageNumber, Platform};
-use super::state::Status;
-use super::stats::{Met, Trace, add};
-use super::{Decision, Failure, FailureKind, Fault, Session};
+use crate::session::fault::install::InstallError;
+use crate::session::fault::load::{LendContext, LoadError, Loaded, ThreadContext};
+use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform};
+use crate::session::state::Status;
+use crate::session::stats::{FaultKind, FaultTrace, add};
+use crate::session::{Decision, Failure, FailureKind, Fault, Session};
 use snaprestore_uffd::uffd::Wake;
 
 /// What the state of the faulting page asks for.
-pub(super) enum Step {
+pub(crate) enum Lookup {
     /// It was answered: nothing had to be brought for what was met.
-    Answered(Met),
+    Answered(FaultKind),
     /// Read events, then look again.
     Again,
     /// Bring this page.
@@ -43,12 +52,12 @@ pub(super) enum Step {
         large: bool,
     },
     /// It can't go on.
-    Stop(Stop),
+    InstallError(InstallError),
 }
 
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(crate) enum FaultOutcome {
     /// It was answered.
     Given,
     /// It is served again after a pause, or the guard has it, and will have it served again or
@@ -60,28 +69,28 @@ pub(super) enum Answer {
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends, as thread number `number` of it.
-    pub(crate) fn serve(&self, number: usize, workers: &impl Lend<I>) {
-        let mut follower = P::Follower::default();
+    pub(crate) fn serve(&self, number: usize, workers: &impl LendContext<I>) {
+        let mut follower = P::CoreFollower::default();
         while let Some(fault) = self.next_fault() {
             add(&self.stats.faults, 1);
             let shares_core = self.platform.follow(&mut follower, fault.thread);
-            self.state.turn(number);
+            self.state.beat(number);
             let (answer, trace) = workers.with(|worker| {
                 worker.prepare(&self.state);
                 worker.number = number;
                 worker.shares_core = shares_core;
-                worker.trace = Trace::default();
+                worker.trace = FaultTrace::default();
                 (self.answer(worker, fault), worker.trace)
             });
-            self.state.turn(number);
+            self.state.beat(number);
             self.stats.met(trace);
             match answer {
-                Answer::Given => {
+                FaultOutcome::Given => {
                     self.stats.took(trace, fault.at.elapsed());
-                    self.inbox.answered();
+                    self.queue.answered();
                 }
-                Answer::Nobody => self.inbox.answered(),
-                Answer::Left => self.inbox.left(),
+                FaultOutcome::Nobody => self.queue.answered(),
+                FaultOutcome::Left => self.queue.detach(),
             }
             self.look_if_settled();
         }
@@ -89,24 +98,24 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Has a thread that waits for messages look whether the session is complete: there may be no
     /// more.
-    pub(super) fn look_if_settled(&self) {
+    pub(crate) fn look_if_settled(&self) {
         if self.state.may_be_settled() {
             self.platform.kick();
         }
     }
 
     /// Answers one fault.
-    pub(super) fn answer(&self, worker: &mut Worker<I>, mut fault: Fault) -> Answer {
+    pub(crate) fn answer(&self, worker: &mut ThreadContext<I>, mut fault: Fault) -> FaultOutcome {
         let address = fault.address & !(PAGE - 1);
         let (mut tries, mut shortages) = (0, 0);
         loop {
             let (page, large) = match self.look(address) {
-                Step::Answered(met) => {
+                Lookup::Answered(met) => {
                     worker.trace.meet(met);
-                    return Answer::Given;
+                    return FaultOutcome::Given;
                 }
-                Step::Bring { page, large } => (page, large),
-                Step::NoMemory { large } => {
+                Lookup::Bring { page, large } => (page, large),
+                Lookup::NoMemory { large } => {
                     let reason = Reason::Demand;
                     let waited = self.after_no_memory(&mut shortages, address, large, reason);
                     if let Err(stop) = waited {
@@ -114,81 +123,81 @@ impl<P: Platform, I: Image> Session<P, I> {
                     }
                     continue;
                 }
-                Step::Again => {
+                Lookup::Again => {
                     if let Err(stop) = self.after_again(&mut tries, address) {
                         return self.stopped(fault, stop);
                     }
                     continue;
                 }
-                Step::Stop(stop) => return self.stopped(fault, stop),
+                Lookup::InstallError(stop) => return self.stopped(fault, stop),
             };
             let undecided = self.guard.undecided(fault, page);
-            if let Some(decision) = undecided.or_else(|| self.inbox.join(fault, page)) {
+            if let Some(decision) = undecided.or_else(|| self.queue.join(fault, page)) {
                 return self.decided(fault, decision);
             }
-            match self.bring_unit(worker, page, large, Reason::Demand) {
-                Ok(Brought::Yes) => {
+            match self.load_unit(worker, page, large, Reason::Demand) {
+                Ok(Loaded::Yes) => {
                     if let Some(observe) = &self.observer {
                         observe(page);
                     }
-                    return Answer::Given;
+                    return FaultOutcome::Given;
                 }
-                Ok(Brought::Look) => {}
+                Ok(Loaded::Look) => {}
                 // Somebody else has decided about it meanwhile.
-                Err(Lost::Failed(failure)) if self.state.status(failure.page) != Status::Absent => {
-                }
-                Err(Lost::Failed(mut failure)) => {
+                Err(LoadError::Failed(failure))
+                    if self.state.status(failure.page) != Status::Absent => {}
+                Err(LoadError::Failed(mut failure)) => {
                     // A fault in a large page names its start, and another page may have failed.
                     failure.address = Some(address + (failure.page - page) * PAGE);
                     if self.pause_after(&mut fault, page, &failure) {
-                        return Answer::Left;
+                        return FaultOutcome::Left;
                     }
                     return self.fail(fault, &failure);
                 }
-                Err(Lost::Stopped(stop)) => return self.stopped(fault, stop),
+                Err(LoadError::Stopped(stop)) => return self.stopped(fault, stop),
             }
         }
     }
 
     /// Looks up the page at `address` and answers what needs no content.
-    pub(super) fn look(&self, address: u64) -> Step {
+    pub(crate) fn look(&self, address: u64) -> Lookup {
         let _hold = self.platform.shared(address);
         let unit = self.state.map().unit_at(address);
         let large = unit.as_ref().is_some_and(|unit| unit.large);
         let (mut address, mut len) = (address, PAGE);
-        let mut met = Met::Outside;
+        let mut met = FaultKind::Outside;
         if let Some(unit) = &unit {
             (address, len) = (unit.address, unit.len());
             met = match self.state.status_of(unit) {
                 Status::Absent => {
                     let page = unit.pages.start;
-                    return Step::Bring { page, large };
+                    return Lookup::Bring { page, large };
                 }
-                Status::Poisoned => Met::Poisoned,
-                Status::Present => Met::Present,
-                Status::Removed => Met::Removed,
+                Status::Poisoned => FaultKind::Poisoned,
+                Status::Present => FaultKind::Present,
+                Status::Removed => FaultKind::Removed,
             };
         }
-        let poisoned = matches!(met, Met::Poisoned);
+        let poisoned = matches!(met, FaultKind::Poisoned);
         let installed = match poisoned {
             true => self.platform.poison(address, len),
             false if large => self.platform.copy(address, self.zeros_of(len), Wake::Now),
             false => self.platform.zeropage(address, len, Wake::Now),
         };
         match installed {
-            Installed::NoMemory if !poisoned => Step::NoMemory { large },
+            Installed::NoMemory if !poisoned => Lookup::NoMemory { large },
             Installed::Exists if large && !poisoned && !self.platform.is_there(address) => {
-                Step::NoMemory { large }
+                Lookup::NoMemory { large }
             }
-            Installed::Done => Step::Answered(met),
-            Installed::Partial(_) if !large => Step::Answered(met),
+            Installed::Done => Lookup::Answered(met),
+            Installed::Partial(_) if !large => Lookup::Answered(met),
             Installed::Exists | Installed::Gone | Installed::Partial(_) => {
                 self.platform.wake(address, len);
-                Step::Answered(met)
+                Lookup::Answered(met)
             }
-            Installed::Again | Installed::NoMemory => Step::Again,
-            Installed::OwnerGone => Step::Stop(Stop::OwnerGone),
-            Installed::Refused(errno) => Step::Stop(Stop::Refused(errno)),
+            Installed::Again | Installed::NoMemory => Lookup::Again,
+            Installed::OwnerGone => Lookup::InstallError(InstallError::OwnerGone),
+            Installed::Refused(errno) => Lookup::InstallError(InstallError::Refused(errno)),
         }
     }
 
@@ -202,31 +211,31 @@ impl<P: Platform, I: Image> Session<P, I> {
             return false;
         };
         tracing::debug!(%failure, ?pause, "a page is read again");
-        self.inbox.pause(*fault, page, now + pause);
+        self.queue.pause(*fault, page, now + pause);
         true
     }
 
     /// A page that a fault wants can't be restored.
-    fn fail(&self, fault: Fault, failure: &Failure) -> Answer {
+    fn fail(&self, fault: Fault, failure: &Failure) -> FaultOutcome {
         self.report_of_fault(failure);
         if self.is_ending() {
             // The session is being given up, or was while this thread read: no page of it is this
             // thread's to decide about.
-            return Answer::Nobody;
+            return FaultOutcome::Nobody;
         }
         self.decided(fault, self.guard.decide(fault, failure))
     }
 
-    fn decided(&self, fault: Fault, decision: Decision) -> Answer {
+    fn decided(&self, fault: Fault, decision: Decision) -> FaultOutcome {
         match decision {
             Decision::Poison => self.poison(fault),
-            Decision::Leave => Answer::Left,
-            Decision::Forget => Answer::Nobody,
+            Decision::Leave => FaultOutcome::Left,
+            Decision::Forget => FaultOutcome::Nobody,
         }
     }
 
     /// Poisons the page of a fault.
-    pub(super) fn poison(&self, fault: Fault) -> Answer {
+    pub(crate) fn poison(&self, fault: Fault) -> FaultOutcome {
         let address = fault.address & !(PAGE - 1);
         let mut tries = 0;
         loop {
@@ -236,22 +245,22 @@ impl<P: Platform, I: Image> Session<P, I> {
                 match unit.filter(|unit| self.state.status_of(unit) == Status::Absent) {
                     None => {
                         self.platform.wake(address, PAGE);
-                        return Answer::Given;
+                        return FaultOutcome::Given;
                     }
                     Some(unit) => match self.platform.poison(unit.address, unit.len()) {
                         Installed::Done | Installed::Partial(_) => {
                             self.state.mark_poisoned(unit.pages);
                             add(&self.stats.poisoned, 1);
                             self.look_if_settled();
-                            return Answer::Given;
+                            return FaultOutcome::Given;
                         }
                         Installed::Exists | Installed::Gone => {
                             self.platform.wake(address, PAGE);
-                            return Answer::Given;
+                            return FaultOutcome::Given;
                         }
                         Installed::Again | Installed::NoMemory => Ok(()),
-                        Installed::OwnerGone => Err(Stop::OwnerGone),
-                        Installed::Refused(errno) => Err(Stop::Refused(errno)),
+                        Installed::OwnerGone => Err(InstallError::OwnerGone),
+                        Installed::Refused(errno) => Err(InstallError::Refused(errno)),
                     },
                 }
             };
@@ -262,10 +271,10 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// An install for a fault could not go on: the owner is gone, or must not go on.
-    fn stopped(&self, fault: Fault, stop: Stop) -> Answer {
-        if stop == Stop::OwnerGone {
+    fn stopped(&self, fault: Fault, stop: InstallError) -> FaultOutcome {
+        if stop == InstallError::OwnerGone {
             self.owner_is_gone();
-            return Answer::Nobody;
+            return FaultOutcome::Nobody;
         }
         let page = {
             let _hold = self.platform.shared(fault.address);
@@ -277,7 +286,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         };
         self.report_of_fault(&failure);
         self.guard.end_owner(&failure.to_string());
-        Answer::Nobody
+        FaultOutcome::Nobody
     }
 
     /// Reports a failure about which the guard decides next.
@@ -290,12 +299,14 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// The failure of a page that the kernel would not install.
-    pub(super) fn install_failure(&self, page: PageNumber, stop: Stop) -> Failure {
+    pub(crate) fn install_failure(&self, page: PageNumber, stop: InstallError) -> Failure {
         let why = match stop {
-            Stop::OwnerGone => "the owner of the memory is gone".to_owned(),
-            Stop::Stuck => "the owner's mappings kept changing without an event".to_owned(),
-            Stop::NoMemory => super::install::no_memory(self.is_large(page)).to_owned(),
-            Stop::Refused(errno) => {
+            InstallError::OwnerGone => "the owner of the memory is gone".to_owned(),
+            InstallError::Stuck => "the owner's mappings kept changing without an event".to_owned(),
+            InstallError::NoMemory => {
+                crate::session::fault::install::no_memory(self.is_large(page)).to_owned()
+            }
+            InstallError::Refused(errno) => {
                 let error = std::io::Error::from_raw_os_error(errno);
                 format!("the kernel refused to install it: {error}")
             }

@@ -15,7 +15,7 @@ use snapshot_format::Snapshot;
 
 use crate::session::{FrameCache, FrameCacheStats, SharedFrames};
 
-use super::pool::Pool;
+use super::prefetcher::Pool;
 use super::threads::Hook;
 
 /// For sessions that were given none.

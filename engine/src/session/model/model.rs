@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
-use super::world::{BASE, Content as Held, World, at};
+use super::world::{BASE, Content as HoldOutcome, World, at};
 use super::{Knows, Owner};
 use crate::session::Session;
-use crate::session::claims::{Claims, FrameId};
+use crate::session::fault::in_flight::{FrameId, InFlight};
 use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
 use snaprestore_uffd::uffd::Wake;
 
@@ -253,7 +253,7 @@ impl Platform for Model {
     where
         Self: 'h;
 
-    type Follower = ();
+    type CoreFollower = ();
     type Brake = ();
 
     fn follow(&self, (): &mut (), _: u32) -> bool {
@@ -300,7 +300,7 @@ impl Platform for Model {
         self.world.borrow_mut().kicked = true;
     }
 
-    fn wait_unclaimed(&self, _: &Claims, frame: FrameId) {
+    fn wait_unclaimed(&self, _: &InFlight, frame: FrameId) {
         self.stop(Op::WaitUnclaimed(frame));
     }
 
@@ -362,7 +362,7 @@ impl Platform for Model {
         if self.early_check() {
             return self.told(Installed::Again);
         }
-        let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
+        let page = |i: u64| HoldOutcome::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
         self.wake_now(wake, address, installed, len);
         let reported = self.told(installed);
@@ -383,7 +383,7 @@ impl Platform for Model {
         if self.world.borrow().large {
             return self.told(Installed::Refused(libc::EINVAL));
         }
-        let zero = |_| Held::Byte(0);
+        let zero = |_| HoldOutcome::Byte(0);
         let installed = self
             .world
             .borrow_mut()
@@ -401,7 +401,7 @@ impl Platform for Model {
         if self.early_check() {
             return self.told(Installed::Again);
         }
-        let poison = |_| Held::Poison;
+        let poison = |_| HoldOutcome::Poison;
         let installed = self
             .world
             .borrow_mut()
@@ -427,7 +427,7 @@ impl Platform for Model {
 
     fn is_there(&self, address: u64) -> bool {
         let place = self.world.borrow().places.get(&address).copied();
-        let there = matches!(place, Some(Held::Byte(_)));
+        let there = matches!(place, Some(HoldOutcome::Byte(_)));
         self.threads[self.current.get()].tell(&there);
         there
     }
@@ -440,7 +440,7 @@ impl Platform for Model {
         let unregistered = self.world.borrow().unregistered.contains(&address);
         if unregistered && self.is(Mistake::NoWakeAfterUnregister)
             || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
-            || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
+            || matches!(place, Some(HoldOutcome::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;
         }
@@ -453,7 +453,7 @@ fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     session.state.snapshot().hash(&mut hasher);
-    session.inbox.addresses().hash(&mut hasher);
+    session.queue.addresses().hash(&mut hasher);
     session.claims.frames().hash(&mut hasher);
     session.phase_digest().hash(&mut hasher);
     hasher.finish()
@@ -475,12 +475,16 @@ impl Scene {
     /// What was missing when all was closed must not be left to the kernel, which would make it zero.
     fn check_given_up(&self) -> Result<(), String> {
         let world = self.session.platform.world.borrow();
-        if world.fresh.values().any(|content| *content == Held::Poison) {
+        if world
+            .fresh
+            .values()
+            .any(|content| *content == HoldOutcome::Poison)
+        {
             return Err("a fresh place became inaccessible".to_owned());
         }
         for (page, knows) in (0..).zip(&self.owner.borrow().0) {
             let content = world.places.get(&at(page));
-            if *knows == Knows::Original && content == Some(&Held::Missing) {
+            if *knows == Knows::Original && content == Some(&HoldOutcome::Missing) {
                 return Err(format!("page {page} would read as zeros"));
             }
         }

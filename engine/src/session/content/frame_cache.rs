@@ -23,15 +23,15 @@ use quick_cache::sync::{Cache, GuardResult, PlaceholderGuard};
 use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use snapshot_format::{FrameRef, Reason, Snapshot};
 
-use super::platform::Run;
+use crate::session::platform::Run;
 
 /// Parts of the cache that are locked and bounded for themselves. More would be too small for the largest frames.
 const SHARDS: usize = 4;
 /// Buffers that wait for a frame: more than threads decode at the same time on most machines.
-const MOST_IDLE: usize = 16;
+const MAX_IDLE: usize = 16;
 
 /// How long who fetches ahead waits for another, which may be waiting for a disk.
-const LONGEST_WAIT: Duration = Duration::from_millis(20);
+const MAX_WAIT: Duration = Duration::from_millis(20);
 
 /// Decoded frames of any number of snapshots, of which those that are wanted least give way.
 pub(crate) struct FrameCache {
@@ -62,13 +62,13 @@ type Frames = Cache<Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
 type Place<'a> = PlaceholderGuard<'a, Key, Arc<Decoded>, ByBytes, DefaultHashBuilder, Evicted>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(crate) struct Key {
     snapshot: u64,
     frame: FrameRef,
 }
 
 /// A decoded frame.
-pub(super) struct Decoded {
+pub(crate) struct Decoded {
     bytes: Vec<u8>,
     /// The frame's own list of its pages.
     listed: Box<[Run]>,
@@ -76,11 +76,11 @@ pub(super) struct Decoded {
 }
 
 impl Decoded {
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    pub(super) fn listed(&self) -> &[Run] {
+    pub(crate) fn listed(&self) -> &[Run] {
         &self.listed
     }
 }
@@ -113,7 +113,7 @@ impl Buffers {
     fn put(&self, buffer: Vec<u8>) {
         let mut idle = self.lock();
         // Those of another size than is wanted now go first.
-        let oldest = (idle.len() == MOST_IDLE).then(|| idle.remove(0));
+        let oldest = (idle.len() == MAX_IDLE).then(|| idle.remove(0));
         idle.push(buffer);
         drop(idle);
         drop(oldest);
@@ -126,7 +126,7 @@ impl Buffers {
 }
 
 #[derive(Clone)]
-pub(super) struct ByBytes;
+pub(crate) struct ByBytes;
 
 impl Weighter<Key, Arc<Decoded>> for ByBytes {
     fn weight(&self, _: &Key, frame: &Arc<Decoded>) -> u64 {
@@ -136,7 +136,7 @@ impl Weighter<Key, Arc<Decoded>> for ByBytes {
 
 /// Counts what gives way.
 #[derive(Clone)]
-pub(super) struct Evicted(Arc<AtomicU64>);
+pub(crate) struct Evicted(Arc<AtomicU64>);
 
 impl Lifecycle<Key, Arc<Decoded>> for Evicted {
     /// What is freed after the lock was let go: mostly one frame gives way to another.
@@ -237,7 +237,7 @@ pub(crate) struct SharedFrames {
 }
 
 /// What was found.
-pub(super) enum Look<'a> {
+pub(crate) enum Look<'a> {
     /// The frame.
     Found(Arc<Decoded>),
     /// Nothing, but a place for it: whoever else fetches it waits until that is filled, or dropped.
@@ -280,7 +280,7 @@ impl SharedFrames {
     }
 
     /// Looks for `frame`. Who fetches ahead waits for whoever does the same.
-    pub(super) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
+    pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
         if self.is_alone() {
             return Look::Nothing;
         }
@@ -291,11 +291,7 @@ impl SharedFrames {
                 .get(&key)
                 .map_or(Look::Nothing, Look::Found)
         } else {
-            match self
-                .cache
-                .frames
-                .get_value_or_guard(&key, Some(LONGEST_WAIT))
-            {
+            match self.cache.frames.get_value_or_guard(&key, Some(MAX_WAIT)) {
                 GuardResult::Value(decoded) => Look::Found(decoded),
                 GuardResult::Guard(place) => Look::Place(place),
                 GuardResult::Timeout => Look::Nothing,
@@ -310,7 +306,7 @@ impl SharedFrames {
     }
 
     /// Keeps what was not found, unless it is there by now.
-    pub(super) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
+    pub(crate) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
         let frames = &self.cache.frames;
         let place = match look {
             Look::Found(_) => return,
@@ -353,14 +349,11 @@ mod tests {
     #[test]
     fn the_buffers_that_wait_are_few_and_the_latest() {
         let buffers = Buffers::default();
-        for size in 1..=2 * MOST_IDLE {
+        for size in 1..=2 * MAX_IDLE {
             buffers.put(Vec::with_capacity(size << 12));
         }
         let idle = buffers.lock();
-        assert_eq!(idle.len(), MOST_IDLE);
-        assert!(
-            idle.iter()
-                .all(|buffer| buffer.capacity() > MOST_IDLE << 12)
-        );
+        assert_eq!(idle.len(), MAX_IDLE);
+        assert!(idle.iter().all(|buffer| buffer.capacity() > MAX_IDLE << 12));
     }
 }

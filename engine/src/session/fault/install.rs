@@ -16,10 +16,10 @@ use std::ops::Range;
 use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
-use super::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
-use super::stats::add;
-use super::{Session, Stats};
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
+use crate::session::stats::add;
+use crate::session::{Session, Stats};
 use snaprestore_uffd::uffd::Wake;
 
 /// Most pages of one hold: 256 KiB, so that who reads events waits for little.
@@ -29,7 +29,7 @@ pub(crate) const HOLD_PAGES: u64 = 64;
 const POISON_PAGES: u64 = 1 << 18;
 
 /// How often poisoning is refused in a row before the owner is held up.
-const MOST_REFUSALS: u32 = 16;
+const MAX_REFUSALS: u32 = 16;
 
 /// How often an install that found no memory is tried again: for a fault some seconds long, for
 /// prefetch hardly.
@@ -53,7 +53,7 @@ const fn large_memory_tries(reason: Reason) -> u32 {
 
 /// What pages are installed from.
 #[derive(Clone, Copy)]
-pub(super) enum Source<'a> {
+pub(crate) enum Source<'a> {
     /// Slots of a decoded frame: `run.page` is in `run.slot`.
     Frame(&'a [u8], Run),
     /// Zeros.
@@ -66,18 +66,18 @@ pub(super) enum Source<'a> {
 
 /// What pages are installed for.
 #[derive(Clone, Copy)]
-pub(super) struct Purpose {
-    pub(super) reason: Reason,
+pub(crate) struct Purpose {
+    pub(crate) reason: Reason,
     /// The page that somebody is known to want.
-    pub(super) wanted: Option<PageNumber>,
+    pub(crate) wanted: Option<PageNumber>,
     /// When who waits for it is woken: now, or when the lock was let go. On this core it may run at
     /// once, and meet the lock at its next fault.
-    pub(super) wake: Wake,
+    pub(crate) wake: Wake,
 }
 
 impl Purpose {
     /// They come along with others.
-    pub(super) fn along(reason: Reason) -> Self {
+    pub(crate) fn along(reason: Reason) -> Self {
         Self {
             reason,
             wanted: None,
@@ -87,7 +87,7 @@ impl Purpose {
 }
 
 /// What an operator can do when there is no memory for a page.
-pub(super) const fn no_memory(large: bool) -> &'static str {
+pub(crate) const fn no_memory(large: bool) -> &'static str {
     if large {
         "no page of 2 MiB is free in the pool hugepages-2048kB; raise vm.nr_hugepages, or the hugetlb.2MB.max of the \
          owner's cgroup"
@@ -98,7 +98,7 @@ pub(super) const fn no_memory(large: bool) -> &'static str {
 
 /// Why an install stopped before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
+pub(crate) enum InstallError {
     /// The owner is gone.
     OwnerGone,
     /// The mappings kept changing, with nothing to read, for too long.
@@ -110,7 +110,7 @@ pub(super) enum Stop {
 }
 
 /// What one hold came to.
-enum Held {
+enum HoldOutcome {
     /// Go on at this page.
     Next(PageNumber),
     /// Try again with fewer pages at once.
@@ -120,18 +120,18 @@ enum Held {
     /// No memory now.
     NoMemory,
     /// It can't go on.
-    Stop(Stop),
+    InstallError(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Installs what is absent of `pages`. True if the page that is wanted was installed, and its
     /// waiters woken, by this call.
-    pub(super) fn install(
+    pub(crate) fn install(
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
         purpose: Purpose,
-    ) -> Result<bool, Stop> {
+    ) -> Result<bool, InstallError> {
         // What is not absent never becomes so again: no need to take the lock for nothing.
         if !self.state.any_absent(pages.clone()) {
             return Ok(false);
@@ -155,31 +155,31 @@ impl<P: Platform, I: Image> Session<P, I> {
                 self.platform.wake(address, len);
             }
             match held {
-                Held::Next(page) => {
+                HoldOutcome::Next(page) => {
                     next = page;
                     (tries, refusals) = (0, 0);
                     limit = source.most_pages().min(limit * 2);
                     self.has_memory(false);
                 }
-                Held::Fewer(pages) => limit = pages,
-                Held::Again => {
+                HoldOutcome::Fewer(pages) => limit = pages,
+                HoldOutcome::Again => {
                     self.after_again(&mut tries, next)?;
                     refusals += 1;
-                    if matches!(source, Source::Poison) && refusals > MOST_REFUSALS {
+                    if matches!(source, Source::Poison) && refusals > MAX_REFUSALS {
                         brake.get_or_insert_with(|| self.platform.brake());
                         // Who was let go has to run before who comes next is held up.
                         self.platform.back_off(1);
                     }
                 }
-                Held::NoMemory if tries < memory_tries(purpose.reason) => {
+                HoldOutcome::NoMemory if tries < memory_tries(purpose.reason) => {
                     tries += 1;
                     self.platform.back_off(tries);
                 }
-                Held::NoMemory => {
+                HoldOutcome::NoMemory => {
                     self.is_short(false);
-                    return Err(Stop::NoMemory);
+                    return Err(InstallError::NoMemory);
                 }
-                Held::Stop(stop) => return Err(stop),
+                HoldOutcome::InstallError(stop) => return Err(stop),
             }
         }
         Ok(wanted_done)
@@ -193,18 +193,18 @@ impl<P: Platform, I: Image> Session<P, I> {
         source: Source<'_>,
         wake: Wake,
         done: impl FnOnce(Range<PageNumber>, u64),
-    ) -> Held {
+    ) -> HoldOutcome {
         let _hold = self.platform.shared(pages.start);
         let Some(absent) = self.state.absent_in(pages.clone()) else {
-            return Held::Next(pages.end);
+            return HoldOutcome::Next(pages.end);
         };
         let first = absent.start;
         // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
         let Some(rest) = self.state.map().rest_from(first) else {
-            return Held::Next(first + 1);
+            return HoldOutcome::Next(first + 1);
         };
         if rest.large {
-            return Held::Next(rest.page_numbers().end);
+            return HoldOutcome::Next(rest.page_numbers().end);
         }
         let address = rest.address;
         let count = (absent.end - first)
@@ -216,37 +216,37 @@ impl<P: Platform, I: Image> Session<P, I> {
             Installed::Done => {
                 self.mark(first..first + count, source);
                 done(first..first + count, address);
-                Held::Next(first + count)
+                HoldOutcome::Next(first + count)
             }
             Installed::Partial(bytes) => {
                 let end = first + bytes / PAGE;
                 self.mark(first..end, source);
                 done(first..end, address);
-                Held::Next(end)
+                HoldOutcome::Next(end)
             }
             Installed::Exists => {
                 self.state.mark_present(first..first + 1);
                 self.platform.wake(address, PAGE);
-                Held::Next(first + 1)
+                HoldOutcome::Next(first + 1)
             }
             Installed::Again => {
                 add(&self.stats.retries, 1);
-                Held::Again
+                HoldOutcome::Again
             }
             // The range may lie in several mappings, each of which takes a part of it.
-            Installed::Gone if count > 1 => Held::Fewer(count / 2),
+            Installed::Gone if count > 1 => HoldOutcome::Fewer(count / 2),
             // The kernel looks for a change before it looks for the mapping: a change that began in
             // between has moved or unmapped the page, and its event, which can't be read during
             // this hold, will say where it is.
-            Installed::Gone if self.platform.is_changing(address) => Held::Again,
+            Installed::Gone if self.platform.is_changing(address) => HoldOutcome::Again,
             Installed::Gone => {
                 self.state.mark_removed(first..first + 1);
                 self.platform.wake(address, PAGE);
-                Held::Next(first + 1)
+                HoldOutcome::Next(first + 1)
             }
-            Installed::NoMemory => Held::NoMemory,
-            Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
-            Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+            Installed::NoMemory => HoldOutcome::NoMemory,
+            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
         }
     }
 
@@ -260,16 +260,16 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// After no memory was found: lets time pass. The owner may be about to give some back, and goes
     /// on only when the event of that was read.
-    pub(super) fn after_no_memory(
+    pub(crate) fn after_no_memory(
         &self,
         tries: &mut u32,
         about: u64,
         large: bool,
         reason: Reason,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), InstallError> {
         if *tries == large_memory_tries(reason) {
             self.is_short(large);
-            return Err(Stop::NoMemory);
+            return Err(InstallError::NoMemory);
         }
         *tries += 1;
         self.read_now(about);
@@ -278,7 +278,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// After EAGAIN: reads the events that it announced, or lets time pass if there are none yet.
-    pub(super) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), Stop> {
+    pub(crate) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), InstallError> {
         if self.read_now(about) {
             *tries = 0;
             return Ok(());
@@ -287,17 +287,17 @@ impl<P: Platform, I: Image> Session<P, I> {
         if self.platform.back_off(*tries) {
             Ok(())
         } else {
-            Err(Stop::Stuck)
+            Err(InstallError::Stuck)
         }
     }
 
     /// Reads events in the middle of an install. True if there were any.
     fn read_now(&self, about: u64) -> bool {
-        self.state.all_go_on();
+        self.state.beat_all();
         let any = self.read_events(about) > 0;
         if any {
             self.look_if_settled();
-            if !self.inbox.is_empty() {
+            if !self.queue.is_empty() {
                 self.platform.kick();
             }
         }

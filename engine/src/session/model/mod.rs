@@ -20,9 +20,9 @@ use pages::Pages;
 use world::{Change, Content, Unmapped, World, at};
 
 use super::failure::{Failure, FailureKind};
-use super::map::Extent;
-use super::platform::PAGE;
-use super::{Decision, Fault, Guard, Lend, PageNumber, Session, State, Worker};
+use super::{Decision, Fault, Guard, LendContext, PageNumber, Session, State, ThreadContext};
+use crate::session::platform::PAGE;
+use crate::session::state::address_map::Extent;
 use model::Op;
 
 /// Pages of the model's snapshot: two frames of two pages.
@@ -162,11 +162,11 @@ impl Guard for OnlyDamage {
 /// A thread's own worker.
 struct Own {
     scene: Rc<Scene>,
-    worker: RefCell<Worker<Pages>>,
+    worker: RefCell<ThreadContext<Pages>>,
 }
 
-impl Lend<Pages> for Own {
-    fn with<T>(&self, work: impl FnOnce(&mut Worker<Pages>) -> T) -> T {
+impl LendContext<Pages> for Own {
+    fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<Pages>) -> T) -> T {
         if self.scene.together > 0 {
             let model = &self.scene.session.platform;
             model.taken.set(model.taken.get() + 1);
@@ -264,7 +264,7 @@ impl Scenario {
                 let session = &scene.session;
                 let own = Own {
                     scene: Rc::clone(&scene),
-                    worker: RefCell::new(Worker::new(Vec::new())),
+                    worker: RefCell::new(ThreadContext::new(Vec::new())),
                 };
                 session.platform.enter(thread);
                 if is_fault_thread {

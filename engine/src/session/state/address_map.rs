@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::Rel
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use super::platform::{PAGE, PageNumber};
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::platform::{PAGE, PageNumber};
 
 /// Words of an extent: its address, its pages, its first page number, a word of the order by page
 /// number, and whether its memory is of large pages.
@@ -107,18 +107,18 @@ type Copies = [Box<[AtomicU64]>; 2];
 #[derive(Debug)]
 pub(crate) struct Growth {
     /// `None` if the map can't grow.
-    grown: Option<[OnceLock<Copies>; MOST_GROWTHS]>,
+    grown: Option<[OnceLock<Copies>; MAX_GROWTHS]>,
     /// How many of them there are; the last is the one that counts.
     count: AtomicUsize,
 }
 
 /// How often a map grows, each time to twice its length: from a thousand pieces to four billion.
-const MOST_GROWTHS: usize = 22;
+const MAX_GROWTHS: usize = 22;
 
 impl Growth {
     pub(crate) fn new(possible: bool) -> Self {
         Self {
-            grown: possible.then_some([const { OnceLock::new() }; MOST_GROWTHS]),
+            grown: possible.then_some([const { OnceLock::new() }; MAX_GROWTHS]),
             count: AtomicUsize::new(0),
         }
     }
@@ -396,8 +396,8 @@ fn partition(len: usize, before: impl Fn(usize) -> bool) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::state::{State, Status};
     use super::*;
+    use crate::session::state::{State, Status};
     use std::collections::BTreeMap;
 
     const BASE: u64 = 0x1000_0000;

@@ -24,15 +24,15 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::feed::{Feed, Step};
+use super::contexts::Workers;
+use super::session_prefetch::{Feed, Step};
 use super::threads::{Hook, aborting_on_panic, run};
-use super::workers::Workers;
 
 /// The longest that prefetch waits for demand before a frame: an owner that faults all the time
 /// must not stop it.
 const MAX_STAND_BACK: Duration = Duration::from_micros(500);
 /// How long it waits before it looks again.
-const LOOK_AGAIN: Duration = Duration::from_micros(50);
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
 /// Threads that may be at one feed at once: each has a bit of a word.
 pub(super) const MAX_FEED_THREADS: usize = 64;
 
@@ -377,7 +377,7 @@ impl Pool {
             && !is_over()
             && begun.elapsed() < MAX_STAND_BACK
         {
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
         self.fetching.fetch_add(1, Relaxed);
     }

@@ -15,13 +15,13 @@ use std::ops::Range;
 use snapshot_format::Reason;
 use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64};
 
-use super::install::{HOLD_PAGES, Purpose, Source, Stop};
-use super::large::Assembly;
-use super::platform::{Content, Image, PageNumber, Platform, Run};
-use super::state::Status;
-use super::stats::{CameFrom, Met, Trace};
-use super::{Failure, FailureKind, Session, SnapshotImage};
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::fault::huge::Assembly;
+use crate::session::fault::install::{HOLD_PAGES, InstallError, Purpose, Source};
+use crate::session::platform::{Content, Image, PageNumber, Platform, Run};
+use crate::session::state::Status;
+use crate::session::stats::{ContentSource, FaultKind, FaultTrace};
+use crate::session::{Failure, FailureKind, Session, SnapshotImage};
 use snaprestore_uffd::uffd::Wake;
 
 /// Pages of the buffer that fills other than zero are installed from. (The model has no fills, and makes
@@ -36,34 +36,34 @@ const DEADLY: &str = "who read it died or got stuck, twice";
 /// Damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Runs that a frame may have: every slot four times.
-const MOST_RUNS: usize =
+const MAX_RUNS: usize =
     snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
 
 /// What a thread needs to serve a fault, or to prefetch.
-pub(crate) struct Worker<I: Image> {
-    pub(super) decoder: I::Decoder,
-    pub(super) runs: Vec<Run>,
+pub(crate) struct ThreadContext<I: Image> {
+    pub(crate) decoder: I::Decoder,
+    pub(crate) runs: Vec<Run>,
     fill: Vec<u8>,
     fill_word: u64,
     /// Which of the session's threads has it.
     pub(crate) number: usize,
     /// Whether this thread is on the core of the one that it serves.
-    pub(super) shares_core: bool,
+    pub(crate) shares_core: bool,
     /// What is known of the fault that this thread serves.
-    pub(super) trace: Trace,
+    pub(crate) trace: FaultTrace,
     /// Where a large page is put together, in a session that has such.
-    pub(super) assembly: Option<Assembly<I::Frame>>,
+    pub(crate) assembly: Option<Assembly<I::Frame>>,
     /// Frames that prefetch could not use, the latest last: not read once for each of their pages.
     bad: VecDeque<(I::Frame, Failure)>,
 }
 
 /// Where a thread gets a worker from when it has something to do.
-pub(crate) trait Lend<I: Image> {
+pub(crate) trait LendContext<I: Image> {
     /// Calls `work` with a worker that no other thread has meanwhile.
-    fn with<T>(&self, work: impl FnOnce(&mut Worker<I>) -> T) -> T;
+    fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<I>) -> T) -> T;
 }
 
-impl Worker<SnapshotImage> {
+impl ThreadContext<SnapshotImage> {
     /// Whether it was lent to this session before.
     pub(crate) fn knows(&self, image: &SnapshotImage) -> bool {
         image.is_known_to(&self.decoder)
@@ -81,22 +81,22 @@ impl Worker<SnapshotImage> {
     }
 }
 
-impl<I: Image> Worker<I> {
+impl<I: Image> ThreadContext<I> {
     pub(crate) fn new(decoder: I::Decoder) -> Self {
         Self {
             decoder,
             number: usize::MAX,
-            runs: Vec::with_capacity(MOST_RUNS),
+            runs: Vec::with_capacity(MAX_RUNS),
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
             shares_core: false,
-            trace: Trace::default(),
+            trace: FaultTrace::default(),
             assembly: None,
             bad: VecDeque::new(),
         }
     }
 
-    pub(super) fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
+    pub(crate) fn known_bad(&self, frame: &I::Frame) -> Option<&Failure> {
         let known = self.bad.iter().find(|(bad, _)| bad == frame);
         known.map(|(_, failure)| failure)
     }
@@ -109,7 +109,7 @@ impl<I: Image> Worker<I> {
     }
 
     /// For installing `page` and what is installed with it.
-    pub(super) fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
+    pub(crate) fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
         let later = reason == Reason::Demand && self.shares_core;
         Purpose {
             reason,
@@ -119,7 +119,7 @@ impl<I: Image> Worker<I> {
     }
 
     /// A buffer of pages that repeat `word`.
-    pub(super) fn filled(&mut self, word: u64) -> &[u8] {
+    pub(crate) fn filled(&mut self, word: u64) -> &[u8] {
         if self.fill_word != word {
             for chunk in self.fill.chunks_exact_mut(8) {
                 chunk.copy_from_slice(&word.to_le_bytes());
@@ -131,7 +131,7 @@ impl<I: Image> Worker<I> {
 }
 
 /// What became of an attempt to bring a page.
-pub(super) enum Brought {
+pub(crate) enum Loaded {
     /// It was installed by this thread.
     Yes,
     /// Look again.
@@ -139,79 +139,79 @@ pub(super) enum Brought {
 }
 
 /// Why a page was not brought.
-pub(super) enum Lost {
+pub(crate) enum LoadError {
     /// Its content can't be had.
     Failed(Failure),
     /// It could not be installed.
-    Stopped(Stop),
+    Stopped(InstallError),
 }
 
-impl From<Failure> for Lost {
+impl From<Failure> for LoadError {
     fn from(failure: Failure) -> Self {
         Self::Failed(failure)
     }
 }
 
-impl From<Stop> for Lost {
-    fn from(stop: Stop) -> Self {
+impl From<InstallError> for LoadError {
+    fn from(stop: InstallError) -> Self {
         Self::Stopped(stop)
     }
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Brings `page`, which is absent, and what comes with it.
-    pub(super) fn bring(
+    pub(crate) fn bring(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         page: PageNumber,
         reason: Reason,
-    ) -> Result<Brought, Lost> {
+    ) -> Result<Loaded, LoadError> {
         let done = match self.image.content(page, reason)? {
             Content::Fill(word) => {
-                worker.trace.meet(Met::Fill);
-                worker.trace.from = CameFrom::Fill;
+                worker.trace.meet(FaultKind::Fill);
+                worker.trace.from = ContentSource::Fill;
                 let purpose = worker.purpose(page, reason);
                 self.bring_fill(worker, page, word, purpose)?
             }
             Content::Stored(frame, slot) => {
-                worker.trace.meet(Met::Stored);
+                worker.trace.meet(FaultKind::Stored);
                 if reason == Reason::Prefetch
                     && let Some(failure) = worker.known_bad(&frame)
                 {
                     let failure = failure.clone();
-                    return Err(Lost::Failed(Failure { page, ..failure }));
+                    return Err(LoadError::Failed(Failure { page, ..failure }));
                 }
                 let id = self.image.id(&frame);
-                self.refuse_deadly(page, &frame)?;
+                self.check_quarantine(page, &frame)?;
                 let Some(claim) = self.claims.claim(id, reason) else {
-                    worker.trace.from = CameFrom::Another;
+                    worker.trace.from = ContentSource::Another;
                     if reason == Reason::Demand {
                         self.platform.wait_unclaimed(&self.claims, id);
                     }
-                    return Ok(Brought::Look);
+                    return Ok(Loaded::Look);
                 };
                 // Who had the claim a moment ago may have brought it.
                 if self.state.status(page) != Status::Absent {
-                    worker.trace.from = CameFrom::Another;
-                    return Ok(Brought::Look);
+                    worker.trace.from = ContentSource::Another;
+                    return Ok(Loaded::Look);
                 }
                 let done = self.bring_frame(worker, page, &frame, slot, reason)?;
                 drop(claim);
                 done
             }
-            Content::Unavailable => return Err(Lost::Failed(self.unavailable(page))),
+            Content::Unavailable => return Err(LoadError::Failed(self.unavailable(page))),
         };
-        Ok(if done { Brought::Yes } else { Brought::Look })
+        Ok(if done { Loaded::Yes } else { Loaded::Look })
     }
 
     /// Installs the fills around `page`.
     fn bring_fill(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         page: PageNumber,
         word: u64,
         purpose: Purpose,
-    ) -> Result<bool, Lost> {
+    ) -> Result<bool, LoadError> {
         let reason = purpose.reason;
         let most = if word == 0 {
             HOLD_PAGES
@@ -242,12 +242,12 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// it elsewhere.
     fn bring_frame(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         page: PageNumber,
         frame: &I::Frame,
         slot: u16,
         reason: Reason,
-    ) -> Result<bool, Lost> {
+    ) -> Result<bool, LoadError> {
         let slots = self.image.slots(frame);
         let purpose = worker.purpose(page, reason);
         let mut done = false;
@@ -280,7 +280,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         match self.install(near.pages(), Source::Frame(bytes, near), purpose) {
             Ok(now) => done |= now,
             // The pages around the one that was wanted only came with it.
-            Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
+            Err(InstallError::NoMemory | InstallError::Stuck) if done => return Ok(true),
             Err(stop) => return Err(stop.into()),
         }
         let own = self
@@ -294,7 +294,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             match self.install(run.pages(), Source::Frame(bytes, *run), purpose) {
                 Ok(_) => {}
-                Err(Stop::NoMemory | Stop::Stuck) if done => return Ok(true),
+                Err(InstallError::NoMemory | InstallError::Stuck) if done => return Ok(true),
                 Err(stop) => return Err(stop.into()),
             }
         }
@@ -306,9 +306,9 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Decodes the first `slots` pages of `frame`, for `page`.
-    pub(super) fn decode(
+    pub(crate) fn decode(
         &self,
-        worker: &mut Worker<I>,
+        worker: &mut ThreadContext<I>,
         page: PageNumber,
         frame: &I::Frame,
         slots: u16,
@@ -332,7 +332,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Installs the fills that lie between the pages in `worker.runs`, near `page`: they
     /// take microseconds, and a fault for each takes many.
-    fn bring_fills_between(&self, worker: &mut Worker<I>, page: PageNumber) {
+    fn bring_fills_between(&self, worker: &mut ThreadContext<I>, page: PageNumber) {
         let block = window(page, PAGES_PER_BLOCK_U64);
         let near = worker.runs.iter().map(Run::pages);
         let near = near.filter(|pages| block.contains(&pages.start));
@@ -374,9 +374,13 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Fails `page` if its frame is one on which a worker died.
-    pub(super) fn refuse_deadly(&self, page: PageNumber, frame: &I::Frame) -> Result<(), Failure> {
+    pub(crate) fn check_quarantine(
+        &self,
+        page: PageNumber,
+        frame: &I::Frame,
+    ) -> Result<(), Failure> {
         let id = self.image.id(frame);
-        if !self.deadly.contains(&id) {
+        if !self.quarantined.contains(&id) {
             return Ok(());
         }
         Err(Failure {
@@ -388,7 +392,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// The failure of a page that the snapshot doesn't hold.
-    pub(super) fn unavailable(&self, page: PageNumber) -> Failure {
+    pub(crate) fn unavailable(&self, page: PageNumber) -> Failure {
         Failure {
             page,
             kind: FailureKind::Unavailable,

@@ -15,18 +15,18 @@ use std::sync::atomic::Ordering::Relaxed;
 use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
-use super::bring::Lost;
-use super::install::Stop;
-use super::large::Assembly;
-use super::map::{LARGE_PAGES, block_of};
-use super::platform::{Content, Image, Installed, PageNumber, Platform};
-use super::state::Status;
-use super::stats::add;
-use super::{Failure, FailureKind, Left, PrefetchStop, Session, Worker};
+use crate::session::fault::huge::Assembly;
+use crate::session::fault::install::InstallError;
+use crate::session::fault::load::LoadError;
+use crate::session::platform::{Content, Image, Installed, PageNumber, Platform};
+use crate::session::state::Status;
+use crate::session::state::address_map::{LARGE_PAGES, block_of};
+use crate::session::stats::add;
+use crate::session::{Failure, FailureKind, Left, PrefetchStop, Session, ThreadContext};
 use snaprestore_uffd::uffd::Wake;
 
 /// What one hold came to.
-enum Held {
+enum HoldOutcome {
     /// The page is there, or nobody wants it any more.
     Settled,
     /// Read events first.
@@ -34,7 +34,7 @@ enum Held {
     /// No memory now.
     NoMemory,
     /// It can't go on.
-    Stop(Stop),
+    InstallError(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
@@ -43,7 +43,11 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// poisoned.
     ///
     /// [`State::count_poisoned`]: super::State::count_poisoned
-    pub(crate) fn heal(&self, worker: &mut Worker<I>, last: bool) -> Result<Left, PrefetchStop> {
+    pub(crate) fn heal(
+        &self,
+        worker: &mut ThreadContext<I>,
+        last: bool,
+    ) -> Result<Left, PrefetchStop> {
         if self.state.first_poisoned(0).is_none() || self.phase.finishing.swap(true, Relaxed) {
             return Ok(Left::default());
         }
@@ -54,7 +58,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         healed
     }
 
-    fn heal_each(&self, worker: &mut Worker<I>, last: bool) -> Result<Left, PrefetchStop> {
+    fn heal_each(&self, worker: &mut ThreadContext<I>, last: bool) -> Result<Left, PrefetchStop> {
         let mut left = Left::default();
         let mut next = 0;
         while let Some(page) = self.state.first_poisoned(next) {
@@ -70,19 +74,19 @@ impl<P: Platform, I: Image> Session<P, I> {
             };
             match healed {
                 Ok(()) => {}
-                Err(Lost::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
+                Err(LoadError::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
                     left.unread += 1;
                     return Ok(left);
                 }
-                Err(Lost::Failed(failure)) => {
+                Err(LoadError::Failed(failure)) => {
                     self.report(&failure);
                     left.failed += 1;
                 }
-                Err(Lost::Stopped(Stop::OwnerGone)) => {
+                Err(LoadError::Stopped(InstallError::OwnerGone)) => {
                     self.owner_is_gone();
                     return Err(PrefetchStop::Ending);
                 }
-                Err(Lost::Stopped(stop)) => {
+                Err(LoadError::Stopped(stop)) => {
                     self.report(&self.install_failure(page, stop));
                     left.failed += 1;
                 }
@@ -91,7 +95,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(left)
     }
 
-    fn heal_page(&self, worker: &mut Worker<I>, page: PageNumber) -> Result<(), Lost> {
+    fn heal_page(&self, worker: &mut ThreadContext<I>, page: PageNumber) -> Result<(), LoadError> {
         match self.image.content(page, Reason::Prefetch)? {
             Content::Fill(word) => {
                 let bytes = &worker.filled(word)[..PAGE_SIZE];
@@ -100,9 +104,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             Content::Stored(frame, slot) => {
                 if let Some(failure) = worker.known_bad(&frame) {
                     let failure = failure.clone();
-                    return Err(Lost::Failed(Failure { page, ..failure }));
+                    return Err(LoadError::Failed(Failure { page, ..failure }));
                 }
-                self.refuse_deadly(page, &frame)?;
+                self.check_quarantine(page, &frame)?;
                 let slots = self.image.slots(&frame);
                 self.decode(worker, page, &frame, slots, Reason::Prefetch)?;
                 let start = usize::from(slot) * PAGE_SIZE;
@@ -113,51 +117,51 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    fn install_over_poison(&self, page: PageNumber, bytes: &[u8]) -> Result<(), Stop> {
+    fn install_over_poison(&self, page: PageNumber, bytes: &[u8]) -> Result<(), InstallError> {
         let (mut tries, mut shortages) = (0, 0);
         loop {
             match self.hold_over_poison(page, bytes) {
-                Held::Settled => return Ok(()),
-                Held::Again => self.after_again(&mut tries, page)?,
-                Held::NoMemory => {
+                HoldOutcome::Settled => return Ok(()),
+                HoldOutcome::Again => self.after_again(&mut tries, page)?,
+                HoldOutcome::NoMemory => {
                     self.after_no_memory(&mut shortages, page, false, Reason::Prefetch)?;
                 }
-                Held::Stop(stop) => return Err(stop),
+                HoldOutcome::InstallError(stop) => return Err(stop),
             }
         }
     }
 
     /// One hold of the lock: {look up; one COPY}.
-    fn hold_over_poison(&self, page: PageNumber, bytes: &[u8]) -> Held {
+    fn hold_over_poison(&self, page: PageNumber, bytes: &[u8]) -> HoldOutcome {
         let _hold = self.platform.shared(page);
         let pages = page..page + 1;
         if self.state.status(page) != Status::Poisoned {
-            return Held::Settled;
+            return HoldOutcome::Settled;
         }
         let Some(at) = self.state.map().rest_from(page) else {
-            return Held::Settled;
+            return HoldOutcome::Settled;
         };
         match self.platform.copy(at.address, bytes, Wake::Now) {
             Installed::Done | Installed::Partial(_) => {
                 self.state.mark_healed(pages);
                 add(&self.stats.prefetch.copied, 1);
-                Held::Settled
+                HoldOutcome::Settled
             }
             // Another thread heals it.
-            Installed::Exists => Held::Settled,
-            Installed::Again => Held::Again,
-            Installed::Gone if self.platform.is_changing(at.address) => Held::Again,
+            Installed::Exists => HoldOutcome::Settled,
+            Installed::Again => HoldOutcome::Again,
+            Installed::Gone if self.platform.is_changing(at.address) => HoldOutcome::Again,
             Installed::Gone => {
                 self.state.mark_removed(pages);
-                Held::Settled
+                HoldOutcome::Settled
             }
-            Installed::NoMemory => Held::NoMemory,
-            Installed::OwnerGone => Held::Stop(Stop::OwnerGone),
-            Installed::Refused(errno) => Held::Stop(Stop::Refused(errno)),
+            Installed::NoMemory => HoldOutcome::NoMemory,
+            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
         }
     }
 
-    fn heal_large(&self, worker: &mut Worker<I>, page: PageNumber) -> Result<(), Lost> {
+    fn heal_large(&self, worker: &mut ThreadContext<I>, page: PageNumber) -> Result<(), LoadError> {
         let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
         let pages = block_of(page);
         let healed = match self.assemble(worker, &mut assembly, pages, Reason::Prefetch) {
@@ -173,7 +177,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         &self,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
-    ) -> Result<(), Lost> {
+    ) -> Result<(), LoadError> {
         let over = Status::Poisoned;
         if self.install_large(assembly, page, over, Wake::Now, Reason::Prefetch)? {
             add(&self.stats.prefetch.copied, LARGE_PAGES);

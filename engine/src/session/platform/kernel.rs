@@ -6,23 +6,23 @@ use std::time::Duration;
 
 use crate::fail_point::{FailPoint, fail_point};
 use snaprestore_uffd::memory::{Brake, MemError, Ring};
-use snaprestore_uffd::os::{Follower, PageMap};
+use snaprestore_uffd::os::{CoreFollower, PageMap};
 use snaprestore_uffd::uffd::abi::UFFD_EVENT_FORK;
 use snaprestore_uffd::uffd::{
     self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
-use super::claims::{Claims, FrameId};
-use super::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::session::fault::in_flight::{FrameId, InFlight};
+use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// How long installs may go on meeting a changing mapping with no event to read: an owner that
 /// forks or unmaps a huge mapping is between the start of the change and its event for a while.
-const MOST_TRIES: u32 = 4000;
+const MAX_TRIES: u32 = 4000;
 /// Where the memory of a process can lie: above what is never mapped, below the end of the smallest
 /// address space of a 64-bit process with four levels of page tables.
 const EVERYWHERE: (u64, u64) = (1 << 20, (1 << 47) - PAGE);
 /// The longest pause between two tries.
-const LONGEST_PAUSE: Duration = Duration::from_millis(5);
+const MAX_PAUSE: Duration = Duration::from_millis(5);
 
 /// A userfaultfd under a session.
 pub(crate) struct Kernel {
@@ -114,10 +114,10 @@ fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
 impl Platform for Kernel {
     type Shared<'a> = RwLockReadGuard<'a, Reader>;
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
-    type Follower = Follower;
+    type CoreFollower = CoreFollower;
     type Brake = Option<Brake>;
 
-    fn follow(&self, follower: &mut Follower, thread: u32) -> bool {
+    fn follow(&self, follower: &mut CoreFollower, thread: u32) -> bool {
         follower.served(thread)
     }
 
@@ -146,14 +146,14 @@ impl Platform for Kernel {
         self.waiting.wake();
     }
 
-    fn wait_unclaimed(&self, claims: &Claims, frame: FrameId) {
+    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId) {
         claims.wait(frame);
     }
 
     fn back_off(&self, tries: u32) -> bool {
         let pause = Duration::from_micros(20) * tries.min(1000);
-        std::thread::sleep(pause.min(LONGEST_PAUSE));
-        tries < MOST_TRIES
+        std::thread::sleep(pause.min(MAX_PAUSE));
+        tries < MAX_TRIES
     }
 
     fn brake(&self) -> Option<Brake> {

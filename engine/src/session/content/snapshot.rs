@@ -11,11 +11,11 @@ use snapshot_format::{
     FrameDecoder, FrameError, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top,
 };
 
-use super::claims::FrameId;
-use super::duplicates::Duplicates;
-use super::failure::{Failure, FailureKind};
-use super::frames::{Decoded, Look, SharedFrames};
-use super::platform::{Content, Image, PageNumber, Run};
+use crate::session::content::duplicates::Duplicates;
+use crate::session::content::frame_cache::{Decoded, Look, SharedFrames};
+use crate::session::failure::{Failure, FailureKind};
+use crate::session::fault::in_flight::FrameId;
+use crate::session::platform::{Content, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps, for pages whose content many share: their frame is wanted
 /// again and again, and a frame's list doesn't name them all.
