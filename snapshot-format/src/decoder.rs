@@ -11,7 +11,8 @@
 //! ```
 //!
 //! The payload can be decoded in two steps, the first of which ends when the page that somebody
-//! waits for has come out. zstd decodes block by block, and the writer gives a frame of 64 KiB and more at least two.
+//! waits for has come out. zstd decodes block by block, and the writer gives a frame of 64 KiB and
+//! more at least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
 //! [`FrameDecoder`], a dictionary is prepared once per snapshot.
@@ -39,8 +40,8 @@ const FRAME_HEADER_START: usize = 5;
 /// and how it must be: a single segment, no checksum. Levels 1 and 2 give long frames a window.
 const DESCRIPTOR_MASK: u8 = 1 << 5 | 1 << 2;
 const DESCRIPTOR: u8 = 1 << 5;
-/// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context that
-/// has decoded it has allocated what it will need.
+/// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context
+/// that has decoded it has allocated what it will need.
 const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
 
 /// Reads and decodes frames. One for each thread; allocates all it needs when it is made.
@@ -96,9 +97,9 @@ impl FrameDecoder {
         Ok(decoder)
     }
 
-    /// Prepares a decoder to [decode in steps](Self::decode_first) what `snapshot` holds. It forgets
-    /// the snapshot before, and the frame that it had begun. After an error it decodes frames as a
-    /// whole.
+    /// Prepares a decoder to [decode in steps](Self::decode_first) what `snapshot` holds. It
+    /// forgets the snapshot before, and the frame that it had begun. After an error it decodes
+    /// frames as a whole.
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
         self.begun = None;
         self.streams_of = None;
@@ -214,8 +215,8 @@ impl FrameDecoder {
             .map_err(|defect| damaged(snapshot, frame, defect))
     }
 
-    /// The context that can decode the first `pages` of `frame`, if less is to be done for them than
-    /// for all.
+    /// The context that can decode the first `pages` of `frame`, if less is to be done for them
+    /// than for all.
     fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
         let number = match frame.codec {
             Codec::Zstd => 0,

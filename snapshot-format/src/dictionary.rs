@@ -28,7 +28,8 @@ const LEAST_SAVED: f64 = 0.005;
 /// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
 const MOST_FRAME_BYTES: usize = 64 << 10;
 
-/// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train it.
+/// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train
+/// it.
 pub fn is_worth_training(frame_pages: usize) -> bool {
     frame_pages * PAGE_SIZE <= MOST_FRAME_BYTES
 }

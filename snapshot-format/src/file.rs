@@ -21,8 +21,8 @@
 //! | any way to the target's name | the finished file stays under its temporary name, and the error says so |
 //!
 //! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
-//! its process; only where the file system knows none, and in the moment between link and rename,
-//! a temporary name can stay behind after a kill: `.snaprestore-*.partial`; and where it can neither
+//! its process; only where the file system knows none, and in the moment between link and rename, a
+//! temporary name can stay behind after a kill: `.snaprestore-*.partial`; and where it can neither
 //! link nor rename without replacing, an empty target in the moment before the rename.
 //!
 //! Memory holds secrets: a new file can be read and written by its owner only. One that replaces

@@ -21,10 +21,10 @@
 //! frame is decoded once for each window that needs it.
 //!
 //! Memory, at most: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
-//! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each is
-//! read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the file.
-//! Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a million
-//! frames of one.
+//! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each
+//! is read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the
+//! file. Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a
+//! million frames of one.
 
 mod extents;
 mod frames;

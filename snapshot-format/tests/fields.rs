@@ -123,7 +123,8 @@ fn the_ends() {
     );
 }
 
-/// A reader opens the file by its trailer: what the header says otherwise is the verifier's to find.
+/// A reader opens the file by its trailer: what the header says otherwise is the verifier's to
+/// find.
 #[test]
 fn the_header() {
     let sample = Sample::new();

@@ -1,5 +1,6 @@
-//! The golden files of every format version, held to what their manifest says. They were written once and are kept: a
-//! reader that treats one of them otherwise than the manifest says has changed the format.
+//! The golden files of every format version, held to what their manifest says. They were written
+//! once and are kept: a reader that treats one of them otherwise than the manifest says has changed
+//! the format.
 
 mod counting;
 
@@ -458,7 +459,8 @@ fn one_read_of_the_tail_opens_a_file() {
     }
 }
 
-/// A file of a later writer of version 1 reads like any other, and says what it has that is not known.
+/// A file of a later writer of version 1 reads like any other, and says what it has that is not
+/// known.
 #[test]
 fn what_is_not_known_is_ignored() {
     let snapshot = Pages::open("good-from-the-future.snap").snapshot;

@@ -185,7 +185,8 @@ fn in_child_with(
             .output()
             .expect("a process of its own");
         assert!(output.status.success(), "{test}: {output:?}");
-        // The rest is a test harness's, and would be counted. Past this one, which swallows a `println!`.
+        // The rest is a test harness's, and would be counted. Past this one, which swallows a
+        // `println!`.
         let said = String::from_utf8_lossy(&output.stdout);
         let peak = said.lines().find(|line| line.contains(": peak "));
         writeln!(io::stdout(), "{}", peak.expect("what was measured")).expect("standard output");

@@ -1,5 +1,5 @@
-//! Which zstd frames a payload may be: what `FORMAT.md` says of codecs, held against the reader, the
-//! verifier and the writer.
+//! Which zstd frames a payload may be: what `FORMAT.md` says of codecs, held against the reader,
+//! the verifier and the writer.
 
 mod common;
 

@@ -38,7 +38,8 @@ impl Target {
         assert_eq!(result, 0, "emptying the memory");
     }
 
-    /// Time of `count` installs of `len` bytes each, from `before` on whenever the memory was emptied.
+    /// Time of `count` installs of `len` bytes each, from `before` on whenever the memory was
+    /// emptied.
     fn time(
         &self,
         count: u64,

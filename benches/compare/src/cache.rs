@@ -36,8 +36,8 @@ pub(crate) fn cool(path: &Path) -> Result<&'static str, BenchError> {
     }
 }
 
-/// Maps all pages of the program and its libraries: what is mapped isn't dropped, and a contender whose code has to
-/// be read again would be measured with it.
+/// Maps all pages of the program and its libraries: what is mapped isn't dropped, and a contender
+/// whose code has to be read again would be measured with it.
 fn keep_own_code() {
     const MADV_POPULATE_READ: i32 = 22;
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
@@ -55,8 +55,8 @@ fn keep_own_code() {
             (of_file, access.starts_with('r'), hex(from), hex(to))
         {
             let address = std::ptr::with_exposed_provenance_mut(from);
-            // SAFETY: populating for reading changes no content. Kernels before 5.14 refuse it, and the measurement then
-            // includes some reading of code.
+            // SAFETY: populating for reading changes no content. Kernels before 5.14 refuse it, and
+            // the measurement then includes some reading of code.
             let _ = unsafe { libc::madvise(address, to - from, MADV_POPULATE_READ) };
         }
     }

@@ -32,7 +32,8 @@ pub enum Contender {
     Ours(Ours),
     /// A private mapping of the raw file.
     Mmap,
-    /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's core.
+    /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's
+    /// core.
     Handler {
         /// Whether it stays on the toucher's core.
         pinned: bool,
@@ -116,8 +117,8 @@ pub trait Restored {
 }
 
 impl Contender {
-    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches stays, and
-    /// `socket` where a process listens that serves memory from outside.
+    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches
+    /// stays, and `socket` where a process listens that serves memory from outside.
     pub fn start(
         &self,
         file: &Path,

@@ -1,5 +1,5 @@
-//! Writing compared: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync, and the sizes of what they
-//! write.
+//! Writing compared: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync, and
+//! the sizes of what they write.
 
 use std::fs::{self, File};
 use std::path::Path;

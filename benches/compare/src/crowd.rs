@@ -8,11 +8,12 @@
 //!          or two threads that only compute
 //! ```
 //!
-//! The one that computes tells what is the machine's part: its threads take the processor from the others as well,
-//! whoever serves them.
+//! The one that computes tells what is the machine's part: its threads take the processor from the
+//! others as well, whoever serves them.
 //!
-//! Or they are clones that start together and do the same, as clones do: each reads the first tenth of its memory, in the same
-//! shuffled order. How long until the last is through, with the decoded frames shared and without?
+//! Or they are clones that start together and do the same, as clones do: each reads the first tenth
+//! of its memory, in the same shuffled order. How long until the last is through, with the decoded
+//! frames shared and without?
 #![allow(unsafe_code, reason = "memory is given back to the kernel")]
 
 use std::fmt::Write as _;
@@ -43,7 +44,8 @@ const TOUCHES: u64 = 500;
 const PAUSE: Duration = Duration::from_millis(6);
 /// How long a process may need until it has handed its memory over.
 const GATHERING: Duration = Duration::from_millis(1500);
-/// How long one that storms does so until another takes its place: the pages of one are used up by then.
+/// How long one that storms does so until another takes its place: the pages of one are used up by
+/// then.
 const STORM: Duration = Duration::from_millis(1200);
 /// Pages that it touches before it discards them.
 const GUST: usize = 64;
@@ -357,7 +359,8 @@ impl Member {
         self.wait();
         let mut times = Vec::new();
         for offset in rest.iter().take(usize::try_from(TOUCHES).unwrap_or(0)) {
-            // Half of the mean to one and a half of it, as the offset happens to be: not all at once.
+            // Half of the mean to one and a half of it, as the offset happens to be: not all at
+            // once.
             let part = u32::try_from(offset / PAGE % 1024).unwrap_or(0);
             std::thread::sleep(PAUSE / 2 + PAUSE * part / 1024);
             let touched = memory.touch(&[*offset], Access::Read, 1, true);
@@ -366,7 +369,8 @@ impl Member {
         Ok(times)
     }
 
-    /// Touches some pages, discards them one by one, touches them again and discards them again; then the next.
+    /// Touches some pages, discards them one by one, touches them again and discards them again;
+    /// then the next.
     fn storm(&self, memory: Memory, order: &[u64], thread: usize) {
         self.wait();
         let part = order.chunks(order.len().div_ceil(THREADS)).nth(thread);
@@ -404,8 +408,8 @@ fn on_all_threads(body: impl Fn(usize) + Sync) {
 fn discard(memory: Memory, offset: u64) {
     let start = usize::try_from(offset & !(PAGE - 1)).unwrap_or(usize::MAX);
     let page = memory.base().wrapping_add(start).cast();
-    // SAFETY: the offset is one of a plan for this memory, so the page lies in it, and its content is nobody's: whoever
-    // touches it next reads a byte and throws it away.
+    // SAFETY: the offset is one of a plan for this memory, so the page lies in it, and its content
+    // is nobody's: whoever touches it next reads a byte and throws it away.
     let _ = unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) };
 }
 

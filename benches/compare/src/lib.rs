@@ -26,8 +26,9 @@
 //! | [`report`] | results as a table |
 //!
 //! A trial is a process because memory, processor time and page tables of the one before would
-//! otherwise be counted with it. The first round is for proof, not for time: every page that was touched is
-//! compared between the contenders, byte by byte through a checksum, and a difference ends the run.
+//! otherwise be counted with it. The first round is for proof, not for time: every page that was
+//! touched is compared between the contenders, byte by byte through a checksum, and a difference
+//! ends the run.
 
 mod cache;
 pub mod contender;

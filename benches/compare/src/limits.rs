@@ -1,5 +1,5 @@
-//! What the parts of a restore cost by themselves: no restore of the same snapshot can be faster than decoding its
-//! frames and copying its pages.
+//! What the parts of a restore cost by themselves: no restore of the same snapshot can be faster
+//! than decoding its frames and copying its pages.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -156,7 +156,8 @@ pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, 
     Ok(outcome)
 }
 
-/// Copies as many bytes to the same places as a restore does, from a buffer that stays in the processor's cache.
+/// Copies as many bytes to the same places as a restore does, from a buffer that stays in the
+/// processor's cache.
 pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
     let contents = Contents::of(path)?;
     let mut pieces = Vec::new();

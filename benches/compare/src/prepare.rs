@@ -7,7 +7,8 @@
 //! | squashfs | `mksquashfs -comp zstd`, as root where the kernel has the file system |
 //! | erofs | `mkfs.erofs` with the best codec it has, likewise |
 //!
-//! File systems are mounted in a mount namespace of their own, which ends with the program, however it ends.
+//! File systems are mounted in a mount namespace of their own, which ends with the program, however
+//! it ends.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -105,7 +106,8 @@ impl Images {
         &self.program
     }
 
-    /// The file that a contender restores from. What can't be had is [`BenchError::Unavailable`] each time it is asked for.
+    /// The file that a contender restores from. What can't be had is [`BenchError::Unavailable`]
+    /// each time it is asked for.
     pub fn file_for(&mut self, contender: &Contender) -> Result<PathBuf, BenchError> {
         match contender {
             Contender::Ours(ours) | Contender::Serve(ours) => self.snapshot(&ours.snapshot),
@@ -201,8 +203,8 @@ impl Images {
         result
     }
 
-    /// Makes a file in the folder, unless an earlier run made it of the same raw file. What snaprestore writes is never kept: it
-    /// may write something better today.
+    /// Makes a file in the folder, unless an earlier run made it of the same raw file. What
+    /// snaprestore writes is never kept: it may write something better today.
     fn keep(
         &self,
         name: &str,
@@ -242,7 +244,8 @@ impl Images {
 
     fn erofs(&mut self) -> Result<PathBuf, BenchError> {
         needs_file_system("erofs")?;
-        // Which codecs there are depends on how it was built, and on the kernel whether it reads them.
+        // Which codecs there are depends on how it was built, and on the kernel whether it reads
+        // them.
         let mut why = String::new();
         for codec in ["zstd,3", "lz4hc"] {
             let name = format!("erofs-{}.img", codec.replace(',', "-"));

@@ -55,8 +55,8 @@ pub fn rows(samples: &Samples, workload: &Workload) -> Vec<Row> {
                 start_ms: median(&contender, |outcome| outcome.start_us / 1e3),
                 cpu_s: median(&contender, |outcome| outcome.cpu_s),
                 beyond_mib: median(&contender, |outcome| float(outcome.beyond_bytes) / MIB),
-                // Of an image behind a loop device a thread of the kernel reads; of others the process itself, and what else
-                // goes on on the disk doesn't count.
+                // Of an image behind a loop device a thread of the kernel reads; of others the
+                // process itself, and what else goes on on the disk doesn't count.
                 disk_mib: if ["squashfs", "erofs"]
                     .iter()
                     .any(|kind| contender.starts_with(kind))

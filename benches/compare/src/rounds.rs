@@ -1,5 +1,5 @@
-//! Trials in rounds: every contender once, then all again, so that what changes on the machine meanwhile
-//! changes for all. Each round begins with another contender.
+//! Trials in rounds: every contender once, then all again, so that what changes on the machine
+//! meanwhile changes for all. Each round begins with another contender.
 
 use std::path::PathBuf;
 

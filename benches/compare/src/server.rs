@@ -1,6 +1,7 @@
 //! Who serves the memory of a trial from a process of its own: `snaprestore serve`, or a handler.
 //!
-//! It is started before anything is measured, as an operator would, and listens when the VMM connects.
+//! It is started before anything is measured, as an operator would, and listens when the VMM
+//! connects.
 #![allow(unsafe_code, reason = "children end with the trial, by a signal")]
 
 use std::ffi::OsStr;
@@ -107,7 +108,8 @@ impl Server {
             .stdin(Stdio::piped())
             .stdout(said.try_clone().map_err(failed())?)
             .stderr(complained.try_clone().map_err(failed())?);
-        // SAFETY: the child makes one system call between fork and exec: it asks to be ended with the thread that starts it.
+        // SAFETY: the child makes one system call between fork and exec: it asks to be ended with
+        // the thread that starts it.
         unsafe {
             command.pre_exec(|| {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
@@ -163,7 +165,8 @@ impl Server {
 
     /// Until then it completes the VM, so that nobody waits for a page that will not come.
     fn end(&mut self) {
-        // SAFETY: the child wasn't waited for, or `try_wait` below has given `Some`, after which nobody gets here again.
+        // SAFETY: the child wasn't waited for, or `try_wait` below has given `Some`, after which
+        // nobody gets here again.
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
         let began = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {

@@ -1,7 +1,8 @@
 //! The loop that touches memory: the same for every contender, and as little of it as possible.
 //!
 //! A read adds the byte, weighted by its place, to a sum that doesn't depend on the order. A write
-//! stores a byte that follows from its place, and the sum is taken afterwards, of the byte beside it.
+//! stores a byte that follows from its place, and the sum is taken afterwards, of the byte beside
+//! it.
 #![allow(
     unsafe_code,
     reason = "memory that arrives while it is touched is reached through raw pointers"
@@ -162,8 +163,8 @@ impl Memory {
         })
     }
 
-    /// The sum of what was touched: the one taken while reading or, after writes, of the bytes beside
-    /// those that were written, which must have been written too.
+    /// The sum of what was touched: the one taken while reading or, after writes, of the bytes
+    /// beside those that were written, which must have been written too.
     pub fn sum_after(self, offsets: &[u64], access: Access, touched: &Touched) -> Option<u64> {
         if access == Access::Read {
             return Some(touched.sum);
@@ -191,8 +192,8 @@ impl Memory {
         let mut copy = [0; 4096];
         for page in pages {
             assert!((page + 1) * PAGE <= self.len, "page {page} is not inside");
-            // SAFETY: the page lies inside, which `new` was promised is readable; nobody touches it any more, and the
-            // copy is ours.
+            // SAFETY: the page lies inside, which `new` was promised is readable; nobody touches it
+            // any more, and the copy is ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.at(page * PAGE), copy.as_mut_ptr(), copy.len());
             }
@@ -212,7 +213,8 @@ mod tests {
     use super::*;
 
     fn memory(bytes: &mut [u8]) -> Memory {
-        // SAFETY: the tests use it only while they hold the slice exclusively, and not the slice meanwhile.
+        // SAFETY: the tests use it only while they hold the slice exclusively, and not the slice
+        // meanwhile.
         unsafe { Memory::new(bytes.as_mut_ptr(), bytes.len() as u64) }
     }
 

@@ -1,7 +1,8 @@
 //! One measurement, in a process of its own.
 //!
-//! The program that measures runs itself again for each trial ([`Runner`]), with the trial as JSON on its standard
-//! input; the child ([`run_child`]) answers with the outcome on its standard output.
+//! The program that measures runs itself again for each trial ([`Runner`]), with the trial as JSON
+//! on its standard input; the child ([`run_child`]) answers with the outcome on its standard
+//! output.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -52,7 +53,8 @@ pub enum Trial {
         /// Start of the shuffle.
         seed: u64,
     },
-    /// The other side of a trial: a handler that serves the memory of the trial's process. It finds nothing.
+    /// The other side of a trial: a handler that serves the memory of the trial's process. It finds
+    /// nothing.
     Outside(Outside),
     /// One of several VMs that are served at once.
     Member(Member),
@@ -87,8 +89,8 @@ pub struct RestoreTrial {
     pub cache: Cache,
     /// Whether each touch is timed.
     pub latencies: bool,
-    /// Whether every byte of the touched pages is checked afterwards, and memory is watched meanwhile. Such a trial's times
-    /// count for nothing.
+    /// Whether every byte of the touched pages is checked afterwards, and memory is watched
+    /// meanwhile. Such a trial's times count for nothing.
     pub proof: bool,
 }
 
@@ -99,13 +101,16 @@ pub struct Outcome {
     pub start_us: f64,
     /// From usable memory to the last touch.
     pub touch_ms: f64,
-    /// From the beginning to the end: the last touch, or everything being there if nothing is touched.
+    /// From the beginning to the end: the last touch, or everything being there if nothing is
+    /// touched.
     pub total_ms: f64,
     /// Processor time of the process, and of those that serve it.
     pub cpu_s: f64,
-    /// Processor time of the machine meanwhile, whoever took it: file systems also work in the kernel's threads.
+    /// Processor time of the machine meanwhile, whoever took it: file systems also work in the
+    /// kernel's threads.
     pub machine_cpu_s: f64,
-    /// Anonymous memory and page tables at the end, beyond those before, of the process and of those that serve it.
+    /// Anonymous memory and page tables at the end, beyond those before, of the process and of
+    /// those that serve it.
     pub memory_bytes: u64,
     /// The part of it that is neither restored content nor its page tables.
     pub beyond_bytes: u64,
@@ -381,8 +386,8 @@ impl Runner {
 /// The child's side: reads a trial, runs it, writes what it found.
 #[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
 pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
-    // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a time, and with the thread
-    // that started it.
+    // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a
+    // time, and with the thread that started it.
     unsafe {
         libc::alarm(MOST_SECONDS);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);

@@ -1,5 +1,5 @@
-//! As much of userfaultfd as a one-page-a-fault handler, a VMM that hands its memory over and the limit of copying need, and
-//! nothing in between.
+//! As much of userfaultfd as a one-page-a-fault handler, a VMM that hands its memory over and the
+//! limit of copying need, and nothing in between.
 #![allow(unsafe_code, reason = "it talks to the kernel")]
 
 use std::fs::File;
@@ -76,7 +76,8 @@ impl Uffd {
             mode: 1,
             ioctls: 0,
         };
-        // SAFETY: `register` is live; the range is anonymous memory of this process that waits to be filled.
+        // SAFETY: `register` is live; the range is anonymous memory of this process that waits to
+        // be filled.
         let result =
             unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         check(result, "UFFDIO_REGISTER")
@@ -106,8 +107,8 @@ impl Uffd {
             mode: 0,
             copy: 0,
         };
-        // SAFETY: `copy` is live; the callers pass a source of `len` readable bytes that stays mapped, and a destination that was
-        // registered, where only absent pages are filled.
+        // SAFETY: `copy` is live; the callers pass a source of `len` readable bytes that stays
+        // mapped, and a destination that was registered, where only absent pages are filled.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) };
         outcome(result)
     }

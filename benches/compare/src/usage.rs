@@ -129,7 +129,8 @@ pub fn disk_bytes() -> u64 {
         .unwrap_or(0)
 }
 
-/// Bytes read from the disk that `path` lies on, by whomever: loop devices read in threads of the kernel.
+/// Bytes read from the disk that `path` lies on, by whomever: loop devices read in threads of the
+/// kernel.
 pub fn device_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(metadata) = fs::metadata(path) else {
@@ -167,7 +168,8 @@ pub fn machine_cpu_seconds() -> f64 {
     crate::stats::float(ticks) / 100.0
 }
 
-/// What of the memory at `[start, start + len)` is its content, and what the tables for that content take.
+/// What of the memory at `[start, start + len)` is its content, and what the tables for that
+/// content take.
 pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     let maps = fs::read_to_string("/proc/self/smaps")
         .map_err(BenchError::io("reading /proc/self/smaps"))?;
@@ -199,7 +201,8 @@ fn mapping(line: &str) -> Option<(u64, u64)> {
     Some((hex(from)?, hex(to)?))
 }
 
-/// Bytes of page tables that the present pages of a range need: one for each 2 MiB and one for each GiB.
+/// Bytes of page tables that the present pages of a range need: one for each 2 MiB and one for each
+/// GiB.
 fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
     use std::os::unix::fs::FileExt as _;
     let failed = || BenchError::io("reading /proc/self/pagemap");

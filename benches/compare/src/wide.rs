@@ -1,4 +1,5 @@
-//! A snapshot of much memory that takes little to make: every page stored, and the same pages over and over.
+//! A snapshot of much memory that takes little to make: every page stored, and the same pages over
+//! and over.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -8,7 +9,8 @@ use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions};
 
 use crate::{BenchError, PAGE};
 
-/// Writes a snapshot of `pages` pages, of which the first `distinct` differ from each other and the others repeat them.
+/// Writes a snapshot of `pages` pages, of which the first `distinct` differ from each other and the
+/// others repeat them.
 pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
     let failed = || format!("{}: writing", out.display());
     let file = File::create(out).map_err(BenchError::io(failed()))?;

@@ -83,7 +83,8 @@ pub struct Workload {
     /// Whether the files are in memory.
     #[serde(default)]
     pub cache: Cache,
-    /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the whole.
+    /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the
+    /// whole.
     #[serde(default)]
     pub latencies: bool,
     /// Who takes part.
@@ -172,7 +173,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan for memory of `pages` pages. `listed` has the pages for orders that come from a file.
+    /// The plan for memory of `pages` pages. `listed` has the pages for orders that come from a
+    /// file.
     pub fn new(
         pages: u64,
         order: Order,

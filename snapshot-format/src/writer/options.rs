@@ -7,8 +7,8 @@ use crate::types::SnapshotId;
 /// What to do about a dictionary.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Dictionary {
-    /// [Train](Self::Train) one if the frames are [small enough](crate::dictionary::is_worth_training)
-    /// that it is worth the time.
+    /// [Train](Self::Train) one if the frames are [small
+    /// enough](crate::dictionary::is_worth_training) that it is worth the time.
     #[default]
     Auto,
     /// Use none.

@@ -1,5 +1,5 @@
-//! What the fuzz targets share: mutations that get behind the checksums, a naive reader to compare with, and a clock
-//! that ends a hang.
+//! What the fuzz targets share: mutations that get behind the checksums, a naive reader to compare
+//! with, and a clock that ends a hang.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,8 +13,8 @@ use snapshot_format::{
     FrameDecoder, FrameRef, MemoryStore, OpenError, Page, ReadError, Reason, Snapshot,
 };
 
-/// Changes a file. Most of the time as a hostile writer would: some numbers of its structure, and all checksums right
-/// again; otherwise as the fuzzer likes, with checksums or without.
+/// Changes a file. Most of the time as a hostile writer would: some numbers of its structure, and
+/// all checksums right again; otherwise as the fuzzer likes, with checksums or without.
 pub fn mutate(data: &mut [u8], size: usize, max_size: usize, seed: u32) -> usize {
     let mut rng = SplitMix(seed.into());
     let all = pieces(&data[..size]);
@@ -94,8 +94,8 @@ pub enum Found {
     Bytes(Vec<u8>),
     /// No bytes that may be believed.
     Nothing,
-    /// These bytes, or none: they come before the place at which the frame can't be decoded any further, and who
-    /// waited for them may have been given them.
+    /// These bytes, or none: they come before the place at which the frame can't be decoded any
+    /// further, and who waited for them may have been given them.
     Torn(Vec<u8>),
     /// No page has the number.
     Unused,
@@ -178,11 +178,12 @@ pub fn only_damage(error: &ReadError) {
 /// Longest time that one input may take, on a machine that is busy with other things too.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Milliseconds from the start of the watch to the start of the input under way, plus one; 0 between inputs.
+/// Milliseconds from the start of the watch to the start of the input under way, plus one; 0
+/// between inputs.
 static SINCE: AtomicU64 = AtomicU64::new(0);
 
-/// Runs `body`, and ends the process if it hangs. The fuzzer's own alarm is a signal, which a thread that waits for a page
-/// in the kernel doesn't take.
+/// Runs `body`, and ends the process if it hangs. The fuzzer's own alarm is a signal, which a
+/// thread that waits for a page in the kernel doesn't take.
 pub fn watched(body: impl FnOnce()) {
     static START: Once = Once::new();
     static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

@@ -1,5 +1,5 @@
-//! Opens, looks up, decodes and verifies any file. Nothing panics or hangs, and what the verifier calls good can be read
-//! from one end to the other.
+//! Opens, looks up, decodes and verifies any file. Nothing panics or hangs, and what the verifier
+//! calls good can be read from one end to the other.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

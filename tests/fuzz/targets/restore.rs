@@ -1,7 +1,8 @@
-//! Restores any file lazily and compares every page that is touched with what the naive reader finds: the bytes are
-//! right, or there are none. Nothing hangs.
+//! Restores any file lazily and compares every page that is touched with what the naive reader
+//! finds: the bytes are right, or there are none. Nothing hangs.
 //!
-//! A file that opens is restored if it has at most [`MOST_PAGES`] pages; a few hundred bytes can promise terabytes.
+//! A file that opens is restored if it has at most [`MOST_PAGES`] pages; a few hundred bytes can
+//! promise terabytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
@@ -76,7 +77,8 @@ fn check(bytes: &[u8]) {
     }
 }
 
-/// Region and page number of what is touched: every page of blocks with an index, some of the others.
+/// Region and page number of what is touched: every page of blocks with an index, some of the
+/// others.
 fn touches(snapshot: &Snapshot, regions: &[Region]) -> Vec<(usize, u64)> {
     let mut touches = Vec::new();
     for (index, region) in regions.iter().enumerate() {
@@ -122,6 +124,7 @@ fn compare(restored: &Restored, eager: &mut Eager<'_>, index: usize, region: &Re
 /// Ends the process without the fuzzer taking it for a crash.
 fn skipped(reason: &StartError) -> ! {
     let _ = writeln!(std::io::stdout(), "SKIPPED fuzz restore: {reason}");
-    // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could be unsound.
+    // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could
+    // be unsound.
     unsafe { libc::_exit(0) }
 }

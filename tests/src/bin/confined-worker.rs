@@ -1,5 +1,5 @@
-//! A daemon's worker as far as confinement goes: takes one VM's memory, gives up its rights, serves the VM to
-//! its end, and then does what it may not.
+//! A daemon's worker as far as confinement goes: takes one VM's memory, gives up its rights, serves
+//! the VM to its end, and then does what it may not.
 //!
 //! ```text
 //! confined-worker SOCKET SNAPSHOT [--user NAME] [--readable FOLDER] [--then WHAT]

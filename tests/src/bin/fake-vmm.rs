@@ -1,5 +1,5 @@
-//! A VMM as far as a userfaultfd handler can tell: maps memory, hands it over as Firecracker does, and
-//! touches all of it.
+//! A VMM as far as a userfaultfd handler can tell: maps memory, hands it over as Firecracker does,
+//! and touches all of it.
 //!
 //! ```text
 //! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half|late] [--hang-up]
@@ -7,15 +7,16 @@
 //!
 //! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
 //! release whose message is sent, `--split` cuts the memory into two regions, the second of which
-//! lies lower, as with Firecracker. `--huge` takes the memory from the pool of 2 MiB pages. `--discard`
-//! gives every fourth run of 16 pages (with `--huge`, every fourth huge page) back before the touches, as
-//! a balloon does, and wants zeros there. `--move` moves every fourth run of 16 elsewhere, which no
-//! Firecracker does. `--wait` waits for the end of standard input before
-//! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
-//! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
-//! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right.
-//! `--send` has it say less than all, and go on as if it had said it, or say the rest when a line comes on standard input; with `--hang-up` it closes the socket then, and
-//! touches nothing.
+//! lies lower, as with Firecracker. `--huge` takes the memory from the pool of 2 MiB pages.
+//! `--discard` gives every fourth run of 16 pages (with `--huge`, every fourth huge page) back
+//! before the touches, as a balloon does, and wants zeros there. `--move` moves every fourth run of
+//! 16 elsewhere, which no Firecracker does. `--wait` waits for the end of standard input before it
+//! touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it
+//! keeps no descriptor of its memory, unlike Firecracker: when all others are closed it reads
+//! zeros, and doesn't wait. `--only` touches no more than so many pages, `--die` ends by SIGKILL
+//! when all of that is right. `--send` has it say less than all, and go on as if it had said it, or
+//! say the rest when a line comes on standard input; with `--hang-up` it closes the socket then,
+//! and touches nothing.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -316,8 +317,8 @@ impl Memory {
             if from.wrapping_add((RUN - 1) * PAGE) != self.address(run * RUN + RUN - 1) {
                 continue;
             }
-            // SAFETY: the run is this program's own, reached through `address` only, which knows the new
-            // place from now on. Nothing else is at the target, which was reserved for it.
+            // SAFETY: the run is this program's own, reached through `address` only, which knows
+            // the new place from now on. Nothing else is at the target, which was reserved for it.
             let to = unsafe {
                 let len = RUN * PAGE;
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -342,8 +343,8 @@ impl Memory {
         }
     }
 
-    /// Touches the pages in a shuffled order, all or the first of them. The number of pages that are right,
-    /// or one that isn't.
+    /// Touches the pages in a shuffled order, all or the first of them. The number of pages that
+    /// are right, or one that isn't.
     fn compare(
         &self,
         raw: &[u8],
@@ -351,8 +352,8 @@ impl Memory {
         gone: impl Fn(usize) -> bool + Sync,
     ) -> Result<usize, usize> {
         let is_right = |page: usize| {
-            // SAFETY: the page is mapped as long as this process, and only the handler writes to it,
-            // before this read can see it.
+            // SAFETY: the page is mapped as long as this process, and only the handler writes to
+            // it, before this read can see it.
             let content = unsafe { self.address(page).cast::<[u8; PAGE]>().read_volatile() };
             if gone(page) {
                 content == [0; PAGE]

@@ -1,13 +1,13 @@
-//! A daemon's keeper as far as somebody outside can tell: takes one VM's memory, has it held, and serves
-//! nothing.
+//! A daemon's keeper as far as somebody outside can tell: takes one VM's memory, has it held, and
+//! serves nothing.
 //!
 //! ```text
 //! stand-in-keeper PROGRAM SOCKET SNAPSHOT
 //! ```
 //!
-//! `PROGRAM` is the `snaprestore` whose guardian is used. It says who holds, takes a VM at `SOCKET`, and does what
-//! it reads line by line: `release`, `news`. Started again by a service manager that gives it what was held, it
-//! serves that from `SNAPSHOT`.
+//! `PROGRAM` is the `snaprestore` whose guardian is used. It says who holds, takes a VM at
+//! `SOCKET`, and does what it reads line by line: `release`, `news`. Started again by a service
+//! manager that gives it what was held, it serves that from `SNAPSHOT`.
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
 #[path = "../../../cli/src/daemon/cgroup.rs"]

@@ -48,7 +48,8 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// Has one VM served to its end by a worker with these options. What the worker has said, and both ends.
+    /// Has one VM served to its end by a worker with these options. What the worker has said, and
+    /// both ends.
     fn serve(&self, options: &[&str]) -> (Vec<String>, Run, Run) {
         let _ = fs::remove_file(self.path("socket"));
         let mut worker = Command::new(env!("CARGO_BIN_EXE_confined-worker"));
@@ -88,8 +89,8 @@ fn last(said: &[String]) -> &str {
     said.last().map_or("", String::as_str)
 }
 
-/// As operators use it: the worker of `serve` is confined unless they want it otherwise, is another user, and may
-/// die all the same.
+/// As operators use it: the worker of `serve` is confined unless they want it otherwise, is another
+/// user, and may die all the same.
 #[test]
 fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
     let all: [(&[&str], _); 3] = [
@@ -163,7 +164,8 @@ fn forbid_seccomp(command: &mut Command) {
     unsafe { command.pre_exec(install) };
 }
 
-/// The user of the daemon may control it, whomever its worker has become and whatever it may ask the kernel.
+/// The user of the daemon may control it, whomever its worker has become and whatever it may ask
+/// the kernel.
 #[test]
 fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
     if !is_root("a_daemon_that_is_not_of_root_is_controlled_by_its_user") {
@@ -192,7 +194,8 @@ fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
     let _ = scene.stop();
 }
 
-/// Each of three workers has to know which huge pages are there, and none of them may open the file that tells.
+/// Each of three workers has to know which huge pages are there, and none of them may open the file
+/// that tells.
 #[test]
 fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers() {
     let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers";

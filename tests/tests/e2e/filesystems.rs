@@ -282,8 +282,8 @@ impl Mounted {
         }
     }
 
-    /// Runs the program in the folder in which it is mounted, to the end with `code`. Returns what it
-    /// said on standard error.
+    /// Runs the program in the folder in which it is mounted, to the end with `code`. Returns what
+    /// it said on standard error.
     #[track_caller]
     fn run(&self, args: &[&str], code: i32) -> String {
         let run = Run::of(snaprestore(args).current_dir(self.folder.path()));

@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 /// Only a leak takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sockets of a keeper, its worker and its guardian that have nothing to do: of a daemon with one service and a control
-/// socket. The keeper listens at both, and talks to the other two; the worker has its end twice, once as standard input;
-/// the guardian holds the socket of the service.
+/// Sockets of a keeper, its worker and its guardian that have nothing to do: of a daemon with one
+/// service and a control socket. The keeper listens at both, and talks to the other two; the worker
+/// has its end twice, once as standard input; the guardian holds the socket of the service.
 pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
 
 /// What a process holds that has nothing to do.
@@ -62,8 +62,8 @@ impl Footprint {
         })
     }
 
-    /// What a process holds that has come to rest, which is when it has nothing left of a VM or of who asked it, and
-    /// has `sockets`: what it was told can't be taken for read before that.
+    /// What a process holds that has come to rest, which is when it has nothing left of a VM or of
+    /// who asked it, and has `sockets`: what it was told can't be taken for read before that.
     #[track_caller]
     pub(crate) fn at_rest(name: &str, process: Pid, sockets: usize) -> Self {
         let began = Instant::now();
@@ -113,8 +113,8 @@ impl Footprint {
         over
     }
 
-    /// Waits until the process holds what it held once; what it was asked for may have been answered before
-    /// it has put everything away.
+    /// Waits until the process holds what it held once; what it was asked for may have been
+    /// answered before it has put everything away.
     #[track_caller]
     pub(crate) fn comes_back(&self, name: &str, process: Pid, about: &str) {
         let began = Instant::now();

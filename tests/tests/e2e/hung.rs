@@ -1,4 +1,5 @@
-//! A disk that stops answering under a daemon: a file system in this process that keeps its replies.
+//! A disk that stops answering under a daemon: a file system in this process that keeps its
+//! replies.
 
 use std::ffi::OsStr;
 use std::io;

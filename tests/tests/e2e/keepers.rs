@@ -1,5 +1,5 @@
-//! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read what
-//! is wrong.
+//! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read
+//! what is wrong.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
@@ -18,7 +18,8 @@ use snaprestore_tests::program::{Run, snaprestore};
 use crate::manager::FakeManager;
 use crate::scene::{PATIENCE, Scene, end_of, endings, within};
 
-/// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
+/// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input
+/// ends.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
     let options = ["--wait", "--let-go", "--discard", "--threads", "2"];
     let mut vmm = scene.vmm(&options).spawn().expect("a VMM");
@@ -51,8 +52,8 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
-/// There is room for all of a VM but its tables, as there is in the end for some VM: it was taken for a reason to
-/// give up, with all VMs.
+/// There is room for all of a VM but its tables, as there is in the end for some VM: it was taken
+/// for a reason to give up, with all VMs.
 #[test]
 fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -61,7 +62,8 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
     scene.wait_for("can't be held with all that it needs, and is ended", 1);
-    // The service's two and the VM's three; then those are let go but for the one by which a next keeper ends it.
+    // The service's two and the VM's three; then those are let go but for the one by which a next
+    // keeper ends it.
     while manager.names().len() < 5 {
         manager.take_one();
     }
@@ -90,7 +92,8 @@ fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
         scene.serve(&["--prefetch", "all"]);
         let options = ["--threads", "3", "--discard", "--let-go"];
         let vmm = scene.vmm(&options).spawn().expect("a VMM");
-        // Before, it may be accepted, and in nobody else's hands for the time of three system calls.
+        // Before, it may be accepted, and in nobody else's hands for the time of three system
+        // calls.
         scene.wait_for("served", 1);
         std::thread::sleep(Duration::from_millis(round * 3));
         scene.kill();
@@ -202,7 +205,8 @@ fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     wait_for_end(second);
 }
 
-/// A guardian that stands still is told everything when it goes on: it kills none that it was told to release.
+/// A guardian that stands still is told everything when it goes on: it kills none that it was told
+/// to release.
 #[test]
 fn release_that_finds_the_guardian_stopped_is_not_lost() {
     let mut scene = Scene::of(16, Shares::MIXED);
@@ -229,7 +233,8 @@ fn release_that_finds_the_guardian_stopped_is_not_lost() {
     let _ = end_of(vmm).exits(0);
 }
 
-/// It has connected, and was accepted, when the daemon is asked to stop; it hands its memory over after that.
+/// It has connected, and was accepted, when the daemon is asked to stop; it hands its memory over
+/// after that.
 #[test]
 fn vm_that_hands_over_during_a_drain_is_completed() {
     let mut scene = Scene::new(Shares::MIXED);

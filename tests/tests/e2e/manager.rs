@@ -92,8 +92,8 @@ impl FakeManager {
             .env("LISTEN_FDNAMES", names.join(":"));
         let pass_on = move || {
             for (number, fd) in (3..).zip(&high) {
-                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on belong to
-                // the parent's copies, of which the child needs none.
+                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on
+                // belong to the parent's copies, of which the child needs none.
                 if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }

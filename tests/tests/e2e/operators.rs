@@ -139,7 +139,8 @@ fn an_operator_sees_vms_and_lets_them_go() {
     assert_eq!(endings(&scene.stop()), ["exited"; 2]);
 }
 
-/// However it ended, and whoever has decided that, each VM is one, and stays so when another worker counts.
+/// However it ended, and whoever has decided that, each VM is one, and stays so when another worker
+/// counts.
 #[test]
 fn metrics_count_each_ended_vm_once() {
     let mut scene = Scene::new(Shares::MIXED);

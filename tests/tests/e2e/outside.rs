@@ -1,5 +1,5 @@
-//! Who holds the VMs' memory when the daemon dies. The daemon is a stand-in that has memory held and serves
-//! nothing, so every VM waits at its first page.
+//! Who holds the VMs' memory when the daemon dies. The daemon is a stand-in that has memory held
+//! and serves nothing, so every VM waits at its first page.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -68,8 +68,8 @@ impl Scene {
         command
     }
 
-    /// A VM that has handed its memory over to the keeper, and waits at its first page. It has kept no descriptor: if
-    /// nobody else has one, it reads zeros.
+    /// A VM that has handed its memory over to the keeper, and waits at its first page. It has kept
+    /// no descriptor: if nobody else has one, it reads zeros.
     fn vm(&self) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
         command.arg(self.path("socket")).arg(self.path("raw"));
@@ -218,8 +218,8 @@ fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_rea
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// What was sent before the death is read after it: a guardian that has been stopped meanwhile finds
-/// both.
+/// What was sent before the death is read after it: a guardian that has been stopped meanwhile
+/// finds both.
 #[test]
 fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
     let scene = Scene::new();
@@ -238,8 +238,8 @@ fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// The other tests are not blind: without a guardian such a VM reads zeros. And the keeper learns that it has no
-/// guardian any more.
+/// The other tests are not blind: without a guardian such a VM reads zeros. And the keeper learns
+/// that it has no guardian any more.
 #[test]
 fn without_a_guardian_the_vm_reads_zeros_and_the_keeper_is_told() {
     let scene = Scene::new();

@@ -257,7 +257,8 @@ fn damage(snapshot: &Path) {
 fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--patience", "1"]);
-    // One says nothing, one something else, one goes away: other processes than this one, which might be ended.
+    // One says nothing, one something else, one goes away: other processes than this one, which
+    // might be ended.
     let peer = |words: &[&str]| {
         let mut peer = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
         peer.arg(scene.socket()).arg(scene.raw()).args(words);
@@ -293,8 +294,8 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     misfit.wait().expect("its end");
 }
 
-/// Two ways to be wrong are possible here that the fake VMM can't show: KVM reads the memory by itself,
-/// and does so before the first instruction.
+/// Two ways to be wrong are possible here that the fake VMM can't show: KVM reads the memory by
+/// itself, and does so before the first instruction.
 #[test]
 fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
     let test = "a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended";

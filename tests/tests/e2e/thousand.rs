@@ -20,17 +20,17 @@ const WARM: usize = 150;
 const AT_ONCE: usize = 4;
 /// Workers that are killed.
 const KILLS: usize = 5;
-/// What is freed goes back to the kernel, and doesn't stay where it was between things that are in use: growth
-/// is what was not freed.
+/// What is freed goes back to the kernel, and doesn't stay where it was between things that are in
+/// use: growth is what was not freed.
 const STRICT_HEAP: [(&str, &str); 3] = [
     ("MALLOC_ARENA_MAX", "1"),
     ("MALLOC_MMAP_THRESHOLD_", "16384"),
     ("MALLOC_TRIM_THRESHOLD_", "16384"),
 ];
-/// KiB by which the memory of keeper, worker and guardian may have grown at the end. The keeper writes down what
-/// became of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever the number of VMs.
-/// So a leak is seen that is larger than half a KiB a VM in the keeper, 7 KiB in the worker, 80 bytes in the
-/// guardian.
+/// KiB by which the memory of keeper, worker and guardian may have grown at the end. The keeper
+/// writes down what became of each of the first ten thousand VMs; the worker's heap has holes, up
+/// to 3 MiB whatever the number of VMs. So a leak is seen that is larger than half a KiB a VM in
+/// the keeper, 7 KiB in the worker, 80 bytes in the guardian.
 const MORE_KIB: [u64; 3] = [425, 6000, 64];
 /// Stacks of threads that have ended are kept for others.
 const MORE_MAPPINGS: usize = 40;
@@ -194,7 +194,8 @@ fn a_thousand_vms_leave_nothing_behind() {
     daemon.has_mapped_no_more_than(&warm);
     assert_eq!(restarts(), 0);
 
-    // Workers that die with VMs in their hands leave the keeper nothing either, and the last is as the first.
+    // Workers that die with VMs in their hands leave the keeper nothing either, and the last is as
+    // the first.
     let mut kills = 0;
     run_vms(&scene, &misfit, WARM, || {
         std::thread::sleep(Duration::from_millis(50));

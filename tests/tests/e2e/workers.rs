@@ -21,8 +21,8 @@ fn all_right(vmm: Child) {
     assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
 }
 
-/// Each place where what keeper and worker share is between two steps. Several workers in a row come
-/// to it; the first of them finds what one that died after a read has left.
+/// Each place where what keeper and worker share is between two steps. Several workers in a row
+/// come to it; the first of them finds what one that died after a read has left.
 #[test]
 fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -44,8 +44,8 @@ fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     }
 }
 
-/// The worker is killed again and again while two VMs are restored, one that it completes and one that
-/// wants its pages one by one.
+/// The worker is killed again and again while two VMs are restored, one that it completes and one
+/// that wants its pages one by one.
 #[test]
 fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
     let mut scene = Scene::new(Shares::MIXED);

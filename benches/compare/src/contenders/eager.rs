@@ -1,5 +1,5 @@
-//! Everything first: the raw file read, or a compressed one decompressed, into anonymous memory. One
-//! thread, as the tools do it.
+//! Everything first: the raw file read, or a compressed one decompressed, into anonymous memory.
+//! One thread, as the tools do it.
 
 use std::fs::File;
 use std::io::Read as _;

@@ -1,12 +1,13 @@
-//! What VMMs' example handlers do: one thread, one page of the mapped raw file copied for each fault.
+//! What VMMs' example handlers do: one thread, one page of the mapped raw file copied for each
+//! fault.
 //!
 //! ```text
 //! loop: read one message (blocking) -> COPY of one page from the mapping of the raw file, which wakes
 //! ```
 //!
-//! It is as quick as this design can be: reading blocks, so that there is no poll before each read; no state is kept; no
-//! events are asked for. On the core of the thread that faults it answers eight times sooner than on another, because
-//! nobody has to be woken on a core that sleeps.
+//! It is as quick as this design can be: reading blocks, so that there is no poll before each read;
+//! no state is kept; no events are asked for. On the core of the thread that faults it answers
+//! eight times sooner than on another, because nobody has to be woken on a core that sleeps.
 
 use std::fs::File;
 use std::path::Path;
@@ -101,7 +102,8 @@ impl Restored for Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        // The handler blocks in a read that ends only with a fault: one is made, on a page of its own.
+        // The handler blocks in a read that ends only with a fault: one is made, on a page of its
+        // own.
         self.over.store(true, Relaxed);
         let bell = self.bell.memory();
         bell.touch(&[0], Access::Read, 1, false);

@@ -1,4 +1,5 @@
-//! A private mapping of a file: the raw one, or the one that a compressed file system shows. The kernel does the rest.
+//! A private mapping of a file: the raw one, or the one that a compressed file system shows. The
+//! kernel does the rest.
 
 use std::fs::File;
 use std::path::Path;

@@ -63,15 +63,16 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         restore = restore.prefetch_threads(threads);
     }
     restore = restore.huge_pages(options.huge_pages);
-    // One region lies where the library puts it; several are given memory in which they follow one another, as in the raw file.
+    // One region lies where the library puts it; several are given memory in which they follow one
+    // another, as in the raw file.
     let given = if lens.len() == 1 {
         None
     } else {
         let region = Region::anonymous(bytes)?;
         let mut offset = 0;
         for (index, len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-            // SAFETY: the mapping is fresh, used by nobody else but the touching loop, and outlives the restore: `Lazily`
-            // drops the restore first.
+            // SAFETY: the mapping is fresh, used by nobody else but the touching loop, and outlives
+            // the restore: `Lazily` drops the restore first.
             let memory = unsafe { RawRegion::new(region.at(offset), *len) };
             restore = restore.region(index, memory.map_err(BenchError::of(failed()))?);
             offset += len;

@@ -1,14 +1,14 @@
-//! What VMMs' example handlers do, in a process of its own: receives a userfaultfd over a Unix socket and serves it from the
-//! mapped raw file.
+//! What VMMs' example handlers do, in a process of its own: receives a userfaultfd over a Unix
+//! socket and serves it from the mapped raw file.
 //!
 //! ```text
 //! a page a fault:   loop: read one message (blocking) -> COPY of one page, which wakes
 //! everything first: read one message (blocking) -> COPY of the whole memory
 //! ```
 //!
-//! Firecracker has examples of both, which do more than they need: they poll before each read, and map the raw file
-//! when the VMM has connected. Here it is mapped, and all its pages are, before anybody connects; and reading blocks. So
-//! they are as quick as their designs can be.
+//! Firecracker has examples of both, which do more than they need: they poll before each read, and
+//! map the raw file when the VMM has connected. Here it is mapped, and all its pages are, before
+//! anybody connects; and reading blocks. So they are as quick as their designs can be.
 #![allow(unsafe_code, reason = "a trial that would wait for ever is ended")]
 
 use std::fs::File;
@@ -41,7 +41,8 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// Serves until the descriptor can't be read any more, which is not before the process is ended.
+    /// Serves until the descriptor can't be read any more, which is not before the process is
+    /// ended.
     pub(crate) fn run(&self) -> Result<(), BenchError> {
         let named = || format!("{}: serving it", self.file.display());
         let file = File::open(&self.file).map_err(BenchError::io(named()))?;

@@ -40,8 +40,9 @@ impl Region {
         if base == libc::MAP_FAILED {
             return Err(BenchError::last(format!("mapping {bytes} bytes")));
         }
-        // SAFETY: the mapping is private and stays until `self` is dropped; the files behind it are not truncated while
-        // a run lasts. Who maps without write access doesn't hand the memory out.
+        // SAFETY: the mapping is private and stays until `self` is dropped; the files behind it are
+        // not truncated while a run lasts. Who maps without write access doesn't hand the memory
+        // out.
         let memory = unsafe { Memory::new(base.cast(), bytes) };
         Ok(Self { memory })
     }
@@ -65,8 +66,8 @@ impl Region {
     /// All of it, to be filled.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         let len = usize::try_from(self.memory.len()).unwrap_or(0);
-        // SAFETY: the mapping is readable and writable for its length, fresh anonymous memory reads as zeros, and it is
-        // borrowed exclusively here: nobody touches it before it is handed out.
+        // SAFETY: the mapping is readable and writable for its length, fresh anonymous memory reads
+        // as zeros, and it is borrowed exclusively here: nobody touches it before it is handed out.
         unsafe { std::slice::from_raw_parts_mut(self.memory.base(), len) }
     }
 }
@@ -74,8 +75,9 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         let len = usize::try_from(self.memory.len()).unwrap_or(0);
-        // SAFETY: the mapping is ours; who had its memory has borrowed or copied no more than addresses, and the trial that
-        // used them is over. An error would leave it mapped, which harms nobody.
+        // SAFETY: the mapping is ours; who had its memory has borrowed or copied no more than
+        // addresses, and the trial that used them is over. An error would leave it mapped, which
+        // harms nobody.
         let _ = unsafe { libc::munmap(self.memory.base().cast(), len) };
     }
 }

@@ -1,5 +1,5 @@
-//! The VMM of a trial, which is the trial's own process: maps memory, opens a userfaultfd and hands both over as Firecracker
-//! does, then touches.
+//! The VMM of a trial, which is the trial's own process: maps memory, opens a userfaultfd and hands
+//! both over as Firecracker does, then touches.
 //!
 //! ```text
 //! mmap -> userfaultfd, REGISTER -> connect -> JSON array of the region, with the descriptor -> touches
@@ -76,7 +76,8 @@ fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Re
     message.msg_control = control.as_mut_ptr().cast();
     // SAFETY: it computes a length from a length: 24 bytes of the 64.
     message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as usize;
-    // SAFETY: the room holds a header and a descriptor, so the first header lies in it, and the data behind it.
+    // SAFETY: the room holds a header and a descriptor, so the first header lies in it, and the
+    // data behind it.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(&raw const message);
         (*header).cmsg_level = libc::SOL_SOCKET;
@@ -87,7 +88,8 @@ fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Re
             .write_unaligned(number);
     }
     const { assert!(size_of::<RawFd>() == 4) };
-    // SAFETY: the message points to live bytes and control data, with their lengths; the kernel only reads them.
+    // SAFETY: the message points to live bytes and control data, with their lengths; the kernel
+    // only reads them.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     match usize::try_from(sent) {
         Err(_) => Err(io::Error::last_os_error()),

@@ -65,7 +65,8 @@ impl Deed {
         Self::Fill,
     ];
 
-    /// Whether the daemon can only know of it if the kernel tells. Half of those who do it have it told.
+    /// Whether the daemon can only know of it if the kernel tells. Half of those who do it have it
+    /// told.
     pub(crate) fn wants_events(self) -> bool {
         matches!(self, Self::Unmap | Self::Move)
     }
@@ -103,8 +104,8 @@ impl Deed {
             memory.pointer(page),
             usize::try_from(pages * PAGE).unwrap_or(0),
         );
-        // SAFETY: nobody holds a reference to this memory, nor expects anything of it. Where it is not mapped,
-        // or was made inaccessible, a touch ends this process, which nobody minds.
+        // SAFETY: nobody holds a reference to this memory, nor expects anything of it. Where it is
+        // not mapped, or was made inaccessible, a touch ends this process, which nobody minds.
         unsafe {
             match self {
                 Self::Touch if rng.random() => at.cast::<u8>().write_volatile(rng.random()),
@@ -205,6 +206,7 @@ fn fill(memory: &Memory, page: u64) {
         mode: 0,
         copied: 0,
     };
-    // SAFETY: the structure is the kernel's `uffdio_copy`, and its source is a live page of numbers.
+    // SAFETY: the structure is the kernel's `uffdio_copy`, and its source is a live page of
+    // numbers.
     unsafe { libc::ioctl(memory.number(), 0xC028_AA03, &raw mut copy) };
 }

@@ -16,8 +16,8 @@ const INIT: u32 = 26;
 /// Not implemented, as the kernel wants it.
 const ENOSYS: i32 = -38;
 
-/// An open file of a file system that a child serves until it ends. Not this process: its own end would wait
-/// for itself.
+/// An open file of a file system that a child serves until it ends. Not this process: its own end
+/// would wait for itself.
 pub(crate) fn file() -> io::Result<RawFd> {
     // Nobody else sees it, and it goes with this process.
     unshare(CloneFlags::CLONE_NEWNS)?;

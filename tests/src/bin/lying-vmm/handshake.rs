@@ -183,7 +183,8 @@ pub(crate) enum Descriptors {
     Fresh,
     /// That of the parent, sent by a child.
     OfParent,
-    /// A file that can't be closed before this program has ended. Only by name, since it takes a mount.
+    /// A file that can't be closed before this program has ended. Only by name, since it takes a
+    /// mount.
     Fuse,
 }
 
@@ -207,7 +208,8 @@ impl Descriptors {
 
     fn numbers(self, memory: &Memory) -> Vec<RawFd> {
         let good = memory.number();
-        // SAFETY: the calls take numbers and live memory of their own; what they make is never closed.
+        // SAFETY: the calls take numbers and live memory of their own; what they make is never
+        // closed.
         unsafe {
             match self {
                 Self::Honest | Self::OfParent => vec![good],

@@ -5,9 +5,10 @@
 //! lying-vmm SOCKET RAW NAME...
 //! ```
 //!
-//! `RAW` is the memory that it ought to have. With a number, what it does follows from that; with names, it is those
-//! lies and deeds, and the rest is honest. It may end, hang, stop itself, or be killed: whoever starts it must be ready to
-//! kill it. It says what it does in one line at the start.
+//! `RAW` is the memory that it ought to have. With a number, what it does follows from that; with
+//! names, it is those lies and deeds, and the rest is honest. It may end, hang, stop itself, or be
+//! killed: whoever starts it must be ready to kill it. It says what it does in one line at the
+//! start.
 #![allow(
     unsafe_code,
     reason = "it does to its memory what nobody should, through raw pointers"

@@ -80,7 +80,8 @@ impl Memory {
                 };
             }
         }
-        // SAFETY: the memory is reached through raw pointers only, by accesses that may fail as they like.
+        // SAFETY: the memory is reached through raw pointers only, by accesses that may fail as
+        // they like.
         let region = unsafe { RawRegion::new(start, len) }.map_err(io::Error::other)?;
         let registered = match lie {
             Lie::NotRegistered => 0,
