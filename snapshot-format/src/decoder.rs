@@ -29,8 +29,8 @@ use crate::snapshot::Snapshot;
 use crate::store::Reason;
 use crate::types::SnapshotId;
 
-/// Frames of at least so many pages are decoded in steps: the writer gives these at least two zstd
-/// blocks.
+/// Minimum number of pages of a frame that is decoded in steps. The writer gives such frames at
+/// least two zstd blocks.
 const LEAST_PAGES: u16 = 16;
 /// Dictionaries that a decoder prepares for decoding in steps.
 const MOST_STREAMS: usize = 4;
@@ -48,7 +48,8 @@ const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
 pub struct FrameDecoder {
     record: Box<[u8]>,
     context: DCtx<'static>,
-    /// For decoding in steps: a context for each dictionary, with its number; 0 is none.
+    /// Contexts for decoding in steps, one for each dictionary, with the dictionary's number; 0
+    /// means no dictionary.
     streams: Vec<(u16, DCtx<'static>)>,
     /// The snapshot whose dictionaries they have.
     streams_of: Option<SnapshotId>,
@@ -89,8 +90,8 @@ impl FrameDecoder {
         }
     }
 
-    /// As [`FrameDecoder::new`], prepared to [decode in steps](Self::decode_first) what `snapshot`
-    /// holds.
+    /// Creates a decoder as [`FrameDecoder::new`] does, prepared to [decode in
+    /// steps](Self::decode_first) the frames of `snapshot`.
     pub fn in_steps(snapshot: &Snapshot) -> Result<Self, ReadError> {
         let mut decoder = Self::new();
         decoder.prepare_for(snapshot)?;
@@ -115,7 +116,8 @@ impl FrameDecoder {
         Ok(())
     }
 
-    /// A context for frames with the dictionary `bytes`. Without one, they are decoded as a whole.
+    /// Adds a context for frames with the dictionary `bytes`. If it cannot be prepared, these
+    /// frames are decoded as a whole.
     fn add_stream(&mut self, number: u16, bytes: &[u8]) {
         let mut context = DCtx::create();
         let mut byte = [0_u8];
@@ -131,8 +133,8 @@ impl FrameDecoder {
         }
     }
 
-    /// Reads, checks and decodes `frame` into `out`, which has exactly
-    /// [`FrameRef::decoded_len`] bytes. On an error the content of `out` means nothing.
+    /// Reads, checks and decodes `frame` into `out`, which has exactly [`FrameRef::decoded_len`]
+    /// bytes. On an error the content of `out` is unspecified.
     ///
     /// Allocates nothing once the frame's dictionary is prepared, which [`Snapshot::prepare`] does
     /// for all of them.
@@ -149,12 +151,12 @@ impl FrameDecoder {
         Ok(parts.listed)
     }
 
-    /// As [`FrameDecoder::decode`], but may stop once the first `pages` pages are in `out`. Returns
-    /// what the frame lists, and how many pages are there. If that is not all of them,
-    /// [`FrameDecoder::decode_rest`] decodes the others.
+    /// Decodes `frame` as [`FrameDecoder::decode`] does, but may stop once the first `pages` pages
+    /// are in `out`. Returns the frame's page list and the number of decoded pages. If that is less
+    /// than the whole frame, [`FrameDecoder::decode_rest`] decodes the others.
     ///
-    /// What has come out is right even if the rest can't be decoded: the checksum of the whole
-    /// record was.
+    /// The decoded pages are correct even if the rest cannot be decoded, because the checksum of
+    /// the whole record was verified first.
     pub fn decode_first<'a>(
         &'a mut self,
         snapshot: &Snapshot,
@@ -215,8 +217,8 @@ impl FrameDecoder {
             .map_err(|defect| damaged(snapshot, frame, defect))
     }
 
-    /// The context that can decode the first `pages` of `frame`, if less is to be done for them
-    /// than for all.
+    /// Returns the index of the context that can decode the first `pages` of `frame` in steps; none
+    /// if the frame must be decoded as a whole anyway.
     fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
         let number = match frame.codec {
             Codec::Zstd => 0,
@@ -313,8 +315,8 @@ fn read<'a>(
         .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
-/// Checks that `bytes` are exactly one zstd frame: zstd itself would decode several, one behind the
-/// other, and skip those that it is told to skip.
+/// Checks that `bytes` are exactly one zstd frame. zstd itself would decode several consecutive
+/// frames, and would skip skippable ones.
 pub(crate) fn one_zstd_frame(bytes: &[u8]) -> Result<(), Defect> {
     if zstd_safe::find_frame_compressed_size(bytes) == Ok(bytes.len()) {
         return Ok(());
@@ -353,8 +355,9 @@ fn decode_whole(
         .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
-/// Whether `payload`, which is one zstd frame, has a header of the usual kind: then decoding it in
-/// steps comes to what decoding it at once does, or to an error behind what has come out.
+/// Returns whether `payload`, which is one zstd frame, has a header of the usual kind. If so,
+/// decoding it in steps gives the same bytes as decoding it at once, or fails after the bytes that
+/// were already decoded.
 fn is_stepwise(payload: &[u8], len: usize) -> bool {
     payload.get(4).map(|first| first & DESCRIPTOR_MASK) == Some(DESCRIPTOR)
         && matches!(zstd_safe::get_frame_content_size(payload), Ok(Some(size)) if size == len as u64)
@@ -374,7 +377,7 @@ fn decode_defect(code: zstd_safe::ErrorCode) -> Defect {
     }
 }
 
-/// What was decoded must fill the buffer.
+/// Checks that the decoded bytes fill the buffer exactly.
 fn check_len(len: usize, expected: usize) -> Result<(), Defect> {
     if len == expected {
         return Ok(());

@@ -21,15 +21,16 @@ const MOST_TRAINING_BYTES: usize = 2 << 20;
 const HELD_OUT: usize = 4;
 /// With less than this there is nothing to learn from.
 const LEAST_BYTES: usize = 2 << 20;
-/// What it must save of the frames' bytes at least: it also costs time to decode.
+/// Minimum share of the frames' bytes that a dictionary must save, because using it also costs
+/// decoding time.
 const LEAST_SAVED: f64 = 0.005;
 
 /// The largest frames for which one is trained by default. In a real guest it saves 0.6 % of frames
 /// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
 const MOST_FRAME_BYTES: usize = 64 << 10;
 
-/// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train
-/// it.
+/// Returns whether frames of `frame_pages` pages are small enough for a dictionary to be worth the
+/// time to train it.
 pub fn is_worth_training(frame_pages: usize) -> bool {
     frame_pages * PAGE_SIZE <= MOST_FRAME_BYTES
 }
@@ -39,7 +40,7 @@ pub fn is_worth_training(frame_pages: usize) -> bool {
 pub struct Trained {
     /// The dictionary.
     pub bytes: Vec<u8>,
-    /// What part of the compressed bytes it saved on pages that it wasn't trained on.
+    /// Share of the compressed bytes that it saved on pages that it wasn't trained on.
     pub saved_ratio: f64,
 }
 
@@ -68,7 +69,7 @@ pub fn train(
     train_on_frames(&frames, level, expected_bytes)
 }
 
-/// As [`train`], with frames of distinct pages that are no fills.
+/// Trains a dictionary as [`train`] does, on frames of distinct pages that are not fills.
 pub(crate) fn train_on_frames(
     frames: &[&[u8]],
     level: i32,
@@ -152,7 +153,7 @@ fn compressed_len(
     total.map(as_f64)
 }
 
-/// Precision doesn't matter to an estimate.
+/// Converts to `f64`. The loss of precision doesn't matter for an estimate.
 #[allow(clippy::cast_precision_loss)]
 fn as_f64(bytes: u64) -> f64 {
     bytes as f64

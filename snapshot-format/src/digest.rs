@@ -39,7 +39,7 @@ const BLOCK: &[u8] = b"snaprestore block";
 const CONTENT: &[u8] = b"snaprestore content";
 const STATE: &[u8] = b"snaprestore state";
 
-/// The word that the whole of `page` repeats, if there is one.
+/// Returns the word that the whole of `page` repeats, if there is one.
 ///
 /// `page` may have any length that is a multiple of 8; the empty slice repeats nothing.
 pub fn fill_word(page: &[u8]) -> Option<u64> {
@@ -55,7 +55,7 @@ pub fn fill_word(page: &[u8]) -> Option<u64> {
     same.then(|| u64::from_le_bytes(*first))
 }
 
-/// Digest of a page from its 4096 bytes, whether they are a fill or not.
+/// Returns the digest of a page from its 4096 bytes, whether or not they are a fill.
 pub fn page(bytes: &[u8]) -> Digest {
     debug_assert_eq!(bytes.len(), PAGE_SIZE);
     match fill_word(bytes) {
@@ -64,24 +64,25 @@ pub fn page(bytes: &[u8]) -> Digest {
     }
 }
 
-/// Digest of a page that is known to be no fill. The writer has just looked; [`page`] looks again.
+/// Returns the digest of a page that is known not to be a fill. The writer has already checked;
+/// [`page`] checks again.
 pub fn stored(bytes: &[u8]) -> Digest {
     blake3::hash(bytes).into()
 }
 
-/// Digest of a page that repeats `word`, found without the page.
+/// Returns the digest of a page that repeats `word`, computed without the page's bytes.
 pub fn fill(word: u64) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(FILL).update(&word.to_le_bytes());
     hasher.finalize().into()
 }
 
-/// Digest of a page that could not be read when the snapshot was taken.
+/// Returns the digest of a page that could not be read when the snapshot was taken.
 pub fn unavailable() -> Digest {
     blake3::hash(UNAVAILABLE).into()
 }
 
-/// Digest of a block from the digests of its pages, in order.
+/// Returns the digest of a block from the digests of its pages, in order.
 pub fn block(pages: &[Digest]) -> Digest {
     debug_assert!(!pages.is_empty() && pages.len() <= PAGES_PER_BLOCK);
     let mut hasher = blake3::Hasher::new();
@@ -97,7 +98,7 @@ pub struct UniformBlocks {
 }
 
 impl UniformBlocks {
-    /// Digest of a block of `pages` pages that all have the digest `page`.
+    /// Returns the digest of a block of `pages` pages that all have the digest `page`.
     pub fn digest(&mut self, page: Digest, pages: usize) -> Digest {
         match self.last {
             Some((same, count, digest)) if same == page && count == pages => digest,
@@ -153,8 +154,8 @@ impl ContentHasher {
     }
 }
 
-/// Digest of a snapshot's state: its content, what its regions are, and its attachments, each as
-/// name and BLAKE3 hash, in any order.
+/// Returns the digest of a snapshot's state: its content, the description of its regions, and its
+/// attachments, each as name and BLAKE3 hash, in any order.
 pub fn state(content: &Digest, regions: &[Region], attachments: &[(&str, Digest)]) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(STATE).update(content);

@@ -1,4 +1,4 @@
-//! What can go wrong when a snapshot is read, and how bad it is.
+//! Errors of reading a snapshot, and how severe they are.
 //!
 //! Every operation has an enum of its own; each message says the file, the place and what would
 //! have been right. `is_damage` tells "this file is not, or no longer, a good snapshot" from "the
@@ -67,7 +67,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// What exactly is wrong with a part of the file.
+/// A defect in a part of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Defect {
@@ -92,7 +92,7 @@ pub enum Defect {
         field: &'static str,
         /// Its value.
         value: u64,
-        /// What would have been right.
+        /// Description of the accepted values.
         accepted: Cow<'static, str>,
     },
     /// A length or count passes a named limit.
@@ -108,7 +108,7 @@ pub enum Defect {
     /// A range doesn't lie where it must.
     #[error("{field}: {len} from {offset} on do not lie within {from}..{to}")]
     OutOfBounds {
-        /// What the range is of.
+        /// Description of the range.
         field: &'static str,
         /// Start of the range.
         offset: u64,
@@ -132,7 +132,7 @@ pub enum Defect {
     Text {
         /// Name of the field.
         field: &'static str,
-        /// What is wrong with it.
+        /// Description of the defect.
         detail: Cow<'static, str>,
     },
     /// The decompressor refused the bytes.
@@ -185,11 +185,11 @@ pub enum OpenError {
     Io {
         /// The store's name.
         file: String,
-        /// What was being read.
+        /// Part that was being read.
         part: Part,
-        /// Where.
+        /// Offset of the read, in bytes.
         offset: u64,
-        /// How much.
+        /// Length of the read, in bytes.
         len: u64,
         /// The store's error.
         source: io::Error,
@@ -257,15 +257,16 @@ pub enum OpenError {
         file: String,
         /// The damaged part.
         part: Part,
-        /// Where the damage lies, or begins.
+        /// Offset of the damage, or of its start.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
 }
 
 impl OpenError {
-    /// Whether the file is damaged, incomplete or no snapshot, rather than the operation failed.
+    /// Returns whether the file is damaged, incomplete or not a snapshot; false if the operation
+    /// failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -287,11 +288,11 @@ pub enum ReadError {
     Io {
         /// The store's name.
         file: String,
-        /// What was being read.
+        /// Part that was being read.
         part: Part,
-        /// Where.
+        /// Offset of the read, in bytes.
         offset: u64,
-        /// How much.
+        /// Length of the read, in bytes.
         len: u64,
         /// The store's error.
         source: io::Error,
@@ -303,9 +304,9 @@ pub enum ReadError {
         file: String,
         /// The damaged part.
         part: Part,
-        /// Where the damage lies, or begins.
+        /// Offset of the damage, or of its start.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
     /// The caller asked for a block that the snapshot doesn't have.
@@ -323,7 +324,7 @@ pub enum ReadError {
     NoSuchName {
         /// The store's name.
         file: String,
-        /// What was asked for.
+        /// Kind of part that was asked for.
         part: Part,
         /// The name asked for.
         name: String,
@@ -333,7 +334,7 @@ pub enum ReadError {
     Output {
         /// The store's name.
         file: String,
-        /// What was being written out.
+        /// Part that was being written out.
         part: Part,
         /// Its name.
         name: String,
@@ -343,7 +344,7 @@ pub enum ReadError {
 }
 
 impl ReadError {
-    /// Whether the file is damaged, rather than the operation failed.
+    /// Returns whether the file is damaged; false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -376,7 +377,7 @@ pub enum FrameError {
         file: String,
         /// First byte of the frame record.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
     /// The frame's dictionary could not be read.
@@ -400,7 +401,7 @@ pub enum FrameError {
 }
 
 impl FrameError {
-    /// Whether the file is damaged, rather than the operation failed.
+    /// Returns whether the file is damaged; false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -410,7 +411,7 @@ impl FrameError {
         }
     }
 
-    /// First byte of the frame record.
+    /// Returns the offset of the frame record's first byte.
     pub fn offset(&self) -> u64 {
         match self {
             Self::Io { offset, .. }
@@ -421,8 +422,8 @@ impl FrameError {
     }
 }
 
-/// All ranges are checked against the length that the file had when it was opened; if one can't be
-/// read any more, the file was cut off since.
+/// Returns whether the file was truncated after it was opened. All ranges were checked against its
+/// length at that time, so a range that ends early means that the file has become shorter.
 fn is_cut_off(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::UnexpectedEof
 }

@@ -9,16 +9,16 @@
 //!          fsync of the folder
 //! ```
 //!
-//! Where a file system can't do a step, there is another way, and none replaces a file without
-//! `force`:
+//! If a file system doesn't support a step, there is a fallback, and none of them replaces a file
+//! without `force`:
 //!
-//! | step | instead |
-//! | --- | --- |
-//! | make a nameless file | one with a temporary name |
-//! | link a nameless file | copy it to one with a temporary name |
-//! | rename, but not over a file (`RENAME_NOREPLACE`) | link and remove; or make an empty target that must not exist yet, and rename over that |
-//! | fsync of a file or a folder | sync of the file system |
-//! | any way to the target's name | the finished file stays under its temporary name, and the error says so |
+//! - make a nameless file: make one with a temporary name
+//! - link a nameless file: copy it to one with a temporary name
+//! - rename, but not over a file (`RENAME_NOREPLACE`): link and remove; or make an empty target that
+//!   must not exist yet, and rename over that
+//! - fsync of a file or a folder: sync of the file system
+//! - give the file the target's name: leave the finished file under its temporary name, and return
+//!   an error that says so
 //!
 //! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
 //! its process; only where the file system knows none, and in the moment between link and rename, a
@@ -100,9 +100,9 @@ pub enum FileError {
     NotNamed {
         /// The target.
         path: PathBuf,
-        /// What the file is called.
+        /// Path of the finished file.
         partial: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -114,18 +114,18 @@ pub enum FileError {
     NotSynced {
         /// The target, which is there.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
     /// The file system refused something.
     #[error("could not {what} {}", escape_path(path))]
     Io {
-        /// What was being done.
+        /// Description of the step that failed.
         what: &'static str,
         /// To which file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -141,7 +141,7 @@ impl FileError {
     }
 }
 
-/// Where the bytes go until the target gets its name.
+/// The place that receives the bytes until the target gets its name.
 enum Place {
     /// A file without a name in this folder.
     Nameless { folder: PathBuf },
@@ -226,12 +226,14 @@ impl SnapshotFile {
         Ok(created)
     }
 
-    /// Whether the file can be written anywhere in it: false for pipes and devices.
+    /// Returns whether the file is a regular file, which can be written at any offset; false for
+    /// pipes and devices.
     pub fn is_regular(&self) -> bool {
         !matches!(self.place, Place::Straight)
     }
 
-    /// The file itself, with all written so far in it, to be written at any offset.
+    /// Returns the file itself, after everything written so far has reached it, to be written at
+    /// any offset.
     pub fn file(&mut self) -> io::Result<&File> {
         self.out.flush()?;
         Ok(self.out.get_ref())
@@ -409,7 +411,7 @@ fn open_pipe(target: &Path) -> Result<File, FileError> {
     }
 }
 
-/// A file without a name that can be given one later.
+/// Creates a file without a name, which can be linked to one later.
 fn open_nameless(folder: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -422,7 +424,7 @@ fn open_nameless(folder: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// The path that stands for the open `file`.
+/// Returns the path under `/proc` that stands for the open `file`.
 fn link_source(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
 }
@@ -432,7 +434,8 @@ fn link(source: &Path, path: &Path) -> io::Result<()> {
     linkat(AT_FDCWD, source, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW).map_err(io::Error::from)
 }
 
-/// Whether an error says that a file system, or the server behind it, can't do what was asked.
+/// Returns whether an error says that a file system, or the server behind it, doesn't support the
+/// operation.
 pub fn is_unsupported(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(
@@ -441,7 +444,7 @@ pub fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// Renames, but never over a file that exists.
+/// Renames a file, but never over an existing one.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
         Ok(()) => return Ok(()),
@@ -521,7 +524,7 @@ fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// A new file with a temporary name beside `target`.
+/// Creates a file with a temporary name beside `target`.
 fn create_named(target: &Path) -> io::Result<(File, PathBuf)> {
     with_temporary_name(target, |path| {
         OpenOptions::new()

@@ -9,7 +9,7 @@ use crate::layout::{
     top_kind,
 };
 
-/// What one page of a snapshot is.
+/// Content of one page of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Page {
     /// The page repeats this word; zero pages are fills of 0.
@@ -27,7 +27,7 @@ pub enum Page {
     Unused,
 }
 
-/// What the top table says about the 512 page numbers of a block.
+/// Description of a block's 512 page numbers in the top table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Top {
     /// All pages repeat this word.
@@ -46,8 +46,8 @@ pub(crate) struct Body {
 }
 
 impl Body {
-    /// That `len` bytes from `offset` on lie within the body. After this, their end is a number
-    /// below the file's length and no sum of the two can overflow.
+    /// Checks that `len` bytes from `offset` on lie within the body. After this, their end is below
+    /// the file's length, and the sum of two such numbers cannot overflow.
     pub(crate) fn check(&self, field: &'static str, offset: u64, len: u64) -> Result<(), Defect> {
         let end = offset.checked_add(len);
         if offset < self.from || end.is_none_or(|end| end > self.to) {
@@ -63,7 +63,7 @@ impl Body {
     }
 }
 
-/// Where an index block lies, checked against the file.
+/// Location of an index block, checked against the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockRef {
     pub(crate) offset: u64,
@@ -118,7 +118,7 @@ impl TopTable {
     }
 }
 
-/// `bytes` as records; what is too short for a record at the end is left out.
+/// Returns `bytes` as records; bytes at the end that are too few for a record are left out.
 pub(crate) fn records<T>(bytes: &[u8]) -> &[T]
 where
     T: FromBytes + zerocopy::Immutable + zerocopy::Unaligned + zerocopy::KnownLayout,
@@ -330,7 +330,7 @@ impl IndexBlock {
         }
     }
 
-    /// What the `i`-th page is; [`Page::Unused`] past the end.
+    /// Returns the content of the `i`-th page; [`Page::Unused`] past the end.
     pub fn page(&self, i: usize) -> Page {
         match &self.pages {
             Pages::Alike { page, count } if i < *count => *page,
@@ -353,7 +353,7 @@ impl IndexBlock {
         }
     }
 
-    /// Number of the `i`-th page's frame in [`IndexBlock::frames`], and its slot there.
+    /// Returns the number of the `i`-th page's frame in [`IndexBlock::frames`], and its slot there.
     pub fn stored(&self, i: usize) -> Option<(usize, u16)> {
         match &self.pages {
             Pages::Alike { .. } => None,
@@ -367,7 +367,7 @@ impl IndexBlock {
         }
     }
 
-    /// Number of the `i`-th page's word in [`IndexBlock::fills`].
+    /// Returns the number of the `i`-th page's word in [`IndexBlock::fills`].
     pub(crate) fn fill_number(&self, i: usize) -> Option<usize> {
         match &self.pages {
             Pages::Alike { page, count } => {
@@ -380,7 +380,7 @@ impl IndexBlock {
         }
     }
 
-    /// The frames that hold the pages, each once.
+    /// Returns the frames that hold the pages, each once.
     pub fn frames(&self) -> &[FrameRef] {
         match &self.pages {
             Pages::Alike { .. } => &[],
@@ -388,7 +388,7 @@ impl IndexBlock {
         }
     }
 
-    /// The words that the fill pages repeat.
+    /// Returns the words that the fill pages repeat.
     pub fn fills(&self) -> &[u64] {
         match &self.pages {
             Pages::Alike {
@@ -400,7 +400,7 @@ impl IndexBlock {
         }
     }
 
-    /// Memory that the block takes: the weight of a cached one.
+    /// Returns the memory that the block takes, in bytes: the weight of a cached block.
     pub(crate) fn weight(&self) -> u64 {
         let parts = match &self.pages {
             Pages::Alike { .. } => 0,

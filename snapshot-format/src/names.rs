@@ -1,8 +1,8 @@
 //! Names as a snapshot can hold them and a terminal can show them.
 //!
-//! A name of a file or a process is any bytes. A snapshot's names are UTF-8 without control
-//! characters, and a terminal obeys control characters. Both get an escaped form, from which the
-//! bytes can be had back: two different names stay different.
+//! Names of files and processes are arbitrary bytes. A snapshot's names are UTF-8 without control
+//! characters, and a terminal obeys control characters. Both get an escaped form from which the
+//! original bytes can be recovered: two different names stay different.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -54,7 +54,8 @@ fn push_escaped(text: &mut String, character: char) {
     };
 }
 
-/// Whether a character moves the cursor, ends a line, or changes the order of its neighbours.
+/// Returns whether a character moves the cursor, ends a line, or changes the order of its
+/// neighbours.
 fn is_hidden(character: char) -> bool {
     character.is_control()
         || matches!(

@@ -20,7 +20,7 @@ use crate::types::{SnapshotId, Summary};
 /// name, but can't yet read them.
 const SUPPORTED: u64 = required::KNOWN & !required::ANCESTORS;
 
-/// What the trailer says, checked.
+/// Checked content of the trailer.
 #[derive(Debug)]
 pub(crate) struct Ends {
     pub(crate) id: SnapshotId,
@@ -234,8 +234,8 @@ fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenEr
     })
 }
 
-/// Version, checksum and magic stand at the same place in every version, so that a flipped bit is
-/// damage and only a whole trailer can name a version.
+/// Checks a trailer. Version, checksum and magic are at the same place in every version, so a
+/// flipped bit is reported as damage and only an intact trailer can name a version.
 fn check_trailer(
     file: &dyn Fn() -> String,
     bytes: &[u8],

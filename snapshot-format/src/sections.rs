@@ -16,13 +16,15 @@ use crate::layout::{
 pub(crate) use blobs::{Blob, blobs};
 pub(crate) use memory::{fill_runs, region_of, regions, working_set};
 
-/// Whether `text` has a character that a terminal or a log could take for more than text.
+/// Returns whether `text` has a character that a terminal or a log could interpret as more than
+/// text.
 pub(crate) fn has_control(text: &str) -> bool {
     text.bytes().any(|byte| byte < b' ' || byte == 0x7f)
 }
 
-/// Whether an attachment or a working set can be called `name`: the name of a file in a folder,
-/// because that is where it is extracted to, without control characters, of at most 4096 bytes.
+/// Returns whether `name` is allowed for an attachment or a working set. It must be usable as the
+/// name of a file in a folder, because the blob is extracted under it, without control characters
+/// and at most 4096 bytes long.
 pub fn is_blob_name(name: &str) -> bool {
     is_file_name(name) && !has_control(name) && name.len() <= MAX_NAME_BYTES
 }

@@ -27,7 +27,7 @@ use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
-/// How a snapshot is opened.
+/// Options for opening a snapshot.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SnapshotOptions {
@@ -87,7 +87,7 @@ struct Dictionary {
 /// A dictionary that was read and checked.
 struct Prepared {
     digested: zstd_safe::DDict<'static>,
-    /// For contexts that digest it themselves.
+    /// The dictionary's bytes, for contexts that digest them themselves.
     bytes: Vec<u8>,
 }
 
@@ -171,17 +171,18 @@ impl Snapshot {
         self.ends.id
     }
 
-    /// What the snapshot holds, in numbers, as its writer counted. `verify` counts again.
+    /// Returns the totals of the snapshot's content, as counted by its writer. `verify` counts
+    /// again.
     pub fn summary(&self) -> &Summary {
         &self.ends.summary
     }
 
-    /// Length of the file.
+    /// Returns the length of the file, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.ends.file_bytes
     }
 
-    /// Version of the file's format.
+    /// Returns the version of the file's format.
     pub fn format_version(&self) -> u32 {
         self.ends.version
     }
@@ -191,12 +192,12 @@ impl Snapshot {
         self.ends.optional_features
     }
 
-    /// What messages call the snapshot: the store's name.
+    /// Returns the name of the snapshot in messages, which is the store's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The store that the snapshot is read from.
+    /// Returns the store that the snapshot is read from.
     pub fn store(&self) -> &dyn Store {
         &*self.store
     }
@@ -206,23 +207,25 @@ impl Snapshot {
         self.top.len()
     }
 
-    /// Size of the page-number space, with the unused numbers at the ends of regions.
+    /// Returns the size of the page-number space, including the unused numbers at the ends of
+    /// regions.
     pub fn page_slots(&self) -> u64 {
         self.top.len() * PAGES_PER_BLOCK_U64
     }
 
-    /// The regions, in the order of page numbers. They were read when the snapshot was opened.
+    /// Returns the regions, in the order of page numbers. They were read when the snapshot was
+    /// opened.
     pub fn regions(&self) -> Result<&[Region], ReadError> {
         Ok(&self.regions)
     }
 
-    /// The region that `page` belongs to; none for numbers past a region's end.
+    /// Returns the region that `page` belongs to; none for numbers past a region's end.
     pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
         Ok(sections::region_of(&self.regions, page))
     }
 
-    /// What the top table says about a block. Entries for a last block speak of its used numbers
-    /// only.
+    /// Returns the top table's description of a block. The entry for a region's last block covers
+    /// its used numbers only.
     ///
     /// # Panics
     ///
@@ -236,7 +239,7 @@ impl Snapshot {
         }
     }
 
-    /// Where the stored index block of a block lies.
+    /// Returns the location of a block's stored index block.
     pub(crate) fn block_ref(&self, block: u64) -> Option<BlockRef> {
         match self.top.get(block)? {
             CheckedTop::Block(index) => Some(index),
@@ -333,7 +336,7 @@ impl Snapshot {
     }
 }
 
-/// Zeroed memory for `len` bytes, or an error where there is none.
+/// Returns zeroed memory of `len` bytes, or an error if it cannot be allocated.
 fn buffer(len: u64) -> io::Result<Vec<u8>> {
     let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
     let mut bytes = Vec::new();
@@ -344,7 +347,8 @@ fn buffer(len: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `OnceLock::get_or_try_init` is not stable. Two threads may both do the work; one result stays.
+/// Does what the unstable `OnceLock::get_or_try_init` would do. Two threads may both run `make`;
+/// one result is kept.
 fn get_or_try<T>(
     cell: &OnceLock<T>,
     make: impl FnOnce() -> Result<T, ReadError>,

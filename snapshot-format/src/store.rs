@@ -1,4 +1,4 @@
-//! Where the bytes of a snapshot come from.
+//! Sources of a snapshot's bytes.
 //!
 //! The reader asks a [`Store`] for exact ranges and never maps a file: what is checked must be what
 //! is used, and a mapped file can change between the two or end in a SIGBUS.
@@ -28,10 +28,10 @@ pub enum Reason {
 
 /// A snapshot's bytes. Reads come from many threads at once.
 pub trait Store: Send + Sync {
-    /// Length in bytes. Asked once, when the snapshot is opened.
+    /// Returns the length in bytes. Called once, when the snapshot is opened.
     fn len(&self) -> io::Result<u64>;
 
-    /// Whether there are no bytes at all.
+    /// Returns whether the store is empty.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
@@ -40,7 +40,7 @@ pub trait Store: Send + Sync {
     /// [`io::ErrorKind::UnexpectedEof`].
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()>;
 
-    /// What messages call the store: for a file, its path, escaped.
+    /// Returns the store's name in messages: for a file, its path, escaped.
     fn name(&self) -> String;
 }
 
@@ -76,7 +76,7 @@ impl FileStore {
         }
     }
 
-    /// The file itself, for a caller who gives advice about it to the kernel.
+    /// Returns the file itself, for a caller that gives the kernel advice about it.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -139,12 +139,12 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// A store of `bytes` that messages call `(memory)`.
+    /// Creates a store of `bytes` that is named `(memory)` in messages.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self::named(bytes, "(memory)")
     }
 
-    /// A store of `bytes` with a name of its own.
+    /// Creates a store of `bytes` with the given name.
     pub fn named(bytes: Vec<u8>, name: impl Into<String>) -> Self {
         Self {
             bytes,
@@ -152,7 +152,7 @@ impl MemoryStore {
         }
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -1,4 +1,4 @@
-//! What a checked snapshot is made of, in plain numbers.
+//! Building blocks of a checked snapshot, in plain numbers.
 
 use std::fmt;
 
@@ -11,8 +11,9 @@ use crate::layout;
 pub struct SnapshotId(pub [u8; 16]);
 
 impl SnapshotId {
-    /// An id that no other file has: 128 bits that the operating system gave the standard library
-    /// as keys, with the time and the process mixed in, because a forked process has the same keys.
+    /// Creates an id that no other file has: 128 bits that the operating system gave the standard
+    /// library as keys, mixed with the time and the process id, because a forked process has the
+    /// same keys.
     pub(crate) fn random() -> Self {
         use std::hash::{BuildHasher, RandomState};
 
@@ -59,7 +60,7 @@ pub struct Summary {
     pub unavailable_pages: u64,
     /// Frames in this file.
     pub frames: u64,
-    /// Decoded bytes of a full frame, as the writer was told.
+    /// Decoded bytes of a full frame, as configured in the writer.
     pub frame_bytes: u64,
     /// Bytes of all frame records.
     pub stored_bytes: u64,
@@ -125,17 +126,17 @@ pub struct Region {
     pub first_page: u64,
     /// Page size of the owner's mapping, as a power of two; a hint.
     pub page_shift: u32,
-    /// What the owner calls it, for people.
+    /// The owner's name for the region, for people.
     pub name: String,
 }
 
 impl Region {
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> u64 {
         self.pages * layout::PAGE_SIZE_U64
     }
 
-    /// The numbers of its pages.
+    /// Returns the numbers of the region's pages.
     pub fn page_numbers(&self) -> std::ops::Range<u64> {
         self.first_page..self.first_page + self.pages
     }

@@ -44,7 +44,7 @@ use crate::types::Summary;
 /// Problems that a report lists; more are only counted.
 pub const MAX_PROBLEMS: usize = 1000;
 
-/// How far the verifier is.
+/// Progress of the verifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VerifyProgress {
@@ -59,7 +59,7 @@ pub struct VerifyProgress {
 /// Called now and then on the thread that called [`verify`]; `Break` cancels.
 pub type VerifyCallback<'a> = Box<dyn FnMut(VerifyProgress) -> ControlFlow<()> + 'a>;
 
-/// How to verify.
+/// Options for verifying.
 #[derive(Default)]
 #[non_exhaustive]
 pub struct VerifyOptions<'a> {
@@ -111,20 +111,20 @@ pub struct Problem {
     /// The kind of thing, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
     /// `overlap`.
     pub what: String,
-    /// Where in the file it lies or begins.
+    /// Offset of the problem in the file, or of its start.
     pub offset: u64,
-    /// What is wrong with it.
+    /// Description of the problem.
     pub detail: String,
 }
 
-/// What the verifier found.
+/// Result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Frames that were read and looked at, good or bad.
     pub frames_checked: u64,
     /// Pages whose content was found as the file promises.
     pub pages_checked: u64,
-    /// What is wrong, at most [`MAX_PROBLEMS`].
+    /// Problems found, at most [`MAX_PROBLEMS`].
     pub problems: Vec<Problem>,
     /// Problems beyond those listed.
     pub more_problems: u64,
@@ -133,7 +133,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether nothing is wrong.
+    /// Returns whether no problem was found.
     pub fn ok(&self) -> bool {
         self.problems.is_empty() && self.more_problems == 0
     }
@@ -144,7 +144,8 @@ impl Report {
             offset,
             detail: detail.into(),
         };
-        // What several checks come across, such as a section that is read twice, is told once.
+        // A problem that several checks come across, such as in a section that is read twice, is
+        // reported once.
         if self.problems.contains(&problem) {
             return;
         }
@@ -263,7 +264,7 @@ fn add_open_error(report: &mut Report, error: &OpenError) {
     }
 }
 
-/// What an error says, without the file's name, which whoever asked for the report knows.
+/// Formats an error without the file's name, which the caller that asked for the report knows.
 fn without_name(error: &OpenError, file: &str) -> String {
     let text = error.to_string();
     match text
@@ -327,7 +328,7 @@ impl Check<'_> {
         }
     }
 
-    /// Damage is a problem, anything else ends the verification.
+    /// Records damage as a problem; any other error ends the verification.
     fn problem(&mut self, error: ReadError) {
         if error.is_damage() {
             self.report.add_error(&error);
@@ -336,14 +337,14 @@ impl Check<'_> {
         }
     }
 
-    /// The header, which nothing else depends on.
+    /// Checks the header, which nothing else depends on.
     fn header(&mut self) {
         if let Err(error) = self.snapshot.check_header() {
             self.problem(error);
         }
     }
 
-    /// Every section and what it points to, except the index.
+    /// Checks every section and everything that it points to, except the index.
     fn sections(&mut self) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
         for section in snapshot.directory().all() {
@@ -390,7 +391,7 @@ impl Check<'_> {
                     let runs = snapshot.working_set_runs(&blob);
                     (Part::WorkingSet, runs.map(|_| ()))
                 }
-                // Can be as long as it likes: whoever waits hears of it on the way.
+                // An attachment may have any length, so progress is reported while it is checked.
                 _ => {
                     let part = Part::Attachment;
                     let mut hasher = blake3::Hasher::new();
@@ -416,7 +417,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// That the pages of every fill run are what it says: the reader looks.
+    /// Checks that the pages of every fill run repeat its word; the reader compares them.
     fn fill_runs(&mut self) {
         // A damaged section was reported with its checksum only if that was wrong. Nothing but
         // the runs depends on it, so all else can still be compared.
@@ -425,7 +426,7 @@ impl Check<'_> {
         }
     }
 
-    /// The summary against what was counted.
+    /// Compares the summary with the verifier's own counts.
     fn summary(&mut self) {
         if !self.complete {
             return;

@@ -50,8 +50,8 @@ pub(crate) fn blobs(
     Ok(blobs)
 }
 
-/// That the blobs of one section lie apart, and that all working sets together are bounded: without
-/// either a small file could ask for any amount of reading and memory.
+/// Checks that the blobs of one section do not overlap, and that all working sets together are
+/// bounded. Without either check a small file could demand any amount of reading and memory.
 fn check_together(blobs: &[Blob], kind: SectionKind) -> Result<(), Defect> {
     let mut by_offset: Vec<&Blob> = blobs.iter().filter(|blob| blob.len > 0).collect();
     by_offset.sort_by_key(|blob| blob.offset);

@@ -1,4 +1,4 @@
-//! What names pages: regions, fill runs and working sets.
+//! Sections that name pages: regions, fill runs and working sets.
 
 use super::{Names, Section};
 use crate::error::{Defect, Flaw};
@@ -124,7 +124,7 @@ fn check_region(
     })
 }
 
-/// The region that `page` belongs to, if any; `regions` are in the order of page numbers.
+/// Returns the region that `page` belongs to, if any; `regions` are in the order of page numbers.
 pub(crate) fn region_of(regions: &[Region], page: u64) -> Option<&Region> {
     let after = regions.partition_point(|region| region.first_page <= page);
     let region = &regions[after.checked_sub(1)?];
@@ -215,7 +215,7 @@ pub(crate) fn working_set(
             };
             return Err(Flaw::new(at, defect));
         }
-        // Neither is above `MAX_PAGES`. The sum bounds the work of whoever goes through the pages.
+        // Neither is above `MAX_PAGES`. The sum bounds the work of a caller that visits every page.
         total += run.pages;
         if total > page_slots {
             let defect = Defect::TooLarge {

@@ -9,7 +9,7 @@ use crate::sections::{self, Section};
 use crate::store::Store;
 use crate::types::Region;
 
-/// Where the tables come from.
+/// Source of the tables.
 pub(super) struct Tables<'a> {
     pub(super) store: &'a dyn Store,
     pub(super) name: &'a str,

@@ -8,7 +8,7 @@ use crate::store::Reason;
 /// Bytes of a gap that are read at once.
 const PIECE: usize = 256 << 10;
 
-/// What lies where, in the order in which it was found.
+/// Byte ranges in use, in the order in which they were found.
 #[derive(Debug, Default)]
 pub(super) struct Extents {
     all: Vec<Extent>,

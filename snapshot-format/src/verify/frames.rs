@@ -25,7 +25,7 @@ pub(super) struct Wanted {
     pub(super) uses: Vec<(u32, u16)>,
 }
 
-/// What became of a frame.
+/// Result of checking a frame.
 #[derive(Default)]
 pub(super) struct Seen {
     /// Digest of each slot; none if it could not be decoded.
@@ -109,7 +109,7 @@ impl Remembered {
     }
 }
 
-/// Everything about one frame.
+/// Checks everything about one frame.
 pub(super) fn look_at(
     snapshot: &Snapshot,
     window: &Window,

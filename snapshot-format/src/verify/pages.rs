@@ -26,7 +26,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// What a page is, as far as this window knows.
+    /// Returns the content of a page, if this window knows it.
     pub(super) fn look_up(&self, page: u64) -> Option<Page> {
         let i = (page / PAGES_PER_BLOCK_U64).checked_sub(self.first)?;
         let block = self.blocks.get(usize::try_from(i).ok()?)?.as_ref()?;
@@ -195,7 +195,7 @@ impl Check<'_> {
         wanted
     }
 
-    /// That an index block names nothing twice and nothing in vain.
+    /// Checks that an index block names nothing twice and has no unused frames or words.
     fn unused(&mut self, block: &IndexBlock, offset: u64) {
         let mut used = vec![false; block.frames().len()];
         let mut used_words = vec![false; block.fills().len()];
@@ -332,7 +332,8 @@ impl Check<'_> {
         uniform.digest(page, pages)
     }
 
-    /// The file's digests of the window's blocks; none if it has no section of them.
+    /// Returns the digests that the file records for the window's blocks; empty if it has no
+    /// section of them.
     fn recorded_digests(&mut self, window: &Window) -> Vec<Digest> {
         let snapshot = self.snapshot;
         let Some(section) = snapshot.directory().get(SectionKind::BlockDigests) else {

@@ -17,7 +17,7 @@
 /// pages, and `verify` would show them, because it compares whole digests.
 pub(super) type Key = [u64; 2];
 
-/// Where a page is stored.
+/// Location of a stored page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Location {
     pub(super) frame: u32,
@@ -25,7 +25,8 @@ pub(super) struct Location {
 }
 
 impl Location {
-    /// Never 0, which marks an empty slot; grows with the frame's number.
+    /// Packs the location into a word that grows with the frame's number and is never 0, which
+    /// marks an empty slot.
     fn pack(self) -> u64 {
         (u64::from(self.frame) + 1) << 16 | u64::from(self.slot)
     }
@@ -41,7 +42,7 @@ impl Location {
 /// Entries that are looked at to find one that is old.
 const CANDIDATES: usize = 16;
 
-/// Where [`DedupTable::find`] ended: where the key goes.
+/// Place where [`DedupTable::find`] stopped, and where the key is to be inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Empty(usize),
@@ -55,12 +56,12 @@ pub(super) struct DedupTable {
     used: usize,
     /// Entries after which one is taken out for each that is entered.
     most: usize,
-    /// Where the next entry to take out is looked for.
+    /// Slot at which the search for the next entry to evict starts.
     hand: usize,
 }
 
 impl DedupTable {
-    /// A table that is exact up to `exact` distinct pages: twice as many slots.
+    /// Creates a table that is exact up to `exact` distinct pages. It has twice as many slots.
     pub(super) fn new(exact: usize) -> Self {
         let slots = (exact.max(8) * 2).next_power_of_two();
         Self {
@@ -71,7 +72,7 @@ impl DedupTable {
         }
     }
 
-    /// The slot that probing for `key` begins at.
+    /// Returns the slot at which probing for `key` starts.
     fn home(&self, key: Key) -> usize {
         // Any part of a digest is as good as any other.
         let mask = self.slots.len() as u64 - 1;
@@ -82,7 +83,8 @@ impl DedupTable {
         (at + 1) & (self.slots.len() - 1)
     }
 
-    /// The location of `key`, if its frame is number `oldest` or a later one, or the place for it.
+    /// Returns the location of `key` if its frame is `oldest` or later, and otherwise the place to
+    /// insert it.
     pub(super) fn find(&self, key: Key, oldest: u64) -> Result<Location, Place> {
         let mut at = self.home(key);
         loop {
@@ -193,7 +195,7 @@ mod tests {
     }
 
     proptest! {
-        /// Up to the limit the table is a map.
+        /// Up to the limit the table behaves like a map.
         #[test]
         fn equals_a_map_up_to_its_limit(pages in prop::collection::vec(0u64..200, 1..600)) {
             let mut table = DedupTable::new(200);
@@ -209,8 +211,9 @@ mod tests {
             }
         }
 
-        /// Beyond the limit it may forget, but never answers with another page's location, never
-        /// grows, loses nothing but what it takes out, and finds all that repeats soon.
+        /// Beyond the limit the table may forget entries. It never returns another page's location,
+        /// never grows, loses only the entries that it evicts, and finds every page that repeats
+        /// soon.
         #[test]
         fn never_answers_wrongly_beyond_its_limit(seed in 0u64..1000) {
             let mut table = DedupTable::new(64);
@@ -271,7 +274,8 @@ mod tests {
         }
     }
 
-    /// A new page whose own slot was empty was not entered into a full table: every fourth.
+    /// Regression: a new page whose own slot was empty was not inserted into a full table, which
+    /// affected every fourth page.
     #[test]
     fn a_full_table_takes_every_new_page_in() {
         let mut table = DedupTable::new(64);

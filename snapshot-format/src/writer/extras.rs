@@ -1,4 +1,4 @@
-//! What a snapshot holds besides its pages, and its end.
+//! The writer's methods for everything besides pages, and for finishing the snapshot.
 //!
 //! Whatever passes a limit of the format is refused by the call that adds it: nothing is found out
 //! at the end, when the pages have been written for minutes.
@@ -41,7 +41,7 @@ impl Properties {
         self.all.len() as u64
     }
 
-    /// The section's text.
+    /// Returns the section's text.
     fn text(&self) -> String {
         let mut text = String::new();
         for (key, value) in &self.all {
@@ -130,7 +130,7 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Whether all pages of `run` are pages of one region.
+    /// Returns whether all pages of `run` belong to one region.
     fn has_pages(&self, run: &WorkingSetRun) -> bool {
         let after = self
             .regions

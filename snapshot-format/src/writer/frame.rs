@@ -35,7 +35,7 @@ impl OpenFrame {
         self.listed.len()
     }
 
-    /// Whether the list of pages can name `page`: it counts from the first page in 32 bits.
+    /// Returns whether the page list can name `page`: it counts from the first page in 32 bits.
     pub(super) fn reaches(&self, page: u64) -> bool {
         self.slots() == 0 || u32::try_from(page - self.base_page).is_ok()
     }
@@ -125,7 +125,8 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
-    /// The bytes of all pages in slot order: where they lie if they lie together, or gathered.
+    /// Returns the bytes of all pages in slot order. They are borrowed in place if they are
+    /// contiguous, and otherwise gathered into `gathered`.
     pub(super) fn bytes<'a>(&'a self, gathered: &'a mut Vec<u8>) -> &'a [u8] {
         let Some(block) = &self.block else {
             return &self.own;
@@ -146,7 +147,7 @@ impl Sealed {
 /// The longest and the shortest zstd block that a writer asks for, in bytes.
 const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 32 << 10..=64 << 10;
 
-/// How frames are compressed.
+/// Compression settings for frames.
 pub(super) struct Compression {
     level: i32,
     /// Bytes of a zstd block. A reader that waits for one page decodes the blocks up to it first,
@@ -167,7 +168,7 @@ impl Compression {
         }
     }
 
-    /// The same with a dictionary.
+    /// Returns these settings with a dictionary added.
     pub(super) fn with(&self, number: u16, dictionary: &[u8]) -> Self {
         Self {
             dictionary: Some((number, dictionary.to_vec())),
@@ -179,13 +180,13 @@ impl Compression {
         self.level
     }
 
-    /// 0 if there is no dictionary; a writer has only one.
+    /// Returns the dictionary's number, or 0 if there is none; a writer has only one dictionary.
     fn dictionary_number(&self) -> u16 {
         self.dictionary.as_ref().map_or(0, |(number, _)| *number)
     }
 }
 
-/// What a thread needs to build a frame; kept from one to the next.
+/// Buffers and contexts that a thread needs to build a frame, reused from one frame to the next.
 pub(super) struct Scratch {
     context: CCtx<'static>,
     /// The number of the dictionary that the context is prepared for, if it is.
@@ -335,7 +336,8 @@ impl FrameRefs {
         self.first + self.kept.len() as u64
     }
 
-    /// The oldest frame that a block may share if it begins when `sealed` frames are.
+    /// Returns the number of the oldest frame that a block may share if it starts when `sealed`
+    /// frames are sealed.
     pub(super) fn oldest_shared(&self, sealed: u64) -> u64 {
         sealed.saturating_sub(self.bound)
     }

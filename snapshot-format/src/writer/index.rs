@@ -63,7 +63,7 @@ impl Draft {
         });
     }
 
-    /// The block's bytes before compression.
+    /// Appends the block's uncompressed bytes to `bytes`.
     fn encode(&self, refs: &FrameRefs, bytes: &mut Vec<u8>) {
         let count = |len: usize| u16::try_from(len).expect("at most one for each of 512 pages");
         let header = IndexHeader {
@@ -88,7 +88,7 @@ impl Draft {
     }
 }
 
-/// The place of `value` in `list`, where it is entered if it is new.
+/// Returns the index of `value` in `list`, and appends it if it is new.
 fn number<T: PartialEq>(list: &mut Vec<T>, value: T) -> u16 {
     // The newest are asked for most.
     let at = list
@@ -117,7 +117,7 @@ impl IndexEncoder {
         }
     }
 
-    /// The stored bytes of `draft` and its entry in the top table for a block at `offset`.
+    /// Returns the stored bytes of `draft` and its entry in the top table for a block at `offset`.
     pub(super) fn encode(
         &mut self,
         draft: &Draft,

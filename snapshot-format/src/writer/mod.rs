@@ -45,7 +45,7 @@ use crate::layout::{
 };
 use crate::types::{Region, SnapshotId, Summary};
 
-/// How far a writer is.
+/// Progress of a writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Pages that have been taken in and ordered.
@@ -54,7 +54,7 @@ pub struct Progress {
     pub bytes_written: u64,
 }
 
-/// What was written.
+/// Result of writing a snapshot.
 #[derive(Clone, Debug)]
 pub struct Written {
     /// The snapshot's id.

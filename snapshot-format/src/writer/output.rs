@@ -24,7 +24,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Where the next byte will lie.
+    /// Returns the offset of the next byte.
     pub(super) fn offset(&self) -> u64 {
         self.offset
     }

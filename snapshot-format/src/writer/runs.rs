@@ -37,7 +37,7 @@ impl ZeroRuns {
         }
     }
 
-    /// The runs, longest first.
+    /// Returns the runs, longest first.
     pub(super) fn finish(mut self) -> Vec<FillRun> {
         self.close();
         self.best

@@ -1,4 +1,4 @@
-//! What follows the frames: blobs' tables, sections and the trailer.
+//! The end of the file: tables of blobs, sections and the trailer.
 
 use std::io::Write;
 
@@ -31,7 +31,7 @@ pub(super) fn write_header<W: Write>(
     out.write("the header", header.as_bytes())
 }
 
-/// Where one blob lies.
+/// Location of one blob.
 pub(super) struct Blob {
     pub(super) name: String,
     /// Number of a dictionary, otherwise 0.

@@ -32,7 +32,7 @@ use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
 const MOST_DRAFTS_ON_OPEN: usize = 64;
-/// The newest frames can be shared, so many of them: 24 MiB of references.
+/// Number of the newest frames that can be shared: 24 MiB of references.
 const MOST_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
@@ -301,7 +301,7 @@ impl<W: Write> Stage<W> {
     }
 }
 
-/// An entry of the top table without a block; also stands for a draft until that is written.
+/// Returns a top-table entry without a block. It also stands for a draft until that is written.
 fn empty_entry() -> TopEntry {
     TopEntry {
         kind: top_kind::UNAVAILABLE,

@@ -30,7 +30,7 @@ pub(super) struct Training {
     start: u64,
 }
 
-/// What to do at a frame.
+/// Action to take at a frame.
 pub(super) enum Step {
     Go,
     /// Train on these.

@@ -30,7 +30,7 @@ pub(super) const DICTIONARY_NUMBER: u16 = 1;
 /// Bytes of frames that may be under way.
 const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
 
-/// What a thread of the pool reports.
+/// Message from a thread of the pool.
 pub(super) enum Event {
     Examined(u64, Examined),
     Built(Result<Built, WriteError>),
@@ -39,7 +39,7 @@ pub(super) enum Event {
     Panicked,
 }
 
-/// What came of training a dictionary.
+/// Result of training a dictionary.
 pub(super) enum Verdict {
     Pays(Trained),
     Useless,
@@ -59,7 +59,7 @@ impl<T> Reorder<T> {
         }
     }
 
-    /// The number of one more thing that will come back.
+    /// Reserves and returns the number of one more item that will come back.
     fn expect(&mut self) -> u64 {
         self.items.push_back(None);
         self.first + self.items.len() as u64 - 1
@@ -78,7 +78,7 @@ impl<T> Reorder<T> {
     }
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
     scratch: Mutex<Vec<Scratch>>,
     records: Mutex<Vec<Vec<u8>>>,
@@ -154,7 +154,7 @@ impl Workers {
         });
     }
 
-    /// What [`Workers::train`] found, once it is done.
+    /// Returns the result of [`Workers::train`], once it is done.
     pub(super) fn pop_verdict(&mut self) -> Option<Verdict> {
         self.verdict.take()
     }
@@ -170,7 +170,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Room for a block's bytes, if some is free.
+    /// Returns a buffer for a block's bytes, if one is free.
     pub(super) fn buffer(&mut self) -> Option<BlockBuffer> {
         let bytes = self.free.pop().or_else(|| {
             self.buffers_left = self.buffers_left.checked_sub(1)?;
@@ -179,7 +179,7 @@ impl Workers {
         Some(BlockBuffer::new(bytes, self.sender.clone()))
     }
 
-    /// A buffer with room for one frame's pages.
+    /// Returns a buffer with room for one frame's pages.
     pub(super) fn spare(&mut self) -> Vec<u8> {
         self.spare
             .pop()
@@ -198,17 +198,17 @@ impl Workers {
         });
     }
 
-    /// The next block in the order of [`Workers::examine`], if it is done.
+    /// Returns the next block in the order of [`Workers::examine`], if it is done.
     pub(super) fn pop_examined(&mut self) -> Option<Examined> {
         self.examined.pop()
     }
 
-    /// Whether no more frames should be handed out now.
+    /// Returns whether no more frames should be handed out for now.
     pub(super) fn frames_full(&self) -> bool {
         self.built.items.len() >= self.most_frames
     }
 
-    /// Whether frames are under way.
+    /// Returns whether any frames are in progress.
     pub(super) fn frames_under_way(&self) -> bool {
         !self.built.items.is_empty()
     }
@@ -228,7 +228,7 @@ impl Workers {
         });
     }
 
-    /// The next frame in the order of [`Workers::build`], if it is done.
+    /// Returns the next frame in the order of [`Workers::build`], if it is done.
     pub(super) fn pop_built(&mut self) -> Option<Built> {
         self.built.pop()
     }
