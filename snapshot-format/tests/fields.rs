@@ -16,7 +16,7 @@ use snapshot_format::layout::{
 use snapshot_format::{
     FrameDecoder, OpenError, Page, ReadError, Reason, Snapshot, VerifyOptions, verify,
 };
-/// Whether `error` is damage and says the words.
+/// Runs all cases; `outcome` returns whether the error is damage, and its text.
 fn run(sample: &Sample, cases: &[Case], outcome: impl Fn(&Sample) -> (bool, String)) {
     for (number, case) in cases.iter().enumerate() {
         let mut wrong = sample.clone();
@@ -123,7 +123,7 @@ fn the_ends() {
     );
 }
 
-/// A reader opens the file by its trailer: what the header says otherwise is the verifier's to
+/// A reader opens the file by its trailer. A contradiction in the header is for the verifier to
 /// find.
 #[test]
 fn the_header() {

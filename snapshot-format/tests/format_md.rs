@@ -21,7 +21,8 @@ fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// What follows the heading of a struct, up to the next heading, and the size that it states.
+/// Returns the text between the heading of a struct and the next heading, and the size that the
+/// heading states.
 fn section(name: &str) -> (&'static str, usize) {
     let heading = format!("### `{name}`: ");
     let from = FORMAT
@@ -194,7 +195,7 @@ fn limits_are_as_documented() {
     assert_eq!(layout::PAGES_PER_BLOCK_U64, layout::PAGES_PER_BLOCK as u64);
 }
 
-/// (name, number) of each row of the table that begins with `first`.
+/// Returns (name, number) of each row of the table that begins with `first`.
 fn numbers(first: &str) -> Vec<(&'static str, u64)> {
     table(FORMAT, first)
         .iter()
@@ -307,8 +308,8 @@ fn chapter(heading: &str) -> &'static str {
 
 const EXAMPLE: &[u8] = include_bytes!("../../fixtures/golden/v1/good-tiny.snap");
 
-/// The dump blocks of the example: what stands above each, and the bytes that it shows, where all
-/// others are zero.
+/// Returns the bytes of the example's dump blocks, each placed by the line above it; all other
+/// bytes are zero.
 fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let (mut above, mut inside) = ("", false);
@@ -359,7 +360,7 @@ fn the_example_is_the_golden_file() {
     assert_eq!(dumps(text, true, decoded.len()), decoded);
 }
 
-/// The digests of the example, computed by what FORMAT.md says of them and nothing else.
+/// Computes the digests of the example from their definition in FORMAT.md alone.
 #[test]
 fn the_example_has_the_digests_that_follow() {
     let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
@@ -432,7 +433,7 @@ fn the_properties_of_the_writer_are_documented() {
     assert_eq!(documented, keys);
 }
 
-/// Each cell that is a rule says whose.
+/// Each cell with a rule names the check behind it.
 #[test]
 fn every_field_says_who_checks_it() {
     for name in STRUCTS {
@@ -445,7 +446,7 @@ fn every_field_says_who_checks_it() {
     }
 }
 
-/// What an ordinary file is, in numbers.
+/// Sizes of an ordinary file.
 #[test]
 fn the_tail_holds_what_is_promised() {
     let room = layout::TAIL_BYTES - layout::TRAILER_BYTES;

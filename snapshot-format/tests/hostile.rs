@@ -90,7 +90,8 @@ fn open(bytes: &[u8]) -> Result<Snapshot, OpenError> {
     Snapshot::open(Arc::new(MemoryStore::new(bytes.to_vec())))
 }
 
-/// What the verifier finds, or none if the file asks for another reader.
+/// Returns the number of problems that the verifier finds, or none if the file needs another
+/// reader.
 fn problems(bytes: &[u8]) -> Option<usize> {
     problems_of(Arc::new(MemoryStore::new(bytes.to_vec())))
 }

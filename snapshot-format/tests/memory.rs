@@ -54,8 +54,8 @@ impl Source {
         self.block[page * PAGE_SIZE..][..8].copy_from_slice(&stamp.to_le_bytes());
     }
 
-    /// A block of 512 pages with content of their own. Page `n` of block `b` gets the stamp
-    /// `512 b + n + 1`; with that stamp, in that place, the content comes again.
+    /// Returns a block of 512 pages with distinct content. Page `n` of block `b` gets the stamp
+    /// `512 b + n + 1`; writing that stamp there again repeats the content.
     fn distinct(&mut self) -> &[u8] {
         for page in 0..512 {
             self.next += 1;
@@ -67,14 +67,14 @@ impl Source {
 
 type Sink = Writer<io::Sink>;
 
-/// Every page is new.
+/// Writes pages that are all new.
 fn distinct(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     (0..pages / 512).try_for_each(|_| writer.write_pages(source.distinct()))
 }
 
-/// A frame for each page, more of them than are kept to be shared, and some pages of each block
-/// again shortly after: those are found up to the end.
+/// Writes a frame for each page, with more frames than are kept for sharing. Some pages of each
+/// block are repeated shortly after and must be found up to the end.
 fn repeated(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     for _ in 0..pages / 576 {
@@ -84,7 +84,7 @@ fn repeated(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Data, zeros given as bytes, copies of blocks near and far, single fills.
+/// Writes data, zeros given as bytes, copies of near and far blocks, and single fills.
 fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let zeros = vec![0; 512 * PAGE_SIZE];
@@ -110,7 +110,7 @@ fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Holes, and 3 GiB of data between them.
+/// Writes holes, with 3 GiB of data between them.
 fn sparse(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let data = 3 * PAGES_PER_GIB / 512;
@@ -122,7 +122,8 @@ fn sparse(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// In every index block one new page, and holes: index blocks wait for frames that fill slowly.
+/// Writes one new page and holes in every index block, so that index blocks wait for frames that
+/// fill slowly.
 fn scattered(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let mut left = Vec::new();
@@ -142,7 +143,7 @@ fn scattered(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// In every index block one new page; the others are copies out of many frames.
+/// Writes one new page in every index block; the others are copies out of many frames.
 fn duplicates(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let frames = 4096;
@@ -169,7 +170,7 @@ fn in_child(
     in_child_with(WriterOptions::default(), test, gib, write, check);
 }
 
-/// As [`in_child`], with other options.
+/// Runs a case as [`in_child`] does, with other options.
 fn in_child_with(
     options: WriterOptions,
     test: &str,
@@ -214,7 +215,7 @@ fn in_child_with(
     assert!(peak <= MOST_BYTES, "{peak} bytes");
 }
 
-/// `VmHWM` of this process.
+/// Returns `VmHWM` of this process, in bytes.
 fn peak_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc/self/status");
     let line = status

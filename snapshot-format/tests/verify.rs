@@ -143,7 +143,8 @@ impl Store for Counting {
     }
 }
 
-/// A frame that pages all over the snapshot share was decoded for every 2 GiB of them.
+/// Regression: a frame that pages all over the snapshot share was decoded once for every 2 GiB of
+/// them.
 #[test]
 fn a_frame_that_all_share_is_decoded_twice_at_most() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");

@@ -1,4 +1,4 @@
-//! What the writer writes, the reader reads: every page, whatever the input and the options.
+//! The reader returns every page as it was written, for any input and options.
 
 mod model;
 
@@ -27,7 +27,7 @@ fn assert_verifies(bytes: Vec<u8>) {
     assert_eq!(report.problems, []);
 }
 
-/// A writer with one region.
+/// Returns a writer with one region.
 fn writer(options: WriterOptions) -> Writer<Vec<u8>> {
     let mut writer = Writer::new(Vec::new(), options).unwrap();
     writer.begin_region(&RegionSpec::default()).unwrap();
@@ -55,7 +55,8 @@ proptest! {
         assert_verifies(bytes);
     }
 
-    /// The file depends on the content alone: not on threads, nor on the pieces that it came in.
+    /// The file depends on the content alone, not on the number of threads or on how the input is
+    /// split.
     #[test]
     fn the_same_input_gives_the_same_bytes(
         image in model::images(),

@@ -78,7 +78,7 @@ fn with(parameter: CParameter) -> impl Fn(&[u8]) -> Vec<u8> {
     }
 }
 
-/// A frame without content size: a byte that describes the window follows the first five.
+/// Returns a frame without content size: a byte that describes the window follows the first five.
 fn windowed(raw: &[u8]) -> Vec<u8> {
     let frame = with(CParameter::ContentSizeFlag(false))(raw);
     assert_eq!(frame[4], 0, "a window, and nothing else");
@@ -158,7 +158,7 @@ fn frames_that_readers_must_refuse() {
     }
 }
 
-/// A snapshot file of one region.
+/// Writes a snapshot file of one region.
 fn pack(
     dictionary: Dictionary,
     level: i32,
@@ -185,7 +185,7 @@ fn open(bytes: Vec<u8>) -> Snapshot {
     Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
 }
 
-/// The frame header descriptor of the first frame, and its codec.
+/// Returns the frame header descriptor of the first frame, and its codec.
 fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     let bytes = pack(
         dictionary,
@@ -203,7 +203,7 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     (bytes[payload + 4], header.codec)
 }
 
-/// A page of text, which compresses and differs from others.
+/// Returns a page of text, which compresses and differs from other pages.
 fn text_page(page: u64) -> Vec<u8> {
     let lines = (0..).flat_map(|line: u64| {
         let number = (page << 8 | line).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -26,7 +26,7 @@ pub const AB: u64 = 0xabab_abab_abab_abab;
 pub const DICTIONARY: u16 = 7;
 pub const ID: [u8; 16] = *b"0123456789abcdef";
 
-/// What a page of the sample is.
+/// Content of a page of the sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     Fill(u64),
@@ -45,7 +45,7 @@ pub const REGIONS: [(u32, u64, u64, &str); 3] = [
 pub const FIRST_PAGES: [u64; 3] = [0, 1024, 2048];
 pub const BLOCKS: u64 = 5;
 
-/// What a page number of the sample is; none for unused numbers.
+/// Returns the content of a page number of the sample; none for unused numbers.
 pub fn content(page: u64) -> Option<Content> {
     Some(match page {
         // The second sharer of a content lies in the same block, the third in another.
@@ -60,7 +60,7 @@ pub fn content(page: u64) -> Option<Content> {
     })
 }
 
-/// 4096 bytes that compress about twofold and differ from seed to seed.
+/// Returns 4096 bytes that compress about twofold and differ from seed to seed.
 pub fn pattern(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
     let mut bytes = Vec::with_capacity(PAGE_SIZE);
@@ -74,7 +74,7 @@ pub fn pattern(seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// The 4096 bytes of a page; none if it is unavailable or unused.
+/// Returns the 4096 bytes of a page; none if it is unavailable or unused.
 pub fn page_bytes(page: u64) -> Option<Vec<u8>> {
     match content(page)? {
         Content::Fill(word) => Some(word.to_le_bytes().repeat(PAGE_SIZE / 8)),
@@ -116,7 +116,7 @@ fn frame_specs() -> [FrameSpec; 4] {
     ]
 }
 
-/// Number of the frame, and slot, that a content lies in.
+/// Returns the number of the frame that holds a content, and its slot there.
 pub fn frame_of(seed: u64) -> (usize, u16) {
     let frame = frame_specs()
         .iter()
@@ -140,7 +140,7 @@ pub struct Sample {
     pub frames: Vec<Range<usize>>,
     /// Index blocks as stored, with their numbers; the last one is compressed.
     pub blocks: Vec<(u64, Range<usize>)>,
-    /// Where the frame references lie in raw index blocks, with the frames' numbers.
+    /// Positions of the frame references in raw index blocks, with the frames' numbers.
     pub frame_refs: Vec<(usize, usize)>,
     /// (kind of the table, number in it, bytes).
     pub blobs: Vec<(SectionKind, usize, Range<usize>)>,
@@ -156,7 +156,8 @@ impl Sample {
         Self::build(true)
     }
 
-    /// `inline_regions`: the region section lies right before the top table.
+    /// Builds the sample. With `inline_regions`, the region section lies right before the top
+    /// table.
     pub fn build(inline_regions: bool) -> Self {
         Self::build_with(inline_regions, &|raw| compress(raw, &[]))
     }
@@ -395,7 +396,7 @@ impl Sample {
         place.expect("the sample has all sections").1.clone()
     }
 
-    /// Where the directory's entry for a kind lies.
+    /// Returns the position of the directory's entry for a kind.
     pub fn entry_of(&self, kind: SectionKind) -> usize {
         let number = self
             .sections
@@ -487,7 +488,7 @@ fn pages_of(block: u64) -> Range<u64> {
     first..end.unwrap_or(first + 512)
 }
 
-/// A block's index block, and the numbers of the frames that it names.
+/// Returns a block's index block, and the numbers of the frames that it names.
 fn index_block(block: u64, refs: &[FrameRef]) -> (Vec<u8>, Vec<usize>) {
     let mut named = Vec::new();
     let mut fills: Vec<u64> = Vec::new();
@@ -560,7 +561,7 @@ fn attachments() -> [(u32, &'static str, Vec<u8>); 2] {
     ]
 }
 
-/// The state digest, from what `FORMAT.md` says of it.
+/// Returns the state digest, computed from its definition in `FORMAT.md`.
 fn state_digest(content: &Digest, attachments: &[(u32, &str, Vec<u8>)]) -> Digest {
     let mut all = b"snaprestore state".to_vec();
     all.extend_from_slice(content);

@@ -24,7 +24,7 @@ fn next(state: &mut u64) -> u64 {
     *state >> 33
 }
 
-/// A compressible page; the same number gives the same content.
+/// Returns a compressible page; the same number gives the same content.
 pub(crate) fn data_page(number: u64) -> Vec<u8> {
     let mut state = number ^ 0x1234_5678;
     let mut page = format!("page {number} ").into_bytes();
@@ -39,7 +39,7 @@ pub(crate) fn data_page(number: u64) -> Vec<u8> {
     page
 }
 
-/// A page that doesn't compress.
+/// Returns an incompressible page.
 pub(crate) fn noise_page(number: u64) -> Vec<u8> {
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0xabcd;
     (0..PAGE_SIZE)
@@ -47,7 +47,7 @@ pub(crate) fn noise_page(number: u64) -> Vec<u8> {
         .collect()
 }
 
-/// What a page is.
+/// Content of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Given {
     /// [`data_page`] of this number.
