@@ -14,8 +14,8 @@
 //!
 //! - make a nameless file: make one with a temporary name
 //! - link a nameless file: copy it to one with a temporary name
-//! - rename, but not over a file (`RENAME_NOREPLACE`): link and remove; or make an empty target that
-//!   must not exist yet, and rename over that
+//! - rename, but not over a file (`RENAME_NOREPLACE`): link and remove; or make an empty target
+//!   that must not exist yet, and rename over that
 //! - fsync of a file or a folder: sync of the file system
 //! - give the file the target's name: leave the finished file under its temporary name, and return
 //!   an error that says so

@@ -1,5 +1,5 @@
-//! One fault from end to end: a touch, the kernel, the engine's thread, a frame, COPY, the toucher
-//! goes on.
+//! One fault from end to end: a touch, the kernel, the engine's thread, a frame, COPY, and the
+//! touching thread continues.
 #![allow(
     unsafe_code,
     reason = "restored memory is touched through raw pointers"

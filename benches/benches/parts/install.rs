@@ -19,7 +19,7 @@ struct Target {
 }
 
 impl Target {
-    /// None where userfaultfd is not permitted.
+    /// Opens a userfaultfd on empty memory; returns none if userfaultfd is not permitted.
     fn new() -> Option<Self> {
         // No events: emptying the memory must not wait for somebody to read one.
         let options = OpenOptions::new().required(Features::EMPTY);
@@ -38,8 +38,8 @@ impl Target {
         assert_eq!(result, 0, "emptying the memory");
     }
 
-    /// Time of `count` installs of `len` bytes each, from `before` on whenever the memory was
-    /// emptied.
+    /// Measures `count` installs of `len` bytes each. Each time the memory is full it is emptied
+    /// and `before` is called, neither of which is timed.
     fn time(
         &self,
         count: u64,
@@ -65,7 +65,7 @@ impl Target {
     }
 }
 
-/// COPY, ZEROPAGE and MOVE.
+/// Measures COPY, ZEROPAGE and MOVE.
 pub(crate) fn install(criterion: &mut Criterion) {
     let Some(target) = Target::new() else {
         return;

@@ -2,7 +2,8 @@
 //!
 //! ```sh
 //! cargo bench -p snaprestore-benches --bench restores -- --rounds 5
-//! cargo bench -p snaprestore-benches --bench restores -- --only random-reads,complete --contenders ours
+//! cargo bench -p snaprestore-benches --bench restores -- --only random-reads,complete \
+//!     --contenders ours
 //! ```
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
 

@@ -1,4 +1,4 @@
-//! What is to be run, and on which images.
+//! The selection of workloads and images to run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::Args;
 const WIDE_PAGES: u64 = (64 << 30) / PAGE;
 const WIDE_DISTINCT: u64 = (1 << 30) / PAGE;
 
-/// The workloads of the data files that are asked for, with the contenders that are asked for.
+/// Returns the workloads of the data files, restricted to the selected workloads and contenders.
 pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Workload>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
     let mut all = BTreeMap::new();

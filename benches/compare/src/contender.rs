@@ -1,18 +1,20 @@
-//! Who takes part: the ways to bring memory back.
+//! Contenders: the ways to restore memory.
 //!
 //! | name | what it does |
 //! | --- | --- |
-//! | `ours` | restores a snapshot through the library, with options: `ours:prefetch=all,frame=64` |
+//! | `ours` | restores a snapshot through the library, with options |
 //! | `mmap` | maps the raw file privately |
-//! | `handler` | a userfaultfd; a thread copies one page of the mapped raw file for each fault, where the scheduler puts it |
+//! | `handler` | copies a page of the mapped raw file for each userfaultfd fault, on any core |
 //! | `handler-pinned` | the same, on the core of the thread that faults |
 //! | `read-all` | reads the raw file into anonymous memory first |
 //! | `unzstd` | decompresses a solid `.zst` (level 3) into anonymous memory first |
 //! | `squashfs-64k`, `squashfs-128k` | maps the raw file inside a squashfs image (zstd) |
-//! | `erofs` | maps the raw file inside an erofs image (the best codec of the installed mkfs.erofs) |
-//! | `serve` | a VMM hands its memory over to `snaprestore serve`, with options: `serve:prefetch=all,frame=64` |
-//! | `vmm-handler`, `vmm-handler-pinned` | the same VMM and a process that does what `handler` does |
-//! | `vmm-copy-all` | the same VMM and a process that copies the whole raw file when the first page is touched |
+//! | `erofs` | maps the raw file inside an erofs image (best codec of mkfs.erofs) |
+//! | `serve` | a VMM whose memory `snaprestore serve` serves, with options like `ours` |
+//! | `vmm-handler`, `vmm-handler-pinned` | the same VMM, served by a process like `handler` |
+//! | `vmm-copy-all` | the same VMM; a process copies the whole raw file at the first touch |
+//!
+//! Options follow a colon: `ours:prefetch=all,frame=64`.
 
 use std::fmt;
 use std::path::Path;
@@ -35,7 +37,7 @@ pub enum Contender {
     /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's
     /// core.
     Handler {
-        /// Whether it stays on the toucher's core.
+        /// Whether the handler stays on the core of the touching thread.
         pinned: bool,
     },
     /// The raw file, read whole.
@@ -53,7 +55,7 @@ pub enum Contender {
     Serve(Ours),
     /// One page a fault, from a process of its own.
     VmmHandler {
-        /// Whether it stays on the toucher's core.
+        /// Whether the handler stays on the core of the touching thread.
         pinned: bool,
     },
     /// The raw file copied whole at the first fault, by a process of its own.
@@ -72,10 +74,10 @@ pub enum Prefetch {
     All,
 }
 
-/// How snaprestore is used; what isn't said is the default.
+/// Options of snaprestore; those that aren't given have their default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ours {
-    /// What is prefetched.
+    /// Pages to prefetch.
     pub prefetch: Prefetch,
     /// Threads that serve faults.
     pub fault_threads: Option<usize>,
@@ -91,7 +93,7 @@ pub struct Ours {
     pub snapshot: SnapshotKind,
 }
 
-/// How a snapshot was made; what isn't said is the default of `create`.
+/// Options with which a snapshot was made; those that aren't given have the default of `create`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SnapshotKind {
     /// Memory of a frame.
@@ -104,13 +106,13 @@ pub struct SnapshotKind {
 
 /// Memory that a contender has brought back, or is bringing back.
 pub trait Restored {
-    /// The memory.
+    /// Returns the memory.
     fn memory(&self) -> Memory;
 
     /// Waits until everything is there.
     fn complete(&mut self) -> Result<(), BenchError>;
 
-    /// What the contender itself counted.
+    /// Returns the contender's own counters.
     fn facts(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
@@ -143,13 +145,13 @@ impl Contender {
         })
     }
 
-    /// Whether its handler stays on the core of the thread that touches.
+    /// Returns whether its handler stays on the core of the touching thread.
     pub fn stays_on_a_core(&self) -> bool {
         use Contender::{Handler, VmmHandler};
         matches!(self, Handler { pinned: true } | VmmHandler { pinned: true })
     }
 
-    /// Whether the thread that touches is bound to its core, and nobody else.
+    /// Returns whether the touching thread, and nothing else, is bound to its core.
     pub fn has_pinned_toucher(&self) -> bool {
         matches!(self, Self::Ours(ours) | Self::Serve(ours) if ours.pinned)
     }

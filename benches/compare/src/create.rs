@@ -16,11 +16,11 @@ use crate::trial::Outcome;
 use crate::usage::{self, Who};
 use crate::{BenchError, PAGE};
 
-/// What the results call this comparison.
+/// Name of this comparison in the results.
 pub const NAME: &str = "create";
-/// What they call the other one.
+/// Name of the other contender in the results.
 pub const ZSTD: &str = "zstd -3 -T0, fsync";
-/// What they call ours.
+/// Name of our contender in the results.
 pub const OURS: &str = "ours";
 
 /// Sizes of files, in bytes.
@@ -48,7 +48,7 @@ pub struct Sizes {
     pub frame_bytes: u64,
 }
 
-/// The sizes of what is written by default.
+/// Returns the sizes of the files that are written with default options.
 pub fn sizes(images: &mut Images) -> Result<Sizes, BenchError> {
     let solid = images.solid()?;
     let path = images.snapshot(&SnapshotKind::default())?;

@@ -54,16 +54,16 @@ pub mod workload;
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 
-/// Why a measurement can't be had.
+/// Why a measurement is not available.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BenchError {
     /// The operating system said no.
     #[error("{what}")]
     Io {
-        /// What was being done.
+        /// Operation that failed.
         what: String,
-        /// What it said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
     /// This machine or process can't do it; the message says why.
@@ -74,7 +74,7 @@ pub enum BenchError {
     Trial {
         /// Which trial.
         what: String,
-        /// What it said.
+        /// Error message of the process.
         why: String,
     },
     /// Two contenders read different bytes: no time of either is worth anything.
@@ -82,7 +82,7 @@ pub enum BenchError {
     WrongBytes {
         /// The workload.
         workload: String,
-        /// Who differs.
+        /// Contender that differs.
         contender: String,
         /// From whom.
         other: String,
@@ -99,7 +99,7 @@ impl BenchError {
         move |source| Self::Io { what, source }
     }
 
-    /// The last error of a system call.
+    /// Returns the error of the last system call.
     pub(crate) fn last(what: impl Into<String>) -> Self {
         Self::io(what)(std::io::Error::last_os_error())
     }
@@ -114,7 +114,7 @@ impl BenchError {
     }
 }
 
-/// An error with everything behind it, in one line.
+/// Formats an error with all its causes in one line.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,4 +1,4 @@
-//! What the parts of a restore cost by themselves: no restore of the same snapshot can be faster
+//! Costs of the parts of a restore by themselves: no restore of the same snapshot can be faster
 //! than decoding its frames and copying its pages.
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::{BenchError, PAGE, cache};
 /// Bytes that one COPY takes at most: as many as a restore installs at once.
 const MOST_COPY: u64 = 256 << 10;
 
-/// What of a snapshot has to be decoded and copied.
+/// Parts of a snapshot that have to be decoded and copied.
 struct Contents {
     snapshot: Snapshot,
     /// Every frame once, in the order of the file.
@@ -61,7 +61,8 @@ impl Contents {
     }
 }
 
-/// A page of each frame of a snapshot: touching them in any order is one fault a frame.
+/// Returns one page of each frame of a snapshot: touching them in any order causes one fault per
+/// frame.
 pub fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
     Ok(Contents::of(path)?.first_pages)
 }

@@ -1,4 +1,4 @@
-//! What was measured on, and when.
+//! Machine, software and time of a measurement.
 
 use std::fs;
 use std::process::Command;
@@ -13,7 +13,7 @@ pub struct Machine {
     pub cpu: String,
     /// Cores that this process may use.
     pub cores: usize,
-    /// Whether the processor says that a hypervisor is below.
+    /// Whether the processor reports that it runs under a hypervisor.
     pub virtual_machine: bool,
     /// Release of the kernel.
     pub kernel: String,
@@ -70,7 +70,7 @@ impl Machine {
     }
 }
 
-/// The word in brackets.
+/// Returns the word in brackets.
 fn selected(text: &str) -> String {
     let inside = text
         .split_once('[')
@@ -78,7 +78,7 @@ fn selected(text: &str) -> String {
     inside.map_or_else(String::new, |(word, _)| word.to_owned())
 }
 
-/// What git says of the source, where the program still lies beside it.
+/// Returns git's description of the source, if the program still lies beside it.
 fn revision() -> String {
     let git = |args: &[&str]| {
         let output = Command::new("git")

@@ -17,8 +17,8 @@ const LINES: [&str; 6] = [
     "#1f6feb", "#d29922", "#cf222e", "#2da44e", "#8250df", "#57606a",
 ];
 
-/// The total times of a workload's contenders: medians, with whiskers from the shortest to the
-/// longest.
+/// Draws the total times of a workload's contenders: medians, with whiskers from the shortest to
+/// the longest.
 pub fn bars(samples: &Samples, workload: &Workload) -> String {
     let bars: Vec<(String, Spread)> = rows(samples, workload)
         .into_iter()
@@ -85,7 +85,7 @@ pub fn bars(samples: &Samples, workload: &Workload) -> String {
     svg + "</svg>\n"
 }
 
-/// The percentiles of single touches, of the first measured round; none if nothing was timed.
+/// Draws the percentiles of single touches in the first measured round; none if nothing was timed.
 pub fn percentiles(samples: &Samples, workload: &Workload) -> Option<String> {
     let curves: Vec<(&str, &Latencies)> = samples
         .samples

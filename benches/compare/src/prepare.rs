@@ -34,7 +34,7 @@ pub struct Images {
     program: PathBuf,
     made: BTreeMap<String, Result<PathBuf, String>>,
     namespace: bool,
-    /// Where images are mounted now.
+    /// Paths where images are mounted now.
     mounted: Vec<PathBuf>,
 }
 
@@ -63,7 +63,8 @@ impl Images {
         })
     }
 
-    /// A snapshot of `bytes` of memory and nothing else: only snaprestore can restore it.
+    /// Creates the images for a snapshot of `bytes` of memory and nothing else: only snaprestore
+    /// can restore it.
     pub fn of_snapshot(snapshot: &Path, bytes: u64, folder: &Path, program: &Path) -> Self {
         let mut images = Self {
             raw: None,
@@ -78,7 +79,7 @@ impl Images {
         images
     }
 
-    /// A snapshot that is there already is the one that `create` would make.
+    /// Uses an existing snapshot as the one that `create` would make.
     pub fn use_snapshot(&mut self, snapshot: &Path) {
         let name = snapshot_name(&SnapshotKind::default());
         self.made.insert(name, Ok(snapshot.to_owned()));
@@ -89,25 +90,25 @@ impl Images {
         self.bytes
     }
 
-    /// The raw file.
+    /// Returns the raw file.
     pub fn raw(&self) -> Result<&Path, BenchError> {
         self.raw
             .as_deref()
             .ok_or_else(|| BenchError::Unavailable("there is no raw file of this image".into()))
     }
 
-    /// Where the files are made.
+    /// Returns the folder of the files.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The `snaprestore` that makes snapshots.
+    /// Returns the `snaprestore` that makes snapshots.
     pub fn program(&self) -> &Path {
         &self.program
     }
 
-    /// The file that a contender restores from. What can't be had is [`BenchError::Unavailable`]
-    /// each time it is asked for.
+    /// Returns the file that a contender restores from. An unavailable file gives
+    /// [`BenchError::Unavailable`] each time it is requested.
     pub fn file_for(&mut self, contender: &Contender) -> Result<PathBuf, BenchError> {
         match contender {
             Contender::Ours(ours) | Contender::Serve(ours) => self.snapshot(&ours.snapshot),
@@ -126,7 +127,7 @@ impl Images {
         }
     }
 
-    /// A snapshot of the image.
+    /// Returns a snapshot of the image.
     pub fn snapshot(&mut self, kind: &SnapshotKind) -> Result<PathBuf, BenchError> {
         self.once(snapshot_name(kind), |images| {
             let out = images.folder.join(snapshot_name(kind));
@@ -157,7 +158,7 @@ impl Images {
         run(&mut command)
     }
 
-    /// The solid zstd file.
+    /// Returns the solid zstd file.
     pub fn solid(&mut self) -> Result<PathBuf, BenchError> {
         self.once("solid.zst".into(), |images| {
             images.keep("solid.zst", |images, making| {
@@ -166,7 +167,7 @@ impl Images {
         })
     }
 
-    /// A file with the number of one page of each frame of a snapshot.
+    /// Returns a file with the number of one page of each frame of a snapshot.
     pub fn page_of_each_frame(&mut self, kind: &SnapshotKind) -> Result<PathBuf, BenchError> {
         let snapshot = self.snapshot(kind)?;
         self.once(format!("{}.pages", snapshot_name(kind)), |images| {
@@ -303,7 +304,7 @@ impl Images {
     }
 }
 
-/// Whoever made the folder may be about to remove it.
+/// Unmounts the images, because the caller may be about to remove the folder.
 impl Drop for Images {
     fn drop(&mut self) {
         for point in self.mounted.drain(..).rev() {
@@ -316,7 +317,7 @@ fn mount_point(image: &Path) -> PathBuf {
     image.with_extension("mounted")
 }
 
-/// What the file of a snapshot is called.
+/// Returns the file name of a snapshot.
 fn snapshot_name(kind: &SnapshotKind) -> String {
     let mut name = String::from("snapshot");
     if let Some(kib) = kind.frame_kib {
@@ -367,7 +368,7 @@ fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// From now on what this thread and its children mount is seen by them only.
+/// Makes later mounts of this thread and its children visible to them only.
 #[expect(unsafe_code, reason = "a system call without a wrapper here")]
 fn own_mounts() -> Result<(), BenchError> {
     // SAFETY: it changes which mounts this thread sees, to a copy of those that it saw.
@@ -381,7 +382,7 @@ fn own_mounts() -> Result<(), BenchError> {
         .map_err(|error| BenchError::Unavailable(error.to_string()))
 }
 
-/// A program, or which package has it.
+/// Returns a command for a program; if that is missing, the error names the package that has it.
 fn tool(name: &str, package: &str) -> Result<Command, BenchError> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)

@@ -1,7 +1,7 @@
-//! Who serves the memory of a trial from a process of its own: `snaprestore serve`, or a handler.
+//! Server of a trial's memory in a process of its own: `snaprestore serve`, or a handler.
 //!
-//! It is started before anything is measured, as an operator would, and listens when the VMM
-//! connects.
+//! It is started before anything is measured, as an operator would do, and is listening when the
+//! VMM connects.
 #![allow(unsafe_code, reason = "children end with the trial, by a signal")]
 
 use std::ffi::OsStr;
@@ -19,7 +19,7 @@ use crate::contender::{Ours, Prefetch};
 use crate::contenders::outside::Outside;
 use crate::trial::Trial;
 
-/// How long it may take to listen, and to end.
+/// Time allowed for it to listen, and to exit.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A process that serves, and what descends from it.
@@ -31,7 +31,7 @@ pub(crate) struct Server {
     _folder: TempDir,
 }
 
-/// Where it will listen.
+/// The socket on which it will listen, and its folder.
 struct Place {
     folder: TempDir,
     socket: PathBuf,
@@ -47,7 +47,7 @@ impl Place {
 }
 
 impl Server {
-    /// `snaprestore serve` of a snapshot.
+    /// Starts `snaprestore serve` of a snapshot.
     pub(crate) fn serve(
         program: &Path,
         snapshot: &Path,
@@ -74,7 +74,7 @@ impl Server {
         Self::start(place, command, b"")
     }
 
-    /// A handler, by this program, called as it was.
+    /// Starts a handler: this program, with its own arguments.
     pub(crate) fn handler(
         file: &Path,
         bytes: u64,
@@ -101,7 +101,7 @@ impl Server {
     fn start(place: Place, mut command: Command, input: &[u8]) -> Result<Self, BenchError> {
         let what = format!("starting {}", command.get_program().display());
         let failed = || BenchError::io(what.clone());
-        // Files, not pipes: whoever reads a pipe to its end waits for all who hold it.
+        // Files instead of pipes: reading a pipe to its end waits for all processes that hold it.
         let file = || tempfile::tempfile().map_err(failed());
         let (said, complained) = (file()?, file()?);
         command
@@ -163,7 +163,8 @@ impl Server {
         serde_json::from_str(&text(&mut self.said)).unwrap_or_default()
     }
 
-    /// Until then it completes the VM, so that nobody waits for a page that will not come.
+    /// Sends SIGTERM and waits until it exits. Before exiting, the server completes the VM, so that
+    /// nothing waits for a page that will never come.
     fn end(&mut self) {
         // SAFETY: the child wasn't waited for, or `try_wait` below has given `Some`, after which
         // nobody gets here again.
@@ -188,7 +189,7 @@ impl Drop for Server {
     }
 }
 
-/// All that was written to a file.
+/// Returns everything that was written to a file.
 fn text(file: &mut File) -> String {
     let mut text = String::new();
     let _ = file.seek(SeekFrom::Start(0));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Where the middle of some samples is, and how far they lie apart.
+/// Median and range of some samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Samples.
@@ -20,7 +20,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// The spread of `samples`, or none if there are none.
+    /// Returns the spread of `samples`, or none if there are none.
     pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = samples.into_iter().collect();
         sorted.sort_unstable_by(f64::total_cmp);
@@ -35,7 +35,8 @@ impl Spread {
     }
 }
 
-/// The value below which `part` of the sorted values lie, between two of them in proportion.
+/// Returns the value below which `part` of the sorted values lie, interpolated linearly between two
+/// of them.
 fn at(sorted: &[f64], part: f64) -> f64 {
     let place = part * float(sorted.len().saturating_sub(1) as u64);
     let low = index(place.floor());
@@ -64,7 +65,7 @@ pub struct Latencies {
 }
 
 impl Latencies {
-    /// The percentiles of durations in nanoseconds.
+    /// Returns the percentiles of durations in nanoseconds.
     pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
         nanos.sort_unstable();
         let micros = |part: f64| {

@@ -27,17 +27,17 @@ unsafe impl Send for Memory {}
 // SAFETY: as above; accesses are volatile and of single bytes.
 unsafe impl Sync for Memory {}
 
-/// What touching gave.
+/// Result of touching.
 #[derive(Clone, Debug, Default)]
 pub struct Touched {
     /// Sum of what was read.
     pub sum: u64,
-    /// How long each touch took, in nanoseconds, if asked for.
+    /// Duration of each touch, in nanoseconds, if requested.
     pub nanos: Vec<u64>,
 }
 
 impl Memory {
-    /// Memory at `base`.
+    /// Wraps the memory at `base`.
     ///
     /// # Safety
     ///
@@ -47,12 +47,12 @@ impl Memory {
         Self { base, len }
     }
 
-    /// First byte.
+    /// Returns the address of the first byte.
     pub fn base(self) -> *mut u8 {
         self.base
     }
 
-    /// Bytes.
+    /// Returns the length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "memory is never empty")]
     pub fn len(self) -> u64 {
         self.len
@@ -99,7 +99,7 @@ impl Memory {
         sum
     }
 
-    /// As `run`, with the time of each touch.
+    /// Touches as `run` does, and measures each touch.
     fn run_timed(self, offsets: &[u64], access: Access) -> Touched {
         let mut touched = Touched::default();
         // Its memory must not be fetched while the clock runs.
@@ -163,8 +163,8 @@ impl Memory {
         })
     }
 
-    /// The sum of what was touched: the one taken while reading or, after writes, of the bytes
-    /// beside those that were written, which must have been written too.
+    /// Returns the sum of the touched bytes. For reads it is the sum taken while reading. After
+    /// writes it covers the bytes beside the written ones; returns none if a write is missing.
     pub fn sum_after(self, offsets: &[u64], access: Access, touched: &Touched) -> Option<u64> {
         if access == Access::Read {
             return Some(touched.sum);
@@ -180,7 +180,7 @@ impl Memory {
         Some(sum)
     }
 
-    /// A checksum of every byte of every touched page, in the order of pages.
+    /// Returns a checksum of every byte of every touched page, in the order of pages.
     ///
     /// # Panics
     ///
@@ -203,7 +203,7 @@ impl Memory {
     }
 }
 
-/// What a write leaves.
+/// Returns the byte that a write leaves at `offset`.
 fn mark(offset: u64) -> u8 {
     (offset >> 12).to_le_bytes()[0] | 1
 }

@@ -21,10 +21,10 @@ use crate::usage::{self, Held, Watcher, Who};
 use crate::workload::{Access, Cache, Order, Plan, read_pages};
 use crate::{BenchError, PAGE, cache, limits, uffd};
 
-/// After so many seconds a trial is killed: nothing here takes a tenth of it.
+/// Time in seconds after which a trial is killed: nothing here takes a tenth of it.
 const MOST_SECONDS: u32 = 300;
 
-/// What is measured.
+/// Kind of measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trial {
@@ -63,13 +63,13 @@ pub enum Trial {
 /// A restore with touches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RestoreTrial {
-    /// Who restores.
+    /// Contender that restores.
     pub contender: Contender,
     /// From which file.
     pub file: PathBuf,
     /// The `snaprestore` that serves, where it does so from outside.
     pub program: PathBuf,
-    /// How much memory.
+    /// Size of the memory, in bytes.
     pub bytes: u64,
     /// Order of touches.
     pub order: Order,
@@ -81,20 +81,20 @@ pub struct RestoreTrial {
     pub most_pages: Option<u64>,
     /// File of page numbers, for orders that come from one.
     pub listed: Option<PathBuf>,
-    /// What a touch does.
+    /// Kind of access of a touch.
     pub access: Access,
     /// Threads that touch.
     pub threads: usize,
-    /// Whether the file is in memory.
+    /// Whether the file is in the page cache.
     pub cache: Cache,
     /// Whether each touch is timed.
     pub latencies: bool,
-    /// Whether every byte of the touched pages is checked afterwards, and memory is watched
-    /// meanwhile. Such a trial's times count for nothing.
+    /// Whether every byte of the touched pages is checked afterwards, and memory use is watched
+    /// meanwhile. The times of such a trial are not used.
     pub proof: bool,
 }
 
-/// What a trial found. Fields that make no sense for its kind are zero or none.
+/// Measured values of a trial. Fields that make no sense for its kind are zero or none.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
     /// From the beginning to usable memory; of a VMM, until it has handed its memory over.
@@ -106,7 +106,7 @@ pub struct Outcome {
     pub total_ms: f64,
     /// Processor time of the process, and of those that serve it.
     pub cpu_s: f64,
-    /// Processor time of the machine meanwhile, whoever took it: file systems also work in the
+    /// Processor time of the whole machine meanwhile, because file systems also work in the
     /// kernel's threads.
     pub machine_cpu_s: f64,
     /// Anonymous memory and page tables at the end, beyond those before, of the process and of
@@ -132,15 +132,15 @@ pub struct Outcome {
     /// Times of single touches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latencies: Option<Latencies>,
-    /// How the file was made cold.
+    /// Method by which the file was made cold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cooled: Option<String>,
-    /// What the contender itself counted.
+    /// The contender's own counters.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub facts: serde_json::Value,
 }
 
-/// What the child answers.
+/// Answer of the child.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Reply {
@@ -150,7 +150,7 @@ enum Reply {
 }
 
 impl Trial {
-    /// Measures, in this process.
+    /// Runs the trial in this process.
     pub fn run(&self) -> Result<Outcome, BenchError> {
         match self {
             Self::Restore(trial) => trial.run(),
@@ -270,7 +270,7 @@ impl RestoreTrial {
     }
 }
 
-/// What was used before a measurement began.
+/// Resource use before a measurement began.
 pub(crate) struct Before {
     server: Option<u32>,
     held: Held,
@@ -286,7 +286,7 @@ impl Before {
         Self::served_by(file, None)
     }
 
-    /// The same, with what `server` and those that descend from it use.
+    /// Records the current use, including that of `server` and its descendants.
     pub(crate) fn served_by(file: &Path, server: Option<u32>) -> Self {
         Self {
             server,
@@ -299,7 +299,7 @@ impl Before {
         }
     }
 
-    /// What was used since.
+    /// Returns the use since then.
     pub(crate) fn outcome(&self, file: &Path) -> Outcome {
         let own = usage::cpu_seconds(Who::Own) - self.cpu;
         let served = Served::by(self.server);
@@ -315,7 +315,7 @@ impl Before {
     }
 }
 
-/// What the processes that serve a trial use.
+/// Resource use of the processes that serve a trial.
 #[derive(Default)]
 struct Served {
     cpu: f64,
@@ -340,7 +340,7 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// `program` with `args` calls [`run_child`].
+    /// Creates a runner whose trials run as `program` with `args`, which must call [`run_child`].
     pub fn new(program: PathBuf, args: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         Self {
             program,
@@ -383,7 +383,7 @@ impl Runner {
     }
 }
 
-/// The child's side: reads a trial, runs it, writes what it found.
+/// Runs the child's side: reads a trial, runs it, and writes its result.
 #[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
 pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
     // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a

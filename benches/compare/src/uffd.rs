@@ -1,5 +1,5 @@
-//! As much of userfaultfd as a one-page-a-fault handler, a VMM that hands its memory over and the
-//! limit of copying need, and nothing in between.
+//! The minimum of userfaultfd that is needed by a one-page-a-fault handler, a VMM that hands its
+//! memory over, and the limit of copying, without any layer in between.
 #![allow(unsafe_code, reason = "it talks to the kernel")]
 
 use std::fs::File;
@@ -31,7 +31,7 @@ pub(crate) struct Uffd {
     fd: OwnedFd,
 }
 
-/// What became of a copy.
+/// Outcome of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Copied {
     Done,
@@ -39,12 +39,12 @@ pub(crate) enum Copied {
 }
 
 impl Uffd {
-    /// One that reads block on, and that tells of faults only.
+    /// Opens a userfaultfd whose reads block, and that reports only faults.
     pub(crate) fn open() -> Result<Self, BenchError> {
         Self::with(0, 0)
     }
 
-    /// One as Firecracker opens it: reads don't block, and discards are told.
+    /// Opens a userfaultfd as Firecracker does: reads don't block, and discards are reported.
     pub(crate) fn open_as_vmm() -> Result<Self, BenchError> {
         Self::with(libc::O_NONBLOCK, EVENT_REMOVE)
     }
@@ -62,7 +62,8 @@ impl Uffd {
         Ok(Self { fd })
     }
 
-    /// Another process's, from now on with reads that block: its owner doesn't read.
+    /// Wraps another process's userfaultfd and makes its reads block; the owner doesn't read from
+    /// it.
     pub(crate) fn received(fd: OwnedFd) -> Result<Self, BenchError> {
         // SAFETY: it sets flags of an open descriptor.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
@@ -151,7 +152,8 @@ fn check(result: i32, what: &str) -> Result<(), BenchError> {
     }
 }
 
-/// The device first, as it asks for the least rights, then the system call.
+/// Opens a userfaultfd through the device, which needs the fewest rights, or else through the
+/// system call.
 fn new_descriptor(flags: i32) -> Result<OwnedFd, BenchError> {
     let raw = match File::open("/dev/userfaultfd") {
         // SAFETY: the argument is flags; the kernel gives a new descriptor or an error.
@@ -185,7 +187,7 @@ pub(crate) fn pin_to(core: usize) {
     let _ = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
 }
 
-/// The core that this thread runs on.
+/// Returns the core that this thread runs on.
 pub(crate) fn this_core() -> usize {
     // SAFETY: it reads a number of the thread's own.
     let core = unsafe { libc::sched_getcpu() };

@@ -1,4 +1,4 @@
-//! What a process costs: processor time, memory, reads from disk.
+//! Resource use of a process: processor time, memory, reads from disk.
 #![allow(
     unsafe_code,
     reason = "getrusage has no safe wrapper without another dependency"
@@ -58,7 +58,7 @@ pub fn cpu_seconds_of(pid: u32) -> f64 {
     seconds
 }
 
-/// A process and those that descend from it.
+/// Returns a process and its descendants.
 pub fn family(pid: u32) -> Vec<u32> {
     let mut family = vec![pid];
     let mut next = 0;
@@ -89,17 +89,17 @@ pub struct Held {
 }
 
 impl Held {
-    /// What is held now.
+    /// Returns the current use of this process.
     pub fn now() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default())
     }
 
-    /// What another process holds now.
+    /// Returns the current use of another process.
     pub fn of(pid: u32) -> Self {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }
 
-    /// Both together, in bytes.
+    /// Returns the sum of both, in bytes.
     pub fn bytes(self) -> u64 {
         self.resident + self.tables
     }
@@ -112,7 +112,7 @@ impl Held {
     }
 }
 
-/// A line `name: N kB` of /proc, in bytes.
+/// Returns the value of a line `name: N kB` of /proc, in bytes.
 fn kib(text: &str, name: &str) -> u64 {
     text.lines()
         .find_map(|line| line.strip_prefix(name))
@@ -168,8 +168,8 @@ pub fn machine_cpu_seconds() -> f64 {
     crate::stats::float(ticks) / 100.0
 }
 
-/// What of the memory at `[start, start + len)` is its content, and what the tables for that
-/// content take.
+/// Returns the anonymous memory of the mappings in `[start, start + len)`, and the size of the page
+/// tables for it.
 pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     let maps = fs::read_to_string("/proc/self/smaps")
         .map_err(BenchError::io("reading /proc/self/smaps"))?;
@@ -194,7 +194,7 @@ fn resident_in(smaps: &str, start: u64, end: u64) -> u64 {
     sum
 }
 
-/// The addresses at the start of a line that begins a mapping.
+/// Returns the addresses at the start of a line that begins a mapping.
 fn mapping(line: &str) -> Option<(u64, u64)> {
     let (from, to) = line.split_whitespace().next()?.split_once('-')?;
     let hex = |text| u64::from_str_radix(text, 16).ok();
@@ -260,7 +260,7 @@ impl Watcher {
         }
     }
 
-    /// The most that was seen, in bytes.
+    /// Stops watching and returns the highest use that was seen, in bytes.
     pub fn stop(mut self) -> u64 {
         self.over.store(true, Relaxed);
         if let Some(thread) = self.thread.take() {

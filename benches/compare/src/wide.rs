@@ -45,7 +45,7 @@ pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
     file.sync_all().map_err(BenchError::io(failed()))
 }
 
-/// A page that is no fill and like no other.
+/// Fills a page so that it is not a fill and equals no other.
 fn fill(page: &mut [u8], number: u64) {
     for (place, word) in page.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         *word = (number << 16 | place as u64 & 0x3f).to_le_bytes();

@@ -1,4 +1,5 @@
-//! What is touched, in which order and how; and the plan that follows from it.
+//! Workloads: the pages to touch, their order and the kind of access; and the plan that follows
+//! from it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ pub enum Order {
     Trace,
 }
 
-/// What a touch does.
+/// Kind of access of a touch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
@@ -37,7 +38,7 @@ pub enum Access {
     Write,
 }
 
-/// Whether the files are in memory.
+/// Whether the files are in the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cache {
@@ -54,7 +55,7 @@ pub enum Cache {
 pub struct Workload {
     /// Its name, as in a file name.
     pub name: String,
-    /// What it says, for people.
+    /// Description of the workload, for people.
     pub title: String,
     /// The image: `guest` for the memory of a real guest, or the path of a raw file.
     #[serde(default = "guest")]
@@ -74,27 +75,27 @@ pub struct Workload {
     /// Pages that are touched at most.
     #[serde(default)]
     pub most_pages: Option<u64>,
-    /// What a touch does.
+    /// Kind of access of a touch.
     #[serde(default)]
     pub access: Access,
     /// Threads that touch, each its own part of the order.
     #[serde(default = "one_thread")]
     pub threads: usize,
-    /// Whether the files are in memory.
+    /// Whether the files are in the page cache.
     #[serde(default)]
     pub cache: Cache,
     /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the
     /// whole.
     #[serde(default)]
     pub latencies: bool,
-    /// Who takes part.
+    /// Contenders that take part.
     pub contenders: Vec<Contender>,
-    /// What is measured beside them, on the first snapshot among the contenders.
+    /// Limits to measure as well, on the first snapshot among the contenders.
     #[serde(default)]
     pub limits: Vec<Limit>,
 }
 
-/// What a part of a restore costs by itself.
+/// Limit: the cost of a part of a restore by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limit {
@@ -107,7 +108,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// What stands for it among the contenders.
+    /// Returns the name that stands for the limit among the contenders.
     pub fn name(self) -> &'static str {
         match self {
             Self::Decode => "limit:decode",
@@ -134,7 +135,7 @@ fn one_thread() -> usize {
 }
 
 impl Workload {
-    /// The kind of the first snapshot among the contenders.
+    /// Returns the kind of the first snapshot among the contenders.
     pub fn snapshot(&self) -> SnapshotKind {
         let ours = self
             .contenders
@@ -165,7 +166,7 @@ impl Workload {
     }
 }
 
-/// Where the touches of a trial go.
+/// Offsets of a trial's touches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// Offsets in memory, in the order of touch: a byte of each page, not always the same.
@@ -173,8 +174,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan for memory of `pages` pages. `listed` has the pages for orders that come from a
-    /// file.
+    /// Creates the plan for memory of `pages` pages. `listed` has the pages for orders that come
+    /// from a file.
     pub fn new(
         pages: u64,
         order: Order,
@@ -233,7 +234,7 @@ fn share_of(count: usize, share: f64) -> usize {
     part.clamp(count.min(1), count)
 }
 
-/// Fisher and Yates's shuffle; the same seed gives the same order on every machine.
+/// Shuffles by the Fisher-Yates algorithm; the same seed gives the same order on every machine.
 fn shuffle(pages: &mut [u64], seed: u64) {
     for last in (1..pages.len()).rev() {
         let random = mixed(
@@ -245,7 +246,7 @@ fn shuffle(pages: &mut [u64], seed: u64) {
     }
 }
 
-/// A number that looks random and depends on `number` alone (the finisher of splitmix64).
+/// Returns a number that looks random and depends on `number` alone (the finisher of splitmix64).
 fn mixed(number: u64) -> u64 {
     let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,13 +1,14 @@
-//! What VMMs' example handlers do: one thread, one page of the mapped raw file copied for each
+//! The design of VMMs' example handlers: one thread copies one page of the mapped raw file for each
 //! fault.
 //!
 //! ```text
-//! loop: read one message (blocking) -> COPY of one page from the mapping of the raw file, which wakes
+//! loop: read one message (blocking)
+//!       -> COPY of one page from the mapping of the raw file, which wakes the faulting thread
 //! ```
 //!
-//! It is as quick as this design can be: reading blocks, so that there is no poll before each read;
-//! no state is kept; no events are asked for. On the core of the thread that faults it answers
-//! eight times sooner than on another, because nobody has to be woken on a core that sleeps.
+//! This is as fast as the design can be: reads block, so there is no poll before each read; it
+//! keeps no state; it asks for no events. On the core of the faulting thread it answers eight times
+//! sooner than on another core, because no thread has to be woken on a sleeping core.
 
 use std::fs::File;
 use std::path::Path;
@@ -31,7 +32,7 @@ pub(crate) struct Handler {
     thread: Option<JoinHandle<()>>,
 }
 
-/// `core` is where the handler stays, or none if the scheduler may place it.
+/// Starts the handler on `core`; with none, the scheduler may place it anywhere.
 pub(crate) fn start(file: &Path, bytes: u64, core: Option<usize>) -> Result<Handler, BenchError> {
     let named = format!("{}: opening", file.display());
     let file = File::open(file).map_err(BenchError::io(named))?;

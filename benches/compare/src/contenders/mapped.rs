@@ -27,7 +27,7 @@ impl Restored for Mapped {
         self.region.memory()
     }
 
-    /// The nearest thing to complete: every page is touched.
+    /// Touches every page, which comes closest to completing the restore.
     fn complete(&mut self) -> Result<(), BenchError> {
         let memory = self.region.memory();
         let pages: Vec<u64> = (0..memory.len() / crate::PAGE)

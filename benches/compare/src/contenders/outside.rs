@@ -1,5 +1,5 @@
-//! What VMMs' example handlers do, in a process of its own: receives a userfaultfd over a Unix
-//! socket and serves it from the mapped raw file.
+//! The design of VMMs' example handlers, in a process of its own: it receives a userfaultfd over a
+//! Unix socket and serves it from the mapped raw file.
 //!
 //! ```text
 //! a page a fault:   loop: read one message (blocking) -> COPY of one page, which wakes
@@ -28,13 +28,13 @@ use crate::{BenchError, PAGE};
 pub struct Outside {
     /// The raw file.
     pub file: PathBuf,
-    /// How much memory.
+    /// Size of the memory, in bytes.
     pub bytes: u64,
-    /// Where it listens.
+    /// Path of the socket that it listens on.
     pub socket: PathBuf,
     /// The core it stays on.
     pub core: Option<usize>,
-    /// Whether the first fault brings everything.
+    /// Whether the first fault installs everything.
     pub everything: bool,
     /// Whether the file is read, and mapped, before the VMM connects.
     pub populated: bool,

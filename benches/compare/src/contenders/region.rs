@@ -14,20 +14,20 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// Empty anonymous memory.
+    /// Maps empty anonymous memory.
     pub(crate) fn anonymous(bytes: u64) -> Result<Self, BenchError> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         Self::map(bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
     }
 
-    /// A file, whose changes stay in this process.
+    /// Maps a file privately: changes stay in this process.
     pub(crate) fn of_file(file: &File, bytes: u64, writable: bool) -> Result<Self, BenchError> {
         let write = if writable { libc::PROT_WRITE } else { 0 };
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         Self::map(bytes, libc::PROT_READ | write, flags, file.as_raw_fd())
     }
 
-    /// A file to be read, all of it mapped at once.
+    /// Maps a file for reading and populates all its pages.
     pub(crate) fn populated(file: &File, bytes: u64) -> Result<Self, BenchError> {
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_POPULATE;
         Self::map(bytes, libc::PROT_READ, flags, file.as_raw_fd())
@@ -55,7 +55,7 @@ impl Region {
         self.memory.base().expose_provenance() as u64
     }
 
-    /// The bytes from `offset` on, for whoever fills or reads the memory.
+    /// Returns a pointer to the byte at `offset`, for filling or reading the memory.
     pub(crate) fn at(&self, offset: u64) -> *mut u8 {
         debug_assert!(offset <= self.memory.len());
         self.memory
@@ -63,7 +63,7 @@ impl Region {
             .wrapping_add(usize::try_from(offset).unwrap_or(usize::MAX))
     }
 
-    /// All of it, to be filled.
+    /// Returns all of it, to be filled.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         let len = usize::try_from(self.memory.len()).unwrap_or(0);
         // SAFETY: the mapping is readable and writable for its length, fresh anonymous memory reads

@@ -2,10 +2,11 @@
 //! both over as Firecracker does, then touches.
 //!
 //! ```text
-//! mmap -> userfaultfd, REGISTER -> connect -> JSON array of the region, with the descriptor -> touches
+//! mmap -> userfaultfd, REGISTER -> connect -> JSON array of the region, with the descriptor
+//!      -> touches
 //! ```
 //!
-//! It waits for no answer, as Firecracker doesn't; the first touch waits.
+//! Like Firecracker, the VMM does not wait for an answer; its first touch does.
 #![allow(unsafe_code, reason = "a descriptor goes along with bytes")]
 
 use std::io;
