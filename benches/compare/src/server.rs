@@ -1,7 +1,7 @@
 //! Server of a trial's memory in a process of its own: `snaprestore serve`, or a handler.
 //!
-//! It is started before anything is measured, as an operator would do, and is listening when the
-//! VMM connects.
+//! The server is started before anything is measured, as an operator would do, and is listening
+//! when the VMM connects.
 #![allow(unsafe_code, reason = "children end with the trial, by a signal")]
 
 use std::ffi::OsStr;

@@ -85,7 +85,7 @@ pub struct RestoreTrial {
     pub access: Access,
     /// Threads that touch.
     pub threads: usize,
-    /// Whether the file is in the page cache.
+    /// State of the page cache for the contender's file.
     pub cache: Cache,
     /// Whether each touch is timed.
     pub latencies: bool,

@@ -38,7 +38,7 @@ pub enum Access {
     Write,
 }
 
-/// Whether the files are in the page cache.
+/// State of the page cache for the contenders' files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cache {
@@ -81,7 +81,7 @@ pub struct Workload {
     /// Threads that touch, each its own part of the order.
     #[serde(default = "one_thread")]
     pub threads: usize,
-    /// Whether the files are in the page cache.
+    /// State of the page cache for the contenders' files.
     #[serde(default)]
     pub cache: Cache,
     /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the

@@ -44,7 +44,7 @@ enum End {
     Early,
     /// The VM is killed by SIGKILL before it has all of its memory.
     Killed,
-    /// The memory has another size, so the daemon kills it.
+    /// The memory has another size than the snapshot, so the daemon kills the VM.
     Misfit,
     /// The VM closes its socket in the middle of its message.
     HangsUp,
