@@ -104,7 +104,7 @@ impl FrameDecoder {
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
         self.begun = None;
         self.streams_of = None;
-        // The first needs no dictionary.
+        // The first context needs no dictionary.
         self.streams.retain(|(number, _)| *number == 0);
         if self.streams.is_empty() {
             self.add_stream(0, &[]);
@@ -183,7 +183,7 @@ impl FrameDecoder {
             left: payload.len(),
             decoded: 0,
         };
-        // Whatever became of the frame before: this begins a new one.
+        // Whatever happened to the previous frame, this starts a new one.
         let reset = context.reset(ResetDirective::SessionOnly);
         reset
             .map_err(decode_defect)
@@ -193,12 +193,12 @@ impl FrameDecoder {
         if begun.left > 0 {
             self.begun = Some(begun);
         }
-        // At most the slots of the frame, as `out` is no longer.
+        // At most the slots of the frame, because `out` is no longer than the frame.
         Ok((parts.listed, u16::try_from(ready).unwrap_or(frame.slots)))
     }
 
-    /// Decodes what [`FrameDecoder::decode_first`] left of `frame`, into the same `out`. If another
-    /// frame was decoded meanwhile, all of it is read and decoded again.
+    /// Decodes the part of `frame` that [`FrameDecoder::decode_first`] left, into the same `out`.
+    /// If another frame was decoded in between, all of it is read and decoded again.
     pub fn decode_rest(
         &mut self,
         snapshot: &Snapshot,
@@ -236,7 +236,8 @@ impl FrameDecoder {
 }
 
 impl Begun {
-    /// Decodes `payload`, the part that is left, until `enough` bytes are in `out`, or all of it.
+    /// Decodes `payload`, the part that is left, until at least `enough` bytes are in `out` or the
+    /// frame ends.
     fn advance(
         &mut self,
         context: &mut DCtx<'static>,
@@ -251,7 +252,7 @@ impl Begun {
         } else {
             rest.len()
         };
-        // When the last page has come out, the end of the frame is still to be looked at.
+        // After the last page, the end of the frame must still be checked.
         while self.decoded < enough.min(room) || !rest.is_empty() && self.decoded == room {
             let mut input = InBuffer::around(&rest[..wants.min(rest.len())]);
             let mut output = OutBuffer::around_pos(&mut *out, self.decoded);
@@ -260,7 +261,7 @@ impl Begun {
             let stuck = read == 0 && decoded == self.decoded;
             rest = &rest[read..];
             (self.left, self.decoded) = (rest.len(), decoded);
-            // It says how many bytes it wants at once; 0 at the end of the frame.
+            // zstd returns the number of bytes that it wants next; 0 at the end of the frame.
             wants = left.map_err(decode_defect)?;
             if wants == 0 {
                 return check_len(decoded, room);
@@ -274,7 +275,7 @@ impl Begun {
     }
 }
 
-/// Reads the record of `frame`, and believes it once its checksum is right.
+/// Reads the record of `frame`, and uses it only if its checksum is right.
 fn read<'a>(
     record: &'a mut [u8],
     snapshot: &Snapshot,
@@ -289,7 +290,7 @@ fn read<'a>(
             actual: room,
         });
     }
-    // `FrameRef::check` has held the length against the size of the buffer.
+    // `FrameRef::check` has compared the length with the size of the buffer.
     let record = &mut record[..frame.stored_len as usize];
     snapshot
         .store()

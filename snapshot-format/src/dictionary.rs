@@ -1,8 +1,8 @@
-//! Dictionaries: training one, and finding out whether it pays.
+//! Dictionaries: training one, and measuring whether it pays.
 //!
-//! Small frames compress worse than a whole image because each starts from nothing. A dictionary
-//! gives it something to start from. It costs its own length in the file and some time for each
-//! frame, so one is only used if it saves clearly more than that on pages that it wasn't made from.
+//! Small frames compress worse than a whole image because each starts without any history. A
+//! dictionary provides some. It costs its own length in the file and some time for each frame, so
+//! one is only used if it saves clearly more than that on pages that it wasn't made from.
 
 use std::collections::HashSet;
 
@@ -12,21 +12,22 @@ use zstd_safe::{CCtx, CDict};
 use crate::digest;
 use crate::layout::PAGE_SIZE;
 
-/// Sizes that are tried. The small one sometimes wins by itself: it leaves the window to the frame.
+/// Dictionary sizes that are tried. The small one sometimes wins, because it leaves more of the
+/// window to the frame.
 const SIZES: [usize; 2] = [112 << 10, 16 << 10];
-/// Bytes that zstd trains on. It takes a quarter of a second; four times as much takes three times
-/// as long and saved 0.1 % more.
+/// Maximum number of bytes that zstd trains on. This takes a quarter of a second; four times as
+/// much takes three times as long and saved 0.1 % more.
 const MOST_TRAINING_BYTES: usize = 2 << 20;
-/// One frame of this many is not trained on but compressed to judge.
+/// One in this many frames is held out from training and compressed to judge the dictionary.
 const HELD_OUT: usize = 4;
-/// With less than this there is nothing to learn from.
+/// Minimum number of bytes to learn from.
 const LEAST_BYTES: usize = 2 << 20;
 /// Minimum share of the frames' bytes that a dictionary must save, because using it also costs
 /// decoding time.
 const LEAST_SAVED: f64 = 0.005;
 
-/// The largest frames for which one is trained by default. In a real guest it saves 0.6 % of frames
-/// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
+/// Largest frames for which a dictionary is trained by default. In a real guest it saves 0.6 % of
+/// frames of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
 const MOST_FRAME_BYTES: usize = 64 << 10;
 
 /// Returns whether frames of `frame_pages` pages are small enough for a dictionary to be worth the
@@ -46,10 +47,10 @@ pub struct Trained {
 
 /// Trains a dictionary on `samples` for frames of `frame_pages` pages.
 ///
-/// The samples are pages, one after the other: runs of about `frame_pages` that follow each other
-/// in the source, best from all over it, 4 to 16 MiB in all. Fills and repetitions among them are
-/// left out. `expected_bytes` is how many bytes of other pages will be compressed: a dictionary
-/// pays only if what it saves on them is at least twice its own length. Returns none if none pays.
+/// The samples are concatenated pages: runs of about `frame_pages` consecutive pages of the source,
+/// best taken from all over it, 4 to 16 MiB in all. Fills and repetitions among them are left out.
+/// `expected_bytes` is the number of bytes of other pages that will be compressed: a dictionary
+/// pays only if its savings on them are at least twice its own length. Returns none if none pays.
 ///
 /// Takes a few hundred milliseconds, on two threads of the rayon pool that it is called in.
 pub fn train(
@@ -110,7 +111,8 @@ pub(crate) fn train_on_frames(
         .map(|(_, trained)| trained)
 }
 
-/// Pages from all frames that aren't held out, evenly, one after the other, and their lengths.
+/// Returns pages from all frames that aren't held out, evenly distributed and concatenated, and
+/// their lengths.
 fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
     let pages = || {
         let trained_on = frames
@@ -131,7 +133,7 @@ fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
     (samples, sizes)
 }
 
-/// Bytes of all `frames` when compressed, or stored if that is shorter.
+/// Returns the size of all `frames` when each is compressed, or stored if that is shorter.
 fn compressed_len(
     frames: &[&[u8]],
     compress: impl Fn(&mut CCtx<'static>, &mut [u8], &[u8]) -> zstd_safe::SafeResult + Sync,

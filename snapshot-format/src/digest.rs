@@ -1,5 +1,6 @@
-//! The content digest tells whether two snapshots hold the same memory, however they store it; the
-//! state digest, whether they also have the same regions and attachments.
+//! Digests of a snapshot. The content digest tells whether two snapshots hold the same memory,
+//! however they store it; the state digest tells whether they also have the same regions and
+//! attachments.
 //!
 //! The content digest is a tree of BLAKE3 hashes, fixed by page numbers and content alone:
 //!
@@ -48,8 +49,8 @@ pub fn fill_word(page: &[u8]) -> Option<u64> {
     if !rest.is_empty() {
         return None;
     }
-    // Most pages that are no fill differ within their first words; the wide comparison of a page
-    // with itself, one word on, is a `memcmp`.
+    // Most pages that are not fills differ within their first words. The comparison of a page with
+    // itself, shifted by one word, is a `memcmp`.
     let same =
         words.get(1).is_none_or(|second| second == first) && page[..page.len() - 8] == page[8..];
     same.then(|| u64::from_le_bytes(*first))
@@ -90,8 +91,8 @@ pub fn block(pages: &[Digest]) -> Digest {
     hasher.finalize().into()
 }
 
-/// Digests of blocks whose pages are all alike, kept from one to the next: a terabyte of zeros
-/// costs one block.
+/// Cache of the digests of blocks whose pages are all alike: a terabyte of zeros costs the hashing
+/// of one block.
 #[derive(Debug, Default)]
 pub struct UniformBlocks {
     last: Option<(Digest, usize, Digest)>,
@@ -127,7 +128,7 @@ impl Default for ContentHasher {
 }
 
 impl ContentHasher {
-    /// Starts with no block.
+    /// Creates a hasher without blocks.
     pub fn new() -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(CONTENT);
@@ -159,7 +160,7 @@ impl ContentHasher {
 pub fn state(content: &Digest, regions: &[Region], attachments: &[(&str, Digest)]) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(STATE).update(content);
-    // No name is longer than 4096 bytes.
+    // Names are at most 4096 bytes long.
     let len = |name: &str| u32::try_from(name.len()).unwrap_or(u32::MAX).to_le_bytes();
     for region in regions {
         hasher

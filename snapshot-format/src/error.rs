@@ -1,7 +1,7 @@
 //! Errors of reading a snapshot, and how severe they are.
 //!
-//! Every operation has an enum of its own; each message says the file, the place and what would
-//! have been right. `is_damage` tells "this file is not, or no longer, a good snapshot" from "the
+//! Every operation has an enum of its own; each message names the file, the place and the accepted
+//! values. `is_damage` distinguishes "this file is not, or no longer, a good snapshot" from "the
 //! operation failed".
 
 use std::borrow::Cow;
@@ -10,7 +10,7 @@ use std::io;
 
 use crate::layout::SectionKind;
 
-/// A part of the file, as messages call it.
+/// A part of the file, as named in messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Part {
@@ -71,12 +71,12 @@ impl fmt::Display for Part {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Defect {
-    /// The bytes are not those that were written.
+    /// The bytes are not the ones that were written.
     #[error("checksum {computed:#010x} where {stored:#010x} is recorded")]
     Checksum {
         /// CRC-32 as recorded in the file.
         stored: u32,
-        /// CRC-32 of the bytes as they are.
+        /// CRC-32 of the bytes as read.
         computed: u32,
     },
     /// A byte that must be zero is not.
@@ -105,7 +105,7 @@ pub enum Defect {
         /// The limit.
         limit: u64,
     },
-    /// A range doesn't lie where it must.
+    /// A range lies outside its bounds.
     #[error("{field}: {len} from {offset} on do not lie within {from}..{to}")]
     OutOfBounds {
         /// Description of the range.
@@ -114,20 +114,20 @@ pub enum Defect {
         offset: u64,
         /// Its length, in the units of `offset`.
         len: u64,
-        /// Start of what it must lie in.
+        /// Start of the allowed range.
         from: u64,
-        /// End of what it must lie in.
+        /// End of the allowed range.
         to: u64,
     },
-    /// Two things claim the same bytes or numbers.
+    /// Two parts claim the same bytes or numbers.
     #[error("{first} and {second} overlap")]
     Overlap {
-        /// The one.
+        /// The first part.
         first: String,
-        /// The other.
+        /// The second part.
         second: String,
     },
-    /// A name, a text or what a record says is not what it must be.
+    /// A name, a text or another entry of a record is invalid.
     #[error("{field}: {detail}")]
     Text {
         /// Name of the field.
@@ -138,7 +138,7 @@ pub enum Defect {
     /// The decompressor refused the bytes.
     #[error("cannot be decoded: {reason}")]
     Decode {
-        /// The decompressor's own words.
+        /// The decompressor's error message.
         reason: Cow<'static, str>,
     },
     /// A part that must be there is missing.
@@ -163,7 +163,7 @@ impl Defect {
     }
 }
 
-/// A defect and where it lies: what the checks return before the reader adds file and part.
+/// A defect and its offset: the result of the checks, before the reader adds file and part.
 #[derive(Clone, Debug)]
 pub(crate) struct Flaw {
     pub(crate) at: u64,
@@ -194,7 +194,7 @@ pub enum OpenError {
         /// The store's error.
         source: io::Error,
     },
-    /// The store could not be opened or its length not be found.
+    /// The store could not be opened, or its length could not be determined.
     #[error("{file}: cannot be opened")]
     NoStore {
         /// The store's name.
@@ -229,7 +229,7 @@ pub enum OpenError {
         /// Version that this reader knows.
         accepted: u32,
     },
-    /// The file can't be read right without features that this reader doesn't have.
+    /// The file can't be read correctly without features that this reader doesn't have.
     #[error("{file}: needs features that this reader does not support: {names}")]
     UnsupportedFeature {
         /// The store's name.
@@ -237,7 +237,7 @@ pub enum OpenError {
         /// The features' names, or bit numbers where no name is known.
         names: String,
     },
-    /// The file is larger than the caller is ready for.
+    /// The file's top table is larger than the caller's limit.
     #[error(
         "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
          is set here (most_top_bytes)"

@@ -91,17 +91,17 @@ impl FrameRef {
         self.offset
     }
 
-    /// Bytes of the frame record.
+    /// Returns the length of the frame record, in bytes.
     pub fn stored_len(&self) -> u32 {
         self.stored_len
     }
 
-    /// Pages stored in the frame: 1 to 512.
+    /// Returns the number of pages stored in the frame: 1 to 512.
     pub fn slots(&self) -> u16 {
         self.slots
     }
 
-    /// Bytes that the frame decodes to.
+    /// Returns the number of bytes that the frame decodes to.
     pub fn decoded_len(&self) -> usize {
         usize::from(self.slots) * PAGE_SIZE
     }
@@ -134,8 +134,8 @@ pub struct ListedRun {
     pub count: u16,
 }
 
-/// The pages that a frame says it holds. The index is the authority: a page is in the frame only
-/// if its own entry says so.
+/// Pages that a frame claims to hold. The index is the authority: a page is in the frame only if
+/// its own entry says so.
 #[derive(Clone, Copy, Debug)]
 pub struct ListedPages<'a> {
     base_page: u64,
@@ -155,7 +155,7 @@ impl<'a> ListedPages<'a> {
     }
 }
 
-/// A frame record, taken apart and checked.
+/// A frame record, split into its checked parts.
 pub(crate) struct Parts<'a> {
     pub(crate) listed: ListedPages<'a>,
     pub(crate) payload: &'a [u8],
@@ -303,7 +303,7 @@ mod tests {
         );
     }
 
-    /// Numbers that no page has are page numbers, too; the one behind the last is none.
+    /// Unused numbers are page numbers, too, but the number after the last one is not.
     #[test]
     fn a_list_ends_with_the_page_numbers() {
         let run = |count: u16| {

@@ -18,7 +18,7 @@ pub enum Page {
     Stored {
         /// The frame.
         frame: FrameRef,
-        /// Its place in the frame, below `frame.slots()`.
+        /// Its slot in the frame, below `frame.slots()`.
         slot: u16,
     },
     /// The page could not be read when the snapshot was taken; its content is not known.
@@ -81,14 +81,14 @@ pub(crate) enum CheckedTop {
     Unavailable,
 }
 
-/// The top table: bytes as read, every entry of which has been checked.
+/// The top table: its bytes as read, with every entry checked.
 #[derive(Debug)]
 pub(crate) struct TopTable {
     bytes: Vec<u8>,
 }
 
 impl TopTable {
-    /// Checks every entry; `at` is where the table lies in the file.
+    /// Checks every entry; `at` is the table's offset in the file.
     pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body) -> Result<Self, Flaw> {
         for (number, entry) in records::<TopEntry>(&bytes).iter().enumerate() {
             check_top(entry, body).map_err(|defect| {
@@ -209,7 +209,7 @@ pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
     ))
 }
 
-/// One block of the index, checked: what each of up to 512 pages is.
+/// One block of the index, checked: the content of each of up to 512 pages.
 #[derive(Debug)]
 pub struct IndexBlock {
     pages: Pages,
@@ -217,9 +217,9 @@ pub struct IndexBlock {
 
 #[derive(Debug)]
 enum Pages {
-    /// All alike, as the top table says.
+    /// All pages are alike, according to the top table.
     Alike { page: Page, count: usize },
-    /// Each its own.
+    /// Each page has its own entry.
     Each {
         frames: Box<[FrameRef]>,
         fills: Box<[u64]>,
@@ -234,8 +234,8 @@ impl IndexBlock {
         }
     }
 
-    /// Checks a decoded index block, which lies in the file at `at`: after this every frame that
-    /// it names lies within the file, and every slot and fill number within its frame and table.
+    /// Checks a decoded index block at offset `at` in the file. Afterwards every frame that it
+    /// names lies within the file, and every slot and fill number is within its frame and table.
     pub(crate) fn check(
         bytes: &[u8],
         at: u64,
@@ -322,7 +322,7 @@ impl IndexBlock {
         })
     }
 
-    /// Pages described: 512, or fewer at the end of a region.
+    /// Returns the number of pages described: 512, or fewer at the end of a region.
     pub fn page_count(&self) -> usize {
         match &self.pages {
             Pages::Alike { count, .. } => *count,

@@ -123,7 +123,7 @@ pub struct Header {
     pub required_features: U64,
     /// See `required_features`.
     pub optional_features: U64,
-    /// Names this layout of frames: random, new for every file written.
+    /// Id of this layout of frames: random, new for every file written.
     pub snapshot_id: [u8; 16],
     /// Zero.
     pub reserved: [u8; 4044],
@@ -192,7 +192,7 @@ pub struct Summary {
     pub index_bytes: U64,
     /// Digest of the content, the root of the tree over the block digests.
     pub content_digest: [u8; 32],
-    /// Digest of the content, of what the regions are, and of the attachments.
+    /// Digest of the content, the regions' descriptions, and the attachments.
     pub state_digest: [u8; 32],
 }
 
@@ -250,7 +250,7 @@ pub enum SectionKind {
     WorkingSets = 5,
     /// [`BlobEntry`] records, then the names; a blob is the attachment.
     Attachments = 6,
-    /// UTF-8 lines `key=value`, keys sorted: who wrote the file, from what, with which options.
+    /// UTF-8 lines `key=value`, sorted by key: the writer of the file, its source and its options.
     Properties = 7,
     /// [`AncestorEntry`] records; layer n is record n - 1.
     Ancestors = 8,
@@ -286,7 +286,7 @@ pub struct RegionEntry {
     pub unused: U64,
 }
 
-/// One entry of the top table: what an index block's 512 pages are.
+/// One entry of the top table, which describes an index block's 512 pages.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct TopEntry {
@@ -343,8 +343,8 @@ pub struct IndexHeader {
     pub fill_count: U16,
     /// Zero.
     pub reserved: [u8; 6],
-    /// Number of its first page in the file that holds it: a block that stands in another's place
-    /// is found out.
+    /// Number of its first page in the file that holds it, so that a block in the place of another
+    /// is detected.
     pub first_page: U64,
     /// Zero.
     pub reserved2: U64,
@@ -502,7 +502,7 @@ const _: () = {
     assert!(size_of::<BlobEntry>() == 32);
     assert!(size_of::<WorkingSetRun>() == 16);
     assert!(size_of::<AncestorEntry>() == 64);
-    // An index block never passes its limit, even if every page has a frame of its own: a page
+    // An index block never exceeds its limit, even if every page has a frame of its own: a page
     // costs either a frame or a fill word, besides its entry.
     assert!(
         size_of::<IndexHeader>()

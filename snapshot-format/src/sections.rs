@@ -1,4 +1,4 @@
-//! The sections: what the trailer's directory points to, taken apart and checked.
+//! The sections that the trailer's directory points to, parsed and checked.
 
 mod blobs;
 mod memory;
@@ -50,7 +50,7 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    /// Checks the used entries of the directory, which lies in the file at `at`.
+    /// Checks the used entries of the directory, which is at offset `at` in the file.
     pub(crate) fn check(entries: &[SectionEntry], at: u64, body: Body) -> Result<Self, Flaw> {
         let mut sections = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
@@ -154,7 +154,7 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
             MAX_BLOBS as u64,
             MAX_SECTION_BYTES,
         ),
-        // Lines of text, which are counted when they are read.
+        // Lines of text, which are counted when the section is read.
         SectionKind::Properties => (0, true, u64::MAX, layout::MAX_PROPERTIES_BYTES),
         SectionKind::Ancestors => (
             size_of::<layout::AncestorEntry>(),
@@ -191,8 +191,9 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
     Ok(section)
 }
 
-/// Takes names in the order of their records: each begins where the one before ends, and the last
-/// ends with the section. So no name is read twice, and their sum is no longer than the section.
+/// Reads names in the order of their records: each begins where the one before ends, and the last
+/// ends with the section. So no name is read twice, and their total length is that of the section
+/// at most.
 struct Names<'a> {
     area: &'a [u8],
     used: usize,

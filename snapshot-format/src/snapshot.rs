@@ -1,9 +1,9 @@
-//! An open snapshot: what a page is, and where everything else lies.
+//! An open snapshot: look-ups of pages, and the locations of everything else.
 //!
 //! Opening reads the last 64 KiB of the file, which in an ordinary snapshot hold trailer, top table
-//! and regions; what of these lies before takes one more read. Everything else is read when it is
-//! first asked for, checked, and kept. A look-up reads at most one index block, which carries all
-//! that is needed to find the frame; index blocks stay in a bounded cache.
+//! and regions; any part of these that lies before takes one more read. Everything else is read at
+//! the first request, checked, and kept. A look-up reads at most one index block, which carries
+//! everything that is needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
 mod opening;
@@ -31,12 +31,12 @@ use crate::types::{Region, SnapshotId, Summary};
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SnapshotOptions {
-    /// Most bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB and stands
-    /// for 2 MiB of the owner's memory.
+    /// Maximum number of bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB
+    /// and describes 2 MiB of the owner's memory.
     pub index_cache_bytes: u64,
-    /// Most bytes of a top table that are read into memory: 12 for each MiB of the owner's memory,
-    /// so the default of 256 MiB stands for 21 TiB. A sparse file of any length costs nothing to
-    /// make, and what it claims must not decide what is allocated.
+    /// Maximum number of bytes of a top table that is read into memory: 12 for each MiB of the
+    /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
+    /// costs nothing to make, so its claims must not decide how much is allocated.
     pub most_top_bytes: u64,
 }
 
@@ -73,12 +73,12 @@ pub struct Snapshot {
     top: TopTable,
     regions: Vec<Region>,
     dictionaries: OnceLock<Vec<Dictionary>>,
-    /// Decompressors for index blocks: as many as there were look-ups at once.
+    /// Decompressors for index blocks: as many as there were simultaneous look-ups.
     contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
     blocks: Cache<u64, Arc<IndexBlock>, ByMemory>,
 }
 
-/// A dictionary of the file and, once it was needed, its prepared form.
+/// A dictionary of the file, and its prepared form once it was needed.
 struct Dictionary {
     blob: Blob,
     prepared: OnceLock<Prepared>,
@@ -138,7 +138,7 @@ impl Snapshot {
         };
         let (top, regions) = tables.read(options.most_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
-        // The default is a shard for every quarter of a core, which on a large machine would cut
+        // The default is one shard for every quarter of a core. On a large machine that would split
         // the bound into pieces smaller than a few blocks.
         let cache = OptionsBuilder::new()
             .shards(8)
@@ -166,7 +166,7 @@ impl Snapshot {
         })
     }
 
-    /// Names this layout of frames.
+    /// Returns the id of this layout of frames.
     pub fn id(&self) -> SnapshotId {
         self.ends.id
     }
@@ -187,7 +187,7 @@ impl Snapshot {
         self.ends.version
     }
 
-    /// Bits of [`crate::layout::optional`], and those that this version doesn't define.
+    /// Returns the bits of [`crate::layout::optional`], and those that this version doesn't define.
     pub fn optional_features(&self) -> u64 {
         self.ends.optional_features
     }
@@ -202,7 +202,8 @@ impl Snapshot {
         &*self.store
     }
 
-    /// Entries of the top table: the blocks of the page-number space.
+    /// Returns the number of entries of the top table, which are the blocks of the page-number
+    /// space.
     pub fn block_count(&self) -> u64 {
         self.top.len()
     }
@@ -247,7 +248,7 @@ impl Snapshot {
         }
     }
 
-    /// Pages of a block: 512, or fewer at the end of a region.
+    /// Returns the number of pages of a block: 512, or fewer at the end of a region.
     fn pages_of_block(&self, block: u64) -> usize {
         let first = block * PAGES_PER_BLOCK_U64;
         let region = sections::region_of(&self.regions, first);
@@ -256,13 +257,13 @@ impl Snapshot {
     }
 }
 
-/// Reading and checking, for all that follows.
+/// Reading and checking, used by everything that follows.
 impl Snapshot {
     pub(crate) fn directory(&self) -> &Directory {
         &self.ends.directory
     }
 
-    /// Holds the header against the trailer: for the verifier.
+    /// Compares the header with the trailer: for the verifier.
     pub(crate) fn check_header(&self) -> Result<(), ReadError> {
         let mut bytes = [0; HEADER_BYTES];
         self.read(Part::Header, &mut bytes, 0, Reason::Verify)?;

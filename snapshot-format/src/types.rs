@@ -5,7 +5,7 @@ use std::fmt;
 use crate::digest::Digest;
 use crate::layout;
 
-/// Names one layout of frames: random, new for every file written. Two files with the same memory
+/// Id of one layout of frames: random, new for every file written. Two files with the same memory
 /// have different ids and the same content digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(pub [u8; 16]);
@@ -68,7 +68,7 @@ pub struct Summary {
     pub index_bytes: u64,
     /// Digest of the content: see [`crate::digest`].
     pub content_digest: Digest,
-    /// Digest of the content, of what the regions are, and of the attachments: see
+    /// Digest of the content, the regions' descriptions, and the attachments: see
     /// [`crate::digest::state`].
     pub state_digest: Digest,
 }
@@ -167,7 +167,7 @@ pub struct WorkingSetRun {
 pub struct WorkingSet {
     /// Its name, unique among the working sets.
     pub name: String,
-    /// Runs in it.
+    /// Number of its runs.
     pub runs: u64,
 }
 
@@ -176,7 +176,7 @@ pub struct WorkingSet {
 pub struct Attachment {
     /// Its name, unique among the attachments.
     pub name: String,
-    /// Bytes of it.
+    /// Its length in bytes.
     pub bytes: u64,
 }
 
@@ -185,6 +185,6 @@ pub struct Attachment {
 pub struct DictionaryInfo {
     /// The number that frames use.
     pub number: u16,
-    /// Bytes of it.
+    /// Its length in bytes.
     pub bytes: u64,
 }

@@ -1,4 +1,4 @@
-//! The verifier: reads a whole file and says everything that is wrong with it.
+//! The verifier, which reads a whole file and reports everything that is wrong with it.
 //!
 //! ```text
 //! trailer, directory, top table, regions     as a reader opens them
@@ -41,7 +41,7 @@ use crate::snapshot::{Snapshot, SnapshotOptions};
 use crate::store::{Reason, Store};
 use crate::types::Summary;
 
-/// Problems that a report lists; more are only counted.
+/// Maximum number of problems that a report lists; more are only counted.
 pub const MAX_PROBLEMS: usize = 1000;
 
 /// Progress of the verifier.
@@ -52,7 +52,7 @@ pub struct VerifyProgress {
     pub pages_done: u64,
     /// Pages of the snapshot, as its summary says.
     pub pages: u64,
-    /// Frames looked at.
+    /// Frames checked.
     pub frames_done: u64,
 }
 
@@ -65,7 +65,7 @@ pub type VerifyCallback<'a> = Box<dyn FnMut(VerifyProgress) -> ControlFlow<()> +
 pub struct VerifyOptions<'a> {
     /// Threads that decode; all cores if not set.
     pub threads: Option<usize>,
-    /// Hears of the progress.
+    /// Callback for the progress.
     pub progress: Option<VerifyCallback<'a>>,
     /// See [`SnapshotOptions::most_top_bytes`].
     pub most_top_bytes: Option<u64>,
@@ -105,10 +105,10 @@ impl<'a> VerifyOptions<'a> {
     }
 }
 
-/// One thing that is wrong.
+/// One problem of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The kind of thing, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
+    /// The kind of the problem, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
     /// `overlap`.
     pub what: String,
     /// Offset of the problem in the file, or of its start.
@@ -120,15 +120,16 @@ pub struct Problem {
 /// Result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Frames that were read and looked at, good or bad.
+    /// Frames that were read and checked, good or bad.
     pub frames_checked: u64,
-    /// Pages whose content was found as the file promises.
+    /// Pages whose content is as the file promises.
     pub pages_checked: u64,
     /// Problems found, at most [`MAX_PROBLEMS`].
     pub problems: Vec<Problem>,
     /// Problems beyond those listed.
     pub more_problems: u64,
-    /// The file doesn't begin as snapshots do: it is something else rather than damaged.
+    /// Whether the file doesn't begin as snapshots do, and so is something else rather than
+    /// damaged.
     pub not_a_snapshot: bool,
 }
 
@@ -156,7 +157,7 @@ impl Report {
         }
     }
 
-    /// Adds what a part's reader found.
+    /// Adds the error of reading a part.
     fn add_error(&mut self, error: &ReadError) {
         match error {
             ReadError::Damaged {
@@ -180,16 +181,16 @@ impl Report {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// The file can't be opened for another reason than damage.
+    /// The file can't be opened for a reason other than damage.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// A part of the file could not be read, though the file may be whole.
+    /// A part of the file could not be read, although the file may be intact.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// A frame could not be read, though the file may be whole.
+    /// A frame could not be read, although the file may be intact.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// The progress callback asked for it.
+    /// The progress callback requested it.
     #[error("verifying was cancelled")]
     Cancelled,
     /// The threads could not be started.
@@ -197,8 +198,8 @@ pub enum VerifyError {
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
 
-/// Checks everything in `store`. Damage is not an error but a problem in the report, even where
-/// the file's ends are broken and nothing else can be looked at.
+/// Checks everything in `store`. Damage is not an error but a problem in the report, even if the
+/// file's trailer is broken and nothing else can be checked.
 pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Report, VerifyError> {
     let mut report = Report::default();
     let mut how = SnapshotOptions::default();
@@ -276,7 +277,7 @@ fn without_name(error: &OpenError, file: &str) -> String {
     }
 }
 
-/// A verification under way.
+/// A verification in progress.
 struct Check<'a> {
     snapshot: &'a Snapshot,
     pool: rayon::ThreadPool,
@@ -287,8 +288,8 @@ struct Check<'a> {
     extents: extents::Extents,
     /// Names and digests of the attachments that were read.
     attachments: Vec<(String, Digest)>,
-    /// Nothing so far was unreadable: what remains unexplained is then a problem of its own, and
-    /// the counts are worth comparing.
+    /// Whether everything so far was readable. If so, bytes that remain unexplained are a problem
+    /// of their own, and the counts are worth comparing.
     complete: bool,
     /// Why no verdict is possible: the store failed, which says nothing about the file.
     failed: Option<VerifyError>,
@@ -316,7 +317,7 @@ impl Check<'_> {
         }
     }
 
-    /// Records the outcome of reading a part.
+    /// Records the result of reading a part.
     fn note<T>(&mut self, result: Result<T, ReadError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
@@ -362,7 +363,7 @@ impl Check<'_> {
                     | SectionKind::WorkingSets
                     | SectionKind::Attachments),
                 ) => self.blobs(kind)?,
-                // The content of these is compared with the pages later.
+                // The content of these sections is compared with the pages later.
                 Some(
                     SectionKind::FillRuns | SectionKind::BlockDigests | SectionKind::Ancestors,
                 )
@@ -419,7 +420,7 @@ impl Check<'_> {
 
     /// Checks that the pages of every fill run repeat its word; the reader compares them.
     fn fill_runs(&mut self) {
-        // A damaged section was reported with its checksum only if that was wrong. Nothing but
+        // If the section is damaged, only a wrong checksum has been reported so far. Nothing but
         // the runs depends on it, so all else can still be compared.
         if let Err(error) = self.snapshot.fill_runs() {
             self.problem(error);

@@ -15,8 +15,8 @@ impl Snapshot {
     /// whose pages are all alike has none in the file; the returned one then gives that content for
     /// every page.
     ///
-    /// Threads that want the same block at the same time share one read, but none waits for a read
-    /// of [`Reason::Prefetch`].
+    /// Threads that want the same block at the same time share one read, except that no thread
+    /// waits for a read of [`Reason::Prefetch`].
     pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
         match self.top.get(block) {
             Some(CheckedTop::Block(index)) if reason == Reason::Prefetch => {
@@ -80,7 +80,7 @@ impl Snapshot {
     ) -> Result<IndexBlock, ReadError> {
         let pages = self.pages_of_block(block);
         let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
-        // Both lengths were held against the limit when the top table was read.
+        // Both lengths were compared with the limit when the top table was read.
         let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
         let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
         let stored = &mut stored[..usize::from(index.stored_len)];

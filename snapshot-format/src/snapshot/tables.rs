@@ -12,11 +12,11 @@ use crate::sections::{self, Blob, Section};
 use crate::store::Reason;
 use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
 
-/// Bytes of a blob that are in memory at once.
+/// Number of bytes of a blob that are in memory at a time.
 const PIECE: usize = 64 << 10;
 
 impl Snapshot {
-    /// Reads what decoding would otherwise read when it first needs it: all dictionaries.
+    /// Reads everything that decoding would otherwise read on first use: all dictionaries.
     pub fn prepare(&self) -> Result<(), ReadError> {
         for dictionary in self.dictionary_table()? {
             self.prepared(dictionary)?;
@@ -55,7 +55,7 @@ impl Snapshot {
         run: FillRun,
         at: u64,
     ) -> Result<FillRun, ReadError> {
-        // The reader of the section has made sure that the run ends within a region.
+        // The reader of the section has verified that the run ends within a region.
         let (mut first, mut end) = (run.first_page, run.first_page + run.pages);
         for block in first / PAGES_PER_BLOCK_U64..end.div_ceil(PAGES_PER_BLOCK_U64) {
             let block_first = block * PAGES_PER_BLOCK_U64;
@@ -166,8 +166,8 @@ impl Snapshot {
 
     /// Writes the attachment called `name` to `out`, and returns its length.
     ///
-    /// The attachment is read twice: nothing is written before its checksum was found right. If
-    /// the file changes between the two, that is an error after the last byte.
+    /// The attachment is read twice: nothing is written before its checksum was verified. If the
+    /// file changes between the two reads, that is an error after the last byte.
     pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
         let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
         self.check_blob(Part::Attachment, &blob, Reason::Open, |_| {
@@ -277,8 +277,8 @@ impl Snapshot {
         })
     }
 
-    /// Reads a blob piece by piece, hands the pieces on, and says at the end whether they were
-    /// right.
+    /// Reads a blob piece by piece, passes the pieces on, and returns an error at the end if its
+    /// checksum is wrong.
     pub(crate) fn check_blob<E: From<ReadError>>(
         &self,
         part: Part,

@@ -13,8 +13,8 @@ use crate::index::{IndexBlock, Page, Top};
 use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind};
 use crate::store::Reason;
 
-/// Blocks that are looked at together: their page digests take 16 MiB, their index blocks at most
-/// 20 MiB.
+/// Number of blocks that are checked together: their page digests take 16 MiB, their index blocks
+/// at most 20 MiB.
 const WINDOW: u64 = 1024;
 /// Frames between two calls of the progress callback.
 const BATCH: usize = 64;
@@ -83,7 +83,7 @@ impl Check<'_> {
             self.extents
                 .add(Part::Frame, frame.offset(), frame.stored_len().into());
         }
-        // Stored entries were counted as duplicates; one for each slot is not.
+        // Stored entries were counted as duplicates, but one for each slot is not one.
         let stored = self.counted.stored_pages;
         self.counted.duplicate_pages = self.counted.duplicate_pages.saturating_sub(stored);
         let regions = self.snapshot.regions().unwrap_or_default();
@@ -131,7 +131,7 @@ impl Check<'_> {
                 .snapshot
                 .block_ref(window.first + number as u64)
                 .map_or(0, |index| index.offset);
-            // The frames as this block numbers them: whether each agrees with other blocks.
+            // Frames as numbered by this block: whether each agrees with other blocks.
             let known: Vec<bool> = block
                 .frames()
                 .iter()
@@ -276,7 +276,7 @@ impl Check<'_> {
         }
     }
 
-    /// Digests of the window's blocks, compared with those in the file.
+    /// Computes the digests of the window's blocks, and compares them with those in the file.
     fn finish_window(&mut self, window: &Window, digests: &mut Digests) {
         let recorded = self.recorded_digests(window);
         for (number, index) in window.blocks.iter().enumerate() {
@@ -286,7 +286,7 @@ impl Check<'_> {
                     let from = number * PAGES_PER_BLOCK;
                     digest::block(&digests.pages[from..from + index.page_count()])
                 }
-                // Its problem is in the report, and the root can't be known any more.
+                // Its problem is in the report, and the root can no longer be computed.
                 (Top::Block, _) => {
                     self.complete = false;
                     continue;
@@ -305,7 +305,7 @@ impl Check<'_> {
         }
     }
 
-    /// Counts a block without an index block, and finds its digest.
+    /// Counts a block without an index block, and returns its digest.
     fn alike(&mut self, block: u64, top: Top, uniform: &mut UniformBlocks) -> Digest {
         let pages = self
             .snapshot
@@ -358,7 +358,8 @@ impl Check<'_> {
             section.offset + 32 * window.first,
             Reason::Verify,
         );
-        // That the section can't be read was found, and reported, with its checksum.
+        // An unreadable section has already been found, and reported, when its checksum was
+        // checked.
         if read.is_err() { Vec::new() } else { digests }
     }
 }

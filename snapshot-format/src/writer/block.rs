@@ -1,4 +1,4 @@
-//! Index blocks on their way in: gathering pages, and finding out what each page is.
+//! Index blocks on input: gathering pages, and determining the content of each page.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -36,7 +36,7 @@ impl BlockBuffer {
 
 impl Drop for BlockBuffer {
     fn drop(&mut self) {
-        // Nobody listens any more when the writer itself is gone.
+        // The receiver is gone if the writer itself was dropped.
         let _ = self
             .home
             .send(Event::Buffer(std::mem::take(&mut self.bytes)));
@@ -82,7 +82,7 @@ impl Examined {
     }
 }
 
-/// Looks at every page: fills, and digests of the others.
+/// Examines every page: finds fills, and computes the digests of the others.
 ///
 /// # Panics
 ///
@@ -133,7 +133,7 @@ fn key(digest: &Digest) -> Key {
     [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]
 }
 
-/// The index block that is being filled by the caller.
+/// The index block that the caller is filling.
 #[derive(Default)]
 pub(super) struct Gather {
     pub(super) given: Vec<Given>,
@@ -141,7 +141,7 @@ pub(super) struct Gather {
 }
 
 impl Gather {
-    /// Pages that still fit.
+    /// Returns the number of pages that still fit.
     pub(super) fn room(&self) -> usize {
         PAGES_PER_BLOCK - self.given.len()
     }

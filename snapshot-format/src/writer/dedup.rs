@@ -1,7 +1,7 @@
 //! Finds pages whose content is stored already.
 //!
-//! An open-addressing table of fixed size, allocated zeroed, so that parts never touched take no
-//! memory. A slot is 24 bytes: half of the page's digest, and where the page is stored.
+//! This is an open-addressing table of fixed size, allocated zeroed, so that parts never touched
+//! take no memory. A slot is 24 bytes: half of the page's digest, and the page's location.
 //!
 //! ```text
 //! find(key):   probe from the key's slot to the first empty one; an entry whose frame is
@@ -14,7 +14,7 @@
 //! every new page is still entered, and old ones are forgotten: what comes again soon is found.
 
 /// Half of a page's digest. Contents that share it by chance are not to be expected before 2^64
-/// pages, and `verify` would show them, because it compares whole digests.
+/// pages, and `verify` would detect them, because it compares whole digests.
 pub(super) type Key = [u64; 2];
 
 /// Location of a stored page.
@@ -39,14 +39,14 @@ impl Location {
     }
 }
 
-/// Entries that are looked at to find one that is old.
+/// Number of entries that are examined to find an old one.
 const CANDIDATES: usize = 16;
 
 /// Place where [`DedupTable::find`] stopped, and where the key is to be inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Empty(usize),
-    /// The key is there, with a frame that is forgotten.
+    /// The key is present, with a frame that is forgotten.
     Forgotten(usize),
 }
 
@@ -54,7 +54,7 @@ pub(super) struct DedupTable {
     /// Two words of key, then the packed location.
     slots: Vec<[u64; 3]>,
     used: usize,
-    /// Entries after which one is taken out for each that is entered.
+    /// Number of entries above which each insertion evicts one.
     most: usize,
     /// Slot at which the search for the next entry to evict starts.
     hand: usize,
@@ -103,8 +103,8 @@ impl DedupTable {
         }
     }
 
-    /// Enters `key` at the place where [`DedupTable::find`] ended; nothing may have been entered
-    /// in between.
+    /// Inserts `key` at the place where [`DedupTable::find`] stopped; nothing may have been
+    /// inserted in between.
     pub(super) fn insert(&mut self, place: Place, key: Key, location: Location) {
         let at = match place {
             Place::Forgotten(at) => at,
@@ -124,7 +124,7 @@ impl DedupTable {
         self.slots[at] = [key[0], key[1], location.pack()];
     }
 
-    /// Takes out the oldest of the next few entries.
+    /// Evicts the oldest of the next few entries.
     fn take_out_an_old_one(&mut self) {
         let (mut oldest, mut age) = (self.hand, u64::MAX);
         let mut left = CANDIDATES.min(self.used);
@@ -138,7 +138,7 @@ impl DedupTable {
             }
             self.hand = self.after(self.hand);
         }
-        // What lies behind the gap on a probe path through it moves into it.
+        // An entry behind the gap whose probe path crosses it moves into it.
         let (mut gap, mut at) = (oldest, self.after(oldest));
         while self.slots[at][2] != 0 {
             let [first, second, _] = self.slots[at];
@@ -220,7 +220,7 @@ mod tests {
             let slots = table.slots.len();
             let (mut map, mut found_soon) = (HashMap::new(), 0);
             for n in 0..4000u64 {
-                // Every content comes twice, the second time shortly after the first.
+                // Every content occurs twice, the second time shortly after the first.
                 let page = seed * 10_000 + n / 20 * 10 + n % 10;
                 match table.find(key(page), 0) {
                     Ok(found) => {
@@ -244,8 +244,8 @@ mod tests {
         }
     }
 
-    /// Keys are equal if all 128 bits are. The table is filled so that the search for the other key
-    /// passes the entry whichever bit it is that differs.
+    /// Keys are equal only if all 128 bits are. The table is filled so that the search for the
+    /// other key passes the entry for any position of the differing bit.
     #[test]
     fn keys_that_differ_in_one_bit_are_two() {
         for bit in 0..128 {

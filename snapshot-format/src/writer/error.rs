@@ -6,7 +6,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
-    /// The output refused bytes.
+    /// The output returned an error.
     #[error("could not write {what}")]
     Io {
         /// Part that was being written.
@@ -30,17 +30,17 @@ pub enum WriteError {
     /// The progress callback asked to stop.
     #[error("cancelled")]
     Cancelled,
-    /// The snapshot would pass a limit of the format.
+    /// The snapshot would exceed a limit of the format.
     #[error("{what} would be {value}; the format allows at most {limit}")]
     Limit {
         /// The limited quantity.
         what: &'static str,
         /// Value that would have exceeded the limit.
         value: u64,
-        /// The most that is accepted.
+        /// The limit.
         limit: u64,
     },
-    /// A value that was passed in makes no sense.
+    /// An argument is invalid.
     #[error("{what} is {value}; accepted: {accepted}")]
     Argument {
         /// The argument.

@@ -15,8 +15,8 @@ pub enum Dictionary {
     Off,
     /// Train one on the first frames (a part of the first 64 MiB of distinct pages) while they are
     /// being written, and use it for later frames if it pays on pages that it wasn't trained on.
-    /// Works on a stream; who can read the source anywhere gets a better one, and from the first
-    /// frame on, with [`crate::dictionary::train`].
+    /// This works on a stream. A caller with random access to the source gets a better dictionary,
+    /// from the first frame on, with [`crate::dictionary::train`].
     Train,
     /// Use this one.
     Use(Vec<u8>),
@@ -71,7 +71,7 @@ impl Default for WriterOptions {
 }
 
 impl WriterOptions {
-    /// Refuses values that make no sense.
+    /// Refuses invalid values.
     pub(super) fn check(&self) -> Result<(), WriteError> {
         let levels = zstd_safe::min_c_level()..=zstd_safe::max_c_level();
         if !levels.contains(&self.level) {

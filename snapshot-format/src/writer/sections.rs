@@ -92,8 +92,8 @@ impl BlobWriter {
     }
 }
 
-/// Checks the name of one more blob, and that there may be one more. With this the section meets
-/// its limit in bytes, too: 4096 names of 4096 bytes are far below it.
+/// Checks the name of one more blob, and that one more is allowed. This also keeps the section
+/// within its limit in bytes: 4096 names of 4096 bytes are far below it.
 pub(super) fn check_blob_name(
     what: &'static str,
     number: &'static str,
@@ -117,7 +117,7 @@ pub(super) fn check_blob_name(
     WriteError::limit(number, present.len() as u64 + 1, MAX_BLOBS as u64)
 }
 
-/// Writes sections and remembers where they are.
+/// Writes sections and records their locations.
 #[derive(Default)]
 pub(super) struct Sections {
     entries: Vec<SectionEntry>,
@@ -243,12 +243,12 @@ fn name_len(len: usize) -> u32 {
     u32::try_from(len).expect("4096 names of 4096 bytes at most")
 }
 
-/// Checks the regions' number.
+/// Checks the number of regions.
 pub(super) fn check_region_count(count: usize) -> Result<(), WriteError> {
     WriteError::limit("the number of regions", count as u64, MAX_REGIONS)
 }
 
-/// Bytes that a region of this name takes in the region section.
+/// Returns the number of bytes that a region of this name takes in the region section.
 pub(super) fn region_bytes(name: &str) -> u64 {
     (size_of::<RegionEntry>() + name.len()) as u64
 }
