@@ -20,16 +20,17 @@
 //! - give the file the target's name: leave the finished file under its temporary name, and return
 //!   an error that says so
 //!
-//! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
-//! its process; only where the file system knows none, and in the moment between link and rename, a
-//! temporary name can stay behind after a kill: `.snaprestore-*.partial`; and where it can neither
-//! link nor rename without replacing, an empty target in the moment before the rename.
-//!
-//! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
-//! another gets the permissions of that, because somebody chose them.
+//! If the process is killed at any point, either the old target or the new one exists, complete. A
+//! nameless file disappears with its process. Two things can stay behind after a kill: a temporary
+//! name, `.snaprestore-*.partial`, if the file system has no nameless files or in the moment
+//! between link and rename; and an empty target, in the moment before the rename, if the file
+//! system can neither link nor rename without replacing.
 //!
 //! Memory holds secrets: only its owner can read and write a new file. A file that replaces another
 //! gets that one's permissions, because somebody chose them.
+//!
+//! A target that is not a regular file (a pipe, `/dev/null`, `/dev/stdout`) is written directly. A
+//! named pipe needs a reader beforehand: nothing waits for one.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::hash::{BuildHasher, RandomState};

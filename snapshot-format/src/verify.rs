@@ -16,11 +16,11 @@
 //! fill runs                                  as the index says
 //! ```
 //!
-//! A frame that several windows need is decoded twice at most: then its digests are remembered.
-//! There is room for those of a million slots, 4 GiB of content that windows share; beyond it, a
-//! frame is decoded once for each window that needs it.
+//! A frame that several windows need is decoded at most twice: after that its digests are
+//! remembered. There is room for the digests of a million slots, which is 4 GiB of content shared
+//! by windows; beyond it, a frame is decoded once for each window that needs it.
 //!
-//! Memory, at most: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
+//! Maximum memory: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
 //! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each
 //! is read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the
 //! file. Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a

@@ -1,4 +1,4 @@
-//! `FORMAT.md` is normative: its tables say what `layout.rs` says.
+//! `FORMAT.md` is normative: its tables must agree with `layout.rs`.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -7,7 +7,8 @@ use snapshot_format::layout::{self, SectionKind};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
-/// Rows of the table whose header row begins with `first`, without header and rule.
+/// Returns the rows of the table whose header row begins with `first`, without the header and the
+/// rule below it.
 fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
     let rows: Vec<&str> = text
         .lines()
@@ -34,7 +35,7 @@ fn section(name: &str) -> (&'static str, usize) {
     (&text[..end], size.parse().expect("a number"))
 }
 
-/// Checks a struct's table against (field, offset, bytes), which must be all of it.
+/// Compares a struct's table with (field, offset, bytes), which must be all of it.
 fn check(name: &str, size: usize, fields: &[(&str, usize, usize)]) {
     let (text, stated) = section(name);
     assert_eq!(stated, size, "size of {name}");
@@ -346,7 +347,7 @@ fn the_example_is_the_golden_file() {
     for (at, (shown, real)) in shown.iter().zip(EXAMPLE).enumerate() {
         assert_eq!(shown, real, "byte {at:#x}");
     }
-    // The index block, which the file has compressed.
+    // The index block, which is compressed in the file.
     let top = FORMAT
         .lines()
         .find_map(|line| line.strip_prefix("Top table, at byte "))

@@ -1,6 +1,5 @@
-//! The golden files of every format version, held to what their manifest says. They were written
-//! once and are kept: a reader that treats one of them otherwise than the manifest says has changed
-//! the format.
+//! The golden files of every format version are compared with their manifest. They were written
+//! once and are kept: a reader that treats one of them differently has changed the format.
 
 mod counting;
 
@@ -45,7 +44,7 @@ fn list<'a>(entry: &'a Value, key: &str) -> &'a [Value] {
         .unwrap_or_else(|| panic!("{key} of {entry}"))
 }
 
-/// Ranges given as `[first page, pages]`.
+/// Returns ranges given as `[first page, pages]`.
 fn ranges(entry: &Value, key: &str) -> Vec<Range<u64>> {
     let pair = |pair: &Value| {
         let first = pair[0].as_u64().expect("a page");
@@ -114,11 +113,12 @@ enum Content {
     Bytes(Vec<u8>),
     Unavailable,
     Unused,
-    /// Refused as damaged.
+    /// The page was refused as damaged.
     Lost,
 }
 
-/// Reads pages one after the other, decoding each frame when it is needed and not the last.
+/// Reads pages one after the other, and decodes each frame when it is needed and is not the last
+/// one decoded.
 struct Pages {
     snapshot: Snapshot,
     decoder: FrameDecoder,
@@ -220,7 +220,7 @@ fn the_manifest_names_every_file_and_its_length() {
 fn is_there(entry: &Value, offset: u64) -> bool {
     let bytes = list(&entry["place"], "bytes");
     let [from, to] = [0, 1].map(|i| bytes[i].as_u64().expect("an offset"));
-    // A file that was cut off is damaged where it ends.
+    // A truncated file is damaged at its end.
     (from..to).contains(&offset) || from == to && from == offset
 }
 
@@ -256,7 +256,7 @@ fn files_open_or_are_refused_as_the_manifest_says() {
     for entry in &manifest() {
         let (file, wanted) = (text(entry, "file"), text(entry, "open"));
         match Snapshot::open(store(file)) {
-            // Regions may be read at the first use.
+            // Regions may be read on first use.
             Ok(_) => assert_eq!(wanted, "ok", "{file}"),
             Err(error) => {
                 assert_eq!(name_of(&error), wanted, "{file}: {error}");

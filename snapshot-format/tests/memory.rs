@@ -1,5 +1,6 @@
-//! A writer's memory is bounded, whatever the source: 128 MiB with default options and as many
-//! threads as those ever start. Each source is written in a process of its own, whose peak counts.
+//! A writer's memory is bounded for any source: 128 MiB with default options and the maximum number
+//! of threads that these ever start. Each source is written in a process of its own, whose peak is
+//! measured. 64 GiB of distinct pages take five minutes, so they are written on demand only:
 //!
 //! 64 GiB of which every page is new take five minutes, so they are written on demand only:
 //!
@@ -9,7 +10,7 @@
 //!
 //! Two processors took 280 s; the peak was 111 MiB.
 
-// The peaks are what one wants to see of these tests.
+// The peaks are the interesting output of these tests.
 #![allow(clippy::print_stdout)]
 
 use std::io::{self, Write as _};
@@ -19,15 +20,15 @@ use snapshot_format::layout::PAGE_SIZE;
 use snapshot_format::{RegionSpec, Summary, WriteError, Writer, WriterOptions};
 
 const MOST_BYTES: u64 = 128 << 20;
-/// Most that a writer starts by itself.
+/// Maximum number of threads that a writer starts by default.
 const THREADS: usize = 8;
 const PAGES_PER_GIB: u64 = 1 << 18;
 const CHILD: &str = "SNAPSHOT_MEMORY_TEST";
 
-/// Makes pages faster than they are written: a stamp in a block of ready-made ones.
+/// Makes pages faster than they are written, by stamping the pages of a ready-made block.
 struct Source {
     block: Vec<u8>,
-    /// Stamps used.
+    /// Number of stamps used.
     next: u64,
 }
 
@@ -92,7 +93,7 @@ fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
         match block % 8 {
             0..3 => writer.write_pages(source.distinct())?,
             3 => {
-                // What was written long ago, a page here and a page there.
+                // Pages that were written long ago, taken from different places.
                 for page in 0..512 {
                     let earlier = (block * 7919 + page as u64 * 104_729) % (source.next / 512);
                     source.stamp(page, earlier * 512 + page as u64 + 1);
@@ -160,7 +161,7 @@ fn duplicates(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Runs `test` in a process of its own: writes a source there, and checks the peak and the counts.
+/// Runs `test` in a process of its own, which writes a source, and checks the peak and the counts.
 fn in_child(
     test: &str,
     gib: u64,
@@ -186,8 +187,8 @@ fn in_child_with(
             .output()
             .expect("a process of its own");
         assert!(output.status.success(), "{test}: {output:?}");
-        // The rest is a test harness's, and would be counted. Past this one, which swallows a
-        // `println!`.
+        // The rest is the output of a test harness, and would be counted. Written past this
+        // harness, which swallows a `println!`.
         let said = String::from_utf8_lossy(&output.stdout);
         let peak = said.lines().find(|line| line.contains(": peak "));
         writeln!(io::stdout(), "{}", peak.expect("what was measured")).expect("standard output");
@@ -246,8 +247,8 @@ fn distinct_8() {
     });
 }
 
-/// Frames of one page ran out of numbers that can be shared: past the first 2^20 no repetition was
-/// found any more.
+/// Regression: frames of one page ran out of numbers that can be shared, and beyond the first 2^20
+/// no repetition was found any more.
 #[test]
 fn repeated_5() {
     let options = WriterOptions {

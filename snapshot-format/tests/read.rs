@@ -1,4 +1,4 @@
-//! The hand-made sample, read back: every page, every table, with how many reads.
+//! The hand-made sample, read back: every page, every table, and the number of reads.
 
 mod common;
 mod counting;

@@ -34,7 +34,7 @@ fn writer(options: WriterOptions) -> Writer<Vec<u8>> {
     writer
 }
 
-/// Bytes of `pages` data pages, from content `first` on.
+/// Returns the bytes of `pages` data pages, from content `first` on.
 fn data(first: u64, pages: u64) -> Vec<u8> {
     (first..first + pages).flat_map(data_page).collect()
 }
@@ -92,7 +92,7 @@ fn the_same_content_is_stored_once() {
 #[test]
 fn a_list_names_no_slot_more_than_four_times() {
     let mut writer = writer(options());
-    // 31 pages don't fill a frame, so all that share them come while it is open.
+    // 31 pages don't fill a frame, so all pages that share them come while it is open.
     for _ in 0..100 {
         writer.write_pages(&data(0, 31)).unwrap();
     }
@@ -133,7 +133,7 @@ fn index_blocks_do_not_wait_for_ever() {
         writer.write_pages(&data(0, shared)).unwrap();
     }
     let (_, written) = writer.finish().unwrap();
-    // The first block fills a frame by itself; then one for each 64 blocks.
+    // The first block fills a frame by itself; after that there is one for each 64 blocks.
     assert_eq!(written.summary.frames, 6, "sealed early");
 }
 
@@ -261,7 +261,7 @@ fn a_pipe_will_do() {
     assert_verifies(bytes);
 }
 
-/// Accepts a number of bytes, then fails.
+/// An output that accepts a number of bytes, then fails.
 struct Failing(usize);
 
 impl Write for Failing {
@@ -447,7 +447,7 @@ fn what_passes_a_limit_is_refused() {
             })
         }),
         ("working set", |w| {
-            // More pages than there are, though each run is right.
+            // More pages than the snapshot has, although each run is right.
             let run = WorkingSetRun {
                 first_page: 0,
                 pages: 10,
@@ -458,8 +458,8 @@ fn what_passes_a_limit_is_refused() {
             w.set_property("x", &"y".repeat(1 << 20))
         }),
         ("all properties", |w| {
-            // Far more than there may be: the call that passes the limit is the one that fails,
-            // and replacing a value counts what is left.
+            // Far more than allowed: the call that exceeds the limit is the one that fails, and
+            // replacing a value counts only the new one.
             for _ in 0..64 {
                 w.set_property("replaced", &"y".repeat(1 << 19))?;
             }
@@ -581,7 +581,7 @@ fn a_terabyte_of_zeros_is_nothing() {
     );
 }
 
-/// Keeps the lengths only.
+/// An output that counts lengths only.
 #[derive(Default)]
 struct Positions(u64);
 
@@ -596,7 +596,7 @@ impl Write for Positions {
     }
 }
 
-/// Codecs of the frames of 32 pages, and the bytes that they take.
+/// Returns the codecs of the frames of 32 pages, and the bytes that they take.
 fn stored(level: i32, pages: &[u8]) -> (Vec<Codec>, u64) {
     let mut writer = writer(WriterOptions { level, ..options() });
     writer.write_pages(pages).unwrap();

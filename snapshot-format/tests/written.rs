@@ -1,5 +1,5 @@
-//! Snapshots as the writer writes them: what reading costs at any size, and that no flipped bit
-//! passes.
+//! Files made by the writer: the costs of reading at any size, and the detection of every flipped
+//! bit.
 
 mod counting;
 
@@ -78,7 +78,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
             assert!(bytes <= most, "{gib} GiB: {bytes} bytes to open");
         }
 
-        // The last look-up in each block, from the back: none is in the cache.
+        // The last look-up in each block, in descending order: none is in the cache.
         for block in [gib * 512 - 1, gib * 256, gib * 256 - 1, 77, 0] {
             let number = block * PAGES_PER_BLOCK_U64;
             let found = snapshot.look_up(number, Reason::Demand).expect("look up");
@@ -104,7 +104,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
 
 #[test]
 fn a_large_snapshot_verifies() {
-    // More blocks than the verifier looks at together, and contents shared across its windows.
+    // More blocks than the verifier checks together, and contents shared across its windows.
     let mut writer = Writer::new(Vec::new(), options(16)).expect("new");
     for region in 0..3 {
         let region = RegionSpec {

@@ -1,5 +1,5 @@
-//! Which zstd frames a payload may be: what `FORMAT.md` says of codecs, held against the reader,
-//! the verifier and the writer.
+//! Valid zstd frames of a payload: the rules of `FORMAT.md` for codecs, checked in the reader, the
+//! verifier and the writer.
 
 mod common;
 
@@ -14,11 +14,11 @@ use snapshot_format::{
 use zerocopy::FromBytes;
 use zstd_safe::{CCtx, CParameter};
 
-/// Single segment: the content's size is the window's.
+/// Single segment: the window is as large as the content.
 const SINGLE_SEGMENT: u8 = 1 << 5;
 const CHECKSUM: u8 = 1 << 2;
 const DICTIONARY_ID: u8 = 3;
-/// A zstd frame that decoders skip, with one byte in it.
+/// A skippable zstd frame, with one byte in it.
 const SKIPPABLE: &[u8] = b"\x50\x2a\x4d\x18\x01\x00\x00\x00!";
 
 fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
@@ -28,7 +28,8 @@ fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
     }
 }
 
-/// Decodes the frame that `pack` made, and then says what the verifier finds.
+/// Decodes the frame that `pack` made. Returns the result, and the problems that the verifier
+/// finds.
 fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     let sample = Sample::build_with(true, pack);
     let snapshot = sample.open().expect("opens");
@@ -44,7 +45,7 @@ fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     if decoded.is_ok() {
         assert!(out[..PAGE_SIZE] == common::pattern(4));
     }
-    // In steps it comes to the same.
+    // Decoding in steps gives the same result.
     out.fill(0);
     let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
     let first = steps.decode_first(&snapshot, &frame, Reason::Demand, 1, &mut out);
@@ -242,14 +243,14 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
             assert!(out[..ready] == expected[..ready]);
             stopped += usize::from(ready < out.len());
             if n % 3 == 0 {
-                // Another is begun, and the rest forgotten.
+                // Another frame is begun, and the rest of this one is forgotten.
                 continue;
             }
             steps
                 .decode_rest(&snapshot, &frame, &mut out)
                 .expect("decodes");
             assert!(out == expected);
-            // What wasn't begun is decoded anew.
+            // A frame that wasn't begun is decoded from the start.
             let mut other = vec![0; out.len()];
             steps
                 .decode_rest(&snapshot, &frame, &mut other)
@@ -263,7 +264,7 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
 
 #[test]
 fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
-    // Damaged before the record's checksum was computed.
+    // The payload is damaged before the record's checksum is computed.
     let sample = Sample::build_with(true, &|raw| {
         let mut frame = with(CParameter::MaxBlockSize(1024))(raw);
         let len = frame.len();

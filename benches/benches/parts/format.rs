@@ -115,7 +115,7 @@ pub(crate) fn decode(criterion: &mut Criterion) {
                     });
                 },
             );
-            // What a thread waits for that touches some page of a frame.
+            // The wait of a thread that touches any page of a frame.
             group.bench_function(
                 BenchmarkId::new(format!("{name}, up to a page"), format!("{frame_kib} KiB")),
                 |bencher| {

@@ -69,7 +69,7 @@ pub(crate) fn frames(snapshot: &Snapshot) -> Vec<(FrameRef, u64)> {
     frames
 }
 
-/// Bytes that nothing compresses.
+/// Returns incompressible bytes.
 pub(crate) fn noise(len: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut bytes = vec![0; len];

@@ -37,7 +37,8 @@ pub(crate) fn page_states(criterion: &mut Criterion) {
                 let (mut total, mut left) = (Duration::ZERO, iterations);
                 while left > 0 {
                     let states = fresh();
-                    // Its memory arrives with the first write to it, which isn't what is measured.
+                    // The kernel allocates the bitmap's memory at the first write to it, which
+                    // isn't what is measured.
                     (0..PAGES)
                         .step_by(8 * 4096)
                         .for_each(|page| states.mark_present(page..page + 1));

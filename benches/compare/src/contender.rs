@@ -26,7 +26,7 @@ use crate::BenchError;
 use crate::contenders::{eager, handler, mapped, ours, vmm};
 use crate::touch::Memory;
 
-/// One way to bring memory back.
+/// One way to restore memory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Contender {
@@ -34,8 +34,8 @@ pub enum Contender {
     Ours(Ours),
     /// A private mapping of the raw file.
     Mmap,
-    /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's
-    /// core.
+    /// A handler for one page a fault. Its thread is placed by the scheduler, or stays on the core
+    /// of the touching thread.
     Handler {
         /// Whether the handler stays on the core of the touching thread.
         pinned: bool,
@@ -51,7 +51,7 @@ pub enum Contender {
     },
     /// The raw file in an erofs image.
     Erofs,
-    /// snaprestore, serving a VMM from outside.
+    /// snaprestore, serving a VM from another process.
     Serve(Ours),
     /// One page a fault, from a process of its own.
     VmmHandler {
@@ -62,7 +62,7 @@ pub enum Contender {
     VmmCopyAll,
 }
 
-/// Which pages snaprestore fetches before they are touched.
+/// Pages that snaprestore fetches before they are touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Prefetch {
     /// None.
@@ -89,27 +89,27 @@ pub struct Ours {
     pub pinned: bool,
     /// MiB of decoded frames that the VMs of a server share.
     pub frame_cache: Option<usize>,
-    /// Which snapshot is restored.
+    /// Kind of the snapshot to restore.
     pub snapshot: SnapshotKind,
 }
 
 /// Options with which a snapshot was made; those that aren't given have the default of `create`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SnapshotKind {
-    /// Memory of a frame.
+    /// Size of a frame, in KiB.
     pub frame_kib: Option<u32>,
-    /// Level of compression.
+    /// Compression level.
     pub level: Option<i32>,
-    /// No dictionary.
+    /// Whether the snapshot has no dictionary.
     pub no_dictionary: bool,
 }
 
-/// Memory that a contender has brought back, or is bringing back.
+/// Memory that a contender has restored, or is restoring.
 pub trait Restored {
     /// Returns the memory.
     fn memory(&self) -> Memory;
 
-    /// Waits until everything is there.
+    /// Waits until all memory is restored.
     fn complete(&mut self) -> Result<(), BenchError>;
 
     /// Returns the contender's own counters.
@@ -119,8 +119,8 @@ pub trait Restored {
 }
 
 impl Contender {
-    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches
-    /// stays, and `socket` where a process listens that serves memory from outside.
+    /// Restores the memory in `file`, `bytes` long. `core` is the core of the touching thread, and
+    /// `socket` that of a process that serves memory from outside.
     pub fn start(
         &self,
         file: &Path,

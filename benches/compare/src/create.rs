@@ -1,5 +1,5 @@
-//! Writing compared: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync, and
-//! the sizes of what they write.
+//! Comparison of writing: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync,
+//! and the sizes of the files that they write.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -34,9 +34,9 @@ pub struct Sizes {
     pub frames: u64,
     /// Its dictionaries.
     pub dictionaries: u64,
-    /// Everything else of it: index blocks, tables, header and trailer.
+    /// Everything else: index blocks, tables, header and trailer.
     pub index: u64,
-    /// The raw image by `zstd -3`, solid.
+    /// The raw image compressed by `zstd -3`, solid.
     pub solid: u64,
     /// Pages of the memory.
     pub pages: u64,
@@ -44,7 +44,7 @@ pub struct Sizes {
     pub stored_pages: u64,
     /// Frames.
     pub frame_count: u64,
-    /// Memory of a frame.
+    /// Decoded size of a frame.
     pub frame_bytes: u64,
 }
 
@@ -72,7 +72,7 @@ pub fn sizes(images: &mut Images) -> Result<Sizes, BenchError> {
     })
 }
 
-/// Writes with both, in turn: a round that doesn't count, then `rounds` that do.
+/// Measures writing with both, in turn: a round that doesn't count, then `rounds` that do.
 pub fn compare(images: &Images, rounds: u32, into: &mut Samples) -> Result<(), BenchError> {
     let (ours, theirs) = (
         images.folder().join("created.snap"),

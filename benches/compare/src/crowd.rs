@@ -49,7 +49,7 @@ const GATHERING: Duration = Duration::from_millis(1500);
 const STORM: Duration = Duration::from_millis(1200);
 /// Pages that it touches before it discards them.
 const GUST: usize = 64;
-/// Threads of the one that storms.
+/// Threads of the storming VM.
 const THREADS: usize = 2;
 /// Clones that start together.
 const CLONES: u64 = 4;
@@ -64,7 +64,7 @@ pub const CLONES_ALONE: &str = "serve:frame-cache=0, four clones";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Eighth {
-    /// There is none.
+    /// There is no eighth VM.
     Absent,
     /// The VM faults and discards as fast as it can.
     Storms,
@@ -119,7 +119,7 @@ struct Setting<'a> {
     pages: PathBuf,
 }
 
-/// Runs all in turn: a round that doesn't count, then `rounds` that do.
+/// Runs all variants in turn: a round that doesn't count, then `rounds` that do.
 pub fn compare(
     images: &mut Images,
     runner: &Runner,
@@ -240,7 +240,7 @@ impl Setting<'_> {
         })
     }
 
-    /// Clones that start together, on a server of their own.
+    /// Runs clones that start together, on a server of their own.
     fn clones(&self, frame_cache: Option<usize>) -> Result<Outcome, BenchError> {
         let server = self.server(&Ours {
             frame_cache,
@@ -266,7 +266,7 @@ impl Setting<'_> {
             });
         }
         let last = clones.iter().map(|clone| clone.total_ms);
-        // Before the server ends.
+        // Measured before the server exits.
         let used = before.outcome(&self.snapshot);
         Ok(Outcome {
             total_ms: last.fold(0.0, f64::max),
@@ -353,14 +353,14 @@ impl Member {
     /// Returns the duration of each touch, in nanoseconds.
     fn touch_calmly(&self, memory: Memory) -> Result<Vec<u64>, BenchError> {
         let offsets = self.order(Order::Frames, Some(read_pages(&self.pages)?));
-        // Attaching is not what is measured here.
+        // Attaching is not measured here.
         let (first, rest) = offsets.split_at(1.min(offsets.len()));
         memory.touch(first, Access::Read, 1, false);
         self.wait();
         let mut times = Vec::new();
         for offset in rest.iter().take(usize::try_from(TOUCHES).unwrap_or(0)) {
-            // Half of the mean to one and a half of it, as the offset happens to be: not all at
-            // once.
+            // A pause between half of the mean and one and a half of it, depending on the offset,
+            // so that the VMs don't touch all at once.
             let part = u32::try_from(offset / PAGE % 1024).unwrap_or(0);
             std::thread::sleep(PAUSE / 2 + PAUSE * part / 1024);
             let touched = memory.touch(&[*offset], Access::Read, 1, true);
@@ -413,7 +413,7 @@ fn discard(memory: Memory, offset: u64) {
     let _ = unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) };
 }
 
-/// Microseconds since 1970, the same in all processes.
+/// Returns microseconds since 1970, which are the same in all processes.
 fn now() -> u64 {
     micros(
         SystemTime::now()

@@ -1,4 +1,4 @@
-//! Measures restores side by side: snaprestore's, and what people do today.
+//! Measures restores side by side: snaprestore's, and those of common alternatives.
 //!
 //! ```text
 //! workload (data) --> plan: the pages, in the order of touch
@@ -58,7 +58,7 @@ pub const PAGE: u64 = 4096;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BenchError {
-    /// The operating system said no.
+    /// A system call failed.
     #[error("{what}")]
     Io {
         /// Operation that failed.
@@ -66,28 +66,28 @@ pub enum BenchError {
         /// Error of the operating system.
         source: std::io::Error,
     },
-    /// This machine or process can't do it; the message says why.
+    /// This machine or process doesn't support it; the message gives the reason.
     #[error("{0}")]
     Unavailable(String),
     /// A trial's process failed.
     #[error("{what}: {why}")]
     Trial {
-        /// Which trial.
+        /// The trial.
         what: String,
         /// Error message of the process.
         why: String,
     },
-    /// Two contenders read different bytes: no time of either is worth anything.
+    /// Two contenders read different bytes, so no time of either counts.
     #[error("{workload}: {contender} read other bytes than {other}")]
     WrongBytes {
         /// The workload.
         workload: String,
         /// Contender that differs.
         contender: String,
-        /// From whom.
+        /// Contender that it differs from.
         other: String,
     },
-    /// Something that was typed or written in a workload makes no sense.
+    /// An argument or a workload is invalid.
     #[error("{0}")]
     Invalid(String),
 }

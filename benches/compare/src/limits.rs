@@ -15,7 +15,7 @@ use crate::uffd::Uffd;
 use crate::workload::{Order, Plan};
 use crate::{BenchError, PAGE, cache};
 
-/// Bytes that one COPY takes at most: as many as a restore installs at once.
+/// Maximum number of bytes of one COPY: as many as a restore installs at once.
 const MOST_COPY: u64 = 256 << 10;
 
 /// Parts of a snapshot that have to be decoded and copied.
@@ -157,8 +157,8 @@ pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, 
     Ok(outcome)
 }
 
-/// Copies as many bytes to the same places as a restore does, from a buffer that stays in the
-/// processor's cache.
+/// Copies the same number of bytes to the same places as a restore does, from a buffer that stays
+/// in the processor's cache.
 pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
     let contents = Contents::of(path)?;
     let mut pieces = Vec::new();

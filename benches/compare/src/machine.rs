@@ -25,12 +25,12 @@ pub struct Machine {
     pub revision: String,
     /// Time, as 2026-01-31T12:00:00Z.
     pub date: String,
-    /// Processes that wanted to run before the measurement began: the load average of a minute.
+    /// Load average of the last minute before the measurement: the number of runnable processes.
     pub load: String,
 }
 
 impl Machine {
-    /// This one, now.
+    /// Describes this machine, now.
     pub fn describe() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
@@ -94,7 +94,7 @@ fn revision() -> String {
     let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else {
         return String::new();
     };
-    // Results of earlier runs are no change of the program.
+    // Results of earlier runs don't count as a change of the program.
     let changes = git(&["status", "--porcelain", "--", "..", ":!results"]).unwrap_or_default();
     if changes.is_empty() {
         revision
@@ -103,10 +103,10 @@ fn revision() -> String {
     }
 }
 
-/// Seconds since 1970 as a date of the Gregorian calendar.
+/// Formats seconds since 1970 as a date of the Gregorian calendar.
 fn date(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400, seconds % 86_400);
-    // Years that begin in March have the leap day at their end.
+    // In years that begin in March the leap day is the last day.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era =

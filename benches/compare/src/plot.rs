@@ -1,4 +1,4 @@
-//! Pictures of results, as SVG written by hand: bars with their spread, and curves of percentiles.
+//! Charts of the results, as hand-written SVG: bars with their spread, and curves of percentiles.
 
 use std::fmt::Write as _;
 
@@ -33,8 +33,8 @@ pub fn bars(samples: &Samples, workload: &Workload) -> String {
         .iter()
         .map(|(_, spread)| spread.min)
         .fold(f64::MAX, f64::min);
-    // Where the slowest takes a hundred times as long as the fastest a linear axis shows nothing
-    // but the slowest.
+    // If the slowest takes a hundred times as long as the fastest, a linear axis shows only the
+    // slowest.
     let log = largest > smallest * 30.0;
     let scale = |value: f64| {
         let part = if log {

@@ -1,4 +1,4 @@
-//! The files that the contenders need, made from the raw image when they are first asked for.
+//! The files that the contenders need, made from the raw image at the first request.
 //!
 //! | file | how |
 //! | --- | --- |
@@ -25,7 +25,7 @@ use crate::{BenchError, limits};
 /// Level of the solid file.
 const SOLID_LEVEL: i32 = 3;
 
-/// The raw image and everything that was made of it.
+/// The raw image and everything that was made from it.
 #[derive(Debug)]
 pub struct Images {
     raw: Option<PathBuf>,
@@ -39,7 +39,8 @@ pub struct Images {
 }
 
 impl Images {
-    /// Images of the raw file `raw`, made in `folder` by the `snaprestore` that is `program`.
+    /// Creates the images of the raw file `raw`, made in `folder` by the `snaprestore` at
+    /// `program`.
     pub fn new(raw: &Path, folder: &Path, program: &Path) -> Result<Self, BenchError> {
         let named = || format!("{}: looking for it", raw.display());
         let raw = raw.canonicalize().map_err(BenchError::io(named()))?;
@@ -85,7 +86,7 @@ impl Images {
         self.made.insert(name, Ok(snapshot.to_owned()));
     }
 
-    /// Bytes of memory.
+    /// Returns the size of the memory, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -182,7 +183,7 @@ impl Images {
         })
     }
 
-    /// Makes a file if nobody has tried yet.
+    /// Makes a file, unless that has already been tried.
     fn once(
         &mut self,
         name: String,
@@ -204,8 +205,8 @@ impl Images {
         result
     }
 
-    /// Makes a file in the folder, unless an earlier run made it of the same raw file. What
-    /// snaprestore writes is never kept: it may write something better today.
+    /// Makes a file in the folder, unless an earlier run made it from the same raw file. Output of
+    /// snaprestore is never kept, because a newer one may write something better.
     fn keep(
         &self,
         name: &str,
@@ -245,8 +246,7 @@ impl Images {
 
     fn erofs(&mut self) -> Result<PathBuf, BenchError> {
         needs_file_system("erofs")?;
-        // Which codecs there are depends on how it was built, and on the kernel whether it reads
-        // them.
+        // The available codecs depend on how it was built, and the kernel may not read all of them.
         let mut why = String::new();
         for codec in ["zstd,3", "lz4hc"] {
             let name = format!("erofs-{}.img", codec.replace(',', "-"));
@@ -260,7 +260,7 @@ impl Images {
     }
 
     fn make_erofs(&self, codec: &str, out: &Path) -> Result<(), BenchError> {
-        // It takes a folder.
+        // The program takes a folder.
         let inside = self.folder.join("erofs.in");
         let named = || format!("{}: filling the folder", inside.display());
         let _ = fs::remove_dir_all(&inside);
@@ -332,7 +332,7 @@ fn snapshot_name(kind: &SnapshotKind) -> String {
     name + ".snap"
 }
 
-/// Refuses what the kernel can't mount or this user may not.
+/// Refuses a file system that the kernel can't mount, or this user may not.
 fn needs_file_system(name: &str) -> Result<(), BenchError> {
     let unavailable = |why: String| Err(BenchError::Unavailable(why));
     if !is_root() {
@@ -347,7 +347,7 @@ fn needs_file_system(name: &str) -> Result<(), BenchError> {
     if has(&known) {
         return Ok(());
     }
-    // It may be a module that is loaded when it is first wanted.
+    // The file system may be a module that is loaded on first use.
     let loaded = Command::new("modprobe")
         .arg(name)
         .stderr(Stdio::null())
@@ -364,14 +364,14 @@ fn needs_file_system(name: &str) -> Result<(), BenchError> {
     reason = "system calls without arguments that could be wrong"
 )]
 fn is_root() -> bool {
-    // SAFETY: it reads a number of the process.
+    // SAFETY: the call reads a number of the process.
     unsafe { libc::geteuid() == 0 }
 }
 
 /// Makes later mounts of this thread and its children visible to them only.
 #[expect(unsafe_code, reason = "a system call without a wrapper here")]
 fn own_mounts() -> Result<(), BenchError> {
-    // SAFETY: it changes which mounts this thread sees, to a copy of those that it saw.
+    // SAFETY: the call changes the mounts that this thread sees, to a copy of them.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         let error = std::io::Error::last_os_error();
         return Err(BenchError::Unavailable(format!(
@@ -396,7 +396,7 @@ fn tool(name: &str, package: &str) -> Result<Command, BenchError> {
     })
 }
 
-/// Runs a program to its end; what it says on standard error is part of the error.
+/// Runs a program to its end; its standard error is part of the error.
 pub fn run(command: &mut Command) -> Result<(), BenchError> {
     let what = format!("{}", command.get_program().display());
     let output = command

@@ -14,13 +14,13 @@ use crate::workload::Workload;
 pub struct Row {
     /// The contender.
     pub contender: String,
-    /// Beginning to end, in milliseconds.
+    /// Time from start to end, in milliseconds.
     pub total_ms: Spread,
-    /// Beginning to usable memory, in milliseconds.
+    /// Time from start to usable memory, in milliseconds.
     pub start_ms: f64,
     /// Processor time of the process, in seconds.
     pub cpu_s: f64,
-    /// Most memory beyond what was restored, in MiB.
+    /// Maximum memory beyond the restored content, in MiB.
     pub beyond_mib: f64,
     /// Read from disk, in MiB.
     pub disk_mib: f64,

@@ -1,5 +1,5 @@
-//! Trials in rounds: every contender once, then all again, so that what changes on the machine
-//! meanwhile changes for all. Each round begins with another contender.
+//! Trials in rounds: every contender once, then all again, so that changes on the machine affect
+//! all of them. Each round begins with another contender.
 
 use std::path::PathBuf;
 
@@ -31,7 +31,7 @@ pub struct Absent {
     pub workload: String,
     /// The contender's name.
     pub contender: String,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 

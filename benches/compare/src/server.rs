@@ -22,7 +22,7 @@ use crate::trial::Trial;
 /// Time allowed for it to listen, and to exit.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A process that serves, and what descends from it.
+/// A serving process and its descendants.
 pub(crate) struct Server {
     child: Child,
     socket: PathBuf,
@@ -108,8 +108,8 @@ impl Server {
             .stdin(Stdio::piped())
             .stdout(said.try_clone().map_err(failed())?)
             .stderr(complained.try_clone().map_err(failed())?);
-        // SAFETY: the child makes one system call between fork and exec: it asks to be ended with
-        // the thread that starts it.
+        // SAFETY: the child makes one system call between fork and exec, which makes the kernel
+        // kill it when the thread that started it exits.
         unsafe {
             command.pre_exec(|| {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
@@ -118,7 +118,7 @@ impl Server {
         }
         let mut child = command.spawn().map_err(failed())?;
         if let Some(mut stdin) = child.stdin.take() {
-            // A child that died says so below.
+            // A child that died is reported below.
             let _ = stdin.write_all(input);
         }
         let mut server = Self {
@@ -144,7 +144,8 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        // What it does after that is done when a VMM comes.
+        // Time for the server's remaining start-up work, which would otherwise be done when a VMM
+        // connects.
         std::thread::sleep(Duration::from_millis(30));
         Ok(())
     }
@@ -157,7 +158,7 @@ impl Server {
         self.child.id()
     }
 
-    /// Asks it to end, and gives what it reports.
+    /// Asks the server to exit, and returns its report.
     pub(crate) fn stop(mut self) -> serde_json::Value {
         self.end();
         serde_json::from_str(&text(&mut self.said)).unwrap_or_default()
@@ -166,8 +167,8 @@ impl Server {
     /// Sends SIGTERM and waits until it exits. Before exiting, the server completes the VM, so that
     /// nothing waits for a page that will never come.
     fn end(&mut self) {
-        // SAFETY: the child wasn't waited for, or `try_wait` below has given `Some`, after which
-        // nobody gets here again.
+        // SAFETY: the child wasn't waited for, or `try_wait` below has returned `Some`, after which
+        // this is not reached again.
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
         let began = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {

@@ -11,10 +11,10 @@ use crate::rounds::Samples;
 use crate::stats::{Latencies, Spread, float};
 use crate::trial::Outcome;
 
-/// One thing to reach.
+/// One performance target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Target {
-    /// Its number, and a letter where a row has several.
+    /// Its number, with a letter if a row has several.
     pub number: String,
     /// Description of the comparison.
     pub what: String,
@@ -24,7 +24,7 @@ pub struct Target {
     pub limit: f64,
     /// Unit of both; empty for a ratio.
     pub unit: String,
-    /// The medians behind it.
+    /// The medians that it is computed from.
     pub from: String,
 }
 
@@ -38,7 +38,7 @@ impl Target {
 /// Medians by workload and contender.
 struct Medians<'a>(&'a Samples);
 
-/// A value and how it came about.
+/// A value and its origin.
 type Found = Option<(f64, String)>;
 
 impl Medians<'_> {

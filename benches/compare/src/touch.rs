@@ -1,8 +1,8 @@
-//! The loop that touches memory: the same for every contender, and as little of it as possible.
+//! The loop that touches memory: the same for every contender, and as short as possible.
 //!
-//! A read adds the byte, weighted by its place, to a sum that doesn't depend on the order. A write
-//! stores a byte that follows from its place, and the sum is taken afterwards, of the byte beside
-//! it.
+//! A read adds the byte, weighted by its position, to a sum that doesn't depend on the order. A
+//! write stores a byte derived from its position, and the sum is computed afterwards, from the byte
+//! beside it.
 #![allow(
     unsafe_code,
     reason = "memory that arrives while it is touched is reached through raw pointers"
@@ -22,7 +22,8 @@ pub struct Memory {
     len: u64,
 }
 
-// SAFETY: it is an address; what may be done there, by any thread, is what `new` was promised.
+// SAFETY: the value is an address; `new`'s caller has promised which accesses are allowed there,
+// from any thread.
 unsafe impl Send for Memory {}
 // SAFETY: as above; accesses are volatile and of single bytes.
 unsafe impl Sync for Memory {}
@@ -30,7 +31,7 @@ unsafe impl Sync for Memory {}
 /// Result of touching.
 #[derive(Clone, Debug, Default)]
 pub struct Touched {
-    /// Sum of what was read.
+    /// Sum of the bytes read.
     pub sum: u64,
     /// Duration of each touch, in nanoseconds, if requested.
     pub nanos: Vec<u64>,
@@ -41,8 +42,8 @@ impl Memory {
     ///
     /// # Safety
     ///
-    /// `len` bytes from `base` on are mapped, readable, and writable without anybody being harmed,
-    /// as long as the value is used. Bytes may arrive while they are read.
+    /// `len` bytes from `base` on are mapped, readable, and may be overwritten without harm, as
+    /// long as the value is used. Bytes may arrive while they are read.
     pub unsafe fn new(base: *mut u8, len: u64) -> Self {
         Self { base, len }
     }
@@ -74,11 +75,13 @@ impl Memory {
 
     fn read(self, offset: u64) -> u8 {
         assert!(offset < self.len, "{offset} is not in {} bytes", self.len);
-        // SAFETY: the offset lies inside, which `new` was promised is readable.
+        // SAFETY: the offset is inside the memory, which `new`'s caller has promised to be
+        // readable.
         unsafe { self.at(offset).read_volatile() }
     }
 
-    /// Touches every offset, in order, in this thread. The offsets lie inside: [`Memory::holds`].
+    /// Touches every offset, in order, in this thread. The offsets must be inside: see
+    /// [`Memory::holds`].
     fn run(self, offsets: &[u64], access: Access) -> u64 {
         let mut sum = 0_u64;
         match access {
@@ -91,7 +94,7 @@ impl Memory {
             }
             Access::Write => {
                 for &offset in offsets {
-                    // SAFETY: as above; `new` was promised that a write harms nobody.
+                    // SAFETY: as above; `new`'s caller has promised that a write is harmless.
                     unsafe { self.at(offset).write_volatile(mark(offset)) };
                 }
             }
@@ -102,7 +105,7 @@ impl Memory {
     /// Touches as `run` does, and measures each touch.
     fn run_timed(self, offsets: &[u64], access: Access) -> Touched {
         let mut touched = Touched::default();
-        // Its memory must not be fetched while the clock runs.
+        // The vector's memory must not be allocated while the clock runs.
         touched.nanos.resize(offsets.len(), 1);
         touched.nanos.clear();
         for offset in offsets {
@@ -119,7 +122,7 @@ impl Memory {
         offsets.iter().all(|offset| *offset < self.len)
     }
 
-    /// Touches every offset from `threads` threads, each its own part of the order.
+    /// Touches every offset from `threads` threads, each with its own part of the order.
     ///
     /// # Panics
     ///
@@ -192,8 +195,8 @@ impl Memory {
         let mut copy = [0; 4096];
         for page in pages {
             assert!((page + 1) * PAGE <= self.len, "page {page} is not inside");
-            // SAFETY: the page lies inside, which `new` was promised is readable; nobody touches it
-            // any more, and the copy is ours.
+            // SAFETY: the page is inside the memory, which `new`'s caller has promised to be
+            // readable; no thread touches it any more, and the copy is ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.at(page * PAGE), copy.as_mut_ptr(), copy.len());
             }
@@ -213,8 +216,8 @@ mod tests {
     use super::*;
 
     fn memory(bytes: &mut [u8]) -> Memory {
-        // SAFETY: the tests use it only while they hold the slice exclusively, and not the slice
-        // meanwhile.
+        // SAFETY: the tests use it only while they hold the slice exclusively, and don't use the
+        // slice meanwhile.
         unsafe { Memory::new(bytes.as_mut_ptr(), bytes.len() as u64) }
     }
 

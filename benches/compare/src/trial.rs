@@ -48,13 +48,13 @@ pub enum Trial {
     DecodeEach {
         /// The snapshot.
         snapshot: PathBuf,
-        /// Frames at most.
+        /// Maximum number of frames.
         most: u64,
-        /// Start of the shuffle.
+        /// Seed of the shuffle.
         seed: u64,
     },
-    /// The other side of a trial: a handler that serves the memory of the trial's process. It finds
-    /// nothing.
+    /// The other side of a trial: a handler that serves the memory of the trial's process. It
+    /// measures nothing.
     Outside(Outside),
     /// One of several VMs that are served at once.
     Member(Member),
@@ -65,19 +65,19 @@ pub enum Trial {
 pub struct RestoreTrial {
     /// Contender that restores.
     pub contender: Contender,
-    /// From which file.
+    /// File to restore from.
     pub file: PathBuf,
-    /// The `snaprestore` that serves, where it does so from outside.
+    /// The `snaprestore` that serves, for contenders that serve from another process.
     pub program: PathBuf,
     /// Size of the memory, in bytes.
     pub bytes: u64,
     /// Order of touches.
     pub order: Order,
-    /// Start of the shuffle.
+    /// Seed of the shuffle.
     pub seed: u64,
-    /// Part of the order.
+    /// Share of the order that is touched.
     pub share: f64,
-    /// Touches at most.
+    /// Maximum number of touches.
     pub most_pages: Option<u64>,
     /// File of page numbers, for orders that come from one.
     pub listed: Option<PathBuf>,
@@ -97,11 +97,11 @@ pub struct RestoreTrial {
 /// Measured values of a trial. Fields that make no sense for its kind are zero or none.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// From the beginning to usable memory; of a VMM, until it has handed its memory over.
+    /// Time from the start to usable memory; of a VMM, until it has handed its memory over.
     pub start_us: f64,
-    /// From usable memory to the last touch.
+    /// Time from usable memory to the last touch.
     pub touch_ms: f64,
-    /// From the beginning to the end: the last touch, or everything being there if nothing is
+    /// Time from the start to the end: the last touch, or the complete restore if nothing is
     /// touched.
     pub total_ms: f64,
     /// Processor time of the process, and of those that serve it.
@@ -114,12 +114,12 @@ pub struct Outcome {
     pub memory_bytes: u64,
     /// The part of it that is neither restored content nor its page tables.
     pub beyond_bytes: u64,
-    /// The most of it that was seen, in a proof.
+    /// The maximum of it that was observed, in a proof.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
-    /// Read from disk by the process.
+    /// Bytes read from disk by the process.
     pub disk_bytes: u64,
-    /// Read from the disk that the file lies on, by whomever.
+    /// Bytes read by all processes from the disk that holds the file.
     pub device_bytes: u64,
     /// Pages touched, or pages copied or frames decoded by a limit.
     pub count: u64,
@@ -217,7 +217,7 @@ impl RestoreTrial {
         let mut restored = self.contender.start(&self.file, self.bytes, core, socket)?;
         let usable = began.elapsed();
         let memory = restored.memory();
-        // After the start: threads inherit where their creator may run.
+        // Set after the start, because threads inherit the affinity of their creator.
         if self.contender.has_pinned_toucher() {
             uffd::pin_to(uffd::this_core());
         }
@@ -247,14 +247,14 @@ impl RestoreTrial {
         outcome.latencies = Latencies::of(touched.nanos);
         outcome.cooled = cooled;
         outcome.facts = restored.facts();
-        // The memory is still there: it may be completed now.
+        // The memory still exists, so it may be completed now.
         if let Some(server) = server {
             outcome.facts["server"] = server.stop();
         }
         Ok(outcome)
     }
 
-    /// Starts who serves from outside, if anybody does.
+    /// Starts the process that serves from outside, if the contender has one.
     fn server(&self, core: Option<usize>) -> Result<Option<Server>, BenchError> {
         let handler = |everything| {
             let populated = self.cache == Cache::Warm;
@@ -361,7 +361,7 @@ impl Runner {
             .spawn()
             .map_err(failed())?;
         if let Some(mut stdin) = child.stdin.take() {
-            // A child that died says so by its status.
+            // The death of a child is reported by its status.
             let _ = stdin.write_all(&text);
         }
         let output = child.wait_with_output().map_err(failed())?;
@@ -386,8 +386,8 @@ impl Runner {
 /// Runs the child's side: reads a trial, runs it, and writes its result.
 #[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
 pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
-    // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a
-    // time, and with the thread that started it.
+    // SAFETY: both calls request signals that kill this process, whatever its threads wait for:
+    // after a time, and when the thread that started it exits.
     unsafe {
         libc::alarm(MOST_SECONDS);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);

@@ -65,7 +65,7 @@ impl Uffd {
     /// Wraps another process's userfaultfd and makes its reads block; the owner doesn't read from
     /// it.
     pub(crate) fn received(fd: OwnedFd) -> Result<Self, BenchError> {
-        // SAFETY: it sets flags of an open descriptor.
+        // SAFETY: the call sets flags of an open descriptor.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
         check(result, "F_SETFL")?;
         Ok(Self { fd })
@@ -77,14 +77,14 @@ impl Uffd {
             mode: 1,
             ioctls: 0,
         };
-        // SAFETY: `register` is live; the range is anonymous memory of this process that waits to
-        // be filled.
+        // SAFETY: `register` is live; the range is anonymous memory of this process that is to be
+        // filled.
         let result =
             unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         check(result, "UFFDIO_REGISTER")
     }
 
-    /// Waits for a fault. `None` if the descriptor can't be read.
+    /// Waits for a fault. Returns `None` if the descriptor can't be read.
     pub(crate) fn next_fault(&self) -> Option<u64> {
         // struct uffd_msg: the event's number first, the address of a fault at byte 16.
         let mut message = [0_u64; 4];
@@ -99,7 +99,7 @@ impl Uffd {
         }
     }
 
-    /// Copies `len` bytes, which wakes who waits for them.
+    /// Copies `len` bytes, which wakes the threads that wait for them.
     pub(crate) fn copy(&self, to: u64, from: *const u8, len: u64) -> io::Result<Copied> {
         let mut copy = abi::uffdio_copy {
             dst: to,
@@ -173,11 +173,11 @@ fn new_descriptor(flags: i32) -> Result<OwnedFd, BenchError> {
             "no userfaultfd ({error}); `snaprestore doctor` says what would permit one"
         )));
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else uses it.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Keeps this thread on a core.
+/// Binds this thread to a core.
 pub(crate) fn pin_to(core: usize) {
     // SAFETY: all zeros is an empty set of cores.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
@@ -189,7 +189,7 @@ pub(crate) fn pin_to(core: usize) {
 
 /// Returns the core that this thread runs on.
 pub(crate) fn this_core() -> usize {
-    // SAFETY: it reads a number of the thread's own.
+    // SAFETY: the call reads a number of the thread itself.
     let core = unsafe { libc::sched_getcpu() };
     usize::try_from(core).unwrap_or(0)
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::BenchError;
 
-/// Whose processor time.
+/// Processes whose processor time is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
     /// All threads of this process.
@@ -22,7 +22,7 @@ pub enum Who {
     Children,
 }
 
-/// Seconds of processor time, of user code and of the kernel on its behalf.
+/// Returns the processor time in seconds, of user code and of the kernel on its behalf.
 pub fn cpu_seconds(who: Who) -> f64 {
     let who = match who {
         Who::Own => libc::RUSAGE_SELF,
@@ -40,7 +40,7 @@ pub fn cpu_seconds(who: Who) -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// Seconds of processor time of another process; none once it is gone.
+/// Returns the processor time of another process in seconds; none if it no longer exists.
 pub fn cpu_seconds_of(pid: u32) -> f64 {
     let mut clock = 0;
     // SAFETY: `clock` is a live clockid_t that is filled.
@@ -120,7 +120,7 @@ fn kib(text: &str, name: &str) -> u64 {
         .map_or(0, |kib| kib * 1024)
 }
 
-/// Bytes that this process had read from disk.
+/// Returns the number of bytes that this process has read from disk.
 pub fn disk_bytes() -> u64 {
     let text = fs::read_to_string("/proc/self/io").unwrap_or_default();
     text.lines()
@@ -129,8 +129,8 @@ pub fn disk_bytes() -> u64 {
         .unwrap_or(0)
 }
 
-/// Bytes read from the disk that `path` lies on, by whomever: loop devices read in threads of the
-/// kernel.
+/// Returns the number of bytes read, by any process, from the disk that holds `path`: loop devices
+/// read in threads of the kernel.
 pub fn device_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(metadata) = fs::metadata(path) else {
@@ -150,7 +150,8 @@ pub fn device_bytes(path: &Path) -> u64 {
     sectors.unwrap_or(0) * 512
 }
 
-/// Seconds of processor time that the whole machine has spent, in the kernel's ticks of 10 ms.
+/// Returns the processor time of the whole machine in seconds, with the kernel's resolution of 10
+/// ms.
 pub fn machine_cpu_seconds() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let Some(line) = text.lines().next() else {
@@ -180,7 +181,7 @@ pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     })
 }
 
-/// Anonymous memory of the mappings that lie in a range.
+/// Returns the anonymous memory of the mappings that lie in a range.
 fn resident_in(smaps: &str, start: u64, end: u64) -> u64 {
     let mut inside = false;
     let mut sum = 0;
@@ -201,8 +202,8 @@ fn mapping(line: &str) -> Option<(u64, u64)> {
     Some((hex(from)?, hex(to)?))
 }
 
-/// Bytes of page tables that the present pages of a range need: one for each 2 MiB and one for each
-/// GiB.
+/// Returns the bytes of page tables that the present pages of a range need: one table for each 2
+/// MiB and one for each GiB.
 fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
     use std::os::unix::fs::FileExt as _;
     let failed = || BenchError::io("reading /proc/self/pagemap");
@@ -231,7 +232,7 @@ fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
     Ok(tables)
 }
 
-/// Watches how much memory this process holds at most.
+/// Records the peak memory of this process.
 pub struct Watcher {
     over: Arc<AtomicBool>,
     most: Arc<AtomicU64>,
@@ -239,7 +240,7 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts to look, every 2 ms.
+    /// Starts sampling, every 2 ms.
     pub fn start() -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let most = Arc::new(AtomicU64::new(0));
@@ -312,7 +313,7 @@ mod tests {
         );
         assert_eq!((found.len(), found.remove(0)), (2, pid));
         let sleeping = i32::try_from(found[0]).unwrap();
-        // SAFETY: it ends the process that the shell started here, which is not waited for.
+        // SAFETY: the call kills the process that the shell started here, which is not waited for.
         unsafe { libc::kill(sleeping, libc::SIGKILL) };
         assert!(held > 0);
     }

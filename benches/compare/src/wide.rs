@@ -1,5 +1,5 @@
-//! A snapshot of much memory that takes little to make: every page stored, and the same pages over
-//! and over.
+//! A snapshot of much memory that is quick to make: every page is stored, and the same pages
+//! repeat.
 
 use std::fs::File;
 use std::io::BufWriter;

@@ -13,7 +13,7 @@ use crate::{BenchError, PAGE};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// No page is touched: the restore is complete when everything is there.
+    /// No page is touched: the trial ends when all memory is restored.
     None,
     /// From the first page to the last.
     Sequential,
@@ -21,7 +21,7 @@ pub enum Order {
     #[default]
     Random,
     /// One page of each frame of the first snapshot among the contenders, shuffled: each touch is a
-    /// fault on a frame that nobody has decoded.
+    /// fault on a frame that has not been decoded.
     Frames,
     /// The page numbers of a file, one a line.
     Trace,
@@ -45,7 +45,7 @@ pub enum Cache {
     /// The contender's file is in the page cache.
     #[default]
     Warm,
-    /// Nothing of it is, as far as this process may see to it.
+    /// Nothing of it is cached, as far as this process can achieve that.
     Cold,
 }
 
@@ -53,7 +53,7 @@ pub enum Cache {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
-    /// Its name, as in a file name.
+    /// Its name, usable in a file name.
     pub name: String,
     /// Description of the workload, for people.
     pub title: String,
@@ -63,7 +63,7 @@ pub struct Workload {
     /// The order of touches.
     #[serde(default)]
     pub order: Order,
-    /// Start of the shuffling.
+    /// Seed of the shuffle.
     #[serde(default = "one")]
     pub seed: u64,
     /// File of page numbers, for [`Order::Trace`].
@@ -72,20 +72,20 @@ pub struct Workload {
     /// Part of the pages that is touched, from the start of the order.
     #[serde(default = "all")]
     pub share: f64,
-    /// Pages that are touched at most.
+    /// Maximum number of touched pages.
     #[serde(default)]
     pub most_pages: Option<u64>,
     /// Kind of access of a touch.
     #[serde(default)]
     pub access: Access,
-    /// Threads that touch, each its own part of the order.
+    /// Number of touching threads, each with its own part of the order.
     #[serde(default = "one_thread")]
     pub threads: usize,
     /// State of the page cache for the contenders' files.
     #[serde(default)]
     pub cache: Cache,
-    /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the
-    /// whole.
+    /// Whether each touch is measured by itself. Reading the clock takes time, so the total time of
+    /// such a run means nothing.
     #[serde(default)]
     pub latencies: bool,
     /// Contenders that take part.
@@ -147,7 +147,7 @@ impl Workload {
         ours.unwrap_or_default()
     }
 
-    /// Refuses what makes no sense.
+    /// Refuses invalid workloads.
     pub fn check(&self) -> Result<(), BenchError> {
         let invalid = |why: &str| Err(BenchError::Invalid(format!("{}: {why}", self.name)));
         if !(self.share > 0.0 && self.share <= 1.0) {
@@ -169,7 +169,7 @@ impl Workload {
 /// Offsets of a trial's touches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Offsets in memory, in the order of touch: a byte of each page, not always the same.
+    /// Offsets in memory, in the order of touch: one byte of each page, at varying positions.
     pub offsets: Vec<u64>,
 }
 
@@ -223,7 +223,7 @@ pub fn read_pages(path: &Path) -> Result<Vec<u64>, BenchError> {
         .collect()
 }
 
-/// At least one of `count`, if there are any.
+/// Returns a share of `count`, at least one if `count` isn't zero.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -298,7 +298,7 @@ mod tests {
             let workload: Workload = toml::from_str(&text).unwrap();
             workload.check().unwrap();
             assert_eq!(path.file_stem().unwrap(), workload.name.as_str());
-            // What comes back from the results is what was run.
+            // A workload read back from the results equals the one that was run.
             let json = serde_json::to_string(&workload).unwrap();
             assert_eq!(serde_json::from_str::<Workload>(&json).unwrap(), workload);
             count += 1;

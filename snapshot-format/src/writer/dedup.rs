@@ -10,8 +10,9 @@
 //!              entries is taken out first
 //! ```
 //!
-//! Up to `exact` distinct pages nothing is ever taken out, so every repetition is found. Beyond,
-//! every new page is still entered, and old ones are forgotten: what comes again soon is found.
+//! Up to `exact` distinct pages nothing is ever evicted, so every repetition is found. Beyond that,
+//! every new page is still inserted, and old ones are forgotten: content that repeats soon is
+//! found.
 
 /// Half of a page's digest. Contents that share it by chance are not to be expected before 2^64
 /// pages, and `verify` would detect them, because it compares whole digests.

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A draft follows the last frame that it or a draft before it needs, so the file is the same
-//! whichever thread was faster. What waits is bounded: by the frames under way, and by sealing the
-//! open frame early when [`MOST_DRAFTS_ON_OPEN`] drafts wait for it.
+//! whichever thread was faster. The amount of waiting data is bounded by the frames in progress,
+//! and by sealing the open frame early when [`MOST_DRAFTS_ON_OPEN`] drafts wait for it.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -33,7 +33,8 @@ use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
 const MOST_DRAFTS_ON_OPEN: usize = 64;
-/// Number of the newest frames that can be shared: 24 MiB of references.
+/// Minimum number of the newest frames that can be shared: 24 MiB of references. A larger table of
+/// known pages raises it.
 const MOST_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {

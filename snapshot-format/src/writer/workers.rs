@@ -1,4 +1,4 @@
-//! The threads, and what travels between them and the caller's.
+//! The threads of the pool, and the messages between them and the caller's thread.
 //!
 //! ```text
 //! caller's thread                         pool
@@ -25,9 +25,9 @@ use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
 use crate::dictionary::{Trained, train_on_frames};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
-/// Number of the one dictionary that a writer uses.
+/// Number of the only dictionary that a writer uses.
 pub(super) const DICTIONARY_NUMBER: u16 = 1;
-/// Bytes of frames that may be under way.
+/// Maximum number of bytes of frames in progress.
 const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
 
 /// Message from a thread of the pool.
@@ -45,7 +45,7 @@ pub(super) enum Verdict {
     Useless,
 }
 
-/// Things that come back in another order than they are wanted in.
+/// Items that arrive in another order than they are needed in.
 struct Reorder<T> {
     first: u64,
     items: VecDeque<Option<T>>,
@@ -96,9 +96,9 @@ pub(super) struct Workers {
     verdict: Option<Verdict>,
     most_frames: usize,
     free: Vec<Vec<u8>>,
-    /// Buffers that may still be allocated.
+    /// Number of buffers that may still be allocated.
     buffers_left: usize,
-    /// Buffers of one frame, to be used again.
+    /// Buffers of one frame, to be reused.
     spare: Vec<Vec<u8>>,
     frame_bytes: usize,
 }
@@ -159,9 +159,9 @@ impl Workers {
         self.verdict.take()
     }
 
-    /// Frames that are handed out from now on use the dictionary `bytes`.
+    /// Makes frames that are handed out from now on use the dictionary `bytes`.
     pub(super) fn use_dictionary(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        // A context would take a damaged one, and fail at the first frame.
+        // A context would accept a damaged dictionary, and fail at the first frame.
         if CDict::try_create(bytes, self.compression.level()).is_none() {
             let expected = "what zstd's trainer makes";
             return Err(WriteError::argument("the dictionary", "damaged", expected));
@@ -186,14 +186,14 @@ impl Workers {
             .unwrap_or_else(|| Vec::with_capacity(self.frame_bytes))
     }
 
-    /// Hands a block out to be examined.
+    /// Hands a block to the pool to be examined.
     pub(super) fn examine(&mut self, given: Vec<Given>, buffer: Option<Arc<BlockBuffer>>) {
         let number = self.examined.expect();
         let sender = self.sender.clone();
         self.pool.spawn_fifo(move || {
             let examined = examine(&given, buffer.as_ref());
             drop(buffer);
-            // Nobody listens any more when the writer itself is gone.
+            // The receiver is gone if the writer itself was dropped.
             let _ = sender.send(Event::Examined(number, examined));
         });
     }
@@ -213,7 +213,7 @@ impl Workers {
         !self.built.items.is_empty()
     }
 
-    /// Hands a frame out to be built. Frames come in the order of their numbers.
+    /// Hands a frame to the pool to be built. Frames come in the order of their numbers.
     pub(super) fn build(&mut self, sealed: Sealed) {
         let number = self.built.expect();
         debug_assert_eq!(number, sealed.number);
@@ -233,7 +233,7 @@ impl Workers {
         self.built.pop()
     }
 
-    /// Takes the buffers of a frame back that is written.
+    /// Takes back the buffers of a frame that is written.
     pub(super) fn recycle(&mut self, record: Vec<u8>, spare: Vec<u8>) {
         give(&self.shared.records, record);
         if spare.capacity() > 0 {
@@ -241,7 +241,7 @@ impl Workers {
         }
     }
 
-    /// Takes in what the threads have reported.
+    /// Receives the messages of the threads.
     pub(super) fn poll(&mut self) -> Result<(), WriteError> {
         loop {
             match self.receiver.try_recv() {
@@ -251,7 +251,7 @@ impl Workers {
         }
     }
 
-    /// Waits until a thread reports something. Something must be under way.
+    /// Waits for a message of a thread. Some work must be in progress.
     pub(super) fn wait(&mut self) -> Result<(), WriteError> {
         // The workers hold a sender, so the channel can't be closed.
         let event = self.receiver.recv().map_err(|_| WriteError::Panicked)?;
@@ -289,7 +289,7 @@ fn give<T>(stock: &Mutex<Vec<T>>, item: T) {
 mod tests {
     use super::*;
 
-    /// Pages given as bytes without a buffer were once recorded as unavailable.
+    /// Regression: pages given as bytes without a buffer were recorded as unavailable.
     #[test]
     fn bytes_that_got_lost_are_an_error() {
         let mut workers = Workers::start(1, 1, 1).expect("threads");

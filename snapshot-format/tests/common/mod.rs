@@ -1,6 +1,6 @@
-//! A small snapshot assembled by hand, field by field, without the writer: the second opinion on
-//! the format. It remembers where everything lies, so that tests can change a field and
-//! recompute the checksums around it.
+//! A small snapshot assembled by hand, field by field, without the writer: an independent
+//! implementation of the format. It records the position of every part, so that tests can change a
+//! field and recompute the checksums around it.
 
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 #![allow(
@@ -48,7 +48,7 @@ pub const BLOCKS: u64 = 5;
 /// Returns the content of a page number of the sample; none for unused numbers.
 pub fn content(page: u64) -> Option<Content> {
     Some(match page {
-        // The second sharer of a content lies in the same block, the third in another.
+        // The second page with the same content lies in the same block, the third in another.
         20 => Content::Stored(4),
         520 => Content::Stored(0),
         0..20 | 512..520 | 1536 => Content::Stored(page),
@@ -90,7 +90,7 @@ struct FrameSpec {
     dictionary: u16,
 }
 
-/// Frames of the sample, by the pages that were stored first.
+/// Returns the frames of the sample, by the pages that were stored first.
 fn frame_specs() -> [FrameSpec; 4] {
     [
         FrameSpec {
@@ -129,10 +129,10 @@ pub fn dictionary_bytes() -> Vec<u8> {
     pattern(512).into_iter().chain(pattern(513)).collect()
 }
 
-/// Makes the payload of bytes.
+/// Function that makes a payload of bytes.
 pub type Pack<'a> = &'a dyn Fn(&[u8]) -> Vec<u8>;
 
-/// The sample's bytes and where its parts lie.
+/// The sample's bytes and the positions of its parts.
 #[derive(Clone)]
 pub struct Sample {
     pub bytes: Vec<u8>,
@@ -162,7 +162,7 @@ impl Sample {
         Self::build_with(inline_regions, &|raw| compress(raw, &[]))
     }
 
-    /// `pack` compresses the second frame's pages and the fourth index block.
+    /// Builds the sample; `pack` compresses the second frame's pages and the fourth index block.
     #[expect(
         clippy::too_many_lines,
         reason = "one thing after the other, as in the file"
@@ -190,7 +190,7 @@ impl Sample {
             frames.push(at..at + record.len());
             bytes.extend_from_slice(&record);
             if number == 0 {
-                // A gap, as a writer that aligns its frames would leave.
+                // A gap, as left by a writer that aligns its frames.
                 bytes.extend_from_slice(&[0; 64]);
             }
         }
@@ -448,7 +448,7 @@ fn frame_record(spec: &FrameSpec, pack: Option<Pack<'_>>) -> Vec<u8> {
         (codec::ZSTD, Some(pack)) => pack(&raw),
         _ => compress(&raw, &dictionary_bytes()),
     };
-    // Two runs where there is room for two, so that the list is one.
+    // Two runs if there is room for two, so that the list is longer than one.
     let half = slots / 2;
     let runs: Vec<PageRun> = [(0, half), (half, slots - half)]
         .into_iter()
@@ -481,7 +481,7 @@ pub fn compress(bytes: &[u8], dictionary: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Numbers of a block's pages.
+/// Returns the numbers of a block's pages.
 fn pages_of(block: u64) -> Range<u64> {
     let first = block * 512;
     let end = (first..first + 512).find(|page| content(*page).is_none());

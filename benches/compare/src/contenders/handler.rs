@@ -25,7 +25,7 @@ use crate::{BenchError, PAGE};
 
 pub(crate) struct Handler {
     region: Arc<Region>,
-    /// A page whose fault tells the handler to end.
+    /// A page whose fault tells the handler to exit.
     bell: Region,
     over: Arc<AtomicBool>,
     faults: Arc<AtomicU64>,
@@ -70,16 +70,16 @@ pub(crate) fn start(file: &Path, bytes: u64, core: Option<usize>) -> Result<Hand
 fn serve(uffd: &Uffd, region: &Region, source: &Region, over: &AtomicBool, faults: &AtomicU64) {
     while let Some(address) = uffd.next_fault() {
         if over.load(Relaxed) {
-            // The toucher of the bell waits for its page.
+            // The thread that touches the bell waits for its page.
             let _ = uffd.zero(address & !(PAGE - 1), PAGE);
             return;
         }
         let offset = (address - region.address()) & !(PAGE - 1);
         faults.fetch_add(1, Relaxed);
         match uffd.copy(region.address() + offset, source.at(offset), PAGE) {
-            // Another thread's fault on the same page was answered before.
+            // Another thread's fault on the same page was served before.
             Ok(Copied::Done | Copied::Exists) => {}
-            // Nobody can be told, and the toucher would wait for ever.
+            // There is nobody to report to, and the touching thread would wait forever.
             Err(_) => std::process::abort(),
         }
     }
@@ -103,8 +103,8 @@ impl Restored for Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        // The handler blocks in a read that ends only with a fault: one is made, on a page of its
-        // own.
+        // The handler blocks in a read that returns only for a fault, so one is caused on a page
+        // reserved for this.
         self.over.store(true, Relaxed);
         let bell = self.bell.memory();
         bell.touch(&[0], Access::Read, 1, false);

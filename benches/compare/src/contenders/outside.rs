@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Firecracker has examples of both, which do more than they need: they poll before each read, and
-//! map the raw file when the VMM has connected. Here it is mapped, and all its pages are, before
-//! anybody connects; and reading blocks. So they are as quick as their designs can be.
+//! map the raw file when the VMM has connected. Here the file is mapped, with all its pages, before
+//! any connection, and reads block. So the handlers are as fast as their designs can be.
 #![allow(unsafe_code, reason = "a trial that would wait for ever is ended")]
 
 use std::fs::File;
@@ -32,7 +32,7 @@ pub struct Outside {
     pub bytes: u64,
     /// Path of the socket that it listens on.
     pub socket: PathBuf,
-    /// The core it stays on.
+    /// The core that it stays on.
     pub core: Option<usize>,
     /// Whether the first fault installs everything.
     pub everything: bool,
@@ -42,7 +42,7 @@ pub struct Outside {
 
 impl Outside {
     /// Serves until the descriptor can't be read any more, which is not before the process is
-    /// ended.
+    /// killed.
     pub(crate) fn run(&self) -> Result<(), BenchError> {
         let named = || format!("{}: serving it", self.file.display());
         let file = File::open(&self.file).map_err(BenchError::io(named()))?;
@@ -69,7 +69,7 @@ impl Outside {
                 ((address - memory.address) & !(PAGE - 1), PAGE)
             };
             match uffd.copy(memory.address + offset, source.at(offset), len) {
-                // Another thread's fault on the same page was answered before.
+                // Another thread's fault on the same page was served before.
                 Ok(Copied::Done | Copied::Exists) => {}
                 Err(error) => {
                     end_trial();
@@ -81,8 +81,9 @@ impl Outside {
     }
 }
 
-/// Ends the process that started this one and waits for a page that will not come.
+/// Kills the process that started this one and waits for a page that will never come.
 fn end_trial() {
-    // SAFETY: it sends a signal, to the parent: with that this process would have ended.
+    // SAFETY: the call sends a signal to the parent, which is alive: otherwise this process would
+    // have been killed with it.
     unsafe { libc::kill(libc::getppid(), libc::SIGKILL) };
 }

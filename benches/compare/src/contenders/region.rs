@@ -1,4 +1,4 @@
-//! Memory of a trial's own.
+//! Memory of the trial itself.
 #![allow(unsafe_code, reason = "mappings are made and unmapped here")]
 
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd as _;
 use crate::BenchError;
 use crate::touch::Memory;
 
-/// A private mapping, unmapped in the end.
+/// A private mapping, unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Region {
     memory: Memory,
@@ -41,8 +41,8 @@ impl Region {
             return Err(BenchError::last(format!("mapping {bytes} bytes")));
         }
         // SAFETY: the mapping is private and stays until `self` is dropped; the files behind it are
-        // not truncated while a run lasts. Who maps without write access doesn't hand the memory
-        // out.
+        // not truncated while a run lasts. A caller that maps without write access doesn't hand the
+        // memory out.
         let memory = unsafe { Memory::new(base.cast(), bytes) };
         Ok(Self { memory })
     }
@@ -67,7 +67,8 @@ impl Region {
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         let len = usize::try_from(self.memory.len()).unwrap_or(0);
         // SAFETY: the mapping is readable and writable for its length, fresh anonymous memory reads
-        // as zeros, and it is borrowed exclusively here: nobody touches it before it is handed out.
+        // as zeros, and it is borrowed exclusively here: nothing touches it before it is handed
+        // out.
         unsafe { std::slice::from_raw_parts_mut(self.memory.base(), len) }
     }
 }
@@ -75,9 +76,9 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         let len = usize::try_from(self.memory.len()).unwrap_or(0);
-        // SAFETY: the mapping is ours; who had its memory has borrowed or copied no more than
-        // addresses, and the trial that used them is over. An error would leave it mapped, which
-        // harms nobody.
+        // SAFETY: the mapping is ours; the users of its memory have borrowed or copied only
+        // addresses, and the trial that used them is over. An error would leave it mapped, which is
+        // harmless.
         let _ = unsafe { libc::munmap(self.memory.base().cast(), len) };
     }
 }

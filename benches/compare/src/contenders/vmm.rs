@@ -26,15 +26,15 @@ use crate::{BenchError, PAGE};
 
 pub(crate) struct Vmm {
     region: Region,
-    /// From the first system call until connecting, and until the memory was handed over.
+    /// Time from the first system call until connecting, and until the memory was handed over.
     connecting: Duration,
     handed_over: Duration,
-    /// Both stay open as long as a VM runs.
+    /// Both stay open as long as the VM runs.
     _uffd: Uffd,
     _socket: UnixStream,
 }
 
-/// Hands `bytes` of memory over to who listens at `socket`.
+/// Hands `bytes` of memory over to the process that listens at `socket`.
 pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
     let began = Instant::now();
     let region = Region::anonymous(bytes)?;
@@ -48,7 +48,7 @@ pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
         "size": bytes,
         "offset": 0,
         "page_size": PAGE,
-        // In bytes, whatever it is called.
+        // The value is in bytes, whatever the name says.
         "page_size_kib": PAGE,
     }]);
     send(&socket, message.to_string().as_bytes(), uffd.as_fd()).map_err(BenchError::io(named()))?;
@@ -64,7 +64,7 @@ pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
 /// Sends bytes and a descriptor as one message.
 fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
     let number: RawFd = descriptor.as_raw_fd();
-    // Aligned as a header of a control message is, and more than one of a descriptor takes.
+    // Aligned like the header of a control message, and larger than one with a descriptor.
     let mut control = [0_u64; 8];
     let mut slice = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
