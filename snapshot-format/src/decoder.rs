@@ -10,9 +10,9 @@
 //!     payload -> out, exactly slots * 4096 bytes
 //! ```
 //!
-//! The payload can be decoded in two steps, the first of which ends when the page that somebody
-//! waits for has come out. zstd decodes block by block, and the writer gives a frame of 64 KiB and
-//! more at least two.
+//! The payload can be decoded in two steps, the first of which ends when the requested page has
+//! been decoded. zstd decodes block by block, and the writer gives a frame of 64 KiB and more at
+//! least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
 //! [`FrameDecoder`], a dictionary is prepared once per snapshot.
@@ -98,9 +98,9 @@ impl FrameDecoder {
         Ok(decoder)
     }
 
-    /// Prepares a decoder to [decode in steps](Self::decode_first) what `snapshot` holds. It
-    /// forgets the snapshot before, and the frame that it had begun. After an error it decodes
-    /// frames as a whole.
+    /// Prepares the decoder to [decode in steps](Self::decode_first) the frames of `snapshot`. It
+    /// discards the state of the previous snapshot, and the frame that was in progress. After an
+    /// error it decodes frames as a whole.
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
         self.begun = None;
         self.streams_of = None;

@@ -197,7 +197,8 @@ fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
     body.check("index block", entry.word_or_offset.get(), stored_len.into())
 }
 
-/// This reader has refused files that set the `ancestors` feature, so all is in this file.
+/// Checks that everything is in this file: the reader has refused files that set the `ancestors`
+/// feature.
 pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
     if layer == 0 {
         return Ok(());

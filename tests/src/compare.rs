@@ -9,7 +9,7 @@ use std::path::Path;
 pub const PAGE: usize = 4096;
 const CHUNK: usize = 1 << 20;
 
-/// Demands that two files have the same bytes.
+/// Asserts that two files have the same bytes.
 #[track_caller]
 pub fn assert_same_files(one: &Path, other: &Path) {
     let open = |path: &Path| {

@@ -3,7 +3,7 @@ use std::io::Read;
 
 use super::*;
 
-/// Says that a test can't run here, past the test harness, which would swallow a `println!`.
+/// Reports that a test can't run here, past the test harness, which would swallow a `println!`.
 fn skipped(test: &str, why: &str) {
     let _ = writeln!(io::stdout(), "SKIPPED {test}: {why}");
 }

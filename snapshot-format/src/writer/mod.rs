@@ -178,7 +178,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Calls `callback` now and then, on the thread that writes. [`ControlFlow::Break`] makes the
-    /// call under way fail with [`WriteError::Cancelled`].
+    /// call in progress fail with [`WriteError::Cancelled`].
     pub fn on_progress(
         &mut self,
         callback: impl FnMut(&Progress) -> ControlFlow<()> + Send + 'static,

@@ -78,7 +78,7 @@ impl BlobWriter {
         out.write(what, bytes)
     }
 
-    /// Bytes written so far.
+    /// Returns the number of bytes written so far.
     pub(super) fn len(&self) -> u64 {
         self.blob.len
     }

@@ -6,10 +6,10 @@
 //!   pop_examined()  <-- Event::Examined
 //!   build(frame)    ------------------->  gather, compress, checksum
 //!   pop_built()     <-- Event::Built
-//!   buffer()        <-- Event::Buffer     last user of a block's bytes lets go
+//!   buffer()        <-- Event::Buffer     last user of a block's bytes drops them
 //! ```
 //!
-//! Both kinds of work are handed out in order and handed back in order. What is under way is
+//! Both kinds of work are handed out in order and handed back in order. The work in progress is
 //! bounded by the caller: by the number of buffers, and by [`Workers::frames_full`].
 
 use std::collections::VecDeque;

@@ -180,8 +180,8 @@ pub fn only_damage(error: &ReadError) {
 /// Longest time that one input may take, on a machine that is busy with other things too.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Milliseconds from the start of the watch to the start of the input under way, plus one; 0
-/// between inputs.
+/// Milliseconds from the start of the watch to the start of the current input, plus one; 0 between
+/// inputs.
 static SINCE: AtomicU64 = AtomicU64::new(0);
 
 /// Runs `body`, and ends the process if it hangs. The fuzzer's own alarm is a signal, which a

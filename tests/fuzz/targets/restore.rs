@@ -121,7 +121,7 @@ fn compare(restored: &Restored, eager: &mut Eager<'_>, index: usize, region: &Re
     }
 }
 
-/// Ends the process without the fuzzer taking it for a crash.
+/// Exits without the fuzzer taking this for a crash.
 fn skipped(reason: &StartError) -> ! {
     let _ = writeln!(std::io::stdout(), "SKIPPED fuzz restore: {reason}");
     // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could

@@ -208,7 +208,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
     // Dropping it would unregister the memory first; kept, it is closed when the program ends.
     let uffd = std::mem::ManuallyDrop::new(uffd);
     if options.let_go {
-        // SAFETY: the number is the descriptor's, and nobody uses it or closes it from here on.
+        // SAFETY: the number is the descriptor's, and nothing uses it or closes it from here on.
         unsafe { libc::close(uffd.as_fd().as_raw_fd()) };
     }
     let run = if options.huge { HUGE_PAGE / PAGE } else { RUN };
@@ -345,7 +345,7 @@ impl Memory {
         let piece = if run * PAGE == HUGE_PAGE { run } else { 1 };
         for page in (0..self.pages).step_by(piece).filter(|page| gone(*page)) {
             let (address, len) = (self.address(page).cast(), piece * PAGE);
-            // SAFETY: the pages are this program's own, and nobody holds a reference to them.
+            // SAFETY: the pages are this program's own, and nothing holds a reference to them.
             let result = unsafe { libc::madvise(address, len, libc::MADV_DONTNEED) };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
         }

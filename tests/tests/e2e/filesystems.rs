@@ -389,7 +389,7 @@ impl Mapped {
 
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.len);
-        // SAFETY: it is mapped, nobody else uses it, and the range was checked.
+        // SAFETY: it is mapped, nothing else uses it, and the range was checked.
         unsafe {
             let to = self.start.cast::<u8>().add(at);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());

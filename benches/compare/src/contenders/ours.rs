@@ -71,8 +71,8 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         let region = Region::anonymous(bytes)?;
         let mut offset = 0;
         for (index, len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-            // SAFETY: the mapping is fresh, used by nobody else but the touching loop, and outlives
-            // the restore: `Lazily` drops the restore first.
+            // SAFETY: the mapping is fresh, used only by the touching loop, and outlives the
+            // restore: `Lazily` drops the restore first.
             let memory = unsafe { RawRegion::new(region.at(offset), *len) };
             restore = restore.region(index, memory.map_err(BenchError::of(failed()))?);
             offset += len;
