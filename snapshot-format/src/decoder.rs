@@ -10,8 +10,9 @@
 //!     payload -> out, exactly slots * 4096 bytes
 //! ```
 //!
-//! The payload can be decoded in two steps, the first of which ends when the page that somebody
-//! waits for has come out. zstd decodes block by block, and the writer gives a frame of 64 KiB and more at least two.
+//! The payload can be decoded in two steps, the first of which ends when the requested page has
+//! been decoded. zstd decodes block by block, and the writer gives a frame of 64 KiB and more at
+//! least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
 //! [`FrameDecoder`], a dictionary is prepared once per snapshot.
@@ -28,8 +29,8 @@ use crate::snapshot::Snapshot;
 use crate::store::Reason;
 use crate::types::SnapshotId;
 
-/// Frames of at least so many pages are decoded in steps: the writer gives these at least two zstd
-/// blocks.
+/// Minimum number of pages of a frame that is decoded in steps. The writer gives such frames at
+/// least two zstd blocks.
 const LEAST_PAGES: u16 = 16;
 /// Dictionaries that a decoder prepares for decoding in steps.
 const MAX_STREAMS: usize = 4;
@@ -39,15 +40,16 @@ const FRAME_HEADER_START: usize = 5;
 /// and how it must be: a single segment, no checksum. Levels 1 and 2 give long frames a window.
 const DESCRIPTOR_MASK: u8 = 1 << 5 | 1 << 2;
 const DESCRIPTOR: u8 = 1 << 5;
-/// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context that
-/// has decoded it has allocated what it will need.
+/// A zstd frame with a window of 128 KiB, which no block exceeds, and one byte in it. A context
+/// that has decoded it has allocated what it will need.
 const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
 
 /// Reads and decodes frames. One for each thread; allocates all it needs when it is made.
 pub struct FrameDecoder {
     record: Box<[u8]>,
     context: DCtx<'static>,
-    /// For decoding in steps: a context for each dictionary, with its number; 0 is none.
+    /// Contexts for decoding in steps, one for each dictionary, with the dictionary's number; 0
+    /// means no dictionary.
     streams: Vec<(u16, DCtx<'static>)>,
     /// The snapshot whose dictionaries they have.
     streams_of: Option<SnapshotId>,
@@ -88,21 +90,21 @@ impl FrameDecoder {
         }
     }
 
-    /// As [`FrameDecoder::new`], prepared to [decode in steps](Self::decode_first) what `snapshot`
-    /// holds.
+    /// Creates a decoder as [`FrameDecoder::new`] does, prepared to [decode in
+    /// steps](Self::decode_first) the frames of `snapshot`.
     pub fn in_steps(snapshot: &Snapshot) -> Result<Self, ReadError> {
         let mut decoder = Self::new();
         decoder.prepare_for(snapshot)?;
         Ok(decoder)
     }
 
-    /// Prepares a decoder to [decode in steps](Self::decode_first) what `snapshot` holds. It forgets
-    /// the snapshot before, and the frame that it had begun. After an error it decodes frames as a
-    /// whole.
+    /// Prepares the decoder to [decode in steps](Self::decode_first) the frames of `snapshot`. It
+    /// discards the state of the previous snapshot, and the frame that was in progress. After an
+    /// error it decodes frames as a whole.
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
         self.begun = None;
         self.streams_of = None;
-        // The first needs no dictionary.
+        // The first context needs no dictionary.
         self.streams.retain(|(number, _)| *number == 0);
         if self.streams.is_empty() {
             self.add_stream(0, &[]);
@@ -114,7 +116,8 @@ impl FrameDecoder {
         Ok(())
     }
 
-    /// A context for frames with the dictionary `bytes`. Without one, they are decoded as a whole.
+    /// Adds a context for frames with the dictionary `bytes`. If it cannot be prepared, these
+    /// frames are decoded as a whole.
     fn add_stream(&mut self, number: u16, bytes: &[u8]) {
         let mut context = DCtx::create();
         let mut byte = [0_u8];
@@ -130,8 +133,8 @@ impl FrameDecoder {
         }
     }
 
-    /// Reads, checks and decodes `frame` into `out`, which has exactly
-    /// [`FrameRef::decoded_len`] bytes. On an error the content of `out` means nothing.
+    /// Reads, checks and decodes `frame` into `out`, which has exactly [`FrameRef::decoded_len`]
+    /// bytes. On an error the content of `out` is unspecified.
     ///
     /// Allocates nothing once the frame's dictionary is prepared, which [`Snapshot::prepare`] does
     /// for all of them.
@@ -148,12 +151,12 @@ impl FrameDecoder {
         Ok(parts.listed)
     }
 
-    /// As [`FrameDecoder::decode`], but may stop once the first `pages` pages are in `out`. Returns
-    /// what the frame lists, and how many pages are there. If that is not all of them,
-    /// [`FrameDecoder::decode_rest`] decodes the others.
+    /// Decodes `frame` as [`FrameDecoder::decode`] does, but may stop once the first `pages` pages
+    /// are in `out`. Returns the frame's page list and the number of decoded pages. If that is less
+    /// than the whole frame, [`FrameDecoder::decode_rest`] decodes the others.
     ///
-    /// What has come out is right even if the rest can't be decoded: the checksum of the whole
-    /// record was.
+    /// The decoded pages are correct even if the rest cannot be decoded, because the checksum of
+    /// the whole record was verified first.
     pub fn decode_first<'a>(
         &'a mut self,
         snapshot: &Snapshot,
@@ -180,7 +183,7 @@ impl FrameDecoder {
             left: payload.len(),
             decoded: 0,
         };
-        // Whatever became of the frame before: this begins a new one.
+        // Whatever happened to the previous frame, this starts a new one.
         let reset = context.reset(ResetDirective::SessionOnly);
         reset
             .map_err(decode_defect)
@@ -190,12 +193,12 @@ impl FrameDecoder {
         if begun.left > 0 {
             self.begun = Some(begun);
         }
-        // At most the slots of the frame, as `out` is no longer.
+        // At most the slots of the frame, because `out` is no longer than the frame.
         Ok((parts.listed, u16::try_from(ready).unwrap_or(frame.slots)))
     }
 
-    /// Decodes what [`FrameDecoder::decode_first`] left of `frame`, into the same `out`. If another
-    /// frame was decoded meanwhile, all of it is read and decoded again.
+    /// Decodes the part of `frame` that [`FrameDecoder::decode_first`] left, into the same `out`.
+    /// If another frame was decoded in between, all of it is read and decoded again.
     pub fn decode_rest(
         &mut self,
         snapshot: &Snapshot,
@@ -214,8 +217,8 @@ impl FrameDecoder {
             .map_err(|defect| damaged(snapshot, frame, defect))
     }
 
-    /// The context that can decode the first `pages` of `frame`, if less is to be done for them than
-    /// for all.
+    /// Returns the index of the context that can decode the first `pages` of `frame` in steps; none
+    /// if the frame must be decoded as a whole anyway.
     fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
         let number = match frame.codec {
             Codec::Zstd => 0,
@@ -233,7 +236,8 @@ impl FrameDecoder {
 }
 
 impl Begun {
-    /// Decodes `payload`, the part that is left, until `enough` bytes are in `out`, or all of it.
+    /// Decodes `payload`, the part that is left, until at least `enough` bytes are in `out` or the
+    /// frame ends.
     fn advance(
         &mut self,
         context: &mut DCtx<'static>,
@@ -248,7 +252,7 @@ impl Begun {
         } else {
             rest.len()
         };
-        // When the last page has come out, the end of the frame is still to be looked at.
+        // After the last page, the end of the frame must still be checked.
         while self.decoded < enough.min(room) || !rest.is_empty() && self.decoded == room {
             let mut input = InBuffer::around(&rest[..wants.min(rest.len())]);
             let mut output = OutBuffer::around_pos(&mut *out, self.decoded);
@@ -257,7 +261,7 @@ impl Begun {
             let stuck = read == 0 && decoded == self.decoded;
             rest = &rest[read..];
             (self.left, self.decoded) = (rest.len(), decoded);
-            // It says how many bytes it wants at once; 0 at the end of the frame.
+            // zstd returns the number of bytes that it wants next; 0 at the end of the frame.
             wants = left.map_err(decode_defect)?;
             if wants == 0 {
                 return check_len(decoded, room);
@@ -271,7 +275,7 @@ impl Begun {
     }
 }
 
-/// Reads the record of `frame`, and believes it once its checksum is right.
+/// Reads the record of `frame`, and uses it only if its checksum is right.
 fn read<'a>(
     record: &'a mut [u8],
     snapshot: &Snapshot,
@@ -286,7 +290,7 @@ fn read<'a>(
             actual: room,
         });
     }
-    // `FrameRef::check` has held the length against the size of the buffer.
+    // `FrameRef::check` has compared the length with the size of the buffer.
     let record = &mut record[..frame.stored_len as usize];
     snapshot
         .store()
@@ -312,8 +316,8 @@ fn read<'a>(
         .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
-/// Checks that `bytes` are exactly one zstd frame: zstd itself would decode several, one behind the
-/// other, and skip those that it is told to skip.
+/// Checks that `bytes` are exactly one zstd frame. zstd itself would decode several consecutive
+/// frames, and would skip skippable ones.
 pub(crate) fn one_zstd_frame(bytes: &[u8]) -> Result<(), Defect> {
     if zstd_safe::find_frame_compressed_size(bytes) == Ok(bytes.len()) {
         return Ok(());
@@ -352,8 +356,9 @@ fn decode_whole(
         .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
-/// Whether `payload`, which is one zstd frame, has a header of the usual kind: then decoding it in
-/// steps comes to what decoding it at once does, or to an error behind what has come out.
+/// Returns whether `payload`, which is one zstd frame, has a header of the usual kind. If so,
+/// decoding it in steps gives the same bytes as decoding it at once, or fails after the bytes that
+/// were already decoded.
 fn is_stepwise(payload: &[u8], len: usize) -> bool {
     payload.get(4).map(|first| first & DESCRIPTOR_MASK) == Some(DESCRIPTOR)
         && matches!(zstd_safe::get_frame_content_size(payload), Ok(Some(size)) if size == len as u64)
@@ -373,7 +378,7 @@ fn decode_defect(code: zstd_safe::ErrorCode) -> Defect {
     }
 }
 
-/// What was decoded must fill the buffer.
+/// Checks that the decoded bytes fill the buffer exactly.
 fn check_len(len: usize, expected: usize) -> Result<(), Defect> {
     if len == expected {
         return Ok(());

@@ -1,8 +1,8 @@
-//! Dictionaries: training one, and finding out whether it pays.
+//! Dictionaries: training one, and measuring whether it pays.
 //!
-//! Small frames compress worse than a whole image because each starts from nothing. A dictionary
-//! gives it something to start from. It costs its own length in the file and some time for each
-//! frame, so one is only used if it saves clearly more than that on pages that it wasn't made from.
+//! Small frames compress worse than a whole image because each starts without any history. A
+//! dictionary provides some. It costs its own length in the file and some time for each frame, so
+//! one is only used if it saves clearly more than that on pages that it wasn't made from.
 
 use std::collections::HashSet;
 
@@ -12,23 +12,26 @@ use zstd_safe::{CCtx, CDict};
 use crate::digest;
 use crate::layout::PAGE_SIZE;
 
-/// Sizes that are tried. The small one sometimes wins by itself: it leaves the window to the frame.
+/// Dictionary sizes that are tried. The small one sometimes wins, because it leaves more of the
+/// window to the frame.
 const SIZES: [usize; 2] = [112 << 10, 16 << 10];
-/// Bytes that zstd trains on. It takes a quarter of a second; four times as much takes three times
-/// as long and saved 0.1 % more.
+/// Maximum number of bytes that zstd trains on. This takes a quarter of a second; four times as
+/// much takes three times as long and saved 0.1 % more.
 const MAX_TRAINING_BYTES: usize = 2 << 20;
-/// One frame of this many is not trained on but compressed to judge.
+/// One in this many frames is held out from training and compressed to judge the dictionary.
 const HELD_OUT: usize = 4;
-/// With less than this there is nothing to learn from.
+/// Minimum number of bytes to learn from.
 const LEAST_BYTES: usize = 2 << 20;
-/// What it must save of the frames' bytes at least: it also costs time to decode.
+/// Minimum share of the frames' bytes that a dictionary must save, because using it also costs
+/// decoding time.
 const LEAST_SAVED: f64 = 0.005;
 
-/// The largest frames for which one is trained by default. In a real guest it saves 0.6 % of frames
-/// of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
+/// Largest frames for which a dictionary is trained by default. In a real guest it saves 0.6 % of
+/// frames of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
 const MAX_FRAME_BYTES: usize = 64 << 10;
 
-/// Whether frames of `frame_pages` are small enough that a dictionary is worth the time to train it.
+/// Returns whether frames of `frame_pages` pages are small enough for a dictionary to be worth the
+/// time to train it.
 pub fn is_worth_training(frame_pages: usize) -> bool {
     frame_pages * PAGE_SIZE <= MAX_FRAME_BYTES
 }
@@ -38,16 +41,16 @@ pub fn is_worth_training(frame_pages: usize) -> bool {
 pub struct Trained {
     /// The dictionary.
     pub bytes: Vec<u8>,
-    /// What part of the compressed bytes it saved on pages that it wasn't trained on.
+    /// Share of the compressed bytes that it saved on pages that it wasn't trained on.
     pub saved_ratio: f64,
 }
 
 /// Trains a dictionary on `samples` for frames of `frame_pages` pages.
 ///
-/// The samples are pages, one after the other: runs of about `frame_pages` that follow each other
-/// in the source, best from all over it, 4 to 16 MiB in all. Fills and repetitions among them are
-/// left out. `expected_bytes` is how many bytes of other pages will be compressed: a dictionary
-/// pays only if what it saves on them is at least twice its own length. Returns none if none pays.
+/// The samples are concatenated pages: runs of about `frame_pages` consecutive pages of the source,
+/// best taken from all over it, 4 to 16 MiB in all. Fills and repetitions among them are left out.
+/// `expected_bytes` is the number of bytes of other pages that will be compressed: a dictionary
+/// pays only if its savings on them are at least twice its own length. Returns none if none pays.
 ///
 /// Takes a few hundred milliseconds, on two threads of the rayon pool that it is called in.
 pub fn train(
@@ -67,7 +70,7 @@ pub fn train(
     train_on_frames(&frames, level, expected_bytes)
 }
 
-/// As [`train`], with frames of distinct pages that are no fills.
+/// Trains a dictionary as [`train`] does, on frames of distinct pages that are not fills.
 pub(crate) fn train_on_frames(
     frames: &[&[u8]],
     level: i32,
@@ -108,7 +111,8 @@ pub(crate) fn train_on_frames(
         .map(|(_, trained)| trained)
 }
 
-/// Pages from all frames that aren't held out, evenly, one after the other, and their lengths.
+/// Returns pages from all frames that aren't held out, evenly distributed and concatenated, and
+/// their lengths.
 fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
     let pages = || {
         let trained_on = frames
@@ -129,7 +133,7 @@ fn training_set(frames: &[&[u8]]) -> (Vec<u8>, Vec<usize>) {
     (samples, sizes)
 }
 
-/// Bytes of all `frames` when compressed, or stored if that is shorter.
+/// Returns the size of all `frames` when each is compressed, or stored if that is shorter.
 fn compressed_len(
     frames: &[&[u8]],
     compress: impl Fn(&mut CCtx<'static>, &mut [u8], &[u8]) -> zstd_safe::SafeResult + Sync,
@@ -151,7 +155,7 @@ fn compressed_len(
     total.map(as_f64)
 }
 
-/// Precision doesn't matter to an estimate.
+/// Converts to `f64`. The loss of precision doesn't matter for an estimate.
 #[allow(clippy::cast_precision_loss)]
 fn as_f64(bytes: u64) -> f64 {
     bytes as f64

@@ -1,5 +1,6 @@
-//! The content digest tells whether two snapshots hold the same memory, however they store it; the
-//! state digest, whether they also have the same regions and attachments.
+//! Digests of a snapshot. The content digest tells whether two snapshots hold the same memory,
+//! however they store it; the state digest tells whether they also have the same regions and
+//! attachments.
 //!
 //! The content digest is a tree of BLAKE3 hashes, fixed by page numbers and content alone:
 //!
@@ -39,7 +40,7 @@ const BLOCK: &[u8] = b"snaprestore block";
 const CONTENT: &[u8] = b"snaprestore content";
 const STATE: &[u8] = b"snaprestore state";
 
-/// The word that the whole of `page` repeats, if there is one.
+/// Returns the word that the whole of `page` repeats, if there is one.
 ///
 /// `page` may have any length that is a multiple of 8; the empty slice repeats nothing.
 pub fn fill_word(page: &[u8]) -> Option<u64> {
@@ -48,14 +49,14 @@ pub fn fill_word(page: &[u8]) -> Option<u64> {
     if !rest.is_empty() {
         return None;
     }
-    // Most pages that are no fill differ within their first words; the wide comparison of a page
-    // with itself, one word on, is a `memcmp`.
+    // Most pages that are not fills differ within their first words. The comparison of a page with
+    // itself, shifted by one word, is a `memcmp`.
     let same =
         words.get(1).is_none_or(|second| second == first) && page[..page.len() - 8] == page[8..];
     same.then(|| u64::from_le_bytes(*first))
 }
 
-/// Digest of a page from its 4096 bytes, whether they are a fill or not.
+/// Returns the digest of a page from its 4096 bytes, whether or not they are a fill.
 pub fn page(bytes: &[u8]) -> Digest {
     debug_assert_eq!(bytes.len(), PAGE_SIZE);
     match fill_word(bytes) {
@@ -64,24 +65,25 @@ pub fn page(bytes: &[u8]) -> Digest {
     }
 }
 
-/// Digest of a page that is known to be no fill. The writer has just looked; [`page`] looks again.
+/// Returns the digest of a page that is known not to be a fill. The writer has already checked;
+/// [`page`] checks again.
 pub fn stored(bytes: &[u8]) -> Digest {
     blake3::hash(bytes).into()
 }
 
-/// Digest of a page that repeats `word`, found without the page.
+/// Returns the digest of a page that repeats `word`, computed without the page's bytes.
 pub fn fill(word: u64) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(FILL).update(&word.to_le_bytes());
     hasher.finalize().into()
 }
 
-/// Digest of a page that could not be read when the snapshot was taken.
+/// Returns the digest of a page that could not be read when the snapshot was taken.
 pub fn unavailable() -> Digest {
     blake3::hash(UNAVAILABLE).into()
 }
 
-/// Digest of a block from the digests of its pages, in order.
+/// Returns the digest of a block from the digests of its pages, in order.
 pub fn block(pages: &[Digest]) -> Digest {
     debug_assert!(!pages.is_empty() && pages.len() <= PAGES_PER_BLOCK);
     let mut hasher = blake3::Hasher::new();
@@ -89,15 +91,15 @@ pub fn block(pages: &[Digest]) -> Digest {
     hasher.finalize().into()
 }
 
-/// Digests of blocks whose pages are all alike, kept from one to the next: a terabyte of zeros
-/// costs one block.
+/// Cache of the digests of blocks whose pages are all alike: a terabyte of zeros costs the hashing
+/// of one block.
 #[derive(Debug, Default)]
 pub struct UniformBlocks {
     last: Option<(Digest, usize, Digest)>,
 }
 
 impl UniformBlocks {
-    /// Digest of a block of `pages` pages that all have the digest `page`.
+    /// Returns the digest of a block of `pages` pages that all have the digest `page`.
     pub fn digest(&mut self, page: Digest, pages: usize) -> Digest {
         match self.last {
             Some((same, count, digest)) if same == page && count == pages => digest,
@@ -126,7 +128,7 @@ impl Default for ContentHasher {
 }
 
 impl ContentHasher {
-    /// Starts with no block.
+    /// Creates a hasher without blocks.
     pub fn new() -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(CONTENT);
@@ -153,12 +155,12 @@ impl ContentHasher {
     }
 }
 
-/// Digest of a snapshot's state: its content, what its regions are, and its attachments, each as
-/// name and BLAKE3 hash, in any order.
+/// Returns the digest of a snapshot's state: its content, the description of its regions, and its
+/// attachments, each as name and BLAKE3 hash, in any order.
 pub fn state(content: &Digest, regions: &[Region], attachments: &[(&str, Digest)]) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(STATE).update(content);
-    // No name is longer than 4096 bytes.
+    // Names are at most 4096 bytes long.
     let len = |name: &str| u32::try_from(name.len()).unwrap_or(u32::MAX).to_le_bytes();
     for region in regions {
         hasher

@@ -1,7 +1,7 @@
-//! What can go wrong when a snapshot is read, and how bad it is.
+//! Errors of reading a snapshot, and how severe they are.
 //!
-//! Every operation has an enum of its own; each message says the file, the place and what would
-//! have been right. `is_damage` tells "this file is not, or no longer, a good snapshot" from "the
+//! Every operation has an enum of its own; each message names the file, the place and the accepted
+//! values. `is_damage` distinguishes "this file is not, or no longer, a good snapshot" from "the
 //! operation failed".
 
 use std::borrow::Cow;
@@ -10,7 +10,7 @@ use std::io;
 
 use crate::layout::SectionKind;
 
-/// A part of the file, as messages call it.
+/// A part of the file, as named in messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Part {
@@ -67,16 +67,16 @@ impl fmt::Display for Part {
     }
 }
 
-/// What exactly is wrong with a part of the file.
+/// A defect in a part of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Defect {
-    /// The bytes are not those that were written.
+    /// The bytes are not the ones that were written.
     #[error("checksum {computed:#010x} where {stored:#010x} is recorded")]
     Checksum {
         /// CRC-32 as recorded in the file.
         stored: u32,
-        /// CRC-32 of the bytes as they are.
+        /// CRC-32 of the bytes as read.
         computed: u32,
     },
     /// A byte that must be zero is not.
@@ -92,7 +92,7 @@ pub enum Defect {
         field: &'static str,
         /// Its value.
         value: u64,
-        /// What would have been right.
+        /// Description of the accepted values.
         accepted: Cow<'static, str>,
     },
     /// A length or count passes a named limit.
@@ -105,40 +105,40 @@ pub enum Defect {
         /// The limit.
         limit: u64,
     },
-    /// A range doesn't lie where it must.
+    /// A range lies outside its bounds.
     #[error("{field}: {len} from {offset} on do not lie within {from}..{to}")]
     OutOfBounds {
-        /// What the range is of.
+        /// Description of the range.
         field: &'static str,
         /// Start of the range.
         offset: u64,
         /// Its length, in the units of `offset`.
         len: u64,
-        /// Start of what it must lie in.
+        /// Start of the allowed range.
         from: u64,
-        /// End of what it must lie in.
+        /// End of the allowed range.
         to: u64,
     },
-    /// Two things claim the same bytes or numbers.
+    /// Two parts claim the same bytes or numbers.
     #[error("{first} and {second} overlap")]
     Overlap {
-        /// The one.
+        /// The first part.
         first: String,
-        /// The other.
+        /// The second part.
         second: String,
     },
-    /// A name, a text or what a record says is not what it must be.
+    /// A name, a text or another entry of a record is invalid.
     #[error("{field}: {detail}")]
     Text {
         /// Name of the field.
         field: &'static str,
-        /// What is wrong with it.
+        /// Description of the defect.
         detail: Cow<'static, str>,
     },
     /// The decompressor refused the bytes.
     #[error("cannot be decoded: {reason}")]
     Decode {
-        /// The decompressor's own words.
+        /// The decompressor's error message.
         reason: Cow<'static, str>,
     },
     /// A part that must be there is missing.
@@ -163,7 +163,7 @@ impl Defect {
     }
 }
 
-/// A defect and where it lies: what the checks return before the reader adds file and part.
+/// A defect and its offset: the result of the checks, before the reader adds file and part.
 #[derive(Clone, Debug)]
 pub(crate) struct Flaw {
     pub(crate) at: u64,
@@ -185,16 +185,16 @@ pub enum OpenError {
     Io {
         /// The store's name.
         file: String,
-        /// What was being read.
+        /// Part that was being read.
         part: Part,
-        /// Where.
+        /// Offset of the read, in bytes.
         offset: u64,
-        /// How much.
+        /// Length of the read, in bytes.
         len: u64,
         /// The store's error.
         source: io::Error,
     },
-    /// The store could not be opened or its length not be found.
+    /// The store could not be opened, or its length could not be determined.
     #[error("{file}: cannot be opened")]
     NoStore {
         /// The store's name.
@@ -229,7 +229,7 @@ pub enum OpenError {
         /// Version that this reader knows.
         accepted: u32,
     },
-    /// The file can't be read right without features that this reader doesn't have.
+    /// The file can't be read correctly without features that this reader doesn't have.
     #[error("{file}: needs features that this reader does not support: {names}")]
     UnsupportedFeature {
         /// The store's name.
@@ -237,7 +237,7 @@ pub enum OpenError {
         /// The features' names, or bit numbers where no name is known.
         names: String,
     },
-    /// The file is larger than the caller is ready for.
+    /// The file's top table is larger than the caller's limit.
     #[error(
         "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
          is set here (most_top_bytes)"
@@ -257,15 +257,16 @@ pub enum OpenError {
         file: String,
         /// The damaged part.
         part: Part,
-        /// Where the damage lies, or begins.
+        /// Offset of the damage, or of its start.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
 }
 
 impl OpenError {
-    /// Whether the file is damaged, incomplete or no snapshot, rather than the operation failed.
+    /// Returns whether the file is damaged, incomplete or not a snapshot; false if the operation
+    /// failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -287,11 +288,11 @@ pub enum ReadError {
     Io {
         /// The store's name.
         file: String,
-        /// What was being read.
+        /// Part that was being read.
         part: Part,
-        /// Where.
+        /// Offset of the read, in bytes.
         offset: u64,
-        /// How much.
+        /// Length of the read, in bytes.
         len: u64,
         /// The store's error.
         source: io::Error,
@@ -303,9 +304,9 @@ pub enum ReadError {
         file: String,
         /// The damaged part.
         part: Part,
-        /// Where the damage lies, or begins.
+        /// Offset of the damage, or of its start.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
     /// The caller asked for a block that the snapshot doesn't have.
@@ -323,7 +324,7 @@ pub enum ReadError {
     NoSuchName {
         /// The store's name.
         file: String,
-        /// What was asked for.
+        /// Kind of part that was asked for.
         part: Part,
         /// The name asked for.
         name: String,
@@ -333,7 +334,7 @@ pub enum ReadError {
     Output {
         /// The store's name.
         file: String,
-        /// What was being written out.
+        /// Part that was being written out.
         part: Part,
         /// Its name.
         name: String,
@@ -343,7 +344,7 @@ pub enum ReadError {
 }
 
 impl ReadError {
-    /// Whether the file is damaged, rather than the operation failed.
+    /// Returns whether the file is damaged; false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -376,7 +377,7 @@ pub enum FrameError {
         file: String,
         /// First byte of the frame record.
         offset: u64,
-        /// What is wrong.
+        /// The defect.
         defect: Defect,
     },
     /// The frame's dictionary could not be read.
@@ -400,7 +401,7 @@ pub enum FrameError {
 }
 
 impl FrameError {
-    /// Whether the file is damaged, rather than the operation failed.
+    /// Returns whether the file is damaged; false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
@@ -410,7 +411,7 @@ impl FrameError {
         }
     }
 
-    /// First byte of the frame record.
+    /// Returns the offset of the frame record's first byte.
     pub fn offset(&self) -> u64 {
         match self {
             Self::Io { offset, .. }
@@ -421,8 +422,8 @@ impl FrameError {
     }
 }
 
-/// All ranges are checked against the length that the file had when it was opened; if one can't be
-/// read any more, the file was cut off since.
+/// Returns whether the file was truncated after it was opened. All ranges were checked against its
+/// length at that time, so a range that ends early means that the file has become shorter.
 fn is_cut_off(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::UnexpectedEof
 }

@@ -1,4 +1,4 @@
-//! Files that appear under their name only when they are complete and on disk.
+//! Files that appear under their name only when they are complete and synced to disk.
 //!
 //! ```text
 //! create   nameless file in the target's folder (O_TMPFILE), or one with a temporary name
@@ -9,26 +9,27 @@
 //!          fsync of the folder
 //! ```
 //!
-//! Where a file system can't do a step, there is another way, and none replaces a file without
-//! `force`:
+//! If a file system doesn't support a step, there is a fallback, and none of them replaces a file
+//! without `force`:
 //!
-//! | step | instead |
-//! | --- | --- |
-//! | make a nameless file | one with a temporary name |
-//! | link a nameless file | copy it to one with a temporary name |
-//! | rename, but not over a file (`RENAME_NOREPLACE`) | link and remove; or make an empty target that must not exist yet, and rename over that |
-//! | fsync of a file or a folder | sync of the file system |
-//! | any way to the target's name | the finished file stays under its temporary name, and the error says so |
+//! - make a nameless file: make one with a temporary name
+//! - link a nameless file: copy it to one with a temporary name
+//! - rename, but not over a file (`RENAME_NOREPLACE`): link and remove; or make an empty target
+//!   that must not exist yet, and rename over that
+//! - fsync of a file or a folder: sync of the file system
+//! - give the file the target's name: leave the finished file under its temporary name, and return
+//!   an error that says so
 //!
-//! Killed at any point, there is the old target or the new one, whole. A nameless file goes with
-//! its process; only where the file system knows none, and in the moment between link and rename,
-//! a temporary name can stay behind after a kill: `.snaprestore-*.partial`; and where it can neither
-//! link nor rename without replacing, an empty target in the moment before the rename.
+//! If the process is killed at any point, either the old target or the new one exists, complete. A
+//! nameless file disappears with its process. Two things can stay behind after a kill: a temporary
+//! name, `.snaprestore-*.partial`, if the file system has no nameless files or in the moment
+//! between link and rename; and an empty target, in the moment before the rename, if the file
+//! system can neither link nor rename without replacing.
 //!
-//! Memory holds secrets: a new file can be read and written by its owner only. One that replaces
-//! another gets the permissions of that, because somebody chose them.
+//! Memory holds secrets: only its owner can read and write a new file. A file that replaces another
+//! gets that one's permissions, because somebody chose them.
 //!
-//! A target that is no regular file (a pipe, `/dev/null`, `/dev/stdout`) is written straight to. A
+//! A target that is not a regular file (a pipe, `/dev/null`, `/dev/stdout`) is written directly. A
 //! named pipe needs a reader beforehand: nothing waits for one.
 
 use std::fs::{File, OpenOptions, Permissions};
@@ -45,20 +46,21 @@ use nix::unistd::{linkat, syncfs};
 use crate::names::escape_path;
 use crate::store::make_blocking;
 
-/// Bytes gathered before the file is written. Longer writes go straight through.
+/// Size of the write buffer. Longer writes bypass it.
 const BUFFER_BYTES: usize = 64 << 10;
 /// Permissions of a new file.
 const PRIVATE: u32 = 0o600;
-/// Permissions that are taken over from a replaced file: none that would change who runs it.
+/// Permissions that are copied from a replaced file. They exclude the bits that change the user or
+/// group of a running program.
 const TAKEN_OVER: u32 = 0o777;
-/// Temporary names that are tried.
+/// Number of temporary names that are tried.
 const NAME_TRIES: u32 = 100;
 
 /// Why a file could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FileError {
-    /// The target exists, and replacing it was not asked for.
+    /// The target exists, and the caller did not ask to replace it.
     #[error("{} exists already", escape_path(path))]
     Exists {
         /// The target.
@@ -76,13 +78,13 @@ pub enum FileError {
         /// The target.
         path: PathBuf,
     },
-    /// The target is a named pipe that nobody reads: opening it would wait for a reader.
+    /// The target is a named pipe without a reader: opening it would block until one appears.
     #[error("no process reads the named pipe {}", escape_path(path))]
     NoReader {
         /// The target.
         path: PathBuf,
     },
-    /// The target is a disk, of which nobody could say later where the snapshot ends.
+    /// The target is a disk, on which the end of the snapshot could not be found later.
     #[error(
         "{} is a block device; a snapshot is a file, a pipe or a stream",
         escape_path(path)
@@ -91,7 +93,7 @@ pub enum FileError {
         /// The target.
         path: PathBuf,
     },
-    /// The file is whole, but could not be given its name: it stays under a temporary one.
+    /// The file is complete, but could not be given its name: it stays under a temporary one.
     #[error(
         "could not name the file {}, which is complete and kept as {}: rename it",
         escape_path(path),
@@ -100,13 +102,13 @@ pub enum FileError {
     NotNamed {
         /// The target.
         path: PathBuf,
-        /// What the file is called.
+        /// Path of the finished file.
         partial: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
-    /// The file is whole and has its name, but the name may not outlive a crash of the machine.
+    /// The file is complete and has its name, but the name may not survive a crash of the machine.
     #[error(
         "{} is written, but its folder could not be brought to disk",
         escape_path(path)
@@ -114,18 +116,18 @@ pub enum FileError {
     NotSynced {
         /// The target, which is there.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
-    /// The file system refused something.
+    /// The file system returned an error.
     #[error("could not {what} {}", escape_path(path))]
     Io {
-        /// What was being done.
+        /// Description of the step that failed.
         what: &'static str,
-        /// To which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -141,17 +143,18 @@ impl FileError {
     }
 }
 
-/// Where the bytes go until the target gets its name.
+/// The place that receives the bytes until the target gets its name.
 enum Place {
     /// A file without a name in this folder.
     Nameless { folder: PathBuf },
     /// A file with a temporary name in this folder.
     Named { folder: PathBuf, temporary: PathBuf },
-    /// The target itself, which is no regular file.
+    /// The target itself, which is not a regular file.
     Straight,
 }
 
-/// A file that gets its name with [`SnapshotFile::commit`]. Dropped before, it leaves nothing.
+/// A file that gets its name with [`SnapshotFile::commit`]. If it is dropped before that, it leaves
+/// nothing behind.
 pub struct SnapshotFile {
     out: BufWriter<File>,
     target: PathBuf,
@@ -160,8 +163,9 @@ pub struct SnapshotFile {
 }
 
 impl SnapshotFile {
-    /// Begins a file that will appear at `target`. With `force` it takes the place of one that is
-    /// there then; without, one that is there now or then is an error and stays.
+    /// Starts a file that will appear at `target`. With `force` it replaces a file that exists at
+    /// the time of the commit. Without `force`, a file that exists now or then is an error and is
+    /// left unchanged.
     pub fn create(target: impl AsRef<Path>, force: bool) -> Result<Self, FileError> {
         Self::create_with(target.as_ref(), force, true)
     }
@@ -199,7 +203,7 @@ impl SnapshotFile {
         if !folder.is_dir() {
             return Err(FileError::NoFolder { folder });
         }
-        // Refused by some file systems (overlays, NFS, FUSE), each with an error of its own.
+        // Some file systems (overlays, NFS, FUSE) refuse this, each with an error of its own.
         let unnamed = if nameless {
             open_nameless(&folder).ok()
         } else {
@@ -226,18 +230,20 @@ impl SnapshotFile {
         Ok(created)
     }
 
-    /// Whether the file can be written anywhere in it: false for pipes and devices.
+    /// Returns whether the file is a regular file, which can be written at any offset; false for
+    /// pipes and devices.
     pub fn is_regular(&self) -> bool {
         !matches!(self.place, Place::Straight)
     }
 
-    /// The file itself, with all written so far in it, to be written at any offset.
+    /// Returns the file itself, after everything written so far has reached it, to be written at
+    /// any offset.
     pub fn file(&mut self) -> io::Result<&File> {
         self.out.flush()?;
         Ok(self.out.get_ref())
     }
 
-    /// Brings the file to disk and gives it its name.
+    /// Syncs the file to disk and gives it its name.
     pub fn commit(self) -> Result<(), FileError> {
         self.commit_with(link)
     }
@@ -269,18 +275,18 @@ impl SnapshotFile {
                     Ok(None) => return self.sync_folder(&folder),
                     Ok(Some(temporary)) => temporary,
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        // It came in between. Hours of work are worth a name all the same.
+                        // Another file was created in between. Hours of work still deserve a name.
                         let kept = with_temporary_name(&self.target, |path| link(&source, path));
                         let ((), temporary) = kept.map_err(FileError::io("name", &self.target))?;
                         self.place = Place::Named { folder, temporary };
                         return Err(self.keep(error));
                     }
-                    // Some file systems make nameless files and never give them a name. Hours of
-                    // work are worth a copy.
+                    // Some file systems make nameless files but can never give them a name. Hours
+                    // of work are worth a copy.
                     Err(_) => copy_to_named(self.out.get_ref(), &self.target)
                         .map_err(FileError::io("name", &self.target))?,
                 };
-                // From here on a drop has something to remove.
+                // From here on a drop must remove the temporary file.
                 self.place = Place::Named { folder, temporary };
                 self.rename()?;
             }
@@ -289,7 +295,7 @@ impl SnapshotFile {
         Ok(())
     }
 
-    /// Gives a file with a temporary name the target's.
+    /// Renames a file with a temporary name to the target's.
     fn rename(&mut self) -> Result<(), FileError> {
         let Place::Named { folder, temporary } = &self.place else {
             return Ok(());
@@ -301,12 +307,12 @@ impl SnapshotFile {
             rename_new(temporary, &self.target)
         };
         renamed.map_err(|error| self.keep(error))?;
-        // The temporary name is gone.
+        // The temporary name no longer exists.
         self.place = Place::Straight;
         self.sync_folder(&folder)
     }
 
-    /// Leaves a finished file under its temporary name, and says why.
+    /// Leaves a finished file under its temporary name, and returns the reason as an error.
     fn keep(&mut self, source: io::Error) -> FileError {
         match std::mem::replace(&mut self.place, Place::Straight) {
             Place::Named { temporary, .. } => FileError::NotNamed {
@@ -318,10 +324,10 @@ impl SnapshotFile {
         }
     }
 
-    /// Brings to disk that the target has its name in the folder.
+    /// Syncs the folder, so that the target's name in it survives a crash.
     fn sync_folder(&self, folder: &Path) -> Result<(), FileError> {
         let file = self.out.get_ref();
-        // A folder that may be written, but not read, can't be opened.
+        // A folder with write but not read permission can't be opened.
         let synced = match File::open(folder) {
             Ok(folder) => sync(&folder, file),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => sync_system(file),
@@ -353,17 +359,17 @@ impl Seek for SnapshotFile {
 impl Drop for SnapshotFile {
     fn drop(&mut self) {
         if let Place::Named { temporary, .. } = &self.place {
-            // There is nobody to tell.
+            // There is nobody to report an error to.
             let _ = std::fs::remove_file(temporary);
         }
     }
 }
 
-/// Opens a target that is no regular file, or the standard output by one of its names.
+/// Opens a target that is not a regular file, or the standard output by one of its names.
 fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
     let stdout = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
     if stdout.iter().any(|name| target == Path::new(name)) {
-        // Opened anew, a regular file behind it would be written from its start.
+        // If it were opened anew, a regular file behind it would be written from its start.
         let copy = io::stdout().as_fd().try_clone_to_owned();
         return copy
             .map(|fd| Some(fd.into()))
@@ -388,8 +394,8 @@ fn open_straight(target: &Path) -> Result<Option<File>, FileError> {
     Ok(None)
 }
 
-/// Opens a named pipe for writing, without waiting for a reader: nothing could end that wait in
-/// an orderly way.
+/// Opens a named pipe for writing, without waiting for a reader, because such a wait could not be
+/// cancelled cleanly.
 fn open_pipe(target: &Path) -> Result<File, FileError> {
     let opened = OpenOptions::new()
         .write(true)
@@ -409,7 +415,7 @@ fn open_pipe(target: &Path) -> Result<File, FileError> {
     }
 }
 
-/// A file without a name that can be given one later.
+/// Creates a file without a name, which can be linked to one later.
 fn open_nameless(folder: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -417,12 +423,12 @@ fn open_nameless(folder: &Path) -> io::Result<File> {
         .custom_flags(OFlag::O_TMPFILE.bits())
         .mode(PRIVATE)
         .open(folder)?;
-    // Without /proc the file could not be linked, and that would be found out at the very end.
+    // Without /proc the file could not be linked, which would be discovered only at the very end.
     link_source(&file).metadata()?;
     Ok(file)
 }
 
-/// The path that stands for the open `file`.
+/// Returns the path under `/proc` that stands for the open `file`.
 fn link_source(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
 }
@@ -432,7 +438,8 @@ fn link(source: &Path, path: &Path) -> io::Result<()> {
     linkat(AT_FDCWD, source, AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW).map_err(io::Error::from)
 }
 
-/// Whether an error says that a file system, or the server behind it, can't do what was asked.
+/// Returns whether an error says that a file system, or the server behind it, doesn't support the
+/// operation.
 pub fn is_unsupported(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(
@@ -441,7 +448,7 @@ pub fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// Renames, but never over a file that exists.
+/// Renames a file, but never over an existing one.
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
         Ok(()) => return Ok(()),
@@ -449,7 +456,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
         Err(error) if is_unsupported(&error.into()) => {}
         Err(error) => return Err(error.into()),
     }
-    // A link refuses an existing name just as well.
+    // A link fails on an existing name, too.
     match std::fs::hard_link(from, to) {
         Ok(()) => return std::fs::remove_file(from),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(error),
@@ -457,12 +464,12 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     }
     claim(to)?;
     std::fs::rename(from, to).inspect_err(|_| {
-        // It is empty, and ours. The first error is the one to tell.
+        // The target is empty, and was created here. The first error is the one to report.
         let _ = std::fs::remove_file(to);
     })
 }
 
-/// Makes an empty file that did not exist, and checks that it is the one of that name.
+/// Creates an empty file that did not exist, and checks that the name still refers to it.
 fn claim(path: &Path) -> io::Result<()> {
     let made = OpenOptions::new()
         .write(true)
@@ -478,7 +485,7 @@ fn claim(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives a file these permissions, where the file system has any. Without, it stays private.
+/// Sets the permissions of a file, if the file system supports any. If not, it stays private.
 fn take_over(file: &File, permissions: Permissions) -> io::Result<()> {
     match file.set_permissions(permissions) {
         Err(error) if is_unsupported(&error) => Ok(()),
@@ -486,7 +493,7 @@ fn take_over(file: &File, permissions: Permissions) -> io::Result<()> {
     }
 }
 
-/// Brings `what` to disk: alone if that can be done, or all of the file system that `file` is in.
+/// Syncs `what` to disk: alone if possible, or else the whole file system of `file`.
 fn sync(what: &File, file: &File) -> io::Result<()> {
     match what.sync_all() {
         Err(error) if is_unsupported(&error) => sync_system(file),
@@ -494,7 +501,7 @@ fn sync(what: &File, file: &File) -> io::Result<()> {
     }
 }
 
-/// Brings the file system that `file` is in to disk, if it can do that.
+/// Syncs the file system of `file` to disk, if that is supported.
 fn sync_system(file: &File) -> io::Result<()> {
     match syncfs(file).map_err(io::Error::from) {
         Err(error) if is_unsupported(&error) => Ok(()),
@@ -502,7 +509,7 @@ fn sync_system(file: &File) -> io::Result<()> {
     }
 }
 
-/// Copies the open `file` to one with a temporary name beside `target`, on disk.
+/// Copies the open `file` to one with a temporary name beside `target`, and syncs it.
 fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
     let permissions = file.metadata()?.permissions();
     let (mut copy, temporary) = create_named(target)?;
@@ -514,14 +521,14 @@ fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
     match copied {
         Ok(()) => Ok(temporary),
         Err(error) => {
-            // The first error is the one to tell.
+            // The first error is the one to report.
             let _ = std::fs::remove_file(&temporary);
             Err(error)
         }
     }
 }
 
-/// A new file with a temporary name beside `target`.
+/// Creates a file with a temporary name beside `target`.
 fn create_named(target: &Path) -> io::Result<(File, PathBuf)> {
     with_temporary_name(target, |path| {
         OpenOptions::new()
@@ -540,8 +547,8 @@ fn with_temporary_name<T>(
 ) -> io::Result<(T, PathBuf)> {
     let mut tries = 0;
     loop {
-        // Doesn't contain the target's name, which may be as long as a name can be. The number is
-        // one that nobody can foresee, and take before.
+        // The name doesn't contain the target's, which may have the maximum length already. The
+        // number is random, so that nobody can predict the name and take it first.
         let number = RandomState::new().hash_one((std::process::id(), tries));
         let path = target.with_file_name(format!(".snaprestore-{number:016x}.partial"));
         match make(&path) {

@@ -9,7 +9,7 @@ use crate::layout::{
     MAX_LISTED_PAGES_PER_SLOT, MIN_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun, codec,
 };
 
-/// Where a frame lies and how to read it, checked against the file.
+/// Location and encoding of a frame, checked against the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrameRef {
     pub(crate) offset: u64,
@@ -19,10 +19,10 @@ pub struct FrameRef {
     pub(crate) codec: Codec,
 }
 
-/// How a frame's payload is stored.
+/// Encoding of a frame's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Codec {
-    /// As it is.
+    /// Stored without compression.
     Raw,
     /// One zstd frame.
     Zstd,
@@ -86,27 +86,27 @@ impl FrameRef {
         })
     }
 
-    /// First byte of the frame record in the file.
+    /// Returns the offset of the frame record's first byte in the file.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Bytes of the frame record.
+    /// Returns the length of the frame record, in bytes.
     pub fn stored_len(&self) -> u32 {
         self.stored_len
     }
 
-    /// Pages stored in the frame: 1 to 512.
+    /// Returns the number of pages stored in the frame: 1 to 512.
     pub fn slots(&self) -> u16 {
         self.slots
     }
 
-    /// Bytes that the frame decodes to.
+    /// Returns the number of bytes that the frame decodes to.
     pub fn decoded_len(&self) -> usize {
         usize::from(self.slots) * PAGE_SIZE
     }
 
-    /// How the payload is stored.
+    /// Returns the encoding of the payload.
     pub fn codec(&self) -> Codec {
         self.codec
     }
@@ -134,8 +134,8 @@ pub struct ListedRun {
     pub count: u16,
 }
 
-/// The pages that a frame says it holds. The index is the authority: a page is in the frame only
-/// if its own entry says so.
+/// Pages that a frame claims to hold. The index is the authority: a page is in the frame only if
+/// its own entry says so.
 #[derive(Clone, Copy, Debug)]
 pub struct ListedPages<'a> {
     base_page: u64,
@@ -143,8 +143,8 @@ pub struct ListedPages<'a> {
 }
 
 impl<'a> ListedPages<'a> {
-    /// The runs, in the order of the file. Pages lie within the page-number space, slots within
-    /// the frame.
+    /// Returns the runs, in the order of the file. Pages lie within the page-number space, slots
+    /// within the frame.
     pub fn runs(&self) -> impl ExactSizeIterator<Item = ListedRun> + use<'a> {
         let base_page = self.base_page;
         self.runs.iter().map(move |run| ListedRun {
@@ -155,7 +155,7 @@ impl<'a> ListedPages<'a> {
     }
 }
 
-/// A frame record, taken apart and checked.
+/// A frame record, split into its checked parts.
 pub(crate) struct Parts<'a> {
     pub(crate) listed: ListedPages<'a>,
     pub(crate) payload: &'a [u8],
@@ -276,7 +276,7 @@ fn check_runs(runs: &[PageRun], base_page: u64, slots: u16, page_slots: u64) -> 
 mod tests {
     use super::*;
 
-    /// The limit is on all listed pages together: one slot may have most of them.
+    /// The limit applies to all listed pages together: one slot may have most of them.
     #[test]
     fn a_list_is_bounded_in_total() {
         let list = |named: u32| -> Vec<PageRun> {
@@ -303,7 +303,7 @@ mod tests {
         );
     }
 
-    /// Numbers that no page has are page numbers, too; the one behind the last is none.
+    /// Unused numbers are page numbers, too, but the number after the last one is not.
     #[test]
     fn a_list_ends_with_the_page_numbers() {
         let run = |count: u16| {

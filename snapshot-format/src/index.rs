@@ -9,7 +9,7 @@ use crate::layout::{
     top_kind,
 };
 
-/// What one page of a snapshot is.
+/// Content of one page of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Page {
     /// The page repeats this word; zero pages are fills of 0.
@@ -18,7 +18,7 @@ pub enum Page {
     Stored {
         /// The frame.
         frame: FrameRef,
-        /// Its place in the frame, below `frame.slots()`.
+        /// Its slot in the frame, below `frame.slots()`.
         slot: u16,
     },
     /// The page could not be read when the snapshot was taken; its content is not known.
@@ -27,7 +27,7 @@ pub enum Page {
     Unused,
 }
 
-/// What the top table says about the 512 page numbers of a block.
+/// Description of a block's 512 page numbers in the top table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Top {
     /// All pages repeat this word.
@@ -46,8 +46,8 @@ pub(crate) struct Body {
 }
 
 impl Body {
-    /// That `len` bytes from `offset` on lie within the body. After this, their end is a number
-    /// below the file's length and no sum of the two can overflow.
+    /// Checks that `len` bytes from `offset` on lie within the body. After this, their end is below
+    /// the file's length, and the sum of two such numbers cannot overflow.
     pub(crate) fn check(&self, field: &'static str, offset: u64, len: u64) -> Result<(), Defect> {
         let end = offset.checked_add(len);
         if offset < self.from || end.is_none_or(|end| end > self.to) {
@@ -63,7 +63,7 @@ impl Body {
     }
 }
 
-/// Where an index block lies, checked against the file.
+/// Location of an index block, checked against the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockRef {
     pub(crate) offset: u64,
@@ -81,14 +81,14 @@ pub(crate) enum CheckedTop {
     Unavailable,
 }
 
-/// The top table: bytes as read, every entry of which has been checked.
+/// The top table: its bytes as read, with every entry checked.
 #[derive(Debug)]
 pub(crate) struct TopTable {
     bytes: Vec<u8>,
 }
 
 impl TopTable {
-    /// Checks every entry; `at` is where the table lies in the file.
+    /// Checks every entry; `at` is the table's offset in the file.
     pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body) -> Result<Self, Flaw> {
         for (number, entry) in records::<TopEntry>(&bytes).iter().enumerate() {
             check_top(entry, body).map_err(|defect| {
@@ -118,7 +118,7 @@ impl TopTable {
     }
 }
 
-/// `bytes` as records; what is too short for a record at the end is left out.
+/// Returns `bytes` as records; bytes at the end that are too few for a record are left out.
 pub(crate) fn records<T>(bytes: &[u8]) -> &[T]
 where
     T: FromBytes + zerocopy::Immutable + zerocopy::Unaligned + zerocopy::KnownLayout,
@@ -197,7 +197,8 @@ fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
     body.check("index block", entry.word_or_offset.get(), stored_len.into())
 }
 
-/// This reader has refused files that set the `ancestors` feature, so all is in this file.
+/// Checks that everything is in this file: the reader has refused files that set the `ancestors`
+/// feature.
 pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
     if layer == 0 {
         return Ok(());
@@ -209,7 +210,7 @@ pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
     ))
 }
 
-/// One block of the index, checked: what each of up to 512 pages is.
+/// One block of the index, checked: the content of each of up to 512 pages.
 #[derive(Debug)]
 pub struct IndexBlock {
     pages: Pages,
@@ -217,9 +218,9 @@ pub struct IndexBlock {
 
 #[derive(Debug)]
 enum Pages {
-    /// All alike, as the top table says.
+    /// All pages are alike, according to the top table.
     Alike { page: Page, count: usize },
-    /// Each its own.
+    /// Each page has its own entry.
     Each {
         frames: Box<[FrameRef]>,
         fills: Box<[u64]>,
@@ -234,8 +235,8 @@ impl IndexBlock {
         }
     }
 
-    /// Checks a decoded index block, which lies in the file at `at`: after this every frame that
-    /// it names lies within the file, and every slot and fill number within its frame and table.
+    /// Checks a decoded index block at offset `at` in the file. Afterwards every frame that it
+    /// names lies within the file, and every slot and fill number is within its frame and table.
     pub(crate) fn check(
         bytes: &[u8],
         at: u64,
@@ -322,7 +323,7 @@ impl IndexBlock {
         })
     }
 
-    /// Pages described: 512, or fewer at the end of a region.
+    /// Returns the number of pages described: 512, or fewer at the end of a region.
     pub fn page_count(&self) -> usize {
         match &self.pages {
             Pages::Alike { count, .. } => *count,
@@ -330,7 +331,7 @@ impl IndexBlock {
         }
     }
 
-    /// What the `i`-th page is; [`Page::Unused`] past the end.
+    /// Returns the content of the `i`-th page; [`Page::Unused`] past the end.
     pub fn page(&self, i: usize) -> Page {
         match &self.pages {
             Pages::Alike { page, count } if i < *count => *page,
@@ -353,7 +354,7 @@ impl IndexBlock {
         }
     }
 
-    /// Number of the `i`-th page's frame in [`IndexBlock::frames`], and its slot there.
+    /// Returns the number of the `i`-th page's frame in [`IndexBlock::frames`], and its slot there.
     pub fn stored(&self, i: usize) -> Option<(usize, u16)> {
         match &self.pages {
             Pages::Alike { .. } => None,
@@ -367,7 +368,7 @@ impl IndexBlock {
         }
     }
 
-    /// Number of the `i`-th page's word in [`IndexBlock::fills`].
+    /// Returns the number of the `i`-th page's word in [`IndexBlock::fills`].
     pub(crate) fn fill_number(&self, i: usize) -> Option<usize> {
         match &self.pages {
             Pages::Alike { page, count } => {
@@ -380,7 +381,7 @@ impl IndexBlock {
         }
     }
 
-    /// The frames that hold the pages, each once.
+    /// Returns the frames that hold the pages, each once.
     pub fn frames(&self) -> &[FrameRef] {
         match &self.pages {
             Pages::Alike { .. } => &[],
@@ -388,7 +389,7 @@ impl IndexBlock {
         }
     }
 
-    /// The words that the fill pages repeat.
+    /// Returns the words that the fill pages repeat.
     pub fn fills(&self) -> &[u64] {
         match &self.pages {
             Pages::Alike {
@@ -400,7 +401,7 @@ impl IndexBlock {
         }
     }
 
-    /// Memory that the block takes: the weight of a cached one.
+    /// Returns the memory that the block takes, in bytes: the weight of a cached block.
     pub(crate) fn weight(&self) -> u64 {
         let parts = match &self.pages {
             Pages::Alike { .. } => 0,

@@ -1,4 +1,4 @@
-//! What is on disk, byte for byte: the structs and constants of `FORMAT.md`.
+//! The on-disk layout, byte for byte: the structs and constants of `FORMAT.md`.
 //!
 //! Every struct is little-endian with alignment 1 and can be read from any bytes; none of them is
 //! valid until the reader has checked it. `tests/format_md.rs` compares the tables of `FORMAT.md`
@@ -123,7 +123,7 @@ pub struct Header {
     pub required_features: U64,
     /// See `required_features`.
     pub optional_features: U64,
-    /// Names this layout of frames: random, new for every file written.
+    /// Id of this layout of frames: random, new for every file written.
     pub snapshot_id: [u8; 16],
     /// Zero.
     pub reserved: [u8; 4044],
@@ -143,11 +143,11 @@ pub struct Trailer {
     pub required_features: U64,
     /// All optional features of the file.
     pub optional_features: U64,
-    /// As in the header.
+    /// Same id as in the header.
     pub snapshot_id: [u8; 16],
     /// Length of the whole file, this trailer included.
     pub file_bytes: U64,
-    /// What the snapshot holds, in numbers.
+    /// Totals of the snapshot's content.
     pub summary: Summary,
     /// Zero, unless [`optional::STRONG_HASHES`] is set: then the BLAKE3 hash of the section that
     /// holds the hashes of all others, of the index blocks and of the frames.
@@ -156,7 +156,7 @@ pub struct Trailer {
     pub unused: [u8; 650],
     /// Zero.
     pub reserved: [u8; 650],
-    /// Where the sections are, in any order; unused entries are zero.
+    /// Locations of the sections, in any order; unused entries are zero.
     pub sections: [SectionEntry; MAX_SECTIONS],
     /// CRC-32 (IEEE) of the bytes before it.
     pub crc: U32,
@@ -184,7 +184,7 @@ pub struct Summary {
     pub unavailable_pages: U64,
     /// Frames in this file.
     pub frames: U64,
-    /// Decoded bytes of a full frame, as the writer was told.
+    /// Decoded bytes of a full frame, as configured in the writer.
     pub frame_bytes: U64,
     /// Bytes of all frame records.
     pub stored_bytes: U64,
@@ -192,7 +192,7 @@ pub struct Summary {
     pub index_bytes: U64,
     /// Digest of the content, the root of the tree over the block digests.
     pub content_digest: [u8; 32],
-    /// Digest of the content, of what the regions are, and of the attachments.
+    /// Digest of the content, the regions' descriptions, and the attachments.
     pub state_digest: [u8; 32],
 }
 
@@ -210,13 +210,13 @@ impl SectionKind {
         Self::BlockDigests,
     ];
 
-    /// The kind that `number` stands for.
+    /// Returns the kind that `number` stands for.
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u32 == number)
     }
 }
 
-/// Where one section lies.
+/// Location of one section.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct SectionEntry {
@@ -234,7 +234,7 @@ pub struct SectionEntry {
     pub reserved: U64,
 }
 
-/// What a section holds. Numbers are part of the format.
+/// Kind of content of a section. The numbers are part of the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum SectionKind {
@@ -250,7 +250,7 @@ pub enum SectionKind {
     WorkingSets = 5,
     /// [`BlobEntry`] records, then the names; a blob is the attachment.
     Attachments = 6,
-    /// UTF-8 lines `key=value`, keys sorted: who wrote the file, from what, with which options.
+    /// UTF-8 lines `key=value`, sorted by key: the writer of the file, its source and its options.
     Properties = 7,
     /// [`AncestorEntry`] records; layer n is record n - 1.
     Ancestors = 8,
@@ -278,7 +278,7 @@ pub struct RegionEntry {
     pub page_shift: U32,
     /// Bytes of the name.
     pub name_len: U32,
-    /// Where the name starts, counted from the end of the records.
+    /// Start of the name, counted from the end of the records.
     pub name_offset: U64,
     /// Zero.
     pub reserved: U64,
@@ -286,7 +286,7 @@ pub struct RegionEntry {
     pub unused: U64,
 }
 
-/// One entry of the top table: what an index block's 512 pages are.
+/// One entry of the top table, which describes an index block's 512 pages.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct TopEntry {
@@ -318,9 +318,9 @@ pub mod top_kind {
     pub const UNAVAILABLE: u8 = 2;
 }
 
-/// How bytes are stored.
+/// Encodings of stored bytes.
 pub mod codec {
-    /// As they are.
+    /// Stored without compression.
     pub const RAW: u8 = 0;
     /// One zstd frame, without a dictionary.
     pub const ZSTD: u8 = 1;
@@ -343,14 +343,14 @@ pub struct IndexHeader {
     pub fill_count: U16,
     /// Zero.
     pub reserved: [u8; 6],
-    /// Number of its first page in the file that holds it: a block that stands in another's place
-    /// is found out.
+    /// Number of its first page in the file that holds it, so that a block in the place of another
+    /// is detected.
     pub first_page: U64,
     /// Zero.
     pub reserved2: U64,
 }
 
-/// Where a frame is and how to read it.
+/// Location and encoding of a frame.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -374,7 +374,7 @@ pub struct FrameRef {
     pub reserved: u8,
 }
 
-/// What one page is.
+/// Content of one page.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -400,13 +400,13 @@ pub mod page_kind {
 pub struct FrameHeader {
     /// [`FRAME_MAGIC`].
     pub magic: U32,
-    /// As in [`FrameRef`].
+    /// Same meaning as in [`FrameRef`].
     pub slots: U16,
     /// Runs of pages that follow.
     pub run_count: U16,
-    /// As in [`FrameRef`].
+    /// Same meaning as in [`FrameRef`].
     pub dictionary: U16,
-    /// As in [`FrameRef`].
+    /// Same meaning as in [`FrameRef`].
     pub codec: u8,
     /// Zero.
     pub reserved: u8,
@@ -454,7 +454,7 @@ pub struct BlobEntry {
     pub crc: U32,
     /// Number of a dictionary; otherwise 0.
     pub tag: U32,
-    /// Where the name starts, counted from the end of the records.
+    /// Start of the name, counted from the end of the records.
     pub name_offset: U32,
     /// Bytes of the name.
     pub name_len: U32,
@@ -502,7 +502,7 @@ const _: () = {
     assert!(size_of::<BlobEntry>() == 32);
     assert!(size_of::<WorkingSetRun>() == 16);
     assert!(size_of::<AncestorEntry>() == 64);
-    // An index block never passes its limit, even if every page has a frame of its own: a page
+    // An index block never exceeds its limit, even if every page has a frame of its own: a page
     // costs either a frame or a fill word, besides its entry.
     assert!(
         size_of::<IndexHeader>()

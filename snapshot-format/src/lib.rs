@@ -1,4 +1,4 @@
-//! The snaprestore file format: what is on disk, and who reads, writes and verifies it.
+//! The snaprestore file format: its layout on disk, and its reader, writer and verifier.
 //!
 //! A snapshot holds the memory of a microVM or of processes, compressed in small frames that can
 //! be decoded in any order. `FORMAT.md` beside this crate is normative.

@@ -1,15 +1,15 @@
-//! Names as a snapshot can hold them and a terminal can show them.
+//! Conversion of names to a form that a snapshot can store and a terminal can show safely.
 //!
-//! A name of a file or a process is any bytes. A snapshot's names are UTF-8 without control
-//! characters, and a terminal obeys control characters. Both get an escaped form, from which the
-//! bytes can be had back: two different names stay different.
+//! Names of files and processes are arbitrary bytes. A snapshot's names are UTF-8 without control
+//! characters, and a terminal obeys control characters. Both get an escaped form from which the
+//! original bytes can be recovered: two different names stay different.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-/// Escapes a name for a snapshot: `\xNN` is a byte that is no UTF-8 or a control character,
+/// Escapes a name for a snapshot. `\xNN` is a byte that is not UTF-8 or is a control character,
 /// `\u{N}` another character that [`escape_text`] would escape, and `\\` a backslash.
 pub fn escape(name: &[u8]) -> String {
     let mut text = String::with_capacity(name.len());
@@ -28,12 +28,13 @@ pub fn escape(name: &[u8]) -> String {
     text
 }
 
-/// Escapes a path for a message, as [`escape`].
+/// Escapes a path for a message, as [`escape`] does.
 pub fn escape_path(path: &Path) -> String {
     escape(path.as_os_str().as_bytes())
 }
 
-/// Escapes whatever a terminal could take for more than a letter, and no backslash.
+/// Escapes every character that a terminal could interpret as more than a letter, but not the
+/// backslash.
 pub fn escape_text(text: &str) -> Cow<'_, str> {
     if !text.contains(is_hidden) {
         return Cow::Borrowed(text);
@@ -54,7 +55,8 @@ fn push_escaped(text: &mut String, character: char) {
     };
 }
 
-/// Whether a character moves the cursor, ends a line, or changes the order of its neighbours.
+/// Returns whether a character moves the cursor, ends a line, or changes the order of its
+/// neighbours.
 fn is_hidden(character: char) -> bool {
     character.is_control()
         || matches!(
@@ -68,7 +70,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// Takes an escaped name back to its bytes.
+    /// Converts an escaped name back to its bytes.
     fn bytes_of(name: &str) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut rest = name;

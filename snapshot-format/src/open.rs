@@ -1,7 +1,7 @@
-//! From a store to checked ends: trailer and directory, from the last 64 KiB of the file.
+//! From a store to the checked trailer and directory, read from the last 64 KiB of the file.
 //!
-//! The order of the checks decides what a broken file is called, so it is part of the format: see
-//! "Opening" in `FORMAT.md`. The header is read only to give a file without a trailer its name, and
+//! The order of the checks decides how a broken file is classified, so it is part of the format:
+//! see "Opening" in `FORMAT.md`. The header is read only to classify a file without a trailer, and
 //! by the verifier.
 
 use zerocopy::FromBytes;
@@ -16,11 +16,11 @@ use crate::sections::Directory;
 use crate::store::{Reason, Store};
 use crate::types::{SnapshotId, Summary};
 
-/// Features that this reader can do without harm. It knows what `ancestors` means and says so by
-/// name, but can't yet read them.
+/// Features that this reader supports or can ignore. It knows `ancestors` and reports it by name,
+/// but can't read such files yet.
 const SUPPORTED: u64 = required::KNOWN & !required::ANCESTORS;
 
-/// What the trailer says, checked.
+/// Checked content of the trailer.
 #[derive(Debug)]
 pub(crate) struct Ends {
     pub(crate) id: SnapshotId,
@@ -48,7 +48,8 @@ impl Tail {
         Ok(Self { start, bytes })
     }
 
-    /// Fills `buf`, which the file has from `offset` on, and reads what lies before the tail.
+    /// Fills `buf` with the file's bytes from `offset` on, and reads only those that lie before the
+    /// tail from the store.
     pub(crate) fn read_exact_at(
         &self,
         store: &dyn Store,
@@ -71,7 +72,7 @@ impl Tail {
     }
 }
 
-/// Checks the end of the file, which it gets with one read.
+/// Checks the end of the file, which takes one read.
 pub(crate) fn ends(store: &dyn Store) -> Result<(Ends, Tail), OpenError> {
     let file = || store.name();
     let file_bytes = store.len().map_err(|source| OpenError::NoStore {
@@ -86,7 +87,8 @@ pub(crate) fn ends(store: &dyn Store) -> Result<(Ends, Tail), OpenError> {
     Ok((check_trailer(&file, trailer, file_bytes)?, tail))
 }
 
-/// Names a file that doesn't end in a trailer: its header is all there is to go by.
+/// Classifies a file that doesn't end in a trailer, by its header, since there is nothing else to
+/// go by.
 fn without_trailer(store: &dyn Store, file_bytes: u64) -> OpenError {
     let file = || store.name();
     let incomplete = OpenError::Incomplete {
@@ -145,7 +147,7 @@ fn check_header_crc(header: &Header, bytes: &[u8]) -> Result<(), Defect> {
     Err(Defect::Checksum { stored, computed })
 }
 
-/// Holds the header, the first bytes of the file, against the rest: for the verifier.
+/// Compares the header, the first bytes of the file, with the trailer: for the verifier.
 pub(crate) fn check_header(bytes: &[u8; HEADER_BYTES], ends: &Ends) -> Result<(), Defect> {
     if !bytes.starts_with(&HEADER_MAGIC) {
         let detail = "not the magic bytes of a snapshot".into();
@@ -222,7 +224,7 @@ fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenEr
         .filter(|(_, mask)| refused & mask != 0)
         .map(|(bit, mask)| {
             match required::NAMES.iter().find(|(known, _)| *known == mask) {
-                // The one feature that is known and refused: say what the file lacks.
+                // The one feature that is known and refused: the message says what is missing.
                 Some((_, name)) => format!("{name} (the file needs its ancestors)"),
                 None => format!("bit {bit}"),
             }
@@ -234,8 +236,8 @@ fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenEr
     })
 }
 
-/// Version, checksum and magic stand at the same place in every version, so that a flipped bit is
-/// damage and only a whole trailer can name a version.
+/// Checks a trailer. Version, checksum and magic are at the same place in every version, so a
+/// flipped bit is reported as damage and only an intact trailer can name a version.
 fn check_trailer(
     file: &dyn Fn() -> String,
     bytes: &[u8],

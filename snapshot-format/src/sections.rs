@@ -1,4 +1,4 @@
-//! The sections: what the trailer's directory points to, taken apart and checked.
+//! The sections that the trailer's directory points to, parsed and checked.
 
 mod blobs;
 mod memory;
@@ -16,13 +16,15 @@ use crate::layout::{
 pub(crate) use blobs::{Blob, blobs};
 pub(crate) use memory::{fill_runs, region_of, regions, working_set};
 
-/// Whether `text` has a character that a terminal or a log could take for more than text.
+/// Returns whether `text` has a character that a terminal or a log could interpret as more than
+/// text.
 pub(crate) fn has_control(text: &str) -> bool {
     text.bytes().any(|byte| byte < b' ' || byte == 0x7f)
 }
 
-/// Whether an attachment or a working set can be called `name`: the name of a file in a folder,
-/// because that is where it is extracted to, without control characters, of at most 4096 bytes.
+/// Returns whether `name` is allowed for an attachment or a working set. It must be usable as the
+/// name of a file in a folder, because the blob is extracted under it, without control characters
+/// and at most 4096 bytes long.
 pub fn is_blob_name(name: &str) -> bool {
     is_file_name(name) && !has_control(name) && name.len() <= MAX_NAME_BYTES
 }
@@ -48,7 +50,7 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    /// Checks the used entries of the directory, which lies in the file at `at`.
+    /// Checks the used entries of the directory, which is at offset `at` in the file.
     pub(crate) fn check(entries: &[SectionEntry], at: u64, body: Body) -> Result<Self, Flaw> {
         let mut sections = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
@@ -152,7 +154,7 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
             MAX_BLOBS as u64,
             MAX_SECTION_BYTES,
         ),
-        // Lines of text, which are counted when they are read.
+        // Lines of text, which are counted when the section is read.
         SectionKind::Properties => (0, true, u64::MAX, layout::MAX_PROPERTIES_BYTES),
         SectionKind::Ancestors => (
             size_of::<layout::AncestorEntry>(),
@@ -189,8 +191,9 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
     Ok(section)
 }
 
-/// Takes names in the order of their records: each begins where the one before ends, and the last
-/// ends with the section. So no name is read twice, and their sum is no longer than the section.
+/// Reads names in the order of their records: each begins where the one before ends, and the last
+/// ends with the section. So no name is read twice, and their total length is that of the section
+/// at most.
 struct Names<'a> {
     area: &'a [u8],
     used: usize,

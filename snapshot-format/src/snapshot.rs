@@ -1,9 +1,9 @@
-//! An open snapshot: what a page is, and where everything else lies.
+//! An open snapshot: look-ups of pages, and the locations of everything else.
 //!
 //! Opening reads the last 64 KiB of the file, which in an ordinary snapshot hold trailer, top table
-//! and regions; what of these lies before takes one more read. Everything else is read when it is
-//! first asked for, checked, and kept. A look-up reads at most one index block, which carries all
-//! that is needed to find the frame; index blocks stay in a bounded cache.
+//! and regions; any part of these that lies before takes one more read. Everything else is read at
+//! the first request, checked, and kept. A look-up reads at most one index block, which carries
+//! everything that is needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
 mod opening;
@@ -27,16 +27,16 @@ use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
-/// How a snapshot is opened.
+/// Options for opening a snapshot.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SnapshotOptions {
-    /// Most bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB and stands
-    /// for 2 MiB of the owner's memory.
+    /// Maximum number of bytes of index blocks that are kept in memory. A block takes 2 to 20 KiB
+    /// and describes 2 MiB of the owner's memory.
     pub index_cache_bytes: u64,
-    /// Most bytes of a top table that are read into memory: 12 for each MiB of the owner's memory,
-    /// so the default of 256 MiB stands for 21 TiB. A sparse file of any length costs nothing to
-    /// make, and what it claims must not decide what is allocated.
+    /// Maximum number of bytes of a top table that is read into memory: 12 for each MiB of the
+    /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
+    /// costs nothing to make, so its claims must not decide how much is allocated.
     pub most_top_bytes: u64,
 }
 
@@ -73,12 +73,12 @@ pub struct Snapshot {
     top: TopTable,
     regions: Vec<Region>,
     dictionaries: OnceLock<Vec<Dictionary>>,
-    /// Decompressors for index blocks: as many as there were look-ups at once.
+    /// Decompressors for index blocks: as many as there were simultaneous look-ups.
     contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
     blocks: Cache<u64, Arc<IndexBlock>, ByMemory>,
 }
 
-/// A dictionary of the file and, once it was needed, its prepared form.
+/// A dictionary of the file, and its prepared form once it was needed.
 struct Dictionary {
     blob: Blob,
     prepared: OnceLock<Prepared>,
@@ -87,7 +87,7 @@ struct Dictionary {
 /// A dictionary that was read and checked.
 struct Prepared {
     digested: zstd_safe::DDict<'static>,
-    /// For contexts that digest it themselves.
+    /// The dictionary's bytes, for contexts that digest them themselves.
     bytes: Vec<u8>,
 }
 
@@ -138,7 +138,7 @@ impl Snapshot {
         };
         let (top, regions) = tables.read(options.most_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
-        // The default is a shard for every quarter of a core, which on a large machine would cut
+        // The default is one shard for every quarter of a core. On a large machine that would split
         // the bound into pieces smaller than a few blocks.
         let cache = OptionsBuilder::new()
             .shards(8)
@@ -166,63 +166,67 @@ impl Snapshot {
         })
     }
 
-    /// Names this layout of frames.
+    /// Returns the id of this layout of frames.
     pub fn id(&self) -> SnapshotId {
         self.ends.id
     }
 
-    /// What the snapshot holds, in numbers, as its writer counted. `verify` counts again.
+    /// Returns the totals of the snapshot's content, as counted by its writer. `verify` counts
+    /// again.
     pub fn summary(&self) -> &Summary {
         &self.ends.summary
     }
 
-    /// Length of the file.
+    /// Returns the length of the file, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.ends.file_bytes
     }
 
-    /// Version of the file's format.
+    /// Returns the version of the file's format.
     pub fn format_version(&self) -> u32 {
         self.ends.version
     }
 
-    /// Bits of [`crate::layout::optional`], and those that this version doesn't define.
+    /// Returns the bits of [`crate::layout::optional`], and those that this version doesn't define.
     pub fn optional_features(&self) -> u64 {
         self.ends.optional_features
     }
 
-    /// What messages call the snapshot: the store's name.
+    /// Returns the name of the snapshot in messages, which is the store's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The store that the snapshot is read from.
+    /// Returns the store that the snapshot is read from.
     pub fn store(&self) -> &dyn Store {
         &*self.store
     }
 
-    /// Entries of the top table: the blocks of the page-number space.
+    /// Returns the number of entries of the top table, which are the blocks of the page-number
+    /// space.
     pub fn block_count(&self) -> u64 {
         self.top.len()
     }
 
-    /// Size of the page-number space, with the unused numbers at the ends of regions.
+    /// Returns the size of the page-number space, including the unused numbers at the ends of
+    /// regions.
     pub fn page_slots(&self) -> u64 {
         self.top.len() * PAGES_PER_BLOCK_U64
     }
 
-    /// The regions, in the order of page numbers. They were read when the snapshot was opened.
+    /// Returns the regions, in the order of page numbers. They were read when the snapshot was
+    /// opened.
     pub fn regions(&self) -> Result<&[Region], ReadError> {
         Ok(&self.regions)
     }
 
-    /// The region that `page` belongs to; none for numbers past a region's end.
+    /// Returns the region that `page` belongs to; none for numbers past a region's end.
     pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
         Ok(sections::region_of(&self.regions, page))
     }
 
-    /// What the top table says about a block. Entries for a last block speak of its used numbers
-    /// only.
+    /// Returns the top table's description of a block. The entry for a region's last block covers
+    /// its used numbers only.
     ///
     /// # Panics
     ///
@@ -236,7 +240,7 @@ impl Snapshot {
         }
     }
 
-    /// Where the stored index block of a block lies.
+    /// Returns the location of a block's stored index block.
     pub(crate) fn block_ref(&self, block: u64) -> Option<BlockRef> {
         match self.top.get(block)? {
             CheckedTop::Block(index) => Some(index),
@@ -244,7 +248,7 @@ impl Snapshot {
         }
     }
 
-    /// Pages of a block: 512, or fewer at the end of a region.
+    /// Returns the number of pages of a block: 512, or fewer at the end of a region.
     fn pages_of_block(&self, block: u64) -> usize {
         let first = block * PAGES_PER_BLOCK_U64;
         let region = sections::region_of(&self.regions, first);
@@ -253,13 +257,13 @@ impl Snapshot {
     }
 }
 
-/// Reading and checking, for all that follows.
+/// Reading and checking, used by everything that follows.
 impl Snapshot {
     pub(crate) fn directory(&self) -> &Directory {
         &self.ends.directory
     }
 
-    /// Holds the header against the trailer: for the verifier.
+    /// Compares the header with the trailer: for the verifier.
     pub(crate) fn check_header(&self) -> Result<(), ReadError> {
         let mut bytes = [0; HEADER_BYTES];
         self.read(Part::Header, &mut bytes, 0, Reason::Verify)?;
@@ -333,7 +337,7 @@ impl Snapshot {
     }
 }
 
-/// Zeroed memory for `len` bytes, or an error where there is none.
+/// Returns zeroed memory of `len` bytes, or an error if it cannot be allocated.
 fn buffer(len: u64) -> io::Result<Vec<u8>> {
     let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
     let mut bytes = Vec::new();
@@ -344,7 +348,8 @@ fn buffer(len: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `OnceLock::get_or_try_init` is not stable. Two threads may both do the work; one result stays.
+/// Does what the unstable `OnceLock::get_or_try_init` would do. Two threads may both run `make`;
+/// one result is kept.
 fn get_or_try<T>(
     cell: &OnceLock<T>,
     make: impl FnOnce() -> Result<T, ReadError>,

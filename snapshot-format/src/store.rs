@@ -1,7 +1,7 @@
-//! Where the bytes of a snapshot come from.
+//! Sources of a snapshot's bytes.
 //!
-//! The reader asks a [`Store`] for exact ranges and never maps a file: what is checked must be what
-//! is used, and a mapped file can change between the two or end in a SIGBUS.
+//! The reader asks a [`Store`] for exact ranges and never maps a file: the bytes that are checked
+//! must be the bytes that are used, and a mapped file can change between the two or cause a SIGBUS.
 
 use std::fmt;
 use std::fs::{File, FileType};
@@ -13,25 +13,25 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::names::escape_path;
 
-/// Why bytes are read. Stores may treat the reasons differently; statistics count them apart.
+/// Why bytes are read. Stores may treat the reasons differently; statistics count them separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// Header, trailer, sections and dictionaries.
     Open,
-    /// Somebody waits for the page.
+    /// A thread waits for the page.
     Demand,
-    /// Somebody may soon want the page.
+    /// The page may be needed soon.
     Prefetch,
-    /// The whole file is being checked, or read from one end to the other.
+    /// The whole file is being checked, or read from start to end.
     Verify,
 }
 
-/// A snapshot's bytes. Reads come from many threads at once.
+/// A source of a snapshot's bytes. Reads come from many threads at once.
 pub trait Store: Send + Sync {
-    /// Length in bytes. Asked once, when the snapshot is opened.
+    /// Returns the length in bytes. Called once, when the snapshot is opened.
     fn len(&self) -> io::Result<u64>;
 
-    /// Whether there are no bytes at all.
+    /// Returns whether the store is empty.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
@@ -40,7 +40,7 @@ pub trait Store: Send + Sync {
     /// [`io::ErrorKind::UnexpectedEof`].
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()>;
 
-    /// What messages call the store: for a file, its path, escaped.
+    /// Returns the store's name in messages: for a file, its path, escaped.
     fn name(&self) -> String;
 }
 
@@ -52,23 +52,23 @@ pub struct FileStore {
 }
 
 impl FileStore {
-    /// Opens the regular file or block device at `path` for reading. Refuses everything else, and
-    /// never waits: a pipe without a writer, or a terminal, would block here for ever.
+    /// Opens the regular file or block device at `path` for reading. It refuses everything else,
+    /// and never blocks: a pipe without a writer, or a terminal, would block here forever.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref().to_path_buf();
-        // Opening a device can have effects, and opening a socket has no error that names it.
+        // Opening a device can have side effects, and opening a socket has no error that names it.
         check_kind(path.metadata()?.file_type())?;
         let file = File::options()
             .read(true)
             .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
             .open(&path)?;
-        // The name may stand for another file by now.
+        // The name may refer to another file by now.
         check_kind(file.metadata()?.file_type())?;
         make_blocking(&file)?;
         Ok(Self { file, path })
     }
 
-    /// Takes a file that is open already; `path` is what messages call it.
+    /// Wraps a file that is already open; `path` is its name in messages.
     pub fn from_file(file: File, path: impl Into<PathBuf>) -> Self {
         Self {
             file,
@@ -76,7 +76,7 @@ impl FileStore {
         }
     }
 
-    /// The file itself, for a caller who gives advice about it to the kernel.
+    /// Returns the file itself, for a caller that gives the kernel advice about it.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -87,14 +87,14 @@ impl FileStore {
     }
 }
 
-/// Takes back `O_NONBLOCK`, which was for the opening only.
+/// Clears `O_NONBLOCK`, which was needed for opening only.
 pub(crate) fn make_blocking(file: &File) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     Ok(())
 }
 
-/// Refuses what can't be read at any offset.
+/// Refuses files that can't be read at any offset.
 fn check_kind(kind: FileType) -> io::Result<()> {
     let what = if kind.is_file() || kind.is_block_device() {
         return Ok(());
@@ -116,7 +116,7 @@ impl Store for FileStore {
     fn len(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
         if metadata.file_type().is_block_device() {
-            // Its metadata has no length. Nobody else uses the position.
+            // A device's metadata has no length. Nothing else uses the file position.
             return (&self.file).seek(SeekFrom::End(0));
         }
         Ok(metadata.len())
@@ -139,12 +139,12 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// A store of `bytes` that messages call `(memory)`.
+    /// Creates a store of `bytes` that is named `(memory)` in messages.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self::named(bytes, "(memory)")
     }
 
-    /// A store of `bytes` with a name of its own.
+    /// Creates a store of `bytes` with the given name.
     pub fn named(bytes: Vec<u8>, name: impl Into<String>) -> Self {
         Self {
             bytes,
@@ -152,7 +152,7 @@ impl MemoryStore {
         }
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -1,18 +1,19 @@
-//! What a checked snapshot is made of, in plain numbers.
+//! Building blocks of a checked snapshot, in plain numbers.
 
 use std::fmt;
 
 use crate::digest::Digest;
 use crate::layout;
 
-/// Names one layout of frames: random, new for every file written. Two files with the same memory
+/// Id of one layout of frames: random, new for every file written. Two files with the same memory
 /// have different ids and the same content digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(pub [u8; 16]);
 
 impl SnapshotId {
-    /// An id that no other file has: 128 bits that the operating system gave the standard library
-    /// as keys, with the time and the process mixed in, because a forked process has the same keys.
+    /// Creates an id that no other file has: 128 bits that the operating system gave the standard
+    /// library as keys, mixed with the time and the process id, because a forked process has the
+    /// same keys.
     pub(crate) fn random() -> Self {
         use std::hash::{BuildHasher, RandomState};
 
@@ -59,7 +60,7 @@ pub struct Summary {
     pub unavailable_pages: u64,
     /// Frames in this file.
     pub frames: u64,
-    /// Decoded bytes of a full frame, as the writer was told.
+    /// Decoded bytes of a full frame, as configured in the writer.
     pub frame_bytes: u64,
     /// Bytes of all frame records.
     pub stored_bytes: u64,
@@ -67,7 +68,7 @@ pub struct Summary {
     pub index_bytes: u64,
     /// Digest of the content: see [`crate::digest`].
     pub content_digest: Digest,
-    /// Digest of the content, of what the regions are, and of the attachments: see
+    /// Digest of the content, the regions' descriptions, and the attachments: see
     /// [`crate::digest::state`].
     pub state_digest: Digest,
 }
@@ -125,17 +126,17 @@ pub struct Region {
     pub first_page: u64,
     /// Page size of the owner's mapping, as a power of two; a hint.
     pub page_shift: u32,
-    /// What the owner calls it, for people.
+    /// The owner's name for the region, for people.
     pub name: String,
 }
 
 impl Region {
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> u64 {
         self.pages * layout::PAGE_SIZE_U64
     }
 
-    /// The numbers of its pages.
+    /// Returns the numbers of the region's pages.
     pub fn page_numbers(&self) -> std::ops::Range<u64> {
         self.first_page..self.first_page + self.pages
     }
@@ -166,7 +167,7 @@ pub struct WorkingSetRun {
 pub struct WorkingSet {
     /// Its name, unique among the working sets.
     pub name: String,
-    /// Runs in it.
+    /// Number of its runs.
     pub runs: u64,
 }
 
@@ -175,7 +176,7 @@ pub struct WorkingSet {
 pub struct Attachment {
     /// Its name, unique among the attachments.
     pub name: String,
-    /// Bytes of it.
+    /// Its length in bytes.
     pub bytes: u64,
 }
 
@@ -184,6 +185,6 @@ pub struct Attachment {
 pub struct DictionaryInfo {
     /// The number that frames use.
     pub number: u16,
-    /// Bytes of it.
+    /// Its length in bytes.
     pub bytes: u64,
 }

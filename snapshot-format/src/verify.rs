@@ -1,4 +1,4 @@
-//! The verifier: reads a whole file and says everything that is wrong with it.
+//! The verifier, which reads a whole file and reports everything that is wrong with it.
 //!
 //! ```text
 //! trailer, directory, top table, regions     as a reader opens them
@@ -16,15 +16,15 @@
 //! fill runs                                  as the index says
 //! ```
 //!
-//! A frame that several windows need is decoded twice at most: then its digests are remembered.
-//! There is room for those of a million slots, 4 GiB of content that windows share; beyond it, a
-//! frame is decoded once for each window that needs it.
+//! A frame that several windows need is decoded at most twice: after that its digests are
+//! remembered. There is room for the digests of a million slots, which is 4 GiB of content shared
+//! by windows; beyond it, a frame is decoded once for each window that needs it.
 //!
-//! Memory, at most: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
-//! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each is
-//! read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the file.
-//! Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a million
-//! frames of one.
+//! Maximum memory: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
+//! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each
+//! is read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the
+//! file. Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a
+//! million frames of one.
 
 mod extents;
 mod frames;
@@ -41,10 +41,10 @@ use crate::snapshot::{Snapshot, SnapshotOptions};
 use crate::store::{Reason, Store};
 use crate::types::Summary;
 
-/// Problems that a report lists; more are only counted.
+/// Maximum number of problems that a report lists; more are only counted.
 pub const MAX_PROBLEMS: usize = 1000;
 
-/// How far the verifier is.
+/// Progress of the verifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VerifyProgress {
@@ -52,20 +52,20 @@ pub struct VerifyProgress {
     pub pages_done: u64,
     /// Pages of the snapshot, as its summary says.
     pub pages: u64,
-    /// Frames looked at.
+    /// Frames checked.
     pub frames_done: u64,
 }
 
 /// Called now and then on the thread that called [`verify`]; `Break` cancels.
 pub type VerifyCallback<'a> = Box<dyn FnMut(VerifyProgress) -> ControlFlow<()> + 'a>;
 
-/// How to verify.
+/// Options for verifying.
 #[derive(Default)]
 #[non_exhaustive]
 pub struct VerifyOptions<'a> {
     /// Threads that decode; all cores if not set.
     pub threads: Option<usize>,
-    /// Hears of the progress.
+    /// Callback for the progress.
     pub progress: Option<VerifyCallback<'a>>,
     /// See [`SnapshotOptions::most_top_bytes`].
     pub most_top_bytes: Option<u64>,
@@ -105,35 +105,36 @@ impl<'a> VerifyOptions<'a> {
     }
 }
 
-/// One thing that is wrong.
+/// One problem of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// The kind of thing, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
+    /// The kind of the problem, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
     /// `overlap`.
     pub what: String,
-    /// Where in the file it lies or begins.
+    /// Offset of the problem in the file, or of its start.
     pub offset: u64,
-    /// What is wrong with it.
+    /// Description of the problem.
     pub detail: String,
 }
 
-/// What the verifier found.
+/// Result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Frames that were read and looked at, good or bad.
+    /// Frames that were read and checked, good or bad.
     pub frames_checked: u64,
-    /// Pages whose content was found as the file promises.
+    /// Pages whose content is as the file promises.
     pub pages_checked: u64,
-    /// What is wrong, at most [`MAX_PROBLEMS`].
+    /// Problems found, at most [`MAX_PROBLEMS`].
     pub problems: Vec<Problem>,
     /// Problems beyond those listed.
     pub more_problems: u64,
-    /// The file doesn't begin as snapshots do: it is something else rather than damaged.
+    /// Whether the file doesn't begin as snapshots do, and so is something else rather than
+    /// damaged.
     pub not_a_snapshot: bool,
 }
 
 impl Report {
-    /// Whether nothing is wrong.
+    /// Returns whether no problem was found.
     pub fn ok(&self) -> bool {
         self.problems.is_empty() && self.more_problems == 0
     }
@@ -144,7 +145,8 @@ impl Report {
             offset,
             detail: detail.into(),
         };
-        // What several checks come across, such as a section that is read twice, is told once.
+        // A problem that several checks come across, such as in a section that is read twice, is
+        // reported once.
         if self.problems.contains(&problem) {
             return;
         }
@@ -155,7 +157,7 @@ impl Report {
         }
     }
 
-    /// Adds what a part's reader found.
+    /// Adds the error of reading a part.
     fn add_error(&mut self, error: &ReadError) {
         match error {
             ReadError::Damaged {
@@ -179,16 +181,16 @@ impl Report {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// The file can't be opened for another reason than damage.
+    /// The file can't be opened for a reason other than damage.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// A part of the file could not be read, though the file may be whole.
+    /// A part of the file could not be read, although the file may be intact.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// A frame could not be read, though the file may be whole.
+    /// A frame could not be read, although the file may be intact.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// The progress callback asked for it.
+    /// The progress callback requested it.
     #[error("verifying was cancelled")]
     Cancelled,
     /// The threads could not be started.
@@ -196,8 +198,8 @@ pub enum VerifyError {
     Threads(#[from] rayon::ThreadPoolBuildError),
 }
 
-/// Checks everything in `store`. Damage is not an error but a problem in the report, even where
-/// the file's ends are broken and nothing else can be looked at.
+/// Checks everything in `store`. Damage is not an error but a problem in the report, even if the
+/// file's trailer is broken and nothing else can be checked.
 pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Report, VerifyError> {
     let mut report = Report::default();
     let mut how = SnapshotOptions::default();
@@ -263,7 +265,7 @@ fn add_open_error(report: &mut Report, error: &OpenError) {
     }
 }
 
-/// What an error says, without the file's name, which whoever asked for the report knows.
+/// Formats an error without the file's name, which the caller that asked for the report knows.
 fn without_name(error: &OpenError, file: &str) -> String {
     let text = error.to_string();
     match text
@@ -275,7 +277,7 @@ fn without_name(error: &OpenError, file: &str) -> String {
     }
 }
 
-/// A verification under way.
+/// A verification in progress.
 struct Check<'a> {
     snapshot: &'a Snapshot,
     pool: rayon::ThreadPool,
@@ -286,8 +288,8 @@ struct Check<'a> {
     extents: extents::Extents,
     /// Names and digests of the attachments that were read.
     attachments: Vec<(String, Digest)>,
-    /// Nothing so far was unreadable: what remains unexplained is then a problem of its own, and
-    /// the counts are worth comparing.
+    /// Whether everything so far was readable. If so, bytes that remain unexplained are a problem
+    /// of their own, and the counts are worth comparing.
     complete: bool,
     /// Why no verdict is possible: the store failed, which says nothing about the file.
     failed: Option<VerifyError>,
@@ -315,7 +317,7 @@ impl Check<'_> {
         }
     }
 
-    /// Records the outcome of reading a part.
+    /// Records the result of reading a part.
     fn note<T>(&mut self, result: Result<T, ReadError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
@@ -327,7 +329,7 @@ impl Check<'_> {
         }
     }
 
-    /// Damage is a problem, anything else ends the verification.
+    /// Records damage as a problem; any other error ends the verification.
     fn problem(&mut self, error: ReadError) {
         if error.is_damage() {
             self.report.add_error(&error);
@@ -336,14 +338,14 @@ impl Check<'_> {
         }
     }
 
-    /// The header, which nothing else depends on.
+    /// Checks the header, which nothing else depends on.
     fn header(&mut self) {
         if let Err(error) = self.snapshot.check_header() {
             self.problem(error);
         }
     }
 
-    /// Every section and what it points to, except the index.
+    /// Checks every section and everything that it points to, except the index.
     fn sections(&mut self) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
         for section in snapshot.directory().all() {
@@ -361,7 +363,7 @@ impl Check<'_> {
                     | SectionKind::WorkingSets
                     | SectionKind::Attachments),
                 ) => self.blobs(kind)?,
-                // The content of these is compared with the pages later.
+                // The content of these sections is compared with the pages later.
                 Some(
                     SectionKind::FillRuns | SectionKind::BlockDigests | SectionKind::Ancestors,
                 )
@@ -390,7 +392,7 @@ impl Check<'_> {
                     let runs = snapshot.working_set_runs(&blob);
                     (Part::WorkingSet, runs.map(|_| ()))
                 }
-                // Can be as long as it likes: whoever waits hears of it on the way.
+                // An attachment may have any length, so progress is reported while it is checked.
                 _ => {
                     let part = Part::Attachment;
                     let mut hasher = blake3::Hasher::new();
@@ -416,16 +418,16 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// That the pages of every fill run are what it says: the reader looks.
+    /// Checks that the pages of every fill run repeat its word; the reader compares them.
     fn fill_runs(&mut self) {
-        // A damaged section was reported with its checksum only if that was wrong. Nothing but
+        // If the section is damaged, only a wrong checksum has been reported so far. Nothing but
         // the runs depends on it, so all else can still be compared.
         if let Err(error) = self.snapshot.fill_runs() {
             self.problem(error);
         }
     }
 
-    /// The summary against what was counted.
+    /// Compares the summary with the verifier's own counts.
     fn summary(&mut self) {
         if !self.complete {
             return;

@@ -1,5 +1,6 @@
-//! One field of the hand-made sample at a time gets a wrong value, with all checksums right: each
-//! has its named error. What no checksum guards against is what a hostile writer would try.
+//! Each test gives one field at a time of the hand-made sample a wrong value, with all checksums
+//! right, and expects a specific error. A hostile writer would try exactly these defects, because
+//! no checksum guards against them.
 
 mod common;
 mod field_case;
@@ -16,7 +17,7 @@ use snapshot_format::layout::{
 use snapshot_format::{
     FrameDecoder, OpenError, Page, ReadError, Reason, Snapshot, VerifyOptions, verify,
 };
-/// Whether `error` is damage and says the words.
+/// Runs all cases; `outcome` returns whether the error is damage, and its text.
 fn run(sample: &Sample, cases: &[Case], outcome: impl Fn(&Sample) -> (bool, String)) {
     for (number, case) in cases.iter().enumerate() {
         let mut wrong = sample.clone();
@@ -35,7 +36,7 @@ fn run(sample: &Sample, cases: &[Case], outcome: impl Fn(&Sample) -> (bool, Stri
             case.error
         );
         assert!(damage, "case {number}: {error:?} is damage");
-        // The verifier finds it as well, and finds it a problem of the file.
+        // The verifier finds it as well, and reports it as a problem of the file.
         let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
         assert!(
             report
@@ -123,7 +124,8 @@ fn the_ends() {
     );
 }
 
-/// A reader opens the file by its trailer: what the header says otherwise is the verifier's to find.
+/// A reader opens the file by its trailer. A contradiction in the header is for the verifier to
+/// find.
 #[test]
 fn the_header() {
     let sample = Sample::new();
@@ -176,7 +178,7 @@ fn what_this_reader_does_not_support_has_a_name_and_is_no_damage() {
     assert!(error.to_string().contains("ancestors"), "{error}");
     let error = refused(features, &(1u64 << 40 | 1 << 3).to_le_bytes());
     assert!(error.to_string().contains("bit 3, bit 40"), "{error}");
-    // Unknown optional features and unknown sections are none of a reader's business.
+    // A reader ignores unknown optional features and unknown sections.
     let mut sample = Sample::new();
     let optional = sample.trailer() + offset_of!(Trailer, optional_features);
     sample.put_u64(optional, 1 << 50);
@@ -504,7 +506,8 @@ fn fill_runs() {
         ],
         reading(Snapshot::fill_runs),
     );
-    // A whole block that the top table calls something else, though its index entries may agree.
+    // A whole block for which the top table has another entry, although its index entries may
+    // agree.
     let top = sample.top_entry(2);
     #[rustfmt::skip]
     run(
@@ -605,7 +608,7 @@ fn properties() {
             u8(text.start + 6, b':', "without ="),
             u8(text.end - 1, b'.', "no end"),
             u64(count, 1, "count of the property section"),
-            // No rule of the directory: the file opens.
+            // The directory has no rule for it, so the file opens.
             u64(count, u64::MAX, "count of the property section"),
         ],
         reading(Snapshot::properties),

@@ -1,4 +1,4 @@
-//! The wide test for fills against one that looks at one word at a time.
+//! The fast test for fills is compared with one that looks at one word at a time.
 
 use proptest::prelude::*;
 use snapshot_format::digest::fill_word;

@@ -1,4 +1,4 @@
-//! `FORMAT.md` is normative: its tables say what `layout.rs` says.
+//! `FORMAT.md` is normative: its tables must agree with `layout.rs`.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -7,7 +7,8 @@ use snapshot_format::layout::{self, SectionKind};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
-/// Rows of the table whose header row begins with `first`, without header and rule.
+/// Returns the rows of the table whose header row begins with `first`, without the header and the
+/// rule below it.
 fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
     let rows: Vec<&str> = text
         .lines()
@@ -21,7 +22,8 @@ fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// What follows the heading of a struct, up to the next heading, and the size that it states.
+/// Returns the text between the heading of a struct and the next heading, and the size that the
+/// heading states.
 fn section(name: &str) -> (&'static str, usize) {
     let heading = format!("### `{name}`: ");
     let from = FORMAT
@@ -33,7 +35,7 @@ fn section(name: &str) -> (&'static str, usize) {
     (&text[..end], size.parse().expect("a number"))
 }
 
-/// Checks a struct's table against (field, offset, bytes), which must be all of it.
+/// Compares a struct's table with (field, offset, bytes), which must be all of it.
 fn check(name: &str, size: usize, fields: &[(&str, usize, usize)]) {
     let (text, stated) = section(name);
     assert_eq!(stated, size, "size of {name}");
@@ -194,7 +196,7 @@ fn limits_are_as_documented() {
     assert_eq!(layout::PAGES_PER_BLOCK_U64, layout::PAGES_PER_BLOCK as u64);
 }
 
-/// (name, number) of each row of the table that begins with `first`.
+/// Returns (name, number) of each row of the table that begins with `first`.
 fn numbers(first: &str) -> Vec<(&'static str, u64)> {
     table(FORMAT, first)
         .iter()
@@ -307,8 +309,8 @@ fn chapter(heading: &str) -> &'static str {
 
 const EXAMPLE: &[u8] = include_bytes!("../../fixtures/golden/v1/good-tiny.snap");
 
-/// The dump blocks of the example: what stands above each, and the bytes that it shows, where all
-/// others are zero.
+/// Returns the bytes of the example's dump blocks, each placed by the line above it; all other
+/// bytes are zero.
 fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let (mut above, mut inside) = ("", false);
@@ -345,7 +347,7 @@ fn the_example_is_the_golden_file() {
     for (at, (shown, real)) in shown.iter().zip(EXAMPLE).enumerate() {
         assert_eq!(shown, real, "byte {at:#x}");
     }
-    // The index block, which the file has compressed.
+    // The index block, which is compressed in the file.
     let top = FORMAT
         .lines()
         .find_map(|line| line.strip_prefix("Top table, at byte "))
@@ -359,7 +361,7 @@ fn the_example_is_the_golden_file() {
     assert_eq!(dumps(text, true, decoded.len()), decoded);
 }
 
-/// The digests of the example, computed by what FORMAT.md says of them and nothing else.
+/// Computes the digests of the example from their definition in FORMAT.md alone.
 #[test]
 fn the_example_has_the_digests_that_follow() {
     let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
@@ -432,7 +434,7 @@ fn the_properties_of_the_writer_are_documented() {
     assert_eq!(documented, keys);
 }
 
-/// Each cell that is a rule says whose.
+/// Each cell with a rule names the check behind it.
 #[test]
 fn every_field_says_who_checks_it() {
     for name in STRUCTS {
@@ -445,7 +447,7 @@ fn every_field_says_who_checks_it() {
     }
 }
 
-/// What an ordinary file is, in numbers.
+/// Sizes of an ordinary file.
 #[test]
 fn the_tail_holds_what_is_promised() {
     let room = layout::TAIL_BYTES - layout::TRAILER_BYTES;

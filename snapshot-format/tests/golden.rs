@@ -1,5 +1,5 @@
-//! The golden files of every format version, held to what their manifest says. They were written once and are kept: a
-//! reader that treats one of them otherwise than the manifest says has changed the format.
+//! The golden files of every format version are compared with their manifest. They were written
+//! once and are kept: a reader that treats one of them differently has changed the format.
 
 mod counting;
 
@@ -44,7 +44,7 @@ fn list<'a>(entry: &'a Value, key: &str) -> &'a [Value] {
         .unwrap_or_else(|| panic!("{key} of {entry}"))
 }
 
-/// Ranges given as `[first page, pages]`.
+/// Returns ranges given as `[first page, pages]`.
 fn ranges(entry: &Value, key: &str) -> Vec<Range<u64>> {
     let pair = |pair: &Value| {
         let first = pair[0].as_u64().expect("a page");
@@ -58,7 +58,7 @@ fn store(file: &str) -> Arc<MemoryStore> {
     Arc::new(MemoryStore::named(bytes, file))
 }
 
-/// What the manifest calls an error.
+/// Returns the manifest's name for an error.
 fn name_of(error: &OpenError) -> String {
     match error {
         OpenError::NotASnapshot { .. } => "not a snapshot".to_owned(),
@@ -87,7 +87,7 @@ fn name_of(error: &OpenError) -> String {
     }
 }
 
-/// Where a file that can't be opened is damaged.
+/// Returns the damaged part and offset of a file that can't be opened.
 fn place_of(error: &OpenError) -> Option<(String, u64)> {
     match error {
         OpenError::Damaged { part, offset, .. } => Some((part.to_string(), *offset)),
@@ -96,7 +96,7 @@ fn place_of(error: &OpenError) -> Option<(String, u64)> {
     }
 }
 
-/// A region's name, which the manifest shortens if it is one letter again and again.
+/// Returns a region's name, shortened as in the manifest if it repeats one letter.
 fn region_name(region: &Value) -> String {
     match &region["name"] {
         Value::String(name) => name.clone(),
@@ -107,17 +107,18 @@ fn region_name(region: &Value) -> String {
     }
 }
 
-/// What is at a page number.
+/// Content of a page number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Content {
     Bytes(Vec<u8>),
     Unavailable,
     Unused,
-    /// Refused as damaged.
+    /// The page was refused as damaged.
     Lost,
 }
 
-/// Reads pages one after the other, decoding each frame when it is needed and not the last.
+/// Reads pages one after the other, and decodes each frame when it is needed and is not the last
+/// one decoded.
 struct Pages {
     snapshot: Snapshot,
     decoder: FrameDecoder,
@@ -175,7 +176,7 @@ fn check(file: &str) -> Result<Report, VerifyError> {
     verify(store(file), VerifyOptions::default().threads(2))
 }
 
-/// The kinds of a report's problems, sorted, each once.
+/// Returns the kinds of a report's problems, sorted, each once.
 fn kinds(report: &Report) -> Vec<&str> {
     let mut kinds: Vec<&str> = report
         .problems
@@ -215,11 +216,11 @@ fn the_manifest_names_every_file_and_its_length() {
     assert_eq!(there, named);
 }
 
-/// Whether `offset` lies in the part that the manifest calls damaged.
+/// Returns whether `offset` lies in the part that the manifest calls damaged.
 fn is_there(entry: &Value, offset: u64) -> bool {
     let bytes = list(&entry["place"], "bytes");
     let [from, to] = [0, 1].map(|i| bytes[i].as_u64().expect("an offset"));
-    // A file that was cut off is damaged where it ends.
+    // A truncated file is damaged at its end.
     (from..to).contains(&offset) || from == to && from == offset
 }
 
@@ -255,7 +256,7 @@ fn files_open_or_are_refused_as_the_manifest_says() {
     for entry in &manifest() {
         let (file, wanted) = (text(entry, "file"), text(entry, "open"));
         match Snapshot::open(store(file)) {
-            // Regions may be read at the first use.
+            // Regions may be read on first use.
             Ok(_) => assert_eq!(wanted, "ok", "{file}"),
             Err(error) => {
                 assert_eq!(name_of(&error), wanted, "{file}: {error}");
@@ -428,7 +429,8 @@ fn bad_files_lose_the_pages_of_the_defect_and_no_other() {
     }
 }
 
-/// What the end of a file holds, one read of it opens. What lies before is one read more.
+/// A file whose tail holds everything needed opens with one read. Anything before the tail costs
+/// one more.
 #[test]
 fn one_read_of_the_tail_opens_a_file() {
     for entry in manifest()
@@ -458,7 +460,7 @@ fn one_read_of_the_tail_opens_a_file() {
     }
 }
 
-/// A file of a later writer of version 1 reads like any other, and says what it has that is not known.
+/// A file of a later writer of version 1 reads like any other, and reports its unknown parts.
 #[test]
 fn what_is_not_known_is_ignored() {
     let snapshot = Pages::open("good-from-the-future.snap").snapshot;

@@ -1,5 +1,5 @@
-//! Files that nobody wrote: every byte flipped, every length, and noise. Nothing panics, nothing
-//! wrong is believed, and the verifier always says so.
+//! Damaged files: every byte flipped, every length, and noise. Nothing panics, no wrong byte is
+//! returned, and the verifier always reports the damage.
 
 mod common;
 
@@ -17,7 +17,7 @@ use snapshot_format::{
     FrameDecoder, MemoryStore, OpenError, Page, Reason, Snapshot, Store, VerifyOptions, verify,
 };
 
-/// Reads all that can be read; errors are fine, wrong bytes and panics are not.
+/// Reads everything that can be read; errors are allowed, wrong bytes and panics are not.
 fn read_everything(snapshot: &Snapshot, expect: impl Fn(u64) -> Option<Vec<u8>>) {
     let mut decoder = FrameDecoder::new();
     let mut frames: BTreeMap<u64, Option<Vec<u8>>> = BTreeMap::new();
@@ -90,7 +90,8 @@ fn open(bytes: &[u8]) -> Result<Snapshot, OpenError> {
     Snapshot::open(Arc::new(MemoryStore::new(bytes.to_vec())))
 }
 
-/// What the verifier finds, or none if the file asks for another reader.
+/// Returns the number of problems that the verifier finds, or none if the file needs another
+/// reader.
 fn problems(bytes: &[u8]) -> Option<usize> {
     problems_of(Arc::new(MemoryStore::new(bytes.to_vec())))
 }
@@ -109,7 +110,8 @@ fn problems_of(store: Arc<dyn Store>) -> Option<usize> {
 fn every_flipped_byte_is_found() {
     let sample = Sample::new();
     let all = sample.bytes.len();
-    // The inside of payloads and of the attachment is alike to the reader: every 97th byte will do.
+    // The inside of payloads and of the attachment makes no difference to the reader, so every 97th
+    // byte is enough.
     let bulk = |at: usize| {
         let inside = |range: &std::ops::Range<usize>| (range.start + 64..range.end).contains(&at);
         sample.frames.iter().any(inside) || sample.blobs.iter().any(|(_, _, range)| inside(range))
@@ -158,7 +160,7 @@ fn every_length_is_refused() {
         }
         assert_eq!(problems_of(prefix), Some(1), "{len}");
     }
-    // One byte more is as wrong.
+    // One additional byte is wrong, too.
     let mut longer = sample.bytes.clone();
     longer.push(0);
     assert!(matches!(open(&longer), Err(OpenError::Incomplete { .. })));
@@ -205,7 +207,7 @@ fn what_is_no_file_or_disk_is_refused_by_name() {
         let (told, heard) = std::sync::mpsc::channel();
         let opened = path.to_owned();
         std::thread::spawn(move || {
-            // Nobody waits any more if it took too long.
+            // The receiver is gone if opening took too long.
             let _ = told.send(Snapshot::open_path(opened));
         });
         let error = heard
@@ -219,7 +221,7 @@ fn what_is_no_file_or_disk_is_refused_by_name() {
     }
 }
 
-/// Overwrites parts of the sample's structure, and makes all checksums right again.
+/// Overwrites parts of the sample's structure, and recomputes all checksums.
 fn tampered() -> impl Strategy<Value = Vec<u8>> {
     let sample = Sample::new();
     let structure: Vec<usize> = (0..sample.bytes.len())
@@ -269,8 +271,8 @@ proptest! {
         prop_assert!(open(&bytes).is_err());
     }
 
-    /// Checksums are right, so only the checks of the values stand between this and memory. What
-    /// still opens may hold other pages than the sample does, but reads without a panic.
+    /// Checksums are right, so only the checks of the values protect memory. A file that still
+    /// opens may hold other pages than the sample does, but is read without a panic.
     #[test]
     fn a_hostile_writer_is_no_match(bytes in tampered()) {
         let _ = problems(&bytes);

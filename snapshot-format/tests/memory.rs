@@ -1,5 +1,6 @@
-//! A writer's memory is bounded, whatever the source: 128 MiB with default options and as many
-//! threads as those ever start. Each source is written in a process of its own, whose peak counts.
+//! A writer's memory is bounded for any source: 128 MiB with default options and the maximum number
+//! of threads that these ever start. Each source is written in a process of its own, whose peak is
+//! measured. 64 GiB of distinct pages take five minutes, so they are written on demand only:
 //!
 //! 64 GiB of which every page is new take five minutes, so they are written on demand only:
 //!
@@ -9,7 +10,7 @@
 //!
 //! Two processors took 280 s; the peak was 111 MiB.
 
-// The peaks are what one wants to see of these tests.
+// The peaks are the interesting output of these tests.
 #![allow(clippy::print_stdout)]
 
 use std::io::{self, Write as _};
@@ -19,15 +20,15 @@ use snapshot_format::layout::PAGE_SIZE;
 use snapshot_format::{RegionSpec, Summary, WriteError, Writer, WriterOptions};
 
 const MAX_BYTES: u64 = 128 << 20;
-/// Most that a writer starts by itself.
+/// Maximum number of threads that a writer starts by default.
 const THREADS: usize = 8;
 const PAGES_PER_GIB: u64 = 1 << 18;
 const CHILD: &str = "SNAPSHOT_MEMORY_TEST";
 
-/// Makes pages faster than they are written: a stamp in a block of ready-made ones.
+/// Makes pages faster than they are written, by stamping the pages of a ready-made block.
 struct Source {
     block: Vec<u8>,
-    /// Stamps used.
+    /// Number of stamps used.
     next: u64,
 }
 
@@ -54,8 +55,8 @@ impl Source {
         self.block[page * PAGE_SIZE..][..8].copy_from_slice(&stamp.to_le_bytes());
     }
 
-    /// A block of 512 pages with content of their own. Page `n` of block `b` gets the stamp
-    /// `512 b + n + 1`; with that stamp, in that place, the content comes again.
+    /// Returns a block of 512 pages with distinct content. Page `n` of block `b` gets the stamp
+    /// `512 b + n + 1`; writing that stamp there again repeats the content.
     fn distinct(&mut self) -> &[u8] {
         for page in 0..512 {
             self.next += 1;
@@ -67,14 +68,14 @@ impl Source {
 
 type Sink = Writer<io::Sink>;
 
-/// Every page is new.
+/// Writes pages that are all new.
 fn distinct(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     (0..pages / 512).try_for_each(|_| writer.write_pages(source.distinct()))
 }
 
-/// A frame for each page, more of them than are kept to be shared, and some pages of each block
-/// again shortly after: those are found up to the end.
+/// Writes a frame for each page, with more frames than are kept for sharing. Some pages of each
+/// block are repeated shortly after and must be found up to the end.
 fn repeated(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     for _ in 0..pages / 576 {
@@ -84,7 +85,7 @@ fn repeated(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Data, zeros given as bytes, copies of blocks near and far, single fills.
+/// Writes data, zeros given as bytes, copies of near and far blocks, and single fills.
 fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let zeros = vec![0; 512 * PAGE_SIZE];
@@ -92,7 +93,7 @@ fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
         match block % 8 {
             0..3 => writer.write_pages(source.distinct())?,
             3 => {
-                // What was written long ago, a page here and a page there.
+                // Pages that were written long ago, taken from different places.
                 for page in 0..512 {
                     let earlier = (block * 7919 + page as u64 * 104_729) % (source.next / 512);
                     source.stamp(page, earlier * 512 + page as u64 + 1);
@@ -110,7 +111,7 @@ fn mixed(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Holes, and 3 GiB of data between them.
+/// Writes holes, with 3 GiB of data between them.
 fn sparse(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let data = 3 * PAGES_PER_GIB / 512;
@@ -122,7 +123,8 @@ fn sparse(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// In every index block one new page, and holes: index blocks wait for frames that fill slowly.
+/// Writes one new page and holes in every index block, so that index blocks wait for frames that
+/// fill slowly.
 fn scattered(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let mut left = Vec::new();
@@ -142,7 +144,7 @@ fn scattered(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// In every index block one new page; the others are copies out of many frames.
+/// Writes one new page in every index block; the others are copies out of many frames.
 fn duplicates(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     let mut source = Source::new();
     let frames = 4096;
@@ -159,7 +161,7 @@ fn duplicates(writer: &mut Sink, pages: u64) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Runs `test` in a process of its own: writes a source there, and checks the peak and the counts.
+/// Runs `test` in a process of its own, which writes a source, and checks the peak and the counts.
 fn in_child(
     test: &str,
     gib: u64,
@@ -169,7 +171,7 @@ fn in_child(
     in_child_with(WriterOptions::default(), test, gib, write, check);
 }
 
-/// As [`in_child`], with other options.
+/// Runs a case as [`in_child`] does, with other options.
 fn in_child_with(
     options: WriterOptions,
     test: &str,
@@ -185,7 +187,8 @@ fn in_child_with(
             .output()
             .expect("a process of its own");
         assert!(output.status.success(), "{test}: {output:?}");
-        // The rest is a test harness's, and would be counted. Past this one, which swallows a `println!`.
+        // The rest is the output of a test harness, and would be counted. Written past this
+        // harness, which swallows a `println!`.
         let said = String::from_utf8_lossy(&output.stdout);
         let peak = said.lines().find(|line| line.contains(": peak "));
         writeln!(io::stdout(), "{}", peak.expect("what was measured")).expect("standard output");
@@ -213,7 +216,7 @@ fn in_child_with(
     assert!(peak <= MAX_BYTES, "{peak} bytes");
 }
 
-/// `VmHWM` of this process.
+/// Returns `VmHWM` of this process, in bytes.
 fn peak_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("/proc/self/status");
     let line = status
@@ -244,8 +247,8 @@ fn distinct_8() {
     });
 }
 
-/// Frames of one page ran out of numbers that can be shared: past the first 2^20 no repetition was
-/// found any more.
+/// Regression: frames of one page ran out of numbers that can be shared, and beyond the first 2^20
+/// no repetition was found any more.
 #[test]
 fn repeated_5() {
     let options = WriterOptions {

@@ -16,16 +16,17 @@ thread_local! {
 }
 
 fn count() {
-    // The thread-local is gone while a thread ends; what it allocates then is none of the test's.
+    // The thread-local no longer exists while a thread exits; allocations at that point don't
+    // belong to the test.
     let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
 }
 
 #[allow(unsafe_code, reason = "an allocator can't be written without")]
-// SAFETY: every call is handed to the system's allocator unchanged, so its guarantees are ours.
+// SAFETY: every call is passed to the system's allocator unchanged, so its guarantees hold here.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
+        // SAFETY: the caller upholds the contract of `alloc`, which is the same.
         unsafe { System.alloc(layout) }
     }
 
@@ -54,8 +55,8 @@ fn allocations() -> u64 {
     ALLOCATIONS.get()
 }
 
-/// Bytes that zstd has taken from C's allocator can't be counted here; that it takes none when it
-/// decodes at once is what its one-shot functions promise for a context that exists.
+/// Memory that zstd takes from C's allocator can't be counted here. zstd promises that its one-shot
+/// functions take none for an existing context.
 #[test]
 fn decoding_allocates_nothing() {
     let before = allocations();

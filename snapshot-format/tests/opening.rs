@@ -1,4 +1,5 @@
-//! What opening leaves to the caller or to later writers: a limit on memory, and unused room.
+//! Freedoms that opening leaves to the caller or to later writers: a limit on memory, and unused
+//! room.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! The hand-made sample, read back: every page, every table, with how many reads.
+//! The hand-made sample, read back: every page, every table, and the number of reads.
 
 mod common;
 mod counting;
@@ -11,7 +11,7 @@ use counting::Counting;
 use snapshot_format::layout::{PAGE_SIZE, TAIL_BYTES};
 use snapshot_format::{FrameDecoder, ListedRun, Page, ReadError, Reason, Snapshot, Top};
 
-/// The bytes of a page as a reader gets them; none if there are none.
+/// Returns the bytes of a page as a reader gets them; none if the page has none.
 fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Option<Vec<u8>> {
     match snapshot.look_up(page, Reason::Demand).expect("look up") {
         Page::Fill(word) => Some(word.to_le_bytes().repeat(PAGE_SIZE / 8)),

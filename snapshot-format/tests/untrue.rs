@@ -1,5 +1,5 @@
-//! What only the verifier finds: fields of the hand-made sample that are possible and not true, and
-//! how it reports many problems at once.
+//! Defects that only the verifier finds: fields of the hand-made sample that are possible but not
+//! true, and the report of many problems at once.
 
 mod common;
 mod field_case;
@@ -17,7 +17,7 @@ use snapshot_format::{
     MAX_PROBLEMS, MemoryStore, RegionSpec, VerifyOptions, Writer, WriterOptions, verify,
 };
 
-/// What only the verifier looks for: each field is possible, but not true.
+/// Fields that only the verifier checks: each value is possible, but not true.
 #[test]
 fn what_is_possible_but_not_true() {
     let sample = Sample::new();
@@ -140,7 +140,7 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
     );
 }
 
-/// Each of 4100 index blocks is bad in a way of its own: 1000 are listed, the rest are counted.
+/// Each of 4100 index blocks is damaged in its own way: 1000 are listed, the rest are counted.
 #[test]
 fn the_list_of_problems_is_bounded() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");

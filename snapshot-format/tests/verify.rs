@@ -1,5 +1,5 @@
-//! The verifier on the hand-made sample: nothing where nothing is wrong, and each thing that only
-//! it looks for.
+//! The verifier on the hand-made sample: it reports nothing for a good file, and everything that
+//! only the verifier checks.
 
 mod common;
 
@@ -47,7 +47,7 @@ fn progress_is_told_and_can_cancel() {
     assert!(matches!(cancelled, Err(VerifyError::Cancelled)));
 }
 
-/// Fails to read a byte of the sample, as a broken disk does.
+/// A store that fails to read a byte of the sample, as a broken disk does.
 struct Failing {
     bytes: Vec<u8>,
     at: u64,
@@ -119,7 +119,7 @@ fn verifying_can_be_cancelled_within_an_attachment() {
     assert!(calls > 100, "{calls} calls for 160 pieces of 64 KiB");
 }
 
-/// Counts the reads of one offset.
+/// A store that counts the reads of one offset.
 struct Counting {
     inner: MemoryStore,
     at: u64,
@@ -143,7 +143,8 @@ impl Store for Counting {
     }
 }
 
-/// A frame that pages all over the snapshot share was decoded for every 2 GiB of them.
+/// Regression: a frame that pages all over the snapshot share was decoded once for every 2 GiB of
+/// them.
 #[test]
 fn a_frame_that_all_share_is_decoded_twice_at_most() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
@@ -179,7 +180,7 @@ fn a_frame_that_all_share_is_decoded_twice_at_most() {
     assert_eq!(report.pages_checked, windows * (2 << 30) / 4096);
     assert_eq!(reads, 2);
 
-    // A bad one is looked at once and is one problem.
+    // A bad frame is checked once and is one problem.
     let at = usize::try_from(frame.offset()).expect("in memory");
     bytes[at + 40] ^= 1;
     let (report, reads) = count(&bytes, frame);

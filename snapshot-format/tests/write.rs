@@ -1,4 +1,4 @@
-//! What the writer writes, the reader reads: every page, whatever the input and the options.
+//! The reader returns every page as it was written, for any input and options.
 
 mod model;
 
@@ -27,14 +27,14 @@ fn assert_verifies(bytes: Vec<u8>) {
     assert_eq!(report.problems, []);
 }
 
-/// A writer with one region.
+/// Returns a writer with one region.
 fn writer(options: WriterOptions) -> Writer<Vec<u8>> {
     let mut writer = Writer::new(Vec::new(), options).unwrap();
     writer.begin_region(&RegionSpec::default()).unwrap();
     writer
 }
 
-/// Bytes of `pages` data pages, from content `first` on.
+/// Returns the bytes of `pages` data pages, from content `first` on.
 fn data(first: u64, pages: u64) -> Vec<u8> {
     (first..first + pages).flat_map(data_page).collect()
 }
@@ -55,7 +55,8 @@ proptest! {
         assert_verifies(bytes);
     }
 
-    /// The file depends on the content alone: not on threads, nor on the pieces that it came in.
+    /// The file depends on the content alone, not on the number of threads or on how the input is
+    /// split.
     #[test]
     fn the_same_input_gives_the_same_bytes(
         image in model::images(),
@@ -91,7 +92,7 @@ fn the_same_content_is_stored_once() {
 #[test]
 fn a_list_names_no_slot_more_than_four_times() {
     let mut writer = writer(options());
-    // 31 pages don't fill a frame, so all that share them come while it is open.
+    // 31 pages don't fill a frame, so all pages that share them come while it is open.
     for _ in 0..100 {
         writer.write_pages(&data(0, 31)).unwrap();
     }
@@ -132,7 +133,7 @@ fn index_blocks_do_not_wait_for_ever() {
         writer.write_pages(&data(0, shared)).unwrap();
     }
     let (_, written) = writer.finish().unwrap();
-    // The first block fills a frame by itself; then one for each 64 blocks.
+    // The first block fills a frame by itself; after that there is one for each 64 blocks.
     assert_eq!(written.summary.frames, 6, "sealed early");
 }
 
@@ -260,7 +261,7 @@ fn a_pipe_will_do() {
     assert_verifies(bytes);
 }
 
-/// Accepts a number of bytes, then fails.
+/// An output that accepts a number of bytes, then fails.
 struct Failing(usize);
 
 impl Write for Failing {
@@ -446,7 +447,7 @@ fn what_passes_a_limit_is_refused() {
             })
         }),
         ("working set", |w| {
-            // More pages than there are, though each run is right.
+            // More pages than the snapshot has, although each run is right.
             let run = WorkingSetRun {
                 first_page: 0,
                 pages: 10,
@@ -457,8 +458,8 @@ fn what_passes_a_limit_is_refused() {
             w.set_property("x", &"y".repeat(1 << 20))
         }),
         ("all properties", |w| {
-            // Far more than there may be: the call that passes the limit is the one that fails,
-            // and replacing a value counts what is left.
+            // Far more than allowed: the call that exceeds the limit is the one that fails, and
+            // replacing a value counts only the new one.
             for _ in 0..64 {
                 w.set_property("replaced", &"y".repeat(1 << 19))?;
             }
@@ -580,7 +581,7 @@ fn a_terabyte_of_zeros_is_nothing() {
     );
 }
 
-/// Keeps the lengths only.
+/// An output that counts lengths only.
 #[derive(Default)]
 struct Positions(u64);
 
@@ -595,7 +596,7 @@ impl Write for Positions {
     }
 }
 
-/// Codecs of the frames of 32 pages, and the bytes that they take.
+/// Returns the codecs of the frames of 32 pages, and the bytes that they take.
 fn stored(level: i32, pages: &[u8]) -> (Vec<Codec>, u64) {
     let mut writer = writer(WriterOptions { level, ..options() });
     writer.write_pages(pages).unwrap();

@@ -1,5 +1,5 @@
-//! Snapshots as the writer writes them: what reading costs at any size, and that no flipped bit
-//! passes.
+//! Files made by the writer: the costs of reading at any size, and the detection of every flipped
+//! bit.
 
 mod counting;
 
@@ -12,7 +12,7 @@ use snapshot_format::{
     VerifyOptions, Writer, WriterOptions, verify,
 };
 
-/// A page that no other is like, half of it noise.
+/// Returns a page that equals no other and of which half is noise.
 fn page(number: u64) -> Vec<u8> {
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..PAGE_SIZE as u64 / 8)
@@ -35,8 +35,8 @@ fn options(frame_pages: usize) -> WriterOptions {
     }
 }
 
-/// `gib` GiB in two regions: every block has a stored page, the first has 512, each in a frame of
-/// its own.
+/// Writes a snapshot of `gib` GiB in two regions: every block has a stored page, and the first has
+/// 512, each in a frame of its own.
 fn generate(gib: u64) -> Vec<u8> {
     let blocks = gib * 512;
     let mut writer = Writer::new(Vec::new(), options(1)).expect("new");
@@ -60,7 +60,7 @@ fn generate(gib: u64) -> Vec<u8> {
     writer.finish().expect("finish").0
 }
 
-/// A snapshot of up to 4 GiB opens with one read; the top table of a larger one is one more.
+/// A snapshot of up to 4 GiB opens with one read; the top table of a larger one costs one more.
 #[test]
 fn opening_and_looking_up_cost_the_same_at_any_size() {
     for gib in [1, 4, 64] {
@@ -78,7 +78,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
             assert!(bytes <= most, "{gib} GiB: {bytes} bytes to open");
         }
 
-        // The last look-up in each block, from the back: none is in the cache.
+        // The last look-up in each block, in descending order: none is in the cache.
         for block in [gib * 512 - 1, gib * 256, gib * 256 - 1, 77, 0] {
             let number = block * PAGES_PER_BLOCK_U64;
             let found = snapshot.look_up(number, Reason::Demand).expect("look up");
@@ -104,7 +104,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
 
 #[test]
 fn a_large_snapshot_verifies() {
-    // More blocks than the verifier looks at together, and contents shared across its windows.
+    // More blocks than the verifier checks together, and contents shared across its windows.
     let mut writer = Writer::new(Vec::new(), options(16)).expect("new");
     for region in 0..3 {
         let region = RegionSpec {
@@ -174,8 +174,8 @@ fn every_flipped_byte_of_a_small_snapshot_is_found() {
     }
 }
 
-/// A region can end at the last address, and no later: the writer must not write what the reader
-/// refuses.
+/// A region can end at the last address, but not beyond it: the writer must not write a file that
+/// the reader refuses.
 #[test]
 fn the_last_address_is_an_address() {
     for (start, good) in [

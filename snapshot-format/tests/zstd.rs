@@ -1,4 +1,4 @@
-//! Which zstd frames a payload may be: what `FORMAT.md` says of codecs, held against the reader, the
+//! Valid zstd frames of a payload: the rules of `FORMAT.md` for codecs, checked in the reader, the
 //! verifier and the writer.
 
 mod common;
@@ -14,11 +14,11 @@ use snapshot_format::{
 use zerocopy::FromBytes;
 use zstd_safe::{CCtx, CParameter};
 
-/// Single segment: the content's size is the window's.
+/// Single segment: the window is as large as the content.
 const SINGLE_SEGMENT: u8 = 1 << 5;
 const CHECKSUM: u8 = 1 << 2;
 const DICTIONARY_ID: u8 = 3;
-/// A zstd frame that decoders skip, with one byte in it.
+/// A skippable zstd frame, with one byte in it.
 const SKIPPABLE: &[u8] = b"\x50\x2a\x4d\x18\x01\x00\x00\x00!";
 
 fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
@@ -28,7 +28,8 @@ fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
     }
 }
 
-/// Decodes the frame that `pack` made, and then says what the verifier finds.
+/// Decodes the frame that `pack` made. Returns the result, and the problems that the verifier
+/// finds.
 fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     let sample = Sample::build_with(true, pack);
     let snapshot = sample.open().expect("opens");
@@ -44,7 +45,7 @@ fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     if decoded.is_ok() {
         assert!(out[..PAGE_SIZE] == common::pattern(4));
     }
-    // In steps it comes to the same.
+    // Decoding in steps gives the same result.
     out.fill(0);
     let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
     let first = steps.decode_first(&snapshot, &frame, Reason::Demand, 1, &mut out);
@@ -78,7 +79,7 @@ fn with(parameter: CParameter) -> impl Fn(&[u8]) -> Vec<u8> {
     }
 }
 
-/// A frame without content size: a byte that describes the window follows the first five.
+/// Returns a frame without content size: a byte that describes the window follows the first five.
 fn windowed(raw: &[u8]) -> Vec<u8> {
     let frame = with(CParameter::ContentSizeFlag(false))(raw);
     assert_eq!(frame[4], 0, "a window, and nothing else");
@@ -158,7 +159,7 @@ fn frames_that_readers_must_refuse() {
     }
 }
 
-/// A snapshot file of one region.
+/// Writes a snapshot file of one region.
 fn pack(
     dictionary: Dictionary,
     level: i32,
@@ -185,7 +186,7 @@ fn open(bytes: Vec<u8>) -> Snapshot {
     Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
 }
 
-/// The frame header descriptor of the first frame, and its codec.
+/// Returns the frame header descriptor of the first frame, and its codec.
 fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     let bytes = pack(
         dictionary,
@@ -203,7 +204,7 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     (bytes[payload + 4], header.codec)
 }
 
-/// A page of text, which compresses and differs from others.
+/// Returns a page of text, which compresses and differs from other pages.
 fn text_page(page: u64) -> Vec<u8> {
     let lines = (0..).flat_map(|line: u64| {
         let number = (page << 8 | line).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -242,14 +243,14 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
             assert!(out[..ready] == expected[..ready]);
             stopped += usize::from(ready < out.len());
             if n % 3 == 0 {
-                // Another is begun, and the rest forgotten.
+                // Another frame is begun, and the rest of this one is forgotten.
                 continue;
             }
             steps
                 .decode_rest(&snapshot, &frame, &mut out)
                 .expect("decodes");
             assert!(out == expected);
-            // What wasn't begun is decoded anew.
+            // A frame that wasn't begun is decoded from the start.
             let mut other = vec![0; out.len()];
             steps
                 .decode_rest(&snapshot, &frame, &mut other)
@@ -263,7 +264,7 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
 
 #[test]
 fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
-    // Damaged before the record's checksum was computed.
+    // The payload is damaged before the record's checksum is computed.
     let sample = Sample::build_with(true, &|raw| {
         let mut frame = with(CParameter::MaxBlockSize(1024))(raw);
         let len = frame.len();

@@ -9,7 +9,7 @@ use std::path::Path;
 pub const PAGE: usize = 4096;
 const CHUNK: usize = 1 << 20;
 
-/// Demands that two files have the same bytes.
+/// Asserts that two files have the same bytes.
 #[track_caller]
 pub fn assert_same_files(one: &Path, other: &Path) {
     let open = |path: &Path| {
@@ -25,7 +25,8 @@ pub fn assert_same_files(one: &Path, other: &Path) {
     }
 }
 
-/// Where two streams differ first; the end of one of them is a difference.
+/// Returns the offset of the first difference between two streams; the end of only one of them is a
+/// difference.
 pub fn first_difference(one: &mut impl Read, other: &mut impl Read) -> io::Result<Option<u64>> {
     let (mut a, mut b) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut at = 0;
@@ -54,7 +55,7 @@ fn fill<'a>(from: &mut impl Read, buf: &'a mut [u8]) -> io::Result<&'a [u8]> {
     Ok(&buf[..done])
 }
 
-/// `len` bytes of a file.
+/// Returns `len` bytes of a file.
 #[track_caller]
 pub fn bytes_at(file: &File, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];

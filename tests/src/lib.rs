@@ -1,4 +1,4 @@
-//! What the end-to-end tests of `snaprestore` share: the program, real memory, comparisons.
+//! Code shared by the end-to-end tests of `snaprestore`: the program, real memory, comparisons.
 #![allow(
     clippy::missing_panics_doc,
     reason = "what fails here fails a test, and that is done by a panic"

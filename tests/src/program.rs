@@ -1,4 +1,4 @@
-//! The program under test, and what a run of it said.
+//! The program under test, and the output of its runs.
 
 use std::ffi::OsStr;
 use std::io;
@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
-/// The `snaprestore` program: the one that `SNAPRESTORE_BIN` names, else it is built now.
+/// Returns the path of the `snaprestore` program: the one that `SNAPRESTORE_BIN` names, or one that
+/// is built now.
 ///
 /// Cargo gives a test the programs of its own package only, so this asks cargo for it.
 pub fn program() -> &'static Path {
@@ -19,7 +20,7 @@ pub fn program() -> &'static Path {
     })
 }
 
-/// Builds the program, with the places where tests have it killed.
+/// Builds the program, with the fail points at which tests kill it.
 fn build() -> PathBuf {
     let what = ["--package", "snaprestore", "--all-features", "--bins"];
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());
@@ -40,7 +41,7 @@ fn build() -> PathBuf {
         .expect("cargo says where the program lies")
 }
 
-/// `snaprestore` with arguments and nothing on standard input.
+/// Returns a `snaprestore` command with arguments and empty standard input.
 pub fn snaprestore<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(program());
     command.args(args).stdin(Stdio::null());
@@ -51,9 +52,9 @@ pub fn snaprestore<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Comman
 #[derive(Debug)]
 pub struct Run {
     what: String,
-    /// The exit code; `None` if a signal ended it.
+    /// The exit code; `None` if a signal killed it.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that killed it.
     pub signal: Option<i32>,
     /// Standard output.
     pub out: Vec<u8>,
@@ -86,7 +87,7 @@ impl Run {
         }
     }
 
-    /// Demands an exit code, and shows what was said if it is another.
+    /// Asserts an exit code, and prints the output if it is another one.
     #[must_use]
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
@@ -102,7 +103,7 @@ impl Run {
         self
     }
 
-    /// Demands that standard error has each of these parts.
+    /// Asserts that standard error contains each of these parts.
     #[track_caller]
     pub fn says(&self, parts: &[&str]) {
         for part in parts {
@@ -115,7 +116,7 @@ impl Run {
         }
     }
 
-    /// Standard output as one JSON object.
+    /// Parses standard output as one JSON object.
     #[track_caller]
     pub fn json(&self) -> Value {
         let text = String::from_utf8_lossy(&self.out);
@@ -126,13 +127,13 @@ impl Run {
     }
 }
 
-/// Runs `snaprestore`, demands that it is done, and gives its JSON report.
+/// Runs `snaprestore`, asserts that it succeeds, and returns its JSON report.
 #[track_caller]
 pub fn done<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Value {
     Run::of(snaprestore(args).arg("--json")).exits(0).json()
 }
 
-/// A number of a report.
+/// Returns a number of a report.
 #[track_caller]
 pub fn number(report: &Value, key: &str) -> u64 {
     report[key]

@@ -1,4 +1,4 @@
-//! Real memory for the tests, and what the machine must have for it.
+//! Real memory for the tests, and the machine's requirements for it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -11,13 +11,13 @@ use snaprestore_uffd::uffd::{OpenError, OpenOptions};
 
 use crate::compare::{PAGE, bytes_at};
 
-/// Says that a test can't run here and counts as skipped.
+/// Reports that a test can't run here and counts as skipped.
 pub fn skip(test: &str, why: &str) {
     skipped(test, &why);
 }
 
-/// The memory of a real guest. `None` only on a machine that truly can't make it, which has been
-/// said; on any other, a guest that can't be made fails the test.
+/// Returns the memory of a real guest. It is `None` only on a machine that cannot make one, which
+/// has then been reported; on any other machine, a failure to make a guest fails the test.
 pub fn guest(test: &str) -> Option<GuestImage> {
     let lacks = if cfg!(not(target_arch = "x86_64")) {
         Some("the guest is a PC (x86-64), and this machine is none")
@@ -38,7 +38,8 @@ pub fn guest(test: &str) -> Option<GuestImage> {
     }
 }
 
-/// A live process with about `mib` MiB of data, if this machine has or can install Python.
+/// Returns a live process with about `mib` MiB of data, if this machine has Python or can install
+/// it.
 pub fn live(test: &str, mib: u32) -> Option<Live> {
     match Live::start(mib) {
         Ok(live) => Some(live),
@@ -50,7 +51,7 @@ pub fn live(test: &str, mib: u32) -> Option<Live> {
     }
 }
 
-/// Whether memory can be restored lazily on this machine; says so if not.
+/// Returns whether memory can be restored lazily on this machine; reports if not.
 pub fn can_restore(test: &str) -> bool {
     match OpenOptions::new().open() {
         Ok(_) => true,

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The places and test names of a table row: each `code` with a slash is a place, each other one
-/// a test at the last place.
+/// Returns the places and test names of a table row: each `code` with a slash is a place, each
+/// other one a test at the last place.
 fn named(row: &str) -> Vec<(String, String)> {
     let mut place = String::new();
     let mut tests = Vec::new();
@@ -19,7 +19,8 @@ fn named(row: &str) -> Vec<(String, String)> {
     tests
 }
 
-/// A file, all Rust files below a folder, or a file named without its ending.
+/// Returns the source files of a place: a file, all Rust files below a folder, or a file named
+/// without its extension.
 fn sources(place: &Path) -> Vec<PathBuf> {
     if let Ok(entries) = fs::read_dir(place) {
         return entries
@@ -34,7 +35,7 @@ fn sources(place: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether a file has a test of this name: a function under `#[test]`, or a fuzz target.
+/// Returns whether a file has a test of this name: a function under `#[test]`, or a fuzz target.
 fn has_test(source: &Path, name: &str) -> bool {
     let text = fs::read_to_string(source).unwrap();
     if name == "fuzz_target!" {

@@ -1,10 +1,10 @@
-//! A test that can't run says so where it is counted. What goes through `println!` is swallowed by
-//! the test harness if the test passes, and a skipped one does.
+//! A skipped test must report that where it is counted. The test harness swallows the output of
+//! `println!` if a test passes, and a skipped one passes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// All Rust files of the project: not what is built, cached or hidden.
+/// Collects all Rust files of the project, except built, cached or hidden ones.
 fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -19,8 +19,8 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The lines with a call of `print!`, `println!` or those for standard error that says SKIPPED,
-/// be it on the next line.
+/// Returns the lines with a call of `print!`, `println!` or their counterparts for standard error
+/// that prints SKIPPED, possibly on the next line.
 fn swallowed(text: &str) -> Vec<usize> {
     let calls = ["print!(", "println!("];
     calls

@@ -1,4 +1,5 @@
-//! One fault from end to end: a touch, the kernel, the engine's thread, a frame, COPY, the toucher goes on.
+//! One fault from end to end: a touch, the kernel, the engine's thread, a frame, COPY, and the
+//! touching thread continues.
 #![allow(
     unsafe_code,
     reason = "restored memory is touched through raw pointers"
@@ -13,7 +14,7 @@ use snapshot_format::{Dictionary, Snapshot};
 
 use crate::pieces::{frames, memory, snapshot};
 
-/// Faults on frames that nobody has decoded, one after the other.
+/// Measures faults on frames that have not been decoded, one after the other.
 pub(crate) fn one_fault(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("fault");
     for frame_kib in [4, 16, 64, 128, 256] {
@@ -23,7 +24,7 @@ pub(crate) fn one_fault(criterion: &mut Criterion) {
             .map(|(_, page)| page)
             .collect();
         if Restore::new(Arc::clone(&snapshot)).start().is_err() {
-            // Not permitted here; `snaprestore doctor` says what would permit it.
+            // Not permitted here; `snaprestore doctor` prints what would permit it.
             continue;
         }
         group.bench_function(
@@ -48,7 +49,7 @@ fn time(snapshot: &Arc<Snapshot>, pages: &[u64], count: u64) -> Duration {
         let began = Instant::now();
         for page in &pages[..now] {
             let offset = usize::try_from(page * 4096).expect("64 bits");
-            // SAFETY: the page is one of the region, which is mapped as long as `restored` lives.
+            // SAFETY: the page is in the region, which is mapped as long as `restored` lives.
             let _ = unsafe { base.add(offset).read_volatile() };
         }
         total += began.elapsed();

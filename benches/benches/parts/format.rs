@@ -9,7 +9,7 @@ use snapshot_format::{Dictionary, FrameDecoder, FrameRef, Reason, Snapshot, dict
 
 use crate::pieces::{frames, memory, noise, snapshot, written};
 
-/// Opening a file that lies in the page cache.
+/// Measures opening a file that is in the page cache.
 pub(crate) fn open(criterion: &mut Criterion) {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(&written(memory(), 32, Dictionary::Off))
@@ -21,7 +21,7 @@ pub(crate) fn open(criterion: &mut Criterion) {
     });
 }
 
-/// What a page is: with its index block in the cache, and with none.
+/// Measures looking up a page: with its index block in the cache, and without.
 pub(crate) fn look_up(criterion: &mut Criterion) {
     let snapshot = snapshot(memory(), 32, Dictionary::Off);
     let mut group = criterion.benchmark_group("look-up");
@@ -47,14 +47,15 @@ pub(crate) fn look_up(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// A dictionary for the memory: trained, or a piece of it where training doesn't pay.
+/// Returns a dictionary for the memory: a trained one, or a piece of the memory if training doesn't
+/// pay.
 fn dictionary() -> Vec<u8> {
     let trained = dictionary::train(&memory()[..16 << 20], 16, 3, 1 << 30);
     trained.map_or_else(|| memory()[..64 << 10].to_vec(), |trained| trained.bytes)
 }
 
-/// Whether a page repeats one word: of a page that does, and of one that doesn't; against comparing
-/// byte by byte.
+/// Measures the check whether a page repeats one word, for a page that does and for one that
+/// doesn't, against a comparison byte by byte.
 pub(crate) fn fills(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("is a page a fill");
     group.throughput(Throughput::Bytes(4096));
@@ -77,7 +78,7 @@ pub(crate) fn fills(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// A frame from memory to memory: checksum and decode.
+/// Measures a frame from memory to memory: checksum and decoding.
 pub(crate) fn decode(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decode");
     let kinds: [(&str, &[u8], Dictionary); 3] = [
@@ -114,7 +115,7 @@ pub(crate) fn decode(criterion: &mut Criterion) {
                     });
                 },
             );
-            // What a thread waits for that touches some page of a frame.
+            // The wait of a thread that touches any page of a frame.
             group.bench_function(
                 BenchmarkId::new(format!("{name}, up to a page"), format!("{frame_kib} KiB")),
                 |bencher| {

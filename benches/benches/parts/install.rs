@@ -1,4 +1,4 @@
-//! The ways to put pages into memory, by what one call takes.
+//! The ways to install pages, by the size of one call.
 #![allow(unsafe_code, reason = "installed memory is given back to the kernel")]
 
 use std::sync::Arc;
@@ -19,9 +19,9 @@ struct Target {
 }
 
 impl Target {
-    /// None where userfaultfd is not permitted.
+    /// Opens a userfaultfd on empty memory; returns none if userfaultfd is not permitted.
     fn new() -> Option<Self> {
-        // No events: emptying the memory must not wait for somebody to read one.
+        // No events: emptying the memory must not wait for a thread to read one.
         let options = OpenOptions::new().required(Features::EMPTY);
         let uffd = options.open().ok()?;
         let memory = Arc::new(MappingOptions::new().map(BYTES).ok()?);
@@ -32,13 +32,14 @@ impl Target {
 
     fn empty(&self) {
         let len = usize::try_from(BYTES).expect("64 bits");
-        // SAFETY: the mapping is ours, and nobody reads its content.
+        // SAFETY: the mapping is ours, and nothing relies on its content.
         let result =
             unsafe { libc::madvise(self.memory.as_ptr().cast(), len, libc::MADV_DONTNEED) };
         assert_eq!(result, 0, "emptying the memory");
     }
 
-    /// Time of `count` installs of `len` bytes each, from `before` on whenever the memory was emptied.
+    /// Measures `count` installs of `len` bytes each. Each time the memory is full it is emptied
+    /// and `before` is called, neither of which is timed.
     fn time(
         &self,
         count: u64,
@@ -64,7 +65,7 @@ impl Target {
     }
 }
 
-/// COPY, ZEROPAGE and MOVE.
+/// Measures COPY, ZEROPAGE and MOVE.
 pub(crate) fn install(criterion: &mut Criterion) {
     let Some(target) = Target::new() else {
         return;

@@ -3,7 +3,7 @@
 //! ```sh
 //! cargo bench -p snaprestore-benches --bench parts -- decode
 //! ```
-//! The pages are a real guest's where its memory can be had, else synthetic ones.
+//! The pages are those of a real guest if its memory is available, and synthetic ones otherwise.
 
 mod fault;
 mod format;

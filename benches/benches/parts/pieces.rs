@@ -10,11 +10,12 @@ use snapshot_format::{
     Dictionary, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions,
 };
 
-/// Where in a guest of 1 GiB its programs have filled memory, and how much of it is taken.
+/// Offset in a guest of 1 GiB at which its programs have filled memory. The next constant is the
+/// number of bytes taken from there.
 const FROM: u64 = 512 << 20;
 const BYTES: usize = 64 << 20;
 
-/// 64 MiB of memory.
+/// Returns 64 MiB of memory.
 pub(crate) fn memory() -> &'static [u8] {
     static MEMORY: OnceLock<Vec<u8>> = OnceLock::new();
     MEMORY.get_or_init(|| {
@@ -28,7 +29,7 @@ pub(crate) fn memory() -> &'static [u8] {
     })
 }
 
-/// A snapshot of `bytes`, in memory.
+/// Returns a snapshot of `bytes`, in memory.
 pub(crate) fn snapshot(bytes: &[u8], frame_pages: usize, dictionary: Dictionary) -> Arc<Snapshot> {
     Arc::new(
         Snapshot::open(Arc::new(MemoryStore::new(written(
@@ -40,7 +41,7 @@ pub(crate) fn snapshot(bytes: &[u8], frame_pages: usize, dictionary: Dictionary)
     )
 }
 
-/// The bytes of such a snapshot.
+/// Returns the bytes of such a snapshot.
 pub(crate) fn written(bytes: &[u8], frame_pages: usize, dictionary: Dictionary) -> Vec<u8> {
     let options = WriterOptions {
         frame_pages,
@@ -55,7 +56,7 @@ pub(crate) fn written(bytes: &[u8], frame_pages: usize, dictionary: Dictionary) 
     writer.finish().expect("the end").0
 }
 
-/// Every frame once, with a page of it.
+/// Returns every frame once, with one of its pages.
 pub(crate) fn frames(snapshot: &Snapshot) -> Vec<(FrameRef, u64)> {
     let mut frames: Vec<(FrameRef, u64)> = (0..snapshot.page_slots())
         .filter_map(|page| match snapshot.look_up(page, Reason::Verify) {
@@ -68,7 +69,7 @@ pub(crate) fn frames(snapshot: &Snapshot) -> Vec<(FrameRef, u64)> {
     frames
 }
 
-/// Bytes that nothing compresses.
+/// Returns incompressible bytes.
 pub(crate) fn noise(len: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut bytes = vec![0; len];

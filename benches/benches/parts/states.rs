@@ -1,4 +1,4 @@
-//! What is known of each page.
+//! The state of each page.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use snaprestore_engine::bench::PageStates;
 
 const PAGES: u64 = 1 << 18;
 
-/// The operations that a fault and an install make.
+/// Measures the operations of a fault and an install.
 pub(crate) fn page_states(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("page states");
     let fresh = || PageStates::new(PAGES).expect("a table");
@@ -37,7 +37,8 @@ pub(crate) fn page_states(criterion: &mut Criterion) {
                 let (mut total, mut left) = (Duration::ZERO, iterations);
                 while left > 0 {
                     let states = fresh();
-                    // Its memory arrives with the first write to it, which isn't what is measured.
+                    // The kernel allocates the bitmap's memory at the first write to it, which
+                    // isn't what is measured.
                     (0..PAGES)
                         .step_by(8 * 4096)
                         .for_each(|page| states.mark_present(page..page + 1));

@@ -1,8 +1,9 @@
-//! Runs the workloads and says which targets are met.
+//! Runs the workloads and reports which targets are met.
 //!
 //! ```sh
 //! cargo bench -p snaprestore-benches --bench restores -- --rounds 5
-//! cargo bench -p snaprestore-benches --bench restores -- --only random-reads,complete --contenders ours
+//! cargo bench -p snaprestore-benches --bench restores -- --only random-reads,complete \
+//!     --contenders ours
 //! ```
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
 
@@ -60,7 +61,7 @@ struct Args {
     bench: bool,
 }
 
-/// Everything that a run gave.
+/// All results of a run.
 #[derive(Serialize)]
 struct Results {
     machine: Machine,
@@ -94,7 +95,7 @@ fn main() -> Result<()> {
     let folder = if let Some(dir) = &args.dir {
         dir.clone()
     } else {
-        // Beside the build, not in /tmp, which may be memory.
+        // The folder is beside the build, because /tmp may be in memory.
         let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
         temporary = tempfile::tempdir_in(&target).context("a folder for images")?;
         temporary.path().to_owned()

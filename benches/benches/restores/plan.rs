@@ -1,4 +1,4 @@
-//! What is to be run, and on which images.
+//! The selection of workloads and images to run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,11 +13,11 @@ use snaprestore_fixtures::guest;
 
 use crate::Args;
 
-/// The wide image: its pages, and how many of them differ.
+/// The wide image: its number of pages, and of distinct ones.
 const WIDE_PAGES: u64 = (64 << 30) / PAGE;
 const WIDE_DISTINCT: u64 = (1 << 30) / PAGE;
 
-/// The workloads of the data files that are asked for, with the contenders that are asked for.
+/// Returns the workloads of the data files, restricted to the selected workloads and contenders.
 pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Workload>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("workloads");
     let mut all = BTreeMap::new();
@@ -64,7 +64,7 @@ pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Wo
     Ok(chosen)
 }
 
-/// The images of a run, made when they are first asked for.
+/// The images of a run, made at the first request.
 pub(crate) struct Setup {
     folder: PathBuf,
     program: PathBuf,
@@ -125,7 +125,7 @@ impl Setup {
     }
 }
 
-/// Builds the `snaprestore` that is measured.
+/// Builds the `snaprestore` to be measured.
 fn build() -> Result<PathBuf> {
     eprintln!("building snaprestore");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into());

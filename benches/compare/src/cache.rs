@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::BenchError;
 
-/// Reads the whole file, so that it lies in the page cache.
+/// Reads the whole file, so that it is in the page cache.
 pub(crate) fn warm(path: &Path) -> Result<(), BenchError> {
     let named = || format!("{}: reading it to warm it up", path.display());
     let mut file = File::open(path).map_err(BenchError::io(named()))?;
@@ -17,13 +17,13 @@ pub(crate) fn warm(path: &Path) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Drops what the page cache has of the file: all caches where that is permitted, else this file's
-/// pages, as far as the kernel takes the advice. Says which.
+/// Drops the file from the page cache: all caches if that is permitted, otherwise this file's
+/// pages, as far as the kernel follows the advice. Returns which.
 pub(crate) fn cool(path: &Path) -> Result<&'static str, BenchError> {
     keep_own_code();
     let named = format!("{}: dropping it from the page cache", path.display());
     let file = File::open(path).map_err(BenchError::io(named))?;
-    // SAFETY: it is advice about an open file.
+    // SAFETY: the call is advice about an open file.
     unsafe {
         // Only clean pages can be dropped.
         libc::fdatasync(file.as_raw_fd());
@@ -36,8 +36,8 @@ pub(crate) fn cool(path: &Path) -> Result<&'static str, BenchError> {
     }
 }
 
-/// Maps all pages of the program and its libraries: what is mapped isn't dropped, and a contender whose code has to
-/// be read again would be measured with it.
+/// Maps all pages of the program and its libraries. Mapped pages aren't dropped, and otherwise the
+/// time of a contender would include reading its code again.
 fn keep_own_code() {
     const MADV_POPULATE_READ: i32 = 22;
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
@@ -55,8 +55,8 @@ fn keep_own_code() {
             (of_file, access.starts_with('r'), hex(from), hex(to))
         {
             let address = std::ptr::with_exposed_provenance_mut(from);
-            // SAFETY: populating for reading changes no content. Kernels before 5.14 refuse it, and the measurement then
-            // includes some reading of code.
+            // SAFETY: populating for reading changes no content. Kernels before 5.14 refuse it, and
+            // the measurement then includes some reading of code.
             let _ = unsafe { libc::madvise(address, to - from, MADV_POPULATE_READ) };
         }
     }

@@ -1,18 +1,20 @@
-//! Who takes part: the ways to bring memory back.
+//! Contenders: the ways to restore memory.
 //!
 //! | name | what it does |
 //! | --- | --- |
-//! | `ours` | restores a snapshot through the library, with options: `ours:prefetch=all,frame=64` |
+//! | `ours` | restores a snapshot through the library, with options |
 //! | `mmap` | maps the raw file privately |
-//! | `handler` | a userfaultfd; a thread copies one page of the mapped raw file for each fault, where the scheduler puts it |
+//! | `handler` | copies a page of the mapped raw file for each userfaultfd fault, on any core |
 //! | `handler-pinned` | the same, on the core of the thread that faults |
 //! | `read-all` | reads the raw file into anonymous memory first |
 //! | `unzstd` | decompresses a solid `.zst` (level 3) into anonymous memory first |
 //! | `squashfs-64k`, `squashfs-128k` | maps the raw file inside a squashfs image (zstd) |
-//! | `erofs` | maps the raw file inside an erofs image (the best codec of the installed mkfs.erofs) |
-//! | `serve` | a VMM hands its memory over to `snaprestore serve`, with options: `serve:prefetch=all,frame=64` |
-//! | `vmm-handler`, `vmm-handler-pinned` | the same VMM and a process that does what `handler` does |
-//! | `vmm-copy-all` | the same VMM and a process that copies the whole raw file when the first page is touched |
+//! | `erofs` | maps the raw file inside an erofs image (best codec of mkfs.erofs) |
+//! | `serve` | a VMM whose memory `snaprestore serve` serves, with options like `ours` |
+//! | `vmm-handler`, `vmm-handler-pinned` | the same VMM, served by a process like `handler` |
+//! | `vmm-copy-all` | the same VMM; a process copies the whole raw file at the first touch |
+//!
+//! Options follow a colon: `ours:prefetch=all,frame=64`.
 
 use std::fmt;
 use std::path::Path;
@@ -24,7 +26,7 @@ use crate::BenchError;
 use crate::contenders::{eager, handler, mapped, ours, vmm};
 use crate::touch::Memory;
 
-/// One way to bring memory back.
+/// One way to restore memory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Contender {
@@ -32,9 +34,10 @@ pub enum Contender {
     Ours(Ours),
     /// A private mapping of the raw file.
     Mmap,
-    /// One page a fault, from a thread that the scheduler places, or that stays on the toucher's core.
+    /// A handler for one page a fault. Its thread is placed by the scheduler, or stays on the core
+    /// of the touching thread.
     Handler {
-        /// Whether it stays on the toucher's core.
+        /// Whether the handler stays on the core of the touching thread.
         pinned: bool,
     },
     /// The raw file, read whole.
@@ -48,18 +51,18 @@ pub enum Contender {
     },
     /// The raw file in an erofs image.
     Erofs,
-    /// snaprestore, serving a VMM from outside.
+    /// snaprestore, serving a VM from another process.
     Serve(Ours),
     /// One page a fault, from a process of its own.
     VmmHandler {
-        /// Whether it stays on the toucher's core.
+        /// Whether the handler stays on the core of the touching thread.
         pinned: bool,
     },
     /// The raw file copied whole at the first fault, by a process of its own.
     VmmCopyAll,
 }
 
-/// Which pages snaprestore fetches before they are touched.
+/// Pages that snaprestore fetches before they are touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Prefetch {
     /// None.
@@ -71,10 +74,10 @@ pub enum Prefetch {
     All,
 }
 
-/// How snaprestore is used; what isn't said is the default.
+/// Options of snaprestore; those that aren't given have their default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ours {
-    /// What is prefetched.
+    /// Pages to prefetch.
     pub prefetch: Prefetch,
     /// Threads that serve faults.
     pub fault_threads: Option<usize>,
@@ -86,38 +89,38 @@ pub struct Ours {
     pub pinned: bool,
     /// MiB of decoded frames that the VMs of a server share.
     pub frame_cache: Option<usize>,
-    /// Which snapshot is restored.
+    /// Kind of the snapshot to restore.
     pub snapshot: SnapshotKind,
 }
 
-/// How a snapshot was made; what isn't said is the default of `create`.
+/// Options with which a snapshot was made; those that aren't given have the default of `create`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SnapshotKind {
-    /// Memory of a frame.
+    /// Size of a frame, in KiB.
     pub frame_kib: Option<u32>,
-    /// Level of compression.
+    /// Compression level.
     pub level: Option<i32>,
-    /// No dictionary.
+    /// Whether the snapshot has no dictionary.
     pub no_dictionary: bool,
 }
 
-/// Memory that a contender has brought back, or is bringing back.
+/// Memory that a contender has restored, or is restoring.
 pub trait Restored {
-    /// The memory.
+    /// Returns the memory.
     fn memory(&self) -> Memory;
 
-    /// Waits until everything is there.
+    /// Waits until all memory is restored.
     fn complete(&mut self) -> Result<(), BenchError>;
 
-    /// What the contender itself counted.
+    /// Returns the contender's own counters.
     fn facts(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
 }
 
 impl Contender {
-    /// Brings back the memory in `file`, `bytes` long; `core` is where the thread that touches stays, and
-    /// `socket` where a process listens that serves memory from outside.
+    /// Restores the memory in `file`, `bytes` long. `core` is the core of the touching thread, and
+    /// `socket` that of a process that serves memory from outside.
     pub fn start(
         &self,
         file: &Path,
@@ -142,13 +145,13 @@ impl Contender {
         })
     }
 
-    /// Whether its handler stays on the core of the thread that touches.
+    /// Returns whether its handler stays on the core of the touching thread.
     pub fn stays_on_a_core(&self) -> bool {
         use Contender::{Handler, VmmHandler};
         matches!(self, Handler { pinned: true } | VmmHandler { pinned: true })
     }
 
-    /// Whether the thread that touches is bound to its core, and nobody else.
+    /// Returns whether the touching thread, and nothing else, is bound to its core.
     pub fn has_pinned_toucher(&self) -> bool {
         matches!(self, Self::Ours(ours) | Self::Serve(ours) if ours.pinned)
     }

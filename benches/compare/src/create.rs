@@ -1,5 +1,5 @@
-//! Writing compared: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync, and the sizes of what they
-//! write.
+//! Comparison of writing: `snaprestore create` with its defaults against `zstd -3 -T0` and fsync,
+//! and the sizes of the files that they write.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -16,11 +16,11 @@ use crate::trial::Outcome;
 use crate::usage::{self, Who};
 use crate::{BenchError, PAGE};
 
-/// What the results call this comparison.
+/// Name of this comparison in the results.
 pub const NAME: &str = "create";
-/// What they call the other one.
+/// Name of the other contender in the results.
 pub const ZSTD: &str = "zstd -3 -T0, fsync";
-/// What they call ours.
+/// Name of our contender in the results.
 pub const OURS: &str = "ours";
 
 /// Sizes of files, in bytes.
@@ -34,9 +34,9 @@ pub struct Sizes {
     pub frames: u64,
     /// Its dictionaries.
     pub dictionaries: u64,
-    /// Everything else of it: index blocks, tables, header and trailer.
+    /// Everything else: index blocks, tables, header and trailer.
     pub index: u64,
-    /// The raw image by `zstd -3`, solid.
+    /// The raw image compressed by `zstd -3`, solid.
     pub solid: u64,
     /// Pages of the memory.
     pub pages: u64,
@@ -44,11 +44,11 @@ pub struct Sizes {
     pub stored_pages: u64,
     /// Frames.
     pub frame_count: u64,
-    /// Memory of a frame.
+    /// Decoded size of a frame.
     pub frame_bytes: u64,
 }
 
-/// The sizes of what is written by default.
+/// Returns the sizes of the files that are written with default options.
 pub fn sizes(images: &mut Images) -> Result<Sizes, BenchError> {
     let solid = images.solid()?;
     let path = images.snapshot(&SnapshotKind::default())?;
@@ -72,7 +72,7 @@ pub fn sizes(images: &mut Images) -> Result<Sizes, BenchError> {
     })
 }
 
-/// Writes with both, in turn: a round that doesn't count, then `rounds` that do.
+/// Measures writing with both, in turn: a round that doesn't count, then `rounds` that do.
 pub fn compare(images: &Images, rounds: u32, into: &mut Samples) -> Result<(), BenchError> {
     let (ours, theirs) = (
         images.folder().join("created.snap"),

@@ -1,18 +1,19 @@
 //! Several VMs of one snapshot served at once.
 //!
-//! One of them storms: what do the others notice of it?
+//! One of them causes a storm of faults. How much do the others notice?
 //!
 //! ```text
-//! serve ── seven calm VMMs: every few milliseconds a touch of a page that nobody has touched, timed
-//!      └── the eighth: nothing, or two threads that touch, discard and touch again as fast as they can,
-//!          or two threads that only compute
+//! serve ── seven calm VMMs: every few milliseconds a timed touch of an untouched page
+//!      └── the eighth: nothing, or two threads that touch, discard and touch again as fast as
+//!          they can, or two threads that only compute
 //! ```
 //!
-//! The one that computes tells what is the machine's part: its threads take the processor from the others as well,
-//! whoever serves them.
+//! The variant that computes shows the machine's share of the effect: its threads take processor
+//! time from the others as well, independently of the server.
 //!
-//! Or they are clones that start together and do the same, as clones do: each reads the first tenth of its memory, in the same
-//! shuffled order. How long until the last is through, with the decoded frames shared and without?
+//! In another variant the VMs are clones that start together and do the same: each reads the first
+//! tenth of its memory, in the same shuffled order. The benchmark measures the time until the last
+//! is done, with and without sharing decoded frames.
 #![allow(unsafe_code, reason = "memory is given back to the kernel")]
 
 use std::fmt::Write as _;
@@ -32,7 +33,7 @@ use crate::trial::{Before, Outcome, Runner, Trial};
 use crate::workload::{Access, Order, Plan, read_pages};
 use crate::{BenchError, PAGE};
 
-/// What the results call this comparison.
+/// Name of this comparison in the results.
 pub const NAME: &str = "crowd";
 
 /// VMs whose touches are timed.
@@ -41,32 +42,33 @@ const CALM: u64 = 7;
 const TOUCHES: u64 = 500;
 /// The mean pause between two of them.
 const PAUSE: Duration = Duration::from_millis(6);
-/// How long a process may need until it has handed its memory over.
+/// Time allowed for a process to hand its memory over.
 const GATHERING: Duration = Duration::from_millis(1500);
-/// How long one that storms does so until another takes its place: the pages of one are used up by then.
+/// Duration of one storming VM, after which another takes its place, because by then its pages are
+/// used up.
 const STORM: Duration = Duration::from_millis(1200);
 /// Pages that it touches before it discards them.
 const GUST: usize = 64;
-/// Threads of the one that storms.
+/// Threads of the storming VM.
 const THREADS: usize = 2;
 /// Clones that start together.
 const CLONES: u64 = 4;
-/// Each reads one part in so many of its memory.
+/// Each clone reads one part in this many of its memory.
 const CLONES_READ: u64 = 10;
-/// How they are served.
+/// Name in the results of clones that share decoded frames.
 pub const CLONES_SHARE: &str = "serve, four clones";
-/// The same, each for itself.
+/// Name in the results of clones without shared frames.
 pub const CLONES_ALONE: &str = "serve:frame-cache=0, four clones";
 
-/// What the eighth VM does.
+/// Behaviour of the eighth VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Eighth {
-    /// There is none.
+    /// There is no eighth VM.
     Absent,
-    /// It faults and discards as fast as it can.
+    /// The VM faults and discards as fast as it can.
     Storms,
-    /// It computes, and touches nothing.
+    /// The VM computes, and touches nothing.
     Computes,
 }
 
@@ -74,7 +76,7 @@ impl Eighth {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Absent, Self::Storms, Self::Computes];
 
-    /// What the results call it.
+    /// Returns the name of this variant in the results.
     pub fn name(self) -> &'static str {
         match self {
             Self::Absent => "serve, seven calm",
@@ -88,7 +90,7 @@ impl Eighth {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Member {
     role: Role,
-    /// Where the server listens.
+    /// Path of the server's socket.
     socket: PathBuf,
     bytes: u64,
     /// A page of each frame.
@@ -96,7 +98,7 @@ pub struct Member {
     seed: u64,
     /// When it begins, in microseconds since 1970.
     begin: u64,
-    /// How long it may go on.
+    /// Duration of its activity, in microseconds.
     micros: u64,
 }
 
@@ -109,7 +111,7 @@ enum Role {
     Reads,
 }
 
-/// What all crowds of a run are made of.
+/// Files and programs shared by all crowds of a run.
 struct Setting<'a> {
     images: &'a Images,
     runner: &'a Runner,
@@ -117,7 +119,7 @@ struct Setting<'a> {
     pages: PathBuf,
 }
 
-/// Runs all in turn: a round that doesn't count, then `rounds` that do.
+/// Runs all variants in turn: a round that doesn't count, then `rounds` that do.
 pub fn compare(
     images: &mut Images,
     runner: &Runner,
@@ -150,7 +152,7 @@ pub fn compare(
     Ok(())
 }
 
-/// What the calm VMs waited, in microseconds: medians over the rounds.
+/// Formats the latencies of the calm VMs, in microseconds: medians over the rounds.
 pub fn table(samples: &Samples) -> String {
     let mut text = format!(
         "{:<26} {:>8} {:>8} {:>8} {:>8}\n",
@@ -193,7 +195,7 @@ pub fn table(samples: &Samples) -> String {
 }
 
 impl Setting<'_> {
-    /// One crowd, on a server of its own. The latencies are those of the calm ones together.
+    /// Runs one crowd on a server of its own. The latencies are those of all calm VMs together.
     fn crowd(&self, eighth: Eighth, round: u32) -> Result<Outcome, BenchError> {
         let server = self.server(&Ours::default())?;
         let length = PAUSE * u32::try_from(TOUCHES).unwrap_or(u32::MAX);
@@ -238,7 +240,7 @@ impl Setting<'_> {
         })
     }
 
-    /// Clones that start together, on a server of their own.
+    /// Runs clones that start together, on a server of their own.
     fn clones(&self, frame_cache: Option<usize>) -> Result<Outcome, BenchError> {
         let server = self.server(&Ours {
             frame_cache,
@@ -264,7 +266,7 @@ impl Setting<'_> {
             });
         }
         let last = clones.iter().map(|clone| clone.total_ms);
-        // Before the server ends.
+        // Measured before the server exits.
         let used = before.outcome(&self.snapshot);
         Ok(Outcome {
             total_ms: last.fold(0.0, f64::max),
@@ -311,7 +313,7 @@ impl Member {
         &self.socket
     }
 
-    /// What one process does.
+    /// Runs one process of the crowd.
     pub(crate) fn run(&self) -> Result<Outcome, BenchError> {
         let mut outcome = Outcome::default();
         match self.role {
@@ -348,16 +350,17 @@ impl Member {
         Plan::new(self.bytes / PAGE, order, self.seed, 1.0, None, listed).offsets
     }
 
-    /// How long each touch took, in nanoseconds.
+    /// Returns the duration of each touch, in nanoseconds.
     fn touch_calmly(&self, memory: Memory) -> Result<Vec<u64>, BenchError> {
         let offsets = self.order(Order::Frames, Some(read_pages(&self.pages)?));
-        // Attaching is not what is measured here.
+        // Attaching is not measured here.
         let (first, rest) = offsets.split_at(1.min(offsets.len()));
         memory.touch(first, Access::Read, 1, false);
         self.wait();
         let mut times = Vec::new();
         for offset in rest.iter().take(usize::try_from(TOUCHES).unwrap_or(0)) {
-            // Half of the mean to one and a half of it, as the offset happens to be: not all at once.
+            // A pause between half of the mean and one and a half of it, depending on the offset,
+            // so that the VMs don't touch all at once.
             let part = u32::try_from(offset / PAGE % 1024).unwrap_or(0);
             std::thread::sleep(PAUSE / 2 + PAUSE * part / 1024);
             let touched = memory.touch(&[*offset], Access::Read, 1, true);
@@ -366,7 +369,8 @@ impl Member {
         Ok(times)
     }
 
-    /// Touches some pages, discards them one by one, touches them again and discards them again; then the next.
+    /// Touches some pages, discards them one by one, touches them again and discards them again;
+    /// then the next.
     fn storm(&self, memory: Memory, order: &[u64], thread: usize) {
         self.wait();
         let part = order.chunks(order.len().div_ceil(THREADS)).nth(thread);
@@ -404,12 +408,12 @@ fn on_all_threads(body: impl Fn(usize) + Sync) {
 fn discard(memory: Memory, offset: u64) {
     let start = usize::try_from(offset & !(PAGE - 1)).unwrap_or(usize::MAX);
     let page = memory.base().wrapping_add(start).cast();
-    // SAFETY: the offset is one of a plan for this memory, so the page lies in it, and its content is nobody's: whoever
-    // touches it next reads a byte and throws it away.
+    // SAFETY: the offset is from a plan for this memory, so the page lies within it. No thread
+    // relies on its content: the next one to touch it reads a byte and discards it.
     let _ = unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) };
 }
 
-/// Microseconds since 1970, the same in all processes.
+/// Returns microseconds since 1970, which are the same in all processes.
 fn now() -> u64 {
     micros(
         SystemTime::now()

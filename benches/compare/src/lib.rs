@@ -1,4 +1,4 @@
-//! Measures restores side by side: snaprestore's, and what people do today.
+//! Measures restores side by side: snaprestore's, and those of common alternatives.
 //!
 //! ```text
 //! workload (data) --> plan: the pages, in the order of touch
@@ -26,8 +26,9 @@
 //! | [`report`] | results as a table |
 //!
 //! A trial is a process because memory, processor time and page tables of the one before would
-//! otherwise be counted with it. The first round is for proof, not for time: every page that was touched is
-//! compared between the contenders, byte by byte through a checksum, and a difference ends the run.
+//! otherwise be counted with it. The first round is for proof, not for time: every page that was
+//! touched is compared between the contenders, byte by byte through a checksum, and a difference
+//! ends the run.
 
 mod cache;
 pub mod contender;
@@ -53,40 +54,40 @@ pub mod workload;
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 
-/// Why a measurement can't be had.
+/// Why a measurement is not available.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BenchError {
-    /// The operating system said no.
+    /// A system call failed.
     #[error("{what}")]
     Io {
-        /// What was being done.
+        /// Operation that failed.
         what: String,
-        /// What it said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// This machine or process can't do it; the message says why.
+    /// This machine or process doesn't support it; the message gives the reason.
     #[error("{0}")]
     Unavailable(String),
     /// A trial's process failed.
     #[error("{what}: {why}")]
     Trial {
-        /// Which trial.
+        /// The trial.
         what: String,
-        /// What it said.
+        /// Error message of the process.
         why: String,
     },
-    /// Two contenders read different bytes: no time of either is worth anything.
+    /// Two contenders read different bytes, so no time of either counts.
     #[error("{workload}: {contender} read other bytes than {other}")]
     WrongBytes {
         /// The workload.
         workload: String,
-        /// Who differs.
+        /// Contender that differs.
         contender: String,
-        /// From whom.
+        /// Contender that it differs from.
         other: String,
     },
-    /// Something that was typed or written in a workload makes no sense.
+    /// An argument or a workload is invalid.
     #[error("{0}")]
     Invalid(String),
 }
@@ -98,7 +99,7 @@ impl BenchError {
         move |source| Self::Io { what, source }
     }
 
-    /// The last error of a system call.
+    /// Returns the error of the last system call.
     pub(crate) fn last(what: impl Into<String>) -> Self {
         Self::io(what)(std::io::Error::last_os_error())
     }
@@ -113,7 +114,7 @@ impl BenchError {
     }
 }
 
-/// An error with everything behind it, in one line.
+/// Formats an error with all its causes in one line.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

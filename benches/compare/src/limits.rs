@@ -1,5 +1,5 @@
-//! What the parts of a restore cost by themselves: no restore of the same snapshot can be faster than decoding its
-//! frames and copying its pages.
+//! Costs of the parts of a restore by themselves: no restore of the same snapshot can be faster
+//! than decoding its frames and copying its pages.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,10 +15,10 @@ use crate::uffd::Uffd;
 use crate::workload::{Order, Plan};
 use crate::{BenchError, PAGE, cache};
 
-/// Bytes that one COPY takes at most: as many as a restore installs at once.
+/// Maximum number of bytes of one COPY: as many as a restore installs at once.
 const MOST_COPY: u64 = 256 << 10;
 
-/// What of a snapshot has to be decoded and copied.
+/// Parts of a snapshot that have to be decoded and copied.
 struct Contents {
     snapshot: Snapshot,
     /// Every frame once, in the order of the file.
@@ -61,7 +61,8 @@ impl Contents {
     }
 }
 
-/// A page of each frame of a snapshot: touching them in any order is one fault a frame.
+/// Returns one page of each frame of a snapshot: touching them in any order causes one fault per
+/// frame.
 pub fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
     Ok(Contents::of(path)?.first_pages)
 }
@@ -156,7 +157,8 @@ pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, 
     Ok(outcome)
 }
 
-/// Copies as many bytes to the same places as a restore does, from a buffer that stays in the processor's cache.
+/// Copies the same number of bytes to the same places as a restore does, from a buffer that stays
+/// in the processor's cache.
 pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
     let contents = Contents::of(path)?;
     let mut pieces = Vec::new();

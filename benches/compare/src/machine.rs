@@ -1,4 +1,4 @@
-//! What was measured on, and when.
+//! Machine, software and time of a measurement.
 
 use std::fs;
 use std::process::Command;
@@ -13,7 +13,7 @@ pub struct Machine {
     pub cpu: String,
     /// Cores that this process may use.
     pub cores: usize,
-    /// Whether the processor says that a hypervisor is below.
+    /// Whether the processor reports that it runs under a hypervisor.
     pub virtual_machine: bool,
     /// Release of the kernel.
     pub kernel: String,
@@ -25,12 +25,12 @@ pub struct Machine {
     pub revision: String,
     /// Time, as 2026-01-31T12:00:00Z.
     pub date: String,
-    /// Processes that wanted to run before the measurement began: the load average of a minute.
+    /// Load average of the last minute before the measurement: the number of runnable processes.
     pub load: String,
 }
 
 impl Machine {
-    /// This one, now.
+    /// Describes this machine, now.
     pub fn describe() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
@@ -70,7 +70,7 @@ impl Machine {
     }
 }
 
-/// The word in brackets.
+/// Returns the word in brackets.
 fn selected(text: &str) -> String {
     let inside = text
         .split_once('[')
@@ -78,7 +78,7 @@ fn selected(text: &str) -> String {
     inside.map_or_else(String::new, |(word, _)| word.to_owned())
 }
 
-/// What git says of the source, where the program still lies beside it.
+/// Returns git's description of the source, if the program still lies beside it.
 fn revision() -> String {
     let git = |args: &[&str]| {
         let output = Command::new("git")
@@ -94,7 +94,7 @@ fn revision() -> String {
     let Some(revision) = git(&["rev-parse", "--short=12", "HEAD"]) else {
         return String::new();
     };
-    // Results of earlier runs are no change of the program.
+    // Results of earlier runs don't count as a change of the program.
     let changes = git(&["status", "--porcelain", "--", "..", ":!results"]).unwrap_or_default();
     if changes.is_empty() {
         revision
@@ -103,10 +103,10 @@ fn revision() -> String {
     }
 }
 
-/// Seconds since 1970 as a date of the Gregorian calendar.
+/// Formats seconds since 1970 as a date of the Gregorian calendar.
 fn date(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400, seconds % 86_400);
-    // Years that begin in March have the leap day at their end.
+    // In years that begin in March the leap day is the last day.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era =

@@ -1,4 +1,4 @@
-//! Pictures of results, as SVG written by hand: bars with their spread, and curves of percentiles.
+//! Charts of the results, as hand-written SVG: bars with their spread, and curves of percentiles.
 
 use std::fmt::Write as _;
 
@@ -17,7 +17,8 @@ const LINES: [&str; 6] = [
     "#1f6feb", "#d29922", "#cf222e", "#2da44e", "#8250df", "#57606a",
 ];
 
-/// The total times of a workload's contenders: medians, with whiskers from the shortest to the longest.
+/// Draws the total times of a workload's contenders: medians, with whiskers from the shortest to
+/// the longest.
 pub fn bars(samples: &Samples, workload: &Workload) -> String {
     let bars: Vec<(String, Spread)> = rows(samples, workload)
         .into_iter()
@@ -32,7 +33,8 @@ pub fn bars(samples: &Samples, workload: &Workload) -> String {
         .iter()
         .map(|(_, spread)| spread.min)
         .fold(f64::MAX, f64::min);
-    // Where the slowest takes a hundred times as long as the fastest a linear axis shows nothing but the slowest.
+    // If the slowest takes a hundred times as long as the fastest, a linear axis shows only the
+    // slowest.
     let log = largest > smallest * 30.0;
     let scale = |value: f64| {
         let part = if log {
@@ -83,7 +85,7 @@ pub fn bars(samples: &Samples, workload: &Workload) -> String {
     svg + "</svg>\n"
 }
 
-/// The percentiles of single touches, of the first measured round; none if nothing was timed.
+/// Draws the percentiles of single touches in the first measured round; none if nothing was timed.
 pub fn percentiles(samples: &Samples, workload: &Workload) -> Option<String> {
     let curves: Vec<(&str, &Latencies)> = samples
         .samples

@@ -1,4 +1,4 @@
-//! The files that the contenders need, made from the raw image when they are first asked for.
+//! The files that the contenders need, made from the raw image at the first request.
 //!
 //! | file | how |
 //! | --- | --- |
@@ -7,7 +7,8 @@
 //! | squashfs | `mksquashfs -comp zstd`, as root where the kernel has the file system |
 //! | erofs | `mkfs.erofs` with the best codec it has, likewise |
 //!
-//! File systems are mounted in a mount namespace of their own, which ends with the program, however it ends.
+//! File systems are mounted in a mount namespace of their own, which ends with the program, however
+//! it ends.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,7 +25,7 @@ use crate::{BenchError, limits};
 /// Level of the solid file.
 const SOLID_LEVEL: i32 = 3;
 
-/// The raw image and everything that was made of it.
+/// The raw image and everything that was made from it.
 #[derive(Debug)]
 pub struct Images {
     raw: Option<PathBuf>,
@@ -33,12 +34,13 @@ pub struct Images {
     program: PathBuf,
     made: BTreeMap<String, Result<PathBuf, String>>,
     namespace: bool,
-    /// Where images are mounted now.
+    /// Paths where images are mounted now.
     mounted: Vec<PathBuf>,
 }
 
 impl Images {
-    /// Images of the raw file `raw`, made in `folder` by the `snaprestore` that is `program`.
+    /// Creates the images of the raw file `raw`, made in `folder` by the `snaprestore` at
+    /// `program`.
     pub fn new(raw: &Path, folder: &Path, program: &Path) -> Result<Self, BenchError> {
         let named = || format!("{}: looking for it", raw.display());
         let raw = raw.canonicalize().map_err(BenchError::io(named()))?;
@@ -62,7 +64,8 @@ impl Images {
         })
     }
 
-    /// A snapshot of `bytes` of memory and nothing else: only snaprestore can restore it.
+    /// Creates the images for a snapshot of `bytes` of memory and nothing else: only snaprestore
+    /// can restore it.
     pub fn of_snapshot(snapshot: &Path, bytes: u64, folder: &Path, program: &Path) -> Self {
         let mut images = Self {
             raw: None,
@@ -77,35 +80,36 @@ impl Images {
         images
     }
 
-    /// A snapshot that is there already is the one that `create` would make.
+    /// Uses an existing snapshot as the one that `create` would make.
     pub fn use_snapshot(&mut self, snapshot: &Path) {
         let name = snapshot_name(&SnapshotKind::default());
         self.made.insert(name, Ok(snapshot.to_owned()));
     }
 
-    /// Bytes of memory.
+    /// Returns the size of the memory, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The raw file.
+    /// Returns the raw file.
     pub fn raw(&self) -> Result<&Path, BenchError> {
         self.raw
             .as_deref()
             .ok_or_else(|| BenchError::Unavailable("there is no raw file of this image".into()))
     }
 
-    /// Where the files are made.
+    /// Returns the folder of the files.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The `snaprestore` that makes snapshots.
+    /// Returns the `snaprestore` that makes snapshots.
     pub fn program(&self) -> &Path {
         &self.program
     }
 
-    /// The file that a contender restores from. What can't be had is [`BenchError::Unavailable`] each time it is asked for.
+    /// Returns the file that a contender restores from. An unavailable file gives
+    /// [`BenchError::Unavailable`] each time it is requested.
     pub fn file_for(&mut self, contender: &Contender) -> Result<PathBuf, BenchError> {
         match contender {
             Contender::Ours(ours) | Contender::Serve(ours) => self.snapshot(&ours.snapshot),
@@ -124,7 +128,7 @@ impl Images {
         }
     }
 
-    /// A snapshot of the image.
+    /// Returns a snapshot of the image.
     pub fn snapshot(&mut self, kind: &SnapshotKind) -> Result<PathBuf, BenchError> {
         self.once(snapshot_name(kind), |images| {
             let out = images.folder.join(snapshot_name(kind));
@@ -155,7 +159,7 @@ impl Images {
         run(&mut command)
     }
 
-    /// The solid zstd file.
+    /// Returns the solid zstd file.
     pub fn solid(&mut self) -> Result<PathBuf, BenchError> {
         self.once("solid.zst".into(), |images| {
             images.keep("solid.zst", |images, making| {
@@ -164,7 +168,7 @@ impl Images {
         })
     }
 
-    /// A file with the number of one page of each frame of a snapshot.
+    /// Returns a file with the number of one page of each frame of a snapshot.
     pub fn page_of_each_frame(&mut self, kind: &SnapshotKind) -> Result<PathBuf, BenchError> {
         let snapshot = self.snapshot(kind)?;
         self.once(format!("{}.pages", snapshot_name(kind)), |images| {
@@ -179,7 +183,7 @@ impl Images {
         })
     }
 
-    /// Makes a file if nobody has tried yet.
+    /// Makes a file, unless that has already been tried.
     fn once(
         &mut self,
         name: String,
@@ -201,8 +205,8 @@ impl Images {
         result
     }
 
-    /// Makes a file in the folder, unless an earlier run made it of the same raw file. What snaprestore writes is never kept: it
-    /// may write something better today.
+    /// Makes a file in the folder, unless an earlier run made it from the same raw file. Output of
+    /// snaprestore is never kept, because a newer one may write something better.
     fn keep(
         &self,
         name: &str,
@@ -242,7 +246,7 @@ impl Images {
 
     fn erofs(&mut self) -> Result<PathBuf, BenchError> {
         needs_file_system("erofs")?;
-        // Which codecs there are depends on how it was built, and on the kernel whether it reads them.
+        // The available codecs depend on how it was built, and the kernel may not read all of them.
         let mut why = String::new();
         for codec in ["zstd,3", "lz4hc"] {
             let name = format!("erofs-{}.img", codec.replace(',', "-"));
@@ -256,7 +260,7 @@ impl Images {
     }
 
     fn make_erofs(&self, codec: &str, out: &Path) -> Result<(), BenchError> {
-        // It takes a folder.
+        // The program takes a folder.
         let inside = self.folder.join("erofs.in");
         let named = || format!("{}: filling the folder", inside.display());
         let _ = fs::remove_dir_all(&inside);
@@ -300,7 +304,7 @@ impl Images {
     }
 }
 
-/// Whoever made the folder may be about to remove it.
+/// Unmounts the images, because the caller may be about to remove the folder.
 impl Drop for Images {
     fn drop(&mut self) {
         for point in self.mounted.drain(..).rev() {
@@ -313,7 +317,7 @@ fn mount_point(image: &Path) -> PathBuf {
     image.with_extension("mounted")
 }
 
-/// What the file of a snapshot is called.
+/// Returns the file name of a snapshot.
 fn snapshot_name(kind: &SnapshotKind) -> String {
     let mut name = String::from("snapshot");
     if let Some(kib) = kind.frame_kib {
@@ -328,7 +332,7 @@ fn snapshot_name(kind: &SnapshotKind) -> String {
     name + ".snap"
 }
 
-/// Refuses what the kernel can't mount or this user may not.
+/// Refuses a file system that the kernel can't mount, or this user may not.
 fn needs_file_system(name: &str) -> Result<(), BenchError> {
     let unavailable = |why: String| Err(BenchError::Unavailable(why));
     if !is_root() {
@@ -343,7 +347,7 @@ fn needs_file_system(name: &str) -> Result<(), BenchError> {
     if has(&known) {
         return Ok(());
     }
-    // It may be a module that is loaded when it is first wanted.
+    // The file system may be a module that is loaded on first use.
     let loaded = Command::new("modprobe")
         .arg(name)
         .stderr(Stdio::null())
@@ -360,14 +364,14 @@ fn needs_file_system(name: &str) -> Result<(), BenchError> {
     reason = "system calls without arguments that could be wrong"
 )]
 fn is_root() -> bool {
-    // SAFETY: it reads a number of the process.
+    // SAFETY: the call reads a number of the process.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// From now on what this thread and its children mount is seen by them only.
+/// Makes later mounts of this thread and its children visible to them only.
 #[expect(unsafe_code, reason = "a system call without a wrapper here")]
 fn own_mounts() -> Result<(), BenchError> {
-    // SAFETY: it changes which mounts this thread sees, to a copy of those that it saw.
+    // SAFETY: the call changes the mounts that this thread sees, to a copy of them.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         let error = std::io::Error::last_os_error();
         return Err(BenchError::Unavailable(format!(
@@ -378,7 +382,7 @@ fn own_mounts() -> Result<(), BenchError> {
         .map_err(|error| BenchError::Unavailable(error.to_string()))
 }
 
-/// A program, or which package has it.
+/// Returns a command for a program; if that is missing, the error names the package that has it.
 fn tool(name: &str, package: &str) -> Result<Command, BenchError> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
@@ -392,7 +396,7 @@ fn tool(name: &str, package: &str) -> Result<Command, BenchError> {
     })
 }
 
-/// Runs a program to its end; what it says on standard error is part of the error.
+/// Runs a program to its end; its standard error is part of the error.
 pub fn run(command: &mut Command) -> Result<(), BenchError> {
     let what = format!("{}", command.get_program().display());
     let output = command

@@ -14,13 +14,13 @@ use crate::workload::Workload;
 pub struct Row {
     /// The contender.
     pub contender: String,
-    /// Beginning to end, in milliseconds.
+    /// Time from start to end, in milliseconds.
     pub total_ms: Spread,
-    /// Beginning to usable memory, in milliseconds.
+    /// Time from start to usable memory, in milliseconds.
     pub start_ms: f64,
     /// Processor time of the process, in seconds.
     pub cpu_s: f64,
-    /// Most memory beyond what was restored, in MiB.
+    /// Maximum memory beyond the restored content, in MiB.
     pub beyond_mib: f64,
     /// Read from disk, in MiB.
     pub disk_mib: f64,
@@ -30,7 +30,7 @@ pub struct Row {
 
 const MIB: f64 = 1_048_576.0;
 
-/// The table's lines, the fastest first.
+/// Returns the table's lines, the fastest first.
 pub fn rows(samples: &Samples, workload: &Workload) -> Vec<Row> {
     let name = &workload.name;
     let median = |contender: &str, value: fn(&Outcome) -> f64| {
@@ -55,8 +55,9 @@ pub fn rows(samples: &Samples, workload: &Workload) -> Vec<Row> {
                 start_ms: median(&contender, |outcome| outcome.start_us / 1e3),
                 cpu_s: median(&contender, |outcome| outcome.cpu_s),
                 beyond_mib: median(&contender, |outcome| float(outcome.beyond_bytes) / MIB),
-                // Of an image behind a loop device a thread of the kernel reads; of others the process itself, and what else
-                // goes on on the disk doesn't count.
+                // An image behind a loop device is read by a thread of the kernel, so the device's
+                // reads count. Other files are read by the process itself, and other activity on
+                // the disk doesn't count.
                 disk_mib: if ["squashfs", "erofs"]
                     .iter()
                     .any(|kind| contender.starts_with(kind))
@@ -75,7 +76,7 @@ pub fn rows(samples: &Samples, workload: &Workload) -> Vec<Row> {
     rows
 }
 
-/// The table of a workload, with who could not take part.
+/// Formats the table of a workload, with the contenders that could not take part.
 pub fn table(samples: &Samples, workload: &Workload) -> String {
     let rows = rows(samples, workload);
     let mut table = Table::new();
@@ -129,7 +130,7 @@ pub fn table(samples: &Samples, workload: &Workload) -> String {
     text
 }
 
-/// Three digits that matter.
+/// Formats three significant digits.
 pub fn short(value: f64) -> String {
     if value >= 100.0 {
         format!("{value:.0}")

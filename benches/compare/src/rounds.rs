@@ -1,5 +1,5 @@
-//! Trials in rounds: every contender once, then all again, so that what changes on the machine meanwhile
-//! changes for all. Each round begins with another contender.
+//! Trials in rounds: every contender once, then all again, so that changes on the machine affect
+//! all of them. Each round begins with another contender.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub struct Sample {
     pub contender: String,
     /// The round; 0 is the one for proof.
     pub round: u32,
-    /// What was found.
+    /// Measured values.
     pub outcome: Outcome,
 }
 
@@ -31,20 +31,20 @@ pub struct Absent {
     pub workload: String,
     /// The contender's name.
     pub contender: String,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 
-/// What a run of workloads gave.
+/// Results of a run of workloads.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Samples {
     /// Every trial.
     pub samples: Vec<Sample>,
-    /// Who could not take part.
+    /// Contenders that could not take part.
     pub absent: Vec<Absent>,
 }
 
-/// What is being done, for whoever waits; false ends the run.
+/// Progress callback, with a description of the current step; returning false ends the run.
 pub type OnStep<'a> = &'a mut dyn FnMut(&str) -> bool;
 
 /// Runs one workload: a round of proof, then `rounds` measured ones.
@@ -118,7 +118,7 @@ fn step(on_step: OnStep<'_>, what: &str) -> Result<(), BenchError> {
     }
 }
 
-/// The trial of a limit.
+/// Returns the trial of a limit.
 fn limit_trial(workload: &Workload, limit: Limit, snapshot: PathBuf) -> Trial {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     match limit {
@@ -132,7 +132,7 @@ fn limit_trial(workload: &Workload, limit: Limit, snapshot: PathBuf) -> Trial {
     }
 }
 
-/// The trial of a contender.
+/// Returns the trial of a contender.
 fn trial(
     workload: &Workload,
     contender: &Contender,
@@ -162,7 +162,7 @@ fn trial(
     })
 }
 
-/// All contenders of a round touched as many pages and read the same bytes.
+/// Checks that all contenders of a round touched the same number of pages and read the same bytes.
 fn check(workload: &Workload, round: u32, samples: &[Sample]) -> Result<(), BenchError> {
     let mut here = samples.iter().filter(|sample| {
         sample.workload == workload.name
@@ -198,7 +198,7 @@ impl Samples {
         });
     }
 
-    /// The measured values of a contender in a workload.
+    /// Returns the measured values of a contender in a workload.
     pub fn values<'a>(
         &'a self,
         workload: &'a str,
@@ -213,7 +213,7 @@ impl Samples {
             .map(move |sample| value(&sample.outcome))
     }
 
-    /// The contenders of a workload, in the order in which they were run first.
+    /// Returns the contenders of a workload, in the order of their first runs.
     pub fn contenders(&self, workload: &str) -> Vec<String> {
         let mut names = Vec::new();
         for sample in self

@@ -1,6 +1,7 @@
-//! Who serves the memory of a trial from a process of its own: `snaprestore serve`, or a handler.
+//! Server of a trial's memory in a process of its own: `snaprestore serve`, or a handler.
 //!
-//! It is started before anything is measured, as an operator would, and listens when the VMM connects.
+//! The server is started before anything is measured, as an operator would do, and is listening
+//! when the VMM connects.
 #![allow(unsafe_code, reason = "children end with the trial, by a signal")]
 
 use std::ffi::OsStr;
@@ -18,10 +19,10 @@ use crate::contender::{Ours, Prefetch};
 use crate::contenders::outside::Outside;
 use crate::trial::Trial;
 
-/// How long it may take to listen, and to end.
+/// Time allowed for it to listen, and to exit.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A process that serves, and what descends from it.
+/// A serving process and its descendants.
 pub(crate) struct Server {
     child: Child,
     socket: PathBuf,
@@ -30,7 +31,7 @@ pub(crate) struct Server {
     _folder: TempDir,
 }
 
-/// Where it will listen.
+/// The socket on which it will listen, and its folder.
 struct Place {
     folder: TempDir,
     socket: PathBuf,
@@ -46,7 +47,7 @@ impl Place {
 }
 
 impl Server {
-    /// `snaprestore serve` of a snapshot.
+    /// Starts `snaprestore serve` of a snapshot.
     pub(crate) fn serve(
         program: &Path,
         snapshot: &Path,
@@ -73,7 +74,7 @@ impl Server {
         Self::start(place, command, b"")
     }
 
-    /// A handler, by this program, called as it was.
+    /// Starts a handler: this program, with its own arguments.
     pub(crate) fn handler(
         file: &Path,
         bytes: u64,
@@ -100,14 +101,15 @@ impl Server {
     fn start(place: Place, mut command: Command, input: &[u8]) -> Result<Self, BenchError> {
         let what = format!("starting {}", command.get_program().display());
         let failed = || BenchError::io(what.clone());
-        // Files, not pipes: whoever reads a pipe to its end waits for all who hold it.
+        // Files instead of pipes: reading a pipe to its end waits for all processes that hold it.
         let file = || tempfile::tempfile().map_err(failed());
         let (said, complained) = (file()?, file()?);
         command
             .stdin(Stdio::piped())
             .stdout(said.try_clone().map_err(failed())?)
             .stderr(complained.try_clone().map_err(failed())?);
-        // SAFETY: the child makes one system call between fork and exec: it asks to be ended with the thread that starts it.
+        // SAFETY: the child makes one system call between fork and exec, which makes the kernel
+        // kill it when the thread that started it exits.
         unsafe {
             command.pre_exec(|| {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
@@ -116,7 +118,7 @@ impl Server {
         }
         let mut child = command.spawn().map_err(failed())?;
         if let Some(mut stdin) = child.stdin.take() {
-            // A child that died says so below.
+            // A child that died is reported below.
             let _ = stdin.write_all(input);
         }
         let mut server = Self {
@@ -142,7 +144,8 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        // What it does after that is done when a VMM comes.
+        // Time for the server's remaining start-up work, which would otherwise be done when a VMM
+        // connects.
         std::thread::sleep(Duration::from_millis(30));
         Ok(())
     }
@@ -155,15 +158,17 @@ impl Server {
         self.child.id()
     }
 
-    /// Asks it to end, and gives what it reports.
+    /// Asks the server to exit, and returns its report.
     pub(crate) fn stop(mut self) -> serde_json::Value {
         self.end();
         serde_json::from_str(&text(&mut self.said)).unwrap_or_default()
     }
 
-    /// Until then it completes the VM, so that nobody waits for a page that will not come.
+    /// Sends SIGTERM and waits until it exits. Before exiting, the server completes the VM, so that
+    /// nothing waits for a page that will never come.
     fn end(&mut self) {
-        // SAFETY: the child wasn't waited for, or `try_wait` below has given `Some`, after which nobody gets here again.
+        // SAFETY: the child wasn't waited for, or `try_wait` below has returned `Some`, after which
+        // this is not reached again.
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
         let began = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {
@@ -185,7 +190,7 @@ impl Drop for Server {
     }
 }
 
-/// All that was written to a file.
+/// Returns everything that was written to a file.
 fn text(file: &mut File) -> String {
     let mut text = String::new();
     let _ = file.seek(SeekFrom::Start(0));

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Where the middle of some samples is, and how far they lie apart.
+/// Median and range of some samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
-    /// Samples.
+    /// Number of samples.
     pub count: usize,
     /// The smallest.
     pub min: f64,
@@ -20,7 +20,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// The spread of `samples`, or none if there are none.
+    /// Returns the spread of `samples`, or none if there are none.
     pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = samples.into_iter().collect();
         sorted.sort_unstable_by(f64::total_cmp);
@@ -35,7 +35,8 @@ impl Spread {
     }
 }
 
-/// The value below which `part` of the sorted values lie, between two of them in proportion.
+/// Returns the value below which `part` of the sorted values lie, interpolated linearly between two
+/// of them.
 fn at(sorted: &[f64], part: f64) -> f64 {
     let place = part * float(sorted.len().saturating_sub(1) as u64);
     let low = index(place.floor());
@@ -47,28 +48,28 @@ fn at(sorted: &[f64], part: f64) -> f64 {
 /// Durations in microseconds, by percentile.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latencies {
-    /// Durations.
+    /// Number of durations.
     pub count: u64,
-    /// Half of them were at most this.
+    /// Half of the durations are at most this.
     pub p50: f64,
-    /// Nine in ten.
+    /// Nine in ten are at most this.
     pub p90: f64,
-    /// 99 in a hundred.
+    /// 99 in a hundred are at most this.
     pub p99: f64,
-    /// 999 in a thousand.
+    /// 999 in a thousand are at most this.
     pub p999: f64,
     /// The longest.
     pub max: f64,
-    /// Percentiles 0 to 100, for pictures.
+    /// Percentiles 0 to 100, for charts.
     pub curve: Vec<f64>,
 }
 
 impl Latencies {
-    /// The percentiles of durations in nanoseconds.
+    /// Returns the percentiles of durations in nanoseconds.
     pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
         nanos.sort_unstable();
         let micros = |part: f64| {
-            // The nearest rank: a duration that occurred.
+            // The nearest rank: a duration that actually occurred.
             let rank = index((float(nanos.len() as u64) * part).ceil()).max(1);
             nanos.get(rank - 1).map(|nanos| float(*nanos) / 1e3)
         };
@@ -86,7 +87,8 @@ impl Latencies {
     }
 }
 
-/// A count or a number of bytes or nanoseconds as a number with a fraction. Below 2^53 it is exact.
+/// Converts a count, or a number of bytes or nanoseconds, to a floating-point number. Below 2^53 it
+/// is exact.
 #[expect(
     clippy::cast_precision_loss,
     reason = "what is measured is far below 2^53"

@@ -1,4 +1,4 @@
-//! What this project must reach, computed from the raw results of a run.
+//! Performance targets of this project, computed from the raw results of a run.
 
 use std::fmt::Write as _;
 
@@ -11,25 +11,25 @@ use crate::rounds::Samples;
 use crate::stats::{Latencies, Spread, float};
 use crate::trial::Outcome;
 
-/// One thing to reach.
+/// One performance target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Target {
-    /// Its number, and a letter where a row has several.
+    /// Its number, with a letter if a row has several.
     pub number: String,
-    /// What is compared.
+    /// Description of the comparison.
     pub what: String,
-    /// What was measured, if it was.
+    /// Measured value, if there is one.
     pub value: Option<f64>,
-    /// What it may be at most.
+    /// Highest value that meets the target.
     pub limit: f64,
-    /// Of both; empty for a ratio.
+    /// Unit of both; empty for a ratio.
     pub unit: String,
-    /// The medians behind it.
+    /// The medians that it is computed from.
     pub from: String,
 }
 
 impl Target {
-    /// Whether it was measured and is met.
+    /// Returns whether it was measured and is met.
     pub fn met(&self) -> bool {
         self.value.is_some_and(|value| value <= self.limit)
     }
@@ -38,7 +38,7 @@ impl Target {
 /// Medians by workload and contender.
 struct Medians<'a>(&'a Samples);
 
-/// A value and how it came about.
+/// A value and its origin.
 type Found = Option<(f64, String)>;
 
 impl Medians<'_> {
@@ -50,7 +50,7 @@ impl Medians<'_> {
         self.of(workload, contender, |outcome| outcome.total_ms)
     }
 
-    /// The quickest of several.
+    /// Returns the fastest of several contenders.
     fn best(&self, workload: &str, contenders: &[&str]) -> Option<(f64, String)> {
         contenders
             .iter()
@@ -67,7 +67,7 @@ impl Medians<'_> {
         ))
     }
 
-    /// Median over the rounds of a percentile of single touches.
+    /// Returns the median over the rounds of a percentile of single touches.
     fn latency(&self, workload: &str, contender: &str, of: fn(&Latencies) -> f64) -> Option<f64> {
         let samples = self.0.samples.iter().filter(|sample| {
             sample.round > 0 && sample.workload == workload && sample.contender == contender
@@ -76,8 +76,8 @@ impl Medians<'_> {
         Spread::of(values).map(|spread| spread.median)
     }
 
-    /// The better of `ours`, and the better of the handlers with a decode besides: of each there is
-    /// one whose toucher stays on one core.
+    /// Compares the better of `ours` with the better of the handlers plus a decode. One contender
+    /// of each group keeps the touching thread on one core.
     fn fault(&self, workload: &str, ours: &[&str], of: fn(&Latencies) -> f64) -> Found {
         let best = |names: &[&str]| {
             let latencies = names
@@ -96,7 +96,7 @@ impl Medians<'_> {
         Some((mine / (handler + decode), from))
     }
 
-    /// The largest over the rounds, in MiB.
+    /// Returns the largest value over the rounds, in MiB.
     fn most_beyond(&self, workload: &str, contender: &str) -> Found {
         let values = self
             .0
@@ -123,7 +123,7 @@ impl Medians<'_> {
         Some((spread.median, from))
     }
 
-    /// From the first system call of a VMM until its first page is there.
+    /// Returns the time from the first system call of a VMM until its first page is there.
     fn first_page(&self, contender: &str) -> Found {
         let total = |outcome: &Outcome| outcome.total_ms;
         let spread = Spread::of(self.0.values("vmm-start", contender, total))?;
@@ -136,7 +136,7 @@ impl Medians<'_> {
         Some((spread.median, from))
     }
 
-    /// What the calm VMs of a crowd notice of the one that storms.
+    /// Returns the slowdown of a crowd's calm VMs by the one that storms.
     fn stormed(&self) -> Found {
         let p99 = |eighth: Eighth| self.latency(crowd::NAME, eighth.name(), |times| times.p99);
         let (alone, stormed) = (p99(Eighth::Absent)?, p99(Eighth::Storms)?);
@@ -163,7 +163,7 @@ const SERVE_ALL: &str = "serve:prefetch=all";
 const HANDLERS: [&str; 2] = ["handler", "handler-pinned"];
 const COLD: [&str; 4] = ["mmap", "squashfs-64k", "squashfs-128k", "erofs"];
 
-/// All targets, met or not.
+/// Returns all targets, met or not.
 #[expect(clippy::too_many_lines, reason = "it is a table")]
 pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
     let medians = Medians(samples);
@@ -345,7 +345,7 @@ pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
     targets
 }
 
-/// The targets as a table in Markdown.
+/// Formats the targets as a table in Markdown.
 pub fn table(targets: &[Target]) -> String {
     let mut text = String::from(
         "| # | what | measured | at most | met | from |\n| --- | --- | --- | --- | --- | --- |\n",

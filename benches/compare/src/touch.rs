@@ -1,7 +1,8 @@
-//! The loop that touches memory: the same for every contender, and as little of it as possible.
+//! The loop that touches memory: the same for every contender, and as short as possible.
 //!
-//! A read adds the byte, weighted by its place, to a sum that doesn't depend on the order. A write
-//! stores a byte that follows from its place, and the sum is taken afterwards, of the byte beside it.
+//! A read adds the byte, weighted by its position, to a sum that doesn't depend on the order. A
+//! write stores a byte derived from its position, and the sum is computed afterwards, from the byte
+//! beside it.
 #![allow(
     unsafe_code,
     reason = "memory that arrives while it is touched is reached through raw pointers"
@@ -21,37 +22,38 @@ pub struct Memory {
     len: u64,
 }
 
-// SAFETY: it is an address; what may be done there, by any thread, is what `new` was promised.
+// SAFETY: the value is an address; `new`'s caller has promised which accesses are allowed there,
+// from any thread.
 unsafe impl Send for Memory {}
 // SAFETY: as above; accesses are volatile and of single bytes.
 unsafe impl Sync for Memory {}
 
-/// What touching gave.
+/// Result of touching.
 #[derive(Clone, Debug, Default)]
 pub struct Touched {
-    /// Sum of what was read.
+    /// Sum of the bytes read.
     pub sum: u64,
-    /// How long each touch took, in nanoseconds, if asked for.
+    /// Duration of each touch, in nanoseconds, if requested.
     pub nanos: Vec<u64>,
 }
 
 impl Memory {
-    /// Memory at `base`.
+    /// Wraps the memory at `base`.
     ///
     /// # Safety
     ///
-    /// `len` bytes from `base` on are mapped, readable, and writable without anybody being harmed,
-    /// as long as the value is used. Bytes may arrive while they are read.
+    /// `len` bytes from `base` on are mapped, readable, and may be overwritten without harm, as
+    /// long as the value is used. Bytes may arrive while they are read.
     pub unsafe fn new(base: *mut u8, len: u64) -> Self {
         Self { base, len }
     }
 
-    /// First byte.
+    /// Returns the address of the first byte.
     pub fn base(self) -> *mut u8 {
         self.base
     }
 
-    /// Bytes.
+    /// Returns the length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "memory is never empty")]
     pub fn len(self) -> u64 {
         self.len
@@ -73,11 +75,13 @@ impl Memory {
 
     fn read(self, offset: u64) -> u8 {
         assert!(offset < self.len, "{offset} is not in {} bytes", self.len);
-        // SAFETY: the offset lies inside, which `new` was promised is readable.
+        // SAFETY: the offset is inside the memory, which `new`'s caller has promised to be
+        // readable.
         unsafe { self.at(offset).read_volatile() }
     }
 
-    /// Touches every offset, in order, in this thread. The offsets lie inside: [`Memory::holds`].
+    /// Touches every offset, in order, in this thread. The offsets must be inside: see
+    /// [`Memory::holds`].
     fn run(self, offsets: &[u64], access: Access) -> u64 {
         let mut sum = 0_u64;
         match access {
@@ -90,7 +94,7 @@ impl Memory {
             }
             Access::Write => {
                 for &offset in offsets {
-                    // SAFETY: as above; `new` was promised that a write harms nobody.
+                    // SAFETY: as above; `new`'s caller has promised that a write is harmless.
                     unsafe { self.at(offset).write_volatile(mark(offset)) };
                 }
             }
@@ -98,10 +102,10 @@ impl Memory {
         sum
     }
 
-    /// As `run`, with the time of each touch.
+    /// Touches as `run` does, and measures each touch.
     fn run_timed(self, offsets: &[u64], access: Access) -> Touched {
         let mut touched = Touched::default();
-        // Its memory must not be fetched while the clock runs.
+        // The vector's memory must not be allocated while the clock runs.
         touched.nanos.resize(offsets.len(), 1);
         touched.nanos.clear();
         for offset in offsets {
@@ -118,7 +122,7 @@ impl Memory {
         offsets.iter().all(|offset| *offset < self.len)
     }
 
-    /// Touches every offset from `threads` threads, each its own part of the order.
+    /// Touches every offset from `threads` threads, each with its own part of the order.
     ///
     /// # Panics
     ///
@@ -162,8 +166,8 @@ impl Memory {
         })
     }
 
-    /// The sum of what was touched: the one taken while reading or, after writes, of the bytes beside
-    /// those that were written, which must have been written too.
+    /// Returns the sum of the touched bytes. For reads it is the sum taken while reading. After
+    /// writes it covers the bytes beside the written ones; returns none if a write is missing.
     pub fn sum_after(self, offsets: &[u64], access: Access, touched: &Touched) -> Option<u64> {
         if access == Access::Read {
             return Some(touched.sum);
@@ -179,7 +183,7 @@ impl Memory {
         Some(sum)
     }
 
-    /// A checksum of every byte of every touched page, in the order of pages.
+    /// Returns a checksum of every byte of every touched page, in the order of pages.
     ///
     /// # Panics
     ///
@@ -191,8 +195,8 @@ impl Memory {
         let mut copy = [0; 4096];
         for page in pages {
             assert!((page + 1) * PAGE <= self.len, "page {page} is not inside");
-            // SAFETY: the page lies inside, which `new` was promised is readable; nobody touches it any more, and the
-            // copy is ours.
+            // SAFETY: the page is inside the memory, which `new`'s caller has promised to be
+            // readable; no thread touches it any more, and the copy is ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(self.at(page * PAGE), copy.as_mut_ptr(), copy.len());
             }
@@ -202,7 +206,7 @@ impl Memory {
     }
 }
 
-/// What a write leaves.
+/// Returns the byte that a write leaves at `offset`.
 fn mark(offset: u64) -> u8 {
     (offset >> 12).to_le_bytes()[0] | 1
 }
@@ -212,7 +216,8 @@ mod tests {
     use super::*;
 
     fn memory(bytes: &mut [u8]) -> Memory {
-        // SAFETY: the tests use it only while they hold the slice exclusively, and not the slice meanwhile.
+        // SAFETY: the tests use it only while they hold the slice exclusively, and don't use the
+        // slice meanwhile.
         unsafe { Memory::new(bytes.as_mut_ptr(), bytes.len() as u64) }
     }
 

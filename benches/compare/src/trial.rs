@@ -1,7 +1,8 @@
 //! One measurement, in a process of its own.
 //!
-//! The program that measures runs itself again for each trial ([`Runner`]), with the trial as JSON on its standard
-//! input; the child ([`run_child`]) answers with the outcome on its standard output.
+//! The program that measures runs itself again for each trial ([`Runner`]), with the trial as JSON
+//! on its standard input; the child ([`run_child`]) answers with the outcome on its standard
+//! output.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -20,10 +21,10 @@ use crate::usage::{self, Held, Watcher, Who};
 use crate::workload::{Access, Cache, Order, Plan, read_pages};
 use crate::{BenchError, PAGE, cache, limits, uffd};
 
-/// After so many seconds a trial is killed: nothing here takes a tenth of it.
+/// Time in seconds after which a trial is killed: nothing here takes a tenth of it.
 const MOST_SECONDS: u32 = 300;
 
-/// What is measured.
+/// Kind of measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trial {
@@ -47,12 +48,13 @@ pub enum Trial {
     DecodeEach {
         /// The snapshot.
         snapshot: PathBuf,
-        /// Frames at most.
+        /// Maximum number of frames.
         most: u64,
-        /// Start of the shuffle.
+        /// Seed of the shuffle.
         seed: u64,
     },
-    /// The other side of a trial: a handler that serves the memory of the trial's process. It finds nothing.
+    /// The other side of a trial: a handler that serves the memory of the trial's process. It
+    /// measures nothing.
     Outside(Outside),
     /// One of several VMs that are served at once.
     Member(Member),
@@ -61,60 +63,63 @@ pub enum Trial {
 /// A restore with touches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RestoreTrial {
-    /// Who restores.
+    /// Contender that restores.
     pub contender: Contender,
-    /// From which file.
+    /// File to restore from.
     pub file: PathBuf,
-    /// The `snaprestore` that serves, where it does so from outside.
+    /// The `snaprestore` that serves, for contenders that serve from another process.
     pub program: PathBuf,
-    /// How much memory.
+    /// Size of the memory, in bytes.
     pub bytes: u64,
     /// Order of touches.
     pub order: Order,
-    /// Start of the shuffle.
+    /// Seed of the shuffle.
     pub seed: u64,
-    /// Part of the order.
+    /// Share of the order that is touched.
     pub share: f64,
-    /// Touches at most.
+    /// Maximum number of touches.
     pub most_pages: Option<u64>,
     /// File of page numbers, for orders that come from one.
     pub listed: Option<PathBuf>,
-    /// What a touch does.
+    /// Kind of access of a touch.
     pub access: Access,
     /// Threads that touch.
     pub threads: usize,
-    /// Whether the file is in memory.
+    /// State of the page cache for the contender's file.
     pub cache: Cache,
     /// Whether each touch is timed.
     pub latencies: bool,
-    /// Whether every byte of the touched pages is checked afterwards, and memory is watched meanwhile. Such a trial's times
-    /// count for nothing.
+    /// Whether every byte of the touched pages is checked afterwards, and memory use is watched
+    /// meanwhile. The times of such a trial are not used.
     pub proof: bool,
 }
 
-/// What a trial found. Fields that make no sense for its kind are zero or none.
+/// Measured values of a trial. Fields that make no sense for its kind are zero or none.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// From the beginning to usable memory; of a VMM, until it has handed its memory over.
+    /// Time from the start to usable memory; of a VMM, until it has handed its memory over.
     pub start_us: f64,
-    /// From usable memory to the last touch.
+    /// Time from usable memory to the last touch.
     pub touch_ms: f64,
-    /// From the beginning to the end: the last touch, or everything being there if nothing is touched.
+    /// Time from the start to the end: the last touch, or the complete restore if nothing is
+    /// touched.
     pub total_ms: f64,
     /// Processor time of the process, and of those that serve it.
     pub cpu_s: f64,
-    /// Processor time of the machine meanwhile, whoever took it: file systems also work in the kernel's threads.
+    /// Processor time of the whole machine meanwhile, because file systems also work in the
+    /// kernel's threads.
     pub machine_cpu_s: f64,
-    /// Anonymous memory and page tables at the end, beyond those before, of the process and of those that serve it.
+    /// Anonymous memory and page tables at the end, beyond those before, of the process and of
+    /// those that serve it.
     pub memory_bytes: u64,
     /// The part of it that is neither restored content nor its page tables.
     pub beyond_bytes: u64,
-    /// The most of it that was seen, in a proof.
+    /// The maximum of it that was observed, in a proof.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
-    /// Read from disk by the process.
+    /// Bytes read from disk by the process.
     pub disk_bytes: u64,
-    /// Read from the disk that the file lies on, by whomever.
+    /// Bytes read by all processes from the disk that holds the file.
     pub device_bytes: u64,
     /// Pages touched, or pages copied or frames decoded by a limit.
     pub count: u64,
@@ -127,15 +132,15 @@ pub struct Outcome {
     /// Times of single touches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latencies: Option<Latencies>,
-    /// How the file was made cold.
+    /// Method by which the file was made cold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cooled: Option<String>,
-    /// What the contender itself counted.
+    /// The contender's own counters.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub facts: serde_json::Value,
 }
 
-/// What the child answers.
+/// Answer of the child.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Reply {
@@ -145,7 +150,7 @@ enum Reply {
 }
 
 impl Trial {
-    /// Measures, in this process.
+    /// Runs the trial in this process.
     pub fn run(&self) -> Result<Outcome, BenchError> {
         match self {
             Self::Restore(trial) => trial.run(),
@@ -212,7 +217,7 @@ impl RestoreTrial {
         let mut restored = self.contender.start(&self.file, self.bytes, core, socket)?;
         let usable = began.elapsed();
         let memory = restored.memory();
-        // After the start: threads inherit where their creator may run.
+        // Set after the start, because threads inherit the affinity of their creator.
         if self.contender.has_pinned_toucher() {
             uffd::pin_to(uffd::this_core());
         }
@@ -242,14 +247,14 @@ impl RestoreTrial {
         outcome.latencies = Latencies::of(touched.nanos);
         outcome.cooled = cooled;
         outcome.facts = restored.facts();
-        // The memory is still there: it may be completed now.
+        // The memory still exists, so it may be completed now.
         if let Some(server) = server {
             outcome.facts["server"] = server.stop();
         }
         Ok(outcome)
     }
 
-    /// Starts who serves from outside, if anybody does.
+    /// Starts the process that serves from outside, if the contender has one.
     fn server(&self, core: Option<usize>) -> Result<Option<Server>, BenchError> {
         let handler = |everything| {
             let populated = self.cache == Cache::Warm;
@@ -265,7 +270,7 @@ impl RestoreTrial {
     }
 }
 
-/// What was used before a measurement began.
+/// Resource use before a measurement began.
 pub(crate) struct Before {
     server: Option<u32>,
     held: Held,
@@ -281,7 +286,7 @@ impl Before {
         Self::served_by(file, None)
     }
 
-    /// The same, with what `server` and those that descend from it use.
+    /// Records the current use, including that of `server` and its descendants.
     pub(crate) fn served_by(file: &Path, server: Option<u32>) -> Self {
         Self {
             server,
@@ -294,7 +299,7 @@ impl Before {
         }
     }
 
-    /// What was used since.
+    /// Returns the use since then.
     pub(crate) fn outcome(&self, file: &Path) -> Outcome {
         let own = usage::cpu_seconds(Who::Own) - self.cpu;
         let served = Served::by(self.server);
@@ -310,7 +315,7 @@ impl Before {
     }
 }
 
-/// What the processes that serve a trial use.
+/// Resource use of the processes that serve a trial.
 #[derive(Default)]
 struct Served {
     cpu: f64,
@@ -335,7 +340,7 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// `program` with `args` calls [`run_child`].
+    /// Creates a runner whose trials run as `program` with `args`, which must call [`run_child`].
     pub fn new(program: PathBuf, args: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         Self {
             program,
@@ -356,7 +361,7 @@ impl Runner {
             .spawn()
             .map_err(failed())?;
         if let Some(mut stdin) = child.stdin.take() {
-            // A child that died says so by its status.
+            // The death of a child is reported by its status.
             let _ = stdin.write_all(&text);
         }
         let output = child.wait_with_output().map_err(failed())?;
@@ -378,11 +383,11 @@ impl Runner {
     }
 }
 
-/// The child's side: reads a trial, runs it, writes what it found.
+/// Runs the child's side: reads a trial, runs it, and writes its result.
 #[expect(unsafe_code, reason = "the limit on a trial's time is a signal")]
 pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), BenchError> {
-    // SAFETY: both ask for signals that end this process, whatever its threads wait for: after a time, and with the thread
-    // that started it.
+    // SAFETY: both calls request signals that kill this process, whatever its threads wait for:
+    // after a time, and when the thread that started it exits.
     unsafe {
         libc::alarm(MOST_SECONDS);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);

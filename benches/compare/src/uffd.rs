@@ -1,5 +1,5 @@
-//! As much of userfaultfd as a one-page-a-fault handler, a VMM that hands its memory over and the limit of copying need, and
-//! nothing in between.
+//! The minimum of userfaultfd that is needed by a one-page-a-fault handler, a VMM that hands its
+//! memory over, and the limit of copying, without any layer in between.
 #![allow(unsafe_code, reason = "it talks to the kernel")]
 
 use std::fs::File;
@@ -31,7 +31,7 @@ pub(crate) struct Uffd {
     fd: OwnedFd,
 }
 
-/// What became of a copy.
+/// Outcome of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Copied {
     Done,
@@ -39,12 +39,12 @@ pub(crate) enum Copied {
 }
 
 impl Uffd {
-    /// One that reads block on, and that tells of faults only.
+    /// Opens a userfaultfd whose reads block, and that reports only faults.
     pub(crate) fn open() -> Result<Self, BenchError> {
         Self::with(0, 0)
     }
 
-    /// One as Firecracker opens it: reads don't block, and discards are told.
+    /// Opens a userfaultfd as Firecracker does: reads don't block, and discards are reported.
     pub(crate) fn open_as_vmm() -> Result<Self, BenchError> {
         Self::with(libc::O_NONBLOCK, EVENT_REMOVE)
     }
@@ -62,9 +62,10 @@ impl Uffd {
         Ok(Self { fd })
     }
 
-    /// Another process's, from now on with reads that block: its owner doesn't read.
+    /// Wraps another process's userfaultfd and makes its reads block; the owner doesn't read from
+    /// it.
     pub(crate) fn received(fd: OwnedFd) -> Result<Self, BenchError> {
-        // SAFETY: it sets flags of an open descriptor.
+        // SAFETY: the call sets flags of an open descriptor.
         let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
         check(result, "F_SETFL")?;
         Ok(Self { fd })
@@ -76,13 +77,14 @@ impl Uffd {
             mode: 1,
             ioctls: 0,
         };
-        // SAFETY: `register` is live; the range is anonymous memory of this process that waits to be filled.
+        // SAFETY: `register` is live; the range is anonymous memory of this process that is to be
+        // filled.
         let result =
             unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         check(result, "UFFDIO_REGISTER")
     }
 
-    /// Waits for a fault. `None` if the descriptor can't be read.
+    /// Waits for a fault. Returns `None` if the descriptor can't be read.
     pub(crate) fn next_fault(&self) -> Option<u64> {
         // struct uffd_msg: the event's number first, the address of a fault at byte 16.
         let mut message = [0_u64; 4];
@@ -97,7 +99,7 @@ impl Uffd {
         }
     }
 
-    /// Copies `len` bytes, which wakes who waits for them.
+    /// Copies `len` bytes, which wakes the threads that wait for them.
     pub(crate) fn copy(&self, to: u64, from: *const u8, len: u64) -> io::Result<Copied> {
         let mut copy = abi::uffdio_copy {
             dst: to,
@@ -106,8 +108,8 @@ impl Uffd {
             mode: 0,
             copy: 0,
         };
-        // SAFETY: `copy` is live; the callers pass a source of `len` readable bytes that stays mapped, and a destination that was
-        // registered, where only absent pages are filled.
+        // SAFETY: `copy` is live; the callers pass a source of `len` readable bytes that stays
+        // mapped, and a destination that was registered, where only absent pages are filled.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) };
         outcome(result)
     }
@@ -150,7 +152,8 @@ fn check(result: i32, what: &str) -> Result<(), BenchError> {
     }
 }
 
-/// The device first, as it asks for the least rights, then the system call.
+/// Opens a userfaultfd through the device, which needs the fewest rights, or else through the
+/// system call.
 fn new_descriptor(flags: i32) -> Result<OwnedFd, BenchError> {
     let raw = match File::open("/dev/userfaultfd") {
         // SAFETY: the argument is flags; the kernel gives a new descriptor or an error.
@@ -170,11 +173,11 @@ fn new_descriptor(flags: i32) -> Result<OwnedFd, BenchError> {
             "no userfaultfd ({error}); `snaprestore doctor` says what would permit one"
         )));
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else uses it.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Keeps this thread on a core.
+/// Binds this thread to a core.
 pub(crate) fn pin_to(core: usize) {
     // SAFETY: all zeros is an empty set of cores.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
@@ -184,9 +187,9 @@ pub(crate) fn pin_to(core: usize) {
     let _ = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
 }
 
-/// The core that this thread runs on.
+/// Returns the core that this thread runs on.
 pub(crate) fn this_core() -> usize {
-    // SAFETY: it reads a number of the thread's own.
+    // SAFETY: the call reads a number of the thread itself.
     let core = unsafe { libc::sched_getcpu() };
     usize::try_from(core).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! What a process costs: processor time, memory, reads from disk.
+//! Resource use of a process: processor time, memory, reads from disk.
 #![allow(
     unsafe_code,
     reason = "getrusage has no safe wrapper without another dependency"
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::BenchError;
 
-/// Whose processor time.
+/// Processes whose processor time is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
     /// All threads of this process.
@@ -22,7 +22,7 @@ pub enum Who {
     Children,
 }
 
-/// Seconds of processor time, of user code and of the kernel on its behalf.
+/// Returns the processor time in seconds, of user code and of the kernel on its behalf.
 pub fn cpu_seconds(who: Who) -> f64 {
     let who = match who {
         Who::Own => libc::RUSAGE_SELF,
@@ -40,7 +40,7 @@ pub fn cpu_seconds(who: Who) -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// Seconds of processor time of another process; none once it is gone.
+/// Returns the processor time of another process in seconds; none if it no longer exists.
 pub fn cpu_seconds_of(pid: u32) -> f64 {
     let mut clock = 0;
     // SAFETY: `clock` is a live clockid_t that is filled.
@@ -58,7 +58,7 @@ pub fn cpu_seconds_of(pid: u32) -> f64 {
     seconds
 }
 
-/// A process and those that descend from it.
+/// Returns a process and its descendants.
 pub fn family(pid: u32) -> Vec<u32> {
     let mut family = vec![pid];
     let mut next = 0;
@@ -89,17 +89,17 @@ pub struct Held {
 }
 
 impl Held {
-    /// What is held now.
+    /// Returns the current use of this process.
     pub fn now() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default())
     }
 
-    /// What another process holds now.
+    /// Returns the current use of another process.
     pub fn of(pid: u32) -> Self {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }
 
-    /// Both together, in bytes.
+    /// Returns the sum of both, in bytes.
     pub fn bytes(self) -> u64 {
         self.resident + self.tables
     }
@@ -112,7 +112,7 @@ impl Held {
     }
 }
 
-/// A line `name: N kB` of /proc, in bytes.
+/// Returns the value of a line `name: N kB` of /proc, in bytes.
 fn kib(text: &str, name: &str) -> u64 {
     text.lines()
         .find_map(|line| line.strip_prefix(name))
@@ -120,7 +120,7 @@ fn kib(text: &str, name: &str) -> u64 {
         .map_or(0, |kib| kib * 1024)
 }
 
-/// Bytes that this process had read from disk.
+/// Returns the number of bytes that this process has read from disk.
 pub fn disk_bytes() -> u64 {
     let text = fs::read_to_string("/proc/self/io").unwrap_or_default();
     text.lines()
@@ -129,7 +129,8 @@ pub fn disk_bytes() -> u64 {
         .unwrap_or(0)
 }
 
-/// Bytes read from the disk that `path` lies on, by whomever: loop devices read in threads of the kernel.
+/// Returns the number of bytes read, by any process, from the disk that holds `path`: loop devices
+/// read in threads of the kernel.
 pub fn device_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(metadata) = fs::metadata(path) else {
@@ -149,7 +150,8 @@ pub fn device_bytes(path: &Path) -> u64 {
     sectors.unwrap_or(0) * 512
 }
 
-/// Seconds of processor time that the whole machine has spent, in the kernel's ticks of 10 ms.
+/// Returns the processor time of the whole machine in seconds, with the kernel's resolution of 10
+/// ms.
 pub fn machine_cpu_seconds() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let Some(line) = text.lines().next() else {
@@ -167,7 +169,8 @@ pub fn machine_cpu_seconds() -> f64 {
     crate::stats::float(ticks) / 100.0
 }
 
-/// What of the memory at `[start, start + len)` is its content, and what the tables for that content take.
+/// Returns the anonymous memory of the mappings in `[start, start + len)`, and the size of the page
+/// tables for it.
 pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     let maps = fs::read_to_string("/proc/self/smaps")
         .map_err(BenchError::io("reading /proc/self/smaps"))?;
@@ -178,7 +181,7 @@ pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     })
 }
 
-/// Anonymous memory of the mappings that lie in a range.
+/// Returns the anonymous memory of the mappings that lie in a range.
 fn resident_in(smaps: &str, start: u64, end: u64) -> u64 {
     let mut inside = false;
     let mut sum = 0;
@@ -192,14 +195,15 @@ fn resident_in(smaps: &str, start: u64, end: u64) -> u64 {
     sum
 }
 
-/// The addresses at the start of a line that begins a mapping.
+/// Returns the addresses at the start of a line that begins a mapping.
 fn mapping(line: &str) -> Option<(u64, u64)> {
     let (from, to) = line.split_whitespace().next()?.split_once('-')?;
     let hex = |text| u64::from_str_radix(text, 16).ok();
     Some((hex(from)?, hex(to)?))
 }
 
-/// Bytes of page tables that the present pages of a range need: one for each 2 MiB and one for each GiB.
+/// Returns the bytes of page tables that the present pages of a range need: one table for each 2
+/// MiB and one for each GiB.
 fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
     use std::os::unix::fs::FileExt as _;
     let failed = || BenchError::io("reading /proc/self/pagemap");
@@ -228,7 +232,7 @@ fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
     Ok(tables)
 }
 
-/// Watches how much memory this process holds at most.
+/// Records the peak memory of this process.
 pub struct Watcher {
     over: Arc<AtomicBool>,
     most: Arc<AtomicU64>,
@@ -236,7 +240,7 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Starts to look, every 2 ms.
+    /// Starts sampling, every 2 ms.
     pub fn start() -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let most = Arc::new(AtomicU64::new(0));
@@ -257,7 +261,7 @@ impl Watcher {
         }
     }
 
-    /// The most that was seen, in bytes.
+    /// Stops watching and returns the highest use that was seen, in bytes.
     pub fn stop(mut self) -> u64 {
         self.over.store(true, Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -309,7 +313,7 @@ mod tests {
         );
         assert_eq!((found.len(), found.remove(0)), (2, pid));
         let sleeping = i32::try_from(found[0]).unwrap();
-        // SAFETY: it ends the process that the shell started here, which is not waited for.
+        // SAFETY: the call kills the process that the shell started here, which is not waited for.
         unsafe { libc::kill(sleeping, libc::SIGKILL) };
         assert!(held > 0);
     }

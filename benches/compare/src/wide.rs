@@ -1,4 +1,5 @@
-//! A snapshot of much memory that takes little to make: every page stored, and the same pages over and over.
+//! A snapshot of much memory that is quick to make: every page is stored, and the same pages
+//! repeat.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -8,7 +9,8 @@ use snapshot_format::{Dictionary, RegionSpec, Writer, WriterOptions};
 
 use crate::{BenchError, PAGE};
 
-/// Writes a snapshot of `pages` pages, of which the first `distinct` differ from each other and the others repeat them.
+/// Writes a snapshot of `pages` pages, of which the first `distinct` differ from each other and the
+/// others repeat them.
 pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
     let failed = || format!("{}: writing", out.display());
     let file = File::create(out).map_err(BenchError::io(failed()))?;
@@ -43,7 +45,7 @@ pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
     file.sync_all().map_err(BenchError::io(failed()))
 }
 
-/// A page that is no fill and like no other.
+/// Fills a page so that it is not a fill and equals no other.
 fn fill(page: &mut [u8], number: u64) {
     for (place, word) in page.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         *word = (number << 16 | place as u64 & 0x3f).to_le_bytes();

@@ -1,4 +1,5 @@
-//! What is touched, in which order and how; and the plan that follows from it.
+//! Workloads: the pages to touch, their order and the kind of access; and the plan that follows
+//! from it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use crate::{BenchError, PAGE};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// No page is touched: the restore is complete when everything is there.
+    /// No page is touched: the trial ends when all memory is restored.
     None,
     /// From the first page to the last.
     Sequential,
@@ -20,13 +21,13 @@ pub enum Order {
     #[default]
     Random,
     /// One page of each frame of the first snapshot among the contenders, shuffled: each touch is a
-    /// fault on a frame that nobody has decoded.
+    /// fault on a frame that has not been decoded.
     Frames,
     /// The page numbers of a file, one a line.
     Trace,
 }
 
-/// What a touch does.
+/// Kind of access of a touch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
@@ -37,14 +38,14 @@ pub enum Access {
     Write,
 }
 
-/// Whether the files are in memory.
+/// State of the page cache for the contenders' files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cache {
     /// The contender's file is in the page cache.
     #[default]
     Warm,
-    /// Nothing of it is, as far as this process may see to it.
+    /// Nothing of it is cached, as far as this process can achieve that.
     Cold,
 }
 
@@ -52,9 +53,9 @@ pub enum Cache {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Workload {
-    /// Its name, as in a file name.
+    /// Its name, usable in a file name.
     pub name: String,
-    /// What it says, for people.
+    /// Description of the workload, for people.
     pub title: String,
     /// The image: `guest` for the memory of a real guest, or the path of a raw file.
     #[serde(default = "guest")]
@@ -62,7 +63,7 @@ pub struct Workload {
     /// The order of touches.
     #[serde(default)]
     pub order: Order,
-    /// Start of the shuffling.
+    /// Seed of the shuffle.
     #[serde(default = "one")]
     pub seed: u64,
     /// File of page numbers, for [`Order::Trace`].
@@ -71,29 +72,30 @@ pub struct Workload {
     /// Part of the pages that is touched, from the start of the order.
     #[serde(default = "all")]
     pub share: f64,
-    /// Pages that are touched at most.
+    /// Maximum number of touched pages.
     #[serde(default)]
     pub most_pages: Option<u64>,
-    /// What a touch does.
+    /// Kind of access of a touch.
     #[serde(default)]
     pub access: Access,
-    /// Threads that touch, each its own part of the order.
+    /// Number of touching threads, each with its own part of the order.
     #[serde(default = "one_thread")]
     pub threads: usize,
-    /// Whether the files are in memory.
+    /// State of the page cache for the contenders' files.
     #[serde(default)]
     pub cache: Cache,
-    /// Measures each touch by itself. The clock costs time, so such a run tells nothing about the whole.
+    /// Whether each touch is measured by itself. Reading the clock takes time, so the total time of
+    /// such a run means nothing.
     #[serde(default)]
     pub latencies: bool,
-    /// Who takes part.
+    /// Contenders that take part.
     pub contenders: Vec<Contender>,
-    /// What is measured beside them, on the first snapshot among the contenders.
+    /// Limits to measure as well, on the first snapshot among the contenders.
     #[serde(default)]
     pub limits: Vec<Limit>,
 }
 
-/// What a part of a restore costs by itself.
+/// Limit: the cost of a part of a restore by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limit {
@@ -106,7 +108,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// What stands for it among the contenders.
+    /// Returns the name that stands for the limit among the contenders.
     pub fn name(self) -> &'static str {
         match self {
             Self::Decode => "limit:decode",
@@ -133,7 +135,7 @@ fn one_thread() -> usize {
 }
 
 impl Workload {
-    /// The kind of the first snapshot among the contenders.
+    /// Returns the kind of the first snapshot among the contenders.
     pub fn snapshot(&self) -> SnapshotKind {
         let ours = self
             .contenders
@@ -145,7 +147,7 @@ impl Workload {
         ours.unwrap_or_default()
     }
 
-    /// Refuses what makes no sense.
+    /// Refuses invalid workloads.
     pub fn check(&self) -> Result<(), BenchError> {
         let invalid = |why: &str| Err(BenchError::Invalid(format!("{}: {why}", self.name)));
         if !(self.share > 0.0 && self.share <= 1.0) {
@@ -164,15 +166,16 @@ impl Workload {
     }
 }
 
-/// Where the touches of a trial go.
+/// Offsets of a trial's touches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Offsets in memory, in the order of touch: a byte of each page, not always the same.
+    /// Offsets in memory, in the order of touch: one byte of each page, at varying positions.
     pub offsets: Vec<u64>,
 }
 
 impl Plan {
-    /// The plan for memory of `pages` pages. `listed` has the pages for orders that come from a file.
+    /// Creates the plan for memory of `pages` pages. `listed` has the pages for orders that come
+    /// from a file.
     pub fn new(
         pages: u64,
         order: Order,
@@ -220,7 +223,7 @@ pub fn read_pages(path: &Path) -> Result<Vec<u64>, BenchError> {
         .collect()
 }
 
-/// At least one of `count`, if there are any.
+/// Returns a share of `count`, at least one if `count` isn't zero.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -231,7 +234,7 @@ fn share_of(count: usize, share: f64) -> usize {
     part.clamp(count.min(1), count)
 }
 
-/// Fisher and Yates's shuffle; the same seed gives the same order on every machine.
+/// Shuffles by the Fisher-Yates algorithm; the same seed gives the same order on every machine.
 fn shuffle(pages: &mut [u64], seed: u64) {
     for last in (1..pages.len()).rev() {
         let random = mixed(
@@ -243,7 +246,7 @@ fn shuffle(pages: &mut [u64], seed: u64) {
     }
 }
 
-/// A number that looks random and depends on `number` alone (the finisher of splitmix64).
+/// Returns a number that looks random and depends on `number` alone (the finisher of splitmix64).
 fn mixed(number: u64) -> u64 {
     let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -295,7 +298,7 @@ mod tests {
             let workload: Workload = toml::from_str(&text).unwrap();
             workload.check().unwrap();
             assert_eq!(path.file_stem().unwrap(), workload.name.as_str());
-            // What comes back from the results is what was run.
+            // A workload read back from the results equals the one that was run.
             let json = serde_json::to_string(&workload).unwrap();
             assert_eq!(serde_json::from_str::<Workload>(&json).unwrap(), workload);
             count += 1;

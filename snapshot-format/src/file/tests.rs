@@ -3,12 +3,13 @@ use std::io::Read;
 
 use super::*;
 
-/// Says that a test can't run here, past the test harness, which would swallow a `println!`.
+/// Reports that a test can't run here, past the test harness, which would swallow a `println!`.
 fn skipped(test: &str, why: &str) {
     let _ = writeln!(io::stdout(), "SKIPPED {test}: {why}");
 }
 
-/// A folder, whether files in it are nameless, and whether they replace.
+/// Returns the combinations to test: a folder, whether files in it are nameless, and whether they
+/// replace an existing file.
 fn cases() -> impl Iterator<Item = (tempfile::TempDir, bool, bool)> {
     [(true, true), (true, false), (false, true), (false, false)]
         .into_iter()
@@ -67,7 +68,7 @@ fn an_existing_target_is_an_error_and_stays() {
     }
 }
 
-/// The content of the file that could not be named because another was there.
+/// Returns the content of the file that could not be given its name because another file had it.
 fn kept(committed: Result<(), FileError>) -> Vec<u8> {
     let error = committed.unwrap_err();
     let FileError::NotNamed {
@@ -96,7 +97,7 @@ fn a_replaced_target_stays_until_the_end() {
         assert_eq!(fs::read(&target).unwrap(), b"new");
         assert_eq!(names(folder.path()), ["snapshot"]);
 
-        // Who has the old one open goes on reading it.
+        // A process that has the old file open can still read it.
         let mut old = String::new();
         reader.read_to_string(&mut old).unwrap();
         assert_eq!(old, "old");
@@ -273,7 +274,7 @@ fn a_nameless_file_that_gets_no_name_is_copied() {
     }
 }
 
-/// What `rename_new` does where there is neither a flag for it nor a link.
+/// `rename_new` where there is neither a flag for it nor a link.
 #[test]
 fn a_name_is_claimed_once() {
     let folder = tempfile::tempdir().unwrap();

@@ -50,13 +50,13 @@ pub(crate) fn blobs(
     Ok(blobs)
 }
 
-/// That the blobs of one section lie apart, and that all working sets together are bounded: without
-/// either a small file could ask for any amount of reading and memory.
+/// Checks that the blobs of one section do not overlap, and that all working sets together are
+/// bounded. Without either check a small file could demand any amount of reading and memory.
 fn check_together(blobs: &[Blob], kind: SectionKind) -> Result<(), Defect> {
     let mut by_offset: Vec<&Blob> = blobs.iter().filter(|blob| blob.len > 0).collect();
     by_offset.sort_by_key(|blob| blob.offset);
     for pair in by_offset.windows(2) {
-        // Both lie within the file, so the sum is a number.
+        // Both lie within the file, so the sum doesn't overflow.
         if pair[0].offset + pair[0].len > pair[1].offset {
             return Err(Defect::Overlap {
                 first: format!("the blob at byte {}", pair[0].offset),
@@ -64,7 +64,7 @@ fn check_together(blobs: &[Blob], kind: SectionKind) -> Result<(), Defect> {
             });
         }
     }
-    // They lie apart within the file, so this sum is a number, too.
+    // They don't overlap and lie within the file, so this sum doesn't overflow either.
     let total: u64 = blobs.iter().map(|blob| blob.len).sum();
     if kind == SectionKind::WorkingSets && total > MAX_SECTION_BYTES {
         return Err(Defect::TooLarge {

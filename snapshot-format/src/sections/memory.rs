@@ -1,4 +1,4 @@
-//! What names pages: regions, fill runs and working sets.
+//! Sections that name pages: regions, fill runs and working sets.
 
 use super::{Names, Section};
 use crate::error::{Defect, Flaw};
@@ -8,15 +8,16 @@ use crate::layout::{
 };
 use crate::types::{FillRun, Region, WorkingSetRun};
 
-/// Checks the region section: regions in the order of page numbers, each beginning at the first
-/// index block that the one before doesn't use, and together as large as top table and summary say.
+/// Checks the region section: the regions are in the order of page numbers, each begins at the
+/// first index block that the one before doesn't use, and their total size agrees with the top
+/// table and the summary.
 pub(crate) fn regions(
     bytes: &[u8],
     section: &Section,
     blocks: u64,
     pages: u64,
 ) -> Result<Vec<Region>, Flaw> {
-    // `check_section` has made sure that the records are there.
+    // `check_section` has verified that the records exist.
     let split = usize::try_from(section.count).unwrap_or(usize::MAX) * size_of::<RegionEntry>();
     let (entries, area) = bytes.split_at(split.min(bytes.len()));
     let mut names = Names { area, used: 0 };
@@ -27,7 +28,7 @@ pub(crate) fn regions(
         let at = section.offset + (number * size_of::<RegionEntry>()) as u64;
         let region =
             check_region(raw, next_page, &mut names).map_err(|defect| Flaw::new(at, defect))?;
-        // Both are at most `MAX_PAGES` plus a block: `check_region` has looked.
+        // Both are at most `MAX_PAGES` plus a block, as `check_region` has verified.
         next_page = (region.first_page + region.pages).next_multiple_of(PAGES_PER_BLOCK_U64);
         total += region.pages;
         regions.push(region);
@@ -90,7 +91,7 @@ fn check_region(
             limit: MAX_PAGES.saturating_sub(next_page),
         });
     }
-    // The last byte's address must be a number; a region may end where the numbers do.
+    // The last byte must have an address; a region may end where the address space ends.
     let room = u64::MAX - start;
     if !start.is_multiple_of(PAGE_SIZE_U64) || (pages > 0 && pages * PAGE_SIZE_U64 - 1 > room) {
         return Err(Defect::value(
@@ -114,7 +115,7 @@ fn check_region(
     )?;
     Ok(Region {
         space: raw.space.get(),
-        // Hints that this version doesn't know are left out.
+        // Hints that this version doesn't know are dropped.
         flags: raw.flags.get() & region_flags::KNOWN,
         start,
         pages,
@@ -124,14 +125,14 @@ fn check_region(
     })
 }
 
-/// The region that `page` belongs to, if any; `regions` are in the order of page numbers.
+/// Returns the region that `page` belongs to, if any; `regions` are in the order of page numbers.
 pub(crate) fn region_of(regions: &[Region], page: u64) -> Option<&Region> {
     let after = regions.partition_point(|region| region.first_page <= page);
     let region = &regions[after.checked_sub(1)?];
     (page < region.first_page + region.pages).then_some(region)
 }
 
-/// Checks the fill runs: longest first, apart from each other, each within one region.
+/// Checks the fill runs: longest first, without overlaps, each within one region.
 pub(crate) fn fill_runs(
     bytes: &[u8],
     section: &Section,
@@ -189,8 +190,8 @@ fn check_fill_run(run: FillRun, longest: u64, regions: &[Region]) -> Result<(), 
     Ok(())
 }
 
-/// Checks the runs of a working set, which lies in the file at `at`. A run may cross from one
-/// region into the next, and then names numbers that no page has.
+/// Checks the runs of a working set, which is at offset `at` in the file. A run may cross from one
+/// region into the next, and then names unused numbers.
 pub(crate) fn working_set(
     bytes: &[u8],
     at: u64,
@@ -215,7 +216,7 @@ pub(crate) fn working_set(
             };
             return Err(Flaw::new(at, defect));
         }
-        // Neither is above `MAX_PAGES`. The sum bounds the work of whoever goes through the pages.
+        // Neither is above `MAX_PAGES`. The sum bounds the work of a caller that visits every page.
         total += run.pages;
         if total > page_slots {
             let defect = Defect::TooLarge {

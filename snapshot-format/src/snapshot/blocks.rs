@@ -11,11 +11,12 @@ use crate::sections;
 use crate::store::Reason;
 
 impl Snapshot {
-    /// The index block of a block: from the cache, or read, checked and cached. For a block that
-    /// has none in the file, because its pages are all alike, the answer says so of every page.
+    /// Returns the index block of a block: from the cache, or read, checked and cached. A block
+    /// whose pages are all alike has none in the file; the returned one then gives that content for
+    /// every page.
     ///
-    /// Threads that want the same block at the same time share one read, but none waits for a read
-    /// of [`Reason::Prefetch`].
+    /// Threads that want the same block at the same time share one read, except that no thread
+    /// waits for a read of [`Reason::Prefetch`].
     pub fn index_block(&self, block: u64, reason: Reason) -> Result<Arc<IndexBlock>, ReadError> {
         match self.top.get(block) {
             Some(CheckedTop::Block(index)) if reason == Reason::Prefetch => {
@@ -38,8 +39,8 @@ impl Snapshot {
         }
     }
 
-    /// As [`Snapshot::index_block`], but neither from the cache nor into it: for one pass over
-    /// everything.
+    /// Returns an index block as [`Snapshot::index_block`] does, but bypasses the cache in both
+    /// directions. For a single pass over the whole index.
     pub fn uncached_block(&self, block: u64, reason: Reason) -> Result<IndexBlock, ReadError> {
         let alike = |page| Ok(IndexBlock::alike(page, self.pages_of_block(block)));
         match self.top.get(block) {
@@ -54,7 +55,7 @@ impl Snapshot {
         }
     }
 
-    /// What a page is. Numbers that no page has are [`Page::Unused`].
+    /// Returns the content of a page. Numbers that don't belong to a page are [`Page::Unused`].
     pub fn look_up(&self, page: u64, reason: Reason) -> Result<Page, ReadError> {
         let block = page / PAGES_PER_BLOCK_U64;
         let alike = match self.top.get(block) {
@@ -79,7 +80,7 @@ impl Snapshot {
     ) -> Result<IndexBlock, ReadError> {
         let pages = self.pages_of_block(block);
         let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
-        // Both lengths were held against the limit when the top table was read.
+        // Both lengths were compared with the limit when the top table was read.
         let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
         let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
         let stored = &mut stored[..usize::from(index.stored_len)];

@@ -9,7 +9,7 @@ use crate::sections::{self, Section};
 use crate::store::Store;
 use crate::types::Region;
 
-/// Where the tables come from.
+/// Source of the tables.
 pub(super) struct Tables<'a> {
     pub(super) store: &'a dyn Store,
     pub(super) name: &'a str,
@@ -18,8 +18,8 @@ pub(super) struct Tables<'a> {
 }
 
 impl Tables<'_> {
-    /// Returns the top table and the regions, from the tail as far as that has them. If the regions
-    /// end where the top table begins, the rest is one more read.
+    /// Returns the top table and the regions, from the tail if it contains them. If the regions end
+    /// where the top table begins, the rest takes one more read.
     pub(super) fn read(&self, most_top_bytes: u64) -> Result<(TopTable, Vec<Region>), OpenError> {
         let top = self.section(SectionKind::Top)?;
         let regions = self.section(SectionKind::Regions)?;
@@ -32,7 +32,8 @@ impl Tables<'_> {
         }
         let (region_bytes, top_bytes) = if regions.offset + regions.len == top.offset {
             let mut both = self.bytes(Part::TOP, regions.offset, regions.len + top.len)?;
-            // The regions are few bytes; the top table may be many and keeps its buffer.
+            // The regions are few bytes and are copied; the top table may be large and keeps its
+            // buffer.
             let regions = usize::try_from(regions.len).unwrap_or(both.len());
             (both.drain(..regions).collect(), both)
         } else {

@@ -1,4 +1,4 @@
-//! What a snapshot holds besides its pages: read when asked for, checked, and handed out.
+//! Content of a snapshot besides its pages: read on request, checked, and returned.
 
 use std::cmp::Reverse;
 use std::io;
@@ -12,11 +12,11 @@ use crate::sections::{self, Blob, Section};
 use crate::store::Reason;
 use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
 
-/// Bytes of a blob that are in memory at once.
+/// Number of bytes of a blob that are in memory at a time.
 const PIECE: usize = 64 << 10;
 
 impl Snapshot {
-    /// Reads what decoding would otherwise read when it first needs it: all dictionaries.
+    /// Reads everything that decoding would otherwise read on first use: all dictionaries.
     pub fn prepare(&self) -> Result<(), ReadError> {
         for dictionary in self.dictionary_table()? {
             self.prepared(dictionary)?;
@@ -24,8 +24,9 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The longest runs of pages that all repeat one word, longest first, held against the index:
-    /// who leaves them to the kernel need not look at a page of them again.
+    /// Returns the longest runs of pages that all repeat one word, longest first, verified against
+    /// the index. A caller that leaves them to the kernel need not look at any of their pages
+    /// again.
     ///
     /// Reads the index blocks that runs begin or end in. If such a block is damaged, its pages are
     /// left out of the run.
@@ -46,15 +47,15 @@ impl Snapshot {
         Ok(good)
     }
 
-    /// The part of fill run `number` whose index blocks are whole; an error if a page is no fill.
-    /// Whole blocks must be fills of the top table, which is in memory.
+    /// Returns the part of fill run `number` whose index blocks are intact, or an error if one of
+    /// its pages is not a fill. Whole blocks must be fills of the top table, which is in memory.
     fn hold_against_index(
         &self,
         number: usize,
         run: FillRun,
         at: u64,
     ) -> Result<FillRun, ReadError> {
-        // The reader of the section has made sure that the run ends within a region.
+        // The reader of the section has verified that the run ends within a region.
         let (mut first, mut end) = (run.first_page, run.first_page + run.pages);
         for block in first / PAGES_PER_BLOCK_U64..end.div_ceil(PAGES_PER_BLOCK_U64) {
             let block_first = block * PAGES_PER_BLOCK_U64;
@@ -103,7 +104,7 @@ impl Snapshot {
         })
     }
 
-    /// The writer's notes on how the file came about, sorted by key.
+    /// Returns the writer's properties, which describe how the file was created, sorted by key.
     pub fn properties(&self) -> Result<Vec<(String, String)>, ReadError> {
         let kind = SectionKind::Properties;
         let Some((section, bytes)) = self.optional_section(kind)? else {
@@ -113,7 +114,7 @@ impl Snapshot {
             .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
     }
 
-    /// The dictionaries that frames may name.
+    /// Returns the dictionaries that frames may name.
     pub fn dictionaries(&self) -> Result<Vec<DictionaryInfo>, ReadError> {
         Ok(self
             .dictionary_table()?
@@ -126,7 +127,7 @@ impl Snapshot {
             .collect())
     }
 
-    /// The working sets, in the order of the file.
+    /// Returns the working sets, in the order of the file.
     pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
         let run = size_of::<layout::WorkingSetRun>() as u64;
         let blobs = self.blobs(SectionKind::WorkingSets)?;
@@ -139,7 +140,7 @@ impl Snapshot {
             .collect())
     }
 
-    /// The runs of the working set called `name`, in order of first touch.
+    /// Returns the runs of the working set called `name`, in order of first touch.
     pub fn working_set(&self, name: &str) -> Result<Vec<WorkingSetRun>, ReadError> {
         let blob = self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)?;
         self.working_set_runs(&blob)
@@ -151,7 +152,7 @@ impl Snapshot {
             .map_err(|flaw| self.damaged(Part::WorkingSet, flaw))
     }
 
-    /// The attachments, in the order of the file.
+    /// Returns the attachments, in the order of the file.
     pub fn attachments(&self) -> Result<Vec<Attachment>, ReadError> {
         let blobs = self.blobs(SectionKind::Attachments)?;
         Ok(blobs
@@ -165,8 +166,8 @@ impl Snapshot {
 
     /// Writes the attachment called `name` to `out`, and returns its length.
     ///
-    /// The attachment is read twice: nothing is written before its checksum was found right. If
-    /// the file changes between the two, that is an error after the last byte.
+    /// The attachment is read twice: nothing is written before its checksum was verified. If the
+    /// file changes between the two reads, that is an error after the last byte.
     pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
         let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
         self.check_blob(Part::Attachment, &blob, Reason::Open, |_| {
@@ -183,7 +184,7 @@ impl Snapshot {
         Ok(blob.len)
     }
 
-    /// The attachment called `name` in memory, if it is no longer than `limit` bytes.
+    /// Returns the content of the attachment called `name`, if it is no longer than `limit` bytes.
     pub fn attachment_bytes(&self, name: &str, limit: u64) -> Result<Vec<u8>, ReadError> {
         let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
         if blob.len > limit {
@@ -198,9 +199,9 @@ impl Snapshot {
     }
 }
 
-/// What the decoder and the verifier need besides.
+/// Accessors for the decoder and the verifier.
 impl Snapshot {
-    /// The prepared dictionary of a number that a frame names.
+    /// Returns the prepared dictionary for the number that a frame names.
     pub(crate) fn dictionary(&self, number: u16) -> Result<&zstd_safe::DDict<'static>, ReadError> {
         let known = self
             .dictionary_table()?
@@ -218,7 +219,7 @@ impl Snapshot {
         Err(self.damaged(Part::Section(SectionKind::Dictionaries), flaw))
     }
 
-    /// The first `most` dictionaries, with their numbers.
+    /// Returns the first `most` dictionaries, with their numbers.
     pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, &[u8])>, ReadError> {
         let table = self.dictionary_table()?.iter().take(most);
         let read = table.filter_map(|dictionary| {
@@ -276,8 +277,8 @@ impl Snapshot {
         })
     }
 
-    /// Reads a blob piece by piece, hands the pieces on, and says at the end whether they were
-    /// right.
+    /// Reads a blob piece by piece, passes the pieces on, and returns an error at the end if its
+    /// checksum is wrong.
     pub(crate) fn check_blob<E: From<ReadError>>(
         &self,
         part: Part,

@@ -1,14 +1,14 @@
-//! That every byte of the file belongs to exactly one thing, or is zero.
+//! Check that every byte of the file belongs to exactly one part, or is zero.
 
 use super::{Check, VerifyError};
 use crate::error::Part;
 use crate::layout::{HEADER_BYTES, TRAILER_BYTES};
 use crate::store::Reason;
 
-/// Bytes of a gap that are read at once.
+/// Number of bytes of a gap that are read at a time.
 const PIECE: usize = 256 << 10;
 
-/// What lies where, in the order in which it was found.
+/// Byte ranges in use, in the order in which they were found.
 #[derive(Debug, Default)]
 pub(super) struct Extents {
     all: Vec<Extent>,
@@ -22,7 +22,7 @@ struct Extent {
 }
 
 impl Extents {
-    /// Adds a part that the reader found within the file's body. Empty ones lie nowhere.
+    /// Adds a part that the reader found within the file's body. Empty parts occupy no bytes.
     pub(super) fn add(&mut self, part: Part, offset: u64, len: u64) {
         if len > 0 {
             self.all.push(Extent { offset, len, part });
@@ -55,7 +55,7 @@ impl Check<'_> {
     }
 
     fn gap(&mut self, from: u64, to: u64) -> Result<(), VerifyError> {
-        // If a part could not be read, what it points to looks like a gap and is none.
+        // If a part could not be read, the parts that it points to look like a gap and are not one.
         if !self.complete || from == to {
             return Ok(());
         }

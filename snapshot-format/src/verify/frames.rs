@@ -1,4 +1,4 @@
-//! One frame: everything about it, and what is remembered of it.
+//! Checks of a single frame, and the digests that are remembered of it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,18 +14,18 @@ use crate::layout::{MAX_FRAME_SLOTS, PAGE_SIZE};
 use crate::snapshot::Snapshot;
 use crate::store::Reason;
 
-/// Problems that one frame may add; the rest are counted.
+/// Maximum number of problems that one frame may add; the rest are counted.
 const MAX_OF_ONE: usize = 8;
-/// A frame that a window needs, and what for.
+/// A frame that a window needs, and its uses there.
 pub(super) struct Wanted {
     pub(super) frame: FrameRef,
-    /// The window before did not need it, nor any before that.
+    /// Whether no earlier window needed it.
     pub(super) new: bool,
     /// Page of the window, and the slot that it lies in.
     pub(super) uses: Vec<(u32, u16)>,
 }
 
-/// What became of a frame.
+/// Result of checking a frame.
 #[derive(Default)]
 pub(super) struct Seen {
     /// Digest of each slot; none if it could not be decoded.
@@ -64,16 +64,17 @@ impl Workers {
     }
 }
 
-/// Digests that are remembered at most, 32 bytes each: of 4 GiB of content.
+/// Maximum number of remembered digests, 32 bytes each: for 4 GiB of content.
 const MAX_REMEMBERED: usize = 1 << 20;
-/// Digests whose memory an entry takes besides those that it holds.
+/// Memory overhead of an entry, expressed in digests.
 const ENTRY: usize = 3;
 
-/// Digests of frames that windows far apart need, so that a frame which all windows share isn't
-/// decoded for each. Most frames are needed by one window only, so one is remembered when a second
-/// needs it. Nothing gives way to others: what windows need in turns would push itself out.
+/// Digests of frames that distant windows need, so that a frame shared by all windows isn't decoded
+/// for each of them. Most frames are needed by one window only, so a frame is remembered when a
+/// second window needs it. Nothing is evicted: frames that windows need in turns would evict each
+/// other.
 pub(super) struct Remembered {
-    /// None for a frame that is bad.
+    /// None for a bad frame.
     frames: HashMap<u64, Option<Arc<[Digest]>>>,
     left: usize,
 }
@@ -109,7 +110,7 @@ impl Remembered {
     }
 }
 
-/// Everything about one frame.
+/// Checks everything about one frame.
 pub(super) fn look_at(
     snapshot: &Snapshot,
     window: &Window,
@@ -166,7 +167,7 @@ pub(super) fn look_at(
                 Some(indexed) => indexed,
                 None => match snapshot.look_up(page, Reason::Verify) {
                     Ok(indexed) => indexed,
-                    // The index block's own problem is in the report.
+                    // The index block's own problem is in the report already.
                     Err(error) if error.is_damage() => continue,
                     Err(error) => {
                         seen.failed = Some(error.into());

@@ -13,8 +13,8 @@ use crate::index::{IndexBlock, Page, Top};
 use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind};
 use crate::store::Reason;
 
-/// Blocks that are looked at together: their page digests take 16 MiB, their index blocks at most
-/// 20 MiB.
+/// Number of blocks that are checked together: their page digests take 16 MiB, their index blocks
+/// at most 20 MiB.
 const WINDOW: u64 = 1024;
 /// Frames between two calls of the progress callback.
 const BATCH: usize = 64;
@@ -26,7 +26,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// What a page is, as far as this window knows.
+    /// Returns the content of a page, if this window knows it.
     pub(super) fn look_up(&self, page: u64) -> Option<Page> {
         let i = (page / PAGES_PER_BLOCK_U64).checked_sub(self.first)?;
         let block = self.blocks.get(usize::try_from(i).ok()?)?.as_ref()?;
@@ -83,7 +83,7 @@ impl Check<'_> {
             self.extents
                 .add(Part::Frame, frame.offset(), frame.stored_len().into());
         }
-        // Stored entries were counted as duplicates; one for each slot is not.
+        // Stored entries were counted as duplicates, but one for each slot is not one.
         let stored = self.counted.stored_pages;
         self.counted.duplicate_pages = self.counted.duplicate_pages.saturating_sub(stored);
         let regions = self.snapshot.regions().unwrap_or_default();
@@ -131,7 +131,7 @@ impl Check<'_> {
                 .snapshot
                 .block_ref(window.first + number as u64)
                 .map_or(0, |index| index.offset);
-            // The frames as this block numbers them: whether each agrees with other blocks.
+            // Frames as numbered by this block: whether each agrees with other blocks.
             let known: Vec<bool> = block
                 .frames()
                 .iter()
@@ -195,7 +195,7 @@ impl Check<'_> {
         wanted
     }
 
-    /// That an index block names nothing twice and nothing in vain.
+    /// Checks that an index block names nothing twice and has no unused frames or words.
     fn unused(&mut self, block: &IndexBlock, offset: u64) {
         let mut used = vec![false; block.frames().len()];
         let mut used_words = vec![false; block.fills().len()];
@@ -276,7 +276,7 @@ impl Check<'_> {
         }
     }
 
-    /// Digests of the window's blocks, compared with those in the file.
+    /// Computes the digests of the window's blocks, and compares them with those in the file.
     fn finish_window(&mut self, window: &Window, digests: &mut Digests) {
         let recorded = self.recorded_digests(window);
         for (number, index) in window.blocks.iter().enumerate() {
@@ -286,7 +286,7 @@ impl Check<'_> {
                     let from = number * PAGES_PER_BLOCK;
                     digest::block(&digests.pages[from..from + index.page_count()])
                 }
-                // Its problem is in the report, and the root can't be known any more.
+                // Its problem is in the report, and the root can no longer be computed.
                 (Top::Block, _) => {
                     self.complete = false;
                     continue;
@@ -305,7 +305,7 @@ impl Check<'_> {
         }
     }
 
-    /// Counts a block without an index block, and finds its digest.
+    /// Counts a block without an index block, and returns its digest.
     fn alike(&mut self, block: u64, top: Top, uniform: &mut UniformBlocks) -> Digest {
         let pages = self
             .snapshot
@@ -332,7 +332,8 @@ impl Check<'_> {
         uniform.digest(page, pages)
     }
 
-    /// The file's digests of the window's blocks; none if it has no section of them.
+    /// Returns the digests that the file records for the window's blocks; empty if it has no
+    /// section of them.
     fn recorded_digests(&mut self, window: &Window) -> Vec<Digest> {
         let snapshot = self.snapshot;
         let Some(section) = snapshot.directory().get(SectionKind::BlockDigests) else {
@@ -357,7 +358,8 @@ impl Check<'_> {
             section.offset + 32 * window.first,
             Reason::Verify,
         );
-        // That the section can't be read was found, and reported, with its checksum.
+        // An unreadable section has already been found, and reported, when its checksum was
+        // checked.
         if read.is_err() { Vec::new() } else { digests }
     }
 }

@@ -1,4 +1,4 @@
-//! Index blocks on their way in: gathering pages, and finding out what each page is.
+//! Index blocks on input: gathering pages, and determining the content of each page.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -8,8 +8,7 @@ use super::workers::Event;
 use crate::digest::{self, Digest};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
-/// Room for the bytes of one index block. It goes back to where it came from when the last user
-/// lets go.
+/// Buffer for the bytes of one index block. It returns to its pool when the last user drops it.
 pub(super) struct BlockBuffer {
     bytes: Vec<u8>,
     home: Sender<Event>,
@@ -25,7 +24,7 @@ impl BlockBuffer {
         &self.bytes[index * PAGE_SIZE..][..PAGE_SIZE]
     }
 
-    /// The bytes of `count` pages from page `first` on.
+    /// Returns the bytes of `count` pages from page `first` on.
     pub(super) fn pages(&self, first: usize, count: usize) -> &[u8] {
         &self.bytes[first * PAGE_SIZE..][..count * PAGE_SIZE]
     }
@@ -37,21 +36,21 @@ impl BlockBuffer {
 
 impl Drop for BlockBuffer {
     fn drop(&mut self) {
-        // Nobody listens any more when the writer itself is gone.
+        // The receiver is gone if the writer itself was dropped.
         let _ = self
             .home
             .send(Event::Buffer(std::mem::take(&mut self.bytes)));
     }
 }
 
-/// What pages without bytes of their own are.
+/// Content of pages that have no bytes of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Alike {
     Fill(u64),
     Unavailable,
 }
 
-/// What the caller said about a page.
+/// The caller's description of a page.
 #[derive(Clone, Copy)]
 pub(super) enum Given {
     /// Its bytes are in the buffer.
@@ -59,7 +58,7 @@ pub(super) enum Given {
     Alike(Alike),
 }
 
-/// What a page turned out to be.
+/// Content of a page, as found by examining it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Seen {
     Alike(Alike),
@@ -73,7 +72,7 @@ pub(super) struct Examined {
 }
 
 impl Examined {
-    /// What all pages are, if they are all one fill or all unavailable.
+    /// Returns the common content of all pages, if they are all one fill or all unavailable.
     pub(super) fn uniform(&self) -> Option<Alike> {
         let Seen::Alike(first) = *self.pages.first()? else {
             return None;
@@ -83,7 +82,7 @@ impl Examined {
     }
 }
 
-/// Looks at every page: fills, and digests of the others.
+/// Examines every page: finds fills, and computes the digests of the others.
 ///
 /// # Panics
 ///
@@ -128,13 +127,13 @@ pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Exa
     }
 }
 
-/// The first 128 bits of the digest.
+/// Returns the first 128 bits of the digest.
 fn key(digest: &Digest) -> Key {
     let (words, _) = digest.as_chunks::<8>();
     [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]
 }
 
-/// The index block that is being filled by the caller.
+/// The index block that the caller is filling.
 #[derive(Default)]
 pub(super) struct Gather {
     pub(super) given: Vec<Given>,
@@ -142,7 +141,7 @@ pub(super) struct Gather {
 }
 
 impl Gather {
-    /// Pages that still fit.
+    /// Returns the number of pages that still fit.
     pub(super) fn room(&self) -> usize {
         PAGES_PER_BLOCK - self.given.len()
     }

@@ -1,7 +1,7 @@
 //! Finds pages whose content is stored already.
 //!
-//! An open-addressing table of fixed size, allocated zeroed, so that parts never touched take no
-//! memory. A slot is 24 bytes: half of the page's digest, and where the page is stored.
+//! This is an open-addressing table of fixed size, allocated zeroed, so that parts never touched
+//! take no memory. A slot is 24 bytes: half of the page's digest, and the page's location.
 //!
 //! ```text
 //! find(key):   probe from the key's slot to the first empty one; an entry whose frame is
@@ -10,14 +10,15 @@
 //!              entries is taken out first
 //! ```
 //!
-//! Up to `exact` distinct pages nothing is ever taken out, so every repetition is found. Beyond,
-//! every new page is still entered, and old ones are forgotten: what comes again soon is found.
+//! Up to `exact` distinct pages nothing is ever evicted, so every repetition is found. Beyond that,
+//! every new page is still inserted, and old ones are forgotten: content that repeats soon is
+//! found.
 
 /// Half of a page's digest. Contents that share it by chance are not to be expected before 2^64
-/// pages, and `verify` would show them, because it compares whole digests.
+/// pages, and `verify` would detect them, because it compares whole digests.
 pub(super) type Key = [u64; 2];
 
-/// Where a page is stored.
+/// Location of a stored page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Location {
     pub(super) frame: u32,
@@ -25,7 +26,8 @@ pub(super) struct Location {
 }
 
 impl Location {
-    /// Never 0, which marks an empty slot; grows with the frame's number.
+    /// Packs the location into a word that grows with the frame's number and is never 0, which
+    /// marks an empty slot.
     fn pack(self) -> u64 {
         (u64::from(self.frame) + 1) << 16 | u64::from(self.slot)
     }
@@ -38,14 +40,14 @@ impl Location {
     }
 }
 
-/// Entries that are looked at to find one that is old.
+/// Number of entries that are examined to find an old one.
 const CANDIDATES: usize = 16;
 
-/// Where [`DedupTable::find`] ended: where the key goes.
+/// Place where [`DedupTable::find`] stopped, and where the key is to be inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     Empty(usize),
-    /// The key is there, with a frame that is forgotten.
+    /// The key is present, with a frame that is forgotten.
     Forgotten(usize),
 }
 
@@ -53,14 +55,14 @@ pub(super) struct DedupTable {
     /// Two words of key, then the packed location.
     slots: Vec<[u64; 3]>,
     used: usize,
-    /// Entries after which one is taken out for each that is entered.
+    /// Number of entries above which each insertion evicts one.
     most: usize,
-    /// Where the next entry to take out is looked for.
+    /// Slot at which the search for the next entry to evict starts.
     hand: usize,
 }
 
 impl DedupTable {
-    /// A table that is exact up to `exact` distinct pages: twice as many slots.
+    /// Creates a table that is exact up to `exact` distinct pages. It has twice as many slots.
     pub(super) fn new(exact: usize) -> Self {
         let slots = (exact.max(8) * 2).next_power_of_two();
         Self {
@@ -71,7 +73,7 @@ impl DedupTable {
         }
     }
 
-    /// The slot that probing for `key` begins at.
+    /// Returns the slot at which probing for `key` starts.
     fn home(&self, key: Key) -> usize {
         // Any part of a digest is as good as any other.
         let mask = self.slots.len() as u64 - 1;
@@ -82,7 +84,8 @@ impl DedupTable {
         (at + 1) & (self.slots.len() - 1)
     }
 
-    /// The location of `key`, if its frame is number `oldest` or a later one, or the place for it.
+    /// Returns the location of `key` if its frame is `oldest` or later, and otherwise the place to
+    /// insert it.
     pub(super) fn find(&self, key: Key, oldest: u64) -> Result<Location, Place> {
         let mut at = self.home(key);
         loop {
@@ -101,8 +104,8 @@ impl DedupTable {
         }
     }
 
-    /// Enters `key` at the place where [`DedupTable::find`] ended; nothing may have been entered
-    /// in between.
+    /// Inserts `key` at the place where [`DedupTable::find`] stopped; nothing may have been
+    /// inserted in between.
     pub(super) fn insert(&mut self, place: Place, key: Key, location: Location) {
         let at = match place {
             Place::Forgotten(at) => at,
@@ -122,7 +125,7 @@ impl DedupTable {
         self.slots[at] = [key[0], key[1], location.pack()];
     }
 
-    /// Takes out the oldest of the next few entries.
+    /// Evicts the oldest of the next few entries.
     fn take_out_an_old_one(&mut self) {
         let (mut oldest, mut age) = (self.hand, u64::MAX);
         let mut left = CANDIDATES.min(self.used);
@@ -136,7 +139,7 @@ impl DedupTable {
             }
             self.hand = self.after(self.hand);
         }
-        // What lies behind the gap on a probe path through it moves into it.
+        // An entry behind the gap whose probe path crosses it moves into it.
         let (mut gap, mut at) = (oldest, self.after(oldest));
         while self.slots[at][2] != 0 {
             let [first, second, _] = self.slots[at];
@@ -193,7 +196,7 @@ mod tests {
     }
 
     proptest! {
-        /// Up to the limit the table is a map.
+        /// Up to the limit the table behaves like a map.
         #[test]
         fn equals_a_map_up_to_its_limit(pages in prop::collection::vec(0u64..200, 1..600)) {
             let mut table = DedupTable::new(200);
@@ -209,15 +212,16 @@ mod tests {
             }
         }
 
-        /// Beyond the limit it may forget, but never answers with another page's location, never
-        /// grows, loses nothing but what it takes out, and finds all that repeats soon.
+        /// Beyond the limit the table may forget entries. It never returns another page's location,
+        /// never grows, loses only the entries that it evicts, and finds every page that repeats
+        /// soon.
         #[test]
         fn never_answers_wrongly_beyond_its_limit(seed in 0u64..1000) {
             let mut table = DedupTable::new(64);
             let slots = table.slots.len();
             let (mut map, mut found_soon) = (HashMap::new(), 0);
             for n in 0..4000u64 {
-                // Every content comes twice, the second time shortly after the first.
+                // Every content occurs twice, the second time shortly after the first.
                 let page = seed * 10_000 + n / 20 * 10 + n % 10;
                 match table.find(key(page), 0) {
                     Ok(found) => {
@@ -241,8 +245,8 @@ mod tests {
         }
     }
 
-    /// Keys are equal if all 128 bits are. The table is filled so that the search for the other key
-    /// passes the entry whichever bit it is that differs.
+    /// Keys are equal only if all 128 bits are. The table is filled so that the search for the
+    /// other key passes the entry for any position of the differing bit.
     #[test]
     fn keys_that_differ_in_one_bit_are_two() {
         for bit in 0..128 {
@@ -271,7 +275,8 @@ mod tests {
         }
     }
 
-    /// A new page whose own slot was empty was not entered into a full table: every fourth.
+    /// Regression: a new page whose own slot was empty was not inserted into a full table, which
+    /// affected every fourth page.
     #[test]
     fn a_full_table_takes_every_new_page_in() {
         let mut table = DedupTable::new(64);

@@ -1,4 +1,4 @@
-//! What can stop a writer.
+//! Errors of the writer.
 
 use std::io;
 
@@ -6,12 +6,12 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
-    /// The output refused bytes.
+    /// The output returned an error.
     #[error("could not write {what}")]
     Io {
-        /// What was being written.
+        /// Part that was being written.
         what: &'static str,
-        /// What the output said.
+        /// Error of the output.
         #[source]
         source: io::Error,
     },
@@ -23,39 +23,39 @@ pub enum WriteError {
     Attachment {
         /// Name of the attachment.
         name: String,
-        /// What its source said.
+        /// Error of the source.
         #[source]
         source: io::Error,
     },
     /// The progress callback asked to stop.
     #[error("cancelled")]
     Cancelled,
-    /// The snapshot would pass a limit of the format.
+    /// The snapshot would exceed a limit of the format.
     #[error("{what} would be {value}; the format allows at most {limit}")]
     Limit {
-        /// What is limited.
+        /// The limited quantity.
         what: &'static str,
-        /// What it would have become.
+        /// Value that would have exceeded the limit.
         value: u64,
-        /// The most that is accepted.
+        /// The limit.
         limit: u64,
     },
-    /// A value that was passed in makes no sense.
+    /// An argument is invalid.
     #[error("{what} is {value}; accepted: {accepted}")]
     Argument {
         /// The argument.
         what: &'static str,
         /// Its value.
         value: String,
-        /// What would have been accepted.
+        /// Description of the accepted values.
         accepted: &'static str,
     },
     /// The compressor failed.
     #[error("could not compress {what}: {detail}")]
     Compress {
-        /// What was being compressed.
+        /// Part that was being compressed.
         what: &'static str,
-        /// What zstd said.
+        /// Error message of zstd.
         detail: &'static str,
     },
     /// The threads could not be started.
@@ -70,7 +70,7 @@ pub enum WriteError {
 }
 
 impl WriteError {
-    /// An [`WriteError::Argument`] with a displayable value.
+    /// Creates a [`WriteError::Argument`] with a displayable value.
     pub(crate) fn argument(
         what: &'static str,
         value: impl std::fmt::Display,

@@ -1,7 +1,7 @@
-//! What a snapshot holds besides its pages, and its end.
+//! The writer's methods for everything besides pages, and for finishing the snapshot.
 //!
-//! Whatever passes a limit of the format is refused by the call that adds it: nothing is found out
-//! at the end, when the pages have been written for minutes.
+//! Anything that exceeds a limit of the format is refused by the call that adds it. No error is
+//! deferred to the end, after minutes of writing pages.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -17,7 +17,7 @@ use crate::layout::{
 };
 use crate::types::WorkingSetRun;
 
-/// The properties, and how long their section is.
+/// The properties, and the length of their section.
 #[derive(Default)]
 pub(super) struct Properties {
     all: BTreeMap<String, String>,
@@ -25,7 +25,7 @@ pub(super) struct Properties {
 }
 
 impl Properties {
-    /// Records a property, in place of an earlier one of the same key.
+    /// Records a property, replacing an earlier one of the same key.
     pub(super) fn set(&mut self, key: &str, value: &str) -> Result<(), WriteError> {
         sections::check_property(key, value)?;
         let line = |key: &str, value: &str| (key.len() + value.len() + "=\n".len()) as u64;
@@ -41,7 +41,7 @@ impl Properties {
         self.all.len() as u64
     }
 
-    /// The section's text.
+    /// Returns the section's text.
     fn text(&self) -> String {
         let mut text = String::new();
         for (key, value) in &self.all {
@@ -53,7 +53,7 @@ impl Properties {
 }
 
 impl<W: Write> Writer<W> {
-    /// Adds the blob `name` with what `from` yields.
+    /// Adds the blob `name` with the bytes that `from` yields.
     pub fn attach(&mut self, name: &str, from: &mut dyn Read) -> Result<(), WriteError> {
         self.guarded(|writer| {
             sections::check_blob_name(
@@ -86,8 +86,9 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Adds the working set `name`: page numbers in order of first touch, each run within a region
-    /// and among the pages that are written already, and all together no more than those.
+    /// Adds the working set `name`. The runs are page numbers in order of first touch, each within
+    /// a region and among the pages that are already written, and together at most as many pages as
+    /// those.
     pub fn add_working_set(
         &mut self,
         name: &str,
@@ -130,7 +131,7 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Whether all pages of `run` are pages of one region.
+    /// Returns whether all pages of `run` belong to one region.
     fn has_pages(&self, run: &WorkingSetRun) -> bool {
         let after = self
             .regions
@@ -145,12 +146,13 @@ impl<W: Write> Writer<W> {
                 .is_some_and(|(region, end)| end <= region.end)
     }
 
-    /// Records a property, in place of an earlier one of the same key.
+    /// Records a property, replacing an earlier one of the same key.
     pub fn set_property(&mut self, key: &str, value: &str) -> Result<(), WriteError> {
         self.guarded(|writer| writer.properties.set(key, value))
     }
 
-    /// Writes all that is left and ends the file. Without it the file is incomplete and refused.
+    /// Writes the rest of the file and completes it. Without this call the file is incomplete and
+    /// readers refuse it.
     pub fn finish(mut self) -> Result<(W, Written), WriteError> {
         let written = self.guarded(Self::write_end)?;
         Ok((self.stage.out.finish()?, written))
@@ -212,7 +214,8 @@ impl<W: Write> Writer<W> {
             self.properties.count(),
             &[properties.as_bytes()],
         )?;
-        // What a reader opens the file with comes last: one read of the tail brings it.
+        // The sections that a reader needs for opening come last, so that one read of the tail
+        // brings them.
         sections.write_regions(out, &self.regions)?;
         sections.write(
             out,

@@ -1,8 +1,8 @@
-//! Frames: gathering pages into one, listing who has them, and building the record.
+//! Frames: collecting pages, listing the pages that share each slot, and building the record.
 //!
 //! The open frame takes new pages in order. Pages of the block that is being sequenced are only
-//! named; their bytes are copied when the block ends before the frame is full. A frame that starts
-//! and ends within one block is compressed from where the caller's bytes lie.
+//! referenced; their bytes are copied if the block ends before the frame is full. A frame that
+//! starts and ends within one block is compressed directly from the block's buffer.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,9 +22,9 @@ use crate::layout::{
 pub(super) struct OpenFrame {
     base_page: u64,
     runs: Vec<PageRun>,
-    /// Listed pages of each slot; as long as the frame has slots.
+    /// Number of listed pages of each slot; as long as the frame has slots.
     listed: Vec<u8>,
-    /// Bytes of the pages that came with earlier blocks.
+    /// Bytes of the pages from earlier blocks.
     own: Vec<u8>,
     /// Pages of the current block, by their index in it.
     tail: Vec<u16>,
@@ -35,7 +35,7 @@ impl OpenFrame {
         self.listed.len()
     }
 
-    /// Whether the list of pages can name `page`: it counts from the first page in 32 bits.
+    /// Returns whether the page list can name `page`: it counts from the first page in 32 bits.
     pub(super) fn reaches(&self, page: u64) -> bool {
         self.slots() == 0 || u32::try_from(page - self.base_page).is_ok()
     }
@@ -52,7 +52,7 @@ impl OpenFrame {
         slot
     }
 
-    /// Lists `page` as one that has the content of `slot`, unless the list has no room for it.
+    /// Lists `page` as one with the content of `slot`, unless the list has no room for it.
     pub(super) fn list(&mut self, page: u64, slot: u16) {
         let listed = &mut self.listed[usize::from(slot)];
         let Ok(delta) = u32::try_from(page - self.base_page) else {
@@ -78,7 +78,8 @@ impl OpenFrame {
         });
     }
 
-    /// Copies what is named in `block`, which is about to go. `spare` gives a buffer to copy into.
+    /// Copies the referenced pages of `block`, which is about to be released. `spare` returns a
+    /// buffer to copy into.
     pub(super) fn keep(&mut self, block: &BlockBuffer, spare: impl FnOnce() -> Vec<u8>) {
         if self.tail.is_empty() {
             return;
@@ -92,7 +93,7 @@ impl OpenFrame {
         }
     }
 
-    /// Ends the frame. `block` is the current one, if the frame has pages of it.
+    /// Seals the frame. `block` is the current one, if the frame has pages of it.
     pub(super) fn seal(&mut self, number: u64, block: Option<&Arc<BlockBuffer>>) -> Sealed {
         let block = if self.tail.is_empty() {
             None
@@ -125,7 +126,8 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
-    /// The bytes of all pages in slot order: where they lie if they lie together, or gathered.
+    /// Returns the bytes of all pages in slot order. They are borrowed in place if they are
+    /// contiguous, and otherwise gathered into `gathered`.
     pub(super) fn bytes<'a>(&'a self, gathered: &'a mut Vec<u8>) -> &'a [u8] {
         let Some(block) = &self.block else {
             return &self.own;
@@ -143,14 +145,14 @@ impl Sealed {
     }
 }
 
-/// The longest and the shortest zstd block that a writer asks for, in bytes.
+/// Range of the zstd block size that a writer requests, in bytes.
 const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 32 << 10..=64 << 10;
 
-/// How frames are compressed.
+/// Compression settings for frames.
 pub(super) struct Compression {
     level: i32,
     /// Bytes of a zstd block. A reader that waits for one page decodes the blocks up to it first,
-    /// so a frame has at least two, where they are not too short to decode fast.
+    /// so a frame has at least two, unless they would be too short to decode fast.
     block_bytes: u32,
     /// The dictionary's number and its bytes.
     dictionary: Option<(u16, Vec<u8>)>,
@@ -167,7 +169,7 @@ impl Compression {
         }
     }
 
-    /// The same with a dictionary.
+    /// Returns these settings with a dictionary added.
     pub(super) fn with(&self, number: u16, dictionary: &[u8]) -> Self {
         Self {
             dictionary: Some((number, dictionary.to_vec())),
@@ -179,16 +181,16 @@ impl Compression {
         self.level
     }
 
-    /// 0 if there is no dictionary; a writer has only one.
+    /// Returns the dictionary's number, or 0 if there is none; a writer has only one dictionary.
     fn dictionary_number(&self) -> u16 {
         self.dictionary.as_ref().map_or(0, |(number, _)| *number)
     }
 }
 
-/// What a thread needs to build a frame; kept from one to the next.
+/// Buffers and contexts that a thread needs to build a frame, reused from one frame to the next.
 pub(super) struct Scratch {
     context: CCtx<'static>,
-    /// The number of the dictionary that the context is prepared for, if it is.
+    /// The number of the dictionary for which the context is prepared, if it is.
     prepared: Option<u16>,
     gathered: Vec<u8>,
 }
@@ -202,7 +204,7 @@ impl Scratch {
         }
     }
 
-    /// Prepares the context. It stays so.
+    /// Prepares the context, once.
     fn prepare(&mut self, compression: &Compression) -> Result<(), ErrorCode> {
         let number = compression.dictionary_number();
         if self.prepared == Some(number) {
@@ -218,7 +220,7 @@ impl Scratch {
     }
 }
 
-/// A frame record and what index blocks must know about it.
+/// A frame record and the data that index blocks need about it.
 pub(super) struct Built {
     pub(super) number: u64,
     /// The record is the first `len` bytes.
@@ -226,11 +228,11 @@ pub(super) struct Built {
     pub(super) len: usize,
     /// The reference; its offset is known when the record is written.
     pub(super) reference: FrameRef,
-    /// A buffer to use again.
+    /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
 }
 
-/// Bytes of a buffer that holds any record of `frame_pages` pages while it is built.
+/// Returns the size of a buffer that holds any record of `frame_pages` pages while it is built.
 pub(super) fn record_room(frame_pages: usize) -> usize {
     size_of::<FrameHeader>()
         + frame_pages * MAX_LISTED_PAGES_PER_SLOT * size_of::<PageRun>()
@@ -306,13 +308,14 @@ pub(super) fn build(
     })
 }
 
-/// Frames that are kept besides those that can be shared. While a block is taken in, at most 512
-/// frames are sealed and one stays open, and its index block is written when the last of them is.
+/// Number of frames that are kept besides those that can be shared. While a block is processed, at
+/// most 512 frames are sealed and one stays open, and its index block is written when the last of
+/// them is.
 const MARGIN: u64 = 2 * PAGES_PER_BLOCK_U64;
 
-/// References of the frames that are written: the newest, so that later pages can share theirs.
+/// References of the newest written frames, so that later pages can share theirs.
 pub(super) struct FrameRefs {
-    /// Frames back from the newest that can be shared.
+    /// Number of frames, counted back from the newest, that can be shared.
     bound: u64,
     kept: VecDeque<FrameRef>,
     /// Number of the first of `kept`.
@@ -324,18 +327,19 @@ impl FrameRefs {
         let most = usize::try_from(bound + MARGIN).expect("bounded by the options");
         Self {
             bound,
-            // What is never touched takes no memory, and growing would take twice as much.
+            // Untouched capacity takes no memory, and growing would take twice as much.
             kept: VecDeque::with_capacity(most),
             first: 0,
         }
     }
 
-    /// Frames written.
+    /// Returns the number of frames written.
     pub(super) fn written(&self) -> u64 {
         self.first + self.kept.len() as u64
     }
 
-    /// The oldest frame that a block may share if it begins when `sealed` frames are.
+    /// Returns the number of the oldest frame that a block may share if it starts when `sealed`
+    /// frames are sealed.
     pub(super) fn oldest_shared(&self, sealed: u64) -> u64 {
         sealed.saturating_sub(self.bound)
     }
@@ -377,7 +381,8 @@ mod tests {
         for n in 0..5000 {
             assert_eq!(refs.written(), n);
             refs.push(reference(n));
-            // A block that began when its newest frame was none yet: 512 were sealed meanwhile.
+            // The worst case: a block that began when its newest frame had not been started, with
+            // 512 frames sealed meanwhile.
             let began = (n + 1).saturating_sub(513);
             for shared in refs.oldest_shared(began)..=n {
                 assert_eq!(refs.get(shared).offset.get(), shared);

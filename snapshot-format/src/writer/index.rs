@@ -1,4 +1,4 @@
-//! Index blocks on their way out.
+//! Index blocks on output.
 
 use zerocopy::IntoBytes;
 use zstd_safe::CCtx;
@@ -10,20 +10,20 @@ use crate::layout::{
     TopEntry, codec, page_kind, top_kind,
 };
 
-/// Level for index blocks. They are small and look alike at any level.
+/// Compression level of index blocks. They are small, and their size hardly depends on the level.
 const LEVEL: i32 = 3;
 
 /// An index block whose frames may not be written yet.
 pub(super) struct Draft {
-    /// Its place in the top table.
+    /// Its position in the top table.
     pub(super) block: usize,
     pub(super) first_page: u64,
     entries: Vec<PageEntry>,
     /// Numbers of the frames that it names.
     frames: Vec<u64>,
     words: Vec<u64>,
-    /// Frames that must be written before it: its own and those of the blocks before it, so that
-    /// the order of the file doesn't depend on which thread was faster.
+    /// Number of frames that must be written before it: its own and those of the blocks before it,
+    /// so that the order of the file doesn't depend on the speed of the threads.
     pub(super) needs: u64,
 }
 
@@ -63,7 +63,7 @@ impl Draft {
         });
     }
 
-    /// The block's bytes before compression.
+    /// Appends the block's uncompressed bytes to `bytes`.
     fn encode(&self, refs: &FrameRefs, bytes: &mut Vec<u8>) {
         let count = |len: usize| u16::try_from(len).expect("at most one for each of 512 pages");
         let header = IndexHeader {
@@ -88,9 +88,9 @@ impl Draft {
     }
 }
 
-/// The place of `value` in `list`, where it is entered if it is new.
+/// Returns the index of `value` in `list`, and appends it if it is new.
 fn number<T: PartialEq>(list: &mut Vec<T>, value: T) -> u16 {
-    // The newest are asked for most.
+    // The newest values are looked up most often.
     let at = list
         .iter()
         .rposition(|known| *known == value)
@@ -117,7 +117,7 @@ impl IndexEncoder {
         }
     }
 
-    /// The stored bytes of `draft` and its entry in the top table for a block at `offset`.
+    /// Returns the stored bytes of `draft` and its entry in the top table for a block at `offset`.
     pub(super) fn encode(
         &mut self,
         draft: &Draft,

@@ -45,7 +45,7 @@ use crate::layout::{
 };
 use crate::types::{Region, SnapshotId, Summary};
 
-/// How far a writer is.
+/// Progress of a writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Pages that have been taken in and ordered.
@@ -54,7 +54,7 @@ pub struct Progress {
     pub bytes_written: u64,
 }
 
-/// What was written.
+/// Result of writing a snapshot.
 #[derive(Clone, Debug)]
 pub struct Written {
     /// The snapshot's id.
@@ -71,7 +71,7 @@ pub struct Written {
 
 type ProgressCallback = Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>;
 
-/// A block or several on their way to the ordering stage.
+/// One or several blocks on their way to the ordering stage.
 enum Queued {
     /// Being examined by the pool.
     Block {
@@ -87,8 +87,8 @@ enum Queued {
     },
 }
 
-/// Entries of the queue after which the writer waits for the first. Blocks with bytes are bounded
-/// by their buffers already.
+/// Length of the queue above which the writer waits for the first entry. Blocks with bytes are
+/// already bounded by their buffers.
 const MAX_QUEUED: usize = 64;
 
 /// Writes one snapshot to `W`, which may be a pipe.
@@ -112,7 +112,7 @@ pub struct Writer<W: Write> {
     regions: Vec<Region>,
     /// Bytes that the regions will take in the file.
     region_bytes: u64,
-    /// Pages of the page-number space that are taken, up to the end of a block.
+    /// First free page number, rounded up to the end of a block.
     next_page: u64,
     id: SnapshotId,
     optional_features: u64,
@@ -178,7 +178,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Calls `callback` now and then, on the thread that writes. [`ControlFlow::Break`] makes the
-    /// call under way fail with [`WriteError::Cancelled`].
+    /// call in progress fail with [`WriteError::Cancelled`].
     pub fn on_progress(
         &mut self,
         callback: impl FnMut(&Progress) -> ControlFlow<()> + Send + 'static,
@@ -186,7 +186,7 @@ impl<W: Write> Writer<W> {
         self.progress = Some(Box::new(callback));
     }
 
-    /// Begins the next region; what is written from now on is its pages.
+    /// Begins the next region; the pages written from now on belong to it.
     pub fn begin_region(&mut self, region: &RegionSpec) -> Result<(), WriteError> {
         self.guarded(|writer| {
             region.check()?;
@@ -232,8 +232,8 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Writes the next `pages` pages of the region, which `read` puts where they are needed: it is
-    /// called with room for some of them at a time. Saves a copy.
+    /// Writes the next `pages` pages of the region, which `read` stores directly in their place: it
+    /// is called with room for some of them at a time. This saves a copy.
     pub fn read_pages(
         &mut self,
         pages: u64,
@@ -338,7 +338,8 @@ impl<W: Write> Writer<W> {
             region.first_page.saturating_add(len),
             MAX_PAGES,
         )?;
-        // Below the limit the product can't overflow. A region may end where the addresses do.
+        // Below the limit the product can't overflow. A region may end where the address space
+        // ends.
         let most = u64::MAX - region.start;
         WriteError::limit(
             "a region's length in bytes",
@@ -387,7 +388,7 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Does what can be done without waiting.
+    /// Does all work that is possible without waiting.
     fn advance(&mut self) -> Result<(), WriteError> {
         self.stage.workers.poll()?;
         self.stage.write_ready()?;
@@ -425,7 +426,7 @@ impl<W: Write> Writer<W> {
         }
     }
 
-    /// Waits until all blocks that are complete are ordered and all sealed frames written.
+    /// Waits until all complete blocks are ordered and all sealed frames are written.
     fn settle(&mut self) -> Result<(), WriteError> {
         self.advance()?;
         while !self.queue.is_empty() {

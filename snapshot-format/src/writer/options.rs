@@ -1,28 +1,28 @@
-//! What a caller chooses.
+//! Options of the writer.
 
 use super::WriteError;
 use crate::layout::{MAX_DICTIONARY_BYTES, MAX_FRAME_SLOTS, MAX_NAME_BYTES, PAGE_SIZE_U64};
 use crate::types::SnapshotId;
 
-/// What to do about a dictionary.
+/// Dictionary policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Dictionary {
-    /// [Train](Self::Train) one if the frames are [small enough](crate::dictionary::is_worth_training)
-    /// that it is worth the time.
+    /// [Train](Self::Train) one if the frames are [small
+    /// enough](crate::dictionary::is_worth_training) that it is worth the time.
     #[default]
     Auto,
     /// Use none.
     Off,
     /// Train one on the first frames (a part of the first 64 MiB of distinct pages) while they are
     /// being written, and use it for later frames if it pays on pages that it wasn't trained on.
-    /// Works on a stream; who can read the source anywhere gets a better one, and from the first
-    /// frame on, with [`crate::dictionary::train`].
+    /// This works on a stream. A caller with random access to the source gets a better dictionary,
+    /// from the first frame on, with [`crate::dictionary::train`].
     Train,
     /// Use this one.
     Use(Vec<u8>),
 }
 
-/// How a snapshot is written.
+/// Options for writing a snapshot.
 ///
 /// With the defaults a writer takes at most 128 MiB for any source up to 64 GiB. Larger frames,
 /// higher levels and more threads cost more: each thread has a zstd context and a frame of its own.
@@ -71,7 +71,7 @@ impl Default for WriterOptions {
 }
 
 impl WriterOptions {
-    /// Refuses values that make no sense.
+    /// Refuses invalid values.
     pub(super) fn check(&self) -> Result<(), WriteError> {
         let levels = zstd_safe::min_c_level()..=zstd_safe::max_c_level();
         if !levels.contains(&self.level) {
@@ -121,7 +121,7 @@ impl WriterOptions {
         Ok(())
     }
 
-    /// What the writer records about itself.
+    /// Returns the properties that the writer records about itself.
     pub(super) fn own_properties(&self) -> Vec<(String, String)> {
         vec![
             (
@@ -133,7 +133,7 @@ impl WriterOptions {
         ]
     }
 
-    /// The number of threads, as asked for or as fits this machine.
+    /// Returns the number of threads: as configured, or a default that fits this machine.
     pub(super) fn thread_count(&self) -> usize {
         self.threads.unwrap_or_else(|| {
             std::thread::available_parallelism()
@@ -154,7 +154,7 @@ pub struct RegionSpec {
     pub start: u64,
     /// Page size of the owner's mapping as a power of two; 0 stands for 12 (4 KiB).
     pub page_shift: u32,
-    /// What the owner calls it; no control characters.
+    /// The owner's name for the region; no control characters.
     pub name: String,
 }
 

@@ -7,8 +7,8 @@ use super::WriteError;
 /// Bytes gathered before the output is called.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Counts and gathers what is written. Dropping it writes nothing: after an error the rest of the
-/// buffer must not follow.
+/// Counts and buffers the written bytes. Dropping it writes nothing, because after an error the
+/// rest of the buffer must not follow.
 pub(super) struct Output<W> {
     inner: W,
     buffer: Vec<u8>,
@@ -24,7 +24,7 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Where the next byte will lie.
+    /// Returns the offset of the next byte.
     pub(super) fn offset(&self) -> u64 {
         self.offset
     }
@@ -53,7 +53,7 @@ impl<W: Write> Output<W> {
         Ok(())
     }
 
-    /// Writes what is gathered and gives the output back.
+    /// Writes the buffered bytes and returns the output.
     pub(super) fn finish(mut self) -> Result<W, WriteError> {
         self.drain("the end of the file")?;
         self.inner.flush().map_err(|source| WriteError::Io {

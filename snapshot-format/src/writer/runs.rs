@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use crate::layout::{FillRun, MAX_FILL_RUNS};
 
-/// Keeps the [`MAX_FILL_RUNS`] longest runs; of equal ones those that came first.
+/// Collector of the [`MAX_FILL_RUNS`] longest runs; among equal ones, those that came first.
 #[derive(Default)]
 pub(super) struct ZeroRuns {
     /// The shortest kept run is on top, the last of equal ones.
@@ -15,7 +15,7 @@ pub(super) struct ZeroRuns {
 }
 
 impl ZeroRuns {
-    /// Takes zero pages in; calls come in page order. Runs end with their region.
+    /// Adds zero pages; calls come in page order. Runs end with their region.
     pub(super) fn push(&mut self, region: usize, first_page: u64, pages: u64) {
         if let Some((open_region, first, len)) = &mut self.open
             && *open_region == region
@@ -37,7 +37,7 @@ impl ZeroRuns {
         }
     }
 
-    /// The runs, longest first.
+    /// Returns the runs, longest first.
     pub(super) fn finish(mut self) -> Vec<FillRun> {
         self.close();
         self.best

@@ -1,4 +1,4 @@
-//! What follows the frames: blobs' tables, sections and the trailer.
+//! The end of the file: tables of blobs, sections and the trailer.
 
 use std::io::Write;
 
@@ -31,7 +31,7 @@ pub(super) fn write_header<W: Write>(
     out.write("the header", header.as_bytes())
 }
 
-/// Where one blob lies.
+/// Location of one blob.
 pub(super) struct Blob {
     pub(super) name: String,
     /// Number of a dictionary, otherwise 0.
@@ -78,7 +78,7 @@ impl BlobWriter {
         out.write(what, bytes)
     }
 
-    /// Bytes written so far.
+    /// Returns the number of bytes written so far.
     pub(super) fn len(&self) -> u64 {
         self.blob.len
     }
@@ -92,8 +92,8 @@ impl BlobWriter {
     }
 }
 
-/// Checks the name of one more blob, and that there may be one more. With this the section meets
-/// its limit in bytes, too: 4096 names of 4096 bytes are far below it.
+/// Checks the name of one more blob, and that one more is allowed. This also keeps the section
+/// within its limit in bytes: 4096 names of 4096 bytes are far below it.
 pub(super) fn check_blob_name(
     what: &'static str,
     number: &'static str,
@@ -117,7 +117,7 @@ pub(super) fn check_blob_name(
     WriteError::limit(number, present.len() as u64 + 1, MAX_BLOBS as u64)
 }
 
-/// Writes sections and remembers where they are.
+/// Writes sections and records their locations.
 #[derive(Default)]
 pub(super) struct Sections {
     entries: Vec<SectionEntry>,
@@ -243,12 +243,12 @@ fn name_len(len: usize) -> u32 {
     u32::try_from(len).expect("4096 names of 4096 bytes at most")
 }
 
-/// Checks the regions' number.
+/// Checks the number of regions.
 pub(super) fn check_region_count(count: usize) -> Result<(), WriteError> {
     WriteError::limit("the number of regions", count as u64, MAX_REGIONS)
 }
 
-/// Bytes that a region of this name takes in the region section.
+/// Returns the number of bytes that a region of this name takes in the region section.
 pub(super) fn region_bytes(name: &str) -> u64 {
     (size_of::<RegionEntry>() + name.len()) as u64
 }

@@ -1,4 +1,5 @@
-//! The stage that sees blocks in page order: shares pages, fills frames, writes what is ready.
+//! The stage that processes blocks in page order: shares pages, fills frames, and writes finished
+//! ones.
 //!
 //! ```text
 //! for each page of the next examined block:
@@ -10,8 +11,8 @@
 //! ```
 //!
 //! A draft follows the last frame that it or a draft before it needs, so the file is the same
-//! whichever thread was faster. What waits is bounded: by the frames under way, and by sealing the
-//! open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
+//! whichever thread was faster. The amount of waiting data is bounded by the frames in progress,
+//! and by sealing the open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -32,7 +33,8 @@ use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
 const MAX_DRAFTS_ON_OPEN: usize = 64;
-/// The newest frames can be shared, so many of them: 24 MiB of references.
+/// Minimum number of the newest frames that can be shared: 24 MiB of references. A larger table of
+/// known pages raises it.
 const MAX_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
@@ -41,11 +43,11 @@ pub(super) struct Stage<W> {
     frame_pages: usize,
     dedup: DedupTable,
     open: OpenFrame,
-    /// Number of the open frame: frames sealed.
+    /// Number of the open frame, which is the number of sealed frames.
     sealed: u64,
     refs: FrameRefs,
     drafts: VecDeque<Draft>,
-    /// Drafts that came since the open frame got its first page.
+    /// Number of drafts that arrived since the open frame got its first page.
     drafts_on_open: usize,
     index: IndexEncoder,
     training: Option<Training>,
@@ -91,7 +93,7 @@ impl<W: Write> Stage<W> {
         }
     }
 
-    /// Takes the next `blocks` blocks in, all of whose pages (`pages` in all) are alike.
+    /// Processes the next `blocks` blocks, all of whose pages (`pages` in all) are alike.
     pub(super) fn push_uniform(&mut self, region: usize, alike: Alike, blocks: usize, pages: u64) {
         let (kind, word, page) = match alike {
             Alike::Fill(word) => (top_kind::FILL, word, digest::fill(word)),
@@ -127,7 +129,7 @@ impl<W: Write> Stage<W> {
         }
     }
 
-    /// Takes the next block in.
+    /// Processes the next block.
     pub(super) fn push_block(
         &mut self,
         region: usize,
@@ -163,7 +165,7 @@ impl<W: Write> Stage<W> {
                                 self.seal(buffer.as_ref())?;
                             }
                             let slot = self.open.add(page, index);
-                            // Past 2^32 frames there is no sharing any more.
+                            // Beyond 2^32 frames nothing is shared any more.
                             if let Ok(frame) = u32::try_from(self.sealed) {
                                 self.dedup.insert(place, key, Location { frame, slot });
                             }
@@ -201,7 +203,7 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Ends the open frame. `buffer` has the bytes of the current block.
+    /// Seals the open frame. `buffer` has the bytes of the current block.
     fn seal(&mut self, buffer: Option<&Arc<BlockBuffer>>) -> Result<(), WriteError> {
         if self.open.slots() == 0 {
             return Ok(());
@@ -223,8 +225,8 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Lets the training have a look at the frame that comes next, and uses what it has found if
-    /// this is the frame to begin with.
+    /// Passes the next frame to the training, and uses the resulting dictionary if this is the
+    /// frame to start with.
     fn train(&mut self, sealed: &Sealed) -> Result<(), WriteError> {
         let Some(training) = &mut self.training else {
             return Ok(());
@@ -252,7 +254,7 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Writes the frames that are built, and the drafts that waited for them. Says whether there
+    /// Writes the frames that are built, and the drafts that waited for them. Returns whether there
     /// was one.
     pub(super) fn write_ready(&mut self) -> Result<bool, WriteError> {
         let mut any = false;
@@ -282,7 +284,7 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Waits until every frame that is under way is written.
+    /// Waits until every frame in progress is written.
     pub(super) fn settle(&mut self) -> Result<(), WriteError> {
         while self.workers.frames_under_way() {
             if !self.write_ready()? {
@@ -292,7 +294,7 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Ends the last frame and writes all that is left of frames and index blocks.
+    /// Seals the last frame and writes all remaining frames and index blocks.
     pub(super) fn finish(&mut self) -> Result<(), WriteError> {
         self.seal(None)?;
         self.settle()?;
@@ -301,7 +303,7 @@ impl<W: Write> Stage<W> {
     }
 }
 
-/// An entry of the top table without a block; also stands for a draft until that is written.
+/// Returns a top-table entry without a block. It also stands for a draft until that is written.
 fn empty_entry() -> TopEntry {
     TopEntry {
         kind: top_kind::UNAVAILABLE,

@@ -1,4 +1,4 @@
-//! Finding a dictionary while a stream goes by.
+//! Training of a dictionary while a stream is being written.
 //!
 //! ```text
 //! frames   0 ........... 64 MiB ............ 128 MiB ............
@@ -15,11 +15,11 @@ use crate::types::Summary;
 
 /// Pages that are copied to train and to judge: 4 MiB.
 const SAMPLE_PAGES: usize = 1024;
-/// One frame of this many is copied.
+/// One in this many frames is copied.
 const SAMPLE_EVERY: u64 = 16;
 /// Pages after which the dictionary is used, as a multiple of those after which it is trained.
 const USE_AFTER: u64 = 2;
-/// A source of unknown length is taken to be this many times as long as what came so far.
+/// Assumed length of a source of unknown length, as a multiple of the pages so far.
 const UNKNOWN_SOURCE_FACTOR: u64 = 8;
 
 pub(super) struct Training {
@@ -30,12 +30,12 @@ pub(super) struct Training {
     start: u64,
 }
 
-/// What to do at a frame.
+/// Action to take at a frame.
 pub(super) enum Step {
     Go,
-    /// Train on these.
+    /// Train on these frames.
     Start(Vec<Vec<u8>>),
-    /// The training must be over.
+    /// Wait for the training, and use its result.
     Decide,
 }
 
@@ -50,7 +50,7 @@ impl Training {
         }
     }
 
-    /// Looks at the next frame.
+    /// Processes the next frame, and returns the action to take.
     pub(super) fn step(&mut self, sealed: &Sealed) -> Step {
         let number = sealed.number;
         if number == self.start {
@@ -67,7 +67,8 @@ impl Training {
         Step::Go
     }
 
-    /// Bytes of distinct pages that the whole source may have, judged by what came so far.
+    /// Returns the expected number of bytes of distinct pages in the whole source, extrapolated
+    /// from the pages so far.
     pub(super) fn expected_bytes(&self, so_far: &Summary) -> u64 {
         let stored = so_far.stored_pages;
         let pages = match self.expected_pages {
@@ -78,7 +79,7 @@ impl Training {
             }
             None => stored.saturating_mul(UNKNOWN_SOURCE_FACTOR),
         };
-        // What came so far does without.
+        // The frames so far don't use the dictionary.
         pages.saturating_sub(stored).saturating_mul(PAGE_SIZE_U64)
     }
 }

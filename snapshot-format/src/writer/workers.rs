@@ -1,4 +1,4 @@
-//! The threads, and what travels between them and the caller's.
+//! The threads of the pool, and the messages between them and the caller's thread.
 //!
 //! ```text
 //! caller's thread                         pool
@@ -6,10 +6,10 @@
 //!   pop_examined()  <-- Event::Examined
 //!   build(frame)    ------------------->  gather, compress, checksum
 //!   pop_built()     <-- Event::Built
-//!   buffer()        <-- Event::Buffer     last user of a block's bytes lets go
+//!   buffer()        <-- Event::Buffer     last user of a block's bytes drops them
 //! ```
 //!
-//! Both kinds of work are handed out in order and handed back in order. What is under way is
+//! Both kinds of work are handed out in order and handed back in order. The work in progress is
 //! bounded by the caller: by the number of buffers, and by [`Workers::frames_full`].
 
 use std::collections::VecDeque;
@@ -25,12 +25,12 @@ use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
 use crate::dictionary::{Trained, train_on_frames};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
-/// Number of the one dictionary that a writer uses.
+/// Number of the only dictionary that a writer uses.
 pub(super) const DICTIONARY_NUMBER: u16 = 1;
-/// Bytes of frames that may be under way.
+/// Maximum number of bytes of frames in progress.
 const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
 
-/// What a thread of the pool reports.
+/// Message from a thread of the pool.
 pub(super) enum Event {
     Examined(u64, Examined),
     Built(Result<Built, WriteError>),
@@ -39,13 +39,13 @@ pub(super) enum Event {
     Panicked,
 }
 
-/// What came of training a dictionary.
+/// Result of training a dictionary.
 pub(super) enum Verdict {
     Pays(Trained),
     Useless,
 }
 
-/// Things that come back in another order than they are wanted in.
+/// Items that arrive in another order than they are needed in.
 struct Reorder<T> {
     first: u64,
     items: VecDeque<Option<T>>,
@@ -59,7 +59,7 @@ impl<T> Reorder<T> {
         }
     }
 
-    /// The number of one more thing that will come back.
+    /// Reserves and returns the number of one more item that will come back.
     fn expect(&mut self) -> u64 {
         self.items.push_back(None);
         self.first + self.items.len() as u64 - 1
@@ -78,7 +78,7 @@ impl<T> Reorder<T> {
     }
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
     scratch: Mutex<Vec<Scratch>>,
     records: Mutex<Vec<Vec<u8>>>,
@@ -96,9 +96,9 @@ pub(super) struct Workers {
     verdict: Option<Verdict>,
     most_frames: usize,
     free: Vec<Vec<u8>>,
-    /// Buffers that may still be allocated.
+    /// Number of buffers that may still be allocated.
     buffers_left: usize,
-    /// Buffers of one frame, to be used again.
+    /// Buffers of one frame, to be reused.
     spare: Vec<Vec<u8>>,
     frame_bytes: usize,
 }
@@ -154,14 +154,14 @@ impl Workers {
         });
     }
 
-    /// What [`Workers::train`] found, once it is done.
+    /// Returns the result of [`Workers::train`], once it is done.
     pub(super) fn pop_verdict(&mut self) -> Option<Verdict> {
         self.verdict.take()
     }
 
-    /// Frames that are handed out from now on use the dictionary `bytes`.
+    /// Makes frames that are handed out from now on use the dictionary `bytes`.
     pub(super) fn use_dictionary(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        // A context would take a damaged one, and fail at the first frame.
+        // A context would accept a damaged dictionary, and fail at the first frame.
         if CDict::try_create(bytes, self.compression.level()).is_none() {
             let expected = "what zstd's trainer makes";
             return Err(WriteError::argument("the dictionary", "damaged", expected));
@@ -170,7 +170,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Room for a block's bytes, if some is free.
+    /// Returns a buffer for a block's bytes, if one is free.
     pub(super) fn buffer(&mut self) -> Option<BlockBuffer> {
         let bytes = self.free.pop().or_else(|| {
             self.buffers_left = self.buffers_left.checked_sub(1)?;
@@ -179,41 +179,41 @@ impl Workers {
         Some(BlockBuffer::new(bytes, self.sender.clone()))
     }
 
-    /// A buffer with room for one frame's pages.
+    /// Returns a buffer with room for one frame's pages.
     pub(super) fn spare(&mut self) -> Vec<u8> {
         self.spare
             .pop()
             .unwrap_or_else(|| Vec::with_capacity(self.frame_bytes))
     }
 
-    /// Hands a block out to be examined.
+    /// Hands a block to the pool to be examined.
     pub(super) fn examine(&mut self, given: Vec<Given>, buffer: Option<Arc<BlockBuffer>>) {
         let number = self.examined.expect();
         let sender = self.sender.clone();
         self.pool.spawn_fifo(move || {
             let examined = examine(&given, buffer.as_ref());
             drop(buffer);
-            // Nobody listens any more when the writer itself is gone.
+            // The receiver is gone if the writer itself was dropped.
             let _ = sender.send(Event::Examined(number, examined));
         });
     }
 
-    /// The next block in the order of [`Workers::examine`], if it is done.
+    /// Returns the next block in the order of [`Workers::examine`], if it is done.
     pub(super) fn pop_examined(&mut self) -> Option<Examined> {
         self.examined.pop()
     }
 
-    /// Whether no more frames should be handed out now.
+    /// Returns whether no more frames should be handed out for now.
     pub(super) fn frames_full(&self) -> bool {
         self.built.items.len() >= self.most_frames
     }
 
-    /// Whether frames are under way.
+    /// Returns whether any frames are in progress.
     pub(super) fn frames_under_way(&self) -> bool {
         !self.built.items.is_empty()
     }
 
-    /// Hands a frame out to be built. Frames come in the order of their numbers.
+    /// Hands a frame to the pool to be built. Frames come in the order of their numbers.
     pub(super) fn build(&mut self, sealed: Sealed) {
         let number = self.built.expect();
         debug_assert_eq!(number, sealed.number);
@@ -228,12 +228,12 @@ impl Workers {
         });
     }
 
-    /// The next frame in the order of [`Workers::build`], if it is done.
+    /// Returns the next frame in the order of [`Workers::build`], if it is done.
     pub(super) fn pop_built(&mut self) -> Option<Built> {
         self.built.pop()
     }
 
-    /// Takes the buffers of a frame back that is written.
+    /// Takes back the buffers of a frame that is written.
     pub(super) fn recycle(&mut self, record: Vec<u8>, spare: Vec<u8>) {
         give(&self.shared.records, record);
         if spare.capacity() > 0 {
@@ -241,7 +241,7 @@ impl Workers {
         }
     }
 
-    /// Takes in what the threads have reported.
+    /// Receives the messages of the threads.
     pub(super) fn poll(&mut self) -> Result<(), WriteError> {
         loop {
             match self.receiver.try_recv() {
@@ -251,7 +251,7 @@ impl Workers {
         }
     }
 
-    /// Waits until a thread reports something. Something must be under way.
+    /// Waits for a message of a thread. Some work must be in progress.
     pub(super) fn wait(&mut self) -> Result<(), WriteError> {
         // The workers hold a sender, so the channel can't be closed.
         let event = self.receiver.recv().map_err(|_| WriteError::Panicked)?;
@@ -289,7 +289,7 @@ fn give<T>(stock: &Mutex<Vec<T>>, item: T) {
 mod tests {
     use super::*;
 
-    /// Pages given as bytes without a buffer were once recorded as unavailable.
+    /// Regression: pages given as bytes without a buffer were recorded as unavailable.
     #[test]
     fn bytes_that_got_lost_are_an_error() {
         let mut workers = Workers::start(1, 1, 1).expect("threads");

@@ -1,6 +1,6 @@
-//! A small snapshot assembled by hand, field by field, without the writer: the second opinion on
-//! the format. It remembers where everything lies, so that tests can change a field and
-//! recompute the checksums around it.
+//! A small snapshot assembled by hand, field by field, without the writer: an independent
+//! implementation of the format. It records the position of every part, so that tests can change a
+//! field and recompute the checksums around it.
 
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 #![allow(
@@ -26,7 +26,7 @@ pub const AB: u64 = 0xabab_abab_abab_abab;
 pub const DICTIONARY: u16 = 7;
 pub const ID: [u8; 16] = *b"0123456789abcdef";
 
-/// What a page of the sample is.
+/// Content of a page of the sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     Fill(u64),
@@ -45,10 +45,10 @@ pub const REGIONS: [(u32, u64, u64, &str); 3] = [
 pub const FIRST_PAGES: [u64; 3] = [0, 1024, 2048];
 pub const BLOCKS: u64 = 5;
 
-/// What a page number of the sample is; none for unused numbers.
+/// Returns the content of a page number of the sample; none for unused numbers.
 pub fn content(page: u64) -> Option<Content> {
     Some(match page {
-        // The second sharer of a content lies in the same block, the third in another.
+        // The second page with the same content lies in the same block, the third in another.
         20 => Content::Stored(4),
         520 => Content::Stored(0),
         0..20 | 512..520 | 1536 => Content::Stored(page),
@@ -60,7 +60,7 @@ pub fn content(page: u64) -> Option<Content> {
     })
 }
 
-/// 4096 bytes that compress about twofold and differ from seed to seed.
+/// Returns 4096 bytes that compress about twofold and differ from seed to seed.
 pub fn pattern(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
     let mut bytes = Vec::with_capacity(PAGE_SIZE);
@@ -74,7 +74,7 @@ pub fn pattern(seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// The 4096 bytes of a page; none if it is unavailable or unused.
+/// Returns the 4096 bytes of a page; none if it is unavailable or unused.
 pub fn page_bytes(page: u64) -> Option<Vec<u8>> {
     match content(page)? {
         Content::Fill(word) => Some(word.to_le_bytes().repeat(PAGE_SIZE / 8)),
@@ -90,7 +90,7 @@ struct FrameSpec {
     dictionary: u16,
 }
 
-/// Frames of the sample, by the pages that were stored first.
+/// Returns the frames of the sample, by the pages that were stored first.
 fn frame_specs() -> [FrameSpec; 4] {
     [
         FrameSpec {
@@ -116,7 +116,7 @@ fn frame_specs() -> [FrameSpec; 4] {
     ]
 }
 
-/// Number of the frame, and slot, that a content lies in.
+/// Returns the number of the frame that holds a content, and its slot there.
 pub fn frame_of(seed: u64) -> (usize, u16) {
     let frame = frame_specs()
         .iter()
@@ -129,10 +129,10 @@ pub fn dictionary_bytes() -> Vec<u8> {
     pattern(512).into_iter().chain(pattern(513)).collect()
 }
 
-/// Makes the payload of bytes.
+/// Function that makes a payload of bytes.
 pub type Pack<'a> = &'a dyn Fn(&[u8]) -> Vec<u8>;
 
-/// The sample's bytes and where its parts lie.
+/// The sample's bytes and the positions of its parts.
 #[derive(Clone)]
 pub struct Sample {
     pub bytes: Vec<u8>,
@@ -140,7 +140,7 @@ pub struct Sample {
     pub frames: Vec<Range<usize>>,
     /// Index blocks as stored, with their numbers; the last one is compressed.
     pub blocks: Vec<(u64, Range<usize>)>,
-    /// Where the frame references lie in raw index blocks, with the frames' numbers.
+    /// Positions of the frame references in raw index blocks, with the frames' numbers.
     pub frame_refs: Vec<(usize, usize)>,
     /// (kind of the table, number in it, bytes).
     pub blobs: Vec<(SectionKind, usize, Range<usize>)>,
@@ -156,12 +156,13 @@ impl Sample {
         Self::build(true)
     }
 
-    /// `inline_regions`: the region section lies right before the top table.
+    /// Builds the sample. With `inline_regions`, the region section lies right before the top
+    /// table.
     pub fn build(inline_regions: bool) -> Self {
         Self::build_with(inline_regions, &|raw| compress(raw, &[]))
     }
 
-    /// `pack` compresses the second frame's pages and the fourth index block.
+    /// Builds the sample; `pack` compresses the second frame's pages and the fourth index block.
     #[expect(
         clippy::too_many_lines,
         reason = "one thing after the other, as in the file"
@@ -189,7 +190,7 @@ impl Sample {
             frames.push(at..at + record.len());
             bytes.extend_from_slice(&record);
             if number == 0 {
-                // A gap, as a writer that aligns its frames would leave.
+                // A gap, as left by a writer that aligns its frames.
                 bytes.extend_from_slice(&[0; 64]);
             }
         }
@@ -395,7 +396,7 @@ impl Sample {
         place.expect("the sample has all sections").1.clone()
     }
 
-    /// Where the directory's entry for a kind lies.
+    /// Returns the position of the directory's entry for a kind.
     pub fn entry_of(&self, kind: SectionKind) -> usize {
         let number = self
             .sections
@@ -447,7 +448,7 @@ fn frame_record(spec: &FrameSpec, pack: Option<Pack<'_>>) -> Vec<u8> {
         (codec::ZSTD, Some(pack)) => pack(&raw),
         _ => compress(&raw, &dictionary_bytes()),
     };
-    // Two runs where there is room for two, so that the list is one.
+    // Two runs if there is room for two, so that the list is longer than one.
     let half = slots / 2;
     let runs: Vec<PageRun> = [(0, half), (half, slots - half)]
         .into_iter()
@@ -480,14 +481,14 @@ pub fn compress(bytes: &[u8], dictionary: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Numbers of a block's pages.
+/// Returns the numbers of a block's pages.
 fn pages_of(block: u64) -> Range<u64> {
     let first = block * 512;
     let end = (first..first + 512).find(|page| content(*page).is_none());
     first..end.unwrap_or(first + 512)
 }
 
-/// A block's index block, and the numbers of the frames that it names.
+/// Returns a block's index block, and the numbers of the frames that it names.
 fn index_block(block: u64, refs: &[FrameRef]) -> (Vec<u8>, Vec<usize>) {
     let mut named = Vec::new();
     let mut fills: Vec<u64> = Vec::new();
@@ -560,7 +561,7 @@ fn attachments() -> [(u32, &'static str, Vec<u8>); 2] {
     ]
 }
 
-/// The state digest, from what `FORMAT.md` says of it.
+/// Returns the state digest, computed from its definition in `FORMAT.md`.
 fn state_digest(content: &Digest, attachments: &[(u32, &str, Vec<u8>)]) -> Digest {
     let mut all = b"snaprestore state".to_vec();
     all.extend_from_slice(content);

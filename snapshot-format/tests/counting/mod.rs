@@ -21,7 +21,7 @@ impl Counting {
         }
     }
 
-    /// Reads and bytes since it was last asked.
+    /// Returns the reads and bytes since the last call.
     pub(crate) fn take(&self, reason: Reason) -> (u64, u64) {
         let i = reason as usize;
         (

@@ -1,8 +1,8 @@
-//! A wrong value for a field of the hand-made sample, and the error that it must lead to.
+//! A wrong value for a field of the hand-made sample, and the expected error.
 
 #![allow(unreachable_pub, reason = "each test includes it")]
 
-/// A field, the bytes that it gets, and words of the error that must follow.
+/// A field, its new bytes, and a part of the expected error.
 pub struct Case {
     pub at: usize,
     pub bytes: Vec<u8>,

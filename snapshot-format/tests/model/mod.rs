@@ -7,7 +7,7 @@ use snapshot_format::{
     WriterOptions, Written,
 };
 
-/// Options that give the same bytes each time.
+/// Returns options that give the same bytes each time.
 pub(crate) fn options() -> WriterOptions {
     WriterOptions {
         dictionary: Dictionary::Off,
@@ -24,7 +24,7 @@ fn next(state: &mut u64) -> u64 {
     *state >> 33
 }
 
-/// A compressible page; the same number gives the same content.
+/// Returns a compressible page; the same number gives the same content.
 pub(crate) fn data_page(number: u64) -> Vec<u8> {
     let mut state = number ^ 0x1234_5678;
     let mut page = format!("page {number} ").into_bytes();
@@ -39,7 +39,7 @@ pub(crate) fn data_page(number: u64) -> Vec<u8> {
     page
 }
 
-/// A page that doesn't compress.
+/// Returns an incompressible page.
 pub(crate) fn noise_page(number: u64) -> Vec<u8> {
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0xabcd;
     (0..PAGE_SIZE)
@@ -47,14 +47,14 @@ pub(crate) fn noise_page(number: u64) -> Vec<u8> {
         .collect()
 }
 
-/// What a page is.
+/// Content of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Given {
-    /// [`data_page`] of this number.
+    /// The page is [`data_page`] of this number.
     Data(u64),
-    /// Given as a fill.
+    /// The page is given as a fill.
     Fill(u64),
-    /// A fill given as bytes.
+    /// The page is a fill given as bytes.
     FillBytes(u64),
     Unavailable,
 }
@@ -70,7 +70,7 @@ pub(crate) struct Image {
     pub(crate) regions: Vec<Region>,
 }
 
-/// Regions of a few blocks with all kinds of pages; contents repeat.
+/// Returns regions of a few blocks with all kinds of pages; contents repeat.
 pub(crate) fn images() -> impl Strategy<Value = Image> {
     let given = prop_oneof![
         4 => (0u64..60).prop_map(Given::Data),
@@ -119,7 +119,7 @@ impl Image {
             for &(given, pages) in &region.runs {
                 match given {
                     Given::Data(number) => {
-                        // A run of data is of consecutive contents.
+                        // A run of data consists of consecutive contents.
                         bytes.extend((number..number + pages).flat_map(data_page));
                         continue;
                     }
@@ -143,7 +143,7 @@ impl Image {
         writer.finish().unwrap()
     }
 
-    /// Compares everything with what a reader finds.
+    /// Compares the image with everything that a reader returns.
     pub(crate) fn assert_equals(&self, snapshot: &Snapshot, written: &Written) {
         assert_eq!(snapshot.summary(), &written.summary);
         assert_eq!(snapshot.file_bytes(), written.file_bytes);

@@ -1,5 +1,5 @@
-//! What the fuzz targets share: mutations that get behind the checksums, a naive reader to compare with, and a clock
-//! that ends a hang.
+//! Code shared by the fuzz targets: mutations that get past the checksums, a naive reader to
+//! compare with, and a watchdog that ends a hang.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,8 +13,9 @@ use snapshot_format::{
     FrameDecoder, FrameRef, MemoryStore, OpenError, Page, ReadError, Reason, Snapshot,
 };
 
-/// Changes a file. Most of the time as a hostile writer would: some numbers of its structure, and all checksums right
-/// again; otherwise as the fuzzer likes, with checksums or without.
+/// Mutates a file and returns its new length. Most of the time it works as a hostile writer would:
+/// it changes some numbers of the structure and recomputes all checksums. Otherwise it mutates as
+/// the fuzzer does, with or without recomputed checksums.
 pub fn mutate(data: &mut [u8], size: usize, max_size: usize, seed: u32) -> usize {
     let mut rng = SplitMix(seed.into());
     let all = pieces(&data[..size]);
@@ -57,7 +58,7 @@ fn below(rng: &mut SplitMix, end: usize) -> usize {
     usize::try_from(rng.next() % end.max(1) as u64).unwrap_or(0)
 }
 
-/// A place in a piece, or in what refers to it, that is more than padding.
+/// Returns a position in a piece, or in a reference to it, that is more than padding.
 fn interesting(rng: &mut SplitMix, piece: &Piece, size: usize) -> Option<usize> {
     let bytes = match piece.what {
         What::Header => 8..64,
@@ -77,7 +78,7 @@ pub fn open(bytes: &[u8]) -> Result<Snapshot, OpenError> {
     Snapshot::open(Arc::new(MemoryStore::new(bytes.to_vec())))
 }
 
-/// The naive reader: one page after the other, frames kept whole.
+/// A naive reader that reads one page after the other and keeps whole frames.
 pub struct Eager<'a> {
     snapshot: &'a Snapshot,
     decoder: FrameDecoder,
@@ -85,24 +86,24 @@ pub struct Eager<'a> {
     frames: HashMap<FrameRef, Option<Vec<u8>>>,
 }
 
-/// What the naive reader finds.
+/// Result of the naive reader for a page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
     /// One word, repeated.
     Fill(u64),
     /// These bytes.
     Bytes(Vec<u8>),
-    /// No bytes that may be believed.
+    /// No trustworthy bytes.
     Nothing,
-    /// These bytes, or none: they come before the place at which the frame can't be decoded any further, and who
-    /// waited for them may have been given them.
+    /// These bytes, or none. They precede the point at which decoding of the frame fails, so a
+    /// thread that waited for them may already have received them.
     Torn(Vec<u8>),
     /// No page has the number.
     Unused,
 }
 
 impl Found {
-    /// Whether memory with these bytes is right.
+    /// Returns whether memory with these bytes is correct.
     pub fn is(&self, bytes: &[u8]) -> bool {
         match self {
             Self::Fill(word) => bytes.chunks(8).all(|chunk| chunk == word.to_le_bytes()),
@@ -113,7 +114,7 @@ impl Found {
 }
 
 impl<'a> Eager<'a> {
-    /// A reader of `snapshot`.
+    /// Creates a reader of `snapshot`.
     pub fn new(snapshot: &'a Snapshot) -> Self {
         Self {
             snapshot,
@@ -123,7 +124,7 @@ impl<'a> Eager<'a> {
         }
     }
 
-    /// What is at `page`.
+    /// Returns the naive reader's result for `page`.
     pub fn page(&mut self, page: u64) -> Found {
         match self.snapshot.look_up(page, Reason::Demand) {
             Ok(Page::Fill(word)) => Found::Fill(word),
@@ -170,7 +171,8 @@ impl<'a> Eager<'a> {
     }
 }
 
-/// A store in memory never fails: whatever can't be read is damaged.
+/// Asserts that an error is damage: a store in memory never fails, so anything unreadable is
+/// damaged.
 pub fn only_damage(error: &ReadError) {
     assert!(error.is_damage(), "{error}");
 }
@@ -178,11 +180,12 @@ pub fn only_damage(error: &ReadError) {
 /// Longest time that one input may take, on a machine that is busy with other things too.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Milliseconds from the start of the watch to the start of the input under way, plus one; 0 between inputs.
+/// Milliseconds from the start of the watch to the start of the current input, plus one; 0 between
+/// inputs.
 static SINCE: AtomicU64 = AtomicU64::new(0);
 
-/// Runs `body`, and ends the process if it hangs. The fuzzer's own alarm is a signal, which a thread that waits for a page
-/// in the kernel doesn't take.
+/// Runs `body`, and ends the process if it hangs. The fuzzer's own alarm is a signal, which a
+/// thread that waits for a page in the kernel doesn't take.
 pub fn watched(body: impl FnOnce()) {
     static START: Once = Once::new();
     static EPOCH: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

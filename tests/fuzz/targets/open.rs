@@ -1,5 +1,5 @@
-//! Opens, looks up, decodes and verifies any file. Nothing panics or hangs, and what the verifier calls good can be read
-//! from one end to the other.
+//! Opens, looks up, decodes and verifies arbitrary files. Nothing panics or hangs, and a file that
+//! the verifier calls good can be read completely.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
@@ -43,7 +43,7 @@ fn check(bytes: &[u8]) {
     }
 }
 
-/// Reads pages; whether one of them should be there and can't be read.
+/// Reads pages. Returns whether one of them should be readable but is not.
 fn pages(snapshot: &Snapshot) -> bool {
     let mut eager = Eager::new(snapshot);
     let mut lost = false;
@@ -56,7 +56,7 @@ fn pages(snapshot: &Snapshot) -> bool {
     lost
 }
 
-/// Reads everything else; whether all of it can be read.
+/// Reads everything else. Returns whether all of it is readable.
 fn sections(snapshot: &Snapshot) -> bool {
     let mut whole = true;
     let mut note = |result: Result<(), snapshot_format::ReadError>| {

@@ -1,7 +1,8 @@
-//! Restores any file lazily and compares every page that is touched with what the naive reader finds: the bytes are
-//! right, or there are none. Nothing hangs.
+//! Restores arbitrary files lazily and compares every touched page with the naive reader's result:
+//! the bytes are correct, or there are none. Nothing hangs.
 //!
-//! A file that opens is restored if it has at most [`MOST_PAGES`] pages; a few hundred bytes can promise terabytes.
+//! A file that opens is restored if it has at most [`MOST_PAGES`] pages; a few hundred bytes can
+//! promise terabytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
@@ -19,7 +20,7 @@ use std::sync::Arc;
 const MOST_PAGES: u64 = 8192;
 /// Regions of such a snapshot.
 const MOST_REGIONS: usize = 16;
-/// In blocks that are alike throughout, one page of so many is touched.
+/// Step between touched pages in blocks whose pages are all alike: one page in this many.
 const STEP: usize = 61;
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
@@ -62,7 +63,7 @@ fn check(bytes: &[u8]) {
         Err(error) => panic!("{error}"),
     };
     let mut touches = touches(&snapshot, &regions);
-    // Shuffled: any order must do.
+    // Shuffled, because any order must work.
     for last in (1..touches.len()).rev() {
         let other = usize::try_from(rng.next() % (last as u64 + 1)).unwrap_or(0);
         touches.swap(last, other);
@@ -76,7 +77,8 @@ fn check(bytes: &[u8]) {
     }
 }
 
-/// Region and page number of what is touched: every page of blocks with an index, some of the others.
+/// Returns region and page number of each touch: every page of blocks with an index, and some of
+/// the others.
 fn touches(snapshot: &Snapshot, regions: &[Region]) -> Vec<(usize, u64)> {
     let mut touches = Vec::new();
     for (index, region) in regions.iter().enumerate() {
@@ -119,9 +121,10 @@ fn compare(restored: &Restored, eager: &mut Eager<'_>, index: usize, region: &Re
     }
 }
 
-/// Ends the process without the fuzzer taking it for a crash.
+/// Exits without the fuzzer taking this for a crash.
 fn skipped(reason: &StartError) -> ! {
     let _ = writeln!(std::io::stdout(), "SKIPPED fuzz restore: {reason}");
-    // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could be unsound.
+    // SAFETY: `_exit` ends the process without running anything of it; nothing is left that could
+    // be unsound.
     unsafe { libc::_exit(0) }
 }

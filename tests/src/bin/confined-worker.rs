@@ -1,5 +1,5 @@
-//! A daemon's worker as far as confinement goes: takes one VM's memory, gives up its rights, serves the VM to
-//! its end, and then does what it may not.
+//! The confined part of a daemon's worker: takes one VM's memory, drops its privileges, serves the
+//! VM to its end, and then attempts something forbidden.
 //!
 //! ```text
 //! confined-worker SOCKET SNAPSHOT [--user NAME] [--readable FOLDER] [--then WHAT]
@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Does what is forbidden, and tells how it went: the number of the error.
+/// Attempts a forbidden operation and returns the result: the number of the error.
 fn outcome(what: &str, wanted: &Confinement) -> String {
     let result = match what {
         "open" => File::open("/etc/passwd").map(drop),

@@ -1,21 +1,30 @@
-//! A VMM as far as a userfaultfd handler can tell: maps memory, hands it over as Firecracker does, and
-//! touches all of it.
+//! A VMM from the point of view of a userfaultfd handler: maps memory, hands it over as Firecracker
+//! does, and touches all of it.
 //!
 //! ```text
-//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge] [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die] [--send nothing|half|late] [--hang-up]
+//! fake-vmm SOCKET RAW [--manner v1.1|v1.7|v1.12] [--split PAGES] [--threads N] [--huge]
+//!          [--discard] [--move] [--wait] [--hold] [--let-go] [--only PAGES] [--die]
+//!          [--send nothing|half|late] [--hang-up]
 //! ```
 //!
-//! `RAW` is the memory as it was: each page that is touched is compared with it. `--manner` is the
-//! release whose message is sent, `--split` cuts the memory into two regions, the second of which
-//! lies lower, as with Firecracker. `--huge` takes the memory from the pool of 2 MiB pages. `--discard`
-//! gives every fourth run of 16 pages (with `--huge`, every fourth huge page) back before the touches, as
-//! a balloon does, and wants zeros there. `--move` moves every fourth run of 16 elsewhere, which no
-//! Firecracker does. `--wait` waits for the end of standard input before
-//! it touches anything, `--hold` when all is right, to touch everything again. With `--let-go` it keeps no
-//! descriptor of its memory, unlike Firecracker: when all others are closed it reads zeros, and doesn't wait.
-//! `--only` touches no more than so many pages, `--die` ends by SIGKILL when all of that is right.
-//! `--send` has it say less than all, and go on as if it had said it, or say the rest when a line comes on standard input; with `--hang-up` it closes the socket then, and
-//! touches nothing.
+//! `RAW` is the original memory: each touched page is compared with it.
+//!
+//! - `--manner`: the release whose message is sent.
+//! - `--split`: cuts the memory into two regions, the second of which lies at a lower address, as
+//!   with Firecracker.
+//! - `--huge`: takes the memory from the pool of 2 MiB pages.
+//! - `--discard`: before the touches, gives back every fourth run of 16 pages (with `--huge`, every
+//!   fourth huge page), as a balloon does, and expects zeros there.
+//! - `--move`: moves every fourth run of 16 pages elsewhere, which Firecracker never does.
+//! - `--wait`: waits for the end of standard input before it touches anything.
+//! - `--hold`: waits for it when all pages were right, and then touches everything again.
+//! - `--let-go`: keeps no descriptor of its memory, unlike Firecracker. When all other descriptors
+//!   are closed it reads zeros instead of waiting.
+//! - `--only`: touches at most this number of pages.
+//! - `--die`: exits by SIGKILL when all touched pages were right.
+//! - `--send`: sends nothing or half of its message and continues as if it had sent all of it
+//!   (`nothing`, `half`), or sends the other half when a line arrives on standard input (`late`).
+//! - `--hang-up`: then closes the socket and touches nothing.
 #![allow(
     unsafe_code,
     reason = "memory that another process fills is touched through raw pointers"
@@ -74,13 +83,13 @@ struct Options {
     send: Send,
 }
 
-/// How much of its message it sends.
+/// Part of its message that it sends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Send {
     All,
     /// Half, with the descriptor.
     Half,
-    /// The same, and the other half when it is told to.
+    /// Half, with the descriptor, and the other half on request.
     Late,
     Nothing,
 }
@@ -168,12 +177,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// The memory, region by region.
+/// The memory, by region.
 struct Memory {
-    /// First page and address of each.
+    /// First page and address of each region.
     regions: Vec<(usize, RawRegion)>,
     pages: usize,
-    /// Where runs of [`RUN`] pages were moved to.
+    /// New addresses of moved runs of [`RUN`] pages.
     moved: HashMap<usize, usize>,
 }
 
@@ -199,7 +208,7 @@ fn run(options: &Options) -> io::Result<Result<usize, usize>> {
     // Dropping it would unregister the memory first; kept, it is closed when the program ends.
     let uffd = std::mem::ManuallyDrop::new(uffd);
     if options.let_go {
-        // SAFETY: the number is the descriptor's, and nobody uses it or closes it from here on.
+        // SAFETY: the number is the descriptor's, and nothing uses it or closes it from here on.
         unsafe { libc::close(uffd.as_fd().as_raw_fd()) };
     }
     let run = if options.huge { HUGE_PAGE / PAGE } else { RUN };
@@ -316,8 +325,8 @@ impl Memory {
             if from.wrapping_add((RUN - 1) * PAGE) != self.address(run * RUN + RUN - 1) {
                 continue;
             }
-            // SAFETY: the run is this program's own, reached through `address` only, which knows the new
-            // place from now on. Nothing else is at the target, which was reserved for it.
+            // SAFETY: the run is this program's own, reached through `address` only, which knows
+            // the new place from now on. Nothing else is at the target, which was reserved for it.
             let to = unsafe {
                 let len = RUN * PAGE;
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -336,14 +345,14 @@ impl Memory {
         let piece = if run * PAGE == HUGE_PAGE { run } else { 1 };
         for page in (0..self.pages).step_by(piece).filter(|page| gone(*page)) {
             let (address, len) = (self.address(page).cast(), piece * PAGE);
-            // SAFETY: the pages are this program's own, and nobody holds a reference to them.
+            // SAFETY: the pages are this program's own, and nothing holds a reference to them.
             let result = unsafe { libc::madvise(address, len, libc::MADV_DONTNEED) };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
         }
     }
 
-    /// Touches the pages in a shuffled order, all or the first of them. The number of pages that are right,
-    /// or one that isn't.
+    /// Touches the pages in a shuffled order, all or the first of them. Returns the number of
+    /// correct pages, or the first wrong one.
     fn compare(
         &self,
         raw: &[u8],
@@ -351,8 +360,8 @@ impl Memory {
         gone: impl Fn(usize) -> bool + Sync,
     ) -> Result<usize, usize> {
         let is_right = |page: usize| {
-            // SAFETY: the page is mapped as long as this process, and only the handler writes to it,
-            // before this read can see it.
+            // SAFETY: the page is mapped as long as this process, and only the handler writes to
+            // it, before this read can see it.
             let content = unsafe { self.address(page).cast::<[u8; PAGE]>().read_volatile() };
             if gone(page) {
                 content == [0; PAGE]

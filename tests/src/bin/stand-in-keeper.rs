@@ -1,13 +1,14 @@
-//! A daemon's keeper as far as somebody outside can tell: takes one VM's memory, has it held, and serves
-//! nothing.
+//! A daemon's keeper as seen from outside: takes one VM's memory, has a guardian hold it, and
+//! serves nothing.
 //!
 //! ```text
 //! stand-in-keeper PROGRAM SOCKET SNAPSHOT
 //! ```
 //!
-//! `PROGRAM` is the `snaprestore` whose guardian is used. It says who holds, takes a VM at `SOCKET`, and does what
-//! it reads line by line: `release`, `news`. Started again by a service manager that gives it what was held, it
-//! serves that from `SNAPSHOT`.
+//! `PROGRAM` is the `snaprestore` whose guardian is used. The program prints which process holds
+//! the memory, takes a VM at `SOCKET`, and runs the commands that it reads line by line: `release`,
+//! `news`. Started again by a service manager that passes it the stored descriptors, it serves the
+//! VM from `SNAPSHOT`.
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
 #[path = "../../../cli/src/daemon/cgroup.rs"]
@@ -110,7 +111,7 @@ fn meta(regions: &[OwnerRegion]) -> Result<File> {
     Ok(file)
 }
 
-/// Serves the VM whose descriptors were given back, until it ends.
+/// Serves the VM whose descriptors were passed back, until it exits.
 fn go_on(fds: Vec<(String, OwnedFd)>, snapshot: &Path) -> Result<()> {
     let (mut userfaultfd, mut owner, mut regions) = (None, None, Vec::new());
     for (role, fd) in fds {

@@ -28,7 +28,7 @@ impl Scene {
         let scene = Self {
             folder: TempDir::new().expect("a folder"),
         };
-        // A VM of another user connects there.
+        // A VM of another user connects to the socket in this folder.
         let mode = fs::Permissions::from_mode(0o755);
         fs::set_permissions(scene.folder.path(), mode).expect("set");
         let bytes = Mix::with_shares(PAGES, 3, shares).bytes();
@@ -48,7 +48,8 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// Has one VM served to its end by a worker with these options. What the worker has said, and both ends.
+    /// Runs a worker with these options that serves one VM to its end. Returns the lines that the
+    /// worker printed, and both runs.
     fn serve(&self, options: &[&str]) -> (Vec<String>, Run, Run) {
         let _ = fs::remove_file(self.path("socket"));
         let mut worker = Command::new(env!("CARGO_BIN_EXE_confined-worker"));
@@ -88,8 +89,8 @@ fn last(said: &[String]) -> &str {
     said.last().map_or("", String::as_str)
 }
 
-/// As operators use it: the worker of `serve` is confined unless they want it otherwise, is another user, and may
-/// die all the same.
+/// The worker of `serve`, as operators use it, is confined by default and runs as another user, and
+/// VMs still survive its death.
 #[test]
 fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
     let all: [(&[&str], _); 3] = [
@@ -114,7 +115,7 @@ fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
     }
 }
 
-/// Where no filter can be installed nothing is served, unless that is wanted.
+/// If no filter can be installed, nothing is served unless the operator opts out of confinement.
 #[test]
 fn without_seccomp_serve_says_what_does_without() {
     let mut scene = crate::scene::Scene::new(Shares::MIXED);
@@ -134,7 +135,7 @@ fn without_seccomp_serve_says_what_does_without() {
     assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
 }
 
-/// Has the call that installs filters fail in this program, by a filter.
+/// Makes the call that installs filters fail in this program, by a filter.
 fn forbid_seccomp(command: &mut Command) {
     let step = |code: u32, jt, jf, k| libc::sock_filter {
         code: u16::try_from(code).expect("a code"),
@@ -163,7 +164,8 @@ fn forbid_seccomp(command: &mut Command) {
     unsafe { command.pre_exec(install) };
 }
 
-/// The user of the daemon may control it, whomever its worker has become and whatever it may ask the kernel.
+/// The daemon's user may control it, regardless of the user that its worker has become and of the
+/// worker's allowed system calls.
 #[test]
 fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
     if !is_root("a_daemon_that_is_not_of_root_is_controlled_by_its_user") {
@@ -172,7 +174,7 @@ fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
     let mut scene = crate::scene::Scene::new(Shares::ZERO);
     let everybody = fs::Permissions::from_mode(0o777);
     fs::set_permissions(scene.folder.path(), everybody).expect("set");
-    // Where nobody may run it.
+    // A place where the user nobody may run it.
     let program = scene.folder.path().join("program");
     fs::copy(snaprestore_tests::program::program(), &program).expect("copied");
     let readable = fs::Permissions::from_mode(0o644);
@@ -192,7 +194,8 @@ fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
     let _ = scene.stop();
 }
 
-/// Each of three workers has to know which huge pages are there, and none of them may open the file that tells.
+/// Each of three workers must know which huge pages are present, although none of them may open the
+/// file with that information.
 #[test]
 fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers() {
     let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers";
@@ -210,7 +213,7 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers
     scene.wait_for(": served", 1);
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
     scene.wait_for(": served", 2);
-    // The snapshot's file, and the socket; of the VM five.
+    // Two for the service: the snapshot's file and the socket. Five for the VM.
     while manager.names().len() < 7 {
         manager.take_one();
     }
@@ -266,7 +269,7 @@ fn a_confined_worker_opens_files_beneath_its_folders_only() {
     assert_eq!(opened, format!("open: Some({})", libc::EACCES));
 }
 
-/// The VM is root's, and still it is ended when a page of it is damaged.
+/// The VM runs as root, and is nevertheless killed when a page of it is damaged.
 #[test]
 fn a_worker_that_is_nobody_ends_the_vm_of_another_user() {
     let test = "a_worker_that_is_nobody_ends_the_vm_of_another_user";

@@ -1,4 +1,4 @@
-//! Snapshots of real memory with a bad byte: found by `verify`, and never wrong memory.
+//! Snapshots of real memory with a damaged byte: `verify` finds it, and no memory is ever wrong.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +15,7 @@ use snapshot_format::{Page, Reason, Snapshot};
 
 const PIECE: u64 = 24 << 20;
 
-/// The frames of a snapshot, and the pages that each holds.
+/// Returns the frames of a snapshot, and the pages in each of them.
 fn frames(snapshot: &Snapshot) -> Vec<(Range<u64>, Vec<u64>)> {
     let mut frames: BTreeMap<u64, (Range<u64>, Vec<u64>)> = [].into();
     for region in snapshot.regions().unwrap() {
@@ -92,13 +92,13 @@ fn a_bad_byte_of_a_frame_costs_its_pages_and_no_more() {
         .exits(3);
         let report = run.json();
         assert_eq!(number(&report, "mismatches"), 0, "{at}: {report}");
-        // Everything else was restored and is right.
+        // Everything else was restored correctly.
         assert_eq!(
             number(&report, "checked_pages"),
             pages - held.len() as u64,
             "{at}: {report}"
         );
-        // Which file, which frame, which pages.
+        // The report names the file, the frame and the pages.
         let failures = report["failures"].as_array().unwrap();
         assert_eq!(failures.len(), 1, "{report}");
         assert_eq!(failures[0]["file"], snapshot.to_str().unwrap());
@@ -110,12 +110,13 @@ fn a_bad_byte_of_a_frame_costs_its_pages_and_no_more() {
     assert_eq!(verified["ok"], true, "all is as it was");
 }
 
-/// Spreads the rounds over the file, with the first and the last frame among them.
+/// Returns the frame for a round: rounds are spread over the file and include the first and the
+/// last frame.
 fn rng_pick(round: usize, frames: usize) -> usize {
     round * (frames - 1) / 11
 }
 
-/// The pages of a reported failure, which come as the first and last of each run.
+/// Returns the pages of a reported failure, which lists the first and last page of each run.
 fn pages_of(failure: &Value) -> Vec<u64> {
     let runs: Vec<(u64, u64)> = serde_json::from_value(failure["pages"].clone()).unwrap();
     runs.into_iter()
@@ -172,9 +173,10 @@ fn a_bad_byte_outside_the_frames_is_found_too() {
                 .args([&raw, &snapshot]),
         );
         match run.code {
-            // The byte has no part in what is restored.
+            // The byte does not affect the restore.
             Some(0) => {}
-            // Refused, or restored but for the pages that the byte tells of; with its name.
+            // The file is refused, or restored except for the pages that the byte describes; the
+            // error names it.
             Some(3) => {
                 let said = String::from_utf8_lossy(&run.out) + run.err.as_str();
                 assert!(said.contains(snapshot.to_str().unwrap()), "{at}: {run:?}");

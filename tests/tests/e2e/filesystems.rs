@@ -1,4 +1,4 @@
-//! File systems that can do less than ext4, or say what isn't so: one in this process.
+//! A file system in this process that supports less than ext4, or reports false holes.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -30,7 +30,7 @@ struct Folder {
     flags_error: Option<Errno>,
     /// The error of every rename.
     rename_error: Option<Errno>,
-    /// Whether all is called a hole.
+    /// Whether every range is reported as a hole.
     lies: bool,
 }
 
@@ -69,7 +69,7 @@ impl Folder {
     }
 }
 
-/// The numbers of the pages that hold more than zeros.
+/// Returns the numbers of the pages that are not all zeros.
 fn pages_of_data(file: &[u8]) -> impl Iterator<Item = usize> {
     let pages = file.chunks(PAGE).enumerate();
     pages.filter_map(|(number, page)| page.iter().any(|&byte| byte != 0).then_some(number))
@@ -253,11 +253,11 @@ impl Filesystem for Served {
     }
 }
 
-/// That file system, and a folder beside it.
+/// A mount of that file system, and a folder beside it.
 struct Mounted {
     at: PathBuf,
     served: Served,
-    // Before the folder that it is mounted in.
+    // Dropped before the folder that it is mounted in.
     _session: BackgroundSession,
     folder: tempfile::TempDir,
 }
@@ -282,8 +282,8 @@ impl Mounted {
         }
     }
 
-    /// Runs the program in the folder in which it is mounted, to the end with `code`. Returns what it
-    /// said on standard error.
+    /// Runs the program in the mounted folder and asserts that it exits with `code`. Returns its
+    /// standard error.
     #[track_caller]
     fn run(&self, args: &[&str], code: i32) -> String {
         let run = Run::of(snaprestore(args).current_dir(self.folder.path()));
@@ -303,7 +303,7 @@ impl Mounted {
     }
 }
 
-/// Pages that differ.
+/// Returns pages that all differ.
 fn image(pages: usize) -> Vec<u8> {
     (0..pages * PAGE / 8)
         .flat_map(|word| {
@@ -329,7 +329,7 @@ fn targets_are_named_where_there_are_neither_links_nor_rename_flags() {
         assert_eq!(mounted.names(), ["s"]);
         let first = fs::read(mounted.path("mounted/s")).unwrap();
 
-        // Whatever it can't do, no file is replaced that should not be.
+        // Whatever the file system doesn't support, no file is replaced without `--force`.
         let refused = mounted.run(&create, 1);
         assert!(refused.contains("exists already"), "{refused}");
         assert!(fs::read(mounted.path("mounted/s")).unwrap() == first);
@@ -366,7 +366,8 @@ fn a_finished_file_that_cannot_be_named_is_kept() {
     }
 }
 
-/// A shared mapping of a file, unmapped at the end: what is mapped can't be unmounted.
+/// A shared mapping of a file, unmapped when dropped, because a file system with a mapped file
+/// can't be unmounted.
 struct Mapped {
     start: *mut libc::c_void,
     len: usize,
@@ -388,7 +389,7 @@ impl Mapped {
 
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.len);
-        // SAFETY: it is mapped, nobody else uses it, and the range was checked.
+        // SAFETY: it is mapped, nothing else uses it, and the range was checked.
         unsafe {
             let to = self.start.cast::<u8>().add(at);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
@@ -414,7 +415,7 @@ fn pages_that_were_written_to_a_mapping_are_no_hole() {
     let written = image(16);
     let mapped = Mapped::new(&mounted.at.join(name));
     mapped.write(16 * PAGE, &written);
-    // The file system has not heard of it yet.
+    // The file system has not received the data yet.
     assert_eq!(pages_of_data(&mounted.served.folder().files[&2]).count(), 0);
     mounted.run(&["create", "mounted/raw", "-o", "s"], 0);
     mounted.run(&["extract", "s", "-o", "out"], 0);

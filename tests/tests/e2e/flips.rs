@@ -1,5 +1,5 @@
-//! Every byte of a small snapshot flipped, and the snapshot cut at every length: what the engine
-//! restores is right or poisoned, and poisoned are exactly the pages of the bad frame.
+//! Every byte of a small snapshot is flipped, and the snapshot is cut at every length: the engine
+//! restores each page correctly or poisons it, and it poisons exactly the pages of the bad frame.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +18,7 @@ use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, W
 
 const PAGES: u64 = 24;
 
-/// Pages of every kind; most compress well, so that the file is small.
+/// Returns pages of every kind; most compress well, so that the file is small.
 fn image() -> Mix {
     let shares = Shares {
         zero_single: 80,
@@ -32,7 +32,7 @@ fn image() -> Mix {
     Mix::with_shares(PAGES, 4, shares)
 }
 
-/// A snapshot of `image` in several frames.
+/// Returns a snapshot of `image` in several frames.
 fn snapshot(image: &Mix) -> Vec<u8> {
     let options = WriterOptions {
         frame_pages: 4,
@@ -44,7 +44,7 @@ fn snapshot(image: &Mix) -> Vec<u8> {
     writer.finish().unwrap().0
 }
 
-/// Where each frame lies, and the pages that it holds.
+/// Returns the byte range of each frame, and the pages in it.
 fn frames(bytes: &[u8]) -> Vec<(Range<u64>, Vec<u64>)> {
     let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.to_vec()))).unwrap();
     let mut frames: BTreeMap<u64, (Range<u64>, Vec<u64>)> = BTreeMap::new();
@@ -58,7 +58,7 @@ fn frames(bytes: &[u8]) -> Vec<(Range<u64>, Vec<u64>)> {
     frames.into_values().collect()
 }
 
-/// A restore of a snapshot that may be damaged; `None` if it is refused as such.
+/// Starts a restore of a snapshot that may be damaged; `None` if it is refused as damaged.
 fn start(snapshot: Vec<u8>, prefetch: Prefetch) -> Option<Restored> {
     let snapshot = match Snapshot::open(Arc::new(MemoryStore::new(snapshot))) {
         Ok(snapshot) => snapshot,
@@ -85,7 +85,7 @@ fn restore(snapshot: Arc<Snapshot>) -> Restore {
         .on_failure(FailurePolicy::Poison)
 }
 
-/// Whether this kernel can poison.
+/// Returns whether this kernel supports poisoning pages.
 fn can_poison(test: &str, image: &Mix) -> bool {
     let snapshot = Snapshot::open(Arc::new(MemoryStore::new(snapshot(image)))).unwrap();
     match restore(Arc::new(snapshot)).start() {
@@ -100,12 +100,12 @@ fn can_poison(test: &str, image: &Mix) -> bool {
     }
 }
 
-/// The pages that can't be read; all others must be right.
+/// Returns the pages that can't be read; all others must be correct.
 fn poisoned(restored: &Restored, image: &Mix, case: &dyn std::fmt::Debug) -> Vec<u64> {
     let mut buffer = [0; PAGE];
     (0..PAGES)
         .filter(|page| {
-            // Remains of the page before must not pass for this one.
+            // Bytes left over from the previous page must not be taken for this one.
             buffer.fill(0xee);
             let read = restored.read_at(0, page * PAGE as u64, &mut buffer);
             if read.is_ok() {
@@ -137,7 +137,7 @@ fn a_flipped_byte_poisons_the_pages_of_its_frame_and_is_never_wrong() {
     for at in 0..good.len() {
         let mut bad = good.clone();
         bad[at] ^= 1 << (at % 8);
-        // Now and then the other way in.
+        // Now and then with the other prefetch mode.
         let prefetch = if at % 3 == 0 {
             Prefetch::All
         } else {
@@ -174,7 +174,8 @@ fn a_flipped_byte_poisons_the_pages_of_its_frame_and_is_never_wrong() {
                 in_frames += 1;
             }
             None if lost.is_empty() => harmless += 1,
-            // An index block: everything that it tells of, and at least all that is stored.
+            // An index block: all pages that it describes may be lost, and at least the stored ones
+            // are.
             None => {
                 let mut all = frames.iter().flat_map(|(_, held)| held);
                 assert!(all.all(|page| lost.contains(page)), "byte {at}: {lost:?}");
@@ -218,7 +219,7 @@ fn a_file_that_shrinks_while_it_is_restored_is_never_wrong() {
         let copy = tempfile::NamedTempFile::new().unwrap();
         std::fs::copy(file.path(), copy.path()).unwrap();
         let snapshot = Arc::new(Snapshot::open_path(copy.path()).unwrap());
-        // The index is known, the frames are not: only they are lost.
+        // The index is cached, the frames are not: only they are lost.
         snapshot.look_up(0, Reason::Demand).unwrap();
         let restored = restore(snapshot).start().unwrap();
         let half = place.start + (place.end - place.start) / 2;

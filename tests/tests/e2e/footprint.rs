@@ -1,4 +1,4 @@
-//! What a process holds: descriptors, threads, memory.
+//! Resources of a process: descriptors, threads, memory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,35 +6,35 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
-/// Only a leak takes so long.
+/// Time limit that only a leak exceeds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sockets of a keeper, its worker and its guardian that have nothing to do: of a daemon with one service and a control
-/// socket. The keeper listens at both, and talks to the other two; the worker has its end twice, once as standard input;
-/// the guardian holds the socket of the service.
+/// Sockets of an idle keeper, worker and guardian, in a daemon with one service and a control
+/// socket. The keeper listens on both, and has a connection to each of the other two; the worker
+/// has its end twice, once as standard input; the guardian holds the socket of the service.
 pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
 
-/// What a process holds that has nothing to do.
+/// Descriptors and threads of an idle process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Footprint {
-    /// Open descriptors, by what they are.
+    /// Open descriptors, by kind.
     pub(crate) descriptors: BTreeMap<String, usize>,
-    /// Threads, by their names.
+    /// Threads, by name.
     pub(crate) threads: BTreeMap<String, usize>,
 }
 
-/// What it has mapped.
+/// Mappings and memory of a process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapped {
     pub(crate) mappings: usize,
-    /// Of them, parts of memfds.
+    /// Mappings of memfds among them.
     pub(crate) memfds: usize,
-    /// Memory of its own that is there.
+    /// Resident anonymous memory, in KiB.
     pub(crate) anonymous_kib: u64,
 }
 
 impl Footprint {
-    /// `None`: it has ended.
+    /// Reads the footprint of a process; `None` if it has exited.
     pub(crate) fn of(process: Pid) -> Option<Self> {
         let mut descriptors = BTreeMap::new();
         for entry in fs::read_dir(format!("/proc/{process}/fd")).ok()? {
@@ -62,8 +62,8 @@ impl Footprint {
         })
     }
 
-    /// What a process holds that has come to rest, which is when it has nothing left of a VM or of who asked it, and
-    /// has `sockets`: what it was told can't be taken for read before that.
+    /// Waits until a process is idle and returns its footprint. It is idle when it holds nothing of
+    /// a VM or of a client and has `sockets` sockets: until then it may not have read all messages.
     #[track_caller]
     pub(crate) fn at_rest(name: &str, process: Pid, sockets: usize) -> Self {
         let began = Instant::now();
@@ -78,7 +78,7 @@ impl Footprint {
         }
     }
 
-    /// Whether nothing is left of a VM, or of who asked for something.
+    /// Returns whether it holds nothing of a VM or of a client.
     fn is_at_rest(&self) -> bool {
         let of_vm = |kind: &String| kind.contains("[userfaultfd]") || kind.contains("memfd:");
         let busy = |name: &String| {
@@ -95,7 +95,7 @@ impl Footprint {
         !self.descriptors.keys().any(of_vm) && !self.threads.keys().any(busy)
     }
 
-    /// What this one has that `other` hasn't.
+    /// Returns everything that this footprint has beyond `other`.
     fn over(&self, other: &Self) -> Vec<String> {
         let mut over = Vec::new();
         let kinds = [
@@ -113,8 +113,8 @@ impl Footprint {
         over
     }
 
-    /// Waits until the process holds what it held once; what it was asked for may have been answered before
-    /// it has put everything away.
+    /// Waits until the process's footprint is what it was before. A request may have been answered
+    /// before the process has released all its resources.
     #[track_caller]
     pub(crate) fn comes_back(&self, name: &str, process: Pid, about: &str) {
         let began = Instant::now();
@@ -155,7 +155,7 @@ impl Mapped {
     }
 }
 
-/// The process that has this in its environment and `word` among its arguments.
+/// Returns the process that has `mark` in its environment and `word` among its arguments.
 pub(crate) fn process_with(mark: &str, word: &str) -> Option<Pid> {
     let has = |pid: i32, name: &str, wanted: &str| {
         let text = fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();

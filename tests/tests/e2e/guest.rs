@@ -11,12 +11,12 @@ use snaprestore_tests::compare::{assert_same_files, bytes_at, first_difference};
 use snaprestore_tests::program::{Run, done, number, snaprestore};
 use snaprestore_tests::real::{can_restore, guest};
 
-/// Where the large files of these tests lie; overwritten by the next run.
+/// Returns the path for a large file of these tests; the next run overwrites it.
 fn scratch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
-/// The guest's snapshot by `create` from the raw file, made once for all tests.
+/// Returns the guest's snapshot, which `create` makes from the raw file once for all tests.
 pub(crate) fn snapshot(image: &GuestImage) -> &'static Path {
     static SNAPSHOT: OnceLock<PathBuf> = OnceLock::new();
     SNAPSHOT.get_or_init(|| {
@@ -33,7 +33,7 @@ pub(crate) fn snapshot(image: &GuestImage) -> &'static Path {
     })
 }
 
-/// What `create` counted, against a count of its own.
+/// Compares the counts of `create` with counts of this test's own.
 fn check_report(image: &GuestImage, report: &serde_json::Value) {
     let stats = PageStats::of(File::open(&image.raw).unwrap()).unwrap();
     let count = |key| number(report, key);
@@ -41,7 +41,7 @@ fn check_report(image: &GuestImage, report: &serde_json::Value) {
     assert_eq!(count("pages"), stats.pages);
     assert_eq!(count("zero_pages"), stats.zero);
     assert_eq!(count("fill_pages"), stats.fill);
-    // 1 GiB has fewer distinct pages than are held exactly.
+    // A guest of 1 GiB has fewer distinct pages than the table holds exactly.
     assert_eq!(count("stored_pages"), stats.distinct);
     let kinds = [
         "zero_pages",
@@ -55,7 +55,8 @@ fn check_report(image: &GuestImage, report: &serde_json::Value) {
     assert!(count("file_bytes") * 4 < stats.pages * 4096, "{report}");
 }
 
-/// Both compare and decode 1 GiB; two at a time would only fight for the cores and the memory.
+/// Serialises these tests: each of them compares and decodes 1 GiB, and two at a time would only
+/// compete for cores and memory.
 fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock()
@@ -125,7 +126,7 @@ struct Segment {
     file_bytes: u64,
 }
 
-/// The segments of a 64-bit little-endian core, read here a second time.
+/// Returns the segments of a 64-bit little-endian core, by a second parser.
 fn segments(elf: &File) -> Vec<Segment> {
     let header = bytes_at(elf, 0, 64);
     assert_eq!(header[..6], *b"\x7fELF\x02\x01");
@@ -168,7 +169,7 @@ fn a_dumped_guest_comes_back_byte_for_byte() {
         out.as_os_str(),
     ]);
 
-    // Each byte of the dump is where the regions say.
+    // Each byte of the dump is where the regions place it.
     let info = done(["info".as_ref(), snapshot.as_os_str()]);
     let mut at = 0;
     let regions: Vec<(u64, u64, u64)> = info["regions"]
@@ -205,7 +206,7 @@ fn a_dumped_guest_comes_back_byte_for_byte() {
         }
     }
 
-    // And the guest's memory is the one of the raw file.
+    // The guest's memory equals that of the raw file.
     let raw = File::open(&image.raw).unwrap();
     let raw_bytes = raw.metadata().unwrap().len();
     let mut compared = 0;
@@ -229,7 +230,7 @@ fn a_dumped_guest_comes_back_byte_for_byte() {
     }
     assert!(compared + (PC_WINDOW.end - PC_WINDOW.start) >= raw_bytes);
 
-    // What was compared byte by byte is what a restore of the dump gives.
+    // The memory that was compared byte by byte is also the result of restoring the dump.
     if can_restore(name) {
         let report = done([
             "restore".as_ref(),
@@ -288,7 +289,7 @@ fn a_guest_is_restored_in_every_order() {
         for key in ["p50", "p90", "p99", "max"] {
             assert!(report["fault_us"][key].is_number(), "{report}");
         }
-        // Long zero runs are left to the kernel, so fewer are installed than there are.
+        // Long zero runs are left to the kernel, so fewer pages are installed than exist.
         let installed = count("pages_copied") + count("pages_zeroed");
         assert!(installed > 0 && installed <= pages, "{report}");
         assert!(count("bytes_read") > 0);
@@ -298,7 +299,7 @@ fn a_guest_is_restored_in_every_order() {
                 assert!(count("faults") > 0);
             }
             "all" => assert!(count("prefetched_pages") > 0),
-            // The snapshot has none.
+            // The snapshot has no such page.
             _ => {}
         }
     }

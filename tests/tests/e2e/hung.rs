@@ -1,4 +1,5 @@
-//! A disk that stops answering under a daemon: a file system in this process that keeps its replies.
+//! A disk that stops answering under a daemon: a file system in this process that withholds its
+//! replies.
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,15 +25,16 @@ use crate::scene::{PATIENCE, Scene, end_of, endings, within};
 const NAME: &str = "snap";
 const TTL: Duration = Duration::from_secs(3600);
 
-/// A file, and who waits for its content.
+/// A file, and the requests that wait for its content.
 struct Disk {
     content: Vec<u8>,
-    /// Whether reads pass by the page cache: then who waits for one can't be killed, else it can.
+    /// Whether reads bypass the page cache. A process that waits for such a read can't be killed;
+    /// otherwise it can.
     direct: bool,
     stalled: Mutex<Option<Stalled>>,
 }
 
-/// What isn't answered.
+/// Requests that are not answered.
 struct Stalled {
     bytes: Range<u64>,
     waiting: Vec<(u64, u32, ReplyData)>,
@@ -76,7 +78,7 @@ struct Served(Arc<Disk>);
 
 impl Filesystem for Served {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // What is read ahead would be more than what is meant to stall.
+        // Read-ahead would request more than the part that is meant to stall.
         config
             .set_max_readahead(1)
             .map(drop)
@@ -158,9 +160,9 @@ impl Mounted {
         self.folder.with_extension("socket")
     }
 
-    /// From now on it gives no answer.
+    /// Stops answering requests.
     fn stall(&self) {
-        // Which drops what the kernel has in its cache.
+        // Opening the file drops its content from the kernel's cache.
         std::fs::File::open(self.snapshot()).expect("opened");
         self.stall_at(0..u64::MAX);
     }
@@ -170,7 +172,7 @@ impl Mounted {
         *self.disk.stalled.lock().expect("not poisoned") = Some(Stalled { bytes, waiting });
     }
 
-    /// Waits until somebody waits for it.
+    /// Waits until a request is waiting.
     fn wait_until_asked(&self) {
         let is_asked = || {
             let stalled = self.disk.stalled.lock().expect("not poisoned");
@@ -181,7 +183,7 @@ impl Mounted {
         assert!(within(PATIENCE, is_asked), "nobody reads it");
     }
 
-    /// It answers again, also what it was asked for.
+    /// Resumes answering, including the requests that waited.
     fn go_on(&self) {
         let waiting = self.disk.stalled.lock().expect("not poisoned").take();
         let waiting = waiting.into_iter().flat_map(|stalled| stalled.waiting);
@@ -198,16 +200,17 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Also if a worker is still about to end that has its file open.
+        // This also helps a worker that is still exiting and has the file open.
         self.go_on();
         let _ = umount2(&self.folder, MntFlags::MNT_DETACH);
     }
 }
 
-/// After so many seconds a worker is stuck; one that waits for a core is not.
+/// Seconds after which a worker counts as stuck; one that waits for a core does not.
 const STUCK_AFTER: &str = "4";
 
-/// A daemon that serves one snapshot from the scene's folder, and others from disks that can stall.
+/// Starts a daemon that serves one snapshot from the scene's folder, and others from disks that can
+/// stall.
 fn serve(scene: &mut Scene, stuck_after: &str, disks: &[&Mounted]) {
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
@@ -257,7 +260,7 @@ fn reason_with(vms: &[serde_json::Value], part: &Path) -> String {
     found.next().expect("a reason that names it").to_owned()
 }
 
-/// A place in a frame, in whose page in the file is nothing else.
+/// Returns the offset of a place in a frame that shares its page of the file with nothing else.
 fn place_in_frame(snapshot: &Path) -> u64 {
     let snapshot = Snapshot::open_path(snapshot).expect("a snapshot");
     let frame = |page| match snapshot.look_up(page, Reason::Verify).expect("a page") {
@@ -269,7 +272,7 @@ fn place_in_frame(snapshot: &Path) -> u64 {
     large.next().expect("a frame").offset() + 2 * 4096
 }
 
-/// Whoever waits can be killed, and the next worker waits at the same place.
+/// The waiting worker can be killed, and the next worker blocks at the same place.
 #[test]
 fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     let test = "a_disk_that_stops_answering_ends_its_vms_and_no_others";
@@ -291,7 +294,7 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     late.stall_at(place..place + 1);
     drop(bad.stdin.take());
     is_killed(bad, &scene);
-    // Not even opened.
+    // The snapshot has not even been opened.
     early.stall();
     is_killed(early.vmm(&scene, &[]), &scene);
     never.stall();
@@ -307,7 +310,7 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
     assert!(reason.contains("one worker after another"), "{reason}");
 }
 
-/// Whoever waits can't be killed, and so the worker never ends.
+/// The waiting worker can't be killed, and so it never exits.
 #[test]
 fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
     let test = "a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones";
@@ -340,7 +343,7 @@ fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
     assert!(reason.contains("uninterruptible in "), "{reason}");
 }
 
-/// To stop the daemon must not take its worker's end.
+/// Stopping the daemon must not depend on its worker's exit.
 #[test]
 fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
     let test = "a_daemon_whose_worker_cannot_be_killed_can_be_stopped";
@@ -357,7 +360,8 @@ fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
     assert_eq!(endings(&scene.stop()), ["killed"]);
 }
 
-/// The keeper waited for it, accepted nobody, and took its worker for stuck.
+/// Regression: the keeper waited for the snapshot, accepted no connection, and took its worker for
+/// stuck.
 #[test]
 fn a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting() {
     let test = "a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting";

@@ -1,5 +1,5 @@
-//! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read what
-//! is wrong.
+//! The keeper dies, and its worker with it: VMs are served by the next keeper or killed, and never
+//! read wrong bytes.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
@@ -18,7 +18,8 @@ use snaprestore_tests::program::{Run, snaprestore};
 use crate::manager::FakeManager;
 use crate::scene::{PATIENCE, Scene, end_of, endings, within};
 
-/// A VMM that has given some memory back, keeps no descriptor, and touches nothing until its input ends.
+/// Starts a VMM that has given some memory back, keeps no descriptor, and touches nothing until its
+/// input is closed.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
     let options = ["--wait", "--let-go", "--discard", "--threads", "2"];
     let mut vmm = scene.vmm(&options).spawn().expect("a VMM");
@@ -36,7 +37,7 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     let options = ["--prefetch", "off"];
     scene.start(manager.manages(scene.daemon(&options), 64));
     let (mut vmm, _said) = vmm(&scene);
-    // The snapshot's file, and the socket; of the VM four.
+    // Two for the service: the snapshot's file and the socket. Four for the VM.
     while manager.names().len() < 6 {
         manager.take_one();
     }
@@ -51,8 +52,8 @@ fn the_next_keeper_goes_on_with_what_systemd_has_held() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
-/// There is room for all of a VM but its tables, as there is in the end for some VM: it was taken for a reason to
-/// give up, with all VMs.
+/// The store has room for everything of a VM except its tables, as happens to some VM sooner or
+/// later. Regression: the daemon took this as a reason to give up all its VMs.
 #[test]
 fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -61,7 +62,8 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
     scene.wait_for("can't be held with all that it needs, and is ended", 1);
-    // The service's two and the VM's three; then those are let go but for the one by which a next keeper ends it.
+    // Two of the service and three of the VM. The VM's are then released, except for the one by
+    // which a next keeper kills it.
     while manager.names().len() < 5 {
         manager.take_one();
     }
@@ -90,7 +92,8 @@ fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
         scene.serve(&["--prefetch", "all"]);
         let options = ["--threads", "3", "--discard", "--let-go"];
         let vmm = scene.vmm(&options).spawn().expect("a VMM");
-        // Before, it may be accepted, and in nobody else's hands for the time of three system calls.
+        // Until then it may be accepted without being held by any other process, for the duration
+        // of three system calls.
         scene.wait_for("served", 1);
         std::thread::sleep(Duration::from_millis(round * 3));
         scene.kill();
@@ -102,7 +105,7 @@ fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
     }
 }
 
-/// Whether a guardian holds the process.
+/// Returns whether a guardian holds the process.
 fn is_guarded(pid: u32) -> bool {
     let holds = |process: &Path| {
         let is_guardian =
@@ -115,7 +118,7 @@ fn is_guarded(pid: u32) -> bool {
     processes.any(|process| process.is_ok_and(|process| holds(&process.path())))
 }
 
-/// It has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
+/// The VM has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
 #[test]
 fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -128,7 +131,7 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
         let run = end_of(vmm);
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
     }
-    // Who is refused is let go, and nobody ends it when the keeper dies.
+    // A refused VM is released, and is not killed when the keeper dies.
     scene.start(scene.marked(&["--patience", "1"]));
     let guardian = scene.guardian().expect("a guardian");
     let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
@@ -140,7 +143,7 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
     vmm.wait().expect("its end");
 }
 
-/// Waits until a guardian has done what it had to do.
+/// Waits until a guardian has finished its work.
 fn wait_for_end(guardian: Pid) {
     let runs = || {
         let stat = fs::read_to_string(format!("/proc/{guardian}/stat")).unwrap_or_default();
@@ -150,7 +153,7 @@ fn wait_for_end(guardian: Pid) {
     assert!(within(PATIENCE, || !runs()), "the guardian does not end");
 }
 
-/// A VMM that hands all over to a keeper which takes nothing any more.
+/// Starts a VMM that sends its handshake to a keeper that accepts no more connections.
 fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
     kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
     let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
@@ -169,13 +172,13 @@ fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
     drop(vmm.stdin.take());
     let run = end_of(vmm);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
-    // Another can begin at once.
+    // Another daemon can start at once.
     scene.serve(&[]);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
-/// How many sockets a process has open.
+/// Returns the number of sockets that a process has open.
 fn open_sockets(pid: u32) -> usize {
     let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
     let links = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
@@ -183,14 +186,14 @@ fn open_sockets(pid: u32) -> usize {
     links.filter(is_socket).count()
 }
 
-/// The guardian has nothing of the socket but what its keeper sends.
+/// The guardian's only knowledge of the socket is the descriptor that its keeper sends.
 #[test]
 fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.start(scene.marked(&[]));
     let first = scene.guardian().expect("a guardian");
     kill(first, Signal::SIGKILL).expect("killed");
-    // Said when everything is held again.
+    // Logged when everything is held again.
     scene.wait_for("the guardian exited", 1);
     let second = scene.guardian().expect("another guardian");
     assert_ne!(first, second);
@@ -202,7 +205,8 @@ fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     wait_for_end(second);
 }
 
-/// A guardian that stands still is told everything when it goes on: it kills none that it was told to release.
+/// A stopped guardian receives all messages when it is resumed: it kills no VM that it was told to
+/// release.
 #[test]
 fn release_that_finds_the_guardian_stopped_is_not_lost() {
     let mut scene = Scene::of(16, Shares::MIXED);
@@ -214,7 +218,7 @@ fn release_that_finds_the_guardian_stopped_is_not_lost() {
     scene.wait_for(": served", 1);
     assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
     kill(guardian, Signal::SIGSTOP).expect("stopped");
-    // Each is held twice and released, until nothing more fits into its socket.
+    // Each VM is held twice and released, until nothing more fits into the guardian's socket.
     while !scene.said().contains("messages wait for it") {
         let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     }
@@ -229,7 +233,8 @@ fn release_that_finds_the_guardian_stopped_is_not_lost() {
     let _ = end_of(vmm).exits(0);
 }
 
-/// It has connected, and was accepted, when the daemon is asked to stop; it hands its memory over after that.
+/// A VMM has connected and was accepted before the daemon is asked to stop, and hands its memory
+/// over afterwards.
 #[test]
 fn vm_that_hands_over_during_a_drain_is_completed() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -273,7 +278,7 @@ impl Nobody {
         Some(Self(program))
     }
 
-    /// The same VMM, of this user.
+    /// Returns the same VMM command, run as this user.
     fn vmm(&self, like: &Command) -> Command {
         let mut command = Command::new(&self.0);
         command.args(like.get_args()).current_dir("/");
@@ -298,7 +303,7 @@ fn users_that_are_not_allowed_are_refused_and_the_others_served() {
     refused.kill().expect("killed");
     refused.wait().expect("its end");
     assert_eq!(endings(&scene.stop()), ["exited"]);
-    // And the other way round.
+    // The same check with the roles of the users exchanged.
     scene.serve(&["--allow-uid", "0"]);
     fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666)).expect("set");
     let mut refused = nobody.vmm(&scene.vmm(&[])).spawn().expect("a VMM");
@@ -334,7 +339,7 @@ fn backlog_peers_of_other_users_are_not_killed() {
     stranger.wait().expect("its end");
 }
 
-/// The daemon is in a PID namespace of its own, as in a container, and the VMM outside.
+/// The daemon is in a PID namespace of its own, as in a container, and the VMM is outside.
 #[test]
 fn vmm_of_another_pid_namespace_is_refused_with_the_remedy() {
     let test = "vmm_of_another_pid_namespace_is_refused_with_the_remedy";
@@ -359,13 +364,14 @@ fn vmm_of_another_pid_namespace_is_refused_with_the_remedy() {
     vmm.wait().expect("its end");
 }
 
-/// The first of them that was refused left those behind to be ended.
+/// Regression: after the first refused VM, those that waited behind it were killed.
 #[test]
 fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
-    // One more than may be of one process. It is another than this one, which might be ended.
+    // One connection more than one process may have. They come from another process than this one,
+    // because it might be killed.
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
     let crowd = crowd.arg(scene.socket()).arg(scene.raw());
     let crowd = crowd.args(["Nothing", "None", "times=17", "seconds=600"]);
@@ -410,7 +416,7 @@ fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
     drop(waits.stdin.take());
     let _ = end_of(waits).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
-    // Neither of them is held any more, nor the socket.
+    // Neither of them is held any more, nor is the socket.
     let is_file = |name: &&str| name.starts_with("vm.file-");
     while !manager.names().iter().all(is_file) {
         manager.take_one();

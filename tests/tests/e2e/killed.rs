@@ -11,7 +11,7 @@ use snaprestore_tests::real::{guest, guest_piece};
 
 const ROUNDS: u32 = 50;
 
-/// What is in the target's folder besides what is known.
+/// Returns the unexpected files in the target's folder.
 fn strangers(folder: &Path) -> Vec<String> {
     std::fs::read_dir(folder)
         .unwrap()
@@ -38,7 +38,7 @@ fn a_killed_create_leaves_the_old_target_or_the_new_one() {
         command.arg(&target).arg(from);
         command
     };
-    // What the target is before each round; made once.
+    // The target's content before each round, made once.
     assert!(create(&other).status().unwrap().success());
     let old = std::fs::read(&target).unwrap();
     let began = Instant::now();
@@ -59,7 +59,8 @@ fn a_killed_create_leaves_the_old_target_or_the_new_one() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // A little beyond the end too: the last moments are the interesting ones.
+        // The range extends a little beyond the end, because the last moments are the interesting
+        // ones.
         let micros = u64::try_from(whole.as_micros()).unwrap();
         std::thread::sleep(Duration::from_micros(rng.random_range(0..micros * 11 / 10)));
         child.kill().unwrap();

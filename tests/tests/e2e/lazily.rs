@@ -18,7 +18,7 @@ use crate::guest::snapshot;
 const RUN: u64 = 16;
 const THREADS: u64 = 4;
 
-/// What the pages of one restore must hold, and where they are.
+/// Expected content of the pages of one restore, and their addresses.
 struct Owner<'a> {
     restored: &'a Restored,
     raw: &'a File,
@@ -33,7 +33,7 @@ impl Owner<'_> {
         unsafe { region.as_ptr().add(offset) }
     }
 
-    /// The page as it is in memory: reading it is the touch.
+    /// Reads the page from memory: the read is the touch.
     fn read(&self, page: u64) -> [u8; PAGE] {
         // SAFETY: the page is mapped as long as `restored` lives, and only this thread and the
         // engine write to the pages of this thread's runs.
@@ -61,7 +61,7 @@ impl Owner<'_> {
     }
 
     /// Visits one run. A tenth of the runs are discarded untouched, a tenth after a touch, a tenth
-    /// after a write; what is discarded reads as zeros from then on, everything else as the source.
+    /// after a write. Discarded pages read as zeros from then on, and all others as the source.
     fn visit(&self, run: u64, rng: &mut SmallRng) -> u64 {
         let pages = run * RUN..(run + 1) * RUN;
         let source = |page| {
@@ -112,7 +112,7 @@ impl Owner<'_> {
     }
 }
 
-/// All runs of the guest, dealt to four threads in random order.
+/// Visits all runs of the guest, distributed over four threads in random order.
 fn exercise(restored: &Restored, raw: &File, seed: u64) -> u64 {
     let runs = restored.regions()[0].len() / PAGE as u64 / RUN;
     let mut order: Vec<u64> = (0..runs).collect();
@@ -159,7 +159,7 @@ fn threads_touch_discard_and_touch_a_guest_again() {
             .unwrap();
         let discarded = exercise(&restored, &raw, seed);
         assert!(discarded > 10_000, "{discarded}");
-        // Every page was touched or discarded, so the restore ends by itself.
+        // Every page was touched or discarded, so the restore completes by itself.
         assert!(restored.wait_complete(), "{prefetch:?} {fault_threads}");
         let stats = restored.stats();
         assert_eq!(stats.failures, 0, "{:?}", restored.failures());

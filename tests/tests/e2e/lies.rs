@@ -1,4 +1,4 @@
-//! VMMs that lie, stall and do what no VMM does, beside honest ones, of which none may notice.
+//! VMMs that lie, stall and do what no VMM does, beside honest ones, none of which may notice.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -19,14 +19,14 @@ use crate::footprint::{Footprint, IDLE_SOCKETS, process_with};
 use crate::scene::{PATIENCE, Scene, end_of, ends_within};
 
 const PAGES: u64 = 1024;
-/// Liars at once.
+/// Number of simultaneous liars.
 const AT_ONCE: u64 = 3;
-/// Only a liar that hangs, or has stopped itself, needs so long.
+/// Time limit that only a liar exceeds that hangs or has stopped itself.
 const LIARS_TIME: Duration = Duration::from_secs(2);
-/// The same for those that were told what to do.
+/// Time limit of liars whose behaviour was given by name.
 const LONGEST: Duration = Duration::from_secs(20);
 
-/// A daemon, and what it holds when it has nothing to do.
+/// A daemon, and its footprint when idle.
 struct Watched {
     scene: Scene,
     control: PathBuf,
@@ -51,7 +51,7 @@ impl Watched {
             processes: Vec::new(),
         };
         let _ = watched.list();
-        // Which opens the snapshot.
+        // This opens the snapshot.
         assert_eq!(watched.honest(&[]), Ok(()));
         let guardian = process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian");
         let worker = watched.scene.worker().expect("a worker");
@@ -72,7 +72,7 @@ impl Watched {
         Run::of(ctl.arg(&self.control)).exits(0).json()
     }
 
-    /// Runs a liar to its end, or for a while. What it said.
+    /// Runs a liar to its end, or for a limited time. Returns its output.
     fn lie(&self, words: &[String]) -> String {
         let (mut liar, said) = self.liar(words);
         let by_seed = words.len() == 1;
@@ -81,7 +81,7 @@ impl Watched {
         fs::read_to_string(&said).expect("what it said")
     }
 
-    /// A liar, and where it says what it does.
+    /// Starts a liar, and returns the path of the file with its output.
     fn liar(&self, words: &[String]) -> (Child, PathBuf) {
         let name = format!("said-{}", words.join("-"));
         let said = self.scene.folder.path().join(name);
@@ -96,7 +96,7 @@ impl Watched {
         (liar.spawn().expect("a liar"), said)
     }
 
-    /// Runs an honest VM, which must come out right.
+    /// Runs an honest VM, which must read the right memory.
     fn honest(&self, options: &[&str]) -> Result<(), String> {
         let mut vmm = self.scene.vmm(options);
         let mut vmm = vmm.stdin(Stdio::null()).spawn().expect("a VMM");
@@ -115,7 +115,7 @@ impl Watched {
         ))
     }
 
-    /// What every liar must leave as it was.
+    /// Asserts everything that a liar must leave unchanged.
     fn assert_unharmed(self, about: &str) {
         assert_eq!(self.honest(&[]), Ok(()), "{about}");
         let list = self.list();
@@ -128,14 +128,14 @@ impl Watched {
     }
 }
 
-/// Kills what is left of it and of its children.
+/// Kills the rest of its process group, including children.
 fn end_group(mut leader: Child) {
     let group = Pid::from_raw(i32::try_from(leader.id()).expect("a pid"));
     let _ = killpg(group, Signal::SIGKILL);
     let _ = leader.wait();
 }
 
-/// A number from the environment, for more than what every run of the tests does.
+/// Returns a number from the environment, which allows longer runs than the default.
 fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).map_or(otherwise, |text| text.parse().expect(name))
 }
@@ -194,7 +194,8 @@ fn liars_at_random_harm_no_one_but_themselves() {
     watched.assert_unharmed(&told);
 }
 
-/// A liar, in its own words, and the options of the daemon that it is told to.
+/// Runs a liar of the given behaviour, with options for the daemon, and checks that it harms
+/// nothing else.
 fn leaves_others_alone(words: &[&str], options: &[&str]) {
     let watched = Watched::new(options);
     let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
@@ -203,19 +204,21 @@ fn leaves_others_alone(words: &[&str], options: &[&str]) {
     watched.assert_unharmed(&words.join(" "));
 }
 
-/// Keeper and worker could not talk of so many, and the keeper gave up all its VMs.
+/// Regression: keeper and worker could not exchange messages with this many regions, and the keeper
+/// gave up all its VMs.
 #[test]
 fn regions_by_the_thousand_cost_nobody_else() {
     leaves_others_alone(&["VeryManyRegions"], &[]);
     leaves_others_alone(&["ManyRegions", "Touch"], &[]);
 }
 
-/// A thread of the worker waited in a read for ever, with what it held, and could not be ended.
+/// Regression: a thread of the worker blocked forever in a read, with everything that it held, and
+/// could not be stopped.
 #[test]
 fn reads_that_were_made_to_wait_keep_no_thread() {
     let watched = Watched::new(&["--prefetch", "off"]);
     let clear = ["ClearNonblocking"; 3];
-    // Not each time a read comes just then.
+    // Repeated, because a read is not always in progress at the right moment.
     for others in [["Touch", "Discard"], ["Touch", "Blocking"]].repeat(3) {
         let words = clear.iter().chain(&others).map(|word| (*word).to_owned());
         let _ = watched.lie(&words.collect::<Vec<_>>());
@@ -223,17 +226,17 @@ fn reads_that_were_made_to_wait_keep_no_thread() {
     watched.assert_unharmed("cleared flags");
 }
 
-/// The userfaultfds of the children stayed in the worker.
+/// Regression: the userfaultfds of the children stayed open in the worker.
 #[test]
 fn forks_that_are_reported_leave_nothing_behind() {
     leaves_others_alone(&["Forks", "Fork", "Touch"], &[]);
 }
 
-/// One process had as many sessions as it liked, each with its threads.
+/// Regression: the sessions of one process, each with its threads, were not limited.
 #[test]
 fn a_process_has_a_bounded_number_of_vms() {
     let watched = Watched::new(&["--prefetch", "off"]);
-    // It must live until all have come.
+    // The liar must live until all connections have been made.
     let words = ["times=100", "Touch", "seconds=600"].map(str::to_owned);
     let (liar, _) = watched.liar(&words);
     watched.scene.wait_for("has 16 VMs already", 84);
@@ -241,7 +244,8 @@ fn a_process_has_a_bounded_number_of_vms() {
     watched.assert_unharmed("100 connections");
 }
 
-/// The worker was taken for stuck, and killed, when one VM had every install repeated.
+/// Regression: a worker was considered stuck, and killed, when one VM caused every install to be
+/// repeated.
 #[test]
 fn a_storm_of_discards_is_no_worker_that_stands_still() {
     let storm = [
@@ -254,7 +258,8 @@ fn a_storm_of_discards_is_no_worker_that_stands_still() {
     leaves_others_alone(&storm, &["--prefetch", "off", "--stuck-after", "4"]);
 }
 
-/// Who closed it waited for the liar, could not be killed, and the worker could not be replaced.
+/// Regression: the thread that closed the file waited for the liar and could not be killed, so the
+/// worker could not be replaced.
 #[test]
 fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
     if !can_mount("a_file_that_cannot_be_closed_keeps_nobody_waiting") {
@@ -272,7 +277,7 @@ fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
     watched.assert_unharmed("a file that can't be closed");
 }
 
-/// Each cost a thread and some descriptors, and there was no end to them.
+/// Regression: each such file cost a thread and some descriptors, without a limit.
 #[test]
 fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
     if !can_mount("files_that_cannot_be_closed_are_taken_a_bounded_number_of_times") {
@@ -291,7 +296,7 @@ fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
     watched.assert_unharmed("files that can't be closed");
 }
 
-/// So many processes that none of them has too many.
+/// The liars are enough processes that none of them exceeds its own limit.
 #[test]
 fn who_comes_while_too_many_files_are_kept_open_waits_and_is_served() {
     if !can_mount("who_comes_while_too_many_files_are_kept_open_waits_and_is_served") {

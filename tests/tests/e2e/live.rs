@@ -1,4 +1,4 @@
-//! A live process with real data: taken as it is, compared with what `/proc` says, restored.
+//! A live process with real data: captured, compared with the contents of `/proc`, restored.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -21,7 +21,7 @@ fn pid(live: &Live) -> Pid {
     Pid::from_raw(live.pid().cast_signed())
 }
 
-/// The states of a process's threads, one letter each.
+/// Returns the states of a process's threads, one letter each.
 fn states(pid: Pid) -> String {
     std::fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
@@ -30,7 +30,7 @@ fn states(pid: Pid) -> String {
         .collect()
 }
 
-/// Stops the process, so that its memory is the same whoever reads it.
+/// Stops the process, so that all readers see the same memory.
 fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).unwrap();
     for _ in 0..6000 {
@@ -42,7 +42,7 @@ fn stop(pid: Pid) {
     panic!("the process doesn't stop: {}", states(pid));
 }
 
-/// A region of a snapshot, and where it lies in what `extract` writes.
+/// A region of a snapshot, and its position in the output of `extract`.
 struct Region {
     name: String,
     start: u64,
@@ -67,8 +67,8 @@ fn regions(info: &Value) -> Vec<Region> {
         .collect()
 }
 
-/// Compares what was extracted with the memory of the stopped process, page by page. Gives the
-/// pages that are equal, and those that the process doesn't let anybody read.
+/// Compares the extracted memory with that of the stopped process, page by page. Returns the number
+/// of equal pages, and of pages that the process doesn't allow to be read.
 fn compare_with_process(pid: Pid, regions: &[Region], extracted: &Path) -> (u64, u64) {
     let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
     let extracted = File::open(extracted).unwrap();
@@ -82,7 +82,7 @@ fn compare_with_process(pid: Pid, regions: &[Region], extracted: &Path) -> (u64,
                 .unwrap();
             let address = region.start + offset;
             match memory.read_exact_at(&mut wanted, address) {
-                // The kernel's own data: its clock changes while nobody runs.
+                // The kernel's own data: its clock changes even while the process is stopped.
                 _ if region.name.starts_with("[vvar") => unreadable += 1,
                 Ok(()) => {
                     assert!(wanted == found, "{:?} differs at {address:#x}", region.name);
@@ -109,7 +109,7 @@ fn a_live_process_goes_on_and_is_taken_whole() {
     let (snapshot, out) = (path(&folder, "s"), path(&folder, "out"));
     let id = pid(&live).to_string();
 
-    // While it runs.
+    // While the process runs.
     let before = live.checksum().unwrap();
     done(["create", "--pid", &id, "-o", &snapshot]);
     assert_eq!(live.checksum().unwrap(), before, "its data is untouched");
@@ -117,7 +117,7 @@ fn a_live_process_goes_on_and_is_taken_whole() {
     let worked = live.checksum().unwrap();
     assert_ne!(worked, before, "it goes on");
 
-    // While it is stopped, and can be compared.
+    // While the process is stopped, and can be compared.
     stop(pid(&live));
     let report = done(["create", "--pid", &id, "-o", &snapshot, "--force"]);
     assert!(states(pid(&live)).chars().all(|state| state == 'T'));
@@ -137,8 +137,8 @@ fn a_live_process_goes_on_and_is_taken_whole() {
     }
 }
 
-/// Restores a process's memory with one thread and with several. Pages that could not be read
-/// when it was taken are left out, all others are right, and that is a success.
+/// Restores a process's memory with one thread and with several. Pages that could not be read when
+/// the snapshot was taken are left out, all others are correct, and this counts as success.
 fn restore_with_unknown_pages(snapshot: &str, raw: &str, created: &Value) {
     let unknown = number(created, "unavailable_pages");
     let pages = number(created, "pages");
@@ -242,7 +242,7 @@ fn a_process_goes_on_whenever_create_is_interrupted_or_killed() {
         assert_eq!(live.checksum().unwrap(), before, "round {round}");
         assert!(!states(pid(&live)).contains(['t', 'T']), "round {round}");
         if Path::new(&snapshot).exists() {
-            // It was just done.
+            // The snapshot has just been written.
             assert_eq!(done(["verify", &snapshot])["ok"], true);
             std::fs::remove_file(&snapshot).unwrap();
         } else {

@@ -1,4 +1,4 @@
-//! A service manager that keeps descriptors.
+//! A service manager that stores descriptors.
 
 use std::fs;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-/// Only a hang takes so long.
+/// Time limit that only a hang exceeds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Keeps what a service sends to it, as systemd does.
+/// A stand-in for systemd that stores the descriptors that a service sends.
 pub(crate) struct FakeManager {
     socket: UnixDatagram,
     path: PathBuf,
@@ -29,7 +29,7 @@ impl FakeManager {
         }
     }
 
-    /// A service that this manager keeps `room` descriptors for.
+    /// Returns a service for which this manager stores up to `room` descriptors.
     pub(crate) fn manages(&self, mut service: Command, room: usize) -> Command {
         service
             .env("NOTIFY_SOCKET", &self.path)
@@ -65,17 +65,17 @@ impl FakeManager {
         self.kept.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Starts `service` with all that is kept, and something of its own.
+    /// Returns a command that starts `service` with all stored descriptors and one of its own.
     pub(crate) fn start(&self, service: &Command) -> Command {
         let names: Vec<_> = std::iter::once("some.socket").chain(self.names()).collect();
-        // Their numbers are the service's third and so on, whatever they are here.
+        // In the service they are numbered from 3 on, whatever their numbers are here.
         let null = fs::File::open("/dev/null").expect("it is there");
         let mut sources: Vec<RawFd> = vec![null.as_raw_fd()];
         sources.extend(self.kept.iter().map(|(_, fd)| fd.as_raw_fd()));
         let high: Vec<OwnedFd> = sources
             .iter()
             .map(|fd| {
-                // SAFETY: the call takes numbers; what it makes is owned by nobody yet.
+                // SAFETY: the call takes numbers; nothing owns the descriptor that it creates yet.
                 unsafe {
                     let high = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, 200);
                     assert!(high >= 200);
@@ -92,8 +92,8 @@ impl FakeManager {
             .env("LISTEN_FDNAMES", names.join(":"));
         let pass_on = move || {
             for (number, fd) in (3..).zip(&high) {
-                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on belong to
-                // the parent's copies, of which the child needs none.
+                // SAFETY: between fork and exec only this thread runs, and the numbers from 3 on
+                // belong to the parent's copies, of which the child needs none.
                 if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }

@@ -1,4 +1,4 @@
-//! What a command's own memory comes to.
+//! Memory use of the command itself.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -8,13 +8,13 @@ use snaprestore_fixtures::host::told;
 use snaprestore_tests::program::{program, snaprestore};
 use snaprestore_tests::real::guest;
 
-/// The bound that is promised for writing.
+/// The promised limit for writing.
 const MOST_BYTES: i64 = 128 << 20;
 
 const CHILD: &str = "SNAPRESTORE_TEST_MEMORY_OF";
 
-/// The most memory that a command held at once (`VmHWM`), as the kernel says at its end; right if
-/// this process waited for no other.
+/// Returns the peak resident memory of a command (`ru_maxrss`), as reported by the kernel at its
+/// exit. It is correct only if this process has waited for no other child.
 fn peak_of(command: &mut Command) -> i64 {
     let status = command.stdout(Stdio::null()).status().unwrap();
     assert!(status.success(), "{status}");
@@ -22,7 +22,7 @@ fn peak_of(command: &mut Command) -> i64 {
     children.max_rss() * 1024
 }
 
-/// With default options, whatever the size of the source: here a guest of 1 GiB.
+/// The limit holds with default options for any size of the source, here a guest of 1 GiB.
 #[test]
 fn create_holds_at_most_128_mib() {
     let name = "create_holds_at_most_128_mib";
@@ -47,8 +47,8 @@ fn create_holds_at_most_128_mib() {
     let Some(image) = guest(name) else {
         return;
     };
-    // The kernel counts what a process was before it became another program, and this one may have
-    // restored a guest; so a fresh one starts the command.
+    // The kernel includes the peak of a process before its exec, and this process may have restored
+    // a guest; so a fresh process starts the command.
     let output = Command::new(std::env::current_exe().unwrap())
         .args([&format!("memory::{name}"), "--exact", "--nocapture"])
         .env(CHILD, &image.raw)
@@ -56,7 +56,7 @@ fn create_holds_at_most_128_mib() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    // The rest is a test harness's, and would be counted.
+    // The rest is the output of a test harness, and would be counted.
     let said = String::from_utf8_lossy(&output.stdout);
     let peak = said.lines().find(|line| line.contains("peak"));
     told(&peak.expect("what was measured"));

@@ -1,4 +1,4 @@
-//! What operators do with a daemon: look, add, remove, let go, upgrade, drain.
+//! Operations on a daemon: query, add, remove, release, upgrade, drain.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -12,7 +12,7 @@ use snaprestore_tests::program::{self, Run, snaprestore};
 
 use crate::scene::{PAGES, PATIENCE, Scene, endings, within};
 
-/// `ctl`, which shall succeed, and what it says.
+/// Runs `ctl`, asserts that it succeeds, and returns its output.
 fn ctl(scene: &Scene, args: &[&str]) -> Value {
     Run::of(&mut command(scene, args)).exits(0).json()
 }
@@ -49,7 +49,7 @@ fn scrape(socket: &Path) -> String {
     text
 }
 
-/// A number of the metrics, of all services together.
+/// Returns a number of the metrics, summed over all services.
 fn metric(scene: &Scene, name: &str) -> u64 {
     let text = scrape(&scene.folder.path().join("metrics"));
     let line = text.lines().find(|line| line.starts_with(name));
@@ -69,7 +69,7 @@ fn vms_of_one_snapshot_share_decoded_frames() {
         scene.wait_for("pages installed", number + 1);
         decoded.push(metric(&scene, "snaprestore_decoded_bytes_total"));
     }
-    // The first may have been the only one; the second shares what it decodes.
+    // The first VM may have been the only one; the second shares the frames that it decodes.
     assert!(decoded[0] < decoded[1], "{decoded:?}");
     assert_eq!(decoded[1..], [decoded[1]; 3]);
     assert!(metric(&scene, "snaprestore_frame_cache_hits_total") > 0);
@@ -104,14 +104,14 @@ fn an_operator_sees_vms_and_lets_them_go() {
     let of_one = "snaprestore_vms{service=\"default\",state=\"serving\"} 1\n";
     assert!(metrics.contains(of_one), "{metrics}");
 
-    // Another program file of the same version takes over under way.
+    // Another program file of the same version takes over while a VM is being served.
     let copy = scene.folder.path().join("copy");
     fs::copy(program::program(), &copy).expect("copied");
     let program = copy.display().to_string();
     let upgraded = ctl(&scene, &["upgrade", &program]);
     assert_eq!(upgraded["from"], upgraded["to"]);
     scene.wait_for("takes over", 1);
-    // One that can't take over changes nothing.
+    // A program that can't take over changes nothing.
     let run = Run::of(&mut command(&scene, &["upgrade", "/bin/false"]));
     assert_ne!(run.code, Some(0));
     run.says(&["goes on as before"]);
@@ -121,14 +121,14 @@ fn an_operator_sees_vms_and_lets_them_go() {
     let vms = list["vms"].as_array().expect("VMs");
     let served = vms.iter().find(|vm| vm["state"] == "serving");
     let id = served.expect("a VM")["id"].to_string();
-    // Again, too: it has just completed.
+    // Repeated, because the first upgrade has only just completed.
     for _ in 0..2 {
         let done = ctl(&scene, &["complete", &id]);
         assert_eq!(done["vms"][0]["done"], true, "{done}");
     }
     let run = Run::of(&mut command(&scene, &["complete", "99"])).exits(1);
     run.says(&["there is no VM 99"]);
-    // Another worker knows it as well.
+    // A new worker knows it as well.
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
     scene.wait_for("another goes on", 1);
     let done = ctl(&scene, &["complete", &id]);
@@ -139,7 +139,8 @@ fn an_operator_sees_vms_and_lets_them_go() {
     assert_eq!(endings(&scene.stop()), ["exited"; 2]);
 }
 
-/// However it ended, and whoever has decided that, each VM is one, and stays so when another worker counts.
+/// Each VM is counted once, however it ended and whichever process decided it, and the counts
+/// survive a change of the worker.
 #[test]
 fn metrics_count_each_ended_vm_once() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -206,7 +207,7 @@ fn services_come_and_go_and_a_drain_ends_the_daemon() {
     assert!(!Path::new(&second).exists(), "the socket is left");
     let run = Run::of(&mut command(&scene, &["remove", "second"]));
     assert_ne!(run.code, Some(0));
-    // The VM is served on, and let go.
+    // The VM is still served, and then released.
     let drained = ctl(&scene, &["drain"]);
     assert_eq!(drained["vms"][0]["done"], true, "{drained}");
     drop(vmm.stdin.take());

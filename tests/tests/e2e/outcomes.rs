@@ -1,4 +1,4 @@
-//! What goes wrong around a command, and what is promised for it: exit code, message, files.
+//! Failures around a command, and their promised outcome: exit code, message, files.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt as _;
@@ -19,7 +19,7 @@ use snaprestore_tests::real::{guest, guest_piece, skip};
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
-    /// `None`, and said so, if this user may not mount.
+    /// Mounts the file system; `None`, which is reported, if this user may not mount.
     fn new(test: &str, bytes: u64) -> Option<Self> {
         if !geteuid().is_root() {
             skip(test, "only root can mount a small file system to fill");
@@ -66,7 +66,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A file that doesn't compress.
+/// Writes a file that doesn't compress.
 fn noise(path: &Path, mib: u64) {
     Mix::with_shares(mib * 256, 1, Shares::RANDOM)
         .write_sparse(path)
@@ -99,7 +99,7 @@ fn a_full_disk_leaves_the_old_target() {
     assert_eq!(fs::read(&target).unwrap(), b"precious");
     assert_eq!(names(disk.0.path()), ["s"]);
 
-    // The way back.
+    // The reverse direction.
     let snapshot = sources.path().join("s");
     done([
         "create".as_ref(),
@@ -140,14 +140,14 @@ fn a_missing_folder_is_named() {
     assert_eq!(names(folder.path()), ["raw", "s"]);
 }
 
-/// How much a process has read.
+/// Returns the number of bytes that a process has read.
 fn read_so_far(child: &Child) -> u64 {
     let io = fs::read_to_string(format!("/proc/{}/io", child.id())).unwrap_or_default();
     let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
     line.map_or(0, |count| count.parse().unwrap())
 }
 
-/// Starts `create` of a large file and stops it when it has read a part of it.
+/// Starts `create` of a large file and stops the process when it has read a part of it.
 fn stopped_within(raw: &Path, target: &Path) -> Child {
     let mut child = snaprestore(["create", "--threads", "1", "--output"])
         .arg(target)
@@ -207,7 +207,8 @@ fn ctrl_c_leaves_nothing() {
     }
 }
 
-/// `snaprestore` as the user nobody, who may read the folder and run the program in it.
+/// Returns a `snaprestore` command for the user nobody, who may read the folder and run the program
+/// in it.
 fn as_nobody(folder: &Path) -> Command {
     let copy = folder.join("snaprestore");
     if !copy.exists() {
@@ -223,7 +224,7 @@ fn as_nobody(folder: &Path) -> Command {
     command
 }
 
-/// Whether tests can become nobody.
+/// Returns whether tests can run as the user nobody.
 fn can_be_nobody(test: &str) -> bool {
     if !geteuid().is_root() {
         skip(test, "only root can become another user");
@@ -266,7 +267,8 @@ fn a_source_that_may_not_be_read_is_named() {
     assert_eq!(names(folder.path()), ["raw", "snaprestore"]);
 }
 
-/// What README shows first, run by a user who may not make a full userfaultfd, as on most machines.
+/// The first commands of the README work for a user who may not create a full userfaultfd, as on
+/// most machines.
 #[test]
 fn ordinary_user_runs_the_first_commands() {
     let name = "ordinary_user_runs_the_first_commands";

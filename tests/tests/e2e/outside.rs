@@ -1,5 +1,5 @@
-//! Who holds the VMs' memory when the daemon dies. The daemon is a stand-in that has memory held and serves
-//! nothing, so every VM waits at its first page.
+//! Custody of the VMs' memory when the daemon dies. The daemon is a stand-in that has the memory
+//! held and serves nothing, so every VM waits at its first page.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::manager::FakeManager;
 
 const PAGES: u64 = 512;
-/// Only a hang takes so long.
+/// Time limit that only a hang exceeds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A memory without a page of zeros, and its snapshot.
@@ -56,7 +56,7 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// The keeper, in a process group of its own.
+    /// Returns the keeper's command, in a process group of its own.
     fn keeper(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-keeper"));
         command.arg(program::program());
@@ -68,8 +68,8 @@ impl Scene {
         command
     }
 
-    /// A VM that has handed its memory over to the keeper, and waits at its first page. It has kept no descriptor: if
-    /// nobody else has one, it reads zeros.
+    /// Starts a VM that has handed its memory over to the keeper, and waits at its first page. It
+    /// has kept no descriptor: if no other process has one, it reads zeros.
     fn vm(&self) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
         command.arg(self.path("socket")).arg(self.path("raw"));
@@ -105,7 +105,7 @@ impl Talker {
         self.line()
     }
 
-    /// The process id of the guardian that it has said it has.
+    /// Returns the process id of the guardian, as printed by the keeper.
     fn guardian(&mut self) -> Pid {
         let line = self.line();
         let pid = line.strip_prefix("held by guardian ").expect(&line);
@@ -129,7 +129,7 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
 }
 
-/// Whether a process runs: nobody may be there to collect one that has ended.
+/// Returns whether a process runs. An exited process may not have been reaped, and does not count.
 fn runs(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
@@ -145,7 +145,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until the VM whose memory the process `keeper` holds waits for a page.
+/// Waits until the VM whose memory the process `keeper` holds is waiting for a page.
 fn wait_for_fault(keeper: Pid) {
     wait_until("the VM touches a page", || {
         let open = fs::read_dir(format!("/proc/{keeper}/fdinfo")).expect("it lives");
@@ -157,7 +157,7 @@ fn wait_for_fault(keeper: Pid) {
     });
 }
 
-/// Whether a guardian has no keeper any more, and waits in poll.
+/// Returns whether a guardian has no keeper any more and waits in poll.
 fn is_in_poll_without_keeper(guardian: Pid) -> bool {
     let calls = [
         #[cfg(target_arch = "x86_64")]
@@ -175,7 +175,7 @@ fn is_in_poll_without_keeper(guardian: Pid) -> bool {
     !has_socket && number.is_some_and(|number: i64| calls.contains(&number))
 }
 
-/// The end of a VM.
+/// Waits for a VM to exit.
 fn end_of(vm: &mut Child) -> ExitStatus {
     let mut status = None;
     wait_until("the VM's end", || {
@@ -194,7 +194,7 @@ fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_rea
     let mut vm = scene.vm();
     keeper.says("held");
     wait_for_fault(pid(&keeper.child));
-    // What ends services, and what a terminal sends.
+    // Signals with which service managers and terminals stop a process.
     for signal in [
         Signal::SIGTERM,
         Signal::SIGINT,
@@ -218,8 +218,8 @@ fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_rea
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// What was sent before the death is read after it: a guardian that has been stopped meanwhile finds
-/// both.
+/// Messages that were sent before the keeper's death are read after it: a guardian that was stopped
+/// meanwhile finds both.
 #[test]
 fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
     let scene = Scene::new();
@@ -238,8 +238,8 @@ fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// The other tests are not blind: without a guardian such a VM reads zeros. And the keeper learns that it has no
-/// guardian any more.
+/// This is the control for the other tests: without a guardian such a VM reads zeros. The keeper is
+/// also notified that its guardian is gone.
 #[test]
 fn without_a_guardian_the_vm_reads_zeros_and_the_keeper_is_told() {
     let scene = Scene::new();
@@ -267,11 +267,13 @@ fn a_vm_that_was_released_is_not_killed() {
     assert_eq!(keeper.ask("release"), "released");
     keeper.kill_group();
     wait_until("the guardian's end", || !runs(guardian));
-    // Nobody had released it in earnest: it reads zeros, by itself.
+    // The release was requested by the test only, and no process serves the VM: it reads zeros and
+    // exits by itself.
     assert_eq!(end_of(&mut vm).code(), Some(1));
 }
 
-/// The keeper is nobody, the VM root's: the guardian can't end it, and stays so that it waits.
+/// The keeper runs as nobody and the VM as root: the guardian can't kill the VM, and stays alive so
+/// that it waits.
 #[test]
 fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let test = "a_vm_that_may_not_be_killed_waits_and_never_reads_zeros";
@@ -281,7 +283,7 @@ fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let scene = Scene::new();
     let everybody = fs::Permissions::from_mode(0o777);
     fs::set_permissions(scene.folder.path(), everybody).expect("set");
-    // Where nobody may run them.
+    // A place where the user nobody may run them.
     let (keeper, program) = (scene.path("keeper"), scene.path("program"));
     fs::copy(env!("CARGO_BIN_EXE_stand-in-keeper"), &keeper).expect("copied");
     fs::copy(program::program(), &program).expect("copied");
@@ -296,7 +298,7 @@ fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     keeper.says("held");
     wait_for_fault(pid(&keeper.child));
     keeper.kill_group();
-    // It has read everything, and has tried to kill the VM: it waits for its end.
+    // The guardian has read everything and has tried to kill the VM: it waits for the VM's exit.
     wait_until("the guardian waits", || is_in_poll_without_keeper(guardian));
     assert!(vm.try_wait().expect("asked").is_none(), "it waits");
     vm.kill().expect("killed");
@@ -335,7 +337,7 @@ fn a_guardian_leaves_the_cgroup_that_is_killed() {
         .args(keeper.get_args());
     let mut keeper = Talker::start(inside);
     let guardian = keeper.guardian();
-    // Without a warning.
+    // There is no warning before it.
     keeper.says("listening");
     let mut vm = scene.vm();
     keeper.says("held");
@@ -382,7 +384,7 @@ fn what_systemd_holds_is_served_by_the_next_keeper() {
     keeper.says("held by systemd, for 16 descriptors");
     keeper.says("given vm-1: uffd owner meta");
     assert_eq!(end_of(&mut vm).code(), Some(0), "every page is right");
-    // Everything may have been there before the VM ended.
+    // All pages may have been present before the VM exited.
     let ended = keeper.line();
     assert!(
         ["ended: OwnerGone", "ended: Complete"].contains(&ended.as_str()),

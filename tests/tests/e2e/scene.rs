@@ -17,16 +17,16 @@ use tempfile::TempDir;
 use crate::footprint::process_with;
 
 pub(crate) const PAGES: u64 = 8192;
-/// Only a hang takes so long.
+/// Time limit that only a hang exceeds.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A memory, its snapshot, and who serves it.
+/// A memory, its snapshot, and the daemon that serves it.
 pub(crate) struct Scene {
     pub(crate) folder: TempDir,
     raw: PathBuf,
     pub(crate) snapshot: PathBuf,
     daemon: Option<Child>,
-    /// What it has said so far.
+    /// Output of the daemon so far.
     said: Arc<Mutex<String>>,
 }
 
@@ -35,7 +35,7 @@ impl Scene {
         Self::of(PAGES, shares)
     }
 
-    /// With so many pages.
+    /// Creates a scene with `pages` pages.
     pub(crate) fn of(pages: u64, shares: Shares) -> Self {
         let folder = TempDir::new().expect("a folder");
         let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("snap"));
@@ -56,7 +56,7 @@ impl Scene {
         }
     }
 
-    /// The memory as it was.
+    /// Returns the path of the original memory.
     pub(crate) fn raw(&self) -> &Path {
         &self.raw
     }
@@ -69,14 +69,14 @@ impl Scene {
         self.serve_with(options, &[]);
     }
 
-    /// With these in its environment.
+    /// Starts the daemon with these variables in its environment.
     pub(crate) fn serve_with(&mut self, options: &[&str], environment: &[(&str, &str)]) {
         let mut command = self.daemon(options);
         command.envs(environment.iter().copied());
         self.start(command);
     }
 
-    /// The daemon.
+    /// Returns the daemon's command.
     pub(crate) fn daemon(&self, options: &[&str]) -> Command {
         let mut command = snaprestore(["serve", "--json", "--snapshot"]);
         command
@@ -110,7 +110,7 @@ impl Scene {
         self.wait_for("serving ", 1);
     }
 
-    /// Waits until the daemon has said `what` so often.
+    /// Waits until the daemon has logged `what` this many times.
     pub(crate) fn wait_for(&self, what: &str, times: usize) {
         let is_said = || self.said().matches(what).count() >= times;
         assert!(within(PATIENCE, is_said), "no {what:?} in {}", self.said());
@@ -128,7 +128,7 @@ impl Scene {
         self.vmm_with(&self.socket(), raw, options)
     }
 
-    /// A VMM that connects elsewhere.
+    /// Returns a VMM's command with the given socket.
     pub(crate) fn vmm_at(&self, socket: &Path, options: &[&str]) -> Command {
         self.vmm_with(socket, &self.raw, options)
     }
@@ -151,13 +151,13 @@ impl Scene {
         daemon.wait().expect("its end");
     }
 
-    /// The keeper's process.
+    /// Returns the keeper's process.
     pub(crate) fn keeper(&self) -> Pid {
         let daemon = self.daemon.as_ref().expect("it runs");
         Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"))
     }
 
-    /// The process of the worker, if there is one just now.
+    /// Returns the worker's process, if there is one at the moment.
     pub(crate) fn worker(&self) -> Option<Pid> {
         let keeper = self.daemon.as_ref()?.id();
         let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"));
@@ -165,22 +165,24 @@ impl Scene {
         Some(Pid::from_raw(first))
     }
 
-    /// Asks the daemon to stop, and gives what it reports.
+    /// Asks the daemon to stop, and returns its report.
     pub(crate) fn stop(&mut self) -> Vec<Value> {
         kill(self.keeper(), Signal::SIGTERM).expect("asked");
         self.ended()
     }
 
-    /// Waits for the end of the daemon, which was asked to stop, and gives what it reports.
+    /// Waits until the daemon, which was asked to stop, exits, and returns its report.
     pub(crate) fn ended(&mut self) -> Vec<Value> {
         let report = self.exits(0);
         report["vms"].as_array().expect("VMs").clone()
     }
 
-    /// Waits until the daemon, which was asked to stop, exits with this code, and gives its report.
+    /// Waits until the daemon, which was asked to stop, exits with this code, and returns its
+    /// report.
     pub(crate) fn exits(&mut self, code: i32) -> Value {
         let mut daemon = self.daemon.take().expect("it runs");
-        // A report of many VMs is larger than a pipe: the daemon would wait for its reader.
+        // A report of many VMs is larger than a pipe's buffer: the daemon would wait for its
+        // reader.
         let mut stdout = daemon.stdout.take().expect("a pipe");
         let report = std::thread::spawn(move || {
             let mut report = Vec::new();
@@ -197,13 +199,13 @@ impl Scene {
         run.json()
     }
 
-    /// The guardian of a daemon that is [`Scene::marked`].
+    /// Returns the guardian of a daemon that is [`Scene::marked`].
     pub(crate) fn guardian(&self) -> Option<Pid> {
         let mark = self.folder.path().display();
         process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian")
     }
 
-    /// The daemon, whose processes can be told from those of others.
+    /// Returns the command of a daemon whose processes can be told from those of other tests.
     pub(crate) fn marked(&self, options: &[&str]) -> Command {
         let mut command = self.daemon(options);
         command.env("SNAPRESTORE_TEST", self.folder.path());
@@ -220,7 +222,7 @@ impl Drop for Scene {
     }
 }
 
-/// The end of a VMM, which must not wait for ever.
+/// Waits for a VMM to exit, with a time limit.
 #[track_caller]
 pub(crate) fn end_of(mut vmm: Child) -> Run {
     if !ends_within(&mut vmm, PATIENCE) {
@@ -230,12 +232,12 @@ pub(crate) fn end_of(mut vmm: Child) -> Run {
     Run::finish(vmm)
 }
 
-/// Whether it ends by itself within this time.
+/// Returns whether it exits by itself within this time.
 pub(crate) fn ends_within(child: &mut Child, time: Duration) -> bool {
     within(time, || child.try_wait().expect("a child").is_some())
 }
 
-/// Whether it becomes true within this time.
+/// Returns whether the condition becomes true within this time.
 pub(crate) fn within(time: Duration, mut is_true: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     loop {
@@ -249,7 +251,8 @@ pub(crate) fn within(time: Duration, mut is_true: impl FnMut() -> bool) -> bool 
     }
 }
 
-/// How the VMs ended. One that has touched everything may have been complete before it exited.
+/// Returns how the VMs ended. A VM that has touched everything may have been complete before it
+/// exited.
 pub(crate) fn endings(vms: &[Value]) -> Vec<&str> {
     fn ending(vm: &Value) -> Option<&str> {
         match vm["ending"].as_str()? {

@@ -63,7 +63,7 @@ fn vms_with_huge_pages_are_served() {
         }
         assert_eq!(endings(&scene.stop()), ["exited"; 2]);
     }
-    // What v1.7 calls KiB is in bytes.
+    // The field that v1.7 calls KiB is in bytes.
     scene.serve(&[]);
     let _ = Run::of(&mut scene.vmm(&["--manner", "v1.7", "--huge"])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
@@ -73,7 +73,7 @@ fn vms_with_huge_pages_are_served() {
 fn asked_to_stop_the_daemon_completes_its_vms_and_they_go_on() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "off"]);
-    // It has touched nothing when the daemon goes.
+    // It has touched nothing when the daemon exits.
     let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
     let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
     assert_eq!(said.next().expect("a line").expect("text"), "handed over");
@@ -102,11 +102,11 @@ fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
     assert_eq!(bad.signal, Some(libc::SIGKILL), "{}", bad.err);
     drop(good.stdin.take());
     assert!(good.wait().expect("its end").success());
-    // Which file, page and place.
+    // The message names the file, the page and the place.
     scene.wait_for(&format!("killed: {}: page ", scene.snapshot.display()), 1);
     assert!(scene.said().contains("at offset"), "{}", scene.said());
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
-    // Once, however many have noticed.
+    // Logged once, however many threads have noticed it.
     let said = scene.said();
     let lines = said
         .lines()
@@ -114,7 +114,7 @@ fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
     assert_eq!(lines.count(), 1, "{said}");
 }
 
-/// For owners that are no VMs. What the daemon says meanwhile is for programs.
+/// An option for owners that are not VMs. The daemon's log is in the format for programs.
 #[test]
 fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
     let test = "an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted";
@@ -146,14 +146,14 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         assert_eq!(of, (id, pid, &"default".into()), "{line}");
         of_vm.push(fields["message"].as_str().expect("a message").to_owned());
     }
-    // From the keeper, from a thread of the engine's, and at the end.
+    // Messages of the keeper, of a thread of the engine, and at the end.
     for part in ["served", "a page can't be restored", "exited"] {
         let has = of_vm.iter().any(|message| message.starts_with(part));
         assert!(has, "no {part:?} in {of_vm:?}");
     }
 }
 
-/// What it should have completed it has to kill: a page of it is damaged.
+/// The daemon has to kill the VM that it should have completed, because a page of it is damaged.
 #[test]
 fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     let mut scene = Scene::new(Shares::RANDOM);
@@ -166,7 +166,7 @@ fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     assert_eq!(report["incomplete"], 1, "{report}");
     assert_eq!(report["vms"][0]["ending"], "killed", "{report}");
     assert_eq!(end_of(vmm).signal, Some(libc::SIGKILL));
-    // One that was killed before does not count.
+    // A VM that was killed before does not count.
     scene.serve(&["--prefetch", "off"]);
     let run = Run::of(&mut scene.vmm(&[]));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
@@ -197,7 +197,7 @@ fn socket_has_the_mode_and_group_that_are_asked_for() {
     let _ = Run::of(&mut scene.daemon(&["--socket-mode", "0x1"])).exits(2);
 }
 
-/// Half of the memory finds a page in the pool, and the rest doesn't.
+/// Half of the memory gets its pages from the pool, and the rest doesn't.
 #[test]
 fn empty_huge_page_pool_is_named_by_those_who_need_it() {
     let test = "empty_huge_page_pool_is_named_by_those_who_need_it";
@@ -227,18 +227,18 @@ fn empty_huge_page_pool_is_named_by_those_who_need_it() {
     assert_eq!(shortages["memory"], 0, "{stats}");
     let said = String::from_utf8_lossy(&ctl(&["stats", "1"]).exits(0).out).into_owned();
     assert!(said.contains("shortage    pool hugepages-2048kB"), "{said}");
-    // One line, however often it was tried.
+    // Logged once, however often it was tried.
     let logged = scene.said();
     let shortages =
         logged.matches("pages can't be installed: no page of 2 MiB is free in the pool");
     assert_eq!(shortages.count(), 1, "{logged}");
-    // Its pages go back to the pool before that is as it was.
+    // Its pages return to the pool before the pool is as it was.
     vmm.kill().expect("killed");
     vmm.wait().expect("its end");
     let _ = scene.stop();
 }
 
-/// Flips a bit in the middle of the frames, of which a snapshot of random pages is full.
+/// Flips a bit in the middle of the file, which is full of frames in a snapshot of random pages.
 fn damage(snapshot: &Path) {
     use std::os::unix::fs::FileExt as _;
     let file = fs::File::options()
@@ -257,7 +257,8 @@ fn damage(snapshot: &Path) {
 fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--patience", "1"]);
-    // One says nothing, one something else, one goes away: other processes than this one, which might be ended.
+    // One peer sends nothing, one sends something else, one closes the connection. They are other
+    // processes than this one, because it might be killed.
     let peer = |words: &[&str]| {
         let mut peer = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
         peer.arg(scene.socket()).arg(scene.raw()).args(words);
@@ -288,13 +289,13 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
         endings(&scene.stop()),
         ["exited", "refused", "refused", "refused", "refused"]
     );
-    // Nobody serves it: it is its owner's to end.
+    // No process serves it, so its owner has to kill it.
     misfit.kill().expect("killed");
     misfit.wait().expect("its end");
 }
 
-/// Two ways to be wrong are possible here that the fake VMM can't show: KVM reads the memory by itself,
-/// and does so before the first instruction.
+/// Covers two failures that the fake VMM can't show: KVM reads the memory by itself, and does so
+/// before the first instruction.
 #[test]
 fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
     let test = "a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended";

@@ -14,39 +14,39 @@ use crate::scene::Scene;
 
 const PAGES: u64 = 256;
 const SESSIONS: usize = 1000;
-/// So many until memory that is kept for use again has been had.
+/// Number of VMs after which all memory that is kept for reuse has been allocated.
 const WARM: usize = 150;
-/// VMs at once.
+/// Number of simultaneous VMs.
 const AT_ONCE: usize = 4;
-/// Workers that are killed.
+/// Number of workers that are killed.
 const KILLS: usize = 5;
-/// What is freed goes back to the kernel, and doesn't stay where it was between things that are in use: growth
-/// is what was not freed.
+/// Settings that return freed memory to the kernel instead of keeping it between live allocations.
+/// Growth is then memory that was not freed.
 const STRICT_HEAP: [(&str, &str); 3] = [
     ("MALLOC_ARENA_MAX", "1"),
     ("MALLOC_MMAP_THRESHOLD_", "16384"),
     ("MALLOC_TRIM_THRESHOLD_", "16384"),
 ];
-/// KiB by which the memory of keeper, worker and guardian may have grown at the end. The keeper writes down what
-/// became of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever the number of VMs.
-/// So a leak is seen that is larger than half a KiB a VM in the keeper, 7 KiB in the worker, 80 bytes in the
-/// guardian.
+/// Limit on the growth of the memory of keeper, worker and guardian, in KiB. The keeper records the
+/// outcome of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever
+/// the number of VMs. So the test detects a leak of more than half a KiB a VM in the keeper, 7 KiB
+/// in the worker, 80 bytes in the guardian.
 const MORE_KIB: [u64; 3] = [425, 6000, 64];
-/// Stacks of threads that have ended are kept for others.
+/// Additional mappings allowed, because the stacks of exited threads are kept for reuse.
 const MORE_MAPPINGS: usize = 40;
 
-/// How a VM ends.
+/// Way in which a VM ends.
 #[derive(Clone, Copy)]
 enum End {
-    /// It has touched all.
+    /// The VM exits after it has touched everything.
     Complete,
-    /// By itself, before it has all of its memory.
+    /// The VM exits by itself before it has all of its memory.
     Early,
-    /// The same, by SIGKILL.
+    /// The VM is killed by SIGKILL before it has all of its memory.
     Killed,
-    /// It is of another size, and so is killed by the daemon.
+    /// The memory has another size than the snapshot, so the daemon kills the VM.
     Misfit,
-    /// It closes its socket in the middle of its message.
+    /// The VM closes its socket in the middle of its message.
     HangsUp,
 }
 
@@ -59,7 +59,7 @@ impl End {
         Self::HangsUp,
     ];
 
-    /// Runs one VM, and looks whether what it saw was right.
+    /// Runs one VM, and checks that it read the right memory.
     fn run(self, scene: &Scene, misfit: &std::path::Path) {
         let touch = (PAGES / 3).to_string();
         let mut vmm = match self {
@@ -90,7 +90,7 @@ fn expect(run: Run, said: &str) {
     assert_eq!(String::from_utf8_lossy(&run.exits(0).out), said);
 }
 
-/// The processes of a daemon that are to be there when the VMs are gone.
+/// The processes of a daemon that must remain when the VMs are gone.
 struct Daemon {
     names: [&'static str; 3],
     processes: [Pid; 3],
@@ -98,7 +98,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Before all VMs but one.
+    /// Records the footprints before all VMs but one.
     fn of(scene: &Scene, mark: &str) -> Self {
         let guardian = process_with(mark, "guardian").expect("a guardian");
         let worker = scene.worker().expect("a worker");
@@ -114,7 +114,7 @@ impl Daemon {
         }
     }
 
-    /// Every VM is gone: what each process holds is what it held before the first.
+    /// Waits until every VM is gone and each process holds what it held before the first.
     fn is_idle(&self) {
         for (at, idle) in self.idle.iter().enumerate() {
             idle.comes_back(self.names[at], self.processes[at], "without VMs");
@@ -125,7 +125,8 @@ impl Daemon {
         self.processes.map(Mapped::of)
     }
 
-    /// Demands that it has mapped no more than `before`, but for so many KiB of memory.
+    /// Asserts that its mappings have not grown beyond `before`, except for the allowed number of
+    /// KiB.
     fn has_mapped_no_more_than(&self, before: &[Mapped; 3]) {
         for (at, now) in self.mapped().into_iter().enumerate() {
             let (name, before) = (self.names[at], before[at]);
@@ -140,7 +141,7 @@ impl Daemon {
     }
 }
 
-/// Runs so many VMs, and does `meanwhile` again and again until they have ended.
+/// Runs `count` VMs, and calls `meanwhile` repeatedly until they have exited.
 fn run_vms(scene: &Scene, misfit: &std::path::Path, count: usize, mut meanwhile: impl FnMut()) {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -182,7 +183,7 @@ fn a_thousand_vms_leave_nothing_behind() {
     };
     assert_eq!(restarts(), 0);
 
-    // The worker opens the snapshot when the first wants it.
+    // The worker opens the snapshot when the first VM needs it.
     End::Early.run(&scene, &misfit);
     let mut daemon = Daemon::of(&scene, &format!("SNAPRESTORE_TEST={mark}"));
     let idle = || std::thread::sleep(Duration::from_millis(20));
@@ -194,7 +195,8 @@ fn a_thousand_vms_leave_nothing_behind() {
     daemon.has_mapped_no_more_than(&warm);
     assert_eq!(restarts(), 0);
 
-    // Workers that die with VMs in their hands leave the keeper nothing either, and the last is as the first.
+    // Workers that die while they serve VMs leave nothing in the keeper either, and the last worker
+    // is like the first.
     let mut kills = 0;
     run_vms(&scene, &misfit, WARM, || {
         std::thread::sleep(Duration::from_millis(50));
@@ -214,7 +216,7 @@ fn a_thousand_vms_leave_nothing_behind() {
         *counts.entry(ending).or_default() += 1;
     }
     let each = (SESSIONS + WARM) / End::ALL.len();
-    // Of bad handshakes the first hundred are told about.
+    // Only the first hundred bad handshakes are reported.
     assert_eq!(counts["refused"], each + each.min(100), "{counts:?}");
     let served = counts["exited"] + counts.get("complete").copied().unwrap_or(0);
     assert_eq!(served, 3 * each + 1, "{counts:?}");

@@ -1,4 +1,4 @@
-//! The process that serves VMs dies, at every place and at random, and the VMs don't notice.
+//! The process that serves VMs dies, at every fail point and at random, and the VMs don't notice.
 
 use std::process::Child;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use snaprestore_tests::program::Run;
 
 use crate::scene::{PAGES, Scene, endings};
 
-/// What the daemon says when a worker has died.
+/// Part of the daemon's log line about the death of a worker.
 const DIED: &str = "another goes on";
 
 /// A VMM that gives memory back, moves some, and touches the rest from three threads.
@@ -21,8 +21,8 @@ fn all_right(vmm: Child) {
     assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
 }
 
-/// Each place where what keeper and worker share is between two steps. Several workers in a row come
-/// to it; the first of them finds what one that died after a read has left.
+/// Covers each point at which the state shared by keeper and worker is between two steps. Several
+/// workers in a row reach it; the first of them finds the state left by one that died after a read.
 #[test]
 fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -44,8 +44,8 @@ fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     }
 }
 
-/// The worker is killed again and again while two VMs are restored, one that it completes and one that
-/// wants its pages one by one.
+/// The worker is killed again and again while two VMs are restored: one that it completes and one
+/// that requests its pages one by one.
 #[test]
 fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -64,7 +64,7 @@ fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
             .iter_mut()
             .any(|vmm| vmm.try_wait().expect("a child").is_none())
         {
-            // From hardly started to well under way.
+            // From a worker that has hardly started to one that is well under way.
             std::thread::sleep(Duration::from_micros(500 + kills * 7919 % 25_000));
             if let Some(worker) = scene.worker() {
                 let _ = kill(worker, Signal::SIGKILL);
@@ -97,7 +97,7 @@ fn a_worker_that_stands_still_while_a_vm_waits_is_replaced() {
     let _ = scene.stop();
 }
 
-/// A frame that crashes whoever decodes it would crash every worker.
+/// A frame that crashes its decoder would crash every worker.
 #[test]
 fn a_frame_on_which_two_workers_crash_counts_as_damaged() {
     let mut scene = Scene::new(Shares::RANDOM);

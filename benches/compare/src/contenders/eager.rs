@@ -1,4 +1,4 @@
-//! Everything first: the raw file read, or a compressed one decompressed, into anonymous memory. One
+//! Eager restores: the raw file read, or a compressed one decompressed, into anonymous memory. One
 //! thread, as the tools do it.
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use crate::BenchError;
 use crate::contender::Restored;
 use crate::touch::Memory;
 
-/// Bytes of the compressed file that are read at once; what `zstd` itself takes.
+/// Bytes of the compressed file that are read at a time, as `zstd` itself does.
 const READ: usize = 128 << 10;
 
 #[derive(Debug)]

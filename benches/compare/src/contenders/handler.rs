@@ -1,12 +1,14 @@
-//! What VMMs' example handlers do: one thread, one page of the mapped raw file copied for each fault.
+//! The design of VMMs' example handlers: one thread copies one page of the mapped raw file for each
+//! fault.
 //!
 //! ```text
-//! loop: read one message (blocking) -> COPY of one page from the mapping of the raw file, which wakes
+//! loop: read one message (blocking)
+//!       -> COPY of one page from the mapping of the raw file, which wakes the faulting thread
 //! ```
 //!
-//! It is as quick as this design can be: reading blocks, so that there is no poll before each read; no state is kept; no
-//! events are asked for. On the core of the thread that faults it answers eight times sooner than on another, because
-//! nobody has to be woken on a core that sleeps.
+//! This is as fast as the design can be: reads block, so there is no poll before each read; it
+//! keeps no state; it asks for no events. On the core of the faulting thread it answers eight times
+//! sooner than on another core, because no thread has to be woken on a sleeping core.
 
 use std::fs::File;
 use std::path::Path;
@@ -23,14 +25,14 @@ use crate::{BenchError, PAGE};
 
 pub(crate) struct Handler {
     region: Arc<Region>,
-    /// A page whose fault tells the handler to end.
+    /// A page whose fault tells the handler to exit.
     bell: Region,
     over: Arc<AtomicBool>,
     faults: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// `core` is where the handler stays, or none if the scheduler may place it.
+/// Starts the handler on `core`; with none, the scheduler may place it anywhere.
 pub(crate) fn start(file: &Path, bytes: u64, core: Option<usize>) -> Result<Handler, BenchError> {
     let named = format!("{}: opening", file.display());
     let file = File::open(file).map_err(BenchError::io(named))?;
@@ -68,16 +70,16 @@ pub(crate) fn start(file: &Path, bytes: u64, core: Option<usize>) -> Result<Hand
 fn serve(uffd: &Uffd, region: &Region, source: &Region, over: &AtomicBool, faults: &AtomicU64) {
     while let Some(address) = uffd.next_fault() {
         if over.load(Relaxed) {
-            // The toucher of the bell waits for its page.
+            // The thread that touches the bell waits for its page.
             let _ = uffd.zero(address & !(PAGE - 1), PAGE);
             return;
         }
         let offset = (address - region.address()) & !(PAGE - 1);
         faults.fetch_add(1, Relaxed);
         match uffd.copy(region.address() + offset, source.at(offset), PAGE) {
-            // Another thread's fault on the same page was answered before.
+            // Another thread's fault on the same page was served before.
             Ok(Copied::Done | Copied::Exists) => {}
-            // Nobody can be told, and the toucher would wait for ever.
+            // There is nobody to report to, and the touching thread would wait forever.
             Err(_) => std::process::abort(),
         }
     }
@@ -101,7 +103,8 @@ impl Restored for Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        // The handler blocks in a read that ends only with a fault: one is made, on a page of its own.
+        // The handler blocks in a read that returns only for a fault, so one is caused on a page
+        // reserved for this.
         self.over.store(true, Relaxed);
         let bell = self.bell.memory();
         bell.touch(&[0], Access::Read, 1, false);

@@ -1,4 +1,5 @@
-//! A private mapping of a file: the raw one, or the one that a compressed file system shows. The kernel does the rest.
+//! A private mapping of a file: the raw one, or the one that a compressed file system shows. The
+//! kernel does the rest.
 
 use std::fs::File;
 use std::path::Path;
@@ -26,7 +27,7 @@ impl Restored for Mapped {
         self.region.memory()
     }
 
-    /// The nearest thing to complete: every page is touched.
+    /// Touches every page, which comes closest to completing the restore.
     fn complete(&mut self) -> Result<(), BenchError> {
         let memory = self.region.memory();
         let pages: Vec<u64> = (0..memory.len() / crate::PAGE)

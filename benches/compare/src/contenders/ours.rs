@@ -19,7 +19,7 @@ use crate::contender::{Ours, Prefetch, Restored};
 use crate::touch::Memory;
 
 pub(crate) struct Lazily {
-    // Stopped before the memory goes.
+    // Dropped, and thereby stopped, before the memory is unmapped.
     restored: restore::Restored,
     open: Duration,
     start: Duration,
@@ -47,7 +47,7 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
             failed()
         )));
     }
-    // Only the loop that touches it, in user mode, reads the memory while it comes.
+    // Only the touching loop, in user mode, reads the memory during the restore.
     let mut restore = Restore::new(snapshot)
         .on_failure(FailurePolicy::Abort)
         .user_mode_only(true);
@@ -63,15 +63,16 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         restore = restore.prefetch_threads(threads);
     }
     restore = restore.huge_pages(options.huge_pages);
-    // One region lies where the library puts it; several are given memory in which they follow one another, as in the raw file.
+    // The library places a single region; several are given memory in which they are contiguous, as
+    // in the raw file.
     let given = if lens.len() == 1 {
         None
     } else {
         let region = Region::anonymous(bytes)?;
         let mut offset = 0;
         for (index, len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
-            // SAFETY: the mapping is fresh, used by nobody else but the touching loop, and outlives the restore: `Lazily`
-            // drops the restore first.
+            // SAFETY: the mapping is fresh, used only by the touching loop, and outlives the
+            // restore: `Lazily` drops the restore first.
             let memory = unsafe { RawRegion::new(region.at(offset), *len) };
             restore = restore.region(index, memory.map_err(BenchError::of(failed()))?);
             offset += len;

@@ -1,14 +1,14 @@
-//! What VMMs' example handlers do, in a process of its own: receives a userfaultfd over a Unix socket and serves it from the
-//! mapped raw file.
+//! The design of VMMs' example handlers, in a process of its own: it receives a userfaultfd over a
+//! Unix socket and serves it from the mapped raw file.
 //!
 //! ```text
 //! a page a fault:   loop: read one message (blocking) -> COPY of one page, which wakes
 //! everything first: read one message (blocking) -> COPY of the whole memory
 //! ```
 //!
-//! Firecracker has examples of both, which do more than they need: they poll before each read, and map the raw file
-//! when the VMM has connected. Here it is mapped, and all its pages are, before anybody connects; and reading blocks. So
-//! they are as quick as their designs can be.
+//! Firecracker has examples of both, which do more than they need: they poll before each read, and
+//! map the raw file when the VMM has connected. Here the file is mapped, with all its pages, before
+//! any connection, and reads block. So the handlers are as fast as their designs can be.
 #![allow(unsafe_code, reason = "a trial that would wait for ever is ended")]
 
 use std::fs::File;
@@ -28,20 +28,21 @@ use crate::{BenchError, PAGE};
 pub struct Outside {
     /// The raw file.
     pub file: PathBuf,
-    /// How much memory.
+    /// Size of the memory, in bytes.
     pub bytes: u64,
-    /// Where it listens.
+    /// Path of the socket that it listens on.
     pub socket: PathBuf,
-    /// The core it stays on.
+    /// The core that it stays on.
     pub core: Option<usize>,
-    /// Whether the first fault brings everything.
+    /// Whether the first fault installs everything.
     pub everything: bool,
     /// Whether the file is read, and mapped, before the VMM connects.
     pub populated: bool,
 }
 
 impl Outside {
-    /// Serves until the descriptor can't be read any more, which is not before the process is ended.
+    /// Serves until the descriptor can't be read any more, which is not before the process is
+    /// killed.
     pub(crate) fn run(&self) -> Result<(), BenchError> {
         let named = || format!("{}: serving it", self.file.display());
         let file = File::open(&self.file).map_err(BenchError::io(named()))?;
@@ -68,7 +69,7 @@ impl Outside {
                 ((address - memory.address) & !(PAGE - 1), PAGE)
             };
             match uffd.copy(memory.address + offset, source.at(offset), len) {
-                // Another thread's fault on the same page was answered before.
+                // Another thread's fault on the same page was served before.
                 Ok(Copied::Done | Copied::Exists) => {}
                 Err(error) => {
                     end_trial();
@@ -80,8 +81,9 @@ impl Outside {
     }
 }
 
-/// Ends the process that started this one and waits for a page that will not come.
+/// Kills the process that started this one and waits for a page that will never come.
 fn end_trial() {
-    // SAFETY: it sends a signal, to the parent: with that this process would have ended.
+    // SAFETY: the call sends a signal to the parent, which is alive: otherwise this process would
+    // have been killed with it.
     unsafe { libc::kill(libc::getppid(), libc::SIGKILL) };
 }

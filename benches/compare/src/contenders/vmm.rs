@@ -1,11 +1,12 @@
-//! The VMM of a trial, which is the trial's own process: maps memory, opens a userfaultfd and hands both over as Firecracker
-//! does, then touches.
+//! The VMM of a trial, which is the trial's own process: maps memory, opens a userfaultfd and hands
+//! both over as Firecracker does, then touches.
 //!
 //! ```text
-//! mmap -> userfaultfd, REGISTER -> connect -> JSON array of the region, with the descriptor -> touches
+//! mmap -> userfaultfd, REGISTER -> connect -> JSON array of the region, with the descriptor
+//!      -> touches
 //! ```
 //!
-//! It waits for no answer, as Firecracker doesn't; the first touch waits.
+//! Like Firecracker, the VMM does not wait for an answer; its first touch does.
 #![allow(unsafe_code, reason = "a descriptor goes along with bytes")]
 
 use std::io;
@@ -25,15 +26,15 @@ use crate::{BenchError, PAGE};
 
 pub(crate) struct Vmm {
     region: Region,
-    /// From the first system call until connecting, and until the memory was handed over.
+    /// Time from the first system call until connecting, and until the memory was handed over.
     connecting: Duration,
     handed_over: Duration,
-    /// Both stay open as long as a VM runs.
+    /// Both stay open as long as the VM runs.
     _uffd: Uffd,
     _socket: UnixStream,
 }
 
-/// Hands `bytes` of memory over to who listens at `socket`.
+/// Hands `bytes` of memory over to the process that listens at `socket`.
 pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
     let began = Instant::now();
     let region = Region::anonymous(bytes)?;
@@ -47,7 +48,7 @@ pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
         "size": bytes,
         "offset": 0,
         "page_size": PAGE,
-        // In bytes, whatever it is called.
+        // The value is in bytes, whatever the name says.
         "page_size_kib": PAGE,
     }]);
     send(&socket, message.to_string().as_bytes(), uffd.as_fd()).map_err(BenchError::io(named()))?;
@@ -63,7 +64,7 @@ pub(crate) fn start(socket: &Path, bytes: u64) -> Result<Vmm, BenchError> {
 /// Sends bytes and a descriptor as one message.
 fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
     let number: RawFd = descriptor.as_raw_fd();
-    // Aligned as a header of a control message is, and more than one of a descriptor takes.
+    // Aligned like the header of a control message, and larger than one with a descriptor.
     let mut control = [0_u64; 8];
     let mut slice = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -76,7 +77,8 @@ fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Re
     message.msg_control = control.as_mut_ptr().cast();
     // SAFETY: it computes a length from a length: 24 bytes of the 64.
     message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as usize;
-    // SAFETY: the room holds a header and a descriptor, so the first header lies in it, and the data behind it.
+    // SAFETY: the room holds a header and a descriptor, so the first header lies in it, and the
+    // data behind it.
     unsafe {
         let header = libc::CMSG_FIRSTHDR(&raw const message);
         (*header).cmsg_level = libc::SOL_SOCKET;
@@ -87,7 +89,8 @@ fn send(socket: &UnixStream, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Re
             .write_unaligned(number);
     }
     const { assert!(size_of::<RawFd>() == 4) };
-    // SAFETY: the message points to live bytes and control data, with their lengths; the kernel only reads them.
+    // SAFETY: the message points to live bytes and control data, with their lengths; the kernel
+    // only reads them.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     match usize::try_from(sent) {
         Err(_) => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! What it does while it is served.
+//! Actions of the lying VMM while it is served.
 
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use rand::{RngExt as _, SeedableRng as _};
 
 use crate::memory::{Memory, PAGE};
 
-/// One thing that it goes on doing until it ends.
+/// An action that it repeats until it exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Deed {
     Touch,
@@ -22,16 +22,16 @@ pub(crate) enum Deed {
     Discard,
     Unmap,
     Move,
-    /// Maps other memory over it.
+    /// Maps other memory over its own.
     MapOver,
     Protect,
     Unregister,
     RegisterAnew,
-    /// Wakes whoever waits, though nothing has come.
+    /// Wakes waiting threads, although no page has been installed.
     Wake,
-    /// Reads what is for the daemon.
+    /// Reads messages that are meant for the daemon.
     Steal,
-    /// Has reads of the userfaultfd wait, again and again.
+    /// Makes reads of the userfaultfd blocking, again and again.
     ClearNonblocking,
     Fork,
     Exec,
@@ -39,7 +39,7 @@ pub(crate) enum Deed {
     Exit,
     /// Connects and closes.
     Knock,
-    /// Fills the pages itself.
+    /// Installs the pages itself.
     Fill,
 }
 
@@ -65,12 +65,13 @@ impl Deed {
         Self::Fill,
     ];
 
-    /// Whether the daemon can only know of it if the kernel tells. Half of those who do it have it told.
+    /// Returns whether the daemon only learns of it from an event of the kernel. Half of the VMs
+    /// with such a deed request these events.
     pub(crate) fn wants_events(self) -> bool {
         matches!(self, Self::Unmap | Self::Move)
     }
 
-    /// Begins to do it, in threads that are never waited for.
+    /// Starts the action, in threads that are never joined.
     pub(crate) fn begin(self, memory: &Memory, socket: &Path, seed: u64) {
         let threads = match self {
             Self::Touch | Self::DiscardStorm => 4,
@@ -103,8 +104,8 @@ impl Deed {
             memory.pointer(page),
             usize::try_from(pages * PAGE).unwrap_or(0),
         );
-        // SAFETY: nobody holds a reference to this memory, nor expects anything of it. Where it is not mapped,
-        // or was made inaccessible, a touch ends this process, which nobody minds.
+        // SAFETY: nothing holds a reference to this memory or relies on its content. If it is not
+        // mapped, or was made inaccessible, a touch kills this process, which is allowed.
         unsafe {
             match self {
                 Self::Touch if rng.random() => at.cast::<u8>().write_volatile(rng.random()),
@@ -168,7 +169,7 @@ impl Deed {
 
 const ANONYMOUS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
-/// A child that touches nothing, and ends at once, soon, or with its parent.
+/// Forks a child that touches nothing and exits at once, soon, or with its parent.
 fn fork(rng: &mut SmallRng) {
     let time = rng.random_range(0..20_000);
     // SAFETY: the child makes system calls only.
@@ -187,7 +188,7 @@ fn fork(rng: &mut SmallRng) {
     }
 }
 
-/// Installs a page that the daemon ought to.
+/// Installs a page that the daemon should install.
 fn fill(memory: &Memory, page: u64) {
     #[repr(C)]
     struct Copy {
@@ -205,6 +206,7 @@ fn fill(memory: &Memory, page: u64) {
         mode: 0,
         copied: 0,
     };
-    // SAFETY: the structure is the kernel's `uffdio_copy`, and its source is a live page of numbers.
+    // SAFETY: the structure is the kernel's `uffdio_copy`, and its source is a live page of
+    // numbers.
     unsafe { libc::ioctl(memory.number(), 0xC028_AA03, &raw mut copy) };
 }

@@ -1,4 +1,4 @@
-//! A file system with one file, that answers everything but what is asked when the file is closed.
+//! A file system with one file, which answers every request except the one for closing the file.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -16,10 +16,10 @@ const INIT: u32 = 26;
 /// Not implemented, as the kernel wants it.
 const ENOSYS: i32 = -38;
 
-/// An open file of a file system that a child serves until it ends. Not this process: its own end would wait
-/// for itself.
+/// Returns an open file of a file system that is served by a child until that exits. This process
+/// cannot serve it, because its own exit would wait for itself.
 pub(crate) fn file() -> io::Result<RawFd> {
-    // Nobody else sees it, and it goes with this process.
+    // The mount is visible to this process only, and disappears with it.
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
@@ -57,7 +57,7 @@ fn serve(mut device: File) {
             let bytes = request[..read].get(at..at + 8).unwrap_or(&[0; 8]);
             u64::from_le_bytes(bytes.try_into().unwrap_or_default())
         };
-        // Length and what is asked, a number for the answer, the file.
+        // Length and kind of the request, a number for the answer, the file.
         let (asked, unique, node) = ((word(0) >> 32) as u32, word(8), word(16));
         let mut attributes = [0_u8; 88];
         attributes[0] = if node == 1 { 1 } else { 2 };
@@ -66,7 +66,7 @@ fn serve(mut device: File) {
             INIT => {
                 let mut init = vec![0; 64];
                 (init[0], init[4], init[8]) = (7, 31, 0);
-                // Bytes of a write, which have a least number.
+                // Maximum size of a write, which must not be below a minimum.
                 init[20..24].copy_from_slice(&4096_u32.to_le_bytes());
                 (init, 0)
             }

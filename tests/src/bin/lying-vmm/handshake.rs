@@ -1,4 +1,4 @@
-//! How it hands its memory over, or something else.
+//! Ways in which it hands its memory over, or sends something else.
 
 use std::io::{self, IoSlice, Write as _};
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -14,10 +14,10 @@ use snaprestore_uffd::os::open_pidfd;
 
 use crate::memory::{Memory, PAGE};
 
-/// The most descriptors that the kernel takes in one message.
+/// Maximum number of descriptors that the kernel takes in one message.
 const MOST_AT_ONCE: usize = 253;
 
-/// What it says of its regions.
+/// Text about its regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Text {
     Honest,
@@ -39,7 +39,7 @@ pub(crate) enum Text {
     Elsewhere,
     InDaemon,
     ManyRegions,
-    /// As arrays, which are shorter.
+    /// Regions as arrays, which are shorter.
     VeryManyRegions,
     Deep,
     TooLong,
@@ -138,7 +138,7 @@ impl Text {
                 0,
                 PAGE
             )]),
-            // Where programs and their heaps lie.
+            // Addresses at which programs and their heaps lie.
             Self::InDaemon => json!([region(0x5555_5555_4000, len, 0, PAGE)]),
             Self::ManyRegions => {
                 let all = (0..memory.pages()).map(|page| {
@@ -164,7 +164,7 @@ impl Text {
     }
 }
 
-/// What it sends beside the text.
+/// Descriptors that it sends with the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Descriptors {
     Honest,
@@ -179,11 +179,12 @@ pub(crate) enum Descriptors {
     Eventfd,
     Socket,
     Listening,
-    /// A userfaultfd that was never negotiated with.
+    /// A userfaultfd on which no features were negotiated.
     Fresh,
-    /// That of the parent, sent by a child.
+    /// The userfaultfd of the parent, sent by a child.
     OfParent,
-    /// A file that can't be closed before this program has ended. Only by name, since it takes a mount.
+    /// A file that can't be closed before this program has exited. It is only chosen by name, since
+    /// it needs a mount.
     Fuse,
 }
 
@@ -207,7 +208,8 @@ impl Descriptors {
 
     fn numbers(self, memory: &Memory) -> Vec<RawFd> {
         let good = memory.number();
-        // SAFETY: the calls take numbers and live memory of their own; what they make is never closed.
+        // SAFETY: the calls take numbers and live memory of their own; the descriptors that they
+        // create are never closed.
         unsafe {
             match self {
                 Self::Honest | Self::OfParent => vec![good],
@@ -243,22 +245,22 @@ impl Descriptors {
     }
 }
 
-/// How it is sent.
+/// Way of sending the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pieces {
     Whole,
     AtRandom,
     ByteByByte,
     DescriptorLast,
-    /// And then nothing more, with the socket open.
+    /// Sends a part and then nothing more, with the socket open.
     Stalls,
-    /// And then it closes.
+    /// Sends a part and then closes the socket.
     HangsUp,
-    /// And then it writes no more, but reads.
+    /// Sends a part and then shuts down its writing side, but reads.
     ShutsDown,
-    /// Nothing, on many connections that stay open.
+    /// Sends nothing, on many connections that stay open.
     Crowd,
-    /// Many connections that are closed at once.
+    /// Opens many connections and closes them at once.
     Flickers,
 }
 
@@ -276,7 +278,7 @@ impl Pieces {
     ];
 }
 
-/// Connects and sends it. The socket is kept as Firecracker keeps it.
+/// Connects and sends the message. The socket is kept open, as Firecracker keeps it.
 pub(crate) fn send(
     path: &Path,
     memory: &Memory,

@@ -5,9 +5,10 @@
 //! lying-vmm SOCKET RAW NAME...
 //! ```
 //!
-//! `RAW` is the memory that it ought to have. With a number, what it does follows from that; with names, it is those
-//! lies and deeds, and the rest is honest. It may end, hang, stop itself, or be killed: whoever starts it must be ready to
-//! kill it. It says what it does in one line at the start.
+//! `RAW` is the memory that it should have. With a number, its behaviour follows from that seed;
+//! with names, it has those lies and deeds and is otherwise honest. It may exit, hang, stop itself,
+//! or be killed, so the process that starts it must be ready to kill it. It prints its behaviour in
+//! one line at the start.
 #![allow(
     unsafe_code,
     reason = "it does to its memory what nobody should, through raw pointers"
@@ -33,16 +34,16 @@ use deeds::Deed;
 use handshake::{Descriptors, Pieces, Text};
 use memory::{Lie, Memory};
 
-/// What it will do.
+/// Behaviour of one run.
 struct Plan {
     memory: Lie,
     text: Text,
     descriptors: Descriptors,
     pieces: Pieces,
     deeds: Vec<Deed>,
-    /// Times that it connects; more than once it comes with the same userfaultfd.
+    /// Number of connections; each one after the first hands over the same userfaultfd.
     connections: usize,
-    /// How long it goes on.
+    /// Duration of the run.
     time: Duration,
 }
 
@@ -61,7 +62,7 @@ impl Plan {
 
     fn random(rng: &mut SmallRng) -> Self {
         let mut plan = Self::honest();
-        // Who lies in all things is seen through by the first.
+        // A VM that lies in everything is refused because of the first lie.
         match rng.random_range(0..8) {
             0 | 1 => plan.text = pick(Text::ALL, rng),
             2 | 3 => plan.descriptors = pick(Descriptors::ALL, rng),
@@ -126,7 +127,7 @@ fn pick<T: Copy>(all: &[T], rng: &mut SmallRng) -> T {
     *all.choose(rng).expect("not empty")
 }
 
-/// By the name that `Debug` has for it.
+/// Returns the value whose `Debug` output is `name`.
 fn named<T: Copy + std::fmt::Debug>(all: &[T], name: &str) -> Option<T> {
     all.iter().copied().find(|one| format!("{one:?}") == name)
 }
@@ -162,7 +163,7 @@ fn run(socket: &Path, raw: &Path, plan: &Plan, rng: &mut SmallRng) -> io::Result
     let memory = Memory::new(len, plan.memory, &plan.deeds)?;
     let mut sockets = Vec::new();
     for _ in 0..plan.connections {
-        // A daemon that closes is one that has understood.
+        // A daemon that closes the connection has recognised the lie.
         match handshake::send(
             socket,
             &memory,
@@ -179,7 +180,7 @@ fn run(socket: &Path, raw: &Path, plan: &Plan, rng: &mut SmallRng) -> io::Result
     for deed in &plan.deeds {
         deed.begin(&memory, socket, rng.random());
     }
-    // Its memory goes with the process, and so do threads that wait for ever.
+    // Its memory goes with the process, and so do threads that would wait forever.
     std::thread::sleep(plan.time);
     Ok(())
 }

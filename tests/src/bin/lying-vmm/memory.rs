@@ -1,4 +1,4 @@
-//! The memory that it hands over, or doesn't have.
+//! The memory that it hands over, or pretends to have.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd};
@@ -11,25 +11,25 @@ use crate::deeds::Deed;
 
 pub(crate) const PAGE: u64 = 4096;
 
-/// What is not as it is said to be.
+/// Difference between the memory and its description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lie {
     None,
-    /// Nothing is registered.
+    /// No memory is registered.
     NotRegistered,
-    /// Only the first half is.
+    /// Only the first half is registered.
     HalfRegistered,
-    /// Nothing is mapped there.
+    /// Nothing is mapped at the address.
     NotMapped,
-    /// Half of it is.
+    /// Only half of the memory is mapped.
     HalfMapped,
-    /// It is in another userfaultfd's hands.
+    /// The memory is registered with another userfaultfd.
     OfAnother,
-    /// Reading the userfaultfd waits.
+    /// Reads of the userfaultfd block.
     Blocking,
     /// Forks are reported, which takes a privileged VMM.
     Forks,
-    /// All is there already.
+    /// All pages are present already.
     Present,
 }
 
@@ -47,7 +47,7 @@ impl Lie {
     ];
 }
 
-/// Memory and its userfaultfd. Neither is ever given back.
+/// Memory and its userfaultfd. Neither is ever released.
 #[derive(Clone, Copy)]
 pub(crate) struct Memory {
     pub(crate) address: u64,
@@ -72,7 +72,7 @@ impl Memory {
             .into_raw();
         if lie == Lie::Present {
             for page in (0..len).step_by(4096) {
-                // SAFETY: the page is in the mapping above, and nobody knows of it yet.
+                // SAFETY: the page is in the mapping above, and nothing else uses it yet.
                 unsafe {
                     start
                         .add(usize::try_from(page).unwrap_or(0))
@@ -80,7 +80,8 @@ impl Memory {
                 };
             }
         }
-        // SAFETY: the memory is reached through raw pointers only, by accesses that may fail as they like.
+        // SAFETY: the memory is reached through raw pointers only, by accesses that are allowed to
+        // fail.
         let region = unsafe { RawRegion::new(start, len) }.map_err(io::Error::other)?;
         let registered = match lie {
             Lie::NotRegistered => 0,
@@ -123,7 +124,7 @@ impl Memory {
         self.uffd.as_fd().as_raw_fd()
     }
 
-    /// Has all reads wait, also those of others that have the open file.
+    /// Makes all reads blocking, including those of other processes that have the open file.
     pub(crate) fn clear_nonblocking(&self) {
         let _ = fcntl(self.uffd(), FcntlArg::F_SETFL(OFlag::empty()));
     }
@@ -138,7 +139,8 @@ impl Memory {
     }
 
     pub(crate) fn unmap(&self, from: u64, len: u64) {
-        // SAFETY: nobody holds a reference into this memory; who touches it may be killed for it.
+        // SAFETY: nothing holds a reference into this memory; an access to it may kill the process,
+        // which is allowed.
         unsafe { libc::munmap(self.pointer(from / PAGE), usize::try_from(len).unwrap_or(0)) };
     }
 
