@@ -25,8 +25,11 @@
 //! | its bits | history | state |
 //! | --- | --- | --- |
 //! | all removed | it was discarded, at once or piece by piece | removed: zeros |
-//! | any present | it was installed once, so it has been discarded as a whole since, whichever events were seen | present: zeros |
-//! | some removed, none present | it was never installed | absent: zeros in the removed parts, the rest from the snapshot |
+//! | any present | it was installed once, so it was discarded as a whole since | present: zeros |
+//! | some removed, none present | it was never installed | absent: zeros, rest from the snapshot |
+//!
+//! In the second case it doesn't matter which events of the discard were read. In the third case the
+//! removed parts are zero, and the rest comes from the snapshot.
 //!
 //! One present bit is enough, because a worker may die while it sets the 512: if such a page
 //! counted as absent, its old content would return from the snapshot. A page that is present and

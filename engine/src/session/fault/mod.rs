@@ -1,15 +1,15 @@
-//! Serving faults.
+//! Serves faults.
 //!
 //! ```text
 //! answer(fault):
 //!   loop:
 //!     hold the lock shared: look up the page's state
 //!       page outside the session, removed, present: ZEROPAGE (2 MiB of zeros for a large page), or
-//!         WAKE if something is mapped there; done
+//!         WAKE if a page is there; done
 //!       poisoned: POISON, or WAKE; done
 //!     absent: load it
-//!       can't be read: pause and retry the read until the retry timeout; others are served
-//!      meanwhile
+//!       can't be read: pause and retry the read until the retry timeout, and serve
+//!         others meanwhile
 //!       unavailable: apply the failure policy
 //! ```
 

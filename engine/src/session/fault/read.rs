@@ -45,7 +45,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Installs zeros for a discarded page at `address`, as the kernel's fault would request.
+    /// Installs the zeros that a fault on a discarded page at `address` would get.
     pub(crate) fn zero_for_reader(&self, address: u64) {
         let address = address & !(PAGE - 1);
         let mut tries = 0;
