@@ -44,7 +44,7 @@ pub enum Prefetch {
     All,
 }
 
-/// The number of threads that have no entry in the session's tables.
+/// Thread number of threads that have no entry in the session's tables.
 const UNNUMBERED: usize = usize::MAX / 2;
 
 /// Time after which threads that must exit are left behind, because a callback or a read does not

@@ -102,7 +102,7 @@ enum Stage {
 
 /// The outcome of a thread's step at a feed.
 pub(super) enum Step {
-    /// It ran a task.
+    /// The thread ran a task.
     Did,
     /// There is no task before this time.
     Until(Instant),

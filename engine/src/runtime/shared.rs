@@ -6,7 +6,8 @@
 //!   session ─┘               └─ decoding contexts, as many as are in use at once
 //! ```
 //!
-//! Each session nevertheless has fault threads of its own, so that an owner that faults, discards or changes its mappings all the time delays only itself.
+//! Each session nevertheless has fault threads of its own, so that an owner that faults, discards
+//! or changes its mappings all the time delays only itself.
 
 use std::sync::{Arc, LazyLock};
 

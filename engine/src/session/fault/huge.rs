@@ -28,8 +28,8 @@
 //! | any present | it was installed once, so it was discarded as a whole since | present: zeros |
 //! | some removed, none present | it was never installed | absent: zeros, rest from the snapshot |
 //!
-//! In the second case it doesn't matter which events of the discard were read. In the third case the
-//! removed parts are zero, and the rest comes from the snapshot.
+//! In the second case it doesn't matter which events of the discard were read. In the third case
+//! the removed parts are zero, and the rest comes from the snapshot.
 //!
 //! One present bit is enough, because a worker may die while it sets the 512: if such a page
 //! counted as absent, its old content would return from the snapshot. A page that is present and
@@ -94,7 +94,7 @@ pub(crate) struct Parts {
 
 /// The outcome of one hold of the lock.
 enum HoldOutcome {
-    /// It was installed; threads that wait in this range (address, length) must be woken.
+    /// The page was installed; threads that wait in this range (address, length) must be woken.
     Installed(u64, u64),
     /// There was nothing to install.
     Settled,

@@ -143,7 +143,7 @@ pub(crate) enum Loaded {
 pub(crate) enum LoadError {
     /// Its content is unavailable.
     Failed(Failure),
-    /// It could not be installed.
+    /// The page could not be installed.
     Stopped(InstallError),
 }
 

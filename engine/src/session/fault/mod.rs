@@ -58,12 +58,12 @@ pub(crate) enum Lookup {
 /// The outcome of serving a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FaultOutcome {
-    /// It was answered.
+    /// The fault was answered.
     Given,
-    /// It is served again after a pause, or the guard keeps it and later has it served again or
+    /// The fault is served again after a pause, or the guard keeps it and later has it served again or
     /// poisoned.
     Left,
-    /// It is not answered, or the answer to another fault covers it.
+    /// The fault is not answered, or the answer to another fault covers it.
     Nobody,
 }
 

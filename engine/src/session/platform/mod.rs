@@ -152,11 +152,11 @@ pub(crate) trait Platform: Sync {
 /// The content of one page of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content<F> {
-    /// It repeats a word.
+    /// The page repeats a word.
     Fill(u64),
-    /// It is in a slot of a frame.
+    /// The page is in a slot of a frame.
     Stored(F, u16),
-    /// It could not be read when the snapshot was taken.
+    /// The page could not be read when the snapshot was taken.
     Unavailable,
 }
 

@@ -3,7 +3,7 @@
 //! | words | content |
 //! | --- | --- |
 //! | 16 | header: valid copy and extents of the address map, unsettled pages, layout, reads |
-//! | 256 | activity of each of 32 threads, 8 words each: whether it serves, which frame it decodes |
+//! | 256 | activity of 32 threads, 8 words each: whether it serves, which frame it decodes |
 //! | n | `removed`, one bit per page: sticky, the page is zero from now on |
 //! | n | `present`, one bit per page: the kernel reported the page as present; advisory |
 //! | n | `poisoned`, one bit per page |
