@@ -20,7 +20,8 @@
 //! | poisoned | POISON again; if EEXIST, WAKE | skip (2) | skip | -> removed |
 //!
 //! (1) For demand; a page that prefetch fails to load stays absent. (2) When the restore is
-//! completed, a good frame is copied over the poison, and the page becomes present ([`completion`]).
+//! completed, a good frame is copied over the poison, and the page becomes present
+//! ([`completion`]).
 //!
 //! A frame that is being loaded is *claimed*. Another fault that wants the frame waits for the
 //! claim to be released and then looks the page up again, unless a prefetcher holds the claim:

@@ -60,8 +60,8 @@ pub(crate) enum Lookup {
 pub(crate) enum FaultOutcome {
     /// The fault was answered.
     Given,
-    /// The fault is served again after a pause, or the guard keeps it and later has it served again or
-    /// poisoned.
+    /// The fault is served again after a pause, or the guard keeps it and later has it served again
+    /// or poisoned.
     Left,
     /// The fault is not answered, or the answer to another fault covers it.
     Nobody,

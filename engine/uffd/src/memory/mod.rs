@@ -3,7 +3,7 @@
 //! | type | ownership and use |
 //! | --- | --- |
 //! | [`Mapping`] | ours: created here, unmapped on drop |
-//! | [`RawRegion`] | lent to a restore, ours or the caller's; its constructor has the `unsafe` contract |
+//! | [`RawRegion`] | ours or the caller's, lent to a restore; its constructor is `unsafe` |
 //! | [`Scratch`] | exclusively ours, never lent: a buffer to assemble pages |
 //! | [`Block`] | a session's state, shareable with another process |
 //! | [`Ring`] | the head of a block, into which the kernel writes messages |
