@@ -55,7 +55,7 @@ pub struct HugePool {
 pub struct Probe {
     /// `uname -r`.
     pub kernel_release: String,
-    /// The same release, parsed.
+    /// The parsed release.
     pub kernel: Option<KernelVersion>,
     /// Every way, in the order in which they are tried.
     pub access: Vec<AccessProbe>,
