@@ -15,8 +15,8 @@ pub struct PageCounts {
     pub zeroed: u64,
 }
 
-/// Number of faults by the state of the page that they found. Excludes faults whose page another
-/// thread still had to decide about.
+/// Number of faults by the state of the page that they found. Excludes faults on a page whose
+/// failure was still being decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultKinds {
     /// The content was in a frame.

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! heal():
-//!   keep the session from completing: afterwards nothing can be installed any more
-//!   for each poisoned page: look up what it is, read, check, decode
+//!   keep the session from completing, because nothing can be installed afterwards
+//!   for each poisoned page: look up its content, read, check, decode
 //!     hold the lock shared: COPY it over the poison, mark it present
 //! ```
 //!
@@ -147,7 +147,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 add(&self.stats.prefetch.copied, 1);
                 HoldOutcome::Settled
             }
-            // Another thread heals it.
+            // Another thread is healing it.
             Installed::Exists => HoldOutcome::Settled,
             Installed::Again => HoldOutcome::Again,
             Installed::Gone if self.platform.is_changing(at.address) => HoldOutcome::Again,

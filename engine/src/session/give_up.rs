@@ -5,10 +5,10 @@
 //!   for the absent pages, from the first to the last:
 //!     hold the lock shared:
 //!       look up where the owner has them now
-//!       one POISON for all that follow each other, up to 1 GiB
-//!     EAGAIN: read events, then go on at the same page
-//!     EEXIST: a page is there: mark it, go on behind it
-//!   unregister, wake, read events until none can be left
+//!       one POISON for all consecutive ones, up to 1 GiB
+//!     EAGAIN: read events, then continue at the same page
+//!     EEXIST: a page is present: mark it, continue after it
+//!   unregister, wake, read events until none can be pending
 //! ```
 //!
 //! The kernel keeps the poison when the userfaultfd is closed: a touch gets SIGBUS and a system

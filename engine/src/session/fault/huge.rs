@@ -128,7 +128,7 @@ impl<F> Assembly<F> {
 }
 
 impl<I: Image> ThreadContext<I> {
-    /// Allocates what large pages need, before the first is wanted.
+    /// Allocates the buffer for large pages, before the first is wanted.
     pub(crate) fn prepare(&mut self, state: &State) {
         if state.has_large() && self.assembly.is_none() {
             self.assembly = Some(Assembly::new());

@@ -26,7 +26,6 @@ use snaprestore_uffd::uffd::Wake;
 
 /// Number of pages in the buffer from which fills other than zero are installed. (The model has no
 /// fills and makes many buffers.)
-/// many buffers.)
 const FILL_PAGES: usize = if cfg!(test) { 1 } else { 64 };
 /// Maximum number of pages of a frame for which a fault waits as a whole: decoding and copying this
 /// many takes as long as one more system call for the wanted page. (The frames of the model have

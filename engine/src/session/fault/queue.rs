@@ -40,13 +40,13 @@ struct Paused {
 /// A queue of pending faults.
 ///
 /// ```text
-///   arrived ──▶ waits here, is served ──▶ answered
+///   push ──▶ waits here, is served ──▶ answered
 ///                    │         ▲
-///                  left      due
+///                 detach     resume
 ///                    ▼         │
-///      the guard decides ──▶ paused
+///      the guard decides ──▶ pause
 ///                    │
-///                    └──▶ settled
+///                    └──▶ resolve
 /// ```
 ///
 /// A signal that interrupts a waiting thread makes it fault anew. Such a fault joins the paused

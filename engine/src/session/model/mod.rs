@@ -72,7 +72,7 @@ struct Scenario {
     shortages: u32,
     /// Whether time passes between the start of a change and its event.
     slow: bool,
-    /// Whether a change may begin between an install's first look for one and the kernel's lock.
+    /// Whether a change may begin between an install's first check for one and the kernel's lock.
     two_checks: bool,
     /// Whether fault threads run on the core of the thread that they serve, and so wake it after
     /// they have released the lock.

@@ -43,7 +43,6 @@ pub unsafe fn guest_memory(
         let refused = || GuestMemoryError::Region { guest: *guest, len };
         // SAFETY: a RawRegion is a mapped range by the contract of its constructor, and stays so by
         // the contract of this function.
-        // this function's.
         let mapped = unsafe {
             MmapRegion::build_raw(region.as_ptr(), crate::to_usize(len), protection, flags)
         };

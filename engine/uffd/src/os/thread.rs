@@ -1,4 +1,5 @@
-//! Thread attributes for the engine's threads: no signals, and no policy and cores of the creator.
+//! Attributes of the engine's threads: blocked signals, and a scheduling policy and cores that are
+//! not those of the creator. Also returns freed memory to the system.
 
 use std::io;
 use std::marker::PhantomData;

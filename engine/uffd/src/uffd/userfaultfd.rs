@@ -401,7 +401,6 @@ impl Drop for Userfaultfd {
     /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does,
     /// an event would no longer have a reader, and the munmap of a mapping that only the list keeps
     /// alive would wait for it forever.
-    /// alive would wait for it for ever.
     fn drop(&mut self) {
         let Some(grants) = self.grants_mut() else {
             return;
