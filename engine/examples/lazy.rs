@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut offset = 0;
         while offset < region.len() {
             // SAFETY: the offset is inside the region, which is mapped as long as `restored` lives;
-            // nobody else writes to it, and a page that is missing arrives before the read returns.
+            // nobody else writes to it, and a missing page arrives before the read returns.
             let byte = unsafe {
                 region
                     .as_ptr()

@@ -1,10 +1,10 @@
-//! Places where a test may have the process killed.
+//! Fail points: places at which a test can kill the process.
 //!
-//! What is promised about a process that dies is promised for every instant. A test can't hit every
-//! instant by chance, but it can hit each place where the shared state is between two steps. Without the
-//! feature `fail-points` nothing of it is compiled.
+//! The promises about a process that dies hold for every instant. A test can't hit every instant by
+//! chance, but it can hit each place at which the shared state is between two steps. Without the
+//! feature `fail-points`, none of this is compiled.
 
-/// Defines the places and their names.
+/// Defines the fail points and their names.
 macro_rules! fail_points {
     ($($(#[doc = $doc:literal])* $point:ident = $name:literal,)*) => {
         /// A place between two steps.
@@ -14,10 +14,10 @@ macro_rules! fail_points {
         }
 
         impl FailPoint {
-            /// All of them.
+            /// All fail points.
             pub const ALL: &[Self] = &[$(Self::$point,)*];
 
-            /// What it is called.
+            /// Returns the name of the fail point.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$point => $name,)*
@@ -28,43 +28,43 @@ macro_rules! fail_points {
 }
 
 fail_points! {
-    /// A session was handed to a process, which has done nothing with it.
+    /// A session was handed to a process that has done nothing with it yet.
     Received = "received",
-    /// The tables of a session were made, and nobody else has them.
+    /// The tables of a session were created, and nobody else has them yet.
     TablesMade = "tables-made",
-    /// The tables of a session are in another process's hands, and nothing was read.
+    /// Another process has the tables of a session, and nothing was read yet.
     TablesGiven = "tables-given",
-    /// What a predecessor had read is being recorded.
+    /// The messages that a predecessor had read are being recorded.
     Replaying = "replaying",
-    /// It is recorded.
+    /// These messages are recorded.
     Replayed = "replayed",
-    /// The ring of it is clear, and nobody was woken.
+    /// The ring of these messages is clear, and nobody was woken yet.
     ReplayCleared = "replay-cleared",
-    /// Everybody was woken, and nothing was read.
+    /// All waiters were woken, and nothing was read yet.
     ReplayWoken = "replay-woken",
-    /// Messages were read, and none is recorded.
+    /// Messages were read, and none is recorded yet.
     Read = "read",
     /// One message is recorded, perhaps not all.
     Recorded = "recorded",
-    /// The spare copy of the address map is written and not valid.
+    /// The spare copy of the address map is written but not valid yet.
     MapWritten = "map-written",
-    /// It is valid, and who waits at the old addresses was not woken.
+    /// The new copy is valid, and waiters at the old addresses were not woken yet.
     MapPublished = "map-published",
-    /// All messages are recorded and lie in the ring.
+    /// All messages are recorded and still in the ring.
     AllRecorded = "all-recorded",
-    /// The ring is clear, and the map says that it has taken in some of it.
+    /// The ring is clear, and the map still counts some of its messages as handled.
     RingCleared = "ring-cleared",
     /// A frame is about to be decoded.
     Decoding = "decoding",
-    /// A page was put into the owner's memory, and not marked.
+    /// A page was installed into the owner's memory, but not marked yet.
     Installed = "installed",
-    /// It is marked, and who waits for it was not woken.
+    /// The page is marked, and its waiters were not woken yet.
     Marked = "marked",
-    /// Everything is there, and nothing was given back.
+    /// Every page is settled, and no memory was returned to the kernel yet.
     Settled = "settled",
-    /// A range was given back, perhaps not all.
+    /// A range was returned to the kernel, perhaps not all.
     Unregistered = "unregistered",
-    /// All was given back, and nobody told.
+    /// All ranges were returned, and nobody was notified yet.
     Complete = "complete",
 }
 
@@ -85,8 +85,9 @@ mod armed {
         crash: bool,
     }
 
-    /// Has the process killed when it comes to a place for the so-and-so-manieth time: `NAME:TIMES`, or
-    /// crash there: `NAME:TIMES:crash`. False if that is no place. The first call counts.
+    /// Arms the fail point described by `what`: `NAME:TIMES` kills the process when it reaches that
+    /// place for the TIMES-th time, `NAME:TIMES:crash` crashes it. Returns `false` if there is no
+    /// such place. Only the first call counts.
     pub fn arm(what: &str) -> bool {
         let mut parts = what.split(':');
         let name = parts.next().unwrap_or_default();
@@ -104,7 +105,7 @@ mod armed {
         true
     }
 
-    /// Has the process killed if this is the place.
+    /// Kills the process if this fail point is armed.
     pub fn fail_point(point: FailPoint) {
         if let Some(armed) = ARMED.get()
             && armed.point == point
@@ -113,7 +114,8 @@ mod armed {
             if armed.crash {
                 std::process::abort();
             }
-            // Nothing of this thread runs after it. It is the only way that a confined worker has.
+            // Nothing of this thread runs afterwards. A confined worker has no other way to kill
+            // itself.
             let _ = raise(Signal::SIGKILL);
         }
     }
@@ -122,7 +124,7 @@ mod armed {
 #[cfg(feature = "fail-points")]
 pub use armed::{arm, fail_point};
 
-/// Nothing: the feature is off.
+/// Does nothing: the feature is off.
 #[cfg(not(feature = "fail-points"))]
 #[inline]
 pub fn fail_point(_: FailPoint) {}

@@ -12,12 +12,12 @@ mod session;
 
 pub use snaprestore_uffd as uffd;
 
-/// The example of the project's front page, compiled with the documentation's.
+/// The example of the project's front page, compiled with the documentation tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;
 
-/// What only the project's own benches measure; no part of the interface.
+/// Internals that only the project's own benchmarks measure; not part of the interface.
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]
 pub mod bench {

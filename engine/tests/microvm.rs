@@ -1,4 +1,4 @@
-//! The example launcher on `/dev/kvm`: a guest goes on in memory that arrives while it runs.
+//! The example launcher on `/dev/kvm`: a guest continues in memory that arrives while it runs.
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code, reason = "one call: no core dumps of guests")]
 
@@ -15,15 +15,17 @@ use snaprestore_engine::restore::{Prefetch, Restore};
 use snaprestore_fixtures::host::skipped;
 use snapshot_format::{Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
-/// Only a hang takes so long.
+/// Maximum time for a wait; only a hang takes this long.
 const PATIENCE: Duration = Duration::from_secs(120);
 const MIB: &str = "32";
-/// All but the first 64 KiB, where the program, its stack and its page tables are.
+/// Number of filled pages: all but the first 64 KiB, which contain the program, its stack and its
+/// page tables.
 const FILLED: u64 = (32 << 20) / 4096 - 16;
-/// What the example takes: it is among the registers.
+/// The seed that the example uses: it is in the registers.
 const SEED: u64 = 0x5eed_0fa1_17b1_e5ed;
 
-/// The example. Cargo builds it with all tests and puts it beside them, but not with this one alone.
+/// Returns the path of the example. Cargo builds it with all tests and puts it beside them, but not
+/// with this one alone.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -70,13 +72,13 @@ fn build(profile: &Path) {
     assert!(built.status.success(), "{cargo:?}: {said}");
 }
 
-/// Why no VM can run here.
+/// Returns the reason why no VM can run here, if there is one.
 fn no_kvm() -> Option<String> {
     let made = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
     made.err().map(|error| format!("/dev/kvm: {error}"))
 }
 
-/// How a run of the example ended, and what it said.
+/// The exit status of a run of the example, and its output.
 #[derive(Debug)]
 struct Ended {
     status: ExitStatus,
@@ -91,7 +93,7 @@ impl Ended {
         self
     }
 
-    /// What the guest said.
+    /// Returns the guest's output.
     fn guest(&self) -> Vec<&str> {
         let lines = self.out.lines();
         lines
@@ -105,8 +107,8 @@ fn microvm<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Ended {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: the pointer is to a live rlimit. The limit is passed on to the guest's process, which
-    // may end by abort.
+    // SAFETY: the pointer is to a live rlimit. The limit is inherited by the guest's process, which
+    // may be aborted.
     unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) };
     let folder = tempfile::tempdir().unwrap();
     let [out, err] = ["out", "err"].map(|name| folder.path().join(name));
@@ -146,7 +148,7 @@ fn restore(file: &Path, prefetch: &str) -> Ended {
     ])
 }
 
-/// A folder with the snapshot of a guest.
+/// Creates a folder with the snapshot of a guest.
 fn snapshot() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("guest.snap");
@@ -166,7 +168,7 @@ fn a_restored_guest_verifies_every_page() {
     let held = Snapshot::open_path(&file).unwrap();
     let starts: Vec<u64> = held.regions().unwrap().iter().map(|r| r.start).collect();
     assert_eq!(starts, [0, 4 << 30]);
-    // An eighth each by the kind of page, and a quarter by the zeros of whole 2 MiB.
+    // An eighth for each kind of page, and a quarter for the zeros in whole 2 MiB.
     let summary = held.summary();
     assert_eq!(summary.pages, FILLED + 16);
     assert!(summary.zero_pages > FILLED / 4 + FILLED / 16, "{summary:?}");
@@ -206,7 +208,8 @@ fn a_guest_and_its_copy_end_alike() {
     }
 }
 
-/// Whatever page it holds, and whether the guest or its page walk or prefetch meets it first.
+/// This holds whatever page the frame contains, and whether the guest, its page walk or prefetch
+/// finds the damage first.
 #[test]
 fn a_damaged_frame_ends_the_vm() {
     if let Some(why) = no_kvm() {
@@ -238,7 +241,7 @@ fn a_damaged_frame_ends_the_vm() {
     }
 }
 
-/// The same snapshot under good checksums, with one bit of its memory changed.
+/// Returns the same snapshot with good checksums, but with one bit of its memory changed.
 fn with_a_flipped_bit(file: &Path, region: usize, offset: usize) -> Vec<u8> {
     let held = Arc::new(Snapshot::open_path(file).unwrap());
     let restored = Restore::new(Arc::clone(&held))
@@ -270,7 +273,7 @@ fn with_a_flipped_bit(file: &Path, region: usize, offset: usize) -> Vec<u8> {
     writer.finish().unwrap().0
 }
 
-/// The guest is no blind judge: what passes every checksum and is wrong all the same, it finds.
+/// The guest's verification is effective: it finds wrong content that passes every checksum.
 #[test]
 fn a_wrong_bit_is_found_by_the_guest() {
     if let Some(why) = no_kvm() {

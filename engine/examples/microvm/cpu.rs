@@ -1,7 +1,7 @@
-//! What a virtual CPU holds besides the guest's memory, and how a snapshot carries it.
+//! The state of a virtual CPU besides the guest's memory, and its representation in a snapshot.
 //!
-//! Each of KVM's structures becomes an attachment of the snapshot, as it is in memory: the kernel's
-//! binary interface doesn't change. Attachments have checksums, as pages have.
+//! Each of KVM's structures becomes an attachment of the snapshot, with its layout in memory,
+//! because the kernel's binary interface doesn't change. Attachments have checksums, as pages do.
 
 use std::io::Write;
 
@@ -15,7 +15,7 @@ use snapshot_format::{Snapshot, Writer};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The model-specific registers that 64-bit code without a kernel can notice: TSC, PAT, SYSENTER's
-/// three, STAR and its three, and the base of GS for the kernel. For a whole system ask
+/// three, STAR and its three, and the base of GS for the kernel. For a complete system, query
 /// `KVM_GET_MSR_INDEX_LIST`.
 const MSRS: [u32; 10] = [
     0x10,
@@ -30,12 +30,12 @@ const MSRS: [u32; 10] = [
     0xc000_0102,
 ];
 
-/// More than any of the attachments has.
+/// A size limit in bytes that no attachment reaches.
 const LONGEST_ATTACHMENT: u64 = 64 << 10;
 
 /// The state of a virtual CPU.
 pub(crate) struct CpuState {
-    /// The features that the guest was told of. A restored guest must find the same ones.
+    /// The CPU features reported to the guest. A restored guest must find the same ones.
     cpuid: Vec<kvm_cpuid_entry2>,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -48,7 +48,7 @@ pub(crate) struct CpuState {
 }
 
 impl CpuState {
-    /// Reads the state of a CPU that doesn't run, and has finished its last instruction.
+    /// Reads the state of a CPU that isn't running, and has finished its last instruction.
     pub(crate) fn of(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self> {
         refuse_large_xsave(kvm)?;
         let asked: Vec<_> = MSRS
@@ -82,10 +82,10 @@ impl CpuState {
         })
     }
 
-    /// Gives a new CPU this state.
+    /// Sets this state on a new CPU.
     ///
-    /// The order matters: the features decide what the rest may be, and pending events come last,
-    /// because setting registers can cancel them.
+    /// The order matters: the features determine the permitted values of the rest, and pending
+    /// events come last, because setting registers can cancel them.
     pub(crate) fn give_to(&self, kvm: &Kvm, vcpu: &VcpuFd) -> Result<()> {
         refuse_large_xsave(kvm)?;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|error| anyhow!("{error:?}"))?;
@@ -96,8 +96,8 @@ impl CpuState {
         vcpu.set_regs(&self.regs).context("setting registers")?;
         vcpu.set_sregs(&self.sregs)
             .context("setting system registers")?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, and those are at most the
-        // structure's: looked at above. What it doesn't like of their content it refuses.
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, which was checked above to be at
+        // most the size of the structure. It refuses invalid content.
         unsafe { vcpu.set_xsave(&self.xsave) }.context("setting vector registers")?;
         vcpu.set_xcrs(&self.xcrs)
             .context("setting extended control registers")?;
@@ -128,7 +128,7 @@ impl CpuState {
         Ok(())
     }
 
-    /// The state that a snapshot carries.
+    /// Returns the state that a snapshot contains.
     pub(crate) fn from_snapshot(snapshot: &Snapshot) -> Result<Self> {
         Ok(Self {
             cpuid: list(snapshot, "vm.cpuid")?,
@@ -144,13 +144,13 @@ impl CpuState {
     }
 }
 
-/// A structure from an attachment, which has exactly its length.
+/// Reads a structure from an attachment, which must have exactly its length.
 fn one<T: FromBytes>(snapshot: &Snapshot, name: &str) -> Result<T> {
     let bytes = snapshot.attachment_bytes(name, LONGEST_ATTACHMENT)?;
     T::read_from_bytes(&bytes).map_err(|_| wrong_length(name, bytes.len(), size_of::<T>()))
 }
 
-/// As many structures as the attachment has.
+/// Reads as many structures as the attachment contains.
 fn list<T: FromBytes + Immutable>(snapshot: &Snapshot, name: &str) -> Result<Vec<T>> {
     let bytes = snapshot.attachment_bytes(name, LONGEST_ATTACHMENT)?;
     let parts = bytes.chunks(size_of::<T>());
@@ -164,7 +164,7 @@ fn wrong_length(name: &str, len: usize, size: usize) -> anyhow::Error {
     anyhow!("the attachment {name} has {len} bytes, and {size} are one item of it")
 }
 
-/// KVM stops at the first register that it doesn't know.
+/// Checks that KVM accepted all registers; it stops at the first that it doesn't know.
 fn all_msrs(done: &str, count: usize, wanted: &[kvm_msr_entry]) -> Result<()> {
     match wanted.get(count) {
         Some(refused) => Err(anyhow!("MSR {:#x} can't be {done}", refused.index)),
@@ -172,8 +172,8 @@ fn all_msrs(done: &str, count: usize, wanted: &[kvm_msr_entry]) -> Result<()> {
     }
 }
 
-/// Where a process has asked for the largest vector registers (AMX), the 4 KiB of `kvm_xsave` don't
-/// hold them. This one hasn't.
+/// Fails if the 4 KiB of `kvm_xsave` can't hold the vector registers, which happens only if a
+/// process has requested the largest ones (AMX). This one hasn't.
 fn refuse_large_xsave(kvm: &Kvm) -> Result<()> {
     let needed = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
     ensure!(

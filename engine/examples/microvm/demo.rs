@@ -8,8 +8,8 @@ use snaprestore_engine::restore::Prefetch;
 
 use crate::{restore, snapshot};
 
-/// Takes a snapshot of a guest and lets it go on, restores it in another process, and compares what
-/// the two said and what memory they left.
+/// Takes a snapshot of a guest and lets the guest continue, restores it in another process, and
+/// compares the output and the final memory of both.
 pub(crate) fn run(kvm: &Kvm, mib: u64, seed: u64, prefetch: &Prefetch) -> Result<()> {
     let folder = tempfile::tempdir().context("making a folder for the snapshot")?;
     let file = folder.path().join("guest.snap");

@@ -1,4 +1,5 @@
-//! The guest as the launcher sees it: where what lies in its memory, and how its CPU starts.
+//! The guest from the launcher's point of view: the layout of its memory, and the initial state of
+//! its CPU.
 //!
 //! ```text
 //! 0x0000_1000   page tables: the first GiB and the one at 4 GiB, each address mapped to itself
@@ -9,8 +10,9 @@
 //! 0x1_0000_0000 the second half
 //! ```
 //!
-//! Memory has a gap below 4 GiB in any PC, where devices have their addresses. So a snapshot of a
-//! VM has more than one region, and they lie anywhere in the launcher's own memory.
+//! The memory of any PC has a gap below 4 GiB, where devices have their addresses. Therefore a
+//! snapshot of a VM has more than one region, and the regions can be anywhere in the launcher's own
+//! memory.
 
 use std::ops::Range;
 
@@ -21,15 +23,15 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("the guest of this example is x86-64 code");
 
-/// Where the guest's serial port is: that of COM1.
+/// The port of the guest's serial device: that of COM1.
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
-/// Where the guest says what it wants, with one of the values below.
+/// The port to which the guest writes its requests, one of the values below.
 pub(crate) const REQUEST_PORT: u16 = 0xf4;
-/// It can be paused.
+/// The guest can be paused.
 pub(crate) const REQUEST_PAUSE: u8 = 1;
-/// It has verified its memory and is at its end.
+/// The guest has verified its memory and is finished.
 pub(crate) const REQUEST_GOOD: u8 = 2;
-/// It has found its memory or its registers wrong, and is at its end.
+/// The guest has found wrong memory or registers, and is finished.
 pub(crate) const REQUEST_BAD: u8 = 3;
 
 const PAGE: u64 = 4096;
@@ -39,7 +41,7 @@ const PROGRAM: Range<u64> = 0x8000..0xa000;
 const STACK_END: u64 = 0x1_0000;
 const LOW_PAGES: u64 = 0x1_0000;
 const HIGH_PAGES: u64 = 4 << 30;
-/// The page tables map one GiB for each half.
+/// Maximum size of the memory in MiB: the page tables map one GiB for each half.
 const MOST_MIB: u64 = 2048;
 
 std::arch::global_asm!(
@@ -59,15 +61,15 @@ unsafe extern "C" {
     static microvm_guest_end: u8;
 }
 
-/// The bytes of guest.s.
+/// Returns the bytes of guest.s.
 fn program() -> &'static [u8] {
     let (start, end) = (&raw const microvm_guest_start, &raw const microvm_guest_end);
-    // SAFETY: guest.s defines both symbols, in this order, around bytes of one read-only section
-    // of this program; those are there, and don't change, as long as it runs.
+    // SAFETY: guest.s defines both symbols, in this order, around bytes of one read-only section of
+    // this program. These bytes exist, and don't change, as long as it runs.
     unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
 }
 
-/// The memory of a guest with so many MiB: guest addresses and lengths in bytes.
+/// Returns the guest addresses and lengths in bytes of a memory of `mib` MiB.
 pub(crate) fn layout(mib: u64) -> Result<[(GuestAddress, usize); 2]> {
     ensure!(
         (2..=MOST_MIB).contains(&mib),
@@ -81,7 +83,7 @@ pub(crate) fn layout(mib: u64) -> Result<[(GuestAddress, usize); 2]> {
     ])
 }
 
-/// Writes into new memory what the guest needs to start.
+/// Writes everything into new memory that the guest needs to start.
 pub(crate) fn load(memory: &GuestMemoryMmap) -> Result<()> {
     let program = program();
     let room = PROGRAM.end - PROGRAM.start;
@@ -113,7 +115,8 @@ fn write_words(
     Ok(())
 }
 
-/// Four levels would be needed for pages of 4 KiB; the third may map 2 MiB itself.
+/// Writes the page tables. Pages of 4 KiB would need four levels; the third level can map 2 MiB
+/// itself.
 fn write_page_tables(memory: &GuestMemoryMmap) -> Result<()> {
     const OF_USER: u64 = 0b111;
     const LARGE: u64 = 1 << 7;
@@ -128,7 +131,7 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<()> {
     Ok(())
 }
 
-/// The general registers at the start, among them what guest.s expects.
+/// Returns the initial general registers, including those that guest.s expects.
 pub(crate) fn start_registers(memory: [(GuestAddress, usize); 2], seed: u64) -> kvm_regs {
     const ALWAYS_SET: u64 = 1 << 1;
     const PORTS_FOR_USERS: u64 = 3 << 12;
@@ -145,7 +148,7 @@ pub(crate) fn start_registers(memory: [(GuestAddress, usize); 2], seed: u64) -> 
     }
 }
 
-/// Turns the system registers that KVM starts with into those of 64-bit mode.
+/// Converts the system registers with which KVM starts into those of 64-bit mode.
 pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
     const PROTECTED: u64 = 1 << 0;
     const COPROCESSOR: u64 = 1 << 1;
@@ -177,7 +180,7 @@ pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
     }
 }
 
-/// A segment over all addresses, with the privilege of users.
+/// A segment that covers all addresses, with user privilege.
 struct Segment {
     kind: u8,
     long: u8,
@@ -198,7 +201,7 @@ const DATA: Segment = Segment {
 };
 
 impl Segment {
-    /// As it is in the table of descriptors, for a guest that loads it.
+    /// Returns its entry for the descriptor table, for a guest that loads it.
     fn descriptor(&self) -> u64 {
         let limit = 0xffff | 0xf << 48;
         let (code_or_data, user, present, by_pages) = (1 << 44, 3 << 45, 1 << 47, 1 << 55);
@@ -207,7 +210,7 @@ impl Segment {
         limit | kind | code_or_data | user | present | long | wide | by_pages
     }
 
-    /// As it is in a segment register, loaded already.
+    /// Returns its representation in a segment register, as if already loaded.
     fn segment(&self, number: u16) -> kvm_segment {
         const USER: u16 = 3;
         kvm_segment {

@@ -1,9 +1,9 @@
-# The guest: 64-bit code without an operating system under it. It runs wherever it is copied to.
+# The guest: 64-bit code without an operating system. It runs wherever it is copied to.
 #
 #     fill(i)        for every page i
 #     say "filled", ask for a pause         the snapshot is taken here
 #     say "goes on"
-#     look at xmm7                          did the vector registers come back?
+#     check xmm7                            did the vector registers come back?
 #     invert(i) if i % 4 == 0; check(i)     for every page i, shuffled
 #     say "verified"
 #     check(i)                              for every page i, in order
@@ -11,26 +11,26 @@
 #     end
 #
 # invert(i) complements the first word of a page that was not read before: if a restore installs the
-# page later all the same, the second check sees it.
+# page later nevertheless, the second check notices it.
 #
 # A page has 512 words. The first follows from the page's address and the seed, each other one from
-# the one before: word * factor + step. Three bits of the hash say what kind of page it is:
+# the one before: word * factor + step. Three bits of the hash determine the kind of page:
 #
 #     0      zeros        word 0
 #     1      a fill       factor 1, step 0
 #     2..4   counting     factor 1, step 1: compresses well
 #     5..7   noise        a linear congruential generator: does not compress
 #
-# Besides, each fourth 2 MiB are zeros.
+# In addition, every fourth 2 MiB are zeros.
 #
-# What the launcher gives, and nothing below changes:
+# Registers set by the launcher, which nothing below changes:
 #
-#     r12  seed           r13  pages to fill         r14  how many of them lie below the gap
+#     r12  seed           r13  pages to fill         r14  how many of them are below the gap
 #     rsp  a stack
 #
-# r15 counts pages. Nothing interrupts this code. It runs with the privileges of a user who may talk
-# to ports: it needs no more, and where KVM has no help from the processor such code runs at full speed
-# while privileged code is emulated.
+# r15 counts pages. Nothing interrupts this code. It runs with user privileges plus access to ports.
+# It needs no more, and where the processor doesn't support KVM, such code runs at full speed while
+# privileged code is emulated.
 
     .pushsection .rodata.microvm_guest, "a"
     .globl  microvm_guest_start
@@ -57,7 +57,7 @@ microvm_guest_start:
     mov     al, {PAUSE}
     out     {REQUEST}, al
 
-    # Maybe in another process, on another day.
+    # Possibly in another process, on another day.
     lea     rsi, [rip + guest_text_goes_on]
     call    guest_say
     movq    rax, xmm7
@@ -102,7 +102,7 @@ guest_lost:
     mov     al, {BAD}
     jmp     guest_end
 
-# rdi: the word that is not what it should be.
+# rdi: the address of the wrong word.
 guest_wrong:
     lea     rsi, [rip + guest_text_wrong]
     call    guest_say
@@ -113,7 +113,7 @@ guest_wrong:
     call    guest_say
     mov     al, {BAD}
 
-# al: the verdict.
+# al: the result.
 guest_end:
     out     {REQUEST}, al
 2:  pause
@@ -193,7 +193,7 @@ guest_check:
     jnz     2b
     ret
 
-# rsi: what was done -> a line that says so, with the number of pages.
+# rsi: text for what was done -> prints it in a line with the number of pages.
 guest_say_pages:
     call    guest_say
     mov     rax, r13
@@ -210,7 +210,7 @@ guest_say:
     jmp     2b
 3:  ret
 
-# rax: a number, ecx: the base it is written in. The digits are gathered on the stack.
+# rax: a number, ecx: the base in which to print it. The digits are collected on the stack.
 guest_say_number:
     mov     rsi, rsp
     sub     rsp, 72

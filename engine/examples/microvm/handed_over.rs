@@ -1,5 +1,5 @@
-//! Memory that another process brings: this one makes it, and hands its userfaultfd to `snaprestore
-//! serve` as Firecracker does.
+//! Memory that another process fills: this process maps it, and hands its userfaultfd to
+//! `snaprestore serve` as Firecracker does.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -16,19 +16,20 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMem
 
 use crate::restore::ArrivingMemory;
 
-/// Memory whose pages come from outside.
+/// Memory whose pages another process provides.
 pub(crate) struct HandedOver {
     memory: GuestMemoryMmap,
-    // As long as this process holds it, what is missing is waited for, and never read as zeros, even
-    // if the other process ends.
+    // As long as this process holds it, missing pages are waited for, and never read as zeros, even
+    // if the other process exits.
     _userfaultfd: Userfaultfd,
-    // Its end would tell the other process that this one has ended.
+    // Closing it would tell the other process that this one has exited.
     _socket: UnixStream,
 }
 
 impl HandedOver {
-    /// Maps and registers memory for the regions of `snapshot`, and hands it over to who listens at
-    /// `socket`. It may be touched at once: a touch waits until it is served.
+    /// Maps and registers memory for the regions of `snapshot`, and hands it over to the process
+    /// that listens at `socket`. The memory may be touched at once: a touch waits until it is
+    /// served.
     pub(crate) fn start(snapshot: &Snapshot, socket: &Path) -> Result<Self> {
         let ranges = snapshot.regions()?.iter().map(|region| {
             let len = usize::try_from(region.bytes());
@@ -36,11 +37,11 @@ impl HandedOver {
         });
         let memory = GuestMemoryMmap::from_ranges(&ranges.collect::<Vec<_>>())
             .context("mapping the guest's memory")?;
-        // A balloon's discards must be told, or discarded pages would come back.
+        // A balloon's discards must be reported, or discarded pages would come back.
         let userfaultfd = OpenOptions::new().required(Features::EVENT_REMOVE).open()?;
         for region in memory.iter() {
-            // SAFETY: the region was mapped just now and nothing has touched it; its users reach it
-            // by volatile accesses only, and it lives as long as the userfaultfd beside it.
+            // SAFETY: the region was mapped just now and nothing has touched it. Its users access
+            // it only by volatile accesses, and it lives as long as the userfaultfd beside it.
             let raw = unsafe { RawRegion::new(region.as_ptr(), region.len()) }?;
             userfaultfd.register(&raw, 0, region.len(), Modes::MISSING)?;
         }
@@ -53,7 +54,7 @@ impl HandedOver {
     }
 }
 
-/// Sends the regions, in the words of Firecracker, with the userfaultfd beside them.
+/// Sends the regions in Firecracker's format, with the userfaultfd attached.
 fn hand_over(
     memory: &GuestMemoryMmap,
     userfaultfd: &Userfaultfd,

@@ -1,4 +1,4 @@
-//! Memory that the engine brings, in the launcher's own process.
+//! Memory that the engine fills, in the launcher's own process.
 
 use std::sync::Arc;
 
@@ -10,24 +10,24 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::restore::ArrivingMemory;
 
-/// A restore that runs, and its memory as `vm-memory` knows it.
+/// A running restore, with its memory as `vm-memory` types.
 pub(crate) struct InProcess {
-    // Fields are dropped in this order: the memory goes before what keeps it mapped.
+    // Fields are dropped in this order: the memory goes before the value that keeps it mapped.
     memory: GuestMemoryMmap,
     restored: Restored,
 }
 
 impl InProcess {
-    /// Maps and registers memory for the regions of `snapshot`. Nothing of it is read yet.
+    /// Maps and registers memory for the regions of `snapshot`. None of it is read yet.
     pub(crate) fn start(snapshot: Arc<Snapshot>, prefetch: Prefetch) -> Result<Self> {
         let restored = Restore::new(snapshot)
             .prefetch(prefetch)
-            // A page that can't be restored ends this process, while the virtual CPU waits for it.
-            // Poison would not do: where KVM reads memory itself, to emulate an instruction for
-            // instance, a guest could read zeros.
+            // A page that can't be restored aborts this process, while the virtual CPU waits for
+            // it. Poison would not be sufficient: where KVM reads memory itself, for instance to
+            // emulate an instruction, a guest could read zeros.
             .on_failure(FailurePolicy::Abort)
             .start()?;
-        // SAFETY: the memory is used as long as this value lives at most: it is only lent out, and
+        // SAFETY: the memory is used at most as long as this value lives: it is only lent out, and
         // nobody in this program clones it. The restore is not stopped before, and nobody unmaps or
         // moves its memory.
         let memory = unsafe { guest_memory(&restored.guest_regions()) }?;

@@ -1,4 +1,4 @@
-//! A launcher of microVMs, as small as one can be that takes snapshots and restores them lazily.
+//! A minimal launcher of microVMs that takes snapshots and restores them lazily.
 //!
 //! ```sh
 //! cargo run --release -p snaprestore-engine --features rust-vmm --example microvm -- demo
@@ -6,19 +6,19 @@
 //!
 //! `microvm snapshot FILE` starts a guest on `/dev/kvm`, waits until it has filled its memory,
 //! pauses it, and writes memory and registers as one snapshot. `microvm restore FILE`, another
-//! process, lets it go on at once, with no page of its memory there: each arrives when the virtual
-//! CPU touches it. The guest verifies all of them in shuffled order and says over its serial port
-//! what it found. `microvm demo` does both and compares the two guests.
+//! process, resumes it at once, with none of its pages present: each arrives when the virtual CPU
+//! touches it. The guest verifies all pages in shuffled order and reports the result over its
+//! serial port. `microvm demo` does both and compares the two guests.
 //!
-//! | file | what |
+//! | file | contents |
 //! | --- | --- |
-//! | `guest.s`, `guest.rs` | the guest's program, and how its memory and CPU look at the start |
+//! | `guest.s`, `guest.rs` | the guest's program, and the initial state of its memory and CPU |
 //! | `vm.rs` | KVM: memory slots, running, the serial port, pausing |
-//! | `cpu.rs` | what a virtual CPU holds, in a snapshot and out of it |
+//! | `cpu.rs` | the state of a virtual CPU, in a snapshot and outside |
 //! | `snapshot.rs` | from a paused VM to a file |
 //! | `restore.rs` | from a file to a running VM, wherever its memory comes from |
-//! | `in_process.rs` | memory that the engine brings, in this process |
-//! | `handed_over.rs` | memory that `snaprestore serve` brings, from another process |
+//! | `in_process.rs` | memory that the engine fills, in this process |
+//! | `handed_over.rs` | memory that `snaprestore serve` fills, from another process |
 //! | `demo.rs` | both, compared |
 #![allow(
     unsafe_code,
@@ -53,12 +53,12 @@ usage: microvm snapshot FILE [--memory MIB]
        microvm restore FILE [--prefetch off|all | --serve SOCKET]
        microvm demo [--memory MIB] [--prefetch off|all]";
 
-/// What the content of the guest's pages follows from, with their addresses.
+/// The seed from which, with their addresses, the content of the guest's pages follows.
 const SEED: u64 = 0x5eed_0fa1_17b1_e5ed;
 
 fn main() -> Result<()> {
     let begun = Instant::now();
-    // When a page can't be restored the engine says which and why before it ends the process.
+    // If a page can't be restored, the engine logs which and why before it aborts the process.
     tracing_subscriber::fmt().with_writer(io::stderr).init();
     let Options {
         command,
@@ -101,13 +101,13 @@ enum Command {
     Demo,
 }
 
-/// What was asked for.
+/// The command line options.
 struct Options {
     command: Command,
     file: Option<PathBuf>,
     mib: u64,
     prefetch: Prefetch,
-    /// Where somebody else serves the memory.
+    /// The socket of the process that serves the memory, if one does.
     socket: Option<PathBuf>,
 }
 

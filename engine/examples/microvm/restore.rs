@@ -1,4 +1,4 @@
-//! From a snapshot to a guest that goes on.
+//! From a snapshot to a running guest.
 
 use std::fmt::Write as _;
 use std::time::Instant;
@@ -15,19 +15,19 @@ use vm_memory::{
 use crate::cpu::CpuState;
 use crate::vm::{Stopped, Vm};
 
-/// The memory of a guest on its way out of a snapshot.
+/// The memory of a guest that is being restored.
 ///
-/// A virtual CPU may run on it at once: it waits where a page is missing. What keeps the pages
-/// coming lives as long as this does, which must be as long as the VM.
+/// A virtual CPU may run on it at once: it waits at a missing page. The value also keeps the pages
+/// arriving, so it must live as long as the VM.
 pub(crate) trait ArrivingMemory {
-    /// The memory, in the regions of the snapshot.
+    /// Returns the memory, in the regions of the snapshot.
     fn guest(&self) -> &GuestMemoryMmap;
 
-    /// How it came, in lines for people.
+    /// Returns a report of the restore, in lines for people.
     fn report(&self) -> String;
 }
 
-/// Lets the guest of `snapshot` go on in `memory` until its end.
+/// Runs the guest of `snapshot` in `memory` until it is finished.
 pub(crate) fn run(
     kvm: &Kvm,
     snapshot: &Snapshot,
@@ -55,7 +55,7 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// A line that is the same for two guests that ended alike.
+/// Returns a line that is identical for two guests with the same outcome.
 pub(crate) fn ending(stopped: Stopped, memory: &GuestMemoryMmap) -> Result<String> {
     let mut line = format!("ending     {stopped:?}, memory ");
     for byte in digest_of(memory)? {
@@ -64,7 +64,7 @@ pub(crate) fn ending(stopped: Stopped, memory: &GuestMemoryMmap) -> Result<Strin
     Ok(line)
 }
 
-/// The digest of all memory, as snapshots have it. Touches every page.
+/// Returns the digest of all memory, as snapshots have it. Touches every page.
 fn digest_of(memory: &GuestMemoryMmap) -> Result<digest::Digest> {
     let mut hasher = digest::ContentHasher::new();
     let mut bytes = vec![0; PAGES_PER_BLOCK * PAGE_SIZE];

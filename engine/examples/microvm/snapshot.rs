@@ -1,4 +1,4 @@
-//! From a guest that runs to a file that holds it.
+//! From a running guest to a file that contains it.
 
 use std::io;
 use std::path::Path;
@@ -16,12 +16,12 @@ use crate::cpu::CpuState;
 use crate::guest;
 use crate::vm::{Stopped, Vm};
 
-/// Empty memory for a new guest.
+/// Maps empty memory for a new guest.
 pub(crate) fn new_memory(mib: u64) -> Result<GuestMemoryMmap> {
     GuestMemoryMmap::from_ranges(&guest::layout(mib)?).context("mapping the guest's memory")
 }
 
-/// Starts a guest in `memory`, of `mib` MiB, and lets it run until it has filled all of it.
+/// Starts a guest in `memory`, of `mib` MiB, and runs it until it has filled all of it.
 pub(crate) fn run_until_filled<'memory>(
     kvm: &Kvm,
     memory: &'memory GuestMemoryMmap,
@@ -47,10 +47,10 @@ pub(crate) fn run_until_filled<'memory>(
     Ok(vm)
 }
 
-/// Writes a paused VM to `path`, where nothing may be yet, and returns the file's length.
+/// Writes a paused VM to `path`, which must not exist yet, and returns the file's length.
 ///
 /// The file appears under its name when it is complete and on disk. A launcher with devices would
-/// stop them first, so that nobody writes to the memory meanwhile, and attach their state too.
+/// first stop them, so that nobody writes to the memory meanwhile, and attach their state as well.
 pub(crate) fn write(path: &Path, kvm: &Kvm, vm: &Vm<'_>, memory: &GuestMemoryMmap) -> Result<u64> {
     let file = SnapshotFile::create(path, false)?;
     let mut writer = Writer::new(file, WriterOptions::default())?;

@@ -10,26 +10,26 @@ use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _
 
 use crate::guest;
 
-/// Three pages of guest addresses that KVM needs for itself on some processors, in the gap.
+/// Address of three guest pages, in the gap, that KVM needs for itself on some processors.
 const KVM_OWN_PAGES: usize = 0xfffb_d000;
-/// Most bytes of a line that the guest says.
+/// Maximum length of a line of the guest's output, in bytes.
 const LONGEST_LINE: usize = 256;
 
-/// Why the guest stopped.
+/// The reason why the guest stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stopped {
-    /// It may be snapshotted now.
+    /// The guest may be snapshotted now.
     Paused,
-    /// It has found everything as it was.
+    /// The guest has found everything unchanged.
     Good,
-    /// It has found something wrong, and said what.
+    /// The guest has found something wrong, and reported it.
     Bad,
 }
 
 /// A virtual machine on borrowed memory.
 ///
-/// The memory may still be arriving: the virtual CPU waits in the kernel where a page is missing,
-/// and knows nothing of it.
+/// The memory may still be arriving: the virtual CPU waits in the kernel at a missing page, without
+/// noticing.
 pub(crate) struct Vm<'memory> {
     pub(crate) vcpu: VcpuFd,
     pub(crate) serial: Serial,
@@ -38,7 +38,7 @@ pub(crate) struct Vm<'memory> {
 }
 
 impl<'memory> Vm<'memory> {
-    /// A VM whose CPU is in the state of a reset.
+    /// Creates a VM whose CPU is in the reset state.
     pub(crate) fn new(kvm: &Kvm, memory: &'memory GuestMemoryMmap) -> Result<Self> {
         let vm = kvm.create_vm().context("making a VM")?;
         vm.set_tss_address(KVM_OWN_PAGES)
@@ -52,10 +52,10 @@ impl<'memory> Vm<'memory> {
                 userspace_addr: region.as_ptr().expose_provenance() as u64,
             };
             // SAFETY: the region is mapped and writable as long as the memory lives, and its users
-            // reach it by volatile accesses only, so the guest may write to it at any time. The
+            // access it only by volatile accesses, so the guest may write to it at any time. The
             // guest runs only while `Vm` lives, which holds its only CPU and borrows the memory.
-            // Regions don't overlap in the guest: `vm-memory` refuses that. Should the kernel
-            // refuse the slot, nothing has happened.
+            // Regions don't overlap in the guest, because `vm-memory` refuses that. If the kernel
+            // refuses the slot, nothing has changed.
             unsafe { vm.set_user_memory_region(slot) }.with_context(|| {
                 format!("giving the VM its memory at {:#x}", slot.guest_phys_addr)
             })?;
@@ -69,7 +69,7 @@ impl<'memory> Vm<'memory> {
         })
     }
 
-    /// Runs the guest until it asks for something.
+    /// Runs the guest until it makes a request.
     pub(crate) fn run(&mut self) -> Result<Stopped> {
         loop {
             let request = match self.vcpu.run() {
@@ -78,11 +78,11 @@ impl<'memory> Vm<'memory> {
                     continue;
                 }
                 Ok(VcpuExit::IoOut(guest::REQUEST_PORT, &[request])) => request,
-                // A triple fault, among others.
+                // A triple fault, for example.
                 Ok(exit) => bail!("the guest stopped unexpectedly: {exit:?}"),
-                // A signal. The guest goes on where it was.
+                // A signal. The guest continues where it was.
                 Err(error) if error.errno() == libc::EINTR => continue,
-                // Where a page can't be restored the process ends, so no fault is left to get here.
+                // If a page can't be restored the process is aborted, so no such fault gets here.
                 Err(error) => return Err(error).context("running the guest"),
             };
             let stopped = match request {
@@ -96,9 +96,9 @@ impl<'memory> Vm<'memory> {
         }
     }
 
-    /// Has KVM finish the instruction that it left for us.
+    /// Makes KVM finish the instruction that it left to us.
     ///
-    /// It does so only when the CPU is run again. Registers that are read before may be those in
+    /// KVM does so only when the CPU is run again. Registers that are read before may be those in
     /// the middle of an instruction, and a guest restored from them would repeat it, or worse.
     fn finish_instruction(&mut self) -> Result<()> {
         self.vcpu.set_kvm_immediate_exit(1);
@@ -110,10 +110,10 @@ impl<'memory> Vm<'memory> {
     }
 }
 
-/// The output of the guest, passed on line by line.
+/// The guest's output, passed on line by line.
 #[derive(Default)]
 pub(crate) struct Serial {
-    /// When the first byte came.
+    /// The time at which the first byte arrived.
     pub(crate) first: Option<Instant>,
     /// The lines so far.
     pub(crate) lines: Vec<String>,
@@ -127,7 +127,7 @@ impl Serial {
             if byte != b'\n' {
                 self.unfinished.push(byte);
             }
-            // A guest can send without an end.
+            // A guest can send endless output.
             if byte == b'\n' || self.unfinished.len() == LONGEST_LINE {
                 let line = String::from_utf8_lossy(&self.unfinished).into_owned();
                 self.unfinished.clear();

@@ -1,16 +1,18 @@
-//! How Firecracker hands its memory over: one message on a Unix socket, a JSON array of regions with
-//! the userfaultfd beside it.
+//! Firecracker's handshake: one message on a Unix socket, which is a JSON array of regions with the
+//! userfaultfd attached.
 //!
 //! ```text
-//! [{"base_host_virt_addr": A, "size": N, "offset": O, "page_size": 4096, "page_size_kib": 4096}, ...]
+//! [{"base_host_virt_addr": A, "size": N, "offset": O,
+//!   "page_size": 4096, "page_size_kib": 4096}, ...]
 //! ```
 //!
-//! Releases from v1.1 to v1.16 differ in which fields they send and in whether they close the socket
-//! afterwards (up to v1.11); the fields that are there tell all that matters. `page_size_kib` is in
-//! bytes, whatever its name says. The array may arrive in pieces, and the descriptor comes with the
-//! first. Variants of forks, which go on in other ways, are refused by name.
+//! Releases from v1.1 to v1.16 differ in the fields that they send and in whether they close the
+//! socket afterwards (up to v1.11); the fields that are present are sufficient. `page_size_kib` is
+//! in bytes, despite its name. The array may arrive in pieces, and the descriptor comes with the
+//! first piece. Variants of forks that continue differently are rejected by name.
 //!
-//! Source: Firecracker's `src/vmm/src/persist.rs` (`GuestRegionUffdMapping`, `send_uffd_handshake`).
+//! Source: Firecracker's `src/vmm/src/persist.rs` (`GuestRegionUffdMapping`,
+//! `send_uffd_handshake`).
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -23,76 +25,76 @@ use super::handover::OwnerRegion;
 use snaprestore_uffd::os::receive;
 use snaprestore_uffd::uffd::{Closing, Untrusted, may_report_forks};
 
-/// The most bytes of a message: some hundred regions, where a VM has four.
+/// Maximum number of bytes in a message: some hundred regions, where a VM has four.
 const MAX_BYTES: usize = 64 << 10;
 
-/// The most regions, however few bytes each takes: so that what is made of them has a bound as well.
+/// Maximum number of regions, however few bytes each takes, which bounds the memory made of them.
 const MAX_REGIONS: usize = 1000;
 
-/// The most pieces of a message: two may happen.
+/// Maximum number of pieces of a message; up to two are normal.
 const MAX_PIECES: usize = 256;
 
-/// Why a handshake failed.
+/// The reason why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
     /// The socket failed.
     #[error("reading from the VMM failed")]
     Socket(#[from] io::Error),
-    /// Nothing more came.
+    /// The message did not arrive in time.
     #[error("the VMM sent {received} bytes of its regions and nothing more for {patience:?}")]
     Silent {
-        /// Bytes that came.
+        /// Number of bytes received.
         received: usize,
-        /// How long was waited.
+        /// The time that was waited.
         patience: Duration,
     },
-    /// The other end closed the socket before its message was whole.
+    /// The peer closed the socket before its message was complete.
     #[error("the VMM closed the socket after {received} bytes of its regions")]
     Closed {
-        /// Bytes that came.
+        /// Number of bytes received.
         received: usize,
     },
-    /// The message is too long to be one.
+    /// The message is too long for a handshake.
     #[error(
         "the VMM sent more than {MAX_BYTES} bytes, or {MAX_PIECES} pieces, which can't be its regions"
     )]
     TooLong,
-    /// The message has too many regions to be one.
+    /// The message has too many regions for a handshake.
     #[error("the VMM sent {regions} regions; at most {MAX_REGIONS} are taken")]
     TooMany {
-        /// How many.
+        /// Number of regions.
         regions: usize,
     },
-    /// The message is none of Firecracker's.
+    /// The message is not one of Firecracker's.
     #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
     NotRegions {
-        /// What is wrong with it.
+        /// Description of the problem.
         detail: String,
     },
     /// The message came without a descriptor.
     #[error("the VMM sent its regions without a userfaultfd")]
     NoDescriptor,
-    /// What came is something else.
+    /// The descriptor is not a userfaultfd.
     #[error("the VMM handed {found:?} over, which is no userfaultfd")]
     NotUserfaultfd {
-        /// What it is.
+        /// Description of the descriptor received.
         found: String,
     },
-    /// The kernel would give a userfaultfd of each child to whoever reads.
+    /// The kernel would deliver a userfaultfd of each child to the reader.
     #[error(
         "the VMM's userfaultfd reports forks, or may yet be made to, and nobody would serve its children"
     )]
     ReportsForks,
-    /// The message is of a variant that goes on otherwise.
+    /// The message belongs to a variant that continues differently.
     #[error("this is the handshake of {variant}, which is not served")]
     Variant {
-        /// Whose.
+        /// Name of the variant.
         variant: &'static str,
     },
 }
 
-/// What came in a handshake.
+/// The content of a handshake.
 #[derive(Debug)]
 pub struct Handshake {
     /// The userfaultfd.
@@ -101,7 +103,7 @@ pub struct Handshake {
     pub regions: Vec<OwnerRegion>,
 }
 
-/// One region, with the fields of all releases.
+/// A region, with the fields of all releases.
 #[derive(Debug, Deserialize)]
 struct Mapping {
     base_host_virt_addr: u64,
@@ -113,7 +115,7 @@ struct Mapping {
     is_guest_memfd: bool,
 }
 
-/// Receives the handshake on `socket`, waiting no longer than `patience` for all of it.
+/// Receives the handshake on `socket`, and waits at most `patience` for all of it.
 pub fn handshake(socket: &UnixStream, patience: Duration) -> Result<Handshake, HandshakeError> {
     let deadline = Instant::now() + patience;
     let mut arriving = Arriving::default();
@@ -138,7 +140,7 @@ pub fn handshake(socket: &UnixStream, patience: Duration) -> Result<Handshake, H
     }
 }
 
-/// A handshake that may have come in part: for who waits for several at once.
+/// A partially received handshake, for callers that wait for several at once.
 #[derive(Debug, Default)]
 pub struct Arriving {
     text: Vec<u8>,
@@ -148,20 +150,21 @@ pub struct Arriving {
 }
 
 impl Arriving {
-    /// Bytes that have come.
+    /// Returns the number of bytes received.
     pub fn received(&self) -> usize {
         self.received
     }
 
-    /// What tells, after this was dropped, whether all that came is closed.
+    /// Returns a handle that tells, after `self` was dropped, whether every received descriptor is
+    /// closed.
     pub fn closing(&self) -> Closing {
         self.descriptors.closing()
     }
 
-    /// Reads once from `socket`. `None`: more has to come.
+    /// Reads once from `socket`. Returns `None` if the message is not complete yet.
     pub fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Option<Handshake>, HandshakeError> {
         self.text.resize(MAX_BYTES, 0);
-        // To look whether it is whole costs more each time.
+        // Checking for completeness costs more with each piece.
         if self.received == MAX_BYTES || self.pieces == MAX_PIECES {
             return Err(HandshakeError::TooLong);
         }
@@ -189,12 +192,12 @@ impl Arriving {
     }
 }
 
-/// The regions, or none if more has to come.
+/// Parses the regions. Returns `None` if the message is not complete yet.
 fn parse(text: &[u8]) -> Result<Option<Vec<Mapping>>, HandshakeError> {
     match serde_json::from_slice(text) {
         Ok(mappings) => Ok(Some(mappings)),
         Err(error) if error.is_eof() => Ok(None),
-        // The error may quote what came, which is not ours to repeat at length.
+        // The error may quote the peer's message, which must not be repeated at length.
         Err(error) => Err(HandshakeError::NotRegions {
             detail: error.to_string().chars().take(200).collect(),
         }),
@@ -239,8 +242,8 @@ fn checked(mappings: &[Mapping], descriptors: &mut Untrusted) -> Result<Handshak
 }
 
 impl Mapping {
-    /// Bytes of a page. The older field has been documented as KiB and has always held bytes; no
-    /// page has so few bytes as one that is meant in KiB.
+    /// Returns the page size in bytes. The older field is documented as KiB and has always
+    /// contained bytes; no page is so small that its size in bytes could be mistaken for KiB.
     fn page_size(&self) -> u64 {
         let older = self.page_size_kib.map(|number| match number {
             4 | 2048 => number << 10,
@@ -265,7 +268,8 @@ mod tests {
     const V1_16: &str = r#"[{"base_host_virt_addr":139912345600000,"size":3221225472,"offset":0,"page_size":4096,"page_size_kib":4096},
         {"base_host_virt_addr":139909124374528,"size":1073741824,"offset":3221225472,"page_size":4096,"page_size_kib":4096}]"#;
 
-    /// Sends `text` with `count` descriptors, in pieces of `piece` bytes, and then closes.
+    /// Sends `text` with `count` descriptors, in pieces of `piece` bytes, and then closes the
+    /// socket.
     fn sent(text: &str, count: usize, piece: usize) -> Result<Handshake, HandshakeError> {
         let (here, there) = UnixStream::pair().expect("a pair");
         let uffd = OpenOptions::new().open().expect("a userfaultfd");
@@ -314,7 +318,7 @@ mod tests {
     #[test]
     fn what_is_no_handshake_is_refused_by_name() {
         let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
-        // As short as can be: by its bytes alone it would be taken.
+        // As short as possible, so that its size alone would be accepted.
         let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MAX_REGIONS));
         let long = format!("[{}", " ".repeat(MAX_BYTES));
         let cases = [

@@ -1,4 +1,4 @@
-//! What an owner hands over, held against the snapshot.
+//! The handover by an owner, checked against the snapshot.
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -9,68 +9,69 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 
 use crate::session::{Extent, LARGE_PAGES};
 
-/// Bytes of a large page: 2 MiB.
+/// Size of a large page in bytes: 2 MiB.
 const LARGE_SIZE: u64 = LARGE_PAGES * PAGE_SIZE_U64;
 
-/// What an owner hands over.
+/// The handover of an owner's memory.
 #[derive(Debug)]
 pub struct Handover {
-    /// Its userfaultfd, negotiated, with all regions registered for missing pages.
+    /// The owner's userfaultfd, negotiated, with all regions registered for missing pages.
     pub userfaultfd: OwnedFd,
-    /// A pidfd of it.
+    /// A pidfd of the owner.
     pub owner: OwnedFd,
-    /// Its memory.
+    /// The owner's memory.
     pub regions: Vec<OwnerRegion>,
-    /// Its page map, from [`open_page_map`](snaprestore_uffd::os::open_page_map), which pages of 2 MiB need: for a process
-    /// that can't open it. If there are such pages and this is `None`, it is opened.
+    /// The owner's page map, opened by [`open_page_map`](snaprestore_uffd::os::open_page_map), for
+    /// a process that can't open it itself. It is required for pages of 2 MiB. If there are such
+    /// pages and this is `None`, it is opened.
     pub page_map: Option<OwnedFd>,
 }
 
-/// One mapping of an owner, as Firecracker describes it.
+/// A mapping of an owner, as described by Firecracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnerRegion {
-    /// Its first byte in the owner.
+    /// The address of its first byte in the owner.
     pub address: u64,
     /// Its length in bytes.
     pub len: u64,
-    /// Where its content begins in the memory of the snapshot, whose regions are counted as one after
-    /// the other without a gap: the offset in a raw memory file.
+    /// The offset of its content in the memory of the snapshot, whose regions count as consecutive
+    /// without gaps: the offset in a raw memory file.
     pub offset: u64,
     /// The page size of the mapping in bytes: 4096, or 2 MiB for private memory of hugetlbfs.
     pub page_size: u64,
 }
 
-/// Why what was handed over doesn't fit.
+/// The reason why a handover doesn't fit the snapshot.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandoverError {
-    /// There is none.
+    /// There are no regions.
     #[error("no region was handed over")]
     NoRegion,
-    /// A number is no multiple of the page size, or zero, or the end is beyond 2^64.
+    /// A number is not a multiple of the page size, or is zero, or the end is beyond 2^64.
     #[error("region {region} has {what} {value:#x}, which must be {expected}")]
     Value {
         /// Number of the region.
         region: usize,
-        /// Which of its numbers.
+        /// Name of the number.
         what: &'static str,
-        /// That number.
+        /// The number.
         value: u64,
-        /// What would be accepted.
+        /// Description of acceptable values.
         expected: &'static str,
     },
-    /// Two of them share addresses or content.
+    /// Two regions share addresses or content.
     #[error("regions {one} and {other} overlap {what}")]
     Overlap {
-        /// Number of one.
+        /// Number of one region.
         one: usize,
-        /// Number of the other.
+        /// Number of the other region.
         other: usize,
-        /// In what.
+        /// The kind of thing that they share.
         what: &'static str,
     },
-    /// A page of 2 MiB would have to be put together from two regions of the snapshot, or from parts
-    /// of pages of its index.
+    /// A page of 2 MiB would consist of parts of two regions of the snapshot, or of parts of the 2
+    /// MiB pages of its index.
     #[error(
         "region {region} has pages of 2 MiB, and the snapshot begins a region of its own in the middle of one, at \
          offset {offset:#x}: its memory was not in such pages"
@@ -78,7 +79,7 @@ pub enum HandoverError {
     Straddles {
         /// Number of the region.
         region: usize,
-        /// Where that region begins, counted as the offsets of the owner's are.
+        /// The start of that region, as an offset like the owner's.
         offset: u64,
     },
     /// The owner has more or less memory than the snapshot.
@@ -87,14 +88,14 @@ pub enum HandoverError {
          VM was configured otherwise"
     )]
     Size {
-        /// Bytes of all regions.
+        /// Size of all regions in bytes.
         owner: u64,
-        /// Bytes of the snapshot.
+        /// Size of the snapshot's memory in bytes.
         snapshot: u64,
     },
 }
 
-/// Where the owner has the pages of the snapshot.
+/// Returns where the owner has the pages of the snapshot.
 pub(super) fn extents(
     regions: &[OwnerRegion],
     snapshot: &[Region],
@@ -111,7 +112,7 @@ pub(super) fn extents(
     disjoint(regions, "in the snapshot", |region| {
         (region.offset, region.len)
     })?;
-    // Disjoint ranges below 2^64 don't add up to more.
+    // Disjoint ranges below 2^64 can't overflow the sum.
     let owner: u64 = regions.iter().map(|region| region.len).sum();
     let memory: u64 = snapshot.iter().map(Region::bytes).sum();
     let end = regions
@@ -134,7 +135,7 @@ pub(super) fn extents(
             let to = (region.offset + region.len).min(ends);
             if from < to {
                 let offset = from - begins;
-                // All that it ends in is whole, or the next begins in a page's middle.
+                // An unaligned end needs no check: the next part would begin there.
                 if large && (!from.is_multiple_of(LARGE_SIZE) || !offset.is_multiple_of(LARGE_SIZE))
                 {
                     return Err(HandoverError::Straddles {
@@ -161,7 +162,7 @@ impl OwnerRegion {
         self.page_size == LARGE_SIZE
     }
 
-    /// Its addresses in the owner.
+    /// Returns its addresses in the owner.
     pub(super) fn addresses(&self) -> Range<u64> {
         self.address..self.address.saturating_add(self.len)
     }
@@ -249,7 +250,7 @@ mod tests {
 
     #[test]
     fn regions_may_come_in_any_order_and_be_cut_otherwise_than_in_the_snapshot() {
-        // The second lies lower in the owner, as with Firecracker.
+        // The second one is at a lower address in the owner, as with Firecracker.
         let owner = [of(5000, 3, 0), of(100, 5, 3)];
         assert_eq!(places(&owner, &[region(8, 0)]), [(5000, 3, 0), (100, 5, 3)]);
         assert_eq!(
@@ -342,7 +343,7 @@ mod tests {
                 if offset == (2 * LARGE_PAGES - 1) * PAGE),
             "{error}"
         );
-        // Small pages in front of it may be cut as they like, but the numbers of its pages must fit.
+        // Small pages before it may be cut anywhere, but its page numbers must be aligned.
         let mixed = [of(1000, LARGE_PAGES, 0), large(7, 4, 1)];
         let one = [region(5 * LARGE_PAGES, 0)];
         let sizes = extents(&mixed, &one).expect("they fit");

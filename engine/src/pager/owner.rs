@@ -1,4 +1,4 @@
-//! The process whose memory it is, and its end.
+//! The process that owns the memory, and its end.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -10,23 +10,23 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::session::{Decision, Failure, Fault, Guard};
 use snaprestore_uffd::os::kill_by_pidfd;
 
-/// What is done when a page that the owner waits for can't be restored.
+/// The action taken when a page that the owner waits for can't be restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnError {
-    /// The owner is killed while it waits. For the memory of a VM: whatever else its touch could come
-    /// to can read as zeros where KVM emulates.
+    /// Kill the owner while it waits. Meant for the memory of a VM: under KVM emulation, any other
+    /// outcome of the touch can read as zeros.
     #[default]
     Kill,
-    /// The page is poisoned: an instruction that touches it gets SIGBUS, a system call EFAULT. For
-    /// owners that are no VMs.
+    /// Poison the page: an instruction that touches it gets SIGBUS, a system call EFAULT. Meant for
+    /// owners that are not VMs.
     Poison,
 }
 
-/// An owner, by its pidfd.
+/// An owner, identified by its pidfd.
 #[derive(Debug)]
 pub(super) struct Owner {
     pidfd: OwnedFd,
-    /// Why it was killed, if it was.
+    /// The reason why it was killed, if it was.
     killed: Mutex<Option<String>>,
     gone: AtomicBool,
 }
@@ -44,13 +44,13 @@ impl Owner {
         self.pidfd.as_fd()
     }
 
-    /// Why it was killed, if it was.
+    /// Returns the reason why it was killed, if it was.
     pub(super) fn killed(&self) -> Option<String> {
         let killed = self.killed.lock();
         killed.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Ends it. Its memory must not be served wrongly, and it must not wait for ever.
+    /// Kills the owner. Its memory must not be served wrongly, and it must not wait forever.
     pub(super) fn kill(&self, why: &str) {
         let mut killed = self.killed.lock().unwrap_or_else(PoisonError::into_inner);
         if killed.is_some() {
@@ -58,18 +58,18 @@ impl Owner {
         }
         match kill_by_pidfd(self.pidfd()) {
             Ok(()) => {
-                // Whoever waits for the session's end is told.
+                // The reason is passed to whoever waits for the end of the session.
                 tracing::debug!(why, "the owner of the memory is killed");
                 *killed = Some(why.to_owned());
             }
             Err(Errno::ESRCH) => tracing::debug!(why, "the owner has ended by itself"),
-            // It was permitted when the session began. It is left waiting: nobody answers its faults,
-            // and the descriptor stays open.
+            // This was permitted when the session began. The owner is left waiting: nobody answers
+            // its faults, and the descriptor stays open.
             Err(errno) => tracing::error!(why, %errno, "the owner of the memory can't be killed"),
         }
     }
 
-    /// Whether it has ended.
+    /// Whether it has exited.
     pub(super) fn is_gone(&self) -> bool {
         if self.gone.load(Relaxed) {
             return true;
@@ -79,7 +79,7 @@ impl Owner {
         gone
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has exited.
     pub(super) fn wait_gone(&self) {
         while !self.is_gone() {
             self.poll(PollTimeout::NONE);
@@ -104,7 +104,7 @@ impl Guard for OwnerGuard {
             OnError::Poison => Decision::Poison,
             OnError::Kill => {
                 self.owner.kill(&failure.to_string());
-                // Nobody answers the fault: who waits there is about to end.
+                // Nobody answers the fault: the waiting process is about to be gone.
                 Decision::Forget
             }
         }

@@ -1,4 +1,4 @@
-//! Attaching to an owner, and the session that follows.
+//! Attaches to an owner, and runs the session that follows.
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -20,7 +20,7 @@ use snaprestore_uffd::os::{PageMap, may_kill, open_page_map};
 use snaprestore_uffd::uffd::{AdoptError, Features, Ioctls, Userfaultfd};
 use snaprestore_uffd::{PageSizeError, check_page_size};
 
-/// How the memory of an owner is served, being described.
+/// A builder for a session that serves the memory of an owner.
 #[must_use = "nothing happens before `attach`"]
 pub struct Pager {
     snapshot: Arc<Snapshot>,
@@ -28,46 +28,47 @@ pub struct Pager {
     on_error: OnError,
 }
 
-/// Why a session did not start. The userfaultfd is closed by then. An owner that has kept a descriptor of
-/// its own, as Firecracker does, waits at its next missing page, and is the caller's to end.
+/// The reason why a session did not start. The userfaultfd is closed by then. An owner that has
+/// kept a descriptor of its own, as Firecracker does, waits at its next missing page; the caller
+/// must kill it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// A page of the kernel is no page of a snapshot.
+    /// The kernel's page size is not that of a snapshot.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
     /// The regions don't fit the snapshot.
     #[error(transparent)]
     Handover(#[from] HandoverError),
-    /// The descriptor is no userfaultfd that can be served.
+    /// The descriptor is not a userfaultfd that can be served.
     #[error("the descriptor that was handed over can't be used")]
     Userfaultfd(#[from] AdoptError),
     /// The snapshot could not be read.
     #[error("the snapshot can't be read")]
     Snapshot(#[from] ReadError),
-    /// The owner may not be killed, and so could be left waiting for ever.
+    /// The owner may not be killed, and so could be left waiting forever.
     #[error("the process that handed its memory over may not be killed by this one")]
     NotPermitted(#[source] Errno),
-    /// The owner has pages of 2 MiB, and which of them are there can't be seen.
+    /// The owner has pages of 2 MiB, and its page map, which shows the present ones, can't be read.
     #[error(
         "the page map of the process that handed its memory over can't be read, which its pages of 2 MiB need: that \
          takes the permission to trace it (the same user, or CAP_SYS_PTRACE)"
     )]
     PageMap(#[source] io::Error),
-    /// A thread, memory or descriptor for the session itself could not be had. The owner was killed if
-    /// it had been served already.
+    /// A thread, memory or descriptor for the session itself is not available. If the owner had
+    /// been served already, it was killed.
     #[error("{what} can't be had{hint}")]
     Resources {
-        /// What.
+        /// The resource.
         what: &'static str,
-        /// The limit that was met, if one is known.
+        /// The limit that was reached, if known.
         hint: Hint,
-        /// Why.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// What holds the states of pages.
+/// Name of the memory that holds the page states.
 const TABLES: &str = "memory for the session's tables";
 
 impl AttachError {
@@ -80,19 +81,19 @@ impl AttachError {
     }
 }
 
-/// How a session ended.
+/// The way in which a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// Everything is there, and the memory is the owner's alone.
+    /// Everything is present, and only the owner uses the memory.
     Complete,
-    /// The owner has ended by itself.
+    /// The owner has exited by itself.
     OwnerGone,
     /// The owner was killed, for this reason.
     Killed(String),
 }
 
 impl Pager {
-    /// Serves an owner from `snapshot`.
+    /// Creates a builder for a session that serves an owner from `snapshot`.
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
         Self {
             snapshot,
@@ -103,7 +104,7 @@ impl Pager {
 
     crew_options!();
 
-    /// What is done when a page that the owner waits for can't be restored. Default
+    /// Sets the action taken when a page that the owner waits for can't be restored. Default:
     /// [`OnError::Kill`].
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.on_error = on_error;
@@ -119,10 +120,11 @@ impl Pager {
         self.serve(handover, tables, &[], begun)
     }
 
-    /// Tables for a session with these regions, in a memfd that can neither shrink nor grow: what has to
-    /// outlive whoever serves it. They have room for an owner that moves its memory (`mremap`) into 4096
-    /// pieces more than it has regions; one that has more is killed. [`Pager::resume`] begins with them, and goes on with them after the
-    /// process that did is gone.
+    /// Creates the tables for a session with these regions, in a memfd that can neither shrink nor
+    /// grow: the state that must outlive the serving process. They have room for an owner that
+    /// moves its memory (`mremap`) into 4096 more pieces than it has regions; an owner that exceeds
+    /// this is killed. [`Pager::resume`] starts a session with them, and continues it after the
+    /// serving process is gone.
     pub fn tables(&self, regions: &[OwnerRegion]) -> Result<OwnedFd, AttachError> {
         let extents = self.extents(regions)?;
         let made = State::shared(self.snapshot.page_slots(), &extents, State::SPARE_PIECES)
@@ -133,15 +135,15 @@ impl Pager {
         made.map_err(AttachError::resources(TABLES))
     }
 
-    /// Serves the memory that was handed over from now on, going on where `tables` say that it was left.
+    /// Serves the memory that was handed over from now on, continuing from the state in `tables`.
     ///
-    /// Whoever served it before must be gone: the whole process, as its pidfd tells. What it had read
-    /// and not recorded is recorded, and who waits is made to ask again. The regions are those of the
-    /// handover, whatever the owner has done with its memory since. `quarantined` are frames, by their offset
-    /// in the file, that are not to be decoded: [`Vitals::decoding`](super::Vitals::decoding) tells on
-    /// which a process died.
+    /// The previous serving process must be gone entirely, as its pidfd tells. Messages that it had
+    /// read but not recorded are recorded, and waiting threads are made to fault again. The regions
+    /// are those of the handover, whatever the owner has done with its memory since. `quarantined`
+    /// are frames, by their offset in the file, that must not be decoded:
+    /// [`Vitals::decoding`](super::Vitals::decoding) returns those on which a process died.
     ///
-    /// If this fails nobody serves the owner, and the tables are as they were.
+    /// If this fails, nobody serves the owner, and the tables are unchanged.
     pub fn resume(
         self,
         handover: Handover,
@@ -177,13 +179,13 @@ impl Pager {
             Some(given) => Some(given),
             None => Some(open_page_map(handover.owner.as_fd()).map_err(AttachError::PageMap)?),
         };
-        // What doesn't overflow was checked with the extents.
+        // These sums were checked for overflow with the extents.
         let mut registered: Vec<_> = handover
             .regions
             .iter()
             .map(OwnerRegion::addresses)
             .collect();
-        // Where the owner has moved its memory to, if it has.
+        // The places to which the owner has moved its memory.
         registered.extend(state.map().extents().map(|extent| extent.addresses()));
         let (fd, none) = (handover.userfaultfd, Features::EMPTY);
         let uffd = Userfaultfd::adopt_foreign(fd, none, Ioctls::EMPTY, &registered)?;
@@ -221,8 +223,8 @@ impl Pager {
 
 /// A session that serves another process.
 ///
-/// Dropping it before it has ended kills the owner, and waits for its end. In a forked child nothing
-/// is done.
+/// Dropping it before it has ended kills the owner and waits until the owner has exited. In a
+/// forked child nothing is done.
 pub struct Paged {
     running: Arc<Runtime>,
     threads: Threads,
@@ -238,7 +240,7 @@ impl std::fmt::Debug for Paged {
 }
 
 impl Paged {
-    /// How it ended, if it has.
+    /// Returns how the session ended, if it has.
     pub fn ending(&self) -> Option<Ending> {
         if self.running.is_complete() {
             return Some(Ending::Complete);
@@ -250,30 +252,31 @@ impl Paged {
         Some(killed.unwrap_or(Ending::OwnerGone))
     }
 
-    /// The pidfd of the owner, which can be read when it has ended.
+    /// Returns the pidfd of the owner, which becomes readable when the owner has exited.
     pub fn owner(&self) -> BorrowedFd<'_> {
         self.owner.pidfd()
     }
 
-    /// Waits until it has ended.
+    /// Waits until the session has ended.
     pub fn wait(&self) -> Ending {
         self.running.wait_served_out();
         loop {
             if let Some(ending) = self.ending() {
                 return ending;
             }
-            // The session can't go on, and the owner was killed.
+            // The session could not continue, and the owner was killed.
             self.owner.wait_gone();
         }
     }
 
-    /// Waits until prefetch is at its end, or the session. True if everything is there.
+    /// Waits until prefetch has finished, or the session has ended. Returns `true` if everything is
+    /// present.
     pub fn wait_complete(&self) -> bool {
         self.running.wait_complete()
     }
 
-    /// Installs what is missing and lets the owner go. False if that can't be done; it goes on as
-    /// before then, or has ended: [`Paged::ending`] tells.
+    /// Installs the missing pages and releases the owner. Returns `false` if that fails; the
+    /// session then continues as before, or has ended, as [`Paged::ending`] returns.
     pub fn complete(&self) -> bool {
         if self.running.install_rest() {
             self.wait();
@@ -281,19 +284,20 @@ impl Paged {
         self.running.is_complete()
     }
 
-    /// Kills the owner, for this reason, if it has not ended: it shall not be served any more.
+    /// Kills the owner for the given reason, unless it has exited: it must not be served any more.
     pub fn end(&self, why: &str) {
         if self.ending().is_none() {
             self.owner.kill(why);
         }
     }
 
-    /// What was done so far.
+    /// Returns the statistics so far.
     pub fn stats(&self) -> Stats {
         self.running.stats()
     }
 
-    /// The pages that could not be restored when they were wanted, the first thousand of them.
+    /// Returns the failures of pages that could not be restored when they were wanted: the first
+    /// thousand.
     pub fn failures(&self) -> Vec<Failure> {
         self.running.session.failures().0
     }
@@ -302,20 +306,21 @@ impl Paged {
 impl Drop for Paged {
     fn drop(&mut self) {
         if self.running.is_of_parent() {
-            // A forked child: the session, and the owner, are the parent's.
+            // A forked child: the session and the owner are the parent's.
             std::mem::forget(std::mem::take(&mut self.threads));
             std::mem::forget(Arc::clone(&self.running));
             return;
         }
         let session = &self.running.session;
-        // What is complete is so for good, though its threads may be about to say it.
+        // A complete session stays complete, although its threads may not have reported it yet.
         if !session.is_complete() && self.ending().is_none() {
             self.owner.kill("its pager ends");
         }
         session.end();
         self.running.end_threads(&mut self.threads);
         if !session.is_complete() && !session.is_owner_gone() {
-            // What is missing becomes zeros when the descriptor closes: nobody may be left to see it.
+            // Missing pages become zeros when the descriptor closes, so nobody may be left to see
+            // them.
             self.owner.wait_gone();
         }
         self.running.session.platform.close();

@@ -1,4 +1,4 @@
-//! What to restore, and how.
+//! Builder for a restore into this process.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,7 +25,7 @@ use super::guard::{Asker, Owner};
 use super::restored::{self, Restored, RestoredRegion};
 use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, crew_options};
 
-/// A restore into this process, being described.
+/// A builder for a restore into this process.
 #[must_use = "nothing happens before `start`"]
 pub struct Restore {
     pub(super) snapshot: Arc<Snapshot>,
@@ -39,11 +39,11 @@ pub struct Restore {
     pub(super) observer: Option<Box<dyn Fn(u64) + Send + Sync>>,
 }
 
-/// Why a restore did not start. Nothing is left mapped or running.
+/// The reason why a restore did not start. Nothing is left mapped or running.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// This machine or process may not use userfaultfd as asked.
+    /// This machine or process may not use userfaultfd as requested.
     #[error("userfaultfd can't be used")]
     Userfaultfd(#[from] OpenError),
     /// The snapshot could not be read.
@@ -54,22 +54,22 @@ pub enum StartError {
     Memory {
         /// Number of the region.
         region: usize,
-        /// Its length.
+        /// Length of the region in bytes.
         bytes: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: MemError,
     },
-    /// The caller's memory doesn't fit the region.
+    /// The length of the caller's memory differs from the region's.
     #[error("the memory given for region {region} has {given} bytes, but the region has {needed}")]
     RegionLength {
         /// Number of the region.
         region: usize,
-        /// What was given.
+        /// Length of the given memory in bytes.
         given: u64,
-        /// What the snapshot says.
+        /// Length of the region in the snapshot.
         needed: u64,
     },
-    /// The caller's memory is of a kind that can't be restored into: shared, of a file, or of huge
+    /// The caller's memory can't be restored into: it is shared, file-backed, or consists of huge
     /// pages.
     #[error(
         "the memory given for region {region} at {address:#x} is not private anonymous memory of 4 KiB pages"
@@ -77,15 +77,15 @@ pub enum StartError {
     Unsuitable {
         /// Number of the region.
         region: usize,
-        /// Where it isn't.
+        /// An address that is not such memory.
         address: u64,
     },
-    /// The same memory was given for two regions.
+    /// Two regions were given the same memory.
     #[error("the memory given for region {region} at {address:#x} is given for another region too")]
     Overlap {
         /// Number of one of them.
         region: usize,
-        /// Where it starts.
+        /// The start of its memory.
         address: u64,
     },
     /// Memory was given for a region that the snapshot doesn't have.
@@ -93,20 +93,20 @@ pub enum StartError {
         "memory was given for region {region}, but the snapshot has {count} regions, numbered from 0"
     )]
     NoSuchRegion {
-        /// Number given.
+        /// The given region number.
         region: usize,
-        /// Regions of the snapshot.
+        /// Number of regions in the snapshot.
         count: usize,
     },
-    /// A range could not be registered.
+    /// A region could not be registered.
     #[error("region {region} can't be registered with userfaultfd")]
     Register {
         /// Number of the region.
         region: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: RegisterError,
     },
-    /// A page is there already, so it would not be restored.
+    /// A page is already present, so it would not be restored.
     #[error(
         "the memory for region {region} is not empty: a page is present at {address:#x}. Give fresh anonymous memory; \
          under mlockall(MCL_FUTURE) map it PROT_NONE, munlock it, and mprotect it before"
@@ -117,7 +117,8 @@ pub enum StartError {
         /// The first page that is present.
         address: u64,
     },
-    /// Whether the caller's memory is empty and of the right kind can't be seen.
+    /// The kernel interface needed to prove that the caller's memory is empty and of the right kind
+    /// is not available.
     #[error(
         "that the memory given for region {region} is empty private memory can't be proved without {file}: mount /proc, \
          start while the process is dumpable (prctl PR_SET_DUMPABLE), or let the engine map the memory"
@@ -127,25 +128,25 @@ pub enum StartError {
         region: usize,
         /// The file that can't be read.
         file: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A page of the kernel is no page of a snapshot.
+    /// The kernel's page size is not that of a snapshot.
     #[error(transparent)]
     PageSize(#[from] PageSizeError),
-    /// Bad pages were to be poisoned, which this kernel can't do.
+    /// The failure policy poisons pages, which this kernel can't do.
     #[error(
         "pages can't be poisoned on this kernel (UFFDIO_POISON needs Linux 6.6): choose another way to treat failures"
     )]
     NoPoison,
-    /// Memory for the session's tables or threads.
+    /// A resource for the session's tables or threads is not available.
     #[error("{what} can't be made{hint}")]
     Resources {
-        /// What.
+        /// The resource.
         what: &'static str,
-        /// The limit that was met, if one is known.
+        /// The limit that was reached, if known.
         hint: Hint,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -161,8 +162,8 @@ impl StartError {
 }
 
 impl Restore {
-    /// Restores `snapshot` into memory of this process: mapped by the engine, unless given by
-    /// [`Restore::region`].
+    /// Creates a builder that restores `snapshot` into memory of this process. The engine maps the
+    /// memory, except for regions given by [`Restore::region`].
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
         Self {
             snapshot,
@@ -177,8 +178,8 @@ impl Restore {
         }
     }
 
-    /// Restores region `index` into the caller's memory, which must have its length and be empty.
-    /// The [`Restored`] keeps it, and nobody else has it:
+    /// Restores region `index` into the caller's memory, which must be empty and have the region's
+    /// length. The [`Restored`] takes ownership of it:
     ///
     /// ```compile_fail,E0382
     /// # use snaprestore_engine::{restore::Restore, uffd::memory::RawRegion};
@@ -188,8 +189,8 @@ impl Restore {
     /// # }
     /// ```
     ///
-    /// Making sure of its kind takes up to 25 ms for each GiB that the
-    /// process has resident, in small pages, at lower addresses.
+    /// Checking the kind of memory takes up to 25 ms per GiB of the process's resident small pages
+    /// at lower addresses.
     pub fn region(mut self, index: usize, memory: RawRegion) -> Self {
         self.regions.insert(index, memory);
         self
@@ -197,56 +198,56 @@ impl Restore {
 
     crew_options!();
 
-    /// What is done when a touched page can't be restored. Default [`FailurePolicy::Poison`]; for a
-    /// VM's memory choose
-    /// [`FailurePolicy::Abort`].
+    /// Sets the action taken when a touched page can't be restored. Default:
+    /// [`FailurePolicy::Poison`]. For a VM's memory choose [`FailurePolicy::Abort`].
     pub fn on_failure(mut self, on_failure: FailurePolicy) -> Self {
         self.on_failure = on_failure;
         self
     }
 
-    /// Permits a userfaultfd that serves faults of user code only, where another is not permitted.
-    /// A system call or virtual CPU that touches a missing page then fails with EFAULT, other than
-    /// [`Restored::read_at`]. [`Restored::is_user_mode_only`] tells which it is. Default: no.
+    /// Permits a userfaultfd that serves only faults of user code, if no other kind is permitted. A
+    /// system call or virtual CPU that touches a missing page then fails with EFAULT, except
+    /// [`Restored::read_at`]. [`Restored::is_user_mode_only`] returns which kind it is. Default:
+    /// no.
     pub fn user_mode_only(mut self, permitted: bool) -> Self {
         self.user_mode_only = permitted;
         self
     }
 
-    /// Whether the longest runs of zeros, in whole 2 MiB, are left to the kernel, which serves them
-    /// at its own price. It happens in memory that the engine maps; in memory that is given with
-    /// [`Restore::region`] everything is registered, since nothing would be heard of what is
-    /// unmapped or moved in a range that isn't. Say no if memory will be moved by `mremap`, which
-    /// can't move a range that is registered in parts. Default: yes.
+    /// Sets whether the longest runs of zeros, in whole 2 MiB, are left to the kernel, which serves
+    /// them at its own cost. This affects only memory that the engine maps. Memory given with
+    /// [`Restore::region`] is registered completely, because an unregistered range reports no
+    /// unmapping or move. Disable this if the memory will be moved by `mremap`, which can't move a
+    /// partly registered range. Default: yes.
     pub fn leave_zero_runs(mut self, leave: bool) -> Self {
         self.leave_zero_runs = leave;
         self
     }
 
-    /// Has the kernel make huge pages of the memory when it is complete, wherever all of one is
-    /// there (Linux 6.1; before, nothing is done). What was discarded, or left to the kernel, gets
-    /// no memory by that. Default: no.
+    /// Sets whether the kernel is asked to form huge pages when the memory is complete, wherever
+    /// all small pages of one are present (Linux 6.1 or later; no effect before). Memory that was
+    /// discarded, or left to the kernel, is not allocated by this. Default: no.
     pub fn huge_pages(mut self, advise: bool) -> Self {
         self.huge_pages = advise;
         self
     }
 
-    /// Hides a part of the kernel, to try what an older one would do.
+    /// Hides features of the kernel, to test the behavior on an older one.
     pub fn mask(mut self, mask: Mask) -> Self {
         self.mask = mask;
         self
     }
 
-    /// Called with the number of each page that a touch brought in, in that order, by the thread
-    /// that served it: the working set of whoever runs. What it may do is said in
-    /// [the module](super#callbacks).
+    /// Sets a callback that receives the number of each page that a touch loaded, in that order:
+    /// the working set of the program. The thread that served the page calls it. [The
+    /// module](super#callbacks) describes what it may do.
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));
         self
     }
 
-    /// Maps what has to be mapped, registers it, starts the threads, and returns: the memory may be
-    /// touched.
+    /// Maps the memory that the caller did not give, registers it and starts the threads. When this
+    /// returns, the memory may be touched.
     pub fn start(mut self) -> Result<Restored, StartError> {
         let begun = Instant::now();
         check_page_size()?;
@@ -265,7 +266,7 @@ impl Restore {
         check_heap(self.crew.threads())?;
         let image =
             SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
-        // Dropped after all that is made below: the userfaultfd is closed by then.
+        // Dropped after everything that is created below, when the userfaultfd is already closed.
         let mut in_children = LeftOutOfChildren::default();
         let uffd = self.open_userfaultfd()?;
         let user_mode_only = uffd.is_user_mode_only();
@@ -280,7 +281,7 @@ impl Restore {
         left.sort_unstable_by_key(|run| run.start);
         let pagemap = Pagemap::open();
         let mut by_address: Vec<_> = regions.iter().zip(needed).enumerate().collect();
-        // What knows of each of many is then made longer at its end.
+        // In order of addresses, so that lists of the ranges grow at their end.
         by_address.sort_unstable_by_key(|(_, (memory, _))| memory.address());
         let mut kept = Vec::new();
         for (index, (memory, region)) in by_address {
@@ -341,7 +342,8 @@ impl Restore {
         }
     }
 
-    /// While one fault thread is stuck in an observer that touches memory, another reads of it.
+    /// Adds a second fault thread if there is an observer: if one thread is stuck in an observer
+    /// that touches the memory, the other reads its fault.
     fn watch_observer(&mut self) {
         if self.observer.is_some() {
             self.crew.fault_threads = self.crew.fault_threads.max(2);
@@ -361,7 +363,7 @@ impl Restore {
             .open()
     }
 
-    /// Registers the memory of one region, but for the runs that are left to the kernel.
+    /// Registers the memory of one region, except for the runs that are left to the kernel.
     fn register(
         &self,
         uffd: &Userfaultfd,
@@ -396,7 +398,7 @@ impl Restore {
         Ok(())
     }
 
-    /// The memory of each region: the caller's, or new.
+    /// Returns the memory of each region: the caller's, or newly mapped.
     fn memory(&mut self) -> Result<Vec<RawRegion>, StartError> {
         let regions = self.snapshot.regions()?.iter().enumerate();
         regions
@@ -415,7 +417,7 @@ impl Restore {
     }
 }
 
-/// Where the pages of the regions are.
+/// Returns where the pages of the regions are.
 fn extents(regions: &[RawRegion], needed: &[Region]) -> Vec<Extent> {
     let extents = regions.iter().zip(needed).map(|(memory, region)| Extent {
         address: memory.address(),
@@ -426,7 +428,7 @@ fn extents(regions: &[RawRegion], needed: &[Region]) -> Vec<Extent> {
     extents.filter(|extent| extent.pages > 0).collect()
 }
 
-/// The regions as their users see them.
+/// Returns the regions as their users see them.
 fn named(regions: &[RawRegion], needed: &[Region]) -> Vec<RestoredRegion> {
     let named = regions.iter().zip(needed);
     named
@@ -441,7 +443,7 @@ fn named(regions: &[RawRegion], needed: &[Region]) -> Vec<RestoredRegion> {
         .collect()
 }
 
-/// Proves that the memory of one region, which is registered, is empty.
+/// Proves that the registered memory of one region is empty.
 fn prove_empty(
     pagemap: Result<&Pagemap, &io::Error>,
     index: usize,
@@ -453,8 +455,8 @@ fn prove_empty(
         Err(error) => Err(copy_of(error)),
     };
     let populated = populated.or_else(|source| {
-        // Without /proc, or in a process that is not dumpable. Of memory that was mapped just
-        // now less has to be known.
+        // Without /proc, or in a process that is not dumpable. Memory that the engine has just
+        // mapped needs fewer checks.
         if memory.is_owned() {
             tracing::debug!(%source, "the memory is looked at by mincore");
             first_resident(address, len)
@@ -476,7 +478,7 @@ fn prove_empty(
     }
 }
 
-/// An error can't be cloned, and this one may be wanted for each region.
+/// Copies an error, because it can't be cloned and may be needed for each region.
 fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(errno) => io::Error::from_raw_os_error(errno),
@@ -484,14 +486,15 @@ fn copy_of(error: &io::Error) -> io::Error {
     }
 }
 
-/// Memory that is left out of children until it is complete, or, if the restore doesn't start,
-/// until this is dropped.
+/// Memory that is left out of forked children until it is complete or, if the restore doesn't
+/// start, until this is dropped.
 #[derive(Default)]
 struct LeftOutOfChildren<'a>(Vec<(&'a RawRegion, Range<u64>)>);
 
 impl<'a> LeftOutOfChildren<'a> {
-    /// Leaves the memory of a region out. `dont_fork` are the addresses that the caller has left out
-    /// by itself: returns the pages there, which are to be left out in the end as well.
+    /// Leaves the memory of a region out of forked children. `dont_fork` are the addresses that the
+    /// caller has already left out. Returns the pages at these addresses, which must stay left out
+    /// in the end.
     fn leave_out(
         &mut self,
         index: usize,
@@ -517,7 +520,7 @@ impl<'a> LeftOutOfChildren<'a> {
         Ok(kept.into_iter())
     }
 
-    /// The restore has started, and undoes it in the end.
+    /// Keeps the memory left out: the restore has started, and undoes it in the end.
     fn keep(mut self) {
         self.0.clear();
     }
@@ -534,12 +537,13 @@ impl Drop for LeftOutOfChildren<'_> {
     }
 }
 
-/// Room on the heap for a session's tables, and for the stack and buffers of each thread.
+/// Heap reserve for a session's tables, and for the stack and buffers of each thread.
 const HEAP: u64 = 8 << 20;
 const HEAP_PER_THREAD: u64 = 6 << 20;
 
-/// An allocation that fails ends the process. So it is seen here, where it is an error, whether there is
-/// room for those that follow: the process may be limited.
+/// Checks that the heap has room for the allocations that follow. A failing allocation aborts the
+/// process, so in a process with a memory limit the shortage is detected here, where it is an
+/// error.
 fn check_heap(threads: usize) -> Result<(), StartError> {
     let bytes = HEAP + threads as u64 * HEAP_PER_THREAD;
     match Mapping::new(bytes) {
@@ -551,7 +555,7 @@ fn check_heap(threads: usize) -> Result<(), StartError> {
     }
 }
 
-/// Memory for a region, made here.
+/// Maps memory for a region.
 fn new_memory(region: usize, start: u64, bytes: u64) -> Result<RawRegion, StartError> {
     MappingOptions::new()
         .congruent_to(start)
@@ -564,8 +568,9 @@ fn new_memory(region: usize, start: u64, bytes: u64) -> Result<RawRegion, StartE
         })
 }
 
-/// Memory that the caller gives is its own, each piece once: in shared memory and files there are
-/// pages that raise no fault. Returns the addresses that are left out of children already, in order.
+/// Checks that the caller's memory is private and that no piece is given twice: shared memory and
+/// files contain pages that raise no fault. Returns the addresses that are already left out of
+/// forked children, in order.
 fn check_given(given: &BTreeMap<usize, RawRegion>) -> Result<Vec<Range<u64>>, StartError> {
     let mut by_address: Vec<_> = given.iter().collect();
     by_address.sort_by_key(|(_, memory)| memory.address());
@@ -597,7 +602,7 @@ fn check_given(given: &BTreeMap<usize, RawRegion>) -> Result<Vec<Range<u64>>, St
     })
 }
 
-/// The parts of `range` that are in one of `runs`, which are in order and apart.
+/// Returns the parts of `range` that are inside one of `runs`, which must be sorted and disjoint.
 fn within(range: Range<u64>, runs: &[Range<u64>]) -> Vec<Range<u64>> {
     let first = runs.partition_point(|run| run.end <= range.start);
     let cut = |run: &Range<u64>| run.start.max(range.start)..run.end.min(range.end);
@@ -605,7 +610,7 @@ fn within(range: Range<u64>, runs: &[Range<u64>]) -> Vec<Range<u64>> {
     parts.take_while(|part| !part.is_empty()).collect()
 }
 
-/// The parts of `range` that are in none of `runs`, which are in order and apart.
+/// Returns the parts of `range` that are outside all `runs`, which must be sorted and disjoint.
 pub(super) fn without(range: Range<u64>, runs: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut parts = Vec::new();
     let mut next = range.start;

@@ -1,4 +1,4 @@
-//! What happens to this process when a page can't be restored.
+//! Failure policy of a restore into this process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,13 +24,13 @@ enum Policy {
     Ask(Arc<Questions>),
 }
 
-/// The thread that asks, before it runs.
+/// The state of the asking thread, before it runs.
 pub(super) struct Asker {
     callback: Callback,
     questions: Arc<Questions>,
 }
 
-/// How often the asking thread looks whether the session has ended.
+/// Interval at which the asking thread checks whether the session has ended.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 impl Asker {
@@ -41,7 +41,8 @@ impl Asker {
         }
     }
 
-    /// Asks until the session ends. The faults wait meanwhile; others are served.
+    /// Asks the callback about failures until the session ends. The faulting threads wait
+    /// meanwhile; other faults are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         while !session.is_ending() {
             let Some(failure) = self.questions.next(ASK_AGAIN) else {
@@ -50,7 +51,7 @@ impl Asker {
             let page = failure.page;
             let verdict = (self.callback)(&failure);
             if session.is_ending() {
-                // It took so long that the restore was given up, and its pages with it.
+                // The callback took so long that the restore was given up, with all its pages.
                 return;
             }
             match verdict {
@@ -61,7 +62,7 @@ impl Asker {
         }
     }
 
-    /// Calls `verdict` with each fault that waits for one about `page`.
+    /// Calls `verdict` with each fault that waits for a decision about `page`.
     fn each(&self, page: u64, verdict: impl Fn(Fault)) {
         loop {
             let faults = self.questions.take(page);
@@ -88,7 +89,8 @@ impl Guard for Owner {
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision {
         match &self.policy {
             Policy::Poison => Decision::Poison,
-            // The asking thread runs until the session ends, and then nobody is served any more.
+            // The asking thread runs until the session ends. After that no fault is served any
+            // more.
             Policy::Ask(questions) => questions.ask(fault, failure),
             Policy::Abort => abort(&failure.to_string()),
         }

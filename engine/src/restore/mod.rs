@@ -1,14 +1,14 @@
-//! Restoring into one's own process.
+//! Restores a snapshot into the calling process.
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use snaprestore_engine::restore::{OnFailure, Prefetch, Restore};
+//! use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore};
 //! use snapshot_format::Snapshot;
 //!
 //! let snapshot = Arc::new(Snapshot::open_path("guest.snap")?);
 //! let restored = Restore::new(snapshot)
 //!     .prefetch(Prefetch::All)
-//!     .on_failure(OnFailure::Abort)
+//!     .on_failure(FailurePolicy::Abort)
 //!     .start()?;
 //! for region in restored.regions() {
 //!     println!("{:#x}: {} bytes at {:p}", region.start, region.len(), region.as_ptr());
@@ -18,74 +18,75 @@
 //! ```
 //!
 //! [`Restore::start`] maps memory (or takes the caller's), registers it with a userfaultfd and
-//! returns at once. From then on the memory may be touched by any thread and by virtual CPUs: what
-//! is missing arrives while the toucher waits. When everything has arrived, the memory is
-//! unregistered and the engine's threads end.
+//! returns at once. From then on any thread and any virtual CPU may touch the memory: a thread that
+//! touches a missing page waits until the page arrives. When all pages have arrived, the memory is
+//! unregistered and the engine's threads exit.
 //!
 //! # Threads
 //!
-//! | name | how many | what |
+//! | name | number | task |
 //! | --- | --- | --- |
 //! | `snap-fault-N` | [`Restore::fault_threads`] | read faults and events, serve faults |
-//! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | read, decode and install ahead of faults |
+//! | `snap-fetch-N` | a pool for all restores that share it ([`Shared`]) | prefetch |
 //! | `snap-ask` | 1 with [`FailurePolicy::Ask`] | calls the callback |
-//! | `snap-brake` | 1 while a restore is given up under many discards | slows them down, without the hook |
+//! | `snap-brake` | 1 while a restore is given up under many discards | slows them down (no hook) |
 //!
-//! When a [`Restored`] is dropped or was stopped its threads have ended, unless a callback does not
-//! return, and those of the pool if no other restore wants something fetched. All block every signal
-//! and start no others. They take neither a real-time policy nor fewer cores than the main thread has
-//! from the thread that starts them: one that spins for a page under `SCHED_FIFO` on the only core
-//! of its handler would wait for ever. After the hook of [`Restore::on_thread_start`] has run they
-//! make only the system calls of [`SYSTEM_CALLS`], and those that the snapshot's store, the
-//! callbacks and the tracing subscriber make.
+//! When a [`Restored`] was dropped or stopped, its threads have exited, unless a callback does not
+//! return. The threads of the pool have exited, too, if no other restore has a prefetch. All
+//! threads block every signal and start no others. They inherit neither a real-time policy nor an
+//! affinity smaller than the main thread's from the thread that starts them: a thread that spins
+//! for a page under `SCHED_FIFO` on the only core of its handler would wait forever. After the hook
+//! of [`Restore::on_thread_start`] has run, they make only the system calls of [`SYSTEM_CALLS`],
+//! and those that the snapshot's store, the callbacks and the tracing subscriber make.
 //!
 //! # Callbacks
 //!
-//! The observer ([`Restore::on_first_touch`]), the callback of [`FailurePolicy::Ask`], the hook of
-//! [`Restore::on_thread_start`], the snapshot's [`Store`](snapshot_format::Store) and the tracing
-//! subscriber are called by the engine's threads while somebody waits for a page.
+//! The engine's threads call the observer ([`Restore::on_first_touch`]), the callback of
+//! [`FailurePolicy::Ask`], the hook of [`Restore::on_thread_start`], the snapshot's
+//! [`Store`](snapshot_format::Store) and the tracing subscriber while other threads may wait for a
+//! page.
 //!
-//! A callback that
+//! What happens if a callback
 //!
 //! - touches memory that its own session restores: the process is aborted with the reason, as soon
-//!   as another thread reads the fault, in [`Restored`]'s drop at the latest;
-//! - calls [`Restored::read_at`], or [`Restored::stop`] with [`StopMode::Complete`]: gets the error
-//!   `InCallback`;
-//! - calls [`Restored::wait_complete`]: comes back at once;
-//! - drops the [`Restored`], or gives it up: all is done but waiting for the threads, which end when
-//!   the callback has returned;
+//!   as another thread reads the fault, at the latest when the [`Restored`] is dropped;
+//! - calls [`Restored::read_at`], or [`Restored::stop`] with [`StopMode::Complete`]: the call
+//!   returns the error `InCallback`;
+//! - calls [`Restored::wait_complete`]: the call returns at once;
+//! - drops the [`Restored`], or gives it up: everything is done except waiting for the threads,
+//!   which exit when the callback has returned;
 //! - does not return: its page waits; drop and stop leave its thread behind after two seconds;
 //! - panics: the process is aborted with the reason.
 //!
-//! Touching means system calls on that memory, too. Memory of other sessions may be touched. A
-//! thread that was left behind cannot reach the memory any more: it would do so through the
+//! System calls on that memory count as touching it, too. Memory of other sessions may be touched.
+//! A thread that was left behind can't reach the memory any more: it could do so only through the
 //! userfaultfd, which is closed.
 //!
 //! Every abort writes one line with the reason to standard error, with or without a subscriber.
 //!
 //! # Under KVM
 //!
-//! The regions become memory slots, and a virtual CPU that touches a missing page waits in the kernel
-//! until it is there. Choose [`FailurePolicy::Abort`], since a poisoned page can read as zeros where KVM
-//! emulates an instruction, don't permit [`Restore::user_mode_only`], and keep the [`Restored`] as
-//! long as the VM. `examples/microvm` is a whole launcher.
+//! The regions become memory slots, and a virtual CPU that touches a missing page waits in the
+//! kernel until the page is present. Choose [`FailurePolicy::Abort`], because a poisoned page can
+//! read as zeros where KVM emulates an instruction. Don't permit [`Restore::user_mode_only`], and
+//! keep the [`Restored`] as long as the VM. `examples/microvm` is a complete launcher.
 //!
-//! # What memory may do meanwhile
+//! # Permitted operations on the memory
 //!
-//! The owner may discard (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on), `mprotect`, and, where
-//! the memory is its own ([`Restore::region`]), `munmap` and `mremap`. Until the restore is
-//! complete the memory is left out of children (`MADV_DONTFORK`): a child could not be served past
-//! the parent's end. When the restore is complete, was stopped, or didn't start, children get it
-//! again (`MADV_DOFORK`), but for what the owner had left out itself before. A child that drops its
-//! copy of the [`Restored`] changes nothing.
+//! The owner may discard memory (`MADV_DONTNEED`, `MADV_FREE`: zeros from then on) and `mprotect`
+//! it. If the memory is its own ([`Restore::region`]), it may also `munmap` and `mremap` it. Until
+//! the restore is complete, the memory is left out of forked children (`MADV_DONTFORK`), because a
+//! child could not be served after the parent's exit. When the restore is complete, was stopped, or
+//! failed to start, children get the memory again (`MADV_DOFORK`), except for parts that the owner
+//! itself had left out before. A child that drops its copy of the [`Restored`] changes nothing.
 //!
-//! Memory that was unmapped costs the restore nothing more. What is moved piece by piece is
-//! remembered piece by piece, as many as there are.
+//! Unmapped memory costs the restore nothing more. Memory that is moved in pieces is tracked piece
+//! by piece, without a limit on their number.
 //!
-//! - `/proc/PID/mem` and ptrace don't wait for a page that is missing: debuggers and others who use
-//!   them get EIO. [`Restored::read_at`] waits.
-//! - Guard pages (`MADV_GUARD_INSTALL`) in memory that is not complete are overwritten when their
-//!   page arrives. Install them when the restore is complete.
+//! - `/proc/PID/mem` and ptrace don't wait for a missing page: debuggers and other users of them
+//!   get EIO. [`Restored::read_at`] waits.
+//! - Guard pages (`MADV_GUARD_INSTALL`) in incomplete memory are overwritten when their page
+//!   arrives. Install them when the restore is complete.
 
 mod builder;
 mod guard;

@@ -1,5 +1,4 @@
-//! The questions that the asking thread has to put: one for each page, however many faults wait for
-//! it.
+//! Questions for the asking thread: one per page, however many faults wait for the page.
 //!
 //! ```text
 //!            ask                 callback                        close
@@ -7,8 +6,8 @@
 //!                                 ──▶ Retry: served after a pause ─▶ gone
 //! ```
 //!
-//! A toucher that a signal interrupts faults anew on the same page. Such a fault joins the question
-//! about its page, without the page being read again, until the question is gone.
+//! A signal that interrupts a waiting thread makes it fault again on the same page. Such a fault
+//! joins the question about its page, without another read of the page, until the question is gone.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use crate::session::{Decision, Failure, Fault};
 
-/// The open questions.
+/// Open questions.
 #[derive(Debug, Default)]
 pub(super) struct Questions {
-    /// How many there are: looked at for each fault, without the lock.
+    /// Number of open questions; checked for each fault without taking the lock.
     count: AtomicUsize,
     open: Mutex<Open>,
     changed: Condvar,
@@ -30,18 +29,18 @@ struct Open {
     questions: Vec<Question>,
 }
 
-/// A page about which is being decided.
+/// A page whose failure is being decided.
 #[derive(Debug)]
 struct Question {
     failure: Failure,
-    /// One fault for each address at which the page was touched: it may have moved.
+    /// One fault for each address at which the page was touched; the page may have moved.
     faults: Vec<Fault>,
-    /// Whether the callback is deciding about it.
+    /// Whether the callback is deciding about the page.
     asked: bool,
 }
 
 impl Questions {
-    /// Puts a question, unless there is one about the same page.
+    /// Asks a question, unless there is already one about the same page.
     pub(super) fn ask(&self, fault: Fault, failure: &Failure) -> Decision {
         let mut open = self.lock();
         if let Some(question) = open.about(failure.page) {
@@ -66,7 +65,7 @@ impl Questions {
         Some(self.lock().about(page)?.join(fault))
     }
 
-    /// The next failure to ask about; waits for one at most `patience`.
+    /// Returns the next failure to ask about; waits for one for at most `patience`.
     pub(super) fn next(&self, patience: Duration) -> Option<Failure> {
         let deadline = Instant::now() + patience;
         let mut open = self.lock();
@@ -84,10 +83,10 @@ impl Questions {
         }
     }
 
-    /// The faults that the verdict about `page` is for. None: all were dealt with, and the question
-    /// is gone.
+    /// Takes the faults to which the decision about `page` applies. An empty list means that all
+    /// were handled and the question is gone.
     ///
-    /// The question stays until then, so that no fault asks again meanwhile.
+    /// The question stays open until then, so that no further fault asks again.
     pub(super) fn take(&self, page: u64) -> Vec<Fault> {
         let mut open = self.lock();
         let faults = open.about(page).map(|it| std::mem::take(&mut it.faults));
@@ -99,7 +98,8 @@ impl Questions {
         faults
     }
 
-    /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the list. It is consistent after every statement, so a panic elsewhere leaves nothing
+    /// to repair.
     fn lock(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Leave);
         assert_eq!((asked(&questions), asked(&questions)), (Some(7), Some(8)));
         assert_eq!(asked(&questions), None);
-        // Faults join while it is asked, and while those before them are poisoned.
+        // Faults join while the question is being asked, and while earlier faults are poisoned.
         assert_eq!(questions.join(fault(1), 7), Some(Decision::Forget));
         let addresses = |faults: Vec<Fault>| faults.iter().map(|f| f.address).collect::<Vec<_>>();
         assert_eq!(addresses(questions.take(7)), [1, 2]);

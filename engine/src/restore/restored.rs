@@ -1,4 +1,4 @@
-//! A restore that runs.
+//! A running restore.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,122 +16,123 @@ use snaprestore_uffd::to_usize;
 use super::builder::without;
 use super::huge;
 
-/// Memory that is being restored.
+/// A region whose memory is being restored.
 #[derive(Clone, Debug)]
 pub struct RestoredRegion {
     /// The region's name in the snapshot.
     pub name: String,
-    /// Its address space: 0 for a VM.
+    /// The number of its address space: 0 for a VM.
     pub space: u32,
-    /// Its address in the owner's terms.
+    /// Its address from the point of view of the snapshot's owner.
     pub start: u64,
     /// The number of its first page.
     pub first_page: u64,
     /// Its length in bytes.
     pub(super) len: u64,
-    /// Where it is in this process.
+    /// Its address in this process.
     pub(super) address: u64,
 }
 
 impl RestoredRegion {
-    /// Its first byte in this process. Valid as long as the [`Restored`] lives, or the caller's
-    /// mapping.
+    /// Returns a pointer to its first byte in this process. The pointer is valid as long as the
+    /// [`Restored`], or the caller's mapping, lives.
     ///
-    /// Memory that the engine mapped is unmapped as a whole in the end. Who unmaps or moves a part
-    /// of it before frees addresses that something else may be using by then: give memory of your
-    /// own ([`Restore::region`](super::Restore::region)) for that.
+    /// Memory that the engine mapped is unmapped as a whole in the end. If you unmap or move a part
+    /// of it before, something else may be using those addresses by then. To do that, provide
+    /// memory of your own ([`Restore::region`](super::Restore::region)).
     pub fn as_ptr(&self) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(to_usize(self.address))
     }
 
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether it has no page.
+    /// Whether it has no pages.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
-/// How [`Restored::stop`] ends a restore.
+/// The way in which [`Restored::stop`] ends a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopMode {
-    /// Everything that is missing is installed first, and pages that were poisoned are brought after
-    /// all, if they can be had by now.
+    /// Install all missing pages first, and load poisoned pages after all if they are available by
+    /// now.
     Complete,
-    /// What is missing is poisoned: a touch is SIGBUS, a system call gets EFAULT. What is there
-    /// stays. Kernels without `UFFDIO_POISON` (before 6.6) take access to it away: a touch is SIGSEGV.
+    /// Poison missing pages: a touch gets SIGBUS, a system call EFAULT. Present pages stay. Kernels
+    /// without `UFFDIO_POISON` (before 6.6) make missing pages inaccessible instead: a touch gets
+    /// SIGSEGV.
     Inaccessible,
 }
 
-/// Why a restore was not completed, and goes on as before unless a variant says otherwise; or was
-/// given up, but not exactly.
+/// The reason why a restore was not completed, or was given up with a deviation. An incomplete
+/// restore continues as before, unless a variant says otherwise.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StopError {
-    /// Some pages can't be restored; the first failure tells why.
+    /// Some pages can't be restored; the first failure contains the reason.
     #[error("{count} failures, the first: {first}")]
     Incomplete {
-        /// Failures.
+        /// Number of failures.
         count: u64,
-        /// The first of them.
+        /// The first failure.
         first: Box<Failure>,
     },
-    /// Everything else is there and the restore has ended, but these pages stay poisoned.
+    /// Everything else is present and the restore has ended, but these pages stay poisoned.
     #[error("{pages} pages stay poisoned; the first failure: {first}")]
     Poisoned {
-        /// Pages.
+        /// Number of poisoned pages.
         pages: u64,
         /// The first failure that was kept.
         first: Box<Failure>,
     },
-    /// It has ended already: the memory is no longer the engine's.
+    /// The restore has already ended: the memory is no longer the engine's.
     #[error("the restore has ended already")]
     Over,
-    /// It was given up, and the owner changed its memory at the same time, on a kernel that can't poison
-    /// pages: what was discarded just then may be inaccessible.
+    /// The restore was given up while the owner changed its memory, on a kernel that can't poison
+    /// pages. Pages discarded during that time may be inaccessible.
     #[error(
         "the restore was given up while its memory changed, and this kernel can't poison pages (that needs Linux 6.6): \
          pages discarded meanwhile may be inaccessible as well as those that were missing. StopMode what uses the memory first"
     )]
     Changed,
-    /// It was given up, and the missing pages were in too many pieces for a kernel that can't poison pages:
-    /// all of the memory is inaccessible, also what was there.
+    /// The restore was given up on a kernel that can't poison pages, and the missing pages were in
+    /// too many pieces. All of the memory is inaccessible, including pages that were present.
     #[error(
         "the restore was given up, and all of its memory made inaccessible, present pages too: this kernel can't poison \
          pages (that needs Linux 6.6), and the missing ones were in more pieces than the process may have mappings. \
          Raise the limit (sysctl vm.max_map_count)"
     )]
     TooManyMappings(#[source] MemError),
-    /// Called by a callback or the store, for which completing would wait.
+    /// The call came from a callback or the store, and completing would wait for it.
     #[error("cannot complete a restore from one of its callbacks; call it from another thread")]
     InCallback,
-    /// Called in a child that the process has forked.
+    /// The call came from a forked child.
     #[error("cannot stop a restore in a forked child; it is the parent's")]
     InChild,
-    /// The engine's threads could not bring all pages, and saw no failure: the owner kept changing
+    /// The engine's threads could not load all pages, without any failure: the owner kept changing
     /// its memory.
     #[error("{missing} pages are still missing")]
     Missing {
-        /// Pages.
+        /// Number of missing pages.
         missing: u64,
     },
 }
 
-/// Why [`Restored::read_at`] could not read.
+/// The reason why [`Restored::read_at`] could not read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadAtError {
-    /// The range is not in the region, or there is no such region.
+    /// The range is not inside the region, or there is no such region.
     #[error("{len} bytes at offset {offset:#x} are not in region {region}")]
     OutOfRegion {
-        /// The region asked for.
+        /// The requested region.
         region: usize,
-        /// Where in it.
+        /// Offset in the region.
         offset: u64,
-        /// Bytes asked for.
+        /// Number of bytes requested.
         len: u64,
     },
     /// A page is poisoned, unmapped or inaccessible.
@@ -141,10 +142,10 @@ pub enum ReadAtError {
     Unreadable {
         /// The region.
         region: usize,
-        /// In the first page that can't be read; everything before it was.
+        /// An offset in the first page that can't be read; everything before it was read.
         offset: u64,
     },
-    /// Called by a callback or the store, which may be what the page waits for.
+    /// The call came from a callback or the store, for which the page may be waiting.
     #[error("cannot read memory under restore from a callback; read it from another thread")]
     InCallback,
     /// The kernel refused for another reason.
@@ -152,21 +153,21 @@ pub enum ReadAtError {
     Refused(ReadFault),
 }
 
-/// How much [`Restored::read_at`] has brought and reads at once.
+/// Number of bytes that [`Restored::read_at`] loads and reads at once.
 const READ_PIECE: usize = 64 << 10;
 
-/// How often a restore that is given up, on a kernel without poison, follows an owner that goes on
-/// changing its mappings, and how long it waits in between.
+/// How often giving up a restore on a kernel without poison retries while the owner keeps changing
+/// its mappings, and the pause in between.
 const MAX_ROUNDS: u32 = 100;
 const ROUND_INTERVAL: Duration = Duration::from_micros(100);
 
-/// A restore that runs: the memory, and the engine's threads that fill it.
+/// A running restore: the memory, and the engine's threads that fill it.
 ///
-/// Dropping it stops the restore. Memory that the engine mapped is unmapped. Memory that was given
-/// stays: what is missing is poisoned as by [`StopMode::Inaccessible`], and where that returns an error, a
-/// drop logs it. A callback may drop it; a callback that does not return makes it take two seconds
-/// (see [the module](super#callbacks)). In a forked child nothing is done: the restore is the
-/// parent's.
+/// Dropping it stops the restore. Memory that the engine mapped is unmapped. Memory that the caller
+/// gave stays: missing pages are poisoned as by [`StopMode::Inaccessible`]; an error of that is
+/// logged. A callback may drop it. A callback that does not return makes the drop take two seconds
+/// (see [the module](super#callbacks)). In a forked child nothing is done, because the restore is
+/// the parent's.
 pub struct Restored {
     pub(super) running: Arc<Runtime>,
     pub(super) threads: Threads,
@@ -175,11 +176,11 @@ pub struct Restored {
     pub(super) user_mode_only: bool,
     /// Zero runs that were left to the kernel.
     pub(super) left: Vec<Range<u64>>,
-    /// Whether it was given up.
+    /// Whether the restore was given up.
     pub(super) over: bool,
-    /// Pages that are left out of children in the end as well, in order.
+    /// Pages that stay left out of forked children in the end, in order.
     pub(super) kept: Arc<[Range<u64>]>,
-    /// The memory of each region, which is mapped for as long as it is used. Dropped last.
+    /// The memory of each region, which stays mapped as long as it is used. Dropped last.
     pub(super) memory: Vec<RawRegion>,
 }
 
@@ -192,9 +193,9 @@ impl std::fmt::Debug for Restored {
     }
 }
 
-/// What becomes of memory that is complete: it is the owner's alone, so children may have it but for
-/// the pages that the owner has `kept` from them, and huge pages are worth having. `collapse` are the
-/// runs that were never registered, if huge pages are wanted.
+/// Returns the action for complete memory. Only the owner uses it from then on, so forked children
+/// may have it, except for the pages that the owner has `kept` from them, and huge pages pay off.
+/// `collapse` are the runs that were never registered, if huge pages are wanted.
 pub(super) fn on_complete(
     kept: Arc<[Range<u64>]>,
     collapse: Option<Vec<Range<u64>>>,
@@ -207,8 +208,8 @@ pub(super) fn on_complete(
     })
 }
 
-/// Lets children have the memory, where the owner has it now: at an address that it has unmapped there
-/// may be something else.
+/// Makes forked children inherit the memory, at the addresses where the owner has it now. At an
+/// address that the owner has unmapped there may be something else.
 fn let_children_have(session: &Session<Kernel, SnapshotImage>, kept: &[Range<u64>]) {
     for extent in session.state.mapped() {
         for pages in without(extent.page_numbers(), kept) {
@@ -222,13 +223,13 @@ fn let_children_have(session: &Session<Kernel, SnapshotImage>, kept: &[Range<u64
 }
 
 impl Restored {
-    /// The memory of each region of the snapshot.
+    /// Returns the memory of each region of the snapshot.
     pub fn regions(&self) -> &[RestoredRegion] {
         &self.regions
     }
 
-    /// The regions of address space 0, each with its address in the guest, in ascending order: for
-    /// `snaprestore_uffd::memory::guest_memory` (feature `rust-vmm`).
+    /// Returns the regions of address space 0 in ascending order, each with its guest address, as
+    /// input for `snaprestore_uffd::memory::guest_memory` (feature `rust-vmm`).
     pub fn guest_regions(&self) -> Vec<(u64, &RawRegion)> {
         let mut regions: Vec<_> = self
             .regions
@@ -241,16 +242,19 @@ impl Restored {
         regions
     }
 
-    /// Whether every page is there (or was discarded, or poisoned) and the memory is unregistered.
+    /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
     pub fn is_complete(&self) -> bool {
         self.running.is_complete()
     }
 
-    /// Waits until the restore is complete, or prefetch is at its end without that: with
-    /// [`Prefetch::All`](super::Prefetch::All) then some pages can't be restored, or there was no
-    /// memory for them until the retry timeout was over, as [`failures`](Self::failures) says; with
-    /// another prefetch the rest comes by touches only. While a touch waits for its page, or for a verdict
-    /// about it, it isn't known which, and is waited for. True if it is complete.
+    /// Waits until the restore is complete, or until prefetch has finished without completing it.
+    /// Returns `true` if the restore is complete.
+    ///
+    /// With [`Prefetch::All`](super::Prefetch::All), an incomplete restore means that some pages
+    /// can't be restored, or that there was no memory for them until the retry timeout, as
+    /// [`failures`](Self::failures) reports. With another prefetch, only touches load the remaining
+    /// pages. While a touch waits for its page, or for a failure decision about it, the outcome is
+    /// open, and the call keeps waiting.
     ///
     /// Doesn't wait when called by a callback, which would wait for itself.
     pub fn wait_complete(&self) -> bool {
@@ -260,7 +264,7 @@ impl Restored {
         self.running.wait_complete()
     }
 
-    /// What was done so far.
+    /// Returns the statistics so far.
     pub fn stats(&self) -> Stats {
         Stats {
             mapped: self.mapped,
@@ -269,8 +273,8 @@ impl Restored {
         }
     }
 
-    /// Pages of the regions that were left to the kernel. A run can reach over the gap that
-    /// follows a region.
+    /// Returns the number of pages in the regions that were left to the kernel. A run can extend
+    /// over the gap that follows a region.
     fn left_pages(&self) -> u64 {
         let of = |region: &RestoredRegion| -> u64 {
             let end = region.first_page + region.len / PAGE_SIZE_U64;
@@ -284,14 +288,14 @@ impl Restored {
         self.regions.iter().map(of).sum()
     }
 
-    /// The pages that could not be restored when they were wanted, the first thousand of them.
+    /// Returns the failures of pages that could not be restored when they were wanted: the first
+    /// thousand.
     pub fn failures(&self) -> Vec<Failure> {
         self.running.session.failures().0
     }
 
-    /// Reads memory of region `region` from `offset` bytes on. What is missing is restored first,
-    /// as for a touch, and counted as one. An error, and not a signal, for a page that can't be
-    /// read.
+    /// Reads memory of region `region` from `offset` on. Missing pages are restored first, and
+    /// counted like touches. A page that can't be read causes an error rather than a signal.
     pub fn read_at(
         &self,
         region: usize,
@@ -326,8 +330,8 @@ impl Restored {
             })
     }
 
-    /// Reads in pieces, so that what was brought for one is hardly ever discarded again before it
-    /// is read.
+    /// Reads in pieces, so that a page loaded for a read is rarely discarded again before it is
+    /// read.
     fn read_memory(&self, start: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
         let session = &self.running.session;
         let mut at = start;
@@ -335,8 +339,8 @@ impl Restored {
             let end = at + piece.len() as u64;
             session.bring_for_reader(at..end);
             let mut read = read_checked(at, piece);
-            // With another userfaultfd the kernel asks for what the owner has discarded. This one's
-            // doesn't.
+            // With another userfaultfd, the kernel requests pages that the owner has discarded.
+            // With this one it doesn't.
             let mut zeroed = None;
             while let Err(ReadFault::Unreadable { address }) = read {
                 if !self.is_user_mode_only() || zeroed == Some(address) {
@@ -352,18 +356,18 @@ impl Restored {
         Ok(())
     }
 
-    /// Whether only instructions of this process are stopped at a missing page: a system call, or a
-    /// virtual CPU, that touches one before the restore is complete fails with EFAULT.
-    /// [`read_at`](Self::read_at) works all the same.
+    /// Whether only instructions of this process wait at a missing page. If so, a system call or
+    /// virtual CPU that touches one before the restore is complete fails with EFAULT.
+    /// [`read_at`](Self::read_at) works nevertheless.
     pub fn is_user_mode_only(&self) -> bool {
         self.user_mode_only
     }
 
-    /// Ends the restore in the way that `stop` says. A restore that is complete has ended already:
-    /// then nothing is left to do.
+    /// Ends the restore in the way given by `stop`. Has no effect on a complete restore, which has
+    /// already ended.
     ///
-    /// Under a KVM memslot call it only after the virtual CPUs have stopped: a guest must not touch
-    /// memory that is poisoned or inaccessible.
+    /// Under a KVM memslot, call it only after the virtual CPUs have stopped: a guest must not
+    /// touch memory that is poisoned or inaccessible.
     pub fn stop(&mut self, stop: StopMode) -> Result<(), StopError> {
         if self.running.is_of_parent() {
             return Err(StopError::InChild);
@@ -377,7 +381,7 @@ impl Restored {
         }
     }
 
-    /// Installs what is missing, in this thread.
+    /// Installs the missing pages, in this thread and those of the pool.
     fn complete(&mut self) -> Result<(), StopError> {
         if self.over && !self.is_complete() {
             return Err(StopError::Over);
@@ -413,10 +417,10 @@ impl Restored {
         self.running.end_threads(&mut self.threads);
     }
 
-    /// Ends the threads, sees to it that what is missing can't be read, and closes the userfaultfd.
-    /// If all is `unmapped` next, what is there need not stay.
+    /// Ends the threads, makes missing pages unreadable, and closes the userfaultfd. If everything
+    /// is about to be `unmapped`, present pages need not stay.
     fn give_up(&mut self, unmapped: bool) -> Result<(), StopError> {
-        // Once given up, the memory may be unmapped and its addresses be something else's.
+        // Only once: after that, the memory may be unmapped and its addresses reused.
         if std::mem::replace(&mut self.over, true) {
             return Ok(());
         }
@@ -435,13 +439,13 @@ impl Restored {
                 .or_else(|NoPoison| self.give_up_without_poison())
         };
         session.platform.close();
-        // What is there stays the owner's, and what isn't can't be touched by a child either.
+        // Present pages stay the owner's, and a child can't touch missing ones either.
         let_children_have(session, &self.kept);
         done
     }
 
-    /// Takes every access away if all of the memory is the engine's, which nobody else unmaps or moves:
-    /// one call for a region of any size. False if it isn't.
+    /// Makes all memory inaccessible if all of it is the engine's, which nobody else unmaps or
+    /// moves: one call per region of any size. Returns `false` if it isn't.
     fn make_own_inaccessible(&self) -> bool {
         let session = &self.running.session;
         session.read_events(0);
@@ -458,8 +462,9 @@ impl Restored {
         })
     }
 
-    /// As [`Session::give_up`], on a kernel that can't poison: by address, while the owner neither
-    /// unmaps nor moves anything, which the contract of [`RawRegion::new`] says.
+    /// Gives the session up like [`Session::give_up`], on a kernel that can't poison: by address.
+    /// The contract of [`RawRegion::new`] guarantees that the owner neither unmaps nor moves
+    /// anything meanwhile.
     fn give_up_without_poison(&self) -> Result<(), StopError> {
         let session = &self.running.session;
         session.read_events(0);
@@ -508,7 +513,7 @@ impl Restored {
 impl Drop for Restored {
     fn drop(&mut self) {
         if self.running.is_of_parent() {
-            // Nothing of it exists here: no thread to wait for, and no memory to unmap.
+            // In the child there is no thread to wait for and no memory to unmap.
             std::mem::forget(std::mem::take(&mut self.threads));
             std::mem::forget(std::mem::take(&mut self.memory));
             std::mem::forget(Arc::clone(&self.running));

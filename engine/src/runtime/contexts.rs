@@ -1,10 +1,10 @@
-//! What threads serve and fetch with, lent to whichever thread has something to do.
+//! A pool of thread contexts, lent to whichever thread has something to do.
 //!
-//! A worker has buffers of some MiB. Threads that wait need none, and most threads of many sessions
-//! wait: so a fault thread borrows one for each fault, and a thread that fetches for each task. There
-//! are as many as are in use at once, or a few more, which keep the frames that they decoded last for
-//! the session that had them. With the last session they go, and their memory is returned to the
-//! system.
+//! A context has buffers of some MiB. Waiting threads need none, and with many sessions most
+//! threads wait. Therefore a fault thread borrows a context for each fault, and a prefetch thread
+//! for each task. There are as many contexts as are in use at once, or a few more, which keep the
+//! frames that they decoded last for the session that used them. They are dropped with the last
+//! session, and their memory is returned to the system.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,27 +13,27 @@ use snaprestore_uffd::os::trim_heap;
 
 use super::prefetcher::Pool;
 
-/// The workers of a pool.
+/// The contexts of a pool.
 pub(super) struct Workers {
     state: Mutex<State>,
-    /// So many there may be although nobody uses them.
+    /// Number of contexts that are kept even if nobody uses them.
     most: usize,
 }
 
 #[derive(Default)]
 struct State {
-    /// Those that nobody uses now. The one that was used last is at the end.
+    /// Idle contexts; the one that was used last is at the end.
     idle: Vec<ThreadContext<SnapshotImage>>,
-    /// Those, and the ones that are lent.
+    /// Number of contexts, idle or lent.
     total: usize,
-    /// Sessions that may want one.
+    /// Number of sessions that may want one.
     sessions: usize,
 }
 
-/// A session, until dropped.
+/// A session that uses the pool, until dropped.
 pub(super) struct User(Arc<Pool>);
 
-/// The workers for a session.
+/// The contexts as a source for one session.
 pub(super) struct For<'a> {
     pub(super) workers: &'a Workers,
     pub(super) image: &'a SnapshotImage,
@@ -51,7 +51,8 @@ impl Workers {
         let mut state = self.state();
         let idle = &state.idle;
         let known = idle.iter().rposition(|worker| worker.knows(image));
-        // Another session may want the others again, the latest most likely.
+        // Otherwise leave them: another session may want its contexts again, most likely the
+        // latest.
         let may_take = state.total >= self.most && !idle.is_empty();
         let prepared = || idle.iter().position(|worker| worker.is_prepared(image));
         let at = known.or_else(|| may_take.then(|| prepared().unwrap_or(0)));
@@ -73,14 +74,14 @@ impl Workers {
         drop(unwanted);
     }
 
-    /// It is whole after every statement.
+    /// Locks the state, which is consistent after every statement.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl For<'_> {
-    /// Makes the first worker before it is wanted.
+    /// Creates the first context before it is needed.
     pub(super) fn prepare(&self) {
         let total = self.workers.state().total;
         if total == 0 {

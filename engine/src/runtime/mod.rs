@@ -1,8 +1,9 @@
-//! Threads over a session, whichever door it came through.
+//! Threads that run a session, whether it restores into this process or pages another.
 //!
 //! ```text
-//!   Crew::start ──▶ snap-fault-N ──▶ serve faults until the session ends
-//!               └─▶ feed ──────────▶ its turns at the pool of all sessions, until all is there
+//!   ThreadOptions::start ──▶ snap-fault-N ──▶ serve faults until the session ends
+//!                        └─▶ feed ──────────▶ its turns at the pool of all sessions, until all
+//!                                             pages are present
 //!   the last fault thread of a complete session closes it
 //! ```
 
@@ -29,13 +30,13 @@ pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads, crew_options};
 
-/// What is fetched before it is touched.
+/// Pages that are loaded before they are touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prefetch {
-    /// Nothing: pages come when they are touched.
+    /// No pages: they are loaded when they are touched.
     Off,
-    /// The snapshot's working sets, in their order. Nothing if it has none.
+    /// The snapshot's working sets, in their order. No pages if it has none.
     WorkingSet,
     /// These page numbers, in this order.
     Pages(Vec<Range<u64>>),
@@ -43,32 +44,32 @@ pub enum Prefetch {
     All,
 }
 
-/// The number of threads that have no place in the session's tables.
+/// Thread number of threads that have no entry in the session's tables.
 const UNNUMBERED: usize = usize::MAX / 2;
 
-/// How long threads that were told to end may take before they are left behind: in a callback or a
-/// read that does not return.
+/// Time after which threads that must exit are left behind, because a callback or a read does not
+/// return.
 const LEAVING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often a waiter looks at what no notification tells.
+/// Interval at which a waiter checks for what no notification announces.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What is done with a session that is complete, after the kernel has it no more.
+/// A callback for a session that is complete, after the kernel has its memory back.
 pub(crate) type OnComplete = Box<dyn Fn(&Session<Kernel, SnapshotImage>) + Send + Sync>;
 
-/// A session, and what its threads and those who wait for them share.
+/// A session, and the state that its threads and their waiters share.
 pub(crate) struct Runtime {
     pub(crate) session: Session<Kernel, SnapshotImage>,
     begun: Instant,
     on_complete: OnComplete,
     pool: Arc<Pool>,
-    /// What is fetched ahead, if something is.
+    /// The prefetch of this session, if there is one.
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
-    /// Until nobody serves faults any more.
+    /// The session's use of the pool, until nobody serves faults any more.
     user: Mutex<Option<contexts::User>>,
     fault_threads: AtomicUsize,
-    /// The process that started it.
+    /// The process that started the session.
     pid: u32,
     complete_nanos: AtomicU64,
     progress: Mutex<Progress>,
@@ -77,11 +78,11 @@ pub(crate) struct Runtime {
     _counted: Counted,
 }
 
-/// A session of this process. When the last is dropped, the memory that they took is returned to the
-/// system.
+/// A session of this process. When the last one is dropped, the memory that sessions took is
+/// returned to the system.
 struct Counted;
 
-/// The sessions of this process.
+/// Number of sessions in this process.
 static SESSIONS: AtomicUsize = AtomicUsize::new(0);
 
 impl Counted {
@@ -99,12 +100,12 @@ impl Drop for Counted {
     }
 }
 
-/// What a waiter waits for.
+/// Progress that waiters wait for.
 #[derive(Debug, Default)]
 struct Progress {
     served_out: bool,
     prefetched: bool,
-    /// The memory may be somebody else's: some threads were left behind.
+    /// Whether some threads were left behind; the memory may then belong to somebody else.
     left_behind: bool,
 }
 
@@ -135,7 +136,7 @@ impl Runtime {
         }
     }
 
-    /// The last fault thread closes a complete session.
+    /// Counts an exiting fault thread. The last one closes a complete session.
     fn fault_thread_ends(&self) {
         if self.fault_threads.fetch_sub(1, AcqRel) > 1 {
             return;
@@ -144,7 +145,7 @@ impl Runtime {
         if self.session.is_complete() {
             self.session.platform.close();
             let nanos = u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            // Held meanwhile, so that nobody who leaves this thread behind returns before.
+            // Locked meanwhile, so that a call that leaves this thread behind can't return before.
             let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
             if !progress.left_behind {
                 (self.on_complete)(&self.session);
@@ -163,40 +164,41 @@ impl Runtime {
         );
     }
 
-    /// Has the pool fetch `plan` ahead.
+    /// Starts the prefetch of `plan` on the pool.
     fn prefetch(self: &Arc<Self>, plan: Plan) -> io::Result<()> {
         let feed = Feed::new(self, plan);
-        // Once, and before: the session may be at its end before this returns.
+        // Set once, before the feed is added: the session may already be over when `add` returns.
         let _ = self.feed.set(Arc::clone(&feed));
         self.pool.add(&feed)
     }
 
-    /// Whether this is the copy of a child that the process has forked. The threads, the memory and
-    /// the userfaultfd are the parent's.
+    /// Whether this is the copy in a forked child. Threads, memory and userfaultfd belong to the
+    /// parent.
     pub(crate) fn is_of_parent(&self) -> bool {
         self.pid != std::process::id()
     }
 
     /// Waits for the threads of a session that is ending.
     ///
-    /// A thread whose callback or store does not return is left behind, and so are all if the
-    /// calling thread is one of them. That is sound: what they still do goes through the session,
-    /// which lives as long as they do, and reaches memory only through its userfaultfd. The caller
-    /// closes that before the memory can go, and from then on every install is refused. The only
-    /// other thing that is done to the memory, when a session completes, is not done any more.
+    /// A thread whose callback or store does not return is left behind. All threads are left behind
+    /// if the calling thread is one of them. That is sound: what they still do goes through the
+    /// session, which lives as long as they do, and reaches memory only through its userfaultfd.
+    /// The caller closes the userfaultfd before the memory can be unmapped, and from then on every
+    /// install is refused. The only other action on the memory, which happens when a session
+    /// completes, is skipped from then on.
     pub(crate) fn end_threads(&self, threads: &mut Threads) {
         let engine = &self.session.threads;
         let begun = Instant::now();
         while !engine.is_current() && begun.elapsed() < LEAVING_TIMEOUT {
             if engine.wait_gone(POLL_INTERVAL) {
                 for thread in threads.drain(..) {
-                    // A thread that panics ends the process.
+                    // Never an error: a thread that panics aborts the process.
                     let _ = thread.join();
                 }
                 return;
             }
-            // A thread that waits for a page of its own session: nobody else may be left to read
-            // of it.
+            // For a thread that waits for a page of its own session: perhaps no other thread is
+            // left to read its fault.
             self.session.read_events(0);
         }
         if !engine.is_current() {
@@ -219,7 +221,7 @@ impl Runtime {
         self.changed.notify_all();
     }
 
-    /// Whether every page is there (or was discarded, or poisoned) and the memory is unregistered.
+    /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
     pub(crate) fn is_complete(&self) -> bool {
         self.complete_nanos.load(Relaxed) != 0
     }
@@ -231,13 +233,12 @@ impl Runtime {
         drop(self.changed.wait_while(progress, serves));
     }
 
-    /// Waits until the session is complete, or its prefetch is at its end without that. While a touch
-    /// waits for its page, or for a verdict about it, it isn't known which, and is waited for. True if
-    /// it is complete.
+    /// Waits until the session is complete, or until its prefetch has finished without completing
+    /// it. While a touch waits for its page, or for a failure decision about it, the outcome is
+    /// open, and the call keeps waiting. Returns `true` if the session is complete.
     pub(crate) fn wait_complete(&self) -> bool {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        // Whether all pages may be settled is not told by a notification, so it is looked at now
-        // and then.
+        // No notification announces that all pages may be settled, so this is polled.
         while !progress.served_out && (!progress.prefetched || self.may_complete_yet()) {
             let waited = self.changed.wait_timeout(progress, POLL_INTERVAL);
             progress = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -246,15 +247,15 @@ impl Runtime {
         self.is_complete()
     }
 
-    /// Whether the last pages may be there, or be on their way: a page is marked only after its
-    /// toucher was woken, and only then is its fault no longer open. So faults are looked at first.
+    /// Whether the last pages may be present or on their way. A page is marked only after its
+    /// waiter was woken, and its fault is closed only after that, so the faults are checked first.
     fn may_complete_yet(&self) -> bool {
         self.session.queue.has_open() || self.session.state.may_be_settled()
     }
 
-    /// Installs what is missing, and first what is poisoned, in this thread and those of the pool.
-    /// False if some of it can't be, or the owner keeps changing its memory; otherwise the session is
-    /// ending, complete or not.
+    /// Heals the poisoned pages and installs the missing ones, in this thread and those of the
+    /// pool. Returns `false` if some page can't be installed, or if the owner keeps changing its
+    /// memory. Otherwise the session is ending, complete or not.
     pub(crate) fn install_rest(self: &Arc<Self>) -> bool {
         let feed = Feed::new(
             self,
@@ -262,7 +263,7 @@ impl Runtime {
                 prefetch: Prefetch::Off,
                 completes: true,
                 threads: self.prefetch_threads,
-                // Threads of which nobody keeps note.
+                // These threads need no entry in the session's tables.
                 first_number: UNNUMBERED,
                 bandwidth: None,
             },
@@ -275,7 +276,7 @@ impl Runtime {
         done
     }
 
-    /// What was done so far, but for what only the door knows.
+    /// Returns the statistics so far, except those that only the restore or pager knows.
     pub(crate) fn stats(&self) -> Stats {
         let stats = &self.session.stats;
         let read = |counter: &AtomicU64| counter.load(Relaxed);

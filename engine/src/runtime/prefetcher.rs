@@ -1,18 +1,19 @@
-//! The prefetcher: one rayon pool, which fetches ahead for all sessions that share it.
+//! The prefetcher: one rayon pool that prefetches for all sessions that share it.
 //!
 //! ```text
 //!   session ─▶ feed ─┐            ┌─ snap-fetch-0 ─┐
-//!   session ─▶ feed ─┼─▶ a ring ─▶┼─ snap-fetch-1 ─┼─▶ a small task of one feed, then one of the next
+//!   session ─▶ feed ─┼─▶ a ring ─▶┼─ snap-fetch-1 ─┼─▶ small tasks, one of each feed in turn
 //!   session ─▶ feed ─┘            └─ ...          ─┘
 //! ```
 //!
-//! A job of the rayon pool is a turn: it does tasks, whichever feed's they are, until there is none.
-//! Sessions take turns because of the ring: rayon prefers what its own threads have spawned to what
-//! comes from outside, so with a job for each feed the first would keep the others waiting.
+//! A job of the rayon pool is a turn: it runs tasks of any feed until there are none left. The ring
+//! makes sessions take turns: rayon prefers jobs that its own threads spawned over jobs from
+//! outside, so with one job per feed the first feed would block the others.
 //!
-//! An install can block for reasons that lie with the owner: its memory is limited, or it changes its
-//! mappings all the time. So a feed gets at most half of the threads of a pool that others may share.
-//! The threads start with the first feed, in the thread that adds it, and end with the last.
+//! An install can block for reasons that lie with the owner: its memory is limited, or it changes
+//! its mappings all the time. Therefore a feed gets at most half of the threads of a pool that
+//! others may share. The threads start with the first feed, in the thread that adds it, and exit
+//! with the last one.
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,26 +29,26 @@ use super::contexts::Workers;
 use super::session_prefetch::{Feed, Step};
 use super::threads::{Hook, aborting_on_panic, run};
 
-/// The longest that prefetch waits for demand before a frame: an owner that faults all the time
-/// must not stop it.
+/// Maximum time for which prefetch yields to demand before each frame: an owner that faults all the
+/// time must not stop prefetch.
 const MAX_STAND_BACK: Duration = Duration::from_micros(500);
-/// How long it waits before it looks again.
+/// Interval at which a yielding thread checks again.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
-/// Threads that may be at one feed at once: each has a bit of a word.
+/// Maximum number of threads that work on one feed at once: each has a bit of a word.
 pub(super) const MAX_FEED_THREADS: usize = 64;
 
-/// The prefetch of all sessions that share it, and what they decode with.
+/// The prefetcher of all sessions that share it, with their decoding contexts.
 pub(crate) struct Pool {
-    /// Faults that wait or are being served, in all sessions.
+    /// Number of faults that are pending or being served, in all sessions.
     demand: Arc<AtomicUsize>,
-    /// Threads at a task, but for those that stand back.
+    /// Number of threads that run a task and are not yielding.
     fetching: AtomicUsize,
     cores: usize,
-    /// Whether several sessions may have it.
+    /// Whether several sessions may share it.
     is_shared: bool,
     hook: Option<Hook>,
     ring: Mutex<Ring>,
-    /// A task may be had that could not before, a task has ended, or the threads have.
+    /// Signals that a task has become available or has ended, or that the threads have exited.
     changed: Condvar,
     workers: Workers,
 }
@@ -56,11 +57,11 @@ pub(crate) struct Pool {
 struct Ring {
     feeds: VecDeque<Entry>,
     threads: Option<Threads>,
-    /// Jobs of the rayon pool.
+    /// Number of jobs of the rayon pool.
     turns: usize,
-    /// Whether one of them waits for a feed that rests.
+    /// Whether one of them waits for a feed that is pausing.
     has_waiter: bool,
-    /// Threads that end.
+    /// Threads that are exiting.
     retired: Vec<JoinHandle<()>>,
 }
 
@@ -72,37 +73,37 @@ struct Threads {
 /// A feed in the ring.
 struct Entry {
     feed: Arc<Feed>,
-    /// Threads that may be at a task of it.
+    /// Maximum number of threads that run its tasks at once.
     threads: usize,
-    /// One bit for each thread that is.
+    /// One bit for each thread that runs a task of it.
     slots: u64,
     rest: Rest,
 }
 
-/// When the next task of a feed can be had.
+/// When the next task of a feed becomes available.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Rest {
     Ready,
-    /// Not before then.
+    /// Not before this time.
     Until(Instant),
-    /// When those that were given out are done.
+    /// When all tasks handed out so far are done.
     Drained,
     /// Never.
     Over,
 }
 
-/// When there is a task.
+/// When the next task becomes available.
 enum Next {
-    /// Now, of the entry at this place.
+    /// Now, from the entry at this index.
     Now(usize),
-    /// Not before then.
+    /// Not before this time.
     Until(Instant),
     /// When a task ends or a feed is added, if ever.
     Unknown,
 }
 
 impl Ring {
-    /// When there is a task. With `only`, one of that feed.
+    /// Returns when the next task becomes available; with `only`, the next task of that feed.
     fn next(&self, only: Option<&Arc<Feed>>) -> Next {
         let now = Instant::now();
         let mut earliest: Option<Instant> = None;
@@ -110,7 +111,7 @@ impl Ring {
             if only.is_some_and(|only| !Arc::ptr_eq(only, &entry.feed)) {
                 continue;
             }
-            // With all of its threads at a task, one has to end first.
+            // If all its threads are running a task, one task must end first.
             let is_full =
                 snaprestore_uffd::to_usize(entry.slots.count_ones().into()) >= entry.threads;
             match entry.rest {
@@ -130,7 +131,7 @@ impl Ring {
         entries.find(|entry| Arc::ptr_eq(&entry.feed, feed))
     }
 
-    /// Has the threads end if there is no feed left and no turn.
+    /// Lets the threads exit if no feed and no turn is left.
     fn retire_if_idle(&mut self) {
         if self.feeds.is_empty()
             && self.turns == 0
@@ -141,7 +142,7 @@ impl Ring {
     }
 }
 
-/// A thread's place at a task, which [`Pool::begin`] gave.
+/// A thread's slot at a feed, assigned by [`Pool::begin`].
 struct Task {
     feed: Arc<Feed>,
     slot: usize,
@@ -162,17 +163,18 @@ impl Pool {
         }
     }
 
-    /// Where sessions count the faults that wait.
+    /// Returns the counter in which sessions count their pending faults.
     pub(super) fn demand(&self) -> &Arc<AtomicUsize> {
         &self.demand
     }
 
-    /// What threads decode with.
+    /// Returns the contexts with which threads decode.
     pub(super) fn workers(&self) -> &Workers {
         &self.workers
     }
 
-    /// Adds a feed, and starts the threads if there are none. They inherit the caller's signal mask.
+    /// Adds a feed, and starts the threads if there are none. They inherit the caller's signal
+    /// mask.
     pub(super) fn add(self: &Arc<Self>, feed: &Arc<Feed>) -> io::Result<()> {
         let mut ring = self.ring();
         if ring.threads.is_none() {
@@ -182,7 +184,7 @@ impl Pool {
         Ok(())
     }
 
-    /// The threads that a first feed starts that may have so many at work.
+    /// Returns the number of threads that a first feed starts if it may use `of_feed` at once.
     pub(super) fn thread_count(&self, of_feed: usize) -> usize {
         if self.is_shared {
             2 * of_feed.max(self.cores)
@@ -211,8 +213,8 @@ impl Pool {
         Ok(Threads { rayon, handles })
     }
 
-    /// Works at `feed` in this thread, with those of the pool if there are any, until it is at its
-    /// end. Threads that are not needed any more have ended then.
+    /// Runs tasks of `feed` in this thread, together with the pool's threads if there are any,
+    /// until it is finished. Threads that are no longer needed have exited when this returns.
     pub(super) fn finish(self: &Arc<Self>, feed: &Arc<Feed>) {
         let mut ring = self.ring();
         self.push(&mut ring, feed);
@@ -232,8 +234,8 @@ impl Pool {
         self.join_retired(ring);
     }
 
-    /// Takes a feed out whose session has ended. No thread is at it any more when this returns, and
-    /// threads that are not needed any more have ended.
+    /// Removes a feed whose session has ended. When this returns, no thread works on it any more,
+    /// and threads that are no longer needed have exited.
     pub(super) fn leave(&self, feed: &Arc<Feed>) {
         let mut ring = self.ring();
         while let Some(entry) = ring.entry(feed) {
@@ -267,7 +269,7 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// One more turn, if there is a thread for it.
+    /// Spawns one more turn, if there is a thread for it.
     fn spawn_turn(self: &Arc<Self>, ring: &mut Ring) {
         let Some(threads) = &ring.threads else {
             return;
@@ -305,7 +307,7 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// Begins a task of the entry at a place, which goes to the end of the ring.
+    /// Starts a task of the entry at an index, and moves the entry to the end of the ring.
     fn begin(self: &Arc<Self>, ring: &mut Ring, at: usize) -> Option<Task> {
         let mut entry = ring.feeds.remove(at)?;
         let slot = entry.slots.trailing_ones();
@@ -313,7 +315,7 @@ impl Pool {
         let feed = Arc::clone(&entry.feed);
         ring.feeds.push_back(entry);
         self.fetching.fetch_add(1, Relaxed);
-        // While this thread is at it, another has to see to what else there is.
+        // While this thread runs the task, another must take care of the other feeds.
         match ring.next(None) {
             Next::Now(_) => self.spawn_turn(ring),
             Next::Until(_) if !ring.has_waiter => self.spawn_turn(ring),
@@ -334,7 +336,7 @@ impl Pool {
         let Some(entry) = ring.entry(&feed) else {
             return;
         };
-        // What a feed that is over says has no meaning.
+        // The result of a step no longer matters once the feed is over.
         if entry.rest != Rest::Over {
             entry.rest = match step {
                 Step::Did => Rest::Ready,
@@ -346,7 +348,7 @@ impl Pool {
         let is_last = entry.slots == bit;
         let is_over = entry.rest == Rest::Over;
         if is_last && is_over {
-            // The thread keeps its place, and so the session is there until it was told.
+            // The thread keeps its slot, so the session exists until it was notified.
             drop(ring);
             feed.ended();
             ring = self.ring();
@@ -363,8 +365,8 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// Waits while demand wants this thread's core, but not for ever: faults being answered and
-    /// frames being fetched are together no more than there are cores.
+    /// Waits while demand needs this thread's core, but not forever: faults being answered and
+    /// frames being prefetched together don't exceed the number of cores.
     pub(super) fn stand_back(&self, is_over: impl Fn() -> bool) {
         let demand = || self.demand.load(Relaxed);
         if demand() + self.fetching.load(Relaxed) <= self.cores {
@@ -382,7 +384,7 @@ impl Pool {
         self.fetching.fetch_add(1, Relaxed);
     }
 
-    /// Waits until the threads have ended, if there is no feed left.
+    /// Waits until the threads have exited, if no feed is left.
     fn join_retired(&self, mut ring: MutexGuard<'_, Ring>) {
         while ring.feeds.is_empty() && ring.threads.is_some() {
             ring = wait(&self.changed, ring, None);
@@ -390,12 +392,12 @@ impl Pool {
         let retired = std::mem::take(&mut ring.retired);
         drop(ring);
         for thread in retired {
-            // A thread that panics ends the process.
+            // Never an error: a thread that panics aborts the process.
             let _ = thread.join();
         }
     }
 
-    /// The ring is whole after every statement.
+    /// Locks the ring, which is consistent after every statement.
     fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -424,7 +426,7 @@ mod tests {
     fn prefetch_stands_back_for_the_faults_of_any_session() {
         let pool = Pool::new(None, true);
         pool.fetching.store(1, Relaxed);
-        // It would go on after some time in any case, so what is looked at is whether it asks.
+        // It would continue after some time in any case, so the test checks whether it asks.
         let asks = || {
             let asked = Cell::new(false);
             pool.stand_back(|| asked.replace(true) || asked.get());

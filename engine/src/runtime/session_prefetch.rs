@@ -1,17 +1,18 @@
-//! What one session has fetched ahead, task by task.
+//! The prefetch of one session, task by task.
 //!
 //! ```text
 //!   look up the working sets ─▶ heal, if the restore is being completed
-//!     ─▶ rounds: block by block, what is absent of the working sets, then of everything
+//!     ─▶ rounds: block by block, the absent pages of the working sets, then of everything
 //!          │ ▲
-//!          ▼ │ a page was left: another thread was bringing it, it could not be read, or there was no memory
+//!          ▼ │ a page was left: another thread was loading it, it was unreadable, or no memory
 //!        pause
-//!     ─▶ nothing is left, or nothing came for the retry timeout: a last round, which reports what it leaves
+//!     ─▶ no page is left, or the retry timeout has passed without progress: a last round,
+//!        which reports the pages that it leaves
 //! ```
 //!
-//! After a read that fails, or an install that finds no memory, the whole session pauses: the next
-//! page would fare no better. A task is at most one index block, so that the pool's threads can turn to
-//! other sessions.
+//! After a read that fails, or an install that finds no memory, the whole session pauses, because
+//! the next page would fare no better. A task covers at most one index block, so that the pool's
+//! threads can turn to other sessions.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -28,64 +29,64 @@ use super::contexts;
 use super::prefetcher::{MAX_FEED_THREADS, Pool};
 use super::{Prefetch, Runtime};
 
-/// How long a round waits for what another thread was bringing.
+/// Pause before the next round if pages were left because another thread was loading them.
 const NEXT_ROUND: Duration = Duration::from_millis(1);
-/// How long the last round may bring nothing, at least, before it ends.
+/// Minimum time without progress after which the last round ends.
 const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
-/// Rounds in which a session is to be completed although another thread was always bringing something.
+/// Maximum number of rounds to complete a session while another thread is always loading some page.
 const MAX_ROUNDS: u32 = 10_000;
-/// Index blocks that one task looks through for duplicates.
+/// Number of index blocks that one task searches for duplicates.
 const NOTED_BLOCKS: u64 = 64;
 
-/// What is to be fetched for a session.
+/// The prefetch requested for a session.
 pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
     /// Whether the session is to be completed: poisoned pages are healed before anything else.
     pub(super) completes: bool,
-    /// Threads of the pool at once, at most.
+    /// Maximum number of pool threads at once.
     pub(super) threads: usize,
-    /// The number of the first of them among the session's threads.
+    /// The number of the first of these threads among the session's threads.
     pub(super) first_number: usize,
-    /// Bytes a second.
+    /// Bandwidth limit in bytes per second.
     pub(super) bandwidth: Option<u64>,
 }
 
 /// The prefetch of one session.
 pub(super) struct Feed {
     running: Weak<Runtime>,
-    /// Where the thread was that made it: what is logged belongs there.
+    /// The tracing span of the creating thread, in which messages are logged.
     span: tracing::Span,
     plan: Plan,
     begun: Instant,
     progress: Mutex<Progress>,
 }
 
-/// How far it is.
+/// The progress of a prefetch.
 #[derive(Default)]
 struct Progress {
-    /// Tasks that were given out and aren't done.
+    /// Number of tasks that were handed out and aren't done.
     out: usize,
     stage: Stage,
-    /// What is to be fetched, in this order, and where in it the round is.
+    /// Pages to prefetch, in this order, and the position of the current round.
     ranges: Vec<Range<u64>>,
     range: usize,
     next: u64,
-    /// The rest of blocks in which a page could not be read.
+    /// Remaining parts of blocks in which a page could not be read.
     rests: Vec<Range<u64>>,
-    /// Tasks that left nothing but pages that can't be restored, which were reported.
+    /// Tasks that left only pages that can't be restored, which were reported.
     failed: HashSet<Range<u64>>,
-    /// The next index block to be looked through for duplicates.
+    /// The next index block to search for duplicates.
     noting: Option<u64>,
-    /// What this round left.
+    /// Pages that this round left.
     left: Left,
     rounds: u32,
     retries: Retries,
     pause_until: Option<Instant>,
-    /// Whether the retry timeout is over.
+    /// Whether the retry timeout has passed.
     timed_out: bool,
     /// Whether this is the last round.
     last: bool,
-    /// Whether there is nothing more to do, and if so, whether all of it was done.
+    /// The result once there is nothing more to do: whether everything was done.
     over: Option<bool>,
 }
 
@@ -94,24 +95,24 @@ enum Stage {
     /// The working sets are not known yet.
     #[default]
     Plan,
-    /// Poisoned pages are to be healed.
+    /// Poisoned pages must be healed.
     Heal,
     Rounds,
 }
 
-/// What became of a thread's turn at a feed.
+/// The outcome of a thread's step at a feed.
 pub(super) enum Step {
-    /// It did a task.
+    /// The thread ran a task.
     Did,
-    /// There is no task before then.
+    /// There is no task before this time.
     Until(Instant),
-    /// There is no task before those that were given out are done.
+    /// There is no task until those handed out so far are done.
     Drained,
-    /// There is no task any more.
+    /// There are no more tasks.
     Over,
 }
 
-/// A task, or why there is none.
+/// A task, or the reason why there is none.
 enum Next {
     Task(Task),
     None(Step),
@@ -139,18 +140,18 @@ impl Feed {
         self.plan.threads.clamp(1, MAX_FEED_THREADS)
     }
 
-    /// Whether everything was fetched, once it is over.
+    /// Whether all pages were prefetched, once the feed is over.
     pub(super) fn is_done(&self) -> bool {
         self.progress().over == Some(true)
     }
 
-    /// Does one task in this thread, which has place number `slot` at this feed.
+    /// Runs one task in this thread, which has slot `slot` at this feed.
     pub(super) fn step(&self, pool: &Pool, slot: usize) -> Step {
         let Some(running) = self.running.upgrade() else {
             return Step::Over;
         };
         let session = &running.session;
-        // A thread of the pool is one of the session's while it works for it.
+        // A pool thread counts as one of the session's threads while it works for it.
         let _of = self.span.enter();
         let place = session
             .threads
@@ -197,7 +198,7 @@ impl Feed {
         Step::Did
     }
 
-    /// The feed is at its end: whoever waits for that looks.
+    /// Notifies the waiters that the feed is finished.
     pub(super) fn ended(&self) {
         if let Some(running) = self.running.upgrade() {
             running.session.kick();
@@ -207,7 +208,7 @@ impl Feed {
         }
     }
 
-    /// What is fetched, in this order.
+    /// Returns the pages to prefetch, in this order.
     fn ranges(&self, session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
         let slots = session.image.snapshot().page_slots();
         let mut ranges = match &self.plan.prefetch {
@@ -224,14 +225,14 @@ impl Feed {
         ranges
     }
 
-    /// It is whole after every statement.
+    /// Locks the progress, which is consistent after every statement.
     fn progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Plan {
-    /// Whether all of the snapshot is to be fetched.
+    /// Whether the whole snapshot is to be prefetched.
     fn fetches_all(&self) -> bool {
         self.completes || self.prefetch == Prefetch::All
     }
@@ -287,15 +288,15 @@ impl Progress {
         Next::Task(task)
     }
 
-    /// Index blocks for one thread to look through for the pages that repeat earlier ones, ahead of
-    /// another that fetches.
+    /// Returns index blocks in which one thread searches for pages that repeat earlier ones, ahead
+    /// of another thread that prefetches.
     fn next_noted(&mut self, session: &Session<Kernel, SnapshotImage>) -> Option<Range<u64>> {
         let first = self.noting.take()?;
         let end = session.image.snapshot().block_count();
         (first < end).then(|| first..end.min(first + NOTED_BLOCKS))
     }
 
-    /// The next pages of the round: no more than one index block.
+    /// Returns the next pages of the round: at most one index block.
     fn next_pages(&mut self) -> Option<Range<u64>> {
         if let Some(rest) = self.rests.pop() {
             return Some(rest);
@@ -314,7 +315,7 @@ impl Progress {
         }
     }
 
-    /// All tasks of a round are done: decides whether there is another.
+    /// Decides whether there is another round. All tasks of the current one must be done.
     fn round_ends(&mut self, plan: &Plan, session: &Session<Kernel, SnapshotImage>) -> Next {
         let left = std::mem::take(&mut self.left);
         self.rounds += 1;
@@ -338,7 +339,7 @@ impl Progress {
     fn planned(&mut self, ranges: Vec<Range<u64>>, plan: &Plan) {
         self.out -= 1;
         self.ranges = ranges;
-        // A single thread notes them as it comes to them.
+        // A single thread notes duplicates as it reaches them.
         self.noting = (plan.prefetch == Prefetch::All && plan.threads > 1).then_some(0);
         self.stage = if plan.completes {
             Stage::Heal
@@ -390,7 +391,7 @@ impl Progress {
             let rest = left.rest.map(|rest| rest..pages.end);
             self.rests.extend(rest.filter(|_| !self.timed_out));
         } else if left.short > 0 {
-            // There is none for the others either.
+            // There is none for the other tasks either.
             self.over = Some(false);
         } else if left.failed > 0 && left.busy == 0 {
             self.failed.insert(pages.clone());
@@ -402,7 +403,8 @@ impl Progress {
         }
     }
 
-    /// A task has met what may pass: pauses, or cuts the round short once the time for that is over.
+    /// Handles a failure that may be temporary: pauses, or cuts the round short once the retry
+    /// timeout has passed.
     fn retry(&mut self, timeout: Duration) {
         let now = Instant::now();
         if let Some(pause) = self.retries.failed(now, timeout) {
@@ -416,7 +418,7 @@ impl Progress {
     }
 }
 
-/// The runs of all working sets that can be read.
+/// Returns the runs of all readable working sets.
 fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
     let snapshot = session.image.snapshot();
     let sets = snapshot.working_sets().unwrap_or_else(|error| {
@@ -438,7 +440,7 @@ fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
     sets.iter().flat_map(|set| runs(&set.name)).collect()
 }
 
-/// How long `bytes` take at so many a second.
+/// Returns how many nanoseconds `bytes` take at `per_second` bytes per second.
 fn nanos(bytes: u64, per_second: u64) -> u64 {
     let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(per_second);
     u64::try_from(nanos).unwrap_or(u64::MAX)

@@ -1,13 +1,13 @@
-//! What the sessions of one process share.
+//! Resources that the sessions of one process share.
 //!
 //! ```text
-//!   session ─┐                        ┌─ frames that one has decoded are there for all
-//!   session ─┼─ Shared ───────────────┼─ threads that fetch ahead, in turn for each
-//!   session ─┘                        └─ what is needed to decode, as much as is in use at once
+//!   session ─┐               ┌─ decoded frames, available to all of them
+//!   session ─┼─ Shared ──────┼─ prefetch threads, which serve the sessions in turn
+//!   session ─┘               └─ decoding contexts, as many as are in use at once
 //! ```
 //!
-//! Each session has fault threads of its own all the same, so that an owner that faults, discards or
-//! changes its mappings all the time holds up nobody but itself.
+//! Each session nevertheless has fault threads of its own, so that an owner that faults, discards
+//! or changes its mappings all the time delays only itself.
 
 use std::sync::{Arc, LazyLock};
 
@@ -18,14 +18,14 @@ use crate::session::{FrameCache, FrameCacheStats, SharedFrames};
 use super::prefetcher::Pool;
 use super::threads::Hook;
 
-/// For sessions that were given none.
+/// The default for sessions without an explicit `Shared`.
 static OF_THE_PROCESS: LazyLock<Shared> = LazyLock::new(|| Shared::new(0));
 
-/// What the sessions of one process share: decoded frames, and the threads that fetch ahead.
+/// Resources that the sessions of one process share: decoded frames and prefetch threads.
 ///
-/// The threads, two for each core, are started when the first session wants something fetched, by the
-/// thread that starts that session, and inherit what threads inherit from it. They end with the last
-/// such session.
+/// There are two prefetch threads per core. The thread that starts the first session with a
+/// prefetch starts them, and they inherit its thread attributes. They exit with the last such
+/// session.
 #[derive(Clone)]
 pub struct Shared {
     frames: Option<Arc<FrameCache>>,
@@ -41,9 +41,9 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// Keeps decoded frames of `frame_cache` bytes together; 0 keeps none. A frame larger than a quarter of it
-    /// is not kept. Each thread that is serving or fetching may hold 3 MiB beyond that, and two for each
-    /// core are kept as long as there is a session.
+    /// Creates shared resources that keep `frame_cache` bytes of decoded frames; 0 keeps none. A
+    /// frame larger than a quarter of that is not kept. Each thread that is serving or prefetching
+    /// may hold another 3 MiB; two such contexts per core are kept as long as there is a session.
     pub fn new(frame_cache: u64) -> Self {
         let frames = (frame_cache > 0).then(|| Arc::new(FrameCache::new(frame_cache)));
         Self {
@@ -52,21 +52,21 @@ impl Shared {
         }
     }
 
-    /// Called in each thread that fetches ahead before it does anything, as the hook of
-    /// [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start) is in a session's own.
-    /// To be said before the first session has it.
+    /// Sets a hook that each prefetch thread calls before it does anything else, like the hook of
+    /// [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start) in a session's own
+    /// threads. Must be called before the first session uses `self`.
     #[must_use]
     pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.pool = Arc::new(Pool::new(Some(Arc::new(hook)), true));
         self
     }
 
-    /// What all sessions of the process share that were given nothing else.
+    /// Returns what all sessions of the process without an explicit `Shared` share.
     pub(super) fn of_the_process() -> Self {
         OF_THE_PROCESS.clone()
     }
 
-    /// For a session that shares nothing, because of its hook.
+    /// Creates resources for a session that shares nothing because it has a hook.
     pub(super) fn alone(hook: &Hook) -> Self {
         Self {
             frames: None,
@@ -74,13 +74,14 @@ impl Shared {
         }
     }
 
-    /// What the cache of frames holds, and what it was good for. All zero if there is none.
+    /// Returns statistics of the frame cache; all zero if there is none.
     pub fn frame_cache(&self) -> FrameCacheStats {
         let frames = self.frames.as_ref();
         frames.map(|frames| frames.stats()).unwrap_or_default()
     }
 
-    /// Drops the frames of snapshots that nobody has open any more; a new session does the same.
+    /// Drops the frames of snapshots that nobody has open any more. Starting a session does so,
+    /// too.
     pub fn forget_closed(&self) {
         if let Some(frames) = &self.frames {
             frames.forget_closed();

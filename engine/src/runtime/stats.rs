@@ -1,94 +1,96 @@
-//! What a session has done, for people and programs.
+//! Statistics of a session, for people and programs.
 
 use std::time::Duration;
 
 use crate::session::{Durations, Percentiles};
 
-/// Pages installed for one reason.
+/// Number of pages installed for one reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
-    /// From frames.
+    /// Pages copied from frames.
     pub copied: u64,
-    /// Repeating a word other than zero.
+    /// Pages that repeat a word other than zero.
     pub filled: u64,
-    /// Zero.
+    /// Zero pages.
     pub zeroed: u64,
 }
 
-/// Faults by what they met. One for whose page somebody else had yet to decide is in none of them.
+/// Number of faults by the state of the page that they found. Excludes faults on a page whose
+/// failure was still being decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultKinds {
-    /// A page that a frame holds.
+    /// The content was in a frame.
     pub stored: u64,
-    /// A page that repeats one word.
+    /// The page repeats one word.
     pub fill: u64,
-    /// A page that its owner has discarded.
+    /// The owner had discarded the page.
     pub removed: u64,
-    /// A page that was there when the fault was looked at.
+    /// The page was present by the time it was looked up.
     pub present: u64,
-    /// A page that is poisoned.
+    /// The page was poisoned.
     pub poisoned: u64,
-    /// No page of the session's.
+    /// The address belongs to no page of the session.
     pub outside: u64,
 }
 
-/// From reading a fault to its answer, by where the content came from.
+/// Time from reading a fault to its answer, by the source of the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FaultTimes {
-    /// All of them.
+    /// All faults.
     pub all: Durations,
     /// No content was needed.
     pub nowhere: Durations,
-    /// It repeats one word.
+    /// The page repeats one word.
     pub fill: Durations,
-    /// Its frame was read and decoded.
+    /// The frame was read and decoded for this fault.
     pub read: Durations,
-    /// Its frame was decoded already.
+    /// The frame was already decoded.
     pub cached: Durations,
-    /// Another thread was bringing it, and the fault waited.
+    /// Another thread was loading the page, and the fault waited.
     pub another: Durations,
 }
 
-/// What a restore has done so far.
+/// Statistics of a restore so far.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
-    /// From the start call to usable memory.
+    /// Time from the start call to usable memory.
     pub mapped: Duration,
-    /// From the start call to the memory being complete, if it is.
+    /// Time from the start call to complete memory, if it is complete.
     pub complete: Option<Duration>,
-    /// Faults read, and pages that [`Restored::read_at`](crate::restore::Restored::read_at) asked for.
+    /// Number of faults read, plus pages requested by
+    /// [`Restored::read_at`](crate::restore::Restored::read_at).
     pub faults: u64,
-    /// From reading a fault to its answer.
+    /// Time from reading a fault to its answer.
     pub fault_time: Percentiles,
-    /// The faults by what they met.
+    /// Number of faults by the state of the page.
     pub fault_kinds: FaultKinds,
-    /// How long they took, by where the content came from.
+    /// Time that faults took, by the source of the content.
     pub fault_times: FaultTimes,
-    /// Pages of the snapshot's regions.
+    /// Number of pages in the snapshot's regions.
     pub pages: u64,
-    /// Pages that are neither there nor discarded nor poisoned: not more than that.
+    /// Number of pages that are neither present nor discarded nor poisoned; an upper bound.
     pub missing: u64,
-    /// Pages that faults brought in: the touched ones and those that came with them.
+    /// Pages that faults loaded: the touched ones and those that came with them.
     pub demand: PageCounts,
-    /// Pages that prefetch brought in.
+    /// Pages that prefetch loaded.
     pub prefetch: PageCounts,
-    /// Zero pages that the kernel serves itself when they are touched: they are in none of the
-    /// other counts.
+    /// Number of zero pages that the kernel serves itself when they are touched. They are in none
+    /// of the other counts.
     pub left_to_kernel: u64,
-    /// Pages poisoned, also those that were healed since.
+    /// Number of pages poisoned, including those that were healed since.
     pub poisoned: u64,
-    /// Events read: discards, unmappings, moves.
+    /// Number of events read: discards, unmappings, moves.
     pub events: u64,
-    /// Installs that had to be repeated because the mappings were changing.
+    /// Number of installs that were repeated because the mappings were changing.
     pub retries: u64,
-    /// Installs that were given up because the kernel had no memory.
+    /// Number of installs that were abandoned because the kernel had no memory.
     pub shortages: u64,
-    /// Installs of 2 MiB pages that were given up because their pool had none.
+    /// Number of installs of 2 MiB pages that were abandoned because their pool had no free page.
     pub huge_shortages: u64,
-    /// Bytes of frames read from the snapshot.
+    /// Bytes of frame records read from the snapshot.
     pub bytes_read: u64,
     /// Bytes decoded from frames.
     pub bytes_decoded: u64,
-    /// Failures so far.
+    /// Number of failures.
     pub failures: u64,
 }

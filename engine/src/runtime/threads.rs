@@ -12,21 +12,22 @@ use snaprestore_uffd::os::{SignalsBlocked, abort, leave_creator};
 use super::session_prefetch::Plan;
 use super::{Prefetch, Runtime, Shared, contexts};
 
-/// The system calls that engine threads make after [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start)'s hook: for a
-/// seccomp filter.
+/// System calls that engine threads make after the hook of
+/// [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start) has run, for a seccomp
+/// filter.
 pub const SYSTEM_CALLS: &[&str] = &[
-    // Faults, and installing.
+    // Reading faults and installing pages.
     "ioctl",
     "preadv2",
     "read",
     "epoll_wait",
     "epoll_pwait",
     "epoll_ctl",
-    // Going to the core of the thread that faults.
+    // Migrating to the core of the faulting thread.
     "sched_getscheduler",
     "sched_getaffinity",
     "sched_setaffinity",
-    // Waking each other, and waiting.
+    // Waking other threads, and waiting.
     "futex",
     "write",
     "sched_yield",
@@ -34,43 +35,42 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "clock_gettime",
     // The snapshot's file.
     "pread64",
-    // Memory for index blocks, and what is freed.
+    // Allocating and freeing memory for index blocks.
     "mmap",
     "munmap",
     "mremap",
     "brk",
     "madvise",
     "mprotect",
-    // Starting and ending a thread.
+    // Starting and exiting a thread.
     "sigaltstack",
     "exit",
     "rt_sigprocmask",
     "rseq",
     "set_robust_list",
     "getrandom",
-    // Prefetch: which thread it is, for each session that it works for.
+    // Prefetch: identifying the thread for each session that it works for.
     "gettid",
-    // Ending the process that is served, or this one: whether standard error has room for why.
+    // Killing the owner or this process: checks whether standard error has room for the reason.
     "pidfd_send_signal",
     "poll",
     "ppoll",
-    // Closing the userfaultfd; before it, in a build with debug assertions, a look whether it is
-    // open.
+    // Closing the userfaultfd; builds with debug assertions first check that it is open.
     "close",
     "fcntl",
 ];
 
-/// Runs in each thread before anything else, with its name.
+/// A callback that runs in each thread before anything else, with the thread's name.
 pub(crate) type Hook = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// A thread, or something for it, could not be made.
+/// The error for a thread, or a resource for it, that could not be created.
 pub(crate) struct ThreadError {
     pub(crate) what: &'static str,
     pub(crate) source: io::Error,
 }
 
-/// Ends the process if its thread panics: whoever waits for that thread's pages would wait for
-/// ever.
+/// Aborts the process if its thread panics: waiters for that thread's pages would otherwise wait
+/// forever.
 struct EndOnPanic<'a>(&'a str);
 
 impl Drop for EndOnPanic<'_> {
@@ -84,15 +84,16 @@ impl Drop for EndOnPanic<'_> {
     }
 }
 
-/// Runs `body` in an engine thread that another program's code runs: it must not catch its panics.
+/// Runs `body` in an engine thread that is managed by foreign code, which must not catch its
+/// panics.
 pub(super) fn aborting_on_panic(body: impl FnOnce()) {
     let thread = std::thread::current();
     let _end = EndOnPanic(thread.name().unwrap_or_default());
     body();
 }
 
-/// Runs `body` in the calling thread, which was started as engine thread `name`.
-/// It keeps its `place` in a session, if it works for one only.
+/// Runs `body` in the calling thread, which was started as engine thread `name`. It keeps its
+/// `place` in a session if it works for only one.
 pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: impl FnOnce()) {
     let _end = EndOnPanic(name);
     leave_creator();
@@ -106,13 +107,13 @@ pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: i
     drop(place);
 }
 
-/// The threads over a session.
+/// The threads of a session.
 pub(crate) type Threads = Vec<JoinHandle<()>>;
 
-/// What a thread does.
+/// The work of a thread.
 pub(crate) type Body = Box<dyn FnOnce(&Runtime) + Send>;
 
-/// Which threads are started.
+/// Options for the threads of a session.
 pub(crate) struct ThreadOptions {
     pub(crate) fault_threads: usize,
     pub(crate) prefetch: Prefetch,
@@ -121,7 +122,7 @@ pub(crate) struct ThreadOptions {
     pub(crate) retry_timeout: Duration,
     pub(crate) hook: Option<Hook>,
     pub(crate) shared: Option<Shared>,
-    /// One more, with its name.
+    /// One additional thread, with its name.
     pub(crate) other: Option<(&'static str, Body)>,
 }
 
@@ -140,60 +141,62 @@ impl Default for ThreadOptions {
     }
 }
 
-/// The options of a builder that has its threads in `crew`.
+/// Defines the options of a builder that has its thread options in `crew`.
 macro_rules! crew_options {
     () => {
-        /// Threads that serve faults; at least 1, and 2 with an observer of first touches, so that
-        /// a fault of its own is noticed. One serves one toucher well; more help when many touch at
-        /// once, or when the store is slow. Default 2.
+        /// Sets the number of threads that serve faults: at least 1, and at least 2 with a
+        /// first-touch observer, so that a fault of the observer is noticed. One thread serves one
+        /// touching thread well. More help when many threads touch at once, or when the store is
+        /// slow. Default: 2.
         pub fn fault_threads(mut self, threads: usize) -> Self {
             self.crew.fault_threads = threads.max(1);
             self
         }
 
-        /// What is fetched before it is touched. Default [`Prefetch::Off`].
+        /// Sets the pages to load before they are touched. Default: [`Prefetch::Off`].
         pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
             self.crew.prefetch = prefetch;
             self
         }
 
-        /// Threads that fetch ahead for this session at once; from 1 to 64. They are those of
-        /// [`Shared`]: no more than half as many as its first session started. Default: one for
-        /// each core.
+        /// Sets how many threads prefetch for this session at once, from 1 to 64. They belong to
+        /// [`Shared`], and are at most half as many as its first session started. Default: one per
+        /// core.
         pub fn prefetch_threads(mut self, threads: usize) -> Self {
             self.crew.prefetch_threads = threads.max(1);
             self
         }
 
-        /// Limits prefetch to so many bytes of memory a second, on average. Default: no limit.
+        /// Limits prefetch to this many bytes of memory per second, on average. Default: no limit.
         pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
             self.crew.prefetch_bandwidth = Some(bytes_per_second.max(1));
             self
         }
 
-        /// How long a page that can't be read is read again, with pauses that grow from 1 ms to half
-        /// a second, before it counts as failed. Other faults are served meanwhile. Damage isn't
-        /// read again. Prefetch that finds no memory goes on for as long. Default 5 s.
+        /// Sets how long the read of an unreadable page is retried before it counts as failed, with
+        /// pauses that grow from 1 ms to half a second. Other faults are served meanwhile. Damaged
+        /// data isn't read again. Prefetch that finds no memory retries for the same time. Default:
+        /// 5 s.
         pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
             self.crew.retry_timeout = timeout;
             self
         }
 
-        /// What the session shares with others of the same process. Default: with all others that
-        /// were given nothing else the threads that fetch ahead, unless it has a hook
-        /// ([`on_thread_start`](Self::on_thread_start)).
+        /// Sets the resources that the session shares with others of the same process. By default,
+        /// all sessions without an explicit `Shared` share the prefetch threads, except those with
+        /// a hook ([`on_thread_start`](Self::on_thread_start)).
         pub fn shared(mut self, shared: &Shared) -> Self {
             self.crew.shared = Some(shared.clone());
             self
         }
 
-        /// Called in each thread of this session before it does anything, for instance to confine it,
-        /// or to give it a policy or cores. The signals are blocked by then. The thread has the cores
-        /// of the main thread and of the one that starts it, and no real-time policy, whatever the
-        /// latter has. The hook must return, and must not touch memory that is being restored. The
-        /// threads that fetch ahead are the session's own then, unless it was given a
-        /// [`Shared`](Self::shared): those serve several sessions, and call the hook of
-        /// [`Shared::on_thread_start`] only.
+        /// Sets a hook that each thread of this session calls before it does anything else, for
+        /// instance to confine the thread, or to set its scheduling policy or cores. Signals are
+        /// already blocked. The thread has the cores of the main thread and of the thread that
+        /// starts it, and no real-time policy, whatever the latter has. The hook must return, and
+        /// must not touch memory that is being restored. With a hook, the session gets prefetch
+        /// threads of its own, unless it was given a [`Shared`](Self::shared): its threads serve
+        /// several sessions, and call only the hook of [`Shared::on_thread_start`].
         pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
             self.crew.hook = Some(Arc::new(hook));
             self
@@ -202,7 +205,7 @@ macro_rules! crew_options {
 }
 
 impl ThreadOptions {
-    /// What the session shares, be it with nobody.
+    /// Returns the resources that the session shares, which may be its own.
     pub(crate) fn shared(&self) -> Shared {
         match (&self.shared, &self.hook) {
             (Some(shared), _) => shared.clone(),
@@ -211,20 +214,20 @@ impl ThreadOptions {
         }
     }
 
-    /// Threads that are started, at most.
+    /// Returns the maximum number of threads that are started.
     pub(crate) fn threads(&self) -> usize {
         let shared = self.shared();
         self.fault_threads + shared.pool().thread_count(self.prefetch_threads)
     }
 
-    /// Threads that decode for the session at the same time, at most.
+    /// Returns the maximum number of threads that decode for the session at the same time.
     pub(crate) fn decoders(&self) -> usize {
         self.fault_threads + self.prefetch_threads
     }
 
-    /// Starts them. If one can't be started, those that were are ended.
+    /// Starts the threads. If one can't be started, those already started are ended.
     pub(crate) fn start(self, running: &Arc<Runtime>) -> Result<Threads, ThreadError> {
-        // Threads inherit the mask: no signal reaches them, not even before their first instruction.
+        // Threads inherit the mask, so no signal reaches them even before their first instruction.
         let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
             what: "threads that block signals",
             source,
@@ -267,7 +270,7 @@ impl ThreadOptions {
                         workers: running.pool.workers(),
                         image: &running.session.image,
                     };
-                    // Before the first fault, and not in the way of the start.
+                    // Done before the first fault, without delaying the start.
                     workers.prepare();
                     running.session.serve(i, &workers);
                     running.fault_thread_ends();

@@ -1,14 +1,14 @@
-//! Healing: pages that were poisoned because they could not be had then, and can be now.
+//! Healing: replaces poison by content that was unavailable earlier and is available now.
 //!
 //! ```text
 //! heal():
-//!   keep the session from completing: afterwards nothing can be installed any more
-//!   for each poisoned page: look up what it is, read, check, decode
+//!   keep the session from completing, because nothing can be installed afterwards
+//!   for each poisoned page: look up its content, read, check, decode
 //!     hold the lock shared: COPY it over the poison, mark it present
 //! ```
 //!
-//! The kernel takes a COPY over poison. To ZEROPAGE and POISON it says EEXIST, so a page of zeros is
-//! copied as well.
+//! The kernel accepts a COPY over poison. ZEROPAGE and POISON return EEXIST there, so a page of
+//! zeros is copied as well.
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -25,22 +25,22 @@ use crate::session::stats::add;
 use crate::session::{Failure, FailureKind, Left, PrefetchStop, Session, ThreadContext};
 use snaprestore_uffd::uffd::Wake;
 
-/// What one hold came to.
+/// The outcome of one hold of the lock.
 enum HoldOutcome {
-    /// The page is there, or nobody wants it any more.
+    /// The page is present, or nobody wants it any more.
     Settled,
     /// Read events first.
     Again,
-    /// No memory now.
+    /// The kernel had no memory for the page.
     NoMemory,
-    /// It can't go on.
+    /// The install failed for good.
     InstallError(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Brings the pages that are poisoned. Unless `last`, it stops at the first that can't be read
-    /// now, without a report. Returns what was left; [`State::count_poisoned`] tells what stays
-    /// poisoned.
+    /// Loads the poisoned pages. Unless this is the `last` attempt, it stops without a report at
+    /// the first page that can't be read now. Returns the pages that were left;
+    /// [`State::count_poisoned`] returns how many stay poisoned.
     ///
     /// [`State::count_poisoned`]: super::State::count_poisoned
     pub(crate) fn heal(
@@ -131,7 +131,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// One hold of the lock: {look up; one COPY}.
+    /// Looks up the page and issues one COPY, in one hold of the lock.
     fn hold_over_poison(&self, page: PageNumber, bytes: &[u8]) -> HoldOutcome {
         let _hold = self.platform.shared(page);
         let pages = page..page + 1;
@@ -147,7 +147,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 add(&self.stats.prefetch.copied, 1);
                 HoldOutcome::Settled
             }
-            // Another thread heals it.
+            // Another thread is healing it.
             Installed::Exists => HoldOutcome::Settled,
             Installed::Again => HoldOutcome::Again,
             Installed::Gone if self.platform.is_changing(at.address) => HoldOutcome::Again,

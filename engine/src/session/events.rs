@@ -1,4 +1,4 @@
-//! Reading messages and recording what they say.
+//! Reads userfaultfd messages and records them.
 
 use std::time::Instant;
 
@@ -7,24 +7,24 @@ use crate::fail_point::{FailPoint, fail_point};
 use crate::session::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
 use crate::session::stats::add;
 
-/// Why an owner that has asked for events of its forks is ended when it forks.
+/// Reason for killing an owner that forks with fork events enabled.
 const FORKED: &str = "it forked, and nobody serves its child";
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// The next fault to serve; waits for one. `None`: the session ends.
+    /// Waits for the next fault to serve and returns it, or `None` if the session ends.
     ///
-    /// What arrives ends the waiting of one thread, which reads it all; if that is more than one
-    /// fault, it ends another's.
+    /// An incoming message wakes one thread, which reads all messages. If they contain more than
+    /// one fault, it wakes another thread.
     pub(super) fn next_fault(&self) -> Option<Fault> {
         loop {
             if self.is_ending() {
-                // One thread was woken for it: so is the next.
+                // Only one thread was woken for the end of the session, so it wakes the next.
                 self.platform.kick();
                 return None;
             }
             let next_due = self.queue.resume();
             if let Some(fault) = self.queue.pop() {
-                // Another thread looks after the others, and after those that are paused.
+                // Another thread serves the remaining faults, and those that are paused.
                 if !self.queue.is_empty() || next_due.is_some() {
                     self.platform.kick();
                 }
@@ -47,7 +47,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Reads messages and records them, all in one exclusive hold. Returns how many there were.
+    /// Reads messages and records them, all in one exclusive hold. Returns the number of messages.
     pub(crate) fn read_events(&self, about: u64) -> usize {
         let mut hold = self.platform.exclusive(about);
         self.state.count_read();
@@ -61,7 +61,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             slot += 1;
         });
         fail_point(FailPoint::RingCleared);
-        // Only when nobody can find the messages again.
+        // Not earlier: until now the messages could still be found again.
         self.state.map().batch_ends();
         read.unwrap_or_else(|ReadFailed| {
             self.guard.end_owner("reading faults failed");
@@ -70,19 +70,21 @@ impl<P: Platform, I: Image> Session<P, I> {
         })
     }
 
-    /// Takes over from a worker that died: records what it had read and perhaps not recorded, and has
-    /// everybody who waits ask again. Before anything else is done with the session; done twice, by
-    /// somebody who was killed at it as well, it comes to the same.
+    /// Takes over from a worker that died: records the messages that it had read but perhaps not
+    /// recorded, and makes all waiting threads fault again. Must be called before anything else is
+    /// done with the session. Repeating it, even after a worker was killed during recovery, gives
+    /// the same result.
     ///
-    /// The messages of a batch up to the one that last changed the address map were dealt with, and
-    /// must not be again: the addresses of a discard may be those of other pages now. After it the
-    /// map is as it was, and what is recorded twice is recorded once.
+    /// The messages of a batch up to the last one that changed the address map were already
+    /// handled. They must not be handled again, because the addresses of a discard may belong to
+    /// other pages by now. After that message the map is unchanged, and recording a message twice
+    /// has no further effect.
     pub(crate) fn recover(&self) {
         let mut hold = self.platform.exclusive(0);
         let taken_in = self.state.map().taken_in();
         self.platform.unrecorded(&mut hold, &mut |slot, event| {
             match event {
-                // It is asked for again.
+                // The woken thread faults again.
                 Event::Fault { .. } => {}
                 Event::Unmap { start, end } if slot < taken_in => {
                     self.platform.wake(start, end - start);
@@ -107,7 +109,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         fail_point(FailPoint::ReplayWoken);
     }
 
-    /// Records one message, that in `slot` of its batch. The caller holds the lock exclusively.
+    /// Records one message, which is in `slot` of its batch. The caller must hold the lock
+    /// exclusively.
     fn record(&self, slot: usize, event: &Event) {
         if !matches!(event, Event::Fault { .. }) {
             add(&self.stats.events, 1);

@@ -1,36 +1,36 @@
-//! What happens to a page whose content can't be had.
+//! Failure of a page whose content is unavailable, and the policies for it.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A page that can't be restored, and why.
+/// A page that can't be restored, and the reason.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The file that was read.
     pub file: String,
-    /// Where in it, in bytes; `None` if no frame or index block is to blame.
+    /// The offset in the file, in bytes; `None` if no frame or index block is to blame.
     pub offset: Option<u64>,
     /// The page that was wanted.
     pub page: u64,
-    /// Its address in the owner, if it was known.
+    /// The page's address in the owner, if known.
     pub address: Option<u64>,
-    /// What is wrong.
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// What went wrong, in words.
+    /// A human-readable description of the failure.
     pub detail: String,
 }
 
-/// The sort of a [`Failure`].
+/// The kind of a [`Failure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureKind {
-    /// The file is damaged: what it holds doesn't pass its checks.
+    /// The file is damaged: its content fails a check.
     Damaged,
-    /// The file could not be read, nor when it was read again until the retry timeout was over.
+    /// The file could not be read, even with retries until the retry timeout.
     Io,
     /// The page could not be read when the snapshot was taken.
     Unavailable,
-    /// The kernel would not install the page.
+    /// The kernel refused to install the page.
     Install,
 }
 
@@ -47,30 +47,30 @@ impl fmt::Display for Failure {
     }
 }
 
-/// What a callback decides about a failed page.
+/// A callback's decision about a failed page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureDecision {
-    /// Try to read it again, after a pause: 1 ms after the first failure, twice as long each further
-    /// time, and at most half a second.
+    /// Retry the read after a pause: 1 ms after the first failure, doubled after each further one,
+    /// and at most half a second.
     Retry,
-    /// Poison it.
+    /// Poison the page.
     Poison,
-    /// End the owner.
+    /// Kill the owner.
     Abort,
 }
 
-/// What is done when a touched page can't be restored. It is never left to read as zeros, and the
-/// toucher never waits for ever.
+/// The action taken when a touched page can't be restored. The page never reads as zeros, and the
+/// touching thread never waits forever.
 #[derive(Clone)]
 pub enum FailurePolicy {
-    /// The page is poisoned: an instruction that touches it gets SIGBUS, a system call EFAULT. For
-    /// memory that only user code touches; under KVM poison can read as zeros.
+    /// Poison the page: an instruction that touches it gets SIGBUS, a system call EFAULT. Meant for
+    /// memory that only user code touches; under KVM, poison can read as zeros.
     Poison,
-    /// The process is ended. For the memory of a VM.
+    /// Kill the process. Meant for the memory of a VM.
     Abort,
-    /// The callback decides, on a thread of its own, while the fault waits. It is asked once about
-    /// a page, however many wait for it, and again only if the page was tried again and still can't
-    /// be had.
+    /// Ask the callback, on a thread of its own, while the fault waits. It is called once per page,
+    /// however many threads wait for the page, and again only if the page was retried and still
+    /// can't be loaded.
     Ask(Arc<dyn Fn(&Failure) -> FailureDecision + Send + Sync>),
 }
 

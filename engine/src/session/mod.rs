@@ -1,4 +1,4 @@
-//! One restore: one address space, one userfaultfd, one table of page states.
+//! A single restore: one address space, one userfaultfd and one table of page states.
 //!
 //! ```text
 //!   owner's threads          kernel             session
@@ -10,33 +10,40 @@
 //!                                               prefetch: the same path, from the other side
 //! ```
 //!
-//! What can happen to a page, and what follows:
+//! Page states, and the effect of each event on them:
 //!
 //! | state | fault | frame arrives good | frame is bad | REMOVE |
 //! | --- | --- | --- | --- | --- |
-//! | absent | decode, COPY, -> present | COPY, -> present | demand: failure policy; prefetch: stays absent | -> removed |
+//! | absent | decode, COPY, -> present | COPY, -> present | failure policy (1) | -> removed |
 //! | present (advice) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
 //! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
-//! | poisoned | POISON again; if EEXIST, WAKE | skip; when the restore is completed COPY, -> present ([`completion`]) | skip | -> removed |
+//! | poisoned | POISON again; if EEXIST, WAKE | skip (2) | skip | -> removed |
 //!
-//! A frame that is being brought is *claimed*. Another fault that wants it waits for the claimer and
-//! looks again, unless that is a prefetcher: demand never waits for a read of prefetch ([`claims`]).
+//! (1) For demand; a page that prefetch fails to load stays absent. (2) When the restore is
+//! completed, a good frame is copied over the poison, and the page becomes present
+//! ([`completion`]).
 //!
-//! The rules that make it right:
+//! A frame that is being loaded is *claimed*. Another fault that wants the frame waits for the
+//! claim to be released and then looks the page up again, unless a prefetcher holds the claim:
+//! demand never waits for a prefetch read ([`fault::in_flight`]).
 //!
-//! 1. One thread at a time reads messages, holding the install lock exclusively until it has
-//!    recorded them all, in the order read, and has woken the old range of each UNMAP and REMAP
-//!    ([`events`]). The kernel gives faults before events, so no fault of a batch is served before
-//!    its events are recorded.
-//! 2. Installing holds the lock shared over {look up state and address; one ioctl of at most 256
-//!    KiB, or for one page of 2 MiB ([`large`])} ([`install`]). The owner's discard goes on only when its event was read, that is, when
-//!    no install that was decided before it can still come after it.
-//! 3. EAGAIN means that an event waits to be read: the lock is let go, events are read, and
-//!    everything is looked up again.
-//! 4. A page is marked present after the ioctl succeeded or said EEXIST, and a fault on a present
-//!    page is answered by ZEROPAGE, never by WAKE alone: where the mark was wrong, WAKE alone would
-//!    fault for ever.
-//! 5. A fault at an address of no region gets a zero page or, if nothing is mapped there, a WAKE.
+//! Rules that keep it correct:
+//!
+//! 1. One thread at a time reads messages. It holds the install lock exclusively until it has
+//!    recorded every message in the order read, and has woken the old range of each UNMAP and REMAP
+//!    ([`events`]). The kernel delivers faults before events, so no fault of a batch is served
+//!    before the events of that batch are recorded.
+//! 2. An install holds the lock shared while it looks up state and address and issues one ioctl of
+//!    at most 256 KiB, or of one 2 MiB page ([`fault::huge`], [`fault::install`]). The owner's
+//!    discard proceeds only after its event has been read, that is, when no install that was
+//!    decided earlier can still follow it.
+//! 3. EAGAIN means that an event is waiting to be read: the thread releases the lock, reads events,
+//!    and looks everything up again.
+//! 4. A page is marked present after the ioctl succeeded or returned EEXIST. A fault on a present
+//!    page is answered with ZEROPAGE, never with WAKE alone: if the mark were wrong, WAKE alone
+//!    would repeat the fault forever.
+//! 5. A fault at an address outside every region gets a zero page or, if nothing is mapped there, a
+//!    WAKE.
 
 #[cfg(feature = "bench-internals")]
 mod bench;
@@ -84,85 +91,86 @@ pub(crate) use state::address_map::{Extent, LARGE_PAGES};
 pub(crate) use stats::{Pages, Stats};
 pub(crate) use threads::{EngineThreads, Place};
 
-/// Failures that are kept word for word; more are only counted.
+/// Maximum number of failures that are kept verbatim; further ones are only counted.
 const KEPT_FAILURES: usize = 1000;
 
-/// What a failed page comes to.
+/// The guard's decision about a page that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Decision {
-    /// Poison it.
+    /// Poison the page.
     Poison,
-    /// Leave the fault: whoever decided keeps it, and has it served again or poisoned later.
+    /// Leave the fault to the guard, which later has it served again or poisoned.
     Leave,
-    /// Forget the fault: another one for the same address is kept, whose answer is this one's too.
+    /// Drop the fault: another fault for the same address is pending, and its answer covers this
+    /// one.
     Forget,
 }
 
-/// Who answers for the owner of the memory when it can't be restored.
+/// A handler that decides what happens to the owner when its memory can't be restored.
 pub(crate) trait Guard: Send + Sync {
-    /// Decides about a page that a fault wants and that can't be restored.
+    /// Decides about a faulting page that can't be restored.
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision;
-    /// What becomes of a fault on a page about which a decision is being made. `None`: there is
-    /// none.
+    /// Returns the decision for a fault on a page whose failure is still being decided, or `None`
+    /// if no decision is pending for that page.
     fn undecided(&self, fault: Fault, page: PageNumber) -> Option<Decision>;
-    /// The session can't go on, and the owner must not: ends the owner.
+    /// Kills the owner, because the session can't continue and the owner must not run without it.
     fn end_owner(&self, why: &str);
-    /// Whether the end of the owner, and why it came, is logged by whoever has this guard: a failure that ends the owner is
+    /// Whether the guard itself logs that it killed the owner and why, so that such a failure is
     /// not logged twice.
     fn tells_of_end(&self) -> bool {
         false
     }
 }
 
-/// Called with the number of each page that a fault brought in.
+/// A callback that receives the number of each page that a fault loaded.
 pub(crate) type TouchObserver = Box<dyn Fn(PageNumber) + Send + Sync>;
 
-/// One restore. Any number of threads serve faults ([`Session::serve`]) and prefetch.
+/// A single restore. Any number of threads serve faults ([`Session::serve`]) and prefetch.
 pub(crate) struct Session<P, I> {
     pub(crate) platform: P,
     pub(crate) image: I,
     pub(crate) state: State,
     pub(crate) queue: FaultQueue,
     pub(crate) stats: Stats,
-    /// The threads that work for it now.
+    /// Threads that currently work for the session.
     pub(crate) threads: Arc<EngineThreads>,
     claims: InFlight,
-    /// What a discarded large page is filled with; empty if there are none.
+    /// Zeros that fill a discarded large page; empty if the session has no large pages.
     zeros: Vec<u8>,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
-    /// Frames that are not to be decoded: who tried has died.
+    /// Frames that must not be decoded, because a worker died decoding them.
     quarantined: Vec<FrameId>,
-    /// How long a page that can't be read is read again before it counts as failed.
+    /// How long an unreadable page is retried before it counts as failed.
     pub(crate) retry_timeout: Duration,
     failures: Mutex<Failures>,
     phase: Phase,
     shortage: Shortage,
-    /// The span that everything belongs to that is logged about the session: that of who made it.
+    /// The tracing span of the session's creator, in which everything about the session is logged.
     span: tracing::Span,
 }
 
-/// Whether memory is short just now, for small pages and for large ones.
+/// Whether memory is currently short, for small and for large pages.
 #[derive(Debug, Default)]
 struct Shortage {
     small: AtomicBool,
     large: AtomicBool,
 }
 
-/// How far a session is.
+/// The progress of a session.
 #[derive(Debug, Default)]
 struct Phase {
-    /// Threads that serve faults shall return.
+    /// Set when the threads that serve faults must return.
     ending: AtomicBool,
-    /// A thread looks whether every page is settled.
+    /// Set while a thread checks whether every page is settled.
     finishing: AtomicBool,
-    /// Every page is settled.
+    /// Set once every page is settled.
     complete: AtomicBool,
-    /// The owner's memory is gone.
+    /// Set once the owner's memory is gone.
     owner_gone: AtomicBool,
 }
 
-/// The failures seen so far.
+/// Failures seen so far.
 #[derive(Debug, Default)]
 struct Failures {
     kept: Vec<Failure>,
@@ -198,18 +206,18 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Has these frames refused like damaged ones, before anything is decoded.
+    /// Quarantines these frames: they fail as damaged frames do, without being decoded.
     pub(crate) fn refuse(&mut self, frames: impl IntoIterator<Item = u64>) {
         self.quarantined.extend(frames.into_iter().map(FrameId));
     }
 
-    /// Makes every thread return from [`Session::serve`]. Faults that still wait are not answered.
+    /// Makes every thread return from [`Session::serve`]. Pending faults are not answered.
     pub(crate) fn end(&self) {
         self.phase.ending.store(true, Relaxed);
         self.platform.kick();
     }
 
-    /// Lets a fault thread look whether anything has changed.
+    /// Wakes a fault thread so that it checks whether anything has changed.
     pub(crate) fn kick(&self) {
         self.platform.kick();
     }
@@ -218,7 +226,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.phase.ending.load(Relaxed)
     }
 
-    /// How far it is, for telling two states apart.
+    /// Returns the progress of the session, to tell two states of the model apart.
     #[cfg(test)]
     pub(crate) fn phase_digest(&self) -> [bool; 3] {
         let Phase {
@@ -235,7 +243,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.phase.complete.load(Relaxed)
     }
 
-    /// Where the owner has pages that are absent, piece by piece, and how many.
+    /// Returns the ranges in which the owner has absent pages, each as address and number of pages.
     pub(crate) fn missing(&self) -> Vec<(u64, u64)> {
         let mut missing = Vec::new();
         for extent in self.state.map().extents() {
@@ -254,7 +262,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         missing
     }
 
-    /// Serves a fault that was left once more, after a pause: its content may be had then.
+    /// Schedules a fault that was left to be served again after a pause; its content may be
+    /// available by then.
     pub(crate) fn serve_again(&self, mut fault: Fault, page: PageNumber) {
         let pause = fault.retries.pause();
         self.queue.pause(fault, page, Instant::now() + pause);
@@ -268,11 +277,11 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.look_if_settled();
     }
 
-    /// Finishes if every page is settled. True if so.
+    /// Finishes the session if every page is settled. Returns `true` if it finished.
     ///
-    /// The kernel may answer now: a page that is missing all the same was discarded. Whose discard
-    /// waits for its event to be read must not wait for ever, so events are read until none can be
-    /// left.
+    /// From then on the kernel may answer faults by itself: a page that is still missing was
+    /// discarded. A thread whose discard waits for its event to be read must not wait forever, so
+    /// events are read until none can be pending.
     fn finish_if_settled(&self) -> bool {
         if !self.state.may_be_settled() || self.phase.finishing.swap(true, Relaxed) {
             return false;
@@ -291,23 +300,23 @@ impl<P: Platform, I: Image> Session<P, I> {
         true
     }
 
-    /// Gives the memory back to the kernel: unregisters it, wakes who waits, and reads events until
-    /// none can be left.
+    /// Returns the memory to the kernel: unregisters it, wakes waiting threads, and reads events
+    /// until none can be pending.
     pub(crate) fn let_go(&self) {
         let extents = self.state.mapped();
-        // From the last on: what knows of each of many is shortened at its end.
+        // In reverse order, so that a list of the ranges shrinks at its end.
         for extent in extents.iter().rev() {
             let (address, len) = (extent.address, extent.pages * PAGE);
             if !self.platform.unregister(address, len) {
-                // It would wait for ever at the first page that it discards.
+                // The owner would block forever at the first page that it discards.
                 self.guard
                     .end_owner("its memory can't be given back to the kernel");
             }
             fail_point(FailPoint::Unregistered);
         }
-        // The kernel wakes who waits in a range before it gives the range up (seen with 6.18): who
-        // faults again, or for the first time, in between waits where nobody reads any more. Closing
-        // would end that too, but not while the owner has a descriptor of its own.
+        // The kernel wakes the waiters of a range before it unregisters the range (seen with 6.18).
+        // A thread that faults in between waits where nobody reads any more. Closing the
+        // userfaultfd would wake it too, but not while the owner holds a descriptor of its own.
         for extent in &extents {
             self.platform.wake(extent.address, extent.pages * PAGE);
         }
@@ -321,7 +330,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Whether the owner's memory is gone: it has ended, or runs another program.
+    /// Whether the owner's memory is gone: the owner has exited or executed another program.
     pub(crate) fn is_owner_gone(&self) -> bool {
         self.phase.owner_gone.load(Relaxed)
     }
@@ -332,7 +341,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.end();
     }
 
-    /// Takes note of an install that found no memory, and logs the first of a row.
+    /// Records an install that found no memory, and logs the first of a series.
     fn is_short(&self, large: bool) {
         add(self.stats.shortages_of(large), 1);
         if !self.shortage_of(large).swap(true, Relaxed) {
@@ -344,7 +353,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Takes note of an install that found memory.
+    /// Records an install that found memory.
     fn has_memory(&self, large: bool) {
         let shortage = self.shortage_of(large);
         if shortage.load(Relaxed) {
@@ -360,7 +369,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Keeps a failure for the report, and logs it: one for each page, as often as it may be tried.
+    /// Keeps a failure for the report and logs it, once per page however often the page is tried.
     pub(crate) fn report(&self, failure: &Failure) {
         if self.keep_failure(failure) {
             let _of = self.span.enter();
@@ -368,7 +377,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Keeps a failure for the report. True if it is new, and one of those that are told.
+    /// Keeps a failure for the report. Returns `true` if it is new and is to be logged.
     fn keep_failure(&self, failure: &Failure) -> bool {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let known = failures
@@ -386,7 +395,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         is_told
     }
 
-    /// The failures kept, and how many there were.
+    /// Returns the failures kept, and how many there were in total.
     pub(crate) fn failures(&self) -> (Vec<Failure>, u64) {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         (failures.kept.clone(), failures.count)

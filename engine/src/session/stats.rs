@@ -1,12 +1,12 @@
-//! What a session counts: relaxed atomics, read at any time.
+//! Statistics of a session: relaxed atomics that can be read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 /// A histogram of durations with a relative error of at most 1/16, from 1 ns to over an hour.
 ///
-/// Log-linear: 16 buckets for each power of two, as `HdrHistogram` does it, but of atomics, so that
-/// threads record without a lock.
+/// The scale is log-linear with 16 buckets per power of two, as in `HdrHistogram`, but the buckets
+/// are atomics, so threads record without a lock.
 #[derive(Debug)]
 pub struct Histogram {
     buckets: Box<[AtomicU64]>,
@@ -14,9 +14,9 @@ pub struct Histogram {
     max: AtomicU64,
 }
 
-/// Buckets for each power of two, as a power of two.
+/// Number of buckets per power of two, as a power of two.
 const STEPS_LOG2: u32 = 4;
-/// Powers of two covered above the first 16 ns: 2^42 ns are 73 minutes.
+/// Number of buckets. They cover the powers of two above the first 16 ns; 2^42 ns are 73 minutes.
 const BUCKETS: usize = 16 * (42 - 4 + 2);
 
 impl Default for Histogram {
@@ -29,20 +29,20 @@ impl Default for Histogram {
     }
 }
 
-/// What a [`Histogram`] held at one moment.
+/// A copy of the content of a [`Histogram`] at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Durations {
-    /// The buckets that were not empty, in rising order: the longest duration that falls into it, and
-    /// how many did.
+    /// The non-empty buckets in rising order: the longest duration that falls into the bucket, and
+    /// the number of durations in it.
     pub buckets: Vec<(Duration, u64)>,
-    /// All durations together.
+    /// The sum of all durations.
     pub sum: Duration,
-    /// The longest.
+    /// The longest duration.
     pub max: Duration,
 }
 
 impl Durations {
-    /// What was recorded by all of these histograms so far.
+    /// Returns the durations that all these histograms have recorded so far, combined.
     pub(crate) fn of(histograms: &[&Histogram]) -> Self {
         let sum = |counter: fn(&Histogram, usize) -> &AtomicU64, i| -> u64 {
             let counts = histograms.iter().map(|h| counter(h, i).load(Relaxed));
@@ -60,7 +60,7 @@ impl Durations {
         }
     }
 
-    /// Their percentiles.
+    /// Returns the percentiles of these durations.
     pub fn percentiles(&self) -> Percentiles {
         let count = self.buckets.iter().map(|(_, count)| count).sum::<u64>();
         let at = |hundredths: u64| {
@@ -87,20 +87,20 @@ impl Durations {
 /// Percentiles of a [`Histogram`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Percentiles {
-    /// Durations recorded.
+    /// Number of durations recorded.
     pub count: u64,
-    /// Half are at most this.
+    /// The median: half of the durations are at most this long.
     pub p50: Duration,
-    /// 90 % are at most this.
+    /// 90 % of the durations are at most this long.
     pub p90: Duration,
-    /// 99 % are at most this.
+    /// 99 % of the durations are at most this long.
     pub p99: Duration,
-    /// The longest.
+    /// The longest duration.
     pub max: Duration,
 }
 
 impl Histogram {
-    /// Adds one duration.
+    /// Records one duration.
     pub fn record(&self, duration: Duration) {
         let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         self.buckets[bucket(nanos)].fetch_add(1, Relaxed);
@@ -108,18 +108,18 @@ impl Histogram {
         self.max.fetch_max(nanos, Relaxed);
     }
 
-    /// The percentiles of what was recorded so far.
+    /// Returns the percentiles of the durations recorded so far.
     pub fn percentiles(&self) -> Percentiles {
         self.durations().percentiles()
     }
 
-    /// What was recorded so far.
+    /// Returns the durations recorded so far.
     pub fn durations(&self) -> Durations {
         Durations::of(&[self])
     }
 }
 
-/// The bucket of a duration.
+/// Returns the bucket of a duration.
 fn bucket(nanos: u64) -> usize {
     let power = nanos.max(1).ilog2();
     let index = if power < STEPS_LOG2 {
@@ -131,7 +131,7 @@ fn bucket(nanos: u64) -> usize {
     usize::try_from(index).unwrap_or(BUCKETS).min(BUCKETS - 1)
 }
 
-/// The longest duration of a bucket, in nanoseconds.
+/// Returns the longest duration of a bucket, in nanoseconds.
 fn upper(bucket: usize) -> u64 {
     let (power, step) = (bucket as u64 / 16, bucket as u64 % 16);
     if power == 0 {
@@ -141,7 +141,7 @@ fn upper(bucket: usize) -> u64 {
     }
 }
 
-/// Pages installed, by what they were, for one reason.
+/// Pages installed for one reason, by kind of content.
 #[derive(Debug, Default)]
 pub(crate) struct Pages {
     pub(crate) copied: AtomicU64,
@@ -150,7 +150,7 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// All of them.
+    /// Returns the total number of pages.
     pub(crate) fn total(&self) -> u64 {
         [&self.copied, &self.filled, &self.zeroed]
             .iter()
@@ -159,43 +159,43 @@ impl Pages {
     }
 }
 
-/// What a fault met.
+/// The state of the page that a fault found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FaultKind {
-    /// A page that a frame holds.
+    /// The content is in a frame.
     Stored,
-    /// A page that repeats one word.
+    /// The page repeats one word.
     Fill,
-    /// A page that its owner has discarded.
+    /// The owner has discarded the page.
     Removed,
-    /// A page that was there by then.
+    /// The page was present by then.
     Present,
-    /// A page that is poisoned.
+    /// The page is poisoned.
     Poisoned,
-    /// No page of the session's.
+    /// The address belongs to no page of the session.
     Outside,
 }
 
-/// Where the content for a fault came from.
+/// The source of the content for a fault.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ContentSource {
-    /// None was needed.
+    /// No content was needed.
     #[default]
     Nowhere,
     /// A repeated word.
     Fill,
-    /// A frame that was read for it.
+    /// A frame that was read for this fault.
     Read,
-    /// A frame that was decoded already.
+    /// A frame that was already decoded.
     Cached,
-    /// Another thread had it, and installed it.
+    /// Another thread, which loaded and installed it.
     Another,
 }
 
-/// What is known of the fault that a thread serves.
+/// Facts gathered about the fault that a thread is serving.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct FaultTrace {
-    /// The first that it met.
+    /// The first page state that the fault found.
     met: Option<FaultKind>,
     pub(crate) from: ContentSource,
 }
@@ -205,8 +205,8 @@ impl FaultTrace {
         self.met.get_or_insert(met);
     }
 
-    /// A frame was decoded, or lay decoded. A fault that then decodes the rest of it, or the same frame
-    /// again, has it from where it came first.
+    /// Records that a frame was decoded, or was found decoded (`cached`). A fault that then decodes
+    /// the rest of that frame, or the same frame again, keeps its first source.
     pub(crate) fn decoded(&mut self, cached: bool) {
         if !matches!(self.from, ContentSource::Read | ContentSource::Cached) {
             self.from = if cached {
@@ -218,7 +218,7 @@ impl FaultTrace {
     }
 }
 
-/// Faults by what they met.
+/// Number of faults by [`FaultKind`].
 #[derive(Debug, Default)]
 pub(crate) struct Kinds {
     pub(crate) stored: AtomicU64,
@@ -229,7 +229,7 @@ pub(crate) struct Kinds {
     pub(crate) outside: AtomicU64,
 }
 
-/// From reading a fault to its answer, by where the content came from.
+/// Time from reading a fault to its answer, by [`ContentSource`].
 #[derive(Debug, Default)]
 pub(crate) struct FaultTimes {
     pub(crate) nowhere: Histogram,
@@ -240,7 +240,7 @@ pub(crate) struct FaultTimes {
 }
 
 impl FaultTimes {
-    /// All of them together.
+    /// Returns all histograms.
     pub(crate) fn all(&self) -> [&Histogram; 5] {
         let Self {
             nowhere,
@@ -264,14 +264,14 @@ pub(crate) struct Stats {
     pub(crate) poisoned: AtomicU64,
     pub(crate) events: AtomicU64,
     pub(crate) retries: AtomicU64,
-    /// Installs that were given up for want of memory.
+    /// Number of installs that were abandoned for lack of memory.
     pub(crate) shortages: AtomicU64,
-    /// The same of large pages, for want of a free one in their pool.
+    /// Number of large-page installs that were abandoned because their pool had no free page.
     pub(crate) large_shortages: AtomicU64,
 }
 
 impl Stats {
-    /// The count of shortages of small or large pages.
+    /// Returns the counter of shortages for small or large pages.
     pub(super) fn shortages_of(&self, large: bool) -> &AtomicU64 {
         if large {
             &self.large_shortages
@@ -280,11 +280,11 @@ impl Stats {
         }
     }
 
-    /// Counts a fault by what it met.
+    /// Counts a fault by the page state that it found.
     pub(crate) fn met(&self, trace: FaultTrace) {
         let kinds = &self.kinds;
         let counter = match trace.met {
-            // Nothing was looked up: the guard has it.
+            // Nothing was looked up: the guard handles the fault.
             None => return,
             Some(FaultKind::Stored) => &kinds.stored,
             Some(FaultKind::Fill) => &kinds.fill,
@@ -296,7 +296,7 @@ impl Stats {
         add(counter, 1);
     }
 
-    /// Records how long a fault took that was answered.
+    /// Records the time from reading a fault to its answer.
     pub(crate) fn took(&self, trace: FaultTrace, time: Duration) {
         let times = &self.fault_times;
         let histogram = match trace.from {
@@ -318,7 +318,7 @@ pub(crate) fn add(counter: &AtomicU64, n: u64) {
 mod tests {
     use super::*;
 
-    /// Every duration lies in a bucket whose upper end is at most a sixteenth above it.
+    /// Every duration lies in a bucket whose upper end exceeds it by at most a sixteenth.
     #[test]
     fn buckets_are_narrow() {
         for exponent in 0..41 {

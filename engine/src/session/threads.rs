@@ -1,8 +1,9 @@
-//! The engine's threads that work for a session now.
+//! Engine threads that currently work for a session.
 //!
-//! A thread that touches the memory that it restores waits for a page that nobody may be left to
-//! bring, and a thread that ends the session can't wait for itself. Both are told by who the thread
-//! is, so each has a place here from before it is started until it has ended.
+//! A thread that touches the memory it restores waits for a page that perhaps no thread is left to
+//! load, and a thread that ends the session can't wait for itself. Both cases are recognized by the
+//! identity of the thread, so each thread has an entry here from before it is started until after
+//! it has exited.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,13 +12,13 @@ use std::time::Duration;
 
 use nix::unistd::gettid;
 
-/// The threads that work for one session.
+/// The engine threads that work for one session.
 #[derive(Debug, Default)]
 pub(crate) struct EngineThreads {
     places: Mutex<Vec<Entry>>,
     left: Condvar,
     next: AtomicU64,
-    /// Whether faults tell threads by the numbers of this process.
+    /// Whether thread numbers in fault messages are those of this process.
     own_memory: AtomicBool,
 }
 
@@ -25,11 +26,11 @@ pub(crate) struct EngineThreads {
 struct Entry {
     place: u64,
     name: String,
-    /// The thread, once it runs, and its number in the kernel.
+    /// The thread, once it runs, and its kernel thread ID.
     thread: Option<(ThreadId, u32)>,
 }
 
-/// The place of one thread, given up when dropped.
+/// The registration of one thread, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
     threads: Arc<EngineThreads>,
@@ -37,7 +38,7 @@ pub(crate) struct Place {
 }
 
 impl EngineThreads {
-    /// Makes a place for thread `name`, which is about to be started.
+    /// Registers thread `name`, which is about to be started.
     pub(crate) fn place(self: &Arc<Self>, name: &str) -> Place {
         let place = self.next.fetch_add(1, Relaxed);
         self.lock().push(Entry {
@@ -51,13 +52,13 @@ impl EngineThreads {
         }
     }
 
-    /// Looks for these threads in the faults of the session from now on: its memory is this
-    /// process's.
+    /// Looks for these threads in the session's faults from now on, because its memory belongs to
+    /// this process.
     pub(crate) fn watch_faults(&self) {
         self.own_memory.store(true, Relaxed);
     }
 
-    /// The name of the engine's thread that has faulted, if the thread is one.
+    /// Returns the name of the engine thread that has faulted, if `thread` is one.
     pub(crate) fn faulting(&self, thread: u32) -> Option<String> {
         if !self.own_memory.load(Relaxed) {
             return None;
@@ -67,33 +68,34 @@ impl EngineThreads {
         places.iter().find(is_it).map(|entry| entry.name.clone())
     }
 
-    /// Whether the calling thread is one of them.
+    /// Whether the calling thread is an engine thread of this session.
     pub(crate) fn is_current(&self) -> bool {
         let current = std::thread::current().id();
         let is_it = |entry: &Entry| entry.thread.is_some_and(|(id, _)| id == current);
         self.lock().iter().any(is_it)
     }
 
-    /// Waits until none is left, for `patience` at most. True if none is.
+    /// Waits until no thread is left, for at most `patience`. Returns `true` if none is left.
     pub(crate) fn wait_gone(&self, patience: Duration) -> bool {
         let some = |places: &mut Vec<Entry>| !places.is_empty();
         let waited = self.left.wait_timeout_while(self.lock(), patience, some);
         waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
     }
 
-    /// The names of those that are left.
+    /// Returns the names of the threads that are left.
     pub(crate) fn names(&self) -> Vec<String> {
         self.lock().iter().map(|it| it.name.clone()).collect()
     }
 
-    /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the list. It is consistent after every statement, so a panic elsewhere leaves nothing
+    /// to repair.
     fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Place {
-    /// The calling thread takes the place.
+    /// Records the calling thread as the one that this entry was made for.
     pub(crate) fn begin(&self) {
         let number = u32::try_from(gettid().as_raw()).unwrap_or(0);
         let mut places = self.threads.lock();

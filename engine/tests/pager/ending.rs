@@ -1,4 +1,4 @@
-//! How sessions end under owners that go on touching their memory.
+//! Ends of sessions whose owners keep touching their memory.
 
 #![allow(clippy::print_stdout, reason = "what children report")]
 
@@ -35,7 +35,7 @@ fn dropping_a_session_kills_its_owner_first() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
 }
 
-/// A counter in memory that a process shares with those that it forks.
+/// Maps a counter in memory that a process shares with its forked children.
 fn shared_counter() -> &'static AtomicU64 {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
@@ -48,11 +48,11 @@ fn shared_counter() -> &'static AtomicU64 {
     }
 }
 
-/// Four threads touch missing pages without a pause when the session is dropped. None may go on
-/// with zeros before it is dead.
+/// Four threads touch missing pages without a pause when the session is dropped. None may continue
+/// with zeros before the owner is dead.
 #[test]
 fn touching_owner_sees_no_zeros_when_its_session_is_dropped() {
-    // A process of its own, so that no other test's child holds a copy of the userfaultfd.
+    // A separate process, so that no other test's child holds a copy of the userfaultfd.
     in_child(|| {
         let bytes = Arc::new(random_bytes(PAGES, 14));
         let mut killed = 0;
@@ -97,8 +97,8 @@ fn touching_owner_sees_no_zeros_when_its_session_is_dropped() {
     .expect_success();
 }
 
-/// A stop of a child process at its exit, before it gives its memory up. It exits when this is
-/// dropped.
+/// A stop of a child process at its exit, before its memory is released. The child exits when this
+/// is dropped.
 struct ExitStop(libc::pid_t);
 
 impl ExitStop {
@@ -109,7 +109,7 @@ impl ExitStop {
         Self(pid)
     }
 
-    /// Waits for the stop. False: it has exited without one.
+    /// Waits for the stop. Returns `false` if the child exited without one.
     fn wait(&self) -> bool {
         let mut status = 0;
         // SAFETY: `status` is a live int.
@@ -120,15 +120,15 @@ impl ExitStop {
 }
 
 impl Drop for ExitStop {
-    /// Lets it exit.
+    /// Lets the child exit.
     fn drop(&mut self) {
         // SAFETY: the request takes numbers only.
         unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, 0, 0) };
     }
 }
 
-/// The owner is killed and has not exited yet: whoever can look into it must not see zeros, and the
-/// session that is being dropped waits.
+/// The owner is killed and has not exited yet: a process that inspects its memory must not see
+/// zeros, and the drop of the session waits.
 #[test]
 fn userfaultfd_stays_open_until_the_killed_owner_has_exited() {
     let test = "userfaultfd_stays_open_until_the_killed_owner_has_exited";
@@ -165,7 +165,7 @@ fn userfaultfd_stays_open_until_the_killed_owner_has_exited() {
             println!("it was not stopped");
             return;
         }
-        // With a mistake this sees zeros at the first look, or soon.
+        // With a bug this sees zeros at the first check, or soon after.
         for _ in 0..100 {
             assert!(read(1).is_err(), "closed before the owner has exited");
             assert!(!drops.is_finished());
@@ -182,15 +182,15 @@ fn userfaultfd_stays_open_until_the_killed_owner_has_exited() {
     }
 }
 
-/// The kernel wakes the sleepers of a range before it gives the range up, and a thread that faults
-/// in between sleeps until it is woken once more. The owner has a descriptor of its own, as
-/// Firecracker does, so that closing the pager's wakes nobody.
+/// Regression test: the kernel wakes the sleepers of a range before it unregisters the range, and a
+/// thread that faults in between sleeps until it is woken once more. The owner has a descriptor of
+/// its own, as Firecracker does, so that closing the pager's descriptor wakes nobody.
 ///
-/// Each region is given up by a call of its own, one after the other by their addresses. The owner
-/// sees the first one go, and touches a discarded page of each of the others in the same order. It
-/// is faster than the calls, catches up with them, and arrives between the two steps once in some
-/// hundred rounds. A thread that slept before would be too slow. (The model of the session meets it
-/// every time.)
+/// Each region is unregistered by its own call, in the order of their addresses. The owner notices
+/// the first unregistration, and touches a discarded page of each of the other regions in the same
+/// order. It is faster than the calls, catches up with them, and arrives between the two steps once
+/// in some hundred rounds. A thread that slept before would be too slow. (The model of the session
+/// finds this every time.)
 #[test]
 fn owner_that_faults_while_the_last_page_arrives_is_not_left_waiting() {
     const COUNT: u64 = 24;
@@ -204,7 +204,7 @@ fn owner_that_faults_while_the_last_page_arrives_is_not_left_waiting() {
     for round in 0..300 {
         let expected = Arc::clone(&bytes);
         let owner = Owner::start(&regions, move |memory| {
-            // A thread that is left waiting ends the process by this.
+            // SIGALRM ends a process in which a thread is left waiting.
             // SAFETY: the call takes a number; SIGALRM is not handled.
             unsafe { libc::alarm(100) };
             i32::from(!touch_discarded_pages_at_the_end(
@@ -225,9 +225,9 @@ fn owner_that_faults_while_the_last_page_arrives_is_not_left_waiting() {
     }
 }
 
-/// Discards the second page of each region and touches all first pages but one. That one is touched
-/// by another thread, and when it has settled the session, the discarded pages are: all but those
-/// of the first `ahead` regions. Whether all is right.
+/// Discards the second page of each region and touches all first pages but one. Another thread
+/// touches that one; when it has settled the session, the discarded pages are touched, except those
+/// of the first `ahead` regions. Returns whether all content is right.
 fn touch_discarded_pages_at_the_end(memory: &Memory, source: &[u8], ahead: usize) -> bool {
     let mut firsts: Vec<u64> = memory
         .regions()

@@ -14,9 +14,9 @@ use crate::common::{damaged, frame_of, open, open_hooked, pack, random_bytes, wa
 use crate::owner::{Backing, Memory, Owner, Region, mixed};
 use crate::uffd_support::{Ended, madvise};
 
-/// Pages of the snapshot in one of the owner's.
+/// Number of the snapshot's pages in one of the owner's.
 const LARGE: u64 = 512;
-/// Large pages of an owner.
+/// Number of large pages of an owner.
 const COUNT: u64 = 12;
 const PAGES: u64 = COUNT * LARGE;
 
@@ -31,7 +31,7 @@ const REGIONS: [Region; 2] = [
     },
 ];
 
-/// One large page and `more`, in one region.
+/// Returns one region of `count` large pages.
 fn one_region(count: u64) -> [Region; 1] {
     [Region {
         pages: count * LARGE,
@@ -39,7 +39,7 @@ fn one_region(count: u64) -> [Region; 1] {
     }]
 }
 
-/// The pool with so many pages; says so if the test can't run.
+/// Sets up a pool of `pages` pages; reports it if the test can't run.
 fn pool(test: &str, pages: u64) -> Option<HugePool> {
     HugePool::with(pages)
         .map_err(|why| skipped(test, &why))
@@ -80,7 +80,7 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
     }
 }
 
-/// The kernel takes whole pages away from private memory, and rounds the end of a range down.
+/// The kernel removes only whole pages from private memory, and rounds the end of a range down.
 #[test]
 fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
     let test = "discarded_huge_pages_read_as_zeros_also_under_prefetch";
@@ -96,7 +96,7 @@ fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
                 if large % 2 == 0 {
                     memory.is(large * LARGE, &[]);
                 }
-                // The one behind it is not wholly in the range, or in another region.
+                // The page after it is not wholly in the range, or in another region.
                 let more = if (large + 1) % 7 == 0 || large + 1 == COUNT {
                     0
                 } else {
@@ -117,13 +117,14 @@ fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
     }
 }
 
-/// Ranges of pages that begin and end anywhere, some in one large page and some over several.
+/// Returns ranges of pages that begin and end anywhere, some in one large page and some across
+/// several.
 fn ranges(round: u64) -> Vec<std::ops::Range<u64>> {
     let ranges = (0..PAGES / 700).map(|k| {
         let start = k * 700 + 13 * round;
         start..(start + (k * 331 + round * 77) % 690 + 1).min(PAGES)
     });
-    // Not over the boundary of two mappings.
+    // Not across the boundary of two mappings.
     let border = 7 * LARGE;
     let whole = |range: &std::ops::Range<u64>| range.end <= border || range.start >= border;
     ranges.filter(whole).collect()
@@ -136,8 +137,8 @@ fn remove(memory: &Memory, ranges: &[std::ops::Range<u64>]) {
     }
 }
 
-/// Of a page that is missing the kernel zeroes nothing when a part of it is discarded: rounded inwards, the
-/// parts came back as they were in the snapshot.
+/// Regression test: if a page is missing, the kernel zeroes nothing when a part of it is discarded.
+/// Rounded inwards, the discarded parts came back from the snapshot.
 #[test]
 fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
     let test = "lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros";
@@ -152,7 +153,7 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
             let ranges = ranges(round);
             let (before, during) = ranges.split_at(ranges.len() / 2);
             let threads = std::thread::scope(|scope| {
-                // Another thread touches what is being discarded.
+                // Another thread touches the pages that are being discarded.
                 let toucher = scope.spawn(|| {
                     for page in (0..PAGES).step_by(97) {
                         memory.is(page, &[]);
@@ -161,7 +162,7 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
                 remove(memory, during);
                 toucher.join().is_ok()
             });
-            // All of it is there by now; then it is discarded again.
+            // Everything is present by now; then it is discarded again.
             remove(memory, before);
             let gone = |page: u64| ranges.iter().any(|pages| pages.contains(&page));
             let right = (0..2).all(|_| memory.wrong(&expected, gone).is_none());
@@ -177,7 +178,7 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
     }
 }
 
-/// Nothing was touched before the discards, which the pager knows of first.
+/// Nothing was touched before the discards, which are the first events that the pager reads.
 #[test]
 fn parts_discarded_before_anything_is_there_are_zeros() {
     let test = "parts_discarded_before_anything_is_there_are_zeros";
@@ -232,7 +233,7 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
     assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
-/// One frame of many in a large page.
+/// Only one of many frames in a large page is bad.
 #[test]
 fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
     let Some(_pool) = pool("an_owner_is_ended_for_a_bad_frame_in_a_huge_page", COUNT) else {
@@ -247,7 +248,7 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
     ] {
         let expected = Arc::clone(&bytes);
         let owner = Owner::start_in(Backing::Huge, &REGIONS, move |memory| {
-            // Never wrong: it ends here.
+            // Never wrong: the owner is killed here.
             memory.compare_in_threads(&expected, 2)
         });
         let paged = Pager::new(open(damaged(file.clone(), &frame)))
@@ -276,10 +277,10 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
     }
 }
 
-/// Writes the byte at `address` to a pipe: a system call gets an error from poison, and no signal.
+/// Writes the byte at `address` to a pipe: poison makes a system call fail, without a signal.
 fn wrote(pipe: &std::io::PipeWriter, address: u64) -> Result<(), i32> {
     let from = std::ptr::with_exposed_provenance(usize::try_from(address).unwrap());
-    // SAFETY: the kernel reads one byte of this process, or answers with an error.
+    // SAFETY: the kernel reads one byte of this process, or returns an error.
     let written = unsafe { libc::write(pipe.as_raw_fd(), from, 1) };
     match written {
         1 => Ok(()),
@@ -287,8 +288,8 @@ fn wrote(pipe: &std::io::PipeWriter, address: u64) -> Result<(), i32> {
     }
 }
 
-/// A large page was poisoned while the store failed for one of its frames. The store works again when
-/// the session is completed.
+/// A large page was poisoned while the store failed for one of its frames. The store works again
+/// when the session is completed.
 #[test]
 fn completing_heals_poisoned_huge_pages() {
     let test = "completing_heals_poisoned_huge_pages";
@@ -330,8 +331,8 @@ fn completing_heals_poisoned_huge_pages() {
     assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
-/// The kernel says "exists" when it has no page to give. Taken at its word, the page would be zeros
-/// from then on.
+/// The kernel returns EEXIST when it has no free page. If that were trusted, the page would be
+/// zeros from then on.
 #[test]
 fn an_owner_waits_for_a_huge_page_that_is_given_back() {
     let test = "an_owner_waits_for_a_huge_page_that_is_given_back";
@@ -361,7 +362,7 @@ fn wait_for_a_huge_page(pool: &HugePool, with_page_map: bool) {
                     memory.is(page, source(page))
                 })
             });
-            // Long enough for both to be told that there is none.
+            // Long enough for both to find the pool empty.
             std::thread::sleep(std::time::Duration::from_millis(100));
             madvise(memory.page(0), 4 << 20, libc::MADV_DONTNEED);
             others.map(|other| other.join().unwrap()) == [true; 2]

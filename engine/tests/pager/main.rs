@@ -1,6 +1,6 @@
-//! Serving the memory of other processes. The owners are children that map memory and register it
-//! as Firecracker does, two regions of which the second may lie lower, and compare what they read with
-//! the source.
+//! Serves the memory of other processes. The owners are children that map memory and register it as
+//! Firecracker does, in two regions of which the second may be lower, and compare what they read
+//! with the source.
 
 #![allow(
     unsafe_code,
@@ -29,7 +29,7 @@ use uffd_support::Ended;
 
 const PAGES: u64 = 2048;
 
-/// Two regions as a VM with a gap has them.
+/// Two regions, like those of a VM with a gap.
 const REGIONS: [Region; 2] = [
     Region {
         pages: 1500,
@@ -57,7 +57,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0));
         let ending = paged.wait();
-        // With prefetch everything may have been there before the owner ended.
+        // With prefetch, everything may have been present before the owner exited.
         assert!(
             matches!(ending, Ending::OwnerGone | Ending::Complete),
             "{ending:?}"
@@ -72,8 +72,9 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
 
 /// The owner discards while pages arrive: what it reads there afterwards is zero.
 ///
-/// One in some hundred of them hung: a fault came between the kernel's wake-up at the end of the
-/// session and its giving the memory up, and nobody read any more. All are woken once more now.
+/// Regression test: one in some hundred owners hung. A fault came between the kernel's wake-up at
+/// the end of the session and the unregistration, and nobody read faults any more. All threads are
+/// now woken once more.
 #[test]
 fn discarded_pages_read_as_zeros_also_under_prefetch() {
     let bytes = Arc::new(mixed(PAGES));
@@ -180,8 +181,8 @@ fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
     assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
-/// A descriptor that took a detour: filling memory through it would go around what guards this
-/// process's own.
+/// A descriptor that came by a detour: filling memory through it would bypass the protection of
+/// this process's own memory.
 #[test]
 fn the_memory_of_this_process_is_refused() {
     let own = OpenOptions::new().open().unwrap();
@@ -225,7 +226,8 @@ fn sessions_leave_nothing_behind() {
         paged.wait();
     };
     once();
-    // Other tests open descriptors meanwhile, so the number may go up by some, not with each round.
+    // Other tests open descriptors meanwhile, so the number may rise by some, but not with each
+    // round.
     let before = highest();
     for _ in 0..200 {
         once();

@@ -13,26 +13,26 @@ use snaprestore_uffd::uffd::{Features, Installed, Modes, OpenOptions, Userfaultf
 use crate::common::PAGE;
 use crate::uffd_support::Child;
 
-/// Pages of all kinds: zeros, fills, repeated ones and others.
+/// Returns pages of all kinds: zeros, fills, repeated ones and others.
 pub(crate) fn mixed(pages: u64) -> Vec<u8> {
     Mix::with_shares(pages, 77, Shares::MIXED).bytes()
 }
 
-/// One region to be mapped.
+/// A region to map.
 #[derive(Clone, Copy)]
 pub(crate) struct Region {
     pub(crate) pages: u64,
     pub(crate) offset_pages: u64,
 }
 
-/// What an owner's memory is.
+/// The kind of an owner's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backing {
-    /// Private, in pages of 4 KiB.
+    /// Private memory in pages of 4 KiB.
     Small,
-    /// Private, of the pool of 2 MiB pages, as Firecracker maps it.
+    /// Private memory from the pool of 2 MiB pages, as Firecracker maps it.
     Huge,
-    /// A shared file of that pool: of it parts of a page can be discarded.
+    /// A shared file of that pool, in which parts of a page can be discarded.
     HugeFile,
 }
 
@@ -57,7 +57,7 @@ impl Backing {
                 let bytes = usize::try_from(len).unwrap();
                 let protection = libc::PROT_READ | libc::PROT_WRITE;
                 let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-                // SAFETY: the calls take numbers and a string that lives, and map at a place of the
+                // SAFETY: the calls take numbers and a live string, and map at a place of the
                 // kernel's choice.
                 let start = unsafe {
                     let file = libc::memfd_create(
@@ -81,7 +81,7 @@ impl Backing {
     }
 }
 
-/// The child, and what it handed over.
+/// The child process, and what it handed over.
 pub(crate) struct Owner {
     pub(crate) child: Child,
     uffd: i32,
@@ -97,13 +97,13 @@ pub(crate) struct Memory {
 }
 
 impl Owner {
-    /// A process that maps and registers `regions`, the first above the others, tells where they are,
-    /// and runs `body`. Its exit code is the body's result.
+    /// Starts a process that maps and registers `regions`, the first above the others, reports
+    /// where they are, and runs `body`. Its exit code is the body's result.
     pub(crate) fn start(regions: &[Region], body: impl FnOnce(&mut Memory) -> i32) -> Self {
         Self::start_in(Backing::Small, regions, body)
     }
 
-    /// The same with memory of another kind.
+    /// Starts a process like [`Owner::start`], with memory of another kind.
     pub(crate) fn start_in(
         backing: Backing,
         regions: &[Region],
@@ -120,8 +120,8 @@ impl Owner {
             for region in regions {
                 let len = region.pages * PAGE as u64;
                 let (start, len) = backing.map(len);
-                // SAFETY: the memory is reached through raw pointers only, and stays mapped as long
-                // as this process.
+                // SAFETY: the memory is accessed only through raw pointers, and stays mapped as
+                // long as this process.
                 let memory = unsafe { RawRegion::new(start, len) }.unwrap();
                 uffd.register(&memory, 0, len, Modes::MISSING).unwrap();
                 mapped.push(OwnerRegion {
@@ -172,7 +172,7 @@ impl Owner {
         }
     }
 
-    /// Where its memory is.
+    /// Returns where its memory is.
     pub(crate) fn regions(&self) -> Vec<OwnerRegion> {
         self.regions.clone()
     }
@@ -188,7 +188,7 @@ impl Memory {
         self.from_parent.read_exact(&mut [0]).unwrap();
     }
 
-    /// Closes the owner's own descriptor: what is missing becomes zeros when the pager closes its one.
+    /// Closes the owner's own descriptor: missing pages become zeros when the pager closes its own.
     pub(crate) fn close_userfaultfd(&mut self) {
         // Dropping it would unregister the memory as well.
         let uffd = std::mem::ManuallyDrop::new(self.uffd.take().unwrap());
@@ -196,11 +196,11 @@ impl Memory {
         assert_eq!(unsafe { libc::close(uffd.as_fd().as_raw_fd()) }, 0);
     }
 
-    /// Whether `page`, which is there, is still registered. Looks without a fault.
+    /// Whether `page`, which is present, is still registered. Checks without a fault.
     pub(crate) fn is_registered(&self, page: u64) -> bool {
         let uffd = self.uffd.as_ref().unwrap();
         let copied = uffd.copy(self.page(page), &[0; PAGE], Wake::Later);
-        // Where a page is there nothing is copied.
+        // If a page is present, nothing is copied.
         matches!(copied, Ok(Installed::Exists | Installed::Again))
     }
 
@@ -208,7 +208,7 @@ impl Memory {
         self.regions.iter()
     }
 
-    /// The address of `page`.
+    /// Returns the address of `page`.
     pub(crate) fn page(&self, page: u64) -> u64 {
         let offset = page * PAGE as u64;
         let within =
@@ -227,7 +227,7 @@ impl Memory {
         crate::common::peek(address)[..] == *expected
     }
 
-    /// Reads all pages in shuffled order from `threads` threads; 0 if they are right.
+    /// Reads all pages in shuffled order from `threads` threads. Returns 0 if they are right.
     pub(crate) fn compare_in_threads(&self, source: &[u8], threads: u64) -> i32 {
         let pages = self.pages();
         let right = std::thread::scope(|scope| {
@@ -248,8 +248,8 @@ impl Memory {
         i32::from(!right)
     }
 
-    /// Reads all pages in order, which are those of the source but for `gone` ones, which are zero.
-    /// The first that isn't right.
+    /// Reads all pages in order; they must be those of the source, except for `gone` ones, which
+    /// must be zero. Returns the first that isn't right.
     pub(crate) fn wrong(&self, source: &[u8], gone: impl Fn(u64) -> bool) -> Option<u64> {
         (0..self.pages()).find(|page| {
             let start = usize::try_from(*page).unwrap() * PAGE;
@@ -262,7 +262,7 @@ impl Memory {
         })
     }
 
-    /// Discards some ranges as a balloon does, then reads everything; 0 if it is right.
+    /// Discards some ranges as a balloon does, then reads everything. Returns 0 if it is right.
     pub(crate) fn discard_and_compare(&self, source: &[u8], round: u64) -> i32 {
         let gone = |page: u64| page / 16 % 4 == round % 4;
         for page in (0..self.pages()).step_by(16).filter(|page| gone(*page)) {

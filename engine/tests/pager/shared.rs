@@ -1,4 +1,4 @@
-//! What sessions of one process share.
+//! Resources that sessions of one process share.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use crate::owner::{Owner, mixed};
 use crate::uffd_support::Ended;
 use crate::{PAGES, REGIONS};
 
-/// Room for everything.
+/// Size of a cache with room for everything.
 const PLENTY: u64 = 256 << 20;
 
-/// Serves an owner that compares all of its memory, to its end.
+/// Serves an owner that compares all of its memory, until the owner has exited.
 fn serve(
     snapshot: &Arc<Snapshot>,
     bytes: &Arc<Vec<u8>>,
@@ -42,7 +42,7 @@ fn what_one_session_has_decoded_the_next_needs_not_decode() {
         let (ended, _, stats) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
         assert_eq!(ended, Ended::Exit(0));
         assert!(stats.bytes_decoded > 0);
-        // The first may have been the only one.
+        // The first session may have been the only one.
         assert_eq!(shared.frame_cache().frames > 0, session > 0);
     }
     let (ended, _, third) = serve(&snapshot, &bytes, Prefetch::Off, &shared);
@@ -56,7 +56,7 @@ fn what_one_session_has_decoded_the_next_needs_not_decode() {
     assert!(alone.bytes_decoded > 0);
 }
 
-/// More sessions than cores fetch ahead at the same time, by turns, and wait for each other's frames.
+/// More sessions than cores prefetch at the same time, in turn, and wait for each other's frames.
 #[test]
 fn sessions_that_start_together_all_get_every_byte() {
     let bytes = Arc::new(mixed(PAGES));
@@ -80,7 +80,7 @@ fn sessions_that_start_together_all_get_every_byte() {
     }
 }
 
-/// Both files call themselves by the same id, and their indexes say the same of the frame.
+/// Both files claim the same ID, and their indexes say the same about the frame.
 #[test]
 fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_round() {
     let bytes = Arc::new(random_bytes(PAGES, 7));

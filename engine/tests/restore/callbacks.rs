@@ -1,4 +1,4 @@
-//! Callbacks that do what they must not, or never return.
+//! Callbacks that misbehave: they touch memory under restore, panic, or never return.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::channel;
@@ -19,10 +19,11 @@ use crate::common::{
 };
 
 const PAGES: u64 = 1024;
-/// A page of the frame that is damaged, where one is.
+/// A page of the damaged frame, where there is one.
 const BAD: u64 = 500;
 
-/// Touches a page in a thread of its own. `None`: it is poisoned or inaccessible.
+/// Touches a page in a thread of its own. The result is `None` if the page is poisoned or
+/// inaccessible.
 fn touch(address: usize) -> JoinHandle<Option<u8>> {
     std::thread::spawn(move || {
         let loads = Loads::in_this_thread().unwrap();
@@ -69,7 +70,7 @@ fn observer_that_touches_memory_aborts_with_the_reason() {
     is_aborted_for_touching(&ended, "snap-fault-");
 }
 
-/// Its only fault thread waits for itself, so drop finds it.
+/// Its only fault thread waits for itself, so that drop detects it.
 #[test]
 fn store_that_touches_memory_aborts_with_the_reason() {
     let ended = in_child(|| {
@@ -126,7 +127,7 @@ fn question_without_answer_does_not_hold_up_drop() {
         wait_until("it asks", || gate.waiting() == 1);
         drops(restored);
         assert_eq!(toucher.join().unwrap(), None);
-        // The answer comes too late to abort for it.
+        // The answer comes too late to abort because of it.
         gate.open();
         wait_until("it has answered", || gate.waiting() == 0);
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -134,7 +135,7 @@ fn question_without_answer_does_not_hold_up_drop() {
     .expect_success();
 }
 
-/// A thread that is left behind in the store reaches no memory that lies there afterwards.
+/// A thread that is left behind in the store can't reach memory that is mapped there afterwards.
 #[test]
 fn store_that_blocks_does_not_hold_up_drop() {
     in_child(|| {
@@ -153,7 +154,7 @@ fn store_that_blocks_does_not_hold_up_drop() {
                 Ok(())
             });
             let memory = map(std::ptr::null_mut(), len, 0);
-            // SAFETY: the memory was just mapped, is used through raw pointers only, and is
+            // SAFETY: the memory was just mapped, is used only through raw pointers, and is
             // unmapped after the restore was dropped.
             let region = unsafe { RawRegion::new(memory.cast(), len as u64) }.unwrap();
             armed.store(true, SeqCst);
@@ -170,7 +171,7 @@ fn store_that_blocks_does_not_hold_up_drop() {
             if let Some(toucher) = toucher {
                 assert_eq!(toucher.join().unwrap(), None);
             }
-            // SAFETY: nobody uses the memory any more; then something else lies there.
+            // SAFETY: nobody uses the memory any more; then something else is mapped there.
             unsafe { libc::munmap(memory, len) };
             let other = map(memory, len, libc::MAP_FIXED_NOREPLACE);
             assert_eq!(other, memory);
@@ -185,7 +186,7 @@ fn store_that_blocks_does_not_hold_up_drop() {
     .expect_success();
 }
 
-/// The engine's threads in this process, but for those of the snapshot's writer.
+/// Returns the engine's threads in this process, except those of the snapshot's writer.
 fn engine_threads() -> Vec<(String, i32)> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let named = |task: std::io::Result<std::fs::DirEntry>| {
@@ -222,7 +223,7 @@ fn hook_that_does_not_return_does_not_hold_up_drop() {
     .expect_success();
 }
 
-/// A place for the handle, from which a callback can drop it.
+/// A slot for the handle, from which a callback can drop it.
 type Slot = Arc<Mutex<Option<Restored>>>;
 
 #[test]
@@ -267,7 +268,8 @@ fn handle_can_be_dropped_by_the_observer_the_store_and_the_question() {
             let touching = touch(touched);
             told.1.recv_timeout(crate::common::PATIENCE).unwrap();
             let got = touching.join().unwrap();
-            // The observer is called when the page is there, and may be unmapped before it is read.
+            // The observer is called when the page is present, and the page may be unmapped before
+            // it is read.
             assert!(got.is_none() || page == 0, "page {page}: {got:?}");
             wait_until("its threads have ended", || engine_threads().is_empty());
         }
@@ -318,7 +320,7 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
                 Err(StopError::InChild)
             );
             drop(restored);
-            // SAFETY: ends the child at once.
+            // SAFETY: exits the child at once.
             unsafe { libc::_exit(if refused { 0 } else { 3 }) };
         }
         let mut status = 0;
@@ -339,7 +341,7 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
 fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
     let test = "engine_threads_inherit_neither_real_time_policy_nor_one_core";
     let said = in_child(|| {
-        // More than one task, so that prefetch is not done while it is looked at.
+        // More than one task, so that prefetch is not finished during the check.
         let bytes = random_bytes(4 * 512, 10);
         // SAFETY: system calls on live values of the types that they take.
         let set = |core: usize| unsafe {
@@ -370,8 +372,8 @@ fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
                 .start()
                 .unwrap();
             compare(&restored, &bytes, 0..10);
-            // A thread has its name a moment before it leaves what it has inherited. A fault thread
-            // may be following the one that touches.
+            // A thread has its name a moment before it drops its inherited attributes. A fault
+            // thread may be following the touching thread.
             let has_left = |name: &str, thread: i32| {
                 // SAFETY: takes and returns numbers.
                 let policy = unsafe { libc::sched_getscheduler(thread) };

@@ -14,15 +14,15 @@ use snapshot_format::{
 
 pub(crate) const PAGE: usize = 4096;
 
-/// Only a hang takes so long.
+/// Maximum time for a wait; only a hang takes this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Pages of which each is stored and no two are alike.
+/// Returns pages that are all stored and all different.
 pub(crate) fn random_bytes(pages: u64, seed: u64) -> Vec<u8> {
     Mix::with_shares(pages, seed, Shares::RANDOM).bytes()
 }
 
-/// A snapshot file of one region.
+/// Writes a snapshot file of one region.
 pub(crate) fn pack(bytes: &[u8], frame_pages: usize) -> Vec<u8> {
     let options = WriterOptions {
         frame_pages,
@@ -38,7 +38,7 @@ pub(crate) fn open(file: Vec<u8>) -> Arc<Snapshot> {
     Arc::new(Snapshot::open(Arc::new(MemoryStore::new(file))).unwrap())
 }
 
-/// A store that lets a test see each read, wait in it, fail it, or change what it gives.
+/// A store that lets a test observe each read, block it, fail it, or change its result.
 pub(crate) struct Hooked<H> {
     store: MemoryStore,
     hook: H,
@@ -70,7 +70,7 @@ where
     Arc::new(Snapshot::open(Arc::new(Hooked { store, hook })).unwrap())
 }
 
-/// The frame that holds `page`.
+/// Returns the frame that contains `page`.
 pub(crate) fn frame_of(snapshot: &Snapshot, page: u64) -> FrameRef {
     match snapshot.look_up(page, Reason::Verify).unwrap() {
         Page::Stored { frame, .. } => frame,
@@ -78,7 +78,7 @@ pub(crate) fn frame_of(snapshot: &Snapshot, page: u64) -> FrameRef {
     }
 }
 
-/// The pages whose content is in the frame at `offset`.
+/// Returns the pages whose content is in the frame at `offset`.
 pub(crate) fn pages_of_frame(snapshot: &Snapshot, offset: u64) -> Vec<u64> {
     let of_frame = |page: &u64| match snapshot.look_up(*page, Reason::Verify).unwrap() {
         Page::Stored { frame, .. } => frame.offset() == offset,
@@ -87,7 +87,7 @@ pub(crate) fn pages_of_frame(snapshot: &Snapshot, offset: u64) -> Vec<u64> {
     (0..snapshot.page_slots()).filter(of_frame).collect()
 }
 
-/// The file with one bit of the record of `frame` flipped.
+/// Returns the file with one bit of the record of `frame` flipped.
 pub(crate) fn damaged(mut file: Vec<u8>, frame: &FrameRef) -> Vec<u8> {
     file[index(frame.offset() + u64::from(frame.stored_len()) / 2)] ^= 4;
     file
@@ -97,15 +97,15 @@ pub(crate) fn index(n: u64) -> usize {
     usize::try_from(n).unwrap()
 }
 
-/// The address of a page of the first region.
+/// Returns the address of a page of the first region.
 pub(crate) fn address(restored: &Restored, page: u64) -> usize {
     restored.regions()[0].as_ptr().expose_provenance() + index(page) * PAGE
 }
 
-/// Reads a whole page: the touch.
+/// Reads a whole page, which touches it.
 pub(crate) fn peek(address: usize) -> [u8; PAGE] {
-    // SAFETY: the tests pass addresses of mapped pages, to which nobody else writes in the meantime but the
-    // engine, before this read can see them.
+    // SAFETY: the tests pass addresses of mapped pages. Before this read can see a page, only the
+    // engine writes to it.
     unsafe { std::ptr::with_exposed_provenance::<[u8; PAGE]>(address).read_volatile() }
 }
 
@@ -115,7 +115,7 @@ pub(crate) fn poke(address: usize, byte: u8) {
     unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(byte) }
 }
 
-/// Page `n` of the source.
+/// Returns page `n` of the source.
 pub(crate) fn source(bytes: &[u8], n: u64) -> &[u8] {
     &bytes[index(n) * PAGE..][..PAGE]
 }
@@ -130,7 +130,7 @@ pub(crate) fn compare(restored: &Restored, bytes: &[u8], pages: impl IntoIterato
     }
 }
 
-/// What `work` gives, in a thread of its own, so that a hang is a failed test.
+/// Returns the result of `work`, which runs in a thread of its own, so that a hang fails the test.
 pub(crate) fn within<T: Send + 'static>(
     what: &str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -142,7 +142,7 @@ pub(crate) fn within<T: Send + 'static>(
         .unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
-/// Waits for `condition`, which nothing announces.
+/// Polls until `condition` holds.
 pub(crate) fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let begun = Instant::now();
     while !condition() {
@@ -151,7 +151,8 @@ pub(crate) fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Something that reads wait for until it is opened; dropping the opener opens it, so that a failed test ends.
+/// A gate at which reads wait until it is opened. Dropping the opener opens it, so that a failed
+/// test ends.
 #[derive(Clone, Default)]
 pub(crate) struct Gate(Arc<(Mutex<GateState>, Condvar)>);
 
@@ -186,7 +187,7 @@ impl Gate {
     }
 }
 
-/// Opens its gate when dropped.
+/// A handle that opens its gate when dropped.
 pub(crate) struct Opener(Gate);
 
 impl Drop for Opener {
@@ -195,7 +196,7 @@ impl Drop for Opener {
     }
 }
 
-/// How a child process ended, and what it said.
+/// The exit status of a child process, and its output.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
@@ -216,7 +217,7 @@ impl Ended {
 
 const CHILD: &str = "SNAPRESTORE_TEST_CHILD";
 
-/// Runs `body`, a closure of a test, in a process of its own: this program again, with this test alone.
+/// Runs `body`, a closure of a test, in a child process: this program again, with only this test.
 pub(crate) fn in_child<F: FnOnce()>(body: F) -> Ended {
     let name = std::any::type_name::<F>();
     let name = name.strip_suffix("::{{closure}}").unwrap();

@@ -1,4 +1,5 @@
-//! The engine's threads: the system calls that they make, and the signals that they block.
+//! Confinement of the engine's threads: the system calls that they make, and the signals that they
+//! block.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::common::{
 
 const PAGES: u64 = 4096;
 
-/// A filter that allows `allowed` and ends the process otherwise.
+/// Returns a filter that permits `allowed` and kills the process otherwise.
 fn filter(allowed: &[&str]) -> BpfProgram {
     let mut calls = String::new();
     for call in allowed {
@@ -31,7 +32,7 @@ fn filter(allowed: &[&str]) -> BpfProgram {
     filters.remove("engine").unwrap()
 }
 
-/// Restores with all that the engine can do, each of its threads confined to `allowed`.
+/// Restores with all features of the engine, with each of its threads confined to `allowed`.
 fn restore_confined(allowed: &[&str]) {
     let program = Arc::new(filter(allowed));
     let bytes = random_bytes(PAGES, 1);
@@ -59,7 +60,7 @@ fn restore_confined(allowed: &[&str]) {
                 .on_thread_start(move |_| apply_filter(&program).unwrap())
                 .start()
                 .unwrap();
-            // Something to read between faults, from several threads.
+            // Events to read between faults, from several threads.
             std::thread::scope(|scope| {
                 for part in 0..4 {
                     let (restored, bytes, bad) = (&restored, &bytes, &bad);
@@ -78,7 +79,7 @@ fn restore_confined(allowed: &[&str]) {
             assert!(page == source(&bytes, 5));
             drop(restored);
         }
-        // And one that is given up.
+        // A restore that is given up.
         let program = Arc::clone(&program);
         let restored = Restore::new(snapshot())
             .prefetch_bandwidth(1 << 20)
@@ -96,7 +97,7 @@ fn engine_threads_make_only_the_listed_system_calls() {
     in_child(|| restore_confined(SYSTEM_CALLS)).expect_success();
 }
 
-/// The filter is one: without a call that every fault needs the process is ended.
+/// The filter is effective: without a call that every fault needs, the process is killed.
 #[test]
 fn another_system_call_ends_the_process() {
     let ended = in_child(|| {
@@ -110,16 +111,17 @@ fn another_system_call_ends_the_process() {
     assert_eq!(ended.signal(), Some(libc::SIGSYS), "{ended:?}");
 }
 
-/// KILL and STOP; and 32 and 33, which are the C library's own.
+/// KILL and STOP; also 32 and 33, which belong to the C library.
 const CANNOT_BE_BLOCKED: u64 =
     1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1) | 1 << 31 | 1 << 32;
 
-/// Whether a thread of this name is the engine's. The snapshot's writer may still be ending threads of its own.
+/// Whether a thread with this name is the engine's. Threads of the snapshot's writer may still be
+/// exiting.
 fn is_engine(name: &str) -> bool {
     name.starts_with("snap-") && !name.starts_with("snap-write")
 }
 
-/// The name and the blocked signals of each thread of this process.
+/// Returns the name and the blocked signals of each thread of this process.
 fn masks_of_threads() -> Vec<(String, u64)> {
     let mut masks = Vec::new();
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
@@ -142,13 +144,13 @@ fn engine_threads_block_every_signal() {
             .prefetch(Prefetch::All)
             .prefetch_threads(2)
             .prefetch_bandwidth(1 << 20)
-            // With a hook they are its own.
+            // With a hook, the session has its own prefetch threads.
             .on_thread_start(|_| {})
             .on_failure(FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison)))
             .start()
             .unwrap();
         compare(&restored, &bytes, 0..64);
-        // A thread has its creator's name until it has run far enough to give itself its own.
+        // A thread has its creator's name until it has set its own.
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut masks = masks_of_threads();
         while masks

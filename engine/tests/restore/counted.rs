@@ -1,4 +1,4 @@
-//! What a session says of its faults.
+//! Statistics that a session keeps of its faults.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{PAGE, address, index, open, open_hooked, pack, peek, random_bytes, source};
 
-/// Stored pages, all different.
+/// Number of stored pages, all different.
 const STORED: u64 = 512;
-/// Pages that repeat the first one, and its frame's list can't name them all.
+/// Number of pages that repeat the first one; its frame's list can't name them all.
 const REPEATED: u64 = 1024;
-/// Pages that repeat a word.
+/// Number of pages that repeat a word.
 const FILLS: u64 = 512;
 const FRAME: usize = 8;
 
@@ -37,8 +37,8 @@ fn number(times: &Durations) -> u64 {
     times.buckets.iter().map(|(_, count)| count).sum()
 }
 
-/// The statistics once every fault that was read is answered: who was woken runs before its fault is
-/// counted.
+/// Returns the statistics once every fault read is answered: a woken thread runs before its fault
+/// is counted.
 fn settled(restored: &Restored) -> Stats {
     loop {
         let stats = restored.stats();
@@ -58,7 +58,7 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
     assert_eq!((begun.faults, begun.pages), (0, STORED + REPEATED + FILLS));
     assert_eq!(begun.missing, begun.pages);
 
-    // Each comes with the seven others of its frame.
+    // Each page comes with the seven others of its frame.
     for page in (0..STORED).step_by(FRAME) {
         touch(page);
     }
@@ -89,7 +89,7 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
     assert_eq!(stats.fault_kinds.removed, 1);
     assert_eq!(number(&stats.fault_times.nowhere), 1);
 
-    // The frame is read once more at most, and then lies there for all that repeat it.
+    // The frame is read at most once more, and is then cached for all pages that repeat it.
     for page in STORED..STORED + REPEATED {
         touch(page);
     }
@@ -104,8 +104,9 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
     assert_eq!(kinds.present + kinds.poisoned + kinds.outside, 0);
 }
 
-/// Two threads want pages of one frame, whose read takes its time: one of their faults waits for the
-/// other's. How soon the second begins is the scheduler's, so it is tried with one frame after another.
+/// Two threads want pages of one frame, whose read is slow: one of their faults waits for the
+/// other's. The scheduler decides how soon the second one begins, so one frame after another is
+/// tried.
 #[test]
 fn a_fault_that_waited_for_another_thread_is_told_apart() {
     let bytes = random_bytes(STORED, 4);

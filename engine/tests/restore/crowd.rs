@@ -1,4 +1,4 @@
-//! Many at once: threads, touchers of one page, pages of one content.
+//! Crowds: many threads at once, many threads on one page, many pages with one content.
 
 use std::sync::{Arc, Barrier};
 
@@ -71,8 +71,8 @@ fn three_hundred_touch_the_same_page() {
     }
 }
 
-/// Eight contents shared by 10,000 pages: a fault must not install them all, and the frame is not decoded
-/// for each.
+/// Eight contents are shared by 10,000 pages: a fault must not install them all, and the frame is
+/// not decoded for each.
 #[test]
 fn a_frame_that_ten_thousand_pages_share() {
     const PAGES: u64 = 10_000;
@@ -100,7 +100,7 @@ fn a_frame_that_ten_thousand_pages_share() {
         }
         compare(&restored, &bytes, (0..PAGES).rev());
         assert!(restored.wait_complete());
-        // Each thread keeps what it has decoded.
+        // Each thread keeps the frames that it has decoded.
         let decoded = restored.stats().bytes_decoded;
         let threads = threads as u64 + 2;
         assert!(decoded <= threads * 8 * 4096, "{decoded}");

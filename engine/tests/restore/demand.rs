@@ -1,4 +1,4 @@
-//! Demand comes before prefetch: shown by reads that wait, not by clocks.
+//! Priority of demand over prefetch, shown by blocked reads rather than by clocks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -16,8 +16,8 @@ use crate::common::{
 const PAGES: u64 = 2048;
 const FRAME: usize = 8;
 
-/// A restore with one fault thread and all prefetch, whose snapshot's reads wait at the gate as they do in `snapshot`;
-/// returns when all prefetch threads wait.
+/// Starts a restore with one fault thread that prefetches everything. The reads of its snapshot
+/// wait at the gate as set up in `snapshot`. Returns when all prefetch threads wait.
 fn start_held(snapshot: Arc<Snapshot>, gate: &Gate, prefetch_threads: usize) -> (Restored, Opener) {
     let restored = Restore::new(snapshot)
         .fault_threads(1)
@@ -32,7 +32,7 @@ fn start_held(snapshot: Arc<Snapshot>, gate: &Gate, prefetch_threads: usize) -> 
     (restored, opener)
 }
 
-/// Demand for `pages` is served, and right.
+/// Asserts that demand for `pages` is served, with the right content.
 fn is_served(restored: &Restored, bytes: &[u8], pages: &[u64]) {
     let addresses: Vec<_> = pages.iter().map(|page| address(restored, *page)).collect();
     let seen = within("demand is served", move || {
@@ -43,8 +43,8 @@ fn is_served(restored: &Restored, bytes: &[u8], pages: &[u64]) {
     }
 }
 
-/// Every prefetch read of a frame waits, those of index blocks pass: demand for every page is served meanwhile. The
-/// frames that are being prefetched are read once more, for demand.
+/// Every prefetch read of a frame waits, and those of index blocks pass: demand for every page is
+/// served meanwhile. The frames that are being prefetched are read once more, for demand.
 #[test]
 fn demand_is_served_while_every_prefetch_read_waits() {
     let bytes = random_bytes(PAGES, 1);
@@ -87,7 +87,7 @@ fn demand_is_served_while_every_prefetch_read_waits() {
     assert!(others.iter().all(|page| reads_of(*page) == [0, 1]));
 }
 
-/// The same where prefetch waits for index blocks.
+/// Demand is also served while prefetch waits for index blocks.
 #[test]
 fn demand_is_served_while_prefetch_waits_for_an_index_block() {
     let bytes = random_bytes(PAGES, 2);
@@ -100,12 +100,12 @@ fn demand_is_served_while_prefetch_waits_for_an_index_block() {
         Ok(())
     });
     let (restored, _opener) = start_held(snapshot, &gate, 1);
-    // The first block is the one that is being fetched.
+    // The first block is the one that is being prefetched.
     is_served(&restored, &bytes, &(0..PAGES).collect::<Vec<_>>());
     assert_eq!(gate.waiting(), 1);
 }
 
-/// For information: how long demand waits with a store that takes 10 ms a read.
+/// For information: how long demand waits with a store that takes 10 ms per read.
 #[test]
 fn fault_times_with_a_slow_store() {
     let bytes = random_bytes(PAGES, 3);

@@ -1,4 +1,5 @@
-//! Pages that can't be restored: exactly those of the bad frame, by policy, and never zeros.
+//! Pages that can't be restored: exactly those of the bad frame, handled by policy, and never
+//! zeros.
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -19,10 +20,10 @@ use crate::common::{
 };
 
 const PAGES: u64 = 600;
-/// A page of the frame that is damaged.
+/// A page of the damaged frame.
 const BAD: u64 = 101;
 
-/// An image, its damaged snapshot, and the pages of the bad frame.
+/// Returns an image, its damaged snapshot, and the pages of the bad frame.
 fn bad_frame(seed: u64) -> (Vec<u8>, Arc<Snapshot>, Vec<u64>) {
     let bytes = random_bytes(PAGES, seed);
     let file = pack(&bytes, 8);
@@ -67,7 +68,7 @@ fn poison_hits_exactly_the_bad_frame() {
                 .iter()
                 .all(|failure| failure.kind == FailureKind::Damaged && failure.offset.is_some())
         );
-        // Every page is settled, so the restore ends; the poison stays.
+        // Every page is settled, so the restore is complete; the poison stays.
         assert!(restored.wait_complete());
         assert_eq!(restored.stats().poisoned, 8);
         exactly_bad(&restored, &bytes, &bad);
@@ -93,7 +94,7 @@ fn a_system_call_gets_efault_from_poison() {
     let mut to = tempfile::tempfile().unwrap();
     let write = |page: u64| {
         let from = std::ptr::with_exposed_provenance(address(&restored, page));
-        // SAFETY: the kernel reads a mapped page and answers with an error where it can't.
+        // SAFETY: the kernel reads a mapped page, or returns an error if it can't.
         let written = unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&to), from, PAGE) };
         if written < 0 {
             Err(io::Error::last_os_error().raw_os_error().unwrap())
@@ -141,7 +142,7 @@ fn abort_does_not_wait_for_a_full_standard_error() {
             .start()
             .unwrap();
         let (_reader, mut writer) = io::pipe().unwrap();
-        // SAFETY: system calls on a descriptor that is open, and on numbers.
+        // SAFETY: system calls on an open descriptor, and on numbers.
         unsafe {
             libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK);
             while io::Write::write(&mut writer, &[0; 4096]).is_ok() {}
@@ -175,7 +176,8 @@ fn prefetch_leaves_a_bad_frame_and_reports_it() {
     assert_eq!(reported, bad);
 }
 
-/// Prefetch reads a damaged frame once, not for each of its pages. A touch reads it again, and so does a stop.
+/// Prefetch reads a damaged frame once, rather than for each of its pages. A touch reads it again,
+/// and so does a stop.
 #[test]
 fn prefetch_reads_a_bad_frame_once() {
     let bytes = random_bytes(PAGES, 13);
@@ -212,7 +214,7 @@ fn prefetch_reads_a_bad_frame_once() {
 struct Ill {
     snapshot: Arc<Snapshot>,
     healed: Arc<AtomicBool>,
-    /// Reads of that frame.
+    /// Number of reads of that frame.
     reads: Arc<AtomicUsize>,
     bytes: Vec<u8>,
 }
@@ -242,10 +244,11 @@ fn ill(seed: u64) -> Ill {
     }
 }
 
-/// Only a hang takes so long.
+/// A timeout that is never reached.
 const NEVER: Duration = Duration::from_secs(3600);
 
-/// A read error isn't final: the page is read again, by the only fault thread, which serves others meanwhile.
+/// A read error isn't final: the only fault thread reads the page again, and serves others
+/// meanwhile.
 #[test]
 fn read_error_is_retried_while_others_are_served() {
     let Ill {
@@ -262,7 +265,7 @@ fn read_error_is_retried_while_others_are_served() {
         .unwrap();
     let bad = address(&restored, BAD);
     let touch = std::thread::spawn(move || peek(bad));
-    // More than were ever made before the page counted as failed.
+    // More reads than were ever made before the page counted as failed.
     wait_until("the frame is read again", || reads.load(SeqCst) >= 8);
     let others: Vec<_> = (0..PAGES).filter(|page| page / 8 != BAD / 8).collect();
     let addresses: Vec<_> = others
@@ -295,7 +298,7 @@ fn read_error_fails_after_the_retry_timeout() {
             .unwrap();
         assert!(restored.read_at(0, BAD * 4096, &mut [0; PAGE]).is_err());
         let reads = reads.load(SeqCst);
-        // The pauses between them grow: no machine is so fast that there are many.
+        // The pauses between them grow: no machine is fast enough for many reads.
         assert!((least..=7).contains(&reads), "{reads} reads in {timeout:?}");
         assert_eq!(restored.failures()[0].kind, FailureKind::Io);
         assert_eq!(restored.stats().poisoned, 1);
@@ -318,7 +321,8 @@ fn damage_is_not_read_again() {
     assert_eq!(reads.load(SeqCst), 1);
 }
 
-/// Pages of every kind were poisoned while the store failed. It works again when the restore is completed.
+/// Pages of every kind were poisoned while the store failed. The store works again when the restore
+/// is completed.
 #[test]
 fn completing_heals_poisoned_pages() {
     let mut bytes = random_bytes(1024, 17);
@@ -348,7 +352,7 @@ fn completing_heals_poisoned_pages() {
     compare(&restored, &bytes, 0..1024);
 }
 
-/// While it is completed the store fails a little longer.
+/// While the restore is being completed, the store fails a little longer.
 #[test]
 fn completing_reads_again_what_could_not_be_read() {
     let Ill {
@@ -367,7 +371,7 @@ fn completing_reads_again_what_could_not_be_read() {
     compare(&restored, &bytes, 0..PAGES);
 }
 
-/// Prefetch leaves what it can't read, fetches everything else, and comes back to it.
+/// Prefetch skips pages that it can't read, loads everything else, and comes back to them.
 #[test]
 fn prefetch_comes_back_to_what_could_not_be_read() {
     let Ill {
@@ -392,7 +396,7 @@ fn prefetch_comes_back_to_what_could_not_be_read() {
     compare(&restored, &bytes, 0..PAGES);
 }
 
-/// What prefetch could not read until the timeout was over is reported page by page.
+/// Pages that prefetch could not read until the timeout are reported one by one.
 #[test]
 fn prefetch_reports_what_it_could_not_read_in_time() {
     for timeout in [Duration::ZERO, Duration::from_millis(30)] {
@@ -421,7 +425,7 @@ fn prefetch_reports_what_it_could_not_read_in_time() {
     }
 }
 
-/// The threads that fetch ahead are told that there is no memory, as an owner's cgroup can have it.
+/// The prefetch threads get ENOMEM, as if the owner's cgroup were at its limit.
 #[test]
 fn prefetch_without_memory_ends_and_says_so() {
     in_child(|| {
@@ -452,7 +456,7 @@ fn prefetch_without_memory_ends_and_says_so() {
         assert!(said.contains("memory"), "{said}");
         assert!(failures.iter().all(|f| f.kind == FailureKind::Install));
         assert_eq!(restored.stats().prefetch.copied, 0);
-        // Touches are served all the same.
+        // Touches are served nevertheless.
         compare(&restored, &bytes, 0..PAGES);
         assert!(restored.wait_complete());
     })
@@ -546,7 +550,8 @@ fn asking_can_poison() {
     exactly_bad(&restored, &bytes, &bad);
 }
 
-/// While a verdict is open the restore may yet become complete: who waits for that waits for the verdict.
+/// While a decision is pending the restore may still become complete, so a wait for completion
+/// waits for the decision.
 #[test]
 fn waiting_for_completion_waits_for_the_verdict() {
     let (bytes, snapshot, bad) = bad_frame(11);
@@ -569,7 +574,7 @@ fn waiting_for_completion_waits_for_the_verdict() {
         let reads: Vec<_> = bad.iter().map(read).collect();
         wait_until("the callback is asked", || gate.waiting() == 1);
         let waits = scope.spawn(|| restored.wait_complete());
-        // Longer than a waiter looks away.
+        // Longer than the polling interval of a waiter.
         std::thread::sleep(Duration::from_millis(120));
         assert!(!waits.is_finished(), "the verdict is open");
         gate.open();
@@ -581,7 +586,8 @@ fn waiting_for_completion_waits_for_the_verdict() {
 /// A signal handler that only interrupts.
 extern "C" fn interrupted(_: libc::c_int) {}
 
-/// A toucher that a signal interrupts touches again. There is still one question, and the page isn't read for it again.
+/// A signal that interrupts a waiting thread makes it touch the page again. There is still one
+/// question, and the page isn't read again because of the signal.
 #[test]
 fn an_interrupted_toucher_is_one_question() {
     in_child(|| {
@@ -638,7 +644,7 @@ fn an_interrupted_toucher_is_one_question() {
     .expect_success();
 }
 
-/// A snapshot whose pages 3 and 4 of 10 could not be read.
+/// Returns a snapshot whose pages 3 and 4 of 10 were unreadable when it was taken.
 fn with_unavailable() -> (Vec<u8>, Arc<Snapshot>) {
     let bytes = random_bytes(10, 8);
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
@@ -677,8 +683,8 @@ fn unavailable_pages_never_read_as_zeros() {
     assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
 }
 
-/// 64 GiB that could not be read, and nothing else. Each block of the index is one failure: page by page
-/// there would be millions.
+/// A snapshot of 64 GiB of unreadable pages, and nothing else. Each index block is one failure:
+/// page by page there would be millions.
 #[test]
 fn unavailable_blocks_are_skipped_as_a_whole() {
     const BLOCKS: u64 = 32 << 10;
@@ -737,7 +743,7 @@ fn a_damaged_index_block_poisons_its_pages_only() {
         .collect();
     let hit = Arc::new(Mutex::new(None));
     let first = Arc::clone(&hit);
-    // The first read of a demand that is of no frame is that of an index block.
+    // The first demand read that is not for a frame is for an index block.
     let snapshot = open_hooked(file, move |buf, offset, reason| {
         if reason == Reason::Demand && !frames.contains(&offset) {
             let mut first = first.lock().unwrap();

@@ -1,4 +1,5 @@
-//! Giving a restore up: what is missing can't be read any more, what is there stays, and nothing else is touched.
+//! Giving a restore up: missing pages become unreadable, present pages stay, and nothing else is
+//! touched.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -15,7 +16,7 @@ use crate::common::{
 };
 use crate::owner::{madvise, map_at, munmap, own};
 
-/// A snapshot of `pages` pages that repeat one word each, so that its file is small.
+/// Returns a snapshot of `pages` pages that repeat one word each, so that its file is small.
 fn filled(pages: u64) -> Arc<Snapshot> {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
     writer.begin_region(&RegionSpec::default()).unwrap();
@@ -23,7 +24,7 @@ fn filled(pages: u64) -> Arc<Snapshot> {
     open(writer.finish().unwrap().0)
 }
 
-/// The first byte of a page as the kernel reads it, if it may.
+/// Returns the first byte of a page as the kernel reads it, or `None` if the kernel can't.
 fn read(address: usize) -> Option<u8> {
     let mut byte = 0_u8;
     let from = libc::iovec {
@@ -34,14 +35,16 @@ fn read(address: usize) -> Option<u8> {
         iov_base: (&raw mut byte).cast(),
         iov_len: 1,
     };
-    // SAFETY: the kernel reads one byte of this process, or answers with an error, and writes it to a live byte.
+    // SAFETY: the kernel reads one byte of this process, or returns an error, and writes it to a
+    // live byte.
     let read =
         unsafe { libc::process_vm_readv(libc::getpid(), &raw const to, 1, &raw const from, 1, 0) };
     (read == 1).then_some(byte)
 }
 
-/// A thread that unmaps memory of its own, and maps something else at the same place, while the restore is given up: the
-/// new mapping became inaccessible, because the missing pages were protected by their addresses.
+/// Regression test: a thread unmaps memory of its own, and maps something else at the same place,
+/// while the restore is given up. The new mapping became inaccessible, because the missing pages
+/// were protected by their addresses.
 #[test]
 fn memory_mapped_afresh_is_left_alone() {
     const PAGES: usize = 1024;
@@ -55,7 +58,7 @@ fn memory_mapped_afresh_is_left_alone() {
             .region(0, memory)
             .start()
             .unwrap();
-        // Something present in each piece, so that what is missing is in many.
+        // A present page in each piece, so that the missing pages are in many pieces.
         for page in (0..PAGES).step_by(PIECE) {
             peek(base + page * PAGE);
         }
@@ -94,8 +97,8 @@ fn memory_mapped_afresh_is_left_alone() {
     }
 }
 
-/// Missing pages are errors in every read, and present and discarded ones stay as they are, on a kernel that can poison
-/// and on one that can't.
+/// Missing pages are errors in every read, and present and discarded ones stay as they are, on a
+/// kernel that can poison and on one that can't.
 #[test]
 fn only_what_is_missing_is_lost() {
     const PAGES: usize = 512;
@@ -129,7 +132,7 @@ fn only_what_is_missing_is_lost() {
             }
             assert_eq!((seen(200), seen(201)), (Some(0), Some(0)), "{mask:?}");
             let lost = (0..PAGES).filter(|page| seen(*page).is_none()).count();
-            // What was touched came with the rest of its frames.
+            // The touched pages came with the rest of their frames.
             assert!((400..=PAGES - 5).contains(&lost), "{mask:?}: {lost} lost");
             let is_right = |page: usize| seen(page) == Some(bytes[page * PAGE]);
             let right = (0..PAGES).filter(|page| is_right(*page)).count();
@@ -142,7 +145,7 @@ fn only_what_is_missing_is_lost() {
     }
 }
 
-/// A touch of a missing page is SIGBUS once a restore was given up.
+/// Touching a missing page gets SIGBUS after the restore was given up.
 #[test]
 fn touching_what_was_given_up_is_sigbus() {
     let ended = in_child(|| {
@@ -154,8 +157,8 @@ fn touching_what_was_given_up_is_sigbus() {
     assert_eq!(ended.signal(), Some(libc::SIGBUS), "{ended:?}");
 }
 
-/// What is missing is in more pieces than a process may have mappings. Present pages were made inaccessible then, without
-/// a word.
+/// Regression test: missing pages are in more pieces than a process may have mappings. Present
+/// pages became inaccessible then, without an error.
 #[test]
 fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
     const TEST: &str = "pieces_beyond_the_limit_of_mappings_lose_nothing_silently";
@@ -200,7 +203,8 @@ fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
     }
 }
 
-/// Threads that discard without a pause: each poisoning began again at the first page, and stopping took seconds.
+/// Regression test: threads discard without a pause. Each poisoning restarted at the first page,
+/// and stopping took seconds.
 #[test]
 fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
     const PAGES: usize = 1 << 18;
@@ -244,7 +248,7 @@ fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
             "stopped after {elapsed:?}, {events} events, {} discards",
             discards.into_inner()
         );
-        // The aim is a tenth of a second on a machine of two cores.
+        // The goal is a tenth of a second on a machine with two cores.
         assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
         munmap(base, PAGES);
     }

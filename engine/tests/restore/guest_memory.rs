@@ -12,7 +12,7 @@ fn guest_memory_reads_as_the_source() {
     let bytes = random_bytes(1024, 1);
     let (low, high) = bytes.split_at(300 * PAGE);
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
-    // The regions come in the order of the file, which need not be that of the addresses.
+    // The regions are in the order of the file, which need not be that of the addresses.
     for (start, part) in [(1 << 32, high), (0x10_0000, low)] {
         let region = RegionSpec {
             start,

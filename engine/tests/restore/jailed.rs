@@ -1,4 +1,4 @@
-//! Restores where little of the machine is to be seen: without `/proc`, and in a process that is not dumpable.
+//! Restores in processes that see little of the machine: without `/proc`, or not dumpable.
 
 use snaprestore_engine::restore::{Prefetch, Restore, StartError};
 use snaprestore_fixtures::host::skipped;
@@ -8,7 +8,7 @@ use crate::owner::own;
 
 const PAGES: u64 = 256;
 
-/// Restores into memory that the engine maps, and is refused the caller's.
+/// Restores into memory that the engine maps, and expects that the caller's memory is refused.
 fn restore_here(folder: &str) {
     let bytes = random_bytes(PAGES, 1);
     let snapshot = open(pack(&bytes, 8));
@@ -34,7 +34,8 @@ fn restore_here(folder: &str) {
     );
 }
 
-/// Whether this process may become another user: only root may, and only root may change the root folder.
+/// Whether this process may become another user: only root may, and only root may change the root
+/// folder.
 fn is_root(test: &str) -> bool {
     // SAFETY: geteuid takes nothing and can't fail.
     let root = unsafe { libc::geteuid() } == 0;
@@ -50,7 +51,7 @@ fn a_process_that_is_not_dumpable_restores() {
         return;
     }
     in_child(|| {
-        // SAFETY: all take numbers. Root may read its pagemap whatever it is; another user may not.
+        // SAFETY: all take numbers. Root may read its pagemap in any case; another user may not.
         unsafe {
             assert_eq!(libc::setresgid(65534, 65534, 65534), 0);
             assert_eq!(libc::setresuid(65534, 65534, 65534), 0);
@@ -68,7 +69,7 @@ fn a_process_without_proc_restores() {
         return;
     }
     in_child(|| {
-        // An empty folder that is gone when the process is.
+        // An empty folder that is removed when the process has exited.
         let folder = tempfile::tempdir().unwrap();
         std::env::set_current_dir(folder.path()).unwrap();
         folder.close().unwrap();

@@ -1,4 +1,4 @@
-//! Older kernels, by hiding what they lack, and less permission.
+//! Older kernels, simulated by hiding features, and restricted permissions.
 
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ fn every_kernel_level_restores_right() {
     }
 }
 
-/// Without its events a discarded page would come back: that kernel is refused.
+/// Without its events a discarded page would come back, so that kernel is refused.
 #[test]
 fn a_kernel_without_events_is_refused() {
     let bytes = Mix::new(64, 2).bytes();
@@ -62,13 +62,14 @@ fn a_kernel_without_events_is_refused() {
     }
 }
 
-/// Who may use userfaultfd for user code only is refused unless that was asked for; then user code is served, a system
-/// call gets EFAULT where it would have to wait, and `read_at` reads all that can be read.
+/// A process that may use userfaultfd only for user code is refused unless it permits that. If it
+/// does, user code is served, a system call gets EFAULT where it would have to wait, and `read_at`
+/// reads everything readable.
 #[test]
 fn user_mode_only_is_asked_for() {
     let said = in_child(|| {
-        // SAFETY: none of these touches memory. A user who is nobody has no right to the device, and none to the system call
-        // but for user code, unless the machine gives it to all.
+        // SAFETY: none of these touches memory. The user `nobody` has no permission for the device,
+        // and none for the system call except for user code, unless the machine grants it to all.
         unsafe {
             assert_eq!(libc::setgroups(0, std::ptr::null()), 0);
             assert_eq!(libc::setgid(65534), 0);
@@ -98,7 +99,7 @@ fn user_mode_only_is_asked_for() {
         // A system call is not served.
         let mut pipe = [0; 2];
         let from = std::ptr::with_exposed_provenance(address(&restored, 500));
-        // SAFETY: the kernel reads a mapped page, or answers with an error.
+        // SAFETY: the kernel reads a mapped page, or returns an error.
         let written = unsafe {
             assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
             libc::write(pipe[1], from, 4096)
@@ -112,14 +113,14 @@ fn user_mode_only_is_asked_for() {
         restored.read_at(0, 500 * 4096, &mut page).unwrap();
         assert!(page == source(&bytes, 500));
         assert!(peek(address(&restored, 501)) == source(&bytes, 501));
-        // Discarded, once present and once not.
+        // One discarded page was present, the other was not.
         for discarded in [100, 500] {
             let start = std::ptr::with_exposed_provenance_mut(address(&restored, discarded));
             // SAFETY: the memory is the test's, which has no reference to it.
             let advised = unsafe { libc::madvise(start, 4096, libc::MADV_DONTNEED) };
             assert_eq!(advised, 0);
         }
-        // Many pages at once: with holes, and up to the first that is bad.
+        // Many pages at once: with holes, and up to the first bad one.
         let mut all = vec![1; 512 * 4096];
         let refused = restored.read_at(0, 0, &mut all).unwrap_err();
         assert!(

@@ -1,4 +1,4 @@
-//! Beginning, ending, and doing so often.
+//! Life cycle of restores: starting, ending, and doing so often.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -39,7 +39,8 @@ fn two_restores_of_one_snapshot_at_once() {
     }
 }
 
-/// A thread waits for a page while the restore is dropped: it gets SIGSEGV. Closing first would have shown it zeros.
+/// A thread waits for a page while the restore is dropped: it gets SIGSEGV. Closing first would
+/// have shown it zeros.
 #[test]
 fn dropping_never_shows_zeros_to_who_waits() {
     let ended = in_child(|| {
@@ -76,7 +77,8 @@ fn dropping_never_shows_zeros_to_who_waits() {
     assert!(!ended.output.contains("went on"), "{ended:?}");
 }
 
-/// Counts the threads that have begun and those that have ended. Those that fetch take their time to end.
+/// Counters of the threads that have started and of those that have exited. Prefetch threads are
+/// slow to exit.
 #[derive(Default)]
 struct Threads {
     begun: AtomicUsize,
@@ -96,7 +98,8 @@ thread_local! {
     static ENDS: RefCell<Option<Ends>> = const { RefCell::new(None) };
 }
 
-/// When a restore was dropped, or completed by a stop, its threads have ended, and are not only about to.
+/// When a restore was dropped, or completed by a stop, its threads have exited, and are not merely
+/// about to exit.
 #[test]
 fn dropping_waits_for_every_thread() {
     let bytes = random_bytes(512, 5);
@@ -108,7 +111,7 @@ fn dropping_waits_for_every_thread() {
             .prefetch(Prefetch::All)
             .prefetch_threads(3)
             .on_failure(FailurePolicy::Ask(Arc::new(|_| FailureDecision::Poison)))
-            // Prefetch is not at its end before it is told to be.
+            // Prefetch has not finished before it is ended.
             .prefetch_bandwidth(1)
             .on_thread_start(move |name| {
                 counted.begun.fetch_add(1, SeqCst);
@@ -128,12 +131,12 @@ fn dropping_waits_for_every_thread() {
     }
 }
 
-/// Entries of a folder of /proc.
+/// Returns the number of entries in a folder of /proc.
 fn entries(folder: &str) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
-/// Mappings of this process.
+/// Returns the number of mappings of this process.
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps")
         .unwrap()
@@ -152,26 +155,26 @@ fn nothing_is_left_after_fifty_restores() {
                 .prefetch(prefetch)
                 .start()
                 .unwrap();
-            // Some are complete, some are dropped in the middle.
+            // Some are complete, some are dropped halfway.
             compare(&restored, &bytes, 0..[5, 512][index(i / 2 % 2)]);
         };
-        // What the process makes once is made now.
+        // One-time allocations of the process have been made by now.
         let threads = entries("/proc/self/task");
         let all_ended = || entries("/proc/self/task") <= threads;
         (0..4).for_each(round);
-        // Threads of a pool end by themselves, soon.
+        // The threads of a pool exit by themselves, soon.
         wait_until("all threads have ended", all_ended);
         let (descriptors, mapped) = (entries("/proc/self/fd"), mappings());
         (0..50).for_each(round);
         wait_until("all threads have ended", all_ended);
         assert_eq!(entries("/proc/self/fd"), descriptors);
-        // The allocator keeps some of what threads had.
+        // The allocator keeps some of the threads' memory.
         assert!(mappings() < mapped + 20, "{mapped} -> {}", mappings());
     })
     .expect_success();
 }
 
-/// A snapshot of `gib` GiB, most of which repeats 8 MiB that has all sorts of pages.
+/// Returns a snapshot of `gib` GiB, most of which repeats 8 MiB with all kinds of pages.
 fn large(gib: u64) -> (Arc<Snapshot>, Mix) {
     let part = Mix::with_shares(2048, 4, Shares::MIXED);
     let bytes = part.bytes();
@@ -191,7 +194,7 @@ fn large(gib: u64) -> (Arc<Snapshot>, Mix) {
     (open(writer.finish().unwrap().0), part)
 }
 
-/// For information: how long it takes until memory can be used.
+/// For information: the time until memory can be used.
 #[test]
 fn start_times() {
     for gib in [1, 64] {
@@ -217,8 +220,8 @@ fn start_times() {
     }
 }
 
-/// Regions in mappings of their own, given by the caller: what the process has mapped was read again for each of them, and
-/// ten thousand took a minute.
+/// Regression test: regions in mappings of their own, given by the caller. The mappings of the
+/// process were read again for each region, and ten thousand took a minute.
 #[test]
 fn ten_thousand_given_regions_start_at_once() {
     const REGIONS: usize = 10_000;
@@ -235,7 +238,7 @@ fn ten_thousand_given_regions_start_at_once() {
         let snapshot = open(writer.finish().unwrap().0);
         let places = crate::owner::own_apart(REGIONS);
         let mut restore = Restore::new(Arc::clone(&snapshot));
-        // In no order.
+        // In no particular order.
         for (index, memory) in places.into_iter().enumerate() {
             restore = restore.region(index * 7919 % REGIONS, memory);
         }
@@ -256,7 +259,7 @@ fn ten_thousand_given_regions_start_at_once() {
     .expect_success();
 }
 
-/// The kernel says ENOMEM, on a machine that has memory.
+/// The kernel returns ENOMEM, on a machine that has memory.
 #[test]
 fn more_regions_than_mappings_are_permitted_name_the_limit() {
     let test = "more_regions_than_mappings_are_permitted_name_the_limit";
@@ -285,7 +288,8 @@ fn more_regions_than_mappings_are_permitted_name_the_limit() {
     .expect_success();
 }
 
-/// Memory of this process that is shared, or anonymous and mapped as shared: where tables lie. In KiB.
+/// Returns the shared memory of this process in KiB, including anonymous memory mapped as shared,
+/// in which tables lie.
 fn shared_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -299,7 +303,8 @@ fn shared_kib() -> u64 {
         .unwrap()
 }
 
-/// What is left to the kernel needs no memory for the states of its pages: they took half a gigabyte for 16 TiB.
+/// Regression test: page ranges left to the kernel need no memory for their states. They took half
+/// a gigabyte for 16 TiB.
 #[test]
 fn a_terabyte_of_zeros_needs_no_tables() {
     const PAGES: u64 = 1 << 28;
@@ -328,7 +333,8 @@ fn a_terabyte_of_zeros_needs_no_tables() {
     .expect_success();
 }
 
-/// Where the process may not have more memory (`RLIMIT_DATA`), starting is an error, and not the end of the process.
+/// If the process may not have more memory (`RLIMIT_DATA`), starting is an error, and does not kill
+/// the process.
 #[test]
 fn start_without_memory_is_an_error() {
     in_child(|| {

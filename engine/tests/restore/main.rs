@@ -1,7 +1,7 @@
-//! Restores on the real kernel, each against its source.
+//! Restores on the real kernel, each compared with its source.
 //!
-//! One program with a module for what is shown, so that the engine is linked once. What must die, take signals, fork or
-//! count threads runs in a child process ([`common::in_child`]).
+//! One program with a module per topic, so that the engine is linked once. Tests that must die,
+//! take signals, fork or count threads run in a child process ([`common::in_child`]).
 
 #![allow(
     unsafe_code,

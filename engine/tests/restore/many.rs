@@ -1,4 +1,4 @@
-//! Many restores in one process: what they share, what they cost together, and what is left of them.
+//! Many restores in one process: shared resources, total cost, and leftovers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -15,14 +15,14 @@ use crate::common::{
 
 const RESTORES: usize = 300;
 const PAGES: u64 = 128;
-/// What they may take together beyond their content, in bytes.
+/// Maximum memory in bytes that they take together beyond their content.
 const MAX_OVERHEAD: u64 = 64 << 20;
-/// What the allocator may keep after they are gone.
+/// Maximum memory in bytes that the allocator may keep after they are gone.
 const MAX_LEFT: u64 = 24 << 20;
-/// What may still be allocated then.
+/// Maximum memory in bytes that may still be allocated then.
 const MAX_ALLOCATED: u64 = 2 << 20;
 
-/// A snapshot whose prefetch reads wait at the gate.
+/// Returns a snapshot whose prefetch reads wait at the gate.
 fn gated(bytes: &[u8], gate: &Gate) -> Arc<Snapshot> {
     let held = gate.clone();
     open_hooked(pack(bytes, 32), move |_, _, reason| {
@@ -40,10 +40,10 @@ fn start(snapshot: &Arc<Snapshot>) -> Restored {
         .unwrap()
 }
 
-/// Threads of this process whose name begins like this.
+/// Returns the number of threads of this process whose name has this prefix.
 fn threads(prefix: &str) -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    // One that ends meanwhile has no name any more.
+    // A thread that exits meanwhile no longer has a name.
     let names = tasks.filter_map(|task| {
         let path = task.ok()?.path().join("comm");
         std::fs::read_to_string(path).ok()
@@ -55,7 +55,7 @@ fn entries(folder: &str) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
-/// Bytes of memory that are this process's own.
+/// Returns the private resident memory of this process in bytes.
 fn resident() -> u64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let line = rollup
@@ -65,7 +65,7 @@ fn resident() -> u64 {
     kib.trim().parse::<u64>().unwrap() << 10
 }
 
-/// Bytes that this process has allocated and not freed.
+/// Returns the number of bytes that this process has allocated and not freed.
 #[cfg(target_env = "gnu")]
 fn allocated() -> u64 {
     // SAFETY: takes no pointer, and any thread may call it at any time.
@@ -73,7 +73,7 @@ fn allocated() -> u64 {
     (info.uordblks + info.hblkhd) as u64
 }
 
-/// Other allocators don't tell.
+/// Other allocators don't report this.
 #[cfg(not(target_env = "gnu"))]
 fn allocated() -> u64 {
     0
@@ -83,7 +83,7 @@ fn allocated() -> u64 {
 fn three_hundred_restores_share_one_pool_and_leave_nothing() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 1);
-        // What the process makes once is made now.
+        // Make the one-time allocations of the process now.
         assert!(start(&open(pack(&bytes, 32))).wait_complete());
         let gate = Gate::default();
         let snapshot = gated(&bytes, &gate);
@@ -128,7 +128,7 @@ fn three_hundred_restores_share_one_pool_and_leave_nothing() {
 
         drop(restores);
         drop(snapshot);
-        // The snapshot's writer had some that were ending.
+        // Some threads of the snapshot's writer may have been exiting at the time of the count.
         assert!(threads("") <= all, "threads");
         assert_eq!(entries("/proc/self/fd"), descriptors, "descriptors");
         let left = resident().saturating_sub(before);
@@ -144,7 +144,8 @@ fn three_hundred_restores_share_one_pool_and_leave_nothing() {
     .expect_success();
 }
 
-/// A session whose prefetch doesn't get on keeps as many threads as may be at work. That of another goes on.
+/// A session whose prefetch is blocked occupies at most as many threads as it may use. The prefetch
+/// of another session proceeds.
 #[test]
 fn blocked_prefetch_does_not_stop_that_of_other_sessions() {
     let gate = Gate::default();
@@ -169,14 +170,15 @@ fn blocked_prefetch_does_not_stop_that_of_other_sessions() {
     compare(&other, &bytes, 0..2048);
 }
 
-/// Sessions of several snapshots borrow from the same workers: none is served with what another has decoded.
+/// Sessions of several snapshots borrow the same contexts: none is served with frames that another
+/// has decoded.
 #[test]
 fn workers_that_serve_several_snapshots_mix_nothing_up() {
     const PAGES: u64 = 512;
     let shared = Shared::new(0);
     let images: Vec<_> = (0..12)
         .map(|seed| {
-            // Frames of all lie at the same places and have the same lengths, or others.
+            // Frames of all snapshots have the same offsets and lengths, or different ones.
             let bytes = random_bytes(PAGES, 10 + seed);
             let snapshot = open(pack(&bytes, [32, 8, 16][seed as usize % 3]));
             (bytes, snapshot)
@@ -206,7 +208,8 @@ fn workers_that_serve_several_snapshots_mix_nothing_up() {
     });
 }
 
-/// A hook of a session's own is called in all of its threads, one of `Shared` in those of the pool alone.
+/// A session's own hook is called in all of its threads, a hook of `Shared` only in those of the
+/// pool.
 #[test]
 fn hooks_are_called_where_they_were_given() {
     let bytes = random_bytes(512, 3);

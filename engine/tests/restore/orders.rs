@@ -1,4 +1,4 @@
-//! Restores of synthetic images, page by page against the source.
+//! Restores of synthetic images in different orders, compared page by page with the source.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,12 +9,12 @@ use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
 const PAGE: usize = 4096;
-/// Pages of the image: 32 MiB.
+/// Number of pages in the image: 32 MiB.
 const PAGES: u64 = 8192;
-/// Where its second region starts.
+/// The first page of its second region.
 const SPLIT: u64 = 3000;
 
-/// A snapshot of `image` in two regions.
+/// Returns a snapshot of `image` in two regions.
 fn snapshot(image: &Mix) -> Arc<Snapshot> {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
     let bytes = image.bytes();
@@ -31,13 +31,13 @@ fn snapshot(image: &Mix) -> Arc<Snapshot> {
     Arc::new(Snapshot::open(Arc::new(MemoryStore::new(file))).unwrap())
 }
 
-/// The page as the restored memory has it: reading it is the touch.
+/// Returns the page from the restored memory; reading it is the touch.
 fn touch(restored: &Restored, page: u64) -> [u8; PAGE] {
     let (region, first) = if page < SPLIT { (0, 0) } else { (1, SPLIT) };
     let region = &restored.regions()[region];
     assert!((page - first) * 4096 < region.len());
-    // SAFETY: the page is inside the region's mapping, which lives as long as `restored`; nobody
-    // writes to it but the engine, before this read can see it.
+    // SAFETY: the page is inside the region's mapping, which lives as long as `restored`. Before
+    // this read can see the page, only the engine writes to it.
     unsafe {
         let at = region
             .as_ptr()
@@ -52,9 +52,9 @@ fn compare(restored: &Restored, image: &Mix, pages: impl Iterator<Item = u64>) {
     }
 }
 
-/// Every number below `n` once, in an order without pattern.
+/// Returns every number below `n` once, in an order without pattern.
 fn shuffled(n: u64) -> impl Iterator<Item = u64> {
-    // 4099 is prime and no factor of n, so the steps reach all.
+    // 4099 is prime and not a factor of n, so the steps reach all numbers.
     assert!(!n.is_multiple_of(4099));
     (0..n).map(move |i| i * 4099 % n)
 }
@@ -178,7 +178,7 @@ fn first_touches_are_observed_in_order() {
 /// Discards `pages` of the first region, as a balloon does.
 fn discard(restored: &Restored, pages: Range<usize>) {
     let region = &restored.regions()[0];
-    // SAFETY: the range is inside the region, and what it holds is read as bytes only.
+    // SAFETY: the range is inside the region, and its content is read only as bytes.
     let result = unsafe {
         let start = region.as_ptr().add(pages.start * PAGE);
         libc::madvise(start.cast(), pages.len() * PAGE, libc::MADV_DONTNEED)
@@ -248,7 +248,8 @@ fn golden(name: &str) -> Arc<Snapshot> {
     Arc::new(Snapshot::open_path(format!("{path}{name}")).unwrap())
 }
 
-/// A region may have no page: `mmap` refused its length of 0, and with it the whole restore failed.
+/// Regression test: a region may have no pages. `mmap` refused its length of 0, and the whole
+/// restore failed.
 #[test]
 fn a_region_without_pages_has_no_memory() {
     let restored = Restore::new(golden("good-several-regions.snap")).prefetch(Prefetch::All);
@@ -260,8 +261,8 @@ fn a_region_without_pages_has_no_memory() {
     assert!(page.starts_with(b"page 3 of a golden file"));
 }
 
-/// A run of zeros that lies over stored pages, behind a good checksum, left these pages to the kernel,
-/// which made them zero. What the index says is what is restored.
+/// Regression test: a run of zeros that falsely covers stored pages, with a good checksum, left
+/// these pages to the kernel, which made them zero. The index determines what is restored.
 #[test]
 fn a_fill_run_that_lies_makes_no_zeros() {
     let snapshot = golden("bad-fill-run.snap");
@@ -279,8 +280,8 @@ fn a_fill_run_that_lies_makes_no_zeros() {
     assert!(stored > 0);
 }
 
-/// Frames that list pages of other frames, or fills, behind good checksums. Decoding such a frame for
-/// one page must bring no page into memory of which the index says that it is elsewhere.
+/// Frames falsely list pages of other frames, or fills, with good checksums. Decoding such a frame
+/// for one page must not install any page that the index places elsewhere.
 #[test]
 fn a_page_list_that_lies_brings_no_page() {
     for name in [
@@ -294,7 +295,7 @@ fn a_page_list_that_lies_brings_no_page() {
                 .prefetch(Prefetch::Off)
                 .start()
                 .unwrap();
-            // The first touch decodes the frame that lies. It is over before the next begins.
+            // The first touch decodes the false frame. It is finished before the next touch begins.
             (0..pages)
                 .map(|page| {
                     let mut bytes = [0; PAGE];

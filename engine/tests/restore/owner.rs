@@ -1,4 +1,4 @@
-//! What the owner may do to its memory meanwhile.
+//! Operations of the owner on its memory during a restore.
 
 use std::sync::Arc;
 
@@ -23,7 +23,8 @@ fn start(bytes: &[u8], prefetch: Prefetch) -> Restored {
         .unwrap()
 }
 
-/// As [`start`], in memory of the test's own, which may be unmapped and moved. What is left of it stays mapped.
+/// Starts a restore like [`start`], in memory of the test's own, which may be unmapped and moved.
+/// The rest of it stays mapped.
 fn start_in_own(bytes: &[u8], prefetch: Prefetch) -> Restored {
     let restore = Restore::new(open(pack(bytes, 8)));
     restore
@@ -33,15 +34,15 @@ fn start_in_own(bytes: &[u8], prefetch: Prefetch) -> Restored {
         .unwrap()
 }
 
-/// Memory of the test's own that is never unmapped as a whole.
+/// Returns memory of the test's own that is never unmapped as a whole.
 pub(crate) fn own(pages: usize) -> RawRegion {
     let start = pointer(map(pages)).cast();
-    // SAFETY: the memory was just mapped, is used through raw pointers only, and what is unmapped or moved of it is so under
-    // a restore, which always asks for the events.
+    // SAFETY: the memory was just mapped and is used only through raw pointers. Parts of it are
+    // unmapped or moved only under a restore, which always requests the events.
     unsafe { RawRegion::new(start, (pages * PAGE) as u64) }.unwrap()
 }
 
-/// Single pages of the test's own in mappings of their own.
+/// Returns single pages of the test's own in mappings of their own.
 pub(crate) fn own_apart(count: usize) -> Vec<RawRegion> {
     let start = map(2 * count);
     let page = |i: usize| {
@@ -62,16 +63,16 @@ fn succeeded(result: libc::c_int) {
 }
 
 pub(crate) fn madvise(address: usize, pages: usize, advice: libc::c_int) {
-    // SAFETY: the tests give advice about their own memory, of which they hold no references.
+    // SAFETY: the tests give advice about their own memory, to which they hold no references.
     succeeded(unsafe { libc::madvise(pointer(address), pages * PAGE, advice) });
 }
 
 pub(crate) fn munmap(address: usize, pages: usize) {
-    // SAFETY: the tests unmap their own memory, of which they hold no references.
+    // SAFETY: the tests unmap their own memory, to which they hold no references.
     succeeded(unsafe { libc::munmap(pointer(address), pages * PAGE) });
 }
 
-/// Anonymous memory of the test's own, registered by nobody.
+/// Maps anonymous memory of the test's own, which nobody has registered.
 fn map(pages: usize) -> usize {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -81,11 +82,11 @@ fn map(pages: usize) -> usize {
     start.expose_provenance()
 }
 
-/// Anonymous memory of the test's own at an address where there is none.
+/// Maps anonymous memory of the test's own at an address where nothing is mapped.
 pub(crate) fn map_at(address: usize, pages: usize) {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the kernel refuses where something is mapped.
+    // SAFETY: the kernel refuses if something is mapped there.
     let start = unsafe { libc::mmap(pointer(address), pages * PAGE, access, flags, -1, 0) };
     assert_eq!(
         start,
@@ -95,10 +96,10 @@ pub(crate) fn map_at(address: usize, pages: usize) {
     );
 }
 
-/// Moves `pages` pages from `from` to `to`, `grown` of them new there.
+/// Moves `pages` pages from `from` to `to`, where the last `grown` of them are new.
 fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | flags;
-    // SAFETY: both ranges are the test's own, and nobody refers to what they hold.
+    // SAFETY: both ranges are the test's own, and nobody refers to their content.
     let moved = unsafe {
         libc::mremap(
             pointer(from),
@@ -111,7 +112,8 @@ fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int
     assert_eq!(moved, pointer(to), "{}", std::io::Error::last_os_error());
 }
 
-/// `MCL_FUTURE` fills whatever is mapped with zeros at once: the engine's own mappings have to get round that.
+/// `MCL_FUTURE` fills every new mapping with zeros at once: the engine must avoid that for its own
+/// mappings.
 #[test]
 fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
     in_child(|| {
@@ -137,7 +139,7 @@ fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
     .expect_success();
 }
 
-/// One page that is present is found, wherever it is; empty memory of the caller's is taken.
+/// A single present page is found, wherever it is; empty memory of the caller's is accepted.
 #[test]
 fn a_page_that_is_there_is_refused() {
     let bytes = random_bytes(PAGES, 2);
@@ -162,7 +164,8 @@ fn a_page_that_is_there_is_refused() {
     compare(&restored, &bytes, 0..PAGES);
 }
 
-/// Whether a child made by `fork` now has the page at `address`, and if so its first byte.
+/// Returns the first byte of the page at `address` in a forked child, or `None` if the child
+/// doesn't have the page.
 fn in_a_fork(address: usize) -> Option<u8> {
     let mut pipe = [0; 2];
     // SAFETY: the array takes two descriptors.
@@ -205,7 +208,8 @@ fn children_have_the_memory_only_when_it_is_complete() {
     .expect_success();
 }
 
-/// A restore that is given up, and one that doesn't start, leave the caller's memory as it was: for children too.
+/// A restore that is given up, and one that doesn't start, leave the caller's memory as it was, for
+/// children as well.
 #[test]
 fn children_have_what_a_restore_leaves() {
     in_child(|| {
@@ -234,8 +238,9 @@ fn children_have_what_a_restore_leaves() {
     .expect_success();
 }
 
-/// What had moved was advised about at its old address when the restore became complete: children never had it, and
-/// whatever had come to lie at the old address was advised about instead. The advice follows the memory now.
+/// Regression test: moved memory was advised about at its old address when the restore became
+/// complete. Children never had it, and whatever was at the old address by then was advised about
+/// instead. The advice now follows the memory.
 #[test]
 fn children_have_what_moved_when_it_is_complete() {
     in_child(|| {
@@ -250,7 +255,8 @@ fn children_have_what_moved_when_it_is_complete() {
     .expect_success();
 }
 
-/// What the caller had left out of children itself stays so: the end of the restore gave it to them.
+/// Regression test: memory that the caller itself had left out of children stays left out. The end
+/// of the restore gave it to them.
 #[test]
 fn memory_that_children_never_had_stays_so() {
     in_child(|| {
@@ -272,7 +278,7 @@ fn memory_that_children_never_had_stays_so() {
             let base = address(&restored, 0);
             compare(&restored, &bytes, 30..70);
             assert_eq!(had(base), [None; 4]);
-            // It is the pages that stay left out, wherever they are.
+            // The pages stay left out, wherever they are.
             let there = map(8);
             mremap(base + 50 * PAGE, 8, there, 0, 0);
             end(&mut restored);
@@ -289,7 +295,7 @@ fn memory_that_children_never_had_stays_so() {
     .expect_success();
 }
 
-/// An owner was ended when it had its memory in more than some thousand pieces.
+/// Regression test: an owner was killed when its memory was in more than some thousand pieces.
 #[test]
 fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
     const MANY: u64 = 12_000;
@@ -304,7 +310,8 @@ fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
             munmap(base + page * PAGE, 1);
         }
         compare(&restored, &bytes, (0..MANY).step_by(1000));
-        // Each to where another was unmapped, the last first, so that no two stay together.
+        // Each page moves to where another was unmapped, the last first, so that no two stay
+        // together.
         for page in (0..MANY as usize / 2).step_by(2) {
             mremap(
                 base + page * PAGE,
@@ -330,7 +337,7 @@ fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
     .expect_success();
 }
 
-/// Mappings that begin and end inside frames: installs have to stop at them.
+/// Mappings that begin and end inside frames: installs must stop at their borders.
 #[test]
 fn split_mappings_and_huge_page_advice() {
     let bytes = random_bytes(PAGES, 4);
@@ -350,7 +357,7 @@ fn split_mappings_and_huge_page_advice() {
     }
 }
 
-/// KiB of `field` in `/proc/self/smaps`, summed over the mappings from `start` on.
+/// Returns the KiB of `field` in `/proc/self/smaps`, summed over the mappings from `start` on.
 fn smaps(start: usize, pages: usize, field: &str) -> usize {
     let mut inside = false;
     let mut sum = 0;
@@ -367,8 +374,9 @@ fn smaps(start: usize, pages: usize, field: &str) -> usize {
     sum
 }
 
-/// What the owner unmaps in memory of its own is its own to use again, zeros or not: giving the
-/// memory up took what had come to lie there, in a run of zeros of which nothing was heard.
+/// Regression test: an owner may reuse addresses that it unmaps in memory of its own, zero run or
+/// not. Giving the restore up took the new mapping there, in an unregistered run of zeros that
+/// reports no events.
 #[test]
 fn what_is_unmapped_in_given_memory_is_left_alone() {
     const HUGE: u64 = 512;
@@ -382,7 +390,7 @@ fn what_is_unmapped_in_given_memory_is_left_alone() {
         .unwrap();
     let (hole, len) = (start + HUGE as usize * PAGE, HUGE as usize * PAGE);
     // SAFETY: the range is the test's own, nobody refers to it, and what is mapped there again is
-    // the test's own too.
+    // the test's own, too.
     unsafe {
         assert_eq!(libc::munmap(pointer(hole), len), 0);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
@@ -397,12 +405,13 @@ fn what_is_unmapped_in_given_memory_is_left_alone() {
     assert_eq!(peek(hole)[0], 7);
 }
 
-/// Huge pages are made of memory that is there, and of nothing else.
+/// Huge pages are formed from present memory, and from nothing else.
 #[test]
 fn huge_pages_give_no_memory_to_holes() {
     const HUGE: usize = 512;
     let said = in_child(|| {
-        // Stored, zero, stored but for a page that is discarded, half stored and half zero, and stored again.
+        // Stored, zero, stored except for a discarded page, half stored and half zero, and stored
+        // again.
         let mut bytes = random_bytes(5 * HUGE as u64, 12);
         bytes[HUGE * PAGE..2 * HUGE * PAGE].fill(0);
         bytes[7 * HUGE / 2 * PAGE..4 * HUGE * PAGE].fill(0);
@@ -421,7 +430,8 @@ fn huge_pages_give_no_memory_to_holes() {
                 return;
             }
             let rss = smaps(start, 5 * HUGE, "Rss");
-            // Zeros that are mapped among others get memory; 2 MiB of them get none, left to the kernel or not.
+            // Mapped zero pages among others get memory; 2 MiB of them get none, left to the kernel
+            // or not.
             assert_eq!((huge, rss), (3 * 2048, (4 * HUGE - 1) * 4), "left: {leave}");
             for page in 0..5 * HUGE as u64 {
                 let expected = if page as usize == 2 * HUGE + 77 {
@@ -463,8 +473,8 @@ fn unmapped_parts_are_settled() {
     }
 }
 
-/// Two regions lie side by side in one mapping, so that the kernel reports a discard over their border
-/// by one message.
+/// Two regions are adjacent in one mapping, so that the kernel reports a discard across their
+/// border in one message.
 #[test]
 fn discard_over_two_regions_is_zero_in_both() {
     const HALF: usize = PAGES as usize / 2;
@@ -477,7 +487,8 @@ fn discard_over_two_regions_is_zero_in_both() {
     let memory = map(2 * HALF);
     let half = |number: usize| {
         let start = pointer(memory + number * HALF * PAGE).cast();
-        // SAFETY: the memory was just mapped, is used through raw pointers only, and never unmapped.
+        // SAFETY: the memory was just mapped, is used only through raw pointers, and is never
+        // unmapped.
         unsafe { RawRegion::new(start, (HALF * PAGE) as u64) }.unwrap()
     };
     let restored = Restore::new(open(writer.finish().unwrap().0))
@@ -504,7 +515,7 @@ fn moved_memory_is_restored_where_it_is() {
         let restored = start_in_own(&bytes, prefetch);
         let base = address(&restored, 0);
         compare(&restored, &bytes, [301, 305]);
-        // Pages 300..420 move and grow by 30; what grew reads as zeros.
+        // Pages 300..420 move and grow by 30; the new pages read as zeros.
         let there = map(150);
         mremap(base + 300 * PAGE, 120, there, 30, 0);
         for page in [0, 5, 119, 1, 60, 77] {
@@ -514,7 +525,7 @@ fn moved_memory_is_restored_where_it_is() {
         for page in 120..150 {
             assert!(peek(there + page * PAGE) == ZERO, "grown page {page}");
         }
-        // And again, in part, over what moved before.
+        // A second, partial move over previously moved pages.
         let again = map(40);
         mremap(there + 20 * PAGE, 40, again, 0, 0);
         for page in 0..40 {
@@ -554,8 +565,8 @@ fn what_a_move_leaves_behind_is_zero() {
     }
 }
 
-/// Threads discard without a pause while the restore becomes complete: none may wait for ever, and what was
-/// discarded is zero.
+/// Threads discard without a pause while the restore becomes complete: none may wait forever, and
+/// discarded pages are zero.
 #[test]
 fn discards_at_the_moment_of_completion_go_on() {
     let bytes = random_bytes(64, 8);
@@ -585,9 +596,10 @@ fn discards_at_the_moment_of_completion_go_on() {
     }
 }
 
-/// The owner unmaps and moves memory while the restore is given up, and nobody reads the events any more. What was
-/// missing was looked for at the old addresses: the process was ended because nothing was mapped there, and what had moved
-/// would have read as zeros. What is missing is poisoned now, which the kernel refuses until the events were read.
+/// Regression test: the owner unmaps and moves memory while the restore is given up, and nobody
+/// reads the events any more. Missing pages were looked for at the old addresses: the process was
+/// aborted because nothing was mapped there, and moved pages would have read as zeros. Missing
+/// pages are now poisoned, which the kernel refuses until the events have been read.
 #[test]
 fn giving_up_knows_the_last_moves() {
     let ended = in_child(|| {
@@ -601,7 +613,7 @@ fn giving_up_knows_the_last_moves() {
             .start()
             .unwrap();
         let base = address(&restored, 0);
-        // The only thread that reads events is kept busy by its observer.
+        // Its observer blocks the only thread that reads events.
         let touch = std::thread::spawn(move || peek(base));
         wait_until("the observer is called", || gate.waiting() == 1);
         touch.join().unwrap();
@@ -617,14 +629,14 @@ fn giving_up_knows_the_last_moves() {
         };
         wait_until("both have happened", || gone(100) && gone(200));
         let drops = std::thread::spawn(move || drop(restored));
-        // By now the drop has most likely told the thread to end, which is the case that matters; if not, the events are
-        // read in the usual way.
+        // By now the drop has most likely told the thread to exit, which is the case that matters.
+        // If not, the events are read as usual.
         std::thread::sleep(std::time::Duration::from_millis(200));
         gate.open();
         drops.join().unwrap();
         unmaps.join().unwrap();
         moves.join().unwrap();
-        // What moved was missing: it must not read as zeros.
+        // The moved page was missing: it must not read as zeros.
         println!("the move is touched");
         peek(there);
         println!("the touch went on");

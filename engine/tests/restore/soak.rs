@@ -1,11 +1,17 @@
-//! Four owners read, write, discard, move and unmap their memory for a while, each with an expected content for every page.
+//! Soak test: four owners read, write, discard, move and unmap their memory for a while, and know
+//! the expected content of every page.
 //!
-//! `SNAPRESTORE_SOAK_SECONDS=60 cargo test --release -p snaprestore-engine --test restore soak -- --nocapture` runs it for that long with 1, 2
-//! and 4 fault threads each, and then asks for 100,000 discards, 10,000 of them of absent pages. Without the variable each
-//! takes [`SHORT`], and the numbers asked for are in proportion.
+//! ```sh
+//! SNAPRESTORE_SOAK_SECONDS=60 \
+//!   cargo test --release -p snaprestore-engine --test restore soak -- --nocapture
+//! ```
 //!
-//! A restore of the image is over in a fraction of a second, so it is done again and again: most of the time pages are still
-//! arriving.
+//! This runs it for that long with 1, 2 and 4 fault threads each, and then requires 100,000
+//! discards, 10,000 of them of absent pages. Without the variable each run takes [`SHORT`], and the
+//! required numbers are proportional.
+//!
+//! A restore of the image takes a fraction of a second, so it is repeated: most of the time pages
+//! are still arriving.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -19,23 +25,24 @@ use snapshot_format::Snapshot;
 
 use crate::common::{PAGE, open, pack, peek, poke};
 
-/// How long each number of fault threads is run without the variable.
+/// Duration of each run without the variable.
 const SHORT: Duration = Duration::from_secs(3);
-/// Discards asked for in a minute for each number of fault threads, so that three of them make 100,000.
+/// Discards required per minute for each number of fault threads, so that three of them make
+/// 100,000.
 const DISCARDS_A_MINUTE: u64 = 34_000;
-/// The same of pages that were absent as far as could be told.
+/// Discards required per minute of pages that were apparently absent.
 const ABSENT_A_MINUTE: u64 = 3_400;
-/// The longest that an owner may be without progress.
+/// Maximum time that an owner may be without progress.
 const LONGEST_WAIT: Duration = Duration::from_secs(3);
 
 const OWNERS: usize = 4;
-/// Pages of each owner.
+/// Number of pages of each owner.
 const SHARE: usize = 4096;
 const PAGES: usize = OWNERS * SHARE;
-/// The most actions of an owner in one restore.
+/// Maximum number of actions of an owner in one restore.
 const ACTIONS: u64 = 3000;
 
-/// What was done, over all restores.
+/// Number of actions of each kind, over all restores.
 #[derive(Default, Debug)]
 struct Counts {
     restores: AtomicU64,
@@ -55,7 +62,7 @@ fn pointer(address: usize) -> *mut libc::c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
 
-/// Address space for `pages` pages, without memory.
+/// Reserves address space for `pages` pages, without memory.
 fn reserve(pages: usize, access: libc::c_int) -> usize {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: the kernel picks addresses that nothing else uses.
@@ -69,26 +76,26 @@ fn release(address: usize, pages: usize) {
     assert_eq!(unsafe { libc::munmap(pointer(address), pages * PAGE) }, 0);
 }
 
-/// What a page must hold.
+/// The expected content of a page.
 #[derive(Clone, Copy)]
 enum Expected {
-    /// What the snapshot has, with the first byte replaced if it was written to.
+    /// The snapshot's content, with the first byte replaced if it was written to.
     Source(Option<u8>),
     /// Zeros, with the first byte replaced.
     Zero(u8),
     Unmapped,
 }
 
-/// One owner's part of the memory.
+/// The part of the memory that belongs to one owner.
 struct Owner<'a> {
     image: &'a [u8],
     first: usize,
-    /// Where each page is.
+    /// The address of each page.
     at: Vec<usize>,
     expected: Vec<Expected>,
     /// Pages that this owner has touched.
     touched: Vec<bool>,
-    /// Where pages may be moved to: address space of its own.
+    /// Address space of its own to which pages may be moved.
     spare: usize,
     spare_used: usize,
     random: SplitMix,
@@ -140,7 +147,8 @@ impl Owner<'_> {
         add(&self.counts.writes, 1);
     }
 
-    /// Consecutive pages from `page` on, at most `most`, that lie at consecutive addresses.
+    /// Returns the number of consecutive pages from `page` on, at most `most`, that are at
+    /// consecutive addresses.
     fn run(&self, page: usize, most: usize) -> usize {
         let end = SHARE.min(page + most);
         let is_next = |next: &usize| {
@@ -150,7 +158,7 @@ impl Owner<'_> {
         (page + 1..end).take_while(is_next).count() + 1
     }
 
-    /// Whether the kernel has the page now; between this look and the discard it may arrive.
+    /// Whether the page is absent now; it may arrive between this check and the discard.
     fn is_absent(&self, page: usize) -> bool {
         let mut resident = 0_u8;
         // SAFETY: the result goes to a live byte.
@@ -165,7 +173,7 @@ impl Owner<'_> {
                 && matches!(self.expected[page], Expected::Source(_))
                 && self.is_absent(page)
         });
-        // SAFETY: the pages are this owner's alone, who holds no references into them.
+        // SAFETY: the pages belong only to this owner, which holds no references into them.
         let result = unsafe { libc::madvise(pointer(self.at[page]), count * PAGE, advice) };
         assert_eq!(result, 0);
         add(&self.counts.discards, 1);
@@ -192,7 +200,7 @@ impl Owner<'_> {
         let mut moved = mremap(count);
         let mut count = count;
         if moved == libc::MAP_FAILED {
-            // Pages that came from two places can be two mappings, which don't move together.
+            // Pages from two places can be two mappings, which don't move together.
             count = 1;
             moved = mremap(count);
         }
@@ -211,7 +219,7 @@ impl Owner<'_> {
         add(&self.counts.unmaps, count as u64);
     }
 
-    /// Unmaps everything that is left, but no address that something else may have by now.
+    /// Unmaps all remaining pages, but no address that something else may be using by now.
     fn leave(self) {
         let mut page = 0;
         while page < SHARE {
@@ -248,7 +256,7 @@ impl Owner<'_> {
     }
 }
 
-/// One restore with its four owners, until each has done its actions and seen every page.
+/// Runs one restore with its four owners, until each has done its actions and seen every page.
 fn one_restore(
     snapshot: &Arc<Snapshot>,
     image: &[u8],
@@ -259,8 +267,8 @@ fn one_restore(
 ) {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let base = reserve(PAGES, access);
-    // SAFETY: the memory was just mapped, is used through raw pointers only, and is unmapped and moved under a restore, which
-    // always asks for the events.
+    // SAFETY: the memory was just mapped and is used only through raw pointers. It is unmapped and
+    // moved under a restore, which always requests the events.
     let region = unsafe { RawRegion::new(pointer(base).cast(), (PAGES * PAGE) as u64) }.unwrap();
     let restored = Restore::new(Arc::clone(snapshot))
         .region(0, region)
@@ -300,7 +308,7 @@ fn one_restore(
             });
         }
     });
-    // Everything is settled: removed, at the latest, when it was unmapped.
+    // Everything is settled, at the latest because it was unmapped and thereby removed.
     progress[OWNERS].busy.store(true, Relaxed);
     assert!(restored.wait_complete());
     progress[OWNERS].busy.store(false, Relaxed);
@@ -308,7 +316,7 @@ fn one_restore(
     add(&counts.restores, 1);
 }
 
-/// How far a thread is. One that is idle isn't expected to get on.
+/// The progress of a thread. An idle thread isn't expected to make any.
 #[derive(Default)]
 struct Progress {
     steps: AtomicU64,
@@ -321,7 +329,7 @@ impl Progress {
     }
 }
 
-/// Ends the process if a thread hangs: one that waits for a page can't be ended otherwise.
+/// Aborts the process if a thread hangs: a thread that waits for a page can't be stopped otherwise.
 fn watch(progress: &[Progress], longest: Duration, ended: &AtomicBool) {
     let mut last: Vec<(u64, Instant)> = progress.iter().map(|_| (0, Instant::now())).collect();
     while !ended.load(Relaxed) {
@@ -341,7 +349,7 @@ fn watch(progress: &[Progress], longest: Duration, ended: &AtomicBool) {
     }
 }
 
-/// Ends the watch, also when the test fails.
+/// A guard that ends the watch, even if the test fails.
 struct EndWatch(Arc<AtomicBool>);
 
 impl Drop for EndWatch {

@@ -1,4 +1,4 @@
-//! Threads that wait for each other, and must all go on.
+//! Threads that wait for each other, and must all proceed.
 
 use std::fs;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ fn sleeps(thread: i32) -> bool {
     state.starts_with(['S', 'D'])
 }
 
-/// One read takes 64 messages at most. When more have arrived before it nothing announces the rest
-/// once more, and the thread that reads has to see to them.
+/// A read takes at most 64 messages. If more have arrived before it, nothing announces the rest
+/// again, and the reading thread must take care of them.
 #[test]
 fn faults_beyond_one_batch_of_messages_are_served() {
     in_child(|| {
@@ -37,7 +37,7 @@ fn faults_beyond_one_batch_of_messages_are_served() {
             .unwrap();
         let start = address(&restored, 0);
         let _opener = gate.opener();
-        // Both threads that read are kept busy by the observer.
+        // The observer blocks both threads that read.
         for busy in 1..=2 {
             peek(start + (busy - 1) * PAGE);
             wait_until("the observer is called", || gate.waiting() == busy);
@@ -68,8 +68,8 @@ fn faults_beyond_one_batch_of_messages_are_served() {
     .expect_success();
 }
 
-/// Two frames are being read, and for each another thread waits. The one that waits first waits for
-/// the frame that comes last: the end of the other read must not be lost on it.
+/// Two frames are being read, and another thread waits for each. The thread that waits first waits
+/// for the frame that finishes last: it must not swallow the notification of the other read.
 #[test]
 fn threads_that_wait_for_different_frames_all_go_on() {
     let bytes = random_bytes(64, 22);
@@ -104,7 +104,7 @@ fn threads_that_wait_for_different_frames_all_go_on() {
     for (page, faults) in [(33, 3), (1, 4)] {
         touches.push(touch(page));
         wait_until("the fault is taken", || restored.stats().faults == faults);
-        // Nothing tells that its thread waits by now. If it doesn't, this shows less.
+        // Nothing tells whether its thread waits by now. If it doesn't, this test shows less.
         sleep(Duration::from_millis(20));
     }
     for gate in gates {

@@ -1,11 +1,12 @@
-//! Memory under userfaultfd, without `unsafe` at the caller: the kernel's interface, memory
-//! mappings, and what else a program that restores memory needs of Linux.
+//! Userfaultfd and the memory under it, without `unsafe` code in the caller: the kernel's
+//! interface, memory mappings, and the other Linux functions that a program needs to restore
+//! memory.
 //!
 //! | module | contents |
 //! | --- | --- |
-//! | [`uffd`] | userfaultfd: opening, registering, installing pages, reading messages, and what a machine permits |
+//! | [`uffd`] | userfaultfd: opening, registering, installing, reading messages, capabilities |
 //! | [`memory`] | mappings and who owns them, blocks shared between processes, checked loads |
-//! | [`os`] | waiting, signals, other processes, descriptors that come from them, limits, sandboxes |
+//! | [`os`] | waiting, signals, other processes and their descriptors, limits, sandboxes |
 //!
 //! A userfaultfd can fill memory that it does not own, so every function that installs a page
 //! checks that the page lies in memory that was registered under the contract of
@@ -28,10 +29,10 @@
 //!
 //! # Minimum kernel: 5.7
 //!
-//! The events REMOVE, REMAP and UNMAP (4.11) keep discarded pages from coming back. 5.7 is the first
-//! kernel in which a fault may be retried any number of times: before it a thread that is woken and
-//! finds its page still missing gets SIGBUS, and waking is how a restore recovers from every doubt.
-//! Everything newer is optional and has a fallback.
+//! The events REMOVE, REMAP and UNMAP (4.11) keep discarded pages from coming back. 5.7 is the
+//! first kernel in which a fault may be retried any number of times. Before 5.7, a thread that is
+//! woken and finds its page still missing gets SIGBUS, but a restore relies on waking to recover
+//! from every doubtful state. Everything newer is optional and has a fallback.
 
 #![allow(unsafe_code, reason = "the one package that talks to the kernel")]
 
@@ -42,32 +43,32 @@ pub mod uffd;
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("userfaultfd needs Linux, and addresses are 64 bits wide here");
 
-/// Bytes of a page of a snapshot.
+/// Size of a snapshot's page in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// The base page of this machine, 4 KiB on x86-64; the kernel wants addresses and lengths in
-/// multiples of it.
+/// Returns the base page size of this machine, 4 KiB on x86-64. The kernel requires addresses and
+/// lengths to be multiples of it.
 pub fn page_size() -> u64 {
     static SIZE: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     *SIZE.get_or_init(|| {
-        // SAFETY: sysconf reads a constant of the process and touches no memory of ours.
+        // SAFETY: sysconf reads a constant of the process and touches none of our memory.
         let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         u64::try_from(size).unwrap_or(4096)
     })
 }
 
-/// Pages of this kernel are not of 4 KiB, as those of a snapshot are, so that they can't be restored one
-/// by one.
+/// The error for a kernel whose pages are not 4 KiB like those of a snapshot, so that they can't be
+/// restored one by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this kernel has pages of {size} bytes, and a snapshot's have 4096: run a kernel with 4 KiB pages"
 )]
 pub struct PageSizeError {
-    /// The kernel's.
+    /// The kernel's page size in bytes.
     pub size: u64,
 }
 
-/// Makes sure that a page of a snapshot is one of the kernel's.
+/// Checks that the kernel's page size is that of a snapshot.
 pub fn check_page_size() -> Result<(), PageSizeError> {
     can_be_restored(page_size())
 }
@@ -80,8 +81,8 @@ fn can_be_restored(size: u64) -> Result<(), PageSizeError> {
     }
 }
 
-/// A length or address of this process as `usize`. Lossless: the crate compiles for 64-bit targets
-/// only.
+/// Converts a length or address of this process to `usize`. Lossless, because the crate compiles
+/// only for 64-bit targets.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "usize has 64 bits, see compile_error above"

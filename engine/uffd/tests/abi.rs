@@ -1,4 +1,5 @@
-//! The userfaultfd ABI against linux-raw-sys, and against the first version of the kernel's header.
+//! Comparison of the userfaultfd ABI with linux-raw-sys, and with the first version of the kernel's
+//! header.
 //!
 //! `abi_header.rs` compares it with the header of this system.
 
@@ -84,7 +85,7 @@ fn numbers_are_those_of_linux_raw_sys() {
 
 #[test]
 fn request_numbers_are_those_of_linux_raw_sys() {
-    // It has no POISON and no MOVE; those are held against the literals in `ioctls.rs`.
+    // linux-raw-sys has no POISON and no MOVE; those are compared with the literals in `ioctls.rs`.
     let ours_and_theirs = [
         (abi::UFFDIO_API, ioctl::UFFDIO_API),
         (abi::UFFDIO_REGISTER, ioctl::UFFDIO_REGISTER),
@@ -120,7 +121,8 @@ fn structures_are_those_of_linux_raw_sys() {
     );
 }
 
-/// The first public version of `linux/userfaultfd.h` (Linux 4.3), by its text: what was there has never changed its meaning.
+/// The first public version of `linux/userfaultfd.h` (Linux 4.3), from its text: its definitions
+/// have never changed their meaning.
 #[test]
 fn the_first_header_still_holds() {
     assert_eq!(abi::UFFD_API, 0xAA);

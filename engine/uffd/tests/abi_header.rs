@@ -1,8 +1,10 @@
-//! The userfaultfd ABI against the header of this system, by ctest: it generates a C and a Rust program from `abi.rs`, and
-//! the two compare every constant, size, alignment, offset and round trip.
+//! Comparison of the userfaultfd ABI with the header of this system, by ctest: it generates a C and
+//! a Rust program from `abi.rs`, which compare every constant, size, alignment, offset and round
+//! trip.
 //!
-//! A distribution's header is often older than its kernel (Debian 12 has that of Linux 6.1): what the header doesn't define
-//! can't be compared, is counted aloud, and must be among what is known to be newer.
+//! A distribution's header is often older than its kernel (Debian 12 has that of Linux 6.1).
+//! Definitions that are not in the header can't be compared; they are counted in the output, and
+//! must be among those known to be newer.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,7 +12,7 @@ use std::process::Command;
 
 use snaprestore_fixtures::host::{skipped, told};
 
-/// Everything that came after the header of Linux 6.1.
+/// Everything that was introduced after the header of Linux 6.1.
 const NEWER_THAN_6_1: &[&str] = &[
     "_UFFDIO_MOVE",
     "_UFFDIO_POISON",
@@ -28,7 +30,7 @@ const NEWER_THAN_6_1: &[&str] = &[
     "uffdio_move",
 ];
 
-/// Names for what the header leaves without one.
+/// Names for types that are anonymous in the header.
 const INNER_TYPES: &str = "
 #include <linux/ioctl.h>
 #include <linux/userfaultfd.h>
@@ -39,7 +41,7 @@ typedef __typeof__(((struct uffd_msg *)0)->arg.remap) uffd_msg_remap;
 typedef __typeof__(((struct uffd_msg *)0)->arg.remove) uffd_msg_remove;
 ";
 
-/// What the preprocessor leaves of the header, or `None` without a compiler or header.
+/// Returns the preprocessed header, or `None` without a compiler or header.
 fn preprocess(options: &[&str]) -> Option<String> {
     let output = Command::new("cc")
         .args([
@@ -70,7 +72,8 @@ fn abi() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/uffd/abi.rs")
 }
 
-/// The triple of the compiler, which is this machine's: the generated program is run here.
+/// Returns the compiler's target triple, which is this machine's because the generated program runs
+/// here.
 fn host() -> String {
     let version = run(Command::new("rustc").arg("-vV"));
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
@@ -139,7 +142,8 @@ fn the_abi_is_that_of_this_systems_header() {
         .expect("generated");
 
     let at = |name: &str| folder.path().join(name);
-    // The header's __u64 is `long long`, u64 is `long` to ctest: as wide, but another type to C.
+    // The header's __u64 is `long long`, u64 is `long` to ctest: the same width, but another type
+    // in C.
     run(Command::new("cc")
         .args([
             "-Wall",
@@ -176,6 +180,7 @@ fn the_abi_is_that_of_this_systems_header() {
     told(&format_args!(
         "{passed} comparisons with this system's header"
     ));
-    // The header of 6.1 gives 197 of them; many fewer would mean that the generator no longer sees the file.
+    // The header of 6.1 provides 197 of them; many fewer would mean that the generator no longer
+    // sees the file.
     assert!(passed >= 190, "{report}");
 }

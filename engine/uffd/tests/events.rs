@@ -1,4 +1,4 @@
-//! Messages and waiting, against the running kernel.
+//! Messages and waiting, tested against the running kernel.
 
 #![allow(unsafe_code, reason = "a test that touches memory under restore")]
 
@@ -19,20 +19,20 @@ use support::{
     peeking, pointer,
 };
 
-/// Registered memory that a test may move or unmap piece by piece: nothing unmaps it at the end.
+/// Registers memory that a test may move or unmap piece by piece: nothing unmaps it at the end.
 fn leaked(uffd: &Userfaultfd, pages: u64) -> u64 {
     let (start, len) = Mapping::new(pages * PAGE).unwrap().into_raw();
-    // SAFETY: the memory stays this test's own, is reached through raw pointers only, and events
+    // SAFETY: the memory stays this test's own, is accessed only through raw pointers, and events
     // are on.
     let region = unsafe { RawRegion::new(start, len) }.unwrap();
     uffd.register(&region, 0, len, Modes::MISSING).unwrap();
     region.address()
 }
 
-/// `mremap` to a place that the kernel chooses.
+/// Moves memory by `mremap` to a place that the kernel chooses.
 fn mremap(from: u64, old_pages: u64, new_pages: u64) -> u64 {
     let bytes = |pages| usize::try_from(pages * PAGE).unwrap();
-    // SAFETY: this test's own memory, of which nobody holds references.
+    // SAFETY: this test's own memory, to which nobody holds references.
     let to = unsafe {
         let to = Mapping::new(new_pages * PAGE).unwrap().into_raw().0;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -93,7 +93,7 @@ fn moved_memory_is_filled_at_its_new_place_only() {
         matches!(seen[0], Message::Remap { from: old, to: new, len } if old == from && new == to && len == 4 * PAGE),
         "{seen:?}"
     );
-    // Whether an Unmap of the old range follows is up to the kernel; nothing else may.
+    // The kernel decides whether an Unmap of the old range follows; nothing else may follow.
     for message in &seen[1..] {
         assert!(
             matches!(message, Message::Unmap { start, end } if *start == from && *end == from + 4 * PAGE),
@@ -168,8 +168,8 @@ fn unmapped_memory_is_reported_and_gone() {
     );
 }
 
-/// An ordinary hang: a thread that waits for a page while another unmaps it is woken by nobody,
-/// unless its old range is.
+/// A common cause of hangs: a thread that waits for a page while another unmaps it is woken only if
+/// its old range is woken.
 #[test]
 fn a_fault_across_munmap_ends_by_waking_the_old_range() {
     let child = Child::start(|| {
@@ -187,7 +187,7 @@ fn a_fault_across_munmap_ends_by_waking_the_old_range() {
         assert!(matches!(unmap[..], [Message::Unmap { .. }]), "{unmap:?}");
         owner.join().unwrap();
         uffd.wake(start, PAGE).unwrap();
-        // The reader now touches memory that isn't there, and that ends this process.
+        // The reader now touches unmapped memory, which kills this process.
         std::thread::sleep(PATIENCE);
         1
     });
@@ -203,8 +203,8 @@ fn lesson_1_a_fault_is_read_before_a_discard_that_is_older() {
         scene.uffd.probe(start).unwrap() == Presence::Changing
     });
     let reader = peeking(scene.at(5));
-    // The fault is pending as soon as the reader sleeps in it; until then only the discard is there
-    // to be polled.
+    // The fault is pending as soon as the reader sleeps in it; until then only the discard can be
+    // polled.
     eventually("the reader sleeps in its fault", || {
         pending(&scene.uffd) == 1
     });
@@ -224,7 +224,7 @@ fn lesson_1_a_fault_is_read_before_a_discard_that_is_older() {
     reader.join().unwrap();
 }
 
-/// The faults that wait to be read, as the kernel counts them.
+/// Returns the number of pending faults, as the kernel counts them.
 fn pending(uffd: &Userfaultfd) -> u64 {
     let info = format!("/proc/self/fdinfo/{}", uffd.as_fd().as_raw_fd());
     let info = std::fs::read_to_string(info).unwrap();
@@ -253,7 +253,7 @@ fn lesson_4_a_fault_that_was_read_comes_back_only_by_wake() {
     owner.join().unwrap();
     scene.assert_quiet();
     assert!(!reader.is_finished());
-    // 22b: waking makes the thread try again; its page is still missing, so the fault is new.
+    // 22b: waking makes the thread retry; its page is still missing, so the fault is new.
     scene.uffd.wake(address, PAGE).unwrap();
     assert_eq!(scene.fault(), address);
     assert_eq!(
@@ -286,7 +286,7 @@ fn faults_name_their_thread_and_access_when_asked_to() {
     let address = scene.at(1) + 123;
     let (tell, told) = std::sync::mpsc::channel();
     let writer = std::thread::spawn(move || {
-        // SAFETY: gettid only answers a number.
+        // SAFETY: gettid only returns a number.
         tell.send(unsafe { libc::gettid() }).unwrap();
         support::poke(address, 1);
     });
@@ -348,8 +348,8 @@ fn sixty_four_messages_are_read_at_a_time_and_the_ring_keeps_them_until_it_is_cl
         scene.uffd.read(&mut scene.ring, &mut messages).unwrap(),
         ReadOutcome::Messages(6)
     );
-    // What the first read had left behind the sixth slot is gone: the ring is zeroed before each
-    // read.
+    // Messages of the first read after the sixth slot are gone, because the ring is zeroed before
+    // each read.
     assert_eq!(scene.ring.load(6), [0; 4]);
     scene.ring.clear();
     assert!(scene.ring.is_clear());
@@ -369,11 +369,12 @@ fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
     let mut scene = Scene::new(1);
     let raw = scene.uffd.as_fd().as_raw_fd();
     let nonblocking = || {
-        // SAFETY: F_GETFL takes and answers numbers.
+        // SAFETY: F_GETFL takes and returns numbers.
         unsafe { libc::fcntl(raw, libc::F_GETFL) & libc::O_NONBLOCK != 0 }
     };
     assert!(nonblocking());
-    // SAFETY: F_SETFL takes a number. Whoever shares the open file can do the same at any time.
+    // SAFETY: F_SETFL takes a number. A process that shares the open file can do the same at any
+    // time.
     unsafe { libc::fcntl(raw, libc::F_SETFL, 0) };
     assert!(!nonblocking());
     let mut fds = [PollFd::new(scene.uffd.as_fd(), PollFlags::POLLIN)];
@@ -390,8 +391,8 @@ fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
     assert_eq!(reader.join().unwrap(), 1);
 }
 
-/// Whoever shares the open file can have its reads wait, just before one: that one held the lock that all
-/// installs need, and its thread could not be ended any more.
+/// Regression test: a process that shares the open file can make its reads block, just before one.
+/// That read held the lock that all installs need, and its thread could no longer be killed.
 #[test]
 fn a_read_does_not_wait_even_where_the_flag_was_cleared() {
     let scene = Scene::new(1);
@@ -463,7 +464,7 @@ fn a_wakeup_ends_a_waiting_or_the_next() {
         }
     });
     let now = || waiting.wait(&scene.uffd, Some(Duration::ZERO)).unwrap();
-    // In a row in which nobody waited the last wakeup is left.
+    // A row in which nobody waited still has the last wakeup.
     let _ = now();
     assert_eq!(now(), Ready::default());
     waiting.wake();
@@ -471,7 +472,7 @@ fn a_wakeup_ends_a_waiting_or_the_next() {
     assert_eq!(now(), Ready::default());
 }
 
-/// Each fault ends the waiting of one thread or two, and none is lost while nobody waits.
+/// Each fault wakes one or two waiting threads, and none is lost while nobody waits.
 #[test]
 fn a_message_ends_a_waiting_or_the_next() {
     let mut scene = Scene::new(6);
@@ -506,14 +507,14 @@ fn a_message_ends_a_waiting_or_the_next() {
         assert_eq!(copied.unwrap(), Installed::Done);
         assert_eq!(reader.join().unwrap(), 1);
     }
-    // Edges are left, of messages that were read: they must not look like more.
+    // Edges of messages that were read are left: they must not look like new ones.
     let mut seen = Vec::new();
     scene.uffd.read(&mut scene.ring, &mut seen).unwrap();
     assert!(seen.is_empty());
 }
 
-/// An owner in another process: its userfaultfd, with events, and the start of its memory. `body`
-/// runs in it.
+/// Starts an owner in another process, which runs `body`. Returns it with its userfaultfd, with
+/// events, and the start of its memory.
 fn owner(pages: u64, body: impl FnOnce(u64) -> i32) -> (Child, OwnedFd, u64) {
     let (mut from_child, mut to_parent) = std::io::pipe().unwrap();
     let child = Child::start(move || {
@@ -605,7 +606,7 @@ fn only_a_negotiated_userfaultfd_is_adopted_and_made_non_blocking() {
         "{error}"
     );
 
-    // SAFETY: userfaultfd(2) takes a number and answers a new descriptor.
+    // SAFETY: userfaultfd(2) takes a number and returns a new descriptor.
     let raw = unsafe {
         use std::os::fd::FromRawFd;
         let number = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1);
@@ -635,8 +636,8 @@ fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
     if let Err(error) = options.open() {
         return skipped("a_fork_brings_a_userfaultfd_for_the_childs_memory", &error);
     }
-    // In a process of its own: fork copies every registered memory of a process, and other tests
-    // have some.
+    // In a separate process: fork copies every registered memory of a process, and other tests have
+    // some.
     let result = Child::start(move || {
         let scene = Scene::with(2, &options, Modes::MISSING);
         let Scene {
@@ -665,7 +666,7 @@ fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
             Installed::Done
         );
         assert_eq!(grandchild.wait(), Ended::Exit(33));
-        // The parent's page is untouched by that.
+        // That leaves the parent's page untouched.
         assert_eq!(
             uffd.copy(address, &page(34), Wake::Now).unwrap(),
             Installed::Done
@@ -698,7 +699,7 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
             rlim_cur: 0,
             rlim_max: 0,
         };
-        // SAFETY: both calls take a live rlimit. The limit of this child process alone changes.
+        // SAFETY: both calls take a live rlimit. Only the limit of this child process changes.
         unsafe {
             libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
             let none = libc::rlimit {
@@ -739,8 +740,8 @@ fn finishing_reads_on_until_the_probe_says_gone_and_not_changing() {
     assert_eq!(scene.uffd.probe(start).unwrap(), Presence::Gone);
 }
 
-/// A child that keeps a copy of the descriptor keeps the userfaultfd, and nobody reads its events
-/// any more.
+/// A child that holds a copy of the descriptor keeps the userfaultfd alive, and nobody reads its
+/// events any more.
 #[test]
 fn dropping_ends_it_although_a_forked_child_holds_the_descriptor() {
     let Scene {
@@ -754,7 +755,7 @@ fn dropping_ends_it_although_a_forked_child_holds_the_descriptor() {
         unsafe { libc::pause() }
     });
     drop((mapping, region));
-    // The mapping's last owner is the userfaultfd: this unmaps it, and comes back.
+    // The userfaultfd is the mapping's last owner: this unmaps the mapping, and returns.
     drop(uffd);
     drop(child);
 }

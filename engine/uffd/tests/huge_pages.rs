@@ -12,8 +12,8 @@ use snaprestore_uffd::memory::{MappingOptions, RawRegion, Scratch, first_populat
 use snaprestore_uffd::uffd::{Installed, Ioctls, Modes, MoveHoles, OpenOptions, Wake};
 use support::{Scene, errno, page, peek};
 
-/// Linux 6.18 answers EEXIST when it can't get a huge page, although the page is absent; kernels before say ENOMEM. Taken for
-/// "present", that would be a fault that comes back for ever.
+/// Linux 6.18 returns EEXIST when it can't get a huge page, although the page is absent; earlier
+/// kernels return ENOMEM. Treated as "present", this would be a fault that returns forever.
 #[test]
 fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
     let _pool = match HugePool::empty() {

@@ -1,4 +1,4 @@
-//! Every install and its outcomes, against the running kernel.
+//! Every install and its outcomes, tested against the running kernel.
 
 #![allow(unsafe_code, reason = "a test that touches memory under restore")]
 
@@ -15,10 +15,11 @@ use snaprestore_uffd::uffd::{
 };
 use support::{Child, Ended, PAGE, Scene, errno, eventually, madvise, page, peek, peeking, poke};
 
-/// Registered memory of which a part may be unmapped: nothing unmaps it later, when the hole may be somebody else's.
+/// Registers memory of which a part may be unmapped: nothing unmaps it later, when the hole may
+/// belong to something else.
 fn leaked(uffd: &Userfaultfd, pages: u64) -> impl Fn(u64) -> u64 {
     let (start, len) = Mapping::new(pages * PAGE).unwrap().into_raw();
-    // SAFETY: the memory stays this test's own, and is reached through raw pointers only.
+    // SAFETY: the memory stays this test's own, and is accessed only through raw pointers.
     let region = unsafe { RawRegion::new(start, len) }.unwrap();
     uffd.register(&region, 0, len, Modes::MISSING).unwrap();
     move |page| region.address() + page * PAGE
@@ -81,7 +82,7 @@ fn lesson_11_eexist_wakes_nobody_and_wake_does() {
     let mut scene = Scene::new(1);
     let reader = peeking(scene.at(0));
     let address = scene.fault();
-    // The winner of the race installs without waking; the loser is told that the page exists.
+    // The winner of the race installs without waking; the loser gets EEXIST.
     assert_eq!(
         scene.uffd.copy(address, &page(1), Wake::Later).unwrap(),
         Installed::Done
@@ -201,7 +202,7 @@ fn lesson_14_memory_that_went_away_is_gone_and_memory_that_never_was_is_an_error
     );
     assert_eq!(uffd.poison(start, len, Wake::Now).unwrap(), Installed::Gone);
     assert_eq!(uffd.probe(start).unwrap(), Presence::Gone);
-    // A range that leaves its mapping is refused as a whole, although its beginning is there.
+    // A range that extends beyond its mapping is refused as a whole, although its start is inside.
     let across: Vec<u8> = [page(1), page(1), page(1)].concat();
     assert_eq!(
         uffd.copy(at(1), &across, Wake::Now).unwrap(),
@@ -248,7 +249,8 @@ fn what_is_unregistered_is_gone_and_reads_as_zeros() {
 fn memory_registered_with_another_userfaultfd_cannot_be_filled() {
     let scene = Scene::new(2);
     let other = OpenOptions::new().open().unwrap();
-    // The kernel alone would let this through: any userfaultfd of a process fills any registered memory of it.
+    // The kernel alone would permit this: any userfaultfd of a process fills any registered memory
+    // of the process.
     assert_eq!(other.probe(scene.at(0)).unwrap(), Presence::Registered);
     let error = other.copy(scene.at(0), &page(1), Wake::Now).unwrap_err();
     assert!(
@@ -267,8 +269,8 @@ fn lesson_16_an_unreadable_source_is_an_error_and_installs_nothing() {
     let scene = Scene::new(2);
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
-    // SAFETY: a mapping of this test's own; the slice is only handed to the kernel, which finds out that the file
-    // behind it has become shorter.
+    // SAFETY: a mapping of this test's own; the slice is only passed to the kernel, which notices
+    // that the file behind it has become shorter.
     let bytes = unsafe {
         use std::os::fd::AsRawFd;
         let (access, how) = (libc::PROT_READ, libc::MAP_SHARED);
@@ -359,7 +361,7 @@ fn lesson_29_a_protected_copy_misses_no_write() {
         .copy_protected(address, &page(1), Wake::Now)
         .unwrap();
     assert_eq!(copied, Installed::Done);
-    // The writer was woken, and its write is reported in place of being done.
+    // The writer was woken, and its write is reported instead of being performed.
     let messages = scene.messages();
     assert!(
         matches!(messages[..], [Message::Pagefault { flags, .. }] if flags.write_protect),
@@ -394,7 +396,8 @@ fn continue_installs_what_the_file_holds() {
     };
     let file = nix_memfd(4 * 4096);
     let map = || {
-        // SAFETY: two shared mappings of this test's own memfd, reached through raw pointers only, until the process ends.
+        // SAFETY: two shared mappings of this test's own memfd, accessed only through raw pointers,
+        // until the process exits.
         let start = unsafe {
             let access = libc::PROT_READ | libc::PROT_WRITE;
             libc::mmap(
@@ -411,7 +414,7 @@ fn continue_installs_what_the_file_holds() {
     };
     let (writer, reader) = (map(), map());
     let writer = writer.expose_provenance() as u64;
-    // SAFETY: the mapping stays until the process ends, and only raw accesses touch it.
+    // SAFETY: the mapping stays until the process exits, and only raw accesses touch it.
     let region = unsafe { RawRegion::new(reader, 4 * PAGE) }.unwrap();
     let ioctls = uffd
         .register(&region, 0, region.len(), Modes::MINOR)
@@ -437,7 +440,8 @@ fn continue_installs_what_the_file_holds() {
         uffd.continue_(address, PAGE, Wake::Now).unwrap(),
         Installed::Exists
     );
-    // The third page is in no page cache: the run stops before it, and then there is nothing to continue.
+    // The third page is not in the page cache: the run stops before it, and then there is nothing
+    // to continue.
     let rest = uffd.continue_(address + PAGE, 2 * PAGE, Wake::Now).unwrap();
     assert_eq!(rest, Installed::Partial { done: PAGE });
     let hole = uffd
@@ -470,11 +474,12 @@ fn poison_is_sigbus_to_an_instruction_and_an_error_to_a_system_call() {
         Installed::Done
     );
     let address = scene.at(1);
-    // The child doesn't inherit the registration, but it does inherit the poison of what was private memory, or it
-    // would read zeros there.
+    // The child doesn't inherit the registration, but it does inherit the poison of private memory,
+    // or it would read zeros there.
     let child = Child::start(move || i32::from(peek(address)));
     let ended = child.wait();
-    // Linux copies poison markers at fork only where a userfaultfd follows; elsewhere the page is zero there.
+    // Linux copies poison markers at fork only if a userfaultfd follows; otherwise the page is zero
+    // there.
     assert!(
         matches!(ended, Ended::Exit(0) | Ended::Signal(libc::SIGBUS)),
         "{ended:?}"
@@ -531,7 +536,7 @@ fn a_discard_clears_poison() {
     assert_eq!(peek(scene.at(0)), 0);
 }
 
-/// Pages that hold `byte`.
+/// Returns pages that repeat `byte`.
 fn filled(pages: u64, byte: u8) -> Scratch {
     let mut scratch = Scratch::new(pages * PAGE).unwrap();
     scratch.bytes_mut().fill(byte);
@@ -551,7 +556,7 @@ fn move_takes_the_pages_out_of_their_source() {
     assert_eq!(first, Installed::Done);
     assert_eq!(reader.join().unwrap(), 6);
 
-    // The first source page is a hole now.
+    // The first source page is now a hole.
     let at = scene.at(0);
     let holes = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Refuse).unwrap();
     assert_eq!(holes, Installed::Gone);
@@ -581,7 +586,8 @@ fn a_shared_source_page_is_busy() {
     let mut source = Scratch::new(PAGE).unwrap();
     madvise(source.address(), PAGE, libc::MADV_DOFORK);
     source.bytes_mut().fill(6);
-    // A child that was forked after the page was written shares it until one of the two writes again.
+    // A child that was forked after the page was written shares it until one of the two writes
+    // again.
     let child = Child::start(|| {
         // SAFETY: waits to be killed.
         unsafe { libc::pause() }

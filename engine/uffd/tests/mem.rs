@@ -19,7 +19,8 @@ use support::{Child, Ended, PAGE, Scene, page, peek, poke};
 
 fn is_mapped(address: u64) -> bool {
     let mut residence = 0_u8;
-    // SAFETY: mincore writes one byte for the one page asked about, and fails with ENOMEM if it isn't mapped.
+    // SAFETY: mincore writes one byte for the one page in the range, and fails with ENOMEM if it
+    // isn't mapped.
     unsafe { libc::mincore(support::pointer(address).cast(), 4096, &raw mut residence) == 0 }
 }
 
@@ -59,7 +60,7 @@ fn a_mapping_of_no_whole_pages_is_refused() {
 
 #[test]
 fn a_mapping_is_unmapped_when_dropped_unless_it_was_given_away() {
-    // In a process of its own, where nobody else maps anything at the freed address.
+    // In a separate process, where nobody else maps anything at the freed address.
     let child = Child::start(|| {
         let mapping = Mapping::new(4 * PAGE).unwrap();
         let address = mapping.address();
@@ -76,12 +77,12 @@ fn a_mapping_is_unmapped_when_dropped_unless_it_was_given_away() {
 #[test]
 fn a_mapping_is_empty_under_mlockall_too() {
     let child = Child::start(|| {
-        // SAFETY: mlockall takes a number; it changes this child process alone.
+        // SAFETY: mlockall takes a number; it changes only this child process.
         if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
             return 2;
         }
-        // The control: what anybody else maps is filled with zeros at once.
-        // SAFETY: new memory, where the kernel likes.
+        // The control: any other mapping is filled with zeros at once.
+        // SAFETY: new memory, at a place of the kernel's choice.
         let plain = unsafe {
             let access = libc::PROT_READ | libc::PROT_WRITE;
             let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -380,11 +381,11 @@ fn regions_become_guest_memory() {
     assert!(matches!(error, GuestMemoryError::Region { .. }), "{error}");
 }
 
-/// Two pages: one without access, and one of a file that is too short for it.
+/// Maps two pages: one without access, and one of a file that is too short for it.
 fn pages_that_fault() -> [u64; 2] {
     let file = tempfile::tempfile().unwrap();
     let map = |access: i32, flags: i32, fd: i32| {
-        // SAFETY: a new mapping, where the kernel likes.
+        // SAFETY: a new mapping, at a place of the kernel's choice.
         let memory = unsafe { libc::mmap(std::ptr::null_mut(), 4096, access, flags, fd, 0) };
         assert_ne!(memory, libc::MAP_FAILED);
         memory.expose_provenance() as u64
@@ -400,7 +401,7 @@ fn load_of_a_page_that_cannot_be_had_is_an_error() {
     let child = Child::start(|| {
         let mapping = Mapping::new(PAGE).unwrap();
         poke(mapping.address() + 5, 7);
-        // Blocked, a signal of this kind would end the process.
+        // A blocked signal of this kind would kill the process.
         let blocked = SignalsBlocked::now().unwrap();
         let loads = Loads::in_this_thread().unwrap();
         for _ in 0..3 {
@@ -421,7 +422,7 @@ fn load_of_a_page_that_cannot_be_had_is_an_error() {
 #[test]
 fn other_faults_meet_the_action_that_was_set_before_loads() {
     extern "C" fn exits(signal: i32) {
-        // SAFETY: ends this child process at once.
+        // SAFETY: exits this child process at once.
         unsafe { libc::_exit(40 + signal) };
     }
     let faults = |signal: i32, handled: bool, page: u64| {

@@ -1,4 +1,4 @@
-//! Access, negotiation, masks, and what a probe of the machine says.
+//! Access, negotiation, masks, and the results of probing the machine.
 
 #![allow(unsafe_code, reason = "a child process gives up its privileges")]
 
@@ -12,7 +12,7 @@ use snaprestore_uffd::uffd::{
 };
 use support::{Child, Ended};
 
-/// The kernel that the newest feature came with, if this one has it.
+/// Returns the kernel's features, if they include all known ones.
 fn everything() -> Option<Features> {
     let all = Features::KNOWN
         .iter()
@@ -32,7 +32,7 @@ fn a_new_userfaultfd_has_the_events_and_is_close_on_exec_and_non_blocking() {
     );
     assert!(uffd.is_own_memory() && !uffd.is_user_mode_only());
     let raw = uffd.as_fd().as_raw_fd();
-    // SAFETY: F_GETFL and F_GETFD take and answer numbers.
+    // SAFETY: F_GETFL and F_GETFD take and return numbers.
     let (status, flags) = unsafe {
         (
             libc::fcntl(raw, libc::F_GETFL),
@@ -182,9 +182,9 @@ fn sets_are_printed_by_name() {
     assert_eq!(all, 0x1ffff, "every bit up to MOVE has a name");
 }
 
-/// Becomes a user without capabilities; only a child process may.
+/// Becomes a user without capabilities. Only for a child process.
 fn become_nobody() {
-    // SAFETY: both calls take numbers. In a child with one thread they change it alone.
+    // SAFETY: both calls take numbers. In a child with one thread they change only that thread.
     unsafe {
         assert_eq!(libc::setresgid(65534, 65534, 65534), 0);
         assert_eq!(libc::setresuid(65534, 65534, 65534), 0);
@@ -192,7 +192,7 @@ fn become_nobody() {
 }
 
 fn can_drop_privileges(test: &str) -> bool {
-    // SAFETY: answers a number.
+    // SAFETY: returns a number.
     let root = unsafe { libc::geteuid() } == 0;
     let open_to_all = Probe::take().unprivileged_userfaultfd == Some(true);
     if !root || open_to_all {
@@ -242,7 +242,7 @@ fn user_mode_only_is_used_when_allowed_and_needed() {
     let child = Child::start(move || {
         become_nobody();
         let uffd = options.open().unwrap();
-        // Fork events need the capability that was given up: wanted is fine, required is not.
+        // Fork events need the dropped capability: wanting them is fine, requiring them is not.
         let wanted = options.clone().wanted(Features::EVENT_FORK).open().unwrap();
         let required = options.required(Features::EVENT_FORK).open();
         let refused = matches!(required, Err(OpenError::ForkEventsNotPermitted));
@@ -334,7 +334,8 @@ fn lesson_27_memory_of_another_userfaultfd_is_busy_and_files_are_unsuitable() {
 
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.set_len(4096).unwrap();
-    // SAFETY: a mapping of this test's own file that stays until the process ends, reached through raw pointers only.
+    // SAFETY: a mapping of this test's own file that stays until the process exits, accessed only
+    // through raw pointers.
     let region = unsafe {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let start = libc::mmap(

@@ -1,14 +1,14 @@
-//! Pages that repeat what a frame holds, and that the frame doesn't list.
+//! Pages that repeat the content of a frame without being listed by the frame.
 //!
-//! A frame is written once, and lists the pages that were known by then. What repeats one of its
-//! slots further on in the memory is known to the index alone. Without a note of it each such page
-//! has the whole frame decoded again: in a real guest a third of all that is decoded when its pages
-//! are touched in random order.
+//! A frame is written once, and lists the pages that were known by then. Only the index knows of
+//! later pages that repeat one of its slots. Without a note of them, each such page makes the whole
+//! frame be decoded again: in a real guest this is a third of all decoding when the pages are
+//! touched in random order.
 //!
-//! A block of the index is noted when a stored page of it is first looked up, and all of them when
-//! everything is to be prefetched. The notes come from index blocks whose checksums were right, so
-//! they need no further confirmation. Nothing is allocated after the start: when the table is full,
-//! the pages that it doesn't have cost a decode.
+//! An index block is noted when one of its stored pages is first looked up; before a complete
+//! prefetch, all blocks are. The notes come from index blocks with valid checksums, so they need no
+//! further confirmation. Nothing is allocated after the start: when the table is full, each page
+//! that is not in it costs a decode.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,26 +18,26 @@ use snapshot_format::{FrameRef, IndexBlock};
 
 use crate::session::platform::Run;
 
-/// Most runs that are noted: 1.5 MiB of them.
+/// Maximum number of runs that are noted; they take 1.5 MiB.
 const MAX_RUNS: usize = 1 << 15;
-/// Chains of the table.
+/// Number of chains in the table.
 const CHAINS: usize = 1 << 12;
-/// The end of a chain.
+/// Marks the end of a chain.
 const END: u32 = u32::MAX;
 
 /// The notes of one session.
 pub(crate) struct Duplicates {
-    /// One bit for each block of the index that was noted.
+    /// One bit per index block, set once the block was noted.
     seen: Box<[AtomicU64]>,
     table: Mutex<Table>,
 }
 
-/// Runs by frame: chains through one list.
+/// A table of runs by frame: chains through one list.
 struct Table {
     chains: Box<[u32]>,
     noted: Vec<Noted>,
     /// The block after the one noted last, and the newest frame up to there. A block that is noted
-    /// out of turn shows only what is older than its own newest.
+    /// out of order yields only runs that are older than its own newest frame.
     next_block: u64,
     newest: u64,
 }
@@ -53,7 +53,7 @@ impl Table {
         if self.noted.len() == MAX_RUNS {
             return;
         }
-        // MAX_RUNS fits.
+        // An index below MAX_RUNS fits.
         let here = u32::try_from(self.noted.len()).unwrap_or(END);
         let next = std::mem::replace(&mut self.chains[chain(frame)], here);
         self.noted.push(Noted {
@@ -65,7 +65,7 @@ impl Table {
 }
 
 impl Duplicates {
-    /// Room for a snapshot of `blocks` index blocks.
+    /// Creates notes for a snapshot of `blocks` index blocks.
     pub(crate) fn new(blocks: u64) -> Self {
         Self {
             seen: (0..blocks.div_ceil(64))
@@ -80,7 +80,8 @@ impl Duplicates {
         }
     }
 
-    /// Whether `block` was noted; who learns that it wasn't has to [note](Self::note) it.
+    /// Whether this is the first look at `block`, and marks it as seen. If so, the caller must
+    /// [note](Self::note) it.
     pub(crate) fn first_look(&self, block: u64) -> bool {
         let bit = 1 << (block % 64);
         usize::try_from(block / 64)
@@ -91,13 +92,13 @@ impl Duplicates {
             })
     }
 
-    /// Whether there is no more room.
+    /// Whether the table is full.
     pub(crate) fn is_full(&self) -> bool {
         self.lock().noted.len() == MAX_RUNS
     }
 
-    /// Notes the pages of index block `number` whose frame was written before those of the pages in
-    /// front of them.
+    /// Notes the pages of index block `number` whose frame was written before the frames of the
+    /// pages in front of them.
     pub(crate) fn note(&self, number: u64, block: &IndexBlock) {
         let mut table = self.lock();
         let first = number * PAGES_PER_BLOCK_U64;
@@ -136,17 +137,17 @@ impl Duplicates {
         (table.next_block, table.newest) = (number + 1, newest);
     }
 
-    /// Moves runs noted of `frame` to `runs`, as far as that has room, until they have `most` pages.
-    /// Each is given once: if it can't be installed now, its pages cost a decode.
+    /// Moves noted runs of `frame` to `runs`, as far as it has room, until they have `most` pages.
+    /// Each run is returned once: if it can't be installed now, its pages cost a decode later.
     pub(crate) fn take(&self, frame: &FrameRef, most: usize, runs: &mut Vec<Run>) {
         let mut table = self.lock();
         let table = &mut *table;
         let mut pages = 0;
-        // Where the number of the next note stands: in the chain's head, or in the note before.
+        // The place of the next note's index: the head of the chain, or the previous note.
         let mut link = &mut table.chains[chain(frame)];
         let mut rest = table.noted.as_mut_slice();
         while pages < most && runs.len() < runs.capacity() && *link != END {
-            // A note points to an older one, so to a place in front of its own.
+            // A note points to an older one, thus to a smaller index.
             let (older, from) = rest.split_at_mut(*link as usize);
             let noted = &mut from[0];
             rest = older;
@@ -160,13 +161,14 @@ impl Duplicates {
         }
     }
 
-    /// The table is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the table. It is consistent after every statement, so a panic elsewhere leaves nothing
+    /// to repair.
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The chain of a frame. Frames lie some kilobytes apart.
+/// Returns the chain of a frame. Frames lie some kilobytes apart.
 fn chain(frame: &FrameRef) -> usize {
     let hash = frame.offset().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
     usize::try_from(hash).unwrap_or(0) % CHAINS
@@ -179,8 +181,8 @@ mod tests {
 
     use super::*;
 
-    /// Blocks 0 and 1 are new, in frames of 8 pages; block 2 repeats block 0 from its page 4 on, and
-    /// block 3 repeats block 0 page by page in reverse.
+    /// Returns a snapshot in which blocks 0 and 1 are new, in frames of 8 pages; block 2 repeats
+    /// block 0 from its page 4 on, and block 3 repeats block 0 page by page in reverse.
     fn snapshot() -> Snapshot {
         let page = |n: u64| {
             let mut page = vec![0; 4096];
@@ -203,7 +205,7 @@ mod tests {
         Snapshot::open(Arc::new(MemoryStore::new(bytes))).unwrap()
     }
 
-    /// The frame of `page`.
+    /// Returns the frame of `page`.
     fn frame(snapshot: &Snapshot, page: u64) -> FrameRef {
         match snapshot.look_up(page, Reason::Demand).unwrap() {
             Page::Stored { frame, .. } => frame,
@@ -234,7 +236,7 @@ mod tests {
         for number in 0..64 {
             let frame = frame(&snapshot, number * 8);
             let mut pages = Vec::new();
-            // Ten pages in two calls: a call ends when it has enough.
+            // Ten pages need two calls, because a call ends when it has enough.
             for most in [3, usize::MAX] {
                 let runs = taken(&notes, &frame, most);
                 assert!(!runs.is_empty());

@@ -1,4 +1,4 @@
-//! Decoded frames that the sessions of one process share.
+//! Cache of decoded frames that the sessions of one process share.
 //!
 //! ```text
 //!   a thread's own frames ──not there──▶ shared frames ──not there──▶ read, check, decode
@@ -6,13 +6,15 @@
 //!                                            └──────── a copy of it ◀────────┘
 //! ```
 //!
-//! Frames are kept as long as there is room, whoever decoded them and for whatever reason, but for those of a snapshot's
-//! first session as long as it is the only one there has been: nobody may ever want them, and the copies cost a twentieth of
-//! a restore. They are found by the open snapshot and all that its index says of them: two files may call themselves by the
-//! same id, and one of them may lie.
+//! Frames are kept as long as there is room, whichever session decoded them and for whatever
+//! reason. The exception is the first session of a snapshot as long as there has been no other:
+//! perhaps nobody ever wants its frames, and copying them costs a twentieth of a restore. Frames
+//! are keyed by the open snapshot and everything its index says about them: two files may claim the
+//! same ID, and one of the claims may be false.
 //!
-//! A prefetcher that wants what another is decoding waits for it a little: clones that start together fetch the same
-//! frames at the same time. A fault doesn't wait: what it wants may be at the front of the frame.
+//! A prefetcher that wants a frame that another is decoding waits briefly for it, because clones
+//! that start together fetch the same frames at the same time. A fault doesn't wait: the wanted
+//! page may be at the front of the frame.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -25,15 +27,17 @@ use snapshot_format::{FrameRef, Reason, Snapshot};
 
 use crate::session::platform::Run;
 
-/// Parts of the cache that are locked and bounded for themselves. More would be too small for the largest frames.
+/// Number of parts of the cache that are locked and bounded separately. With more, the parts would
+/// be too small for the largest frames.
 const SHARDS: usize = 4;
-/// Buffers that wait for a frame: more than threads decode at the same time on most machines.
+/// Maximum number of idle buffers: more than the number of threads that decode at the same time on
+/// most machines.
 const MAX_IDLE: usize = 16;
 
-/// How long who fetches ahead waits for another, which may be waiting for a disk.
+/// Maximum time that a prefetcher waits for another one, which may be waiting for a disk.
 const MAX_WAIT: Duration = Duration::from_millis(20);
 
-/// Decoded frames of any number of snapshots, of which those that are wanted least give way.
+/// A cache of decoded frames of any number of snapshots that evicts the least wanted ones.
 pub(crate) struct FrameCache {
     frames: Frames,
     known: Mutex<KnownSnapshots>,
@@ -42,16 +46,17 @@ pub(crate) struct FrameCache {
     buffers: Arc<Buffers>,
 }
 
-/// The snapshots that frames are of.
+/// Snapshots that the cached frames belong to.
 #[derive(Default)]
 struct KnownSnapshots {
-    /// By their places in memory. Nothing else comes to lie there as long as they are known here.
+    /// Snapshots by their address. No other object can get that address as long as they are listed
+    /// here.
     by_place: BTreeMap<usize, Known>,
-    /// The number of the next. None is given twice.
+    /// The next number. No number is used twice.
     next: u64,
 }
 
-/// A snapshot, the number by which its frames are found, and how many sessions of it there have been.
+/// A snapshot, the number that keys its frames, and the number of sessions of it so far.
 struct Known {
     snapshot: Weak<Snapshot>,
     number: u64,
@@ -70,7 +75,7 @@ pub(crate) struct Key {
 /// A decoded frame.
 pub(crate) struct Decoded {
     bytes: Vec<u8>,
-    /// The frame's own list of its pages.
+    /// The pages that the frame itself lists.
     listed: Box<[Run]>,
     buffers: Arc<Buffers>,
 }
@@ -91,13 +96,13 @@ impl Drop for Decoded {
     }
 }
 
-/// Buffers of frames that gave way, for those to which they did: to have the kernel take memory back and give it anew
-/// takes longer than to decode a frame.
+/// A pool of buffers of evicted frames, reused for new frames: returning memory to the kernel and
+/// getting it back takes longer than decoding a frame.
 #[derive(Debug, Default)]
 struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
-    /// A buffer with this content.
+    /// Returns a buffer with this content.
     fn with(&self, bytes: &[u8]) -> Vec<u8> {
         let fits = |buffer: &Vec<u8>| (bytes.len()..=2 * bytes.len()).contains(&buffer.capacity());
         let mut idle = self.lock();
@@ -112,14 +117,14 @@ impl Buffers {
 
     fn put(&self, buffer: Vec<u8>) {
         let mut idle = self.lock();
-        // Those of another size than is wanted now go first.
+        // Buffers of another size than is currently wanted go first.
         let oldest = (idle.len() == MAX_IDLE).then(|| idle.remove(0));
         idle.push(buffer);
         drop(idle);
         drop(oldest);
     }
 
-    /// The list is whole after every statement.
+    /// Locks the list, which is consistent after every statement.
     fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -134,12 +139,12 @@ impl Weighter<Key, Arc<Decoded>> for ByBytes {
     }
 }
 
-/// Counts what gives way.
+/// A counter of evictions.
 #[derive(Clone)]
 pub(crate) struct Evicted(Arc<AtomicU64>);
 
 impl Lifecycle<Key, Arc<Decoded>> for Evicted {
-    /// What is freed after the lock was let go: mostly one frame gives way to another.
+    /// A frame that is freed after the lock was released: usually one frame evicts one other.
     type RequestState = Option<Arc<Decoded>>;
 
     fn on_evict(&self, freed: &mut Self::RequestState, _: Key, frame: Arc<Decoded>) {
@@ -154,27 +159,28 @@ struct Counts {
     misses: AtomicU64,
 }
 
-/// What a cache of decoded frames holds, and what it was good for.
+/// Content and effectiveness of a cache of decoded frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FrameCacheStats {
-    /// Frames that were wanted and were there.
+    /// Number of look-ups that found the frame.
     pub hits: u64,
-    /// Frames that were wanted and were not there.
+    /// Number of look-ups that did not find the frame.
     pub misses: u64,
-    /// Frames that gave way to others.
+    /// Number of frames that were evicted.
     pub evictions: u64,
-    /// Frames that are there now.
+    /// Number of frames in the cache.
     pub frames: u64,
-    /// Bytes that they take.
+    /// Size of these frames in bytes.
     pub bytes: u64,
 }
 
 impl FrameCache {
-    /// Room for frames of `bytes` together.
+    /// Creates a cache of `bytes` in total.
     pub(crate) fn new(bytes: u64) -> Self {
         let evictions = Arc::default();
-        // Room for the index of a cache full of small frames, but not for the smallest.
+        // The index has room for a cache full of small frames, but not for one full of the
+        // smallest.
         let items = usize::try_from(bytes / (64 << 10)).unwrap_or(usize::MAX);
         let options = OptionsBuilder::new()
             .shards(SHARDS)
@@ -209,7 +215,7 @@ impl FrameCache {
     /// Drops the frames of snapshots that nobody has open any more.
     pub(crate) fn forget_closed(&self) {
         let mut known = self.known();
-        // Looked at once: one that is closed in between is forgotten the next time.
+        // Collected in one pass; a snapshot that is closed meanwhile is forgotten the next time.
         let mut closed = Vec::new();
         known.by_place.retain(|_, known| {
             let is_open = known.snapshot.strong_count() > 0;
@@ -223,26 +229,27 @@ impl FrameCache {
         }
     }
 
-    /// The table is whole after every statement.
+    /// Locks the table, which is consistent after every statement.
     fn known(&self) -> MutexGuard<'_, KnownSnapshots> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The frames of one snapshot, for a session of it.
+/// The frames of one snapshot, for a session that restores it.
 pub(crate) struct SharedFrames {
     cache: Arc<FrameCache>,
     snapshot: u64,
     sessions: Arc<AtomicUsize>,
 }
 
-/// What was found.
+/// The result of a look-up.
 pub(crate) enum Look<'a> {
-    /// The frame.
+    /// The frame was found.
     Found(Arc<Decoded>),
-    /// Nothing, but a place for it: whoever else fetches it waits until that is filled, or dropped.
+    /// Nothing was found, and this place is reserved for the frame: others that prefetch it wait
+    /// until the place is filled or dropped.
     Place(Place<'a>),
-    /// Nothing.
+    /// Nothing was found.
     Nothing,
 }
 
@@ -274,12 +281,12 @@ impl SharedFrames {
         }
     }
 
-    /// Whether there is anybody to share with.
+    /// Whether there is no other session to share with.
     fn is_alone(&self) -> bool {
         self.sessions.load(Relaxed) < 2
     }
 
-    /// Looks for `frame`. Who fetches ahead waits for whoever does the same.
+    /// Looks up `frame`. A prefetcher waits for another thread that is loading it.
     pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
         if self.is_alone() {
             return Look::Nothing;
@@ -305,14 +312,14 @@ impl SharedFrames {
         look
     }
 
-    /// Keeps what was not found, unless it is there by now.
+    /// Stores the frame that was not found, unless it has been stored meanwhile.
     pub(crate) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
         let frames = &self.cache.frames;
         let place = match look {
             Look::Found(_) => return,
             Look::Nothing if self.is_alone() => return,
             Look::Place(place) => place,
-            // What another is decoding is not waited for.
+            // Another thread that is decoding the frame is not waited for.
             Look::Nothing => {
                 match frames.get_value_or_guard(&self.key(frame), Some(Duration::ZERO)) {
                     GuardResult::Guard(place) => place,
@@ -326,7 +333,7 @@ impl SharedFrames {
             listed: listed.into(),
             buffers: Arc::clone(buffers),
         };
-        // It may be gone, if the cache was emptied meanwhile.
+        // This fails if the cache was emptied meanwhile.
         let _ = place.insert(Arc::new(decoded));
     }
 }

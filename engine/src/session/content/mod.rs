@@ -1,5 +1,4 @@
-//! Where content comes from: the open snapshot, frames that were decoded before, and what repeats
-//! them.
+//! Content sources: the open snapshot, frames that were decoded earlier, and their duplicates.
 
 pub(crate) mod duplicates;
 pub(crate) mod frame_cache;

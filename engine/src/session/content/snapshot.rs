@@ -1,4 +1,4 @@
-//! A snapshot as the content of a session.
+//! A snapshot as the content source of a session.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,20 +17,20 @@ use crate::session::failure::{Failure, FailureKind};
 use crate::session::fault::in_flight::FrameId;
 use crate::session::platform::{Content, Image, PageNumber, Run};
 
-/// Decoded bytes that each thread keeps, for pages whose content many share: their frame is wanted
-/// again and again, and a frame's list doesn't name them all.
+/// Decoded bytes that each thread keeps for pages whose content is shared by many: their frame is
+/// wanted repeatedly, and its list doesn't name all of them.
 const KEPT_BYTES: usize = 2 << 20;
 
 /// The number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
 
-/// The content of a session that restores a snapshot.
+/// The content source of a session that restores a snapshot.
 pub(crate) struct SnapshotImage {
     snapshot: Arc<Snapshot>,
-    /// The number of the session: no two of the process have the same.
+    /// The number of the session, unique in this process.
     session: u64,
     duplicates: Duplicates,
-    /// What other sessions of the snapshot have decoded.
+    /// Frames that other sessions of the snapshot have decoded.
     shared: Option<SharedFrames>,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
@@ -39,19 +39,19 @@ pub(crate) struct SnapshotImage {
 /// A decoder, and the frames that it decoded last.
 pub(crate) struct Decoder {
     frames: FrameDecoder,
-    /// The snapshot that it is prepared for. Known by its place in memory: nothing else comes to lie
-    /// there as long as it is known here.
+    /// The snapshot that the decoder is prepared for, identified by its address. No other object
+    /// can get that address as long as it is referenced here.
     of: Weak<Snapshot>,
-    /// The number of the session that the frames are of.
+    /// The number of the session that the frames belong to.
     session: u64,
-    /// What each of `kept` has room for.
+    /// Capacity of each of `kept`, in bytes.
     frame_bytes: usize,
     kept: Vec<Kept>,
-    /// The one that was used last.
+    /// Index of the frame that was used last.
     last: usize,
-    /// The frame that lies there and is not wholly decoded.
+    /// The frame in that place, if it is only partly decoded.
     begun: Option<FrameRef>,
-    /// Whether the last frame lay there decoded.
+    /// Whether the last frame was found decoded.
     cached: bool,
     clock: u64,
 }
@@ -59,30 +59,30 @@ pub(crate) struct Decoder {
 /// A decoded frame.
 #[derive(Default)]
 struct Kept {
-    /// All that the index says of it: another index block of a hostile file may name the same place
-    /// otherwise.
+    /// The frame, with everything that the index says about it: another index block of a hostile
+    /// file may describe the same offset differently.
     frame: Option<FrameRef>,
     bytes: Vec<u8>,
-    /// The frame is another thread's, and its bytes lie here.
+    /// The bytes of a frame that another thread decoded.
     shared: Option<Arc<Decoded>>,
-    /// How many of them the frame has, and how many of those are decoded.
+    /// Number of bytes of the frame, and number of those that are decoded.
     len: usize,
     ready: usize,
-    /// The frame's own list of its pages.
+    /// The pages that the frame itself lists.
     listed: Vec<Run>,
-    /// What of it the index confirmed, once that was asked.
+    /// The listed pages that the index confirmed, once it was consulted.
     runs: Vec<Run>,
     confirmed: bool,
     used: u64,
 }
 
 impl Kept {
-    /// Keeps it for others.
+    /// Stores the frame in the shared cache.
     fn share(&self, shared: &SharedFrames, look: Look<'_>, frame: &FrameRef) {
         shared.keep(look, frame, &self.bytes[..self.len], &self.listed);
     }
 
-    /// Takes what another thread has decoded.
+    /// Takes over a frame that another thread decoded.
     fn take(&mut self, frame: &FrameRef, decoded: Arc<Decoded>) {
         self.listed.extend_from_slice(decoded.listed());
         (self.frame, self.ready) = (Some(*frame), self.len);
@@ -91,7 +91,7 @@ impl Kept {
 }
 
 impl SnapshotImage {
-    /// Reads what the frames of `snapshot` need before the first is decoded.
+    /// Reads the metadata that decoding the frames of `snapshot` requires.
     pub(crate) fn new(
         snapshot: Arc<Snapshot>,
         shared: Option<SharedFrames>,
@@ -107,12 +107,12 @@ impl SnapshotImage {
         })
     }
 
-    /// Bytes of frame records read.
+    /// Returns the number of bytes of frame records read so far.
     pub(crate) fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Relaxed)
     }
 
-    /// Bytes decoded from them.
+    /// Returns the number of bytes decoded from them so far.
     pub(crate) fn bytes_decoded(&self) -> u64 {
         self.bytes_decoded.load(Relaxed)
     }
@@ -121,7 +121,7 @@ impl SnapshotImage {
         &self.snapshot
     }
 
-    /// A decoder, which has to [adopt](Self::adopt) a snapshot first.
+    /// Creates a decoder, which must [adopt](Self::adopt) a snapshot before use.
     pub(crate) fn decoder() -> Decoder {
         Decoder {
             frames: FrameDecoder::new(),
@@ -146,7 +146,7 @@ impl SnapshotImage {
         std::ptr::eq(decoder.of.as_ptr(), Arc::as_ptr(&self.snapshot))
     }
 
-    /// Prepares `decoder` for this session. It forgets what it knows of another.
+    /// Prepares `decoder` for this session. Frames of another session are forgotten.
     pub(crate) fn adopt(&self, decoder: &mut Decoder) {
         decoder.begun = None;
         if self.is_known_to(decoder) {
@@ -176,9 +176,10 @@ impl SnapshotImage {
         (decoder.frame_bytes, decoder.last) = (frame_bytes, 0);
     }
 
-    /// Notes which pages of these index blocks repeat earlier ones, or until there is no more room.
-    /// What can't be read now is reported when a page of it is wanted. `pause` is called before each
-    /// read, and says whether to go on. Returns the number of the next block, if there may be more.
+    /// Notes the pages of these index blocks that repeat earlier ones, until there is no more room.
+    /// A block that can't be read now is reported when a page of it is wanted. `pause` is called
+    /// before each read and returns whether to continue. Returns the number of the next block, if
+    /// there may be more.
     pub(crate) fn note_duplicates(
         &self,
         blocks: Range<u64>,
@@ -211,7 +212,7 @@ impl SnapshotImage {
         }
     }
 
-    /// Decodes what is left of the frame that was decoded last.
+    /// Decodes the rest of the frame that was decoded last.
     fn decode_rest(&self, decoder: &mut Decoder, frame: &FrameRef) -> Result<(), Failure> {
         let kept = &mut decoder.kept[decoder.last];
         decoder
@@ -234,7 +235,8 @@ impl SnapshotImage {
         }
     }
 
-    /// Appends the part of `listed` that the index confirms, page by page: the list is only a hint.
+    /// Appends the part of `listed` that the index confirms, page by page, because the list is only
+    /// a hint.
     fn confirm(
         &self,
         frame: &FrameRef,
@@ -251,7 +253,7 @@ impl SnapshotImage {
                 && {
                     if block.as_ref().is_none_or(|(have, _)| *have != number) {
                         let read = self.snapshot.index_block(number, reason);
-                        // What was confirmed so far stays so.
+                        // Runs that were confirmed so far are kept.
                         let read = read.inspect_err(|_| runs.extend(open.take()))?;
                         *block = Some((number, read));
                     }
@@ -296,7 +298,7 @@ impl Image for SnapshotImage {
                 self.note_block(page / PAGES_PER_BLOCK_U64, reason);
                 Ok(Content::Stored(frame, slot))
             }
-            // A session's pages are those of regions, so `Unused` is not met.
+            // A session's pages belong to regions, so `Unused` does not occur.
             Ok(Page::Unavailable | Page::Unused) => Ok(Content::Unavailable),
             Err(error) => Err(self.read_failure(page, &error)),
         }
@@ -325,8 +327,8 @@ impl Image for SnapshotImage {
         if decoder.begun.take() == Some(*frame) {
             return self.decode_rest(decoder, frame);
         }
-        // The summary's frame size is a promise of the writer's. A larger frame is still right, but
-        // there is room for one only.
+        // The summary's frame size is only the writer's promise. A larger frame is still valid, but
+        // there is room for only one.
         if frame.decoded_len() > decoder.frame_bytes {
             decoder.frame_bytes = frame.decoded_len();
             decoder.kept.truncate(1);
@@ -401,8 +403,8 @@ impl Image for SnapshotImage {
             let mut block = None;
             kept.runs.clear();
             for listed in &kept.listed {
-                // What is confirmed comes with the frame for nothing; what can't be is no failure
-                // of the page that is wanted, and will be one of its own when it is.
+                // Confirmed pages come with the frame at no cost. A page that can't be confirmed is
+                // no failure of the wanted page; it fails when it is wanted itself.
                 let confirmed = self.confirm(&frame, *listed, &mut block, reason, &mut kept.runs);
                 if let Err(error) = confirmed {
                     tracing::debug!(%error, page = listed.page, "a page that came with a frame is left");
@@ -412,8 +414,8 @@ impl Image for SnapshotImage {
         }
         runs.extend_from_slice(&kept.runs);
         let own = runs.len();
-        // One content may be shared by ten thousand pages: whoever wants the frame doesn't wait for
-        // them all.
+        // Ten thousand pages may share one content, and a fault for the frame must not wait for all
+        // of them.
         let most = usize::from(frame.slots()) * MAX_LISTED_PAGES_PER_SLOT;
         self.duplicates.take(&frame, most, runs);
         own
@@ -448,7 +450,7 @@ fn kind(is_damage: bool) -> FailureKind {
     }
 }
 
-/// An error and what caused it, in one line.
+/// Returns an error and its causes in one line.
 fn message(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -459,9 +461,10 @@ fn message(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The longest runs of zero pages that are whole blocks of the index, at most
-/// [`MAX_FILL_RUNS`]. The top table knows them, and it is in memory: the file's list of fill runs
-/// has the pages at their ends as well, but reading and checking those takes longer than starting.
+/// Returns the longest runs of zero pages that consist of whole index blocks, at most
+/// [`MAX_FILL_RUNS`]. They come from the top table, which is in memory. The file's list of fill
+/// runs also has the pages at their ends, but reading and checking it takes longer than starting a
+/// session.
 pub(crate) fn zero_runs(snapshot: &Snapshot) -> Vec<Range<PageNumber>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for block in 0..snapshot.block_count() {

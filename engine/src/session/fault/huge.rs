@@ -2,46 +2,50 @@
 //!
 //! ```text
 //! bring_large(block):
-//!   claim it; if a claim is in the way, wait (a fault) and look again
-//!   for each of its 512 pages that is not removed: look up what it is, write it if it is a fill
-//!   for each frame that the others lie in, by offset: read, check, decode as far as is wanted, and
-//!     copy what it holds
-//!   one of them can't be had: the whole can't, an error
+//!   claim it; if another claim blocks this, wait (a fault) and look again
+//!   for each of its 512 pages that is not removed: look up its content, write it if it is a fill
+//!   for each frame that holds some of the others, by offset: read, check, decode as far as needed,
+//!     and copy the pages it holds
+//!   if the content of one of them is unavailable, the whole page fails
 //!   install:
 //!     hold the lock shared:
 //!       look up its address and state
-//!       absent: zeros to what is removed by now, one COPY of 2 MiB, mark all 512 present
+//!       absent: zero the parts removed by now, one COPY of 2 MiB, mark all 512 present
 //!     EAGAIN or no memory: read events, then hold again
 //! ```
 //!
-//! The states are kept for each 4 KiB, as everywhere: the owner may discard any part.
+//! The states are kept per 4 KiB, as everywhere: the owner may discard any part.
 //!
-//! # What a large page is as a whole
+//! # The state of a large page as a whole
 //!
-//! When a part is discarded the kernel sends the event of exactly that part. If the large page is
-//! there it writes zeros to the part, or frees the page if the part is all of it. If the page is
-//! missing it does nothing else. So, for a fault, of which the page is missing:
+//! When the owner discards a part, the kernel sends the event for exactly that part. If the large
+//! page is present, the kernel zeroes the part, or frees the page if the part is all of it. If the
+//! page is missing, the kernel does nothing else. A fault means that the page is missing, and then:
 //!
-//! | its bits | what has happened | it is |
+//! | its bits | history | state |
 //! | --- | --- | --- |
 //! | all removed | it was discarded, at once or piece by piece | removed: zeros |
-//! | any present | it was installed once, and so was discarded as a whole since, whatever was seen of that | present: zeros |
-//! | some removed, none present | it was never installed | absent: zeros in what is removed, the rest from the snapshot |
+//! | any present | it was installed once, so it was discarded as a whole since | present: zeros |
+//! | some removed, none present | it was never installed | absent: zeros, rest from the snapshot |
 //!
-//! One present bit is enough, because a worker may die while it sets the 512: taken for absent, a
-//! page would come back as it was in the snapshot. A page that is there as well as partly removed
-//! needs nothing: the kernel writes those zeros after the event was read, so after any COPY that was
-//! decided before it, and a COPY that is decided later has zeros there itself.
+//! In the second case it doesn't matter which events of the discard were read. In the third case
+//! the removed parts are zero, and the rest comes from the snapshot.
+//!
+//! One present bit is enough, because a worker may die while it sets the 512: if such a page
+//! counted as absent, its old content would return from the snapshot. A page that is present and
+//! partly removed needs no action: the kernel zeroes the parts after the event has been read, thus
+//! after any COPY that was decided before the event, and a COPY decided later contains zeros there.
 //!
 //! # When the pool is empty
 //!
-//! The kernel says ENOMEM, or (seen with 6.18) EEXIST, as for a page that is there. Believed, that would mark
-//! a page present that was never installed, and its next fault would give zeros. So who is told
-//! EEXIST looks into the owner's page map, and takes a missing page for no memory: tried again for
-//! some seconds, with events read in between, because a discard may be what frees a page. Then the
-//! owner is ended.
+//! The kernel returns ENOMEM or (seen with 6.18) EEXIST, as for a page that is present. Trusting
+//! that EEXIST would mark a page present that was never installed, and its next fault would give
+//! zeros. Therefore a thread that gets EEXIST checks the owner's page map, and treats a missing
+//! page as a lack of memory: it retries for some seconds and reads events in between, because a
+//! discard may be what frees a page. After that the owner is killed.
 //!
-//! One hold is longer than the 256 KiB of other installs: the kernel takes no part of such a page.
+//! One hold is longer than the 256 KiB of other installs, because the kernel doesn't accept a part
+//! of such a page.
 
 use std::ops::Range;
 
@@ -60,27 +64,27 @@ use crate::session::{Failure, Session, ThreadContext};
 use snaprestore_uffd::to_usize;
 use snaprestore_uffd::uffd::Wake;
 
-/// Tells the claim of a large page from that of a frame, whose offset is less.
+/// Distinguishes the claim of a large page from that of a frame, whose offset is smaller.
 const LARGE_CLAIM: u64 = 1 << 63;
 
-/// Bytes of a large page.
+/// Size of a large page in bytes.
 const LARGE_BYTES: usize = to_usize(LARGE_PAGES) * PAGE_SIZE;
 
-/// Where a thread puts a large page together.
+/// A buffer in which a thread assembles a large page.
 pub(crate) struct Assembly<F> {
     bytes: Vec<u8>,
-    /// The pages that lie in frames.
+    /// Pages whose content is in frames.
     stored: Vec<Part<F>>,
 }
 
-/// One page of a large page, in a frame.
+/// A page of a large page whose content is in a frame.
 struct Part<F> {
     frame: F,
     slot: u16,
     page: PageNumber,
 }
 
-/// What a large page was put together from, in pages.
+/// Number of pages in a large page, by kind of content.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Parts {
     copied: u64,
@@ -88,21 +92,21 @@ pub(crate) struct Parts {
     zeroed: u64,
 }
 
-/// What one hold came to.
+/// The outcome of one hold of the lock.
 enum HoldOutcome {
-    /// It was installed; who waits in this range is to be woken.
+    /// The page was installed; threads that wait in this range (address, length) must be woken.
     Installed(u64, u64),
     /// There was nothing to install.
     Settled,
     /// Read events first.
     Again,
-    /// No memory now.
+    /// The kernel had no memory for the page.
     NoMemory,
-    /// It can't go on.
+    /// The install failed for good.
     InstallError(InstallError),
 }
 
-/// The zeros that a session needs for large pages.
+/// Returns the zeros that a session needs for large pages.
 pub(crate) fn zeros(state: &State) -> Vec<u8> {
     vec![0; if state.has_large() { LARGE_BYTES } else { 0 }]
 }
@@ -115,7 +119,7 @@ impl<F> Assembly<F> {
         }
     }
 
-    /// The bytes of `pages`, which are in one block.
+    /// Returns the bytes of `pages`, which must lie in one block.
     fn pages_mut(&mut self, pages: &Range<PageNumber>) -> &mut [u8] {
         let start = block_of(pages.start).start;
         let within = |page: PageNumber| to_usize(page - start) * PAGE_SIZE;
@@ -124,7 +128,7 @@ impl<F> Assembly<F> {
 }
 
 impl<I: Image> ThreadContext<I> {
-    /// Allocates what large pages need, before the first is wanted.
+    /// Allocates the buffer for large pages, before the first is wanted.
     pub(crate) fn prepare(&mut self, state: &State) {
         if state.has_large() && self.assembly.is_none() {
             self.assembly = Some(Assembly::new());
@@ -133,7 +137,7 @@ impl<I: Image> ThreadContext<I> {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Whether `page` is a part of a large one.
+    /// Whether `page` is part of a large page.
     pub(crate) fn is_large(&self, page: PageNumber) -> bool {
         self.state.has_large() && {
             let _hold = self.platform.shared(page);
@@ -142,12 +146,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Zeros for a large page, or for what its owner has left of it.
+    /// Returns zeros for a large page, or for the part of it that its owner still has mapped.
     pub(crate) fn zeros_of(&self, len: u64) -> &[u8] {
         &self.zeros[..to_usize(len)]
     }
 
-    /// Brings `page`, which is absent, and what comes with it: of a `large` page all of it.
+    /// Loads `page`, which is absent, and the pages that come with it; if `large`, the whole large
+    /// page.
     pub(crate) fn load_unit(
         &self,
         worker: &mut ThreadContext<I>,
@@ -165,7 +170,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             return Ok(Loaded::Look);
         };
-        // Out of the worker, whose decoder is needed at the same time.
+        // Taken out of the context, because its decoder is needed at the same time.
         let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
         let brought = self.bring_large(worker, &mut assembly, page, reason);
         worker.assembly = Some(assembly);
@@ -180,7 +185,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         page: PageNumber,
         reason: Reason,
     ) -> Result<Loaded, LoadError> {
-        // Who had the claim a moment ago may have brought it.
+        // The previous holder of the claim may have loaded it.
         if self.is_settled(page) {
             return Ok(Loaded::Look);
         }
@@ -201,8 +206,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(Loaded::Yes)
     }
 
-    /// Whether the large page of `page` is settled. If it is, all of it is marked so: who died while
-    /// marking it must not leave a part that is wanted for ever.
+    /// Whether the large page that contains `page` is settled. If so, all of it is marked: a worker
+    /// that died while marking it must not leave a part that stays wanted forever.
     fn is_settled(&self, page: PageNumber) -> bool {
         let _hold = self.platform.shared(page);
         let Some(unit) = self.state.map().unit_of(page) else {
@@ -217,8 +222,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         true
     }
 
-    /// Writes what `pages` are to the buffer, but for those that are removed. `None`: the session
-    /// ends.
+    /// Writes the content of `pages` to the buffer, except for pages that are removed. Returns
+    /// `None` if the session ends.
     pub(crate) fn assemble(
         &self,
         worker: &mut ThreadContext<I>,
@@ -253,7 +258,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 Content::Unavailable => return Err(self.unavailable(page)),
             }
         }
-        // Each frame is decoded once, however its pages are spread.
+        // Each frame is decoded once, however its pages are scattered.
         let mut stored = std::mem::take(&mut assembly.stored);
         stored.sort_unstable_by_key(|part| (self.image.id(&part.frame).0, part.slot));
         let copied = self.copy_stored(worker, assembly, &stored, reason);
@@ -261,7 +266,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(copied?.then_some(parts))
     }
 
-    /// Copies what lies in frames to the buffer. False: the session ends.
+    /// Copies the pages whose content is in frames to the buffer. Returns `false` if the session
+    /// ends.
     fn copy_stored(
         &self,
         worker: &mut ThreadContext<I>,
@@ -298,8 +304,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(true)
     }
 
-    /// Installs the large page of `page` from the buffer, if it is `over`: absent or poisoned. True
-    /// if this call did.
+    /// Installs the large page that contains `page` from the buffer, if its state is `over` (absent
+    /// or poisoned). Returns `true` if this call installed it.
     pub(crate) fn install_large(
         &self,
         assembly: &mut Assembly<I::Frame>,
@@ -328,7 +334,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// One hold of the lock: {look up; zeros to what is removed; one COPY}.
+    /// Looks up the page, zeroes its removed parts and issues one COPY, in one hold of the lock.
     fn hold_large(
         &self,
         assembly: &mut Assembly<I::Frame>,
@@ -337,7 +343,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         wake: Wake,
     ) -> HoldOutcome {
         let _hold = self.platform.shared(page);
-        // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
+        // Unmapping a page also marks it removed, in the same exclusive hold.
         let Some(unit) = self.state.map().unit_of(page) else {
             return HoldOutcome::Settled;
         };
@@ -359,7 +365,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
                 HoldOutcome::Installed(unit.address, unit.len())
             }
-            // Another thread heals it.
+            // Another thread is healing it.
             Installed::Exists if over == Status::Poisoned => HoldOutcome::Settled,
             Installed::Exists if self.platform.is_there(unit.address) => {
                 self.state.mark_present(unit.pages.clone());
@@ -371,14 +377,14 @@ impl<P: Platform, I: Image> Session<P, I> {
                 add(&self.stats.retries, 1);
                 HoldOutcome::Again
             }
-            // As for small pages: a change that began in between has moved or unmapped it.
+            // As with small pages: a change that began meanwhile has moved or unmapped it.
             Installed::Gone if self.platform.is_changing(unit.address) => HoldOutcome::Again,
             Installed::Gone => {
                 self.state.mark_removed(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
                 HoldOutcome::Settled
             }
-            // The memory is of small pages, whatever was said of it.
+            // The mapping has small pages, contrary to what was declared.
             Installed::Partial(_) => HoldOutcome::InstallError(InstallError::Refused(libc::EINVAL)),
             Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
             Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),

@@ -1,26 +1,26 @@
-//! Which frames are being brought, so that no two threads read and decode the same one at once.
+//! Frames in flight: prevents two threads from reading and decoding the same frame at once.
 //!
-//! Demand waits for demand only. A prefetcher's read may take seconds, at a store that puts
-//! prefetch last: a fault that wants the same frame reads it for itself, and claims it beside the
-//! prefetcher.
+//! Demand waits only for demand. A prefetcher's read may take seconds, at a store that gives
+//! prefetch the lowest priority: a fault that wants the same frame reads it itself, and claims it
+//! beside the prefetcher.
 //!
 //! | wanted for | nobody has it | prefetch has it | demand has it |
 //! | --- | --- | --- | --- |
 //! | demand | claim | claim | wait |
 //! | prefetch | claim | leave | leave |
 //!
-//! A claim is a private note between the threads of one worker process: it dies with it, and the
-//! kernel's EEXIST settles what two claims in two processes would have raced for.
+//! A claim is private to the threads of one worker process and dies with it. If workers in two
+//! processes load the same frame, the kernel's EEXIST settles the race.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use snapshot_format::Reason;
 
-/// What tells frames apart: where the record lies.
+/// The identity of a frame: the offset of its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FrameId(pub(crate) u64);
 
-/// The frames that are claimed now: at most one for each thread, so a list is enough.
+/// Frames that are claimed now: at most one per thread, so a list is enough.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     held: Mutex<HoldOutcome>,
@@ -30,11 +30,11 @@ pub(crate) struct InFlight {
 #[derive(Debug, Default)]
 struct HoldOutcome {
     frames: Vec<(FrameId, Reason)>,
-    /// Threads that wait for a release: to announce one is a system call.
+    /// Number of threads that wait for a release; announcing a release costs a system call.
     waiting: usize,
 }
 
-/// A claim, released when dropped.
+/// A claim on a frame, released when dropped.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
     claims: &'a InFlight,
@@ -42,7 +42,7 @@ pub(crate) struct Claim<'a> {
 }
 
 impl InFlight {
-    /// Room for `threads` claims without allocating.
+    /// Creates a list with room for `threads` claims without further allocation.
     pub(crate) fn new(threads: usize) -> Self {
         Self {
             held: Mutex::new(HoldOutcome {
@@ -53,7 +53,7 @@ impl InFlight {
         }
     }
 
-    /// Claims `frame` for `reason`, unless another claim is in the way.
+    /// Claims `frame` for `reason`. Returns `None` if another claim blocks this one.
     pub(crate) fn claim(&self, frame: FrameId, reason: Reason) -> Option<Claim<'_>> {
         let mut held = self.lock();
         let is_in_the_way = |(other, by): &(FrameId, Reason)| {
@@ -70,7 +70,7 @@ impl InFlight {
         })
     }
 
-    /// Waits until no fault has claimed `frame`.
+    /// Waits until no fault holds a claim on `frame`.
     pub(crate) fn wait(&self, frame: FrameId) {
         let mut held = self.lock();
         held.waiting += 1;
@@ -83,7 +83,7 @@ impl InFlight {
         held.waiting -= 1;
     }
 
-    /// All that are claimed, for telling two states apart.
+    /// Returns all claimed frames, to tell two states of the model apart.
     #[cfg(test)]
     pub(crate) fn frames(&self) -> Vec<(FrameId, Reason)> {
         let mut frames = self.lock().frames.clone();
@@ -91,13 +91,14 @@ impl InFlight {
         frames
     }
 
-    /// Whether a fault has claimed `frame`.
+    /// Whether a fault holds a claim on `frame`.
     #[cfg(test)]
     pub(crate) fn is_claimed(&self, frame: FrameId) -> bool {
         self.lock().frames.contains(&(frame, Reason::Demand))
     }
 
-    /// The list is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the list. It is consistent after every statement, so a panic elsewhere leaves nothing
+    /// to repair.
     fn lock(&self) -> MutexGuard<'_, HoldOutcome> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,14 +1,14 @@
-//! Putting pages into the owner's memory, one hold of the install lock after another.
+//! Installs pages into the owner's memory, one hold of the install lock after another.
 //!
 //! ```text
 //! install(pages):
 //!   while pages are left:
 //!     hold the lock shared:
 //!       find the next absent pages, and where the owner has them now
-//!       one ioctl for at most 256 KiB of them, which wakes who waits
-//!       mark what it did
-//!     wake who waits now, if that would run on this core and meet the lock
-//!     if it said EAGAIN: read events, then go on (everything is looked up again)
+//!       one ioctl for at most 256 KiB of them, which wakes their waiters
+//!       mark the pages that it installed
+//!     wake the waiters only now if they would run on this core and meet the lock
+//!     after EAGAIN: read events, then continue (everything is looked up again)
 //! ```
 
 use std::ops::Range;
@@ -22,17 +22,17 @@ use crate::session::stats::add;
 use crate::session::{Session, Stats};
 use snaprestore_uffd::uffd::Wake;
 
-/// Most pages of one hold: 256 KiB, so that who reads events waits for little.
+/// Maximum number of pages of one hold: 256 KiB, so that the reader of events waits only briefly.
 pub(crate) const HOLD_PAGES: u64 = 64;
 
-/// Most pages of one hold that poisons: 1 GiB, for which the kernel takes about 30 ms.
+/// Maximum number of pages of one hold that poisons: 1 GiB, for which the kernel takes about 30 ms.
 const POISON_PAGES: u64 = 1 << 18;
 
-/// How often poisoning is refused in a row before the owner is held up.
+/// Number of consecutive refusals of POISON after which the owner is held up.
 const MAX_REFUSALS: u32 = 16;
 
-/// How often an install that found no memory is tried again: for a fault some seconds long, for
-/// prefetch hardly.
+/// Returns how often an install that found no memory is retried: for some seconds for a fault, only
+/// briefly for prefetch.
 const fn memory_tries(reason: Reason) -> u32 {
     if matches!(reason, Reason::Demand) {
         1000
@@ -41,8 +41,8 @@ const fn memory_tries(reason: Reason) -> u32 {
     }
 }
 
-/// The same for a large page: they come from a pool, where one is free only when somebody gives it
-/// back.
+/// Returns how often an install of a large page that found no memory is retried. Large pages come
+/// from a pool, in which one becomes free only when somebody returns it.
 const fn large_memory_tries(reason: Reason) -> u32 {
     if matches!(reason, Reason::Demand) {
         1000
@@ -51,7 +51,7 @@ const fn large_memory_tries(reason: Reason) -> u32 {
     }
 }
 
-/// What pages are installed from.
+/// The source from which pages are installed.
 #[derive(Clone, Copy)]
 pub(crate) enum Source<'a> {
     /// Slots of a decoded frame: `run.page` is in `run.slot`.
@@ -60,23 +60,23 @@ pub(crate) enum Source<'a> {
     Zeros,
     /// A buffer that repeats the page; it may be shorter than the range.
     Filled(&'a [u8]),
-    /// Nothing: they become poisoned.
+    /// Nothing: the pages become poisoned.
     Poison,
 }
 
-/// What pages are installed for.
+/// The purpose of an install.
 #[derive(Clone, Copy)]
 pub(crate) struct Purpose {
     pub(crate) reason: Reason,
-    /// The page that somebody is known to want.
+    /// The page that a thread is known to wait for.
     pub(crate) wanted: Option<PageNumber>,
-    /// When who waits for it is woken: now, or when the lock was let go. On this core it may run at
-    /// once, and meet the lock at its next fault.
+    /// When the waiter for that page is woken: at once, or after the lock was released. A waiter on
+    /// this core may run at once, and would then meet the lock at its next fault.
     pub(crate) wake: Wake,
 }
 
 impl Purpose {
-    /// They come along with others.
+    /// Returns the purpose of pages that are installed along with others.
     pub(crate) fn along(reason: Reason) -> Self {
         Self {
             reason,
@@ -86,7 +86,7 @@ impl Purpose {
     }
 }
 
-/// What an operator can do when there is no memory for a page.
+/// Returns advice to the operator for when there is no memory for a page.
 pub(crate) const fn no_memory(large: bool) -> &'static str {
     if large {
         "no page of 2 MiB is free in the pool hugepages-2048kB; raise vm.nr_hugepages, or the hugetlb.2MB.max of the \
@@ -96,43 +96,44 @@ pub(crate) const fn no_memory(large: bool) -> &'static str {
     }
 }
 
-/// Why an install stopped before its end.
+/// The reason why an install stopped early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum InstallError {
     /// The owner is gone.
     OwnerGone,
-    /// The mappings kept changing, with nothing to read, for too long.
+    /// The mappings kept changing for too long, with no event to read.
     Stuck,
-    /// The kernel had no memory, many times.
+    /// The kernel had no memory, even after many retries.
     NoMemory,
     /// The kernel refused with this errno.
     Refused(i32),
 }
 
-/// What one hold came to.
+/// The outcome of one hold of the lock.
 enum HoldOutcome {
-    /// Go on at this page.
+    /// Continue at this page.
     Next(PageNumber),
     /// Try again with fewer pages at once.
     Fewer(u64),
     /// Read events first.
     Again,
-    /// No memory now.
+    /// The kernel had no memory for the pages.
     NoMemory,
-    /// It can't go on.
+    /// The install failed for good.
     InstallError(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Installs what is absent of `pages`. True if the page that is wanted was installed, and its
-    /// waiters woken, by this call.
+    /// Installs the absent pages of `pages`. Returns `true` if this call installed the wanted page
+    /// and woke its waiters.
     pub(crate) fn install(
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
         purpose: Purpose,
     ) -> Result<bool, InstallError> {
-        // What is not absent never becomes so again: no need to take the lock for nothing.
+        // A page that is not absent never becomes absent again, so there is no need to take the
+        // lock.
         if !self.state.any_absent(pages.clone()) {
             return Ok(false);
         }
@@ -167,7 +168,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     refusals += 1;
                     if matches!(source, Source::Poison) && refusals > MAX_REFUSALS {
                         brake.get_or_insert_with(|| self.platform.brake());
-                        // Who was let go has to run before who comes next is held up.
+                        // The thread that was released must run before the next one is held up.
                         self.platform.back_off(1);
                     }
                 }
@@ -185,8 +186,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(wanted_done)
     }
 
-    /// One hold of the lock: {look up, one ioctl}. Tells `done` which pages it installed, and where
-    /// the first lies.
+    /// Looks up pages and issues one ioctl, in one hold of the lock. Passes the pages that it
+    /// installed, and the address of the first, to `done`.
     fn hold(
         &self,
         pages: Range<PageNumber>,
@@ -199,7 +200,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return HoldOutcome::Next(pages.end);
         };
         let first = absent.start;
-        // A page whose address the owner has unmapped is marked removed in the same exclusive hold.
+        // Unmapping a page also marks it removed, in the same exclusive hold.
         let Some(rest) = self.state.map().rest_from(first) else {
             return HoldOutcome::Next(first + 1);
         };
@@ -233,11 +234,11 @@ impl<P: Platform, I: Image> Session<P, I> {
                 add(&self.stats.retries, 1);
                 HoldOutcome::Again
             }
-            // The range may lie in several mappings, each of which takes a part of it.
+            // The range may span several mappings, each of which accepts a part of it.
             Installed::Gone if count > 1 => HoldOutcome::Fewer(count / 2),
-            // The kernel looks for a change before it looks for the mapping: a change that began in
-            // between has moved or unmapped the page, and its event, which can't be read during
-            // this hold, will say where it is.
+            // The kernel checks for a change before it looks up the mapping: a change that began
+            // meanwhile has moved or unmapped the page. Its event, which can't be read during this
+            // hold, will say where the page is.
             Installed::Gone if self.platform.is_changing(address) => HoldOutcome::Again,
             Installed::Gone => {
                 self.state.mark_removed(first..first + 1);
@@ -250,7 +251,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Records what was installed.
+    /// Records the installed pages.
     fn mark(&self, pages: Range<PageNumber>, source: Source<'_>) {
         match source {
             Source::Poison => self.state.mark_poisoned(pages),
@@ -258,8 +259,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// After no memory was found: lets time pass. The owner may be about to give some back, and goes
-    /// on only when the event of that was read.
+    /// Waits after an install that found no memory. The owner may be about to return memory, and
+    /// proceeds only after the event of that was read.
     pub(crate) fn after_no_memory(
         &self,
         tries: &mut u32,
@@ -277,7 +278,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(())
     }
 
-    /// After EAGAIN: reads the events that it announced, or lets time pass if there are none yet.
+    /// Handles EAGAIN: reads the events that it announced, or waits if there are none yet.
     pub(crate) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), InstallError> {
         if self.read_now(about) {
             *tries = 0;
@@ -291,7 +292,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Reads events in the middle of an install. True if there were any.
+    /// Reads events in the middle of an install. Returns `true` if there were any.
     fn read_now(&self, about: u64) -> bool {
         self.state.beat_all();
         let any = self.read_events(about) > 0;
@@ -306,7 +307,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 }
 
 impl Source<'_> {
-    /// The most pages that one ioctl takes from here.
+    /// Returns the maximum number of pages of one ioctl from this source.
     fn most_pages(&self) -> u64 {
         match self {
             Self::Filled(buffer) => (buffer.len() / PAGE_SIZE) as u64,
@@ -315,7 +316,7 @@ impl Source<'_> {
         }
     }
 
-    /// The ioctl for `count` pages from `first` on, which the owner has at `address`.
+    /// Issues the ioctl for `count` pages from `first` on, which the owner has at `address`.
     #[expect(clippy::cast_possible_truncation)] // Lengths of buffers in memory.
     fn install(
         &self,

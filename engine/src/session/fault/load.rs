@@ -1,12 +1,12 @@
-//! Bringing a page, and what comes with it.
+//! Loads a page, and the pages that come with it.
 //!
 //! ```text
 //! bring(page):
 //!   fill: install the fills around it
-//!   stored: claim the frame; if a claim is in the way, wait (a fault) and look again
+//!   stored: claim the frame; if another claim blocks this, wait (a fault) and look again
 //!           read, check, decode up to the page, and install it
 //!           decode the rest; install the page's run, the other runs, and the fills between them
-//!   can't be had: an error
+//!   unavailable: an error
 //! ```
 
 use std::collections::VecDeque;
@@ -24,57 +24,57 @@ use crate::session::stats::{ContentSource, FaultKind, FaultTrace};
 use crate::session::{Failure, FailureKind, Session, SnapshotImage};
 use snaprestore_uffd::uffd::Wake;
 
-/// Pages of the buffer that fills other than zero are installed from. (The model has no fills, and makes
-/// many buffers.)
+/// Number of pages in the buffer from which fills other than zero are installed. (The model has no
+/// fills and makes many buffers.)
 const FILL_PAGES: usize = if cfg!(test) { 1 } else { 64 };
-/// The most pages of a frame that a fault waits for as a whole: to decode and copy as many takes as
-/// long as one more system call for the page that is wanted.
-/// (The frames of the model have two pages.)
+/// Maximum number of pages of a frame for which a fault waits as a whole: decoding and copying this
+/// many takes as long as one more system call for the wanted page. (The frames of the model have
+/// two pages.)
 const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
-/// What is wrong with a frame that is refused for what it did.
+/// Description of the failure of a quarantined frame.
 const DEADLY: &str = "who read it died or got stuck, twice";
-/// Damaged frames that a thread remembers.
+/// Number of damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
-/// Runs that a frame may have: every slot four times.
+/// Maximum number of runs in a frame: each slot four times.
 const MAX_RUNS: usize =
     snapshot_format::layout::MAX_FRAME_SLOTS * snapshot_format::layout::MAX_LISTED_PAGES_PER_SLOT;
 
-/// What a thread needs to serve a fault, or to prefetch.
+/// Resources that a thread needs to serve a fault or to prefetch.
 pub(crate) struct ThreadContext<I: Image> {
     pub(crate) decoder: I::Decoder,
     pub(crate) runs: Vec<Run>,
     fill: Vec<u8>,
     fill_word: u64,
-    /// Which of the session's threads has it.
+    /// The number of the session's thread that uses this context.
     pub(crate) number: usize,
-    /// Whether this thread is on the core of the one that it serves.
+    /// Whether this thread runs on the core of the thread that it serves.
     pub(crate) shares_core: bool,
-    /// What is known of the fault that this thread serves.
+    /// Facts gathered about the fault that this thread is serving.
     pub(crate) trace: FaultTrace,
-    /// Where a large page is put together, in a session that has such.
+    /// Buffer in which a large page is assembled, in a session with large pages.
     pub(crate) assembly: Option<Assembly<I::Frame>>,
-    /// Frames that prefetch could not use, the latest last: not read once for each of their pages.
+    /// Frames that prefetch could not use, the latest last; they are not read again for each page.
     bad: VecDeque<(I::Frame, Failure)>,
 }
 
-/// Where a thread gets a worker from when it has something to do.
+/// A source of contexts for threads that have something to do.
 pub(crate) trait LendContext<I: Image> {
-    /// Calls `work` with a worker that no other thread has meanwhile.
+    /// Calls `work` with a context that no other thread uses meanwhile.
     fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<I>) -> T) -> T;
 }
 
 impl ThreadContext<SnapshotImage> {
-    /// Whether it was lent to this session before.
+    /// Whether the context was lent to this session before.
     pub(crate) fn knows(&self, image: &SnapshotImage) -> bool {
         image.is_known_to(&self.decoder)
     }
 
-    /// Whether it was lent to a session of this snapshot before.
+    /// Whether the context was lent to a session of this snapshot before.
     pub(crate) fn is_prepared(&self, image: &SnapshotImage) -> bool {
         image.is_prepared(&self.decoder)
     }
 
-    /// Prepares it for something new to do, for this session.
+    /// Prepares the context for new work in this session.
     pub(crate) fn adopt(&mut self, image: &SnapshotImage) {
         image.adopt(&mut self.decoder);
         self.bad.clear();
@@ -108,7 +108,7 @@ impl<I: Image> ThreadContext<I> {
         self.bad.push_back((*frame, failure.clone()));
     }
 
-    /// For installing `page` and what is installed with it.
+    /// Returns the purpose of installing `page` and the pages installed with it.
     pub(crate) fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
         let later = reason == Reason::Demand && self.shares_core;
         Purpose {
@@ -118,7 +118,7 @@ impl<I: Image> ThreadContext<I> {
         }
     }
 
-    /// A buffer of pages that repeat `word`.
+    /// Returns a buffer of pages that repeat `word`.
     pub(crate) fn filled(&mut self, word: u64) -> &[u8] {
         if self.fill_word != word {
             for chunk in self.fill.chunks_exact_mut(8) {
@@ -130,19 +130,19 @@ impl<I: Image> ThreadContext<I> {
     }
 }
 
-/// What became of an attempt to bring a page.
+/// The outcome of an attempt to load a page.
 pub(crate) enum Loaded {
-    /// It was installed by this thread.
+    /// This thread installed it.
     Yes,
-    /// Look again.
+    /// The page's state may have changed: look it up again.
     Look,
 }
 
-/// Why a page was not brought.
+/// The reason why a page was not loaded.
 pub(crate) enum LoadError {
-    /// Its content can't be had.
+    /// Its content is unavailable.
     Failed(Failure),
-    /// It could not be installed.
+    /// The page could not be installed.
     Stopped(InstallError),
 }
 
@@ -159,7 +159,7 @@ impl From<InstallError> for LoadError {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Brings `page`, which is absent, and what comes with it.
+    /// Loads `page`, which is absent, and the pages that come with it.
     pub(crate) fn bring(
         &self,
         worker: &mut ThreadContext<I>,
@@ -190,7 +190,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     }
                     return Ok(Loaded::Look);
                 };
-                // Who had the claim a moment ago may have brought it.
+                // The previous holder of the claim may have loaded it.
                 if self.state.status(page) != Status::Absent {
                     worker.trace.from = ContentSource::Another;
                     return Ok(Loaded::Look);
@@ -237,9 +237,9 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(self.install(start..end, source, purpose)?)
     }
 
-    /// Decodes `frame` and installs what it holds: `page`, the pages around it that its own index
-    /// block knows, then, when nobody waits any more, what the frame lists and some of what repeats
-    /// it elsewhere.
+    /// Decodes `frame` and installs its content: `page`, then the pages around it that its own
+    /// index block lists, then, when nobody waits any more, the pages that the frame lists and some
+    /// of those that repeat it elsewhere.
     fn bring_frame(
         &self,
         worker: &mut ThreadContext<I>,
@@ -264,7 +264,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         match self.decode(worker, page, frame, slots, reason) {
             Ok(()) => {}
             Err(failure) if done => {
-                // Who wants another of its pages will meet it.
+                // A fault for another of its pages will hit the same failure.
                 tracing::debug!(%failure, "the rest of a frame is left");
                 return Ok(true);
             }
@@ -279,7 +279,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         };
         match self.install(near.pages(), Source::Frame(bytes, near), purpose) {
             Ok(now) => done |= now,
-            // The pages around the one that was wanted only came with it.
+            // The pages around the wanted one were only installed along with it.
             Err(InstallError::NoMemory | InstallError::Stuck) if done => return Ok(true),
             Err(stop) => return Err(stop.into()),
         }
@@ -305,7 +305,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(done)
     }
 
-    /// Decodes the first `slots` pages of `frame`, for `page`.
+    /// Decodes the first `slots` pages of `frame` to load `page`.
     pub(crate) fn decode(
         &self,
         worker: &mut ThreadContext<I>,
@@ -322,7 +322,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         worker.trace.decoded(self.image.was_cached(&worker.decoder));
         decoded.map_err(|failure| {
             let failure = Failure { page, ..failure };
-            // A touch looks for itself: the file may have been mended.
+            // A fault reads the frame anew: the file may have been repaired.
             if reason == Reason::Prefetch {
                 worker.remember_bad(frame, &failure);
             }
@@ -330,8 +330,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         })
     }
 
-    /// Installs the fills that lie between the pages in `worker.runs`, near `page`: they
-    /// take microseconds, and a fault for each takes many.
+    /// Installs the fills that lie between the pages in `worker.runs`, near `page`: they take
+    /// microseconds, whereas a separate fault for each takes many.
     fn bring_fills_between(&self, worker: &mut ThreadContext<I>, page: PageNumber) {
         let block = window(page, PAGES_PER_BLOCK_U64);
         let near = worker.runs.iter().map(Run::pages);
@@ -346,14 +346,14 @@ impl<P: Platform, I: Image> Session<P, I> {
             if let Ok(Content::Fill(word)) = self.image.content(page, Reason::Demand)
                 && self.bring_fill(worker, page, word, purpose).is_err()
             {
-                // It will be met again by whoever wants the page.
+                // The next fault for the page will hit the same failure.
                 return;
             }
         }
     }
 
-    /// The pages around `page`, in its hold-sized window, that follow each other in `frame` as they
-    /// do here. The window lies in one index block, which was read to find `page`.
+    /// Returns the pages around `page`, within its hold-sized window, that are as consecutive in
+    /// `frame` as they are here. The window lies in one index block, which was read to find `page`.
     fn run_around(&self, page: PageNumber, frame: &I::Frame, slot: u16, reason: Reason) -> Run {
         let is_at = |other: PageNumber, slot: u16| matches!(self.image.content(other, reason), Ok(Content::Stored(f, s)) if f == *frame && s == slot);
         let window = window(page, HOLD_PAGES);
@@ -373,7 +373,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         run
     }
 
-    /// Fails `page` if its frame is one on which a worker died.
+    /// Fails `page` if its frame is quarantined because a worker died on it.
     pub(crate) fn check_quarantine(
         &self,
         page: PageNumber,
@@ -391,7 +391,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         })
     }
 
-    /// The failure of a page that the snapshot doesn't hold.
+    /// Returns the failure of a page whose content is not in the snapshot.
     pub(crate) fn unavailable(&self, page: PageNumber) -> Failure {
         Failure {
             page,
@@ -404,13 +404,13 @@ impl<P: Platform, I: Image> Session<P, I> {
 }
 
 impl Run {
-    /// The numbers of its pages.
+    /// Returns the page numbers of this run.
     pub(crate) fn pages(&self) -> Range<PageNumber> {
         self.page..self.page + u64::from(self.count)
     }
 }
 
-/// The aligned window of `pages` pages around `page`.
+/// Returns the aligned window of `pages` pages around `page`.
 fn window(page: PageNumber, pages: u64) -> Range<PageNumber> {
     let start = page / pages * pages;
     start..start + pages

@@ -1,16 +1,16 @@
-//! Serving faults.
+//! Serves faults.
 //!
 //! ```text
 //! answer(fault):
 //!   loop:
 //!     hold the lock shared: look up the page's state
-//!       no page of ours, removed, present: ZEROPAGE (2 MiB of zeros for a large page), or WAKE if
-//!         something is there; done
+//!       page outside the session, removed, present: ZEROPAGE (2 MiB of zeros for a large page), or
+//!         WAKE if a page is there; done
 //!       poisoned: POISON, or WAKE; done
-//!     absent: bring it
-//!       can't be read: pause, and read it again, until the retry timeout is over; meanwhile others
-//!         are served
-//!       can't be had: the failure policy
+//!     absent: load it
+//!       can't be read: pause and retry the read until the retry timeout, and serve
+//!         others meanwhile
+//!       unavailable: apply the failure policy
 //! ```
 
 pub(crate) mod huge;
@@ -34,41 +34,41 @@ use crate::session::stats::{FaultKind, FaultTrace, add};
 use crate::session::{Decision, Failure, FailureKind, Fault, Session};
 use snaprestore_uffd::uffd::Wake;
 
-/// What the state of the faulting page asks for.
+/// The action that the state of the faulting page requires.
 pub(crate) enum Lookup {
-    /// It was answered: nothing had to be brought for what was met.
+    /// The fault was answered: the state of the page required no load.
     Answered(FaultKind),
     /// Read events, then look again.
     Again,
-    /// Bring this page.
+    /// Load this page.
     Bring {
         page: PageNumber,
-        /// With the large page that it is a part of.
+        /// Whether to load the whole large page that contains it.
         large: bool,
     },
     /// Wait for memory, then look again.
     NoMemory {
-        /// For a large page.
+        /// Whether the memory is needed for a large page.
         large: bool,
     },
-    /// It can't go on.
+    /// The fault can't be answered.
     InstallError(InstallError),
 }
 
-/// What became of a fault.
+/// The outcome of serving a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FaultOutcome {
-    /// It was answered.
+    /// The fault was answered.
     Given,
-    /// It is served again after a pause, or the guard has it, and will have it served again or
-    /// poisoned.
+    /// The fault is served again after a pause, or the guard keeps it and later has it served again
+    /// or poisoned.
     Left,
-    /// Nobody answers it, or who answers another one does.
+    /// The fault is not answered, or the answer to another fault covers it.
     Nobody,
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Serves faults until the session ends, as thread number `number` of it.
+    /// Serves faults until the session ends, as thread `number` of the session.
     pub(crate) fn serve(&self, number: usize, workers: &impl LendContext<I>) {
         let mut follower = P::CoreFollower::default();
         while let Some(fault) = self.next_fault() {
@@ -96,8 +96,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Has a thread that waits for messages look whether the session is complete: there may be no
-    /// more.
+    /// Makes a thread that waits for messages check whether the session is complete, because no
+    /// further message may arrive.
     pub(crate) fn look_if_settled(&self) {
         if self.state.may_be_settled() {
             self.platform.kick();
@@ -143,11 +143,11 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return FaultOutcome::Given;
                 }
                 Ok(Loaded::Look) => {}
-                // Somebody else has decided about it meanwhile.
+                // Another thread has settled the page meanwhile.
                 Err(LoadError::Failed(failure))
                     if self.state.status(failure.page) != Status::Absent => {}
                 Err(LoadError::Failed(mut failure)) => {
-                    // A fault in a large page names its start, and another page may have failed.
+                    // A fault in a large page reports its start, but another page may have failed.
                     failure.address = Some(address + (failure.page - page) * PAGE);
                     if self.pause_after(&mut fault, page, &failure) {
                         return FaultOutcome::Left;
@@ -159,7 +159,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Looks up the page at `address` and answers what needs no content.
+    /// Looks up the page at `address`, and answers the fault if no content is needed.
     pub(crate) fn look(&self, address: u64) -> Lookup {
         let _hold = self.platform.shared(address);
         let unit = self.state.map().unit_at(address);
@@ -201,8 +201,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Pauses a fault whose page could not be read, unless the time for that is over. Damage stays:
-    /// nothing is read again for it.
+    /// Pauses a fault whose page could not be read, unless its retry timeout is over. Damage is
+    /// permanent, so nothing is read again because of it.
     fn pause_after(&self, fault: &mut Fault, page: PageNumber, failure: &Failure) -> bool {
         let now = Instant::now();
         let is_io = failure.kind == FailureKind::Io;
@@ -215,12 +215,12 @@ impl<P: Platform, I: Image> Session<P, I> {
         true
     }
 
-    /// A page that a fault wants can't be restored.
+    /// Handles the failure of a page that a fault wants.
     fn fail(&self, fault: Fault, failure: &Failure) -> FaultOutcome {
         self.report_of_fault(failure);
         if self.is_ending() {
-            // The session is being given up, or was while this thread read: no page of it is this
-            // thread's to decide about.
+            // The session is being given up, or was while this thread read: this thread must not
+            // decide about any of its pages.
             return FaultOutcome::Nobody;
         }
         self.decided(fault, self.guard.decide(fault, failure))
@@ -270,7 +270,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// An install for a fault could not go on: the owner is gone, or must not go on.
+    /// Handles an install for a fault that failed for good: the owner is gone, or must be killed.
     fn stopped(&self, fault: Fault, stop: InstallError) -> FaultOutcome {
         if stop == InstallError::OwnerGone {
             self.owner_is_gone();
@@ -289,7 +289,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         FaultOutcome::Nobody
     }
 
-    /// Reports a failure about which the guard decides next.
+    /// Reports a failure that the guard is about to decide on.
     fn report_of_fault(&self, failure: &Failure) {
         if self.guard.tells_of_end() {
             self.keep_failure(failure);
@@ -298,7 +298,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// The failure of a page that the kernel would not install.
+    /// Returns the failure of a page that the kernel refused to install.
     pub(crate) fn install_failure(&self, page: PageNumber, stop: InstallError) -> Failure {
         let why = match stop {
             InstallError::OwnerGone => "the owner of the memory is gone".to_owned(),

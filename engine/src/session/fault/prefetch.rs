@@ -1,4 +1,4 @@
-//! Bringing pages before they are touched: the same path as for faults, from the other side.
+//! Prefetch: loads pages before they are touched, on the same path as faults.
 
 use std::ops::Range;
 
@@ -10,34 +10,34 @@ use crate::session::platform::{Content, Image, PageNumber, Platform};
 use crate::session::state::address_map::block_of;
 use crate::session::{FailureKind, Session, ThreadContext};
 
-/// Why prefetch stopped.
+/// The reason why prefetch stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PrefetchStop {
     /// The session ends.
     Ending,
-    /// The kernel would not go on. It was reported.
+    /// The kernel refused to continue. The failure was reported.
     Kernel,
 }
 
-/// What a prefetch came to, in pages.
+/// The outcome of a prefetch, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Left {
-    /// This thread brought them, and what came with them.
+    /// Pages that this thread loaded, including those that came with them.
     pub(crate) brought: u64,
-    /// Left absent: another thread was bringing them. Look again.
+    /// Pages left absent because another thread was loading them. Try them again.
     pub(crate) busy: u64,
-    /// Left absent: there was no memory for the first of them.
+    /// Pages left absent because there was no memory for the first of them.
     pub(crate) short: u64,
-    /// Left absent: the first of them could not be read, and may be later.
+    /// Pages left absent because the first of them could not be read, although it may be later.
     pub(crate) unread: u64,
-    /// After `unread`: the first page that may be in another frame, of those that were not tried.
+    /// After `unread`: the first of the untried pages that may be in another frame.
     pub(crate) rest: Option<PageNumber>,
-    /// Left absent: they can't be restored, which was reported.
+    /// Pages left absent because they can't be restored, which was reported.
     pub(crate) failed: u64,
 }
 
 impl Left {
-    /// Adds what another call came to.
+    /// Adds the outcome of another call.
     pub(crate) fn add(&mut self, other: Self) {
         self.brought += other.brought;
         self.busy += other.busy;
@@ -48,11 +48,12 @@ impl Left {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Brings what is absent of `pages`, which are in one index block. `pause` is called before each
-    /// frame or fill, with no claim held, and returns when demand may be overtaken.
+    /// Loads the absent pages of `pages`, which must lie in one index block. `pause` is called
+    /// before each frame or fill, with no claim held, and returns when prefetch may compete with
+    /// demand again.
     ///
-    /// Ends at the first page that can't be read now or for which there is no memory, which isn't
-    /// reported unless this is the `last` try.
+    /// Stops at the first page that can't be read now or for which there is no memory. Such a page
+    /// is reported only if this is the `last` attempt.
     pub(crate) fn prefetch(
         &self,
         worker: &mut ThreadContext<I>,
@@ -60,7 +61,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         last: bool,
         mut pause: impl FnMut(),
     ) -> Result<Left, PrefetchStop> {
-        // The thread may work for many sessions.
+        // The thread may work for several sessions.
         let _of = self.span.enter();
         worker.prepare(&self.state);
         let mut left = Left::default();
@@ -115,8 +116,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(left)
     }
 
-    /// The first page behind `page`, before `end`, that doesn't lie in its frame. None if that isn't
-    /// known.
+    /// Returns the first page after `page`, and before `end`, that lies in another frame, or `None`
+    /// if it is not known.
     fn behind_frame(&self, page: PageNumber, end: PageNumber) -> Option<PageNumber> {
         let frame = |page| match self.image.content(page, Reason::Prefetch) {
             Ok(Content::Stored(frame, _)) => Some(frame),

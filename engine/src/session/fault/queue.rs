@@ -1,4 +1,4 @@
-//! Faults that were read and wait for a thread to serve them.
+//! A queue of faults that were read and wait for a thread to serve them.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{
@@ -13,23 +13,23 @@ use crate::session::Decision;
 use crate::session::fault::retries::Retries;
 use crate::session::platform::PageNumber;
 
-/// Faults for which room is made beforehand; more threads than this fault at once only rarely.
+/// Number of faults for which room is reserved; rarely do more threads fault at once.
 const ROOM: usize = 1024;
 
-/// A thread of the owner that waits for a page.
+/// A fault of an owner's thread that waits for a page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fault {
     /// The page's address.
     pub(crate) address: u64,
-    /// Its id, 0 if that isn't known.
+    /// The thread's ID, or 0 if unknown.
     pub(crate) thread: u32,
-    /// When its message was read.
+    /// The time at which its message was read.
     pub(crate) at: Instant,
-    /// How often its page could not be read.
+    /// Failed reads of its page.
     pub(crate) retries: Retries,
 }
 
-/// A fault whose page is to be read again.
+/// A fault whose page will be read again after a pause.
 #[derive(Debug)]
 struct Paused {
     fault: Fault,
@@ -37,39 +37,40 @@ struct Paused {
     due: Instant,
 }
 
-/// The faults that wait.
+/// A queue of pending faults.
 ///
 /// ```text
-///   arrived ──▶ waits here, is served ──▶ answered
+///   push ──▶ waits here, is served ──▶ answered
 ///                    │         ▲
-///                  left      due
+///                 detach     resume
 ///                    ▼         │
-///      the guard decides ──▶ paused
+///      the guard decides ──▶ pause
 ///                    │
-///                    └──▶ settled
+///                    └──▶ resolve
 /// ```
 ///
-/// A toucher that a signal interrupts faults anew. Such a fault joins the one that is paused, without
-/// the page being read again.
+/// A signal that interrupts a waiting thread makes it fault anew. Such a fault joins the paused
+/// one, without another read of the page.
 #[derive(Debug)]
 pub(crate) struct FaultQueue {
     faults: Mutex<VecDeque<Fault>>,
     paused: Mutex<Vec<Paused>>,
-    /// How many are paused: looked at for each fault, without the lock.
+    /// Number of paused faults; checked for each fault without taking the lock.
     paused_count: AtomicUsize,
-    /// Faults that wait here or are being served, in all sessions that share the number.
+    /// Number of faults that are pending or being served, in all sessions that share the counter.
     waiting: Arc<AtomicUsize>,
-    /// Those, and the ones that were left: what they come to is not recorded yet. One number for
-    /// both, so that no fault is out of sight on its way from one to the other.
+    /// Number of those faults of this session, plus the ones that were left: faults whose outcome
+    /// is not recorded yet. A single counter covers both, so that no fault is invisible on its way
+    /// from one to the other.
     open: AtomicUsize,
-    /// Threads that wait for an answer here, and not in the kernel.
+    /// Threads that wait for an answer here rather than in the kernel.
     readers: AtomicUsize,
-    /// Answers given while somebody waited here.
+    /// Number of answers given while a thread waited here.
     answers: Mutex<u64>,
     answered: Condvar,
 }
 
-/// A thread that waits for answers, until dropped.
+/// A thread that waits for answers until this is dropped.
 pub(crate) struct Reader<'a>(&'a FaultQueue);
 
 impl Drop for Reader<'_> {
@@ -98,12 +99,12 @@ impl FaultQueue {
         }
     }
 
-    /// Counts faults that wait together with those of others. None has arrived yet.
+    /// Shares the counter of pending faults with other sessions. No fault may have arrived yet.
     pub(crate) fn count_in(&mut self, waiting: &Arc<AtomicUsize>) {
         self.waiting = Arc::clone(waiting);
     }
 
-    /// Takes in a fault that was just read.
+    /// Adds a fault that was just read.
     pub(crate) fn push(&self, address: u64, thread: u32) {
         self.track();
         self.lock().push_back(Fault {
@@ -114,14 +115,14 @@ impl FaultQueue {
         });
     }
 
-    /// Keeps a fault that was left until `due`, when it is served again. It is about `page`.
+    /// Keeps a fault for `page` that was left, until it is served again at `due`.
     pub(crate) fn pause(&self, fault: Fault, page: PageNumber, due: Instant) {
         let mut paused = self.paused();
         paused.push(Paused { fault, page, due });
         self.paused_count.store(paused.len(), Relaxed);
     }
 
-    /// Adds a fault to one that is paused and about the same page, if there is one.
+    /// Merges a fault into a paused one for the same page, if there is one.
     pub(crate) fn join(&self, fault: Fault, page: PageNumber) -> Option<Decision> {
         if self.paused_count.load(Relaxed) == 0 {
             return None;
@@ -142,7 +143,7 @@ impl FaultQueue {
         Some(Decision::Leave)
     }
 
-    /// Has the faults served again whose pause is over. Returns when the next one's is.
+    /// Queues the paused faults whose pause is over. Returns when the next pause ends.
     pub(crate) fn resume(&self) -> Option<Instant> {
         if self.paused_count.load(Relaxed) == 0 {
             return None;
@@ -151,48 +152,48 @@ impl FaultQueue {
         let now = Instant::now();
         for Paused { fault, .. } in paused.extract_if(.., |it| it.due <= now) {
             self.waiting.fetch_add(1, Relaxed);
-            // Its thread may have turned to something else.
+            // Its thread may be doing something else by now.
             self.lock().push_back(Fault { thread: 0, ..fault });
         }
         self.paused_count.store(paused.len(), Relaxed);
         paused.iter().map(|it| it.due).min()
     }
 
-    /// Somebody waits for a page and is served without having been in the queue.
+    /// Counts a waiter for a page that is served without having been in the queue.
     pub(crate) fn track(&self) {
         self.open.fetch_add(1, Relaxed);
         self.waiting.fetch_add(1, Relaxed);
     }
 
-    /// Nobody answers those that wait here.
+    /// Drops all pending faults; nobody answers them.
     pub(crate) fn abandon(&self) {
         let mut faults = self.lock();
         self.waiting.fetch_sub(faults.len(), Relaxed);
         faults.clear();
-        // They are not in the number.
+        // Paused faults are not counted.
         self.paused().clear();
         self.paused_count.store(0, Relaxed);
     }
 
-    /// The fault that has waited longest.
+    /// Removes and returns the fault that has waited longest.
     pub(crate) fn pop(&self) -> Option<Fault> {
         self.lock().pop_front()
     }
 
-    /// A fault that was being served has been answered, and what it came to is recorded.
+    /// Records that a served fault was answered and its outcome is recorded.
     pub(crate) fn answered(&self) {
         self.detach();
         self.resolve();
     }
 
-    /// A fault that was being served is left to somebody else.
+    /// Records that a fault being served is left to another party.
     pub(crate) fn detach(&self) {
         self.waiting.fetch_sub(1, Relaxed);
     }
 
-    /// A fault that was left has been answered, and what it came to is recorded.
+    /// Records that a fault that was left is answered and its outcome is recorded.
     pub(crate) fn resolve(&self) {
-        // Who sees the number fall sees the record.
+        // Whoever sees the lower count also sees the record.
         self.open.fetch_sub(1, Release);
         fence(SeqCst);
         if self.readers.load(Relaxed) > 0 {
@@ -201,20 +202,20 @@ impl FaultQueue {
         }
     }
 
-    /// Has answers announced to [`FaultQueue::wait_for_answer`].
+    /// Announces answers to [`FaultQueue::wait_for_answer`] while the returned value lives.
     pub(crate) fn reader(&self) -> Reader<'_> {
         self.readers.fetch_add(1, Relaxed);
-        // Either the answer sees this reader, or this reader what the answer recorded.
+        // Either the answer sees this reader, or this reader sees what the answer recorded.
         fence(SeqCst);
         Reader(self)
     }
 
-    /// The number of answers so far.
+    /// Locks and returns the number of answers so far.
     pub(crate) fn answers(&self) -> MutexGuard<'_, u64> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until there are more answers than `seen`, but not longer than `patience`.
+    /// Waits until there are more answers than `seen`, for at most `patience`.
     pub(crate) fn wait_for_answer(&self, seen: u64, patience: Duration) {
         let answers = self.answers();
         let none = |answers: &mut u64| *answers == seen;
@@ -229,23 +230,24 @@ impl FaultQueue {
         self.lock().is_empty()
     }
 
-    /// Whether what some fault comes to is not recorded yet.
+    /// Whether the outcome of some fault is not recorded yet.
     pub(crate) fn has_open(&self) -> bool {
         self.open.load(Acquire) > 0
     }
 
-    /// The addresses that wait, for telling two states apart.
+    /// Returns the addresses of the pending faults, to tell two states of the model apart.
     #[cfg(test)]
     pub(crate) fn addresses(&self) -> Vec<u64> {
         self.lock().iter().map(|fault| fault.address).collect()
     }
 
-    /// The list is whole after every statement.
+    /// Locks the list, which is consistent after every statement.
     fn paused(&self) -> MutexGuard<'_, Vec<Paused>> {
         self.paused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The queue is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the queue. It is consistent after every statement, so a panic elsewhere leaves nothing
+    /// to repair.
     fn lock(&self) -> MutexGuard<'_, VecDeque<Fault>> {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,8 +1,8 @@
-//! Reading the owner's memory without a fault of the kernel's: what is missing is asked for first.
+//! Reads the owner's memory without a fault in the kernel: missing pages are requested first.
 //!
-//! A userfaultfd for user mode only doesn't stop a system call at a missing page: the call fails
-//! with EFAULT. So who reads by a system call puts the page into the queue, as a fault would be,
-//! and waits without holding anything until it is settled.
+//! A userfaultfd for user mode only doesn't block a system call at a missing page: the call fails
+//! with EFAULT. Therefore a thread that reads by a system call queues a fault for the page, as if
+//! it had touched it, and waits without holding a lock until the page is settled.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -12,12 +12,12 @@ use crate::session::fault::Lookup;
 use crate::session::platform::{Image, PAGE, PageNumber, Platform};
 use crate::session::state::Status;
 
-/// How often a reader looks at what no notification tells: that its page has moved, or that the
+/// Interval at which a reader checks for what no notification announces: its page has moved, or the
 /// session ends.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Has every page of `addresses` brought, up to the first that can't be, and waits for it.
+    /// Loads every page of `addresses`, up to the first that can't be loaded, and waits for it.
     pub(crate) fn bring_for_reader(&self, addresses: Range<u64>) {
         let mut next = addresses.start & !(PAGE - 1);
         while next < addresses.end && !self.is_ending() {
@@ -29,14 +29,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Asks for `page`, which is at `address`, as a fault does, and waits until it is settled, or
-    /// the owner has moved it away.
+    /// Requests `page`, which is at `address`, as a fault does. Waits until it is settled or the
+    /// owner has moved it away.
     fn wait_for(&self, address: u64, page: PageNumber) {
         let _reader = self.queue.reader();
         self.queue.push(address, 0);
         self.platform.kick();
         loop {
-            // Counted before looking: an answer that is given after the look is not slept through.
+            // Read before the check, so that an answer given after the check is not missed.
             let answers = *self.queue.answers();
             if self.is_ending() || self.status_at(address) != Some((page, Status::Absent)) {
                 return;
@@ -45,8 +45,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Installs what a discarded page at `address` reads as. The kernel would, if it were asked by
-    /// a fault.
+    /// Installs the zeros that a fault on a discarded page at `address` would get.
     pub(crate) fn zero_for_reader(&self, address: u64) {
         let address = address & !(PAGE - 1);
         let mut tries = 0;

@@ -1,4 +1,4 @@
-//! Pauses between two tries of what failed for a reason that may pass.
+//! Pauses between retries of an operation that failed for a possibly temporary reason.
 
 use std::time::{Duration, Instant};
 
@@ -7,27 +7,27 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest pause.
 const MAX_PAUSE: Duration = Duration::from_millis(512);
 
-/// How long retries go on, unless the session is told otherwise.
+/// How long retries continue by default.
 pub(crate) const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The retries of one page, or of a whole prefetch, since they last succeeded.
+/// Consecutive failures of one page, or of a whole prefetch, since the last success.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Retries {
-    /// When the first try failed.
+    /// The time of the first failure.
     since: Option<Instant>,
     count: u32,
 }
 
 impl Retries {
-    /// Counts a try that failed. Returns how long to wait before the next, or `None` once
-    /// `timeout` has passed since the first: the last retry is made at its end.
+    /// Counts a failed attempt. Returns the pause before the next one, or `None` once `timeout` has
+    /// passed since the first failure. The last retry happens at the end of the timeout.
     pub(crate) fn failed(&mut self, now: Instant, timeout: Duration) -> Option<Duration> {
         let since = *self.since.get_or_insert(now);
         let left = timeout.saturating_sub(now.saturating_duration_since(since));
         (!left.is_zero()).then(|| self.pause().min(left))
     }
 
-    /// Returns how long to wait before the next try, whatever time has passed.
+    /// Returns the pause before the next attempt, regardless of the time passed.
     pub(crate) fn pause(&mut self) -> Duration {
         let factor = 1_u32.checked_shl(self.count).unwrap_or(u32::MAX);
         self.count = self.count.saturating_add(1);

@@ -1,12 +1,12 @@
-//! Runs every interleaving of some threads.
+//! Explorer that runs every interleaving of some threads.
 //!
 //! Threads are coroutines that stop before each operation that another thread could notice. At each
-//! stop the explorer picks one of those that can go on; depth first, it tries every pick. A state
-//! that was seen before is not explored again: two states are the same if the model, the session's
-//! shared state, what each thread stopped before, and for each thread everything that it was told
-//! are the same. A thread's own variables follow from these: it is deterministic, what it looks up
-//! in the shared state it acts on before its next stop, and each stop names what the thread is
-//! about.
+//! stop the explorer picks one of the threads that can continue; depth first, it tries every pick.
+//! A state that was seen before is not explored again. Two states are the same if the model, the
+//! session's shared state, the operation before which each thread stopped, and everything that each
+//! thread was told are the same. A thread's own variables follow from these: it is deterministic,
+//! it acts on what it reads from the shared state before its next stop, and each stop names the
+//! page or address that it concerns.
 
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -16,31 +16,32 @@ use std::rc::Rc;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
-/// Steps after which a run is taken to make no progress.
+/// Number of steps after which a run counts as making no progress.
 const MAX_STEPS: usize = 1500;
 
-/// What a thread stopped before.
+/// The operation before which a thread stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum InstallError<O> {
     /// The operation; it may have to wait for its condition.
     Op(O),
-    /// A choice of the model, one of so many.
+    /// A choice of the model among this many alternatives.
     Choose(usize),
 }
 
-/// The world that threads act on.
+/// The world on which threads act.
 pub(super) trait Scene: 'static {
-    /// What a thread can stop before.
+    /// An operation before which a thread can stop.
     type Op: Copy + std::fmt::Debug + PartialEq + Hash + 'static;
-    /// Whether the thread that stopped before `op` can go on.
+    /// Whether the thread that stopped before `op` can continue.
     fn enabled(&self, thread: usize, op: &Self::Op) -> bool;
-    /// All shared state, as a number.
+    /// Returns a digest of all shared state.
     fn digest(&self) -> u64;
-    /// Called when no thread can go on, or all ended: what is wrong.
+    /// Checks the end state, when no thread can continue or all have finished. An error describes
+    /// what is wrong.
     fn check_end(&self, stuck: &[usize]) -> Result<(), String>;
 }
 
-/// How a thread talks to the explorer.
+/// A thread's channel to the explorer.
 pub(super) struct Thread<O> {
     yielder: Cell<*const Yielder<usize, InstallError<O>>>,
     told: Cell<u64>,
@@ -59,25 +60,25 @@ impl<O: Copy + Hash> Thread<O> {
         self.suspend(InstallError::Op(op));
     }
 
-    /// A number below `n`: each is tried.
+    /// Returns a number below `n`. The explorer tries each one.
     pub(super) fn choose(&self, n: usize) -> usize {
         let chosen = self.suspend(InstallError::Choose(n));
         self.tell(&chosen);
         chosen
     }
 
-    /// Forgets what the thread was told: at a point that it reaches with the same variables
-    /// whatever that was, which `point` names.
+    /// Forgets what the thread was told. Only for a point, named by `point`, that the thread
+    /// reaches with the same variables whatever it was told.
     pub(super) fn forget(&self, point: u64) {
         self.told.set(point);
     }
 
-    /// All that the thread was told, as a number.
+    /// Returns a digest of everything that the thread was told.
     pub(super) fn told(&self) -> u64 {
         self.told.get()
     }
 
-    /// Records what the thread was told.
+    /// Records what the thread is told.
     pub(super) fn tell(&self, what: &impl Hash) {
         let mut hasher = DefaultHasher::new();
         (self.told.get(), 1_u8).hash(&mut hasher);
@@ -87,8 +88,9 @@ impl<O: Copy + Hash> Thread<O> {
 
     #[expect(unsafe_code)]
     fn suspend(&self, stop: InstallError<O>) -> usize {
-        // SAFETY: the pointer was set by `spawn` when this coroutine started, on whose stack the
-        // yielder lives as long as the coroutine runs; only the running coroutine comes here.
+        // SAFETY: `spawn` set the pointer when this coroutine started. The yielder lives on the
+        // coroutine's stack as long as the coroutine runs, and only the running coroutine comes
+        // here.
         let yielder = unsafe { &*self.yielder.get() };
         let chosen = yielder.suspend(stop);
         self.tell(&OpMark(&stop));
@@ -104,12 +106,12 @@ impl<O: Hash> Hash for OpMark<'_, O> {
     }
 }
 
-/// What exploring found.
+/// The result of an exploration.
 #[derive(Debug)]
 pub(super) struct Explored {
-    /// Runs made.
+    /// Number of runs.
     pub(super) runs: u64,
-    /// Distinct states.
+    /// Number of distinct states.
     pub(super) states: usize,
     /// The first violation.
     pub(super) violation: Option<String>,
@@ -118,14 +120,14 @@ pub(super) struct Explored {
 /// The body of a thread.
 pub(super) type Body = Box<dyn FnOnce()>;
 
-/// One run, ready to start: the scene, and its threads with their bodies.
+/// A run that is ready to start: the scene, and its threads with their bodies.
 pub(super) struct Setup<S: Scene> {
     pub(super) scene: Rc<S>,
     pub(super) threads: Rc<[Thread<S::Op>]>,
     pub(super) bodies: Vec<Body>,
 }
 
-/// Tries every interleaving of the threads that `setup` makes anew for each run.
+/// Tries every interleaving of the threads, which `setup` creates anew for each run.
 pub(super) fn explore<S: Scene>(setup: impl Fn() -> Setup<S>) -> Explored {
     let mut seen = HashSet::new();
     let mut path: Vec<(usize, usize)> = Vec::new();
@@ -157,7 +159,7 @@ pub(super) fn explore<S: Scene>(setup: impl Fn() -> Setup<S>) -> Explored {
     }
 }
 
-/// One run along `path`, and on from its end by first picks.
+/// Runs along `path`, and continues from its end with first picks.
 fn run<S: Scene>(
     setup: Setup<S>,
     path: &mut Vec<(usize, usize)>,
@@ -222,7 +224,7 @@ fn run<S: Scene>(
         None
     });
     for mut coroutine in coroutines {
-        // An unfinished thread is unwound: its guards let go without stopping.
+        // An unfinished thread is unwound; its guards release without stopping.
         coroutine.force_unwind();
         stacks.push(coroutine.into_stack());
     }
@@ -242,7 +244,7 @@ fn resume<O>(
     }
 }
 
-/// The end of a run, for a reader.
+/// Returns the end of a trace in readable form.
 fn shown<O: std::fmt::Debug>(trace: &[(usize, Option<InstallError<O>>)]) -> String {
     let from = trace.len().saturating_sub(60);
     let lines = trace[from..].iter();

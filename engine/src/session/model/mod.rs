@@ -1,9 +1,9 @@
-//! The session under every interleaving, on a model of the kernel.
+//! Model checker: runs the session in every interleaving on a model of the kernel.
 //!
 //! Each scenario has threads of the owner, which touch, discard, unmap and move pages and know what
-//! they must read, and threads of the session: fault threads, a prefetcher, and one that gives up.
-//! The right code passes in every interleaving; each mistake that is planted in the platform under
-//! it makes one fail.
+//! they must read, and threads of the session: fault threads, a prefetcher, and one that gives the
+//! session up. The correct code passes in every interleaving. Each mistake planted in the platform
+//! below it makes some interleaving fail.
 
 mod explore;
 mod model;
@@ -25,32 +25,33 @@ use crate::session::platform::PAGE;
 use crate::session::state::address_map::Extent;
 use model::Op;
 
-/// Pages of the model's snapshot: two frames of two pages.
+/// Number of pages in the model's snapshot: two frames of two pages.
 const PAGES: u64 = 4;
 
-/// One step of a thread of the owner.
+/// An action of a thread of the owner.
 #[derive(Clone, Copy, Debug)]
 enum Act {
-    /// Read the page at this place. It must have its content, or be zero if it was discarded.
+    /// Read the page at this place. The page must have its content, or be zero if it was discarded.
     Touch(u64),
-    /// Discard the pages of places.
+    /// Discard the pages in a range of places.
     Discard(u64, u64),
-    /// Unmap the places.
+    /// Unmap a range of places.
     Unmap(u64, u64),
     /// Move one place to another, where the same content is expected.
     Move(u64, u64),
     /// Read a place that another thread may unmap or move away.
     TouchIfMapped(u64),
-    /// Write this place, which then must keep what was written.
+    /// Write to this place, which must then keep the written content.
     Write(u64, u8),
-    /// Map something else at this place, if nothing is mapped there. It must stay what it is.
+    /// Map something else at this place, if nothing is mapped there. Its content must stay
+    /// unchanged.
     MapAfresh(u64),
 }
 
-/// The content of what is mapped afresh.
+/// The content of new mappings.
 const FRESH: u8 = 77;
 
-/// What is run.
+/// A scenario to run.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "independent switches of a test"
@@ -59,35 +60,35 @@ struct Scenario {
     owner: &'static [&'static [Act]],
     fault_threads: usize,
     prefetchers: usize,
-    /// The pages that are prefetched.
+    /// Pages that are prefetched.
     prefetched: Range<u64>,
     mistake: Option<Mistake>,
-    /// Pages whose discard was lost: marked present, and missing.
+    /// Pages whose discard was lost: they are marked present, and are missing.
     lost: &'static [u64],
     /// Whether those pages are counted twice.
     miscounted: bool,
-    /// COPY calls that may be cut short, installs that may find no memory.
+    /// Numbers of COPY calls that may be cut short, and of installs that may find no memory.
     cuts: u32,
     shortages: u32,
     /// Whether time passes between the start of a change and its event.
     slow: bool,
-    /// Whether a change may begin between an install's first look for one and the kernel's lock.
+    /// Whether a change may begin between an install's first check for one and the kernel's lock.
     two_checks: bool,
-    /// Whether fault threads are on the core of the thread that they serve, and so wake it after they
-    /// have let go of the lock.
+    /// Whether fault threads run on the core of the thread that they serve, and so wake it after
+    /// they have released the lock.
     same_core: bool,
-    /// Whether nobody ends the session: it has to complete by itself.
+    /// Whether nobody ends the session, so that it must complete by itself.
     completes: bool,
-    /// Whether the memory is of large pages, of two pages each.
+    /// Whether the memory has large pages, of two pages each.
     large: bool,
     /// Whether a thread gives the session up, at any time.
     gives_up: bool,
-    /// The frame that is damaged.
+    /// The damaged frame.
     damaged: Option<u64>,
-    /// How many faults are served together: none before so many were taken, as with a store that
-    /// answers the first read after the last.
+    /// Number of faults that are served together: none is served before this many were taken, as
+    /// with a store that answers the first read after the last.
     together: usize,
-    /// The place of a discarded page that a thread of the session fills with zeros, for a reader.
+    /// The place of a discarded page that a session thread fills with zeros, for a reader.
     zeroed: Option<u64>,
 }
 
@@ -116,16 +117,16 @@ impl Default for Scenario {
     }
 }
 
-/// What the owner knows of its pages.
+/// The owner's knowledge of a page.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
 enum Knows {
-    /// The page has its content.
+    /// The page has its original content.
     Original,
-    /// A discard has begun: either.
+    /// A discard has begun, so the page may have its original content or be zero.
     Discarding,
-    /// It was discarded.
+    /// The page was discarded.
     Zero,
-    /// It was written after that.
+    /// The page was written after its discard.
     Written(u8),
 }
 
@@ -143,7 +144,7 @@ impl Knows {
     }
 }
 
-/// Has the pages of the damaged frame poisoned. Nothing else fails in these scenarios.
+/// A guard that poisons the pages of the damaged frame. Nothing else fails in these scenarios.
 struct OnlyDamage;
 
 impl Guard for OnlyDamage {
@@ -159,7 +160,7 @@ impl Guard for OnlyDamage {
     }
 }
 
-/// A thread's own worker.
+/// A context source with one context for each thread.
 struct Own {
     scene: Rc<Scene>,
     worker: RefCell<ThreadContext<Pages>>,
@@ -297,7 +298,7 @@ impl Scenario {
         }
     }
 
-    /// Every interleaving is right.
+    /// Asserts that every interleaving is correct.
     #[expect(clippy::print_stdout, reason = "how much was tried")]
     fn holds(&self) {
         let explored = self.explore();
@@ -309,7 +310,7 @@ impl Scenario {
         );
     }
 
-    /// Some interleaving goes wrong in the way that `expected` says.
+    /// Asserts that some interleaving fails as described by `expected`.
     fn goes_wrong(&self, expected: &str) {
         let violation = self
             .explore()
@@ -322,7 +323,7 @@ impl Scenario {
     }
 }
 
-/// One act of a thread of the owner, operation by operation.
+/// Performs one action of an owner's thread, operation by operation.
 fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow: bool) {
     let (model, owner) = (&scene.session.platform, &scene.owner);
     let may_be_lost = |page: u64| scene.gives_up || scene.session.image.is_damaged(page);
@@ -392,7 +393,7 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
                 set(start..end, Knows::Zero);
             },
         ),
-        // The kernel takes the mappings away first and tells afterwards.
+        // The kernel first removes the mappings, and then sends the event.
         Act::Unmap(start, end) => change(
             Change::Unmap(at(start), at(end)),
             &|| model.world.borrow_mut().unmap(at(start), at(end)),
@@ -427,10 +428,10 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
 
 use Act::{Discard, MapAfresh, Move, Touch, TouchIfMapped, Unmap, Write};
 
-/// The second toucher may come before, during or after the discard, and has to read accordingly.
+/// The second touch may come before, during or after the discard, and must read accordingly.
 const TWO_AND_A_DISCARDER: &[&[Act]] = &[&[Touch(0)], &[Touch(2)], &[Discard(1, 3)]];
 
-/// One frame at a time: with both there are ten times as many interleavings.
+/// One frame at a time: with both frames there are ten times as many interleavings.
 fn two_faulting_threads_a_prefetcher_and_a_discarder_of(prefetched: Range<u64>) {
     Scenario {
         owner: TWO_AND_A_DISCARDER,
@@ -452,7 +453,7 @@ fn two_faulting_threads_a_prefetcher_of_the_other_frame_and_a_discarder() {
     two_faulting_threads_a_prefetcher_and_a_discarder_of(0..2);
 }
 
-/// Both frames are prefetched, and touched by one thread.
+/// Both frames are prefetched, and one thread touches both.
 #[test]
 fn a_faulting_thread_a_prefetcher_of_two_frames_and_a_discarder() {
     Scenario {
@@ -492,8 +493,8 @@ fn copies_that_are_cut_short() {
     .holds();
 }
 
-/// The pages behind the cut, of either frame, are touched as well: the session must not take them
-/// for present.
+/// The pages after the cut, of either frame, are touched as well: the session must not consider
+/// them present.
 const PAGES_BEHIND_THE_CUT: &[&[Act]] = &[&[Touch(0), Touch(1)], &[Touch(3)]];
 
 #[test]
@@ -530,9 +531,9 @@ fn unmapping_under_faults() {
     }
 }
 
-/// A page was moved while its install waited for the kernel's lock: the kernel had looked for a
-/// change before, and said ENOENT. The page was taken for gone and read zeros at its new address.
-/// Who gets ENOENT now looks whether a change has begun.
+/// Regression test: a page was moved while its install waited for the kernel's lock. The kernel had
+/// checked for a change before, and returned ENOENT. The page was considered gone and read as zeros
+/// at its new address. A thread that gets ENOENT now checks whether a change has begun.
 #[test]
 fn moving_under_an_install_that_waits_for_the_kernel() {
     Scenario {
@@ -550,7 +551,7 @@ fn moving_under_an_install_that_waits_for_the_kernel() {
     .holds();
 }
 
-/// The last page was settled by one thread while another waited for messages, for ever.
+/// Regression test: one thread settled the last page while another waited for messages forever.
 #[test]
 fn a_session_completes_by_itself() {
     Scenario {
@@ -575,8 +576,8 @@ fn a_session_completes_by_itself() {
     .holds();
 }
 
-/// Two threads may both count a page, and then it looks as if all were settled when one is not: who
-/// looks closer finds it, and looks again later.
+/// Two threads may both count a page, so that all pages seem settled when one is not. The exact
+/// check finds it, and is repeated later.
 #[test]
 fn a_session_completes_though_a_page_was_counted_twice() {
     Scenario {
@@ -590,8 +591,8 @@ fn a_session_completes_though_a_page_was_counted_twice() {
     .holds();
 }
 
-/// Touches of discarded pages come at any moment of the completion, also between the kernel's wake-up
-/// and the end of the registration.
+/// Touches of discarded pages come at any moment of the completion, also between the kernel's
+/// wake-up and the end of the registration.
 const FAULTS_AT_THE_END: &[&[Act]] = &[&[Touch(0), Touch(3)], &[Discard(1, 2), Touch(1)]];
 
 #[test]
@@ -607,7 +608,7 @@ fn moving_under_faults() {
     }
 }
 
-/// Both faults may be read at once by one thread: another one has to serve the second.
+/// One thread may read both faults at once: another one must serve the second.
 #[test]
 fn faults_that_are_served_together() {
     Scenario {
@@ -619,7 +620,7 @@ fn faults_that_are_served_together() {
     .holds();
 }
 
-/// A fault that is read while pages are prefetched, by a thread that does not serve it.
+/// A fault is read during an install for prefetch, by a thread that does not serve it.
 #[test]
 fn faults_that_are_read_in_an_install() {
     Scenario {
@@ -631,7 +632,7 @@ fn faults_that_are_read_in_an_install() {
     .holds();
 }
 
-/// The discard of the last absent page is read by a thread that only fills a page with zeros.
+/// A thread that only fills a page with zeros reads the discard of the last absent page.
 #[test]
 fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
     Scenario {
@@ -644,8 +645,8 @@ fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
     .holds();
 }
 
-/// The pages of a damaged frame are poisoned, and those of them that are discarded are zero: also
-/// one that is discarded when its frame has failed.
+/// The pages of a damaged frame are poisoned, and discarded ones among them are zero, including one
+/// that is discarded after its frame has failed.
 #[test]
 fn pages_of_a_damaged_frame() {
     let owners: [&[&[Act]]; 5] = [
@@ -702,7 +703,7 @@ fn an_event_that_is_late() {
     .holds();
 }
 
-/// Parts of large pages are discarded while they are put together, and when they are there.
+/// Parts of large pages are discarded while the pages are assembled, and when they are present.
 #[test]
 fn large_pages_of_which_parts_are_discarded() {
     let owners: [(usize, &[&[Act]]); 3] = [
@@ -780,8 +781,8 @@ const GIVEN_UP: [&[&[Act]]; 5] = [
     &[&[Move(0, 9)], &[MapAfresh(0), Touch(3)]],
 ];
 
-/// What was missing is poisoned wherever it is, what was there or was discarded stays, and what the
-/// owner maps where it has unmapped something is left alone.
+/// Missing pages are poisoned wherever they are, present and discarded ones stay, and new mappings
+/// of the owner at unmapped places are left alone.
 #[test]
 fn giving_up_under_an_owner_that_changes_its_memory() {
     for owner in GIVEN_UP {

@@ -1,5 +1,5 @@
-//! The platform on the model: every operation stops first, so that the explorer can let another
-//! thread go before it.
+//! The platform on the model: every operation stops first, so that the explorer can run another
+//! thread before it.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -14,7 +14,7 @@ use crate::session::fault::in_flight::{FrameId, InFlight};
 use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
 use snaprestore_uffd::uffd::Wake;
 
-/// What a thread stops before.
+/// An operation before which a thread stops.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
 pub(super) enum Op {
     Shared(u64),
@@ -24,23 +24,23 @@ pub(super) enum Op {
     BackOff,
     Copy(u64, u64),
     Zeropage(u64, u64),
-    /// Between an install's first look for a change and the kernel's lock.
+    /// Between an install's first check for a change and taking the kernel's lock.
     Lock,
     Wake(u64, u64),
     Unregister(u64, u64),
     Poison(u64, u64),
-    /// Between the wake-up of who sleeps in a range and the end of its registration.
+    /// Between the wake-up of the sleepers in a range and the end of its registration.
     Unregistered(u64, u64),
     Probe,
-    /// Until as many faults are being served as are served together.
+    /// Waits until all faults that are served together are being served.
     Together,
-    /// The session is given up.
+    /// Gives the session up.
     End,
-    /// Until the session's threads have returned.
+    /// Waits until the session's threads have returned.
     Join,
     Close,
     MapAfresh,
-    /// After an install, before what it did is marked.
+    /// After an install, before its pages are marked.
     Mark,
     Touch(u64),
     Sleep,
@@ -50,53 +50,54 @@ pub(super) enum Op {
     GoOn,
 }
 
-/// A mistake planted under the session.
+/// A mistake planted in the platform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mistake {
-    /// The install lock keeps nobody out.
+    /// The install lock excludes nobody.
     NoInstallLock,
-    /// A fault on a present page is answered by WAKE alone.
+    /// A fault on a present page is answered with WAKE alone.
     WakeForPresent,
-    /// An install that said EAGAIN is taken as done.
+    /// An install that returned EAGAIN counts as done.
     EagainDropped,
-    /// Who sleeps where nothing is mapped any more is not woken: neither by UNMAP and REMAP, nor
-    /// when an install finds it out.
+    /// Sleepers where nothing is mapped any more are not woken, neither by UNMAP and REMAP nor when
+    /// an install notices it.
     NoWakeAfterUnmap,
     /// Pages are marked present before the COPY.
     PresentBeforeCopy,
-    /// Who was not woken by the install is not woken after it.
+    /// Waiters that the install did not wake are not woken after it either.
     NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
-    /// What is missing in the end is made inaccessible by its address.
+    /// Pages that are missing in the end are made inaccessible by their address.
     ProtectByAddress,
-    /// A COPY that is cut short is taken for one page longer than it was.
+    /// A COPY that is cut short counts as one page longer than it was.
     CutMarksOneMore,
     /// Nobody is woken after a range was unregistered.
     NoWakeAfterUnregister,
 }
 
-/// The model under the session's platform.
+/// The kernel model as the session's platform.
 pub(super) struct Model {
     pub(super) world: RefCell<World>,
     threads: Rc<[Thread<Op>]>,
-    /// The thread that runs now: set by each after every stop.
+    /// The running thread; each thread sets it after every stop.
     current: Cell<usize>,
     mistake: Option<Mistake>,
-    /// Whether a change may begin between an install's first look for one and the kernel's lock.
+    /// Whether a change may begin between an install's first check for one and taking the kernel's
+    /// lock.
     two_checks: bool,
-    /// Whether fault threads are on the core of the thread that they serve.
+    /// Whether fault threads run on the core of the thread that they serve.
     same_core: bool,
-    /// Whether the last install of the running thread said EAGAIN.
+    /// Whether the last install of the running thread returned EAGAIN.
     again: Cell<bool>,
-    /// Threads of the session that have not returned.
+    /// Number of session threads that have not returned.
     pub(super) serving: Cell<usize>,
-    /// Faults that have been taken, where some are served together only.
+    /// Number of faults that were taken, in scenarios that serve some faults only together.
     pub(super) taken: Cell<usize>,
     session: Cell<*const Session<Self, Pages>>,
 }
 
-// SAFETY: the session asks for a platform that threads can share; here all threads are coroutines
+// SAFETY: the session requires a platform that threads can share. Here all threads are coroutines
 // of one thread, which runs one at a time.
 #[expect(unsafe_code)]
 unsafe impl Sync for Model {}
@@ -123,25 +124,25 @@ impl Model {
         }
     }
 
-    /// A thread of the session starts.
+    /// Records that a thread of the session starts.
     pub(super) fn enter(&self, thread: usize) {
         self.current.set(thread);
     }
 
-    /// Tells the model which session runs on it.
+    /// Sets the session that runs on this model.
     pub(super) fn watch(&self, session: &Session<Self, Pages>) {
         self.session.set(session);
     }
 
-    /// The session that runs on this model.
+    /// Returns the session that runs on this model.
     #[expect(unsafe_code)]
     fn session(&self) -> &Session<Self, Pages> {
-        // SAFETY: set by `watch` before any thread started, to the session that owns this model and
-        // doesn't move.
+        // SAFETY: `watch` set the pointer before any thread started, to the session that owns this
+        // model and doesn't move.
         unsafe { &*self.session.get() }
     }
 
-    /// A thread of the session has returned.
+    /// Records that a thread of the session has returned.
     pub(super) fn leave(&self) {
         self.serving.set(self.serving.get() - 1);
     }
@@ -158,7 +159,7 @@ impl Model {
         self.current.set(current);
     }
 
-    /// The current thread, and what it was told so far.
+    /// Returns the current thread, and what it was told so far.
     fn here(&self) -> (usize, u64) {
         let current = self.current.get();
         (current, self.threads[current].told())
@@ -187,8 +188,8 @@ impl Model {
         }
     }
 
-    /// The kernel looks for a change once before it takes its lock, and once more after it has
-    /// found the mapping. True: there is one now.
+    /// Models the kernel's first check for a change: it checks once before it takes its lock, and
+    /// once more after it has found the mapping. Returns `true` if there is a change now.
     fn early_check(&self) -> bool {
         let changing = self.world.borrow().is_changing();
         if self.two_checks && !changing {
@@ -197,7 +198,7 @@ impl Model {
         changing
     }
 
-    /// The kernel's wake at the end of an install.
+    /// Performs the kernel's wake at the end of an install.
     fn wake_now(&self, wake: Wake, address: u64, installed: Installed, len: u64) {
         let done = match installed {
             Installed::Done => len,
@@ -213,7 +214,7 @@ impl Model {
         if self.world.borrow().shortages == 0 || self.choose(2) == 0 {
             return false;
         }
-        // Another thread may have chosen the same meanwhile.
+        // Another thread may have made the same choice meanwhile.
         let left = &mut self.world.borrow_mut().shortages;
         let short = *left > 0;
         *left = left.saturating_sub(1);
@@ -221,11 +222,12 @@ impl Model {
     }
 }
 
-/// A hold that ends when dropped.
+/// A hold of the install lock that ends when dropped.
 pub(super) struct Hold<'a> {
     model: &'a Model,
     release: fn(&mut World),
-    /// The thread, and what it had been told before the hold, if it keeps nothing of it.
+    /// The thread, and what it had been told before the hold, if it keeps nothing of what it was
+    /// told during the hold.
     forgets: Option<(usize, u64)>,
 }
 
@@ -261,7 +263,7 @@ impl Platform for Model {
     }
 
     fn shared(&self, about: u64) -> Self::Shared<'_> {
-        // A hold that ends in EAGAIN is made again from where it was.
+        // A hold that ends in EAGAIN is repeated from the same point.
         let forgets = Some(self.here());
         self.stop(Op::Shared(about));
         self.world.borrow_mut().shared += 1;
@@ -273,7 +275,7 @@ impl Platform for Model {
     }
 
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_> {
-        // What is read goes to the shared state.
+        // What is read goes into the shared state.
         let forgets = Some(self.here());
         self.stop(Op::Exclusive(about));
         if !self.is(Mistake::NoInstallLock) {
@@ -288,7 +290,7 @@ impl Platform for Model {
 
     fn wait_readable(&self, patience: Option<Duration>) -> Waited {
         assert_eq!(patience, None, "nothing fails in the model");
-        // Between two faults a fault thread has nothing in mind.
+        // Between two faults, a fault thread carries no state.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);
         let mut world = self.world.borrow_mut();
@@ -311,8 +313,8 @@ impl Platform for Model {
 
     fn brake(&self) {}
 
-    /// No stop: what others can do between the exclusive hold's start and the read, they could as
-    /// well have done before it.
+    /// Doesn't stop: whatever others can do between the start of the exclusive hold and the read,
+    /// they could as well have done before it.
     fn read(&self, _: &mut Hold<'_>, record: &mut dyn FnMut(Event)) -> Result<usize, ReadFailed> {
         let thread = &self.threads[self.current.get()];
         let late = self.is(Mistake::RemoveAfterFaults);
@@ -336,8 +338,8 @@ impl Platform for Model {
 
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
         let len = bytes.len() as u64;
-        // What is copied was put together before, from what was known then: threads that copy other
-        // bytes are not in the same state.
+        // The copied content was assembled before, from what was known then: threads that copy
+        // different bytes are not in the same state.
         let page = snaprestore_uffd::to_usize(PAGE);
         let decided: Vec<u8> = bytes.chunks(page).map(|page| page[0]).collect();
         self.threads[self.current.get()].tell(&decided);
@@ -448,7 +450,7 @@ impl Platform for Model {
     }
 }
 
-/// All that the session's threads share, as a number.
+/// Returns a digest of everything that the session's threads share.
 fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
@@ -459,20 +461,21 @@ fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     hasher.finish()
 }
 
-/// The whole: what the explorer sees.
+/// The complete scene that the explorer sees.
 pub(super) struct Scene {
     pub(super) session: Session<Model, Pages>,
     pub(super) owner: Owner,
-    /// Threads of the owner; they come first.
+    /// Number of owner threads, which come first.
     pub(super) owners: usize,
     /// Whether the session is given up in the end.
     pub(super) gives_up: bool,
-    /// How many faults are served together.
+    /// Number of faults that are served together.
     pub(super) together: usize,
 }
 
 impl Scene {
-    /// What was missing when all was closed must not be left to the kernel, which would make it zero.
+    /// Checks that pages that were missing at the close were not left to the kernel, which would
+    /// make them zero.
     fn check_given_up(&self) -> Result<(), String> {
         let world = self.session.platform.world.borrow();
         if world
@@ -502,7 +505,7 @@ impl explore::Scene for Scene {
         match op {
             Op::Shared(_) => unlocked || !world.exclusive,
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
-            // What another thread has read by then ends no waiting.
+            // Messages that another thread has read by then don't end the wait.
             Op::WaitReadable => world.kicked || world.edge && world.readable(),
             Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
             // Time passes until something has changed.

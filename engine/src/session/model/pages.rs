@@ -1,4 +1,4 @@
-//! The snapshot under a session in the model.
+//! The snapshot of a session in the model.
 
 use snapshot_format::Reason;
 
@@ -6,27 +6,27 @@ use crate::session::failure::{Failure, FailureKind};
 use crate::session::fault::in_flight::FrameId;
 use crate::session::platform::{Content, Image, PageNumber, Run};
 
-/// The content of a page, whose number is its place at the start.
+/// Returns the content of a page, whose number is its initial place.
 pub(super) fn content_of(page: u64) -> u8 {
     u8::try_from(page).unwrap() + 1
 }
 
-/// The snapshot of the model: page n repeats n + 1 and lies in frame n / 2, slot n % 2.
+/// The snapshot of the model: page n repeats n + 1 and is in frame n / 2, slot n % 2.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pages {
-    /// The frame that is damaged.
+    /// The damaged frame.
     pub(super) damaged: Option<u64>,
 }
 
 impl Pages {
-    /// Whether `page` lies in the damaged frame.
+    /// Whether `page` is in the damaged frame.
     pub(super) fn is_damaged(&self, page: PageNumber) -> bool {
         self.damaged == Some(page / 2)
     }
 }
 
 impl Image for Pages {
-    /// Its number.
+    /// The number of the frame.
     type Frame = u64;
     /// The bytes of the last frame, as far as it is decoded.
     type Decoder = Vec<u8>;
@@ -91,7 +91,7 @@ impl Image for Pages {
     }
 }
 
-/// The first page of the last frame decoded.
+/// Returns the first page of the last frame decoded.
 fn first_page(decoder: &[u8]) -> PageNumber {
     decoder.first().map_or(0, |first| u64::from(*first) - 1)
 }

@@ -1,12 +1,13 @@
-//! A model of one owner's memory and its userfaultfd: what the kernel promises, and no more.
+//! A model of one owner's memory and its userfaultfd: the kernel's guarantees, and no more.
 //!
-//! Modelled: faults that wait until woken and look again; faults read before events; events whose
-//! caller waits until they are read, and acts only after; EAGAIN from the moment the caller starts
-//! until it goes on; partial COPY; EEXIST, ENOENT, ENOMEM; UNREGISTER, which wakes the sleepers of
-//! a range before it gives the range up, so that a fault in between sleeps until somebody wakes it;
-//! poison, which stays when all is closed; memory that is mapped afresh where something was unmapped.
-//! Large pages (here of two) fault, arrive and go as one; a part of one that is discarded is zeroed
-//! if it is there, and otherwise nothing happens to it.
+//! The model covers faults that wait until woken and then fault again; faults read before events;
+//! events whose caller waits until they are read, and acts only after that; EAGAIN from the moment
+//! the caller starts until it continues; partial COPY; EEXIST, ENOENT, ENOMEM; UNREGISTER, which
+//! wakes the sleepers of a range before it unregisters the range, so that a thread that faults in
+//! between sleeps until somebody wakes it; poison, which stays when everything is closed; new
+//! mappings where something was unmapped. Large pages (here of two pages) fault, arrive and
+//! disappear as one. A discarded part of a large page is zeroed if the page is present, and
+//! otherwise nothing happens to it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,27 +15,27 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use crate::session::platform::{Event, Installed, PAGE};
 use crate::session::state::address_map::LARGE_PAGES;
 
-/// Bytes of a large page.
+/// Size of a large page in bytes.
 const LARGE: u64 = LARGE_PAGES * PAGE;
 
 /// Address of the first page.
 pub(super) const BASE: u64 = 0x10_0000;
 
-/// Address of a page's place.
+/// Returns the address of a page's place.
 pub(super) fn at(place: u64) -> u64 {
     BASE + place * PAGE
 }
 
-/// Threads are numbered as they were started.
+/// Number of a thread, in the order of their start.
 pub(super) type Thread = usize;
 
-/// What is at a mapped address.
+/// The content of a mapped address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Content {
     Missing,
     /// A page with this content; 0 is the zero page.
     Byte(u8),
-    /// A touch is a signal.
+    /// Poison: a touch raises a signal.
     Poison,
 }
 
@@ -54,7 +55,7 @@ pub(super) enum Change {
     Remap(u64, u64, u64),
 }
 
-/// The kernel's side.
+/// The kernel's state.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "what may happen, thing by thing"
@@ -63,51 +64,52 @@ pub(super) enum Change {
 pub(super) struct World {
     /// Mapped and registered places. A place that isn't here is not mapped.
     pub(super) places: BTreeMap<u64, Content>,
-    /// What is mapped where nothing of the session's is any more: its memory isn't registered.
+    /// Other mappings of the owner at places that no longer belong to the session; their memory
+    /// isn't registered.
     pub(super) fresh: BTreeMap<u64, Content>,
-    /// Places that the kernel serves itself.
+    /// Places that the kernel serves by itself.
     pub(super) unregistered: BTreeSet<u64>,
     /// Whether the pages are large.
     pub(super) large: bool,
     pub(super) sleepers: Vec<Sleeper>,
     pub(super) events: VecDeque<(Thread, Change)>,
-    /// Events that were acknowledged and are given with the next read: a planted mistake's.
+    /// Events that were acknowledged, but are delivered only by the next read: a planted mistake.
     pub(super) withheld: VecDeque<Change>,
-    /// Threads between the start of a change and its going on.
+    /// Number of threads that have started a change and not yet continued.
     pub(super) changing: u32,
     pub(super) shared: u32,
     pub(super) exclusive: bool,
     pub(super) kicked: bool,
-    /// Something to read has come since a thread was woken for it. Who is woken takes it away, and
-    /// only what comes after brings it back.
+    /// Whether something to read has arrived since a thread was woken for it. The woken thread
+    /// clears it, and only later arrivals set it again.
     pub(super) edge: bool,
-    /// COPY calls of several pages that may still be cut short, and installs that may find no
-    /// memory.
+    /// Remaining number of COPY calls of several pages that may be cut short, and of installs that
+    /// may find no memory.
     pub(super) cuts: u32,
     pub(super) shortages: u32,
 }
 
 impl World {
-    /// The state as a number.
+    /// Returns a digest of the state.
     pub(super) fn digest(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.hash(&mut hasher);
         hasher.finish()
     }
 
-    /// Whether a read would give something.
+    /// Whether a read would return something.
     pub(super) fn readable(&self) -> bool {
         self.sleepers.iter().any(|s| !s.read)
             || !self.events.is_empty()
             || !self.withheld.is_empty()
     }
 
-    /// Whether installs are refused now.
+    /// Whether installs are currently refused.
     pub(super) fn is_changing(&self) -> bool {
         self.changing > 0
     }
 
-    /// A thread touches `address`: its content, or `None` if it now sleeps.
+    /// Touches `address` in a thread. Returns its content, or `None` if the thread now sleeps.
     pub(super) fn touch(
         &mut self,
         thread: Thread,
@@ -136,7 +138,7 @@ impl World {
         }
     }
 
-    /// The page at `address`, as the kernel has it.
+    /// Returns the kernel's page that contains `address`.
     fn unit(&self, address: u64) -> std::ops::Range<u64> {
         let len = if self.large { LARGE } else { PAGE };
         let start = address / len * len;
@@ -148,7 +150,7 @@ impl World {
         self.sleepers.iter().any(|sleeper| sleeper.thread == thread)
     }
 
-    /// Whether a change is one that the session is told of.
+    /// Whether the session receives an event for a change.
     pub(super) fn is_registered(&self, change: Change) -> bool {
         let (Change::Remove(start, end) | Change::Unmap(start, end)) = change else {
             let Change::Remap(from, ..) = change else {
@@ -161,23 +163,23 @@ impl World {
             .any(|(address, _)| !self.unregistered.contains(address))
     }
 
-    /// A change begins: installs are refused from now on.
+    /// Starts a change: installs are refused from now on.
     pub(super) fn begin_change(&mut self) {
         self.changing += 1;
     }
 
-    /// Its event is to be read.
+    /// Queues the event of a change.
     pub(super) fn announce(&mut self, thread: Thread, change: Change) {
         self.events.push_back((thread, change));
         self.edge = true;
     }
 
-    /// Whether a thread's event was not read yet.
+    /// Whether a thread's event has not been read yet.
     pub(super) fn announced(&self, thread: Thread) -> bool {
         self.events.iter().any(|(waiting, _)| *waiting == thread)
     }
 
-    /// The caller goes on: installs are accepted again.
+    /// Lets the caller continue: installs are accepted again.
     pub(super) fn end_change(&mut self) {
         self.changing -= 1;
     }
@@ -201,21 +203,22 @@ impl World {
         }
     }
 
-    /// Leaves the range to the kernel, which has woken its sleepers before.
+    /// Leaves the range to the kernel, which has already woken its sleepers.
     pub(super) fn unregister(&mut self, start: u64, len: u64) {
         let range = start..start + len;
         self.unregistered
             .extend(self.places.range(range).map(|(address, _)| *address));
     }
 
-    /// Closes the userfaultfd: everything is left to the kernel, and who waits for an event goes on.
+    /// Closes the userfaultfd: everything is left to the kernel, and threads that wait for an event
+    /// continue.
     pub(super) fn close(&mut self) {
         self.unregistered.extend(self.places.keys());
         self.sleepers.clear();
         self.events.clear();
     }
 
-    /// Takes access away by address: whatever is there and isn't a page of the session's.
+    /// Makes a range inaccessible by address, except for pages of the session that are present.
     pub(super) fn protect(&mut self, start: u64, len: u64) {
         let range = start..start + len;
         for (_, content) in self.places.range_mut(range.clone()) {
@@ -229,7 +232,7 @@ impl World {
         self.wake(start, len);
     }
 
-    /// Maps something else at an address where there is nothing. False if there is something.
+    /// Maps something else at an address where nothing is mapped. Returns `false` if something is.
     pub(super) fn map_afresh(&mut self, address: u64, content: u8) -> bool {
         let free = !self.places.contains_key(&address) && !self.fresh.contains_key(&address);
         if free {
@@ -238,7 +241,7 @@ impl World {
         free
     }
 
-    /// Takes the range from the address space.
+    /// Removes the range from the address space.
     pub(super) fn unmap(&mut self, start: u64, end: u64) {
         self.places
             .retain(|address, _| !(start..end).contains(address));
@@ -259,8 +262,8 @@ impl World {
             .retain(|sleeper| !(start..start + len).contains(&sleeper.address));
     }
 
-    /// Reads all messages, faults first. With `late`, events that come with faults are
-    /// acknowledged now and given with the next read.
+    /// Reads all messages, faults first. With `late`, events that come with faults are acknowledged
+    /// now but delivered by the next read.
     pub(super) fn read(&mut self, late: bool, record: &mut dyn FnMut(Event)) -> usize {
         let mut count = 0;
         for change in std::mem::take(&mut self.withheld) {
@@ -288,7 +291,7 @@ impl World {
         count + faults
     }
 
-    /// Installs pages one by one, as the kernel does: `each` gives the content of the i-th.
+    /// Installs pages one by one, as the kernel does. `each` returns the content of the i-th page.
     pub(super) fn install(
         &mut self,
         address: u64,
@@ -332,7 +335,7 @@ impl World {
     }
 }
 
-/// The touched address is not mapped: the thread would get SIGSEGV.
+/// The error for a touched address that is not mapped: the thread would get SIGSEGV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Unmapped;
 

@@ -1,4 +1,4 @@
-//! The platform that is real: a userfaultfd and this process's threads.
+//! The real platform: a userfaultfd and the threads of this process.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -15,27 +15,28 @@ use snaprestore_uffd::uffd::{
 use crate::session::fault::in_flight::{FrameId, InFlight};
 use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
 
-/// How long installs may go on meeting a changing mapping with no event to read: an owner that
-/// forks or unmaps a huge mapping is between the start of the change and its event for a while.
+/// Maximum number of consecutive installs that meet a changing mapping with no event to read: an
+/// owner that forks or unmaps a huge mapping spends a while between the start of the change and its
+/// event.
 const MAX_TRIES: u32 = 4000;
-/// Where the memory of a process can lie: above what is never mapped, below the end of the smallest
-/// address space of a 64-bit process with four levels of page tables.
+/// Range of addresses in which the memory of a process can lie: above what is never mapped, below
+/// the end of the smallest address space of a 64-bit process with four levels of page tables.
 const EVERYWHERE: (u64, u64) = (1 << 20, (1 << 47) - PAGE);
-/// The longest pause between two tries.
+/// The longest pause between two attempts.
 const MAX_PAUSE: Duration = Duration::from_millis(5);
 
-/// A userfaultfd under a session.
+/// A userfaultfd as the platform of a session.
 pub(crate) struct Kernel {
-    /// `None` once the session is over: what is missing then is nobody's to install.
+    /// The userfaultfd; `None` once the session is over and missing pages are no longer installed.
     uffd: RwLock<Option<Userfaultfd>>,
     waiting: Waiting,
-    /// Where it says which pages the owner has.
+    /// The owner's page map, which tells the pages that the owner has.
     page_map: Option<PageMap>,
-    /// The install lock. Who holds it exclusively has the ring that messages are read into.
+    /// The install lock. An exclusive hold includes the ring into which messages are read.
     install: RwLock<Reader>,
 }
 
-/// What reading needs.
+/// Resources needed to read messages.
 pub(crate) struct Reader {
     ring: Ring,
     messages: Vec<Message>,
@@ -54,18 +55,18 @@ impl Kernel {
         })
     }
 
-    /// Looks into the page map of the owner, if it has large pages.
+    /// Makes the platform consult the owner's page map, if the owner has large pages.
     pub(crate) fn with_page_map(self, page_map: Option<PageMap>) -> Self {
         Self { page_map, ..self }
     }
 
-    /// Ends the session when the process behind `pidfd` has ended.
+    /// Ends the session when the process behind `pidfd` has exited.
     pub(crate) fn watch_owner(&self, pidfd: BorrowedFd<'_>) -> std::io::Result<()> {
         self.waiting.watch(pidfd)
     }
 
-    /// Closes the userfaultfd. What is registered then reads as zeros where it is missing: nothing
-    /// may be, that anybody can touch. Threads that serve faults have to be gone.
+    /// Closes the userfaultfd. Missing pages that are still registered then read as zeros, so no
+    /// page that anybody can touch may be missing. Threads that serve faults must be gone.
     pub(crate) fn close(&self) {
         self.uffd
             .write()
@@ -73,13 +74,13 @@ impl Kernel {
             .take();
     }
 
-    /// Takes every access to memory that the owner has and that can't be restored any more, for kernels
-    /// that can't poison it.
+    /// Blocks every access to memory of the owner that can't be restored any more, for kernels that
+    /// can't poison it.
     pub(crate) fn make_inaccessible(&self, address: u64, len: u64) -> Result<(), MemError> {
         self.with(Ok(()), |uffd| uffd.make_inaccessible(address, len))
     }
 
-    /// An ioctl, if the session isn't over.
+    /// Issues an ioctl, unless the session is over.
     fn with<T>(&self, over: T, ioctl: impl FnOnce(&Userfaultfd) -> T) -> T {
         let uffd = self.uffd.read().unwrap_or_else(PoisonError::into_inner);
         uffd.as_ref().map_or(over, ioctl)
@@ -93,7 +94,7 @@ impl Kernel {
     }
 }
 
-/// The outcome of an install, for the session.
+/// Converts the outcome of an install for the session.
 fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
     match result {
         Ok(uffd::Installed::Done) => Installed::Done,
@@ -121,7 +122,8 @@ impl Platform for Kernel {
         follower.served(thread)
     }
 
-    // A panic while a lock is held leaves the ring as the kernel wrote it and the rest whole.
+    // A panic while the lock is held leaves the ring as the kernel wrote it and everything else
+    // consistent.
     fn shared(&self, _about: u64) -> Self::Shared<'_> {
         self.install.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -201,7 +203,7 @@ impl Platform for Kernel {
     }
 
     fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event)) {
-        // Who clears a ring begins at the front, so there may be nothing in its first slots only.
+        // A reader clears a ring from the front, so only the first slots may be empty.
         for slot in 0..Ring::SLOTS {
             let event = match Raw::from_words(hold.ring.load(slot)) {
                 Raw::Unknown(0) => continue,
@@ -236,7 +238,8 @@ impl Platform for Kernel {
         let Some(page_map) = &self.page_map else {
             return true;
         };
-        // Taken for missing, it is tried again for some time, and never for there.
+        // If it counts as missing, the install is retried for a while; it must never count as
+        // present.
         page_map.has(address).unwrap_or_else(|error| {
             tracing::warn!(%error, address, "the owner's page map can't be read");
             false
@@ -254,7 +257,8 @@ impl Platform for Kernel {
     fn wake_all(&self) {
         self.with((), |uffd| {
             let (start, end) = EVERYWHERE;
-            // Where the address space is smaller the kernel refuses; what is known was woken.
+            // In a smaller address space the kernel refuses the range; known ranges were already
+            // woken.
             if let Err(error) = uffd.wake(start, end - start) {
                 tracing::debug!(%error, "waking everywhere");
             }
@@ -262,7 +266,7 @@ impl Platform for Kernel {
     }
 
     fn unregister(&self, address: u64, len: u64) -> bool {
-        // What the owner has unmapped meanwhile is no longer registered either.
+        // Memory that the owner has unmapped meanwhile is no longer registered either.
         self.with(true, |uffd| match uffd.unregister(address, len) {
             Ok(_) => true,
             Err(error) => {

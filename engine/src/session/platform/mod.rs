@@ -1,6 +1,6 @@
-//! What the session needs from outside: a kernel, threads, a content.
+//! Interfaces that the session needs from outside: a kernel, threads and a content source.
 //!
-//! The session is written against these traits, so that the same code runs on the real kernel and
+//! The session is generic over these traits, so that the same code runs on the real kernel and
 //! on a model of it that tries every interleaving.
 
 pub(crate) mod kernel;
@@ -16,34 +16,36 @@ use snaprestore_uffd::uffd::Wake;
 /// A page's number in the snapshot.
 pub(crate) type PageNumber = u64;
 
-/// Bytes of a page, as addresses count them.
+/// Size of a page in bytes, in the unit of addresses.
 pub(crate) const PAGE: u64 = snapshot_format::layout::PAGE_SIZE_U64;
 
-/// What an install did. Addresses and lengths are the owner's.
+/// The outcome of an install. Addresses and lengths are the owner's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Installed {
-    /// All of it.
+    /// Everything was installed.
     Done,
-    /// The first bytes (a multiple of the page size, more than none); nothing is known of the rest.
+    /// The first bytes were installed (a non-zero multiple of the page size); the state of the rest
+    /// is unknown.
     Partial(u64),
-    /// A page is there already, at the first address.
+    /// A page already exists at the first address.
     Exists,
-    /// The mappings are changing: an event has to be read first. Nothing was installed.
+    /// The mappings are changing: an event must be read first. Nothing was installed.
     Again,
-    /// Not wholly inside one registered mapping.
+    /// The range is not wholly inside one registered mapping.
     Gone,
     /// The owner is gone.
     OwnerGone,
     /// The kernel had no memory; nothing was installed.
     NoMemory,
-    /// The kernel refused with this errno, which no rule foresees.
+    /// The kernel refused with an unexpected errno.
     Refused(i32),
 }
 
-/// What the userfaultfd reports.
+/// A message of the userfaultfd.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A thread waits for the page at `address`; its id, 0 if the kernel doesn't say.
+    /// A thread waits for the page at `address`. `thread` is its ID, or 0 if the kernel doesn't
+    /// report it.
     Fault { address: u64, thread: u32 },
     /// The range is being discarded: its pages are zero from now on.
     Remove { start: u64, end: u64 },
@@ -53,26 +55,26 @@ pub(crate) enum Event {
     Remap { from: u64, to: u64, len: u64 },
     /// The owner forked, and its child's memory is registered as well.
     Fork,
-    /// Something that was not asked for.
+    /// An event that was not requested.
     Unexpected,
 }
 
-/// Why [`Platform::wait_readable`] returned.
+/// The reason why [`Platform::wait_readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waited {
     /// There may be something to read, it was kicked, or the time is over.
     Ready,
     /// The owner is gone.
     OwnerGone,
-    /// Waiting is not possible.
+    /// Waiting failed.
     Failed,
 }
 
-/// Messages can't be read; the platform has logged why.
+/// The error for messages that can't be read; the platform has logged the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ReadFailed;
 
-/// The kernel and the threads under a session.
+/// The kernel and the threads on which a session runs.
 pub(crate) trait Platform: Sync {
     /// A shared hold of the install lock.
     type Shared<'a>
@@ -83,81 +85,82 @@ pub(crate) trait Platform: Sync {
     where
         Self: 'a;
 
-    /// What a fault thread knows of whom it serves.
+    /// State with which a fault thread follows the threads it serves from core to core.
     type CoreFollower: Default;
-    /// What keeps the owner from changing its mappings, until dropped.
+    /// A guard that keeps the owner from changing its mappings until dropped.
     type Brake;
 
-    /// The calling thread is about to serve a fault of `thread`, and may be better placed for it
-    /// elsewhere. True if it is on that thread's core now.
+    /// Announces that the calling thread is about to serve a fault of `thread`, so that it can be
+    /// moved to a better core. Returns `true` if it now runs on the core of `thread`.
     fn follow(&self, follower: &mut Self::CoreFollower, thread: u32) -> bool;
-    /// Takes the install lock shared: for {look up; one ioctl}. `about` is the address or page
-    /// number that the hold is about: it tells apart what two threads are doing.
+    /// Takes the install lock shared, to look up a state and issue one ioctl. `about` is the
+    /// address or page number that the hold concerns; it distinguishes the actions of two threads.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
-    /// Takes the install lock exclusively: for {read; record; wake}. `about` as for
+    /// Takes the install lock exclusively, to read, record and wake. `about` as in
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` is over.
-    /// Several threads may wait, and what arrives ends the waiting of one: it has to read.
+    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` has passed.
+    /// If several threads wait, a message wakes only one of them, which must read it.
     fn wait_readable(&self, patience: Option<Duration>) -> Waited;
-    /// Ends the current [`Platform::wait_readable`] of one thread, or the next.
+    /// Makes the current [`Platform::wait_readable`] of one thread return, or the next one.
     fn kick(&self);
-    /// Waits until no fault has claimed `frame`.
+    /// Waits until no fault holds a claim on `frame`.
     fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId);
-    /// Lets time pass after the `tries`-th install in a row that met a changing mapping with no
-    /// event to read. False: it has been too long.
+    /// Waits after the `tries`-th consecutive install that met a changing mapping with no event to
+    /// read. Returns `false` if this has taken too long.
     fn back_off(&self, tries: u32) -> bool;
 
-    /// Keeps the owner, which is this process, from changing its mappings as often as it would.
+    /// Slows down the owner, which is this process, in changing its mappings.
     fn brake(&self) -> Self::Brake;
 
-    /// Reads up to 64 messages without waiting and gives each to `record`, in the kernel's order.
-    /// Returns how many. If there may be more, one waiting ends for them.
+    /// Reads up to 64 messages without waiting and passes each to `record`, in the kernel's order.
+    /// Returns the number of messages. If there may be more, one waiting thread is woken for them.
     fn read(
         &self,
         hold: &mut Self::Exclusive<'_>,
         record: &mut dyn FnMut(Event),
     ) -> Result<usize, ReadFailed>;
-    /// Gives what a predecessor has read, and may not have recorded, with its place in the batch.
+    /// Passes the messages that a predecessor has read but perhaps not recorded to `record`, each
+    /// with its position in the batch.
     fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event));
-    /// Nobody shall find it again.
+    /// Discards these messages, so that nobody finds them again.
     fn forget(&self, hold: &mut Self::Exclusive<'_>);
-    /// Copies `bytes` to missing pages from `address` on and wakes who waits for them, if it is to
-    /// be now.
+    /// Copies `bytes` to missing pages from `address` on, and wakes their waiters now if `wake`
+    /// says so.
     fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed;
-    /// Maps zeros to missing pages; as [`Platform::copy`].
+    /// Maps zeros to missing pages; otherwise like [`Platform::copy`].
     fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed;
-    /// Marks missing pages as poisoned and wakes who waits for them.
+    /// Marks missing pages as poisoned and wakes their waiters.
     fn poison(&self, address: u64, len: u64) -> Installed;
-    /// Whether there is a page at `address`, which an install of a large page said. Only the
-    /// owner's page table tells: where there is none and no memory for one either, some kernels say
-    /// the same.
+    /// Whether there is a page at `address`, as an install of a large page reported. Only the
+    /// owner's page table is reliable: some kernels report the same when there is neither a page
+    /// nor memory for one.
     fn is_there(&self, address: u64) -> bool;
-    /// Wakes who waits for a page in the range; each looks again.
+    /// Wakes the threads that wait for a page in the range; each then faults again.
     fn wake(&self, address: u64, len: u64);
-    /// Wakes who waits for a page, wherever it is.
+    /// Wakes all threads that wait for a page, wherever it is.
     fn wake_all(&self);
-    /// Gives the range back to the kernel, which from now on answers a missing page with zeros, and
-    /// wakes who waits in it. Nothing happens where nothing is registered any more. False if the
-    /// kernel would not.
+    /// Returns the range to the kernel, which from now on answers a missing page with zeros, and
+    /// wakes the threads that wait in it. Has no effect on parts that are no longer registered.
+    /// Returns `false` if the kernel refused.
     fn unregister(&self, address: u64, len: u64) -> bool;
-    /// Whether somebody waits, or is about to wait, for an event to be read. `address` was
-    /// registered and isn't any more.
+    /// Whether a thread waits, or is about to wait, for an event to be read. `address` was
+    /// registered and no longer is.
     fn is_changing(&self, address: u64) -> bool;
 }
 
-/// What one page of the snapshot is.
+/// The content of one page of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content<F> {
-    /// It repeats a word.
+    /// The page repeats a word.
     Fill(u64),
-    /// It is a slot of a frame.
+    /// The page is in a slot of a frame.
     Stored(F, u16),
-    /// It could not be read when the snapshot was taken.
+    /// The page could not be read when the snapshot was taken.
     Unavailable,
 }
 
-/// Consecutive pages in consecutive slots of a decoded frame.
+/// A run of consecutive pages in consecutive slots of a decoded frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) page: PageNumber,
@@ -165,30 +168,31 @@ pub(crate) struct Run {
     pub(crate) count: u16,
 }
 
-/// The content that a session restores.
+/// The content source of a session.
 pub(crate) trait Image: Sync {
-    /// Where a frame is.
+    /// A reference to a frame.
     type Frame: Copy + PartialEq;
-    /// Reads, checks and decodes frames; one for each thread, so that nothing is allocated later.
+    /// A decoder that reads, checks and decodes frames; one per thread, so that nothing is
+    /// allocated later.
     type Decoder;
 
-    /// What tells frames apart.
+    /// Returns the identity of a frame.
     fn id(&self, frame: &Self::Frame) -> FrameId;
 
-    /// What `page` is.
+    /// Returns the content of `page`.
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<Self::Frame>, Failure>;
 
-    /// The end of the pages, from `page` on, that are known to be unavailable without reading
-    /// anything; `page` itself if there are none.
+    /// Returns the end of the pages, from `page` on, that are known to be unavailable without
+    /// reading anything, or `page` itself if there are none.
     fn unavailable_until(&self, page: PageNumber) -> PageNumber {
         page
     }
 
-    /// How many pages `frame` stores.
+    /// Returns the number of pages that `frame` stores.
     fn slots(&self, frame: &Self::Frame) -> u16;
 
-    /// Reads and checks `frame`, and decodes it into the decoder's buffer: its first `slots` pages,
-    /// or more. Goes on where the last call stopped if that was about the same frame.
+    /// Reads and checks `frame`, and decodes at least its first `slots` pages into the decoder's
+    /// buffer. Continues where the last call stopped if that was for the same frame.
     fn decode(
         &self,
         decoder: &mut Self::Decoder,
@@ -197,20 +201,19 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
-    /// Whether the last frame decoded lay there decoded, and was not read.
+    /// Whether the last frame decoded was already there, so that it was not read.
     fn was_cached(&self, _decoder: &Self::Decoder) -> bool {
         false
     }
 
-    /// Writes to `runs`, as far as it has room, the pages that the last frame decoded holds, each
-    /// confirmed by its own index entry.
-    /// Returns how many of them, the first, are listed by the frame itself; the others repeat its
-    /// content elsewhere.
+    /// Writes the pages that the last decoded frame holds to `runs`, as far as it has room. Each is
+    /// confirmed by its own index entry. Returns how many runs at the front are listed by the frame
+    /// itself; the others repeat its content elsewhere.
     fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize;
 
-    /// The bytes of the last frame, as far as it is decoded.
+    /// Returns the bytes of the last frame, as far as it is decoded.
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];
 
-    /// A failure that names this snapshot.
+    /// Returns a failure that names this snapshot.
     fn failure(&self, detail: String) -> Failure;
 }

@@ -1,17 +1,17 @@
-//! Where the owner has the pages: owner addresses to page numbers and back.
+//! Map between the owner's addresses and page numbers, in both directions.
 //!
-//! Two copies lie in the session's block. A change writes the spare copy and makes it valid with
-//! one store, so that a worker killed in between leaves the old map whole. The same store says which
-//! message of the batch made the change, so that whoever reads the batch again makes it once only: a
-//! move made twice would find nothing at the old place and lose the pages. Each copy lists its extents
-//! by address, and their order by page number. Changes need an exclusive hold of the install lock,
-//! look-ups any hold.
+//! The session's block contains two copies of the map. A change writes the spare copy and makes it
+//! valid with one store, so a worker killed in between leaves the old map intact. The same store
+//! records which message of the batch made the change, so that a successor that reads the batch
+//! again makes the change only once: a second move would find nothing at the old place and lose the
+//! pages. Each copy lists its extents by address, and their order by page number. Changes need an
+//! exclusive hold of the install lock, look-ups any hold.
 //!
-//! Only moving changes the map. What is unmapped stays in it, marked in the state's bitmap: pages
-//! that are removed are installed nowhere, and a move to their address takes it from them. So an owner
-//! may unmap as many pieces as it likes. A move needs up to two pieces more; where they don't fit,
-//! the map of this process's memory goes on in two longer copies on the heap ([`Growth`]). One that
-//! another process may have to go on with can't.
+//! Only a move changes the map. Unmapped pages stay in it and are marked in the state's bitmap:
+//! removed pages are installed nowhere, and a move to their address takes it from them. Thus an
+//! owner may unmap any number of pieces. A move needs up to two more pieces. If they don't fit, the
+//! map of this process's own memory continues in two longer copies on the heap ([`Growth`]). A map
+//! that another process may take over can't grow.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -22,26 +22,26 @@ use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 use crate::fail_point::{FailPoint, fail_point};
 use crate::session::platform::{PAGE, PageNumber};
 
-/// Words of an extent: its address, its pages, its first page number, a word of the order by page
-/// number, and whether its memory is of large pages.
+/// Number of words per extent: its address, its pages, its first page number, a word of the order
+/// by page number, and whether it has large pages.
 const EXTENT_WORDS: usize = 5;
 
-/// Pages that a large page, one of 2 MiB, is made of: those of one block of the index. (The model
-/// has smaller ones.)
+/// Number of small pages in a large page (2 MiB): the pages of one index block. (The model uses
+/// smaller blocks.)
 pub(crate) const LARGE_PAGES: u64 = if cfg!(test) { 2 } else { PAGES_PER_BLOCK_U64 };
 
-/// Consecutive pages at consecutive addresses.
+/// A range of consecutive pages at consecutive addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Extent {
     pub(crate) address: u64,
     pub(crate) pages: u64,
     pub(crate) first_page: PageNumber,
-    /// Whether its memory is of large pages, which are installed whole or not at all. It has whole
-    /// ones only, as long as the owner's memory is what was said of it.
+    /// Whether the memory has large pages, which are installed whole or not at all. The extent then
+    /// consists of whole large pages, provided that the owner's memory is as declared.
     pub(crate) large: bool,
 }
 
-/// What can only be installed as one: a page, or all pages of a large one.
+/// A unit that can only be installed as a whole: a page, or all pages of a large one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unit {
     pub(crate) address: u64,
@@ -50,7 +50,7 @@ pub(crate) struct Unit {
 }
 
 impl Unit {
-    /// Its bytes.
+    /// Returns its length in bytes.
     pub(crate) fn len(&self) -> u64 {
         (self.pages.end - self.pages.start) * PAGE
     }
@@ -61,7 +61,7 @@ impl Extent {
         self.address + self.pages * PAGE
     }
 
-    /// The part of the extent inside `range`.
+    /// Returns the part of the extent inside `range`.
     fn cut(&self, range: &Range<u64>) -> Option<Self> {
         let start = self.address.max(range.start);
         let end = self.end().min(range.end);
@@ -73,12 +73,12 @@ impl Extent {
         })
     }
 
-    /// Its addresses.
+    /// Returns its addresses.
     pub(crate) fn addresses(&self) -> Range<u64> {
         self.address..self.end()
     }
 
-    /// The unit of `page`, which is one of its pages.
+    /// Returns the unit that contains `page`, which must be one of the extent's pages.
     fn unit(&self, page: PageNumber) -> Unit {
         let own = self.page_numbers();
         let whole = if self.large {
@@ -94,7 +94,7 @@ impl Extent {
         }
     }
 
-    /// The numbers of its pages.
+    /// Returns its page numbers.
     pub(crate) fn page_numbers(&self) -> Range<PageNumber> {
         self.first_page..self.first_page + self.pages
     }
@@ -103,16 +103,17 @@ impl Extent {
 /// Two copies of a map.
 type Copies = [Box<[AtomicU64]>; 2];
 
-/// Ever longer copies of the map, each as long as those before it together.
+/// Progressively longer copies of the map, each as long as all earlier ones together.
 #[derive(Debug)]
 pub(crate) struct Growth {
-    /// `None` if the map can't grow.
+    /// The copies made so far; `None` if the map can't grow.
     grown: Option<[OnceLock<Copies>; MAX_GROWTHS]>,
-    /// How many of them there are; the last is the one that counts.
+    /// Number of copies made so far; the last one is in use.
     count: AtomicUsize,
 }
 
-/// How often a map grows, each time to twice its length: from a thousand pieces to four billion.
+/// Maximum number of times that a map grows, each time to twice its length: from a thousand pieces
+/// to four billion.
 const MAX_GROWTHS: usize = 22;
 
 impl Growth {
@@ -123,14 +124,14 @@ impl Growth {
         }
     }
 
-    /// The copies that count, if the map has grown.
+    /// Returns the copies in use, if the map has grown.
     fn copies(&self) -> Option<[&[AtomicU64]; 2]> {
         let last = self.count.load(Relaxed).checked_sub(1)?;
         let [first, second] = self.grown.as_ref()?[last].get()?;
         Some([first, second])
     }
 
-    /// Copies of `words` words at least, which count from now on.
+    /// Adds copies of at least `words` words and puts them into use.
     fn grow(&self, words: usize) -> Option<[&[AtomicU64]; 2]> {
         let next = self.count.load(Relaxed);
         let slot = self.grown.as_ref()?.get(next)?;
@@ -140,7 +141,7 @@ impl Growth {
     }
 }
 
-/// Zeroed words, if there is memory for them.
+/// Returns zeroed words, or `None` if there is no memory for them.
 fn zeroed(words: usize) -> Option<Box<[AtomicU64]>> {
     let mut zeroed = Vec::new();
     zeroed.try_reserve_exact(words).ok()?;
@@ -148,11 +149,11 @@ fn zeroed(words: usize) -> Option<Box<[AtomicU64]>> {
     Some(zeroed.into_boxed_slice())
 }
 
-/// The owner has torn its memory into more pieces than there is room for.
+/// The error for an owner whose memory is in more pieces than there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TooManyPieces;
 
-/// Bits of the version word that tell how many messages of the batch the map has taken in.
+/// Number of bits of the version word that count the messages of the batch that the map reflects.
 const TAKEN_IN_BITS: u32 = 8;
 
 /// A view of the map in the session's block.
@@ -165,7 +166,7 @@ pub(crate) struct Map<'a> {
 }
 
 impl<'a> Map<'a> {
-    /// Words of one copy with room for `extents`.
+    /// Returns the number of words of one copy with room for `extents`.
     pub(crate) const fn words(extents: usize) -> usize {
         extents * EXTENT_WORDS
     }
@@ -184,24 +185,24 @@ impl<'a> Map<'a> {
         }
     }
 
-    /// Whether it is as it was made.
+    /// Whether the map is unchanged since it was created.
     pub(crate) fn is_first(&self) -> bool {
         self.version.load(Relaxed) >> TAKEN_IN_BITS == 1
     }
 
-    /// The page at `address`.
+    /// Returns the page at `address`.
     pub(crate) fn page_at(&self, address: u64) -> Option<PageNumber> {
         let extent = self.extent_at(address);
         extent.map(|extent| extent.first_page + (address - extent.address) / PAGE)
     }
 
-    /// What has to be installed as one for `address`.
+    /// Returns the unit that contains `address`.
     pub(crate) fn unit_at(&self, address: u64) -> Option<Unit> {
         let extent = self.extent_at(address)?;
         Some(extent.unit(extent.first_page + (address - extent.address) / PAGE))
     }
 
-    /// What has to be installed as one for `page`.
+    /// Returns the unit that contains `page`.
     pub(crate) fn unit_of(&self, page: PageNumber) -> Option<Unit> {
         self.extent_of(page).map(|extent| extent.unit(page))
     }
@@ -218,7 +219,7 @@ impl<'a> Map<'a> {
         extent.filter(|extent| extent.page_numbers().contains(&page))
     }
 
-    /// `page` and the pages that follow it, at following addresses.
+    /// Returns `page` and the pages that follow it at consecutive addresses.
     pub(crate) fn rest_from(&self, page: PageNumber) -> Option<Extent> {
         self.extent_of(page).map(|extent| {
             let index = page - extent.first_page;
@@ -231,7 +232,7 @@ impl<'a> Map<'a> {
         })
     }
 
-    /// The pages in `range`, piece by piece.
+    /// Returns the pages in `range`, piece by piece.
     pub(crate) fn pages_in(
         self,
         range: Range<u64>,
@@ -243,13 +244,13 @@ impl<'a> Map<'a> {
             .map(|part| part.page_numbers())
     }
 
-    /// All extents, by address.
+    /// Returns all extents, by address.
     pub(crate) fn extents(self) -> impl Iterator<Item = Extent> + 'a {
         (0..self.len()).map(move |i| self.extent(i))
     }
 
-    /// Moves the addresses of `range` to `to`, as the message in `slot` of the batch says. What was
-    /// mapped there before is gone.
+    /// Moves the addresses of `range` to `to`, as requested by the message in `slot` of the batch.
+    /// The previous mapping at the target is gone.
     pub(crate) fn remap(
         &self,
         slot: usize,
@@ -279,23 +280,25 @@ impl<'a> Map<'a> {
         self.extents().any(|extent| extent.cut(range).is_some())
     }
 
-    /// How many messages of the batch, the first, were dealt with for certain: no less than these if
-    /// whoever read it was killed.
+    /// Returns how many messages at the front of the batch were certainly handled. If the reader
+    /// was killed, more may have been.
     pub(crate) fn taken_in(&self) -> usize {
         usize::try_from(self.version.load(Relaxed) & ((1 << TAKEN_IN_BITS) - 1)).unwrap_or(0)
     }
 
-    /// The batch is over, and nobody will find its messages again.
+    /// Resets the count of handled messages: the batch is over, and nobody will find its messages
+    /// again.
     pub(crate) fn batch_ends(&self) {
         let version = self.version.load(Relaxed);
-        // Mostly there is nothing to store in a line that every look-up reads.
+        // Usually zero already, which saves a store to a cache line that every look-up reads.
         if self.taken_in() > 0 {
             let none = version >> TAKEN_IN_BITS << TAKEN_IN_BITS;
             self.version.store(none, Release);
         }
     }
 
-    /// Makes `extents` the map, and the first `taken_in` messages of the batch dealt with.
+    /// Makes `extents` the valid map, and records the first `taken_in` messages of the batch as
+    /// handled.
     pub(crate) fn publish(
         &self,
         mut extents: Vec<Extent>,
@@ -352,7 +355,7 @@ impl<'a> Map<'a> {
     }
 }
 
-/// What is left of `extents` without `range`; tells which pages were there.
+/// Returns `extents` without `range`, and passes the pages that were in it to the callback.
 fn cut_out(
     extents: impl Iterator<Item = Extent>,
     range: &Range<u64>,
@@ -369,18 +372,19 @@ fn cut_out(
     left
 }
 
-/// The pages of the large page that `page` is a part of.
+/// Returns the pages of the large page that contains `page`.
 pub(crate) fn block_of(page: PageNumber) -> Range<PageNumber> {
     let start = page / LARGE_PAGES * LARGE_PAGES;
     start..start + LARGE_PAGES
 }
 
-/// The copy that is valid at a version: they take turns.
+/// Returns the index of the copy that is valid at a version; the two copies alternate.
 fn copy_of(version: u64) -> usize {
     usize::from(version % 2 == 1)
 }
 
-/// The first index of `0..len` for which `before` is false; it is true for all before.
+/// Returns the first index of `0..len` for which `before` is false; it must be true for all earlier
+/// ones.
 fn partition(len: usize, before: impl Fn(usize) -> bool) -> usize {
     let (mut low, mut high) = (0, len);
     while low < high {
@@ -406,7 +410,7 @@ mod tests {
         BASE + index * PAGE
     }
 
-    /// A map from each address to its page, one by one: what the extents must agree with.
+    /// Returns a map from each address to its page, one by one, as an oracle for the extents.
     fn naive(state: &State) -> BTreeMap<u64, u64> {
         let mapped = state.mapped().into_iter();
         let pages = mapped.flat_map(|extent| {
@@ -426,7 +430,7 @@ mod tests {
         pages
     }
 
-    /// What the message about it does.
+    /// Applies an UNMAP message.
     fn unmap(state: &State, places: Range<u64>) {
         for pages in state.map().pages_in(at(places.start)..at(places.end)) {
             state.mark_unmapped(pages);
@@ -504,7 +508,7 @@ mod tests {
         }
         assert_eq!(map.unit_at(at(4 * LARGE_PAGES)), None);
         assert_eq!(map.unit_of(3).unwrap().pages, 3..4);
-        // Moved, it still is one.
+        // A moved large page is still one unit.
         let to = 900 * LARGE_PAGES;
         map.remap(0, &(at(0)..at(4 * LARGE_PAGES)), at(to), |_| ())
             .unwrap();
@@ -539,7 +543,7 @@ mod tests {
         assert_eq!(state.map().page_at(at(4)), Some(516));
     }
 
-    /// A page that moves to where another was unmapped has that address alone.
+    /// A page that moves to an unmapped page's address is the only page there.
     #[test]
     fn a_move_takes_an_address_from_what_was_unmapped_there() {
         let state = State::new(1024, &[ten_pages()], 8).unwrap().0;
@@ -567,7 +571,7 @@ mod tests {
         assert_eq!(state.map().page_at(at(5)), Some(517));
     }
 
-    /// Pages that are moved one by one, in an order that leaves no two together.
+    /// Pages that are moved one by one, in an order that leaves no two adjacent.
     #[test]
     fn moves_grow_the_map_of_this_process() {
         const PAGES: u64 = 3000;

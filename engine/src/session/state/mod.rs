@@ -1,21 +1,21 @@
-//! The page states and the address map: what has to outlive a worker, in one block of memory.
+//! Page states and the address map: the data that must outlive a worker, in one block of memory.
 //!
-//! | words | what |
+//! | words | content |
 //! | --- | --- |
-//! | 16 | header: which copy of the address map is valid, pages not settled, extents of each copy, what tells the layout, reads of messages so far |
-//! | 256 | what each of 32 threads is doing, 8 words each: whether it serves, which frame it decodes |
-//! | n | `removed`, one bit a page: sticky, the page is zero from now on |
-//! | n | `present`, one bit a page: the kernel said that the page is there; advice |
-//! | n | `poisoned`, one bit a page |
-//! | n | `unmapped`, one bit a page: sticky, the owner has nothing of the session's at its address |
-//! | n / 512 | `left`, one bit for each 512 pages: left to the kernel |
-//! | m | the address map, two copies ([`super::map`]) |
+//! | 16 | header: valid copy and extents of the address map, unsettled pages, layout, reads |
+//! | 256 | activity of 32 threads, 8 words each: whether it serves, which frame it decodes |
+//! | n | `removed`, one bit per page: sticky, the page is zero from now on |
+//! | n | `present`, one bit per page: the kernel reported the page as present; advisory |
+//! | n | `poisoned`, one bit per page |
+//! | n | `unmapped`, one bit per page: sticky, the owner has no session memory at its address |
+//! | n / 512 | `left`, one bit per 512 pages: left to the kernel |
+//! | m | the address map, two copies ([`address_map`]) |
 //!
-//! n is a word for each 64 page numbers. Pages that are left to the kernel are never looked up in the
-//! other bitmaps, so that those take no memory for them: a restore of 16 TiB of zeros needs a
-//! megabyte. In a memfd it is what a successor goes on from, and what a
-//! keeper sees of a worker ([`Vitals`]). Bits are set under a hold of the install lock, for an
-//! event under an exclusive one. All accesses are relaxed: the lock orders what has to be in order.
+//! n is one word per 64 page numbers. Pages that are left to the kernel are never looked up in the
+//! other bitmaps, so that those bitmaps take no memory for them: a restore of 16 TiB of zeros needs
+//! a megabyte. In a memfd, the block is what a successor continues from, and what a supervisor
+//! observes of a worker ([`Vitals`]). Bits are set under a hold of the install lock, for an event
+//! under an exclusive one. All accesses are relaxed, because the lock provides the ordering.
 
 pub(crate) mod address_map;
 
@@ -32,53 +32,54 @@ use snaprestore_uffd::memory::{Block, Ring};
 use crate::session::platform::{PAGE, PageNumber};
 use crate::session::state::address_map::{Extent, Growth, Map, Unit};
 
-/// Word of the header that says which copy of the map is valid, and how often it changed.
+/// Word of the header with the number of changes of the map, which selects the valid copy.
 const MAP_VERSION: usize = 0;
-/// Word of the header that counts the pages in no settled state; never above the truth.
+/// Word of the header that counts the unsettled pages; never more than there really are.
 const UNSETTLED: usize = 1;
 /// Words of the header that count the extents of each copy of the map.
 const EXTENTS: usize = 2;
-/// Word of the header that says how all of this is laid out: another program may have made it.
+/// Word of the header that identifies the layout, because another program may have created the
+/// block.
 const LAYOUT: usize = 4;
 /// Word of the header that holds the number of page numbers.
 const PAGES: usize = 5;
-/// Word of the header that holds the room of each copy of the map, in extents.
+/// Word of the header that holds the capacity of each copy of the map, in extents.
 const CAPACITY: usize = 6;
 /// Word of the header that counts reads of messages.
 const READS: usize = 7;
-/// Word of the header that says whether some of the owner's memory is of large pages.
+/// Word of the header that is non-zero if some of the owner's memory has large pages.
 const LARGE: usize = 8;
-/// Word of the header that counts the pages that were unmapped.
+/// Word of the header that counts the unmapped pages.
 const UNMAPPED: usize = 9;
-/// Where the words of the threads begin.
+/// First word of the threads.
 const THREADS: usize = 16;
-/// Words of a thread: a line of the cache, so that threads don't take it from each other.
+/// Number of words per thread: one cache line, so that threads don't contend for it.
 const THREAD_WORDS: usize = 8;
-/// Threads that have words. Of what others do nothing is known.
+/// Maximum number of threads that have words. The activity of further threads is unknown.
 const MAX_THREADS: usize = 32;
-/// Word of a thread that counts the beginnings and ends of what it serves: odd while it serves.
+/// Word of a thread that counts the starts and ends of serving: odd while it serves.
 const HEARTBEATS: usize = 0;
-/// Word of a thread that names the frame that it decodes: one more than the frame's number, or 0.
+/// Word of a thread that holds the frame that it decodes: the frame's offset plus one, or 0.
 const DECODING: usize = 1;
-/// Bitmaps with one bit a page.
+/// Number of bitmaps with one bit per page.
 const BITMAPS: usize = 4;
-/// Pages that are left to the kernel together: those of one block of the index.
+/// Number of pages that are left to the kernel together: those of one index block.
 const LEFT_PAGES: u64 = PAGES_PER_BLOCK_U64;
-/// Words before the bitmaps.
+/// Number of words before the bitmaps.
 const HEADER_END: usize = THREADS + MAX_THREADS * THREAD_WORDS;
-/// The layout of this file's table.
+/// Version of the layout of the block.
 const VERSION: u64 = u64::from_le_bytes(*b"snaptab3");
 
-/// What the session believes of a page.
+/// The session's knowledge of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Status {
-    /// It has to be installed.
+    /// The page must be installed.
     Absent,
-    /// The kernel said that it is there.
+    /// The kernel reported the page as present.
     Present,
-    /// The owner discarded it: it is zero.
+    /// The owner discarded the page: it is zero.
     Removed,
-    /// It couldn't be restored.
+    /// The page couldn't be restored.
     Poisoned,
 }
 
@@ -91,18 +92,18 @@ pub(crate) struct State {
     bitmap_words: usize,
     left_words: usize,
     extent_capacity: usize,
-    /// Where the map grows if no other process has to find it.
+    /// The growth of the map, if no other process needs to find the map.
     growth: Growth,
 }
 
 impl State {
-    /// Pieces beyond one for each region that an owner may tear its memory into by `mremap` before
-    /// the map has to grow, which it can't in tables that are shared with another process.
+    /// Number of pieces, beyond one per region, into which `mremap` may split an owner's memory
+    /// before the map must grow. Tables that are shared with another process can't grow.
     pub(crate) const SPARE_PIECES: usize = 4096;
 
-    /// The state of `pages` page numbers, of which those in `extents` belong to the owner, with
-    /// room for `extra` pieces that moving may leave before the map grows. The ring is for its
-    /// messages.
+    /// Creates the state of `pages` page numbers, of which those in `extents` belong to the owner,
+    /// with room for `extra` pieces that moves may leave before the map grows. The returned ring is
+    /// for the messages of the session.
     pub(crate) fn new(
         pages: PageNumber,
         extents: &[Extent],
@@ -111,7 +112,7 @@ impl State {
         Self::begin(pages, extents, extra, Block::anonymous)
     }
 
-    /// As [`State::new`], in a memfd that other processes can share.
+    /// Creates the state like [`State::new`], in a memfd that other processes can share.
     pub(crate) fn shared(
         pages: PageNumber,
         extents: &[Extent],
@@ -122,7 +123,7 @@ impl State {
         })
     }
 
-    /// The state that [`State::shared`] made, here or in another process, as it is now.
+    /// Opens the state that [`State::shared`] created, in this or another process, as it is now.
     pub(crate) fn open(memfd: OwnedFd) -> io::Result<(Self, Ring)> {
         let (block, ring) = Block::from_memfd(memfd)?;
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
@@ -169,9 +170,9 @@ impl State {
         header[CAPACITY].store(extent_capacity as u64, Relaxed);
         let large = extents.iter().any(|extent| extent.large);
         header[LARGE].store(u64::from(large), Relaxed);
-        // They fit: the capacity is theirs and more.
+        // They fit, because the capacity is at least their number.
         let _ = state.map().publish(extents.to_vec(), 0);
-        // Numbers past the end of a region belong to no page: nobody has to bring them.
+        // Numbers past the end of a region belong to no page, so nobody needs to load them.
         let mut owned: Vec<_> = extents.iter().map(Extent::page_numbers).collect();
         owned.sort_unstable_by_key(|range| range.start);
         let mut next = 0;
@@ -186,38 +187,39 @@ impl State {
         Ok((state, ring))
     }
 
-    /// The memfd that it lies in, if it does.
+    /// Returns the memfd that contains the state, if there is one.
     pub(crate) fn memfd(&self) -> Option<BorrowedFd<'_>> {
         self.block.as_memfd()
     }
 
-    /// Page numbers that it has room for.
+    /// Returns the number of page numbers that the state has room for.
     pub(crate) fn page_slots(&self) -> PageNumber {
         self.pages
     }
 
-    /// Counts a read of messages: a sign of life.
+    /// Counts a read of messages, as a sign of life.
     pub(crate) fn count_read(&self) {
         self.words()[READS].fetch_add(1, Relaxed);
     }
 
-    /// Notes that thread number `thread` begins, or has ended, to serve a fault.
+    /// Records that thread number `thread` starts or finishes serving a fault.
     pub(crate) fn beat(&self, thread: usize) {
         if let Some(words) = self.thread(thread) {
             words[HEARTBEATS].fetch_add(1, Relaxed);
         }
     }
 
-    /// Notes that serving takes long because the owner has it take long, and not because a thread stands still:
-    /// whoever changes its mappings without a pause can have every install repeated for as long as it likes.
+    /// Records that serving takes long because of the owner and not because a thread is stuck: an
+    /// owner that changes its mappings without a pause can force any number of retries of every
+    /// install.
     pub(crate) fn beat_all(&self) {
         for words in (0..MAX_THREADS).filter_map(|thread| self.thread(thread)) {
-            // Odd stays odd, and even even.
+            // Adding two keeps odd counts odd and even counts even.
             words[HEARTBEATS].fetch_add(2, Relaxed);
         }
     }
 
-    /// Notes the frame that thread number `thread` decodes.
+    /// Records the frame that thread number `thread` decodes.
     pub(crate) fn decoding(&self, thread: usize, frame: Option<u64>) {
         if let Some(words) = self.thread(thread) {
             words[DECODING].store(frame.map_or(0, |frame| frame + 1), Relaxed);
@@ -231,8 +233,8 @@ impl State {
         })
     }
 
-    /// Takes over from threads that are gone: what they were doing is theirs no more, and what they
-    /// may have left uncounted is counted. Nobody else uses the state.
+    /// Takes over from threads that are gone: clears their activity, and counts what they may have
+    /// left uncounted. No other thread may use the state meanwhile.
     pub(crate) fn recover(&self) {
         for thread in 0..MAX_THREADS {
             if let Some(words) = self.thread(thread) {
@@ -243,7 +245,7 @@ impl State {
         self.recount();
     }
 
-    /// Where the owner has the pages.
+    /// Returns the map of where the owner has the pages.
     pub(crate) fn map(&self) -> Map<'_> {
         let words = self.words();
         let start = HEADER_END + BITMAPS * self.bitmap_words + self.left_words;
@@ -259,12 +261,13 @@ impl State {
         )
     }
 
-    /// The pieces that the memory of an owner in another process may be in at most.
+    /// Returns the maximum number of pieces of an owner's memory if the owner is in another
+    /// process.
     pub(crate) fn most_pieces(&self) -> usize {
         self.extent_capacity
     }
 
-    /// Where the owner still has pages: the map without what was unmapped.
+    /// Returns the extents that the owner still has mapped: the map without unmapped pages.
     pub(crate) fn mapped(&self) -> Vec<Extent> {
         let extents = self.map().extents();
         if self.words()[UNMAPPED].load(Relaxed) == 0 {
@@ -289,12 +292,12 @@ impl State {
         mapped
     }
 
-    /// Whether the owner has neither moved nor unmapped anything, as far as events tell.
+    /// Whether the owner has neither moved nor unmapped anything, according to the events so far.
     pub(crate) fn is_in_place(&self) -> bool {
         self.words()[UNMAPPED].load(Relaxed) == 0 && self.map().is_first()
     }
 
-    /// What is believed of `page`. A removed page is that whatever else happened to it.
+    /// Returns the state of `page`. Removed takes precedence over everything else.
     pub(crate) fn status(&self, page: PageNumber) -> Status {
         let (word, bit) = place(page);
         let set = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed) & bit != 0;
@@ -311,12 +314,12 @@ impl State {
         }
     }
 
-    /// Whether some of the owner's memory is of large pages. It can't become so later.
+    /// Whether some of the owner's memory has large pages. This never changes.
     pub(crate) fn has_large(&self) -> bool {
         self.words()[LARGE].load(Relaxed) != 0
     }
 
-    /// What is believed of the pages of a unit as a whole ([`super::large`] says why).
+    /// Returns the state of a unit as a whole (reasons in [`super::fault::huge`]).
     pub(crate) fn status_of(&self, unit: &Unit) -> Status {
         if !unit.large {
             return self.status(unit.pages.start);
@@ -350,35 +353,37 @@ impl State {
         }
     }
 
-    /// The first range of absent pages in `within`.
+    /// Returns the first range of absent pages in `within`.
     pub(crate) fn absent_in(&self, within: Range<PageNumber>) -> Option<Range<PageNumber>> {
         let start = self.first_absent(within.clone())?;
-        // The first page is not looked at again: it may have come meanwhile, and no range is empty.
+        // The first page is not checked again: it may have arrived meanwhile, and no range is
+        // empty.
         let rest = start + 1..within.end;
         let end = first_bit(rest, |word| self.settled_word(word)).unwrap_or(within.end);
         Some(start..end)
     }
 
-    /// The first absent page of `within`; looks at 64 pages at once, and at nothing of what is left
+    /// Returns the first absent page of `within`. Checks 64 pages at once, and none that are left
     /// to the kernel.
     pub(crate) fn first_absent(&self, within: Range<PageNumber>) -> Option<PageNumber> {
         self.not_left(within)
             .find_map(|part| first_bit(part, |word| !self.settled_word(word)))
     }
 
-    /// Whether any page of `within` is absent; looks at 64 pages at once.
+    /// Whether any page of `within` is absent. Checks 64 pages at once.
     pub(crate) fn any_absent(&self, within: Range<PageNumber>) -> bool {
         self.first_absent(within).is_some()
     }
 
-    /// The parts of `within` that are not left to the kernel.
+    /// Returns the parts of `within` that are not left to the kernel.
     fn not_left(&self, within: Range<PageNumber>) -> impl Iterator<Item = Range<PageNumber>> {
         let mut next = within.start;
         std::iter::from_fn(move || {
             while next < within.end {
                 let block = next / LEFT_PAGES;
                 let left = self.left()[word_of(block)].load(Relaxed) >> (block % 64);
-                // Blocks until the next that is not left, or the next word.
+                // Number of blocks until the next that is not left to the kernel, or until the next
+                // word.
                 let skipped = u64::from(left.trailing_ones()).min(64 - block % 64);
                 if skipped == 0 {
                     let start = next;
@@ -399,7 +404,7 @@ impl State {
         })
     }
 
-    /// How many pages of `within` are absent.
+    /// Returns the number of absent pages in `within`.
     pub(crate) fn count_absent(&self, within: Range<PageNumber>) -> u64 {
         self.not_left(within)
             .flat_map(masks)
@@ -407,18 +412,19 @@ impl State {
             .sum()
     }
 
-    /// Records pages that the kernel said are there.
+    /// Marks pages that the kernel reported as present.
     pub(crate) fn mark_present(&self, pages: Range<PageNumber>) {
         self.mark(self.present(), pages);
     }
 
-    /// Leaves `pages` to the kernel, before anything else is known of them.
+    /// Leaves `pages` to the kernel. Must be called before any state of these pages is recorded.
     pub(crate) fn leave_out(&self, pages: Range<PageNumber>) {
         let blocks = pages.start.div_ceil(LEFT_PAGES)..pages.end / LEFT_PAGES;
         for (word, mask) in masks(blocks.clone()) {
             self.left()[word].fetch_or(mask, Relaxed);
         }
-        // Nothing is read of the other bitmaps: that would take a page of memory for each of theirs.
+        // The other bitmaps are not read: that would allocate a page of memory for each of their
+        // pages.
         let whole = if blocks.is_empty() {
             pages.start..pages.start
         } else {
@@ -432,12 +438,12 @@ impl State {
         self.words()[UNSETTLED].fetch_sub(pages.end - pages.start, Relaxed);
     }
 
-    /// Records pages that are zero from now on.
+    /// Marks pages as removed: they are zero from now on.
     pub(crate) fn mark_removed(&self, pages: Range<PageNumber>) {
         self.mark(self.removed(), pages);
     }
 
-    /// Records pages that the owner has unmapped: nobody ever asks for them again.
+    /// Marks pages that the owner has unmapped: nobody ever requests them again.
     pub(crate) fn mark_unmapped(&self, pages: Range<PageNumber>) {
         let mut new = 0;
         for (word, mask) in masks(pages.clone()) {
@@ -448,12 +454,12 @@ impl State {
         self.mark_removed(pages);
     }
 
-    /// Records pages that couldn't be restored.
+    /// Marks pages that couldn't be restored.
     pub(crate) fn mark_poisoned(&self, pages: Range<PageNumber>) {
         self.mark(self.poisoned(), pages);
     }
 
-    /// Records that poisoned pages are there after all.
+    /// Marks poisoned pages as present after all.
     pub(crate) fn mark_healed(&self, pages: Range<PageNumber>) {
         self.mark_present(pages.clone());
         for (word, mask) in masks(pages) {
@@ -461,13 +467,13 @@ impl State {
         }
     }
 
-    /// The first poisoned page from `page` on that the owner still has.
+    /// Returns the first poisoned page at or after `page` that the owner still has.
     pub(crate) fn first_poisoned(&self, page: PageNumber) -> Option<PageNumber> {
         let mut parts = self.not_left(page..self.pages);
         parts.find_map(|part| first_bit(part, |word| self.poisoned_word(word)))
     }
 
-    /// How many pages of the owner's are poisoned.
+    /// Returns the number of the owner's pages that are poisoned.
     pub(crate) fn count_poisoned(&self) -> u64 {
         self.not_left(0..self.pages)
             .flat_map(masks)
@@ -475,7 +481,7 @@ impl State {
             .sum()
     }
 
-    /// The pages of a word whose status is poisoned.
+    /// Returns the pages of a word whose status is poisoned, as a bit mask.
     fn poisoned_word(&self, word: usize) -> u64 {
         let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed);
         load(self.poisoned()) & !load(self.present()) & !load(self.removed())
@@ -490,24 +496,24 @@ impl State {
         }
         if new > 0 {
             let unsettled = &self.words()[UNSETTLED];
-            // Two threads may both have counted a page, one as present and one as poisoned: the
-            // count may fall short of the truth, and `recount` corrects it. It must not wrap.
+            // Two threads may both have counted a page, one as present and one as poisoned. Then
+            // the count is too small until `recount` corrects it. It must not wrap.
             let _ = unsettled.fetch_update(Relaxed, Relaxed, |n| Some(n.saturating_sub(new)));
         }
     }
 
-    /// How many pages are not settled: never more than there are, and less where two threads have
-    /// counted the same page.
+    /// Returns the number of unsettled pages: never more than there really are, and fewer where two
+    /// threads have counted the same page.
     pub(crate) fn unsettled(&self) -> u64 {
         self.words()[UNSETTLED].load(Relaxed)
     }
 
-    /// Whether every page may be settled; [`State::recount`] tells.
+    /// Whether every page may be settled; [`State::recount`] returns the exact number.
     pub(crate) fn may_be_settled(&self) -> bool {
         self.words()[UNSETTLED].load(Relaxed) == 0
     }
 
-    /// Counts the owner's pages that are absent. The caller holds the install lock exclusively.
+    /// Counts the owner's absent pages. The caller must hold the install lock exclusively.
     pub(crate) fn recount(&self) -> u64 {
         let map = self.map();
         let absent = map
@@ -518,10 +524,10 @@ impl State {
         absent
     }
 
-    /// The state as numbers, for telling two states apart.
+    /// Returns the state as numbers, to tell two states of the model apart.
     #[cfg(test)]
     pub(crate) fn snapshot(&self) -> Vec<u64> {
-        // What the threads have done, and how often, makes no difference to what they will do.
+        // The past activity of the threads makes no difference to their future behavior.
         let words = self.words();
         let words = words[..LAYOUT].iter().chain(&words[HEADER_END..]);
         words.map(|word| word.load(Relaxed)).collect()
@@ -572,29 +578,29 @@ impl State {
     }
 }
 
-/// What a keeper sees of the threads over a session in a memfd.
+/// A supervisor's view of the threads of a session whose state is in a memfd.
 #[derive(Debug)]
 pub struct Vitals {
     state: State,
 }
 
-/// What the threads over a session had done at one moment.
+/// The activity of the threads of a session up to one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pulse {
-    /// Reads of messages.
+    /// Number of reads of messages.
     pub reads: u64,
-    /// For each thread the beginnings and ends of what it served: odd while it serves.
+    /// For each thread, the number of starts and ends of serving: odd while it serves.
     pub turns: Vec<u64>,
 }
 
 impl Vitals {
-    /// Of the session whose tables lie in `memfd`.
+    /// Opens the session state in `memfd`.
     pub fn new(memfd: OwnedFd) -> io::Result<Self> {
         let state = State::open(memfd)?.0;
         Ok(Self { state })
     }
 
-    /// What was done so far.
+    /// Returns the activity so far.
     pub fn pulse(&self) -> Pulse {
         let turns = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
         Pulse {
@@ -603,8 +609,8 @@ impl Vitals {
         }
     }
 
-    /// The frames that are being decoded, by their offset in the file. Of a dead worker: those that it
-    /// died on.
+    /// Returns the frames that are being decoded, by their offset in the file. For a dead worker
+    /// these are the frames on which it died.
     pub fn decoding(&self) -> Vec<u64> {
         self.threads()
             .filter_map(|words| words[DECODING].load(Relaxed).checked_sub(1))
@@ -616,7 +622,7 @@ impl Vitals {
     }
 }
 
-/// The words of a state of `pages` page numbers with a map of `extents`.
+/// Returns the number of words of a state of `pages` page numbers with a map of `extents`.
 fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     let bitmap = usize::try_from(pages.div_ceil(64)).ok()?;
     let left = usize::try_from(pages.div_ceil(64 * LEFT_PAGES)).ok()?;
@@ -625,7 +631,7 @@ fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     HEADER_END.checked_add(bitmaps)?.checked_add(map)
 }
 
-/// The first page of `within` whose bit is set in the words that `word` gives.
+/// Returns the first page of `within` whose bit is set in the words returned by `word`.
 fn first_bit(within: Range<PageNumber>, word: impl Fn(usize) -> u64) -> Option<PageNumber> {
     masks(within).find_map(|(index, mask)| {
         let set = mask & word(index);
@@ -633,17 +639,18 @@ fn first_bit(within: Range<PageNumber>, word: impl Fn(usize) -> u64) -> Option<P
     })
 }
 
-/// The word of a page's bit, and the bit.
+/// Returns the index of the word with a page's bit, and the bit.
 fn place(page: PageNumber) -> (usize, u64) {
     (word_of(page), 1 << (page % 64))
 }
 
-/// The word of a page's bit. Page numbers fit: the block that holds the bits was allocated.
+/// Returns the index of the word with a page's bit. Page numbers fit, because the block that
+/// contains the bits was allocated.
 fn word_of(page: PageNumber) -> usize {
     snaprestore_uffd::to_usize(page / 64)
 }
 
-/// The words that hold the bits of `pages`, each with the mask of those bits.
+/// Returns the words that contain the bits of `pages`, each with the mask of those bits.
 fn masks(pages: Range<PageNumber>) -> impl Iterator<Item = (usize, u64)> {
     let words = if pages.is_empty() {
         0..0
@@ -677,9 +684,9 @@ mod tests {
         State::new(pages, &[extent], 8).unwrap().0
     }
 
-    /// Two threads that install the same pages killed an owner: between finding the first absent page
-    /// and the end of its range the other one marked it, the range came out empty, and the kernel
-    /// refuses to install nothing.
+    /// Regression test: two threads that installed the same pages killed an owner. Between finding
+    /// the first absent page and the end of its range, the other thread marked the page, the range
+    /// came out empty, and the kernel refuses to install nothing.
     #[test]
     fn a_range_of_absent_pages_is_never_empty_while_another_thread_marks() {
         const PAGES: u64 = 1 << 22;
@@ -696,7 +703,7 @@ mod tests {
         });
     }
 
-    /// The masks of a range have exactly the bits of its pages.
+    /// The masks of a range contain exactly the bits of its pages.
     #[test]
     fn masks_are_the_pages() {
         for start in 0..140_u64 {
@@ -749,7 +756,7 @@ mod tests {
         assert_eq!((state.first_poisoned(0), state.count_poisoned()), (None, 0));
     }
 
-    /// A large page is there if any of it was marked, and removed only if all of it was.
+    /// A large page is present if any part of it was marked, and removed only if all of it was.
     #[test]
     fn a_large_page_has_one_status() {
         let unit = Unit {

@@ -1,21 +1,21 @@
-//! Advice to the kernel that changes no content.
+//! Advice to the kernel that does not change the content of memory.
 
 use super::{Mapping, MemError, RawRegion};
 use crate::to_usize;
 
-/// Advice about memory.
+/// A kind of advice about memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
     /// Use transparent huge pages where a whole one fits.
     HugePages,
     /// Use small pages only.
     NoHugePages,
-    /// Make huge pages of the small ones that are there, now (6.1). EINVAL means that no page could
-    /// be made; EAGAIN and ENOMEM that it may work later.
+    /// Make huge pages of the small pages that are present, now (6.1). EINVAL means that no huge
+    /// page could be made, EAGAIN and ENOMEM that it may work later.
     Collapse,
     /// Leave the memory out of children made by `fork`.
     DontFork,
-    /// Copy it into them, as usual.
+    /// Copy the memory into children, as usual.
     DoFork,
 }
 
@@ -45,15 +45,15 @@ impl Mapping {
     }
 }
 
-/// Gives advice about memory at an address of a session's map, which follows what the owner moves.
+/// Gives advice about memory at an address from a session's map, which follows the owner's moves.
 pub fn advise_at(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
     advise(advice, address, len)
 }
 
 fn advise(advice: Advice, address: u64, len: u64) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(to_usize(address));
-    // SAFETY: none of the advice in the enum changes the content that this process sees, nor its
-    // access rights. What is not mapped there is refused with ENOMEM.
+    // SAFETY: no advice in the enum changes the content that this process sees, nor its access
+    // rights. Unmapped memory is refused with ENOMEM.
     let result = unsafe { libc::madvise(pointer, to_usize(len), advice.number()) };
     if result == 0 {
         Ok(())

@@ -1,4 +1,4 @@
-//! Slowing down those who change mappings.
+//! A brake that slows down threads that change mappings.
 
 use std::io;
 use std::sync::Arc;
@@ -9,26 +9,27 @@ use super::{Advice, Mapping, protect};
 use crate::os::SignalsBlocked;
 use crate::{page_size, to_usize};
 
-/// Bytes of the memory whose protection is changed. At 20 ns a page it takes some 0.3 ms: long enough for
-/// each waiting thread to run once.
+/// Size in bytes of the memory whose protection is changed. At 20 ns per page, a change takes about
+/// 0.3 ms: long enough for each waiting thread to run once.
 const LEN: u64 = 64 << 20;
 
-/// Keeps the other threads of this process from changing their mappings most of the time, until
-/// dropped: a thread changes the protection of memory of its own over and over, which has the kernel
-/// hold the lock of all mappings.
+/// A brake that keeps the other threads of this process from changing their mappings most of the
+/// time, until dropped. A thread changes the protection of its own memory over and over, so that
+/// the kernel holds the lock of all mappings.
 ///
-/// While a userfaultfd's owner waits for an event to be read, nothing can be installed. Where many
-/// threads discard memory without a pause, one of them waits always: each that was let go comes back
-/// before the last has gone. Held up at the lock they have all gone, and none has come back. (Linux
-/// 6.18, two cores, 16 threads that discard single pages: 800,000 installs were tried in 5 s without it,
-/// and none succeeded; with it, 14,000 succeeded within 0.1 s.)
+/// While a userfaultfd's owner waits for an event to be read, nothing can be installed. If many
+/// threads discard memory without a pause, one of them is always waiting: each thread that was
+/// released is back before the last one is through. With the brake, they all finish their discard,
+/// and queue up at the lock before the next one. (Linux 6.18, two cores, 16 threads that discard
+/// single pages: without the brake, 800,000 installs were tried in 5 s and none succeeded; with it,
+/// 14,000 succeeded within 0.1 s.)
 pub struct Brake {
     released: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Brake {
-    /// Begins.
+    /// Starts the brake.
     pub fn new() -> io::Result<Self> {
         let memory = Mapping::new(LEN).map_err(io::Error::other)?;
         memory
@@ -36,7 +37,7 @@ impl Brake {
             .map_err(io::Error::other)?;
         let released = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&released);
-        // The thread inherits the mask, as every thread of the engine does.
+        // The thread inherits the signal mask, like every thread of the engine.
         let blocked = SignalsBlocked::now()?;
         let thread = Builder::new()
             .name("snap-brake".to_owned())
@@ -59,14 +60,14 @@ impl Drop for Brake {
 }
 
 fn hold(memory: &Mapping, until: &AtomicBool) {
-    // Zero pages: what takes time is to look at them, and they take no memory but for page tables.
+    // Zero pages: checking them takes the time, and they use no memory except for page tables.
     for offset in (0..LEN).step_by(to_usize(page_size())) {
         // SAFETY: the page is in the mapping, which is readable and nobody else's.
         unsafe { memory.as_ptr().add(to_usize(offset)).read_volatile() };
     }
     while !until.load(Relaxed) {
         for protection in [libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE] {
-            // SAFETY: the mapping is nobody else's, and this thread doesn't access it any more.
+            // SAFETY: the mapping is nobody else's, and this thread no longer accesses it.
             if let Err(error) = unsafe { protect(memory.address(), LEN, protection) } {
                 tracing::debug!(%error, "holding up changes of mappings");
                 return;

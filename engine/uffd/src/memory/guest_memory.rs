@@ -1,4 +1,4 @@
-//! Regions under restore as `vm-memory` guest memory.
+//! Adapter that presents regions under restore as `vm-memory` guest memory.
 
 use vm_memory::{
     GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
@@ -6,32 +6,33 @@ use vm_memory::{
 
 use super::RawRegion;
 
-/// Why regions are no guest memory.
+/// The reason why regions can't be used as guest memory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestMemoryError {
-    /// A region does not fit where it should be in the guest.
+    /// A region does not fit at its guest address.
     #[error("a region of {len:#x} bytes does not fit at guest address {guest:#x}")]
     Region {
-        /// Guest address.
+        /// Guest address of the region.
         guest: u64,
-        /// Bytes.
+        /// Length of the region in bytes.
         len: u64,
     },
-    /// There is no region, or they overlap or are not in the order of their guest addresses.
+    /// There is no region, or the regions overlap or are not sorted by guest address.
     #[error("the regions cannot be put together as guest memory")]
     Regions(#[source] GuestRegionCollectionError),
 }
 
-/// Guest memory over these regions, each at its address in the guest, in ascending order.
+/// Creates guest memory from these regions, each with its guest address, in ascending order.
 ///
-/// Accesses through it are volatile, and wait where a page is missing, as any other access does.
+/// Accesses through it are volatile, and wait for a missing page like any other access.
 ///
 /// # Safety
 ///
-/// `vm-memory` doesn't own the memory and its types are cloned freely: every region must stay
-/// mapped, readable and writable, as long as the result or any clone of it, or of a part of it, is
-/// used. In particular a restore that is given up may take access away only when they are gone.
+/// `vm-memory` doesn't own the memory, and its types are cloned freely: every region must stay
+/// mapped, readable and writable as long as the result, or a clone of it or of a part of it, is
+/// used. In particular, a restore that is given up may make memory inaccessible only after they are
+/// gone.
 pub unsafe fn guest_memory(
     regions: &[(u64, &RawRegion)],
 ) -> Result<GuestMemoryMmap, GuestMemoryError> {
@@ -40,8 +41,8 @@ pub unsafe fn guest_memory(
         let (len, protection) = (region.len(), libc::PROT_READ | libc::PROT_WRITE);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let refused = || GuestMemoryError::Region { guest: *guest, len };
-        // SAFETY: a RawRegion is a mapped range, by the contract of its making, and stays so by
-        // this function's.
+        // SAFETY: a RawRegion is a mapped range by the contract of its constructor, and stays so by
+        // the contract of this function.
         let mapped = unsafe {
             MmapRegion::build_raw(region.as_ptr(), crate::to_usize(len), protection, flags)
         };

@@ -1,5 +1,4 @@
-//! Reads of memory that come back with an error from a page that cannot be had: through the kernel, and
-//! by loads.
+//! Reads of memory that return an error for an unreadable page: through the kernel, or by loads.
 //!
 //! ```text
 //!   byte(address) ──▶ load: one instruction, and a return
@@ -17,15 +16,15 @@ use nix::errno::Errno;
 
 use crate::to_usize;
 
-/// Memory of this process that could not be read.
+/// The error for memory of this process that could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadFault {
-    /// Poisoned, not mapped, or not readable. (Or absent, if the userfaultfd sees faults of user
-    /// code only.)
+    /// The page is poisoned, not mapped, or not readable. (Or absent, if the userfaultfd sees only
+    /// faults of user code.)
     #[error("memory at {address:#x} cannot be read: poisoned, unmapped or without access")]
     Unreadable {
-        /// In the first page that can't be read; everything before it was.
+        /// An address in the first page that can't be read; everything before it was read.
         address: u64,
     },
     /// The system call is not permitted, for example by a filter.
@@ -33,10 +32,11 @@ pub enum ReadFault {
     Failed(#[source] io::Error),
 }
 
-/// Reads memory of this process through the kernel: an error, not a signal, for what can't be read.
+/// Reads memory of this process through the kernel. Unreadable memory causes an error, not a
+/// signal.
 ///
-/// A page that is missing under a userfaultfd is waited for. The bytes may be changing at the same
-/// time; what arrives then is some mixture, as it would be for another process.
+/// Waits for a page that is missing under a userfaultfd. If the bytes change at the same time, the
+/// result is a mixture of old and new bytes, as it would be for another process.
 pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
     let mut done = 0;
     while done < buffer.len() {
@@ -50,15 +50,15 @@ pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
             iov_base: std::ptr::with_exposed_provenance_mut(to_usize(from)),
             iov_len: rest.len(),
         };
-        // SAFETY: the kernel writes into `rest` only, which is exclusively ours for its length. The
-        // remote address is data to it: it checks the mapping and access rights of every page and
-        // answers EFAULT.
+        // SAFETY: the kernel writes only into `rest`, which is exclusively ours for its length. It
+        // treats the remote address as data: it checks the mapping and access rights of every page
+        // and returns EFAULT.
         let read = unsafe {
             libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
         };
         match Errno::result(read) {
             Ok(0) | Err(Errno::EFAULT) => return Err(ReadFault::Unreadable { address: from }),
-            // A short read ends where a page could not be read; the next round says so.
+            // A short read ends at an unreadable page; the next iteration gets the error.
             Ok(bytes) => done += usize::try_from(bytes).unwrap_or(0),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(ReadFault::Failed(errno.into())),
@@ -67,29 +67,29 @@ pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
     Ok(())
 }
 
-/// Loads of single bytes of this process's memory, by the thread that made this.
+/// Permission for the calling thread to load single bytes of this process's memory.
 ///
-/// A load is a touch like any other: a page that is missing under a userfaultfd raises a fault,
-/// and is waited for. A page that is poisoned, unmapped or without access is an error, where
-/// another load would end the process by SIGBUS or SIGSEGV.
+/// A load is a touch like any other: a page that is missing under a userfaultfd raises a fault, and
+/// the load waits for it. A page that is poisoned, unmapped or inaccessible causes an error,
+/// whereas another load would kill the process by SIGBUS or SIGSEGV.
 #[derive(Debug)]
 pub struct Loads {
-    /// The signals that this thread had blocked.
+    /// The signal mask that this thread had before.
     before: libc::sigset_t,
     // The mask belongs to one thread.
     not_send: PhantomData<*const ()>,
 }
 
 impl Loads {
-    /// Sets the actions for SIGBUS and SIGSEGV in this process, once, and lets both reach this
-    /// thread until the value is dropped.
+    /// Sets the actions for SIGBUS and SIGSEGV in this process, once, and unblocks both signals in
+    /// this thread until the value is dropped.
     pub fn in_this_thread() -> io::Result<Self> {
         catch::install()?;
         let mut faults = MaybeUninit::<libc::sigset_t>::uninit();
         let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: all pointers are to live, writable sigset_t; sigemptyset initialises the first
-        // before it is used, and pthread_sigmask the second when it returns 0, which is checked
-        // before it is taken.
+        // SAFETY: all pointers are to live, writable sigset_t. sigemptyset initialises the first
+        // before it is used. pthread_sigmask initialises the second when it returns 0, which is
+        // checked before it is used.
         let before = unsafe {
             libc::sigemptyset(faults.as_mut_ptr());
             libc::sigaddset(faults.as_mut_ptr(), libc::SIGBUS);
@@ -113,8 +113,8 @@ impl Loads {
 
 impl Drop for Loads {
     fn drop(&mut self) {
-        // SAFETY: `before` is the initialised mask that this thread had; it can't have changed
-        // threads. The call fails for a bad first argument only.
+        // SAFETY: `before` is the initialised mask of this thread, and can't have moved to another
+        // thread. The call fails only for a bad first argument.
         unsafe {
             libc::pthread_sigmask(
                 libc::SIG_SETMASK,
@@ -137,15 +137,15 @@ mod catch {
 
     use super::ReadFault;
 
-    /// Loads the byte at `address`. Its first instruction is the load, and nothing was pushed
-    /// before, so `failed` can return in its place.
+    /// Loads the byte at `address`. The load is the first instruction, and nothing was pushed
+    /// before it, so `failed` can return in its place.
     #[cfg(target_arch = "x86_64")]
     #[unsafe(naked)]
     extern "C" fn load(address: u64) -> i32 {
         naked_asm!("movzx eax, byte ptr [rdi]", "ret")
     }
 
-    /// What `load` becomes when its load faults.
+    /// Returns in place of `load` when its load faults.
     #[cfg(target_arch = "x86_64")]
     #[unsafe(naked)]
     extern "C" fn failed() -> i32 {
@@ -164,15 +164,15 @@ mod catch {
         naked_asm!("mov w0, #-1", "ret")
     }
 
-    /// Loads a byte. Reading memory that others write gives one of the bytes that were there: the
-    /// compiler knows nothing of the load.
+    /// Loads a byte. Reading memory that others write returns one of the bytes that were there,
+    /// because the compiler knows nothing of the load.
     pub(super) fn byte(address: u64) -> Result<u8, ReadFault> {
         u8::try_from(load(address)).map_err(|_| ReadFault::Unreadable { address })
     }
 
     const CAUGHT: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
 
-    /// The actions that were set before, in the order of `CAUGHT`.
+    /// The previous actions, in the order of `CAUGHT`.
     static BEFORE: [OnceLock<libc::sigaction>; 2] = [OnceLock::new(), OnceLock::new()];
 
     pub(super) fn install() -> io::Result<()> {
@@ -184,7 +184,7 @@ mod catch {
         for (signal, before) in CAUGHT.iter().zip(&BEFORE) {
             let mut found = MaybeUninit::<libc::sigaction>::zeroed();
             // SAFETY: the pointer is to a live sigaction, which the call initialises when it
-            // succeeds; it is known to the handler before the handler is set.
+            // succeeds. The handler can see it before the handler is set.
             unsafe {
                 Errno::result(libc::sigaction(
                     *signal,
@@ -194,8 +194,8 @@ mod catch {
                 before.get_or_init(|| found.assume_init());
             }
             let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-            // SAFETY: an action of zeros is a valid one, with an empty mask; the handler has the
-            // type that SA_SIGINFO asks for, and does only what is allowed in a handler.
+            // SAFETY: an action of zeros is valid, with an empty mask. The handler has the type
+            // that SA_SIGINFO requires, and does only what is allowed in a handler.
             unsafe {
                 let action = action.assume_init_mut();
                 action.sa_sigaction = (handle as Handler as *const ()).expose_provenance();
@@ -209,13 +209,13 @@ mod catch {
     type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
 
     extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-        // SAFETY: with SA_SIGINFO the kernel passes the context of the interrupted thread, which
-        // is this handler's alone until it returns.
+        // SAFETY: with SA_SIGINFO the kernel passes the context of the interrupted thread, which is
+        // exclusively this handler's until it returns.
         let counter = unsafe { program_counter(&mut *context.cast::<libc::ucontext_t>()) };
         let at_load = (load as extern "C" fn(u64) -> i32 as *const ()).addr() as u64;
         if *counter == at_load {
-            // `failed` returns to the caller of `load` as `load` would: its only instruction that
-            // has run is the one that had no effect.
+            // `failed` returns to the caller of `load` as `load` would: the only instruction of
+            // `load` that has run had no effect.
             *counter = (failed as extern "C" fn() -> i32 as *const ()).addr() as u64;
             return;
         }
@@ -223,15 +223,15 @@ mod catch {
         let before = at.and_then(|at| BEFORE[at].get());
         let action = before.map_or(libc::SIG_DFL, |before| before.sa_sigaction);
         let takes_info = before.is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0);
-        // SAFETY: the address is of a handler of the type that its flags say, which whoever set it
-        // has vouched for; it gets what the kernel gave. `signal` and `raise` take numbers, and are
-        // allowed in a handler. The kernel sets `si_code`.
+        // SAFETY: the address is that of a handler of the type that its flags declare, as whoever
+        // set it vouched for. It receives what the kernel passed. `signal` and `raise` take numbers
+        // and are allowed in a handler. The kernel sets `si_code`.
         unsafe {
             let was_sent = (*info).si_code <= 0;
             match action {
                 libc::SIG_IGN if was_sent => {}
-                // A fault comes again after the return, and meets the default. What was sent
-                // doesn't.
+                // A fault occurs again after the return and meets the default action. A signal that
+                // was sent does not, so it is raised again.
                 libc::SIG_DFL | libc::SIG_IGN => {
                     libc::signal(signal, libc::SIG_DFL);
                     if was_sent {
@@ -266,7 +266,7 @@ mod catch {
     }
 }
 
-/// Without a handler: what the kernel reads for this thread waits for a missing page as well.
+/// Fallback without a handler: a read by the kernel for this thread also waits for a missing page.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod catch {
     use super::super::read_checked;

@@ -1,15 +1,15 @@
-//! Memory: who owns which mapping, and what may be done to it.
+//! Memory: ownership of mappings, and the permitted operations on them.
 //!
-//! | type | whose memory |
+//! | type | ownership and use |
 //! | --- | --- |
-//! | [`Mapping`] | ours: made here, unmapped on drop |
-//! | [`RawRegion`] | a mapping, ours or the caller's, on loan to a restore; the `unsafe` contract is its constructor's |
-//! | [`Scratch`] | ours, and nobody else's ever: where pages are assembled |
+//! | [`Mapping`] | ours: created here, unmapped on drop |
+//! | [`RawRegion`] | ours or the caller's, lent to a restore; its constructor is `unsafe` |
+//! | [`Scratch`] | exclusively ours, never lent: a buffer to assemble pages |
 //! | [`Block`] | a session's state, shareable with another process |
-//! | [`Ring`] | the head of a block, where the kernel writes messages |
+//! | [`Ring`] | the head of a block, into which the kernel writes messages |
 //!
-//! Memory that somebody else can change at any moment, which is all memory here, is never a
-//! `&[u8]`: there are raw pointers, addresses and lengths, and atomics.
+//! Memory that somebody else can change at any moment, like all memory here, is never a `&[u8]`,
+//! but raw pointers, addresses and lengths, and atomics.
 
 mod advice;
 mod brake;
@@ -46,14 +46,14 @@ pub use shared_block::{Block, Ring};
 /// The huge page size of x86-64 and of ARM with 4 KiB pages.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
-/// An operation on memory that the kernel refused.
+/// The error for an operation on memory that the kernel refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{doing} {len:#x} bytes of memory at {address:#x} failed{hint}")]
 pub struct MemError {
     doing: &'static str,
     address: u64,
     len: u64,
-    /// The limit that was met, if one is known.
+    /// The limit that was reached, if known.
     hint: Hint,
     source: io::Error,
 }
@@ -80,13 +80,14 @@ impl MemError {
         }
     }
 
-    /// What the kernel said.
+    /// Returns the kernel's error number.
     pub fn os_error(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
 }
 
-/// A page without access rights that exists as long as the process, as a source that can't be read.
+/// Returns the address of a page without access rights that exists as long as the process, for use
+/// as an unreadable source.
 pub(crate) fn unreadable_page() -> io::Result<u64> {
     static PAGE: OnceLock<Mapping> = OnceLock::new();
     if let Some(page) = PAGE.get() {
@@ -97,16 +98,15 @@ pub(crate) fn unreadable_page() -> io::Result<u64> {
     Ok(PAGE.get_or_init(|| page).address())
 }
 
-/// Calls that change how memory may be accessed. The callers own the memory or hold a contract for
-/// it.
+/// Changes the access rights of memory. Callers own the memory or have a contract for it.
 ///
 /// # Safety
 ///
-/// Nobody may rely on access to `[address, address + len)` that `protection` doesn't give.
+/// Nobody may rely on access to `[address, address + len)` that `protection` doesn't permit.
 pub(crate) unsafe fn protect(address: u64, len: u64, protection: i32) -> Result<(), MemError> {
     let pointer = std::ptr::with_exposed_provenance_mut(crate::to_usize(address));
-    // SAFETY: mprotect changes access rights only, never content; the rights are the caller's
-    // promise.
+    // SAFETY: mprotect changes only access rights, never content; the caller guarantees that the
+    // rights suffice.
     let result = unsafe { libc::mprotect(pointer, crate::to_usize(len), protection) };
     if result == 0 {
         Ok(())

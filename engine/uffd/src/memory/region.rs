@@ -1,16 +1,16 @@
-//! Memory on loan to a restore.
+//! Memory that is lent to a restore.
 
 use std::sync::Arc;
 
 use super::{Mapping, MemError, protect};
 use crate::page_size;
 
-/// A stretch of this process's memory that a restore may fill.
+/// A range of this process's memory that a restore may fill.
 ///
-/// The one `unsafe` step of restoring into one's own process is to make one of the caller's memory;
-/// all that follows (registering, installing, giving up) is safe because of what was promised here.
-/// The promise lasts as long as the value. So there is one value for it, and who has none can't reach
-/// the memory any more:
+/// Creating one from the caller's memory is the only `unsafe` step of restoring into one's own
+/// process. Everything that follows (registering, installing, giving up) is safe because of the
+/// guarantees given here. They hold as long as the value lives. Therefore there is only one value
+/// for the memory, and code without it can't reach the memory any more:
 ///
 /// ```compile_fail,E0599
 /// # fn again(memory: snaprestore_uffd::memory::RawRegion) {
@@ -26,27 +26,26 @@ pub struct RawRegion {
 }
 
 impl RawRegion {
-    /// Memory of the caller's.
+    /// Creates a region of the caller's memory.
     ///
     /// # Safety
     ///
-    /// As long as this value lives (a restore keeps what it was given), and until everything registered of it is unregistered or the userfaultfd
-    /// is closed:
+    /// As long as this value lives (a restore keeps the regions that it was given), and until
+    /// everything registered of it is unregistered or the userfaultfd is closed:
     ///
-    /// - `[start, start + len)` is mapped in this process, and is this restore's to fill: a page
-    ///   that isn't present may come to hold any bytes at any moment, may read as zeros after the
-    ///   end, may raise SIGBUS, and a whole page may become inaccessible if the restore is given
-    ///   up.
-    /// - So it is accessed as plain bytes: through raw pointers, atomics or volatile accesses, or
-    ///   through the kernel or a virtual CPU. No reference to a type with invalid values points
-    ///   into it before it is complete.
+    /// - `[start, start + len)` is mapped in this process, and this restore may fill it: an absent
+    ///   page may change to any content at any moment, may read as zeros after the end, may raise
+    ///   SIGBUS, and a whole page may become inaccessible if the restore is given up.
+    /// - Therefore it is accessed as plain bytes: through raw pointers, atomics or volatile
+    ///   accesses, or through the kernel or a virtual CPU. No reference to a type with invalid
+    ///   values points into it before it is complete.
     /// - It isn't unmapped or moved, unless
-    ///   - the userfaultfd has [`Features::EVENTS`] on, as that of a restore always has, so that it
-    ///     learns of that before the address can mean something else, or a restore of the memory is
+    ///   - the userfaultfd has [`Features::EVENTS`] on, like that of every restore, so that it
+    ///     learns of the change before the address can be reused, or a restore of the memory is
     ///     complete or was stopped; and
-    ///   - what comes to lie at these addresses may be read as bytes through the kernel, which
-    ///     reading from a restore does, and be copied to children (`MADV_DOFORK`), which the end of a
-    ///     restore sees to; and
+    ///   - whatever is mapped at these addresses later may be read as bytes through the kernel, as
+    ///     reading from a restore does, and be copied to children (`MADV_DOFORK`), as the end of a
+    ///     restore arranges; and
     ///   - on kernels without `UFFDIO_POISON` (before 6.6), it doesn't happen while the restore is
     ///     stopped or dropped.
     ///
@@ -69,10 +68,11 @@ impl RawRegion {
         })
     }
 
-    /// Memory of the engine's own, kept alive as long as this or a registration of it.
+    /// Creates a region of the engine's own memory, which is kept alive as long as the region or a
+    /// registration of it.
     ///
-    /// Nobody else can have relied on its content: it was made empty, and is reachable through raw
-    /// pointers only, whose users have to bear the same that [`new`](Self::new) demands.
+    /// Nobody else can have relied on its content: it was created empty, and is reachable only
+    /// through raw pointers, whose users must accept what [`new`](Self::new) demands.
     pub fn owned(mapping: Arc<Mapping>) -> Self {
         Self {
             address: mapping.address(),
@@ -81,27 +81,27 @@ impl RawRegion {
         }
     }
 
-    /// The first byte.
+    /// Returns a pointer to the first byte.
     pub fn as_ptr(&self) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(crate::to_usize(self.address))
     }
 
-    /// The first byte's address.
+    /// Returns the address of the first byte.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// Bytes.
+    /// Returns the length in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Takes every access to `[offset, offset + len)` away: what touches it from now on gets
-    /// SIGSEGV, or EFAULT. For what could not be restored, so that it never reads as zeros.
+    /// Makes `[offset, offset + len)` inaccessible: from now on a touch gets SIGSEGV, or EFAULT.
+    /// For memory that could not be restored, so that it never reads as zeros.
     pub fn make_inaccessible(&self, offset: u64, len: u64) -> Result<(), MemError> {
         let address = self.inside("making inaccessible", offset, len)?;
-        // SAFETY: `new` names this among what the region's owner accepts.
+        // SAFETY: the contract of `new` lists this among what the owner of the region accepts.
         unsafe { protect(address, len, libc::PROT_NONE) }
     }
 
@@ -116,7 +116,7 @@ impl RawRegion {
             .ok_or_else(|| MemError::invalid(doing, self.address.saturating_add(offset), len))
     }
 
-    /// Whether the engine mapped it.
+    /// Whether the engine mapped the memory.
     pub fn is_owned(&self) -> bool {
         self.keep.is_some()
     }

@@ -1,8 +1,8 @@
-//! The proof that memory is empty.
+//! Proof that memory is empty.
 //!
-//! A page that is present when its memory is registered never faults as missing: whatever it holds,
-//! zeros mostly, would be taken for restored. So an in-process restore looks, after registering,
-//! whether there is any.
+//! A page that is present when its memory is registered never raises a missing fault: its content,
+//! mostly zeros, would pass for restored. Therefore an in-process restore checks after registering
+//! whether there are any such pages.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader};
@@ -14,7 +14,8 @@ use nix::errno::Errno;
 use crate::os::pagemap::populated;
 use crate::{page_size, to_usize};
 
-/// Which pages of this process hold anything: present, swapped out, or marked as poisoned.
+/// A view of which pages of this process hold anything: present, swapped out, or marked as
+/// poisoned.
 #[derive(Debug)]
 pub struct Pagemap(File);
 
@@ -24,11 +25,11 @@ impl Pagemap {
         File::open("/proc/self/pagemap").map(Self)
     }
 
-    /// The first such page of `[address, address + len)`, by `PAGEMAP_SCAN` (6.7) or by reading the
-    /// file.
+    /// Returns the first such page of `[address, address + len)`, by `PAGEMAP_SCAN` (6.7) or by
+    /// reading the file.
     pub fn first_populated(&self, address: u64, len: u64) -> io::Result<Option<u64>> {
         let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
-        // The first range that is found ends the search.
+        // The first range found ends the search.
         let scanned = populated(&self.0, address, end, |from, _| Err(Found::At(from)));
         match scanned {
             Ok(()) => Ok(None),
@@ -41,13 +42,14 @@ impl Pagemap {
     }
 }
 
-/// The first page of `[address, address + len)` of this process that holds anything (present,
-/// swapped out, or marked as poisoned), by `PAGEMAP_SCAN` (6.7) or by reading `/proc/self/pagemap`.
+/// Returns the first page of `[address, address + len)` of this process that holds anything
+/// (present, swapped out, or marked as poisoned), by `PAGEMAP_SCAN` (6.7) or by reading
+/// `/proc/self/pagemap`.
 pub fn first_populated(address: u64, len: u64) -> io::Result<Option<u64>> {
     Pagemap::open()?.first_populated(address, len)
 }
 
-/// Why a scan was not carried to its end.
+/// The reason why a scan stopped early.
 enum Found {
     At(u64),
     Error(io::Error),
@@ -59,14 +61,15 @@ impl From<io::Error> for Found {
     }
 }
 
-/// The same by `mincore`, which needs no `/proc` and no permission, for memory that was mapped just
-/// now and that nobody else knows of. It doesn't see a page that was swapped out.
+/// Returns the first resident page by `mincore`, which needs no `/proc` and no permission. Only for
+/// memory that was mapped just now and that nobody else knows of, because it doesn't see a page
+/// that was swapped out.
 ///
-/// That is proof enough for such memory: what could have filled it is `mlockall(MCL_FUTURE)`, at
-/// the moment when it was mapped. [`MappingOptions::map`](super::MappingOptions::map) maps without
-/// access first, so that there is nothing to fill. Were it filled all the same, its pages would
-/// have become resident some microseconds ago and be locked until they were unlocked just now; to
-/// be missed here, each of them must have been written to swap in between.
+/// That is sufficient proof for such memory. Only `mlockall(MCL_FUTURE)` could have filled it, at
+/// the moment when it was mapped, but [`MappingOptions::map`](super::MappingOptions::map) first
+/// maps without access, so that there is nothing to fill. Even if it had been filled, its pages
+/// would have become resident some microseconds ago and been locked until just now; to be missed
+/// here, each of them must have been written to swap in between.
 pub fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> {
     let page = page_size();
     let mut resident = vec![0_u8; 64 << 10];
@@ -75,8 +78,8 @@ pub fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> {
     while at < end {
         let pages = (end - at).div_ceil(page).min(resident.len() as u64);
         let pointer = std::ptr::with_exposed_provenance_mut(to_usize(at));
-        // SAFETY: mincore only looks at the range, and writes one byte for each of its pages:
-        // `pages` is at most the length of the buffer.
+        // SAFETY: mincore only inspects the range, and writes one byte per page: `pages` is at most
+        // the length of the buffer.
         let result =
             unsafe { libc::mincore(pointer, to_usize(pages * page), resident.as_mut_ptr()) };
         Errno::result(result)?;
@@ -89,7 +92,8 @@ pub fn first_resident(address: u64, len: u64) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
-/// The same without `PAGEMAP_SCAN`, for kernels before 6.7: slower, 8 bytes read for each page.
+/// Returns the first populated page without `PAGEMAP_SCAN`, for kernels before 6.7. Slower: 8 bytes
+/// are read per page.
 pub fn first_populated_by_pagemap(address: u64, len: u64) -> io::Result<Option<u64>> {
     let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
     scan_file(&File::open("/proc/self/pagemap")?, address, end)
@@ -118,7 +122,7 @@ fn scan_file(pagemap: &File, address: u64, end: u64) -> io::Result<Option<u64>> 
     Ok(None)
 }
 
-/// The kernel writes the entries of pagemap in the machine's own byte order.
+/// Decodes a pagemap entry, which the kernel writes in the machine's own byte order.
 #[expect(
     clippy::host_endian_bytes,
     reason = "the file is made by this machine's kernel"
@@ -127,17 +131,17 @@ fn entry_of(bytes: [u8; 8]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// Why the caller's memory can't be restored into.
+/// The reason why the caller's memory can't be restored into.
 #[derive(Debug)]
 pub enum Unsuitable {
-    /// At this address, in the range of this number, is no private anonymous memory of small pages.
+    /// The memory at this address is not private anonymous memory of small pages.
     Kind {
         /// Number of the range.
         range: usize,
-        /// Where.
+        /// The address.
         address: u64,
     },
-    /// What it is can't be seen.
+    /// The kind of memory can't be determined.
     Unproven(io::Error),
 }
 
@@ -147,17 +151,17 @@ impl From<io::Error> for Unsuitable {
     }
 }
 
-/// Makes sure that `ranges`, which are in order and apart, are private anonymous memory of small
-/// pages, and returns what of them is left out of children (`MADV_DONTFORK`) already.
+/// Checks that `ranges`, which must be sorted and disjoint, are private anonymous memory of small
+/// pages. Returns the parts of them that are already left out of children (`MADV_DONTFORK`).
 ///
-/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled in
-/// small ones.
+/// Shared memory and files have pages that raise no missing fault, and huge pages can't be filled
+/// in small pieces.
 ///
-/// It is one pass over `/proc/self/smaps`, up to the last of the ranges, however many they are. The
-/// kernel looks at every page table on the way, which takes it up to 25 ms for each GiB in small pages
-/// that is resident at lower addresses (3 GiB: 73 ms; in huge pages 1 ms). Fresh memory mostly lies
-/// below all that was mapped before. `/proc/self/maps` costs nothing like it, but doesn't tell what
-/// children get.
+/// The check is one pass over `/proc/self/smaps`, up to the last of the ranges, however many they
+/// are. The kernel walks every page table on the way, which takes up to 25 ms per GiB of resident
+/// small pages at lower addresses (3 GiB: 73 ms; in huge pages 1 ms). Fresh memory mostly lies
+/// below everything mapped earlier. `/proc/self/maps` is far cheaper, but doesn't show what
+/// children inherit.
 pub fn dont_fork_of(ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, Unsuitable> {
     let mut left_out: Vec<Range<u64>> = Vec::new();
     let Some(last) = ranges.last() else {
@@ -165,7 +169,7 @@ pub fn dont_fork_of(ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, Unsuitable
     };
     let mut smaps = BufReader::with_capacity(SMAPS_READ, File::open(SMAPS)?);
     let mut line = String::new();
-    // The first range that was not seen to its end, and how far it was.
+    // The first range that has not been seen entirely, and how far it has been seen.
     let (mut number, mut seen) = (0, 0);
     let mut mapping = 0..0;
     loop {
@@ -218,17 +222,17 @@ pub fn dont_fork_of(ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, Unsuitable
     }
 }
 
-/// Bytes that are read of it at once: less than the kernel writes about one mapping, so that it doesn't
-/// look at those behind the last that matters.
+/// Number of bytes read from the file at once: less than the kernel writes about one mapping, so
+/// that it doesn't walk mappings after the last one that matters.
 const SMAPS_READ: usize = 512;
 
-/// The file that says what mappings are.
+/// The file that describes the mappings of this process.
 pub const SMAPS: &str = "/proc/self/smaps";
 
 /// The first line about a mapping.
 struct Mapped {
     addresses: Range<u64>,
-    /// Private anonymous memory, but perhaps of huge pages.
+    /// Whether it is private anonymous memory; it may still have huge pages.
     suitable: bool,
 }
 
@@ -239,7 +243,7 @@ impl Mapped {
         let parse = |hex: &str| u64::from_str_radix(hex, 16).ok();
         let addresses = parse(from)?..parse(to)?;
         let private = fields.next()?.ends_with('p');
-        // Offset and device, then the inode: 0 for anonymous memory.
+        // Skips offset and device; then comes the inode, which is 0 for anonymous memory.
         let anonymous = fields.nth(2)? == "0";
         Some(Self {
             addresses,
@@ -256,7 +260,7 @@ mod tests {
     #[test]
     fn resident_pages_are_found() {
         let page = page_size();
-        // More than one call looks at.
+        // More than one call checks.
         let len = 70_000 * page;
         let memory = Mapping::new(len).unwrap();
         assert_eq!(first_resident(memory.address(), len).unwrap(), None);

@@ -1,17 +1,19 @@
-//! A session's state in memory that another process can share and that outlives this one.
+//! Shared block: a session's state in memory that another process can share and that outlives this
+//! one.
 //!
 //! ```text
 //!  0          2048            4096                     4096 + len
 //!  ├── ring ──┼── (unused) ───┼── data: AtomicU64s ────┤
 //! ```
 //!
-//! A block in a memfd is backed and mapped in full from the start; an anonymous one, as any memory
-//! of the process, when it is first used, which is what lets a restore of much memory start at
-//! once.
+//! A block in a memfd is allocated and mapped in full from the start. An anonymous block, like any
+//! memory of the process, is allocated when it is first used, so that a restore of much memory can
+//! start at once.
 //!
-//! The ring is apart from the data because a message in it can carry a file descriptor: only the
-//! kernel writes there, and only the holder of the one [`Ring`] has it written. In a memfd another
-//! process could write there too, so a descriptor's number found there is never taken for one of ours.
+//! The ring is separate from the data because a message in it can carry a file descriptor: only the
+//! kernel writes there, and only the holder of the one [`Ring`] makes it do so. In a memfd another
+//! process could write there, too, so a descriptor number found there is never treated as one of
+//! ours.
 
 use std::ffi::CStr;
 use std::io;
@@ -27,38 +29,40 @@ use crate::to_usize;
 const HEAD: u64 = 4096;
 const WORD: u64 = 8;
 
-/// Zeroed shared memory.
+/// A block of zeroed shared memory.
 #[derive(Debug)]
 pub struct Block {
     start: NonNull<u8>,
-    /// Of the data, without the head.
+    /// Length of the data in bytes, without the head.
     len: u64,
     memfd: Option<OwnedFd>,
 }
 
-// SAFETY: an address, a length and a descriptor; the content is handed out as atomics only.
+// SAFETY: the value is an address, a length and a descriptor; the content is handed out only as
+// atomics.
 unsafe impl Send for Block {}
 // SAFETY: as for Send.
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// Shared with children of `fork` only.
+    /// Creates a block that is shared only with children of `fork`.
     pub fn anonymous(len: u64) -> io::Result<(Arc<Self>, Ring)> {
         Self::map(len, None)
     }
 
-    /// In a memfd that can neither shrink nor grow, to be handed to another process.
+    /// Creates a block in a memfd that can neither shrink nor grow, to be passed to another
+    /// process.
     pub fn memfd(name: &CStr, len: u64) -> io::Result<(Arc<Self>, Ring)> {
         let total = total(len)?;
         // SAFETY: `name` is a terminated string that the kernel copies.
         let number = Errno::result(unsafe {
             libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
         })?;
-        // SAFETY: the kernel made this descriptor just now, so nobody else owns it.
+        // SAFETY: the kernel has just created this descriptor, so nobody else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(number) };
         let size = i64::try_from(total).map_err(|_| io::Error::from(Errno::EFBIG))?;
-        // SAFETY: both take the descriptor and numbers. Allocating all of it now makes a full
-        // machine an error here in place of SIGBUS at some later store.
+        // SAFETY: both take the descriptor and numbers. Allocating everything now turns a lack of
+        // memory into an error here instead of SIGBUS at some later store.
         unsafe {
             Errno::result(libc::ftruncate(fd.as_raw_fd(), size))?;
             Errno::result(libc::fallocate(fd.as_raw_fd(), 0, 0, size))?;
@@ -68,8 +72,8 @@ impl Block {
         Self::map(len, Some(fd))
     }
 
-    /// The block in a memfd that [`memfd`](Self::memfd) made, here or in another process, its content
-    /// as it is.
+    /// Maps the block in a memfd that [`memfd`](Self::memfd) created, in this or another process,
+    /// with its current content.
     pub fn from_memfd(fd: OwnedFd) -> io::Result<(Arc<Self>, Ring)> {
         // SAFETY: F_GET_SEALS takes no argument.
         let seals = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })?;
@@ -111,7 +115,7 @@ impl Block {
         Ok((block, ring))
     }
 
-    /// Bytes of data.
+    /// Returns the length of the data in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -121,16 +125,16 @@ impl Block {
         self.len == 0
     }
 
-    /// The descriptor to hand to another process, if there is one.
+    /// Returns the descriptor to pass to another process, if there is one.
     pub fn as_memfd(&self) -> Option<BorrowedFd<'_>> {
         self.memfd.as_ref().map(AsFd::as_fd)
     }
 
-    /// `count` words of data from `offset` bytes on.
+    /// Returns `count` words of data from `offset` bytes on.
     ///
     /// # Panics
     ///
-    /// If they aren't inside the data, or `offset` isn't a multiple of 8.
+    /// Panics if they aren't inside the data, or if `offset` isn't a multiple of 8.
     pub fn words(&self, offset: u64, count: usize) -> &[AtomicU64] {
         let bytes = (count as u64).checked_mul(WORD);
         let end = bytes.and_then(|bytes| offset.checked_add(bytes));
@@ -139,7 +143,7 @@ impl Block {
             "{count} words at {offset} of a block of {} bytes",
             self.len
         );
-        // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self`, and
+        // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self` lives, and
         // page-aligned; the assertion keeps the view inside and aligned. All views are of atomics,
         // in every process, so there is no data race, and every bit pattern is a u64.
         unsafe {
@@ -148,19 +152,19 @@ impl Block {
         }
     }
 
-    /// The word at `offset` bytes.
+    /// Returns the word at `offset` bytes.
     ///
     /// # Panics
     ///
-    /// As [`words`](Self::words).
+    /// Panics in the same cases as [`words`](Self::words).
     pub fn word(&self, offset: u64) -> &AtomicU64 {
         &self.words(offset, 1)[0]
     }
 
-    /// Keeps the block in memory (mlock), so that no store into it waits for a disk. Limited by
+    /// Locks the block in memory (mlock), so that no store into it waits for a disk. Limited by
     /// `RLIMIT_MEMLOCK`.
     pub fn lock(&self) -> io::Result<()> {
-        // SAFETY: mlock changes residence only; the range is our mapping.
+        // SAFETY: mlock changes only residence; the range is our mapping.
         let result = unsafe { libc::mlock(self.start.as_ptr().cast(), to_usize(HEAD + self.len)) };
         Errno::result(result)?;
         Ok(())
@@ -183,19 +187,19 @@ fn total(len: u64) -> io::Result<u64> {
     Ok(total.ok_or(Errno::EINVAL)?)
 }
 
-/// Where the kernel writes messages: the head of a block. There is one for each time that a block
-/// is mapped.
+/// The buffer into which the kernel writes messages: the head of a block. Each mapping of a block
+/// has exactly one.
 #[derive(Debug)]
 pub struct Ring {
     block: Arc<Block>,
 }
 
 impl Ring {
-    /// Messages that fit.
+    /// Number of messages that fit.
     pub const SLOTS: usize = 64;
-    /// Bytes of one, `struct uffd_msg`.
+    /// Size of a message, `struct uffd_msg`, in bytes.
     pub const SLOT_BYTES: usize = 32;
-    /// Their size together.
+    /// Size of all slots in bytes.
     pub const BYTES: usize = Self::SLOTS * Self::SLOT_BYTES;
 
     /// Whether no other process can write to it.
@@ -203,14 +207,14 @@ impl Ring {
         self.block.memfd.is_none()
     }
 
-    /// A ring that nobody shares.
+    /// Creates a ring that nobody shares.
     pub fn private() -> io::Result<Self> {
         Ok(Block::anonymous(0)?.1)
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the head of a block is HEAD bytes, more than BYTES, and page-aligned; the rest as
-        // in `Block::words`.
+        // SAFETY: the head of a block is HEAD bytes, which is more than BYTES, and page-aligned;
+        // the rest as in `Block::words`.
         unsafe {
             std::slice::from_raw_parts(
                 self.block.start.cast::<AtomicU64>().as_ptr(),
@@ -223,27 +227,27 @@ impl Ring {
         self.block.start.as_ptr().cast()
     }
 
-    /// The 32 bytes of a slot; [`Raw::from_words`](crate::uffd::Raw::from_words) tells what
-    /// they mean.
+    /// Returns the 32 bytes of a slot, which [`Raw::from_words`](crate::uffd::Raw::from_words)
+    /// decodes.
     ///
     /// # Panics
     ///
-    /// If there is no such slot.
+    /// Panics if there is no such slot.
     pub fn load(&self, slot: usize) -> [u64; 4] {
         assert!(slot < Self::SLOTS, "slot {slot} of {}", Self::SLOTS);
         let words = &self.words()[slot * 4..][..4];
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
     }
 
-    /// Whether no message is in it.
+    /// Whether it contains no message.
     pub fn is_clear(&self) -> bool {
         self.words()
             .iter()
             .all(|word| word.load(Ordering::Acquire) == 0)
     }
 
-    /// Zeroes it. Every store made before, such as the record of what the messages said, is seen by
-    /// whoever finds the ring clear.
+    /// Zeroes the ring. Whoever finds the ring clear also sees every store made before, such as the
+    /// record of its messages.
     pub fn clear(&mut self) {
         for word in self.words() {
             word.store(0, Ordering::Release);

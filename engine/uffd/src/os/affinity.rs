@@ -1,32 +1,33 @@
-//! Serving a thread on its own core.
+//! Serves a thread on its own core.
 //!
-//! To wake a thread on another core that is idle costs 45-60 us in a virtual machine, and an idle
-//! core is where the scheduler puts a fault thread. On the core of the thread that faulted, which
-//! stops there anyway, it runs after 6 us. Which core a thread is on isn't known, unless it may run
-//! on one only, as the virtual CPUs of many VMMs: then a fault thread goes there while faults of
-//! that thread follow each other.
+//! Waking a thread on another, idle core costs 45-60 us in a virtual machine, and an idle core is
+//! where the scheduler puts a fault thread. On the core of the faulting thread, which stops there
+//! anyway, it runs after 6 us. The core of a thread is unknown unless the thread may run on only
+//! one, like the virtual CPUs of many VMMs: then a fault thread moves there as long as consecutive
+//! faults come from that thread.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-/// Faults of one thread in a row before it is followed: to move costs as much as some faults.
+/// Number of consecutive faults of one thread before it is followed: a move costs as much as some
+/// faults.
 const BEFORE_FOLLOWING: u32 = 4;
-/// Faults after which is looked again where the thread may run.
+/// Number of faults after which the cores of the thread are looked up again.
 const POLL_INTERVAL: u32 = 256;
 
-/// Moves the calling thread to the core of the thread that it serves.
+/// A follower that moves the calling thread to the core of the thread that it serves.
 #[derive(Debug, Default)]
 pub struct CoreFollower {
     thread: u32,
     faults: u32,
-    /// Where it is, and where it may run otherwise.
+    /// The core to which the thread was moved, and the cores on which it may run otherwise.
     at: Option<(usize, CpuSet)>,
 }
 
 impl CoreFollower {
-    /// `thread`, by its thread id, has faulted, and the caller is about to serve it. Costs two
-    /// system calls now and then; if they are not permitted, nothing moves. True if the caller is on
-    /// the only core of `thread` now.
+    /// Records that `thread`, given by its thread ID, has faulted and the caller is about to serve
+    /// it. Occasionally costs two system calls; if they are not permitted, nothing moves. Returns
+    /// `true` if the caller is now on the only core of `thread`.
     pub fn served(&mut self, thread: u32) -> bool {
         if thread != self.thread {
             self.thread = thread;
@@ -46,7 +47,7 @@ impl CoreFollower {
             return;
         }
         self.go_home();
-        // Whoever bound this thread to some cores meant it.
+        // If this thread is bound to some cores, that was intended.
         if let Some(core) = core
             && let Ok(home) = sched_getaffinity(Pid::from_raw(0))
             && home.is_set(core) == Ok(true)
@@ -65,18 +66,19 @@ impl CoreFollower {
     }
 }
 
-/// What the thread does afterwards is not done for the one that it served.
+/// Moves the thread back: what it does afterwards is not for the thread that it served.
 impl Drop for CoreFollower {
     fn drop(&mut self) {
         self.go_home();
     }
 }
 
-/// The only core that a thread may run on. None for a real-time thread: on its core nobody else runs
-/// while it does, and it may be waiting, in a loop, for a thread whose fault nobody would read then.
+/// Returns the only core on which a thread may run. Returns `None` for a real-time thread: nobody
+/// else runs on its core while it does, and it may be waiting in a loop for a thread whose fault
+/// nobody would then read.
 fn only_core(thread: u32) -> Option<usize> {
     let thread = i32::try_from(thread).ok().filter(|id| *id > 0)?;
-    // SAFETY: a system call that takes and returns numbers.
+    // SAFETY: the system call takes and returns numbers.
     let policy = unsafe { libc::sched_getscheduler(thread) };
     if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&policy) {
         return None;
@@ -87,7 +89,7 @@ fn only_core(thread: u32) -> Option<usize> {
     set.next().is_none().then_some(first)
 }
 
-/// Lets the calling thread run on `cores` only.
+/// Restricts the calling thread to `cores`.
 fn bind(cores: &[usize]) -> bool {
     let mut set = CpuSet::new();
     cores.iter().all(|core| set.set(*core).is_ok())
@@ -106,7 +108,7 @@ mod tests {
             .collect()
     }
 
-    /// A thread that may run on `cores` and waits; its id.
+    /// Starts a thread that may run only on `cores` and waits. Returns its ID.
     fn waiting_on(cores: Vec<usize>) -> (u32, impl FnOnce()) {
         let (tell, told) = channel();
         let (stop, stopped) = channel::<()>();
@@ -140,7 +142,7 @@ mod tests {
         for _ in 0..2 * BEFORE_FOLLOWING {
             follower.served(free);
         }
-        // With one core it is bound to it by nature.
+        // On a machine with one core, it is bound to that core anyway.
         assert_eq!(cores(), all);
         for _ in 0..BEFORE_FOLLOWING {
             follower.served(bound);

@@ -1,4 +1,4 @@
-//! Descriptors that this process got from the one that started it.
+//! Descriptors inherited from the process that started this one.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -6,29 +6,30 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 
-/// Takes the descriptor `number`, which was open when this program was started, and has it closed on
-/// exec from now on.
+/// Takes ownership of the descriptor `number`, which was open when this program was started, and
+/// sets its close-on-exec flag.
 ///
-/// Refused: standard input, output and error (EINVAL); a number that isn't open (EBADF); and one that is
-/// closed on exec (EEXIST). What this program opens is closed on exec, as everything that the standard
-/// library opens; so a descriptor without the mark came from outside, nobody here owns it, and it can
-/// be taken once.
+/// Refuses standard input, output and error (EINVAL), a number that isn't open (EBADF), and a
+/// descriptor that has the flag (EEXIST). Everything that this program opens is close-on-exec, like
+/// everything that the standard library opens. Therefore a descriptor without the flag came from
+/// outside, nobody here owns it, and it can be taken once.
 pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     if number <= libc::STDERR_FILENO {
         return Err(Errno::EINVAL.into());
     }
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    // SAFETY: the call takes and gives numbers.
+    // SAFETY: the call takes and returns numbers.
     let flags = Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
     if flags & libc::FD_CLOEXEC != 0 {
         return Err(Errno::EEXIST.into());
     }
-    // SAFETY: the call takes numbers, and changes nothing but the mark.
+    // SAFETY: the call takes numbers, and changes only the flag.
     Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
-    // SAFETY: it is open, and had no mark until now, while all that this program owns has; so it is owned
-    // by nobody, and the mark keeps it from being taken twice. Were one opened without the mark by mistake,
-    // its owner and this one would both close it.
+    // SAFETY: it is open, and had no close-on-exec flag until now, while everything that this
+    // program owns has one; so nobody owns it, and the flag keeps it from being taken twice. If
+    // something were opened without the flag by mistake, its owner and this one would both close
+    // it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 

@@ -1,4 +1,4 @@
-//! Which limit is behind a refusal of the kernel's: ENOMEM and EAGAIN name none.
+//! Diagnosis of the limit behind a refusal of the kernel, because ENOMEM and EAGAIN name none.
 
 use std::fmt;
 use std::fs;
@@ -7,10 +7,11 @@ use std::io::{self, BufRead as _, BufReader};
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-/// Mappings that an operation may need at once; with fewer left, their number is the limit.
+/// Number of mappings that an operation may need at once; with fewer left, their number is the
+/// limit.
 const FEW_MAPPINGS: u64 = 4;
 
-/// The limit that an operation met, if one is known: for messages, in which it comes last.
+/// A description of the limit that an operation reached, if known. In messages it comes last.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hint(Option<String>);
 
@@ -24,13 +25,14 @@ impl fmt::Display for Hint {
 }
 
 impl Hint {
-    /// The limit behind `error` of mapping, protecting or unmapping `bytes` bytes of this process.
+    /// Finds the limit behind `error` of mapping, protecting or unmapping `bytes` bytes of this
+    /// process.
     pub fn for_memory(error: &io::Error, bytes: u64) -> Self {
         let is_shortage = error.raw_os_error() == Some(Errno::ENOMEM as i32);
         Self(is_shortage.then(|| Facts::look().limit(bytes)).flatten())
     }
 
-    /// The limit behind `error` of splitting a mapping, which may be another process's.
+    /// Finds the limit behind `error` of splitting a mapping, which may be another process's.
     pub fn for_mappings(error: &io::Error) -> Self {
         if error.raw_os_error() != Some(Errno::ENOMEM as i32) {
             return Self(None);
@@ -47,7 +49,7 @@ impl Hint {
         Self(known.or_else(|| facts.max_mappings.map(guess)))
     }
 
-    /// The limit behind `error` of starting a thread.
+    /// Finds the limit behind `error` of starting a thread.
     pub fn for_thread(error: &io::Error) -> Self {
         if error.raw_os_error() != Some(Errno::EAGAIN as i32) {
             return Self::for_memory(error, 0);
@@ -67,7 +69,7 @@ impl Hint {
     }
 }
 
-/// Limits on memory, and what is used of them, in bytes or pieces. `None` is unlimited or unknown.
+/// Limits on memory, and their current use, in bytes or pieces. `None` means unlimited or unknown.
 #[derive(Clone, Debug, Default)]
 struct Facts {
     mappings: Option<u64>,
@@ -110,7 +112,7 @@ impl Facts {
         }
     }
 
-    /// The limit that has no room for `bytes` bytes more.
+    /// Returns the limit that has no room for another `bytes` bytes.
     fn limit(&self, bytes: u64) -> Option<String> {
         let (mib, gib) = (|bytes: u64| bytes >> 20, |bytes: u64| bytes >> 30);
         if let (Some(mappings), Some(most)) = (self.mappings, self.max_mappings)
@@ -163,15 +165,15 @@ impl Facts {
     }
 }
 
-/// How many mappings this process has. A buffer for all of the file would need a mapping of its own,
-/// which can't be had where this is asked.
+/// Counts the mappings of this process. A buffer for the whole file would need a mapping of its
+/// own, which may not be available here.
 fn count_mappings() -> io::Result<u64> {
     let maps = BufReader::with_capacity(4096, fs::File::open("/proc/self/maps")?);
     maps.split(b'\n')
         .try_fold(0, |count, line| line.map(|_| count + 1))
 }
 
-/// A number of KiB behind `name`, in bytes.
+/// Returns the number of KiB after `name`, in bytes.
 fn kib(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let number = line.trim().trim_end_matches("kB").trim();
@@ -183,7 +185,7 @@ fn soft(resource: Resource) -> Option<u64> {
     (soft != RLIM_INFINITY).then_some(soft)
 }
 
-/// `pids.max` of this process's cgroup, as it is mounted on most machines.
+/// Returns `pids.max` of this process's cgroup, at its usual mount point.
 fn max_pids() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     groups.lines().find_map(|line| {

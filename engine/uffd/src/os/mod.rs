@@ -1,4 +1,4 @@
-//! Linux: what a program that restores memory needs besides memory and userfaultfd.
+//! Linux functions that a program needs to restore memory, besides memory and userfaultfd.
 //!
 //! | file | contents |
 //! | --- | --- |

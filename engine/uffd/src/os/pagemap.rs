@@ -1,4 +1,5 @@
-//! Which pages of a process exist, found without a look at each of them: `PAGEMAP_SCAN` (Linux 6.7).
+//! Search for the existing pages of a process without checking each page: `PAGEMAP_SCAN` (Linux
+//! 6.7).
 
 use std::fs::File;
 use std::io;
@@ -44,11 +45,11 @@ mod request {
 const WRITTEN: u64 = 1 << 1;
 /// The page is in memory (`PAGE_IS_PRESENT`).
 const PRESENT: u64 = 1 << 3;
-/// The page is in swap, or a marker stands in its place (`PAGE_IS_SWAPPED`).
+/// The page is in swap, or a marker is in its place (`PAGE_IS_SWAPPED`).
 const SWAPPED: u64 = 1 << 4;
-/// The marker of a guard page stands in its place (`PAGE_IS_GUARD`, Linux 6.16).
+/// The marker of a guard page is in its place (`PAGE_IS_GUARD`, Linux 6.16).
 const GUARD: u64 = 1 << 8;
-/// Ranges that one call may return.
+/// Maximum number of ranges that one call returns.
 const RANGES: usize = 256;
 
 /// An entry of a page table, as far as it tells where the page's content is.
@@ -58,7 +59,7 @@ pub enum Entry {
     Present,
     /// The page is in swap, or is poisoned, or is about to be moved.
     Swapped,
-    /// As [`Self::Swapped`], and a userfaultfd write-protects the page. In shared memory this is
+    /// Like [`Self::Swapped`], and a userfaultfd write-protects the page. In shared memory this is
     /// only a marker: the content is in the file.
     Protected,
     /// A guard page (`MADV_GUARD_INSTALL`): it has no content. Kernels before 6.16 report
@@ -66,10 +67,11 @@ pub enum Entry {
     Guard,
 }
 
-/// Calls `each` with the ranges of addresses from `start` to `end` that are populated, in memory or
-/// in swap, in order. `pagemap` is an open `/proc/PID/pagemap`. Ranges may touch.
+/// Calls `each` with the populated ranges of addresses from `start` to `end`, in memory or in swap,
+/// in order. `pagemap` is an open `/proc/PID/pagemap`. Ranges may be adjacent.
 ///
-/// An error of kind `Unsupported` is of a kernel that doesn't know the call; nothing was found yet.
+/// An error of kind `Unsupported` means that the kernel doesn't know the call; no range was found
+/// yet.
 pub fn populated<E: From<io::Error>>(
     pagemap: &File,
     start: u64,
@@ -79,7 +81,7 @@ pub fn populated<E: From<io::Error>>(
     entries(pagemap, start, end, |from, to, _| each(from, to))
 }
 
-/// As [`populated`], and tells apart what stands in the page table.
+/// Works like [`populated`], and also tells the kinds of entries apart.
 pub fn entries<E: From<io::Error>>(
     pagemap: &File,
     start: u64,
@@ -101,9 +103,9 @@ pub fn entries<E: From<io::Error>>(
             ..ScanArg::default()
         };
         // SAFETY: the kernel reads and writes `scan`, and writes at most `vec_len` entries to
-        // `ranges`; both are ours alone and outlive the call. It only looks at the pages: the
-        // flags that would write-protect them are zero. A file that is no pagemap, or an older
-        // kernel, answers ENOTTY.
+        // `ranges`; both are ours alone and outlive the call. It only inspects the pages, because
+        // the flags that would write-protect them are zero. A file that is not a pagemap, or an
+        // older kernel, returns ENOTTY.
         match unsafe { request::pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) } {
             Ok(found) => {
                 let found = usize::try_from(found).unwrap_or(0).min(RANGES);
@@ -152,7 +154,7 @@ mod tests {
         // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
         let place = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
         assert_ne!(place, libc::MAP_FAILED);
-        // SAFETY: nobody else knows the mapping, and no huge pages are made in it.
+        // SAFETY: nobody else knows the mapping, and no huge pages are created in it.
         unsafe {
             libc::madvise(place, bytes, libc::MADV_NOHUGEPAGE);
             for at in [0, 1, 1000, bytes / page - 1] {

@@ -1,4 +1,4 @@
-//! Other processes, by descriptors that go on meaning the same process when its id is used again.
+//! Other processes, by descriptors that keep referring to the same process when its PID is reused.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,29 +9,30 @@ use nix::errno::Errno;
 
 use crate::page_size;
 
-/// A pidfd of the process `pid`, which polls as readable when the process has ended (Linux 5.3).
+/// Opens a pidfd of the process `pid`, which polls as readable when the process has exited (Linux
+/// 5.3).
 pub fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes numbers, and touches no memory of ours.
+    // SAFETY: the call takes numbers, and touches none of our memory.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel made this descriptor just now, so nobody else owns it.
+    // SAFETY: the kernel has just created this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Kills the process behind `pidfd` (Linux 5.1). ESRCH: it has ended.
+/// Kills the process behind `pidfd` (Linux 5.1). Fails with ESRCH if it has exited.
 pub fn kill_by_pidfd(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
     signal(pidfd, libc::SIGKILL)
 }
 
-/// Whether the process behind `pidfd` may be killed: EPERM if not, ESRCH if it has ended.
+/// Checks that this process may kill the one behind `pidfd`: EPERM if not, ESRCH if it has exited.
 pub fn may_kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
     signal(pidfd, 0)
 }
 
 fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: the call takes numbers, and a null pointer where it may stand; it touches no memory of
-    // ours.
+    // SAFETY: the call takes numbers, and a null pointer where one is allowed; it touches none of
+    // our memory.
     let result = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -44,7 +45,7 @@ fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// The id of the process behind `pidfd`. ESRCH: it has ended.
+/// Returns the PID of the process behind `pidfd`. Fails with ESRCH if it has exited.
 pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
     let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
     let pid = about.lines().find_map(|line| line.strip_prefix("Pid:"));
@@ -52,36 +53,36 @@ pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
     pid.ok_or_else(|| Errno::ESRCH.into())
 }
 
-/// Opens the page map of the process behind `pidfd`, for the handover of a pager: whoever has it can
-/// tell which of its pages are there, without the permission that opening it takes.
+/// Opens the page map of the process behind `pidfd`, for the handover of a pager: its holder can
+/// see which of the process's pages are present, without the permission that opening it requires.
 ///
-/// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. ESRCH: the process has
-/// ended.
+/// That permission is the one that a debugger needs: the same user, or `CAP_SYS_PTRACE`. Fails with
+/// ESRCH if the process has exited.
 pub fn open_page_map(pidfd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let file = open_by_pid(pidfd, |pid| File::open(format!("/proc/{pid}/pagemap")))?;
     Ok(file.into())
 }
 
-/// Returns what `open` opens for the PID of the process behind `pidfd`, unless the PID may have become
-/// another's meanwhile: ESRCH.
+/// Returns what `open` opens for the PID of the process behind `pidfd`. Fails with ESRCH if the PID
+/// may have been reused meanwhile.
 fn open_by_pid(
     pidfd: BorrowedFd<'_>,
     open: impl FnOnce(u32) -> io::Result<File>,
 ) -> io::Result<File> {
     let file = open(pid_of(pidfd)?);
-    // The number was still its own when the file was opened if it has not ended by now.
+    // If the process has not exited by now, the PID was still its own when the file was opened.
     may_kill(pidfd)?;
     file
 }
 
-/// The page table of another process, as far as `/proc` shows it: whether a page is there.
+/// The page table of another process, as far as `/proc` shows it: whether a page is present.
 #[derive(Debug)]
 pub struct PageMap {
     file: File,
 }
 
 impl PageMap {
-    /// What [`open_page_map`] has opened.
+    /// Creates a page map from a file opened by [`open_page_map`].
     pub fn new(file: OwnedFd) -> Self {
         Self { file: file.into() }
     }
@@ -121,13 +122,13 @@ mod tests {
         assert_eq!(there.collect::<Vec<_>>(), [false, true, false]);
     }
 
-    /// The process ends after its PID was read, and another gets the PID before the page map is
-    /// opened: here this one.
+    /// The process exits after its PID was read, and another process gets the PID before the page
+    /// map is opened: here the test process itself.
     #[test]
     fn page_map_of_a_reused_pid_is_refused() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pidfd = open_pidfd(child.id()).unwrap();
-        // A zombie has its PID still.
+        // A zombie still has its PID.
         let error = open_by_pid(pidfd.as_fd(), |pid| {
             assert_eq!(pid, child.id());
             child.wait()?;

@@ -1,4 +1,4 @@
-//! Unix sockets: descriptors that come with bytes, and who is on the other end.
+//! Unix sockets: descriptors that come with bytes, and the identity of the peer.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -8,30 +8,30 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::process::open_pidfd;
 
-/// Room for the descriptors of one message. Of more the kernel makes as many as there is room for.
+/// Maximum number of descriptors in one message. The kernel drops those beyond it.
 const DESCRIPTORS: usize = 8;
 
-/// What one read from a socket gave.
+/// The result of one read from a socket.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes read into the buffer; 0 at the end.
+    /// Number of bytes read into the buffer; 0 at the end.
     pub bytes: usize,
-    /// Descriptors that came along, closed on exec.
+    /// Descriptors that came with the bytes, set to close-on-exec.
     pub descriptors: Vec<OwnedFd>,
-    /// Whether there were more: than there is room for, or than this process may have open.
+    /// Whether there were more descriptors than there is room for, or than this process may open.
     pub truncated: bool,
 }
 
 /// Reads once from the connected Unix socket `socket`.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    // Aligned as a header of a control message is.
+    // Aligned like a control message header.
     let mut control = [0_u64; 16];
     let mut slice = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
     };
     let data = DESCRIPTORS * size_of::<RawFd>();
-    // SAFETY: computes a length from a length.
+    // SAFETY: the call computes a length from a length.
     let room = unsafe { libc::CMSG_SPACE(u32::try_from(data).unwrap_or(0)) };
     debug_assert!(room as usize <= size_of_val(&control));
     // SAFETY: all fields are numbers and pointers, for which zero means none.
@@ -40,36 +40,36 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = room as usize;
-    // SAFETY: the message points to a live buffer and to live, aligned room for control messages, with
-    // their lengths.
+    // SAFETY: the message points to a live buffer and to live, aligned room for control messages,
+    // with their lengths.
     let bytes =
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
     let bytes = Errno::result(bytes)?;
     let mut descriptors = Vec::new();
-    // SAFETY: the kernel has written whole control messages into the room, and their lengths; these
-    // functions go from one to the next within `msg_controllen`.
+    // SAFETY: the kernel has written whole control messages into the room, with their lengths;
+    // these functions step from one to the next within `msg_controllen`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
-        // SAFETY: not null, so a whole header within the room.
+        // SAFETY: it is not null, so it is a whole header within the room.
         let found = unsafe { header.read() };
         if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: computes a length, and a place behind the header.
+            // SAFETY: the calls compute a length, and an address after the header.
             let (empty, data) = unsafe { (libc::CMSG_LEN(0), libc::CMSG_DATA(header)) };
             let count = (found.cmsg_len - empty as usize) / size_of::<RawFd>();
             for index in 0..count {
                 let mut number: RawFd = -1;
                 let size = size_of::<RawFd>();
-                // SAFETY: the data is `count` descriptors, which need not be aligned; one is copied to
-                // a number of this function's own.
+                // SAFETY: the data is `count` descriptors, which may be unaligned; one is copied
+                // into a local variable.
                 unsafe {
                     let from = data.add(index * size);
                     from.copy_to_nonoverlapping((&raw mut number).cast(), size);
                 }
-                // SAFETY: the kernel made it for this message just now, so nobody else owns it.
+                // SAFETY: the kernel has just created it for this message, so nobody else owns it.
                 descriptors.push(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }
-        // SAFETY: as for the first.
+        // SAFETY: as for the first header.
         header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     Ok(Received {
@@ -79,28 +79,28 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
     })
 }
 
-/// A process at the other end of a socket.
+/// The peer process of a socket.
 #[derive(Debug)]
 pub struct Peer {
-    /// Its id when it connected.
+    /// Its PID when it connected.
     pub pid: u32,
-    /// Its user.
+    /// The user ID of the process.
     pub uid: u32,
-    /// A descriptor of it.
+    /// A pidfd of the process.
     pub pidfd: OwnedFd,
 }
 
-/// The id and the user of the process that connected the Unix socket `socket`.
+/// Returns the PID and the user ID of the process that connected the Unix socket `socket`.
 pub fn credentials_of(socket: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
     let pid = u32::try_from(credentials.pid()).map_err(|_| Errno::ESRCH)?;
     Ok((pid, credentials.uid()))
 }
 
-/// Who connected the Unix socket `socket`.
+/// Returns the process that connected the Unix socket `socket`.
 ///
-/// Linux 6.5 gives a pidfd of that very process. Before, its id is looked up, and may in the meantime
-/// have become another's if the process has ended.
+/// Linux 6.5 provides a pidfd of that very process. Before, the process is looked up by its PID,
+/// which may have been reused meanwhile if the process has exited.
 pub fn peer_of(socket: BorrowedFd<'_>) -> io::Result<Peer> {
     let (pid, uid) = credentials_of(socket)?;
     let pidfd = match peer_pidfd(socket) {
@@ -125,6 +125,6 @@ fn peer_pidfd(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
         )
     };
     Errno::result(result)?;
-    // SAFETY: the kernel made this descriptor just now, so nobody else owns it.
+    // SAFETY: the kernel has just created this descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

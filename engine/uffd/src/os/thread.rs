@@ -1,5 +1,5 @@
-//! What the engine's threads need of the system: no signals, a policy and cores of their own, and
-//! reads that fail in place of killing.
+//! Attributes of the engine's threads: blocked signals, and a scheduling policy and cores that are
+//! not those of the creator. Also returns freed memory to the system.
 
 use std::io;
 use std::marker::PhantomData;
@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-/// All signals of the calling thread are blocked until this is dropped; threads started meanwhile
-/// inherit that and keep it.
+/// A guard that blocks all signals of the calling thread until dropped; threads started meanwhile
+/// inherit the mask and keep it.
 ///
 /// The kernel still delivers SIGKILL, SIGSTOP, and the signals that a thread's own instructions
 /// cause.
@@ -26,9 +26,9 @@ impl SignalsBlocked {
     pub fn now() -> io::Result<Self> {
         let mut all = MaybeUninit::<libc::sigset_t>::uninit();
         let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: both pointers are to live, writable sigset_t; sigfillset initialises the first
-        // before it is read, and pthread_sigmask initialises the second when it returns 0, which is
-        // checked before it is taken.
+        // SAFETY: both pointers are to live, writable sigset_t. sigfillset initialises the first
+        // before it is read. pthread_sigmask initialises the second when it returns 0, which is
+        // checked before it is used.
         let before = unsafe {
             libc::sigfillset(all.as_mut_ptr());
             match libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) {
@@ -45,8 +45,8 @@ impl SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // SAFETY: `before` is the initialised mask that this thread had; it can't have changed
-        // threads. The call fails for a bad first argument only.
+        // SAFETY: `before` is the initialised mask of this thread, and can't have moved to another
+        // thread. The call fails only for a bad first argument.
         unsafe {
             libc::pthread_sigmask(
                 libc::SIG_SETMASK,
@@ -57,16 +57,16 @@ impl Drop for SignalsBlocked {
     }
 }
 
-/// Undoes what the calling thread inherited from the one that created it: a real-time policy, and
-/// cores that are fewer than those of the main thread.
+/// Undoes what the calling thread inherited from its creator: a real-time policy, and an affinity
+/// smaller than the main thread's.
 ///
-/// A thread that decodes under `SCHED_FIFO` stops everybody else on its core, and one that is bound
-/// to the core of a thread that waits for it, and spins, never runs. What is not permitted stays as
-/// it is.
+/// A thread that decodes under `SCHED_FIFO` stops all others on its core, and a thread bound to the
+/// core of one that waits for it, and spins, never runs. If a change is not permitted, the
+/// attribute stays as it is.
 pub fn leave_creator() {
-    // SAFETY: a system call that takes and returns numbers.
+    // SAFETY: the system call takes and returns numbers.
     let policy = unsafe { libc::sched_getscheduler(0) };
-    // SCHED_RESET_ON_FORK is reported as a flag, and has acted already.
+    // SCHED_RESET_ON_FORK is reported as a flag, and has already taken effect.
     let real_time = [libc::SCHED_FIFO, libc::SCHED_RR].contains(&policy);
     if real_time {
         let normal = libc::sched_param { sched_priority: 0 };
@@ -97,10 +97,10 @@ pub fn leave_creator() {
     }
 }
 
-/// Returns freed memory to the system, which the C library may keep for use by threads to come.
+/// Returns freed memory to the system, which the C library might otherwise keep for future threads.
 pub fn trim_heap() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointer, and any thread may call it at any time.
+    // SAFETY: the call takes no pointer, and any thread may make it at any time.
     unsafe {
         libc::malloc_trim(0);
     }

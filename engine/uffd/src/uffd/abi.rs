@@ -1,8 +1,8 @@
-//! The kernel's userfaultfd interface, number for number, as `linux/userfaultfd.h` of Linux 6.18
-//! spells it.
+//! The kernel's userfaultfd interface, number for number, as in `linux/userfaultfd.h` of Linux
+//! 6.18.
 //!
 //! Everything has its C name, so that the kernel's documentation can be read beside it. The file
-//! uses nothing but `core`, because a test hands it to ctest, which compiles it alone and compares
+//! uses nothing but `core`, because a test passes it to ctest, which compiles it alone and compares
 //! it with the system's header; a second test compares it with linux-raw-sys, a third with the
 //! first version of the header.
 //!
@@ -33,8 +33,8 @@ pub const _UFFDIO_CONTINUE: u64 = 0x07;
 pub const _UFFDIO_POISON: u64 = 0x08;
 pub const _UFFDIO_API: u64 = 0x3F;
 
-// UNREGISTER and WAKE are `_IOR` although the kernel reads the argument: the header's own mistake,
-// kept for ever.
+// UNREGISTER and WAKE are `_IOR` although the kernel reads the argument: a mistake in the header
+// that can't be corrected any more.
 pub const USERFAULTFD_IOC_NEW: c_ulong = io(0x00);
 pub const UFFDIO_API: c_ulong = iowr::<uffdio_api>(_UFFDIO_API);
 pub const UFFDIO_REGISTER: c_ulong = iowr::<uffdio_register>(_UFFDIO_REGISTER);
@@ -166,7 +166,7 @@ pub struct uffdio_move {
     pub move_: i64,
 }
 
-/// What one `read` returns, 32 bytes each.
+/// A message returned by `read`, 32 bytes each.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
 pub struct uffd_msg {

@@ -1,4 +1,4 @@
-//! What a kernel can do: feature bits, ioctls, and how to pretend that it can do less.
+//! Capabilities of a kernel: feature bits, ioctls, and masks that hide some of them.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr, BitOrAssign, Not};
@@ -6,26 +6,26 @@ use std::str::FromStr;
 
 use super::abi;
 
-/// A kernel release as far as features depend on it.
+/// A kernel release, as far as features depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KernelVersion {
-    /// 5 of 5.7.
+    /// The major version: 5 of 5.7.
     pub major: u16,
-    /// 7 of 5.7.
+    /// The minor version: 7 of 5.7.
     pub minor: u16,
 }
 
 impl KernelVersion {
-    /// The oldest kernel that the engine works on; the module's documentation says why.
+    /// The oldest kernel on which the engine works; the crate documentation gives the reasons.
     pub const MINIMUM: Self = Self::new(5, 7);
 
-    /// `KernelVersion::new(5, 7)` is Linux 5.7.
+    /// Creates a version; `KernelVersion::new(5, 7)` is Linux 5.7.
     pub const fn new(major: u16, minor: u16) -> Self {
         Self { major, minor }
     }
 
-    /// The running kernel, from `uname`. A distributor's kernel with newer features ported back
-    /// counts by its number.
+    /// Returns the version of the running kernel, from `uname`. A distribution's kernel with
+    /// backported features counts by its number.
     pub fn running() -> Option<Self> {
         nix::sys::utsname::uname()
             .ok()?
@@ -42,7 +42,7 @@ impl fmt::Display for KernelVersion {
     }
 }
 
-/// A release string that does not begin with two numbers.
+/// The error for a release string that does not begin with two numbers.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("kernel release {0:?} does not begin with a version such as 6.1")]
 pub struct BadRelease(String);
@@ -50,7 +50,7 @@ pub struct BadRelease(String);
 impl FromStr for KernelVersion {
     type Err = BadRelease;
 
-    /// Accepts what `uname -r` prints, such as `6.1.0-28-amd64`.
+    /// Parses the output of `uname -r`, such as `6.1.0-28-amd64`.
     fn from_str(release: &str) -> Result<Self, BadRelease> {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit());
         let mut next = || numbers.next().and_then(|n| n.parse().ok());
@@ -61,10 +61,10 @@ impl FromStr for KernelVersion {
     }
 }
 
-/// One member of a set: its bit, the kernel's name for it and the kernel that brought it.
+/// A member of a set: its bit, the kernel's name for it and the kernel that introduced it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry<S> {
-    /// The set with this one member.
+    /// The set that contains only this member.
     pub set: S,
     /// The kernel's name without its prefix, such as `EVENT_REMOVE`.
     pub name: &'static str,
@@ -86,18 +86,18 @@ macro_rules! bit_set {
                 $(Entry { set: Self::$name, name: stringify!($name), since: KernelVersion::new($major, $minor) },)*
             ];
 
-            /// The set with nothing in it.
+            /// The empty set.
             pub const EMPTY: Self = Self(0);
 
-            /// Every bit, also those that only a later kernel knows.
+            /// The set of all bits, including those that only a later kernel knows.
             pub const ALL_BITS: Self = Self(u64::MAX);
 
-            /// The set of these bits, unknown ones included.
+            /// Returns the set of these bits, including unknown ones.
             pub const fn from_bits(bits: u64) -> Self {
                 Self(bits)
             }
 
-            /// The bits as the kernel sees them.
+            /// Returns the bits as the kernel sees them.
             pub const fn bits(self) -> u64 {
                 self.0
             }
@@ -107,29 +107,29 @@ macro_rules! bit_set {
                 self.0 & other.0 == other.0
             }
 
-            /// Whether there is no member.
+            /// Whether the set is empty.
             pub const fn is_empty(self) -> bool {
                 self.0 == 0
             }
 
-            /// The members of either set.
+            /// Returns the union of both sets.
             #[must_use]
             pub const fn union(self, other: Self) -> Self {
                 Self(self.0 | other.0)
             }
 
-            /// The members that aren't in `other`.
+            /// Returns the members that aren't in `other`.
             #[must_use]
             pub const fn without(self, other: Self) -> Self {
                 Self(self.0 & !other.0)
             }
 
-            /// The known members of this set.
+            /// Returns the known members of this set.
             pub fn iter(self) -> impl Iterator<Item = &'static Entry<Self>> {
                 Self::KNOWN.iter().filter(move |entry| self.contains(entry.set))
             }
 
-            /// Everything that kernels before `version` don't have.
+            /// Returns all members that kernels before `version` don't have.
             pub fn newer_than(version: KernelVersion) -> Self {
                 let old = Self::KNOWN.iter().filter(|entry| entry.since <= version);
                 old.fold(Self::ALL_BITS, |newer, entry| newer.without(entry.set))
@@ -167,8 +167,8 @@ macro_rules! bit_set {
         }
 
         impl fmt::Display for $set {
-            /// The names, separated by commas; bits without a name as one number in hexadecimal;
-            /// `none` if empty.
+            /// Writes the names, separated by commas; bits without a name as one hexadecimal
+            /// number; `none` if empty.
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let mut separator = "";
                 let mut rest = *self;
@@ -198,7 +198,7 @@ bit_set! {
     Features {
         /// Write-protect faults on anonymous memory.
         PAGEFAULT_FLAG_WP = abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP, since 5, 7;
-        /// A child of `fork` brings a userfaultfd of its own; needs `CAP_SYS_PTRACE`.
+        /// A child of `fork` comes with a userfaultfd of its own; requires `CAP_SYS_PTRACE`.
         EVENT_FORK = abi::UFFD_FEATURE_EVENT_FORK, since 4, 11;
         /// `mremap` is reported.
         EVENT_REMAP = abi::UFFD_FEATURE_EVENT_REMAP, since 4, 11;
@@ -224,23 +224,23 @@ bit_set! {
         WP_HUGETLBFS_SHMEM = abi::UFFD_FEATURE_WP_HUGETLBFS_SHMEM, since 5, 19;
         /// Write protection covers absent pages too.
         WP_UNPOPULATED = abi::UFFD_FEATURE_WP_UNPOPULATED, since 6, 4;
-        /// `UFFDIO_POISON` exists; the bit announces it and need not be asked for.
+        /// `UFFDIO_POISON` exists; the bit announces it and need not be requested.
         POISON = abi::UFFD_FEATURE_POISON, since 6, 6;
         /// Write-protect faults resolve themselves and leave a trace for `PAGEMAP_SCAN`.
         WP_ASYNC = abi::UFFD_FEATURE_WP_ASYNC, since 6, 7;
-        /// `UFFDIO_MOVE` exists; the bit announces it and need not be asked for.
+        /// `UFFDIO_MOVE` exists; the bit announces it and need not be requested.
         MOVE = abi::UFFD_FEATURE_MOVE, since 6, 8;
     }
 }
 
 bit_set! {
-    /// The ioctls of a userfaultfd, as `UFFDIO_API` and `UFFDIO_REGISTER` report them.
+    /// The ioctls of a userfaultfd, as reported by `UFFDIO_API` and `UFFDIO_REGISTER`.
     Ioctls {
-        /// Begin to report faults of a range.
+        /// Start reporting faults of a range.
         REGISTER = 1 << abi::_UFFDIO_REGISTER, since 4, 3;
-        /// Stop to do so; absent pages are zero from then on.
+        /// Stop reporting faults; absent pages are zero from then on.
         UNREGISTER = 1 << abi::_UFFDIO_UNREGISTER, since 4, 3;
-        /// Let the threads that wait in a range try again.
+        /// Make the threads that wait in a range retry.
         WAKE = 1 << abi::_UFFDIO_WAKE, since 4, 3;
         /// Install pages with content.
         COPY = 1 << abi::_UFFDIO_COPY, since 4, 3;
@@ -254,44 +254,44 @@ bit_set! {
         CONTINUE = 1 << abi::_UFFDIO_CONTINUE, since 5, 13;
         /// Make pages raise SIGBUS.
         POISON = 1 << abi::_UFFDIO_POISON, since 6, 6;
-        /// Negotiate.
+        /// Negotiate features.
         API = 1 << abi::_UFFDIO_API, since 4, 3;
     }
 }
 
 impl Features {
-    /// What [`OpenOptions`](super::OpenOptions) demands unless told otherwise: without these a page
-    /// that the owner discarded, moved or unmapped would be filled with old data.
+    /// The features that [`OpenOptions`](super::OpenOptions) requires by default: without them, a
+    /// page that the owner discarded, moved or unmapped would be filled with old data.
     pub const EVENTS: Self = Self::EVENT_REMOVE
         .union(Self::EVENT_REMAP)
         .union(Self::EVENT_UNMAP);
 }
 
-/// What to hide of the running kernel, so that the way round it can be tested on a kernel that has
-/// it.
+/// A mask that hides features of the running kernel, so that fallbacks can be tested on a kernel
+/// that has them.
 ///
-/// A hidden feature is not seen as available and not asked for. A hidden ioctl is missing from what
-/// [`register`](super::Userfaultfd::register) reports and fails as it does on a kernel that doesn't
-/// know it.
+/// A hidden feature is neither seen as available nor requested. A hidden ioctl is missing from what
+/// [`register`](super::Userfaultfd::register) returns, and fails as it does on a kernel that
+/// doesn't know it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mask {
     /// Features to hide.
     pub features: Features,
     /// Ioctls to hide.
     pub ioctls: Ioctls,
-    /// The version to go by in place of the running kernel's.
+    /// The kernel version to assume instead of the running kernel's.
     pub kernel: Option<KernelVersion>,
 }
 
 impl Mask {
-    /// Hides nothing.
+    /// The mask that hides nothing.
     pub const NONE: Self = Self {
         features: Features::EMPTY,
         ioctls: Ioctls::EMPTY,
         kernel: None,
     };
 
-    /// Hides everything that came after `version`.
+    /// Hides everything that was introduced after `version`.
     pub fn kernel(version: KernelVersion) -> Self {
         Self {
             features: Features::newer_than(version),
@@ -300,7 +300,7 @@ impl Mask {
         }
     }
 
-    /// Hides these features as well, and the ioctls that exist only with them.
+    /// Also hides these features, and the ioctls that exist only with them.
     #[must_use]
     pub fn hiding(mut self, features: Features) -> Self {
         self.features |= features;
@@ -316,7 +316,7 @@ impl Mask {
         self
     }
 
-    /// Hides these ioctls as well, and the features that only announce them.
+    /// Also hides these ioctls, and the features that only announce them.
     #[must_use]
     pub fn hiding_ioctls(mut self, ioctls: Ioctls) -> Self {
         self.ioctls |= ioctls;

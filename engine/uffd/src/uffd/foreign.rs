@@ -1,4 +1,4 @@
-//! What a descriptor is that came from another process, found without trusting whoever sent it.
+//! Descriptors from another process, identified without trusting the sender.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,10 +10,10 @@ use std::thread::Builder;
 use super::{abi, ioctls};
 use crate::os::SignalsBlocked;
 
-/// What the kernel calls a userfaultfd.
+/// The kernel's name for a userfaultfd.
 pub(super) const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 
-/// What the kernel calls the open file. Nothing is asked of whatever is behind it.
+/// Returns the kernel's name for the open file, without any request to whatever is behind it.
 pub(super) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<OsString> {
     let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
     Ok(link.into_os_string())
@@ -24,49 +24,50 @@ pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     kind_of(fd).is_ok_and(|kind| kind == USERFAULTFD)
 }
 
-/// Descriptors that another process has sent, and of which nothing is known.
+/// Untrusted descriptors that another process has sent.
 ///
-/// To close one can ask whoever is behind it: a file system that is a program (FUSE) is told, and need not
-/// answer; of a userfaultfd the memory is locked. The thread that closes waits then, can't be ended, and no more can its
-/// process. So they are closed by a thread of their own, and whoever takes many has to look how many of those are
-/// still at it: [`Untrusted::closing`].
+/// Closing one can involve whoever is behind it: a file system that is a program (FUSE) is notified
+/// and need not answer; for a userfaultfd, its memory is locked. The closing thread then waits and
+/// can't be killed, and neither can its process. Therefore a separate thread closes them. A process
+/// that takes many must check how many of these threads are still running: [`Untrusted::closing`].
 #[derive(Debug, Default)]
 pub struct Untrusted {
     descriptors: Vec<OwnedFd>,
     open: Arc<()>,
 }
 
-/// Tells whether descriptors that were dropped are closed.
+/// A handle that tells whether dropped descriptors are closed.
 #[derive(Clone, Debug)]
 pub struct Closing(Weak<()>);
 
 impl Closing {
-    /// Whether they are not, or are not even dropped.
+    /// Whether the descriptors are not closed yet, or not even dropped.
     pub fn is_open(&self) -> bool {
         self.0.strong_count() > 0
     }
 }
 
-/// What has been dropped and no thread has begun to close.
+/// Dropped descriptors that no thread has begun to close.
 static DROPPED: Mutex<Vec<(Vec<OwnedFd>, Arc<()>)>> = Mutex::new(Vec::new());
 
 impl Untrusted {
-    /// Takes more of them.
+    /// Adds more descriptors.
     pub fn extend(&mut self, descriptors: Vec<OwnedFd>) {
         self.descriptors.extend(descriptors);
     }
 
-    /// How many there are.
+    /// Returns the number of descriptors.
     pub fn count(&self) -> usize {
         self.descriptors.len()
     }
 
-    /// What tells afterwards whether all are closed.
+    /// Returns a handle that tells, after the drop, whether all are closed.
     pub fn closing(&self) -> Closing {
         Closing(Arc::downgrade(&self.open))
     }
 
-    /// The first, if it is a userfaultfd. Else says what it is, or nothing if there is none.
+    /// Returns the first descriptor if it is a userfaultfd. Otherwise the error is its kernel name,
+    /// or `None` if there is no descriptor.
     pub fn userfaultfd(&self) -> Result<BorrowedFd<'_>, Option<String>> {
         let first = self.descriptors.first().ok_or(None)?;
         match kind_of(first.as_fd()) {
@@ -76,7 +77,7 @@ impl Untrusted {
         }
     }
 
-    /// Takes the first, which is to be kept.
+    /// Removes and returns the first descriptor, which is to be kept.
     pub fn take_first(&mut self) -> Option<OwnedFd> {
         (!self.descriptors.is_empty()).then(|| self.descriptors.remove(0))
     }
@@ -90,12 +91,13 @@ impl Drop for Untrusted {
         let descriptors = std::mem::take(&mut self.descriptors);
         let dropped = || DROPPED.lock().unwrap_or_else(PoisonError::into_inner);
         dropped().push((descriptors, Arc::clone(&self.open)));
-        // A signal is for a thread that can act on it.
+        // A signal should go to a thread that can act on it.
         let _blocked = SignalsBlocked::now();
         let closing = Builder::new()
             .name("snap-close".into())
             .stack_size(64 << 10);
-        // Better open until the next can begin than a thread that waits for ever.
+        // If no thread can be started, better leave them open until the next attempt than block
+        // this thread forever.
         let _ = closing.spawn(move || {
             loop {
                 let next = dropped().pop();
@@ -108,22 +110,24 @@ impl Drop for Untrusted {
     }
 }
 
-/// Whether `fd` is a userfaultfd that reports forks, or with which nobody has negotiated yet, so that it can
-/// still be made to.
+/// Whether `fd` is a userfaultfd that reports forks, or that nobody has negotiated yet, so that it
+/// can still be made to report them.
 ///
-/// The kernel puts the userfaultfd of each child into the table of whoever reads of the fork. A reader that dies at
-/// any instant can't know whether it had taken it from there, so it stays there: to be refused by who
-/// serves others as well. False too where `/proc` doesn't tell.
+/// The kernel puts the userfaultfd of each child into the descriptor table of the process that
+/// reads the fork message. A reader that dies at any instant can't know whether it had taken that
+/// descriptor, so the descriptor stays there. A process that also serves others must therefore
+/// refuse such a userfaultfd. Returns `false` as well if `/proc` doesn't show the features.
 pub fn may_report_forks(fd: BorrowedFd<'_>) -> bool {
     if !is_userfaultfd(fd) {
         return false;
     }
-    // What has been negotiated stays so: this comes before the look.
+    // Negotiated features never change, so negotiation is checked before they are read.
     let mut nowhere = abi::uffdio_range {
         start: 1 << 32,
         len: crate::page_size(),
     };
-    // SAFETY: `nowhere` is a live uffdio_range that the kernel only reads, and waking touches no memory.
+    // SAFETY: `nowhere` is a live uffdio_range that the kernel only reads, and waking touches no
+    // memory.
     if unsafe { ioctls::wake(fd.as_raw_fd(), &raw mut nowhere) }.is_err() {
         return true;
     }
@@ -132,7 +136,7 @@ pub fn may_report_forks(fd: BorrowedFd<'_>) -> bool {
     features.is_some_and(|features| features & abi::UFFD_FEATURE_EVENT_FORK != 0)
 }
 
-/// The features that are on, of what `/proc` says of a userfaultfd.
+/// Returns the enabled features from the text of `/proc` about a userfaultfd.
 fn features_in(about: &str) -> Option<u64> {
     let line = about.lines().find_map(|line| line.strip_prefix("API:"))?;
     let features = line.trim().split(':').nth(1)?;
@@ -158,7 +162,7 @@ mod tests {
             Err(why) => return skipped("who_may_report_forks_is_known", &why),
         };
         assert!(!may_report_forks(plain.as_fd()));
-        // That takes a privilege.
+        // Fork events require a privilege.
         let forks = OpenOptions::new()
             .wanted(Features::EVENT_FORK)
             .open()

@@ -1,15 +1,15 @@
-//! Which memory of this process a userfaultfd may fill.
+//! Grants: the memory of this process that a userfaultfd may fill.
 //!
 //! The kernel lets `UFFDIO_COPY` write into absent pages of *any* memory of its address space that
-//! is registered with *any* userfaultfd, also another library's. A safe function that can do that
-//! is not safe. So a [`Userfaultfd`] of this process keeps the list of what was registered through
-//! it, under an `unsafe` contract, and installs nowhere else.
+//! is registered with *any* userfaultfd, even another library's. A safe function that can do that
+//! would be unsound. Therefore a [`Userfaultfd`] of this process keeps a list of what was
+//! registered through it, under an `unsafe` contract, and installs nowhere else.
 //!
-//! The list follows what the kernel itself reports on the same descriptor: REMAP moves an entry,
-//! UNMAP removes it, and a fault is proof that its page is registered with this descriptor (memory
-//! grown by `mremap` is learned that way). Reading holds the list exclusively, installing holds it
-//! shared across check and ioctl; so no install runs between an owner's munmap (held up by the
-//! kernel until the message is read) and the list's knowing of it.
+//! The list follows the kernel's reports on the same descriptor: REMAP moves an entry, UNMAP
+//! removes it, and a fault proves that its page is registered with this descriptor (this is how
+//! memory grown by `mremap` is learned). Reading locks the list exclusively. Installing locks it
+//! shared across check and ioctl, so no install runs between an owner's munmap (held up by the
+//! kernel until the message is read) and the update of the list.
 //!
 //! [`Userfaultfd`]: super::Userfaultfd
 
@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 use crate::memory::Mapping;
 
-/// One stretch of registered memory. The mapping, if it is ours, stays mapped as long as the entry.
+/// A range of registered memory. The mapping, if it is ours, stays mapped as long as the entry
+/// exists.
 #[derive(Debug, Clone)]
 struct Entry {
     start: u64,
@@ -25,18 +26,18 @@ struct Entry {
     keep: Option<Arc<Mapping>>,
 }
 
-/// Sorted by start, without overlaps; neighbours are not merged, because each keeps its own mapping
-/// alive.
+/// A list of grants, sorted by start, without overlaps. Neighbours are not merged, because each
+/// keeps its own mapping alive.
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     entries: Vec<Entry>,
-    /// Everything that was ever granted, merged: it tells memory that went away from memory that
-    /// was never ours.
+    /// All memory that was ever granted, merged. It distinguishes memory that went away from memory
+    /// that was never ours.
     ever: Vec<(u64, u64)>,
 }
 
 impl Grants {
-    /// The first entry that ends above `address`.
+    /// Returns the index of the first entry that ends above `address`.
     fn position(&self, address: u64) -> usize {
         self.entries.partition_point(|entry| entry.end <= address)
     }
@@ -69,7 +70,7 @@ impl Grants {
         self.ever.splice(first..last, [merged]);
     }
 
-    /// Whether all of `[start, end)` was granted at some time.
+    /// Whether all of `[start, end)` has ever been granted.
     pub(super) fn ever_contained(&self, start: u64, end: u64) -> bool {
         let at = self.ever.partition_point(|range| range.1 < end);
         self.ever.get(at).is_some_and(|range| range.0 <= start)
@@ -95,7 +96,8 @@ impl Grants {
         self.entries.splice(first..last, rest);
     }
 
-    /// The kernel moved registered memory; what was known of the old place holds of the new one.
+    /// Records that the kernel moved registered memory: properties of the old place apply to the
+    /// new one.
     pub(super) fn moved(&mut self, from: u64, to: u64, len: u64) {
         let keep = self
             .entries
@@ -105,12 +107,12 @@ impl Grants {
         self.add(to, to.saturating_add(len), keep);
     }
 
-    /// Everything that is granted.
+    /// Returns all granted ranges.
     pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
         self.entries.iter().map(|entry| (entry.start, entry.end))
     }
 
-    /// The kernel reported a fault at the page `[start, end)`.
+    /// Records that the kernel reported a fault at the page `[start, end)`.
     pub(super) fn faulted(&mut self, start: u64, end: u64) {
         if !self.contains(start, end) {
             self.add(start, end, None);

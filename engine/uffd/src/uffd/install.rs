@@ -1,12 +1,12 @@
-//! Putting pages into the owner's memory, with outcomes in place of error numbers.
+//! Installing pages into the owner's memory, with outcomes instead of error numbers.
 //!
-//! All installs share one shape: an ioctl over a range that goes page by page, stops at the first
-//! page that it can't do, and reports the bytes done in a field of its argument. The kernel returns
-//! EAGAIN both for "stopped in the middle" and for "did nothing because the mapping is changing";
-//! kernels before 6.15 don't write the field in the second case. So the field starts at 0, and only
-//! a positive one counts as progress.
+//! All installs have one shape: an ioctl over a range that proceeds page by page, stops at the
+//! first page that it can't install, and reports the number of bytes done in a field of its
+//! argument. The kernel returns EAGAIN both for "stopped in the middle" and for "did nothing
+//! because the mapping is changing". In the second case, kernels before 6.15 don't write the field.
+//! Therefore the field starts at 0, and only a positive value counts as progress.
 //!
-//! After [`Installed::Partial`] the same call on the rest says why it stopped.
+//! After [`Installed::Partial`], the same call on the rest returns why it stopped.
 
 use std::fmt;
 use std::io;
@@ -22,69 +22,68 @@ use crate::memory::Scratch;
 /// Whether an operation wakes the threads that wait in its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// At once.
+    /// The operation wakes them at once.
     Now,
-    /// Somebody calls [`Userfaultfd::wake`] later (`DONTWAKE`).
+    /// [`Userfaultfd::wake`] is called later (`DONTWAKE`).
     Later,
 }
 
-/// What an install came to.
+/// The outcome of an install.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "an install that isn't `Done` leaves somebody waiting"]
 pub enum Installed {
-    /// All of it is there.
+    /// All pages are present.
     Done,
-    /// The first `done` bytes are there, more than none and less than all; try the rest to learn
+    /// The first `done` bytes are present, more than none and fewer than all. Try the rest to learn
     /// why it stopped.
     Partial {
-        /// Whole pages, in bytes.
+        /// Number of bytes, in whole pages.
         done: u64,
     },
-    /// The first page is already present. Nothing was done, and **nobody was woken**: who installed
-    /// it with
-    /// [`Wake::Later`] may not have come to waking yet.
+    /// The first page is already present. Nothing was done, and **nobody was woken**: the thread
+    /// that installed the page with [`Wake::Later`] may not have woken its waiters yet.
     ///
-    /// On hugetlbfs Linux 6.18 says this also when the page is absent and the pool is empty (where
-    /// older kernels say no memory), so a fault that comes back to such a page after a wake means
-    /// [`NoMemory`](Self::NoMemory).
+    /// On hugetlbfs, Linux 6.18 also returns this when the page is absent and the pool is empty
+    /// (where older kernels report no memory). A fault that returns to such a page after a wake
+    /// therefore means [`NoMemory`](Self::NoMemory).
     Exists,
     /// Nothing was done: the owner is changing its mappings and waits until the event is read.
     Again,
-    /// Nothing was done: the first page is not registered (any more), or the range leaves the
-    /// mapping that it begins in. For a move also: a source page is absent.
+    /// Nothing was done: the first page is not (or no longer) registered, or the range extends
+    /// beyond the mapping in which it begins. For a move also: a source page is absent.
     Gone,
     /// The owner has exited.
     OwnerGone,
     /// Nothing was done: no memory, or the pool of huge pages is empty.
     NoMemory,
-    /// Nothing was done: the first page to move is pinned or shared. Copy it.
+    /// Nothing was done: the first page to move is pinned or shared. Use a copy instead.
     SourceBusy,
 }
 
-/// What a change of write protection came to.
+/// The outcome of a change of write protection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a change that isn't `Done` has not happened"]
 pub enum Protected {
-    /// All of it is changed.
+    /// All of the range was changed.
     Done,
     /// Nothing was done: the owner is changing its mappings and waits until the event is read.
     Again,
-    /// A part of the range is not registered for write protection (any more).
+    /// Part of the range is not (or no longer) registered for write protection.
     Gone,
     /// The owner has exited.
     OwnerGone,
 }
 
-/// Whether a move may meet absent source pages.
+/// Whether a move may encounter absent source pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MoveHoles {
-    /// It stops there with [`Installed::Gone`].
+    /// The move stops there with [`Installed::Gone`].
     Refuse,
-    /// It passes over them, and the pages at the destination stay absent.
+    /// The move skips them, and the pages at the destination stay absent.
     Skip,
 }
 
-/// The operation that failed.
+/// An install operation, named in errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     /// `UFFDIO_COPY`
@@ -114,50 +113,50 @@ impl fmt::Display for Op {
     }
 }
 
-/// An install that failed in a way that isn't part of ordinary work.
+/// The error for an install that failed in an unexpected way.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// The kernel refused: EINVAL for an operation that it or the kind of memory doesn't know or
-    /// for a range that isn't whole pages, EFAULT for a source that can't be read.
+    /// The kernel refused: EINVAL for an operation that the kernel or the kind of memory doesn't
+    /// support, or for a range that isn't whole pages; EFAULT for an unreadable source.
     #[error("{op} of {len:#x} bytes at {address:#x} failed")]
     Refused {
-        /// What.
+        /// The operation.
         op: Op,
-        /// Where.
+        /// Start of the range.
         address: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The range was never registered through this descriptor; the kernel was not asked.
+    /// The range was never registered through this descriptor. The kernel was not asked.
     #[error(
         "{op} of {len:#x} bytes at {address:#x}: not memory that was registered through this userfaultfd"
     )]
     NotRegistered {
-        /// What.
+        /// The operation.
         op: Op,
-        /// Where.
+        /// Start of the range.
         address: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
     },
-    /// The kernel reported more bytes than it was asked for, or success with less.
+    /// The kernel reported more bytes than requested, or success with fewer.
     #[error("{op} of {len:#x} bytes at {address:#x}: the kernel reports {reported} bytes")]
     Implausible {
-        /// What.
+        /// The operation.
         op: Op,
-        /// Where.
+        /// Start of the range.
         address: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
-        /// The field that the kernel wrote.
+        /// The value that the kernel reported.
         reported: i64,
     },
 }
 
-/// One request, for checks and errors.
+/// A request, for checks and errors.
 #[derive(Clone, Copy)]
 struct Request {
     op: Op,
@@ -166,8 +165,8 @@ struct Request {
 }
 
 impl Request {
-    /// Checks what the kernel doesn't, then calls it. The list of what is registered holds still
-    /// until it has answered.
+    /// Checks what the kernel doesn't check, and then calls the kernel. The list of grants stays
+    /// locked until the kernel has answered.
     fn submit<T>(
         self,
         uffd: &Userfaultfd,
@@ -228,16 +227,16 @@ impl Request {
 }
 
 impl Userfaultfd {
-    /// Installs absent pages with `bytes`, whose length is a multiple of the page size.
+    /// Installs absent pages with `bytes`, whose length must be a multiple of the page size.
     ///
-    /// Also heals poisoned pages. The bytes should be in memory, in a private buffer: a source that
-    /// has to be waited for holds everybody up, and one that is itself missing under this
-    /// userfaultfd waits for ever, because reading messages and installing exclude each other.
+    /// Also replaces poisoned pages. The bytes should be in memory, in a private buffer: a source
+    /// that must be waited for holds everybody up, and one that is itself missing under this
+    /// userfaultfd waits forever, because reading messages and installing exclude each other.
     pub fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Result<Installed, InstallError> {
         self.copy_with(address, bytes, mode(wake, abi::UFFDIO_COPY_MODE_DONTWAKE))
     }
 
-    /// As [`copy`](Self::copy), and the pages are write-protected from the first moment, so that no
+    /// Installs pages like [`copy`](Self::copy), write-protected from the first moment, so that no
     /// write is missed.
     pub fn copy_protected(
         &self,
@@ -265,15 +264,15 @@ impl Userfaultfd {
                 copy: 0,
             };
             // SAFETY: `argument` is a live uffdio_copy, and `bytes` is readable for its length
-            // during the call. Filling absent pages of [address, address + len) is allowed: see the
-            // module `uffd` for the three reasons; `submit` keeps the second true. If the kernel
-            // finds a page present or unregistered it stops before it.
+            // during the call. Filling absent pages of [address, address + len) is allowed for the
+            // three reasons given in the module `userfaultfd`; `submit` upholds the second. If the
+            // kernel finds a page present or unregistered, it stops before that page.
             let result = unsafe { ioctls::copy(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.copy)
         })
     }
 
-    /// Installs zero pages. Not on hugetlbfs, where the kernel answers EINVAL: copy zeros there.
+    /// Installs zero pages. Not for hugetlbfs, where the kernel returns EINVAL: copy zeros there.
     pub fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
         let request = Request {
             op: Op::Zeropage,
@@ -292,7 +291,7 @@ impl Userfaultfd {
         })
     }
 
-    /// Installs pages that are in the file behind a shared mapping already (memory registered as
+    /// Installs pages that are already in the file behind a shared mapping (memory registered as
     /// [`Modes::MINOR`]).
     ///
     /// [`Modes::MINOR`]: super::Modes::MINOR
@@ -308,15 +307,15 @@ impl Userfaultfd {
                 mode: mode(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE),
                 mapped: 0,
             };
-            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. What becomes
-            // visible is the content of the file that the owner mapped there itself.
+            // SAFETY: `argument` is a live uffdio_continue; the range is as in `copy`. The content
+            // that becomes visible is that of the file that the owner itself mapped there.
             let result = unsafe { ioctls::continue_(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.mapped)
         })
     }
 
-    /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. A guest's
-    /// access under KVM may read zeros instead, so this is not for memory of a virtual machine.
+    /// Makes absent pages raise SIGBUS for an instruction and EFAULT for a system call. Not for
+    /// memory of a virtual machine, because a guest's access under KVM may read zeros instead.
     pub fn poison(&self, address: u64, len: u64, wake: Wake) -> Result<Installed, InstallError> {
         let request = Request {
             op: Op::Poison,
@@ -330,7 +329,7 @@ impl Userfaultfd {
                 updated: 0,
             };
             // SAFETY: `argument` is a live uffdio_poison; the range is as in `copy`. Poison
-            // replaces absence only, and an access to it is a signal or an error, never undefined
+            // replaces only absence, and an access to it is a signal or an error, never undefined
             // content.
             let result = unsafe { ioctls::poison(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.updated)
@@ -340,8 +339,8 @@ impl Userfaultfd {
     /// Installs pages by moving them out of `source`, whose pages at `offset` are absent
     /// afterwards.
     ///
-    /// Works in this process's own memory only. Huge pages move whole where both sides are aligned
-    /// to them.
+    /// Works only in this process's own memory. Huge pages move as a whole if both sides are
+    /// aligned to them.
     pub fn move_(
         &self,
         address: u64,
@@ -375,8 +374,8 @@ impl Userfaultfd {
                 move_: 0,
             };
             // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source
-            // lies inside a scratch that is borrowed exclusively, so no reference sees its pages
-            // go; they read as zeros then.
+            // lies inside a scratch buffer that is borrowed exclusively, so no reference sees its
+            // pages disappear; they read as zeros afterwards.
             let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
             request.outcome(result, argument.move_)
         })
@@ -398,7 +397,7 @@ impl Userfaultfd {
             len,
         };
         request.submit(self, Ioctls::WRITEPROTECT, Protected::Gone, || {
-            // Protecting wakes nobody, and the kernel refuses DONTWAKE together with it.
+            // Protecting wakes nobody, and the kernel refuses DONTWAKE in combination with it.
             let mode = if protect {
                 abi::UFFDIO_WRITEPROTECT_MODE_WP
             } else {
@@ -458,7 +457,7 @@ mod tests {
     fn lesson_13_every_way_in_which_kernels_report_is_understood() {
         let eagain = i64::from(libc::EAGAIN);
         let outcomes = [
-            // Newer kernels write -EAGAIN when the mapping is changing, older ones nothing.
+            // Newer kernels write -EAGAIN when the mapping is changing, older ones write nothing.
             (Err(Errno::EAGAIN), -eagain, Installed::Again),
             (Err(Errno::EAGAIN), 0, Installed::Again),
             (
@@ -467,7 +466,7 @@ mod tests {
                 Installed::Partial { done: 0x1000 },
             ),
             (Ok(0), 0x3000, Installed::Done),
-            // Other errors are reported twice, in the field as well.
+            // Other errors are reported twice, also in the field.
             (
                 Err(Errno::EEXIST),
                 -i64::from(libc::EEXIST),

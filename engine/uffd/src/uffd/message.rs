@@ -1,11 +1,11 @@
-//! Reading what the kernel reports.
+//! Reads the kernel's messages.
 //!
-//! `read` *is* the acknowledgement: the owner's madvise, mremap or munmap goes on as soon as the
-//! kernel has handed its message out. So messages are read straight into a [`Ring`], which can lie
-//! in memory that outlives this process.
+//! `read` *is* the acknowledgement: the owner's madvise, mremap or munmap proceeds as soon as the
+//! kernel has delivered its message. Therefore messages are read straight into a [`Ring`], which
+//! can lie in memory that outlives this process.
 //!
-//! The kernel hands out faults before any other message, whatever their order in time. Apply what
-//! isn't a fault first, and read until [`ReadOutcome::Empty`] before trusting that nothing is
+//! The kernel delivers faults before any other message, whatever their order in time. Handle the
+//! other messages first, and read until [`ReadOutcome::Empty`] before assuming that nothing is
 //! pending.
 
 use std::io;
@@ -19,32 +19,32 @@ use super::features::{Features, Ioctls};
 use super::userfaultfd::Userfaultfd;
 use crate::memory::Ring;
 
-/// How a page was touched.
+/// The kind of access that caused a fault.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultFlags {
-    /// By a write.
+    /// Whether the page was written.
     pub write: bool,
-    /// It is present and write-protected.
+    /// Whether the page is present and write-protected.
     pub write_protect: bool,
-    /// It is in the file behind the mapping, but not mapped.
+    /// Whether the page is in the file behind the mapping, but not mapped.
     pub minor: bool,
 }
 
-/// One message.
+/// A message of the userfaultfd.
 #[derive(Debug)]
 pub enum Message {
     /// A thread waits for a page.
     Pagefault {
-        /// Of the page, or the exact one with [`Features::EXACT_ADDRESS`].
+        /// Address of the page, or the exact address with [`Features::EXACT_ADDRESS`].
         address: u64,
-        /// How it was touched.
+        /// The kind of access.
         flags: FaultFlags,
-        /// Who touched it, with [`Features::THREAD_ID`].
+        /// ID of the thread, with [`Features::THREAD_ID`].
         thread: Option<u32>,
     },
     /// The owner forked; its child's memory is registered with a userfaultfd of its own.
     Fork {
-        /// Dropping it gives the child zeros for everything that was absent.
+        /// The child's userfaultfd. Dropping it gives the child zeros for all absent pages.
         child: Forked,
     },
     /// The owner moved memory. An `Unmap` of the old range may follow.
@@ -53,28 +53,28 @@ pub enum Message {
         from: u64,
         /// New start.
         to: u64,
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
     },
     /// The owner discards the content of a range, which stays registered.
     Remove {
         /// First byte.
         start: u64,
-        /// Beyond the last.
+        /// End (exclusive).
         end: u64,
     },
     /// The owner unmapped a range.
     Unmap {
         /// First byte.
         start: u64,
-        /// Beyond the last.
+        /// End (exclusive).
         end: u64,
     },
-    /// A kind that this engine doesn't know.
+    /// A kind of message that this engine doesn't know.
     Unknown(u8),
 }
 
-/// The userfaultfd of an owner's child, as the kernel made it.
+/// The userfaultfd of an owner's child, as created by the kernel.
 #[derive(Debug)]
 pub struct Forked {
     fd: OwnedFd,
@@ -83,9 +83,9 @@ pub struct Forked {
 }
 
 impl Forked {
-    /// The userfaultfd, with the parent's features.
+    /// Converts into a userfaultfd with the parent's features.
     pub fn into_userfaultfd(self) -> Userfaultfd {
-        // A forked child has an address space of its own, so its memory is not this process's.
+        // A forked child has its own address space, so its memory is not this process's.
         Userfaultfd::of_another_process(self.fd, self.features, self.hidden)
     }
 }
@@ -96,16 +96,16 @@ impl AsFd for Forked {
     }
 }
 
-/// What a read came to.
+/// The outcome of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadOutcome {
-    /// So many messages were appended. There may be more.
+    /// This many messages were appended. There may be more.
     Messages(usize),
-    /// Nothing was pending at this moment. It is not the end: there is none.
+    /// Nothing was pending at this moment. This is no end of input: more messages may follow.
     Empty,
 }
 
-/// Why reading failed.
+/// The reason why reading failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
@@ -115,7 +115,7 @@ pub enum ReadError {
         "no file descriptor is left for the userfaultfd of a forked child: raise RLIMIT_NOFILE"
     )]
     NoDescriptor(#[source] io::Error),
-    /// Anything else.
+    /// Any other error.
     #[error("reading from a userfaultfd failed")]
     Failed(#[source] io::Error),
 }
@@ -124,8 +124,8 @@ impl Userfaultfd {
     /// Reads up to 64 pending messages into `ring` and appends them, decoded, to `messages`.
     /// Doesn't wait.
     ///
-    /// `ring` is zeroed first: a message of an earlier read that must not be lost has to be dealt
-    /// with before. It is left as the kernel wrote it; call [`Ring::clear`] when everything in it
+    /// `ring` is zeroed first: messages of an earlier read that must not be lost have to be handled
+    /// before. The ring is left as the kernel wrote it; call [`Ring::clear`] when everything in it
     /// has been recorded. No memory is allocated if `messages` has room for 64 more.
     pub fn read(
         &self,
@@ -149,9 +149,9 @@ impl Userfaultfd {
         messages.reserve(count);
         let page = crate::page_size();
         for slot in 0..count {
-            // SAFETY: the slot was filled by the read above, once, and this is the only place that
-            // looks at it before the next read: `ring` is borrowed exclusively. What others may have
-            // written to a shared one is not believed of descriptors.
+            // SAFETY: the read above filled the slot, once, and only this place looks at it before
+            // the next read, because `ring` is borrowed exclusively. Descriptors in a shared ring,
+            // which others may have written, are not trusted.
             let message = unsafe { self.decode(ring.load(slot), ring.is_private()) };
             if let Some(grants) = grants.as_mut() {
                 match &message {
@@ -171,8 +171,9 @@ impl Userfaultfd {
 
     /// # Safety
     ///
-    /// If descriptors are believed, `words` must come from the kernel by a read of this descriptor in
-    /// this process, and be decoded once: a fork message carries a descriptor that becomes ours here.
+    /// If descriptors are `believed`, `words` must come from a read of this descriptor by the
+    /// kernel in this process, and be decoded once: a fork message carries a descriptor that
+    /// becomes ours here.
     unsafe fn decode(&self, words: [u64; 4], believed: bool) -> Message {
         match Raw::from_words(words) {
             Raw::Pagefault {
@@ -196,7 +197,7 @@ impl Userfaultfd {
                 }
             }
             Raw::Fork { descriptor } => match i32::try_from(descriptor) {
-                // It stays open until this process ends.
+                // The descriptor stays open until this process exits.
                 Ok(_) if !believed => Message::Unknown(abi::UFFD_EVENT_FORK),
                 Ok(number) => {
                     // SAFETY: the kernel put this new descriptor into our table for this message,
@@ -220,22 +221,24 @@ impl Userfaultfd {
     }
 }
 
-/// Reads what is there into `ring`; EAGAIN if nothing is.
+/// Reads the pending messages into `ring`. Fails with EAGAIN if there are none.
 ///
-/// `O_NONBLOCK` belongs to the open file, and who shares it can clear it at any instant: a read would wait then,
-/// with the install lock held. So each read says by itself that it shall not wait, which userfaultfds understand since
-/// Linux 6.10. Before, the flag is all that there is.
+/// `O_NONBLOCK` belongs to the open file, and any process that shares the file can clear it at any
+/// instant: a read would then wait, with the install lock held. Therefore each read itself requests
+/// not to wait, which userfaultfds support since Linux 6.10. Before that, only the flag protects
+/// against waiting.
 fn read_at_once(uffd: BorrowedFd<'_>, ring: &mut Ring) -> nix::Result<usize> {
     let fd = uffd.as_raw_fd();
     let slice = libc::iovec {
         iov_base: ring.as_ptr(),
         iov_len: Ring::BYTES,
     };
-    // SAFETY: the ring is Ring::BYTES of mapped, writable memory for as long as `ring` lives. Others may look at
-    // it through atomics meanwhile; nobody holds a reference to plain bytes of it.
+    // SAFETY: the ring is Ring::BYTES of mapped, writable memory as long as `ring` lives. Others
+    // may read it through atomics meanwhile; nobody holds a reference to plain bytes of it.
     let read = unsafe { libc::preadv2(fd, &raw const slice, 1, -1, libc::RWF_NOWAIT) };
     let read = match Errno::result(read) {
-        // What a kernel says that doesn't know the call, the flag, or the flag for this kind of file; or a filter.
+        // The answer of a kernel that doesn't know the call, the flag, or the flag for this kind of
+        // file; or of a filter.
         Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::EPERM) => {
             // SAFETY: as above.
             Errno::result(unsafe { libc::read(fd, ring.as_ptr(), Ring::BYTES) })
@@ -245,17 +248,17 @@ fn read_at_once(uffd: BorrowedFd<'_>, ring: &mut Ring) -> nix::Result<usize> {
     read.map(|bytes| usize::try_from(bytes).unwrap_or(0))
 }
 
-/// A message as it lies in a ring, owning nothing. For a successor that deals with what its
+/// A message as it is in a ring, owning nothing. For a successor that handles the messages that its
 /// predecessor had read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Raw {
     /// A thread waits for a page.
     Pagefault {
-        /// Where.
+        /// The faulting address.
         address: u64,
         /// `UFFD_PAGEFAULT_FLAG_*`
         flags: u64,
-        /// 0 without [`Features::THREAD_ID`].
+        /// The thread's ID; 0 without [`Features::THREAD_ID`].
         thread: u32,
     },
     /// The owner forked.
@@ -269,40 +272,40 @@ pub enum Raw {
         from: u64,
         /// New start.
         to: u64,
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
     },
     /// The owner discards a range.
     Remove {
         /// First byte.
         start: u64,
-        /// Beyond the last.
+        /// End (exclusive).
         end: u64,
     },
     /// The owner unmapped a range.
     Unmap {
         /// First byte.
         start: u64,
-        /// Beyond the last.
+        /// End (exclusive).
         end: u64,
     },
-    /// Another kind; 0 is a slot without a message.
+    /// Another kind of message; 0 is a slot without a message.
     Unknown(u8),
 }
 
 impl Raw {
-    /// The message in these 32 bytes.
+    /// Decodes the message in these 32 bytes.
     pub fn from_words(words: [u64; 4]) -> Self {
         let mut message = MaybeUninit::<abi::uffd_msg>::uninit();
-        // SAFETY: both are 32 bytes (asserted in `abi.rs`), and every bit pattern is a uffd_msg: it
-        // has integers only.
+        // SAFETY: both are 32 bytes (asserted in `abi.rs`), and every bit pattern is a uffd_msg,
+        // because it consists only of integers.
         let message = unsafe {
             std::ptr::copy_nonoverlapping(words.as_ptr().cast(), message.as_mut_ptr(), 1);
             message.assume_init()
         };
         let arg = message.arg;
-        // SAFETY: every member of the union is made of integers and no longer than it, and all its
-        // bytes are set.
+        // SAFETY: every member of the union consists of integers and is no longer than the union,
+        // all of whose bytes are set.
         unsafe {
             match message.event {
                 abi::UFFD_EVENT_PAGEFAULT => {

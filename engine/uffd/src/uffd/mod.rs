@@ -1,9 +1,9 @@
-//! userfaultfd: the kernel's interface, behind types that need no `unsafe`.
+//! userfaultfd: the kernel's interface, behind types that need no `unsafe` code.
 //!
 //! | file | contents |
 //! | --- | --- |
 //! | `abi`, `ioctls` | numbers and structures, checked against C |
-//! | `features` | feature and ioctl sets with the kernel that brought them, masks, kernel versions |
+//! | `features` | feature and ioctl sets with their first kernel, masks, kernel versions |
 //! | `open` | the ways to a userfaultfd, negotiation, errors that name the remedy |
 //! | `userfaultfd` | [`Userfaultfd`]: register, unregister, wake, probe |
 //! | `install` | copy, zero, write-protect, continue, poison, move, and their outcomes |

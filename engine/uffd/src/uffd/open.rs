@@ -1,12 +1,13 @@
-//! The ways to a userfaultfd, and the negotiation of its features.
+//! Ways to open a userfaultfd, and the negotiation of its features.
 //!
-//! `/dev/userfaultfd` (6.1) is tried first: whoever may open it gets faults of the kernel's own
-//! accesses too. Then the system call, which the kernel allows to `CAP_SYS_PTRACE`, to everybody if
-//! `vm.unprivileged_userfaultfd` is 1, and to everybody for faults of user code alone.
+//! `/dev/userfaultfd` (6.1) is tried first: a process that may open it also gets faults of the
+//! kernel's own accesses. Then comes the system call, which the kernel permits to `CAP_SYS_PTRACE`,
+//! to everybody if `vm.unprivileged_userfaultfd` is 1, and to everybody for faults of user code
+//! only.
 //!
-//! `UFFDIO_API` can be called once with success, and fails if a feature is unknown. So a first
-//! descriptor is asked with no features what there is, closed, and a second one enables what is
-//! both there and wanted.
+//! `UFFDIO_API` can succeed only once per descriptor, and fails if a feature is unknown. Therefore
+//! a first descriptor is queried without features for what is available, and closed, and a second
+//! one enables what is both available and wanted.
 
 use std::fmt;
 use std::io;
@@ -18,7 +19,7 @@ use super::features::{Features, KernelVersion, Mask};
 use super::userfaultfd::Userfaultfd;
 use super::{abi, ioctls};
 
-/// One way to a userfaultfd.
+/// A way to open a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// The device of 6.1; its file permissions decide.
@@ -39,45 +40,45 @@ impl fmt::Display for Access {
 /// A way that was tried, and the kernel's answer.
 #[derive(Debug)]
 pub struct AccessFailure {
-    /// Which way.
+    /// The way that was tried.
     pub access: Access,
-    /// Whether only faults of user code were asked for.
+    /// Whether only faults of user code were requested.
     pub user_mode_only: bool,
-    /// What the kernel said.
+    /// The kernel's error.
     pub source: io::Error,
 }
 
-/// Whether a userfaultfd that doesn't see the kernel's own accesses will do.
+/// Whether a userfaultfd that doesn't see the kernel's own accesses is acceptable.
 ///
-/// With one, a system call or a virtual CPU that touches a missing page gets EFAULT at once instead
-/// of the page, so it suits only owners whose memory is touched by their own instructions and
-/// nothing else.
+/// With such a userfaultfd, a system call or a virtual CPU that touches a missing page gets EFAULT
+/// at once instead of the page. It suits only owners whose memory is touched by nothing but their
+/// own instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UserModeOnly {
     /// Never.
     #[default]
     Never,
-    /// If no other is permitted.
+    /// Only if no other is permitted.
     IfNeeded,
     /// Always.
     Always,
 }
 
-/// Why there is no userfaultfd; each message names the remedy.
+/// The reason why there is no userfaultfd. Each message names the remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The kernel lacks what correctness rests on.
+    /// The kernel lacks features that correctness depends on.
     #[error(
         "Linux {found} is too old: restoring lazily needs {needed} or later (events for discarded memory, repeated faults)"
     )]
     KernelTooOld {
         /// The running kernel.
         found: KernelVersion,
-        /// The oldest that will do.
+        /// The oldest suitable kernel.
         needed: KernelVersion,
     },
-    /// Every way is forbidden to this process.
+    /// This process is not permitted any way.
     #[error(
         "not permitted to make a userfaultfd ({}). Any one of these permits it: access to /dev/userfaultfd (Linux 6.1 or later), \
          the capability CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1{}. In a container its system call filter must let userfaultfd through",
@@ -87,10 +88,10 @@ pub enum OpenError {
     NotPermitted {
         /// The ways that were tried.
         tried: Vec<AccessFailure>,
-        /// Faults of user code alone would be permitted, but weren't asked for.
+        /// Whether faults of user code only would be permitted, but weren't requested.
         user_mode_only_would_do: bool,
     },
-    /// The kernel was built without userfaultfd, or a system call filter pretends so.
+    /// The kernel was built without userfaultfd, or a system call filter makes it appear so.
     #[error(
         "this kernel offers no userfaultfd ({}): it needs CONFIG_USERFAULTFD, and a system call filter must let it through",
         list(tried)
@@ -99,23 +100,23 @@ pub enum OpenError {
         /// The ways that were tried.
         tried: Vec<AccessFailure>,
     },
-    /// A feature that was demanded is not there.
+    /// A required feature is not available.
     #[error("this kernel lacks the userfaultfd features {missing} (it has: {available})")]
     MissingFeatures {
-        /// Demanded and absent.
+        /// Required features that are not available.
         missing: Features,
-        /// What there is.
+        /// Available features.
         available: Features,
     },
-    /// Fork events were demanded without the capability.
+    /// Fork events were required without the capability.
     #[error("fork events need the capability CAP_SYS_PTRACE")]
     ForkEventsNotPermitted,
-    /// Anything else, such as too many open files.
+    /// Any other error, such as too many open files.
     #[error("cannot open a userfaultfd: {doing} failed")]
     Failed {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -132,7 +133,7 @@ fn list(tried: &[AccessFailure]) -> String {
     tried.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
-/// What to ask for. [`open`](Self::open) may be called any number of times.
+/// Options for opening a userfaultfd. [`open`](Self::open) may be called any number of times.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
     required: Features,
@@ -155,7 +156,7 @@ impl Default for OpenOptions {
 }
 
 impl OpenOptions {
-    /// Demands [`Features::EVENTS`], wants nothing more.
+    /// Returns options that require [`Features::EVENTS`] and want nothing more.
     pub fn new() -> Self {
         Self::default()
     }
@@ -167,36 +168,36 @@ impl OpenOptions {
         self
     }
 
-    /// Replaces the features that are enabled where they exist and are permitted.
+    /// Replaces the features that are enabled if they exist and are permitted.
     #[must_use]
     pub fn wanted(mut self, features: Features) -> Self {
         self.wanted = features;
         self
     }
 
-    /// Hides a part of the kernel.
+    /// Hides features of the kernel.
     #[must_use]
     pub fn mask(mut self, mask: Mask) -> Self {
         self.mask = mask;
         self
     }
 
-    /// Whether user-mode-only faults will do.
+    /// Sets whether user-mode-only faults are acceptable.
     #[must_use]
     pub fn user_mode_only(mut self, user_mode_only: UserModeOnly) -> Self {
         self.user_mode_only = user_mode_only;
         self
     }
 
-    /// Tries one way only.
+    /// Tries only this way.
     #[must_use]
     pub fn access(mut self, access: Access) -> Self {
         self.access = Some(access);
         self
     }
 
-    /// A userfaultfd for this process's memory, close-on-exec and non-blocking, with no memory
-    /// registered.
+    /// Opens a userfaultfd for this process's memory, close-on-exec and non-blocking, with no
+    /// memory registered.
     pub fn open(&self) -> Result<Userfaultfd, OpenError> {
         let found = self.mask.kernel.or_else(KernelVersion::running);
         if let Some(found) = found.filter(|found| *found < KernelVersion::MINIMUM) {
@@ -223,7 +224,7 @@ impl OpenOptions {
             if self.required.contains(Features::EVENT_FORK) {
                 return Err(OpenError::ForkEventsNotPermitted);
             }
-            // The kernel lets the same descriptor be asked again after a refusal.
+            // After a refusal, the kernel permits another request on the same descriptor.
             enabled = enabled.without(Features::EVENT_FORK);
             result = negotiate(&fd, enabled);
         }
@@ -301,7 +302,7 @@ fn failed(doing: &'static str, errno: Errno) -> OpenError {
     }
 }
 
-/// A userfaultfd before `UFFDIO_API`, which can do nothing yet.
+/// Creates a userfaultfd before `UFFDIO_API`, which can do nothing yet.
 pub(super) fn new_descriptor(access: Access, user_mode_only: bool) -> Result<OwnedFd, Errno> {
     let user_mode_only = if user_mode_only {
         abi::UFFD_USER_MODE_ONLY
@@ -317,8 +318,7 @@ pub(super) fn new_descriptor(access: Access, user_mode_only: bool) -> Result<Own
                 .open("/dev/userfaultfd")
                 .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
             // SAFETY: USERFAULTFD_IOC_NEW takes its argument as a number and no pointer; the device
-            // is open for the length of the call. If the file is something else the kernel answers
-            // ENOTTY.
+            // stays open during the call. If the file is something else, the kernel returns ENOTTY.
             unsafe { ioctls::userfaultfd_new(device.as_raw_fd(), flags)? }
         }
         // SAFETY: userfaultfd(2) takes a number and no pointer.
@@ -327,20 +327,20 @@ pub(super) fn new_descriptor(access: Access, user_mode_only: bool) -> Result<Own
             libc::c_int::try_from(number).map_err(|_| Errno::EBADF)?
         },
     };
-    // SAFETY: both calls return a new descriptor on success that nobody else in this process knows
-    // of, so it is closed by nobody but its OwnedFd.
+    // SAFETY: on success both calls return a new descriptor that nobody else in this process knows,
+    // so only its OwnedFd closes it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// `UFFDIO_API` with these features; the answer's features are all that the kernel has.
+/// Calls `UFFDIO_API` with these features. The features in the result are all that the kernel has.
 pub(super) fn negotiate(fd: &OwnedFd, features: Features) -> Result<abi::uffdio_api, Errno> {
     let mut api = abi::uffdio_api {
         api: abi::UFFD_API,
         features: features.bits(),
         ioctls: 0,
     };
-    // SAFETY: `api` is a live uffdio_api, the size that the request number carries, and exclusively
-    // ours for the call.
+    // SAFETY: `api` is a live uffdio_api, whose size the request number encodes, and exclusively
+    // ours during the call.
     unsafe { ioctls::api(fd.as_raw_fd(), &raw mut api)? };
     Ok(api)
 }

@@ -1,7 +1,7 @@
-//! What this machine offers and permits, as plain values.
+//! Capabilities and permissions of this machine, as plain values.
 //!
-//! Nothing here fails: what can't be found out is `None` or carries its error, because this is for
-//! explaining why other things fail.
+//! Nothing here fails: what can't be determined is `None` or carries its error, because the purpose
+//! is to explain why other things fail.
 
 use std::fs;
 use std::io;
@@ -15,12 +15,12 @@ use super::open::{Access, OpenError, OpenOptions, UserModeOnly};
 use super::userfaultfd::{Modes, Userfaultfd};
 use crate::memory::{Mapping, RawRegion};
 
-/// One way to a userfaultfd, tried.
+/// The result of trying one way to open a userfaultfd.
 #[derive(Debug)]
 pub struct AccessProbe {
-    /// Which.
+    /// The way that was tried.
     pub access: Access,
-    /// For faults of user code only.
+    /// Whether only faults of user code were requested.
     pub user_mode_only: bool,
     /// The kernel's answer.
     pub result: Result<(), io::Error>,
@@ -29,76 +29,77 @@ pub struct AccessProbe {
 /// A resource limit in bytes or pieces; `None` is unlimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// In force.
+    /// The limit in force.
     pub soft: Option<u64>,
-    /// How far this process may raise it.
+    /// The maximum to which this process may raise it.
     pub hard: Option<u64>,
 }
 
 /// The pool of one size of huge pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HugePool {
-    /// Bytes a page.
+    /// Page size in bytes.
     pub page_size: u64,
-    /// Pages in the pool.
+    /// Number of pages in the pool.
     pub total: u64,
-    /// Not in use.
+    /// Number of pages not in use.
     pub free: u64,
-    /// Promised to mappings and not yet in use.
+    /// Number of pages that are reserved for mappings and not yet in use.
     pub reserved: u64,
-    /// How many more the kernel may make when asked.
+    /// Number of additional pages that the kernel may allocate on demand.
     pub overcommit: u64,
 }
 
-/// Everything that decides whether and how memory can be restored lazily here.
+/// Everything that decides whether and how memory can be restored lazily on this machine.
 #[derive(Debug)]
 pub struct Probe {
     /// `uname -r`.
     pub kernel_release: String,
-    /// The same as a version.
+    /// The parsed release.
     pub kernel: Option<KernelVersion>,
     /// Every way, in the order in which they are tried.
     pub access: Vec<AccessProbe>,
-    /// Opening as the engine does it; its error names the remedy.
+    /// The result of opening as the engine does; its error names the remedy.
     pub open: Result<(), OpenError>,
-    /// What the kernel has, if any way is open.
+    /// The features of the kernel, if any way works.
     pub features: Option<Features>,
-    /// The ioctls that work on anonymous memory, with CONTINUE if shared memory has it; if any way
-    /// is open.
+    /// The ioctls that work on anonymous memory, plus CONTINUE if it works on shared memory; if any
+    /// way works.
     pub ioctls: Option<Ioctls>,
     /// `vm.unprivileged_userfaultfd`; `None` on kernels before 5.2.
     pub unprivileged_userfaultfd: Option<bool>,
     /// Whether this process has `CAP_SYS_PTRACE` in effect.
     pub cap_sys_ptrace: Option<bool>,
-    /// `RLIMIT_MEMLOCK`, bytes.
+    /// `RLIMIT_MEMLOCK`, in bytes.
     pub memlock: Option<Limit>,
-    /// `RLIMIT_NOFILE`, descriptors.
+    /// `RLIMIT_NOFILE`, in descriptors.
     pub open_files: Option<Limit>,
     /// `vm.max_map_count`.
     pub max_map_count: Option<u64>,
-    /// `RLIMIT_AS`, bytes.
+    /// `RLIMIT_AS`, in bytes.
     pub address_space: Option<Limit>,
-    /// `RLIMIT_NPROC`, processes and threads of the user.
+    /// `RLIMIT_NPROC`, in processes and threads of the user.
     pub threads: Option<Limit>,
-    /// `vm.overcommit_memory`: 0 refuses what can't fit at all, 1 nothing, 2 all beyond a limit.
+    /// `vm.overcommit_memory`: 0 refuses what can't possibly fit, 1 refuses nothing, 2 refuses
+    /// everything beyond a limit.
     pub overcommit: Option<u64>,
     /// The pools of huge pages, by size.
     pub huge_pools: Vec<HugePool>,
     /// `/sys/kernel/mm/transparent_hugepage/enabled`: `always`, `madvise` or `never`.
     pub transparent_huge_pages: Option<String>,
-    /// The same for shared memory.
+    /// The corresponding setting for shared memory.
     pub shared_transparent_huge_pages: Option<String>,
     /// Whether `/dev/kvm` can be opened for reading and writing.
     pub kvm: Result<(), io::Error>,
 }
 
 impl Probe {
-    /// Looks at this machine.
+    /// Probes this machine.
     pub fn take() -> Self {
         Self::with_mask(Mask::NONE)
     }
 
-    /// Looks at this machine, with a part of the kernel hidden.
+    /// Probes this machine, with some features of the kernel hidden.
     pub fn with_mask(mask: Mask) -> Self {
         let ways = [
             (Access::Device, false),
@@ -177,7 +178,7 @@ fn number(path: impl AsRef<Path>) -> Option<u64> {
     text(path)?.trim().parse().ok()
 }
 
-/// The word in brackets of `always [madvise] never`.
+/// Returns the word in brackets, as in `always [madvise] never`.
 fn choice(path: &str) -> Option<String> {
     let text = text(path)?;
     let (_, rest) = text.split_once('[')?;

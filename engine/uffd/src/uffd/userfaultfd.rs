@@ -1,4 +1,4 @@
-//! One userfaultfd: its ranges, and what holds whatever the operation.
+//! A userfaultfd: its ranges, and what applies to all operations.
 //!
 //! ```text
 //!  OpenOptions::open ──┐                                 ┌─ read ──> messages        (message.rs)
@@ -9,19 +9,19 @@
 //!
 //! # Why installing is safe to call
 //!
-//! An install writes into memory named by a number, and still the functions are not `unsafe`, for
-//! three reasons that must all hold:
+//! An install writes into memory that is given by a number. Nevertheless the functions are not
+//! `unsafe`, for three reasons that must all hold:
 //!
-//! 1. It fills *absent* pages only; the kernel answers EEXIST for a present one and changes
-//!    nothing. So no byte that any code has ever read or written changes.
-//! 2. Absent pages become filled only where memory was registered through this object. Registering
-//!    is the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes, any
-//!    bytes, until the restore is over. The kernel alone would also allow memory that other code
+//! 1. It fills only *absent* pages. For a present page the kernel returns EEXIST and changes
+//!    nothing, so no byte that any code has ever read or written changes.
+//! 2. Absent pages are filled only where memory was registered through this object. Registering is
+//!    the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes of any value
+//!    until the restore is over. The kernel alone would also permit memory that other code
 //!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
-//! 3. Memory of another process is not ours to make unsound; what may be done to it is decided by
-//!    whoever handed over the descriptor. [`Userfaultfd::adopt`] is `unsafe` because it believes
-//!    that the descriptor is foreign, and is no detour to this process;
-//!    [`Userfaultfd::adopt_foreign`] makes sure.
+//! 3. Memory of another process can't be made unsound by us; whoever handed over the descriptor
+//!    decides what may be done to it. [`Userfaultfd::adopt`] is `unsafe` because it trusts that the
+//!    descriptor is foreign and no detour to this process; [`Userfaultfd::adopt_foreign`] checks
+//!    it.
 
 use std::fmt;
 use std::io;
@@ -38,11 +38,11 @@ use super::{abi, ioctls};
 use crate::memory::{self, Mapping, MemError, RawRegion};
 use crate::os::limits::Hint;
 
-/// How much of its address space a process reserves to find out whether a userfaultfd is its own: much,
-/// or less where that is limited.
+/// Sizes of address space that a process reserves to find out whether a userfaultfd is its own: a
+/// large one, or a smaller one where address space is limited.
 const RESERVED: [u64; 2] = [1 << 40, 1 << 30];
 
-/// What a registration reports.
+/// The kinds of faults that a registration reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Modes(u64);
 
@@ -54,34 +54,34 @@ impl Modes {
     /// Touches of pages that are in the file behind the mapping, but not mapped.
     pub const MINOR: Self = Self(abi::UFFDIO_REGISTER_MODE_MINOR);
 
-    /// Both.
+    /// Returns the union of both.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// The kernel's bits.
+    /// Returns the kernel's bits.
     pub const fn bits(self) -> u64 {
         self.0
     }
 }
 
-/// A userfaultfd that has been negotiated with, closed exactly once, when this is dropped.
+/// A negotiated userfaultfd, closed exactly once, when this is dropped.
 ///
-/// **When it is dropped, or the last descriptor of another process's closes, every page still
-/// absent becomes zero** and waiting threads go on with zeros. Drop it only when nothing is
-/// missing, or nobody is left to see it.
+/// **When it is dropped, or the last descriptor of another process's userfaultfd closes, every page
+/// still absent becomes zero** and waiting threads continue with zeros. Drop it only when nothing
+/// is missing, or when nobody is left to see it.
 ///
-/// All methods take `&self` and may be called from any thread. Keep it in an `Arc` and join every
-/// thread that uses it before the last one goes: that is what keeps an operation from ever reaching
-/// a reused descriptor number.
+/// All methods take `&self` and may be called from any thread. Keep it in an `Arc`, and join every
+/// thread that uses it before dropping the last one: that keeps an operation from ever reaching a
+/// reused descriptor number.
 pub struct Userfaultfd {
     fd: OwnedFd,
     enabled: Features,
     available: Features,
     hidden: Ioctls,
     user_mode_only: bool,
-    /// `None` where the memory is another process's.
+    /// The memory that may be filled; `None` if the memory is another process's.
     grants: Option<RwLock<Grants>>,
 }
 
@@ -115,18 +115,18 @@ impl Userfaultfd {
         }
     }
 
-    /// Takes over a userfaultfd that came from another process, already negotiated there with
-    /// `enabled`.
+    /// Takes over a userfaultfd that came from another process, which has already negotiated it
+    /// with `enabled`.
     ///
-    /// Sets `O_NONBLOCK`, without which the kernel's `poll` reports an error for ever; the flag
-    /// belongs to the open file and is shared with whoever sent it. Refuses a descriptor that is no
+    /// Sets `O_NONBLOCK`, without which the kernel's `poll` reports an error forever; the flag
+    /// belongs to the open file and is shared with the sender. Refuses a descriptor that is not a
     /// userfaultfd or has not been through `UFFDIO_API`.
     ///
     /// # Safety
     ///
     /// The memory behind the descriptor must be another process's. (If it is this process's, every
-    /// range registered with any userfaultfd of this process must bear being filled with any bytes
-    /// through the result.)
+    /// range registered with any userfaultfd of this process must tolerate being filled with any
+    /// bytes through the result.)
     pub unsafe fn adopt(
         fd: OwnedFd,
         enabled: Features,
@@ -139,29 +139,30 @@ impl Userfaultfd {
         }
         set_nonblocking(fd.as_fd()).map_err(AdoptError::Inspect)?;
         let adopted = Self::of_another_process(fd, enabled, hidden);
-        // Waking a page that nobody waits for changes nothing, and every ioctl but UFFDIO_API
-        // answers EINVAL before negotiation. The page at half of the lower address space is valid
-        // for every architecture's range check.
+        // Waking a page for which nobody waits changes nothing, and before negotiation every ioctl
+        // but UFFDIO_API returns EINVAL. This low address passes the range check of every
+        // architecture.
         adopted
             .wake(1 << 32, crate::page_size())
             .map_err(|_| AdoptError::NotNegotiated)?;
         Ok(adopted)
     }
 
-    /// As [`Userfaultfd::adopt`], after making sure that the memory is another process's: then
-    /// nothing has to be promised.
+    /// Takes over a userfaultfd like [`Userfaultfd::adopt`], after checking that the memory is
+    /// another process's, so that the caller need not guarantee it.
     ///
-    /// To unregister what is not registered changes nothing, and the kernel answers EINVAL where
-    /// nothing is mapped. So places in a range that this process has just reserved are tried, elsewhere
-    /// than at the addresses of `registered`: a descriptor that knows all of them belongs to this
-    /// process. The range is so long that another process has nothing in most of it.
+    /// Unregistering what is not registered changes nothing, and the kernel returns EINVAL where
+    /// nothing is mapped. Therefore places in a range that this process has just reserved are
+    /// tried, except at the addresses of `registered`: if all of them are mapped in the address
+    /// space of the descriptor, it belongs to this process. The range is so long that another
+    /// process has nothing mapped in most of it.
     pub fn adopt_foreign(
         fd: OwnedFd,
         enabled: Features,
         hidden: Ioctls,
         registered: &[Range<u64>],
     ) -> Result<Self, AdoptError> {
-        // SAFETY: nothing is filled through the result before the look below, and it is dropped if
+        // SAFETY: nothing is filled through the result before the check below, and it is dropped if
         // the memory is this process's.
         let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
         let page = crate::page_size();
@@ -185,17 +186,18 @@ impl Userfaultfd {
         Err(AdoptError::OwnMemory)
     }
 
-    /// The features that are on.
+    /// Returns the enabled features.
     pub fn features(&self) -> Features {
         self.enabled
     }
 
-    /// All that the kernel has and no mask hides; for an adopted one, what is on.
+    /// Returns all features that the kernel has and no mask hides; for an adopted userfaultfd, the
+    /// enabled ones.
     pub fn available(&self) -> Features {
         self.available
     }
 
-    /// Whether faults of the kernel's own accesses fail with EFAULT in place of being reported.
+    /// Whether faults of the kernel's own accesses fail with EFAULT instead of being reported.
     pub fn is_user_mode_only(&self) -> bool {
         self.user_mode_only
     }
@@ -205,9 +207,9 @@ impl Userfaultfd {
         self.grants.is_some()
     }
 
-    /// Begins to report faults of `[offset, offset + len)` of `region`, and allows it to be filled.
+    /// Starts reporting faults of `[offset, offset + len)` of `region`, and permits filling it.
     ///
-    /// Answers which ioctls work there. The first fault may be read before this returns.
+    /// Returns the ioctls that work there. The first fault may be read before this returns.
     pub fn register(
         &self,
         region: &RawRegion,
@@ -234,7 +236,7 @@ impl Userfaultfd {
         Ok(answer)
     }
 
-    /// Begins to report faults of memory that is known by its address only, in the owner's terms.
+    /// Starts reporting faults of memory that is known only by its address in the owner.
     ///
     /// # Safety
     ///
@@ -260,10 +262,10 @@ impl Userfaultfd {
             mode: modes.bits(),
             ioctls: 0,
         };
-        // SAFETY: `argument` is a live uffdio_register, exclusively ours. What the registration
-        // does to the memory (accesses wait, absent pages can be filled) is what the contract
-        // behind `region`, or of `register_address`, accepted. If the range is not mapped or of an
-        // unsuitable kind the kernel refuses all of it.
+        // SAFETY: `argument` is a live uffdio_register, exclusively ours. The contract behind
+        // `region`, or of `register_address`, accepts the effects of registering on the memory
+        // (accesses wait, absent pages can be filled). If the range is not mapped or of an
+        // unsuitable kind, the kernel refuses all of it.
         let result = unsafe { ioctls::register(self.fd.as_raw_fd(), &raw mut argument) };
         match result {
             Ok(_) => Ok(Ioctls::from_bits(argument.ioctls).without(self.hidden)),
@@ -271,22 +273,23 @@ impl Userfaultfd {
         }
     }
 
-    /// Ends the reporting of faults in `[start, start + len)` and wakes who waits there.
+    /// Stops reporting faults in `[start, start + len)` and wakes the threads that wait there.
     ///
-    /// **Pages still absent are zero from then on.** Nothing else of this crate does that without
-    /// being asked to.
+    /// **Pages still absent are zero from then on.** No other function of this crate does that
+    /// unless requested.
     pub fn unregister(&self, start: u64, len: u64) -> Result<Unregistered, RegisterError> {
         let mut grants = self.grants_mut();
         let mut range = abi::uffdio_range { start, len };
-        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Unregistering takes no
-        // memory away; what it changes is that absent pages read as zeros, initialised bytes, as
-        // the contract of registering allows.
+        // SAFETY: `range` is a live uffdio_range that the kernel only reads. Unregistering removes
+        // no memory. It makes absent pages read as zeros, which are initialised bytes, as the
+        // contract of registering permits.
         let result = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
         let outcome = match result {
             Ok(_) => Unregistered::Done,
-            // The kernel's answer when no mapping begins in the range.
+            // The kernel's answer if no mapping begins in the range.
             Err(Errno::EINVAL) if is_range(start, len) => Unregistered::Gone,
-            // Without an owner the kernel says ENOMEM here, which can also mean what it says.
+            // Without an owner the kernel returns ENOMEM here, which can also mean a lack of
+            // memory.
             Err(Errno::ENOMEM) if matches!(self.probe(start), Ok(Presence::OwnerGone)) => {
                 Unregistered::OwnerGone
             }
@@ -298,10 +301,10 @@ impl Userfaultfd {
         Ok(outcome)
     }
 
-    /// Lets every thread that waits for a page of the range try again.
+    /// Makes every thread that waits for a page of the range retry.
     ///
-    /// A page that is still absent then faults, and is reported, anew: waking loses nothing,
-    /// wherever it is done. The range need not be mapped.
+    /// If the page is still absent, the thread faults again, and the fault is reported again: a
+    /// wake loses nothing, wherever it happens. The range need not be mapped.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = abi::uffdio_range { start, len };
         // SAFETY: `range` is a live uffdio_range that the kernel only reads. Waking makes waiting
@@ -310,11 +313,11 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// Whether the page at `address` can be installed into at this moment, found without installing
-    /// anything.
+    /// Determines whether the page at `address` could be installed at this moment, without
+    /// installing anything.
     ///
-    /// It is a COPY whose source can't be read, so that the kernel gets as far as its checks and no
-    /// further.
+    /// This is a COPY whose source can't be read, so that the kernel performs its checks and goes
+    /// no further.
     pub fn probe(&self, address: u64) -> io::Result<Presence> {
         let mut argument = abi::uffdio_copy {
             dst: address & !(crate::page_size() - 1),
@@ -331,7 +334,7 @@ impl Userfaultfd {
             Err(Errno::EAGAIN) => Ok(Presence::Changing),
             Err(Errno::ENOENT) => Ok(Presence::Gone),
             Err(Errno::ESRCH) => Ok(Presence::OwnerGone),
-            // EFAULT: all checks passed and the source failed. EEXIST, EINVAL: present already, or
+            // EFAULT: all checks passed and the source failed. EEXIST, EINVAL: already present, or
             // of another page size.
             Err(Errno::EFAULT | Errno::EEXIST | Errno::EINVAL) => Ok(Presence::Registered),
             Err(errno) => Err(errno.into()),
@@ -341,14 +344,14 @@ impl Userfaultfd {
         }
     }
 
-    /// Sets `O_NONBLOCK` again. Who shares the open file can have cleared it, and then `poll`
-    /// reports an error for ever.
+    /// Sets `O_NONBLOCK` again. A process that shares the open file can have cleared it, and then
+    /// `poll` reports an error forever.
     pub fn set_nonblocking(&self) -> io::Result<()> {
         set_nonblocking(self.as_fd())
     }
 
-    /// Takes every access to a range that is registered through this descriptor, wherever the owner has
-    /// moved it since: what touches it gets SIGSEGV, or EFAULT. For kernels that can't poison what
+    /// Makes a range that is registered through this descriptor inaccessible, wherever the owner
+    /// has moved it since: a touch gets SIGSEGV, or EFAULT. For kernels that can't poison what
     /// could not be restored. The owner must not unmap or move any of it at the same time, as
     /// [`RawRegion::new`] says.
     pub fn make_inaccessible(&self, address: u64, len: u64) -> Result<(), MemError> {
@@ -361,9 +364,9 @@ impl Userfaultfd {
         if !end.is_some_and(is_granted) {
             return Err(MemError::invalid(doing, address, len));
         }
-        // SAFETY: `RawRegion::new` names this among what the owner of the memory accepts, and moving
-        // it doesn't end that. The owner has promised not to unmap or move any of it just now, so
-        // nothing else can lie there.
+        // SAFETY: the contract of `RawRegion::new` lists this among what the owner of the memory
+        // accepts, and moving it doesn't end that. The owner has guaranteed not to unmap or move
+        // any of it just now, so nothing else can be mapped there.
         unsafe { memory::protect(address, len, libc::PROT_NONE) }
     }
 
@@ -375,10 +378,11 @@ impl Userfaultfd {
         self.hidden
     }
 
-    /// Held over check and ioctl by every install; `None` where nothing is checked.
+    /// Locks the list, which every install holds across check and ioctl; `None` if nothing is
+    /// checked.
     pub(super) fn grants(&self) -> Option<RwLockReadGuard<'_, Grants>> {
-        // The list is whole between calls of its methods, which don't panic; poisoning tells
-        // nothing.
+        // The list is consistent between calls of its methods, which don't panic; poisoning carries
+        // no information.
         self.grants
             .as_ref()
             .map(|grants| grants.read().unwrap_or_else(PoisonError::into_inner))
@@ -395,8 +399,8 @@ impl Drop for Userfaultfd {
     /// Unregisters this process's memory before the descriptor closes.
     ///
     /// Closing alone does that only if no forked child holds a copy of the descriptor. If one does,
-    /// an event would have no reader any more, and the munmap of a mapping that only the list keeps
-    /// alive would wait for it for ever.
+    /// an event would no longer have a reader, and the munmap of a mapping that only the list keeps
+    /// alive would wait for it forever.
     fn drop(&mut self) {
         let Some(grants) = self.grants_mut() else {
             return;
@@ -407,7 +411,7 @@ impl Drop for Userfaultfd {
                 len: end - start,
             };
             // SAFETY: as in `unregister`. An error means that nothing is registered there, which is
-            // what is wanted.
+            // the goal.
             let _ = unsafe { ioctls::unregister(self.fd.as_raw_fd(), &raw mut range) };
         }
     }
@@ -429,12 +433,12 @@ impl fmt::Debug for Userfaultfd {
     }
 }
 
-/// What a probe found.
+/// The result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
     /// The page is registered with a userfaultfd of its process.
     Registered,
-    /// It is not.
+    /// The page is not registered.
     Gone,
     /// The owner is discarding, moving or unmapping memory and waits for the event to be read.
     Changing,
@@ -442,10 +446,10 @@ pub enum Presence {
     OwnerGone,
 }
 
-/// What became of a range that was to be unregistered.
+/// The outcome of unregistering a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unregistered {
-    /// It isn't registered any more.
+    /// The range is no longer registered.
     Done,
     /// Nothing is mapped there.
     Gone,
@@ -453,7 +457,7 @@ pub enum Unregistered {
     OwnerGone,
 }
 
-/// Why a range can't be registered or unregistered.
+/// The reason why a range can't be registered or unregistered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegisterError {
@@ -462,43 +466,43 @@ pub enum RegisterError {
         "cannot register {len:#x} bytes at offset {offset:#x} of a region of {region:#x} bytes"
     )]
     OutOfRegion {
-        /// Asked for.
+        /// Requested offset.
         offset: u64,
-        /// Asked for.
+        /// Requested length in bytes.
         len: u64,
-        /// The region's length.
+        /// Length of the region in bytes.
         region: u64,
     },
-    /// Another userfaultfd has it.
+    /// Another userfaultfd has registered it.
     #[error("the memory at {start:#x}, {len:#x} bytes, is registered with another userfaultfd")]
     Busy {
-        /// Where.
+        /// Start of the range.
         start: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
     },
-    /// Not whole pages, not mapped, or memory of a kind that the kernel doesn't register in this
-    /// mode.
+    /// The range is not whole pages, is not mapped, or is memory of a kind that the kernel doesn't
+    /// register in this mode.
     #[error(
         "the memory at {start:#x}, {len:#x} bytes, cannot be registered: it must be whole pages, mapped, and anonymous, shared or hugetlbfs as the mode allows"
     )]
     Unsuitable {
-        /// Where.
+        /// Start of the range.
         start: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
     },
-    /// Anything else; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has
+    /// Any other error; ENOMEM means too many mappings (`vm.max_map_count`) or that the owner has
     /// exited.
     #[error("registering or unregistering {len:#x} bytes at {start:#x} failed{hint}")]
     Failed {
-        /// Where.
+        /// Start of the range.
         start: u64,
-        /// How much.
+        /// Length of the range in bytes.
         len: u64,
-        /// The limit that was met, if one is known.
+        /// The limit that was reached, if known.
         hint: Hint,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -521,23 +525,23 @@ impl RegisterError {
     }
 }
 
-/// Why a received descriptor is refused.
+/// The reason why a received descriptor is refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AdoptError {
-    /// It is something else.
+    /// The descriptor is something else.
     #[error("the received descriptor is {found}, not a userfaultfd")]
     NotUserfaultfd {
         /// The kernel's name for it.
         found: String,
     },
-    /// It is for the memory of this process.
+    /// The userfaultfd is for the memory of this process.
     #[error("the received userfaultfd is for the memory of this process")]
     OwnMemory,
-    /// Its sender hasn't negotiated with the kernel yet.
+    /// The sender hasn't negotiated it with the kernel yet.
     #[error("the received userfaultfd has not been through UFFDIO_API")]
     NotNegotiated,
-    /// It could not be looked at, or not be made non-blocking.
+    /// The descriptor could not be inspected, or not be made non-blocking.
     #[error("cannot inspect the received descriptor")]
     Inspect(#[source] io::Error),
 }
@@ -555,7 +559,7 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
     let flags = Errno::result(flags)?;
     if flags & libc::O_NONBLOCK == 0 {
-        // SAFETY: F_SETFL takes a number; it changes how the open file waits and nothing else.
+        // SAFETY: F_SETFL takes a number; it changes only how the open file waits.
         let result =
             unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
         Errno::result(result)?;

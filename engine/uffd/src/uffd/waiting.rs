@@ -1,4 +1,4 @@
-//! Waiting for messages, and being woken for another reason.
+//! Waits for messages, or for a wake-up for another reason.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,22 +11,22 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::userfaultfd::Userfaultfd;
 
-/// What the messages of the userfaultfd and of the eventfd are told apart by.
+/// Epoll data that distinguishes the messages of the userfaultfd from the eventfd.
 const MESSAGES: u64 = 0;
 const WOKEN: u64 = 1;
 const OWNER: u64 = 2;
 
-/// Threads whose waiting one message ends. The scheduler puts the first on a core that is idle,
-/// which takes it 45-60 us in a virtual machine, and the second on the core of the thread that
-/// faulted, which takes 6.
+/// Number of threads that one message wakes. The scheduler puts the first on an idle core, which
+/// takes 45-60 us in a virtual machine, and the second on the core of the faulting thread, which
+/// takes 6.
 const WOKEN_AT_ONCE: usize = 2;
 
-/// What threads wait on for the messages of one userfaultfd.
+/// A wait queue for the messages of one userfaultfd.
 ///
-/// Any number of threads may wait, in two rows. What arrives ends the waiting of one thread of each
-/// row, the one that came last, and does so once (epoll, edge-triggered): who returns has to read
-/// until nothing is left, or [wake](Self::wake) another. What arrives while nobody of a row waits
-/// ends its next waiting. With `poll` every message would wake every thread.
+/// Any number of threads may wait, in two rows. A message wakes one thread of each row, the one
+/// that came last, and does so once (epoll, edge-triggered): the woken thread must read until
+/// nothing is left, or [wake](Self::wake) another. A message that arrives while nobody of a row
+/// waits ends the row's next wait. With `poll`, every message would wake every thread.
 #[derive(Debug)]
 pub struct Waiting {
     rows: [Row; WOKEN_AT_ONCE],
@@ -36,23 +36,23 @@ pub struct Waiting {
 #[derive(Debug)]
 struct Row {
     epoll: Epoll,
-    /// Threads that wait, or are about to.
+    /// Number of threads that wait, or are about to.
     len: AtomicUsize,
 }
 
-/// Why waiting ended; none of them after the timeout, or after a signal handler ran.
+/// The reasons why a wait ended; none of them after the timeout, or after a signal handler ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
-    /// Messages can be read, or could a moment ago.
+    /// Whether messages can be read, or could a moment ago.
     pub messages: bool,
-    /// [`Waiting::wake`] was called.
+    /// Whether [`Waiting::wake`] was called.
     pub woken: bool,
-    /// The process of [`Waiting::watch`] has ended.
+    /// Whether the process of [`Waiting::watch`] has exited.
     pub owner_gone: bool,
 }
 
 impl Waiting {
-    /// For the messages of `uffd`, a userfaultfd.
+    /// Creates a wait queue for the messages of `uffd`.
     pub fn new(uffd: &Userfaultfd) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wakeup = EventFd::from_value_and_flags(0, flags)?;
@@ -67,8 +67,8 @@ impl Waiting {
         Ok(Self { rows, wakeup })
     }
 
-    /// Ends the waiting of one thread of each row, or its next, when the process behind `pidfd` has
-    /// ended.
+    /// Makes the exit of the process behind `pidfd` wake one thread of each row, or end the row's
+    /// next wait.
     pub fn watch(&self, pidfd: BorrowedFd<'_>) -> io::Result<()> {
         for row in &self.rows {
             row.epoll.add(pidfd, edge(OWNER))?;
@@ -76,19 +76,19 @@ impl Waiting {
         Ok(())
     }
 
-    /// Ends the waiting of one thread of each row, or its next. Never blocks.
+    /// Wakes one thread of each row, or ends the row's next wait. Never blocks.
     pub fn wake(&self) {
         // Every write is an edge, so the counter is never read, and 2^64 writes don't happen.
         // Nothing else can fail on a descriptor that we hold.
         let _ = self.wakeup.write(1);
     }
 
-    /// Waits until messages can be read, somebody calls [`Waiting::wake`], or the time is over
-    /// (`None`: no limit).
+    /// Waits until messages can be read, [`Waiting::wake`] is called, or the time is over (`None`:
+    /// no limit).
     ///
-    /// A userfaultfd without `O_NONBLOCK` reports an error for ever. The flag can be lost when the
-    /// open file is shared with another process; then it is set again here, and waiting goes on.
-    /// `uffd` is the one that this was made for.
+    /// A userfaultfd without `O_NONBLOCK` reports an error forever. The flag can be lost when the
+    /// open file is shared with another process; it is then set again here, and the wait continues.
+    /// `uffd` must be the one for which this queue was created.
     pub fn wait(&self, uffd: &Userfaultfd, timeout: Option<Duration>) -> io::Result<Ready> {
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
             // Rounded up, so that a short wait doesn't become a spin.
@@ -116,11 +116,11 @@ impl Waiting {
             if event.data() != MESSAGES {
                 continue;
             }
-            // With an error nothing is known of messages: whoever reads will see.
+            // An error says nothing about messages: a read will tell.
             ready.messages = true;
             if event.events().contains(EpollFlags::EPOLLERR) {
                 uffd.set_nonblocking()?;
-                // What can be read, or comes, is an edge from now on.
+                // From now on, pending and new messages are edges.
                 for row in &self.rows {
                     row.epoll.modify(uffd.as_fd(), &mut edge(MESSAGES))?;
                 }

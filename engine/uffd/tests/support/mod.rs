@@ -1,5 +1,5 @@
-//! What the tests of `sys` and `mem` share: memory under a userfaultfd, threads that touch it, and
-//! child processes.
+//! Helpers shared by the tests: memory under a userfaultfd, threads that touch it, and child
+//! processes.
 
 #![allow(
     dead_code,
@@ -18,10 +18,11 @@ use snaprestore_uffd::uffd::{
 };
 
 pub const PAGE: u64 = 4096;
-/// Long enough for any thread to be scheduled; only a broken test or engine reaches it.
+/// Maximum time for a wait: long enough for any thread to be scheduled; only a broken test or
+/// engine reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A page of one byte.
+/// Returns a page that repeats one byte.
 pub fn page(byte: u8) -> Vec<u8> {
     vec![byte; 4096]
 }
@@ -36,20 +37,20 @@ pub fn peek(address: u64) -> u8 {
     unsafe { pointer(address).read_volatile() }
 }
 
-/// Writes the byte at `address`, as `peek` reads it.
+/// Writes the byte at `address`, waiting for its page like `peek`.
 pub fn poke(address: u64, byte: u8) {
     // SAFETY: as for `peek`.
     unsafe { pointer(address).write_volatile(byte) }
 }
 
-/// `peek` in a thread of its own.
+/// Runs `peek` in a thread of its own.
 pub fn peeking(address: u64) -> JoinHandle<u8> {
     std::thread::spawn(move || peek(address))
 }
 
-/// `madvise` on memory of the test.
+/// Calls `madvise` on memory of the test.
 pub fn madvise(address: u64, len: u64, advice: i32) {
-    // SAFETY: the tests discard only their own memory, of which they hold no references.
+    // SAFETY: the tests discard only their own memory, to which they hold no references.
     let result = unsafe {
         libc::madvise(
             pointer(address).cast(),
@@ -62,7 +63,7 @@ pub fn madvise(address: u64, len: u64, advice: i32) {
 
 /// Unmaps memory that nothing else will unmap again.
 pub fn munmap(address: u64, len: u64) {
-    // SAFETY: the tests unmap only their own memory, of which they hold no references.
+    // SAFETY: the tests unmap only their own memory, to which they hold no references.
     let result = unsafe {
         libc::munmap(
             pointer(address).cast(),
@@ -81,7 +82,7 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// `pages` absent pages, registered for missing faults, without events.
+    /// Registers `pages` absent pages for missing faults, without events.
     pub fn new(pages: u64) -> Self {
         Self::with(
             pages,
@@ -90,7 +91,7 @@ impl Scene {
         )
     }
 
-    /// The same with REMOVE, REMAP and UNMAP events.
+    /// Registers `pages` absent pages with REMOVE, REMAP and UNMAP events.
     pub fn with_events(pages: u64) -> Self {
         Self::with(pages, &OpenOptions::new(), Modes::MISSING)
     }
@@ -109,7 +110,7 @@ impl Scene {
         }
     }
 
-    /// The address of a page.
+    /// Returns the address of a page.
     pub fn at(&self, page: u64) -> u64 {
         self.region.address() + page * PAGE
     }
@@ -119,7 +120,7 @@ impl Scene {
         messages(&self.uffd, &mut self.ring)
     }
 
-    /// Waits for one fault and answers its address.
+    /// Waits for one fault and returns its address.
     pub fn fault(&mut self) -> u64 {
         match self.messages()[..] {
             [Message::Pagefault { address, .. }] => address,
@@ -152,7 +153,7 @@ pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
     }
 }
 
-/// What the kernel refused an install with.
+/// Returns the error number with which the kernel refused an install.
 pub fn errno(error: &InstallError) -> Option<i32> {
     match error {
         InstallError::Refused { source, .. } => source.raw_os_error(),
@@ -160,7 +161,7 @@ pub fn errno(error: &InstallError) -> Option<i32> {
     }
 }
 
-/// Repeats until it is true.
+/// Retries until the condition is true.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
@@ -169,14 +170,14 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// How a child process ended.
+/// The way in which a child process ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
     Exit(i32),
     Signal(i32),
 }
 
-/// A forked child, killed if it is dropped before it ended.
+/// A forked child, killed if it is dropped before it has exited.
 pub struct Child {
     pid: libc::pid_t,
     ended: bool,
@@ -191,7 +192,7 @@ impl Child {
         assert!(pid >= 0, "{}", std::io::Error::last_os_error());
         if pid == 0 {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
-            // SAFETY: ends this process without running what belongs to the parent.
+            // SAFETY: exits this process without running what belongs to the parent.
             unsafe { libc::_exit(outcome.unwrap_or(101)) }
         }
         Self { pid, ended: false }
@@ -201,7 +202,7 @@ impl Child {
         self.pid
     }
 
-    /// Waits for its end.
+    /// Waits until the child has exited.
     pub fn wait(mut self) -> Ended {
         let mut status = 0;
         // SAFETY: `status` is a live int; the child is ours and not yet waited for.
@@ -215,7 +216,7 @@ impl Child {
         }
     }
 
-    /// A copy of its descriptor `number`.
+    /// Returns a copy of the child's descriptor `number`.
     pub fn descriptor(&self, number: i32) -> OwnedFd {
         // SAFETY: both system calls take numbers and return a new descriptor that nobody else owns.
         unsafe {
@@ -232,7 +233,7 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         if !self.ended {
-            // SAFETY: the child is ours and not yet waited for, so its number names no other
+            // SAFETY: the child is ours and not yet waited for, so its number refers to no other
             // process.
             unsafe {
                 libc::kill(self.pid, libc::SIGKILL);
