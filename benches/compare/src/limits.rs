@@ -16,7 +16,7 @@ use crate::workload::{Order, Plan};
 use crate::{BenchError, PAGE, cache};
 
 /// Maximum number of bytes of one COPY: as many as a restore installs at once.
-const MOST_COPY: u64 = 256 << 10;
+const MAX_COPY: u64 = 256 << 10;
 
 /// Parts of a snapshot that have to be decoded and copied.
 struct Contents {
@@ -165,13 +165,13 @@ pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
     for (first, count) in &contents.runs {
         let (mut at, end) = (first * PAGE, (first + count) * PAGE);
         while at < end {
-            let len = MOST_COPY.min(end - at);
+            let len = MAX_COPY.min(end - at);
             pieces.push((at, len));
             at += len;
         }
     }
     let bytes = contents.snapshot.page_slots() * PAGE;
-    let state = || vec![0x5a_u8; usize::try_from(MOST_COPY).unwrap_or(0)];
+    let state = || vec![0x5a_u8; usize::try_from(MAX_COPY).unwrap_or(0)];
     let before = Before::now(path);
     let began = Instant::now();
     let region = Region::anonymous(bytes)?;

@@ -22,7 +22,7 @@ use crate::workload::{Access, Cache, Order, Plan, read_pages};
 use crate::{BenchError, PAGE, cache, limits, uffd};
 
 /// Time in seconds after which a trial is killed: nothing here takes a tenth of it.
-const MOST_SECONDS: u32 = 300;
+const MAX_SECONDS: u32 = 300;
 
 /// Kind of measurement.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -389,7 +389,7 @@ pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), Ben
     // SAFETY: both calls request signals that kill this process, whatever its threads wait for:
     // after a time, and when the thread that started it exits.
     unsafe {
-        libc::alarm(MOST_SECONDS);
+        libc::alarm(MAX_SECONDS);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }
     let trial: Trial = serde_json::from_reader(input).map_err(BenchError::of("reading a trial"))?;

@@ -34,7 +34,7 @@ enum HoldOutcome {
     /// The kernel had no memory for the page.
     NoMemory,
     /// The install failed for good.
-    InstallError(InstallError),
+    Failed(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
@@ -126,7 +126,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::NoMemory => {
                     self.after_no_memory(&mut shortages, page, false, Reason::Prefetch)?;
                 }
-                HoldOutcome::InstallError(stop) => return Err(stop),
+                HoldOutcome::Failed(stop) => return Err(stop),
             }
         }
     }
@@ -156,8 +156,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::Settled
             }
             Installed::NoMemory => HoldOutcome::NoMemory,
-            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
+            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
         }
     }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 /// Blocks whose pages are looked up; the verifier looks at all.
-const MOST_BLOCKS: u64 = 16;
+const MAX_BLOCKS: u64 = 16;
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     mutate(data, size, max_size, seed)
@@ -47,7 +47,7 @@ fn check(bytes: &[u8]) {
 fn pages(snapshot: &Snapshot) -> bool {
     let mut eager = Eager::new(snapshot);
     let mut lost = false;
-    for page in 0..snapshot.page_slots().min(MOST_BLOCKS * 512) {
+    for page in 0..snapshot.page_slots().min(MAX_BLOCKS * 512) {
         if matches!(eager.page(page), Found::Nothing | Found::Torn(_)) {
             let unavailable = snapshot.look_up(page, snapshot_format::Reason::Demand);
             lost |= !matches!(unavailable, Ok(snapshot_format::Page::Unavailable));

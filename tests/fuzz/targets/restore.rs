@@ -1,7 +1,7 @@
 //! Restores arbitrary files lazily and compares every touched page with the naive reader's result:
 //! the bytes are correct, or there are none. Nothing hangs.
 //!
-//! A file that opens is restored if it has at most [`MOST_PAGES`] pages; a few hundred bytes can
+//! A file that opens is restored if it has at most [`MAX_PAGES`] pages; a few hundred bytes can
 //! promise terabytes.
 #![no_main]
 
@@ -17,9 +17,9 @@ use std::io::Write as _;
 use std::sync::Arc;
 
 /// Pages of a snapshot that is restored: 32 MiB.
-const MOST_PAGES: u64 = 8192;
+const MAX_PAGES: u64 = 8192;
 /// Regions of such a snapshot.
-const MOST_REGIONS: usize = 16;
+const MAX_REGIONS: usize = 16;
 /// Step between touched pages in blocks whose pages are all alike: one page in this many.
 const STEP: usize = 61;
 
@@ -36,7 +36,7 @@ fn check(bytes: &[u8]) {
         Ok(regions) => regions.to_vec(),
         Err(error) => return only_damage(&error),
     };
-    if snapshot.page_slots() > MOST_PAGES || regions.len() > MOST_REGIONS {
+    if snapshot.page_slots() > MAX_PAGES || regions.len() > MAX_REGIONS {
         return;
     }
     // The choices follow from the content, so that an input does the same each time.

@@ -9,7 +9,7 @@ use snaprestore_tests::program::{program, snaprestore};
 use snaprestore_tests::real::guest;
 
 /// The promised limit for writing.
-const MOST_BYTES: i64 = 128 << 20;
+const MAX_BYTES: i64 = 128 << 20;
 
 const CHILD: &str = "SNAPRESTORE_TEST_MEMORY_OF";
 
@@ -41,7 +41,7 @@ fn create_holds_at_most_128_mib() {
             peak >> 20
         ));
         assert!(bytes > 1 << 20, "{bytes} bytes were written");
-        assert!(peak <= MOST_BYTES, "{peak} bytes");
+        assert!(peak <= MAX_BYTES, "{peak} bytes");
         return;
     }
     let Some(image) = guest(name) else {

@@ -103,7 +103,7 @@ enum HoldOutcome {
     /// The kernel had no memory for the page.
     NoMemory,
     /// The install failed for good.
-    InstallError(InstallError),
+    Failed(InstallError),
 }
 
 /// Returns the zeros that a session needs for large pages.
@@ -329,7 +329,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::NoMemory => {
                     self.after_no_memory(&mut shortages, page, true, reason)?
                 }
-                HoldOutcome::InstallError(stop) => return Err(stop),
+                HoldOutcome::Failed(stop) => return Err(stop),
             }
         }
     }
@@ -385,9 +385,9 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::Settled
             }
             // The mapping has small pages, contrary to what was declared.
-            Installed::Partial(_) => HoldOutcome::InstallError(InstallError::Refused(libc::EINVAL)),
-            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
+            Installed::Partial(_) => HoldOutcome::Failed(InstallError::Refused(libc::EINVAL)),
+            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
         }
     }
 }

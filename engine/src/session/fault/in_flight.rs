@@ -23,12 +23,12 @@ pub(crate) struct FrameId(pub(crate) u64);
 /// Frames that are claimed now: at most one per thread, so a list is enough.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
-    held: Mutex<HoldOutcome>,
+    held: Mutex<ClaimList>,
     released: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct HoldOutcome {
+struct ClaimList {
     frames: Vec<(FrameId, Reason)>,
     /// Number of threads that wait for a release; announcing a release costs a system call.
     waiting: usize,
@@ -45,7 +45,7 @@ impl InFlight {
     /// Creates a list with room for `threads` claims without further allocation.
     pub(crate) fn new(threads: usize) -> Self {
         Self {
-            held: Mutex::new(HoldOutcome {
+            held: Mutex::new(ClaimList {
                 frames: Vec::with_capacity(threads),
                 waiting: 0,
             }),
@@ -99,7 +99,7 @@ impl InFlight {
 
     /// Locks the list. It is consistent after every statement, so a panic elsewhere leaves nothing
     /// to repair.
-    fn lock(&self) -> MutexGuard<'_, HoldOutcome> {
+    fn lock(&self) -> MutexGuard<'_, ClaimList> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

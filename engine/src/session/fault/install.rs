@@ -120,7 +120,7 @@ enum HoldOutcome {
     /// The kernel had no memory for the pages.
     NoMemory,
     /// The install failed for good.
-    InstallError(InstallError),
+    Failed(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
@@ -180,7 +180,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     self.is_short(false);
                     return Err(InstallError::NoMemory);
                 }
-                HoldOutcome::InstallError(stop) => return Err(stop),
+                HoldOutcome::Failed(stop) => return Err(stop),
             }
         }
         Ok(wanted_done)
@@ -246,8 +246,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::Next(first + 1)
             }
             Installed::NoMemory => HoldOutcome::NoMemory,
-            Installed::OwnerGone => HoldOutcome::InstallError(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::InstallError(InstallError::Refused(errno)),
+            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
+            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
         }
     }
 

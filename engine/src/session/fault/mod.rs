@@ -52,7 +52,7 @@ pub(crate) enum Lookup {
         large: bool,
     },
     /// The fault can't be answered.
-    InstallError(InstallError),
+    Failed(InstallError),
 }
 
 /// The outcome of serving a fault.
@@ -129,7 +129,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     }
                     continue;
                 }
-                Lookup::InstallError(stop) => return self.stopped(fault, stop),
+                Lookup::Failed(stop) => return self.stopped(fault, stop),
             };
             let undecided = self.guard.undecided(fault, page);
             if let Some(decision) = undecided.or_else(|| self.queue.join(fault, page)) {
@@ -196,8 +196,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 Lookup::Answered(met)
             }
             Installed::Again | Installed::NoMemory => Lookup::Again,
-            Installed::OwnerGone => Lookup::InstallError(InstallError::OwnerGone),
-            Installed::Refused(errno) => Lookup::InstallError(InstallError::Refused(errno)),
+            Installed::OwnerGone => Lookup::Failed(InstallError::OwnerGone),
+            Installed::Refused(errno) => Lookup::Failed(InstallError::Refused(errno)),
         }
     }
 

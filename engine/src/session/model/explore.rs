@@ -21,7 +21,7 @@ const MAX_STEPS: usize = 1500;
 
 /// The operation before which a thread stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum InstallError<O> {
+pub(super) enum Pause<O> {
     /// The operation; it may have to wait for its condition.
     Op(O),
     /// A choice of the model among this many alternatives.
@@ -43,7 +43,7 @@ pub(super) trait Scene: 'static {
 
 /// A thread's channel to the explorer.
 pub(super) struct Thread<O> {
-    yielder: Cell<*const Yielder<usize, InstallError<O>>>,
+    yielder: Cell<*const Yielder<usize, Pause<O>>>,
     told: Cell<u64>,
 }
 
@@ -57,12 +57,12 @@ impl<O: Copy + Hash> Thread<O> {
 
     /// Stops before an operation until the explorer picks this thread.
     pub(super) fn stop(&self, op: O) {
-        self.suspend(InstallError::Op(op));
+        self.suspend(Pause::Op(op));
     }
 
     /// Returns a number below `n`. The explorer tries each one.
     pub(super) fn choose(&self, n: usize) -> usize {
-        let chosen = self.suspend(InstallError::Choose(n));
+        let chosen = self.suspend(Pause::Choose(n));
         self.tell(&chosen);
         chosen
     }
@@ -87,7 +87,7 @@ impl<O: Copy + Hash> Thread<O> {
     }
 
     #[expect(unsafe_code)]
-    fn suspend(&self, stop: InstallError<O>) -> usize {
+    fn suspend(&self, stop: Pause<O>) -> usize {
         // SAFETY: `spawn` set the pointer when this coroutine started. The yielder lives on the
         // coroutine's stack as long as the coroutine runs, and only the running coroutine comes
         // here.
@@ -98,7 +98,7 @@ impl<O: Copy + Hash> Thread<O> {
     }
 }
 
-struct OpMark<'a, O>(&'a InstallError<O>);
+struct OpMark<'a, O>(&'a Pause<O>);
 
 impl<O: Hash> Hash for OpMark<'_, O> {
     fn hash<H: Hasher>(&self, state: &mut H) {
@@ -178,13 +178,11 @@ fn run<S: Scene>(
         let stack = stacks
             .pop()
             .unwrap_or_else(|| DefaultStack::new(256 << 10).expect("stack"));
-        let mut coroutine = Coroutine::with_stack(
-            stack,
-            move |yielder: &Yielder<usize, InstallError<S::Op>>, _| {
+        let mut coroutine =
+            Coroutine::with_stack(stack, move |yielder: &Yielder<usize, Pause<S::Op>>, _| {
                 threads[number].yielder.set(yielder);
                 body();
-            },
-        );
+            });
         stops.push(resume(&mut coroutine, 0));
         coroutines.push(coroutine);
     }
@@ -193,10 +191,8 @@ fn run<S: Scene>(
         let mut picks = Vec::new();
         for (thread, stop) in stops.iter().enumerate() {
             match stop {
-                Some(InstallError::Op(op)) if scene.enabled(thread, op) => picks.push((thread, 0)),
-                Some(InstallError::Choose(n)) => {
-                    picks.extend((0..*n).map(|choice| (thread, choice)))
-                }
+                Some(Pause::Op(op)) if scene.enabled(thread, op) => picks.push((thread, 0)),
+                Some(Pause::Choose(n)) => picks.extend((0..*n).map(|choice| (thread, choice))),
                 _ => {}
             }
         }
@@ -235,9 +231,9 @@ fn run<S: Scene>(
 }
 
 fn resume<O>(
-    coroutine: &mut Coroutine<usize, InstallError<O>, (), DefaultStack>,
+    coroutine: &mut Coroutine<usize, Pause<O>, (), DefaultStack>,
     choice: usize,
-) -> Option<InstallError<O>> {
+) -> Option<Pause<O>> {
     match coroutine.resume(choice) {
         CoroutineResult::Yield(stop) => Some(stop),
         CoroutineResult::Return(()) => None,
@@ -245,7 +241,7 @@ fn resume<O>(
 }
 
 /// Returns the end of a trace in readable form.
-fn shown<O: std::fmt::Debug>(trace: &[(usize, Option<InstallError<O>>)]) -> String {
+fn shown<O: std::fmt::Debug>(trace: &[(usize, Option<Pause<O>>)]) -> String {
     let from = trace.len().saturating_sub(60);
     let lines = trace[from..].iter();
     let lines: Vec<_> = lines

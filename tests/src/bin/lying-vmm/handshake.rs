@@ -15,7 +15,7 @@ use snaprestore_uffd::os::open_pidfd;
 use crate::memory::{Memory, PAGE};
 
 /// Maximum number of descriptors that the kernel takes in one message.
-const MOST_AT_ONCE: usize = 253;
+const MAX_AT_ONCE: usize = 253;
 
 /// Text about its regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -312,7 +312,7 @@ pub(crate) fn send(
         Pieces::Stalls | Pieces::HangsUp | Pieces::ShutsDown => cut,
         _ => bytes.len(),
     };
-    let mut rights = numbers.chunks(MOST_AT_ONCE);
+    let mut rights = numbers.chunks(MAX_AT_ONCE);
     while sent < end {
         let piece = match pieces {
             Pieces::AtRandom | Pieces::Stalls => rng.random_range(1..=end - sent),
