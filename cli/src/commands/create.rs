@@ -95,7 +95,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     }
     // Whatever can be wrong with options and target comes before a process is held.
     let recipe = Recipe::new(args)?;
-    let target = Target::create(&args.output, args.force)?;
+    let target = Target::create(&args.output, args.force, cancel)?;
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && source.is_mostly_holes() {
         recipe.refuse_diff(args.source.as_deref())?;
