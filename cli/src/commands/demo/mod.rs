@@ -174,7 +174,7 @@ fn pack(
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(process);
     reference.set_len(bytes)?;
-    let (target, written) = writer.finish(&remarks, recipe.attachments)?;
+    let (target, written) = writer.finish(&remarks)?;
     target.complete()?;
     Ok(create::Report {
         facts: create::facts(&written),
