@@ -38,6 +38,9 @@ fn main() -> ExitCode {
         return exit.into();
     }
     let output = output::Output::new(args.common);
+    if let Err(error) = signals::outlive_file_limit() {
+        return output.fail(&error).into();
+    }
     let writes = args.command.writes();
     log::start(args.command.log_format());
     if let args::Command::Worker(worker) = &args.command {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
+use snaprestore_uffd::os::limits::Hint;
 
 use crate::args::Common;
 use crate::exit::Exit;
@@ -103,7 +104,9 @@ impl Output {
     /// Prints an error with its causes and says how to exit.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
         let exit = Exit::of(error);
-        let text = format!("{error:#}");
+        let io_error = error.chain().find_map(|cause| cause.downcast_ref());
+        let hint = io_error.map(Hint::for_file).unwrap_or_default();
+        let text = format!("{error:#}{hint}");
         to_stderr(&format!("snaprestore: {text}\n"));
         self.failed(&text, exit as i32);
         exit

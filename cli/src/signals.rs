@@ -58,6 +58,14 @@ impl Drop for BeforeStop {
     }
 }
 
+/// Blocks `SIGXFSZ`: a write beyond `RLIMIT_FSIZE` fails, instead of killing the process. To be
+/// called before any other thread exists, so that all inherit the mask.
+pub(crate) fn outlive_file_limit() -> anyhow::Result<()> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGXFSZ);
+    set.thread_block().context("blocking SIGXFSZ")
+}
+
 /// Blocks the stopping signals and starts the thread that takes them. To be called before any
 /// other thread exists, so that all inherit the mask.
 pub(crate) fn watch() -> anyhow::Result<Cancel> {
@@ -165,18 +173,30 @@ impl Cancel {
     /// Waits until `fd` has something to read or is at its end, or fails because the command was
     /// asked to stop.
     pub(crate) fn wait_readable(&self, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
+        self.wait(fd, PollFlags::POLLIN)
+            .context("waiting for input")
+    }
+
+    /// Waits until `fd` takes bytes or has no reader any more, or fails because the command was
+    /// asked to stop.
+    pub(crate) fn wait_writable(&self, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
+        self.wait(fd, PollFlags::POLLOUT)
+            .context("waiting for the reader of the output")
+    }
+
+    fn wait(&self, fd: BorrowedFd<'_>, events: PollFlags) -> anyhow::Result<()> {
         loop {
             let mut fds = [
-                PollFd::new(fd, PollFlags::POLLIN),
+                PollFd::new(fd, events),
                 PollFd::new(self.hangs_up.as_fd(), PollFlags::POLLIN),
             ];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error).context("waiting for input"),
+                Err(error) => return Err(error.into()),
             }
-            let readable = fds[0].any().unwrap_or(true);
+            let is_ready = fds[0].any().unwrap_or(true);
             self.check()?;
-            if readable {
+            if is_ready {
                 return Ok(());
             }
         }

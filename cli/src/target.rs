@@ -3,22 +3,40 @@
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, IsTerminal as _, Write};
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::makedev;
 use snapshot_format::{FileError, SnapshotFile, WriteError, is_unsupported};
 
 use crate::exit::Refusal;
 use crate::names;
+use crate::signals::Cancel;
+
+/// The device number of `/dev/null`.
+const NULL_DEVICE: u64 = makedev(1, 3);
+/// Bytes that a pipe takes without waiting, if it takes any.
+const PIPE_BUF: usize = 4096;
 
 /// An opened target.
 pub(crate) enum Target {
     /// Appears when it is complete.
     File(SnapshotFile),
-    /// Standard output.
-    Stream(File),
+    /// Standard output, or a pipe or device of another name.
+    Stream(Stream),
+}
+
+/// A target without a name of its own. A signal ends a write that waits for the reader of a pipe or
+/// socket.
+pub(crate) struct Stream {
+    file: File,
+    /// What ends the wait; nothing of targets that nobody has to read.
+    cancel: Option<Cancel>,
+    /// Most bytes to write at once.
+    piece: usize,
 }
 
 /// Whether `path` means standard output.
@@ -80,7 +98,7 @@ pub(crate) fn named(error: anyhow::Error, target: &Path) -> anyhow::Error {
 impl Target {
     /// Opens `path` for writing. An existing file stays as it is until [`Target::complete`], and
     /// is an error without `force`.
-    pub(crate) fn create(path: &Path, force: bool) -> Result<Self> {
+    pub(crate) fn create(path: &Path, force: bool, cancel: &Cancel) -> Result<Self> {
         if is_stdout(path) {
             let stdout = io::stdout();
             if stdout.is_terminal() {
@@ -90,10 +108,16 @@ impl Target {
                 .into());
             }
             let fd = stdout.as_fd().try_clone_to_owned();
-            return Ok(Self::Stream(fd.context("standard output")?.into()));
+            let file = File::from(fd.context("standard output")?);
+            return Ok(Self::Stream(Stream::new(file, cancel)?));
         }
         match SnapshotFile::create(path, force) {
-            Ok(file) => Ok(Self::File(file)),
+            Ok(file) if file.is_regular() => Ok(Self::File(file)),
+            Ok(mut file) => {
+                let copy = file.file().and_then(File::try_clone);
+                let file = copy.with_context(|| name(path))?;
+                Ok(Self::Stream(Stream::new(file, cancel)?))
+            }
             Err(error @ FileError::Exists { .. }) => {
                 Err(anyhow::anyhow!("{error}; --force replaces it"))
             }
@@ -108,7 +132,7 @@ impl Target {
     /// written anywhere in it.
     pub(crate) fn sparse(&mut self, len: u64) -> io::Result<Option<&File>> {
         match self {
-            Self::File(file) if file.is_regular() => {
+            Self::File(file) => {
                 let file = file.file()?;
                 match file.set_len(len) {
                     Ok(()) => Ok(Some(file)),
@@ -117,7 +141,7 @@ impl Target {
                     Err(error) => Err(error),
                 }
             }
-            Self::File(_) | Self::Stream(_) => Ok(None),
+            Self::Stream(_) => Ok(None),
         }
     }
 
@@ -127,6 +151,71 @@ impl Target {
             Self::File(file) => Ok(file.commit()?),
             Self::Stream(mut stream) => stream.flush().context("standard output"),
         }
+    }
+}
+
+impl Stream {
+    pub(crate) fn new(file: File, cancel: &Cancel) -> Result<Self> {
+        let metadata = file.metadata().context("finding the kind of the output")?;
+        let kind = metadata.file_type();
+        if kind.is_char_device() && metadata.rdev() == NULL_DEVICE {
+            // A standard output that is closed was replaced by /dev/null, opened for both, before
+            // `main`.
+            let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+            if flags & OFlag::O_ACCMODE == OFlag::O_RDWR {
+                return Err(Refusal::Usage(
+                    "standard output is closed; redirect it to a file or a pipe (or with \
+                     >/dev/null, if it is to be lost)"
+                        .into(),
+                )
+                .into());
+            }
+        }
+        if !kind.is_fifo() && !kind.is_socket() {
+            return Ok(Self {
+                file,
+                cancel: None,
+                piece: usize::MAX,
+            });
+        }
+        // Opened anew, a pipe gets the flag for this command alone: others may write to it too. A
+        // socket can't be opened, and takes pieces that it has room for.
+        let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+        let opened = File::options()
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path);
+        let (file, piece) = match opened {
+            Ok(anew) => (anew, usize::MAX),
+            Err(_) => (file, PIPE_BUF),
+        };
+        Ok(Self {
+            file,
+            cancel: Some(cancel.clone()),
+            piece,
+        })
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(cancel) = &self.cancel else {
+            return self.file.write(bytes);
+        };
+        let bytes = &bytes[..bytes.len().min(self.piece)];
+        loop {
+            cancel
+                .wait_writable(self.file.as_fd())
+                .map_err(io::Error::other)?;
+            match self.file.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 

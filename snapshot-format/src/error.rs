@@ -203,10 +203,18 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The file doesn't begin as snapshots do.
-    #[error("{file}: not a snapshot: it does not begin with the magic bytes of one")]
+    #[error(
+        "{file}: not a snapshot: {}",
+        match file_bytes {
+            0 => "it is empty",
+            _ => "it does not begin with the magic bytes of one",
+        }
+    )]
     NotASnapshot {
         /// The store's name.
         file: String,
+        /// Its length.
+        file_bytes: u64,
     },
     /// The file begins as a snapshot but has no trailer at its end.
     #[error(

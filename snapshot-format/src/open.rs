@@ -103,7 +103,10 @@ fn without_trailer(store: &dyn Store, file_bytes: u64) -> OpenError {
     }
     let magic = &head[..there.min(HEADER_MAGIC.len())];
     if magic.is_empty() || !HEADER_MAGIC.starts_with(magic) {
-        return OpenError::NotASnapshot { file: file() };
+        return OpenError::NotASnapshot {
+            file: file(),
+            file_bytes,
+        };
     }
     let Ok(header) = Header::ref_from_bytes(head) else {
         return incomplete;

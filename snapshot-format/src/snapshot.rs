@@ -27,6 +27,10 @@ use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
+/// The default of [`SnapshotOptions::most_top_bytes`]. The writer refuses to write what a reader
+/// with it refuses to open.
+pub(crate) const DEFAULT_MOST_TOP_BYTES: u64 = 256 << 20;
+
 /// Options for opening a snapshot.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -44,7 +48,7 @@ impl Default for SnapshotOptions {
     fn default() -> Self {
         Self {
             index_cache_bytes: 8 << 20,
-            most_top_bytes: 256 << 20,
+            most_top_bytes: DEFAULT_MOST_TOP_BYTES,
         }
     }
 }

@@ -257,7 +257,7 @@ fn add_open_error(report: &mut Report, error: &OpenError) {
         OpenError::Incomplete { file, file_bytes } => {
             report.add(Part::Trailer, *file_bytes, without_name(error, file));
         }
-        OpenError::NotASnapshot { file } => {
+        OpenError::NotASnapshot { file, .. } => {
             report.not_a_snapshot = true;
             report.add(Part::Header, 0, without_name(error, file));
         }

@@ -181,7 +181,10 @@ fn other_files_are_no_snapshots() {
         let whole_prefix = HEADER_MAGIC.starts_with(bytes) && !bytes.is_empty();
         match result {
             Err(OpenError::Incomplete { .. }) => assert!(whole_prefix),
-            Err(OpenError::NotASnapshot { .. }) => assert!(!whole_prefix),
+            Err(error @ OpenError::NotASnapshot { .. }) => {
+                assert!(!whole_prefix);
+                assert_eq!(error.to_string().contains("is empty"), bytes.is_empty());
+            }
             other => panic!("{other:?}"),
         }
         assert_eq!(problems(bytes), Some(1));

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use model::{Given, Image, data_page, noise_page, options};
 use proptest::prelude::*;
-use snapshot_format::layout::{MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE};
+use snapshot_format::layout::{MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, TopEntry};
 use snapshot_format::{
     Codec, Dictionary, FrameDecoder, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot,
-    VerifyOptions, WorkingSetRun, WriteError, Writer, WriterOptions, Written, verify,
+    SnapshotOptions, VerifyOptions, WorkingSetRun, WriteError, Writer, WriterOptions, Written,
+    verify,
 };
 
 fn open(bytes: Vec<u8>) -> Snapshot {
@@ -433,6 +434,26 @@ fn wrong_arguments_are_refused() {
             matches!(writer.finish(), Err(WriteError::Stopped)),
             "{what}"
         );
+    }
+}
+
+/// A reader with the default options opens whatever the writer has written.
+#[test]
+fn memory_whose_top_table_readers_refuse_is_refused_at_once() {
+    let blocks = SnapshotOptions::default().most_top_bytes / size_of::<TopEntry>() as u64;
+    let mut writer = Writer::new(io::sink(), WriterOptions::default()).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    writer.write_fill(1, 0).unwrap();
+    writer.begin_region(&RegionSpec::default()).unwrap();
+    let error = writer
+        .write_unavailable((blocks - 1) * 512 + 1)
+        .expect_err("too large");
+    let WriteError::TopTooLarge { bytes, limit } = error else {
+        panic!("{error}");
+    };
+    assert_eq!((bytes, limit), ((blocks + 1) * 24, 256 << 20));
+    for says in ["21.3 TiB", "most_top_bytes", "in parts"] {
+        assert!(error.to_string().contains(says), "{error}");
     }
 }
 

@@ -22,10 +22,10 @@ use crate::args;
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
 use crate::names;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
-use crate::source::{self, MERGE_A_DIFF, Region, Remark, Sampling, Sink, Source};
+use crate::source::{self, Change, MERGE_A_DIFF, Region, Remark, Sampling, Sink, Source, Stamp};
 use crate::target::{self, Target};
 
 /// Memory that a dictionary is trained on and tried with, at least; four frames of it are the
@@ -66,7 +66,14 @@ pub(crate) struct Recipe {
     pub(crate) frame_bytes: usize,
     pub(crate) dictionary: Wanted,
     pub(crate) threads: Option<usize>,
-    pub(crate) attachments: Vec<(String, File)>,
+    pub(crate) attachments: Vec<Attachment>,
+}
+
+/// A file to be stored beside the memory.
+pub(crate) struct Attachment {
+    name: String,
+    file: File,
+    at_opening: Stamp,
 }
 
 /// What to do about a dictionary.
@@ -95,7 +102,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     }
     // Whatever can be wrong with options and target comes before a process is held.
     let recipe = Recipe::new(args)?;
-    let target = Target::create(&args.output, args.force)?;
+    let target = Target::create(&args.output, args.force, cancel)?;
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && source.is_mostly_holes() {
         recipe.refuse_diff(args.source.as_deref())?;
@@ -111,15 +118,19 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     source
         .feed(&mut writer)
         .map_err(|error| target::named(error, &args.output))?;
-    let remarks = source.remarks();
+    let mut remarks = source.remarks();
     let held = source.held().map(|held| held.as_millis());
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
+    let changed = writer
+        .attach(recipe.attachments)
+        .map_err(|error| target::named(error, &args.output))?;
+    remarks.extend(changed);
     for remark in remarks.iter().filter(|remark| remark.warning) {
         output.warn(format_args!("warning: {}", remark.text));
     }
     let (target, written) = writer
-        .finish(&remarks, recipe.attachments)
+        .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
     let report = Report {
@@ -166,7 +177,12 @@ impl Recipe {
             }
             let named = || format!("{}: opening the attachment", names::path(&attachment.path));
             let store = FileStore::open(&attachment.path).with_context(named)?;
-            attachments.push((attachment.name.clone(), store.into_file()));
+            let file = store.into_file();
+            attachments.push(Attachment {
+                name: attachment.name.clone(),
+                at_opening: Stamp::of(&file.metadata().with_context(named)?),
+                file,
+            });
         }
         let frame_bytes = args.frame_size.kib << 10;
         let frame_pages = frame_bytes / PAGE_SIZE;
@@ -189,7 +205,7 @@ impl Recipe {
     /// Refuses a raw file of holes beside the state of a Firecracker VM: all memory of a VM that has
     /// run is not mostly holes, but a diff is.
     fn refuse_diff(&self, source: Option<&Path>) -> Result<()> {
-        for (name, file) in &self.attachments {
+        for Attachment { name, file, .. } in &self.attachments {
             let mut start = [0; 16];
             // One that can't be read at any place is no state that a VMM has written to a file.
             let Ok(len) = file.read_at(&mut start, 0) else {
@@ -295,18 +311,40 @@ pub(crate) struct SnapshotSink {
 }
 
 impl SnapshotSink {
-    /// Records remarks as properties, stores the attachments and writes the end. The target isn't
-    /// complete yet.
-    pub(crate) fn finish(
-        mut self,
-        remarks: &[Remark],
-        attachments: Vec<(String, File)>,
-    ) -> Result<(Target, Written)> {
+    /// Stores the attachments. Tells of those that changed since they were opened; one whose length
+    /// did is an error.
+    fn attach(&mut self, attachments: Vec<Attachment>) -> Result<Option<Remark>> {
+        let mut changed = Vec::new();
+        for mut attachment in attachments {
+            let name = &attachment.name;
+            self.writer.attach(name, &mut attachment.file)?;
+            let now = attachment.file.metadata().with_context(|| name.clone())?;
+            match attachment.at_opening.change(Stamp::of(&now)) {
+                Change::None => {}
+                Change::Size => bail!(
+                    "the attachment {name:?}: its size changed since the command began, to {} \
+                     bytes; try again when nobody writes to it",
+                    now.len()
+                ),
+                Change::Written | Change::Touched => changed.push(format!("{name:?}")),
+            }
+        }
+        Ok(changed.first().map(|first| Remark {
+            key: "attachments.changed",
+            value: changed.len().to_string(),
+            text: format!(
+                "{} may have been written to since the command began (the first {first}), and be of \
+                 another moment than the memory",
+                count(changed.len() as u64, "attachment")
+            ),
+            warning: true,
+        }))
+    }
+
+    /// Records remarks as properties and writes the end. The target isn't complete yet.
+    pub(crate) fn finish(mut self, remarks: &[Remark]) -> Result<(Target, Written)> {
         for remark in remarks {
             self.writer.set_property(remark.key, &remark.value)?;
-        }
-        for (name, mut file) in attachments {
-            self.writer.attach(&name, &mut file)?;
         }
         Ok(self.writer.finish()?)
     }

@@ -160,14 +160,14 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
                 list(&known)
             );
         }
-        let mut target = Target::create(&args.output, args.force)?;
+        let mut target = Target::create(&args.output, args.force, cancel)?;
         report.bytes = snapshot.read_attachment(name, &mut target)?;
         report.data_bytes = report.bytes;
         target.complete()?;
     } else {
         let plan = Plan::new(&snapshot, args, &names::path(&args.file))?;
         let written = Written::default();
-        let mut target = Target::create(&args.output, args.force)?;
+        let mut target = Target::create(&args.output, args.force, cancel)?;
         let progress = Progress::bytes(output, "extracting", Some(plan.bytes()));
         let sparse = target.sparse(plan.bytes());
         if let Some(file) =

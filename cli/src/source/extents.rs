@@ -15,7 +15,8 @@ use super::PAGE;
 
 /// Most extents that are kept; beyond it, holes between data are read as data.
 const MAX_EXTENTS: u64 = 1 << 19;
-/// Holes shorter than this are read: finding out costs more than reading them.
+/// Holes shorter than this are read: a seek for each would cost more. They are counted as holes all
+/// the same.
 const MIN_HOLE: u64 = 64 << 10;
 
 /// Extents that file systems find without a block of their own, and the most that each further one
@@ -27,6 +28,8 @@ const BYTES_PER_EXTENT_ASIDE: u64 = 64;
 #[derive(Debug)]
 pub(crate) struct Extents {
     data: Vec<Range<u64>>,
+    /// Bytes of whole pages that are no data, also of holes that are read.
+    hole_bytes: u64,
 }
 
 /// A stretch of whole pages, counted in bytes from the start of the walked range.
@@ -68,17 +71,15 @@ impl Extents {
         reason = "one extent, not many numbers"
     )]
     pub(crate) fn dense(len: u64) -> Self {
-        Self { data: vec![0..len] }
+        Self {
+            data: vec![0..len],
+            hole_bytes: 0,
+        }
     }
 
-    /// Bytes of `0..len` that are known to be zero.
-    pub(crate) fn hole_bytes(&self, len: u64) -> u64 {
-        self.stretches(0..len)
-            .map(|stretch| match stretch {
-                Stretch::Data(_) => 0,
-                Stretch::Hole(range) => range.end - range.start,
-            })
-            .sum()
+    /// Bytes of whole pages of the file that are holes, however short.
+    pub(crate) fn hole_bytes(&self) -> u64 {
+        self.hole_bytes
     }
 
     /// Bytes of data.
@@ -150,6 +151,8 @@ impl Walked {
         let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
         let mut data: Vec<Range<u64>> = Vec::new();
         let (mut bytes, mut count) = (0, 0);
+        // Pages with data, and the end of the last of them.
+        let (mut data_bytes, mut data_end) = (0, 0);
         let mut at = 0;
         while at < len {
             let start = match seek(file, at, Whence::SeekData) {
@@ -176,6 +179,9 @@ impl Walked {
             };
             bytes += end.saturating_sub(start);
             count += 1;
+            let first_page = data_end.max(start / PAGE * PAGE);
+            data_end = data_end.max(end.next_multiple_of(PAGE));
+            data_bytes += data_end - first_page;
             match data.last_mut() {
                 Some(last) if start - last.end < min_hole => last.end = end,
                 _ => data.push(start..end),
@@ -183,7 +189,10 @@ impl Walked {
             at = end.max(start + 1);
         }
         Ok(Self {
-            extents: Extents { data },
+            extents: Extents {
+                data,
+                hole_bytes: len.saturating_sub(data_bytes),
+            },
             bytes,
             count,
         })
@@ -231,6 +240,7 @@ mod tests {
     fn a_page_with_one_byte_of_data_is_data() {
         let extents = Extents {
             data: vec![5000..5001, 8191..8193, 40960..45056],
+            hole_bytes: 0,
         };
         assert_eq!(
             walk(&extents, 0..49152),
@@ -249,6 +259,7 @@ mod tests {
     fn pages_are_counted_from_the_start_of_the_range() {
         let extents = Extents {
             data: vec![0..100, 4196..4197, 100_000..200_000],
+            hole_bytes: 0,
         };
         // The range begins 100 bytes into the file: its second page holds byte 4196.
         assert_eq!(
@@ -279,16 +290,30 @@ mod tests {
             })
             .sum();
         assert!((4096..1 << 20).contains(&data), "{data}");
-        assert_eq!(extents.hole_bytes(64 << 20), (64 << 20) - data);
+        assert_eq!(extents.hole_bytes(), (64 << 20) - data);
         let at = extents.nth_data_byte(0).unwrap();
         assert!(at <= 32 << 20 && 32 << 20 < at + data);
         assert_eq!(extents.nth_data_byte(data), None);
     }
 
     #[test]
+    fn short_holes_are_read_and_counted() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        for place in (0..8 << 20).step_by(32 << 10) {
+            file.write_all_at(&[1; 4096], place).unwrap();
+        }
+        let extents = Extents::of(&file, 8 << 20).unwrap();
+        // All but the end behind the last page is read as if it were data.
+        let walked = walk(&extents, 0..8 << 20);
+        assert!(matches!(&walked[0], Stretch::Data(range) if range.end > 7 << 20));
+        assert_eq!(extents.hole_bytes(), (8 << 20) / 8 * 7);
+    }
+
+    #[test]
     fn one_allocated_page_beyond_the_data_is_too_much() {
         let most = |bytes, count| {
-            let extents = Extents { data: Vec::new() };
+            let extents = Extents::dense(0);
             let walked = Walked {
                 extents,
                 bytes,

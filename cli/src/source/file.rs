@@ -7,12 +7,12 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow};
 
 use super::extents::{Extents, Stretch};
-use super::{CHUNK, PAGE, Samples, Sampling, Sink};
+use super::kinds::START_BYTES;
+use super::{CHUNK, PAGE, Remark, Samples, Sampling, Sink};
 use crate::names;
-use crate::output::Output;
 use crate::signals::Cancel;
 
 /// What a path turned out to be.
@@ -27,23 +27,68 @@ pub(crate) struct SourceFile {
     file: File,
     path: PathBuf,
     len: u64,
-    /// Size and time of change of a regular file.
-    at_opening: Option<(u64, i64, i64)>,
+    at_opening: Stamp,
+}
+
+/// Size and times of a regular file at one moment; nothing of anything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp(Option<Times>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Times {
+    len: u64,
+    written: (i64, i64),
+    /// Can't be set back, as that of writing can.
+    changed: (i64, i64),
+}
+
+/// A difference between two stamps of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    None,
+    /// It was written to, or its time of writing was set.
+    Written,
+    /// Its attributes or links changed, or it was written to and the time of that was set back.
+    Touched,
+    Size,
+}
+
+impl Stamp {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self(metadata.is_file().then(|| Times {
+            len: metadata.len(),
+            written: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }))
+    }
+
+    /// Tells what became of the file until it got the stamp `now`.
+    pub(crate) fn change(self, now: Self) -> Change {
+        match (self.0, now.0) {
+            (Some(before), Some(now)) if before.len != now.len => Change::Size,
+            (Some(before), Some(now)) if before.written != now.written => Change::Written,
+            (Some(before), Some(now)) if before.changed != now.changed => Change::Touched,
+            _ => Change::None,
+        }
+    }
 }
 
 /// Opens `path` for reading, if it is something that holds memory.
 pub(crate) fn open(path: &Path) -> Result<Opened> {
-    let named = || names::path(path);
+    let named = || format!("cannot open {}", names::path(path));
     // Not blocking, so that a pipe whose writer hasn't come yet can be waited for with Ctrl-C in
     // mind.
     let file = File::options()
         .read(true)
         .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
         .open(path)
-        .with_context(named)?;
+        .map_err(|error| match path.metadata() {
+            // Its own error says that there is no such device.
+            Ok(metadata) if metadata.file_type().is_socket() => no_memory(path, "a socket"),
+            _ => anyhow::Error::new(error).context(named()),
+        })?;
     let metadata = file.metadata().with_context(named)?;
     let kind = metadata.file_type();
-    let at_opening = kind.is_file().then(|| stamp(&metadata));
     let len = if kind.is_file() {
         metadata.len()
     } else if kind.is_block_device() {
@@ -55,22 +100,24 @@ pub(crate) fn open(path: &Path) -> Result<Opened> {
     } else {
         let what = if kind.is_dir() {
             "a folder"
-        } else if kind.is_char_device() {
-            "a character device"
         } else {
-            "a socket"
+            "a character device"
         };
-        bail!(
-            "{}: is {what}; name a file, a block device or a pipe",
-            names::path(path)
-        );
+        return Err(no_memory(path, what));
     };
     Ok(Opened::File(SourceFile {
         file,
         path: path.to_owned(),
         len,
-        at_opening,
+        at_opening: Stamp::of(&metadata),
     }))
+}
+
+fn no_memory(path: &Path, what: &str) -> anyhow::Error {
+    anyhow!(
+        "{}: is {what}; name a file, a block device or a pipe",
+        names::path(path)
+    )
 }
 
 /// Takes standard input if it is a regular file of which nothing was read yet.
@@ -86,12 +133,8 @@ pub(crate) fn stdin() -> Result<Option<SourceFile>> {
         file,
         path: named().into(),
         len: metadata.len(),
-        at_opening: Some(stamp(&metadata)),
+        at_opening: Stamp::of(&metadata),
     }))
-}
-
-fn stamp(metadata: &Metadata) -> (u64, i64, i64) {
-    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
 impl SourceFile {
@@ -109,14 +152,14 @@ impl SourceFile {
 
     /// The first bytes, to tell what it is.
     pub(crate) fn start(&self) -> Result<Vec<u8>> {
-        let mut start = vec![0; usize::try_from(self.len.min(64))?];
+        let mut start = vec![0; usize::try_from(self.len)?.min(START_BYTES)];
         self.read(&mut start, 0)?;
         Ok(start)
     }
 
     /// Where the data is.
     pub(crate) fn extents(&self) -> Result<Extents> {
-        if self.at_opening.is_none() {
+        if self.at_opening.0.is_none() {
             return Ok(Extents::dense(self.len));
         }
         Extents::of(&self.file, self.len)
@@ -188,40 +231,48 @@ impl SourceFile {
         Ok(samples)
     }
 
-    /// After the last read: is it still what was opened? A size that changed means that parts are
-    /// missing; a write meanwhile may have torn the snapshot, which only the user can judge.
-    pub(crate) fn check_unchanged(&self, output: Output) -> Result<()> {
-        let Some(before) = self.at_opening else {
-            return Ok(());
-        };
+    /// Compares it, after the last read, with what was opened. A size that changed means that parts
+    /// are missing; a write meanwhile may have torn the snapshot, which only the user can judge.
+    pub(crate) fn check_unchanged(&self) -> Result<Option<Remark>> {
         let metadata = self
             .file
             .metadata()
             .with_context(|| names::path(&self.path))?;
-        let now = stamp(&metadata);
-        if now.0 != before.0 {
-            return Err(self.changed_size());
-        }
-        if now != before {
-            output.warn(format_args!(
-                "warning: {} was written to while it was read; its pages may come from different \
-                 moments (stop its owner first, or use --pid)",
+        let (value, what) = match self.at_opening.change(Stamp::of(&metadata)) {
+            Change::None => return Ok(None),
+            Change::Size => return Err(self.changed_size()),
+            Change::Written => ("written", "was written to while it was read"),
+            Change::Touched => (
+                "touched",
+                "may have been written to while it was read (its ctime changed)",
+            ),
+        };
+        Ok(Some(Remark {
+            key: "source.changed",
+            value: value.into(),
+            text: format!(
+                "{} {what}; its pages may come from different moments (stop its owner first, or use \
+                 --pid)",
                 names::path(&self.path)
-            ));
-        }
-        Ok(())
+            ),
+            warning: true,
+        }))
     }
 
+    /// Says why a read ended early.
     fn changed_size(&self) -> anyhow::Error {
-        let now = self
-            .file
-            .metadata()
-            .map_or_else(|_| "unknown".into(), |metadata| metadata.len().to_string());
-        anyhow::anyhow!(
-            "{}: its size changed while it was read, from {} to {now} bytes; try again when nobody \
-             writes to it",
-            names::path(&self.path),
-            self.len
-        )
+        let path = names::path(&self.path);
+        match self.file.metadata().map(|metadata| metadata.len()) {
+            Ok(now) if now == self.len => anyhow!(
+                "{path}: ends before the {now} bytes that are its size, as files of sysfs do; copy \
+                 it, and name the copy"
+            ),
+            now => anyhow!(
+                "{path}: its size changed while it was read, from {} to {} bytes; try again when \
+                 nobody writes to it",
+                self.len,
+                now.map_or_else(|_| "unknown".into(), |now| now.to_string())
+            ),
+        }
     }
 }

@@ -1,5 +1,5 @@
 //! Which files are surely no plain memory: those that hold it in a container that isn't read, and
-//! those that hold something else. All are told by their first bytes.
+//! those that hold something else. All are told by bytes at a fixed place near their start.
 
 use snapshot_format::layout::HEADER_MAGIC;
 
@@ -16,10 +16,17 @@ pub(super) enum Guess {
     Other(&'static Kind),
 }
 
+/// Bytes at the start of a file that are looked at.
+pub(super) const START_BYTES: usize = 4096;
+
 /// A kind of file that is no plain memory.
 pub(super) struct Kind {
-    /// Its first bytes.
+    /// Its first bytes, or some at another place.
     magic: &'static [u8],
+    /// Offset of the magic bytes.
+    at: usize,
+    /// Bytes that it begins with as well.
+    begins: &'static [u8],
     /// What it is, after "is".
     is: &'static str,
     /// What to do.
@@ -41,7 +48,15 @@ const VMEM: &str = "take the .vmem file beside it, or convert it to an ELF core 
 const UNPACK: &str = "unpack it first";
 const DUMP_ANEW: &str =
     "take the memory as an ELF dump (QEMU's dump-guest-memory, virsh dump --memory-only)";
+const DISK: &str = "a disk is no memory; take a dump of the memory of the machine";
+const XEN: &str = "a saved domain of Xen";
+const CONVERT_XEN: &str = "convert it to raw memory";
+const HIBERNATION: &str = "a hibernation file of Windows";
+const CRIU: &str = "an image of CRIU";
+const RESTORE_CRIU: &str = "restore the process (criu restore), and take it with --pid";
+const MACH_O: &str = "a file of macOS (Mach-O)";
 const CONVERT: &str = "convert it to raw memory (Volatility's layerwriter does)";
+const LIME: &str = "a dump of LiME, whose ranges have headers";
 const PADDED: &str = "convert it to raw memory (Volatility's layerwriter does), or take it with \
                       LiME's format=padded";
 
@@ -77,7 +92,50 @@ const KINDS: &[Kind] = &[
     kind(b"\xff\x06\0\0sNaPpY", "compressed (snappy)", UNPACK),
     kind(b"PK\x03\x04", "an archive (zip)", UNPACK),
     kind(b"7z\xbc\xaf\x27\x1c", "an archive (7z)", UNPACK),
+    kind(b"Rar!\x1a\x07", "an archive (rar)", UNPACK),
+    kind(b"070701", "an archive (cpio)", UNPACK),
+    kind(b"070702", "an archive (cpio)", UNPACK),
+    kind(b"070707", "an archive (cpio)", UNPACK),
+    kind_at(
+        257,
+        b"ustar",
+        b"",
+        "an archive (tar)",
+        "unpack it first (tar -x)",
+    ),
+    // An unknown size, which is how xz writes it.
+    kind_at(
+        5,
+        &[0xff; 8],
+        b"\x5d\0\0",
+        "compressed (lzma)",
+        "unpack it first (xz -d --format=lzma)",
+    ),
+    kind(
+        b"LZIP\x01",
+        "compressed (lzip)",
+        "unpack it first (lzip -d)",
+    ),
+    kind(b"LRZI", "compressed (lrzip)", "unpack it first (lrzip -d)"),
+    kind(
+        b"hsqs",
+        "a file system (squashfs)",
+        "take the memory out of it first (unsquashfs)",
+    ),
+    kind(
+        b"LUKS\xba\xbe",
+        "encrypted (LUKS)",
+        "open it first (cryptsetup open), and name the device in /dev/mapper",
+    ),
     kind(b"QFI\xfb", "a disk image (qcow2)", DUMP_ANEW),
+    kind(b"KDMV", "a disk image (VMDK)", DISK),
+    kind(b"COWD", "a disk image (VMDK)", DISK),
+    kind(b"# Disk DescriptorFile", "a disk image (VMDK)", DISK),
+    kind(b"vhdxfile", "a disk image (VHDX)", DISK),
+    kind(b"conectix", "a disk image (VHD)", DISK),
+    kind(b"WithoutFreeSpace", "a disk image (Parallels)", DISK),
+    kind(b"WithouFreSpacExt", "a disk image (Parallels)", DISK),
+    kind_at(0x40, b"\x7f\x10\xda\xbe", b"", "a disk image (VDI)", DISK),
     kind(b"QEVM", "a migration stream of QEMU", DUMP_ANEW),
     // "LibvirtQemudSave", or "LibvirtQemudPart" while it is written.
     kind(
@@ -90,6 +148,25 @@ const KINDS: &[Kind] = &[
         "a kdump-compressed dump, which cannot be read",
         "dump without compression (dump-guest-memory without -z, -l, -s)",
     ),
+    kind(
+        b"DISKDUMP",
+        "a kdump-compressed dump, which cannot be read",
+        "write it without compression and as ELF (makedumpfile -E)",
+    ),
+    kind(b"Xen saved domain", XEN, CONVERT_XEN),
+    kind(b"LibxlFmt", XEN, CONVERT_XEN),
+    kind_at(8, b"XENF", &[0xff; 8], XEN, CONVERT_XEN),
+    kind(b"hibr", HIBERNATION, CONVERT),
+    kind(b"HIBR", HIBERNATION, CONVERT),
+    kind(b"wake", HIBERNATION, CONVERT),
+    kind(b"WAKE", HIBERNATION, CONVERT),
+    // The magic numbers of all images but that of the pages, of service files, and of inventories.
+    kind(b"\x19\x43\x56\x54", CRIU, RESTORE_CRIU),
+    kind(b"\x40\x59\x10\x55", CRIU, RESTORE_CRIU),
+    kind(b"\x16\x31\x31\x58", CRIU, RESTORE_CRIU),
+    // 64 bits and 32, little-endian.
+    kind(b"\xcf\xfa\xed\xfe", MACH_O, CONVERT),
+    kind(b"\xce\xfa\xed\xfe", MACH_O, CONVERT),
     kind(
         b"makedumpfile\0",
         "a flattened dump of makedumpfile, which cannot be read",
@@ -104,7 +181,8 @@ const KINDS: &[Kind] = &[
     kind(b"\xd1\xba\xd1\xba", VMWARE, VMEM),
     kind(b"\xd2\xbe\xd2\xbe", VMWARE, VMEM),
     kind(b"\xd3\xbe\xd3\xbe", VMWARE, VMEM),
-    kind(b"EMiL", "a dump of LiME, whose ranges have headers", PADDED),
+    kind(b"EMiL", LIME, PADDED),
+    kind(b"LiME", LIME, PADDED),
     kind(b"AVML", "a compressed dump of AVML", CONVERT),
     kind(
         b"MDMP\x93\xa7",
@@ -121,7 +199,39 @@ const KINDS: &[Kind] = &[
 ];
 
 const fn kind(magic: &'static [u8], is: &'static str, instead: &'static str) -> Kind {
-    Kind { magic, is, instead }
+    kind_at(0, magic, b"", is, instead)
+}
+
+const fn kind_at(
+    at: usize,
+    magic: &'static [u8],
+    begins: &'static [u8],
+    is: &'static str,
+    instead: &'static str,
+) -> Kind {
+    Kind {
+        magic,
+        at,
+        begins,
+        is,
+        instead,
+    }
+}
+
+/// Frames that zstd and lz4 skip have 16 magic numbers.
+static SKIPPABLE: Kind = kind_at(
+    1,
+    b"\x2a\x4d\x18",
+    b"",
+    "compressed (zstd or lz4)",
+    "unpack it first (zstd -d, lz4 -d)",
+);
+
+impl Kind {
+    fn is_kind_of(&self, start: &[u8]) -> bool {
+        let there = start.get(self.at..).unwrap_or_default();
+        start.starts_with(self.begins) && there.starts_with(self.magic)
+    }
 }
 
 /// Says what a file is that starts with `start`.
@@ -129,7 +239,10 @@ pub(super) fn guess(start: &[u8]) -> Guess {
     if elf_core::is_core(start) {
         return Guess::ElfCore;
     }
-    match KINDS.iter().find(|kind| start.starts_with(kind.magic)) {
+    if matches!(start, [0x50..=0x5f, ..]) && SKIPPABLE.is_kind_of(start) {
+        return Guess::Other(&SKIPPABLE);
+    }
+    match KINDS.iter().find(|kind| kind.is_kind_of(start)) {
         Some(kind) => Guess::Other(kind),
         None => Guess::Raw,
     }
@@ -157,13 +270,24 @@ mod tests {
     #[test]
     fn each_kind_is_told_by_its_magic_alone() {
         for kind in KINDS {
-            let start = [kind.magic, &[0xaa; 64]].concat();
+            let mut start = [0xaa; 1024];
+            start[..kind.begins.len()].copy_from_slice(kind.begins);
+            start[kind.at..kind.at + kind.magic.len()].copy_from_slice(kind.magic);
             let Guess::Other(found) = guess(&start) else {
                 panic!("{} is not refused", kind.is);
             };
             assert_eq!(found.is, kind.is);
             assert!(!found.refusal().contains("truncate"), "{}", kind.is);
-            assert!(!is_refused(&start[..kind.magic.len() - 1]), "{}", kind.is);
+            let end = kind.at + kind.magic.len();
+            assert!(!is_refused(&start[..end - 1]), "{}", kind.is);
+        }
+    }
+
+    #[test]
+    fn frames_to_skip_are_told_by_sixteen_magic_numbers() {
+        for low in 0..=0xff {
+            let start = [low, 0x2a, 0x4d, 0x18, 4, 0, 0, 0];
+            assert_eq!(is_refused(&start), (0x50..0x60).contains(&low), "{low:#x}");
         }
     }
 

@@ -18,12 +18,13 @@ use snapshot_format::layout::{PAGE_SIZE, PAGE_SIZE_U64};
 use crate::args;
 use crate::exit::Refusal;
 use crate::names;
-use crate::output::Output;
+use crate::output::{Output, count};
 use crate::signals::Cancel;
 use crate::target;
 use file::SourceFile;
 use kinds::{Guess, guess};
 
+pub(crate) use file::{Change, Stamp};
 pub(crate) use kinds::is_firecracker_state;
 pub(crate) use process::{HeldProcess, Place};
 pub(crate) use raw::MERGE_A_DIFF;
@@ -33,6 +34,10 @@ pub(crate) const PAGE: u64 = PAGE_SIZE_U64;
 
 /// Bytes read at once: long enough for the disk, short enough to notice Ctrl-C.
 const CHUNK: usize = 1 << 20;
+
+/// Pages of nothing, so many in a row or more, are left out: 64 GiB. Sanitizers and some runtimes
+/// set terabytes aside as if to use them, and a snapshot has 64 bytes for each 2 MiB.
+const VAST: u64 = (64 << 30) / PAGE;
 
 /// A contiguous range of the owner's memory, as it goes into the snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +77,18 @@ pub(crate) struct Remark {
     /// Whether something is missing: then it is a warning too.
     #[serde(skip)]
     pub(crate) warning: bool,
+}
+
+impl Remark {
+    /// Tells that [`VAST`] memory was left out; `what` says which memory, and why.
+    fn left_out(pages: u64, what: &str) -> Option<Self> {
+        (pages > 0).then(|| Self {
+            key: "source.left_out_bytes",
+            value: (pages * PAGE).to_string(),
+            text: format!("{} {what}; left out", count(pages, "page")),
+            warning: true,
+        })
+    }
 }
 
 /// How much of a source to look at.
@@ -160,7 +177,7 @@ pub(crate) fn open(
     if path == Path::new("-") {
         // A file that is redirected has holes, and can be read at any place.
         return match file::stdin()? {
-            Some(file) => open_file(file, create, output, cancel),
+            Some(file) => open_file(file, create, cancel),
             None => Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?)),
         };
     }
@@ -168,21 +185,16 @@ pub(crate) fn open(
         file::Opened::Pipe(pipe) => Ok(Box::new(stdin::Stream::pipe(
             path, pipe, create.raw, cancel,
         ))),
-        file::Opened::File(file) => open_file(file, create, output, cancel),
+        file::Opened::File(file) => open_file(file, create, cancel),
     }
 }
 
-fn open_file(
-    file: SourceFile,
-    create: &args::Create,
-    output: Output,
-    cancel: &Cancel,
-) -> Result<Box<dyn Source>> {
+fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result<Box<dyn Source>> {
     let guess = guess(&file.start()?);
     match guess {
         _ if create.raw => {}
         Guess::ElfCore => {
-            let core = elf_core::ElfCore::open(file, create.incomplete, output, cancel)?;
+            let core = elf_core::ElfCore::open(file, create.incomplete, cancel)?;
             return Ok(Box::new(core));
         }
         Guess::Other(what) => {
@@ -191,7 +203,7 @@ fn open_file(
         Guess::Raw => {}
     }
     let is_known = !matches!(guess, Guess::Raw);
-    let raw = raw::Raw::open(file, is_known, create.holes, output, cancel)?;
+    let raw = raw::Raw::open(file, is_known, create.holes, cancel)?;
     Ok(Box::new(raw))
 }
 

@@ -8,7 +8,6 @@ use super::file::SourceFile;
 use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
 use crate::args::Holes;
 use crate::names;
-use crate::output::Output;
 use crate::signals::Cancel;
 
 /// How to make memory of a diff.
@@ -23,7 +22,8 @@ pub(crate) struct Raw {
     hole_bytes: u64,
     /// What holes mean, if that was said.
     holes: Option<Holes>,
-    output: Output,
+    /// Whether it changed while it was read.
+    changed: Option<Remark>,
     cancel: Cancel,
 }
 
@@ -33,7 +33,6 @@ impl Raw {
         file: SourceFile,
         is_known: bool,
         holes: Option<Holes>,
-        output: Output,
         cancel: &Cancel,
     ) -> Result<Self> {
         let name = names::path(file.path());
@@ -54,11 +53,11 @@ impl Raw {
         }
         let extents = file.extents()?;
         Ok(Self {
-            hole_bytes: extents.hole_bytes(file.len()),
+            hole_bytes: extents.hole_bytes(),
             extents,
             file,
             holes,
-            output,
+            changed: None,
             cancel: cancel.clone(),
         })
     }
@@ -93,15 +92,13 @@ impl Source for Raw {
         sink.region(&region())?;
         self.file
             .feed(&self.extents, 0..self.file.len(), sink, &self.cancel)?;
-        self.file.check_unchanged(self.output)
+        self.changed = self.file.check_unchanged()?;
+        Ok(())
     }
 
     fn remarks(&self) -> Vec<Remark> {
-        if self.hole_bytes == 0 {
-            return Vec::new();
-        }
         let read = format!("{} read as zeros from holes", BinaryBytes(self.hole_bytes));
-        vec![Remark {
+        let holes = (self.hole_bytes > 0).then(|| Remark {
             key: "source.hole_bytes",
             value: self.hole_bytes.to_string(),
             text: match self.holes {
@@ -111,7 +108,8 @@ impl Source for Raw {
                 ),
             },
             warning: false,
-        }]
+        });
+        holes.into_iter().chain(self.changed.clone()).collect()
     }
 
     fn is_mostly_holes(&self) -> bool {
@@ -125,20 +123,13 @@ mod tests {
     use super::super::testing::{Piece, Recorder};
     use super::*;
     use std::io::Write as _;
-    use std::os::unix::fs::FileExt as _;
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
     fn opened(path: &std::path::Path) -> Result<Raw> {
         let Opened::File(file) = open(path)? else {
             panic!("not a file");
         };
-        Raw::open(file, false, None, quiet(), &Cancel::never())
-    }
-
-    fn quiet() -> Output {
-        Output::new(crate::args::Common {
-            json: false,
-            quiet: true,
-        })
+        Raw::open(file, false, None, &Cancel::never())
     }
 
     #[test]
@@ -183,6 +174,47 @@ mod tests {
             let error = raw.feed(&mut Recorder::default()).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    /// Writes a byte until the file's times have moved on: a kernel's clock may be coarse.
+    fn write_later(file: &std::fs::File) {
+        let times = |file: &std::fs::File| {
+            let metadata = file.metadata().unwrap();
+            (metadata.ctime(), metadata.ctime_nsec())
+        };
+        let before = times(file);
+        while times(file) == before {
+            file.write_all_at(&[2], 0).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn write_while_reading_is_remarked_whatever_time_is_set() {
+        for set_back in [false, true] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&[1; 8192]).unwrap();
+            let written = file.as_file().metadata().unwrap().modified().unwrap();
+            let mut raw = opened(file.path()).unwrap();
+            write_later(file.as_file());
+            if set_back {
+                file.as_file().set_modified(written).unwrap();
+            }
+            raw.feed(&mut Recorder::default()).unwrap();
+            let remarks = raw.remarks();
+            assert_eq!(remarks.len(), 1);
+            assert_eq!(remarks[0].key, "source.changed");
+            assert_eq!(
+                remarks[0].value,
+                if set_back { "touched" } else { "written" }
+            );
+            assert!(remarks[0].warning);
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[1; 8192]).unwrap();
+        let mut raw = opened(file.path()).unwrap();
+        raw.feed(&mut Recorder::default()).unwrap();
+        assert_eq!(raw.remarks(), []);
     }
 
     #[test]

@@ -1,15 +1,17 @@
 //! Memory that streams by once: standard input, or a named pipe.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read as _};
+use std::io::{self, ErrorKind, Read as _, Seek as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{CHUNK, Guess, PAGE, Samples, Sampling, Sink, Source, guess, raw};
+use super::{CHUNK, Guess, PAGE, Remark, Samples, Sampling, Sink, Source, guess, raw};
 use crate::exit::Refusal;
 use crate::names;
+use crate::output::count;
 use crate::signals::Cancel;
 
 /// A pipe, file or terminal that is read to its end.
@@ -17,6 +19,8 @@ use crate::signals::Cancel;
 pub(crate) struct Stream {
     file: File,
     name: String,
+    /// Bytes of a redirected file that lie before the place where reading began.
+    skipped: u64,
     /// Don't look at what it is.
     raw: bool,
     cancel: Cancel,
@@ -33,9 +37,17 @@ impl Stream {
             .as_fd()
             .try_clone_to_owned()
             .context("standard input")?;
+        let mut file = File::from(fd);
+        let kind = file.metadata().context("standard input")?.file_type();
+        let skipped = if kind.is_file() || kind.is_block_device() {
+            file.stream_position().context("standard input")?
+        } else {
+            0
+        };
         Ok(Self {
-            file: fd.into(),
+            file,
             name: "standard input".into(),
+            skipped,
             raw,
             cancel: cancel.clone(),
         })
@@ -45,6 +57,7 @@ impl Stream {
         Self {
             file,
             name: names::path(path),
+            skipped: 0,
             raw,
             cancel: cancel.clone(),
         }
@@ -117,6 +130,20 @@ impl Source for Stream {
                 return Ok(());
             }
         }
+    }
+
+    fn remarks(&self) -> Vec<Remark> {
+        let skipped = (self.skipped > 0).then(|| Remark {
+            key: "source.skipped_bytes",
+            value: self.skipped.to_string(),
+            text: format!(
+                "{} of the redirected file were read before this command started, or skipped; left \
+                 out",
+                count(self.skipped, "byte")
+            ),
+            warning: true,
+        });
+        skipped.into_iter().collect()
     }
 }
 

@@ -1,14 +1,16 @@
 //! Memory in, snapshot out, memory out again.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::process::Stdio;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
 
 use snaprestore_fixtures::images::Mix;
 
 use crate::common::{
-    Folder, Run, command, finish, finish_within, make_fifo, noise, number, run, wait_until,
+    Folder, Run, command, finish, finish_within, make_fifo, noise, number, program, remarks, run,
+    wait_until,
 };
 
 /// An image of every kind of page, 4 MiB and a part of a block.
@@ -220,6 +222,33 @@ fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
     }
 }
 
+/// Pages that a guest has written lie all over its memory, with holes between that are shorter than
+/// what is read at once.
+#[test]
+fn a_diff_of_scattered_pages_is_refused_and_its_holes_are_counted() {
+    let folder = Folder::new();
+    let diff = File::create(folder.file("diff")).unwrap();
+    diff.set_len(8 << 20).unwrap();
+    for place in (0..8 << 20).step_by(32 << 10) {
+        diff.write_all_at(&[7; 4096], place).unwrap();
+    }
+    folder.write("state", &[STATES[0], &[1; 100]].concat());
+    let args = ["create", "diff", "-o", "s"];
+    run(
+        &folder,
+        &[&args[..], &["--attach", "vmstate=state"]].concat(),
+    )
+    .exits(1)
+    .says(&["diff: most of it is holes"]);
+    let told = run(&folder, &[&args[..], &["--json"]].concat())
+        .exits(0)
+        .json();
+    assert_eq!(
+        remarks(&told),
+        [("source.hole_bytes".to_owned(), (8 << 20) / 8 * 7)]
+    );
+}
+
 #[test]
 fn files_that_are_no_memory_are_refused_by_name() {
     let folder = Folder::new();
@@ -231,6 +260,11 @@ fn files_that_are_no_memory_are_refused_by_name() {
         (b"QEVM\x00\x00\x00\x03", "QEMU", "dump-guest-memory"),
         (b"LibvirtQemudSave\x02", "virsh save", "virsh dump"),
         (b"EMiL\x01\x00\x00\x00", "LiME", "format=padded"),
+        (b"\x5e\x2a\x4d\x18\x04\0\0\0", "zstd or lz4", "zstd -d"),
+        (b"DISKDUMP", "kdump", "makedumpfile -E"),
+        (b"KDMV\x01\0\0\0", "VMDK", "dump of the memory"),
+        (b"hibr", "hibernation", "convert"),
+        (b"\x19\x43\x56\x54", "CRIU", "--pid"),
         (b"AVML\x02\x00\x00\x00", "AVML", "convert"),
         (b"MDMP\x93\xa7\x00\x00", "minidump", "gcore"),
         (b"PAGEDU64", "Windows", "convert"),
@@ -344,6 +378,62 @@ fn standard_input_and_pipes_are_streamed() {
 }
 
 #[test]
+fn bytes_before_the_offset_of_a_redirected_file_are_told() {
+    let folder = Folder::new();
+    folder.write("raw", &[[1; 4096], [2; 4096], [3; 4096]].concat());
+    let mut file = File::open(folder.file("raw")).unwrap();
+    file.seek(SeekFrom::Start(4096)).unwrap();
+    let mut create = command(["create", "-", "-o", "s", "--json"]);
+    let told = Run::of(create.current_dir(folder.path()).stdin(file))
+        .exits(0)
+        .says(&["warning: 4,096 bytes of the redirected file", "left out"])
+        .json();
+    assert_eq!(remarks(&told), [("source.skipped_bytes".to_owned(), 4096)]);
+    let all = run(&folder, &["extract", "s", "-o", "-"]).exits(0).out;
+    assert_eq!(all, [[2; 4096], [3; 4096]].concat());
+}
+
+/// `script`, run by a shell in which `$0` is the command.
+fn shell(folder: &Folder, script: &str) -> Run {
+    let mut shell = Command::new("/bin/sh");
+    let shell = shell.args(["-c", script]).arg(program());
+    Run::of(shell.current_dir(folder.path()).stdin(Stdio::null()))
+}
+
+#[test]
+fn closed_standard_output_is_refused_as_output() {
+    let folder = Folder::new();
+    folder.write("raw", &image());
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    for args in [
+        "create raw -o -",
+        "extract s -o -",
+        "create raw -f -o /dev/stdout",
+    ] {
+        shell(&folder, &format!("exec \"$0\" {args} >&-"))
+            .exits(2)
+            .says(&["standard output is closed"]);
+        shell(&folder, &format!("exec \"$0\" {args} >/dev/null")).exits(0);
+    }
+}
+
+#[test]
+fn file_size_limit_is_an_error_that_names_it() {
+    let folder = Folder::new();
+    folder.write("raw", &noise(8 << 20));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let names = folder.names();
+    for args in ["create raw -o t", "extract s -o t", "extract s -o - >t"] {
+        // Units of 512 bytes or of 1 KiB, by the shell.
+        shell(&folder, &format!("ulimit -f 2048; exec \"$0\" {args}"))
+            .exits(1)
+            .says(&["File too large", "RLIMIT_FSIZE", "ulimit -f"]);
+        let _ = std::fs::remove_file(folder.file("t"));
+        assert_eq!(folder.names(), names);
+    }
+}
+
+#[test]
 fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
     let folder = Folder::new();
     let image = image();
@@ -430,9 +520,18 @@ fn what_cannot_be_read_or_written_is_named() {
     folder.write("empty", b"");
     folder.write("kdump", &[b"KDUMP   ".to_vec(), vec![0; 4088]].concat());
     std::fs::create_dir(folder.file("dir")).unwrap();
+    let _socket = UnixListener::bind(folder.file("socket")).unwrap();
     run(&folder, &["create", "raw", "-o", "snapshot"]).exits(0);
     let failing: &[(&[&str], &[&str])] = &[
-        (&["missing", "-o", "s"], &["missing", "No such file"]),
+        (
+            &["missing", "-o", "s"],
+            &["cannot open missing", "No such file"],
+        ),
+        (&["socket", "-o", "s"], &["socket: is a socket", "a pipe"]),
+        (
+            &["/sys/devices/system/cpu/online", "-o", "s"],
+            &["ends before the 4096 bytes", "copy"],
+        ),
         (&["dir", "-o", "s"], &["dir", "is a folder"]),
         (
             &["/dev/zero", "-o", "s"],
@@ -579,6 +678,53 @@ fn attachments_are_stored_beside_the_memory() {
     .exits(1)
     .says(&["\"cpu\"", "vm, nothing"]);
     assert!(!folder.file("none").exists());
+}
+
+/// The command opens attachments before it reads its source.
+#[test]
+fn an_attachment_that_changes_meanwhile_is_told_or_an_error() {
+    for grows in [false, true] {
+        let folder = Folder::new();
+        folder.write("state", b"{\"vcpus\": 2}");
+        let args = ["create", "-", "-o", "s", "--attach", "vm=state", "--json"];
+        let mut child = command(args)
+            .current_dir(folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        // More than the pipe holds: when it is written, the command reads.
+        stdin.write_all(&vec![7; 4 << 20]).unwrap();
+        let state = File::options()
+            .write(true)
+            .open(folder.file("state"))
+            .unwrap();
+        let opened = state.metadata().unwrap();
+        let place = if grows { opened.len() } else { 0 };
+        wait_until("the file's time has moved on", || {
+            state.write_all_at(b"[", place).unwrap();
+            let now = state.metadata().unwrap();
+            (now.mtime(), now.mtime_nsec()) != (opened.mtime(), opened.mtime_nsec())
+        });
+        drop(stdin);
+        let run_of = finish(child);
+        if grows {
+            run_of
+                .exits(1)
+                .says(&["\"vm\": its size changed", "to 13 bytes"]);
+            assert_eq!(folder.names(), ["state"]);
+            continue;
+        }
+        let told = run_of.exits(0).says(&["warning: 1 attachment", "\"vm\""]);
+        assert_eq!(
+            remarks(&told.json()),
+            [("attachments.changed".to_owned(), 1)]
+        );
+        let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+        assert_eq!(info["properties"]["attachments.changed"], "1");
+    }
 }
 
 /// Where it is not asked for, a dictionary is trained for small frames only.

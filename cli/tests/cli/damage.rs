@@ -78,11 +78,14 @@ fn what_is_cut_off_or_no_snapshot_exits_3() {
 #[test]
 fn what_is_no_snapshot_is_not_called_damaged() {
     let folder = Folder::new();
-    folder.write("empty", b"");
+    folder.write("nothing", b"");
     std::fs::create_dir(folder.file("folder")).unwrap();
-    let text = run(&folder, &["verify", "empty"]).exits(3).text();
-    assert!(text.starts_with("empty: not a snapshot"), "{text}");
-    assert_eq!(text.matches("empty").count(), 1, "{text}");
+    let text = run(&folder, &["verify", "nothing"]).exits(3).text();
+    assert!(
+        text.starts_with("nothing: not a snapshot: it is empty"),
+        "{text}"
+    );
+    assert_eq!(text.matches("nothing").count(), 1, "{text}");
     for command in [
         &["info"][..],
         &["verify"],

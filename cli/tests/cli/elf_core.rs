@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use snaprestore_fixtures::host::{Unavailable, ensure_program, skipped};
 
-use crate::common::{Folder, number, run, wait_until};
+use crate::common::{Folder, number, remarks, run, wait_until};
 use crate::owner::Owner;
 
 /// A core to be made. Its parts lie in the file as closely as they fit, so that nothing is aligned.
@@ -384,7 +384,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
                 qemu: true,
                 ..Core::default()
             },
-            "0xfed40080",
+            "0xfed40000",
             128,
             0,
         ),
@@ -456,6 +456,58 @@ fn what_is_not_taken_completely_is_told_everywhere() {
     let quiet = run(&folder, &["create", "core", "-o", "s", "--force", "--json"]).exits(0);
     assert_eq!(quiet.json()["remarks"], serde_json::json!([]));
     assert_eq!(quiet.err, "");
+}
+
+/// Sanitizers set terabytes aside, of which the kernel dumps nothing.
+#[test]
+fn vast_memory_that_a_core_lacks_is_left_out_and_the_snapshot_opens() {
+    let folder = Folder::new();
+    let lacking = |start, pages: u64| Load {
+        start,
+        bytes: Vec::new(),
+        memory_bytes: pages * 4096,
+    };
+    let core = Core {
+        loads: vec![
+            Load::pages(0x1000, &[1, 2]),
+            lacking(0x8000, 3),
+            lacking(0x10_0000, 1 << 34),
+            Load::pages(0x7f00_0000_0000, &[3]),
+        ],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    let told = run(&folder, &["create", "core", "-o", "s", "--json"])
+        .exits(0)
+        .says(&["warning: 17,179,869,184 pages of its memory are not in the dump"]);
+    assert!(!told.err.contains("mapped files"), "{}", told.err);
+    let keys = [
+        ("source.absent_bytes".to_owned(), 3 * 4096),
+        ("source.left_out_bytes".to_owned(), 1 << 46),
+    ];
+    assert_eq!(remarks(&told.json()), keys);
+    for (key, bytes) in keys {
+        assert_eq!(properties(&folder, "s")[key], bytes.to_string());
+    }
+    run(&folder, &["verify", "s"]).exits(0);
+    let starts: Vec<_> = regions(&folder, "s").iter().map(|r| (r.1, r.2)).collect();
+    assert_eq!(
+        starts,
+        [
+            (0x1000, 0x2000),
+            (0x8000, 0x3000),
+            (0x7f00_0000_0000, 0x1000)
+        ]
+    );
+    // Nothing but such memory is no memory at all.
+    let core = Core {
+        loads: vec![lacking(0x10_0000, 1 << 34)],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "t"])
+        .exits(1)
+        .says(&["holds no memory", "not in the dump"]);
 }
 
 #[test]

@@ -1,13 +1,18 @@
 //! Stopped by a signal: no half file, whatever the moment.
 
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{Read, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::{Folder, Run, command, finish, wait_until, with_default_signals};
+use crate::common::{
+    Folder, Run, command, finish, make_fifo, noise, run, wait_until, with_default_signals,
+};
 
 /// `create` from a pipe that has delivered something and goes on.
 fn streaming(folder: &Folder, target: &str) -> Child {
@@ -102,7 +107,7 @@ fn a_signal_that_the_parent_ignored_stays_ignored() {
 #[test]
 fn waiting_for_a_pipe_can_be_interrupted() {
     let folder = Folder::new();
-    crate::common::make_fifo(&folder.file("in"));
+    make_fifo(&folder.file("in"));
     let mut child = with_default_signals(command(["create", "in", "-o", "s"]))
         .current_dir(folder.path())
         .stderr(Stdio::piped())
@@ -117,4 +122,84 @@ fn waiting_for_a_pipe_can_be_interrupted() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.signal(), Some(Signal::SIGTERM as i32));
     assert_eq!(folder.names(), ["in"]);
+}
+
+/// Nobody reads, so that a write would wait for ever.
+#[test]
+fn one_signal_ends_a_write_that_waits_for_its_reader() {
+    let folder = Folder::new();
+    folder.write("raw", &noise(4 << 20));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    make_fifo(&folder.file("fifo"));
+    let create = ["create", "raw", "-o", "-"];
+    let extract = ["extract", "s", "-o", "-"];
+    for (args, socket) in [
+        (create, false),
+        (create, true),
+        (extract, false),
+        (extract, true),
+        (["create", "raw", "-o", "fifo"], false),
+        (["extract", "s", "-o", "fifo"], false),
+    ] {
+        let (mut reader, writer): (Box<dyn Read>, OwnedFd) = if socket {
+            let (reader, writer) = UnixStream::pair().unwrap();
+            (Box::new(reader), writer.into())
+        } else if args.contains(&"fifo") {
+            // Both ends, so that it is opened without waiting.
+            let both = File::options()
+                .read(true)
+                .write(true)
+                .open(folder.file("fifo"))
+                .unwrap();
+            (Box::new(both.try_clone().unwrap()), both.into())
+        } else {
+            let (reader, writer) = std::io::pipe().unwrap();
+            (Box::new(reader), writer.into())
+        };
+        let mut child = with_default_signals(command(args))
+            .current_dir(folder.path())
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // When something has come, the rest is more than fits.
+        reader.read_exact(&mut [0; 8]).unwrap();
+        send(&child, Signal::SIGTERM);
+        wait_until("it ends", || child.try_wait().unwrap().is_some());
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(Signal::SIGTERM as i32), "{args:?}");
+    }
+    assert_eq!(folder.names(), ["fifo", "raw", "s"]);
+}
+
+/// In pieces or at once, all of it arrives.
+#[test]
+fn slow_readers_get_every_byte() {
+    let folder = Folder::new();
+    let bytes = noise(1 << 20);
+    folder.write("raw", &bytes);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    for socket in [false, true] {
+        let (mut reader, writer): (Box<dyn Read>, OwnedFd) = if socket {
+            let (reader, writer) = UnixStream::pair().unwrap();
+            (Box::new(reader), writer.into())
+        } else {
+            let (reader, writer) = std::io::pipe().unwrap();
+            (Box::new(reader), writer.into())
+        };
+        let mut extract = command(["extract", "s", "-o", "-", "-q"]);
+        let child = extract.current_dir(folder.path()).stdout(writer).spawn();
+        // Its copy of the writing end goes with it.
+        drop(extract);
+        let mut read = Vec::new();
+        let mut piece = [0; 3001];
+        loop {
+            match reader.read(&mut piece).unwrap() {
+                0 => break,
+                len => read.extend_from_slice(&piece[..len]),
+            }
+        }
+        finish(child.unwrap()).exits(0);
+        assert!(read == bytes);
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, TopEntry};
+
 /// Why a snapshot could not be written. The writer that returned it accepts no further calls.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -40,6 +42,21 @@ pub enum WriteError {
         /// The limit.
         limit: u64,
     },
+    /// The snapshot would be one that a reader refuses, unless its
+    /// [`most_top_bytes`](crate::SnapshotOptions::most_top_bytes) is raised.
+    #[error(
+        "the memory is too large for one snapshot: with {} TiB its top table would have {bytes} \
+         bytes, and readers refuse more than {limit} (most_top_bytes), which is {} TiB of memory; \
+         take it in parts",
+        tib(*bytes),
+        tib(*limit)
+    )]
+    TopTooLarge {
+        /// What the top table would have become, at least.
+        bytes: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
     /// An argument is invalid.
     #[error("{what} is {value}; accepted: {accepted}")]
     Argument {
@@ -67,6 +84,14 @@ pub enum WriteError {
     /// An earlier call failed.
     #[error("the writer was stopped by an earlier error")]
     Stopped,
+}
+
+/// Tebibytes of memory that a top table stands for, with one decimal.
+fn tib(top_bytes: u64) -> String {
+    let blocks = top_bytes / size_of::<TopEntry>() as u64;
+    // No number of pages above 2^36 comes here.
+    let tenths = (blocks * 10 * PAGES_PER_BLOCK_U64 * PAGE_SIZE_U64) >> 40;
+    format!("{}.{}", tenths / 10, tenths % 10)
 }
 
 impl WriteError {

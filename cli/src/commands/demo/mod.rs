@@ -26,7 +26,7 @@ use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use crate::source::{HeldProcess, PAGE, Place, Region, Sink, Source as _};
-use crate::target::Target;
+use crate::target::{Stream, Target};
 
 pub(crate) use owner::run as run_owner;
 
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         .user_mode_only(UserModeOnly::IfNeeded)
         .open()
         .map_err(|error| exit::name_the_remedies(error.into()))?;
-    let (target, snapshot) = destination(args)?;
+    let (target, snapshot) = destination(args, cancel)?;
     let step = |what: &str| {
         if output.shows_progress() {
             output.warn(what);
@@ -124,13 +124,13 @@ struct Packed {
 }
 
 /// Where the snapshot is to be written, and read from afterwards.
-fn destination(args: &args::Demo) -> Result<(Target, Packed)> {
+fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
     if let Some(path) = &args.keep {
         let packed = Packed {
             path: path.clone(),
             _file: None,
         };
-        return Ok((Target::create(path, args.force)?, packed));
+        return Ok((Target::create(path, args.force, cancel)?, packed));
     }
     let file = temporary_file()?;
     // The target is closed when it is written; this one stays, and is what the path names.
@@ -139,7 +139,7 @@ fn destination(args: &args::Demo) -> Result<(Target, Packed)> {
         path: fd_path(&open),
         _file: Some(open),
     };
-    Ok((Target::Stream(file), packed))
+    Ok((Target::Stream(Stream::new(file, cancel)?), packed))
 }
 
 /// Packs a process, and writes the same memory as it is to `reference`.
@@ -174,7 +174,7 @@ fn pack(
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(process);
     reference.set_len(bytes)?;
-    let (target, written) = writer.finish(&remarks, recipe.attachments)?;
+    let (target, written) = writer.finish(&remarks)?;
     target.complete()?;
     Ok(create::Report {
         facts: create::facts(&written),

@@ -9,6 +9,7 @@ use object::elf::{self, FileHeader32, FileHeader64};
 use object::read::elf::{FileHeader, ProgramHeader as _};
 use object::{Endianness, ReadCache};
 
+use super::super::PAGE;
 use super::super::file::SourceFile;
 use crate::names;
 
@@ -52,6 +53,18 @@ pub(super) struct Load {
 impl Load {
     pub(super) fn start(&self, physical: bool) -> u64 {
         if physical { self.paddr } else { self.vaddr }
+    }
+
+    /// All of it but its first page.
+    pub(super) fn without_first_page(&self) -> Self {
+        Self {
+            vaddr: self.vaddr.saturating_add(PAGE),
+            paddr: self.paddr.saturating_add(PAGE),
+            file_bytes: self.file_bytes.saturating_sub(PAGE),
+            memory_bytes: self.memory_bytes.saturating_sub(PAGE),
+            offset: self.offset.saturating_add(PAGE),
+            ..*self
+        }
     }
 
     /// Bytes of its memory that the file is to have.

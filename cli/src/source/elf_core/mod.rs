@@ -3,10 +3,11 @@
 //!
 //! The two differ in what an address means. A process's core lists virtual ranges; memory that it
 //! names without having its bytes (mapped files left out by the dump filter) is unavailable: what
-//! it was isn't known, and zeros would be a lie. A machine's lists physical ranges in `p_paddr`, and
+//! it was isn't known, and zeros would be a lie; 64 GiB or more of it in a row, as sanitizers set
+//! aside, are left out. A machine's lists physical ranges in `p_paddr`, and
 //! its `p_vaddr` may say anything: with QEMU's paging option one physical range appears once for
 //! each virtual mapping. A note tells which it is. Without one, physical addresses are taken where
-//! virtual ones contradict each other and they don't.
+//! virtual ones contradict each other, or pass the end of the address space, and they don't.
 //!
 //! ```text
 //! program headers -> spans of bytes -> overlaps are compared, each byte is taken once
@@ -25,11 +26,11 @@ use super::extents::Extents;
 use super::file::SourceFile;
 use super::{CHUNK, PAGE, Region, Remark, Samples, Sampling, Sink, Source};
 use crate::names;
-use crate::output::{Output, count};
+use crate::output::count;
 use crate::signals::Cancel;
 
 use headers::{Kind, parse};
-use plan::{Content, Overlap, Plan, Segment, is_usable};
+use plan::{Content, Overlap, Plan, Segment, flaw};
 
 /// Whether a file that starts with `start` is a core.
 pub(super) fn is_core(start: &[u8]) -> bool {
@@ -53,30 +54,30 @@ pub(crate) struct ElfCore {
     segments: Vec<Segment>,
     kind: Kind,
     remarks: Vec<Remark>,
-    output: Output,
     cancel: Cancel,
 }
 
 impl ElfCore {
-    pub(crate) fn open(
-        file: SourceFile,
-        incomplete: bool,
-        output: Output,
-        cancel: &Cancel,
-    ) -> Result<Self> {
+    pub(crate) fn open(file: SourceFile, incomplete: bool, cancel: &Cancel) -> Result<Self> {
         let named = || names::path(file.path());
         let (loads, mut notes) =
             parse(&file).map_err(|error| anyhow!("{}: damaged ELF core: {error:#}", named()))?;
         let of_core = || format!("{}: ELF core", named());
         let mut plan = Plan::default();
-        if notes.kind == Kind::Process && !is_usable(&loads, false) && is_usable(&loads, true) {
-            notes.kind = Kind::Machine;
-            plan.contradicting = true;
+        if notes.kind == Kind::Process && flaw(&loads, true).is_none() {
+            plan.virtual_flaw = flaw(&loads, false);
+            if plan.virtual_flaw.is_some() {
+                notes.kind = Kind::Machine;
+            }
         }
         plan.make(&loads, &notes, file.len(), incomplete)
             .with_context(of_core)?;
         if plan.segments.is_empty() {
-            bail!("{}: the ELF core holds no memory", named());
+            let why = plan.remarks().into_iter().map(|remark| remark.text);
+            let why: Vec<_> = std::iter::once("the ELF core holds no memory".into())
+                .chain(why)
+                .collect();
+            bail!("{}: {}", named(), why.join("; "));
         }
         compare(&file, &plan.overlaps, cancel).with_context(of_core)?;
         Ok(Self {
@@ -85,7 +86,6 @@ impl ElfCore {
             remarks: plan.remarks(),
             segments: plan.segments,
             kind: notes.kind,
-            output,
             cancel: cancel.clone(),
         })
     }
@@ -211,7 +211,8 @@ impl Source for ElfCore {
                 }
             }
         }
-        self.file.check_unchanged(self.output)
+        self.remarks.extend(self.file.check_unchanged()?);
+        Ok(())
     }
 
     fn remarks(&self) -> Vec<Remark> {

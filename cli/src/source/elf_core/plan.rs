@@ -9,7 +9,7 @@ use object::elf;
 
 use snapshot_format::layout::region_flags;
 
-use super::super::{PAGE, Remark};
+use super::super::{PAGE, Remark, VAST};
 use super::headers::{Kind, Load, Notes};
 
 /// Most places at which segments overlap that are looked at.
@@ -95,14 +95,22 @@ pub(super) struct Overlap {
     pub(super) dropped: (usize, u64),
 }
 
-/// Whether the addresses of one kind can be those of the segments: they stay within the address
-/// space, and no two segments hold the same memory in different places of the file.
-pub(super) fn is_usable(loads: &[Load], physical: bool) -> bool {
+/// Why the addresses of one kind can't be those of the segments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flaw {
+    /// One segment passes the end of the address space.
+    PassEnd,
+    /// Two segments hold the same memory in different places of the file.
+    Contradict,
+}
+
+/// Finds what is wrong with the addresses of one kind.
+pub(super) fn flaw(loads: &[Load], physical: bool) -> Option<Flaw> {
     let mut spans = Vec::new();
     for load in loads.iter().filter(|load| load.known_bytes() > 0) {
         let start = load.start(physical);
         let Some(end) = start.checked_add(load.known_bytes()) else {
-            return false;
+            return Some(Flaw::PassEnd);
         };
         spans.push((start, end, load.offset.wrapping_sub(start)));
     }
@@ -112,14 +120,14 @@ pub(super) fn is_usable(loads: &[Load], physical: bool) -> bool {
         match &mut last {
             Some((taken, of)) if start < *taken => {
                 if *of != place {
-                    return false;
+                    return Some(Flaw::Contradict);
                 }
                 *taken = end.max(*taken);
             }
             _ => last = Some((end, place)),
         }
     }
-    true
+    None
 }
 
 /// What is taken of a core, and what isn't.
@@ -127,11 +135,16 @@ pub(super) fn is_usable(loads: &[Load], physical: bool) -> bool {
 pub(super) struct Plan {
     pub(super) segments: Vec<Segment>,
     pub(super) overlaps: Vec<Overlap>,
-    /// Virtual addresses contradict each other, so physical ones are taken.
-    pub(super) contradicting: bool,
+    /// Why physical addresses are taken, where that is for a flaw of the virtual ones.
+    pub(super) virtual_flaw: Option<Flaw>,
+    /// Whether all of the memory is a process's, whose dumps leave much out.
+    is_process: bool,
     beyond: Counted,
     unaddressed: Counted,
     cut: Counted,
+    absent: Counted,
+    /// Pages that the dump lacks, so many in a row that they were left out.
+    left_out_pages: u64,
     partly_known: Counted,
     filled: Counted,
 }
@@ -145,8 +158,10 @@ struct Counted {
 
 impl Counted {
     fn add(&mut self, bytes: u64, place: impl FnOnce() -> String) {
-        self.bytes += bytes;
-        self.first.get_or_insert_with(place);
+        if bytes > 0 {
+            self.bytes += bytes;
+            self.first.get_or_insert_with(place);
+        }
     }
 
     fn remark(&self, key: &'static str, what: &str) -> Option<Remark> {
@@ -172,42 +187,52 @@ impl Plan {
         file_len: u64,
         incomplete: bool,
     ) -> Result<()> {
-        let (mut present, mut absent) = (Vec::new(), Vec::new());
+        let (mut present, mut cut, mut absent) = (Vec::new(), Vec::new(), Vec::new());
         for load in loads {
             let spans = self.spans(load, notes.kind, file_len, incomplete)?;
-            present.extend(spans.0);
-            absent.extend(spans.1);
+            let Some(spans) = spans else {
+                continue;
+            };
+            present.extend(spans.present);
+            cut.extend(spans.cut);
+            absent.extend(spans.absent);
         }
         let (present, overlaps) = taken_once(present)?;
         self.overlaps = overlaps;
+        let (cut, _) = taken_once(cut)?;
+        let cut = without(cut, &present);
         let (absent, _) = taken_once(absent)?;
-        let absent = without(absent, &present);
-        self.cut_into_pages(&present, &absent);
+        let absent = without(without(absent, &present), &cut);
+        self.is_process = !notes.kind.is_physical();
+        self.cut_into_pages(&present, &cut, &absent);
         for segment in &mut self.segments {
             segment.name = notes.name(segment.start);
         }
         Ok(())
     }
 
-    /// The bytes of a segment that the file has, and those that it hasn't.
+    /// The bytes of a segment that the file has, and those that it hasn't; nothing of one that is
+    /// no memory.
     fn spans(
         &mut self,
         load: &Load,
         kind: Kind,
         file_len: u64,
         incomplete: bool,
-    ) -> Result<(Option<Span>, Option<Span>)> {
+    ) -> Result<Option<Spans>> {
+        let load = if !kind.is_physical() && load.vaddr == VSYSCALL {
+            &load.without_first_page()
+        } else {
+            load
+        };
         let (number, start) = (load.number, load.start(kind.is_physical()));
-        if !kind.is_physical() && start == VSYSCALL {
-            return Ok((None, None));
-        }
         let known = load.known_bytes();
         if load.file_bytes > known {
             let beyond = load.file_bytes - known;
             self.beyond.add(beyond, || format!("of segment {number}"));
         }
         if load.memory_bytes == 0 {
-            return Ok((None, None));
+            return Ok(None);
         }
         // What the kernel has mapped elsewhere, or what is no RAM, has all bits set.
         if kind.is_physical() && (start == u64::MAX || start == u64::from(u32::MAX)) {
@@ -215,7 +240,7 @@ impl Plan {
                 let place = || format!("of segment {number}, virtual address {:#x}", load.vaddr);
                 self.unaddressed.add(known, place);
             }
-            return Ok((None, None));
+            return Ok(None);
         }
         let end = start
             .checked_add(load.memory_bytes)
@@ -249,53 +274,63 @@ impl Plan {
             offset: load.offset,
             flags,
         };
-        Ok((
-            whole.within(start..start + there),
-            whole.within(start + there..end),
-        ))
+        Ok(Some(Spans {
+            present: whole.within(start..start + there),
+            cut: whole.within(start + there..start + known),
+            absent: whole.within(start + known..end),
+        }))
     }
 
     /// Makes whole pages of spans that are sorted and disjoint.
-    fn cut_into_pages(&mut self, present: &[Span], absent: &[Span]) {
+    fn cut_into_pages(&mut self, present: &[Span], cut: &[Span], absent: &[Span]) {
         let mut odd: BTreeMap<u64, Odd> = BTreeMap::new();
-        for (spans, known) in [(present, true), (absent, false)] {
-            for span in spans {
-                let whole = span.start.next_multiple_of(PAGE)..span.end / PAGE * PAGE;
-                if let Some(whole) = span.within(whole.clone()) {
-                    self.segments.push(Segment {
-                        number: span.number,
-                        start: whole.start,
-                        pages: (whole.end - whole.start) / PAGE,
-                        content: if known {
-                            Content::At(whole.offset)
-                        } else {
-                            Content::Unknown
-                        },
-                        flags: span.flags,
-                        name: String::new(),
-                    });
-                }
-                // Before the first whole page and behind the last, which may be one page.
-                let head = span.within(0..whole.start);
-                let tail = span.within(whole.end.max(whole.start)..u64::MAX);
-                for part in head.iter().chain(&tail) {
-                    let page = part.start / PAGE * PAGE;
-                    odd.entry(page).or_default().add(part, known, page);
-                }
+        let spans = (present.iter().map(|span| (span, true, false)))
+            .chain(cut.iter().map(|span| (span, false, false)))
+            .chain(absent.iter().map(|span| (span, false, true)));
+        for (span, known, is_absent) in spans {
+            let whole = span.start.next_multiple_of(PAGE)..span.end / PAGE * PAGE;
+            let pages = whole.end.saturating_sub(whole.start) / PAGE;
+            let is_left_out = is_absent && pages >= VAST;
+            if is_absent {
+                let bytes = span.end - span.start;
+                let left_out = if is_left_out { pages } else { 0 };
+                self.left_out_pages += left_out;
+                self.absent
+                    .add(bytes - left_out * PAGE, || format!("at {:#x}", span.start));
+            }
+            if !is_left_out && let Some(whole) = span.within(whole.clone()) {
+                self.segments.push(Segment {
+                    number: span.number,
+                    start: whole.start,
+                    pages,
+                    content: if known {
+                        Content::At(whole.offset)
+                    } else {
+                        Content::Unknown
+                    },
+                    flags: span.flags,
+                    name: String::new(),
+                });
+            }
+            // Before the first whole page and behind the last, which may be one page.
+            let head = span.within(0..whole.start);
+            let tail = span.within(whole.end.max(whole.start)..u64::MAX);
+            for part in head.iter().chain(&tail) {
+                let page = part.start / PAGE * PAGE;
+                odd.entry(page).or_default().add(part, known, page);
             }
         }
         for (start, page) in odd {
             let known: u64 = page.pieces.iter().map(|piece| piece.len).sum();
-            let place = || format!("at {:#x}", start + page.pieces.first().map_or(0, |p| p.at));
             let content = if page.unknown {
-                if known > 0 {
-                    self.partly_known.add(known, place);
-                }
+                let first = page.pieces.first().map_or(0, |piece| piece.at);
+                self.partly_known
+                    .add(known, || format!("at {:#x}", start + first));
                 Content::Unknown
             } else {
-                if known < PAGE {
-                    self.filled.add(PAGE - known, place);
-                }
+                self.filled.add(PAGE - known, || {
+                    format!("at {:#x}", start + page.first_gap())
+                });
                 Content::Pieces(page.pieces)
             };
             self.segments.push(Segment {
@@ -311,11 +346,27 @@ impl Plan {
     }
 
     pub(super) fn remarks(&self) -> Vec<Remark> {
-        let physical = self.contradicting.then(|| Remark {
+        let physical = self.virtual_flaw.map(|flaw| Remark {
             key: "source.addresses",
             value: "physical".into(),
-            text: "physical addresses are taken, because virtual ones contradict each other".into(),
+            text: format!(
+                "physical addresses are taken, because virtual ones {}",
+                match flaw {
+                    Flaw::PassEnd => "pass the end of the address space",
+                    Flaw::Contradict => "contradict each other",
+                }
+            ),
             warning: false,
+        });
+        let absent = self.absent.remark(
+            "source.absent_bytes",
+            "of its memory are not in the dump (dumps of processes leave mapped files out); recorded \
+             as unavailable",
+        );
+        // Every dump of a process by the kernel lacks some.
+        let absent = absent.map(|remark| Remark {
+            warning: !self.is_process,
+            ..remark
         });
         let counted = [
             self.cut.remark(
@@ -339,12 +390,26 @@ impl Plan {
                 "source.filled_bytes",
                 "belong to no memory, but to pages of which a part is memory; zeros were put there",
             ),
+            absent,
+            Remark::left_out(
+                self.left_out_pages,
+                "of its memory are not in the dump (64 GiB or more in a row, as sanitizers set aside)",
+            ),
         ];
         physical
             .into_iter()
             .chain(counted.into_iter().flatten())
             .collect()
     }
+}
+
+/// The bytes of one segment, by what the file has of them.
+struct Spans {
+    present: Option<Span>,
+    /// Missing at the end of the file.
+    cut: Option<Span>,
+    /// Never written.
+    absent: Option<Span>,
 }
 
 /// A page of which a segment has a part.
@@ -358,6 +423,17 @@ struct Odd {
 }
 
 impl Odd {
+    /// The first byte that no piece has. The pieces are sorted.
+    fn first_gap(&self) -> u64 {
+        self.pieces.iter().fold(0, |end, piece| {
+            if piece.at == end {
+                end + piece.len
+            } else {
+                end
+            }
+        })
+    }
+
     fn add(&mut self, part: &Span, known: bool, page: u64) {
         if self.pieces.is_empty() && !self.unknown {
             (self.number, self.flags) = (part.number, part.flags);
@@ -581,7 +657,10 @@ mod tests {
             ]
         );
         assert_eq!(plan.filled.bytes, 0x80 + 0xff0);
-        assert_eq!(plan.filled.first.as_deref(), Some("at 0x1080"));
+        assert_eq!(plan.filled.first.as_deref(), Some("at 0x1000"));
+        // Where the data is at the start, the zeros are behind it.
+        let plan = plan_of(&[load(0x1000, 0x1800, 0x1800, 7)], Kind::Guest, false).unwrap();
+        assert_eq!(plan.filled.first.as_deref(), Some("at 0x2800"));
     }
 
     #[test]
@@ -639,15 +718,25 @@ mod tests {
         // Several segments at one virtual address, or at the end of the address space.
         let physical = [at(0, 0, 0x1000), at(0, 0x10000, 0x3000)];
         let beyond = [at(u64::MAX, 0x1000, 0x1000), at(0x8000, 0x8000, 0x3000)];
-        for loads in [physical, beyond] {
-            assert!(!is_usable(&loads, false) && is_usable(&loads, true));
+        for (loads, of_virtual, says) in [
+            (physical, Flaw::Contradict, "contradict each other"),
+            (beyond, Flaw::PassEnd, "pass the end"),
+        ] {
+            assert_eq!(flaw(&loads, false), Some(of_virtual));
+            assert_eq!(flaw(&loads, true), None);
+            let plan = Plan {
+                virtual_flaw: Some(of_virtual),
+                ..Plan::default()
+            };
+            assert!(plan.remarks()[0].text.contains(says));
         }
         // A process, which has no physical addresses.
         let process = [at(0x1000, 0, 0x1000), at(0x8000, 0, 0x3000)];
-        assert!(is_usable(&process, false) && !is_usable(&process, true));
+        assert_eq!(flaw(&process, false), None);
+        assert_eq!(flaw(&process, true), Some(Flaw::Contradict));
         // One place of the file under two names contradicts nothing.
         let twice = [at(0x1000, 0, 0x1000), at(0x2000, 0, 0x2000)];
-        assert!(is_usable(&twice, false));
+        assert_eq!(flaw(&twice, false), None);
     }
 
     #[test]
@@ -671,5 +760,45 @@ mod tests {
             load(VSYSCALL + 0x1000, 0x1000, 0x1000, 0x1000),
         ];
         assert_eq!(planned(&loads), [(VSYSCALL + 0x1000, 1, Some(0x1000))]);
+        // One segment that begins there and goes on.
+        let longer = [load(VSYSCALL, 0x3000, 0x4000, 7)];
+        assert_eq!(
+            planned(&longer),
+            [
+                (VSYSCALL + 0x1000, 2, Some(0x1007)),
+                (VSYSCALL + 0x3000, 1, None)
+            ]
+        );
+    }
+
+    #[test]
+    fn vast_memory_without_bytes_is_left_out_and_told() {
+        let vast = VAST * PAGE;
+        let plan = |loads: &[Load], incomplete| plan_of(loads, Kind::Process, incomplete).unwrap();
+        let some = load(0x1000, 0x1000, 0x2000, 7);
+        let left_out = plan(&[some, load(0x10_0000, 0, vast, 0)], false);
+        let starts: Vec<_> = left_out.segments.iter().map(|s| s.start).collect();
+        assert_eq!(starts, [0x1000, 0x2000]);
+        assert_eq!(
+            (left_out.left_out_pages, left_out.absent.bytes),
+            (VAST, 0x1000)
+        );
+        let remarks = left_out.remarks();
+        assert_eq!(remarks[0].key, "source.absent_bytes");
+        assert!(!remarks[0].warning && remarks[0].text.contains("at 0x2000"));
+        assert_eq!(remarks[1].key, "source.left_out_bytes");
+        assert_eq!(remarks[1].value, vast.to_string());
+        assert!(remarks[1].warning);
+        // One page less is recorded.
+        let recorded = plan(&[some, load(0x10_0000, 0, vast - PAGE, 0)], false);
+        assert_eq!((recorded.left_out_pages, recorded.segments.len()), (0, 3));
+        // Memory that the file was to have keeps its place, however much of it is missing.
+        let cut = plan(&[load(0x1000, vast, vast, (1 << 30) - PAGE)], true);
+        assert_eq!((cut.left_out_pages, cut.absent.bytes), (0, 0));
+        assert_eq!(cut.cut.bytes, vast - PAGE);
+        assert_eq!(cut.segments.iter().map(|s| s.pages).sum::<u64>(), VAST);
+        // Of a machine, all memory should be there.
+        let machine = plan_of(&[some], Kind::Machine, false).unwrap();
+        assert!(machine.remarks()[0].warning);
     }
 }

@@ -28,7 +28,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
 use snapshot_format::layout::region_flags;
 
-use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
+use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source, VAST};
 use crate::exit::Refusal;
 use crate::names;
 use crate::output::Output;
@@ -40,11 +40,6 @@ use pagemap::Pagemap;
 use read::Summary;
 pub(crate) use spool::Place;
 use spool::Spool;
-
-/// Pages never touched, or unavailable, so many in a row or more, are left out: 64 GiB. Sanitizers
-/// and some runtimes set terabytes aside as if to use them, and a snapshot has 64 bytes for each
-/// 2 MiB.
-const VAST: u64 = (64 << 30) / PAGE;
 
 /// A stopped process and what it has mapped. It goes on when its memory is read, or when this is
 /// dropped.

@@ -265,12 +265,12 @@ impl Summary {
                 "are marked as not to be dumped (MADV_DONTDUMP, often keys), and were taken: keep \
                  the snapshot as you keep them",
             ),
-            remark(
+            Remark::left_out(
                 self.left_out_unavailable,
-                "source.left_out_bytes",
-                true,
-                "can't be read (64 GiB or more in a row, of mappings longer than their file, of a \
-                 device, or filled by another process); left out",
+                &format!(
+                    "of process {pid} can't be read (64 GiB or more in a row, of mappings longer \
+                     than their file, of a device, or filled by another process)"
+                ),
             ),
             remark(
                 self.left_out,

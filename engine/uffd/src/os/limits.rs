@@ -49,6 +49,18 @@ impl Hint {
         Self(known.or_else(|| facts.max_mappings.map(guess)))
     }
 
+    /// The limit behind `error` of writing to a file.
+    pub fn for_file(error: &io::Error) -> Self {
+        let is_too_large = error.raw_os_error() == Some(Errno::EFBIG as i32);
+        Self(is_too_large.then(|| match soft(Resource::RLIMIT_FSIZE) {
+            Some(most) => format!(
+                "files that this process writes are limited to {most} bytes (RLIMIT_FSIZE); raise \
+                 it: ulimit -f"
+            ),
+            None => "its file system permits no file of that length".into(),
+        }))
+    }
+
     /// Finds the limit behind `error` of starting a thread.
     pub fn for_thread(error: &io::Error) -> Self {
         if error.raw_os_error() != Some(Errno::EAGAIN as i32) {
@@ -269,6 +281,9 @@ mod tests {
         assert_eq!(Hint::for_memory(&refused, u64::MAX), Hint(None));
         assert_eq!(Hint::for_mappings(&refused).to_string(), "");
         assert_eq!(Hint::for_thread(&refused).to_string(), "");
+        assert_eq!(Hint::for_file(&refused), Hint(None));
+        let file = Hint::for_file(&Errno::EFBIG.into()).to_string();
+        assert!(file.contains("file"), "{file}");
         let guess = Hint::for_mappings(&shortage()).to_string();
         assert!(guess.contains("vm.max_map_count"), "{guess}");
         let thread = Hint::for_thread(&Errno::EAGAIN.into()).to_string();
