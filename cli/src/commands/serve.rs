@@ -7,10 +7,11 @@ use std::time::Duration;
 use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
+use snaprestore_daemon::config::{Config, MetricsAddress};
+use snaprestore_daemon::log::LogFormat;
+use snaprestore_daemon::{Console, Door, Keeper, Options, Vm};
 
 use crate::args;
-use crate::daemon::config::{Config, MetricsAddress};
-use crate::daemon::{Door, Keeper, Options, Vm};
 use crate::exit::Exit;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
@@ -36,7 +37,12 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
         confine: !args.no_confine,
         user: args.user.clone(),
     };
-    let mut keeper = Keeper::new(options, output, cancel)?;
+    let console: Option<Box<dyn Console>> = match args.log_format {
+        LogFormat::Text => Some(Box::new(output)),
+        LogFormat::Json => None,
+    };
+    cancel.count_signals();
+    let mut keeper = Keeper::new(options, console, Box::new(cancel.clone()))?;
     if let Some(control) = &config.control {
         keeper.open(Door::Control, &MetricsAddress::Socket(control.clone()))?;
     }

@@ -10,22 +10,6 @@
 //! serves that from `SNAPSHOT`.
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
-#[path = "../../../cli/src/daemon/cgroup.rs"]
-#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
-mod cgroup;
-#[path = "../../../cli/src/daemon/guardian.rs"]
-#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
-mod guardian;
-#[path = "../../../cli/src/daemon/outside.rs"]
-#[allow(dead_code, reason = "a keeper does more")]
-mod outside;
-#[path = "../../../cli/src/daemon/queue.rs"]
-#[allow(dead_code, reason = "the guardian's end is in `snaprestore`")]
-mod queue;
-#[path = "../../../cli/src/daemon/systemd.rs"]
-#[allow(dead_code, reason = "a keeper does more")]
-mod systemd;
-
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -35,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use outside::Outside;
 use serde_json::{Value, json};
+use snaprestore_daemon::parts::{OWNER, Outside, UFFD, given};
 use snaprestore_engine::pager::{Handover, OwnerRegion, Pager, firecracker};
 use snaprestore_uffd::os::peer_of;
 use snapshot_format::Snapshot;
@@ -46,16 +30,16 @@ fn main() -> Result<()> {
     let [program, socket, snapshot] = &args[..] else {
         anyhow::bail!("usage: stand-in-keeper PROGRAM SOCKET SNAPSHOT");
     };
-    let given = systemd::given();
-    let mut outside = Outside::find(Path::new(program), &given);
-    for (name, _) in &given.others {
+    let inherited = given();
+    let mut outside = Outside::find(Path::new(program), &inherited);
+    for (name, _) in &inherited.others {
         println!("given {name}");
     }
     println!("held by {outside}");
     if let Some(warning) = outside.warning() {
         println!("warning: {warning}");
     }
-    if let Some((id, fds)) = given.held.into_iter().next() {
+    if let Some((id, fds)) = inherited.held.into_iter().next() {
         let roles: Vec<_> = fds.iter().map(|(role, _)| role.as_str()).collect();
         println!("given {id}: {}", roles.join(" "));
         go_on(fds, Path::new(snapshot))?;
@@ -70,8 +54,8 @@ fn main() -> Result<()> {
     let peer = peer_of(stream.as_fd())?;
     let meta = meta(&handed.regions)?;
     let fds = [
-        (outside::UFFD, handed.userfaultfd.as_fd()),
-        (outside::OWNER, peer.pidfd.as_fd()),
+        (UFFD, handed.userfaultfd.as_fd()),
+        (OWNER, peer.pidfd.as_fd()),
         ("meta", meta.as_fd()),
     ];
     match outside.hold("vm-1", "some", &fds) {
@@ -112,8 +96,8 @@ fn go_on(fds: Vec<(String, OwnedFd)>, snapshot: &Path) -> Result<()> {
     let (mut userfaultfd, mut owner, mut regions) = (None, None, Vec::new());
     for (role, fd) in fds {
         match role.as_str() {
-            outside::UFFD => userfaultfd = Some(fd),
-            outside::OWNER => owner = Some(fd),
+            UFFD => userfaultfd = Some(fd),
+            OWNER => owner = Some(fd),
             _ => {
                 let (mut file, mut text) = (File::from(fd), String::new());
                 file.rewind()?;

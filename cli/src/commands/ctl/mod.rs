@@ -9,12 +9,12 @@ use anyhow::{Context as _, Result};
 use serde::de::IgnoredAny;
 
 use crate::args::{self, CtlOp};
-use crate::daemon::control::{Client, Request};
-use crate::daemon::desk::Completed;
 use crate::exit::Exit;
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+use snaprestore_daemon::control::{Client, Request};
+use snaprestore_daemon::desk::Completed;
 
 use report::{Done, LetGo, Listing, Statistics};
 

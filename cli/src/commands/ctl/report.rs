@@ -6,9 +6,9 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 
-use crate::daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
 use crate::names;
 use crate::output::{count, percent};
+use snaprestore_daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
 
 /// A service was added or removed.
 #[derive(Serialize)]
@@ -277,7 +277,7 @@ pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::desk::VmState;
+    use snaprestore_daemon::desk::VmState;
 
     #[test]
     fn long_reasons_move_no_column() {

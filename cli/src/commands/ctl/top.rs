@@ -11,11 +11,11 @@ use serde::Serialize;
 
 use super::report::{plain, to_the_right};
 use crate::args;
-use crate::daemon::control::{Client, Request};
-use crate::daemon::desk::{SessionStats, VmId, VmStats};
 use crate::exit::Exit;
 use crate::names;
 use crate::output::{Output, count, percent};
+use snaprestore_daemon::control::{Client, Request};
+use snaprestore_daemon::desk::{SessionStats, VmId, VmStats};
 
 pub(super) fn run(
     args: &args::CtlTop,
@@ -222,7 +222,7 @@ fn redraw(text: &str, first: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::desk::{Pages, Times, Vm, VmState};
+    use snaprestore_daemon::desk::{Pages, Times, Vm, VmState};
 
     fn vm(id: VmId, faults: u64, slow: u64) -> VmStats {
         let nanos = Duration::from_nanos(2_000 * (faults - slow) + 50_000 * slow);

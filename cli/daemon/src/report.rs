@@ -7,14 +7,17 @@ use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{PageCounts, Stats};
 
-use crate::output::count;
+use crate::log::count;
 
 /// The name of a VM in logs, messages and reports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct VmLabel {
-    pub(crate) id: u64,
-    pub(crate) pid: u32,
-    pub(crate) service: String,
+pub struct VmLabel {
+    /// Its number.
+    pub id: u64,
+    /// Its process.
+    pub pid: u32,
+    /// The name of its service.
+    pub service: String,
 }
 
 impl VmLabel {
@@ -34,13 +37,15 @@ impl fmt::Display for VmLabel {
 
 /// What became of one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Vm {
+pub struct Vm {
+    /// The VM.
     #[serde(flatten)]
-    pub(crate) label: VmLabel,
-    pub(crate) ending: Ending,
+    pub label: VmLabel,
+    /// How it ended.
+    pub ending: Ending,
     /// Why it was killed or refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) reason: Option<String>,
+    pub reason: Option<String>,
     faults: u64,
     fault_p50_us: u64,
     fault_p99_us: u64,
@@ -54,7 +59,7 @@ pub(crate) struct Vm {
 /// How a VM ended, for the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Ending {
+pub enum Ending {
     /// It has all of its memory, and goes on alone.
     Complete,
     /// Its process has ended.

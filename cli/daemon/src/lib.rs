@@ -1,4 +1,4 @@
-//! The daemon behind `serve`: it may be killed at any instant, and no VM gets a wrong byte or waits for
+//! The daemon behind `snaprestore serve`: it may be killed at any instant, and no VM gets a wrong byte or waits for
 //! ever.
 //!
 //! ```text
@@ -27,28 +27,40 @@
 //! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`outside`]) |
 //! | keeper, while a VM hands its memory over | that VM is killed; one that was not accepted yet is served by systemd's next keeper |
 
+#![forbid(unsafe_code)]
+
 mod asking;
 mod cgroup;
 mod child;
-pub(crate) mod config;
+pub mod config;
 mod confine;
-pub(crate) mod control;
-pub(crate) mod desk;
-pub(crate) mod guardian;
+pub mod control;
+pub mod desk;
+mod guardian;
 mod keeper;
 mod listening;
-pub(crate) mod metrics;
+pub mod log;
+mod metrics;
 mod outside;
 mod pending;
 mod queue;
 mod refusals;
 mod report;
+mod role;
 mod systemd;
 mod vms;
 mod wire;
 mod worker;
 
-pub(crate) use keeper::{Keeper, Options};
-pub(crate) use report::Vm;
-pub(crate) use wire::Door;
-pub(crate) use worker::run as run_worker;
+pub use keeper::{Console, Ended, Keeper, Options, StopRequests};
+pub use report::{Ending, Vm, VmLabel};
+pub use role::Role;
+pub use wire::Door;
+
+/// Parts that the project's own tests run by themselves; no part of the interface.
+#[doc(hidden)]
+pub mod parts {
+    pub use crate::confine::{Account, Confined, Confinement, confine_worker};
+    pub use crate::outside::{News, OWNER, Outside, UFFD};
+    pub use crate::systemd::{Given, given};
+}

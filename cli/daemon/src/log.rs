@@ -11,6 +11,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tracing::callsite::Identifier;
@@ -30,7 +31,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// How events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum LogFormat {
+pub enum LogFormat {
     /// One line an event, for people
     #[default]
     Text,
@@ -41,9 +42,15 @@ pub(crate) enum LogFormat {
 /// What was suppressed so far, of the whole process.
 static LIMITER: LazyLock<Limiter> = LazyLock::new(Limiter::default);
 
+/// Formats a number with the noun that it counts: `1 page`, `2,000 pages`.
+pub fn count(number: u64, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {noun}{plural}", HumanCount(number))
+}
+
 /// Starts to log. A daemon, which names a format, logs what an operator should know unless the
 /// variable says otherwise; other commands log only what it asks for.
-pub(crate) fn start(daemon: Option<LogFormat>) {
+pub fn start(daemon: Option<LogFormat>) {
     let wanted = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
     let wrong = |error| {
         let text = format!("snaprestore: {VARIABLE} is ignored: {error}\n");
@@ -301,6 +308,12 @@ mod tests {
         for place in limiter.lock().values_mut() {
             place.since -= WINDOW;
         }
+    }
+
+    #[test]
+    fn count_of_one_is_singular() {
+        assert_eq!(count(1, "page"), "1 page");
+        assert_eq!(count(2000, "page"), "2,000 pages");
     }
 
     #[test]

@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -52,8 +52,6 @@ use super::systemd::{self, Manager};
 use super::vms::{Dying, Vm};
 use super::wire::Door;
 use crate::log::LogFormat;
-use crate::output::Output;
-use crate::signals::Cancel;
 
 /// How often it looks at what no descriptor tells.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -68,35 +66,52 @@ const MOST_VISITORS: usize = 64;
 
 /// How the daemon goes about it.
 #[derive(Clone, Debug)]
-pub(crate) struct Options {
+pub struct Options {
     /// How long a VM may wait for a worker that does nothing.
-    pub(crate) stuck_after: Duration,
+    pub stuck_after: Duration,
     /// Decoded frames that VMs of one snapshot share, in MiB.
-    pub(crate) frame_cache: u64,
-    pub(crate) log_format: LogFormat,
-    /// Whether the worker gives up what it doesn't need, and whom it becomes.
-    pub(crate) confine: bool,
-    pub(crate) user: Option<String>,
+    pub frame_cache: u64,
+    /// The format of log lines.
+    pub log_format: LogFormat,
+    /// Whether the worker gives up what it doesn't need.
+    pub confine: bool,
+    /// The user that the confined worker becomes, by name or number.
+    pub user: Option<String>,
+}
+
+/// Where messages for people go while the log format is [`LogFormat::Text`].
+pub trait Console {
+    /// Shows what is going on.
+    fn say(&self, message: &dyn Display);
+    /// Shows what went wrong.
+    fn error(&self, message: &dyn Display);
+}
+
+/// Requests to stop, as a process gets them by signals. The descriptor is readable once there is one.
+pub trait StopRequests: AsFd {
+    /// How many there were: after the first the VMs are completed, after the second killed.
+    fn count(&self) -> u32;
 }
 
 /// What became of all VMs.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub struct Ended {
     /// The first of them.
-    pub(crate) vms: Vec<Report>,
+    pub vms: Vec<Report>,
     /// How many there were.
-    pub(crate) count: u64,
+    pub count: u64,
     /// VMs that were killed after the daemon was asked to stop, and so before they had all of their memory.
-    pub(crate) incomplete: u64,
+    pub incomplete: u64,
     /// Workers that took over from one that had died.
-    pub(crate) worker_restarts: u64,
+    pub worker_restarts: u64,
 }
 
 /// The keeper.
-pub(crate) struct Keeper {
+pub struct Keeper {
     options: Options,
-    output: Output,
-    cancel: Cancel,
+    /// Messages are logged if there is none.
+    console: Option<Box<dyn Console>>,
+    stop_requests: Box<dyn StopRequests>,
     program: OsString,
     worker: Worker,
     undead: Vec<Undead>,
@@ -154,17 +169,20 @@ enum Token {
 
 impl Keeper {
     /// Starts the worker.
-    pub(crate) fn new(options: Options, output: Output, cancel: &Cancel) -> Result<Self> {
+    pub fn new(
+        options: Options,
+        console: Option<Box<dyn Console>>,
+        stop_requests: Box<dyn StopRequests>,
+    ) -> Result<Self> {
         raise_descriptor_limit();
-        cancel.count_signals();
         let program = OsString::from("/proc/self/exe");
         let given = systemd::given();
         let outside = Outside::find(Path::new(&program), &given);
         let worker = Worker::start(&program, 0, &options)?;
         let mut keeper = Self {
             options,
-            output,
-            cancel: cancel.clone(),
+            console,
+            stop_requests,
             program,
             worker,
             undead: Vec::new(),
@@ -198,7 +216,7 @@ impl Keeper {
     }
 
     /// Serves until asked to stop, and every VM has ended or was let go.
-    pub(crate) fn run(mut self) -> Result<Ended> {
+    pub fn run(mut self) -> Result<Ended> {
         tell_manager("READY=1");
         self.end_inherited();
         let mut outcome = Ok(());
@@ -258,7 +276,7 @@ impl Keeper {
                 Token::Outside => self.hear_outside(),
             }
         }
-        if self.cancel.requested() {
+        if self.stop_requests.count() > 0 {
             self.stop();
         }
         for at in (0..self.pending.len()).rev() {
@@ -266,7 +284,7 @@ impl Keeper {
                 self.refuse(at, &error);
             }
         }
-        if self.stopping == Stopping::Drains && self.cancel.signals() > 1 {
+        if self.stopping == Stopping::Drains && self.stop_requests.count() > 1 {
             self.kill_all("asked twice to stop");
             self.stopping = Stopping::Kills;
         }
@@ -282,7 +300,7 @@ impl Keeper {
 
     fn tokens(&self) -> Vec<Token> {
         let mut tokens = vec![Token::Death, Token::Wire, Token::Outside];
-        if !self.cancel.requested() {
+        if self.stop_requests.count() == 0 {
             tokens.push(Token::Signal);
         }
         if self.successor.is_some() {
@@ -315,7 +333,7 @@ impl Keeper {
         };
         for token in tokens {
             match *token {
-                Token::Signal => add(self.cancel.as_fd(), *token),
+                Token::Signal => add(self.stop_requests.as_fd(), *token),
                 Token::Wire => add(self.worker.wire.as_fd(), *token),
                 Token::Death => add(self.worker.pidfd(), *token),
                 Token::Succession => {
@@ -425,10 +443,10 @@ impl Keeper {
         if !self.refusals.is_shown() {
             return;
         }
-        match self.options.log_format {
-            LogFormat::Text => self.output.error(format_args!("{label}: {what}")),
+        match &self.console {
+            Some(console) => console.error(&format_args!("{label}: {what}")),
             // A place of its own: these keep nothing else from being logged.
-            LogFormat::Json => label.span().in_scope(|| tracing::error!("{what}")),
+            None => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
 
@@ -443,33 +461,33 @@ impl Keeper {
 
     /// What goes on.
     fn say(&self, what: impl Display) {
-        match self.options.log_format {
-            LogFormat::Text => self.output.say(what),
-            LogFormat::Json => tracing::info!("{what}"),
+        match &self.console {
+            Some(console) => console.say(&what),
+            None => tracing::info!("{what}"),
         }
     }
 
     /// Logs `what` happens to a VM.
     fn say_of(&self, label: &VmLabel, what: impl Display) {
-        match self.options.log_format {
-            LogFormat::Text => self.output.say(format_args!("{label}: {what}")),
-            LogFormat::Json => label.span().in_scope(|| tracing::info!("{what}")),
+        match &self.console {
+            Some(console) => console.say(&format_args!("{label}: {what}")),
+            None => label.span().in_scope(|| tracing::info!("{what}")),
         }
     }
 
     /// What went wrong with a VM.
     fn complain_of(&self, label: &VmLabel, what: impl Display) {
-        match self.options.log_format {
-            LogFormat::Text => self.output.error(format_args!("{label}: {what}")),
-            LogFormat::Json => label.span().in_scope(|| tracing::error!("{what}")),
+        match &self.console {
+            Some(console) => console.error(&format_args!("{label}: {what}")),
+            None => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
 
     /// What went wrong.
     fn complain(&self, what: impl Display) {
-        match self.options.log_format {
-            LogFormat::Text => self.output.error(what),
-            LogFormat::Json => tracing::error!("{what}"),
+        match &self.console {
+            Some(console) => console.error(&what),
+            None => tracing::error!("{what}"),
         }
     }
 }

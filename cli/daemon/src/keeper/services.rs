@@ -14,15 +14,15 @@ use snaprestore_uffd::uffd::Closing;
 
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
-use crate::daemon::config::{MetricsAddress, Service};
-use crate::daemon::desk::Refused;
-use crate::daemon::listening::Listening;
-use crate::daemon::pending::{self, Pending};
-use crate::daemon::report::{Ending, Vm as Report};
-use crate::daemon::vms::{Dying, Vm};
-use crate::daemon::wire::{Door, Endings};
-use crate::input;
-use crate::names;
+use crate::config::{MetricsAddress, Service};
+use crate::desk::Refused;
+use crate::listening::Listening;
+use crate::pending::{self, Pending};
+use crate::report::{Ending, Vm as Report};
+use crate::vms::{Dying, Vm};
+use crate::wire::{Door, Endings};
+use snapshot_format::names::escape_path;
+use snapshot_format::{FileStore, Snapshot};
 
 /// VMs and handshakes of one process, where one is usual: the rest of what can be had is for others.
 const MOST_OF_A_PROCESS: usize = 16;
@@ -67,7 +67,7 @@ pub(super) struct Opening {
 
 impl Keeper {
     /// Lets visitors in.
-    pub(crate) fn open(&mut self, door: Door, address: &MetricsAddress) -> Result<()> {
+    pub fn open(&mut self, door: Door, address: &MetricsAddress) -> Result<()> {
         let listening = match (door, address) {
             (Door::Control, MetricsAddress::Socket(path)) => Listening::private(path)?,
             _ => Listening::metrics(address)?,
@@ -77,7 +77,7 @@ impl Keeper {
     }
 
     /// Listens for the VMs of a service from now on.
-    pub(crate) fn add(&mut self, service: Service) -> Result<()> {
+    pub fn add(&mut self, service: Service) -> Result<()> {
         self.may_be_added(&service)?;
         let patience = self.options.stuck_after;
         let opened = begin_to_open(&service.snapshot)?;
@@ -119,7 +119,7 @@ impl Keeper {
 
     fn may_be_added(&self, service: &Service) -> Result<()> {
         for open in self.services.values().filter(|open| !open.removed) {
-            let (other, path) = (&open.service, names::path(&service.socket));
+            let (other, path) = (&open.service, escape_path(&service.socket));
             if other.name == service.name {
                 bail!("there is a service {:?} already", service.name);
             }
@@ -138,8 +138,8 @@ impl Keeper {
         self.next.0 += 1;
         self.say(format_args!(
             "serving {} at {}",
-            names::path(&service.snapshot),
-            names::path(&service.socket)
+            escape_path(&service.snapshot),
+            escape_path(&service.socket)
         ));
         let held_as = format!("file-{}-{key}", std::process::id());
         let fds = [("snapshot", file.as_fd())];
@@ -396,10 +396,9 @@ impl Keeper {
 /// and not VM by VM.
 fn begin_to_open(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
     let open = |path: &Path| -> Result<OwnedFd> {
-        drop(input::open(path)?);
-        let store = input::store(path)?;
-        let file = store.file().try_clone().context("a snapshot's file")?;
-        Ok(file.into())
+        drop(Snapshot::open_path(path)?);
+        let store = FileStore::open(path).with_context(|| escape_path(path))?;
+        Ok(store.into_file().into())
     };
     let (sender, opened) = channel();
     let path = path.to_owned();
@@ -409,7 +408,7 @@ fn begin_to_open(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
 }
 
 fn silent(path: &Path, patience: Duration) -> anyhow::Error {
-    let path = names::path(path);
+    let path = escape_path(path);
     anyhow!("{path}: can't be read: nothing came for {patience:?}")
 }
 

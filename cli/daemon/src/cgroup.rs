@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// Moves this process out of the cgroup that it is in: to its parent, else to the root, else to a new
 /// one beside it. Done if it is in a root already, which can't be killed from within.
@@ -27,7 +27,7 @@ pub(super) fn leave() -> io::Result<()> {
             let place = root.join(path.trim_start_matches('/'));
             result = Err(io::Error::new(
                 error.kind(),
-                format!("{}: {error}", names::path(&place)),
+                format!("{}: {error}", escape_path(&place)),
             ));
         }
     }

@@ -105,15 +105,15 @@ pub(super) fn store_size() -> usize {
 
 /// What the manager gave this process at its start.
 #[derive(Debug, Default)]
-pub(crate) struct Given {
+pub struct Given {
     /// What an earlier run of this service had held, by id, each with its role.
-    pub(crate) held: BTreeMap<String, Vec<(String, OwnedFd)>>,
+    pub held: BTreeMap<String, Vec<(String, OwnedFd)>>,
     /// Everything else, by name: listening sockets of a socket unit.
-    pub(crate) others: Vec<(String, OwnedFd)>,
+    pub others: Vec<(String, OwnedFd)>,
 }
 
 /// Takes what the manager gave this process; a second call finds nothing.
-pub(crate) fn given() -> Given {
+pub fn given() -> Given {
     let number = |name| {
         env::var(name)
             .ok()

@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -26,10 +26,10 @@ use snaprestore_uffd::os::credentials_of;
 
 use super::config::Service;
 use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// Where the control socket is, unless somebody says otherwise.
-pub(crate) const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
+pub const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
 
 /// The longest request: a service with paths and some thousand users.
 const LONGEST_REQUEST: usize = 64 << 10;
@@ -41,14 +41,20 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What can be asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
-pub(crate) enum Request {
+pub enum Request {
+    /// Serves one more snapshot.
     Add {
+        /// The service.
         service: Service,
     },
+    /// Takes no more VMs for a service.
     Remove {
+        /// The name of the service.
         name: String,
     },
+    /// Lists services and VMs; the answer is a [`List`].
     List {},
+    /// Asks for the statistics of VMs; the answer is a list of [`VmStats`].
     Stats {
         /// One VM; without it, all.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -57,15 +63,20 @@ pub(crate) enum Request {
         #[serde(default)]
         buckets: bool,
     },
-    /// Of one VM or of all, and never of all by oversight.
+    /// Installs what one VM misses, or all, and lets them go; the answer is a list of [`Completed`].
     Complete {
+        /// One VM.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         vm: Option<VmId>,
+        /// All of them, and never by oversight.
         #[serde(default)]
         all: bool,
     },
+    /// Completes all VMs and ends the daemon; the answer is a list of [`Completed`].
     Drain {},
+    /// Goes on with another program file; the answer is an [`Upgraded`].
     Upgrade {
+        /// The program; without it, the file that the daemon was started from.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         program: Option<PathBuf>,
     },
@@ -106,7 +117,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
         listen(&socket, Backlog::new(128)?)?;
         Ok(socket.into())
     };
-    make().with_context(|| format!("{}: can't be listened on", names::path(path)))
+    make().with_context(|| format!("{}: can't be listened on", escape_path(path)))
 }
 
 /// Answers whoever has connected to the control socket of a daemon of user `own`, until they have no more to
@@ -276,29 +287,58 @@ impl<'a> Lines<'a> {
     }
 }
 
+/// Why a daemon can't be controlled.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// There is no such socket.
+    #[error(
+        "{socket}: no daemon is there: start `snaprestore serve --control {socket}`, or name its socket by --control \
+         or SNAPRESTORE_CONTROL"
+    )]
+    NoDaemon {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Nothing listens at the socket.
+    #[error("{socket}: the daemon that made this socket has ended, or it is no control socket")]
+    Ended {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Another user runs the daemon.
+    #[error("{socket}: only the user of the daemon and root may connect")]
+    NotPermitted {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Any other reason.
+    #[error("{socket}: can't be connected to")]
+    Failed {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
 /// The daemon, as one that asks it sees it.
-pub(crate) struct Client {
+pub struct Client {
     stream: UnixStream,
     path: PathBuf,
 }
 
 impl Client {
     /// Connects to the daemon whose control socket is at `path`.
-    pub(crate) fn connect(path: &Path) -> Result<Self> {
-        let name = names::path(path);
-        let stream = UnixStream::connect(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => anyhow!(
-                "{name}: no daemon is there: start `snaprestore serve --control {name}`, or name \
-                 its socket by --control or SNAPRESTORE_CONTROL"
-            ),
-            io::ErrorKind::ConnectionRefused => anyhow!(
-                "{name}: the daemon that made this socket has ended, or it is no control socket"
-            ),
-            io::ErrorKind::PermissionDenied => crate::exit::Refusal::NotPermitted(format!(
-                "{name}: only the user of the daemon and root may connect"
-            ))
-            .into(),
-            _ => anyhow::Error::new(error).context(format!("{name}: can't be connected to")),
+    pub fn connect(path: &Path) -> Result<Self, ConnectError> {
+        let stream = UnixStream::connect(path).map_err(|source| {
+            let socket = escape_path(path);
+            match source.kind() {
+                io::ErrorKind::NotFound => ConnectError::NoDaemon { socket },
+                io::ErrorKind::ConnectionRefused => ConnectError::Ended { socket },
+                io::ErrorKind::PermissionDenied => ConnectError::NotPermitted { socket },
+                _ => ConnectError::Failed { socket, source },
+            }
         })?;
         Ok(Self {
             stream,
@@ -307,8 +347,8 @@ impl Client {
     }
 
     /// Sends a request.
-    pub(crate) fn ask(&self, request: &Request) -> Result<()> {
-        let name = names::path(&self.path);
+    pub fn ask(&self, request: &Request) -> Result<()> {
+        let name = escape_path(&self.path);
         match send(&self.stream, request) {
             // It may have said why before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -317,8 +357,8 @@ impl Client {
     }
 
     /// Waits for the reply: of what takes as long as it takes, without a limit.
-    pub(crate) fn hear<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
-        let name = names::path(&self.path);
+    pub fn hear<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
+        let name = escape_path(&self.path);
         let until = (!unlimited).then(|| Instant::now() + PATIENCE);
         let mut lines = Lines::new(&self.stream, LONGEST_REPLY);
         let line = lines.next(until);

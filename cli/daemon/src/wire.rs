@@ -82,7 +82,7 @@ pub(super) enum ToWorker {
 
 /// Where somebody can come in who is no VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Door {
+pub enum Door {
     /// The control socket.
     Control,
     /// Where metrics are read.

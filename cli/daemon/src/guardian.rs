@@ -29,7 +29,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -45,7 +45,7 @@ use snaprestore_uffd::os::{Received, kill_by_pidfd, pid_of, receive, take_inheri
 
 use super::outside::News;
 use super::{cgroup, queue, systemd};
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// The hidden command, and the option of the process that stays.
 pub(crate) const COMMAND: &str = "guardian";
@@ -88,7 +88,7 @@ impl Guardian {
         if !status.success() {
             return Err(io::Error::other(format!(
                 "{}: {status}",
-                names::path(program)
+                escape_path(program)
             )));
         }
         let mut guardian = Self {
@@ -220,14 +220,14 @@ fn send(
 }
 
 /// The hidden command `guardian`. The process that the keeper starts only starts another, which nobody has to
-/// wait for and no group of the keeper's contains. False if it could not begin.
-pub(crate) fn run(stays: bool) -> bool {
+/// wait for and no group of the keeper's contains.
+pub(crate) fn run(stays: bool) -> ExitCode {
     let result = if stays { stay() } else { start_again() };
     match result {
-        Ok(()) => true,
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log(&format!("could not begin: {error}"));
-            false
+            ExitCode::FAILURE
         }
     }
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Keeper, Stopping, Token};
-use crate::daemon::child::{Death, Worker};
-use crate::daemon::desk::{self, Upgraded};
-use crate::daemon::report::Ending;
-use crate::daemon::wire::{Door, Facts, FromWorker, Request, ToWorker};
-use crate::output::count;
+use crate::child::{Death, Worker};
+use crate::desk::{self, Upgraded};
+use crate::log::count;
+use crate::report::Ending;
+use crate::wire::{Door, Facts, FromWorker, Request, ToWorker};
 
 /// The daemon gives up when at least so many workers in a row have ended before they were ready, or at once afterwards,
 const MOST_STILLBORN: u32 = 20;

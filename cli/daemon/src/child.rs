@@ -15,7 +15,7 @@ use snaprestore_uffd::os::open_pidfd;
 use super::keeper::Options;
 use super::systemd;
 use super::wire::Wire;
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// A worker.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Worker {
         let child = command.spawn().with_context(|| {
             format!(
                 "{}: can't be started as a worker",
-                names::path(program.as_ref())
+                escape_path(program.as_ref())
             )
         })?;
         let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;

@@ -41,7 +41,7 @@ use snaprestore_engine::pager::SYSTEM_CALLS;
 use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
 use snaprestore_uffd::uffd::abi;
 
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// The newest kind of Landlock that this was tested with. Less is taken where the kernel has less.
 const LANDLOCK: ABI = ABI::V7;
@@ -132,23 +132,23 @@ const NEVER: &[&str] = &[
 
 /// How far a worker is to be confined.
 #[derive(Debug, Default)]
-pub(crate) struct Confinement {
+pub struct Confinement {
     /// Files, and folders with all that is in them, that may be opened, and read.
-    pub(crate) readable: Vec<PathBuf>,
+    pub readable: Vec<PathBuf>,
     /// Whom it becomes.
-    pub(crate) account: Option<Account>,
+    pub account: Option<Account>,
 }
 
 /// A user to become.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Account {
+pub struct Account {
     uid: Uid,
     gid: Gid,
 }
 
 impl Account {
     /// The user of this name, or of this number.
-    pub(crate) fn find(name: &str) -> Result<Self> {
+    pub fn find(name: &str) -> Result<Self> {
         let user = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
             Err(_) => User::from_name(name),
@@ -162,11 +162,11 @@ impl Account {
 
 /// What was achieved.
 #[derive(Debug)]
-pub(crate) struct Confined {
+pub struct Confined {
     /// The kind of Landlock in force: its number in the kernel.
-    pub(crate) landlock: Option<u32>,
+    pub landlock: Option<u32>,
     /// What the operator should know.
-    pub(crate) warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Has this process killed when the keeper ends: whoever serves while the keeper's successor has another
@@ -176,7 +176,7 @@ pub(crate) fn end_with_keeper() -> Result<()> {
 }
 
 /// Confines this process. It must have no other thread yet.
-pub(crate) fn confine_worker(wanted: &Confinement) -> Result<Confined> {
+pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     // Where /proc is not to be seen the caller has to be right.
     let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads != 1 {
@@ -237,7 +237,7 @@ fn become_user(account: Option<Account>) -> Result<()> {
 
 fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
     for path in readable {
-        fs::metadata(path).with_context(|| names::path(path))?;
+        fs::metadata(path).with_context(|| escape_path(path))?;
     }
     let restrict = || -> Result<_, landlock::RulesetError> {
         Ruleset::default()

@@ -11,10 +11,10 @@ use anyhow::{Context as _, Result, bail};
 
 use super::Keeper;
 use super::workers::{LAST_WORDS, Outgoing};
-use crate::daemon::child::Worker;
-use crate::daemon::desk::Upgraded;
-use crate::daemon::wire::FromWorker;
-use crate::names;
+use crate::child::Worker;
+use crate::desk::Upgraded;
+use crate::wire::FromWorker;
+use snapshot_format::names::escape_path;
 
 /// How long a program that is to take over may need until it is ready.
 const SUCCESSION: Duration = Duration::from_secs(20);
@@ -76,7 +76,7 @@ impl Keeper {
 
     pub(super) fn give_up_upgrade(&mut self, why: &str) {
         if let Some(successor) = self.successor.take() {
-            let program = names::path(successor.program.as_ref());
+            let program = escape_path(successor.program.as_ref());
             let answer = Err(format!(
                 "{program}: can't take over: {why}; all goes on as before"
             ));

@@ -18,7 +18,7 @@ use nix::sys::socket::{
 use super::config::MetricsAddress;
 use super::control;
 use super::queue::{self, Queued};
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// How long the guardian of a keeper that has died may have its sockets.
 const LETTING_GO: Duration = Duration::from_secs(2);
@@ -59,13 +59,13 @@ impl Listening {
             } else {
                 ""
             };
-            format!("{}: can't be listened on{hint}", names::path(path))
+            format!("{}: can't be listened on{hint}", escape_path(path))
         })?;
         // Removes the socket again if it can't be shared as wanted.
         let listening = Self::unix(socket.into(), path)?;
         share()?;
         listen(&listening, Backlog::MAXCONN)
-            .with_context(|| format!("{}: can't be listened on", names::path(path)))?;
+            .with_context(|| format!("{}: can't be listened on", escape_path(path)))?;
         Ok(listening)
     }
 
@@ -202,7 +202,7 @@ fn make_room(path: &Path) -> Result<()> {
                     bail!(
                         "{}: can't be listened on, for a file that is no socket lies there; name another path, \
                          or remove it",
-                        names::path(path)
+                        escape_path(path)
                     );
                 }
                 let _ = remove_file(path);
@@ -210,7 +210,7 @@ fn make_room(path: &Path) -> Result<()> {
             }
             Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
             _ if began.elapsed() >= LETTING_GO => {
-                bail!("{}: another process serves there", names::path(path))
+                bail!("{}: another process serves there", escape_path(path))
             }
             _ => std::thread::sleep(LETTING_GO / 100),
         }

@@ -1,7 +1,7 @@
 //! What is scraped.
 
 use super::*;
-use crate::daemon::desk::{FaultKinds, Pages, Sources, Vm};
+use crate::desk::{FaultKinds, Pages, Sources, Vm};
 
 fn vm(service: &str, state: VmState) -> VmStats {
     VmStats {
@@ -152,7 +152,7 @@ fn the_cache_of_frames_is_told_about() {
 #[test]
 fn the_documentation_has_the_names() {
     let text = Book::default().render(&[], &daemon());
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operations.md");
     let page = std::fs::read_to_string(path).unwrap();
     let scraped = text.lines().filter_map(|line| {
         let mut words = line.strip_prefix("# TYPE ")?.split(' ');

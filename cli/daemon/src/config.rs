@@ -21,12 +21,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use clap::ValueEnum;
 use nix::unistd::Group;
 use serde::{Deserialize, Serialize};
 use snapshot_format::FileStore;
 
-use crate::args::{OnError, Prefetch, RETRY_TIMEOUT};
-use crate::names;
+use snapshot_format::names::escape_path;
 
 /// The longest file of `--config`: room for ten thousand services.
 const MOST_BYTES: u64 = 4 << 20;
@@ -41,35 +41,65 @@ const PATIENCE: std::ops::RangeInclusive<u64> = 1..=3600;
 /// The values that `--retry-timeout` takes.
 const RETRY_TIMEOUTS: std::ops::RangeInclusive<u64> = 0..=3600;
 
+/// The default of `retry_timeout`, in seconds.
+pub const RETRY_TIMEOUT: u64 = 5;
+
 /// A snapshot that is served at a socket, under a name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Service {
-    pub(crate) name: String,
-    pub(crate) snapshot: PathBuf,
-    pub(crate) socket: PathBuf,
+pub struct Service {
+    /// Its name: letters, digits, dots, dashes and underscores.
+    pub name: String,
+    /// The absolute path of the snapshot.
+    pub snapshot: PathBuf,
+    /// The absolute path of the socket to make, at which VMs connect.
+    pub socket: PathBuf,
+    /// Pages that are fetched before they are touched.
     #[serde(default = "default_prefetch")]
-    pub(crate) prefetch: Prefetch,
+    pub prefetch: Prefetch,
+    /// The consequence for a VM that waits for a page which can't be restored.
     #[serde(default = "default_on_error")]
-    pub(crate) on_error: OnError,
+    pub on_error: OnError,
     /// Users whose processes are served; none named: every user who may connect.
     #[serde(default)]
-    pub(crate) allow_uid: Vec<u32>,
+    pub allow_uid: Vec<u32>,
     /// Threads that serve the faults of one VM.
     #[serde(default = "default_threads")]
-    pub(crate) threads: usize,
+    pub threads: usize,
     /// Seconds that a VMM that has connected may take to hand its memory over.
     #[serde(default = "default_patience")]
-    pub(crate) patience: u64,
+    pub patience: u64,
     /// Seconds that a page that can't be read is read again, before `on_error` decides.
     #[serde(default = "default_retry_timeout")]
-    pub(crate) retry_timeout: u64,
+    pub retry_timeout: u64,
     /// The permission bits of the socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) socket_mode: Option<SocketMode>,
+    pub socket_mode: Option<SocketMode>,
     /// The group of the socket, by name or number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) socket_group: Option<String>,
+    pub socket_group: Option<String>,
+}
+
+/// Pages that are fetched before they are touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefetch {
+    /// Nothing
+    Off,
+    /// The recorded working sets, in their order; nothing if the snapshot has none
+    WorkingSet,
+    /// Working sets, then everything else
+    All,
+}
+
+/// The consequence for a VM that waits for a page which can't be restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The VM's process is killed
+    Kill,
+    /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
+    Poison,
 }
 
 fn group_number(group: &str) -> Result<u32> {
@@ -84,7 +114,7 @@ fn group_number(group: &str) -> Result<u32> {
 /// The permission bits of a socket, written in octal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub(crate) struct SocketMode(u32);
+pub struct SocketMode(u32);
 
 impl FromStr for SocketMode {
     type Err = String;
@@ -140,7 +170,7 @@ impl Service {
     /// Gives its socket the permissions that were asked for; the umask and the user of the daemon have decided the others.
     pub(crate) fn share_socket(&self) -> Result<()> {
         let socket = &self.socket;
-        let name = names::path(socket);
+        let name = escape_path(socket);
         if let Some(group) = &self.socket_group {
             let number = group_number(group)?;
             lchown(socket, None, Some(number)).with_context(|| {
@@ -158,7 +188,7 @@ impl Service {
     }
 
     /// What is wrong with it, and what would be right.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let name = &self.name;
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(good) {
@@ -192,7 +222,7 @@ fn absolute(what: &str, path: &Path) -> Result<()> {
         bail!("{what} is empty: it must be a path");
     }
     if !path.is_absolute() {
-        bail!("{what} = {}: the path must begin with /", names::path(path));
+        bail!("{what} = {}: the path must begin with /", escape_path(path));
     }
     Ok(())
 }
@@ -204,7 +234,7 @@ fn check_socket(what: &str, path: &Path) -> Result<()> {
     if len > LONGEST_SOCKET {
         bail!(
             "{what} = {}: a socket's path has at most {LONGEST_SOCKET} bytes, and this one {len}",
-            names::path(path)
+            escape_path(path)
         );
     }
     Ok(())
@@ -213,8 +243,10 @@ fn check_socket(what: &str, path: &Path) -> Result<()> {
 /// Where metrics are read: a Unix socket, or an address that only this machine reaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub(crate) enum MetricsAddress {
+pub enum MetricsAddress {
+    /// A Unix socket to make, by its path.
     Socket(PathBuf),
+    /// An address of the loopback interface.
     Loopback(SocketAddr),
 }
 
@@ -263,19 +295,22 @@ impl From<MetricsAddress> for String {
 /// A file of `serve --config`, checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Config {
+pub struct Config {
+    /// The path of the control socket to make.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) control: Option<PathBuf>,
+    pub control: Option<PathBuf>,
+    /// The place where metrics are read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) metrics: Option<MetricsAddress>,
+    pub metrics: Option<MetricsAddress>,
+    /// The services.
     #[serde(default, rename = "service")]
-    pub(crate) services: Vec<Service>,
+    pub services: Vec<Service>,
 }
 
 impl Config {
     /// Reads and checks a file. Relative paths in it are meant from the file's folder.
-    pub(crate) fn load(file: &Path) -> Result<Self> {
-        let name = names::path(file);
+    pub fn load(file: &Path) -> Result<Self> {
+        let name = escape_path(file);
         let text = read(file).with_context(|| format!("{name}: can't be read"))?;
         let folder = std::path::absolute(file).with_context(|| format!("{name}"))?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
@@ -304,7 +339,7 @@ impl Config {
     }
 
     /// Whether all of it can be served together.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let mut names = BTreeSet::new();
         let mut sockets = BTreeSet::new();
         if let Some(control) = &self.control {
@@ -316,7 +351,7 @@ impl Config {
             if !sockets.insert(path) {
                 bail!(
                     "metrics = {}: control has that socket already",
-                    names::path(path)
+                    escape_path(path)
                 );
             }
         }
@@ -332,7 +367,7 @@ impl Config {
                 bail!(
                     "service {:?}: socket = {} is used above: give each its own socket",
                     service.name,
-                    names::path(&service.socket)
+                    escape_path(&service.socket)
                 );
             }
         }

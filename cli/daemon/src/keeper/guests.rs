@@ -9,13 +9,13 @@ use snaprestore_engine::pager::AttachError;
 use super::services::Open;
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
-use crate::daemon::config::Service;
-use crate::daemon::listening::Listening;
-use crate::daemon::outside::{News, OWNER, Outside, Pace};
-use crate::daemon::report::{Ending, Vm as Report, VmLabel};
-use crate::daemon::systemd;
-use crate::daemon::vms::{Dying, Held, Vm, held_as};
-use crate::daemon::wire::Endings;
+use crate::config::Service;
+use crate::listening::Listening;
+use crate::outside::{News, OWNER, Outside, Pace};
+use crate::report::{Ending, Vm as Report, VmLabel};
+use crate::systemd;
+use crate::vms::{Dying, Held, Vm, held_as};
+use crate::wire::Endings;
 
 impl Keeper {
     /// Takes back what a keeper that has died had held. Its worker died with it, or before this was started.

@@ -18,10 +18,10 @@ use std::mem;
 use anyhow::Result;
 
 use super::{Keeper, Stopping};
-use crate::daemon::child::{Death, Worker};
-use crate::daemon::report::Ending;
-use crate::daemon::vms::Vm;
-use crate::names;
+use crate::child::{Death, Worker};
+use crate::report::Ending;
+use crate::vms::Vm;
+use snapshot_format::names::escape_path;
 
 /// A worker that was killed and doesn't end.
 #[derive(Debug)]
@@ -134,7 +134,7 @@ impl Keeper {
     fn snapshots(&self, services: &BTreeSet<u64>) -> String {
         let known = services.iter().filter_map(|key| self.services.get(key));
         let paths: BTreeSet<_> = known
-            .map(|open| names::path(&open.service.snapshot))
+            .map(|open| escape_path(&open.service.snapshot))
             .collect();
         let paths: Vec<_> = paths.into_iter().collect();
         if paths.is_empty() {

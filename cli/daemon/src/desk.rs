@@ -11,7 +11,7 @@ use super::config::Service;
 
 /// The number of a VM: one session of a service. Counted through the whole daemon from 1, and never
 /// given again.
-pub(crate) type VmId = u64;
+pub type VmId = u64;
 
 /// Why the daemon doesn't do what it was asked for, in words for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -69,48 +69,54 @@ pub(crate) enum Which {
 
 /// What is served.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct List {
+pub struct List {
     /// The program that answers.
-    pub(crate) version: String,
+    pub version: String,
     /// Its process.
-    pub(crate) pid: u32,
+    pub pid: u32,
     /// How often another one took over from a worker that had ended.
-    pub(crate) worker_restarts: u64,
+    pub worker_restarts: u64,
     /// Whether it takes no more VMs.
-    pub(crate) draining: bool,
-    pub(crate) services: Vec<Listed>,
+    pub draining: bool,
+    /// The services.
+    pub services: Vec<Listed>,
     /// Those that are served and the last that have ended, by their numbers.
-    pub(crate) vms: Vec<Vm>,
+    pub vms: Vec<Vm>,
 }
 
 /// A service and its VMs, counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Listed {
-    pub(crate) service: Service,
+pub struct Listed {
+    /// The service.
+    pub service: Service,
     /// VMs that are served now.
-    pub(crate) serving: u64,
+    pub serving: u64,
     /// VMs that have ended, in whatever way.
-    pub(crate) ended: u64,
+    pub ended: u64,
 }
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Vm {
-    pub(crate) id: VmId,
-    pub(crate) service: String,
-    pub(crate) pid: u32,
-    pub(crate) state: VmState,
+pub struct Vm {
+    /// Its number.
+    pub id: VmId,
+    /// The name of its service.
+    pub service: String,
+    /// Its process.
+    pub pid: u32,
+    /// How far it is.
+    pub state: VmState,
     /// Why it was killed or refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) reason: Option<String>,
+    pub reason: Option<String>,
     /// Since it connected.
-    pub(crate) age_ms: u64,
+    pub age_ms: u64,
 }
 
 /// How far a VM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum VmState {
+pub enum VmState {
     /// It has connected and has not handed its memory over yet.
     Connecting,
     /// Its pages come when they are touched, or before.
@@ -144,7 +150,7 @@ impl VmState {
     }
 
     /// As it is written in JSON and metrics.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Connecting => "connecting",
             Self::Serving => "serving",
@@ -159,118 +165,128 @@ impl VmState {
 
 /// What became of a VM that was to be completed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Completed {
-    pub(crate) vm: VmId,
+pub struct Completed {
+    /// The VM.
+    pub vm: VmId,
     /// Whether it has all its memory and was let go, or ended by itself meanwhile.
-    pub(crate) done: bool,
+    pub done: bool,
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) reason: Option<String>,
+    pub reason: Option<String>,
 }
 
 /// Who answers from now on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Upgraded {
-    pub(crate) from: String,
-    pub(crate) to: String,
+pub struct Upgraded {
+    /// The version of the program that has answered so far.
+    pub from: String,
+    /// The version of the one that does from now on.
+    pub to: String,
 }
 
 /// What a VM's session has done. The counters begin at 0 again when a new worker takes it over.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct VmStats {
+pub struct VmStats {
+    /// The VM.
     #[serde(flatten)]
-    pub(crate) vm: Vm,
+    pub vm: Vm,
+    /// Its numbers.
     #[serde(flatten)]
-    pub(crate) session: SessionStats,
+    pub session: SessionStats,
 }
 
 /// The numbers of a session.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct SessionStats {
+pub struct SessionStats {
     /// Pages of its memory, of 4 KiB.
-    pub(crate) pages: u64,
+    pub pages: u64,
     /// Pages that are neither there nor discarded nor poisoned yet.
-    pub(crate) missing: u64,
+    pub missing: u64,
     /// Faults read.
-    pub(crate) faults: u64,
+    pub faults: u64,
     /// By what they met.
-    pub(crate) fault_kinds: FaultKinds,
+    pub fault_kinds: FaultKinds,
     /// From reading a fault to its answer.
-    pub(crate) fault_us: Times,
+    pub fault_us: Times,
     /// The same, by where the content came from.
-    pub(crate) sources: Sources,
+    pub sources: Sources,
     /// Pages that faults brought in.
-    pub(crate) demand: Pages,
+    pub demand: Pages,
     /// Pages that prefetch brought in.
-    pub(crate) prefetch: Pages,
-    pub(crate) poisoned: u64,
+    pub prefetch: Pages,
+    /// Pages poisoned because they could not be restored.
+    pub poisoned: u64,
     /// Discards, unmappings and moves.
-    pub(crate) discards: u64,
+    pub discards: u64,
     /// Installs that had to be repeated because the mappings were changing.
-    pub(crate) retries: u64,
+    pub retries: u64,
     /// Installs that were given up for want of memory, by where it was to come from.
     #[serde(default)]
-    pub(crate) shortages: Shortages,
-    pub(crate) bytes_read: u64,
-    pub(crate) bytes_decoded: u64,
+    pub shortages: Shortages,
+    /// Bytes of frames read from the snapshot.
+    pub bytes_read: u64,
+    /// Bytes decoded from frames.
+    pub bytes_decoded: u64,
     /// Failures to have a page, for whatever reason it was wanted.
-    pub(crate) failures: u64,
+    pub failures: u64,
 }
 
 /// Installs that were given up for want of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Shortages {
+pub struct Shortages {
     /// Shortages of the machine's or the VM's cgroup's memory.
-    pub(crate) memory: u64,
+    pub memory: u64,
     /// Shortages of the pool of 2 MiB pages.
     #[serde(rename = "hugepages-2048kB")]
-    pub(crate) huge_pages: u64,
+    pub huge_pages: u64,
 }
 
 /// Faults, by what they met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FaultKinds {
+pub struct FaultKinds {
     /// A page that a frame holds.
-    pub(crate) stored: u64,
+    pub stored: u64,
     /// A page that repeats one word.
-    pub(crate) fill: u64,
+    pub fill: u64,
     /// A page that its owner has discarded.
-    pub(crate) removed: u64,
+    pub removed: u64,
     /// A page that was there by then.
-    pub(crate) present: u64,
+    pub present: u64,
     /// A page that is poisoned.
-    pub(crate) poisoned: u64,
+    pub poisoned: u64,
     /// No page of the memory that was handed over.
-    pub(crate) outside: u64,
+    pub outside: u64,
 }
 
 /// How long faults took, by where the content came from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Sources {
+pub struct Sources {
     /// No content was needed but a repeated word.
-    pub(crate) fill: Times,
+    pub fill: Times,
     /// A frame was read and decoded.
-    pub(crate) read: Times,
+    pub read: Times,
     /// The frame was decoded already.
-    pub(crate) cached: Times,
+    pub cached: Times,
     /// Another thread was bringing it.
-    pub(crate) waited: Times,
+    pub waited: Times,
     /// Nothing had to be brought.
-    pub(crate) none: Times,
+    pub none: Times,
 }
 
 /// Pages installed for one reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Pages {
+pub struct Pages {
     /// From frames.
-    pub(crate) copied: u64,
+    pub copied: u64,
     /// Repeating a word other than zero.
-    pub(crate) filled: u64,
-    pub(crate) zeroed: u64,
+    pub filled: u64,
+    /// Zeros.
+    pub zeroed: u64,
 }
 
 impl Pages {
-    pub(crate) fn total(self) -> u64 {
+    /// All of them.
+    pub fn total(self) -> u64 {
         self.copied + self.filled + self.zeroed
     }
 
@@ -298,18 +314,23 @@ impl From<pager::PageCounts> for Pages {
 
 /// Durations in microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Times {
-    pub(crate) count: u64,
-    pub(crate) p50: f64,
-    pub(crate) p90: f64,
-    pub(crate) p99: f64,
-    pub(crate) max: f64,
+pub struct Times {
+    /// How many there are.
+    pub count: u64,
+    /// The median.
+    pub p50: f64,
+    /// The 90th percentile.
+    pub p90: f64,
+    /// The 99th percentile.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
     /// All of them together.
-    pub(crate) sum: f64,
+    pub sum: f64,
     /// What they were counted in, for who needs more than percentiles: each bucket that isn't empty,
     /// by the longest duration that falls into it, in nanoseconds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) buckets: Vec<(u64, u64)>,
+    pub buckets: Vec<(u64, u64)>,
 }
 
 /// A duration in microseconds, with one decimal.
@@ -320,7 +341,7 @@ fn micros(nanos: u64) -> f64 {
 
 impl Times {
     /// From buckets in rising order, of which the last may end above the longest duration.
-    pub(crate) fn of(buckets: Vec<(u64, u64)>, sum: Duration, max: Duration) -> Self {
+    pub fn of(buckets: Vec<(u64, u64)>, sum: Duration, max: Duration) -> Self {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         Self::of_nanos(buckets, micros(nanos(sum)), nanos(max))
     }
@@ -349,7 +370,7 @@ impl Times {
 
     /// Those that were recorded after `earlier`; of a longest one is known only in which bucket it
     /// fell.
-    pub(crate) fn since(&self, earlier: &Self) -> Self {
+    pub fn since(&self, earlier: &Self) -> Self {
         let mut buckets = Vec::new();
         let mut before = earlier.buckets.iter().peekable();
         for (upper, count) in &self.buckets {

@@ -36,9 +36,9 @@ use super::guardian::{A_MOMENT, Guardian};
 use super::systemd::{self, Given, Manager};
 
 /// The role of a userfaultfd; more of one owner, born of its forks, have roles that begin so.
-pub(crate) const UFFD: &str = "uffd";
+pub const UFFD: &str = "uffd";
 /// The role of the pidfd of the process whose memory it is.
-pub(crate) const OWNER: &str = "owner";
+pub const OWNER: &str = "owner";
 
 /// The role of a socket at which VMs connect.
 const LISTENING: &str = "listening";
@@ -49,7 +49,7 @@ const ROLE_MAX: usize = 64;
 
 /// Whoever it is.
 #[derive(Debug)]
-pub(crate) struct Outside {
+pub struct Outside {
     who: Who,
     /// The roles that are held of each id.
     held: BTreeMap<String, Vec<String>>,
@@ -84,7 +84,7 @@ enum Who {
 
 /// Something that the keeper has to do something about.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum News {
+pub enum News {
     /// The guardian could not take what was to be held: it has to be held again, or given up.
     NotHeld {
         /// Of which id.
@@ -101,7 +101,7 @@ impl Outside {
     /// is `/proc/self/exe`), else nobody. `given` is what systemd gave back: it holds that still.
     ///
     /// What is to be said at the start is [`Outside::warning`].
-    pub(crate) fn find(program: &Path, given: &Given) -> Self {
+    pub fn find(program: &Path, given: &Given) -> Self {
         let room = systemd::store_size();
         let roles =
             |fds: &Vec<(String, OwnedFd)>| fds.iter().map(|(role, _)| role.clone()).collect();
@@ -140,7 +140,7 @@ impl Outside {
     ///
     /// The guardian holds the owner and the userfaultfds, and nothing else: it ends VMs, and can't go on with
     /// them. Once this has returned, the keeper may die, unless the guardian [lags](Outside::catch_up).
-    pub(crate) fn hold(
+    pub fn hold(
         &mut self,
         id: &str,
         service: &str,
@@ -199,7 +199,7 @@ impl Outside {
     }
 
     /// Has all descriptors of `id` let go: its VM has ended, or all its memory is there.
-    pub(crate) fn release(&mut self, id: &str) -> io::Result<()> {
+    pub fn release(&mut self, id: &str) -> io::Result<()> {
         let roles = self.held.remove(id).unwrap_or_default();
         match &self.who {
             Who::Systemd { manager, .. } => roles
@@ -288,7 +288,7 @@ impl Outside {
     }
 
     /// What has happened; never blocks.
-    pub(crate) fn news(&self) -> Vec<News> {
+    pub fn news(&self) -> Vec<News> {
         match &self.who {
             Who::Guardian(guardian) => guardian.news(),
             _ => Vec::new(),
@@ -296,7 +296,7 @@ impl Outside {
     }
 
     /// What the operator has to know at the start, if anything.
-    pub(crate) fn warning(&self) -> Option<String> {
+    pub fn warning(&self) -> Option<String> {
         match &self.who {
             Who::Systemd { .. } => None,
             Who::Guardian(guardian) => guardian.stays().map(|why| {

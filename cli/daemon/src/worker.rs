@@ -14,6 +14,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::available_parallelism;
@@ -28,17 +29,16 @@ use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged,
 use snapshot_format::{FileStore, Snapshot};
 
 use super::asking::Asked;
-use super::config::Service;
+use super::config::{self, Service};
 use super::confine::{Account, Confinement, confine_worker, end_with_keeper};
 use super::control;
 use super::desk::{self, SessionStats, VmState, VmStats};
 use super::keeper::REMEMBERED;
+use super::log;
 use super::metrics::{self, Book};
 use super::report::{Ending, Vm, VmLabel};
+use super::role::WorkerOptions;
 use super::wire::{Door, Facts, FromWorker, ToWorker, Wire};
-use crate::args;
-use crate::exit::Exit;
-use crate::log;
 
 /// How often it is said how many events were not logged.
 const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
@@ -46,7 +46,7 @@ const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs in the process that the keeper has started, its socket being standard input.
-pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
+pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
     let wire = Wire::new(std::io::stdin().as_fd().try_clone_to_owned()?);
     // What can't be asked for any more once this process is confined: the user of the daemon, and how many
     // cores its cgroup may use.
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     if let Err(error) = confine(args) {
         let why = format!("{error:#}");
         wire.send(&FromWorker::Unfit { why }, &[])?;
-        return Ok(Exit::Failed);
+        return Ok(ExitCode::FAILURE);
     }
     arm();
     let worker = Arc::new(Worker::new(wire, user, cores, shared, pool));
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
     while let Some((message, descriptors)) = worker.wire.receive()? {
         if let ToWorker::Leave = message {
             worker.let_visitors_finish();
-            return Ok(Exit::Done);
+            return Ok(ExitCode::SUCCESS);
         }
         worker.take(message, descriptors)?;
     }
@@ -83,7 +83,7 @@ pub(crate) fn run(args: &args::Worker) -> Result<Exit> {
 }
 
 /// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
-fn confine(args: &args::Worker) -> Result<()> {
+fn confine(args: &WorkerOptions) -> Result<()> {
     if !args.confine {
         return end_with_keeper();
     }
@@ -489,13 +489,13 @@ impl Open {
             .fault_threads(self.service.threads)
             .retry_timeout(Duration::from_secs(self.service.retry_timeout))
             .prefetch(match self.service.prefetch {
-                args::Prefetch::Off => pager::Prefetch::Off,
-                args::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,
-                args::Prefetch::All => pager::Prefetch::All,
+                config::Prefetch::Off => pager::Prefetch::Off,
+                config::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,
+                config::Prefetch::All => pager::Prefetch::All,
             })
             .on_error(match self.service.on_error {
-                args::OnError::Kill => pager::OnError::Kill,
-                args::OnError::Poison => pager::OnError::Poison,
+                config::OnError::Kill => pager::OnError::Kill,
+                config::OnError::Poison => pager::OnError::Poison,
             }))
     }
 }
