@@ -16,7 +16,9 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use snaprestore_compare::contender::Contender;
-use snaprestore_daemon::config::{MetricsAddress, OnError, RETRY_TIMEOUT, Service, SocketMode};
+use snaprestore_daemon::api::config::{
+    MetricsAddress, OnError, RETRY_TIMEOUT, Service, SocketMode,
+};
 use snaprestore_daemon::log::LogFormat;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
@@ -24,7 +26,7 @@ use snapshot_format::layout::MAX_NAME_BYTES;
 use crate::exit;
 use crate::names;
 
-pub(crate) use snaprestore_daemon::config::Prefetch;
+pub(crate) use snaprestore_daemon::api::config::Prefetch;
 
 pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
 

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use snaprestore_daemon::control::ConnectError;
+use snaprestore_daemon::api::control::ConnectError;
 use snaprestore_uffd::uffd;
 use snapshot_format::{FrameError, OpenError, ReadError};
 

@@ -24,43 +24,27 @@
 //! | worker, for getting stuck three times in a row while one VM waits | that VM is killed |
 //! | worker can't be killed: its disk never answers | its VMs are killed, and another serves those that come |
 //! | worker, before it is ready, at least 20 times in a row and for 30 s | the VMs are killed, and the daemon ends |
-//! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`outside`]) |
+//! | keeper | systemd starts it again and gives it back what it held; or a guardian kills the VMs ([`fd_store`]) |
 //! | keeper, while a VM hands its memory over | that VM is killed; one that was not accepted yet is served by systemd's next keeper |
 
 #![forbid(unsafe_code)]
 
-mod asking;
-mod cgroup;
-mod child;
-pub mod config;
-mod confine;
-pub mod control;
-pub mod desk;
-mod guardian;
-mod keeper;
-mod listening;
+pub mod api;
+mod fd_store;
+mod ipc;
 pub mod log;
-mod metrics;
-mod outside;
-mod pending;
-mod queue;
-mod refusals;
-mod report;
 mod role;
-mod systemd;
-mod vms;
-mod wire;
+mod supervisor;
 mod worker;
 
-pub use keeper::{Console, Ended, Keeper, Options, StopRequests};
-pub use report::{Ending, Vm, VmLabel};
+pub use ipc::Door;
 pub use role::Role;
-pub use wire::Door;
+pub use supervisor::{Console, Ended, Keeper, Options, StopRequests};
 
 /// Parts that the project's own tests run by themselves; no part of the interface.
 #[doc(hidden)]
 pub mod parts {
-    pub use crate::confine::{Account, Confined, Confinement, confine_worker};
-    pub use crate::outside::{News, OWNER, Outside, UFFD};
-    pub use crate::systemd::{Given, given};
+    pub use crate::fd_store::systemd::{Given, given};
+    pub use crate::fd_store::{News, OWNER, Outside, UFFD};
+    pub use crate::worker::sandbox::{Account, Confined, Confinement, confine_worker};
 }

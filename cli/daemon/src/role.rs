@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
+use crate::fd_store::guardian;
 use crate::log::{self, LogFormat};
-use crate::{guardian, worker};
+use crate::worker;
 
 /// The part of a daemon that a process was started for.
 #[derive(Debug)]

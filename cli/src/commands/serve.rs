@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
-use snaprestore_daemon::config::{Config, MetricsAddress};
+use snaprestore_daemon::api::config::{Config, MetricsAddress};
+use snaprestore_daemon::api::summary::Vm;
 use snaprestore_daemon::log::LogFormat;
-use snaprestore_daemon::{Console, Door, Keeper, Options, Vm};
+use snaprestore_daemon::{Console, Door, Keeper, Options};
 
 use crate::args;
 use crate::exit::Exit;

@@ -13,8 +13,8 @@ use crate::exit::Exit;
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
-use snaprestore_daemon::control::{Client, Request};
-use snaprestore_daemon::desk::Completed;
+use snaprestore_daemon::api::control::{Client, Request};
+use snaprestore_daemon::api::types::Completed;
 
 use report::{Done, LetGo, Listing, Statistics};
 

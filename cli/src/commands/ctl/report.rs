@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::names;
 use crate::output::{count, percent};
-use snaprestore_daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
+use snaprestore_daemon::api::types::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
 
 /// A service was added or removed.
 #[derive(Serialize)]
@@ -277,7 +277,7 @@ pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snaprestore_daemon::desk::VmState;
+    use snaprestore_daemon::api::types::VmState;
 
     #[test]
     fn long_reasons_move_no_column() {

@@ -14,8 +14,8 @@ use crate::args;
 use crate::exit::Exit;
 use crate::names;
 use crate::output::{Output, count, percent};
-use snaprestore_daemon::control::{Client, Request};
-use snaprestore_daemon::desk::{SessionStats, VmId, VmStats};
+use snaprestore_daemon::api::control::{Client, Request};
+use snaprestore_daemon::api::types::{SessionStats, VmId, VmStats};
 
 pub(super) fn run(
     args: &args::CtlTop,
@@ -222,7 +222,7 @@ fn redraw(text: &str, first: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snaprestore_daemon::desk::{Pages, Times, Vm, VmState};
+    use snaprestore_daemon::api::types::{Pages, Times, Vm, VmState};
 
     fn vm(id: VmId, faults: u64, slow: u64) -> VmStats {
         let nanos = Duration::from_nanos(2_000 * (faults - slow) + 50_000 * slow);

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use nix::fcntl::OFlag;
 use serde::Serialize;
-use snaprestore_daemon::config::RETRY_TIMEOUT;
+use snaprestore_daemon::api::config::RETRY_TIMEOUT;
 use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
 use self::owner::{Owner, Told};

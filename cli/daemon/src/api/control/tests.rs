@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::desk::{Pages, SessionStats, Times, Vm, VmState};
+use crate::api::types::{Pages, SessionStats, Times, Vm, VmState};
 
 /// Notes what it is asked for, has VM 3, and refuses what is named "no".
 #[derive(Default)]

@@ -18,7 +18,7 @@ use prometheus_client::{collector::Collector, encoding::text, registry::Registry
 
 use snaprestore_engine::pager::FrameCacheStats;
 
-use super::desk::{SessionStats, Times, VmState, VmStats};
+use crate::api::types::{SessionStats, Times, VmState, VmStats};
 
 /// The longest head of a request.
 const LONGEST_HEAD: usize = 8 << 10;
@@ -248,7 +248,7 @@ const GAUGES: &[(&str, &str, &str, Values)] = &[
     ),
 ];
 
-fn pages(pages: super::desk::Pages) -> Vec<(&'static str, u64)> {
+fn pages(pages: crate::api::types::Pages) -> Vec<(&'static str, u64)> {
     vec![
         ("frame", pages.copied),
         ("fill", pages.filled),

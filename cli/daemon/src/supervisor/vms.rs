@@ -9,13 +9,13 @@ use snaprestore_engine::pager::AttachError;
 use super::services::Open;
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
-use crate::config::Service;
-use crate::listening::Listening;
-use crate::outside::{News, OWNER, Outside, Pace};
-use crate::report::{Ending, Vm as Report, VmLabel};
-use crate::systemd;
-use crate::vms::{Dying, Held, Vm, held_as};
-use crate::wire::Endings;
+use crate::api::config::Service;
+use crate::api::summary::{Ending, Vm as Report, VmLabel};
+use crate::fd_store::systemd;
+use crate::fd_store::{News, OWNER, Outside, Pace};
+use crate::ipc::Endings;
+use crate::supervisor::listener::Listening;
+use crate::supervisor::vm::{Dying, Held, Vm, held_as};
 
 impl Keeper {
     /// Takes back what a keeper that has died had held. Its worker died with it, or before this was started.

@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, bail};
 
 use super::Keeper;
 use super::workers::{LAST_WORDS, Outgoing};
-use crate::child::Worker;
-use crate::desk::Upgraded;
-use crate::wire::FromWorker;
+use crate::api::types::Upgraded;
+use crate::ipc::FromWorker;
+use crate::supervisor::worker_process::Worker;
 use snapshot_format::names::escape_path;
 
 /// How long a program that is to take over may need until it is ready.

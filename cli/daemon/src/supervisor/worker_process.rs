@@ -12,21 +12,21 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 use snaprestore_uffd::os::open_pidfd;
 
-use super::keeper::Options;
-use super::systemd;
-use super::wire::Wire;
+use crate::fd_store::systemd;
+use crate::ipc::Wire;
+use crate::supervisor::Options;
 use snapshot_format::names::escape_path;
 
 /// A worker.
 #[derive(Debug)]
-pub(super) struct Worker {
+pub(crate) struct Worker {
     child: Child,
     /// Readable once every thread of it is gone.
     pidfd: OwnedFd,
-    pub(super) wire: Wire,
-    pub(super) started: Instant,
+    pub(crate) wire: Wire,
+    pub(crate) started: Instant,
     /// The version of its program, once it has said that it is there.
-    pub(super) version: Option<String>,
+    pub(crate) version: Option<String>,
     /// Whether it was killed for being stuck.
     stuck: bool,
     /// Since when it ought to be gone.
@@ -35,19 +35,19 @@ pub(super) struct Worker {
 
 /// How a worker came to its end.
 #[derive(Debug)]
-pub(super) struct Death {
+pub(crate) struct Death {
     /// In words.
-    pub(super) how: String,
+    pub(crate) how: String,
     /// Whether what it was doing may be to blame: it crashed or got stuck, and was not killed from
     /// outside.
-    pub(super) of_itself: bool,
+    pub(crate) of_itself: bool,
     /// Whether it was killed for being stuck.
-    pub(super) stuck: bool,
+    pub(crate) stuck: bool,
 }
 
 impl Worker {
     /// Starts `program` as the worker number `number`, the first of which is 0.
-    pub(super) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
+    pub(crate) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
         let (wire, theirs) = Wire::pair().context("a socket for the worker")?;
         let mut command = Command::new(program);
         // A Ctrl-C is the keeper's to act on.
@@ -88,35 +88,35 @@ impl Worker {
         })
     }
 
-    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 
     /// Whether it has ended.
-    pub(super) fn is_gone(&mut self) -> bool {
+    pub(crate) fn is_gone(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Kills it for being stuck.
-    pub(super) fn kill_stuck(&mut self) {
+    pub(crate) fn kill_stuck(&mut self) {
         self.stuck = true;
         self.kill();
     }
 
     /// Kills it. Its death is noticed as any.
-    pub(super) fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         // It can't be another's process: its status has not been taken.
         let _ = self.child.kill();
         self.killed.get_or_insert_with(Instant::now);
     }
 
     /// When it was killed.
-    pub(super) fn killed(&self) -> Option<Instant> {
+    pub(crate) fn killed(&self) -> Option<Instant> {
         self.killed
     }
 
     /// What the threads of it wait for that can't be killed, as far as the kernel tells.
-    pub(super) fn waits_for(&self) -> String {
+    pub(crate) fn waits_for(&self) -> String {
         let tasks = format!("/proc/{}/task", self.child.id());
         let tasks = fs::read_dir(tasks).into_iter().flatten();
         let mut found: Vec<_> = tasks
@@ -131,7 +131,7 @@ impl Worker {
     }
 
     /// Takes the status of a worker whose pidfd is readable.
-    pub(super) fn bury(&mut self) -> Result<Death> {
+    pub(crate) fn bury(&mut self) -> Result<Death> {
         let status: ExitStatus = self.child.wait().context("the worker's status")?;
         let how = if self.stuck {
             "was stuck, and was killed".to_owned()
@@ -190,7 +190,7 @@ const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
 
 /// Names the places at which the project's own tests have workers killed: one for each worker, the
 /// first first.
-pub(super) const FAIL: &str = "SNAPRESTORE_FAIL";
+pub(crate) const FAIL: &str = "SNAPRESTORE_FAIL";
 
 fn place_to_fail(number: u64) -> Option<String> {
     let places = std::env::var(FAIL).ok()?;

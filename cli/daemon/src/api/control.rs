@@ -24,8 +24,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snaprestore_uffd::os::credentials_of;
 
-use super::config::Service;
-use super::desk::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
+use crate::api::config::Service;
+use crate::api::types::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
 use snapshot_format::names::escape_path;
 
 /// Where the control socket is, unless somebody says otherwise.

@@ -15,13 +15,18 @@
 //!     a second gone by      is the worker stuck, is a handshake overdue?
 //! ```
 //!
-//! The loop is here; `services` are what VMs connect to, `guests` the VMs that have, `workers` is the worker
-//! and what it is told, `hung` what follows when it is stuck, `succession` a worker of another program that is to take over.
+//! The loop is here; `services` are what VMs connect to, `vms` the VMs that have, `workers` is the worker
+//! and what it is told, `stuck` what follows when it is stuck, `upgrade` a worker of another program that is to take over.
 
-mod guests;
-mod hung;
+mod handshake;
+mod listener;
+mod refusal_log;
 mod services;
-mod succession;
+mod stuck;
+mod upgrade;
+mod vm;
+mod vms;
+pub(crate) mod worker_process;
 mod workers;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -37,21 +42,21 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use self::hung::Undead;
 use self::services::{Open, Opening, Unclosed};
-use self::succession::Successor;
+use self::stuck::Undead;
+use self::upgrade::Successor;
 use self::workers::{Outgoing, Stillborn};
-use super::child::Worker;
-use super::desk;
-use super::listening::Listening;
-use super::outside::Outside;
-use super::pending::Pending;
-use super::refusals::Refusals;
-use super::report::{Vm as Report, VmLabel};
-use super::systemd::{self, Manager};
-use super::vms::{Dying, Vm};
-use super::wire::Door;
+use crate::api::summary::{Vm as Report, VmLabel};
+use crate::api::types;
+use crate::fd_store::Outside;
+use crate::fd_store::systemd::{self, Manager};
+use crate::ipc::Door;
 use crate::log::LogFormat;
+use crate::supervisor::handshake::Pending;
+use crate::supervisor::listener::Listening;
+use crate::supervisor::refusal_log::Refusals;
+use crate::supervisor::vm::{Dying, Vm};
+use crate::supervisor::worker_process::Worker;
 
 /// How often it looks at what no descriptor tells.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -138,7 +143,7 @@ pub struct Keeper {
     ended: u64,
     incomplete: u64,
     /// The last that have ended, for operators.
-    recent: VecDeque<desk::Vm>,
+    recent: VecDeque<types::Vm>,
     refusals: Refusals,
     stopping: Stopping,
 }
@@ -412,7 +417,7 @@ impl Keeper {
 
     /// Tells what became of a VM of a service, and keeps it for the report and for operators, who are told what is
     /// returned.
-    fn note(&mut self, service: u64, connected: Instant, report: Report) -> desk::Vm {
+    fn note(&mut self, service: u64, connected: Instant, report: Report) -> types::Vm {
         match report.reason {
             Some(_) => self.complain_of(&report.label, &report),
             None => self.say_of(&report.label, &report),
@@ -420,7 +425,7 @@ impl Keeper {
         self.ended += 1;
         self.count_ended(service, report.ending);
         let age = u64::try_from(connected.elapsed().as_millis());
-        let told = desk::Vm {
+        let told = types::Vm {
             id: report.label.id,
             service: report.label.service.clone(),
             pid: report.label.pid,

@@ -14,13 +14,13 @@ use snaprestore_uffd::uffd::Closing;
 
 use super::workers::Outgoing;
 use super::{Keeper, Stopping};
-use crate::config::{MetricsAddress, Service};
-use crate::desk::Refused;
-use crate::listening::Listening;
-use crate::pending::{self, Pending};
-use crate::report::{Ending, Vm as Report};
-use crate::vms::{Dying, Vm};
-use crate::wire::{Door, Endings};
+use crate::api::config::{MetricsAddress, Service};
+use crate::api::summary::{Ending, Vm as Report};
+use crate::api::types::Refused;
+use crate::ipc::{Door, Endings};
+use crate::supervisor::handshake::{self, Pending};
+use crate::supervisor::listener::Listening;
+use crate::supervisor::vm::{Dying, Vm};
 use snapshot_format::names::escape_path;
 use snapshot_format::{FileStore, Snapshot};
 
@@ -198,7 +198,7 @@ impl Keeper {
         if let Some(listening) = listening.and_then(|open| open.listening.as_mut()) {
             listening.close();
         }
-        let most = self.pending.len() + pending::MOST;
+        let most = self.pending.len() + handshake::MOST;
         // Who is refused keeps nobody behind from being heard.
         while self.pending.len() < most && self.accept(key) {}
         let Some(open) = self.services.get_mut(&key) else {
@@ -307,7 +307,7 @@ impl Keeper {
 
     /// Whether more may be accepted; else they wait in the kernel's queue.
     pub(super) fn takes_more(&self) -> bool {
-        self.pending.len() < pending::MOST && self.unclosed.len() < MOST_CLOSING
+        self.pending.len() < handshake::MOST && self.unclosed.len() < MOST_CLOSING
     }
 
     /// Looks whose descriptors are closed. Who has those of too many kept open is killed: that closes them, if they are of a

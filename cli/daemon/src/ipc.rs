@@ -14,16 +14,16 @@ use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_uffd::os::receive;
 
-use super::config::Service;
-use super::desk::{self, Upgraded};
-use super::report::{Ending, Vm};
+use crate::api::config::Service;
+use crate::api::summary::{Ending, Vm};
+use crate::api::types::{self, Upgraded};
 
 /// The most bytes of a message: the regions of a VM, at most a thousand.
 const MOST_BYTES: usize = 160 << 10;
 
 /// From the keeper.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum ToWorker {
+pub(crate) enum ToWorker {
     /// VMs may come that are restored from this snapshot. With its open file.
     Service {
         /// What VMs name it by.
@@ -72,7 +72,7 @@ pub(super) enum ToWorker {
     /// A VM has ended in other hands than this worker's.
     Ended {
         /// What is told of it.
-        vm: desk::Vm,
+        vm: types::Vm,
     },
     /// Everything shall be installed in every VM, and the VMs let go.
     Drain,
@@ -91,22 +91,22 @@ pub enum Door {
 
 /// What only the keeper knows, since workers come and go.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct Facts {
+pub(crate) struct Facts {
     /// Its process.
-    pub(super) keeper: u32,
+    pub(crate) keeper: u32,
     /// Workers that took over from one that had died.
-    pub(super) worker_restarts: u64,
-    pub(super) draining: bool,
+    pub(crate) worker_restarts: u64,
+    pub(crate) draining: bool,
     /// VMs that have ended, by service.
-    pub(super) ended: BTreeMap<u64, Endings>,
+    pub(crate) ended: BTreeMap<u64, Endings>,
 }
 
 /// How many VMs have ended in which way.
-pub(super) type Endings = BTreeMap<Ending, u64>;
+pub(crate) type Endings = BTreeMap<Ending, u64>;
 
 /// What a worker can't do by itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) enum Request {
+pub(crate) enum Request {
     Add(Service),
     Remove(String),
     Drain,
@@ -115,7 +115,7 @@ pub(super) enum Request {
 
 /// From the worker.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum FromWorker {
+pub(crate) enum FromWorker {
     /// It has started, and reads what it is told.
     Ready {
         /// Of its program.
@@ -159,13 +159,13 @@ pub(super) enum FromWorker {
 
 /// One end of the connection.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(crate) struct Wire {
     socket: OwnedFd,
 }
 
 impl Wire {
     /// The keeper's end, which never waits, and the worker's, which does.
-    pub(super) fn pair() -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -177,12 +177,12 @@ impl Wire {
         Ok((Self { socket: ours }, theirs))
     }
 
-    pub(super) fn new(socket: OwnedFd) -> Self {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
         Self { socket }
     }
 
     /// Sends one message. `WouldBlock`: the other end has not read what was sent before.
-    pub(super) fn send(
+    pub(crate) fn send(
         &self,
         message: &impl Serialize,
         descriptors: &[BorrowedFd<'_>],
@@ -205,7 +205,7 @@ impl Wire {
     }
 
     /// Takes one message. `None`: the other end is gone.
-    pub(super) fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    pub(crate) fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         let mut text = vec![0; MOST_BYTES];
         let read = loop {
             match receive(self.socket.as_fd(), &mut text) {

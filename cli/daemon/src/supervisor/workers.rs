@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Keeper, Stopping, Token};
-use crate::child::{Death, Worker};
-use crate::desk::{self, Upgraded};
+use crate::api::summary::Ending;
+use crate::api::types::{self, Upgraded};
+use crate::ipc::{Door, Facts, FromWorker, Request, ToWorker};
 use crate::log::count;
-use crate::report::Ending;
-use crate::wire::{Door, Facts, FromWorker, Request, ToWorker};
+use crate::supervisor::worker_process::{Death, Worker};
 
 /// The daemon gives up when at least so many workers in a row have ended before they were ready, or at once afterwards,
 const MOST_STILLBORN: u32 = 20;
@@ -34,7 +34,7 @@ pub(super) enum Outgoing {
     Vm(u64),
     Visitor(Door, OwnedFd),
     Answer(u64, Result<Option<Upgraded>, String>),
-    Ended(desk::Vm),
+    Ended(types::Vm),
     Drain,
     Leave,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager;
 
-use super::config::Service;
+use crate::api::config::Service;
 
 /// The number of a VM: one session of a service. Counted through the whole daemon from 1, and never
 /// given again.

@@ -10,7 +10,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const MOST_KEPT: usize = 100;
 
 #[derive(Debug)]
-pub(super) struct Refusals {
+pub(crate) struct Refusals {
     lines: u32,
     since: Instant,
     untold: u64,
@@ -18,7 +18,7 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             lines: 0,
             since: Instant::now(),
@@ -28,7 +28,7 @@ impl Refusals {
     }
 
     /// Whether the next is told in a line.
-    pub(super) fn is_shown(&mut self) -> bool {
+    pub(crate) fn is_shown(&mut self) -> bool {
         let shown = self.lines < MOST_LINES;
         if shown {
             self.lines += 1;
@@ -39,13 +39,13 @@ impl Refusals {
     }
 
     /// Whether the next is kept for the report.
-    pub(super) fn is_kept(&mut self) -> bool {
+    pub(crate) fn is_kept(&mut self) -> bool {
         self.kept += 1;
         self.kept <= MOST_KEPT
     }
 
     /// How many were not told, once a second.
-    pub(super) fn untold(&mut self, now: Instant) -> Option<u64> {
+    pub(crate) fn untold(&mut self, now: Instant) -> Option<u64> {
         if now.saturating_duration_since(self.since) < SECOND {
             return None;
         }

@@ -14,15 +14,15 @@ const TRIES: u32 = 100;
 
 /// Who was ended.
 #[derive(Debug)]
-pub(super) struct Queued {
-    pub(super) peer: Peer,
+pub(crate) struct Queued {
+    pub(crate) peer: Peer,
     /// In it lies what they hand over, which must stay open until they have ended.
-    pub(super) stream: UnixStream,
+    pub(crate) stream: UnixStream,
 }
 
 /// Ends who has sent something and waits in the queue of `listener`: their memory may lie in it, and nobody will serve that.
 /// Of the users `allowed` only, if some are named. Nobody can connect afterwards.
-pub(super) fn end(
+pub(crate) fn end(
     listener: &UnixListener,
     service: &str,
     allowed: &[u32],

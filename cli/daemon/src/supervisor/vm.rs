@@ -16,10 +16,10 @@ use snaprestore_engine::pager::{OwnerRegion, Vitals};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map, pid_of};
 use snaprestore_uffd::uffd::is_userfaultfd;
 
-use super::config::Service;
-use super::outside::{OWNER, Outside, UFFD};
-use super::pending::{Pending, Unheard};
-use super::queue::Queued;
+use crate::api::config::Service;
+use crate::fd_store::backlog::Queued;
+use crate::fd_store::{OWNER, Outside, UFFD};
+use crate::supervisor::handshake::{Pending, Unheard};
 
 /// Deaths of workers on one frame after which it counts as damaged.
 const DEADLY: u32 = 2;
@@ -38,12 +38,12 @@ const META: &str = "meta";
 
 /// All that can't be made again of one.
 #[derive(Debug)]
-pub(super) struct Vm {
-    pub(super) service: u64,
-    pub(super) peer: Peer,
-    pub(super) userfaultfd: OwnedFd,
-    pub(super) regions: Vec<OwnerRegion>,
-    pub(super) connected: Instant,
+pub(crate) struct Vm {
+    pub(crate) service: u64,
+    pub(crate) peer: Peer,
+    pub(crate) userfaultfd: OwnedFd,
+    pub(crate) regions: Vec<OwnerRegion>,
+    pub(crate) connected: Instant,
     page_map: Option<OwnedFd>,
     tables: Option<Tables>,
     /// Frames on which workers have died, by their offset, and how often.
@@ -82,7 +82,7 @@ impl Watch {
 }
 
 impl Vm {
-    pub(super) fn new(
+    pub(crate) fn new(
         service: u64,
         peer: Peer,
         userfaultfd: OwnedFd,
@@ -103,7 +103,7 @@ impl Vm {
     }
 
     /// Opens its page map if it has huge pages: a confined worker can't.
-    pub(super) fn open_page_map(&mut self) -> io::Result<()> {
+    pub(crate) fn open_page_map(&mut self) -> io::Result<()> {
         if self.page_map.is_some() || !self.regions.iter().any(OwnerRegion::is_huge) {
             return Ok(());
         }
@@ -116,12 +116,12 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) fn has_page_map(&self) -> bool {
+    pub(crate) fn has_page_map(&self) -> bool {
         self.page_map.is_some()
     }
 
     /// Takes the tables that the worker made, before it has read anything.
-    pub(super) fn keep_tables(&mut self, memfd: OwnedFd) -> Result<()> {
+    pub(crate) fn keep_tables(&mut self, memfd: OwnedFd) -> Result<()> {
         let copy = memfd.try_clone().context("the tables of a VM")?;
         let vitals = Vitals::new(copy).context("the tables of a VM")?;
         self.tables = Some(Tables { memfd, vitals });
@@ -129,7 +129,7 @@ impl Vm {
     }
 
     /// Has it held outside, with what its next keeper needs to know.
-    pub(super) fn hold(
+    pub(crate) fn hold(
         &self,
         id: u64,
         service: &Service,
@@ -158,7 +158,7 @@ impl Vm {
     }
 
     /// Has its tables held outside, if it has some.
-    pub(super) fn hold_tables(&self, id: u64, service: &str, outside: &mut Outside) -> Result<()> {
+    pub(crate) fn hold_tables(&self, id: u64, service: &str, outside: &mut Outside) -> Result<()> {
         if let Some(tables) = &self.tables {
             outside.hold(&held_as(id), service, &[(TABLES, tables.memfd.as_fd())])?;
         }
@@ -166,7 +166,7 @@ impl Vm {
     }
 
     /// What a worker needs to serve it.
-    pub(super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut all = vec![self.userfaultfd.as_fd(), self.peer.pidfd.as_fd()];
         all.extend(self.page_map.as_ref().map(AsFd::as_fd));
         all.extend(self.tables.as_ref().map(|tables| tables.memfd.as_fd()));
@@ -174,7 +174,7 @@ impl Vm {
     }
 
     /// Frames that are not to be decoded.
-    pub(super) fn deadly(&self) -> Vec<u64> {
+    pub(crate) fn deadly(&self) -> Vec<u64> {
         let deadly = self
             .suspects
             .iter()
@@ -183,7 +183,7 @@ impl Vm {
     }
 
     /// Its worker has died of itself: notes on which frames.
-    pub(super) fn blame_frames(&mut self) {
+    pub(crate) fn blame_frames(&mut self) {
         for frame in self
             .tables
             .iter()
@@ -194,7 +194,7 @@ impl Vm {
     }
 
     /// Its worker is killed for keeping it waiting.
-    pub(super) fn count_stuck(&mut self, patience: Duration) {
+    pub(crate) fn count_stuck(&mut self, patience: Duration) {
         let (count, last) = &mut self.stuck;
         // The next one would get stuck at once.
         if last.is_some_and(|last| last.elapsed() > IN_A_ROW * patience) {
@@ -204,34 +204,34 @@ impl Vm {
     }
 
     /// Whether its worker was killed for keeping it waiting, and has not ended yet.
-    pub(super) fn is_stuck(&self) -> bool {
+    pub(crate) fn is_stuck(&self) -> bool {
         self.stuck.1.is_some_and(|last| last >= self.watch.since)
     }
 
     /// Whether no worker can serve it.
-    pub(super) fn is_hopeless(&self) -> bool {
+    pub(crate) fn is_hopeless(&self) -> bool {
         self.stuck.0 >= HOPELESS
     }
 
     /// Whether its worker reads a frame for it.
-    pub(super) fn is_reading(&self) -> bool {
+    pub(crate) fn is_reading(&self) -> bool {
         let tables = self.tables.as_ref();
         tables.is_some_and(|tables| !tables.vitals.decoding().is_empty())
     }
 
     /// A new worker is to serve it.
-    pub(super) fn handed_over(&mut self) {
+    pub(crate) fn handed_over(&mut self) {
         self.watch = Watch::begin();
     }
 
     /// The worker has it in hand.
-    pub(super) fn is_served(&mut self) {
+    pub(crate) fn is_served(&mut self) {
         self.watch.served = true;
     }
 
     /// Whether it waits for something that its worker has not done for so long: begun to serve it, read
     /// its messages, answered its fault.
-    pub(super) fn is_neglected(&mut self, patience: Duration) -> bool {
+    pub(crate) fn is_neglected(&mut self, patience: Duration) -> bool {
         let now = Instant::now();
         let late = |since: Instant| now.duration_since(since) >= patience;
         let watch = &mut self.watch;
@@ -254,13 +254,13 @@ impl Vm {
 
 /// A VM that is served no more, and whose process may not have ended yet.
 #[derive(Debug)]
-pub(super) struct Dying {
+pub(crate) struct Dying {
     /// The number of its service; 0 if it has none here.
-    pub(super) service: u64,
+    pub(crate) service: u64,
     /// The name of its service, as far as it is known.
-    pub(super) service_name: String,
-    pub(super) pid: u32,
-    pub(super) connected: Instant,
+    pub(crate) service_name: String,
+    pub(crate) pid: u32,
+    pub(crate) connected: Instant,
     owner: OwnedFd,
     /// Closed when it has ended and not before, since what is missing becomes zeros.
     held: Vec<OwnedFd>,
@@ -270,7 +270,7 @@ pub(super) struct Dying {
 
 impl Dying {
     /// Kills it. What the kernel says if that isn't permitted.
-    pub(super) fn kill(&self) -> Result<(), Errno> {
+    pub(crate) fn kill(&self) -> Result<(), Errno> {
         match kill_by_pidfd(self.owner()) {
             Err(Errno::ESRCH) => Ok(()),
             killed => killed,
@@ -290,19 +290,19 @@ impl Dying {
         }
     }
 
-    pub(super) fn owner(&self) -> BorrowedFd<'_> {
+    pub(crate) fn owner(&self) -> BorrowedFd<'_> {
         self.owner.as_fd()
     }
 
     /// Has it held outside, by who ends it and then closes what it has.
-    pub(super) fn hold(&self, id: u64, outside: &mut Outside) -> io::Result<()> {
+    pub(crate) fn hold(&self, id: u64, outside: &mut Outside) -> io::Result<()> {
         let userfaultfd = self.held.iter().find(|fd| is_userfaultfd(fd.as_fd()));
         let mut descriptors = vec![(OWNER, self.owner())];
         descriptors.extend(userfaultfd.map(|fd| (UFFD, fd.as_fd())));
         outside.hold(&held_as(id), &self.service_name, &descriptors)
     }
 
-    pub(super) fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         readable(self.owner())
     }
 }
@@ -363,7 +363,7 @@ impl Meta {
 
 /// A VM that was held outside.
 #[derive(Debug)]
-pub(super) enum Held {
+pub(crate) enum Held {
     /// As a whole.
     Vm {
         /// Of no service yet.
@@ -382,7 +382,7 @@ pub(super) enum Held {
 
 impl Held {
     /// From what was held under one id.
-    pub(super) fn of(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
+    pub(crate) fn of(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
         let owner = by_role.remove(OWNER);
         let pidfd = owner.context("it came back without its pidfd")?;
@@ -422,7 +422,7 @@ impl Held {
 }
 
 /// Under which id what belongs to VM number `id` is held outside.
-pub(super) fn held_as(id: u64) -> String {
+pub(crate) fn held_as(id: u64) -> String {
     format!("vm-{id}")
 }
 

@@ -43,8 +43,8 @@ use nix::sys::socket::{
 use nix::unistd::{dup2_stdin, setsid};
 use snaprestore_uffd::os::{Received, kill_by_pidfd, pid_of, receive, take_inherited};
 
-use super::outside::News;
-use super::{cgroup, queue, systemd};
+use super::{backlog, cgroup, systemd};
+use crate::fd_store::News;
 use snapshot_format::names::escape_path;
 
 /// The hidden command, and the option of the process that stays.
@@ -56,11 +56,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The longest message.
 const MESSAGE: usize = 4096;
 /// Milliseconds that the other end may need until it reads.
-pub(super) const A_MOMENT: u8 = 200;
+pub(crate) const A_MOMENT: u8 = 200;
 
 /// The keeper's end.
 #[derive(Debug)]
-pub(super) struct Guardian {
+pub(crate) struct Guardian {
     socket: OwnedFd,
     pid: String,
     stays: Option<String>,
@@ -68,7 +68,7 @@ pub(super) struct Guardian {
 
 impl Guardian {
     /// Starts one from `program`, and waits until it is ready.
-    pub(super) fn start(program: &Path) -> io::Result<Self> {
+    pub(crate) fn start(program: &Path) -> io::Result<Self> {
         let (socket, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -110,7 +110,7 @@ impl Guardian {
 
     /// The keeper's end of `socket`, whose other end a test reads.
     #[cfg(test)]
-    pub(super) fn at(socket: OwnedFd) -> Self {
+    pub(crate) fn at(socket: OwnedFd) -> Self {
         Self {
             socket,
             pid: String::new(),
@@ -141,18 +141,18 @@ impl Guardian {
     }
 
     /// Its process id, as it told it; empty of one that was resumed.
-    pub(super) fn pid(&self) -> &str {
+    pub(crate) fn pid(&self) -> &str {
         &self.pid
     }
 
     /// Why it is in the keeper's cgroup, if it is.
-    pub(super) fn stays(&self) -> Option<&str> {
+    pub(crate) fn stays(&self) -> Option<&str> {
         self.stays.as_deref()
     }
 
     /// Sends one message with these descriptors, and waits up to `wait` milliseconds until the guardian has room for
     /// it.
-    pub(super) fn tell(&self, text: &str, fds: &[BorrowedFd<'_>], wait: u8) -> io::Result<()> {
+    pub(crate) fn tell(&self, text: &str, fds: &[BorrowedFd<'_>], wait: u8) -> io::Result<()> {
         if text.len() > MESSAGE {
             let why = "too many users are allowed to connect";
             return Err(io::Error::new(ErrorKind::InvalidInput, why));
@@ -163,7 +163,7 @@ impl Guardian {
         send(self.as_fd(), text, control, wait)
     }
 
-    pub(super) fn news(&self) -> Vec<News> {
+    pub(crate) fn news(&self) -> Vec<News> {
         let mut news = Vec::new();
         loop {
             let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
@@ -277,7 +277,7 @@ fn stay() -> io::Result<()> {
         allowed,
     } in queues
     {
-        let ended = queue::end(&listener, &service, &allowed, |what| log(&what));
+        let ended = backlog::end(&listener, &service, &allowed, |what| log(&what));
         wards.extend(ended.into_iter().map(|queued| Ward {
             name: format!("process {} at service {service}", queued.peer.pid),
             owner: queued.peer.pidfd,

@@ -7,6 +7,10 @@
 //!   one thread a visitor   answers the control socket, or a scrape of the metrics
 //! ```
 
+mod metrics;
+mod operator;
+pub(crate) mod sandbox;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::net::TcpStream;
@@ -28,17 +32,17 @@ use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
 use snapshot_format::{FileStore, Snapshot};
 
-use super::asking::Asked;
-use super::config::{self, Service};
-use super::confine::{Account, Confinement, confine_worker, end_with_keeper};
-use super::control;
-use super::desk::{self, SessionStats, VmState, VmStats};
-use super::keeper::REMEMBERED;
-use super::log;
-use super::metrics::{self, Book};
-use super::report::{Ending, Vm, VmLabel};
-use super::role::WorkerOptions;
-use super::wire::{Door, Facts, FromWorker, ToWorker, Wire};
+use self::metrics::Book;
+use crate::api::config::{self, Service};
+use crate::api::control;
+use crate::api::summary::{Ending, Vm, VmLabel};
+use crate::api::types::{self, SessionStats, VmState, VmStats};
+use crate::ipc::{Door, Facts, FromWorker, ToWorker, Wire};
+use crate::log;
+use crate::role::WorkerOptions;
+use crate::supervisor::REMEMBERED;
+use crate::worker::operator::Asked;
+use crate::worker::sandbox::{Account, Confinement, confine_worker, end_with_keeper};
 
 /// How often it is said how many events were not logged.
 const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
@@ -105,7 +109,7 @@ fn confine(args: &WorkerOptions) -> Result<()> {
 /// Has this process killed where the project's own tests want it.
 fn arm() {
     #[cfg(feature = "fail-points")]
-    if let Ok(place) = std::env::var(super::child::FAIL) {
+    if let Ok(place) = std::env::var(crate::supervisor::worker_process::FAIL) {
         assert!(
             snaprestore_engine::fail_point::arm(&place),
             "{place}: no place to fail at"
@@ -114,17 +118,17 @@ fn arm() {
 }
 
 /// What the threads share.
-pub(super) struct Worker {
-    pub(super) wire: Wire,
+pub(crate) struct Worker {
+    pub(crate) wire: Wire,
     /// The user of the daemon.
     user: u32,
     cores: usize,
-    pub(super) services: Mutex<BTreeMap<u64, Arc<Open>>>,
-    pub(super) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
+    pub(crate) services: Mutex<BTreeMap<u64, Arc<Open>>>,
+    pub(crate) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
     /// The last VMs that have ended.
-    pub(super) ended: Mutex<VecDeque<VmStats>>,
-    pub(super) asked: Asked,
-    pub(super) facts: Mutex<Facts>,
+    pub(crate) ended: Mutex<VecDeque<VmStats>>,
+    pub(crate) asked: Asked,
+    pub(crate) facts: Mutex<Facts>,
     book: Book,
     pool: Arc<HugePool>,
     shared: Shared,
@@ -133,23 +137,23 @@ pub(super) struct Worker {
 }
 
 /// A snapshot, and how VMs are served from it.
-pub(super) struct Open {
-    pub(super) service: Service,
+pub(crate) struct Open {
+    pub(crate) service: Service,
     file: OwnedFd,
     /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
     snapshot: Mutex<Option<Arc<Snapshot>>>,
 }
 
 /// A VM in this worker's hands.
-pub(super) struct Served {
-    pub(super) id: u64,
-    pub(super) pid: u32,
-    pub(super) service: Arc<Open>,
+pub(crate) struct Served {
+    pub(crate) id: u64,
+    pub(crate) pid: u32,
+    pub(crate) service: Arc<Open>,
     /// When it connected.
     since: Instant,
     /// Not before its session is there.
-    pub(super) paged: OnceLock<Paged>,
-    pub(super) completing: AtomicBool,
+    pub(crate) paged: OnceLock<Paged>,
+    pub(crate) completing: AtomicBool,
     /// Whether the daemon was asked to stop while it was alive, and so is to complete it.
     to_complete: AtomicBool,
     pool: Arc<HugePool>,
@@ -453,7 +457,7 @@ impl Worker {
     }
 
     /// Tells the keeper. If it is gone there is nobody to tell, and this process is about to end.
-    pub(super) fn tell(&self, message: &FromWorker) {
+    pub(crate) fn tell(&self, message: &FromWorker) {
         let _ = self.wire.send(message, &[]);
     }
 }
@@ -502,7 +506,7 @@ impl Open {
 
 impl Served {
     /// What it is called.
-    pub(super) fn label(&self) -> VmLabel {
+    pub(crate) fn label(&self) -> VmLabel {
         VmLabel {
             id: self.id,
             pid: self.pid,
@@ -511,7 +515,7 @@ impl Served {
     }
 
     /// Installs what is missing and lets the VM go. Why that can't be done, if it can't.
-    pub(super) fn complete(&self) -> Result<(), String> {
+    pub(crate) fn complete(&self) -> Result<(), String> {
         let _of = self.label().span().entered();
         let Some(paged) = self.paged.get() else {
             return Err("it is only just beginning to be served".to_owned());
@@ -559,7 +563,7 @@ impl Served {
     }
 
     /// What is known of it now.
-    pub(super) fn stats(&self) -> VmStats {
+    pub(crate) fn stats(&self) -> VmStats {
         let paged = self.paged.get();
         let state = match paged {
             None => VmState::Connecting,
@@ -567,7 +571,7 @@ impl Served {
             Some(_) => VmState::Serving,
         };
         VmStats {
-            vm: desk::Vm {
+            vm: types::Vm {
                 id: self.id,
                 service: self.service.service.name.clone(),
                 pid: self.pid,
@@ -607,6 +611,6 @@ fn is_unix(socket: &OwnedFd) -> bool {
 }
 
 /// A panic elsewhere leaves what is behind these locks whole.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

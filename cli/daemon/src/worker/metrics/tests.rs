@@ -1,7 +1,7 @@
 //! What is scraped.
 
 use super::*;
-use crate::desk::{FaultKinds, Pages, Sources, Vm};
+use crate::api::types::{FaultKinds, Pages, Sources, Vm};
 
 fn vm(service: &str, state: VmState) -> VmStats {
     VmStats {

@@ -67,14 +67,14 @@ impl Manager {
         self.send(state, &[])
     }
 
-    pub(super) fn store(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn store(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.send(
             &format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"),
             &[fd.as_raw_fd()],
         )
     }
 
-    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
     }
 
@@ -98,7 +98,7 @@ impl Manager {
 
 /// How many descriptors the manager keeps for this service. systemd says so since v254; to an older
 /// one the unit file has to say it: `Environment=FDSTORE=4096` beside `FileDescriptorStoreMax=4096`.
-pub(super) fn store_size() -> usize {
+pub(crate) fn store_size() -> usize {
     let size = env::var("FDSTORE").ok().and_then(|size| size.parse().ok());
     size.unwrap_or(0)
 }
@@ -143,7 +143,7 @@ pub fn given() -> Given {
 }
 
 /// The name under which a descriptor is stored.
-pub(super) fn name(id: &str, role: &str) -> String {
+pub(crate) fn name(id: &str, role: &str) -> String {
     format!("vm.{id}.{role}")
 }
 

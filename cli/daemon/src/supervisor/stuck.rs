@@ -18,9 +18,9 @@ use std::mem;
 use anyhow::Result;
 
 use super::{Keeper, Stopping};
-use crate::child::{Death, Worker};
-use crate::report::Ending;
-use crate::vms::Vm;
+use crate::api::summary::Ending;
+use crate::supervisor::vm::Vm;
+use crate::supervisor::worker_process::{Death, Worker};
 use snapshot_format::names::escape_path;
 
 /// A worker that was killed and doesn't end.

@@ -10,30 +10,30 @@ use snaprestore_uffd::os::Peer;
 use snaprestore_uffd::uffd::Closing;
 
 /// The most of them at once; who connects then waits in the kernel's queue.
-pub(super) const MOST: usize = 256;
+pub(crate) const MOST: usize = 256;
 
 /// One that is being waited for.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(crate) struct Pending {
     /// The number of the VM that it becomes.
-    pub(super) id: u64,
-    pub(super) service: u64,
-    pub(super) peer: Peer,
+    pub(crate) id: u64,
+    pub(crate) service: u64,
+    pub(crate) peer: Peer,
     stream: UnixStream,
     arriving: Arriving,
-    pub(super) since: Instant,
+    pub(crate) since: Instant,
     patience: Duration,
 }
 
 /// What came of a handshake, and what may still lie in the socket.
 #[derive(Debug)]
-pub(super) struct Unheard {
+pub(crate) struct Unheard {
     _stream: UnixStream,
     _arriving: Arriving,
 }
 
 impl Pending {
-    pub(super) fn new(
+    pub(crate) fn new(
         id: u64,
         service: u64,
         stream: UnixStream,
@@ -52,7 +52,7 @@ impl Pending {
         })
     }
 
-    pub(super) fn into_unheard(self) -> (Peer, Unheard) {
+    pub(crate) fn into_unheard(self) -> (Peer, Unheard) {
         let unheard = Unheard {
             _stream: self.stream,
             _arriving: self.arriving,
@@ -61,7 +61,7 @@ impl Pending {
     }
 
     /// Reads what has come. `None`: more has to come.
-    pub(super) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
+    pub(crate) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         match self.arriving.receive(self.stream.as_fd()) {
             Err(HandshakeError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 Ok(None)
@@ -71,12 +71,12 @@ impl Pending {
     }
 
     /// What tells, after this was dropped, whether all that it had sent is closed.
-    pub(super) fn closing(&self) -> Closing {
+    pub(crate) fn closing(&self) -> Closing {
         self.arriving.closing()
     }
 
     /// What it is refused for if it has taken too long.
-    pub(super) fn overdue(&self) -> Option<HandshakeError> {
+    pub(crate) fn overdue(&self) -> Option<HandshakeError> {
         let late = self.since.elapsed() >= self.patience;
         late.then(|| HandshakeError::Silent {
             received: self.arriving.received(),

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-use super::config::Service;
-use super::desk::{
+use crate::api::config::Service;
+use crate::api::summary::Ending;
+use crate::api::types::{
     Answer, Completed, Desk, List, Listed, Refused, Upgraded, VmId, VmState, VmStats, Which,
 };
-use super::report::Ending;
-use super::wire::{FromWorker, Request};
-use super::worker::{Served, Worker, lock};
+use crate::ipc::{FromWorker, Request};
+use crate::worker::{Served, Worker, lock};
 
 /// How long the keeper may take for an answer. An upgrade waits for another program to start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,7 +22,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What the keeper was asked for and has not answered.
 #[derive(Debug, Default)]
-pub(super) struct Asked {
+pub(crate) struct Asked {
     waiting: Mutex<Waiting>,
     /// Whether another worker takes over as soon as the operator knows.
     leaves: AtomicBool,
@@ -36,7 +36,7 @@ struct Waiting {
 
 impl Asked {
     /// Takes an answer of the keeper's.
-    pub(super) fn answered(&self, number: u64, result: Result<Option<Upgraded>, String>) {
+    pub(crate) fn answered(&self, number: u64, result: Result<Option<Upgraded>, String>) {
         if let Some(answer) = lock(&self.waiting).answers.remove(&number) {
             // Who asked may have gone away.
             let _ = answer.send(result);
@@ -44,7 +44,7 @@ impl Asked {
     }
 
     /// Whether another worker takes over.
-    pub(super) fn takes_leave(&self) -> bool {
+    pub(crate) fn takes_leave(&self) -> bool {
         self.leaves.load(SeqCst)
     }
 }

@@ -15,9 +15,9 @@ use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
 };
 
-use super::config::MetricsAddress;
-use super::control;
-use super::queue::{self, Queued};
+use crate::api::config::MetricsAddress;
+use crate::api::control;
+use crate::fd_store::backlog::{self, Queued};
 use snapshot_format::names::escape_path;
 
 /// How long the guardian of a keeper that has died may have its sockets.
@@ -25,7 +25,7 @@ const LETTING_GO: Duration = Duration::from_secs(2);
 
 /// A listening socket; the name that it has in the file system is removed when it is dropped.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub(crate) struct Listening {
     listener: Listener,
     name: Option<Name>,
 }
@@ -45,7 +45,7 @@ struct Name {
 
 impl Listening {
     /// Listens at `path`, where nobody may, for whoever may connect. Nobody can before `share` has set who.
-    pub(super) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
+    pub(crate) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
         make_room(path)?;
         let bound = || -> nix::Result<OwnedFd> {
             let flags = SockFlag::SOCK_CLOEXEC;
@@ -71,7 +71,7 @@ impl Listening {
 
     /// Goes on listening at a socket that an earlier keeper made, if its path is `path` and still means it; `held_as`
     /// is what that one had it held as.
-    pub(super) fn inherit(socket: OwnedFd, held_as: &str) -> Option<(PathBuf, Self)> {
+    pub(crate) fn inherit(socket: OwnedFd, held_as: &str) -> Option<(PathBuf, Self)> {
         let listener = UnixListener::from(socket);
         let path = listener.local_addr().ok()?.as_pathname()?.to_owned();
         let mut listening = Self::unix(listener, &path).ok()?;
@@ -83,14 +83,14 @@ impl Listening {
 
     /// What it is to be held as, so that another keeper knows whether its path still means it; none if it doesn't, or
     /// if it has none.
-    pub(super) fn held_as(&self) -> Option<String> {
+    pub(crate) fn held_as(&self) -> Option<String> {
         let Name { path, file } = self.name.as_ref()?;
         let (device, inode) = file;
         (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
     }
 
     /// Nobody can connect any more; who has already can be accepted.
-    pub(super) fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         // A keeper that goes on with the socket must not take it for one at which others come.
         self.remove_name();
         if let Listener::Unix(listener) = &self.listener {
@@ -108,26 +108,26 @@ impl Listening {
     }
 
     /// Ends who has connected and was not accepted; nobody can connect any more.
-    pub(super) fn end_queue(
+    pub(crate) fn end_queue(
         &self,
         service: &str,
         allowed: &[u32],
         say: impl FnMut(String),
     ) -> Vec<Queued> {
         match &self.listener {
-            Listener::Unix(listener) => queue::end(listener, service, allowed, say),
+            Listener::Unix(listener) => backlog::end(listener, service, allowed, say),
             Listener::Tcp(_) => Vec::new(),
         }
     }
 
     /// Listens for this user and root only.
-    pub(super) fn private(path: &Path) -> Result<Self> {
+    pub(crate) fn private(path: &Path) -> Result<Self> {
         make_room(path)?;
         Self::unix(control::listen_at(path)?, path)
     }
 
     /// Listens for who reads metrics.
-    pub(super) fn metrics(address: &MetricsAddress) -> Result<Self> {
+    pub(crate) fn metrics(address: &MetricsAddress) -> Result<Self> {
         match address {
             MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
             MetricsAddress::Loopback(address) => {
@@ -155,7 +155,7 @@ impl Listening {
     }
 
     /// The next connection. `None`: nobody waits.
-    pub(super) fn accept(&self) -> io::Result<Option<OwnedFd>> {
+    pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
         let accepted = match &self.listener {
             Listener::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
             Listener::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),

@@ -22,6 +22,11 @@
 //! roles below it. systemd compares what it is given: the same open file is kept once, under the name that
 //! came first. So what VMs share, as a snapshot's file, is held under an id of its own.
 
+pub(crate) mod backlog;
+mod cgroup;
+pub(crate) mod guardian;
+pub(crate) mod systemd;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -32,8 +37,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
-use super::guardian::{A_MOMENT, Guardian};
-use super::systemd::{self, Given, Manager};
+use self::guardian::{A_MOMENT, Guardian};
+use self::systemd::{Given, Manager};
 
 /// The role of a userfaultfd; more of one owner, born of its forks, have roles that begin so.
 pub const UFFD: &str = "uffd";
