@@ -17,7 +17,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use snaprestore_compare::contender::Contender;
 use snaprestore_daemon::api::config::{
-    MetricsAddress, OnError, RETRY_TIMEOUT, Service, SocketMode,
+    FailurePolicy, MetricsAddress, RETRY_TIMEOUT, Service, SocketMode,
 };
 use snaprestore_daemon::log::LogFormat;
 use snapshot_format::is_blob_name;
@@ -382,7 +382,7 @@ what the options say, and needs as little:
   on_error = \"kill\"
   allow_uid = [1000]
   threads = 2
-  patience = 10
+  handshake_timeout = 10
   retry_timeout = 5
   socket_mode = \"0660\"
   socket_group = \"kvm\"
@@ -455,8 +455,8 @@ pub(crate) struct ServiceOptions {
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
     /// What is done when a page that a VM waits for can't be restored
-    #[arg(long, value_enum, default_value_t = OnError::Kill, value_name = "WHAT")]
-    pub(crate) on_error: OnError,
+    #[arg(long, value_enum, default_value_t = FailurePolicy::Kill, value_name = "WHAT")]
+    pub(crate) on_error: FailurePolicy,
     /// Users whose processes are served; more than one may be given [default: every user who may
     /// connect]
     #[arg(long, value_name = "UID")]
@@ -465,9 +465,9 @@ pub(crate) struct ServiceOptions {
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
     /// Seconds that a VMM that has connected may take to hand its memory over
-    #[arg(long, default_value_t = 10, value_name = "SECONDS",
+    #[arg(long, alias = "patience", default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(crate) patience: u64,
+    pub(crate) handshake_timeout: u64,
     /// Seconds that a page that can't be read is read again, before --on-error decides; damage isn't
     /// read again
     #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
@@ -492,7 +492,7 @@ impl ServiceOptions {
             on_error: self.on_error,
             allow_uid: self.allow_uid.clone(),
             threads: self.threads,
-            patience: self.patience,
+            handshake_timeout: self.handshake_timeout,
             retry_timeout: self.retry_timeout,
             socket_mode: self.socket_mode,
             socket_group: self.socket_group.clone(),

@@ -113,7 +113,7 @@ impl Output {
 }
 
 impl Console for Output {
-    fn say(&self, message: &dyn Display) {
+    fn info(&self, message: &dyn Display) {
         self.warn(message);
     }
 

@@ -1,4 +1,4 @@
-//! What keeper and worker say to each other: one JSON object a message, descriptors beside it.
+//! The messages between supervisor and worker: one JSON object each, with descriptors beside it.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
@@ -15,26 +15,30 @@ use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_uffd::os::receive;
 
 use crate::api::config::Service;
-use crate::api::summary::{Ending, Vm};
+use crate::api::summary::{Ending, VmSummary};
 use crate::api::types::{self, Upgraded};
 
 /// The most bytes of a message: the regions of a VM, at most a thousand.
-const MOST_BYTES: usize = 160 << 10;
+const MAX_MESSAGE_BYTES: usize = 160 << 10;
 
-/// From the keeper.
+/// Names the places at which the project's own tests have workers killed: one for each worker, the
+/// first first.
+pub(crate) const FAIL: &str = "SNAPRESTORE_FAIL";
+
+/// From the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
     /// VMs may come that are restored from this snapshot. With its open file.
     Service {
-        /// What VMs name it by.
+        /// The number by which VMs name it.
         key: u64,
         /// How they are served.
         service: Service,
     },
-    /// A VM is to be served. With its userfaultfd, its pidfd, its page map if it has huge pages, and its
-    /// tables if it has some.
+    /// A VM is to be served. With its userfaultfd, its pidfd, its page map if it has huge pages,
+    /// and its tables if it has some.
     Vm {
-        /// What it is known by.
+        /// Its number.
         id: u64,
         /// The service that it connected to.
         service: u64,
@@ -48,52 +52,52 @@ pub(crate) enum ToWorker {
         #[serde(default)]
         page_map: bool,
         /// Frames of the snapshot that are not to be decoded.
-        deadly: Vec<u64>,
+        quarantined: Vec<u64>,
     },
     /// No more VMs will come that are restored from this snapshot, and all that did have ended.
-    Forget {
+    RemoveService {
         /// Which.
         key: u64,
     },
-    /// Somebody wants something. With the connection.
-    Visitor {
-        /// Where they came in.
-        door: Door,
-        /// What only the keeper knows.
+    /// A client has connected. With the connection.
+    Client {
+        /// The endpoint of the client.
+        endpoint: Endpoint,
+        /// Facts that only the supervisor knows.
         facts: Facts,
     },
-    /// What became of a request.
-    Answer {
+    /// The reply to a request.
+    Reply {
         /// Which.
         number: u64,
         /// Nothing more for most; who takes over, for an upgrade.
         result: Result<Option<Upgraded>, String>,
     },
     /// A VM has ended in other hands than this worker's.
-    Ended {
-        /// What is told of it.
-        vm: types::Vm,
+    VmEnded {
+        /// Its last status.
+        vm: types::VmStatus,
     },
-    /// Everything shall be installed in every VM, and the VMs let go.
+    /// The worker is to install all pages of every VM, and to let the VMs go.
     Drain,
-    /// Nothing is left to do.
-    Leave,
+    /// The worker is to exit.
+    Shutdown,
 }
 
-/// Where somebody can come in who is no VM.
+/// A socket for clients that are no VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Door {
+pub enum Endpoint {
     /// The control socket.
     Control,
-    /// Where metrics are read.
+    /// The socket at which metrics are read.
     Metrics,
 }
 
-/// What only the keeper knows, since workers come and go.
+/// Facts that only the supervisor knows, since workers come and go.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Facts {
     /// Its process.
-    pub(crate) keeper: u32,
+    pub(crate) supervisor: u32,
     /// Workers that took over from one that had died.
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
@@ -104,9 +108,9 @@ pub(crate) struct Facts {
 /// How many VMs have ended in which way.
 pub(crate) type Endings = BTreeMap<Ending, u64>;
 
-/// What a worker can't do by itself.
+/// A request that a worker can't serve by itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) enum Request {
+pub(crate) enum SupervisorRequest {
     Add(Service),
     Remove(String),
     Drain,
@@ -116,25 +120,25 @@ pub(crate) enum Request {
 /// From the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
-    /// It has started, and reads what it is told.
+    /// The worker has started, and reads messages.
     Ready {
-        /// Of its program.
+        /// The version of its program.
         version: String,
     },
-    /// It can't confine itself, and ends.
-    Unfit {
+    /// The worker can't confine itself, and exits.
+    ConfineFailed {
         /// Why.
         why: String,
     },
-    /// An operator wants something that only the keeper can do.
-    Ask {
-        /// For the answer.
+    /// An operator wants something that only the supervisor can do.
+    Request {
+        /// The number for the reply.
         number: u64,
-        /// What.
-        request: Request,
+        /// The request.
+        request: SupervisorRequest,
     },
     /// The operator was told that another worker takes over.
-    Told,
+    Replied,
     /// The tables of a VM, from which nothing was read yet. With their memfd.
     Tables {
         /// Whose.
@@ -146,12 +150,13 @@ pub(crate) enum FromWorker {
         id: u64,
     },
     /// A VM is served no more.
-    Ended {
+    VmEnded {
         /// Which.
         id: u64,
         /// How it ended.
-        vm: Vm,
-        /// Whether it was killed although it was to be completed, since the daemon was asked to stop.
+        vm: VmSummary,
+        /// Whether it was killed although it was to be completed, since the daemon was asked to
+        /// stop.
         #[serde(default)]
         incomplete: bool,
     },
@@ -159,12 +164,12 @@ pub(crate) enum FromWorker {
 
 /// One end of the connection.
 #[derive(Debug)]
-pub(crate) struct Wire {
+pub(crate) struct Channel {
     socket: OwnedFd,
 }
 
-impl Wire {
-    /// The keeper's end, which never waits, and the worker's, which does.
+impl Channel {
+    /// The supervisor's end, which never waits, and the worker's, which does.
     pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
@@ -188,7 +193,7 @@ impl Wire {
         descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
-        if text.len() > MOST_BYTES {
+        if text.len() > MAX_MESSAGE_BYTES {
             return Err(io::Error::from(Errno::EMSGSIZE));
         }
         let numbers: Vec<_> = descriptors.iter().map(BorrowedFd::as_raw_fd).collect();
@@ -206,7 +211,7 @@ impl Wire {
 
     /// Takes one message. `None`: the other end is gone.
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-        let mut text = vec![0; MOST_BYTES];
+        let mut text = vec![0; MAX_MESSAGE_BYTES];
         let read = loop {
             match receive(self.socket.as_fd(), &mut text) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -226,7 +231,7 @@ impl Wire {
     }
 }
 
-impl AsFd for Wire {
+impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

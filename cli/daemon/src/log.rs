@@ -1,8 +1,9 @@
-//! What the program logs of its own accord, as text or JSON, on standard error.
+//! The log of the program, as text or JSON, on standard error.
 //!
 //! Libraries log through `tracing`; `SNAPRESTORE_LOG` chooses what is shown, as `debug` or
 //! `snaprestore_engine=trace`. A guest can cause some events (failures, discards), as many as it
-//! likes: of each place in the code that logs, a few events a second are shown and the others counted.
+//! likes: of each place in the code that logs, a few events a second are shown and the others
+//! counted.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,7 +26,7 @@ use tracing_subscriber::registry::LookupSpan;
 /// The variable that chooses what is shown.
 const VARIABLE: &str = "SNAPRESTORE_LOG";
 /// Events of one place that are shown in one [`WINDOW`].
-const MOST: u32 = 10;
+const MAX_EVENTS: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// How events are written.
@@ -39,7 +40,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What was suppressed so far, of the whole process.
+/// The limiter of the whole process.
 static LIMITER: LazyLock<Limiter> = LazyLock::new(Limiter::default);
 
 /// Formats a number with the noun that it counts: `1 page`, `2,000 pages`.
@@ -48,7 +49,7 @@ pub fn count(number: u64, noun: &str) -> String {
     format!("{} {noun}{plural}", HumanCount(number))
 }
 
-/// Starts to log. A daemon, which names a format, logs what an operator should know unless the
+/// Starts logging. A daemon, which names a format, logs what an operator should know unless the
 /// variable says otherwise; other commands log only what it asks for.
 pub fn start(daemon: Option<LogFormat>) {
     let wanted = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
@@ -89,9 +90,9 @@ pub fn start(daemon: Option<LogFormat>) {
     }
 }
 
-/// Says how many events were suppressed of places that have been silent since: to be called now and
-/// then by who would wait long for the next event, and at the end.
-pub(crate) fn say_suppressed(format: LogFormat) {
+/// Logs how many events were suppressed of places that have been silent since. A process that would
+/// wait long for the next event calls this now and then.
+pub(crate) fn log_suppressed(format: LogFormat) {
     let mut text = String::new();
     for suppressed in LIMITER.due(Instant::now()) {
         let _ = suppressed.write(&mut Writer::new(&mut text), format == LogFormat::Json);
@@ -195,7 +196,7 @@ impl Limiter {
         if now.saturating_duration_since(place.since) >= WINDOW {
             (place.since, place.shown) = (now, 0);
         }
-        if place.shown < MOST {
+        if place.shown < MAX_EVENTS {
             place.shown += 1;
             true
         } else {
@@ -204,7 +205,7 @@ impl Limiter {
         }
     }
 
-    /// What was suppressed in windows that are over, told once.
+    /// Returns what was suppressed in windows that are over, once.
     fn due(&self, now: Instant) -> Vec<Suppressed> {
         let mut places = self.lock();
         let over = |place: &&mut Place| {
@@ -330,15 +331,20 @@ mod tests {
             .finish();
         tracing::subscriber::with_default(subscriber, || {
             // However slow this machine is, its window doesn't end on the way.
-            for number in 0..MOST + 25 {
+            for number in 0..MAX_EVENTS + 25 {
                 log(number);
                 for place in limiter.lock().values_mut() {
                     place.since = Instant::now();
                 }
             }
-            assert_eq!(kept.lines().len(), MOST as usize, "{:?}", kept.lines());
+            assert_eq!(
+                kept.lines().len(),
+                MAX_EVENTS as usize,
+                "{:?}",
+                kept.lines()
+            );
             tracing::warn!("another place is not concerned");
-            assert_eq!(kept.lines().len(), MOST as usize + 1);
+            assert_eq!(kept.lines().len(), MAX_EVENTS as usize + 1);
             let_time_pass(limiter);
             log(99);
         });
@@ -351,7 +357,7 @@ mod tests {
             "{lines:?}"
         );
         assert!(last.contains("number=99"), "{lines:?}");
-        assert_eq!(lines.len(), MOST as usize + 3, "{lines:?}");
+        assert_eq!(lines.len(), MAX_EVENTS as usize + 3, "{lines:?}");
         assert!(limiter.due(Instant::now() + WINDOW).is_empty());
     }
 
@@ -368,7 +374,7 @@ mod tests {
             .with_writer(kept.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            for number in 0..=MOST {
+            for number in 0..=MAX_EVENTS {
                 log(number);
                 for place in limiter.lock().values_mut() {
                     place.since = Instant::now();
@@ -383,15 +389,15 @@ mod tests {
             .iter()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
-        assert_eq!(lines.len(), MOST as usize + 2, "{lines:?}");
+        assert_eq!(lines.len(), MAX_EVENTS as usize + 2, "{lines:?}");
         assert_eq!(lines[0]["fields"]["number"], 0, "{lines:?}");
         assert_eq!(lines[0]["level"], "WARN");
-        let suppressed = &lines[MOST as usize];
+        let suppressed = &lines[MAX_EVENTS as usize];
         assert_eq!(suppressed["fields"]["suppressed"], 1, "{suppressed}");
         assert_eq!(suppressed["level"], "WARN");
         assert!(suppressed["timestamp"].is_string(), "{suppressed}");
         // Whose it is stands beside what it says.
-        let fields = &lines[MOST as usize + 1]["fields"];
+        let fields = &lines[MAX_EVENTS as usize + 1]["fields"];
         let of = (
             &fields["number"],
             &fields["vm"],

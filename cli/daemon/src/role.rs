@@ -3,11 +3,11 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::fd_store::guardian;
-use crate::log::{self, LogFormat};
-use crate::worker;
+use crate::log;
+use crate::worker::{self, WorkerOptions};
 
 /// The part of a daemon that a process was started for.
 #[derive(Debug)]
@@ -31,23 +31,6 @@ enum Hidden {
     },
 }
 
-/// The options of a worker.
-#[derive(Debug, Args)]
-pub(crate) struct WorkerOptions {
-    /// Give up what isn't needed
-    #[arg(long)]
-    pub(crate) confine: bool,
-    /// User to become
-    #[arg(long)]
-    pub(crate) user: Option<String>,
-    /// Decoded frames that sessions share, in MiB
-    #[arg(long)]
-    pub(crate) frame_cache: u64,
-    /// How events are logged
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub(crate) log_format: LogFormat,
-}
-
 impl Role {
     /// Returns the role that this process was started for. `None`: it was not started by a daemon.
     pub fn of_this_process() -> Option<Self> {
@@ -55,7 +38,9 @@ impl Role {
         Some(Self(command_line.hidden))
     }
 
-    /// Plays the role to its end. The process must have no other thread yet, and must not have changed how it
+    /// Plays the role to its end.
+    ///
+    /// The process must have no other thread yet, and must not have changed how it
     /// takes signals.
     pub fn run(self) -> Result<ExitCode> {
         match self.0 {

@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 /// Only a leak takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sockets of a keeper, its worker and its guardian that have nothing to do: of a daemon with one service and a control
-/// socket. The keeper listens at both, and talks to the other two; the worker has its end twice, once as standard input;
+/// Sockets of a supervisor, its worker and its guardian that have nothing to do: of a daemon with one service and a control
+/// socket. The supervisor listens at both, and talks to the other two; the worker has its end twice, once as standard input;
 /// the guardian holds the socket of the service.
 pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
 
@@ -84,7 +84,7 @@ impl Footprint {
         let busy = |name: &String| {
             let names = [
                 "vm",
-                "visitor",
+                "client",
                 "complete",
                 "snap-fault",
                 "snap-feed",

@@ -21,7 +21,7 @@ fn all_right(vmm: Child) {
     assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
 }
 
-/// Each place where what keeper and worker share is between two steps. Several workers in a row come
+/// Each place where what supervisor and worker share is between two steps. Several workers in a row come
 /// to it; the first of them finds what one that died after a read has left.
 #[test]
 fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {

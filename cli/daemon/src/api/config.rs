@@ -1,4 +1,5 @@
-//! What the daemon is told to serve: the file of `serve --config`, and what `ctl add` sends.
+//! The configuration of a daemon: the file of `serve --config`, and the services that `ctl add`
+//! sends.
 //!
 //! ```toml
 //! control = "/run/snaprestore/control.socket"
@@ -29,15 +30,15 @@ use snapshot_format::FileStore;
 use snapshot_format::names::escape_path;
 
 /// The longest file of `--config`: room for ten thousand services.
-const MOST_BYTES: u64 = 4 << 20;
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// The longest name of a service: it is part of log lines, metrics and tables.
-const LONGEST_NAME: usize = 64;
+const MAX_SERVICE_NAME_BYTES: usize = 64;
 /// The longest path of a Unix socket, without the zero byte at its end.
-const LONGEST_SOCKET: usize = 107;
-/// What `--threads` takes.
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// The values that `--threads` takes.
 const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
-/// What `--patience` takes.
-const PATIENCE: std::ops::RangeInclusive<u64> = 1..=3600;
+/// The values that `--handshake-timeout` takes.
+const HANDSHAKE_TIMEOUTS: std::ops::RangeInclusive<u64> = 1..=3600;
 /// The values that `--retry-timeout` takes.
 const RETRY_TIMEOUTS: std::ops::RangeInclusive<u64> = 0..=3600;
 
@@ -59,7 +60,7 @@ pub struct Service {
     pub prefetch: Prefetch,
     /// The consequence for a VM that waits for a page which can't be restored.
     #[serde(default = "default_on_error")]
-    pub on_error: OnError,
+    pub on_error: FailurePolicy,
     /// Users whose processes are served; none named: every user who may connect.
     #[serde(default)]
     pub allow_uid: Vec<u32>,
@@ -67,8 +68,12 @@ pub struct Service {
     #[serde(default = "default_threads")]
     pub threads: usize,
     /// Seconds that a VMM that has connected may take to hand its memory over.
-    #[serde(default = "default_patience")]
-    pub patience: u64,
+    #[serde(
+        default = "default_handshake_timeout",
+        rename(serialize = "patience"),
+        alias = "patience"
+    )]
+    pub handshake_timeout: u64,
     /// Seconds that a page that can't be read is read again, before `on_error` decides.
     #[serde(default = "default_retry_timeout")]
     pub retry_timeout: u64,
@@ -95,7 +100,7 @@ pub enum Prefetch {
 /// The consequence for a VM that waits for a page which can't be restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum OnError {
+pub enum FailurePolicy {
     /// The VM's process is killed
     Kill,
     /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
@@ -150,15 +155,15 @@ fn default_prefetch() -> Prefetch {
     Prefetch::WorkingSet
 }
 
-fn default_on_error() -> OnError {
-    OnError::Kill
+fn default_on_error() -> FailurePolicy {
+    FailurePolicy::Kill
 }
 
 fn default_threads() -> usize {
     2
 }
 
-fn default_patience() -> u64 {
+fn default_handshake_timeout() -> u64 {
     10
 }
 
@@ -167,7 +172,8 @@ fn default_retry_timeout() -> u64 {
 }
 
 impl Service {
-    /// Gives its socket the permissions that were asked for; the umask and the user of the daemon have decided the others.
+    /// Gives its socket the permissions that were asked for; the umask and the user of the daemon
+    /// have decided the others.
     pub(crate) fn share_socket(&self) -> Result<()> {
         let socket = &self.socket;
         let name = escape_path(socket);
@@ -187,13 +193,13 @@ impl Service {
         Ok(())
     }
 
-    /// What is wrong with it, and what would be right.
+    /// Checks the service by itself. The error says what would be right.
     pub fn check(&self) -> Result<()> {
         let name = &self.name;
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(good) {
+        if name.is_empty() || name.len() > MAX_SERVICE_NAME_BYTES || !name.chars().all(good) {
             bail!(
-                "the name {name:?} of a service must have 1 to {LONGEST_NAME} letters, digits, \
+                "the name {name:?} of a service must have 1 to {MAX_SERVICE_NAME_BYTES} letters, digits, \
                  dots, dashes and underscores"
             );
         }
@@ -204,8 +210,11 @@ impl Service {
             let error = anyhow!("threads = {} must be from 1 to 512", self.threads);
             return Err(error).with_context(wrong);
         }
-        if !PATIENCE.contains(&self.patience) {
-            let error = anyhow!("patience = {} must be from 1 to 3600 s", self.patience);
+        if !HANDSHAKE_TIMEOUTS.contains(&self.handshake_timeout) {
+            let error = anyhow!(
+                "handshake_timeout = {} must be from 1 to 3600 s",
+                self.handshake_timeout
+            );
             return Err(error).with_context(wrong);
         }
         if !RETRY_TIMEOUTS.contains(&self.retry_timeout) {
@@ -231,16 +240,16 @@ fn absolute(what: &str, path: &Path) -> Result<()> {
 fn check_socket(what: &str, path: &Path) -> Result<()> {
     absolute(what, path)?;
     let len = path.as_os_str().len();
-    if len > LONGEST_SOCKET {
+    if len > MAX_SOCKET_PATH_BYTES {
         bail!(
-            "{what} = {}: a socket's path has at most {LONGEST_SOCKET} bytes, and this one {len}",
+            "{what} = {}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, and this one {len}",
             escape_path(path)
         );
     }
     Ok(())
 }
 
-/// Where metrics are read: a Unix socket, or an address that only this machine reaches.
+/// The place where metrics are read: a Unix socket, or an address that only this machine reaches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum MetricsAddress {
@@ -312,9 +321,9 @@ impl Config {
     pub fn load(file: &Path) -> Result<Self> {
         let name = escape_path(file);
         let text = read(file).with_context(|| format!("{name}: can't be read"))?;
-        let folder = std::path::absolute(file).with_context(|| format!("{name}"))?;
+        let folder = std::path::absolute(file).with_context(|| name.clone())?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
-        Self::parse(&text, folder).with_context(|| format!("{name}"))
+        Self::parse(&text, folder).with_context(|| name.clone())
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
@@ -386,8 +395,8 @@ fn read(file: &Path) -> Result<String> {
 
     let file = FileStore::open(file)?.into_file();
     let mut text = String::new();
-    file.take(MOST_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MOST_BYTES {
+    file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_CONFIG_BYTES {
         bail!("it is larger than 4 MiB");
     }
     Ok(text)
@@ -414,7 +423,7 @@ prefetch = "all"
 on_error = "poison"
 allow_uid = [1000, 1001]
 threads = 4
-patience = 60
+handshake_timeout = 60
 retry_timeout = 0
 socket_mode = "0660"
 socket_group = "kvm"
@@ -445,17 +454,26 @@ socket_group = "kvm"
         assert_eq!(web.socket, Path::new("/run/web.socket"));
         assert_eq!(
             (web.prefetch, web.on_error),
-            (Prefetch::WorkingSet, OnError::Kill)
+            (Prefetch::WorkingSet, FailurePolicy::Kill)
         );
-        assert_eq!((web.threads, web.patience, web.retry_timeout), (2, 10, 5));
+        assert_eq!(
+            (web.threads, web.handshake_timeout, web.retry_timeout),
+            (2, 10, 5)
+        );
         assert!(web.allow_uid.is_empty());
         assert_eq!((web.socket_mode, &web.socket_group), (None, &None));
         assert_eq!(db.socket_mode, Some(SocketMode(0o660)));
         assert_eq!(db.socket_group.as_deref(), Some("kvm"));
         assert_eq!(db.socket, Path::new("/etc/snaprestore/db.socket"));
-        assert_eq!((db.prefetch, db.on_error), (Prefetch::All, OnError::Poison));
+        assert_eq!(
+            (db.prefetch, db.on_error),
+            (Prefetch::All, FailurePolicy::Poison)
+        );
         assert_eq!(db.allow_uid, [1000, 1001]);
-        assert_eq!((db.threads, db.patience, db.retry_timeout), (4, 60, 0));
+        assert_eq!(
+            (db.threads, db.handshake_timeout, db.retry_timeout),
+            (4, 60, 0)
+        );
     }
 
     #[test]
@@ -463,6 +481,14 @@ socket_group = "kvm"
         let config = parse(WHOLE).unwrap();
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn old_name_of_the_handshake_timeout_is_accepted_and_written() {
+        let config = parse(&WHOLE.replace("handshake_timeout", "patience")).unwrap();
+        assert_eq!(config, parse(WHOLE).unwrap());
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(json["service"][1]["patience"], 60);
     }
 
     #[test]
@@ -478,7 +504,10 @@ socket_group = "kvm"
             &["line 5", "working-set"],
         );
         refused(&format!("{service}threads = 0"), &["\"a\"", "1 to 512"]);
-        refused(&format!("{service}patience = 0"), &["\"a\"", "3600"]);
+        refused(
+            &format!("{service}handshake_timeout = 0"),
+            &["\"a\"", "3600"],
+        );
         refused(
             &format!("{service}retry_timeout = 3601"),
             &["\"a\"", "0 to 3600"],

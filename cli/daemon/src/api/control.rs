@@ -5,9 +5,9 @@
 //!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
 //! ```
 //!
-//! Only the daemon's own user and root may use it: the socket's mode says so, and who has connected
-//! is looked at as well. A line that is too long, or takes too long, ends the connection; one that
-//! isn't understood is answered by an error, and the next is read.
+//! Only the daemon's own user and root may use it: the socket's mode says so, and the credentials
+//! of the client are checked as well. A line that is too long, or takes too long, ends the
+//! connection; one that isn't understood is answered by an error, and the next is read.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -23,22 +23,24 @@ use nix::sys::stat::{Mode, fchmod};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snaprestore_uffd::os::credentials_of;
-
-use crate::api::config::Service;
-use crate::api::types::{Answer, Completed, Desk, List, Refused, Upgraded, VmId, VmStats, Which};
 use snapshot_format::names::escape_path;
 
-/// Where the control socket is, unless somebody says otherwise.
+use crate::api::config::Service;
+use crate::api::types::{
+    ApiResult, Completed, List, OperatorApi, RequestError, Upgraded, VmId, VmSelector, VmStats,
+};
+
+/// The default path of the control socket.
 pub const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
 
-/// The longest request: a service with paths and some thousand users.
-const LONGEST_REQUEST: usize = 64 << 10;
-/// The longest reply that is read: statistics of ten thousand VMs.
-const LONGEST_REPLY: usize = 256 << 20;
-/// How long a connection may stay without a whole request, and a reply without being taken.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The size of a request: a service with paths and some thousand users.
+const MAX_REQUEST_BYTES: usize = 64 << 10;
+/// The size of a reply that is read: statistics of ten thousand VMs.
+const MAX_REPLY_BYTES: usize = 256 << 20;
+/// Time for a client to send a whole request, or to take a reply.
+const IO_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What can be asked for.
+/// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
@@ -63,7 +65,8 @@ pub enum Request {
         #[serde(default)]
         buckets: bool,
     },
-    /// Installs what one VM misses, or all, and lets them go; the answer is a list of [`Completed`].
+    /// Installs what one VM misses, or all, and lets them go; the answer is a list of
+    /// [`Completed`].
     Complete {
         /// One VM.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -82,7 +85,7 @@ pub enum Request {
     },
 }
 
-/// What is answered.
+/// A reply.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Reply<T> {
@@ -90,10 +93,10 @@ enum Reply<T> {
     Error(String),
 }
 
-/// What the daemon has to say to a request, in its own terms.
+/// The body of a successful reply.
 #[derive(Serialize)]
 #[serde(untagged)]
-enum Said {
+enum ReplyBody {
     Nothing {},
     List(List),
     Stats(Vec<VmStats>),
@@ -120,16 +123,15 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
     make().with_context(|| format!("{}: can't be listened on", escape_path(path)))
 }
 
-/// Answers whoever has connected to the control socket of a daemon of user `own`, until they have no more to
-/// ask.
-pub(crate) fn answer(stream: &UnixStream, own: u32, desk: &dyn Desk) {
-    if let Err(error) = converse(stream, own, desk) {
+/// Serves a connection to the control socket of a daemon of user `own`, until the client hangs up.
+pub(crate) fn serve(stream: &UnixStream, own: u32, api: &dyn OperatorApi) {
+    if let Err(error) = serve_requests(stream, own, api) {
         tracing::debug!(%error, "a connection to the control socket ends");
     }
 }
 
-fn converse(stream: &UnixStream, own: u32, desk: &dyn Desk) -> io::Result<()> {
-    let mut lines = Lines::new(stream, LONGEST_REQUEST);
+fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::Result<()> {
+    let mut lines = Lines::new(stream, MAX_REQUEST_BYTES);
     let (pid, uid) = credentials_of(stream.as_fd())?;
     if !may_use(uid, own) {
         tracing::warn!(pid, uid, "the control socket was used by another user");
@@ -137,7 +139,7 @@ fn converse(stream: &UnixStream, own: u32, desk: &dyn Desk) -> io::Result<()> {
         return send(stream, &Reply::<()>::Error(text));
     }
     loop {
-        let line = match lines.next(Some(Instant::now() + PATIENCE)) {
+        let line = match lines.next(Some(Instant::now() + IO_TIMEOUT)) {
             Ok(Some(line)) => line,
             Ok(None) => return Ok(()),
             Err(error) => {
@@ -145,9 +147,9 @@ fn converse(stream: &UnixStream, own: u32, desk: &dyn Desk) -> io::Result<()> {
                 return Err(error);
             }
         };
-        let reply = match understand(line).and_then(|request| serve(desk, request)) {
+        let reply = match parse(line).and_then(|request| dispatch(api, request)) {
             Ok(said) => Reply::Ok(said),
-            Err(Refused(why)) => Reply::Error(why),
+            Err(RequestError(why)) => Reply::Error(why),
         };
         send(stream, &reply)?;
     }
@@ -158,51 +160,51 @@ fn may_use(uid: u32, own: u32) -> bool {
     uid == own || uid == 0
 }
 
-fn understand(line: &[u8]) -> Answer<Request> {
+fn parse(line: &[u8]) -> ApiResult<Request> {
     let request = serde_json::from_slice(line);
-    request.map_err(|error| Refused(format!("the request can't be understood: {error}")))
+    request.map_err(|error| RequestError(format!("the request can't be understood: {error}")))
 }
 
-/// Has the desk do what was asked for.
-fn serve(desk: &dyn Desk, request: Request) -> Answer<Said> {
+/// Calls the API for a request.
+fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
     Ok(match request {
         Request::Add { service } => {
             service.check()?;
-            desk.add(service)?;
-            Said::Nothing {}
+            api.add(service)?;
+            ReplyBody::Nothing {}
         }
         Request::Remove { name } => {
-            desk.remove(&name)?;
-            Said::Nothing {}
+            api.remove(&name)?;
+            ReplyBody::Nothing {}
         }
-        Request::List {} => Said::List(desk.list()?),
+        Request::List {} => ReplyBody::List(api.list()?),
         Request::Stats { vm, buckets } => {
-            let mut all = desk.stats(vm)?;
+            let mut all = api.stats(vm)?;
             if !buckets {
                 for vm in &mut all {
                     vm.session.drop_buckets();
                 }
             }
-            Said::Stats(all)
+            ReplyBody::Stats(all)
         }
         Request::Complete { vm, all } => {
             let which = match (vm, all) {
-                (Some(vm), false) => Which::Vm(vm),
-                (None, true) => Which::All,
-                _ => return Err(Refused("name one VM, or all of them".to_owned())),
+                (Some(vm), false) => VmSelector::Vm(vm),
+                (None, true) => VmSelector::All,
+                _ => return Err(RequestError("name one VM, or all of them".to_owned())),
             };
-            Said::Completed(desk.complete(which)?)
+            ReplyBody::Completed(api.complete(which)?)
         }
-        Request::Drain {} => Said::Completed(desk.drain()?),
-        Request::Upgrade { program } => Said::Upgraded(desk.upgrade(program)?),
+        Request::Drain {} => ReplyBody::Completed(api.drain()?),
+        Request::Upgrade { program } => ReplyBody::Upgraded(api.upgrade(program)?),
     })
 }
 
-/// Writes one line. Who doesn't take it in time is left.
+/// Writes one line. A client that doesn't take it in time is dropped.
 fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + IO_TIMEOUT;
     let mut rest = &line[..];
     while !rest.is_empty() {
         stream.set_write_timeout(Some(left(until)?))?;
@@ -210,22 +212,22 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(done) => rest = &rest[done..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(in_words(error)),
+            Err(error) => return Err(with_message(error)),
         }
     }
     Ok(())
 }
 
-/// What is left of the time until `until`.
+/// Returns the time that is left until `until`.
 fn left(until: Instant) -> io::Result<Duration> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() {
-        return Err(in_words(io::ErrorKind::TimedOut.into()));
+        return Err(with_message(io::ErrorKind::TimedOut.into()));
     }
     Ok(left)
 }
 
-fn in_words(error: io::Error) -> io::Error {
+fn with_message(error: io::Error) -> io::Error {
     // What the kernel says of a timeout, too.
     let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
     if kinds.contains(&error.kind()) {
@@ -241,23 +243,23 @@ fn in_words(error: io::Error) -> io::Error {
 /// Lines of a stream, of a bounded length.
 struct Lines<'a> {
     stream: &'a UnixStream,
-    longest: usize,
+    max_bytes: usize,
     buffer: Vec<u8>,
     /// Where in the buffer the line ends that was given last.
     given: usize,
 }
 
 impl<'a> Lines<'a> {
-    fn new(stream: &'a UnixStream, longest: usize) -> Self {
+    fn new(stream: &'a UnixStream, max_bytes: usize) -> Self {
         Self {
             stream,
-            longest,
+            max_bytes,
             buffer: Vec::new(),
             given: 0,
         }
     }
 
-    /// The next line, without its end. `None`: there are no more.
+    /// Reads the next line, without its end. `None`: there are no more.
     fn next(&mut self, until: Option<Instant>) -> io::Result<Option<&[u8]>> {
         self.buffer.drain(..self.given);
         self.given = 0;
@@ -269,19 +271,19 @@ impl<'a> Lines<'a> {
                 return Ok(Some(&self.buffer[..end]));
             }
             looked = self.buffer.len();
-            if looked >= self.longest {
-                let text = format!("a line has more than {} bytes", self.longest);
+            if looked >= self.max_bytes {
+                let text = format!("a line has more than {} bytes", self.max_bytes);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, text));
             }
             self.stream.set_read_timeout(until.map(left).transpose()?)?;
             let mut chunk = [0; 16 << 10];
-            let room = chunk.len().min(self.longest - looked);
+            let room = chunk.len().min(self.max_bytes - looked);
             match self.stream.read(&mut chunk[..room]) {
                 Ok(0) if looked == 0 => return Ok(None),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => self.buffer.extend_from_slice(&chunk[..read]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(in_words(error)),
+                Err(error) => return Err(with_message(error)),
             }
         }
     }
@@ -302,7 +304,7 @@ pub enum ConnectError {
     },
     /// Nothing listens at the socket.
     #[error("{socket}: the daemon that made this socket has ended, or it is no control socket")]
-    Ended {
+    NotListening {
         /// The path of the socket, escaped.
         socket: String,
     },
@@ -322,7 +324,7 @@ pub enum ConnectError {
     },
 }
 
-/// The daemon, as one that asks it sees it.
+/// A connection to a daemon.
 pub struct Client {
     stream: UnixStream,
     path: PathBuf,
@@ -335,7 +337,7 @@ impl Client {
             let socket = escape_path(path);
             match source.kind() {
                 io::ErrorKind::NotFound => ConnectError::NoDaemon { socket },
-                io::ErrorKind::ConnectionRefused => ConnectError::Ended { socket },
+                io::ErrorKind::ConnectionRefused => ConnectError::NotListening { socket },
                 io::ErrorKind::PermissionDenied => ConnectError::NotPermitted { socket },
                 _ => ConnectError::Failed { socket, source },
             }
@@ -347,7 +349,7 @@ impl Client {
     }
 
     /// Sends a request.
-    pub fn ask(&self, request: &Request) -> Result<()> {
+    pub fn send(&self, request: &Request) -> Result<()> {
         let name = escape_path(&self.path);
         match send(&self.stream, request) {
             // It may have said why before it hung up.
@@ -356,11 +358,12 @@ impl Client {
         }
     }
 
-    /// Waits for the reply: of what takes as long as it takes, without a limit.
-    pub fn hear<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
+    /// Receives the reply. Some requests take as long as they take: `unlimited` waits without a
+    /// limit.
+    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
         let name = escape_path(&self.path);
-        let until = (!unlimited).then(|| Instant::now() + PATIENCE);
-        let mut lines = Lines::new(&self.stream, LONGEST_REPLY);
+        let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);
+        let mut lines = Lines::new(&self.stream, MAX_REPLY_BYTES);
         let line = lines.next(until);
         let line = line.with_context(|| format!("{name}: the daemon did not answer"))?;
         let Some(line) = line else {

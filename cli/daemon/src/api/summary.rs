@@ -1,4 +1,4 @@
-//! What became of a VM, for people and programs.
+//! Summaries of VMs that have ended, for people and programs.
 
 use std::fmt;
 use std::time::Duration;
@@ -35,9 +35,9 @@ impl fmt::Display for VmLabel {
     }
 }
 
-/// What became of one.
+/// The summary of a VM that has ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Vm {
+pub struct VmSummary {
     /// The VM.
     #[serde(flatten)]
     pub label: VmLabel,
@@ -51,7 +51,7 @@ pub struct Vm {
     fault_p99_us: u64,
     /// Pages that were installed.
     pages: u64,
-    /// Of them before they were touched.
+    /// Pages among them that were installed before they were touched.
     prefetched: u64,
     discards: u64,
 }
@@ -60,18 +60,18 @@ pub struct Vm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ending {
-    /// It has all of its memory, and goes on alone.
+    /// The VM has all of its memory, and goes on alone.
     Complete,
-    /// Its process has ended.
+    /// The process has exited by itself.
     Exited,
-    /// Its process was killed.
+    /// The process was killed.
     Killed,
-    /// It was never served.
+    /// The VM was never served.
     Refused,
 }
 
-impl Vm {
-    /// One of which nothing is known but its end.
+impl VmSummary {
+    /// Creates the summary of a VM that was not served.
     pub(crate) fn new(label: VmLabel, ending: Ending, reason: Option<String>) -> Self {
         Self {
             label,
@@ -86,7 +86,7 @@ impl Vm {
         }
     }
 
-    /// With what was done for it.
+    /// Adds the statistics of its session.
     pub(crate) fn with(self, stats: &Stats) -> Self {
         let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -113,8 +113,8 @@ impl fmt::Display for Ending {
     }
 }
 
-/// What follows the label in a log line.
-impl fmt::Display for Vm {
+/// Formats the part of a log line that follows the label.
+impl fmt::Display for VmSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.ending)?;
         if let Some(reason) = &self.reason {

@@ -1,4 +1,4 @@
-//! What the daemon does for its operators, and what it tells them: the control socket, `ctl` and the
+//! The requests of operators, and the answers to them: the control socket, `ctl` and the
 //! metrics all speak in these.
 
 use std::path::PathBuf;
@@ -13,12 +13,15 @@ use crate::api::config::Service;
 /// given again.
 pub type VmId = u64;
 
-/// Why the daemon doesn't do what it was asked for, in words for the operator.
+/// VMs that have ended and that operators may still ask for.
+pub(crate) const MAX_RECENT_VMS: usize = 100;
+
+/// Why the daemon refuses a request, in words for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct Refused(pub(crate) String);
+pub(crate) struct RequestError(pub(crate) String);
 
-impl Refused {
+impl RequestError {
     pub(crate) fn no_vm(id: VmId) -> Self {
         Self(format!(
             "there is no VM {id}; `ctl list` shows those that there are"
@@ -32,42 +35,43 @@ impl Refused {
     }
 }
 
-impl From<anyhow::Error> for Refused {
+impl From<anyhow::Error> for RequestError {
     fn from(error: anyhow::Error) -> Self {
         Self(format!("{error:#}"))
     }
 }
 
-pub(crate) type Answer<T> = Result<T, Refused>;
+pub(crate) type ApiResult<T> = Result<T, RequestError>;
 
-/// The daemon, to those who ask it for something. Each call is made by a thread of its caller's, and
-/// may take as long as what was asked for.
-pub(crate) trait Desk: Send + Sync {
-    /// Serves one more snapshot. It was [checked](Service::check) by itself, not against the others.
-    fn add(&self, service: Service) -> Answer<()>;
+/// The operations that operators can ask for. Each call is made by a thread of its caller's, and
+/// may take as long as the operation.
+pub(crate) trait OperatorApi: Send + Sync {
+    /// Serves one more snapshot. It was [checked](Service::check) by itself, not against the
+    /// others.
+    fn add(&self, service: Service) -> ApiResult<()>;
     /// Takes no more VMs for a service; those that it has go on.
-    fn remove(&self, name: &str) -> Answer<()>;
-    fn list(&self) -> Answer<List>;
-    /// Of one VM, or of all that are served; one that has ended is told about as long as the daemon
-    /// remembers it.
-    fn stats(&self, vm: Option<VmId>) -> Answer<Vec<VmStats>>;
+    fn remove(&self, name: &str) -> ApiResult<()>;
+    fn list(&self) -> ApiResult<List>;
+    /// Returns the statistics of one VM, or of all that are served; those of one that has ended are
+    /// there as long as the daemon remembers it.
+    fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>>;
     /// Installs what is missing and lets the VMs go; returns when that is done, or can't be.
-    fn complete(&self, which: Which) -> Answer<Vec<Completed>>;
-    /// Takes no more VMs, completes those that there are, and has the daemon end after that; returns
-    /// when all are let go.
-    fn drain(&self) -> Answer<Vec<Completed>>;
+    fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>>;
+    /// Takes no more VMs, completes those that there are, and has the daemon end after that;
+    /// returns when all are let go.
+    fn drain(&self) -> ApiResult<Vec<Completed>>;
     /// Goes on with another program file, or with the same one if it was replaced.
-    fn upgrade(&self, program: Option<PathBuf>) -> Answer<Upgraded>;
+    fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded>;
 }
 
-/// Which VMs are meant.
+/// A choice of VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Which {
+pub(crate) enum VmSelector {
     Vm(VmId),
     All,
 }
 
-/// What is served.
+/// The services and VMs of a daemon.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct List {
     /// The program that answers.
@@ -79,14 +83,14 @@ pub struct List {
     /// Whether it takes no more VMs.
     pub draining: bool,
     /// The services.
-    pub services: Vec<Listed>,
+    pub services: Vec<ServiceStatus>,
     /// Those that are served and the last that have ended, by their numbers.
-    pub vms: Vec<Vm>,
+    pub vms: Vec<VmStatus>,
 }
 
 /// A service and its VMs, counted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listed {
+pub struct ServiceStatus {
     /// The service.
     pub service: Service,
     /// VMs that are served now.
@@ -97,7 +101,7 @@ pub struct Listed {
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Vm {
+pub struct VmStatus {
     /// Its number.
     pub id: VmId,
     /// The name of its service.
@@ -117,19 +121,19 @@ pub struct Vm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
-    /// It has connected and has not handed its memory over yet.
+    /// The VM has connected and has not handed its memory over yet.
     Connecting,
     /// Its pages come when they are touched, or before.
     Serving,
     /// Everything that is missing is being installed, and then it is let go.
     Completing,
-    /// It has all its memory, and was let go.
+    /// The VM has all its memory, and was let go.
     Complete,
-    /// It ended by itself.
+    /// The process exited by itself.
     Exited,
-    /// It was killed, because a page of it could not be had.
+    /// The process was killed, because a page of it could not be restored.
     Killed,
-    /// It was not taken.
+    /// The VM was not taken.
     Refused,
 }
 
@@ -163,7 +167,7 @@ impl VmState {
     }
 }
 
-/// What became of a VM that was to be completed.
+/// The result for a VM that was to be completed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Completed {
     /// The VM.
@@ -175,7 +179,7 @@ pub struct Completed {
     pub reason: Option<String>,
 }
 
-/// Who answers from now on.
+/// The result of an upgrade.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Upgraded {
     /// The version of the program that has answered so far.
@@ -184,12 +188,12 @@ pub struct Upgraded {
     pub to: String,
 }
 
-/// What a VM's session has done. The counters begin at 0 again when a new worker takes it over.
+/// The statistics of a VM's session. The counters begin at 0 again when a new worker takes it over.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStats {
     /// The VM.
     #[serde(flatten)]
-    pub vm: Vm,
+    pub vm: VmStatus,
     /// Its numbers.
     #[serde(flatten)]
     pub session: SessionStats,
@@ -208,7 +212,7 @@ pub struct SessionStats {
     pub fault_kinds: FaultKinds,
     /// From reading a fault to its answer.
     pub fault_us: Times,
-    /// The same, by where the content came from.
+    /// The latency by where the content came from.
     pub sources: Sources,
     /// Pages that faults brought in.
     pub demand: Pages,
@@ -327,7 +331,7 @@ pub struct Times {
     pub max: f64,
     /// All of them together.
     pub sum: f64,
-    /// What they were counted in, for who needs more than percentiles: each bucket that isn't empty,
+    /// The buckets of the histogram, for uses beyond percentiles: each that isn't empty,
     /// by the longest duration that falls into it, in nanoseconds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub buckets: Vec<(u64, u64)>,
@@ -370,6 +374,7 @@ impl Times {
 
     /// Those that were recorded after `earlier`; of a longest one is known only in which bucket it
     /// fell.
+    #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         let mut buckets = Vec::new();
         let mut before = earlier.buckets.iter().peekable();

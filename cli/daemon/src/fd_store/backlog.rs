@@ -1,4 +1,4 @@
-//! Who has connected to a socket that nobody accepts from any more.
+//! Peers that have connected to a socket from which nobody accepts any more.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -9,51 +9,52 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, peer_of};
 
-/// How often it is tried again to accept, for want of memory or descriptors.
-const TRIES: u32 = 100;
+/// Retries of accept for want of memory or descriptors.
+const ACCEPT_RETRIES: u32 = 100;
 
-/// Who was ended.
+/// A peer that was killed.
 #[derive(Debug)]
-pub(crate) struct Queued {
+pub(crate) struct BacklogPeer {
     pub(crate) peer: Peer,
-    /// In it lies what they hand over, which must stay open until they have ended.
+    /// The connection, in which its memory may lie: it must stay open until the peer has exited.
     pub(crate) stream: UnixStream,
 }
 
-/// Ends who has sent something and waits in the queue of `listener`: their memory may lie in it, and nobody will serve that.
-/// Of the users `allowed` only, if some are named. Nobody can connect afterwards.
-pub(crate) fn end(
+/// Kills the peers that have sent something and wait in the queue of `listener`: their memory may
+/// lie in it, and nobody will serve that. If `allowed` names users, peers of others are spared.
+/// Nobody can connect afterwards.
+pub(crate) fn kill_peers(
     listener: &UnixListener,
     service: &str,
     allowed: &[u32],
     say: impl FnMut(String),
-) -> Vec<Queued> {
+) -> Vec<BacklogPeer> {
     let kill = |peer: &Peer| kill_by_pidfd(peer.pidfd.as_fd());
-    end_by(kill, listener, service, allowed, say)
+    kill_peers_with(kill, listener, service, allowed, say)
 }
 
-/// The same, by `kill`.
-fn end_by(
+/// Does the work of [`kill_peers`], by `kill`.
+fn kill_peers_with(
     mut kill: impl FnMut(&Peer) -> Result<(), Errno>,
     listener: &UnixListener,
     service: &str,
     allowed: &[u32],
     mut say: impl FnMut(String),
-) -> Vec<Queued> {
-    let mut ended = Vec::new();
+) -> Vec<BacklogPeer> {
+    let mut killed = Vec::new();
     // What is in the queue already can be accepted all the same.
     let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
     let _ = listener.set_nonblocking(true);
     let mut failed = 0;
     loop {
         match listener.accept() {
-            Ok((stream, _)) => match end_one(&mut kill, stream, allowed) {
-                Ok(Some(queued)) => {
-                    let pid = queued.peer.pid;
+            Ok((stream, _)) => match kill_peer(&mut kill, stream, allowed) {
+                Ok(Some(peer)) => {
+                    let pid = peer.peer.pid;
                     say(format!(
                         "process {pid} at service {service}: killed, for nobody takes the memory that it hands over"
                     ));
-                    ended.push(queued);
+                    killed.push(peer);
                 }
                 Ok(None) => {}
                 Err(error) => say(format!(
@@ -66,13 +67,13 @@ fn end_by(
             Err(error)
                 if [ErrorKind::InvalidInput, ErrorKind::WouldBlock].contains(&error.kind()) =>
             {
-                return ended;
+                return killed;
             }
-            Err(error) if failed == TRIES => {
+            Err(error) if failed == ACCEPT_RETRIES => {
                 say(format!(
                     "who hands memory over at service {service} can't be accepted: {error}"
                 ));
-                return ended;
+                return killed;
             }
             Err(_) => {
                 failed += 1;
@@ -82,11 +83,11 @@ fn end_by(
     }
 }
 
-fn end_one(
+fn kill_peer(
     kill: &mut impl FnMut(&Peer) -> Result<(), Errno>,
     stream: UnixStream,
     allowed: &[u32],
-) -> io::Result<Option<Queued>> {
+) -> io::Result<Option<BacklogPeer>> {
     let peer = match peer_of(stream.as_fd()) {
         Ok(peer) => peer,
         // It has ended.
@@ -94,19 +95,19 @@ fn end_one(
         Err(error) => return Err(error),
     };
     let is_stranger = !allowed.is_empty() && !allowed.contains(&peer.uid);
-    if is_stranger || has_sent_nothing(&stream) {
+    if is_stranger || shut_down_and_check_empty(&stream) {
         return Ok(None);
     }
     match kill(&peer) {
-        Ok(()) => Ok(Some(Queued { peer, stream })),
+        Ok(()) => Ok(Some(BacklogPeer { peer, stream })),
         Err(Errno::ESRCH) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Whether it has sent nothing, and can't any more: somebody who looked whether a daemon is there, or a VMM that was about
-/// to begin, and finds that it can't.
-fn has_sent_nothing(stream: &UnixStream) -> bool {
+/// Shuts the connection down for reading, and returns whether the peer has sent nothing: it only
+/// looked whether a daemon is there, or is a VMM that was about to begin, and finds that it can't.
+fn shut_down_and_check_empty(stream: &UnixStream) -> bool {
     // What it sends from now on fails; what it has sent can still be read.
     let _ = shutdown(stream.as_raw_fd(), Shutdown::Read);
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -126,14 +127,14 @@ mod tests {
         (UnixListener::bind(&path).unwrap(), path, folder)
     }
 
-    /// Ends the queue without killing anybody: who connects here is this process. How many it would have killed.
+    /// Returns how many peers would be killed. Kills nobody: the peer is this process.
     fn killed(listener: &UnixListener, allowed: &[u32]) -> usize {
         let mut killed = 0;
         let kill = |_: &Peer| {
             killed += 1;
             Ok(())
         };
-        let ended = end_by(kill, listener, "web", allowed, drop);
+        let ended = kill_peers_with(kill, listener, "web", allowed, drop);
         assert_eq!(ended.len(), killed);
         killed
     }
@@ -164,7 +165,7 @@ mod tests {
     fn what_was_sent_before_is_found_and_nothing_can_follow() {
         let (here, mut there) = UnixStream::pair().unwrap();
         there.write_all(b"[").unwrap();
-        assert!(!has_sent_nothing(&here));
+        assert!(!shut_down_and_check_empty(&here));
         let sent = there.write(b"[").unwrap_err();
         assert_eq!(sent.kind(), ErrorKind::BrokenPipe);
     }

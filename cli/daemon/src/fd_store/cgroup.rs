@@ -10,8 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 use snapshot_format::names::escape_path;
 
-/// Moves this process out of the cgroup that it is in: to its parent, else to the root, else to a new
-/// one beside it. Done if it is in a root already, which can't be killed from within.
+/// Moves this process out of the cgroup that it is in: to its parent, else to the root, else to a
+/// new one beside it. Done if it is in a root already, which can't be killed from within.
 pub(crate) fn leave() -> io::Result<()> {
     let mounts = fs::read("/proc/self/mountinfo")?;
     // Other mounts have names of any bytes.

@@ -1,4 +1,4 @@
-//! Connections whose handshake has not come as a whole.
+//! Connections whose handshake is not complete.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,12 +9,12 @@ use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError
 use snaprestore_uffd::os::Peer;
 use snaprestore_uffd::uffd::Closing;
 
-/// The most of them at once; who connects then waits in the kernel's queue.
-pub(crate) const MOST: usize = 256;
+/// Pending handshakes; further peers wait in the kernel's queue.
+pub(crate) const MAX_PENDING: usize = 256;
 
-/// One that is being waited for.
+/// A handshake that is not complete.
 #[derive(Debug)]
-pub(crate) struct Pending {
+pub(crate) struct PendingHandshake {
     /// The number of the VM that it becomes.
     pub(crate) id: u64,
     pub(crate) service: u64,
@@ -22,23 +22,23 @@ pub(crate) struct Pending {
     stream: UnixStream,
     arriving: Arriving,
     pub(crate) since: Instant,
-    patience: Duration,
+    timeout: Duration,
 }
 
-/// What came of a handshake, and what may still lie in the socket.
+/// The part of a handshake that has arrived, and the socket, in which more may lie.
 #[derive(Debug)]
-pub(crate) struct Unheard {
+pub(crate) struct UnreadData {
     _stream: UnixStream,
     _arriving: Arriving,
 }
 
-impl Pending {
+impl PendingHandshake {
     pub(crate) fn new(
         id: u64,
         service: u64,
         stream: UnixStream,
         peer: Peer,
-        patience: Duration,
+        timeout: Duration,
     ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
@@ -48,19 +48,19 @@ impl Pending {
             stream,
             arriving: Arriving::default(),
             since: Instant::now(),
-            patience,
+            timeout,
         })
     }
 
-    pub(crate) fn into_unheard(self) -> (Peer, Unheard) {
-        let unheard = Unheard {
+    pub(crate) fn into_unread(self) -> (Peer, UnreadData) {
+        let unread = UnreadData {
             _stream: self.stream,
             _arriving: self.arriving,
         };
-        (self.peer, unheard)
+        (self.peer, unread)
     }
 
-    /// Reads what has come. `None`: more has to come.
+    /// Reads what has arrived. `None`: the handshake is not complete.
     pub(crate) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         match self.arriving.receive(self.stream.as_fd()) {
             Err(HandshakeError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -70,22 +70,23 @@ impl Pending {
         }
     }
 
-    /// What tells, after this was dropped, whether all that it had sent is closed.
+    /// Returns a watch that tells, after this is dropped, whether all descriptors that the peer had
+    /// sent are closed.
     pub(crate) fn closing(&self) -> Closing {
         self.arriving.closing()
     }
 
-    /// What it is refused for if it has taken too long.
+    /// Returns the error to refuse it with if it takes too long.
     pub(crate) fn overdue(&self) -> Option<HandshakeError> {
-        let late = self.since.elapsed() >= self.patience;
+        let late = self.since.elapsed() >= self.timeout;
         late.then(|| HandshakeError::Silent {
             received: self.arriving.received(),
-            patience: self.patience,
+            patience: self.timeout,
         })
     }
 }
 
-impl AsFd for Pending {
+impl AsFd for PendingHandshake {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }

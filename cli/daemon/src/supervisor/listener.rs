@@ -1,4 +1,4 @@
-//! Sockets that are listened on.
+//! Listening sockets.
 
 use std::fs::{remove_file, symlink_metadata};
 use std::io::{self, ErrorKind};
@@ -14,18 +14,18 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
 };
+use snapshot_format::names::escape_path;
 
 use crate::api::config::MetricsAddress;
 use crate::api::control;
-use crate::fd_store::backlog::{self, Queued};
-use snapshot_format::names::escape_path;
+use crate::fd_store::backlog::{self, BacklogPeer};
 
-/// How long the guardian of a keeper that has died may have its sockets.
-const LETTING_GO: Duration = Duration::from_secs(2);
+/// Time in which the guardian of a dead supervisor closes its sockets.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A listening socket; the name that it has in the file system is removed when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Listening {
+pub(crate) struct BoundSocket {
     listener: Listener,
     name: Option<Name>,
 }
@@ -43,8 +43,8 @@ struct Name {
     file: (u64, u64),
 }
 
-impl Listening {
-    /// Listens at `path`, where nobody may, for whoever may connect. Nobody can before `share` has set who.
+impl BoundSocket {
+    /// Listens at `path`. Nobody can connect before `share` has set the permissions.
     pub(crate) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
         make_room(path)?;
         let bound = || -> nix::Result<OwnedFd> {
@@ -62,36 +62,35 @@ impl Listening {
             format!("{}: can't be listened on{hint}", escape_path(path))
         })?;
         // Removes the socket again if it can't be shared as wanted.
-        let listening = Self::unix(socket.into(), path)?;
+        let socket = Self::unix(socket.into(), path)?;
         share()?;
-        listen(&listening, Backlog::MAXCONN)
+        listen(&socket, Backlog::MAXCONN)
             .with_context(|| format!("{}: can't be listened on", escape_path(path)))?;
-        Ok(listening)
+        Ok(socket)
     }
 
-    /// Goes on listening at a socket that an earlier keeper made, if its path is `path` and still means it; `held_as`
-    /// is what that one had it held as.
-    pub(crate) fn inherit(socket: OwnedFd, held_as: &str) -> Option<(PathBuf, Self)> {
+    /// Continues with a socket that an earlier supervisor has stored as `store_id`.
+    pub(crate) fn inherit(socket: OwnedFd, store_id: &str) -> Option<(PathBuf, Self)> {
         let listener = UnixListener::from(socket);
         let path = listener.local_addr().ok()?.as_pathname()?.to_owned();
-        let mut listening = Self::unix(listener, &path).ok()?;
-        if listening.held_as().as_deref() != Some(held_as) {
-            listening.name = None;
+        let mut socket = Self::unix(listener, &path).ok()?;
+        if socket.store_id().as_deref() != Some(store_id) {
+            socket.name = None;
         }
-        Some((path, listening))
+        Some((path, socket))
     }
 
-    /// What it is to be held as, so that another keeper knows whether its path still means it; none if it doesn't, or
-    /// if it has none.
-    pub(crate) fn held_as(&self) -> Option<String> {
+    /// Returns the id under which to store it, by which another supervisor knows whether its path
+    /// still means it. `None`: it doesn't, or there is no path.
+    pub(crate) fn store_id(&self) -> Option<String> {
         let Name { path, file } = self.name.as_ref()?;
         let (device, inode) = file;
         (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
     }
 
-    /// Nobody can connect any more; who has already can be accepted.
+    /// Refuses new connections. Those that wait can still be accepted.
     pub(crate) fn close(&mut self) {
-        // A keeper that goes on with the socket must not take it for one at which others come.
+        // A supervisor that goes on with the socket must not take it for one at which others come.
         self.remove_name();
         if let Listener::Unix(listener) = &self.listener {
             let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
@@ -107,15 +106,15 @@ impl Listening {
         }
     }
 
-    /// Ends who has connected and was not accepted; nobody can connect any more.
-    pub(crate) fn end_queue(
+    /// Kills the peers that have connected and were not accepted, and refuses new connections.
+    pub(crate) fn kill_backlog(
         &self,
         service: &str,
         allowed: &[u32],
         say: impl FnMut(String),
-    ) -> Vec<Queued> {
+    ) -> Vec<BacklogPeer> {
         match &self.listener {
-            Listener::Unix(listener) => backlog::end(listener, service, allowed, say),
+            Listener::Unix(listener) => backlog::kill_peers(listener, service, allowed, say),
             Listener::Tcp(_) => Vec::new(),
         }
     }
@@ -154,7 +153,7 @@ impl Listening {
         })
     }
 
-    /// The next connection. `None`: nobody waits.
+    /// Accepts the next connection. `None`: nobody waits.
     pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
         let accepted = match &self.listener {
             Listener::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
@@ -173,7 +172,7 @@ impl Listening {
     }
 }
 
-impl AsFd for Listening {
+impl AsFd for BoundSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.listener {
             Listener::Unix(listener) => listener.as_fd(),
@@ -182,17 +181,18 @@ impl AsFd for Listening {
     }
 }
 
-impl Drop for Listening {
+impl Drop for BoundSocket {
     fn drop(&mut self) {
         self.remove_name();
     }
 }
 
-/// Removes a socket that nobody listens at: it is left of a server that was killed. A guardian may need a moment to
-/// let go of it.
+/// Removes a socket that nobody listens at: it is left of a server that was killed. A guardian may
+/// need a moment to let go of it.
 fn make_room(path: &Path) -> Result<()> {
     let began = Instant::now();
-    // Of another kind, so that it is found out whether somebody has the socket, and nobody has to accept this.
+    // Of another kind, so that it is found out whether somebody has the socket, and nobody has to
+    // accept this.
     let probe = UnixDatagram::unbound()?;
     loop {
         match probe.connect(path) {
@@ -209,10 +209,10 @@ fn make_room(path: &Path) -> Result<()> {
                 return Ok(());
             }
             Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
-            _ if began.elapsed() >= LETTING_GO => {
+            _ if began.elapsed() >= RELEASE_TIMEOUT => {
                 bail!("{}: another process serves there", escape_path(path))
             }
-            _ => std::thread::sleep(LETTING_GO / 100),
+            _ => std::thread::sleep(RELEASE_TIMEOUT / 100),
         }
     }
 }

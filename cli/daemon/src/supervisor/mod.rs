@@ -1,22 +1,23 @@
-//! The keeper: one thread that holds what can't be made again, and watches the worker.
+//! The supervisor: one thread that holds what can't be made again, and watches the worker.
 //!
 //! ```text
 //!   loop: wait for any of
-//!     a connection          who it is, and whether it may
-//!     a handshake           whole: it becomes a VM, and the worker is told
-//!     a word of the worker  tables to keep, a VM that ended
-//!     the worker's end      take its last words, start another, tell it everything
-//!     a visitor             the worker is told
-//!     a successor's word    the worker is killed, and the successor is the worker
-//!     news from outside     who holds what the keeper would take with it has gone away
-//!     an owner's end        close what was its own
-//!     a signal              no more VMs; the worker completes those that are there; asked again,
-//!                           they are killed
-//!     a second gone by      is the worker stuck, is a handshake overdue?
+//!     a connection          identify the peer, and check whether the service admits it
+//!     a handshake           complete: it becomes a VM, and the worker gets it
+//!     a worker's message    tables to keep, a VM that ended
+//!     the worker's exit     read its last messages, start another, brief it
+//!     a client              the worker gets its connection
+//!     an upgrade's message  kill the old worker; the new one serves
+//!     an event of the store the guardian exited: start another, store everything again
+//!     an owner's exit       close its descriptors
+//!     a signal              no more VMs; the worker completes those that are there; after a second
+//!                           one they are killed
+//!     a second has passed   is the worker stuck, is a handshake overdue?
 //! ```
 //!
-//! The loop is here; `services` are what VMs connect to, `vms` the VMs that have, `workers` is the worker
-//! and what it is told, `stuck` what follows when it is stuck, `upgrade` a worker of another program that is to take over.
+//! The loop is here. `services` has the services, their sockets and handshakes; `vms` the VMs that
+//! were handed over, `workers` the worker and its messages, `stuck` the consequences when it is
+//! stuck, and `upgrade` a worker of another program that is to take over.
 
 mod handshake;
 mod listener;
@@ -26,7 +27,7 @@ mod stuck;
 mod upgrade;
 mod vm;
 mod vms;
-pub(crate) mod worker_process;
+mod worker_process;
 mod workers;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -42,37 +43,35 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use self::services::{Open, Opening, Unclosed};
-use self::stuck::Undead;
-use self::upgrade::Successor;
-use self::workers::{Outgoing, Stillborn};
-use crate::api::summary::{Vm as Report, VmLabel};
-use crate::api::types;
-use crate::fd_store::Outside;
+use self::services::{ClosingConnection, OpeningService, ServiceRecord};
+use self::stuck::UnkillableWorker;
+use self::upgrade::Upgrade;
+use self::workers::{FailedStarts, Outgoing};
+use crate::api::summary::{VmLabel, VmSummary};
+use crate::api::types::{self, MAX_RECENT_VMS};
+use crate::fd_store::FdStore;
 use crate::fd_store::systemd::{self, Manager};
-use crate::ipc::Door;
+use crate::ipc::Endpoint;
 use crate::log::LogFormat;
-use crate::supervisor::handshake::Pending;
-use crate::supervisor::listener::Listening;
-use crate::supervisor::refusal_log::Refusals;
-use crate::supervisor::vm::{Dying, Vm};
-use crate::supervisor::worker_process::Worker;
+use crate::supervisor::handshake::PendingHandshake;
+use crate::supervisor::listener::BoundSocket;
+use crate::supervisor::refusal_log::RefusalLog;
+use crate::supervisor::vm::{ExitingVm, VmRecord};
+use crate::supervisor::worker_process::WorkerProcess;
 
-/// How often it looks at what no descriptor tells.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// The most endings that are kept word for word; more are only counted.
-const MOST_ENDINGS: usize = 10_000;
-/// VMs that have ended and that operators may still ask for.
-pub(super) const REMEMBERED: usize = 100;
-/// How long a guardian may take for its last messages.
-const LAST_MESSAGES: Duration = Duration::from_secs(5);
-/// Visitors that wait for a worker.
-const MOST_VISITORS: usize = 64;
+/// Interval at which the loop checks what no descriptor reports.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Summaries of VMs that are kept; more are only counted.
+const MAX_SUMMARIES: usize = 10_000;
+/// Time for the guardian to read its last messages.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Clients that wait for a worker.
+const MAX_WAITING_CLIENTS: usize = 64;
 
-/// How the daemon goes about it.
+/// The options of a daemon.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a VM may wait for a worker that does nothing.
+    /// Time that a VM may wait for a worker that does nothing.
     pub stuck_after: Duration,
     /// Decoded frames that VMs of one snapshot share, in MiB.
     pub frame_cache: u64,
@@ -84,96 +83,111 @@ pub struct Options {
     pub user: Option<String>,
 }
 
-/// Where messages for people go while the log format is [`LogFormat::Text`].
+impl Default for Options {
+    /// The defaults of `snaprestore serve`.
+    fn default() -> Self {
+        Self {
+            stuck_after: Duration::from_secs(30),
+            frame_cache: 64,
+            log_format: LogFormat::Text,
+            confine: true,
+            user: None,
+        }
+    }
+}
+
+/// A place for messages to people.
 pub trait Console {
     /// Shows what is going on.
-    fn say(&self, message: &dyn Display);
+    fn info(&self, message: &dyn Display);
     /// Shows what went wrong.
     fn error(&self, message: &dyn Display);
 }
 
-/// Requests to stop, as a process gets them by signals. The descriptor is readable once there is one.
+/// Requests to stop, as a process gets them by signals. The descriptor is readable once there is
+/// one.
 pub trait StopRequests: AsFd {
-    /// How many there were: after the first the VMs are completed, after the second killed.
+    /// Returns how many there were: after the first the VMs are completed, after the second killed.
     fn count(&self) -> u32;
 }
 
-/// What became of all VMs.
+/// The result of a run.
 #[derive(Debug)]
-pub struct Ended {
+pub struct RunSummary {
     /// The first of them.
-    pub vms: Vec<Report>,
+    pub vms: Vec<VmSummary>,
     /// How many there were.
     pub count: u64,
-    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their memory.
+    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their
+    /// memory.
     pub incomplete: u64,
     /// Workers that took over from one that had died.
     pub worker_restarts: u64,
 }
 
-/// The keeper.
-pub struct Keeper {
+/// The supervisor.
+pub struct Supervisor {
     options: Options,
     /// Messages are logged if there is none.
     console: Option<Box<dyn Console>>,
     stop_requests: Box<dyn StopRequests>,
     program: OsString,
-    worker: Worker,
-    undead: Vec<Undead>,
+    worker: WorkerProcess,
+    unkillable: Vec<UnkillableWorker>,
     /// Workers started, and those in a row that ended at once.
     workers: u64,
-    stillborn: Stillborn,
+    failed_starts: FailedStarts,
     restarts: u64,
-    successor: Option<Successor>,
-    outside: Outside,
+    upgrade: Option<Upgrade>,
+    fd_store: FdStore,
     outgoing: VecDeque<Outgoing>,
-    services: BTreeMap<u64, Open>,
-    opening: Vec<Opening>,
-    doors: Vec<(Door, Listening)>,
-    vms: BTreeMap<u64, Vm>,
+    services: BTreeMap<u64, ServiceRecord>,
+    opening: Vec<OpeningService>,
+    endpoints: Vec<(Endpoint, BoundSocket)>,
+    vms: BTreeMap<u64, VmRecord>,
     /// The numbers of the next service and the next VM.
     next: (u64, u64),
-    pending: Vec<Pending>,
-    unclosed: Vec<Unclosed>,
-    /// Sockets of a keeper that has died, by their paths, and what they are held as.
-    inherited: BTreeMap<PathBuf, (String, Listening)>,
+    handshakes: Vec<PendingHandshake>,
+    closing: Vec<ClosingConnection>,
+    /// Sockets of a supervisor that has died, by their paths, and what they are stored as.
+    inherited: BTreeMap<PathBuf, (String, BoundSocket)>,
     /// VMs that are no longer served, and whose processes have not ended yet.
-    dying: BTreeMap<u64, Dying>,
-    endings: Vec<Report>,
+    exiting: BTreeMap<u64, ExitingVm>,
+    endings: Vec<VmSummary>,
     ended: u64,
     incomplete: u64,
     /// The last that have ended, for operators.
-    recent: VecDeque<types::Vm>,
-    refusals: Refusals,
+    recent: VecDeque<types::VmStatus>,
+    refusal_log: RefusalLog,
     stopping: Stopping,
 }
 
-/// How far the daemon is with its end.
+/// The stages of stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stopping {
     No,
     /// The worker completes the VMs.
-    Drains,
+    Draining,
     /// They are being killed.
-    Kills,
+    Killing,
 }
 
-/// What a descriptor that is waited for is.
+/// The meaning of a descriptor that the loop waits for.
 #[derive(Clone, Copy)]
 enum Token {
     Signal,
-    Wire,
-    Death,
-    Succession,
-    Outside,
-    Door(usize),
-    Listening(u64),
-    Pending(usize),
-    Dying,
+    Channel,
+    WorkerExit,
+    Upgrade,
+    FdStore,
+    Endpoint(usize),
+    Listener(u64),
+    Handshake(usize),
+    Exiting,
 }
 
-impl Keeper {
-    /// Starts the worker.
+impl Supervisor {
+    /// Starts the worker and the guardian, and recovers the VMs that systemd has stored.
     pub fn new(
         options: Options,
         console: Option<Box<dyn Console>>,
@@ -181,77 +195,77 @@ impl Keeper {
     ) -> Result<Self> {
         raise_descriptor_limit();
         let program = OsString::from("/proc/self/exe");
-        let given = systemd::given();
-        let outside = Outside::find(Path::new(&program), &given);
-        let worker = Worker::start(&program, 0, &options)?;
-        let mut keeper = Self {
+        let inherited = systemd::take_inherited_fds();
+        let fd_store = FdStore::find(Path::new(&program), &inherited);
+        let worker = WorkerProcess::start(&program, 0, &options)?;
+        let mut supervisor = Self {
             options,
             console,
             stop_requests,
             program,
             worker,
-            undead: Vec::new(),
+            unkillable: Vec::new(),
             workers: 1,
-            stillborn: Stillborn::default(),
+            failed_starts: FailedStarts::default(),
             restarts: 0,
-            successor: None,
-            outside,
+            upgrade: None,
+            fd_store,
             outgoing: VecDeque::new(),
             services: BTreeMap::new(),
             opening: Vec::new(),
-            doors: Vec::new(),
+            endpoints: Vec::new(),
             vms: BTreeMap::new(),
             next: (1, 1),
-            pending: Vec::new(),
-            unclosed: Vec::new(),
+            handshakes: Vec::new(),
+            closing: Vec::new(),
             inherited: BTreeMap::new(),
-            dying: BTreeMap::new(),
+            exiting: BTreeMap::new(),
             endings: Vec::new(),
             ended: 0,
             incomplete: 0,
             recent: VecDeque::new(),
-            refusals: Refusals::new(),
+            refusal_log: RefusalLog::new(),
             stopping: Stopping::No,
         };
-        if let Some(warning) = keeper.outside.warning() {
-            keeper.complain(warning);
+        if let Some(warning) = supervisor.fd_store.warning() {
+            supervisor.log_error(warning);
         }
-        keeper.go_on_with(given.held);
-        Ok(keeper)
+        supervisor.recover_stored(inherited.stored);
+        Ok(supervisor)
     }
 
     /// Serves until asked to stop, and every VM has ended or was let go.
-    pub fn run(mut self) -> Result<Ended> {
-        tell_manager("READY=1");
-        self.end_inherited();
+    pub fn run(mut self) -> Result<RunSummary> {
+        notify_manager("READY=1");
+        self.kill_inherited_backlogs();
         let mut outcome = Ok(());
         loop {
-            let turn = self.turn();
-            let fails_again = turn.is_err() && self.stopping == Stopping::Kills;
-            if let Err(error) = &turn {
-                // VMs without a keeper would wait for ever.
+            let result = self.run_once();
+            let fails_again = result.is_err() && self.stopping == Stopping::Killing;
+            if let Err(error) = &result {
+                // VMs without a supervisor would wait for ever.
                 self.kill_all(&format!("the daemon can't go on: {error:#}"));
-                self.stopping = Stopping::Kills;
+                self.stopping = Stopping::Killing;
             }
-            outcome = outcome.and(turn);
-            let is_empty = self.vms.is_empty() && self.pending.is_empty();
+            outcome = outcome.and(result);
+            let is_empty = self.vms.is_empty() && self.handshakes.is_empty();
             if fails_again || self.stopping != Stopping::No && is_empty {
                 break;
             }
         }
-        while !self.dying.is_empty() {
-            self.wait_for_one(&[Token::Dying])?;
-            self.bury();
+        while !self.exiting.is_empty() {
+            self.wait_for_one(&[Token::Exiting])?;
+            self.reap();
         }
-        self.let_worker_leave();
-        if !self.outside.settle(LAST_MESSAGES) {
-            self.complain(format_args!(
+        self.shut_down_worker();
+        if !self.fd_store.flush(FLUSH_TIMEOUT) {
+            self.log_error(format_args!(
                 "{} reads nothing, and takes VMs that were let go for such that are served: kill it (SIGKILL), or it \
                  kills them when it goes on",
-                self.outside
+                self.fd_store
             ));
         }
-        outcome.map(|()| Ended {
+        outcome.map(|()| RunSummary {
             vms: self.endings,
             count: self.ended,
             incomplete: self.incomplete,
@@ -259,8 +273,8 @@ impl Keeper {
         })
     }
 
-    /// Waits for something, and does what follows.
-    fn turn(&mut self) -> Result<()> {
+    /// Waits for events and handles them: one pass of the loop.
+    fn run_once(&mut self) -> Result<()> {
         self.send()?;
         let tokens = self.tokens();
         let ready = self.wait_for_one(&tokens)?;
@@ -269,68 +283,68 @@ impl Keeper {
             match token {
                 // It is looked at below, whenever it came.
                 Token::Signal => {}
-                Token::Wire => self.listen_to_worker()?,
-                Token::Death => self.replace_worker()?,
-                Token::Succession => self.listen_to_successor(),
-                Token::Door(at) => self.let_in(at),
-                Token::Listening(key) => {
+                Token::Channel => self.read_worker()?,
+                Token::WorkerExit => self.replace_worker()?,
+                Token::Upgrade => self.read_upgrade(),
+                Token::Endpoint(at) => self.accept_client(at),
+                Token::Listener(key) => {
                     self.accept(key);
                 }
-                Token::Pending(at) => self.shake_hands(at),
-                Token::Dying => self.bury(),
-                Token::Outside => self.hear_outside(),
+                Token::Handshake(at) => self.read_handshake(at),
+                Token::Exiting => self.reap(),
+                Token::FdStore => self.handle_store_events(),
             }
         }
         if self.stop_requests.count() > 0 {
             self.stop();
         }
-        for at in (0..self.pending.len()).rev() {
-            if let Some(error) = self.pending[at].overdue() {
+        for at in (0..self.handshakes.len()).rev() {
+            if let Some(error) = self.handshakes[at].overdue() {
                 self.refuse(at, &error);
             }
         }
-        if self.stopping == Stopping::Drains && self.stop_requests.count() > 1 {
+        if self.stopping == Stopping::Draining && self.stop_requests.count() > 1 {
             self.kill_all("asked twice to stop");
-            self.stopping = Stopping::Kills;
+            self.stopping = Stopping::Killing;
         }
-        self.catch_up_outside();
-        self.watch_unclosed();
-        self.watch_opening();
-        if let Some(untold) = self.refusals.untold(Instant::now()) {
-            self.complain(format_args!("{untold} more connections were refused"));
+        self.flush_fd_store();
+        self.check_closing();
+        self.check_opening();
+        if let Some(suppressed) = self.refusal_log.take_suppressed(Instant::now()) {
+            self.log_error(format_args!("{suppressed} more connections were refused"));
         }
-        self.watch_succession();
-        self.watch_worker()
+        self.check_upgrade();
+        self.check_worker()
     }
 
     fn tokens(&self) -> Vec<Token> {
-        let mut tokens = vec![Token::Death, Token::Wire, Token::Outside];
+        let mut tokens = vec![Token::WorkerExit, Token::Channel, Token::FdStore];
         if self.stop_requests.count() == 0 {
             tokens.push(Token::Signal);
         }
-        if self.successor.is_some() {
-            tokens.push(Token::Succession);
+        if self.upgrade.is_some() {
+            tokens.push(Token::Upgrade);
         }
-        if self.outgoing.len() < MOST_VISITORS {
-            tokens.extend((0..self.doors.len()).map(Token::Door));
+        if self.outgoing.len() < MAX_WAITING_CLIENTS {
+            tokens.extend((0..self.endpoints.len()).map(Token::Endpoint));
         }
-        if self.takes_more() {
-            let open = self
+        if self.has_capacity() {
+            let listening = self
                 .services
                 .iter()
-                .filter(|(_, open)| open.listening.is_some());
-            tokens.extend(open.map(|(key, _)| Token::Listening(*key)));
+                .filter(|(_, record)| record.listener.is_some());
+            tokens.extend(listening.map(|(key, _)| Token::Listener(*key)));
         }
-        tokens.extend((0..self.pending.len()).map(Token::Pending));
-        if !self.dying.is_empty() {
-            tokens.push(Token::Dying);
+        tokens.extend((0..self.handshakes.len()).map(Token::Handshake));
+        if !self.exiting.is_empty() {
+            tokens.push(Token::Exiting);
         }
         tokens
     }
 
-    /// Waits until one of them is ready, or a while has gone by. Which are.
+    /// Waits until one of `tokens` is ready, at most for [`POLL_INTERVAL`]. Returns those that are.
     fn wait_for_one(&self, tokens: &[Token]) -> Result<Vec<Token>> {
-        let mut fds = Vec::with_capacity(tokens.len() + self.dying.len());
+        let mut fds = Vec::with_capacity(tokens.len() + self.exiting.len());
         let mut owners = Vec::with_capacity(fds.capacity());
         let mut add = |fd, token| {
             fds.push(PollFd::new(fd, PollFlags::POLLIN));
@@ -339,39 +353,40 @@ impl Keeper {
         for token in tokens {
             match *token {
                 Token::Signal => add(self.stop_requests.as_fd(), *token),
-                Token::Wire => add(self.worker.wire.as_fd(), *token),
-                Token::Death => add(self.worker.pidfd(), *token),
-                Token::Succession => {
-                    if let Some(successor) = &self.successor {
-                        add(successor.worker.wire.as_fd(), *token);
+                Token::Channel => add(self.worker.channel.as_fd(), *token),
+                Token::WorkerExit => add(self.worker.pidfd(), *token),
+                Token::Upgrade => {
+                    if let Some(upgrade) = &self.upgrade {
+                        add(upgrade.worker.channel.as_fd(), *token);
                     }
                 }
-                Token::Outside => {
-                    if let Some(outside) = self.outside.watched() {
-                        add(outside, *token);
+                Token::FdStore => {
+                    if let Some(fd_store) = self.fd_store.poll_fd() {
+                        add(fd_store, *token);
                     }
                 }
-                Token::Door(at) => add(self.doors[at].1.as_fd(), *token),
-                Token::Listening(key) => {
-                    let listening = self
+                Token::Endpoint(at) => add(self.endpoints[at].1.as_fd(), *token),
+                Token::Listener(key) => {
+                    let listener = self
                         .services
                         .get(&key)
-                        .and_then(|open| open.listening.as_ref());
-                    if let Some(listening) = listening {
-                        add(listening.as_fd(), *token);
+                        .and_then(|record| record.listener.as_ref());
+                    if let Some(listener) = listener {
+                        add(listener.as_fd(), *token);
                     }
                 }
-                Token::Pending(at) => add(self.pending[at].as_fd(), *token),
-                Token::Dying => {
-                    for vm in self.dying.values() {
+                Token::Handshake(at) => add(self.handshakes[at].as_fd(), *token),
+                Token::Exiting => {
+                    for vm in self.exiting.values() {
                         add(vm.owner(), *token);
                     }
                 }
             }
         }
-        // A worker that doesn't read is looked at again, and its wire tried again; so is a file that is being opened.
+        // A worker that doesn't read is looked at again, and its channel tried again; so is a file
+        // that is being opened.
         let millis = if self.outgoing.is_empty() && self.opening.is_empty() {
-            LOOK_AGAIN.as_millis()
+            POLL_INTERVAL.as_millis()
         } else {
             10
         };
@@ -385,23 +400,23 @@ impl Keeper {
         Ok(ready.map(|(_, token)| token).collect())
     }
 
-    /// Takes a visitor to the worker.
-    fn let_in(&mut self, at: usize) {
-        let (door, listening) = &self.doors[at];
-        match listening.accept() {
-            Ok(Some(stream)) => self.outgoing.push_back(Outgoing::Visitor(*door, stream)),
+    /// Passes a client to the worker.
+    fn accept_client(&mut self, at: usize) {
+        let (endpoint, listener) = &self.endpoints[at];
+        match listener.accept() {
+            Ok(Some(stream)) => self.outgoing.push_back(Outgoing::Client(*endpoint, stream)),
             Ok(None) => {}
-            Err(error) => self.turned_away(&error),
+            Err(error) => self.accept_failed(&error),
         }
     }
 
-    /// Of one connection, or for want of descriptors: the others go on.
-    fn turned_away(&self, error: &io::Error) {
-        self.complain(format_args!("a connection could not be taken: {error}"));
+    /// Logs that a connection could not be accepted, and pauses: descriptors may be short.
+    fn accept_failed(&self, error: &io::Error) {
+        self.log_error(format_args!("a connection could not be taken: {error}"));
         std::thread::sleep(Duration::from_millis(100));
     }
 
-    /// Takes no more VMs, and lets those that are there go.
+    /// Takes no more VMs, and has the worker complete those that are served.
     fn stop(&mut self) {
         if self.stopping != Stopping::No {
             return;
@@ -410,22 +425,27 @@ impl Keeper {
         for key in keys {
             self.close(key);
         }
-        tell_manager("STOPPING=1");
-        self.stopping = Stopping::Drains;
+        notify_manager("STOPPING=1");
+        self.stopping = Stopping::Draining;
         self.outgoing.push_back(Outgoing::Drain);
     }
 
-    /// Tells what became of a VM of a service, and keeps it for the report and for operators, who are told what is
-    /// returned.
-    fn note(&mut self, service: u64, connected: Instant, report: Report) -> types::Vm {
+    /// Logs how a VM of a service ended, and keeps it for the summary and for operators. Returns
+    /// its status for them.
+    fn record_end(
+        &mut self,
+        service: u64,
+        connected: Instant,
+        report: VmSummary,
+    ) -> types::VmStatus {
         match report.reason {
-            Some(_) => self.complain_of(&report.label, &report),
-            None => self.say_of(&report.label, &report),
+            Some(_) => self.log_vm_error(&report.label, &report),
+            None => self.log_vm(&report.label, &report),
         }
         self.ended += 1;
         self.count_ended(service, report.ending);
         let age = u64::try_from(connected.elapsed().as_millis());
-        let told = types::Vm {
+        let told = types::VmStatus {
             id: report.label.id,
             service: report.label.service.clone(),
             pid: report.label.pid,
@@ -433,19 +453,19 @@ impl Keeper {
             reason: report.reason.clone(),
             age_ms: age.unwrap_or(u64::MAX),
         };
-        if self.recent.len() == REMEMBERED {
+        if self.recent.len() == MAX_RECENT_VMS {
             self.recent.pop_front();
         }
         self.recent.push_back(told.clone());
-        if self.endings.len() < MOST_ENDINGS {
+        if self.endings.len() < MAX_SUMMARIES {
             self.endings.push(report);
         }
         told
     }
 
-    /// Tells of a connection that comes to nothing, unless there are too many.
-    fn refused(&mut self, label: &VmLabel, what: impl Display) {
-        if !self.refusals.is_shown() {
+    /// Logs a refused connection, unless there are too many.
+    fn log_refusal(&mut self, label: &VmLabel, what: impl Display) {
+        if !self.refusal_log.admit_line() {
             return;
         }
         match &self.console {
@@ -455,53 +475,55 @@ impl Keeper {
         }
     }
 
-    /// The same of one whose handshake was bad, for the report.
-    fn note_refusal(&mut self, report: Report) {
-        self.refused(&report.label, &report);
+    /// Logs a refused handshake, and keeps it for the summary.
+    fn record_refusal(&mut self, report: VmSummary) {
+        self.log_refusal(&report.label, &report);
         self.ended += 1;
-        if self.refusals.is_kept() && self.endings.len() < MOST_ENDINGS {
+        if self.refusal_log.admit_to_summaries() && self.endings.len() < MAX_SUMMARIES {
             self.endings.push(report);
         }
     }
 
-    /// What goes on.
-    fn say(&self, what: impl Display) {
-        match &self.console {
-            Some(console) => console.say(&what),
-            None => tracing::info!("{what}"),
+    /// Logs an event.
+    fn log(&self, what: impl Display) {
+        if let Some(console) = &self.console {
+            console.info(&what);
+        } else {
+            tracing::info!("{what}");
         }
     }
 
     /// Logs `what` happens to a VM.
-    fn say_of(&self, label: &VmLabel, what: impl Display) {
+    fn log_vm(&self, label: &VmLabel, what: impl Display) {
         match &self.console {
-            Some(console) => console.say(&format_args!("{label}: {what}")),
+            Some(console) => console.info(&format_args!("{label}: {what}")),
             None => label.span().in_scope(|| tracing::info!("{what}")),
         }
     }
 
-    /// What went wrong with a VM.
-    fn complain_of(&self, label: &VmLabel, what: impl Display) {
+    /// Logs an error of a VM.
+    fn log_vm_error(&self, label: &VmLabel, what: impl Display) {
         match &self.console {
             Some(console) => console.error(&format_args!("{label}: {what}")),
             None => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
 
-    /// What went wrong.
-    fn complain(&self, what: impl Display) {
-        match &self.console {
-            Some(console) => console.error(&what),
-            None => tracing::error!("{what}"),
+    /// Logs an error.
+    fn log_error(&self, what: impl Display) {
+        if let Some(console) = &self.console {
+            console.error(&what);
+        } else {
+            tracing::error!("{what}");
         }
     }
 }
 
-/// Tells systemd, if it has started this process.
-fn tell_manager(state: &str) {
-    if let Some(Ok(manager)) = Manager::of_this_process() {
+/// Notifies systemd, if it has started this process.
+fn notify_manager(state: &str) {
+    if let Some(Ok(manager)) = Manager::from_env() {
         // It finds out by itself if this goes wrong.
-        let _ = manager.tell(state);
+        let _ = manager.notify(state);
     }
 }
 

@@ -1,58 +1,59 @@
-//! What is told of connections that come to nothing: whoever may connect can make as many as it likes.
+//! Limits what is logged of refused connections: a peer can make as many as it likes.
 
 use std::time::{Duration, Instant};
 
-/// Lines that are shown at once, and how many more a second afterwards.
-const MOST_LINES: u32 = 100;
-const LINES_A_SECOND: u32 = 10;
-const SECOND: Duration = Duration::from_secs(1);
-/// The most that are kept for the report.
-const MOST_KEPT: usize = 100;
+/// Lines that are logged at once, and how many more per second afterwards.
+const MAX_LINES: u32 = 100;
+const LINES_PER_SECOND: u32 = 10;
+const REFILL_INTERVAL: Duration = Duration::from_secs(1);
+/// Refused connections that the summary has room for.
+const MAX_SUMMARIES: usize = 100;
 
+/// A limit of log lines and summaries.
 #[derive(Debug)]
-pub(crate) struct Refusals {
+pub(crate) struct RefusalLog {
     lines: u32,
     since: Instant,
-    untold: u64,
-    kept: usize,
+    suppressed: u64,
+    in_summaries: usize,
 }
 
-impl Refusals {
+impl RefusalLog {
     pub(crate) fn new() -> Self {
         Self {
             lines: 0,
             since: Instant::now(),
-            untold: 0,
-            kept: 0,
+            suppressed: 0,
+            in_summaries: 0,
         }
     }
 
-    /// Whether the next is told in a line.
-    pub(crate) fn is_shown(&mut self) -> bool {
-        let shown = self.lines < MOST_LINES;
+    /// Admits the next line, or counts it as suppressed.
+    pub(crate) fn admit_line(&mut self) -> bool {
+        let shown = self.lines < MAX_LINES;
         if shown {
             self.lines += 1;
         } else {
-            self.untold += 1;
+            self.suppressed += 1;
         }
         shown
     }
 
-    /// Whether the next is kept for the report.
-    pub(crate) fn is_kept(&mut self) -> bool {
-        self.kept += 1;
-        self.kept <= MOST_KEPT
+    /// Admits the next to the summary, if there is room.
+    pub(crate) fn admit_to_summaries(&mut self) -> bool {
+        self.in_summaries += 1;
+        self.in_summaries <= MAX_SUMMARIES
     }
 
-    /// How many were not told, once a second.
-    pub(crate) fn untold(&mut self, now: Instant) -> Option<u64> {
-        if now.saturating_duration_since(self.since) < SECOND {
+    /// Returns how many lines were suppressed, once a second.
+    pub(crate) fn take_suppressed(&mut self, now: Instant) -> Option<u64> {
+        if now.saturating_duration_since(self.since) < REFILL_INTERVAL {
             return None;
         }
         self.since = now;
-        self.lines = self.lines.saturating_sub(LINES_A_SECOND);
-        let untold = std::mem::take(&mut self.untold);
-        (untold > 0).then_some(untold)
+        self.lines = self.lines.saturating_sub(LINES_PER_SECOND);
+        let suppressed = std::mem::take(&mut self.suppressed);
+        (suppressed > 0).then_some(suppressed)
     }
 }
 
@@ -62,15 +63,15 @@ mod tests {
 
     #[test]
     fn some_are_told_and_the_others_counted() {
-        let mut refusals = Refusals::new();
-        let shown = |refusals: &mut Refusals| (0..250).filter(|_| refusals.is_shown()).count();
-        assert_eq!(shown(&mut refusals), 100);
-        let later = refusals.since + SECOND;
-        assert_eq!(refusals.untold(refusals.since), None);
-        assert_eq!(refusals.untold(later), Some(150));
-        assert_eq!(shown(&mut refusals), 10);
-        assert_eq!(refusals.untold(later + SECOND), Some(240));
-        assert_eq!(refusals.untold(later + 2 * SECOND), None);
-        assert_eq!((0..250).filter(|_| refusals.is_kept()).count(), 100);
+        let mut log = RefusalLog::new();
+        let shown = |log: &mut RefusalLog| (0..250).filter(|_| log.admit_line()).count();
+        assert_eq!(shown(&mut log), 100);
+        let later = log.since + REFILL_INTERVAL;
+        assert_eq!(log.take_suppressed(log.since), None);
+        assert_eq!(log.take_suppressed(later), Some(150));
+        assert_eq!(shown(&mut log), 10);
+        assert_eq!(log.take_suppressed(later + REFILL_INTERVAL), Some(240));
+        assert_eq!(log.take_suppressed(later + 2 * REFILL_INTERVAL), None);
+        assert_eq!((0..250).filter(|_| log.admit_to_summaries()).count(), 100);
     }
 }

@@ -1,5 +1,5 @@
-//! An upgrade: a worker of another program is started beside the one that serves, and takes over when it is
-//! ready.
+//! An upgrade: a worker of another program is started beside the one that serves, and takes over
+//! when it is ready.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -8,21 +8,21 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-
-use super::Keeper;
-use super::workers::{LAST_WORDS, Outgoing};
-use crate::api::types::Upgraded;
-use crate::ipc::FromWorker;
-use crate::supervisor::worker_process::Worker;
 use snapshot_format::names::escape_path;
 
+use super::Supervisor;
+use super::workers::{Outgoing, SHUTDOWN_TIMEOUT};
+use crate::api::types::Upgraded;
+use crate::ipc::FromWorker;
+use crate::supervisor::worker_process::WorkerProcess;
+
 /// How long a program that is to take over may need until it is ready.
-const SUCCESSION: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A worker that is to take over.
 #[derive(Debug)]
-pub(super) struct Successor {
-    pub(super) worker: Worker,
+pub(super) struct Upgrade {
+    pub(super) worker: WorkerProcess,
     pub(super) program: OsString,
     /// The operator's question.
     pub(super) number: u64,
@@ -30,10 +30,10 @@ pub(super) struct Successor {
     pub(super) ready: Option<Instant>,
 }
 
-impl Keeper {
+impl Supervisor {
     /// Starts the program that is to take over.
-    pub(super) fn prepare_upgrade(&mut self, number: u64, program: Option<PathBuf>) -> Result<()> {
-        if self.successor.is_some() {
+    pub(super) fn start_upgrade(&mut self, number: u64, program: Option<PathBuf>) -> Result<()> {
+        if self.upgrade.is_some() {
             bail!("another upgrade is under way");
         }
         let program = match program {
@@ -41,9 +41,9 @@ impl Keeper {
             None => own_path()?,
         };
         let program = program.into_os_string();
-        let worker = Worker::start(&program, self.workers, &self.options)?;
+        let worker = WorkerProcess::start(&program, self.workers, &self.options)?;
         self.workers += 1;
-        self.successor = Some(Successor {
+        self.upgrade = Some(Upgrade {
             worker,
             program,
             number,
@@ -53,47 +53,47 @@ impl Keeper {
     }
 
     /// Takes the first word of the worker that is to take over.
-    pub(super) fn listen_to_successor(&mut self) {
-        let Some(successor) = &mut self.successor else {
+    pub(super) fn read_upgrade(&mut self) {
+        let Some(upgrade) = &mut self.upgrade else {
             return;
         };
-        match successor.worker.wire.receive() {
+        match upgrade.worker.channel.receive() {
             Ok(Some((FromWorker::Ready { version }, _))) => {
                 let upgraded = Upgraded {
                     from: self.worker.version.clone().unwrap_or_default(),
                     to: version.clone(),
                 };
-                successor.worker.version = Some(version);
-                successor.ready = Some(Instant::now());
-                let answer = Outgoing::Answer(successor.number, Ok(Some(upgraded)));
+                upgrade.worker.version = Some(version);
+                upgrade.ready = Some(Instant::now());
+                let answer = Outgoing::Reply(upgrade.number, Ok(Some(upgraded)));
                 self.outgoing.push_back(answer);
             }
-            Ok(Some((FromWorker::Unfit { why }, _))) => self.give_up_upgrade(&why),
+            Ok(Some((FromWorker::ConfineFailed { why }, _))) => self.abort_upgrade(&why),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            _ => self.give_up_upgrade("it ended, or says what no worker says"),
+            _ => self.abort_upgrade("it ended, or says what no worker says"),
         }
     }
 
-    pub(super) fn give_up_upgrade(&mut self, why: &str) {
-        if let Some(successor) = self.successor.take() {
-            let program = escape_path(successor.program.as_ref());
+    pub(super) fn abort_upgrade(&mut self, why: &str) {
+        if let Some(upgrade) = self.upgrade.take() {
+            let program = escape_path(upgrade.program.as_ref());
             let answer = Err(format!(
                 "{program}: can't take over: {why}; all goes on as before"
             ));
             self.outgoing
-                .push_back(Outgoing::Answer(successor.number, answer));
+                .push_back(Outgoing::Reply(upgrade.number, answer));
         }
     }
 
-    pub(super) fn watch_succession(&mut self) {
-        let Some(successor) = &self.successor else {
+    pub(super) fn check_upgrade(&mut self) {
+        let Some(upgrade) = &self.upgrade else {
             return;
         };
-        match successor.ready {
-            None if successor.worker.started.elapsed() >= SUCCESSION => {
-                self.give_up_upgrade("it takes too long to start");
+        match upgrade.ready {
+            None if upgrade.worker.started.elapsed() >= START_TIMEOUT => {
+                self.abort_upgrade("it takes too long to start");
             }
-            Some(since) if since.elapsed() >= LAST_WORDS => self.worker.kill(),
+            Some(since) if since.elapsed() >= SHUTDOWN_TIMEOUT => self.worker.kill(),
             _ => {}
         }
     }

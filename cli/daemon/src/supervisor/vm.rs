@@ -1,4 +1,4 @@
-//! The VMs that the keeper holds.
+//! The record of one VM: descriptors, heartbeat, and where it is stored.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,28 +17,29 @@ use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map, pid_of};
 use snaprestore_uffd::uffd::is_userfaultfd;
 
 use crate::api::config::Service;
-use crate::fd_store::backlog::Queued;
-use crate::fd_store::{OWNER, Outside, UFFD};
-use crate::supervisor::handshake::{Pending, Unheard};
+use crate::fd_store::backlog::BacklogPeer;
+use crate::fd_store::{FdStore, OWNER, UFFD};
+use crate::supervisor::handshake::{PendingHandshake, UnreadData};
 
-/// Deaths of workers on one frame after which it counts as damaged.
-const DEADLY: u32 = 2;
+/// Deaths of workers on one frame after which the frame is quarantined: it counts as damaged.
+const QUARANTINE_DEATHS: u32 = 2;
 
-/// Workers that get stuck for one VM in a row after which it is ended: the third knows which frames the others were at.
-const HOPELESS: u32 = 3;
-/// As many times the patience later it is another row.
-const IN_A_ROW: u32 = 4;
+/// Workers in a row that get stuck on one VM, after which the VM is killed: the third knows the
+/// frames of the others.
+const MAX_STUCK_WORKERS: u32 = 3;
+/// A worker that gets stuck after more than this many timeouts starts a new row.
+const STUCK_WINDOW: u32 = 4;
 
-/// The role under which the tables are held outside.
+/// The role under which the tables are stored.
 const TABLES: &str = "tables";
 /// The role of the page map of one that has huge pages.
 const PAGE_MAP: &str = "pagemap";
 /// The role of what else has to be known of a VM.
 const META: &str = "meta";
 
-/// All that can't be made again of one.
+/// A VM: everything of it that can't be created again.
 #[derive(Debug)]
-pub(crate) struct Vm {
+pub(crate) struct VmRecord {
     pub(crate) service: u64,
     pub(crate) peer: Peer,
     pub(crate) userfaultfd: OwnedFd,
@@ -50,7 +51,7 @@ pub(crate) struct Vm {
     suspects: BTreeMap<u64, u32>,
     /// Workers in a row that got stuck while it waited, and when the last did.
     stuck: (u32, Option<Instant>),
-    watch: Watch,
+    heartbeat: Heartbeat,
 }
 
 #[derive(Debug)]
@@ -59,29 +60,29 @@ struct Tables {
     vitals: Vitals,
 }
 
-/// Since when nothing has changed that ought to.
+/// The last signs of life of the worker, as far as this VM is concerned.
 #[derive(Debug)]
-struct Watch {
-    /// Whether the worker has it in hand.
+struct Heartbeat {
+    /// Whether the worker serves it.
     served: bool,
     since: Instant,
     reads: (u64, Instant),
-    turns: Vec<(u64, Instant)>,
+    beats: Vec<(u64, Instant)>,
 }
 
-impl Watch {
+impl Heartbeat {
     fn begin() -> Self {
         let now = Instant::now();
         Self {
             served: false,
             since: now,
             reads: (0, now),
-            turns: Vec::new(),
+            beats: Vec::new(),
         }
     }
 }
 
-impl Vm {
+impl VmRecord {
     pub(crate) fn new(
         service: u64,
         peer: Peer,
@@ -98,7 +99,7 @@ impl Vm {
             tables: None,
             suspects: BTreeMap::new(),
             stuck: (0, None),
-            watch: Watch::begin(),
+            heartbeat: Heartbeat::begin(),
         }
     }
 
@@ -120,21 +121,21 @@ impl Vm {
         self.page_map.is_some()
     }
 
-    /// Takes the tables that the worker made, before it has read anything.
-    pub(crate) fn keep_tables(&mut self, memfd: OwnedFd) -> Result<()> {
+    /// Keeps the tables that the worker made, before it has read any message.
+    pub(crate) fn set_tables(&mut self, memfd: OwnedFd) -> Result<()> {
         let copy = memfd.try_clone().context("the tables of a VM")?;
         let vitals = Vitals::new(copy).context("the tables of a VM")?;
         self.tables = Some(Tables { memfd, vitals });
         Ok(())
     }
 
-    /// Has it held outside, with what its next keeper needs to know.
-    pub(crate) fn hold(
+    /// Stores the VM with everything that the next supervisor needs.
+    pub(crate) fn store(
         &self,
         id: u64,
         service: &Service,
         file: &str,
-        outside: &mut Outside,
+        fd_store: &mut FdStore,
     ) -> Result<()> {
         let name = &service.name;
         let meta = Meta {
@@ -153,19 +154,24 @@ impl Vm {
             (META, memfd.as_fd()),
         ];
         descriptors.extend(self.page_map.as_ref().map(|map| (PAGE_MAP, map.as_fd())));
-        outside.hold(&held_as(id), name, &descriptors)?;
-        self.hold_tables(id, name, outside)
+        fd_store.store(&store_id(id), name, &descriptors)?;
+        self.store_tables(id, name, fd_store)
     }
 
-    /// Has its tables held outside, if it has some.
-    pub(crate) fn hold_tables(&self, id: u64, service: &str, outside: &mut Outside) -> Result<()> {
+    /// Stores the tables, if there are some.
+    pub(crate) fn store_tables(
+        &self,
+        id: u64,
+        service: &str,
+        fd_store: &mut FdStore,
+    ) -> Result<()> {
         if let Some(tables) = &self.tables {
-            outside.hold(&held_as(id), service, &[(TABLES, tables.memfd.as_fd())])?;
+            fd_store.store(&store_id(id), service, &[(TABLES, tables.memfd.as_fd())])?;
         }
         Ok(())
     }
 
-    /// What a worker needs to serve it.
+    /// Returns the descriptors that a worker needs.
     pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         let mut all = vec![self.userfaultfd.as_fd(), self.peer.pidfd.as_fd()];
         all.extend(self.page_map.as_ref().map(AsFd::as_fd));
@@ -174,15 +180,15 @@ impl Vm {
     }
 
     /// Frames that are not to be decoded.
-    pub(crate) fn deadly(&self) -> Vec<u64> {
-        let deadly = self
+    pub(crate) fn quarantined(&self) -> Vec<u64> {
+        let quarantined = self
             .suspects
             .iter()
-            .filter(|(_, deaths)| **deaths >= DEADLY);
-        deadly.map(|(frame, _)| *frame).collect()
+            .filter(|(_, deaths)| **deaths >= QUARANTINE_DEATHS);
+        quarantined.map(|(frame, _)| *frame).collect()
     }
 
-    /// Its worker has died of itself: notes on which frames.
+    /// Records the frames that a worker was decoding when it died by its own fault.
     pub(crate) fn blame_frames(&mut self) {
         for frame in self
             .tables
@@ -193,11 +199,11 @@ impl Vm {
         }
     }
 
-    /// Its worker is killed for keeping it waiting.
-    pub(crate) fn count_stuck(&mut self, patience: Duration) {
+    /// Counts a worker that is killed because it keeps this VM waiting.
+    pub(crate) fn count_stuck(&mut self, timeout: Duration) {
         let (count, last) = &mut self.stuck;
         // The next one would get stuck at once.
-        if last.is_some_and(|last| last.elapsed() > IN_A_ROW * patience) {
+        if last.is_some_and(|last| last.elapsed() > STUCK_WINDOW * timeout) {
             *count = 0;
         }
         (*count, *last) = (*count + 1, Some(Instant::now()));
@@ -205,12 +211,14 @@ impl Vm {
 
     /// Whether its worker was killed for keeping it waiting, and has not ended yet.
     pub(crate) fn is_stuck(&self) -> bool {
-        self.stuck.1.is_some_and(|last| last >= self.watch.since)
+        self.stuck
+            .1
+            .is_some_and(|last| last >= self.heartbeat.since)
     }
 
-    /// Whether no worker can serve it.
-    pub(crate) fn is_hopeless(&self) -> bool {
-        self.stuck.0 >= HOPELESS
+    /// Whether too many workers in a row got stuck on it.
+    pub(crate) fn has_exhausted_workers(&self) -> bool {
+        self.stuck.0 >= MAX_STUCK_WORKERS
     }
 
     /// Whether its worker reads a frame for it.
@@ -219,42 +227,42 @@ impl Vm {
         tables.is_some_and(|tables| !tables.vitals.decoding().is_empty())
     }
 
-    /// A new worker is to serve it.
-    pub(crate) fn handed_over(&mut self) {
-        self.watch = Watch::begin();
+    /// Restarts the heartbeat for a new worker.
+    pub(crate) fn restart_heartbeat(&mut self) {
+        self.heartbeat = Heartbeat::begin();
     }
 
-    /// The worker has it in hand.
-    pub(crate) fn is_served(&mut self) {
-        self.watch.served = true;
+    /// Records that the worker serves it.
+    pub(crate) fn mark_served(&mut self) {
+        self.heartbeat.served = true;
     }
 
-    /// Whether it waits for something that its worker has not done for so long: begun to serve it, read
-    /// its messages, answered its fault.
-    pub(crate) fn is_neglected(&mut self, patience: Duration) -> bool {
+    /// Updates the heartbeat. Returns whether the worker has neglected the VM for longer than
+    /// `timeout`: it has not begun to serve it, not read its messages, or not answered its fault.
+    pub(crate) fn check_neglected(&mut self, timeout: Duration) -> bool {
         let now = Instant::now();
-        let late = |since: Instant| now.duration_since(since) >= patience;
-        let watch = &mut self.watch;
-        let Some(tables) = self.tables.as_ref().filter(|_| watch.served) else {
-            return late(watch.since);
+        let late = |since: Instant| now.duration_since(since) >= timeout;
+        let heartbeat = &mut self.heartbeat;
+        let Some(tables) = self.tables.as_ref().filter(|_| heartbeat.served) else {
+            return late(heartbeat.since);
         };
         let pulse = tables.vitals.pulse();
-        if pulse.reads != watch.reads.0 || !readable(self.userfaultfd.as_fd()) {
-            watch.reads = (pulse.reads, now);
+        if pulse.reads != heartbeat.reads.0 || !readable(self.userfaultfd.as_fd()) {
+            heartbeat.reads = (pulse.reads, now);
         }
-        watch.turns.resize(pulse.turns.len(), (0, now));
-        for (seen, turns) in watch.turns.iter_mut().zip(pulse.turns) {
-            if seen.0 != turns || turns.is_multiple_of(2) {
-                *seen = (turns, now);
+        heartbeat.beats.resize(pulse.turns.len(), (0, now));
+        for (seen, beats) in heartbeat.beats.iter_mut().zip(pulse.turns) {
+            if seen.0 != beats || beats.is_multiple_of(2) {
+                *seen = (beats, now);
             }
         }
-        late(watch.reads.1) || watch.turns.iter().any(|(_, since)| late(*since))
+        late(heartbeat.reads.1) || heartbeat.beats.iter().any(|(_, since)| late(*since))
     }
 }
 
 /// A VM that is served no more, and whose process may not have ended yet.
 #[derive(Debug)]
-pub(crate) struct Dying {
+pub(crate) struct ExitingVm {
     /// The number of its service; 0 if it has none here.
     pub(crate) service: u64,
     /// The name of its service, as far as it is known.
@@ -264,12 +272,12 @@ pub(crate) struct Dying {
     owner: OwnedFd,
     /// Closed when it has ended and not before, since what is missing becomes zeros.
     held: Vec<OwnedFd>,
-    /// The same, of one whose handshake had not come as a whole.
-    _unheard: Option<Unheard>,
+    /// Data of an incomplete handshake, closed at the same time.
+    _unread: Option<UnreadData>,
 }
 
-impl Dying {
-    /// Kills it. What the kernel says if that isn't permitted.
+impl ExitingVm {
+    /// Kills the process.
     pub(crate) fn kill(&self) -> Result<(), Errno> {
         match kill_by_pidfd(self.owner()) {
             Err(Errno::ESRCH) => Ok(()),
@@ -277,7 +285,7 @@ impl Dying {
         }
     }
 
-    /// One of which only a pidfd is known.
+    /// Creates one from a pidfd, and descriptors to close after its exit.
     fn part(owner: OwnedFd, held: Vec<OwnedFd>) -> Self {
         Self {
             service: 0,
@@ -286,7 +294,7 @@ impl Dying {
             connected: Instant::now(),
             owner,
             held,
-            _unheard: None,
+            _unread: None,
         }
     }
 
@@ -294,12 +302,12 @@ impl Dying {
         self.owner.as_fd()
     }
 
-    /// Has it held outside, by who ends it and then closes what it has.
-    pub(crate) fn hold(&self, id: u64, outside: &mut Outside) -> io::Result<()> {
+    /// Stores the process, so that the guardian kills it and then closes its descriptors.
+    pub(crate) fn store(&self, id: u64, fd_store: &mut FdStore) -> io::Result<()> {
         let userfaultfd = self.held.iter().find(|fd| is_userfaultfd(fd.as_fd()));
         let mut descriptors = vec![(OWNER, self.owner())];
         descriptors.extend(userfaultfd.map(|fd| (UFFD, fd.as_fd())));
-        outside.hold(&held_as(id), &self.service_name, &descriptors)
+        fd_store.store(&store_id(id), &self.service_name, &descriptors)
     }
 
     pub(crate) fn is_gone(&self) -> bool {
@@ -307,8 +315,8 @@ impl Dying {
     }
 }
 
-impl From<Vm> for Dying {
-    fn from(vm: Vm) -> Self {
+impl From<VmRecord> for ExitingVm {
+    fn from(vm: VmRecord) -> Self {
         Self {
             service: vm.service,
             pid: vm.peer.pid,
@@ -318,22 +326,22 @@ impl From<Vm> for Dying {
     }
 }
 
-impl From<Pending> for Dying {
-    fn from(pending: Pending) -> Self {
+impl From<PendingHandshake> for ExitingVm {
+    fn from(pending: PendingHandshake) -> Self {
         let (service, connected) = (pending.service, pending.since);
-        let (peer, unheard) = pending.into_unheard();
+        let (peer, unread) = pending.into_unread();
         Self {
             service,
             pid: peer.pid,
             connected,
-            _unheard: Some(unheard),
+            _unread: Some(unread),
             ..Self::part(peer.pidfd, Vec::new())
         }
     }
 }
 
-impl From<Queued> for Dying {
-    fn from(Queued { peer, stream }: Queued) -> Self {
+impl From<BacklogPeer> for ExitingVm {
+    fn from(BacklogPeer { peer, stream }: BacklogPeer) -> Self {
         Self {
             pid: peer.pid,
             ..Self::part(peer.pidfd, vec![stream.into()])
@@ -341,7 +349,7 @@ impl From<Queued> for Dying {
     }
 }
 
-/// What has to be known of a VM besides its descriptors.
+/// The description of a VM that is stored beside its descriptors.
 #[derive(Debug, Serialize, Deserialize)]
 struct Meta {
     pid: u32,
@@ -361,33 +369,33 @@ impl Meta {
     }
 }
 
-/// A VM that was held outside.
+/// A VM that came back from the store.
 #[derive(Debug)]
-pub(crate) enum Held {
-    /// As a whole.
-    Vm {
-        /// Of no service yet.
-        vm: Box<Vm>,
+pub(crate) enum StoredVm {
+    /// The whole VM.
+    Whole {
+        /// The record, without a service yet.
+        vm: Box<VmRecord>,
         service: Service,
         /// The id under which its snapshot's open file is held.
         file: String,
     },
-    /// In part, which is good for ending it only.
-    Part {
-        vm: Dying,
+    /// A part of one, which is enough to kill it.
+    Partial {
+        vm: ExitingVm,
         /// Why it can't be served.
         why: String,
     },
 }
 
-impl Held {
-    /// From what was held under one id.
-    pub(crate) fn of(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
+impl StoredVm {
+    /// Builds one from the descriptors that were stored under one id.
+    pub(crate) fn recover(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
         let owner = by_role.remove(OWNER);
         let pidfd = owner.context("it came back without its pidfd")?;
-        let part = |owner, held, why: anyhow::Error| Self::Part {
-            vm: Dying::part(owner, held),
+        let part = |owner, held, why: anyhow::Error| Self::Partial {
+            vm: ExitingVm::part(owner, held),
             why: format!("{why:#}"),
         };
         let meta = match by_role.get(META).map(Meta::read) {
@@ -397,7 +405,7 @@ impl Held {
                 return Ok(part(pidfd, by_role.into_values().collect(), why));
             }
             _ => {
-                let why = anyhow!("it was handing its memory over when the last keeper died");
+                let why = anyhow!("it was handing its memory over when the last supervisor died");
                 return Ok(part(pidfd, by_role.into_values().collect(), why));
             }
         };
@@ -407,11 +415,11 @@ impl Held {
             pidfd,
         };
         let userfaultfd = by_role.remove(UFFD).context("a userfaultfd")?;
-        let mut vm = Vm::new(0, peer, userfaultfd, meta.regions);
+        let mut vm = VmRecord::new(0, peer, userfaultfd, meta.regions);
         vm.page_map = by_role.remove(PAGE_MAP);
         let tables = by_role.remove(TABLES);
-        match tables.map_or(Ok(()), |tables| vm.keep_tables(tables)) {
-            Ok(()) => Ok(Self::Vm {
+        match tables.map_or(Ok(()), |tables| vm.set_tables(tables)) {
+            Ok(()) => Ok(Self::Whole {
                 vm: Box::new(vm),
                 service: meta.service,
                 file: meta.file,
@@ -421,8 +429,8 @@ impl Held {
     }
 }
 
-/// Under which id what belongs to VM number `id` is held outside.
-pub(crate) fn held_as(id: u64) -> String {
+/// Returns the id under which VM number `id` is stored.
+pub(crate) fn store_id(id: u64) -> String {
     format!("vm-{id}")
 }
 

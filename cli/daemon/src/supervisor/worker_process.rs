@@ -1,4 +1,4 @@
-//! The worker's process, as the keeper sees it.
+//! The worker's process, as the supervisor sees it.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,46 +11,46 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 use snaprestore_uffd::os::open_pidfd;
-
-use crate::fd_store::systemd;
-use crate::ipc::Wire;
-use crate::supervisor::Options;
 use snapshot_format::names::escape_path;
 
-/// A worker.
+use crate::fd_store::systemd;
+use crate::ipc::{Channel, FAIL};
+use crate::supervisor::Options;
+
+/// A worker process.
 #[derive(Debug)]
-pub(crate) struct Worker {
+pub(crate) struct WorkerProcess {
     child: Child,
     /// Readable once every thread of it is gone.
     pidfd: OwnedFd,
-    pub(crate) wire: Wire,
+    pub(crate) channel: Channel,
     pub(crate) started: Instant,
     /// The version of its program, once it has said that it is there.
     pub(crate) version: Option<String>,
     /// Whether it was killed for being stuck.
     stuck: bool,
-    /// Since when it ought to be gone.
+    /// The time at which it was killed.
     killed: Option<Instant>,
 }
 
-/// How a worker came to its end.
+/// Why a worker exited.
 #[derive(Debug)]
-pub(crate) struct Death {
-    /// In words.
-    pub(crate) how: String,
-    /// Whether what it was doing may be to blame: it crashed or got stuck, and was not killed from
-    /// outside.
-    pub(crate) of_itself: bool,
+pub(crate) struct ExitCause {
+    /// A description for the log.
+    pub(crate) description: String,
+    /// Whether the frame that it was decoding may be the cause: it crashed or got stuck, and was
+    /// not killed from outside.
+    pub(crate) is_own_fault: bool,
     /// Whether it was killed for being stuck.
     pub(crate) stuck: bool,
 }
 
-impl Worker {
+impl WorkerProcess {
     /// Starts `program` as the worker number `number`, the first of which is 0.
     pub(crate) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
-        let (wire, theirs) = Wire::pair().context("a socket for the worker")?;
+        let (channel, theirs) = Channel::pair().context("a socket for the worker")?;
         let mut command = Command::new(program);
-        // A Ctrl-C is the keeper's to act on.
+        // A Ctrl-C is the supervisor's to act on.
         command.arg("worker").process_group(0);
         let format = options.log_format.to_possible_value();
         let format = format.as_ref().map_or("text", |format| format.get_name());
@@ -80,7 +80,7 @@ impl Worker {
         Ok(Self {
             child,
             pidfd,
-            wire,
+            channel,
             started: Instant::now(),
             version: None,
             stuck: false,
@@ -92,7 +92,7 @@ impl Worker {
         self.pidfd.as_fd()
     }
 
-    /// Whether it has ended.
+    /// Reaps the process if it has exited, and returns whether it has.
     pub(crate) fn is_gone(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
@@ -103,20 +103,20 @@ impl Worker {
         self.kill();
     }
 
-    /// Kills it. Its death is noticed as any.
+    /// Kills it. The supervisor notices the exit like any other.
     pub(crate) fn kill(&mut self) {
         // It can't be another's process: its status has not been taken.
         let _ = self.child.kill();
         self.killed.get_or_insert_with(Instant::now);
     }
 
-    /// When it was killed.
+    /// Returns when it was killed.
     pub(crate) fn killed(&self) -> Option<Instant> {
         self.killed
     }
 
-    /// What the threads of it wait for that can't be killed, as far as the kernel tells.
-    pub(crate) fn waits_for(&self) -> String {
+    /// Describes where in the kernel its unkillable threads wait.
+    pub(crate) fn blocked_in(&self) -> String {
         let tasks = format!("/proc/{}/task", self.child.id());
         let tasks = fs::read_dir(tasks).into_iter().flatten();
         let mut found: Vec<_> = tasks
@@ -130,10 +130,10 @@ impl Worker {
         format!("uninterruptible in {}", found.join(", "))
     }
 
-    /// Takes the status of a worker whose pidfd is readable.
-    pub(crate) fn bury(&mut self) -> Result<Death> {
+    /// Reaps a worker whose pidfd is readable.
+    pub(crate) fn reap(&mut self) -> Result<ExitCause> {
         let status: ExitStatus = self.child.wait().context("the worker's status")?;
-        let how = if self.stuck {
+        let description = if self.stuck {
             "was stuck, and was killed".to_owned()
         } else {
             match (status.code(), status.signal()) {
@@ -142,29 +142,29 @@ impl Worker {
             }
         };
         let killed_from_outside = !self.stuck && status.signal() == Some(SIGKILL);
-        Ok(Death {
-            how,
-            of_itself: !killed_from_outside,
+        Ok(ExitCause {
+            description,
+            is_own_fault: !killed_from_outside,
             stuck: self.stuck,
         })
     }
 }
 
-impl Drop for Worker {
+impl Drop for WorkerProcess {
     fn drop(&mut self) {
         self.kill();
         // One that can't be killed is left to whoever takes care of orphans.
         let began = Instant::now();
-        while !self.is_gone() && began.elapsed() < PARTING {
-            std::thread::sleep(PARTING / 100);
+        while !self.is_gone() && began.elapsed() < DROP_TIMEOUT {
+            std::thread::sleep(DROP_TIMEOUT / 100);
         }
     }
 }
 
-/// How long the end of a worker is waited for that is not needed any more.
-const PARTING: Duration = Duration::from_secs(2);
+/// Time to wait for the exit of a worker that is dropped.
+const DROP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Where in the kernel a task waits, if it does so uninterruptibly.
+/// Describes where in the kernel a task waits, if it waits uninterruptibly.
 fn uninterruptible(task: &Path) -> Option<String> {
     let stat = fs::read_to_string(task.join("stat")).ok()?;
     if !stat.rsplit_once(") ")?.1.starts_with('D') {
@@ -187,10 +187,6 @@ fn uninterruptible(task: &Path) -> Option<String> {
 }
 
 const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
-
-/// Names the places at which the project's own tests have workers killed: one for each worker, the
-/// first first.
-pub(crate) const FAIL: &str = "SNAPRESTORE_FAIL";
 
 fn place_to_fail(number: u64) -> Option<String> {
     let places = std::env::var(FAIL).ok()?;

@@ -1,4 +1,4 @@
-//! The worker: what it is told, what it says, and who comes after it.
+//! The worker: messages to and from it, and its replacement.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -6,49 +6,51 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::{Keeper, Stopping, Token};
+use super::{Stopping, Supervisor, Token};
 use crate::api::summary::Ending;
 use crate::api::types::{self, Upgraded};
-use crate::ipc::{Door, Facts, FromWorker, Request, ToWorker};
+use crate::ipc::{Endpoint, Facts, FromWorker, SupervisorRequest, ToWorker};
 use crate::log::count;
-use crate::supervisor::worker_process::{Death, Worker};
+use crate::supervisor::worker_process::{ExitCause, WorkerProcess};
 
-/// The daemon gives up when at least so many workers in a row have ended before they were ready, or at once afterwards,
-const MOST_STILLBORN: u32 = 20;
-/// and that for so long: on a machine with too much to do workers are slow, and may be killed early many times.
-const STILLBORN_FOR: Duration = Duration::from_secs(30);
-/// A worker that has lived so long was not stillborn.
-const LIVED: Duration = Duration::from_secs(10);
-/// The pause before another is started, for each that was stillborn in a row, and the longest.
-const RESTART_PAUSE: Duration = Duration::from_millis(10);
-const MAX_RESTART_PAUSE: Duration = Duration::from_secs(1);
-/// How long a worker may go on that has a successor, for its last words to an operator, and one that has
-/// nothing left to do.
-pub(super) const LAST_WORDS: Duration = Duration::from_secs(3);
+/// The daemon gives up when at least so many workers in a row exited before they were ready, or
+/// soon afterwards,
+const MAX_FAILED_STARTS: u32 = 20;
+/// and that for so long: on an overloaded machine workers are slow, and may be killed early many
+/// times.
+const FAILED_STARTS_TIMEOUT: Duration = Duration::from_secs(30);
+/// A worker that ran for so long did not fail to start.
+const MIN_UPTIME: Duration = Duration::from_secs(10);
+/// The delay before the next start, for each that failed in a row, and its maximum.
+const RESTART_DELAY: Duration = Duration::from_millis(10);
+const MAX_RESTART_DELAY: Duration = Duration::from_secs(1);
+/// Time in which a worker that is replaced, or has nothing left to do, may finish its replies to
+/// operators.
+pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What waits to be sent to the worker. Descriptors that are kept are looked up when it is sent.
+/// A message that waits to be sent to the worker. Descriptors are looked up when it is sent.
 #[derive(Debug)]
 pub(super) enum Outgoing {
     Service(u64),
-    Forget(u64),
+    RemoveService(u64),
     Vm(u64),
-    Visitor(Door, OwnedFd),
-    Answer(u64, Result<Option<Upgraded>, String>),
-    Ended(types::Vm),
+    Client(Endpoint, OwnedFd),
+    Reply(u64, Result<Option<Upgraded>, String>),
+    VmEnded(types::VmStatus),
     Drain,
-    Leave,
+    Shutdown,
 }
 
-/// Workers in a row that ended before they could serve.
+/// A count of workers in a row that exited before they could serve.
 #[derive(Debug, Default)]
-pub(super) struct Stillborn {
+pub(super) struct FailedStarts {
     count: u32,
     since: Option<Instant>,
 }
 
-impl Stillborn {
-    /// Takes note of a worker that has ended at `now`.
-    fn note(&mut self, lived: bool, now: Instant) {
+impl FailedStarts {
+    /// Records a worker that has ended at `now`.
+    fn record(&mut self, lived: bool, now: Instant) {
         if lived {
             *self = Self::default();
         } else {
@@ -57,21 +59,21 @@ impl Stillborn {
         }
     }
 
-    /// Whether there is no sense in starting another.
+    /// Whether the daemon gives up.
     fn is_hopeless(&self, now: Instant) -> bool {
-        let lasts = |since| now.saturating_duration_since(since) >= STILLBORN_FOR;
-        self.count >= MOST_STILLBORN && self.since.is_some_and(lasts)
+        let lasts = |since| now.saturating_duration_since(since) >= FAILED_STARTS_TIMEOUT;
+        self.count >= MAX_FAILED_STARTS && self.since.is_some_and(lasts)
     }
 
-    /// How long to wait before the next is started.
+    /// Returns the delay before the next start.
     fn pause(&self) -> Duration {
         // The first of a row is replaced at once: VMs wait.
-        (RESTART_PAUSE * self.count.saturating_sub(1)).min(MAX_RESTART_PAUSE)
+        (RESTART_DELAY * self.count.saturating_sub(1)).min(MAX_RESTART_DELAY)
     }
 }
 
-impl Keeper {
-    /// Sends the worker what it is to know, until it has no room for more.
+impl Supervisor {
+    /// Sends queued messages until the worker's socket is full.
     pub(super) fn send(&mut self) -> Result<()> {
         while let Some(next) = self.outgoing.pop_front() {
             match self.send_one(&next) {
@@ -92,15 +94,15 @@ impl Keeper {
     }
 
     fn send_one(&self, what: &Outgoing) -> io::Result<()> {
-        let wire = &self.worker.wire;
+        let channel = &self.worker.channel;
         match what {
             Outgoing::Service(key) => {
-                let Some(open) = self.services.get(key) else {
+                let Some(record) = self.services.get(key) else {
                     return Ok(());
                 };
-                let (key, service) = (*key, open.service.clone());
+                let (key, service) = (*key, record.service.clone());
                 let message = ToWorker::Service { key, service };
-                wire.send(&message, &[open.file.as_fd()])
+                channel.send(&message, &[record.file.as_fd()])
             }
             Outgoing::Vm(id) => {
                 let Some(vm) = self.vms.get(id) else {
@@ -114,41 +116,43 @@ impl Keeper {
                     age_ms: u64::try_from(age).unwrap_or(u64::MAX),
                     regions: vm.regions.clone(),
                     page_map: vm.has_page_map(),
-                    deadly: vm.deadly(),
+                    quarantined: vm.quarantined(),
                 };
-                wire.send(&message, &vm.descriptors())
+                channel.send(&message, &vm.descriptors())
             }
-            Outgoing::Visitor(door, stream) => {
-                let (door, facts) = (*door, self.facts());
-                wire.send(&ToWorker::Visitor { door, facts }, &[stream.as_fd()])
+            Outgoing::Client(endpoint, stream) => {
+                let (endpoint, facts) = (*endpoint, self.facts());
+                channel.send(&ToWorker::Client { endpoint, facts }, &[stream.as_fd()])
             }
-            Outgoing::Answer(number, result) => {
+            Outgoing::Reply(number, result) => {
                 let (number, result) = (*number, result.clone());
-                wire.send(&ToWorker::Answer { number, result }, &[])
+                channel.send(&ToWorker::Reply { number, result }, &[])
             }
-            Outgoing::Ended(vm) => wire.send(&ToWorker::Ended { vm: vm.clone() }, &[]),
-            Outgoing::Forget(key) => wire.send(&ToWorker::Forget { key: *key }, &[]),
-            Outgoing::Drain => wire.send(&ToWorker::Drain, &[]),
-            Outgoing::Leave => wire.send(&ToWorker::Leave, &[]),
+            Outgoing::VmEnded(vm) => channel.send(&ToWorker::VmEnded { vm: vm.clone() }, &[]),
+            Outgoing::RemoveService(key) => {
+                channel.send(&ToWorker::RemoveService { key: *key }, &[])
+            }
+            Outgoing::Drain => channel.send(&ToWorker::Drain, &[]),
+            Outgoing::Shutdown => channel.send(&ToWorker::Shutdown, &[]),
         }
     }
 
     fn facts(&self) -> Facts {
         let ended = self.services.iter();
-        let ended = ended.map(|(key, open)| (*key, open.ended.clone()));
+        let ended = ended.map(|(key, record)| (*key, record.ended.clone()));
         Facts {
-            keeper: std::process::id(),
+            supervisor: std::process::id(),
             worker_restarts: self.restarts,
             draining: self.stopping != Stopping::No,
             ended: ended.collect(),
         }
     }
 
-    /// Takes what the worker has said.
-    pub(super) fn listen_to_worker(&mut self) -> Result<()> {
+    /// Reads and handles the messages of the worker.
+    pub(super) fn read_worker(&mut self) -> Result<()> {
         loop {
-            match self.worker.wire.receive() {
-                Ok(Some((message, descriptors))) => self.heard(message, descriptors)?,
+            match self.worker.channel.receive() {
+                Ok(Some((message, descriptors))) => self.handle_message(message, descriptors)?,
                 // Its death is noticed by itself.
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -157,17 +161,18 @@ impl Keeper {
         }
     }
 
-    fn heard(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
+    fn handle_message(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         match message {
             FromWorker::Ready { version } => self.worker.version = Some(version),
-            // The first of all: another would fare no better. Of a later one it may be for want of memory.
-            FromWorker::Unfit { why } if self.workers == 1 => bail!("{why}"),
-            FromWorker::Unfit { why } => self.complain(why),
-            FromWorker::Ask { number, request } => self.asked(number, request),
+            // The first of all: another would fare no better. Of a later one it may be for want of
+            // memory.
+            FromWorker::ConfineFailed { why } if self.workers == 1 => bail!("{why}"),
+            FromWorker::ConfineFailed { why } => self.log_error(why),
+            FromWorker::Request { number, request } => self.handle_request(number, request),
             // The operator knows: now it may go.
-            FromWorker::Told => {
+            FromWorker::Replied => {
                 if self
-                    .successor
+                    .upgrade
                     .as_ref()
                     .is_some_and(|next| next.ready.is_some())
                 {
@@ -180,22 +185,22 @@ impl Keeper {
                     .next()
                     .context("tables without a memfd")?;
                 if let Some(vm) = self.vms.get_mut(&id) {
-                    vm.keep_tables(memfd)?;
-                    let open = self.services.get(&vm.service);
-                    let service = open.map_or("", |open| &open.service.name);
-                    if let Err(error) = vm.hold_tables(id, service, &mut self.outside) {
-                        self.hold_in_part(id, &error);
+                    vm.set_tables(memfd)?;
+                    let record = self.services.get(&vm.service);
+                    let service = record.map_or("", |record| &record.service.name);
+                    if let Err(error) = vm.store_tables(id, service, &mut self.fd_store) {
+                        self.store_owner_only(id, &error);
                     }
                 }
             }
             FromWorker::Served { id } => {
                 if let Some(vm) = self.vms.get_mut(&id) {
-                    vm.is_served();
+                    vm.mark_served();
                     let (service, pid) = (vm.service, vm.peer.pid);
-                    self.say_of(&self.label(id, service, pid), "served");
+                    self.log_vm(&self.label(id, service, pid), "served");
                 }
             }
-            FromWorker::Ended {
+            FromWorker::VmEnded {
                 id,
                 vm: report,
                 incomplete,
@@ -205,135 +210,137 @@ impl Keeper {
                 };
                 let (service, connected) = (vm.service, vm.connected);
                 match report.ending {
-                    Ending::Complete => self.release(id),
+                    Ending::Complete => self.remove_stored_vm(id),
                     Ending::Refused => {
-                        self.kill(id, vm);
+                        self.kill_vm(id, vm);
                     }
                     _ => {
-                        self.let_die(id, vm);
+                        self.await_exit(id, vm);
                     }
                 }
                 self.incomplete += u64::from(incomplete);
-                let _ = self.note(service, connected, report);
-                self.forget_if_unused(service);
+                let _ = self.record_end(service, connected, report);
+                self.drop_service_if_unused(service);
             }
         }
         Ok(())
     }
 
-    /// Does what an operator wants and the worker can't do.
-    fn asked(&mut self, number: u64, request: Request) {
+    /// Handles a request of an operator that the worker can't serve alone.
+    fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
-            Request::Add(_) if self.stopping != Stopping::No => {
+            SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
                 Err(anyhow!("the daemon is about to end"))
             }
-            Request::Add(service) => match self.begin_to_add(number, service) {
+            SupervisorRequest::Add(service) => match self.start_adding(number, service) {
                 // The answer comes when its snapshot is open.
                 Ok(()) => return,
                 Err(error) => Err(error),
             },
-            Request::Remove(name) => self.remove(&name).map_err(anyhow::Error::msg),
-            Request::Drain => {
+            SupervisorRequest::Remove(name) => self.remove(&name).map_err(anyhow::Error::msg),
+            SupervisorRequest::Drain => {
                 self.stop();
                 Ok(())
             }
-            Request::Upgrade(program) => match self.prepare_upgrade(number, program) {
+            SupervisorRequest::Upgrade(program) => match self.start_upgrade(number, program) {
                 // The answer comes when it is ready.
                 Ok(()) => return,
                 Err(error) => Err(error),
             },
         };
-        self.answer(number, result);
+        self.reply(number, result);
     }
 
-    pub(super) fn answer(&mut self, number: u64, result: Result<()>) {
+    pub(super) fn reply(&mut self, number: u64, result: Result<()>) {
         let result = result.map(|()| None).map_err(|error| format!("{error:#}"));
-        self.outgoing.push_back(Outgoing::Answer(number, result));
+        self.outgoing.push_back(Outgoing::Reply(number, result));
     }
 
-    /// Gives the worker time for its last words to an operator.
-    pub(super) fn let_worker_leave(&mut self) {
-        self.outgoing.push_back(Outgoing::Leave);
-        let until = Instant::now() + LAST_WORDS;
+    /// Shuts the worker down, with time to finish its replies to operators.
+    pub(super) fn shut_down_worker(&mut self) {
+        self.outgoing.push_back(Outgoing::Shutdown);
+        let until = Instant::now() + SHUTDOWN_TIMEOUT;
         while self.send().is_ok() && Instant::now() < until {
-            let ready = self.wait_for_one(&[Token::Death, Token::Wire]);
-            if ready.is_err() || self.listen_to_worker().is_err() || self.worker.is_gone() {
+            let ready = self.wait_for_one(&[Token::WorkerExit, Token::Channel]);
+            if ready.is_err() || self.read_worker().is_err() || self.worker.is_gone() {
                 return;
             }
         }
     }
 
-    /// The worker is gone: another goes on.
+    /// Replaces a worker that has exited.
     pub(super) fn replace_worker(&mut self) -> Result<()> {
         // Its last words count, and it says no more.
-        self.listen_to_worker()?;
-        let death = self.worker.bury()?;
-        if self.stopping == Stopping::Kills {
+        self.read_worker()?;
+        let death = self.worker.reap()?;
+        if self.stopping == Stopping::Killing {
             return Ok(());
         }
-        if death.of_itself {
+        if death.is_own_fault {
             for vm in self.vms.values_mut() {
                 vm.blame_frames();
             }
         }
         self.worker = self.next_worker(&death)?;
-        self.end_hopeless();
-        self.introduce_worker();
+        self.kill_vms_without_workers();
+        self.brief_worker();
         Ok(())
     }
 
-    /// Who goes on: the program that is to take over, or another of the same.
-    pub(super) fn next_worker(&mut self, death: &Death) -> Result<Worker> {
-        let successor = self
-            .successor
-            .take_if(|successor| successor.ready.is_some());
-        let Some(successor) = successor else {
-            return self.start_another(death);
+    /// Returns the next worker: that of the upgrade if it is ready, else a new one of the same
+    /// program.
+    pub(super) fn next_worker(&mut self, death: &ExitCause) -> Result<WorkerProcess> {
+        let upgrade = self.upgrade.take_if(|upgrade| upgrade.ready.is_some());
+        let Some(upgrade) = upgrade else {
+            return self.restart_worker(death);
         };
-        let version = successor.worker.version.clone().unwrap_or_default();
-        self.say(format_args!("a worker of version {version} takes over"));
-        self.program = successor.program;
-        Ok(successor.worker)
+        let version = upgrade.worker.version.clone().unwrap_or_default();
+        self.log(format_args!("a worker of version {version} takes over"));
+        self.program = upgrade.program;
+        Ok(upgrade.worker)
     }
 
-    /// Has a new worker told everything.
-    pub(super) fn introduce_worker(&mut self) {
+    /// Queues everything that a new worker has to know.
+    pub(super) fn brief_worker(&mut self) {
         for vm in self.vms.values_mut() {
-            vm.handed_over();
+            vm.restart_heartbeat();
         }
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
-        let ended = self.recent.iter().cloned().map(Outgoing::Ended);
+        let ended = self.recent.iter().cloned().map(Outgoing::VmEnded);
         let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
         // Nobody could be told what became of it.
         self.opening.clear();
-        // Visitors of the dead one are lost, those who were not with it yet are not.
+        // Clients of the dead one are lost, those who were not with it yet are not.
         let waiting = std::mem::take(&mut self.outgoing).into_iter();
-        let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Visitor(..)));
+        let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Client(..)));
         self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
-        if self.stopping == Stopping::Drains {
+        if self.stopping == Stopping::Draining {
             self.outgoing.push_back(Outgoing::Drain);
         }
     }
 
-    fn start_another(&mut self, death: &Death) -> Result<Worker> {
-        let Death {
-            how,
-            of_itself,
+    fn restart_worker(&mut self, death: &ExitCause) -> Result<WorkerProcess> {
+        let ExitCause {
+            description,
+            is_own_fault,
             stuck,
         } = death;
         let ready = self.worker.version.is_some();
-        let lived = ready && (!of_itself || *stuck || self.worker.started.elapsed() >= LIVED);
-        self.stillborn.note(lived, Instant::now());
+        let lived =
+            ready && (!is_own_fault || *stuck || self.worker.started.elapsed() >= MIN_UPTIME);
+        self.failed_starts.record(lived, Instant::now());
         let vms = count(self.vms.len() as u64, "VM");
-        self.complain(format_args!("the worker {how}; another goes on with {vms}"));
-        if self.stillborn.is_hopeless(Instant::now()) {
+        self.log_error(format_args!(
+            "the worker {description}; another goes on with {vms}"
+        ));
+        if self.failed_starts.is_hopeless(Instant::now()) {
             bail!(
-                "for {STILLBORN_FOR:?} no worker has become ready: {} of them have ended at once, and the last {how}",
-                self.stillborn.count
+                "for {FAILED_STARTS_TIMEOUT:?} no worker has become ready: {} of them have ended at once, and the last {description}",
+                self.failed_starts.count
             );
         }
-        std::thread::sleep(self.stillborn.pause());
-        let worker = Worker::start(&self.program, self.workers, &self.options)?;
+        std::thread::sleep(self.failed_starts.pause());
+        let worker = WorkerProcess::start(&self.program, self.workers, &self.options)?;
         self.workers += 1;
         self.restarts += 1;
         Ok(worker)
@@ -350,27 +357,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stillborn_workers_end_the_daemon_after_a_time_and_not_after_a_number() {
+    fn failed_starts_end_the_daemon_after_a_time_and_not_after_a_number() {
         let begun = Instant::now();
-        let mut stillborn = Stillborn::default();
+        let mut failed_starts = FailedStarts::default();
         for _ in 0..1000 {
-            stillborn.note(false, begun);
+            failed_starts.record(false, begun);
         }
-        assert!(!stillborn.is_hopeless(begun + STILLBORN_FOR / 2));
-        assert!(stillborn.is_hopeless(begun + STILLBORN_FOR));
-        assert_eq!(stillborn.pause(), MAX_RESTART_PAUSE);
+        assert!(!failed_starts.is_hopeless(begun + FAILED_STARTS_TIMEOUT / 2));
+        assert!(failed_starts.is_hopeless(begun + FAILED_STARTS_TIMEOUT));
+        assert_eq!(failed_starts.pause(), MAX_RESTART_DELAY);
     }
 
     #[test]
     fn worker_that_lived_begins_another_row() {
         let begun = Instant::now();
-        let mut stillborn = Stillborn::default();
-        assert_eq!(stillborn.pause(), Duration::ZERO);
+        let mut failed_starts = FailedStarts::default();
+        assert_eq!(failed_starts.pause(), Duration::ZERO);
         for lived in [false, true, false] {
-            stillborn.note(lived, begun);
+            failed_starts.record(lived, begun);
         }
-        assert_eq!((stillborn.count, stillborn.pause()), (1, Duration::ZERO));
+        assert_eq!(
+            (failed_starts.count, failed_starts.pause()),
+            (1, Duration::ZERO)
+        );
         // Few that take long each are no reason either.
-        assert!(!stillborn.is_hopeless(begun + 10 * STILLBORN_FOR));
+        assert!(!failed_starts.is_hopeless(begun + 10 * FAILED_STARTS_TIMEOUT));
     }
 }

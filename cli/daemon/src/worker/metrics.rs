@@ -1,8 +1,8 @@
 //! Metrics for Prometheus: what the sessions have done, by service, as text when it is asked for.
 //!
-//! Sessions come and go and a counter must not fall, so the [`Book`] keeps what those that have ended
-//! did, and adds those that are served. The names are part of the interface: `docs/operations.md`
-//! lists them.
+//! Sessions come and go and a counter must not fall, so the [`Totals`] keeps what those that have
+//! ended did, and adds those that are served. The names are part of the interface:
+//! `docs/operations.md` lists them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,12 +21,12 @@ use snaprestore_engine::pager::FrameCacheStats;
 use crate::api::types::{SessionStats, Times, VmState, VmStats};
 
 /// The longest head of a request.
-const LONGEST_HEAD: usize = 8 << 10;
-/// How long a scrape may take, the slowest reader included.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Upper ends of the histograms' buckets, in seconds: what a fault takes that is answered from memory,
-/// from a disk, from far away, or too late.
-const SECONDS: [f64; 20] = [
+const MAX_HEAD_BYTES: usize = 8 << 10;
+/// Time limit of a scrape, the slowest reader included.
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Upper ends of the histograms' buckets, in seconds: what a fault takes that is answered from
+/// memory, from a disk, from far away, or too late.
+const BUCKET_BOUNDS: [f64; 20] = [
     5e-6,
     1e-5,
     2e-5,
@@ -49,7 +49,7 @@ const SECONDS: [f64; 20] = [
     f64::INFINITY,
 ];
 
-/// What the daemon as a whole has to tell.
+/// Statistics of the daemon as a whole.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DaemonStats {
     /// How often a new worker took over from one that had ended.
@@ -58,35 +58,36 @@ pub(crate) struct DaemonStats {
     pub(crate) draining: bool,
     /// The names of all services, so that those without a VM are told about, too.
     pub(crate) services: Vec<String>,
-    /// VMs that have ended, by service and state: all that the daemon has seen, whoever served them.
+    /// VMs that have ended, by service and state: all that the daemon has seen, whoever served
+    /// them.
     pub(crate) ended: BTreeMap<String, BTreeMap<VmState, u64>>,
     /// The frames that the sessions share.
     pub(crate) frame_cache: FrameCacheStats,
 }
 
-/// What sessions have done that are no more, by service.
+/// Totals of the sessions that have ended, by service.
 #[derive(Debug, Default)]
-pub(crate) struct Book {
-    services: Mutex<BTreeMap<String, Account>>,
+pub(crate) struct Totals {
+    services: Mutex<BTreeMap<String, ServiceTotals>>,
 }
 
-/// What is known of one service.
+/// The totals of one service.
 #[derive(Clone, Debug, Default)]
-struct Account {
+struct ServiceTotals {
     session: SessionStats,
     /// VMs by their state, when it is rendered.
     states: BTreeMap<VmState, u64>,
 }
 
-impl Book {
-    /// Takes note of a VM that has ended. From now on it must not be among those that are served.
-    pub(crate) fn ended(&self, vm: &VmStats) {
+impl Totals {
+    /// Adds a VM that has ended. From now on it must not be among those that are served.
+    pub(crate) fn add(&self, vm: &VmStats) {
         let mut vm = vm.clone();
         // Nothing of it is there, and nothing will come.
         (vm.session.pages, vm.session.missing) = (0, 0);
         let mut services = self.lock();
-        let account = services.entry(vm.vm.service.clone()).or_default();
-        account.session.add(&vm.session);
+        let totals = services.entry(vm.vm.service.clone()).or_default();
+        totals.session.add(&vm.session);
     }
 
     /// Forgets a service that was removed and whose VMs have ended.
@@ -101,16 +102,16 @@ impl Book {
             services.entry(name.clone()).or_default();
         }
         for (name, ended) in &daemon.ended {
-            let account = services.entry(name.clone()).or_default();
-            account.states.clone_from(ended);
+            let totals = services.entry(name.clone()).or_default();
+            totals.states.clone_from(ended);
         }
         for vm in live {
-            let account = services.entry(vm.vm.service.clone()).or_default();
-            account.session.add(&vm.session);
-            *account.states.entry(vm.vm.state).or_default() += 1;
+            let totals = services.entry(vm.vm.service.clone()).or_default();
+            totals.session.add(&vm.session);
+            *totals.states.entry(vm.vm.state).or_default() += 1;
         }
         let mut registry = Registry::with_prefix("snaprestore");
-        registry.register_collector(Box::new(Picture {
+        registry.register_collector(Box::new(Render {
             services,
             daemon: daemon.clone(),
         }));
@@ -121,12 +122,12 @@ impl Book {
     }
 
     /// The accounts are whole after every statement, so a panic elsewhere leaves nothing to repair.
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Account>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, ServiceTotals>> {
         self.services.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Clone for Book {
+impl Clone for Totals {
     fn clone(&self) -> Self {
         Self {
             services: Mutex::new(self.lock().clone()),
@@ -134,15 +135,15 @@ impl Clone for Book {
     }
 }
 
-/// All that one scrape shows.
+/// The content of one scrape.
 #[derive(Debug)]
-struct Picture {
-    services: BTreeMap<String, Account>,
+struct Render {
+    services: BTreeMap<String, ServiceTotals>,
     daemon: DaemonStats,
 }
 
 /// Counters or gauges that services have: one for each value of a further label, if there is one.
-type Values = fn(&Account) -> Vec<(&'static str, u64)>;
+type Values = fn(&ServiceTotals) -> Vec<(&'static str, u64)>;
 
 /// The counters: name, what it counts, further label.
 const COUNTERS: &[(&str, &str, &str, Values)] = &[
@@ -150,8 +151,8 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
         "faults",
         "Page faults, by what they met",
         "kind",
-        |account| {
-            let kinds = account.session.fault_kinds;
+        |totals| {
+            let kinds = totals.session.fault_kinds;
             vec![
                 ("stored", kinds.stored),
                 ("fill", kinds.fill),
@@ -166,50 +167,47 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
         "demand_pages",
         "Pages that faults brought in, by content",
         "content",
-        |account| pages(account.session.demand),
+        |totals| pages(totals.session.demand),
     ),
     (
         "prefetch_pages",
         "Pages that prefetch brought in, by content",
         "content",
-        |account| pages(account.session.prefetch),
+        |totals| pages(totals.session.prefetch),
     ),
     (
         "poisoned_pages",
         "Pages poisoned because they could not be restored",
         "",
-        |account| vec![("", account.session.poisoned)],
+        |totals| vec![("", totals.session.poisoned)],
     ),
     (
         "read_bytes",
         "Bytes of frames read from snapshots",
         "",
-        |account| vec![("", account.session.bytes_read)],
+        |totals| vec![("", totals.session.bytes_read)],
     ),
-    (
-        "decoded_bytes",
-        "Bytes decoded from frames",
-        "",
-        |account| vec![("", account.session.bytes_decoded)],
-    ),
+    ("decoded_bytes", "Bytes decoded from frames", "", |totals| {
+        vec![("", totals.session.bytes_decoded)]
+    }),
     (
         "discards",
         "Events in which owners discarded, unmapped or moved memory",
         "",
-        |account| vec![("", account.session.discards)],
+        |totals| vec![("", totals.session.discards)],
     ),
     (
         "retries",
         "Installs repeated because the mappings were changing",
         "",
-        |account| vec![("", account.session.retries)],
+        |totals| vec![("", totals.session.retries)],
     ),
     (
         "shortages",
         "Installs given up for want of memory, by where it was to come from",
         "source",
-        |account| {
-            let shortages = account.session.shortages;
+        |totals| {
+            let shortages = totals.session.shortages;
             vec![
                 ("memory", shortages.memory),
                 ("hugepages-2048kB", shortages.huge_pages),
@@ -220,31 +218,31 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
         "failures",
         "Times that a page could not be had",
         "",
-        |account| vec![("", account.session.failures)],
+        |totals| vec![("", totals.session.failures)],
     ),
     (
         "vms_ended",
         "VMs that are served no more, by how that came",
         "ending",
-        |account| states(account, true),
+        |totals| states(totals, true),
     ),
 ];
 
 const GAUGES: &[(&str, &str, &str, Values)] = &[
-    ("vms", "VMs that are served, by state", "state", |account| {
-        states(account, false)
+    ("vms", "VMs that are served, by state", "state", |totals| {
+        states(totals, false)
     }),
     (
         "pages",
         "Pages of the memory of VMs that are served",
         "",
-        |account| vec![("", account.session.pages)],
+        |totals| vec![("", totals.session.pages)],
     ),
     (
         "missing_pages",
         "Pages that VMs which are served do not have yet",
         "",
-        |account| vec![("", account.session.missing)],
+        |totals| vec![("", totals.session.missing)],
     ),
 ];
 
@@ -256,19 +254,19 @@ fn pages(pages: crate::api::types::Pages) -> Vec<(&'static str, u64)> {
     ]
 }
 
-fn states(account: &Account, ended: bool) -> Vec<(&'static str, u64)> {
+fn states(totals: &ServiceTotals, ended: bool) -> Vec<(&'static str, u64)> {
     let states = VmState::ALL
         .into_iter()
         .filter(|state| state.is_ended() == ended);
     states
         .map(|state| {
-            let count = account.states.get(&state).copied();
+            let count = totals.states.get(&state).copied();
             (state.name(), count.unwrap_or(0))
         })
         .collect()
 }
 
-impl Collector for Picture {
+impl Collector for Render {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         for (name, help, label, values) in COUNTERS {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -285,8 +283,8 @@ impl Collector for Picture {
         let help = "From reading a fault to its answer, by where the content came from";
         let kind = MetricType::Histogram;
         let mut metric = encoder.encode_descriptor("fault_seconds", help, None, kind)?;
-        for (service, account) in &self.services {
-            for (source, times) in sources(&account.session) {
+        for (service, totals) in &self.services {
+            for (source, times) in sources(&totals.session) {
                 let labels = vec![("service", service.as_str()), ("source", source)];
                 let buckets = coarse(times);
                 metric
@@ -298,7 +296,7 @@ impl Collector for Picture {
     }
 }
 
-impl Picture {
+impl Render {
     /// Gives each value of each service with its labels.
     fn each(
         &self,
@@ -306,8 +304,8 @@ impl Picture {
         values: Values,
         mut encode: impl FnMut(&Vec<(&str, &str)>, u64) -> fmt::Result,
     ) -> fmt::Result {
-        for (service, account) in &self.services {
-            for (name, value) in values(account) {
+        for (service, totals) in &self.services {
+            for (name, value) in values(totals) {
                 let mut labels = vec![("service", service.as_str())];
                 if !label.is_empty() {
                     labels.push((label, name));
@@ -390,10 +388,10 @@ fn sources(session: &SessionStats) -> [(&'static str, &Times); 5] {
     ]
 }
 
-/// The same durations in the buckets of the metrics. A duration is never counted as shorter than it
+/// Sorts durations into the buckets of the metrics. A duration is never counted as shorter than it
 /// was, and by at most a sixteenth as longer.
 fn coarse(times: &Times) -> Vec<(f64, u64)> {
-    let mut coarse: Vec<(f64, u64)> = SECONDS.iter().map(|upper| (*upper, 0)).collect();
+    let mut coarse: Vec<(f64, u64)> = BUCKET_BOUNDS.iter().map(|upper| (*upper, 0)).collect();
     for (nanos, count) in &times.buckets {
         #[expect(clippy::cast_precision_loss, reason = "compared with round numbers")]
         let seconds = *nanos as f64 / 1e9;
@@ -405,42 +403,42 @@ fn coarse(times: &Times) -> Vec<(f64, u64)> {
 }
 
 /// A stream whose single reads and writes can be given a limit.
-pub(crate) trait Patient: Read + Write {
+pub(crate) trait TimedStream: Read + Write {
     /// Limits each from now on.
-    fn limit(&self, time: Duration) -> io::Result<()>;
+    fn set_timeouts(&self, time: Duration) -> io::Result<()>;
 }
 
-impl Patient for UnixStream {
-    fn limit(&self, time: Duration) -> io::Result<()> {
+impl TimedStream for UnixStream {
+    fn set_timeouts(&self, time: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(time))?;
         self.set_write_timeout(Some(time))
     }
 }
 
-impl Patient for TcpStream {
-    fn limit(&self, time: Duration) -> io::Result<()> {
+impl TimedStream for TcpStream {
+    fn set_timeouts(&self, time: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(time))?;
         self.set_write_timeout(Some(time))
     }
 }
 
 /// Answers one HTTP request: `GET /metrics`, with the text that `metrics` makes.
-pub(crate) fn scrape(mut stream: impl Patient, metrics: impl FnOnce() -> String) {
+pub(crate) fn scrape(mut stream: impl TimedStream, metrics: impl FnOnce() -> String) {
     if let Err(error) = respond(&mut stream, metrics) {
         tracing::debug!(%error, "a scrape of the metrics failed");
     }
 }
 
-fn respond(stream: &mut impl Patient, metrics: impl FnOnce() -> String) -> io::Result<()> {
-    let until = Instant::now() + PATIENCE;
+fn respond(stream: &mut impl TimedStream, metrics: impl FnOnce() -> String) -> io::Result<()> {
+    let until = Instant::now() + SCRAPE_TIMEOUT;
     let mut head = Vec::new();
     while !has_ended(&head) {
-        if head.len() >= LONGEST_HEAD {
+        if head.len() >= MAX_HEAD_BYTES {
             return reply(stream, until, "431 Request Header Fields Too Large", "");
         }
         wait_until(stream, until)?;
         let mut chunk = [0; 1024];
-        let room = chunk.len().min(LONGEST_HEAD - head.len());
+        let room = chunk.len().min(MAX_HEAD_BYTES - head.len());
         match stream.read(&mut chunk[..room]) {
             Ok(0) => return Ok(()),
             Ok(read) => head.extend_from_slice(&chunk[..read]),
@@ -473,15 +471,20 @@ fn has_ended(head: &[u8]) -> bool {
     ends(b"\r\n\r\n") || ends(b"\n\n")
 }
 
-fn wait_until(stream: &impl Patient, until: Instant) -> io::Result<()> {
+fn wait_until(stream: &impl TimedStream, until: Instant) -> io::Result<()> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    stream.limit(left)
+    stream.set_timeouts(left)
 }
 
-fn reply(stream: &mut impl Patient, until: Instant, status: &str, body: &str) -> io::Result<()> {
+fn reply(
+    stream: &mut impl TimedStream,
+    until: Instant,
+    status: &str,
+    body: &str,
+) -> io::Result<()> {
     let kind = if status.starts_with("200") {
         "application/openmetrics-text; version=1.0.0; charset=utf-8"
     } else {

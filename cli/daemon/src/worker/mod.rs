@@ -1,10 +1,10 @@
 //! The worker: everything but holding descriptors. It may be killed at any instant.
 //!
 //! ```text
-//!   main thread            takes what the keeper sends; ends with the keeper
-//!   one thread a VM        makes the tables and gives them to the keeper, resumes, waits for the end
-//!                          of the VM and tells the keeper
-//!   one thread a visitor   answers the control socket, or a scrape of the metrics
+//!   main thread            reads the supervisor's messages; exits with the supervisor
+//!   one thread per VM      makes the tables and sends them to the supervisor, resumes, waits for
+//!                          the end of the VM and notifies the supervisor
+//!   one thread per client  serves the control socket, or a scrape of the metrics
 //! ```
 
 mod metrics;
@@ -32,64 +32,79 @@ use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
 use snapshot_format::{FileStore, Snapshot};
 
-use self::metrics::Book;
+use self::metrics::Totals;
+use self::operator::PendingRequests;
+use self::sandbox::{Account, Confinement, confine_worker, exit_with_supervisor};
 use crate::api::config::{self, Service};
 use crate::api::control;
-use crate::api::summary::{Ending, Vm, VmLabel};
-use crate::api::types::{self, SessionStats, VmState, VmStats};
-use crate::ipc::{Door, Facts, FromWorker, ToWorker, Wire};
-use crate::log;
-use crate::role::WorkerOptions;
-use crate::supervisor::REMEMBERED;
-use crate::worker::operator::Asked;
-use crate::worker::sandbox::{Account, Confinement, confine_worker, end_with_keeper};
+use crate::api::summary::{Ending, VmLabel, VmSummary};
+use crate::api::types::{self, MAX_RECENT_VMS, SessionStats, VmState, VmStats};
+use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
+use crate::log::{self, LogFormat};
 
-/// How often it is said how many events were not logged.
-const SAY_SUPPRESSED: Duration = Duration::from_secs(5);
-/// How long visitors may take for what they asked for when the worker is to leave.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Interval at which suppressed events are logged.
+const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
+/// Time for clients to finish when the worker shuts down.
+const CLIENTS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs in the process that the keeper has started, its socket being standard input.
+/// The options of a worker.
+#[derive(Debug, clap::Args)]
+pub(crate) struct WorkerOptions {
+    /// Give up what isn't needed
+    #[arg(long)]
+    confine: bool,
+    /// User to become
+    #[arg(long)]
+    user: Option<String>,
+    /// Decoded frames that sessions share, in MiB
+    #[arg(long)]
+    frame_cache: u64,
+    /// How events are logged
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+/// Runs in the process that the supervisor has started, its socket being standard input.
 pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
-    let wire = Wire::new(std::io::stdin().as_fd().try_clone_to_owned()?);
-    // What can't be asked for any more once this process is confined: the user of the daemon, and how many
-    // cores its cgroup may use.
+    let channel = Channel::new(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // What can't be asked for any more once this process is confined: the user of the daemon, and
+    // how many cores its cgroup may use.
     let user = geteuid().as_raw();
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
     let shared = Shared::new(args.frame_cache << 20);
     let pool = HugePool::open();
     if let Err(error) = confine(args) {
         let why = format!("{error:#}");
-        wire.send(&FromWorker::Unfit { why }, &[])?;
+        channel.send(&FromWorker::ConfineFailed { why }, &[])?;
         return Ok(ExitCode::FAILURE);
     }
     arm();
-    let worker = Arc::new(Worker::new(wire, user, cores, shared, pool));
+    let worker = Arc::new(Worker::new(channel, user, cores, shared, pool));
     let format = args.log_format;
-    worker.begin("log", move |_| {
+    worker.spawn("log", move |_| {
         loop {
-            std::thread::sleep(SAY_SUPPRESSED);
-            log::say_suppressed(format);
+            std::thread::sleep(SUPPRESSED_INTERVAL);
+            log::log_suppressed(format);
         }
     })?;
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    worker.wire.send(&FromWorker::Ready { version }, &[])?;
-    while let Some((message, descriptors)) = worker.wire.receive()? {
-        if let ToWorker::Leave = message {
-            worker.let_visitors_finish();
+    worker.channel.send(&FromWorker::Ready { version }, &[])?;
+    while let Some((message, descriptors)) = worker.channel.receive()? {
+        if let ToWorker::Shutdown = message {
+            worker.let_clients_finish();
             return Ok(ExitCode::SUCCESS);
         }
-        worker.take(message, descriptors)?;
+        worker.handle(message, descriptors)?;
     }
-    // The keeper is gone; what is open here must stay so until the VMs are, which is for somebody else
-    // to see to.
-    bail!("the keeper has gone away");
+    // The supervisor is gone; what is open here must stay so until the VMs are, which is for
+    // somebody else to see to.
+    bail!("the supervisor has gone away");
 }
 
 /// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
 fn confine(args: &WorkerOptions) -> Result<()> {
     if !args.confine {
-        return end_with_keeper();
+        return exit_with_supervisor();
     }
     let account = args.user.as_deref().map(Account::find).transpose()?;
     let confined = confine_worker(&Confinement {
@@ -106,10 +121,10 @@ fn confine(args: &WorkerOptions) -> Result<()> {
     Ok(())
 }
 
-/// Has this process killed where the project's own tests want it.
+/// Arms the fail point at which the project's own tests want this process killed.
 fn arm() {
     #[cfg(feature = "fail-points")]
-    if let Ok(place) = std::env::var(crate::supervisor::worker_process::FAIL) {
+    if let Ok(place) = std::env::var(crate::ipc::FAIL) {
         assert!(
             snaprestore_engine::fail_point::arm(&place),
             "{place}: no place to fail at"
@@ -117,27 +132,27 @@ fn arm() {
     }
 }
 
-/// What the threads share.
+/// The state that the threads share.
 pub(crate) struct Worker {
-    pub(crate) wire: Wire,
+    pub(crate) channel: Channel,
     /// The user of the daemon.
     user: u32,
     cores: usize,
-    pub(crate) services: Mutex<BTreeMap<u64, Arc<Open>>>,
-    pub(crate) vms: Mutex<BTreeMap<u64, Arc<Served>>>,
+    pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
+    pub(crate) vms: Mutex<BTreeMap<u64, Arc<ServedVm>>>,
     /// The last VMs that have ended.
     pub(crate) ended: Mutex<VecDeque<VmStats>>,
-    pub(crate) asked: Asked,
+    pub(crate) requests: PendingRequests,
     pub(crate) facts: Mutex<Facts>,
-    book: Book,
+    totals: Totals,
     pool: Arc<HugePool>,
     shared: Shared,
     draining: AtomicBool,
-    visitors: AtomicUsize,
+    clients: AtomicUsize,
 }
 
 /// A snapshot, and how VMs are served from it.
-pub(crate) struct Open {
+pub(crate) struct OpenService {
     pub(crate) service: Service,
     file: OwnedFd,
     /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
@@ -145,10 +160,10 @@ pub(crate) struct Open {
 }
 
 /// A VM in this worker's hands.
-pub(crate) struct Served {
+pub(crate) struct ServedVm {
     pub(crate) id: u64,
     pub(crate) pid: u32,
-    pub(crate) service: Arc<Open>,
+    pub(crate) service: Arc<OpenService>,
     /// When it connected.
     since: Instant,
     /// Not before its session is there.
@@ -177,7 +192,7 @@ impl HugePool {
         }
     }
 
-    /// What an operator is told when it has no page for a VM.
+    /// Describes an empty pool to an operator.
     fn shortage(&self) -> String {
         let number = |file: &Option<File>| {
             let mut text = [0; 32];
@@ -198,14 +213,14 @@ impl HugePool {
     }
 }
 
-/// What an operator is told when there is no memory for the small pages of a VM.
+/// The message to an operator when there is no memory for the small pages of a VM.
 const MEMORY_SHORTAGE: &str = "the kernel has no memory for it: the machine or the VM's cgroup (memory.max) is at its \
     limit";
 
-/// What came with a VM.
-struct Arrived {
+/// The descriptors and the description of a VM that has arrived.
+struct ReceivedVm {
     regions: Vec<OwnerRegion>,
-    deadly: Vec<u64>,
+    quarantined: Vec<u64>,
     userfaultfd: OwnedFd,
     owner: OwnedFd,
     page_map: Option<OwnedFd>,
@@ -213,36 +228,36 @@ struct Arrived {
 }
 
 impl Worker {
-    fn new(wire: Wire, user: u32, cores: usize, shared: Shared, pool: HugePool) -> Self {
+    fn new(channel: Channel, user: u32, cores: usize, shared: Shared, pool: HugePool) -> Self {
         Self {
             pool: Arc::new(pool),
-            wire,
+            channel,
             user,
             cores,
             shared,
             services: Mutex::default(),
             vms: Mutex::default(),
             ended: Mutex::default(),
-            asked: Asked::default(),
+            requests: PendingRequests::default(),
             facts: Mutex::default(),
-            book: Book::default(),
+            totals: Totals::default(),
             draining: AtomicBool::new(false),
-            visitors: AtomicUsize::new(0),
+            clients: AtomicUsize::new(0),
         }
     }
 
-    /// Does what the keeper says.
-    fn take(self: &Arc<Self>, message: ToWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
+    /// Handles a message of the supervisor.
+    fn handle(self: &Arc<Self>, message: ToWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next();
         match message {
             ToWorker::Service { key, service } => {
                 let file = next().context("a snapshot came without its file")?;
-                lock(&self.services).insert(key, Arc::new(Open::new(file, service)));
+                lock(&self.services).insert(key, Arc::new(OpenService::new(file, service)));
             }
-            ToWorker::Forget { key } => {
+            ToWorker::RemoveService { key } => {
                 if let Some(open) = lock(&self.services).remove(&key) {
-                    self.book.forget(&open.service.name);
+                    self.totals.forget(&open.service.name);
                 }
                 self.shared.forget_closed();
             }
@@ -253,11 +268,11 @@ impl Worker {
                 age_ms,
                 regions,
                 page_map,
-                deadly,
+                quarantined,
             } => {
                 let service = lock(&self.services).get(&service).cloned();
                 let now = Instant::now();
-                let served = Arc::new(Served {
+                let served = Arc::new(ServedVm {
                     id,
                     pid,
                     service: service.context("a VM came before its snapshot")?,
@@ -269,9 +284,9 @@ impl Worker {
                     to_complete: AtomicBool::new(false),
                     pool: Arc::clone(&self.pool),
                 });
-                let arrived = Arrived {
+                let arrived = ReceivedVm {
                     regions,
-                    deadly,
+                    quarantined,
                     userfaultfd: next().context("a VM came without its userfaultfd")?,
                     owner: next().context("a VM came without its pidfd")?,
                     page_map: page_map.then(&mut next).flatten(),
@@ -280,48 +295,48 @@ impl Worker {
                 lock(&self.vms).insert(id, Arc::clone(&served));
                 let label = served.label();
                 let vm = Arc::clone(&served);
-                let begun = self.begin("vm", move |worker| worker.serve(&vm, arrived));
+                let begun = self.spawn("vm", move |worker| worker.serve(&vm, arrived));
                 if let Err(error) = begun {
                     // It costs this one: those that are served have their threads.
-                    let vm = Vm::new(label, Ending::Refused, Some(format!("{error:#}")));
-                    self.ended(&served, vm);
+                    let vm = VmSummary::new(label, Ending::Refused, Some(format!("{error:#}")));
+                    self.record_end(&served, vm);
                 }
             }
-            ToWorker::Ended { vm } => self.remember(VmStats {
+            ToWorker::VmEnded { vm } => self.remember(VmStats {
                 vm,
                 session: SessionStats::default(),
             }),
-            ToWorker::Visitor { door, facts } => {
-                let stream = next().context("a visitor came without a connection")?;
+            ToWorker::Client { endpoint, facts } => {
+                let stream = next().context("a client came without a connection")?;
                 *lock(&self.facts) = facts;
-                self.visitors.fetch_add(1, SeqCst);
-                let begun = self.begin("visitor", move |worker| {
-                    worker.receive(door, stream);
-                    worker.visitors.fetch_sub(1, SeqCst);
+                self.clients.fetch_add(1, SeqCst);
+                let begun = self.spawn("client", move |worker| {
+                    worker.serve_client(endpoint, stream);
+                    worker.clients.fetch_sub(1, SeqCst);
                 });
                 if let Err(error) = begun {
-                    self.visitors.fetch_sub(1, SeqCst);
-                    tracing::warn!("a visitor is turned away: {error:#}");
+                    self.clients.fetch_sub(1, SeqCst);
+                    tracing::warn!("a client is turned away: {error:#}");
                 }
             }
-            ToWorker::Answer { number, result } => self.asked.answered(number, result),
+            ToWorker::Reply { number, result } => self.requests.resolve(number, result),
             ToWorker::Drain => {
                 self.draining.store(true, SeqCst);
                 let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
                 for vm in vms {
                     let own = Arc::clone(&vm);
-                    if let Err(error) = self.begin("complete", move |_| own.complete_or_end()) {
+                    if let Err(error) = self.spawn("complete", move |_| own.complete_or_kill()) {
                         // It costs this one.
-                        vm.end(&format!("{error:#}"));
+                        vm.kill(&format!("{error:#}"));
                     }
                 }
             }
-            ToWorker::Leave => {}
+            ToWorker::Shutdown => {}
         }
         Ok(())
     }
 
-    fn begin(
+    fn spawn(
         self: &Arc<Self>,
         name: &str,
         body: impl FnOnce(&Self) + Send + 'static,
@@ -335,21 +350,21 @@ impl Worker {
     }
 
     /// Serves a VM to its end.
-    fn serve(&self, served: &Served, arrived: Arrived) {
+    fn serve(&self, served: &ServedVm, arrived: ReceivedVm) {
         // Whatever is logged of it says of which it is.
         let _of = served.label().span().entered();
         fail_point(FailPoint::Received);
         let label = served.label();
         let vm = match self.resume(served, arrived) {
-            Ok(paged) => follow(label, paged),
-            Err(error) if has_ended(&error) => Vm::new(label, Ending::Exited, None),
-            Err(error) => Vm::new(label, Ending::Refused, Some(format!("{error:#}"))),
+            Ok(paged) => wait_for_end(label, paged),
+            Err(error) if has_ended(&error) => VmSummary::new(label, Ending::Exited, None),
+            Err(error) => VmSummary::new(label, Ending::Refused, Some(format!("{error:#}"))),
         };
-        self.ended(served, vm);
+        self.record_end(served, vm);
     }
 
-    /// A VM is served no more.
-    fn ended(&self, served: &Served, vm: Vm) {
+    /// Records that a VM has ended, and notifies the supervisor.
+    fn record_end(&self, served: &ServedVm, vm: VmSummary) {
         let id = served.id;
         let mut stats = served.stats();
         stats.vm.state = vm.ending.into();
@@ -357,25 +372,25 @@ impl Worker {
         {
             // Who asks for it finds it among those that are served, or among those that have ended.
             let mut vms = lock(&self.vms);
-            self.book.ended(&stats);
+            self.totals.add(&stats);
             stats.session.drop_buckets();
             self.remember(stats);
             vms.remove(&id);
         }
         let incomplete = vm.ending == Ending::Killed && served.to_complete.load(SeqCst);
-        self.tell(&FromWorker::Ended { id, vm, incomplete });
+        self.notify(&FromWorker::VmEnded { id, vm, incomplete });
     }
 
     /// Keeps what is known of a VM that has ended for who asks.
     fn remember(&self, stats: VmStats) {
         let mut ended = lock(&self.ended);
-        if ended.len() == REMEMBERED {
+        if ended.len() == MAX_RECENT_VMS {
             ended.pop_front();
         }
         ended.push_back(stats);
     }
 
-    fn resume<'a>(&self, served: &'a Served, arrived: Arrived) -> Result<&'a Paged> {
+    fn resume<'a>(&self, served: &'a ServedVm, arrived: ReceivedVm) -> Result<&'a Paged> {
         let id = served.id;
         let pager = served.service.pager(&self.shared)?;
         let pager = pager.prefetch_threads(self.cores);
@@ -385,7 +400,7 @@ impl Worker {
             let tables = pager.tables(&arrived.regions)?;
             fail_point(FailPoint::TablesMade);
             let message = FromWorker::Tables { id };
-            self.wire.send(&message, &[tables.as_fd()])?;
+            self.channel.send(&message, &[tables.as_fd()])?;
             fail_point(FailPoint::TablesGiven);
             tables
         };
@@ -395,28 +410,28 @@ impl Worker {
             regions: arrived.regions,
             page_map: arrived.page_map,
         };
-        let session = pager.resume(handover, tables, &arrived.deadly)?;
+        let session = pager.resume(handover, tables, &arrived.quarantined)?;
         let session = served.paged.get_or_init(|| session);
-        self.tell(&FromWorker::Served { id });
+        self.notify(&FromWorker::Served { id });
         if self.draining.load(SeqCst) {
-            served.complete_or_end();
+            served.complete_or_kill();
         }
         Ok(session)
     }
 
-    /// Answers whoever has come.
-    fn receive(&self, door: Door, stream: OwnedFd) {
-        match door {
-            Door::Control => {
-                control::answer(&UnixStream::from(stream), self.user, self);
-                if self.asked.takes_leave() {
-                    self.tell(&FromWorker::Told);
+    /// Serves a client of the control socket or of the metrics.
+    fn serve_client(&self, endpoint: Endpoint, stream: OwnedFd) {
+        match endpoint {
+            Endpoint::Control => {
+                control::serve(&UnixStream::from(stream), self.user, self);
+                if self.requests.is_replaced() {
+                    self.notify(&FromWorker::Replied);
                 }
             }
-            Door::Metrics if is_unix(&stream) => {
+            Endpoint::Metrics if is_unix(&stream) => {
                 metrics::scrape(UnixStream::from(stream), || self.metrics());
             }
-            Door::Metrics => metrics::scrape(TcpStream::from(stream), || self.metrics()),
+            Endpoint::Metrics => metrics::scrape(TcpStream::from(stream), || self.metrics()),
         }
     }
 
@@ -425,7 +440,7 @@ impl Worker {
         let (live, ended) = {
             let vms = lock(&self.vms);
             let live: Vec<_> = vms.values().map(|vm| vm.stats()).collect();
-            (live, self.book.clone())
+            (live, self.totals.clone())
         };
         let facts = lock(&self.facts).clone();
         let services = lock(&self.services);
@@ -448,21 +463,21 @@ impl Worker {
         ended.render(&live, &daemon)
     }
 
-    /// Waits a little for visitors who are being answered.
-    fn let_visitors_finish(&self) {
+    /// Waits a little for clients who are being resolve.
+    fn let_clients_finish(&self) {
         let began = Instant::now();
-        while self.visitors.load(SeqCst) > 0 && began.elapsed() < LAST_WORDS {
+        while self.clients.load(SeqCst) > 0 && began.elapsed() < CLIENTS_TIMEOUT {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Tells the keeper. If it is gone there is nobody to tell, and this process is about to end.
-    pub(crate) fn tell(&self, message: &FromWorker) {
-        let _ = self.wire.send(message, &[]);
+    /// Notifies the supervisor. If that is gone, this process is about to exit.
+    pub(crate) fn notify(&self, message: &FromWorker) {
+        let _ = self.channel.send(message, &[]);
     }
 }
 
-impl Open {
+impl OpenService {
     fn new(file: OwnedFd, service: Service) -> Self {
         Self {
             file,
@@ -477,7 +492,8 @@ impl Open {
         Ok(Arc::new(Snapshot::open(Arc::new(store))?))
     }
 
-    /// For want of descriptors one VM is refused, and not all that come after it.
+    /// Opens the snapshot if it is not open. A lack of descriptors costs one VM, and not all that
+    /// come after it.
     fn snapshot(&self) -> Result<Arc<Snapshot>> {
         let mut snapshot = lock(&self.snapshot);
         let opened = match snapshot.take() {
@@ -498,14 +514,14 @@ impl Open {
                 config::Prefetch::All => pager::Prefetch::All,
             })
             .on_error(match self.service.on_error {
-                config::OnError::Kill => pager::OnError::Kill,
-                config::OnError::Poison => pager::OnError::Poison,
+                config::FailurePolicy::Kill => pager::OnError::Kill,
+                config::FailurePolicy::Poison => pager::OnError::Poison,
             }))
     }
 }
 
-impl Served {
-    /// What it is called.
+impl ServedVm {
+    /// Returns its label.
     pub(crate) fn label(&self) -> VmLabel {
         VmLabel {
             id: self.id,
@@ -514,7 +530,7 @@ impl Served {
         }
     }
 
-    /// Installs what is missing and lets the VM go. Why that can't be done, if it can't.
+    /// Installs what is missing and lets the VM go.
     pub(crate) fn complete(&self) -> Result<(), String> {
         let _of = self.label().span().entered();
         let Some(paged) = self.paged.get() else {
@@ -541,8 +557,8 @@ impl Served {
         ))
     }
 
-    /// The same; a VM for which it can't be done is killed, since nobody will serve it.
-    fn complete_or_end(&self) {
+    /// Completes the VM, or kills it if that fails, since nobody will serve it.
+    fn complete_or_kill(&self) {
         let _of = self.label().span().entered();
         // One that has ended by now was not killed for want of this.
         let has_ended = self
@@ -551,18 +567,18 @@ impl Served {
             .is_some_and(|paged| paged.ending().is_some());
         self.to_complete.fetch_or(!has_ended, SeqCst);
         if let Err(why) = self.complete() {
-            self.end(&why);
+            self.kill(&why);
         }
     }
 
     /// Kills it if it is served; if it is about to be, its own thread completes it.
-    fn end(&self, why: &str) {
+    fn kill(&self, why: &str) {
         if let Some(paged) = self.paged.get() {
             paged.end(&format!("it can't be completed: {why}"));
         }
     }
 
-    /// What is known of it now.
+    /// Returns its statistics.
     pub(crate) fn stats(&self) -> VmStats {
         let paged = self.paged.get();
         let state = match paged {
@@ -571,7 +587,7 @@ impl Served {
             Some(_) => VmState::Serving,
         };
         VmStats {
-            vm: types::Vm {
+            vm: types::VmStatus {
                 id: self.id,
                 service: self.service.service.name.clone(),
                 pid: self.pid,
@@ -587,13 +603,13 @@ impl Served {
 }
 
 /// Waits for the end of a VM.
-fn follow(label: VmLabel, paged: &Paged) -> Vm {
+fn wait_for_end(label: VmLabel, paged: &Paged) -> VmSummary {
     let (ending, reason) = match paged.wait() {
         pager::Ending::Complete => (Ending::Complete, None),
         pager::Ending::OwnerGone => (Ending::Exited, None),
         pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
     };
-    Vm::new(label, ending, reason).with(&paged.stats())
+    VmSummary::new(label, ending, reason).with(&paged.stats())
 }
 
 /// Whether a VM can't be served because its process has ended.
@@ -610,7 +626,7 @@ fn is_unix(socket: &OwnedFd) -> bool {
     name.is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
 }
 
-/// A panic elsewhere leaves what is behind these locks whole.
+/// Locks, also after a panic elsewhere: that leaves the content consistent.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

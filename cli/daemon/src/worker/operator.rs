@@ -1,4 +1,5 @@
-//! What operators ask for, answered by the worker; what it can't do by itself it asks the keeper for.
+//! The requests of operators: the worker answers them, and passes on to the supervisor what it
+//! can't do by itself.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -7,76 +8,78 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
+use super::{ServedVm, Worker, lock};
 use crate::api::config::Service;
 use crate::api::summary::Ending;
 use crate::api::types::{
-    Answer, Completed, Desk, List, Listed, Refused, Upgraded, VmId, VmState, VmStats, Which,
+    ApiResult, Completed, List, OperatorApi, RequestError, ServiceStatus, Upgraded, VmId,
+    VmSelector, VmState, VmStats,
 };
-use crate::ipc::{FromWorker, Request};
-use crate::worker::{Served, Worker, lock};
+use crate::ipc::{FromWorker, SupervisorRequest};
 
-/// How long the keeper may take for an answer. An upgrade waits for another program to start.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked whether a VM has ended.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Time for the supervisor to answer. An upgrade waits for another program to start.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Interval at which a drain checks whether all VMs have ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What the keeper was asked for and has not answered.
+/// Requests that the supervisor has not answered yet.
 #[derive(Debug, Default)]
-pub(crate) struct Asked {
-    waiting: Mutex<Waiting>,
+pub(crate) struct PendingRequests {
+    pending: Mutex<Pending>,
     /// Whether another worker takes over as soon as the operator knows.
-    leaves: AtomicBool,
+    replaced: AtomicBool,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
+struct Pending {
     next: u64,
-    answers: HashMap<u64, Sender<Result<Option<Upgraded>, String>>>,
+    replies: HashMap<u64, Sender<Result<Option<Upgraded>, String>>>,
 }
 
-impl Asked {
-    /// Takes an answer of the keeper's.
-    pub(crate) fn answered(&self, number: u64, result: Result<Option<Upgraded>, String>) {
-        if let Some(answer) = lock(&self.waiting).answers.remove(&number) {
+impl PendingRequests {
+    /// Passes on an answer of the supervisor.
+    pub(crate) fn resolve(&self, number: u64, result: Result<Option<Upgraded>, String>) {
+        if let Some(answer) = lock(&self.pending).replies.remove(&number) {
             // Who asked may have gone away.
             let _ = answer.send(result);
         }
     }
 
     /// Whether another worker takes over.
-    pub(crate) fn takes_leave(&self) -> bool {
-        self.leaves.load(SeqCst)
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.replaced.load(SeqCst)
     }
 }
 
 impl Worker {
-    fn ask(&self, request: Request) -> Answer<Option<Upgraded>> {
+    fn ask(&self, request: SupervisorRequest) -> ApiResult<Option<Upgraded>> {
         let (sender, answer) = channel();
         let number = {
-            let mut waiting = lock(&self.asked.waiting);
-            waiting.next += 1;
-            let number = waiting.next;
-            waiting.answers.insert(number, sender);
+            let mut pending = lock(&self.requests.pending);
+            pending.next += 1;
+            let number = pending.next;
+            pending.replies.insert(number, sender);
             number
         };
-        self.tell(&FromWorker::Ask { number, request });
-        match answer.recv_timeout(PATIENCE) {
-            Ok(result) => result.map_err(Refused),
-            Err(_) => Err(Refused("the keeper gives no answer".to_owned())),
+        self.notify(&FromWorker::Request { number, request });
+        match answer.recv_timeout(REPLY_TIMEOUT) {
+            Ok(result) => result.map_err(RequestError),
+            Err(_) => Err(RequestError("the supervisor gives no answer".to_owned())),
         }
     }
 
-    /// The VMs that are served, or the one that is meant.
-    fn served(&self, which: Which) -> Vec<std::sync::Arc<Served>> {
+    /// Returns the VMs that are served and selected.
+    fn served(&self, which: VmSelector) -> Vec<std::sync::Arc<ServedVm>> {
         let vms = lock(&self.vms);
         match which {
-            Which::All => vms.values().cloned().collect(),
-            Which::Vm(id) => vms.get(&id).cloned().into_iter().collect(),
+            VmSelector::All => vms.values().cloned().collect(),
+            VmSelector::Vm(id) => vms.get(&id).cloned().into_iter().collect(),
         }
     }
 
-    /// What became of a VM that was to be completed and that is served no more, as long as it is remembered.
-    fn became(&self, vm: VmId) -> Option<Completed> {
+    /// Returns the result for a VM that was to be completed and is served no more, as long as it is
+    /// remembered.
+    fn completion(&self, vm: VmId) -> Option<Completed> {
         let ended = lock(&self.ended);
         let stats = ended.iter().find(|stats| stats.vm.id == vm)?;
         Some(Completed {
@@ -87,16 +90,17 @@ impl Worker {
     }
 }
 
-impl Desk for Worker {
-    fn add(&self, service: Service) -> Answer<()> {
-        self.ask(Request::Add(service)).map(drop)
+impl OperatorApi for Worker {
+    fn add(&self, service: Service) -> ApiResult<()> {
+        self.ask(SupervisorRequest::Add(service)).map(drop)
     }
 
-    fn remove(&self, name: &str) -> Answer<()> {
-        self.ask(Request::Remove(name.to_owned())).map(drop)
+    fn remove(&self, name: &str) -> ApiResult<()> {
+        self.ask(SupervisorRequest::Remove(name.to_owned()))
+            .map(drop)
     }
 
-    fn list(&self) -> Answer<List> {
+    fn list(&self) -> ApiResult<List> {
         let facts = lock(&self.facts).clone();
         // Together: a VM that ends just now is among one of them.
         let (serving, mut vms) = {
@@ -110,7 +114,7 @@ impl Desk for Worker {
         let listed = services.iter().map(|(key, open)| {
             let name = &open.service.name;
             let here = serving.iter().filter(|vm| &vm.vm.service == name);
-            Listed {
+            ServiceStatus {
                 service: open.service.clone(),
                 serving: here.count() as u64,
                 ended: facts.ended.get(key).map_or(0, |ended| ended.values().sum()),
@@ -120,7 +124,7 @@ impl Desk for Worker {
         vms.sort_unstable_by_key(|vm| vm.id);
         Ok(List {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: facts.keeper,
+            pid: facts.supervisor,
             worker_restarts: facts.worker_restarts,
             draining: facts.draining,
             services: listed.collect(),
@@ -128,7 +132,7 @@ impl Desk for Worker {
         })
     }
 
-    fn stats(&self, vm: Option<VmId>) -> Answer<Vec<VmStats>> {
+    fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>> {
         let Some(id) = vm else {
             return Ok(lock(&self.vms).values().map(|vm| vm.stats()).collect());
         };
@@ -139,15 +143,15 @@ impl Desk for Worker {
         let ended = ended.iter().find(|vm| vm.vm.id == id);
         ended
             .map(|vm| vec![vm.clone()])
-            .ok_or_else(|| Refused::no_vm(id))
+            .ok_or_else(|| RequestError::no_vm(id))
     }
 
-    fn complete(&self, which: Which) -> Answer<Vec<Completed>> {
+    fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>> {
         let vms = self.served(which);
-        if let (Which::Vm(id), []) = (which, &vms[..]) {
+        if let (VmSelector::Vm(id), []) = (which, &vms[..]) {
             // It may just have completed, or ended by itself.
-            let became = self.became(id).ok_or_else(|| Refused::no_vm(id))?;
-            return Ok(vec![became]);
+            let completed = self.completion(id).ok_or_else(|| RequestError::no_vm(id))?;
+            return Ok(vec![completed]);
         }
         Ok(std::thread::scope(|scope| {
             let begun: Vec<_> = vms
@@ -168,26 +172,26 @@ impl Desk for Worker {
         }))
     }
 
-    fn drain(&self) -> Answer<Vec<Completed>> {
+    fn drain(&self) -> ApiResult<Vec<Completed>> {
         let ids: Vec<u64> = lock(&self.vms).keys().copied().collect();
-        self.ask(Request::Drain)?;
+        self.ask(SupervisorRequest::Drain)?;
         while !lock(&self.vms).is_empty() {
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
-        let became = ids.into_iter().map(|vm| {
-            self.became(vm).unwrap_or(Completed {
+        let completed = ids.into_iter().map(|vm| {
+            self.completion(vm).unwrap_or(Completed {
                 vm,
                 done: false,
                 reason: Some("it is not known any more what became of it".to_owned()),
             })
         });
-        Ok(became.collect())
+        Ok(completed.collect())
     }
 
-    fn upgrade(&self, program: Option<PathBuf>) -> Answer<Upgraded> {
-        let upgraded = self.ask(Request::Upgrade(program))?;
-        self.asked.leaves.store(true, SeqCst);
-        upgraded.ok_or_else(|| Refused("the keeper doesn't say who takes over".to_owned()))
+    fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded> {
+        let upgraded = self.ask(SupervisorRequest::Upgrade(program))?;
+        self.requests.replaced.store(true, SeqCst);
+        upgraded.ok_or_else(|| RequestError("the supervisor doesn't say who takes over".to_owned()))
     }
 }
 

@@ -1,26 +1,27 @@
-//! What the worker gives up before it serves.
+//! The sandbox: rights that the worker gives up before it serves.
 //!
-//! The worker reads what strangers sent and what files hold: handshakes, snapshots. Everything that it needs it is
-//! given as a descriptor, so it can do without almost everything else:
+//! The worker reads what strangers sent and what files hold: handshakes, snapshots. Everything that
+//! it needs it is given as a descriptor, so it can do without almost everything else:
 //!
 //! | what | how |
 //! | --- | --- |
 //! | another user (`--user`), no capability but `CAP_KILL` | setresuid, capset |
 //! | no rights by exec, no reading of its memory by other processes of its user | prctl |
-//! | no files but those beneath some paths, none by default, and those read-only; no TCP, no abstract sockets | Landlock |
-//! | no system call but those of [`CALLS`] and the engine's | seccomp |
+//! | no files but some to read (none by default); no TCP, no abstract sockets | Landlock |
+//! | no system call but those of [`PERMITTED_CALLS`] and the engine's | seccomp |
 //!
-//! **Killing owners.** A VM whose page can't be had is killed by whoever finds out, and that is the worker, so it keeps
-//! the right to signal the processes of other users. It can use it on those only whose pidfds it was
-//! given: the filter has `pidfd_send_signal` with SIGKILL and 0, and no other call that signals another
-//! process, nor one that makes a pidfd.
+//! **Killing owners.** A VM whose page can't be had is killed by whoever finds out, and that is the
+//! worker, so it keeps the right to signal the processes of other users. It can use it on those
+//! only whose pidfds it was given: the filter has `pidfd_send_signal` with SIGKILL and 0, and no
+//! other call that signals another process, nor one that makes a pidfd.
 //!
-//! **A call that is not permitted fails with EPERM**, and is logged by the kernel. To kill the process
-//! would be stricter. But the calls of an honest worker change with its C library and kernel, and a call
-//! that is new is nearly always one that can fail: killed in its place, the worker would be started again, make it
-//! again, and after some rounds all VMs would be lost. Where it can't fail, the engine ends the VM, not the guest's memory.
-//! An attacker gains nothing by an error. A worker that makes one of [`NEVER`] is no worker any more, and is
-//! killed; the keeper sees SIGSYS.
+//! **A call that is not permitted fails with EPERM**, and is logged by the kernel. To kill the
+//! process would be stricter. But the calls of an honest worker change with its C library and
+//! kernel, and a call that is new is nearly always one that can fail: killed in its place, the
+//! worker would be started again, make it again, and after some rounds all VMs would be lost. Where
+//! it can't fail, the engine ends the VM, not the guest's memory. An attacker gains nothing by an
+//! error. A worker that makes one of [`KILLING_CALLS`] is no worker any more, and is killed; the
+//! supervisor sees SIGSYS.
 
 use std::fs;
 use std::io;
@@ -47,7 +48,7 @@ use snapshot_format::names::escape_path;
 const LANDLOCK: ABI = ABI::V7;
 
 /// System calls that are permitted as they are, besides those of the engine's threads.
-const CALLS: &[&str] = &[
+const PERMITTED_CALLS: &[&str] = &[
     // Sockets that are there: none can be made, bound or connected.
     "recvmsg",
     "sendmsg",
@@ -71,7 +72,7 @@ const CALLS: &[&str] = &[
     "fadvise64",
     "readahead",
     "readlinkat",
-    // Memory, also shared with the keeper.
+    // Memory, also shared with the supervisor.
     "memfd_create",
     "ftruncate",
     "fallocate",
@@ -80,7 +81,8 @@ const CALLS: &[&str] = &[
     "munlock",
     "mincore",
     "membarrier",
-    // Threads. The C library turns to clone, whose flags a filter can see, when clone3 is not there.
+    // Threads. The C library turns to clone, whose flags a filter can see, when clone3 is not
+    // there.
     "clone3",
     "gettid",
     "getpid",
@@ -96,7 +98,7 @@ const CALLS: &[&str] = &[
 ];
 
 /// System calls that end the process: there is no use for them but an attacker's.
-const NEVER: &[&str] = &[
+const KILLING_CALLS: &[&str] = &[
     "execve",
     "execveat",
     "ptrace",
@@ -130,12 +132,12 @@ const NEVER: &[&str] = &[
     "reboot",
 ];
 
-/// How far a worker is to be confined.
+/// The extent to which a worker is confined.
 #[derive(Debug, Default)]
 pub struct Confinement {
     /// Files, and folders with all that is in them, that may be opened, and read.
     pub readable: Vec<PathBuf>,
-    /// Whom it becomes.
+    /// The user that it becomes.
     pub account: Option<Account>,
 }
 
@@ -147,7 +149,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// The user of this name, or of this number.
+    /// Looks up the user of this name, or of this number.
     pub fn find(name: &str) -> Result<Self> {
         let user = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
@@ -160,19 +162,19 @@ impl Account {
     }
 }
 
-/// What was achieved.
+/// The result of confining a process.
 #[derive(Debug)]
 pub struct Confined {
     /// The kind of Landlock in force: its number in the kernel.
     pub landlock: Option<u32>,
-    /// What the operator should know.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
-/// Has this process killed when the keeper ends: whoever serves while the keeper's successor has another
-/// worker would read what is that one's.
-pub(crate) fn end_with_keeper() -> Result<()> {
-    prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the keeper")
+/// Asks the kernel to kill this process when the supervisor exits: it would read messages that
+/// belong to the worker of the next supervisor.
+pub(crate) fn exit_with_supervisor() -> Result<()> {
+    prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the supervisor")
 }
 
 /// Confines this process. It must have no other thread yet.
@@ -189,7 +191,7 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     let filters = filters(!wanted.readable.is_empty())?;
     become_user(wanted.account)?;
     // To become another user undoes it, and the filter forbids it.
-    end_with_keeper()?;
+    exit_with_supervisor()?;
     prctl::set_dumpable(false).context("hiding this process's memory")?;
     prctl::set_no_new_privs().context("giving up privileges of programs")?;
     let landlock = restrict_files(&wanted.readable)?;
@@ -261,10 +263,10 @@ fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
     })
 }
 
-/// The filters, in the order of their installation: the last one takes away the call that installs more. Of several
-/// answers to a call the strictest counts.
+/// The filters, in the order of their installation: the last one takes away the call that installs
+/// more. Of several answers to a call the strictest counts.
 fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
-    let all: Vec<Value> = NEVER
+    let all: Vec<Value> = KILLING_CALLS
         .iter()
         .map(|call| json!({ "syscall": call }))
         .collect();
@@ -303,7 +305,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         F_GET_SEALS, F_GETFD, F_GETFL, F_SETFD, F_SETFL, FIONBIO, O_ACCMODE, O_CREAT, O_TRUNC,
         PR_SET_NAME, PR_SET_VMA, PROT_EXEC, SIGKILL,
     };
-    /// Of the engine's own list, those that come with conditions below.
+    /// Calls of the engine's own list that come with conditions below.
     const CONDITIONAL: &[&str] = &["ioctl", "fcntl", "mmap", "mprotect", "pidfd_send_signal"];
     // C's flags are ints; their bits are meant.
     let bits = |flags: i32| u64::from(flags.cast_unsigned());
@@ -316,7 +318,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         .iter()
         .filter(|call| !CONDITIONAL.contains(call))
         .filter(|call| cfg!(target_arch = "x86_64") || **call != "epoll_wait");
-    let mut rules: Vec<Value> = engine.chain(CALLS).map(whole).collect();
+    let mut rules: Vec<Value> = engine.chain(PERMITTED_CALLS).map(whole).collect();
     // What is installed and let go. New userfaultfds are none of the worker's business.
     let requests = [
         abi::UFFDIO_REGISTER,

@@ -1,4 +1,4 @@
-//! The protocol, over a desk that only notes what it was asked for.
+//! The protocol, over a api that only notes what it was asked for.
 
 use std::io::{BufRead as _, BufReader};
 use std::sync::Mutex;
@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::api::types::{Pages, SessionStats, Times, Vm, VmState};
+use crate::api::types::{Pages, SessionStats, Times, VmState, VmStatus};
 
 /// Notes what it is asked for, has VM 3, and refuses what is named "no".
 #[derive(Default)]
@@ -26,7 +26,7 @@ impl Fake {
 
     fn vm() -> VmStats {
         VmStats {
-            vm: Vm {
+            vm: VmStatus {
                 id: 3,
                 service: "web".into(),
                 pid: 77,
@@ -53,21 +53,21 @@ impl Fake {
     }
 }
 
-impl Desk for Fake {
-    fn add(&self, service: Service) -> Answer<()> {
+impl OperatorApi for Fake {
+    fn add(&self, service: Service) -> ApiResult<()> {
         self.note(format!("add {}", service.name));
         Ok(())
     }
 
-    fn remove(&self, name: &str) -> Answer<()> {
+    fn remove(&self, name: &str) -> ApiResult<()> {
         self.note(format!("remove {name}"));
         if name == "no" {
-            return Err(Refused::no_service(name));
+            return Err(RequestError::no_service(name));
         }
         Ok(())
     }
 
-    fn list(&self) -> Answer<List> {
+    fn list(&self) -> ApiResult<List> {
         self.note("list".into());
         Ok(List {
             version: "1".into(),
@@ -76,15 +76,15 @@ impl Desk for Fake {
         })
     }
 
-    fn stats(&self, vm: Option<VmId>) -> Answer<Vec<VmStats>> {
+    fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>> {
         self.note(format!("stats {vm:?}"));
         match vm {
             None | Some(3) => Ok(vec![Self::vm()]),
-            Some(id) => Err(Refused::no_vm(id)),
+            Some(id) => Err(RequestError::no_vm(id)),
         }
     }
 
-    fn complete(&self, which: Which) -> Answer<Vec<Completed>> {
+    fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>> {
         self.note(format!("complete {which:?}"));
         Ok(vec![Completed {
             vm: 3,
@@ -93,12 +93,12 @@ impl Desk for Fake {
         }])
     }
 
-    fn drain(&self) -> Answer<Vec<Completed>> {
+    fn drain(&self) -> ApiResult<Vec<Completed>> {
         self.note("drain".into());
         Ok(Vec::new())
     }
 
-    fn upgrade(&self, program: Option<PathBuf>) -> Answer<Upgraded> {
+    fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded> {
         self.note(format!("upgrade {program:?}"));
         Ok(Upgraded {
             from: "1".into(),
@@ -108,10 +108,10 @@ impl Desk for Fake {
 }
 
 /// Sends all of `sent` at once, and returns the replies until the connection ends.
-fn replies(desk: &Fake, sent: &[u8]) -> Vec<Value> {
+fn replies(api: &Fake, sent: &[u8]) -> Vec<Value> {
     let (here, there) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(move || answer(&there, geteuid().as_raw(), desk));
+        scope.spawn(move || serve(&there, geteuid().as_raw(), api));
         scope.spawn({
             let mut here = here.try_clone().unwrap();
             move || {
@@ -128,8 +128,8 @@ fn replies(desk: &Fake, sent: &[u8]) -> Vec<Value> {
     })
 }
 
-fn reply(desk: &Fake, request: &Value) -> Value {
-    let [reply] = &replies(desk, format!("{request}\n").as_bytes())[..] else {
+fn reply(api: &Fake, request: &Value) -> Value {
+    let [reply] = &replies(api, format!("{request}\n").as_bytes())[..] else {
         panic!("not one reply to {request}");
     };
     reply.clone()
@@ -137,7 +137,7 @@ fn reply(desk: &Fake, request: &Value) -> Value {
 
 #[test]
 fn every_request_reaches_the_desk_and_its_answer_the_asker() {
-    let desk = Fake::default();
+    let api = Fake::default();
     let service = json!({"name": "web", "snapshot": "/s", "socket": "/run/s"});
     let done = json!({"ok": [{"vm": 3, "done": true}]});
     for (request, expected) in [
@@ -155,19 +155,19 @@ fn every_request_reaches_the_desk_and_its_answer_the_asker() {
             json!({"ok": {"from": "1", "to": "2"}}),
         ),
     ] {
-        assert_eq!(reply(&desk, &request), expected, "{request}");
+        assert_eq!(reply(&api, &request), expected, "{request}");
     }
-    let list = reply(&desk, &json!({"op": "list"}));
+    let list = reply(&api, &json!({"op": "list"}));
     assert_eq!(list["ok"]["vms"][0]["state"], "serving", "{list}");
-    let stats = reply(&desk, &json!({"op": "stats", "vm": 3}));
+    let stats = reply(&api, &json!({"op": "stats", "vm": 3}));
     let vm = &stats["ok"][0];
     assert_eq!((&vm["id"], &vm["missing"]), (&json!(3), &json!(10)));
     assert_eq!(vm["fault_us"]["p99"], 4.9, "{stats}");
     assert!(vm["fault_us"].get("buckets").is_none(), "{stats}");
-    let stats = reply(&desk, &json!({"op": "stats", "buckets": true}));
+    let stats = reply(&api, &json!({"op": "stats", "buckets": true}));
     let buckets = &stats["ok"][0]["fault_us"]["buckets"];
     assert_eq!(*buckets, json!([[2000, 3], [5000, 1]]));
-    let asked = desk.asked();
+    let asked = api.asked();
     let expected = [
         "add web",
         "remove web",
@@ -185,7 +185,7 @@ fn every_request_reaches_the_desk_and_its_answer_the_asker() {
 
 #[test]
 fn what_is_not_understood_is_an_error_and_the_next_line_is_read() {
-    let desk = Fake::default();
+    let api = Fake::default();
     let wrong: &[(&str, &str)] = &[
         ("", "understood"),
         ("[]", "understood"),
@@ -215,7 +215,7 @@ fn what_is_not_understood_is_an_error_and_the_next_line_is_read() {
         sent.push('\n');
     }
     sent.push_str("{\"op\":\"list\"}\n");
-    let replies = replies(&desk, sent.as_bytes());
+    let replies = replies(&api, sent.as_bytes());
     assert_eq!(replies.len(), wrong.len() + 1, "{replies:?}");
     for ((line, says), reply) in wrong.iter().zip(&replies) {
         let error = reply["error"].as_str().unwrap_or_default();
@@ -223,29 +223,29 @@ fn what_is_not_understood_is_an_error_and_the_next_line_is_read() {
     }
     assert_eq!(replies[wrong.len()]["ok"]["version"], "1");
     // Only what was understood has reached it.
-    assert_eq!(desk.asked(), ["stats Some(4)", "remove no", "list"]);
+    assert_eq!(api.asked(), ["stats Some(4)", "remove no", "list"]);
 }
 
 #[test]
 fn a_line_without_end_ends_the_connection_and_costs_no_more_than_its_bound() {
-    let desk = Fake::default();
-    let replies = replies(&desk, &vec![b'x'; 4 << 20]);
+    let api = Fake::default();
+    let replies = replies(&api, &vec![b'x'; 4 << 20]);
     // The reply may be lost where the kernel drops it with what was not read.
     assert!(replies.len() <= 1, "{replies:?}");
     for reply in replies {
         let error = reply["error"].as_str().unwrap();
         assert!(error.contains("more than 65536 bytes"), "{error}");
     }
-    assert!(desk.asked().is_empty());
+    assert!(api.asked().is_empty());
 }
 
 #[test]
 fn half_a_line_is_no_request() {
-    let desk = Fake::default();
-    let replies = replies(&desk, b"{\"op\":\"drain\"}");
+    let api = Fake::default();
+    let replies = replies(&api, b"{\"op\":\"drain\"}");
     assert_eq!(replies.len(), 1, "{replies:?}");
     assert!(replies[0].get("error").is_some(), "{replies:?}");
-    assert!(desk.asked().is_empty());
+    assert!(api.asked().is_empty());
 }
 
 #[test]
@@ -292,35 +292,35 @@ fn the_client_gets_what_the_desk_said() {
     };
     assert!(error.to_string().contains("no daemon is there"), "{error}");
     let listener = listen_at(&path).unwrap();
-    let desk = Fake::default();
+    let api = Fake::default();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (stream, _) = listener.accept().unwrap();
-            answer(&stream, geteuid().as_raw(), &desk);
+            serve(&stream, geteuid().as_raw(), &api);
         });
         let client = Client::connect(&path).unwrap();
         let ask = Request::Stats {
             vm: Some(3),
             buckets: true,
         };
-        client.ask(&ask).unwrap();
-        let stats: Vec<VmStats> = client.hear(false).unwrap();
+        client.send(&ask).unwrap();
+        let stats: Vec<VmStats> = client.receive(false).unwrap();
         assert_eq!(stats, [Fake::vm()]);
         client
-            .ask(&Request::Stats {
+            .send(&Request::Stats {
                 vm: Some(9),
                 buckets: false,
             })
             .unwrap();
-        let error = client.hear::<Vec<VmStats>>(false).unwrap_err();
+        let error = client.receive::<Vec<VmStats>>(false).unwrap_err();
         assert!(error.to_string().contains("no VM 9"), "{error}");
         client
-            .ask(&Request::Complete {
+            .send(&Request::Complete {
                 vm: None,
                 all: true,
             })
             .unwrap();
-        let done: Vec<Completed> = client.hear(true).unwrap();
+        let done: Vec<Completed> = client.receive(true).unwrap();
         assert!(done[0].done);
     });
     drop(listener);

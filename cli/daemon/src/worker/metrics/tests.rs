@@ -1,11 +1,11 @@
-//! What is scraped.
+//! Scrapes.
 
 use super::*;
-use crate::api::types::{FaultKinds, Pages, Sources, Vm};
+use crate::api::types::{FaultKinds, Pages, Sources, VmStatus};
 
 fn vm(service: &str, state: VmState) -> VmStats {
     VmStats {
-        vm: Vm {
+        vm: VmStatus {
             id: 1,
             service: service.into(),
             pid: 7,
@@ -59,9 +59,9 @@ fn has(text: &str, lines: &[&str]) {
 
 #[test]
 fn what_the_vms_of_a_service_did_is_added_up() {
-    let book = Book::default();
+    let totals = Totals::default();
     let live = [vm("web", VmState::Serving), vm("web", VmState::Completing)];
-    let text = book.render(&live, &daemon());
+    let text = totals.render(&live, &daemon());
     has(
         &text,
         &[
@@ -88,7 +88,7 @@ fn what_the_vms_of_a_service_did_is_added_up() {
 
 #[test]
 fn buckets_hold_what_was_not_longer() {
-    let text = Book::default().render(&[vm("web", VmState::Serving)], &daemon());
+    let text = Totals::default().render(&[vm("web", VmState::Serving)], &daemon());
     let bucket = |le: &str, count: u64| {
         format!(
             "snaprestore_fault_seconds_bucket{{le=\"{le}\",service=\"web\",source=\"read\"}} {count}"
@@ -107,13 +107,13 @@ fn buckets_hold_what_was_not_longer() {
 
 #[test]
 fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
-    let book = Book::default();
-    book.ended(&vm("web", VmState::Exited));
-    book.ended(&vm("web", VmState::Killed));
+    let totals = Totals::default();
+    totals.add(&vm("web", VmState::Exited));
+    totals.add(&vm("web", VmState::Killed));
     let mut daemon = daemon();
     let ended = [(VmState::Exited, 1), (VmState::Killed, 1)];
     daemon.ended.insert("web".into(), ended.into());
-    let text = book.render(&[vm("web", VmState::Serving)], &daemon);
+    let text = totals.render(&[vm("web", VmState::Serving)], &daemon);
     has(
         &text,
         &[
@@ -127,10 +127,10 @@ fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
         ],
     );
     // What was rendered was not noted.
-    let again = book.render(&[vm("web", VmState::Serving)], &daemon);
+    let again = totals.render(&[vm("web", VmState::Serving)], &daemon);
     assert_eq!(text, again);
-    book.forget("web");
-    let text = book.render(&[], &DaemonStats::default());
+    totals.forget("web");
+    let text = totals.render(&[], &DaemonStats::default());
     assert!(!text.contains("web"), "{text}");
 }
 
@@ -138,7 +138,7 @@ fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
 fn the_cache_of_frames_is_told_about() {
     let mut daemon = DaemonStats::default();
     (daemon.frame_cache.hits, daemon.frame_cache.bytes) = (5, 1 << 20);
-    let text = Book::default().render(&[], &daemon);
+    let text = Totals::default().render(&[], &daemon);
     has(
         &text,
         &[
@@ -151,7 +151,7 @@ fn the_cache_of_frames_is_told_about() {
 /// Every name that is scraped is documented, and none is that isn't.
 #[test]
 fn the_documentation_has_the_names() {
-    let text = Book::default().render(&[], &daemon());
+    let text = Totals::default().render(&[], &daemon());
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operations.md");
     let page = std::fs::read_to_string(path).unwrap();
     let scraped = text.lines().filter_map(|line| {
@@ -177,7 +177,7 @@ fn the_documentation_has_the_names() {
     assert_eq!(names, documented);
 }
 
-/// What is answered to `request`, whose sender then waits.
+/// Returns the answer to `request`, whose sender then waits.
 fn answered(request: &[u8]) -> String {
     let (mut here, there) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
@@ -217,7 +217,7 @@ fn a_scrape_is_answered_and_nothing_else() {
 
 #[test]
 fn a_request_without_end_is_refused() {
-    let request = vec![b'x'; LONGEST_HEAD];
+    let request = vec![b'x'; MAX_HEAD_BYTES];
     let reply = answered(&request);
     assert!(reply.starts_with("HTTP/1.1 431 "), "{reply}");
 }

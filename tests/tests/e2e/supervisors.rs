@@ -1,4 +1,4 @@
-//! The keeper dies, and its worker with it: VMs go on with the next, or are ended, and never read what
+//! The supervisor dies, and its worker with it: VMs go on with the next, or are ended, and never read what
 //! is wrong.
 
 use std::fs;
@@ -29,7 +29,7 @@ fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
 }
 
 #[test]
-fn the_next_keeper_goes_on_with_what_systemd_has_held() {
+fn the_next_supervisor_goes_on_with_what_systemd_has_held() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
@@ -61,7 +61,7 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
     scene.wait_for("can't be held with all that it needs, and is ended", 1);
-    // The service's two and the VM's three; then those are let go but for the one by which a next keeper ends it.
+    // The service's two and the VM's three; then those are let go but for the one by which a next supervisor ends it.
     while manager.names().len() < 5 {
         manager.take_one();
     }
@@ -73,7 +73,7 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
 }
 
 #[test]
-fn without_systemd_a_guardian_ends_the_vms_of_a_killed_keeper() {
+fn without_systemd_a_guardian_ends_the_vms_of_a_killed_supervisor() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "off"]);
     let (mut vmm, _said) = vmm(&scene);
@@ -84,7 +84,7 @@ fn without_systemd_a_guardian_ends_the_vms_of_a_killed_keeper() {
 }
 
 #[test]
-fn a_keeper_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
+fn a_supervisor_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
     let mut scene = Scene::new(Shares::MIXED);
     for round in 0..12 {
         scene.serve(&["--prefetch", "all"]);
@@ -117,10 +117,10 @@ fn is_guarded(pid: u32) -> bool {
 
 /// It has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
 #[test]
-fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
+fn a_vm_that_is_handing_over_when_the_supervisor_is_killed_is_ended() {
     let mut scene = Scene::new(Shares::MIXED);
     for part in ["nothing", "half"] {
-        scene.serve(&["--patience", "3600"]);
+        scene.serve(&["--handshake-timeout", "3600"]);
         let vmm = scene.vmm(&["--send", part]).spawn().expect("a VMM");
         let held = within(PATIENCE, || is_guarded(vmm.id()));
         assert!(held, "nobody holds it");
@@ -128,8 +128,8 @@ fn a_vm_that_is_handing_over_when_the_keeper_is_killed_is_ended() {
         let run = end_of(vmm);
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
     }
-    // Who is refused is let go, and nobody ends it when the keeper dies.
-    scene.start(scene.marked(&["--patience", "1"]));
+    // Who is refused is let go, and nobody ends it when the supervisor dies.
+    scene.start(scene.marked(&["--handshake-timeout", "1"]));
     let guardian = scene.guardian().expect("a guardian");
     let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
     scene.wait_for("refused", 1);
@@ -150,9 +150,9 @@ fn wait_for_end(guardian: Pid) {
     assert!(within(PATIENCE, || !runs()), "the guardian does not end");
 }
 
-/// A VMM that hands all over to a keeper which takes nothing any more.
+/// A VMM that hands all over to a supervisor which takes nothing any more.
 fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
-    kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
+    kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
     let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
     let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
     let line = said.next().expect("a line").expect("read");
@@ -161,7 +161,7 @@ fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
 }
 
 #[test]
-fn a_vm_that_waits_to_be_accepted_when_the_keeper_is_killed_is_ended() {
+fn a_vm_that_waits_to_be_accepted_when_the_supervisor_is_killed_is_ended() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     let (mut vmm, _said) = queued(&scene);
@@ -183,7 +183,7 @@ fn open_sockets(pid: u32) -> usize {
     links.filter(is_socket).count()
 }
 
-/// The guardian has nothing of the socket but what its keeper sends.
+/// The guardian has nothing of the socket but what its supervisor sends.
 #[test]
 fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -241,7 +241,7 @@ fn vm_that_hands_over_during_a_drain_is_completed() {
     let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
     assert_eq!(said.next().expect("a line").expect("read"), "half sent");
     assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
-    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
     let is_draining = || !scene.socket().exists();
     assert!(within(PATIENCE, is_draining), "it goes on listening");
     let mut stdin = vmm.stdin.take().expect("a pipe");
@@ -364,7 +364,7 @@ fn vmm_of_another_pid_namespace_is_refused_with_the_remedy() {
 fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
-    kill(scene.keeper(), Signal::SIGSTOP).expect("stopped");
+    kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
     // One more than may be of one process. It is another than this one, which might be ended.
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
     let crowd = crowd.arg(scene.socket()).arg(scene.raw());
@@ -373,8 +373,8 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
     let connected = || open_sockets(crowd.id()) == 17;
     assert!(within(PATIENCE, connected), "the crowd does not connect");
     let (mut vmm, _said) = queued(&scene);
-    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
-    kill(scene.keeper(), Signal::SIGCONT).expect("goes on");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+    kill(scene.supervisor(), Signal::SIGCONT).expect("goes on");
     scene.wait_for("has 16 VMs already", 1);
     crowd.kill().expect("killed");
     crowd.wait().expect("its end");
@@ -387,11 +387,11 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
 }
 
 #[test]
-fn the_next_keeper_serves_who_waits_and_ends_who_was_handing_over() {
+fn the_next_supervisor_serves_who_waits_and_ends_who_was_handing_over() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
-    let options = ["--prefetch", "off", "--patience", "3600"];
+    let options = ["--prefetch", "off", "--handshake-timeout", "3600"];
     scene.start(manager.manages(scene.daemon(&options), 64));
     let half = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
     while !manager.names().contains(&"vm.vm-1.owner") {

@@ -1,8 +1,8 @@
-//! A daemon's keeper as far as somebody outside can tell: takes one VM's memory, has it held, and serves
+//! A daemon's supervisor as far as somebody outside can tell: takes one VM's memory, has it held, and serves
 //! nothing.
 //!
 //! ```text
-//! stand-in-keeper PROGRAM SOCKET SNAPSHOT
+//! stand-in-supervisor PROGRAM SOCKET SNAPSHOT
 //! ```
 //!
 //! `PROGRAM` is the `snaprestore` whose guardian is used. It says who holds, takes a VM at `SOCKET`, and does what
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use snaprestore_daemon::parts::{OWNER, Outside, UFFD, given};
+use snaprestore_daemon::parts::{FdStore, OWNER, UFFD, take_inherited_fds};
 use snaprestore_engine::pager::{Handover, OwnerRegion, Pager, firecracker};
 use snaprestore_uffd::os::peer_of;
 use snapshot_format::Snapshot;
@@ -28,22 +28,22 @@ use snapshot_format::Snapshot;
 fn main() -> Result<()> {
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let [program, socket, snapshot] = &args[..] else {
-        anyhow::bail!("usage: stand-in-keeper PROGRAM SOCKET SNAPSHOT");
+        anyhow::bail!("usage: stand-in-supervisor PROGRAM SOCKET SNAPSHOT");
     };
-    let inherited = given();
-    let mut outside = Outside::find(Path::new(program), &inherited);
+    let inherited = take_inherited_fds();
+    let mut store = FdStore::find(Path::new(program), &inherited);
     for (name, _) in &inherited.others {
         println!("given {name}");
     }
-    println!("held by {outside}");
-    if let Some(warning) = outside.warning() {
+    println!("held by {store}");
+    if let Some(warning) = store.warning() {
         println!("warning: {warning}");
     }
-    if let Some((id, fds)) = inherited.held.into_iter().next() {
+    if let Some((id, fds)) = inherited.stored.into_iter().next() {
         let roles: Vec<_> = fds.iter().map(|(role, _)| role.as_str()).collect();
         println!("given {id}: {}", roles.join(" "));
         go_on(fds, Path::new(snapshot))?;
-        outside.release(&id)?;
+        store.remove(&id)?;
         println!("released {id}");
         return Ok(());
     }
@@ -58,23 +58,23 @@ fn main() -> Result<()> {
         (OWNER, peer.pidfd.as_fd()),
         ("meta", meta.as_fd()),
     ];
-    match outside.hold("vm-1", "some", &fds) {
+    match store.store("vm-1", "some", &fds) {
         Ok(()) => println!("held"),
         Err(error) => println!("not held: {error}"),
     }
     for line in io::stdin().lines() {
         match line?.as_str() {
             "release" => {
-                outside.release("vm-1")?;
+                store.remove("vm-1")?;
                 println!("released");
             }
             "news" => {
-                let mut news = outside.news();
-                while news.is_empty() {
+                let mut events = store.events();
+                while events.is_empty() {
                     std::thread::sleep(Duration::from_millis(5));
-                    news = outside.news();
+                    events = store.events();
                 }
-                println!("{news:?}");
+                println!("{events:?}");
             }
             other => anyhow::bail!("{other:?}"),
         }

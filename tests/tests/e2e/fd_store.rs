@@ -56,9 +56,9 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// The keeper, in a process group of its own.
-    fn keeper(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-keeper"));
+    /// The supervisor, in a process group of its own.
+    fn supervisor(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-supervisor"));
         command.arg(program::program());
         command.arg(self.path("socket")).arg(self.path("snap"));
         for variable in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS"] {
@@ -68,7 +68,7 @@ impl Scene {
         command
     }
 
-    /// A VM that has handed its memory over to the keeper, and waits at its first page. It has kept no descriptor: if
+    /// A VM that has handed its memory over to the supervisor, and waits at its first page. It has kept no descriptor: if
     /// nobody else has one, it reads zeros.
     fn vm(&self) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
@@ -145,10 +145,10 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until the VM whose memory the process `keeper` holds waits for a page.
-fn wait_for_fault(keeper: Pid) {
+/// Waits until the VM whose memory the process `supervisor` holds waits for a page.
+fn wait_for_fault(supervisor: Pid) {
     wait_until("the VM touches a page", || {
-        let open = fs::read_dir(format!("/proc/{keeper}/fdinfo")).expect("it lives");
+        let open = fs::read_dir(format!("/proc/{supervisor}/fdinfo")).expect("it lives");
         let mut infos = open.filter_map(|info| fs::read_to_string(info.ok()?.path()).ok());
         infos.any(|info| {
             let pending = info.lines().find_map(|line| line.strip_prefix("pending:"));
@@ -157,8 +157,8 @@ fn wait_for_fault(keeper: Pid) {
     });
 }
 
-/// Whether a guardian has no keeper any more, and waits in poll.
-fn is_in_poll_without_keeper(guardian: Pid) -> bool {
+/// Whether a guardian has no supervisor any more, and waits in poll.
+fn is_in_poll_without_supervisor(guardian: Pid) -> bool {
     let calls = [
         #[cfg(target_arch = "x86_64")]
         libc::SYS_poll,
@@ -186,14 +186,14 @@ fn end_of(vm: &mut Child) -> ExitStatus {
 }
 
 #[test]
-fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_read_zeros() {
+fn a_supervisor_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_read_zeros() {
     let scene = Scene::new();
-    let mut keeper = Talker::start(scene.keeper());
-    let guardian = keeper.guardian();
-    keeper.says("listening");
+    let mut supervisor = Talker::start(scene.supervisor());
+    let guardian = supervisor.guardian();
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
     // What ends services, and what a terminal sends.
     for signal in [
         Signal::SIGTERM,
@@ -212,7 +212,7 @@ fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_rea
         open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
             .any(|link| link == Path::new("anon_inode:[userfaultfd]"))
     });
-    keeper.kill_group();
+    supervisor.kill_group();
     let end = end_of(&mut vm);
     assert_eq!(end.signal(), Some(libc::SIGKILL), "{end}");
     wait_until("the guardian's end", || !runs(guardian));
@@ -221,16 +221,16 @@ fn a_keeper_that_is_killed_with_its_group_takes_its_vms_along_and_they_never_rea
 /// What was sent before the death is read after it: a guardian that has been stopped meanwhile finds
 /// both.
 #[test]
-fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
+fn a_supervisor_may_die_as_soon_as_it_has_had_a_vm_held() {
     let scene = Scene::new();
-    let mut keeper = Talker::start(scene.keeper());
-    let guardian = keeper.guardian();
-    keeper.says("listening");
+    let mut supervisor = Talker::start(scene.supervisor());
+    let guardian = supervisor.guardian();
+    supervisor.says("listening");
     kill(guardian, Signal::SIGSTOP).expect("stopped");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
-    keeper.kill_group();
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
+    supervisor.kill_group();
     assert!(vm.try_wait().expect("asked").is_none());
     kill(guardian, Signal::SIGCONT).expect("goes on");
     let end = end_of(&mut vm);
@@ -238,40 +238,40 @@ fn a_keeper_may_die_as_soon_as_it_has_had_a_vm_held() {
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// The other tests are not blind: without a guardian such a VM reads zeros. And the keeper learns that it has no
+/// The other tests are not blind: without a guardian such a VM reads zeros. And the supervisor learns that it has no
 /// guardian any more.
 #[test]
-fn without_a_guardian_the_vm_reads_zeros_and_the_keeper_is_told() {
+fn without_a_guardian_the_vm_reads_zeros_and_the_supervisor_is_told() {
     let scene = Scene::new();
-    let mut keeper = Talker::start(scene.keeper());
-    let guardian = keeper.guardian();
-    keeper.says("listening");
+    let mut supervisor = Talker::start(scene.supervisor());
+    let guardian = supervisor.guardian();
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
     kill(guardian, Signal::SIGKILL).expect("killed");
-    assert_eq!(keeper.ask("news"), "[Gone]");
-    keeper.kill_group();
+    assert_eq!(supervisor.ask("news"), "[GuardianExited]");
+    supervisor.kill_group();
     assert_eq!(end_of(&mut vm).code(), Some(1));
 }
 
 #[test]
 fn a_vm_that_was_released_is_not_killed() {
     let scene = Scene::new();
-    let mut keeper = Talker::start(scene.keeper());
-    let guardian = keeper.guardian();
-    keeper.says("listening");
+    let mut supervisor = Talker::start(scene.supervisor());
+    let guardian = supervisor.guardian();
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
-    assert_eq!(keeper.ask("release"), "released");
-    keeper.kill_group();
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
+    assert_eq!(supervisor.ask("release"), "released");
+    supervisor.kill_group();
     wait_until("the guardian's end", || !runs(guardian));
     // Nobody had released it in earnest: it reads zeros, by itself.
     assert_eq!(end_of(&mut vm).code(), Some(1));
 }
 
-/// The keeper is nobody, the VM root's: the guardian can't end it, and stays so that it waits.
+/// The supervisor is nobody, the VM root's: the guardian can't end it, and stays so that it waits.
 #[test]
 fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let test = "a_vm_that_may_not_be_killed_waits_and_never_reads_zeros";
@@ -282,22 +282,24 @@ fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let everybody = fs::Permissions::from_mode(0o777);
     fs::set_permissions(scene.folder.path(), everybody).expect("set");
     // Where nobody may run them.
-    let (keeper, program) = (scene.path("keeper"), scene.path("program"));
-    fs::copy(env!("CARGO_BIN_EXE_stand-in-keeper"), &keeper).expect("copied");
+    let (supervisor, program) = (scene.path("supervisor"), scene.path("program"));
+    fs::copy(env!("CARGO_BIN_EXE_stand-in-supervisor"), &supervisor).expect("copied");
     fs::copy(program::program(), &program).expect("copied");
-    let mut command = Command::new(keeper);
+    let mut command = Command::new(supervisor);
     command.arg(program).arg(scene.path("socket"));
     command.arg(scene.path("snap")).current_dir("/");
     command.process_group(0).uid(65534).gid(65534);
-    let mut keeper = Talker::start(command);
-    let guardian = keeper.guardian();
-    keeper.says("listening");
+    let mut supervisor = Talker::start(command);
+    let guardian = supervisor.guardian();
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
-    keeper.kill_group();
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
+    supervisor.kill_group();
     // It has read everything, and has tried to kill the VM: it waits for its end.
-    wait_until("the guardian waits", || is_in_poll_without_keeper(guardian));
+    wait_until("the guardian waits", || {
+        is_in_poll_without_supervisor(guardian)
+    });
     assert!(vm.try_wait().expect("asked").is_none(), "it waits");
     vm.kill().expect("killed");
     vm.wait().expect("its end");
@@ -317,7 +319,7 @@ fn a_guardian_leaves_the_cgroup_that_is_killed() {
         return skipped(test, &"there are no cgroups of version 2");
     };
     let outer = root.join(format!("snaprestore-test-{}", std::process::id()));
-    let cgroup = outer.join("keeper");
+    let cgroup = outer.join("supervisor");
     if let Err(error) = fs::create_dir_all(&cgroup) {
         return skipped(test, &format!("no cgroup can be made: {error}"));
     }
@@ -326,33 +328,33 @@ fn a_guardian_leaves_the_cgroup_that_is_killed() {
         return skipped(test, &"the kernel can't kill cgroups (Linux 5.14)");
     }
     let scene = Scene::new();
-    let keeper = scene.keeper();
+    let supervisor = scene.supervisor();
     let mut inside = Command::new("sh");
     inside
         .args(["-c", "echo $$ > \"$0\"/cgroup.procs; exec \"$@\""])
         .arg(&cgroup)
-        .arg(keeper.get_program())
-        .args(keeper.get_args());
-    let mut keeper = Talker::start(inside);
-    let guardian = keeper.guardian();
+        .arg(supervisor.get_program())
+        .args(supervisor.get_args());
+    let mut supervisor = Talker::start(inside);
+    let guardian = supervisor.guardian();
     // Without a warning.
-    keeper.says("listening");
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
     let of = fs::read_to_string(format!("/proc/{guardian}/cgroup")).expect("its cgroup");
-    assert!(!of.contains("/keeper"), "{of}");
+    assert!(!of.contains("/supervisor"), "{of}");
     fs::write(cgroup.join("cgroup.kill"), "1").expect("killed");
     let end = end_of(&mut vm);
     assert_eq!(end.signal(), Some(libc::SIGKILL), "{end}");
     wait_until("the guardian's end", || !runs(guardian));
-    let _ = keeper.child.wait();
+    let _ = supervisor.child.wait();
     wait_until("the cgroup is empty", || fs::remove_dir(&cgroup).is_ok());
     let _ = fs::remove_dir(&outer);
 }
 
 #[test]
-fn what_systemd_holds_is_served_by_the_next_keeper() {
+fn what_systemd_holds_is_served_by_the_next_supervisor() {
     let scene = Scene::new();
     let notify = scene.path("notify");
     let mut manager = FakeManager::at(&notify);
@@ -360,12 +362,12 @@ fn what_systemd_holds_is_served_by_the_next_keeper() {
         command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", room);
         command
     };
-    let mut keeper = Talker::start(with_manager(scene.keeper(), "16"));
-    keeper.says("held by systemd, for 16 descriptors");
-    keeper.says("listening");
+    let mut supervisor = Talker::start(with_manager(scene.supervisor(), "16"));
+    supervisor.says("held by systemd, for 16 descriptors");
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("held");
-    wait_for_fault(pid(&keeper.child));
+    supervisor.says("held");
+    wait_for_fault(pid(&supervisor.child));
     for _ in 0..3 {
         manager.take_one();
     }
@@ -373,22 +375,22 @@ fn what_systemd_holds_is_served_by_the_next_keeper() {
         manager.names(),
         ["vm.vm-1.uffd", "vm.vm-1.owner", "vm.vm-1.meta"]
     );
-    keeper.kill_group();
+    supervisor.kill_group();
     assert!(vm.try_wait().expect("asked").is_none(), "it waits");
 
-    let next = manager.start(&scene.keeper());
-    let mut keeper = Talker::start(with_manager(next, "16"));
-    keeper.says("given some.socket");
-    keeper.says("held by systemd, for 16 descriptors");
-    keeper.says("given vm-1: uffd owner meta");
+    let next = manager.start(&scene.supervisor());
+    let mut supervisor = Talker::start(with_manager(next, "16"));
+    supervisor.says("given some.socket");
+    supervisor.says("held by systemd, for 16 descriptors");
+    supervisor.says("given vm-1: uffd owner meta");
     assert_eq!(end_of(&mut vm).code(), Some(0), "every page is right");
     // Everything may have been there before the VM ended.
-    let ended = keeper.line();
+    let ended = supervisor.line();
     assert!(
         ["ended: OwnerGone", "ended: Complete"].contains(&ended.as_str()),
         "{ended}"
     );
-    keeper.says("released vm-1");
+    supervisor.says("released vm-1");
     for _ in 0..3 {
         manager.take_one();
     }
@@ -400,13 +402,13 @@ fn a_store_that_is_full_is_an_error() {
     let scene = Scene::new();
     let notify = OsString::from(scene.path("notify"));
     let _manager = FakeManager::at(Path::new(&notify));
-    let mut command = scene.keeper();
+    let mut command = scene.supervisor();
     command.env("NOTIFY_SOCKET", &notify).env("FDSTORE", "2");
-    let mut keeper = Talker::start(command);
-    keeper.says("held by systemd, for 2 descriptors");
-    keeper.says("listening");
+    let mut supervisor = Talker::start(command);
+    supervisor.says("held by systemd, for 2 descriptors");
+    supervisor.says("listening");
     let mut vm = scene.vm();
-    keeper.says("not held: FileDescriptorStoreMax=2 is used up");
+    supervisor.says("not held: FileDescriptorStoreMax=2 is used up");
     vm.kill().expect("killed");
     vm.wait().expect("its end");
 }
