@@ -15,15 +15,18 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use serde::{Deserialize, Serialize};
 use snaprestore_compare::contender::Contender;
+use snaprestore_daemon::api::config::{
+    FailurePolicy, MetricsAddress, RETRY_TIMEOUT, Service, SocketMode,
+};
+use snaprestore_daemon::log::LogFormat;
 use snapshot_format::is_blob_name;
 use snapshot_format::layout::MAX_NAME_BYTES;
 
-use crate::daemon::config::{MetricsAddress, Service, SocketMode};
 use crate::exit;
-use crate::log::LogFormat;
 use crate::names;
+
+pub(crate) use snaprestore_daemon::api::config::Prefetch;
 
 pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
 
@@ -66,13 +69,8 @@ pub(crate) enum Command {
     Demo(Demo),
     Completions(Completions),
     Man(Man),
-    /// What serves VMs for `serve`, which starts it
-    #[command(hide = true)]
-    Worker(Worker),
     #[command(hide = true)]
     DemoOwner(DemoOwner),
-    #[command(hide = true)]
-    Guardian(Guardian),
     /// One trial of `bench`, told on standard input
     #[command(hide = true)]
     BenchTrial,
@@ -92,7 +90,6 @@ impl Command {
     pub(crate) fn log_format(&self) -> Option<LogFormat> {
         match self {
             Self::Serve(serve) => Some(serve.log_format),
-            Self::Worker(worker) => Some(worker.log_format),
             _ => None,
         }
     }
@@ -385,7 +382,7 @@ what the options say, and needs as little:
   on_error = \"kill\"
   allow_uid = [1000]
   threads = 2
-  patience = 10
+  handshake_timeout = 10
   retry_timeout = 5
   socket_mode = \"0660\"
   socket_group = \"kvm\"
@@ -451,23 +448,6 @@ pub(crate) struct Serve {
     pub(crate) options: ServiceOptions,
 }
 
-/// What the keeper starts.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Worker {
-    /// Give up what isn't needed
-    #[arg(long)]
-    pub(crate) confine: bool,
-    /// User to become
-    #[arg(long, value_name = "USER")]
-    pub(crate) user: Option<String>,
-    /// Decoded frames that sessions share, in MiB
-    #[arg(long, value_name = "MIB")]
-    pub(crate) frame_cache: u64,
-    /// How events are logged
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
-    pub(crate) log_format: LogFormat,
-}
-
 /// How VMs are served.
 #[derive(Clone, Debug, ClapArgs)]
 pub(crate) struct ServiceOptions {
@@ -475,8 +455,8 @@ pub(crate) struct ServiceOptions {
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
     /// What is done when a page that a VM waits for can't be restored
-    #[arg(long, value_enum, default_value_t = OnError::Kill, value_name = "WHAT")]
-    pub(crate) on_error: OnError,
+    #[arg(long, value_enum, default_value_t = FailurePolicy::Kill, value_name = "WHAT")]
+    pub(crate) on_error: FailurePolicy,
     /// Users whose processes are served; more than one may be given [default: every user who may
     /// connect]
     #[arg(long, value_name = "UID")]
@@ -485,9 +465,9 @@ pub(crate) struct ServiceOptions {
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
     /// Seconds that a VMM that has connected may take to hand its memory over
-    #[arg(long, default_value_t = 10, value_name = "SECONDS",
+    #[arg(long, alias = "patience", default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(crate) patience: u64,
+    pub(crate) handshake_timeout: u64,
     /// Seconds that a page that can't be read is read again, before --on-error decides; damage isn't
     /// read again
     #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
@@ -512,22 +492,12 @@ impl ServiceOptions {
             on_error: self.on_error,
             allow_uid: self.allow_uid.clone(),
             threads: self.threads,
-            patience: self.patience,
+            handshake_timeout: self.handshake_timeout,
             retry_timeout: self.retry_timeout,
             socket_mode: self.socket_mode,
             socket_group: self.socket_group.clone(),
         }
     }
-}
-
-/// `serve --on-error`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum OnError {
-    /// The VM's process is killed
-    Kill,
-    /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
-    Poison,
 }
 
 /// `restore --touch`.
@@ -539,18 +509,6 @@ pub(crate) enum Touch {
     Sequential,
     /// Each page once, in a random order
     Random,
-}
-
-/// `restore --prefetch`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Prefetch {
-    /// Nothing
-    Off,
-    /// The recorded working sets, in their order; nothing if the snapshot has none
-    WorkingSet,
-    /// Working sets, then everything else
-    All,
 }
 
 /// Compare restores with the other ways to do it, on your file and machine
@@ -647,15 +605,6 @@ pub(crate) struct DemoOwner {
     pub(crate) size: u32,
 }
 
-/// The process that ends the VMs of `serve` when `serve` is killed. `serve` starts it, and is at the other end
-/// of its standard input.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Guardian {
-    /// Stay; without it another is started that does
-    #[arg(long)]
-    pub(crate) stay: bool,
-}
-
 /// Print the completion script of a shell
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Completions {
@@ -677,9 +626,6 @@ pub(crate) struct Man {
     #[arg(long, short, requires = "output")]
     pub(crate) force: bool,
 }
-
-/// The default of `--retry-timeout`, in seconds.
-pub(crate) const RETRY_TIMEOUT: u64 = 5;
 
 /// Seconds of `--retry-timeout`: 0 reads nothing again.
 fn retry_timeout() -> impl clap::builder::TypedValueParser<Value = u64> {

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use snaprestore_daemon::api::control::ConnectError;
 use snaprestore_uffd::uffd;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
@@ -90,6 +91,9 @@ impl Exit {
                 }
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));
+                }
+                if let Some(ConnectError::NotPermitted { .. }) = cause.downcast_ref() {
+                    return Some(Self::NotPermitted);
                 }
                 // The restore's own error has this one as its cause.
                 if let Some(error) = cause.downcast_ref() {

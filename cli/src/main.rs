@@ -7,11 +7,9 @@
 mod args;
 mod blocks;
 mod commands;
-mod daemon;
 mod exit;
 mod facts;
 mod input;
-mod log;
 mod names;
 mod output;
 mod progress;
@@ -22,34 +20,25 @@ mod target;
 use std::process::ExitCode;
 
 use clap::Parser;
+use snaprestore_daemon::{Role, log};
 
 fn main() -> ExitCode {
+    if let Some(role) = Role::of_this_process() {
+        // It has its own way with signals and threads.
+        return role
+            .run()
+            .unwrap_or_else(|error| output::failed(&error).into());
+    }
     let args = match args::Args::try_parse() {
         Ok(args) => args,
         Err(error) => return not_understood(&error),
     };
-    if let args::Command::Guardian(guardian) = &args.command {
-        // It has its own way with signals, and no other thread.
-        let exit = if daemon::guardian::run(guardian.stay) {
-            exit::Exit::Done
-        } else {
-            exit::Exit::Failed
-        };
-        return exit.into();
-    }
     let output = output::Output::new(args.common);
     if let Err(error) = signals::outlive_file_limit() {
         return output.fail(&error).into();
     }
     let writes = args.command.writes();
     log::start(args.command.log_format());
-    if let args::Command::Worker(worker) = &args.command {
-        // It confines itself while there is no other thread, and a signal may end it as anything may.
-        return match daemon::run_worker(worker) {
-            Ok(exit) => exit.into(),
-            Err(error) => output.fail(&error).into(),
-        };
-    }
     let cancel = match signals::watch() {
         Ok(cancel) => cancel,
         Err(error) => return output.fail(&error).into(),

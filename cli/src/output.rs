@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
-use snaprestore_uffd::os::limits::Hint;
+use snaprestore_daemon::Console;
 
 use crate::args::Common;
 use crate::exit::Exit;
 use crate::names;
+
+pub(crate) use snaprestore_daemon::log::count;
 
 /// A command's result: `Display` is what people read, `Serialize` what `--json` prints.
 pub(crate) trait Report: Display + Serialize {}
@@ -90,25 +92,10 @@ impl Output {
         }
     }
 
-    /// What is going on, for who watches a command that runs for long.
-    pub(crate) fn say(self, message: impl Display) {
-        self.warn(message);
-    }
-
-    /// Something that went wrong, though the command goes on: `--quiet` doesn't hide it.
-    #[expect(clippy::unused_self, reason = "the one door for standard error")]
-    pub(crate) fn error(self, message: impl Display) {
-        to_stderr(&format!("snaprestore: {message}\n"));
-    }
-
     /// Prints an error with its causes and says how to exit.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
-        let exit = Exit::of(error);
-        let io_error = error.chain().find_map(|cause| cause.downcast_ref());
-        let hint = io_error.map(Hint::for_file).unwrap_or_default();
-        let text = format!("{error:#}{hint}");
-        to_stderr(&format!("snaprestore: {text}\n"));
-        self.failed(&text, exit as i32);
+        let exit = failed(error);
+        self.failed(&format!("{error:#}"), exit as i32);
         exit
     }
 
@@ -123,6 +110,22 @@ impl Output {
             let _ = self.data(text.as_bytes());
         }
     }
+}
+
+impl Console for Output {
+    fn info(&self, message: &dyn Display) {
+        self.warn(message);
+    }
+
+    fn error(&self, message: &dyn Display) {
+        to_stderr(&format!("snaprestore: {message}\n"));
+    }
+}
+
+/// Prints an error with its causes and says how to exit, whatever the options.
+pub(crate) fn failed(error: &anyhow::Error) -> Exit {
+    to_stderr(&format!("snaprestore: {error:#}\n"));
+    Exit::of(error)
 }
 
 /// Writes text for people. There is nobody to tell if standard error is closed.
@@ -146,13 +149,6 @@ pub(crate) fn percent(part: u64, whole: u64) -> String {
     format!("{share:.1} %")
 }
 
-/// A number with what it counts, as `1 page` or `2,000 pages`.
-pub(crate) fn count(number: u64, noun: &str) -> String {
-    let number_text = indicatif::HumanCount(number);
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number_text} {noun}{plural}")
-}
-
 /// How many times smaller `small` is than `large`, as `4.2`.
 pub(crate) fn ratio(large: u64, small: u64) -> String {
     if small == 0 {
@@ -172,8 +168,6 @@ mod tests {
 
     #[test]
     fn shares_and_ratios_of_nothing_are_not_numbers() {
-        assert_eq!(count(1, "page"), "1 page");
-        assert_eq!(count(2000, "page"), "2,000 pages");
         assert_eq!(percent(1, 8), "12.5 %");
         assert_eq!(percent(0, 0), "-");
         assert_eq!(ratio(10, 4), "2.5");

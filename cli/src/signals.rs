@@ -17,6 +17,7 @@ use anyhow::Context as _;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
+use snaprestore_daemon::StopRequests;
 
 /// What a user or a service manager stops a command with.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
@@ -145,11 +146,6 @@ impl Cancel {
         self.counts.store(true, Ordering::SeqCst);
     }
 
-    /// How often the command was asked to stop.
-    pub(crate) fn signals(&self) -> u32 {
-        self.count.load(Ordering::SeqCst)
-    }
-
     /// Has `hook` called when Ctrl-Z is about to stop the process, until the returned value is
     /// dropped. One command needs no more than one.
     pub(crate) fn before_stop(&self, hook: impl Fn() + Send + Sync + 'static) -> BeforeStop {
@@ -214,6 +210,12 @@ impl Cancel {
     /// The code that a shell shows for a process that ended by the signal.
     pub(crate) fn exit_code(&self) -> i32 {
         128 + self.signal.load(Ordering::SeqCst)
+    }
+}
+
+impl StopRequests for Cancel {
+    fn count(&self) -> u32 {
+        self.count.load(Ordering::SeqCst)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Subcommand, ValueHint};
 
 use super::ServiceOptions;
-use crate::daemon::control;
+use snaprestore_daemon::api::control;
 
 /// Control a running `serve`
 ///

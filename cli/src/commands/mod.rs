@@ -37,8 +37,6 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Completions(args) => completions::run(&args, output),
         Command::Man(args) => man::run(&args, output),
         Command::Demo(args) => demo::run(&args, output, cancel),
-        // It was run before signals were watched for.
-        Command::Guardian(_) | Command::Worker(_) => Ok(Exit::Usage),
         Command::DemoOwner(args) => demo::run_owner(&args, cancel),
     }
 }

@@ -7,10 +7,12 @@ use std::time::Duration;
 use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
+use snaprestore_daemon::api::config::{Config, MetricsAddress};
+use snaprestore_daemon::api::summary::VmSummary;
+use snaprestore_daemon::log::LogFormat;
+use snaprestore_daemon::{Console, Endpoint, Options, Supervisor};
 
 use crate::args;
-use crate::daemon::config::{Config, MetricsAddress};
-use crate::daemon::{Door, Keeper, Options, Vm};
 use crate::exit::Exit;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
@@ -24,7 +26,7 @@ struct Report {
     incomplete: u64,
     /// Workers that took over from one that had died.
     worker_restarts: u64,
-    vms: Vec<Vm>,
+    vms: Vec<VmSummary>,
 }
 
 pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result<Exit> {
@@ -36,17 +38,22 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
         confine: !args.no_confine,
         user: args.user.clone(),
     };
-    let mut keeper = Keeper::new(options, output, cancel)?;
+    let console: Option<Box<dyn Console>> = match args.log_format {
+        LogFormat::Text => Some(Box::new(output)),
+        LogFormat::Json => None,
+    };
+    cancel.count_signals();
+    let mut supervisor = Supervisor::new(options, console, Box::new(cancel.clone()))?;
     if let Some(control) = &config.control {
-        keeper.open(Door::Control, &MetricsAddress::Socket(control.clone()))?;
+        supervisor.open(Endpoint::Control, &MetricsAddress::Socket(control.clone()))?;
     }
     if let Some(metrics) = &config.metrics {
-        keeper.open(Door::Metrics, metrics)?;
+        supervisor.open(Endpoint::Metrics, metrics)?;
     }
     for service in config.services {
-        keeper.add(service)?;
+        supervisor.add(service)?;
     }
-    let ended = keeper.run()?;
+    let ended = supervisor.run()?;
     output.report(&Report {
         served: ended.count,
         incomplete: ended.incomplete,

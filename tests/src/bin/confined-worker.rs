@@ -6,12 +6,6 @@
 //! ```
 #![allow(clippy::print_stdout, reason = "it is a program")]
 
-#[path = "../../../cli/src/daemon/confine.rs"]
-mod confine;
-#[path = "../../../cli/src/names.rs"]
-#[allow(dead_code, unused_imports, reason = "shared with `snaprestore`")]
-mod names;
-
 use std::fs::File;
 use std::net::UdpSocket;
 use std::os::fd::AsFd as _;
@@ -23,9 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use confine::{Account, Confinement, confine_worker};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::getppid;
+use snaprestore_daemon::parts::{Account, Confinement, confine_worker};
 use snaprestore_engine::pager::{Handover, Pager, Prefetch, firecracker};
 use snaprestore_uffd::os::{open_pidfd, peer_of};
 use snapshot_format::{FileStore, Snapshot};

@@ -197,8 +197,8 @@ fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
 /// Each of three workers must know which huge pages are present, although none of them may open the
 /// file with that information.
 #[test]
-fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers() {
-    let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_keepers";
+fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervisors() {
+    let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervisors";
     let _pool = match HugePool::with(crate::scene::PAGES / 512) {
         Ok(pool) => pool,
         Err(why) => return skipped(test, &why),

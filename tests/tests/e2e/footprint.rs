@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 /// Time limit that only a leak exceeds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sockets of an idle keeper, worker and guardian, in a daemon with one service and a control
-/// socket. The keeper listens on both, and has a connection to each of the other two; the worker
-/// has its end twice, once as standard input; the guardian holds the socket of the service.
+/// Sockets of a supervisor, its worker and its guardian that have nothing to do: of a daemon with one service and a control
+/// socket. The supervisor listens at both, and talks to the other two; the worker has its end twice, once as standard input;
+/// the guardian holds the socket of the service.
 pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
 
 /// Descriptors and threads of an idle process.
@@ -84,7 +84,7 @@ impl Footprint {
         let busy = |name: &String| {
             let names = [
                 "vm",
-                "visitor",
+                "client",
                 "complete",
                 "snap-fault",
                 "snap-feed",

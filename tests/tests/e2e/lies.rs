@@ -40,7 +40,7 @@ impl Watched {
         let control = scene.folder.path().join("control");
         let raw = scene.folder.path().join("raw");
         let mark = scene.folder.path().display().to_string();
-        let mut all = vec!["--patience", "5", "--control"];
+        let mut all = vec!["--handshake-timeout", "5", "--control"];
         all.push(control.to_str().expect("text"));
         all.extend(options);
         scene.serve_with(&all, &[("SNAPRESTORE_TEST", &mark)]);
@@ -56,7 +56,7 @@ impl Watched {
         let guardian = process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian");
         let worker = watched.scene.worker().expect("a worker");
         let named = [
-            ("keeper", watched.scene.keeper()),
+            ("supervisor", watched.scene.supervisor()),
             ("worker", worker),
             ("guardian", guardian.expect("a guardian")),
         ];
@@ -204,8 +204,7 @@ fn leaves_others_alone(words: &[&str], options: &[&str]) {
     watched.assert_unharmed(&words.join(" "));
 }
 
-/// Regression: keeper and worker could not exchange messages with this many regions, and the keeper
-/// gave up all its VMs.
+/// Supervisor and worker could not talk of so many, and the supervisor gave up all its VMs.
 #[test]
 fn regions_by_the_thousand_cost_nobody_else() {
     leaves_others_alone(&["VeryManyRegions"], &[]);

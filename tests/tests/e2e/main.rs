@@ -6,12 +6,12 @@
 
 mod confined;
 mod damage;
+mod fd_store;
 mod filesystems;
 mod flips;
 mod footprint;
 mod guest;
 mod hung;
-mod keepers;
 mod killed;
 mod lazily;
 mod lies;
@@ -20,8 +20,8 @@ mod manager;
 mod memory;
 mod operators;
 mod outcomes;
-mod outside;
 mod scene;
 mod serve;
+mod supervisors;
 mod thousand;
 mod workers;

@@ -144,30 +144,30 @@ impl Scene {
         command
     }
 
-    /// Kills the keeper.
+    /// Kills the supervisor.
     pub(crate) fn kill(&mut self) {
         let mut daemon = self.daemon.take().expect("it runs");
         daemon.kill().expect("killed");
         daemon.wait().expect("its end");
     }
 
-    /// Returns the keeper's process.
-    pub(crate) fn keeper(&self) -> Pid {
+    /// The supervisor's process.
+    pub(crate) fn supervisor(&self) -> Pid {
         let daemon = self.daemon.as_ref().expect("it runs");
         Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"))
     }
 
     /// Returns the worker's process, if there is one at the moment.
     pub(crate) fn worker(&self) -> Option<Pid> {
-        let keeper = self.daemon.as_ref()?.id();
-        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"));
+        let supervisor = self.daemon.as_ref()?.id();
+        let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"));
         let first = children.ok()?.split_whitespace().next()?.parse().ok()?;
         Some(Pid::from_raw(first))
     }
 
     /// Asks the daemon to stop, and returns its report.
     pub(crate) fn stop(&mut self) -> Vec<Value> {
-        kill(self.keeper(), Signal::SIGTERM).expect("asked");
+        kill(self.supervisor(), Signal::SIGTERM).expect("asked");
         self.ended()
     }
 

@@ -146,7 +146,7 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         assert_eq!(of, (id, pid, &"default".into()), "{line}");
         of_vm.push(fields["message"].as_str().expect("a message").to_owned());
     }
-    // Messages of the keeper, of a thread of the engine, and at the end.
+    // From the supervisor, from a thread of the engine's, and at the end.
     for part in ["served", "a page can't be restored", "exited"] {
         let has = of_vm.iter().any(|message| message.starts_with(part));
         assert!(has, "no {part:?} in {of_vm:?}");
@@ -161,7 +161,7 @@ fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     let vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
     scene.wait_for(": served", 1);
     damage(&scene.snapshot);
-    kill(scene.keeper(), Signal::SIGTERM).expect("asked");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
     let report = scene.exits(1);
     assert_eq!(report["incomplete"], 1, "{report}");
     assert_eq!(report["vms"][0]["ending"], "killed", "{report}");
@@ -256,9 +256,8 @@ fn damage(snapshot: &Path) {
 #[test]
 fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     let mut scene = Scene::new(Shares::MIXED);
-    scene.serve(&["--patience", "1"]);
-    // One peer sends nothing, one sends something else, one closes the connection. They are other
-    // processes than this one, because it might be killed.
+    scene.serve(&["--handshake-timeout", "1"]);
+    // One says nothing, one something else, one goes away: other processes than this one, which might be ended.
     let peer = |words: &[&str]| {
         let mut peer = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
         peer.arg(scene.socket()).arg(scene.raw()).args(words);

@@ -27,10 +27,10 @@ const STRICT_HEAP: [(&str, &str); 3] = [
     ("MALLOC_MMAP_THRESHOLD_", "16384"),
     ("MALLOC_TRIM_THRESHOLD_", "16384"),
 ];
-/// Limit on the growth of the memory of keeper, worker and guardian, in KiB. The keeper records the
-/// outcome of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever
-/// the number of VMs. So the test detects a leak of more than half a KiB a VM in the keeper, 7 KiB
-/// in the worker, 80 bytes in the guardian.
+/// KiB by which the memory of supervisor, worker and guardian may have grown at the end. The supervisor writes down what
+/// became of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever the number of VMs.
+/// So a leak is seen that is larger than half a KiB a VM in the supervisor, 7 KiB in the worker, 80 bytes in the
+/// guardian.
 const MORE_KIB: [u64; 3] = [425, 6000, 64];
 /// Additional mappings allowed, because the stacks of exited threads are kept for reuse.
 const MORE_MAPPINGS: usize = 40;
@@ -102,8 +102,8 @@ impl Daemon {
     fn of(scene: &Scene, mark: &str) -> Self {
         let guardian = process_with(mark, "guardian").expect("a guardian");
         let worker = scene.worker().expect("a worker");
-        let processes = [scene.keeper(), worker, guardian];
-        let names = ["keeper", "worker", "guardian"];
+        let processes = [scene.supervisor(), worker, guardian];
+        let names = ["supervisor", "worker", "guardian"];
         let idle = std::array::from_fn(|at| {
             Footprint::at_rest(names[at], processes[at], IDLE_SOCKETS[at])
         });
@@ -195,8 +195,7 @@ fn a_thousand_vms_leave_nothing_behind() {
     daemon.has_mapped_no_more_than(&warm);
     assert_eq!(restarts(), 0);
 
-    // Workers that die while they serve VMs leave nothing in the keeper either, and the last worker
-    // is like the first.
+    // Workers that die with VMs in their hands leave the supervisor nothing either, and the last is as the first.
     let mut kills = 0;
     run_vms(&scene, &misfit, WARM, || {
         std::thread::sleep(Duration::from_millis(50));

@@ -21,8 +21,8 @@ fn all_right(vmm: Child) {
     assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
 }
 
-/// Covers each point at which the state shared by keeper and worker is between two steps. Several
-/// workers in a row reach it; the first of them finds the state left by one that died after a read.
+/// Each place where what supervisor and worker share is between two steps. Several workers in a row come
+/// to it; the first of them finds what one that died after a read has left.
 #[test]
 fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     let mut scene = Scene::new(Shares::MIXED);

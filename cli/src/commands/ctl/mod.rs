@@ -9,12 +9,12 @@ use anyhow::{Context as _, Result};
 use serde::de::IgnoredAny;
 
 use crate::args::{self, CtlOp};
-use crate::daemon::control::{Client, Request};
-use crate::daemon::desk::Completed;
 use crate::exit::Exit;
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+use snaprestore_daemon::api::control::{Client, Request};
+use snaprestore_daemon::api::types::Completed;
 
 use report::{Done, LetGo, Listing, Statistics};
 
@@ -28,40 +28,40 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
             let service = add.options.service(add.name.clone(), snapshot, socket);
             service.check()?;
             let name = service.name.clone();
-            client.ask(&Request::Add { service })?;
-            let _: IgnoredAny = client.hear(true)?;
+            client.send(&Request::Add { service })?;
+            let _: IgnoredAny = client.receive(true)?;
             output.report(&Done::added(name))?;
         }
         CtlOp::Remove(remove) => {
             let name = remove.name.clone();
-            client.ask(&Request::Remove { name: name.clone() })?;
-            let _: IgnoredAny = client.hear(false)?;
+            client.send(&Request::Remove { name: name.clone() })?;
+            let _: IgnoredAny = client.receive(false)?;
             output.report(&Done::removed(name))?;
         }
         CtlOp::List => {
-            client.ask(&Request::List {})?;
-            output.report(&Listing(client.hear(false)?))?;
+            client.send(&Request::List {})?;
+            output.report(&Listing(client.receive(false)?))?;
         }
         CtlOp::Stats(stats) => {
             let (vm, buckets) = (stats.vm, stats.buckets);
-            client.ask(&Request::Stats { vm, buckets })?;
-            let vms = client.hear(false)?;
+            client.send(&Request::Stats { vm, buckets })?;
+            let vms = client.receive(false)?;
             output.report(&Statistics { vms })?;
         }
         CtlOp::Complete(complete) => {
             let (vm, all) = (complete.vm, complete.all);
-            client.ask(&Request::Complete { vm, all })?;
-            return let_go(client.hear(true)?, output);
+            client.send(&Request::Complete { vm, all })?;
+            return let_go(client.receive(true)?, output);
         }
         CtlOp::Drain => {
-            client.ask(&Request::Drain {})?;
-            return let_go(client.hear(true)?, output);
+            client.send(&Request::Drain {})?;
+            return let_go(client.receive(true)?, output);
         }
         CtlOp::Top(top) => return top::run(top, &args.control, client, output),
         CtlOp::Upgrade(upgrade) => {
             let program = upgrade.program.as_deref().map(absolute).transpose()?;
-            client.ask(&Request::Upgrade { program })?;
-            output.report(&report::NowRuns(client.hear(true)?))?;
+            client.send(&Request::Upgrade { program })?;
+            output.report(&report::NowRuns(client.receive(true)?))?;
         }
     }
     Ok(Exit::Done)

@@ -6,9 +6,9 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 
-use crate::daemon::desk::{Completed, List, Pages, Times, Upgraded, Vm, VmStats};
 use crate::names;
 use crate::output::{count, percent};
+use snaprestore_daemon::api::types::{Completed, List, Pages, Times, Upgraded, VmStats, VmStatus};
 
 /// A service was added or removed.
 #[derive(Serialize)]
@@ -101,7 +101,7 @@ impl fmt::Display for Listing {
 }
 
 /// Why a VM was killed or refused, in one line: parts of it come from file names.
-fn reason(vm: &Vm) -> String {
+fn reason(vm: &VmStatus) -> String {
     let reason = vm.reason.as_deref().unwrap_or_default();
     let plain = |c: char| if c.is_control() { ' ' } else { c };
     reason.chars().map(plain).collect()
@@ -277,11 +277,11 @@ pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::desk::VmState;
+    use snaprestore_daemon::api::types::VmState;
 
     #[test]
     fn long_reasons_move_no_column() {
-        let vm = |id: u64, reason: Option<&str>| Vm {
+        let vm = |id: u64, reason: Option<&str>| VmStatus {
             id,
             service: "web".into(),
             pid: 1000 + u32::try_from(id).unwrap(),

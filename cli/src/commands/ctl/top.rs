@@ -11,11 +11,11 @@ use serde::Serialize;
 
 use super::report::{plain, to_the_right};
 use crate::args;
-use crate::daemon::control::{Client, Request};
-use crate::daemon::desk::{SessionStats, VmId, VmStats};
 use crate::exit::Exit;
 use crate::names;
 use crate::output::{Output, count, percent};
+use snaprestore_daemon::api::control::{Client, Request};
+use snaprestore_daemon::api::types::{SessionStats, VmId, VmStats};
 
 pub(super) fn run(
     args: &args::CtlTop,
@@ -59,8 +59,8 @@ impl Daemon<'_> {
     fn look(&mut self) -> Result<Sample> {
         let ask = |client: &Client| -> Result<Vec<VmStats>> {
             let (vm, buckets) = (None, true);
-            client.ask(&Request::Stats { vm, buckets })?;
-            client.hear(false)
+            client.send(&Request::Stats { vm, buckets })?;
+            client.receive(false)
         };
         let vms = if let Ok(vms) = ask(&self.client) {
             vms
@@ -222,14 +222,14 @@ fn redraw(text: &str, first: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::desk::{Pages, Times, Vm, VmState};
+    use snaprestore_daemon::api::types::{Pages, Times, VmState, VmStatus};
 
     fn vm(id: VmId, faults: u64, slow: u64) -> VmStats {
         let nanos = Duration::from_nanos(2_000 * (faults - slow) + 50_000 * slow);
         let buckets = [(2_000, faults - slow), (50_000, slow)];
         let buckets = buckets.into_iter().filter(|(_, count)| *count > 0);
         VmStats {
-            vm: Vm {
+            vm: VmStatus {
                 id,
                 service: "web".into(),
                 pid: 7,

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result};
 use indicatif::{BinaryBytes, HumanCount};
 use nix::fcntl::OFlag;
 use serde::Serialize;
+use snaprestore_daemon::api::config::RETRY_TIMEOUT;
 use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
 use self::owner::{Owner, Told};
@@ -96,7 +97,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         threads: 1,
         touch_threads: 2,
         seed: 1,
-        retry_timeout: args::RETRY_TIMEOUT,
+        retry_timeout: RETRY_TIMEOUT,
         check: Some(fd_path(&reference)),
         user_mode_only: args.user_mode_only,
     };

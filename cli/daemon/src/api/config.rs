@@ -1,0 +1,582 @@
+//! The configuration of a daemon: the file of `serve --config`, and the services that `ctl add`
+//! sends.
+//!
+//! ```toml
+//! control = "/run/snaprestore/control.socket"
+//! metrics = "127.0.0.1:9100"
+//!
+//! [[service]]
+//! name = "web"
+//! snapshot = "/var/lib/snaprestore/web.snap"
+//! socket = "/run/snaprestore/web.socket"
+//! ```
+//!
+//! Nothing here opens a snapshot or makes a socket.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::{Permissions, set_permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt as _, lchown};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::ValueEnum;
+use nix::unistd::Group;
+use serde::{Deserialize, Serialize};
+use snapshot_format::FileStore;
+
+use snapshot_format::names::escape_path;
+
+/// The longest file of `--config`: room for ten thousand services.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// The longest name of a service: it is part of log lines, metrics and tables.
+const MAX_SERVICE_NAME_BYTES: usize = 64;
+/// The longest path of a Unix socket, without the zero byte at its end.
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// The values that `--threads` takes.
+const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
+/// The values that `--handshake-timeout` takes.
+const HANDSHAKE_TIMEOUTS: std::ops::RangeInclusive<u64> = 1..=3600;
+/// The values that `--retry-timeout` takes.
+const RETRY_TIMEOUTS: std::ops::RangeInclusive<u64> = 0..=3600;
+
+/// The default of `retry_timeout`, in seconds.
+pub const RETRY_TIMEOUT: u64 = 5;
+
+/// A snapshot that is served at a socket, under a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Its name: letters, digits, dots, dashes and underscores.
+    pub name: String,
+    /// The absolute path of the snapshot.
+    pub snapshot: PathBuf,
+    /// The absolute path of the socket to make, at which VMs connect.
+    pub socket: PathBuf,
+    /// Pages that are fetched before they are touched.
+    #[serde(default = "default_prefetch")]
+    pub prefetch: Prefetch,
+    /// The consequence for a VM that waits for a page which can't be restored.
+    #[serde(default = "default_on_error")]
+    pub on_error: FailurePolicy,
+    /// Users whose processes are served; none named: every user who may connect.
+    #[serde(default)]
+    pub allow_uid: Vec<u32>,
+    /// Threads that serve the faults of one VM.
+    #[serde(default = "default_threads")]
+    pub threads: usize,
+    /// Seconds that a VMM that has connected may take to hand its memory over.
+    #[serde(
+        default = "default_handshake_timeout",
+        rename(serialize = "patience"),
+        alias = "patience"
+    )]
+    pub handshake_timeout: u64,
+    /// Seconds that a page that can't be read is read again, before `on_error` decides.
+    #[serde(default = "default_retry_timeout")]
+    pub retry_timeout: u64,
+    /// The permission bits of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<SocketMode>,
+    /// The group of the socket, by name or number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+}
+
+/// Pages that are fetched before they are touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefetch {
+    /// Nothing
+    Off,
+    /// The recorded working sets, in their order; nothing if the snapshot has none
+    WorkingSet,
+    /// Working sets, then everything else
+    All,
+}
+
+/// The consequence for a VM that waits for a page which can't be restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailurePolicy {
+    /// The VM's process is killed
+    Kill,
+    /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
+    Poison,
+}
+
+fn group_number(group: &str) -> Result<u32> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let found = Group::from_name(group).with_context(|| format!("group {group}"))?;
+    let found = found.with_context(|| format!("there is no group {group:?}"))?;
+    Ok(found.gid.as_raw())
+}
+
+/// The permission bits of a socket, written in octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SocketMode(u32);
+
+impl FromStr for SocketMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mode = u32::from_str_radix(text, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777);
+        let mode = mode.ok_or_else(|| {
+            format!(
+                "{text:?} must be a mode in octal, as 0660: who may write to the socket may connect"
+            )
+        })?;
+        Ok(Self(mode))
+    }
+}
+
+impl TryFrom<String> for SocketMode {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<SocketMode> for String {
+    fn from(SocketMode(mode): SocketMode) -> Self {
+        format!("{mode:04o}")
+    }
+}
+
+fn default_prefetch() -> Prefetch {
+    Prefetch::WorkingSet
+}
+
+fn default_on_error() -> FailurePolicy {
+    FailurePolicy::Kill
+}
+
+fn default_threads() -> usize {
+    2
+}
+
+fn default_handshake_timeout() -> u64 {
+    10
+}
+
+fn default_retry_timeout() -> u64 {
+    RETRY_TIMEOUT
+}
+
+impl Service {
+    /// Gives its socket the permissions that were asked for; the umask and the user of the daemon
+    /// have decided the others.
+    pub(crate) fn share_socket(&self) -> Result<()> {
+        let socket = &self.socket;
+        let name = escape_path(socket);
+        if let Some(group) = &self.socket_group {
+            let number = group_number(group)?;
+            lchown(socket, None, Some(number)).with_context(|| {
+                format!(
+                    "{name}: cannot give the socket to group {group}; this takes CAP_CHOWN, or a daemon whose user \
+                     owns the socket and is in the group"
+                )
+            })?;
+        }
+        if let Some(SocketMode(mode)) = self.socket_mode {
+            set_permissions(socket, Permissions::from_mode(mode))
+                .with_context(|| format!("{name}: cannot set the mode of the socket"))?;
+        }
+        Ok(())
+    }
+
+    /// Checks the service by itself. The error says what would be right.
+    pub fn check(&self) -> Result<()> {
+        let name = &self.name;
+        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if name.is_empty() || name.len() > MAX_SERVICE_NAME_BYTES || !name.chars().all(good) {
+            bail!(
+                "the name {name:?} of a service must have 1 to {MAX_SERVICE_NAME_BYTES} letters, digits, \
+                 dots, dashes and underscores"
+            );
+        }
+        let wrong = || format!("service {name:?}");
+        absolute("snapshot", &self.snapshot).with_context(wrong)?;
+        check_socket("socket", &self.socket).with_context(wrong)?;
+        if !THREADS.contains(&self.threads) {
+            let error = anyhow!("threads = {} must be from 1 to 512", self.threads);
+            return Err(error).with_context(wrong);
+        }
+        if !HANDSHAKE_TIMEOUTS.contains(&self.handshake_timeout) {
+            let error = anyhow!(
+                "handshake_timeout = {} must be from 1 to 3600 s",
+                self.handshake_timeout
+            );
+            return Err(error).with_context(wrong);
+        }
+        if !RETRY_TIMEOUTS.contains(&self.retry_timeout) {
+            let retry_timeout = self.retry_timeout;
+            let error = anyhow!("retry_timeout = {retry_timeout} must be from 0 to 3600 s");
+            return Err(error).with_context(wrong);
+        }
+        Ok(())
+    }
+}
+
+fn absolute(what: &str, path: &Path) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        bail!("{what} is empty: it must be a path");
+    }
+    if !path.is_absolute() {
+        bail!("{what} = {}: the path must begin with /", escape_path(path));
+    }
+    Ok(())
+}
+
+/// A path that a Unix socket can have.
+fn check_socket(what: &str, path: &Path) -> Result<()> {
+    absolute(what, path)?;
+    let len = path.as_os_str().len();
+    if len > MAX_SOCKET_PATH_BYTES {
+        bail!(
+            "{what} = {}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, and this one {len}",
+            escape_path(path)
+        );
+    }
+    Ok(())
+}
+
+/// The place where metrics are read: a Unix socket, or an address that only this machine reaches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum MetricsAddress {
+    /// A Unix socket to make, by its path.
+    Socket(PathBuf),
+    /// An address of the loopback interface.
+    Loopback(SocketAddr),
+}
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const RIGHT: &str = "must be the path of a socket, as ./metrics.socket or \
+            /run/snaprestore/metrics.socket, or a loopback address, as 127.0.0.1:9100 or [::1]:9100";
+        if text.contains('/') {
+            return Ok(Self::Socket(text.into()));
+        }
+        let address: SocketAddr = text.parse().map_err(|_| format!("{text:?} {RIGHT}"))?;
+        if !address.ip().is_loopback() {
+            return Err(format!(
+                "{text:?} can be reached from other machines, and metrics are given to whoever asks: it {RIGHT}"
+            ));
+        }
+        Ok(Self::Loopback(address))
+    }
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Loopback(address) => address.fmt(f),
+        }
+    }
+}
+
+impl From<MetricsAddress> for String {
+    fn from(address: MetricsAddress) -> Self {
+        address.to_string()
+    }
+}
+
+/// A file of `serve --config`, checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The path of the control socket to make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<PathBuf>,
+    /// The place where metrics are read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<MetricsAddress>,
+    /// The services.
+    #[serde(default, rename = "service")]
+    pub services: Vec<Service>,
+}
+
+impl Config {
+    /// Reads and checks a file. Relative paths in it are meant from the file's folder.
+    pub fn load(file: &Path) -> Result<Self> {
+        let name = escape_path(file);
+        let text = read(file).with_context(|| format!("{name}: can't be read"))?;
+        let folder = std::path::absolute(file).with_context(|| name.clone())?;
+        let folder = folder.parent().unwrap_or(Path::new("/"));
+        Self::parse(&text, folder).with_context(|| name.clone())
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self> {
+        // The error shows the line, and for an unknown key those that there are.
+        let mut config: Self =
+            toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
+        let resolve = |path: &mut PathBuf| {
+            if !path.as_os_str().is_empty() {
+                *path = folder.join(&*path);
+            }
+        };
+        config.control.iter_mut().for_each(resolve);
+        if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {
+            resolve(path);
+        }
+        for service in &mut config.services {
+            resolve(&mut service.snapshot);
+            resolve(&mut service.socket);
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Whether all of it can be served together.
+    pub fn check(&self) -> Result<()> {
+        let mut names = BTreeSet::new();
+        let mut sockets = BTreeSet::new();
+        if let Some(control) = &self.control {
+            check_socket("control", control)?;
+            sockets.insert(control);
+        }
+        if let Some(MetricsAddress::Socket(path)) = &self.metrics {
+            check_socket("metrics", path)?;
+            if !sockets.insert(path) {
+                bail!(
+                    "metrics = {}: control has that socket already",
+                    escape_path(path)
+                );
+            }
+        }
+        for service in &self.services {
+            service.check()?;
+            if !names.insert(&service.name) {
+                bail!(
+                    "two services are named {:?}: give each its own name",
+                    service.name
+                );
+            }
+            if !sockets.insert(&service.socket) {
+                bail!(
+                    "service {:?}: socket = {} is used above: give each its own socket",
+                    service.name,
+                    escape_path(&service.socket)
+                );
+            }
+        }
+        if self.services.is_empty() && self.control.is_none() {
+            bail!(
+                "there is nothing to serve: add a [[service]], or control = \"PATH\" to add services later"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file of configuration, and not a disk image that was named by mistake.
+fn read(file: &Path) -> Result<String> {
+    use std::io::Read as _;
+
+    let file = FileStore::open(file)?.into_file();
+    let mut text = String::new();
+    file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_CONFIG_BYTES {
+        bail!("it is larger than 4 MiB");
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"
+control = "/run/control.socket"
+metrics = "127.0.0.1:9100"
+
+[[service]]
+name = "web"
+snapshot = "web.snap"
+socket = "/run/web.socket"
+
+[[service]]
+name = "db-1.2_x"
+snapshot = "/srv/db.snap"
+socket = "db.socket"
+prefetch = "all"
+on_error = "poison"
+allow_uid = [1000, 1001]
+threads = 4
+handshake_timeout = 60
+retry_timeout = 0
+socket_mode = "0660"
+socket_group = "kvm"
+"#;
+
+    fn parse(text: &str) -> Result<Config> {
+        Config::parse(text, Path::new("/etc/snaprestore"))
+    }
+
+    #[track_caller]
+    fn refused(text: &str, says: &[&str]) {
+        let error = format!("{:#}", parse(text).unwrap_err());
+        for part in says {
+            assert!(error.contains(part), "no {part:?} in: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_names_services_and_paths_are_meant_from_its_folder() {
+        let config = parse(WHOLE).unwrap();
+        assert_eq!(config.control, Some("/run/control.socket".into()));
+        let address = "127.0.0.1:9100".parse().unwrap();
+        assert_eq!(config.metrics, Some(MetricsAddress::Loopback(address)));
+        let [web, db] = &config.services[..] else {
+            panic!("{config:?}");
+        };
+        assert_eq!(web.snapshot, Path::new("/etc/snaprestore/web.snap"));
+        assert_eq!(web.socket, Path::new("/run/web.socket"));
+        assert_eq!(
+            (web.prefetch, web.on_error),
+            (Prefetch::WorkingSet, FailurePolicy::Kill)
+        );
+        assert_eq!(
+            (web.threads, web.handshake_timeout, web.retry_timeout),
+            (2, 10, 5)
+        );
+        assert!(web.allow_uid.is_empty());
+        assert_eq!((web.socket_mode, &web.socket_group), (None, &None));
+        assert_eq!(db.socket_mode, Some(SocketMode(0o660)));
+        assert_eq!(db.socket_group.as_deref(), Some("kvm"));
+        assert_eq!(db.socket, Path::new("/etc/snaprestore/db.socket"));
+        assert_eq!(
+            (db.prefetch, db.on_error),
+            (Prefetch::All, FailurePolicy::Poison)
+        );
+        assert_eq!(db.allow_uid, [1000, 1001]);
+        assert_eq!(
+            (db.threads, db.handshake_timeout, db.retry_timeout),
+            (4, 60, 0)
+        );
+    }
+
+    #[test]
+    fn what_was_parsed_is_written_and_parsed_alike() {
+        let config = parse(WHOLE).unwrap();
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn old_name_of_the_handshake_timeout_is_accepted_and_written() {
+        let config = parse(&WHOLE.replace("handshake_timeout", "patience")).unwrap();
+        assert_eq!(config, parse(WHOLE).unwrap());
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(json["service"][1]["patience"], 60);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line_and_what_would_be_right() {
+        refused("contrl = \"/x\"", &["line 1", "contrl", "control"]);
+        let service = "[[service]]\nname = \"a\"\nsnapshot = \"s\"\nsocket = \"/run/a\"\n";
+        refused(
+            &format!("{service}thread = 1"),
+            &["line 5", "thread", "threads"],
+        );
+        refused(
+            &format!("{service}prefetch = \"some\""),
+            &["line 5", "working-set"],
+        );
+        refused(&format!("{service}threads = 0"), &["\"a\"", "1 to 512"]);
+        refused(
+            &format!("{service}handshake_timeout = 0"),
+            &["\"a\"", "3600"],
+        );
+        refused(
+            &format!("{service}retry_timeout = 3601"),
+            &["\"a\"", "0 to 3600"],
+        );
+        for mode in ["0o660", "999", "1777", ""] {
+            refused(
+                &format!("{service}socket_mode = \"{mode}\""),
+                &["octal", "0660"],
+            );
+        }
+        refused(&format!("{service}{service}"), &["two services", "\"a\""]);
+        refused(
+            &format!("{service}{}", service.replace("\"a\"", "\"b\"")),
+            &["\"b\"", "own socket"],
+        );
+        refused(
+            &format!("control = \"/run/a\"\n{service}"),
+            &["\"a\"", "own socket"],
+        );
+        refused(
+            "control = \"/c\"\nmetrics = \"/c\"",
+            &["metrics", "control"],
+        );
+        refused(&service.replace("\"a\"", "\"a b\""), &["a b", "letters"]);
+        refused(&service.replace("\"a\"", "\"\""), &["letters"]);
+        refused(
+            &service.replace("/run/a", &"/x".repeat(60)),
+            &["107", "120"],
+        );
+        refused(&service.replace("\"s\"", "\"\""), &["snapshot", "empty"]);
+        refused("[[service]]\nname = \"a\"", &["snapshot"]);
+        refused("", &["nothing to serve"]);
+    }
+
+    #[test]
+    fn metrics_are_given_on_this_machine_only() {
+        for good in ["127.0.0.1:1", "127.1.2.3:9100", "[::1]:9100"] {
+            let address = good.parse::<MetricsAddress>().unwrap();
+            assert!(matches!(address, MetricsAddress::Loopback(_)), "{good}");
+            assert_eq!(address.to_string(), good);
+        }
+        for bad in [
+            "0.0.0.0:9100",
+            "[::]:9100",
+            "192.168.0.1:9100",
+            "localhost:9100",
+            "9100",
+            "",
+        ] {
+            let error = bad.parse::<MetricsAddress>().unwrap_err();
+            assert!(error.contains("127.0.0.1:9100"), "{error}");
+        }
+        let path = "./m".parse::<MetricsAddress>().unwrap();
+        assert_eq!(path, MetricsAddress::Socket("./m".into()));
+        refused(
+            "control = \"/c\"\nmetrics = \"0.0.0.0:9100\"",
+            &["line 2", "other machines"],
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_refused() {
+        for (path, says) in [
+            ("/none", "No such file"),
+            ("/dev/zero", "character device"),
+            ("/", "folder"),
+        ] {
+            let error = format!("{:#}", Config::load(Path::new(path)).unwrap_err());
+            assert!(error.contains(says) && error.starts_with(path), "{error}");
+        }
+    }
+}

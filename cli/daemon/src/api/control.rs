@@ -1,0 +1,382 @@
+//! The control socket: how operators talk to the daemon.
+//!
+//! ```text
+//!   ctl ──▶ {"op":"complete","vm":3}\n          one JSON object a line, as many as wanted
+//!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
+//! ```
+//!
+//! Only the daemon's own user and root may use it: the socket's mode says so, and the credentials
+//! of the client are checked as well. A line that is too long, or takes too long, ends the
+//! connection; one that isn't understood is answered by an error, and the next is read.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use snaprestore_uffd::os::credentials_of;
+use snapshot_format::names::escape_path;
+
+use crate::api::config::Service;
+use crate::api::types::{
+    ApiResult, Completed, List, OperatorApi, RequestError, Upgraded, VmId, VmSelector, VmStats,
+};
+
+/// The default path of the control socket.
+pub const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
+
+/// The size of a request: a service with paths and some thousand users.
+const MAX_REQUEST_BYTES: usize = 64 << 10;
+/// The size of a reply that is read: statistics of ten thousand VMs.
+const MAX_REPLY_BYTES: usize = 256 << 20;
+/// Time for a client to send a whole request, or to take a reply.
+const IO_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Serves one more snapshot.
+    Add {
+        /// The service.
+        service: Service,
+    },
+    /// Takes no more VMs for a service.
+    Remove {
+        /// The name of the service.
+        name: String,
+    },
+    /// Lists services and VMs; the answer is a [`List`].
+    List {},
+    /// Asks for the statistics of VMs; the answer is a list of [`VmStats`].
+    Stats {
+        /// One VM; without it, all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmId>,
+        /// Whether the buckets of the histograms are wanted.
+        #[serde(default)]
+        buckets: bool,
+    },
+    /// Installs what one VM misses, or all, and lets them go; the answer is a list of
+    /// [`Completed`].
+    Complete {
+        /// One VM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmId>,
+        /// All of them, and never by oversight.
+        #[serde(default)]
+        all: bool,
+    },
+    /// Completes all VMs and ends the daemon; the answer is a list of [`Completed`].
+    Drain {},
+    /// Goes on with another program file; the answer is an [`Upgraded`].
+    Upgrade {
+        /// The program; without it, the file that the daemon was started from.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        program: Option<PathBuf>,
+    },
+}
+
+/// A reply.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Reply<T> {
+    Ok(T),
+    Error(String),
+}
+
+/// The body of a successful reply.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum ReplyBody {
+    Nothing {},
+    List(List),
+    Stats(Vec<VmStats>),
+    Completed(Vec<Completed>),
+    Upgraded(Upgraded),
+}
+
+/// Makes the control socket at `path`, for the daemon's own user only. Nobody else can connect in
+/// between.
+pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
+    let make = || -> nix::Result<UnixListener> {
+        let socket = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        // The file gets the socket's mode.
+        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        listen(&socket, Backlog::new(128)?)?;
+        Ok(socket.into())
+    };
+    make().with_context(|| format!("{}: can't be listened on", escape_path(path)))
+}
+
+/// Serves a connection to the control socket of a daemon of user `own`, until the client hangs up.
+pub(crate) fn serve(stream: &UnixStream, own: u32, api: &dyn OperatorApi) {
+    if let Err(error) = serve_requests(stream, own, api) {
+        tracing::debug!(%error, "a connection to the control socket ends");
+    }
+}
+
+fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::Result<()> {
+    let mut lines = Lines::new(stream, MAX_REQUEST_BYTES);
+    let (pid, uid) = credentials_of(stream.as_fd())?;
+    if !may_use(uid, own) {
+        tracing::warn!(pid, uid, "the control socket was used by another user");
+        let text = format!("user {uid} may not control this daemon: only user {own} and root may");
+        return send(stream, &Reply::<()>::Error(text));
+    }
+    loop {
+        let line = match lines.next(Some(Instant::now() + IO_TIMEOUT)) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let _ = send(stream, &Reply::<()>::Error(error.to_string()));
+                return Err(error);
+            }
+        };
+        let reply = match parse(line).and_then(|request| dispatch(api, request)) {
+            Ok(said) => Reply::Ok(said),
+            Err(RequestError(why)) => Reply::Error(why),
+        };
+        send(stream, &reply)?;
+    }
+}
+
+/// Whether user `uid` may control a daemon of user `own`.
+fn may_use(uid: u32, own: u32) -> bool {
+    uid == own || uid == 0
+}
+
+fn parse(line: &[u8]) -> ApiResult<Request> {
+    let request = serde_json::from_slice(line);
+    request.map_err(|error| RequestError(format!("the request can't be understood: {error}")))
+}
+
+/// Calls the API for a request.
+fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
+    Ok(match request {
+        Request::Add { service } => {
+            service.check()?;
+            api.add(service)?;
+            ReplyBody::Nothing {}
+        }
+        Request::Remove { name } => {
+            api.remove(&name)?;
+            ReplyBody::Nothing {}
+        }
+        Request::List {} => ReplyBody::List(api.list()?),
+        Request::Stats { vm, buckets } => {
+            let mut all = api.stats(vm)?;
+            if !buckets {
+                for vm in &mut all {
+                    vm.session.drop_buckets();
+                }
+            }
+            ReplyBody::Stats(all)
+        }
+        Request::Complete { vm, all } => {
+            let which = match (vm, all) {
+                (Some(vm), false) => VmSelector::Vm(vm),
+                (None, true) => VmSelector::All,
+                _ => return Err(RequestError("name one VM, or all of them".to_owned())),
+            };
+            ReplyBody::Completed(api.complete(which)?)
+        }
+        Request::Drain {} => ReplyBody::Completed(api.drain()?),
+        Request::Upgrade { program } => ReplyBody::Upgraded(api.upgrade(program)?),
+    })
+}
+
+/// Writes one line. A client that doesn't take it in time is dropped.
+fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    let until = Instant::now() + IO_TIMEOUT;
+    let mut rest = &line[..];
+    while !rest.is_empty() {
+        stream.set_write_timeout(Some(left(until)?))?;
+        match stream.write(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(done) => rest = &rest[done..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(with_message(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Returns the time that is left until `until`.
+fn left(until: Instant) -> io::Result<Duration> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(with_message(io::ErrorKind::TimedOut.into()));
+    }
+    Ok(left)
+}
+
+fn with_message(error: io::Error) -> io::Error {
+    // What the kernel says of a timeout, too.
+    let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
+    if kinds.contains(&error.kind()) {
+        io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the other side was silent for too long",
+        )
+    } else {
+        error
+    }
+}
+
+/// Lines of a stream, of a bounded length.
+struct Lines<'a> {
+    stream: &'a UnixStream,
+    max_bytes: usize,
+    buffer: Vec<u8>,
+    /// Where in the buffer the line ends that was given last.
+    given: usize,
+}
+
+impl<'a> Lines<'a> {
+    fn new(stream: &'a UnixStream, max_bytes: usize) -> Self {
+        Self {
+            stream,
+            max_bytes,
+            buffer: Vec::new(),
+            given: 0,
+        }
+    }
+
+    /// Reads the next line, without its end. `None`: there are no more.
+    fn next(&mut self, until: Option<Instant>) -> io::Result<Option<&[u8]>> {
+        self.buffer.drain(..self.given);
+        self.given = 0;
+        let mut looked = 0;
+        loop {
+            if let Some(end) = self.buffer[looked..].iter().position(|byte| *byte == b'\n') {
+                let end = looked + end;
+                self.given = end + 1;
+                return Ok(Some(&self.buffer[..end]));
+            }
+            looked = self.buffer.len();
+            if looked >= self.max_bytes {
+                let text = format!("a line has more than {} bytes", self.max_bytes);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            self.stream.set_read_timeout(until.map(left).transpose()?)?;
+            let mut chunk = [0; 16 << 10];
+            let room = chunk.len().min(self.max_bytes - looked);
+            match self.stream.read(&mut chunk[..room]) {
+                Ok(0) if looked == 0 => return Ok(None),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => self.buffer.extend_from_slice(&chunk[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(with_message(error)),
+            }
+        }
+    }
+}
+
+/// Why a daemon can't be controlled.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// There is no such socket.
+    #[error(
+        "{socket}: no daemon is there: start `snaprestore serve --control {socket}`, or name its socket by --control \
+         or SNAPRESTORE_CONTROL"
+    )]
+    NoDaemon {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Nothing listens at the socket.
+    #[error("{socket}: the daemon that made this socket has ended, or it is no control socket")]
+    NotListening {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Another user runs the daemon.
+    #[error("{socket}: only the user of the daemon and root may connect")]
+    NotPermitted {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Any other reason.
+    #[error("{socket}: can't be connected to")]
+    Failed {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+/// A connection to a daemon.
+pub struct Client {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Client {
+    /// Connects to the daemon whose control socket is at `path`.
+    pub fn connect(path: &Path) -> Result<Self, ConnectError> {
+        let stream = UnixStream::connect(path).map_err(|source| {
+            let socket = escape_path(path);
+            match source.kind() {
+                io::ErrorKind::NotFound => ConnectError::NoDaemon { socket },
+                io::ErrorKind::ConnectionRefused => ConnectError::NotListening { socket },
+                io::ErrorKind::PermissionDenied => ConnectError::NotPermitted { socket },
+                _ => ConnectError::Failed { socket, source },
+            }
+        })?;
+        Ok(Self {
+            stream,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Sends a request.
+    pub fn send(&self, request: &Request) -> Result<()> {
+        let name = escape_path(&self.path);
+        match send(&self.stream, request) {
+            // It may have said why before it hung up.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            sent => sent.with_context(|| format!("{name}: the daemon could not be asked")),
+        }
+    }
+
+    /// Receives the reply. Some requests take as long as they take: `unlimited` waits without a
+    /// limit.
+    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
+        let name = escape_path(&self.path);
+        let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);
+        let mut lines = Lines::new(&self.stream, MAX_REPLY_BYTES);
+        let line = lines.next(until);
+        let line = line.with_context(|| format!("{name}: the daemon did not answer"))?;
+        let Some(line) = line else {
+            bail!("{name}: the daemon hung up without an answer");
+        };
+        let reply: Reply<T> = serde_json::from_slice(line)
+            .with_context(|| format!("{name}: what answers there is no daemon of this version"))?;
+        match reply {
+            Reply::Ok(said) => Ok(said),
+            Reply::Error(why) => bail!(why),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

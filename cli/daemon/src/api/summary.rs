@@ -1,0 +1,136 @@
+//! Summaries of VMs that have ended, for people and programs.
+
+use std::fmt;
+use std::time::Duration;
+
+use indicatif::HumanCount;
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager::{PageCounts, Stats};
+
+use crate::log::count;
+
+/// The name of a VM in logs, messages and reports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmLabel {
+    /// Its number.
+    pub id: u64,
+    /// Its process.
+    pub pid: u32,
+    /// The name of its service.
+    pub service: String,
+}
+
+impl VmLabel {
+    /// A span that gives all events below it the fields of this VM.
+    pub(crate) fn span(&self) -> tracing::Span {
+        let Self { id, pid, service } = self;
+        tracing::error_span!("vm", vm = id, pid, service)
+    }
+}
+
+impl fmt::Display for VmLabel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, pid, service } = self;
+        write!(f, "VM {id} (pid {pid}, service {service})")
+    }
+}
+
+/// The summary of a VM that has ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmSummary {
+    /// The VM.
+    #[serde(flatten)]
+    pub label: VmLabel,
+    /// How it ended.
+    pub ending: Ending,
+    /// Why it was killed or refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    faults: u64,
+    fault_p50_us: u64,
+    fault_p99_us: u64,
+    /// Pages that were installed.
+    pages: u64,
+    /// Pages among them that were installed before they were touched.
+    prefetched: u64,
+    discards: u64,
+}
+
+/// How a VM ended, for the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ending {
+    /// The VM has all of its memory, and goes on alone.
+    Complete,
+    /// The process has exited by itself.
+    Exited,
+    /// The process was killed.
+    Killed,
+    /// The VM was never served.
+    Refused,
+}
+
+impl VmSummary {
+    /// Creates the summary of a VM that was not served.
+    pub(crate) fn new(label: VmLabel, ending: Ending, reason: Option<String>) -> Self {
+        Self {
+            label,
+            ending,
+            reason,
+            faults: 0,
+            fault_p50_us: 0,
+            fault_p99_us: 0,
+            pages: 0,
+            prefetched: 0,
+            discards: 0,
+        }
+    }
+
+    /// Adds the statistics of its session.
+    pub(crate) fn with(self, stats: &Stats) -> Self {
+        let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            faults: stats.faults,
+            fault_p50_us: micros(stats.fault_time.p50),
+            fault_p99_us: micros(stats.fault_time.p99),
+            pages: total(stats.demand) + total(stats.prefetch),
+            prefetched: total(stats.prefetch),
+            discards: stats.events,
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Complete => "complete",
+            Self::Exited => "exited",
+            Self::Killed => "killed",
+            Self::Refused => "refused",
+        })
+    }
+}
+
+/// Formats the part of a log line that follows the label.
+impl fmt::Display for VmSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.ending)?;
+        if let Some(reason) = &self.reason {
+            write!(f, ": {reason}")?;
+        }
+        if self.pages > 0 {
+            write!(
+                f,
+                "; {} ({} us at p50, {} us p99), {} installed, {} of them before they were touched",
+                count(self.faults, "fault"),
+                self.fault_p50_us,
+                self.fault_p99_us,
+                count(self.pages, "page"),
+                HumanCount(self.prefetched),
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,580 @@
+//! The requests of operators, and the answers to them: the control socket, `ctl` and the
+//! metrics all speak in these.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager;
+
+use crate::api::config::Service;
+
+/// The number of a VM: one session of a service. Counted through the whole daemon from 1, and never
+/// given again.
+pub type VmId = u64;
+
+/// VMs that have ended and that operators may still ask for.
+pub(crate) const MAX_RECENT_VMS: usize = 100;
+
+/// Why the daemon refuses a request, in words for the operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct RequestError(pub(crate) String);
+
+impl RequestError {
+    pub(crate) fn no_vm(id: VmId) -> Self {
+        Self(format!(
+            "there is no VM {id}; `ctl list` shows those that there are"
+        ))
+    }
+
+    pub(crate) fn no_service(name: &str) -> Self {
+        Self(format!(
+            "there is no service {name:?}; `ctl list` shows those that there are"
+        ))
+    }
+}
+
+impl From<anyhow::Error> for RequestError {
+    fn from(error: anyhow::Error) -> Self {
+        Self(format!("{error:#}"))
+    }
+}
+
+pub(crate) type ApiResult<T> = Result<T, RequestError>;
+
+/// The operations that operators can ask for. Each call is made by a thread of its caller's, and
+/// may take as long as the operation.
+pub(crate) trait OperatorApi: Send + Sync {
+    /// Serves one more snapshot. It was [checked](Service::check) by itself, not against the
+    /// others.
+    fn add(&self, service: Service) -> ApiResult<()>;
+    /// Takes no more VMs for a service; those that it has go on.
+    fn remove(&self, name: &str) -> ApiResult<()>;
+    fn list(&self) -> ApiResult<List>;
+    /// Returns the statistics of one VM, or of all that are served; those of one that has ended are
+    /// there as long as the daemon remembers it.
+    fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>>;
+    /// Installs what is missing and lets the VMs go; returns when that is done, or can't be.
+    fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>>;
+    /// Takes no more VMs, completes those that there are, and has the daemon end after that;
+    /// returns when all are let go.
+    fn drain(&self) -> ApiResult<Vec<Completed>>;
+    /// Goes on with another program file, or with the same one if it was replaced.
+    fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded>;
+}
+
+/// A choice of VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmSelector {
+    Vm(VmId),
+    All,
+}
+
+/// The services and VMs of a daemon.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct List {
+    /// The program that answers.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// How often another one took over from a worker that had ended.
+    pub worker_restarts: u64,
+    /// Whether it takes no more VMs.
+    pub draining: bool,
+    /// The services.
+    pub services: Vec<ServiceStatus>,
+    /// Those that are served and the last that have ended, by their numbers.
+    pub vms: Vec<VmStatus>,
+}
+
+/// A service and its VMs, counted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// The service.
+    pub service: Service,
+    /// VMs that are served now.
+    pub serving: u64,
+    /// VMs that have ended, in whatever way.
+    pub ended: u64,
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its number.
+    pub id: VmId,
+    /// The name of its service.
+    pub service: String,
+    /// Its process.
+    pub pid: u32,
+    /// How far it is.
+    pub state: VmState,
+    /// Why it was killed or refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Since it connected.
+    pub age_ms: u64,
+}
+
+/// How far a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// The VM has connected and has not handed its memory over yet.
+    Connecting,
+    /// Its pages come when they are touched, or before.
+    Serving,
+    /// Everything that is missing is being installed, and then it is let go.
+    Completing,
+    /// The VM has all its memory, and was let go.
+    Complete,
+    /// The process exited by itself.
+    Exited,
+    /// The process was killed, because a page of it could not be restored.
+    Killed,
+    /// The VM was not taken.
+    Refused,
+}
+
+impl VmState {
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Connecting,
+        Self::Serving,
+        Self::Completing,
+        Self::Complete,
+        Self::Exited,
+        Self::Killed,
+        Self::Refused,
+    ];
+
+    /// Whether nothing more will happen to it.
+    pub(crate) fn is_ended(self) -> bool {
+        !matches!(self, Self::Connecting | Self::Serving | Self::Completing)
+    }
+
+    /// As it is written in JSON and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Serving => "serving",
+            Self::Completing => "completing",
+            Self::Complete => "complete",
+            Self::Exited => "exited",
+            Self::Killed => "killed",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// The result for a VM that was to be completed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Completed {
+    /// The VM.
+    pub vm: VmId,
+    /// Whether it has all its memory and was let go, or ended by itself meanwhile.
+    pub done: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// The result of an upgrade.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgraded {
+    /// The version of the program that has answered so far.
+    pub from: String,
+    /// The version of the one that does from now on.
+    pub to: String,
+}
+
+/// The statistics of a VM's session. The counters begin at 0 again when a new worker takes it over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStats {
+    /// The VM.
+    #[serde(flatten)]
+    pub vm: VmStatus,
+    /// Its numbers.
+    #[serde(flatten)]
+    pub session: SessionStats,
+}
+
+/// The numbers of a session.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SessionStats {
+    /// Pages of its memory, of 4 KiB.
+    pub pages: u64,
+    /// Pages that are neither there nor discarded nor poisoned yet.
+    pub missing: u64,
+    /// Faults read.
+    pub faults: u64,
+    /// By what they met.
+    pub fault_kinds: FaultKinds,
+    /// From reading a fault to its answer.
+    pub fault_us: Times,
+    /// The latency by where the content came from.
+    pub sources: Sources,
+    /// Pages that faults brought in.
+    pub demand: Pages,
+    /// Pages that prefetch brought in.
+    pub prefetch: Pages,
+    /// Pages poisoned because they could not be restored.
+    pub poisoned: u64,
+    /// Discards, unmappings and moves.
+    pub discards: u64,
+    /// Installs that had to be repeated because the mappings were changing.
+    pub retries: u64,
+    /// Installs that were given up for want of memory, by where it was to come from.
+    #[serde(default)]
+    pub shortages: Shortages,
+    /// Bytes of frames read from the snapshot.
+    pub bytes_read: u64,
+    /// Bytes decoded from frames.
+    pub bytes_decoded: u64,
+    /// Failures to have a page, for whatever reason it was wanted.
+    pub failures: u64,
+}
+
+/// Installs that were given up for want of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shortages {
+    /// Shortages of the machine's or the VM's cgroup's memory.
+    pub memory: u64,
+    /// Shortages of the pool of 2 MiB pages.
+    #[serde(rename = "hugepages-2048kB")]
+    pub huge_pages: u64,
+}
+
+/// Faults, by what they met.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultKinds {
+    /// A page that a frame holds.
+    pub stored: u64,
+    /// A page that repeats one word.
+    pub fill: u64,
+    /// A page that its owner has discarded.
+    pub removed: u64,
+    /// A page that was there by then.
+    pub present: u64,
+    /// A page that is poisoned.
+    pub poisoned: u64,
+    /// No page of the memory that was handed over.
+    pub outside: u64,
+}
+
+/// How long faults took, by where the content came from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sources {
+    /// No content was needed but a repeated word.
+    pub fill: Times,
+    /// A frame was read and decoded.
+    pub read: Times,
+    /// The frame was decoded already.
+    pub cached: Times,
+    /// Another thread was bringing it.
+    pub waited: Times,
+    /// Nothing had to be brought.
+    pub none: Times,
+}
+
+/// Pages installed for one reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// From frames.
+    pub copied: u64,
+    /// Repeating a word other than zero.
+    pub filled: u64,
+    /// Zeros.
+    pub zeroed: u64,
+}
+
+impl Pages {
+    /// All of them.
+    pub fn total(self) -> u64 {
+        self.copied + self.filled + self.zeroed
+    }
+
+    pub(crate) fn add(&mut self, other: Self) {
+        self.copied += other.copied;
+        self.filled += other.filled;
+        self.zeroed += other.zeroed;
+    }
+}
+
+impl From<pager::PageCounts> for Pages {
+    fn from(counts: pager::PageCounts) -> Self {
+        let pager::PageCounts {
+            copied,
+            filled,
+            zeroed,
+        } = counts;
+        Self {
+            copied,
+            filled,
+            zeroed,
+        }
+    }
+}
+
+/// Durations in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    /// How many there are.
+    pub count: u64,
+    /// The median.
+    pub p50: f64,
+    /// The 90th percentile.
+    pub p90: f64,
+    /// The 99th percentile.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
+    /// All of them together.
+    pub sum: f64,
+    /// The buckets of the histogram, for uses beyond percentiles: each that isn't empty,
+    /// by the longest duration that falls into it, in nanoseconds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<(u64, u64)>,
+}
+
+/// A duration in microseconds, with one decimal.
+#[expect(clippy::cast_precision_loss, reason = "one decimal of it is shown")]
+fn micros(nanos: u64) -> f64 {
+    (nanos as f64 / 100.0).round() / 10.0
+}
+
+impl Times {
+    /// From buckets in rising order, of which the last may end above the longest duration.
+    pub fn of(buckets: Vec<(u64, u64)>, sum: Duration, max: Duration) -> Self {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Self::of_nanos(buckets, micros(nanos(sum)), nanos(max))
+    }
+
+    fn of_nanos(buckets: Vec<(u64, u64)>, sum: f64, max: u64) -> Self {
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        let at = |percent: u64| {
+            let rank = (u128::from(count) * u128::from(percent)).div_ceil(100);
+            let mut seen = 0;
+            let found = buckets.iter().find(|(_, count)| {
+                seen += u128::from(*count);
+                seen >= rank
+            });
+            micros(found.map_or(0, |(upper, _)| (*upper).min(max)))
+        };
+        Self {
+            count,
+            p50: at(50),
+            p90: at(90),
+            p99: at(99),
+            max: micros(max),
+            sum,
+            buckets,
+        }
+    }
+
+    /// Those that were recorded after `earlier`; of a longest one is known only in which bucket it
+    /// fell.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut buckets = Vec::new();
+        let mut before = earlier.buckets.iter().peekable();
+        for (upper, count) in &self.buckets {
+            while before.next_if(|(other, _)| other < upper).is_some() {}
+            let had = before.next_if(|(other, _)| other == upper);
+            let new = count.saturating_sub(had.map_or(0, |(_, count)| *count));
+            if new > 0 {
+                buckets.push((*upper, new));
+            }
+        }
+        let longest = buckets.last().map_or(0, |(upper, _)| *upper);
+        Self::of_nanos(buckets, (self.sum - earlier.sum).max(0.0), longest)
+    }
+
+    /// Adds others to these.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let mut buckets = Vec::with_capacity(self.buckets.len().max(other.buckets.len()));
+        let mut ours = self.buckets.iter().copied().peekable();
+        let mut theirs = other.buckets.iter().copied().peekable();
+        loop {
+            let next = match (ours.peek(), theirs.peek()) {
+                (None, None) => break,
+                (Some((upper, _)), None) | (None, Some((upper, _))) => *upper,
+                (Some((a, _)), Some((b, _))) => *a.min(b),
+            };
+            let mut count = 0;
+            for side in [&mut ours, &mut theirs] {
+                count += side.next_if(|(upper, _)| *upper == next).map_or(0, |b| b.1);
+            }
+            buckets.push((next, count));
+        }
+        let (sum, max) = (self.sum + other.sum, self.max.max(other.max));
+        let longest = buckets.last().map_or(0, |(upper, _)| *upper);
+        *self = Self::of_nanos(buckets, sum, longest);
+        // As it was said, and not as its bucket has it.
+        self.max = max;
+        for percentile in [&mut self.p50, &mut self.p90, &mut self.p99] {
+            *percentile = percentile.min(max);
+        }
+    }
+}
+
+impl SessionStats {
+    /// Every histogram that it has.
+    fn histograms(&mut self) -> [&mut Times; 6] {
+        let Sources {
+            fill,
+            read,
+            cached,
+            waited,
+            none,
+        } = &mut self.sources;
+        [&mut self.fault_us, fill, read, cached, waited, none]
+    }
+
+    /// Adds the numbers of another session.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let mut other = other.clone();
+        for (times, others) in self.histograms().into_iter().zip(other.histograms()) {
+            times.add(others);
+        }
+        let (kinds, others) = (&mut self.fault_kinds, other.fault_kinds);
+        for (number, other) in [
+            (&mut kinds.stored, others.stored),
+            (&mut kinds.fill, others.fill),
+            (&mut kinds.removed, others.removed),
+            (&mut kinds.present, others.present),
+            (&mut kinds.poisoned, others.poisoned),
+            (&mut kinds.outside, others.outside),
+            (&mut self.pages, other.pages),
+            (&mut self.missing, other.missing),
+            (&mut self.faults, other.faults),
+            (&mut self.poisoned, other.poisoned),
+            (&mut self.discards, other.discards),
+            (&mut self.retries, other.retries),
+            (&mut self.shortages.memory, other.shortages.memory),
+            (&mut self.shortages.huge_pages, other.shortages.huge_pages),
+            (&mut self.bytes_read, other.bytes_read),
+            (&mut self.bytes_decoded, other.bytes_decoded),
+            (&mut self.failures, other.failures),
+        ] {
+            *number += other;
+        }
+        self.demand.add(other.demand);
+        self.prefetch.add(other.prefetch);
+    }
+
+    /// Leaves only the percentiles of its histograms.
+    pub(crate) fn drop_buckets(&mut self) {
+        for times in self.histograms() {
+            times.buckets = Vec::new();
+        }
+    }
+}
+
+impl From<&pager::Durations> for Times {
+    fn from(times: &pager::Durations) -> Self {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let buckets = times.buckets.iter();
+        let buckets = buckets.map(|(upper, count)| (nanos(*upper), *count));
+        Self::of(buckets.collect(), times.sum, times.max)
+    }
+}
+
+impl From<&pager::Stats> for SessionStats {
+    fn from(stats: &pager::Stats) -> Self {
+        Self {
+            pages: stats.pages,
+            missing: stats.missing,
+            faults: stats.faults,
+            fault_kinds: FaultKinds {
+                stored: stats.fault_kinds.stored,
+                fill: stats.fault_kinds.fill,
+                removed: stats.fault_kinds.removed,
+                present: stats.fault_kinds.present,
+                poisoned: stats.fault_kinds.poisoned,
+                outside: stats.fault_kinds.outside,
+            },
+            fault_us: (&stats.fault_times.all).into(),
+            sources: Sources {
+                fill: (&stats.fault_times.fill).into(),
+                read: (&stats.fault_times.read).into(),
+                cached: (&stats.fault_times.cached).into(),
+                waited: (&stats.fault_times.another).into(),
+                none: (&stats.fault_times.nowhere).into(),
+            },
+            demand: stats.demand.into(),
+            prefetch: stats.prefetch.into(),
+            poisoned: stats.poisoned,
+            discards: stats.events,
+            retries: stats.retries,
+            shortages: Shortages {
+                memory: stats.shortages,
+                huge_pages: stats.huge_shortages,
+            },
+            bytes_read: stats.bytes_read,
+            bytes_decoded: stats.bytes_decoded,
+            failures: stats.failures,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn times(buckets: &[(u64, u64)]) -> Times {
+        let max = buckets.last().map_or(0, |(upper, _)| *upper);
+        let sum = buckets.iter().map(|(upper, count)| upper * count).sum();
+        let nanos = Duration::from_nanos;
+        Times::of(buckets.to_vec(), nanos(sum), nanos(max))
+    }
+
+    #[test]
+    fn percentiles_are_those_of_the_buckets() {
+        let times = times(&[(1000, 50), (2000, 40), (3000, 9), (9000, 1)]);
+        assert_eq!(times.count, 100);
+        let found = (times.p50, times.p90, times.p99, times.max);
+        assert_eq!(found, (1.0, 2.0, 3.0, 9.0));
+        assert!((times.sum - 166.0).abs() < 0.01, "{}", times.sum);
+        let none = Times::of(Vec::new(), Duration::ZERO, Duration::ZERO);
+        assert_eq!(none, Times::default());
+    }
+
+    #[test]
+    fn the_longest_is_not_made_longer_by_its_bucket() {
+        let times = Times::of(
+            vec![(1000, 1)],
+            Duration::from_nanos(900),
+            Duration::from_nanos(900),
+        );
+        assert_eq!((times.p99, times.max), (0.9, 0.9));
+    }
+
+    #[test]
+    fn what_came_since_is_the_difference() {
+        let before = times(&[(1000, 5), (4000, 1)]);
+        let after = times(&[(1000, 5), (2000, 7), (4000, 3), (5000, 1)]);
+        let new = after.since(&before);
+        assert_eq!(new.buckets, [(2000, 7), (4000, 2), (5000, 1)]);
+        assert_eq!((new.count, new.p50, new.p99), (10, 2.0, 5.0));
+        assert_eq!(after.since(&after).count, 0);
+        // A new worker begins at 0.
+        assert_eq!(before.since(&after).count, 0);
+    }
+
+    #[test]
+    fn what_is_added_up_is_all_of_it() {
+        let mut all = times(&[(1000, 5), (4000, 1)]);
+        all.add(&times(&[(500, 1), (1000, 2), (9000, 3)]));
+        assert_eq!(all.buckets, [(500, 1), (1000, 7), (4000, 1), (9000, 3)]);
+        assert_eq!((all.count, all.max, all.p50), (12, 9.0, 1.0));
+    }
+
+    #[test]
+    fn states_have_the_names_that_json_has() {
+        for state in VmState::ALL {
+            let json = serde_json::to_value(state).unwrap();
+            assert_eq!(json, state.name());
+        }
+    }
+}

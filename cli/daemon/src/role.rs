@@ -1,0 +1,54 @@
+//! The processes that a daemon starts from its own program, by hidden subcommands.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::fd_store::guardian;
+use crate::log;
+use crate::worker::{self, WorkerOptions};
+
+/// The part of a daemon that a process was started for.
+#[derive(Debug)]
+pub struct Role(Hidden);
+
+/// The command line of such a process.
+#[derive(Debug, Parser)]
+struct CommandLine {
+    #[command(subcommand)]
+    hidden: Hidden,
+}
+
+/// The hidden subcommands.
+#[derive(Debug, Subcommand)]
+enum Hidden {
+    Worker(WorkerOptions),
+    Guardian {
+        /// Whether it is the process that stays; without it another is started that does.
+        #[arg(long)]
+        stay: bool,
+    },
+}
+
+impl Role {
+    /// Returns the role that this process was started for. `None`: it was not started by a daemon.
+    pub fn of_this_process() -> Option<Self> {
+        let command_line = CommandLine::try_parse().ok()?;
+        Some(Self(command_line.hidden))
+    }
+
+    /// Plays the role to its end.
+    ///
+    /// The process must have no other thread yet, and must not have changed how it
+    /// takes signals.
+    pub fn run(self) -> Result<ExitCode> {
+        match self.0 {
+            Hidden::Worker(options) => {
+                log::start(Some(options.log_format));
+                worker::run(&options)
+            }
+            Hidden::Guardian { stay } => Ok(guardian::run(stay)),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Listening sockets.
+
+use std::fs::{remove_file, symlink_metadata};
+use std::io::{self, ErrorKind};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
+};
+use snapshot_format::names::escape_path;
+
+use crate::api::config::MetricsAddress;
+use crate::api::control;
+use crate::fd_store::backlog::{self, BacklogPeer};
+
+/// Time in which the guardian of a dead supervisor closes its sockets.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A listening socket; the name that it has in the file system is removed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct BoundSocket {
+    listener: Listener,
+    name: Option<Name>,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// A path, and the device and inode that it had: nobody else's is removed.
+#[derive(Debug)]
+struct Name {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl BoundSocket {
+    /// Listens at `path`. Nobody can connect before `share` has set the permissions.
+    pub(crate) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
+        make_room(path)?;
+        let bound = || -> nix::Result<OwnedFd> {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+            Ok(socket)
+        };
+        let socket = bound().with_context(|| {
+            let hint = if path.exists() {
+                "; remove it if nothing serves there any more"
+            } else {
+                ""
+            };
+            format!("{}: can't be listened on{hint}", escape_path(path))
+        })?;
+        // Removes the socket again if it can't be shared as wanted.
+        let socket = Self::unix(socket.into(), path)?;
+        share()?;
+        listen(&socket, Backlog::MAXCONN)
+            .with_context(|| format!("{}: can't be listened on", escape_path(path)))?;
+        Ok(socket)
+    }
+
+    /// Continues with a socket that an earlier supervisor has stored as `store_id`.
+    pub(crate) fn inherit(socket: OwnedFd, store_id: &str) -> Option<(PathBuf, Self)> {
+        let listener = UnixListener::from(socket);
+        let path = listener.local_addr().ok()?.as_pathname()?.to_owned();
+        let mut socket = Self::unix(listener, &path).ok()?;
+        if socket.store_id().as_deref() != Some(store_id) {
+            socket.name = None;
+        }
+        Some((path, socket))
+    }
+
+    /// Returns the id under which to store it, by which another supervisor knows whether its path
+    /// still means it. `None`: it doesn't, or there is no path.
+    pub(crate) fn store_id(&self) -> Option<String> {
+        let Name { path, file } = self.name.as_ref()?;
+        let (device, inode) = file;
+        (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
+    }
+
+    /// Refuses new connections. Those that wait can still be accepted.
+    pub(crate) fn close(&mut self) {
+        // A supervisor that goes on with the socket must not take it for one at which others come.
+        self.remove_name();
+        if let Listener::Unix(listener) = &self.listener {
+            let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
+        }
+    }
+
+    fn remove_name(&mut self) {
+        if let Some(Name { path, file }) = self.name.take()
+            && identity(&path) == Some(file)
+        {
+            // Who has removed it meanwhile meant that.
+            let _ = remove_file(path);
+        }
+    }
+
+    /// Kills the peers that have connected and were not accepted, and refuses new connections.
+    pub(crate) fn kill_backlog(
+        &self,
+        service: &str,
+        allowed: &[u32],
+        say: impl FnMut(String),
+    ) -> Vec<BacklogPeer> {
+        match &self.listener {
+            Listener::Unix(listener) => backlog::kill_peers(listener, service, allowed, say),
+            Listener::Tcp(_) => Vec::new(),
+        }
+    }
+
+    /// Listens for this user and root only.
+    pub(crate) fn private(path: &Path) -> Result<Self> {
+        make_room(path)?;
+        Self::unix(control::listen_at(path)?, path)
+    }
+
+    /// Listens for who reads metrics.
+    pub(crate) fn metrics(address: &MetricsAddress) -> Result<Self> {
+        match address {
+            MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
+            MetricsAddress::Loopback(address) => {
+                let listener = TcpListener::bind(address)
+                    .with_context(|| format!("{address}: can't be listened on"))?;
+                listener.set_nonblocking(true)?;
+                Ok(Self {
+                    listener: Listener::Tcp(listener),
+                    name: None,
+                })
+            }
+        }
+    }
+
+    fn unix(listener: UnixListener, path: &Path) -> Result<Self> {
+        listener.set_nonblocking(true)?;
+        let name = identity(path).map(|file| Name {
+            path: path.to_owned(),
+            file,
+        });
+        Ok(Self {
+            listener: Listener::Unix(listener),
+            name,
+        })
+    }
+
+    /// Accepts the next connection. `None`: nobody waits.
+    pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        let accepted = match &self.listener {
+            Listener::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
+            Listener::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),
+        };
+        match accepted {
+            Ok(stream) => Ok(Some(stream)),
+            // The other of one that is closed.
+            Err(error)
+                if [ErrorKind::WouldBlock, ErrorKind::InvalidInput].contains(&error.kind()) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl AsFd for BoundSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.listener {
+            Listener::Unix(listener) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        self.remove_name();
+    }
+}
+
+/// Removes a socket that nobody listens at: it is left of a server that was killed. A guardian may
+/// need a moment to let go of it.
+fn make_room(path: &Path) -> Result<()> {
+    let began = Instant::now();
+    // Of another kind, so that it is found out whether somebody has the socket, and nobody has to
+    // accept this.
+    let probe = UnixDatagram::unbound()?;
+    loop {
+        match probe.connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                // So it is for every file that can't be connected to, which may be anything.
+                if symlink_metadata(path).is_ok_and(|file| !file.file_type().is_socket()) {
+                    bail!(
+                        "{}: can't be listened on, for a file that is no socket lies there; name another path, \
+                         or remove it",
+                        escape_path(path)
+                    );
+                }
+                let _ = remove_file(path);
+                return Ok(());
+            }
+            Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
+            _ if began.elapsed() >= RELEASE_TIMEOUT => {
+                bail!("{}: another process serves there", escape_path(path))
+            }
+            _ => std::thread::sleep(RELEASE_TIMEOUT / 100),
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}

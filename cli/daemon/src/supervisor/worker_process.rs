@@ -1,0 +1,195 @@
+//! The worker's process, as the supervisor sees it.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
+use snaprestore_uffd::os::open_pidfd;
+use snapshot_format::names::escape_path;
+
+use crate::fd_store::systemd;
+use crate::ipc::{Channel, FAIL};
+use crate::supervisor::Options;
+
+/// A worker process.
+#[derive(Debug)]
+pub(crate) struct WorkerProcess {
+    child: Child,
+    /// Readable once every thread of it is gone.
+    pidfd: OwnedFd,
+    pub(crate) channel: Channel,
+    pub(crate) started: Instant,
+    /// The version of its program, once it has said that it is there.
+    pub(crate) version: Option<String>,
+    /// Whether it was killed for being stuck.
+    stuck: bool,
+    /// The time at which it was killed.
+    killed: Option<Instant>,
+}
+
+/// Why a worker exited.
+#[derive(Debug)]
+pub(crate) struct ExitCause {
+    /// A description for the log.
+    pub(crate) description: String,
+    /// Whether the frame that it was decoding may be the cause: it crashed or got stuck, and was
+    /// not killed from outside.
+    pub(crate) is_own_fault: bool,
+    /// Whether it was killed for being stuck.
+    pub(crate) stuck: bool,
+}
+
+impl WorkerProcess {
+    /// Starts `program` as the worker number `number`, the first of which is 0.
+    pub(crate) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
+        let (channel, theirs) = Channel::pair().context("a socket for the worker")?;
+        let mut command = Command::new(program);
+        // A Ctrl-C is the supervisor's to act on.
+        command.arg("worker").process_group(0);
+        let format = options.log_format.to_possible_value();
+        let format = format.as_ref().map_or("text", |format| format.get_name());
+        command.args(["--log-format", format]);
+        command.args(["--frame-cache", &options.frame_cache.to_string()]);
+        if options.confine {
+            command.arg("--confine");
+        }
+        if let Some(user) = &options.user {
+            command.args(["--user", user]);
+        }
+        command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        for variable in systemd::VARIABLES {
+            command.env_remove(variable);
+        }
+        match place_to_fail(number) {
+            Some(place) => command.env(FAIL, place),
+            None => command.env_remove(FAIL),
+        };
+        let child = command.spawn().with_context(|| {
+            format!(
+                "{}: can't be started as a worker",
+                escape_path(program.as_ref())
+            )
+        })?;
+        let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;
+        Ok(Self {
+            child,
+            pidfd,
+            channel,
+            started: Instant::now(),
+            version: None,
+            stuck: false,
+            killed: None,
+        })
+    }
+
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Reaps the process if it has exited, and returns whether it has.
+    pub(crate) fn is_gone(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Kills it for being stuck.
+    pub(crate) fn kill_stuck(&mut self) {
+        self.stuck = true;
+        self.kill();
+    }
+
+    /// Kills it. The supervisor notices the exit like any other.
+    pub(crate) fn kill(&mut self) {
+        // It can't be another's process: its status has not been taken.
+        let _ = self.child.kill();
+        self.killed.get_or_insert_with(Instant::now);
+    }
+
+    /// Returns when it was killed.
+    pub(crate) fn killed(&self) -> Option<Instant> {
+        self.killed
+    }
+
+    /// Describes where in the kernel its unkillable threads wait.
+    pub(crate) fn blocked_in(&self) -> String {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let tasks = fs::read_dir(tasks).into_iter().flatten();
+        let mut found: Vec<_> = tasks
+            .filter_map(|task| uninterruptible(&task.ok()?.path()))
+            .collect();
+        found.dedup();
+        if found.is_empty() {
+            return "no thread of it tells what for".to_owned();
+        }
+        found.truncate(3);
+        format!("uninterruptible in {}", found.join(", "))
+    }
+
+    /// Reaps a worker whose pidfd is readable.
+    pub(crate) fn reap(&mut self) -> Result<ExitCause> {
+        let status: ExitStatus = self.child.wait().context("the worker's status")?;
+        let description = if self.stuck {
+            "was stuck, and was killed".to_owned()
+        } else {
+            match (status.code(), status.signal()) {
+                (Some(code), _) => format!("ended with code {code}"),
+                (None, signal) => format!("was killed by signal {}", signal.unwrap_or(0)),
+            }
+        };
+        let killed_from_outside = !self.stuck && status.signal() == Some(SIGKILL);
+        Ok(ExitCause {
+            description,
+            is_own_fault: !killed_from_outside,
+            stuck: self.stuck,
+        })
+    }
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        self.kill();
+        // One that can't be killed is left to whoever takes care of orphans.
+        let began = Instant::now();
+        while !self.is_gone() && began.elapsed() < DROP_TIMEOUT {
+            std::thread::sleep(DROP_TIMEOUT / 100);
+        }
+    }
+}
+
+/// Time to wait for the exit of a worker that is dropped.
+const DROP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Describes where in the kernel a task waits, if it waits uninterruptibly.
+fn uninterruptible(task: &Path) -> Option<String> {
+    let stat = fs::read_to_string(task.join("stat")).ok()?;
+    if !stat.rsplit_once(") ")?.1.starts_with('D') {
+        return None;
+    }
+    // It takes the permission to trace it; "0" is said without.
+    let place = fs::read_to_string(task.join("wchan")).unwrap_or_default();
+    let call = fs::read_to_string(task.join("syscall")).unwrap_or_default();
+    let call = call.split(' ').next().unwrap_or_default().trim_end();
+    let place = if ["", "0"].contains(&place.trim()) {
+        "a place that the kernel doesn't tell"
+    } else {
+        place.trim()
+    };
+    Some(if call.is_empty() {
+        place.to_owned()
+    } else {
+        format!("{place} (system call {call})")
+    })
+}
+
+const SIGKILL: i32 = nix::sys::signal::Signal::SIGKILL as i32;
+
+fn place_to_fail(number: u64) -> Option<String> {
+    let places = std::env::var(FAIL).ok()?;
+    let place = places.split(',').nth(usize::try_from(number).ok()?);
+    place.map(str::to_owned)
+}

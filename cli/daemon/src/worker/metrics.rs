@@ -1,0 +1,512 @@
+//! Metrics for Prometheus: what the sessions have done, by service, as text when it is asked for.
+//!
+//! Sessions come and go and a counter must not fall, so the [`Totals`] keeps what those that have
+//! ended did, and adds those that are served. The names are part of the interface:
+//! `docs/operations.md` lists them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::{collector::Collector, encoding::text, registry::Registry};
+
+use snaprestore_engine::pager::FrameCacheStats;
+
+use crate::api::types::{SessionStats, Times, VmState, VmStats};
+
+/// The longest head of a request.
+const MAX_HEAD_BYTES: usize = 8 << 10;
+/// Time limit of a scrape, the slowest reader included.
+const SCRAPE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Upper ends of the histograms' buckets, in seconds: what a fault takes that is answered from
+/// memory, from a disk, from far away, or too late.
+const BUCKET_BOUNDS: [f64; 20] = [
+    5e-6,
+    1e-5,
+    2e-5,
+    5e-5,
+    1e-4,
+    2e-4,
+    5e-4,
+    1e-3,
+    2e-3,
+    5e-3,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    f64::INFINITY,
+];
+
+/// Statistics of the daemon as a whole.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DaemonStats {
+    /// How often a new worker took over from one that had ended.
+    pub(crate) worker_restarts: u64,
+    /// Whether no more VMs are taken.
+    pub(crate) draining: bool,
+    /// The names of all services, so that those without a VM are told about, too.
+    pub(crate) services: Vec<String>,
+    /// VMs that have ended, by service and state: all that the daemon has seen, whoever served
+    /// them.
+    pub(crate) ended: BTreeMap<String, BTreeMap<VmState, u64>>,
+    /// The frames that the sessions share.
+    pub(crate) frame_cache: FrameCacheStats,
+}
+
+/// Totals of the sessions that have ended, by service.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    services: Mutex<BTreeMap<String, ServiceTotals>>,
+}
+
+/// The totals of one service.
+#[derive(Clone, Debug, Default)]
+struct ServiceTotals {
+    session: SessionStats,
+    /// VMs by their state, when it is rendered.
+    states: BTreeMap<VmState, u64>,
+}
+
+impl Totals {
+    /// Adds a VM that has ended. From now on it must not be among those that are served.
+    pub(crate) fn add(&self, vm: &VmStats) {
+        let mut vm = vm.clone();
+        // Nothing of it is there, and nothing will come.
+        (vm.session.pages, vm.session.missing) = (0, 0);
+        let mut services = self.lock();
+        let totals = services.entry(vm.vm.service.clone()).or_default();
+        totals.session.add(&vm.session);
+    }
+
+    /// Forgets a service that was removed and whose VMs have ended.
+    pub(crate) fn forget(&self, service: &str) {
+        self.lock().remove(service);
+    }
+
+    /// The metrics, with those of the VMs that are served.
+    pub(crate) fn render(&self, live: &[VmStats], daemon: &DaemonStats) -> String {
+        let mut services = self.lock().clone();
+        for name in &daemon.services {
+            services.entry(name.clone()).or_default();
+        }
+        for (name, ended) in &daemon.ended {
+            let totals = services.entry(name.clone()).or_default();
+            totals.states.clone_from(ended);
+        }
+        for vm in live {
+            let totals = services.entry(vm.vm.service.clone()).or_default();
+            totals.session.add(&vm.session);
+            *totals.states.entry(vm.vm.state).or_default() += 1;
+        }
+        let mut registry = Registry::with_prefix("snaprestore");
+        registry.register_collector(Box::new(Render {
+            services,
+            daemon: daemon.clone(),
+        }));
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = text::encode(&mut text, &registry);
+        text
+    }
+
+    /// The accounts are whole after every statement, so a panic elsewhere leaves nothing to repair.
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, ServiceTotals>> {
+        self.services.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clone for Totals {
+    fn clone(&self) -> Self {
+        Self {
+            services: Mutex::new(self.lock().clone()),
+        }
+    }
+}
+
+/// The content of one scrape.
+#[derive(Debug)]
+struct Render {
+    services: BTreeMap<String, ServiceTotals>,
+    daemon: DaemonStats,
+}
+
+/// Counters or gauges that services have: one for each value of a further label, if there is one.
+type Values = fn(&ServiceTotals) -> Vec<(&'static str, u64)>;
+
+/// The counters: name, what it counts, further label.
+const COUNTERS: &[(&str, &str, &str, Values)] = &[
+    (
+        "faults",
+        "Page faults, by what they met",
+        "kind",
+        |totals| {
+            let kinds = totals.session.fault_kinds;
+            vec![
+                ("stored", kinds.stored),
+                ("fill", kinds.fill),
+                ("removed", kinds.removed),
+                ("present", kinds.present),
+                ("poisoned", kinds.poisoned),
+                ("outside", kinds.outside),
+            ]
+        },
+    ),
+    (
+        "demand_pages",
+        "Pages that faults brought in, by content",
+        "content",
+        |totals| pages(totals.session.demand),
+    ),
+    (
+        "prefetch_pages",
+        "Pages that prefetch brought in, by content",
+        "content",
+        |totals| pages(totals.session.prefetch),
+    ),
+    (
+        "poisoned_pages",
+        "Pages poisoned because they could not be restored",
+        "",
+        |totals| vec![("", totals.session.poisoned)],
+    ),
+    (
+        "read_bytes",
+        "Bytes of frames read from snapshots",
+        "",
+        |totals| vec![("", totals.session.bytes_read)],
+    ),
+    ("decoded_bytes", "Bytes decoded from frames", "", |totals| {
+        vec![("", totals.session.bytes_decoded)]
+    }),
+    (
+        "discards",
+        "Events in which owners discarded, unmapped or moved memory",
+        "",
+        |totals| vec![("", totals.session.discards)],
+    ),
+    (
+        "retries",
+        "Installs repeated because the mappings were changing",
+        "",
+        |totals| vec![("", totals.session.retries)],
+    ),
+    (
+        "shortages",
+        "Installs given up for want of memory, by where it was to come from",
+        "source",
+        |totals| {
+            let shortages = totals.session.shortages;
+            vec![
+                ("memory", shortages.memory),
+                ("hugepages-2048kB", shortages.huge_pages),
+            ]
+        },
+    ),
+    (
+        "failures",
+        "Times that a page could not be had",
+        "",
+        |totals| vec![("", totals.session.failures)],
+    ),
+    (
+        "vms_ended",
+        "VMs that are served no more, by how that came",
+        "ending",
+        |totals| states(totals, true),
+    ),
+];
+
+const GAUGES: &[(&str, &str, &str, Values)] = &[
+    ("vms", "VMs that are served, by state", "state", |totals| {
+        states(totals, false)
+    }),
+    (
+        "pages",
+        "Pages of the memory of VMs that are served",
+        "",
+        |totals| vec![("", totals.session.pages)],
+    ),
+    (
+        "missing_pages",
+        "Pages that VMs which are served do not have yet",
+        "",
+        |totals| vec![("", totals.session.missing)],
+    ),
+];
+
+fn pages(pages: crate::api::types::Pages) -> Vec<(&'static str, u64)> {
+    vec![
+        ("frame", pages.copied),
+        ("fill", pages.filled),
+        ("zero", pages.zeroed),
+    ]
+}
+
+fn states(totals: &ServiceTotals, ended: bool) -> Vec<(&'static str, u64)> {
+    let states = VmState::ALL
+        .into_iter()
+        .filter(|state| state.is_ended() == ended);
+    states
+        .map(|state| {
+            let count = totals.states.get(&state).copied();
+            (state.name(), count.unwrap_or(0))
+        })
+        .collect()
+}
+
+impl Collector for Render {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, label, values) in COUNTERS {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            self.each(label, *values, |labels, value| {
+                one_counter(metric.encode_family(labels)?, value)
+            })?;
+        }
+        for (name, help, label, values) in GAUGES {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            self.each(label, *values, |labels, value| {
+                metric.encode_family(labels)?.encode_gauge(&value)
+            })?;
+        }
+        let help = "From reading a fault to its answer, by where the content came from";
+        let kind = MetricType::Histogram;
+        let mut metric = encoder.encode_descriptor("fault_seconds", help, None, kind)?;
+        for (service, totals) in &self.services {
+            for (source, times) in sources(&totals.session) {
+                let labels = vec![("service", service.as_str()), ("source", source)];
+                let buckets = coarse(times);
+                metric
+                    .encode_family(&labels)?
+                    .encode_histogram::<NoLabelSet>(times.sum / 1e6, times.count, &buckets, None)?;
+            }
+        }
+        self.encode_daemon(encoder)
+    }
+}
+
+impl Render {
+    /// Gives each value of each service with its labels.
+    fn each(
+        &self,
+        label: &'static str,
+        values: Values,
+        mut encode: impl FnMut(&Vec<(&str, &str)>, u64) -> fmt::Result,
+    ) -> fmt::Result {
+        for (service, totals) in &self.services {
+            for (name, value) in values(totals) {
+                let mut labels = vec![("service", service.as_str())];
+                if !label.is_empty() {
+                    labels.push((label, name));
+                }
+                encode(&labels, value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_daemon(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let daemon = &self.daemon;
+        let cache = &daemon.frame_cache;
+        let counters = [
+            (
+                "worker_restarts",
+                "Times that a new worker took over from one that had ended",
+                daemon.worker_restarts,
+            ),
+            (
+                "frame_cache_hits",
+                "Frames found decoded in the shared cache",
+                cache.hits,
+            ),
+            (
+                "frame_cache_misses",
+                "Frames not found in the shared cache",
+                cache.misses,
+            ),
+            (
+                "frame_cache_evictions",
+                "Frames dropped from the shared cache for others",
+                cache.evictions,
+            ),
+        ];
+        let gauges = [
+            (
+                "draining",
+                "Whether no more VMs are taken",
+                u64::from(daemon.draining),
+            ),
+            (
+                "frame_cache_frames",
+                "Frames in the shared cache",
+                cache.frames,
+            ),
+            (
+                "frame_cache_bytes",
+                "Bytes that frames in the shared cache take, with their lists",
+                cache.bytes,
+            ),
+        ];
+        for (name, help, value) in counters {
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            one_counter(metric, value)?;
+        }
+        for (name, help, value) in gauges {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            metric.encode_gauge(&value)?;
+        }
+        let help = "The program that serves";
+        let mut metric = encoder.encode_descriptor("build", help, None, MetricType::Info)?;
+        metric.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])
+    }
+}
+
+fn one_counter(mut metric: MetricEncoder<'_>, value: u64) -> fmt::Result {
+    metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
+}
+
+/// The histograms, by where the content came from.
+fn sources(session: &SessionStats) -> [(&'static str, &Times); 5] {
+    let sources = &session.sources;
+    [
+        ("read", &sources.read),
+        ("cached", &sources.cached),
+        ("waited", &sources.waited),
+        ("fill", &sources.fill),
+        ("none", &sources.none),
+    ]
+}
+
+/// Sorts durations into the buckets of the metrics. A duration is never counted as shorter than it
+/// was, and by at most a sixteenth as longer.
+fn coarse(times: &Times) -> Vec<(f64, u64)> {
+    let mut coarse: Vec<(f64, u64)> = BUCKET_BOUNDS.iter().map(|upper| (*upper, 0)).collect();
+    for (nanos, count) in &times.buckets {
+        #[expect(clippy::cast_precision_loss, reason = "compared with round numbers")]
+        let seconds = *nanos as f64 / 1e9;
+        if let Some((_, total)) = coarse.iter_mut().find(|(upper, _)| seconds <= *upper) {
+            *total += count;
+        }
+    }
+    coarse
+}
+
+/// A stream whose single reads and writes can be given a limit.
+pub(crate) trait TimedStream: Read + Write {
+    /// Limits each from now on.
+    fn set_timeouts(&self, time: Duration) -> io::Result<()>;
+}
+
+impl TimedStream for UnixStream {
+    fn set_timeouts(&self, time: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(time))?;
+        self.set_write_timeout(Some(time))
+    }
+}
+
+impl TimedStream for TcpStream {
+    fn set_timeouts(&self, time: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(time))?;
+        self.set_write_timeout(Some(time))
+    }
+}
+
+/// Answers one HTTP request: `GET /metrics`, with the text that `metrics` makes.
+pub(crate) fn scrape(mut stream: impl TimedStream, metrics: impl FnOnce() -> String) {
+    if let Err(error) = respond(&mut stream, metrics) {
+        tracing::debug!(%error, "a scrape of the metrics failed");
+    }
+}
+
+fn respond(stream: &mut impl TimedStream, metrics: impl FnOnce() -> String) -> io::Result<()> {
+    let until = Instant::now() + SCRAPE_TIMEOUT;
+    let mut head = Vec::new();
+    while !has_ended(&head) {
+        if head.len() >= MAX_HEAD_BYTES {
+            return reply(stream, until, "431 Request Header Fields Too Large", "");
+        }
+        wait_until(stream, until)?;
+        let mut chunk = [0; 1024];
+        let room = chunk.len().min(MAX_HEAD_BYTES - head.len());
+        match stream.read(&mut chunk[..room]) {
+            Ok(0) => return Ok(()),
+            Ok(read) => head.extend_from_slice(&chunk[..read]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let line = head.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line);
+    let words: Vec<_> = line.split_ascii_whitespace().collect();
+    let [method, target, version] = words[..] else {
+        return reply(stream, until, "400 Bad Request", "");
+    };
+    if !version.starts_with("HTTP/1.") {
+        return reply(stream, until, "505 HTTP Version Not Supported", "");
+    }
+    if target.split('?').next() != Some("/metrics") {
+        return reply(stream, until, "404 Not Found", "metrics are at /metrics\n");
+    }
+    match method {
+        "GET" => reply(stream, until, "200 OK", &metrics()),
+        "HEAD" => reply(stream, until, "200 OK", ""),
+        _ => reply(stream, until, "405 Method Not Allowed", ""),
+    }
+}
+
+/// Whether the head of a request is whole.
+fn has_ended(head: &[u8]) -> bool {
+    let ends = |end: &[u8]| head.windows(end.len()).any(|window| window == end);
+    ends(b"\r\n\r\n") || ends(b"\n\n")
+}
+
+fn wait_until(stream: &impl TimedStream, until: Instant) -> io::Result<()> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    stream.set_timeouts(left)
+}
+
+fn reply(
+    stream: &mut impl TimedStream,
+    until: Instant,
+    status: &str,
+    body: &str,
+) -> io::Result<()> {
+    let kind = if status.starts_with("200") {
+        "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    } else {
+        "text/plain; charset=utf-8"
+    };
+    let len = body.len();
+    let text = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len}\r\n\
+         Connection: close\r\n\r\n{body}"
+    );
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        wait_until(stream, until)?;
+        match stream.write(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(done) => rest = &rest[done..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    stream.flush()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,223 @@
+//! Scrapes.
+
+use super::*;
+use crate::api::types::{FaultKinds, Pages, Sources, VmStatus};
+
+fn vm(service: &str, state: VmState) -> VmStats {
+    VmStats {
+        vm: VmStatus {
+            id: 1,
+            service: service.into(),
+            pid: 7,
+            state,
+            reason: None,
+            age_ms: 0,
+        },
+        session: SessionStats {
+            pages: 1000,
+            missing: 400,
+            faults: 7,
+            fault_kinds: FaultKinds {
+                stored: 5,
+                fill: 2,
+                ..FaultKinds::default()
+            },
+            sources: Sources {
+                // 5 us and a bit: not in the bucket that ends there.
+                read: Times::of(
+                    vec![(4_900, 2), (5_100, 2), (9_000_000_000, 1)],
+                    Duration::from_secs(9),
+                    Duration::from_secs(9),
+                ),
+                ..Sources::default()
+            },
+            demand: Pages {
+                copied: 40,
+                filled: 2,
+                zeroed: 1,
+            },
+            bytes_read: 4096,
+            ..SessionStats::default()
+        },
+    }
+}
+
+fn daemon() -> DaemonStats {
+    DaemonStats {
+        worker_restarts: 3,
+        services: vec!["web".into(), "idle".into()],
+        ..DaemonStats::default()
+    }
+}
+
+#[track_caller]
+fn has(text: &str, lines: &[&str]) {
+    for line in lines {
+        assert!(text.lines().any(|l| l == *line), "no {line:?} in:\n{text}");
+    }
+}
+
+#[test]
+fn what_the_vms_of_a_service_did_is_added_up() {
+    let totals = Totals::default();
+    let live = [vm("web", VmState::Serving), vm("web", VmState::Completing)];
+    let text = totals.render(&live, &daemon());
+    has(
+        &text,
+        &[
+            "snaprestore_faults_total{service=\"web\",kind=\"stored\"} 10",
+            "snaprestore_faults_total{service=\"web\",kind=\"outside\"} 0",
+            "snaprestore_faults_total{service=\"idle\",kind=\"stored\"} 0",
+            "snaprestore_demand_pages_total{service=\"web\",content=\"frame\"} 80",
+            "snaprestore_read_bytes_total{service=\"web\"} 8192",
+            "snaprestore_vms{service=\"web\",state=\"serving\"} 1",
+            "snaprestore_vms{service=\"web\",state=\"completing\"} 1",
+            "snaprestore_vms_ended_total{service=\"web\",ending=\"killed\"} 0",
+            "snaprestore_missing_pages{service=\"web\"} 800",
+            "snaprestore_worker_restarts_total 3",
+            "snaprestore_draining 0",
+            concat!(
+                "snaprestore_build_info{version=\"",
+                env!("CARGO_PKG_VERSION"),
+                "\"} 1"
+            ),
+            "# EOF",
+        ],
+    );
+}
+
+#[test]
+fn buckets_hold_what_was_not_longer() {
+    let text = Totals::default().render(&[vm("web", VmState::Serving)], &daemon());
+    let bucket = |le: &str, count: u64| {
+        format!(
+            "snaprestore_fault_seconds_bucket{{le=\"{le}\",service=\"web\",source=\"read\"}} {count}"
+        )
+    };
+    let lines = [
+        bucket("0.000005", 2),
+        bucket("0.00001", 4),
+        bucket("5.0", 4),
+        bucket("+Inf", 5),
+        "snaprestore_fault_seconds_count{service=\"web\",source=\"read\"} 5".to_owned(),
+        "snaprestore_fault_seconds_sum{service=\"web\",source=\"read\"} 9.0".to_owned(),
+    ];
+    has(&text, &lines.each_ref().map(String::as_str));
+}
+
+#[test]
+fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
+    let totals = Totals::default();
+    totals.add(&vm("web", VmState::Exited));
+    totals.add(&vm("web", VmState::Killed));
+    let mut daemon = daemon();
+    let ended = [(VmState::Exited, 1), (VmState::Killed, 1)];
+    daemon.ended.insert("web".into(), ended.into());
+    let text = totals.render(&[vm("web", VmState::Serving)], &daemon);
+    has(
+        &text,
+        &[
+            "snaprestore_faults_total{service=\"web\",kind=\"stored\"} 15",
+            "snaprestore_vms_ended_total{service=\"web\",ending=\"exited\"} 1",
+            "snaprestore_vms_ended_total{service=\"web\",ending=\"killed\"} 1",
+            "snaprestore_vms{service=\"web\",state=\"serving\"} 1",
+            "snaprestore_pages{service=\"web\"} 1000",
+            "snaprestore_missing_pages{service=\"web\"} 400",
+            "snaprestore_fault_seconds_count{service=\"web\",source=\"read\"} 15",
+        ],
+    );
+    // What was rendered was not noted.
+    let again = totals.render(&[vm("web", VmState::Serving)], &daemon);
+    assert_eq!(text, again);
+    totals.forget("web");
+    let text = totals.render(&[], &DaemonStats::default());
+    assert!(!text.contains("web"), "{text}");
+}
+
+#[test]
+fn the_cache_of_frames_is_told_about() {
+    let mut daemon = DaemonStats::default();
+    (daemon.frame_cache.hits, daemon.frame_cache.bytes) = (5, 1 << 20);
+    let text = Totals::default().render(&[], &daemon);
+    has(
+        &text,
+        &[
+            "snaprestore_frame_cache_hits_total 5",
+            "snaprestore_frame_cache_bytes 1048576",
+        ],
+    );
+}
+
+/// Every name that is scraped is documented, and none is that isn't.
+#[test]
+fn the_documentation_has_the_names() {
+    let text = Totals::default().render(&[], &daemon());
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operations.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    let scraped = text.lines().filter_map(|line| {
+        let mut words = line.strip_prefix("# TYPE ")?.split(' ');
+        let (name, kind) = (words.next()?, words.next()?);
+        Some(match kind {
+            "counter" => format!("{name}_total"),
+            "info" => format!("{name}_info"),
+            _ => name.to_owned(),
+        })
+    });
+    let mut names: Vec<String> = scraped.collect();
+    let documented = page.lines().filter_map(|line| {
+        let name = line
+            .strip_prefix("| `snaprestore_")?
+            .split(['`', '{'])
+            .next()?;
+        Some(format!("snaprestore_{name}"))
+    });
+    let mut documented: Vec<String> = documented.collect();
+    names.sort();
+    documented.sort();
+    assert_eq!(names, documented);
+}
+
+/// Returns the answer to `request`, whose sender then waits.
+fn answered(request: &[u8]) -> String {
+    let (mut here, there) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || scrape(there, || "the text\n".to_owned()));
+        // What is too long is not taken whole.
+        let _ = here.write_all(request);
+        let mut reply = Vec::new();
+        let _ = here.read_to_end(&mut reply);
+        String::from_utf8(reply).unwrap()
+    })
+}
+
+#[test]
+fn a_scrape_is_answered_and_nothing_else() {
+    let reply = answered(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(reply.starts_with("HTTP/1.1 200 OK\r\n"), "{reply}");
+    assert!(reply.contains("Content-Length: 9\r\n"), "{reply}");
+    assert!(reply.ends_with("\r\n\r\nthe text\n"), "{reply}");
+    let head = answered(b"HEAD /metrics HTTP/1.0\n\n");
+    assert!(
+        head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"),
+        "{head}"
+    );
+    for (request, status) in [
+        (&b"GET / HTTP/1.1\r\n\r\n"[..], "404"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"GET /metrics HTTP/2\r\n\r\n", "505"),
+        (b"\x16\x03\x01\r\n\r\n", "400"),
+    ] {
+        let reply = answered(request);
+        assert!(reply.starts_with(&format!("HTTP/1.1 {status} ")), "{reply}");
+        assert!(!reply.contains("the text"), "{reply}");
+    }
+    let query = answered(b"GET /metrics?a=b HTTP/1.1\r\n\r\n");
+    assert!(query.contains("200 OK"), "{query}");
+}
+
+#[test]
+fn a_request_without_end_is_refused() {
+    let request = vec![b'x'; MAX_HEAD_BYTES];
+    let reply = answered(&request);
+    assert!(reply.starts_with("HTTP/1.1 431 "), "{reply}");
+}

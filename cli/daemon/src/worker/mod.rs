@@ -1,0 +1,632 @@
+//! The worker: everything but holding descriptors. It may be killed at any instant.
+//!
+//! ```text
+//!   main thread            reads the supervisor's messages; exits with the supervisor
+//!   one thread per VM      makes the tables and sends them to the supervisor, resumes, waits for
+//!                          the end of the VM and notifies the supervisor
+//!   one thread per client  serves the control socket, or a scrape of the metrics
+//! ```
+
+mod metrics;
+mod operator;
+pub(crate) mod sandbox;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::net::TcpStream;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
+use nix::unistd::geteuid;
+use snaprestore_engine::fail_point::{FailPoint, fail_point};
+use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
+use snapshot_format::{FileStore, Snapshot};
+
+use self::metrics::Totals;
+use self::operator::PendingRequests;
+use self::sandbox::{Account, Confinement, confine_worker, exit_with_supervisor};
+use crate::api::config::{self, Service};
+use crate::api::control;
+use crate::api::summary::{Ending, VmLabel, VmSummary};
+use crate::api::types::{self, MAX_RECENT_VMS, SessionStats, VmState, VmStats};
+use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
+use crate::log::{self, LogFormat};
+
+/// Interval at which suppressed events are logged.
+const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
+/// Time for clients to finish when the worker shuts down.
+const CLIENTS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The options of a worker.
+#[derive(Debug, clap::Args)]
+pub(crate) struct WorkerOptions {
+    /// Give up what isn't needed
+    #[arg(long)]
+    confine: bool,
+    /// User to become
+    #[arg(long)]
+    user: Option<String>,
+    /// Decoded frames that sessions share, in MiB
+    #[arg(long)]
+    frame_cache: u64,
+    /// How events are logged
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+/// Runs in the process that the supervisor has started, its socket being standard input.
+pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
+    let channel = Channel::new(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // What can't be asked for any more once this process is confined: the user of the daemon, and
+    // how many cores its cgroup may use.
+    let user = geteuid().as_raw();
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    let shared = Shared::new(args.frame_cache << 20);
+    let pool = HugePool::open();
+    if let Err(error) = confine(args) {
+        let why = format!("{error:#}");
+        channel.send(&FromWorker::ConfineFailed { why }, &[])?;
+        return Ok(ExitCode::FAILURE);
+    }
+    arm();
+    let worker = Arc::new(Worker::new(channel, user, cores, shared, pool));
+    let format = args.log_format;
+    worker.spawn("log", move |_| {
+        loop {
+            std::thread::sleep(SUPPRESSED_INTERVAL);
+            log::log_suppressed(format);
+        }
+    })?;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    worker.channel.send(&FromWorker::Ready { version }, &[])?;
+    while let Some((message, descriptors)) = worker.channel.receive()? {
+        if let ToWorker::Shutdown = message {
+            worker.let_clients_finish();
+            return Ok(ExitCode::SUCCESS);
+        }
+        worker.handle(message, descriptors)?;
+    }
+    // The supervisor is gone; what is open here must stay so until the VMs are, which is for
+    // somebody else to see to.
+    bail!("the supervisor has gone away");
+}
+
+/// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
+fn confine(args: &WorkerOptions) -> Result<()> {
+    if !args.confine {
+        return exit_with_supervisor();
+    }
+    let account = args.user.as_deref().map(Account::find).transpose()?;
+    let confined = confine_worker(&Confinement {
+        readable: Vec::new(),
+        account,
+    });
+    let confined = confined.context(
+        "the process that serves the pages can't be confined, which --no-confine does without",
+    )?;
+    tracing::debug!(landlock = confined.landlock, "confined");
+    for warning in confined.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
+}
+
+/// Arms the fail point at which the project's own tests want this process killed.
+fn arm() {
+    #[cfg(feature = "fail-points")]
+    if let Ok(place) = std::env::var(crate::ipc::FAIL) {
+        assert!(
+            snaprestore_engine::fail_point::arm(&place),
+            "{place}: no place to fail at"
+        );
+    }
+}
+
+/// The state that the threads share.
+pub(crate) struct Worker {
+    pub(crate) channel: Channel,
+    /// The user of the daemon.
+    user: u32,
+    cores: usize,
+    pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
+    pub(crate) vms: Mutex<BTreeMap<u64, Arc<ServedVm>>>,
+    /// The last VMs that have ended.
+    pub(crate) ended: Mutex<VecDeque<VmStats>>,
+    pub(crate) requests: PendingRequests,
+    pub(crate) facts: Mutex<Facts>,
+    totals: Totals,
+    pool: Arc<HugePool>,
+    shared: Shared,
+    draining: AtomicBool,
+    clients: AtomicUsize,
+}
+
+/// A snapshot, and how VMs are served from it.
+pub(crate) struct OpenService {
+    pub(crate) service: Service,
+    file: OwnedFd,
+    /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
+    snapshot: Mutex<Option<Arc<Snapshot>>>,
+}
+
+/// A VM in this worker's hands.
+pub(crate) struct ServedVm {
+    pub(crate) id: u64,
+    pub(crate) pid: u32,
+    pub(crate) service: Arc<OpenService>,
+    /// When it connected.
+    since: Instant,
+    /// Not before its session is there.
+    pub(crate) paged: OnceLock<Paged>,
+    pub(crate) completing: AtomicBool,
+    /// Whether the daemon was asked to stop while it was alive, and so is to complete it.
+    to_complete: AtomicBool,
+    pool: Arc<HugePool>,
+}
+
+/// The machine's pool of 2 MiB pages. Its files are opened before this process is confined.
+#[derive(Debug, Default)]
+struct HugePool {
+    free: Option<File>,
+    total: Option<File>,
+}
+
+impl HugePool {
+    fn open() -> Self {
+        let file = |name: &str| {
+            File::open(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}")).ok()
+        };
+        Self {
+            free: file("free_hugepages"),
+            total: file("nr_hugepages"),
+        }
+    }
+
+    /// Describes an empty pool to an operator.
+    fn shortage(&self) -> String {
+        let number = |file: &Option<File>| {
+            let mut text = [0; 32];
+            let read = file.as_ref()?.read_at(&mut text, 0).ok()?;
+            std::str::from_utf8(&text[..read]).ok()?.trim().parse().ok()
+        };
+        let has = match (number(&self.free), number(&self.total)) {
+            (Some(free), Some(total)) => {
+                let (free, total): (u64, u64) = (free, total);
+                format!("{free} of {total} pages are free")
+            }
+            _ => "how many pages it has is not known".to_owned(),
+        };
+        format!(
+            "the pool hugepages-2048kB has no page of 2 MiB for it ({has}); raise vm.nr_hugepages, or the \
+             hugetlb.2MB.max of its cgroup, and try again"
+        )
+    }
+}
+
+/// The message to an operator when there is no memory for the small pages of a VM.
+const MEMORY_SHORTAGE: &str = "the kernel has no memory for it: the machine or the VM's cgroup (memory.max) is at its \
+    limit";
+
+/// The descriptors and the description of a VM that has arrived.
+struct ReceivedVm {
+    regions: Vec<OwnerRegion>,
+    quarantined: Vec<u64>,
+    userfaultfd: OwnedFd,
+    owner: OwnedFd,
+    page_map: Option<OwnedFd>,
+    tables: Option<OwnedFd>,
+}
+
+impl Worker {
+    fn new(channel: Channel, user: u32, cores: usize, shared: Shared, pool: HugePool) -> Self {
+        Self {
+            pool: Arc::new(pool),
+            channel,
+            user,
+            cores,
+            shared,
+            services: Mutex::default(),
+            vms: Mutex::default(),
+            ended: Mutex::default(),
+            requests: PendingRequests::default(),
+            facts: Mutex::default(),
+            totals: Totals::default(),
+            draining: AtomicBool::new(false),
+            clients: AtomicUsize::new(0),
+        }
+    }
+
+    /// Handles a message of the supervisor.
+    fn handle(self: &Arc<Self>, message: ToWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next();
+        match message {
+            ToWorker::Service { key, service } => {
+                let file = next().context("a snapshot came without its file")?;
+                lock(&self.services).insert(key, Arc::new(OpenService::new(file, service)));
+            }
+            ToWorker::RemoveService { key } => {
+                if let Some(open) = lock(&self.services).remove(&key) {
+                    self.totals.forget(&open.service.name);
+                }
+                self.shared.forget_closed();
+            }
+            ToWorker::Vm {
+                id,
+                service,
+                pid,
+                age_ms,
+                regions,
+                page_map,
+                quarantined,
+            } => {
+                let service = lock(&self.services).get(&service).cloned();
+                let now = Instant::now();
+                let served = Arc::new(ServedVm {
+                    id,
+                    pid,
+                    service: service.context("a VM came before its snapshot")?,
+                    since: now
+                        .checked_sub(Duration::from_millis(age_ms))
+                        .unwrap_or(now),
+                    paged: OnceLock::new(),
+                    completing: AtomicBool::new(false),
+                    to_complete: AtomicBool::new(false),
+                    pool: Arc::clone(&self.pool),
+                });
+                let arrived = ReceivedVm {
+                    regions,
+                    quarantined,
+                    userfaultfd: next().context("a VM came without its userfaultfd")?,
+                    owner: next().context("a VM came without its pidfd")?,
+                    page_map: page_map.then(&mut next).flatten(),
+                    tables: next(),
+                };
+                lock(&self.vms).insert(id, Arc::clone(&served));
+                let label = served.label();
+                let vm = Arc::clone(&served);
+                let begun = self.spawn("vm", move |worker| worker.serve(&vm, arrived));
+                if let Err(error) = begun {
+                    // It costs this one: those that are served have their threads.
+                    let vm = VmSummary::new(label, Ending::Refused, Some(format!("{error:#}")));
+                    self.record_end(&served, vm);
+                }
+            }
+            ToWorker::VmEnded { vm } => self.remember(VmStats {
+                vm,
+                session: SessionStats::default(),
+            }),
+            ToWorker::Client { endpoint, facts } => {
+                let stream = next().context("a client came without a connection")?;
+                *lock(&self.facts) = facts;
+                self.clients.fetch_add(1, SeqCst);
+                let begun = self.spawn("client", move |worker| {
+                    worker.serve_client(endpoint, stream);
+                    worker.clients.fetch_sub(1, SeqCst);
+                });
+                if let Err(error) = begun {
+                    self.clients.fetch_sub(1, SeqCst);
+                    tracing::warn!("a client is turned away: {error:#}");
+                }
+            }
+            ToWorker::Reply { number, result } => self.requests.resolve(number, result),
+            ToWorker::Drain => {
+                self.draining.store(true, SeqCst);
+                let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
+                for vm in vms {
+                    let own = Arc::clone(&vm);
+                    if let Err(error) = self.spawn("complete", move |_| own.complete_or_kill()) {
+                        // It costs this one.
+                        vm.kill(&format!("{error:#}"));
+                    }
+                }
+            }
+            ToWorker::Shutdown => {}
+        }
+        Ok(())
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: &str,
+        body: impl FnOnce(&Self) + Send + 'static,
+    ) -> Result<()> {
+        let worker = Arc::clone(self);
+        let begun = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || body(&worker));
+        begun.with_context(|| format!("a thread ({name})"))?;
+        Ok(())
+    }
+
+    /// Serves a VM to its end.
+    fn serve(&self, served: &ServedVm, arrived: ReceivedVm) {
+        // Whatever is logged of it says of which it is.
+        let _of = served.label().span().entered();
+        fail_point(FailPoint::Received);
+        let label = served.label();
+        let vm = match self.resume(served, arrived) {
+            Ok(paged) => wait_for_end(label, paged),
+            Err(error) if has_ended(&error) => VmSummary::new(label, Ending::Exited, None),
+            Err(error) => VmSummary::new(label, Ending::Refused, Some(format!("{error:#}"))),
+        };
+        self.record_end(served, vm);
+    }
+
+    /// Records that a VM has ended, and notifies the supervisor.
+    fn record_end(&self, served: &ServedVm, vm: VmSummary) {
+        let id = served.id;
+        let mut stats = served.stats();
+        stats.vm.state = vm.ending.into();
+        stats.vm.reason.clone_from(&vm.reason);
+        {
+            // Who asks for it finds it among those that are served, or among those that have ended.
+            let mut vms = lock(&self.vms);
+            self.totals.add(&stats);
+            stats.session.drop_buckets();
+            self.remember(stats);
+            vms.remove(&id);
+        }
+        let incomplete = vm.ending == Ending::Killed && served.to_complete.load(SeqCst);
+        self.notify(&FromWorker::VmEnded { id, vm, incomplete });
+    }
+
+    /// Keeps what is known of a VM that has ended for who asks.
+    fn remember(&self, stats: VmStats) {
+        let mut ended = lock(&self.ended);
+        if ended.len() == MAX_RECENT_VMS {
+            ended.pop_front();
+        }
+        ended.push_back(stats);
+    }
+
+    fn resume<'a>(&self, served: &'a ServedVm, arrived: ReceivedVm) -> Result<&'a Paged> {
+        let id = served.id;
+        let pager = served.service.pager(&self.shared)?;
+        let pager = pager.prefetch_threads(self.cores);
+        let tables = if let Some(tables) = arrived.tables {
+            tables
+        } else {
+            let tables = pager.tables(&arrived.regions)?;
+            fail_point(FailPoint::TablesMade);
+            let message = FromWorker::Tables { id };
+            self.channel.send(&message, &[tables.as_fd()])?;
+            fail_point(FailPoint::TablesGiven);
+            tables
+        };
+        let handover = Handover {
+            userfaultfd: arrived.userfaultfd,
+            owner: arrived.owner,
+            regions: arrived.regions,
+            page_map: arrived.page_map,
+        };
+        let session = pager.resume(handover, tables, &arrived.quarantined)?;
+        let session = served.paged.get_or_init(|| session);
+        self.notify(&FromWorker::Served { id });
+        if self.draining.load(SeqCst) {
+            served.complete_or_kill();
+        }
+        Ok(session)
+    }
+
+    /// Serves a client of the control socket or of the metrics.
+    fn serve_client(&self, endpoint: Endpoint, stream: OwnedFd) {
+        match endpoint {
+            Endpoint::Control => {
+                control::serve(&UnixStream::from(stream), self.user, self);
+                if self.requests.is_replaced() {
+                    self.notify(&FromWorker::Replied);
+                }
+            }
+            Endpoint::Metrics if is_unix(&stream) => {
+                metrics::scrape(UnixStream::from(stream), || self.metrics());
+            }
+            Endpoint::Metrics => metrics::scrape(TcpStream::from(stream), || self.metrics()),
+        }
+    }
+
+    fn metrics(&self) -> String {
+        // With those that have ended, of which none may be among both.
+        let (live, ended) = {
+            let vms = lock(&self.vms);
+            let live: Vec<_> = vms.values().map(|vm| vm.stats()).collect();
+            (live, self.totals.clone())
+        };
+        let facts = lock(&self.facts).clone();
+        let services = lock(&self.services);
+        let mut endings = BTreeMap::<String, BTreeMap<VmState, u64>>::new();
+        for (key, open) in services.iter() {
+            let of_service = endings.entry(open.service.name.clone()).or_default();
+            for (ending, count) in facts.ended.get(key).into_iter().flatten() {
+                *of_service.entry((*ending).into()).or_default() += count;
+            }
+        }
+        let names = services.values().map(|open| open.service.name.clone());
+        let daemon = metrics::DaemonStats {
+            worker_restarts: facts.worker_restarts,
+            draining: facts.draining,
+            services: names.collect(),
+            ended: endings,
+            frame_cache: self.shared.frame_cache(),
+        };
+        drop(services);
+        ended.render(&live, &daemon)
+    }
+
+    /// Waits a little for clients who are being resolve.
+    fn let_clients_finish(&self) {
+        let began = Instant::now();
+        while self.clients.load(SeqCst) > 0 && began.elapsed() < CLIENTS_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Notifies the supervisor. If that is gone, this process is about to exit.
+    pub(crate) fn notify(&self, message: &FromWorker) {
+        let _ = self.channel.send(message, &[]);
+    }
+}
+
+impl OpenService {
+    fn new(file: OwnedFd, service: Service) -> Self {
+        Self {
+            file,
+            service,
+            snapshot: Mutex::default(),
+        }
+    }
+
+    fn open(&self) -> Result<Arc<Snapshot>> {
+        let file = self.file.try_clone().context("a snapshot's file")?;
+        let store = FileStore::from_file(File::from(file), &self.service.snapshot);
+        Ok(Arc::new(Snapshot::open(Arc::new(store))?))
+    }
+
+    /// Opens the snapshot if it is not open. A lack of descriptors costs one VM, and not all that
+    /// come after it.
+    fn snapshot(&self) -> Result<Arc<Snapshot>> {
+        let mut snapshot = lock(&self.snapshot);
+        let opened = match snapshot.take() {
+            Some(snapshot) => snapshot,
+            None => self.open()?,
+        };
+        Ok(Arc::clone(snapshot.insert(opened)))
+    }
+
+    fn pager(&self, shared: &Shared) -> Result<Pager> {
+        Ok(Pager::new(self.snapshot()?)
+            .shared(shared)
+            .fault_threads(self.service.threads)
+            .retry_timeout(Duration::from_secs(self.service.retry_timeout))
+            .prefetch(match self.service.prefetch {
+                config::Prefetch::Off => pager::Prefetch::Off,
+                config::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,
+                config::Prefetch::All => pager::Prefetch::All,
+            })
+            .on_error(match self.service.on_error {
+                config::FailurePolicy::Kill => pager::OnError::Kill,
+                config::FailurePolicy::Poison => pager::OnError::Poison,
+            }))
+    }
+}
+
+impl ServedVm {
+    /// Returns its label.
+    pub(crate) fn label(&self) -> VmLabel {
+        VmLabel {
+            id: self.id,
+            pid: self.pid,
+            service: self.service.service.name.clone(),
+        }
+    }
+
+    /// Installs what is missing and lets the VM go.
+    pub(crate) fn complete(&self) -> Result<(), String> {
+        let _of = self.label().span().entered();
+        let Some(paged) = self.paged.get() else {
+            return Err("it is only just beginning to be served".to_owned());
+        };
+        self.completing.store(true, SeqCst);
+        let before = paged.stats();
+        let done = paged.complete() || paged.ending().is_some();
+        self.completing.store(false, SeqCst);
+        if done {
+            return Ok(());
+        }
+        let after = paged.stats();
+        if after.huge_shortages > before.huge_shortages {
+            return Err(self.pool.shortage());
+        }
+        if after.shortages > before.shortages {
+            return Err(MEMORY_SHORTAGE.to_owned());
+        }
+        let first = paged.failures().into_iter().next();
+        Err(first.map_or_else(
+            || "its memory keeps changing".to_owned(),
+            |failure| failure.to_string(),
+        ))
+    }
+
+    /// Completes the VM, or kills it if that fails, since nobody will serve it.
+    fn complete_or_kill(&self) {
+        let _of = self.label().span().entered();
+        // One that has ended by now was not killed for want of this.
+        let has_ended = self
+            .paged
+            .get()
+            .is_some_and(|paged| paged.ending().is_some());
+        self.to_complete.fetch_or(!has_ended, SeqCst);
+        if let Err(why) = self.complete() {
+            self.kill(&why);
+        }
+    }
+
+    /// Kills it if it is served; if it is about to be, its own thread completes it.
+    fn kill(&self, why: &str) {
+        if let Some(paged) = self.paged.get() {
+            paged.end(&format!("it can't be completed: {why}"));
+        }
+    }
+
+    /// Returns its statistics.
+    pub(crate) fn stats(&self) -> VmStats {
+        let paged = self.paged.get();
+        let state = match paged {
+            None => VmState::Connecting,
+            Some(_) if self.completing.load(SeqCst) => VmState::Completing,
+            Some(_) => VmState::Serving,
+        };
+        VmStats {
+            vm: types::VmStatus {
+                id: self.id,
+                service: self.service.service.name.clone(),
+                pid: self.pid,
+                state,
+                reason: None,
+                age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            },
+            session: paged
+                .map(|paged| (&paged.stats()).into())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Waits for the end of a VM.
+fn wait_for_end(label: VmLabel, paged: &Paged) -> VmSummary {
+    let (ending, reason) = match paged.wait() {
+        pager::Ending::Complete => (Ending::Complete, None),
+        pager::Ending::OwnerGone => (Ending::Exited, None),
+        pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
+    };
+    VmSummary::new(label, ending, reason).with(&paged.stats())
+}
+
+/// Whether a VM can't be served because its process has ended.
+fn has_ended(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(AttachError::NotPermitted(Errno::ESRCH))
+    )
+}
+
+fn is_unix(socket: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd as _;
+    let name = getsockname::<SockaddrStorage>(socket.as_raw_fd());
+    name.is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
+}
+
+/// Locks, also after a panic elsewhere: that leaves the content consistent.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

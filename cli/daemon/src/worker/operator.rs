@@ -1,0 +1,207 @@
+//! The requests of operators: the worker answers them, and passes on to the supervisor what it
+//! can't do by itself.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use super::{ServedVm, Worker, lock};
+use crate::api::config::Service;
+use crate::api::summary::Ending;
+use crate::api::types::{
+    ApiResult, Completed, List, OperatorApi, RequestError, ServiceStatus, Upgraded, VmId,
+    VmSelector, VmState, VmStats,
+};
+use crate::ipc::{FromWorker, SupervisorRequest};
+
+/// Time for the supervisor to answer. An upgrade waits for another program to start.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Interval at which a drain checks whether all VMs have ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Requests that the supervisor has not answered yet.
+#[derive(Debug, Default)]
+pub(crate) struct PendingRequests {
+    pending: Mutex<Pending>,
+    /// Whether another worker takes over as soon as the operator knows.
+    replaced: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    next: u64,
+    replies: HashMap<u64, Sender<Result<Option<Upgraded>, String>>>,
+}
+
+impl PendingRequests {
+    /// Passes on an answer of the supervisor.
+    pub(crate) fn resolve(&self, number: u64, result: Result<Option<Upgraded>, String>) {
+        if let Some(answer) = lock(&self.pending).replies.remove(&number) {
+            // Who asked may have gone away.
+            let _ = answer.send(result);
+        }
+    }
+
+    /// Whether another worker takes over.
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.replaced.load(SeqCst)
+    }
+}
+
+impl Worker {
+    fn ask(&self, request: SupervisorRequest) -> ApiResult<Option<Upgraded>> {
+        let (sender, answer) = channel();
+        let number = {
+            let mut pending = lock(&self.requests.pending);
+            pending.next += 1;
+            let number = pending.next;
+            pending.replies.insert(number, sender);
+            number
+        };
+        self.notify(&FromWorker::Request { number, request });
+        match answer.recv_timeout(REPLY_TIMEOUT) {
+            Ok(result) => result.map_err(RequestError),
+            Err(_) => Err(RequestError("the supervisor gives no answer".to_owned())),
+        }
+    }
+
+    /// Returns the VMs that are served and selected.
+    fn served(&self, which: VmSelector) -> Vec<std::sync::Arc<ServedVm>> {
+        let vms = lock(&self.vms);
+        match which {
+            VmSelector::All => vms.values().cloned().collect(),
+            VmSelector::Vm(id) => vms.get(&id).cloned().into_iter().collect(),
+        }
+    }
+
+    /// Returns the result for a VM that was to be completed and is served no more, as long as it is
+    /// remembered.
+    fn completion(&self, vm: VmId) -> Option<Completed> {
+        let ended = lock(&self.ended);
+        let stats = ended.iter().find(|stats| stats.vm.id == vm)?;
+        Some(Completed {
+            vm,
+            done: !matches!(stats.vm.state, VmState::Killed | VmState::Refused),
+            reason: stats.vm.reason.clone(),
+        })
+    }
+}
+
+impl OperatorApi for Worker {
+    fn add(&self, service: Service) -> ApiResult<()> {
+        self.ask(SupervisorRequest::Add(service)).map(drop)
+    }
+
+    fn remove(&self, name: &str) -> ApiResult<()> {
+        self.ask(SupervisorRequest::Remove(name.to_owned()))
+            .map(drop)
+    }
+
+    fn list(&self) -> ApiResult<List> {
+        let facts = lock(&self.facts).clone();
+        // Together: a VM that ends just now is among one of them.
+        let (serving, mut vms) = {
+            let vms = lock(&self.vms);
+            let serving: Vec<VmStats> = vms.values().map(|vm| vm.stats()).collect();
+            let ended = lock(&self.ended);
+            let ended: Vec<_> = ended.iter().map(|vm| vm.vm.clone()).collect();
+            (serving, ended)
+        };
+        let services = lock(&self.services);
+        let listed = services.iter().map(|(key, open)| {
+            let name = &open.service.name;
+            let here = serving.iter().filter(|vm| &vm.vm.service == name);
+            ServiceStatus {
+                service: open.service.clone(),
+                serving: here.count() as u64,
+                ended: facts.ended.get(key).map_or(0, |ended| ended.values().sum()),
+            }
+        });
+        vms.extend(serving.iter().map(|vm| vm.vm.clone()));
+        vms.sort_unstable_by_key(|vm| vm.id);
+        Ok(List {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: facts.supervisor,
+            worker_restarts: facts.worker_restarts,
+            draining: facts.draining,
+            services: listed.collect(),
+            vms,
+        })
+    }
+
+    fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>> {
+        let Some(id) = vm else {
+            return Ok(lock(&self.vms).values().map(|vm| vm.stats()).collect());
+        };
+        if let Some(vm) = lock(&self.vms).get(&id) {
+            return Ok(vec![vm.stats()]);
+        }
+        let ended = lock(&self.ended);
+        let ended = ended.iter().find(|vm| vm.vm.id == id);
+        ended
+            .map(|vm| vec![vm.clone()])
+            .ok_or_else(|| RequestError::no_vm(id))
+    }
+
+    fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>> {
+        let vms = self.served(which);
+        if let (VmSelector::Vm(id), []) = (which, &vms[..]) {
+            // It may just have completed, or ended by itself.
+            let completed = self.completion(id).ok_or_else(|| RequestError::no_vm(id))?;
+            return Ok(vec![completed]);
+        }
+        Ok(std::thread::scope(|scope| {
+            let begun: Vec<_> = vms
+                .iter()
+                .map(|vm| (vm.id, scope.spawn(|| vm.complete())))
+                .collect();
+            let done = begun.into_iter().map(|(vm, thread)| {
+                let result = thread
+                    .join()
+                    .unwrap_or_else(|_| Err("its thread failed".to_owned()));
+                Completed {
+                    vm,
+                    done: result.is_ok(),
+                    reason: result.err(),
+                }
+            });
+            done.collect()
+        }))
+    }
+
+    fn drain(&self) -> ApiResult<Vec<Completed>> {
+        let ids: Vec<u64> = lock(&self.vms).keys().copied().collect();
+        self.ask(SupervisorRequest::Drain)?;
+        while !lock(&self.vms).is_empty() {
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        let completed = ids.into_iter().map(|vm| {
+            self.completion(vm).unwrap_or(Completed {
+                vm,
+                done: false,
+                reason: Some("it is not known any more what became of it".to_owned()),
+            })
+        });
+        Ok(completed.collect())
+    }
+
+    fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded> {
+        let upgraded = self.ask(SupervisorRequest::Upgrade(program))?;
+        self.requests.replaced.store(true, SeqCst);
+        upgraded.ok_or_else(|| RequestError("the supervisor doesn't say who takes over".to_owned()))
+    }
+}
+
+impl From<Ending> for VmState {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Complete => Self::Complete,
+            Ending::Exited => Self::Exited,
+            Ending::Killed => Self::Killed,
+            Ending::Refused => Self::Refused,
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The sandbox: rights that the worker gives up before it serves.
+//!
+//! The worker reads what strangers sent and what files hold: handshakes, snapshots. Everything that
+//! it needs it is given as a descriptor, so it can do without almost everything else:
+//!
+//! | what | how |
+//! | --- | --- |
+//! | another user (`--user`), no capability but `CAP_KILL` | setresuid, capset |
+//! | no rights by exec, no reading of its memory by other processes of its user | prctl |
+//! | no files but some to read (none by default); no TCP, no abstract sockets | Landlock |
+//! | no system call but those of [`PERMITTED_CALLS`] and the engine's | seccomp |
+//!
+//! **Killing owners.** A VM whose page can't be had is killed by whoever finds out, and that is the
+//! worker, so it keeps the right to signal the processes of other users. It can use it on those
+//! only whose pidfds it was given: the filter has `pidfd_send_signal` with SIGKILL and 0, and no
+//! other call that signals another process, nor one that makes a pidfd.
+//!
+//! **A call that is not permitted fails with EPERM**, and is logged by the kernel. To kill the
+//! process would be stricter. But the calls of an honest worker change with its C library and
+//! kernel, and a call that is new is nearly always one that can fail: killed in its place, the
+//! worker would be started again, make it again, and after some rounds all VMs would be lost. Where
+//! it can't fail, the engine ends the VM, not the guest's memory. An attacker gains nothing by an
+//! error. A worker that makes one of [`KILLING_CALLS`] is no worker any more, and is killed; the
+//! supervisor sees SIGSYS.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, Scope, path_beneath_rules,
+};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
+use seccompiler::{BpfProgram, TargetArch, compile_from_json};
+use serde_json::{Value, json};
+use snaprestore_engine::pager::SYSTEM_CALLS;
+use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
+use snaprestore_uffd::uffd::abi;
+
+use snapshot_format::names::escape_path;
+
+/// The newest kind of Landlock that this was tested with. Less is taken where the kernel has less.
+const LANDLOCK: ABI = ABI::V7;
+
+/// System calls that are permitted as they are, besides those of the engine's threads.
+const PERMITTED_CALLS: &[&str] = &[
+    // Sockets that are there: none can be made, bound or connected.
+    "recvmsg",
+    "sendmsg",
+    "recvfrom",
+    "sendto",
+    "getsockopt",
+    "setsockopt",
+    "shutdown",
+    // Waiting.
+    "ppoll",
+    "epoll_create1",
+    "eventfd2",
+    "restart_syscall",
+    // Files that are there.
+    "fstat",
+    "lseek",
+    "readv",
+    "writev",
+    "preadv",
+    "preadv2",
+    "fadvise64",
+    "readahead",
+    "readlinkat",
+    // Memory, also shared with the supervisor.
+    "memfd_create",
+    "ftruncate",
+    "fallocate",
+    "mlock",
+    "mlock2",
+    "munlock",
+    "mincore",
+    "membarrier",
+    // Threads. The C library turns to clone, whose flags a filter can see, when clone3 is not
+    // there.
+    "clone3",
+    "gettid",
+    "getpid",
+    "rt_sigaction",
+    "rt_sigreturn",
+    "sched_getparam",
+    "getrusage",
+    "exit_group",
+    #[cfg(target_arch = "x86_64")]
+    "poll",
+    #[cfg(target_arch = "x86_64")]
+    "readlink",
+];
+
+/// System calls that end the process: there is no use for them but an attacker's.
+const KILLING_CALLS: &[&str] = &[
+    "execve",
+    "execveat",
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "pidfd_getfd",
+    "userfaultfd",
+    "open_by_handle_at",
+    "mount",
+    "umount2",
+    "pivot_root",
+    "chroot",
+    "setns",
+    "unshare",
+    "bpf",
+    "perf_event_open",
+    "io_uring_setup",
+    "init_module",
+    "finit_module",
+    "delete_module",
+    "kexec_load",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "setuid",
+    "setgid",
+    "setresuid",
+    "setresgid",
+    "setgroups",
+    "capset",
+    "reboot",
+];
+
+/// The extent to which a worker is confined.
+#[derive(Debug, Default)]
+pub struct Confinement {
+    /// Files, and folders with all that is in them, that may be opened, and read.
+    pub readable: Vec<PathBuf>,
+    /// The user that it becomes.
+    pub account: Option<Account>,
+}
+
+/// A user to become.
+#[derive(Clone, Copy, Debug)]
+pub struct Account {
+    uid: Uid,
+    gid: Gid,
+}
+
+impl Account {
+    /// Looks up the user of this name, or of this number.
+    pub fn find(name: &str) -> Result<Self> {
+        let user = match name.parse() {
+            Ok(uid) => User::from_uid(Uid::from_raw(uid)),
+            Err(_) => User::from_name(name),
+        };
+        match user.with_context(|| format!("looking for the user {name}"))? {
+            Some(User { uid, gid, .. }) => Ok(Self { uid, gid }),
+            None => bail!("there is no user {name}"),
+        }
+    }
+}
+
+/// The result of confining a process.
+#[derive(Debug)]
+pub struct Confined {
+    /// The kind of Landlock in force: its number in the kernel.
+    pub landlock: Option<u32>,
+    /// Warnings for the operator.
+    pub warnings: Vec<String>,
+}
+
+/// Asks the kernel to kill this process when the supervisor exits: it would read messages that
+/// belong to the worker of the next supervisor.
+pub(crate) fn exit_with_supervisor() -> Result<()> {
+    prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the supervisor")
+}
+
+/// Confines this process. It must have no other thread yet.
+pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
+    // Where /proc is not to be seen the caller has to be right.
+    let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    if threads != 1 {
+        bail!(
+            "a process with {threads} threads can't be confined: the others would go on as they are"
+        );
+    }
+    raise_limits();
+    // Before anything is given up that compiling could need.
+    let filters = filters(!wanted.readable.is_empty())?;
+    become_user(wanted.account)?;
+    // To become another user undoes it, and the filter forbids it.
+    exit_with_supervisor()?;
+    prctl::set_dumpable(false).context("hiding this process's memory")?;
+    prctl::set_no_new_privs().context("giving up privileges of programs")?;
+    let landlock = restrict_files(&wanted.readable)?;
+    let mut warnings = Vec::new();
+    if landlock.is_none() {
+        let rest = if wanted.readable.is_empty() {
+            "it can't open files for another reason"
+        } else {
+            "it can read all that its user can read"
+        };
+        warnings.push(format!("the kernel has no Landlock for the worker; {rest}"));
+    }
+    for filter in &filters {
+        install_filter(filter).context("installing the filter of system calls")?;
+    }
+    Ok(Confined { landlock, warnings })
+}
+
+/// As many descriptors, and as much locked memory, as may be; what can't be raised stays.
+fn raise_limits() {
+    for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
+        if let Ok((_, hard)) = getrlimit(resource) {
+            let _ = setrlimit(resource, hard, hard);
+        }
+    }
+    let all = nix::libc::RLIM_INFINITY;
+    // The capability for it is given up with the others.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, all, all);
+}
+
+fn become_user(account: Option<Account>) -> Result<()> {
+    if let Some(Account { uid, gid }) = account {
+        let change = || -> io::Result<()> {
+            prctl::set_keepcaps(true)?;
+            setgroups(&[])?;
+            setresgid(gid, gid, gid)?;
+            setresuid(uid, uid, uid)?;
+            prctl::set_keepcaps(false)?;
+            Ok(())
+        };
+        change().with_context(|| format!("becoming user {uid} of group {gid}"))?;
+    }
+    keep_capabilities(&[CAP_KILL]).context("giving up capabilities")
+}
+
+fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
+    for path in readable {
+        fs::metadata(path).with_context(|| escape_path(path))?;
+    }
+    let restrict = || -> Result<_, landlock::RulesetError> {
+        Ruleset::default()
+            .handle_access(AccessFs::from_all(LANDLOCK))?
+            .handle_access(AccessNet::from_all(LANDLOCK))?
+            .scope(Scope::AbstractUnixSocket)?
+            .create()?
+            .add_rules(path_beneath_rules(
+                readable,
+                AccessFs::ReadFile | AccessFs::ReadDir,
+            ))?
+            .restrict_self()
+    };
+    let status = restrict().context("restricting the files that can be opened")?;
+    Ok(match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } => {
+            let number = effective_abi.min(LANDLOCK) as i32;
+            u32::try_from(number).ok()
+        }
+        _ => None,
+    })
+}
+
+/// The filters, in the order of their installation: the last one takes away the call that installs
+/// more. Of several answers to a call the strictest counts.
+fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
+    let all: Vec<Value> = KILLING_CALLS
+        .iter()
+        .map(|call| json!({ "syscall": call }))
+        .collect();
+    let filters = [
+        json!({ "mismatch_action": "allow", "match_action": "kill_process", "filter": all }),
+        json!({ "mismatch_action": "allow", "match_action": { "errno": nix::libc::ENOSYS },
+                "filter": [{ "syscall": "clone3" }] }),
+        json!({ "mismatch_action": { "errno": nix::libc::EPERM }, "match_action": "allow",
+                "filter": permitted(opens_files) }),
+    ];
+    let filters = filters.iter().map(compile);
+    filters
+        .collect::<Result<_>>()
+        .context("compiling the filter of system calls")
+}
+
+fn compile(filter: &Value) -> Result<Vec<nix::libc::sock_filter>> {
+    let arch: TargetArch = std::env::consts::ARCH.try_into()?;
+    let json = json!({ "worker": filter }).to_string();
+    let program = compile_from_json(json.as_bytes(), arch)?.remove("worker");
+    let program: BpfProgram = program.context("there is no filter")?;
+    let instruction = |of: seccompiler::sock_filter| nix::libc::sock_filter {
+        code: of.code,
+        jt: of.jt,
+        jf: of.jf,
+        k: of.k,
+    };
+    Ok(program.into_iter().map(instruction).collect())
+}
+
+/// The rules of the calls that are permitted, some of them with certain arguments only.
+fn permitted(opens_files: bool) -> Vec<Value> {
+    use nix::libc::{
+        AT_EMPTY_PATH, CLONE_NEWCGROUP, CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID,
+        CLONE_NEWUSER, CLONE_NEWUTS, CLONE_THREAD, CLONE_VM, F_ADD_SEALS, F_DUPFD_CLOEXEC,
+        F_GET_SEALS, F_GETFD, F_GETFL, F_SETFD, F_SETFL, FIONBIO, O_ACCMODE, O_CREAT, O_TRUNC,
+        PR_SET_NAME, PR_SET_VMA, PROT_EXEC, SIGKILL,
+    };
+    /// Calls of the engine's own list that come with conditions below.
+    const CONDITIONAL: &[&str] = &["ioctl", "fcntl", "mmap", "mprotect", "pidfd_send_signal"];
+    // C's flags are ints; their bits are meant.
+    let bits = |flags: i32| u64::from(flags.cast_unsigned());
+    let is = |index: u8, value: u64| json!({ "index": index, "type": "dword", "op": "eq", "val": value });
+    let masked = |index: u8, mask: u64, value: u64| json!({ "index": index, "type": "dword", "op": { "masked_eq": mask }, "val": value });
+    let whole = |call: &&str| json!({ "syscall": call });
+    let with = |call: &str, args: &[Value]| json!({ "syscall": call, "args": args });
+
+    let engine = SYSTEM_CALLS
+        .iter()
+        .filter(|call| !CONDITIONAL.contains(call))
+        .filter(|call| cfg!(target_arch = "x86_64") || **call != "epoll_wait");
+    let mut rules: Vec<Value> = engine.chain(PERMITTED_CALLS).map(whole).collect();
+    // What is installed and let go. New userfaultfds are none of the worker's business.
+    let requests = [
+        abi::UFFDIO_REGISTER,
+        abi::UFFDIO_UNREGISTER,
+        abi::UFFDIO_WAKE,
+        abi::UFFDIO_COPY,
+        abi::UFFDIO_ZEROPAGE,
+        abi::UFFDIO_MOVE,
+        abi::UFFDIO_WRITEPROTECT,
+        abi::UFFDIO_CONTINUE,
+        abi::UFFDIO_POISON,
+        FIONBIO,
+    ];
+    rules.extend(requests.map(|request| with("ioctl", &[is(1, request)])));
+    let commands = [
+        F_GETFD,
+        F_SETFD,
+        F_GETFL,
+        F_SETFL,
+        F_DUPFD_CLOEXEC,
+        F_ADD_SEALS,
+        F_GET_SEALS,
+    ];
+    rules.extend(commands.map(|command| with("fcntl", &[is(1, bits(command))])));
+    // No new code.
+    for call in ["mmap", "mprotect"] {
+        rules.push(with(call, &[masked(2, bits(PROT_EXEC), 0)]));
+    }
+    // Threads, and neither processes nor namespaces.
+    let thread = bits(CLONE_VM | CLONE_THREAD);
+    let namespaces = bits(
+        CLONE_NEWNS
+            | CLONE_NEWCGROUP
+            | CLONE_NEWUTS
+            | CLONE_NEWIPC
+            | CLONE_NEWUSER
+            | CLONE_NEWPID
+            | CLONE_NEWNET,
+    );
+    rules.push(with("clone", &[masked(0, thread | namespaces, thread)]));
+    for option in [PR_SET_NAME, PR_SET_VMA] {
+        rules.push(with("prctl", &[is(0, bits(option))]));
+    }
+    // Descriptors, and no paths.
+    let empty_path = bits(AT_EMPTY_PATH);
+    rules.push(with("newfstatat", &[masked(3, empty_path, empty_path)]));
+    rules.push(with("statx", &[masked(2, empty_path, empty_path)]));
+    if opens_files {
+        let writing = bits(O_ACCMODE | O_CREAT | O_TRUNC);
+        rules.push(with("openat", &[masked(2, writing, 0)]));
+    }
+    // Limits can be read.
+    rules.push(with(
+        "prlimit64",
+        &[
+            is(0, 0),
+            json!({ "index": 2, "type": "qword", "op": "eq", "val": 0 }),
+        ],
+    ));
+    // Ending VMs, and itself.
+    for signal in [0, SIGKILL] {
+        rules.push(with("pidfd_send_signal", &[is(1, bits(signal))]));
+    }
+    rules.push(with("tgkill", &[is(0, u64::from(std::process::id()))]));
+    rules
+}
