@@ -77,9 +77,9 @@ impl Mapping {
         Ok(all)
     }
 
-    /// Finds out what a name is that may have a line feed. The kernel writes `\012` for it, and for
-    /// these four characters too. Only those who may follow links of mappings can tell; for others
-    /// the name stays as it is written.
+    /// Finds out whether a name has a line feed. The kernel writes `\012` for it, as for these four
+    /// characters. Telling them apart takes the privilege to follow links of mappings; without it,
+    /// the name stays as the kernel writes it.
     fn tell_line_feeds(&mut self, pid: i32) {
         let written = b"\\012";
         if self.name.windows(written.len()).any(|part| part == written)

@@ -190,6 +190,7 @@ mod tests {
     #[test]
     #[expect(clippy::host_endian_bytes, reason = "as the kernel writes them")]
     fn words_tell_content_from_markers() {
+        #[expect(clippy::host_endian_bytes, reason = "a word as the kernel has it")]
         let entry = |word: u64| to_entry(word.to_ne_bytes());
         // The lowest bits are a page frame, and bit 55 has a meaning that doesn't matter.
         let other = 1 << 55 | 0x1234;

@@ -8,6 +8,10 @@
 //! written. The reader waits for the writer only if there is no room in the file either. The file
 //! has no name: it is gone when this process ends, however it ends. What was taken from it is
 //! punched out, so that mostly nothing of it reaches the disk.
+//!
+//! The writer begins when all is read, or there is no room for more, or [`HEAD_START`] waits for it:
+//! its threads, which compress, would take the processors from the reader while the process stands
+//! still.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -27,6 +31,9 @@ use super::super::{CHUNK, PAGE, Region, Sink};
 
 /// Chunks that are kept in memory.
 const MAX_CHUNKS_IN_MEMORY: usize = 16;
+/// Bytes that the file takes before the writer begins. Much more would be written to the disk
+/// meanwhile, and the reader would have to wait for that.
+const HEAD_START: u64 = 2 << 30;
 /// How often a reader that waits for room looks whether it shall stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -78,6 +85,9 @@ struct State {
     /// Bytes that the file takes, and may take.
     file_bytes: u64,
     file_limit: u64,
+    /// [`HEAD_START`], and whether it is over.
+    head_start: u64,
+    has_begun: bool,
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
     /// The writer takes no more.
@@ -110,6 +120,7 @@ impl Spool {
         Self {
             state: Mutex::new(State {
                 file_limit: limit,
+                head_start: HEAD_START,
                 ..State::default()
             }),
             changed: Condvar::new(),
@@ -154,6 +165,7 @@ impl Spool {
                     state.file_bytes += len as u64;
                     state.file_end = offset + len as u64;
                     state.queue.push_back(Chunk::File { offset, len });
+                    state.has_begun |= state.file_end >= state.head_start;
                     state.spare.push(chunk);
                     break;
                 }
@@ -161,6 +173,8 @@ impl Spool {
                 state.file_limit = 0;
                 continue;
             }
+            state.has_begun = true;
+            self.changed.notify_all();
             let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
             check()?;
@@ -194,7 +208,9 @@ impl Spool {
     fn pop(&self) -> Result<Option<Vec<u8>>> {
         let mut state = self.lock();
         let next = loop {
-            if let Some(next) = state.queue.pop_front() {
+            if (state.has_begun || state.ended)
+                && let Some(next) = state.queue.pop_front()
+            {
                 break next;
             }
             if state.ended {
@@ -373,6 +389,7 @@ fn bytes<'a>(chunk: &mut &'a [u8], count: u64) -> Result<&'a [u8]> {
 mod tests {
     use super::super::super::testing::Recorder;
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn region(name: &str) -> Region {
         Region {
@@ -437,6 +454,67 @@ mod tests {
             0,
             "the file system can punch holes"
         );
+    }
+
+    /// A sink that notes when it gets something.
+    struct Noting<'a>(&'a dyn Fn());
+
+    impl Sink for Noting<'_> {
+        fn region(&mut self, _: &Region) -> Result<()> {
+            (self.0)();
+            Ok(())
+        }
+
+        fn pages(&mut self, _: &[u8]) -> Result<()> {
+            (self.0)();
+            Ok(())
+        }
+
+        fn zeros(&mut self, _: u64) -> Result<()> {
+            Ok(())
+        }
+
+        fn unavailable(&mut self, _: u64) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn writer_begins_when_all_is_read() {
+        let spool = Spool::new(&place(), 1 << 30);
+        let is_read = AtomicBool::new(false);
+        let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                fill(&spool, count).unwrap();
+                is_read.store(true, Ordering::SeqCst);
+                spool.end();
+            });
+            let noted = || assert!(is_read.load(Ordering::SeqCst));
+            spool.empty(&mut Noting(&noted)).unwrap();
+        });
+    }
+
+    #[test]
+    fn writer_begins_when_the_reader_is_far_ahead() {
+        let spool = Spool::new(&place(), 1 << 30);
+        spool.lock().head_start = CHUNK as u64;
+        let has_begun = AtomicBool::new(false);
+        let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                fill(&spool, count).unwrap();
+                let began = std::time::Instant::now();
+                while !has_begun.load(Ordering::SeqCst) && began.elapsed().as_secs() < 60 {
+                    std::thread::yield_now();
+                }
+                let in_time = has_begun.load(Ordering::SeqCst);
+                spool.end();
+                assert!(in_time, "the writer still waits");
+            });
+            let noted = || has_begun.store(true, Ordering::SeqCst);
+            spool.empty(&mut Noting(&noted)).unwrap();
+        });
     }
 
     #[test]
