@@ -277,9 +277,9 @@ impl Config {
     pub(crate) fn load(file: &Path) -> Result<Self> {
         let name = names::path(file);
         let text = read(file).with_context(|| format!("{name}: can't be read"))?;
-        let folder = std::path::absolute(file).with_context(|| name.to_string())?;
+        let folder = std::path::absolute(file).with_context(|| name.clone())?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
-        Self::parse(&text, folder).with_context(|| name.to_string())
+        Self::parse(&text, folder).with_context(|| name.clone())
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {

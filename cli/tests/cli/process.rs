@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -227,7 +227,6 @@ fn a_killed_snaprestore_leaves_the_process_running() {
 
 #[test]
 fn an_interrupted_snaprestore_leaves_the_process_running() {
-    use std::os::unix::process::ExitStatusExt as _;
     let folder = Folder::new();
     let mut owner = Owner::large();
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
@@ -397,7 +396,7 @@ fn fuse(mount: &Folder, silent: &str) -> String {
     format!(
         "{}\nfiles = FileSystem({:?}, lambda operation, name: {silent})\n",
         include_str!("fuse.py"),
-        mount.path(),
+        mount.path().to_str().unwrap(),
     )
 }
 
@@ -524,7 +523,6 @@ fn first_signal_lets_the_process_go_while_reading_waits_for_a_disk() {
             assert!(began.elapsed() < LONG, "it does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
-        use std::os::unix::process::ExitStatusExt as _;
         let status = create.wait().unwrap();
         assert_eq!(status.signal(), Some(signal as i32), "{status:?}");
         assert_eq!(folder.names(), ["asked"]);

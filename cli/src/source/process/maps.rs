@@ -39,6 +39,7 @@ pub(super) struct Mapping {
 }
 
 /// What only `smaps` tells.
+#[expect(clippy::struct_excessive_bools, reason = "as many flags of the kernel")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Details {
     /// Bytes present in memory or in swap.
