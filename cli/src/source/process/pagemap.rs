@@ -193,7 +193,6 @@ mod tests {
 
     /// Of kernels that list nothing.
     #[test]
-    #[expect(clippy::host_endian_bytes, reason = "as the kernel writes them")]
     fn words_tell_content_from_markers() {
         #[expect(clippy::host_endian_bytes, reason = "a word as the kernel has it")]
         let entry = |word: u64| to_entry(word.to_ne_bytes());
