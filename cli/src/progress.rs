@@ -1,6 +1,11 @@
-//! A bar on a terminal, and nothing elsewhere.
+//! A bar on a terminal, and nothing elsewhere. A job in the background leaves the terminal to the one
+//! in the foreground.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::unistd::{getpgrp, tcgetpgrp};
 
 use crate::output::Output;
 
@@ -8,6 +13,10 @@ use crate::output::Output;
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: ProgressBar,
+    /// Whether it may ever be drawn.
+    wanted: bool,
+    /// Whether it is drawn now.
+    drawn: AtomicBool,
 }
 
 impl Progress {
@@ -16,6 +25,8 @@ impl Progress {
         if !output.shows_progress() {
             return Self {
                 bar: ProgressBar::hidden(),
+                wanted: false,
+                drawn: AtomicBool::new(false),
             };
         }
         let (bar, template) = match total {
@@ -33,27 +44,54 @@ impl Progress {
             .progress_chars("=> ");
         Self {
             bar: bar.with_style(style).with_message(what),
+            wanted: true,
+            drawn: AtomicBool::new(true),
+        }
+    }
+
+    /// Draws from now on if this is a job in the foreground, and no more otherwise.
+    fn follow_job(&self) {
+        if !self.wanted {
+            return;
+        }
+        let draws = is_in_foreground();
+        if self.drawn.swap(draws, Ordering::Relaxed) != draws {
+            self.bar.set_draw_target(if draws {
+                ProgressDrawTarget::stderr()
+            } else {
+                ProgressDrawTarget::hidden()
+            });
         }
     }
 
     pub(crate) fn advance(&self, bytes: u64) {
+        self.follow_job();
         self.bar.inc(bytes);
     }
 
     /// For a total that is known only later.
     pub(crate) fn set_total(&self, bytes: u64) {
         if self.bar.length() != Some(bytes) {
+            self.follow_job();
             self.bar.set_length(bytes);
         }
     }
 
     pub(crate) fn set(&self, bytes: u64) {
+        self.follow_job();
         self.bar.set_position(bytes);
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        self.follow_job();
         self.bar.finish_and_clear();
     }
+}
+
+/// Whether standard error is a terminal that this job may draw on. A terminal that doesn't control
+/// jobs is open to all.
+fn is_in_foreground() -> bool {
+    tcgetpgrp(io::stderr()).map_or(true, |group| group == getpgrp())
 }

@@ -5,7 +5,9 @@
 //! process at once; the kernel then lets go of traced processes and unnamed files.
 //!
 //! Ctrl-Z stops the process as it does any other, after what a command has to do before
-//! ([`Cancel::before_stop`]).
+//! ([`Cancel::before_stop`]). So do the signals for a job in the background that uses its terminal.
+//! As they are blocked, the kernel sends none of them for a message that is written: a command is not
+//! stopped by its own messages (`stty tostop`), perhaps while it holds a process.
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,6 +23,9 @@ use snaprestore_daemon::StopRequests;
 
 /// What a user or a service manager stops a command with.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// What stops a job until it is continued.
+const SUSPENDING: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
 
 /// The command was asked to stop: unwinds to `main`, which knows.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +88,7 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
     // blocked and waited for it would arrive all the same.
     let ignored = ignored_signals();
     let mut wanted = SigSet::empty();
-    for signal in STOPPING.into_iter().chain([Signal::SIGTSTP]) {
+    for signal in STOPPING.into_iter().chain(SUSPENDING) {
         if ignored & (1 << (signal as i32 - 1)) == 0 {
             wanted.add(signal);
         }
@@ -98,8 +103,8 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
         .spawn(move || {
             let mut writer = Some(writer);
             while let Ok(signal) = wanted.wait() {
-                if signal == Signal::SIGTSTP {
-                    stop(&before_stop);
+                if SUSPENDING.contains(&signal) {
+                    stop(signal, &before_stop);
                     continue;
                 }
                 let again = seen.swap(signal as i32, Ordering::SeqCst) != 0;
@@ -226,8 +231,9 @@ impl AsFd for Cancel {
     }
 }
 
-/// Lets Ctrl-Z have its effect. Returns when the process is continued.
-fn stop(before: &Mutex<Option<Hook>>) {
+/// Lets Ctrl-Z, or another signal that suspends, have its effect. Returns when the process is
+/// continued.
+fn stop(signal: Signal, before: &Mutex<Option<Hook>>) {
     let hook = before
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -235,9 +241,9 @@ fn stop(before: &Mutex<Option<Hook>>) {
     if let Some(Hook(hook)) = hook {
         hook();
     }
-    die_by(Signal::SIGTSTP);
+    die_by(signal);
     let mut set = SigSet::empty();
-    set.add(Signal::SIGTSTP);
+    set.add(signal);
     let _ = set.thread_block();
 }
 

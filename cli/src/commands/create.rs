@@ -236,6 +236,7 @@ impl Recipe {
             Wanted::Off => Dictionary::Off,
             Wanted::This(bytes) => Dictionary::Use(bytes.clone()),
         };
+        source.begin()?;
         let options = WriterOptions {
             level: self.level,
             frame_pages: self.frame_bytes / PAGE_SIZE,

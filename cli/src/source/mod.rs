@@ -144,6 +144,10 @@ pub(crate) trait Source {
     /// Some pages from all over it, for training a dictionary. Nothing if it can only be read
     /// once, or has no more than that.
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples>;
+    /// Begins to read what can't wait until the target is written to. Does nothing the second time.
+    fn begin(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Delivers everything to `sink`, once.
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()>;
     /// How it was taken, once it has been delivered.
@@ -169,7 +173,7 @@ pub(crate) fn open(
     if let Some(pid) = create.pid {
         let target = (!target::is_stdout(&create.output)).then_some(create.output.as_path());
         let place = Place::beside(target);
-        return Ok(Box::new(HeldProcess::hold(pid, place, output, cancel)?));
+        return Ok(Box::new(HeldProcess::hold(pid, &place, output, cancel)?));
     }
     let Some(path) = create.source.as_deref() else {
         return Err(Refusal::Usage("name a source, or a process with --pid".into()).into());

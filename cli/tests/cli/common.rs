@@ -41,6 +41,39 @@ pub(crate) fn with_default_signals(mut command: Command) -> Command {
     command
 }
 
+/// `command`, started where no `/proc` is mounted, which needs root.
+pub(crate) fn without_proc(mut command: Command) -> Command {
+    let hide = || {
+        let none = c"none".as_ptr();
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        // SAFETY: these system calls only read the names, and may be made between fork and exec.
+        let failed = unsafe {
+            libc::unshare(libc::CLONE_NEWNS) != 0
+                || libc::mount(
+                    none,
+                    c"/".as_ptr(),
+                    std::ptr::null(),
+                    private,
+                    std::ptr::null(),
+                ) != 0
+                || libc::mount(
+                    none,
+                    c"/proc".as_ptr(),
+                    c"tmpfs".as_ptr(),
+                    0,
+                    std::ptr::null(),
+                ) != 0
+        };
+        if failed {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure neither allocates nor takes a lock.
+    unsafe { command.pre_exec(hide) };
+    command
+}
+
 /// Runs the command in `folder`.
 pub(crate) fn run(folder: &Folder, args: &[&str]) -> Run {
     Run::of(command(args).current_dir(folder.path()))
@@ -168,6 +201,18 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(began.elapsed() < Duration::from_secs(60), "waiting: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The state letters of all threads of process `pid`.
+pub(crate) fn states(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there");
+    let state = |task: std::io::Result<fs::DirEntry>| {
+        // The name before it is any bytes.
+        let stat = fs::read(task.ok()?.path().join("stat")).ok()?;
+        let stat = String::from_utf8_lossy(&stat);
+        stat.rsplit_once(") ")?.1.chars().next()
+    };
+    tasks.filter_map(state).collect()
 }
 
 /// Waits for a child and takes its output.

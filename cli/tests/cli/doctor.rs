@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt as _;
 
 use snaprestore_fixtures::host::{Unavailable, skipped};
 
-use crate::common::{Folder, Run, as_nobody, command, run};
+use crate::common::{Folder, Run, as_nobody, command, run, without_proc};
 use crate::restore::possible;
 
 #[test]
@@ -38,6 +38,28 @@ fn every_check_is_judged_and_the_exit_code_is_the_sum() {
     ] {
         assert!(text.contains(name), "{text}");
     }
+}
+
+#[test]
+fn missing_proc_is_named() {
+    let name = "missing_proc_is_named";
+    if !nix::unistd::geteuid().is_root() {
+        let why = "hiding /proc needs root".into();
+        return skipped(name, &Unavailable { why });
+    }
+    let doctor = Run::of(&mut without_proc(command(["doctor", "--json"])));
+    let report = doctor.json();
+    let checks = report["checks"].as_array().unwrap();
+    for name in ["/proc", "live processes"] {
+        let check = checks.iter().find(|check| check["name"] == name).unwrap();
+        assert_eq!(check["state"], "limited", "{check}");
+        let remedy = check["remedy"].as_str().unwrap();
+        assert!(remedy.contains("mount -t proc"), "{remedy}");
+    }
+    let report = run(&Folder::new(), &["doctor", "--json"]).json();
+    let mut checks = report["checks"].as_array().unwrap().iter();
+    let check = checks.find(|check| check["name"] == "/proc").unwrap();
+    assert_eq!(check["state"], "good");
 }
 
 #[test]

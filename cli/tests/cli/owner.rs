@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
+use crate::common::states;
+
 /// Set where this program shall be the owner.
 const ROLE: &str = "SNAPRESTORE_TEST_OWNER";
 /// Threads besides the main one.
@@ -45,15 +47,13 @@ impl Owner {
         Self::in_role("vfork")
     }
 
+    /// A process that does nothing but run this program again, one of its threads after the other.
+    pub(crate) fn restless() -> Child {
+        command("restless").stdout(Stdio::null()).spawn().unwrap()
+    }
+
     fn in_role(role: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "owner::owner_process",
-                "--nocapture",
-                "--test-threads=1",
-            ])
-            .env(ROLE, role)
+        let mut child = command(role)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -134,13 +134,22 @@ impl Owner {
 
     /// The state letters of all its threads.
     pub(crate) fn states(&self) -> String {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let state = |task: std::io::Result<std::fs::DirEntry>| {
-            let stat = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
-            stat.rsplit_once(") ")?.1.chars().next()
-        };
-        tasks.filter_map(state).collect()
+        states(self.pid())
     }
+}
+
+/// This program as an owner.
+fn command(role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args([
+            "--exact",
+            "owner::owner_process",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env(ROLE, role);
+    command
 }
 
 impl Drop for Owner {
@@ -213,6 +222,19 @@ fn owner_process() {
     let Ok(role) = std::env::var(ROLE) else {
         return;
     };
+    if role == "restless" {
+        use std::os::unix::process::CommandExt as _;
+        // A thread that isn't the main one takes its place. Those beside it are ended.
+        for _ in 0..3 {
+            std::thread::spawn(|| {
+                loop {
+                    std::thread::sleep(std::time::Duration::from_micros(50));
+                }
+            });
+        }
+        let error = std::thread::spawn(|| command("restless").exec()).join();
+        panic!("{error:?}");
+    }
     let is_small = matches!(role.as_str(), "small" | "vfork");
     let vast = |bytes| if is_small { 1 << 20 } else { bytes };
     let read_write = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;

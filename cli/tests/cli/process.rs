@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -11,9 +12,11 @@ use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, ensure_python3, skipped};
 
 use crate::common::{
-    Folder, as_nobody, command, finish, number, remarks, run, wait_until, with_default_signals,
+    Folder, Run, as_nobody, command, finish, finish_within, number, program, remarks, run, states,
+    wait_until, with_default_signals, without_proc,
 };
 use crate::owner::Owner;
+use crate::process_memory::{Puppet, remark, remarked};
 
 fn regions(folder: &Folder, snapshot: &str) -> Vec<Value> {
     let info = run(folder, &["info", snapshot, "--json"]).exits(0).json();
@@ -224,7 +227,6 @@ fn a_killed_snaprestore_leaves_the_process_running() {
 
 #[test]
 fn an_interrupted_snaprestore_leaves_the_process_running() {
-    use std::os::unix::process::ExitStatusExt as _;
     let folder = Folder::new();
     let mut owner = Owner::large();
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
@@ -368,20 +370,295 @@ fn process_runs_again_once_its_memory_is_read() {
 fn ctrl_z_lets_the_process_go_before_it_stops() {
     let folder = Folder::new();
     let mut owner = Owner::large();
-    let (child, pipe) = held(&folder, &owner);
-    let taker = Pid::from_raw(child.id().cast_signed());
-    let state = || {
-        let stat = std::fs::read_to_string(format!("/proc/{taker}/stat")).unwrap();
-        stat.rsplit_once(") ").unwrap().1.chars().next()
+    // The others are what the kernel sends to a job in the background that uses its terminal.
+    for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
+        let (child, mut pipe) = held(&folder, &owner);
+        let taker = Pid::from_raw(child.id().cast_signed());
+        kill(taker, signal).unwrap();
+        wait_until("it stops", || states(child.id()).starts_with('T'));
+        assert_running(&mut owner);
+        kill(taker, Signal::SIGCONT).unwrap();
+        std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
+        let said = finish(child).exits(1).err;
+        let plain = format!(
+            "snaprestore: process {} was let go because Ctrl-Z stopped this command before it had \
+             read all memory; run it again\n",
+            owner.pid()
+        );
+        assert_eq!(said, plain);
+        assert_running(&mut owner);
+    }
+}
+
+/// A file system of the process's own (`fuse.py`), which does not answer what is in `silent`: a
+/// condition on `operation` and `name`.
+fn fuse(mount: &Folder, silent: &str) -> String {
+    format!(
+        "{}\nfiles = FileSystem({:?}, lambda operation, name: {silent})\n",
+        include_str!("fuse.py"),
+        mount.path().to_str().unwrap(),
+    )
+}
+
+/// Skips a test that needs root; tells whether it did.
+fn skips_without_root(test: &str) -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        let why = "mounting needs root".into();
+        skipped(test, &Unavailable { why });
+    }
+    !is_root
+}
+
+/// Far more than a command takes that waits for nothing.
+const LONG: Duration = Duration::from_secs(100);
+
+#[test]
+fn process_that_serves_the_output_is_taken() {
+    let test = "process_that_serves_the_output_is_taken";
+    if skips_without_root(test) {
+        return;
+    }
+    let mount = Folder::new();
+    let program = fuse(&mount, "False") + "noise = os.urandom(64 * MIB)\n";
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
     };
-    kill(taker, Signal::SIGTSTP).unwrap();
-    wait_until("it stops", || state() == Some('T'));
-    assert_running(&mut owner);
-    kill(taker, Signal::SIGCONT).unwrap();
-    let mut pipe = pipe;
-    std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
-    finish(child).exits(1).says(&["let go because Ctrl-Z"]);
-    assert_running(&mut owner);
+    let folder = Folder::new();
+    let pid = puppet.pid().to_string();
+    // As others see it. Nothing is beside it but what it serves.
+    let output = format!("/proc/{pid}/root{}/s", mount.path().display());
+    for dictionary in ["train", "off"] {
+        let options = ["--force", "--dictionary", dictionary, "--json"];
+        let create = command(["create", "--pid", &pid, "-o", &output])
+            .args(options)
+            .env("TMPDIR", folder.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        finish_within(create, LONG).exits(0);
+        assert!(!puppet.states().contains(['t', 'T']));
+        let verify = command(["verify", &output]).stdout(Stdio::null()).spawn();
+        finish_within(verify.unwrap(), LONG).exits(0);
+    }
+}
+
+#[test]
+fn mapped_files_that_the_process_serves_are_unavailable() {
+    let test = "mapped_files_that_the_process_serves_are_unavailable";
+    if skips_without_root(test) {
+        return;
+    }
+    let mount = Folder::new();
+    let program = fuse(&mount, "False")
+        + "
+files.add(b'data', bytes(64 * PAGE))
+file = os.open(FOLDER + '/data', os.O_RDWR)
+mapped('private', 16 * PAGE, 3, PRIVATE, file)
+mapped('shared', 32 * PAGE, 3, SHARED, file)
+os.close(file)
+";
+    let program = program.replace("FOLDER", &format!("{:?}", mount.path()));
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let create = command(["create", "--pid", &puppet.pid().to_string(), "-o", "s"])
+        .arg("--json")
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let taken = finish_within(create.unwrap(), LONG).exits(0);
+    assert_eq!(remarked(&folder, &taken), [remark("served", 48)]);
+    assert!(taken.err.contains("may serve itself"), "{}", taken.err);
+    assert!(!puppet.states().contains(['t', 'T']));
+}
+
+/// Opens the file `name` of a file system that another process serves.
+fn opens(server: &Puppet, mount: &Folder, name: &str) -> String {
+    let mount = mount.path().display();
+    let path = format!("/proc/{}/root{mount}/{name}", server.pid());
+    format!("file = os.open({path:?}, os.O_RDWR)\n")
+}
+
+#[test]
+fn first_signal_lets_the_process_go_while_reading_waits_for_a_disk() {
+    let test = "first_signal_lets_the_process_go_while_reading_waits_for_a_disk";
+    if skips_without_root(test) {
+        return;
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mount = Folder::new();
+        let folder = Folder::new();
+        let asked = folder.file("asked");
+        let program = fuse(&mount, "operation == READ and open(ASKED, 'w')")
+            .replace("ASKED", &format!("{asked:?}"))
+            + "files.add(b'data', bytes(64 * PAGE))\n";
+        let Some(mut server) = Puppet::start(test, &program, None) else {
+            return;
+        };
+        let program =
+            opens(&server, &mount, "data") + "mapped('data', 64 * PAGE, 3, SHARED, file)\n";
+        let Some(puppet) = Puppet::start(test, &program, None) else {
+            return;
+        };
+        let pid = puppet.pid().to_string();
+        let create = with_default_signals(command(["create", "--pid", &pid, "-o", "s"]))
+            .current_dir(folder.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_until("the file is read", || asked.exists());
+        assert!(puppet.states().starts_with('t'), "it is held meanwhile");
+        kill(Pid::from_raw(create.id().cast_signed()), signal).unwrap();
+        wait_until("the process is let go", || !puppet.states().contains('t'));
+        // All who wait for an answer get one now.
+        server.child.kill().unwrap();
+        let mut create = create;
+        let began = std::time::Instant::now();
+        while create.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < LONG, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let status = create.wait().unwrap();
+        assert_eq!(status.signal(), Some(signal as i32), "{status:?}");
+        assert_eq!(folder.names(), ["asked"]);
+    }
+}
+
+/// The memory of a process that ends is given up some time before it has ended.
+#[test]
+fn process_that_is_ending_is_no_thread_of_the_kernel() {
+    let test = "process_that_is_ending_is_no_thread_of_the_kernel";
+    if skips_without_root(test) {
+        return;
+    }
+    let mount = Folder::new();
+    let program = fuse(&mount, "operation == FLUSH") + "files.add(b'data', b'')\n";
+    let Some(mut server) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    // Closing the file takes an answer of the server.
+    let program = opens(&server, &mount, "data");
+    let Some(mut puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let pid = puppet.pid();
+    puppet.end();
+    let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    wait_until("it gives up its memory", || !status().contains("VmSize:"));
+    let folder = Folder::new();
+    let create = run(&folder, &["create", "--pid", &pid.to_string(), "-o", "s"]);
+    let was_ending = !status().contains("VmSize:") && !status().contains("Z (zombie)");
+    server.child.kill().unwrap();
+    assert!(was_ending, "{}", status());
+    create.exits(1).says(&["is ending", "memory is gone"]);
+}
+
+#[test]
+fn process_that_runs_another_program_is_not_refused() {
+    let folder = Folder::new();
+    let mut restless = Owner::restless();
+    let pid = restless.id().to_string();
+    let mut taken = 0;
+    for _ in 0..100 {
+        let options = ["--force", "--dictionary", "off"];
+        let args = ["create", "--pid", &pid, "-o", "s"];
+        let create = command(args)
+            .args(options)
+            .current_dir(folder.path())
+            .output();
+        let create = Run::from(create.unwrap());
+        // It is there all the time, and may be taken.
+        if create.code == Some(0) {
+            taken += 1;
+        } else {
+            assert!(
+                create.err.contains("one program after the other"),
+                "{create:?}"
+            );
+        }
+    }
+    restless.kill().unwrap();
+    restless.wait().unwrap();
+    assert!(taken > 0);
+}
+
+#[test]
+fn missing_proc_is_named_and_not_the_process() {
+    let test = "missing_proc_is_named_and_not_the_process";
+    if skips_without_root(test) {
+        return;
+    }
+    let folder = Folder::new();
+    let mut create = without_proc(command(["create", "--pid", "1", "-o", "s"]));
+    Run::of(create.current_dir(folder.path()))
+        .exits(1)
+        .says(&["no /proc", "mount -t proc"]);
+}
+
+/// Runs `create` as a job of a terminal on which jobs in the background may not write (`stty tostop`).
+/// Prints what the terminal shows, and exits as the job does; with 99 if that is stopped.
+const JOB: &str = r"
+import os, pty, signal, sys, termios
+where, program, *args = sys.argv[1:]
+child, terminal = pty.fork()
+if child == 0:
+    settings = termios.tcgetattr(0)
+    settings[3] |= termios.TOSTOP
+    termios.tcsetattr(0, termios.TCSANOW, settings)
+    job = os.fork()
+    if job == 0:
+        if where == 'background':
+            os.setpgid(0, 0)
+        for number in (signal.SIGTTOU, signal.SIGTTIN, signal.SIGTSTP):
+            signal.signal(number, signal.SIG_DFL)
+        os.execv(program, [program, *args])
+    _, status = os.waitpid(job, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        os.kill(job, signal.SIGKILL)
+        os._exit(99)
+    os._exit(os.waitstatus_to_exitcode(status) & 127)
+while True:
+    try:
+        shown = os.read(terminal, 4096)
+    except OSError:
+        break
+    sys.stdout.buffer.write(shown)
+    sys.stdout.flush()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+";
+
+#[test]
+fn job_in_the_background_is_not_stopped_by_its_messages() {
+    let test = "job_in_the_background_is_not_stopped_by_its_messages";
+    let python = match ensure_python3() {
+        Ok(python) => python,
+        Err(why) => return skipped(test, &why),
+    };
+    let folder = Folder::new();
+    let mut owner = Owner::large();
+    let pid = owner.pid().to_string();
+    for (place, draws) in [("foreground", true), ("background", false)] {
+        let job = Command::new(&python)
+            .args(["-c", JOB, place])
+            .arg(program())
+            .args(["create", "--pid", &pid, "-o", "s", "--force"])
+            .current_dir(folder.path())
+            .env("TERM", "xterm")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let job = finish_within(job, LONG).exits(0);
+        assert_eq!(job.text().contains("packing"), draws, "{}", job.text());
+        assert!(job.text().contains("was held for"), "{}", job.text());
+        assert_running(&mut owner);
+    }
 }
 
 #[test]
@@ -481,8 +758,10 @@ fn a_process_whose_main_thread_has_ended_is_taken_through_another() {
     // The bare system call ends one thread, not the process.
     let program = format!(
         "import ctypes, threading, time\n\
-         threading.Thread(target=lambda: time.sleep(1000)).start()\n\
-         ctypes.CDLL(None).syscall({}, 0)",
+         libc = ctypes.CDLL(None)\n\
+         rename = lambda: libc.prctl(15, b'\\xff) Z \\xd0', 0, 0, 0)\n\
+         threading.Thread(target=lambda: (rename(), time.sleep(1000))).start()\n\
+         libc.syscall({}, 0)",
         libc::SYS_exit
     );
     let mut child = std::process::Command::new(python)

@@ -10,7 +10,7 @@ use serde_json::Value;
 use snaprestore_fixtures::host::{ensure_python3, skipped};
 use snaprestore_fixtures::huge_pool::HugePool;
 
-use crate::common::{Folder, Run, as_nobody, command, finish, number, remarks, run};
+use crate::common::{Folder, Run, as_nobody, command, finish, number, remarks, run, states};
 
 const NOBODY: u32 = 65534;
 const PAGE: usize = 4096;
@@ -52,16 +52,16 @@ def register(fd, at, size, mode):
 ";
 
 /// A process of Python's, which has done what it was told and waits.
-struct Puppet {
-    child: Child,
-    _stdin: ChildStdin,
+pub(crate) struct Puppet {
+    pub(crate) child: Child,
+    stdin: Option<ChildStdin>,
     places: Vec<(String, u64)>,
 }
 
 impl Puppet {
     /// Runs `program`, and returns where it has mapped what. Says so and returns nothing if the
     /// machine can't do it. `as_user` needs root.
-    fn start(test: &str, program: &str, as_user: Option<u32>) -> Option<Self> {
+    pub(crate) fn start(test: &str, program: &str, as_user: Option<u32>) -> Option<Self> {
         let python = match ensure_python3() {
             Ok(python) => python,
             Err(why) => {
@@ -80,7 +80,7 @@ impl Puppet {
         }
         let mut child = command.spawn().unwrap();
         let mut puppet = Self {
-            _stdin: child.stdin.take().unwrap(),
+            stdin: child.stdin.take(),
             places: Vec::new(),
             child,
         };
@@ -99,9 +99,23 @@ impl Puppet {
         }
     }
 
-    fn place(&self, name: &str) -> u64 {
+    pub(crate) fn place(&self, name: &str) -> u64 {
         let found = self.places.iter().find(|(known, _)| known == name);
         found.unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Has it end by itself.
+    pub(crate) fn end(&mut self) {
+        self.stdin = None;
+    }
+
+    /// The state letters of all its threads.
+    pub(crate) fn states(&self) -> String {
+        states(self.child.id())
     }
 
     /// A number in KiB of its `/proc/PID/status`.
@@ -139,7 +153,7 @@ impl Puppet {
 
 /// What `create` remarked, in pages. The warnings among it were on standard error, and the
 /// snapshot `s` has the same as properties.
-fn remarked(folder: &Folder, taken: &Run) -> Vec<(String, u64)> {
+pub(crate) fn remarked(folder: &Folder, taken: &Run) -> Vec<(String, u64)> {
     let report = taken.json();
     let remarks = remarks(&report);
     let info = run(folder, &["info", "s", "--json"]).exits(0).json();
@@ -164,7 +178,7 @@ fn remarked(folder: &Folder, taken: &Run) -> Vec<(String, u64)> {
 }
 
 /// One remark, as [`remarked`] returns it.
-fn remark(key: &str, pages: u64) -> (String, u64) {
+pub(crate) fn remark(key: &str, pages: u64) -> (String, u64) {
     (format!("source.{key}_bytes"), pages)
 }
 
@@ -424,6 +438,7 @@ def file():
 fill(mapped('shared', 64 * MIB, 3, SHARED | NORESERVE, file()), 1, 9)
 fill(mapped('private', 64 * MIB, 3, PRIVATE | NORESERVE, file()), 1, 9)
 fill(mapped('anonymous', 64 * MIB, 3, SHARED | ANONYMOUS | NORESERVE | 0x40000), 1, 9)
+fill(mapped('own', 64 * MIB, 3, PRIVATE | ANONYMOUS | NORESERVE | 0x40000), 1, 9)
 other = file()
 at = mapped('partly', 2 * MIB, 3, SHARED | NORESERVE, other, 4 * MIB)
 fill(at, 1, 8)
@@ -440,7 +455,7 @@ fill(mapped('whole', 64 * MIB, 3, SHARED | NORESERVE, other), 1, 9)
         (number(&taken.json(), "unavailable_pages"), &*taken.err),
         (0, "")
     );
-    for name in ["shared", "private", "anonymous", "whole"] {
+    for name in ["shared", "private", "anonymous", "own", "whole"] {
         let found = memory(&folder, puppet.place(name), PAGE).unwrap();
         assert_eq!(found[..2], [9, 0], "{name}");
     }
@@ -538,6 +553,51 @@ fill(mapped('secret', 8 * PAGE, 3, SHARED, fd), 2 * PAGE, 6)
     let found = memory(&folder, puppet.place("undumped"), PAGE).unwrap();
     assert!(found == vec![5; PAGE]);
     memory(&folder, puppet.place("secret"), PAGE).unwrap_err();
+}
+
+/// A file may be named as the kernel names what is no file.
+#[test]
+fn files_named_like_memory_of_the_kernel_are_taken() {
+    let test = "files_named_like_memory_of_the_kernel_are_taken";
+    if !geteuid().is_root() {
+        return skipped(test, &"mounting needs root");
+    }
+    let mount = Folder::new();
+    // A path in a mount that is detached begins at its root. CLONE_NEWNS; MS_REC | MS_PRIVATE;
+    // MNT_DETACH.
+    let program = format!(
+        "
+folder = {:?}
+if libc.unshare(0x20000) or libc.mount(b'none', b'/', None, 0x44000, None): unable('no mounts of its own')
+if libc.mount(b'none', folder.encode(), b'tmpfs', 0, None): unable('tmpfs cannot be mounted')
+for name, flags in (('anon_hugepage', PRIVATE), ('secretmem', SHARED)):
+    with open(folder + '/' + name, 'w+b') as file:
+        file.write(b'z' * 4 * PAGE)
+        file.flush()
+        mapped(name, 4 * PAGE, 3, flags, file.fileno())
+if libc.umount2(folder.encode(), 2): unable('tmpfs cannot be detached')
+",
+        mount.path()
+    );
+    let Some(puppet) = Puppet::start(test, &program, None) else {
+        return;
+    };
+    let folder = Folder::new();
+    let taken = puppet.take(&folder).exits(0);
+    assert_eq!(remarked(&folder, &taken), []);
+    let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
+    let regions = info["regions"].as_array().unwrap();
+    for name in ["anon_hugepage", "secretmem"] {
+        // The test is about names that can be taken for others.
+        let of_kernel = format!("/{name}");
+        assert!(
+            regions
+                .iter()
+                .any(|region| region["name"] == of_kernel.as_str())
+        );
+        let found = memory(&folder, puppet.place(name), 4 * PAGE).unwrap();
+        assert!(found == [b'z'; 4 * PAGE], "{name}");
+    }
 }
 
 #[test]

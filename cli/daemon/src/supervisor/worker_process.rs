@@ -166,7 +166,9 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Describes where in the kernel a task waits, if it waits uninterruptibly.
 fn uninterruptible(task: &Path) -> Option<String> {
-    let stat = fs::read_to_string(task.join("stat")).ok()?;
+    let stat = fs::read(task.join("stat")).ok()?;
+    // The name of the thread, which stands there too, is any bytes.
+    let stat = String::from_utf8_lossy(&stat);
     if !stat.rsplit_once(") ")?.1.starts_with('D') {
         return None;
     }

@@ -160,7 +160,7 @@ fn pack(
     };
     let began = Instant::now();
     let place = Place::beside(Some(&std::env::temp_dir().join("snapshot")));
-    let mut process = HeldProcess::hold(pid, place, output, cancel)?;
+    let mut process = HeldProcess::hold(pid, &place, output, cancel)?;
     let progress = Progress::bytes(output, "packing", process.pages().map(|pages| pages * PAGE));
     let mut writer = recipe.start(target, &mut process, progress, cancel)?;
     let mut both = Both {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
@@ -35,6 +36,8 @@ pub(super) enum State {
 pub(super) struct Surroundings {
     /// `kernel.yama.ptrace_scope`, where the kernel has it.
     pub(super) ptrace_scope: Option<String>,
+    /// No `/proc` of this PID namespace is mounted.
+    pub(super) lacks_proc: bool,
 }
 
 impl Surroundings {
@@ -43,6 +46,7 @@ impl Surroundings {
             ptrace_scope: fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
                 .ok()
                 .map(|scope| scope.trim().to_owned()),
+            lacks_proc: !Path::new("/proc/self/status").exists(),
         }
     }
 }
@@ -79,6 +83,7 @@ pub(super) fn all(probe: &Probe, surroundings: &Surroundings) -> Vec<Check> {
     let mut checks = vec![kernel(probe), userfaultfd(probe)];
     checks.extend(ways(probe));
     checks.push(unprivileged(probe));
+    checks.push(proc(surroundings));
     checks.extend(features(probe));
     checks.push(trace(probe, surroundings));
     checks.extend(limits(probe));
@@ -257,9 +262,31 @@ fn features(probe: &Probe) -> Vec<Check> {
     checks
 }
 
+/// What all but `restore`, and the commands for files, need.
+fn proc(surroundings: &Surroundings) -> Check {
+    let name = "/proc";
+    if surroundings.lacks_proc {
+        limited(
+            name,
+            "none of this PID namespace is mounted: create --pid, serve, demo and bench don't work, \
+             and limits and rights are not known",
+            "mount -t proc proc /proc",
+        )
+    } else {
+        good(name, "is mounted")
+    }
+}
+
 /// What `create --pid` needs.
 fn trace(probe: &Probe, surroundings: &Surroundings) -> Check {
     let name = "live processes";
+    if surroundings.lacks_proc {
+        return limited(
+            name,
+            "none can be packed without /proc",
+            "mount -t proc proc /proc",
+        );
+    }
     if probe.cap_sys_ptrace == Some(true) {
         return good(name, "all of them can be packed (CAP_SYS_PTRACE)");
     }
@@ -506,6 +533,7 @@ mod tests {
         probe.kvm = Err(io::ErrorKind::PermissionDenied.into());
         let scope = |scope: &str| Surroundings {
             ptrace_scope: Some(scope.into()),
+            lacks_proc: false,
         };
         let checks = all(&probe, &scope("1"));
         for name in [

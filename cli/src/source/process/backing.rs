@@ -12,7 +12,8 @@ use nix::fcntl::OFlag;
 
 use super::super::PAGE;
 use super::super::extents::Extents;
-use super::maps::Mapping;
+use super::internal::device;
+use super::maps::{Device, Mapping};
 
 /// A mapped file.
 #[derive(Debug)]
@@ -25,10 +26,10 @@ pub(super) struct Backing {
 
 impl Backing {
     /// Finds the file behind a mapping of process `pid`. None where there is no file, or no right to
-    /// see it.
-    pub(super) fn of(pid: i32, mapping: &Mapping) -> Option<Self> {
+    /// see it. If the process serves files, no other is looked at than one of that name.
+    pub(super) fn of(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
         let file = open(Path::new(&mapping.link(pid)), |_| true)
-            .or_else(|| by_descriptor(pid, mapping))
+            .or_else(|| by_descriptor(pid, mapping, served))
             .or_else(|| by_name(pid, mapping))?;
         let metadata = file.metadata().ok()?;
         let len = metadata.len();
@@ -66,6 +67,68 @@ impl Backing {
     }
 }
 
+/// The file systems that a process may serve by FUSE. Nothing of theirs is touched while it is held:
+/// it could not answer.
+#[derive(Debug, Default)]
+pub(super) struct Served {
+    devices: Vec<Device>,
+}
+
+impl Served {
+    /// Finds those of process `pid`: none unless it has opened `/dev/fuse`. If it has, any that it or
+    /// this process can see.
+    pub(super) fn by(pid: i32) -> Self {
+        if !serves(pid) {
+            return Self::default();
+        }
+        let mut devices = Vec::new();
+        for process in ["self", &pid.to_string()] {
+            let mounts = fs::read(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+            devices.extend(mounts.split(|&byte| byte == b'\n').filter_map(fuse_device));
+        }
+        Self { devices }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.devices.is_empty()
+    }
+
+    /// Whether the mapped file may be one of those.
+    pub(super) fn has(&self, mapping: &Mapping) -> bool {
+        self.devices.contains(&mapping.device)
+    }
+}
+
+/// Whether process `pid` serves a file system by FUSE.
+fn serves(pid: i32) -> bool {
+    const FUSE: Device = (10, 229);
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
+    descriptors
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|descriptor| {
+            let path = descriptor.path();
+            // Reading the link asks no file system for anything.
+            let is_named = fs::read_link(&path).is_ok_and(|name| name.ends_with("fuse"));
+            is_named
+                && fs::metadata(&path).is_ok_and(|metadata| {
+                    metadata.file_type().is_char_device() && device(metadata.rdev()) == FUSE
+                })
+        })
+}
+
+/// The device in a line of `/proc/PID/mountinfo`, if it is of a FUSE file system.
+fn fuse_device(line: &[u8]) -> Option<Device> {
+    // Names in it are any bytes, and stand behind the device.
+    let line = String::from_utf8_lossy(line);
+    let (mount, about) = line.split_once(" - ")?;
+    let kind = about.split(' ').next()?;
+    matches!(kind.split('.').next()?, "fuse" | "fuseblk").then_some(())?;
+    let (major, minor) = mount.split(' ').nth(2)?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
 /// How many bytes of the file behind `mapping` are no holes, if the file can be seen.
 pub(super) fn allocated(pid: i32, mapping: &Mapping) -> Option<u64> {
     let metadata = fs::metadata(mapping.link(pid)).ok()?;
@@ -86,20 +149,22 @@ pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
         return false;
     }
     fs::metadata(format!("/proc/{pid}/root/dev/zero")).is_ok_and(|metadata| {
-        let device = metadata.rdev();
-        let device = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-        metadata.file_type().is_char_device() && metadata.ino() == mapping.inode && device == ZERO
+        let is_zero = metadata.file_type().is_char_device() && device(metadata.rdev()) == ZERO;
+        is_zero && metadata.ino() == mapping.inode
     })
 }
 
 /// A descriptor of the process leads to the same file for whoever may trace it.
-fn by_descriptor(pid: i32, mapping: &Mapping) -> Option<File> {
+fn by_descriptor(pid: i32, mapping: &Mapping, served: &Served) -> Option<File> {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .ok()?
         .flatten()
         .find_map(|descriptor| {
             let path = descriptor.path();
             let named = fs::read_link(&path).is_ok_and(|name| name == mapping.path());
+            if !named && !served.is_empty() {
+                return None;
+            }
             open(&path, |metadata| is_mapped(metadata, mapping, named))
         })
 }
@@ -116,9 +181,8 @@ fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
 /// Whether this is what the file behind `mapping` looks like. Some file systems (btrfs, overlayfs)
 /// have devices of their own in `maps`; the kernel's name for the open file decides there.
 fn is_mapped(metadata: &Metadata, mapping: &Mapping, same_name: bool) -> bool {
-    let device = metadata.dev();
-    let device = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    metadata.ino() == mapping.inode && (device == mapping.device || same_name)
+    let same_device = device(metadata.dev()) == mapping.device;
+    metadata.ino() == mapping.inode && (same_device || same_name)
 }
 
 /// Opens `path` if it is a file that `fits`. Looked at before it is opened, because opening a device
@@ -137,4 +201,23 @@ fn open(path: &Path, fits: impl Fn(&Metadata) -> bool) -> Option<File> {
     let opened = file.metadata().ok()?;
     let same = (opened.dev(), opened.ino()) == (metadata.dev(), metadata.ino());
     same.then_some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fuse_file_systems_are_found_among_mounts() {
+        let line = b"99 27 0:47 / /mnt/a\xffb rw,nosuid shared:5 - fuse.sshfs host:/ rw,user_id=0";
+        assert_eq!(fuse_device(line), Some((0, 47)));
+        let line = b"99 27 259:3 / /mnt/disk rw - fuseblk /dev/sdb1 rw";
+        assert_eq!(fuse_device(line), Some((259, 3)));
+        // That of control files, and those of a host.
+        for kind in ["fusectl", "virtiofs", "ext4"] {
+            let line = format!("99 27 0:30 / /mnt rw - {kind} none rw");
+            assert_eq!(fuse_device(line.as_bytes()), None, "{kind}");
+        }
+        assert!(Served::by(std::process::id().cast_signed()).is_empty());
+    }
 }

@@ -7,6 +7,10 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
 
 use super::super::PAGE;
+use super::internal::Internal;
+
+/// Major and minor number of a device.
+pub(super) type Device = (u64, u64);
 
 /// One mapping.
 #[expect(
@@ -24,8 +28,10 @@ pub(super) struct Mapping {
     /// Where in the file it begins.
     pub(super) offset: u64,
     /// Major and minor number of the file's device.
-    pub(super) device: (u64, u64),
+    pub(super) device: Device,
     pub(super) inode: u64,
+    /// The file system of the kernel's own that the file is on.
+    pub(super) internal: Option<Internal>,
     /// Any bytes.
     pub(super) name: Vec<u8>,
     /// From `smaps`; absent if only `maps` could be read.
@@ -33,6 +39,7 @@ pub(super) struct Mapping {
 }
 
 /// What only `smaps` tells.
+#[expect(clippy::struct_excessive_bools, reason = "as many flags of the kernel")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Details {
     /// Bytes present in memory or in swap.
@@ -45,6 +52,8 @@ pub(super) struct Details {
     pub(super) userfault: bool,
     /// Not to be in dumps (`MADV_DONTDUMP`).
     pub(super) undumped: bool,
+    /// Locked in memory.
+    pub(super) locked: bool,
 }
 
 /// What the mapping's pages are if nobody has touched them.
@@ -62,18 +71,20 @@ pub(super) enum Untouched {
 
 impl Mapping {
     /// Reads all mappings of process `pid`, in order of address. A thread of it has the folder
-    /// `folder` in `/proc`.
-    pub(super) fn all(pid: i32, folder: &str) -> io::Result<Vec<Self>> {
+    /// `folder` in `/proc`. Calls `step` for each.
+    pub(super) fn all(pid: i32, folder: &str, step: &dyn Fn()) -> io::Result<Vec<Self>> {
         let mut all = match File::open(format!("{folder}/smaps")) {
-            Ok(file) => parse(BufReader::new(file)),
+            Ok(file) => parse(BufReader::new(file), step),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                parse(BufReader::new(File::open(format!("{folder}/maps"))?))
+                parse(BufReader::new(File::open(format!("{folder}/maps"))?), step)
             }
             Err(error) => Err(error),
         }?;
         for mapping in &mut all {
+            step();
             mapping.tell_line_feeds(pid);
         }
+        tell_internal(&mut all);
         Ok(all)
     }
 
@@ -107,7 +118,7 @@ impl Mapping {
 
     /// Memory of `memfd_secret`, which nobody but the process can read.
     pub(super) fn is_secret(&self) -> bool {
-        self.inode != 0 && self.name.starts_with(b"/secretmem")
+        self.internal == Some(Internal::Secret)
     }
 
     /// Address space set aside, that nobody may touch and in which nothing is populated. Only the
@@ -126,7 +137,7 @@ impl Mapping {
         let named_by_kernel = self.name.starts_with(b"[")
             && !matches!(&*self.name, b"[heap]" | b"[stack]")
             && !self.name.starts_with(b"[anon:");
-        let huge = self.name.starts_with(b"/anon_hugepage");
+        let huge = self.internal == Some(Internal::AnonymousHuge);
         !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
     }
 
@@ -164,11 +175,38 @@ impl Mapping {
     }
 }
 
-fn parse(reader: impl BufRead) -> io::Result<Vec<Mapping>> {
+/// Finds out which mappings are of file systems of the kernel's own.
+fn tell_internal(all: &mut [Mapping]) {
+    let mut known: Vec<(Internal, Vec<Device>)> = Vec::new();
+    for mapping in all {
+        let Some(internal) = Internal::named(&mapping.name).filter(|_| mapping.inode != 0) else {
+            continue;
+        };
+        let index = known.iter().position(|(known, _)| *known == internal);
+        let index = index.unwrap_or_else(|| {
+            known.push((internal, internal.devices()));
+            known.len() - 1
+        });
+        let devices = &known[index].1;
+        // A system call filter may keep the device from this process. Then the flags, which the
+        // kernel sets on all secret memory, decide.
+        let is_hidden = || {
+            let details = mapping.details;
+            let is_alike = details.is_some_and(|details| details.locked && details.undumped);
+            internal == Internal::Secret && devices.is_empty() && mapping.shared && is_alike
+        };
+        if devices.contains(&mapping.device) || is_hidden() {
+            mapping.internal = Some(internal);
+        }
+    }
+}
+
+fn parse(reader: impl BufRead, step: &dyn Fn()) -> io::Result<Vec<Mapping>> {
     let mut all: Vec<Mapping> = Vec::new();
     for line in reader.split(b'\n') {
         let line = line?;
         if let Some(mapping) = parse_mapping(&line) {
+            step();
             all.push(mapping);
         } else if let Some(mapping) = all.last_mut()
             && let Ok(line) = str::from_utf8(&line)
@@ -203,6 +241,7 @@ fn parse_mapping(line: &[u8]) -> Option<Mapping> {
             u64::from_str_radix(minor, 16).ok()?,
         ),
         inode,
+        internal: None,
         // The first character of a name is no space.
         name: parts.next().unwrap_or_default().trim_ascii_start().to_vec(),
         details: None,
@@ -225,6 +264,7 @@ fn detail(details: &mut Details, key: &str, value: &str) {
                     "io" | "pf" => details.device = true,
                     "um" | "ui" => details.userfault = true,
                     "dd" => details.undumped = true,
+                    "lo" => details.locked = true,
                     _ => {}
                 }
             }
@@ -265,7 +305,8 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn smaps_is_understood() {
-        let all = parse(SMAPS.as_bytes()).unwrap();
+        let mut all = parse(SMAPS.as_bytes(), &|| ()).unwrap();
+        all[5].internal = Some(Internal::AnonymousHuge);
         assert_eq!(all.len(), 7);
         let [heap, reserved, file, vvar, vdso, huge, vsyscall] = &all[..] else {
             unreachable!()
@@ -290,14 +331,29 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     #[test]
     fn first_system_v_segment_is_a_file() {
         let line = "7f0000000000-7f0010000000 rw-s 00000000 00:01 0    /SYSV00000000 (deleted)\n";
-        let all = parse(line.as_bytes()).unwrap();
+        let all = parse(line.as_bytes(), &|| ()).unwrap();
         assert_eq!(all[0].untouched(), Untouched::File);
+    }
+
+    /// A file may have any name.
+    #[test]
+    fn files_named_as_the_kernel_names_its_own_are_files() {
+        let lines = "\
+7f0000000000-7f0000200000 rw-p 00000000 fe:00 7    /anon_hugepage (deleted)
+7f1000000000-7f1000200000 rw-s 00000000 fe:00 8    /secretmem (deleted)
+";
+        let mut all = parse(lines.as_bytes(), &|| ()).unwrap();
+        tell_internal(&mut all);
+        for mapping in all {
+            assert_eq!(mapping.untouched(), Untouched::File);
+            assert!(!mapping.is_secret());
+        }
     }
 
     #[test]
     fn names_are_any_bytes() {
         let line = b"7f0000000000-7f0010000000 r--p 00000000 00:0f 42   /tmp/a\x1b[31m \xff\x85\n";
-        let all = parse(&line[..]).unwrap();
+        let all = parse(&line[..], &|| ()).unwrap();
         assert_eq!(all[0].name, b"/tmp/a\x1b[31m \xff\x85");
         assert_eq!(all[0].inode, 42);
     }
@@ -305,14 +361,14 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     #[test]
     fn maps_alone_promises_nothing_about_what_is_populated() {
         let line = "7f0000000000-7f0010000000 ---p 00000000 00:00 0 \n";
-        let all = parse(line.as_bytes()).unwrap();
+        let all = parse(line.as_bytes(), &|| ()).unwrap();
         assert_eq!(all[0].details, None);
         assert!(!all[0].is_empty_reservation());
     }
 
     #[test]
     fn this_process_is_among_its_own_mappings() {
-        let all = Mapping::all(std::process::id().cast_signed(), "/proc/self").unwrap();
+        let all = Mapping::all(std::process::id().cast_signed(), "/proc/self", &|| ()).unwrap();
         assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
         let here = 0_u8;
         let address = std::ptr::from_ref(&here) as u64;

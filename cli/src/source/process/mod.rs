@@ -7,9 +7,14 @@
 //! ```
 //!
 //! The process runs again as soon as its memory is read, however slowly the snapshot is written.
+//!
+//! It may serve what this process uses: a file system, a terminal, what reads the output. So while it
+//! is held nothing is touched that it is known to serve, and the tracer thread lets it go in time if
+//! the others wait for it all the same.
 
 mod backing;
 mod hold;
+mod internal;
 mod maps;
 mod pagemap;
 mod plan;
@@ -33,7 +38,7 @@ use crate::exit::Refusal;
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
-use backing::Backing;
+use backing::{Backing, Served};
 use hold::{Hold, ended};
 use maps::{Mapping, Untouched};
 use pagemap::Pagemap;
@@ -48,7 +53,6 @@ pub(crate) struct HeldProcess {
     pid: i32,
     name: String,
     pages: u64,
-    place: Place,
     reading: Reading,
     held: Option<Duration>,
     remarks: Vec<Remark>,
@@ -57,7 +61,8 @@ pub(crate) struct HeldProcess {
 /// How far it is.
 #[derive(Debug)]
 enum Reading {
-    NotYet(Box<Inner>),
+    /// The spool is made before the process is held.
+    NotYet(Box<Inner>, Arc<Spool>),
     /// A thread reads the memory into the spool.
     Begun(Arc<Spool>, JoinHandle<Result<Summary>>),
     Done,
@@ -72,6 +77,7 @@ struct Inner {
     pagemap: Option<Pagemap>,
     /// The file that was looked for last, and whether it was found.
     last_backing: RefCell<Option<FoundBacking>>,
+    served: Served,
     cancel: Cancel,
     /// Last, so that the process is held while anything above is used.
     hold: Hold,
@@ -83,7 +89,9 @@ type FoundBacking = ((u64, u64), u64, Option<Arc<Backing>>);
 impl HeldProcess {
     /// Stops process `pid` and looks at what it has mapped. `place` is for what is read of it and
     /// not yet written.
-    pub(crate) fn hold(pid: i32, place: Place, output: Output, cancel: &Cancel) -> Result<Self> {
+    pub(crate) fn hold(pid: i32, place: &Place, output: Output, cancel: &Cancel) -> Result<Self> {
+        let served = Served::by(pid);
+        let spool = Arc::new(Spool::new(place, &served));
         let hold = Hold::new(pid, output, cancel)?;
         // Through a thread, because a main one that ended early has no memory any more.
         let folder = format!("/proc/{pid}/task/{}", hold.thread());
@@ -92,7 +100,7 @@ impl HeldProcess {
             let untouched = |pagemap: &Pagemap| pagemap.is_untouched(mapping);
             mapping.is_empty_reservation() && pagemap.as_ref().is_none_or(untouched)
         };
-        let mappings: Vec<_> = Mapping::all(pid, &folder)
+        let mappings: Vec<_> = Mapping::all(pid, &folder, &|| hold.step())
             .map_err(|error| not_opened(pid, "its mappings", error))?
             .into_iter()
             .filter(|mapping| !mapping.is_kernel_data() && !is_empty(mapping))
@@ -108,31 +116,31 @@ impl HeldProcess {
                 .map(|name| names::stored(name.strip_suffix(b"\n").unwrap_or(&name)))
                 .unwrap_or_default(),
             pages: expected_pages(&mappings),
-            place,
-            reading: Reading::NotYet(Box::new(Inner {
-                pid,
-                mappings,
-                memory,
-                pagemap,
-                last_backing: RefCell::default(),
-                cancel: cancel.clone(),
-                hold,
-            })),
+            reading: Reading::NotYet(
+                Box::new(Inner {
+                    pid,
+                    mappings,
+                    memory,
+                    pagemap,
+                    last_backing: RefCell::default(),
+                    served,
+                    cancel: cancel.clone(),
+                    hold,
+                }),
+                spool,
+            ),
             held: None,
             remarks: Vec::new(),
         })
     }
 
     /// Starts the thread that reads the memory.
-    fn begin(&mut self) -> Result<()> {
-        let Reading::NotYet(inner) = std::mem::replace(&mut self.reading, Reading::Done) else {
-            bail!("the memory of process {} was read already", self.pid);
-        };
+    fn start_reading(&mut self, inner: Box<Inner>, spool: Arc<Spool>) -> Result<()> {
         let most = inner
             .mappings
             .iter()
             .map(|mapping| inner.most_stored(mapping));
-        let spool = Arc::new(Spool::new(&self.place, most.sum()));
+        spool.leave_room(most.sum());
         let reader = {
             let spool = Arc::clone(&spool);
             std::thread::Builder::new()
@@ -190,6 +198,7 @@ impl Inner {
             return len;
         };
         let of_file = match mapping.untouched() {
+            Untouched::File if self.served.has(mapping) => 0,
             Untouched::File => backing::allocated(self.pid, mapping).unwrap_or(len),
             Untouched::Zero | Untouched::Unknown | Untouched::Read => 0,
         };
@@ -302,7 +311,7 @@ impl Source for HeldProcess {
     }
 
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
-        let Reading::NotYet(inner) = &self.reading else {
+        let Reading::NotYet(inner, _) = &self.reading else {
             return Ok(Samples::default());
         };
         let samples = inner.sample(wanted)?;
@@ -311,10 +320,18 @@ impl Source for HeldProcess {
         Ok(samples)
     }
 
-    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        if let Reading::NotYet(_) = self.reading {
-            self.begin()?;
+    fn begin(&mut self) -> Result<()> {
+        match std::mem::replace(&mut self.reading, Reading::Done) {
+            Reading::NotYet(inner, spool) => self.start_reading(inner, spool),
+            begun => {
+                self.reading = begun;
+                Ok(())
+            }
         }
+    }
+
+    fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
+        self.begin()?;
         if let Reading::Begun(spool, _) = &self.reading {
             Arc::clone(spool).empty(sink)?;
         }

@@ -46,6 +46,8 @@ pub(super) enum Reason {
     BeyondFile,
     /// `memfd_secret`.
     Secret,
+    /// A file that the held process itself may serve.
+    Served,
 }
 
 type Run<'a> = &'a mut dyn FnMut(u64, u64, Plan) -> Result<()>;
@@ -70,6 +72,9 @@ impl Inner {
             Untouched::Read => run(mapping.start, pages, Plan::Process),
             Untouched::File if backing::is_dev_zero(self.pid, mapping) => {
                 self.plan_alike(mapping, Plan::Zero, run)
+            }
+            Untouched::File if self.served.has(mapping) => {
+                self.plan_alike(mapping, Plan::Unavailable(Reason::Served), run)
             }
             Untouched::File => match self.backing(mapping) {
                 Some(backing) => self.plan_file(mapping, &backing, run),
@@ -146,7 +151,7 @@ impl Inner {
                 backing.clone()
             }
             _ => {
-                let backing = Backing::of(self.pid, mapping).map(Arc::new);
+                let backing = Backing::of(self.pid, mapping, &self.served).map(Arc::new);
                 *last = Some((mapping.device, mapping.inode, backing.clone()));
                 backing
             }

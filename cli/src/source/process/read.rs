@@ -31,6 +31,8 @@ pub(super) struct Summary {
     device: u64,
     /// Pages of `memfd_secret`.
     secret: u64,
+    /// Pages of files that the process itself may serve.
+    served: u64,
     /// Pages of which this user can't tell whether they hold anything.
     hidden: u64,
     /// Pages of that kind that were few enough to be read.
@@ -126,6 +128,7 @@ impl Inner {
                     Reason::Device => summary.device += pages,
                     Reason::Answered => summary.answered += pages,
                     Reason::Secret => summary.secret += pages,
+                    Reason::Served => summary.served += pages,
                     Reason::BeyondFile => summary.beyond_file += pages,
                 }
                 filler.unavailable(pages)?;
@@ -243,6 +246,12 @@ impl Summary {
                 self.secret,
                 "source.secret_bytes",
                 "are secret (memfd_secret), and only it can read them",
+            ),
+            unavailable(
+                self.served,
+                "source.served_bytes",
+                "are not in its memory, and of a file on FUSE, which it may serve itself: it can't \
+                 while it is held",
             ),
             unavailable(
                 self.hidden,

@@ -5,9 +5,13 @@
 //! ```
 //!
 //! The process is stopped until the last chunk is in the queue, not until it is compressed and
-//! written. The reader waits for the writer only if there is no room in the file either. The file
-//! has no name: it is gone when this process ends, however it ends. What was taken from it is
-//! punched out, so that mostly nothing of it reaches the disk.
+//! written. The reader waits for the writer only if there is no room in the file either, and not for
+//! ever: the writer may wait for the stopped process. The file has no name: it is gone when this
+//! process ends, however it ends. What was taken from it is punched out, so that mostly nothing of it
+//! reaches the disk.
+//!
+//! The file is made before the process is stopped, and on a file system that no process serves if
+//! there is one.
 //!
 //! The writer begins when all is read, or there is no room for more, or [`HEAD_START`] waits for it:
 //! its threads, which compress, would take the processors from the reader while the process stands
@@ -25,9 +29,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statfs::{
+    AFS_SUPER_MAGIC, CODA_SUPER_MAGIC, FUSE_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, SMB_SUPER_MAGIC,
+    statfs,
+};
 use nix::sys::statvfs::fstatvfs;
 
 use super::super::{CHUNK, PAGE, Region, Sink};
+use super::backing::Served;
 
 /// Chunks that are kept in memory.
 const MAX_CHUNKS_IN_MEMORY: usize = 16;
@@ -36,34 +45,78 @@ const MAX_CHUNKS_IN_MEMORY: usize = 16;
 const HEAD_START: u64 = 2 << 30;
 /// How often a reader that waits for room looks whether it shall stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// How long the writer may take nothing while the reader waits for room.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where a spool may put its file.
+/// Where a spool may put its file: the first folder that can have one.
 #[derive(Debug)]
 pub(crate) struct Place {
-    /// The folder.
-    pub(crate) folder: PathBuf,
+    folders: Vec<Folder>,
+}
+
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
     /// Whether the snapshot is written there too, and needs room.
-    pub(crate) is_shared: bool,
+    is_shared: bool,
 }
 
 impl Place {
-    /// The folder of `target`, or one for large temporary files if the target is a stream.
+    /// The folder of `target`, unless the target is a stream, and then one for large temporary files.
     pub(crate) fn beside(target: Option<&Path>) -> Self {
-        let Some(target) = target else {
-            let given = std::env::var_os("TMPDIR").map(PathBuf::from);
+        let beside = target.map(|target| {
+            let parent = target.parent().filter(|parent| *parent != Path::new(""));
+            Folder {
+                path: parent.unwrap_or(Path::new(".")).into(),
+                is_shared: true,
+            }
+        });
+        let given = std::env::var_os("TMPDIR").map(PathBuf::from);
+        let temporary = Folder {
             // Often on a disk, where /tmp is memory.
-            let folder = given.unwrap_or_else(|| "/var/tmp".into());
-            return Self {
-                folder,
-                is_shared: false,
-            };
+            path: given.unwrap_or_else(|| "/var/tmp".into()),
+            is_shared: false,
         };
-        let parent = target.parent().filter(|parent| *parent != Path::new(""));
         Self {
-            folder: parent.unwrap_or(Path::new(".")).into(),
-            is_shared: true,
+            folders: beside.into_iter().chain([temporary]).collect(),
         }
     }
+
+    /// Makes a file without a name, and says whether it shares its room with the snapshot. One on a
+    /// file system that a process may serve is the last resort, and none if `served` tells that the
+    /// process that will be stopped serves any.
+    fn file(&self, served: &Served) -> Option<(File, bool)> {
+        let (apart, last_resort): (Vec<_>, Vec<_>) = self
+            .folders
+            .iter()
+            .partition(|folder| !may_be_served(&folder.path));
+        let last_resort = last_resort.into_iter().filter(|_| served.is_empty());
+        apart.into_iter().chain(last_resort).find_map(|folder| {
+            let file = tempfile::tempfile_in(&folder.path).ok()?;
+            Some((file, folder.is_shared))
+        })
+    }
+}
+
+/// Whether a process may be what answers for files in the folder: a server of FUSE, or of network
+/// files on this machine.
+fn may_be_served(folder: &Path) -> bool {
+    const CEPH_SUPER_MAGIC: FsType = FsType(0x00c3_6400);
+    const CIFS_SUPER_MAGIC: FsType = FsType(0xff53_4d42);
+    const SMB2_SUPER_MAGIC: FsType = FsType(0xfe53_4d42);
+    const V9FS_SUPER_MAGIC: FsType = FsType(0x0102_1997);
+    let kinds = [
+        AFS_SUPER_MAGIC,
+        CEPH_SUPER_MAGIC,
+        CIFS_SUPER_MAGIC,
+        CODA_SUPER_MAGIC,
+        FUSE_SUPER_MAGIC,
+        NFS_SUPER_MAGIC,
+        SMB2_SUPER_MAGIC,
+        SMB_SUPER_MAGIC,
+        V9FS_SUPER_MAGIC,
+    ];
+    statfs(folder).is_ok_and(|about| kinds.contains(&about.filesystem_type()))
 }
 
 /// The queue. One thread fills it through a [`Filler`], another empties it.
@@ -72,6 +125,8 @@ pub(super) struct Spool {
     state: Mutex<State>,
     changed: Condvar,
     file: Option<File>,
+    /// Whether the snapshot takes room beside the file.
+    is_shared: bool,
     /// How long a file may become (`RLIMIT_FSIZE`).
     longest: u64,
 }
@@ -88,6 +143,8 @@ struct State {
     /// [`HEAD_START`], and whether it is over.
     head_start: u64,
     has_begun: bool,
+    /// [`ROOM_TIMEOUT`].
+    room_timeout: Duration,
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
     /// The writer takes no more.
@@ -103,29 +160,37 @@ enum Chunk {
 }
 
 impl Spool {
-    /// A queue for memory of which at most `bytes` bytes are more than zeros. If no file can be made,
-    /// there is none.
-    pub(super) fn new(place: &Place, bytes: u64) -> Self {
-        let file = tempfile::tempfile_in(&place.folder).ok();
+    /// A queue for the memory of a process that is still running. If no file can be made, there is
+    /// none.
+    pub(super) fn new(place: &Place, served: &Served) -> Self {
+        let (file, is_shared) = place.file(served).unzip();
         let limit = file.as_ref().map_or(0, |file| {
             let Ok(about) = fstatvfs(file) else { return 0 };
             let free = about
                 .blocks_available()
                 .saturating_mul(about.fragment_size());
-            // The snapshot may become as large as the memory, and must not lack room because of
-            // the spool.
-            let snapshot = if place.is_shared { bytes } else { 0 };
-            free.saturating_sub(snapshot) / 2
+            free / 2
         });
         Self {
             state: Mutex::new(State {
                 file_limit: limit,
                 head_start: HEAD_START,
+                room_timeout: ROOM_TIMEOUT,
                 ..State::default()
             }),
             changed: Condvar::new(),
             file,
+            is_shared: is_shared.unwrap_or(false),
             longest: getrlimit(Resource::RLIMIT_FSIZE).map_or(0, |(soft, _)| soft),
+        }
+    }
+
+    /// Leaves room for a snapshot of memory of which at most `bytes` bytes are more than zeros: it may
+    /// become as large as that, and must not lack room because of the file.
+    pub(super) fn leave_room(&self, bytes: u64) {
+        if self.is_shared {
+            let mut state = self.lock();
+            state.file_limit = state.file_limit.saturating_sub(bytes / 2);
         }
     }
 
@@ -144,6 +209,7 @@ impl Spool {
     /// an error.
     fn push(&self, chunk: Vec<u8>, check: &dyn Fn() -> Result<()>) -> Result<Vec<u8>> {
         let mut state = self.lock();
+        let mut waited = Duration::ZERO;
         loop {
             if state.closed {
                 bail!("nobody takes the memory");
@@ -173,10 +239,23 @@ impl Spool {
                 state.file_limit = 0;
                 continue;
             }
+            if waited >= state.room_timeout {
+                bail!(
+                    "the process was let go before all its memory was read: there was no room for \
+                     it, and for {} s the output took nothing (does it need the process?); write \
+                     to a file, and set TMPDIR to a folder on a local disk with room",
+                    waited.as_secs()
+                );
+            }
             state.has_begun = true;
             self.changed.notify_all();
-            let waited = self.changed.wait_timeout(state, LOOK_INTERVAL);
-            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            let woken = self.changed.wait_timeout(state, LOOK_INTERVAL);
+            let (unlocked, woken) = woken.unwrap_or_else(PoisonError::into_inner);
+            drop(unlocked);
+            if woken.timed_out() {
+                // Without the time in which this process was stopped.
+                waited += LOOK_INTERVAL;
+            }
             check()?;
             state = self.lock();
         }
@@ -431,16 +510,28 @@ mod tests {
         }
     }
 
-    fn place() -> Place {
-        Place {
-            folder: std::env::temp_dir(),
-            is_shared: false,
-        }
+    fn spool_in(folder: impl Into<PathBuf>) -> Spool {
+        let place = Place {
+            folders: vec![Folder {
+                path: folder.into(),
+                is_shared: false,
+            }],
+        };
+        Spool::new(&place, &Served::default())
+    }
+
+    fn spool() -> Spool {
+        spool_in(std::env::temp_dir())
+    }
+
+    /// One that has no file.
+    fn spool_in_memory() -> Spool {
+        spool_in("/does/not/exist")
     }
 
     #[test]
     fn reader_ends_before_writer_begins() {
-        let spool = Spool::new(&place(), 1 << 30);
+        let spool = spool();
         // More than is kept in memory.
         let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         fill(&spool, count).unwrap();
@@ -481,7 +572,7 @@ mod tests {
 
     #[test]
     fn writer_begins_when_all_is_read() {
-        let spool = Spool::new(&place(), 1 << 30);
+        let spool = spool();
         let is_read = AtomicBool::new(false);
         let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         std::thread::scope(|scope| {
@@ -497,7 +588,7 @@ mod tests {
 
     #[test]
     fn writer_begins_when_the_reader_is_far_ahead() {
-        let spool = Spool::new(&place(), 1 << 30);
+        let spool = spool();
         spool.lock().head_start = CHUNK as u64;
         let has_begun = AtomicBool::new(false);
         let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
@@ -519,11 +610,7 @@ mod tests {
 
     #[test]
     fn without_a_file_the_reader_waits_for_the_writer() {
-        let nowhere = Place {
-            folder: "/does/not/exist".into(),
-            is_shared: true,
-        };
-        let spool = Spool::new(&nowhere, 1 << 30);
+        let spool = spool_in_memory();
         let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         let mut recorder = Recorder::default();
         std::thread::scope(|scope| {
@@ -538,11 +625,7 @@ mod tests {
 
     #[test]
     fn reader_that_waits_sees_that_nobody_writes() {
-        let nowhere = Place {
-            folder: "/does/not/exist".into(),
-            is_shared: true,
-        };
-        let spool = Spool::new(&nowhere, 1 << 30);
+        let spool = spool_in_memory();
         let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| fill(&spool, count));
@@ -552,8 +635,30 @@ mod tests {
     }
 
     #[test]
+    fn reader_does_not_wait_for_ever_for_a_writer_that_takes_nothing() {
+        let spool = spool_in_memory();
+        spool.lock().room_timeout = 2 * LOOK_INTERVAL;
+        let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
+        let error = fill(&spool, count).unwrap_err().to_string();
+        assert!(error.contains("the output took nothing"), "{error}");
+    }
+
+    #[test]
+    fn next_folder_has_the_file_if_the_first_cannot() {
+        let folder = |path: PathBuf, is_shared| Folder { path, is_shared };
+        let place = Place {
+            folders: vec![
+                folder("/does/not/exist".into(), true),
+                folder(std::env::temp_dir(), false),
+            ],
+        };
+        let spool = Spool::new(&place, &Served::default());
+        assert!(spool.file.is_some() && !spool.is_shared);
+    }
+
+    #[test]
     fn regions_with_long_names_and_nothing_else() {
-        let spool = Spool::new(&place(), 0);
+        let spool = spool();
         let check = || Ok(());
         let mut filler = Filler::new(&spool, &check);
         for name in ["", &"x".repeat(5000)] {

@@ -1,8 +1,10 @@
 //! Why a thread does not stop.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use nix::unistd::Pid;
 
@@ -19,8 +21,8 @@ pub(super) struct Stuck {
 
 #[derive(Debug)]
 enum Reason {
-    /// A cgroup that is frozen, by its path.
-    Frozen(String),
+    /// A cgroup that is frozen, by its path, which is any bytes.
+    Frozen(Vec<u8>),
     /// A wait in the kernel, in this function if that is known.
     Waits(Option<String>),
     /// None: it should stop.
@@ -58,7 +60,7 @@ impl fmt::Display for Stuck {
                 f,
                 "process {pid} is frozen, so it cannot be stopped (freezer.state of its cgroup \
                  {}, as docker pause sets it); thaw it, and try again",
-                names::stored(cgroup.as_bytes())
+                names::stored(cgroup)
             ),
             Reason::Waits(Some(function)) => {
                 write!(
@@ -106,25 +108,26 @@ fn hint(function: &str) -> Option<&'static str> {
 
 /// The cgroup of version 1 that is frozen and holds the task behind a folder of `/proc`. In version
 /// 2 threads are frozen where they can be traced.
-fn frozen_cgroup(folder: &str) -> Option<String> {
-    let groups = fs::read_to_string(format!("{folder}/cgroup")).ok()?;
+fn frozen_cgroup(folder: &str) -> Option<Vec<u8>> {
+    let groups = fs::read(format!("{folder}/cgroup")).ok()?;
     let mounts = fs::read("/proc/self/mountinfo").ok()?;
     // Other mounts have names of any bytes.
     let mounts = String::from_utf8_lossy(&mounts);
     let group = freezer_group(&groups)?;
     let (root, point) = freezer_mount(&mounts)?;
-    let within = group.strip_prefix(root).unwrap_or(group);
-    let path = PathBuf::from(point).join(within.trim_start_matches('/'));
+    let within = group.strip_prefix(root.as_bytes()).unwrap_or(group);
+    let slashes = within.iter().take_while(|&&byte| byte == b'/').count();
+    let path = Path::new(point).join(OsStr::from_bytes(&within[slashes..]));
     let state = fs::read_to_string(path.join("freezer.state")).ok()?;
     (state.trim() != "THAWED").then(|| group.to_owned())
 }
 
 /// The path in a line `number:controllers:path` of `/proc/PID/cgroup`.
-fn freezer_group(groups: &str) -> Option<&str> {
-    groups.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let mut controllers = fields.next()?.split(',');
-        controllers.any(|name| name == "freezer").then_some(())?;
+fn freezer_group(groups: &[u8]) -> Option<&[u8]> {
+    groups.split(|&byte| byte == b'\n').find_map(|line| {
+        let mut fields = line.splitn(3, |&byte| byte == b':').skip(1);
+        let mut controllers = fields.next()?.split(|&byte| byte == b',');
+        controllers.any(|name| name == b"freezer").then_some(())?;
         fields.next()
     })
 }
@@ -149,9 +152,9 @@ mod tests {
 
     #[test]
     fn freezer_of_a_container_is_found() {
-        let groups = "12:memory:/docker/abc\n7:freezer:/docker/abc\n1:name=systemd:/x\n0::/y\n";
-        assert_eq!(freezer_group(groups), Some("/docker/abc"));
-        assert_eq!(freezer_group("0::/y\n"), None);
+        let groups = b"12:memory:/a\xff\n7:freezer:/docker/a\xff:c\n1:name=systemd:/x\n0::/y\n";
+        assert_eq!(freezer_group(groups), Some(&b"/docker/a\xff:c"[..]));
+        assert_eq!(freezer_group(b"0::/y\n"), None);
         let mounts = "\
 30 25 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw
 36 25 0:33 / /sys/fs/cgroup/memory rw shared:16 - cgroup cgroup rw,memory

@@ -102,7 +102,11 @@ struct Facts {
 
 impl Facts {
     fn look() -> Self {
-        let text = |path: &str| fs::read_to_string(path).ok();
+        // The name of the program, which stands in there, is any bytes.
+        let text = |path: &str| {
+            let bytes = fs::read(path).ok()?;
+            Some(String::from_utf8_lossy(&bytes).into_owned())
+        };
         let number = |path: &str| text(path)?.trim().parse().ok();
         let status = text("/proc/self/status").unwrap_or_default();
         let machine = text("/proc/meminfo").unwrap_or_default();
@@ -199,7 +203,9 @@ fn soft(resource: Resource) -> Option<u64> {
 
 /// Returns `pids.max` of this process's cgroup, at its usual mount point.
 fn max_pids() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let groups = fs::read("/proc/self/cgroup").ok()?;
+    // Other hierarchies have names of any bytes.
+    let groups = String::from_utf8_lossy(&groups);
     groups.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controller, path) = (fields.next()?, fields.next()?);

@@ -171,7 +171,9 @@ fn range_ioctls(uffd: &Userfaultfd, mask: Mask) -> Option<Ioctls> {
 }
 
 fn text(path: impl AsRef<Path>) -> Option<String> {
-    fs::read_to_string(path).ok()
+    // The name of the program, which stands in its status, is any bytes.
+    let bytes = fs::read(path).ok()?;
+    Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn number(path: impl AsRef<Path>) -> Option<u64> {

@@ -1,0 +1,65 @@
+//! File systems of the kernel's own, to which no path leads: those of anonymous huge pages, and of
+//! `memfd_secret`. A mapping of theirs has a name that a mapping of any file can have as well. The
+//! device tells them apart: a file of ours on the same file system has it too.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{major, minor};
+use snaprestore_uffd::os::create_secret_memory;
+
+use super::maps::Device;
+
+/// A file system of the kernel's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Internal {
+    /// `MAP_ANONYMOUS | MAP_HUGETLB`.
+    AnonymousHuge,
+    /// `memfd_secret`.
+    Secret,
+}
+
+impl Internal {
+    /// The one that a name stands for, if it is no other file's.
+    pub(super) fn named(name: &[u8]) -> Option<Self> {
+        if name.starts_with(b"/anon_hugepage") {
+            Some(Self::AnonymousHuge)
+        } else if name.starts_with(b"/secretmem") {
+            Some(Self::Secret)
+        } else {
+            None
+        }
+    }
+
+    /// Devices of this kind. Each size of huge pages has its own.
+    pub(super) fn devices(self) -> Vec<Device> {
+        let files = match self {
+            Self::AnonymousHuge => (SMALLEST_HUGE..=LARGEST_HUGE)
+                .filter_map(|shift| {
+                    let size = MFdFlags::from_bits_retain(shift << HUGE_SHIFT);
+                    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | size;
+                    memfd_create(c"huge", flags).ok()
+                })
+                .collect(),
+            Self::Secret => Vec::from_iter(create_secret_memory().ok()),
+        };
+        let of_file = |file: File| file.metadata().ok().map(|metadata| device(metadata.dev()));
+        files
+            .into_iter()
+            .map(File::from)
+            .filter_map(of_file)
+            .collect()
+    }
+}
+
+/// Where flags have the size of huge pages, as a power of two (`MFD_HUGE_SHIFT`), and the sizes that
+/// an architecture can have: 64 KiB to 16 GiB.
+const HUGE_SHIFT: u32 = 26;
+const SMALLEST_HUGE: u32 = 16;
+const LARGEST_HUGE: u32 = 34;
+
+/// Major and minor number.
+pub(super) fn device(number: u64) -> Device {
+    (major(number), minor(number))
+}
