@@ -30,8 +30,7 @@ pub(crate) use snaprestore_daemon::api::config::Prefetch;
 
 pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
 
-/// Packs the memory of microVMs and processes into small, verified files, and brings it back
-/// lazily.
+/// Saves the memory of microVMs and processes in small, verified files and restores it lazily.
 #[derive(Debug, Parser)]
 #[command(name = "snaprestore", version, after_help = exit::HELP, max_term_width = 100)]
 pub(crate) struct Args {
@@ -44,8 +43,7 @@ pub(crate) struct Args {
 /// Options of every command.
 #[derive(Clone, Copy, Debug, ClapArgs)]
 pub(crate) struct Common {
-    /// Print the result as one JSON object on standard output; of a failure, its error and exit
-    /// code
+    /// Print the result, or the error and exit code, as one JSON object on standard output
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// Print errors only
@@ -63,7 +61,7 @@ pub(crate) enum Command {
     Restore(Restore),
     Serve(Serve),
     Ctl(Ctl),
-    /// Tell what this machine permits, and what would permit the rest
+    /// Check what this machine supports and permits, with remedies
     Doctor,
     Bench(Bench),
     Demo(Demo),
@@ -97,12 +95,12 @@ impl Command {
 
 /// Pack memory into a snapshot
 ///
-/// SOURCE is a raw memory file (holes of a sparse one are not read), an ELF core (of a process,
-/// by gcore or the kernel; of a guest, by QEMU's dump-guest-memory or VirtualBox's dumpvmcore; of a
-/// machine, by its kernel), a block device, or a pipe. Files that are surely no memory (compressed,
-/// saved states, disk images) are refused. Whatever is left out, or taken for something that it may
-/// not be, is told: in the summary, in `remarks` of --json, and as a property of the snapshot.
-/// The snapshot appears under its name when it is complete and on disk, never before.
+/// SOURCE is a raw memory file (holes of a sparse one are not read), an ELF core (of a process, by
+/// gcore or the kernel; of a guest, by QEMU's dump-guest-memory or VirtualBox's dumpvmcore; of a
+/// machine, by its kernel), a block device, or a pipe. Files that are clearly not memory
+/// (compressed files, saved states, disk images) are refused. Anything left out or assumed is
+/// reported in the summary, in `remarks` of --json, and in a property of the snapshot. The output
+/// file appears only when it is complete and on disk.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Create {
     /// Memory to pack; `-` is standard input
@@ -110,33 +108,35 @@ pub(crate) struct Create {
     pub(crate) source: Option<PathBuf>,
     /// Take the memory of a live process
     ///
-    /// All its threads are stopped while its memory is read, and go on as soon as it is read, also if
-    /// snaprestore is killed meanwhile or its output is taken slowly: until it is compressed, it lies
-    /// in a temporary file beside the output (for standard output in TMPDIR or /var/tmp). If that
-    /// has no room, the process waits. Needs the right to trace it: the same user, or root.
+    /// All its threads are stopped while its memory is read. They continue as soon as it is read,
+    /// or if snaprestore is killed. Memory that is not compressed yet waits in a temporary file
+    /// beside the output (in TMPDIR or /var/tmp for standard output), so a slow output does not
+    /// keep the process stopped; if there is no room, it does. Needs permission to trace the
+    /// process: the same user, or root.
     ///
     /// Some blocking system calls of the process may fail with EINTR afterwards, without a signal
     /// handler: epoll_wait, semop and semtimedop, sigtimedwait and sigwaitinfo, io_uring_enter, and
     /// socket calls with a timeout (SO_RCVTIMEO, SO_SNDTIMEO). Others are restarted.
     ///
-    /// Memory that is not to be dumped (MADV_DONTDUMP, often keys) is taken like any other: a
-    /// restore needs it. What cannot be read is recorded as unavailable: secret memory
-    /// (memfd_secret), memory of devices, pages that another process has yet to bring, and what lies
-    /// beyond the end of a mapped file. Address space that is only set aside is left out, and so are
-    /// 64 GiB or more in a row that were never touched or cannot be read, and the kernel's vvar.
+    /// Memory excluded from core dumps (MADV_DONTDUMP, often keys) is included, since a restore
+    /// needs it. Pages that cannot be read are recorded as unavailable: secret memory
+    /// (memfd_secret), device memory, pages that another process still has to serve, and pages
+    /// beyond the end of a mapped file. Reserved address space is left out, and so are the kernel's
+    /// vvar and contiguous ranges of 64 GiB or more that were never touched or cannot be read.
     #[arg(long, conflicts_with_all = ["source", "raw"])]
     pub(crate) pid: Option<i32>,
-    /// Take SOURCE as plain memory, whatever it looks like
+    /// Treat SOURCE as plain memory, whatever it looks like
     #[arg(long)]
     pub(crate) raw: bool,
-    /// Confirm what the holes of a raw file are
+    /// Confirm that holes of a raw file are zeros
     ///
-    /// They are read as zeros, and the summary tells how many. In a diff (as Firecracker writes it)
-    /// a hole means "unchanged": a diff must be merged into its base first. So a file most of which
-    /// is holes is refused beside the state of a Firecracker VM (--attach), unless this is given.
+    /// Holes are read as zeros, and the summary counts them. In a diff snapshot of Firecracker, a
+    /// hole means "unchanged", so a diff must be merged into its base first. A file that is mostly
+    /// holes is therefore refused together with the state of a Firecracker VM (--attach), unless
+    /// this option is given.
     #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "pid")]
     pub(crate) holes: Option<Holes>,
-    /// Take what is there of an ELF core that was cut short; the rest is recorded as unavailable
+    /// Accept a truncated ELF core; the missing part is recorded as unavailable
     #[arg(long, conflicts_with_all = ["pid", "raw"])]
     pub(crate) incomplete: bool,
     /// Snapshot to write; `-` is standard output, and a named pipe must have a reader
@@ -149,15 +149,15 @@ pub(crate) struct Create {
     #[arg(long, short, default_value_t = 3, value_name = "N", allow_hyphen_values = true,
           value_parser = clap::value_parser!(i32).range(-7..=22))]
     pub(crate) level: i32,
-    /// Memory compressed together, a power of two from 4 to 2048 KiB, as 64, 128K or 2M
+    /// Memory compressed together, a power of two from 4 to 2048 KiB, such as 64, 128K or 2M
     ///
-    /// Larger frames are smaller on disk; smaller ones come faster when a single page is needed.
+    /// Larger frames compress better; smaller frames make a single page fault faster.
     #[arg(long, default_value = "128", value_name = "KIB")]
     pub(crate) frame_size: FrameSize,
     /// Compression dictionary: trained, none, or a file made by `zstd --train`
     ///
     /// `auto` trains one for frames of up to 64 KiB. For larger ones it saves about half a percent, and writing
-    /// takes 40 % longer. A dictionary that doesn't pay is dropped.
+    /// takes 40 % longer. A dictionary that does not make the file smaller is dropped.
     #[arg(
         long,
         default_value = "auto",
@@ -170,7 +170,7 @@ pub(crate) struct Create {
     #[arg(long, value_name = "NAME=PATH",
           value_parser = OsStringValueParser::new().try_map(Attachment::parse))]
     pub(crate) attach: Vec<Attachment>,
-    /// Threads that compress [default: one a core, at most 8]
+    /// Compression threads [default: one per core, at most 8]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
 }
@@ -204,7 +204,7 @@ impl FromStr for FrameSize {
             .filter(|kib| kib.is_power_of_two() && (4..=2048).contains(kib))
             .map(|kib| Self { kib })
             .ok_or_else(|| {
-                "must be a power of two from 4 to 2048 (KiB), as 64, 128K or 2M".to_owned()
+                "must be a power of two from 4 to 2048 (KiB), such as 64, 128K or 2M".to_owned()
             })
     }
 }
@@ -245,7 +245,7 @@ impl Attachment {
             .map(|at| (&bytes[..at], &bytes[at + 1..]))
             .filter(|(name, path)| !name.is_empty() && !path.is_empty())
         else {
-            return Err("must be NAME=PATH, as vmstate=/run/vm/state.json".into());
+            return Err("must be NAME=PATH, such as vmstate=/run/vm/state.json".into());
         };
         match std::str::from_utf8(name) {
             Ok(name) if is_blob_name(name) => Ok(Self {
@@ -253,7 +253,7 @@ impl Attachment {
                 path: OsStr::from_bytes(path).into(),
             }),
             _ => Err(format!(
-                "the name \"{}\" can't be a file's: it must have at most {MAX_NAME_BYTES} \
+                "invalid name \"{}\": it must have at most {MAX_NAME_BYTES} \
                  bytes of UTF-8, no / and no control characters, and not be . or ..",
                 names::stored(name)
             )),
@@ -263,8 +263,8 @@ impl Attachment {
 
 /// Show what a snapshot holds
 ///
-/// Identity, sizes, regions, attachments, properties: read from its directory alone, whatever its
-/// size.
+/// Prints identity, sizes, regions, attachments and properties. Reads only the directory of the
+/// file, whatever its size.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Info {
     /// Snapshot to look at
@@ -274,25 +274,25 @@ pub(crate) struct Info {
 
 /// Check every byte of a snapshot
 ///
-/// Structure, every checksum, every frame's decode, both directions of the index, the digest of
-/// the content.
+/// Checks the structure and every checksum, decodes every frame, checks the index against the
+/// frames and the frames against the index, and checks the digest of the content.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Verify {
     /// Snapshot to check
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
-    /// Threads that decode [default: one a core]
+    /// Decoding threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
 }
 
 /// Write a snapshot's memory, or an attachment, to a plain file
 ///
-/// The regions follow one another in the order of the snapshot, without the addresses between them:
-/// where memory doesn't begin at 0 or has a gap (as that of every PC with more than 3 GiB),
-/// offsets are not addresses. `info` lists the offset of each region in the whole memory, and
-/// the summary those of what was written. Runs of zero pages become holes. Every byte has passed its
-/// checksum. The file appears under its name when it is complete.
+/// Regions are written one after another, without the gaps between them. Where memory does not
+/// begin at 0 or has a gap (as on every PC with more than 3 GiB), file offsets are not addresses:
+/// `info` lists the offset of each region of the snapshot, and the summary those of the regions
+/// written. Runs of zero pages become holes. Every byte is verified. The output file appears only
+/// when it is complete.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Extract {
     /// Snapshot to read
@@ -313,7 +313,7 @@ pub(crate) struct Extract {
     /// What to do with pages that could not be read when the snapshot was taken
     #[arg(long, value_enum, default_value_t = Unavailable::Refuse, value_name = "WHAT")]
     pub(crate) unavailable: Unavailable,
-    /// Threads that decode [default: one a core]
+    /// Decoding threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
 }
@@ -330,8 +330,8 @@ pub(crate) enum Unavailable {
 /// Restore a snapshot lazily into this process and report how it went
 ///
 /// The memory is mapped at once, empty; each page is decoded and installed when it is first
-/// touched or prefetched. A frame that is damaged is reported with its pages, the rest goes on,
-/// and the exit code is 3.
+/// touched or prefetched. A damaged frame is reported with its pages, the rest is restored, and the
+/// exit code is 3. The memory is discarded when the command exits: it is a test and a measurement.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Restore {
     /// Snapshot to restore
@@ -349,27 +349,27 @@ pub(crate) struct Restore {
     /// Threads that touch pages
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
     pub(crate) touch_threads: usize,
-    /// Start of the random order, to repeat one
+    /// Seed of the random order
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
-    /// Seconds that a page that can't be read is read again, before it counts as bad; damage isn't
-    /// read again
+    /// Seconds to retry a failed read before its pages count as bad; damaged data is not retried
     #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
     pub(crate) retry_timeout: u64,
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
-    /// Don't mention that a full userfaultfd isn't permitted here: with one for faults of user mode
-    /// only, which is taken then, instructions of this process wait for missing pages, and system
-    /// calls don't, which is enough for this command
+    /// Suppress the note that only user-mode faults are permitted here
+    ///
+    /// Without permission for a full userfaultfd, the command falls back to one that catches faults
+    /// of user code but not of system calls. That is enough here.
     #[arg(long)]
     pub(crate) user_mode_only: bool,
 }
 
 /// What `serve --help` says of its configuration, and of the log.
 const CONFIG_HELP: &str = "\
-The file of --config is TOML; paths in it are meant from its folder. What it may say of a service is
-what the options say, and needs as little:
+The file of --config is TOML. Relative paths in it are relative to its folder. The keys of a service
+correspond to the options, with the same defaults; only name, snapshot and socket are required:
 
   control = \"/run/snaprestore/control.socket\"
   metrics = \"127.0.0.1:9100\"
@@ -387,7 +387,7 @@ what the options say, and needs as little:
   socket_mode = \"0660\"
   socket_group = \"kvm\"
 
-Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
+Events are logged to standard error. SNAPRESTORE_LOG sets the level, for example `warn` or
 `info,snaprestore_engine=debug`.";
 
 /// Serve the memory of VMs that hand over their userfaultfd
@@ -395,14 +395,15 @@ Events are logged on standard error; SNAPRESTORE_LOG chooses which, as `warn` or
 /// A VMM connects to the socket and hands over its memory, as Firecracker does when it loads a
 /// snapshot with `mem_backend` of type `Uffd`; its pages then come from the snapshot when the guest
 /// touches them. One socket serves any number of VMs, one after another and at once. A VM whose
-/// page can't be restored is killed, and never reads wrong memory. Asked to stop (SIGTERM, Ctrl-C),
-/// it installs what is missing in every VM and lets them go on without it; asked again, it kills those
-/// that aren't complete. It exits with 0 if all of them were let go or had ended, and with 1 if it killed
-/// one that it should have completed. The process that serves the pages is another one, which is replaced when it dies
-/// or gets stuck.
+/// page can't be restored is killed and never reads wrong memory.
 ///
-/// --config serves several snapshots, each at its own socket, and --control lets `snaprestore ctl` add
-/// and remove them, look at the VMs and let them go.
+/// On SIGTERM or Ctrl-C, `serve` installs all missing pages of every VM, releases the VMs and
+/// exits. On a second signal it kills the VMs that are not complete. The exit code is 1 if it
+/// killed a VM that it should have completed. A worker process serves the pages; it is replaced
+/// when it crashes or hangs.
+///
+/// --config serves several snapshots, each at its own socket. --control lets `snaprestore ctl` add and
+/// remove snapshots, list the VMs, and complete them.
 #[derive(Debug, ClapArgs)]
 #[command(after_long_help = CONFIG_HELP)]
 pub(crate) struct Serve {
@@ -410,38 +411,39 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         required_unless_present_any = ["config", "control"], requires = "socket")]
     pub(crate) snapshot: Option<PathBuf>,
-    /// Socket to listen on; it is made, and nobody may be listening there
+    /// Socket to create and listen on; no other process may be listening there
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath,
         required_unless_present_any = ["config", "control"], requires = "snapshot")]
     pub(crate) socket: Option<PathBuf>,
-    /// File that names what is served, instead of --snapshot and --socket
+    /// Configuration file with the services, instead of --snapshot and --socket
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         conflicts_with_all = ["snapshot", "socket"])]
     pub(crate) config: Option<PathBuf>,
-    /// Control socket for `snaprestore ctl`, made for this user and root only
+    /// Control socket for `snaprestore ctl`, accessible to this user and root only
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) control: Option<PathBuf>,
-    /// Where Prometheus finds metrics: the path of a socket to make, or a loopback address, as
-    /// 127.0.0.1:9100
+    /// Where to serve Prometheus metrics: the path of a socket to create, or a loopback address
+    /// such as 127.0.0.1:9100
     #[arg(long, value_name = "PATH|ADDRESS")]
     pub(crate) metrics: Option<MetricsAddress>,
-    /// How events are logged
+    /// Log format
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,
-    /// Seconds that a VM may wait for the process that serves it, before that one is killed and replaced. A VM for
-    /// which three of them got stuck in a row is killed
+    /// Seconds that a VM may wait for a hung worker before the worker is killed and replaced; a VM
+    /// for which three workers in a row hang is killed
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,
-    /// Decoded frames that VMs of one snapshot share, in MiB of memory for all of them; 0 keeps none
+    /// Size of the cache of decoded frames that VMs of one snapshot share, in MiB for the whole
+    /// daemon; 0 disables it
     #[arg(long, default_value_t = 64, value_name = "MIB",
         value_parser = clap::value_parser!(u64).range(..=1 << 20))]
     pub(crate) frame_cache: u64,
-    /// Don't confine the process that serves the pages to what it needs: no files, no programs, few system
-    /// calls
+    /// Run the worker without its sandbox, which forbids opening files, running programs and most
+    /// system calls
     #[arg(long)]
     pub(crate) no_confine: bool,
-    /// User that the confined process becomes, by name or number; it keeps the right to kill VMs
+    /// User to run the sandboxed worker as, by name or number; it keeps CAP_KILL to kill VMs
     #[arg(long, value_name = "USER", conflicts_with = "no_confine")]
     pub(crate) user: Option<String>,
     #[command(flatten)]
@@ -454,29 +456,28 @@ pub(crate) struct ServiceOptions {
     /// What is fetched in the background before it is touched
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
-    /// What is done when a page that a VM waits for can't be restored
+    /// What to do when a page that a VM waits for can't be restored
     #[arg(long, value_enum, default_value_t = FailurePolicy::Kill, value_name = "WHAT")]
     pub(crate) on_error: FailurePolicy,
-    /// Users whose processes are served; more than one may be given [default: every user who may
-    /// connect]
+    /// User whose processes are served (may be repeated) [default: every user who can connect]
     #[arg(long, value_name = "UID")]
     pub(crate) allow_uid: Vec<u32>,
     /// Threads that serve the page faults of a VM
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
-    /// Seconds that a VMM that has connected may take to hand its memory over
+    /// Seconds that a VMM may take to hand over its memory after connecting
     #[arg(long, alias = "patience", default_value_t = 10, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) handshake_timeout: u64,
-    /// Seconds that a page that can't be read is read again, before --on-error decides; damage isn't
-    /// read again
+    /// Seconds to retry a failed read before --on-error applies; damaged data is not retried
     #[arg(long, default_value_t = RETRY_TIMEOUT, value_name = "SECONDS", value_parser = retry_timeout())]
     pub(crate) retry_timeout: u64,
-    /// Mode of the socket, in octal, as 0660: who may write to it may connect [default: what the umask
-    /// leaves of 0777]
+    /// Octal mode of the socket, such as 0660; connecting needs write permission [default: 0777
+    /// less the umask]
     #[arg(long, value_name = "MODE")]
     pub(crate) socket_mode: Option<SocketMode>,
-    /// Group of the socket, by name or number [default: that of the daemon or of the folder]
+    /// Group of the socket, by name or number [default: the daemon's, or the folder's if that is
+    /// setgid]
     #[arg(long, value_name = "GROUP")]
     pub(crate) socket_group: Option<String>,
 }
@@ -511,44 +512,45 @@ pub(crate) enum Touch {
     Random,
 }
 
-/// Compare restores with the other ways to do it, on your file and machine
+/// Compare restores with alternatives, on your file and machine
 ///
-/// The others: a private mapping of the raw file (mmap), a userfaultfd handler that copies one page
-/// a fault (handler, handler-pinned: on the core of the thread that faults), reading everything
-/// first (read-all), decompressing everything first (unzstd), and a mapping of the raw file inside
-/// a compressed file system (squashfs-64k, squashfs-128k, erofs: as root, with squashfs-tools or
-/// erofs-utils). Memory that another process serves, as that of a VMM: serve, vmm-handler,
-/// vmm-handler-pinned, vmm-copy-all. What is missing is made in a temporary folder; each trial runs in a process of its own; all must
-/// read the same bytes.
+/// The alternatives: a private mapping of the raw file (mmap), a userfaultfd handler that copies
+/// one page a fault (handler, handler-pinned: on the core of the thread that faults), reading
+/// everything first (read-all), decompressing everything first (unzstd), and a mapping of the raw
+/// file inside a compressed file system (squashfs-64k, squashfs-128k, erofs: as root, with
+/// squashfs-tools or erofs-utils). Memory that another process serves, as that of a VMM: serve,
+/// vmm-handler, vmm-handler-pinned, vmm-copy-all. Missing images are created in a temporary folder.
+/// Each trial runs in its own process. All contenders must read the same bytes.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Bench {
     /// Snapshot, or raw memory file
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
-    /// Rounds that count, after one that doesn't
+    /// Measured rounds, after one that compares all bytes
     #[arg(long, default_value_t = 3, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
     /// Order of touches
     #[arg(long, value_enum, default_value_t = BenchOrder::Random, value_name = "ORDER")]
     pub(crate) order: BenchOrder,
-    /// Start of the random order, to repeat one
+    /// Seed of the random order
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
-    /// Part of the pages that is touched
+    /// Share of the pages to touch, in percent
     #[arg(long, default_value_t = 100, value_name = "PERCENT",
           value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(crate) share: u8,
     /// Write to the pages instead of reading them
     #[arg(long)]
     pub(crate) writes: bool,
-    /// Begin with nothing in the page cache (drops all of it, as root)
+    /// Begin with a cold page cache (as root, drops the whole cache of the machine; otherwise only
+    /// that of the files)
     #[arg(long)]
     pub(crate) cold: bool,
     /// Threads that touch
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
-    /// Who takes part, separated by semicolons; `ours` and `serve` take options:
+    /// Contenders, separated by semicolons; `ours` and `serve` take options, for example
     /// ours:prefetch=all,frame=64
     #[arg(
         long,
@@ -557,7 +559,7 @@ pub(crate) struct Bench {
         default_value = "ours:prefetch=all;ours;mmap;handler;handler-pinned;read-all;unzstd;squashfs-128k;erofs"
     )]
     pub(crate) contenders: Vec<Contender>,
-    /// Folder, on a disk, for what is made on the way
+    /// Folder on a disk for temporary images
     #[arg(long, default_value = "/var/tmp", value_name = "FOLDER", value_hint = ValueHint::DirPath)]
     pub(crate) dir: PathBuf,
 }
@@ -571,11 +573,11 @@ pub(crate) enum BenchOrder {
     Random,
 }
 
-/// Snapshot, verify and restore a live process, with nothing prepared
+/// Snapshot, verify and restore a live process, without preparation
 ///
 /// Starts a process that loads this machine's own files into memory and indexes them, snapshots
-/// it while it lives, verifies the snapshot, restores it lazily under random touches, and compares
-/// every page with what the process held.
+/// it while it runs, verifies the snapshot, restores it lazily under random touches, and compares
+/// every page with the memory of the process.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Demo {
     /// Snapshot this process instead
@@ -591,9 +593,10 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 256, value_name = "MIB",
           value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) size: u32,
-    /// Don't mention that a full userfaultfd isn't permitted here: with one for faults of user mode
-    /// only, which is taken then, instructions of this process wait for missing pages, and system
-    /// calls don't, which is enough for this command
+    /// Suppress the note that only user-mode faults are permitted here
+    ///
+    /// Without permission for a full userfaultfd, the command falls back to one that catches faults
+    /// of user code but not of system calls. That is enough here.
     #[arg(long)]
     pub(crate) user_mode_only: bool,
 }
@@ -616,7 +619,8 @@ pub(crate) struct Completions {
 /// Print the manual pages, or write them to a folder
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Man {
-    /// Command whose page to print [default: the page of snaprestore itself]
+    /// Command whose page to print, such as create or ctl-add [default: the page of snaprestore
+    /// itself]
     #[arg(conflicts_with = "output")]
     pub(crate) command: Option<OsString>,
     /// Folder to write all pages to

@@ -36,8 +36,8 @@ Exit codes:
   3  the file is damaged, incomplete or not a snapshot, or has a version or features that this
      program doesn't know
   4  this machine does not permit it (the message says what would)
-Interrupted by Ctrl-C or SIGTERM, it leaves no half file and no stopped process, and ends by that
-signal: a shell shows 130 or 143.
+A command interrupted by Ctrl-C or SIGTERM removes its partial output, lets the process that it
+stopped continue, and dies from that signal: a shell shows 130 or 143.
 
 With --json, a command that fails before it has a result prints the object
 {\"error\": \"...\", \"exit_code\": N} in its place.";
@@ -62,7 +62,7 @@ pub(crate) fn name_the_remedies(error: anyhow::Error) -> anyhow::Error {
         return error;
     }
     let text = "\
-this process may not make a userfaultfd; any one of these permits it:\n  access to /dev/userfaultfd (Linux 6.1 or later; as root: chgrp and chmod it)\
+no permission to create a userfaultfd; any one of these grants it:\n  access to /dev/userfaultfd (Linux 6.1 or later; as root: chgrp and chmod it)\
          \n  sysctl vm.unprivileged_userfaultfd=1\
          \n  the capability CAP_SYS_PTRACE\
          \nIn a container its system call filter must let userfaultfd through.";

@@ -220,7 +220,8 @@ impl Channel {
             }
         };
         if read.truncated {
-            let message = "a descriptor can't be taken over: raise the limit of open files";
+            let message =
+                "cannot receive a file descriptor: raise the limit of open files (LimitNOFILE=)";
             return Err(io::Error::other(message));
         }
         if read.bytes == 0 {

@@ -9,9 +9,9 @@ use snaprestore_daemon::api::control;
 
 /// Control a running `serve`
 ///
-/// Talks to the control socket that `serve --control` or its configuration has made; only the
-/// daemon's own user and root may use it. A service is a snapshot that is served at a socket, under a
-/// name; a VM is one that was taken there, and has a number.
+/// Connects to the control socket of `serve --control`, which only the daemon's user and root may
+/// use. A service is a snapshot that is served at a socket under a name. Each VM that connects to a
+/// service gets a number.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Ctl {
     /// Control socket of the daemon
@@ -27,14 +27,14 @@ pub(crate) struct Ctl {
 pub(crate) enum CtlOp {
     Add(CtlAdd),
     Remove(CtlRemove),
-    /// List the services, the VMs that are served, and the last that have ended
+    /// List the services, the VMs being served, and the last VMs that ended
     List,
     Stats(CtlStats),
     Complete(CtlComplete),
-    /// Let all VMs go and end the daemon
+    /// Complete all VMs and stop the daemon
     ///
-    /// It takes no more VMs, installs what is missing in each, and ends when all are let go. Returns
-    /// then; fails if one could not be completed.
+    /// The daemon accepts no more VMs, installs the missing pages of each, releases them, and
+    /// exits. Returns then; fails if a VM could not be completed.
     Drain,
     Top(CtlTop),
     Upgrade(CtlUpgrade),
@@ -48,21 +48,21 @@ pub(crate) struct CtlAdd {
     /// Snapshot of the VMs' memory
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) snapshot: PathBuf,
-    /// Socket that the daemon listens on for its VMs; it is made, and nobody may be listening there
+    /// Socket that the daemon creates and listens on; no other process may be listening there
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) socket: PathBuf,
     #[command(flatten)]
     pub(crate) options: ServiceOptions,
 }
 
-/// Take no more VMs for a service; those that it has go on
+/// Remove a service; its current VMs are still served
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlRemove {
     /// Name of the service
     pub(crate) name: String,
 }
 
-/// Show what was done for a VM, or for all that are served
+/// Show statistics of a VM, or of all VMs being served
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlStats {
     /// Number of the VM [default: all]
@@ -72,10 +72,10 @@ pub(crate) struct CtlStats {
     pub(crate) buckets: bool,
 }
 
-/// Install what a VM misses and let it go
+/// Install all missing pages of a VM and release it
 ///
-/// The VM then has all its memory, and needs the daemon no more. Returns when that is done; fails if
-/// it can't be.
+/// Afterwards the VM has all its memory and no longer needs the daemon. Returns when that is done,
+/// or fails with the reason.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlComplete {
     /// Number of the VM
@@ -86,31 +86,31 @@ pub(crate) struct CtlComplete {
     pub(crate) all: bool,
 }
 
-/// Show what the VMs do right now, again and again
+/// Show live rates of the VMs
 ///
-/// Rates are by the second, since the frame before. Where standard output is no terminal, or with
-/// --json, one frame is printed. Ctrl-C ends it.
+/// Rates are per second since the previous update. One update is printed if standard output is not
+/// a terminal, or with --json. Quit with Ctrl-C.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlTop {
-    /// Print one frame
+    /// Print one update and exit
     #[arg(long)]
     pub(crate) once: bool,
-    /// Seconds from frame to frame
+    /// Seconds between updates
     #[arg(long, default_value_t = 1, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) interval: u64,
-    /// VMs that are shown on a terminal: those with the most faults
+    /// VMs to show on a terminal: those with the most faults
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub(crate) rows: usize,
 }
 
-/// Go on with another program file
+/// Replace the worker by one of another program file
 ///
-/// A new process takes the VMs over from the old one while they run. Without PROGRAM it is the file
-/// that the daemon was started from, which may have been replaced.
+/// A new worker takes over the VMs while they run. Without PROGRAM, it is the file that the daemon
+/// was started from, which may have been replaced.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlUpgrade {
-    /// Program to go on with
+    /// Program to run
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) program: Option<PathBuf>,
 }

@@ -84,7 +84,12 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     let folder = tempfile::Builder::new()
         .prefix("snaprestore-bench-")
         .tempdir_in(&args.dir)
-        .with_context(|| format!("{}: making a folder for the images", names::path(&args.dir)))?;
+        .with_context(|| {
+            format!(
+                "cannot create a folder for the images in {}",
+                names::path(&args.dir)
+            )
+        })?;
     let mut images = images(args, snapshot.as_ref(), folder.path(), &own, output)?;
     let mut samples = Samples::default();
     let runner = Runner::new(own, [TRIAL]);
@@ -214,7 +219,7 @@ fn images(
         images.use_snapshot(&args.file.canonicalize()?);
     } else {
         // A page of unknown content can't be restored, and every contender touches every page.
-        output.warn("pages of unknown content are taken for zeros, in a new snapshot");
+        output.warn("pages of unknown content are treated as zeros, in a new snapshot");
     }
     Ok(images)
 }

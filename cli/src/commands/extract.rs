@@ -68,7 +68,7 @@ impl fmt::Display for Report {
         if self.unavailable_pages > 0 {
             writeln!(
                 f,
-                "{} of it zeros in the place of unknown contents",
+                "{} of it zeros in place of unknown content",
                 count(self.unavailable_pages, "page")
             )?;
         }
@@ -201,7 +201,7 @@ impl<'s> Plan<'s> {
             target: target::name(&args.output),
             pieces: Vec::new(),
             regions: chosen(snapshot.regions()?, &args.region)
-                .with_context(|| format!("{file}: choosing regions"))?,
+                .with_context(|| format!("cannot choose the regions of {file}"))?,
             blocks: 0,
             pages: 0,
             unavailable: args.unavailable,
@@ -388,7 +388,7 @@ fn chosen<'r>(regions: &'r [Region], wanted: &[String]) -> Result<Vec<&'r Region
             match number.and_then(|number| take.get_mut(number)) {
                 Some(take) => *take = true,
                 None => bail!(
-                    "there is no region {wanted:?}; `info` lists the names, and the numbers 0 to {}",
+                    "no region {wanted:?}; `snaprestore info` lists the names, and the numbers 0 to {}",
                     regions.len().saturating_sub(1)
                 ),
             }

@@ -61,7 +61,7 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
                 .find(|command| page_name(command).strip_prefix("snaprestore-") == name.to_str())
                 .ok_or_else(|| {
                     Refusal::Usage(format!(
-                        "there is no command {}",
+                        "no command {}; `snaprestore --help` lists them, and a subcommand is named like ctl-add",
                         names::path(name.as_ref())
                     ))
                 })?,

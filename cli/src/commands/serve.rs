@@ -93,10 +93,7 @@ impl fmt::Display for Report {
         write!(f, "served {}", count(self.served, "VM"))?;
         if self.incomplete > 0 {
             let killed = HumanCount(self.incomplete);
-            write!(
-                f,
-                "; {killed} of them had to be killed before all of its memory was there"
-            )?;
+            write!(f, "; {killed} killed before their memory was complete")?;
         }
         writeln!(f)
     }

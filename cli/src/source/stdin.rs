@@ -105,7 +105,7 @@ impl Source for Stream {
                 match guess(&buffer[..count]) {
                     Guess::Raw => {}
                     Guess::ElfCore => bail!(
-                        "{}: carries an ELF core, which must be a file; save it first, or --raw \
+                        "{}: cannot read an ELF core from a stream; save it to a file first, or --raw \
                          packs it as if it were memory",
                         self.name
                     ),

@@ -185,7 +185,7 @@ fn statistics_are_shown_with_percentiles() {
     let text = run.exits(0).text();
     for part in [
         "VM 3 (pid 77, service web)",
-        "75.0 % are settled",
+        "75.0 % done",
         "12 on stored pages",
         "20.0 us at p50, 80.5 p90, 99.9 p99, 1234.5 at most",
         "88.8 p99",
@@ -218,7 +218,7 @@ fn vms_are_let_go_and_one_that_can_not_be_is_a_failure() {
     let (run, asked) = once(&folder, json!({"ok": half}), &["complete", "--all"]);
     let text = run.exits(1).text();
     assert!(
-        text.contains("VM 4 can't be completed: page 5 is bad"),
+        text.contains("cannot complete VM 4: page 5 is bad"),
         "{text}"
     );
     assert_eq!(asked, json!({"op": "complete", "all": true}));
@@ -232,11 +232,7 @@ fn another_program_takes_over() {
     let folder = Folder::new();
     let reply = json!({"ok": {"from": "0.1.0", "to": "0.2.0"}});
     let (run, asked) = once(&folder, reply.clone(), &["upgrade", "new"]);
-    assert!(
-        run.exits(0)
-            .text()
-            .contains("0.2.0 has taken over from 0.1.0")
-    );
+    assert!(run.exits(0).text().contains("upgraded from 0.1.0 to 0.2.0"));
     let program = folder.path().canonicalize().unwrap().join("new");
     assert_eq!(asked, json!({"op": "upgrade", "program": program}));
     let (_, asked) = once(&folder, reply, &["upgrade"]);
@@ -287,21 +283,25 @@ fn top_shows_rates_and_outlives_a_worker() {
 fn errors_say_what_is_wrong_and_what_would_help() {
     let folder = Folder::new();
     ctl(&folder, &["list"]).exits(1).says(&[
-        "control: no daemon is there",
+        "no daemon listens on ",
         "serve --control",
         "SNAPRESTORE_CONTROL",
     ]);
-    let reply = json!({"error": "there is no VM 9; `ctl list` shows those that there are"});
+    let reply = json!({"error": "no VM 9; `snaprestore ctl list` lists the VMs"});
     let (run, _) = once(&folder, reply, &["stats", "9", "--json"]);
-    let failure = run.exits(1).says(&["there is no VM 9"]).json();
+    let failure = run.exits(1).says(&["no VM 9"]).json();
     assert_eq!(failure["exit_code"], 1);
     // Its socket was left behind.
-    ctl(&folder, &["list"]).exits(1).says(&["has ended"]);
+    ctl(&folder, &["list"])
+        .exits(1)
+        .says(&["the daemon exited"]);
     let (run, _) = once(&folder, json!("hello"), &["list"]);
-    run.exits(1).says(&["no daemon of this version"]);
+    run.exits(1).says(&["may be of another version"]);
     let listener = UnixListener::bind(folder.file("mute")).unwrap();
     let hang_up = std::thread::spawn(move || drop(listener.accept().unwrap()));
-    run_at(&folder, "mute").exits(1).says(&["mute: the daemon"]);
+    run_at(&folder, "mute")
+        .exits(1)
+        .says(&["closed the connection"]);
     hang_up.join().unwrap();
 }
 
@@ -326,5 +326,5 @@ fn a_user_who_may_not_connect_is_told_so() {
     std::fs::set_permissions(folder.file("control"), mode).unwrap();
     as_nobody(&folder, &["ctl", "--control", "control", "list"])
         .exits(4)
-        .says(&["only the user of the daemon and root may connect"]);
+        .says(&["only root and the daemon's user may"]);
 }

@@ -91,7 +91,7 @@ fn without_rights_it_says_what_would_give_them() {
         assert_eq!(check["state"], "limited");
         assert!(remedy.contains("for the memory of VMs"), "{remedy}");
         let text = as_nobody(&folder, &["doctor"]).exits(0).text();
-        assert!(text.contains("only for user mode"), "{text}");
+        assert!(text.contains("user-mode faults only"), "{text}");
     } else {
         assert_eq!((doctor.code, &report["ok"]), (Some(4), &false.into()));
         assert_eq!(check["state"], "missing");

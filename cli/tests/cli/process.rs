@@ -381,7 +381,7 @@ fn ctrl_z_lets_the_process_go_before_it_stops() {
         std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
         let said = finish(child).exits(1).err;
         let plain = format!(
-            "snaprestore: process {} was let go because Ctrl-Z stopped this command before it had \
+            "snaprestore: released process {} because Ctrl-Z stopped this command before it had \
              read all memory; run it again\n",
             owner.pid()
         );
@@ -811,7 +811,7 @@ fn processes_that_cannot_be_taken_are_named() {
     if std::fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n") {
         run(&folder, &["create", "--pid", "2", "-o", "s"])
             .exits(1)
-            .says(&["of the kernel"]);
+            .says(&["kernel thread"]);
     }
     assert_eq!(folder.names(), [""; 0]);
 }

@@ -201,7 +201,7 @@ fn a_bad_frame_costs_its_pages_and_no_others() {
     assert!(
         text.contains("BAD         s, at byte 4096: damaged frame: ")
             && text.contains("pages 0-31")
-            && text.contains("complete    but for 32 bad pages"),
+            && text.contains("complete    except 32 bad pages"),
         "{text}"
     );
     // Also where nobody touched it.
@@ -214,7 +214,7 @@ fn a_bad_frame_costs_its_pages_and_no_others() {
     let text = run(&folder, &["restore", "s", "--touch", "none"])
         .exits(3)
         .text();
-    assert!(text.contains("complete    but for "), "{text}");
+    assert!(text.contains("complete    except "), "{text}");
 }
 
 #[test]

@@ -215,7 +215,7 @@ fn standard_output_that_is_full_is_named() {
         .stderr(Stdio::piped());
     Run::of(&mut info)
         .exits(1)
-        .says(&["standard output could not be written", "No space left"]);
+        .says(&["cannot write to standard output", "No space left"]);
 }
 
 #[test]
@@ -275,7 +275,7 @@ fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
     for options in [&["--socket", "s"][..], &control, &metrics] {
         let serve = [&["serve", "--snapshot", "s"][..], options].concat();
         let failed = run(&folder, &serve).exits(1);
-        failed.says(&["s: can't be listened on", "name another path"]);
+        failed.says(&["cannot listen on ", "another path"]);
         assert_eq!(fs::read(folder.file("s")).unwrap(), content);
     }
     // One that is left of a daemon that was killed makes room: what fails is the next.
@@ -289,7 +289,7 @@ fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
         "--socket",
         "s",
     ];
-    run(&folder, &serve).exits(1).says(&["s: can't be"]);
+    run(&folder, &serve).exits(1).says(&["cannot listen on "]);
     assert!(!folder.file("old").exists());
 }
 

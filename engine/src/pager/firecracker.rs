@@ -42,7 +42,7 @@ pub enum HandshakeError {
     #[error("reading from the VMM failed")]
     Socket(#[from] io::Error),
     /// The message did not arrive in time.
-    #[error("the VMM sent {received} bytes of its regions and nothing more for {patience:?}")]
+    #[error("the VMM sent {received} bytes of its region list, then nothing for {patience:?}")]
     Silent {
         /// Number of bytes received.
         received: usize,
@@ -50,24 +50,24 @@ pub enum HandshakeError {
         patience: Duration,
     },
     /// The peer closed the socket before its message was complete.
-    #[error("the VMM closed the socket after {received} bytes of its regions")]
+    #[error("the VMM closed the socket after {received} bytes of its region list")]
     Closed {
         /// Number of bytes received.
         received: usize,
     },
     /// The message is too long for a handshake.
     #[error(
-        "the VMM sent more than {MAX_BYTES} bytes, or {MAX_PIECES} pieces, which can't be its regions"
+        "the VMM sent more than {MAX_BYTES} bytes, or {MAX_PIECES} pieces: too long for a region list"
     )]
     TooLong,
     /// The message has too many regions for a handshake.
-    #[error("the VMM sent {regions} regions; at most {MAX_REGIONS} are taken")]
+    #[error("the VMM sent {regions} regions; the limit is {MAX_REGIONS}")]
     TooMany {
         /// Number of regions.
         regions: usize,
     },
     /// The message is not one of Firecracker's.
-    #[error("what the VMM sent is no list of regions as Firecracker sends it: {detail}")]
+    #[error("the VMM sent something other than Firecracker's region list: {detail}")]
     NotRegions {
         /// Description of the problem.
         detail: String,
@@ -76,18 +76,18 @@ pub enum HandshakeError {
     #[error("the VMM sent its regions without a userfaultfd")]
     NoDescriptor,
     /// The descriptor is not a userfaultfd.
-    #[error("the VMM handed {found:?} over, which is no userfaultfd")]
+    #[error("the VMM sent {found:?} instead of a userfaultfd")]
     NotUserfaultfd {
         /// Description of the descriptor received.
         found: String,
     },
     /// The kernel would deliver a userfaultfd of each child to the reader.
     #[error(
-        "the VMM's userfaultfd reports forks, or may yet be made to, and nobody would serve its children"
+        "the VMM's userfaultfd reports forks (or has not been initialised): forked children cannot be served"
     )]
     ReportsForks,
     /// The message belongs to a variant that continues differently.
-    #[error("this is the handshake of {variant}, which is not served")]
+    #[error("unsupported handshake: {variant}")]
     Variant {
         /// Name of the variant.
         variant: &'static str,
@@ -324,7 +324,7 @@ mod tests {
         let cases = [
             ("", 0, "closed the socket after 0 bytes"),
             (&V1_1[..20], 1, "closed the socket after 20 bytes"),
-            ("GET / HTTP/1.1", 1, "no list of regions"),
+            ("GET / HTTP/1.1", 1, "other than Firecracker's region list"),
             ("[{\"size\":1}]", 1, "missing field"),
             (V1_1, 0, "without a userfaultfd"),
             (V1_1, 2, "E2B"),
@@ -350,7 +350,7 @@ mod tests {
         sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).expect("sent");
         let error = handshake(&here, Duration::from_secs(20)).expect_err("a socket");
         let error = error.to_string();
-        assert!(error.contains("handed \"socket:["), "{error}");
+        assert!(error.contains("sent \"socket:["), "{error}");
     }
 
     #[test]

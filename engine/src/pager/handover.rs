@@ -73,8 +73,8 @@ pub enum HandoverError {
     /// A page of 2 MiB would consist of parts of two regions of the snapshot, or of parts of the 2
     /// MiB pages of its index.
     #[error(
-        "region {region} has pages of 2 MiB, and the snapshot begins a region of its own in the middle of one, at \
-         offset {offset:#x}: its memory was not in such pages"
+        "region {region} has 2 MiB pages, but a region of the snapshot begins inside one, at offset {offset:#x}: \
+         the snapshot was not taken from such pages"
     )]
     Straddles {
         /// Number of the region.
@@ -84,8 +84,8 @@ pub enum HandoverError {
     },
     /// The owner has more or less memory than the snapshot.
     #[error(
-        "the owner has {owner} bytes of memory and the snapshot {snapshot}: it is the snapshot of another VM, or the \
-         VM was configured otherwise"
+        "the owner has {owner} bytes of memory and the snapshot {snapshot}: the snapshot of another VM, or \
+         another memory size"
     )]
     Size {
         /// Size of all regions in bytes.

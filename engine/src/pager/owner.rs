@@ -59,13 +59,13 @@ impl Owner {
         match kill_by_pidfd(self.pidfd()) {
             Ok(()) => {
                 // The reason is passed to whoever waits for the end of the session.
-                tracing::debug!(why, "the owner of the memory is killed");
+                tracing::debug!(why, "killed the owner of the memory");
                 *killed = Some(why.to_owned());
             }
-            Err(Errno::ESRCH) => tracing::debug!(why, "the owner has ended by itself"),
+            Err(Errno::ESRCH) => tracing::debug!(why, "the owner has already exited"),
             // This was permitted when the session began. The owner is left waiting: nobody answers
             // its faults, and the descriptor stays open.
-            Err(errno) => tracing::error!(why, %errno, "the owner of the memory can't be killed"),
+            Err(errno) => tracing::error!(why, %errno, "cannot kill the owner of the memory"),
         }
     }
 

@@ -41,23 +41,25 @@ pub enum AttachError {
     #[error(transparent)]
     Handover(#[from] HandoverError),
     /// The descriptor is not a userfaultfd that can be served.
-    #[error("the descriptor that was handed over can't be used")]
+    #[error("cannot use the descriptor that was handed over")]
     Userfaultfd(#[from] AdoptError),
     /// The snapshot could not be read.
-    #[error("the snapshot can't be read")]
+    #[error("cannot read the snapshot")]
     Snapshot(#[from] ReadError),
     /// The owner may not be killed, and so could be left waiting forever.
-    #[error("the process that handed its memory over may not be killed by this one")]
+    #[error(
+        "not permitted to kill the process that handed its memory over; run as its user, or with CAP_KILL"
+    )]
     NotPermitted(#[source] Errno),
     /// The owner has pages of 2 MiB, and its page map, which shows the present ones, can't be read.
     #[error(
-        "the page map of the process that handed its memory over can't be read, which its pages of 2 MiB need: that \
-         takes the permission to trace it (the same user, or CAP_SYS_PTRACE)"
+        "cannot read /proc/PID/pagemap of the process that handed its memory over, which 2 MiB pages require; run \
+         as its user, or with CAP_SYS_PTRACE"
     )]
     PageMap(#[source] io::Error),
     /// A thread, memory or descriptor for the session itself is not available. If the owner had
     /// been served already, it was killed.
-    #[error("{what} can't be had{hint}")]
+    #[error("cannot create {what}{hint}")]
     Resources {
         /// The resource.
         what: &'static str,

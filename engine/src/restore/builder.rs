@@ -44,13 +44,13 @@ pub struct Restore {
 #[non_exhaustive]
 pub enum StartError {
     /// This machine or process may not use userfaultfd as requested.
-    #[error("userfaultfd can't be used")]
+    #[error("cannot use userfaultfd")]
     Userfaultfd(#[from] OpenError),
     /// The snapshot could not be read.
-    #[error("the snapshot can't be read")]
+    #[error("cannot read the snapshot")]
     Snapshot(#[from] ReadError),
     /// Memory could not be mapped or advised.
-    #[error("memory for region {region} ({bytes} bytes) can't be prepared")]
+    #[error("cannot prepare the memory of region {region} ({bytes} bytes)")]
     Memory {
         /// Number of the region.
         region: usize,
@@ -99,7 +99,7 @@ pub enum StartError {
         count: usize,
     },
     /// A region could not be registered.
-    #[error("region {region} can't be registered with userfaultfd")]
+    #[error("cannot register region {region} with userfaultfd")]
     Register {
         /// Number of the region.
         region: usize,
@@ -120,7 +120,7 @@ pub enum StartError {
     /// The kernel interface needed to prove that the caller's memory is empty and of the right kind
     /// is not available.
     #[error(
-        "that the memory given for region {region} is empty private memory can't be proved without {file}: mount /proc, \
+        "cannot prove without {file} that the memory given for region {region} is empty and private: mount /proc, \
          start while the process is dumpable (prctl PR_SET_DUMPABLE), or let the engine map the memory"
     )]
     Unproven {
@@ -136,11 +136,11 @@ pub enum StartError {
     PageSize(#[from] PageSizeError),
     /// The failure policy poisons pages, which this kernel can't do.
     #[error(
-        "pages can't be poisoned on this kernel (UFFDIO_POISON needs Linux 6.6): choose another way to treat failures"
+        "pages can't be poisoned on this kernel (UFFDIO_POISON needs Linux 6.6): choose another failure policy"
     )]
     NoPoison,
     /// A resource for the session's tables or threads is not available.
-    #[error("{what} can't be made{hint}")]
+    #[error("cannot create {what}{hint}")]
     Resources {
         /// The resource.
         what: &'static str,

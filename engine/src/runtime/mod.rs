@@ -205,7 +205,7 @@ impl Runtime {
             let threads = engine.names();
             tracing::warn!(
                 ?threads,
-                "a callback or the store does not return: left its threads behind"
+                "a callback or the store did not return: leaving its threads behind"
             );
         }
         self.update(|progress| progress.left_behind = true);

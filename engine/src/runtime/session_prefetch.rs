@@ -422,7 +422,7 @@ impl Progress {
 fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
     let snapshot = session.image.snapshot();
     let sets = snapshot.working_sets().unwrap_or_else(|error| {
-        tracing::warn!(%error, "the working sets can't be read");
+        tracing::warn!(%error, "cannot read the working sets");
         Vec::new()
     });
     let runs = |name: &str| -> Vec<Range<u64>> {
@@ -432,7 +432,7 @@ fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
                 .map(|run| run.first_page..run.first_page + run.pages)
                 .collect(),
             Err(error) => {
-                tracing::warn!(%error, name, "a working set can't be read");
+                tracing::warn!(%error, name, "cannot read a working set");
                 Vec::new()
             }
         }

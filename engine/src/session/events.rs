@@ -142,7 +142,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 let old = from..from + len;
                 if self.state.map().remap(slot, &old, to, removed).is_err() {
                     self.guard.end_owner(&format!(
-                        "the owner's mremap calls left its memory in more pieces than the {} that one session follows",
+                        "the owner's mremap calls split its memory into more than {} pieces, the limit of a session",
                         self.state.most_pieces(),
                     ));
                 }
@@ -150,7 +150,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             Event::Fork => self.guard.end_owner(FORKED),
             Event::Unexpected => {
-                tracing::warn!("userfaultfd sent a message that was not asked for");
+                tracing::warn!("ignored an unexpected userfaultfd message");
             }
         }
     }

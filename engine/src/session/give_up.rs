@@ -46,7 +46,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             // Closing would turn missing pages into zeros, and not closing would leave threads that
             // touch them waiting forever.
             Err(stop) => self.guard.end_owner(&format!(
-                "its missing pages can't be poisoned: {}",
+                "cannot poison its missing pages: {}",
                 self.install_failure(0, stop).detail
             )),
         }

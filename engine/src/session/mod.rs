@@ -346,10 +346,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         add(self.stats.shortages_of(large), 1);
         if !self.shortage_of(large).swap(true, Relaxed) {
             let _of = self.span.enter();
-            tracing::warn!(
-                "pages can't be installed: {}",
-                fault::install::no_memory(large)
-            );
+            tracing::warn!("cannot install pages: {}", fault::install::no_memory(large));
         }
     }
 
@@ -373,7 +370,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn report(&self, failure: &Failure) {
         if self.keep_failure(failure) {
             let _of = self.span.enter();
-            tracing::warn!(%failure, "a page can't be restored");
+            tracing::warn!(%failure, "cannot restore a page");
         }
     }
 

@@ -123,11 +123,11 @@ fn without_seccomp_serve_says_what_does_without() {
     forbid_seccomp(&mut refused);
     let run = Run::of(&mut refused).exits(1);
     run.says(&[
-        "can't be confined",
+        "cannot sandbox the worker",
         "--no-confine",
-        "filter of system calls",
+        "seccomp filter",
     ]);
-    assert_eq!(run.err.matches("confined").count(), 1, "{}", run.err);
+    assert_eq!(run.err.matches("cannot sandbox").count(), 1, "{}", run.err);
     let mut served = scene.daemon(&["--no-confine"]);
     forbid_seccomp(&mut served);
     scene.start(served);

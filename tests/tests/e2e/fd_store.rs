@@ -409,7 +409,8 @@ fn a_store_that_is_full_is_an_error() {
     supervisor.says("held by systemd, for 2 descriptors");
     supervisor.says("listening");
     let mut vm = scene.vm();
-    supervisor.says("not held: FileDescriptorStoreMax=2 is used up");
+    supervisor
+        .says("not held: the descriptor store is full; raise FileDescriptorStoreMax= (now 2)");
     vm.kill().expect("killed");
     vm.wait().expect("its end");
 }

@@ -238,7 +238,7 @@ fn a_process_has_a_bounded_number_of_vms() {
     // The liar must live until all connections have been made.
     let words = ["times=100", "Touch", "seconds=600"].map(str::to_owned);
     let (liar, _) = watched.liar(&words);
-    watched.scene.wait_for("has 16 VMs already", 84);
+    watched.scene.wait_for("already has 16 VMs", 84);
     end_group(liar);
     watched.assert_unharmed("100 connections");
 }
@@ -267,7 +267,7 @@ fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
     let watched = Watched::new(&["--prefetch", "off"]);
     let words = ["Fuse", "seconds=600"].map(str::to_owned);
     let (liar, _) = watched.liar(&words);
-    watched.scene.wait_for("which is no userfaultfd", 1);
+    watched.scene.wait_for("instead of a userfaultfd", 1);
     for _ in 0..3 {
         assert_eq!(watched.honest(&[]), Ok(()));
     }
@@ -285,9 +285,13 @@ fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
     let watched = Watched::new(&["--prefetch", "off"]);
     let words = ["Fuse", "times=40", "seconds=600"].map(str::to_owned);
     let (liar, _) = watched.liar(&words);
-    watched.scene.wait_for("has 16 VMs already", 24);
+    watched.scene.wait_for("already has 16 VMs", 24);
     assert_eq!(
-        watched.scene.said().matches("is no userfaultfd").count(),
+        watched
+            .scene
+            .said()
+            .matches("instead of a userfaultfd")
+            .count(),
         16
     );
     assert_eq!(watched.honest(&[]), Ok(()));
@@ -304,7 +308,7 @@ fn who_comes_while_too_many_files_are_kept_open_waits_and_is_served() {
     let watched = Watched::new(&["--prefetch", "off"]);
     let words = ["Fuse", "times=13", "seconds=600"].map(str::to_owned);
     let liars: Vec<_> = (0..5).map(|_| watched.liar(&words).0).collect();
-    watched.scene.wait_for("is no userfaultfd", 64);
+    watched.scene.wait_for("instead of a userfaultfd", 64);
     let honest = watched.scene.vmm(&[]).spawn().expect("a VMM");
     liars.into_iter().for_each(end_group);
     let _ = end_of(honest).exits(0);

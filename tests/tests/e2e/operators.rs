@@ -110,11 +110,11 @@ fn an_operator_sees_vms_and_lets_them_go() {
     let program = copy.display().to_string();
     let upgraded = ctl(&scene, &["upgrade", &program]);
     assert_eq!(upgraded["from"], upgraded["to"]);
-    scene.wait_for("takes over", 1);
+    scene.wait_for("upgraded to a worker", 1);
     // A program that can't take over changes nothing.
     let run = Run::of(&mut command(&scene, &["upgrade", "/bin/false"]));
     assert_ne!(run.code, Some(0));
-    run.says(&["goes on as before"]);
+    run.says(&["the old worker keeps serving"]);
 
     scene.wait_for("served", 3);
     let list = ctl(&scene, &["list"]);
@@ -127,10 +127,10 @@ fn an_operator_sees_vms_and_lets_them_go() {
         assert_eq!(done["vms"][0]["done"], true, "{done}");
     }
     let run = Run::of(&mut command(&scene, &["complete", "99"])).exits(1);
-    run.says(&["there is no VM 99"]);
+    run.says(&["no VM 99"]);
     // A new worker knows it as well.
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
-    scene.wait_for("another goes on", 1);
+    scene.wait_for("started a new one", 1);
     let done = ctl(&scene, &["complete", &id]);
     assert_eq!(done["vms"][0]["done"], true, "{done}");
     drop(vmm.stdin.take());
@@ -171,7 +171,7 @@ fn metrics_count_each_ended_vm_once() {
         told(&scene)
     );
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
-    scene.wait_for("another goes on", 1);
+    scene.wait_for("started a new one", 1);
     assert_eq!(told(&scene), expected);
     let list = ctl(&scene, &["list"]);
     assert_eq!(list["services"][0]["ended"], 8, "{list}");

@@ -147,7 +147,7 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         of_vm.push(fields["message"].as_str().expect("a message").to_owned());
     }
     // From the supervisor, from a thread of the engine's, and at the end.
-    for part in ["served", "a page can't be restored", "exited"] {
+    for part in ["served", "cannot restore a page", "exited"] {
         let has = of_vm.iter().any(|message| message.starts_with(part));
         assert!(has, "no {part:?} in {of_vm:?}");
     }
@@ -229,8 +229,7 @@ fn empty_huge_page_pool_is_named_by_those_who_need_it() {
     assert!(said.contains("shortage    pool hugepages-2048kB"), "{said}");
     // Logged once, however often it was tried.
     let logged = scene.said();
-    let shortages =
-        logged.matches("pages can't be installed: no page of 2 MiB is free in the pool");
+    let shortages = logged.matches("cannot install pages: no free page in the pool");
     assert_eq!(shortages.count(), 1, "{logged}");
     // Its pages return to the pool before the pool is as it was.
     vmm.kill().expect("killed");
@@ -273,8 +272,8 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     let mut misfit = scene.vmm_of(&short, &[]).spawn().expect("a VMM");
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     for part in [
-        "no list of regions",
-        "nothing more for 1s",
+        "other than Firecracker's region list",
+        "then nothing for 1s",
         "after 0 bytes",
         "the snapshot of another VM",
     ] {

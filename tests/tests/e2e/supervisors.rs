@@ -61,7 +61,7 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     let mut manager = FakeManager::at(&notify);
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
-    scene.wait_for("can't be held with all that it needs, and is ended", 1);
+    scene.wait_for("cannot store all of its descriptors; it is killed", 1);
     // The service's two and the VM's three; then those are let go but for the one by which a next supervisor ends it.
     while manager.names().len() < 5 {
         manager.take_one();
@@ -218,13 +218,13 @@ fn release_that_finds_the_guardian_stopped_is_not_lost() {
     assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
     kill(guardian, Signal::SIGSTOP).expect("stopped");
     // Each VM is held twice and released, until nothing more fits into the guardian's socket.
-    while !scene.said().contains("messages wait for it") {
+    while !scene.said().contains("messages are queued") {
         let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     }
     let complete = ["ctl", "complete", "1", "--control", &control];
     let _ = Run::of(&mut snaprestore(complete)).exits(0);
     kill(guardian, Signal::SIGCONT).expect("goes on");
-    scene.wait_for("has read all messages", 1);
+    scene.wait_for("has read all queued messages", 1);
     scene.kill();
     wait_for_end(guardian);
     assert!(vmm.try_wait().expect("a child").is_none(), "it was killed");
@@ -297,7 +297,7 @@ fn users_that_are_not_allowed_are_refused_and_the_others_served() {
         return;
     };
     let mut refused = scene.vmm(&[]).spawn().expect("a VMM");
-    scene.wait_for("refused: --allow-uid doesn't name its user 0", 1);
+    scene.wait_for("refused: its user 0 is not in --allow-uid", 1);
     let _ = Run::of(&mut nobody.vmm(&scene.vmm(&[]))).exits(0);
     refused.kill().expect("killed");
     refused.wait().expect("its end");
@@ -306,7 +306,7 @@ fn users_that_are_not_allowed_are_refused_and_the_others_served() {
     scene.serve(&["--allow-uid", "0"]);
     fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666)).expect("set");
     let mut refused = nobody.vmm(&scene.vmm(&[])).spawn().expect("a VMM");
-    scene.wait_for("refused: --allow-uid doesn't name its user 65534", 1);
+    scene.wait_for("refused: its user 65534 is not in --allow-uid", 1);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     refused.kill().expect("killed");
     refused.wait().expect("its end");
@@ -379,7 +379,7 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
     let (mut vmm, _said) = queued(&scene);
     kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
     kill(scene.supervisor(), Signal::SIGCONT).expect("goes on");
-    scene.wait_for("has 16 VMs already", 1);
+    scene.wait_for("already has 16 VMs", 1);
     crowd.kill().expect("killed");
     crowd.wait().expect("its end");
     drop(vmm.stdin.take());
@@ -407,7 +407,10 @@ fn the_next_supervisor_serves_who_waits_and_ends_who_was_handing_over() {
     scene.start(manager.manages(next, 64));
     let run = end_of(half);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
-    scene.wait_for("killed: it was handing its memory over when", 1);
+    scene.wait_for(
+        "killed: the previous supervisor died during its handshake",
+        1,
+    );
     while !manager.names().contains(&"vm.vm-2.tables") {
         manager.take_one();
     }

@@ -11,7 +11,7 @@ use snaprestore_tests::program::Run;
 use crate::scene::{PAGES, Scene, endings};
 
 /// Part of the daemon's log line about the death of a worker.
-const DIED: &str = "another goes on";
+const DIED: &str = "started a new one";
 
 /// A VMM that gives memory back, moves some, and touches the rest from three threads.
 const VMM: &[&str] = &["--threads", "3", "--discard", "--move", "--split", "3000"];
@@ -89,7 +89,7 @@ fn a_worker_that_stands_still_while_a_vm_waits_is_replaced() {
     let run = Run::finish(vmm).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
     assert_eq!(
-        scene.said().matches("was stuck").count(),
+        scene.said().matches("hung and was killed").count(),
         1,
         "{}",
         scene.said()
@@ -109,6 +109,6 @@ fn a_frame_on_which_two_workers_crash_counts_as_damaged() {
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["killed"]);
     let reason = vms[0]["reason"].as_str().expect("a reason");
-    assert!(reason.contains("died or got stuck, twice"), "{reason}");
+    assert!(reason.contains("two workers crashed or hung"), "{reason}");
     assert_eq!(scene.said().matches(DIED).count(), 2, "{}", scene.said());
 }

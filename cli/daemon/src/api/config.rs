@@ -103,7 +103,7 @@ pub enum Prefetch {
 pub enum FailurePolicy {
     /// The VM's process is killed
     Kill,
-    /// The page is poisoned: for owners that are no VMs, since KVM can read poison as zeros
+    /// The page is poisoned; not for VMs, since KVM can read poison as zeros
     Poison,
 }
 
@@ -130,7 +130,7 @@ impl FromStr for SocketMode {
             .filter(|mode| *mode <= 0o777);
         let mode = mode.ok_or_else(|| {
             format!(
-                "{text:?} must be a mode in octal, as 0660: who may write to the socket may connect"
+                "{text:?} is not an octal mode such as 0660 (write permission lets a VMM connect)"
             )
         })?;
         Ok(Self(mode))
@@ -263,15 +263,15 @@ impl FromStr for MetricsAddress {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const RIGHT: &str = "must be the path of a socket, as ./metrics.socket or \
-            /run/snaprestore/metrics.socket, or a loopback address, as 127.0.0.1:9100 or [::1]:9100";
+        const RIGHT: &str = "must be the path of a socket, such as ./metrics.socket or \
+            /run/snaprestore/metrics.socket, or a loopback address, such as 127.0.0.1:9100 or [::1]:9100";
         if text.contains('/') {
             return Ok(Self::Socket(text.into()));
         }
         let address: SocketAddr = text.parse().map_err(|_| format!("{text:?} {RIGHT}"))?;
         if !address.ip().is_loopback() {
             return Err(format!(
-                "{text:?} can be reached from other machines, and metrics are given to whoever asks: it {RIGHT}"
+                "{text:?} is reachable from other machines, and metrics have no access control: it {RIGHT}"
             ));
         }
         Ok(Self::Loopback(address))
@@ -320,7 +320,7 @@ impl Config {
     /// Reads and checks a file. Relative paths in it are meant from the file's folder.
     pub fn load(file: &Path) -> Result<Self> {
         let name = escape_path(file);
-        let text = read(file).with_context(|| format!("{name}: can't be read"))?;
+        let text = read(file).with_context(|| format!("cannot read {name}"))?;
         let folder = std::path::absolute(file).with_context(|| name.clone())?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
         Self::parse(&text, folder).with_context(|| name.clone())
@@ -359,7 +359,7 @@ impl Config {
             check_socket("metrics", path)?;
             if !sockets.insert(path) {
                 bail!(
-                    "metrics = {}: control has that socket already",
+                    "metrics = {}: control already uses that socket",
                     escape_path(path)
                 );
             }

@@ -120,13 +120,13 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
         listen(&socket, Backlog::new(128)?)?;
         Ok(socket.into())
     };
-    make().with_context(|| format!("{}: can't be listened on", escape_path(path)))
+    make().with_context(|| format!("cannot listen on {}", escape_path(path)))
 }
 
 /// Serves a connection to the control socket of a daemon of user `own`, until the client hangs up.
 pub(crate) fn serve(stream: &UnixStream, own: u32, api: &dyn OperatorApi) {
     if let Err(error) = serve_requests(stream, own, api) {
-        tracing::debug!(%error, "a connection to the control socket ends");
+        tracing::debug!(%error, "closed a control connection");
     }
 }
 
@@ -134,7 +134,7 @@ fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::R
     let mut lines = Lines::new(stream, MAX_REQUEST_BYTES);
     let (pid, uid) = credentials_of(stream.as_fd())?;
     if !may_use(uid, own) {
-        tracing::warn!(pid, uid, "the control socket was used by another user");
+        tracing::warn!(pid, uid, "refused a control connection of another user");
         let text = format!("user {uid} may not control this daemon: only user {own} and root may");
         return send(stream, &Reply::<()>::Error(text));
     }
@@ -162,7 +162,7 @@ fn may_use(uid: u32, own: u32) -> bool {
 
 fn parse(line: &[u8]) -> ApiResult<Request> {
     let request = serde_json::from_slice(line);
-    request.map_err(|error| RequestError(format!("the request can't be understood: {error}")))
+    request.map_err(|error| RequestError(format!("invalid request: {error}")))
 }
 
 /// Calls the API for a request.
@@ -231,10 +231,7 @@ fn with_message(error: io::Error) -> io::Error {
     // What the kernel says of a timeout, too.
     let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
     if kinds.contains(&error.kind()) {
-        io::Error::new(
-            io::ErrorKind::TimedOut,
-            "the other side was silent for too long",
-        )
+        io::Error::new(io::ErrorKind::TimedOut, "timed out waiting for the peer")
     } else {
         error
     }
@@ -272,7 +269,7 @@ impl<'a> Lines<'a> {
             }
             looked = self.buffer.len();
             if looked >= self.max_bytes {
-                let text = format!("a line has more than {} bytes", self.max_bytes);
+                let text = format!("a line is longer than {} bytes", self.max_bytes);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, text));
             }
             self.stream.set_read_timeout(until.map(left).transpose()?)?;
@@ -295,7 +292,7 @@ impl<'a> Lines<'a> {
 pub enum ConnectError {
     /// There is no such socket.
     #[error(
-        "{socket}: no daemon is there: start `snaprestore serve --control {socket}`, or name its socket by --control \
+        "no daemon listens on {socket}: start `snaprestore serve --control {socket}`, or name its socket by --control \
          or SNAPRESTORE_CONTROL"
     )]
     NoDaemon {
@@ -303,19 +300,19 @@ pub enum ConnectError {
         socket: String,
     },
     /// Nothing listens at the socket.
-    #[error("{socket}: the daemon that made this socket has ended, or it is no control socket")]
+    #[error("cannot connect to {socket}: the daemon exited, or this is not a control socket")]
     NotListening {
         /// The path of the socket, escaped.
         socket: String,
     },
     /// Another user runs the daemon.
-    #[error("{socket}: only the user of the daemon and root may connect")]
+    #[error("cannot connect to {socket}: only root and the daemon's user may")]
     NotPermitted {
         /// The path of the socket, escaped.
         socket: String,
     },
     /// Any other reason.
-    #[error("{socket}: can't be connected to")]
+    #[error("cannot connect to {socket}")]
     Failed {
         /// The path of the socket, escaped.
         socket: String,
@@ -354,7 +351,7 @@ impl Client {
         match send(&self.stream, request) {
             // It may have said why before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            sent => sent.with_context(|| format!("{name}: the daemon could not be asked")),
+            sent => sent.with_context(|| format!("cannot send a request to {name}")),
         }
     }
 
@@ -365,12 +362,13 @@ impl Client {
         let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);
         let mut lines = Lines::new(&self.stream, MAX_REPLY_BYTES);
         let line = lines.next(until);
-        let line = line.with_context(|| format!("{name}: the daemon did not answer"))?;
+        let line = line.with_context(|| format!("no reply from the daemon at {name}"))?;
         let Some(line) = line else {
-            bail!("{name}: the daemon hung up without an answer");
+            bail!("the daemon at {name} closed the connection without a reply");
         };
-        let reply: Reply<T> = serde_json::from_slice(line)
-            .with_context(|| format!("{name}: what answers there is no daemon of this version"))?;
+        let reply: Reply<T> = serde_json::from_slice(line).with_context(|| {
+            format!("cannot parse the reply from {name}: the daemon may be of another version")
+        })?;
         match reply {
             Reply::Ok(said) => Ok(said),
             Reply::Error(why) => bail!(why),

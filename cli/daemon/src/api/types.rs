@@ -23,14 +23,12 @@ pub(crate) struct RequestError(pub(crate) String);
 
 impl RequestError {
     pub(crate) fn no_vm(id: VmId) -> Self {
-        Self(format!(
-            "there is no VM {id}; `ctl list` shows those that there are"
-        ))
+        Self(format!("no VM {id}; `snaprestore ctl list` lists the VMs"))
     }
 
     pub(crate) fn no_service(name: &str) -> Self {
         Self(format!(
-            "there is no service {name:?}; `ctl list` shows those that there are"
+            "no service {name:?}; `snaprestore ctl list` lists the services"
         ))
     }
 }

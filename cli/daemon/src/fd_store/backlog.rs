@@ -52,14 +52,14 @@ fn kill_peers_with(
                 Ok(Some(peer)) => {
                     let pid = peer.peer.pid;
                     say(format!(
-                        "process {pid} at service {service}: killed, for nobody takes the memory that it hands over"
+                        "process {pid} at service {service}: killed: no daemon accepts its memory"
                     ));
                     killed.push(peer);
                 }
                 Ok(None) => {}
                 Err(error) => say(format!(
-                    "who hands memory over at service {service} can't be killed ({error}), and waits at missing \
-                     pages until somebody does"
+                    "cannot kill a VMM that waits at service {service} ({error}): it blocks at missing \
+                     pages until it is killed"
                 )),
             },
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -71,7 +71,7 @@ fn kill_peers_with(
             }
             Err(error) if failed == ACCEPT_RETRIES => {
                 say(format!(
-                    "who hands memory over at service {service} can't be accepted: {error}"
+                    "cannot accept a VMM that waits at service {service}: {error}"
                 ));
                 return killed;
             }

@@ -229,7 +229,7 @@ pub(crate) fn run(stays: bool) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log(&format!("could not begin: {error}"));
+            log(&format!("cannot start: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -337,7 +337,7 @@ fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
                 continue;
             }
             Err(error) => {
-                log(&format!("the supervisor can't be heard any more: {error}"));
+                log(&format!("lost the connection to the supervisor: {error}"));
                 break;
             }
         };
@@ -371,7 +371,7 @@ fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
                 vms.remove(id);
                 listeners.remove(id);
             }
-            _ => log(&format!("the supervisor has sent {message:?}")),
+            _ => log(&format!("unknown message from the supervisor: {message:?}")),
         }
     }
     (
@@ -396,22 +396,24 @@ fn guarded_listener(
     received: Received,
 ) -> Result<GuardedListener, &'static str> {
     let mut fds = received.descriptors.into_iter();
-    let fd = fds.next().ok_or("it may have no more descriptors open")?;
+    let fd = fds
+        .next()
+        .ok_or("out of file descriptors; raise LimitNOFILE=")?;
     let allowed = uids.split(',').filter(|uid| !uid.is_empty());
     let allowed: Result<_, _> = allowed.map(str::parse).collect();
     Ok(GuardedListener {
         listener: fd.into(),
         service,
-        allowed: allowed.map_err(|_| "its users are not understood")?,
+        allowed: allowed.map_err(|_| "invalid list of allowed users")?,
     })
 }
 
 fn guarded_vm(id: &str, service: &str, received: Received) -> Result<GuardedVm, &'static str> {
     if received.truncated {
-        return Err("it may have no more descriptors open");
+        return Err("out of file descriptors; raise LimitNOFILE=");
     }
     let mut fds = received.descriptors.into_iter();
-    let owner = fds.next().ok_or("it came without descriptors")?;
+    let owner = fds.next().ok_or("the message carried no descriptors")?;
     let pid = pid_of(owner.as_fd()).unwrap_or(0);
     let number = id.strip_prefix("vm-").unwrap_or(id);
     Ok(GuardedVm {
@@ -426,12 +428,12 @@ fn kill_all(mut vms: Vec<GuardedVm>) {
     for vm in &vms {
         match kill_by_pidfd(vm.owner.as_fd()) {
             Ok(()) => log(&format!(
-                "{}: killed, for nobody serves its memory",
+                "{}: killed: serve exited, and no process serves its memory",
                 vm.name
             )),
             Err(Errno::ESRCH) => {}
             Err(error) => log(&format!(
-                "{}: it may not be killed ({error}), and waits at missing pages until somebody does",
+                "{}: cannot kill it ({error}): it blocks at missing pages until it is killed",
                 vm.name
             )),
         }

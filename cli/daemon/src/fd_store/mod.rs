@@ -166,7 +166,9 @@ impl FdStore {
                 let known = |role: &str| roles.iter().any(|known| known == role);
                 let new: Vec<_> = fds.iter().filter(|(role, _)| !known(role)).collect();
                 if stored + new.len() > *room {
-                    let why = format!("FileDescriptorStoreMax={room} is used up");
+                    let why = format!(
+                        "the descriptor store is full; raise FileDescriptorStoreMax= (now {room})"
+                    );
                     return Err(io::Error::other(why));
                 }
                 for (role, fd) in new {
@@ -321,15 +323,14 @@ impl FdStore {
             Backend::Systemd { .. } => None,
             Backend::Guardian(guardian) => guardian.cgroup_error().map(|why| {
                 format!(
-                    "the guardian could not leave the cgroup of this process ({why}): if that is killed as a \
-                     whole, VMs wait for ever at missing pages, or read zeros; run it as a service with \
-                     FileDescriptorStoreMax, or where a parent cgroup may be written"
+                    "the guardian cannot leave the cgroup of this process ({why}): if the whole cgroup is \
+                     killed, VMs block for ever at missing pages or read zeros; run as a service with \
+                     FileDescriptorStoreMax=, or with a writable parent cgroup"
                 )
             }),
             Backend::Unavailable { why } => Some(format!(
-                "nobody holds the VMs' memory if this process is killed, for a guardian can't be started \
-                 ({why}): VMs then wait for ever at missing pages, or read zeros; run it as a service with \
-                 FileDescriptorStoreMax"
+                "cannot start a guardian ({why}): if this process is killed, VMs block for ever at missing \
+                 pages or read zeros; run as a service with FileDescriptorStoreMax="
             )),
         }
     }

@@ -55,17 +55,17 @@ impl BoundSocket {
         };
         let socket = bound().with_context(|| {
             let hint = if path.exists() {
-                "; remove it if nothing serves there any more"
+                " (remove the file if no process uses it any more)"
             } else {
                 ""
             };
-            format!("{}: can't be listened on{hint}", escape_path(path))
+            format!("cannot listen on {}{hint}", escape_path(path))
         })?;
         // Removes the socket again if it can't be shared as wanted.
         let socket = Self::unix(socket.into(), path)?;
         share()?;
         listen(&socket, Backlog::MAXCONN)
-            .with_context(|| format!("{}: can't be listened on", escape_path(path)))?;
+            .with_context(|| format!("cannot listen on {}", escape_path(path)))?;
         Ok(socket)
     }
 
@@ -131,7 +131,7 @@ impl BoundSocket {
             MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
             MetricsAddress::Loopback(address) => {
                 let listener = TcpListener::bind(address)
-                    .with_context(|| format!("{address}: can't be listened on"))?;
+                    .with_context(|| format!("cannot listen on {address}"))?;
                 listener.set_nonblocking(true)?;
                 Ok(Self {
                     listener: Listener::Tcp(listener),
@@ -200,8 +200,8 @@ fn make_room(path: &Path) -> Result<()> {
                 // So it is for every file that can't be connected to, which may be anything.
                 if symlink_metadata(path).is_ok_and(|file| !file.file_type().is_socket()) {
                     bail!(
-                        "{}: can't be listened on, for a file that is no socket lies there; name another path, \
-                         or remove it",
+                        "cannot listen on {}: the file exists and is not a socket; remove it, or choose \
+                         another path",
                         escape_path(path)
                     );
                 }
@@ -210,7 +210,10 @@ fn make_room(path: &Path) -> Result<()> {
             }
             Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
             _ if began.elapsed() >= RELEASE_TIMEOUT => {
-                bail!("{}: another process serves there", escape_path(path))
+                bail!(
+                    "cannot listen on {}: another process listens there",
+                    escape_path(path)
+                )
             }
             _ => std::thread::sleep(RELEASE_TIMEOUT / 100),
         }

@@ -244,7 +244,7 @@ impl Supervisor {
             let fails_again = result.is_err() && self.stopping == Stopping::Killing;
             if let Err(error) = &result {
                 // VMs without a supervisor would wait for ever.
-                self.kill_all(&format!("the daemon can't go on: {error:#}"));
+                self.kill_all(&format!("the daemon failed: {error:#}"));
                 self.stopping = Stopping::Killing;
             }
             outcome = outcome.and(result);
@@ -260,8 +260,8 @@ impl Supervisor {
         self.shut_down_worker();
         if !self.fd_store.flush(FLUSH_TIMEOUT) {
             self.log_error(format_args!(
-                "{} reads nothing, and takes VMs that were let go for such that are served: kill it (SIGKILL), or it \
-                 kills them when it goes on",
+                "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \
+                 when it resumes",
                 self.fd_store
             ));
         }
@@ -412,7 +412,7 @@ impl Supervisor {
 
     /// Logs that a connection could not be accepted, and pauses: descriptors may be short.
     fn accept_failed(&self, error: &io::Error) {
-        self.log_error(format_args!("a connection could not be taken: {error}"));
+        self.log_error(format_args!("cannot accept a connection: {error}"));
         std::thread::sleep(Duration::from_millis(100));
     }
 

@@ -106,7 +106,7 @@ impl Supervisor {
         for opening in std::mem::take(&mut self.opening) {
             let opened = opening.opened.try_recv();
             let result = match opened {
-                _ if self.stopping != Stopping::No => Err(anyhow!("the daemon is about to end")),
+                _ if self.stopping != Stopping::No => Err(anyhow!("the daemon is shutting down")),
                 Ok(file) => file.and_then(|file| self.add_opened(opening.service, file)),
                 Err(TryRecvError::Empty) if opening.since.elapsed() < timeout => {
                     self.opening.push(opening);
@@ -122,10 +122,10 @@ impl Supervisor {
         for record in self.services.values().filter(|record| !record.removed) {
             let (other, path) = (&record.service, escape_path(&service.socket));
             if other.name == service.name {
-                bail!("there is a service {:?} already", service.name);
+                bail!("service {:?} already exists", service.name);
             }
             if other.socket == service.socket && record.listener.is_some() {
-                bail!("service {:?} has the socket {path} already", other.name);
+                bail!("service {:?} already listens on {path}", other.name);
             }
         }
         Ok(())
@@ -146,7 +146,7 @@ impl Supervisor {
         let fds = [("snapshot", file.as_fd())];
         if let Err(error) = self.fd_store.store(&store_id, &service.name, &fds) {
             self.log_error(format_args!(
-                "a snapshot's file is held by nobody else: {error}"
+                "cannot store a snapshot's descriptor; its VMs are lost if this process dies: {error}"
             ));
         }
         let record = ServiceRecord {
@@ -188,7 +188,7 @@ impl Supervisor {
             let held = self.fd_store.store_listener(id, name, fd, allowed);
             if let Err(error) = held {
                 self.log_error(format_args!(
-                    "a socket is held by nobody else: who waits there is lost with this process: {error}"
+                    "cannot store a socket; VMMs that wait there are lost if this process dies: {error}"
                 ));
             }
         }
@@ -302,7 +302,8 @@ impl Supervisor {
         let pending = admit(record, &stream).and_then(|peer| {
             self.check_process_limit(&peer)?;
             self.store_owner(id, &name, peer.pidfd.as_fd());
-            PendingHandshake::new(id, key, stream, peer, timeout).context("a VMM is not heard")
+            PendingHandshake::new(id, key, stream, peer, timeout)
+                .context("cannot prepare the handshake")
         });
         match pending {
             Ok(pending) => self.handshakes.push(pending),
@@ -390,7 +391,7 @@ impl Supervisor {
         } = handshake;
         let mut vm = VmRecord::new(service, peer, userfaultfd, regions);
         if self.is_hung(service) {
-            let why = "its snapshot can't be read: a worker that waits for it can't be killed";
+            let why = "cannot read its snapshot: a worker hangs reading it and cannot be killed";
             self.drop_vm(id, vm, Ending::Refused, why.to_owned());
             return self.drop_service_if_unused(service);
         }
@@ -422,22 +423,22 @@ fn start_opening(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
 
 fn timed_out(path: &Path, timeout: Duration) -> anyhow::Error {
     let path = escape_path(path);
-    anyhow!("{path}: can't be read: nothing came for {timeout:?}")
+    anyhow!("cannot read {path}: timed out after {timeout:?}")
 }
 
 /// Identifies the peer of a connection, and checks whether the service admits it.
 fn admit(record: &ServiceRecord, stream: &UnixStream) -> Result<Peer> {
-    let (pid, uid) = credentials_of(stream.as_fd()).context("it can't be identified")?;
+    let (pid, uid) = credentials_of(stream.as_fd()).context("cannot identify its process")?;
     let allowed = &record.service.allow_uid;
     if !allowed.is_empty() && !allowed.contains(&uid) {
-        bail!("--allow-uid doesn't name its user {uid}");
+        bail!("its user {uid} is not in --allow-uid");
     }
     if pid == 0 {
         bail!(
-            "its process is in a PID namespace that this one can't see, and so could not be killed if a page of it were \
-             lost: run `serve` in the VMM's PID namespace or in one above it (in a container: with the host's, as \
-             `--pid=host`), and end this VMM, which waits for its first page"
+            "its process is in a PID namespace that this one can't see, and could not be killed after losing a page; run \
+             `serve` in the VMM's PID namespace or one above it (in a container: the host's, `--pid=host`), and \
+             kill this VMM, which blocks at its first page"
         );
     }
-    peer_of(stream.as_fd()).context("it can't be identified")
+    peer_of(stream.as_fd()).context("cannot identify its process")
 }

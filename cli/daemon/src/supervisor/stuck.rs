@@ -69,7 +69,7 @@ impl Supervisor {
             let service = vm.service;
             let what = self.snapshots(&BTreeSet::from([service]));
             let why =
-                format!("{what}: one worker after another got stuck while it waited for a page");
+                format!("{what}: several workers in a row hung while the VM waited for a page");
             self.drop_vm(id, vm, Ending::Killed, why);
             self.drop_service_if_unused(service);
         }
@@ -88,7 +88,7 @@ impl Supervisor {
             hung = services(VmRecord::is_reading);
         }
         let why = format!(
-            "its worker can't be killed while it waits for {}: {}",
+            "its worker hangs reading {} and cannot be killed: {}",
             self.snapshots(&hung),
             self.worker.blocked_in()
         );
@@ -120,7 +120,7 @@ impl Supervisor {
             .collect();
         for UnkillableWorker { hung, .. } in ended {
             let what = self.snapshots(&hung);
-            self.log(format_args!("{what}: answers again, and is served"));
+            self.log(format_args!("{what}: readable again; new VMs are served"));
             for service in hung {
                 self.drop_service_if_unused(service);
             }
@@ -142,7 +142,7 @@ impl Supervisor {
             .collect();
         let paths: Vec<_> = paths.into_iter().collect();
         if paths.is_empty() {
-            return "something that doesn't answer".to_owned();
+            return "an unknown file".to_owned();
         }
         paths.join(", ")
     }

@@ -34,7 +34,7 @@ impl Supervisor {
     /// Starts the program that is to take over.
     pub(super) fn start_upgrade(&mut self, number: u64, program: Option<PathBuf>) -> Result<()> {
         if self.upgrade.is_some() {
-            bail!("another upgrade is under way");
+            bail!("another upgrade is in progress");
         }
         let program = match program {
             Some(program) => program,
@@ -70,7 +70,7 @@ impl Supervisor {
             }
             Ok(Some((FromWorker::ConfineFailed { why }, _))) => self.abort_upgrade(&why),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            _ => self.abort_upgrade("it ended, or says what no worker says"),
+            _ => self.abort_upgrade("it exited, or is not a snaprestore worker"),
         }
     }
 
@@ -78,7 +78,7 @@ impl Supervisor {
         if let Some(upgrade) = self.upgrade.take() {
             let program = escape_path(upgrade.program.as_ref());
             let answer = Err(format!(
-                "{program}: can't take over: {why}; all goes on as before"
+                "cannot upgrade to {program}: {why}; the old worker keeps serving"
             ));
             self.outgoing
                 .push_back(Outgoing::Reply(upgrade.number, answer));
@@ -91,7 +91,7 @@ impl Supervisor {
         };
         match upgrade.ready {
             None if upgrade.worker.started.elapsed() >= START_TIMEOUT => {
-                self.abort_upgrade("it takes too long to start");
+                self.abort_upgrade("it did not start in time");
             }
             Some(since) if since.elapsed() >= SHUTDOWN_TIMEOUT => self.worker.kill(),
             _ => {}
@@ -101,7 +101,7 @@ impl Supervisor {
 
 /// Where this program is, or what has taken its place.
 fn own_path() -> Result<PathBuf> {
-    let path = std::env::current_exe().context("where this program is")?;
+    let path = std::env::current_exe().context("cannot find the path of this program")?;
     // So the kernel calls a file that was replaced.
     let deleted = path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
     Ok(deleted.map_or_else(|| path.clone(), |name| OsStr::from_bytes(name).into()))

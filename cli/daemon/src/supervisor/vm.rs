@@ -393,7 +393,7 @@ impl StoredVm {
     pub(crate) fn recover(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
         let owner = by_role.remove(OWNER);
-        let pidfd = owner.context("it came back without its pidfd")?;
+        let pidfd = owner.context("its pidfd is missing from the descriptor store")?;
         let part = |owner, held, why: anyhow::Error| Self::Partial {
             vm: ExitingVm::part(owner, held),
             why: format!("{why:#}"),
@@ -401,11 +401,11 @@ impl StoredVm {
         let meta = match by_role.get(META).map(Meta::read) {
             Some(Ok(meta)) if by_role.contains_key(UFFD) => meta,
             Some(Err(error)) => {
-                let why = error.context("its description can't be read");
+                let why = error.context("cannot parse its stored description");
                 return Ok(part(pidfd, by_role.into_values().collect(), why));
             }
             _ => {
-                let why = anyhow!("it was handing its memory over when the last supervisor died");
+                let why = anyhow!("the previous supervisor died during its handshake");
                 return Ok(part(pidfd, by_role.into_values().collect(), why));
             }
         };

@@ -43,7 +43,7 @@ impl Supervisor {
                 Ok(StoredVm::Partial { vm, why }) => self.drop_vm(id, vm, Ending::Killed, why),
                 Err(error) => {
                     let label = self.label(id, 0, 0);
-                    self.log_vm_error(&label, format_args!("can't be served any more: {error:#}"));
+                    self.log_vm_error(&label, format_args!("cannot resume serving it: {error:#}"));
                 }
             }
         }
@@ -121,13 +121,13 @@ impl Supervisor {
         let owner = [(OWNER, vm.peer.pidfd.as_fd())];
         let owner = self.fd_store.store(&store_id(id), &label.service, &owner);
         let is = match owner {
-            Ok(()) => "ended",
+            Ok(()) => "killed",
             Err(_) => "lost",
         };
         self.log_vm_error(
             &label,
             format_args!(
-                "can't be held with all that it needs, and is {is} with this process: {why:#}"
+                "cannot store all of its descriptors; it is {is} if this process dies: {why:#}"
             ),
         );
     }
@@ -157,7 +157,7 @@ impl Supervisor {
 
     pub(super) fn remove_stored(&mut self, id: &str) {
         if let Err(error) = self.fd_store.remove(id) {
-            self.log_error(format_args!("{id} is not let go: {error}"));
+            self.log_error(format_args!("cannot release {id}: {error}"));
         }
     }
 
@@ -165,7 +165,7 @@ impl Supervisor {
         for event in self.fd_store.events() {
             match event {
                 StoreEvent::NotStored { id, why } => self.log_error(format_args!(
-                    "{id} is held by nobody else, and is lost with this process: {why}"
+                    "cannot store {id}; it is lost if this process dies: {why}"
                 )),
                 StoreEvent::GuardianExited => {
                     self.fd_store =
@@ -188,7 +188,7 @@ impl Supervisor {
                         self.store_listener(key);
                     }
                     self.log_error(format_args!(
-                        "the guardian exited; what it held is held now by: {}",
+                        "the guardian exited; its descriptors are now held by: {}",
                         self.fd_store
                     ));
                     if let Some(warning) = self.fd_store.warning() {
@@ -203,12 +203,12 @@ impl Supervisor {
     pub(super) fn flush_fd_store(&mut self) {
         match self.fd_store.send_queued() {
             Some(GuardianProgress::Lagging(count)) => self.log_error(format_args!(
-                "{} reads nothing, and {count} messages wait for it: what they are about is lost if this process is \
-                 killed meanwhile; they are sent when it goes on",
+                "{} is not reading: {count} messages are queued until it resumes; their VMs are lost if this process is \
+                 killed before that",
                 self.fd_store
             )),
             Some(GuardianProgress::CaughtUp) => self.log(format_args!(
-                "{} has read all messages that had waited for it",
+                "{} has read all queued messages",
                 self.fd_store
             )),
             None => {}
@@ -267,7 +267,7 @@ impl Supervisor {
             self.log_vm_error(
                 &label,
                 format_args!(
-                    "can't be killed ({errno}), and waits for its next missing page for ever: end it"
+                    "cannot kill it ({errno}): it will block for ever at its next missing page; kill it"
                 ),
             );
         }

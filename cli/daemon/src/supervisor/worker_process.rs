@@ -71,10 +71,7 @@ impl WorkerProcess {
             None => command.env_remove(FAIL),
         };
         let child = command.spawn().with_context(|| {
-            format!(
-                "{}: can't be started as a worker",
-                escape_path(program.as_ref())
-            )
+            format!("cannot start {} as a worker", escape_path(program.as_ref()))
         })?;
         let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;
         Ok(Self {
@@ -124,20 +121,20 @@ impl WorkerProcess {
             .collect();
         found.dedup();
         if found.is_empty() {
-            return "no thread of it tells what for".to_owned();
+            return "the kernel does not say where".to_owned();
         }
         found.truncate(3);
-        format!("uninterruptible in {}", found.join(", "))
+        format!("uninterruptible sleep in {}", found.join(", "))
     }
 
     /// Reaps a worker whose pidfd is readable.
     pub(crate) fn reap(&mut self) -> Result<ExitCause> {
         let status: ExitStatus = self.child.wait().context("the worker's status")?;
         let description = if self.stuck {
-            "was stuck, and was killed".to_owned()
+            "hung and was killed".to_owned()
         } else {
             match (status.code(), status.signal()) {
-                (Some(code), _) => format!("ended with code {code}"),
+                (Some(code), _) => format!("exited with code {code}"),
                 (None, signal) => format!("was killed by signal {}", signal.unwrap_or(0)),
             }
         };
@@ -177,7 +174,7 @@ fn uninterruptible(task: &Path) -> Option<String> {
     let call = fs::read_to_string(task.join("syscall")).unwrap_or_default();
     let call = call.split(' ').next().unwrap_or_default().trim_end();
     let place = if ["", "0"].contains(&place.trim()) {
-        "a place that the kernel doesn't tell"
+        "an unknown kernel function"
     } else {
         place.trim()
     };

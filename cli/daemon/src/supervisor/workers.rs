@@ -87,7 +87,7 @@ impl Supervisor {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
-                Err(error) => return Err(error).context("telling the worker"),
+                Err(error) => return Err(error).context("cannot send to the worker"),
             }
         }
         Ok(())
@@ -156,7 +156,7 @@ impl Supervisor {
                 // Its death is noticed by itself.
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error).context("listening to the worker"),
+                Err(error) => return Err(error).context("cannot receive from the worker"),
             }
         }
     }
@@ -230,7 +230,7 @@ impl Supervisor {
     fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
             SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
-                Err(anyhow!("the daemon is about to end"))
+                Err(anyhow!("the daemon is shutting down"))
             }
             SupervisorRequest::Add(service) => match self.start_adding(number, service) {
                 // The answer comes when its snapshot is open.
@@ -295,7 +295,7 @@ impl Supervisor {
             return self.restart_worker(death);
         };
         let version = upgrade.worker.version.clone().unwrap_or_default();
-        self.log(format_args!("a worker of version {version} takes over"));
+        self.log(format_args!("upgraded to a worker of version {version}"));
         self.program = upgrade.program;
         Ok(upgrade.worker)
     }
@@ -331,7 +331,7 @@ impl Supervisor {
         self.failed_starts.record(lived, Instant::now());
         let vms = count(self.vms.len() as u64, "VM");
         self.log_error(format_args!(
-            "the worker {description}; another goes on with {vms}"
+            "the worker {description}; started a new one, which takes over {vms}"
         ));
         if self.failed_starts.is_hopeless(Instant::now()) {
             bail!(

@@ -149,7 +149,7 @@ type Values = fn(&ServiceTotals) -> Vec<(&'static str, u64)>;
 const COUNTERS: &[(&str, &str, &str, Values)] = &[
     (
         "faults",
-        "Page faults, by what they met",
+        "Page faults, by state of the page",
         "kind",
         |totals| {
             let kinds = totals.session.fault_kinds;
@@ -165,13 +165,13 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
     ),
     (
         "demand_pages",
-        "Pages that faults brought in, by content",
+        "Pages installed on demand, by content",
         "content",
         |totals| pages(totals.session.demand),
     ),
     (
         "prefetch_pages",
-        "Pages that prefetch brought in, by content",
+        "Pages installed by prefetch, by content",
         "content",
         |totals| pages(totals.session.prefetch),
     ),
@@ -192,7 +192,7 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
     }),
     (
         "discards",
-        "Events in which owners discarded, unmapped or moved memory",
+        "Events that report discarded, unmapped or moved memory",
         "",
         |totals| vec![("", totals.session.discards)],
     ),
@@ -204,7 +204,7 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
     ),
     (
         "shortages",
-        "Installs given up for want of memory, by where it was to come from",
+        "Installs that failed because memory ran out, by memory pool",
         "source",
         |totals| {
             let shortages = totals.session.shortages;
@@ -214,15 +214,12 @@ const COUNTERS: &[(&str, &str, &str, Values)] = &[
             ]
         },
     ),
-    (
-        "failures",
-        "Times that a page could not be had",
-        "",
-        |totals| vec![("", totals.session.failures)],
-    ),
+    ("failures", "Failures to restore a page", "", |totals| {
+        vec![("", totals.session.failures)]
+    }),
     (
         "vms_ended",
-        "VMs that are served no more, by how that came",
+        "VMs that are no longer served, by outcome",
         "ending",
         |totals| states(totals, true),
     ),
@@ -240,7 +237,7 @@ const GAUGES: &[(&str, &str, &str, Values)] = &[
     ),
     (
         "missing_pages",
-        "Pages that VMs which are served do not have yet",
+        "Pages still missing from VMs that are served",
         "",
         |totals| vec![("", totals.session.missing)],
     ),
@@ -280,7 +277,7 @@ impl Collector for Render {
                 metric.encode_family(labels)?.encode_gauge(&value)
             })?;
         }
-        let help = "From reading a fault to its answer, by where the content came from";
+        let help = "Time from reading a fault to resolving it, by source of the content";
         let kind = MetricType::Histogram;
         let mut metric = encoder.encode_descriptor("fault_seconds", help, None, kind)?;
         for (service, totals) in &self.services {
@@ -322,7 +319,7 @@ impl Render {
         let counters = [
             (
                 "worker_restarts",
-                "Times that a new worker took over from one that had ended",
+                "Workers that exited or hung and were replaced",
                 daemon.worker_restarts,
             ),
             (
@@ -337,14 +334,14 @@ impl Render {
             ),
             (
                 "frame_cache_evictions",
-                "Frames dropped from the shared cache for others",
+                "Frames evicted from the shared cache",
                 cache.evictions,
             ),
         ];
         let gauges = [
             (
                 "draining",
-                "Whether no more VMs are taken",
+                "1 while draining: no new VMs are accepted",
                 u64::from(daemon.draining),
             ),
             (
@@ -354,7 +351,7 @@ impl Render {
             ),
             (
                 "frame_cache_bytes",
-                "Bytes that frames in the shared cache take, with their lists",
+                "Bytes used by the shared cache",
                 cache.bytes,
             ),
         ];
@@ -366,7 +363,7 @@ impl Render {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             metric.encode_gauge(&value)?;
         }
-        let help = "The program that serves";
+        let help = "Version of the running program";
         let mut metric = encoder.encode_descriptor("build", help, None, MetricType::Info)?;
         metric.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])
     }
@@ -425,7 +422,7 @@ impl TimedStream for TcpStream {
 /// Answers one HTTP request: `GET /metrics`, with the text that `metrics` makes.
 pub(crate) fn scrape(mut stream: impl TimedStream, metrics: impl FnOnce() -> String) {
     if let Err(error) = respond(&mut stream, metrics) {
-        tracing::debug!(%error, "a scrape of the metrics failed");
+        tracing::debug!(%error, "cannot serve a metrics request");
     }
 }
 

@@ -98,7 +98,7 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
     }
     // The supervisor is gone; what is open here must stay so until the VMs are, which is for
     // somebody else to see to.
-    bail!("the supervisor has gone away");
+    bail!("the supervisor exited");
 }
 
 /// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
@@ -111,9 +111,8 @@ fn confine(args: &WorkerOptions) -> Result<()> {
         readable: Vec::new(),
         account,
     });
-    let confined = confined.context(
-        "the process that serves the pages can't be confined, which --no-confine does without",
-    )?;
+    let confined = confined
+        .context("cannot sandbox the worker (pass --no-confine to run without a sandbox)")?;
     tracing::debug!(landlock = confined.landlock, "confined");
     for warning in confined.warnings {
         tracing::warn!("{warning}");
@@ -204,18 +203,18 @@ impl HugePool {
                 let (free, total): (u64, u64) = (free, total);
                 format!("{free} of {total} pages are free")
             }
-            _ => "how many pages it has is not known".to_owned(),
+            _ => "its page counts are unknown".to_owned(),
         };
         format!(
-            "the pool hugepages-2048kB has no page of 2 MiB for it ({has}); raise vm.nr_hugepages, or the \
-             hugetlb.2MB.max of its cgroup, and try again"
+            "no free page in the pool hugepages-2048kB ({has}); raise vm.nr_hugepages, or hugetlb.2MB.max \
+             of the VM's cgroup, and retry"
         )
     }
 }
 
 /// The message to an operator when there is no memory for the small pages of a VM.
-const MEMORY_SHORTAGE: &str = "the kernel has no memory for it: the machine or the VM's cgroup (memory.max) is at its \
-    limit";
+const MEMORY_SHORTAGE: &str = "out of memory: the machine or the VM's cgroup (memory.max) is at its limit; free \
+    memory or raise the limit, and retry";
 
 /// The descriptors and the description of a VM that has arrived.
 struct ReceivedVm {
@@ -316,7 +315,7 @@ impl Worker {
                 });
                 if let Err(error) = begun {
                     self.clients.fetch_sub(1, SeqCst);
-                    tracing::warn!("a client is turned away: {error:#}");
+                    tracing::warn!("cannot handle a control or metrics connection: {error:#}");
                 }
             }
             ToWorker::Reply { number, result } => self.requests.resolve(number, result),
@@ -345,7 +344,7 @@ impl Worker {
         let begun = std::thread::Builder::new()
             .name(name.into())
             .spawn(move || body(&worker));
-        begun.with_context(|| format!("a thread ({name})"))?;
+        begun.with_context(|| format!("cannot start the thread {name}"))?;
         Ok(())
     }
 
@@ -534,7 +533,7 @@ impl ServedVm {
     pub(crate) fn complete(&self) -> Result<(), String> {
         let _of = self.label().span().entered();
         let Some(paged) = self.paged.get() else {
-            return Err("it is only just beginning to be served".to_owned());
+            return Err("the VM is still being set up; retry".to_owned());
         };
         self.completing.store(true, SeqCst);
         let before = paged.stats();
@@ -552,7 +551,7 @@ impl ServedVm {
         }
         let first = paged.failures().into_iter().next();
         Err(first.map_or_else(
-            || "its memory keeps changing".to_owned(),
+            || "its mappings keep changing; retry".to_owned(),
             |failure| failure.to_string(),
         ))
     }
@@ -574,7 +573,7 @@ impl ServedVm {
     /// Kills it if it is served; if it is about to be, its own thread completes it.
     fn kill(&self, why: &str) {
         if let Some(paged) = self.paged.get() {
-            paged.end(&format!("it can't be completed: {why}"));
+            paged.end(&format!("cannot install its missing pages: {why}"));
         }
     }
 

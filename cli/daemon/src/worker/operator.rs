@@ -64,7 +64,9 @@ impl Worker {
         self.notify(&FromWorker::Request { number, request });
         match answer.recv_timeout(REPLY_TIMEOUT) {
             Ok(result) => result.map_err(RequestError),
-            Err(_) => Err(RequestError("the supervisor gives no answer".to_owned())),
+            Err(_) => Err(RequestError(
+                "the supervisor did not reply in time".to_owned(),
+            )),
         }
     }
 
@@ -161,7 +163,7 @@ impl OperatorApi for Worker {
             let done = begun.into_iter().map(|(vm, thread)| {
                 let result = thread
                     .join()
-                    .unwrap_or_else(|_| Err("its thread failed".to_owned()));
+                    .unwrap_or_else(|_| Err("the thread that completes it panicked".to_owned()));
                 Completed {
                     vm,
                     done: result.is_ok(),
@@ -182,7 +184,7 @@ impl OperatorApi for Worker {
             self.completion(vm).unwrap_or(Completed {
                 vm,
                 done: false,
-                reason: Some("it is not known any more what became of it".to_owned()),
+                reason: Some("its outcome is no longer known".to_owned()),
             })
         });
         Ok(completed.collect())
@@ -191,7 +193,8 @@ impl OperatorApi for Worker {
     fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded> {
         let upgraded = self.ask(SupervisorRequest::Upgrade(program))?;
         self.requests.replaced.store(true, SeqCst);
-        upgraded.ok_or_else(|| RequestError("the supervisor doesn't say who takes over".to_owned()))
+        upgraded
+            .ok_or_else(|| RequestError("the supervisor did not name the new version".to_owned()))
     }
 }
 

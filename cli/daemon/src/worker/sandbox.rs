@@ -155,7 +155,7 @@ impl Account {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
             Err(_) => User::from_name(name),
         };
-        match user.with_context(|| format!("looking for the user {name}"))? {
+        match user.with_context(|| format!("cannot look up user {name}"))? {
             Some(User { uid, gid, .. }) => Ok(Self { uid, gid }),
             None => bail!("there is no user {name}"),
         }
@@ -174,7 +174,7 @@ pub struct Confined {
 /// Asks the kernel to kill this process when the supervisor exits: it would read messages that
 /// belong to the worker of the next supervisor.
 pub(crate) fn exit_with_supervisor() -> Result<()> {
-    prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the supervisor")
+    prctl::set_pdeathsig(Signal::SIGKILL).context("cannot set the parent-death signal")
 }
 
 /// Confines this process. It must have no other thread yet.
@@ -183,7 +183,7 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads != 1 {
         bail!(
-            "a process with {threads} threads can't be confined: the others would go on as they are"
+            "cannot sandbox a process with {threads} threads: the filter would cover one of them only"
         );
     }
     raise_limits();
@@ -192,20 +192,22 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     become_user(wanted.account)?;
     // To become another user undoes it, and the filter forbids it.
     exit_with_supervisor()?;
-    prctl::set_dumpable(false).context("hiding this process's memory")?;
-    prctl::set_no_new_privs().context("giving up privileges of programs")?;
+    prctl::set_dumpable(false).context("cannot clear the dumpable flag")?;
+    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
     let landlock = restrict_files(&wanted.readable)?;
     let mut warnings = Vec::new();
     if landlock.is_none() {
         let rest = if wanted.readable.is_empty() {
-            "it can't open files for another reason"
+            "its seccomp filter denies opening files"
         } else {
-            "it can read all that its user can read"
+            "it can read every file that its user can read"
         };
-        warnings.push(format!("the kernel has no Landlock for the worker; {rest}"));
+        warnings.push(format!(
+            "no Landlock in this kernel: the worker runs without it; {rest}"
+        ));
     }
     for filter in &filters {
-        install_filter(filter).context("installing the filter of system calls")?;
+        install_filter(filter).context("cannot install the seccomp filter")?;
     }
     Ok(Confined { landlock, warnings })
 }
@@ -232,9 +234,9 @@ fn become_user(account: Option<Account>) -> Result<()> {
             prctl::set_keepcaps(false)?;
             Ok(())
         };
-        change().with_context(|| format!("becoming user {uid} of group {gid}"))?;
+        change().with_context(|| format!("cannot switch to uid {uid}, gid {gid}"))?;
     }
-    keep_capabilities(&[CAP_KILL]).context("giving up capabilities")
+    keep_capabilities(&[CAP_KILL]).context("cannot drop capabilities")
 }
 
 fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
@@ -253,7 +255,7 @@ fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
             ))?
             .restrict_self()
     };
-    let status = restrict().context("restricting the files that can be opened")?;
+    let status = restrict().context("cannot apply the Landlock rules")?;
     Ok(match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => {
             let number = effective_abi.min(LANDLOCK) as i32;
@@ -280,7 +282,7 @@ fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
     let filters = filters.iter().map(compile);
     filters
         .collect::<Result<_>>()
-        .context("compiling the filter of system calls")
+        .context("cannot compile the seccomp filter")
 }
 
 fn compile(filter: &Value) -> Result<Vec<nix::libc::sock_filter>> {

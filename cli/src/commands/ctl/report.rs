@@ -25,7 +25,7 @@ impl Done {
     }
 
     pub(super) fn removed(service: String) -> Self {
-        let what = "takes no more VMs; those that it has go on";
+        let what = "accepts no more VMs; its current VMs are still served";
         Self { service, what }
     }
 }
@@ -44,7 +44,7 @@ pub(super) struct NowRuns(pub(super) Upgraded);
 impl fmt::Display for NowRuns {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Upgraded { from, to } = &self.0;
-        writeln!(f, "{to} has taken over from {from}")
+        writeln!(f, "upgraded from {from} to {to}")
     }
 }
 
@@ -61,11 +61,11 @@ impl fmt::Display for Listing {
             write!(f, ", {}", count(list.worker_restarts, "worker restart"))?;
         }
         if list.draining {
-            write!(f, ", takes no more VMs")?;
+            write!(f, ", draining")?;
         }
         writeln!(f)?;
         if list.services.is_empty() {
-            writeln!(f, "no service; `snaprestore ctl add` makes one")?;
+            writeln!(f, "no services; add one with `snaprestore ctl add`")?;
         } else {
             let mut table = plain(["SERVICE", "SERVING", "ENDED", "SNAPSHOT", "SOCKET"]);
             for listed in &list.services {
@@ -154,7 +154,7 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
     }
     writeln!(
         f,
-        "memory      {}, {} of them missing; {} are settled",
+        "memory      {}, {} missing; {} done",
         count(s.pages, "page"),
         HumanCount(s.missing),
         percent(s.pages.saturating_sub(s.missing), s.pages)
@@ -244,14 +244,14 @@ pub(super) struct LetGo {
 impl fmt::Display for LetGo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.vms.is_empty() {
-            return writeln!(f, "no VM was served");
+            return writeln!(f, "no VM left to complete");
         }
         for vm in &self.vms {
             let id = vm.vm;
             match (&vm.reason, vm.done) {
-                (_, true) => writeln!(f, "VM {id} needs no serving any more")?,
-                (Some(reason), false) => writeln!(f, "VM {id} can't be completed: {reason}")?,
-                (None, false) => writeln!(f, "VM {id} can't be completed")?,
+                (_, true) => writeln!(f, "VM {id} no longer needs the daemon")?,
+                (Some(reason), false) => writeln!(f, "cannot complete VM {id}: {reason}")?,
+                (None, false) => writeln!(f, "cannot complete VM {id}")?,
             }
         }
         Ok(())

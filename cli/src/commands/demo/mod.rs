@@ -232,7 +232,7 @@ fn temporary_file() -> Result<File> {
             std::fs::remove_file(&path)?;
             Ok::<_, io::Error>(file)
         })
-        .with_context(|| format!("{}: making a temporary file", names::path(&folder)))
+        .with_context(|| format!("cannot create a temporary file in {}", names::path(&folder)))
 }
 
 /// A path to an open file.

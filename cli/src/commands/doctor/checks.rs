@@ -104,10 +104,7 @@ fn kernel(probe: &Probe) -> Check {
         ),
         None => limited(
             name,
-            format!(
-                "{:?} is no version that is understood",
-                probe.kernel_release
-            ),
+            format!("cannot parse the version {:?}", probe.kernel_release),
             format!("restoring lazily needs Linux {needed} or later"),
         ),
     }
@@ -117,7 +114,7 @@ fn kernel(probe: &Probe) -> Check {
 fn userfaultfd(probe: &Probe) -> Check {
     let name = "userfaultfd";
     match &probe.open {
-        Ok(()) => good(name, "pages can be brought in when they are touched"),
+        Ok(()) => good(name, "pages can be installed when they are touched"),
         Err(error @ OpenError::NotPermitted { .. }) => {
             let remedy = "as root: chgrp and chmod /dev/userfaultfd for the group that restores, \
                           or sysctl vm.unprivileged_userfaultfd=1, or run with CAP_SYS_PTRACE; in \
@@ -125,8 +122,8 @@ fn userfaultfd(probe: &Probe) -> Check {
             if needs_user_mode_only(error) {
                 limited(
                     name,
-                    "only for user mode: for memory that system calls and virtual CPUs don't \
-                     touch while it comes, as that of restore, demo and bench",
+                    "user-mode faults only: enough for restore, demo and bench, but not for \
+                     memory that system calls or virtual CPUs touch",
                     format!("for the memory of VMs: {remedy}"),
                 )
             } else {
@@ -210,7 +207,7 @@ const NEWER: [(Features, &str, &str); 5] = [
     (
         Features::POISON,
         "poison",
-        "a page whose frame is damaged ends the process in place of raising SIGBUS at its touch",
+        "a page of a damaged frame kills the process instead of raising SIGBUS when touched",
     ),
     (
         Features::MOVE,
@@ -245,7 +242,7 @@ fn features(probe: &Probe) -> Vec<Check> {
     } else {
         missing(
             "discarded memory",
-            format!("the kernel does not report it: {lacking}"),
+            format!("not reported by this kernel: {lacking}"),
             "needs a kernel with these userfaultfd events",
         )
     });
@@ -288,14 +285,14 @@ fn trace(probe: &Probe, surroundings: &Surroundings) -> Check {
         );
     }
     if probe.cap_sys_ptrace == Some(true) {
-        return good(name, "all of them can be packed (CAP_SYS_PTRACE)");
+        return good(name, "all can be snapshotted (CAP_SYS_PTRACE)");
     }
     match surroundings.ptrace_scope.as_deref() {
-        None | Some("0") => good(name, "those of the same user can be packed"),
+        None | Some("0") => good(name, "those of the same user can be snapshotted"),
         Some("3") => limited(
             name,
-            "kernel.yama.ptrace_scope is 3: none can be packed",
-            "start without that setting, as it can't be undone",
+            "kernel.yama.ptrace_scope is 3: none can be snapshotted",
+            "reboot without that setting: it can't be undone",
         ),
         Some(scope) => limited(
             name,
@@ -365,13 +362,15 @@ fn overcommit(policy: u64) -> Check {
     match policy {
         2 => limited(
             name,
-            "vm.overcommit_memory is 2: memory is refused beyond a limit, also if it is never used",
+            "vm.overcommit_memory is 2: mappings beyond the commit limit fail, even if never touched",
             "sysctl vm.overcommit_memory=0, or raise vm.overcommit_ratio",
         ),
         1 => good(name, "vm.overcommit_memory is 1: any amount can be mapped"),
         _ => good(
             name,
-            format!("vm.overcommit_memory is {policy}: what can't fit at all is refused"),
+            format!(
+                "vm.overcommit_memory is {policy}: only mappings that obviously cannot fit fail"
+            ),
         ),
     }
 }
@@ -430,12 +429,12 @@ fn kvm(opened: &Result<(), io::Error>) -> Check {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => limited(
             name,
             error.to_string(),
-            "join the group of /dev/kvm to run virtual machines (processes need none)",
+            "join the group of /dev/kvm to run virtual machines (not needed for processes)",
         ),
         Err(error) => limited(
             name,
             error.to_string(),
-            "needs hardware virtualisation, or nested in a guest (processes need none)",
+            "needs hardware virtualisation, or nested virtualisation in a guest (not needed for processes)",
         ),
     }
 }

@@ -58,7 +58,7 @@ impl fmt::Display for Report {
             } else if self.ok {
                 "Memory can be restored lazily here."
             } else {
-                "Memory cannot be restored lazily here; what is MISSING says what would permit it."
+                "Memory cannot be restored lazily here; each MISSING check names its remedy."
             }
         )
     }

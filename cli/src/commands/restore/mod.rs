@@ -142,8 +142,8 @@ fn start(
         // Without poison a bad page can't be left behind: its toucher would wait for ever.
         Err(StartError::NoPoison) => with(FailurePolicy::Ask(Arc::new(move |failure| {
             output.fail(&anyhow!(
-                "{failure}; this kernel can't mark a page as bad (Linux 6.6 can), so the restore \
-                 ends here"
+                "{failure}; this kernel cannot poison pages (that needs Linux 6.6), so the restore \
+                 stops here"
             ));
             // A thread waits for this page: only the end of the process ends that.
             std::process::exit(Exit::Damaged as i32)

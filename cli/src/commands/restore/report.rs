@@ -263,15 +263,18 @@ impl fmt::Display for Report {
             Some(complete) => writeln!(f, "complete    after {} ms", HumanCount(complete))?,
             None if self.bad_pages > 0 => writeln!(
                 f,
-                "complete    but for {}",
+                "complete    except {}",
                 count(self.bad_pages, "bad page")
             )?,
             None if self.touch_ms.is_some() && self.unavailable_pages > 0 => writeln!(
                 f,
-                "complete    but for {} whose contents are not known",
+                "complete    except {} of unknown content",
                 count(self.unavailable_pages, "page")
             )?,
-            None => writeln!(f, "complete    no: not every page was asked for")?,
+            None => writeln!(
+                f,
+                "complete    no: not every page was touched or prefetched"
+            )?,
         }
         if self.faults > 0 {
             writeln!(

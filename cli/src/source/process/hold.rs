@@ -126,7 +126,7 @@ impl Latch {
             Open::No | Open::Done => Ok(()),
             Open::Interrupted => Err(Interrupted.into()),
             Open::Stopping => bail!(
-                "process {pid} was let go because Ctrl-Z stopped this command before it had read \
+                "released process {pid} because Ctrl-Z stopped this command before it had read \
                  all memory; run it again"
             ),
             Open::Stalled => bail!(
@@ -528,7 +528,7 @@ fn look(pid: i32) -> Result<()> {
         bail!("{pid} is a thread of process {group}; name that: --pid {group}");
     }
     if is_of_the_kernel(pid) {
-        bail!("process {pid} is a thread of the kernel, without memory of its own");
+        bail!("process {pid} is a kernel thread, which has no memory of its own");
     }
     if field("State:").is_some_and(|state| state.starts_with(['Z', 'X'])) && !has_threads(pid) {
         bail!("process {pid} has ended; its memory is gone");
@@ -623,8 +623,8 @@ fn refused(pid: i32, tid: Pid) -> anyhow::Error {
     let scope = fs::read("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
     let remedy = match scope.trim_ascii() {
         b"3" => {
-            "kernel.yama.ptrace_scope is 3, which forbids it to everyone until the next boot; \
-             start without that setting"
+            "kernel.yama.ptrace_scope is 3, which forbids it until the next boot; reboot \
+             without that setting"
         }
         _ if geteuid().is_root() => {
             "this root has no right to trace it: it lacks the capability CAP_SYS_PTRACE, or a \
@@ -634,7 +634,7 @@ fn refused(pid: i32, tid: Pid) -> anyhow::Error {
         _ => "run as root, or permit it to users: sysctl kernel.yama.ptrace_scope=0",
     };
     Refusal::NotPermitted(format!(
-        "process {pid} may not be held (thread {tid}: {}); {remedy} (in a container: add the \
+        "cannot stop process {pid} (thread {tid}: {}); {remedy} (in a container: add the \
          capability CAP_SYS_PTRACE)",
         Errno::EPERM.desc()
     ))

@@ -239,7 +239,7 @@ impl Summary {
             unavailable(
                 self.answered,
                 "source.missing_bytes",
-                "are not in its memory yet: another process still brings them (a lazy restore?)",
+                "are not in its memory yet: another process still serves them (a lazy restore?)",
             ),
             unavailable(self.device, "source.device_bytes", "belong to a device"),
             unavailable(
@@ -285,7 +285,7 @@ impl Summary {
                 self.left_out,
                 "source.untouched_bytes",
                 false,
-                "were set aside and never touched (64 GiB or more in a row); left out",
+                "are reserved and were never touched (64 GiB or more in a row); left out",
             ),
         ];
         remarks.into_iter().flatten().collect()

@@ -212,7 +212,7 @@ impl Spool {
         let mut waited = Duration::ZERO;
         loop {
             if state.closed {
-                bail!("nobody takes the memory");
+                bail!("the reader of the memory is gone");
             }
             if state.in_memory < MAX_CHUNKS_IN_MEMORY {
                 state.in_memory += 1;

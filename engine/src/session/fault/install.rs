@@ -89,10 +89,10 @@ impl Purpose {
 /// Returns advice to the operator for when there is no memory for a page.
 pub(crate) const fn no_memory(large: bool) -> &'static str {
     if large {
-        "no page of 2 MiB is free in the pool hugepages-2048kB; raise vm.nr_hugepages, or the hugetlb.2MB.max of the \
-         owner's cgroup"
+        "no free page in the pool hugepages-2048kB; raise vm.nr_hugepages, or hugetlb.2MB.max of the owner's \
+         cgroup"
     } else {
-        "the kernel has no memory for them; the machine or the owner's cgroup (memory.max) is at its limit"
+        "out of memory; the machine or the owner's cgroup (memory.max) is at its limit"
     }
 }
 

@@ -32,7 +32,7 @@ const FILL_PAGES: usize = if cfg!(test) { 1 } else { 64 };
 /// two pages.)
 const PAGES_WORTH_WAITING: u16 = if cfg!(test) { 1 } else { 4 };
 /// Description of the failure of a quarantined frame.
-const DEADLY: &str = "who read it died or got stuck, twice";
+const DEADLY: &str = "quarantined: two workers crashed or hung while reading it";
 /// Number of damaged frames that a thread remembers.
 const BAD_FRAMES: usize = 64;
 /// Maximum number of runs in a frame: each slot four times.

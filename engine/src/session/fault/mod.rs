@@ -301,7 +301,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Returns the failure of a page that the kernel refused to install.
     pub(crate) fn install_failure(&self, page: PageNumber, stop: InstallError) -> Failure {
         let why = match stop {
-            InstallError::OwnerGone => "the owner of the memory is gone".to_owned(),
+            InstallError::OwnerGone => "the owner of the memory has exited".to_owned(),
             InstallError::Stuck => "the owner's mappings kept changing without an event".to_owned(),
             InstallError::NoMemory => {
                 crate::session::fault::install::no_memory(self.is_large(page)).to_owned()

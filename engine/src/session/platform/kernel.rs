@@ -241,7 +241,7 @@ impl Platform for Kernel {
         // If it counts as missing, the install is retried for a while; it must never count as
         // present.
         page_map.has(address).unwrap_or_else(|error| {
-            tracing::warn!(%error, address, "the owner's page map can't be read");
+            tracing::warn!(%error, address, "cannot read the owner's page map");
             false
         })
     }

@@ -41,8 +41,8 @@ impl Hint {
         let known = facts.limit(0);
         let guess = |most| {
             format!(
-                "its process may have as many mappings as vm.max_map_count ({most}) permits; raise \
-                 it: sysctl vm.max_map_count={}",
+                "its process may have reached vm.max_map_count ({most} mappings); raise it: sysctl \
+                 vm.max_map_count={}",
                 2 * most
             )
         };
@@ -70,9 +70,9 @@ impl Hint {
         let number = |limit: Option<u64>| limit.map_or("unlimited".into(), |n| n.to_string());
         Self(facts.limit(0).or_else(|| {
             Some(format!(
-                "the user's processes and threads (RLIMIT_NPROC: {}), those of the cgroup \
-                 (pids.max: {}), or those of the machine (kernel.threads-max: {}) are as many as \
-                 permitted",
+                "a limit on processes and threads was reached: that of the user (RLIMIT_NPROC: {}), \
+                 of the cgroup (pids.max: {}), or of the machine (kernel.threads-max: {}); raise \
+                 it",
                 number(facts.threads),
                 number(facts.cgroup_threads),
                 number(facts.machine_threads),
@@ -165,8 +165,8 @@ impl Facts {
         match (self.overcommit, self.max_committed, self.machine) {
             (Some(2), Some(most), _) if self.committed.saturating_add(bytes) > most => {
                 Some(format!(
-                    "vm.overcommit_memory is 2, and of the machine's {} GiB of promises {} GiB are \
-                     made; raise vm.overcommit_ratio, or: sysctl vm.overcommit_memory=0",
+                    "vm.overcommit_memory is 2, and of the commit limit of {} GiB, {} GiB are \
+                     used; raise vm.overcommit_ratio, or: sysctl vm.overcommit_memory=0",
                     gib(most),
                     gib(self.committed)
                 ))

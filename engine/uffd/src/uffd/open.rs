@@ -80,8 +80,8 @@ pub enum OpenError {
     },
     /// This process is not permitted any way.
     #[error(
-        "not permitted to make a userfaultfd ({}). Any one of these permits it: access to /dev/userfaultfd (Linux 6.1 or later), \
-         the capability CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1{}. In a container its system call filter must let userfaultfd through",
+        "no permission to create a userfaultfd ({}). Any one of these grants it: access to /dev/userfaultfd (Linux 6.1 or later), \
+         the capability CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1{}. In a container, the seccomp filter must allow userfaultfd",
         list(tried),
         if *user_mode_only_would_do { ", or, if only this process's own instructions touch the memory, user-mode-only faults" } else { "" }
     )]
@@ -93,7 +93,7 @@ pub enum OpenError {
     },
     /// The kernel was built without userfaultfd, or a system call filter makes it appear so.
     #[error(
-        "this kernel offers no userfaultfd ({}): it needs CONFIG_USERFAULTFD, and a system call filter must let it through",
+        "this kernel offers no userfaultfd ({}): it needs CONFIG_USERFAULTFD, and a seccomp filter that allows it",
         list(tried)
     )]
     NotSupported {
