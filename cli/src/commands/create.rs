@@ -18,6 +18,8 @@ use snapshot_format::{
     Dictionary, FileStore, RegionSpec, Writer, WriterOptions, Written, dictionary,
 };
 
+use snaprestore_uffd::memory::Mapping;
+
 use crate::args;
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
@@ -31,6 +33,9 @@ use crate::target::{self, Target};
 /// Memory that a dictionary is trained on and tried with, at least; four frames of it are the
 /// least that says anything.
 const SAMPLE_BYTES: usize = 8 << 20;
+
+/// Memory that writing takes with default options, and the stacks of its threads.
+const MEMORY_BYTES: u64 = 192 << 20;
 
 /// What was written, as it is reported.
 #[derive(Serialize)]
@@ -83,6 +88,17 @@ pub(crate) enum Wanted {
     This(Vec<u8>),
 }
 
+/// Checks that a limit leaves room for writing: an allocation that fails later ends the process.
+fn check_memory() -> Result<()> {
+    Mapping::new(MEMORY_BYTES).with_context(|| {
+        format!(
+            "writing a snapshot takes {} MiB of memory",
+            MEMORY_BYTES >> 20
+        )
+    })?;
+    Ok(())
+}
+
 pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
     let to_stdout = target::is_stdout(&args.output);
@@ -102,6 +118,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     }
     // Whatever can be wrong with options and target comes before a process is held.
     let recipe = Recipe::new(args)?;
+    check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && source.is_mostly_holes() {

@@ -121,6 +121,8 @@ fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Resu
 fn page(command: &clap::Command) -> Result<(String, String)> {
     let name = page_name(command).to_owned();
     let mut text = Vec::new();
-    Man::new(command.clone()).render(&mut text)?;
+    Man::new(command.clone())
+        .source(concat!("snaprestore ", env!("CARGO_PKG_VERSION")))
+        .render(&mut text)?;
     Ok((name, String::from_utf8(text)?))
 }

@@ -434,6 +434,22 @@ fn file_size_limit_is_an_error_that_names_it() {
 }
 
 #[test]
+fn memory_limit_is_an_error_that_names_it() {
+    let folder = Folder::new();
+    folder.write("raw", &image());
+    let names = folder.names();
+    for (limit, named) in [("-v", "RLIMIT_AS"), ("-d", "RLIMIT_DATA")] {
+        shell(
+            &folder,
+            &format!("ulimit {limit} 150000; exec \"$0\" create raw -o t"),
+        )
+        .exits(1)
+        .says(&["writing a snapshot takes 192 MiB of memory", named]);
+        assert_eq!(folder.names(), names);
+    }
+}
+
+#[test]
 fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
     let folder = Folder::new();
     let image = image();

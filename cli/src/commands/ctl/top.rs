@@ -157,7 +157,8 @@ impl Row {
 
 impl fmt::Display for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let all: f64 = self.vms.iter().map(|vm| vm.faults).sum();
+        // The sum of nothing is -0.
+        let all = self.vms.iter().fold(0.0, |all, vm| all + vm.faults);
         let vms = count(self.vms.len() as u64, "VM");
         writeln!(
             f,
@@ -306,6 +307,14 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("1.0 %") && text.contains(" -"), "{text}");
+        let empty = super::Frame {
+            vms: Vec::new(),
+            ..frame
+        };
+        assert!(
+            empty.to_string().starts_with("0 VMs, 0 faults/s"),
+            "{empty}"
+        );
     }
 
     #[test]
