@@ -480,8 +480,7 @@ mod tests {
         }
     }
 
-    /// Fills `spool` with `count` groups of 3 pages, of which the middle one is unavailable and
-    /// zero.
+    /// Fills `spool` with `count` groups of 3 pages: one with data, one unavailable, one zero.
     fn fill(spool: &Spool, count: u32) -> Result<()> {
         let check = || Ok(());
         let mut filler = Filler::new(spool, &check);
