@@ -1,4 +1,4 @@
-//! What can be typed. Nothing here opens or checks a file: that is each command's first step.
+//! The command-line arguments. Nothing here opens or checks a file; each command does that first.
 
 #![expect(
     clippy::doc_markdown,
@@ -75,7 +75,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether it leaves a file, and could leave half of one.
+    /// Whether the command writes a file and could leave an incomplete one behind.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Create(_) | Self::Extract(_) | Self::Bench(_) | Self::Demo(_) => true,
@@ -84,7 +84,7 @@ impl Command {
         }
     }
 
-    /// How it logs, if it is a daemon.
+    /// Returns the log format if the command is a daemon.
     pub(crate) fn log_format(&self) -> Option<LogFormat> {
         match self {
             Self::Serve(serve) => Some(serve.log_format),
@@ -156,8 +156,8 @@ pub(crate) struct Create {
     pub(crate) frame_size: FrameSize,
     /// Compression dictionary: trained, none, or a file made by `zstd --train`
     ///
-    /// `auto` trains one for frames of up to 64 KiB. For larger ones it saves about half a percent, and writing
-    /// takes 40 % longer. A dictionary that does not make the file smaller is dropped.
+    /// `auto` trains one for frames of up to 64 KiB. For larger ones it saves about half a percent,
+    /// and writing takes 40 % longer. A dictionary that does not make the file smaller is dropped.
     #[arg(
         long,
         default_value = "auto",
@@ -310,7 +310,7 @@ pub(crate) struct Extract {
     /// This attachment instead of memory
     #[arg(long, value_name = "NAME")]
     pub(crate) attachment: Option<String>,
-    /// What to do with pages that could not be read when the snapshot was taken
+    /// Policy for pages that could not be read when the snapshot was taken
     #[arg(long, value_enum, default_value_t = Unavailable::Refuse, value_name = "WHAT")]
     pub(crate) unavailable: Unavailable,
     /// Decoding threads [default: one per core]
@@ -340,7 +340,7 @@ pub(crate) struct Restore {
     /// Order in which every page is touched
     #[arg(long, value_enum, default_value_t = Touch::Sequential, value_name = "ORDER")]
     pub(crate) touch: Touch,
-    /// What is fetched in the background before it is touched
+    /// Pages to fetch in the background before they are touched
     #[arg(long, value_enum, default_value_t = Prefetch::All, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
     /// Threads that serve page faults
@@ -366,7 +366,7 @@ pub(crate) struct Restore {
     pub(crate) user_mode_only: bool,
 }
 
-/// What `serve --help` says of its configuration, and of the log.
+/// Help text of `serve --help` about the configuration file and the log.
 const CONFIG_HELP: &str = "\
 The file of --config is TOML. Relative paths in it are relative to its folder. The keys of a service
 correspond to the options, with the same defaults; only name, snapshot and socket are required:
@@ -402,8 +402,8 @@ Events are logged to standard error. SNAPRESTORE_LOG sets the level, for example
 /// killed a VM that it should have completed. A worker process serves the pages; it is replaced
 /// when it crashes or hangs.
 ///
-/// --config serves several snapshots, each at its own socket. --control lets `snaprestore ctl` add and
-/// remove snapshots, list the VMs, and complete them.
+/// --config serves several snapshots, each at its own socket. --control lets `snaprestore ctl` add
+/// and remove snapshots, list the VMs, and complete them.
 #[derive(Debug, ClapArgs)]
 #[command(after_long_help = CONFIG_HELP)]
 pub(crate) struct Serve {
@@ -453,10 +453,10 @@ pub(crate) struct Serve {
 /// How VMs are served.
 #[derive(Clone, Debug, ClapArgs)]
 pub(crate) struct ServiceOptions {
-    /// What is fetched in the background before it is touched
+    /// Pages to fetch in the background before they are touched
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
-    /// What to do when a page that a VM waits for can't be restored
+    /// Policy when a page that a VM waits for can't be restored
     #[arg(long, value_enum, default_value_t = FailurePolicy::Kill, value_name = "WHAT")]
     pub(crate) on_error: FailurePolicy,
     /// User whose processes are served (may be repeated) [default: every user who can connect]
@@ -483,7 +483,7 @@ pub(crate) struct ServiceOptions {
 }
 
 impl ServiceOptions {
-    /// The service with these options.
+    /// Returns the service with these options.
     pub(crate) fn service(&self, name: String, snapshot: PathBuf, socket: PathBuf) -> Service {
         Service {
             name,
@@ -631,12 +631,12 @@ pub(crate) struct Man {
     pub(crate) force: bool,
 }
 
-/// Seconds of `--retry-timeout`: 0 reads nothing again.
+/// Parses the seconds of `--retry-timeout`; 0 disables retries.
 fn retry_timeout() -> impl clap::builder::TypedValueParser<Value = u64> {
     clap::value_parser!(u64).range(0..=3600)
 }
 
-/// A number of threads: enough for any machine, and no typing mistake.
+/// Parses a number of threads. The limit suffices for any machine and catches typing mistakes.
 fn threads() -> impl TypedValueParser<Value = usize> {
     clap::value_parser!(u16).range(1..=512).map(usize::from)
 }
@@ -699,7 +699,7 @@ mod tests {
         ] {
             assert!(Attachment::parse(text.into()).is_err(), "{text}");
         }
-        // A path is any bytes, a name isn't.
+        // A path may be any bytes; a name must be UTF-8.
         let path = OsString::from_vec(b"state=/\xff".to_vec());
         assert_eq!(
             Attachment::parse(path).unwrap().path.as_os_str().as_bytes(),

@@ -1,33 +1,33 @@
-//! Reading a snapshot's memory from one end to the other, block by block of 512 pages, checked.
+//! Reads and verifies a snapshot's memory from start to end, in blocks of 512 pages.
 
 use anyhow::Result;
 use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 use snapshot_format::{FrameDecoder, FrameRef, Page, Reason, Snapshot, Top};
 
-/// Bytes of a whole block.
+/// Size of a full block in bytes.
 pub(crate) const BLOCK_BYTES: usize = PAGES_PER_BLOCK * PAGE_SIZE;
 
-/// What a page of a block turned out to be.
+/// Kind of content of a page in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Zero; its bytes in the buffer are zero.
+    /// A zero page; its bytes in the buffer are zero.
     Zero,
-    /// Anything else; its bytes are in the buffer.
+    /// Any other content; its bytes are in the buffer.
     Data,
-    /// Not known; its bytes in the buffer are zero.
+    /// Unknown content; its bytes in the buffer are zero.
     Unavailable,
 }
 
-/// Decodes blocks: one for each thread.
+/// A decoder of blocks. Each thread needs its own.
 pub(crate) struct BlockReader<'s> {
     snapshot: &'s Snapshot,
     decoder: FrameDecoder,
     frame: Vec<u8>,
-    /// The frame whose pages `frame` holds: often the next block begins with the rest of it.
+    /// The frame whose pages `frame` holds. The next block often begins with the rest of it.
     decoded: Option<FrameRef>,
     bytes: Vec<u8>,
     kinds: Vec<Kind>,
-    /// Frame, slot and page of the block's stored pages.
+    /// Frame, slot and page of each stored page of the block.
     stored: Vec<(usize, u16, usize)>,
 }
 
@@ -44,7 +44,7 @@ impl<'s> BlockReader<'s> {
         }
     }
 
-    /// The first `pages` pages of a block, and what each is.
+    /// Returns the first `pages` pages of a block, and the kind of each.
     pub(crate) fn read(&mut self, block: u64, pages: usize) -> Result<(&[u8], &[Kind])> {
         let bytes = &mut self.bytes[..pages * PAGE_SIZE];
         bytes.fill(0);
@@ -83,7 +83,7 @@ impl<'s> BlockReader<'s> {
                 }
             }
         }
-        // Each frame is decoded once, whatever the order of its pages.
+        // Decodes each frame once, whatever the order of its pages.
         self.stored.sort_unstable();
         for &(frame, slot, page) in &self.stored {
             let frame = index.frames()[frame];

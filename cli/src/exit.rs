@@ -1,4 +1,4 @@
-//! How the command ends: the exit codes, and which error leads to which.
+//! The exit codes, and the mapping from errors to them.
 
 use std::process::ExitCode;
 
@@ -9,15 +9,15 @@ use snapshot_format::{FrameError, OpenError, ReadError};
 /// The documented exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// Done as asked.
+    /// The command succeeded.
     Done = 0,
     /// The operation failed.
     Failed = 1,
-    /// Wrong usage.
+    /// The command line is wrong.
     Usage = 2,
-    /// The file is damaged, incomplete, not a snapshot, or one that only a newer program can read.
+    /// The file is damaged, incomplete, not a snapshot, or readable only by a newer program.
     Damaged = 3,
-    /// This machine does not permit it; the message says what would.
+    /// This machine does not permit the operation; the message names a remedy.
     NotPermitted = 4,
 }
 
@@ -27,7 +27,7 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// What `--help` and the manual page say about the codes.
+/// Text about the exit codes in `--help` and the manual page.
 pub(crate) const HELP: &str = "\
 Exit codes:
   0  done
@@ -42,18 +42,18 @@ stopped continue, and dies from that signal: a shell shows 130 or 143.
 With --json, a command that fails before it has a result prints the object
 {\"error\": \"...\", \"exit_code\": N} in its place.";
 
-/// An error that decides its exit code itself.
+/// An error that determines its own exit code.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// Options that clap accepts one by one but that make no sense together.
+    /// Options that clap accepts one by one but that contradict each other.
     #[error("{0}")]
     Usage(String),
-    /// The kernel or its settings said no.
+    /// A refusal by the kernel or its settings.
     #[error("{0}")]
     NotPermitted(String),
 }
 
-/// Says what would permit a userfaultfd, one remedy a line.
+/// Adds the remedies that would permit a userfaultfd to the error, one per line.
 pub(crate) fn name_the_remedies(error: anyhow::Error) -> anyhow::Error {
     let refused = error
         .chain()
@@ -70,7 +70,7 @@ no permission to create a userfaultfd; any one of these grants it:\n  access to 
 }
 
 impl Exit {
-    /// The code for an error, by the first of its causes that says something about it.
+    /// Returns the exit code for an error, from the first of its causes that has one.
     pub(crate) fn of(error: &anyhow::Error) -> Self {
         error
             .chain()
@@ -95,7 +95,7 @@ impl Exit {
                 if let Some(ConnectError::NotPermitted { .. }) = cause.downcast_ref() {
                     return Some(Self::NotPermitted);
                 }
-                // The restore's own error has this one as its cause.
+                // The restore's own error has this error as its cause.
                 if let Some(error) = cause.downcast_ref() {
                     return Some(match error {
                         uffd::OpenError::Failed { .. } => Self::Failed,

@@ -1,4 +1,4 @@
-//! What a snapshot holds, as `create` and `info` report it.
+//! The contents of a snapshot as `create` and `info` report them.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use snapshot_format::{Region, Snapshot, SnapshotId, Summary};
 
 use crate::output::{count, percent, ratio};
 
-/// The numbers of a snapshot. The field names are part of the command's interface.
+/// The figures of a snapshot. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
 pub(crate) struct Facts {
     snapshot_id: String,
@@ -32,22 +32,22 @@ pub(crate) struct Facts {
     pub(crate) regions: Vec<RegionFacts>,
 }
 
-/// One region. Its length comes in bytes and its place as an address.
+/// The facts of one region, with its length in bytes and its start as an address.
 #[derive(Debug, Serialize)]
 pub(crate) struct RegionFacts {
     pub(crate) name: String,
     pub(crate) start: u64,
     pub(crate) bytes: u64,
-    /// Where it begins in what `extract` writes.
+    /// Offset of the region in the output of `extract`.
     pub(crate) offset: u64,
     pub(crate) space: u32,
-    /// As in `/proc/PID/maps`; empty if unknown.
+    /// Protection as in `/proc/PID/maps`; empty if unknown.
     pub(crate) protection: String,
     pub(crate) page_bytes: u64,
 }
 
 impl RegionFacts {
-    /// The facts of regions that are written one behind the other.
+    /// Returns the facts of regions that are written one after another.
     pub(crate) fn all<'r>(regions: impl IntoIterator<Item = &'r Region>) -> Vec<Self> {
         let mut offset = 0;
         let placed = |region: &Region| {
@@ -88,7 +88,7 @@ fn protection(flags: u32) -> String {
 }
 
 impl Facts {
-    /// The facts of a snapshot that was just written.
+    /// Returns the facts of a snapshot that has just been written.
     pub(crate) fn written(
         id: SnapshotId,
         summary: &Summary,
@@ -117,7 +117,7 @@ impl Facts {
         }
     }
 
-    /// The facts of an open snapshot.
+    /// Returns the facts of an open snapshot.
     pub(crate) fn of(snapshot: &Snapshot) -> Result<Self, snapshot_format::ReadError> {
         let regions = snapshot.regions()?;
         Ok(Self {
@@ -132,7 +132,7 @@ impl Facts {
     }
 }
 
-/// Lower-case hexadecimal digits.
+/// Formats bytes as lower-case hexadecimal digits.
 fn hex(bytes: &[u8]) -> String {
     use fmt::Write as _;
     bytes.iter().fold(String::new(), |mut text, byte| {

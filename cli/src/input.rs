@@ -1,5 +1,5 @@
-//! Opening the files that a command was told to read. Those that are read at any offset are regular
-//! files or block devices; everything else is refused by name ([`FileStore::open`]).
+//! Opens the input files of commands. Files that need random access must be regular files or block
+//! devices; [`FileStore::open`] refuses everything else and names its kind.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,12 +9,12 @@ use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use crate::names;
 
-/// Opens a snapshot.
+/// Opens a snapshot for reading.
 pub(crate) fn open(path: &Path) -> Result<Snapshot> {
     Ok(Snapshot::open(Arc::new(store(path)?))?)
 }
 
-/// Opens the file at `path`, whatever is in it.
+/// Opens the file at `path`, whatever its content.
 pub(crate) fn store(path: &Path) -> Result<FileStore> {
     let opened = FileStore::open(path).map_err(|source| OpenError::NoStore {
         file: names::path(path),

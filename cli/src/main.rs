@@ -1,6 +1,6 @@
-//! The `snaprestore` command: what was typed (`args`) becomes what was meant in `commands`, one
-//! file a command; memory comes in through `source`, results go out through `output`, and `exit`
-//! says with which code.
+//! The `snaprestore` command. `args` parses the command line; `commands` has one file per command.
+//! Memory comes in through `source`, results go out through `output`, and `exit` chooses the exit
+//! code.
 
 #![forbid(unsafe_code)]
 
@@ -24,7 +24,7 @@ use snaprestore_daemon::{Role, log};
 
 fn main() -> ExitCode {
     if let Some(role) = Role::of_this_process() {
-        // It has its own way with signals and threads.
+        // A role handles signals and threads in its own way.
         return role
             .run()
             .unwrap_or_else(|error| output::failed(&error).into());
@@ -46,8 +46,8 @@ fn main() -> ExitCode {
     match commands::run(args.command, output, &cancel) {
         Ok(exit) => exit.into(),
         Err(_) if cancel.requested() => {
-            // Everything that needed undoing was undone while the error passed through its
-            // owners: now the signal may have its usual effect, so that shells see it.
+            // The error has unwound through its owners, which undid everything that needed undoing.
+            // The signal may now have its default effect, so that shells see it.
             let left = if writes {
                 "; nothing was left behind"
             } else {
@@ -61,10 +61,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Shows help, or what is wrong with what was typed.
+/// Prints the help, or the error in the command line.
 fn not_understood(error: &clap::Error) -> ExitCode {
     if error.use_stderr() {
-        // It repeats what was typed, or what a shell made of it: names of files.
+        // The message repeats the command line, which may contain file names that a shell inserted.
         output::to_stderr(&error.render().to_string());
     } else {
         let _ = error.print();

@@ -1,4 +1,4 @@
-//! Names as the command shows them: escaped, wherever a terminal could obey them.
+//! Names as the command prints them: escaped, so that a terminal cannot interpret them.
 
 use std::borrow::Cow;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -8,7 +8,7 @@ pub(crate) use snapshot_format::names::{
     escape as stored, escape_path as path, escape_text as shown,
 };
 
-/// Shortens an escaped name to `limit` bytes. The hash at the end keeps two long names apart.
+/// Shortens an escaped name to `limit` bytes. A hash at the end distinguishes two long names.
 pub(crate) fn shortened(mut name: String, limit: usize) -> String {
     if name.len() <= limit {
         return name;
@@ -24,7 +24,7 @@ pub(crate) fn shortened(mut name: String, limit: usize) -> String {
     name + &end
 }
 
-/// A path in JSON, where nothing needs to be escaped but bytes that are no UTF-8.
+/// Formats a path for JSON, which needs no escaping except for bytes that are not UTF-8.
 pub(crate) fn exact(path: &Path) -> String {
     match path.to_str() {
         Some(text) => text.to_owned(),
@@ -32,7 +32,7 @@ pub(crate) fn exact(path: &Path) -> String {
     }
 }
 
-/// Escapes text of several lines, as [`shown`] does each.
+/// Escapes text of several lines, each as [`shown`] does.
 pub(crate) fn shown_lines(text: &str) -> String {
     let lines: Vec<Cow<'_, str>> = text.split('\n').map(shown).collect();
     lines.join("\n")

@@ -1,4 +1,4 @@
-//! Where results go: a report on standard output, as text for people or as one JSON object;
+//! Output of commands: a report on standard output, as text for people or as one JSON object;
 //! warnings and errors on standard error.
 
 use std::fmt::Display;
@@ -15,21 +15,21 @@ use crate::names;
 
 pub(crate) use snaprestore_daemon::log::count;
 
-/// A command's result: `Display` is what people read, `Serialize` what `--json` prints.
+/// A command's result: people read its `Display`, and `--json` prints its `Serialize`.
 pub(crate) trait Report: Display + Serialize {}
 impl<T: Display + Serialize> Report for T {}
 
-/// Whether standard output has its JSON object: a reader must not find a second one.
+/// Whether the JSON object was already written to standard output: a reader must not find a second.
 static HAS_OBJECT: AtomicBool = AtomicBool::new(false);
 
-/// What `--json` prints in the place of a result.
+/// The object that `--json` prints instead of a result when the command fails.
 #[derive(Serialize)]
 struct Failure<'a> {
     error: &'a str,
     exit_code: i32,
 }
 
-/// Knows what the user wants to see.
+/// The output options that the user chose.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     json: bool,
@@ -48,12 +48,12 @@ impl Output {
         self.json
     }
 
-    /// Whether progress may be drawn: on a terminal, for somebody who reads along.
+    /// Whether progress may be drawn: only on a terminal, without `--quiet` and `--json`.
     pub(crate) fn shows_progress(self) -> bool {
         !self.quiet && !self.json && io::stderr().is_terminal()
     }
 
-    /// Prints the command's result. `--quiet` drops the text; JSON was asked for and is printed.
+    /// Prints the command's result. `--quiet` suppresses the text but not the JSON.
     pub(crate) fn report(self, report: &impl Report) -> Result<()> {
         if self.json {
             let mut text = serde_json::to_string_pretty(report)?;
@@ -74,8 +74,8 @@ impl Output {
         }
     }
 
-    /// Writes to standard output whatever the options. A reader that went away has seen what it
-    /// wanted (`snaprestore info x | head -3`): that is success.
+    /// Writes to standard output, whatever the options. If the reader has closed the pipe, it has
+    /// seen what it wanted (`snaprestore info x | head -3`), so this succeeds.
     #[expect(clippy::unused_self, reason = "the one door for standard output")]
     pub(crate) fn data(self, bytes: &[u8]) -> Result<()> {
         let mut stdout = io::stdout().lock();
@@ -85,28 +85,28 @@ impl Output {
         }
     }
 
-    /// Something the user should know, though the command goes on.
+    /// Prints a warning; the command continues.
     pub(crate) fn warn(self, message: impl Display) {
         if !self.quiet {
             to_stderr(&format!("snaprestore: {message}\n"));
         }
     }
 
-    /// Prints an error with its causes and says how to exit.
+    /// Prints an error with its causes and returns the exit code.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
         let exit = failed(error);
         self.failed(&format!("{error:#}"), exit as i32);
         exit
     }
 
-    /// Prints the JSON object of a failure, if one was asked for and none was printed yet.
+    /// Prints the JSON object of a failure if `--json` was given and no object was printed yet.
     pub(crate) fn failed(self, error: &str, exit_code: i32) {
         if !self.json || HAS_OBJECT.swap(true, Ordering::SeqCst) {
             return;
         }
         if let Ok(mut text) = serde_json::to_string_pretty(&Failure { error, exit_code }) {
             text.push('\n');
-            // The error is on standard error too, and decides how the command ends.
+            // The error is printed on standard error too, and determines the exit code.
             let _ = self.data(text.as_bytes());
         }
     }
@@ -122,25 +122,25 @@ impl Console for Output {
     }
 }
 
-/// Prints an error with its causes and says how to exit, whatever the options.
+/// Prints an error with its causes, whatever the options, and returns the exit code.
 pub(crate) fn failed(error: &anyhow::Error) -> Exit {
     to_stderr(&format!("snaprestore: {error:#}\n"));
     Exit::of(error)
 }
 
-/// Writes text for people. There is nobody to tell if standard error is closed.
+/// Writes text for people. Errors are ignored: standard error may be closed.
 pub(crate) fn to_stderr(text: &str) {
     let _ = io::stderr()
         .lock()
         .write_all(names::shown_lines(text).as_bytes());
 }
 
-/// Part of a whole in percent, as `12.3 %`.
+/// Formats a part of a whole in percent, as `12.3 %`.
 pub(crate) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
         return "-".into();
     }
-    // Counts of pages are far below 2^52, where f64 is exact.
+    // Page counts are far below 2^52, so f64 is exact.
     #[expect(
         clippy::cast_precision_loss,
         reason = "a percentage with one decimal is shown"
@@ -149,7 +149,7 @@ pub(crate) fn percent(part: u64, whole: u64) -> String {
     format!("{share:.1} %")
 }
 
-/// How many times smaller `small` is than `large`, as `4.2`.
+/// Formats how many times smaller `small` is than `large`, as `4.2`.
 pub(crate) fn ratio(large: u64, small: u64) -> String {
     if small == 0 {
         return "-".into();

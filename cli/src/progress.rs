@@ -1,5 +1,5 @@
-//! A bar on a terminal, and nothing elsewhere. A job in the background leaves the terminal to the one
-//! in the foreground.
+//! A progress bar on a terminal, and nothing elsewhere. A background job leaves the terminal to the
+//! foreground job.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,18 +9,18 @@ use nix::unistd::{getpgrp, tcgetpgrp};
 
 use crate::output::Output;
 
-/// Shows how far a command is.
+/// A progress bar of a command.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: ProgressBar,
-    /// Whether it may ever be drawn.
+    /// Whether the bar may ever be drawn.
     wanted: bool,
-    /// Whether it is drawn now.
+    /// Whether the bar is currently drawn.
     drawn: AtomicBool,
 }
 
 impl Progress {
-    /// A bar over `total` bytes, or a counter if the total isn't known.
+    /// Returns a bar over `total` bytes, or a counter if the total isn't known.
     pub(crate) fn bytes(output: Output, what: &'static str, total: Option<u64>) -> Self {
         if !output.shows_progress() {
             return Self {
@@ -49,7 +49,7 @@ impl Progress {
         }
     }
 
-    /// Draws from now on if this is a job in the foreground, and no more otherwise.
+    /// Shows the bar if this is a foreground job, and hides it otherwise.
     fn follow_job(&self) {
         if !self.wanted {
             return;
@@ -69,7 +69,7 @@ impl Progress {
         self.bar.inc(bytes);
     }
 
-    /// For a total that is known only later.
+    /// Sets a total that becomes known only later.
     pub(crate) fn set_total(&self, bytes: u64) {
         if self.bar.length() != Some(bytes) {
             self.follow_job();
@@ -90,8 +90,8 @@ impl Drop for Progress {
     }
 }
 
-/// Whether standard error is a terminal that this job may draw on. A terminal that doesn't control
-/// jobs is open to all.
+/// Whether standard error is a terminal that this job may draw on. Any job may draw on a terminal
+/// without job control.
 fn is_in_foreground() -> bool {
     tcgetpgrp(io::stderr()).map_or(true, |group| group == getpgrp())
 }

@@ -1,12 +1,14 @@
-//! Ctrl-C and its kin: asked to stop, a command undoes what it began and then dies by the signal.
+//! Handling of Ctrl-C and similar signals: a command that is asked to stop undoes what it began and
+//! then dies by the signal.
 //!
-//! The signals are blocked in every thread and taken by one that waits for nothing else. It sets a
-//! flag that loops look at, and closes a pipe that waits can watch. A second signal ends the
-//! process at once; the kernel then lets go of traced processes and unnamed files.
+//! The signals are blocked in every thread and received by a thread of their own. It sets a flag
+//! that loops check, and closes a pipe that blocking waits poll. A second signal kills the process
+//! at once; the kernel then detaches from traced processes and frees unnamed files.
 //!
-//! Ctrl-Z stops the process as it does any other, after what a command has to do before
-//! ([`Cancel::before_stop`]). So do the signals for a job in the background that uses its terminal.
-//! As they are blocked, the kernel sends none of them for a message that is written: a command is not
+//! Ctrl-Z stops the process as usual, after the command's hook has run ([`Cancel::before_stop`]).
+//! The signals for a background job that uses its terminal are handled likewise. Because they are
+//! blocked, the kernel sends none of them when the command writes a message: a command is not
+//! stopped by its own messages (`stty tostop`), perhaps while it holds a process.
 //! stopped by its own messages (`stty tostop`), perhaps while it holds a process.
 
 use std::io::{self, PipeReader};
@@ -21,30 +23,30 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 use snaprestore_daemon::StopRequests;
 
-/// What a user or a service manager stops a command with.
+/// Signals by which a user or a service manager stops a command.
 const STOPPING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
-/// What stops a job until it is continued.
+/// Signals that suspend a job until it is continued.
 const SUSPENDING: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU];
 
-/// The command was asked to stop: unwinds to `main`, which knows.
+/// Error of a command that was asked to stop. It unwinds to `main`, which handles it.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
 
-/// Tells whether the command was asked to stop.
+/// A handle that tells whether the command was asked to stop.
 #[derive(Clone, Debug)]
 pub(crate) struct Cancel {
     signal: Arc<AtomicI32>,
     at_once: Arc<AtomicBool>,
-    /// How many there were, and whether the second is the command's own to act on.
+    /// Number of stopping signals, and whether the command itself acts on the second one.
     count: Arc<AtomicU32>,
     counts: Arc<AtomicBool>,
     hangs_up: Arc<PipeReader>,
     before_stop: Arc<Mutex<Option<Hook>>>,
 }
 
-/// Called on the thread that takes signals.
+/// A function that the signal thread calls.
 #[derive(Clone)]
 struct Hook(Arc<dyn Fn() + Send + Sync>);
 
@@ -54,7 +56,7 @@ impl std::fmt::Debug for Hook {
     }
 }
 
-/// Keeps what [`Cancel::before_stop`] was given, until it is dropped.
+/// Keeps the hook of [`Cancel::before_stop`] registered until dropped.
 #[derive(Debug)]
 pub(crate) struct BeforeStop(Arc<Mutex<Option<Hook>>>);
 
@@ -64,16 +66,16 @@ impl Drop for BeforeStop {
     }
 }
 
-/// Blocks `SIGXFSZ`: a write beyond `RLIMIT_FSIZE` fails, instead of killing the process. To be
-/// called before any other thread exists, so that all inherit the mask.
+/// Blocks `SIGXFSZ`, so that a write beyond `RLIMIT_FSIZE` fails instead of killing the process.
+/// Must be called before any other thread exists, so that all threads inherit the mask.
 pub(crate) fn outlive_file_limit() -> anyhow::Result<()> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGXFSZ);
     set.thread_block().context("blocking SIGXFSZ")
 }
 
-/// Blocks the stopping signals and starts the thread that takes them. To be called before any
-/// other thread exists, so that all inherit the mask.
+/// Blocks the stopping signals and starts the thread that receives them. Must be called before any
+/// other thread exists, so that all threads inherit the mask.
 pub(crate) fn watch() -> anyhow::Result<Cancel> {
     let (reader, writer) = io::pipe().context("creating a pipe for signals")?;
     let cancel = Cancel {
@@ -84,8 +86,8 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
         hangs_up: Arc::new(reader),
         before_stop: Arc::default(),
     };
-    // A signal that the parent had ignored (nohup, a background job of a script) stays ignored;
-    // blocked and waited for it would arrive all the same.
+    // A signal that the parent ignored (nohup, a background job of a script) stays ignored. If it
+    // were blocked and waited for, it would be delivered.
     let ignored = ignored_signals();
     let mut wanted = SigSet::empty();
     for signal in STOPPING.into_iter().chain(SUSPENDING) {
@@ -121,7 +123,7 @@ pub(crate) fn watch() -> anyhow::Result<Cancel> {
 }
 
 impl Cancel {
-    /// One that nothing ever sets off.
+    /// Returns a handle that is never triggered.
     #[cfg(test)]
     pub(crate) fn never() -> Self {
         let (reader, writer) = io::pipe().unwrap();
@@ -140,19 +142,18 @@ impl Cancel {
         self.signal.load(Ordering::SeqCst) != 0
     }
 
-    /// From now on a signal ends the process where it stands: for commands that leave nothing
-    /// behind in any case.
+    /// Lets later signals kill the process at once. For commands that never leave anything behind.
     pub(crate) fn end_at_once(&self) {
         self.at_once.store(true, Ordering::SeqCst);
     }
 
-    /// From now on a second signal is only counted.
+    /// Only counts further signals: the second one no longer kills the process.
     pub(crate) fn count_signals(&self) {
         self.counts.store(true, Ordering::SeqCst);
     }
 
-    /// Has `hook` called when Ctrl-Z is about to stop the process, until the returned value is
-    /// dropped. One command needs no more than one.
+    /// Registers `hook`, which is called when Ctrl-Z is about to stop the process, until the
+    /// returned value is dropped. A command needs at most one hook.
     pub(crate) fn before_stop(&self, hook: impl Fn() + Send + Sync + 'static) -> BeforeStop {
         let mut place = self
             .before_stop
@@ -162,7 +163,7 @@ impl Cancel {
         BeforeStop(Arc::clone(&self.before_stop))
     }
 
-    /// For loops: ends them with an error once the command was asked to stop.
+    /// Fails if the command was asked to stop. Called in loops.
     pub(crate) fn check(&self) -> Result<(), Interrupted> {
         if self.requested() {
             Err(Interrupted)
@@ -171,15 +172,14 @@ impl Cancel {
         }
     }
 
-    /// Waits until `fd` has something to read or is at its end, or fails because the command was
-    /// asked to stop.
+    /// Waits until `fd` is readable or at its end. Fails if the command is asked to stop.
     pub(crate) fn wait_readable(&self, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
         self.wait(fd, PollFlags::POLLIN)
             .context("waiting for input")
     }
 
-    /// Waits until `fd` takes bytes or has no reader any more, or fails because the command was
-    /// asked to stop.
+    /// Waits until `fd` is writable or has no reader any more. Fails if the command is asked to
+    /// stop.
     pub(crate) fn wait_writable(&self, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
         self.wait(fd, PollFlags::POLLOUT)
             .context("waiting for the reader of the output")
@@ -204,7 +204,7 @@ impl Cancel {
     }
 
     /// Lets the signal have its default effect. Returns only where it has none, as in the first
-    /// process of a container: then with the code that a shell would show.
+    /// process of a container, and then returns the exit code that a shell would show.
     pub(crate) fn die(&self) -> ExitCode {
         if let Ok(signal) = Signal::try_from(self.signal.load(Ordering::SeqCst)) {
             die_by(signal);
@@ -212,7 +212,7 @@ impl Cancel {
         ExitCode::from(u8::try_from(self.exit_code()).unwrap_or(1))
     }
 
-    /// The code that a shell shows for a process that ended by the signal.
+    /// Returns the exit code that a shell shows for a process killed by the signal.
     pub(crate) fn exit_code(&self) -> i32 {
         128 + self.signal.load(Ordering::SeqCst)
     }
@@ -224,15 +224,15 @@ impl StopRequests for Cancel {
     }
 }
 
-/// At its end once the command was asked to stop.
+/// A pipe that reaches its end when the command is asked to stop.
 impl AsFd for Cancel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.hangs_up.as_fd()
     }
 }
 
-/// Lets Ctrl-Z, or another signal that suspends, have its effect. Returns when the process is
-/// continued.
+/// Runs the hook and lets Ctrl-Z, or another suspending signal, have its effect. Returns when the
+/// process is continued.
 fn stop(signal: Signal, before: &Mutex<Option<Hook>>) {
     let hook = before
         .lock()
@@ -255,12 +255,12 @@ fn die_by(signal: Signal) {
     let _ = set.thread_unblock();
 }
 
-/// Bits of the signals that this process ignores. Unreadable counts as none.
+/// Returns the signals that this process ignores, as bits; none if they can't be read.
 fn ignored_signals() -> u64 {
     std::fs::read("/proc/self/status")
         .ok()
         .and_then(|status| {
-            // The name of the program, which stands there too, is any bytes.
+            // The file also contains the program's name, which may be any bytes.
             let status = String::from_utf8_lossy(&status);
             let mask = status
                 .lines()

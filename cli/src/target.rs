@@ -1,5 +1,4 @@
-//! Where a command writes: a file that appears under its name only when it is complete, or a
-//! stream.
+//! Output targets: a file that appears under its name only when it is complete, or a stream.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, IsTerminal as _, Write};
@@ -18,24 +17,24 @@ use crate::signals::Cancel;
 
 /// The device number of `/dev/null`.
 const NULL_DEVICE: u64 = makedev(1, 3);
-/// Bytes that a pipe takes without waiting, if it takes any.
+/// Number of bytes that a pipe accepts without blocking if it accepts any.
 const PIPE_BUF: usize = 4096;
 
 /// An opened target.
 pub(crate) enum Target {
-    /// Appears when it is complete.
+    /// A file that appears under its name when it is complete.
     File(SnapshotFile),
-    /// Standard output, or a pipe or device of another name.
+    /// Standard output, or a named pipe or device.
     Stream(Stream),
 }
 
-/// A target without a name of its own. A signal ends a write that waits for the reader of a pipe or
-/// socket.
+/// A target that is written in place. A signal interrupts a write that waits for the reader of a
+/// pipe or socket.
 pub(crate) struct Stream {
     file: File,
-    /// What ends the wait; nothing of targets that nobody has to read.
+    /// Handle that interrupts a blocked write; `None` for targets without a reader.
     cancel: Option<Cancel>,
-    /// Most bytes to write at once.
+    /// Maximum number of bytes per write.
     piece: usize,
 }
 
@@ -44,7 +43,7 @@ pub(crate) fn is_stdout(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-/// What messages call a target.
+/// Returns the name of a target in messages.
 pub(crate) fn name(target: &Path) -> String {
     if is_stdout(target) {
         "standard output".into()
@@ -53,8 +52,8 @@ pub(crate) fn name(target: &Path) -> String {
     }
 }
 
-/// Refuses a target that is the file that `source` (`-`: standard input) names: it would be replaced
-/// by what is made of it. Whatever else is wrong with either is found when it is opened.
+/// Refuses a target that is the same file as `source` (`-`: standard input), since the output would
+/// replace its own source. All other problems of either are found when it is opened.
 pub(crate) fn refuse_source(target: &Path, source: &Path) -> Result<()> {
     if is_stdout(target) {
         return Ok(());
@@ -78,7 +77,7 @@ pub(crate) fn refuse_source(target: &Path, source: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether two names lead to one file, or to one block device.
+/// Whether two names refer to one file, or to one block device.
 fn is_same(a: &Metadata, b: &Metadata) -> bool {
     let holds_data = a.is_file() || a.file_type().is_block_device();
     let one_file = (a.dev(), a.ino()) == (b.dev(), b.ino());
@@ -86,7 +85,7 @@ fn is_same(a: &Metadata, b: &Metadata) -> bool {
     holds_data && one_file || are_devices && a.rdev() == b.rdev()
 }
 
-/// Says which target could not be written: what writes to it doesn't know.
+/// Adds the target's name to a write error, which the writer doesn't know.
 pub(crate) fn named(error: anyhow::Error, target: &Path) -> anyhow::Error {
     if matches!(error.downcast_ref(), Some(WriteError::Io { .. })) {
         error.context(name(target))
@@ -96,8 +95,8 @@ pub(crate) fn named(error: anyhow::Error, target: &Path) -> anyhow::Error {
 }
 
 impl Target {
-    /// Opens `path` for writing. An existing file stays as it is until [`Target::complete`], and
-    /// is an error without `force`.
+    /// Opens `path` for writing. An existing file is unchanged until [`Target::complete`], and an
+    /// error without `force`.
     pub(crate) fn create(path: &Path, force: bool, cancel: &Cancel) -> Result<Self> {
         if is_stdout(path) {
             let stdout = io::stdout();
@@ -128,8 +127,8 @@ impl Target {
         }
     }
 
-    /// The file with `len` bytes that are all holes, if it can have them, and if bytes can be
-    /// written anywhere in it.
+    /// Returns the file, set to `len` bytes of holes. Returns `None` if the target can't have holes
+    /// or can't be written at any offset.
     pub(crate) fn sparse(&mut self, len: u64) -> io::Result<Option<&File>> {
         match self {
             Self::File(file) => {
@@ -145,7 +144,7 @@ impl Target {
         }
     }
 
-    /// Makes a file appear under its name.
+    /// Makes the file appear under its name, or flushes the stream.
     pub(crate) fn complete(self) -> Result<()> {
         match self {
             Self::File(file) => Ok(file.commit()?),
@@ -159,8 +158,8 @@ impl Stream {
         let metadata = file.metadata().context("finding the kind of the output")?;
         let kind = metadata.file_type();
         if kind.is_char_device() && metadata.rdev() == NULL_DEVICE {
-            // A standard output that is closed was replaced by /dev/null, opened for both, before
-            // `main`.
+            // If standard output was closed, the runtime has replaced it with /dev/null, opened for
+            // reading and writing, before `main`.
             let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
             if flags & OFlag::O_ACCMODE == OFlag::O_RDWR {
                 return Err(Refusal::Usage(
@@ -178,8 +177,8 @@ impl Stream {
                 piece: usize::MAX,
             });
         }
-        // Opened anew, a pipe gets the flag for this command alone: others may write to it too. A
-        // socket can't be opened, and takes pieces that it has room for.
+        // Reopening a pipe sets the flag for this command alone: others may write to it too. A
+        // socket can't be reopened, so it is written in pieces that it has room for.
         let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
         let opened = File::options()
             .write(true)

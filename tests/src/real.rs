@@ -16,8 +16,8 @@ pub fn skip(test: &str, why: &str) {
     skipped(test, &why);
 }
 
-/// Returns the memory of a real guest. It is `None` only on a machine that cannot make one, which
-/// has then been reported; on any other machine, a failure to make a guest fails the test.
+/// Returns the memory of a real guest. Returns `None` and reports it on a machine that cannot make
+/// one; on any other machine, a failure to make a guest fails the test.
 pub fn guest(test: &str) -> Option<GuestImage> {
     let lacks = if cfg!(not(target_arch = "x86_64")) {
         Some("the guest is a PC (x86-64), and this machine is none")

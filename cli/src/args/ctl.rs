@@ -1,4 +1,4 @@
-//! What can be typed after `snaprestore ctl`.
+//! The arguments of `snaprestore ctl`.
 
 use std::path::PathBuf;
 
@@ -22,7 +22,7 @@ pub(crate) struct Ctl {
     pub(crate) op: CtlOp,
 }
 
-/// What a daemon can be asked for.
+/// Requests to a daemon.
 #[derive(Debug, Subcommand)]
 pub(crate) enum CtlOp {
     Add(CtlAdd),

@@ -1,4 +1,5 @@
-//! `snaprestore bench`: the other ways to restore, side by side with this one, on the user's own file and machine.
+//! `snaprestore bench`: compares this restore with the alternatives, on the user's file and
+//! machine.
 
 use std::fmt;
 use std::io::{Write as _, stderr, stdin, stdout};
@@ -25,7 +26,7 @@ use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
 
-/// The hidden command by which a trial is run in a process of its own.
+/// Name of the hidden command that runs one trial in a process of its own.
 pub(crate) const TRIAL: &str = "bench-trial";
 
 #[derive(Serialize)]
@@ -80,7 +81,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
         Err(OpenError::NotASnapshot { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    // Removed when the command ends, in whatever way but by force.
+    // Removed when the command ends, unless it is killed.
     let folder = tempfile::Builder::new()
         .prefix("snaprestore-bench-")
         .tempdir_in(&args.dir)
@@ -95,7 +96,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     let runner = Runner::new(own, [TRIAL]);
     let mut on_step = |step: &str| {
         if output.shows_progress() {
-            // On a terminal the line is written over; it is cleared in the end.
+            // On a terminal, each step overwrites the line, which is cleared at the end.
             let _ = write!(stderr(), "\r\x1b[K{step}");
         }
         !cancel.requested()
@@ -139,14 +140,14 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     })
 }
 
-/// One trial, told on standard input, answered on standard output.
+/// Runs one trial: reads it from standard input and prints the result on standard output.
 pub(crate) fn run_trial(cancel: &Cancel) -> Result<Exit> {
     cancel.end_at_once();
     run_child(&mut stdin().lock(), &mut stdout().lock())?;
     Ok(Exit::Done)
 }
 
-/// What was meant.
+/// Builds the workload from the arguments.
 fn workload(args: &args::Bench) -> Result<Workload> {
     let order = match args.order {
         args::BenchOrder::Sequential => Order::Sequential,
@@ -195,7 +196,7 @@ fn workload(args: &args::Bench) -> Result<Workload> {
     Ok(workload)
 }
 
-/// The raw file, and what is made of it.
+/// Prepares the raw file and the images made from it.
 fn images(
     args: &args::Bench,
     snapshot: Option<&Snapshot>,

@@ -1,4 +1,4 @@
-//! `snaprestore create`: memory in, snapshot out.
+//! `snaprestore create`: packs memory into a snapshot.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -30,21 +30,21 @@ use crate::signals::Cancel;
 use crate::source::{self, Change, MERGE_A_DIFF, Region, Remark, Sampling, Sink, Source, Stamp};
 use crate::target::{self, Target};
 
-/// Memory that a dictionary is trained on and tried with, at least; four frames of it are the
-/// least that says anything.
+/// Minimum amount of memory for training and trying a dictionary. Four frames are the least that
+/// gives a meaningful result.
 const SAMPLE_BYTES: usize = 8 << 20;
 
 /// Memory that writing takes with default options, and the stacks of its threads.
 const MEMORY_BYTES: u64 = 192 << 20;
 
-/// What was written, as it is reported.
+/// Report about the written snapshot.
 #[derive(Serialize)]
 pub(crate) struct Report {
     #[serde(flatten)]
     pub(crate) facts: Facts,
-    /// How the source was taken, where that may not be how it was meant.
+    /// Ways in which the source may have been read differently than intended.
     pub(crate) remarks: Vec<Remark>,
-    /// How long a process was held: until its memory was read.
+    /// Time for which a process was stopped, until its memory was read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) held_ms: Option<u64>,
     pub(crate) elapsed_ms: u64,
@@ -65,7 +65,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// How a snapshot is to be written, checked and opened.
+/// Settings for writing a snapshot, checked and with their files opened.
 pub(crate) struct Recipe {
     pub(crate) level: i32,
     pub(crate) frame_bytes: usize,
@@ -74,14 +74,14 @@ pub(crate) struct Recipe {
     pub(crate) attachments: Vec<Attachment>,
 }
 
-/// A file to be stored beside the memory.
+/// A file to store beside the memory.
 pub(crate) struct Attachment {
     name: String,
     file: File,
     at_opening: Stamp,
 }
 
-/// What to do about a dictionary.
+/// Choice of dictionary.
 pub(crate) enum Wanted {
     Trained,
     Off,
@@ -116,7 +116,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     for source in args.source.iter().chain(attached).chain(dictionary) {
         target::refuse_source(&args.output, source)?;
     }
-    // Whatever can be wrong with options and target comes before a process is held.
+    // Reports all errors in options and target before a process is stopped.
     let recipe = Recipe::new(args)?;
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
@@ -219,12 +219,12 @@ impl Recipe {
         })
     }
 
-    /// Refuses a raw file of holes beside the state of a Firecracker VM: all memory of a VM that has
-    /// run is not mostly holes, but a diff is.
+    /// Refuses a raw file that is mostly holes beside the state of a Firecracker VM. The full
+    /// memory of a VM that has run is not mostly holes, but a diff is.
     fn refuse_diff(&self, source: Option<&Path>) -> Result<()> {
         for Attachment { name, file, .. } in &self.attachments {
             let mut start = [0; 16];
-            // One that can't be read at any place is no state that a VMM has written to a file.
+            // A file without random access is not a state file written by a VMM.
             let Ok(len) = file.read_at(&mut start, 0) else {
                 continue;
             };
@@ -240,7 +240,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// Trains a dictionary if that may pay, and begins the snapshot.
+    /// Trains a dictionary if that may pay off, and starts the snapshot.
     pub(crate) fn start(
         &self,
         target: Target,
@@ -276,8 +276,8 @@ impl Recipe {
         Ok(SnapshotSink { writer })
     }
 
-    /// A dictionary from all over the source, if one pays. A source that can't be sampled leaves
-    /// the training to the writer, which sees the beginning.
+    /// Trains a dictionary on samples from the whole source, if it pays off. If the source can't be
+    /// sampled, the writer trains on the beginning of the memory instead.
     fn train(&self, source: &mut dyn Source) -> Result<Dictionary> {
         let samples = source.sample(&Sampling {
             bytes: SAMPLE_BYTES.max(4 * self.frame_bytes),
@@ -323,14 +323,14 @@ fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// A snapshot that is being written.
+/// A snapshot being written.
 pub(crate) struct SnapshotSink {
     writer: Writer<Target>,
 }
 
 impl SnapshotSink {
-    /// Stores the attachments. Tells of those that changed since they were opened; one whose length
-    /// did is an error.
+    /// Stores the attachments. Returns a remark about those that changed since they were opened;
+    /// fails if the length of one changed.
     fn attach(&mut self, attachments: Vec<Attachment>) -> Result<Option<Remark>> {
         let mut changed = Vec::new();
         for mut attachment in attachments {
@@ -359,7 +359,7 @@ impl SnapshotSink {
         }))
     }
 
-    /// Records remarks as properties and writes the end. The target isn't complete yet.
+    /// Records the remarks as properties and writes the end. The target is not yet complete.
     pub(crate) fn finish(mut self, remarks: &[Remark]) -> Result<(Target, Written)> {
         for remark in remarks {
             self.writer.set_property(remark.key, &remark.value)?;

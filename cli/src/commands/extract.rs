@@ -1,4 +1,4 @@
-//! `snaprestore extract`: a snapshot's memory, or an attachment, as a plain file.
+//! `snaprestore extract`: writes a snapshot's memory, or an attachment, to a plain file.
 
 use std::fmt;
 use std::fs::File;
@@ -26,27 +26,28 @@ use crate::progress::Progress;
 use crate::signals::Cancel;
 use crate::target::{self, Target};
 
-/// Regions whose places are listed for people.
+/// Number of regions whose offsets are listed for people.
 const LISTED_REGIONS: usize = 8;
 
-/// Blocks that a thread takes at once: 32 MiB, so that few frames are decoded by two threads.
+/// Number of blocks that a thread takes at once: 32 MiB, so that few frames are decoded twice.
 const BLOCKS_AT_ONCE: u64 = 16;
 
 #[derive(Serialize)]
 struct Report {
     file: String,
     output: String,
-    /// Length of what was written.
+    /// Length of the output.
     bytes: u64,
-    /// The part of it that is no hole.
+    /// Bytes of the output that are not in holes.
     data_bytes: u64,
-    /// Unavailable pages that were written as zeros.
+    /// Number of unavailable pages that were written as zeros.
     unavailable_pages: u64,
-    /// The regions written and their offsets; none of an attachment, which is no memory and has no holes.
+    /// The written regions with their offsets; `None` for an attachment, which has neither regions
+    /// nor holes.
     #[serde(skip_serializing_if = "Option::is_none")]
     regions: Option<Vec<RegionFacts>>,
     elapsed_ms: u64,
-    /// The name that people know the target by.
+    /// Name of the target in messages.
     #[serde(skip)]
     target: String,
 }
@@ -95,12 +96,12 @@ impl fmt::Display for Report {
     }
 }
 
-/// What is to be written where.
+/// The memory to write, and its places in the output.
 struct Plan<'s> {
     snapshot: &'s Snapshot,
     file: String,
     target: String,
-    /// The regions, in order, with the number of the first block of each, counted through.
+    /// The regions, in order, with the number of the first block of each, counted without gaps.
     pieces: Vec<Piece>,
     regions: Vec<&'s Region>,
     blocks: u64,
@@ -109,16 +110,16 @@ struct Plan<'s> {
 }
 
 struct Piece {
-    /// Number of its first block among those to be written.
+    /// Number of the piece's first block among those to write.
     from: u64,
-    /// That block in the snapshot.
+    /// Number of that block in the snapshot.
     block: u64,
     pages: u64,
-    /// Where its memory goes.
+    /// Offset in the output.
     offset: u64,
 }
 
-/// Counts of pages.
+/// Counts of written pages.
 #[derive(Default)]
 struct Written {
     data: AtomicU64,
@@ -147,7 +148,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         target: target::name(&args.output),
     };
     if let Some(name) = &args.attachment {
-        // Looked up first, so that a wrong name leaves no file.
+        // Checks the name first, so that a wrong one leaves no file behind.
         let known = snapshot.attachments()?;
         if !known.iter().any(|attachment| attachment.name == *name) {
             let known: Vec<_> = known
@@ -236,7 +237,8 @@ impl<'s> Plan<'s> {
         )
     }
 
-    /// The snapshot's number, the pages and the target's offset of a block to be written.
+    /// Returns the number in the snapshot, the page count and the output offset of a block to
+    /// write.
     fn block(&self, number: u64) -> (u64, usize, u64) {
         let after = self.pieces.partition_point(|piece| piece.from <= number);
         let piece = &self.pieces[after - 1];
@@ -250,7 +252,7 @@ impl<'s> Plan<'s> {
         )
     }
 
-    /// Writes data where it belongs and leaves holes where there is none, from several threads.
+    /// Writes data to its place and leaves holes elsewhere, from several threads.
     fn write_sparse(
         &self,
         file: &File,
@@ -329,7 +331,7 @@ impl<'s> Plan<'s> {
         Ok(())
     }
 
-    /// Writes everything in order, to what has no holes.
+    /// Writes everything in order, to a target that can't have holes.
     fn write_stream(
         &self,
         target: &mut Target,
@@ -367,14 +369,14 @@ impl<'s> Plan<'s> {
     }
 }
 
-/// The regions that were asked for, in the order of the snapshot; all, if none was named.
+/// Returns the requested regions in the order of the snapshot; all of them if none was named.
 fn chosen<'r>(regions: &'r [Region], wanted: &[String]) -> Result<Vec<&'r Region>> {
     if wanted.is_empty() {
         return Ok(regions.iter().collect());
     }
     let mut take = vec![false; regions.len()];
     for wanted in wanted {
-        // As it is, or as it is shown.
+        // Accepts the name itself or its escaped form.
         let is_wanted = |name: &str| name == wanted || names::shown(name) == *wanted;
         let named = regions.iter().map(|region| is_wanted(&region.name));
         let mut found = false;
@@ -383,7 +385,7 @@ fn chosen<'r>(regions: &'r [Region], wanted: &[String]) -> Result<Vec<&'r Region
             found |= named;
         }
         if !found {
-            // A name wins over a number.
+            // A name takes precedence over a number.
             let number = wanted.parse::<usize>().ok();
             match number.and_then(|number| take.get_mut(number)) {
                 Some(take) => *take = true,

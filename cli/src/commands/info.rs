@@ -1,4 +1,4 @@
-//! `snaprestore info`: what a snapshot holds, from its directory alone.
+//! `snaprestore info`: shows what a snapshot holds, from its directory alone.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 
-/// Regions that are listed for people; a process tree has ten thousands.
+/// Maximum number of regions listed for people; a process tree has tens of thousands.
 const LISTED_REGIONS: usize = 200;
 
 #[derive(Serialize)]

@@ -1,4 +1,4 @@
-//! `snaprestore man`: the manual pages, made from the same definitions as `--help`.
+//! `snaprestore man`: prints the manual pages, generated from the same definitions as `--help`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::exit::{Exit, Refusal};
 use crate::names;
 use crate::output::Output;
 
-/// Pages that were printed or written.
+/// Manual pages that were printed or written.
 #[derive(Serialize)]
 struct Pages {
     pages: Vec<Page>,
@@ -43,7 +43,7 @@ impl fmt::Display for Pages {
 
 pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     let mut root = Args::command();
-    // Gives the commands their full names, as snaprestore-create.
+    // Sets the full names of the commands, such as snaprestore-create.
     root.build();
     let pages = if let Some(folder) = &args.output {
         std::fs::create_dir_all(folder)
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// The commands below `command` that people use, each followed by its own.
+/// Returns the public commands below `command`, each followed by its own subcommands.
 fn all_below(command: &clap::Command) -> Vec<&clap::Command> {
     let shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
     let mut all = Vec::new();
@@ -88,14 +88,14 @@ fn all_below(command: &clap::Command) -> Vec<&clap::Command> {
     all
 }
 
-/// What the page of a command is called, as `snaprestore-ctl-add`.
+/// Returns the name of a command's page, such as `snaprestore-ctl-add`.
 fn page_name(command: &clap::Command) -> &str {
     command
         .get_display_name()
         .unwrap_or_else(|| command.get_name())
 }
 
-/// Writes pages, given by name and text. If one exists already, none is written without `force`.
+/// Writes pages, given by name and text. Without `force`, writes none if one of them exists.
 fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Result<Vec<Page>> {
     let file = |name: &str| folder.join(format!("{name}.1"));
     let mut files = pages.iter().map(|(name, _)| file(name));
@@ -117,7 +117,7 @@ fn write_pages(pages: Vec<(String, String)>, folder: &Path, force: bool) -> Resu
     pages.into_iter().map(write).collect()
 }
 
-/// The name of a command's page and its text.
+/// Returns the name of a command's page and its text.
 fn page(command: &clap::Command) -> Result<(String, String)> {
     let name = page_name(command).to_owned();
     let mut text = Vec::new();

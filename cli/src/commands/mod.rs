@@ -1,5 +1,5 @@
-//! One file a command. Each first turns what was typed into what was meant (checked and opened),
-//! then does it, then reports.
+//! The commands, one per file. Each first checks its arguments and opens its files, then does its
+//! work, then reports.
 
 mod bench;
 mod completions;
@@ -21,7 +21,7 @@ use crate::exit::Exit;
 use crate::output::Output;
 use crate::signals::Cancel;
 
-/// Runs a command; `Exit` tells whether what it found is good.
+/// Runs a command. The exit code tells whether its findings are good.
 pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<Exit> {
     match command {
         Command::Create(args) => create::run(&args, output, cancel),

@@ -1,4 +1,4 @@
-//! `snaprestore serve`: the memory of VMs that run in other processes.
+//! `snaprestore serve`: serves the memory of VMs that run in other processes.
 
 use std::fmt;
 use std::path::absolute;
@@ -17,14 +17,15 @@ use crate::exit::Exit;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
 
-/// What became of all VMs.
+/// Report of all VMs.
 #[derive(Serialize)]
 struct Report {
-    /// How many there were.
+    /// Number of VMs.
     served: u64,
-    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their memory.
+    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
+    /// memory.
     incomplete: u64,
-    /// Workers that took over from one that had died.
+    /// Number of workers that replaced a dead one.
     worker_restarts: u64,
     vms: Vec<VmSummary>,
 }
@@ -66,7 +67,7 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
     })
 }
 
-/// What was typed, as if it had been written to a file; what is typed wins.
+/// Builds the configuration from the file and the arguments; arguments take precedence.
 fn config(args: &args::Serve) -> Result<Config> {
     let mut config = match &args.config {
         Some(file) => Config::load(file)?,

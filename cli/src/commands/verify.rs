@@ -1,4 +1,4 @@
-//! `snaprestore verify`: every byte of a snapshot, checked.
+//! `snaprestore verify`: verifies every byte of a snapshot.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -19,7 +19,7 @@ use crate::output::{Output, count};
 use crate::progress::Progress;
 use crate::signals::Cancel;
 
-/// Problems that are listed for people.
+/// Maximum number of problems listed for people.
 const LISTED_PROBLEMS: usize = 20;
 
 #[derive(Serialize)]
@@ -29,7 +29,7 @@ pub(crate) struct Report {
     pub(crate) frames_checked: u64,
     pub(crate) pages_checked: u64,
     problems: Vec<Problem>,
-    /// Problems beyond those listed.
+    /// Number of problems beyond those listed.
     more_problems: u64,
     pub(crate) elapsed_ms: u64,
     #[serde(skip)]
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
     Ok(if report.ok { Exit::Done } else { Exit::Damaged })
 }
 
-/// Verifies a snapshot and says what was found.
+/// Verifies a snapshot and returns a report.
 pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
     let began = Instant::now();
     let file = names::exact(&args.file);
@@ -68,7 +68,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         options = options.threads(threads);
     }
     let found = snapshot_format::verify(Arc::new(store), options).map_err(|error| match error {
-        // These name the file themselves, and decide the exit code.
+        // These errors name the file themselves, and determine the exit code.
         VerifyError::Open(error) => anyhow::Error::from(error),
         VerifyError::Read(error) => error.into(),
         VerifyError::Frame(error) => error.into(),

@@ -1,4 +1,4 @@
-//! Which parts of a sparse file hold data.
+//! Finds the parts of a sparse file that hold data.
 
 use std::fs::File;
 use std::io;
@@ -13,14 +13,14 @@ use nix::unistd::{Whence, lseek};
 
 use super::PAGE;
 
-/// Most extents that are kept; beyond it, holes between data are read as data.
+/// Maximum number of extents to keep; beyond it, holes between data are read as data.
 const MAX_EXTENTS: u64 = 1 << 19;
-/// Holes shorter than this are read: a seek for each would cost more. They are counted as holes all
-/// the same.
+/// Minimum length of a hole that is skipped. A seek for each shorter one would cost more than
+/// reading it. All of them are counted as holes.
 const MIN_HOLE: u64 = 64 << 10;
 
-/// Extents that file systems find without a block of their own, and the most that each further one
-/// takes there. Holes of a file to which more is allocated are not believed.
+/// Number of extents that file systems locate without a block of their own, and the most bytes that
+/// each further one takes there. Holes of a file that has more allocated are not trusted.
 const EXTENTS_ASIDE: u64 = 4;
 const BYTES_PER_EXTENT_ASIDE: u64 = 64;
 
@@ -28,27 +28,29 @@ const BYTES_PER_EXTENT_ASIDE: u64 = 64;
 #[derive(Debug)]
 pub(crate) struct Extents {
     data: Vec<Range<u64>>,
-    /// Bytes of whole pages that are no data, also of holes that are read.
+    /// Number of bytes in whole pages without data, including holes that are read.
     hole_bytes: u64,
 }
 
-/// A stretch of whole pages, counted in bytes from the start of the walked range.
+/// A run of whole pages, as byte offsets from the start of the walked range.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Stretch {
-    /// To be read.
+    /// Data, which has to be read.
     Data(Range<u64>),
-    /// Known to be zero.
+    /// A hole, which is known to be zero.
     Hole(Range<u64>),
 }
 
 impl Extents {
-    /// Finds the data of `file` by `SEEK_DATA` and `SEEK_HOLE`. A file or device that doesn't know
-    /// is all data. Memory is bounded, because of many short holes only the longer ones are kept.
+    /// Finds the data of `file` with `SEEK_DATA` and `SEEK_HOLE`. If the file or device doesn't
+    /// support them, all of it is data. Memory use is bounded: if there are many short holes, only
+    /// the longer ones are kept.
     ///
-    /// A hole is read as zeros, so a file system that calls something a hole that is none would
-    /// lose data. Those below know what is in the page cache and not yet on the disk. Any other is
-    /// asked after the file was synced (one by FUSE may know nothing of pages that somebody has
-    /// written to a mapping), and is not believed if it has allocated more than the data it names.
+    /// A hole is read as zeros, so a file system that reports a hole where there is data would
+    /// cause data loss. The file systems of `knows_its_cache` consider pages in the page cache that
+    /// are not yet on disk. On any other one, the file is synced before its holes are queried (a
+    /// FUSE server may not know about pages written through a mapping), and the answer is not
+    /// trusted if the file has more allocated than the reported data needs.
     pub(crate) fn of(file: &File, len: u64) -> io::Result<Self> {
         let walked = Walked::all(file, len)?;
         if walked.bytes >= len || knows_its_cache(file) {
@@ -65,7 +67,7 @@ impl Extents {
         Ok(walked.extents)
     }
 
-    /// A file without holes.
+    /// Returns the extents of a file without holes.
     #[expect(
         clippy::single_range_in_vec_init,
         reason = "one extent, not many numbers"
@@ -77,19 +79,19 @@ impl Extents {
         }
     }
 
-    /// Bytes of whole pages of the file that are holes, however short.
+    /// Returns the number of bytes in whole pages of the file that are holes, however short.
     pub(crate) fn hole_bytes(&self) -> u64 {
         self.hole_bytes
     }
 
-    /// Bytes of data.
+    /// Returns the number of bytes of data.
     pub(crate) fn data_bytes(&self) -> u64 {
         self.data.iter().map(|range| range.end - range.start).sum()
     }
 
-    /// Walks `range` of the file in whole pages counted from its start, wherever that lies: a page
-    /// is a hole only if no byte of it is data. The length of `range` is a multiple of the page
-    /// size.
+    /// Walks `range` of the file in whole pages counted from its start, which need not be aligned
+    /// in the file. A page is a hole only if no byte of it is data. The length of `range` must be a
+    /// multiple of the page size.
     pub(crate) fn stretches(&self, range: Range<u64>) -> impl Iterator<Item = Stretch> {
         let len = range.end - range.start;
         let first = self.data.partition_point(|data| data.end <= range.start);
@@ -110,7 +112,7 @@ impl Extents {
             if at >= len {
                 return None;
             }
-            // Extents that meet in one page were rounded into each other.
+            // Extents that share a page were rounded to overlap.
             while data.next_if(|next| next.end <= at).is_some() {}
             let stretch = match data.peek() {
                 Some(next) if next.start <= at => Stretch::Data(at..next.end),
@@ -124,7 +126,7 @@ impl Extents {
         })
     }
 
-    /// Where the byte lies that has `position` bytes of data before it.
+    /// Returns the offset of the byte that follows `position` bytes of data.
     pub(crate) fn nth_data_byte(&self, mut position: u64) -> Option<u64> {
         for range in &self.data {
             let len = range.end - range.start;
@@ -137,12 +139,12 @@ impl Extents {
     }
 }
 
-/// What a file system says of a file.
+/// The extents of a file as its file system reports them.
 struct Walked {
     extents: Extents,
-    /// Data without the short holes between.
+    /// Number of bytes of data, without the short holes between.
     bytes: u64,
-    /// Number of extents, counted before those with short holes between were joined.
+    /// Number of extents before those separated by short holes were joined.
     count: u64,
 }
 
@@ -151,13 +153,13 @@ impl Walked {
         let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
         let mut data: Vec<Range<u64>> = Vec::new();
         let (mut bytes, mut count) = (0, 0);
-        // Pages with data, and the end of the last of them.
+        // Bytes of the pages with data, and the end of the last of them.
         let (mut data_bytes, mut data_end) = (0, 0);
         let mut at = 0;
         while at < len {
             let start = match seek(file, at, Whence::SeekData) {
                 Ok(start) => start.min(len),
-                // Nothing but a hole up to the end.
+                // Only a hole follows, up to the end.
                 Err(Errno::ENXIO) => break,
                 Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS) if data.is_empty() => {
                     return Ok(Self {
@@ -173,7 +175,7 @@ impl Walked {
             }
             let end = match seek(file, start, Whence::SeekHole) {
                 Ok(end) => end.min(len),
-                // The file became shorter; whoever reads it will find out.
+                // The file became shorter; reading it will fail.
                 Err(Errno::ENXIO) => len,
                 Err(error) => return Err(error.into()),
             };
@@ -198,7 +200,7 @@ impl Walked {
         })
     }
 
-    /// The most that the file takes on the disk if all else is holes.
+    /// Returns the maximum disk usage of the file if everything else is holes.
     fn allocated_at_most(&self) -> u64 {
         let aside = if self.count > EXTENTS_ASIDE {
             PAGE + self.count * BYTES_PER_EXTENT_ASIDE
@@ -209,8 +211,8 @@ impl Walked {
     }
 }
 
-/// Whether a file lies in a file system of the kernel's own that looks into the page cache before
-/// it calls something a hole.
+/// Whether the file is on one of the kernel's own file systems that check the page cache before
+/// they report a hole.
 fn knows_its_cache(file: &File) -> bool {
     let known = [
         BTRFS_SUPER_MAGIC,
@@ -261,7 +263,7 @@ mod tests {
             data: vec![0..100, 4196..4197, 100_000..200_000],
             hole_bytes: 0,
         };
-        // The range begins 100 bytes into the file: its second page holds byte 4196.
+        // The range begins 100 bytes into the file, so its second page holds byte 4196.
         assert_eq!(
             walk(&extents, 100..100 + 3 * 4096),
             [
@@ -304,7 +306,7 @@ mod tests {
             file.write_all_at(&[1; 4096], place).unwrap();
         }
         let extents = Extents::of(&file, 8 << 20).unwrap();
-        // All but the end behind the last page is read as if it were data.
+        // Everything except the hole behind the last page is read as data.
         let walked = walk(&extents, 0..8 << 20);
         assert!(matches!(&walked[0], Stretch::Data(range) if range.end > 7 << 20));
         assert_eq!(extents.hole_bytes(), (8 << 20) / 8 * 7);
@@ -323,7 +325,7 @@ mod tests {
         };
         assert_eq!(most(0, 0), 0);
         assert_eq!(most(5000, 2), 8192);
-        // The tree of extents of a file in a thousand pieces, as ext4 keeps it.
+        // The extent tree of a file in a thousand pieces, as ext4 stores it.
         assert!(most(4096 * 1000, 1000) >= 4096 * 1000 + 4 * 4096);
     }
 }

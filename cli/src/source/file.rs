@@ -1,4 +1,4 @@
-//! A source that can be read at any place, and that nobody should change meanwhile.
+//! A source with random access that should not change while it is read.
 
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Seek as _, SeekFrom};
@@ -15,13 +15,13 @@ use super::{CHUNK, PAGE, Remark, Samples, Sampling, Sink};
 use crate::names;
 use crate::signals::Cancel;
 
-/// What a path turned out to be.
+/// Kinds of source that a path can name.
 pub(crate) enum Opened {
     File(SourceFile),
     Pipe(File),
 }
 
-/// A regular file or block device, with its size when it was opened.
+/// A regular file or block device, with its size at opening.
 #[derive(Debug)]
 pub(crate) struct SourceFile {
     file: File,
@@ -30,7 +30,7 @@ pub(crate) struct SourceFile {
     at_opening: Stamp,
 }
 
-/// Size and times of a regular file at one moment; nothing of anything else.
+/// Size and times of a regular file at one moment; `None` for anything else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp(Option<Times>);
 
@@ -38,17 +38,18 @@ pub(crate) struct Stamp(Option<Times>);
 struct Times {
     len: u64,
     written: (i64, i64),
-    /// Can't be set back, as that of writing can.
+    /// Time of the last change of the inode. Unlike the modification time, it can't be set back.
     changed: (i64, i64),
 }
 
-/// A difference between two stamps of one file.
+/// Difference between two stamps of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     None,
-    /// It was written to, or its time of writing was set.
+    /// The file was written to, or its modification time was set.
     Written,
-    /// Its attributes or links changed, or it was written to and the time of that was set back.
+    /// The attributes or links changed, or the file was written to and its modification time set
+    /// back.
     Touched,
     Size,
 }
@@ -62,7 +63,7 @@ impl Stamp {
         }))
     }
 
-    /// Tells what became of the file until it got the stamp `now`.
+    /// Returns how the file changed between this stamp and `now`.
     pub(crate) fn change(self, now: Self) -> Change {
         match (self.0, now.0) {
             (Some(before), Some(now)) if before.len != now.len => Change::Size,
@@ -73,17 +74,17 @@ impl Stamp {
     }
 }
 
-/// Opens `path` for reading, if it is something that holds memory.
+/// Opens `path` for reading, if it can hold memory.
 pub(crate) fn open(path: &Path) -> Result<Opened> {
     let named = || format!("cannot open {}", names::path(path));
-    // Not blocking, so that a pipe whose writer hasn't come yet can be waited for with Ctrl-C in
-    // mind.
+    // Opens without blocking, so that waiting for the writer of a pipe can be interrupted with
+    // Ctrl-C.
     let file = File::options()
         .read(true)
         .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
         .open(path)
         .map_err(|error| match path.metadata() {
-            // Its own error says that there is no such device.
+            // The error of opening a socket would say that there is no such device.
             Ok(metadata) if metadata.file_type().is_socket() => no_memory(path, "a socket"),
             _ => anyhow::Error::new(error).context(named()),
         })?;
@@ -120,7 +121,7 @@ fn no_memory(path: &Path, what: &str) -> anyhow::Error {
     )
 }
 
-/// Takes standard input if it is a regular file of which nothing was read yet.
+/// Takes standard input if it is a regular file that has not been read from yet.
 pub(crate) fn stdin() -> Result<Option<SourceFile>> {
     let named = || "standard input";
     let fd = io::stdin().as_fd().try_clone_to_owned().context(named())?;
@@ -150,14 +151,14 @@ impl SourceFile {
         &self.file
     }
 
-    /// The first bytes, to tell what it is.
+    /// Returns the first bytes, from which the kind of file is guessed.
     pub(crate) fn start(&self) -> Result<Vec<u8>> {
         let mut start = vec![0; usize::try_from(self.len)?.min(START_BYTES)];
         self.read(&mut start, 0)?;
         Ok(start)
     }
 
-    /// Where the data is.
+    /// Finds the data of the file.
     pub(crate) fn extents(&self) -> Result<Extents> {
         if self.at_opening.0.is_none() {
             return Ok(Extents::dense(self.len));
@@ -179,7 +180,7 @@ impl SourceFile {
             })
     }
 
-    /// Delivers `range` of the file, whole pages counted from its start.
+    /// Delivers `range` of the file, in whole pages counted from its start.
     pub(crate) fn feed(
         &self,
         extents: &Extents,
@@ -205,7 +206,7 @@ impl SourceFile {
         Ok(())
     }
 
-    /// Pages from places spread evenly over the data.
+    /// Samples pages from places spread evenly over the data.
     pub(crate) fn sample(&self, extents: &Extents, wanted: &Sampling) -> Result<Samples> {
         let mut samples = Samples {
             all: extents.data_bytes(),
@@ -231,8 +232,9 @@ impl SourceFile {
         Ok(samples)
     }
 
-    /// Compares it, after the last read, with what was opened. A size that changed means that parts
-    /// are missing; a write meanwhile may have torn the snapshot, which only the user can judge.
+    /// Compares the file, after the last read, with its state at opening. A changed size is an
+    /// error, since parts are missing. A write may have torn the snapshot, which only the user can
+    /// judge, so it gives a remark.
     pub(crate) fn check_unchanged(&self) -> Result<Option<Remark>> {
         let metadata = self
             .file
@@ -259,7 +261,7 @@ impl SourceFile {
         }))
     }
 
-    /// Says why a read ended early.
+    /// Returns the error for a read that ended early.
     fn changed_size(&self) -> anyhow::Error {
         let path = names::path(&self.path);
         match self.file.metadata().map(|metadata| metadata.len()) {

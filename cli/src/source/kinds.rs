@@ -1,40 +1,42 @@
-//! Which files are surely no plain memory: those that hold it in a container that isn't read, and
-//! those that hold something else. All are told by bytes at a fixed place near their start.
+//! Kinds of files that are certainly not plain memory: those that hold it in a container that can't
+//! be read, and those that hold something else. All are recognized by bytes at a fixed place near
+//! their start.
 
 use snapshot_format::layout::HEADER_MAGIC;
 
 use super::elf_core;
 
-/// Where the low 16 bits of the number at the start of a Firecracker state end.
+/// Bytes that follow the low 16 bits of the number at the start of a Firecracker state, by
+/// architecture.
 const FIRECRACKER_MAGICS: [&[u8]; 2] = [b"\x64\x86\x84\x19\x10\x07", b"\xaa\xaa\x84\x19\x10\x07"];
 
-/// What the first bytes look like.
+/// Guess from the first bytes.
 pub(super) enum Guess {
     Raw,
     ElfCore,
-    /// Surely a mistake.
+    /// A file that was certainly given by mistake.
     Other(&'static Kind),
 }
 
-/// Bytes at the start of a file that are looked at.
+/// Number of bytes at the start of a file that are checked.
 pub(super) const START_BYTES: usize = 4096;
 
-/// A kind of file that is no plain memory.
+/// A kind of file that is not plain memory.
 pub(super) struct Kind {
-    /// Its first bytes, or some at another place.
+    /// The first bytes, or some at another place.
     magic: &'static [u8],
     /// Offset of the magic bytes.
     at: usize,
-    /// Bytes that it begins with as well.
+    /// Further bytes that the file must begin with.
     begins: &'static [u8],
-    /// What it is, after "is".
+    /// Description of the kind, to follow "is" in a message.
     is: &'static str,
-    /// What to do.
+    /// Advice on what to do instead.
     instead: &'static str,
 }
 
 impl Kind {
-    /// Why it is not packed, and what to do.
+    /// Returns the error message: why the file is not packed, and what to do.
     pub(super) fn refusal(&self) -> String {
         format!(
             "is {}: {}; --raw packs it as if it were memory",
@@ -103,7 +105,7 @@ const KINDS: &[Kind] = &[
         "an archive (tar)",
         "unpack it first (tar -x)",
     ),
-    // An unknown size, which is how xz writes it.
+    // Unknown size, as xz writes it.
     kind_at(
         5,
         &[0xff; 8],
@@ -137,7 +139,7 @@ const KINDS: &[Kind] = &[
     kind(b"WithouFreSpacExt", "a disk image (Parallels)", DISK),
     kind_at(0x40, b"\x7f\x10\xda\xbe", b"", "a disk image (VDI)", DISK),
     kind(b"QEVM", "a migration stream of QEMU", DUMP_ANEW),
-    // "LibvirtQemudSave", or "LibvirtQemudPart" while it is written.
+    // "LibvirtQemudSave", or "LibvirtQemudPart" while the file is being written.
     kind(
         b"LibvirtQemu",
         "a saved domain of libvirt (virsh save)",
@@ -160,11 +162,12 @@ const KINDS: &[Kind] = &[
     kind(b"HIBR", HIBERNATION, CONVERT),
     kind(b"wake", HIBERNATION, CONVERT),
     kind(b"WAKE", HIBERNATION, CONVERT),
-    // The magic numbers of all images but that of the pages, of service files, and of inventories.
+    // The magic numbers of all images (except that of the pages), of service files, and of
+    // inventories.
     kind(b"\x19\x43\x56\x54", CRIU, RESTORE_CRIU),
     kind(b"\x40\x59\x10\x55", CRIU, RESTORE_CRIU),
     kind(b"\x16\x31\x31\x58", CRIU, RESTORE_CRIU),
-    // 64 bits and 32, little-endian.
+    // 64-bit and 32-bit, little-endian.
     kind(b"\xcf\xfa\xed\xfe", MACH_O, CONVERT),
     kind(b"\xce\xfa\xed\xfe", MACH_O, CONVERT),
     kind(
@@ -218,7 +221,7 @@ const fn kind_at(
     }
 }
 
-/// Frames that zstd and lz4 skip have 16 magic numbers.
+/// Frames that zstd and lz4 skip. They have 16 magic numbers.
 static SKIPPABLE: Kind = kind_at(
     1,
     b"\x2a\x4d\x18",
@@ -234,7 +237,7 @@ impl Kind {
     }
 }
 
-/// Says what a file is that starts with `start`.
+/// Guesses the kind of a file that starts with `start`.
 pub(super) fn guess(start: &[u8]) -> Guess {
     if elf_core::is_core(start) {
         return Guess::ElfCore;
@@ -249,7 +252,8 @@ pub(super) fn guess(start: &[u8]) -> Guess {
 }
 
 /// Whether a file that starts with `start` is the state of a Firecracker VM. Its first number has
-/// the architecture in its upper bits; bitcode, which newer releases write, puts a byte before it.
+/// the architecture in its upper bits. Newer releases write bitcode, which puts a byte before the
+/// number.
 pub(crate) fn is_firecracker_state(start: &[u8]) -> bool {
     [2, 3].iter().any(|&at| {
         let after = start.get(at..).unwrap_or_default();
@@ -295,7 +299,7 @@ mod tests {
     fn memory_and_cores_are_taken() {
         assert!(!is_refused(&[]));
         assert!(!is_refused(&[0; 64]));
-        // The interrupt vectors of a guest, where its memory begins.
+        // Interrupt vectors of a guest, at the start of its memory.
         assert!(!is_refused(
             b"\x53\xff\x00\xf0\x53\xff\x00\xf0\xc3\xe2\x00\xf0"
         ));
@@ -305,7 +309,7 @@ mod tests {
 
     #[test]
     fn states_of_firecracker_are_known() {
-        // As bincode and bitcode write the number, for both architectures.
+        // The number as written by bincode and bitcode, for both architectures.
         for start in [
             &b"\x00\x00\x64\x86\x84\x19\x10\x07\x05\x00"[..],
             b"\x01\x00\x64\x86\x84\x19\x10\x07",

@@ -1,4 +1,4 @@
-//! Where memory comes from. Every source walks its pages once, in order, into a [`Sink`].
+//! Sources of memory. Every source delivers its pages once, in order, to a [`Sink`].
 
 mod elf_core;
 mod extents;
@@ -29,58 +29,59 @@ pub(crate) use kinds::is_firecracker_state;
 pub(crate) use process::{HeldProcess, Place};
 pub(crate) use raw::MERGE_A_DIFF;
 
-/// Bytes of a page: what sources are counted in.
+/// Size of the pages in which sources are counted, in bytes.
 pub(crate) const PAGE: u64 = PAGE_SIZE_U64;
 
-/// Bytes read at once: long enough for the disk, short enough to notice Ctrl-C.
+/// Number of bytes read at once: long enough for the disk, short enough to react to Ctrl-C.
 const CHUNK: usize = 1 << 20;
 
-/// Pages of nothing, so many in a row or more, are left out: 64 GiB. Sanitizers and some runtimes
-/// set terabytes aside as if to use them, and a snapshot has 64 bytes for each 2 MiB.
+/// Minimum length of a run of pages without content that is left out: 64 GiB. Sanitizers and some
+/// runtimes reserve terabytes, and a snapshot takes 64 bytes for each 2 MiB.
 const VAST: u64 = (64 << 30) / PAGE;
 
-/// A contiguous range of the owner's memory, as it goes into the snapshot.
+/// A contiguous range of the owner's memory, as recorded in the snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Region {
-    /// Address in the owner's terms.
+    /// Start address in the owner's address space.
     pub(crate) start: u64,
-    /// Protection and sharing, in the bits of the format.
+    /// Protection and sharing, as flags of the format.
     pub(crate) flags: u32,
     /// Page size of the owner's mapping, as a power of two.
     pub(crate) page_shift: u32,
-    /// What the owner calls it; may be empty.
+    /// The owner's name for the region; may be empty.
     pub(crate) name: String,
 }
 
-/// Takes memory in order. Page counts are of 4 KiB; `bytes` are whole pages.
+/// A receiver of memory, in order. Page counts are in pages of 4 KiB; `bytes` are whole pages.
 pub(crate) trait Sink {
-    /// What follows, until the next call, belongs to this region.
+    /// Starts a region, to which everything belongs until the next call.
     fn region(&mut self, region: &Region) -> Result<()>;
-    /// Pages with these contents.
+    /// Takes pages with these contents.
     fn pages(&mut self, bytes: &[u8]) -> Result<()>;
-    /// Zero pages.
+    /// Takes zero pages.
     fn zeros(&mut self, pages: u64) -> Result<()>;
-    /// Pages that could not be read.
+    /// Takes pages that could not be read.
     fn unavailable(&mut self, pages: u64) -> Result<()>;
 }
 
-/// How a source was taken, where that may not be how it was meant. Nothing is left out, and nothing
-/// taken for something else, without one.
+/// A way in which a source may have been read differently than intended. Whenever something is left
+/// out or reinterpreted, there is a remark.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Remark {
-    /// Key of the snapshot's property that records it.
+    /// Key of the snapshot's property that records the remark.
     pub(crate) key: &'static str,
     /// Value of that property.
     pub(crate) value: String,
     /// Sentence for people.
     pub(crate) text: String,
-    /// Whether something is missing: then it is a warning too.
+    /// Whether something is missing, so that the remark is also a warning.
     #[serde(skip)]
     pub(crate) warning: bool,
 }
 
 impl Remark {
-    /// Tells that [`VAST`] memory was left out; `what` says which memory, and why.
+    /// Returns the remark that [`VAST`] memory was left out, if any was; `what` names the memory
+    /// and the reason.
     fn left_out(pages: u64, what: &str) -> Option<Self> {
         (pages > 0).then(|| Self {
             key: "source.left_out_bytes",
@@ -91,12 +92,12 @@ impl Remark {
     }
 }
 
-/// How much of a source to look at.
+/// Amount of a source to sample.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sampling {
-    /// At most so much in all.
+    /// Maximum number of bytes in all.
     pub(crate) bytes: usize,
-    /// So much at each place: what will be compressed together.
+    /// Number of bytes at each place: the amount that will be compressed together.
     pub(crate) piece: usize,
 }
 
@@ -109,22 +110,22 @@ impl Sampling {
 /// Pages from all over a source.
 #[derive(Debug, Default)]
 pub(crate) struct Samples {
-    /// Those that weren't zero, one after the other.
+    /// Contents of the sampled pages that are not zero, one after the other.
     pub(crate) bytes: Vec<u8>,
-    /// Bytes that were looked at.
+    /// Number of bytes sampled.
     seen: u64,
-    /// Bytes that there are to look at.
+    /// Number of bytes that could be sampled.
     all: u64,
 }
 
 impl Samples {
-    /// Bytes of the source that aren't zero, by what was seen.
+    /// Returns the estimated number of bytes of the source that are not in zero pages.
     pub(crate) fn expected_bytes(&self) -> u64 {
         let share = u128::from(self.all) * self.bytes.len() as u128;
         u64::try_from(share / u128::from(self.seen.max(1))).unwrap_or(u64::MAX)
     }
 
-    /// Takes the whole pages of `bytes` that aren't zero throughout.
+    /// Keeps the whole pages of `bytes` that are not zero.
     fn keep(&mut self, bytes: &[u8]) {
         self.seen += bytes.len() as u64;
         for page in bytes.chunks_exact(PAGE_SIZE) {
@@ -135,36 +136,36 @@ impl Samples {
     }
 }
 
-/// Memory to pack.
+/// A source of memory to pack.
 pub(crate) trait Source {
-    /// What it is, for the snapshot's properties: key and value.
+    /// Describes the source in key-value pairs for the snapshot's properties.
     fn describe(&self) -> Vec<(String, String)>;
-    /// Pages that it will deliver, if that is known beforehand.
+    /// Returns the number of pages to be delivered, if it is known beforehand.
     fn pages(&self) -> Option<u64>;
-    /// Some pages from all over it, for training a dictionary. Nothing if it can only be read
-    /// once, or has no more than that.
+    /// Samples pages from all over the source to train a dictionary. Returns nothing if the source
+    /// can only be read once, or is no larger than the sample.
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples>;
-    /// Begins to read what can't wait until the target is written to. Does nothing the second time.
+    /// Starts reading what can't wait until the target is written to. Does nothing the second time.
     fn begin(&mut self) -> Result<()> {
         Ok(())
     }
-    /// Delivers everything to `sink`, once.
+    /// Delivers everything to `sink`. Must be called only once.
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()>;
-    /// How it was taken, once it has been delivered.
+    /// Returns the remarks, after everything was delivered.
     fn remarks(&self) -> Vec<Remark> {
         Vec::new()
     }
-    /// Whether it is a raw file most of which are holes.
+    /// Whether the source is a raw file that is mostly holes.
     fn is_mostly_holes(&self) -> bool {
         false
     }
-    /// How long a process was stopped to read it.
+    /// Returns how long a process was stopped to be read, if the source is one.
     fn held(&self) -> Option<Duration> {
         None
     }
 }
 
-/// Opens what `create` was told to read.
+/// Opens the source given to `create`.
 pub(crate) fn open(
     create: &args::Create,
     output: Output,
@@ -179,7 +180,7 @@ pub(crate) fn open(
         return Err(Refusal::Usage("name a source, or a process with --pid".into()).into());
     };
     if path == Path::new("-") {
-        // A file that is redirected has holes, and can be read at any place.
+        // Standard input redirected from a file has holes and random access.
         return match file::stdin()? {
             Some(file) => open_file(file, create, cancel),
             None => Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?)),
@@ -213,11 +214,11 @@ fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! A sink that remembers, for the tests of every source.
+    //! A sink that records what it gets, for the tests of every source.
 
     use super::*;
 
-    /// What a source delivered.
+    /// A delivery of a source.
     #[derive(Debug, PartialEq, Eq)]
     pub(crate) enum Piece {
         Pages(Vec<u8>),
@@ -241,7 +242,7 @@ pub(crate) mod testing {
             }
         }
 
-        /// The contents of region `index`; `None` where a page is unavailable.
+        /// Returns the contents of a page of region `index`; `None` if the page is unavailable.
         pub(crate) fn page(&self, index: usize, mut page: u64) -> Option<Vec<u8>> {
             for piece in &self.regions[index].1 {
                 let pages = match piece {

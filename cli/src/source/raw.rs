@@ -1,4 +1,4 @@
-//! A raw memory file: byte n is the memory's byte n.
+//! A raw memory file: byte n of the file is byte n of the memory.
 
 use anyhow::{Result, bail};
 use indicatif::BinaryBytes;
@@ -10,7 +10,7 @@ use crate::args::Holes;
 use crate::names;
 use crate::signals::Cancel;
 
-/// How to make memory of a diff.
+/// Advice on how to turn a diff into memory.
 pub(crate) const MERGE_A_DIFF: &str = "merge it into its base first (Firecracker: snapshot-editor \
      edit-memory rebase --memory-path BASE --diff-path DIFF)";
 
@@ -20,15 +20,16 @@ pub(crate) struct Raw {
     file: SourceFile,
     extents: Extents,
     hole_bytes: u64,
-    /// What holes mean, if that was said.
+    /// Meaning of holes, if the user stated it.
     holes: Option<Holes>,
-    /// Whether it changed while it was read.
+    /// Remark if the file changed while it was read.
     changed: Option<Remark>,
     cancel: Cancel,
 }
 
 impl Raw {
-    /// Takes a file as memory. `is_known` tells that it looks like something else.
+    /// Opens a file as memory. `is_known` tells that the file looks like another kind, so that an
+    /// error does not suggest padding it.
     pub(crate) fn open(
         file: SourceFile,
         is_known: bool,
@@ -63,7 +64,7 @@ impl Raw {
     }
 }
 
-/// The one region of memory that has no addresses of its own.
+/// Returns the single region of memory that has no addresses of its own.
 pub(super) fn region() -> Region {
     Region {
         page_shift: 12,
@@ -176,7 +177,7 @@ mod tests {
         }
     }
 
-    /// Writes a byte until the file's times have moved on: a kernel's clock may be coarse.
+    /// Writes a byte until the file's times have advanced: a kernel's clock may be coarse.
     fn write_later(file: &std::fs::File) {
         let times = |file: &std::fs::File| {
             let metadata = file.metadata().unwrap();

@@ -1,4 +1,4 @@
-//! Memory that streams by once: standard input, or a named pipe.
+//! Memory that can be read only once: standard input, or a named pipe.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read as _, Seek as _};
@@ -19,9 +19,9 @@ use crate::signals::Cancel;
 pub(crate) struct Stream {
     file: File,
     name: String,
-    /// Bytes of a redirected file that lie before the place where reading began.
+    /// Number of bytes of a redirected file before the position at which reading began.
     skipped: u64,
-    /// Don't look at what it is.
+    /// Whether to skip the check for other kinds of files.
     raw: bool,
     cancel: Cancel,
 }
@@ -63,12 +63,12 @@ impl Stream {
         }
     }
 
-    /// Fills `buffer` unless the stream ends before; returns how much came.
+    /// Fills `buffer` unless the stream ends before. Returns the number of bytes read.
     fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
-            // A pipe that no writer has opened yet reports neither data nor its end: nothing is
-            // taken for an end that isn't one.
+            // A pipe that no writer has opened yet reports neither data nor its end, so this does
+            // not mistake that state for the end.
             self.cancel.wait_readable(self.file.as_fd())?;
             match self.file.read(&mut buffer[filled..]) {
                 Ok(0) => break,

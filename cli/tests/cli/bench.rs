@@ -1,4 +1,4 @@
-//! The comparison with other ways to restore.
+//! Comparison with other ways to restore.
 
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
@@ -17,7 +17,7 @@ const EVERYBODY: [&str; 7] = [
     "unzstd",
 ];
 
-/// Memory of 16 MiB, and whether it can be restored lazily here.
+/// Writes an image of 16 MiB. Returns whether memory can be restored lazily on this machine.
 fn prepared(test: &str, folder: &Folder) -> bool {
     folder.write("raw", &Mix::new(4096, 7).bytes());
     match OpenOptions::new().open() {
@@ -56,7 +56,7 @@ fn every_contender_reads_the_same_bytes_in_every_way_to_touch() {
             list.iter().any(|entry| entry["contender"] == name)
         };
         for name in EVERYBODY {
-            // A handler can be on the core of one toucher only.
+            // A handler can be pinned to the core of only one touching thread.
             let cannot = way.contains(&"--threads") && name == "handler-pinned";
             assert_eq!(has(absent, name), cannot, "{way:?}: {name}: {absent:?}");
             assert_eq!(has(rows, name), !cannot, "{way:?}: {name}: {rows:?}");

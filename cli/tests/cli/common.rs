@@ -1,4 +1,4 @@
-//! Running the command and looking at what it said.
+//! Helpers to run the command and check its output.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// What the operating system's words end up as: the program to run.
+/// Returns the path of the program to run.
 pub(crate) fn program() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_snaprestore"))
 }
 
-/// `snaprestore` with arguments, and nothing on standard input.
+/// Returns a `snaprestore` command with arguments, and nothing on standard input.
 pub(crate) fn command<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(program());
     command.args(args).stdin(Stdio::null());
     command
 }
 
-/// `command`, started with the default action for all that ends it, whatever the parent of these
-/// tests ignores: under `nohup` a hang-up would be waited for in vain.
+/// Makes `command` start with the default actions for all signals that terminate it, whatever the
+/// parent of these tests ignores: under `nohup`, it would never react to a hang-up.
 pub(crate) fn with_default_signals(mut command: Command) -> Command {
     let reset = || {
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -41,7 +41,7 @@ pub(crate) fn with_default_signals(mut command: Command) -> Command {
     command
 }
 
-/// `command`, started where no `/proc` is mounted, which needs root.
+/// Makes `command` start where no `/proc` is mounted, which needs root.
 pub(crate) fn without_proc(mut command: Command) -> Command {
     let hide = || {
         let none = c"none".as_ptr();
@@ -74,14 +74,14 @@ pub(crate) fn without_proc(mut command: Command) -> Command {
     command
 }
 
-/// Runs the command in `folder`.
+/// Runs the command in `folder`, and returns its results.
 pub(crate) fn run(folder: &Folder, args: &[&str]) -> Run {
     Run::of(command(args).current_dir(folder.path()))
 }
 
-/// Runs the command in `folder` as a user without any rights, which needs root.
+/// Runs the command in `folder` as an unprivileged user, which needs root.
 pub(crate) fn as_nobody(folder: &Folder, args: &[&str]) -> Run {
-    // Where that user may run and write.
+    // That user must be able to run the copy in the folder, and to write there.
     let mode = fs::Permissions::from_mode(0o777);
     fs::set_permissions(folder.path(), mode.clone()).unwrap();
     fs::copy(program(), folder.file("snaprestore")).unwrap();
@@ -95,8 +95,8 @@ pub(crate) fn as_nobody(folder: &Folder, args: &[&str]) -> Run {
         .gid(65534);
     loop {
         match command.output() {
-            // A child that another test has just forked has the copy open for writing until it runs
-            // its own program.
+            // A child that another test has just forked has the copy open for writing until it
+            // executes its own program.
             Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -118,14 +118,14 @@ impl Run {
         command.output().expect("the command starts").into()
     }
 
-    /// Demands an exit code, and shows what was said if it is another.
+    /// Asserts the exit code, and shows the output if it is another one.
     #[track_caller]
     pub(crate) fn exits(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "{}\n{}", self.text(), self.err);
         self
     }
 
-    /// Demands that the error message has each of these parts.
+    /// Asserts that the error message contains each of these parts.
     #[track_caller]
     pub(crate) fn says(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -138,7 +138,7 @@ impl Run {
         String::from_utf8_lossy(&self.out).into_owned()
     }
 
-    /// Standard output as one JSON object.
+    /// Parses standard output as one JSON object.
     #[track_caller]
     pub(crate) fn json(&self) -> Value {
         let value: Value = serde_json::from_slice(&self.out)
@@ -158,7 +158,7 @@ impl From<Output> for Run {
     }
 }
 
-/// A folder of a test's own, gone afterwards.
+/// A temporary folder of one test, deleted afterwards.
 pub(crate) struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -182,7 +182,7 @@ impl Folder {
         fs::read(self.file(name)).expect("reading a test file")
     }
 
-    /// The names in it, sorted.
+    /// Returns the names in the folder, sorted.
     pub(crate) fn names(&self) -> Vec<String> {
         let mut names: Vec<_> = fs::read_dir(self.path())
             .expect("listing a folder")
@@ -193,7 +193,7 @@ impl Folder {
     }
 }
 
-/// Waits until `done` says so; panics after a time that no working machine needs.
+/// Waits until `done` returns true; panics after a time that no working machine needs.
 #[track_caller]
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
@@ -203,11 +203,11 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// The state letters of all threads of process `pid`.
+/// Returns the state letters of all threads of process `pid`.
 pub(crate) fn states(pid: u32) -> String {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there");
     let state = |task: std::io::Result<fs::DirEntry>| {
-        // The name before it is any bytes.
+        // The name before it may be any bytes.
         let stat = fs::read(task.ok()?.path().join("stat")).ok()?;
         let stat = String::from_utf8_lossy(&stat);
         stat.rsplit_once(") ")?.1.chars().next()
@@ -223,7 +223,7 @@ pub(crate) fn finish(child: Child) -> Run {
         .into()
 }
 
-/// As [`finish`], but panics if it hasn't ended after `timeout`.
+/// Waits for a child like [`finish`], but panics if it hasn't exited after `timeout`.
 #[track_caller]
 pub(crate) fn finish_within(mut child: Child, timeout: Duration) -> Run {
     let began = Instant::now();
@@ -237,12 +237,12 @@ pub(crate) fn finish_within(mut child: Child, timeout: Duration) -> Run {
     finish(child)
 }
 
-/// Makes a named pipe.
+/// Creates a named pipe.
 pub(crate) fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::from_bits_truncate(0o600)).expect("a fifo");
 }
 
-/// Key and value of what `create` remarks on its source.
+/// Returns the keys and values of `create`'s remarks on its source.
 #[track_caller]
 pub(crate) fn remarks(report: &Value) -> Vec<(String, u64)> {
     let remarks = report["remarks"].as_array().expect("a list of remarks");
@@ -256,7 +256,7 @@ pub(crate) fn remarks(report: &Value) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// A number of a JSON report.
+/// Returns a number of a JSON report.
 #[track_caller]
 pub(crate) fn number(report: &Value, key: &str) -> u64 {
     report[key]
@@ -264,7 +264,7 @@ pub(crate) fn number(report: &Value, key: &str) -> u64 {
         .unwrap_or_else(|| panic!("no number {key:?} in {report}"))
 }
 
-/// Bytes that nothing compresses.
+/// Returns incompressible bytes.
 pub(crate) fn noise(len: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut bytes = vec![0; len];

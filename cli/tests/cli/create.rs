@@ -1,4 +1,4 @@
-//! Memory in, snapshot out, memory out again.
+//! Packing memory into a snapshot, and extracting it again.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -13,7 +13,7 @@ use crate::common::{
     wait_until,
 };
 
-/// An image of every kind of page, 4 MiB and a part of a block.
+/// Returns an image with every kind of page, 4 MiB and a part of a block.
 fn image() -> Vec<u8> {
     Mix::new(1100, 7).bytes()
 }
@@ -108,7 +108,7 @@ fn holes_are_not_read_and_come_back_as_holes() {
     assert_eq!(number(&report, "pages"), 1 << 28);
     assert_eq!(number(&report, "zero_pages"), (1 << 28) - 3);
 
-    // As much as the file system of the test holds as one file.
+    // As much as the test's file system can hold in one file.
     let small = File::create(folder.file("small")).unwrap();
     small.set_len(1 << 30).unwrap();
     small.write_all_at(&page, 700 << 20).unwrap();
@@ -127,13 +127,13 @@ fn holes_are_not_read_and_come_back_as_holes() {
     assert_eq!(found, page);
 }
 
-/// Starts of states, as releases of Firecracker with bincode and with bitcode write them.
+/// Starts of states as written by releases of Firecracker with bincode and with bitcode.
 const STATES: [&[u8]; 2] = [
     b"\x00\x00\x64\x86\x84\x19\x10\x07\x06\x00\x00\x00\x00\x00\x00\x00",
     b"\x00\x00\x00\x64\x86\x84\x19\x10\x07\x06\x31\x31\x2e\x30\x2e\x30",
 ];
 
-/// A file of 8 MiB with 64 KiB of data.
+/// Writes a file of 8 MiB with 64 KiB of data.
 fn write_diff(folder: &Folder, name: &str) {
     let file = File::create(folder.file(name)).unwrap();
     file.set_len(8 << 20).unwrap();
@@ -149,7 +149,7 @@ fn holes_that_were_read_as_zeros_are_told() {
     for says in ["read as zeros from holes", "snapshot-editor"] {
         assert!(told.text().contains(says), "{}", told.text());
     }
-    // Most raw files have holes: it is no warning.
+    // Most raw files have holes, so this is no warning.
     assert_eq!(told.err, "");
     let told = run(&folder, &[&create[..], &["--json"]].concat()).json();
     let remark = &told["remarks"][0];
@@ -159,13 +159,13 @@ fn holes_that_were_read_as_zeros_are_told() {
     let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
     assert_eq!(info["properties"]["source.hole_bytes"], remark["value"]);
 
-    // Who has confirmed it needs no advice.
+    // A user who has confirmed it needs no advice.
     let confirmed = [&create[..], &["--holes", "zero"]].concat();
     let told = run(&folder, &confirmed).exits(0).text();
     assert!(told.contains("as --holes zero says"), "{told}");
     assert!(!told.contains("snapshot-editor"), "{told}");
 
-    // A file is the same through standard input.
+    // A file is treated the same through standard input.
     let stdin = File::open(folder.file("diff")).unwrap();
     let mut piped = command(["create", "-", "-o", "s", "-f", "--json"]);
     let piped = Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
@@ -205,7 +205,7 @@ fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
         )
         .exits(0);
         assert_eq!(folder.read("out"), folder.read("state"));
-        // All memory of a VM, and a file beside which something else is attached.
+        // The full memory of a VM, and a diff beside which another file is attached.
         run(
             &folder,
             &[&["create", "dense", "-o", "t"][..], &attach].concat(),
@@ -222,8 +222,8 @@ fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
     }
 }
 
-/// Pages that a guest has written lie all over its memory, with holes between that are shorter than
-/// what is read at once.
+/// The pages that a guest has written are scattered over its memory, with holes between them that
+/// are shorter than what is read at once.
 #[test]
 fn a_diff_of_scattered_pages_is_refused_and_its_holes_are_counted() {
     let folder = Folder::new();
@@ -283,7 +283,7 @@ fn files_that_are_no_memory_are_refused_by_name() {
                 .exits(1)
                 .says(&["x: is ", is, remedy, "--raw"]);
             assert!(!refused.err.contains("truncate"), "{}", refused.err);
-            // Also where it comes through a pipe.
+            // The file is refused through a pipe as well.
             let mut child = command(["create", "-", "-o", "s"])
                 .current_dir(folder.path())
                 .stdin(Stdio::piped())
@@ -295,7 +295,7 @@ fn files_that_are_no_memory_are_refused_by_name() {
             drop(stdin);
             finish(child).exits(1).says(&["standard input: is ", is]);
             assert_eq!(folder.names(), ["x"]);
-            // It is not all of something else, so padding it would not help.
+            // The file is not all of another kind, so padding it would not help.
             let raw = run(&folder, &["create", "--raw", "x", "-o", "s"]);
             if len == 8192 {
                 raw.exits(0);
@@ -337,7 +337,7 @@ fn file_names_of_any_bytes_are_recorded_and_shown() {
         let shown = run(&folder, &["info", "s"]).exits(0).text();
         assert!(shown.contains(recorded.last().unwrap()), "{shown}");
         assert!(!shown.contains('\x1b'), "{shown}");
-        // The same in what is said of a file that isn't there.
+        // The name is escaped as well in the error for a missing file.
         std::fs::remove_file(folder.path().join(name)).unwrap();
         for command_line in [&["create", "-o", "s", "-f"][..], &["info"], &["verify"]] {
             let mut missing = command(command_line);
@@ -358,7 +358,7 @@ fn standard_input_and_pipes_are_streamed() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // Dropped at the end of the statement: the end of the input.
+    // Dropped at the end of the statement, which ends the input.
     child.stdin.take().unwrap().write_all(&image).unwrap();
     finish(child).exits(0);
     run(&folder, &["extract", "s", "-o", "out"]).exits(0);
@@ -393,7 +393,7 @@ fn bytes_before_the_offset_of_a_redirected_file_are_told() {
     assert_eq!(all, [[2; 4096], [3; 4096]].concat());
 }
 
-/// `script`, run by a shell in which `$0` is the command.
+/// Runs `script` in a shell in which `$0` is the command.
 fn shell(folder: &Folder, script: &str) -> Run {
     let mut shell = Command::new("/bin/sh");
     let shell = shell.args(["-c", script]).arg(program());
@@ -424,7 +424,7 @@ fn file_size_limit_is_an_error_that_names_it() {
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);
     let names = folder.names();
     for args in ["create raw -o t", "extract s -o t", "extract s -o - >t"] {
-        // Units of 512 bytes or of 1 KiB, by the shell.
+        // The unit is 512 bytes or 1 KiB, depending on the shell.
         shell(&folder, &format!("ulimit -f 2048; exec \"$0\" {args}"))
             .exits(1)
             .says(&["File too large", "RLIMIT_FSIZE", "ulimit -f"]);
@@ -477,7 +477,7 @@ fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
         .unwrap();
     let mut piped = vec![0; 8];
     reader.read_exact(&mut piped).unwrap();
-    // From here on the end of the command is the end of the pipe.
+    // From here on, the exit of the command ends the pipe.
     drop(both);
     reader.read_to_end(&mut piped).unwrap();
     finish(child).exits(0);
@@ -485,7 +485,7 @@ fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
     run(&folder, &["verify", "t"]).exits(0);
 }
 
-/// Opening it would wait for a reader, and Ctrl-C could not end that.
+/// Opening the pipe would wait for a reader, and Ctrl-C could not interrupt that.
 #[test]
 fn named_pipe_without_reader_is_refused_as_output() {
     let folder = Folder::new();
@@ -518,7 +518,7 @@ fn an_existing_target_stays_unless_forced() {
         .exits(1)
         .says(&["s exists already", "--force"]);
     assert_eq!(folder.read("s"), b"precious");
-    // Also when forced, until the new one is complete.
+    // With --force, the old snapshot also stays until the new one is complete.
     run(&folder, &["create", "missing", "-o", "s", "--force"])
         .exits(1)
         .says(&["missing"]);
@@ -576,7 +576,7 @@ fn what_cannot_be_read_or_written_is_named() {
             &["raw", "-o", "s", "--dictionary", "empty"],
             &["empty", "no dictionary"],
         ),
-        // Where every write fails for want of space.
+        // A target where every write fails because there is no space.
         (
             &["raw", "-o", "/dev/full", "--force"],
             &["/dev/full", "No space left"],
@@ -623,8 +623,8 @@ fn a_stream_that_ends_within_a_page_leaves_nothing() {
 #[test]
 fn a_source_that_shrinks_meanwhile_is_an_error() {
     let folder = Folder::new();
-    // Longer than all that the writer may have in memory, and nothing compresses: a pipe that
-    // nobody reads holds it back.
+    // More than the writer may have in memory, and incompressible: a pipe that nobody reads blocks
+    // it.
     folder.write("raw", &noise(160 << 20));
     let mut child = command(["create", "raw", "-o", "-", "--dictionary", "off"])
         .current_dir(folder.path())
@@ -711,7 +711,7 @@ fn an_attachment_that_changes_meanwhile_is_told_or_an_error() {
             .spawn()
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
-        // More than the pipe holds: when it is written, the command reads.
+        // More than the pipe holds: once it is written, the command is reading.
         stdin.write_all(&vec![7; 4 << 20]).unwrap();
         let state = File::options()
             .write(true)
@@ -743,11 +743,11 @@ fn an_attachment_that_changes_meanwhile_is_told_or_an_error() {
     }
 }
 
-/// Where it is not asked for, a dictionary is trained for small frames only.
+/// Unless the user asks for one, a dictionary is trained for small frames only.
 #[test]
 fn a_dictionary_is_trained_where_it_is_worth_the_time() {
     let folder = Folder::new();
-    // Words that every frame has, in an order of its own.
+    // Each frame has the same words, in a different order.
     let words: Vec<[u8; 32]> = noise(2000 * 32).as_chunks().0.to_vec();
     let order = noise((2000 * 32) + (24 << 16)).split_off(2000 * 32);
     let order = order.as_chunks::<2>().0.iter();
@@ -776,7 +776,7 @@ fn a_dictionary_is_trained_where_it_is_worth_the_time() {
 #[test]
 fn a_dictionary_can_be_brought_along() {
     let folder = Folder::new();
-    // Any bytes serve as a dictionary: those that the pages share.
+    // Any bytes can serve as a dictionary; these are shared by the pages.
     let shared: Vec<u8> = Mix::new(16, 1).bytes();
     folder.write("dictionary", &shared[..32 << 10]);
     folder.write("raw", &image());
@@ -800,7 +800,7 @@ fn a_pipe_whose_writer_comes_later_is_waited_for() {
         .current_dir(folder.path())
         .spawn()
         .unwrap();
-    // It has opened the pipe when opening the other side without waiting succeeds.
+    // Once the other side can be opened without waiting, the command has opened the pipe.
     let mut writer = None;
     wait_until("the pipe has a reader", || {
         writer = File::options().write(true).open(folder.file("in")).ok();

@@ -1,4 +1,4 @@
-//! `snaprestore ctl`, against a control socket of the test's own.
+//! `snaprestore ctl` with a control socket of the test's own.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,14 +12,15 @@ use snaprestore_fixtures::host::skipped;
 
 use crate::common::{Folder, Run, as_nobody, command, run};
 
-/// Answers each line of one connection after another, and keeps what was asked for.
+/// A server that answers each line of successive connections, and records the requests.
 struct Daemon {
     asked: Arc<Mutex<Vec<Value>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Daemon {
-    /// Listens in `folder`; gives the next of `replies` to each request, and ends after the last.
+    /// Listens in `folder`; answers each request with the next of `replies`, and exits after the
+    /// last.
     fn start(folder: &Folder, replies: Vec<Value>) -> Self {
         let path = folder.file("control");
         let _ = std::fs::remove_file(&path);
@@ -48,7 +49,7 @@ impl Daemon {
         }
     }
 
-    /// What it was asked for, when it has given all replies.
+    /// Returns the recorded requests, once all replies were sent.
     fn asked(mut self) -> Vec<Value> {
         self.thread.take().unwrap().join().unwrap();
         self.asked.lock().unwrap().clone()
@@ -60,7 +61,7 @@ fn ctl(folder: &Folder, args: &[&str]) -> Run {
     run(folder, &args.copied().collect::<Vec<_>>())
 }
 
-/// One reply to `args`: what was said, and what was asked for.
+/// Serves one reply to a command with `args`. Returns the finished command, and its request.
 fn once(folder: &Folder, reply: Value, args: &[&str]) -> (Run, Value) {
     let daemon = Daemon::start(folder, vec![reply]);
     let run = ctl(folder, args);
@@ -127,7 +128,7 @@ fn services_are_added_with_whole_paths_and_removed() {
     let (removed, asked) = once(&folder, json!({"ok": {}}), &["remove", "web", "--json"]);
     assert_eq!(removed.exits(0).json(), json!({"service": "web"}));
     assert_eq!(asked, json!({"op": "remove", "name": "web"}));
-    // What can't be right isn't sent.
+    // A request that can't be right isn't sent.
     ctl(&folder, &["list"]).exits(1);
     let _daemon = Daemon::start(&folder, Vec::new());
     let listener = UnixListener::bind(folder.file("other")).unwrap();
@@ -242,7 +243,7 @@ fn another_program_takes_over() {
 #[test]
 fn top_shows_rates_and_outlives_a_worker() {
     let folder = Folder::new();
-    // The second is asked for over another connection: the first one's daemon has hung up.
+    // The second request comes over another connection, since the first one's daemon has hung up.
     let first = Daemon::start(&folder, vec![json!({"ok": [vm(10, 900)]})]);
     let control = folder.file("control");
     let top = command(["ctl", "top", "--once", "--json", "--control"])
@@ -265,7 +266,7 @@ fn top_shows_rates_and_outlives_a_worker() {
         (&row["missing"], &row["failures"]),
         (&json!(700), &json!(1))
     );
-    // Where nobody reads along, one frame of text.
+    // Without a terminal, one frame of text is printed.
     let daemon = Daemon::start(
         &folder,
         vec![json!({"ok": [vm(1, 9)]}), json!({"ok": [vm(1, 9)]})],
@@ -291,7 +292,7 @@ fn errors_say_what_is_wrong_and_what_would_help() {
     let (run, _) = once(&folder, reply, &["stats", "9", "--json"]);
     let failure = run.exits(1).says(&["no VM 9"]).json();
     assert_eq!(failure["exit_code"], 1);
-    // Its socket was left behind.
+    // The socket of an exited daemon was left behind.
     ctl(&folder, &["list"])
         .exits(1)
         .says(&["the daemon exited"]);
@@ -305,7 +306,7 @@ fn errors_say_what_is_wrong_and_what_would_help() {
     hang_up.join().unwrap();
 }
 
-/// `ctl list` with its socket named by the variable.
+/// Runs `ctl list` with the socket named by the environment variable.
 fn run_at(folder: &Folder, control: &str) -> Run {
     let mut list: Command = command(["ctl", "list"]);
     Run::of(

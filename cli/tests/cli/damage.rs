@@ -1,4 +1,4 @@
-//! Snapshots that are broken, cut off, or none at all.
+//! Snapshots that are damaged or truncated, and files that are none.
 
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -102,7 +102,7 @@ fn what_is_no_snapshot_is_not_called_damaged() {
     }
 }
 
-/// To open a pipe waits for its writer, and no signal ends that.
+/// Opening a pipe waits for its writer, and no signal interrupts that.
 #[test]
 fn pipe_or_device_as_input_is_refused_by_name() {
     let folder = Folder::new();

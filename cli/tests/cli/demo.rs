@@ -1,4 +1,4 @@
-//! The demonstration, as a newcomer starts it.
+//! The demonstration as a newcomer starts it.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Stdio;
@@ -32,13 +32,13 @@ fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
         assert!(text.contains(line), "no {line:?} in {text}");
     }
     run(&folder, &["verify", "kept"]).exits(0);
-    // What is kept is not written over.
+    // A kept snapshot is not overwritten.
     run(&folder, &args)
         .exits(1)
         .says(&["kept", "exists", "--force"]);
     let before = folder.read("kept");
     run(&folder, &[&args[..], &["--force"]].concat()).exits(0);
-    // Even a process that did the same would get a snapshot with another identity.
+    // Even a process that did the same would get a snapshot with a different identity.
     assert_ne!(folder.read("kept"), before);
     assert_eq!(folder.names(), ["kept"]);
 

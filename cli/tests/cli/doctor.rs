@@ -1,4 +1,4 @@
-//! What this machine permits.
+//! The report about this machine's requirements.
 
 use std::fs::File;
 use std::io;
@@ -86,7 +86,7 @@ fn without_rights_it_says_what_would_give_them() {
         .unwrap();
     let remedy = check["remedy"].as_str().unwrap();
     if report["user_mode_only"] == true {
-        // Restoring works, but not for VMs: then that is the verdict.
+        // Restoring works, but not for VMs, and the verdict says so.
         assert_eq!((doctor.code, &report["ok"]), (Some(0), &true.into()));
         assert_eq!(check["state"], "limited");
         assert!(remedy.contains("for the memory of VMs"), "{remedy}");
@@ -126,7 +126,7 @@ fn with_address_space(folder: &Folder, bytes: u64, args: &[&str]) -> Run {
     Run::of(&mut command)
 }
 
-/// The kernel says no more than that there is no memory, on a machine that has some.
+/// The kernel only reports that there is no memory, on a machine that has some.
 #[test]
 fn limit_on_the_address_space_is_named() {
     const LIMIT: u64 = 8 << 30;

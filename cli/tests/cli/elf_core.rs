@@ -1,4 +1,4 @@
-//! ELF cores: made by hand, by gcore and by QEMU.
+//! ELF cores made by hand, by gcore and by QEMU.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -8,21 +8,21 @@ use snaprestore_fixtures::host::{Unavailable, ensure_program, skipped};
 use crate::common::{Folder, number, remarks, run, wait_until};
 use crate::owner::Owner;
 
-/// A core to be made. Its parts lie in the file as closely as they fit, so that nothing is aligned.
+/// A core to write. Its parts are packed as closely as they fit, so nothing is aligned.
 #[derive(Default)]
 pub(crate) struct Core {
     pub(crate) loads: Vec<Load>,
-    /// Start, end and name of mapped files.
+    /// Start, end and name of each mapped file.
     pub(crate) files: Vec<(u64, u64, Vec<u8>)>,
-    /// As QEMU writes it: physical addresses count, and a note says so.
+    /// Whether to write it like QEMU: with physical addresses, and a note that tells so.
     pub(crate) qemu: bool,
-    /// As a machine's: physical addresses, and this virtual one for all segments.
+    /// Write it like a machine: with physical addresses, and this virtual one for all segments.
     pub(crate) machine: Option<u64>,
-    /// Name of one more note.
+    /// Name of an additional note.
     pub(crate) note: &'static [u8],
-    /// Without the version of the format, as VirtualBox writes it.
+    /// Whether to leave out the format version, as VirtualBox does.
     pub(crate) no_version: bool,
-    /// 32 bits, big-endian.
+    /// Whether to write it with 32 bits, big-endian.
     pub(crate) other_machine: bool,
 }
 
@@ -34,7 +34,7 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Pages of one byte each, all in the file.
+    /// Returns pages filled with one byte each, all of them in the file.
     fn pages(start: u64, bytes: &[u8]) -> Self {
         Self {
             start,
@@ -44,7 +44,7 @@ impl Load {
     }
 }
 
-/// Writes numbers as a machine does.
+/// A buffer for numbers in a machine's format.
 struct Numbers {
     bytes: Vec<u8>,
     other_machine: bool,
@@ -67,7 +67,7 @@ impl Numbers {
         self.put(value, 4);
     }
 
-    /// An address, offset or size.
+    /// Appends an address, offset or size.
     fn long(&mut self, value: u64) {
         self.put(value, if self.other_machine { 4 } else { 8 });
     }
@@ -112,7 +112,7 @@ impl Core {
 
         let mut data = vec![0xee; 3];
         let mut segment = |out: &mut Numbers, kind, address, bytes: &[u8], memory| {
-            // Of QEMU's, the virtual addresses may say anything.
+            // In a core by QEMU, the virtual addresses may hold anything.
             let virt = match self.machine {
                 Some(virt) => virt,
                 None if self.qemu => address ^ 0xfff_0000,
@@ -140,7 +140,7 @@ impl Core {
             segment(&mut out, 1, load.start, &load.bytes, load.memory_bytes);
         }
         if many {
-            // Where the number of program headers stands when it needs more than 16 bits.
+            // This section has the number of program headers if it needs more than 16 bits.
             out.bytes.resize(out.bytes.len() + section, 0);
             let at = out.bytes.len() - section + if self.other_machine { 28 } else { 44 };
             let info = u32::try_from(count).unwrap();
@@ -195,7 +195,7 @@ impl Core {
     }
 }
 
-/// Name, start and bytes of each region.
+/// Returns the name, start and bytes of each region.
 fn regions(folder: &Folder, snapshot: &str) -> Vec<(String, u64, u64)> {
     let info = run(folder, &["info", snapshot, "--json"]).exits(0).json();
     let regions = info["regions"].as_array().unwrap();
@@ -208,7 +208,7 @@ fn regions(folder: &Folder, snapshot: &str) -> Vec<(String, u64, u64)> {
         .collect()
 }
 
-/// The bytes of a region.
+/// Returns the bytes of a region.
 fn region(folder: &Folder, snapshot: &str, number: usize) -> Vec<u8> {
     let number = number.to_string();
     let args = ["extract", snapshot, "-o", "-", "--region", &number];
@@ -223,7 +223,7 @@ fn segments_are_sorted_named_and_taken_once() {
             loads: vec![
                 Load::pages(0x9000, &[7, 8, 9]),
                 Load::pages(0x2000, &[1, 2]),
-                // Its first page is known from the one before.
+                // The first page is known from the previous segment.
                 Load::pages(0x3000, &[2, 3]),
                 Load {
                     start: 0x20000,
@@ -256,7 +256,7 @@ fn segments_are_sorted_named_and_taken_once() {
             region(&folder, "s", 2),
             [[7; 4096], [8; 4096], [9; 4096]].concat()
         );
-        // What was not dumped is unknown, not zero.
+        // Memory that was not dumped is unknown, not zero.
         let info = run(&folder, &["info", "s", "--json"]).json();
         assert_eq!(number(&info, "unavailable_pages"), 3);
     }
@@ -291,12 +291,12 @@ fn a_guest_has_physical_addresses_and_its_memory_is_one_where_it_touches() {
     assert_eq!(info["properties"]["source"], "elf core of a guest");
 }
 
-/// Properties of a snapshot.
+/// Returns the properties of a snapshot.
 fn properties(folder: &Folder, snapshot: &str) -> serde_json::Value {
     run(folder, &["info", snapshot, "--json"]).exits(0).json()["properties"].take()
 }
 
-/// Dumps of machines whose virtual addresses say nothing: of VirtualBox, and of a kernel.
+/// Dumps of machines whose virtual addresses are meaningless: by VirtualBox, and by a kernel.
 #[test]
 fn machines_are_taken_by_physical_addresses() {
     let folder = Folder::new();
@@ -305,7 +305,7 @@ fn machines_are_taken_by_physical_addresses() {
         (b"VBCORE", 0, true, "elf core of a guest"),
         (b"VMCOREINFO", 0, false, "elf core of a machine"),
         (b"VMCOREINFO", u64::MAX, false, "elf core of a machine"),
-        // No note says so, but virtual addresses contradict each other.
+        // No note tells, but the virtual addresses contradict each other.
         (b"", 0, false, "elf core of a machine"),
         (b"", u64::MAX, false, "elf core of a machine"),
     ] {
@@ -365,7 +365,7 @@ fn segments_that_contradict_each_other_are_refused_by_number_and_address() {
     assert_eq!(folder.names(), ["core"]);
 }
 
-/// The summary, the JSON object, a property and a warning tell what is not taken as it is.
+/// The summary, the JSON object, a property and a warning report what is not taken as it is.
 #[test]
 fn what_is_not_taken_completely_is_told_everywhere() {
     let folder = Folder::new();
@@ -376,7 +376,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
     };
     let memory = || Load::pages(0, &[1, 2]);
     let cases: [(&str, Core, &str, u64, u64); 4] = [
-        // Of a TPM, as QEMU dumps it.
+        // Memory of a TPM, as QEMU dumps it.
         (
             "source.filled_bytes",
             Core {
@@ -434,7 +434,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
         assert_eq!(number(&told, "unavailable_pages"), unavailable);
         run(&folder, &["verify", "s"]).exits(0);
     }
-    // The odd part is there, and what is around it is zero.
+    // The part of the page is there, and the rest is zero.
     let core = Core {
         loads: vec![
             load(0xfed4_0080, 0x780, 0x780),
@@ -447,7 +447,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
     run(&folder, &["create", "core", "-o", "s", "--force"]).exits(0);
     let parts = [vec![0; 0x80], vec![7; 0xf40], vec![0; 0x40]];
     assert_eq!(region(&folder, "s", 0), parts.concat());
-    // Nothing is told where there is nothing to tell.
+    // Without anything to report, there is no remark.
     let core = Core {
         loads: vec![memory()],
         ..Core::default()
@@ -458,7 +458,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
     assert_eq!(quiet.err, "");
 }
 
-/// Sanitizers set terabytes aside, of which the kernel dumps nothing.
+/// Sanitizers reserve terabytes of address space, of which the kernel dumps nothing.
 #[test]
 fn vast_memory_that_a_core_lacks_is_left_out_and_the_snapshot_opens() {
     let folder = Folder::new();
@@ -499,7 +499,7 @@ fn vast_memory_that_a_core_lacks_is_left_out_and_the_snapshot_opens() {
             (0x7f00_0000_0000, 0x1000)
         ]
     );
-    // Nothing but such memory is no memory at all.
+    // A core with nothing but such memory has no memory at all.
     let core = Core {
         loads: vec![lacking(0x10_0000, 1 << 34)],
         ..Core::default()
@@ -617,7 +617,7 @@ fn damaged_cores_are_refused_and_say_why() {
     refuse(&good[..good.len() - 1], "cut short");
     refuse(&good[..100], "damaged ELF core");
     refuse(&good[..40], "damaged ELF core");
-    // More program headers than 16 bits can count, and than are read. Their number stands in a
+    // More program headers than 16 bits can count, and more than are read. Their number is in a
     // section header.
     let mut many = good.clone();
     let at = many.len() as u64;
@@ -629,7 +629,7 @@ fn damaged_cores_are_refused_and_say_why() {
     refuse(&many, "1048577 program headers; at most 1048576");
     let nothing = Core::default().bytes();
     refuse(&nothing, "no memory");
-    // However it is broken, it is refused or packed: never a panic.
+    // However it is damaged, it is refused or packed; nothing panics.
     for at in (16..240).step_by(2) {
         for value in [0, 0xff] {
             let mut bytes = good.clone();
@@ -725,7 +725,7 @@ fn a_dump_by_qemu_holds_what_the_guest_held() {
         .spawn()
         .unwrap();
     let mut monitor = qemu.stdin.take().unwrap();
-    // The firmware runs meanwhile, or doesn't: both are memory.
+    // The firmware may or may not run meanwhile; its memory is there in either case.
     std::thread::sleep(std::time::Duration::from_millis(500));
     write!(
         monitor,

@@ -1,9 +1,9 @@
-//! Which memory is taken out of a snapshot.
+//! Selection of the memory to extract from a snapshot.
 
 use crate::common::{Folder, Run, command, number, run};
 use crate::elf_core::{Core, Load};
 
-/// A snapshot `s` of three regions: pages of 1; of 2, with two unknown pages; of 3.
+/// Creates a snapshot `s` of three regions: pages of 1; of 2, with two unknown pages; of 3.
 fn three_regions(folder: &Folder) {
     let load = |start, byte, pages: usize, unknown: usize| Load {
         start,
@@ -88,7 +88,7 @@ fn regions_are_named_or_numbered_and_keep_their_order() {
         folder.read("out")
     };
     assert!(extract(&["low"]) == vec![1; 3 * 4096]);
-    // A name wins over a number.
+    // A name takes precedence over a number.
     assert!(extract(&["1"]) == vec![3; 600 * 4096]);
     assert!(extract(&["2", "0"]) == [vec![1; 3 * 4096], vec![3; 600 * 4096]].concat());
     run(&folder, &["extract", "s", "-o", "none", "--region", "high"])
@@ -171,7 +171,7 @@ fn an_attachment_goes_to_standard_output() {
     );
 }
 
-/// A guest with more than 3 GiB has a gap in its addresses, below 4 GiB.
+/// A guest with more than 3 GiB has a gap in its addresses below 4 GiB.
 #[test]
 fn offsets_are_told_where_they_are_no_addresses() {
     let folder = Folder::new();
@@ -205,7 +205,7 @@ fn offsets_are_told_where_they_are_no_addresses() {
     assert_eq!(places(&info), [(0, 0), (1 << 32, 0x2000)]);
     assert!(run(&folder, &["info", "s"]).text().contains("0x2000"));
 
-    // Of memory that begins at 0 and has no gap, offsets are addresses.
+    // If memory begins at 0 and has no gap, offsets are addresses.
     folder.write("raw", &[7; 8192]);
     run(&folder, &["create", "raw", "-o", "t"]).exits(0);
     let told = run(&folder, &["extract", "t", "-o", "raw2"])

@@ -1,4 +1,4 @@
-//! Stopped by a signal: no half file, whatever the moment.
+//! Commands stopped by a signal: no incomplete file is left, whatever the moment.
 
 use std::fs::File;
 use std::io::{Read, Write as _};
@@ -14,7 +14,7 @@ use crate::common::{
     Folder, Run, command, finish, make_fifo, noise, run, wait_until, with_default_signals,
 };
 
-/// `create` from a pipe that has delivered something and goes on.
+/// Starts `create` from a pipe that has delivered some data and stays open.
 fn streaming(folder: &Folder, target: &str) -> Child {
     let mut child = with_default_signals(command([
         "create",
@@ -30,7 +30,7 @@ fn streaming(folder: &Folder, target: &str) -> Child {
     .stderr(Stdio::piped())
     .spawn()
     .unwrap();
-    // More than the pipe holds: when it is written, the command is in the middle of it.
+    // More than the pipe holds: once it is written, the command is in the middle of it.
     let bytes = vec![7; 4 << 20];
     child.stdin.as_mut().unwrap().write_all(&bytes).unwrap();
     child
@@ -51,7 +51,7 @@ fn a_signal_ends_it_without_a_trace() {
         let folder = Folder::new();
         let mut child = streaming(&folder, "s");
         send(&child, signal);
-        // It waits for input that never comes, and ends all the same.
+        // The command waits for input that never comes, and stops all the same.
         let input = child.stdin.take();
         let output = child.wait_with_output().unwrap();
         drop(input);
@@ -77,7 +77,7 @@ fn an_interrupted_command_leaves_the_old_target() {
 
 #[test]
 fn a_signal_that_the_parent_ignored_stays_ignored() {
-    // As `nohup`, and as jobs in the background of a script.
+    // Signals are ignored as with `nohup`, and in background jobs of a script.
     let folder = Folder::new();
     let mut child = std::process::Command::new("/bin/sh")
         .args([
@@ -124,7 +124,7 @@ fn waiting_for_a_pipe_can_be_interrupted() {
     assert_eq!(folder.names(), ["in"]);
 }
 
-/// Nobody reads, so that a write would wait for ever.
+/// Nobody reads, so that a write would block for ever.
 #[test]
 fn one_signal_ends_a_write_that_waits_for_its_reader() {
     let folder = Folder::new();
@@ -145,7 +145,7 @@ fn one_signal_ends_a_write_that_waits_for_its_reader() {
             let (reader, writer) = UnixStream::pair().unwrap();
             (Box::new(reader), writer.into())
         } else if args.contains(&"fifo") {
-            // Both ends, so that it is opened without waiting.
+            // Opens both ends, so that it doesn't wait.
             let both = File::options()
                 .read(true)
                 .write(true)
@@ -162,7 +162,7 @@ fn one_signal_ends_a_write_that_waits_for_its_reader() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // When something has come, the rest is more than fits.
+        // Once some data has arrived, the rest is more than the pipe holds.
         reader.read_exact(&mut [0; 8]).unwrap();
         send(&child, Signal::SIGTERM);
         wait_until("it ends", || child.try_wait().unwrap().is_some());
@@ -172,7 +172,7 @@ fn one_signal_ends_a_write_that_waits_for_its_reader() {
     assert_eq!(folder.names(), ["fifo", "raw", "s"]);
 }
 
-/// In pieces or at once, all of it arrives.
+/// Whether in pieces or at once, all data arrives.
 #[test]
 fn slow_readers_get_every_byte() {
     let folder = Folder::new();
@@ -189,7 +189,7 @@ fn slow_readers_get_every_byte() {
         };
         let mut extract = command(["extract", "s", "-o", "-", "-q"]);
         let child = extract.current_dir(folder.path()).stdout(writer).spawn();
-        // Its copy of the writing end goes with it.
+        // Closes its copy of the writing end as well.
         drop(extract);
         let mut read = Vec::new();
         let mut piece = [0; 3001];

@@ -1,5 +1,5 @@
-//! A process with unusual memory, for the tests that take it from a live one: this test program,
-//! started again.
+//! A process with unusual memory for the tests that snapshot a live process. It is this test
+//! program, started again.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -13,12 +13,12 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use crate::common::states;
 
-/// Set where this program shall be the owner.
+/// Variable that makes this program the owner.
 const ROLE: &str = "SNAPRESTORE_TEST_OWNER";
-/// Threads besides the main one.
+/// Number of threads besides the main one.
 const THREADS: usize = 8;
 
-/// The started process. It ends when this is dropped, or when the test ends.
+/// The started process. It exits when this is dropped, or when the test ends.
 pub(crate) struct Owner {
     child: Child,
     commands: ChildStdin,
@@ -31,23 +31,24 @@ impl Owner {
         Self::in_role("all")
     }
 
-    /// One without vast mappings, which gcore writes out in full.
+    /// Starts an owner without vast mappings, which gcore would write out in full.
     pub(crate) fn small() -> Self {
         Self::in_role("small")
     }
 
-    /// One with more noise than a writer may have in memory: it can't be read to the end while
-    /// nobody takes the output.
+    /// Starts an owner with more noise than a writer may have in memory: it can't be read to the
+    /// end while nobody takes the output.
     pub(crate) fn large() -> Self {
         Self::in_role("large")
     }
 
-    /// A small one, one thread of which waits in the kernel for the process `place("child")`.
+    /// Starts a small owner with a thread that waits in the kernel for the process
+    /// `place("child")`.
     pub(crate) fn vfork() -> Self {
         Self::in_role("vfork")
     }
 
-    /// A process that does nothing but run this program again, one of its threads after the other.
+    /// Starts a process that only runs this program again, from one of its threads after the other.
     pub(crate) fn restless() -> Child {
         command("restless").stdout(Stdio::null()).spawn().unwrap()
     }
@@ -80,17 +81,17 @@ impl Owner {
         self.child.id()
     }
 
-    /// The address of what the owner calls `name`.
+    /// Returns the address of the memory that the owner calls `name`.
     pub(crate) fn place(&self, name: &str) -> u64 {
         self.places[name]
     }
 
-    /// What lies at the place `pattern`.
+    /// Returns the content of the place `pattern`.
     pub(crate) fn pattern() -> Vec<u8> {
         (0..64_u8).flat_map(|page| [page ^ 0x5a; 4096]).collect()
     }
 
-    /// Asks how often each thread went round; answers only if it runs.
+    /// Queries the iterations of each thread. The owner answers only while it runs.
     pub(crate) fn rounds(&mut self) -> Vec<u64> {
         self.ask("rounds")
             .split(' ')
@@ -98,7 +99,8 @@ impl Owner {
             .collect()
     }
 
-    /// How many signals SIGUSR1 arrived, read from the owner's memory: also while it is stopped.
+    /// Returns the number of SIGUSR1 received, read from the owner's memory, even while it is
+    /// stopped.
     pub(crate) fn user_signals(&self) -> u64 {
         let memory = std::fs::File::open(format!("/proc/{}/mem", self.pid())).unwrap();
         let mut count = [0; 8];
@@ -107,7 +109,7 @@ impl Owner {
         u64::from_le_bytes(count)
     }
 
-    /// Asks how many real-time signals arrived.
+    /// Queries the number of real-time signals received.
     pub(crate) fn signals(&mut self) -> u64 {
         self.ask("signals").parse().unwrap()
     }
@@ -117,7 +119,7 @@ impl Owner {
         self.answer()
     }
 
-    /// The next line that is meant for us; the test harness prints some of its own.
+    /// Returns the next line of the owner; the test harness prints some of its own.
     fn answer(&mut self) -> String {
         let mut line = String::new();
         loop {
@@ -132,13 +134,13 @@ impl Owner {
         }
     }
 
-    /// The state letters of all its threads.
+    /// Returns the state letters of all its threads.
     pub(crate) fn states(&self) -> String {
         states(self.pid())
     }
 }
 
-/// This program as an owner.
+/// Returns the command that starts this program as an owner.
 fn command(role: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -176,8 +178,8 @@ extern "C" fn count_user_signal(_: i32) {
     USER_SIGNALS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Starts a child for which the calling thread waits in the kernel, as after `vfork`, until it is
-/// killed. Returns its process id then.
+/// Starts a child for which the calling thread waits in the kernel, as after `vfork`, until the
+/// child is killed. Reports its process id first.
 fn wait_for_a_child(tell: impl Fn(i32)) {
     let mut told = [0; 2];
     // SAFETY: the kernel writes two descriptors to the array.
@@ -192,8 +194,8 @@ fn wait_for_a_child(tell: impl Fn(i32)) {
     });
     std::thread::spawn(move || {
         let flags = libc::CLONE_VFORK | libc::SIGCHLD;
-        // SAFETY: without a stack and without CLONE_VM it is a fork: the child has memory of its own,
-        // in which it does nothing but system calls.
+        // SAFETY: without a stack and without CLONE_VM it is a fork: the child has memory of its
+        // own, in which it does nothing but system calls.
         unsafe {
             if libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) == 0 {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -216,7 +218,7 @@ fn tell(text: &str) {
     println!("owner: {text}");
 }
 
-/// Not a test unless it was started by one.
+/// Runs the owner if this was started by a test; otherwise not a test.
 #[test]
 fn owner_process() {
     let Ok(role) = std::env::var(ROLE) else {
@@ -224,7 +226,7 @@ fn owner_process() {
     };
     if role == "restless" {
         use std::os::unix::process::CommandExt as _;
-        // A thread that isn't the main one takes its place. Those beside it are ended.
+        // A thread other than the main one takes its place. The threads beside it are ended.
         for _ in 0..3 {
             std::thread::spawn(|| {
                 loop {
@@ -262,12 +264,12 @@ fn owner_process() {
         fill(noise, &crate::common::noise(160 << 20));
     }
 
-    // Much memory of which little was touched.
+    // Large memory of which little was touched.
     let sparse = map(vast(1 << 32), read_write, private);
     fill(sparse, &[1]);
     tell_place("sparse", sparse);
 
-    // Address space that is only set aside, and a page that nobody may read any more.
+    // Address space that is only reserved, and a page that is no longer readable.
     tell_place(
         "reserved",
         map(vast(1 << 40), ProtFlags::PROT_NONE, private),
@@ -278,7 +280,7 @@ fn owner_process() {
     unsafe { nix::sys::mman::mprotect(hidden, 3 * 4096, ProtFlags::PROT_NONE) }.unwrap();
     tell_place("hidden", hidden);
 
-    // Set aside as sanitizers do, with one page touched in its middle. Neighbours of another kind
+    // Reserved as sanitizers do, with one page touched in its middle. Neighbours of another kind
     // keep it a mapping of its own.
     let vast_memory = map(vast(1 << 40), read_write, private);
     // SAFETY: half of the mapping's length lies within it, at the begin of a page.

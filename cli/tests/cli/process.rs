@@ -1,4 +1,4 @@
-//! The memory of a live process, which goes on whatever happens.
+//! The memory of a live process, which continues whatever happens.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -23,7 +23,7 @@ fn regions(folder: &Folder, snapshot: &str) -> Vec<Value> {
     info["regions"].as_array().unwrap().clone()
 }
 
-/// Number and entry of the region that holds `address`.
+/// Returns the number and entry of the region that holds `address`.
 fn find(regions: &[Value], address: u64) -> Option<(usize, &Value)> {
     regions.iter().enumerate().find(|(_, region)| {
         let start = number(region, "start");
@@ -31,7 +31,7 @@ fn find(regions: &[Value], address: u64) -> Option<(usize, &Value)> {
     })
 }
 
-/// `len` bytes of the snapshot `s` at `address`; unknown pages are an error.
+/// Returns `len` bytes of the snapshot `s` at `address`; unknown pages are an error.
 fn memory(folder: &Folder, regions: &[Value], address: u64, len: usize) -> Vec<u8> {
     let (index, region) = find(regions, address).expect("the region is there");
     let index = index.to_string();
@@ -49,7 +49,7 @@ fn memory(folder: &Folder, regions: &[Value], address: u64, len: usize) -> Vec<u
     bytes
 }
 
-/// The owner's threads run, all of them.
+/// Asserts that all of the owner's threads run.
 fn assert_running(owner: &mut Owner) {
     let before = owner.rounds();
     wait_until("all threads of the owner run", || {
@@ -62,8 +62,8 @@ fn assert_running(owner: &mut Owner) {
     assert!(!owner.states().contains(['t', 'T']), "{}", owner.states());
 }
 
-/// Starts taking the owner's memory, and returns when all its threads are held: the output is a
-/// pipe that nobody reads further, and nothing may be put aside in files.
+/// Starts taking the owner's memory, and returns when all its threads are held. The output is a
+/// pipe that nobody reads further, and no temporary file can be written.
 fn held(folder: &Folder, owner: &Owner) -> (Child, ChildStdout) {
     let mut command = taking(folder, owner);
     let no_files = || {
@@ -91,7 +91,7 @@ fn held(folder: &Folder, owner: &Owner) -> (Child, ChildStdout) {
     (child, pipe)
 }
 
-/// Takes the owner's memory into a pipe, as a job of its own.
+/// Returns a command that writes the owner's memory to a pipe, as a job of its own.
 fn taking(folder: &Folder, owner: &Owner) -> Command {
     let pid = owner.pid().to_string();
     let mut command = with_default_signals(command(["create", "--pid", &pid, "-o", "-"]));
@@ -120,7 +120,7 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
     let at = |name: &str| owner.place(name);
     assert!(memory(&folder, &regions, at("pattern"), 64 * 4096) == Owner::pattern());
     assert_eq!(memory(&folder, &regions, at("sparse"), 4), [1, 0, 0, 0]);
-    // Memory that the process itself may not read any more.
+    // Memory that the process itself can no longer read.
     assert_eq!(memory(&folder, &regions, at("hidden"), 4096), [0x77; 4096]);
     assert_eq!(memory(&folder, &regions, at("shared"), 4096), [0x33; 4096]);
     assert_eq!(
@@ -128,7 +128,7 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
         [0x66, 0x66, 0, 0]
     );
     assert_eq!(find(&regions, at("reserved")), None, "nothing is reserved");
-    // A terabyte of which one page was touched: the page, and not 32 MiB of tables.
+    // A terabyte of which one page was touched: the page is taken, and not 32 MiB of tables.
     assert_eq!(find(&regions, at("vast")), None, "vast and never touched");
     assert_eq!(memory(&folder, &regions, at("middle"), 4096), [0x55; 4096]);
     let stored = number(&report, "stored_bytes");
@@ -149,7 +149,7 @@ fn a_process_is_taken_as_it_is_and_goes_on() {
     assert!(named("[heap]") && named("[stack]") && named("libc") && named("[vdso]"));
     assert!(!named("[vsyscall]") && !named("[vvar"));
 
-    // What can't be read is unknown: past the end of a file.
+    // Pages past the end of a file can't be read and are unknown.
     assert_eq!(number(&report, "unavailable_pages"), 3);
     let keys: Vec<_> = remarks(&report).into_iter().map(|(key, _)| key).collect();
     assert_eq!(keys, ["source.beyond_file_bytes", "source.untouched_bytes"]);
@@ -206,7 +206,7 @@ fn stays_untouched(place: &str) {
     assert!(before < 4096, "{before} KiB");
     let pid = owner.pid().to_string();
     run(&folder, &["create", "--pid", &pid, "-o", "s"]).exits(0);
-    // Of gigabytes; neighbours may have touched a page of theirs meanwhile.
+    // The memory has gigabytes, but neighbours may have touched a page of theirs meanwhile.
     assert!(
         populated() < before + 1024,
         "{} KiB, then {}",
@@ -232,7 +232,7 @@ fn an_interrupted_snaprestore_leaves_the_process_running() {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let (child, mut pipe) = held(&folder, &owner);
         kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
-        // It writes on until it sees the request: somebody must read that.
+        // The command keeps writing until it sees the request, so somebody must read.
         std::io::copy(&mut pipe, &mut std::io::sink()).unwrap();
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.signal(), Some(signal as i32), "{output:?}");
@@ -244,7 +244,7 @@ fn an_interrupted_snaprestore_leaves_the_process_running() {
 fn an_error_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
-    // A reader that goes away makes writing fail.
+    // A reader that closes the pipe makes writing fail.
     let (child, pipe) = held(&folder, &owner);
     drop(pipe);
     finish(child).exits(1).says(&["Broken pipe"]);
@@ -305,8 +305,8 @@ fn signals_that_arrive_meanwhile_are_not_lost() {
     assert_running(&mut owner);
 }
 
-/// A signal that isn't counted, but sent again only when it has arrived: most of the time one is on
-/// its way, also when the threads are asked to stop.
+/// The signal isn't counted, but is sent again only after it has arrived. Most of the time one is
+/// pending, also when the threads are asked to stop.
 #[test]
 fn standard_signals_on_their_way_are_not_lost() {
     let folder = Folder::new();
@@ -351,7 +351,7 @@ fn process_runs_again_once_its_memory_is_read() {
     let mut pipe = child.stdout.take().unwrap();
     let mut begin = vec![0; 1 << 20];
     pipe.read_exact(&mut begin).unwrap();
-    // Nobody takes the rest for now: more than fits into memory is not compressed yet.
+    // Nobody takes the rest for now; it is more than fits into memory and is not compressed yet.
     wait_until("no thread is stopped", || !owner.states().contains('t'));
     assert_running(&mut owner);
     assert!(child.try_wait().unwrap().is_none(), "it waits for us");
@@ -370,7 +370,7 @@ fn process_runs_again_once_its_memory_is_read() {
 fn ctrl_z_lets_the_process_go_before_it_stops() {
     let folder = Folder::new();
     let mut owner = Owner::large();
-    // The others are what the kernel sends to a job in the background that uses its terminal.
+    // The kernel sends the other signals to a background job that uses its terminal.
     for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
         let (child, mut pipe) = held(&folder, &owner);
         let taker = Pid::from_raw(child.id().cast_signed());
@@ -390,8 +390,8 @@ fn ctrl_z_lets_the_process_go_before_it_stops() {
     }
 }
 
-/// A file system of the process's own (`fuse.py`), which does not answer what is in `silent`: a
-/// condition on `operation` and `name`.
+/// Returns a program that serves a FUSE file system (`fuse.py`) and does not answer requests that
+/// match `silent`, a condition on `operation` and `name`.
 fn fuse(mount: &Folder, silent: &str) -> String {
     format!(
         "{}\nfiles = FileSystem({:?}, lambda operation, name: {silent})\n",
@@ -400,7 +400,7 @@ fn fuse(mount: &Folder, silent: &str) -> String {
     )
 }
 
-/// Skips a test that needs root; tells whether it did.
+/// Skips a test that needs root. Returns whether it did.
 fn skips_without_root(test: &str) -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
@@ -410,7 +410,7 @@ fn skips_without_root(test: &str) -> bool {
     !is_root
 }
 
-/// Far more than a command takes that waits for nothing.
+/// Far more time than a command takes that doesn't wait for anything.
 const LONG: Duration = Duration::from_secs(100);
 
 #[test]
@@ -426,7 +426,7 @@ fn process_that_serves_the_output_is_taken() {
     };
     let folder = Folder::new();
     let pid = puppet.pid().to_string();
-    // As others see it. Nothing is beside it but what it serves.
+    // The path as other processes see it. Only the served files are beside it.
     let output = format!("/proc/{pid}/root{}/s", mount.path().display());
     for dictionary in ["train", "off"] {
         let options = ["--force", "--dictionary", dictionary, "--json"];
@@ -476,7 +476,7 @@ os.close(file)
     assert!(!puppet.states().contains(['t', 'T']));
 }
 
-/// Opens the file `name` of a file system that another process serves.
+/// Returns a program that opens the file `name` of a file system served by another process.
 fn opens(server: &Puppet, mount: &Folder, name: &str) -> String {
     let mount = mount.path().display();
     let path = format!("/proc/{}/root{mount}/{name}", server.pid());
@@ -515,7 +515,7 @@ fn first_signal_lets_the_process_go_while_reading_waits_for_a_disk() {
         assert!(puppet.states().starts_with('t'), "it is held meanwhile");
         kill(Pid::from_raw(create.id().cast_signed()), signal).unwrap();
         wait_until("the process is let go", || !puppet.states().contains('t'));
-        // All who wait for an answer get one now.
+        // Everyone who waits for an answer gets an error now.
         server.child.kill().unwrap();
         let mut create = create;
         let began = std::time::Instant::now();
@@ -529,7 +529,7 @@ fn first_signal_lets_the_process_go_while_reading_waits_for_a_disk() {
     }
 }
 
-/// The memory of a process that ends is given up some time before it has ended.
+/// An exiting process frees its memory some time before it has exited.
 #[test]
 fn process_that_is_ending_is_no_thread_of_the_kernel() {
     let test = "process_that_is_ending_is_no_thread_of_the_kernel";
@@ -541,7 +541,7 @@ fn process_that_is_ending_is_no_thread_of_the_kernel() {
     let Some(mut server) = Puppet::start(test, &program, None) else {
         return;
     };
-    // Closing the file takes an answer of the server.
+    // Closing the file needs an answer from the server.
     let program = opens(&server, &mount, "data");
     let Some(mut puppet) = Puppet::start(test, &program, None) else {
         return;
@@ -572,7 +572,7 @@ fn process_that_runs_another_program_is_not_refused() {
             .current_dir(folder.path())
             .output();
         let create = Run::from(create.unwrap());
-        // It is there all the time, and may be taken.
+        // The process exists all the time, so it may be taken.
         if create.code == Some(0) {
             taken += 1;
         } else {
@@ -600,8 +600,8 @@ fn missing_proc_is_named_and_not_the_process() {
         .says(&["no /proc", "mount -t proc"]);
 }
 
-/// Runs `create` as a job of a terminal on which jobs in the background may not write (`stty tostop`).
-/// Prints what the terminal shows, and exits as the job does; with 99 if that is stopped.
+/// Runs `create` as a job of a terminal on which background jobs may not write (`stty tostop`).
+/// Prints the terminal's output, and exits with the job's code, or with 99 if the job is stopped.
 const JOB: &str = r"
 import os, pty, signal, sys, termios
 where, program, *args = sys.argv[1:]
@@ -680,7 +680,7 @@ fn thread_that_does_not_stop_is_named_while_the_others_run() {
         said.contains("does not stop; it waits in the kernel"),
         "{said}"
     );
-    // It tries for seconds, and the process runs in between.
+    // The command retries for seconds, and the process runs in between.
     assert_running(&mut owner);
     assert!(child.try_wait().unwrap().is_none(), "it goes on trying");
     kill(Pid::from_raw(child_of_owner), Signal::SIGKILL).unwrap();

@@ -1,4 +1,4 @@
-//! Kinds of memory of a live process that reading alone can't tell, or would change.
+//! Kinds of memory of a live process that reading alone can't tell apart, or would change.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::CommandExt as _;
@@ -51,7 +51,7 @@ def register(fd, at, size, mode):
     fcntl.ioctl(fd, 0xc020aa00, struct.pack('QQQQ', at, size, mode, 0))
 ";
 
-/// A process of Python's, which has done what it was told and waits.
+/// A Python process that has executed its program and waits.
 pub(crate) struct Puppet {
     pub(crate) child: Child,
     stdin: Option<ChildStdin>,
@@ -59,8 +59,8 @@ pub(crate) struct Puppet {
 }
 
 impl Puppet {
-    /// Runs `program`, and returns where it has mapped what. Says so and returns nothing if the
-    /// machine can't do it. `as_user` needs root.
+    /// Runs `program`, and records where it has mapped its memory. Reports and returns `None` if
+    /// the machine can't run it. `as_user` needs root.
     pub(crate) fn start(test: &str, program: &str, as_user: Option<u32>) -> Option<Self> {
         let python = match ensure_python3() {
             Ok(python) => python,
@@ -108,17 +108,17 @@ impl Puppet {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Has it end by itself.
+    /// Lets the process exit by itself.
     pub(crate) fn end(&mut self) {
         self.stdin = None;
     }
 
-    /// The state letters of all its threads.
+    /// Returns the state letters of all its threads.
     pub(crate) fn states(&self) -> String {
         states(self.child.id())
     }
 
-    /// A number in KiB of its `/proc/PID/status`.
+    /// Returns a number in KiB from its `/proc/PID/status`.
     fn status(&self, field: &str) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(field));
@@ -126,13 +126,13 @@ impl Puppet {
         number.trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Packs it into `s`.
+    /// Packs the process into `s`.
     fn take(&self, folder: &Folder) -> Run {
         let pid = self.child.id().to_string();
         run(folder, &["create", "--pid", &pid, "-o", "s", "--json"])
     }
 
-    /// As [`Self::take`], and counts the system calls that read.
+    /// Packs the process like [`Self::take`], and counts the read system calls.
     fn take_counting_reads(&self, folder: &Folder) -> (Run, u64) {
         let child = command(["create", "--pid", &self.child.id().to_string(), "-o", "s"])
             .arg("--json")
@@ -141,7 +141,7 @@ impl Puppet {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // The numbers of a process that has ended are there until its end is taken note of.
+        // The counters of an exited process exist until it is reaped.
         let pid = child.id();
         let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         waitid(Id::Pid(Pid::from_raw(pid.cast_signed())), peek).unwrap();
@@ -151,8 +151,8 @@ impl Puppet {
     }
 }
 
-/// What `create` remarked, in pages. The warnings among it were on standard error, and the
-/// snapshot `s` has the same as properties.
+/// Returns the remarks of `create`, in pages. Asserts that the warnings among them were printed on
+/// standard error, and that the snapshot `s` has the same remarks as properties.
 pub(crate) fn remarked(folder: &Folder, taken: &Run) -> Vec<(String, u64)> {
     let report = taken.json();
     let remarks = remarks(&report);
@@ -177,7 +177,7 @@ pub(crate) fn remarked(folder: &Folder, taken: &Run) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// One remark, as [`remarked`] returns it.
+/// Returns one remark, in the form of [`remarked`].
 pub(crate) fn remark(key: &str, pages: u64) -> (String, u64) {
     (format!("source.{key}_bytes"), pages)
 }
@@ -189,7 +189,7 @@ impl Drop for Puppet {
     }
 }
 
-/// The first `len` bytes of what the snapshot holds at `address`, or why they can't be had.
+/// Returns the first `len` bytes of the snapshot at `address`, or the reason why it can't.
 fn memory(folder: &Folder, address: u64, len: usize) -> Result<Vec<u8>, String> {
     let info = run(folder, &["info", "s", "--json"]).exits(0).json();
     let regions: Vec<Value> = info["regions"].as_array().unwrap().clone();
@@ -276,7 +276,7 @@ if advise(at, 512 * MIB, 102): unable('no MADV_GUARD_INSTALL')
     assert_eq!(taken.err, "", "no warning");
     assert_eq!(remarked(&folder, &taken), []);
     assert_eq!(number(&taken.json(), "unavailable_pages"), 0);
-    // Where the kernel lists guard pages (Linux 6.16), none of the many is tried.
+    // If the kernel lists guard pages (Linux 6.16), none of the many is read.
     if is_kernel_at_least(6, 16) {
         assert!(reads < (512 << 20) / PAGE as u64 / 4, "{reads} reads");
     }
@@ -286,7 +286,7 @@ if advise(at, 512 * MIB, 102): unable('no MADV_GUARD_INSTALL')
     run(&folder, &["extract", "s", "-o", "all"]).exits(0);
 }
 
-/// Mappings of which one page is touched, in 256 MiB.
+/// Mappings of 256 MiB each, of which one page is touched.
 const SPARSE: &str = "
 def sparse(name, flags, fd=-1, keep=True):
     at = mapped(name, 256 * MIB, 3, flags, fd)
@@ -330,13 +330,13 @@ sparse('written', SHARED, held)
         assert_eq!(number(&taken.json(), "unavailable_pages"), 0);
     }
     for name in ["memfd", "private_memfd", "private_file", "written"] {
-        // The name of an open file leads to those that are still open for everybody.
+        // Through the name of a descriptor, anyone can open a file that is still open.
         if name != "memfd" || geteuid().is_root() {
             let found = memory(&folder, puppet.place(name), PAGE).unwrap();
             assert_eq!(found[..2], [9, 0], "{name}");
         }
     }
-    // Never touched through the mapping, and no hole.
+    // Pages that were never touched through the mapping, but are no holes.
     for (name, at, wanted) in [
         ("private_file", 128 << 20, &b"file"[..]),
         ("written", 64 << 20, b"written"),
@@ -346,7 +346,7 @@ sparse('written', SHARED, held)
     }
 }
 
-/// Without privileges nobody can tell what shared memory holds that isn't in a page table: it is
+/// Without privileges, nobody can tell what shared memory holds that isn't in a page table; it is
 /// never taken for zeros.
 #[test]
 fn an_ordinary_user_is_told_what_shared_memory_can_hide() {
@@ -483,7 +483,7 @@ mapped('vast', 4096 * GIB, 1, SHARED, file.fileno())
     let folder = Folder::new();
     let taken = puppet.take(&folder).exits(0);
     let report = taken.json();
-    // A read a page would take 2 minutes.
+    // Reading page by page would take 2 minutes.
     assert!(number(&report, "held_ms") < 30_000, "{report}");
     let beyond = 3 * ((16_u64 << 30) / PAGE as u64 - 2);
     assert_eq!(number(&report, "unavailable_pages"), beyond);
@@ -504,7 +504,7 @@ mapped('vast', 4096 * GIB, 1, SHARED, file.fileno())
         let start = puppet.place(name);
         let index = regions.iter().position(|r| number(r, "start") == start);
         let index = index.unwrap().to_string();
-        // Without the parts that aren't there the file is short, whatever its holes.
+        // Without the missing parts the file is short, whatever its holes.
         run(
             &folder,
             &[
@@ -555,7 +555,7 @@ fill(mapped('secret', 8 * PAGE, 3, SHARED, fd), 2 * PAGE, 6)
     memory(&folder, puppet.place("secret"), PAGE).unwrap_err();
 }
 
-/// A file may be named as the kernel names what is no file.
+/// An ordinary file may have the name that the kernel uses for something else.
 #[test]
 fn files_named_like_memory_of_the_kernel_are_taken() {
     let test = "files_named_like_memory_of_the_kernel_are_taken";
@@ -563,8 +563,7 @@ fn files_named_like_memory_of_the_kernel_are_taken() {
         return skipped(test, &"mounting needs root");
     }
     let mount = Folder::new();
-    // A path in a mount that is detached begins at its root. CLONE_NEWNS; MS_REC | MS_PRIVATE;
-    // MNT_DETACH.
+    // A path in a detached mount begins at its root. CLONE_NEWNS; MS_REC | MS_PRIVATE; MNT_DETACH.
     let program = format!(
         "
 folder = {:?}
@@ -588,7 +587,7 @@ if libc.umount2(folder.encode(), 2): unable('tmpfs cannot be detached')
     let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
     let regions = info["regions"].as_array().unwrap();
     for name in ["anon_hugepage", "secretmem"] {
-        // The test is about names that can be taken for others.
+        // The test is about names that can be mistaken for others.
         let of_kernel = format!("/{name}");
         assert!(
             regions
@@ -619,7 +618,7 @@ register(fd, at, 16 * PAGE, 1)
     memory(&folder, puppet.place("memory"), PAGE).unwrap_err();
 }
 
-/// Names are any bytes: those of two files, or of a process, stay different.
+/// Names may be any bytes: those of two files, or of a process, stay different.
 #[test]
 fn names_that_differ_in_one_byte_stay_different() {
     let test = "names_that_differ_in_one_byte_stay_different";
@@ -648,7 +647,7 @@ libc.prctl(15, b'n\xff) Z\x1b[1m', 0, 0, 0)
     let regions = info["regions"].as_array().unwrap().iter();
     let names = regions.filter_map(|region| region["name"].as_str()?.strip_prefix(&prefix));
     let names: std::collections::BTreeSet<_> = names.collect();
-    // Others than root can't follow the link that tells a line feed.
+    // Only root can follow the link that reveals a line feed.
     let line_feed = geteuid().is_root().then_some(r"c\x0a");
     let expected = [r"a\x01", r"a\x02", r"b\xfe", r"b\xff", r"c\\012"];
     assert_eq!(names, expected.into_iter().chain(line_feed).collect());

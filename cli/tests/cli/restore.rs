@@ -1,4 +1,4 @@
-//! Snapshots that come back lazily.
+//! Lazy restores of snapshots.
 
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use snaprestore_fixtures::images::Mix;
 use crate::common::{Folder, Run, as_nobody, number, run};
 use crate::elf_core::{Core, Load};
 
-/// Whether restoring can be tested here; says why not.
+/// Returns whether restoring can be tested on this machine; reports if not.
 pub(crate) fn possible(folder: &Folder, test: &str) -> bool {
     let doctor = run(folder, &["doctor", "--json"]);
     let report = doctor.json();
@@ -31,7 +31,7 @@ pub(crate) fn possible(folder: &Folder, test: &str) -> bool {
     false
 }
 
-/// An image `raw` and its snapshot `s`.
+/// Creates an image `raw` and its snapshot `s`.
 fn packed(folder: &Folder, pages: u64) {
     folder.write("raw", &Mix::new(pages, 11).bytes());
     run(folder, &["create", "raw", "-o", "s"]).exits(0);
@@ -165,7 +165,7 @@ fn a_bad_frame_costs_its_pages_and_no_others() {
     if !possible(&folder, "a_bad_frame_costs_its_pages_and_no_others") {
         return;
     }
-    // Every page is its own, so that a frame holds 32 pages in a row.
+    // Every page is distinct, so that a frame holds 32 consecutive pages.
     let pages = 1024;
     let raw: Vec<u8> = crate::common::noise(pages * 4096);
     folder.write("raw", &raw);
@@ -204,7 +204,7 @@ fn a_bad_frame_costs_its_pages_and_no_others() {
             && text.contains("complete    except 32 bad pages"),
         "{text}"
     );
-    // Also where nobody touched it.
+    // The damage is found even if nobody touches the page.
     let report = restore(&folder, &["--touch", "none", "--prefetch", "all"])
         .exits(3)
         .json();
@@ -229,7 +229,7 @@ fn everything_is_prefetched_unless_told_otherwise() {
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);
     let report = restore(&folder, &["--touch", "none"]).exits(0).json();
     number(&report, "complete_ms");
-    // Every page was brought, or left to the kernel.
+    // Every page was installed, or left to the kernel.
     let all = ["pages_copied", "pages_zeroed", "pages_left_to_kernel"];
     let sum: u64 = all.iter().map(|key| number(&report, key)).sum();
     assert_eq!(sum, 4096, "{report}");
@@ -246,7 +246,7 @@ fn number_at(file: &[u8], at: usize) -> usize {
     usize::try_from(u64::from_le_bytes(bytes)).unwrap()
 }
 
-/// Where the section of a kind lies, as listed in the trailer.
+/// Returns the offset of the section of a kind, as listed in the trailer.
 pub(crate) fn section(file: &[u8], kind: u8) -> usize {
     let sections = file.len() - 4096 + 1524;
     let entry = (sections..)
@@ -256,8 +256,8 @@ pub(crate) fn section(file: &[u8], kind: u8) -> usize {
     number_at(file, entry + 8)
 }
 
-/// Where the index block of a block lies: the top table is a section of kind 2; each of its
-/// entries has 24 bytes, the offset in the second 8.
+/// Returns the offset of the index block of a block. The top table is a section of kind 2; each of
+/// its entries has 24 bytes, with the offset in the second 8.
 fn index_block(file: &[u8], block: usize) -> usize {
     number_at(file, section(file, 2) + 24 * block + 8)
 }
@@ -326,7 +326,7 @@ fn what_is_no_snapshot_exits_3() {
     run(&folder, &["restore", "none"]).exits(1).says(&["none"]);
 }
 
-/// Whether a user without rights can be tried here, who may not make a full userfaultfd.
+/// Returns whether an unprivileged user can be tested who may not create a full userfaultfd.
 pub(crate) fn nobody_is_limited(test: &str) -> bool {
     let why = if nix::unistd::geteuid().is_root() {
         let folder = Folder::new();
@@ -369,13 +369,13 @@ fn ordinary_user_restores_and_is_told_of_user_mode() {
         assert_eq!(run.err.lines().count(), 1, "{}", run.err);
         run.says(&["note: ", "user mode only", "snaprestore doctor"]);
     }
-    // Who knows it isn't told.
+    // The user knows, so there is no note.
     let args = ["restore", "s", "--touch", "none", "--user-mode-only"];
     let run = as_nobody(&folder, &args).exits(0);
     assert_eq!(run.err, "");
 }
 
-/// As in a container whose system call filter lets no userfaultfd through.
+/// The system call filter of a container may block userfaultfd.
 #[test]
 fn without_any_right_to_it_exits_4_and_says_what_would_permit_it() {
     let name = "without_any_right_to_it_exits_4_and_says_what_would_permit_it";

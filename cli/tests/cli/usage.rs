@@ -1,4 +1,4 @@
-//! What is typed: wrong usage, help, completions, manual pages.
+//! The command line: wrong usage, help, completions, manual pages.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -263,7 +263,7 @@ fn quiet_prints_errors_only() {
         .says(&["exists already", "--force"]);
 }
 
-/// A socket that nobody listens at was removed, and so was any other file.
+/// Regression: a socket without a listener was removed, and so was any other file.
 #[test]
 fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
     let folder = Folder::new();
@@ -278,7 +278,7 @@ fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
         failed.says(&["cannot listen on ", "another path"]);
         assert_eq!(fs::read(folder.file("s")).unwrap(), content);
     }
-    // One that is left of a daemon that was killed makes room: what fails is the next.
+    // A socket left by a killed daemon is replaced, so the next step fails.
     drop(UnixListener::bind(folder.file("old")).unwrap());
     let serve = [
         "serve",
@@ -293,7 +293,7 @@ fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
     assert!(!folder.file("old").exists());
 }
 
-/// A terminal obeys escape sequences, and a line feed would begin a line that nobody has said.
+/// A terminal obeys escape sequences, and a line feed would begin a forged line.
 #[test]
 fn names_of_any_bytes_are_escaped_in_messages() {
     use std::ffi::{OsStr, OsString};
@@ -330,14 +330,14 @@ fn names_of_any_bytes_are_escaped_in_messages() {
             assert!(!said.contains('\u{1b}'), "{args:?}: {said}");
         }
     }
-    // Text that JSON could hold as it is.
+    // Text that JSON can hold as it is.
     let name = "b\n\u{1b}[31mc";
     fs::copy(folder.file("s"), folder.file(name)).unwrap();
     for args in [["verify", name], ["info", name]] {
         let said = run(&folder, &args).exits(0).text();
         assert!(!said.contains("b\n") && !said.contains('\u{1b}'), "{said}");
     }
-    // What nobody expects is repeated as it was typed, or made of file names by a shell.
+    // Unexpected arguments are repeated as typed, or as a shell made them from file names.
     let args = ["info", "s", "\u{1b}[31m"];
     let said = Run::of(command(args).current_dir(folder.path())).exits(2);
     assert!(!said.err.contains('\u{1b}'), "{}", said.err);

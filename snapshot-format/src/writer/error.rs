@@ -52,9 +52,9 @@ pub enum WriteError {
         tib(*limit)
     )]
     TopTooLarge {
-        /// What the top table would have become, at least.
+        /// Minimum size that the top table would have had.
         bytes: u64,
-        /// The most that is accepted.
+        /// The limit.
         limit: u64,
     },
     /// An argument is invalid.

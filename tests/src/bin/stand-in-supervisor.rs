@@ -1,5 +1,5 @@
-//! A daemon's supervisor as far as somebody outside can tell: takes one VM's memory, has it held, and serves
-//! nothing.
+//! A daemon's supervisor as far as other processes can tell: takes one VM's memory, stores it with
+//! a guardian or a service manager, and serves nothing.
 //!
 //! ```text
 //! stand-in-supervisor PROGRAM SOCKET SNAPSHOT

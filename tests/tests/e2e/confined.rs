@@ -213,7 +213,7 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervi
     scene.wait_for(": served", 1);
     kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
     scene.wait_for(": served", 2);
-    // Two for the service: the snapshot's file and the socket. Five for the VM.
+    // Two descriptors for the service: the snapshot's file and the socket. Five for the VM.
     while manager.names().len() < 7 {
         manager.take_one();
     }

@@ -68,8 +68,8 @@ impl Scene {
         command
     }
 
-    /// A VM that has handed its memory over to the supervisor, and waits at its first page. It has kept no descriptor: if
-    /// nobody else has one, it reads zeros.
+    /// Starts a VM that has handed its memory over to the supervisor and waits at its first page.
+    /// It keeps no descriptor: if no other process has one, it reads zeros.
     fn vm(&self) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
         command.arg(self.path("socket")).arg(self.path("raw"));
@@ -105,7 +105,7 @@ impl Talker {
         self.line()
     }
 
-    /// Returns the process id of the guardian, as printed by the keeper.
+    /// Returns the process id of the guardian, as printed by the supervisor.
     fn guardian(&mut self) -> Pid {
         let line = self.line();
         let pid = line.strip_prefix("held by guardian ").expect(&line);
@@ -157,7 +157,7 @@ fn wait_for_fault(supervisor: Pid) {
     });
 }
 
-/// Whether a guardian has no supervisor any more, and waits in poll.
+/// Returns whether a guardian has lost its supervisor and waits in poll.
 fn is_in_poll_without_supervisor(guardian: Pid) -> bool {
     let calls = [
         #[cfg(target_arch = "x86_64")]
@@ -194,7 +194,7 @@ fn a_supervisor_that_is_killed_with_its_group_takes_its_vms_along_and_they_never
     let mut vm = scene.vm();
     supervisor.says("held");
     wait_for_fault(pid(&supervisor.child));
-    // What ends services, and what a terminal sends.
+    // Signals that terminate services, and those that a terminal sends.
     for signal in [
         Signal::SIGTERM,
         Signal::SIGINT,
@@ -218,8 +218,8 @@ fn a_supervisor_that_is_killed_with_its_group_takes_its_vms_along_and_they_never
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// Messages that were sent before the keeper's death are read after it: a guardian that was stopped
-/// meanwhile finds both.
+/// Messages sent before the supervisor's death are read after it: a guardian that was stopped in
+/// between finds both.
 #[test]
 fn a_supervisor_may_die_as_soon_as_it_has_had_a_vm_held() {
     let scene = Scene::new();
@@ -238,8 +238,8 @@ fn a_supervisor_may_die_as_soon_as_it_has_had_a_vm_held() {
     wait_until("the guardian's end", || !runs(guardian));
 }
 
-/// The other tests are not blind: without a guardian such a VM reads zeros. And the supervisor learns that it has no
-/// guardian any more.
+/// Shows that the other tests detect failures: without a guardian, such a VM reads zeros. Also, the
+/// supervisor learns that it no longer has a guardian.
 #[test]
 fn without_a_guardian_the_vm_reads_zeros_and_the_supervisor_is_told() {
     let scene = Scene::new();
@@ -272,7 +272,8 @@ fn a_vm_that_was_released_is_not_killed() {
     assert_eq!(end_of(&mut vm).code(), Some(1));
 }
 
-/// The supervisor is nobody, the VM root's: the guardian can't end it, and stays so that it waits.
+/// The supervisor runs as nobody and the VM as root: the guardian can't kill the VM, and keeps
+/// running so that the VM waits.
 #[test]
 fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let test = "a_vm_that_may_not_be_killed_waits_and_never_reads_zeros";
@@ -282,7 +283,7 @@ fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     let scene = Scene::new();
     let everybody = fs::Permissions::from_mode(0o777);
     fs::set_permissions(scene.folder.path(), everybody).expect("set");
-    // Where nobody may run them.
+    // A place where the user nobody may run them.
     let (supervisor, program) = (scene.path("supervisor"), scene.path("program"));
     fs::copy(env!("CARGO_BIN_EXE_stand-in-supervisor"), &supervisor).expect("copied");
     fs::copy(program::program(), &program).expect("copied");
@@ -297,7 +298,7 @@ fn a_vm_that_may_not_be_killed_waits_and_never_reads_zeros() {
     supervisor.says("held");
     wait_for_fault(pid(&supervisor.child));
     supervisor.kill_group();
-    // It has read everything, and has tried to kill the VM: it waits for its end.
+    // The guardian has read everything and tried to kill the VM; it waits for the VM's exit.
     wait_until("the guardian waits", || {
         is_in_poll_without_supervisor(guardian)
     });
@@ -338,7 +339,7 @@ fn a_guardian_leaves_the_cgroup_that_is_killed() {
         .args(supervisor.get_args());
     let mut supervisor = Talker::start(inside);
     let guardian = supervisor.guardian();
-    // Without a warning.
+    // The supervisor prints no warning.
     supervisor.says("listening");
     let mut vm = scene.vm();
     supervisor.says("held");
@@ -385,7 +386,7 @@ fn what_systemd_holds_is_served_by_the_next_supervisor() {
     supervisor.says("held by systemd, for 16 descriptors");
     supervisor.says("given vm-1: uffd owner meta");
     assert_eq!(end_of(&mut vm).code(), Some(0), "every page is right");
-    // Everything may have been there before the VM ended.
+    // Everything may have been restored before the VM exited.
     let ended = supervisor.line();
     assert!(
         ["ended: OwnerGone", "ended: Complete"].contains(&ended.as_str()),

@@ -9,9 +9,9 @@ use nix::unistd::Pid;
 /// Time limit that only a leak exceeds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Sockets of a supervisor, its worker and its guardian that have nothing to do: of a daemon with one service and a control
-/// socket. The supervisor listens at both, and talks to the other two; the worker has its end twice, once as standard input;
-/// the guardian holds the socket of the service.
+/// Number of sockets of an idle supervisor, worker and guardian, for a daemon with one service and
+/// a control socket. The supervisor listens on both and is connected to the other two. The worker
+/// has its end twice, once as standard input. The guardian holds the service's socket.
 pub(crate) const IDLE_SOCKETS: [usize; 3] = [4, 2, 2];
 
 /// Descriptors and threads of an idle process.

@@ -357,7 +357,7 @@ fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
     assert_eq!(endings(&scene.stop()), ["killed"]);
 }
 
-/// The supervisor waited for it, accepted nobody, and took its worker for stuck.
+/// Regression: the supervisor waited for the disk, accepted nobody, and took its worker for stuck.
 #[test]
 fn a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting() {
     let test = "a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting";

@@ -204,7 +204,8 @@ fn leaves_others_alone(words: &[&str], options: &[&str]) {
     watched.assert_unharmed(&words.join(" "));
 }
 
-/// Supervisor and worker could not talk of so many, and the supervisor gave up all its VMs.
+/// Regression: the supervisor could not pass so many regions to the worker, and gave up all its
+/// VMs.
 #[test]
 fn regions_by_the_thousand_cost_nobody_else() {
     leaves_others_alone(&["VeryManyRegions"], &[]);
@@ -299,7 +300,7 @@ fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
     watched.assert_unharmed("files that can't be closed");
 }
 
-/// The liars are enough processes that none of them exceeds its own limit.
+/// There are enough liars that none of them exceeds the limit per process.
 #[test]
 fn who_comes_while_too_many_files_are_kept_open_waits_and_is_served() {
     if !can_mount("who_comes_while_too_many_files_are_kept_open_waits_and_is_served") {

@@ -151,7 +151,7 @@ impl Scene {
         daemon.wait().expect("its end");
     }
 
-    /// The supervisor's process.
+    /// Returns the supervisor's process.
     pub(crate) fn supervisor(&self) -> Pid {
         let daemon = self.daemon.as_ref().expect("it runs");
         Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"))

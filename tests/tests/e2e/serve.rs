@@ -146,7 +146,7 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         assert_eq!(of, (id, pid, &"default".into()), "{line}");
         of_vm.push(fields["message"].as_str().expect("a message").to_owned());
     }
-    // From the supervisor, from a thread of the engine's, and at the end.
+    // Messages from the supervisor, from a thread of the engine, and at the end.
     for part in ["served", "cannot restore a page", "exited"] {
         let has = of_vm.iter().any(|message| message.starts_with(part));
         assert!(has, "no {part:?} in {of_vm:?}");
@@ -256,7 +256,8 @@ fn damage(snapshot: &Path) {
 fn who_is_no_vmm_is_refused_and_hurts_nobody() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--handshake-timeout", "1"]);
-    // One says nothing, one something else, one goes away: other processes than this one, which might be ended.
+    // One peer sends nothing, one something else, one disconnects. They are separate processes,
+    // because the daemon might kill its peer.
     let peer = |words: &[&str]| {
         let mut peer = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
         peer.arg(scene.socket()).arg(scene.raw()).args(words);

@@ -1,5 +1,5 @@
-//! The supervisor dies, and its worker with it: VMs go on with the next, or are ended, and never read what
-//! is wrong.
+//! The supervisor dies, and its worker with it: the next one serves the VMs, or they are killed,
+//! and they never read wrong memory.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
@@ -37,7 +37,7 @@ fn the_next_supervisor_goes_on_with_what_systemd_has_held() {
     let options = ["--prefetch", "off"];
     scene.start(manager.manages(scene.daemon(&options), 64));
     let (mut vmm, _said) = vmm(&scene);
-    // Two for the service: the snapshot's file and the socket. Four for the VM.
+    // Two descriptors for the service: the snapshot's file and the socket. Four for the VM.
     while manager.names().len() < 6 {
         manager.take_one();
     }
@@ -62,7 +62,8 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
     let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
     scene.wait_for("cannot store all of its descriptors; it is killed", 1);
-    // The service's two and the VM's three; then those are let go but for the one by which a next supervisor ends it.
+    // The service's two and the VM's three. The VM's are then removed, except for the one by which
+    // a next supervisor kills it.
     while manager.names().len() < 5 {
         manager.take_one();
     }
@@ -130,7 +131,7 @@ fn a_vm_that_is_handing_over_when_the_supervisor_is_killed_is_ended() {
         let run = end_of(vmm);
         assert_eq!(run.signal, Some(libc::SIGKILL), "{part}: {}", run.err);
     }
-    // Who is refused is let go, and nobody ends it when the supervisor dies.
+    // A refused VM is released, and nobody kills it when the supervisor dies.
     scene.start(scene.marked(&["--handshake-timeout", "1"]));
     let guardian = scene.guardian().expect("a guardian");
     let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
@@ -152,7 +153,7 @@ fn wait_for_end(guardian: Pid) {
     assert!(within(PATIENCE, || !runs()), "the guardian does not end");
 }
 
-/// A VMM that hands all over to a supervisor which takes nothing any more.
+/// Starts a VMM that hands its memory over to a supervisor that no longer accepts anything.
 fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
     kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
     let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
@@ -185,14 +186,14 @@ fn open_sockets(pid: u32) -> usize {
     links.filter(is_socket).count()
 }
 
-/// The guardian has nothing of the socket but what its supervisor sends.
+/// The guardian has no access to the socket except for the copy that its supervisor sent.
 #[test]
 fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.start(scene.marked(&[]));
     let first = scene.guardian().expect("a guardian");
     kill(first, Signal::SIGKILL).expect("killed");
-    // Logged when everything is held again.
+    // Logged once everything is stored again.
     scene.wait_for("the guardian exited", 1);
     let second = scene.guardian().expect("another guardian");
     assert_ne!(first, second);
@@ -369,7 +370,8 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
-    // One more than may be of one process. It is another than this one, which might be ended.
+    // One more than is allowed per process. It is a separate process, because the daemon might kill
+    // it.
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
     let crowd = crowd.arg(scene.socket()).arg(scene.raw());
     let crowd = crowd.args(["Nothing", "None", "times=17", "seconds=600"]);
@@ -417,7 +419,7 @@ fn the_next_supervisor_serves_who_waits_and_ends_who_was_handing_over() {
     drop(waits.stdin.take());
     let _ = end_of(waits).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited", "killed"]);
-    // Neither of them is held any more, nor is the socket.
+    // Neither of them is stored any more, nor is the socket.
     let is_file = |name: &&str| name.starts_with("vm.file-");
     while !manager.names().iter().all(is_file) {
         manager.take_one();

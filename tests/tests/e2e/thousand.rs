@@ -27,10 +27,10 @@ const STRICT_HEAP: [(&str, &str); 3] = [
     ("MALLOC_MMAP_THRESHOLD_", "16384"),
     ("MALLOC_TRIM_THRESHOLD_", "16384"),
 ];
-/// KiB by which the memory of supervisor, worker and guardian may have grown at the end. The supervisor writes down what
-/// became of each of the first ten thousand VMs; the worker's heap has holes, up to 3 MiB whatever the number of VMs.
-/// So a leak is seen that is larger than half a KiB a VM in the supervisor, 7 KiB in the worker, 80 bytes in the
-/// guardian.
+/// Maximum growth of the memory of supervisor, worker and guardian, in KiB. The supervisor keeps
+/// the summaries of the first ten thousand VMs. The worker's heap has holes, up to 3 MiB whatever
+/// the number of VMs. So the test detects leaks of more than half a KiB per VM in the supervisor, 7
+/// KiB in the worker and 80 bytes in the guardian.
 const MORE_KIB: [u64; 3] = [425, 6000, 64];
 /// Additional mappings allowed, because the stacks of exited threads are kept for reuse.
 const MORE_MAPPINGS: usize = 40;
@@ -195,7 +195,8 @@ fn a_thousand_vms_leave_nothing_behind() {
     daemon.has_mapped_no_more_than(&warm);
     assert_eq!(restarts(), 0);
 
-    // Workers that die with VMs in their hands leave the supervisor nothing either, and the last is as the first.
+    // Workers that die while serving VMs leave nothing behind in the supervisor either, and the
+    // last worker is like the first.
     let mut kills = 0;
     run_vms(&scene, &misfit, WARM, || {
         std::thread::sleep(Duration::from_millis(50));

@@ -21,8 +21,9 @@ fn all_right(vmm: Child) {
     assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
 }
 
-/// Each place where what supervisor and worker share is between two steps. Several workers in a row come
-/// to it; the first of them finds what one that died after a read has left.
+/// Kills the worker at each point where the state shared with the supervisor is between two steps.
+/// Several workers in a row reach each point; the first of them finds the leftovers of one that
+/// died after a read.
 #[test]
 fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
     let mut scene = Scene::new(Shares::MIXED);
@@ -64,7 +65,7 @@ fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
             .iter_mut()
             .any(|vmm| vmm.try_wait().expect("a child").is_none())
         {
-            // From a worker that has hardly started to one that is well under way.
+            // Kills workers that have hardly started as well as workers that are well under way.
             std::thread::sleep(Duration::from_micros(500 + kills * 7919 % 25_000));
             if let Some(worker) = scene.worker() {
                 let _ = kill(worker, Signal::SIGKILL);

@@ -19,7 +19,7 @@ use snaprestore_daemon::api::types::Completed;
 use report::{Done, LetGo, Listing, Statistics};
 
 pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<Exit> {
-    // What was asked for goes on in the daemon.
+    // The daemon finishes a request even if this command is interrupted.
     cancel.end_at_once();
     let client = Client::connect(&args.control)?;
     match &args.op {
@@ -67,14 +67,14 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
     Ok(Exit::Done)
 }
 
-/// Reports VMs that were to be let go: a failure, if one could not be.
+/// Reports the VMs that were to be released; fails if one could not be.
 fn let_go(vms: Vec<Completed>, output: Output) -> Result<Exit> {
     let all = vms.iter().all(|vm| vm.done);
     output.report(&LetGo { vms })?;
     Ok(if all { Exit::Done } else { Exit::Failed })
 }
 
-/// A path as the daemon has to be told of it, which runs in another folder.
+/// Returns an absolute path, since the daemon runs in another folder.
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| names::path(path))
 }

@@ -1,4 +1,4 @@
-//! What the daemon has answered, for people and programs.
+//! The daemon's responses, rendered for people and programs.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use crate::names;
 use crate::output::{count, percent};
 use snaprestore_daemon::api::types::{Completed, List, Pages, Times, Upgraded, VmStats, VmStatus};
 
-/// A service was added or removed.
+/// Report of an added or removed service.
 #[derive(Serialize)]
 pub(super) struct Done {
     service: String,
@@ -36,7 +36,7 @@ impl fmt::Display for Done {
     }
 }
 
-/// Another program has taken over.
+/// Report of an upgrade to another program.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct NowRuns(pub(super) Upgraded);
@@ -48,7 +48,7 @@ impl fmt::Display for NowRuns {
     }
 }
 
-/// What is served.
+/// Report of the services and VMs.
 #[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct Listing(pub(super) List);
@@ -81,7 +81,7 @@ impl fmt::Display for Listing {
             writeln!(f, "\n{}", table.trim_fmt())?;
         }
         if !list.vms.is_empty() {
-            // The longest is the last: it moves no other column.
+            // The longest column is the last one, so that it shifts no other column.
             let mut table = plain(["VM", "SERVICE", "PID", "STATE", "AGE", "REASON"]);
             for vm in &list.vms {
                 table.add_row([
@@ -100,14 +100,14 @@ impl fmt::Display for Listing {
     }
 }
 
-/// Why a VM was killed or refused, in one line: parts of it come from file names.
+/// Returns why a VM was killed or refused, in one line, since parts of it come from file names.
 fn reason(vm: &VmStatus) -> String {
     let reason = vm.reason.as_deref().unwrap_or_default();
     let plain = |c: char| if c.is_control() { ' ' } else { c };
     reason.chars().map(plain).collect()
 }
 
-/// A duration as people say it.
+/// Formats a duration for people.
 fn age(millis: u64) -> String {
     let (seconds, tenths) = (millis / 1000, millis / 100 % 10);
     match seconds {
@@ -118,7 +118,7 @@ fn age(millis: u64) -> String {
     }
 }
 
-/// What sessions have done.
+/// Report of the sessions' statistics.
 #[derive(Serialize)]
 pub(super) struct Statistics {
     pub(super) vms: Vec<VmStats>,
@@ -139,7 +139,7 @@ impl fmt::Display for Statistics {
     }
 }
 
-/// The numbers of one VM.
+/// Formats the statistics of one VM.
 fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
     let (vm, s) = (&stats.vm, &stats.session);
     let (id, service, pid) = (vm.id, &vm.service, vm.pid);
@@ -218,7 +218,7 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
     Ok(())
 }
 
-/// Percentiles in one line.
+/// Latency percentiles, formatted in one line.
 struct Latency<'a>(&'a Times);
 
 impl fmt::Display for Latency<'_> {
@@ -235,7 +235,7 @@ impl fmt::Display for Latency<'_> {
     }
 }
 
-/// VMs that were to be let go.
+/// Report of the VMs that were to be released.
 #[derive(Serialize)]
 pub(super) struct LetGo {
     pub(super) vms: Vec<Completed>,
@@ -258,14 +258,14 @@ impl fmt::Display for LetGo {
     }
 }
 
-/// A table without lines.
+/// Returns a table without borders.
 pub(super) fn plain<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     table
 }
 
-/// Aligns columns of numbers.
+/// Aligns columns of numbers to the right.
 pub(super) fn to_the_right(table: &mut Table, columns: &[usize]) {
     for column in columns {
         if let Some(column) = table.column_mut(*column) {

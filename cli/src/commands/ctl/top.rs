@@ -1,4 +1,4 @@
-//! `snaprestore ctl top`: what the VMs do right now.
+//! `snaprestore ctl top`: shows the current activity of the VMs.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal as _};
@@ -43,13 +43,13 @@ pub(super) fn run(
     }
 }
 
-/// The daemon, which may be replaced while it is looked at.
+/// Connection to the daemon, which may be replaced during observation.
 struct Daemon<'a> {
     client: Client,
     control: &'a Path,
 }
 
-/// The numbers at one moment.
+/// Statistics at one moment.
 struct Sample {
     at: Instant,
     vms: Vec<VmStats>,
@@ -73,18 +73,18 @@ impl Daemon<'_> {
     }
 }
 
-/// What happened between two moments.
+/// Activity between two samples.
 #[derive(Debug, Serialize)]
 struct Frame {
-    /// In between.
+    /// Time between the samples.
     seconds: f64,
     vms: Vec<Row>,
-    /// So many of the busiest are shown.
+    /// Maximum number of rows to show, busiest VMs first.
     #[serde(skip)]
     rows: Option<usize>,
 }
 
-/// One VM in it: rates by the second.
+/// Activity of one VM, in rates per second.
 #[derive(Debug, Serialize)]
 struct Row {
     id: VmId,
@@ -92,15 +92,15 @@ struct Row {
     pid: u32,
     state: &'static str,
     faults: f64,
-    /// Of the faults in between; none, if there were none.
+    /// 99th percentile of the faults between the samples; `None` if there were none.
     fault_p99_us: Option<f64>,
     demand_pages: f64,
     prefetch_pages: f64,
     discards: f64,
-    /// At its end.
+    /// Number of pages at the second sample.
     pages: u64,
     missing: u64,
-    /// Since the VM's beginning.
+    /// Number of failures since the VM connected.
     failures: u64,
 }
 
@@ -127,7 +127,7 @@ impl Frame {
 impl Row {
     fn between(before: Option<&SessionStats>, now: &VmStats, seconds: f64) -> Self {
         let none = SessionStats::default();
-        // A new worker has begun to count at 0.
+        // A new worker starts to count at 0.
         let before = before.filter(|before| before.faults <= now.session.faults);
         let before = before.unwrap_or(&none);
         let VmStats { vm, session } = now;
@@ -210,7 +210,7 @@ impl fmt::Display for Frame {
     }
 }
 
-/// What draws `text` over the frame before it: line by line, so that nothing flickers.
+/// Returns the output that draws `text` over the previous frame, line by line to avoid flicker.
 fn redraw(text: &str, first: bool) -> String {
     let mut drawn = String::from(if first { "\x1b[2J\x1b[H" } else { "\x1b[H" });
     for line in text.lines() {
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn rates_are_those_since_the_frame_before() {
-        // All slow ones were before: only what is new counts.
+        // All slow faults came before the first sample, so only new ones count.
         let before = vec![vm(1, 100, 100), vm(2, 10, 0)];
         let after = vec![vm(1, 110, 100), vm(2, 50, 1), vm(3, 8, 0), vm(4, 5, 0)];
         let frame = frame(before, after);
@@ -283,7 +283,7 @@ mod tests {
         let expected = [
             (2, 20.0, Some(50.0), 20.0, 950),
             (1, 5.0, Some(2.0), 5.0, 890),
-            // New ones count from their beginning.
+            // New VMs count from their start.
             (3, 4.0, Some(2.0), 4.0, 992),
             (4, 2.5, Some(2.0), 2.5, 995),
         ];

@@ -1,4 +1,4 @@
-//! `snaprestore demo`: the main job on real input, with nothing prepared.
+//! `snaprestore demo`: snapshots and restores a real process, without preparation.
 
 mod owner;
 
@@ -33,10 +33,10 @@ pub(crate) use owner::run as run_owner;
 
 #[derive(Serialize)]
 struct Report {
-    /// Whether every page came back as the process held it.
+    /// Whether every page was restored as the process held it.
     ok: bool,
     pid: i32,
-    /// What the process said before it was packed, and after.
+    /// Answers of the process before and after it was packed.
     #[serde(skip_serializing_if = "Option::is_none")]
     before: Option<Told>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,7 +49,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<Exit> {
-    // If the end can't be reached, say so at the beginning.
+    // Reports at the start if the restore at the end is not possible.
     OpenOptions::new()
         .user_mode_only(UserModeOnly::IfNeeded)
         .open()
@@ -80,7 +80,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         Some(owner) => Some(owner.ask(cancel)?),
         None => None,
     };
-    // It has shown that it goes on; its memory is compared with a copy.
+    // The process has shown that it continues; its memory is compared with a copy.
     drop(owner);
 
     step("verifying the snapshot ...");
@@ -117,14 +117,14 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
     Ok(if report.ok { Exit::Done } else { Exit::Failed })
 }
 
-/// A snapshot that is there as long as this is.
+/// A snapshot that exists as long as this value.
 struct Packed {
     path: PathBuf,
-    /// Keeps a file without a name alive.
+    /// The open handle that keeps an unnamed file alive.
     _file: Option<File>,
 }
 
-/// Where the snapshot is to be written, and read from afterwards.
+/// Returns the target for the snapshot, and the path to read it from afterwards.
 fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
     if let Some(path) = &args.keep {
         let packed = Packed {
@@ -134,7 +134,7 @@ fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
         return Ok((Target::create(path, args.force, cancel)?, packed));
     }
     let file = temporary_file()?;
-    // The target is closed when it is written; this one stays, and is what the path names.
+    // The target closes its handle when it is written; this handle stays open for the path.
     let open = file.try_clone().context("keeping a temporary file open")?;
     let packed = Packed {
         path: fd_path(&open),
@@ -143,7 +143,7 @@ fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
     Ok((Target::Stream(Stream::new(file, cancel)?), packed))
 }
 
-/// Packs a process, and writes the same memory as it is to `reference`.
+/// Packs a process, and writes a raw copy of the same memory to `reference`.
 fn pack(
     pid: i32,
     target: Target,
@@ -185,7 +185,7 @@ fn pack(
     })
 }
 
-/// Sends memory to the snapshot, and to a plain file to compare with.
+/// A sink that sends memory to the snapshot and to a plain file for comparison.
 struct Both<'a, S> {
     snapshot: &'a mut S,
     reference: &'a File,
@@ -216,7 +216,7 @@ impl<S: Sink> Sink for Both<'_, S> {
     }
 }
 
-/// A file without a name, gone with this process however it ends.
+/// Creates an unnamed file, which disappears with this process however it ends.
 fn temporary_file() -> Result<File> {
     let folder = std::env::temp_dir();
     let mut options = File::options();
@@ -235,7 +235,7 @@ fn temporary_file() -> Result<File> {
         .with_context(|| format!("cannot create a temporary file in {}", names::path(&folder)))
 }
 
-/// A path to an open file.
+/// Returns a path to an open file.
 fn fd_path(file: &File) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }

@@ -1,5 +1,6 @@
-//! The process that the demonstration packs: it reads this machine's own files into memory, indexes
-//! the words of the texts among them, and answers questions. Its other half starts and asks it.
+//! The process that the demonstration packs. It reads this machine's own files into memory, indexes
+//! the words of the texts among them, and answers questions. [`Owner`] is the parent's side, which
+//! starts the process and queries it.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -21,7 +22,7 @@ use crate::args;
 use crate::exit::Exit;
 use crate::signals::Cancel;
 
-/// Where files are looked for: texts first, of which half of the memory is made.
+/// Folders in which files are looked for. Texts come first and fill half of the memory.
 const FOLDERS: [&str; 6] = [
     "/usr/share",
     "/etc",
@@ -30,25 +31,25 @@ const FOLDERS: [&str; 6] = [
     "/var/lib",
     "/opt",
 ];
-/// Most bytes of one file.
+/// Maximum number of bytes of one file.
 const MAX_FILE: u64 = 8 << 20;
-/// The word that is asked for.
+/// The word that is counted.
 pub(super) const WORD: &str = "the";
 
-/// What the owner says about itself.
+/// The owner's description of its state.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Told {
     pub(super) files: u64,
     pub(super) bytes: u64,
-    /// Different words in the index.
+    /// Number of distinct words in the index.
     pub(super) words: u64,
-    /// How often [`WORD`] occurs.
+    /// Number of occurrences of [`WORD`].
     pub(super) occurrences: u64,
-    /// Rounds of a thread that never rests: grows while the process runs.
+    /// Iterations of a thread that never sleeps; grows while the process runs.
     pub(super) rounds: u64,
 }
 
-/// A started owner. It doesn't outlive this process.
+/// A started owner. It is killed at the latest when this process exits.
 #[derive(Debug)]
 pub(super) struct Owner {
     child: Child,
@@ -57,7 +58,7 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// Starts one that fills `mib` MiB.
+    /// Starts an owner that fills `mib` MiB.
     pub(super) fn start(mib: u32) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program")?;
         let mut child = Command::new(program)
@@ -80,11 +81,11 @@ impl Owner {
         Ok(i32::try_from(self.child.id())?)
     }
 
-    /// Asks it how it is. Waits until it has loaded everything, the first time.
+    /// Queries the owner's state. The first query waits until it has loaded everything.
     pub(super) fn ask(&mut self, cancel: &Cancel) -> Result<Told> {
         let mut answer = String::new();
         writeln!(self.questions, "{WORD}").context("asking the packed process")?;
-        // It answers with one line, which arrives whole.
+        // The owner answers with one line, which arrives whole.
         cancel.wait_readable(self.answers.get_ref().as_fd())?;
         self.answers
             .read_line(&mut answer)
@@ -113,7 +114,7 @@ impl Drop for Owner {
     }
 }
 
-/// What the owner holds.
+/// The files and the index that the owner holds.
 #[derive(Default)]
 struct Library {
     files: Vec<(PathBuf, Vec<u8>)>,
@@ -121,10 +122,10 @@ struct Library {
     words: HashMap<Box<[u8]>, u64>,
 }
 
-/// The owner's own part: loads, then answers until its input ends.
+/// Runs the owner: loads the files, then answers until its input ends.
 pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
     cancel.end_at_once();
-    // Whatever ends the other half ends this one, also while it loads.
+    // This process is killed when its parent exits, also while it loads.
     prctl::set_pdeathsig(Signal::SIGKILL).context("tying this process to its parent")?;
     if asker_is_gone() {
         return Ok(Exit::Done);
@@ -154,7 +155,7 @@ pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Whether the other half ended before this one was tied to it: nobody writes questions then.
+/// Whether the parent exited before this process was tied to it: nobody writes questions then.
 fn asker_is_gone() -> bool {
     let questions = io::stdin();
     let mut fds = [PollFd::new(questions.as_fd(), PollFlags::empty())];
@@ -168,13 +169,13 @@ impl Library {
             let limit = if number == 0 { limit / 2 } else { limit };
             self.load_folder(Path::new(folder), limit);
         }
-        // A machine without any of these has this program at least.
+        // If the machine has none of these folders, this program itself is loaded.
         if self.files.is_empty() {
             self.load_file(Path::new("/proc/self/exe"));
         }
     }
 
-    /// Loads files below `folder`, in the order of their names.
+    /// Loads files below `folder`, ordered by name.
     fn load_folder(&mut self, folder: &Path, limit: u64) {
         let Ok(entries) = fs::read_dir(folder) else {
             return;

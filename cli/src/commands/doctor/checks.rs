@@ -1,4 +1,4 @@
-//! What was found, judged: pure, so that machines of all sorts can be tried on any.
+//! Evaluates the findings. The functions are pure, so that any machine can be simulated in tests.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use serde::Serialize;
 use snaprestore_uffd::uffd::{Access, Features, KernelVersion, OpenError, Probe};
 use snaprestore_uffd::uffd::{HugePool, Limit};
 
-/// One thing that matters to restoring, and how it is here.
+/// A requirement of restoring, and its state on this machine.
 #[derive(Debug, Serialize)]
 pub(super) struct Check {
     pub(super) name: &'static str,
@@ -19,24 +19,24 @@ pub(super) struct Check {
     pub(super) remedy: Option<String>,
 }
 
-/// How good it is.
+/// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum State {
-    /// As it should be.
+    /// The requirement is met.
     Good,
-    /// Restoring works; something is slower or not to be had.
+    /// Restoring works, but something is slower or unavailable.
     Limited,
-    /// Restoring doesn't work.
+    /// Restoring does not work.
     Missing,
 }
 
-/// What matters beyond the engine's probe.
+/// Facts about the system beyond the engine's probe.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Surroundings {
-    /// `kernel.yama.ptrace_scope`, where the kernel has it.
+    /// Value of `kernel.yama.ptrace_scope`, if the kernel has it.
     pub(super) ptrace_scope: Option<String>,
-    /// No `/proc` of this PID namespace is mounted.
+    /// Whether no `/proc` of this PID namespace is mounted.
     pub(super) lacks_proc: bool,
 }
 
@@ -78,7 +78,7 @@ fn missing(name: &'static str, detail: impl Into<String>, remedy: impl Into<Stri
     }
 }
 
-/// All checks, the decisive ones first.
+/// Returns all checks, the decisive ones first.
 pub(super) fn all(probe: &Probe, surroundings: &Surroundings) -> Vec<Check> {
     let mut checks = vec![kernel(probe), userfaultfd(probe)];
     checks.extend(ways(probe));
@@ -110,7 +110,7 @@ fn kernel(probe: &Probe) -> Check {
     }
 }
 
-/// Whether the engine can open one as it does to restore; its error says what would help.
+/// Checks whether the engine can open a userfaultfd for a restore; the error names a remedy.
 fn userfaultfd(probe: &Probe) -> Check {
     let name = "userfaultfd";
     match &probe.open {
@@ -138,7 +138,7 @@ fn userfaultfd(probe: &Probe) -> Check {
     }
 }
 
-/// Tells whether what is refused would be permitted for faults of user mode only.
+/// Whether a refused userfaultfd would be permitted for user-mode faults only.
 pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
     matches!(
         error,
@@ -149,7 +149,7 @@ pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
     )
 }
 
-/// Each way to a userfaultfd. None is needed if another works.
+/// Checks each way to open a userfaultfd. A failed one is no problem if another works.
 fn ways(probe: &Probe) -> Vec<Check> {
     let any = probe.open.is_ok();
     probe
@@ -202,7 +202,7 @@ fn unprivileged(probe: &Probe) -> Check {
     }
 }
 
-/// What newer kernels bring, and what is done without.
+/// Features of newer kernels, and the effect of their absence.
 const NEWER: [(Features, &str, &str); 5] = [
     (
         Features::POISON,
@@ -259,7 +259,7 @@ fn features(probe: &Probe) -> Vec<Check> {
     checks
 }
 
-/// What all but `restore`, and the commands for files, need.
+/// Checks `/proc`, which all commands except `restore` and those for files need.
 fn proc(surroundings: &Surroundings) -> Check {
     let name = "/proc";
     if surroundings.lacks_proc {
@@ -274,7 +274,7 @@ fn proc(surroundings: &Surroundings) -> Check {
     }
 }
 
-/// What `create --pid` needs.
+/// Checks the permission to trace processes, which `create --pid` needs.
 fn trace(probe: &Probe, surroundings: &Surroundings) -> Check {
     let name = "live processes";
     if surroundings.lacks_proc {
@@ -303,12 +303,12 @@ fn trace(probe: &Probe, surroundings: &Surroundings) -> Check {
 }
 
 fn limits(probe: &Probe) -> Vec<Check> {
-    /// Mappings and descriptors that a restore of a process tree can need.
+    /// Numbers of mappings and descriptors that restoring a process tree can need.
     const MANY_MAPS: u64 = 65530;
     const MANY_FILES: u64 = 1024;
     let mut checks = Vec::new();
     if let Some(limit) = probe.memlock {
-        // Restoring locks nothing; with locked memory it must all be there at once.
+        // Restoring locks no memory, but locked memory must be loaded all at once.
         checks.push(good(
             "locked memory",
             words(limit, |n| BinaryBytes(n).to_string()),
@@ -356,7 +356,7 @@ fn limits(probe: &Probe) -> Vec<Check> {
     checks
 }
 
-/// `vm.overcommit_memory`.
+/// Checks `vm.overcommit_memory`.
 fn overcommit(policy: u64) -> Check {
     let name = "overcommit";
     match policy {
@@ -375,7 +375,7 @@ fn overcommit(policy: u64) -> Check {
     }
 }
 
-/// A limit as people read it.
+/// Formats a limit for people.
 fn words(limit: Limit, number: impl Fn(u64) -> String) -> String {
     let one = |limit: Option<u64>| limit.map_or_else(|| "unlimited".into(), &number);
     if limit.soft == limit.hard {
@@ -417,7 +417,7 @@ fn pool_check(pool: &HugePool) -> Check {
     if pool.total + pool.overcommit > 0 {
         good(name, detail)
     } else {
-        // Nobody needs it who doesn't restore onto hugetlbfs: a remark, not a lack.
+        // Only a restore onto hugetlbfs needs huge pages, so their absence is not a problem.
         good(name, format!("{size}: none set aside (for hugetlbfs only)"))
     }
 }
@@ -458,7 +458,7 @@ mod tests {
             let mask = Mask::kernel(KernelVersion::new(major, minor));
             let checks = all(&Probe::with_mask(mask), &Surroundings::default());
             for check in checks.iter().filter(|check| check.state != State::Good) {
-                // A way that is closed is no lack while another is open.
+                // An unavailable way is no problem while another is available.
                 let is_way = check.name.starts_with("device") || check.name.starts_with("system");
                 assert!(is_way || check.remedy.is_some(), "{check:?}");
             }
@@ -499,11 +499,11 @@ mod tests {
     fn what_a_kernel_lacks_names_the_one_that_has_it() {
         let probe = Probe::with_mask(Mask::kernel(KernelVersion::new(6, 1)));
         if probe.features.is_none() {
-            // Nothing is known of features where no way to a userfaultfd is open.
+            // Without any way to open a userfaultfd, its features are unknown.
             assert!(features(&probe).is_empty());
             return;
         }
-        // The probe tells what the kernel has; a hidden part is not among it.
+        // The probe reports the kernel's real features, so one is removed here.
         let checks = features(&Probe {
             features: Some(probe.features.unwrap().without(Features::POISON)),
             ..probe

@@ -1,4 +1,4 @@
-//! `snaprestore doctor`: what this machine permits, and what would permit the rest.
+//! `snaprestore doctor`: checks what this machine permits, and names remedies.
 
 mod checks;
 
@@ -14,9 +14,9 @@ use checks::{Check, State};
 
 #[derive(Serialize)]
 struct Report {
-    /// Whether memory can be restored lazily here.
+    /// Whether memory can be restored lazily on this machine.
     ok: bool,
-    /// Possible, but only where system calls and virtual CPUs don't touch it while it comes.
+    /// Whether it can be restored only if no system call or virtual CPU touches missing memory.
     user_mode_only: bool,
     kernel: String,
     checks: Vec<Check>,

@@ -1,4 +1,4 @@
-//! `snaprestore restore`: a snapshot comes back lazily, into this process.
+//! `snaprestore restore`: restores a snapshot lazily into this process.
 
 mod order;
 mod report;
@@ -25,23 +25,23 @@ use order::Order;
 pub(crate) use report::Report;
 use touch::Pages;
 
-/// Says that the command does with less than the engine wants.
+/// Note that the command works with less permission than the engine wants.
 pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full userfaultfd; going on with \
      one for faults of user mode only, which is enough for this command (`snaprestore doctor` says \
      what would permit the other)";
 
-/// How long the engine may take to notice that every page was touched.
+/// Maximum time for the engine to notice that every page was touched.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Exit> {
-    // Memory of our own goes with the process: there is nothing to undo, and nothing to wait for.
+    // The memory disappears with this process: nothing has to be undone or waited for.
     cancel.end_at_once();
     let report = restore(args, output, cancel)?;
     output.report(&report)?;
     Ok(report.exit())
 }
 
-/// Restores a snapshot and says how it went.
+/// Restores a snapshot and returns a report.
 pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Report> {
     if args.check.is_some() && args.touch == Touch::None {
         return Err(Refusal::Usage(
@@ -86,8 +86,8 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     if args.prefetch != args::Prefetch::Off {
         restored.wait_complete();
     }
-    // What was touched last counts as present a moment later. Pages of unknown content weren't
-    // touched: with them it stays incomplete.
+    // The engine counts the last touched page as present a moment later. Unavailable pages weren't
+    // touched, so a restore that has some never completes.
     if touched.is_some() && snapshot.summary().unavailable_pages == 0 {
         let waiting = Instant::now();
         while !restored.is_complete() && waiting.elapsed() < PATIENCE {
@@ -104,7 +104,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     ))
 }
 
-/// The file to compare with, which must be as long as the memory.
+/// Opens the file to compare with, which must be as long as the memory.
 fn open_raw(path: &Path, bytes: u64) -> Result<File> {
     let named = || names::path(path);
     let store = FileStore::open(path).with_context(named)?;
@@ -119,7 +119,7 @@ fn open_raw(path: &Path, bytes: u64) -> Result<File> {
     Ok(store.into_file())
 }
 
-/// Maps the memory and starts to serve it.
+/// Maps the memory and starts serving it.
 fn start(
     snapshot: &Arc<Snapshot>,
     args: &args::Restore,
@@ -139,13 +139,13 @@ fn start(
             .start()
     };
     match with(FailurePolicy::Poison) {
-        // Without poison a bad page can't be left behind: its toucher would wait for ever.
+        // Without poison, a bad page can't be marked: the touching thread would wait for ever.
         Err(StartError::NoPoison) => with(FailurePolicy::Ask(Arc::new(move |failure| {
             output.fail(&anyhow!(
                 "{failure}; this kernel cannot poison pages (that needs Linux 6.6), so the restore \
                  stops here"
             ));
-            // A thread waits for this page: only the end of the process ends that.
+            // A thread is blocked on this page, and only the end of the process unblocks it.
             std::process::exit(Exit::Damaged as i32)
         }))),
         result => result,

@@ -1,14 +1,14 @@
-//! In which order pages are touched.
+//! Orders in which pages are touched.
 
-/// An order of the numbers below a count: each exactly once, without a table of them.
+/// An order of the numbers below a count: each exactly once, without a table.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Order {
     Sequential,
     Random(Shuffle),
 }
 
-/// A permutation made of four Feistel rounds. Numbers that leave the count are sent round again,
-/// which brings each back in; fewer than four times on average.
+/// A permutation of four Feistel rounds. Numbers outside the count are permuted again until they
+/// fall inside, which takes fewer than four passes on average.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shuffle {
     count: u64,
@@ -26,7 +26,7 @@ impl Order {
         })
     }
 
-    /// The number at `position`, which is below the count.
+    /// Returns the number at `position`, which must be below the count.
     pub(super) fn at(&self, position: u64) -> u64 {
         match self {
             Self::Sequential => position,
@@ -57,7 +57,7 @@ impl Shuffle {
     }
 }
 
-/// The finishing steps of splitmix64.
+/// Applies the finishing steps of splitmix64.
 fn scramble(mut number: u64) -> u64 {
     number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -1,4 +1,4 @@
-//! What a restore did, and what it could not.
+//! The report of a restore, including what could not be restored.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,28 +13,28 @@ use super::touch::Touched;
 use crate::exit::Exit;
 use crate::output::count;
 
-/// Bad places that are listed for people.
+/// Maximum number of bad places listed for people.
 const LISTED: usize = 20;
 
-/// The field names are part of the command's interface.
+/// Report of a restore. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(super) file: String,
     pub(super) pages: u64,
-    /// Nothing was touched there: the contents aren't known.
+    /// Number of pages with unknown content, which were not touched.
     pub(super) unavailable_pages: u64,
     map_us: u64,
     first_page_us: Option<u64>,
     touch_ms: Option<u64>,
-    /// When all memory was there; never, if pages are bad or unknown.
+    /// Time until all memory was present; `None` if pages are bad or unknown.
     complete_ms: Option<u64>,
-    /// Pages that were wanted and could not be had.
+    /// Number of pages that were needed but could not be restored.
     bad_pages: u64,
     faults: u64,
     fault_us: Percentiles,
     pages_copied: u64,
     pages_zeroed: u64,
-    /// Zero pages that the kernel serves itself.
+    /// Number of zero pages that the kernel serves itself.
     pages_left_to_kernel: u64,
     prefetched_pages: u64,
     bytes_read: u64,
@@ -55,11 +55,11 @@ struct Percentiles {
     max: f64,
 }
 
-/// A place of the file that could not be used, and the pages that it cost.
+/// A place in the file that could not be used, and the pages affected by it.
 #[derive(Debug, Serialize)]
 struct Bad {
     file: String,
-    /// First byte of the frame or index block, if one is to blame.
+    /// Offset of the frame or index block, if one is to blame.
     offset: Option<u64>,
     damaged: bool,
     /// First and last number of each run of pages.
@@ -90,7 +90,7 @@ impl Report {
             map_us: whole_micros(stats.mapped),
             first_page_us: found.first_page.map(whole_micros),
             touch_ms: touched.map(|(_, took)| whole_millis(took)),
-            // To the engine a poisoned page is settled; to whoever wants the memory it is not.
+            // The engine counts a poisoned page as settled, but its memory is not restored.
             complete_ms: stats.complete.filter(|_| bad_pages == 0).map(whole_millis),
             bad_pages,
             faults: stats.faults,
@@ -116,12 +116,12 @@ impl Report {
         }
     }
 
-    /// Pages whose content the snapshot knows.
+    /// Returns the number of pages whose content the snapshot has.
     pub(crate) fn known_pages(&self) -> u64 {
         self.pages - self.unavailable_pages
     }
 
-    /// The numbers of pages that differed, as far as they are remembered.
+    /// Formats the recorded numbers of pages that differed.
     fn listed(&self) -> String {
         let numbers: Vec<_> = self.mismatched.iter().map(u64::to_string).collect();
         let noun = if self.mismatches == 1 {
@@ -137,7 +137,7 @@ impl Report {
         format!("{noun} {}{more}", numbers.join(", "))
     }
 
-    /// A damaged file is worse than an operation that failed.
+    /// Returns the exit code: a damaged file takes precedence over a failed operation.
     pub(crate) fn exit(&self) -> Exit {
         if self.failures.iter().any(|bad| bad.damaged) {
             Exit::Damaged
@@ -149,10 +149,10 @@ impl Report {
     }
 }
 
-/// Groups the pages that could not be had by the place that is to blame.
+/// Groups the pages that could not be restored by the place that is to blame.
 fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec<Bad> {
     let mut places: BTreeMap<Option<u64>, (Vec<u64>, bool, String)> = BTreeMap::new();
-    // What was not known when the snapshot was taken is no failure of the restore.
+    // Pages that were unavailable when the snapshot was taken are no failure of the restore.
     let failures = failures
         .iter()
         .filter(|failure| failure.kind != FailureKind::Unavailable);
@@ -167,7 +167,7 @@ fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec
             .0
             .push(failure.page);
     }
-    // The engine remembers the first failures only; the others say themselves where they lie.
+    // The engine records the first failures only; the place of any other is looked up by its page.
     for &page in touched {
         let (offset, damaged, detail) = blame(snapshot, page);
         places
@@ -207,7 +207,7 @@ fn blame(snapshot: &Snapshot, page: u64) -> (Option<u64>, bool, String) {
     }
 }
 
-/// An error's text without file and offset, which the report gives beside it.
+/// Returns an error's text without the file and offset, which the report shows separately.
 fn without_place(text: &str, file: &str, offset: Option<u64>) -> String {
     let rest = text
         .strip_prefix(file)
@@ -219,7 +219,7 @@ fn without_place(text: &str, file: &str, offset: Option<u64>) -> String {
     }
 }
 
-/// Sorted runs of numbers, first and last.
+/// Returns the first and last number of each run of consecutive numbers.
 fn runs(mut numbers: Vec<u64>) -> Vec<(u64, u64)> {
     numbers.sort_unstable();
     let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -240,7 +240,7 @@ fn whole_millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Microseconds with one decimal.
+/// Converts a duration to microseconds with one decimal.
 fn micros(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e7).round() / 10.0
 }

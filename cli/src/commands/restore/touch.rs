@@ -1,7 +1,7 @@
-//! Touching every page, from several threads, and comparing what arrives.
+//! Touches every page, from several threads, and compares the contents.
 //!
-//! A touch is a load of one byte, as an owner's: its page fault is what is measured. Whole pages are
-//! read only to compare them.
+//! A touch loads one byte, as an owner of the memory would: its page fault is what is measured.
+//! Whole pages are read only for comparison.
 
 use std::fs::File;
 use std::ops::Range;
@@ -20,18 +20,18 @@ use super::order::Order;
 use crate::progress::Progress;
 use crate::signals::Cancel;
 
-/// Positions of the order that a thread takes at once.
+/// Number of positions of the order that a thread takes at once.
 const AT_ONCE: u64 = 64;
-/// Mismatches that are listed.
+/// Maximum number of mismatches listed.
 const LISTED: usize = 16;
 
-/// The pages of all regions, counted through without the gaps of their numbers.
+/// The pages of all regions, numbered consecutively without the gaps between regions.
 #[derive(Debug)]
 pub(super) struct Pages {
-    /// For each region, its first page so counted, and its first page number.
+    /// The first consecutive number and the first page number of each region.
     regions: Vec<(u64, u64)>,
     pub(super) count: u64,
-    /// Page numbers whose content was not known when the snapshot was taken: nothing to touch.
+    /// Page numbers whose content was unknown when the snapshot was taken. They are not touched.
     unavailable: Vec<Range<u64>>,
 }
 
@@ -55,7 +55,7 @@ impl Pages {
         })
     }
 
-    /// Region, offset in it, and page number of a page.
+    /// Returns the region, the offset in it, and the page number of a page.
     fn place(&self, page: u64) -> (usize, u64, u64) {
         let region = self.regions.partition_point(|&(first, _)| first <= page) - 1;
         let (first, number) = self.regions[region];
@@ -69,8 +69,8 @@ impl Pages {
     }
 }
 
-/// The page numbers that are unavailable, in order. A block that can't be read is found out by
-/// touching it.
+/// Returns the unavailable page numbers, in order. A block that can't be read is skipped; touching
+/// it finds the error.
 fn unavailable(snapshot: &Snapshot, regions: &[Region]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     let mut add = |from: u64, to: u64| match runs.last_mut() {
@@ -102,31 +102,31 @@ fn unavailable(snapshot: &Snapshot, regions: &[Region]) -> Vec<Range<u64>> {
     runs
 }
 
-/// What touching found.
+/// Results of touching.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
-    /// From the start of the restore to the first page.
+    /// Time from the start of the restore to the first touched page.
     pub(super) first_page: Option<Duration>,
     pub(super) checked_pages: u64,
     pub(super) mismatches: u64,
     /// Numbers of the first pages that differed.
     pub(super) mismatched: Vec<u64>,
-    /// Numbers of pages that could not be had, sorted.
+    /// Numbers of the pages that could not be restored, sorted.
     pub(super) bad: Vec<u64>,
 }
 
-/// What is to be touched, and how.
+/// The pages to touch, and the settings for it.
 pub(super) struct Work<'a> {
     pub(super) restored: &'a Restored,
     pub(super) pages: &'a Pages,
     pub(super) order: Order,
-    /// Memory to compare with.
+    /// Raw memory file to compare with.
     pub(super) raw: Option<&'a File>,
-    /// When the restore began.
+    /// Start of the restore.
     pub(super) began: Instant,
 }
 
-/// What the touching threads share.
+/// State shared by the touching threads.
 struct Shared<'a> {
     work: &'a Work<'a>,
     cancel: &'a Cancel,
@@ -230,7 +230,7 @@ impl Shared<'_> {
         let start = self.work.restored.regions()[region].as_ptr();
         match loads.byte(start.expose_provenance() as u64 + offset) {
             Ok(_) => {}
-            // Poisoned: its frame is bad.
+            // The page is poisoned because its frame is bad.
             Err(ReadFault::Unreadable { .. }) => {
                 found.bad.push(number);
                 return Ok(());
@@ -245,7 +245,7 @@ impl Shared<'_> {
         };
         match self.work.restored.read_at(region, offset, memory) {
             Ok(()) => {}
-            // It was there a moment ago: memory is failing.
+            // The page was readable a moment ago: the hardware memory is failing.
             Err(ReadAtError::Unreadable { .. }) => {
                 found.bad.push(number);
                 return Ok(());

@@ -1,4 +1,4 @@
-//! The program headers and notes of a core, as the file states them.
+//! The program headers and notes of a core, as stated in the file.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -13,32 +13,32 @@ use super::super::PAGE;
 use super::super::file::SourceFile;
 use crate::names;
 
-/// Most program headers that are read: regions are bounded by the format as well.
+/// Maximum number of program headers to read; the format bounds the number of regions as well.
 const MAX_SEGMENTS: u32 = 1 << 20;
-/// Most bytes of notes that are read. A thread's registers take a few KiB.
+/// Maximum number of bytes of notes to read. The registers of a thread take a few KiB.
 const MAX_NOTE_BYTES: u64 = 256 << 20;
-/// Byte of the file's identification that has the version of the format.
+/// Index of the byte with the format version in the file's identification.
 const EI_VERSION: u64 = 6;
 
-/// What a core is of.
+/// Kind of memory that a core holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Kind {
     #[default]
     Process,
-    /// The memory of a virtual machine, by a note of its VMM.
+    /// Memory of a virtual machine, according to a note of its VMM.
     Guest,
-    /// The memory of a machine, by a note of its kernel or by its addresses.
+    /// Memory of a physical machine, according to a note of its kernel or to its addresses.
     Machine,
 }
 
 impl Kind {
-    /// Whether `p_paddr` counts.
+    /// Whether the memory is addressed by `p_paddr`.
     pub(super) fn is_physical(self) -> bool {
         self != Self::Process
     }
 }
 
-/// A loadable segment as the file states it.
+/// A loadable segment as stated in the file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
     pub(super) number: usize,
@@ -55,7 +55,7 @@ impl Load {
         if physical { self.paddr } else { self.vaddr }
     }
 
-    /// All of it but its first page.
+    /// Returns the segment without its first page.
     pub(super) fn without_first_page(&self) -> Self {
         Self {
             vaddr: self.vaddr.saturating_add(PAGE),
@@ -67,22 +67,22 @@ impl Load {
         }
     }
 
-    /// Bytes of its memory that the file is to have.
+    /// Returns the number of bytes of its memory that the file should contain.
     pub(super) fn known_bytes(&self) -> u64 {
         self.file_bytes.min(self.memory_bytes)
     }
 }
 
-/// What the notes tell.
+/// Contents of the notes.
 #[derive(Debug, Default)]
 pub(super) struct Notes {
     pub(super) kind: Kind,
-    /// Mapped files of a process, by address.
+    /// Mapped files of a process, by address range.
     pub(super) files: Vec<(Range<u64>, String)>,
 }
 
 impl Notes {
-    /// What the memory at an address is called.
+    /// Returns the name of the memory at an address; empty if it has none.
     pub(super) fn name(&self, address: u64) -> String {
         if self.kind.is_physical() {
             return "memory".into();
@@ -99,7 +99,8 @@ impl Notes {
     }
 }
 
-/// A file whose identification says that it has the current version, as VirtualBox forgets to.
+/// A file whose identification is presented with the current format version, which VirtualBox
+/// leaves out.
 struct Versioned<'a>(&'a File);
 
 impl Read for Versioned<'_> {
@@ -122,7 +123,7 @@ impl Seek for Versioned<'_> {
     }
 }
 
-/// Reads what a core states about its memory.
+/// Reads the program headers and notes of a core.
 pub(super) fn parse(file: &SourceFile) -> Result<(Vec<Load>, Notes)> {
     let mut start = [0; 5];
     file.read(&mut start, 0)?;
@@ -182,7 +183,8 @@ fn parse_class<Elf: FileHeader<Endian = Endianness>>(
     Ok((loads, notes))
 }
 
-/// Reads `NT_FILE`: a count, the unit of the offsets, three words for each mapping, then the names.
+/// Parses `NT_FILE`: a count, the unit of the offsets, three words for each mapping, then the
+/// names.
 fn mapped_files<Elf: FileHeader<Endian = Endianness>>(
     note: &[u8],
     endian: Endianness,
@@ -204,7 +206,7 @@ fn mapped_files<Elf: FileHeader<Endian = Endianness>>(
         }
     };
     let count = usize::try_from(word(0)?)?;
-    // Each mapping has its three words in the note, so the count meets the note's size first.
+    // Each mapping takes three words of the note, so the note's size limits the count.
     if count > note.len() / (3 * width) {
         bail!("its list of mapped files is cut short");
     }

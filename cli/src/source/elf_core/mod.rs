@@ -1,20 +1,23 @@
-//! ELF cores: of processes (gcore, the kernel) and of whole machines (QEMU's dump-guest-memory,
+//! ELF cores of processes (gcore, the kernel) and of whole machines (QEMU's dump-guest-memory,
 //! VirtualBox's dumpvmcore, a crashed kernel's vmcore).
 //!
-//! The two differ in what an address means. A process's core lists virtual ranges; memory that it
-//! names without having its bytes (mapped files left out by the dump filter) is unavailable: what
-//! it was isn't known, and zeros would be a lie; 64 GiB or more of it in a row, as sanitizers set
-//! aside, are left out. A machine's lists physical ranges in `p_paddr`, and
-//! its `p_vaddr` may say anything: with QEMU's paging option one physical range appears once for
-//! each virtual mapping. A note tells which it is. Without one, physical addresses are taken where
-//! virtual ones contradict each other, or pass the end of the address space, and they don't.
+//! The two differ in the meaning of an address. A process's core lists virtual ranges. Memory that
+//! it names without having the bytes (mapped files left out by the dump filter) is unavailable: its
+//! content is unknown, and zeros would be wrong. 64 GiB or more of it in a row, as sanitizers
+//! reserve, are left out.
+//!
+//! A machine's core lists physical ranges in `p_paddr`, and its `p_vaddr` may hold anything: with
+//! QEMU's paging option, one physical range appears once for each virtual mapping. A note tells the
+//! two kinds apart. Without one, physical addresses are used if they are consistent and the virtual
+//! ones contradict each other or pass the end of the address space.
 //!
 //! ```text
 //! program headers -> spans of bytes -> overlaps are compared, each byte is taken once
 //!                                   -> whole pages, and pages put together from odd pieces
 //! ```
 //!
-//! Nothing is left out without a remark. Bytes that two segments hold differently are an error.
+//! Nothing is left out without a remark. If two segments hold different bytes for the same memory,
+//! that is an error.
 
 mod headers;
 mod plan;
@@ -46,7 +49,7 @@ pub(super) fn is_core(start: &[u8]) -> bool {
     kind == elf::ET_CORE.0
 }
 
-/// An opened core whose segments were checked.
+/// An opened core with checked segments.
 #[derive(Debug)]
 pub(crate) struct ElfCore {
     file: SourceFile,
@@ -91,9 +94,9 @@ impl ElfCore {
     }
 }
 
-/// Checks that memory which two segments hold is the same in both.
+/// Checks that memory held by two segments is the same in both.
 fn compare(file: &SourceFile, overlaps: &[Overlap], cancel: &Cancel) -> Result<()> {
-    // Segments that share no bytes of the file have no more than it has.
+    // Segments that don't share bytes of the file hold no more bytes than the file.
     let twice = overlaps.iter().map(|overlap| u128::from(overlap.len));
     if twice.sum::<u128>() > u128::from(file.len()) {
         bail!("its segments hold more bytes at addresses of others than the file has");
@@ -142,7 +145,7 @@ impl Source for ElfCore {
     }
 
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
-        // Odd pages are too few to matter.
+        // Pages put together from pieces are too few to matter.
         let known = || {
             self.segments.iter().filter_map(|segment| {
                 if let Content::At(offset) = segment.content {
@@ -159,7 +162,7 @@ impl Source for ElfCore {
         if samples.all <= wanted.bytes as u64 {
             return Ok(samples);
         }
-        // Every so many pages of all segments, a piece.
+        // Takes one piece at regular intervals over the pages of all segments.
         let step = (samples.all / PAGE / wanted.pieces().max(1)).max(1);
         let mut piece = vec![0; wanted.piece];
         let (mut next, mut before) = (0, 0);
@@ -177,8 +180,8 @@ impl Source for ElfCore {
     }
 
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        // Pieces of one segment are one region; of a machine, all memory that touches: QEMU cuts it
-        // up by the mappings of the moment.
+        // In a process's core, the pieces of one segment form one region. In a machine's core, all
+        // adjacent memory does, because QEMU splits it by the mappings at the time of the dump.
         let mut last: Option<&Segment> = None;
         for segment in &self.segments {
             let goes_on = last.is_some_and(|last| {

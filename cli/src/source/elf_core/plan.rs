@@ -1,4 +1,4 @@
-//! Which bytes of a core are which pages: each byte of memory is taken once.
+//! Maps the bytes of a core to pages; each byte of memory is taken once.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,15 +12,16 @@ use snapshot_format::layout::region_flags;
 use super::super::{PAGE, Remark, VAST};
 use super::headers::{Kind, Load, Notes};
 
-/// Most places at which segments overlap that are looked at.
+/// Maximum number of overlaps between segments that are compared.
 const MAX_OVERLAPS: u64 = 16 << 20;
-/// Where the kernel shows processes its entry for obsolete system calls: no memory of theirs.
+/// Address at which the kernel shows its entry for obsolete system calls to processes. The page is
+/// not part of their memory.
 const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
 
-/// Pages of one segment that are known in the same way.
+/// Pages of one segment whose contents are stored in the same way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
-    /// Its program header.
+    /// Number of the program header.
     pub(super) number: usize,
     pub(super) start: u64,
     pub(super) pages: u64,
@@ -29,18 +30,18 @@ pub(super) struct Segment {
     pub(super) name: String,
 }
 
-/// Where the bytes of pages are.
+/// Location of the contents of pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Content {
-    /// In the file, from this offset on.
+    /// The file, starting at this offset.
     At(u64),
     /// One page, put together from parts of the file; what is between them is no memory.
     Pieces(Vec<Piece>),
-    /// Nowhere.
+    /// Unknown: the file does not have them.
     Unknown,
 }
 
-/// Part of a page.
+/// A part of a page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     /// Offset in the page.
@@ -56,13 +57,13 @@ impl Segment {
     }
 }
 
-/// Bytes of memory that one segment names, all of which are in the file, or none.
+/// Bytes of memory that one segment names. Either all or none of them are in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) number: usize,
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Offset of its first byte in the file.
+    /// Offset of the first byte in the file.
     pub(super) offset: u64,
     pub(super) flags: u32,
 }
@@ -72,7 +73,7 @@ impl Span {
         self.offset.wrapping_add(address - self.start)
     }
 
-    /// The part of it that lies in `range`.
+    /// Returns the part of the span that lies in `range`.
     pub(super) fn within(&self, range: Range<u64>) -> Option<Self> {
         let start = self.start.max(range.start);
         let end = self.end.min(range.end);
@@ -85,26 +86,26 @@ impl Span {
     }
 }
 
-/// Memory that two segments hold, in different places of the file.
+/// Memory that two segments hold at different places of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Overlap {
     pub(super) start: u64,
     pub(super) len: u64,
-    /// Segments and offsets.
+    /// Number of the segment and offset in the file.
     pub(super) taken: (usize, u64),
     pub(super) dropped: (usize, u64),
 }
 
-/// Why the addresses of one kind can't be those of the segments.
+/// Reason why the addresses of one kind can't be the segments' real ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Flaw {
-    /// One segment passes the end of the address space.
+    /// A segment passes the end of the address space.
     PassEnd,
-    /// Two segments hold the same memory in different places of the file.
+    /// Two segments hold the same memory at different places of the file.
     Contradict,
 }
 
-/// Finds what is wrong with the addresses of one kind.
+/// Returns the flaw of the addresses of one kind, if there is one.
 pub(super) fn flaw(loads: &[Load], physical: bool) -> Option<Flaw> {
     let mut spans = Vec::new();
     for load in loads.iter().filter(|load| load.known_bytes() > 0) {
@@ -130,26 +131,27 @@ pub(super) fn flaw(loads: &[Load], physical: bool) -> Option<Flaw> {
     None
 }
 
-/// What is taken of a core, and what isn't.
+/// The parts of a core that go into the snapshot, and counts of those that don't.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) segments: Vec<Segment>,
     pub(super) overlaps: Vec<Overlap>,
-    /// Why physical addresses are taken, where that is for a flaw of the virtual ones.
+    /// Flaw of the virtual addresses, if the physical ones are used because of it.
     pub(super) virtual_flaw: Option<Flaw>,
-    /// Whether all of the memory is a process's, whose dumps leave much out.
+    /// Whether all memory is that of a process, whose dumps leave much out.
     is_process: bool,
     beyond: Counted,
     unaddressed: Counted,
     cut: Counted,
     absent: Counted,
-    /// Pages that the dump lacks, so many in a row that they were left out.
+    /// Number of pages that the dump lacks and that were left out because they are so many in a
+    /// row.
     left_out_pages: u64,
     partly_known: Counted,
     filled: Counted,
 }
 
-/// Bytes, and where the first of them are.
+/// Number of bytes, and the place of the first of them.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counted {
     bytes: u64,
@@ -179,7 +181,7 @@ impl Counted {
 }
 
 impl Plan {
-    /// Takes each byte of memory once: from a segment that has it, if there is one.
+    /// Takes each byte of memory once, from a segment that has it, if there is one.
     pub(super) fn make(
         &mut self,
         loads: &[Load],
@@ -211,8 +213,8 @@ impl Plan {
         Ok(())
     }
 
-    /// The bytes of a segment that the file has, and those that it hasn't; nothing of one that is
-    /// no memory.
+    /// Returns the bytes of a segment that are in the file, and those that are not; nothing for a
+    /// segment that is not memory.
     fn spans(
         &mut self,
         load: &Load,
@@ -234,7 +236,8 @@ impl Plan {
         if load.memory_bytes == 0 {
             return Ok(None);
         }
-        // What the kernel has mapped elsewhere, or what is no RAM, has all bits set.
+        // The kernel sets all bits of the address of memory that it has mapped elsewhere, and of
+        // what is not RAM.
         if kind.is_physical() && (start == u64::MAX || start == u64::from(u32::MAX)) {
             if known > 0 {
                 let place = || format!("of segment {number}, virtual address {:#x}", load.vaddr);
@@ -281,7 +284,7 @@ impl Plan {
         }))
     }
 
-    /// Makes whole pages of spans that are sorted and disjoint.
+    /// Builds whole pages from spans that are sorted and disjoint.
     fn cut_into_pages(&mut self, present: &[Span], cut: &[Span], absent: &[Span]) {
         let mut odd: BTreeMap<u64, Odd> = BTreeMap::new();
         let spans = (present.iter().map(|span| (span, true, false)))
@@ -312,7 +315,7 @@ impl Plan {
                     name: String::new(),
                 });
             }
-            // Before the first whole page and behind the last, which may be one page.
+            // The parts before the first and after the last whole page; both may lie in one page.
             let head = span.within(0..whole.start);
             let tail = span.within(whole.end.max(whole.start)..u64::MAX);
             for part in head.iter().chain(&tail) {
@@ -363,7 +366,7 @@ impl Plan {
             "of its memory are not in the dump (dumps of processes leave mapped files out); recorded \
              as unavailable",
         );
-        // Every dump of a process by the kernel lacks some.
+        // Every process dump by the kernel lacks some memory.
         let absent = absent.map(|remark| Remark {
             warning: !self.is_process,
             ..remark
@@ -403,16 +406,16 @@ impl Plan {
     }
 }
 
-/// The bytes of one segment, by what the file has of them.
+/// The bytes of one segment, grouped by what the file has of them.
 struct Spans {
     present: Option<Span>,
-    /// Missing at the end of the file.
+    /// Missing because the file is truncated.
     cut: Option<Span>,
-    /// Never written.
+    /// Never written to the file.
     absent: Option<Span>,
 }
 
-/// A page of which a segment has a part.
+/// A page of which segments hold only parts.
 #[derive(Default)]
 struct Odd {
     number: usize,
@@ -423,7 +426,7 @@ struct Odd {
 }
 
 impl Odd {
-    /// The first byte that no piece has. The pieces are sorted.
+    /// Returns the offset of the first byte that no piece covers. The pieces are sorted.
     fn first_gap(&self) -> u64 {
         self.pieces.iter().fold(0, |end, piece| {
             if piece.at == end {
@@ -450,7 +453,7 @@ impl Odd {
     }
 }
 
-/// Sorts spans and cuts off what an earlier one has.
+/// Sorts spans and removes from each what an earlier one has. Returns the overlaps as well.
 fn taken_once(mut spans: Vec<Span>) -> Result<(Vec<Span>, Vec<Overlap>)> {
     spans.sort_by_key(|span| span.start);
     let mut taken: Vec<Span> = Vec::new();
@@ -458,7 +461,8 @@ fn taken_once(mut spans: Vec<Span>) -> Result<(Vec<Span>, Vec<Overlap>)> {
     let mut looked_at = 0;
     for span in spans {
         let free = taken.last().map_or(0, |last| last.end);
-        // Whatever lies between its start and `free` is taken, because no earlier one starts later.
+        // Everything between the span's start and `free` is taken, because no earlier span starts
+        // later.
         let first = taken.partition_point(|other| other.end <= span.start);
         for other in &taken[first..] {
             let Some(twice) = span.within(other.start..other.end) else {
@@ -483,12 +487,12 @@ fn taken_once(mut spans: Vec<Span>) -> Result<(Vec<Span>, Vec<Overlap>)> {
     Ok((taken, overlaps))
 }
 
-/// The parts of sorted spans that lie in none of `others`, which are sorted and disjoint, too.
+/// Returns the parts of sorted spans that lie in none of `others`, which are sorted and disjoint.
 fn without(spans: Vec<Span>, others: &[Span]) -> Vec<Span> {
     let mut left = Vec::new();
     let mut next = 0;
     for span in spans {
-        // What ends before this one ends before all later ones.
+        // A span that ends before this one ends before all later ones too.
         while others.get(next).is_some_and(|o| o.end <= span.start) {
             next += 1;
         }
@@ -531,7 +535,7 @@ mod tests {
         Ok(plan)
     }
 
-    /// Start, pages, and offset if they are known, of each segment.
+    /// Returns the start, the page count, and the offset (if known) of each segment.
     fn planned(loads: &[Load]) -> Vec<(u64, u64, Option<u64>)> {
         let plan = plan_of(loads, Kind::Process, false).unwrap();
         let segments = plan.segments.iter().map(|segment| {
@@ -571,7 +575,7 @@ mod tests {
                 dropped: (0, 0x20000),
             }]
         );
-        // One place of the file under several names needs no comparison.
+        // Segments that name the same bytes of the file need no comparison.
         let loads = [
             load(0x1000, 0x4000, 0x4000, 0x100),
             load(0x2000, 0x4000, 0x4000, 0x1100),
@@ -625,12 +629,12 @@ mod tests {
 
     #[test]
     fn odd_pieces_become_whole_pages() {
-        // All of the memory is there; it just doesn't fill its last page.
+        // All memory is present; it just doesn't fill its last page.
         assert_eq!(
             planned(&[load(0, 0x1800, 0x1800, 7)]),
             [(0, 1, Some(7)), (0x1000, 1, Some(0x1007))]
         );
-        // Two segments that meet inside of a page, and one that has a page's middle.
+        // Two segments meet inside a page, and one holds the middle of a page.
         let loads = [
             load(0x1080, 0x1000, 0x1000, 0x100),
             load(0x2080, 0xf80, 0xf80, 0x8000),
@@ -658,7 +662,7 @@ mod tests {
         );
         assert_eq!(plan.filled.bytes, 0x80 + 0xff0);
         assert_eq!(plan.filled.first.as_deref(), Some("at 0x1000"));
-        // Where the data is at the start, the zeros are behind it.
+        // The data is at the start, so the zeros follow it.
         let plan = plan_of(&[load(0x1000, 0x1800, 0x1800, 7)], Kind::Guest, false).unwrap();
         assert_eq!(plan.filled.first.as_deref(), Some("at 0x2800"));
     }
@@ -734,7 +738,7 @@ mod tests {
         let process = [at(0x1000, 0, 0x1000), at(0x8000, 0, 0x3000)];
         assert_eq!(flaw(&process, false), None);
         assert_eq!(flaw(&process, true), Some(Flaw::Contradict));
-        // One place of the file under two names contradicts nothing.
+        // Two names for the same bytes of the file are no contradiction.
         let twice = [at(0x1000, 0, 0x1000), at(0x2000, 0, 0x2000)];
         assert_eq!(flaw(&twice, false), None);
     }
@@ -752,7 +756,7 @@ mod tests {
         assert!(plan.remarks()[0].text.contains("virtual address 0x1000"));
     }
 
-    /// What lies near the page for obsolete system calls is memory of the process.
+    /// Checks that memory next to the page for obsolete system calls belongs to the process.
     #[test]
     fn only_the_page_for_obsolete_system_calls_is_no_memory() {
         let loads = [
@@ -760,7 +764,7 @@ mod tests {
             load(VSYSCALL + 0x1000, 0x1000, 0x1000, 0x1000),
         ];
         assert_eq!(planned(&loads), [(VSYSCALL + 0x1000, 1, Some(0x1000))]);
-        // One segment that begins there and goes on.
+        // A segment that begins there and is longer than the page.
         let longer = [load(VSYSCALL, 0x3000, 0x4000, 7)];
         assert_eq!(
             planned(&longer),
@@ -789,15 +793,15 @@ mod tests {
         assert_eq!(remarks[1].key, "source.left_out_bytes");
         assert_eq!(remarks[1].value, vast.to_string());
         assert!(remarks[1].warning);
-        // One page less is recorded.
+        // With one page less, the memory is recorded as unavailable.
         let recorded = plan(&[some, load(0x10_0000, 0, vast - PAGE, 0)], false);
         assert_eq!((recorded.left_out_pages, recorded.segments.len()), (0, 3));
-        // Memory that the file was to have keeps its place, however much of it is missing.
+        // Memory that should be in the file keeps its place, however much of it is missing.
         let cut = plan(&[load(0x1000, vast, vast, (1 << 30) - PAGE)], true);
         assert_eq!((cut.left_out_pages, cut.absent.bytes), (0, 0));
         assert_eq!(cut.cut.bytes, vast - PAGE);
         assert_eq!(cut.segments.iter().map(|s| s.pages).sum::<u64>(), VAST);
-        // Of a machine, all memory should be there.
+        // A machine's core should contain all memory.
         let machine = plan_of(&[some], Kind::Machine, false).unwrap();
         assert!(machine.remarks()[0].warning);
     }

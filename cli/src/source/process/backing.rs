@@ -1,7 +1,6 @@
-//! The files behind mappings. Reading a page of a mapped file that nobody has touched through the
-//! process makes the kernel allocate it, for good: a guest's memory in a memfd would grow to its
-//! full size by being looked at. The file itself tells where its holes are, and reading from it
-//! allocates nothing.
+//! The files behind mappings. If an untouched page of a mapped file is read through the process,
+//! the kernel allocates it for good: a guest's memory in a memfd would grow to its full size. The
+//! file itself tells where its holes are, and reading from it allocates nothing.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
@@ -20,13 +19,13 @@ use super::maps::{Device, Mapping};
 pub(super) struct Backing {
     file: File,
     pub(super) extents: Extents,
-    /// End of the last page of the file: beyond it a mapping has no content.
+    /// End of the last page of the file. A mapping has no content beyond it.
     pub(super) end: u64,
 }
 
 impl Backing {
-    /// Finds the file behind a mapping of process `pid`. None where there is no file, or no right to
-    /// see it. If the process serves files, no other is looked at than one of that name.
+    /// Opens the file behind a mapping of process `pid`. Returns `None` if there is no file, or no
+    /// permission to open it. If the process serves files, it is looked up only under its own name.
     pub(super) fn of(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
         let file = open(Path::new(&mapping.link(pid)), |_| true)
             .or_else(|| by_descriptor(pid, mapping, served))
@@ -34,7 +33,7 @@ impl Backing {
         let metadata = file.metadata().ok()?;
         let len = metadata.len();
         let extents = if mapping.page_size() > PAGE && is_all_mapped(mapping, &metadata) {
-            // The file system of huge pages can't tell its holes.
+            // The file system of huge pages can't report holes.
             Extents::dense(0)
         } else {
             Extents::of(&file, len).ok()?
@@ -46,7 +45,7 @@ impl Backing {
         })
     }
 
-    /// Fills whole pages. Behind the end of the file there are zeros.
+    /// Fills whole pages. Bytes behind the end of the file are zeros.
     pub(super) fn read(&self, pages: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut filled = 0;
         while filled < pages.len() {
@@ -67,16 +66,16 @@ impl Backing {
     }
 }
 
-/// The file systems that a process may serve by FUSE. Nothing of theirs is touched while it is held:
-/// it could not answer.
+/// The file systems that a process may serve through FUSE. While the process is held, it could not
+/// answer, so nothing on them is touched.
 #[derive(Debug, Default)]
 pub(super) struct Served {
     devices: Vec<Device>,
 }
 
 impl Served {
-    /// Finds those of process `pid`: none unless it has opened `/dev/fuse`. If it has, any that it or
-    /// this process can see.
+    /// Returns the file systems that process `pid` may serve: none unless it has opened
+    /// `/dev/fuse`, otherwise every FUSE file system that it or this process can see.
     pub(super) fn by(pid: i32) -> Self {
         if !serves(pid) {
             return Self::default();
@@ -93,13 +92,13 @@ impl Served {
         self.devices.is_empty()
     }
 
-    /// Whether the mapped file may be one of those.
+    /// Whether the mapped file may be on one of them.
     pub(super) fn has(&self, mapping: &Mapping) -> bool {
         self.devices.contains(&mapping.device)
     }
 }
 
-/// Whether process `pid` serves a file system by FUSE.
+/// Whether process `pid` serves a file system through FUSE.
 fn serves(pid: i32) -> bool {
     const FUSE: Device = (10, 229);
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
@@ -109,7 +108,7 @@ fn serves(pid: i32) -> bool {
         .flatten()
         .any(|descriptor| {
             let path = descriptor.path();
-            // Reading the link asks no file system for anything.
+            // Reading the link doesn't access any file system.
             let is_named = fs::read_link(&path).is_ok_and(|name| name.ends_with("fuse"));
             is_named
                 && fs::metadata(&path).is_ok_and(|metadata| {
@@ -118,9 +117,9 @@ fn serves(pid: i32) -> bool {
         })
 }
 
-/// The device in a line of `/proc/PID/mountinfo`, if it is of a FUSE file system.
+/// Returns the device in a line of `/proc/PID/mountinfo` if it is that of a FUSE file system.
 fn fuse_device(line: &[u8]) -> Option<Device> {
-    // Names in it are any bytes, and stand behind the device.
+    // Names in the line may be any bytes, and follow the device.
     let line = String::from_utf8_lossy(line);
     let (mount, about) = line.split_once(" - ")?;
     let kind = about.split(' ').next()?;
@@ -129,20 +128,21 @@ fn fuse_device(line: &[u8]) -> Option<Device> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// How many bytes of the file behind `mapping` are no holes, if the file can be seen.
+/// Returns the number of bytes of the file behind `mapping` that are not holes, if it is
+/// accessible.
 pub(super) fn allocated(pid: i32, mapping: &Mapping) -> Option<u64> {
     let metadata = fs::metadata(mapping.link(pid)).ok()?;
     Some(metadata.blocks() * 512)
 }
 
-/// Whether the file has no page that isn't populated in this mapping.
+/// Whether every allocated page of the file is populated in this mapping.
 fn is_all_mapped(mapping: &Mapping, metadata: &Metadata) -> bool {
     let allocated = metadata.blocks() * 512;
     let populated = mapping.details.map_or(0, |details| details.populated);
     allocated == 0 || mapping.shared && populated >= allocated
 }
 
-/// A private mapping of `/dev/zero`, which is anonymous memory.
+/// Whether this is a private mapping of `/dev/zero`, which is anonymous memory.
 pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
     const ZERO: (u64, u64) = (1, 5);
     if mapping.shared || mapping.name != b"/dev/zero" {
@@ -154,7 +154,8 @@ pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
     })
 }
 
-/// A descriptor of the process leads to the same file for whoever may trace it.
+/// Opens the file through a descriptor of the process, which is permitted to anyone who may trace
+/// the process.
 fn by_descriptor(pid: i32, mapping: &Mapping, served: &Served) -> Option<File> {
     fs::read_dir(format!("/proc/{pid}/fd"))
         .ok()?
@@ -169,7 +170,7 @@ fn by_descriptor(pid: i32, mapping: &Mapping, served: &Served) -> Option<File> {
         })
 }
 
-/// A file that is still where it was.
+/// Opens the file by its name, if it still has it.
 fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
     let within = mapping.path().strip_prefix("/").ok()?;
     let path = Path::new("/proc").join(pid.to_string()).join("root");
@@ -178,15 +179,15 @@ fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
     })
 }
 
-/// Whether this is what the file behind `mapping` looks like. Some file systems (btrfs, overlayfs)
-/// have devices of their own in `maps`; the kernel's name for the open file decides there.
+/// Whether `metadata` is that of the file behind `mapping`. Some file systems (btrfs, overlayfs)
+/// show other device numbers in `maps`; there, the kernel's name for the open file decides.
 fn is_mapped(metadata: &Metadata, mapping: &Mapping, same_name: bool) -> bool {
     let same_device = device(metadata.dev()) == mapping.device;
     metadata.ino() == mapping.inode && (same_device || same_name)
 }
 
-/// Opens `path` if it is a file that `fits`. Looked at before it is opened, because opening a device
-/// can do something.
+/// Opens `path` if it is a file that `fits`. It is checked before it is opened, because opening a
+/// device can have side effects.
 fn open(path: &Path, fits: impl Fn(&Metadata) -> bool) -> Option<File> {
     let metadata = fs::metadata(path).ok()?;
     if !metadata.is_file() || !fits(&metadata) {
@@ -197,7 +198,7 @@ fn open(path: &Path, fits: impl Fn(&Metadata) -> bool) -> Option<File> {
         .custom_flags(OFlag::O_NONBLOCK.bits())
         .open(path)
         .ok()?;
-    // Another may have taken its name in between.
+    // Another file may have taken the name in between.
     let opened = file.metadata().ok()?;
     let same = (opened.dev(), opened.ino()) == (metadata.dev(), metadata.ino());
     same.then_some(file)
@@ -213,7 +214,7 @@ mod tests {
         assert_eq!(fuse_device(line), Some((0, 47)));
         let line = b"99 27 259:3 / /mnt/disk rw - fuseblk /dev/sdb1 rw";
         assert_eq!(fuse_device(line), Some((259, 3)));
-        // That of control files, and those of a host.
+        // The file system of FUSE control files, that of shared host folders, and a local one.
         for kind in ["fusectl", "virtiofs", "ext4"] {
             let line = format!("99 27 0:30 / /mnt rw - {kind} none rw");
             assert_eq!(fuse_device(line.as_bytes()), None, "{kind}");

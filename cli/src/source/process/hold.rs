@@ -1,4 +1,4 @@
-//! Stops every thread of a process, and lets it go on in any case.
+//! Stops every thread of a process, and guarantees that they continue.
 //!
 //! ```text
 //!   tracer thread:  seize + interrupt all ──all stopped──▶ wait ──let go──▶ ends
@@ -8,18 +8,18 @@
 //! ```
 //!
 //! `PTRACE_SEIZE` and `PTRACE_INTERRUPT` stop a thread without sending it a signal. Tracing belongs
-//! to the thread that began it. When that ends, by whatever cause, the kernel detaches and the
-//! stopped threads go on: nothing that happens to this process can leave the other one stopped. So
-//! there is a thread for tracing alone, and its end is how the process is let go.
+//! to the thread that began it. When that thread exits, for whatever reason, the kernel detaches
+//! and the stopped threads continue: nothing that happens to this process can leave the other one
+//! stopped. Therefore a dedicated thread does the tracing, and its exit releases the process.
 //!
-//! This process can wait for the one it holds: for a file system, a device or a terminal that the
-//! other serves, by itself or because a third process needs it. The tracer thread waits for nothing,
-//! and lets the process go once the command was asked to stop, or when no thread has read for
+//! This process may block on the one that it holds: on a file system, a device or a terminal that
+//! the other serves, directly or through a third process. The tracer thread never blocks. It
+//! releases the process when the command is asked to stop, or when no thread has read for
 //! [`STALL_TIMEOUT`].
 //!
-//! A thread may stop on its way to a signal instead, in the moment between the two calls; it must
-//! get that signal when it goes on. Stops are only peeked at (`WNOWAIT`), so that the kernel itself
-//! remembers the signal.
+//! Instead of the interrupt, a thread may stop to receive a signal that arrived between the two
+//! calls; it must get that signal when it continues. Stops are only peeked at (`WNOWAIT`), so that
+//! the kernel itself remembers the signal.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -42,23 +42,23 @@ use crate::exit::Refusal;
 use crate::output::Output;
 use crate::signals::{BeforeStop, Cancel, Interrupted};
 
-/// How long the others may stand still because one thread doesn't stop: one that waits in the
-/// kernel, and one that runs and stops as soon as it gets a processor.
+/// Maximum time for which the other threads stay stopped because one does not stop: one that waits
+/// in the kernel, and one that runs and stops as soon as it gets a processor.
 const WAITING_THREAD_TIMEOUT: Duration = Duration::from_millis(200);
 const RUNNING_THREAD_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long the process runs between two attempts, and how long attempts are made. A thread that
-/// waits in the kernel for a disk stops when that answers.
+/// Time for which the process runs between two attempts, and total time for attempts. A thread that
+/// waits in the kernel for a disk stops when the disk answers.
 const ATTEMPT_INTERVAL: Duration = Duration::from_millis(300);
 const ATTEMPTS_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long Ctrl-Z waits for the memory to be read, before the process is let go without.
+/// Maximum time that Ctrl-Z waits for the memory to be read before it releases the process.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the process is held while nothing is read of it, because this process waits in the
-/// kernel. A disk under load may take seconds to answer.
+/// Maximum time for which the process is held while nothing is read from it because this process
+/// waits in the kernel. A disk under load may take seconds to answer.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the tracer looks for that.
+/// Interval at which the tracer checks for a stall.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
-/// How often threads may refuse to be traced, and how long to wait then: one that ends does, and so
-/// does a process for a moment when it runs another program (`execve`).
+/// Number of times that threads may refuse to be traced, and the pause after each. A thread that
+/// exits refuses, and so does a process for a moment when it runs another program (`execve`).
 const REFUSALS: u32 = 20;
 const REFUSAL_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -73,23 +73,23 @@ pub(super) struct Hold {
     _before_stop: BeforeStop,
 }
 
-/// Whether the process shall be let go.
+/// Latch that tells the tracer thread to release the process.
 #[derive(Debug, Default)]
 struct Latch {
     open: Mutex<Open>,
     changed: Condvar,
-    /// Grows while the process is being read.
+    /// Progress counter that grows while the process is being read.
     steps: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Open {
-    /// It is held.
+    /// The process is held.
     #[default]
     No,
-    /// Its memory was read, or nobody wants it any more.
+    /// The memory was read, or is not wanted any more.
     Done,
-    /// This process is about to be stopped by Ctrl-Z.
+    /// Ctrl-Z is about to stop this process.
     Stopping,
     /// The command was asked to stop.
     Interrupted,
@@ -111,7 +111,7 @@ impl Latch {
         self.changed.notify_all();
     }
 
-    /// Waits until it is open, or for `timeout`.
+    /// Waits until the latch is open, or for `timeout`.
     fn wait(&self, timeout: Duration) -> Open {
         let is_shut = |open: &mut Open| *open == Open::No;
         let waited = self
@@ -120,7 +120,7 @@ impl Latch {
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Fails if the process was let go before its memory was read.
+    /// Fails if the process was released before its memory was read.
     fn check(&self, pid: i32) -> Result<()> {
         match *self.lock() {
             Open::No | Open::Done => Ok(()),
@@ -138,11 +138,11 @@ impl Latch {
         }
     }
 
-    /// Waits until it is open. Opens it once the command was asked to stop, or if nothing was read
-    /// for `stall`: whoever reads may wait for the process itself.
+    /// Waits until the latch is open. Opens it when the command is asked to stop, or if nothing was
+    /// read for `stall`, since the reading thread may be blocked on the process itself.
     fn watch(&self, cancel: &Cancel, stall: Duration) {
         let mut steps = 0;
-        // Without the time in which this process was stopped.
+        // Excludes time in which this process was stopped.
         let mut quiet = Duration::ZERO;
         while self.wait(WATCH_INTERVAL) == Open::No {
             let now = self.steps.load(Ordering::Relaxed);
@@ -216,7 +216,7 @@ impl Hold {
                             "process {pid} runs one program after the other, too fast to be held"
                         );
                     }
-                    // It has run another program meanwhile.
+                    // The process has run another program in the meantime.
                     sleep(REFUSAL_INTERVAL);
                     cancel.check()?;
                     continue;
@@ -226,7 +226,7 @@ impl Hold {
                     return Err(error);
                 }
             };
-            // All threads go on here.
+            // All threads continue here.
             let _ = tracer.join();
             if stuck.is_frozen() || began.elapsed() > ATTEMPTS_TIMEOUT {
                 return Err(anyhow!("{stuck}"));
@@ -243,35 +243,36 @@ impl Hold {
         }
     }
 
-    /// A held thread, through which the memory can be reached: the main one, unless that ended
-    /// before the others.
+    /// Returns a held thread through which the memory can be accessed: the main thread, unless it
+    /// exited before the others.
     pub(super) fn thread(&self) -> Pid {
         self.thread
     }
 
-    /// Since when the process is held.
+    /// Returns the time at which the process was stopped.
     pub(super) fn since(&self) -> Instant {
         self.since
     }
 
-    /// Fails if the process is held no longer: it was killed, or let go.
+    /// Fails if the process is no longer held, because it was killed or released.
     pub(super) fn check(&self) -> Result<()> {
         self.latch.check(self.pid)?;
         if thread_state(self.pid, self.thread) != Some(TRACED) {
-            // The state may have changed because of that.
+            // The state may have changed because the process was released.
             self.latch.check(self.pid)?;
             return Err(ended(self.pid));
         }
         Ok(())
     }
 
-    /// Fails if the process was let go, unless it was killed. Costs no system call.
+    /// Fails if the process was released, but not if it was killed. Needs no system call.
     pub(super) fn check_latch(&self) -> Result<()> {
         self.step();
         self.latch.check(self.pid)
     }
 
-    /// Tells that the process is being read. Without that for a time it is let go.
+    /// Records progress in reading the process. Without progress for a while, the process is
+    /// released.
     pub(super) fn step(&self) {
         self.latch.steps.fetch_add(1, Ordering::Relaxed);
     }
@@ -286,8 +287,8 @@ impl Drop for Hold {
     }
 }
 
-/// Takes note of the end of traced threads. A process that runs another program waits for that of all
-/// its other threads, and until then the tracer waits in `PTRACE_SEIZE` and can't do it.
+/// Reaps traced threads that have exited. A process that runs another program waits until all its
+/// other threads are reaped, and meanwhile the tracer is blocked in `PTRACE_SEIZE` and can't do it.
 fn reap_threads(pid: i32) {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
     for task in tasks.into_iter().flatten().flatten() {
@@ -300,18 +301,18 @@ fn reap_threads(pid: i32) {
     }
 }
 
-/// What is said of a process that isn't there any more.
+/// Returns the error for a process that no longer exists.
 pub(super) fn ended(pid: i32) -> anyhow::Error {
     anyhow!("process {pid} ended while it was read")
 }
 
-/// Lets the process go on before this one is stopped: at once when its memory was read, and after a
-/// while in any case.
+/// Releases the process before this one is stopped: as soon as its memory was read, or after
+/// [`STOP_TIMEOUT`].
 fn let_go_before_stop(pid: i32, latch: &Latch) {
     if latch.wait(STOP_TIMEOUT) == Open::No {
         latch.open(Open::Stopping);
     }
-    // The tracer must end before it is stopped as well.
+    // The tracer thread must exit before it is stopped as well.
     let began = Instant::now();
     while began.elapsed() < STOP_TIMEOUT && any_traced(pid) {
         sleep(Duration::from_millis(1));
@@ -326,18 +327,18 @@ fn any_traced(pid: i32) -> bool {
     })
 }
 
-/// How an attempt went.
+/// Result of an attempt to stop all threads.
 enum Stopped {
     /// All threads are stopped; this is one of them.
     All(Pid),
-    /// One is not.
+    /// One thread did not stop.
     Not(Stuck),
-    /// None is left: the process has ended, or runs another program.
+    /// No thread is left: the process has exited, or runs another program.
     Ended,
 }
 
-/// What the tracer thread does: it stops all threads of `pid`, reports that, and keeps them until
-/// the latch opens.
+/// Runs the tracer thread: stops all threads of `pid`, reports that, and holds them until the latch
+/// opens.
 fn trace(
     pid: i32,
     latch: &Latch,
@@ -364,16 +365,16 @@ struct Tracer<'a> {
     pid: i32,
     latch: &'a Latch,
     cancel: &'a Cancel,
-    /// Whether each has stopped.
+    /// Whether each thread has stopped.
     threads: BTreeMap<Pid, bool>,
-    /// How often one refused to be traced.
+    /// Number of times that threads refused to be traced.
     refusals: u32,
 }
 
 impl Tracer<'_> {
     fn stop(mut self) -> Result<Stopped> {
-        // A thread that still runs can start another one while the list is read; once a pass finds
-        // no new thread, all those that could were stopped before it.
+        // A running thread can start another one while the list is read. Once a pass finds no new
+        // thread, every thread that could start one had stopped before that pass.
         while self.seize_new()? {
             if let Some(stuck) = self.wait_stopped()? {
                 return Ok(Stopped::Not(stuck));
@@ -387,7 +388,7 @@ impl Tracer<'_> {
         Ok(held.map_or(Stopped::Ended, Stopped::All))
     }
 
-    /// Traces and interrupts the threads that aren't yet; tells whether there were any.
+    /// Traces and interrupts the threads that aren't traced yet. Returns whether there were any.
     fn seize_new(&mut self) -> Result<bool> {
         let pid = self.pid;
         let tasks = fs::read_dir(format!("/proc/{pid}/task"))
@@ -404,9 +405,10 @@ impl Tracer<'_> {
             match ptrace::seize(tid, Options::empty()) {
                 Ok(()) => {}
                 Err(Errno::ESRCH) => continue,
-                // A main thread that ended while others go on refuses as well.
+                // A main thread that exited before the others refuses as well.
                 Err(Errno::EPERM) if has_ended(pid, tid) => continue,
-                // One that ran another program took the main one's place, and is traced already.
+                // A thread that ran another program took the main thread's place, and is traced
+                // already.
                 Err(Errno::EPERM) if tracer_of(pid, tid) == Some(gettid()) => {}
                 Err(Errno::EPERM) if self.refusals < REFUSALS => {
                     self.refusals += 1;
@@ -431,7 +433,7 @@ impl Tracer<'_> {
         Ok(new)
     }
 
-    /// Waits until all have stopped. Gives up and returns the reason if one doesn't.
+    /// Waits until all threads have stopped. Gives up and returns the reason if one doesn't.
     fn wait_stopped(&mut self) -> Result<Option<Stuck>> {
         let mut pause = Duration::from_micros(50);
         let mut left = usize::MAX;
@@ -450,7 +452,7 @@ impl Tracer<'_> {
             self.latch.check(self.pid)?;
             let waited = last_stop.elapsed();
             if waited > WAITING_THREAD_TIMEOUT {
-                // One that waits in the kernel: the others can't stop it from doing so.
+                // A thread that waits in the kernel, which the other threads can't end.
                 let waits = |tid: &Pid| thread_state(self.pid, *tid) == Some('D');
                 let waiting = self.running().find(waits);
                 if let Some(tid) = waiting {
@@ -472,7 +474,7 @@ impl Tracer<'_> {
             .map(|(&tid, _)| tid)
     }
 
-    /// Looks which threads have stopped or ended meanwhile.
+    /// Records which threads have stopped or exited.
     fn collect(&mut self) {
         let peek = WaitPidFlag::WSTOPPED
             | WaitPidFlag::WEXITED
@@ -481,8 +483,9 @@ impl Tracer<'_> {
             | WaitPidFlag::WNOWAIT;
         for tid in self.running().collect::<Vec<_>>() {
             match waitid(Id::Pid(tid), peek) {
-                // The stop that was asked for, that of a stopped job, which stays stopped, or one on
-                // the way to a signal. A signal without a name in `nix` is an error of its own.
+                // The requested stop, that of a stopped job, which stays stopped, or one for the
+                // delivery of a signal. A signal that `nix` has no name for is reported as an
+                // error.
                 Ok(WaitStatus::PtraceEvent(..)) | Err(Errno::EINVAL) => {
                     self.threads.insert(tid, true);
                 }
@@ -493,7 +496,8 @@ impl Tracer<'_> {
                 Err(Errno::ECHILD) => {
                     self.threads.remove(&tid);
                 }
-                // The end of a main thread is not reported while others are there, ended or not.
+                // The exit of a main thread is not reported while other threads exist, exited or
+                // not.
                 Ok(_) | Err(_) if has_ended(self.pid, tid) => {
                     self.threads.remove(&tid);
                 }
@@ -503,14 +507,14 @@ impl Tracer<'_> {
     }
 }
 
-/// Says what can be said before anything is tried.
+/// Checks what can be known before the first attempt.
 fn check_target(pid: i32) -> Result<()> {
     if pid == i32::try_from(std::process::id())? {
         bail!("process {pid} is snaprestore itself; name another one");
     }
     look(pid).or_else(|_| {
-        // When a thread runs another program it takes the main one's place. In between the process
-        // looks as if it had ended.
+        // A thread that runs another program takes the main thread's place. For a moment, the
+        // process looks as if it had exited.
         sleep(5 * REFUSAL_INTERVAL);
         look(pid)
     })
@@ -521,7 +525,7 @@ fn look(pid: i32) -> Result<()> {
         Ok(status) if pid > 0 => status,
         _ => return Err(absent(pid)),
     };
-    // The name of the process, which stands there too, is any bytes.
+    // The file also contains the name of the process, which may be any bytes.
     let status = String::from_utf8_lossy(&status);
     let field = |name| field(&status, name);
     if let Some(group) = field("Tgid:").filter(|group| *group != pid.to_string()) {
@@ -545,13 +549,13 @@ fn look(pid: i32) -> Result<()> {
     Ok(())
 }
 
-/// A field of `/proc/PID/status`; `name` ends with its colon.
+/// Returns a field of `/proc/PID/status`; `name` must end with its colon.
 fn field<'s>(status: &'s str, name: &str) -> Option<&'s str> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.trim())
 }
 
-/// Why `/proc` has nothing of process `pid`.
+/// Returns the error for a process that `/proc` does not list.
 fn absent(pid: i32) -> anyhow::Error {
     let is_there = || matches!(kill(Pid::from_raw(pid), None), Ok(()) | Err(Errno::EPERM));
     if !Path::new("/proc/self/status").exists() {
@@ -570,7 +574,7 @@ fn absent(pid: i32) -> anyhow::Error {
     }
 }
 
-/// Whether it is a thread of the kernel's own. Any other process without memory is ending.
+/// Whether this is a kernel thread. Any other process without memory is exiting.
 fn is_of_the_kernel(pid: i32) -> bool {
     const PF_KTHREAD: u64 = 0x0020_0000;
     let main = format!("/proc/{pid}/stat");
@@ -578,7 +582,7 @@ fn is_of_the_kernel(pid: i32) -> bool {
     flags.is_some_and(|flags| flags & PF_KTHREAD != 0)
 }
 
-/// The thread that traces thread `tid`.
+/// Returns the thread that traces thread `tid`.
 fn tracer_of(pid: i32, tid: Pid) -> Option<Pid> {
     let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).ok()?;
     let status = String::from_utf8_lossy(&status);
@@ -586,7 +590,7 @@ fn tracer_of(pid: i32, tid: Pid) -> Option<Pid> {
     Some(Pid::from_raw(tracer)).filter(|tracer| tracer.as_raw() != 0)
 }
 
-/// Whether it has more threads than the main one, which may have ended before them.
+/// Whether the process has threads besides the main one, which may have exited before them.
 fn has_threads(pid: i32) -> bool {
     fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
 }
@@ -598,14 +602,15 @@ fn has_ended(pid: i32, tid: Pid) -> bool {
 /// State letter of a thread that its tracer has stopped.
 const TRACED: char = 't';
 
-/// The state letter of a thread, if there is one.
+/// Returns the state letter of a thread, if the thread exists.
 pub(super) fn thread_state(pid: i32, tid: Pid) -> Option<char> {
     stat_field(&format!("/proc/{pid}/task/{tid}/stat"), 0)?
         .chars()
         .next()
 }
 
-/// Field `number` of a file `stat`, counted from the one behind the name, which is any bytes.
+/// Returns field `number` of a `stat` file, counted from the one after the name, which may be any
+/// bytes.
 fn stat_field(file: &str, number: usize) -> Option<String> {
     let stat = fs::read(file).ok()?;
     let stat = String::from_utf8_lossy(&stat);
@@ -646,7 +651,7 @@ mod tests {
     use super::*;
     use std::process::Command;
 
-    /// Whether the thread is stopped.
+    /// Whether the main thread is stopped by its tracer.
     fn is_traced(pid: Pid) -> bool {
         thread_state(pid.as_raw(), pid) == Some(TRACED)
     }

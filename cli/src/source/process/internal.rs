@@ -1,6 +1,6 @@
-//! File systems of the kernel's own, to which no path leads: those of anonymous huge pages, and of
-//! `memfd_secret`. A mapping of theirs has a name that a mapping of any file can have as well. The
-//! device tells them apart: a file of ours on the same file system has it too.
+//! Internal file systems of the kernel, which no path leads to: those of anonymous huge pages and
+//! of `memfd_secret`. The name of such a mapping can also be that of an ordinary file. The device
+//! tells them apart: a file that this process creates on the same file system has the same device.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
@@ -11,17 +11,17 @@ use snaprestore_uffd::os::create_secret_memory;
 
 use super::maps::Device;
 
-/// A file system of the kernel's own.
+/// An internal file system of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Internal {
-    /// `MAP_ANONYMOUS | MAP_HUGETLB`.
+    /// File system of `MAP_ANONYMOUS | MAP_HUGETLB`.
     AnonymousHuge,
-    /// `memfd_secret`.
+    /// File system of `memfd_secret`.
     Secret,
 }
 
 impl Internal {
-    /// The one that a name stands for, if it is no other file's.
+    /// Returns the file system that a name belongs to, unless an ordinary file has that name.
     pub(super) fn named(name: &[u8]) -> Option<Self> {
         if name.starts_with(b"/anon_hugepage") {
             Some(Self::AnonymousHuge)
@@ -32,7 +32,7 @@ impl Internal {
         }
     }
 
-    /// Devices of this kind. Each size of huge pages has its own.
+    /// Returns the devices of this file system. Each size of huge pages has its own.
     pub(super) fn devices(self) -> Vec<Device> {
         let files = match self {
             Self::AnonymousHuge => (SMALLEST_HUGE..=LARGEST_HUGE)
@@ -53,13 +53,13 @@ impl Internal {
     }
 }
 
-/// Where flags have the size of huge pages, as a power of two (`MFD_HUGE_SHIFT`), and the sizes that
-/// an architecture can have: 64 KiB to 16 GiB.
+/// Bit position of the huge page size in the flags, as a power of two (`MFD_HUGE_SHIFT`), and the
+/// sizes that an architecture can have: 64 KiB to 16 GiB.
 const HUGE_SHIFT: u32 = 26;
 const SMALLEST_HUGE: u32 = 16;
 const LARGEST_HUGE: u32 = 34;
 
-/// Major and minor number.
+/// Returns the major and minor number.
 pub(super) fn device(number: u64) -> Device {
     (major(number), minor(number))
 }

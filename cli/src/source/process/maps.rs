@@ -1,4 +1,4 @@
-//! What a process has mapped: `/proc/PID/smaps`, or `maps` where the kernel has no `smaps`.
+//! The mappings of a process, from `/proc/PID/smaps`, or `maps` if the kernel has no `smaps`.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use super::internal::Internal;
 /// Major and minor number of a device.
 pub(super) type Device = (u64, u64);
 
-/// One mapping.
+/// A mapping of a process.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "the four letters of a line in maps"
@@ -25,53 +25,53 @@ pub(super) struct Mapping {
     pub(super) write: bool,
     pub(super) execute: bool,
     pub(super) shared: bool,
-    /// Where in the file it begins.
+    /// Offset in the file at which the mapping begins.
     pub(super) offset: u64,
     /// Major and minor number of the file's device.
     pub(super) device: Device,
     pub(super) inode: u64,
-    /// The file system of the kernel's own that the file is on.
+    /// Internal file system of the kernel that the file is on.
     pub(super) internal: Option<Internal>,
-    /// Any bytes.
+    /// Name of the mapping; may be any bytes.
     pub(super) name: Vec<u8>,
-    /// From `smaps`; absent if only `maps` could be read.
+    /// Details from `smaps`; absent if only `maps` could be read.
     pub(super) details: Option<Details>,
 }
 
-/// What only `smaps` tells.
+/// Details that only `smaps` has.
 #[expect(clippy::struct_excessive_bools, reason = "as many flags of the kernel")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Details {
-    /// Bytes present in memory or in swap.
+    /// Number of bytes present in memory or in swap.
     pub(super) populated: u64,
     /// Page size in bytes.
     pub(super) page_size: u64,
-    /// Memory of a device: reading it may do something.
+    /// Whether this is device memory, which may have side effects when read.
     pub(super) device: bool,
-    /// A userfaultfd answers for missing pages.
+    /// Whether a userfaultfd handles missing pages.
     pub(super) userfault: bool,
-    /// Not to be in dumps (`MADV_DONTDUMP`).
+    /// Whether the memory is excluded from core dumps (`MADV_DONTDUMP`).
     pub(super) undumped: bool,
-    /// Locked in memory.
+    /// Whether the memory is locked.
     pub(super) locked: bool,
 }
 
-/// What the mapping's pages are if nobody has touched them.
+/// Content of the mapping's pages that were never touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Untouched {
-    /// Zero: private anonymous memory.
+    /// Zeros: private anonymous memory.
     Zero,
-    /// Known only to the process that answers the faults.
+    /// Unknown except to the process that handles the faults.
     Unknown,
     /// The contents of a file.
     File,
-    /// To be found by reading: the kernel's own, as `[vdso]`.
+    /// Found by reading: the kernel's own memory, such as `[vdso]`.
     Read,
 }
 
 impl Mapping {
-    /// Reads all mappings of process `pid`, in order of address. A thread of it has the folder
-    /// `folder` in `/proc`. Calls `step` for each.
+    /// Reads all mappings of process `pid`, ordered by address, from `folder`, the folder in
+    /// `/proc` of one of its threads. Calls `step` for each.
     pub(super) fn all(pid: i32, folder: &str, step: &dyn Fn()) -> io::Result<Vec<Self>> {
         let mut all = match File::open(format!("{folder}/smaps")) {
             Ok(file) => parse(BufReader::new(file), step),
@@ -88,9 +88,9 @@ impl Mapping {
         Ok(all)
     }
 
-    /// Finds out whether a name has a line feed. The kernel writes `\012` for it, as for these four
-    /// characters. Telling them apart takes the privilege to follow links of mappings; without it,
-    /// the name stays as the kernel writes it.
+    /// Restores line feeds in the name. The kernel writes `\012` for a line feed, but also for
+    /// these four characters. Only a process with the privilege to follow links of mappings can
+    /// tell them apart; without it, the name stays as the kernel writes it.
     fn tell_line_feeds(&mut self, pid: i32) {
         let written = b"\\012";
         if self.name.windows(written.len()).any(|part| part == written)
@@ -100,29 +100,29 @@ impl Mapping {
         }
     }
 
-    /// A link to the mapped file and no other. It takes privileges to follow it.
+    /// Returns a link to exactly the mapped file. Following it takes privileges.
     pub(super) fn link(&self, pid: i32) -> String {
         format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end)
     }
 
-    /// The name as a path.
+    /// Returns the name as a path.
     pub(super) fn path(&self) -> &Path {
         OsStr::from_bytes(&self.name).as_ref()
     }
 
-    /// Data of the kernel, and its entry for obsolete system calls: no memory of the process, and not
-    /// to be read.
+    /// Whether this is data of the kernel, or its entry for obsolete system calls, which is not
+    /// memory of the process and must not be read.
     pub(super) fn is_kernel_data(&self) -> bool {
         self.name == b"[vsyscall]" || self.name.starts_with(b"[vvar")
     }
 
-    /// Memory of `memfd_secret`, which nobody but the process can read.
+    /// Whether this is memory of `memfd_secret`, which only the process itself can read.
     pub(super) fn is_secret(&self) -> bool {
         self.internal == Some(Internal::Secret)
     }
 
-    /// Address space set aside, that nobody may touch and in which nothing is populated. Only the
-    /// page table tells whether there are markers.
+    /// Whether this is reserved address space: inaccessible, with nothing populated. Only the page
+    /// table tells whether it has markers.
     pub(super) fn is_empty_reservation(&self) -> bool {
         !(self.read || self.write || self.execute)
             && self.is_private_anonymous()
@@ -131,8 +131,8 @@ impl Mapping {
                 .is_some_and(|details| details.populated == 0 && !details.userfault)
     }
 
-    /// Private memory without a file. Mappings of the kernel's own making, like `[vdso]`, have
-    /// neither file nor such a name.
+    /// Whether this is private memory without a file. The kernel's own mappings, such as `[vdso]`,
+    /// have neither a file nor such a name.
     fn is_private_anonymous(&self) -> bool {
         let named_by_kernel = self.name.starts_with(b"[")
             && !matches!(&*self.name, b"[heap]" | b"[stack]")
@@ -141,8 +141,8 @@ impl Mapping {
         !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
     }
 
-    /// Whether there is a file behind it. The first segment of System V shared memory has the inode
-    /// number 0.
+    /// Whether there is a file behind the mapping. The first segment of System V shared memory has
+    /// inode number 0.
     fn is_of_file(&self) -> bool {
         self.inode != 0 || self.name.starts_with(b"/")
     }
@@ -159,7 +159,7 @@ impl Mapping {
         }
     }
 
-    /// Page size in bytes.
+    /// Returns the page size in bytes.
     pub(super) fn page_size(&self) -> u64 {
         let size = self.details.map_or(PAGE, |details| details.page_size);
         if size.is_power_of_two() {
@@ -169,13 +169,13 @@ impl Mapping {
         }
     }
 
-    /// Page size as a power of two: the format's hint knows 4 KiB and 2 MiB.
+    /// Returns the page size as a power of two: the format's hint has only 4 KiB and 2 MiB.
     pub(super) fn page_shift(&self) -> u32 {
         if self.page_size() >= 2 << 20 { 21 } else { 12 }
     }
 }
 
-/// Finds out which mappings are of file systems of the kernel's own.
+/// Finds the mappings that belong to internal file systems of the kernel.
 fn tell_internal(all: &mut [Mapping]) {
     let mut known: Vec<(Internal, Vec<Device>)> = Vec::new();
     for mapping in all {
@@ -188,8 +188,8 @@ fn tell_internal(all: &mut [Mapping]) {
             known.len() - 1
         });
         let devices = &known[index].1;
-        // A system call filter may keep the device from this process. Then the flags, which the
-        // kernel sets on all secret memory, decide.
+        // A system call filter may hide the device from this process. The flags that the kernel
+        // sets on all secret memory decide then.
         let is_hidden = || {
             let details = mapping.details;
             let is_alike = details.is_some_and(|details| details.locked && details.undumped);
@@ -218,7 +218,7 @@ fn parse(reader: impl BufRead, step: &dyn Fn()) -> io::Result<Vec<Mapping>> {
     Ok(all)
 }
 
-/// `start-end rwxp offset device inode name`, the name padded and optional.
+/// Parses `start-end rwxp offset device inode name`; the name is padded and optional.
 fn parse_mapping(line: &[u8]) -> Option<Mapping> {
     let mut parts = line.splitn(6, |&byte| byte == b' ');
     let mut fields = parts.by_ref().take(5).map(|part| str::from_utf8(part).ok());
@@ -242,7 +242,7 @@ fn parse_mapping(line: &[u8]) -> Option<Mapping> {
         ),
         inode,
         internal: None,
-        // The first character of a name is no space.
+        // A name never begins with a space.
         name: parts.next().unwrap_or_default().trim_ascii_start().to_vec(),
         details: None,
     })
@@ -335,7 +335,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         assert_eq!(all[0].untouched(), Untouched::File);
     }
 
-    /// A file may have any name.
+    /// Checks names that ordinary files share with the kernel's own: a file may have any name.
     #[test]
     fn files_named_as_the_kernel_names_its_own_are_files() {
         let lines = "\

@@ -1,16 +1,16 @@
 //! The memory of a live process, which is stopped while it is read.
 //!
 //! ```text
-//!   tracer thread (hold)   stops the threads ........................ lets them go
-//!   reader thread (read)        what is where (plan) ── read ──▶ spool ─┘
-//!   main thread                                          spool ──▶ sink: compress, write
+//!   tracer thread (hold)   stops the threads ........................ lets them go   reader thread
+//! (read)        what is where (plan) ── read ──▶ spool ─┘   main thread
+//! spool ──▶ sink: compress, write
 //! ```
 //!
-//! The process runs again as soon as its memory is read, however slowly the snapshot is written.
+//! The process continues as soon as its memory is read, however slowly the snapshot is written.
 //!
-//! It may serve what this process uses: a file system, a terminal, what reads the output. So while it
-//! is held nothing is touched that it is known to serve, and the tracer thread lets it go in time if
-//! the others wait for it all the same.
+//! This process may depend on the one that it holds: for a file system, a terminal, or the reader
+//! of its output. While the process is held, nothing that it is known to serve is touched, and the
+//! tracer thread releases it in time if the other threads block on it all the same.
 
 mod backing;
 mod hold;
@@ -46,8 +46,8 @@ use read::Summary;
 pub(crate) use spool::Place;
 use spool::Spool;
 
-/// A stopped process and what it has mapped. It goes on when its memory is read, or when this is
-/// dropped.
+/// A stopped process and its mappings. The process continues when its memory is read, or when this
+/// is dropped.
 #[derive(Debug)]
 pub(crate) struct HeldProcess {
     pid: i32,
@@ -58,28 +58,28 @@ pub(crate) struct HeldProcess {
     remarks: Vec<Remark>,
 }
 
-/// How far it is.
+/// Progress of reading.
 #[derive(Debug)]
 enum Reading {
-    /// The spool is made before the process is held.
+    /// Reading has not begun. The spool is created before the process is held.
     NotYet(Box<Inner>, Arc<Spool>),
     /// A thread reads the memory into the spool.
     Begun(Arc<Spool>, JoinHandle<Result<Summary>>),
     Done,
 }
 
-/// What reading the memory takes.
+/// Everything needed to read the memory.
 #[derive(Debug)]
 struct Inner {
     pid: i32,
     mappings: Vec<Mapping>,
     memory: File,
     pagemap: Option<Pagemap>,
-    /// The file that was looked for last, and whether it was found.
+    /// The file that was looked up last, and whether it was found.
     last_backing: RefCell<Option<FoundBacking>>,
     served: Served,
     cancel: Cancel,
-    /// Last, so that the process is held while anything above is used.
+    /// Dropped last, so that the process is held while anything above is in use.
     hold: Hold,
 }
 
@@ -87,13 +87,14 @@ struct Inner {
 type FoundBacking = ((u64, u64), u64, Option<Arc<Backing>>);
 
 impl HeldProcess {
-    /// Stops process `pid` and looks at what it has mapped. `place` is for what is read of it and
-    /// not yet written.
+    /// Stops process `pid` and reads its mappings. Memory that is read but not yet written is
+    /// stored at `place`.
     pub(crate) fn hold(pid: i32, place: &Place, output: Output, cancel: &Cancel) -> Result<Self> {
         let served = Served::by(pid);
         let spool = Arc::new(Spool::new(place, &served));
         let hold = Hold::new(pid, output, cancel)?;
-        // Through a thread, because a main one that ended early has no memory any more.
+        // Goes through a held thread, because a main thread that exited early has no memory any
+        // more.
         let folder = format!("/proc/{pid}/task/{}", hold.thread());
         let pagemap = Pagemap::open(&folder).ok();
         let is_empty = |mapping: &Mapping| {
@@ -152,7 +153,7 @@ impl HeldProcess {
         Ok(())
     }
 
-    /// Takes the result of the thread that reads.
+    /// Waits for the reading thread and takes its result.
     fn end(&mut self) -> Result<()> {
         let Reading::Begun(_, reader) = std::mem::replace(&mut self.reading, Reading::Done) else {
             return Ok(());
@@ -176,12 +177,12 @@ impl Drop for HeldProcess {
     }
 }
 
-/// About how many pages will be delivered.
+/// Estimates the number of pages that will be delivered.
 fn expected_pages(mappings: &[Mapping]) -> u64 {
     let bytes: u64 = mappings
         .iter()
         .filter(|mapping| {
-            // The vast ones are left out, most or all of them.
+            // Most or all of the vast mappings are left out.
             let populated = mapping.details.map(|details| details.populated);
             mapping.end - mapping.start < VAST * PAGE || populated != Some(0)
         })
@@ -191,7 +192,7 @@ fn expected_pages(mappings: &[Mapping]) -> u64 {
 }
 
 impl Inner {
-    /// At most so many bytes of `mapping` are more than zeros.
+    /// Returns an upper bound of the bytes of `mapping` that are not zero.
     fn most_stored(&self, mapping: &Mapping) -> u64 {
         let len = mapping.end - mapping.start;
         let Some(details) = mapping.details else {
@@ -205,13 +206,13 @@ impl Inner {
         details.populated.saturating_add(of_file).min(len)
     }
 
-    /// Fails if the command was asked to stop.
+    /// Fails if the command was asked to stop, or if the process was released early.
     fn check(&self) -> Result<()> {
         self.cancel.check()?;
         self.hold.check_latch()
     }
 
-    /// What an error of reading from the process means.
+    /// Explains an error in reading from the process.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         if error.downcast_ref::<io::Error>().is_none() {
             return error;
@@ -224,8 +225,8 @@ impl Inner {
 
     fn sample(&self, wanted: &Sampling) -> Result<Samples> {
         use std::os::unix::fs::FileExt as _;
-        // What the process wrote itself is most of what will be stored, and is found without
-        // reading: private anonymous memory that is populated, and shared memory.
+        // Most of what will be stored was written by the process itself, and can be found without
+        // reading: populated private anonymous memory, and shared memory.
         let own = || {
             self.mappings.iter().filter(|mapping| {
                 let shared = mapping.shared && mapping.write;
@@ -267,7 +268,7 @@ impl Inner {
     }
 }
 
-/// The region of a mapping, or of the part of it from `start` on.
+/// Returns the region for a mapping, or for the part of it that begins at `start`.
 fn region(mapping: &Mapping, start: u64) -> Region {
     let bit = |set: bool, bit: u32| if set { bit } else { 0 };
     Region {
@@ -281,7 +282,7 @@ fn region(mapping: &Mapping, start: u64) -> Region {
     }
 }
 
-/// A part of `/proc/PID` could not be opened.
+/// Returns the error for a part of `/proc/PID` that could not be opened.
 fn not_opened(pid: i32, what: &str, error: io::Error) -> anyhow::Error {
     let errno = error.raw_os_error().map(Errno::from_raw);
     if matches!(errno, Some(Errno::ESRCH | Errno::ENOENT)) {
@@ -315,7 +316,7 @@ impl Source for HeldProcess {
             return Ok(Samples::default());
         };
         let samples = inner.sample(wanted)?;
-        // A dictionary is trained meanwhile.
+        // The process is read while a dictionary is trained.
         self.begin()?;
         Ok(samples)
     }

@@ -1,8 +1,8 @@
-//! Which pages of a process exist: `/proc/PID/pagemap`.
+//! The populated pages of a process, from `/proc/PID/pagemap`.
 //!
-//! The kernel lists what is populated (Linux 6.7), which takes no time for what isn't; an older one
-//! gives a word for each page. `smaps` doesn't count markers: a poisoned page is in a mapping of
-//! which nothing is populated.
+//! Since Linux 6.7, the kernel lists what is populated, which takes no time for what isn't. An
+//! older one returns a word for each page. `smaps` doesn't count markers, so a poisoned page may
+//! lie in a mapping without any populated page.
 
 use std::fs::File;
 use std::io;
@@ -16,15 +16,15 @@ use super::super::PAGE;
 use super::VAST;
 use super::maps::Mapping;
 
-/// The page is in memory.
+/// Bit of a page that is in memory.
 const PRESENT: u64 = 1 << 63;
-/// The page is in swap, or a marker stands in its place.
+/// Bit of a page that is in swap or replaced by a marker.
 const SWAPPED: u64 = 1 << 62;
-/// The marker of a guard page stands in its place (Linux 6.15).
+/// Bit of a page with the marker of a guard page (Linux 6.15).
 const GUARD: u64 = 1 << 58;
-/// A userfaultfd write-protects the page.
+/// Bit of a page that a userfaultfd write-protects.
 const PROTECTED: u64 = 1 << 57;
-/// Words read at once: 512 KiB of them describe 256 MiB.
+/// Number of words read at once: 512 KiB of them describe 256 MiB.
 const WORDS: usize = 64 << 10;
 
 /// An opened `pagemap`.
@@ -34,15 +34,15 @@ pub(super) struct Pagemap {
 }
 
 impl Pagemap {
-    /// Opens that of a process, whose folder in `/proc` is `folder`.
+    /// Opens the `pagemap` of a process from its folder in `/proc`.
     pub(super) fn open(folder: &str) -> io::Result<Self> {
         File::open(format!("{folder}/pagemap")).map(|file| Self { file })
     }
 
     /// Calls `run` with the start, the number and the state of each run of pages of `mapping`, in
-    /// order and without gaps: whether the page's content is the process's own, or in swap, or a
-    /// marker stands there that makes it unreadable. Otherwise it was never touched, or its content
-    /// is in a file.
+    /// order and without gaps. The state is true if the page must be read from the process: its
+    /// content is the process's own or in swap, or a marker makes it unreadable. Otherwise the page
+    /// was never touched, or its content is in a file.
     pub(super) fn runs(
         &self,
         mapping: &Mapping,
@@ -71,8 +71,8 @@ impl Pagemap {
             // An error of `run`, which has nothing to do with the page table.
             Err(error) if ended => return Err(error),
             Err(error) if is_unsupported(&error) => {
-                // Gigabytes of words tell the same: vast memory that smaps calls untouched is left
-                // out in any case.
+                // Reading gigabytes of words would give the same result: vast memory that smaps
+                // reports as untouched is left out in any case.
                 let is_vast = (end - start) / PAGE >= VAST;
                 if !(is_vast
                     && mapping
@@ -98,14 +98,14 @@ impl Pagemap {
         looked.is_ok() && untouched
     }
 
-    /// Whether the page at `address` is a guard page. For kernels that don't list them.
+    /// Whether the page at `address` is a guard page. For kernels that can't list them.
     pub(super) fn is_guard(&self, address: u64) -> bool {
         let mut word = [0; 8];
         let read = self.file.read_exact_at(&mut word, address / PAGE * 8);
         read.is_ok() && to_entry(word) == Some(Entry::Guard)
     }
 
-    /// As far as `end`, page by page.
+    /// Reads the words page by page, up to `end`.
     fn words<F: FnMut(u64, u64, bool) -> Result<()>>(
         &self,
         end: u64,
@@ -131,7 +131,7 @@ impl Pagemap {
 }
 
 fn to_entry(word: [u8; 8]) -> Option<Entry> {
-    // The kernel writes its own byte order; only this machine reads it.
+    // The kernel uses its own byte order, and only this machine reads the word.
     #[expect(clippy::host_endian_bytes, reason = "a word from the kernel")]
     let word = u64::from_ne_bytes(word);
     if word & PRESENT != 0 {
@@ -153,17 +153,17 @@ fn is_unsupported(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == io::ErrorKind::Unsupported)
 }
 
-/// Joins what follows each other and is alike.
+/// Joins adjacent runs that have the same state.
 struct Runs<F> {
-    /// Where what comes next begins.
+    /// Start of the next run.
     at: u64,
     run: F,
-    /// Where the run that may still grow began, and its state.
+    /// Start and state of the last run, which may still grow.
     open: Option<(u64, bool)>,
 }
 
 impl<F: FnMut(u64, u64, bool) -> Result<()>> Runs<F> {
-    /// Takes in what lies between the end of what came before and `to`.
+    /// Adds the pages from the end of the previous run to `to`.
     fn push(&mut self, to: u64, populated: bool) -> Result<()> {
         if to == self.at {
             return Ok(());
@@ -191,12 +191,12 @@ impl<F: FnMut(u64, u64, bool) -> Result<()>> Runs<F> {
 mod tests {
     use super::*;
 
-    /// Of kernels that list nothing.
+    /// Checks the words that kernels return that can't list pages.
     #[test]
     fn words_tell_content_from_markers() {
         #[expect(clippy::host_endian_bytes, reason = "a word as the kernel has it")]
         let entry = |word: u64| to_entry(word.to_ne_bytes());
-        // The lowest bits are a page frame, and bit 55 has a meaning that doesn't matter.
+        // The lowest bits are a page frame number, and the meaning of bit 55 doesn't matter here.
         let other = 1 << 55 | 0x1234;
         assert_eq!(entry(other), None);
         for (bits, expected) in [
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn touched_pages_of_this_process_are_populated() {
-        // A fresh mapping, large enough that the allocator doesn't fill it with anything.
+        // A fresh mapping, large enough that the allocator doesn't write to it.
         let mut memory = vec![0_u8; 16 << 20];
         let base = (memory.as_ptr() as u64).next_multiple_of(2 << 20);
         let index = usize::try_from(base - memory.as_ptr() as u64).unwrap();

@@ -1,5 +1,5 @@
-//! What each page of a mapping is, and where its content is to be read: decided from the page table
-//! and the mapped file, without touching the page.
+//! Decides where the content of each page of a mapping is to be read, from the page table and the
+//! mapped file, without touching the page.
 //!
 //! | page table | private, anonymous | private, of a file | shared |
 //! | --- | --- | --- | --- |
@@ -8,8 +8,8 @@
 //! | nothing, guard page | zero | file | file |
 //! | nothing, and a userfaultfd answers | unavailable | | unavailable |
 //!
-//! Reading a page through the process that isn't in its page table would add it there, and allocate
-//! it where it is a hole of shared memory.
+//! Reading a page through the process when it isn't in its page table would add it there, and
+//! allocate it if it is a hole of shared memory.
 
 use std::sync::Arc;
 
@@ -21,32 +21,32 @@ use super::Inner;
 use super::backing::{self, Backing};
 use super::maps::{Mapping, Untouched};
 
-/// Where the content of some pages is.
+/// Location of the content of some pages.
 #[derive(Clone, Debug)]
 pub(super) enum Plan {
-    /// To be read from the process.
+    /// Read the content from the process.
     Process,
-    /// To be read from the mapped file.
+    /// Read the content from the mapped file.
     File(Arc<Backing>),
     Zero,
-    /// It can't be known.
+    /// The content can't be determined.
     Unavailable(Reason),
     /// Shared memory or a file that this user can't open: only reading through the process tells.
     Hidden,
 }
 
-/// Why pages are unavailable.
+/// Reason why pages are unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
-    /// A device's memory: reading it may do something.
+    /// Device memory, which may have side effects when read.
     Device,
-    /// Another process answers for missing pages.
+    /// Missing pages that another process provides.
     Answered,
-    /// The mapping is longer than its file: there is no content.
+    /// Pages beyond the end of the mapped file, which have no content.
     BeyondFile,
-    /// `memfd_secret`.
+    /// Memory of `memfd_secret`.
     Secret,
-    /// A file that the held process itself may serve.
+    /// Pages of a file that the held process itself may serve.
     Served,
 }
 
@@ -83,11 +83,11 @@ impl Inner {
         }
     }
 
-    /// As [`Self::plan`], for a mapping whose untouched pages are all alike.
+    /// Plans, like [`Self::plan`], a mapping whose untouched pages are all alike.
     fn plan_alike(&self, mapping: &Mapping, untouched: Plan, run: Run<'_>) -> Result<()> {
         let Some(pagemap) = &self.pagemap else {
-            // Without it, reading tells; but a page that another process answers for would keep
-            // this one waiting.
+            // Without the page table, only reading tells; but reading a page that another process
+            // provides would block this one.
             let plan = match untouched {
                 Plan::Unavailable(_) => untouched,
                 _ => Plan::Process,
@@ -107,7 +107,7 @@ impl Inner {
         planned.map_err(|error| self.explain(error))
     }
 
-    /// As [`Self::plan`], for a mapping whose untouched pages are what its file holds.
+    /// Plans, like [`Self::plan`], a mapping whose untouched pages hold the contents of its file.
     fn plan_file(&self, mapping: &Mapping, backing: &Arc<Backing>, run: Run<'_>) -> Result<()> {
         let len = mapping.end - mapping.start;
         let there = backing.end.saturating_sub(mapping.offset).min(len);
@@ -139,9 +139,9 @@ impl Inner {
         Ok(())
     }
 
-    /// The file behind `mapping`. Many mappings in a row are of one file.
+    /// Returns the file behind `mapping`. Consecutive mappings are often of the same file.
     fn backing(&self, mapping: &Mapping) -> Option<Arc<Backing>> {
-        // What is all mapped, of a file of huge pages, is known for one mapping only.
+        // For a file of huge pages, whether all of it is mapped is known for one mapping only.
         let is_huge = mapping.page_size() > PAGE;
         let mut last = self.last_backing.borrow_mut();
         match &*last {

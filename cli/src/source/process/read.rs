@@ -1,4 +1,4 @@
-//! Reading all memory of a stopped process into the spool.
+//! Reads all memory of a stopped process into the spool.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt as _;
@@ -14,39 +14,39 @@ use super::spool::{Filler, Spool};
 use super::{Inner, VAST, region};
 use crate::output::count;
 
-/// Pages that may be read through the process though they aren't in its page table, which may add
-/// them to its memory: 8 MiB in all.
+/// Maximum number of pages that may be read through the process although they aren't in its page
+/// table, which may add them to its memory: 8 MiB in all.
 const MAX_HIDDEN_PAGES: u64 = (8 << 20) / PAGE;
 
-/// How long the process was held, and how many pages were not read, or may not be what they were
-/// taken for.
+/// How long the process was held, and counts of pages that were not read, or whose content may
+/// differ from what was assumed.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     pub(super) held: Duration,
-    /// Pages that reading failed for.
+    /// Number of pages that could not be read.
     unreadable: u64,
-    /// Pages that another process brings.
+    /// Number of missing pages that another process provides.
     answered: u64,
-    /// Pages of devices.
+    /// Number of pages of device memory.
     device: u64,
-    /// Pages of `memfd_secret`.
+    /// Number of pages of `memfd_secret`.
     secret: u64,
-    /// Pages of files that the process itself may serve.
+    /// Number of pages of files that the process itself may serve.
     served: u64,
-    /// Pages of which this user can't tell whether they hold anything.
+    /// Number of pages whose content this user can't determine.
     hidden: u64,
-    /// Pages of that kind that were few enough to be read.
+    /// Number of such pages that were read, because they were few enough.
     hidden_read: u64,
-    /// Pages beyond the end of the mapped file.
+    /// Number of pages beyond the end of the mapped file.
     beyond_file: u64,
-    /// Pages that are not to be in dumps, and were taken.
+    /// Number of pages excluded from core dumps that were read.
     undumped: u64,
-    /// Vast memory that was never touched, or is unavailable.
+    /// Number of pages of vast memory that was never touched, or is unavailable.
     left_out: u64,
     left_out_unavailable: u64,
 }
 
-/// Reports the end of the reading, also of one that panics.
+/// Guard that reports the end of reading, also after a panic.
 struct EndOnDrop<'a>(&'a Spool);
 
 impl Drop for EndOnDrop<'_> {
@@ -56,12 +56,12 @@ impl Drop for EndOnDrop<'_> {
 }
 
 impl Inner {
-    /// Reads everything, lets the process go on, and tells the writer that it was all.
+    /// Reads everything, releases the process, and reports the end to the writer.
     pub(super) fn read(self: Box<Self>, spool: &Spool) -> Result<Summary> {
         let _end = EndOnDrop(spool);
         let mut summary = self.read_mappings(spool)?;
         let since = self.hold.since();
-        // The process goes on here.
+        // The process continues here.
         drop(self);
         summary.held = since.elapsed();
         Ok(summary)
@@ -72,7 +72,7 @@ impl Inner {
         let mut filler = Filler::new(spool, &check);
         let mut summary = Summary::default();
         for mapping in &self.mappings {
-            // A region ends where vast memory is left out, and another begins behind it.
+            // A region ends where vast memory is left out, and another one begins after it.
             let mut begun = false;
             self.plan(mapping, &mut |start, pages, plan| {
                 if pages >= VAST {
@@ -145,18 +145,18 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads `pages` pages at `start` from the process; those that can't be read are unavailable.
-    /// Returns how many.
+    /// Reads `pages` pages at `start` from the process; pages that can't be read become
+    /// unavailable. Returns the number of those.
     fn read_process(&self, start: u64, pages: u64, filler: &mut Filler<'_>) -> Result<u64> {
         let read = |buffer: &mut [u8], at: u64| match self.memory.read_at(buffer, start + at) {
-            // There is no process any more.
+            // The process no longer exists.
             Ok(0) => Err(Errno::ESRCH.into()),
             result => result,
         };
         read_pages(pages, filler, read, |at, error| {
             let errno = error.raw_os_error().map(Errno::from_raw);
             match errno {
-                // There is no memory behind the address, or a marker that forbids it.
+                // There is no memory at the address, or a marker forbids access.
                 Some(Errno::EIO | Errno::EFAULT | Errno::EOVERFLOW) => {
                     self.hold.check()?;
                     let is_guard = |pagemap: &super::Pagemap| pagemap.is_guard(start + at);
@@ -174,14 +174,14 @@ impl Inner {
     }
 }
 
-/// What a page is that can't be read.
+/// Treatment of a page that can't be read.
 enum Failed {
     Unavailable,
     Guard,
 }
 
-/// Reads `pages` pages by `read`, which is given a place in bytes from the first. `failed` says what
-/// becomes of a page that can't be read. Returns how many are unavailable.
+/// Reads `pages` pages with `read`, which gets an offset in bytes from the first page. `failed`
+/// decides about a page that can't be read. Returns the number of unavailable pages.
 fn read_pages(
     pages: u64,
     filler: &mut Filler<'_>,
@@ -210,14 +210,14 @@ fn read_pages(
             }
         }
         at += PAGE;
-        // The next is likely to fail as well.
+        // The next page is likely to fail as well.
         most = PAGE;
     }
     Ok(unavailable)
 }
 
 impl Summary {
-    /// What there is to say of process `pid`.
+    /// Returns the remarks about process `pid`.
     pub(super) fn remarks(&self, pid: i32) -> Vec<Remark> {
         let remark = |pages: u64, key, warning, why: &str| {
             (pages > 0).then(|| Remark {

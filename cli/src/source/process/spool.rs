@@ -5,17 +5,17 @@
 //! ```
 //!
 //! The process is stopped until the last chunk is in the queue, not until it is compressed and
-//! written. The reader waits for the writer only if there is no room in the file either, and not for
-//! ever: the writer may wait for the stopped process. The file has no name: it is gone when this
-//! process ends, however it ends. What was taken from it is punched out, so that mostly nothing of it
-//! reaches the disk.
+//! written. The reader waits for the writer only if there is no room in the file either, and not
+//! for ever: the writer may be blocked on the stopped process. The file has no name, so it
+//! disappears when this process exits, however it exits. Chunks that were taken from it are punched
+//! out, so that in most cases hardly any of it reaches the disk.
 //!
-//! The file is made before the process is stopped, and on a file system that no process serves if
-//! there is one.
+//! The file is created before the process is stopped, and if possible on a file system that no
+//! process serves.
 //!
-//! The writer begins when all is read, or there is no room for more, or [`HEAD_START`] waits for it:
-//! its threads, which compress, would take the processors from the reader while the process stands
-//! still.
+//! The writer begins when everything is read, when there is no room for more, or when
+//! [`HEAD_START`] bytes are in the file. Earlier, its compression threads would take the processors
+//! from the reader while the process is stopped.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -38,17 +38,17 @@ use nix::sys::statvfs::fstatvfs;
 use super::super::{CHUNK, PAGE, Region, Sink};
 use super::backing::Served;
 
-/// Chunks that are kept in memory.
+/// Maximum number of chunks that are kept in memory.
 const MAX_CHUNKS_IN_MEMORY: usize = 16;
-/// Bytes that the file takes before the writer begins. Much more would be written to the disk
-/// meanwhile, and the reader would have to wait for that.
+/// Number of bytes in the file at which the writer begins. With many more, the kernel would start
+/// to write them to the disk, and the reader would have to wait for that.
 const HEAD_START: u64 = 2 << 30;
-/// How often a reader that waits for room looks whether it shall stop.
+/// Interval at which a reader that waits for room checks whether to stop.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// How long the writer may take nothing while the reader waits for room.
+/// Maximum time for which the writer may take nothing while the reader waits for room.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where a spool may put its file: the first folder that can have one.
+/// Folders in which a spool may put its file: the first one that works is used.
 #[derive(Debug)]
 pub(crate) struct Place {
     folders: Vec<Folder>,
@@ -62,7 +62,8 @@ struct Folder {
 }
 
 impl Place {
-    /// The folder of `target`, unless the target is a stream, and then one for large temporary files.
+    /// Returns the folder of `target`, unless the target is a stream, followed by a folder for
+    /// large temporary files.
     pub(crate) fn beside(target: Option<&Path>) -> Self {
         let beside = target.map(|target| {
             let parent = target.parent().filter(|parent| *parent != Path::new(""));
@@ -73,7 +74,7 @@ impl Place {
         });
         let given = std::env::var_os("TMPDIR").map(PathBuf::from);
         let temporary = Folder {
-            // Often on a disk, where /tmp is memory.
+            // Often on a disk, while /tmp is memory.
             path: given.unwrap_or_else(|| "/var/tmp".into()),
             is_shared: false,
         };
@@ -82,9 +83,9 @@ impl Place {
         }
     }
 
-    /// Makes a file without a name, and says whether it shares its room with the snapshot. One on a
-    /// file system that a process may serve is the last resort, and none if `served` tells that the
-    /// process that will be stopped serves any.
+    /// Creates a file without a name, and returns whether it shares its room with the snapshot. A
+    /// file system that a process may serve is the last resort, and is not used if the process to
+    /// be stopped serves any (`served`).
     fn file(&self, served: &Served) -> Option<(File, bool)> {
         let (apart, last_resort): (Vec<_>, Vec<_>) = self
             .folders
@@ -98,8 +99,8 @@ impl Place {
     }
 }
 
-/// Whether a process may be what answers for files in the folder: a server of FUSE, or of network
-/// files on this machine.
+/// Whether files in the folder may depend on a process: a FUSE server, or a server of network files
+/// on this machine.
 fn may_be_served(folder: &Path) -> bool {
     const CEPH_SUPER_MAGIC: FsType = FsType(0x00c3_6400);
     const CIFS_SUPER_MAGIC: FsType = FsType(0xff53_4d42);
@@ -125,9 +126,9 @@ pub(super) struct Spool {
     state: Mutex<State>,
     changed: Condvar,
     file: Option<File>,
-    /// Whether the snapshot takes room beside the file.
+    /// Whether the snapshot needs room on the same file system.
     is_shared: bool,
-    /// How long a file may become (`RLIMIT_FSIZE`).
+    /// Maximum length of a file (`RLIMIT_FSIZE`).
     longest: u64,
 }
 
@@ -135,21 +136,21 @@ pub(super) struct Spool {
 struct State {
     queue: VecDeque<Chunk>,
     in_memory: usize,
-    /// Where the next chunk goes in the file.
+    /// Offset of the next chunk in the file.
     file_end: u64,
-    /// Bytes that the file takes, and may take.
+    /// Number of bytes that the file takes, and the maximum.
     file_bytes: u64,
     file_limit: u64,
-    /// [`HEAD_START`], and whether it is over.
+    /// Value of [`HEAD_START`], and whether the writer may begin.
     head_start: u64,
     has_begun: bool,
-    /// [`ROOM_TIMEOUT`].
+    /// Value of [`ROOM_TIMEOUT`].
     room_timeout: Duration,
-    /// Buffers to use again.
+    /// Buffers for reuse.
     spare: Vec<Vec<u8>>,
-    /// The writer takes no more.
+    /// Whether the writer has stopped taking chunks.
     closed: bool,
-    /// The reader gives no more.
+    /// Whether the reader has delivered its last chunk.
     ended: bool,
 }
 
@@ -160,8 +161,8 @@ enum Chunk {
 }
 
 impl Spool {
-    /// A queue for the memory of a process that is still running. If no file can be made, there is
-    /// none.
+    /// Creates a queue for the memory of a process that is still running. If no file can be
+    /// created, the queue has none.
     pub(super) fn new(place: &Place, served: &Served) -> Self {
         let (file, is_shared) = place.file(served).unzip();
         let limit = file.as_ref().map_or(0, |file| {
@@ -185,8 +186,8 @@ impl Spool {
         }
     }
 
-    /// Leaves room for a snapshot of memory of which at most `bytes` bytes are more than zeros: it may
-    /// become as large as that, and must not lack room because of the file.
+    /// Reserves room for a snapshot of memory of which at most `bytes` bytes are not zero. The
+    /// snapshot may become as large as that, and must not lack room because of the file.
     pub(super) fn leave_room(&self, bytes: u64) {
         if self.is_shared {
             let mut state = self.lock();
@@ -194,19 +195,19 @@ impl Spool {
         }
     }
 
-    /// The state is whole after every statement.
+    /// Locks the state, also after a panic: it is consistent after every statement.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the reader's next call fail: nobody takes what it reads.
+    /// Makes the reader's next call fail, since nobody takes its chunks any more.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
     }
 
-    /// Puts a chunk into the queue. `check` is called while there is no room, and ends the wait by
-    /// an error.
+    /// Puts a chunk into the queue and returns a buffer for the next. `check` is called while there
+    /// is no room; if it fails, so does this.
     fn push(&self, chunk: Vec<u8>, check: &dyn Fn() -> Result<()>) -> Result<Vec<u8>> {
         let mut state = self.lock();
         let mut waited = Duration::ZERO;
@@ -235,7 +236,7 @@ impl Spool {
                     state.spare.push(chunk);
                     break;
                 }
-                // The disk is full: from now on the reader waits.
+                // The disk is full, so the reader waits from now on.
                 state.file_limit = 0;
                 continue;
             }
@@ -253,7 +254,7 @@ impl Spool {
             let (unlocked, woken) = woken.unwrap_or_else(PoisonError::into_inner);
             drop(unlocked);
             if woken.timed_out() {
-                // Without the time in which this process was stopped.
+                // Excludes time in which this process was stopped.
                 waited += LOOK_INTERVAL;
             }
             check()?;
@@ -265,13 +266,13 @@ impl Spool {
         Ok(buffer)
     }
 
-    /// Tells the writer that this was all.
+    /// Tells the writer that no more chunks follow.
     pub(super) fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
     }
 
-    /// Gives everything to `sink`, until the reader has ended.
+    /// Delivers everything to `sink`, until the reader has ended.
     pub(super) fn empty(&self, sink: &mut dyn Sink) -> Result<()> {
         while let Some(chunk) = self.pop()? {
             deliver(&chunk, sink)?;
@@ -283,7 +284,7 @@ impl Spool {
         Ok(())
     }
 
-    /// The next chunk, or none if the reader has ended.
+    /// Returns the next chunk, or `None` if the reader has ended.
     fn pop(&self) -> Result<Option<Vec<u8>>> {
         let mut state = self.lock();
         let next = loop {
@@ -331,20 +332,20 @@ impl Spool {
     }
 }
 
-/// What kinds of records a chunk is made of: a letter, a number, and what belongs to it.
+/// Kinds of records in a chunk. A record is a letter, a number, and the data for it.
 const REGION: u8 = b'R';
 const PAGES: u8 = b'P';
 const ZEROS: u8 = b'Z';
 const UNAVAILABLE: u8 = b'U';
 
-/// Room that a chunk must have left for it to take more pages.
+/// Minimum room in a chunk for it to take more pages.
 const LEAST_ROOM: usize = 64 << 10;
 
 /// The reader's end of a [`Spool`].
 pub(super) struct Filler<'a> {
     spool: &'a Spool,
     chunk: Vec<u8>,
-    /// Called now and then: an error ends the reading.
+    /// Function that is called now and then; its error ends the reading.
     check: &'a dyn Fn() -> Result<()>,
 }
 
@@ -384,8 +385,8 @@ impl<'a> Filler<'a> {
         self.record(UNAVAILABLE, pages)
     }
 
-    /// Takes the whole pages that `read` fills from the front of a buffer of at most `most` bytes.
-    /// Returns what `read` returned.
+    /// Takes the whole pages that `read` fills from the start of a buffer of at most `most` bytes.
+    /// Returns the result of `read`.
     pub(super) fn pages(
         &mut self,
         most: u64,
@@ -415,7 +416,7 @@ impl<'a> Filler<'a> {
         Ok(filled)
     }
 
-    /// Gives the writer what there is.
+    /// Passes the unfinished chunk to the writer.
     pub(super) fn flush(&mut self) -> Result<()> {
         let chunk = std::mem::take(&mut self.chunk);
         self.chunk = self.spool.push(chunk, self.check)?;
@@ -423,7 +424,7 @@ impl<'a> Filler<'a> {
     }
 }
 
-/// Gives the records of a chunk to `sink`.
+/// Delivers the records of a chunk to `sink`.
 fn deliver(mut chunk: &[u8], sink: &mut dyn Sink) -> Result<()> {
     while let Some((&kind, rest)) = chunk.split_first() {
         chunk = rest;
@@ -479,7 +480,7 @@ mod tests {
         }
     }
 
-    /// Fills `spool` with `count` times 3 pages of which the middle ones are unavailable and zero.
+    /// Fills `spool` with `count` groups of 3 pages: one with data, one unavailable, one zero.
     fn fill(spool: &Spool, count: u32) -> Result<()> {
         let check = || Ok(());
         let mut filler = Filler::new(spool, &check);
@@ -490,7 +491,7 @@ mod tests {
                 Ok(page.len())
             })?;
             assert_eq!(read.unwrap() as u64, PAGE);
-            // What fails leaves nothing.
+            // A failed read leaves nothing behind.
             let failed = filler.pages(PAGE, |_| Err(io::ErrorKind::Other.into()))?;
             assert!(failed.is_err());
             filler.unavailable(1)?;
@@ -524,7 +525,7 @@ mod tests {
         spool_in(std::env::temp_dir())
     }
 
-    /// One that has no file.
+    /// Returns a spool without a file.
     fn spool_in_memory() -> Spool {
         spool_in("/does/not/exist")
     }
@@ -532,7 +533,7 @@ mod tests {
     #[test]
     fn reader_ends_before_writer_begins() {
         let spool = spool();
-        // More than is kept in memory.
+        // More than fits into memory.
         let count = 2 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         fill(&spool, count).unwrap();
         spool.end();
@@ -547,7 +548,7 @@ mod tests {
         );
     }
 
-    /// A sink that notes when it gets something.
+    /// A sink that calls a function whenever it gets a region or pages.
     struct Noting<'a>(&'a dyn Fn());
 
     impl Sink for Noting<'_> {

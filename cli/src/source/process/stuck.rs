@@ -1,4 +1,4 @@
-//! Why a thread does not stop.
+//! Finds out why a thread does not stop.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,11 +21,11 @@ pub(super) struct Stuck {
 
 #[derive(Debug)]
 enum Reason {
-    /// A cgroup that is frozen, by its path, which is any bytes.
+    /// The path of a frozen cgroup; may be any bytes.
     Frozen(Vec<u8>),
-    /// A wait in the kernel, in this function if that is known.
+    /// A wait in the kernel, with the name of the function if it is known.
     Waits(Option<String>),
-    /// None: it should stop.
+    /// No known reason: the thread should stop.
     Unknown,
 }
 
@@ -46,7 +46,7 @@ pub(super) fn why(pid: i32, tid: Pid) -> Stuck {
 }
 
 impl Stuck {
-    /// Whether waiting is of no use.
+    /// Whether waiting is pointless.
     pub(super) fn is_frozen(&self) -> bool {
         matches!(self.reason, Reason::Frozen(_))
     }
@@ -83,7 +83,7 @@ impl fmt::Display for Stuck {
     }
 }
 
-/// What a thread that waits in a function of the kernel waits for.
+/// Describes what a thread that waits in a function of the kernel is waiting for.
 fn hint(function: &str) -> Option<&'static str> {
     const HINTS: [(&[&str], &str); 4] = [
         (
@@ -106,12 +106,12 @@ fn hint(function: &str) -> Option<&'static str> {
         .map(|(_, hint)| *hint)
 }
 
-/// The cgroup of version 1 that is frozen and holds the task behind a folder of `/proc`. In version
-/// 2 threads are frozen where they can be traced.
+/// Returns the frozen cgroup of version 1 that holds the task of a folder in `/proc`. In version 2,
+/// frozen threads can be traced.
 fn frozen_cgroup(folder: &str) -> Option<Vec<u8>> {
     let groups = fs::read(format!("{folder}/cgroup")).ok()?;
     let mounts = fs::read("/proc/self/mountinfo").ok()?;
-    // Other mounts have names of any bytes.
+    // Names of other mounts may be any bytes.
     let mounts = String::from_utf8_lossy(&mounts);
     let group = freezer_group(&groups)?;
     let (root, point) = freezer_mount(&mounts)?;
@@ -122,7 +122,7 @@ fn frozen_cgroup(folder: &str) -> Option<Vec<u8>> {
     (state.trim() != "THAWED").then(|| group.to_owned())
 }
 
-/// The path in a line `number:controllers:path` of `/proc/PID/cgroup`.
+/// Returns the path in a line `number:controllers:path` of `/proc/PID/cgroup`.
 fn freezer_group(groups: &[u8]) -> Option<&[u8]> {
     groups.split(|&byte| byte == b'\n').find_map(|line| {
         let mut fields = line.splitn(3, |&byte| byte == b':').skip(1);
@@ -132,7 +132,7 @@ fn freezer_group(groups: &[u8]) -> Option<&[u8]> {
     })
 }
 
-/// Root and mount point of the freezer's hierarchy, from `/proc/PID/mountinfo`.
+/// Returns the root and mount point of the freezer hierarchy, from `/proc/PID/mountinfo`.
 fn freezer_mount(mounts: &str) -> Option<(&str, &str)> {
     mounts.lines().find_map(|line| {
         let (mount, about) = line.split_once(" - ")?;

@@ -327,7 +327,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 HoldOutcome::Settled => return Ok(false),
                 HoldOutcome::Again => self.after_again(&mut tries, page)?,
                 HoldOutcome::NoMemory => {
-                    self.after_no_memory(&mut shortages, page, true, reason)?
+                    self.after_no_memory(&mut shortages, page, true, reason)?;
                 }
                 HoldOutcome::Failed(stop) => return Err(stop),
             }

@@ -16,8 +16,8 @@ const INIT: u32 = 26;
 /// Not implemented, as the kernel wants it.
 const ENOSYS: i32 = -38;
 
-/// Returns an open file of a file system that is served by a child until that exits. This process
-/// cannot serve it, because its own exit would wait for itself.
+/// Returns an open file of a file system that a child serves until it exits. This process cannot
+/// serve it, because its own exit would wait for itself.
 pub(crate) fn file() -> io::Result<RawFd> {
     // The mount is visible to this process only, and disappears with it.
     unshare(CloneFlags::CLONE_NEWNS)?;
