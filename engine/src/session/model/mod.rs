@@ -6,8 +6,9 @@
 //! below it makes some interleaving fail.
 
 mod explore;
-mod model;
+
 mod pages;
+mod platform;
 mod world;
 
 use std::cell::RefCell;
@@ -15,15 +16,15 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use explore::{Body, Explored, Setup, Thread, explore};
-use model::{Mistake, Model, Scene};
 use pages::Pages;
+use platform::{Mistake, Model, Scene};
 use world::{Change, Content, Unmapped, World, at};
 
 use super::failure::{Failure, FailureKind};
 use super::{Decision, Fault, Guard, LendContext, PageNumber, Session, State, ThreadContext};
 use crate::session::platform::PAGE;
 use crate::session::state::address_map::Extent;
-use model::Op;
+use platform::Op;
 
 /// Number of pages in the model's snapshot: two frames of two pages.
 const PAGES: u64 = 4;
@@ -184,6 +185,10 @@ impl Scenario {
         explore(|| self.setup())
     }
 
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one scene, set up from top to bottom"
+    )]
     fn setup(&self) -> Setup<Scene> {
         let readers = usize::from(self.zeroed.is_some());
         let serving = self.fault_threads + self.prefetchers + readers;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
-use super::world::{BASE, Content as HoldOutcome, World, at};
+use super::world::{BASE, Content as Held, World, at};
 use super::{Knows, Owner};
 use crate::session::Session;
 use crate::session::fault::in_flight::{FrameId, InFlight};
@@ -364,7 +364,7 @@ impl Platform for Model {
         if self.early_check() {
             return self.told(Installed::Again);
         }
-        let page = |i: u64| HoldOutcome::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
+        let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
         self.wake_now(wake, address, installed, len);
         let reported = self.told(installed);
@@ -385,7 +385,7 @@ impl Platform for Model {
         if self.world.borrow().large {
             return self.told(Installed::Refused(libc::EINVAL));
         }
-        let zero = |_| HoldOutcome::Byte(0);
+        let zero = |_| Held::Byte(0);
         let installed = self
             .world
             .borrow_mut()
@@ -403,7 +403,7 @@ impl Platform for Model {
         if self.early_check() {
             return self.told(Installed::Again);
         }
-        let poison = |_| HoldOutcome::Poison;
+        let poison = |_| Held::Poison;
         let installed = self
             .world
             .borrow_mut()
@@ -429,7 +429,7 @@ impl Platform for Model {
 
     fn is_there(&self, address: u64) -> bool {
         let place = self.world.borrow().places.get(&address).copied();
-        let there = matches!(place, Some(HoldOutcome::Byte(_)));
+        let there = matches!(place, Some(Held::Byte(_)));
         self.threads[self.current.get()].tell(&there);
         there
     }
@@ -442,7 +442,7 @@ impl Platform for Model {
         let unregistered = self.world.borrow().unregistered.contains(&address);
         if unregistered && self.is(Mistake::NoWakeAfterUnregister)
             || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
-            || matches!(place, Some(HoldOutcome::Byte(_))) && self.is(Mistake::NoLateWake)
+            || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;
         }
@@ -478,16 +478,12 @@ impl Scene {
     /// make them zero.
     fn check_given_up(&self) -> Result<(), String> {
         let world = self.session.platform.world.borrow();
-        if world
-            .fresh
-            .values()
-            .any(|content| *content == HoldOutcome::Poison)
-        {
+        if world.fresh.values().any(|content| *content == Held::Poison) {
             return Err("a fresh place became inaccessible".to_owned());
         }
         for (page, knows) in (0..).zip(&self.owner.borrow().0) {
             let content = world.places.get(&at(page));
-            if *knows == Knows::Original && content == Some(&HoldOutcome::Missing) {
+            if *knows == Knows::Original && content == Some(&Held::Missing) {
                 return Err(format!("page {page} would read as zeros"));
             }
         }
