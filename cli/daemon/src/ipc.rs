@@ -1,4 +1,4 @@
-//! The messages between supervisor and worker: one JSON object each, with descriptors beside it.
+//! Messages between supervisor and worker: one JSON object each, with descriptors attached.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
@@ -18,94 +18,94 @@ use crate::api::config::Service;
 use crate::api::summary::{Ending, VmSummary};
 use crate::api::types::{self, Upgraded};
 
-/// The most bytes of a message: the regions of a VM, at most a thousand.
+/// Maximum size of a message: the regions of a VM, at most a thousand.
 const MAX_MESSAGE_BYTES: usize = 160 << 10;
 
-/// Names the places at which the project's own tests have workers killed: one for each worker, the
-/// first first.
+/// Variable that names the places at which the project's own tests kill workers: one for each
+/// worker, in order of their start.
 pub(crate) const FAIL: &str = "SNAPRESTORE_FAIL";
 
-/// From the supervisor.
+/// Messages from the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
-    /// VMs may come that are restored from this snapshot. With its open file.
+    /// Announces a snapshot from which VMs may be restored. Comes with its open file.
     Service {
-        /// The number by which VMs name it.
+        /// The number by which VMs refer to it.
         key: u64,
-        /// How they are served.
+        /// Settings for serving its VMs.
         service: Service,
     },
-    /// A VM is to be served. With its userfaultfd, its pidfd, its page map if it has huge pages,
-    /// and its tables if it has some.
+    /// Passes on a VM to serve. Comes with its userfaultfd, its pidfd, its page map if it has huge
+    /// pages, and its tables if there are any.
     Vm {
-        /// Its number.
+        /// The number of the VM.
         id: u64,
-        /// The service that it connected to.
+        /// The number of the service that it connected to.
         service: u64,
-        /// Its process.
+        /// The PID of the process.
         pid: u32,
-        /// How long ago it connected.
+        /// Time since it connected, in milliseconds.
         age_ms: u64,
-        /// Its memory.
+        /// The regions of its memory.
         regions: Vec<OwnerRegion>,
-        /// Whether its page map came, after the pidfd.
+        /// Whether its page map follows the pidfd.
         #[serde(default)]
         page_map: bool,
-        /// Frames of the snapshot that are not to be decoded.
+        /// Frames of the snapshot that must not be decoded.
         quarantined: Vec<u64>,
     },
-    /// No more VMs will come that are restored from this snapshot, and all that did have ended.
+    /// Ends a service: no more VMs will be restored from its snapshot, and all of them have ended.
     RemoveService {
-        /// Which.
+        /// The number of the service.
         key: u64,
     },
-    /// A client has connected. With the connection.
+    /// Passes on a client that has connected. Comes with the connection.
     Client {
         /// The endpoint of the client.
         endpoint: Endpoint,
-        /// Facts that only the supervisor knows.
+        /// Facts that only the supervisor has.
         facts: Facts,
     },
     /// The reply to a request.
     Reply {
-        /// Which.
+        /// The number of the request.
         number: u64,
-        /// Nothing more for most; who takes over, for an upgrade.
+        /// The result; for an upgrade, the new program, for most other requests nothing.
         result: Result<Option<Upgraded>, String>,
     },
-    /// A VM has ended in other hands than this worker's.
+    /// Reports a VM that ended while this worker was not serving it.
     VmEnded {
         /// Its last status.
         vm: types::VmStatus,
     },
-    /// The worker is to install all pages of every VM, and to let the VMs go.
+    /// Makes the worker install all pages of every VM, and release the VMs.
     Drain,
-    /// The worker is to exit.
+    /// Makes the worker exit.
     Shutdown,
 }
 
-/// A socket for clients that are no VMs.
+/// A socket for clients that are not VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Endpoint {
     /// The control socket.
     Control,
-    /// The socket at which metrics are read.
+    /// The socket on which metrics are served.
     Metrics,
 }
 
-/// Facts that only the supervisor knows, since workers come and go.
+/// Facts that only the supervisor has, since workers come and go.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Facts {
-    /// Its process.
+    /// The PID of the supervisor.
     pub(crate) supervisor: u32,
-    /// Workers that took over from one that had died.
+    /// Number of workers that replaced a dead one.
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
-    /// VMs that have ended, by service.
+    /// Counts of VMs that have ended, by service.
     pub(crate) ended: BTreeMap<u64, Endings>,
 }
 
-/// How many VMs have ended in which way.
+/// Counts of VMs by the way in which they ended.
 pub(crate) type Endings = BTreeMap<Ending, u64>;
 
 /// A request that a worker can't serve by itself.
@@ -117,7 +117,7 @@ pub(crate) enum SupervisorRequest {
     Upgrade(Option<PathBuf>),
 }
 
-/// From the worker.
+/// Messages from the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromWorker {
     /// The worker has started, and reads messages.
@@ -127,36 +127,35 @@ pub(crate) enum FromWorker {
     },
     /// The worker can't confine itself, and exits.
     ConfineFailed {
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// An operator wants something that only the supervisor can do.
+    /// An operator's request that only the supervisor can serve.
     Request {
-        /// The number for the reply.
+        /// The number, which the reply repeats.
         number: u64,
         /// The request.
         request: SupervisorRequest,
     },
-    /// The operator was told that another worker takes over.
+    /// The operator has been told that another worker takes over.
     Replied,
-    /// The tables of a VM, from which nothing was read yet. With their memfd.
+    /// The tables of a VM, before anything was read from it. Comes with their memfd.
     Tables {
-        /// Whose.
+        /// The number of the VM.
         id: u64,
     },
     /// A VM is served.
     Served {
-        /// Which.
+        /// The number of the VM.
         id: u64,
     },
-    /// A VM is served no more.
+    /// A VM is no longer served.
     VmEnded {
-        /// Which.
+        /// The number of the VM.
         id: u64,
-        /// How it ended.
+        /// The summary of the VM.
         vm: VmSummary,
-        /// Whether it was killed although it was to be completed, since the daemon was asked to
-        /// stop.
+        /// Whether it was killed instead of completed, after the daemon was asked to stop.
         #[serde(default)]
         incomplete: bool,
     },
@@ -169,7 +168,7 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    /// The supervisor's end, which never waits, and the worker's, which does.
+    /// Creates the supervisor's end, which never blocks, and the worker's, which does.
     pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
@@ -186,7 +185,7 @@ impl Channel {
         Self { socket }
     }
 
-    /// Sends one message. `WouldBlock`: the other end has not read what was sent before.
+    /// Sends one message. Fails with `WouldBlock` if the other end has not read the previous ones.
     pub(crate) fn send(
         &self,
         message: &impl Serialize,
@@ -209,7 +208,7 @@ impl Channel {
         }
     }
 
-    /// Takes one message. `None`: the other end is gone.
+    /// Receives one message. Returns `None` if the other end is closed.
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         let mut text = vec![0; MAX_MESSAGE_BYTES];
         let read = loop {

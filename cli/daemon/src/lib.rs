@@ -78,7 +78,7 @@ pub use ipc::Endpoint;
 pub use role::Role;
 pub use supervisor::{Console, Options, RunSummary, StopRequests, Supervisor};
 
-/// Parts that the project's own tests run by themselves; no part of the interface.
+/// Parts that the project's own tests run in isolation; not part of the interface.
 #[doc(hidden)]
 pub mod parts {
     pub use crate::fd_store::systemd::{Inherited, take_inherited_fds};

@@ -1,9 +1,8 @@
 //! The log of the program, as text or JSON, on standard error.
 //!
-//! Libraries log through `tracing`; `SNAPRESTORE_LOG` chooses what is shown, as `debug` or
-//! `snaprestore_engine=trace`. A guest can cause some events (failures, discards), as many as it
-//! likes: of each place in the code that logs, a few events a second are shown and the others
-//! counted.
+//! Libraries log through `tracing`; `SNAPRESTORE_LOG` selects what is shown, such as `debug` or
+//! `snaprestore_engine=trace`. A guest can cause any number of some events (failures, discards). So
+//! for each place in the code that logs, a few events per second are shown and the others counted.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -23,9 +22,9 @@ use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// The variable that chooses what is shown.
+/// The variable that selects what is shown.
 const VARIABLE: &str = "SNAPRESTORE_LOG";
-/// Events of one place that are shown in one [`WINDOW`].
+/// Maximum number of events of one place that are shown per [`WINDOW`].
 const MAX_EVENTS: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
@@ -49,8 +48,8 @@ pub fn count(number: u64, noun: &str) -> String {
     format!("{} {noun}{plural}", HumanCount(number))
 }
 
-/// Starts logging. A daemon, which names a format, logs what an operator should know unless the
-/// variable says otherwise; other commands log only what it asks for.
+/// Starts logging. A daemon, which passes a format, logs what an operator should know unless the
+/// variable selects otherwise; other commands log only what the variable selects.
 pub fn start(daemon: Option<LogFormat>) {
     let wanted = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
     let wrong = |error| {
@@ -90,8 +89,8 @@ pub fn start(daemon: Option<LogFormat>) {
     }
 }
 
-/// Logs how many events were suppressed of places that have been silent since. A process that would
-/// wait long for the next event calls this now and then.
+/// Logs the number of suppressed events of places that have been silent since. A process that may
+/// wait long for the next event calls this at intervals.
 pub(crate) fn log_suppressed(format: LogFormat) {
     let mut text = String::new();
     for suppressed in LIMITER.due(Instant::now()) {
@@ -102,7 +101,7 @@ pub(crate) fn log_suppressed(format: LogFormat) {
     }
 }
 
-/// Writes events as another does, but only so many.
+/// Formats events with another formatter, but limits their number.
 struct Limited<F> {
     inner: F,
     json: bool,
@@ -144,7 +143,7 @@ where
     }
 }
 
-/// One JSON object an event.
+/// Returns the format with one JSON object per event.
 fn json() -> Format<Json> {
     Format::default()
         .json()
@@ -152,7 +151,8 @@ fn json() -> Format<Json> {
         .with_span_list(false)
 }
 
-/// A JSON line with the fields of its span among its own: who looks for a VM finds it in one place.
+/// Moves the fields of an event's span among the event's own, so that all fields of a VM are
+/// together.
 fn with_fields_of_span(line: &str) -> Option<String> {
     let mut object: Map<String, Value> = serde_json::from_str(line).ok()?;
     if let Some(Value::Object(mut span)) = object.remove("span") {
@@ -171,7 +171,7 @@ struct Limiter {
 /// A place in the code that logs.
 struct Place {
     metadata: &'static Metadata<'static>,
-    /// When its window began.
+    /// Start of the current window.
     since: Instant,
     shown: u32,
     suppressed: u64,
@@ -184,7 +184,7 @@ struct Suppressed {
 }
 
 impl Limiter {
-    /// Whether an event is to be shown.
+    /// Whether an event should be shown.
     fn admits(&self, metadata: &'static Metadata<'static>, now: Instant) -> bool {
         let mut places = self.lock();
         let place = places.entry(metadata.callsite()).or_insert(Place {
@@ -205,7 +205,7 @@ impl Limiter {
         }
     }
 
-    /// Returns what was suppressed in windows that are over, once.
+    /// Returns the suppressed events of windows that are over, once.
     fn due(&self, now: Instant) -> Vec<Suppressed> {
         let mut places = self.lock();
         let over = |place: &&mut Place| {
@@ -218,14 +218,14 @@ impl Limiter {
         places.values_mut().filter(over).map(tell).collect()
     }
 
-    /// The table is whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the table, also after a panic: it is consistent after every statement.
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Identifier, Place>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Suppressed {
-    /// Writes a line about it.
+    /// Writes a line about the suppressed events.
     fn write(&self, writer: &mut Writer<'_>, json: bool) -> fmt::Result {
         let (level, target) = (self.metadata.level(), self.metadata.target());
         let place = format_args!(
@@ -264,7 +264,7 @@ mod tests {
     use std::sync::Arc;
     use tracing_subscriber::fmt::MakeWriter;
 
-    /// Keeps what is logged.
+    /// A writer that keeps the log.
     #[derive(Clone, Default)]
     struct Kept(Arc<Mutex<Vec<u8>>>);
 
@@ -299,12 +299,12 @@ mod tests {
         Box::leak(Box::default())
     }
 
-    /// One place that logs.
+    /// Logs an event, always from this place.
     fn log(number: u32) {
         tracing::warn!(number, "a guest did it again");
     }
 
-    /// As if the windows of all places had begun a second earlier.
+    /// Moves the windows of all places a second into the past.
     fn let_time_pass(limiter: &Limiter) {
         for place in limiter.lock().values_mut() {
             place.since -= WINDOW;
@@ -330,7 +330,7 @@ mod tests {
             .with_writer(kept.clone())
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            // However slow this machine is, its window doesn't end on the way.
+            // The window doesn't end during the loop, however slow this machine is.
             for number in 0..MAX_EVENTS + 25 {
                 log(number);
                 for place in limiter.lock().values_mut() {
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!(suppressed["fields"]["suppressed"], 1, "{suppressed}");
         assert_eq!(suppressed["level"], "WARN");
         assert!(suppressed["timestamp"].is_string(), "{suppressed}");
-        // Whose it is stands beside what it says.
+        // The fields of the VM are beside those of the event.
         let fields = &lines[MAX_EVENTS as usize + 1]["fields"];
         let of = (
             &fields["number"],

@@ -9,7 +9,7 @@ use crate::fd_store::guardian;
 use crate::log;
 use crate::worker::{self, WorkerOptions};
 
-/// The part of a daemon that a process was started for.
+/// The role in a daemon that a process was started for.
 #[derive(Debug)]
 pub struct Role(Hidden);
 
@@ -32,16 +32,16 @@ enum Hidden {
 }
 
 impl Role {
-    /// Returns the role that this process was started for. `None`: it was not started by a daemon.
+    /// Returns the role that this process was started for, or `None` if no daemon started it.
     pub fn of_this_process() -> Option<Self> {
         let command_line = CommandLine::try_parse().ok()?;
         Some(Self(command_line.hidden))
     }
 
-    /// Plays the role to its end.
+    /// Runs the role to its end.
     ///
-    /// The process must have no other thread yet, and must not have changed how it
-    /// takes signals.
+    /// The process must have no other thread yet, and must not have changed its handling of
+    /// signals.
     pub fn run(self) -> Result<ExitCode> {
         match self.0 {
             Hidden::Worker(options) => {

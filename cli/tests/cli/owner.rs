@@ -226,7 +226,7 @@ fn owner_process() {
     };
     if role == "restless" {
         use std::os::unix::process::CommandExt as _;
-        // A thread other than the main one takes its place. The threads beside it are ended.
+        // A thread other than the main one takes its place. The kernel kills the threads beside it.
         for _ in 0..3 {
             std::thread::spawn(|| {
                 loop {

@@ -11,7 +11,7 @@
 //! socket = "/run/snaprestore/web.socket"
 //! ```
 //!
-//! Nothing here opens a snapshot or makes a socket.
+//! Nothing here opens a snapshot or creates a socket.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -29,11 +29,11 @@ use snapshot_format::FileStore;
 
 use snapshot_format::names::escape_path;
 
-/// The longest file of `--config`: room for ten thousand services.
+/// The maximum size of a `--config` file: room for ten thousand services.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
-/// The longest name of a service: it is part of log lines, metrics and tables.
+/// The maximum length of a service's name, which is part of log lines, metrics and tables.
 const MAX_SERVICE_NAME_BYTES: usize = 64;
-/// The longest path of a Unix socket, without the zero byte at its end.
+/// The maximum length of a Unix socket's path, without the terminating zero byte.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// The values that `--threads` takes.
 const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
@@ -49,32 +49,32 @@ pub const RETRY_TIMEOUT: u64 = 5;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
-    /// Its name: letters, digits, dots, dashes and underscores.
+    /// The name of the service: letters, digits, dots, dashes and underscores.
     pub name: String,
     /// The absolute path of the snapshot.
     pub snapshot: PathBuf,
-    /// The absolute path of the socket to make, at which VMs connect.
+    /// The absolute path of the socket to create, to which VMs connect.
     pub socket: PathBuf,
-    /// Pages that are fetched before they are touched.
+    /// Pages to fetch before they are touched.
     #[serde(default = "default_prefetch")]
     pub prefetch: Prefetch,
-    /// The consequence for a VM that waits for a page which can't be restored.
+    /// The policy for a VM that waits for a page that can't be restored.
     #[serde(default = "default_on_error")]
     pub on_error: FailurePolicy,
-    /// Users whose processes are served; none named: every user who may connect.
+    /// Users whose processes are served; if empty, every user who may connect.
     #[serde(default)]
     pub allow_uid: Vec<u32>,
-    /// Threads that serve the faults of one VM.
+    /// Number of threads that serve the faults of one VM.
     #[serde(default = "default_threads")]
     pub threads: usize,
-    /// Seconds that a VMM that has connected may take to hand its memory over.
+    /// Seconds that a VMM may take to hand over its memory after connecting.
     #[serde(
         default = "default_handshake_timeout",
         rename(serialize = "patience"),
         alias = "patience"
     )]
     pub handshake_timeout: u64,
-    /// Seconds that a page that can't be read is read again, before `on_error` decides.
+    /// Seconds to retry reading a page before `on_error` applies.
     #[serde(default = "default_retry_timeout")]
     pub retry_timeout: u64,
     /// The permission bits of the socket.
@@ -172,8 +172,8 @@ fn default_retry_timeout() -> u64 {
 }
 
 impl Service {
-    /// Gives its socket the permissions that were asked for; the umask and the user of the daemon
-    /// have decided the others.
+    /// Gives the socket the requested permissions; the umask and the daemon's user have determined
+    /// the rest.
     pub(crate) fn share_socket(&self) -> Result<()> {
         let socket = &self.socket;
         let name = escape_path(socket);
@@ -193,7 +193,7 @@ impl Service {
         Ok(())
     }
 
-    /// Checks the service by itself. The error says what would be right.
+    /// Checks the service on its own. The error names the correct values.
     pub fn check(&self) -> Result<()> {
         let name = &self.name;
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -236,7 +236,7 @@ fn absolute(what: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A path that a Unix socket can have.
+/// Checks that a path is possible for a Unix socket.
 fn check_socket(what: &str, path: &Path) -> Result<()> {
     absolute(what, path)?;
     let len = path.as_os_str().len();
@@ -249,11 +249,11 @@ fn check_socket(what: &str, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The place where metrics are read: a Unix socket, or an address that only this machine reaches.
+/// The address at which metrics are served: a Unix socket, or a loopback address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum MetricsAddress {
-    /// A Unix socket to make, by its path.
+    /// The path of a Unix socket to create.
     Socket(PathBuf),
     /// An address of the loopback interface.
     Loopback(SocketAddr),
@@ -301,14 +301,14 @@ impl From<MetricsAddress> for String {
     }
 }
 
-/// A file of `serve --config`, checked.
+/// A checked `serve --config` file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The path of the control socket to make.
+    /// The path of the control socket to create.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<PathBuf>,
-    /// The place where metrics are read.
+    /// The address at which metrics are served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<MetricsAddress>,
     /// The services.
@@ -317,7 +317,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads and checks a file. Relative paths in it are meant from the file's folder.
+    /// Reads and checks a file. Relative paths in it are relative to the file's folder.
     pub fn load(file: &Path) -> Result<Self> {
         let name = escape_path(file);
         let text = read(file).with_context(|| format!("cannot read {name}"))?;
@@ -327,7 +327,7 @@ impl Config {
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
-        // The error shows the line, and for an unknown key those that there are.
+        // The error shows the line and, for an unknown key, the known ones.
         let mut config: Self =
             toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
         let resolve = |path: &mut PathBuf| {
@@ -347,7 +347,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Whether all of it can be served together.
+    /// Checks that all services and sockets can be served together.
     pub fn check(&self) -> Result<()> {
         let mut names = BTreeSet::new();
         let mut sockets = BTreeSet::new();
@@ -389,7 +389,7 @@ impl Config {
     }
 }
 
-/// Reads a file of configuration, and not a disk image that was named by mistake.
+/// Reads a configuration file; a size limit guards against a disk image named by mistake.
 fn read(file: &Path) -> Result<String> {
     use std::io::Read as _;
 

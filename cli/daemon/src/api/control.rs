@@ -1,13 +1,14 @@
-//! The control socket: how operators talk to the daemon.
+//! The control socket, through which operators talk to the daemon.
 //!
 //! ```text
 //!   ctl ──▶ {"op":"complete","vm":3}\n          one JSON object a line, as many as wanted
 //!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
 //! ```
 //!
-//! Only the daemon's own user and root may use it: the socket's mode says so, and the credentials
-//! of the client are checked as well. A line that is too long, or takes too long, ends the
-//! connection; one that isn't understood is answered by an error, and the next is read.
+//! Only the daemon's own user and root may use it: the socket's mode ensures that, and the
+//! credentials of the client are checked as well. A line that is too long, or takes too long, ends
+//! the connection. A line that can't be parsed gets an error as its reply, and the next one is
+//! read.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -33,11 +34,11 @@ use crate::api::types::{
 /// The default path of the control socket.
 pub const DEFAULT_PATH: &str = "/run/snaprestore/control.socket";
 
-/// The size of a request: a service with paths and some thousand users.
+/// The maximum size of a request: a service with paths and some thousand users.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
-/// The size of a reply that is read: statistics of ten thousand VMs.
+/// The maximum size of a reply: statistics of ten thousand VMs.
 const MAX_REPLY_BYTES: usize = 256 << 20;
-/// Time for a client to send a whole request, or to take a reply.
+/// Time limit for a client to send a whole request, or to take a reply.
 const IO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A request.
@@ -49,37 +50,37 @@ pub enum Request {
         /// The service.
         service: Service,
     },
-    /// Takes no more VMs for a service.
+    /// Stops accepting VMs for a service.
     Remove {
         /// The name of the service.
         name: String,
     },
-    /// Lists services and VMs; the answer is a [`List`].
+    /// Lists services and VMs; the reply is a [`List`].
     List {},
-    /// Asks for the statistics of VMs; the answer is a list of [`VmStats`].
+    /// Returns the statistics of VMs; the reply is a list of [`VmStats`].
     Stats {
-        /// One VM; without it, all.
+        /// The VM; all VMs if absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         vm: Option<VmId>,
-        /// Whether the buckets of the histograms are wanted.
+        /// Whether to include the buckets of the histograms.
         #[serde(default)]
         buckets: bool,
     },
-    /// Installs what one VM misses, or all, and lets them go; the answer is a list of
+    /// Installs all missing pages of one VM, or of all, and releases them; the reply is a list of
     /// [`Completed`].
     Complete {
-        /// One VM.
+        /// The VM.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         vm: Option<VmId>,
-        /// All of them, and never by oversight.
+        /// Whether to complete all VMs, which must be requested explicitly.
         #[serde(default)]
         all: bool,
     },
-    /// Completes all VMs and ends the daemon; the answer is a list of [`Completed`].
+    /// Completes all VMs and stops the daemon; the reply is a list of [`Completed`].
     Drain {},
-    /// Goes on with another program file; the answer is an [`Upgraded`].
+    /// Replaces the worker by one of another program file; the reply is an [`Upgraded`].
     Upgrade {
-        /// The program; without it, the file that the daemon was started from.
+        /// The program; if absent, the file that the daemon was started from.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         program: Option<PathBuf>,
     },
@@ -104,7 +105,7 @@ enum ReplyBody {
     Upgraded(Upgraded),
 }
 
-/// Makes the control socket at `path`, for the daemon's own user only. Nobody else can connect in
+/// Creates the control socket at `path`, for the daemon's own user only. Nobody else can connect in
 /// between.
 pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
     let make = || -> nix::Result<UnixListener> {
@@ -114,7 +115,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
             SockFlag::SOCK_CLOEXEC,
             None,
         )?;
-        // The file gets the socket's mode.
+        // The socket's file gets this mode.
         fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
         bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
         listen(&socket, Backlog::new(128)?)?;
@@ -123,7 +124,7 @@ pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
     make().with_context(|| format!("cannot listen on {}", escape_path(path)))
 }
 
-/// Serves a connection to the control socket of a daemon of user `own`, until the client hangs up.
+/// Serves a connection to the control socket of a daemon of user `own` until the client hangs up.
 pub(crate) fn serve(stream: &UnixStream, own: u32, api: &dyn OperatorApi) {
     if let Err(error) = serve_requests(stream, own, api) {
         tracing::debug!(%error, "closed a control connection");
@@ -200,7 +201,7 @@ fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
     })
 }
 
-/// Writes one line. A client that doesn't take it in time is dropped.
+/// Writes one line. A client that doesn't read it in time is disconnected.
 fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
@@ -218,7 +219,7 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the time that is left until `until`.
+/// Returns the time left until `until`.
 fn left(until: Instant) -> io::Result<Duration> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() {
@@ -228,7 +229,7 @@ fn left(until: Instant) -> io::Result<Duration> {
 }
 
 fn with_message(error: io::Error) -> io::Error {
-    // What the kernel says of a timeout, too.
+    // The kernel reports a timeout in either way.
     let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
     if kinds.contains(&error.kind()) {
         io::Error::new(io::ErrorKind::TimedOut, "timed out waiting for the peer")
@@ -237,12 +238,12 @@ fn with_message(error: io::Error) -> io::Error {
     }
 }
 
-/// Lines of a stream, of a bounded length.
+/// Lines of a stream, with a maximum length.
 struct Lines<'a> {
     stream: &'a UnixStream,
     max_bytes: usize,
     buffer: Vec<u8>,
-    /// Where in the buffer the line ends that was given last.
+    /// End of the last returned line in the buffer.
     given: usize,
 }
 
@@ -256,7 +257,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// Reads the next line, without its end. `None`: there are no more.
+    /// Reads the next line, without its end. Returns `None` at the end of the stream.
     fn next(&mut self, until: Option<Instant>) -> io::Result<Option<&[u8]>> {
         self.buffer.drain(..self.given);
         self.given = 0;
@@ -286,11 +287,11 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Why a daemon can't be controlled.
+/// Reason why a daemon can't be controlled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// There is no such socket.
+    /// The socket does not exist.
     #[error(
         "no daemon listens on {socket}: start `snaprestore serve --control {socket}`, or name its socket by --control \
          or SNAPRESTORE_CONTROL"
@@ -299,7 +300,7 @@ pub enum ConnectError {
         /// The path of the socket, escaped.
         socket: String,
     },
-    /// Nothing listens at the socket.
+    /// Nothing listens on the socket.
     #[error("cannot connect to {socket}: the daemon exited, or this is not a control socket")]
     NotListening {
         /// The path of the socket, escaped.
@@ -311,7 +312,7 @@ pub enum ConnectError {
         /// The path of the socket, escaped.
         socket: String,
     },
-    /// Any other reason.
+    /// Any other failure.
     #[error("cannot connect to {socket}")]
     Failed {
         /// The path of the socket, escaped.
@@ -328,7 +329,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the daemon whose control socket is at `path`.
+    /// Connects to the daemon with the control socket at `path`.
     pub fn connect(path: &Path) -> Result<Self, ConnectError> {
         let stream = UnixStream::connect(path).map_err(|source| {
             let socket = escape_path(path);
@@ -349,14 +350,14 @@ impl Client {
     pub fn send(&self, request: &Request) -> Result<()> {
         let name = escape_path(&self.path);
         match send(&self.stream, request) {
-            // It may have said why before it hung up.
+            // The daemon may have sent the reason before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             sent => sent.with_context(|| format!("cannot send a request to {name}")),
         }
     }
 
-    /// Receives the reply. Some requests take as long as they take: `unlimited` waits without a
-    /// limit.
+    /// Receives the reply. With `unlimited`, waits without a time limit, since some requests take
+    /// long.
     pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
         let name = escape_path(&self.path);
         let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);

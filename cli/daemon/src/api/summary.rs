@@ -12,16 +12,16 @@ use crate::log::count;
 /// The name of a VM in logs, messages and reports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmLabel {
-    /// Its number.
+    /// The number of the VM.
     pub id: u64,
-    /// Its process.
+    /// The PID of the process.
     pub pid: u32,
     /// The name of its service.
     pub service: String,
 }
 
 impl VmLabel {
-    /// A span that gives all events below it the fields of this VM.
+    /// Returns a span that adds the fields of this VM to all events in it.
     pub(crate) fn span(&self) -> tracing::Span {
         let Self { id, pid, service } = self;
         tracing::error_span!("vm", vm = id, pid, service)
@@ -35,34 +35,34 @@ impl fmt::Display for VmLabel {
     }
 }
 
-/// The summary of a VM that has ended.
+/// Summary of a VM that has ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmSummary {
     /// The VM.
     #[serde(flatten)]
     pub label: VmLabel,
-    /// How it ended.
+    /// The way in which the VM ended.
     pub ending: Ending,
-    /// Why it was killed or refused.
+    /// Reason why the VM was killed or refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     faults: u64,
     fault_p50_us: u64,
     fault_p99_us: u64,
-    /// Pages that were installed.
+    /// Number of installed pages.
     pages: u64,
-    /// Pages among them that were installed before they were touched.
+    /// Number of those pages that were installed before they were touched.
     prefetched: u64,
     discards: u64,
 }
 
-/// How a VM ended, for the daemon.
+/// The way in which the daemon stopped serving a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ending {
-    /// The VM has all of its memory, and goes on alone.
+    /// The VM has all its memory, and no longer needs the daemon.
     Complete,
-    /// The process has exited by itself.
+    /// The process exited by itself.
     Exited,
     /// The process was killed.
     Killed,
@@ -86,7 +86,7 @@ impl VmSummary {
         }
     }
 
-    /// Adds the statistics of its session.
+    /// Adds the statistics of the VM's session.
     pub(crate) fn with(self, stats: &Stats) -> Self {
         let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

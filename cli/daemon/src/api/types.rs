@@ -1,5 +1,4 @@
-//! The requests of operators, and the answers to them: the control socket, `ctl` and the
-//! metrics all speak in these.
+//! Requests of operators and their replies, as used by the control socket, `ctl` and the metrics.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,14 +8,14 @@ use snaprestore_engine::pager;
 
 use crate::api::config::Service;
 
-/// The number of a VM: one session of a service. Counted through the whole daemon from 1, and never
-/// given again.
+/// The number of a VM, which is one session of a service. VMs are counted from 1 in the whole
+/// daemon, and no number is used twice.
 pub type VmId = u64;
 
-/// VMs that have ended and that operators may still ask for.
+/// Maximum number of ended VMs that are kept for operators.
 pub(crate) const MAX_RECENT_VMS: usize = 100;
 
-/// Why the daemon refuses a request, in words for the operator.
+/// Reason why the daemon refuses a request, as text for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct RequestError(pub(crate) String);
@@ -41,28 +40,28 @@ impl From<anyhow::Error> for RequestError {
 
 pub(crate) type ApiResult<T> = Result<T, RequestError>;
 
-/// The operations that operators can ask for. Each call is made by a thread of its caller's, and
-/// may take as long as the operation.
+/// Operations for operators. Each call is made by a thread of the caller, and may take as long as
+/// the operation.
 pub(crate) trait OperatorApi: Send + Sync {
-    /// Serves one more snapshot. It was [checked](Service::check) by itself, not against the
-    /// others.
+    /// Serves one more snapshot. The service was [checked](Service::check) on its own, but not
+    /// against the others.
     fn add(&self, service: Service) -> ApiResult<()>;
-    /// Takes no more VMs for a service; those that it has go on.
+    /// Stops accepting VMs for a service; its current VMs are still served.
     fn remove(&self, name: &str) -> ApiResult<()>;
     fn list(&self) -> ApiResult<List>;
-    /// Returns the statistics of one VM, or of all that are served; those of one that has ended are
-    /// there as long as the daemon remembers it.
+    /// Returns the statistics of one VM, or of all VMs being served. Those of an ended VM are
+    /// available as long as the daemon remembers it.
     fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>>;
-    /// Installs what is missing and lets the VMs go; returns when that is done, or can't be.
+    /// Installs all missing pages and releases the VMs. Returns when that is done, or has failed.
     fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>>;
-    /// Takes no more VMs, completes those that there are, and has the daemon end after that;
-    /// returns when all are let go.
+    /// Stops accepting VMs, completes the current ones, and makes the daemon exit afterwards.
+    /// Returns when all are released.
     fn drain(&self) -> ApiResult<Vec<Completed>>;
-    /// Goes on with another program file, or with the same one if it was replaced.
+    /// Replaces the worker by one of another program file, or of the same path if it was replaced.
     fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded>;
 }
 
-/// A choice of VMs.
+/// Selection of VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VmSelector {
     Vm(VmId),
@@ -72,66 +71,66 @@ pub(crate) enum VmSelector {
 /// The services and VMs of a daemon.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct List {
-    /// The program that answers.
+    /// The version of the program that replies.
     pub version: String,
-    /// Its process.
+    /// The PID of the daemon.
     pub pid: u32,
-    /// How often another one took over from a worker that had ended.
+    /// Number of times that a new worker replaced one that had exited.
     pub worker_restarts: u64,
-    /// Whether it takes no more VMs.
+    /// Whether the daemon accepts no more VMs.
     pub draining: bool,
     /// The services.
     pub services: Vec<ServiceStatus>,
-    /// Those that are served and the last that have ended, by their numbers.
+    /// The VMs being served and the last that have ended, ordered by number.
     pub vms: Vec<VmStatus>,
 }
 
-/// A service and its VMs, counted.
+/// A service and the counts of its VMs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStatus {
     /// The service.
     pub service: Service,
-    /// VMs that are served now.
+    /// Number of VMs being served.
     pub serving: u64,
-    /// VMs that have ended, in whatever way.
+    /// Number of VMs that have ended, in whatever way.
     pub ended: u64,
 }
 
-/// A VM.
+/// Status of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmStatus {
-    /// Its number.
+    /// The number of the VM.
     pub id: VmId,
     /// The name of its service.
     pub service: String,
-    /// Its process.
+    /// The PID of the process.
     pub pid: u32,
-    /// How far it is.
+    /// The state of the VM.
     pub state: VmState,
-    /// Why it was killed or refused.
+    /// Reason why the VM was killed or refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Since it connected.
+    /// Time since the VM connected, in milliseconds.
     pub age_ms: u64,
 }
 
-/// How far a VM is.
+/// State of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// The VM has connected and has not handed its memory over yet.
     Connecting,
-    /// Its pages come when they are touched, or before.
+    /// The VM's pages are installed when they are touched, or earlier.
     Serving,
-    /// Everything that is missing is being installed, and then it is let go.
+    /// The daemon is installing all missing pages, and will then release the VM.
     Completing,
-    /// The VM has all its memory, and was let go.
+    /// The VM has all its memory, and was released.
     Complete,
     /// The process exited by itself.
     Exited,
     /// The process was killed, because a page of it could not be restored.
     Killed,
-    /// The VM was not taken.
+    /// The VM was not accepted.
     Refused,
 }
 
@@ -146,12 +145,12 @@ impl VmState {
         Self::Refused,
     ];
 
-    /// Whether nothing more will happen to it.
+    /// Whether the VM has reached its final state.
     pub(crate) fn is_ended(self) -> bool {
         !matches!(self, Self::Connecting | Self::Serving | Self::Completing)
     }
 
-    /// As it is written in JSON and metrics.
+    /// Returns the state's name in JSON and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Connecting => "connecting",
@@ -165,14 +164,14 @@ impl VmState {
     }
 }
 
-/// The result for a VM that was to be completed.
+/// Result of completing a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Completed {
     /// The VM.
     pub vm: VmId,
-    /// Whether it has all its memory and was let go, or ended by itself meanwhile.
+    /// Whether the VM has all its memory and was released, or exited by itself meanwhile.
     pub done: bool,
-    /// Why not.
+    /// Reason why the VM was not completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -180,114 +179,114 @@ pub struct Completed {
 /// The result of an upgrade.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Upgraded {
-    /// The version of the program that has answered so far.
+    /// The version of the program that served until now.
     pub from: String,
-    /// The version of the one that does from now on.
+    /// The version of the program that serves from now on.
     pub to: String,
 }
 
-/// The statistics of a VM's session. The counters begin at 0 again when a new worker takes it over.
+/// Statistics of a VM's session. The counters restart at 0 when a new worker takes over.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStats {
     /// The VM.
     #[serde(flatten)]
     pub vm: VmStatus,
-    /// Its numbers.
+    /// The session's statistics.
     #[serde(flatten)]
     pub session: SessionStats,
 }
 
-/// The numbers of a session.
+/// Statistics of a session.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SessionStats {
-    /// Pages of its memory, of 4 KiB.
+    /// Number of pages of the memory, of 4 KiB.
     pub pages: u64,
-    /// Pages that are neither there nor discarded nor poisoned yet.
+    /// Number of pages that are neither present nor discarded nor poisoned yet.
     pub missing: u64,
-    /// Faults read.
+    /// Number of faults read.
     pub faults: u64,
-    /// By what they met.
+    /// Faults, by kind.
     pub fault_kinds: FaultKinds,
-    /// From reading a fault to its answer.
+    /// Latency from reading a fault to resolving it.
     pub fault_us: Times,
-    /// The latency by where the content came from.
+    /// Latency, by source of the content.
     pub sources: Sources,
-    /// Pages that faults brought in.
+    /// Pages installed because of faults.
     pub demand: Pages,
-    /// Pages that prefetch brought in.
+    /// Pages installed by prefetch.
     pub prefetch: Pages,
-    /// Pages poisoned because they could not be restored.
+    /// Number of pages poisoned because they could not be restored.
     pub poisoned: u64,
-    /// Discards, unmappings and moves.
+    /// Number of discards, unmappings and moves.
     pub discards: u64,
-    /// Installs that had to be repeated because the mappings were changing.
+    /// Number of installs repeated because the mappings were changing.
     pub retries: u64,
-    /// Installs that were given up for want of memory, by where it was to come from.
+    /// Installs that failed because memory was short, by the kind of memory.
     #[serde(default)]
     pub shortages: Shortages,
-    /// Bytes of frames read from the snapshot.
+    /// Number of bytes of frames read from the snapshot.
     pub bytes_read: u64,
-    /// Bytes decoded from frames.
+    /// Number of bytes decoded from frames.
     pub bytes_decoded: u64,
-    /// Failures to have a page, for whatever reason it was wanted.
+    /// Number of failures to load a page, whatever it was needed for.
     pub failures: u64,
 }
 
-/// Installs that were given up for want of memory.
+/// Installs that failed because memory was short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shortages {
-    /// Shortages of the machine's or the VM's cgroup's memory.
+    /// Number of shortages of memory in the machine or the VM's cgroup.
     pub memory: u64,
-    /// Shortages of the pool of 2 MiB pages.
+    /// Number of shortages in the pool of 2 MiB pages.
     #[serde(rename = "hugepages-2048kB")]
     pub huge_pages: u64,
 }
 
-/// Faults, by what they met.
+/// Faults, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultKinds {
-    /// A page that a frame holds.
+    /// Faults on a page that a frame holds.
     pub stored: u64,
-    /// A page that repeats one word.
+    /// Faults on a page that repeats one word.
     pub fill: u64,
-    /// A page that its owner has discarded.
+    /// Faults on a page that its owner has discarded.
     pub removed: u64,
-    /// A page that was there by then.
+    /// Faults on a page that was already present.
     pub present: u64,
-    /// A page that is poisoned.
+    /// Faults on a poisoned page.
     pub poisoned: u64,
-    /// No page of the memory that was handed over.
+    /// Faults outside the memory that was handed over.
     pub outside: u64,
 }
 
-/// How long faults took, by where the content came from.
+/// Latency of faults, by source of the content.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sources {
-    /// No content was needed but a repeated word.
+    /// Only a repeated word was needed.
     pub fill: Times,
     /// A frame was read and decoded.
     pub read: Times,
-    /// The frame was decoded already.
+    /// The frame was already decoded.
     pub cached: Times,
-    /// Another thread was bringing it.
+    /// Another thread was loading the frame.
     pub waited: Times,
-    /// Nothing had to be brought.
+    /// No content was needed.
     pub none: Times,
 }
 
-/// Pages installed for one reason.
+/// Number of pages installed for one reason, by content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
-    /// From frames.
+    /// Pages from frames.
     pub copied: u64,
-    /// Repeating a word other than zero.
+    /// Pages that repeat a word other than zero.
     pub filled: u64,
-    /// Zeros.
+    /// Zero pages.
     pub zeroed: u64,
 }
 
 impl Pages {
-    /// All of them.
+    /// Returns the total number of pages.
     pub fn total(self) -> u64 {
         self.copied + self.filled + self.zeroed
     }
@@ -317,7 +316,7 @@ impl From<pager::PageCounts> for Pages {
 /// Durations in microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Times {
-    /// How many there are.
+    /// Number of durations.
     pub count: u64,
     /// The median.
     pub p50: f64,
@@ -325,24 +324,25 @@ pub struct Times {
     pub p90: f64,
     /// The 99th percentile.
     pub p99: f64,
-    /// The longest.
+    /// The maximum.
     pub max: f64,
-    /// All of them together.
+    /// The sum.
     pub sum: f64,
-    /// The buckets of the histogram, for uses beyond percentiles: each that isn't empty,
-    /// by the longest duration that falls into it, in nanoseconds.
+    /// The histogram's buckets that are not empty, for uses beyond percentiles. Each has the
+    /// longest duration that falls into it, in nanoseconds, and a count.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub buckets: Vec<(u64, u64)>,
 }
 
-/// A duration in microseconds, with one decimal.
+/// Converts a duration to microseconds, with one decimal.
 #[expect(clippy::cast_precision_loss, reason = "one decimal of it is shown")]
 fn micros(nanos: u64) -> f64 {
     (nanos as f64 / 100.0).round() / 10.0
 }
 
 impl Times {
-    /// From buckets in rising order, of which the last may end above the longest duration.
+    /// Creates the times from buckets in rising order. The last bucket may end above the longest
+    /// duration.
     pub fn of(buckets: Vec<(u64, u64)>, sum: Duration, max: Duration) -> Self {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         Self::of_nanos(buckets, micros(nanos(sum)), nanos(max))
@@ -370,8 +370,8 @@ impl Times {
         }
     }
 
-    /// Those that were recorded after `earlier`; of a longest one is known only in which bucket it
-    /// fell.
+    /// Returns the durations recorded after `earlier`. The maximum is known only up to the size of
+    /// its bucket.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         let mut buckets = Vec::new();
@@ -388,7 +388,7 @@ impl Times {
         Self::of_nanos(buckets, (self.sum - earlier.sum).max(0.0), longest)
     }
 
-    /// Adds others to these.
+    /// Adds the durations of `other`.
     pub(crate) fn add(&mut self, other: &Self) {
         let mut buckets = Vec::with_capacity(self.buckets.len().max(other.buckets.len()));
         let mut ours = self.buckets.iter().copied().peekable();
@@ -408,7 +408,7 @@ impl Times {
         let (sum, max) = (self.sum + other.sum, self.max.max(other.max));
         let longest = buckets.last().map_or(0, |(upper, _)| *upper);
         *self = Self::of_nanos(buckets, sum, longest);
-        // As it was said, and not as its bucket has it.
+        // The maximum is kept as given, and not as its bucket has it.
         self.max = max;
         for percentile in [&mut self.p50, &mut self.p90, &mut self.p99] {
             *percentile = percentile.min(max);
@@ -417,7 +417,7 @@ impl Times {
 }
 
 impl SessionStats {
-    /// Every histogram that it has.
+    /// Returns all histograms.
     fn histograms(&mut self) -> [&mut Times; 6] {
         let Sources {
             fill,
@@ -429,7 +429,7 @@ impl SessionStats {
         [&mut self.fault_us, fill, read, cached, waited, none]
     }
 
-    /// Adds the numbers of another session.
+    /// Adds the statistics of another session.
     pub(crate) fn add(&mut self, other: &Self) {
         let mut other = other.clone();
         for (times, others) in self.histograms().into_iter().zip(other.histograms()) {
@@ -461,7 +461,7 @@ impl SessionStats {
         self.prefetch.add(other.prefetch);
     }
 
-    /// Leaves only the percentiles of its histograms.
+    /// Drops the buckets of the histograms, and keeps only the percentiles.
     pub(crate) fn drop_buckets(&mut self) {
         for times in self.histograms() {
             times.buckets = Vec::new();
@@ -556,7 +556,7 @@ mod tests {
         assert_eq!(new.buckets, [(2000, 7), (4000, 2), (5000, 1)]);
         assert_eq!((new.count, new.p50, new.p99), (10, 2.0, 5.0));
         assert_eq!(after.since(&after).count, 0);
-        // A new worker begins at 0.
+        // A new worker starts at 0.
         assert_eq!(before.since(&after).count, 0);
     }
 

@@ -1,4 +1,4 @@
-//! Peers that have connected to a socket from which nobody accepts any more.
+//! Peers in the backlog of a socket that nobody accepts from any more.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -9,20 +9,20 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, peer_of};
 
-/// Retries of accept for want of memory or descriptors.
+/// Number of retries of accept when memory or descriptors are short.
 const ACCEPT_RETRIES: u32 = 100;
 
 /// A peer that was killed.
 #[derive(Debug)]
 pub(crate) struct BacklogPeer {
     pub(crate) peer: Peer,
-    /// The connection, in which its memory may lie: it must stay open until the peer has exited.
+    /// The connection, which may hold its memory: it must stay open until the peer has exited.
     pub(crate) stream: UnixStream,
 }
 
-/// Kills the peers that have sent something and wait in the queue of `listener`: their memory may
-/// lie in it, and nobody will serve that. If `allowed` names users, peers of others are spared.
-/// Nobody can connect afterwards.
+/// Kills the peers in the backlog of `listener` that have sent data: it may contain their memory,
+/// which nobody will serve. If `allowed` names users, peers of other users are spared. Nobody can
+/// connect afterwards.
 pub(crate) fn kill_peers(
     listener: &UnixListener,
     service: &str,
@@ -33,7 +33,7 @@ pub(crate) fn kill_peers(
     kill_peers_with(kill, listener, service, allowed, say)
 }
 
-/// Does the work of [`kill_peers`], by `kill`.
+/// Implements [`kill_peers`]; kills with `kill`.
 fn kill_peers_with(
     mut kill: impl FnMut(&Peer) -> Result<(), Errno>,
     listener: &UnixListener,
@@ -42,7 +42,7 @@ fn kill_peers_with(
     mut say: impl FnMut(String),
 ) -> Vec<BacklogPeer> {
     let mut killed = Vec::new();
-    // What is in the queue already can be accepted all the same.
+    // Connections in the backlog can still be accepted.
     let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
     let _ = listener.set_nonblocking(true);
     let mut failed = 0;
@@ -63,7 +63,7 @@ fn kill_peers_with(
                 )),
             },
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // The queue is empty.
+            // The backlog is empty.
             Err(error)
                 if [ErrorKind::InvalidInput, ErrorKind::WouldBlock].contains(&error.kind()) =>
             {
@@ -90,7 +90,7 @@ fn kill_peer(
 ) -> io::Result<Option<BacklogPeer>> {
     let peer = match peer_of(stream.as_fd()) {
         Ok(peer) => peer,
-        // It has ended.
+        // The peer has exited.
         Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -105,10 +105,10 @@ fn kill_peer(
     }
 }
 
-/// Shuts the connection down for reading, and returns whether the peer has sent nothing: it only
-/// looked whether a daemon is there, or is a VMM that was about to begin, and finds that it can't.
+/// Shuts the connection down for reading, and returns whether the peer has sent nothing. Such a
+/// peer only checked whether a daemon is there, or is a VMM about to begin that now gets an error.
 fn shut_down_and_check_empty(stream: &UnixStream) -> bool {
-    // What it sends from now on fails; what it has sent can still be read.
+    // The peer's further writes fail; what it has already sent can still be read.
     let _ = shutdown(stream.as_raw_fd(), Shutdown::Read);
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(stream.as_raw_fd(), &mut [0], flags) == Ok(0)
@@ -120,14 +120,15 @@ mod tests {
 
     use super::*;
 
-    /// A listener, its path, and the folder that it is in.
+    /// Returns a listener, its path, and the folder that it is in.
     fn listener() -> (UnixListener, std::path::PathBuf, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         (UnixListener::bind(&path).unwrap(), path, folder)
     }
 
-    /// Returns how many peers would be killed. Kills nobody: the peer is this process.
+    /// Returns the number of peers that would be killed. Kills none, since the peer is this
+    /// process.
     fn killed(listener: &UnixListener, allowed: &[u32]) -> usize {
         let mut killed = 0;
         let kill = |_: &Peer| {

@@ -1,8 +1,8 @@
-//! Leaving a cgroup that may be killed as a whole.
+//! Leaves a cgroup that may be killed as a whole.
 //!
-//! A service manager and a container's runtime end a service by killing its cgroup, a hierarchy of
-//! version 2 or systemd's own of version 1. The other hierarchies of version 1 limit resources: who
-//! leaves those of its service would escape its limits for no gain.
+//! A service manager or a container runtime ends a service by killing its cgroup, in the hierarchy
+//! of version 2 or systemd's own of version 1. The other hierarchies of version 1 limit resources,
+//! and leaving them would only escape the service's limits.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -10,11 +10,11 @@ use std::path::{Component, Path, PathBuf};
 
 use snapshot_format::names::escape_path;
 
-/// Moves this process out of the cgroup that it is in: to its parent, else to the root, else to a
-/// new one beside it. Done if it is in a root already, which can't be killed from within.
+/// Moves this process out of its cgroup: to the parent, else to the root, else to a new one beside
+/// it. Does nothing in a root, which can't be killed from within.
 pub(crate) fn leave() -> io::Result<()> {
     let mounts = fs::read("/proc/self/mountinfo")?;
-    // Other mounts have names of any bytes.
+    // Names of other mounts may be any bytes.
     let mounts = String::from_utf8_lossy(&mounts);
     let mut result = Ok(());
     for line in fs::read_to_string("/proc/self/cgroup")?.lines() {
@@ -36,7 +36,7 @@ pub(crate) fn leave() -> io::Result<()> {
 
 fn leave_one(root: &Path, path: &str) -> io::Result<()> {
     let path = Path::new(path.trim_start_matches('/'));
-    // Above what is mounted here, as in a container that shows the host's names.
+    // The cgroup is above the mounted part, as in a container that shows the host's names.
     if path.components().any(|part| part == Component::ParentDir) {
         return Err(ErrorKind::NotFound.into());
     }
@@ -49,7 +49,7 @@ fn leave_one(root: &Path, path: &str) -> io::Result<()> {
         Ok(()) => return Ok(()),
         Err(error) => error,
     };
-    // A parent that limits its children takes no processes itself, unless it is the root.
+    // A parent that limits its children can't have processes itself, unless it is the root.
     if enter(root).is_ok() {
         return Ok(());
     }
@@ -64,8 +64,8 @@ fn enter(cgroup: &Path) -> io::Result<()> {
     fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string())
 }
 
-/// Whether a line of `/proc/self/cgroup` is of version 2, and the path that it names; none for
-/// hierarchies that aren't killed.
+/// Returns whether a line of `/proc/self/cgroup` is of version 2, and its path. Returns `None` for
+/// hierarchies that aren't used for killing.
 fn hierarchy(line: &str) -> Option<(bool, &str)> {
     let (number, rest) = line.split_once(':')?;
     let (controllers, path) = rest.split_once(':')?;
@@ -76,7 +76,7 @@ fn hierarchy(line: &str) -> Option<(bool, &str)> {
     }
 }
 
-/// Where the hierarchy of version 2, or systemd's of version 1, is mounted as a whole.
+/// Returns the mount point of the whole hierarchy of version 2, or of systemd's of version 1.
 fn mount_point(mounts: &str, v2: bool) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let (mount, source) = line.split_once(" - ")?;

@@ -18,11 +18,11 @@
 //!                                                 userfaultfds; exits
 //! ```
 //!
-//! The guardian reads all that the supervisor has sent before it sees the end of the socket. All
-//! signals are blocked, so only SIGKILL ends a guardian before its supervisor; the supervisor sees
-//! the end of the socket then. It sleeps in `poll` otherwise. An owner that it may not kill it
-//! reports to the system's log, and keeps its userfaultfds open until that owner has ended: a VM
-//! that waits for ever is bad, one that reads zeros is worse.
+//! The guardian reads everything that the supervisor has sent before it sees the end of the socket.
+//! All signals are blocked, so only SIGKILL can kill a guardian before its supervisor, which then
+//! sees the end of the socket. Otherwise the guardian sleeps in `poll`. If it may not kill an
+//! owner, it reports that to the system's log, and keeps the userfaultfds open until the owner has
+//! exited: a VM that waits for ever is bad, one that reads zeros is worse.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -49,18 +49,18 @@ use snapshot_format::names::escape_path;
 use super::{backlog, cgroup, systemd};
 use crate::fd_store::StoreEvent;
 
-/// The hidden command, and the option of the process that stays.
+/// The hidden subcommand, and the option of the process that stays.
 pub(crate) const COMMAND: &str = "guardian";
 const STAY: &str = "--stay";
 
-/// Time for a guardian to become ready: exec, and some writes to files of the kernel.
+/// Time limit for a guardian to become ready: exec, and some writes to kernel files.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
-/// The longest message.
+/// The maximum size of a message.
 const MAX_MESSAGE_BYTES: usize = 4096;
 /// Milliseconds to wait for room in the socket.
 pub(crate) const SEND_TIMEOUT_MS: u8 = 200;
 
-/// The supervisor's end.
+/// The supervisor's end of the connection to a guardian.
 #[derive(Debug)]
 pub(crate) struct Guardian {
     socket: OwnedFd,
@@ -69,7 +69,7 @@ pub(crate) struct Guardian {
 }
 
 impl Guardian {
-    /// Starts one from `program`, and waits until it is ready.
+    /// Starts a guardian from `program`, and waits until it is ready.
     pub(crate) fn start(program: &Path) -> io::Result<Self> {
         let (socket, theirs) = socketpair(
             AddressFamily::Unix,
@@ -85,7 +85,8 @@ impl Guardian {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status()?;
-        // Holds the guardian's end; without it the end of the guardian can be seen.
+        // The command holds the guardian's end; the guardian's exit is visible only after it is
+        // closed.
         drop(command);
         if !status.success() {
             return Err(io::Error::other(format!(
@@ -110,7 +111,7 @@ impl Guardian {
         Ok(guardian)
     }
 
-    /// The supervisor's end of `socket`, whose other end a test reads.
+    /// Creates the supervisor's end of `socket`, whose other end a test reads.
     #[cfg(test)]
     pub(crate) fn at(socket: OwnedFd) -> Self {
         Self {
@@ -142,18 +143,18 @@ impl Guardian {
         }
     }
 
-    /// Its process id, as it told it; empty of one that was resumed.
+    /// Returns the guardian's PID as it reported it; empty if it was resumed.
     pub(crate) fn pid(&self) -> &str {
         &self.pid
     }
 
-    /// Why it is in the supervisor's cgroup, if it is.
+    /// Returns the reason why the guardian is in the supervisor's cgroup, if it is.
     pub(crate) fn cgroup_error(&self) -> Option<&str> {
         self.cgroup_error.as_deref()
     }
 
-    /// Sends one message with these descriptors, and waits up to `wait` milliseconds until the
-    /// guardian has room for it.
+    /// Sends one message with these descriptors. Waits up to `wait` milliseconds for room in the
+    /// socket.
     pub(crate) fn send(&self, text: &str, fds: &[BorrowedFd<'_>], wait: u8) -> io::Result<()> {
         if text.len() > MAX_MESSAGE_BYTES {
             let why = "too many users are allowed to connect";
@@ -201,8 +202,8 @@ impl AsFd for Guardian {
     }
 }
 
-/// Sends a message, and waits at most `wait` milliseconds for room: an end that reads nothing must
-/// not stop the other.
+/// Sends a message. Waits at most `wait` milliseconds for room: an end that doesn't read must not
+/// block the other.
 fn send(
     socket: BorrowedFd<'_>,
     text: &str,
@@ -222,8 +223,8 @@ fn send(
     sent.map(drop).map_err(io::Error::from)
 }
 
-/// The hidden command `guardian`. The process that the supervisor starts only starts another, which
-/// nobody has to wait for and no group of the supervisor's contains.
+/// Runs the hidden subcommand `guardian`. The process that the supervisor starts only starts
+/// another one, which nobody has to wait for and which is in none of the supervisor's groups.
 pub(crate) fn run(stays: bool) -> ExitCode {
     let result = if stays { stay() } else { start_detached() };
     match result {
@@ -255,8 +256,8 @@ fn stay() -> io::Result<()> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     close_inherited();
     dup2_stdin(fs::File::open("/dev/null")?)?;
-    // Of all processes the last to be chosen, and able to hold as much as may be; both as far as
-    // permitted.
+    // Makes this the last process for the OOM killer to choose, and raises its limit of
+    // descriptors; both as far as permitted.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
@@ -265,7 +266,7 @@ fn stay() -> io::Result<()> {
         Ok(()) => "left".to_owned(),
         Err(error) => format!("stays {error}"),
     };
-    // If the supervisor is gone already, the end of the socket says so below.
+    // If the supervisor is already gone, the end of the socket reports that below.
     let _ = send(
         socket.as_fd(),
         &format!("ready 2 {} {place}", std::process::id()),
@@ -273,7 +274,7 @@ fn stay() -> io::Result<()> {
         SEND_TIMEOUT_MS,
     );
     let (mut vms, listeners) = guard(&socket);
-    // Who looks on sees by this that all was read.
+    // Closing the socket shows observers that everything was read.
     drop(socket);
     for GuardedListener {
         listener,
@@ -292,8 +293,8 @@ fn stay() -> io::Result<()> {
     Ok(())
 }
 
-/// Closes what the supervisor was started with and knows nothing of: it could be a terminal, or a
-/// pipe whose other end waits for its last writer.
+/// Closes inherited descriptors that the supervisor doesn't know about: one could be a terminal, or
+/// a pipe whose reader waits for its last writer.
 fn close_inherited() {
     let open = fs::read_dir("/proc/self/fd").into_iter().flatten();
     let numbers = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
@@ -305,14 +306,14 @@ fn close_inherited() {
 /// The descriptors of one VM.
 #[derive(Debug)]
 struct GuardedVm {
-    /// The name that the log uses for it.
+    /// Name of the VM in the log.
     name: String,
     owner: OwnedFd,
-    /// Closed when the owner has ended, never before.
+    /// Closed after the owner has exited, never before.
     _descriptors: Vec<OwnedFd>,
 }
 
-/// A listening socket, and whose users may connect there: all, if none is named.
+/// A listening socket, and the users who may connect to it; if empty, all.
 #[derive(Debug)]
 struct GuardedListener {
     listener: UnixListener,
@@ -320,7 +321,7 @@ struct GuardedListener {
     allowed: Vec<u32>,
 }
 
-/// Handles the messages of the supervisor until its end. Returns what the guardian keeps then.
+/// Handles the supervisor's messages until it is gone. Returns everything that is guarded then.
 fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
     let mut vms = BTreeMap::<String, GuardedVm>::new();
     let mut listeners = BTreeMap::<String, GuardedListener>::new();
@@ -329,8 +330,8 @@ fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
         let mut buffer = [0; MAX_MESSAGE_BYTES];
         let received = match receive(socket.as_fd(), &mut buffer) {
             Ok(received) => received,
-            // A supervisor that died before it had read everything is an error once, and what it
-            // sent comes afterwards. For want of memory: again in a moment.
+            // If the supervisor died with unread messages, one read fails, and the messages that it
+            // sent follow. If memory is short, a retry succeeds a moment later.
             Err(_) if errors < 100 => {
                 errors += 1;
                 std::thread::sleep(Duration::from_millis(errors));
@@ -380,7 +381,7 @@ fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
     )
 }
 
-/// Tells the supervisor that something is not stored.
+/// Tells the supervisor that a descriptor set is not stored.
 fn send_lost(socket: &OwnedFd, id: &str, why: &str) {
     let _ = send(
         socket.as_fd(),
@@ -423,7 +424,7 @@ fn guarded_vm(id: &str, service: &str, received: Received) -> Result<GuardedVm, 
     })
 }
 
-/// Kills the owners, and closes the descriptors of each when it has exited.
+/// Kills the owners, and closes the descriptors of each after it has exited.
 fn kill_all(mut vms: Vec<GuardedVm>) {
     for vm in &vms {
         match kill_by_pidfd(vm.owner.as_fd()) {
@@ -452,7 +453,7 @@ fn owners(vms: &[GuardedVm]) -> Vec<PollFd<'_>> {
     fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect()
 }
 
-/// Writes to the system's log, if there is one: a guardian has no other place to write to.
+/// Writes to the system's log, if there is one; a guardian has no other output.
 fn log(text: &str) {
     // Facility daemon, severity error.
     let line = format!("<27>snaprestore-guardian[{}]: {text}", std::process::id());

@@ -1,9 +1,10 @@
-//! Holds the userfaultfd and the pidfd of each VM besides the daemon, so that the daemon's death
+//! Stores the userfaultfd and the pidfd of each VM outside the daemon, so that the daemon's death
 //! harms no guest.
 //!
-//! When the last descriptor of a userfaultfd closes, what is missing becomes zeros, or the VM, if
-//! it has kept a descriptor, waits for ever. Supervisor and worker can die together: by a group
-//! kill, by the machine's shortage of memory. So somebody else has to hold the descriptors:
+//! When the last descriptor of a userfaultfd closes, missing pages become zeros; if the VM has kept
+//! a descriptor, it waits for ever instead. Supervisor and worker can die together, by a kill of
+//! their group or because the machine is out of memory. So another process has to hold the
+//! descriptors:
 //!
 //! ```text
 //!   store                    the supervisor dies                      afterwards
@@ -15,15 +16,15 @@
 //!                                                                     zeros
 //! ```
 //!
-//! A VM is held from the moment at which it is accepted, by its pidfd alone until its handshake has
-//! come: what it has sent could be lost with the supervisor, and it would wait for ever. A VM that
-//! has connected and was not accepted is held with the listening socket: the next supervisor
-//! accepts from the same one, and the guardian kills whoever is in its queue.
+//! A VM is stored from the moment at which it is accepted, by its pidfd alone until its handshake
+//! is complete: data that it has sent could be lost with the supervisor, and it would wait for
+//! ever. A VM that has connected and was not accepted is stored with the listening socket: the next
+//! supervisor accepts from the same socket, and the guardian kills the peers in its backlog.
 //!
-//! Stored descriptors have an id, made of letters, digits, `-` and `_`, which means the same over
-//! restarts, and roles below it. systemd compares what it is given: the same open file is kept
-//! once, under the name that came first. So what VMs share, as a snapshot's file, is held under an
-//! id of its own.
+//! Stored descriptors have an id, made of letters, digits, `-` and `_`, which keeps its meaning
+//! over restarts, and a role within the id. systemd compares descriptors: it stores the same open
+//! file only once, under the first name. So files that VMs share, such as a snapshot, are stored
+//! under an id of their own.
 
 pub(crate) mod backlog;
 mod cgroup;
@@ -43,44 +44,44 @@ use nix::poll::{PollFd, PollFlags, poll};
 use self::guardian::{Guardian, SEND_TIMEOUT_MS};
 use self::systemd::{Inherited, Manager};
 
-/// The role of a userfaultfd; more of one owner, born of its forks, have roles that begin so.
+/// The role of a userfaultfd; those of an owner's forks have roles with this prefix.
 pub const UFFD: &str = "uffd";
-/// The role of the pidfd of the process whose memory it is.
+/// The role of the pidfd of the process that owns the memory.
 pub const OWNER: &str = "owner";
 
-/// The role of a socket at which VMs connect.
+/// The role of a socket to which VMs connect.
 const LISTENING: &str = "listening";
 
-/// The longest id. With the longest role a name has at most the 255 bytes that systemd permits.
+/// The maximum length of an id. With the longest role, a name has the 255 bytes of systemd's limit.
 const MAX_ID_BYTES: usize = 64;
 const MAX_ROLE_BYTES: usize = 64;
 
-/// A store of descriptors outside of this process.
+/// A store of descriptors outside this process.
 #[derive(Debug)]
 pub struct FdStore {
     backend: Backend,
-    /// The roles that are stored of each id.
+    /// The stored roles of each id.
     stored: BTreeMap<String, Vec<String>>,
-    /// The last message about each id that the guardian could not be told, to be sent when it reads
-    /// again.
+    /// The last message about each id that the guardian has not been sent, because it was not
+    /// reading.
     queued: BTreeMap<String, QueuedMessage>,
-    /// Whether the operator knows that messages wait.
+    /// Whether the operator was told about queued messages.
     is_lagging: bool,
 }
 
-/// A message that waits until the guardian reads.
+/// A message that is queued until the guardian reads.
 #[derive(Debug)]
 struct QueuedMessage {
     text: String,
     fds: Vec<OwnedFd>,
 }
 
-/// A change in how the guardian keeps up.
+/// A change in whether the guardian keeps up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GuardianProgress {
-    /// The guardian does not read: so many messages wait.
+    /// The guardian does not read, and this number of messages is queued.
     Lagging(usize),
-    /// The guardian has read all messages that had waited.
+    /// The guardian has read all queued messages.
     CaughtUp,
 }
 
@@ -94,23 +95,23 @@ enum Backend {
 /// An event that the supervisor has to handle.
 #[derive(Debug, PartialEq, Eq)]
 pub enum StoreEvent {
-    /// The guardian could not take what was to be stored: it has to be held again, or given up.
+    /// The guardian could not store an id: it has to be stored again, or given up.
     NotStored {
         /// The id.
         id: String,
         /// The reason.
         why: String,
     },
-    /// The guardian has ended: another has to be found, and everything be held anew.
+    /// The guardian exited: another one is needed, and everything has to be stored again.
     GuardianExited,
 }
 
 impl FdStore {
-    /// Chooses systemd if it keeps descriptors for this service, else a guardian, started from
-    /// `program` (the supervisor's is `/proc/self/exe`), else nobody. `inherited` came back from
-    /// systemd, which still holds it.
+    /// Chooses systemd if it stores descriptors for this service, else starts a guardian from
+    /// `program` (the supervisor's is `/proc/self/exe`), else stores nothing. `inherited` was
+    /// passed on by systemd, which still has it stored.
     ///
-    /// [`FdStore::warning`] tells what an operator should know about the choice.
+    /// [`FdStore::warning`] returns what an operator should know about the choice.
     pub fn find(program: &Path, inherited: &Inherited) -> Self {
         let room = systemd::capacity();
         let roles =
@@ -145,12 +146,12 @@ impl FdStore {
         }
     }
 
-    /// Stores the descriptors `fds` of `id`, each with its role. One that is stored under the same
-    /// id and role already must be the same. `service` is the name of the service for the
-    /// guardian's log.
+    /// Stores the descriptors `fds` of `id`, each with its role. A descriptor already stored under
+    /// the same id and role must be the same. `service` is the service's name for the guardian's
+    /// log.
     ///
-    /// The guardian holds the owner and the userfaultfds, and nothing else: it ends VMs, and can't
-    /// go on with them. Once this has returned, the supervisor may die, unless the guardian
+    /// The guardian stores the owner and the userfaultfds, and nothing else: it kills VMs, and
+    /// can't serve them. Once this has returned, the supervisor may die, unless the guardian
     /// [lags](FdStore::send_queued).
     pub fn store(
         &mut self,
@@ -183,7 +184,7 @@ impl FdStore {
                         .filter(move |(role, _)| wanted(role))
                         .map(|(_, fd)| *fd)
                 };
-                // The owner is the first of them.
+                // The owner comes first.
                 let mut all: Vec<_> = of(|role| role == OWNER).collect();
                 if all.is_empty() {
                     return Ok(());
@@ -195,8 +196,8 @@ impl FdStore {
         }
     }
 
-    /// Stores the socket `listener` of `service`, at which VMs of the users `allowed` connect, or
-    /// of all if none is named.
+    /// Stores the socket `listener` of `service`, to which VMs of the users `allowed` connect; if
+    /// it is empty, VMs of all users.
     pub(crate) fn store_listener(
         &mut self,
         id: &str,
@@ -224,14 +225,14 @@ impl FdStore {
         }
     }
 
-    /// Sends the guardian a message about `id`, in the place of one that still waits. If the
-    /// guardian doesn't read, the message waits.
+    /// Sends the guardian a message about `id`, replacing one that is still queued. If the guardian
+    /// doesn't read, the message is queued.
     fn send(&mut self, id: &str, text: String, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let Backend::Guardian(guardian) = &self.backend else {
             return Ok(());
         };
         self.queued.remove(id);
-        // It is given time once, not for each message.
+        // The guardian gets this time once, and not for each message.
         let wait = if self.queued.is_empty() {
             SEND_TIMEOUT_MS
         } else {
@@ -245,13 +246,13 @@ impl FdStore {
                     .insert(id.to_owned(), QueuedMessage { text, fds });
                 Ok(())
             }
-            // Another will be told everything.
+            // The next guardian will be sent everything.
             Err(error) if is_gone(&error) => Ok(()),
             told => told,
         }
     }
 
-    /// Sends the messages that wait. Returns what the operator ought to know, once.
+    /// Sends the queued messages. Returns what the operator should know, once for each change.
     pub(crate) fn send_queued(&mut self) -> Option<GuardianProgress> {
         while let Some((id, QueuedMessage { text, fds })) = self.queued.pop_first() {
             let Backend::Guardian(guardian) = &self.backend else {
@@ -280,8 +281,8 @@ impl FdStore {
         }
     }
 
-    /// Waits until the guardian has taken all messages. False if it does not read in time: it could
-    /// kill VMs that were removed long ago.
+    /// Waits until the guardian has read all messages. Returns false if it does not in time; it
+    /// could then kill VMs that were removed long ago.
     pub(crate) fn flush(&mut self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout;
         loop {
@@ -309,7 +310,7 @@ impl FdStore {
         }
     }
 
-    /// Returns what has happened; never blocks.
+    /// Returns the events that have happened; never blocks.
     pub fn events(&self) -> Vec<StoreEvent> {
         match &self.backend {
             Backend::Guardian(guardian) => guardian.events(),
@@ -317,7 +318,7 @@ impl FdStore {
         }
     }
 
-    /// Returns what the operator has to know at the start, if anything.
+    /// Returns a warning for the operator at the start, if there is one.
     pub fn warning(&self) -> Option<String> {
         match &self.backend {
             Backend::Systemd { .. } => None,
@@ -346,7 +347,7 @@ impl fmt::Display for FdStore {
     }
 }
 
-/// Whether sending may succeed later: when the guardian has read, or the kernel has memory again.
+/// Whether a retry may succeed, after the guardian has read or the kernel has memory again.
 fn is_retryable(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(
@@ -360,7 +361,7 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }
 
-/// Checks that systemd accepts the names, and that they can be taken apart again.
+/// Checks that systemd accepts the names, and that they can be split again.
 fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
     let plain = |text: &str, max, also: &[u8]| {
         let byte = |byte: u8| byte.is_ascii_alphanumeric() || also.contains(&byte);
@@ -388,7 +389,7 @@ mod tests {
 
     use super::*;
 
-    /// A guardian that reads when the test does.
+    /// A guardian that reads when the test tells it to.
     struct FakeGuardian(OwnedFd);
 
     impl FakeGuardian {
@@ -403,7 +404,7 @@ mod tests {
             )
         }
 
-        /// The next message, with the number of its descriptors, if there is one.
+        /// Returns the next message, with its number of descriptors, if there is one.
         fn read(&self) -> Option<(String, usize)> {
             let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
             if poll(&mut fds, 0_u8).unwrap() == 0 {
@@ -420,7 +421,7 @@ mod tests {
         }
     }
 
-    /// Releases others until the socket takes nothing more.
+    /// Releases other ids until the socket is full.
     fn fill(store: &mut FdStore) -> usize {
         let mut number = 0;
         while store.queued.is_empty() {
@@ -446,7 +447,7 @@ mod tests {
         store
             .store_listener("socket-1", "web", socket.as_fd(), &[7, 8])
             .unwrap();
-        // What waits is the supervisor's own copy.
+        // The queued message has the supervisor's own copy of the descriptors.
         drop((owner, uffd, socket));
         assert_eq!(store.send_queued(), Some(GuardianProgress::Lagging(4)));
         assert_eq!(store.send_queued(), None);
@@ -471,8 +472,7 @@ mod tests {
         assert!(store.flush(Duration::ZERO));
     }
 
-    /// A file system that gives an inode's number to the next file makes sockets of one id out of
-    /// two.
+    /// A file system that reuses inode numbers gives two successive sockets the same id.
     #[test]
     fn late_release_does_not_drop_a_new_socket_of_the_same_id() {
         let (mut store, other) = FakeGuardian::pair();
@@ -482,7 +482,7 @@ mod tests {
             .unwrap();
         let _ = fill(&mut store);
         store.remove("socket-1").unwrap();
-        // There is room again before the supervisor comes to what waits.
+        // There is room again before the supervisor sends the queued messages.
         let mut all = other.read_all();
         store
             .store_listener("socket-1", "new", new.as_fd(), &[])

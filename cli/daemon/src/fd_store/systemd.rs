@@ -1,4 +1,4 @@
-//! The service manager, as far as it is systemd: what a service tells it, and its descriptor store.
+//! The interface to systemd as service manager: notifications, and its descriptor store.
 //!
 //! ```text
 //!   FDSTORE=1, FDNAME=vm.ID.ROLE, FDPOLL=0 and a descriptor  ──▶  kept when the service exits
@@ -7,7 +7,7 @@
 //! ```
 //!
 //! `FDPOLL=0` keeps systemd from closing a descriptor that reports an error or a hang-up, as the
-//! pidfd of a process that has ended does, and a userfaultfd without `O_NONBLOCK`.
+//! pidfd of an exited process and a userfaultfd without `O_NONBLOCK` do.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -32,11 +32,11 @@ pub(crate) const VARIABLES: [&str; 5] = [
     "LISTEN_FDNAMES",
 ];
 
-/// Time that a message waits for room in the manager's queue.
+/// Time limit for a message to wait for room in the manager's queue.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// The first descriptor that a service is given.
+/// The first descriptor that a service inherits.
 const FIRST_FD: RawFd = 3;
-/// More than any manager passes on.
+/// Upper limit of the number of inherited descriptors, more than any manager passes on.
 const MAX_FDS: RawFd = 1 << 20;
 
 /// A connection to the service manager.
@@ -46,8 +46,8 @@ pub(crate) struct Manager {
 }
 
 impl Manager {
-    /// Connects to the manager that has started this process. `None`: there is none, or it takes no
-    /// messages.
+    /// Connects to the manager that has started this process. Returns `None` if there is none, or
+    /// it takes no messages.
     pub(crate) fn from_env() -> Option<io::Result<Self>> {
         let address = env::var_os("NOTIFY_SOCKET").filter(|address| !address.is_empty())?;
         Some(Self::at(&address))
@@ -64,7 +64,7 @@ impl Manager {
         Ok(Self { socket })
     }
 
-    /// Sends `state`: lines as `READY=1`.
+    /// Sends `state`, which is lines such as `READY=1`.
     pub(crate) fn notify(&self, state: &str) -> io::Result<()> {
         self.send(state, &[])
     }
@@ -98,24 +98,24 @@ impl Manager {
     }
 }
 
-/// Returns how many descriptors the manager keeps for this service. systemd says so since v254; to
-/// an older one the unit file has to say it: `Environment=FDSTORE=4096` beside
+/// Returns the number of descriptors that the manager stores for this service. systemd tells it
+/// since v254; with an older one, the unit file has to set it: `Environment=FDSTORE=4096` beside
 /// `FileDescriptorStoreMax=4096`.
 pub(crate) fn capacity() -> usize {
     let size = env::var("FDSTORE").ok().and_then(|size| size.parse().ok());
     size.unwrap_or(0)
 }
 
-/// Descriptors that the manager gave this process at its start.
+/// Descriptors that the manager passed to this process at its start.
 #[derive(Debug, Default)]
 pub struct Inherited {
-    /// Those that an earlier run of this service has stored, by id, each with its role.
+    /// Descriptors stored by an earlier run of this service, by id, each with its role.
     pub stored: BTreeMap<String, Vec<(String, OwnedFd)>>,
     /// All others, by name: listening sockets of a socket unit.
     pub others: Vec<(String, OwnedFd)>,
 }
 
-/// Takes the descriptors that the manager gave this process; a second call finds nothing.
+/// Takes the descriptors that the manager passed to this process; a second call finds none.
 pub fn take_inherited_fds() -> Inherited {
     let number = |name| {
         env::var(name)
@@ -132,7 +132,7 @@ pub fn take_inherited_fds() -> Inherited {
     let mut inherited = Inherited::default();
     for fd in FIRST_FD..FIRST_FD + count.unwrap_or(0).min(MAX_FDS) {
         let name = names.next().unwrap_or_default();
-        // What isn't open can't be used, and the other names go on meaning the other numbers.
+        // A closed descriptor is skipped, and the other names keep their numbers.
         let Ok(fd) = take_inherited(fd) else { continue };
         match parse(name) {
             Some((id, role)) => {

@@ -1,4 +1,4 @@
-//! Connections whose handshake is not complete.
+//! Connections with an incomplete handshake.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,13 +9,13 @@ use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError
 use snaprestore_uffd::os::Peer;
 use snaprestore_uffd::uffd::Closing;
 
-/// Pending handshakes; further peers wait in the kernel's queue.
+/// Maximum number of pending handshakes; further peers wait in the kernel's queue.
 pub(crate) const MAX_PENDING: usize = 256;
 
-/// A handshake that is not complete.
+/// An incomplete handshake.
 #[derive(Debug)]
 pub(crate) struct PendingHandshake {
-    /// The number of the VM that it becomes.
+    /// The number of the future VM.
     pub(crate) id: u64,
     pub(crate) service: u64,
     pub(crate) peer: Peer,
@@ -25,7 +25,7 @@ pub(crate) struct PendingHandshake {
     timeout: Duration,
 }
 
-/// The part of a handshake that has arrived, and the socket, in which more may lie.
+/// The part of a handshake that has arrived, and the socket, which may hold more.
 #[derive(Debug)]
 pub(crate) struct UnreadData {
     _stream: UnixStream,
@@ -60,7 +60,7 @@ impl PendingHandshake {
         (self.peer, unread)
     }
 
-    /// Reads what has arrived. `None`: the handshake is not complete.
+    /// Reads what has arrived. Returns `None` if the handshake is not complete.
     pub(crate) fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         match self.arriving.receive(self.stream.as_fd()) {
             Err(HandshakeError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -70,13 +70,13 @@ impl PendingHandshake {
         }
     }
 
-    /// Returns a watch that tells, after this is dropped, whether all descriptors that the peer had
-    /// sent are closed.
+    /// Returns a watch that tells, after this is dropped, whether all descriptors sent by the peer
+    /// are closed.
     pub(crate) fn closing(&self) -> Closing {
         self.arriving.closing()
     }
 
-    /// Returns the error to refuse it with if it takes too long.
+    /// Returns the error for refusing the handshake if it takes too long.
     pub(crate) fn overdue(&self) -> Option<HandshakeError> {
         let late = self.since.elapsed() >= self.timeout;
         late.then(|| HandshakeError::Silent {

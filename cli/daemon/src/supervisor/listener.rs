@@ -20,10 +20,10 @@ use crate::api::config::MetricsAddress;
 use crate::api::control;
 use crate::fd_store::backlog::{self, BacklogPeer};
 
-/// Time in which the guardian of a dead supervisor closes its sockets.
+/// Time limit for the guardian of a dead supervisor to close its sockets.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A listening socket; the name that it has in the file system is removed when it is dropped.
+/// A listening socket. Its name in the file system is removed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct BoundSocket {
     listener: Listener,
@@ -36,7 +36,7 @@ enum Listener {
     Tcp(TcpListener),
 }
 
-/// A path, and the device and inode that it had: nobody else's is removed.
+/// A path with its device and inode, so that no other process's file is removed.
 #[derive(Debug)]
 struct Name {
     path: PathBuf,
@@ -44,7 +44,7 @@ struct Name {
 }
 
 impl BoundSocket {
-    /// Listens at `path`. Nobody can connect before `share` has set the permissions.
+    /// Listens on `path`. Nobody can connect before `share` has set the permissions.
     pub(crate) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
         make_room(path)?;
         let bound = || -> nix::Result<OwnedFd> {
@@ -61,7 +61,7 @@ impl BoundSocket {
             };
             format!("cannot listen on {}{hint}", escape_path(path))
         })?;
-        // Removes the socket again if it can't be shared as wanted.
+        // Dropping this removes the socket again if sharing fails.
         let socket = Self::unix(socket.into(), path)?;
         share()?;
         listen(&socket, Backlog::MAXCONN)
@@ -80,17 +80,18 @@ impl BoundSocket {
         Some((path, socket))
     }
 
-    /// Returns the id under which to store it, by which another supervisor knows whether its path
-    /// still means it. `None`: it doesn't, or there is no path.
+    /// Returns the id for storing the socket, by which another supervisor recognizes whether its
+    /// path still refers to it. Returns `None` if it doesn't, or there is no path.
     pub(crate) fn store_id(&self) -> Option<String> {
         let Name { path, file } = self.name.as_ref()?;
         let (device, inode) = file;
         (identity(path) == Some(*file)).then(|| format!("socket-{device:x}-{inode:x}"))
     }
 
-    /// Refuses new connections. Those that wait can still be accepted.
+    /// Refuses new connections. Waiting ones can still be accepted.
     pub(crate) fn close(&mut self) {
-        // A supervisor that goes on with the socket must not take it for one at which others come.
+        // A supervisor that inherits the socket must not mistake it for one that accepts
+        // connections.
         self.remove_name();
         if let Listener::Unix(listener) = &self.listener {
             let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
@@ -101,7 +102,7 @@ impl BoundSocket {
         if let Some(Name { path, file }) = self.name.take()
             && identity(&path) == Some(file)
         {
-            // Who has removed it meanwhile meant that.
+            // If another process removes it in between, that was intended.
             let _ = remove_file(path);
         }
     }
@@ -119,13 +120,13 @@ impl BoundSocket {
         }
     }
 
-    /// Listens for this user and root only.
+    /// Listens for connections of this user and root only.
     pub(crate) fn private(path: &Path) -> Result<Self> {
         make_room(path)?;
         Self::unix(control::listen_at(path)?, path)
     }
 
-    /// Listens for who reads metrics.
+    /// Listens for clients that read metrics.
     pub(crate) fn metrics(address: &MetricsAddress) -> Result<Self> {
         match address {
             MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
@@ -153,7 +154,7 @@ impl BoundSocket {
         })
     }
 
-    /// Accepts the next connection. `None`: nobody waits.
+    /// Accepts the next connection. Returns `None` if nobody waits.
     pub(crate) fn accept(&self) -> io::Result<Option<OwnedFd>> {
         let accepted = match &self.listener {
             Listener::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
@@ -161,7 +162,7 @@ impl BoundSocket {
         };
         match accepted {
             Ok(stream) => Ok(Some(stream)),
-            // The other of one that is closed.
+            // The second error is that of a closed socket.
             Err(error)
                 if [ErrorKind::WouldBlock, ErrorKind::InvalidInput].contains(&error.kind()) =>
             {
@@ -187,17 +188,17 @@ impl Drop for BoundSocket {
     }
 }
 
-/// Removes a socket that nobody listens at: it is left of a server that was killed. A guardian may
-/// need a moment to let go of it.
+/// Removes a socket that nobody listens on, left by a killed server. A guardian may need a moment
+/// to close it.
 fn make_room(path: &Path) -> Result<()> {
     let began = Instant::now();
-    // Of another kind, so that it is found out whether somebody has the socket, and nobody has to
-    // accept this.
+    // The probe is of another socket type, which tells whether the socket is in use without a
+    // connection that somebody has to accept.
     let probe = UnixDatagram::unbound()?;
     loop {
         match probe.connect(path) {
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                // So it is for every file that can't be connected to, which may be anything.
+                // This error occurs for any file that can't be connected to, whatever its type.
                 if symlink_metadata(path).is_ok_and(|file| !file.file_type().is_socket()) {
                     bail!(
                         "cannot listen on {}: the file exists and is not a socket; remove it, or choose \

@@ -1,4 +1,4 @@
-//! The supervisor: one thread that holds what can't be made again, and watches the worker.
+//! The supervisor: one thread that holds everything irreplaceable, and watches the worker.
 //!
 //! ```text
 //!   loop: wait for any of
@@ -16,8 +16,8 @@
 //! ```
 //!
 //! The loop is here. `services` has the services, their sockets and handshakes; `vms` the VMs that
-//! were handed over, `workers` the worker and its messages, `stuck` the consequences when it is
-//! stuck, and `upgrade` a worker of another program that is to take over.
+//! were handed over; `workers` the worker and its messages; `stuck` the handling of stuck workers;
+//! and `upgrade` a worker of another program that takes over.
 
 mod handshake;
 mod listener;
@@ -59,32 +59,32 @@ use crate::supervisor::refusal_log::RefusalLog;
 use crate::supervisor::vm::{ExitingVm, VmRecord};
 use crate::supervisor::worker_process::WorkerProcess;
 
-/// Interval at which the loop checks what no descriptor reports.
+/// Interval at which the loop checks conditions that no descriptor reports.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Summaries of VMs that are kept; more are only counted.
+/// Maximum number of summaries of VMs to keep; further ones are only counted.
 const MAX_SUMMARIES: usize = 10_000;
-/// Time for the guardian to read its last messages.
+/// Time limit for the guardian to read its last messages.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// Clients that wait for a worker.
+/// Maximum number of clients that wait for a worker.
 const MAX_WAITING_CLIENTS: usize = 64;
 
 /// The options of a daemon.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Time that a VM may wait for a worker that does nothing.
+    /// Time for which a VM may wait for an inactive worker.
     pub stuck_after: Duration,
-    /// Decoded frames that VMs of one snapshot share, in MiB.
+    /// Size of the cache of decoded frames that VMs of one snapshot share, in MiB.
     pub frame_cache: u64,
     /// The format of log lines.
     pub log_format: LogFormat,
-    /// Whether the worker gives up what it doesn't need.
+    /// Whether the worker is confined.
     pub confine: bool,
-    /// The user that the confined worker becomes, by name or number.
+    /// The user that the confined worker runs as, by name or number.
     pub user: Option<String>,
 }
 
 impl Default for Options {
-    /// The defaults of `snaprestore serve`.
+    /// Returns the defaults of `snaprestore serve`.
     fn default() -> Self {
         Self {
             stuck_after: Duration::from_secs(30),
@@ -96,45 +96,45 @@ impl Default for Options {
     }
 }
 
-/// A place for messages to people.
+/// An output for messages to people.
 pub trait Console {
-    /// Shows what is going on.
+    /// Shows an event.
     fn info(&self, message: &dyn Display);
-    /// Shows what went wrong.
+    /// Shows an error.
     fn error(&self, message: &dyn Display);
 }
 
-/// Requests to stop, as a process gets them by signals. The descriptor is readable once there is
-/// one.
+/// Requests to stop, which a process gets as signals. The descriptor is readable once there is one.
 pub trait StopRequests: AsFd {
-    /// Returns how many there were: after the first the VMs are completed, after the second killed.
+    /// Returns the number of requests: after the first the VMs are completed, after the second
+    /// killed.
     fn count(&self) -> u32;
 }
 
 /// The result of a run.
 #[derive(Debug)]
 pub struct RunSummary {
-    /// The first of them.
+    /// Summaries of the first VMs.
     pub vms: Vec<VmSummary>,
-    /// How many there were.
+    /// Number of VMs.
     pub count: u64,
-    /// VMs that were killed after the daemon was asked to stop, and so before they had all of their
+    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
     /// memory.
     pub incomplete: u64,
-    /// Workers that took over from one that had died.
+    /// Number of workers that replaced a dead one.
     pub worker_restarts: u64,
 }
 
 /// The supervisor.
 pub struct Supervisor {
     options: Options,
-    /// Messages are logged if there is none.
+    /// Output for messages; without it, they are logged.
     console: Option<Box<dyn Console>>,
     stop_requests: Box<dyn StopRequests>,
     program: OsString,
     worker: WorkerProcess,
     unkillable: Vec<UnkillableWorker>,
-    /// Workers started, and those in a row that ended at once.
+    /// Number of workers started, and of those in a row that failed at once.
     workers: u64,
     failed_starts: FailedStarts,
     restarts: u64,
@@ -149,30 +149,30 @@ pub struct Supervisor {
     next: (u64, u64),
     handshakes: Vec<PendingHandshake>,
     closing: Vec<ClosingConnection>,
-    /// Sockets of a supervisor that has died, by their paths, and what they are stored as.
+    /// Sockets of a dead supervisor, by path, with the ids that they are stored under.
     inherited: BTreeMap<PathBuf, (String, BoundSocket)>,
-    /// VMs that are no longer served, and whose processes have not ended yet.
+    /// VMs that are no longer served, and whose processes have not exited yet.
     exiting: BTreeMap<u64, ExitingVm>,
     endings: Vec<VmSummary>,
     ended: u64,
     incomplete: u64,
-    /// The last that have ended, for operators.
+    /// The VMs that ended last, for operators.
     recent: VecDeque<types::VmStatus>,
     refusal_log: RefusalLog,
     stopping: Stopping,
 }
 
-/// The stages of stopping.
+/// Stage of stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stopping {
     No,
     /// The worker completes the VMs.
     Draining,
-    /// They are being killed.
+    /// The VMs are being killed.
     Killing,
 }
 
-/// The meaning of a descriptor that the loop waits for.
+/// Meaning of a descriptor that the loop waits for.
 #[derive(Clone, Copy)]
 enum Token {
     Signal,
@@ -234,7 +234,7 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Serves until asked to stop, and every VM has ended or was let go.
+    /// Serves until asked to stop, and every VM has ended or was released.
     pub fn run(mut self) -> Result<RunSummary> {
         notify_manager("READY=1");
         self.kill_inherited_backlogs();
@@ -243,7 +243,7 @@ impl Supervisor {
             let result = self.run_once();
             let fails_again = result.is_err() && self.stopping == Stopping::Killing;
             if let Err(error) = &result {
-                // VMs without a supervisor would wait for ever.
+                // Without a supervisor, the VMs would wait for ever.
                 self.kill_all(&format!("the daemon failed: {error:#}"));
                 self.stopping = Stopping::Killing;
             }
@@ -278,10 +278,10 @@ impl Supervisor {
         self.send()?;
         let tokens = self.tokens();
         let ready = self.wait_for_one(&tokens)?;
-        // From the back: places in lists stay right.
+        // Handled from the back, so that indices into lists stay valid.
         for token in ready.into_iter().rev() {
             match token {
-                // It is looked at below, whenever it came.
+                // Checked below, whenever it arrives.
                 Token::Signal => {}
                 Token::Channel => self.read_worker()?,
                 Token::WorkerExit => self.replace_worker()?,
@@ -342,7 +342,7 @@ impl Supervisor {
         tokens
     }
 
-    /// Waits until one of `tokens` is ready, at most for [`POLL_INTERVAL`]. Returns those that are.
+    /// Waits until one of `tokens` is ready, at most for [`POLL_INTERVAL`]. Returns the ready ones.
     fn wait_for_one(&self, tokens: &[Token]) -> Result<Vec<Token>> {
         let mut fds = Vec::with_capacity(tokens.len() + self.exiting.len());
         let mut owners = Vec::with_capacity(fds.capacity());
@@ -383,8 +383,8 @@ impl Supervisor {
                 }
             }
         }
-        // A worker that doesn't read is looked at again, and its channel tried again; so is a file
-        // that is being opened.
+        // If the worker doesn't read, its channel is retried soon; a file being opened is checked
+        // again as well.
         let millis = if self.outgoing.is_empty() && self.opening.is_empty() {
             POLL_INTERVAL.as_millis()
         } else {
@@ -410,13 +410,13 @@ impl Supervisor {
         }
     }
 
-    /// Logs that a connection could not be accepted, and pauses: descriptors may be short.
+    /// Logs that a connection could not be accepted, and pauses, since descriptors may be short.
     fn accept_failed(&self, error: &io::Error) {
         self.log_error(format_args!("cannot accept a connection: {error}"));
         std::thread::sleep(Duration::from_millis(100));
     }
 
-    /// Takes no more VMs, and has the worker complete those that are served.
+    /// Stops accepting VMs, and makes the worker complete the current ones.
     fn stop(&mut self) {
         if self.stopping != Stopping::No {
             return;
@@ -470,7 +470,7 @@ impl Supervisor {
         }
         match &self.console {
             Some(console) => console.error(&format_args!("{label}: {what}")),
-            // A place of its own: these keep nothing else from being logged.
+            // Logged at a place of its own, so that these events don't suppress others.
             None => label.span().in_scope(|| tracing::error!("{what}")),
         }
     }
@@ -522,15 +522,15 @@ impl Supervisor {
 /// Notifies systemd, if it has started this process.
 fn notify_manager(state: &str) {
     if let Some(Ok(manager)) = Manager::from_env() {
-        // It finds out by itself if this goes wrong.
+        // systemd notices by itself if this fails.
         let _ = manager.notify(state);
     }
 }
 
-/// Every VM takes some descriptors.
+/// Raises the limit of descriptors, since every VM takes some.
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // With fewer it serves fewer.
+        // With a lower limit, fewer VMs can be served.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }

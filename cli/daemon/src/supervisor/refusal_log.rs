@@ -1,15 +1,15 @@
-//! Limits what is logged of refused connections: a peer can make as many as it likes.
+//! Limits the log lines about refused connections, since a peer can make any number of them.
 
 use std::time::{Duration, Instant};
 
-/// Lines that are logged at once, and how many more per second afterwards.
+/// Maximum number of lines logged at once, and rate at which further ones are permitted.
 const MAX_LINES: u32 = 100;
 const LINES_PER_SECOND: u32 = 10;
 const REFILL_INTERVAL: Duration = Duration::from_secs(1);
-/// Refused connections that the summary has room for.
+/// Maximum number of refused connections in the summary.
 const MAX_SUMMARIES: usize = 100;
 
-/// A limit of log lines and summaries.
+/// A limiter of log lines and summaries.
 #[derive(Debug)]
 pub(crate) struct RefusalLog {
     lines: u32,
@@ -39,13 +39,13 @@ impl RefusalLog {
         shown
     }
 
-    /// Admits the next to the summary, if there is room.
+    /// Admits the next refusal to the summary, if there is room.
     pub(crate) fn admit_to_summaries(&mut self) -> bool {
         self.in_summaries += 1;
         self.in_summaries <= MAX_SUMMARIES
     }
 
-    /// Returns how many lines were suppressed, once a second.
+    /// Returns the number of suppressed lines, once a second.
     pub(crate) fn take_suppressed(&mut self, now: Instant) -> Option<u64> {
         if now.saturating_duration_since(self.since) < REFILL_INTERVAL {
             return None;

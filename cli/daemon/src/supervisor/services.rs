@@ -1,4 +1,4 @@
-//! Services: what is served where, who may connect, and their handshakes.
+//! Services: their sockets, the admission of peers, and handshakes.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -24,16 +24,16 @@ use crate::supervisor::handshake::{self, PendingHandshake};
 use crate::supervisor::listener::BoundSocket;
 use crate::supervisor::vm::{ExitingVm, VmRecord};
 
-/// VMs and handshakes of one process, of which one is usual: the other places are for other
-/// processes.
+/// Maximum number of VMs and handshakes of one process. One is usual; the limit reserves places for
+/// other processes.
 const MAX_PER_PROCESS: usize = 16;
 
-/// Refused connections at once whose descriptors are not closed yet.
+/// Maximum number of refused connections with descriptors that are not closed yet.
 const MAX_CLOSING: usize = 64;
 /// Time in which the kernel closes such descriptors, unless their peer delays it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A refused connection: descriptors that it has sent may still be open.
+/// A refused connection whose descriptors may still be open.
 #[derive(Debug)]
 pub(super) struct ClosingConnection {
     peer: Peer,
@@ -41,7 +41,7 @@ pub(super) struct ClosingConnection {
     since: Instant,
 }
 
-/// A service that was opened.
+/// A service with its snapshot open.
 pub(super) struct ServiceRecord {
     pub(super) service: Service,
     pub(super) file: OwnedFd,
@@ -50,13 +50,13 @@ pub(super) struct ServiceRecord {
     pub(super) listener: Option<BoundSocket>,
     /// The id under which the listening socket is stored.
     pub(super) listener_store_id: Option<String>,
-    /// Whether the service is dropped with its last VM.
+    /// Whether the service was removed; it is dropped with its last VM.
     pub(super) removed: bool,
-    /// VMs that have ended.
+    /// Counts of ended VMs.
     pub(super) ended: Endings,
 }
 
-/// A service that an operator adds, whose snapshot is not open yet.
+/// A service being added by an operator, whose snapshot is not open yet.
 #[derive(Debug)]
 pub(super) struct OpeningService {
     /// The number of the operator's request.
@@ -67,7 +67,7 @@ pub(super) struct OpeningService {
 }
 
 impl Supervisor {
-    /// Lets clients connect at `address`.
+    /// Accepts clients at `address`.
     pub fn open(&mut self, endpoint: Endpoint, address: &MetricsAddress) -> Result<()> {
         let listener = match (endpoint, address) {
             (Endpoint::Control, MetricsAddress::Socket(path)) => BoundSocket::private(path)?,
@@ -77,7 +77,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Listens for the VMs of a service from now on.
+    /// Starts listening for the VMs of a service.
     pub fn add(&mut self, service: Service) -> Result<()> {
         self.check_addable(&service)?;
         let timeout = self.options.stuck_after;
@@ -132,7 +132,7 @@ impl Supervisor {
     }
 
     fn add_opened(&mut self, service: Service, file: OwnedFd) -> Result<()> {
-        // Another may have been added meanwhile.
+        // Another service may have been added meanwhile.
         self.check_addable(&service)?;
         let listener = self.listen(&service)?;
         let key = self.next.0;
@@ -164,8 +164,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Listens at the socket of a service. Uses the inherited socket of that path if there is one:
-    /// VMs may wait there.
+    /// Listens on the socket of a service. Uses an inherited socket of the same path if there is
+    /// one, since VMs may wait on it.
     fn listen(&mut self, service: &Service) -> Result<BoundSocket> {
         if let Some((id, listener)) = self.inherited.remove(&service.socket) {
             if listener.store_id().as_ref() == Some(&id) {
@@ -201,7 +201,7 @@ impl Supervisor {
             listener.close();
         }
         let most = self.handshakes.len() + handshake::MAX_PENDING;
-        // Who is refused keeps nobody behind from being heard.
+        // Refused peers don't prevent those behind them from being accepted.
         while self.handshakes.len() < most && self.accept(key) {}
         let Some(record) = self.services.get_mut(&key) else {
             return;
@@ -216,7 +216,7 @@ impl Supervisor {
         }
     }
 
-    /// Kills the VMs that wait at inherited sockets at which no service listens any more.
+    /// Kills the VMs that wait on inherited sockets that no service uses any more.
     pub(super) fn kill_inherited_backlogs(&mut self) {
         for (id, listener) in std::mem::take(&mut self.inherited).into_values() {
             self.kill_backlog(&id, &listener, "?", &[]);
@@ -254,7 +254,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Counts a VM of a service that has ended.
+    /// Counts an ended VM of a service.
     pub(super) fn count_ended(&mut self, key: u64, ending: Ending) {
         if let Some(record) = self.services.get_mut(&key) {
             *record.ended.entry(ending).or_default() += 1;
@@ -274,7 +274,7 @@ impl Supervisor {
 
     fn drop_service(&mut self, key: u64) {
         if let Some(record) = self.services.remove(&key) {
-            // systemd lets it go with the service if it doesn't now.
+            // If this fails, systemd drops it when the service stops.
             let _ = self.fd_store.remove(&record.store_id);
         }
         self.outgoing.push_back(Outgoing::RemoveService(key));
@@ -317,15 +317,15 @@ impl Supervisor {
         true
     }
 
-    /// Whether the supervisor accepts more connections; others wait in the kernel's queue.
+    /// Whether the supervisor can accept more connections; others wait in the kernel's queue.
     pub(super) fn has_capacity(&self) -> bool {
         self.handshakes.len() < handshake::MAX_PENDING && self.closing.len() < MAX_CLOSING
     }
 
     /// Forgets refused connections whose descriptors are closed. If too many stay open, kills their
-    /// peers: that closes the descriptors of a file system which the peer itself serves. If they
-    /// stay open even then, the supervisor accepts nobody until somebody ends that program: VMs
-    /// that are served need descriptors and threads as well.
+    /// peers, which closes descriptors of a file system that the peer itself serves. If they stay
+    /// open even then, the supervisor accepts nobody until that program exits: VMs that are being
+    /// served need descriptors and threads as well.
     pub(super) fn check_closing(&mut self) {
         self.closing
             .retain(|connection| connection.closing.is_open());
@@ -339,7 +339,7 @@ impl Supervisor {
         }
     }
 
-    /// Checks the limit of VMs per process. Processes of another PID namespace have no number here.
+    /// Checks the limit of VMs per process. A process of another PID namespace has no PID here.
     fn check_process_limit(&self, peer: &Peer) -> Result<()> {
         let pid = peer.pid;
         let pending = self.handshakes.iter().map(|pending| pending.peer.pid);
@@ -353,7 +353,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Reads what has arrived of a handshake.
+    /// Reads the next part of a handshake.
     pub(super) fn read_handshake(&mut self, at: usize) {
         match self.handshakes[at].read() {
             Ok(None) => {}
@@ -406,8 +406,8 @@ impl Supervisor {
     }
 }
 
-/// Opens the file of a snapshot in a thread of its own, for the disk may not answer. A bad snapshot
-/// is refused here, and not VM by VM.
+/// Opens the file of a snapshot in a thread of its own, since the disk may not answer. A bad
+/// snapshot is refused here, and not for each VM.
 fn start_opening(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
     let open = |path: &Path| -> Result<OwnedFd> {
         drop(Snapshot::open_path(path)?);

@@ -1,5 +1,4 @@
-//! Workers that get stuck: on a disk that doesn't answer, in a lock, or because somebody stopped
-//! them.
+//! Handling of stuck workers: on a disk that doesn't answer, in a lock, or stopped by a signal.
 //!
 //! ```text
 //!   a VM waits for --stuck-after          the worker is killed
@@ -12,8 +11,8 @@
 //!       it exits at last                  those snapshots are served again
 //! ```
 //!
-//! A process that is killed in an uninterruptible wait, as for a network file system, exits when
-//! that wait ends. Until then the kernel may be reading a message for it.
+//! A process killed in an uninterruptible wait, such as for a network file system, exits when that
+//! wait ends. Until then the kernel may be reading a message for it.
 
 use std::collections::BTreeSet;
 use std::mem;
@@ -26,16 +25,16 @@ use crate::api::summary::Ending;
 use crate::supervisor::vm::VmRecord;
 use crate::supervisor::worker_process::{ExitCause, WorkerProcess};
 
-/// A worker that was killed and doesn't end.
+/// A worker that was killed and doesn't exit.
 #[derive(Debug)]
 pub(super) struct UnkillableWorker {
     worker: WorkerProcess,
-    /// Services whose snapshots it waits for.
+    /// Services whose snapshots the worker waits for.
     hung: BTreeSet<u64>,
 }
 
 impl Supervisor {
-    /// Kills a worker that keeps a VM waiting, and gives it up if it doesn't end.
+    /// Kills a worker that keeps a VM waiting, and abandons it if it doesn't exit.
     pub(super) fn check_worker(&mut self) -> Result<()> {
         self.check_unkillable();
         let timeout = self.options.stuck_after;
@@ -58,7 +57,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Ends VMs for which one worker after another gets stuck.
+    /// Kills VMs on which one worker after another gets stuck.
     pub(super) fn kill_vms_without_workers(&mut self) {
         let hopeless = self.vms.iter().filter(|(_, vm)| vm.has_exhausted_workers());
         let hopeless: Vec<u64> = hopeless.map(|(id, _)| *id).collect();
@@ -75,7 +74,8 @@ impl Supervisor {
         }
     }
 
-    /// The worker was killed, and is still there: all that it had is ended, and another begins.
+    /// Abandons a worker that was killed and doesn't exit: kills all its VMs, and starts another
+    /// worker.
     fn abandon_worker(&mut self) -> Result<()> {
         self.read_worker()?;
         let services = |of: fn(&VmRecord) -> bool| -> BTreeSet<u64> {
@@ -84,7 +84,7 @@ impl Supervisor {
         };
         let mut hung = services(VmRecord::is_stuck);
         if hung.is_empty() {
-            // It was killed for another reason, and what it fetched ahead is not there.
+            // The worker was killed for another reason, and hangs while it prefetches.
             hung = services(VmRecord::is_reading);
         }
         let why = format!(
@@ -112,7 +112,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Looks whether workers that did not end have.
+    /// Checks whether abandoned workers have exited.
     fn check_unkillable(&mut self) {
         let ended: Vec<_> = self
             .unkillable
@@ -127,8 +127,8 @@ impl Supervisor {
         }
     }
 
-    /// Whether a worker waits for the snapshot of a service and can't be killed: nobody else is to
-    /// begin.
+    /// Whether an unkillable worker waits for the snapshot of a service; no new VM must be served
+    /// from it.
     pub(super) fn is_hung(&self, service: u64) -> bool {
         self.unkillable
             .iter()

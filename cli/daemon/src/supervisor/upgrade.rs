@@ -1,5 +1,5 @@
-//! An upgrade: a worker of another program is started beside the one that serves, and takes over
-//! when it is ready.
+//! An upgrade: a worker of another program is started beside the current one, and takes over when
+//! it is ready.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -16,22 +16,22 @@ use crate::api::types::Upgraded;
 use crate::ipc::FromWorker;
 use crate::supervisor::worker_process::WorkerProcess;
 
-/// How long a program that is to take over may need until it is ready.
+/// Time limit for a new program to become ready.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A worker that is to take over.
+/// A worker that is about to take over.
 #[derive(Debug)]
 pub(super) struct Upgrade {
     pub(super) worker: WorkerProcess,
     pub(super) program: OsString,
-    /// The operator's question.
+    /// The number of the operator's request.
     pub(super) number: u64,
-    /// Since when it has been ready.
+    /// The time at which it became ready.
     pub(super) ready: Option<Instant>,
 }
 
 impl Supervisor {
-    /// Starts the program that is to take over.
+    /// Starts the program that takes over.
     pub(super) fn start_upgrade(&mut self, number: u64, program: Option<PathBuf>) -> Result<()> {
         if self.upgrade.is_some() {
             bail!("another upgrade is in progress");
@@ -52,7 +52,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Takes the first word of the worker that is to take over.
+    /// Reads the first message of the worker that takes over.
     pub(super) fn read_upgrade(&mut self) {
         let Some(upgrade) = &mut self.upgrade else {
             return;
@@ -99,10 +99,10 @@ impl Supervisor {
     }
 }
 
-/// Where this program is, or what has taken its place.
+/// Returns the path of this program, or of the file that has replaced it.
 fn own_path() -> Result<PathBuf> {
     let path = std::env::current_exe().context("cannot find the path of this program")?;
-    // So the kernel calls a file that was replaced.
+    // The kernel marks a replaced file like this.
     let deleted = path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
     Ok(deleted.map_or_else(|| path.clone(), |name| OsStr::from_bytes(name).into()))
 }

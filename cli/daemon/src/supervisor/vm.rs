@@ -1,4 +1,4 @@
-//! The record of one VM: descriptors, heartbeat, and where it is stored.
+//! The record of one VM: descriptors, heartbeat, and stored state.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,23 +21,23 @@ use crate::fd_store::backlog::BacklogPeer;
 use crate::fd_store::{FdStore, OWNER, UFFD};
 use crate::supervisor::handshake::{PendingHandshake, UnreadData};
 
-/// Deaths of workers on one frame after which the frame is quarantined: it counts as damaged.
+/// Number of worker deaths on one frame after which the frame is quarantined: it counts as damaged.
 const QUARANTINE_DEATHS: u32 = 2;
 
-/// Workers in a row that get stuck on one VM, after which the VM is killed: the third knows the
-/// frames of the others.
+/// Number of workers in a row that get stuck on one VM before the VM is killed. The third one knows
+/// the frames of the others.
 const MAX_STUCK_WORKERS: u32 = 3;
-/// A worker that gets stuck after more than this many timeouts starts a new row.
+/// Number of timeouts after which another stuck worker starts a new row.
 const STUCK_WINDOW: u32 = 4;
 
 /// The role under which the tables are stored.
 const TABLES: &str = "tables";
-/// The role of the page map of one that has huge pages.
+/// The role of the page map of a VM with huge pages.
 const PAGE_MAP: &str = "pagemap";
-/// The role of what else has to be known of a VM.
+/// The role of the other facts about a VM.
 const META: &str = "meta";
 
-/// A VM: everything of it that can't be created again.
+/// A VM, with everything about it that can't be created again.
 #[derive(Debug)]
 pub(crate) struct VmRecord {
     pub(crate) service: u64,
@@ -47,9 +47,9 @@ pub(crate) struct VmRecord {
     pub(crate) connected: Instant,
     page_map: Option<OwnedFd>,
     tables: Option<Tables>,
-    /// Frames on which workers have died, by their offset, and how often.
+    /// Offsets of frames on which workers have died, and the number of deaths.
     suspects: BTreeMap<u64, u32>,
-    /// Workers in a row that got stuck while it waited, and when the last did.
+    /// Number of workers in a row that got stuck on this VM, and the time of the last.
     stuck: (u32, Option<Instant>),
     heartbeat: Heartbeat,
 }
@@ -60,10 +60,10 @@ struct Tables {
     vitals: Vitals,
 }
 
-/// The last signs of life of the worker, as far as this VM is concerned.
+/// The worker's last signs of life, as seen by this VM.
 #[derive(Debug)]
 struct Heartbeat {
-    /// Whether the worker serves it.
+    /// Whether the worker serves the VM.
     served: bool,
     since: Instant,
     reads: (u64, Instant),
@@ -103,14 +103,14 @@ impl VmRecord {
         }
     }
 
-    /// Opens its page map if it has huge pages: a confined worker can't.
+    /// Opens the page map if the VM has huge pages: a confined worker can't.
     pub(crate) fn open_page_map(&mut self) -> io::Result<()> {
         if self.page_map.is_some() || !self.regions.iter().any(OwnerRegion::is_huge) {
             return Ok(());
         }
         match open_page_map(self.peer.pidfd.as_fd()) {
             Ok(page_map) => self.page_map = Some(page_map),
-            // It has ended, as its worker will tell.
+            // The process has exited, which the worker will report.
             Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {}
             Err(error) => return Err(error),
         }
@@ -121,7 +121,7 @@ impl VmRecord {
         self.page_map.is_some()
     }
 
-    /// Keeps the tables that the worker made, before it has read any message.
+    /// Keeps the tables created by the worker, before it has read any message.
     pub(crate) fn set_tables(&mut self, memfd: OwnedFd) -> Result<()> {
         let copy = memfd.try_clone().context("the tables of a VM")?;
         let vitals = Vitals::new(copy).context("the tables of a VM")?;
@@ -158,7 +158,7 @@ impl VmRecord {
         self.store_tables(id, name, fd_store)
     }
 
-    /// Stores the tables, if there are some.
+    /// Stores the tables, if there are any.
     pub(crate) fn store_tables(
         &self,
         id: u64,
@@ -179,7 +179,7 @@ impl VmRecord {
         all
     }
 
-    /// Frames that are not to be decoded.
+    /// Returns the frames that must not be decoded.
     pub(crate) fn quarantined(&self) -> Vec<u64> {
         let quarantined = self
             .suspects
@@ -202,26 +202,26 @@ impl VmRecord {
     /// Counts a worker that is killed because it keeps this VM waiting.
     pub(crate) fn count_stuck(&mut self, timeout: Duration) {
         let (count, last) = &mut self.stuck;
-        // The next one would get stuck at once.
+        // In the same row, the next worker would have got stuck at once.
         if last.is_some_and(|last| last.elapsed() > STUCK_WINDOW * timeout) {
             *count = 0;
         }
         (*count, *last) = (*count + 1, Some(Instant::now()));
     }
 
-    /// Whether its worker was killed for keeping it waiting, and has not ended yet.
+    /// Whether the worker was killed for keeping this VM waiting, and has not exited yet.
     pub(crate) fn is_stuck(&self) -> bool {
         self.stuck
             .1
             .is_some_and(|last| last >= self.heartbeat.since)
     }
 
-    /// Whether too many workers in a row got stuck on it.
+    /// Whether too many workers in a row got stuck on this VM.
     pub(crate) fn has_exhausted_workers(&self) -> bool {
         self.stuck.0 >= MAX_STUCK_WORKERS
     }
 
-    /// Whether its worker reads a frame for it.
+    /// Whether the worker is reading a frame for this VM.
     pub(crate) fn is_reading(&self) -> bool {
         let tables = self.tables.as_ref();
         tables.is_some_and(|tables| !tables.vitals.decoding().is_empty())
@@ -232,13 +232,13 @@ impl VmRecord {
         self.heartbeat = Heartbeat::begin();
     }
 
-    /// Records that the worker serves it.
+    /// Records that the worker serves the VM.
     pub(crate) fn mark_served(&mut self) {
         self.heartbeat.served = true;
     }
 
     /// Updates the heartbeat. Returns whether the worker has neglected the VM for longer than
-    /// `timeout`: it has not begun to serve it, not read its messages, or not answered its fault.
+    /// `timeout`: it has not started to serve it, not read its messages, or not resolved its fault.
     pub(crate) fn check_neglected(&mut self, timeout: Duration) -> bool {
         let now = Instant::now();
         let late = |since: Instant| now.duration_since(since) >= timeout;
@@ -260,17 +260,18 @@ impl VmRecord {
     }
 }
 
-/// A VM that is served no more, and whose process may not have ended yet.
+/// A VM that is no longer served, and whose process may not have exited yet.
 #[derive(Debug)]
 pub(crate) struct ExitingVm {
-    /// The number of its service; 0 if it has none here.
+    /// The number of the service; 0 if this daemon doesn't have it.
     pub(crate) service: u64,
-    /// The name of its service, as far as it is known.
+    /// The name of the service, if known.
     pub(crate) service_name: String,
     pub(crate) pid: u32,
     pub(crate) connected: Instant,
     owner: OwnedFd,
-    /// Closed when it has ended and not before, since what is missing becomes zeros.
+    /// Descriptors to close after the process has exited, and not earlier: missing pages become
+    /// zeros.
     held: Vec<OwnedFd>,
     /// Data of an incomplete handshake, closed at the same time.
     _unread: Option<UnreadData>,
@@ -285,7 +286,7 @@ impl ExitingVm {
         }
     }
 
-    /// Creates one from a pidfd, and descriptors to close after its exit.
+    /// Creates an exiting VM from a pidfd, and descriptors to close after its exit.
     fn part(owner: OwnedFd, held: Vec<OwnedFd>) -> Self {
         Self {
             service: 0,
@@ -356,7 +357,7 @@ struct Meta {
     uid: u32,
     regions: Vec<OwnerRegion>,
     service: Service,
-    /// The id under which its snapshot's open file is held.
+    /// The id under which the snapshot's open file is stored.
     file: String,
 }
 
@@ -369,27 +370,27 @@ impl Meta {
     }
 }
 
-/// A VM that came back from the store.
+/// A VM recovered from the store.
 #[derive(Debug)]
 pub(crate) enum StoredVm {
-    /// The whole VM.
+    /// A complete VM.
     Whole {
         /// The record, without a service yet.
         vm: Box<VmRecord>,
         service: Service,
-        /// The id under which its snapshot's open file is held.
+        /// The id under which the snapshot's open file is stored.
         file: String,
     },
-    /// A part of one, which is enough to kill it.
+    /// A part of a VM, which is enough to kill it.
     Partial {
         vm: ExitingVm,
-        /// Why it can't be served.
+        /// Reason why it can't be served.
         why: String,
     },
 }
 
 impl StoredVm {
-    /// Builds one from the descriptors that were stored under one id.
+    /// Rebuilds a VM from the descriptors that were stored under one id.
     pub(crate) fn recover(descriptors: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
         let owner = by_role.remove(OWNER);

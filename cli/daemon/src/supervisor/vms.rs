@@ -1,4 +1,4 @@
-//! The VMs of the supervisor: stored, recovered after its predecessor died, and killed.
+//! The supervisor's VMs: storing, recovering after a supervisor's death, and killing them.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -18,8 +18,8 @@ use crate::supervisor::listener::BoundSocket;
 use crate::supervisor::vm::{ExitingVm, StoredVm, VmRecord, store_id};
 
 impl Supervisor {
-    /// Recovers what an earlier supervisor has stored. Its worker died with it, or before this
-    /// process was started.
+    /// Recovers everything that an earlier supervisor has stored. Its worker died with it, or
+    /// before this process was started.
     pub(super) fn recover_stored(&mut self, held: BTreeMap<String, Vec<(String, OwnedFd)>>) {
         let (mut files, mut vms) = (BTreeMap::new(), Vec::new());
         for (id, mut descriptors) in held {
@@ -60,7 +60,7 @@ impl Supervisor {
         files: &mut BTreeMap<String, Vec<(String, OwnedFd)>>,
     ) {
         let pid = vm.peer.pid;
-        // All VMs of one snapshot.
+        // All VMs of one snapshot belong to one service.
         let known = self
             .services
             .iter()
@@ -112,8 +112,8 @@ impl Supervisor {
         }
     }
 
-    /// Stores only the pidfd of a VM that can't be stored as a whole: the next supervisor kills it.
-    /// Without the tables it would not know what the VM has discarded.
+    /// Stores only the pidfd of a VM that can't be stored as a whole, so that the next supervisor
+    /// kills it. Without the tables, it would not know which pages the VM has discarded.
     pub(super) fn store_owner_only(&mut self, id: u64, why: &anyhow::Error) {
         self.remove_stored_vm(id);
         let Some(vm) = self.vms.get(&id) else { return };
@@ -132,9 +132,9 @@ impl Supervisor {
         );
     }
 
-    /// Stores the pidfd of a peer that has connected: its memory may lie in the socket already.
+    /// Stores the pidfd of a peer that has connected, since the socket may already hold its memory.
     pub(super) fn store_owner(&mut self, id: u64, service: &str, owner: BorrowedFd<'_>) {
-        // A failure is reported when it has become a VM.
+        // A failure is reported when the peer becomes a VM.
         let _ = self
             .fd_store
             .store(&store_id(id), service, &[(OWNER, owner)]);
@@ -199,7 +199,7 @@ impl Supervisor {
         }
     }
 
-    /// Sends the messages that wait for the guardian.
+    /// Sends the messages queued for the guardian.
     pub(super) fn flush_fd_store(&mut self) {
         match self.fd_store.send_queued() {
             Some(GuardianProgress::Lagging(count)) => self.log_error(format_args!(
@@ -225,10 +225,10 @@ impl Supervisor {
         }
     }
 
-    /// Kills every VM: nobody will serve it.
+    /// Kills every VM, since nobody will serve it.
     pub(super) fn kill_all(&mut self, why: &str) {
         for pending in std::mem::take(&mut self.handshakes) {
-            // It may have sent all of its memory, and would wait for it.
+            // The VM may have sent all of its memory, and would wait for it.
             let (id, service) = (pending.id, pending.service);
             self.drop_vm(id, pending, Ending::Killed, why.to_owned());
             self.drop_service_if_unused(service);
@@ -240,7 +240,7 @@ impl Supervisor {
         }
     }
 
-    /// Kills a VM that is not, or no longer, among those that are served, and reports it.
+    /// Kills a VM that is not, or no longer, being served, and reports it.
     pub(super) fn drop_vm(
         &mut self,
         id: u64,

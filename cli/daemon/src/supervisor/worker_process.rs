@@ -1,4 +1,4 @@
-//! The worker's process, as the supervisor sees it.
+//! The worker's process as seen by the supervisor.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -21,13 +21,13 @@ use crate::supervisor::Options;
 #[derive(Debug)]
 pub(crate) struct WorkerProcess {
     child: Child,
-    /// Readable once every thread of it is gone.
+    /// The pidfd, which is readable once every thread of the process is gone.
     pidfd: OwnedFd,
     pub(crate) channel: Channel,
     pub(crate) started: Instant,
-    /// The version of its program, once it has said that it is there.
+    /// The version of its program, after its first message.
     pub(crate) version: Option<String>,
-    /// Whether it was killed for being stuck.
+    /// Whether it was killed because it was stuck.
     stuck: bool,
     /// The time at which it was killed.
     killed: Option<Instant>,
@@ -39,18 +39,18 @@ pub(crate) struct ExitCause {
     /// A description for the log.
     pub(crate) description: String,
     /// Whether the frame that it was decoding may be the cause: it crashed or got stuck, and was
-    /// not killed from outside.
+    /// not killed by somebody else.
     pub(crate) is_own_fault: bool,
-    /// Whether it was killed for being stuck.
+    /// Whether it was killed because it was stuck.
     pub(crate) stuck: bool,
 }
 
 impl WorkerProcess {
-    /// Starts `program` as the worker number `number`, the first of which is 0.
+    /// Starts `program` as worker number `number`, counted from 0.
     pub(crate) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
         let (channel, theirs) = Channel::pair().context("a socket for the worker")?;
         let mut command = Command::new(program);
-        // A Ctrl-C is the supervisor's to act on.
+        // Only the supervisor reacts to Ctrl-C.
         command.arg("worker").process_group(0);
         let format = options.log_format.to_possible_value();
         let format = format.as_ref().map_or("text", |format| format.get_name());
@@ -94,25 +94,25 @@ impl WorkerProcess {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Kills it for being stuck.
+    /// Kills the worker because it is stuck.
     pub(crate) fn kill_stuck(&mut self) {
         self.stuck = true;
         self.kill();
     }
 
-    /// Kills it. The supervisor notices the exit like any other.
+    /// Kills the worker. The supervisor notices the exit like any other.
     pub(crate) fn kill(&mut self) {
-        // It can't be another's process: its status has not been taken.
+        // The PID can't belong to another process, since the status has not been collected.
         let _ = self.child.kill();
         self.killed.get_or_insert_with(Instant::now);
     }
 
-    /// Returns when it was killed.
+    /// Returns the time at which it was killed.
     pub(crate) fn killed(&self) -> Option<Instant> {
         self.killed
     }
 
-    /// Describes where in the kernel its unkillable threads wait.
+    /// Describes where in the kernel its unkillable threads are blocked.
     pub(crate) fn blocked_in(&self) -> String {
         let tasks = format!("/proc/{}/task", self.child.id());
         let tasks = fs::read_dir(tasks).into_iter().flatten();
@@ -150,7 +150,7 @@ impl WorkerProcess {
 impl Drop for WorkerProcess {
     fn drop(&mut self) {
         self.kill();
-        // One that can't be killed is left to whoever takes care of orphans.
+        // An unkillable worker is left to the process that reaps orphans.
         let began = Instant::now();
         while !self.is_gone() && began.elapsed() < DROP_TIMEOUT {
             std::thread::sleep(DROP_TIMEOUT / 100);
@@ -158,18 +158,18 @@ impl Drop for WorkerProcess {
     }
 }
 
-/// Time to wait for the exit of a worker that is dropped.
+/// Time limit for the exit of a worker that is dropped.
 const DROP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Describes where in the kernel a task waits, if it waits uninterruptibly.
+/// Describes where in the kernel a task is blocked, if it waits uninterruptibly.
 fn uninterruptible(task: &Path) -> Option<String> {
     let stat = fs::read(task.join("stat")).ok()?;
-    // The name of the thread, which stands there too, is any bytes.
+    // The file also contains the thread's name, which may be any bytes.
     let stat = String::from_utf8_lossy(&stat);
     if !stat.rsplit_once(") ")?.1.starts_with('D') {
         return None;
     }
-    // It takes the permission to trace it; "0" is said without.
+    // Reading it takes permission to trace the worker; without it, the content is "0".
     let place = fs::read_to_string(task.join("wchan")).unwrap_or_default();
     let call = fs::read_to_string(task.join("syscall")).unwrap_or_default();
     let call = call.split(' ').next().unwrap_or_default().trim_end();

@@ -13,22 +13,22 @@ use crate::ipc::{Endpoint, Facts, FromWorker, SupervisorRequest, ToWorker};
 use crate::log::count;
 use crate::supervisor::worker_process::{ExitCause, WorkerProcess};
 
-/// The daemon gives up when at least so many workers in a row exited before they were ready, or
-/// soon afterwards,
+/// Minimum number of workers in a row that exit before they are ready, or soon afterwards, for the
+/// daemon to give up;
 const MAX_FAILED_STARTS: u32 = 20;
-/// and that for so long: on an overloaded machine workers are slow, and may be killed early many
-/// times.
+/// and minimum time for which that lasts. On an overloaded machine workers are slow, and may be
+/// killed early many times.
 const FAILED_STARTS_TIMEOUT: Duration = Duration::from_secs(30);
-/// A worker that ran for so long did not fail to start.
+/// Minimum uptime of a worker that did not fail to start.
 const MIN_UPTIME: Duration = Duration::from_secs(10);
-/// The delay before the next start, for each that failed in a row, and its maximum.
+/// Delay of the next start for each failed one in a row, and its maximum.
 const RESTART_DELAY: Duration = Duration::from_millis(10);
 const MAX_RESTART_DELAY: Duration = Duration::from_secs(1);
-/// Time in which a worker that is replaced, or has nothing left to do, may finish its replies to
+/// Time limit for a worker that is replaced, or has nothing left to do, to finish its replies to
 /// operators.
 pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A message that waits to be sent to the worker. Descriptors are looked up when it is sent.
+/// A message queued for the worker. Its descriptors are looked up when it is sent.
 #[derive(Debug)]
 pub(super) enum Outgoing {
     Service(u64),
@@ -41,7 +41,7 @@ pub(super) enum Outgoing {
     Shutdown,
 }
 
-/// A count of workers in a row that exited before they could serve.
+/// Counter of workers in a row that exited before they could serve.
 #[derive(Debug, Default)]
 pub(super) struct FailedStarts {
     count: u32,
@@ -49,7 +49,7 @@ pub(super) struct FailedStarts {
 }
 
 impl FailedStarts {
-    /// Records a worker that has ended at `now`.
+    /// Records a worker that exited at `now`.
     fn record(&mut self, lived: bool, now: Instant) {
         if lived {
             *self = Self::default();
@@ -59,7 +59,7 @@ impl FailedStarts {
         }
     }
 
-    /// Whether the daemon gives up.
+    /// Whether the daemon should give up.
     fn is_hopeless(&self, now: Instant) -> bool {
         let lasts = |since| now.saturating_duration_since(since) >= FAILED_STARTS_TIMEOUT;
         self.count >= MAX_FAILED_STARTS && self.since.is_some_and(lasts)
@@ -67,7 +67,7 @@ impl FailedStarts {
 
     /// Returns the delay before the next start.
     fn pause(&self) -> Duration {
-        // The first of a row is replaced at once: VMs wait.
+        // The first one of a row is replaced at once, because VMs wait.
         (RESTART_DELAY * self.count.saturating_sub(1)).min(MAX_RESTART_DELAY)
     }
 }
@@ -82,7 +82,7 @@ impl Supervisor {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
-                // It has died; its successor is told everything, and meets who waits.
+                // The worker has died; its successor is sent everything, including waiting clients.
                 Err(error) if is_gone(&error) => {
                     self.outgoing.push_front(next);
                     return Ok(());
@@ -153,7 +153,7 @@ impl Supervisor {
         loop {
             match self.worker.channel.receive() {
                 Ok(Some((message, descriptors))) => self.handle_message(message, descriptors)?,
-                // Its death is noticed by itself.
+                // The worker's death is noticed separately.
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error).context("cannot receive from the worker"),
@@ -164,12 +164,12 @@ impl Supervisor {
     fn handle_message(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
         match message {
             FromWorker::Ready { version } => self.worker.version = Some(version),
-            // The first of all: another would fare no better. Of a later one it may be for want of
-            // memory.
+            // If the first worker fails, another one would fail as well. A later one may fail
+            // because memory is short.
             FromWorker::ConfineFailed { why } if self.workers == 1 => bail!("{why}"),
             FromWorker::ConfineFailed { why } => self.log_error(why),
             FromWorker::Request { number, request } => self.handle_request(number, request),
-            // The operator knows: now it may go.
+            // The operator has been told, so the old worker may exit.
             FromWorker::Replied => {
                 if self
                     .upgrade
@@ -226,14 +226,14 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Handles a request of an operator that the worker can't serve alone.
+    /// Handles an operator's request that the worker can't serve alone.
     fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
             SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
                 Err(anyhow!("the daemon is shutting down"))
             }
             SupervisorRequest::Add(service) => match self.start_adding(number, service) {
-                // The answer comes when its snapshot is open.
+                // The reply follows when the snapshot is open.
                 Ok(()) => return,
                 Err(error) => Err(error),
             },
@@ -243,7 +243,7 @@ impl Supervisor {
                 Ok(())
             }
             SupervisorRequest::Upgrade(program) => match self.start_upgrade(number, program) {
-                // The answer comes when it is ready.
+                // The reply follows when the new worker is ready.
                 Ok(()) => return,
                 Err(error) => Err(error),
             },
@@ -270,7 +270,7 @@ impl Supervisor {
 
     /// Replaces a worker that has exited.
     pub(super) fn replace_worker(&mut self) -> Result<()> {
-        // Its last words count, and it says no more.
+        // Its last messages count, and it sends no more.
         self.read_worker()?;
         let death = self.worker.reap()?;
         if self.stopping == Stopping::Killing {
@@ -287,8 +287,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Returns the next worker: that of the upgrade if it is ready, else a new one of the same
-    /// program.
+    /// Returns the next worker: that of a ready upgrade, else a new one of the same program.
     pub(super) fn next_worker(&mut self, death: &ExitCause) -> Result<WorkerProcess> {
         let upgrade = self.upgrade.take_if(|upgrade| upgrade.ready.is_some());
         let Some(upgrade) = upgrade else {
@@ -300,7 +299,7 @@ impl Supervisor {
         Ok(upgrade.worker)
     }
 
-    /// Queues everything that a new worker has to know.
+    /// Queues everything that a new worker needs to know.
     pub(super) fn brief_worker(&mut self) {
         for vm in self.vms.values_mut() {
             vm.restart_heartbeat();
@@ -308,9 +307,9 @@ impl Supervisor {
         let services = self.services.keys().map(|key| Outgoing::Service(*key));
         let ended = self.recent.iter().cloned().map(Outgoing::VmEnded);
         let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
-        // Nobody could be told what became of it.
+        // The operators who wait for these can no longer be answered.
         self.opening.clear();
-        // Clients of the dead one are lost, those who were not with it yet are not.
+        // Clients of the dead worker are lost, but not those still queued for it.
         let waiting = std::mem::take(&mut self.outgoing).into_iter();
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Client(..)));
         self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
@@ -380,7 +379,7 @@ mod tests {
             (failed_starts.count, failed_starts.pause()),
             (1, Duration::ZERO)
         );
-        // Few that take long each are no reason either.
+        // A few workers that each take long are no reason to give up either.
         assert!(!failed_starts.is_hopeless(begun + 10 * FAILED_STARTS_TIMEOUT));
     }
 }

@@ -1,7 +1,7 @@
-//! Metrics for Prometheus: what the sessions have done, by service, as text when it is asked for.
+//! Metrics for Prometheus: statistics of the sessions by service, rendered as text for each scrape.
 //!
-//! Sessions come and go and a counter must not fall, so the [`Totals`] keeps what those that have
-//! ended did, and adds those that are served. The names are part of the interface:
+//! Sessions come and go, and a counter must not fall. So [`Totals`] keeps the statistics of ended
+//! sessions, and adds those of the current ones. The names are part of the interface:
 //! `docs/operations.md` lists them.
 
 use std::collections::BTreeMap;
@@ -20,11 +20,11 @@ use snaprestore_engine::pager::FrameCacheStats;
 
 use crate::api::types::{SessionStats, Times, VmState, VmStats};
 
-/// The longest head of a request.
+/// The maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 8 << 10;
-/// Time limit of a scrape, the slowest reader included.
+/// Time limit of a scrape, even with the slowest reader.
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Upper ends of the histograms' buckets, in seconds: what a fault takes that is answered from
+/// Upper bounds of the histograms' buckets, in seconds. They separate faults that are resolved from
 /// memory, from a disk, from far away, or too late.
 const BUCKET_BOUNDS: [f64; 20] = [
     5e-6,
@@ -52,20 +52,20 @@ const BUCKET_BOUNDS: [f64; 20] = [
 /// Statistics of the daemon as a whole.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DaemonStats {
-    /// How often a new worker took over from one that had ended.
+    /// Number of times that a new worker replaced one that had exited.
     pub(crate) worker_restarts: u64,
-    /// Whether no more VMs are taken.
+    /// Whether no more VMs are accepted.
     pub(crate) draining: bool,
-    /// The names of all services, so that those without a VM are told about, too.
+    /// The names of all services, so that those without a VM are included.
     pub(crate) services: Vec<String>,
-    /// VMs that have ended, by service and state: all that the daemon has seen, whoever served
-    /// them.
+    /// Counts of ended VMs by service and state: all that the daemon has seen, whichever worker
+    /// served them.
     pub(crate) ended: BTreeMap<String, BTreeMap<VmState, u64>>,
-    /// The frames that the sessions share.
+    /// Statistics of the cache of frames that the sessions share.
     pub(crate) frame_cache: FrameCacheStats,
 }
 
-/// Totals of the sessions that have ended, by service.
+/// Totals of the ended sessions, by service.
 #[derive(Debug, Default)]
 pub(crate) struct Totals {
     services: Mutex<BTreeMap<String, ServiceTotals>>,
@@ -75,27 +75,27 @@ pub(crate) struct Totals {
 #[derive(Clone, Debug, Default)]
 struct ServiceTotals {
     session: SessionStats,
-    /// VMs by their state, when it is rendered.
+    /// Number of VMs by state, filled in when rendered.
     states: BTreeMap<VmState, u64>,
 }
 
 impl Totals {
-    /// Adds a VM that has ended. From now on it must not be among those that are served.
+    /// Adds an ended VM. It must no longer be among those that are served.
     pub(crate) fn add(&self, vm: &VmStats) {
         let mut vm = vm.clone();
-        // Nothing of it is there, and nothing will come.
+        // None of its memory is present, and none will be.
         (vm.session.pages, vm.session.missing) = (0, 0);
         let mut services = self.lock();
         let totals = services.entry(vm.vm.service.clone()).or_default();
         totals.session.add(&vm.session);
     }
 
-    /// Forgets a service that was removed and whose VMs have ended.
+    /// Drops a service that was removed and whose VMs have ended.
     pub(crate) fn forget(&self, service: &str) {
         self.lock().remove(service);
     }
 
-    /// The metrics, with those of the VMs that are served.
+    /// Renders the metrics, including those of the VMs being served.
     pub(crate) fn render(&self, live: &[VmStats], daemon: &DaemonStats) -> String {
         let mut services = self.lock().clone();
         for name in &daemon.services {
@@ -116,12 +116,12 @@ impl Totals {
             daemon: daemon.clone(),
         }));
         let mut text = String::new();
-        // Writing to a string does not fail.
+        // Writing to a string can't fail.
         let _ = text::encode(&mut text, &registry);
         text
     }
 
-    /// The accounts are whole after every statement, so a panic elsewhere leaves nothing to repair.
+    /// Locks the totals, also after a panic: they are consistent after every statement.
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, ServiceTotals>> {
         self.services.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,10 +142,10 @@ struct Render {
     daemon: DaemonStats,
 }
 
-/// Counters or gauges that services have: one for each value of a further label, if there is one.
+/// Counters or gauges of a service: one value, or one for each value of a further label.
 type Values = fn(&ServiceTotals) -> Vec<(&'static str, u64)>;
 
-/// The counters: name, what it counts, further label.
+/// The counters: name, description, further label.
 const COUNTERS: &[(&str, &str, &str, Values)] = &[
     (
         "faults",
@@ -294,7 +294,7 @@ impl Collector for Render {
 }
 
 impl Render {
-    /// Gives each value of each service with its labels.
+    /// Calls a function for each value of each service, with its labels.
     fn each(
         &self,
         label: &'static str,
@@ -373,7 +373,7 @@ fn one_counter(mut metric: MetricEncoder<'_>, value: u64) -> fmt::Result {
     metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
 }
 
-/// The histograms, by where the content came from.
+/// Returns the histograms, by source of the content.
 fn sources(session: &SessionStats) -> [(&'static str, &Times); 5] {
     let sources = &session.sources;
     [
@@ -386,7 +386,7 @@ fn sources(session: &SessionStats) -> [(&'static str, &Times); 5] {
 }
 
 /// Sorts durations into the buckets of the metrics. A duration is never counted as shorter than it
-/// was, and by at most a sixteenth as longer.
+/// was, and as longer by at most a sixteenth.
 fn coarse(times: &Times) -> Vec<(f64, u64)> {
     let mut coarse: Vec<(f64, u64)> = BUCKET_BOUNDS.iter().map(|upper| (*upper, 0)).collect();
     for (nanos, count) in &times.buckets {
@@ -399,9 +399,9 @@ fn coarse(times: &Times) -> Vec<(f64, u64)> {
     coarse
 }
 
-/// A stream whose single reads and writes can be given a limit.
+/// A stream with time limits for single reads and writes.
 pub(crate) trait TimedStream: Read + Write {
-    /// Limits each from now on.
+    /// Limits each read and write from now on.
     fn set_timeouts(&self, time: Duration) -> io::Result<()>;
 }
 
@@ -419,7 +419,7 @@ impl TimedStream for TcpStream {
     }
 }
 
-/// Answers one HTTP request: `GET /metrics`, with the text that `metrics` makes.
+/// Answers one HTTP request, `GET /metrics`, with the text that `metrics` returns.
 pub(crate) fn scrape(mut stream: impl TimedStream, metrics: impl FnOnce() -> String) {
     if let Err(error) = respond(&mut stream, metrics) {
         tracing::debug!(%error, "cannot serve a metrics request");
@@ -462,7 +462,7 @@ fn respond(stream: &mut impl TimedStream, metrics: impl FnOnce() -> String) -> i
     }
 }
 
-/// Whether the head of a request is whole.
+/// Whether the head of a request is complete.
 fn has_ended(head: &[u8]) -> bool {
     let ends = |end: &[u8]| head.windows(end.len()).any(|window| window == end);
     ends(b"\r\n\r\n") || ends(b"\n\n")

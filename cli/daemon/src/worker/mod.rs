@@ -1,4 +1,4 @@
-//! The worker: everything but holding descriptors. It may be killed at any instant.
+//! The worker: does everything except holding descriptors. It may be killed at any instant.
 //!
 //! ```text
 //!   main thread            reads the supervisor's messages; exits with the supervisor
@@ -44,7 +44,7 @@ use crate::log::{self, LogFormat};
 
 /// Interval at which suppressed events are logged.
 const SUPPRESSED_INTERVAL: Duration = Duration::from_secs(5);
-/// Time for clients to finish when the worker shuts down.
+/// Time limit for clients to finish when the worker shuts down.
 const CLIENTS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The options of a worker.
@@ -64,11 +64,12 @@ pub(crate) struct WorkerOptions {
     pub(crate) log_format: LogFormat,
 }
 
-/// Runs in the process that the supervisor has started, its socket being standard input.
+/// Runs the process that the supervisor has started, with the supervisor's socket as standard
+/// input.
 pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
     let channel = Channel::new(std::io::stdin().as_fd().try_clone_to_owned()?);
-    // What can't be asked for any more once this process is confined: the user of the daemon, and
-    // how many cores its cgroup may use.
+    // Values that can't be queried any more after this process is confined: the daemon's user, and
+    // the number of cores that its cgroup may use.
     let user = geteuid().as_raw();
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
     let shared = Shared::new(args.frame_cache << 20);
@@ -96,12 +97,12 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
         }
         worker.handle(message, descriptors)?;
     }
-    // The supervisor is gone; what is open here must stay so until the VMs are, which is for
-    // somebody else to see to.
+    // The supervisor is gone. The descriptors here must stay open until the VMs are gone, which the
+    // guardian or systemd takes care of.
     bail!("the supervisor exited");
 }
 
-/// Gives up what the worker doesn't need, if that is wanted. The process has no other thread yet.
+/// Confines the worker, if requested. The process has no other thread yet.
 fn confine(args: &WorkerOptions) -> Result<()> {
     if !args.confine {
         return exit_with_supervisor();
@@ -120,7 +121,7 @@ fn confine(args: &WorkerOptions) -> Result<()> {
     Ok(())
 }
 
-/// Arms the fail point at which the project's own tests want this process killed.
+/// Arms the fail point at which the project's own tests kill this process.
 fn arm() {
     #[cfg(feature = "fail-points")]
     if let Ok(place) = std::env::var(crate::ipc::FAIL) {
@@ -131,15 +132,15 @@ fn arm() {
     }
 }
 
-/// The state that the threads share.
+/// State shared by the threads.
 pub(crate) struct Worker {
     pub(crate) channel: Channel,
-    /// The user of the daemon.
+    /// The daemon's user.
     user: u32,
     cores: usize,
     pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
     pub(crate) vms: Mutex<BTreeMap<u64, Arc<ServedVm>>>,
-    /// The last VMs that have ended.
+    /// The VMs that ended last.
     pub(crate) ended: Mutex<VecDeque<VmStats>>,
     pub(crate) requests: PendingRequests,
     pub(crate) facts: Mutex<Facts>,
@@ -150,25 +151,25 @@ pub(crate) struct Worker {
     clients: AtomicUsize,
 }
 
-/// A snapshot, and how VMs are served from it.
+/// A snapshot, and the settings for serving VMs from it.
 pub(crate) struct OpenService {
     pub(crate) service: Service,
     file: OwnedFd,
-    /// Opened when a VM wants it: one whose disk doesn't answer keeps no others waiting.
+    /// Opened when a VM needs it, so that a disk that doesn't answer blocks no other VMs.
     snapshot: Mutex<Option<Arc<Snapshot>>>,
 }
 
-/// A VM in this worker's hands.
+/// A VM served by this worker.
 pub(crate) struct ServedVm {
     pub(crate) id: u64,
     pub(crate) pid: u32,
     pub(crate) service: Arc<OpenService>,
-    /// When it connected.
+    /// Time at which it connected.
     since: Instant,
-    /// Not before its session is there.
+    /// Set once its session exists.
     pub(crate) paged: OnceLock<Paged>,
     pub(crate) completing: AtomicBool,
-    /// Whether the daemon was asked to stop while it was alive, and so is to complete it.
+    /// Whether the daemon was asked to stop while the VM was alive, so that it must be completed.
     to_complete: AtomicBool,
     pool: Arc<HugePool>,
 }
@@ -212,11 +213,11 @@ impl HugePool {
     }
 }
 
-/// The message to an operator when there is no memory for the small pages of a VM.
+/// The message to an operator when there is no memory for a VM's small pages.
 const MEMORY_SHORTAGE: &str = "out of memory: the machine or the VM's cgroup (memory.max) is at its limit; free \
     memory or raise the limit, and retry";
 
-/// The descriptors and the description of a VM that has arrived.
+/// Descriptors and description of a VM that has arrived.
 struct ReceivedVm {
     regions: Vec<OwnerRegion>,
     quarantined: Vec<u64>,
@@ -296,7 +297,7 @@ impl Worker {
                 let vm = Arc::clone(&served);
                 let begun = self.spawn("vm", move |worker| worker.serve(&vm, arrived));
                 if let Err(error) = begun {
-                    // It costs this one: those that are served have their threads.
+                    // Only this VM is lost: those that are served have their threads.
                     let vm = VmSummary::new(label, Ending::Refused, Some(format!("{error:#}")));
                     self.record_end(&served, vm);
                 }
@@ -325,7 +326,7 @@ impl Worker {
                 for vm in vms {
                     let own = Arc::clone(&vm);
                     if let Err(error) = self.spawn("complete", move |_| own.complete_or_kill()) {
-                        // It costs this one.
+                        // Only this VM is lost.
                         vm.kill(&format!("{error:#}"));
                     }
                 }
@@ -350,7 +351,7 @@ impl Worker {
 
     /// Serves a VM to its end.
     fn serve(&self, served: &ServedVm, arrived: ReceivedVm) {
-        // Whatever is logged of it says of which it is.
+        // All log lines about the VM name it.
         let _of = served.label().span().entered();
         fail_point(FailPoint::Received);
         let label = served.label();
@@ -369,7 +370,7 @@ impl Worker {
         stats.vm.state = vm.ending.into();
         stats.vm.reason.clone_from(&vm.reason);
         {
-            // Who asks for it finds it among those that are served, or among those that have ended.
+            // Operators find it either among the VMs being served, or among those that have ended.
             let mut vms = lock(&self.vms);
             self.totals.add(&stats);
             stats.session.drop_buckets();
@@ -380,7 +381,7 @@ impl Worker {
         self.notify(&FromWorker::VmEnded { id, vm, incomplete });
     }
 
-    /// Keeps what is known of a VM that has ended for who asks.
+    /// Keeps the statistics of an ended VM for operators.
     fn remember(&self, stats: VmStats) {
         let mut ended = lock(&self.ended);
         if ended.len() == MAX_RECENT_VMS {
@@ -435,7 +436,7 @@ impl Worker {
     }
 
     fn metrics(&self) -> String {
-        // With those that have ended, of which none may be among both.
+        // Includes those that have ended; no VM may be in both lists.
         let (live, ended) = {
             let vms = lock(&self.vms);
             let live: Vec<_> = vms.values().map(|vm| vm.stats()).collect();
@@ -462,7 +463,7 @@ impl Worker {
         ended.render(&live, &daemon)
     }
 
-    /// Waits a little for clients who are being resolve.
+    /// Waits a little for clients that are still being served.
     fn let_clients_finish(&self) {
         let began = Instant::now();
         while self.clients.load(SeqCst) > 0 && began.elapsed() < CLIENTS_TIMEOUT {
@@ -492,7 +493,7 @@ impl OpenService {
     }
 
     /// Opens the snapshot if it is not open. A lack of descriptors costs one VM, and not all that
-    /// come after it.
+    /// follow.
     fn snapshot(&self) -> Result<Arc<Snapshot>> {
         let mut snapshot = lock(&self.snapshot);
         let opened = match snapshot.take() {
@@ -520,7 +521,7 @@ impl OpenService {
 }
 
 impl ServedVm {
-    /// Returns its label.
+    /// Returns the VM's label.
     pub(crate) fn label(&self) -> VmLabel {
         VmLabel {
             id: self.id,
@@ -529,7 +530,7 @@ impl ServedVm {
         }
     }
 
-    /// Installs what is missing and lets the VM go.
+    /// Installs all missing pages and releases the VM.
     pub(crate) fn complete(&self) -> Result<(), String> {
         let _of = self.label().span().entered();
         let Some(paged) = self.paged.get() else {
@@ -556,10 +557,10 @@ impl ServedVm {
         ))
     }
 
-    /// Completes the VM, or kills it if that fails, since nobody will serve it.
+    /// Completes the VM; kills it if that fails, since nobody will serve it.
     fn complete_or_kill(&self) {
         let _of = self.label().span().entered();
-        // One that has ended by now was not killed for want of this.
+        // A VM that has already ended was not killed because of this.
         let has_ended = self
             .paged
             .get()
@@ -570,14 +571,14 @@ impl ServedVm {
         }
     }
 
-    /// Kills it if it is served; if it is about to be, its own thread completes it.
+    /// Kills the VM if it is served; if it is about to be, its own thread completes it.
     fn kill(&self, why: &str) {
         if let Some(paged) = self.paged.get() {
             paged.end(&format!("cannot install its missing pages: {why}"));
         }
     }
 
-    /// Returns its statistics.
+    /// Returns the VM's statistics.
     pub(crate) fn stats(&self) -> VmStats {
         let paged = self.paged.get();
         let state = match paged {
@@ -611,7 +612,7 @@ fn wait_for_end(label: VmLabel, paged: &Paged) -> VmSummary {
     VmSummary::new(label, ending, reason).with(&paged.stats())
 }
 
-/// Whether a VM can't be served because its process has ended.
+/// Whether a VM can't be served because its process has exited.
 fn has_ended(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref(),
@@ -625,7 +626,7 @@ fn is_unix(socket: &OwnedFd) -> bool {
     name.is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
 }
 
-/// Locks, also after a panic elsewhere: that leaves the content consistent.
+/// Locks, also after a panic elsewhere, which leaves the content consistent.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

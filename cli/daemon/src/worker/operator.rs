@@ -1,5 +1,4 @@
-//! The requests of operators: the worker answers them, and passes on to the supervisor what it
-//! can't do by itself.
+//! Requests of operators. The worker answers them, and passes on to the supervisor those it can't.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -17,7 +16,7 @@ use crate::api::types::{
 };
 use crate::ipc::{FromWorker, SupervisorRequest};
 
-/// Time for the supervisor to answer. An upgrade waits for another program to start.
+/// Time limit for the supervisor to answer. An upgrade waits for another program to start.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Interval at which a drain checks whether all VMs have ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -26,7 +25,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub(crate) struct PendingRequests {
     pending: Mutex<Pending>,
-    /// Whether another worker takes over as soon as the operator knows.
+    /// Whether another worker takes over as soon as the operator has been told.
     replaced: AtomicBool,
 }
 
@@ -40,7 +39,7 @@ impl PendingRequests {
     /// Passes on an answer of the supervisor.
     pub(crate) fn resolve(&self, number: u64, result: Result<Option<Upgraded>, String>) {
         if let Some(answer) = lock(&self.pending).replies.remove(&number) {
-            // Who asked may have gone away.
+            // The operator may have disconnected.
             let _ = answer.send(result);
         }
     }
@@ -70,7 +69,7 @@ impl Worker {
         }
     }
 
-    /// Returns the VMs that are served and selected.
+    /// Returns the selected VMs that are being served.
     fn served(&self, which: VmSelector) -> Vec<std::sync::Arc<ServedVm>> {
         let vms = lock(&self.vms);
         match which {
@@ -79,8 +78,8 @@ impl Worker {
         }
     }
 
-    /// Returns the result for a VM that was to be completed and is served no more, as long as it is
-    /// remembered.
+    /// Returns the result for a VM that was to be completed and is no longer served, as long as it
+    /// is remembered.
     fn completion(&self, vm: VmId) -> Option<Completed> {
         let ended = lock(&self.ended);
         let stats = ended.iter().find(|stats| stats.vm.id == vm)?;
@@ -104,7 +103,7 @@ impl OperatorApi for Worker {
 
     fn list(&self) -> ApiResult<List> {
         let facts = lock(&self.facts).clone();
-        // Together: a VM that ends just now is among one of them.
+        // Locked together, so that a VM that ends now is in exactly one of them.
         let (serving, mut vms) = {
             let vms = lock(&self.vms);
             let serving: Vec<VmStats> = vms.values().map(|vm| vm.stats()).collect();
@@ -151,7 +150,7 @@ impl OperatorApi for Worker {
     fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>> {
         let vms = self.served(which);
         if let (VmSelector::Vm(id), []) = (which, &vms[..]) {
-            // It may just have completed, or ended by itself.
+            // It may just have been completed, or have exited by itself.
             let completed = self.completion(id).ok_or_else(|| RequestError::no_vm(id))?;
             return Ok(vec![completed]);
         }

@@ -1,7 +1,7 @@
 //! The sandbox: rights that the worker gives up before it serves.
 //!
-//! The worker reads what strangers sent and what files hold: handshakes, snapshots. Everything that
-//! it needs it is given as a descriptor, so it can do without almost everything else:
+//! The worker parses untrusted data: handshakes and snapshots. It gets everything that it needs as
+//! a descriptor, so it can do without almost everything else:
 //!
 //! | what | how |
 //! | --- | --- |
@@ -10,18 +10,18 @@
 //! | no files but some to read (none by default); no TCP, no abstract sockets | Landlock |
 //! | no system call but those of [`PERMITTED_CALLS`] and the engine's | seccomp |
 //!
-//! **Killing owners.** A VM whose page can't be had is killed by whoever finds out, and that is the
-//! worker, so it keeps the right to signal the processes of other users. It can use it on those
-//! only whose pidfds it was given: the filter has `pidfd_send_signal` with SIGKILL and 0, and no
-//! other call that signals another process, nor one that makes a pidfd.
+//! **Killing owners.** A VM whose page can't be restored is killed by the process that notices it.
+//! That is the worker, so it keeps the right to signal the processes of other users. It can use
+//! this right only on those whose pidfds it was given: the filter permits `pidfd_send_signal` with
+//! SIGKILL and 0, but no other call that signals another process, nor one that creates a pidfd.
 //!
-//! **A call that is not permitted fails with EPERM**, and is logged by the kernel. To kill the
+//! **A call that is not permitted fails with EPERM**, and is logged by the kernel. Killing the
 //! process would be stricter. But the calls of an honest worker change with its C library and
-//! kernel, and a call that is new is nearly always one that can fail: killed in its place, the
-//! worker would be started again, make it again, and after some rounds all VMs would be lost. Where
-//! it can't fail, the engine ends the VM, not the guest's memory. An attacker gains nothing by an
-//! error. A worker that makes one of [`KILLING_CALLS`] is no worker any more, and is killed; the
-//! supervisor sees SIGSYS.
+//! kernel, and a new call is nearly always one that may fail. If it were killed, the worker would
+//! be restarted and make the call again, and after some rounds all VMs would be lost. Where the
+//! call may not fail, the engine kills the VM and doesn't corrupt its memory. An attacker gains
+//! nothing from an error. A worker that makes one of [`KILLING_CALLS`] must be compromised, and is
+//! killed; the supervisor sees SIGSYS.
 
 use std::fs;
 use std::io;
@@ -44,12 +44,12 @@ use snaprestore_uffd::uffd::abi;
 
 use snapshot_format::names::escape_path;
 
-/// The newest kind of Landlock that this was tested with. Less is taken where the kernel has less.
+/// The newest version of Landlock that this was tested with. An older kernel supports less.
 const LANDLOCK: ABI = ABI::V7;
 
-/// System calls that are permitted as they are, besides those of the engine's threads.
+/// System calls that are permitted with any arguments, besides those of the engine's threads.
 const PERMITTED_CALLS: &[&str] = &[
-    // Sockets that are there: none can be made, bound or connected.
+    // Existing sockets: none can be created, bound or connected.
     "recvmsg",
     "sendmsg",
     "recvfrom",
@@ -62,7 +62,7 @@ const PERMITTED_CALLS: &[&str] = &[
     "epoll_create1",
     "eventfd2",
     "restart_syscall",
-    // Files that are there.
+    // Open files.
     "fstat",
     "lseek",
     "readv",
@@ -72,7 +72,7 @@ const PERMITTED_CALLS: &[&str] = &[
     "fadvise64",
     "readahead",
     "readlinkat",
-    // Memory, also shared with the supervisor.
+    // Memory, including memory shared with the supervisor.
     "memfd_create",
     "ftruncate",
     "fallocate",
@@ -81,8 +81,7 @@ const PERMITTED_CALLS: &[&str] = &[
     "munlock",
     "mincore",
     "membarrier",
-    // Threads. The C library turns to clone, whose flags a filter can see, when clone3 is not
-    // there.
+    // Threads. If clone3 is missing, the C library uses clone, whose flags a filter can check.
     "clone3",
     "gettid",
     "getpid",
@@ -97,7 +96,7 @@ const PERMITTED_CALLS: &[&str] = &[
     "readlink",
 ];
 
-/// System calls that end the process: there is no use for them but an attacker's.
+/// System calls that kill the process: only an attacker has a use for them.
 const KILLING_CALLS: &[&str] = &[
     "execve",
     "execveat",
@@ -132,12 +131,12 @@ const KILLING_CALLS: &[&str] = &[
     "reboot",
 ];
 
-/// The extent to which a worker is confined.
+/// Settings for confining a worker.
 #[derive(Debug, Default)]
 pub struct Confinement {
-    /// Files, and folders with all that is in them, that may be opened, and read.
+    /// Files, and folders with all their contents, that may be opened for reading.
     pub readable: Vec<PathBuf>,
-    /// The user that it becomes.
+    /// The user that the worker becomes.
     pub account: Option<Account>,
 }
 
@@ -149,7 +148,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// Looks up the user of this name, or of this number.
+    /// Looks up a user by name or number.
     pub fn find(name: &str) -> Result<Self> {
         let user = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
@@ -165,21 +164,21 @@ impl Account {
 /// The result of confining a process.
 #[derive(Debug)]
 pub struct Confined {
-    /// The kind of Landlock in force: its number in the kernel.
+    /// The Landlock version in force, by its number in the kernel.
     pub landlock: Option<u32>,
     /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
-/// Asks the kernel to kill this process when the supervisor exits: it would read messages that
-/// belong to the worker of the next supervisor.
+/// Makes the kernel kill this process when the supervisor exits; otherwise it would read messages
+/// that belong to the worker of the next supervisor.
 pub(crate) fn exit_with_supervisor() -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL).context("cannot set the parent-death signal")
 }
 
 /// Confines this process. It must have no other thread yet.
 pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
-    // Where /proc is not to be seen the caller has to be right.
+    // If /proc is not visible, the caller has to be right.
     let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads != 1 {
         bail!(
@@ -187,10 +186,10 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
         );
     }
     raise_limits();
-    // Before anything is given up that compiling could need.
+    // Compiled before anything is given up that compiling could need.
     let filters = filters(!wanted.readable.is_empty())?;
     become_user(wanted.account)?;
-    // To become another user undoes it, and the filter forbids it.
+    // Becoming another user resets it, and the filter forbids setting it.
     exit_with_supervisor()?;
     prctl::set_dumpable(false).context("cannot clear the dumpable flag")?;
     prctl::set_no_new_privs().context("cannot set no_new_privs")?;
@@ -212,7 +211,7 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     Ok(Confined { landlock, warnings })
 }
 
-/// As many descriptors, and as much locked memory, as may be; what can't be raised stays.
+/// Raises the limits of descriptors and locked memory as far as possible; the rest stays.
 fn raise_limits() {
     for resource in [Resource::RLIMIT_NOFILE, Resource::RLIMIT_MEMLOCK] {
         if let Ok((_, hard)) = getrlimit(resource) {
@@ -220,7 +219,7 @@ fn raise_limits() {
         }
     }
     let all = nix::libc::RLIM_INFINITY;
-    // The capability for it is given up with the others.
+    // The capability for it is dropped with the others.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, all, all);
 }
 
@@ -265,8 +264,8 @@ fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
     })
 }
 
-/// The filters, in the order of their installation: the last one takes away the call that installs
-/// more. Of several answers to a call the strictest counts.
+/// Returns the filters in the order of their installation; the last one forbids the call that
+/// installs more. If they disagree on a call, the strictest applies.
 fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
     let all: Vec<Value> = KILLING_CALLS
         .iter()
@@ -299,7 +298,7 @@ fn compile(filter: &Value) -> Result<Vec<nix::libc::sock_filter>> {
     Ok(program.into_iter().map(instruction).collect())
 }
 
-/// The rules of the calls that are permitted, some of them with certain arguments only.
+/// Returns the rules of the permitted calls, some of them only with certain arguments.
 fn permitted(opens_files: bool) -> Vec<Value> {
     use nix::libc::{
         AT_EMPTY_PATH, CLONE_NEWCGROUP, CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID,
@@ -307,9 +306,9 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         F_GET_SEALS, F_GETFD, F_GETFL, F_SETFD, F_SETFL, FIONBIO, O_ACCMODE, O_CREAT, O_TRUNC,
         PR_SET_NAME, PR_SET_VMA, PROT_EXEC, SIGKILL,
     };
-    /// Calls of the engine's own list that come with conditions below.
+    /// Calls in the engine's own list that get conditions below.
     const CONDITIONAL: &[&str] = &["ioctl", "fcntl", "mmap", "mprotect", "pidfd_send_signal"];
-    // C's flags are ints; their bits are meant.
+    // C's flags are ints, of which only the bits matter.
     let bits = |flags: i32| u64::from(flags.cast_unsigned());
     let is = |index: u8, value: u64| json!({ "index": index, "type": "dword", "op": "eq", "val": value });
     let masked = |index: u8, mask: u64, value: u64| json!({ "index": index, "type": "dword", "op": { "masked_eq": mask }, "val": value });
@@ -321,7 +320,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         .filter(|call| !CONDITIONAL.contains(call))
         .filter(|call| cfg!(target_arch = "x86_64") || **call != "epoll_wait");
     let mut rules: Vec<Value> = engine.chain(PERMITTED_CALLS).map(whole).collect();
-    // What is installed and let go. New userfaultfds are none of the worker's business.
+    // Installing and releasing. The worker never creates a userfaultfd.
     let requests = [
         abi::UFFDIO_REGISTER,
         abi::UFFDIO_UNREGISTER,
@@ -345,11 +344,11 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         F_GET_SEALS,
     ];
     rules.extend(commands.map(|command| with("fcntl", &[is(1, bits(command))])));
-    // No new code.
+    // No new executable memory.
     for call in ["mmap", "mprotect"] {
         rules.push(with(call, &[masked(2, bits(PROT_EXEC), 0)]));
     }
-    // Threads, and neither processes nor namespaces.
+    // Threads, but neither processes nor namespaces.
     let thread = bits(CLONE_VM | CLONE_THREAD);
     let namespaces = bits(
         CLONE_NEWNS
@@ -364,7 +363,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
     for option in [PR_SET_NAME, PR_SET_VMA] {
         rules.push(with("prctl", &[is(0, bits(option))]));
     }
-    // Descriptors, and no paths.
+    // Descriptors, but no paths.
     let empty_path = bits(AT_EMPTY_PATH);
     rules.push(with("newfstatat", &[masked(3, empty_path, empty_path)]));
     rules.push(with("statx", &[masked(2, empty_path, empty_path)]));
@@ -372,7 +371,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
         let writing = bits(O_ACCMODE | O_CREAT | O_TRUNC);
         rules.push(with("openat", &[masked(2, writing, 0)]));
     }
-    // Limits can be read.
+    // Limits may only be read.
     rules.push(with(
         "prlimit64",
         &[
@@ -380,7 +379,7 @@ fn permitted(opens_files: bool) -> Vec<Value> {
             json!({ "index": 2, "type": "qword", "op": "eq", "val": 0 }),
         ],
     ));
-    // Ending VMs, and itself.
+    // Killing VMs, and itself.
     for signal in [0, SIGKILL] {
         rules.push(with("pidfd_send_signal", &[is(1, bits(signal))]));
     }

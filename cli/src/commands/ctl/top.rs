@@ -100,7 +100,7 @@ struct Row {
     /// Number of pages at the second sample.
     pages: u64,
     missing: u64,
-    /// Number of failures since the VM connected.
+    /// Number of failures since the VM connected or a new worker took it over.
     failures: u64,
 }
 

@@ -18,8 +18,8 @@ use crate::output::count;
 /// table, which may add them to its memory: 8 MiB in all.
 const MAX_HIDDEN_PAGES: u64 = (8 << 20) / PAGE;
 
-/// How long the process was held, and counts of pages that were not read, or whose content may
-/// differ from what was assumed.
+/// Time for which the process was held, and counts of pages that were not read, or whose content
+/// may differ from what was assumed.
 #[derive(Debug, Default)]
 pub(super) struct Summary {
     pub(super) held: Duration,

@@ -13,7 +13,7 @@ const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
-/// Not implemented, as the kernel wants it.
+/// Error number for requests that are not implemented, negated as the FUSE protocol requires.
 const ENOSYS: i32 = -38;
 
 /// Returns an open file of a file system that a child serves until it exits. This process cannot

@@ -1,4 +1,4 @@
-//! The protocol, over a api that only notes what it was asked for.
+//! The protocol, with an API that only records the requests.
 
 use std::io::{BufRead as _, BufReader};
 use std::sync::Mutex;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::api::types::{Pages, SessionStats, Times, VmState, VmStatus};
 
-/// Notes what it is asked for, has VM 3, and refuses what is named "no".
+/// An API that records requests, has VM 3, and refuses everything named "no".
 #[derive(Default)]
 struct Fake {
     asked: Mutex<Vec<String>>,
@@ -115,12 +115,12 @@ fn replies(api: &Fake, sent: &[u8]) -> Vec<Value> {
         scope.spawn({
             let mut here = here.try_clone().unwrap();
             move || {
-                // Refused in the middle of a line that is too long.
+                // The connection is refused in the middle of a line that is too long.
                 let _ = here.write_all(sent);
                 let _ = here.shutdown(std::net::Shutdown::Write);
             }
         });
-        // What was sent and not read resets the connection, after the reply.
+        // Data that was sent but not read resets the connection, after the reply.
         let lines = BufReader::new(&here).lines().map_while(Result::ok);
         lines
             .map(|line| serde_json::from_str(&line).unwrap())
@@ -222,7 +222,7 @@ fn what_is_not_understood_is_an_error_and_the_next_line_is_read() {
         assert!(error.contains(says), "{line}: {reply}");
     }
     assert_eq!(replies[wrong.len()]["ok"]["version"], "1");
-    // Only what was understood has reached it.
+    // Only requests that could be parsed have reached the API.
     assert_eq!(api.asked(), ["stats Some(4)", "remove no", "list"]);
 }
 
@@ -230,7 +230,7 @@ fn what_is_not_understood_is_an_error_and_the_next_line_is_read() {
 fn a_line_without_end_ends_the_connection_and_costs_no_more_than_its_bound() {
     let api = Fake::default();
     let replies = replies(&api, &vec![b'x'; 4 << 20]);
-    // The reply may be lost where the kernel drops it with what was not read.
+    // The kernel may drop the reply together with the unread data.
     assert!(replies.len() <= 1, "{replies:?}");
     for reply in replies {
         let error = reply["error"].as_str().unwrap();
@@ -256,7 +256,7 @@ fn a_silent_peer_is_left() {
     let error = lines.next(Some(until)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     assert!(error.to_string().contains("silent"), "{error}");
-    // Nor is one that goes on sending bytes of a line that has had its time.
+    // Neither does a client get more time by sending more bytes of a line.
     let error = lines.next(Some(until)).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
 }

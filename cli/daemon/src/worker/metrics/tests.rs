@@ -1,4 +1,4 @@
-//! Scrapes.
+//! Tests of scrapes.
 
 use super::*;
 use crate::api::types::{FaultKinds, Pages, Sources, VmStatus};
@@ -23,7 +23,7 @@ fn vm(service: &str, state: VmState) -> VmStats {
                 ..FaultKinds::default()
             },
             sources: Sources {
-                // 5 us and a bit: not in the bucket that ends there.
+                // A little more than 5 us, so not in the bucket that ends there.
                 read: Times::of(
                     vec![(4_900, 2), (5_100, 2), (9_000_000_000, 1)],
                     Duration::from_secs(9),
@@ -126,7 +126,7 @@ fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
             "snaprestore_fault_seconds_count{service=\"web\",source=\"read\"} 15",
         ],
     );
-    // What was rendered was not noted.
+    // Rendering doesn't change the totals.
     let again = totals.render(&[vm("web", VmState::Serving)], &daemon);
     assert_eq!(text, again);
     totals.forget("web");
@@ -148,7 +148,7 @@ fn the_cache_of_frames_is_told_about() {
     );
 }
 
-/// Every name that is scraped is documented, and none is that isn't.
+/// Every scraped name is documented, and every documented name is scraped.
 #[test]
 fn the_documentation_has_the_names() {
     let text = Totals::default().render(&[], &daemon());
@@ -182,7 +182,7 @@ fn answered(request: &[u8]) -> String {
     let (mut here, there) = UnixStream::pair().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || scrape(there, || "the text\n".to_owned()));
-        // What is too long is not taken whole.
+        // A request that is too long is not read completely.
         let _ = here.write_all(request);
         let mut reply = Vec::new();
         let _ = here.read_to_end(&mut reply);
