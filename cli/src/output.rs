@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 use snaprestore_daemon::Console;
+use snaprestore_uffd::os::limits::Hint;
 
 use crate::args::Common;
 use crate::exit::Exit;
@@ -94,9 +95,8 @@ impl Output {
 
     /// Prints an error with its causes and returns the exit code.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
-        let exit = failed(error);
-        self.failed(&format!("{error:#}"), exit as i32);
-        exit
+        self.failed(&text_of(error), failed(error) as i32);
+        Exit::of(error)
     }
 
     /// Prints the JSON object of a failure if `--json` was given and no object was printed yet.
@@ -124,8 +124,15 @@ impl Console for Output {
 
 /// Prints an error with its causes, whatever the options, and returns the exit code.
 pub(crate) fn failed(error: &anyhow::Error) -> Exit {
-    to_stderr(&format!("snaprestore: {error:#}\n"));
+    to_stderr(&format!("snaprestore: {}\n", text_of(error)));
     Exit::of(error)
+}
+
+/// Formats an error with its causes, and with the limit that a write has met.
+fn text_of(error: &anyhow::Error) -> String {
+    let io_error = error.chain().find_map(|cause| cause.downcast_ref());
+    let hint = io_error.map(Hint::for_file).unwrap_or_default();
+    format!("{error:#}{hint}")
 }
 
 /// Writes text for people. Errors are ignored: standard error may be closed.
