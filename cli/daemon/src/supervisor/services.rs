@@ -348,7 +348,7 @@ impl Supervisor {
         let closing = self.closing.iter().map(|closing| closing.peer.pid);
         let peers = pending.chain(served).chain(exiting).chain(closing);
         if pid != 0 && peers.filter(|peer| *peer == pid).count() >= MAX_PER_PROCESS {
-            bail!("its process has {MAX_PER_PROCESS} VMs already");
+            bail!("its process already has {MAX_PER_PROCESS} VMs, the maximum");
         }
         Ok(())
     }
