@@ -334,7 +334,7 @@ impl Supervisor {
         ));
         if self.failed_starts.is_hopeless(Instant::now()) {
             bail!(
-                "for {FAILED_STARTS_TIMEOUT:?} no worker has become ready: {} of them have ended at once, and the last {description}",
+                "no worker became ready for {FAILED_STARTS_TIMEOUT:?}: {} of them exited at once, and the last {description}",
                 self.failed_starts.count
             );
         }
