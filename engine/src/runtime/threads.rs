@@ -216,6 +216,9 @@ impl ThreadOptions {
 
     /// Returns the maximum number of threads that are started.
     pub(crate) fn threads(&self) -> usize {
+        if self.prefetch == Prefetch::Off {
+            return self.fault_threads;
+        }
         let shared = self.shared();
         self.fault_threads + shared.pool().thread_count(self.prefetch_threads)
     }
