@@ -119,7 +119,7 @@ impl Facts {
 
     /// Returns the facts of an open snapshot.
     pub(crate) fn of(snapshot: &Snapshot) -> Result<Self, snapshot_format::ReadError> {
-        let regions = snapshot.regions()?;
+        let regions = snapshot.regions();
         Ok(Self {
             format_version: snapshot.format_version(),
             ..Self::written(

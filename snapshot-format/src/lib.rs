@@ -42,7 +42,6 @@
 
 #![forbid(unsafe_code)]
 
-mod decoder;
 pub mod dictionary;
 pub mod digest;
 mod error;
@@ -59,14 +58,13 @@ mod types;
 mod verify;
 mod writer;
 
-pub use decoder::FrameDecoder;
 pub use digest::Digest;
 pub use error::{Defect, FrameError, OpenError, Part, ReadError};
 pub use file::{FileError, SnapshotFile, is_unsupported};
 pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
-pub use snapshot::{Snapshot, SnapshotOptions};
+pub use snapshot::{FrameDecoder, Snapshot, SnapshotOptions};
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{
     Attachment, DictionaryInfo, FillRun, Region, SnapshotId, Summary, WorkingSet, WorkingSetRun,

@@ -1,4 +1,5 @@
-//! `FORMAT.md` is normative: its tables must agree with `layout.rs`.
+//! `FORMAT.md` is normative: its tables must agree with `layout.rs`, whose structs have the same
+//! names with `Raw` before them.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -71,7 +72,7 @@ macro_rules! structs {
                     size_of::<T>()
                 }
                 check(
-                    stringify!($name),
+                    stringify!($name).trim_start_matches("Raw"),
                     size_of::<layout::$name>(),
                     &[$((
                         stringify!($field),
@@ -85,36 +86,36 @@ macro_rules! structs {
 }
 
 structs! {
-    Header {
+    RawHeader {
         magic, version, page_size, required_features, optional_features, snapshot_id, reserved, crc,
     }
-    Trailer {
+    RawTrailer {
         version, section_count, required_features, optional_features, snapshot_id, file_bytes,
         summary, strong_root, unused, reserved, sections, crc, magic,
     }
-    Summary {
+    RawSummary {
         pages, zero_pages, fill_pages, stored_pages, duplicate_pages, unavailable_pages, frames,
         frame_bytes, stored_bytes, index_bytes, content_digest, state_digest,
     }
-    SectionEntry { kind, crc, offset, len, count, reserved }
-    RegionEntry {
+    RawSectionEntry { kind, crc, offset, len, count, reserved }
+    RawRegionEntry {
         space, flags, start, pages, first_page, page_shift, name_len, name_offset, reserved,
         unused,
     }
-    TopEntry { kind, codec, layer, stored_len, decoded_len, word_or_offset, crc, ancestor_block }
-    IndexHeader {
+    RawTopEntry { kind, codec, layer, stored_len, decoded_len, word_or_offset, crc, ancestor_block }
+    RawIndexHeader {
         magic, page_count, frame_count, fill_count, reserved, first_page, reserved2,
     }
-    FrameRef { offset, stored_len, crc, slots, layer, dictionary, codec, reserved }
-    PageEntry { frame, slot }
-    FrameHeader {
+    RawFrameRef { offset, stored_len, crc, slots, layer, dictionary, codec, reserved }
+    RawPageEntry { frame, slot }
+    RawFrameHeader {
         magic, slots, run_count, dictionary, codec, reserved, payload_len, base_page,
     }
-    PageRun { page, slot, count }
-    FillRun { first_page, pages, word }
-    BlobEntry { offset, len, crc, tag, name_offset, name_len }
-    WorkingSetRun { first_page, pages }
-    AncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
+    RawPageRun { page, slot, count }
+    RawFillRun { first_page, pages, word }
+    RawBlobEntry { offset, len, crc, tag, name_offset, name_len }
+    RawWorkingSetRun { first_page, pages }
+    RawAncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
 }
 
 #[test]
@@ -338,7 +339,7 @@ fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
 
 #[test]
 fn the_example_is_the_golden_file() {
-    use snapshot_format::layout::TopEntry;
+    use snapshot_format::layout::RawTopEntry;
     use zerocopy::FromBytes;
 
     let text = chapter("## A worked example");
@@ -353,7 +354,7 @@ fn the_example_is_the_golden_file() {
         .find_map(|line| line.strip_prefix("Top table, at byte "))
         .and_then(|rest| rest.trim_end_matches(':').parse::<usize>().ok())
         .expect("where the top table lies");
-    let (entry, _) = TopEntry::read_from_prefix(&EXAMPLE[top..]).expect("an entry");
+    let (entry, _) = RawTopEntry::read_from_prefix(&EXAMPLE[top..]).expect("an entry");
     let at = usize::try_from(entry.word_or_offset.get()).expect("in the file");
     let stored = &EXAMPLE[at..at + usize::from(entry.stored_len.get())];
     let mut decoded = vec![0; entry.decoded_len.get().into()];
@@ -454,7 +455,7 @@ fn the_tail_holds_what_is_promised() {
     assert!(chapter("## Opening").contains(&format!("at most {room} bytes")));
     for row in table(chapter("## Opening"), "memory") {
         let gib: usize = row[0].trim_end_matches(" GiB").parse().expect("GiB");
-        let top = gib * 512 * size_of::<layout::TopEntry>();
+        let top = gib * 512 * size_of::<layout::RawTopEntry>();
         assert_eq!(row[1], format!("{top} bytes"));
         let left = match room - top {
             0 => "none".to_owned(),
@@ -463,7 +464,7 @@ fn the_tail_holds_what_is_promised() {
         assert_eq!(row[2], left);
     }
     let most =
-        layout::MAX_PAGES / layout::PAGES_PER_BLOCK_U64 * size_of::<layout::TopEntry>() as u64;
+        layout::MAX_PAGES / layout::PAGES_PER_BLOCK_U64 * size_of::<layout::RawTopEntry>() as u64;
     assert_eq!(most, 3 << 30);
     assert!(FORMAT.contains("the top table has at most 3 GiB"));
 }

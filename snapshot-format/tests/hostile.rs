@@ -295,7 +295,6 @@ proptest! {
                     }
                 }
             }
-            let _ = snapshot.regions();
             let _ = (snapshot.fill_runs(), snapshot.properties(), snapshot.prepare());
             let _ = snapshot.working_set("boot");
             let _ = snapshot.read_attachment("vmm state", io::sink());

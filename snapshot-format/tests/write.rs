@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use model::{Given, Image, data_page, noise_page, options};
 use proptest::prelude::*;
-use snapshot_format::layout::{MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, TopEntry};
+use snapshot_format::layout::{MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, RawTopEntry};
 use snapshot_format::{
     Codec, Dictionary, FrameDecoder, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot,
     SnapshotOptions, VerifyOptions, WorkingSetRun, WriteError, Writer, WriterOptions, Written,
@@ -440,7 +440,7 @@ fn wrong_arguments_are_refused() {
 /// A reader with the default options opens whatever the writer has written.
 #[test]
 fn memory_whose_top_table_readers_refuse_is_refused_at_once() {
-    let blocks = SnapshotOptions::default().most_top_bytes / size_of::<TopEntry>() as u64;
+    let blocks = SnapshotOptions::default().most_top_bytes / size_of::<RawTopEntry>() as u64;
     let mut writer = Writer::new(io::sink(), WriterOptions::default()).unwrap();
     writer.begin_region(&RegionSpec::default()).unwrap();
     writer.write_fill(1, 0).unwrap();
@@ -572,7 +572,7 @@ fn nothing_at_all_is_a_snapshot_too() {
             .unwrap();
     }
     let (bytes, _) = writer.finish().unwrap();
-    assert_eq!(open(bytes.clone()).regions().unwrap().len(), 2);
+    assert_eq!(open(bytes.clone()).regions().len(), 2);
     assert_verifies(bytes);
 }
 

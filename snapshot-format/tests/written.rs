@@ -6,7 +6,7 @@ mod counting;
 use std::sync::Arc;
 
 use counting::Counting;
-use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64, TAIL_BYTES, TopEntry};
+use snapshot_format::layout::{PAGE_SIZE, PAGES_PER_BLOCK_U64, RawTopEntry, TAIL_BYTES};
 use snapshot_format::{
     Dictionary, FrameDecoder, MemoryStore, Page, Reason, RegionSpec, Snapshot, SnapshotId,
     VerifyOptions, Writer, WriterOptions, verify,
@@ -67,9 +67,9 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
         let store = Arc::new(Counting::new(generate(gib)));
         let snapshot = Snapshot::open(store.clone()).expect("open");
         assert_eq!(snapshot.block_count(), gib * 512);
-        snapshot.regions().expect("regions");
+        assert_eq!(snapshot.regions().len(), 1);
         let (reads, bytes) = store.take(Reason::Open);
-        let top = snapshot.block_count() * size_of::<TopEntry>() as u64;
+        let top = snapshot.block_count() * size_of::<RawTopEntry>() as u64;
         if gib <= 4 {
             assert_eq!((reads, bytes), (1, TAIL_BYTES as u64), "{gib} GiB");
         } else {
@@ -194,7 +194,7 @@ fn the_last_address_is_an_address() {
         assert_eq!(written.is_ok(), good, "{start:#x}");
         if let Ok((file, _)) = written {
             let snapshot = Snapshot::open(Arc::new(MemoryStore::new(file))).expect("open");
-            assert_eq!(snapshot.regions().expect("regions")[0].start, start);
+            assert_eq!(snapshot.regions()[0].start, start);
         }
     }
 }

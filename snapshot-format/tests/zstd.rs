@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{Pack, Sample, compress};
-use snapshot_format::layout::{FrameHeader, PAGE_SIZE, PageRun};
+use snapshot_format::layout::{PAGE_SIZE, RawFrameHeader, RawPageRun};
 use snapshot_format::{
     Dictionary, FrameDecoder, FrameRef, MemoryStore, Page, Reason, RegionSpec, Snapshot,
     VerifyOptions, Writer, WriterOptions, dictionary, verify,
@@ -197,9 +197,10 @@ fn written(dictionary: Dictionary, level: i32, frame_pages: usize) -> (u8, u8) {
     let snapshot = open(bytes.clone());
     let frame = frame_of_page(&snapshot, 0);
     let at = usize::try_from(frame.offset()).expect("in memory");
-    let (header, _) = FrameHeader::ref_from_prefix(&bytes[at..]).expect("a header");
-    let payload =
-        at + size_of::<FrameHeader>() + usize::from(header.run_count.get()) * size_of::<PageRun>();
+    let (header, _) = RawFrameHeader::ref_from_prefix(&bytes[at..]).expect("a header");
+    let payload = at
+        + size_of::<RawFrameHeader>()
+        + usize::from(header.run_count.get()) * size_of::<RawPageRun>();
     assert_eq!(bytes[payload..][..4], 0xfd2f_b528_u32.to_le_bytes());
     (bytes[payload + 4], header.codec)
 }

@@ -201,7 +201,7 @@ impl<'s> Plan<'s> {
             file: file.to_owned(),
             target: target::name(&args.output),
             pieces: Vec::new(),
-            regions: chosen(snapshot.regions()?, &args.region)
+            regions: chosen(snapshot.regions(), &args.region)
                 .with_context(|| format!("cannot choose the regions of {file}"))?,
             blocks: 0,
             pages: 0,

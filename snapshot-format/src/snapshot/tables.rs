@@ -39,7 +39,7 @@ impl Snapshot {
             .map_err(|flaw| self.damaged(Part::Section(kind), flaw))?;
         let mut good = Vec::with_capacity(runs.len());
         for (number, run) in runs.into_iter().enumerate() {
-            let at = section.offset + (number * size_of::<layout::FillRun>()) as u64;
+            let at = section.offset + (number * size_of::<layout::RawFillRun>()) as u64;
             let run = self.hold_against_index(number, run, at)?;
             good.extend((run.pages > 0).then_some(run));
         }
@@ -129,7 +129,7 @@ impl Snapshot {
 
     /// Returns the working sets, in the order of the file.
     pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
-        let run = size_of::<layout::WorkingSetRun>() as u64;
+        let run = size_of::<layout::RawWorkingSetRun>() as u64;
         let blobs = self.blobs(SectionKind::WorkingSets)?;
         Ok(blobs
             .into_iter()

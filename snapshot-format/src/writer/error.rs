@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, TopEntry};
+use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawTopEntry};
 
 /// Why a snapshot could not be written. The writer that returned it accepts no further calls.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ pub enum WriteError {
 
 /// Tebibytes of memory that a top table stands for, with one decimal.
 fn tib(top_bytes: u64) -> String {
-    let blocks = top_bytes / size_of::<TopEntry>() as u64;
+    let blocks = top_bytes / size_of::<RawTopEntry>() as u64;
     // No number of pages above 2^36 comes here.
     let tenths = (blocks * 10 * PAGES_PER_BLOCK_U64 * PAGE_SIZE_U64) >> 40;
     format!("{}.{}", tenths / 10, tenths % 10)

@@ -42,7 +42,7 @@ use self::training::Training;
 use self::workers::Workers;
 use crate::layout::{
     MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
-    TopEntry,
+    RawTopEntry,
 };
 use crate::snapshot::DEFAULT_MOST_TOP_BYTES;
 use crate::types::{Region, SnapshotId, Summary};
@@ -341,7 +341,7 @@ impl<W: Write> Writer<W> {
             MAX_PAGES,
         )?;
         let blocks = (region.first_page + len).div_ceil(PAGES_PER_BLOCK_U64);
-        let bytes = blocks * size_of::<TopEntry>() as u64;
+        let bytes = blocks * size_of::<RawTopEntry>() as u64;
         if bytes > DEFAULT_MOST_TOP_BYTES {
             return Err(WriteError::TopTooLarge {
                 bytes,

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::layout::{FillRun, MAX_FILL_RUNS};
+use crate::layout::{MAX_FILL_RUNS, RawFillRun};
 
 /// Collector of the [`MAX_FILL_RUNS`] longest runs; among equal ones, those that came first.
 #[derive(Default)]
@@ -38,12 +38,12 @@ impl ZeroRuns {
     }
 
     /// Returns the runs, longest first.
-    pub(super) fn finish(mut self) -> Vec<FillRun> {
+    pub(super) fn finish(mut self) -> Vec<RawFillRun> {
         self.close();
         self.best
             .into_sorted_vec()
             .into_iter()
-            .map(|Reverse((pages, Reverse(first)))| FillRun {
+            .map(|Reverse((pages, Reverse(first)))| RawFillRun {
                 first_page: first.into(),
                 pages: pages.into(),
                 word: 0.into(),
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn plain(runs: &[FillRun]) -> Vec<(u64, u64)> {
+    fn plain(runs: &[RawFillRun]) -> Vec<(u64, u64)> {
         runs.iter()
             .map(|run| (run.first_page.get(), run.pages.get()))
             .collect()

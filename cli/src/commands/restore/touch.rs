@@ -39,12 +39,12 @@ impl Pages {
     pub(super) fn of(snapshot: &Snapshot) -> Result<Self> {
         let mut count = 0;
         let mut regions = Vec::new();
-        for region in snapshot.regions()? {
+        for region in snapshot.regions() {
             regions.push((count, region.first_page));
             count += region.pages;
         }
         let unavailable = if snapshot.summary().unavailable_pages > 0 {
-            unavailable(snapshot, snapshot.regions()?)
+            unavailable(snapshot, snapshot.regions())
         } else {
             Vec::new()
         };

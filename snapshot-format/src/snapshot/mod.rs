@@ -6,6 +6,7 @@
 //! everything that is needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
+mod decoder;
 mod opening;
 mod tables;
 
@@ -17,6 +18,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
+pub use self::decoder::FrameDecoder;
 use self::opening::Tables;
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
@@ -220,13 +222,8 @@ impl Snapshot {
 
     /// Returns the regions, in the order of page numbers. They were read when the snapshot was
     /// opened.
-    pub fn regions(&self) -> Result<&[Region], ReadError> {
-        Ok(&self.regions)
-    }
-
-    /// Returns the region that `page` belongs to; none for numbers past a region's end.
-    pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
-        Ok(sections::region_of(&self.regions, page))
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
     }
 
     /// Returns the top table's description of a block. The entry for a region's last block covers

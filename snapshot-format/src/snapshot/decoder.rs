@@ -22,10 +22,10 @@ use std::fmt;
 
 use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
+use super::Snapshot;
 use crate::error::{Defect, FrameError, ReadError};
 use crate::frame::{Codec, FrameRef, ListedPages, Parts};
 use crate::layout::{MAX_FRAME_RECORD_BYTES, PAGE_SIZE};
-use crate::snapshot::Snapshot;
 use crate::store::Reason;
 use crate::types::SnapshotId;
 

@@ -472,7 +472,7 @@ impl Check<'_> {
                 self.report.add("summary", trailer, detail);
             }
         }
-        let regions = self.snapshot.regions().unwrap_or_default();
+        let regions = self.snapshot.regions();
         let attachments: Vec<_> = self
             .attachments
             .iter()
