@@ -64,7 +64,9 @@ pub use file::{FileError, SnapshotFile, is_unsupported};
 pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
-pub use snapshot::{FrameDecoder, Snapshot, SnapshotOptions};
+pub use snapshot::{
+    Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, Snapshot, SnapshotOptions,
+};
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{
     Attachment, DictionaryInfo, FillRun, Region, SnapshotId, Summary, WorkingSet, WorkingSetRun,

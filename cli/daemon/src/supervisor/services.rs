@@ -410,7 +410,12 @@ impl Supervisor {
 /// snapshot is refused here, and not for each VM.
 fn start_opening(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
     let open = |path: &Path| -> Result<OwnedFd> {
-        drop(Snapshot::open_path(path)?);
+        if !Snapshot::open_path(path)?.ancestors().is_empty() {
+            anyhow::bail!(
+                "{}: is layered; a service needs a snapshot in one file",
+                escape_path(path)
+            );
+        }
         let store = FileStore::open(path).with_context(|| escape_path(path))?;
         Ok(store.into_file().into())
     };

@@ -124,9 +124,14 @@ impl Duplicates {
             let Some((frame, slot)) = stored else {
                 continue;
             };
-            let offset = block.frames()[frame].offset();
-            newest = newest.max(offset);
-            if offset < newest {
+            let frame_ref = &block.frames()[frame];
+            // Pages of an ancestor's frame are known from the index alone.
+            let foreign = frame_ref.layer() != 0;
+            let offset = frame_ref.offset();
+            if !foreign {
+                newest = newest.max(offset);
+            }
+            if foreign || offset < newest {
                 let count = 1;
                 open = Some((frame, Run { page, slot, count }));
             }
