@@ -88,6 +88,25 @@ impl FrameRef {
         })
     }
 
+    /// Returns the reference of a file that has the frame's file as `layer`.
+    pub(crate) fn to_raw(self, layer: u16) -> layout::RawFrameRef {
+        let (codec, dictionary) = match self.codec {
+            Codec::Raw => (codec::RAW, 0),
+            Codec::Zstd => (codec::ZSTD, 0),
+            Codec::ZstdDictionary(number) => (codec::ZSTD_DICTIONARY, number),
+        };
+        layout::RawFrameRef {
+            offset: self.offset.into(),
+            stored_len: self.stored_len.into(),
+            crc: self.crc.into(),
+            slots: self.slots.into(),
+            layer: layer.into(),
+            dictionary: dictionary.into(),
+            codec,
+            reserved: 0,
+        }
+    }
+
     /// Returns the number of the file that holds the frame, among the files of the open snapshot:
     /// 0 for the snapshot's own file, `n` for the `n`th of [`crate::Snapshot::ancestors`].
     ///

@@ -36,6 +36,12 @@
 //! [`Writer`] takes pages in order and writes a snapshot in one pass to anything that implements
 //! [`std::io::Write`]; [`SnapshotFile`] is a file that gets its name when all of it is on disk.
 //!
+//! # Layers
+//!
+//! A snapshot can be the child of another, the base: [`WriterOptions::base`]. It stores only what
+//! differs and refers to the files of its ancestors for the rest. [`Snapshot::open_path`] finds
+//! them beside the child, [`LayerFolders`] in other folders, and [`Ancestors`] anywhere.
+//!
 //! # Verifying
 //!
 //! [`verify()`] reads everything and reports everything that is wrong.

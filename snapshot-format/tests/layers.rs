@@ -1,5 +1,5 @@
-//! Layered snapshots: a hand-made chain reads and verifies, every kind of defect is named, and damage
-//! in any file never turns into wrong content.
+//! Layered snapshots: a hand-made chain reads and verifies, every kind of defect is named, and
+//! damage in any file never turns into wrong content.
 
 mod chain;
 mod common;

@@ -287,7 +287,7 @@ impl Snapshot {
     }
 
     /// Returns the number of pages of a block: 512, or fewer at the end of a region.
-    fn pages_of_block(&self, block: u64) -> usize {
+    pub(crate) fn pages_of_block(&self, block: u64) -> usize {
         let first = block * PAGES_PER_BLOCK_U64;
         let region = sections::region_of(&self.regions, first);
         let pages = region.map_or(0, |region| region.first_page + region.pages - first);

@@ -1,5 +1,5 @@
-//! Layered snapshots assembled by hand, without the writer: a small independent encoder, and a chain
-//! of three files made with it.
+//! Layered snapshots assembled by hand, without the writer: a small independent encoder, and a
+//! chain of three files made with it.
 
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 #![allow(
