@@ -35,8 +35,7 @@ fn read_all(snapshot: &Snapshot) -> Vec<Read> {
             let key = (frame.layer(), frame.offset());
             let bytes = frames.entry(key).or_insert_with(|| {
                 let mut out = vec![0; frame.decoded_len()];
-                let decoded = decoder.decode(snapshot, &frame, Reason::Demand, &mut out);
-                match decoded {
+                match decoder.decode(snapshot, &frame, Reason::Demand, &mut out) {
                     Ok(_) => Ok(out),
                     Err(error) => {
                         assert!(error.is_damage(), "{error}");
@@ -199,7 +198,9 @@ fn opening_reads_little_of_an_ancestor() {
 /// Returns a folder with the files of the chain.
 fn folder(files: &[&File]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("folder");
-    files.iter().for_each(|file| file.write_to(folder.path()));
+    for file in files {
+        file.write_to(folder.path());
+    }
     folder
 }
 

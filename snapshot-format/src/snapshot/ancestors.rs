@@ -163,8 +163,16 @@ impl Ancestors for LayerFolders {
         beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError> {
         let mut refused = None;
-        let mut found = |path: &Path| {
+        let mut found = |path: &Path, is_named: bool| {
             let layer = Layer::open_path(path);
+            // A damaged header may have any id. Another file under the last known name is worth a
+            // word.
+            if let Ok(layer) = &layer
+                && layer.id() != wanted.id
+                && !is_named
+            {
+                return None;
+            }
             let checked = layer.and_then(|layer| wanted.check(&layer).map(|()| layer));
             match checked {
                 Ok(layer) => Some(Arc::new(layer)),
@@ -176,14 +184,14 @@ impl Ancestors for LayerFolders {
         };
         for folder in self.all(beside) {
             let path = path_of(folder, &wanted.name).filter(|path| path.is_file());
-            if let Some(layer) = path.and_then(|path| found(&path)) {
+            if let Some(layer) = path.and_then(|path| found(&path, true)) {
                 return Ok(Some(layer));
             }
         }
         for again in [false, true] {
             for folder in self.all(beside) {
                 let mut paths = self.by_id(folder, wanted.id, again).into_iter();
-                if let Some(layer) = paths.find_map(|path| found(&path)) {
+                if let Some(layer) = paths.find_map(|path| found(&path, false)) {
                     return Ok(Some(layer));
                 }
             }

@@ -238,9 +238,9 @@ impl Encoder {
             reserved2: 0.into(),
         };
         let mut plain = [header.as_bytes(), frames.as_bytes()].concat();
-        fills
-            .iter()
-            .for_each(|word| plain.extend_from_slice(&word.to_le_bytes()));
+        for word in &fills {
+            plain.extend_from_slice(&word.to_le_bytes());
+        }
         plain.extend_from_slice(raw.as_bytes());
         let compressed = self.top.len() % 2 == 1;
         let stored = if compressed {
@@ -273,6 +273,10 @@ impl Encoder {
         self.blocks.push(file.blocks[number].clone());
     }
 
+    #[expect(
+        clippy::too_many_lines,
+        reason = "one thing after the other, as in the file"
+    )]
     pub fn finish(self) -> File {
         let Self {
             name,
@@ -354,7 +358,9 @@ impl Encoder {
             all.filter(|page| wanted(**page)).count() as u64
         };
         let mut hasher = ContentHasher::new();
-        digests.iter().for_each(|digest| hasher.block(digest));
+        for digest in &digests {
+            hasher.block(digest);
+        }
         let content = hasher.finish(starts);
         let mut trailer = RawTrailer::new_zeroed();
         trailer.version = FORMAT_VERSION.into();
