@@ -9,6 +9,9 @@
 //! prefetch, all blocks are. The notes come from index blocks with valid checksums, so they need no
 //! further confirmation. Nothing is allocated after the start: when the table is full, each page
 //! that is not in it costs a decode.
+//!
+//! The page list of an ancestor's frame has the page numbers of another file. All pages of such a
+//! frame are noted, so that they come with it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -380,8 +380,8 @@ impl Image for SnapshotImage {
             .frames
             .decode_first(&self.snapshot, frame, reason, slots, out)
             .map_err(|error| self.frame_failure(frame, &error))?;
-        // The list of an ancestor's frame has page numbers of that file: its frames bring no
-        // neighbours, except those that the index block knows to repeat it.
+        // The list of an ancestor's frame has page numbers of that file. Its pages here come from
+        // the notes on index blocks.
         if frame.layer() == 0 {
             kept.listed.extend(listed.runs().map(|listed| Run {
                 page: listed.first_page,
