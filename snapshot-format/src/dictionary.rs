@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use rayon::prelude::*;
-use zstd_safe::{CCtx, CDict};
+use zstd::zstd_safe::{self, CCtx, CDict};
 
 use crate::digest;
 use crate::layout::PAGE_SIZE;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use snapshot_format::layout::{self, SectionKind};
+use zstd::zstd_safe;
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 

@@ -12,7 +12,7 @@ use snapshot_format::{
     VerifyOptions, Writer, WriterOptions, dictionary, verify,
 };
 use zerocopy::FromBytes;
-use zstd_safe::{CCtx, CParameter};
+use zstd::zstd_safe::{self, CCtx, CParameter};
 
 /// Single segment: the window is as large as the content.
 const SINGLE_SEGMENT: u8 = 1 << 5;

@@ -17,7 +17,7 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, get_error_name, zstd_sys};
+use zstd::zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, get_error_name, zstd_sys};
 
 use crate::contender::{Contender, SnapshotKind};
 use crate::{BenchError, limits};
@@ -53,29 +53,25 @@ impl Images {
         }
         let named = format!("{}: making the folder", folder.display());
         fs::create_dir_all(folder).map_err(BenchError::io(named))?;
-        Ok(Self {
-            raw: Some(raw),
+        Ok(Self::unprepared(Some(raw), bytes, folder, program))
+    }
+
+    fn unprepared(raw: Option<PathBuf>, bytes: u64, folder: &Path, program: &Path) -> Self {
+        Self {
+            raw,
             bytes,
             folder: folder.to_owned(),
             program: program.to_owned(),
             made: BTreeMap::new(),
             namespace: false,
             mounted: Vec::new(),
-        })
+        }
     }
 
     /// Creates the images for a snapshot of `bytes` of memory and nothing else: only snaprestore
     /// can restore it.
     pub fn of_snapshot(snapshot: &Path, bytes: u64, folder: &Path, program: &Path) -> Self {
-        let mut images = Self {
-            raw: None,
-            bytes,
-            folder: folder.to_owned(),
-            program: program.to_owned(),
-            made: BTreeMap::new(),
-            namespace: false,
-            mounted: Vec::new(),
-        };
+        let mut images = Self::unprepared(None, bytes, folder, program);
         images.use_snapshot(snapshot);
         images
     }
@@ -494,7 +490,7 @@ mod tests {
         compress(&raw, &out, bytes.len() as u64).unwrap();
         let stored = fs::read(&out).unwrap();
         let mut plain = vec![0; bytes.len()];
-        zstd_safe::decompress(&mut plain[..], &stored).unwrap();
+        zstd::zstd_safe::decompress(&mut plain[..], &stored).unwrap();
         assert!(stored.len() < bytes.len() && plain == bytes);
     }
 }

@@ -20,7 +20,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
+use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use super::Snapshot;
 use crate::error::{Defect, FrameError, ReadError};

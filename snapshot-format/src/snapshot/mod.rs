@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use zstd::zstd_safe;
 
 pub use self::decoder::FrameDecoder;
 use self::opening::Tables;

@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::io;
 use std::sync::OnceLock;
 
+use zstd::zstd_safe;
+
 use super::{Dictionary, Prepared, Snapshot, get_or_try};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::{Page, Top};

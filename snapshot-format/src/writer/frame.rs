@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
-use zstd_safe::{CCtx, CParameter, ErrorCode};
+use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;

@@ -17,7 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use zstd_safe::CDict;
+use zstd::zstd_safe::CDict;
 
 use super::WriteError;
 use super::block::{BlockBuffer, Examined, Given, examine};

@@ -20,6 +20,7 @@ use snapshot_format::layout::{
 };
 use snapshot_format::{MemoryStore, OpenError, Snapshot};
 use zerocopy::{FromZeros, IntoBytes};
+use zstd::zstd_safe;
 
 pub const CC: u64 = 0xcccc_cccc_cccc_cccc;
 pub const AB: u64 = 0xabab_abab_abab_abab;
