@@ -262,8 +262,8 @@ fn a_registration_keeps_its_mapping_alive() {
 }
 
 #[test]
-fn a_block_starts_as_zeros_and_is_shared_with_a_child() {
-    let (block, _ring) = Block::anonymous(1 << 16).unwrap();
+fn private_block_starts_as_zeros_and_can_be_locked() {
+    let (block, _ring) = Block::private(1 << 16).unwrap();
     assert!(
         block
             .words(0, (1 << 16) / 8)
@@ -276,14 +276,21 @@ fn a_block_starts_as_zeros_and_is_shared_with_a_child() {
         0
     });
     assert_eq!(child.wait(), Ended::Exit(0));
-    assert_eq!(block.word(65528).load(Ordering::Acquire), 9);
+    assert_eq!(block.word(65528).load(Ordering::Acquire), 0);
     block.lock().unwrap();
 }
 
 #[test]
-fn a_block_in_a_memfd_keeps_its_size_and_content_for_the_next_process() {
+fn block_in_a_memfd_keeps_size_and_content_for_other_processes() {
     let (block, ring) = Block::memfd(c"snaprestore-test", 4096).unwrap();
     block.word(8).fetch_or(0b101, Ordering::AcqRel);
+    let child = Child::start(|| {
+        block.word(4088).store(9, Ordering::Release);
+        0
+    });
+    assert_eq!(child.wait(), Ended::Exit(0));
+    assert_eq!(block.word(4088).load(Ordering::Acquire), 9);
+    block.lock().unwrap();
     let fd: OwnedFd = block.as_memfd().unwrap().try_clone_to_owned().unwrap();
     for size in [0, 4096, 1 << 20] {
         // SAFETY: ftruncate takes numbers.
@@ -302,15 +309,15 @@ fn a_block_in_a_memfd_keeps_its_size_and_content_for_the_next_process() {
 
 #[test]
 fn views_outside_a_block_are_refused() {
-    let (block, _ring) = Block::anonymous(64).unwrap();
+    let (block, _ring) = Block::private(64).unwrap();
     assert_eq!(block.words(0, 8).len(), 8);
     assert_eq!(block.words(64, 0).len(), 0);
     for (offset, count) in [(0, 9), (64, 1), (4, 1), (u64::MAX - 7, 2), (0, usize::MAX)] {
         let view = std::panic::catch_unwind(|| block.words(offset, count).len());
         assert!(view.is_err(), "{offset} {count}");
     }
-    assert!(Block::anonymous(7).is_err());
-    assert!(Block::anonymous(u64::MAX - 7).is_err());
+    assert!(Block::private(7).is_err());
+    assert!(Block::private(u64::MAX - 7).is_err());
     assert_eq!(Ring::BYTES, 2048);
 }
 
