@@ -7,11 +7,11 @@ mod support;
 use std::sync::Arc;
 
 use snaprestore_fixtures::host::skipped;
-use snaprestore_uffd::memory::{Mapping, RawRegion, Scratch};
+use snaprestore_uffd::memory::{Mapping, RawRegion};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
 use snaprestore_uffd::uffd::{
-    Features, InstallError, Installed, Ioctls, Message, Modes, MoveHoles, OpenOptions, Presence,
-    Protected, Userfaultfd, Wake,
+    Features, InstallError, Installed, Ioctls, Message, Modes, OpenOptions, Presence, Protected,
+    Userfaultfd, Wake,
 };
 use support::{Child, Ended, PAGE, Scene, errno, eventually, madvise, page, peek, peeking, poke};
 
@@ -169,21 +169,6 @@ fn every_install_reports_a_partial_run_and_an_existing_page() {
         scene.uffd.poison(scene.at(2), PAGE, Wake::Now).unwrap(),
         Installed::Exists
     );
-
-    let scene = Scene::new(4);
-    let mut source = filled(4, 9);
-    assert_eq!(
-        scene.uffd.copy(scene.at(2), &page(7), Wake::Now).unwrap(),
-        Installed::Done
-    );
-    let mut moved = |at, from, len| {
-        scene
-            .uffd
-            .move_(at, &mut source, from, len, MoveHoles::Refuse, Wake::Now)
-            .unwrap()
-    };
-    assert_eq!(moved(scene.at(0), 0, all), partial);
-    assert_eq!(moved(scene.at(2), 2 * PAGE, PAGE), Installed::Exists);
 }
 
 #[test]
@@ -536,75 +521,6 @@ fn a_discard_clears_poison() {
     assert_eq!(peek(scene.at(0)), 0);
 }
 
-/// Returns pages that repeat `byte`.
-fn filled(pages: u64, byte: u8) -> Scratch {
-    let mut scratch = Scratch::new(pages * PAGE).unwrap();
-    scratch.bytes_mut().fill(byte);
-    scratch
-}
-
-#[test]
-fn move_takes_the_pages_out_of_their_source() {
-    let mut scene = Scene::new(4);
-    let mut source = filled(4, 6);
-    let reader = peeking(scene.at(2));
-    let address = scene.fault();
-    let moved = |source: &mut Scratch, at, from, len, holes| {
-        scene.uffd.move_(at, source, from, len, holes, Wake::Now)
-    };
-    let first = moved(&mut source, address, 0, PAGE, MoveHoles::Refuse).unwrap();
-    assert_eq!(first, Installed::Done);
-    assert_eq!(reader.join().unwrap(), 6);
-
-    // The first source page is now a hole.
-    let at = scene.at(0);
-    let holes = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Refuse).unwrap();
-    assert_eq!(holes, Installed::Gone);
-    let skipped = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Skip).unwrap();
-    assert_eq!(skipped, Installed::Done);
-    assert_eq!(peek(scene.at(1)), 6);
-    assert_eq!(
-        scene.uffd.zeropage(at, PAGE, Wake::Now).unwrap(),
-        Installed::Done
-    );
-    let left: Vec<u8> = (0..4).map(|page| source.bytes_mut()[page * 4096]).collect();
-    assert_eq!(left, [0, 0, 6, 6]);
-
-    let outside = moved(
-        &mut source,
-        scene.at(3),
-        3 * PAGE,
-        2 * PAGE,
-        MoveHoles::Refuse,
-    );
-    assert_eq!(errno(&outside.unwrap_err()), Some(libc::EINVAL));
-}
-
-#[test]
-fn a_shared_source_page_is_busy() {
-    let scene = Scene::new(1);
-    let mut source = Scratch::new(PAGE).unwrap();
-    madvise(source.address(), PAGE, libc::MADV_DOFORK);
-    source.bytes_mut().fill(6);
-    // A child that was forked after the page was written shares it until one of the two writes
-    // again.
-    let child = Child::start(|| {
-        // SAFETY: waits to be killed.
-        unsafe { libc::pause() }
-    });
-    let moved = scene.uffd.move_(
-        scene.at(0),
-        &mut source,
-        0,
-        PAGE,
-        MoveHoles::Refuse,
-        Wake::Now,
-    );
-    assert_eq!(moved.unwrap(), Installed::SourceBusy);
-    assert_eq!(source.bytes_mut()[0], 6);
-    drop(child);
-}
-
 #[test]
 fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
     let mut scene = Scene::with_events(4);
@@ -625,11 +541,6 @@ fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
         scene.uffd.poison(start, PAGE, Wake::Now).unwrap(),
         Installed::Again
     );
-    let mut source = filled(1, 6);
-    let moved = scene
-        .uffd
-        .move_(start, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now);
-    assert_eq!(moved.unwrap(), Installed::Again);
     assert!(
         !owner.is_finished(),
         "the owner waits for its message to be read"
@@ -656,11 +567,9 @@ fn hidden_ioctls_are_refused_as_by_a_kernel_without_them() {
     let ioctls = uffd.register(&region, 0, PAGE, Modes::MISSING).unwrap();
     assert_eq!(ioctls, Ioctls::WAKE | Ioctls::COPY | Ioctls::ZEROPAGE);
     let address = region.address();
-    let mut source = filled(1, 1);
     let refused = [
         uffd.poison(address, PAGE, Wake::Now),
         uffd.continue_(address, PAGE, Wake::Now),
-        uffd.move_(address, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now),
     ];
     for result in refused {
         assert_eq!(errno(&result.unwrap_err()), Some(libc::EINVAL));
