@@ -9,7 +9,6 @@ mod blocks;
 mod commands;
 mod exit;
 mod facts;
-mod input;
 mod names;
 mod output;
 mod progress;

@@ -17,9 +17,8 @@ use snapshot_format::{Region, Snapshot};
 
 use crate::args::{self, Unavailable};
 use crate::blocks::{BlockReader, Kind};
-use crate::exit::{Exit, Refusal};
+use crate::exit::Exit;
 use crate::facts::RegionFacts;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -128,15 +127,9 @@ struct Written {
 
 pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
-    let to_stdout = target::is_stdout(&args.output);
-    if to_stdout && output.json() {
-        return Err(Refusal::Usage(
-            "--json writes to standard output, and so does --output -; name a file".into(),
-        )
-        .into());
-    }
+    let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     target::refuse_source(&args.output, &args.file)?;
-    let snapshot = input::open(&args.file)?;
+    let snapshot = Snapshot::open_path(&args.file)?;
     let mut report = Report {
         file: names::exact(&args.file),
         output: names::exact(&args.output),

@@ -16,7 +16,6 @@ use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
-use crate::input;
 use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -51,7 +50,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
         )
         .into());
     }
-    let snapshot = Arc::new(input::open(&args.file)?);
+    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
     let pages = Pages::of(&snapshot)?;
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
