@@ -30,9 +30,9 @@ use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
-/// The default of [`SnapshotOptions::most_top_bytes`]. The writer refuses to write what a reader
+/// The default of [`SnapshotOptions::max_top_bytes`]. The writer refuses to write what a reader
 /// with it refuses to open.
-pub(crate) const DEFAULT_MOST_TOP_BYTES: u64 = 256 << 20;
+pub(crate) const DEFAULT_MAX_TOP_BYTES: u64 = 256 << 20;
 
 /// Options for opening a snapshot.
 #[derive(Clone, Debug)]
@@ -44,14 +44,14 @@ pub struct SnapshotOptions {
     /// Maximum number of bytes of a top table that is read into memory: 12 for each MiB of the
     /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
     /// costs nothing to make, so its claims must not decide how much is allocated.
-    pub most_top_bytes: u64,
+    pub max_top_bytes: u64,
 }
 
 impl Default for SnapshotOptions {
     fn default() -> Self {
         Self {
             index_cache_bytes: 8 << 20,
-            most_top_bytes: DEFAULT_MOST_TOP_BYTES,
+            max_top_bytes: DEFAULT_MAX_TOP_BYTES,
         }
     }
 }
@@ -64,10 +64,10 @@ impl SnapshotOptions {
         self
     }
 
-    /// Sets [`SnapshotOptions::most_top_bytes`].
+    /// Sets [`SnapshotOptions::max_top_bytes`].
     #[must_use]
-    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
-        self.most_top_bytes = bytes;
+    pub fn max_top_bytes(mut self, bytes: u64) -> Self {
+        self.max_top_bytes = bytes;
         self
     }
 }
@@ -143,7 +143,7 @@ impl Snapshot {
             ends: &ends,
             tail: &tail,
         };
-        let (top, regions) = tables.read(options.most_top_bytes)?;
+        let (top, regions) = tables.read(options.max_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is one shard for every quarter of a core. On a large machine that would split
         // the bound into pieces smaller than a few blocks.
