@@ -15,11 +15,11 @@ use support::{errno, page, peek};
 /// Linux 6.18 returns EEXIST when it can't get a huge page, although the page is absent; earlier
 /// kernels return ENOMEM. Treated as "present", this would be a fault that returns forever.
 #[test]
-fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
+fn empty_huge_pool_is_no_memory_or_looks_present() {
     let _pool = match HugePool::empty() {
         Ok(pool) => pool,
         Err(why) => {
-            let test = "an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page";
+            let test = "empty_huge_pool_is_no_memory_or_looks_present";
             return skipped(test, &why);
         }
     };
@@ -41,11 +41,11 @@ fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
 }
 
 #[test]
-fn lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage() {
+fn huge_pool_pages_are_copied_whole_and_never_zeroed() {
     let _pool = match HugePool::with(2) {
         Ok(pool) => pool,
         Err(why) => {
-            let test = "lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage";
+            let test = "huge_pool_pages_are_copied_whole_and_never_zeroed";
             return skipped(test, &why);
         }
     };

@@ -31,7 +31,7 @@ fn write_protecting(pages: u64) -> Scene {
 }
 
 #[test]
-fn a_fault_is_read_and_served_by_copy() {
+fn fault_is_read_and_served_by_copy() {
     let mut scene = Scene::new(16);
     let reader = peeking(scene.at(3) + 7);
     let address = scene.fault();
@@ -45,7 +45,7 @@ fn a_fault_is_read_and_served_by_copy() {
 }
 
 #[test]
-fn a_fault_is_served_by_zeropage() {
+fn fault_is_served_by_zeropage() {
     let mut scene = Scene::new(4);
     let reader = peeking(scene.at(1));
     let address = scene.fault();
@@ -78,7 +78,7 @@ fn copies_of_many_pages_arrive_in_order() {
 }
 
 #[test]
-fn lesson_11_eexist_wakes_nobody_and_wake_does() {
+fn eexist_wakes_nobody_and_wake_does() {
     let mut scene = Scene::new(1);
     let reader = peeking(scene.at(0));
     let address = scene.fault();
@@ -97,7 +97,7 @@ fn lesson_11_eexist_wakes_nobody_and_wake_does() {
 }
 
 #[test]
-fn lesson_12_a_copy_over_a_present_page_stops_before_it_and_can_go_on_behind() {
+fn copy_stops_at_a_present_page_and_continues_behind() {
     let scene = Scene::new(8);
     assert_eq!(
         scene
@@ -124,7 +124,7 @@ fn lesson_12_a_copy_over_a_present_page_stops_before_it_and_can_go_on_behind() {
 }
 
 #[test]
-fn lesson_12_the_part_that_was_copied_wakes_its_waiters() {
+fn partial_copy_wakes_the_waiters_of_its_part() {
     let mut scene = Scene::new(2);
     assert_eq!(
         scene.uffd.copy(scene.at(1), &page(2), Wake::Now).unwrap(),
@@ -172,7 +172,7 @@ fn every_install_reports_a_partial_run_and_an_existing_page() {
 }
 
 #[test]
-fn lesson_14_memory_that_went_away_is_gone_and_memory_that_never_was_is_an_error() {
+fn unmapped_memory_is_gone_and_unregistered_an_error() {
     let uffd = OpenOptions::new().required(Features::EMPTY).open().unwrap();
     let at = leaked(&uffd, 4);
     let (start, len) = (at(2), 2 * PAGE);
@@ -208,7 +208,7 @@ fn lesson_14_memory_that_went_away_is_gone_and_memory_that_never_was_is_an_error
 }
 
 #[test]
-fn what_is_unregistered_is_gone_and_reads_as_zeros() {
+fn unregistered_pages_are_gone_and_read_as_zeros() {
     let mut scene = Scene::new(4);
     let reader = peeking(scene.at(1));
     scene.fault();
@@ -250,7 +250,7 @@ fn memory_registered_with_another_userfaultfd_cannot_be_filled() {
 }
 
 #[test]
-fn lesson_16_an_unreadable_source_is_an_error_and_installs_nothing() {
+fn unreadable_source_is_an_error_and_installs_nothing() {
     let scene = Scene::new(2);
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
@@ -273,7 +273,7 @@ fn lesson_16_an_unreadable_source_is_an_error_and_installs_nothing() {
 }
 
 #[test]
-fn requests_that_are_not_whole_pages_are_refused() {
+fn requests_of_partial_pages_are_refused() {
     let scene = Scene::new(2);
     let odd = scene
         .uffd
@@ -336,7 +336,7 @@ fn write_protection_stops_a_write_until_it_is_cleared() {
 }
 
 #[test]
-fn lesson_29_a_protected_copy_misses_no_write() {
+fn protected_copy_misses_no_write() {
     let mut scene = write_protecting(1);
     let address = scene.at(0);
     let writer = std::thread::spawn(move || poke(address, 2));
@@ -362,7 +362,7 @@ fn lesson_29_a_protected_copy_misses_no_write() {
 }
 
 #[test]
-fn write_protection_of_memory_that_is_not_registered_for_it_is_gone() {
+fn write_protection_without_registration_is_gone() {
     let scene = Scene::new(1);
     let outcome = scene
         .uffd
@@ -507,7 +507,7 @@ fn poison_kills_the_process_that_touches_it() {
 }
 
 #[test]
-fn a_discard_clears_poison() {
+fn discard_clears_poison() {
     let scene = Scene::new(1);
     assert_eq!(
         scene.uffd.poison(scene.at(0), PAGE, Wake::Now).unwrap(),
@@ -522,7 +522,7 @@ fn a_discard_clears_poison() {
 }
 
 #[test]
-fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
+fn installs_are_refused_while_a_discard_is_unread() {
     let mut scene = Scene::with_events(4);
     let (start, len) = (scene.at(0), 4 * PAGE);
     let owner = std::thread::spawn(move || madvise(start, len, libc::MADV_DONTNEED));

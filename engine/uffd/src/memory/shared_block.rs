@@ -134,14 +134,21 @@ impl Block {
             "{count} words at {offset} of a block of {} bytes",
             self.len
         );
+        // SAFETY: the assertion keeps the view inside the data and aligned.
+        unsafe { self.view(HEAD + offset, count) }
+    }
+
+    /// # Safety
+    ///
+    /// `at` is a multiple of 8, and the `count` words from there on lie inside the head and the
+    /// data.
+    unsafe fn view(&self, at: u64, count: usize) -> &[AtomicU64] {
+        let first = self.map.as_mut_ptr().wrapping_add(to_usize(at));
         // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self` lives, and
-        // page-aligned; a memfd is sealed, so they stay backed. The assertion keeps the view inside
+        // page-aligned; a memfd is sealed, so they stay backed. The caller keeps the view inside
         // and aligned. All views are of atomics, in every process, so there is no data race, and
         // every bit pattern is a u64.
-        unsafe {
-            let first = self.map.as_mut_ptr().add(to_usize(HEAD + offset));
-            std::slice::from_raw_parts(first.cast::<AtomicU64>(), count)
-        }
+        unsafe { std::slice::from_raw_parts(first.cast::<libc::c_void>().cast(), count) }
     }
 
     /// Returns the word at `offset` bytes.
@@ -194,10 +201,8 @@ impl Ring {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        let first = self.block.map.as_mut_ptr().cast::<AtomicU64>();
-        // SAFETY: the head of a block is HEAD bytes, which is more than BYTES, and page-aligned;
-        // the rest as in `Block::words`.
-        unsafe { std::slice::from_raw_parts(first, Self::BYTES / 8) }
+        // SAFETY: the head of a block is HEAD bytes, which is more than BYTES.
+        unsafe { self.block.view(0, Self::BYTES / 8) }
     }
 
     pub(crate) fn as_ptr(&mut self) -> *mut libc::c_void {

@@ -393,7 +393,7 @@ mod tests {
     };
 
     #[test]
-    fn lesson_13_every_way_in_which_kernels_report_is_understood() {
+    fn every_kernel_answer_maps_to_an_outcome() {
         let eagain = i64::from(libc::EAGAIN);
         let outcomes = [
             // Newer kernels write -EAGAIN when the mapping is changing, older ones write nothing.
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_contradicts_itself_is_an_error() {
+    fn implausible_kernel_answer_is_an_error() {
         for (result, reported) in [
             (Ok(0), 0x1000),
             (Ok(0), -11),
