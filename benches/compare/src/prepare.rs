@@ -455,7 +455,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_of_snapshots_have_names_of_their_own() {
+    fn snapshot_kinds_have_distinct_names() {
         let kind = |frame_kib, level, no_dictionary| SnapshotKind {
             frame_kib,
             level,
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_solid_file_decompresses_to_its_source() {
+    fn solid_file_decompresses_to_its_source() {
         let folder = tempfile::tempdir().unwrap();
         let (raw, out) = (folder.path().join("raw"), folder.path().join("zst"));
         let bytes: Vec<u8> = (0..3_000_000_u32)
