@@ -29,7 +29,7 @@ use crate::target::{self, Target};
 const LISTED_REGIONS: usize = 8;
 
 /// Number of blocks that a thread takes at once: 32 MiB, so that few frames are decoded twice.
-const BLOCKS_AT_ONCE: u64 = 16;
+const BLOCKS_PER_BATCH: u64 = 16;
 
 #[derive(Serialize)]
 struct Report {
@@ -257,7 +257,7 @@ impl<'s> Plan<'s> {
         let threads = threads
             .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
             .unwrap_or(1)
-            .min(usize::try_from(self.blocks.div_ceil(BLOCKS_AT_ONCE))?);
+            .min(usize::try_from(self.blocks.div_ceil(BLOCKS_PER_BATCH))?);
         let next = AtomicU64::new(0);
         let failed = Mutex::new(None);
         std::thread::scope(|scope| {
@@ -265,8 +265,8 @@ impl<'s> Plan<'s> {
                 scope.spawn(|| {
                     let mut reader = BlockReader::new(self.snapshot);
                     loop {
-                        let from = next.fetch_add(BLOCKS_AT_ONCE, Ordering::Relaxed);
-                        let numbers = from..self.blocks.min(from.saturating_add(BLOCKS_AT_ONCE));
+                        let from = next.fetch_add(BLOCKS_PER_BATCH, Ordering::Relaxed);
+                        let numbers = from..self.blocks.min(from.saturating_add(BLOCKS_PER_BATCH));
                         if numbers.is_empty() {
                             return;
                         }

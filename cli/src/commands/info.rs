@@ -52,7 +52,7 @@ pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     let snapshot = Snapshot::open_path(&args.file)?;
     let report = Report {
         file: names::exact(&args.file),
-        facts: Facts::of(&snapshot)?,
+        facts: Facts::of(&snapshot),
         properties: snapshot.properties()?.into_iter().collect(),
         attachments: snapshot
             .attachments()?

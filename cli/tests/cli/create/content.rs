@@ -9,7 +9,7 @@ use super::image;
 use crate::common::{Folder, Run, command, finish, make_fifo, number, remarks, run, wait_until};
 
 #[test]
-fn a_raw_file_comes_back_byte_for_byte() {
+fn raw_file_comes_back_byte_for_byte() {
     let folder = Folder::new();
     let image = image();
     folder.write("raw", &image);
@@ -29,7 +29,7 @@ fn a_raw_file_comes_back_byte_for_byte() {
 }
 
 #[test]
-fn the_report_has_the_promised_keys_and_they_add_up() {
+fn report_has_documented_keys_that_add_up() {
     let folder = Folder::new();
     folder.write("raw", &image());
     let created = run(&folder, &["create", "raw", "-o", "s", "--json"])
@@ -184,7 +184,7 @@ fn standard_input_and_pipes_are_streamed() {
 }
 
 #[test]
-fn bytes_before_the_offset_of_a_redirected_file_are_told() {
+fn skipped_bytes_of_a_redirected_file_are_remarked() {
     let folder = Folder::new();
     folder.write("raw", &[[1; 4096], [2; 4096], [3; 4096]].concat());
     let mut file = File::open(folder.file("raw")).unwrap();
@@ -200,7 +200,7 @@ fn bytes_before_the_offset_of_a_redirected_file_are_told() {
 }
 
 #[test]
-fn a_pipe_whose_writer_comes_later_is_waited_for() {
+fn pipe_without_a_writer_yet_is_waited_for() {
     let folder = Folder::new();
     make_fifo(&folder.file("in"));
     let mut child = command(["create", "in", "-o", "s", "-q"])

@@ -58,7 +58,7 @@ fn attachments_are_stored_beside_the_memory() {
 
 /// The command opens attachments before it reads its source.
 #[test]
-fn an_attachment_that_changes_meanwhile_is_told_or_an_error() {
+fn changing_attachment_is_remarked_or_an_error() {
     for grows in [false, true] {
         let folder = Folder::new();
         folder.write("state", b"{\"vcpus\": 2}");
@@ -105,7 +105,7 @@ fn an_attachment_that_changes_meanwhile_is_told_or_an_error() {
 
 /// Unless the user asks for one, a dictionary is trained for small frames only.
 #[test]
-fn a_dictionary_is_trained_where_it_is_worth_the_time() {
+fn dictionary_is_trained_where_it_pays() {
     let folder = Folder::new();
     // Each frame has the same words, in a different order.
     let words: Vec<[u8; 32]> = noise(2000 * 32).as_chunks().0.to_vec();
@@ -134,7 +134,7 @@ fn a_dictionary_is_trained_where_it_is_worth_the_time() {
 }
 
 #[test]
-fn a_dictionary_can_be_brought_along() {
+fn dictionary_file_can_be_supplied() {
     let folder = Folder::new();
     // Any bytes can serve as a dictionary; these are shared by the pages.
     let shared: Vec<u8> = Mix::new(16, 1).bytes();

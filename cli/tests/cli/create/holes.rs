@@ -19,7 +19,7 @@ fn write_diff(folder: &Folder, name: &str) {
 }
 
 #[test]
-fn holes_that_were_read_as_zeros_are_told() {
+fn holes_read_as_zeros_are_remarked() {
     let folder = Folder::new();
     write_diff(&folder, "diff");
     let create = ["create", "diff", "-o", "s", "--force"];
@@ -47,19 +47,19 @@ fn holes_that_were_read_as_zeros_are_told() {
     let stdin = File::open(folder.file("diff")).unwrap();
     let mut piped = command(["create", "-", "-o", "s", "-f", "--json"]);
     let piped = Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
-    assert_eq!(piped.json()["remarks"], told_remarks(&folder, &create));
+    assert_eq!(piped.json()["remarks"], json_remarks(&folder, &create));
 
     folder.write("dense", &vec![7; 64 << 10]);
     let told = run(&folder, &["create", "dense", "-o", "s", "-f", "--json"]).exits(0);
     assert_eq!(told.json()["remarks"], serde_json::json!([]));
 }
 
-fn told_remarks(folder: &Folder, create: &[&str]) -> serde_json::Value {
+fn json_remarks(folder: &Folder, create: &[&str]) -> serde_json::Value {
     run(folder, &[create, &["--json"]].concat()).json()["remarks"].take()
 }
 
 #[test]
-fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
+fn firecracker_diff_is_refused_unless_holes_are_zeros() {
     let folder = Folder::new();
     write_diff(&folder, "diff");
     folder.write("dense", &noise(1 << 20));
@@ -103,7 +103,7 @@ fn a_diff_of_firecracker_is_refused_unless_holes_are_said_to_be_zeros() {
 /// The pages that a guest has written are scattered over its memory, with holes between them that
 /// are shorter than what is read at once.
 #[test]
-fn a_diff_of_scattered_pages_is_refused_and_its_holes_are_counted() {
+fn scattered_diff_is_refused_and_its_holes_counted() {
     let folder = Folder::new();
     let diff = File::create(folder.file("diff")).unwrap();
     diff.set_len(8 << 20).unwrap();

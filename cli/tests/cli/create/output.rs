@@ -57,7 +57,7 @@ fn memory_limit_is_an_error_that_names_it() {
 }
 
 #[test]
-fn a_snapshot_can_go_to_standard_output_or_a_pipe() {
+fn snapshot_can_go_to_standard_output_or_a_pipe() {
     let folder = Folder::new();
     let image = image();
     folder.write("raw", &image);
@@ -117,7 +117,7 @@ fn named_pipe_without_reader_is_refused_as_output() {
 }
 
 #[test]
-fn an_existing_target_stays_unless_forced() {
+fn existing_target_stays_unless_forced() {
     let folder = Folder::new();
     folder.write("raw", &[5; 4096]);
     folder.write("s", b"precious");

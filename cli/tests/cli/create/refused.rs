@@ -8,7 +8,7 @@ use std::process::Stdio;
 use crate::common::{Folder, command, finish, noise, run};
 
 #[test]
-fn files_that_are_no_memory_are_refused_by_name() {
+fn files_other_than_memory_are_refused_by_kind() {
     let folder = Folder::new();
     for (magic, is, remedy) in [
         (&b"\x28\xb5\x2f\xfd"[..], "zstd", "zstd -d"),
@@ -70,7 +70,7 @@ fn files_that_are_no_memory_are_refused_by_name() {
 }
 
 #[test]
-fn what_cannot_be_read_or_written_is_named() {
+fn unreadable_or_unwritable_file_is_named() {
     let folder = Folder::new();
     folder.write("raw", &[5; 4096]);
     folder.write("odd", &[5; 5000]);
@@ -146,7 +146,7 @@ fn what_cannot_be_read_or_written_is_named() {
 }
 
 #[test]
-fn a_stream_that_ends_within_a_page_leaves_nothing() {
+fn stream_ending_within_a_page_leaves_no_file() {
     let folder = Folder::new();
     let mut child = command(["create", "-", "-o", "s"])
         .current_dir(folder.path())
@@ -162,7 +162,7 @@ fn a_stream_that_ends_within_a_page_leaves_nothing() {
 }
 
 #[test]
-fn a_source_that_shrinks_meanwhile_is_an_error() {
+fn shrinking_source_is_an_error() {
     let folder = Folder::new();
     // More than the writer may have in memory, and incompressible: a pipe that nobody reads blocks
     // it.

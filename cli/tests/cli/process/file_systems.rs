@@ -12,8 +12,8 @@ use crate::common::{Folder, command, finish_within, wait_until, with_default_sig
 use crate::process_memory::{Puppet, remark, remarked};
 
 #[test]
-fn process_that_serves_the_output_is_taken() {
-    let test = "process_that_serves_the_output_is_taken";
+fn process_serving_the_output_is_packed() {
+    let test = "process_serving_the_output_is_packed";
     if skips_without_root(test) {
         return;
     }
@@ -43,8 +43,8 @@ fn process_that_serves_the_output_is_taken() {
 }
 
 #[test]
-fn mapped_files_that_the_process_serves_are_unavailable() {
-    let test = "mapped_files_that_the_process_serves_are_unavailable";
+fn mapped_files_served_by_the_process_are_unavailable() {
+    let test = "mapped_files_served_by_the_process_are_unavailable";
     if skips_without_root(test) {
         return;
     }
@@ -75,8 +75,8 @@ os.close(file)
 }
 
 #[test]
-fn first_signal_lets_the_process_go_while_reading_waits_for_a_disk() {
-    let test = "first_signal_lets_the_process_go_while_reading_waits_for_a_disk";
+fn first_signal_releases_the_process_while_a_read_blocks() {
+    let test = "first_signal_releases_the_process_while_a_read_blocks";
     if skips_without_root(test) {
         return;
     }

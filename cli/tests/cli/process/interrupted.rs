@@ -3,7 +3,6 @@
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,7 +13,7 @@ use crate::common::{Folder, finish, finish_within, program, run, states, wait_un
 use crate::owner::Owner;
 
 #[test]
-fn a_killed_snaprestore_leaves_the_process_running() {
+fn killed_snaprestore_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     let (mut child, _pipe) = held(&folder, &owner);
@@ -24,7 +23,7 @@ fn a_killed_snaprestore_leaves_the_process_running() {
 }
 
 #[test]
-fn an_interrupted_snaprestore_leaves_the_process_running() {
+fn interrupted_snaprestore_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
@@ -39,7 +38,7 @@ fn an_interrupted_snaprestore_leaves_the_process_running() {
 }
 
 #[test]
-fn an_error_leaves_the_process_running() {
+fn error_leaves_the_process_running() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     // A reader that closes the pipe makes writing fail.
@@ -50,7 +49,7 @@ fn an_error_leaves_the_process_running() {
 }
 
 #[test]
-fn a_process_that_is_killed_meanwhile_is_an_error() {
+fn process_killed_while_read_is_an_error() {
     let folder = Folder::new();
     let owner = Owner::large();
     let (child, mut pipe) = held(&folder, &owner);
@@ -60,7 +59,7 @@ fn a_process_that_is_killed_meanwhile_is_an_error() {
 }
 
 #[test]
-fn signals_that_arrive_meanwhile_are_not_lost() {
+fn signals_to_a_held_process_are_not_lost() {
     let folder = Folder::new();
     let mut owner = Owner::start();
     let pid = owner.pid();
@@ -106,7 +105,7 @@ fn signals_that_arrive_meanwhile_are_not_lost() {
 /// The signal isn't counted, but is sent again only after it has arrived. Most of the time one is
 /// pending, also when the threads are asked to stop.
 #[test]
-fn standard_signals_on_their_way_are_not_lost() {
+fn pending_standard_signals_are_not_lost() {
     let folder = Folder::new();
     let mut owner = Owner::small();
     let pid = Pid::from_raw(owner.pid().cast_signed());
@@ -165,7 +164,7 @@ fn process_runs_again_once_its_memory_is_read() {
 }
 
 #[test]
-fn ctrl_z_lets_the_process_go_before_it_stops() {
+fn ctrl_z_releases_the_process_before_stopping() {
     let folder = Folder::new();
     let mut owner = Owner::large();
     // The kernel sends the other signals to a background job that uses its terminal.

@@ -36,7 +36,7 @@ fn find(regions: &[Value], address: u64) -> Option<(usize, &Value)> {
 
 /// Returns `len` bytes of the snapshot `s` at `address`; unknown pages are an error.
 fn memory(folder: &Folder, regions: &[Value], address: u64, len: usize) -> Vec<u8> {
-    let (index, region) = find(regions, address).expect("the region is there");
+    let (index, region) = find(regions, address).expect("region is missing");
     let index = index.to_string();
     run(
         folder,

@@ -91,7 +91,7 @@ fn frozen_process_is_refused_at_once() {
 }
 
 #[test]
-fn processes_that_cannot_be_taken_are_named() {
+fn refused_processes_are_named_with_a_reason() {
     let folder = Folder::new();
     let owner = Owner::start();
     let thread = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))
@@ -127,8 +127,8 @@ fn processes_that_cannot_be_taken_are_named() {
 }
 
 #[test]
-fn a_process_of_somebody_else_exits_4_and_says_what_would_permit_it() {
-    let name = "a_process_of_somebody_else_exits_4_and_says_what_would_permit_it";
+fn process_of_another_user_exits_4_with_a_remedy() {
+    let name = "process_of_another_user_exits_4_with_a_remedy";
     if !nix::unistd::geteuid().is_root() {
         let why = "becoming another user needs root".into();
         return skipped(name, &Unavailable { why });

@@ -1,7 +1,5 @@
 //! A process is taken as it is, in whatever state it is.
 
-use std::process::Command;
-
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use snaprestore_fixtures::host::{ensure_python3, skipped};
@@ -12,7 +10,7 @@ use crate::owner::Owner;
 use crate::process_memory::Puppet;
 
 #[test]
-fn a_process_is_taken_as_it_is_and_goes_on() {
+fn live_process_is_packed_unchanged_and_continues() {
     let folder = Folder::new();
     let mut owner = Owner::start();
     let pid = owner.pid().to_string();
@@ -124,8 +122,8 @@ fn stays_untouched(place: &str) {
 
 /// An exiting process frees its memory some time before it has exited.
 #[test]
-fn process_that_is_ending_is_no_thread_of_the_kernel() {
-    let test = "process_that_is_ending_is_no_thread_of_the_kernel";
+fn exiting_process_is_not_a_kernel_thread() {
+    let test = "exiting_process_is_not_a_kernel_thread";
     if skips_without_root(test) {
         return;
     }
@@ -181,7 +179,7 @@ fn process_that_runs_another_program_is_not_refused() {
 }
 
 #[test]
-fn a_stopped_job_is_taken_and_stays_stopped() {
+fn stopped_job_is_packed_and_stays_stopped() {
     let folder = Folder::new();
     let mut owner = Owner::start();
     let pid = Pid::from_raw(owner.pid().cast_signed());
@@ -200,8 +198,8 @@ fn a_stopped_job_is_taken_and_stays_stopped() {
 }
 
 #[test]
-fn a_process_whose_main_thread_has_ended_is_taken_through_another() {
-    let name = "a_process_whose_main_thread_has_ended_is_taken_through_another";
+fn process_without_its_main_thread_is_packed() {
+    let name = "process_without_its_main_thread_is_packed";
     let python = match ensure_python3() {
         Ok(python) => python,
         Err(why) => return skipped(name, &why),

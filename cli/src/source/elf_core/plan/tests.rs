@@ -37,7 +37,7 @@ fn planned(loads: &[Load]) -> Vec<(u64, u64, Option<u64>)> {
 }
 
 #[test]
-fn memory_named_twice_is_taken_once_and_compared() {
+fn overlapping_memory_is_read_once_and_compared() {
     let loads = [
         load(0x5000, 0x3000, 0x3000, 0x9003),
         load(0x1000, 0x2000, 0x2000, 0x100),
@@ -155,7 +155,7 @@ fn odd_pieces_become_whole_pages() {
 }
 
 #[test]
-fn bytes_that_one_segment_has_are_not_missed_for_another_that_has_none() {
+fn bytes_of_one_segment_fill_gaps_of_another() {
     let loads = [
         load(0, 0, 0x8000, 0),
         load(0x2000, 0x1000, 0x1000, 9),
@@ -187,7 +187,7 @@ fn impossible_segments_are_refused() {
 }
 
 #[test]
-fn of_a_core_that_was_cut_short_the_rest_is_unavailable() {
+fn truncated_core_leaves_the_rest_unavailable() {
     let cut = load(0x1000, 0x4000, 0x4000, (1 << 30) - 0x2000);
     let plan = plan_of(&[cut], Kind::Process, true).unwrap();
     let pages: Vec<_> = plan
@@ -200,7 +200,7 @@ fn of_a_core_that_was_cut_short_the_rest_is_unavailable() {
 }
 
 #[test]
-fn addresses_are_taken_that_contradict_nothing() {
+fn consistent_addresses_are_chosen() {
     let at = |vaddr, paddr, offset| Load {
         vaddr,
         paddr,
@@ -231,7 +231,7 @@ fn addresses_are_taken_that_contradict_nothing() {
 }
 
 #[test]
-fn memory_without_a_physical_address_is_left_out_with_a_warning() {
+fn memory_without_physical_address_is_omitted_with_a_warning() {
     let mapped = Load {
         paddr: u64::MAX,
         ..load(0x1000, 0x1000, 0x1000, 0)
@@ -245,7 +245,7 @@ fn memory_without_a_physical_address_is_left_out_with_a_warning() {
 
 /// Checks that memory next to the page for obsolete system calls belongs to the process.
 #[test]
-fn only_the_page_for_obsolete_system_calls_is_no_memory() {
+fn only_the_vsyscall_page_is_skipped() {
     let loads = [
         load(VSYSCALL, 0x1000, 0x1000, 0),
         load(VSYSCALL + 0x1000, 0x1000, 0x1000, 0x1000),
@@ -263,7 +263,7 @@ fn only_the_page_for_obsolete_system_calls_is_no_memory() {
 }
 
 #[test]
-fn vast_memory_without_bytes_is_left_out_and_told() {
+fn vast_memory_without_bytes_is_omitted_with_a_remark() {
     let vast = VAST * PAGE;
     let plan = |loads: &[Load], incomplete| plan_of(loads, Kind::Process, incomplete).unwrap();
     let some = load(0x1000, 0x1000, 0x2000, 7);
