@@ -27,6 +27,7 @@ fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
 /// Returns the text between the heading of a struct and the next heading, and the size that the
 /// heading states.
 fn section(name: &str) -> (&'static str, usize) {
+    let name = name.trim_start_matches("Raw");
     let heading = format!("### `{name}`: ");
     let from = FORMAT
         .find(&heading)
@@ -73,7 +74,7 @@ macro_rules! structs {
                     size_of::<T>()
                 }
                 check(
-                    stringify!($name).trim_start_matches("Raw"),
+                    stringify!($name),
                     size_of::<layout::$name>(),
                     &[$((
                         stringify!($field),

@@ -67,7 +67,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
         let store = Arc::new(Counting::new(generate(gib)));
         let snapshot = Snapshot::open(store.clone()).expect("cannot open the snapshot");
         assert_eq!(snapshot.block_count(), gib * 512);
-        assert_eq!(snapshot.regions().len(), 1);
+        assert_eq!(snapshot.regions().len(), 2);
         let (reads, bytes) = store.take(Reason::Open);
         let top = snapshot.block_count() * size_of::<RawTopEntry>() as u64;
         if gib <= 4 {
