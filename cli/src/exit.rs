@@ -116,7 +116,7 @@ mod tests {
     use anyhow::Context as _;
 
     #[test]
-    fn the_cause_decides_however_much_is_said_around_it() {
+    fn exit_code_follows_the_cause_through_contexts() {
         let error = Err::<(), _>(Refusal::NotPermitted("no".into()))
             .context("while doing this")
             .context("and that")

@@ -248,14 +248,14 @@ pub enum OpenError {
     /// The file's top table is larger than the caller's limit.
     #[error(
         "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
-         is set here (most_top_bytes)"
+         is set here (max_top_bytes)"
     )]
     TopTooLarge {
         /// The store's name.
         file: String,
         /// Length of the top table.
         bytes: u64,
-        /// [`crate::SnapshotOptions::most_top_bytes`].
+        /// [`crate::SnapshotOptions::max_top_bytes`].
         limit: u64,
     },
     /// The file is a snapshot with a defect.

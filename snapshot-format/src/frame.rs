@@ -1,12 +1,12 @@
-//! Frames: pages that are stored and decoded together.
+//! References to frames, and frame records: their checks. `snapshot::decoder` decodes them.
 
 use zerocopy::FromBytes;
 
 use crate::error::Defect;
 use crate::index::{Body, check_layer, records};
 use crate::layout::{
-    self, FRAME_MAGIC, FrameHeader, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS,
-    MAX_LISTED_PAGES_PER_SLOT, MIN_FRAME_RECORD_BYTES, PAGE_SIZE, PageRun, codec,
+    self, FRAME_MAGIC, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT,
+    MIN_FRAME_RECORD_BYTES, PAGE_SIZE, RawFrameHeader, RawPageRun, codec,
 };
 
 /// Location and encoding of a frame, checked against the file.
@@ -52,7 +52,7 @@ impl Codec {
 }
 
 impl FrameRef {
-    pub(crate) fn check(raw: &layout::FrameRef, body: Body) -> Result<Self, Defect> {
+    pub(crate) fn check(raw: &layout::RawFrameRef, body: Body) -> Result<Self, Defect> {
         let (slots, stored_len) = (raw.slots.get(), raw.stored_len.get());
         if raw.reserved != 0 {
             return Err(Defect::Reserved {
@@ -139,7 +139,7 @@ pub struct ListedRun {
 #[derive(Clone, Copy, Debug)]
 pub struct ListedPages<'a> {
     base_page: u64,
-    runs: &'a [PageRun],
+    runs: &'a [RawPageRun],
 }
 
 impl<'a> ListedPages<'a> {
@@ -167,7 +167,7 @@ impl<'a> Parts<'a> {
         frame: &FrameRef,
         page_slots: u64,
     ) -> Result<Self, Defect> {
-        let Ok((header, rest)) = FrameHeader::ref_from_prefix(record) else {
+        let Ok((header, rest)) = RawFrameHeader::ref_from_prefix(record) else {
             return Err(Defect::value(
                 "stored length of a frame",
                 record.len() as u64,
@@ -200,7 +200,7 @@ impl<'a> Parts<'a> {
                 "the codec and dictionary that the index names",
             ));
         }
-        let run_bytes = usize::from(header.run_count.get()) * size_of::<PageRun>();
+        let run_bytes = usize::from(header.run_count.get()) * size_of::<RawPageRun>();
         let payload_len = header.payload_len.get() as usize;
         if rest.len().checked_sub(run_bytes) != Some(payload_len) {
             return Err(Defect::value(
@@ -227,7 +227,12 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn check_runs(runs: &[PageRun], base_page: u64, slots: u16, page_slots: u64) -> Result<(), Defect> {
+fn check_runs(
+    runs: &[RawPageRun],
+    base_page: u64,
+    slots: u16,
+    page_slots: u64,
+) -> Result<(), Defect> {
     let mut listed = 0;
     let mut lowest = u32::MAX;
     for run in runs {
@@ -278,10 +283,10 @@ mod tests {
 
     /// The limit applies to all listed pages together: one slot may have most of them.
     #[test]
-    fn a_list_is_bounded_in_total() {
-        let list = |named: u32| -> Vec<PageRun> {
+    fn page_list_is_bounded_in_total() {
+        let list = |named: u32| -> Vec<RawPageRun> {
             (0..named)
-                .map(|page| PageRun {
+                .map(|page| RawPageRun {
                     page: page.into(),
                     slot: 1.into(),
                     count: 1.into(),
@@ -305,9 +310,9 @@ mod tests {
 
     /// Unused numbers are page numbers, too, but the number after the last one is not.
     #[test]
-    fn a_list_ends_with_the_page_numbers() {
+    fn page_list_ends_with_the_page_numbers() {
         let run = |count: u16| {
-            [PageRun {
+            [RawPageRun {
                 page: 0.into(),
                 slot: 0.into(),
                 count: count.into(),

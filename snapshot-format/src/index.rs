@@ -5,8 +5,8 @@ use zerocopy::FromBytes;
 use crate::error::{Defect, Flaw};
 use crate::frame::FrameRef;
 use crate::layout::{
-    self, INDEX_MAGIC, IndexHeader, MAX_INDEX_BLOCK_BYTES, PageEntry, TopEntry, codec, page_kind,
-    top_kind,
+    self, INDEX_MAGIC, MAX_INDEX_BLOCK_BYTES, RawIndexHeader, RawPageEntry, RawTopEntry, codec,
+    page_kind, top_kind,
 };
 
 /// Content of one page of a snapshot.
@@ -90,20 +90,20 @@ pub(crate) struct TopTable {
 impl TopTable {
     /// Checks every entry; `at` is the table's offset in the file.
     pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body) -> Result<Self, Flaw> {
-        for (number, entry) in records::<TopEntry>(&bytes).iter().enumerate() {
+        for (number, entry) in records::<RawTopEntry>(&bytes).iter().enumerate() {
             check_top(entry, body).map_err(|defect| {
-                Flaw::new(at + (number * size_of::<TopEntry>()) as u64, defect)
+                Flaw::new(at + (number * size_of::<RawTopEntry>()) as u64, defect)
             })?;
         }
         Ok(Self { bytes })
     }
 
     pub(crate) fn len(&self) -> u64 {
-        (self.bytes.len() / size_of::<TopEntry>()) as u64
+        (self.bytes.len() / size_of::<RawTopEntry>()) as u64
     }
 
     pub(crate) fn get(&self, block: u64) -> Option<CheckedTop> {
-        let entry = records::<TopEntry>(&self.bytes).get(usize::try_from(block).ok()?)?;
+        let entry = records::<RawTopEntry>(&self.bytes).get(usize::try_from(block).ok()?)?;
         Some(match entry.kind {
             top_kind::FILL => CheckedTop::Fill(entry.word_or_offset.get()),
             top_kind::BLOCK => CheckedTop::Block(BlockRef {
@@ -131,7 +131,7 @@ where
     }
 }
 
-fn check_top(entry: &TopEntry, body: Body) -> Result<(), Defect> {
+fn check_top(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
     let without_block = entry.codec == 0
         && entry.layer.get() == 0
         && entry.stored_len.get() == 0
@@ -149,7 +149,7 @@ fn check_top(entry: &TopEntry, body: Body) -> Result<(), Defect> {
     }
 }
 
-fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
+fn check_block_entry(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
     let (stored_len, decoded_len) = (entry.stored_len.get(), entry.decoded_len.get());
     check_layer(entry.layer.get())?;
     if entry.ancestor_block.get() != 0 {
@@ -169,7 +169,7 @@ fn check_block_entry(entry: &TopEntry, body: Body) -> Result<(), Defect> {
             });
         }
     }
-    if usize::from(decoded_len) < size_of::<IndexHeader>() {
+    if usize::from(decoded_len) < size_of::<RawIndexHeader>() {
         return Err(Defect::value(
             "decoded length of an index block",
             decoded_len,
@@ -224,7 +224,7 @@ enum Pages {
     Each {
         frames: Box<[FrameRef]>,
         fills: Box<[u64]>,
-        entries: Box<[PageEntry]>,
+        entries: Box<[RawPageEntry]>,
     },
 }
 
@@ -254,7 +254,7 @@ impl IndexBlock {
         page_count: usize,
         body: Body,
     ) -> Result<Self, Defect> {
-        let Ok((header, rest)) = IndexHeader::ref_from_prefix(bytes) else {
+        let Ok((header, rest)) = RawIndexHeader::ref_from_prefix(bytes) else {
             return Err(Defect::value(
                 "decoded length of an index block",
                 bytes.len() as u64,
@@ -287,22 +287,22 @@ impl IndexBlock {
                 format!("{page_count}, as its region goes"),
             ));
         }
-        let frame_bytes = usize::from(header.frame_count.get()) * size_of::<layout::FrameRef>();
+        let frame_bytes = usize::from(header.frame_count.get()) * size_of::<layout::RawFrameRef>();
         let fill_bytes = usize::from(header.fill_count.get()) * size_of::<u64>();
-        let page_bytes = page_count * size_of::<PageEntry>();
+        let page_bytes = page_count * size_of::<RawPageEntry>();
         if rest.len() != frame_bytes + fill_bytes + page_bytes {
             return Err(Defect::value(
                 "length of an index block",
                 bytes.len() as u64,
                 format!(
                     "{}, as its counts go",
-                    size_of::<IndexHeader>() + frame_bytes + fill_bytes + page_bytes
+                    size_of::<RawIndexHeader>() + frame_bytes + fill_bytes + page_bytes
                 ),
             ));
         }
         let (frames, rest) = rest.split_at(frame_bytes);
         let (fills, entries) = rest.split_at(fill_bytes);
-        let frames = records::<layout::FrameRef>(frames)
+        let frames = records::<layout::RawFrameRef>(frames)
             .iter()
             .map(|raw| FrameRef::check(raw, body))
             .collect::<Result<Box<[_]>, _>>()?;
@@ -310,7 +310,7 @@ impl IndexBlock {
             .iter()
             .map(|word| word.get())
             .collect::<Box<[_]>>();
-        let entries = records::<PageEntry>(entries);
+        let entries = records::<RawPageEntry>(entries);
         for entry in entries {
             check_page(*entry, &frames, fills.len())?;
         }
@@ -415,7 +415,7 @@ impl IndexBlock {
     }
 }
 
-fn check_page(entry: PageEntry, frames: &[FrameRef], fills: usize) -> Result<(), Defect> {
+fn check_page(entry: RawPageEntry, frames: &[FrameRef], fills: usize) -> Result<(), Defect> {
     let slot = entry.slot.get();
     match entry.frame.get() {
         page_kind::FILL if usize::from(slot) < fills => Ok(()),

@@ -1,7 +1,9 @@
 //! The on-disk layout, byte for byte: the structs and constants of `FORMAT.md`.
 //!
-//! Every struct is little-endian with alignment 1 and can be read from any bytes; none of them is
-//! valid until the reader has checked it. `tests/format_md.rs` compares the tables of `FORMAT.md`
+//! Every struct is little-endian with alignment 1 and can be read from any bytes. `Raw` in its name
+//! says that nobody has checked it: the types without `Raw`, like [`FrameRef`](crate::FrameRef) for
+//! [`RawFrameRef`], are the checked ones that the rest of the crate works with.
+//! `tests/format_md.rs` compares the tables of `FORMAT.md`, which names the structs without `Raw`,
 //! with this file.
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -42,10 +44,10 @@ pub const MAX_FRAME_SLOTS: usize = 512;
 /// they are spread over the slots: bounds what one decode installs.
 pub const MAX_LISTED_PAGES_PER_SLOT: usize = 4;
 /// Bytes of the shortest frame record: header, one run of its list, one byte of payload.
-pub const MIN_FRAME_RECORD_BYTES: usize = size_of::<FrameHeader>() + size_of::<PageRun>() + 1;
+pub const MIN_FRAME_RECORD_BYTES: usize = size_of::<RawFrameHeader>() + size_of::<RawPageRun>() + 1;
 /// Most bytes of a stored frame record: header, a full page list, and a raw payload.
-pub const MAX_FRAME_RECORD_BYTES: usize = size_of::<FrameHeader>()
-    + MAX_FRAME_SLOTS * MAX_LISTED_PAGES_PER_SLOT * size_of::<PageRun>()
+pub const MAX_FRAME_RECORD_BYTES: usize = size_of::<RawFrameHeader>()
+    + MAX_FRAME_SLOTS * MAX_LISTED_PAGES_PER_SLOT * size_of::<RawPageRun>()
     + MAX_FRAME_SLOTS * PAGE_SIZE;
 /// Most bytes of an index block, stored or decoded: bounds the one read of a look-up.
 pub const MAX_INDEX_BLOCK_BYTES: usize = 16 * 1024;
@@ -75,7 +77,7 @@ pub const MAX_PROPERTIES_BYTES: u64 = 1 << 20;
 /// snapshot brings the regions and the top table together with the trailer.
 pub const TAIL_BYTES: usize = 64 << 10;
 
-/// Bits of [`RegionEntry::flags`].
+/// Bits of [`RawRegionEntry::flags`].
 pub mod region_flags {
     /// The owner could read the memory.
     pub const READ: u32 = 1 << 0;
@@ -112,7 +114,7 @@ pub mod optional {
 /// The first 4 KiB of the file.
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct Header {
+pub struct RawHeader {
     /// [`HEADER_MAGIC`].
     pub magic: [u8; 8],
     /// [`FORMAT_VERSION`].
@@ -134,7 +136,7 @@ pub struct Header {
 /// The last 4 KiB of the file.
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct Trailer {
+pub struct RawTrailer {
     /// [`FORMAT_VERSION`], as in the header.
     pub version: U32,
     /// Used entries of `sections`.
@@ -148,7 +150,7 @@ pub struct Trailer {
     /// Length of the whole file, this trailer included.
     pub file_bytes: U64,
     /// Totals of the snapshot's content.
-    pub summary: Summary,
+    pub summary: RawSummary,
     /// Zero, unless [`optional::STRONG_HASHES`] is set: then the BLAKE3 hash of the section that
     /// holds the hashes of all others, of the index blocks and of the frames.
     pub strong_root: [u8; 32],
@@ -157,7 +159,7 @@ pub struct Trailer {
     /// Zero.
     pub reserved: [u8; 650],
     /// Locations of the sections, in any order; unused entries are zero.
-    pub sections: [SectionEntry; MAX_SECTIONS],
+    pub sections: [RawSectionEntry; MAX_SECTIONS],
     /// CRC-32 (IEEE) of the bytes before it.
     pub crc: U32,
     /// [`TRAILER_MAGIC`].
@@ -169,7 +171,7 @@ pub struct Trailer {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
-pub struct Summary {
+pub struct RawSummary {
     /// Pages of all regions.
     pub pages: U64,
     /// Pages that are zero.
@@ -219,7 +221,7 @@ impl SectionKind {
 /// Location of one section.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct SectionEntry {
+pub struct RawSectionEntry {
     /// A [`SectionKind`] as a number.
     pub kind: U32,
     /// CRC-32 (IEEE) of the section's bytes.
@@ -238,21 +240,21 @@ pub struct SectionEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum SectionKind {
-    /// [`RegionEntry`] records, then the names.
+    /// [`RawRegionEntry`] records, then the names.
     Regions = 1,
-    /// One [`TopEntry`] for each index block of the page-number space.
+    /// One [`RawTopEntry`] for each index block of the page-number space.
     Top = 2,
-    /// [`FillRun`] records, longest first.
+    /// [`RawFillRun`] records, longest first.
     FillRuns = 3,
-    /// [`BlobEntry`] records; a blob is a zstd dictionary, its `tag` the number that frames use.
+    /// [`RawBlobEntry`] records; a blob is a zstd dictionary, its `tag` the number that frames use.
     Dictionaries = 4,
-    /// [`BlobEntry`] records, then the names; a blob is an array of [`WorkingSetRun`].
+    /// [`RawBlobEntry`] records, then the names; a blob is an array of [`RawWorkingSetRun`].
     WorkingSets = 5,
-    /// [`BlobEntry`] records, then the names; a blob is the attachment.
+    /// [`RawBlobEntry`] records, then the names; a blob is the attachment.
     Attachments = 6,
     /// UTF-8 lines `key=value`, sorted by key: the writer of the file, its source and its options.
     Properties = 7,
-    /// [`AncestorEntry`] records; layer n is record n - 1.
+    /// [`RawAncestorEntry`] records; layer n is record n - 1.
     Ancestors = 8,
     /// The 32-byte digest of each index block's content.
     BlockDigests = 9,
@@ -261,7 +263,7 @@ pub enum SectionKind {
 /// One region: a contiguous range of the owner's memory.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct RegionEntry {
+pub struct RawRegionEntry {
     /// Address space: 0 for a VM, one for each process of a tree.
     pub space: U32,
     /// Protection bits as `PROT_*` (1 read, 2 write, 4 execute), bit 8 shared, hints
@@ -289,7 +291,7 @@ pub struct RegionEntry {
 /// One entry of the top table, which describes an index block's 512 pages.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct TopEntry {
+pub struct RawTopEntry {
     /// [`top_kind`].
     pub kind: u8,
     /// [`codec`] of the stored index block: raw or zstd.
@@ -308,7 +310,7 @@ pub struct TopEntry {
     pub ancestor_block: U32,
 }
 
-/// Values of [`TopEntry::kind`].
+/// Values of [`RawTopEntry::kind`].
 pub mod top_kind {
     /// All pages are one fill; no index block.
     pub const FILL: u8 = 0;
@@ -329,10 +331,10 @@ pub mod codec {
 }
 
 /// Start of an index block (after decompression). Then follow, without padding: `frame_count`
-/// [`FrameRef`], `fill_count` words of 8 bytes, `page_count` [`PageEntry`].
+/// [`RawFrameRef`], `fill_count` words of 8 bytes, `page_count` [`RawPageEntry`].
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct IndexHeader {
+pub struct RawIndexHeader {
     /// [`INDEX_MAGIC`].
     pub magic: U32,
     /// Pages described: 512, or fewer in the last block of a region.
@@ -355,7 +357,7 @@ pub struct IndexHeader {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
-pub struct FrameRef {
+pub struct RawFrameRef {
     /// First byte of the frame record.
     pub offset: U64,
     /// Bytes of the record: header, page list and payload.
@@ -364,7 +366,7 @@ pub struct FrameRef {
     pub crc: U32,
     /// Pages stored in the frame; the decoded length is this times 4 KiB.
     pub slots: U16,
-    /// Layer that holds the frame, as in [`TopEntry::layer`].
+    /// Layer that holds the frame, as in [`RawTopEntry::layer`].
     pub layer: U16,
     /// Number of the dictionary, or 0.
     pub dictionary: U16,
@@ -379,14 +381,14 @@ pub struct FrameRef {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
-pub struct PageEntry {
+pub struct RawPageEntry {
     /// Number of the frame in this index block, or one of [`page_kind`].
     pub frame: U16,
     /// Slot in the frame, or number of the fill word in this index block, or 0.
     pub slot: U16,
 }
 
-/// Values of [`PageEntry::frame`] that name no frame.
+/// Values of [`RawPageEntry::frame`] that name no frame.
 pub mod page_kind {
     /// The page repeats the word numbered by `slot`.
     pub const FILL: u16 = 0xffff;
@@ -394,19 +396,19 @@ pub mod page_kind {
     pub const UNAVAILABLE: u16 = 0xfffe;
 }
 
-/// Start of a frame record. Then follow `run_count` [`PageRun`] and the payload.
+/// Start of a frame record. Then follow `run_count` [`RawPageRun`] and the payload.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct FrameHeader {
+pub struct RawFrameHeader {
     /// [`FRAME_MAGIC`].
     pub magic: U32,
-    /// Same meaning as in [`FrameRef`].
+    /// Same meaning as in [`RawFrameRef`].
     pub slots: U16,
     /// Runs of pages that follow.
     pub run_count: U16,
-    /// Same meaning as in [`FrameRef`].
+    /// Same meaning as in [`RawFrameRef`].
     pub dictionary: U16,
-    /// Same meaning as in [`FrameRef`].
+    /// Same meaning as in [`RawFrameRef`].
     pub codec: u8,
     /// Zero.
     pub reserved: u8,
@@ -419,7 +421,7 @@ pub struct FrameHeader {
 /// Consecutive pages that lie in consecutive slots of a frame.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct PageRun {
+pub struct RawPageRun {
     /// First page, counted from the frame's `base_page`.
     pub page: U32,
     /// Slot of the first page.
@@ -433,7 +435,7 @@ pub struct PageRun {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
-pub struct FillRun {
+pub struct RawFillRun {
     /// First page.
     pub first_page: U64,
     /// Pages.
@@ -445,7 +447,7 @@ pub struct FillRun {
 /// One named or numbered blob of a table section.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct BlobEntry {
+pub struct RawBlobEntry {
     /// First byte in the file.
     pub offset: U64,
     /// Length in bytes.
@@ -465,7 +467,7 @@ pub struct BlobEntry {
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
-pub struct WorkingSetRun {
+pub struct RawWorkingSetRun {
     /// First page.
     pub first_page: U64,
     /// Pages.
@@ -475,7 +477,7 @@ pub struct WorkingSetRun {
 /// One ancestor of a layered snapshot.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub struct AncestorEntry {
+pub struct RawAncestorEntry {
     /// Its snapshot id.
     pub snapshot_id: [u8; 16],
     /// Its length in bytes, so that a file of the same id but another length is refused.
@@ -487,26 +489,26 @@ pub struct AncestorEntry {
 }
 
 const _: () = {
-    assert!(size_of::<Header>() == HEADER_BYTES);
-    assert!(size_of::<Trailer>() == TRAILER_BYTES);
-    assert!(size_of::<Summary>() == 144);
-    assert!(size_of::<SectionEntry>() == 40);
-    assert!(size_of::<RegionEntry>() == 64);
-    assert!(size_of::<TopEntry>() == 24);
-    assert!(size_of::<IndexHeader>() == 32);
-    assert!(size_of::<FrameRef>() == 24);
-    assert!(size_of::<PageEntry>() == 4);
-    assert!(size_of::<FrameHeader>() == 24);
-    assert!(size_of::<PageRun>() == 8);
-    assert!(size_of::<FillRun>() == 24);
-    assert!(size_of::<BlobEntry>() == 32);
-    assert!(size_of::<WorkingSetRun>() == 16);
-    assert!(size_of::<AncestorEntry>() == 64);
+    assert!(size_of::<RawHeader>() == HEADER_BYTES);
+    assert!(size_of::<RawTrailer>() == TRAILER_BYTES);
+    assert!(size_of::<RawSummary>() == 144);
+    assert!(size_of::<RawSectionEntry>() == 40);
+    assert!(size_of::<RawRegionEntry>() == 64);
+    assert!(size_of::<RawTopEntry>() == 24);
+    assert!(size_of::<RawIndexHeader>() == 32);
+    assert!(size_of::<RawFrameRef>() == 24);
+    assert!(size_of::<RawPageEntry>() == 4);
+    assert!(size_of::<RawFrameHeader>() == 24);
+    assert!(size_of::<RawPageRun>() == 8);
+    assert!(size_of::<RawFillRun>() == 24);
+    assert!(size_of::<RawBlobEntry>() == 32);
+    assert!(size_of::<RawWorkingSetRun>() == 16);
+    assert!(size_of::<RawAncestorEntry>() == 64);
     // An index block never exceeds its limit, even if every page has a frame of its own: a page
     // costs either a frame or a fill word, besides its entry.
     assert!(
-        size_of::<IndexHeader>()
-            + PAGES_PER_BLOCK * (size_of::<FrameRef>() + size_of::<PageEntry>())
+        size_of::<RawIndexHeader>()
+            + PAGES_PER_BLOCK * (size_of::<RawFrameRef>() + size_of::<RawPageEntry>())
             <= MAX_INDEX_BLOCK_BYTES
     );
 };

@@ -9,8 +9,8 @@ use zerocopy::FromBytes;
 use crate::error::{Defect, OpenError, Part};
 use crate::index::Body;
 use crate::layout::{
-    FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, Header, MAX_SECTIONS, PAGE_SIZE, TAIL_BYTES,
-    TRAILER_BYTES, TRAILER_MAGIC, Trailer, optional, required,
+    FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, MAX_SECTIONS, PAGE_SIZE, RawHeader, RawTrailer,
+    TAIL_BYTES, TRAILER_BYTES, TRAILER_MAGIC, optional, required,
 };
 use crate::sections::Directory;
 use crate::store::{Reason, Store};
@@ -108,7 +108,7 @@ fn without_trailer(store: &dyn Store, file_bytes: u64) -> OpenError {
             file_bytes,
         };
     }
-    let Ok(header) = Header::ref_from_bytes(head) else {
+    let Ok(header) = RawHeader::ref_from_bytes(head) else {
         return incomplete;
     };
     if let Err(defect) = check_header_crc(header, head) {
@@ -141,7 +141,7 @@ fn damaged(file: &dyn Fn() -> String, part: Part, offset: u64, defect: Defect) -
     }
 }
 
-fn check_header_crc(header: &Header, bytes: &[u8]) -> Result<(), Defect> {
+fn check_header_crc(header: &RawHeader, bytes: &[u8]) -> Result<(), Defect> {
     let computed = crc32fast::hash(&bytes[..HEADER_BYTES - 4]);
     let stored = header.crc.get();
     if computed == stored {
@@ -159,7 +159,7 @@ pub(crate) fn check_header(bytes: &[u8; HEADER_BYTES], ends: &Ends) -> Result<()
             detail,
         });
     }
-    let Ok(header) = Header::ref_from_bytes(bytes) else {
+    let Ok(header) = RawHeader::ref_from_bytes(bytes) else {
         let what = "header".into();
         return Err(Defect::Missing { what });
     };
@@ -248,11 +248,11 @@ fn check_trailer(
 ) -> Result<Ends, OpenError> {
     let at = file_bytes - TRAILER_BYTES as u64;
     let damaged = |defect| damaged(file, Part::Trailer, at, defect);
-    let trailer = Trailer::ref_from_bytes(bytes).map_err(|_| OpenError::Incomplete {
+    let trailer = RawTrailer::ref_from_bytes(bytes).map_err(|_| OpenError::Incomplete {
         file: file(),
         file_bytes,
     })?;
-    let computed = crc32fast::hash(&bytes[..std::mem::offset_of!(Trailer, crc)]);
+    let computed = crc32fast::hash(&bytes[..std::mem::offset_of!(RawTrailer, crc)]);
     if computed != trailer.crc.get() {
         return Err(damaged(Defect::Checksum {
             stored: trailer.crc.get(),
@@ -296,7 +296,7 @@ fn check_trailer(
         from: HEADER_BYTES as u64,
         to: at,
     };
-    let entries_at = at + std::mem::offset_of!(Trailer, sections) as u64;
+    let entries_at = at + std::mem::offset_of!(RawTrailer, sections) as u64;
     let directory =
         Directory::check(entries, entries_at, body).map_err(|flaw| OpenError::Damaged {
             file: file(),

@@ -73,8 +73,8 @@ pub struct Summary {
     pub state_digest: Digest,
 }
 
-impl From<&layout::Summary> for Summary {
-    fn from(raw: &layout::Summary) -> Self {
+impl From<&layout::RawSummary> for Summary {
+    fn from(raw: &layout::RawSummary) -> Self {
         Self {
             pages: raw.pages.get(),
             zero_pages: raw.zero_pages.get(),
@@ -92,7 +92,7 @@ impl From<&layout::Summary> for Summary {
     }
 }
 
-impl From<&Summary> for layout::Summary {
+impl From<&Summary> for layout::RawSummary {
     fn from(plain: &Summary) -> Self {
         Self {
             pages: plain.pages.into(),

@@ -1,9 +1,11 @@
-//! `FORMAT.md` is normative: its tables must agree with `layout.rs`.
+//! `FORMAT.md` is normative: its tables must agree with `layout.rs`, whose structs have the same
+//! names with `Raw` before them.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use snapshot_format::layout::{self, SectionKind};
+use zstd::zstd_safe;
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -25,6 +27,7 @@ fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
 /// Returns the text between the heading of a struct and the next heading, and the size that the
 /// heading states.
 fn section(name: &str) -> (&'static str, usize) {
+    let name = name.trim_start_matches("Raw");
     let heading = format!("### `{name}`: ");
     let from = FORMAT
         .find(&heading)
@@ -32,7 +35,7 @@ fn section(name: &str) -> (&'static str, usize) {
     let text = &FORMAT[from + heading.len()..];
     let (size, text) = text.split_once(" bytes\n").expect("a size");
     let end = text.find("\n#").unwrap_or(text.len());
-    (&text[..end], size.parse().expect("a number"))
+    (&text[..end], size.parse().expect("not a number"))
 }
 
 /// Compares a struct's table with (field, offset, bytes), which must be all of it.
@@ -85,36 +88,36 @@ macro_rules! structs {
 }
 
 structs! {
-    Header {
+    RawHeader {
         magic, version, page_size, required_features, optional_features, snapshot_id, reserved, crc,
     }
-    Trailer {
+    RawTrailer {
         version, section_count, required_features, optional_features, snapshot_id, file_bytes,
         summary, strong_root, unused, reserved, sections, crc, magic,
     }
-    Summary {
+    RawSummary {
         pages, zero_pages, fill_pages, stored_pages, duplicate_pages, unavailable_pages, frames,
         frame_bytes, stored_bytes, index_bytes, content_digest, state_digest,
     }
-    SectionEntry { kind, crc, offset, len, count, reserved }
-    RegionEntry {
+    RawSectionEntry { kind, crc, offset, len, count, reserved }
+    RawRegionEntry {
         space, flags, start, pages, first_page, page_shift, name_len, name_offset, reserved,
         unused,
     }
-    TopEntry { kind, codec, layer, stored_len, decoded_len, word_or_offset, crc, ancestor_block }
-    IndexHeader {
+    RawTopEntry { kind, codec, layer, stored_len, decoded_len, word_or_offset, crc, ancestor_block }
+    RawIndexHeader {
         magic, page_count, frame_count, fill_count, reserved, first_page, reserved2,
     }
-    FrameRef { offset, stored_len, crc, slots, layer, dictionary, codec, reserved }
-    PageEntry { frame, slot }
-    FrameHeader {
+    RawFrameRef { offset, stored_len, crc, slots, layer, dictionary, codec, reserved }
+    RawPageEntry { frame, slot }
+    RawFrameHeader {
         magic, slots, run_count, dictionary, codec, reserved, payload_len, base_page,
     }
-    PageRun { page, slot, count }
-    FillRun { first_page, pages, word }
-    BlobEntry { offset, len, crc, tag, name_offset, name_len }
-    WorkingSetRun { first_page, pages }
-    AncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
+    RawPageRun { page, slot, count }
+    RawFillRun { first_page, pages, word }
+    RawBlobEntry { offset, len, crc, tag, name_offset, name_len }
+    RawWorkingSetRun { first_page, pages }
+    RawAncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
 }
 
 #[test]
@@ -150,7 +153,12 @@ fn every_struct_and_constant_of_the_layout_is_documented() {
 fn limits() -> BTreeMap<&'static str, u64> {
     table(FORMAT, "limit")
         .iter()
-        .map(|row| (row[0].trim_matches('`'), row[1].parse().expect("a number")))
+        .map(|row| {
+            (
+                row[0].trim_matches('`'),
+                row[1].parse().expect("not a number"),
+            )
+        })
         .collect()
 }
 
@@ -205,7 +213,7 @@ fn numbers(first: &str) -> Vec<(&'static str, u64)> {
                 Some(hex) => u64::from_str_radix(hex, 16),
                 None => row[1].parse(),
             };
-            (row[0].trim_matches('`'), number.expect("a number"))
+            (row[0].trim_matches('`'), number.expect("not a number"))
         })
         .collect()
 }
@@ -337,8 +345,8 @@ fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_example_is_the_golden_file() {
-    use snapshot_format::layout::TopEntry;
+fn example_is_the_golden_file() {
+    use snapshot_format::layout::RawTopEntry;
     use zerocopy::FromBytes;
 
     let text = chapter("## A worked example");
@@ -353,7 +361,7 @@ fn the_example_is_the_golden_file() {
         .find_map(|line| line.strip_prefix("Top table, at byte "))
         .and_then(|rest| rest.trim_end_matches(':').parse::<usize>().ok())
         .expect("where the top table lies");
-    let (entry, _) = TopEntry::read_from_prefix(&EXAMPLE[top..]).expect("an entry");
+    let (entry, _) = RawTopEntry::read_from_prefix(&EXAMPLE[top..]).expect("an entry");
     let at = usize::try_from(entry.word_or_offset.get()).expect("in the file");
     let stored = &EXAMPLE[at..at + usize::from(entry.stored_len.get())];
     let mut decoded = vec![0; entry.decoded_len.get().into()];
@@ -363,7 +371,7 @@ fn the_example_is_the_golden_file() {
 
 /// Computes the digests of the example from their definition in FORMAT.md alone.
 #[test]
-fn the_example_has_the_digests_that_follow() {
+fn example_has_the_digests_that_follow() {
     let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
     let page = |n: u64| -> Vec<u8> {
         let text = format!("page {n} of a golden file; ").into_bytes();
@@ -417,13 +425,14 @@ fn the_example_has_the_digests_that_follow() {
 }
 
 #[test]
-fn the_properties_of_the_writer_are_documented() {
+fn properties_of_the_writer_are_documented() {
     use snapshot_format::{MemoryStore, Snapshot, Writer, WriterOptions};
 
     let writer = Writer::new(Vec::new(), WriterOptions::default()).expect("a writer");
     let (file, _) = writer.finish().expect("a file");
-    let snapshot = Snapshot::open(std::sync::Arc::new(MemoryStore::new(file))).expect("opens");
-    let properties = snapshot.properties().expect("properties");
+    let snapshot = Snapshot::open(std::sync::Arc::new(MemoryStore::new(file)))
+        .expect("cannot open the snapshot");
+    let properties = snapshot.properties().expect("cannot read the properties");
     let mut documented: Vec<&str> = table(FORMAT, "property")
         .iter()
         .filter(|row| row[1] == "library")
@@ -449,12 +458,12 @@ fn every_field_says_who_checks_it() {
 
 /// Sizes of an ordinary file.
 #[test]
-fn the_tail_holds_what_is_promised() {
+fn tail_holds_the_documented_memory() {
     let room = layout::TAIL_BYTES - layout::TRAILER_BYTES;
     assert!(chapter("## Opening").contains(&format!("at most {room} bytes")));
     for row in table(chapter("## Opening"), "memory") {
         let gib: usize = row[0].trim_end_matches(" GiB").parse().expect("GiB");
-        let top = gib * 512 * size_of::<layout::TopEntry>();
+        let top = gib * 512 * size_of::<layout::RawTopEntry>();
         assert_eq!(row[1], format!("{top} bytes"));
         let left = match room - top {
             0 => "none".to_owned(),
@@ -463,7 +472,7 @@ fn the_tail_holds_what_is_promised() {
         assert_eq!(row[2], left);
     }
     let most =
-        layout::MAX_PAGES / layout::PAGES_PER_BLOCK_U64 * size_of::<layout::TopEntry>() as u64;
+        layout::MAX_PAGES / layout::PAGES_PER_BLOCK_U64 * size_of::<layout::RawTopEntry>() as u64;
     assert_eq!(most, 3 << 30);
     assert!(FORMAT.contains("the top table has at most 3 GiB"));
 }

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use common::Sample;
 use field_case::{Case, u8, u16, u32, u64};
 use snapshot_format::layout::{
-    BlobEntry, FillRun, FrameHeader, FrameRef, HEADER_BYTES, IndexHeader, PageRun, SectionKind,
-    Summary, TRAILER_BYTES, Trailer,
+    HEADER_BYTES, RawBlobEntry, RawFillRun, RawFrameHeader, RawFrameRef, RawIndexHeader,
+    RawPageRun, RawSummary, RawTrailer, SectionKind, TRAILER_BYTES,
 };
 use snapshot_format::{
     MAX_PROBLEMS, MemoryStore, RegionSpec, VerifyOptions, Writer, WriterOptions, verify,
@@ -19,46 +19,46 @@ use snapshot_format::{
 
 /// Fields that only the verifier checks: each value is possible, but not true.
 #[test]
-fn what_is_possible_but_not_true() {
+fn consistent_but_false_fields_are_reported() {
     let sample = Sample::new();
-    let summary = sample.trailer() + offset_of!(Trailer, summary);
+    let summary = sample.trailer() + offset_of!(RawTrailer, summary);
     let index = sample.blocks[0].1.start;
-    let frames = index + size_of::<IndexHeader>();
-    let words = frames + 2 * size_of::<FrameRef>();
+    let frames = index + size_of::<RawIndexHeader>();
+    let words = frames + 2 * size_of::<RawFrameRef>();
     let page = words + 16;
     let frame = sample.frames[0].start;
-    let runs = frame + size_of::<FrameHeader>();
+    let runs = frame + size_of::<RawFrameHeader>();
     let sections = |kind| sample.section(kind).start;
-    let second = sample.blocks[1].1.start + size_of::<IndexHeader>();
+    let second = sample.blocks[1].1.start + size_of::<RawIndexHeader>();
     let gap = sample.frames[0].end + 10;
     #[rustfmt::skip]
     let cases = [
-        u64(summary + offset_of!(Summary, zero_pages), 1, "zero_pages is 1"),
-        u64(summary + offset_of!(Summary, fill_pages), 1, "fill_pages is 1"),
-        u64(summary + offset_of!(Summary, stored_pages), 1, "stored_pages is 1"),
-        u64(summary + offset_of!(Summary, duplicate_pages), 1, "duplicate_pages is 1"),
-        u64(summary + offset_of!(Summary, unavailable_pages), 1, "unavailable_pages is 1"),
-        u64(summary + offset_of!(Summary, frames), 1, "frames is 1"),
-        u64(summary + offset_of!(Summary, frame_bytes), 4097, "frame_bytes is 4097"),
-        u64(summary + offset_of!(Summary, frame_bytes), 1 << 22, "frame_bytes is 4194304"),
-        u64(summary + offset_of!(Summary, stored_bytes), 1, "stored_bytes is 1"),
-        u64(summary + offset_of!(Summary, index_bytes), 1, "index_bytes is 1"),
-        u8(summary + offset_of!(Summary, content_digest), 0, "the content's digest is"),
-        u8(summary + offset_of!(Summary, state_digest), 0, "the state's digest is"),
+        u64(summary + offset_of!(RawSummary, zero_pages), 1, "zero_pages is 1"),
+        u64(summary + offset_of!(RawSummary, fill_pages), 1, "fill_pages is 1"),
+        u64(summary + offset_of!(RawSummary, stored_pages), 1, "stored_pages is 1"),
+        u64(summary + offset_of!(RawSummary, duplicate_pages), 1, "duplicate_pages is 1"),
+        u64(summary + offset_of!(RawSummary, unavailable_pages), 1, "unavailable_pages is 1"),
+        u64(summary + offset_of!(RawSummary, frames), 1, "frames is 1"),
+        u64(summary + offset_of!(RawSummary, frame_bytes), 4097, "frame_bytes is 4097"),
+        u64(summary + offset_of!(RawSummary, frame_bytes), 1 << 22, "frame_bytes is 4194304"),
+        u64(summary + offset_of!(RawSummary, stored_bytes), 1, "stored_bytes is 1"),
+        u64(summary + offset_of!(RawSummary, index_bytes), 1, "index_bytes is 1"),
+        u8(summary + offset_of!(RawSummary, content_digest), 0, "the content's digest is"),
+        u8(summary + offset_of!(RawSummary, state_digest), 0, "the state's digest is"),
         u8(sections(SectionKind::BlockDigests), 0, "block 0 has another digest"),
         u8(sections(SectionKind::BlockDigests) + 2 * 32, 0, "block 2 has another digest"),
-        u64(sections(SectionKind::FillRuns) + offset_of!(FillRun, word), 5, "of run 0 is not"),
-        u64(sections(SectionKind::FillRuns) + size_of::<FillRun>(), 29, "page 29 of run 1 is not a fill"),
+        u64(sections(SectionKind::FillRuns) + offset_of!(RawFillRun, word), 5, "of run 0 is not"),
+        u64(sections(SectionKind::FillRuns) + size_of::<RawFillRun>(), 29, "page 29 of run 1 is not a fill"),
         u64(words, 5, "block 0 has another digest"),
         u64(words, 0, "names a fill word twice"),
         u16(page + 2, 1, "page 0 is listed in slot 0"),
         u16(page + 2, 1, "block 0 has another digest"),
         u16(page, 0xfffe, "page 0 is listed in slot 0"),
-        u16(runs + size_of::<PageRun>() + offset_of!(PageRun, count), 1, "no page is listed for slot 3"),
-        u32(runs + size_of::<PageRun>() + offset_of!(PageRun, page), 3, "page 3 is listed in slot 2"),
-        u64(frame + offset_of!(FrameHeader, base_page), 1, "page 1 is listed in slot 0"),
+        u16(runs + size_of::<RawPageRun>() + offset_of!(RawPageRun, count), 1, "no page is listed for slot 3"),
+        u32(runs + size_of::<RawPageRun>() + offset_of!(RawPageRun, page), 3, "page 3 is listed in slot 2"),
+        u64(frame + offset_of!(RawFrameHeader, base_page), 1, "page 1 is listed in slot 0"),
         // The second block names the first frame for one page, 520.
-        u16(second + 24 + offset_of!(FrameRef, slots), 3, "names a frame otherwise"),
+        u16(second + 24 + offset_of!(RawFrameRef, slots), 3, "names a frame otherwise"),
         u16(second + 48 + 8 + 8 * 4, 0xffff, "names frame 1, which no page of it uses"),
         Case {
             at: page + 21 * 4,
@@ -66,19 +66,20 @@ fn what_is_possible_but_not_true() {
             error: "names fill word 0, which no page of it uses",
         },
         Case {
-            at: runs + size_of::<PageRun>(),
+            at: runs + size_of::<RawPageRun>(),
             bytes: vec![0; 6],
             error: "page 0 is listed twice",
         },
         u8(gap, 1, "belong to nothing"),
-        u64(sections(SectionKind::Attachments) + offset_of!(BlobEntry, offset), 4096, "share bytes"),
+        u64(sections(SectionKind::Attachments) + offset_of!(RawBlobEntry, offset), 4096, "share bytes"),
     ];
     for case in cases {
         let mut wrong = sample.clone();
         wrong.put(case.at, &case.bytes);
         assert!(wrong.bytes != sample.bytes, "{}", case.error);
         wrong.seal();
-        let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
+        let report = verify(wrong.store(), VerifyOptions::default().threads(1))
+            .expect("cannot verify the snapshot");
         assert!(
             report
                 .problems
@@ -92,30 +93,33 @@ fn what_is_possible_but_not_true() {
 }
 
 #[test]
-fn an_index_block_may_not_name_a_frame_twice() {
+fn index_block_may_not_name_a_frame_twice() {
     let mut sample = Sample::new();
-    let frames = sample.blocks[1].1.start + size_of::<IndexHeader>();
-    let first = sample.bytes[frames..frames + size_of::<FrameRef>()].to_vec();
-    sample.put(frames + size_of::<FrameRef>(), &first);
+    let frames = sample.blocks[1].1.start + size_of::<RawIndexHeader>();
+    let first = sample.bytes[frames..frames + size_of::<RawFrameRef>()].to_vec();
+    sample.put(frames + size_of::<RawFrameRef>(), &first);
     for (at, frame) in &mut sample.frame_refs {
-        if *at == frames + size_of::<FrameRef>() {
+        if *at == frames + size_of::<RawFrameRef>() {
             *frame = 2;
         }
     }
     sample.seal();
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
     assert!(details.contains(&"names a frame twice"), "{details:?}");
     assert!(details.contains(&"block 1 has another digest than is recorded"));
 }
 
 #[test]
-fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
+fn frame_may_not_store_fills_or_more_than_one_zstd_frame() {
     let mut sample = Sample::new();
-    let payload = sample.frames[0].start + size_of::<FrameHeader>() + 2 * size_of::<PageRun>();
+    let payload =
+        sample.frames[0].start + size_of::<RawFrameHeader>() + 2 * size_of::<RawPageRun>();
     sample.bytes[payload..payload + 4096].fill(0x11);
     sample.seal();
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     assert!(
         report
             .problems
@@ -132,7 +136,8 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
         ]
         .concat()
     });
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
     assert_eq!(
         details, ["cannot be decoded: not exactly one zstd frame"; 2],
@@ -142,20 +147,20 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
 
 /// Each of 4100 index blocks is damaged in its own way: 1000 are listed, the rest are counted.
 #[test]
-fn the_list_of_problems_is_bounded() {
+fn list_of_problems_is_bounded() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
     writer
         .begin_region(&RegionSpec::default())
-        .expect("begin_region");
+        .expect("cannot begin a region");
     let blocks = 4100;
     for block in 0..blocks {
         writer.write_fill(511, 0).expect("a fill");
         writer.write_fill(1, block + 1).expect("another fill");
     }
-    let (mut bytes, _) = writer.finish().expect("finish");
+    let (mut bytes, _) = writer.finish().expect("cannot finish the snapshot");
     // Nothing is stored but the index blocks, right behind the header.
-    let summary = bytes.len() - TRAILER_BYTES + offset_of!(Trailer, summary);
-    let index_bytes = summary + offset_of!(Summary, index_bytes);
+    let summary = bytes.len() - TRAILER_BYTES + offset_of!(RawTrailer, summary);
+    let index_bytes = summary + offset_of!(RawSummary, index_bytes);
     let index_bytes = u64::from_le_bytes(bytes[index_bytes..][..8].try_into().expect("8 bytes"));
     let index_bytes = usize::try_from(index_bytes).expect("in memory");
     bytes[HEADER_BYTES..][..index_bytes].fill(7);
@@ -163,7 +168,7 @@ fn the_list_of_problems_is_bounded() {
         Arc::new(MemoryStore::new(bytes)),
         VerifyOptions::default().threads(2),
     )
-    .expect("verify");
+    .expect("cannot verify the snapshot");
     assert_eq!(report.problems.len(), MAX_PROBLEMS);
     assert_eq!(report.more_problems, blocks - MAX_PROBLEMS as u64);
     assert!(report.problems.iter().all(|p| p.what == "index block"));
@@ -175,7 +180,8 @@ fn bad_frames_are_all_reported() {
     for frame in sample.frames.clone() {
         sample.bytes[frame.start..frame.end].fill(7);
     }
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     assert_eq!(
         report.problems.iter().filter(|p| p.what == "frame").count(),
         4

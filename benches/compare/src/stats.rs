@@ -115,13 +115,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_no_spread() {
+    fn empty_samples_have_no_spread() {
         assert_eq!(Spread::of([]), None);
         assert_eq!(Latencies::of(Vec::new()), None);
     }
 
     #[test]
-    fn one_sample_is_everything() {
+    fn single_sample_is_the_whole_spread() {
         let spread = Spread::of([7.0]).unwrap();
         assert!(
             [spread.min, spread.q1, spread.median, spread.q3, spread.max]
@@ -132,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_samples_does_not_matter() {
+    fn sample_order_does_not_matter() {
         let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
         assert!(near(spread.median, 2.5) && near(spread.q1, 1.75) && near(spread.q3, 3.25));
         assert!(near(spread.min, 1.0) && near(spread.max, 4.0));
     }
 
     #[test]
-    fn percentiles_are_durations_that_occurred() {
+    fn percentiles_are_measured_durations() {
         let latencies = Latencies::of((1..=1000).map(|us| us * 1000).rev().collect()).unwrap();
         assert!(near(latencies.p50, 500.0) && near(latencies.p99, 990.0));
         assert!(near(latencies.p999, 999.0) && near(latencies.max, 1000.0));

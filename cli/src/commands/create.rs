@@ -101,13 +101,7 @@ fn check_memory() -> Result<()> {
 
 pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
-    let to_stdout = target::is_stdout(&args.output);
-    if to_stdout && output.json() {
-        return Err(Refusal::Usage(
-            "--json writes to standard output, and so does --output -; name a file".into(),
-        )
-        .into());
-    }
+    let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     let attached = args.attach.iter().map(|attachment| &attachment.path);
     let dictionary = match &args.dictionary {
         args::Dictionary::File(path) => Some(path),

@@ -7,11 +7,11 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 use serde::Serialize;
+use snapshot_format::Snapshot;
 
 use crate::args;
 use crate::exit::Exit;
 use crate::facts::Facts;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 
@@ -49,10 +49,10 @@ struct Dictionary {
 }
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
-    let snapshot = input::open(&args.file)?;
+    let snapshot = Snapshot::open_path(&args.file)?;
     let report = Report {
         file: names::exact(&args.file),
-        facts: Facts::of(&snapshot)?,
+        facts: Facts::of(&snapshot),
         properties: snapshot.properties()?.into_iter().collect(),
         attachments: snapshot
             .attachments()?

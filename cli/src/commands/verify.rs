@@ -9,11 +9,10 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{VerifyError, VerifyOptions};
+use snapshot_format::{FileStore, OpenError, VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -53,7 +52,10 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
     let began = Instant::now();
     let file = names::exact(&args.file);
-    let store = input::store(&args.file)?;
+    let store = FileStore::open(&args.file).map_err(|source| OpenError::NoStore {
+        file: names::path(&args.file),
+        source,
+    })?;
     let progress = Progress::bytes(output, "verifying", None);
     let mut options = VerifyOptions::default().progress(|at| {
         progress.set_total(at.pages * PAGE_SIZE_U64);

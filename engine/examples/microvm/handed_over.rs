@@ -31,7 +31,7 @@ impl HandedOver {
     /// that listens at `socket`. The memory may be touched at once: a touch waits until it is
     /// served.
     pub(crate) fn start(snapshot: &Snapshot, socket: &Path) -> Result<Self> {
-        let ranges = snapshot.regions()?.iter().map(|region| {
+        let ranges = snapshot.regions().iter().map(|region| {
             let len = usize::try_from(region.bytes());
             (GuestAddress(region.start), len.expect("64 bits"))
         });

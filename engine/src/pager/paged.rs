@@ -163,7 +163,7 @@ impl Pager {
 
     fn extents(&self, regions: &[OwnerRegion]) -> Result<Vec<Extent>, AttachError> {
         check_page_size()?;
-        Ok(handover::extents(regions, self.snapshot.regions()?)?)
+        Ok(handover::extents(regions, self.snapshot.regions())?)
     }
 
     fn serve(

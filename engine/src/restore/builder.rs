@@ -254,7 +254,7 @@ impl Restore {
         self.watch_observer();
         let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
-        let needed = snapshot.regions()?;
+        let needed = snapshot.regions();
         if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
             return Err(StartError::NoSuchRegion {
                 region: *index,
@@ -400,7 +400,7 @@ impl Restore {
 
     /// Returns the memory of each region: the caller's, or newly mapped.
     fn memory(&mut self) -> Result<Vec<RawRegion>, StartError> {
-        let regions = self.snapshot.regions()?.iter().enumerate();
+        let regions = self.snapshot.regions().iter().enumerate();
         regions
             .map(|(index, region)| match self.regions.remove(&index) {
                 Some(memory) if memory.len() == region.bytes() => Ok(memory),

@@ -159,7 +159,7 @@ fn first_touches_are_observed_in_order() {
         .on_first_touch(move |page| log.lock().unwrap().push(page))
         .start()
         .unwrap();
-    let region = snapshot.regions().unwrap()[1].clone();
+    let region = snapshot.regions()[1].clone();
     let wanted = [4000, 3000, 8000, 6000];
     compare(&restored, &image, wanted.into_iter());
     let numbers: Vec<u64> = wanted
@@ -270,7 +270,7 @@ fn a_fill_run_that_lies_makes_no_zeros() {
     let restored = Restore::new(Arc::clone(&snapshot)).start().unwrap();
     let mut bytes = [0; PAGE];
     let mut stored = 0;
-    for page in 0..snapshot.regions().unwrap()[0].pages {
+    for page in 0..snapshot.regions()[0].pages {
         if let Page::Stored { .. } = snapshot.look_up(page, Reason::Verify).unwrap() {
             restored.read_at(0, page * 4096, &mut bytes).unwrap();
             assert!(bytes.starts_with(b"page "), "page {page}");
@@ -290,7 +290,7 @@ fn a_page_list_that_lies_brings_no_page() {
     ] {
         let read_all = |name: &str| -> Vec<Option<[u8; PAGE]>> {
             let snapshot = golden(name);
-            let pages = snapshot.regions().unwrap()[0].pages;
+            let pages = snapshot.regions()[0].pages;
             let restored = Restore::new(snapshot)
                 .prefetch(Prefetch::Off)
                 .start()

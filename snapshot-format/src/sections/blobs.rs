@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::{Names, Section, is_file_name};
 use crate::error::{Defect, Flaw};
 use crate::index::{Body, records};
-use crate::layout::{self, BlobEntry, MAX_DICTIONARY_BYTES, MAX_SECTION_BYTES, SectionKind};
+use crate::layout::{self, MAX_DICTIONARY_BYTES, MAX_SECTION_BYTES, RawBlobEntry, SectionKind};
 
 /// One blob of a table section, checked against the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,13 +25,13 @@ pub(crate) fn blobs(
     kind: SectionKind,
     body: Body,
 ) -> Result<Vec<Blob>, Flaw> {
-    let split = usize::try_from(section.count).unwrap_or(usize::MAX) * size_of::<BlobEntry>();
+    let split = usize::try_from(section.count).unwrap_or(usize::MAX) * size_of::<RawBlobEntry>();
     let (entries, area) = bytes.split_at(split.min(bytes.len()));
     let mut names = Names { area, used: 0 };
     let mut seen = HashSet::new();
     let mut blobs = Vec::new();
-    for (number, raw) in records::<BlobEntry>(entries).iter().enumerate() {
-        let at = section.offset + (number * size_of::<BlobEntry>()) as u64;
+    for (number, raw) in records::<RawBlobEntry>(entries).iter().enumerate() {
+        let at = section.offset + (number * size_of::<RawBlobEntry>()) as u64;
         let blob =
             check_blob(raw, kind, body, &mut names).map_err(|defect| Flaw::new(at, defect))?;
         if !seen.insert((blob.tag, blob.name.clone())) {
@@ -77,7 +77,7 @@ fn check_together(blobs: &[Blob], kind: SectionKind) -> Result<(), Defect> {
 }
 
 fn check_blob(
-    raw: &BlobEntry,
+    raw: &RawBlobEntry,
     kind: SectionKind,
     body: Body,
     names: &mut Names<'_>,
@@ -114,7 +114,7 @@ fn check_blob(
         }
     }
     if kind == SectionKind::WorkingSets {
-        let record = size_of::<layout::WorkingSetRun>() as u64;
+        let record = size_of::<layout::RawWorkingSetRun>() as u64;
         if !len.is_multiple_of(record) || len > MAX_SECTION_BYTES {
             return Err(Defect::value(
                 "length of a working set",

@@ -4,7 +4,7 @@ use super::{Names, Section};
 use crate::error::{Defect, Flaw};
 use crate::index::records;
 use crate::layout::{
-    self, MAX_PAGES, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RegionEntry, region_flags,
+    self, MAX_PAGES, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawRegionEntry, region_flags,
 };
 use crate::types::{FillRun, Region, WorkingSetRun};
 
@@ -18,14 +18,14 @@ pub(crate) fn regions(
     pages: u64,
 ) -> Result<Vec<Region>, Flaw> {
     // `check_section` has verified that the records exist.
-    let split = usize::try_from(section.count).unwrap_or(usize::MAX) * size_of::<RegionEntry>();
+    let split = usize::try_from(section.count).unwrap_or(usize::MAX) * size_of::<RawRegionEntry>();
     let (entries, area) = bytes.split_at(split.min(bytes.len()));
     let mut names = Names { area, used: 0 };
     let mut regions = Vec::new();
     let mut next_page = 0;
     let mut total = 0;
-    for (number, raw) in records::<RegionEntry>(entries).iter().enumerate() {
-        let at = section.offset + (number * size_of::<RegionEntry>()) as u64;
+    for (number, raw) in records::<RawRegionEntry>(entries).iter().enumerate() {
+        let at = section.offset + (number * size_of::<RawRegionEntry>()) as u64;
         let region =
             check_region(raw, next_page, &mut names).map_err(|defect| Flaw::new(at, defect))?;
         // Both are at most `MAX_PAGES` plus a block, as `check_region` has verified.
@@ -56,7 +56,7 @@ pub(crate) fn regions(
 }
 
 fn check_region(
-    raw: &RegionEntry,
+    raw: &RawRegionEntry,
     next_page: u64,
     names: &mut Names<'_>,
 ) -> Result<Region, Defect> {
@@ -139,13 +139,13 @@ pub(crate) fn fill_runs(
     regions: &[Region],
 ) -> Result<Vec<FillRun>, Flaw> {
     let mut runs: Vec<FillRun> = Vec::new();
-    for (number, raw) in records::<layout::FillRun>(bytes).iter().enumerate() {
+    for (number, raw) in records::<layout::RawFillRun>(bytes).iter().enumerate() {
         let run = FillRun {
             first_page: raw.first_page.get(),
             pages: raw.pages.get(),
             word: raw.word.get(),
         };
-        let at = section.offset + (number * size_of::<layout::FillRun>()) as u64;
+        let at = section.offset + (number * size_of::<layout::RawFillRun>()) as u64;
         let longest = runs.last().map_or(u64::MAX, |last| last.pages);
         check_fill_run(run, longest, regions).map_err(|defect| Flaw::new(at, defect))?;
         runs.push(run);
@@ -199,8 +199,11 @@ pub(crate) fn working_set(
 ) -> Result<Vec<WorkingSetRun>, Flaw> {
     let mut runs = Vec::new();
     let mut total = 0;
-    for (number, raw) in records::<layout::WorkingSetRun>(bytes).iter().enumerate() {
-        let at = at + (number * size_of::<layout::WorkingSetRun>()) as u64;
+    for (number, raw) in records::<layout::RawWorkingSetRun>(bytes)
+        .iter()
+        .enumerate()
+    {
+        let at = at + (number * size_of::<layout::RawWorkingSetRun>()) as u64;
         let run = WorkingSetRun {
             first_page: raw.first_page.get(),
             pages: raw.pages.get(),

@@ -2,8 +2,10 @@
 
 use std::sync::{Arc, PoisonError};
 
+use zstd::zstd_safe;
+
 use super::Snapshot;
-use crate::decoder;
+use super::decoder::one_zstd_frame;
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Page};
 use crate::layout::{MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK_U64};
@@ -94,7 +96,7 @@ impl Snapshot {
             }));
         }
         let bytes = if index.compressed {
-            decoder::one_zstd_frame(stored).map_err(damaged)?;
+            one_zstd_frame(stored).map_err(damaged)?;
             let len = self.decompress(decoded, stored).map_err(|reason| {
                 damaged(Defect::Decode {
                     reason: reason.into(),

@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::io;
 use std::sync::OnceLock;
 
+use zstd::zstd_safe;
+
 use super::{Dictionary, Prepared, Snapshot, get_or_try};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::{Page, Top};
@@ -39,8 +41,8 @@ impl Snapshot {
             .map_err(|flaw| self.damaged(Part::Section(kind), flaw))?;
         let mut good = Vec::with_capacity(runs.len());
         for (number, run) in runs.into_iter().enumerate() {
-            let at = section.offset + (number * size_of::<layout::FillRun>()) as u64;
-            let run = self.hold_against_index(number, run, at)?;
+            let at = section.offset + (number * size_of::<layout::RawFillRun>()) as u64;
+            let run = self.check_against_index(number, run, at)?;
             good.extend((run.pages > 0).then_some(run));
         }
         good.sort_by_key(|run| Reverse(run.pages));
@@ -49,7 +51,7 @@ impl Snapshot {
 
     /// Returns the part of fill run `number` whose index blocks are intact, or an error if one of
     /// its pages is not a fill. Whole blocks must be fills of the top table, which is in memory.
-    fn hold_against_index(
+    fn check_against_index(
         &self,
         number: usize,
         run: FillRun,
@@ -129,7 +131,7 @@ impl Snapshot {
 
     /// Returns the working sets, in the order of the file.
     pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
-        let run = size_of::<layout::WorkingSetRun>() as u64;
+        let run = size_of::<layout::RawWorkingSetRun>() as u64;
         let blobs = self.blobs(SectionKind::WorkingSets)?;
         Ok(blobs
             .into_iter()

@@ -5,13 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::pages::Window;
 use super::{Problem, VerifyError};
-use crate::decoder::FrameDecoder;
 use crate::digest::{self, Digest};
 use crate::error::{FrameError, Part};
 use crate::frame::FrameRef;
 use crate::index::Page;
 use crate::layout::{MAX_FRAME_SLOTS, PAGE_SIZE};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
 
 /// Maximum number of problems that one frame may add; the rest are counted.

@@ -70,10 +70,10 @@ impl Check<'_> {
             let wanted = self.plan(&window, &mut frames, &mut digests);
             for batch in wanted.chunks(BATCH) {
                 self.decode_batch(batch, &window, &workers, &mut digests);
-                self.tell_progress()?;
+                self.report_progress()?;
             }
             self.finish_window(&window, &mut digests);
-            self.tell_progress()?;
+            self.report_progress()?;
             first += count;
         }
         for frame in frames.values() {
@@ -86,7 +86,7 @@ impl Check<'_> {
         // Stored entries were counted as duplicates, but one for each slot is not one.
         let stored = self.counted.stored_pages;
         self.counted.duplicate_pages = self.counted.duplicate_pages.saturating_sub(stored);
-        let regions = self.snapshot.regions().unwrap_or_default();
+        let regions = self.snapshot.regions();
         self.counted.content_digest = digests
             .content
             .finish(regions.iter().map(|r| (r.space, r.start, r.pages)));

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, TopEntry};
+use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawTopEntry};
 
 /// Why a snapshot could not be written. The writer that returned it accepts no further calls.
 #[derive(Debug, thiserror::Error)]
@@ -43,10 +43,10 @@ pub enum WriteError {
         limit: u64,
     },
     /// The snapshot would be one that a reader refuses, unless its
-    /// [`most_top_bytes`](crate::SnapshotOptions::most_top_bytes) is raised.
+    /// [`max_top_bytes`](crate::SnapshotOptions::max_top_bytes) is raised.
     #[error(
         "the memory is too large for one snapshot: with {} TiB its top table would have {bytes} \
-         bytes, and readers refuse more than {limit} (most_top_bytes), which is {} TiB of memory; \
+         bytes, and readers refuse more than {limit} (max_top_bytes), which is {} TiB of memory; \
          take it in parts",
         tib(*bytes),
         tib(*limit)
@@ -88,7 +88,7 @@ pub enum WriteError {
 
 /// Tebibytes of memory that a top table stands for, with one decimal.
 fn tib(top_bytes: u64) -> String {
-    let blocks = top_bytes / size_of::<TopEntry>() as u64;
+    let blocks = top_bytes / size_of::<RawTopEntry>() as u64;
     // No number of pages above 2^36 comes here.
     let tenths = (blocks * 10 * PAGES_PER_BLOCK_U64 * PAGE_SIZE_U64) >> 40;
     format!("{}.{}", tenths / 10, tenths % 10)

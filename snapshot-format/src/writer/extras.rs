@@ -116,7 +116,7 @@ impl<W: Write> Writer<W> {
                         "1 page or more of one region, written before",
                     ));
                 }
-                let raw = layout::WorkingSetRun {
+                let raw = layout::RawWorkingSetRun {
                     first_page: run.first_page.into(),
                     pages: run.pages.into(),
                 };

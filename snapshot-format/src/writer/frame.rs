@@ -8,20 +8,20 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
-use zstd_safe::{CCtx, CParameter, ErrorCode};
+use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
 use crate::layout::{
-    FRAME_MAGIC, FrameHeader, FrameRef, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
-    PageRun, codec,
+    FRAME_MAGIC, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawFrameHeader,
+    RawFrameRef, RawPageRun, codec,
 };
 
 /// The frame that takes new pages.
 #[derive(Default)]
 pub(super) struct OpenFrame {
     base_page: u64,
-    runs: Vec<PageRun>,
+    runs: Vec<RawPageRun>,
     /// Number of listed pages of each slot; as long as the frame has slots.
     listed: Vec<u8>,
     /// Bytes of the pages from earlier blocks.
@@ -71,7 +71,7 @@ impl OpenFrame {
                 return;
             }
         }
-        self.runs.push(PageRun {
+        self.runs.push(RawPageRun {
             page: delta.into(),
             slot: slot.into(),
             count: 1.into(),
@@ -119,7 +119,7 @@ pub(super) struct Sealed {
     pub(super) number: u64,
     slots: usize,
     base_page: u64,
-    runs: Vec<PageRun>,
+    runs: Vec<RawPageRun>,
     own: Vec<u8>,
     tail: Vec<u16>,
     block: Option<Arc<BlockBuffer>>,
@@ -227,15 +227,15 @@ pub(super) struct Built {
     pub(super) record: Vec<u8>,
     pub(super) len: usize,
     /// The reference; its offset is known when the record is written.
-    pub(super) reference: FrameRef,
+    pub(super) reference: RawFrameRef,
     /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
 }
 
 /// Returns the size of a buffer that holds any record of `frame_pages` pages while it is built.
 pub(super) fn record_room(frame_pages: usize) -> usize {
-    size_of::<FrameHeader>()
-        + frame_pages * MAX_LISTED_PAGES_PER_SLOT * size_of::<PageRun>()
+    size_of::<RawFrameHeader>()
+        + frame_pages * MAX_LISTED_PAGES_PER_SLOT * size_of::<RawPageRun>()
         + zstd_safe::compress_bound(frame_pages * PAGE_SIZE)
 }
 
@@ -248,7 +248,7 @@ pub(super) fn build(
 ) -> Result<Built, WriteError> {
     let prepared = scratch.prepare(compression);
     let runs = sealed.runs.as_bytes();
-    let head = size_of::<FrameHeader>() + runs.len();
+    let head = size_of::<RawFrameHeader>() + runs.len();
     let bytes = sealed.bytes(&mut scratch.gathered);
     debug_assert_eq!(bytes.len(), sealed.slots * PAGE_SIZE);
 
@@ -270,7 +270,7 @@ pub(super) fn build(
     };
 
     let slots = u16::try_from(sealed.slots).expect("a frame has at most 512 slots");
-    let header = FrameHeader {
+    let header = RawFrameHeader {
         magic: FRAME_MAGIC.into(),
         slots: slots.into(),
         run_count: u16::try_from(sealed.runs.len())
@@ -284,10 +284,10 @@ pub(super) fn build(
             .into(),
         base_page: sealed.base_page.into(),
     };
-    record[..size_of::<FrameHeader>()].copy_from_slice(header.as_bytes());
-    record[size_of::<FrameHeader>()..head].copy_from_slice(runs);
+    record[..size_of::<RawFrameHeader>()].copy_from_slice(header.as_bytes());
+    record[size_of::<RawFrameHeader>()..head].copy_from_slice(runs);
     let len = head + payload;
-    let reference = FrameRef {
+    let reference = RawFrameRef {
         offset: 0.into(),
         stored_len: u32::try_from(len)
             .expect("a record has at most 2.1 MiB")
@@ -317,7 +317,7 @@ const MARGIN: u64 = 2 * PAGES_PER_BLOCK_U64;
 pub(super) struct FrameRefs {
     /// Number of frames, counted back from the newest, that can be shared.
     bound: u64,
-    kept: VecDeque<FrameRef>,
+    kept: VecDeque<RawFrameRef>,
     /// Number of the first of `kept`.
     first: u64,
 }
@@ -344,7 +344,7 @@ impl FrameRefs {
         sealed.saturating_sub(self.bound)
     }
 
-    pub(super) fn push(&mut self, reference: FrameRef) {
+    pub(super) fn push(&mut self, reference: RawFrameRef) {
         if self.kept.len() as u64 == self.bound + MARGIN {
             self.kept.pop_front();
             self.first += 1;
@@ -352,7 +352,7 @@ impl FrameRefs {
         self.kept.push_back(reference);
     }
 
-    pub(super) fn get(&self, number: u64) -> FrameRef {
+    pub(super) fn get(&self, number: u64) -> RawFrameRef {
         let index = number.checked_sub(self.first);
         self.kept[usize::try_from(index.expect("a frame that is kept")).expect("an index")]
     }
@@ -362,8 +362,8 @@ impl FrameRefs {
 mod tests {
     use super::*;
 
-    fn reference(n: u64) -> FrameRef {
-        FrameRef {
+    fn reference(n: u64) -> RawFrameRef {
+        RawFrameRef {
             offset: n.into(),
             stored_len: 1.into(),
             crc: 0.into(),
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_references_are_kept() {
+    fn newest_references_are_kept() {
         let mut refs = FrameRefs::new(3);
         for n in 0..5000 {
             assert_eq!(refs.written(), n);
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_names_each_slot_at_most_four_times() {
+    fn list_names_each_slot_at_most_four_times() {
         let mut open = OpenFrame::default();
         for page in 0..8 {
             open.add(page, 0);
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_out_of_the_lists_reach_are_refused_or_left_out() {
+    fn pages_beyond_the_list_reach_are_refused_or_omitted() {
         let mut open = OpenFrame::default();
         assert!(open.reaches(u64::MAX));
         open.add(512, 0);

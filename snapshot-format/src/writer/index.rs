@@ -1,13 +1,13 @@
 //! Index blocks on output.
 
 use zerocopy::IntoBytes;
-use zstd_safe::CCtx;
+use zstd::zstd_safe::{self, CCtx};
 
 use super::WriteError;
 use super::frame::FrameRefs;
 use crate::layout::{
-    FrameRef, INDEX_MAGIC, IndexHeader, MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK, PageEntry,
-    TopEntry, codec, page_kind, top_kind,
+    INDEX_MAGIC, MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK, RawFrameRef, RawIndexHeader, RawPageEntry,
+    RawTopEntry, codec, page_kind, top_kind,
 };
 
 /// Compression level of index blocks. They are small, and their size hardly depends on the level.
@@ -18,7 +18,7 @@ pub(super) struct Draft {
     /// Its position in the top table.
     pub(super) block: usize,
     pub(super) first_page: u64,
-    entries: Vec<PageEntry>,
+    entries: Vec<RawPageEntry>,
     /// Numbers of the frames that it names.
     frames: Vec<u64>,
     words: Vec<u64>,
@@ -42,7 +42,7 @@ impl Draft {
     pub(super) fn push_stored(&mut self, frame: u64, slot: u16) {
         self.needs = self.needs.max(frame + 1);
         let frame = number(&mut self.frames, frame);
-        self.entries.push(PageEntry {
+        self.entries.push(RawPageEntry {
             frame: frame.into(),
             slot: slot.into(),
         });
@@ -50,14 +50,14 @@ impl Draft {
 
     pub(super) fn push_fill(&mut self, word: u64) {
         let slot = number(&mut self.words, word);
-        self.entries.push(PageEntry {
+        self.entries.push(RawPageEntry {
             frame: page_kind::FILL.into(),
             slot: slot.into(),
         });
     }
 
     pub(super) fn push_unavailable(&mut self) {
-        self.entries.push(PageEntry {
+        self.entries.push(RawPageEntry {
             frame: page_kind::UNAVAILABLE.into(),
             slot: 0.into(),
         });
@@ -66,7 +66,7 @@ impl Draft {
     /// Appends the block's uncompressed bytes to `bytes`.
     fn encode(&self, refs: &FrameRefs, bytes: &mut Vec<u8>) {
         let count = |len: usize| u16::try_from(len).expect("at most one for each of 512 pages");
-        let header = IndexHeader {
+        let header = RawIndexHeader {
             magic: INDEX_MAGIC.into(),
             page_count: count(self.entries.len()).into(),
             frame_count: count(self.frames.len()).into(),
@@ -78,7 +78,7 @@ impl Draft {
         bytes.clear();
         bytes.extend_from_slice(header.as_bytes());
         for &frame in &self.frames {
-            let reference: FrameRef = refs.get(frame);
+            let reference: RawFrameRef = refs.get(frame);
             bytes.extend_from_slice(reference.as_bytes());
         }
         for word in &self.words {
@@ -123,7 +123,7 @@ impl IndexEncoder {
         draft: &Draft,
         refs: &FrameRefs,
         offset: u64,
-    ) -> Result<(&[u8], TopEntry), WriteError> {
+    ) -> Result<(&[u8], RawTopEntry), WriteError> {
         draft.encode(refs, &mut self.plain);
         let packed = self
             .context
@@ -138,7 +138,7 @@ impl IndexEncoder {
             (codec::RAW, &self.plain[..])
         };
         let len = |len: usize| u16::try_from(len).expect("an index block has at most 16 KiB");
-        let entry = TopEntry {
+        let entry = RawTopEntry {
             kind: top_kind::BLOCK,
             codec,
             layer: 0.into(),

@@ -1,5 +1,7 @@
 //! Options of the writer.
 
+use zstd::zstd_safe;
+
 use super::WriteError;
 use crate::layout::{MAX_DICTIONARY_BYTES, MAX_FRAME_SLOTS, MAX_NAME_BYTES, PAGE_SIZE_U64};
 use crate::types::SnapshotId;

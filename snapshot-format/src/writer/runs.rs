@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::layout::{FillRun, MAX_FILL_RUNS};
+use crate::layout::{MAX_FILL_RUNS, RawFillRun};
 
 /// Collector of the [`MAX_FILL_RUNS`] longest runs; among equal ones, those that came first.
 #[derive(Default)]
@@ -38,12 +38,12 @@ impl ZeroRuns {
     }
 
     /// Returns the runs, longest first.
-    pub(super) fn finish(mut self) -> Vec<FillRun> {
+    pub(super) fn finish(mut self) -> Vec<RawFillRun> {
         self.close();
         self.best
             .into_sorted_vec()
             .into_iter()
-            .map(|Reverse((pages, Reverse(first)))| FillRun {
+            .map(|Reverse((pages, Reverse(first)))| RawFillRun {
                 first_page: first.into(),
                 pages: pages.into(),
                 word: 0.into(),
@@ -57,14 +57,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn plain(runs: &[FillRun]) -> Vec<(u64, u64)> {
+    fn plain(runs: &[RawFillRun]) -> Vec<(u64, u64)> {
         runs.iter()
             .map(|run| (run.first_page.get(), run.pages.get()))
             .collect()
     }
 
     #[test]
-    fn neighbours_join_and_regions_part() {
+    fn adjacent_runs_join_within_a_region_only() {
         let mut runs = ZeroRuns::default();
         runs.push(0, 0, 10);
         runs.push(0, 10, 502);
@@ -75,7 +75,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn keeps_the_longest(lens in prop::collection::vec(1u64..50, 0..300)) {
+        fn longest_runs_are_kept(lens in prop::collection::vec(1u64..50, 0..300)) {
             let (mut runs, mut all, mut page) = (ZeroRuns::default(), Vec::new(), 0);
             for len in lens {
                 runs.push(0, page, len);

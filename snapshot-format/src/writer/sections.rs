@@ -8,8 +8,9 @@ use super::WriteError;
 use super::output::Output;
 use crate::digest::Digest;
 use crate::layout::{
-    BlobEntry, FORMAT_VERSION, HEADER_MAGIC, Header, MAX_BLOBS, MAX_REGIONS, MAX_SECTIONS,
-    PAGE_SIZE, RegionEntry, SectionEntry, SectionKind, TRAILER_BYTES, TRAILER_MAGIC, Trailer,
+    FORMAT_VERSION, HEADER_MAGIC, MAX_BLOBS, MAX_REGIONS, MAX_SECTIONS, PAGE_SIZE, RawBlobEntry,
+    RawHeader, RawRegionEntry, RawSectionEntry, RawTrailer, SectionKind, TRAILER_BYTES,
+    TRAILER_MAGIC,
 };
 use crate::sections::{has_control, is_blob_name};
 use crate::types::{Region, SnapshotId, Summary};
@@ -20,13 +21,13 @@ pub(super) fn write_header<W: Write>(
     id: SnapshotId,
     optional_features: u64,
 ) -> Result<(), WriteError> {
-    let mut header = Header::new_zeroed();
+    let mut header = RawHeader::new_zeroed();
     header.magic = HEADER_MAGIC;
     header.version = FORMAT_VERSION.into();
     header.page_size = u32::try_from(PAGE_SIZE).expect("4096").into();
     header.optional_features = optional_features.into();
     header.snapshot_id = id.0;
-    let crc = crc32fast::hash(&header.as_bytes()[..size_of::<Header>() - 4]);
+    let crc = crc32fast::hash(&header.as_bytes()[..size_of::<RawHeader>() - 4]);
     header.crc = crc.into();
     out.write("the header", header.as_bytes())
 }
@@ -120,7 +121,7 @@ pub(super) fn check_blob_name(
 /// Writes sections and records their locations.
 #[derive(Default)]
 pub(super) struct Sections {
-    entries: Vec<SectionEntry>,
+    entries: Vec<RawSectionEntry>,
 }
 
 impl Sections {
@@ -138,7 +139,7 @@ impl Sections {
             hasher.update(part);
             out.write("a section", part)?;
         }
-        self.entries.push(SectionEntry {
+        self.entries.push(RawSectionEntry {
             kind: (kind as u32).into(),
             crc: hasher.finalize().into(),
             offset: offset.into(),
@@ -162,7 +163,7 @@ impl Sections {
         let mut names = String::new();
         let mut entries = Vec::with_capacity(blobs.len());
         for blob in blobs {
-            entries.push(BlobEntry {
+            entries.push(RawBlobEntry {
                 offset: blob.offset.into(),
                 len: blob.len.into(),
                 crc: blob.crc.into(),
@@ -189,7 +190,7 @@ impl Sections {
         let mut names = String::new();
         let mut entries = Vec::with_capacity(regions.len());
         for region in regions {
-            entries.push(RegionEntry {
+            entries.push(RawRegionEntry {
                 space: region.space.into(),
                 flags: region.flags.into(),
                 start: region.start.into(),
@@ -220,7 +221,7 @@ impl Sections {
         summary: &Summary,
     ) -> Result<u64, WriteError> {
         debug_assert!(self.entries.len() <= MAX_SECTIONS);
-        let mut trailer = Trailer::new_zeroed();
+        let mut trailer = RawTrailer::new_zeroed();
         let file_bytes = out.offset() + TRAILER_BYTES as u64;
         trailer.version = FORMAT_VERSION.into();
         trailer.section_count = u32::try_from(self.entries.len())
@@ -232,7 +233,7 @@ impl Sections {
         trailer.summary = summary.into();
         trailer.sections[..self.entries.len()].copy_from_slice(&self.entries);
         trailer.magic = TRAILER_MAGIC;
-        let before_crc = size_of::<Trailer>() - 12;
+        let before_crc = size_of::<RawTrailer>() - 12;
         trailer.crc = crc32fast::hash(&trailer.as_bytes()[..before_crc]).into();
         out.write("the trailer", trailer.as_bytes())?;
         Ok(file_bytes)
@@ -250,7 +251,7 @@ pub(super) fn check_region_count(count: usize) -> Result<(), WriteError> {
 
 /// Returns the number of bytes that a region of this name takes in the region section.
 pub(super) fn region_bytes(name: &str) -> u64 {
-    (size_of::<RegionEntry>() + name.len()) as u64
+    (size_of::<RawRegionEntry>() + name.len()) as u64
 }
 
 /// Checks one property.

@@ -28,7 +28,7 @@ use super::runs::ZeroRuns;
 use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
-use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, TopEntry, top_kind};
+use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
 use crate::types::Summary;
 
 /// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
@@ -53,7 +53,7 @@ pub(super) struct Stage<W> {
     training: Option<Training>,
     /// The dictionary in use.
     pub(super) dictionary: Option<Vec<u8>>,
-    pub(super) top: Vec<TopEntry>,
+    pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
     pub(super) runs: ZeroRuns,
@@ -99,7 +99,7 @@ impl<W: Write> Stage<W> {
             Alike::Fill(word) => (top_kind::FILL, word, digest::fill(word)),
             Alike::Unavailable => (top_kind::UNAVAILABLE, 0, digest::unavailable()),
         };
-        let entry = TopEntry {
+        let entry = RawTopEntry {
             kind,
             word_or_offset: word.into(),
             ..empty_entry()
@@ -304,8 +304,8 @@ impl<W: Write> Stage<W> {
 }
 
 /// Returns a top-table entry without a block. It also stands for a draft until that is written.
-fn empty_entry() -> TopEntry {
-    TopEntry {
+fn empty_entry() -> RawTopEntry {
+    RawTopEntry {
         kind: top_kind::UNAVAILABLE,
         codec: 0,
         layer: 0.into(),

@@ -13,13 +13,14 @@ use std::sync::Arc;
 
 use snapshot_format::digest::{self, ContentHasher, Digest, UniformBlocks};
 use snapshot_format::layout::{
-    self, BlobEntry, FORMAT_VERSION, FRAME_MAGIC, FillRun, FrameHeader, FrameRef, HEADER_BYTES,
-    HEADER_MAGIC, Header, INDEX_MAGIC, IndexHeader, PAGE_SIZE, PageEntry, PageRun, RegionEntry,
-    SectionEntry, SectionKind, TRAILER_BYTES, TRAILER_MAGIC, TopEntry, Trailer, WorkingSetRun,
-    codec, page_kind, top_kind,
+    self, FORMAT_VERSION, FRAME_MAGIC, HEADER_BYTES, HEADER_MAGIC, INDEX_MAGIC, PAGE_SIZE,
+    RawBlobEntry, RawFillRun, RawFrameHeader, RawFrameRef, RawHeader, RawIndexHeader, RawPageEntry,
+    RawPageRun, RawRegionEntry, RawSectionEntry, RawTopEntry, RawTrailer, RawWorkingSetRun,
+    SectionKind, TRAILER_BYTES, TRAILER_MAGIC, codec, page_kind, top_kind,
 };
 use snapshot_format::{MemoryStore, OpenError, Snapshot};
 use zerocopy::{FromZeros, IntoBytes};
+use zstd::zstd_safe;
 
 pub const CC: u64 = 0xcccc_cccc_cccc_cccc;
 pub const AB: u64 = 0xabab_abab_abab_abab;
@@ -177,7 +178,7 @@ impl Sample {
             let record = frame_record(spec, (number == 1).then_some(pack));
             let slots = (spec.pages.end - spec.pages.start) as u16;
             stored_pages += u64::from(slots);
-            refs.push(FrameRef {
+            refs.push(RawFrameRef {
                 offset: (at as u64).into(),
                 stored_len: (record.len() as u32).into(),
                 crc: crc32fast::hash(&record).into(),
@@ -200,7 +201,7 @@ impl Sample {
         let mut top = Vec::new();
         let mut index_bytes = 0;
         for block in 0..BLOCKS {
-            let mut entry = TopEntry::new_zeroed();
+            let mut entry = RawTopEntry::new_zeroed();
             match block {
                 2 => entry.kind = top_kind::FILL,
                 4 => entry.kind = top_kind::UNAVAILABLE,
@@ -212,7 +213,8 @@ impl Sample {
                         pack(&decoded)
                     } else {
                         frame_refs.extend(named.iter().enumerate().map(|(number, frame)| {
-                            let from = size_of::<IndexHeader>() + number * size_of::<FrameRef>();
+                            let from =
+                                size_of::<RawIndexHeader>() + number * size_of::<RawFrameRef>();
                             (at + from, *frame)
                         }));
                         decoded.clone()
@@ -236,7 +238,7 @@ impl Sample {
             let mut entries = Vec::new();
             let mut names = String::new();
             for (number, (tag, name, content)) in all.iter().enumerate() {
-                entries.push(BlobEntry {
+                entries.push(RawBlobEntry {
                     offset: (bytes.len() as u64).into(),
                     len: (content.len() as u64).into(),
                     crc: crc32fast::hash(content).into(),
@@ -252,8 +254,8 @@ impl Sample {
             section.extend_from_slice(names.as_bytes());
             (kind as u32, section, all.len() as u64)
         };
-        let runs: Vec<WorkingSetRun> = [(512, 8), (0, 4)]
-            .map(|(first, pages): (u64, u64)| WorkingSetRun {
+        let runs: Vec<RawWorkingSetRun> = [(512, 8), (0, 4)]
+            .map(|(first, pages): (u64, u64)| RawWorkingSetRun {
                 first_page: first.into(),
                 pages: pages.into(),
             })
@@ -273,7 +275,7 @@ impl Sample {
         ];
 
         let fill_runs =
-            [(1024, 512), (30, 482), (601, 399)].map(|(first, pages): (u64, u64)| FillRun {
+            [(1024, 512), (30, 482), (601, 399)].map(|(first, pages): (u64, u64)| RawFillRun {
                 first_page: first.into(),
                 pages: pages.into(),
                 word: 0.into(),
@@ -308,7 +310,7 @@ impl Sample {
         for digest in &block_digests {
             hasher.block(digest);
         }
-        let mut trailer = Trailer::new_zeroed();
+        let mut trailer = RawTrailer::new_zeroed();
         trailer.version = FORMAT_VERSION.into();
         trailer.section_count = (sections.len() as u32).into();
         trailer.snapshot_id = ID;
@@ -323,7 +325,7 @@ impl Sample {
         trailer.summary.state_digest = state_digest(&content, &attachments());
         let mut places = Vec::new();
         for ((kind, section, count), entry) in sections.iter().zip(&mut trailer.sections) {
-            *entry = SectionEntry {
+            *entry = RawSectionEntry {
                 kind: (*kind).into(),
                 crc: 0.into(),
                 offset: (bytes.len() as u64).into(),
@@ -337,7 +339,7 @@ impl Sample {
         trailer.file_bytes = ((bytes.len() + TRAILER_BYTES) as u64).into();
         bytes.extend_from_slice(trailer.as_bytes());
 
-        let mut header = Header::new_zeroed();
+        let mut header = RawHeader::new_zeroed();
         header.magic = HEADER_MAGIC;
         header.version = FORMAT_VERSION.into();
         header.page_size = (PAGE_SIZE as u32).into();
@@ -359,27 +361,27 @@ impl Sample {
     pub fn seal(&mut self) {
         for (at, frame) in self.frame_refs.clone() {
             let crc = crc32fast::hash(&self.bytes[self.frames[frame].clone()]);
-            self.put_u32(at + std::mem::offset_of!(FrameRef, crc), crc);
+            self.put_u32(at + std::mem::offset_of!(RawFrameRef, crc), crc);
         }
         for (block, range) in self.blocks.clone() {
             let crc = crc32fast::hash(&self.bytes[range]);
-            let at = self.top_entry(block) + std::mem::offset_of!(TopEntry, crc);
+            let at = self.top_entry(block) + std::mem::offset_of!(RawTopEntry, crc);
             self.put_u32(at, crc);
         }
         for (kind, number, range) in self.blobs.clone() {
             let crc = crc32fast::hash(&self.bytes[range]);
-            let at = self.section(kind).start + number * size_of::<BlobEntry>();
-            self.put_u32(at + std::mem::offset_of!(BlobEntry, crc), crc);
+            let at = self.section(kind).start + number * size_of::<RawBlobEntry>();
+            self.put_u32(at + std::mem::offset_of!(RawBlobEntry, crc), crc);
         }
         for (number, (_, range)) in self.sections.clone().into_iter().enumerate() {
             let crc = crc32fast::hash(&self.bytes[range]);
-            let at = self.section_entry(number) + std::mem::offset_of!(SectionEntry, crc);
+            let at = self.section_entry(number) + std::mem::offset_of!(RawSectionEntry, crc);
             self.put_u32(at, crc);
         }
         let crc = crc32fast::hash(&self.bytes[..HEADER_BYTES - 4]);
         self.put_u32(HEADER_BYTES - 4, crc);
         let trailer = self.trailer();
-        let crc_at = trailer + std::mem::offset_of!(Trailer, crc);
+        let crc_at = trailer + std::mem::offset_of!(RawTrailer, crc);
         let crc = crc32fast::hash(&self.bytes[trailer..crc_at]);
         self.put_u32(crc_at, crc);
     }
@@ -406,12 +408,12 @@ impl Sample {
     }
 
     pub fn section_entry(&self, number: usize) -> usize {
-        let sections = std::mem::offset_of!(Trailer, sections);
-        self.trailer() + sections + number * size_of::<SectionEntry>()
+        let sections = std::mem::offset_of!(RawTrailer, sections);
+        self.trailer() + sections + number * size_of::<RawSectionEntry>()
     }
 
     pub fn top_entry(&self, block: u64) -> usize {
-        self.section(SectionKind::Top).start + block as usize * size_of::<TopEntry>()
+        self.section(SectionKind::Top).start + block as usize * size_of::<RawTopEntry>()
     }
 
     pub fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -450,16 +452,16 @@ fn frame_record(spec: &FrameSpec, pack: Option<Pack<'_>>) -> Vec<u8> {
     };
     // Two runs if there is room for two, so that the list is longer than one.
     let half = slots / 2;
-    let runs: Vec<PageRun> = [(0, half), (half, slots - half)]
+    let runs: Vec<RawPageRun> = [(0, half), (half, slots - half)]
         .into_iter()
         .filter(|(_, count)| *count > 0)
-        .map(|(slot, count)| PageRun {
+        .map(|(slot, count)| RawPageRun {
             page: u32::from(slot).into(),
             slot: slot.into(),
             count: count.into(),
         })
         .collect();
-    let header = FrameHeader {
+    let header = RawFrameHeader {
         magic: FRAME_MAGIC.into(),
         slots: slots.into(),
         run_count: (runs.len() as u16).into(),
@@ -476,7 +478,7 @@ pub fn compress(bytes: &[u8], dictionary: &[u8]) -> Vec<u8> {
     let mut out = vec![0; zstd_safe::compress_bound(bytes.len())];
     let len = zstd_safe::CCtx::create()
         .compress_using_dict(&mut out[..], bytes, dictionary, 3)
-        .expect("compress");
+        .expect("cannot compress");
     out.truncate(len);
     out
 }
@@ -489,7 +491,7 @@ fn pages_of(block: u64) -> Range<u64> {
 }
 
 /// Returns a block's index block, and the numbers of the frames that it names.
-fn index_block(block: u64, refs: &[FrameRef]) -> (Vec<u8>, Vec<usize>) {
+fn index_block(block: u64, refs: &[RawFrameRef]) -> (Vec<u8>, Vec<usize>) {
     let mut named = Vec::new();
     let mut fills: Vec<u64> = Vec::new();
     let mut entries = Vec::new();
@@ -515,12 +517,12 @@ fn index_block(block: u64, refs: &[FrameRef]) -> (Vec<u8>, Vec<usize>) {
                 (number(known), slot)
             }
         };
-        entries.push(PageEntry {
+        entries.push(RawPageEntry {
             frame: frame.into(),
             slot: slot.into(),
         });
     }
-    let header = IndexHeader {
+    let header = RawIndexHeader {
         magic: INDEX_MAGIC.into(),
         page_count: number(entries.len()).into(),
         frame_count: number(named.len()).into(),
@@ -587,7 +589,7 @@ fn region_section() -> Vec<u8> {
     let mut entries = Vec::new();
     let mut names = String::new();
     for ((space, start, pages, name), first_page) in REGIONS.iter().zip(FIRST_PAGES) {
-        entries.push(RegionEntry {
+        entries.push(RawRegionEntry {
             space: (*space).into(),
             flags: 3.into(),
             start: (*start).into(),
@@ -606,7 +608,7 @@ fn region_section() -> Vec<u8> {
     section
 }
 
-fn summary(stored_pages: u64, frames: &[Range<usize>], index_bytes: u64) -> layout::Summary {
+fn summary(stored_pages: u64, frames: &[Range<usize>], index_bytes: u64) -> layout::RawSummary {
     let count = |wanted: fn(Content) -> bool| {
         (0..BLOCKS * 512)
             .filter_map(content)
@@ -614,7 +616,7 @@ fn summary(stored_pages: u64, frames: &[Range<usize>], index_bytes: u64) -> layo
             .count() as u64
     };
     let stored_entries = count(|page| matches!(page, Content::Stored(_)));
-    layout::Summary {
+    layout::RawSummary {
         pages: count(|_| true).into(),
         zero_pages: count(|page| page == Content::Fill(0)).into(),
         fill_pages: count(|page| matches!(page, Content::Fill(1..))).into(),

@@ -148,7 +148,7 @@ impl Image {
         assert_eq!(snapshot.summary(), &written.summary);
         assert_eq!(snapshot.file_bytes(), written.file_bytes);
         assert_eq!(snapshot.id(), written.id);
-        let regions = snapshot.regions().unwrap();
+        let regions = snapshot.regions();
         assert_eq!(regions, written.regions);
         assert_eq!(regions.len(), self.regions.len());
         let mut pages = Pages::new(snapshot);

@@ -65,7 +65,6 @@ fn sections(snapshot: &Snapshot) -> bool {
             whole = false;
         }
     };
-    note(snapshot.regions().map(drop));
     note(snapshot.fill_runs().map(drop));
     note(snapshot.properties().map(drop));
     note(snapshot.dictionaries().map(drop));

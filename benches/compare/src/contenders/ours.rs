@@ -36,7 +36,6 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
     let snapshot = Arc::new(snapshot);
     let lens: Vec<u64> = snapshot
         .regions()
-        .map_err(BenchError::of(failed()))?
         .iter()
         .map(snapshot_format::Region::bytes)
         .collect();

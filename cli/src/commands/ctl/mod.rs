@@ -51,11 +51,11 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
         CtlOp::Complete(complete) => {
             let (vm, all) = (complete.vm, complete.all);
             client.send(&Request::Complete { vm, all })?;
-            return let_go(client.receive(true)?, output);
+            return report_completed(client.receive(true)?, output);
         }
         CtlOp::Drain => {
             client.send(&Request::Drain {})?;
-            return let_go(client.receive(true)?, output);
+            return report_completed(client.receive(true)?, output);
         }
         CtlOp::Top(top) => return top::run(top, &args.control, client, output),
         CtlOp::Upgrade(upgrade) => {
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
 }
 
 /// Reports the VMs that were to be released; fails if one could not be.
-fn let_go(vms: Vec<Completed>, output: Output) -> Result<Exit> {
+fn report_completed(vms: Vec<Completed>, output: Output) -> Result<Exit> {
     let all = vms.iter().all(|vm| vm.done);
     output.report(&LetGo { vms })?;
     Ok(if all { Exit::Done } else { Exit::Failed })

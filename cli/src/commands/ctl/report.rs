@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_have_two_units_at_most() {
+    fn ages_have_at_most_two_units() {
         for (millis, text) in [
             (0, "0.0 s"),
             (1_950, "1.9 s"),

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_those_since_the_frame_before() {
+    fn rates_are_computed_since_the_previous_frame() {
         // All slow faults came before the first sample, so only new ones count.
         let before = vec![vm(1, 100, 100), vm(2, 10, 0)];
         let after = vec![vm(1, 110, 100), vm(2, 50, 1), vm(3, 8, 0), vm(4, 5, 0)];
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_without_faults_has_no_latency_and_a_new_worker_counts_from_0() {
+    fn vm_without_faults_shows_no_latency() {
         let frame = frame(
             vec![vm(1, 10, 0), vm(2, 20, 0)],
             vec![vm(1, 10, 0), vm(2, 6, 0)],
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_busiest_are_drawn_if_there_is_no_room() {
+    fn small_terminal_shows_the_busiest_vms() {
         let mut frame = frame(Vec::new(), (1..=30).map(|id| vm(id, id, 0)).collect());
         frame.rows = Some(5);
         let text = frame.to_string();

@@ -17,7 +17,7 @@ use serde::Serialize;
 use snaprestore_daemon::api::config::RETRY_TIMEOUT;
 use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
-use self::owner::{Owner, Told};
+use self::owner::{Owner, OwnerCounts};
 use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
@@ -38,9 +38,9 @@ struct Report {
     pid: i32,
     /// Answers of the process before and after it was packed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    before: Option<Told>,
+    before: Option<OwnerCounts>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    after: Option<Told>,
+    after: Option<OwnerCounts>,
     create: create::Report,
     verify: verify::Report,
     restore: restore::Report,

@@ -16,7 +16,6 @@ use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
-use crate::input;
 use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -31,7 +30,7 @@ pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full use
      what would permit the other)";
 
 /// Maximum time for the engine to notice that every page was touched.
-const PATIENCE: Duration = Duration::from_secs(5);
+const COMPLETE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Exit> {
     // The memory disappears with this process: nothing has to be undone or waited for.
@@ -51,8 +50,8 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
         )
         .into());
     }
-    let snapshot = Arc::new(input::open(&args.file)?);
-    let pages = Pages::of(&snapshot)?;
+    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
+    let pages = Pages::of(&snapshot);
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,
@@ -90,7 +89,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     // touched, so a restore that has some never completes.
     if touched.is_some() && snapshot.summary().unavailable_pages == 0 {
         let waiting = Instant::now();
-        while !restored.is_complete() && waiting.elapsed() < PATIENCE {
+        while !restored.is_complete() && waiting.elapsed() < COMPLETE_TIMEOUT {
             std::thread::sleep(Duration::from_micros(200));
         }
     }

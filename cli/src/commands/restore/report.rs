@@ -353,13 +353,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_told_in_runs() {
+    fn pages_are_reported_in_runs() {
         assert_eq!(runs(vec![]), []);
         assert_eq!(runs(vec![5, 3, 4, 4, 9]), [(3, 5), (9, 9)]);
     }
 
     #[test]
-    fn a_place_is_told_once() {
+    fn repeated_place_is_reported_once() {
         let told = |text, offset| without_place(text, "s: t", offset);
         assert_eq!(
             told("s: t: damaged frame at byte 40: wrong", Some(40)),

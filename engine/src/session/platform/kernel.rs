@@ -104,7 +104,6 @@ fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
         Ok(uffd::Installed::Gone) | Err(InstallError::NotRegistered { .. }) => Installed::Gone,
         Ok(uffd::Installed::OwnerGone) => Installed::OwnerGone,
         Ok(uffd::Installed::NoMemory) => Installed::NoMemory,
-        Ok(uffd::Installed::SourceBusy) => Installed::Refused(libc::EBUSY),
         Err(InstallError::Refused { source, .. }) => {
             Installed::Refused(source.raw_os_error().unwrap_or(libc::EIO))
         }

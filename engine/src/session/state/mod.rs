@@ -109,7 +109,7 @@ impl State {
         extents: &[Extent],
         extra: usize,
     ) -> io::Result<(Self, Ring)> {
-        Self::begin(pages, extents, extra, Block::anonymous)
+        Self::begin(pages, extents, extra, Block::private)
     }
 
     /// Creates the state like [`State::new`], in a memfd that other processes can share.

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bound_thread_is_followed_after_some_faults_and_left_for_another() {
+    fn bound_thread_is_followed_after_some_faults() {
         let all = cores();
         let (bound, end_bound) = waiting_on(vec![all[0]]);
         let (free, end_free) = waiting_on(all.clone());
@@ -155,10 +155,10 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_bound_elsewhere_stays() {
+    fn thread_bound_elsewhere_stays() {
         let all = cores();
         let [first, .., last] = all[..] else {
-            let test = "a_thread_that_is_bound_elsewhere_stays";
+            let test = "thread_bound_elsewhere_stays";
             return snaprestore_fixtures::host::skipped(test, &"it needs two cores");
         };
         let (bound, end) = waiting_on(vec![first]);

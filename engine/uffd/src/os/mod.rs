@@ -27,4 +27,5 @@ pub use inherited::take_inherited;
 pub use process::{PageMap, kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use secret::create_secret_memory;
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
+pub(crate) use thread::SignalMask;
 pub use thread::{SignalsBlocked, leave_creator, trim_heap};

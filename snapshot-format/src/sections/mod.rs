@@ -8,9 +8,9 @@ use std::collections::HashSet;
 use crate::error::{Defect, Flaw};
 use crate::index::Body;
 use crate::layout::{
-    self, BlobEntry, MAX_BLOBS, MAX_DICTIONARIES, MAX_FILL_RUNS, MAX_NAME_BYTES, MAX_PAGES,
-    MAX_REGIONS, MAX_SECTION_BYTES, PAGES_PER_BLOCK_U64, RegionEntry, SectionEntry, SectionKind,
-    TopEntry,
+    self, MAX_BLOBS, MAX_DICTIONARIES, MAX_FILL_RUNS, MAX_NAME_BYTES, MAX_PAGES, MAX_REGIONS,
+    MAX_SECTION_BYTES, PAGES_PER_BLOCK_U64, RawBlobEntry, RawRegionEntry, RawSectionEntry,
+    RawTopEntry, SectionKind,
 };
 
 pub(crate) use blobs::{Blob, blobs};
@@ -51,11 +51,11 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// Checks the used entries of the directory, which is at offset `at` in the file.
-    pub(crate) fn check(entries: &[SectionEntry], at: u64, body: Body) -> Result<Self, Flaw> {
+    pub(crate) fn check(entries: &[RawSectionEntry], at: u64, body: Body) -> Result<Self, Flaw> {
         let mut sections = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
         for (number, raw) in entries.iter().enumerate() {
-            let at = at + (number * size_of::<SectionEntry>()) as u64;
+            let at = at + (number * size_of::<RawSectionEntry>()) as u64;
             let section = check_section(raw, body).map_err(|defect| Flaw::new(at, defect))?;
             if !seen.insert(section.number) {
                 let defect =
@@ -102,7 +102,7 @@ impl Directory {
     }
 }
 
-fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
+fn check_section(raw: &RawSectionEntry, body: Body) -> Result<Section, Defect> {
     let section = Section {
         number: raw.kind.get(),
         crc: raw.crc.get(),
@@ -125,31 +125,31 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
     // Bytes of a record, whether names follow the records, most records, most bytes.
     let (record, names, max_count, max_bytes) = match kind {
         SectionKind::Regions => (
-            size_of::<RegionEntry>(),
+            size_of::<RawRegionEntry>(),
             true,
             MAX_REGIONS,
             MAX_SECTION_BYTES,
         ),
         SectionKind::Top => (
-            size_of::<TopEntry>(),
+            size_of::<RawTopEntry>(),
             false,
             MAX_PAGES / PAGES_PER_BLOCK_U64,
             u64::MAX,
         ),
         SectionKind::FillRuns => (
-            size_of::<layout::FillRun>(),
+            size_of::<layout::RawFillRun>(),
             false,
             MAX_FILL_RUNS as u64,
             u64::MAX,
         ),
         SectionKind::Dictionaries => (
-            size_of::<BlobEntry>(),
+            size_of::<RawBlobEntry>(),
             false,
             MAX_DICTIONARIES as u64,
             u64::MAX,
         ),
         SectionKind::WorkingSets | SectionKind::Attachments => (
-            size_of::<BlobEntry>(),
+            size_of::<RawBlobEntry>(),
             true,
             MAX_BLOBS as u64,
             MAX_SECTION_BYTES,
@@ -157,7 +157,7 @@ fn check_section(raw: &SectionEntry, body: Body) -> Result<Section, Defect> {
         // Lines of text, which are counted when the section is read.
         SectionKind::Properties => (0, true, u64::MAX, layout::MAX_PROPERTIES_BYTES),
         SectionKind::Ancestors => (
-            size_of::<layout::AncestorEntry>(),
+            size_of::<layout::RawAncestorEntry>(),
             false,
             layout::MAX_ANCESTORS as u64,
             u64::MAX,

@@ -6,6 +6,7 @@
 //! everything that is needed to find the frame; index blocks stay in a bounded cache.
 
 mod blocks;
+mod decoder;
 mod opening;
 mod tables;
 
@@ -16,7 +17,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use zstd::zstd_safe;
 
+pub use self::decoder::FrameDecoder;
 use self::opening::Tables;
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
@@ -27,9 +30,9 @@ use crate::sections::{self, Blob, Directory, Section};
 use crate::store::{FileStore, Reason, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
-/// The default of [`SnapshotOptions::most_top_bytes`]. The writer refuses to write what a reader
+/// The default of [`SnapshotOptions::max_top_bytes`]. The writer refuses to write what a reader
 /// with it refuses to open.
-pub(crate) const DEFAULT_MOST_TOP_BYTES: u64 = 256 << 20;
+pub(crate) const DEFAULT_MAX_TOP_BYTES: u64 = 256 << 20;
 
 /// Options for opening a snapshot.
 #[derive(Clone, Debug)]
@@ -41,14 +44,14 @@ pub struct SnapshotOptions {
     /// Maximum number of bytes of a top table that is read into memory: 12 for each MiB of the
     /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
     /// costs nothing to make, so its claims must not decide how much is allocated.
-    pub most_top_bytes: u64,
+    pub max_top_bytes: u64,
 }
 
 impl Default for SnapshotOptions {
     fn default() -> Self {
         Self {
             index_cache_bytes: 8 << 20,
-            most_top_bytes: DEFAULT_MOST_TOP_BYTES,
+            max_top_bytes: DEFAULT_MAX_TOP_BYTES,
         }
     }
 }
@@ -61,10 +64,10 @@ impl SnapshotOptions {
         self
     }
 
-    /// Sets [`SnapshotOptions::most_top_bytes`].
+    /// Sets [`SnapshotOptions::max_top_bytes`].
     #[must_use]
-    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
-        self.most_top_bytes = bytes;
+    pub fn max_top_bytes(mut self, bytes: u64) -> Self {
+        self.max_top_bytes = bytes;
         self
     }
 }
@@ -140,7 +143,7 @@ impl Snapshot {
             ends: &ends,
             tail: &tail,
         };
-        let (top, regions) = tables.read(options.most_top_bytes)?;
+        let (top, regions) = tables.read(options.max_top_bytes)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is one shard for every quarter of a core. On a large machine that would split
         // the bound into pieces smaller than a few blocks.
@@ -220,13 +223,8 @@ impl Snapshot {
 
     /// Returns the regions, in the order of page numbers. They were read when the snapshot was
     /// opened.
-    pub fn regions(&self) -> Result<&[Region], ReadError> {
-        Ok(&self.regions)
-    }
-
-    /// Returns the region that `page` belongs to; none for numbers past a region's end.
-    pub fn region_of(&self, page: u64) -> Result<Option<&Region>, ReadError> {
-        Ok(sections::region_of(&self.regions, page))
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
     }
 
     /// Returns the top table's description of a block. The entry for a region's last block covers
