@@ -204,7 +204,7 @@ impl Pager {
         };
         let decoders = self.crew.decoders();
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
-        session.refuse(quarantined.iter().copied());
+        session.quarantine(quarantined.iter().copied());
         session.recover();
         let running = Runtime::new(session, begun, &self.crew, Box::new(|_| ()));
         let running = Arc::new(running);

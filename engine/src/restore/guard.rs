@@ -49,27 +49,29 @@ impl Asker {
                 continue;
             };
             let page = failure.page;
-            let verdict = (self.callback)(&failure);
+            let decision = (self.callback)(&failure);
             if session.is_ending() {
                 // The callback took so long that the restore was given up, with all its pages.
                 return;
             }
-            match verdict {
-                FailureDecision::Retry => self.each(page, |fault| session.serve_again(fault, page)),
-                FailureDecision::Poison => self.each(page, |fault| session.poison_left(fault)),
+            match decision {
+                FailureDecision::Retry => {
+                    self.each(page, |fault| session.retry_deferred(fault, page))
+                }
+                FailureDecision::Poison => self.each(page, |fault| session.poison_deferred(fault)),
                 FailureDecision::Abort => abort(&failure.to_string()),
             }
         }
     }
 
-    /// Calls `verdict` with each fault that waits for a decision about `page`.
-    fn each(&self, page: u64, verdict: impl Fn(Fault)) {
+    /// Calls `apply` with each fault that waits for a decision about `page`.
+    fn each(&self, page: u64, apply: impl Fn(Fault)) {
         loop {
             let faults = self.questions.take(page);
             if faults.is_empty() {
                 return;
             }
-            faults.into_iter().for_each(&verdict);
+            faults.into_iter().for_each(&apply);
         }
     }
 }
@@ -96,14 +98,14 @@ impl Guard for Owner {
         }
     }
 
-    fn undecided(&self, fault: Fault, page: u64) -> Option<Decision> {
+    fn pending_decision(&self, fault: Fault, page: u64) -> Option<Decision> {
         match &self.policy {
             Policy::Ask(questions) => questions.join(fault, page),
             Policy::Poison | Policy::Abort => None,
         }
     }
 
-    fn end_owner(&self, why: &str) {
+    fn kill_owner(&self, why: &str) {
         abort(why)
     }
 }

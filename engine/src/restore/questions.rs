@@ -54,7 +54,7 @@ impl Questions {
         self.count.store(open.questions.len(), Relaxed);
         drop(open);
         self.changed.notify_one();
-        Decision::Leave
+        Decision::Defer
     }
 
     /// Adds a fault to the question about its page, if there is one.
@@ -114,10 +114,10 @@ impl Open {
 impl Question {
     fn join(&mut self, fault: Fault) -> Decision {
         if self.faults.iter().any(|it| it.address == fault.address) {
-            return Decision::Forget;
+            return Decision::Drop;
         }
         self.faults.push(fault);
-        Decision::Leave
+        Decision::Defer
     }
 }
 
@@ -156,21 +156,21 @@ mod tests {
     fn one_question_a_page_and_one_fault_an_address() {
         let questions = Questions::default();
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Leave);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Forget);
-        assert_eq!(questions.join(fault(2), 7), Some(Decision::Leave));
+        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Defer);
+        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Drop);
+        assert_eq!(questions.join(fault(2), 7), Some(Decision::Defer));
         assert_eq!(questions.join(fault(2), 8), None);
-        assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Leave);
+        assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Defer);
         assert_eq!((asked(&questions), asked(&questions)), (Some(7), Some(8)));
         assert_eq!(asked(&questions), None);
         // Faults join while the question is being asked, and while earlier faults are poisoned.
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Forget));
+        assert_eq!(questions.join(fault(1), 7), Some(Decision::Drop));
         let addresses = |faults: Vec<Fault>| faults.iter().map(|f| f.address).collect::<Vec<_>>();
         assert_eq!(addresses(questions.take(7)), [1, 2]);
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Leave));
+        assert_eq!(questions.join(fault(1), 7), Some(Decision::Defer));
         assert_eq!(addresses(questions.take(7)), [1]);
         assert!(questions.take(7).is_empty());
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.join(fault(4), 8), Some(Decision::Leave));
+        assert_eq!(questions.join(fault(4), 8), Some(Decision::Defer));
     }
 }

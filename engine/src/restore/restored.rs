@@ -337,7 +337,7 @@ impl Restored {
         let mut at = start;
         for piece in buffer.chunks_mut(READ_PIECE) {
             let end = at + piece.len() as u64;
-            session.bring_for_reader(at..end);
+            session.load_for_reader(at..end);
             let mut read = read_checked(at, piece);
             // With another userfaultfd, the kernel requests pages that the owner has discarded.
             // With this one it doesn't.
@@ -431,7 +431,7 @@ impl Restored {
         }
         let session = &self.running.session;
         let done = if unmapped && self.make_own_inaccessible() {
-            session.let_go();
+            session.release_memory();
             Ok(())
         } else {
             session
@@ -491,7 +491,7 @@ impl Restored {
                 None => break,
             }
         }
-        session.let_go();
+        session.release_memory();
         done
     }
 

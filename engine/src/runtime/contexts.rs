@@ -50,7 +50,7 @@ impl Workers {
     fn lend(&self, image: &SnapshotImage) -> ThreadContext<SnapshotImage> {
         let mut state = self.state();
         let idle = &state.idle;
-        let known = idle.iter().rposition(|worker| worker.knows(image));
+        let known = idle.iter().rposition(|worker| worker.was_lent_to(image));
         // Otherwise leave them: another session may want its contexts again, most likely the
         // latest.
         let may_take = state.total >= self.most && !idle.is_empty();

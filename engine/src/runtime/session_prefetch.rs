@@ -21,9 +21,7 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::session::{
-    Kernel, Left, LendContext as _, PAGE, PrefetchStop, Retries, Session, SnapshotImage,
-};
+use crate::session::{Kernel, LendContext as _, PAGE, Prefetched, Retries, Session, SnapshotImage};
 
 use super::contexts;
 use super::prefetcher::{MAX_FEED_THREADS, Pool};
@@ -78,7 +76,7 @@ struct Progress {
     /// The next index block to search for duplicates.
     noting: Option<u64>,
     /// Pages that this round left.
-    left: Left,
+    left: Prefetched,
     rounds: u32,
     retries: Retries,
     pause_until: Option<Instant>,
@@ -177,7 +175,7 @@ impl Feed {
                     worker.number = number;
                     session.heal(worker, last)
                 });
-                self.progress().healed(&left, session.retry_timeout, last);
+                self.progress().healed(left, session.retry_timeout, last);
             }
             Task::Note(blocks) => {
                 let noted = session.image.note_duplicates(blocks, || {
@@ -252,8 +250,8 @@ impl Progress {
             return Next::None(Step::Over);
         }
         let paced = plan.bandwidth.map(|bandwidth| {
-            let brought = session.stats.prefetch.total() * PAGE;
-            begun + Duration::from_nanos(nanos(brought, bandwidth))
+            let loaded = session.stats.prefetch.total() * PAGE;
+            begun + Duration::from_nanos(nanos(loaded, bandwidth))
         });
         if let Some(until) = self.pause_until.max(paced)
             && until > Instant::now()
@@ -319,7 +317,7 @@ impl Progress {
     fn round_ends(&mut self, plan: &Plan, session: &Session<Kernel, SnapshotImage>) -> Next {
         let left = std::mem::take(&mut self.left);
         self.rounds += 1;
-        if left.unread + left.short > 0 && !self.last {
+        if left.unread + left.no_memory > 0 && !self.last {
             self.last = self.timed_out;
         } else if left.busy > 0
             && plan.fetches_all()
@@ -328,7 +326,7 @@ impl Progress {
             self.pause_until = Some(Instant::now() + NEXT_ROUND);
         } else {
             let absent = |pages: &Range<u64>| session.state.any_absent(pages.clone());
-            let missing = left.busy + left.unread + left.short + left.failed > 0;
+            let missing = left.busy + left.unread + left.no_memory + left.failed > 0;
             self.over = Some(!missing && !self.failed.iter().any(absent));
             return Next::None(Step::Over);
         }
@@ -353,10 +351,10 @@ impl Progress {
         self.noting = next;
     }
 
-    fn healed(&mut self, left: &Result<Left, PrefetchStop>, timeout: Duration, was_last: bool) {
+    fn healed(&mut self, left: Option<Prefetched>, timeout: Duration, was_last: bool) {
         self.out -= 1;
         match left {
-            Ok(left) if left.unread > 0 && !was_last => self.retry(timeout),
+            Some(left) if left.unread > 0 && !was_last => self.retry(timeout),
             _ => {
                 self.stage = Stage::Rounds;
                 (self.range, self.next) = (0, 0);
@@ -369,33 +367,30 @@ impl Progress {
     fn fetched(
         &mut self,
         pages: &Range<u64>,
-        left: Result<Left, PrefetchStop>,
+        left: Option<Prefetched>,
         timeout: Duration,
         was_last: bool,
     ) {
         self.out -= 1;
-        let left = match left {
-            Ok(left) => left,
-            Err(PrefetchStop::Ending) => return,
-            Err(PrefetchStop::Kernel) => {
-                self.over = Some(false);
-                return;
-            }
-        };
+        let Some(left) = left else { return };
+        if left.refused {
+            self.over = Some(false);
+            return;
+        }
         self.left.add(left);
-        if left.brought > 0 {
+        if left.loaded > 0 {
             self.retries = Retries::default();
         }
-        if left.unread + left.short > 0 && !was_last {
+        if left.unread + left.no_memory > 0 && !was_last {
             self.retry(timeout);
             let rest = left.rest.map(|rest| rest..pages.end);
             self.rests.extend(rest.filter(|_| !self.timed_out));
-        } else if left.short > 0 {
+        } else if left.no_memory > 0 {
             // There is none for the other tasks either.
             self.over = Some(false);
         } else if left.failed > 0 && left.busy == 0 {
             self.failed.insert(pages.clone());
-            if was_last && left.brought == 0 {
+            if was_last && left.loaded == 0 {
                 let patience = timeout.max(LAST_ROUND_TIMEOUT);
                 let goes_on = self.retries.failed(Instant::now(), patience).is_some();
                 self.over = (!goes_on).then_some(false);

@@ -14,8 +14,7 @@ use snapshot_format::{
 use crate::session::content::duplicates::Duplicates;
 use crate::session::content::frame_cache::{Decoded, Look, SharedFrames};
 use crate::session::failure::{Failure, FailureKind};
-use crate::session::fault::in_flight::FrameId;
-use crate::session::platform::{Content, Image, PageNumber, Run};
+use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps for pages whose content is shared by many: their frame is
 /// wanted repeatedly, and its list doesn't name all of them.
@@ -136,8 +135,8 @@ impl SnapshotImage {
         }
     }
 
-    /// Whether `decoder` has decoded frames for this session.
-    pub(crate) fn is_known_to(&self, decoder: &Decoder) -> bool {
+    /// Whether `decoder` was last used for this session.
+    pub(crate) fn was_used_by(&self, decoder: &Decoder) -> bool {
         decoder.session == self.session
     }
 
@@ -149,7 +148,7 @@ impl SnapshotImage {
     /// Prepares `decoder` for this session. Frames of another session are forgotten.
     pub(crate) fn adopt(&self, decoder: &mut Decoder) {
         decoder.begun = None;
-        if self.is_known_to(decoder) {
+        if self.was_used_by(decoder) {
             return;
         }
         decoder.session = self.session;

@@ -9,7 +9,7 @@ use std::sync::atomic::{
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::Decision;
+use crate::session::fault::outcome::Decision;
 use crate::session::fault::retries::Retries;
 use crate::session::platform::PageNumber;
 
@@ -135,12 +135,12 @@ impl FaultQueue {
         let (due, retries) = (*due, first.retries);
         let address = |it: &Paused| it.page == page && it.fault.address == fault.address;
         if paused.iter().any(address) {
-            return Some(Decision::Forget);
+            return Some(Decision::Drop);
         }
         let fault = Fault { retries, ..fault };
         paused.push(Paused { fault, page, due });
         self.paused_count.store(paused.len(), Relaxed);
-        Some(Decision::Leave)
+        Some(Decision::Defer)
     }
 
     /// Queues the paused faults whose pause is over. Returns when the next pause ends.
@@ -293,9 +293,9 @@ mod tests {
         assert_eq!(queue.resume(), None);
         let due = Instant::now() + Duration::from_secs(3600);
         queue.pause(failed, 1, due);
-        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Forget));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Leave));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Forget));
+        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Drop));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Defer));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Drop));
         assert_eq!(queue.join(fault(0x2000), 2), None);
         assert_eq!(queue.resume(), Some(due));
         assert!(queue.is_empty());

@@ -20,9 +20,14 @@ use pages::Pages;
 use platform::{Mistake, Model, Scene};
 use world::{Change, Content, Unmapped, World, at};
 
-use super::failure::{Failure, FailureKind};
-use super::{Decision, Fault, Guard, LendContext, PageNumber, Session, State, ThreadContext};
-use crate::session::platform::PAGE;
+use crate::session::Session;
+use crate::session::failure::{Failure, FailureKind};
+use crate::session::fault::context::{LendContext, ThreadContext};
+use crate::session::fault::outcome::Decision;
+use crate::session::fault::queue::Fault;
+use crate::session::guard::Guard;
+use crate::session::platform::{PAGE, PageNumber};
+use crate::session::state::State;
 use crate::session::state::address_map::Extent;
 use platform::Op;
 
@@ -153,10 +158,10 @@ impl Guard for OnlyDamage {
         assert_eq!(failure.kind, FailureKind::Damaged, "{failure}");
         Decision::Poison
     }
-    fn undecided(&self, _: Fault, _: PageNumber) -> Option<Decision> {
+    fn pending_decision(&self, _: Fault, _: PageNumber) -> Option<Decision> {
         None
     }
-    fn end_owner(&self, why: &str) {
+    fn kill_owner(&self, why: &str) {
         panic!("{why}")
     }
 }

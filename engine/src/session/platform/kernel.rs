@@ -12,8 +12,7 @@ use snaprestore_uffd::uffd::{
     self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// Maximum number of consecutive installs that meet a changing mapping with no event to read: an
 /// owner that forks or unmaps a huge mapping spends a while between the start of the change and its
@@ -148,8 +147,8 @@ impl Platform for Kernel {
         self.waiting.wake();
     }
 
-    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId) {
-        claims.wait(frame);
+    fn wait_in_flight(&self, _frame: FrameId, wait: impl FnOnce()) {
+        wait();
     }
 
     fn back_off(&self, tries: u32) -> bool {

@@ -30,6 +30,10 @@ const EXTENT_WORDS: usize = 5;
 /// smaller blocks.)
 pub(crate) const LARGE_PAGES: u64 = if cfg!(test) { 2 } else { PAGES_PER_BLOCK_U64 };
 
+/// Size of a large page in bytes.
+pub(crate) const LARGE_BYTES: usize =
+    snaprestore_uffd::to_usize(LARGE_PAGES) * snapshot_format::layout::PAGE_SIZE;
+
 /// A range of consecutive pages at consecutive addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Extent {

@@ -220,7 +220,7 @@ impl State {
     }
 
     /// Records the frame that thread number `thread` decodes.
-    pub(crate) fn decoding(&self, thread: usize, frame: Option<u64>) {
+    pub(crate) fn set_decoding(&self, thread: usize, frame: Option<u64>) {
         if let Some(words) = self.thread(thread) {
             words[DECODING].store(frame.map_or(0, |frame| frame + 1), Relaxed);
         }
