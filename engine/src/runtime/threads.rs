@@ -2,7 +2,7 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -121,7 +121,8 @@ pub(crate) struct ThreadOptions {
     pub(crate) prefetch_bandwidth: Option<u64>,
     pub(crate) retry_timeout: Duration,
     pub(crate) hook: Option<Hook>,
-    pub(crate) shared: Option<Shared>,
+    /// The resources shared with other sessions; set at their first use if they were not given.
+    pub(crate) shared: OnceLock<Shared>,
     /// One additional thread, with its name.
     pub(crate) other: Option<(&'static str, Body)>,
 }
@@ -135,83 +136,19 @@ impl Default for ThreadOptions {
             prefetch_bandwidth: None,
             retry_timeout: RETRY_TIMEOUT,
             hook: None,
-            shared: None,
+            shared: OnceLock::new(),
             other: None,
         }
     }
 }
 
-/// Defines the options of a builder that has its thread options in `crew`.
-macro_rules! crew_options {
-    () => {
-        /// Sets the number of threads that serve faults: at least 1, and at least 2 with a
-        /// first-touch observer, so that a fault of the observer is noticed. One thread serves one
-        /// touching thread well. More help when many threads touch at once, or when the store is
-        /// slow. Default: 2.
-        pub fn fault_threads(mut self, threads: usize) -> Self {
-            self.crew.fault_threads = threads.max(1);
-            self
-        }
-
-        /// Sets the pages to load before they are touched. Default: [`Prefetch::Off`].
-        pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
-            self.crew.prefetch = prefetch;
-            self
-        }
-
-        /// Sets how many threads prefetch for this session at once, from 1 to 64. They belong to
-        /// [`Shared`], and are at most half as many as its first session started. Default: one per
-        /// core.
-        pub fn prefetch_threads(mut self, threads: usize) -> Self {
-            self.crew.prefetch_threads = threads.max(1);
-            self
-        }
-
-        /// Limits prefetch to this many bytes of memory per second, on average. Default: no limit.
-        pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
-            self.crew.prefetch_bandwidth = Some(bytes_per_second.max(1));
-            self
-        }
-
-        /// Sets how long the read of an unreadable page is retried before it counts as failed, with
-        /// pauses that grow from 1 ms to half a second. Other faults are served meanwhile. Damaged
-        /// data isn't read again. Prefetch that finds no memory retries for the same time. Default:
-        /// 5 s.
-        pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.crew.retry_timeout = timeout;
-            self
-        }
-
-        /// Sets the resources that the session shares with others of the same process. By default,
-        /// all sessions without an explicit `Shared` share the prefetch threads, except those with
-        /// a hook ([`on_thread_start`](Self::on_thread_start)).
-        pub fn shared(mut self, shared: &Shared) -> Self {
-            self.crew.shared = Some(shared.clone());
-            self
-        }
-
-        /// Sets a hook that each thread of this session calls before it does anything else, for
-        /// instance to confine the thread, or to set its scheduling policy or cores. Signals are
-        /// already blocked. The thread has the cores of the main thread and of the thread that
-        /// starts it, and no real-time policy, whatever the latter has. The hook must return, and
-        /// must not touch memory that is being restored. With a hook, the session gets prefetch
-        /// threads of its own, unless it was given a [`Shared`](Self::shared): its threads serve
-        /// several sessions, and call only the hook of [`Shared::on_thread_start`].
-        pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
-            self.crew.hook = Some(Arc::new(hook));
-            self
-        }
-    };
-}
-
 impl ThreadOptions {
     /// Returns the resources that the session shares, which may be its own.
-    pub(crate) fn shared(&self) -> Shared {
-        match (&self.shared, &self.hook) {
-            (Some(shared), _) => shared.clone(),
-            (None, Some(hook)) => Shared::alone(hook),
-            (None, None) => Shared::of_the_process(),
-        }
+    pub(crate) fn shared(&self) -> &Shared {
+        self.shared.get_or_init(|| match &self.hook {
+            Some(hook) => Shared::alone(hook),
+            None => Shared::of_the_process(),
+        })
     }
 
     /// Returns the maximum number of threads that are started.
@@ -219,8 +156,7 @@ impl ThreadOptions {
         if self.prefetch == Prefetch::Off {
             return self.fault_threads;
         }
-        let shared = self.shared();
-        self.fault_threads + shared.pool().thread_count(self.prefetch_threads)
+        self.fault_threads + self.shared().pool().thread_count(self.prefetch_threads)
     }
 
     /// Returns the maximum number of threads that decode for the session at the same time.
@@ -298,4 +234,20 @@ impl ThreadOptions {
     }
 }
 
-pub(crate) use crew_options;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn session_with_a_hook_creates_one_pool() {
+        let hook: Hook = Arc::new(|_: &str| ());
+        let threads = ThreadOptions {
+            hook: Some(hook),
+            ..ThreadOptions::default()
+        };
+        let pool = Arc::clone(threads.shared().pool());
+        assert!(Arc::ptr_eq(&pool, threads.shared().pool()));
+        let process = ThreadOptions::default();
+        assert!(!Arc::ptr_eq(&pool, process.shared().pool()));
+    }
+}

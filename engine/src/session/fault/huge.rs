@@ -133,8 +133,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         Ok(true)
     }
 
-    /// Returns `true` if the large page that contains `page` is settled. Then all of it is marked: a
-    /// worker that died while marking it must not leave a part that stays wanted forever.
+    /// Marks all of the large page that contains `page` if it is settled, and returns whether it
+    /// is: a worker that died while marking it must not leave a part that stays wanted forever.
     fn settle(&self, page: PageNumber) -> bool {
         let _hold = self.platform.shared(page);
         let Some(unit) = self.state.map().unit_of(page) else {

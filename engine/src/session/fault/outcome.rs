@@ -4,9 +4,11 @@
 //! | --- | --- |
 //! | look up | [`Lookup`] or [`InstallError`] |
 //! | load | whether this thread installed the page, or [`LoadError`] |
-//! | install | the kernel's [`Installed`](crate::session::platform::Installed), or [`InstallError`] |
+//! | install | [`Installed`] of the kernel, or [`InstallError`] |
 //! | failure policy | [`Decision`] |
 //! | resolve | [`FaultOutcome`] |
+//!
+//! [`Installed`]: crate::session::platform::Installed
 
 use std::fmt;
 
