@@ -251,11 +251,11 @@ impl Pager {
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
         session.quarantine(quarantined.iter().copied());
         session.recover();
-        let running = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
-        let running = Arc::new(running);
-        match self.threads.start(&running) {
+        let runtime = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
+        let runtime = Arc::new(runtime);
+        match self.threads.start(&runtime) {
             Ok(threads) => Ok(Paged {
-                running,
+                runtime,
                 threads,
                 owner,
             }),
@@ -273,7 +273,7 @@ impl Pager {
 /// Dropping it before it has ended kills the owner and waits until the owner has exited. In a
 /// forked child nothing is done.
 pub struct Paged {
-    running: Arc<Runtime>,
+    runtime: Arc<Runtime>,
     threads: Threads,
     owner: Arc<Owner>,
 }
@@ -289,10 +289,10 @@ impl std::fmt::Debug for Paged {
 impl Paged {
     /// Returns how the session ended, if it has.
     pub fn ending(&self) -> Option<Ending> {
-        if self.running.is_complete() {
+        if self.runtime.is_complete() {
             return Some(Ending::Complete);
         }
-        if !self.owner.is_gone() && !self.running.session.is_owner_gone() {
+        if !self.owner.is_gone() && !self.runtime.session.is_owner_gone() {
             return None;
         }
         let killed = self.owner.killed().map(Ending::Killed);
@@ -306,7 +306,7 @@ impl Paged {
 
     /// Waits until the session has ended.
     pub fn wait(&self) -> Ending {
-        self.running.wait_served_out();
+        self.runtime.wait_served_out();
         loop {
             if let Some(ending) = self.ending() {
                 return ending;
@@ -319,16 +319,16 @@ impl Paged {
     /// Waits until prefetch has finished, or the session has ended. Returns `true` if everything is
     /// present.
     pub fn wait_complete(&self) -> bool {
-        self.running.wait_complete()
+        self.runtime.wait_complete()
     }
 
     /// Installs the missing pages and releases the owner. Returns `false` if that fails; the
     /// session then continues as before, or has ended, as [`Paged::ending`] returns.
     pub fn complete(&self) -> bool {
-        if self.running.install_rest() {
+        if self.runtime.install_rest() {
             self.wait();
         }
-        self.running.is_complete()
+        self.runtime.is_complete()
     }
 
     /// Kills the owner for the given reason, unless it has exited: it must not be served any more.
@@ -340,36 +340,36 @@ impl Paged {
 
     /// Returns the statistics so far.
     pub fn stats(&self) -> Stats {
-        self.running.stats()
+        self.runtime.stats()
     }
 
     /// Returns the failures of pages that could not be restored when they were wanted: the first
     /// thousand.
     pub fn failures(&self) -> Vec<Failure> {
-        self.running.session.failures().0
+        self.runtime.session.failures().0
     }
 }
 
 impl Drop for Paged {
     fn drop(&mut self) {
-        if self.running.is_of_parent() {
+        if self.runtime.is_of_parent() {
             // A forked child: the session and the owner are the parent's.
             std::mem::forget(std::mem::take(&mut self.threads));
-            std::mem::forget(Arc::clone(&self.running));
+            std::mem::forget(Arc::clone(&self.runtime));
             return;
         }
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         // A complete session stays complete, although its threads may not have reported it yet.
         if !session.is_complete() && self.ending().is_none() {
             self.owner.kill("its pager ends");
         }
         session.end();
-        self.running.end_threads(&mut self.threads);
+        self.runtime.end_threads(&mut self.threads);
         if !session.is_complete() && !session.is_owner_gone() {
             // Missing pages become zeros when the descriptor closes, so nobody may be left to see
             // them.
             self.owner.wait_gone();
         }
-        self.running.session.platform.close();
+        self.runtime.session.platform.close();
     }
 }

@@ -21,7 +21,7 @@ use snaprestore_uffd::uffd::{
 };
 use snaprestore_uffd::{PageSizeError, check_page_size};
 
-use super::guard::{Asker, Owner};
+use super::guard::{Asker, PolicyGuard};
 use super::restored::{self, Restored, RestoredRegion};
 use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions};
 
@@ -349,7 +349,7 @@ impl Restore {
             self.register(&uffd, index, memory, region, left)?;
             prove_empty(pagemap.as_ref(), index, memory)?;
             for pages in within(region.page_numbers(), left) {
-                state.leave_out(pages);
+                state.leave_to_kernel(pages);
             }
         }
         kept.sort_unstable_by_key(|pages| pages.start);
@@ -358,7 +358,7 @@ impl Restore {
             FailurePolicy::Ask(callback) => Some(Asker::new(Arc::clone(callback))),
             FailurePolicy::Poison | FailurePolicy::Abort => None,
         };
-        let owner = Owner::new(&self.on_failure, asker.as_ref());
+        let owner = PolicyGuard::new(&self.on_failure, asker.as_ref());
         let session = Session::new(
             kernel,
             image,
@@ -372,18 +372,18 @@ impl Restore {
         let kept: Arc<[Range<u64>]> = kept.into();
         let collapse = self.huge_pages.then(|| left.clone());
         let on_complete = restored::on_complete(Arc::clone(&kept), collapse);
-        let running = Runtime::new(session, begun, &self.threads, on_complete);
+        let runtime = Runtime::new(session, begun, &self.threads, on_complete);
         let mapped = begun.elapsed();
-        let running = Arc::new(running);
+        let runtime = Arc::new(runtime);
         self.threads.other = asker.map(|asker| {
-            let ask: Body = Box::new(move |running| asker.run(&running.session));
+            let ask: Body = Box::new(move |runtime| asker.run(&runtime.session));
             ("snap-ask", ask)
         });
-        match self.threads.start(&running) {
+        match self.threads.start(&runtime) {
             Ok(threads) => {
                 in_children.keep();
                 Ok(Restored {
-                    running,
+                    runtime,
                     threads,
                     regions: named,
                     mapped,
@@ -687,7 +687,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_split_a_region() {
+    fn zero_runs_split_a_region() {
         let runs = [0..10, 600..700, 1020..2000];
         assert_eq!(within(512..1024, &runs), [600..700, 1020..1024]);
         assert_eq!(without(512..1024, &runs), [512..600, 700..1020]);

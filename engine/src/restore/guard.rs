@@ -14,7 +14,7 @@ use snaprestore_uffd::os::abort;
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> FailureDecision + Send + Sync>;
 
 /// The failure policy of this process.
-pub(super) struct Owner {
+pub(super) struct PolicyGuard {
     policy: Policy,
 }
 
@@ -31,7 +31,7 @@ pub(super) struct Asker {
 }
 
 /// Interval at which the asking thread checks whether the session has ended.
-const ASK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Asker {
     pub(super) fn new(callback: Callback) -> Self {
@@ -45,7 +45,7 @@ impl Asker {
     /// meanwhile; other faults are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         while !session.is_ending() {
-            let Some(failure) = self.questions.next(ASK_AGAIN) else {
+            let Some(failure) = self.questions.next(POLL_INTERVAL) else {
                 continue;
             };
             let page = failure.page;
@@ -76,7 +76,7 @@ impl Asker {
     }
 }
 
-impl Owner {
+impl PolicyGuard {
     pub(super) fn new(on_failure: &FailurePolicy, asker: Option<&Asker>) -> Self {
         let policy = match (on_failure, asker) {
             (FailurePolicy::Ask(_), Some(asker)) => Policy::Ask(Arc::clone(&asker.questions)),
@@ -87,7 +87,7 @@ impl Owner {
     }
 }
 
-impl Guard for Owner {
+impl Guard for PolicyGuard {
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision {
         match &self.policy {
             Policy::Poison => Decision::Poison,

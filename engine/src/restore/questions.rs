@@ -65,9 +65,9 @@ impl Questions {
         Some(self.lock().about(page)?.join(fault))
     }
 
-    /// Returns the next failure to ask about; waits for one for at most `patience`.
-    pub(super) fn next(&self, patience: Duration) -> Option<Failure> {
-        let deadline = Instant::now() + patience;
+    /// Returns the next failure to ask about; waits for one for at most `timeout`.
+    pub(super) fn next(&self, timeout: Duration) -> Option<Failure> {
+        let deadline = Instant::now() + timeout;
         let mut open = self.lock();
         loop {
             if let Some(question) = open.questions.iter_mut().find(|it| !it.asked) {
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn one_question_a_page_and_one_fault_an_address() {
+    fn page_is_asked_once_address_is_kept_once() {
         let questions = Questions::default();
         assert_eq!(questions.join(fault(1), 7), None);
         assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Defer);

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   ThreadOptions::start ──▶ snap-fault-N ──▶ serve faults until the session ends
-//!                        └─▶ feed ──────────▶ its turns at the pool of all sessions, until all
-//!                                             pages are present
+//!                        └─▶ feed ──────────▶ tasks for the pool of all sessions, until all pages
+//!                                             are present
 //!   the last fault thread of a complete session closes it
 //! ```
 
@@ -67,7 +67,7 @@ pub(crate) struct Runtime {
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
     /// The session's use of the pool, until nobody serves faults any more.
-    user: Mutex<Option<contexts::User>>,
+    user: Mutex<Option<contexts::PoolUser>>,
     fault_threads: AtomicUsize,
     /// The process that started the session.
     pid: u32,
@@ -123,7 +123,7 @@ impl Runtime {
             session,
             begun,
             on_complete,
-            user: Mutex::new(Some(contexts::User::new(&pool))),
+            user: Mutex::new(Some(contexts::PoolUser::new(&pool))),
             pool,
             feed: OnceLock::new(),
             prefetch_threads: options.prefetch_threads,

@@ -28,13 +28,13 @@ use super::prefetcher::{MAX_FEED_THREADS, Pool};
 use super::{Prefetch, Runtime};
 
 /// Pause before the next round if pages were left because another thread was loading them.
-const NEXT_ROUND: Duration = Duration::from_millis(1);
+const ROUND_INTERVAL: Duration = Duration::from_millis(1);
 /// Minimum time without progress after which the last round ends.
 const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of rounds to complete a session while another thread is always loading some page.
 const MAX_ROUNDS: u32 = 10_000;
 /// Number of index blocks that one task searches for duplicates.
-const NOTED_BLOCKS: u64 = 64;
+const MAX_NOTED_BLOCKS: u64 = 64;
 
 /// The prefetch requested for a session.
 pub(super) struct Plan {
@@ -51,7 +51,7 @@ pub(super) struct Plan {
 
 /// The prefetch of one session.
 pub(super) struct Feed {
-    running: Weak<Runtime>,
+    runtime: Weak<Runtime>,
     /// The tracing span of the creating thread, in which messages are logged.
     span: tracing::Span,
     plan: Plan,
@@ -124,9 +124,9 @@ enum Task {
 }
 
 impl Feed {
-    pub(super) fn new(running: &Arc<Runtime>, plan: Plan) -> Arc<Self> {
+    pub(super) fn new(runtime: &Arc<Runtime>, plan: Plan) -> Arc<Self> {
         Arc::new(Self {
-            running: Arc::downgrade(running),
+            runtime: Arc::downgrade(runtime),
             span: tracing::Span::current(),
             plan,
             begun: Instant::now(),
@@ -145,10 +145,10 @@ impl Feed {
 
     /// Runs one task in this thread, which has slot `slot` at this feed.
     pub(super) fn step(&self, pool: &Pool, slot: usize) -> Step {
-        let Some(running) = self.running.upgrade() else {
+        let Some(runtime) = self.runtime.upgrade() else {
             return Step::Over;
         };
-        let session = &running.session;
+        let session = &runtime.session;
         // A pool thread counts as one of the session's threads while it works for it.
         let _of = self.span.enter();
         let place = session
@@ -159,9 +159,9 @@ impl Feed {
             Next::Task(task) => task,
             Next::None(step) => return step,
         };
-        let stand_back = || pool.stand_back(|| session.is_ending());
-        let workers = contexts::For {
-            workers: pool.workers(),
+        let yield_to_demand = || pool.yield_to_demand(|| session.is_ending());
+        let contexts = contexts::SessionContexts {
+            contexts: pool.contexts(),
             image: &session.image,
         };
         let number = self.plan.first_number + slot;
@@ -171,23 +171,23 @@ impl Feed {
                 self.progress().planned(ranges, &self.plan);
             }
             Task::Heal { last } => {
-                let left = workers.with(|worker| {
-                    worker.number = number;
-                    session.heal(worker, last)
+                let left = contexts.with(|context| {
+                    context.number = number;
+                    session.heal(context, last)
                 });
                 self.progress().healed(left, session.retry_timeout, last);
             }
             Task::Note(blocks) => {
                 let noted = session.image.note_duplicates(blocks, || {
-                    stand_back();
+                    yield_to_demand();
                     !session.is_ending()
                 });
                 self.progress().noted(noted);
             }
             Task::Fetch { pages, last } => {
-                let left = workers.with(|worker| {
-                    worker.number = number;
-                    session.prefetch(worker, pages.clone(), last, stand_back)
+                let left = contexts.with(|context| {
+                    context.number = number;
+                    session.prefetch(context, pages.clone(), last, yield_to_demand)
                 });
                 self.progress()
                     .fetched(&pages, left, session.retry_timeout, last);
@@ -198,10 +198,10 @@ impl Feed {
 
     /// Notifies the waiters that the feed is finished.
     pub(super) fn ended(&self) {
-        if let Some(running) = self.running.upgrade() {
-            running.session.kick();
+        if let Some(runtime) = self.runtime.upgrade() {
+            runtime.session.kick();
             if !self.plan.completes {
-                running.prefetch_ended();
+                runtime.prefetch_ended();
             }
         }
     }
@@ -291,7 +291,7 @@ impl Progress {
     fn next_noted(&mut self, session: &Session<Kernel, SnapshotImage>) -> Option<Range<u64>> {
         let first = self.noting.take()?;
         let end = session.image.snapshot().block_count();
-        (first < end).then(|| first..end.min(first + NOTED_BLOCKS))
+        (first < end).then(|| first..end.min(first + MAX_NOTED_BLOCKS))
     }
 
     /// Returns the next pages of the round: at most one index block.
@@ -323,7 +323,7 @@ impl Progress {
             && plan.fetches_all()
             && !(plan.completes && self.rounds >= MAX_ROUNDS)
         {
-            self.pause_until = Some(Instant::now() + NEXT_ROUND);
+            self.pause_until = Some(Instant::now() + ROUND_INTERVAL);
         } else {
             let absent = |pages: &Range<u64>| session.state.any_absent(pages.clone());
             let missing = left.busy + left.unread + left.no_memory + left.failed > 0;
@@ -391,8 +391,8 @@ impl Progress {
         } else if left.failed > 0 && left.busy == 0 {
             self.failed.insert(pages.clone());
             if was_last && left.loaded == 0 {
-                let patience = timeout.max(LAST_ROUND_TIMEOUT);
-                let goes_on = self.retries.failed(Instant::now(), patience).is_some();
+                let timeout = timeout.max(LAST_ROUND_TIMEOUT);
+                let goes_on = self.retries.failed(Instant::now(), timeout).is_some();
                 self.over = (!goes_on).then_some(false);
             }
         }

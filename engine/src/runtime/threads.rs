@@ -71,9 +71,9 @@ pub(crate) struct ThreadError {
 
 /// Aborts the process if its thread panics: waiters for that thread's pages would otherwise wait
 /// forever.
-struct EndOnPanic<'a>(&'a str);
+struct AbortOnPanic<'a>(&'a str);
 
-impl Drop for EndOnPanic<'_> {
+impl Drop for AbortOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             abort(&format!(
@@ -88,14 +88,14 @@ impl Drop for EndOnPanic<'_> {
 /// panics.
 pub(super) fn aborting_on_panic(body: impl FnOnce()) {
     let thread = std::thread::current();
-    let _end = EndOnPanic(thread.name().unwrap_or_default());
+    let _end = AbortOnPanic(thread.name().unwrap_or_default());
     body();
 }
 
 /// Runs `body` in the calling thread, which was started as engine thread `name`. It keeps its
 /// `place` in a session if it works for only one.
 pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: impl FnOnce()) {
-    let _end = EndOnPanic(name);
+    let _end = AbortOnPanic(name);
     leave_creator();
     if let Some(place) = &place {
         place.begin();
@@ -165,20 +165,20 @@ impl ThreadOptions {
     }
 
     /// Starts the threads. If one can't be started, those already started are ended.
-    pub(crate) fn start(self, running: &Arc<Runtime>) -> Result<Threads, ThreadError> {
+    pub(crate) fn start(self, runtime: &Arc<Runtime>) -> Result<Threads, ThreadError> {
         // Threads inherit the mask, so no signal reaches them even before their first instruction.
         let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
             what: "threads that block signals",
             source,
         })?;
         let mut threads = Threads::new();
-        let started = self.start_all(running, &mut threads);
+        let started = self.start_all(runtime, &mut threads);
         drop(blocked);
         match started {
             Ok(()) => Ok(threads),
             Err(source) => {
-                running.session.end();
-                running.end_threads(&mut threads);
+                runtime.session.end();
+                runtime.end_threads(&mut threads);
                 Err(ThreadError {
                     what: "the engine's threads",
                     source,
@@ -187,10 +187,10 @@ impl ThreadOptions {
         }
     }
 
-    fn start_all(self, running: &Arc<Runtime>, threads: &mut Threads) -> io::Result<()> {
+    fn start_all(self, runtime: &Arc<Runtime>, threads: &mut Threads) -> io::Result<()> {
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
             let hook = self.hook.clone();
-            let place = running.session.threads.place(&name);
+            let place = runtime.session.threads.place(&name);
             let named = name.clone();
             let span = tracing::Span::current();
             let thread = Builder::new().name(name).spawn(move || {
@@ -201,30 +201,30 @@ impl ThreadOptions {
             Ok(())
         };
         for i in 0..self.fault_threads {
-            let running = Arc::clone(running);
+            let runtime = Arc::clone(runtime);
             spawn(
                 format!("snap-fault-{i}"),
                 Box::new(move || {
-                    let workers = contexts::For {
-                        workers: running.pool.workers(),
-                        image: &running.session.image,
+                    let contexts = contexts::SessionContexts {
+                        contexts: runtime.pool.contexts(),
+                        image: &runtime.session.image,
                     };
                     // Done before the first fault, without delaying the start.
-                    workers.prepare();
-                    running.session.serve(i, &workers);
-                    running.fault_thread_ends();
+                    contexts.prepare();
+                    runtime.session.serve(i, &contexts);
+                    runtime.fault_thread_ends();
                 }),
             )?;
         }
         if let Some((name, body)) = self.other {
-            let running = Arc::clone(running);
-            spawn(name.to_owned(), Box::new(move || body(&running)))?;
+            let runtime = Arc::clone(runtime);
+            spawn(name.to_owned(), Box::new(move || body(&runtime)))?;
         }
         if self.prefetch == Prefetch::Off {
-            running.prefetch_ended();
+            runtime.prefetch_ended();
             return Ok(());
         }
-        running.prefetch(Plan {
+        runtime.prefetch(Plan {
             prefetch: self.prefetch,
             completes: false,
             threads: self.prefetch_threads,

@@ -24,7 +24,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         });
         fail_point(FailPoint::RingCleared);
         // Not earlier: until now the messages could still be found again.
-        self.state.map().batch_ends();
+        self.state.map().end_batch();
         read.unwrap_or_else(|ReadFailed| {
             self.guard.kill_owner("reading faults failed");
             self.end();
@@ -43,25 +43,25 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// has no further effect.
     pub(crate) fn recover(&self) {
         let mut hold = self.platform.exclusive(0);
-        let taken_in = self.state.map().taken_in();
+        let handled = self.state.map().handled();
         self.platform.unrecorded(&mut hold, &mut |slot, event| {
             match event {
                 // The woken thread faults again.
                 Event::Fault { .. } => {}
-                Event::Unmap { start, end } if slot < taken_in => {
+                Event::Unmap { start, end } if slot < handled => {
                     self.platform.wake(start, end - start);
                 }
-                Event::Remap { from, len, .. } if slot < taken_in => {
+                Event::Remap { from, len, .. } if slot < handled => {
                     self.platform.wake(from, len);
                 }
-                _ if slot < taken_in => {}
+                _ if slot < handled => {}
                 event => self.record(slot, &event),
             }
             fail_point(FailPoint::Replaying);
         });
         fail_point(FailPoint::Replayed);
         self.platform.forget(&mut hold);
-        self.state.map().batch_ends();
+        self.state.map().end_batch();
         fail_point(FailPoint::ReplayCleared);
         self.state.recover();
         for extent in self.state.map().extents() {
@@ -105,7 +105,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 if self.state.map().remap(slot, &old, to, removed).is_err() {
                     self.guard.kill_owner(&format!(
                         "the owner's mremap calls split its memory into more than {} pieces, the limit of a session",
-                        self.state.most_pieces(),
+                        self.state.max_pieces(),
                     ));
                 }
                 self.platform.wake(from, len);

@@ -96,7 +96,7 @@ pub(crate) use stats::{Pages, Stats};
 pub(crate) use threads::{EngineThreads, Place};
 
 /// Maximum number of failures that are kept verbatim; further ones are only counted.
-const KEPT_FAILURES: usize = 1000;
+const MAX_KEPT_FAILURES: usize = 1000;
 
 /// A callback that receives the number of each page that a fault loaded.
 pub(crate) type TouchObserver = Box<dyn Fn(PageNumber) + Send + Sync>;
@@ -289,7 +289,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return false;
         }
         failures.count += 1;
-        let is_kept = failures.kept.len() < KEPT_FAILURES;
+        let is_kept = failures.kept.len() < MAX_KEPT_FAILURES;
         if is_kept {
             failures.kept.push(failure.clone());
         }

@@ -99,7 +99,7 @@ fn engine_threads_make_only_the_listed_system_calls() {
 
 /// The filter is effective: without a call that every fault needs, the process is killed.
 #[test]
-fn another_system_call_ends_the_process() {
+fn unlisted_system_call_kills_the_process() {
     let ended = in_child(|| {
         let fewer: Vec<&str> = SYSTEM_CALLS
             .iter()

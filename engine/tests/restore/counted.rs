@@ -50,7 +50,7 @@ fn settled(restored: &Restored) -> Stats {
 }
 
 #[test]
-fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
+fn faults_are_counted_by_kind_and_source() {
     let bytes = image();
     let restored = start(open(pack(&bytes, FRAME)), 1);
     let touch = |page: u64| assert!(peek(address(&restored, page)) == source(&bytes, page));
@@ -108,7 +108,7 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
 /// other's. The scheduler decides how soon the second one begins, so one frame after another is
 /// tried.
 #[test]
-fn a_fault_that_waited_for_another_thread_is_told_apart() {
+fn fault_that_waited_is_counted_separately() {
     let bytes = random_bytes(STORED, 4);
     let snapshot = open_hooked(pack(&bytes, FRAME), |_, _, reason| {
         if reason == Reason::Demand {

@@ -46,8 +46,8 @@ fn is_root(test: &str) -> bool {
 }
 
 #[test]
-fn a_process_that_is_not_dumpable_restores() {
-    if !is_root("a_process_that_is_not_dumpable_restores") {
+fn non_dumpable_process_can_restore() {
+    if !is_root("non_dumpable_process_can_restore") {
         return;
     }
     in_child(|| {
@@ -64,8 +64,8 @@ fn a_process_that_is_not_dumpable_restores() {
 }
 
 #[test]
-fn a_process_without_proc_restores() {
-    if !is_root("a_process_without_proc_restores") {
+fn process_without_proc_can_restore() {
+    if !is_root("process_without_proc_can_restore") {
         return;
     }
     in_child(|| {

@@ -118,7 +118,7 @@ mod tests {
     use Reason::{Demand, Prefetch};
 
     #[test]
-    fn demand_passes_prefetch_and_nothing_else_passes() {
+    fn only_demand_passes_a_prefetch_claim() {
         let in_flight = InFlight::new(4);
         let frame = FrameId(7);
         let fetching = in_flight.claim(frame, Prefetch).unwrap();

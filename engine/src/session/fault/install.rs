@@ -25,13 +25,13 @@ use crate::session::stats::{Stats, add};
 use snaprestore_uffd::uffd::Wake;
 
 /// Maximum number of pages of one hold: 256 KiB, so that the reader of events waits only briefly.
-pub(crate) const HOLD_PAGES: u64 = 64;
+pub(crate) const MAX_HOLD_PAGES: u64 = 64;
 
 /// Maximum number of pages of one hold that poisons: 1 GiB, for which the kernel takes about 30 ms.
-const POISON_PAGES: u64 = 1 << 18;
+const MAX_POISON_PAGES: u64 = 1 << 18;
 
 /// Number of consecutive refusals of POISON after which the owner is held up.
-const MAX_REFUSALS: u32 = 16;
+const MAX_POISON_REFUSALS: u32 = 16;
 
 /// Returns how often an install that found no memory is retried: for some seconds for a fault, only
 /// briefly for prefetch. Large pages come from a pool, in which one becomes free only when somebody
@@ -124,7 +124,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 Err(error) => {
                     self.before_retry(&mut retries, error, next)?;
                     refusals += u32::from(error == InstallError::Changing);
-                    if matches!(source, Source::Poison) && refusals > MAX_REFUSALS {
+                    if matches!(source, Source::Poison) && refusals > MAX_POISON_REFUSALS {
                         brake.get_or_insert_with(|| self.platform.brake());
                         // The thread that was released must run before the next one is held up.
                         self.platform.back_off(1);
@@ -266,8 +266,8 @@ impl Source<'_> {
     fn max_pages(&self) -> u64 {
         match self {
             Self::Filled(buffer) => (buffer.len() / PAGE_SIZE) as u64,
-            Self::Frame(..) | Self::Zeros => HOLD_PAGES,
-            Self::Poison => POISON_PAGES,
+            Self::Frame(..) | Self::Zeros => MAX_HOLD_PAGES,
+            Self::Poison => MAX_POISON_PAGES,
         }
     }
 

@@ -18,7 +18,7 @@ use crate::fail_point::{FailPoint, fail_point};
 use crate::session::Session;
 use crate::session::failure::{Failure, FailureKind};
 use crate::session::fault::context::{FILL_PAGES, Purpose, ThreadContext};
-use crate::session::fault::install::{HOLD_PAGES, Source};
+use crate::session::fault::install::{MAX_HOLD_PAGES, Source};
 use crate::session::fault::outcome::{InstallError, LoadError};
 use crate::session::platform::{Content, Image, PageNumber, Platform, Run};
 use crate::session::state::Status;
@@ -93,7 +93,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     ) -> Result<bool, InstallError> {
         let reason = purpose.reason;
         let most = if word == 0 {
-            HOLD_PAGES
+            MAX_HOLD_PAGES
         } else {
             FILL_PAGES as u64
         };
@@ -241,7 +241,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// `frame` as they are here. The window lies in one index block, which was read to find `page`.
     fn run_around(&self, page: PageNumber, frame: &I::Frame, slot: u16, reason: Reason) -> Run {
         let is_at = |other: PageNumber, slot: u16| matches!(self.image.content(other, reason), Ok(Content::Stored(f, s)) if f == *frame && s == slot);
-        let window = window(page, HOLD_PAGES);
+        let window = window(page, MAX_HOLD_PAGES);
         let mut run = Run {
             page,
             slot,

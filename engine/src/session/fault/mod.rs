@@ -9,8 +9,8 @@
 //!              poisoned: POISON, or WAKE; the fault is resolved
 //!              absent: load it
 //!   load     look up its content; claim its frame, or wait for the fault that has it and look up
-//!            again; read, check and decode the frame up to the page                     [`load`]
-//!   install  hold the lock shared, look up state and address again, one COPY, mark      [`install`]
+//!            again; read, check and decode the frame up to the page               [`load`]
+//!   install  hold the lock shared, look up state and address again, one COPY, mark  [`install`]
 //!            (the thread that waits runs now; the rest of the frame is loaded and installed)
 //!   resolve  count the fault, take it off the queue, wake a thread if it was the last page
 //! ```

@@ -125,7 +125,7 @@ impl Default for Scenario {
 
 /// The owner's knowledge of a page.
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
-enum Knows {
+enum Expected {
     /// The page has its original content.
     Original,
     /// A discard has begun, so the page may have its original content or be zero.
@@ -136,7 +136,7 @@ enum Knows {
     Written(u8),
 }
 
-impl Knows {
+impl Expected {
     /// Whether the page of `place`, which may be lost, may read as `content`.
     fn allows(self, place: u64, content: Content, may_be_lost: bool) -> bool {
         let original = content == Content::Byte(pages::content_of(place))
@@ -167,23 +167,23 @@ impl Guard for OnlyDamage {
 }
 
 /// A context source with one context for each thread.
-struct Own {
+struct OwnContext {
     scene: Rc<Scene>,
-    worker: RefCell<ThreadContext<Pages>>,
+    context: RefCell<ThreadContext<Pages>>,
 }
 
-impl LendContext<Pages> for Own {
+impl LendContext<Pages> for OwnContext {
     fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<Pages>) -> T) -> T {
         if self.scene.together > 0 {
             let model = &self.scene.session.platform;
             model.taken.set(model.taken.get() + 1);
             model.stop(Op::Together);
         }
-        work(&mut self.worker.borrow_mut())
+        work(&mut self.context.borrow_mut())
     }
 }
 
-type Owner = RefCell<(Vec<Knows>, Vec<String>, usize)>;
+type Owner = RefCell<(Vec<Expected>, Vec<String>, usize)>;
 
 impl Scenario {
     fn explore(&self) -> Explored {
@@ -219,15 +219,15 @@ impl Scenario {
         for page in self.lost {
             state.mark_present(*page..page + 1);
             if self.miscounted {
-                state.leave_out(*page..page + 1);
+                state.leave_to_kernel(*page..page + 1);
             }
         }
-        let knows = (0..PAGES)
+        let expected = (0..PAGES)
             .map(|page| {
                 if self.lost.contains(&page) {
-                    Knows::Zero
+                    Expected::Zero
                 } else {
-                    Knows::Original
+                    Expected::Original
                 }
             })
             .collect();
@@ -243,7 +243,7 @@ impl Scenario {
         };
         let scene = Rc::new(Scene {
             session: Session::new(model, pages, state, Box::new(OnlyDamage), None, 4),
-            owner: RefCell::new((knows, Vec::new(), self.owner.len())),
+            owner: RefCell::new((expected, Vec::new(), self.owner.len())),
             owners: self.owner.len(),
             gives_up: self.gives_up,
             together: self.together,
@@ -273,9 +273,9 @@ impl Scenario {
             let prefetched = self.prefetched.clone();
             bodies.push(Box::new(move || {
                 let session = &scene.session;
-                let own = Own {
+                let own = OwnContext {
                     scene: Rc::clone(&scene),
-                    worker: RefCell::new(ThreadContext::new(Vec::new())),
+                    context: RefCell::new(ThreadContext::new(Vec::new())),
                 };
                 session.platform.enter(thread);
                 if is_fault_thread {
@@ -283,8 +283,8 @@ impl Scenario {
                 } else if let Some(place) = zeroed {
                     session.zero_for_reader(at(place));
                 } else {
-                    let worker = &mut own.worker.borrow_mut();
-                    let _ = session.prefetch(worker, prefetched, false, || ());
+                    let context = &mut own.context.borrow_mut();
+                    let _ = session.prefetch(context, prefetched, false, || ());
                 }
                 session.platform.leave();
             }));
@@ -297,7 +297,7 @@ impl Scenario {
                 session.platform.stop(Op::End);
                 session.end();
                 session.platform.stop(Op::Join);
-                session.give_up().expect("the model can poison");
+                session.give_up().expect("the model supports poison");
                 session.platform.close();
             }));
         }
@@ -310,7 +310,7 @@ impl Scenario {
 
     /// Asserts that every interleaving is correct.
     #[expect(clippy::print_stdout, reason = "how much was tried")]
-    fn holds(&self) {
+    fn passes(&self) {
         let explored = self.explore();
         println!("{} states, {} runs", explored.states, explored.runs);
         assert!(
@@ -321,11 +321,8 @@ impl Scenario {
     }
 
     /// Asserts that some interleaving fails as described by `expected`.
-    fn goes_wrong(&self, expected: &str) {
-        let violation = self
-            .explore()
-            .violation
-            .expect("the mistake went unnoticed");
+    fn fails_with(&self, expected: &str) {
+        let violation = self.explore().violation.expect("no interleaving failed");
         assert!(
             violation.contains(expected),
             "another violation: {violation}"
@@ -337,7 +334,7 @@ impl Scenario {
 fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow: bool) {
     let (model, owner) = (&scene.session.platform, &scene.owner);
     let may_be_lost = |page: u64| scene.gives_up || scene.session.image.is_damaged(page);
-    let set = |places: std::ops::Range<u64>, to: Knows| {
+    let set = |places: std::ops::Range<u64>, to: Expected| {
         for place in places {
             owner.borrow_mut().0[usize::try_from(place).unwrap()] = to;
         }
@@ -368,17 +365,17 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
         model.world.borrow_mut().announce(number, change);
         thread.stop(Op::WaitRead);
         model.world.borrow_mut().end_change();
-        thread.stop(Op::GoOn);
+        thread.stop(Op::Resume);
         after();
     };
     match act {
         Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
             Ok(content) => {
-                let knows = owner.borrow().0[usize::try_from(place).unwrap()];
-                let right = knows.allows(place, content, may_be_lost(place));
+                let expected = owner.borrow().0[usize::try_from(place).unwrap()];
+                let right = expected.allows(place, content, may_be_lost(place));
                 if !right {
                     wrong(format!(
-                        "wrong byte: page {place} reads {content:?}, but it is {knows:?}"
+                        "wrong byte: page {place} reads {content:?}, but it is {expected:?}"
                     ));
                 }
             }
@@ -392,15 +389,15 @@ fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow:
                     .borrow_mut()
                     .places
                     .insert(at(place), Content::Byte(byte));
-                set(place..place + 1, Knows::Written(byte));
+                set(place..place + 1, Expected::Written(byte));
             }
         }
         Act::Discard(start, end) => change(
             Change::Remove(at(start), at(end)),
-            &|| set(start..end, Knows::Discarding),
+            &|| set(start..end, Expected::Discarding),
             &|| {
                 model.world.borrow_mut().zap(at(start), at(end));
-                set(start..end, Knows::Zero);
+                set(start..end, Expected::Zero);
             },
         ),
         // The kernel first removes the mappings, and then sends the event.
@@ -450,7 +447,7 @@ fn two_faulting_threads_a_prefetcher_and_a_discarder_of(prefetched: Range<u64>) 
         same_core: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -472,7 +469,7 @@ fn a_faulting_thread_a_prefetcher_of_two_frames_and_a_discarder() {
         same_core: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -482,25 +479,25 @@ fn two_fault_threads_and_a_discarder() {
         fault_threads: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn copies_that_are_cut_short() {
+fn copies_cut_short() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
         prefetchers: 1,
         cuts: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: PAGES_BEHIND_THE_CUT,
         prefetchers: 1,
         cuts: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// The pages after the cut, of either frame, are touched as well: the session must not consider
@@ -508,28 +505,28 @@ fn copies_that_are_cut_short() {
 const PAGES_BEHIND_THE_CUT: &[&[Act]] = &[&[Touch(0), Touch(1)], &[Touch(3)]];
 
 #[test]
-fn installs_that_find_no_memory() {
+fn installs_without_memory() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(3)]],
         prefetchers: 1,
         shortages: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn what_is_written_after_a_discard_stays() {
+fn write_after_discard_is_kept() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Write(1, 99), Touch(1)]],
         prefetchers: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn unmapping_under_faults() {
+fn unmapping_during_faults() {
     for same_core in [false, true] {
         Scenario {
             owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
@@ -537,7 +534,7 @@ fn unmapping_under_faults() {
             same_core,
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
 }
 
@@ -545,51 +542,51 @@ fn unmapping_under_faults() {
 /// checked for a change before, and returned ENOENT. The page was considered gone and read as zeros
 /// at its new address. A thread that gets ENOENT now checks whether a change has begun.
 #[test]
-fn moving_under_an_install_that_waits_for_the_kernel() {
+fn moving_while_install_waits_for_kernel() {
     Scenario {
         owner: &[&[TouchIfMapped(0)], &[Move(0, 9)]],
         two_checks: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Move(0, 9)]],
         prefetchers: 1,
         two_checks: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Regression test: one thread settled the last page while another waited for messages forever.
 #[test]
-fn a_session_completes_by_itself() {
+fn session_completes_by_itself() {
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Touch(3)]],
         fault_threads: 2,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 3)]],
         prefetchers: 1,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: FAULTS_AT_THE_END,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Two threads may both count a page, so that all pages seem settled when one is not. The exact
 /// check finds it, and is repeated later.
 #[test]
-fn a_session_completes_though_a_page_was_counted_twice() {
+fn session_completes_after_page_was_counted_twice() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(3)]],
         lost: &[1],
@@ -598,7 +595,7 @@ fn a_session_completes_though_a_page_was_counted_twice() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Touches of discarded pages come at any moment of the completion, also between the kernel's
@@ -606,7 +603,7 @@ fn a_session_completes_though_a_page_was_counted_twice() {
 const FAULTS_AT_THE_END: &[&[Act]] = &[&[Touch(0), Touch(3)], &[Discard(1, 2), Touch(1)]];
 
 #[test]
-fn moving_under_faults() {
+fn moving_during_faults() {
     for same_core in [false, true] {
         Scenario {
             owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
@@ -614,37 +611,37 @@ fn moving_under_faults() {
             same_core,
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
 }
 
 /// One thread may read both faults at once: another one must serve the second.
 #[test]
-fn faults_that_are_served_together() {
+fn faults_served_at_the_same_time() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(2)]],
         fault_threads: 2,
         together: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// A fault is read during an install for prefetch, by a thread that does not serve it.
 #[test]
-fn faults_that_are_read_in_an_install() {
+fn faults_read_during_an_install() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2)]],
         prefetchers: 1,
         prefetched: 2..4,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// A thread that only fills a page with zeros reads the discard of the last absent page.
 #[test]
-fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
+fn session_settled_during_an_install_completes() {
     Scenario {
         owner: &[&[Touch(2)], &[Discard(1, 2)]],
         lost: &[0],
@@ -652,13 +649,13 @@ fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// The pages of a damaged frame are poisoned, and discarded ones among them are zero, including one
 /// that is discarded after its frame has failed.
 #[test]
-fn pages_of_a_damaged_frame() {
+fn damaged_frame_poisons_its_pages() {
     let owners: [&[&[Act]]; 5] = [
         &[&[Touch(1)], &[Discard(1, 2)]],
         &[&[Touch(1)], &[Discard(1, 2), Touch(1)]],
@@ -672,7 +669,7 @@ fn pages_of_a_damaged_frame() {
             damaged: Some(0),
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Touch(1)]],
@@ -681,7 +678,7 @@ fn pages_of_a_damaged_frame() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(1)], &[Discard(0, 2)]],
         prefetchers: 1,
@@ -689,33 +686,33 @@ fn pages_of_a_damaged_frame() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn a_page_whose_discard_was_lost() {
+fn page_marked_present_but_missing_is_zero() {
     Scenario {
         owner: &[&[Touch(1)], &[Touch(1), Touch(0)]],
         lost: &[1],
         prefetchers: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn an_event_that_is_late() {
+fn event_later_than_its_change() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(0, 2), Touch(1)]],
         slow: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Parts of large pages are discarded while the pages are assembled, and when they are present.
 #[test]
-fn large_pages_of_which_parts_are_discarded() {
+fn large_pages_with_discarded_parts() {
     let owners: [(usize, &[&[Act]]); 3] = [
         (1, &[&[Touch(0)], &[Discard(1, 2), Touch(1)]]),
         (1, &[&[Touch(3)], &[Discard(1, 3)]]),
@@ -731,7 +728,7 @@ fn large_pages_of_which_parts_are_discarded() {
             large: true,
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
@@ -740,7 +737,7 @@ fn large_pages_of_which_parts_are_discarded() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -751,7 +748,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(1)], &[Touch(0), Touch(2)]],
         lost: &[0, 1],
@@ -759,7 +756,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 3), Touch(2)]],
         prefetchers: 1,
@@ -767,7 +764,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -779,7 +776,7 @@ fn mistake_no_install_lock_is_found_with_large_pages() {
         mistake: Some(Mistake::NoInstallLock),
         ..Scenario::default()
     }
-    .goes_wrong("wrong byte");
+    .fails_with("wrong byte");
 }
 
 /// Owners of a session that is given up at any moment.
@@ -794,7 +791,7 @@ const GIVEN_UP: [&[&[Act]]; 5] = [
 /// Missing pages are poisoned wherever they are, present and discarded ones stay, and new mappings
 /// of the owner at unmapped places are left alone.
 #[test]
-fn giving_up_under_an_owner_that_changes_its_memory() {
+fn giving_up_while_owner_changes_memory() {
     for owner in GIVEN_UP {
         for two_checks in [false, true] {
             Scenario {
@@ -803,7 +800,7 @@ fn giving_up_under_an_owner_that_changes_its_memory() {
                 gives_up: true,
                 ..Scenario::default()
             }
-            .holds();
+            .passes();
         }
     }
     Scenario {
@@ -813,7 +810,7 @@ fn giving_up_under_an_owner_that_changes_its_memory() {
         gives_up: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -824,7 +821,7 @@ fn mistake_protecting_by_address_is_found() {
         mistake: Some(Mistake::ProtectByAddress),
         ..Scenario::default()
     }
-    .goes_wrong("fresh place");
+    .fails_with("fresh place");
 }
 
 #[test]
@@ -836,7 +833,7 @@ fn mistake_eagain_dropped_in_giving_up_is_found() {
         mistake: Some(Mistake::EagainDropped),
         ..Scenario::default()
     }
-    .goes_wrong("page 0");
+    .fails_with("page 0");
 }
 
 fn planted(mistake: Mistake) -> Scenario {
@@ -850,7 +847,7 @@ fn planted(mistake: Mistake) -> Scenario {
 
 #[test]
 fn mistake_no_install_lock_is_found() {
-    planted(Mistake::NoInstallLock).goes_wrong("wrong byte");
+    planted(Mistake::NoInstallLock).fails_with("wrong byte");
 }
 
 #[test]
@@ -861,12 +858,12 @@ fn mistake_wake_for_present_is_found() {
         mistake: Some(Mistake::WakeForPresent),
         ..Scenario::default()
     }
-    .goes_wrong("no progress");
+    .fails_with("no progress");
 }
 
 #[test]
 fn mistake_eagain_dropped_is_found() {
-    planted(Mistake::EagainDropped).goes_wrong("hang");
+    planted(Mistake::EagainDropped).fails_with("hang");
 }
 
 #[test]
@@ -876,12 +873,12 @@ fn mistake_no_wake_after_unmap_is_found() {
         mistake: Some(Mistake::NoWakeAfterUnmap),
         ..Scenario::default()
     }
-    .goes_wrong("hang");
+    .fails_with("hang");
 }
 
 #[test]
 fn mistake_present_before_copy_is_found() {
-    planted(Mistake::PresentBeforeCopy).goes_wrong("wrong byte");
+    planted(Mistake::PresentBeforeCopy).fails_with("wrong byte");
 }
 
 #[test]
@@ -892,12 +889,12 @@ fn mistake_no_late_wake_is_found() {
         mistake: Some(Mistake::NoLateWake),
         ..Scenario::default()
     }
-    .goes_wrong("hang");
+    .fails_with("hang");
 }
 
 #[test]
 fn mistake_remove_after_faults_is_found() {
-    planted(Mistake::RemoveAfterFaults).goes_wrong("wrong byte");
+    planted(Mistake::RemoveAfterFaults).fails_with("wrong byte");
 }
 
 #[test]
@@ -909,7 +906,7 @@ fn mistake_cut_marks_one_page_more_is_found() {
         mistake: Some(Mistake::CutMarksOneMore),
         ..Scenario::default()
     }
-    .goes_wrong("wrong byte");
+    .fails_with("wrong byte");
 }
 
 #[test]
@@ -920,5 +917,5 @@ fn mistake_no_wake_after_unregister_is_found() {
         mistake: Some(Mistake::NoWakeAfterUnregister),
         ..Scenario::default()
     }
-    .goes_wrong("hang");
+    .fails_with("hang");
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::explore::{self, Thread};
 use super::pages::Pages;
 use super::world::{BASE, Content as Held, World, at};
-use super::{Knows, Owner};
+use super::{Expected, Owner};
 use crate::session::Session;
 use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 use snaprestore_uffd::uffd::Wake;
@@ -46,7 +46,7 @@ pub(super) enum Op {
     BeginChange,
     Announce,
     WaitRead,
-    GoOn,
+    Resume,
 }
 
 /// A mistake planted in the platform.
@@ -287,8 +287,8 @@ impl Platform for Model {
         }
     }
 
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
-        assert_eq!(patience, None, "nothing fails in the model");
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
+        assert_eq!(timeout, None, "nothing fails in the model");
         // Between two faults, a fault thread carries no state.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);
@@ -480,9 +480,9 @@ impl Scene {
         if world.fresh.values().any(|content| *content == Held::Poison) {
             return Err("a fresh place became inaccessible".to_owned());
         }
-        for (page, knows) in (0..).zip(&self.owner.borrow().0) {
+        for (page, expected) in (0..).zip(&self.owner.borrow().0) {
             let content = world.places.get(&at(page));
-            if *knows == Knows::Original && content == Some(&Held::Missing) {
+            if *expected == Expected::Original && content == Some(&Held::Missing) {
                 return Err(format!("page {page} would read as zeros"));
             }
         }

@@ -98,9 +98,9 @@ pub(crate) trait Platform: Sync {
     /// Takes the install lock exclusively, to read, record and wake. `about` as in
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` has passed.
+    /// Waits until there may be a message, [`Platform::kick`] was called, or `timeout` has passed.
     /// If several threads wait, a message wakes only one of them, which must read it.
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited;
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited;
     /// Makes the current [`Platform::wait_readable`] of one thread return, or the next one.
     fn kick(&self);
     /// Calls `wait`, which returns when no fault is loading `frame` any more.

@@ -263,7 +263,7 @@ impl State {
 
     /// Returns the maximum number of pieces of an owner's memory if the owner is in another
     /// process.
-    pub(crate) fn most_pieces(&self) -> usize {
+    pub(crate) fn max_pieces(&self) -> usize {
         self.extent_capacity
     }
 
@@ -418,7 +418,7 @@ impl State {
     }
 
     /// Leaves `pages` to the kernel. Must be called before any state of these pages is recorded.
-    pub(crate) fn leave_out(&self, pages: Range<PageNumber>) {
+    pub(crate) fn leave_to_kernel(&self, pages: Range<PageNumber>) {
         let blocks = pages.start.div_ceil(LEFT_PAGES)..pages.end / LEFT_PAGES;
         for (word, mask) in masks(blocks.clone()) {
             self.left()[word].fetch_or(mask, Relaxed);
@@ -590,7 +590,7 @@ pub struct Pulse {
     /// Number of reads of messages.
     pub reads: u64,
     /// For each thread, the number of starts and ends of serving: odd while it serves.
-    pub turns: Vec<u64>,
+    pub heartbeats: Vec<u64>,
 }
 
 impl Vitals {
@@ -602,10 +602,10 @@ impl Vitals {
 
     /// Returns the activity so far.
     pub fn pulse(&self) -> Pulse {
-        let turns = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
+        let heartbeats = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
         Pulse {
             reads: self.state.words()[READS].load(Relaxed),
-            turns: turns.collect(),
+            heartbeats: heartbeats.collect(),
         }
     }
 
@@ -688,7 +688,7 @@ mod tests {
     /// the first absent page and the end of its range, the other thread marked the page, the range
     /// came out empty, and the kernel refuses to install nothing.
     #[test]
-    fn a_range_of_absent_pages_is_never_empty_while_another_thread_marks() {
+    fn absent_range_is_never_empty_during_marking() {
         const PAGES: u64 = 1 << 22;
         let state = one_extent(PAGES);
         std::thread::scope(|scope| {
@@ -705,7 +705,7 @@ mod tests {
 
     /// The masks of a range contain exactly the bits of its pages.
     #[test]
-    fn masks_are_the_pages() {
+    fn masks_cover_exactly_the_pages() {
         for start in 0..140_u64 {
             for end in start..200 {
                 let mut bits = [0_u64; 4];
@@ -721,7 +721,7 @@ mod tests {
     }
 
     #[test]
-    fn removed_wins_over_all() {
+    fn removed_takes_precedence_over_other_states() {
         let state = one_extent(100);
         state.mark_present(3..5);
         state.mark_poisoned(4..6);
@@ -735,7 +735,7 @@ mod tests {
     }
 
     #[test]
-    fn healed_pages_are_present_and_poisoned_no_more() {
+    fn healed_pages_are_present_not_poisoned() {
         let state = one_extent(200);
         state.mark_poisoned(60..70);
         state.mark_removed(61..62);
@@ -758,7 +758,7 @@ mod tests {
 
     /// A large page is present if any part of it was marked, and removed only if all of it was.
     #[test]
-    fn a_large_page_has_one_status() {
+    fn large_page_has_a_single_status() {
         let unit = Unit {
             address: 1 << 30,
             pages: 64..192,
@@ -792,7 +792,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_counted_once_and_only_where_mapped() {
+    fn unsettled_pages_are_counted_once_where_mapped() {
         let state = one_extent(130);
         state.mark_present(0..130);
         state.mark_removed(10..500);
