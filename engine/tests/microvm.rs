@@ -11,7 +11,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 use snaprestore_fixtures::host::skipped;
 use snapshot_format::{Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 

@@ -182,7 +182,8 @@ impl Restore {
     /// length. The [`Restored`] takes ownership of it:
     ///
     /// ```compile_fail,E0382
-    /// # use snaprestore_engine::{restore::Restore, uffd::memory::RawRegion};
+    /// # use snaprestore_engine::restore::Restore;
+    /// # use snaprestore_uffd::memory::RawRegion;
     /// # fn again(restore: Restore, memory: RawRegion) {
     /// let restore = restore.region(0, memory);
     /// memory.make_inaccessible(0, 4096);

@@ -250,7 +250,7 @@ impl Restored {
     /// Waits until the restore is complete, or until prefetch has finished without completing it.
     /// Returns `true` if the restore is complete.
     ///
-    /// With [`Prefetch::All`](super::Prefetch::All), an incomplete restore means that some pages
+    /// With [`Prefetch::All`](crate::Prefetch::All), an incomplete restore means that some pages
     /// can't be restored, or that there was no memory for them until the retry timeout, as
     /// [`failures`](Self::failures) reports. With another prefetch, only touches load the remaining
     /// pages. While a touch waits for its page, or for a failure decision about it, the outcome is

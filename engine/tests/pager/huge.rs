@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{Ending, OnError, Pager};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;

@@ -23,7 +23,8 @@ use std::sync::Arc;
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
-use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
 use uffd_support::Ended;
 

@@ -5,8 +5,9 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use snaprestore_engine::Prefetch;
 use snaprestore_engine::restore::{
-    FailureDecision, FailurePolicy, Prefetch, ReadAtError, Restore, Restored, StopError, StopMode,
+    FailureDecision, FailurePolicy, ReadAtError, Restore, Restored, StopError, StopMode,
 };
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::Loads;

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
-use snaprestore_engine::restore::{
-    FailureDecision, FailurePolicy, Prefetch, Restore, SYSTEM_CALLS,
-};
+use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Restore};
+use snaprestore_engine::{Prefetch, SYSTEM_CALLS};
 use snapshot_format::Snapshot;
 
 use crate::common::{

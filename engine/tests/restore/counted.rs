@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use snaprestore_engine::restore::{Durations, Restore, Restored, Stats};
+use snaprestore_engine::restore::{Restore, Restored};
+use snaprestore_engine::stats::{Durations, Stats};
 use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{PAGE, address, index, open, open_hooked, pack, peek, random_bytes, source};

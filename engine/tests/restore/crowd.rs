@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Barrier};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 
 use crate::common::{
     PAGE, address, compare, frame_of, index, open, pack, pages_of_frame, peek, random_bytes,

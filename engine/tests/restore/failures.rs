@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    FailureDecision, FailureKind, FailurePolicy, Prefetch, Restore, Restored, StartError,
-    StopError, StopMode,
+    FailureDecision, FailurePolicy, Restore, Restored, StartError, StopError, StopMode,
 };
+use snaprestore_engine::{FailureKind, Prefetch};
 use snaprestore_uffd::uffd::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 

@@ -1,6 +1,7 @@
 //! Restores in processes that see little of the machine: without `/proc`, or not dumpable.
 
-use snaprestore_engine::restore::{Prefetch, Restore, StartError};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 
 use crate::common::{compare, in_child, open, pack, random_bytes};

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{FailurePolicy, Prefetch, ReadAtError, Restore, StartError};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailurePolicy, ReadAtError, Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
 use snaprestore_uffd::uffd::{Features, KernelVersion, Mask};

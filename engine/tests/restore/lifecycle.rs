@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Prefetch, Restore, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Restore, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};

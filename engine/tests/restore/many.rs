@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::available_parallelism;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, Shared};
+use snaprestore_engine::restore::{Restore, Restored};
+use snaprestore_engine::{Prefetch, Shared};
 use snaprestore_fixtures::host::told;
 use snapshot_format::{Reason, Snapshot};
 

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, Restored, StopMode};
 use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, Restored, StartError, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};

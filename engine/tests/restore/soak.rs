@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 use snaprestore_fixtures::host::told;
 use snaprestore_fixtures::images::{Mix, SplitMix};
 use snaprestore_uffd::memory::RawRegion;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
+use super::scenario::{Expected, Owner};
 use super::world::{BASE, Content as Held, World, at};
-use super::{Expected, Owner};
 use crate::session::Session;
 use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 use snaprestore_uffd::uffd::Wake;

@@ -18,6 +18,8 @@
 //! under an exclusive one. All accesses are relaxed, because the lock provides the ordering.
 
 pub(crate) mod address_map;
+mod bits;
+mod vitals;
 
 use std::io;
 use std::ops::Range;
@@ -31,6 +33,9 @@ use snaprestore_uffd::memory::{Block, Ring};
 
 use crate::session::platform::{PAGE, PageNumber};
 use crate::session::state::address_map::{Extent, Growth, Map, Unit};
+use crate::session::state::bits::{first_bit, masks, place, word_of};
+
+pub use vitals::{Pulse, Vitals};
 
 /// Word of the header with the number of changes of the map, which selects the valid copy.
 const MAP_VERSION: usize = 0;
@@ -578,50 +583,6 @@ impl State {
     }
 }
 
-/// A supervisor's view of the threads of a session whose state is in a memfd.
-#[derive(Debug)]
-pub struct Vitals {
-    state: State,
-}
-
-/// The activity of the threads of a session up to one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pulse {
-    /// Number of reads of messages.
-    pub reads: u64,
-    /// For each thread, the number of starts and ends of serving: odd while it serves.
-    pub heartbeats: Vec<u64>,
-}
-
-impl Vitals {
-    /// Opens the session state in `memfd`.
-    pub fn new(memfd: OwnedFd) -> io::Result<Self> {
-        let state = State::open(memfd)?.0;
-        Ok(Self { state })
-    }
-
-    /// Returns the activity so far.
-    pub fn pulse(&self) -> Pulse {
-        let heartbeats = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
-        Pulse {
-            reads: self.state.words()[READS].load(Relaxed),
-            heartbeats: heartbeats.collect(),
-        }
-    }
-
-    /// Returns the frames that are being decoded, by their offset in the file. For a dead worker
-    /// these are the frames on which it died.
-    pub fn decoding(&self) -> Vec<u64> {
-        self.threads()
-            .filter_map(|words| words[DECODING].load(Relaxed).checked_sub(1))
-            .collect()
-    }
-
-    fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {
-        (0..MAX_THREADS).filter_map(|thread| self.state.thread(thread))
-    }
-}
-
 /// Returns the number of words of a state of `pages` page numbers with a map of `extents`.
 fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     let bitmap = usize::try_from(pages.div_ceil(64)).ok()?;
@@ -629,44 +590,6 @@ fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     let map = extents.checked_mul(Map::words(1))?.checked_mul(2)?;
     let bitmaps = bitmap.checked_mul(BITMAPS)?.checked_add(left)?;
     HEADER_END.checked_add(bitmaps)?.checked_add(map)
-}
-
-/// Returns the first page of `within` whose bit is set in the words returned by `word`.
-fn first_bit(within: Range<PageNumber>, word: impl Fn(usize) -> u64) -> Option<PageNumber> {
-    masks(within).find_map(|(index, mask)| {
-        let set = mask & word(index);
-        (set != 0).then(|| index as u64 * 64 + u64::from(set.trailing_zeros()))
-    })
-}
-
-/// Returns the index of the word with a page's bit, and the bit.
-fn place(page: PageNumber) -> (usize, u64) {
-    (word_of(page), 1 << (page % 64))
-}
-
-/// Returns the index of the word with a page's bit. Page numbers fit, because the block that
-/// contains the bits was allocated.
-fn word_of(page: PageNumber) -> usize {
-    snaprestore_uffd::to_usize(page / 64)
-}
-
-/// Returns the words that contain the bits of `pages`, each with the mask of those bits.
-fn masks(pages: Range<PageNumber>) -> impl Iterator<Item = (usize, u64)> {
-    let words = if pages.is_empty() {
-        0..0
-    } else {
-        pages.start / 64..(pages.end - 1) / 64 + 1
-    };
-    words.map(move |word| {
-        let low = pages.start.max(word * 64) - word * 64;
-        let high = pages.end.min((word + 1) * 64) - word * 64;
-        let ones = if high - low == 64 {
-            u64::MAX
-        } else {
-            (1 << (high - low)) - 1
-        };
-        (word_of(word * 64), ones << low)
-    })
 }
 
 #[cfg(test)]
@@ -701,23 +624,6 @@ mod tests {
                 next = first;
             }
         });
-    }
-
-    /// The masks of a range contain exactly the bits of its pages.
-    #[test]
-    fn masks_cover_exactly_the_pages() {
-        for start in 0..140_u64 {
-            for end in start..200 {
-                let mut bits = [0_u64; 4];
-                for (word, mask) in masks(start..end) {
-                    bits[word] |= mask;
-                }
-                for page in 0..200_u64 {
-                    let set = bits[word_of(page)] >> (page % 64) & 1 == 1;
-                    assert_eq!(set, (start..end).contains(&page), "{start}..{end}: {page}");
-                }
-            }
-        }
     }
 
     #[test]
