@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   ThreadOptions::start ──▶ snap-fault-N ──▶ serve faults until the session ends
-//!                        └─▶ feed ──────────▶ its turns at the pool of all sessions, until all
-//!                                             pages are present
+//!                        └─▶ feed ──────────▶ tasks for the pool of all sessions, until all pages
+//!                                             are present
 //!   the last fault thread of a complete session closes it
 //! ```
 
@@ -28,7 +28,7 @@ use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
 pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
-pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads, crew_options};
+pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads};
 
 /// Pages that are loaded before they are touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ pub(crate) struct Runtime {
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
     /// The session's use of the pool, until nobody serves faults any more.
-    user: Mutex<Option<contexts::User>>,
+    user: Mutex<Option<contexts::PoolUser>>,
     fault_threads: AtomicUsize,
     /// The process that started the session.
     pid: u32,
@@ -113,21 +113,21 @@ impl Runtime {
     pub(crate) fn new(
         mut session: Session<Kernel, SnapshotImage>,
         begun: Instant,
-        crew: &ThreadOptions,
+        options: &ThreadOptions,
         on_complete: OnComplete,
     ) -> Self {
-        let pool = Arc::clone(crew.shared().pool());
+        let pool = Arc::clone(options.shared().pool());
         session.queue.count_in(pool.demand());
-        session.retry_timeout = crew.retry_timeout;
+        session.retry_timeout = options.retry_timeout;
         Self {
             session,
             begun,
             on_complete,
-            user: Mutex::new(Some(contexts::User::new(&pool))),
+            user: Mutex::new(Some(contexts::PoolUser::new(&pool))),
             pool,
             feed: OnceLock::new(),
-            prefetch_threads: crew.prefetch_threads,
-            fault_threads: AtomicUsize::new(crew.fault_threads),
+            prefetch_threads: options.prefetch_threads,
+            fault_threads: AtomicUsize::new(options.fault_threads),
             pid: std::process::id(),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{Ending, OnError, Pager};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;
@@ -47,8 +48,8 @@ fn pool(test: &str, pages: u64) -> Option<HugePool> {
 }
 
 #[test]
-fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
-    let test = "an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size";
+fn huge_page_owner_reads_source_at_every_frame_size() {
+    let test = "huge_page_owner_reads_source_at_every_frame_size";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -73,8 +74,8 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
         let stats = paged.stats();
         assert_eq!(stats.failures, 0);
         if prefetch == Prefetch::Off {
-            let brought = stats.demand;
-            assert_eq!(brought.copied + brought.filled + brought.zeroed, PAGES);
+            let loaded = stats.demand;
+            assert_eq!(loaded.copied + loaded.filled + loaded.zeroed, PAGES);
             assert!((COUNT..=4 * COUNT).contains(&stats.faults));
         }
     }
@@ -82,8 +83,8 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
 
 /// The kernel removes only whole pages from private memory, and rounds the end of a range down.
 #[test]
-fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
-    let test = "discarded_huge_pages_read_as_zeros_also_under_prefetch";
+fn discarded_huge_pages_are_zero_during_prefetch() {
+    let test = "discarded_huge_pages_are_zero_during_prefetch";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -140,8 +141,8 @@ fn remove(memory: &Memory, ranges: &[std::ops::Range<u64>]) {
 /// Regression test: if a page is missing, the kernel zeroes nothing when a part of it is discarded.
 /// Rounded inwards, the discarded parts came back from the snapshot.
 #[test]
-fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
-    let test = "lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros";
+fn lesson_7_discarded_parts_of_huge_pages_are_zero() {
+    let test = "lesson_7_discarded_parts_of_huge_pages_are_zero";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -180,8 +181,8 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
 
 /// Nothing was touched before the discards, which are the first events that the pager reads.
 #[test]
-fn parts_discarded_before_anything_is_there_are_zeros() {
-    let test = "parts_discarded_before_anything_is_there_are_zeros";
+fn parts_discarded_before_load_are_zero() {
+    let test = "parts_discarded_before_load_are_zero";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -212,8 +213,8 @@ fn parts_discarded_before_anything_is_there_are_zeros() {
 }
 
 #[test]
-fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
-    let test = "an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there";
+fn completed_huge_page_owner_runs_without_pager() {
+    let test = "completed_huge_page_owner_runs_without_pager";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -235,8 +236,8 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
 
 /// Only one of many frames in a large page is bad.
 #[test]
-fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
-    let Some(_pool) = pool("an_owner_is_ended_for_a_bad_frame_in_a_huge_page", COUNT) else {
+fn bad_frame_in_huge_page_kills_owner() {
+    let Some(_pool) = pool("bad_frame_in_huge_page_kills_owner", COUNT) else {
         return;
     };
     let bytes = Arc::new(random_bytes(PAGES, 5));
@@ -334,8 +335,8 @@ fn completing_heals_poisoned_huge_pages() {
 /// The kernel returns EEXIST when it has no free page. If that were trusted, the page would be
 /// zeros from then on.
 #[test]
-fn an_owner_waits_for_a_huge_page_that_is_given_back() {
-    let test = "an_owner_waits_for_a_huge_page_that_is_given_back";
+fn owner_waits_until_a_huge_page_is_free() {
+    let test = "owner_waits_until_a_huge_page_is_free";
     let Some(pool) = pool(test, 4) else {
         return;
     };
@@ -382,8 +383,8 @@ fn wait_for_a_huge_page(pool: &HugePool, with_page_map: bool) {
 }
 
 #[test]
-fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
-    let test = "an_owner_for_whom_there_is_no_huge_page_is_ended";
+fn empty_huge_page_pool_kills_owner() {
+    let test = "empty_huge_page_pool_kills_owner";
     let _pool = match HugePool::empty() {
         Ok(pool) => pool,
         Err(why) => return skipped(test, &why),

@@ -23,7 +23,8 @@ use std::sync::Arc;
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
-use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
 use uffd_support::Ended;
 
@@ -42,7 +43,7 @@ const REGIONS: [Region; 2] = [
 ];
 
 #[test]
-fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
+fn owner_reads_source_in_any_order_and_thread() {
     let bytes = Arc::new(mixed(PAGES));
     for prefetch in [Prefetch::Off, Prefetch::All] {
         let expected = Arc::clone(&bytes);
@@ -76,7 +77,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
 /// the end of the session and the unregistration, and nobody read faults any more. All threads are
 /// now woken once more.
 #[test]
-fn discarded_pages_read_as_zeros_also_under_prefetch() {
+fn discarded_pages_are_zero_during_prefetch() {
     let bytes = Arc::new(mixed(PAGES));
     for round in 0..8 {
         let expected = Arc::clone(&bytes);
@@ -95,7 +96,7 @@ fn discarded_pages_read_as_zeros_also_under_prefetch() {
 }
 
 #[test]
-fn a_completed_owner_goes_on_without_its_pager() {
+fn completed_owner_runs_without_its_pager() {
     let bytes = Arc::new(mixed(PAGES));
     let expected = Arc::clone(&bytes);
     let owner = Owner::start(&REGIONS, move |memory| {
@@ -114,7 +115,7 @@ fn a_completed_owner_goes_on_without_its_pager() {
 }
 
 #[test]
-fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
+fn owner_with_damaged_page_is_killed_before_zeros() {
     let bytes = Arc::new(random_bytes(PAGES, 5));
     let file = pack(&bytes, 32);
     let page = 700;
@@ -135,7 +136,7 @@ fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
 }
 
 #[test]
-fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
+fn damaged_page_is_poisoned_if_requested() {
     let bytes = Arc::new(random_bytes(PAGES, 6));
     let file = pack(&bytes, 32);
     let frame = frame_of(&open(file.clone()), 700);
@@ -153,7 +154,7 @@ fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
 }
 
 #[test]
-fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
+fn mismatched_owner_is_refused_and_not_killed() {
     let bytes = mixed(PAGES);
     let owner = Owner::start(&REGIONS, |memory| {
         memory.wait_for_word();
@@ -184,7 +185,7 @@ fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
 /// A descriptor that came by a detour: filling memory through it would bypass the protection of
 /// this process's own memory.
 #[test]
-fn the_memory_of_this_process_is_refused() {
+fn memory_of_the_pager_itself_is_refused() {
     let own = OpenOptions::new().open().unwrap();
     let owner = Owner::start(&REGIONS, |memory| {
         memory.wait_for_word();
@@ -206,7 +207,7 @@ fn the_memory_of_this_process_is_refused() {
 
 /// Two hundred sessions leave no descriptors behind.
 #[test]
-fn sessions_leave_nothing_behind() {
+fn finished_sessions_leak_nothing() {
     let bytes = Arc::new(mixed(64));
     let snapshot = open(pack(&bytes, 16));
     let regions = [Region {

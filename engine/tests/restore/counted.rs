@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use snaprestore_engine::restore::{Durations, Restore, Restored, Stats};
+use snaprestore_engine::restore::{Restore, Restored};
+use snaprestore_engine::stats::{Durations, Stats};
 use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{PAGE, address, index, open, open_hooked, pack, peek, random_bytes, source};
@@ -50,7 +51,7 @@ fn settled(restored: &Restored) -> Stats {
 }
 
 #[test]
-fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
+fn faults_are_counted_by_kind_and_source() {
     let bytes = image();
     let restored = start(open(pack(&bytes, FRAME)), 1);
     let touch = |page: u64| assert!(peek(address(&restored, page)) == source(&bytes, page));
@@ -108,7 +109,7 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
 /// other's. The scheduler decides how soon the second one begins, so one frame after another is
 /// tried.
 #[test]
-fn a_fault_that_waited_for_another_thread_is_told_apart() {
+fn fault_that_waited_is_counted_separately() {
     let bytes = random_bytes(STORED, 4);
     let snapshot = open_hooked(pack(&bytes, FRAME), |_, _, reason| {
         if reason == Reason::Demand {

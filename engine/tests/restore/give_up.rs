@@ -46,7 +46,7 @@ fn read(address: usize) -> Option<u8> {
 /// while the restore is given up. The new mapping became inaccessible, because the missing pages
 /// were protected by their addresses.
 #[test]
-fn memory_mapped_afresh_is_left_alone() {
+fn giving_up_leaves_new_mappings_alone() {
     const PAGES: usize = 1024;
     const PIECE: usize = 16;
     let bytes = random_bytes(PAGES as u64, 1);
@@ -100,7 +100,7 @@ fn memory_mapped_afresh_is_left_alone() {
 /// Missing pages are errors in every read, and present and discarded ones stay as they are, on a
 /// kernel that can poison and on one that can't.
 #[test]
-fn only_what_is_missing_is_lost() {
+fn giving_up_loses_only_missing_pages() {
     const PAGES: usize = 512;
     let bytes = random_bytes(PAGES as u64, 2);
     let snapshot = open(pack(&bytes, 8));
@@ -147,7 +147,7 @@ fn only_what_is_missing_is_lost() {
 
 /// Touching a missing page gets SIGBUS after the restore was given up.
 #[test]
-fn touching_what_was_given_up_is_sigbus() {
+fn touching_a_given_up_page_raises_sigbus() {
     let ended = in_child(|| {
         let bytes = random_bytes(64, 3);
         let mut restored = Restore::new(open(pack(&bytes, 8))).start().unwrap();
@@ -160,8 +160,8 @@ fn touching_what_was_given_up_is_sigbus() {
 /// Regression test: missing pages are in more pieces than a process may have mappings. Present
 /// pages became inaccessible then, without an error.
 #[test]
-fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
-    const TEST: &str = "pieces_beyond_the_limit_of_mappings_lose_nothing_silently";
+fn too_many_mappings_are_reported_as_error() {
+    const TEST: &str = "too_many_mappings_are_reported_as_error";
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
     let limit: usize = limit.trim().parse().unwrap();
     if limit > 200_000 {
@@ -206,7 +206,7 @@ fn pieces_beyond_the_limit_of_mappings_lose_nothing_silently() {
 /// Regression test: threads discard without a pause. Each poisoning restarted at the first page,
 /// and stopping took seconds.
 #[test]
-fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
+fn giving_up_ends_under_constant_discards() {
     const PAGES: usize = 1 << 18;
     const THREADS: usize = 16;
     let snapshot = filled(PAGES as u64);

@@ -51,9 +51,9 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         .on_failure(FailurePolicy::Abort)
         .user_mode_only(true);
     restore = restore.prefetch(match options.prefetch {
-        Prefetch::Off => restore::Prefetch::Off,
-        Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
-        Prefetch::All => restore::Prefetch::All,
+        Prefetch::Off => snaprestore_engine::Prefetch::Off,
+        Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+        Prefetch::All => snaprestore_engine::Prefetch::All,
     });
     if let Some(threads) = options.fault_threads {
         restore = restore.fault_threads(threads);

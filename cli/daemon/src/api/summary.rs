@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::pager::{PageCounts, Stats};
+use snaprestore_engine::stats::{PageCounts, Stats};
 
 use crate::log::count;
 

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::pager;
 
 use crate::api::config::Service;
 
@@ -298,9 +297,9 @@ impl Pages {
     }
 }
 
-impl From<pager::PageCounts> for Pages {
-    fn from(counts: pager::PageCounts) -> Self {
-        let pager::PageCounts {
+impl From<snaprestore_engine::stats::PageCounts> for Pages {
+    fn from(counts: snaprestore_engine::stats::PageCounts) -> Self {
+        let snaprestore_engine::stats::PageCounts {
             copied,
             filled,
             zeroed,
@@ -469,8 +468,8 @@ impl SessionStats {
     }
 }
 
-impl From<&pager::Durations> for Times {
-    fn from(times: &pager::Durations) -> Self {
+impl From<&snaprestore_engine::stats::Durations> for Times {
+    fn from(times: &snaprestore_engine::stats::Durations) -> Self {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let buckets = times.buckets.iter();
         let buckets = buckets.map(|(upper, count)| (nanos(*upper), *count));
@@ -478,8 +477,8 @@ impl From<&pager::Durations> for Times {
     }
 }
 
-impl From<&pager::Stats> for SessionStats {
-    fn from(stats: &pager::Stats) -> Self {
+impl From<&snaprestore_engine::stats::Stats> for SessionStats {
+    fn from(stats: &snaprestore_engine::stats::Stats) -> Self {
         Self {
             pages: stats.pages,
             missing: stats.missing,

@@ -250,8 +250,8 @@ impl VmRecord {
         if pulse.reads != heartbeat.reads.0 || !readable(self.userfaultfd.as_fd()) {
             heartbeat.reads = (pulse.reads, now);
         }
-        heartbeat.beats.resize(pulse.turns.len(), (0, now));
-        for (seen, beats) in heartbeat.beats.iter_mut().zip(pulse.turns) {
+        heartbeat.beats.resize(pulse.heartbeats.len(), (0, now));
+        for (seen, beats) in heartbeat.beats.iter_mut().zip(pulse.heartbeats) {
             if seen.0 != beats || beats.is_multiple_of(2) {
                 *seen = (beats, now);
             }

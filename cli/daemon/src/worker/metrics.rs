@@ -16,7 +16,7 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::{collector::Collector, encoding::text, registry::Registry};
 
-use snaprestore_engine::pager::FrameCacheStats;
+use snaprestore_engine::stats::FrameCacheStats;
 
 use crate::api::types::{SessionStats, Times, VmState, VmStats};
 

@@ -28,8 +28,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
+use snaprestore_engine::Shared;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
-use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
+use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager};
 use snapshot_format::{FileStore, Snapshot};
 
 use self::metrics::Totals;
@@ -509,9 +510,9 @@ impl OpenService {
             .fault_threads(self.service.threads)
             .retry_timeout(Duration::from_secs(self.service.retry_timeout))
             .prefetch(match self.service.prefetch {
-                config::Prefetch::Off => pager::Prefetch::Off,
-                config::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,
-                config::Prefetch::All => pager::Prefetch::All,
+                config::Prefetch::Off => snaprestore_engine::Prefetch::Off,
+                config::Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+                config::Prefetch::All => snaprestore_engine::Prefetch::All,
             })
             .on_error(match self.service.on_error {
                 config::FailurePolicy::Kill => pager::OnError::Kill,

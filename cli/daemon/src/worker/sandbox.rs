@@ -38,7 +38,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
 use serde_json::{Value, json};
-use snaprestore_engine::pager::SYSTEM_CALLS;
+use snaprestore_engine::SYSTEM_CALLS;
 use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
 use snaprestore_uffd::uffd::abi;
 

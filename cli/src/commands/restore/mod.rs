@@ -129,9 +129,9 @@ fn start(
             .fault_threads(args.threads)
             .retry_timeout(Duration::from_secs(args.retry_timeout))
             .prefetch(match args.prefetch {
-                args::Prefetch::Off => restore::Prefetch::Off,
-                args::Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
-                args::Prefetch::All => restore::Prefetch::All,
+                args::Prefetch::Off => snaprestore_engine::Prefetch::Off,
+                args::Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+                args::Prefetch::All => snaprestore_engine::Prefetch::All,
             })
             .on_failure(on_failure)
             .user_mode_only(true)

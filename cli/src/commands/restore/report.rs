@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snaprestore_engine::restore::{Failure, FailureKind, Stats};
+use snaprestore_engine::stats::Stats;
+use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
 use super::touch::Touched;

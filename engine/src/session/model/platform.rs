@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
+use super::scenario::{Expected, Owner};
 use super::world::{BASE, Content as Held, World, at};
-use super::{Knows, Owner};
 use crate::session::Session;
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 use snaprestore_uffd::uffd::Wake;
 
 /// An operation before which a thread stops.
@@ -20,7 +19,7 @@ pub(super) enum Op {
     Shared(u64),
     Exclusive(u64),
     WaitReadable,
-    WaitUnclaimed(FrameId),
+    WaitInFlight(FrameId),
     BackOff,
     Copy(u64, u64),
     Zeropage(u64, u64),
@@ -47,7 +46,7 @@ pub(super) enum Op {
     BeginChange,
     Announce,
     WaitRead,
-    GoOn,
+    Resume,
 }
 
 /// A mistake planted in the platform.
@@ -288,8 +287,8 @@ impl Platform for Model {
         }
     }
 
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
-        assert_eq!(patience, None, "nothing fails in the model");
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
+        assert_eq!(timeout, None, "nothing fails in the model");
         // Between two faults, a fault thread carries no state.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);
@@ -302,8 +301,8 @@ impl Platform for Model {
         self.world.borrow_mut().kicked = true;
     }
 
-    fn wait_unclaimed(&self, _: &InFlight, frame: FrameId) {
-        self.stop(Op::WaitUnclaimed(frame));
+    fn wait_in_flight(&self, frame: FrameId, _wait: impl FnOnce()) {
+        self.stop(Op::WaitInFlight(frame));
     }
 
     fn back_off(&self, _: u32) -> bool {
@@ -456,7 +455,7 @@ fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     let mut hasher = DefaultHasher::new();
     session.state.snapshot().hash(&mut hasher);
     session.queue.addresses().hash(&mut hasher);
-    session.claims.frames().hash(&mut hasher);
+    session.in_flight.frames().hash(&mut hasher);
     session.phase_digest().hash(&mut hasher);
     hasher.finish()
 }
@@ -481,9 +480,9 @@ impl Scene {
         if world.fresh.values().any(|content| *content == Held::Poison) {
             return Err("a fresh place became inaccessible".to_owned());
         }
-        for (page, knows) in (0..).zip(&self.owner.borrow().0) {
+        for (page, expected) in (0..).zip(&self.owner.borrow().0) {
             let content = world.places.get(&at(page));
-            if *knows == Knows::Original && content == Some(&Held::Missing) {
+            if *expected == Expected::Original && content == Some(&Held::Missing) {
                 return Err(format!("page {page} would read as zeros"));
             }
         }
@@ -503,7 +502,7 @@ impl explore::Scene for Scene {
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
             // Messages that another thread has read by then don't end the wait.
             Op::WaitReadable => world.kicked || world.edge && world.readable(),
-            Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
+            Op::WaitInFlight(frame) => !self.session.in_flight.is_claimed(*frame),
             // Time passes until something has changed.
             Op::BackOff => world.readable() || !world.is_changing(),
             Op::Sleep => !world.sleeps(thread),

@@ -12,13 +12,12 @@ use snaprestore_uffd::uffd::{
     self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// Maximum number of consecutive installs that meet a changing mapping with no event to read: an
 /// owner that forks or unmaps a huge mapping spends a while between the start of the change and its
 /// event.
-const MAX_TRIES: u32 = 4000;
+const MAX_RETRIES: u32 = 4000;
 /// Range of addresses in which the memory of a process can lie: above what is never mapped, below
 /// the end of the smallest address space of a 64-bit process with four levels of page tables.
 const EVERYWHERE: (u64, u64) = (1 << 20, (1 << 47) - PAGE);
@@ -131,8 +130,8 @@ impl Platform for Kernel {
         self.install.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
-        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, patience);
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
+        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, timeout);
         match self.with(Ok(Ready::default()), wait) {
             Ok(ready) if ready.owner_gone => Waited::OwnerGone,
             Ok(_) => Waited::Ready,
@@ -147,14 +146,14 @@ impl Platform for Kernel {
         self.waiting.wake();
     }
 
-    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId) {
-        claims.wait(frame);
+    fn wait_in_flight(&self, _frame: FrameId, wait: impl FnOnce()) {
+        wait();
     }
 
     fn back_off(&self, tries: u32) -> bool {
         let pause = Duration::from_micros(20) * tries.min(1000);
         std::thread::sleep(pause.min(MAX_PAUSE));
-        tries < MAX_TRIES
+        tries < MAX_RETRIES
     }
 
     fn brake(&self) -> Option<Brake> {

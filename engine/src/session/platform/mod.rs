@@ -10,7 +10,6 @@ use std::time::Duration;
 use snapshot_format::Reason;
 
 use crate::session::failure::Failure;
-use crate::session::fault::in_flight::{FrameId, InFlight};
 use snaprestore_uffd::uffd::Wake;
 
 /// A page's number in the snapshot.
@@ -99,13 +98,13 @@ pub(crate) trait Platform: Sync {
     /// Takes the install lock exclusively, to read, record and wake. `about` as in
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` has passed.
+    /// Waits until there may be a message, [`Platform::kick`] was called, or `timeout` has passed.
     /// If several threads wait, a message wakes only one of them, which must read it.
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited;
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited;
     /// Makes the current [`Platform::wait_readable`] of one thread return, or the next one.
     fn kick(&self);
-    /// Waits until no fault holds a claim on `frame`.
-    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId);
+    /// Calls `wait`, which returns when no fault is loading `frame` any more.
+    fn wait_in_flight(&self, frame: FrameId, wait: impl FnOnce());
     /// Waits after the `tries`-th consecutive install that met a changing mapping with no event to
     /// read. Returns `false` if this has taken too long.
     fn back_off(&self, tries: u32) -> bool;
@@ -149,6 +148,10 @@ pub(crate) trait Platform: Sync {
     fn is_changing(&self, address: u64) -> bool;
 }
 
+/// The identity of a frame: the offset of its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FrameId(pub(crate) u64);
+
 /// The content of one page of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content<F> {
@@ -166,6 +169,13 @@ pub(crate) struct Run {
     pub(crate) page: PageNumber,
     pub(crate) slot: u16,
     pub(crate) count: u16,
+}
+
+impl Run {
+    /// Returns the page numbers of this run.
+    pub(crate) fn pages(&self) -> std::ops::Range<PageNumber> {
+        self.page..self.page + u64::from(self.count)
+    }
 }
 
 /// The content source of a session.
