@@ -40,9 +40,9 @@
 //!
 //! use snaprestore_daemon::{Options, Role, StopRequests, Supervisor, api::config::Config};
 //!
-//! fn serve(config: &str, stop: Box<dyn StopRequests>) -> anyhow::Result<ExitCode> {
+//! fn serve(config: &str, stop: Box<dyn StopRequests>) -> Result<ExitCode, Box<dyn std::error::Error>> {
 //!     if let Some(role) = Role::of_this_process() {
-//!         return role.run();
+//!         return Ok(role.run()?);
 //!     }
 //!     let config = Config::load(config.as_ref())?;
 //!     let mut supervisor = Supervisor::new(Options::default(), None, stop)?;
@@ -67,16 +67,23 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod error;
 mod fd_store;
 mod ipc;
 pub mod log;
+mod policy;
 mod role;
+mod signals;
 mod supervisor;
 mod worker;
 
 pub use ipc::Endpoint;
-pub use role::Role;
-pub use supervisor::{Console, Options, RunSummary, StopRequests, Supervisor};
+pub use role::{Role, RoleError};
+pub use supervisor::{
+    AddServiceError, Console, ListenError, Options, RunError, RunSummary, StartError, StopRequests,
+    Supervisor,
+};
+pub use worker::WorkerError;
 
 /// Parts that the project's own tests run in isolation; not part of the interface.
 #[doc(hidden)]

@@ -43,6 +43,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 use self::guardian::{Guardian, SEND_TIMEOUT_MS};
 use self::systemd::{Inherited, Manager};
+use crate::policy;
 
 /// The role of a userfaultfd; those of an owner's forks have roles with this prefix.
 pub const UFFD: &str = "uffd";
@@ -268,15 +269,13 @@ impl FdStore {
             }
         }
         let waiting = self.queued.len();
-        match (waiting, self.is_lagging) {
-            (1.., false) => {
-                self.is_lagging = true;
-                Some(GuardianProgress::Lagging(waiting))
-            }
-            (0, true) => {
-                self.is_lagging = false;
-                Some(GuardianProgress::CaughtUp)
-            }
+        let is_lagging = policy::QUEUED_MESSAGES.is_reached_by(waiting);
+        match (
+            std::mem::replace(&mut self.is_lagging, is_lagging),
+            is_lagging,
+        ) {
+            (false, true) => Some(GuardianProgress::Lagging(waiting)),
+            (true, false) => Some(GuardianProgress::CaughtUp),
             _ => None,
         }
     }
