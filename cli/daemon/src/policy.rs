@@ -3,13 +3,13 @@
 //!
 //! | what | how often | within | then | limit |
 //! | --- | --- | --- | --- | --- |
-//! | a worker dies while it decodes a frame | 2 | ever | the frame is quarantined | [`QUARANTINE`] |
+//! | workers die while decoding a frame | 2 | ever | the frame is quarantined | [`QUARANTINE`] |
 //! | a VM waits for a worker | once | `--stuck-after` | the worker is killed | |
 //! | a killed worker does not exit | once | `--stuck-after` | its VMs are killed | |
 //! | workers get stuck on one VM | 3 | see the limit | the VM is killed | [`stuck_workers`] |
-//! | workers exit before they are ready | 20 in a row | 30 s | the daemon exits | [`FAILED_STARTS`] |
+//! | workers exit before they are ready | 20 | for 30 s | the daemon exits | [`FAILED_STARTS`] |
 //! | a worker fails to start | each | | the next start waits longer | [`restart_delay`] |
-//! | another program takes over, and is not ready | once | 20 s | it is killed | [`UPGRADE_TIMEOUT`] |
+//! | an upgrade is not ready | once | 20 s | it is killed | [`UPGRADE_TIMEOUT`] |
 //! | a guardian is not ready | once | 20 s | there is no guardian | [`GUARDIAN_TIMEOUT`] |
 //! | a guardian exits | each | | another one starts | |
 //! | messages to the guardian are queued | 1 | | the operator is told, once | [`QUEUED_MESSAGES`] |
@@ -17,15 +17,14 @@
 //! | a guardian cannot read a message | 100 in a row | | it acts as if alone | [`READ_RETRIES`] |
 //! | a backlog cannot be accepted from | 100 | | its peers are given up | [`ACCEPT_RETRIES`] |
 //! | connections are refused | 100 | 10 a second | they are only counted | [`REFUSAL_LINES`] |
-//! | refused connections in the summary | 100 | ever | they are only counted | [`REFUSAL_SUMMARIES`] |
+//! | refusals are in the summary | 100 | ever | they are only counted | [`REFUSAL_SUMMARIES`] |
 //! | one place in the code logs | 10 | 1 s | events are only counted | [`LOG_EVENTS`] |
 //! | handshakes are incomplete | 256 at once | | nobody is accepted | [`HANDSHAKES`] |
 //! | refused connections stay open | 64 at once | 1 s | their peers are killed | [`CLOSING`] |
 //! | VMs of one process | 16 at once | | further ones are refused | [`VMS_PER_PROCESS`] |
 //! | messages and clients wait for a worker | 64 at once | | no client is accepted | [`CLIENTS`] |
 //!
-//! The time limits of a handshake and of reading a page are settings of the
-//! [service](crate::api::config::Service).
+//! The time limits of a handshake and of reading a page are settings of the service.
 
 use std::time::{Duration, Instant};
 
@@ -82,8 +81,8 @@ pub(crate) fn stuck_workers(stuck_after: Duration) -> Limit {
     Limit::new(3, Forget::AfterPause(4 * stuck_after))
 }
 
-/// Returns the delay before a worker starts, after `failed` failed starts in a row. The first one of
-/// a row is replaced at once, because VMs wait.
+/// Returns the delay before a worker starts, after `failed` failed starts in a row. The first one
+/// of a row is replaced at once, because VMs wait.
 pub(crate) fn restart_delay(failed: u32) -> Duration {
     const STEP: Duration = Duration::from_millis(10);
     const MAX: Duration = Duration::from_secs(1);
@@ -208,21 +207,21 @@ impl Counter {
         let since = |time: Option<Instant>| {
             time.map_or(Duration::ZERO, |time| now.saturating_duration_since(time))
         };
-        match limit.forget {
-            Forget::Never => {}
-            Forget::After(window) if since(self.first) >= window => self.reset(),
-            Forget::AfterPause(pause) if since(self.last) > pause => self.reset(),
-            Forget::After(_) | Forget::AfterPause(_) => {}
+        let is_over = match limit.forget {
+            Forget::Never => false,
+            Forget::After(window) => since(self.first) >= window,
+            Forget::AfterPause(pause) => since(self.last) > pause,
             Forget::PerSecond(rate) => {
                 let seconds = since(self.first).as_secs();
                 let forgotten = u64::from(rate).saturating_mul(seconds);
                 let forgotten = u32::try_from(forgotten).unwrap_or(u32::MAX);
                 self.count = self.count.saturating_sub(forgotten);
-                self.first = match (self.count, self.first) {
-                    (0, _) => None,
-                    (_, first) => first.map(|first| first + Duration::from_secs(seconds)),
-                };
+                self.first = self.first.map(|first| first + Duration::from_secs(seconds));
+                self.count == 0
             }
+        };
+        if is_over {
+            self.reset();
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_engine::pager::{OnError, Pager, Prefetch, SessionEnd};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;
@@ -227,7 +227,7 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
         .attach(owner.handover())
         .unwrap();
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
@@ -262,7 +262,7 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
             OnError::Kill => {
                 let place = format!("offset {}", frame.offset());
                 assert!(
-                    matches!(&ending, Ending::Killed(why) if why.contains(&place)),
+                    matches!(&ending, SessionEnd::Killed(why) if why.contains(&place)),
                     "{ending:?}"
                 );
             }
@@ -400,7 +400,7 @@ fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
     let ending = paged.wait();
     assert!(
-        matches!(&ending, Ending::Killed(why) if why.contains("hugepages-2048kB")),
+        matches!(&ending, SessionEnd::Killed(why) if why.contains("hugepages-2048kB")),
         "{ending:?}"
     );
 }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
-use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
+use snaprestore_engine::pager::{AttachError, HandoverError, OnError, Pager, Prefetch, SessionEnd};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
 use uffd_support::Ended;
 
@@ -59,7 +59,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
         let ending = paged.wait();
         // With prefetch, everything may have been present before the owner exited.
         assert!(
-            matches!(ending, Ending::OwnerGone | Ending::Complete),
+            matches!(ending, SessionEnd::Exited | SessionEnd::Complete),
             "{ending:?}"
         );
         let stats = paged.stats();
@@ -107,7 +107,7 @@ fn a_completed_owner_goes_on_without_its_pager() {
         .unwrap();
     assert_eq!(paged.ending(), None);
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
@@ -127,7 +127,7 @@ fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
-    let Ending::Killed(why) = paged.wait() else {
+    let SessionEnd::Killed(why) = paged.wait() else {
         panic!("{:?}", paged.ending());
     };
     let place = format!("offset {}", frame.offset());
@@ -148,7 +148,7 @@ fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGBUS));
-    assert_eq!(paged.wait(), Ending::OwnerGone);
+    assert_eq!(paged.wait(), SessionEnd::Exited);
     assert_eq!(paged.stats().poisoned, 1);
 }
 

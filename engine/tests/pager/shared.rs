@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::pager::{Ending, Pager, Prefetch, Shared, Stats};
+use snaprestore_engine::pager::{Pager, Prefetch, SessionEnd, Shared, Stats};
 use snapshot_format::Snapshot;
 
 use crate::common::{damaged, frame_of, open, pack, random_bytes};
@@ -19,7 +19,7 @@ fn serve(
     bytes: &Arc<Vec<u8>>,
     prefetch: Prefetch,
     shared: &Shared,
-) -> (Ended, Ending, Stats) {
+) -> (Ended, SessionEnd, Stats) {
     let expected = Arc::clone(bytes);
     let owner = Owner::start(&REGIONS, move |memory| {
         memory.compare_in_threads(&expected, 2)
@@ -70,7 +70,7 @@ fn sessions_that_start_together_all_get_every_byte() {
             for session in sessions {
                 let (ended, ending, stats) = session.join().unwrap();
                 assert_eq!(ended, Ended::Exit(0));
-                assert!(matches!(ending, Ending::Complete | Ending::OwnerGone));
+                assert!(matches!(ending, SessionEnd::Complete | SessionEnd::Exited));
                 assert_eq!(stats.failures, 0);
             }
         });
@@ -94,7 +94,7 @@ fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_
         assert_eq!(ended, Ended::Exit(0));
         let (ended, ending, _) = serve(&bad, &bytes, Prefetch::Off, &shared);
         assert_eq!(ended, Ended::Signal(libc::SIGKILL));
-        assert!(matches!(ending, Ending::Killed(_)), "{ending:?}");
+        assert!(matches!(ending, SessionEnd::Killed(_)), "{ending:?}");
     }
 }
 

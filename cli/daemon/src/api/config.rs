@@ -358,6 +358,28 @@ fn default_retry_timeout() -> u64 {
 }
 
 impl Service {
+    /// Creates a service that serves `snapshot` to the VMs that connect to `socket`, with the
+    /// defaults of a configuration file. Both paths must be absolute.
+    pub fn new(
+        name: impl Into<String>,
+        snapshot: impl Into<PathBuf>,
+        socket: impl Into<PathBuf>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            snapshot: snapshot.into(),
+            socket: socket.into(),
+            prefetch: default_prefetch(),
+            on_error: default_on_error(),
+            allow_uid: Vec::new(),
+            threads: default_threads(),
+            handshake_timeout: default_handshake_timeout(),
+            retry_timeout: default_retry_timeout(),
+            socket_mode: None,
+            socket_group: None,
+        }
+    }
+
     /// Gives the socket the requested permissions; the umask and the daemon's user have determined
     /// the rest.
     pub(crate) fn share_socket(&self) -> Result<(), ShareError> {
@@ -601,8 +623,8 @@ impl Config {
     }
 }
 
-/// Reads a configuration file. Returns `None` if it is too large: a size limit guards against a disk
-/// image named by mistake.
+/// Reads a configuration file. Returns `None` if it is too large: a size limit guards against a
+/// disk image named by mistake.
 fn read(file: &Path) -> io::Result<Option<String>> {
     use std::io::Read as _;
 
@@ -653,7 +675,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn a_file_names_services_and_paths_are_meant_from_its_folder() {
+    fn relative_paths_start_at_the_file() {
         let config = parse(WHOLE).unwrap();
         assert_eq!(config.control, Some("/run/control.socket".into()));
         let address = "127.0.0.1:9100".parse().unwrap();
@@ -688,7 +710,15 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn what_was_parsed_is_written_and_parsed_alike() {
+    fn new_service_has_the_defaults_of_a_file() {
+        let config = parse(WHOLE).unwrap();
+        let (folder, socket) = (Path::new("/etc/snaprestore"), "/run/web.socket");
+        let service = Service::new("web", folder.join("web.snap"), socket);
+        assert_eq!(config.services[0], service);
+    }
+
+    #[test]
+    fn written_configuration_parses_alike() {
         let config = parse(WHOLE).unwrap();
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
@@ -703,7 +733,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_its_line_and_what_would_be_right() {
+    fn wrong_setting_is_named_with_right_values() {
         refused("contrl = \"/x\"", &["line 1", "contrl", "control"]);
         let service = "[[service]]\nname = \"a\"\nsnapshot = \"s\"\nsocket = \"/run/a\"\n";
         refused(
@@ -754,7 +784,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn metrics_are_given_on_this_machine_only() {
+    fn metrics_address_must_be_local() {
         for good in ["127.0.0.1:1", "127.1.2.3:9100", "[::1]:9100"] {
             let address = good.parse::<MetricsAddress>().unwrap();
             assert!(matches!(address, MetricsAddress::Loopback(_)), "{good}");
@@ -780,7 +810,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn a_file_that_is_none_is_refused() {
+    fn file_that_is_no_configuration_is_refused() {
         for (path, says) in [
             ("/none", "No such file"),
             ("/dev/zero", "character device"),

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_before_is_found_and_nothing_can_follow() {
+    fn data_sent_before_shutdown_is_found() {
         let (here, mut there) = UnixStream::pair().unwrap();
         there.write_all(b"[").unwrap();
         assert!(!shut_down_and_check_empty(&here));

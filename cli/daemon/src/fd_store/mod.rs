@@ -380,7 +380,7 @@ fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
@@ -389,10 +389,10 @@ mod tests {
     use super::*;
 
     /// A guardian that reads when the test tells it to.
-    struct FakeGuardian(OwnedFd);
+    pub(crate) struct FakeGuardian(OwnedFd);
 
     impl FakeGuardian {
-        fn pair() -> (FdStore, Self) {
+        pub(crate) fn pair() -> (FdStore, Self) {
             let flags = SockFlag::SOCK_CLOEXEC;
             let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
             let (ours, theirs) = pair.unwrap();
@@ -415,7 +415,8 @@ mod tests {
             Some((text, received.descriptors.len()))
         }
 
-        fn read_all(&self) -> Vec<(String, usize)> {
+        /// Returns the messages that were sent and not read yet.
+        pub(crate) fn read_all(&self) -> Vec<(String, usize)> {
             std::iter::from_fn(|| self.read()).collect()
         }
     }
@@ -494,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn shortage_of_kernel_memory_is_tried_again() {
+    fn shortage_of_kernel_memory_is_retried() {
         for errno in [
             Errno::EAGAIN,
             Errno::ENOBUFS,
@@ -507,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn guardian_that_has_ended_loses_nothing_more() {
+    fn messages_to_exited_guardian_are_dropped() {
         let (mut store, other) = FakeGuardian::pair();
         let _ = fill(&mut store);
         drop(other);

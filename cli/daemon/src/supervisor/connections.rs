@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use snaprestore_engine::pager::SessionEnd;
 use snaprestore_engine::pager::firecracker::HandshakeError;
 use snapshot_format::names::escape_path;
 
@@ -11,7 +12,7 @@ use super::services::{Accepted, AddServiceError, AdmitError, StoredSocket};
 use super::vm::{PartlyStored, VmRecord};
 use super::{Outgoing, Stopping, Supervisor};
 use crate::api::config::Service;
-use crate::api::summary::{Ending, VmLabel, VmSummary};
+use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{RequestError, VmState, VmStatus};
 use crate::error::Chain;
 use crate::policy;
@@ -173,7 +174,7 @@ impl Supervisor {
             Ok(_) => None,
         };
         if let Some(why) = refusal {
-            return self.drop_active(id, Ending::Refused, why);
+            return self.drop_active(id, SessionEnd::Refused(why));
         }
         if let Ok(Err(partly)) = stored {
             self.journal.vm_error(&label, partly);
@@ -192,8 +193,8 @@ impl Supervisor {
             self.log_not_removed(&label, &error);
         }
         self.services.count_ended(service, VmState::Refused);
-        let why = Some(Chain(error).to_string());
-        let summary = VmSummary::new(label, Ending::Refused, why);
+        let why = Chain(error).to_string();
+        let summary = VmSummary::new(label, SessionEnd::Refused(why));
         self.journal.record_refusal(summary);
         self.drop_service_if_unused(service);
     }
@@ -215,29 +216,29 @@ impl Supervisor {
     pub(super) fn kill_all(&mut self, why: &str) {
         // A VM that is connecting may have sent all of its memory, and would wait for it.
         for id in [self.vms.connecting(), self.vms.active()].concat() {
-            self.drop_active(id, Ending::Killed, why.to_owned());
+            self.drop_active(id, SessionEnd::Killed(why.to_owned()));
         }
     }
 
     /// Kills a VM that is connecting or active, reports it, and drops its service if that was
     /// removed.
-    pub(super) fn drop_active(&mut self, id: u64, ending: Ending, why: String) {
+    pub(super) fn drop_active(&mut self, id: u64, end: SessionEnd) {
         let Some(record) = self.vms.remove(id) else {
             return;
         };
         let service = record.service();
-        self.drop_vm(record, ending, why);
+        self.drop_vm(record, end);
         self.drop_service_if_unused(service);
     }
 
     /// Kills a VM that is not, or no longer, being served, and reports it.
-    pub(super) fn drop_vm(&mut self, record: VmRecord, ending: Ending, why: String) {
+    pub(super) fn drop_vm(&mut self, record: VmRecord, end: SessionEnd) {
         let (service, connected) = (record.service(), record.connected());
-        if self.stopping != Stopping::No && ending == Ending::Killed {
+        if self.stopping != Stopping::No && matches!(end, SessionEnd::Killed(_)) {
             self.journal.count_incomplete();
         }
         let label = self.kill_vm(record);
-        let status = self.record_end(service, connected, VmSummary::new(label, ending, Some(why)));
+        let status = self.record_end(service, connected, VmSummary::new(label, end));
         self.workers.queue(Outgoing::VmEnded(status));
     }
 
@@ -262,7 +263,7 @@ impl Supervisor {
         connected: Instant,
         summary: VmSummary,
     ) -> VmStatus {
-        self.services.count_ended(service, summary.ending.into());
+        self.services.count_ended(service, (&summary.end).into());
         self.journal.record_end(connected, summary)
     }
 

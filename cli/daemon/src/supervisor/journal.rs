@@ -44,17 +44,19 @@ impl Journal {
 
     /// Logs an event.
     pub(super) fn info(&self, what: impl Display) {
-        match &self.console {
-            Some(console) => console.info(&what),
-            None => tracing::info!("{what}"),
+        if let Some(console) = &self.console {
+            console.info(&what);
+        } else {
+            tracing::info!("{what}");
         }
     }
 
     /// Logs an error.
     pub(super) fn error(&self, what: impl Display) {
-        match &self.console {
-            Some(console) => console.error(&what),
-            None => tracing::error!("{what}"),
+        if let Some(console) = &self.console {
+            console.error(&what);
+        } else {
+            tracing::error!("{what}");
         }
     }
 
@@ -102,7 +104,7 @@ impl Journal {
     /// Logs how a VM ended, and keeps it for the summary and for operators. Returns its status for
     /// them.
     pub(super) fn record_end(&mut self, connected: Instant, summary: VmSummary) -> VmStatus {
-        match summary.reason {
+        match summary.end.reason() {
             Some(_) => self.vm_error(&summary.label, &summary),
             None => self.vm_info(&summary.label, &summary),
         }
@@ -111,8 +113,8 @@ impl Journal {
             id: summary.label.id,
             service: summary.label.service.clone(),
             pid: summary.label.pid,
-            state: summary.ending.into(),
-            reason: summary.reason.clone(),
+            state: (&summary.end).into(),
+            reason: summary.end.reason().map(str::to_owned),
             age_ms: age.unwrap_or(u64::MAX),
         };
         if self.recent.len() == MAX_RECENT_VMS {

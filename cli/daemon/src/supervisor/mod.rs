@@ -245,7 +245,8 @@ impl Supervisor {
         self.endpoints.open(endpoint, address)
     }
 
-    /// Starts listening for the VMs of a service. They are served once [`run`](Self::run) is called.
+    /// Starts listening for the VMs of a service. They are served once [`run`](Self::run) is
+    /// called.
     ///
     /// # Errors
     ///

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use super::vm::{StoredVm, VmRecord, unknown_vm};
+use snaprestore_engine::pager::SessionEnd;
+
+use super::vm::{SnapshotRef, StoredVm, VmRecord, unknown_vm};
 use super::{Outgoing, Supervisor};
-use crate::api::summary::Ending;
 use crate::error::Chain;
 use crate::fd_store::systemd::Inherited;
 use crate::fd_store::{FdStore, StoreEvent};
@@ -34,21 +35,10 @@ impl Supervisor {
                 Ok(StoredVm::Whole(record, snapshot)) => {
                     let file = files.remove(&*snapshot.file);
                     let file = file.and_then(|mut fds| fds.pop()).map(|(_, file)| file);
-                    match self.services.recover(snapshot, file) {
-                        Some((service, is_new)) => {
-                            if is_new {
-                                self.workers.queue(Outgoing::Service(service));
-                            }
-                            self.recover_vm(record, service);
-                        }
-                        None => {
-                            let why = "its snapshot's open file was not held".to_owned();
-                            self.drop_vm(record, Ending::Killed, why);
-                        }
-                    }
+                    self.recover_vm(record, snapshot, file);
                 }
                 Ok(StoredVm::Partial(record, why)) => {
-                    self.drop_vm(record, Ending::Killed, Chain(&why).to_string());
+                    self.drop_vm(record, SessionEnd::Killed(Chain(&why).to_string()));
                 }
                 Err(error) => {
                     let why = Chain(&error);
@@ -66,10 +56,17 @@ impl Supervisor {
         }
     }
 
-    fn recover_vm(&mut self, mut record: VmRecord, service: u64) {
+    fn recover_vm(&mut self, mut record: VmRecord, snapshot: SnapshotRef, file: Option<OwnedFd>) {
+        let Some((service, is_new)) = self.services.recover(snapshot, file) else {
+            let why = "its snapshot's open file was not held".to_owned();
+            return self.drop_vm(record, SessionEnd::Killed(why));
+        };
+        if is_new {
+            self.workers.queue(Outgoing::Service(service));
+        }
         record.assign(service);
         if let Err(error) = record.open_page_map() {
-            return self.drop_vm(record, Ending::Killed, Chain(&error).to_string());
+            return self.drop_vm(record, SessionEnd::Killed(Chain(&error).to_string()));
         }
         let (id, label) = (record.id(), record.label());
         self.vms.insert(record);

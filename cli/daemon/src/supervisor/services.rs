@@ -257,8 +257,8 @@ impl Services {
         (key, warnings)
     }
 
-    /// Returns the number of the service that the VMs of a stored snapshot belong to, and whether it
-    /// is new: the first of these VMs brings the snapshot's `file`. The service accepts no VMs.
+    /// Returns the number of the service that the VMs of a stored snapshot belong to, and whether
+    /// it is new: the first of these VMs brings the snapshot's `file`. The service accepts no VMs.
     pub(super) fn recover(
         &mut self,
         snapshot: SnapshotRef,

@@ -18,11 +18,11 @@
 //!
 //! | state | held here | stored under `vm-ID` |
 //! | --- | --- | --- |
-//! | Connecting | pidfd, connection with what was sent | pidfd |
-//! | HandedOver | pidfd, userfaultfd, page map | the same, and the description |
-//! | Tracked, Serving | the same, and the tables | the same, and the tables |
-//! | Exiting | pidfd, and what may hold its memory | as before, until the process has exited |
-//! | Closing | pidfd | nothing |
+//! | `Connecting` | pidfd, connection with what was sent | pidfd |
+//! | `HandedOver` | pidfd, userfaultfd, page map | the same, and the description |
+//! | `Tracked`, `Serving` | the same, and the tables | the same, and the tables |
+//! | `Exiting` | pidfd, and what may hold its memory | as before, until the process has exited |
+//! | `Closing` | pidfd | nothing |
 //!
 //! Each transition takes the descriptor store and stores first: nothing can be sent to a worker, or
 //! be read from a peer, that the next supervisor or the guardian would not have. A VM that is not
@@ -159,9 +159,10 @@ pub(super) struct PartlyStored {
 
 impl fmt::Display for PartlyStored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is = match self.is_owner_stored {
-            true => "killed",
-            false => "lost",
+        let is = if self.is_owner_stored {
+            "killed"
+        } else {
+            "lost"
         };
         let why = Chain(&self.why);
         write!(
@@ -248,8 +249,8 @@ impl VmRecord {
         }
     }
 
-    /// Connecting → HandedOver: keeps the memory of a complete handshake, and stores it. Fails if
-    /// the VM can't be served; its process then has to be [killed](Self::kill).
+    /// `Connecting` → `HandedOver`: keeps the memory of a complete handshake, and stores it. Fails
+    /// if the VM can't be served; its process then has to be [killed](Self::kill).
     pub(super) fn hand_over(
         &mut self,
         handshake: Handshake,
@@ -286,7 +287,7 @@ impl VmRecord {
         Ok(())
     }
 
-    /// HandedOver → Tracked: keeps the tables that the worker has created, before it reads any
+    /// `HandedOver` → `Tracked`: keeps the tables that the worker has created, before it reads any
     /// message of the VM, and stores them.
     pub(super) fn track(
         &mut self,
@@ -307,7 +308,7 @@ impl VmRecord {
         Ok(stored.map_err(|error| self.store_owner_only(error.into(), fd_store)))
     }
 
-    /// Tracked → Serving: a worker serves the VM.
+    /// `Tracked` → `Serving`: a worker serves the VM.
     pub(super) fn serve(&mut self) {
         self.state = match self.take_state() {
             State::Tracked(memory, tables) => {
@@ -319,7 +320,7 @@ impl VmRecord {
         };
     }
 
-    /// Serving → Tracked: the worker is gone, and another one is about to start.
+    /// `Serving` → `Tracked`: the worker is gone, and another one is about to start.
     pub(super) fn detach(&mut self) {
         self.state = match self.take_state() {
             State::Serving(memory, tables, _) => State::Tracked(memory, tables),
@@ -330,7 +331,7 @@ impl VmRecord {
         }
     }
 
-    /// Any state → Exiting: keeps only the descriptors that must stay open until the process has
+    /// Any state → `Exiting`: keeps only the descriptors that must stay open until the process has
     /// exited. They stay stored as they are.
     pub(super) fn leave(&mut self) {
         let held = match self.take_state() {
@@ -346,7 +347,7 @@ impl VmRecord {
         self.state = State::Exiting(held);
     }
 
-    /// Any state → Exiting: kills the process. If that fails, it blocks at its next missing page.
+    /// Any state → `Exiting`: kills the process. If that fails, it blocks at its next missing page.
     pub(super) fn kill(&mut self) -> Result<(), Errno> {
         let killed = self.kill_process();
         self.leave();
@@ -361,7 +362,7 @@ impl VmRecord {
         }
     }
 
-    /// Connecting → Closing: closes the connection, and removes the pidfd from the store.
+    /// `Connecting` → `Closing`: closes the connection, and removes the pidfd from the store.
     pub(super) fn refuse(&mut self, fd_store: &mut FdStore) -> io::Result<()> {
         if let State::Connecting { handshake, .. } = &self.state {
             self.state = State::Closing {
@@ -372,14 +373,14 @@ impl VmRecord {
         fd_store.remove(&store_id(self.id))
     }
 
-    /// Exiting → gone: closes the descriptors of a process that has exited, and then removes them
+    /// `Exiting` → gone: closes the descriptors of a process that has exited, and then removes them
     /// from the store.
     pub(super) fn release_exited(mut self, fd_store: &mut FdStore) -> io::Result<()> {
         self.state = State::Released;
         fd_store.remove(&store_id(self.id))
     }
 
-    /// Serving → gone: removes a VM that has all its memory from the store, and then closes its
+    /// `Serving` → gone: removes a VM that has all its memory from the store, and then closes its
     /// descriptors.
     pub(super) fn release_complete(self, fd_store: &mut FdStore) -> io::Result<()> {
         fd_store.remove(&store_id(self.id))
@@ -436,8 +437,8 @@ impl VmRecord {
         Ok(())
     }
 
-    /// Stores only the pidfd, so that the next supervisor kills the VM. Without the tables, it would
-    /// not know which pages the VM has discarded.
+    /// Stores only the pidfd, so that the next supervisor kills the VM. Without the tables, it
+    /// would not know which pages the VM has discarded.
     fn store_owner_only(&self, why: StoreVmError, fd_store: &mut FdStore) -> PartlyStored {
         let id = store_id(self.id);
         // A part that could not be removed is no reason to store less.
@@ -449,8 +450,8 @@ impl VmRecord {
         }
     }
 
-    /// Reads what has arrived of a handshake. Returns `None` if it is not complete, or the VM is not
-    /// connecting any more.
+    /// Reads what has arrived of a handshake. Returns `None` if it is not complete, or the VM is
+    /// not connecting any more.
     pub(super) fn read_handshake(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         match &mut self.state {
             State::Connecting { handshake, .. } => handshake.read(),
@@ -816,4 +817,108 @@ fn readable(fd: BorrowedFd<'_>) -> bool {
         && fds[0]
             .revents()
             .is_some_and(|events| events.contains(PollFlags::POLLIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use snaprestore_uffd::os::open_pidfd;
+
+    use super::*;
+    use crate::fd_store::tests::FakeGuardian;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    fn message(text: &str, descriptors: usize) -> (String, usize) {
+        (text.to_owned(), descriptors)
+    }
+
+    /// Returns VM 7 of this process, with the other end of its connection.
+    fn connecting(fd_store: &mut FdStore) -> (VmRecord, UnixStream) {
+        let (stream, other) = UnixStream::pair().unwrap();
+        let snapshot = SnapshotRef {
+            service: Arc::new(Service::new("web", "/snap", "/socket")),
+            file: "file-1-1".into(),
+        };
+        let pid = std::process::id();
+        let pidfd = open_pidfd(pid).unwrap();
+        let peer = Peer { pid, uid: 0, pidfd };
+        let record = VmRecord::accept(7, (1, snapshot), peer, stream, fd_store);
+        (record.unwrap(), other)
+    }
+
+    fn handshake() -> Handshake {
+        Handshake {
+            userfaultfd: null(),
+            regions: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn each_transition_stores_before_it_returns() {
+        let (mut fd_store, guardian) = FakeGuardian::pair();
+        let (mut vm, _connection) = connecting(&mut fd_store);
+        assert_eq!(guardian.read_all(), [message("hold vm-7 web", 1)]);
+        assert!(vm.is_connecting() && !vm.is_active());
+        let handed_over = vm.hand_over(handshake(), &mut fd_store);
+        assert!(matches!(handed_over, Ok(Ok(()))), "{handed_over:?}");
+        assert_eq!(guardian.read_all(), [message("hold vm-7 web", 2)]);
+        assert!(vm.is_active() && vm.message().is_some());
+        vm.leave();
+        assert!(vm.is_exiting() && vm.message().is_none());
+        assert!(guardian.read_all().is_empty());
+        // Another guardian gets what is still held.
+        let (mut other_store, other_guardian) = FakeGuardian::pair();
+        vm.store(&mut other_store).unwrap();
+        assert_eq!(other_guardian.read_all(), [message("hold vm-7 web", 1)]);
+        vm.release_exited(&mut fd_store).unwrap();
+        assert_eq!(guardian.read_all(), [message("release vm-7", 0)]);
+    }
+
+    #[test]
+    fn refused_connection_is_removed_and_not_stored_again() {
+        let (mut fd_store, guardian) = FakeGuardian::pair();
+        let (mut vm, _connection) = connecting(&mut fd_store);
+        let _ = guardian.read_all();
+        vm.refuse(&mut fd_store).unwrap();
+        assert_eq!(guardian.read_all(), [message("release vm-7", 0)]);
+        vm.store(&mut fd_store).unwrap();
+        assert!(guardian.read_all().is_empty());
+        assert!(vm.is_closed() && vm.closing_since().is_some());
+    }
+
+    #[test]
+    fn vm_without_tables_never_counts_as_served() {
+        let (mut fd_store, _guardian) = FakeGuardian::pair();
+        let (mut vm, _connection) = connecting(&mut fd_store);
+        let stored = vm.hand_over(handshake(), &mut fd_store).unwrap();
+        stored.unwrap();
+        vm.serve();
+        assert!(vm.check_neglected(Duration::ZERO));
+        vm.count_stuck(Duration::from_secs(1));
+        assert!(vm.is_stuck());
+        vm.detach();
+        assert!(!vm.is_stuck());
+    }
+
+    #[test]
+    fn part_of_a_stored_vm_is_enough_to_kill_it() {
+        let pidfd = || open_pidfd(std::process::id()).unwrap();
+        let part = |roles: Vec<(&str, OwnedFd)>| {
+            let roles = roles.into_iter().map(|(role, fd)| (role.to_owned(), fd));
+            StoredVm::recover(7, roles.collect())
+        };
+        let handshake = part(vec![(OWNER, pidfd())]);
+        let unreadable = part(vec![(OWNER, pidfd()), (UFFD, null()), (META, null())]);
+        for stored in [handshake, unreadable] {
+            let Ok(StoredVm::Partial(vm, why)) = stored else {
+                panic!("{stored:?}");
+            };
+            assert!(vm.is_exiting(), "{why}");
+            assert_eq!(vm.pid(), std::process::id());
+        }
+        let ownerless = part(vec![(UFFD, null())]);
+        assert!(matches!(ownerless, Err(RecoverError::NoOwner)));
+    }
 }

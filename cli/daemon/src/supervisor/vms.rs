@@ -176,8 +176,8 @@ impl Vms {
         self.records.values_mut().for_each(VmRecord::detach);
     }
 
-    /// Kills a VM, whose record stays until its process has exited. Returns its label, and the error
-    /// if it can't be killed.
+    /// Kills a VM, whose record stays until its process has exited. Returns its label, and the
+    /// error if it can't be killed.
     pub(super) fn kill(&mut self, mut record: VmRecord) -> (VmLabel, Result<(), Errno>) {
         let killed = record.kill();
         let label = record.label();

@@ -2,9 +2,11 @@
 
 use std::os::fd::OwnedFd;
 
+use snaprestore_engine::pager::SessionEnd;
+
 use super::workers::{Briefing, WorkerState};
 use super::{RunError, Stopping, Supervisor};
-use crate::api::summary::{Ending, VmSummary};
+use crate::api::summary::VmSummary;
 use crate::error::Chain;
 use crate::ipc::{FromWorker, SupervisorRequest};
 use crate::log::count;
@@ -64,7 +66,7 @@ impl Supervisor {
             Ok(stored) => self.log_partly_stored(&label, stored),
             Err(error) => {
                 let why = format!("cannot use the tables of its session: {error}");
-                self.drop_active(id, Ending::Killed, why);
+                self.drop_active(id, SessionEnd::Killed(why));
             }
         }
     }
@@ -75,16 +77,16 @@ impl Supervisor {
             return;
         };
         let (service, connected) = (record.service(), record.connected());
-        match summary.ending {
-            Ending::Complete => {
+        match summary.end {
+            SessionEnd::Complete => {
                 if let Err(error) = record.release_complete(&mut self.fd_store) {
                     self.log_not_removed(&summary.label, &error);
                 }
             }
-            Ending::Refused => {
+            SessionEnd::Refused(_) => {
                 self.kill_vm(record);
             }
-            Ending::Exited | Ending::Killed => {
+            SessionEnd::Exited | SessionEnd::Killed(_) => {
                 record.leave();
                 self.vms.insert(record);
             }
@@ -197,7 +199,7 @@ impl Supervisor {
             let what = self.services.snapshots(&[service].into());
             let why =
                 format!("{what}: several workers in a row hung while the VM waited for a page");
-            self.drop_active(id, Ending::Killed, why);
+            self.drop_active(id, SessionEnd::Killed(why));
         }
     }
 
@@ -215,7 +217,7 @@ impl Supervisor {
         for id in self.vms.active() {
             if let Some(record) = self.vms.take_active(id) {
                 services.push(record.service());
-                self.drop_vm(record, Ending::Killed, why.clone());
+                self.drop_vm(record, SessionEnd::Killed(why.clone()));
             }
         }
         let cause = ExitCause {

@@ -89,7 +89,7 @@ pub(super) struct Briefing<'a> {
     pub(super) draining: bool,
 }
 
-/// What the supervisor has to do about a worker.
+/// The state of a worker, as far as the supervisor has to act.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum WorkerState {
     /// The worker is to be watched.

@@ -29,7 +29,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
-use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
+use snaprestore_engine::pager::{
+    self, AttachError, Handover, OwnerRegion, Paged, Pager, SessionEnd, Shared,
+};
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use self::metrics::Totals;
@@ -37,7 +39,7 @@ use self::operator::PendingRequests;
 use self::sandbox::{Account, Confinement, SandboxError, confine_worker, exit_with_supervisor};
 use crate::api::config::{self, Service};
 use crate::api::control;
-use crate::api::summary::{Ending, VmLabel, VmSummary};
+use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{self, MAX_RECENT_VMS, SessionStats, VmState, VmStats};
 use crate::error::Chain;
 use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
@@ -358,8 +360,7 @@ impl Worker {
                 let begun = self.spawn("vm", move |worker| worker.serve(&vm, arrived));
                 if let Err(error) = begun {
                     // Only this VM is lost: those that are served have their threads.
-                    let vm =
-                        VmSummary::new(label, Ending::Refused, Some(Chain(&error).to_string()));
+                    let vm = VmSummary::new(label, SessionEnd::Refused(Chain(&error).to_string()));
                     self.record_end(&served, vm);
                 }
             }
@@ -421,8 +422,8 @@ impl Worker {
         let label = served.label();
         let vm = match self.resume(served, arrived) {
             Ok(paged) => wait_for_end(label, paged),
-            Err(error) if error.is_exit() => VmSummary::new(label, Ending::Exited, None),
-            Err(error) => VmSummary::new(label, Ending::Refused, Some(Chain(&error).to_string())),
+            Err(error) if error.is_exit() => VmSummary::new(label, SessionEnd::Exited),
+            Err(error) => VmSummary::new(label, SessionEnd::Refused(Chain(&error).to_string())),
         };
         self.record_end(served, vm);
     }
@@ -431,8 +432,8 @@ impl Worker {
     fn record_end(&self, served: &ServedVm, vm: VmSummary) {
         let id = served.id;
         let mut stats = served.stats();
-        stats.vm.state = vm.ending.into();
-        stats.vm.reason.clone_from(&vm.reason);
+        stats.vm.state = (&vm.end).into();
+        stats.vm.reason = vm.end.reason().map(str::to_owned);
         {
             // Operators find it either among the VMs being served, or among those that have ended.
             let mut vms = lock(&self.vms);
@@ -441,7 +442,7 @@ impl Worker {
             self.remember(stats);
             vms.remove(&id);
         }
-        let incomplete = vm.ending == Ending::Killed && served.to_complete.load(SeqCst);
+        let incomplete = matches!(vm.end, SessionEnd::Killed(_)) && served.to_complete.load(SeqCst);
         self.notify(&FromWorker::VmEnded { id, vm, incomplete });
     }
 
@@ -673,12 +674,8 @@ impl ServedVm {
 
 /// Waits for the end of a VM.
 fn wait_for_end(label: VmLabel, paged: &Paged) -> VmSummary {
-    let (ending, reason) = match paged.wait() {
-        pager::Ending::Complete => (Ending::Complete, None),
-        pager::Ending::OwnerGone => (Ending::Exited, None),
-        pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
-    };
-    VmSummary::new(label, ending, reason).with(&paged.stats())
+    let end = paged.wait();
+    VmSummary::new(label, end).with(&paged.stats())
 }
 
 fn is_unix(socket: &OwnedFd) -> bool {
