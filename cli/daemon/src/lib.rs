@@ -141,6 +141,6 @@ pub use worker::WorkerError;
 #[doc(hidden)]
 pub mod parts {
     pub use crate::fd_store::systemd::{Inherited, take_inherited_fds};
-    pub use crate::fd_store::{FdStore, OWNER, StoreEvent, UFFD};
+    pub use crate::fd_store::{FdStore, OWNER, StoreError, StoreEvent, UFFD};
     pub use crate::worker::sandbox::{Account, Confined, Confinement, confine_worker};
 }

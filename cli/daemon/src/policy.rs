@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn first_failed_start_is_not_delayed_and_later_ones_at_most_a_second() {
+    fn restart_delay_grows_to_one_second() {
         let delays = [0, 1, 2, 1000].map(restart_delay);
         let expected = [0, 0, 10, 1000].map(Duration::from_millis);
         assert_eq!(delays, expected);

@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
-use self::guardian::{Guardian, SEND_TIMEOUT_MS};
+use self::guardian::{Guardian, MAX_MESSAGE_BYTES, SEND_TIMEOUT_MS};
 use self::systemd::{Inherited, Manager};
 use crate::policy;
 
@@ -56,6 +56,32 @@ const LISTENING: &str = "listening";
 /// The maximum length of an id. With the longest role, a name has the 255 bytes of systemd's limit.
 const MAX_ID_BYTES: usize = 64;
 const MAX_ROLE_BYTES: usize = 64;
+
+/// Why descriptors could not be stored or removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// systemd stores no more descriptors for this service.
+    #[error("the descriptor store is full; raise FileDescriptorStoreMax= (now {room})")]
+    Full {
+        /// The number of descriptors that it stores.
+        room: usize,
+    },
+    /// systemd would not accept an id or a role.
+    #[error(
+        "the id {id:?} or a role of it is no name: at most {MAX_ID_BYTES} letters, digits, - and _ are"
+    )]
+    Name {
+        /// The id.
+        id: String,
+    },
+    /// The message to the guardian is too long.
+    #[error("too many users are allowed to connect")]
+    TooManyUsers,
+    /// A message could not be sent.
+    #[error(transparent)]
+    Send(#[from] io::Error),
+}
 
 /// A store of descriptors outside this process.
 #[derive(Debug)]
@@ -154,12 +180,16 @@ impl FdStore {
     /// The guardian stores the owner and the userfaultfds, and nothing else: it kills VMs, and
     /// can't serve them. Once this has returned, the supervisor may die, unless the guardian
     /// [lags](FdStore::send_queued).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if systemd has no room, or a message could not be sent.
     pub fn store(
         &mut self,
         id: &str,
         service: &str,
         fds: &[(&str, BorrowedFd<'_>)],
-    ) -> io::Result<()> {
+    ) -> Result<(), StoreError> {
         check(id, fds)?;
         match &self.backend {
             Backend::Systemd { manager, room } => {
@@ -168,10 +198,7 @@ impl FdStore {
                 let known = |role: &str| roles.iter().any(|known| known == role);
                 let new: Vec<_> = fds.iter().filter(|(role, _)| !known(role)).collect();
                 if stored + new.len() > *room {
-                    let why = format!(
-                        "the descriptor store is full; raise FileDescriptorStoreMax= (now {room})"
-                    );
-                    return Err(io::Error::other(why));
+                    return Err(StoreError::Full { room: *room });
                 }
                 for (role, fd) in new {
                     manager.store(&systemd::name(id, role), *fd)?;
@@ -205,7 +232,7 @@ impl FdStore {
         service: &str,
         listener: BorrowedFd<'_>,
         allowed: &[u32],
-    ) -> io::Result<()> {
+    ) -> Result<(), StoreError> {
         if !matches!(self.backend, Backend::Guardian(_)) {
             return self.store(id, service, &[(LISTENING, listener)]);
         }
@@ -215,12 +242,16 @@ impl FdStore {
     }
 
     /// Removes all descriptors of `id`: its VM has exited, or has all its memory.
-    pub fn remove(&mut self, id: &str) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a message could not be sent.
+    pub fn remove(&mut self, id: &str) -> Result<(), StoreError> {
         let roles = self.stored.remove(id).unwrap_or_default();
         match &self.backend {
-            Backend::Systemd { manager, .. } => roles
+            Backend::Systemd { manager, .. } => Ok(roles
                 .iter()
-                .try_for_each(|role| manager.remove(&systemd::name(id, role))),
+                .try_for_each(|role| manager.remove(&systemd::name(id, role)))?),
             Backend::Guardian(_) => self.send(id, format!("release {id}"), &[]),
             Backend::Unavailable { .. } => Ok(()),
         }
@@ -228,10 +259,13 @@ impl FdStore {
 
     /// Sends the guardian a message about `id`, replacing one that is still queued. If the guardian
     /// doesn't read, the message is queued.
-    fn send(&mut self, id: &str, text: String, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn send(&mut self, id: &str, text: String, fds: &[BorrowedFd<'_>]) -> Result<(), StoreError> {
         let Backend::Guardian(guardian) = &self.backend else {
             return Ok(());
         };
+        if text.len() > MAX_MESSAGE_BYTES {
+            return Err(StoreError::TooManyUsers);
+        }
         self.queued.remove(id);
         // The guardian gets this time once, and not for each message.
         let wait = if self.queued.is_empty() {
@@ -249,7 +283,7 @@ impl FdStore {
             }
             // The next guardian will be sent everything.
             Err(error) if is_gone(&error) => Ok(()),
-            told => told,
+            sent => Ok(sent?),
         }
     }
 
@@ -361,7 +395,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Checks that systemd accepts the names, and that they can be split again.
-fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
+fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> Result<(), StoreError> {
     let plain = |text: &str, max, also: &[u8]| {
         let byte = |byte: u8| byte.is_ascii_alphanumeric() || also.contains(&byte);
         !text.is_empty() && text.len() <= max && text.bytes().all(byte)
@@ -373,10 +407,7 @@ fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
     {
         return Ok(());
     }
-    let why = format!(
-        "the id {id:?} or a role of it is no name: at most {MAX_ID_BYTES} letters, digits, - and _ are"
-    );
-    Err(io::Error::new(ErrorKind::InvalidInput, why))
+    Err(StoreError::Name { id: id.to_owned() })
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! From a connection to a VM, and to its end.
 
+use std::fmt::Display;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -15,6 +16,7 @@ use crate::api::config::Service;
 use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{RequestError, VmState, VmStatus};
 use crate::error::Chain;
+use crate::fd_store::StoreError;
 use crate::policy;
 
 impl Supervisor {
@@ -207,7 +209,7 @@ impl Supervisor {
     }
 
     /// Logs that descriptors are still stored that are not needed any more.
-    pub(super) fn log_not_removed(&self, what: impl std::fmt::Display, error: &std::io::Error) {
+    pub(super) fn log_not_removed(&self, what: impl Display, error: &StoreError) {
         let journal = &self.journal;
         journal.error(format_args!("cannot release {what}: {error}"));
     }

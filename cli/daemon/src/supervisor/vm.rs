@@ -54,7 +54,7 @@ use crate::api::config::Service;
 use crate::api::summary::VmLabel;
 use crate::error::Chain;
 use crate::fd_store::backlog::BacklogPeer;
-use crate::fd_store::{FdStore, OWNER, UFFD};
+use crate::fd_store::{FdStore, OWNER, StoreError, UFFD};
 use crate::ipc::ToWorker;
 use crate::policy::{self, Counter};
 
@@ -178,7 +178,7 @@ enum StoreVmError {
     #[error("cannot create its description")]
     Describe(#[source] io::Error),
     #[error(transparent)]
-    Store(#[from] io::Error),
+    Store(#[from] StoreError),
 }
 
 /// Reason why a VM could not be recovered from the store.
@@ -363,7 +363,7 @@ impl VmRecord {
     }
 
     /// `Connecting` → `Closing`: closes the connection, and removes the pidfd from the store.
-    pub(super) fn refuse(&mut self, fd_store: &mut FdStore) -> io::Result<()> {
+    pub(super) fn refuse(&mut self, fd_store: &mut FdStore) -> Result<(), StoreError> {
         if let State::Connecting { handshake, .. } = &self.state {
             self.state = State::Closing {
                 closing: handshake.closing(),
@@ -375,14 +375,14 @@ impl VmRecord {
 
     /// `Exiting` → gone: closes the descriptors of a process that has exited, and then removes them
     /// from the store.
-    pub(super) fn release_exited(mut self, fd_store: &mut FdStore) -> io::Result<()> {
+    pub(super) fn release_exited(mut self, fd_store: &mut FdStore) -> Result<(), StoreError> {
         self.state = State::Released;
         fd_store.remove(&store_id(self.id))
     }
 
     /// `Serving` → gone: removes a VM that has all its memory from the store, and then closes its
     /// descriptors.
-    pub(super) fn release_complete(self, fd_store: &mut FdStore) -> io::Result<()> {
+    pub(super) fn release_complete(self, fd_store: &mut FdStore) -> Result<(), StoreError> {
         fd_store.remove(&store_id(self.id))
     }
 
