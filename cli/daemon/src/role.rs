@@ -60,7 +60,7 @@ impl Role {
     ///
     /// Returns an error if the worker can't continue; the supervisor then starts another one.
     pub fn run(self) -> Result<ExitCode, RoleError> {
-        // A process is started with no signal blocked, whatever its parent has blocked.
+        // The mask is inherited from the supervisor, which another program may have started.
         block_file_size_signal().map_err(RoleError::Signals)?;
         match self.0 {
             Hidden::Worker(options) => {

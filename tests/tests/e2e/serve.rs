@@ -199,9 +199,7 @@ fn daemon_that_cannot_complete_a_vm_exits_with_1() {
 fn file_size_limit_costs_vms_and_not_workers() {
     let mut scene = Scene::new(Shares::MIXED);
     let mut limited = scene.daemon(&[]);
-    let limit = || Ok(setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096)?);
-    // SAFETY: the closure makes one system call, and allocates nothing.
-    unsafe { limited.pre_exec(limit) };
+    limit_file_size(&mut limited);
     scene.start(limited);
     let run = end_of(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
@@ -212,10 +210,28 @@ fn file_size_limit_costs_vms_and_not_workers() {
     assert_eq!(report["worker_restarts"], 0, "{report}");
 }
 
-/// Another program has the supervisor inside, and is its own worker and guardian.
+fn limit_file_size(command: &mut Command) {
+    let limit = || Ok(setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096)?);
+    // SAFETY: the closure makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(limit) };
+}
+
+/// A program that knows nothing of the signal: the daemon inside blocks it.
 #[test]
-fn launcher_with_the_supervisor_inside_serves_vms() {
+fn file_size_limit_costs_a_launcher_only_vms() {
     let scene = Scene::new(Shares::MIXED);
+    let mut launcher = launcher(&scene);
+    limit_file_size(&mut launcher);
+    let launcher = start_launcher(&scene, launcher);
+    let run = end_of(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    let run = stop_launcher(launcher);
+    run.says(&["refused: ", "File too large"]);
+    assert!(!run.err.contains("started a new one"), "{}", run.err);
+}
+
+/// Returns the command of a program that has the supervisor inside.
+fn launcher(scene: &Scene) -> Command {
     let mut launcher = Command::new(env!("CARGO_BIN_EXE_launcher"));
     launcher.arg(&scene.snapshot).arg(scene.socket());
     for variable in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS"] {
@@ -223,21 +239,35 @@ fn launcher_with_the_supervisor_inside_serves_vms() {
     }
     let pipe = Stdio::piped;
     launcher.stdin(pipe()).stdout(pipe()).stderr(pipe());
-    let mut launcher = launcher.spawn().expect("cannot start the launcher");
+    launcher
+}
+
+/// Starts a launcher, and waits until it listens.
+fn start_launcher(scene: &Scene, mut launcher: Command) -> Child {
+    let launcher = launcher.spawn().expect("cannot start the launcher");
     let listens = within(HANG_TIMEOUT, || scene.socket().exists());
     assert!(listens, "the launcher does not listen");
+    launcher
+}
+
+/// Ends the input of a launcher, and waits until it has stopped.
+fn stop_launcher(mut launcher: Child) -> Run {
+    drop(launcher.stdin.take());
+    let stops = ends_within(&mut launcher, HANG_TIMEOUT);
+    assert!(stops, "the launcher does not stop");
+    Run::finish(launcher).exits(0)
+}
+
+/// Another program has the supervisor inside, and is its own worker and guardian.
+#[test]
+fn launcher_with_the_supervisor_inside_serves_vms() {
+    let scene = Scene::new(Shares::MIXED);
+    let launcher = start_launcher(&scene, launcher(&scene));
     let run = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
-    drop(launcher.stdin.take());
-    assert!(
-        ends_within(&mut launcher, HANG_TIMEOUT),
-        "the launcher does not stop"
-    );
-    let run = Run::finish(launcher).exits(0);
-    assert!(
-        String::from_utf8_lossy(&run.out).ends_with("served 1 VMs\n"),
-        "{run:?}"
-    );
+    let run = stop_launcher(launcher);
+    let said = String::from_utf8_lossy(&run.out);
+    assert!(said.ends_with("served 1 VMs\n"), "{said}");
     assert!(!scene.socket().exists(), "the socket is left");
 }
 
