@@ -61,7 +61,7 @@ fn main() -> ExitCode {
         // A role handles signals and threads in its own way.
         return role
             .run()
-            .unwrap_or_else(|error| output::failed(&error).into());
+            .unwrap_or_else(|error| output::failed(&error.into()).into());
     }
     let args = match args::Args::try_parse() {
         Ok(args) => args,

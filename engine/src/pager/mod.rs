@@ -36,6 +36,6 @@ mod paged;
 
 pub use handover::{Handover, HandoverError, OwnerRegion};
 pub use owner::OnError;
-pub use paged::{AttachError, Ending, Paged, Pager};
+pub use paged::{AttachError, Paged, Pager, SessionEnd};
 
 pub use crate::session::{Pulse, Vitals};

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
@@ -81,15 +82,41 @@ impl AttachError {
     }
 }
 
-/// The way in which a session ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
+/// How a session ended, and why if it was not for the good.
+///
+/// As JSON it has the fields `ending` and, with a reason, `reason`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ending", content = "reason", rename_all = "lowercase")]
+pub enum SessionEnd {
     /// Everything is present, and only the owner uses the memory.
     Complete,
     /// The owner has exited by itself.
-    OwnerGone,
+    Exited,
     /// The owner was killed, for this reason.
     Killed(String),
+    /// The session never began, for this reason; a front end reports it.
+    Refused(String),
+}
+
+impl SessionEnd {
+    /// Returns the reason why the owner was killed or refused.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Complete | Self::Exited => None,
+            Self::Killed(why) | Self::Refused(why) => Some(why),
+        }
+    }
+}
+
+impl std::fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Complete => f.write_str("complete"),
+            Self::Exited => f.write_str("exited"),
+            Self::Killed(why) => write!(f, "killed: {why}"),
+            Self::Refused(why) => write!(f, "refused: {why}"),
+        }
+    }
 }
 
 impl Pager {
@@ -288,15 +315,15 @@ impl std::fmt::Debug for Paged {
 
 impl Paged {
     /// Returns how the session ended, if it has.
-    pub fn ending(&self) -> Option<Ending> {
+    pub fn ending(&self) -> Option<SessionEnd> {
         if self.runtime.is_complete() {
-            return Some(Ending::Complete);
+            return Some(SessionEnd::Complete);
         }
         if !self.owner.is_gone() && !self.runtime.session.is_owner_gone() {
             return None;
         }
-        let killed = self.owner.killed().map(Ending::Killed);
-        Some(killed.unwrap_or(Ending::OwnerGone))
+        let killed = self.owner.killed().map(SessionEnd::Killed);
+        Some(killed.unwrap_or(SessionEnd::Exited))
     }
 
     /// Returns the pidfd of the owner, which becomes readable when the owner has exited.
@@ -305,7 +332,7 @@ impl Paged {
     }
 
     /// Waits until the session has ended.
-    pub fn wait(&self) -> Ending {
+    pub fn wait(&self) -> SessionEnd {
         self.runtime.wait_served_out();
         loop {
             if let Some(ending) = self.ending() {

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use snaprestore_engine::Prefetch;
-use snaprestore_engine::pager::{Ending, OnError, Pager};
+
+use snaprestore_engine::pager::{OnError, Pager, SessionEnd};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;
@@ -228,7 +229,7 @@ fn completed_huge_page_owner_runs_without_pager() {
         .attach(owner.handover())
         .unwrap();
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
@@ -263,7 +264,7 @@ fn bad_frame_in_huge_page_kills_owner() {
             OnError::Kill => {
                 let place = format!("offset {}", frame.offset());
                 assert!(
-                    matches!(&ending, Ending::Killed(why) if why.contains(&place)),
+                    matches!(&ending, SessionEnd::Killed(why) if why.contains(&place)),
                     "{ending:?}"
                 );
             }
@@ -401,7 +402,7 @@ fn empty_huge_page_pool_kills_owner() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
     let ending = paged.wait();
     assert!(
-        matches!(&ending, Ending::Killed(why) if why.contains("hugepages-2048kB")),
+        matches!(&ending, SessionEnd::Killed(why) if why.contains("hugepages-2048kB")),
         "{ending:?}"
     );
 }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
 use snaprestore_engine::Prefetch;
-use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager};
+use snaprestore_engine::pager::{AttachError, HandoverError, OnError, Pager, SessionEnd};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
 use uffd_support::Ended;
 
@@ -60,7 +60,7 @@ fn owner_reads_source_in_any_order_and_thread() {
         let ending = paged.wait();
         // With prefetch, everything may have been present before the owner exited.
         assert!(
-            matches!(ending, Ending::OwnerGone | Ending::Complete),
+            matches!(ending, SessionEnd::Exited | SessionEnd::Complete),
             "{ending:?}"
         );
         let stats = paged.stats();
@@ -108,7 +108,7 @@ fn completed_owner_runs_without_its_pager() {
         .unwrap();
     assert_eq!(paged.ending(), None);
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
@@ -128,7 +128,7 @@ fn owner_with_damaged_page_is_killed_before_zeros() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
-    let Ending::Killed(why) = paged.wait() else {
+    let SessionEnd::Killed(why) = paged.wait() else {
         panic!("{:?}", paged.ending());
     };
     let place = format!("offset {}", frame.offset());
@@ -149,7 +149,7 @@ fn damaged_page_is_poisoned_if_requested() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGBUS));
-    assert_eq!(paged.wait(), Ending::OwnerGone);
+    assert_eq!(paged.wait(), SessionEnd::Exited);
     assert_eq!(paged.stats().poisoned, 1);
 }
 

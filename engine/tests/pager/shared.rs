@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::pager::{Ending, Pager};
+use snaprestore_engine::pager::{Pager, SessionEnd};
 use snaprestore_engine::stats::Stats;
 use snaprestore_engine::{Prefetch, Shared};
 use snapshot_format::Snapshot;
@@ -21,7 +21,7 @@ fn serve(
     bytes: &Arc<Vec<u8>>,
     prefetch: Prefetch,
     shared: &Shared,
-) -> (Ended, Ending, Stats) {
+) -> (Ended, SessionEnd, Stats) {
     let expected = Arc::clone(bytes);
     let owner = Owner::start(&REGIONS, move |memory| {
         memory.compare_in_threads(&expected, 2)
@@ -72,7 +72,7 @@ fn concurrent_sessions_all_read_the_source() {
             for session in sessions {
                 let (ended, ending, stats) = session.join().unwrap();
                 assert_eq!(ended, Ended::Exit(0));
-                assert!(matches!(ending, Ending::Complete | Ending::OwnerGone));
+                assert!(matches!(ending, SessionEnd::Complete | SessionEnd::Exited));
                 assert_eq!(stats.failures, 0);
             }
         });
@@ -96,7 +96,7 @@ fn damaged_and_good_file_share_no_frames() {
         assert_eq!(ended, Ended::Exit(0));
         let (ended, ending, _) = serve(&bad, &bytes, Prefetch::Off, &shared);
         assert_eq!(ended, Ended::Signal(libc::SIGKILL));
-        assert!(matches!(ending, Ending::Killed(_)), "{ending:?}");
+        assert!(matches!(ending, SessionEnd::Killed(_)), "{ending:?}");
     }
 }
 

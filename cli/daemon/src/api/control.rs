@@ -16,7 +16,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -107,21 +106,18 @@ enum ReplyBody {
 
 /// Creates the control socket at `path`, for the daemon's own user only. Nobody else can connect in
 /// between.
-pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
-    let make = || -> nix::Result<UnixListener> {
-        let socket = socket(
-            AddressFamily::Unix,
-            SockType::Stream,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        // The socket's file gets this mode.
-        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
-        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        listen(&socket, Backlog::new(128)?)?;
-        Ok(socket.into())
-    };
-    make().with_context(|| format!("cannot listen on {}", escape_path(path)))
+pub(crate) fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // The socket's file gets this mode.
+    fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(128)?)?;
+    Ok(socket.into())
 }
 
 /// Serves a connection to the control socket of a daemon of user `own` until the client hangs up.
@@ -322,7 +318,47 @@ pub enum ConnectError {
     },
 }
 
+/// Why a request got no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The request could not be sent.
+    #[error("cannot send a request to {socket}")]
+    Send {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// No reply was received in time, or it was too long.
+    #[error("no reply from the daemon at {socket}")]
+    Receive {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The daemon closed the connection.
+    #[error("the daemon at {socket} closed the connection without a reply")]
+    Closed {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// The reply is not one that this version knows.
+    #[error("cannot parse the reply from {socket}: the daemon may be of another version")]
+    Parse {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The place and kind of the error.
+        source: serde_json::Error,
+    },
+    /// The daemon refused the request.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// A connection to a daemon.
+#[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
     path: PathBuf,
@@ -330,6 +366,10 @@ pub struct Client {
 
 impl Client {
     /// Connects to the daemon with the control socket at `path`.
+    ///
+    /// # Errors
+    ///
+    /// Returns the reason why no daemon can be reached there; see [`ConnectError`].
     pub fn connect(path: &Path) -> Result<Self, ConnectError> {
         let stream = UnixStream::connect(path).map_err(|source| {
             let socket = escape_path(path);
@@ -347,32 +387,42 @@ impl Client {
     }
 
     /// Sends a request.
-    pub fn send(&self, request: &Request) -> Result<()> {
-        let name = escape_path(&self.path);
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Send`] if the daemon does not read the request within 30 s.
+    pub fn send(&self, request: &Request) -> Result<(), ClientError> {
         match send(&self.stream, request) {
             // The daemon may have sent the reason before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            sent => sent.with_context(|| format!("cannot send a request to {name}")),
+            Err(source) => Err(ClientError::Send {
+                socket: escape_path(&self.path),
+                source,
+            }),
+            Ok(()) => Ok(()),
         }
     }
 
     /// Receives the reply. With `unlimited`, waits without a time limit, since some requests take
-    /// long.
-    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
-        let name = escape_path(&self.path);
+    /// long; else, for 30 s.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Refused`] with the daemon's text if it refuses the request, and the
+    /// other errors if there is no reply, or none that this version knows.
+    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T, ClientError> {
+        let socket = escape_path(&self.path);
         let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);
         let mut lines = Lines::new(&self.stream, MAX_REPLY_BYTES);
-        let line = lines.next(until);
-        let line = line.with_context(|| format!("no reply from the daemon at {name}"))?;
-        let Some(line) = line else {
-            bail!("the daemon at {name} closed the connection without a reply");
+        let line = match lines.next(until) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Err(ClientError::Closed { socket }),
+            Err(source) => return Err(ClientError::Receive { socket, source }),
         };
-        let reply: Reply<T> = serde_json::from_slice(line).with_context(|| {
-            format!("cannot parse the reply from {name}: the daemon may be of another version")
-        })?;
-        match reply {
-            Reply::Ok(said) => Ok(said),
-            Reply::Error(why) => bail!(why),
+        match serde_json::from_slice(line) {
+            Ok(Reply::Ok(said)) => Ok(said),
+            Ok(Reply::Error(why)) => Err(ClientError::Refused(why)),
+            Err(source) => Err(ClientError::Parse { socket, source }),
         }
     }
 }

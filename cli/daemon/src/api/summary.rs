@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
+use snaprestore_engine::pager::SessionEnd;
 use snaprestore_engine::stats::{PageCounts, Stats};
 
+use crate::api::types::VmState;
 use crate::log::count;
 
 /// The name of a VM in logs, messages and reports.
@@ -41,11 +43,9 @@ pub struct VmSummary {
     /// The VM.
     #[serde(flatten)]
     pub label: VmLabel,
-    /// The way in which the VM ended.
-    pub ending: Ending,
-    /// Reason why the VM was killed or refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
+    /// How the VM ended: the fields `ending` and `reason`.
+    #[serde(flatten)]
+    pub end: SessionEnd,
     faults: u64,
     fault_p50_us: u64,
     fault_p99_us: u64,
@@ -56,27 +56,23 @@ pub struct VmSummary {
     discards: u64,
 }
 
-/// The way in which the daemon stopped serving a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Ending {
-    /// The VM has all its memory, and no longer needs the daemon.
-    Complete,
-    /// The process exited by itself.
-    Exited,
-    /// The process was killed.
-    Killed,
-    /// The VM was never served.
-    Refused,
+impl From<&SessionEnd> for VmState {
+    fn from(end: &SessionEnd) -> Self {
+        match end {
+            SessionEnd::Complete => Self::Complete,
+            SessionEnd::Exited => Self::Exited,
+            SessionEnd::Killed(_) => Self::Killed,
+            SessionEnd::Refused(_) => Self::Refused,
+        }
+    }
 }
 
 impl VmSummary {
     /// Creates the summary of a VM that was not served.
-    pub(crate) fn new(label: VmLabel, ending: Ending, reason: Option<String>) -> Self {
+    pub(crate) fn new(label: VmLabel, end: SessionEnd) -> Self {
         Self {
             label,
-            ending,
-            reason,
+            end,
             faults: 0,
             fault_p50_us: 0,
             fault_p99_us: 0,
@@ -102,24 +98,10 @@ impl VmSummary {
     }
 }
 
-impl fmt::Display for Ending {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Complete => "complete",
-            Self::Exited => "exited",
-            Self::Killed => "killed",
-            Self::Refused => "refused",
-        })
-    }
-}
-
 /// Formats the part of a log line that follows the label.
 impl fmt::Display for VmSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.ending)?;
-        if let Some(reason) = &self.reason {
-            write!(f, ": {reason}")?;
-        }
+        write!(f, "{}", self.end)?;
         if self.pages > 0 {
             write!(
                 f,

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::config::Service;
+use crate::api::config::{Service, ServiceError};
+use crate::error::Chain;
 
 /// The number of a VM, which is one session of a service. VMs are counted from 1 in the whole
 /// daemon, and no number is used twice.
@@ -31,9 +32,9 @@ impl RequestError {
     }
 }
 
-impl From<anyhow::Error> for RequestError {
-    fn from(error: anyhow::Error) -> Self {
-        Self(format!("{error:#}"))
+impl From<ServiceError> for RequestError {
+    fn from(error: ServiceError) -> Self {
+        Self(Chain(&error).to_string())
     }
 }
 

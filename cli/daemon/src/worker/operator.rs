@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use super::{ServedVm, Worker, lock};
 use crate::api::config::Service;
-use crate::api::summary::Ending;
 use crate::api::types::{
     ApiResult, Completed, List, OperatorApi, RequestError, ServiceStatus, Upgraded, VmId,
     VmSelector, VmState, VmStats,
@@ -194,16 +193,5 @@ impl OperatorApi for Worker {
         self.requests.replaced.store(true, SeqCst);
         upgraded
             .ok_or_else(|| RequestError("the supervisor did not name the new version".to_owned()))
-    }
-}
-
-impl From<Ending> for VmState {
-    fn from(ending: Ending) -> Self {
-        match ending {
-            Ending::Complete => Self::Complete,
-            Ending::Exited => Self::Exited,
-            Ending::Killed => Self::Killed,
-            Ending::Refused => Self::Refused,
-        }
     }
 }

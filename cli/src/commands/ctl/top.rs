@@ -14,7 +14,7 @@ use crate::args;
 use crate::exit::Exit;
 use crate::names;
 use crate::output::{Output, count, percent};
-use snaprestore_daemon::api::control::{Client, Request};
+use snaprestore_daemon::api::control::{Client, ClientError, Request};
 use snaprestore_daemon::api::types::{SessionStats, VmId, VmStats};
 
 pub(super) fn run(
@@ -57,7 +57,7 @@ struct Sample {
 
 impl Daemon<'_> {
     fn look(&mut self) -> Result<Sample> {
-        let ask = |client: &Client| -> Result<Vec<VmStats>> {
+        let ask = |client: &Client| -> Result<Vec<VmStats>, ClientError> {
             let (vm, buckets) = (None, true);
             client.send(&Request::Stats { vm, buckets })?;
             client.receive(false)
