@@ -92,7 +92,7 @@
 //! - Restored memory is private and anonymous. Shared and file-backed memory is refused.
 //! - Debuggers (`/proc/PID/mem`, ptrace) get EIO at a missing page instead of waiting.
 //! - A `userfaultfd` needs `vm.unprivileged_userfaultfd`, access to `/dev/userfaultfd`, or
-//!   CAP_SYS_PTRACE, unless faults of user code suffice.
+//!   `CAP_SYS_PTRACE`, unless faults of user code suffice.
 
 // The model checker of the session, a test, switches stacks.
 #![cfg_attr(not(test), forbid(unsafe_code))]

@@ -56,7 +56,7 @@ impl Asker {
             }
             match decision {
                 FailureDecision::Retry => {
-                    self.each(page, |fault| session.retry_deferred(fault, page))
+                    self.each(page, |fault| session.retry_deferred(fault, page));
                 }
                 FailureDecision::Poison => self.each(page, |fault| session.poison_deferred(fault)),
                 FailureDecision::Abort => abort(&failure.to_string()),

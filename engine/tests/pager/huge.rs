@@ -1,5 +1,6 @@
 //! Owners whose memory is in pages of 2 MiB.
 
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -310,9 +311,11 @@ fn completing_heals_poisoned_huge_pages() {
         Ok(())
     });
     let expected = Arc::clone(&bytes);
+    let (mut signal, to_parent) = std::io::pipe().unwrap();
     let owner = Owner::start_in(Backing::Huge, &one_region(2), move |memory| {
         let (_reader, pipe) = std::io::pipe().unwrap();
         let touches = [LARGE + 5, LARGE + 300].map(|page| wrote(&pipe, memory.page(page)));
+        (&to_parent).write_all(b"!").unwrap();
         if touches != [Err(libc::EFAULT); 2] {
             return 1;
         }
@@ -325,7 +328,9 @@ fn completing_heals_poisoned_huge_pages() {
         .retry_timeout(Duration::ZERO)
         .attach(owner.handover())
         .unwrap();
-    wait_until("the page is poisoned", || paged.stats().poisoned > 0);
+    // The page stays poisoned until both touches have met it.
+    signal.read_exact(&mut [0]).unwrap();
+    wait_until("the page is marked", || paged.stats().poisoned > 0);
     assert_eq!(paged.failures()[0].page / LARGE, 1);
     ill.store(false, SeqCst);
     assert!(paged.complete());

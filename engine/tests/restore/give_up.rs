@@ -167,40 +167,44 @@ fn too_many_mappings_are_reported_as_error() {
     if limit > 200_000 {
         return skipped(TEST, &format!("vm.max_map_count is {limit}"));
     }
-    let pages = 2 * limit + 2000;
-    let snapshot = filled(pages as u64);
-    for mask in [Mask::NONE, Mask::NONE.hiding(Features::POISON)] {
-        let memory = own(pages);
-        let base = memory.as_ptr().expose_provenance();
-        let mut restored = Restore::new(Arc::clone(&snapshot))
-            .region(0, memory)
-            .on_failure(FailurePolicy::Abort)
-            .mask(mask)
-            .start()
-            .unwrap();
-        for page in (0..pages).step_by(2) {
-            madvise(base + page * PAGE, 1, libc::MADV_DONTNEED);
+    // In a process of its own: other tests need mappings too.
+    in_child(|| {
+        let pages = 2 * limit + 2000;
+        let snapshot = filled(pages as u64);
+        for mask in [Mask::NONE, Mask::NONE.hiding(Features::POISON)] {
+            let memory = own(pages);
+            let base = memory.as_ptr().expose_provenance();
+            let mut restored = Restore::new(Arc::clone(&snapshot))
+                .region(0, memory)
+                .on_failure(FailurePolicy::Abort)
+                .mask(mask)
+                .start()
+                .unwrap();
+            for page in (0..pages).step_by(2) {
+                madvise(base + page * PAGE, 1, libc::MADV_DONTNEED);
+            }
+            let stopped = restored.stop(StopMode::Inaccessible);
+            let seen = [0, 1, pages - 2, pages - 1].map(|page| read(base + page * PAGE));
+            if mask == Mask::NONE {
+                stopped.unwrap();
+                assert_eq!(seen, [Some(0), None, Some(0), None]);
+            } else {
+                let refused = stopped.unwrap_err();
+                assert!(
+                    matches!(refused, StopError::TooManyMappings(_)),
+                    "{refused}"
+                );
+                assert!(
+                    refused.to_string().contains("vm.max_map_count"),
+                    "{refused}"
+                );
+                assert_eq!(seen, [None; 4]);
+            }
+            drop(restored);
+            munmap(base, pages);
         }
-        let stopped = restored.stop(StopMode::Inaccessible);
-        let seen = [0, 1, pages - 2, pages - 1].map(|page| read(base + page * PAGE));
-        if mask == Mask::NONE {
-            stopped.unwrap();
-            assert_eq!(seen, [Some(0), None, Some(0), None]);
-        } else {
-            let refused = stopped.unwrap_err();
-            assert!(
-                matches!(refused, StopError::TooManyMappings(_)),
-                "{refused}"
-            );
-            assert!(
-                refused.to_string().contains("vm.max_map_count"),
-                "{refused}"
-            );
-            assert_eq!(seen, [None; 4]);
-        }
-        drop(restored);
-        munmap(base, pages);
-    }
+    })
+    .expect_success();
 }
 
 /// Regression test: threads discard without a pause. Each poisoning restarted at the first page,

@@ -222,10 +222,10 @@ impl<P: Platform, I: Image> Session<P, I> {
             self.decode(context, first.page, &first.frame, last.slot + 1, reason)?;
             let bytes = self.image.bytes(&context.decoder);
             for part in of_frame {
-                let content = &bytes[usize::from(part.slot) * PAGE_SIZE..][..PAGE_SIZE];
+                let slot = &bytes[usize::from(part.slot) * PAGE_SIZE..][..PAGE_SIZE];
                 assembly
                     .pages_mut(&(part.page..part.page + 1))
-                    .copy_from_slice(content);
+                    .copy_from_slice(slot);
             }
         }
         Ok(true)
