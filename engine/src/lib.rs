@@ -9,6 +9,7 @@ pub mod pager;
 pub mod restore;
 mod runtime;
 mod session;
+pub mod stats;
 
 pub use snaprestore_uffd as uffd;
 

@@ -50,7 +50,7 @@
 //!         supervisor.add(service)?;
 //!     }
 //!     let summary = supervisor.run()?;
-//!     println!("served {} VMs", summary.count);
+//!     println!("served {} VMs", summary.served);
 //!     Ok(ExitCode::SUCCESS)
 //! }
 //! ```
@@ -76,7 +76,7 @@ mod worker;
 
 pub use ipc::Endpoint;
 pub use role::Role;
-pub use supervisor::{Console, Options, RunSummary, StopRequests, Supervisor};
+pub use supervisor::{Console, Options, StopRequests, Supervisor};
 
 /// Parts that the project's own tests run in isolation; not part of the interface.
 #[doc(hidden)]

@@ -33,7 +33,7 @@ const LISTED_REGIONS: usize = 8;
 const BLOCKS_AT_ONCE: u64 = 16;
 
 #[derive(Serialize)]
-struct Report {
+struct ExtractReport {
     file: String,
     output: String,
     /// Length of the output.
@@ -52,7 +52,7 @@ struct Report {
     target: String,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for ExtractReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -137,7 +137,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
     }
     target::refuse_source(&args.output, &args.file)?;
     let snapshot = input::open(&args.file)?;
-    let mut report = Report {
+    let mut report = ExtractReport {
         file: names::exact(&args.file),
         output: names::exact(&args.output),
         bytes: 0,

@@ -38,9 +38,5 @@ pub use handover::{Handover, HandoverError, OwnerRegion};
 pub use owner::OnError;
 pub use paged::{AttachError, Ending, Paged, Pager};
 
-pub use crate::runtime::{
-    FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
-};
-pub use crate::session::{
-    Durations, Failure, FailureKind, FrameCacheStats, Histogram, Percentiles, Pulse, Vitals,
-};
+pub use crate::runtime::{Prefetch, SYSTEM_CALLS, Shared};
+pub use crate::session::{Failure, FailureKind, Pulse, Vitals};

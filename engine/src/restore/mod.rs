@@ -97,9 +97,5 @@ mod restored;
 pub use builder::{Restore, StartError};
 pub use restored::{ReadAtError, Restored, RestoredRegion, StopError, StopMode};
 
-pub use crate::runtime::{
-    FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
-};
-pub use crate::session::{
-    Durations, Failure, FailureDecision, FailureKind, FailurePolicy, Histogram, Percentiles,
-};
+pub use crate::runtime::{Prefetch, SYSTEM_CALLS, Shared};
+pub use crate::session::{Failure, FailureDecision, FailureKind, FailurePolicy};

@@ -252,7 +252,7 @@ impl Progress {
             return Next::None(Step::Over);
         }
         let paced = plan.bandwidth.map(|bandwidth| {
-            let brought = session.stats.prefetch.total() * PAGE;
+            let brought = session.stats.prefetch.load().total() * PAGE;
             begun + Duration::from_nanos(nanos(brought, bandwidth))
         });
         if let Some(until) = self.pause_until.max(paced)

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::pager::{Ending, Pager, Prefetch, Shared, Stats};
+use snaprestore_engine::pager::{Ending, Pager, Prefetch, Shared};
+use snaprestore_engine::stats::Stats;
 use snapshot_format::Snapshot;
 
 use crate::common::{damaged, frame_of, open, pack, random_bytes};

@@ -237,12 +237,12 @@ fn a_storm_of_discards_does_not_keep_a_restore_from_ending() {
             wait_until("the storm rages", || {
                 discards.load(SeqCst) > 2000 * (round + 1)
             });
-            let before = restored.stats().events;
+            let before = restored.stats().discards;
             let begun = Instant::now();
             restored.stop(StopMode::Inaccessible).unwrap();
             let elapsed = begun.elapsed();
             ended.store(true, SeqCst);
-            (elapsed, restored.stats().events - before)
+            (elapsed, restored.stats().discards - before)
         });
         println!(
             "stopped after {elapsed:?}, {events} events, {} discards",

@@ -47,17 +47,18 @@ use self::services::{ClosingConnection, OpeningService, ServiceRecord};
 use self::stuck::UnkillableWorker;
 use self::upgrade::Upgrade;
 use self::workers::{FailedStarts, Outgoing};
-use crate::api::summary::{VmLabel, VmSummary};
+use crate::api::summary::{Ending, RunSummary, VmLabel, VmSummary};
 use crate::api::types::{self, MAX_RECENT_VMS};
 use crate::fd_store::FdStore;
 use crate::fd_store::systemd::{self, Manager};
-use crate::ipc::Endpoint;
+use crate::ipc::{Endings, Endpoint};
 use crate::log::LogFormat;
 use crate::supervisor::handshake::PendingHandshake;
 use crate::supervisor::listener::BoundSocket;
 use crate::supervisor::refusal_log::RefusalLog;
 use crate::supervisor::vm::{ExitingVm, VmRecord};
 use crate::supervisor::worker_process::WorkerProcess;
+use crate::worker::sandbox::Account;
 
 /// Interval at which the loop checks conditions that no descriptor reports.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -111,20 +112,6 @@ pub trait StopRequests: AsFd {
     fn count(&self) -> u32;
 }
 
-/// The result of a run.
-#[derive(Debug)]
-pub struct RunSummary {
-    /// Summaries of the first VMs.
-    pub vms: Vec<VmSummary>,
-    /// Number of VMs.
-    pub count: u64,
-    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
-    /// memory.
-    pub incomplete: u64,
-    /// Number of workers that replaced a dead one.
-    pub worker_restarts: u64,
-}
-
 /// The supervisor.
 pub struct Supervisor {
     options: Options,
@@ -154,7 +141,8 @@ pub struct Supervisor {
     /// VMs that are no longer served, and whose processes have not exited yet.
     exiting: BTreeMap<u64, ExitingVm>,
     endings: Vec<VmSummary>,
-    ended: u64,
+    /// Counts of ended VMs of all services, including those that were removed.
+    ended: Endings,
     incomplete: u64,
     /// The VMs that ended last, for operators.
     recent: VecDeque<types::VmStatus>,
@@ -193,6 +181,10 @@ impl Supervisor {
         console: Option<Box<dyn Console>>,
         stop_requests: Box<dyn StopRequests>,
     ) -> Result<Self> {
+        // The worker would fail as well, but only after the sockets are open.
+        if let Some(user) = options.user.as_ref().filter(|_| options.confine) {
+            Account::find(user)?;
+        }
         raise_descriptor_limit();
         let program = OsString::from("/proc/self/exe");
         let inherited = systemd::take_inherited_fds();
@@ -221,7 +213,7 @@ impl Supervisor {
             inherited: BTreeMap::new(),
             exiting: BTreeMap::new(),
             endings: Vec::new(),
-            ended: 0,
+            ended: Endings::new(),
             incomplete: 0,
             recent: VecDeque::new(),
             refusal_log: RefusalLog::new(),
@@ -265,11 +257,13 @@ impl Supervisor {
                 self.fd_store
             ));
         }
+        let refused = self.ended.get(&Ending::Refused).copied().unwrap_or(0);
         outcome.map(|()| RunSummary {
-            vms: self.endings,
-            count: self.ended,
+            served: self.ended.values().sum::<u64>() - refused,
+            refused,
             incomplete: self.incomplete,
             worker_restarts: self.restarts,
+            vms: self.endings,
         })
     }
 
@@ -442,7 +436,6 @@ impl Supervisor {
             Some(_) => self.log_vm_error(&report.label, &report),
             None => self.log_vm(&report.label, &report),
         }
-        self.ended += 1;
         self.count_ended(service, report.ending);
         let age = u64::try_from(connected.elapsed().as_millis());
         let told = types::VmStatus {
@@ -478,7 +471,6 @@ impl Supervisor {
     /// Logs a refused handshake, and keeps it for the summary.
     fn record_refusal(&mut self, report: VmSummary) {
         self.log_refusal(&report.label, &report);
-        self.ended += 1;
         if self.refusal_log.admit_to_summaries() && self.endings.len() < MAX_SUMMARIES {
             self.endings.push(report);
         }

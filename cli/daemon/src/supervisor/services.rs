@@ -245,7 +245,7 @@ impl Supervisor {
         let mut found = self.services.iter_mut();
         let named = found.find(|(_, record)| record.service.name == name && !record.removed);
         let Some((key, record)) = named else {
-            return Err(RequestError::no_service(name).0);
+            return Err(RequestError::no_service(name).text);
         };
         let key = *key;
         record.removed = true;
@@ -256,6 +256,7 @@ impl Supervisor {
 
     /// Counts an ended VM of a service.
     pub(super) fn count_ended(&mut self, key: u64, ending: Ending) {
+        *self.ended.entry(ending).or_default() += 1;
         if let Some(record) = self.services.get_mut(&key) {
             *record.ended.entry(ending).or_default() += 1;
         }

@@ -77,11 +77,9 @@ impl Supervisor {
     pub(super) fn abort_upgrade(&mut self, why: &str) {
         if let Some(upgrade) = self.upgrade.take() {
             let program = escape_path(upgrade.program.as_ref());
-            let answer = Err(format!(
-                "cannot upgrade to {program}: {why}; the old worker keeps serving"
-            ));
+            let why = format!("cannot upgrade to {program}: {why}; the old worker keeps serving");
             self.outgoing
-                .push_back(Outgoing::Reply(upgrade.number, answer));
+                .push_back(Outgoing::Reply(upgrade.number, Err(why.into())));
         }
     }
 

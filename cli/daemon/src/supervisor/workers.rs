@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Stopping, Supervisor, Token};
 use crate::api::summary::Ending;
-use crate::api::types::{self, Upgraded};
+use crate::api::types::{self, ApiResult, RequestError, Upgraded};
 use crate::ipc::{Endpoint, Facts, FromWorker, SupervisorRequest, ToWorker};
 use crate::log::count;
 use crate::supervisor::worker_process::{ExitCause, WorkerProcess};
@@ -35,7 +35,7 @@ pub(super) enum Outgoing {
     RemoveService(u64),
     Vm(u64),
     Client(Endpoint, OwnedFd),
-    Reply(u64, Result<Option<Upgraded>, String>),
+    Reply(u64, ApiResult<Option<Upgraded>>),
     VmEnded(types::VmStatus),
     Drain,
     Shutdown,
@@ -125,8 +125,12 @@ impl Supervisor {
                 channel.send(&ToWorker::Client { endpoint, facts }, &[stream.as_fd()])
             }
             Outgoing::Reply(number, result) => {
-                let (number, result) = (*number, result.clone());
-                channel.send(&ToWorker::Reply { number, result }, &[])
+                let message = ToWorker::Reply {
+                    number: *number,
+                    result: result.clone().map_err(|error| error.text),
+                    bad_snapshot: matches!(result, Err(error) if error.bad_snapshot),
+                };
+                channel.send(&message, &[])
             }
             Outgoing::VmEnded(vm) => channel.send(&ToWorker::VmEnded { vm: vm.clone() }, &[]),
             Outgoing::RemoveService(key) => {
@@ -252,7 +256,7 @@ impl Supervisor {
     }
 
     pub(super) fn reply(&mut self, number: u64, result: Result<()>) {
-        let result = result.map(|()| None).map_err(|error| format!("{error:#}"));
+        let result = result.map(|()| None).map_err(RequestError::from);
         self.outgoing.push_back(Outgoing::Reply(number, result));
     }
 
