@@ -103,15 +103,10 @@ pub mod pager;
 pub mod restore;
 mod runtime;
 mod session;
+pub mod stats;
 
 pub use runtime::{Prefetch, SYSTEM_CALLS, Shared};
 pub use session::{Failure, FailureKind};
-
-/// Statistics of sessions and of what they share.
-pub mod stats {
-    pub use crate::runtime::{FaultKinds, FaultTimes, PageCounts, Stats};
-    pub use crate::session::{Durations, FrameCacheStats, Histogram, Percentiles};
-}
 
 /// The example of the project's front page, compiled with the documentation tests.
 #[cfg(doctest)]

@@ -285,6 +285,16 @@ impl OpenError {
             Self::NotASnapshot { .. } | Self::Incomplete { .. } | Self::Damaged { .. } => true,
         }
     }
+
+    /// Whether this program can't use the file as a snapshot: it is damaged, or has a version or
+    /// features that this program doesn't know.
+    pub fn is_unusable(&self) -> bool {
+        let is_newer = matches!(
+            self,
+            Self::UnsupportedVersion { .. } | Self::UnsupportedFeature { .. }
+        );
+        is_newer || self.is_damage()
+    }
 }
 
 /// A part of an open snapshot could not be read.

@@ -1,6 +1,7 @@
 //! Medians with their spread, and percentiles.
 
 use serde::{Deserialize, Serialize};
+use snaprestore_engine::stats::nearest_rank;
 
 /// Median and range of some samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -36,7 +37,8 @@ impl Spread {
 }
 
 /// Returns the value below which `part` of the sorted values lie, interpolated linearly between two
-/// of them.
+/// of them: the few rounds of a benchmark are samples, and not all values of a distribution, whose
+/// percentiles [`Latencies`] has.
 fn at(sorted: &[f64], part: f64) -> f64 {
     let place = part * float(sorted.len().saturating_sub(1) as u64);
     let low = index(place.floor());
@@ -68,20 +70,20 @@ impl Latencies {
     /// Returns the percentiles of durations in nanoseconds.
     pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
         nanos.sort_unstable();
-        let micros = |part: f64| {
-            // The nearest rank: a duration that actually occurred.
-            let rank = index((float(nanos.len() as u64) * part).ceil()).max(1);
+        let count = nanos.len() as u64;
+        let micros = |permille: u16| {
+            let rank = usize::try_from(nearest_rank(count, permille)).ok()?;
             nanos.get(rank - 1).map(|nanos| float(*nanos) / 1e3)
         };
         Some(Self {
-            count: nanos.len() as u64,
-            p50: micros(0.5)?,
-            p90: micros(0.9)?,
-            p99: micros(0.99)?,
-            p999: micros(0.999)?,
-            max: micros(1.0)?,
+            count,
+            p50: micros(500)?,
+            p90: micros(900)?,
+            p99: micros(990)?,
+            p999: micros(999)?,
+            max: micros(1000)?,
             curve: (0..=100)
-                .filter_map(|percent| micros(f64::from(percent) / 100.0))
+                .filter_map(|percent| micros(percent * 10))
                 .collect(),
         })
     }

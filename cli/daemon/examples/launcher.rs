@@ -65,6 +65,6 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     for vm in &summary.vms {
         println!("{}: {vm}", vm.label);
     }
-    println!("served {} VMs", summary.count);
+    println!("served {} VMs", summary.served);
     Ok(ExitCode::SUCCESS)
 }

@@ -72,6 +72,9 @@ pub(crate) enum ToWorker {
         number: u64,
         /// The result; for an upgrade, the new program, for most other requests nothing.
         result: Result<Option<Upgraded>, String>,
+        /// Whether it failed because the file is not a usable snapshot.
+        #[serde(default)]
+        bad_snapshot: bool,
     },
     /// Reports a VM that ended while this worker was not serving it.
     VmEnded {

@@ -93,8 +93,8 @@
 //!     let metrics = MetricsAddress::Loopback(([127, 0, 0, 1], 9100).into());
 //!     supervisor.open(Endpoint::Metrics, &metrics)?;
 //!     let summary = supervisor.run()?;
-//!     println!("served {} VMs", summary.count);
 //! #   drop(writer);
+//!     println!("served {} VMs", summary.served);
 //!     Ok(ExitCode::SUCCESS)
 //! }
 //! ```
@@ -132,8 +132,7 @@ mod worker;
 pub use ipc::Endpoint;
 pub use role::{Role, RoleError};
 pub use supervisor::{
-    AddServiceError, Console, ListenError, Options, RunError, RunSummary, StartError, StopRequests,
-    Supervisor,
+    AddServiceError, Console, ListenError, Options, RunError, StartError, StopRequests, Supervisor,
 };
 pub use worker::WorkerError;
 

@@ -28,7 +28,7 @@ use crate::signals::Cancel;
 pub(crate) const TRIAL: &str = "bench-trial";
 
 #[derive(Serialize)]
-struct Report {
+struct BenchReport {
     file: String,
     machine: Machine,
     memory_bytes: u64,
@@ -41,7 +41,7 @@ struct Report {
     table: String,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Machine {
             cpu, cores, kernel, ..
@@ -111,7 +111,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
         let _ = write!(stderr(), "\r\x1b[K");
     }
     done?;
-    let report = Report {
+    let report = BenchReport {
         file: names::exact(&args.file),
         machine: Machine::describe(),
         memory_bytes: images.bytes(),

@@ -32,7 +32,7 @@ const LISTED_REGIONS: usize = 8;
 const BLOCKS_PER_BATCH: u64 = 16;
 
 #[derive(Serialize)]
-struct Report {
+struct ExtractReport {
     file: String,
     output: String,
     /// Length of the output.
@@ -51,7 +51,7 @@ struct Report {
     target: String,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for ExtractReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -130,7 +130,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
     let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     target::refuse_source(&args.output, &args.file)?;
     let snapshot = Snapshot::open_path(&args.file)?;
-    let mut report = Report {
+    let mut report = ExtractReport {
         file: names::exact(&args.file),
         output: names::exact(&args.output),
         bytes: 0,

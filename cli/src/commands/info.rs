@@ -19,7 +19,7 @@ use crate::output::{Output, count};
 const LISTED_REGIONS: usize = 200;
 
 #[derive(Serialize)]
-struct Report {
+struct InfoReport {
     file: String,
     #[serde(flatten)]
     facts: Facts,
@@ -50,7 +50,7 @@ struct Dictionary {
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     let snapshot = Snapshot::open_path(&args.file)?;
-    let report = Report {
+    let report = InfoReport {
         file: names::exact(&args.file),
         facts: Facts::of(&snapshot),
         properties: snapshot.properties()?.into_iter().collect(),
@@ -87,7 +87,7 @@ pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for InfoReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
         for dictionary in &self.dictionaries {

@@ -22,7 +22,7 @@ use crate::signals::Cancel;
 const LISTED_PROBLEMS: usize = 20;
 
 #[derive(Serialize)]
-pub(crate) struct Report {
+pub(crate) struct VerifyReport {
     file: String,
     pub(crate) ok: bool,
     pub(crate) frames_checked: u64,
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 }
 
 /// Verifies a snapshot and returns a report.
-pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
+pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<VerifyReport> {
     let began = Instant::now();
     let file = names::exact(&args.file);
     let store = FileStore::open(&args.file).map_err(|source| OpenError::NoStore {
@@ -77,7 +77,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         other => anyhow::Error::from(other).context(names::path(&args.file)),
     })?;
     drop(progress);
-    Ok(Report {
+    Ok(VerifyReport {
         ok: found.ok(),
         file,
         frames_checked: found.frames_checked,
@@ -97,7 +97,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
     })
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = names::shown(&self.file);
         if let (true, [problem]) = (self.not_a_snapshot, &self.problems[..]) {

@@ -128,6 +128,10 @@ fn services_are_added_with_whole_paths_and_removed() {
     let (removed, asked) = once(&folder, json!({"ok": {}}), &["remove", "web", "--json"]);
     assert_eq!(removed.exits(0).json(), json!({"service": "web"}));
     assert_eq!(asked, json!({"op": "remove", "name": "web"}));
+    let bad = json!({"error": "web.snap is damaged", "bad_snapshot": true});
+    let add = ["add", "web", "--snapshot", "web.snap", "--socket", "/run/w"];
+    let (refused, _) = once(&folder, bad, &add);
+    refused.exits(3).says(&["web.snap is damaged"]);
     // A request that can't be right isn't sent.
     ctl(&folder, &["list"]).exits(1);
     let _daemon = Daemon::start(&folder, Vec::new());

@@ -1,18 +1,21 @@
 //! Attaches to an owner, and runs the session that follows.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::runtime::{Prefetch, Runtime, Shared, Stats, ThreadError, ThreadOptions, Threads};
+use crate::runtime::{Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
+use crate::stats::Stats;
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
 use snaprestore_uffd::os::{PageMap, may_kill, open_page_map};
@@ -56,6 +59,15 @@ pub enum AttachError {
          as its user, or with CAP_SYS_PTRACE"
     )]
     PageMap(#[source] io::Error),
+    /// The owner has not registered memory that it handed over.
+    #[error(
+        "the memory at {address:#x} is not registered with the userfaultfd that was handed over, so its missing pages \
+         would read as zeros; register every region (UFFDIO_REGISTER, missing pages) before the handover"
+    )]
+    NotRegistered {
+        /// The address in the owner.
+        address: u64,
+    },
     /// A thread, memory or descriptor for the session itself is not available. If the owner had
     /// been served already, it was killed.
     #[error("cannot create {what}{hint}")]
@@ -278,6 +290,7 @@ impl Pager {
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
         session.quarantine(quarantined.iter().copied());
         session.recover();
+        check_registered(&session)?;
         let runtime = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
         let runtime = Arc::new(runtime);
         match self.threads.start(&runtime) {
@@ -293,6 +306,24 @@ impl Pager {
             }
         }
     }
+}
+
+/// Checks that the ends of the memory are registered, as long as nothing is installed. Later, the
+/// owner may have unmapped it, or the session may have unregistered it because it is complete.
+fn check_registered(session: &Session<Kernel, SnapshotImage>) -> Result<(), AttachError> {
+    let state = &session.state;
+    let pages: u64 = state.map().extents().map(|extent| extent.pages).sum();
+    if state.unsettled() != pages {
+        return Ok(());
+    }
+    for Range { start, end } in state.map().extents().map(|extent| extent.addresses()) {
+        for address in [start, end - PAGE_SIZE_U64] {
+            if !session.platform.may_be_registered(address) {
+                return Err(AttachError::NotRegistered { address });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A session that serves another process.

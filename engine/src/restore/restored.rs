@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::runtime::{OnComplete, Runtime, Stats, Threads};
+use crate::runtime::{OnComplete, Runtime, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
+use crate::stats::Stats;
 use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
 use snaprestore_uffd::os::abort;

@@ -11,7 +11,6 @@ mod contexts;
 mod prefetcher;
 mod session_prefetch;
 mod shared;
-mod stats;
 mod threads;
 
 use std::io;
@@ -20,13 +19,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::{Durations, Kernel, Session, SnapshotImage};
+use crate::session::{Kernel, Session, SnapshotImage};
+use crate::stats::{Durations, Stats};
 use snaprestore_uffd::os::trim_heap;
 
 use prefetcher::Pool;
 use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
-pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads};
 
@@ -278,45 +277,29 @@ impl Runtime {
 
     /// Returns the statistics so far, except those that only the restore or pager knows.
     pub(crate) fn stats(&self) -> Stats {
-        let stats = &self.session.stats;
-        let read = |counter: &AtomicU64| counter.load(Relaxed);
-        let pages = |pages: &crate::session::Pages| PageCounts {
-            copied: read(&pages.copied),
-            filled: read(&pages.filled),
-            zeroed: read(&pages.zeroed),
-        };
-        let complete = read(&self.complete_nanos);
+        let counters = &self.session.stats;
+        let sources = counters.sources.load();
+        let mut fault_time = Durations::default();
+        for times in sources.values() {
+            fault_time += times;
+        }
+        let complete = self.complete_nanos.load(Relaxed);
         Stats {
             mapped: Duration::ZERO,
             complete: (complete != 0).then(|| Duration::from_nanos(complete)),
-            faults: read(&stats.faults),
-            fault_time: Durations::of(&stats.fault_times.all()).percentiles(),
-            fault_kinds: FaultKinds {
-                stored: read(&stats.kinds.stored),
-                fill: read(&stats.kinds.fill),
-                removed: read(&stats.kinds.removed),
-                present: read(&stats.kinds.present),
-                poisoned: read(&stats.kinds.poisoned),
-                outside: read(&stats.kinds.outside),
-            },
-            fault_times: FaultTimes {
-                all: Durations::of(&stats.fault_times.all()),
-                nowhere: stats.fault_times.nowhere.durations(),
-                fill: stats.fault_times.fill.durations(),
-                read: stats.fault_times.read.durations(),
-                cached: stats.fault_times.cached.durations(),
-                another: stats.fault_times.another.durations(),
-            },
+            left_to_kernel: 0,
             pages: self.session.image.snapshot().summary().pages,
             missing: self.session.state.unsettled(),
-            demand: pages(&stats.demand),
-            prefetch: pages(&stats.prefetch),
-            left_to_kernel: 0,
-            poisoned: read(&stats.poisoned),
-            events: read(&stats.events),
-            retries: read(&stats.retries),
-            shortages: read(&stats.shortages),
-            huge_shortages: read(&stats.large_shortages),
+            faults: counters.faults.load(Relaxed),
+            fault_kinds: counters.fault_kinds.load(),
+            fault_time,
+            sources,
+            demand: counters.demand.load(),
+            prefetch: counters.prefetch.load(),
+            poisoned: counters.poisoned.load(Relaxed),
+            discards: counters.discards.load(Relaxed),
+            retries: counters.retries.load(Relaxed),
+            shortages: counters.shortages.load(),
             bytes_read: self.session.image.bytes_read(),
             bytes_decoded: self.session.image.bytes_decoded(),
             failures: self.session.failures().1,

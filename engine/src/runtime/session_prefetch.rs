@@ -250,7 +250,7 @@ impl Progress {
             return Next::None(Step::Over);
         }
         let paced = plan.bandwidth.map(|bandwidth| {
-            let loaded = session.stats.prefetch.total() * PAGE;
+            let loaded = session.stats.prefetch.load().total() * PAGE;
             begun + Duration::from_nanos(nanos(loaded, bandwidth))
         });
         if let Some(until) = self.pause_until.max(paced)

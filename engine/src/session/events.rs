@@ -75,7 +75,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// exclusively.
     fn record(&self, slot: usize, event: &Event) {
         if !matches!(event, Event::Fault { .. }) {
-            add(&self.stats.events, 1);
+            add(&self.stats.discards, 1);
         }
         match *event {
             Event::Fault { address, thread } => {

@@ -75,10 +75,8 @@ use stats::add;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
-pub use content::frame_cache::FrameCacheStats;
 pub use failure::{Failure, FailureDecision, FailureKind, FailurePolicy};
 pub use state::{Pulse, Vitals};
-pub use stats::{Durations, Histogram, Percentiles};
 
 pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
 pub(crate) use content::snapshot::{SnapshotImage, zero_runs};
@@ -92,7 +90,7 @@ pub(crate) use platform::kernel::Kernel;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
 pub(crate) use state::State;
 pub(crate) use state::address_map::{Extent, LARGE_PAGES};
-pub(crate) use stats::{Pages, Stats};
+pub(crate) use stats::Counters;
 pub(crate) use threads::{EngineThreads, Place};
 
 /// Maximum number of failures that are kept verbatim; further ones are only counted.
@@ -107,7 +105,7 @@ pub(crate) struct Session<P, I> {
     pub(crate) image: I,
     pub(crate) state: State,
     pub(crate) queue: FaultQueue,
-    pub(crate) stats: Stats,
+    pub(crate) stats: Counters,
     /// Threads that currently work for the session.
     pub(crate) threads: Arc<EngineThreads>,
     /// Frames that are being loaded.
@@ -169,7 +167,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             image,
             state,
             queue: FaultQueue::new(),
-            stats: Stats::default(),
+            stats: Counters::default(),
             threads: Arc::default(),
             in_flight: InFlight::new(threads),
             guard,

@@ -90,7 +90,7 @@ fn discarded_pages_are_zero_during_prefetch() {
             .attach(owner.handover())
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
-        assert!(paged.stats().events > 0);
+        assert!(paged.stats().discards > 0);
         paged.wait();
     }
 }
@@ -176,6 +176,36 @@ fn mismatched_owner_is_refused_and_not_killed() {
     let refused = Pager::new(snapshot).attach(handover);
     assert!(
         matches!(refused, Err(AttachError::Userfaultfd(_))),
+        "{refused:?}"
+    );
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+}
+
+/// Its missing pages would read as zeros, and the session would be complete without them.
+#[test]
+fn memory_that_was_never_registered_is_refused() {
+    let bytes = mixed(PAGES);
+    let owner = Owner::start(&REGIONS, |memory| {
+        memory.wait_for_word();
+        0
+    });
+    let snapshot = open(pack(&bytes, 32));
+    // Nothing is mapped at this address of the owner; the end of the other region is registered.
+    let elsewhere = 64 << 20;
+    let mut handover = owner.handover();
+    handover.regions[1].address = elsewhere;
+    let refused = Pager::new(Arc::clone(&snapshot)).attach(handover);
+    assert!(
+        matches!(refused, Err(AttachError::NotRegistered { address }) if address == elsewhere),
+        "{refused:?}"
+    );
+    let mut handover = owner.handover();
+    handover.regions[1].address -= 4096;
+    let begins = handover.regions[1].address;
+    let refused = Pager::new(snapshot).attach(handover);
+    assert!(
+        matches!(refused, Err(AttachError::NotRegistered { address }) if address == begins),
         "{refused:?}"
     );
     owner.word();

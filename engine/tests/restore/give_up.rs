@@ -241,12 +241,12 @@ fn giving_up_ends_under_constant_discards() {
             wait_until("the storm rages", || {
                 discards.load(SeqCst) > 2000 * (round + 1)
             });
-            let before = restored.stats().events;
+            let before = restored.stats().discards;
             let begun = Instant::now();
             restored.stop(StopMode::Inaccessible).unwrap();
             let elapsed = begun.elapsed();
             ended.store(true, SeqCst);
-            (elapsed, restored.stats().events - before)
+            (elapsed, restored.stats().discards - before)
         });
         println!(
             "stopped after {elapsed:?}, {events} events, {} discards",

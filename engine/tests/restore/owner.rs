@@ -506,7 +506,7 @@ fn discard_over_two_regions_is_zero_in_both() {
         };
         assert!(peek(memory + page * PAGE) == expected, "page {page}");
     }
-    assert_eq!(restored.stats().events, 1);
+    assert_eq!(restored.stats().discards, 1);
 }
 
 #[test]

@@ -117,6 +117,15 @@ fn missing_seccomp_is_named_with_its_remedy() {
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
+/// Nobody connects to a daemon that is about to fail.
+#[test]
+fn unknown_user_is_refused_before_serve_listens() {
+    let scene = crate::scene::Scene::new(Shares::MIXED);
+    let run = Run::of(&mut scene.daemon(&["--user", "nosuch"])).exits(1);
+    run.says(&["no user nosuch"]);
+    assert!(!run.err.contains("serving "), "{}", run.err);
+}
+
 /// Makes the call that installs filters fail in this program, by a filter.
 fn forbid_seccomp(command: &mut Command) {
     let step = |code: u32, jt, jf, k| libc::sock_filter {

@@ -187,12 +187,12 @@ fn metrics_count_each_ended_vm_once() {
     assert_eq!(told(&scene), expected);
     let list = ctl(&scene, &["list"]);
     assert_eq!(list["services"][0]["ended"], 8, "{list}");
-    assert_eq!(
-        list["vms"].as_array().expect("report has no VMs").len(),
-        6,
-        "{list}"
-    );
-    assert_eq!(scene.stop().len(), 8);
+    assert_eq!(list["vms"].as_array().expect("VMs").len(), 6, "{list}");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+    let summary = scene.exits(0);
+    let counts = (&summary["served"], &summary["refused"]);
+    assert_eq!(counts, (&4.into(), &4.into()), "{summary}");
+    assert_eq!(summary["vms"].as_array().expect("VMs").len(), 8);
 }
 
 #[test]
@@ -214,6 +214,17 @@ fn services_are_added_removed_and_drained() {
     let run = Run::of(&mut command(&scene, &add));
     assert_ne!(run.code, Some(0));
     run.says(&["already"]);
+    // As by every command, a file that is no usable snapshot is told apart from other failures.
+    let (cut, absent, third) = (path("cut"), path("absent"), path("third"));
+    let whole = fs::read(&scene.snapshot).expect("read");
+    fs::write(&cut, &whole[..whole.len() / 2]).expect("written");
+    for (file, code) in [(&cut, 3), (&absent, 1)] {
+        let add = ["add", "third", "--snapshot", file, "--socket", &third];
+        Run::of(&mut command(&scene, &add))
+            .exits(code)
+            .says(&[file]);
+    }
+    assert!(!Path::new(&third).exists(), "the socket is left");
     let mut vmm = scene
         .vmm_at(Path::new(&second), &["--wait"])
         .spawn()

@@ -5,6 +5,8 @@
 //!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
 //! ```
 //!
+//! An error also has `"bad_snapshot":true` if the file of a service is not a usable snapshot.
+//!
 //! Only the daemon's own user and root may use it: the socket's mode ensures that, and the
 //! credentials of the client are checked as well. A line that is too long, or takes too long, ends
 //! the connection. A line that can't be parsed gets an error as its reply, and the next one is
@@ -85,12 +87,39 @@ pub enum Request {
     },
 }
 
-/// A reply.
+/// A reply: either `ok` or `error`.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Reply<T> {
-    Ok(T),
-    Error(String),
+struct Reply<T> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ok: Option<T>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// Whether the request failed because a file is not a usable snapshot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    bad_snapshot: bool,
+}
+
+impl<T> From<ApiResult<T>> for Reply<T> {
+    fn from(result: ApiResult<T>) -> Self {
+        match result {
+            Ok(said) => Self {
+                ok: Some(said),
+                error: None,
+                bad_snapshot: false,
+            },
+            Err(RequestError { text, bad_snapshot }) => Self {
+                ok: None,
+                error: Some(text),
+                bad_snapshot,
+            },
+        }
+    }
+}
+
+impl Reply<()> {
+    fn error(text: String) -> Self {
+        Err(RequestError::from(text)).into()
+    }
 }
 
 /// The body of a successful reply.
@@ -133,22 +162,19 @@ fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::R
     if !may_use(uid, own) {
         tracing::warn!(pid, uid, "refused a control connection of another user");
         let text = format!("user {uid} may not control this daemon: only user {own} and root may");
-        return send(stream, &Reply::<()>::Error(text));
+        return send(stream, &Reply::error(text));
     }
     loop {
         let line = match lines.next(Some(Instant::now() + IO_TIMEOUT)) {
             Ok(Some(line)) => line,
             Ok(None) => return Ok(()),
             Err(error) => {
-                let _ = send(stream, &Reply::<()>::Error(error.to_string()));
+                let _ = send(stream, &Reply::error(error.to_string()));
                 return Err(error);
             }
         };
-        let reply = match parse(line).and_then(|request| dispatch(api, request)) {
-            Ok(said) => Reply::Ok(said),
-            Err(RequestError(why)) => Reply::Error(why),
-        };
-        send(stream, &reply)?;
+        let result = parse(line).and_then(|request| dispatch(api, request));
+        send(stream, &Reply::from(result))?;
     }
 }
 
@@ -159,7 +185,7 @@ fn may_use(uid: u32, own: u32) -> bool {
 
 fn parse(line: &[u8]) -> ApiResult<Request> {
     let request = serde_json::from_slice(line);
-    request.map_err(|error| RequestError(format!("invalid request: {error}")))
+    request.map_err(|error| format!("invalid request: {error}").into())
 }
 
 /// Calls the API for a request.
@@ -188,7 +214,7 @@ fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
             let which = match (vm, all) {
                 (Some(vm), false) => VmSelector::Vm(vm),
                 (None, true) => VmSelector::All,
-                _ => return Err(RequestError("name one VM, or all of them".to_owned())),
+                _ => return Err("name one VM, or all of them".to_owned().into()),
             };
             ReplyBody::Completed(api.complete(which)?)
         }
@@ -352,9 +378,15 @@ pub enum ClientError {
         /// The place and kind of the error.
         source: serde_json::Error,
     },
+    /// The reply has neither a result nor an error.
+    #[error("the reply from {socket} has neither a result nor an error")]
+    Empty {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
     /// The daemon refused the request.
-    #[error("{0}")]
-    Refused(String),
+    #[error(transparent)]
+    Refused(#[from] RequestError),
 }
 
 /// A connection to a daemon.
@@ -419,10 +451,15 @@ impl Client {
             Ok(None) => return Err(ClientError::Closed { socket }),
             Err(source) => return Err(ClientError::Receive { socket, source }),
         };
-        match serde_json::from_slice(line) {
-            Ok(Reply::Ok(said)) => Ok(said),
-            Ok(Reply::Error(why)) => Err(ClientError::Refused(why)),
-            Err(source) => Err(ClientError::Parse { socket, source }),
+        let reply: Reply<T> = match serde_json::from_slice(line) {
+            Ok(reply) => reply,
+            Err(source) => return Err(ClientError::Parse { socket, source }),
+        };
+        let bad_snapshot = reply.bad_snapshot;
+        match (reply.ok, reply.error) {
+            (Some(said), _) => Ok(said),
+            (None, Some(text)) => Err(ClientError::Refused(RequestError { text, bad_snapshot })),
+            (None, None) => Err(ClientError::Empty { socket }),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Summaries of VMs that have ended, for people and programs.
+//! Summaries of a run and of VMs that have ended, for people and programs.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::SessionEnd;
-use snaprestore_engine::stats::{PageCounts, Stats};
+use snaprestore_engine::stats::Stats;
 
 use crate::api::types::VmState;
 use crate::log::count;
@@ -34,6 +34,36 @@ impl fmt::Display for VmLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, pid, service } = self;
         write!(f, "VM {id} (pid {pid}, service {service})")
+    }
+}
+
+/// Summary of a daemon's run.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunSummary {
+    /// Number of VMs that were served.
+    pub served: u64,
+    /// Number of connections and VMs that were refused.
+    pub refused: u64,
+    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
+    /// memory.
+    pub incomplete: u64,
+    /// Number of workers that replaced a dead one.
+    pub worker_restarts: u64,
+    /// Summaries of the first VMs.
+    pub vms: Vec<VmSummary>,
+}
+
+impl fmt::Display for RunSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "served {}", count(self.served, "VM"))?;
+        if self.refused > 0 {
+            write!(f, "; refused {}", HumanCount(self.refused))?;
+        }
+        if self.incomplete > 0 {
+            let killed = HumanCount(self.incomplete);
+            write!(f, "; {killed} killed before their memory was complete")?;
+        }
+        writeln!(f)
     }
 }
 
@@ -84,15 +114,14 @@ impl VmSummary {
 
     /// Adds the statistics of the VM's session.
     pub(crate) fn with(self, stats: &Stats) -> Self {
-        let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Self {
             faults: stats.faults,
             fault_p50_us: micros(stats.fault_time.p50),
             fault_p99_us: micros(stats.fault_time.p99),
-            pages: total(stats.demand) + total(stats.prefetch),
-            prefetched: total(stats.prefetch),
-            discards: stats.events,
+            pages: stats.demand.total() + stats.prefetch.total(),
+            prefetched: stats.prefetch.total(),
+            discards: stats.discards,
             ..self
         }
     }

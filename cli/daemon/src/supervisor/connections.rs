@@ -66,8 +66,8 @@ impl Supervisor {
                 Ok((service, file)) => self.add_opened(service, file),
                 Err(error) => Err(error),
             };
-            let result = result.map_err(|error| Chain(&error).to_string());
-            self.workers.reply(opened.number, result);
+            self.workers
+                .reply(opened.number, result.map_err(RequestError::from));
         }
     }
 
@@ -135,7 +135,7 @@ impl Supervisor {
         match self.admit(id, key, accepted) {
             Ok(record) => self.vms.insert(record),
             Err(error) => {
-                self.services.count_ended(key, VmState::Refused);
+                self.count_ended(key, VmState::Refused);
                 let why = Chain(&error);
                 self.journal.refusal(&label, format_args!("refused: {why}"));
             }
@@ -194,7 +194,7 @@ impl Supervisor {
         if let Err(error) = removed {
             self.log_not_removed(&label, &error);
         }
-        self.services.count_ended(service, VmState::Refused);
+        self.count_ended(service, VmState::Refused);
         let why = Chain(error).to_string();
         let summary = VmSummary::new(label, SessionEnd::Refused(why));
         self.journal.record_refusal(summary);
@@ -258,6 +258,12 @@ impl Supervisor {
         label
     }
 
+    /// Counts an ended VM, or a refused connection, of a service.
+    fn count_ended(&mut self, service: u64, state: VmState) {
+        self.services.count_ended(service, state);
+        self.journal.count_ended(state);
+    }
+
     /// Logs how a VM of a service ended, and counts it. Returns its status for operators.
     pub(super) fn record_end(
         &mut self,
@@ -265,7 +271,7 @@ impl Supervisor {
         connected: Instant,
         summary: VmSummary,
     ) -> VmStatus {
-        self.services.count_ended(service, (&summary.end).into());
+        self.count_ended(service, (&summary.end).into());
         self.journal.record_end(connected, summary)
     }
 

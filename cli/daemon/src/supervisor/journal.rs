@@ -5,8 +5,9 @@ use std::fmt::Display;
 use std::time::Instant;
 
 use super::Console;
-use crate::api::summary::{VmLabel, VmSummary};
-use crate::api::types::{MAX_RECENT_VMS, VmStatus};
+use crate::api::summary::{RunSummary, VmLabel, VmSummary};
+use crate::api::types::{MAX_RECENT_VMS, VmState, VmStatus};
+use crate::ipc::EndCounts;
 use crate::policy::{self, Counter};
 
 /// Maximum number of summaries of VMs to keep; further ones are only counted.
@@ -22,7 +23,8 @@ pub(super) struct Journal {
     suppressed: (u64, Instant),
     refusal_summaries: Counter,
     summaries: Vec<VmSummary>,
-    ended: u64,
+    /// Counts of ended VMs and refused connections of all services, including removed ones.
+    ended: EndCounts,
     incomplete: u64,
     /// The VMs that ended last, for operators.
     recent: VecDeque<VmStatus>,
@@ -36,7 +38,7 @@ impl Journal {
             suppressed: (0, Instant::now()),
             refusal_summaries: Counter::default(),
             summaries: Vec::new(),
-            ended: 0,
+            ended: EndCounts::new(),
             incomplete: 0,
             recent: VecDeque::new(),
         }
@@ -131,16 +133,18 @@ impl Journal {
         let (counter, limit) = (&mut self.refusal_summaries, &policy::REFUSAL_SUMMARIES);
         if counter.admit(limit, Instant::now()) {
             self.keep(summary);
-        } else {
-            self.ended += 1;
         }
     }
 
     fn keep(&mut self, summary: VmSummary) {
-        self.ended += 1;
         if self.summaries.len() < MAX_SUMMARIES {
             self.summaries.push(summary);
         }
+    }
+
+    /// Counts an ended VM, or a refused connection.
+    pub(super) fn count_ended(&mut self, state: VmState) {
+        *self.ended.entry(state).or_default() += 1;
     }
 
     /// Counts a VM that was killed after the daemon was asked to stop.
@@ -153,8 +157,15 @@ impl Journal {
         self.recent.iter()
     }
 
-    /// Returns the summaries, the number of ended VMs, and of those that were incomplete.
-    pub(super) fn into_summaries(self) -> (Vec<VmSummary>, u64, u64) {
-        (self.summaries, self.ended, self.incomplete)
+    /// Returns the summary of the run.
+    pub(super) fn into_summary(self, worker_restarts: u64) -> RunSummary {
+        let refused = self.ended.get(&VmState::Refused).copied().unwrap_or(0);
+        RunSummary {
+            served: self.ended.values().sum::<u64>() - refused,
+            refused,
+            incomplete: self.incomplete,
+            worker_restarts,
+            vms: self.summaries,
+        }
     }
 }

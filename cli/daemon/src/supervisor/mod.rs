@@ -46,7 +46,7 @@ use self::vms::Vms;
 pub use self::worker_process::StartError;
 use self::workers::{Outgoing, Workers};
 use crate::api::config::{MetricsAddress, Service};
-use crate::api::summary::VmSummary;
+use crate::api::summary::RunSummary;
 use crate::error::Chain;
 use crate::fd_store::FdStore;
 use crate::fd_store::systemd;
@@ -54,6 +54,7 @@ use crate::ipc::Endpoint;
 use crate::log::LogFormat;
 use crate::policy;
 use crate::signals::block_file_size_signal;
+use crate::worker::sandbox::Account;
 
 /// Interval at which the loop checks conditions that no descriptor reports.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -99,20 +100,6 @@ pub trait StopRequests: AsFd {
     /// Returns the number of requests: after the first the VMs are completed, after the second
     /// killed.
     fn count(&self) -> u32;
-}
-
-/// The result of a run.
-#[derive(Debug)]
-pub struct RunSummary {
-    /// Summaries of the first VMs.
-    pub vms: Vec<VmSummary>,
-    /// Number of VMs.
-    pub count: u64,
-    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
-    /// memory.
-    pub incomplete: u64,
-    /// Number of workers that replaced a dead one.
-    pub worker_restarts: u64,
 }
 
 /// Why a daemon can't go on. All its VMs were killed, since nobody would serve them.
@@ -208,6 +195,10 @@ impl Supervisor {
         console: Option<Box<dyn Console>>,
         stop_requests: Box<dyn StopRequests>,
     ) -> Result<Self, StartError> {
+        // The worker would fail as well, but only after the sockets are open.
+        if let Some(user) = options.user.as_ref().filter(|_| options.confine) {
+            Account::find(user)?;
+        }
         raise_descriptor_limit();
         // Without it, a limit of the size of files kills the supervisor instead of a VM.
         let _ = block_file_size_signal();
@@ -293,14 +284,7 @@ impl Supervisor {
             ));
         }
         outcome?;
-        let worker_restarts = self.workers.restarts();
-        let (vms, count, incomplete) = self.journal.into_summaries();
-        Ok(RunSummary {
-            vms,
-            count,
-            incomplete,
-            worker_restarts,
-        })
+        Ok(self.journal.into_summary(self.workers.restarts()))
     }
 }
 

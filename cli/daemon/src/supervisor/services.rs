@@ -19,7 +19,8 @@ use snapshot_format::{FileStore, OpenError, Snapshot};
 use super::listener::{BoundSocket, ListenError};
 use super::vm::SnapshotRef;
 use crate::api::config::Service;
-use crate::api::types::VmState;
+use crate::api::types::{RequestError, VmState};
+use crate::error::Chain;
 use crate::fd_store::FdStore;
 use crate::ipc::{EndCounts, ToWorker};
 
@@ -66,6 +67,15 @@ pub enum AddServiceError {
     /// The daemon accepts no more VMs.
     #[error("the daemon is shutting down")]
     ShuttingDown,
+}
+
+impl From<AddServiceError> for RequestError {
+    fn from(error: AddServiceError) -> Self {
+        Self {
+            bad_snapshot: matches!(&error, AddServiceError::Snapshot(cause) if cause.is_unusable()),
+            text: Chain(&error).to_string(),
+        }
+    }
 }
 
 /// Why a peer is not admitted.

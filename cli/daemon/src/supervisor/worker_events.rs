@@ -102,18 +102,16 @@ impl Supervisor {
     fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
             SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
-                Err(AddServiceError::ShuttingDown.to_string())
+                Err(AddServiceError::ShuttingDown.into())
             }
             SupervisorRequest::Add(service) => {
                 match self.services.start_opening(number, service) {
                     // The reply follows when the snapshot is open.
                     Ok(()) => return,
-                    Err(error) => Err(Chain(&error).to_string()),
+                    Err(error) => Err(error.into()),
                 }
             }
-            SupervisorRequest::Remove(name) => self
-                .remove_service(&name)
-                .map_err(|error| error.to_string()),
+            SupervisorRequest::Remove(name) => self.remove_service(&name),
             SupervisorRequest::Drain => {
                 self.stop();
                 Ok(())
@@ -122,7 +120,7 @@ impl Supervisor {
                 match self.workers.start_upgrade(number, program) {
                     // The reply follows when the new worker is ready.
                     Ok(()) => return,
-                    Err(error) => Err(Chain(&error).to_string()),
+                    Err(error) => Err(Chain(&error).to_string().into()),
                 }
             }
         };

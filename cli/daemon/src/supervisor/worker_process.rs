@@ -16,6 +16,7 @@ use snapshot_format::names::escape_path;
 use crate::fd_store::systemd;
 use crate::ipc::{Channel, FAIL};
 use crate::supervisor::Options;
+use crate::worker::sandbox::SandboxError;
 
 /// Why a worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,9 @@ pub enum StartError {
     /// The process can't be watched.
     #[error("cannot open a pidfd of the worker")]
     Watch(#[source] io::Error),
+    /// The user that the worker would run as can't be used.
+    #[error(transparent)]
+    User(#[from] SandboxError),
 }
 
 /// A worker process.

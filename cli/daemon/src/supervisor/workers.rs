@@ -32,7 +32,7 @@ use super::upgrade::{Upgrade, UpgradeError, own_path};
 use super::vms::Vms;
 use super::worker_process::{ExitCause, StartError, WorkerProcess};
 use super::{Options, RunError};
-use crate::api::types::{Upgraded, VmStatus};
+use crate::api::types::{ApiResult, Upgraded, VmStatus};
 use crate::ipc::{Endpoint, Facts, FromWorker, ToWorker};
 use crate::policy::{self, Counter};
 
@@ -76,7 +76,7 @@ pub(super) enum Outgoing {
     RemoveService(u64),
     Vm(u64),
     Client(Endpoint, OwnedFd),
-    Reply(u64, Result<Option<Upgraded>, String>),
+    Reply(u64, ApiResult<Option<Upgraded>>),
     VmEnded(VmStatus),
     Drain,
     Shutdown,
@@ -159,7 +159,7 @@ impl Workers {
     }
 
     /// Queues the reply to an operator's request.
-    pub(super) fn reply(&mut self, number: u64, result: Result<(), String>) {
+    pub(super) fn reply(&mut self, number: u64, result: ApiResult<()>) {
         self.queue(Outgoing::Reply(number, result.map(|()| None)));
     }
 
@@ -201,8 +201,12 @@ impl Workers {
                 channel.send(&message, &[stream.as_fd()])
             }
             Outgoing::Reply(number, result) => {
-                let (number, result) = (*number, result.clone());
-                channel.send(&ToWorker::Reply { number, result }, &[])
+                let message = ToWorker::Reply {
+                    number: *number,
+                    result: result.clone().map_err(|error| error.text),
+                    bad_snapshot: matches!(result, Err(error) if error.bad_snapshot),
+                };
+                channel.send(&message, &[])
             }
             Outgoing::VmEnded(vm) => channel.send(&ToWorker::VmEnded { vm: vm.clone() }, &[]),
             Outgoing::RemoveService(key) => {
@@ -408,10 +412,8 @@ impl Workers {
     fn abort_upgrade(&mut self, why: &str) {
         if let Some(upgrade) = self.upgrade.take() {
             let program = escape_path(upgrade.program.as_ref());
-            let refusal = Err(format!(
-                "cannot upgrade to {program}: {why}; the old worker keeps serving"
-            ));
-            self.reply(upgrade.number, refusal);
+            let why = format!("cannot upgrade to {program}: {why}; the old worker keeps serving");
+            self.reply(upgrade.number, Err(why.into()));
         }
     }
 

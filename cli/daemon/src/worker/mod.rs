@@ -33,6 +33,7 @@ use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{
     self, AttachError, Handover, OwnerRegion, Paged, Pager, SessionEnd,
 };
+use snaprestore_engine::stats::Stats;
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use self::metrics::Totals;
@@ -41,7 +42,7 @@ use self::sandbox::{Account, Confinement, SandboxError, confine_worker, exit_wit
 use crate::api::config::{self, Service};
 use crate::api::control;
 use crate::api::summary::{VmLabel, VmSummary};
-use crate::api::types::{self, MAX_RECENT_VMS, SessionStats, VmState, VmStats};
+use crate::api::types::{self, MAX_RECENT_VMS, RequestError, VmState, VmStats};
 use crate::error::Chain;
 use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
 use crate::log::{self, LogFormat};
@@ -367,7 +368,7 @@ impl Worker {
             }
             ToWorker::VmEnded { vm } => self.remember(VmStats {
                 vm,
-                session: SessionStats::default(),
+                session: Stats::default(),
             }),
             ToWorker::Client { endpoint, facts } => {
                 let stream = next().ok_or_else(missing("a client without its connection"))?;
@@ -383,7 +384,14 @@ impl Worker {
                     tracing::warn!("cannot handle a control or metrics connection: {why}");
                 }
             }
-            ToWorker::Reply { number, result } => self.requests.resolve(number, result),
+            ToWorker::Reply {
+                number,
+                result,
+                bad_snapshot,
+            } => {
+                let result = result.map_err(|text| RequestError { text, bad_snapshot });
+                self.requests.resolve(number, result);
+            }
             ToWorker::Drain => {
                 self.draining.store(true, SeqCst);
                 let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
@@ -522,11 +530,9 @@ impl Worker {
                 *of_service.entry(*state).or_default() += count;
             }
         }
-        let names = services.values().map(|open| open.service.name.clone());
         let daemon = metrics::DaemonStats {
             worker_restarts: facts.worker_restarts,
             draining: facts.draining,
-            services: names.collect(),
             ended: endings,
             frame_cache: self.shared.frame_cache(),
         };
@@ -615,10 +621,10 @@ impl ServedVm {
             return Ok(());
         }
         let after = paged.stats();
-        if after.huge_shortages > before.huge_shortages {
+        if after.shortages.huge_pages > before.shortages.huge_pages {
             return Err(self.pool.shortage());
         }
-        if after.shortages > before.shortages {
+        if after.shortages.memory > before.shortages.memory {
             return Err(MEMORY_SHORTAGE.to_owned());
         }
         let first = paged.failures().into_iter().next();
@@ -666,9 +672,7 @@ impl ServedVm {
                 reason: None,
                 age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             },
-            session: paged
-                .map(|paged| (&paged.stats()).into())
-                .unwrap_or_default(),
+            session: paged.map(Paged::stats).unwrap_or_default(),
         }
     }
 }

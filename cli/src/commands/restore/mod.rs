@@ -21,7 +21,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use order::Order;
-pub(crate) use report::Report;
+pub(crate) use report::RestoreReport;
 use touch::Pages;
 
 /// Note that the command works with less permission than the engine wants.
@@ -41,7 +41,11 @@ pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Resu
 }
 
 /// Restores a snapshot and returns a report.
-pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Report> {
+pub(crate) fn restore(
+    args: &args::Restore,
+    output: Output,
+    cancel: &Cancel,
+) -> Result<RestoreReport> {
     if args.check.is_some() && args.touch == Touch::None {
         return Err(Refusal::Usage(
             "--check compares pages when they are touched, and --touch none touches none; leave \
@@ -94,7 +98,7 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
         }
     }
     let stats = restored.stats();
-    Ok(Report::new(
+    Ok(RestoreReport::new(
         names::exact(&args.file),
         &snapshot,
         &stats,

@@ -26,6 +26,7 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use snapshot_format::{FrameRef, Reason, Snapshot};
 
 use crate::session::platform::Run;
+use crate::stats::FrameCacheStats;
 
 /// Number of parts of the cache that are locked and bounded separately. With more, the parts would
 /// be too small for the largest frames.
@@ -157,22 +158,6 @@ impl Lifecycle<Key, Arc<Decoded>> for Evicted {
 struct Counts {
     hits: AtomicU64,
     misses: AtomicU64,
-}
-
-/// Content and effectiveness of a cache of decoded frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct FrameCacheStats {
-    /// Number of look-ups that found the frame.
-    pub hits: u64,
-    /// Number of look-ups that did not find the frame.
-    pub misses: u64,
-    /// Number of frames that were evicted.
-    pub evictions: u64,
-    /// Number of frames in the cache.
-    pub frames: u64,
-    /// Size of these frames in bytes.
-    pub bytes: u64,
 }
 
 impl FrameCache {

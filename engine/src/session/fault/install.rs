@@ -17,11 +17,11 @@ use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
 use crate::fail_point::{FailPoint, fail_point};
-use crate::session::Session;
 use crate::session::fault::context::Purpose;
 use crate::session::fault::outcome::InstallError;
 use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
-use crate::session::stats::{Stats, add};
+use crate::session::stats::add;
+use crate::session::{Counters, Session};
 use snaprestore_uffd::uffd::Wake;
 
 /// Maximum number of pages of one hold: 256 KiB, so that the reader of events waits only briefly.
@@ -296,7 +296,7 @@ impl Source<'_> {
 }
 
 /// Counts installed pages by kind and reason.
-fn count(stats: &Stats, source: Source<'_>, reason: Reason, pages: u64) {
+fn count(stats: &Counters, source: Source<'_>, reason: Reason, pages: u64) {
     let by_reason = match reason {
         Reason::Demand => &stats.demand,
         _ => &stats.prefetch,

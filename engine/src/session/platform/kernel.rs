@@ -64,6 +64,14 @@ impl Kernel {
         self.waiting.watch(pidfd)
     }
 
+    /// Whether the page at `address` may be registered. Returns `false` only if the kernel would
+    /// never report a fault there, and no change of the mappings waits to be read.
+    pub(crate) fn may_be_registered(&self, address: u64) -> bool {
+        self.with(true, |uffd| {
+            !matches!(uffd.probe(address), Ok(Presence::Gone))
+        })
+    }
+
     /// Closes the userfaultfd. Missing pages that are still registered then read as zeros, so no
     /// page that anybody can touch may be missing. Threads that serve faults must be gone.
     pub(crate) fn close(&self) {

@@ -5,9 +5,10 @@ use std::sync::Mutex;
 
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
+use snaprestore_engine::stats::{Durations, PageCounts, Stats};
 
 use super::*;
-use crate::api::types::{Pages, SessionStats, Times, VmState, VmStatus};
+use crate::api::types::{VmState, VmStatus};
 
 /// An API that records requests, has VM 3, and refuses everything named "no".
 #[derive(Default)]
@@ -34,20 +35,20 @@ impl Fake {
                 reason: None,
                 age_ms: 1500,
             },
-            session: SessionStats {
+            session: Stats {
                 pages: 1000,
                 missing: 10,
                 faults: 4,
-                fault_us: Times::of(
+                fault_time: Durations::new(
                     vec![(2000, 3), (5000, 1)],
                     Duration::from_micros(9),
                     Duration::from_nanos(4900),
                 ),
-                demand: Pages {
+                demand: PageCounts {
                     copied: 16,
-                    ..Pages::default()
+                    ..PageCounts::default()
                 },
-                ..SessionStats::default()
+                ..Stats::default()
             },
         }
     }
