@@ -29,26 +29,26 @@
 //! stored as a whole is served all the same; its pidfd alone is stored, so that it is killed and
 //! does not wait for ever.
 
+mod stored;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::pager::{AttachError, OwnerRegion, Vitals};
-use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map, pid_of};
+use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map};
 use snaprestore_uffd::uffd::{Closing, is_userfaultfd};
 
+use self::stored::Meta;
+pub(super) use self::stored::StoredVm;
 use super::handshake::PendingHandshake;
 use crate::api::config::Service;
 use crate::api::summary::VmLabel;
@@ -179,19 +179,6 @@ enum StoreVmError {
     Describe(#[source] io::Error),
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// Reason why a VM could not be recovered from the store.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum RecoverError {
-    #[error("its pidfd is missing from the descriptor store")]
-    NoOwner,
-    #[error("cannot parse its stored description")]
-    Description(#[source] io::Error),
-    #[error("the previous supervisor died during its handshake")]
-    Incomplete,
-    #[error("cannot use the tables of a VM")]
-    Tables(#[source] io::Error),
 }
 
 impl VmRecord {
@@ -702,101 +689,6 @@ impl Heartbeat {
     }
 }
 
-/// The description of a VM that is stored beside its descriptors.
-#[derive(Debug, Serialize, Deserialize)]
-struct Meta {
-    pid: u32,
-    uid: u32,
-    regions: Vec<OwnerRegion>,
-    service: Service,
-    /// The id under which the snapshot's open file is stored.
-    file: String,
-}
-
-impl Meta {
-    fn write(&self) -> io::Result<OwnedFd> {
-        let memfd = memfd_create(c"snaprestore vm", MFdFlags::MFD_CLOEXEC)?;
-        let mut memfd = File::from(memfd);
-        memfd.write_all(&serde_json::to_vec(self)?)?;
-        Ok(memfd.into())
-    }
-
-    fn read(memfd: &OwnedFd) -> io::Result<Self> {
-        let memfd = File::from(memfd.try_clone()?);
-        let len = usize::try_from(memfd.metadata()?.len()).map_err(io::Error::other)?;
-        let mut text = vec![0; len];
-        memfd.read_exact_at(&mut text, 0)?;
-        Ok(serde_json::from_slice(&text)?)
-    }
-}
-
-/// A VM recovered from the store.
-#[derive(Debug)]
-pub(super) enum StoredVm {
-    /// A complete VM, not assigned to a service yet.
-    Whole(VmRecord, SnapshotRef),
-    /// A part of a VM, which is enough to kill it, and the reason why it can't be served.
-    Partial(VmRecord, RecoverError),
-}
-
-impl StoredVm {
-    /// Rebuilds VM number `id` from the descriptors that were stored under its id.
-    pub(super) fn recover(
-        id: u64,
-        descriptors: Vec<(String, OwnedFd)>,
-    ) -> Result<Self, RecoverError> {
-        let mut by_role: BTreeMap<_, _> = descriptors.into_iter().collect();
-        let pidfd = by_role.remove(OWNER).ok_or(RecoverError::NoOwner)?;
-        let part = |pidfd: OwnedFd, held, why| {
-            let pid = pid_of(pidfd.as_fd()).unwrap_or(0);
-            let peer = Peer { pid, uid: 0, pidfd };
-            let held = Held::Memory(held);
-            Self::Partial(VmRecord::exiting(id, UNKNOWN_SERVICE, peer, held), why)
-        };
-        let meta = match by_role.get(META).map(Meta::read) {
-            Some(Ok(meta)) => Ok(meta),
-            Some(Err(error)) => Err(RecoverError::Description(error)),
-            None => Err(RecoverError::Incomplete),
-        };
-        let (meta, userfaultfd) = match (meta, by_role.remove(UFFD)) {
-            (Ok(meta), Some(userfaultfd)) => (meta, userfaultfd),
-            (meta, userfaultfd) => {
-                let held = userfaultfd.into_iter().chain(by_role.into_values());
-                let why = meta.err().unwrap_or(RecoverError::Incomplete);
-                return Ok(part(pidfd, held.collect(), why));
-            }
-        };
-        let peer = Peer {
-            pid: meta.pid,
-            uid: meta.uid,
-            pidfd,
-        };
-        let snapshot = SnapshotRef {
-            service: Arc::new(meta.service),
-            file: meta.file.into(),
-        };
-        let mut memory = Memory::new(userfaultfd, meta.regions, snapshot.clone());
-        memory.page_map = by_role.remove(PAGE_MAP);
-        let state = match by_role.remove(TABLES).map(Tables::new) {
-            None => State::HandedOver(memory),
-            Some(Ok(tables)) => State::Tracked(memory, tables),
-            Some(Err(error)) => {
-                let why = RecoverError::Tables(error);
-                return Ok(part(peer.pidfd, vec![memory.userfaultfd], why));
-            }
-        };
-        let record = VmRecord {
-            id,
-            service: 0,
-            service_name: snapshot.service.name.clone(),
-            peer,
-            connected: Instant::now(),
-            state,
-        };
-        Ok(Self::Whole(record, snapshot))
-    }
-}
-
 /// Returns the label of a VM of which only the number is known.
 pub(super) fn unknown_vm(id: u64) -> VmLabel {
     VmLabel {
@@ -820,105 +712,4 @@ fn readable(fd: BorrowedFd<'_>) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use snaprestore_uffd::os::open_pidfd;
-
-    use super::*;
-    use crate::fd_store::tests::FakeGuardian;
-
-    fn null() -> OwnedFd {
-        File::open("/dev/null").unwrap().into()
-    }
-
-    fn message(text: &str, descriptors: usize) -> (String, usize) {
-        (text.to_owned(), descriptors)
-    }
-
-    /// Returns VM 7 of this process, with the other end of its connection.
-    fn connecting(fd_store: &mut FdStore) -> (VmRecord, UnixStream) {
-        let (stream, other) = UnixStream::pair().unwrap();
-        let snapshot = SnapshotRef {
-            service: Arc::new(Service::new("web", "/snap", "/socket")),
-            file: "file-1-1".into(),
-        };
-        let pid = std::process::id();
-        let pidfd = open_pidfd(pid).unwrap();
-        let peer = Peer { pid, uid: 0, pidfd };
-        let record = VmRecord::accept(7, (1, snapshot), peer, stream, fd_store);
-        (record.unwrap(), other)
-    }
-
-    fn handshake() -> Handshake {
-        Handshake {
-            userfaultfd: null(),
-            regions: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn each_transition_stores_before_it_returns() {
-        let (mut fd_store, guardian) = FakeGuardian::pair();
-        let (mut vm, _connection) = connecting(&mut fd_store);
-        assert_eq!(guardian.read_all(), [message("hold vm-7 web", 1)]);
-        assert!(vm.is_connecting() && !vm.is_active());
-        let handed_over = vm.hand_over(handshake(), &mut fd_store);
-        assert!(matches!(handed_over, Ok(Ok(()))), "{handed_over:?}");
-        assert_eq!(guardian.read_all(), [message("hold vm-7 web", 2)]);
-        assert!(vm.is_active() && vm.message().is_some());
-        vm.leave();
-        assert!(vm.is_exiting() && vm.message().is_none());
-        assert!(guardian.read_all().is_empty());
-        // Another guardian gets what is still held.
-        let (mut other_store, other_guardian) = FakeGuardian::pair();
-        vm.store(&mut other_store).unwrap();
-        assert_eq!(other_guardian.read_all(), [message("hold vm-7 web", 1)]);
-        vm.release_exited(&mut fd_store).unwrap();
-        assert_eq!(guardian.read_all(), [message("release vm-7", 0)]);
-    }
-
-    #[test]
-    fn refused_connection_is_removed_and_not_stored_again() {
-        let (mut fd_store, guardian) = FakeGuardian::pair();
-        let (mut vm, _connection) = connecting(&mut fd_store);
-        let _ = guardian.read_all();
-        vm.refuse(&mut fd_store).unwrap();
-        assert_eq!(guardian.read_all(), [message("release vm-7", 0)]);
-        vm.store(&mut fd_store).unwrap();
-        assert!(guardian.read_all().is_empty());
-        assert!(vm.is_closed() && vm.closing_since().is_some());
-    }
-
-    #[test]
-    fn vm_without_tables_never_counts_as_served() {
-        let (mut fd_store, _guardian) = FakeGuardian::pair();
-        let (mut vm, _connection) = connecting(&mut fd_store);
-        let stored = vm.hand_over(handshake(), &mut fd_store).unwrap();
-        stored.unwrap();
-        vm.serve();
-        assert!(vm.check_neglected(Duration::ZERO));
-        vm.count_stuck(Duration::from_secs(1));
-        assert!(vm.is_stuck());
-        vm.detach();
-        assert!(!vm.is_stuck());
-    }
-
-    #[test]
-    fn part_of_a_stored_vm_is_enough_to_kill_it() {
-        let pidfd = || open_pidfd(std::process::id()).unwrap();
-        let part = |roles: Vec<(&str, OwnedFd)>| {
-            let roles = roles.into_iter().map(|(role, fd)| (role.to_owned(), fd));
-            StoredVm::recover(7, roles.collect())
-        };
-        let handshake = part(vec![(OWNER, pidfd())]);
-        let unreadable = part(vec![(OWNER, pidfd()), (UFFD, null()), (META, null())]);
-        for stored in [handshake, unreadable] {
-            let Ok(StoredVm::Partial(vm, why)) = stored else {
-                panic!("{stored:?}");
-            };
-            assert!(vm.is_exiting(), "{why}");
-            assert_eq!(vm.pid(), std::process::id());
-        }
-        let ownerless = part(vec![(UFFD, null())]);
-        assert!(matches!(ownerless, Err(RecoverError::NoOwner)));
-    }
-}
+mod tests;
