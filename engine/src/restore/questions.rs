@@ -131,7 +131,6 @@ mod tests {
     fn fault(address: u64) -> Fault {
         Fault {
             address,
-            thread: 0,
             at: Instant::now(),
             retries: Retries::default(),
         }

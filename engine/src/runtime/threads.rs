@@ -23,10 +23,6 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "epoll_wait",
     "epoll_pwait",
     "epoll_ctl",
-    // Migrating to the core of the faulting thread.
-    "sched_getscheduler",
-    "sched_getaffinity",
-    "sched_setaffinity",
     // Waking other threads, and waiting.
     "futex",
     "write",

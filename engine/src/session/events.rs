@@ -86,7 +86,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                          memory that is being restored"
                     ));
                 }
-                self.queue.push(address, thread);
+                self.queue.push(address);
             }
             Event::Remove { start, end } => {
                 for pages in self.state.map().pages_in(start..end) {

@@ -24,7 +24,6 @@ use crate::session::platform::{Content, Image, Installed, PageNumber, Platform};
 use crate::session::state::Status;
 use crate::session::state::address_map::{LARGE_PAGES, block_of};
 use crate::session::stats::add;
-use snaprestore_uffd::uffd::Wake;
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Loads the poisoned pages. Unless this is the `last` attempt, it stops without a report at
@@ -121,7 +120,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         let Some(at) = self.state.map().rest_from(page) else {
             return Ok(());
         };
-        match self.platform.copy(at.address, bytes, Wake::Now) {
+        match self.platform.copy(at.address, bytes) {
             Installed::Done | Installed::Partial(_) => {
                 self.state.mark_healed(pages);
                 add(&self.stats.prefetch.copied, 1);
@@ -163,7 +162,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         page: PageNumber,
     ) -> Result<(), LoadError> {
         let over = Status::Poisoned;
-        if self.install_large(assembly, page, over, Wake::Now, Reason::Prefetch)? {
+        if self.install_large(assembly, page, over, Reason::Prefetch)? {
             add(&self.stats.prefetch.copied, LARGE_PAGES);
         }
         Ok(())

@@ -12,7 +12,6 @@ use crate::session::state::State;
 use crate::session::state::address_map::{LARGE_BYTES, LARGE_PAGES, block_of};
 use crate::session::stats::FaultTrace;
 use snaprestore_uffd::to_usize;
-use snaprestore_uffd::uffd::Wake;
 
 /// Number of pages in the buffer from which fills other than zero are installed. (The model has no
 /// fills and makes many buffers.)
@@ -31,8 +30,6 @@ pub(crate) struct ThreadContext<I: Image> {
     fill_word: u64,
     /// The number of the session's thread that uses this context.
     pub(crate) number: usize,
-    /// Whether this thread runs on the core of the thread that it serves.
-    pub(crate) shares_core: bool,
     /// Facts gathered about the fault that this thread is serving.
     pub(crate) trace: FaultTrace,
     /// Buffer in which a large page is assembled, in a session with large pages.
@@ -53,18 +50,22 @@ pub(crate) struct Purpose {
     pub(crate) reason: Reason,
     /// The page that a thread is known to wait for.
     pub(crate) wanted: Option<PageNumber>,
-    /// When the waiter for that page is woken: at once, or after the lock was released. A waiter on
-    /// this core may run at once, and would then meet the lock at its next fault.
-    pub(crate) wake: Wake,
 }
 
 impl Purpose {
+    /// Returns the purpose of installing `page` and the pages installed with it.
+    pub(crate) fn wanted(page: PageNumber, reason: Reason) -> Self {
+        Self {
+            reason,
+            wanted: Some(page),
+        }
+    }
+
     /// Returns the purpose of pages that are installed along with others.
     pub(crate) fn along(reason: Reason) -> Self {
         Self {
             reason,
             wanted: None,
-            wake: Wake::Now,
         }
     }
 }
@@ -95,7 +96,6 @@ impl<I: Image> ThreadContext<I> {
             runs: Vec::with_capacity(MAX_RUNS),
             fill: vec![0; FILL_PAGES * PAGE_SIZE],
             fill_word: 0,
-            shares_core: false,
             trace: FaultTrace::default(),
             assembly: None,
             bad: VecDeque::new(),
@@ -120,16 +120,6 @@ impl<I: Image> ThreadContext<I> {
             self.bad.pop_front();
         }
         self.bad.push_back((*frame, failure.clone()));
-    }
-
-    /// Returns the purpose of installing `page` and the pages installed with it.
-    pub(crate) fn purpose(&self, page: PageNumber, reason: Reason) -> Purpose {
-        let later = reason == Reason::Demand && self.shares_core;
-        Purpose {
-            reason,
-            wanted: Some(page),
-            wake: if later { Wake::Later } else { Wake::Now },
-        }
     }
 
     /// Returns a buffer of pages that repeat `word`.

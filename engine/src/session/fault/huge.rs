@@ -63,7 +63,6 @@ use crate::session::state::Status;
 use crate::session::state::address_map::block_of;
 use crate::session::stats::add;
 use snaprestore_uffd::to_usize;
-use snaprestore_uffd::uffd::Wake;
 
 /// Distinguishes the claim of a large page from that of a frame, whose offset is smaller.
 const LARGE_CLAIM: u64 = 1 << 63;
@@ -119,8 +118,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         let Some(parts) = self.assemble(context, assembly, block_of(page), reason)? else {
             return Ok(false);
         };
-        let wake = context.purpose(page, reason).wake;
-        if !self.install_large(assembly, page, Status::Absent, wake, reason)? {
+        if !self.install_large(assembly, page, Status::Absent, reason)? {
             return Ok(false);
         }
         let pages = match reason {
@@ -238,48 +236,43 @@ impl<P: Platform, I: Image> Session<P, I> {
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         over: Status,
-        wake: Wake,
         reason: Reason,
     ) -> Result<bool, InstallError> {
         let mut retries = InstallRetries::new(true, reason);
         loop {
-            match self.install_large_once(assembly, page, over, wake) {
-                Ok(Some((address, len))) => {
-                    self.record_memory(true);
-                    if wake == Wake::Later {
-                        self.platform.wake(address, len);
+            match self.install_large_once(assembly, page, over) {
+                Ok(installed) => {
+                    if installed {
+                        self.record_memory(true);
                     }
-                    return Ok(true);
+                    return Ok(installed);
                 }
-                Ok(None) => return Ok(false),
                 Err(error) => self.before_retry(&mut retries, error, page)?,
             }
         }
     }
 
     /// Looks up the page, zeroes its removed parts and issues one COPY, in one hold of the lock.
-    /// Returns the range (address, length) in which threads wait, or `None` if there was nothing to
-    /// install.
+    /// Returns `false` if there was nothing to install.
     fn install_large_once(
         &self,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         over: Status,
-        wake: Wake,
-    ) -> Result<Option<(u64, u64)>, InstallError> {
+    ) -> Result<bool, InstallError> {
         let _hold = self.platform.shared(page);
         // Unmapping a page also marks it removed, in the same exclusive hold.
         let Some(unit) = self.state.map().unit_of(page) else {
-            return Ok(None);
+            return Ok(false);
         };
         if self.state.status_of(&unit) != over {
-            return Ok(None);
+            return Ok(false);
         }
         self.state.each_removed(unit.pages.clone(), |page| {
             assembly.pages_mut(&(page..page + 1)).fill(0);
         });
         let bytes = assembly.pages_mut(&unit.pages);
-        let installed = self.platform.copy(unit.address, bytes, wake);
+        let installed = self.platform.copy(unit.address, bytes);
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
@@ -288,14 +281,14 @@ impl<P: Platform, I: Image> Session<P, I> {
                 } else {
                     self.state.mark_present(unit.pages.clone());
                 }
-                Ok(Some((unit.address, unit.len())))
+                Ok(true)
             }
             // Another thread is healing it.
-            Installed::Exists if over == Status::Poisoned => Ok(None),
+            Installed::Exists if over == Status::Poisoned => Ok(false),
             Installed::Exists if self.platform.is_there(unit.address) => {
                 self.state.mark_present(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                Ok(None)
+                Ok(false)
             }
             Installed::Exists | Installed::NoMemory => Err(InstallError::NoMemory { large: true }),
             Installed::Again => {
@@ -309,7 +302,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             Installed::Gone => {
                 self.state.mark_removed(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                Ok(None)
+                Ok(false)
             }
             // The mapping has small pages, contrary to what was declared.
             Installed::Partial(_) => Err(InstallError::Refused(libc::EINVAL)),

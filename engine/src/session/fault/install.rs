@@ -7,7 +7,6 @@
 //!       find the next absent pages, and where the owner has them now
 //!       one ioctl for at most 256 KiB of them, which wakes their waiters
 //!       mark the pages that it installed
-//!     wake the waiters only now if they would run on this core and meet the lock
 //!     after EAGAIN: read events, then continue (everything is looked up again)
 //! ```
 
@@ -22,7 +21,6 @@ use crate::session::fault::outcome::InstallError;
 use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
 use crate::session::stats::add;
 use crate::session::{Counters, Session};
-use snaprestore_uffd::uffd::Wake;
 
 /// Maximum number of pages of one hold: 256 KiB, so that the reader of events waits only briefly.
 pub(crate) const MAX_HOLD_PAGES: u64 = 64;
@@ -101,18 +99,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         let mut wanted_done = false;
         let (mut refusals, mut brake) = (0, None);
         while next < pages.end {
-            let mut woken_later = None;
             let piece = next..pages.end.min(next + limit);
-            let installed = self.install_piece(piece, source, purpose.wake, |done, address| {
+            let installed = self.install_piece(piece, source, |done| {
                 let installed = done.end - done.start;
                 wanted_done |= purpose.wanted.is_some_and(|page| done.contains(&page));
                 count(&self.stats, source, purpose.reason, installed);
-                woken_later = (purpose.wake == Wake::Later).then_some((address, installed * PAGE));
             });
             fail_point(FailPoint::Marked);
-            if let Some((address, len)) = woken_later {
-                self.platform.wake(address, len);
-            }
             match installed {
                 Ok((page, None)) => {
                     next = page;
@@ -142,8 +135,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
-        wake: Wake,
-        done: impl FnOnce(Range<PageNumber>, u64),
+        done: impl FnOnce(Range<PageNumber>),
     ) -> Result<(PageNumber, Option<u64>), InstallError> {
         let _hold = self.platform.shared(pages.start);
         let Some(absent) = self.state.absent_in(pages.clone()) else {
@@ -159,18 +151,18 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         let address = rest.address;
         let count = (absent.end - first).min(rest.pages).min(source.max_pages());
-        let installed = source.install(&self.platform, first, address, count, wake);
+        let installed = source.install(&self.platform, first, address, count);
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
                 self.mark(first..first + count, source);
-                done(first..first + count, address);
+                done(first..first + count);
                 Ok((first + count, None))
             }
             Installed::Partial(bytes) => {
                 let end = first + bytes / PAGE;
                 self.mark(first..end, source);
-                done(first..end, address);
+                done(first..end);
                 Ok((end, None))
             }
             Installed::Exists => {
@@ -279,17 +271,16 @@ impl Source<'_> {
         first: PageNumber,
         address: u64,
         count: u64,
-        wake: Wake,
     ) -> Installed {
         let len = count * PAGE;
         match self {
             Self::Frame(bytes, run) => {
                 let start = (u64::from(run.slot) + (first - run.page)) * PAGE;
                 let bytes = &bytes[start as usize..(start + len) as usize];
-                platform.copy(address, bytes, wake)
+                platform.copy(address, bytes)
             }
-            Self::Zeros => platform.zeropage(address, len, wake),
-            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize], wake),
+            Self::Zeros => platform.zeropage(address, len),
+            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize]),
             Self::Poison => platform.poison(address, len),
         }
     }

@@ -49,7 +49,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             Content::Fill(word) => {
                 context.trace.meet(FaultKind::Fill);
                 context.trace.from = ContentSource::Fill;
-                let purpose = context.purpose(page, reason);
+                let purpose = Purpose::wanted(page, reason);
                 Ok(self.load_fill(context, page, word, purpose)?)
             }
             Content::Stored(frame, slot) => {
@@ -128,7 +128,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         reason: Reason,
     ) -> Result<bool, LoadError> {
         let slots = self.image.slots(frame);
-        let purpose = context.purpose(page, reason);
+        let purpose = Purpose::wanted(page, reason);
         let mut done = false;
         if reason == Reason::Demand && slots > MAX_PAGES_AT_ONCE {
             self.decode(context, page, frame, slot + 1, reason)?;

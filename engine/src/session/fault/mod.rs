@@ -45,20 +45,16 @@ use crate::session::fault::queue::Fault;
 use crate::session::platform::{Image, Installed, PAGE, Platform, Waited};
 use crate::session::state::Status;
 use crate::session::stats::{FaultKind, FaultTrace, add};
-use snaprestore_uffd::uffd::Wake;
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends, as thread `number` of the session.
     pub(crate) fn serve(&self, number: usize, contexts: &impl LendContext<I>) {
-        let mut follower = P::CoreFollower::default();
         while let Some(fault) = self.wait_for_fault() {
             add(&self.stats.faults, 1);
-            let shares_core = self.platform.follow(&mut follower, fault.thread);
             self.state.beat(number);
             let (outcome, trace) = contexts.with(|context| {
                 context.prepare(&self.state);
                 context.number = number;
-                context.shares_core = shares_core;
                 context.trace = FaultTrace::default();
                 (self.serve_fault(context, fault), context.trace)
             });
@@ -169,8 +165,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         let poisoned = matches!(kind, FaultKind::Poisoned);
         let installed = match poisoned {
             true => self.platform.poison(address, len),
-            false if large => self.platform.copy(address, self.zeros_of(len), Wake::Now),
-            false => self.platform.zeropage(address, len, Wake::Now),
+            false if large => self.platform.copy(address, self.zeros_of(len)),
+            false => self.platform.zeropage(address, len),
         };
         match installed {
             Installed::NoMemory if !poisoned => Err(InstallError::NoMemory { large }),

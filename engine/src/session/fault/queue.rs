@@ -21,8 +21,6 @@ const INITIAL_CAPACITY: usize = 1024;
 pub(crate) struct Fault {
     /// The page's address.
     pub(crate) address: u64,
-    /// The thread's ID, or 0 if unknown.
-    pub(crate) thread: u32,
     /// The time at which its message was read.
     pub(crate) at: Instant,
     /// Failed reads of its page.
@@ -105,11 +103,10 @@ impl FaultQueue {
     }
 
     /// Adds a fault that was just read.
-    pub(crate) fn push(&self, address: u64, thread: u32) {
+    pub(crate) fn push(&self, address: u64) {
         self.track();
         self.lock().push_back(Fault {
             address,
-            thread,
             at: Instant::now(),
             retries: Retries::default(),
         });
@@ -152,8 +149,7 @@ impl FaultQueue {
         let now = Instant::now();
         for Paused { fault, .. } in paused.extract_if(.., |it| it.due <= now) {
             self.waiting.fetch_add(1, Relaxed);
-            // Its thread may be doing something else by now.
-            self.lock().push_back(Fault { thread: 0, ..fault });
+            self.lock().push_back(fault);
         }
         self.paused_count.store(paused.len(), Relaxed);
         paused.iter().map(|it| it.due).min()
@@ -264,8 +260,8 @@ mod tests {
         one.count_in(&waiting);
         other.count_in(&waiting);
         for address in 0..3 {
-            one.push(address << 12, 0);
-            other.push(address << 12, 0);
+            one.push(address << 12);
+            other.push(address << 12);
         }
         let served = one.pop();
         one.abandon();
@@ -283,7 +279,6 @@ mod tests {
         let queue = FaultQueue::new();
         let fault = |address| Fault {
             address,
-            thread: 5,
             at: Instant::now(),
             retries: Retries::default(),
         };
@@ -311,7 +306,7 @@ mod tests {
     #[test]
     fn resumed_fault_keeps_age_and_retries() {
         let queue = FaultQueue::new();
-        queue.push(0x1000, 0);
+        queue.push(0x1000);
         let mut fault = queue.pop().unwrap();
         queue.detach();
         fault.retries.pause();

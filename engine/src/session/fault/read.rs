@@ -33,7 +33,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// owner has moved it away.
     fn wait_for(&self, address: u64, page: PageNumber) {
         let _reader = self.queue.reader();
-        self.queue.push(address, 0);
+        self.queue.push(address);
         self.platform.kick();
         loop {
             // Read before the check, so that an answer given after the check is not missed.

@@ -27,7 +27,6 @@ fn two_faulting_threads_a_prefetcher_and_a_discarder_of(prefetched: Range<u64>) 
         owner: TWO_AND_A_DISCARDER,
         prefetchers: 1,
         prefetched,
-        same_core: true,
         ..Scenario::default()
     }
     .passes();
@@ -49,7 +48,6 @@ fn a_faulting_thread_a_prefetcher_of_two_frames_and_a_discarder() {
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Discard(1, 3)]],
         prefetchers: 1,
-        same_core: true,
         ..Scenario::default()
     }
     .passes();
@@ -110,15 +108,12 @@ fn write_after_discard_is_kept() {
 
 #[test]
 fn unmapping_during_faults() {
-    for same_core in [false, true] {
-        Scenario {
-            owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
-            prefetchers: 1,
-            same_core,
-            ..Scenario::default()
-        }
-        .passes();
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
     }
+    .passes();
 }
 
 /// Regression test: a page was moved while its install waited for the kernel's lock. The kernel had
@@ -187,15 +182,12 @@ const FAULTS_AT_THE_END: &[&[Act]] = &[&[Touch(0), Touch(3)], &[Discard(1, 2), T
 
 #[test]
 fn moving_during_faults() {
-    for same_core in [false, true] {
-        Scenario {
-            owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
-            prefetchers: 1,
-            same_core,
-            ..Scenario::default()
-        }
-        .passes();
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
     }
+    .passes();
 }
 
 /// One thread may read both faults at once: another one must serve the second.
@@ -316,7 +308,6 @@ fn large_pages_with_discarded_parts() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
         fault_threads: 2,
-        same_core: true,
         large: true,
         ..Scenario::default()
     }
@@ -462,17 +453,6 @@ fn mistake_no_wake_after_unmap_is_found() {
 #[test]
 fn mistake_present_before_copy_is_found() {
     planted(Mistake::PresentBeforeCopy).fails_with("wrong byte");
-}
-
-#[test]
-fn mistake_no_late_wake_is_found() {
-    Scenario {
-        owner: &[&[Touch(0)]],
-        same_core: true,
-        mistake: Some(Mistake::NoLateWake),
-        ..Scenario::default()
-    }
-    .fails_with("hang");
 }
 
 #[test]

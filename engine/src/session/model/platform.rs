@@ -11,7 +11,6 @@ use super::scenario::{Expected, Owner};
 use super::world::{BASE, Content as Held, World, at};
 use crate::session::Session;
 use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
-use snaprestore_uffd::uffd::Wake;
 
 /// An operation before which a thread stops.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
@@ -63,8 +62,6 @@ pub(super) enum Mistake {
     NoWakeAfterUnmap,
     /// Pages are marked present before the COPY.
     PresentBeforeCopy,
-    /// Waiters that the install did not wake are not woken after it either.
-    NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
     /// Pages that are missing in the end are made inaccessible by their address.
@@ -85,8 +82,6 @@ pub(super) struct Model {
     /// Whether a change may begin between an install's first check for one and taking the kernel's
     /// lock.
     two_checks: bool,
-    /// Whether fault threads run on the core of the thread that they serve.
-    same_core: bool,
     /// Whether the last install of the running thread returned EAGAIN.
     again: Cell<bool>,
     /// Number of session threads that have not returned.
@@ -107,7 +102,6 @@ impl Model {
         threads: Rc<[Thread<Op>]>,
         mistake: Option<Mistake>,
         two_checks: bool,
-        same_core: bool,
     ) -> Self {
         Self {
             world: RefCell::new(world),
@@ -115,7 +109,6 @@ impl Model {
             current: Cell::new(0),
             mistake,
             two_checks,
-            same_core,
             again: Cell::new(false),
             serving: Cell::new(0),
             taken: Cell::new(0),
@@ -198,15 +191,13 @@ impl Model {
     }
 
     /// Performs the kernel's wake at the end of an install.
-    fn wake_now(&self, wake: Wake, address: u64, installed: Installed, len: u64) {
+    fn wake_now(&self, address: u64, installed: Installed, len: u64) {
         let done = match installed {
             Installed::Done => len,
             Installed::Partial(done) => done,
             _ => return,
         };
-        if wake == Wake::Now {
-            self.world.borrow_mut().wake(address, done);
-        }
+        self.world.borrow_mut().wake(address, done);
     }
 
     fn out_of_memory(&self) -> bool {
@@ -254,12 +245,7 @@ impl Platform for Model {
     where
         Self: 'h;
 
-    type CoreFollower = ();
     type Brake = ();
-
-    fn follow(&self, (): &mut (), _: u32) -> bool {
-        self.same_core
-    }
 
     fn shared(&self, about: u64) -> Self::Shared<'_> {
         // A hold that ends in EAGAIN is repeated from the same point.
@@ -335,7 +321,7 @@ impl Platform for Model {
 
     fn wake_all(&self) {}
 
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
         let len = bytes.len() as u64;
         // The copied content was assembled before, from what was known then: threads that copy
         // different bytes are not in the same state.
@@ -365,7 +351,7 @@ impl Platform for Model {
         }
         let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
-        self.wake_now(wake, address, installed, len);
+        self.wake_now(address, installed, len);
         let reported = self.told(installed);
         let again = self.again.take();
         self.stop(Op::Mark);
@@ -373,7 +359,7 @@ impl Platform for Model {
         reported
     }
 
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
         self.stop(Op::Zeropage(address, len));
         if self.is(Mistake::WakeForPresent) {
             return self.told(Installed::Exists);
@@ -389,7 +375,7 @@ impl Platform for Model {
             .world
             .borrow_mut()
             .install(address, len, u64::MAX, zero);
-        self.wake_now(wake, address, installed, len);
+        self.wake_now(address, installed, len);
         self.told(installed)
     }
 
@@ -407,7 +393,7 @@ impl Platform for Model {
             .world
             .borrow_mut()
             .install(address, len, u64::MAX, poison);
-        self.wake_now(Wake::Now, address, installed, len);
+        self.wake_now(address, installed, len);
         self.told(installed)
     }
 
@@ -441,7 +427,6 @@ impl Platform for Model {
         let unregistered = self.world.borrow().unregistered.contains(&address);
         if unregistered && self.is(Mistake::NoWakeAfterUnregister)
             || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
-            || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;
         }

@@ -68,9 +68,6 @@ pub(super) struct Scenario {
     pub(super) slow: bool,
     /// Whether a change may begin between an install's first check for one and the kernel's lock.
     pub(super) two_checks: bool,
-    /// Whether fault threads run on the core of the thread that they serve, and so wake it after
-    /// they have released the lock.
-    pub(super) same_core: bool,
     /// Whether nobody ends the session, so that it must complete by itself.
     pub(super) completes: bool,
     /// Whether the memory has large pages, of two pages each.
@@ -100,7 +97,6 @@ impl Default for Scenario {
             shortages: 0,
             slow: false,
             two_checks: false,
-            same_core: false,
             completes: false,
             large: false,
             gives_up: false,
@@ -219,13 +215,7 @@ impl Scenario {
                 }
             })
             .collect();
-        let model = Model::new(
-            world,
-            Rc::clone(&threads),
-            self.mistake,
-            self.two_checks,
-            self.same_core,
-        );
+        let model = Model::new(world, Rc::clone(&threads), self.mistake, self.two_checks);
         let pages = Pages {
             damaged: self.damaged,
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::fail_point::{FailPoint, fail_point};
 use snaprestore_uffd::memory::{Brake, MemError, Ring};
-use snaprestore_uffd::os::{CoreFollower, PageMap};
+use snaprestore_uffd::os::PageMap;
 use snaprestore_uffd::uffd::abi::UFFD_EVENT_FORK;
 use snaprestore_uffd::uffd::{
     self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
@@ -121,12 +121,7 @@ fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
 impl Platform for Kernel {
     type Shared<'a> = RwLockReadGuard<'a, Reader>;
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
-    type CoreFollower = CoreFollower;
     type Brake = Option<Brake>;
-
-    fn follow(&self, follower: &mut CoreFollower, thread: u32) -> bool {
-        follower.served(thread)
-    }
 
     // A panic while the lock is held leaves the ring as the kernel wrote it and everything else
     // consistent.
@@ -228,12 +223,12 @@ impl Platform for Kernel {
         hold.ring.clear();
     }
 
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
-        self.install(|uffd| uffd.copy(address, bytes, wake))
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
+        self.install(|uffd| uffd.copy(address, bytes, Wake::Now))
     }
 
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
-        self.install(|uffd| uffd.zeropage(address, len, wake))
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
+        self.install(|uffd| uffd.zeropage(address, len, Wake::Now))
     }
 
     fn poison(&self, address: u64, len: u64) -> Installed {

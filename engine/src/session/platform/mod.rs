@@ -10,7 +10,6 @@ use std::time::Duration;
 use snapshot_format::Reason;
 
 use crate::session::failure::Failure;
-use snaprestore_uffd::uffd::Wake;
 
 /// A page's number in the snapshot.
 pub(crate) type PageNumber = u64;
@@ -84,14 +83,9 @@ pub(crate) trait Platform: Sync {
     where
         Self: 'a;
 
-    /// State with which a fault thread follows the threads it serves from core to core.
-    type CoreFollower: Default;
     /// A guard that keeps the owner from changing its mappings until dropped.
     type Brake;
 
-    /// Announces that the calling thread is about to serve a fault of `thread`, so that it can be
-    /// moved to a better core. Returns `true` if it now runs on the core of `thread`.
-    fn follow(&self, follower: &mut Self::CoreFollower, thread: u32) -> bool;
     /// Takes the install lock shared, to look up a state and issue one ioctl. `about` is the
     /// address or page number that the hold concerns; it distinguishes the actions of two threads.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
@@ -124,11 +118,10 @@ pub(crate) trait Platform: Sync {
     fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event));
     /// Discards these messages, so that nobody finds them again.
     fn forget(&self, hold: &mut Self::Exclusive<'_>);
-    /// Copies `bytes` to missing pages from `address` on, and wakes their waiters now if `wake`
-    /// says so.
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed;
+    /// Copies `bytes` to missing pages from `address` on, and wakes their waiters.
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed;
     /// Maps zeros to missing pages; otherwise like [`Platform::copy`].
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed;
+    fn zeropage(&self, address: u64, len: u64) -> Installed;
     /// Marks missing pages as poisoned and wakes their waiters.
     fn poison(&self, address: u64, len: u64) -> Installed;
     /// Whether there is a page at `address`, as an install of a large page reported. Only the
