@@ -101,6 +101,12 @@ impl Supervisor {
     /// Handles an operator's request that the worker can't serve alone.
     fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
+            // A compromised worker must not get rights that nobody has asked for.
+            _ if !self.workers.has_operator() => {
+                self.journal
+                    .error("the worker made a request although no operator is connected: refused");
+                Err("no operator is connected".to_owned().into())
+            }
             SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
                 Err(AddServiceError::ShuttingDown.into())
             }

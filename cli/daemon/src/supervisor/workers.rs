@@ -59,6 +59,8 @@ pub(super) struct Workers {
     restarts: u64,
     /// Workers in a row that exited before they could serve.
     failed_starts: Counter,
+    /// Whether the connection of an operator was passed to the worker.
+    has_operator: bool,
 }
 
 /// A worker that was killed and doesn't exit.
@@ -114,6 +116,7 @@ impl Workers {
             started: 1,
             restarts: 0,
             failed_starts: Counter::default(),
+            has_operator: false,
         })
     }
 
@@ -155,7 +158,14 @@ impl Workers {
 
     /// Queues a message for the worker.
     pub(super) fn queue(&mut self, message: Outgoing) {
+        self.has_operator |= matches!(message, Outgoing::Client(Endpoint::Control, _));
         self.outgoing.push_back(message);
+    }
+
+    /// Whether the worker has, or is about to get, the connection of an operator. Without one, a
+    /// request that it passes on is its own.
+    pub(super) fn has_operator(&self) -> bool {
+        self.has_operator
     }
 
     /// Queues the reply to an operator's request.
@@ -258,6 +268,8 @@ impl Workers {
         let waiting = mem::take(&mut self.outgoing).into_iter();
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Client(..)));
         self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
+        let is_operator = |it: &Outgoing| matches!(it, Outgoing::Client(Endpoint::Control, _));
+        self.has_operator = self.outgoing.iter().any(is_operator);
         if briefing.draining {
             self.outgoing.push_back(Outgoing::Drain);
         }
@@ -443,4 +455,37 @@ impl Workers {
 fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn worker_may_pass_on_requests_of_a_connected_operator_only() {
+        // The process is this test program, which exits at once: it doesn't know the options.
+        let mut workers = Workers::start(Options::default()).unwrap();
+        let client = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        workers.queue(Outgoing::Client(Endpoint::Metrics, client()));
+        assert!(!workers.has_operator());
+        workers.queue(Outgoing::Client(Endpoint::Control, client()));
+        assert!(workers.has_operator());
+
+        let briefing = Briefing {
+            services: &Services::new(),
+            vms: &Vms::new(),
+            draining: false,
+        };
+        workers.brief(&briefing, std::iter::empty());
+        assert!(
+            workers.has_operator(),
+            "the next worker gets a client that waits"
+        );
+        workers.outgoing.clear();
+        workers.brief(&briefing, std::iter::empty());
+        assert!(
+            !workers.has_operator(),
+            "the operator was connected to the dead worker"
+        );
+    }
 }
