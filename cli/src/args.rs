@@ -710,7 +710,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dictionary_is_a_word_or_a_path() {
+    fn dictionary_is_a_keyword_or_a_path() {
         assert_eq!(Dictionary::parse("auto".into()), Ok(Dictionary::Auto));
         assert_eq!(
             Dictionary::parse("./off".into()),

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use snaprestore_daemon::api::control::ConnectError;
+use snaprestore_daemon::api::types::RequestError;
 use snaprestore_uffd::uffd;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
@@ -83,14 +84,13 @@ impl Exit {
                 }
                 let damage = |damage| if damage { Self::Damaged } else { Self::Failed };
                 if let Some(error) = cause.downcast_ref::<OpenError>() {
-                    let newer = matches!(
-                        error,
-                        OpenError::UnsupportedVersion { .. } | OpenError::UnsupportedFeature { .. }
-                    );
-                    return Some(damage(newer || error.is_damage()));
+                    return Some(damage(error.is_unusable()));
                 }
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));
+                }
+                if let Some(error) = cause.downcast_ref::<RequestError>() {
+                    return Some(damage(error.bad_snapshot));
                 }
                 if let Some(ConnectError::NotPermitted { .. }) = cause.downcast_ref() {
                     return Some(Self::NotPermitted);
@@ -116,7 +116,7 @@ mod tests {
     use anyhow::Context as _;
 
     #[test]
-    fn the_cause_decides_however_much_is_said_around_it() {
+    fn exit_code_follows_the_cause_through_contexts() {
         let error = Err::<(), _>(Refusal::NotPermitted("no".into()))
             .context("while doing this")
             .context("and that")

@@ -118,17 +118,16 @@ impl Facts {
     }
 
     /// Returns the facts of an open snapshot.
-    pub(crate) fn of(snapshot: &Snapshot) -> Result<Self, snapshot_format::ReadError> {
-        let regions = snapshot.regions();
-        Ok(Self {
+    pub(crate) fn of(snapshot: &Snapshot) -> Self {
+        Self {
             format_version: snapshot.format_version(),
             ..Self::written(
                 snapshot.id(),
                 snapshot.summary(),
                 snapshot.file_bytes(),
-                regions,
+                snapshot.regions(),
             )
-        })
+        }
     }
 }
 

@@ -1,6 +1,41 @@
-//! The `snaprestore` command. `args` parses the command line; `commands` has one file per command.
-//! Memory comes in through `source`, results go out through `output`, and `exit` chooses the exit
-//! code.
+//! The `snaprestore` command: saves the memory of microVMs and processes in small files with
+//! checksums, and restores it lazily.
+//!
+//! ```text
+//!  arguments ──▶ args ──▶ commands/ ──▶ snapshot-format   create, info, verify, extract
+//!                           │   ├─────▶ engine            restore
+//!  memory ─────▶ source/ ───┘   ├─────▶ daemon            serve, ctl
+//!  (file, core, process)        └─────▶ compare           bench
+//!                           │
+//!                           ├──▶ output: text for people, or JSON
+//!                           └──▶ exit: the exit code, from the error
+//! ```
+//!
+//! # Example
+//!
+//! ```text
+//! $ snaprestore create guest.raw -o guest.snap
+//! $ snaprestore verify guest.snap
+//! $ snaprestore restore guest.snap --touch random --check guest.raw
+//! ```
+//!
+//! # Where to start
+//!
+//! | to change | look at |
+//! | --- | --- |
+//! | an option or its help | `args`, then the command's file in `commands/` |
+//! | what can be packed | `source/`: one file or folder for each kind of memory |
+//! | exit codes | `exit` |
+//! | text, tables, warnings, JSON | `output` |
+//! | how a target file is chosen and replaced | `target`, and `SnapshotFile` of the format |
+//! | Ctrl-C and other signals | `signals` |
+//!
+//! The processes of `serve` (supervisor, worker, guardian) are this program, too: `main` asks the
+//! daemon first whether this process is one of them.
+//!
+//! # Features
+//!
+//! - `fail-points`: places where the project's own tests kill the process; not for use.
 
 #![forbid(unsafe_code)]
 
@@ -9,7 +44,6 @@ mod blocks;
 mod commands;
 mod exit;
 mod facts;
-mod input;
 mod names;
 mod output;
 mod progress;
@@ -27,7 +61,7 @@ fn main() -> ExitCode {
         // A role handles signals and threads in its own way.
         return role
             .run()
-            .unwrap_or_else(|error| output::failed(&error).into());
+            .unwrap_or_else(|error| output::failed(&error.into()).into());
     }
     let args = match args::Args::try_parse() {
         Ok(args) => args,

@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
@@ -142,6 +143,11 @@ pub(crate) fn to_stderr(text: &str) {
         .write_all(names::shown_lines(text).as_bytes());
 }
 
+/// Converts a duration to microseconds with one decimal.
+pub(crate) fn micros(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e7).round() / 10.0
+}
+
 /// Formats a part of a whole in percent, as `12.3 %`.
 pub(crate) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
@@ -172,6 +178,11 @@ pub(crate) fn ratio(large: u64, small: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_keep_a_tenth_of_a_microsecond() {
+        assert_eq!(micros(Duration::from_nanos(3_749)).to_string(), "3.7");
+    }
 
     #[test]
     fn shares_and_ratios_of_nothing_are_not_numbers() {

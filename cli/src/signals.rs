@@ -78,14 +78,7 @@ pub(crate) fn outlive_file_limit() -> anyhow::Result<()> {
 /// other thread exists, so that all threads inherit the mask.
 pub(crate) fn watch() -> anyhow::Result<Cancel> {
     let (reader, writer) = io::pipe().context("creating a pipe for signals")?;
-    let cancel = Cancel {
-        signal: Arc::default(),
-        at_once: Arc::default(),
-        count: Arc::default(),
-        counts: Arc::default(),
-        hangs_up: Arc::new(reader),
-        before_stop: Arc::default(),
-    };
+    let cancel = Cancel::new(reader);
     // A signal that the parent ignored (nohup, a background job of a script) stays ignored. If it
     // were blocked and waited for, it would be delivered.
     let ignored = ignored_signals();
@@ -128,12 +121,16 @@ impl Cancel {
     pub(crate) fn never() -> Self {
         let (reader, writer) = io::pipe().unwrap();
         std::mem::forget(writer);
+        Self::new(reader)
+    }
+
+    fn new(hangs_up: PipeReader) -> Self {
         Self {
             signal: Arc::default(),
             at_once: Arc::default(),
             count: Arc::default(),
             counts: Arc::default(),
-            hangs_up: Arc::new(reader),
+            hangs_up: Arc::new(hangs_up),
             before_stop: Arc::default(),
         }
     }

@@ -13,6 +13,7 @@ use snapshot_format::{FileError, SnapshotFile, WriteError, is_unsupported};
 
 use crate::exit::Refusal;
 use crate::names;
+use crate::output::Output;
 use crate::signals::Cancel;
 
 /// The device number of `/dev/null`.
@@ -41,6 +42,18 @@ pub(crate) struct Stream {
 /// Whether `path` means standard output.
 pub(crate) fn is_stdout(path: &Path) -> bool {
     path == Path::new("-")
+}
+
+/// Returns whether `path` means standard output; refuses it if JSON goes there, too.
+pub(crate) fn is_stdout_without_json(path: &Path, output: Output) -> Result<bool> {
+    let is_stdout = is_stdout(path);
+    if is_stdout && output.json() {
+        return Err(Refusal::Usage(
+            "--json writes to standard output, and so does --output -; name a file".into(),
+        )
+        .into());
+    }
+    Ok(is_stdout)
 }
 
 /// Returns the name of a target in messages.

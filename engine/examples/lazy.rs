@@ -13,7 +13,8 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
-use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailurePolicy, Restore};
 use snapshot_format::Snapshot;
 
 fn main() -> Result<(), Box<dyn Error>> {

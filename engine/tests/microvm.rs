@@ -11,12 +11,13 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 use snaprestore_fixtures::host::skipped;
 use snapshot_format::{Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
 /// Maximum time for a wait; only a hang takes this long.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const MIB: &str = "32";
 /// Number of filled pages: all but the first 64 KiB, which contain the program, its stack and its
 /// page tables.
@@ -125,7 +126,7 @@ fn microvm<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Ended {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
         }
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > TIMEOUT {
             child.kill().unwrap();
             child.wait().unwrap();
             panic!("the guest hangs: {}", fs::read_to_string(&out).unwrap());
@@ -160,9 +161,9 @@ fn snapshot() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-fn a_restored_guest_verifies_every_page() {
+fn restored_guest_verifies_every_page() {
     if let Some(why) = no_kvm() {
-        return skipped("a_restored_guest_verifies_every_page", &why);
+        return skipped("restored_guest_verifies_every_page", &why);
     }
     let (_folder, file) = snapshot();
     let held = Snapshot::open_path(&file).unwrap();
@@ -188,9 +189,9 @@ fn a_restored_guest_verifies_every_page() {
 }
 
 #[test]
-fn a_guest_and_its_copy_end_alike() {
+fn guest_and_its_copy_end_with_equal_memory() {
     if let Some(why) = no_kvm() {
-        return skipped("a_guest_and_its_copy_end_alike", &why);
+        return skipped("guest_and_its_copy_end_with_equal_memory", &why);
     }
     for prefetch in ["off", "all"] {
         let ended = microvm(["demo", "--memory", MIB, "--prefetch", prefetch]).succeeded();
@@ -211,9 +212,9 @@ fn a_guest_and_its_copy_end_alike() {
 /// This holds whatever page the frame contains, and whether the guest, its page walk or prefetch
 /// finds the damage first.
 #[test]
-fn a_damaged_frame_ends_the_vm() {
+fn damaged_frame_kills_the_vm() {
     if let Some(why) = no_kvm() {
-        return skipped("a_damaged_frame_ends_the_vm", &why);
+        return skipped("damaged_frame_kills_the_vm", &why);
     }
     let (folder, file) = snapshot();
     let held = Snapshot::open_path(&file).unwrap();
@@ -275,9 +276,9 @@ fn with_a_flipped_bit(file: &Path, region: usize, offset: usize) -> Vec<u8> {
 
 /// The guest's verification is effective: it finds wrong content that passes every checksum.
 #[test]
-fn a_wrong_bit_is_found_by_the_guest() {
+fn guest_detects_a_flipped_bit() {
     if let Some(why) = no_kvm() {
-        return skipped("a_wrong_bit_is_found_by_the_guest", &why);
+        return skipped("guest_detects_a_flipped_bit", &why);
     }
     let (folder, file) = snapshot();
     let wrong = folder.path().join("wrong.snap");

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use rayon::prelude::*;
-use zstd_safe::{CCtx, CDict};
+use zstd::zstd_safe::{self, CCtx, CDict};
 
 use crate::digest;
 use crate::layout::PAGE_SIZE;
@@ -21,10 +21,10 @@ const MAX_TRAINING_BYTES: usize = 2 << 20;
 /// One in this many frames is held out from training and compressed to judge the dictionary.
 const HELD_OUT: usize = 4;
 /// Minimum number of bytes to learn from.
-const LEAST_BYTES: usize = 2 << 20;
+const MIN_BYTES: usize = 2 << 20;
 /// Minimum share of the frames' bytes that a dictionary must save, because using it also costs
 /// decoding time.
-const LEAST_SAVED: f64 = 0.005;
+const MIN_SAVED_RATIO: f64 = 0.005;
 
 /// Largest frames for which a dictionary is trained by default. In a real guest it saves 0.6 % of
 /// frames of 64 KiB, and 0.5 % of those of 128 KiB, where training and using it takes 40 % longer.
@@ -77,7 +77,7 @@ pub(crate) fn train_on_frames(
     expected_bytes: u64,
 ) -> Option<Trained> {
     let total: usize = frames.iter().map(|frame| frame.len()).sum();
-    if total < LEAST_BYTES {
+    if total < MIN_BYTES {
         return None;
     }
     let held_out: Vec<&[u8]> = frames
@@ -103,7 +103,7 @@ pub(crate) fn train_on_frames(
         })?;
         let saved_ratio = (plain - with) / plain;
         let gain = saved_ratio * expected - as_f64(len as u64);
-        (saved_ratio >= LEAST_SAVED && gain >= as_f64(len as u64))
+        (saved_ratio >= MIN_SAVED_RATIO && gain >= as_f64(len as u64))
             .then_some((gain, Trained { bytes, saved_ratio }))
     });
     judged

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_uniform_block_is_the_block_of_its_pages() {
+    fn uniform_block_is_the_block_of_its_pages() {
         let mut uniform = UniformBlocks::default();
         for pages in [1, 3, 512, 512, 7] {
             assert_eq!(
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_depends_on_blocks_and_regions() {
+    fn root_depends_on_blocks_and_regions() {
         let root = |blocks: &[Digest], regions: &[(u32, u64, u64)]| {
             let mut hasher = ContentHasher::new();
             for digest in blocks {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_state_depends_on_flags_names_and_attachments() {
+    fn state_depends_on_flags_names_and_attachments() {
         let region = |flags, name: &str| Region {
             space: 0,
             flags,

@@ -310,14 +310,14 @@ pub enum OpenError {
     /// The file's top table is larger than the caller's limit.
     #[error(
         "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
-         is set here (most_top_bytes)"
+         is set here (max_top_bytes)"
     )]
     TopTooLarge {
         /// The store's name.
         file: String,
         /// Length of the top table.
         bytes: u64,
-        /// [`crate::SnapshotOptions::most_top_bytes`].
+        /// [`crate::SnapshotOptions::max_top_bytes`].
         limit: u64,
     },
     /// The file is a snapshot with a defect.
@@ -372,6 +372,16 @@ impl OpenError {
             | Self::AncestorCycle { .. }
             | Self::Damaged { .. } => true,
         }
+    }
+
+    /// Whether this program can't use the file as a snapshot: it is damaged, or has a version or
+    /// features that this program doesn't know.
+    pub fn is_unusable(&self) -> bool {
+        let is_newer = matches!(
+            self,
+            Self::UnsupportedVersion { .. } | Self::UnsupportedFeature { .. }
+        );
+        is_newer || self.is_damage()
     }
 }
 

@@ -312,7 +312,7 @@ mod tests {
 
     /// The limit applies to all listed pages together: one slot may have most of them.
     #[test]
-    fn a_list_is_bounded_in_total() {
+    fn page_list_is_bounded_in_total() {
         let list = |named: u32| -> Vec<RawPageRun> {
             (0..named)
                 .map(|page| RawPageRun {
@@ -339,7 +339,7 @@ mod tests {
 
     /// Unused numbers are page numbers, too, but the number after the last one is not.
     #[test]
-    fn a_list_ends_with_the_page_numbers() {
+    fn page_list_ends_with_the_page_numbers() {
         let run = |count: u16| {
             [RawPageRun {
                 page: 0.into(),

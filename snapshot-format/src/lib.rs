@@ -1,40 +1,70 @@
-//! The snaprestore file format: its layout on disk, and its reader, writer and verifier.
+//! Reads, writes and verifies snapshots of memory: small checksummed files with random access.
 //!
-//! A snapshot holds the memory of a microVM or of processes, compressed in small frames that can
-//! be decoded in any order. `FORMAT.md` beside this crate is normative.
+//! A snapshot holds the memory of a microVM or of processes, compressed in small frames that can be
+//! decoded in any order. Every byte is verified before it is returned. `FORMAT.md` in this package
+//! is the normative description of the file.
 //!
-//! # Reading
+//! ```text
+//!  pages ──▶ Writer ──▶ ┌────────┬─────────────────────────────┬─────────┬───────────┬─────────┐
+//!                       │ header │ frames, index blocks, blobs │ regions │ top table │ trailer │
+//!                       └────────┴─────────────────────────────┴─────────┴───────────┴─────────┘
+//!                                        ▲       ▲                 one read opens the file ▲
+//!  Snapshot::open ───────────────────────┼───────┼─────────────────────────────────────────┘
+//!  Snapshot::look_up ────────────────────┼───────┘  at most one read of 16 KiB
+//!  FrameDecoder::decode ─────────────────┘          one read, up to 512 pages
+//! ```
 //!
-//! [`Snapshot`] says what a page is, [`FrameDecoder`] decodes the frame that it lies in:
+//! # Example
 //!
-//! ```no_run
+//! Writes a snapshot of four pages to memory, and reads one of them back. A file is written with
+//! [`SnapshotFile`] and opened with [`Snapshot::open_path`].
+//!
+//! ```
+//! use std::sync::Arc;
+//!
 //! use snapshot_format::layout::PAGE_SIZE;
-//! use snapshot_format::{FrameDecoder, Page, Reason, Snapshot};
+//! use snapshot_format::{
+//!     FrameDecoder, MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions,
+//! };
 //!
-//! let snapshot = Snapshot::open_path("guest.snap")?;
+//! let text = b"it was a dark and stormy night".repeat(1000);
+//! let mut writer = Writer::new(Vec::new(), WriterOptions::default())?;
+//! writer.begin_region(&RegionSpec { name: "ram".into(), ..RegionSpec::default() })?;
+//! writer.write_pages(&text[..2 * PAGE_SIZE])?;
+//! writer.write_fill(2, 0)?;
+//! let (file, written) = writer.finish()?;
+//! assert_eq!((written.summary.stored_pages, written.summary.zero_pages), (2, 2));
+//!
+//! let snapshot = Snapshot::open(Arc::new(MemoryStore::new(file)))?;
+//! assert_eq!(snapshot.look_up(3, Reason::Demand)?, Page::Fill(0));
+//! let Page::Stored { frame, slot } = snapshot.look_up(1, Reason::Demand)? else {
+//!     panic!("page 1 is stored in a frame");
+//! };
 //! let mut decoder = FrameDecoder::new();
-//! match snapshot.look_up(4711, Reason::Demand)? {
-//!     Page::Fill(word) => println!("repeats {word:#x}"),
-//!     Page::Stored { frame, slot } => {
-//!         let mut pages = vec![0; frame.decoded_len()];
-//!         decoder.decode(&snapshot, &frame, Reason::Demand, &mut pages)?;
-//!         let page = &pages[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
-//!         println!("begins with {:02x?}", &page[..8]);
-//!     }
-//!     Page::Unavailable => println!("could not be read when the snapshot was taken"),
-//!     Page::Unused => println!("no page has this number"),
-//! }
+//! let mut pages = vec![0; frame.decoded_len()];
+//! decoder.decode(&snapshot, &frame, Reason::Demand, &mut pages)?;
+//! let page = &pages[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
+//! assert_eq!(page, &text[PAGE_SIZE..2 * PAGE_SIZE]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Every file is taken for hostile: a length, offset or number is checked against the file and a
-//! named limit before it is used, and no byte is interpreted whose checksum is not right. Nothing
-//! is mapped. Errors tell damage from failure (`is_damage`).
+//! # Where to start
 //!
-//! # Writing
+//! | to | use |
+//! | --- | --- |
+//! | read pages | [`Snapshot`], [`Page`], [`FrameDecoder`] |
+//! | read from something other than a file | the trait [`Store`] |
+//! | write a snapshot in one pass, to anything that implements [`std::io::Write`] | [`Writer`] |
+//! | write a file that gets its name when all of it is on disk | [`SnapshotFile`] |
+//! | read everything, and report everything that is wrong | [`verify()`] |
+//! | know what the fields on disk mean | [`layout`], `FORMAT.md` |
 //!
-//! [`Writer`] takes pages in order and writes a snapshot in one pass to anything that implements
-//! [`std::io::Write`]; [`SnapshotFile`] is a file that gets its name when all of it is on disk.
+//! # Hostile files
+//!
+//! Every file is assumed to be hostile. A length, offset or count is checked against the file and a
+//! named limit before it is used, and no byte is interpreted before its checksum has been verified.
+//! Files are read, never mapped. Errors distinguish a damaged file from a failed read
+//! ([`ReadError::is_damage`]).
 //!
 //! # Layers
 //!
@@ -42,9 +72,9 @@
 //! differs and refers to the files of its ancestors for the rest. [`Snapshot::open_path`] finds
 //! them beside the child, [`LayerFolders`] in other folders, and [`Ancestors`] anywhere.
 //!
-//! # Verifying
+//! # Features
 //!
-//! [`verify()`] reads everything and reports everything that is wrong.
+//! The crate has no optional features. It runs on Linux and has no `unsafe` code.
 
 #![forbid(unsafe_code)]
 

@@ -38,7 +38,8 @@ fn run(sample: &Sample, cases: &[Case], outcome: impl Fn(&Sample) -> (bool, Stri
         );
         assert!(damage, "case {number}: {error:?} is damage");
         // The verifier finds it as well, and reports it as a problem of the file.
-        let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
+        let report = verify(wrong.store(), VerifyOptions::default().threads(1))
+            .expect("cannot verify the snapshot");
         assert!(
             report
                 .problems
@@ -61,14 +62,14 @@ fn opening(sample: &Sample) -> (bool, String) {
 fn reading<T>(
     read: impl Fn(&Snapshot) -> Result<T, ReadError>,
 ) -> impl Fn(&Sample) -> (bool, String) {
-    move |sample| match read(&sample.open().expect("opens")) {
+    move |sample| match read(&sample.open().expect("cannot open the snapshot")) {
         Ok(_) => (false, "reads".to_owned()),
         Err(error) => (error.is_damage(), error.to_string()),
     }
 }
 
 #[test]
-fn the_ends() {
+fn each_trailer_field_is_checked() {
     let sample = Sample::new();
     let trailer = sample.trailer();
     let entry = sample.entry_of(SectionKind::FillRuns);
@@ -128,7 +129,7 @@ fn the_ends() {
 /// A reader opens the file by its trailer. A contradiction in the header is for the verifier to
 /// find.
 #[test]
-fn the_header() {
+fn each_header_field_is_checked() {
     let sample = Sample::new();
     let trailer = sample.trailer();
     #[rustfmt::skip]
@@ -146,8 +147,8 @@ fn the_header() {
             u8(offset_of!(RawHeader, reserved) + 4043, 1, "reserved bytes of the header"),
         ],
         |sample| {
-            sample.open().expect("opens");
-            let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+            sample.open().expect("cannot open the snapshot");
+            let report = verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
             let [problem] = &report.problems[..] else {
                 return (false, format!("{:?}", report.problems));
             };
@@ -171,7 +172,7 @@ fn feature_of_ancestors_needs_their_section() {
 }
 
 #[test]
-fn what_this_reader_does_not_support_has_a_name_and_is_no_damage() {
+fn unsupported_feature_is_named_and_is_no_damage() {
     let refused = |at: usize, bytes: &[u8]| {
         let mut sample = Sample::new();
         sample.put(at, bytes);
@@ -196,15 +197,22 @@ fn what_this_reader_does_not_support_has_a_name_and_is_no_damage() {
     let optional = sample.trailer() + offset_of!(RawTrailer, optional_features);
     sample.put_u64(optional, 1 << 50);
     sample.seal();
-    assert_eq!(sample.open().expect("opens").optional_features(), 1 << 50);
+    assert_eq!(
+        sample
+            .open()
+            .expect("cannot open the snapshot")
+            .optional_features(),
+        1 << 50
+    );
 }
 
 #[test]
-fn checksums_of_the_ends() {
+fn checksums_of_header_and_trailer_are_checked() {
     let mut sample = Sample::new();
     sample.bytes[100] ^= 1;
-    sample.open().expect("opens: the header is the verifier's");
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    sample.open().expect("cannot open the snapshot");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     let [problem] = &report.problems[..] else {
         panic!("{report:?}");
     };
@@ -223,7 +231,7 @@ fn checksums_of_the_ends() {
 }
 
 #[test]
-fn the_top_table() {
+fn each_top_table_field_is_checked() {
     let sample = Sample::new();
     let (block, fill) = (sample.top_entry(0), sample.top_entry(2));
     let unavailable = sample.top_entry(4);
@@ -259,7 +267,7 @@ fn the_top_table() {
 }
 
 #[test]
-fn the_regions() {
+fn each_region_field_is_checked() {
     for inline_regions in [true, false] {
         let sample = Sample::build(inline_regions);
         let regions = sample.section(SectionKind::Regions).start;
@@ -300,7 +308,7 @@ fn the_regions() {
 }
 
 #[test]
-fn the_number_of_blocks_matches_the_regions() {
+fn number_of_blocks_matches_the_regions() {
     // The last entry of the top table becomes part of a section of an unknown kind.
     let mut sample = Sample::build(false);
     let top = sample.entry_of(SectionKind::Top);
@@ -326,7 +334,7 @@ fn index(block: u64) -> impl Fn(&Sample) -> (bool, String) {
 }
 
 #[test]
-fn index_blocks() {
+fn each_index_block_field_is_checked() {
     let sample = Sample::new();
     let (_, Range { start, .. }) = sample.blocks[0];
     let frame = start + size_of::<RawIndexHeader>();
@@ -369,7 +377,7 @@ fn index_blocks() {
 }
 
 #[test]
-fn a_compressed_index_block_decodes_to_its_length() {
+fn compressed_index_block_decodes_to_its_length() {
     let sample = Sample::new();
     let at = sample.top_entry(3) + offset_of!(RawTopEntry, decoded_len);
     let stored = sample.blocks[2].1.start;
@@ -388,7 +396,7 @@ fn a_compressed_index_block_decodes_to_its_length() {
 /// Decodes the frame of a page.
 fn frame_of(page: u64) -> impl Fn(&Sample) -> (bool, String) {
     move |sample| {
-        let snapshot = sample.open().expect("opens");
+        let snapshot = sample.open().expect("cannot open the snapshot");
         let Ok(Page::Stored { frame, .. }) = snapshot.look_up(page, Reason::Demand) else {
             panic!("page {page} is stored");
         };
@@ -407,7 +415,7 @@ fn frame_of(page: u64) -> impl Fn(&Sample) -> (bool, String) {
 }
 
 #[test]
-fn frames() {
+fn each_frame_field_is_checked() {
     let sample = Sample::new();
     let frame = sample.frames[0].start;
     let runs = frame + size_of::<RawFrameHeader>();
@@ -464,7 +472,7 @@ fn compressed_frames_decode_to_their_length() {
 }
 
 #[test]
-fn a_frame_has_a_checksum() {
+fn frame_has_a_checksum() {
     let mut sample = Sample::new();
     let middle = sample.frames[0].start + 1000;
     sample.bytes[middle] ^= 0x10;
@@ -473,7 +481,7 @@ fn a_frame_has_a_checksum() {
 }
 
 #[test]
-fn dictionaries() {
+fn each_dictionary_field_is_checked() {
     let sample = Sample::new();
     let entry = sample.section(SectionKind::Dictionaries).start;
     let section = sample.entry_of(SectionKind::Dictionaries);
@@ -491,13 +499,18 @@ fn dictionaries() {
         frame_of(512),
     );
     assert_eq!(
-        sample.open().expect("opens").dictionaries().expect("read")[0].number,
+        sample
+            .open()
+            .expect("cannot open the snapshot")
+            .dictionaries()
+            .expect("read")[0]
+            .number,
         DICTIONARY
     );
 }
 
 #[test]
-fn fill_runs() {
+fn each_fill_run_field_is_checked() {
     let sample = Sample::new();
     let first = sample.section(SectionKind::FillRuns).start;
     let second = first + size_of::<RawFillRun>();
@@ -535,17 +548,21 @@ fn fill_runs() {
 }
 
 #[test]
-fn a_fill_run_leaves_out_blocks_that_cannot_be_read() {
+fn fill_run_leaves_out_blocks_that_cannot_be_read() {
     let mut sample = Sample::new();
     let index = sample.blocks[0].1.clone();
     sample.bytes[index.end - 1] ^= 1;
-    let runs = sample.open().expect("opens").fill_runs().expect("runs");
+    let runs = sample
+        .open()
+        .expect("cannot open the snapshot")
+        .fill_runs()
+        .expect("runs");
     let runs: Vec<_> = runs.iter().map(|run| (run.first_page, run.pages)).collect();
     assert_eq!(runs, [(1024, 512), (601, 399)]);
 }
 
 #[test]
-fn named_blobs() {
+fn each_named_blob_field_is_checked() {
     let sample = Sample::new();
     let sets = sample.section(SectionKind::WorkingSets).start;
     let second = sets + size_of::<RawBlobEntry>();
@@ -589,11 +606,11 @@ fn named_blobs() {
 }
 
 #[test]
-fn an_attachment_is_checked_before_it_is_written() {
+fn attachment_is_checked_before_it_is_written() {
     let mut sample = Sample::new();
     let (_, _, blob) = sample.blobs[3].clone();
     sample.bytes[blob.end - 1] ^= 1;
-    let snapshot = sample.open().expect("opens");
+    let snapshot = sample.open().expect("cannot open the snapshot");
     let mut out = Vec::new();
     let error = snapshot
         .read_attachment("vmm state", &mut out)
@@ -606,7 +623,7 @@ fn an_attachment_is_checked_before_it_is_written() {
 }
 
 #[test]
-fn properties() {
+fn each_property_rule_is_checked() {
     let sample = Sample::new();
     let text = sample.section(SectionKind::Properties);
     let count = sample.entry_of(SectionKind::Properties) + offset_of!(RawSectionEntry, count);

@@ -17,7 +17,7 @@ fn filled(word: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_change_of_any_byte_ends_a_fill() {
+fn change_of_any_byte_ends_a_fill() {
     for word in [0, 0xcc, u64::MAX, 0x0102_0304_0506_0708] {
         let mut page = filled(word);
         assert_eq!(fill_word(&page), Some(word));
@@ -30,7 +30,7 @@ fn a_change_of_any_byte_ends_a_fill() {
 }
 
 #[test]
-fn a_period_of_another_length_is_no_fill() {
+fn period_of_another_length_is_no_fill() {
     for period in [3, 5, 7, 16, 24, 4088] {
         let page: Vec<u8> = (0..PAGE_SIZE)
             .map(|at| u8::from(at % period == 0))
@@ -42,7 +42,7 @@ fn a_period_of_another_length_is_no_fill() {
 
 proptest! {
     #[test]
-    fn agrees_with_the_oracle(
+    fn fill_detection_agrees_with_the_oracle(
         word: u64,
         changes in prop::collection::vec((0..PAGE_SIZE, any::<u8>()), 0..3),
     ) {

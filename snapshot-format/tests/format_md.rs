@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use snapshot_format::layout::{self, SectionKind};
+use zstd::zstd_safe;
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -26,6 +27,7 @@ fn table<'a>(text: &'a str, first: &str) -> Vec<Vec<&'a str>> {
 /// Returns the text between the heading of a struct and the next heading, and the size that the
 /// heading states.
 fn section(name: &str) -> (&'static str, usize) {
+    let name = name.trim_start_matches("Raw");
     let heading = format!("### `{name}`: ");
     let from = FORMAT
         .find(&heading)
@@ -33,7 +35,7 @@ fn section(name: &str) -> (&'static str, usize) {
     let text = &FORMAT[from + heading.len()..];
     let (size, text) = text.split_once(" bytes\n").expect("a size");
     let end = text.find("\n#").unwrap_or(text.len());
-    (&text[..end], size.parse().expect("a number"))
+    (&text[..end], size.parse().expect("not a number"))
 }
 
 /// Compares a struct's table with (field, offset, bytes), which must be all of it.
@@ -72,7 +74,7 @@ macro_rules! structs {
                     size_of::<T>()
                 }
                 check(
-                    stringify!($name).trim_start_matches("Raw"),
+                    stringify!($name),
                     size_of::<layout::$name>(),
                     &[$((
                         stringify!($field),
@@ -151,7 +153,12 @@ fn every_struct_and_constant_of_the_layout_is_documented() {
 fn limits() -> BTreeMap<&'static str, u64> {
     table(FORMAT, "limit")
         .iter()
-        .map(|row| (row[0].trim_matches('`'), row[1].parse().expect("a number")))
+        .map(|row| {
+            (
+                row[0].trim_matches('`'),
+                row[1].parse().expect("not a number"),
+            )
+        })
         .collect()
 }
 
@@ -206,7 +213,7 @@ fn numbers(first: &str) -> Vec<(&'static str, u64)> {
                 Some(hex) => u64::from_str_radix(hex, 16),
                 None => row[1].parse(),
             };
-            (row[0].trim_matches('`'), number.expect("a number"))
+            (row[0].trim_matches('`'), number.expect("not a number"))
         })
         .collect()
 }
@@ -338,7 +345,7 @@ fn dumps(text: &str, decoded: bool, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_example_is_the_golden_file() {
+fn example_is_the_golden_file() {
     use snapshot_format::layout::RawTopEntry;
     use zerocopy::FromBytes;
 
@@ -364,7 +371,7 @@ fn the_example_is_the_golden_file() {
 
 /// Computes the digests of the example from their definition in FORMAT.md alone.
 #[test]
-fn the_example_has_the_digests_that_follow() {
+fn example_has_the_digests_that_follow() {
     let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
     let page = |n: u64| -> Vec<u8> {
         let text = format!("page {n} of a golden file; ").into_bytes();
@@ -418,13 +425,14 @@ fn the_example_has_the_digests_that_follow() {
 }
 
 #[test]
-fn the_properties_of_the_writer_are_documented() {
+fn properties_of_the_writer_are_documented() {
     use snapshot_format::{MemoryStore, Snapshot, Writer, WriterOptions};
 
     let writer = Writer::new(Vec::new(), WriterOptions::default()).expect("a writer");
     let (file, _) = writer.finish().expect("a file");
-    let snapshot = Snapshot::open(std::sync::Arc::new(MemoryStore::new(file))).expect("opens");
-    let properties = snapshot.properties().expect("properties");
+    let snapshot = Snapshot::open(std::sync::Arc::new(MemoryStore::new(file)))
+        .expect("cannot open the snapshot");
+    let properties = snapshot.properties().expect("cannot read the properties");
     let mut documented: Vec<&str> = table(FORMAT, "property")
         .iter()
         .filter(|row| row[1] == "library")
@@ -450,7 +458,7 @@ fn every_field_says_who_checks_it() {
 
 /// Sizes of an ordinary file.
 #[test]
-fn the_tail_holds_what_is_promised() {
+fn tail_holds_the_documented_memory() {
     let room = layout::TAIL_BYTES - layout::TRAILER_BYTES;
     assert!(chapter("## Opening").contains(&format!("at most {room} bytes")));
     for row in table(chapter("## Opening"), "memory") {

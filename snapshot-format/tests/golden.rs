@@ -21,7 +21,8 @@ fn folder() -> PathBuf {
 }
 
 fn manifest() -> Vec<Value> {
-    let text = fs::read_to_string(folder().join("manifest.json")).expect("the manifest");
+    let text =
+        fs::read_to_string(folder().join("manifest.json")).expect("cannot read the manifest");
     let manifest: Value = serde_json::from_str(&text).expect("JSON");
     manifest["files"].as_array().expect("a list").clone()
 }
@@ -204,7 +205,7 @@ fn kinds(report: &Report) -> Vec<&str> {
 }
 
 #[test]
-fn the_manifest_names_every_file_and_its_length() {
+fn manifest_names_every_file_and_its_length() {
     let mut named: Vec<String> = manifest()
         .iter()
         .map(|entry| text(entry, "file").to_owned())
@@ -215,7 +216,7 @@ fn the_manifest_names_every_file_and_its_length() {
         assert_eq!(bytes, number(entry, "bytes"), "{entry}");
         assert!(text(entry, "shows").len() > 5, "{entry}");
     }
-    let there = fs::read_dir(folder()).expect("the folder");
+    let there = fs::read_dir(folder()).expect("folder is missing");
     let mut there: Vec<String> = there
         .map(|entry| {
             entry
@@ -240,7 +241,7 @@ fn is_there(entry: &Value, offset: u64) -> bool {
 }
 
 #[test]
-fn each_outcome_is_named_and_follows_from_what_is_refused_or_found() {
+fn each_outcome_follows_from_errors_and_problems() {
     let mut seen = std::collections::BTreeSet::new();
     for entry in &manifest() {
         let (file, outcome, open) = (
@@ -266,7 +267,7 @@ fn each_outcome_is_named_and_follows_from_what_is_refused_or_found() {
 }
 
 #[test]
-fn files_open_or_are_refused_as_the_manifest_says() {
+fn reader_agrees_with_the_manifest() {
     let mut refused = 0;
     for entry in &manifest() {
         let (file, wanted) = (text(entry, "file"), text(entry, "open"));
@@ -295,7 +296,7 @@ fn files_open_or_are_refused_as_the_manifest_says() {
 }
 
 #[test]
-fn the_verifier_finds_what_the_manifest_says() {
+fn verifier_agrees_with_the_manifest() {
     let mut bad = 0;
     for entry in manifest()
         .iter()
@@ -318,7 +319,7 @@ fn the_verifier_finds_what_the_manifest_says() {
 }
 
 #[test]
-fn good_files_hold_what_was_put_in() {
+fn good_files_return_what_was_written() {
     let mut good = 0;
     for entry in manifest()
         .iter()
@@ -341,7 +342,9 @@ fn good_files_hold_what_was_put_in() {
         ] {
             assert_eq!(value, number(&entry["summary"], key), "{file}: {key}");
         }
-        let dictionaries = snapshot.dictionaries().expect("dictionaries");
+        let dictionaries = snapshot
+            .dictionaries()
+            .expect("cannot read the dictionaries");
         let dictionary_bytes: u64 = dictionaries.iter().map(|dictionary| dictionary.bytes).sum();
         assert_eq!(
             dictionary_bytes,
@@ -360,7 +363,9 @@ fn good_files_hold_what_was_put_in() {
 }
 
 fn blobs_are_as_in(entry: &Value, snapshot: &Snapshot) {
-    let sets = snapshot.working_sets().expect("working sets");
+    let sets = snapshot
+        .working_sets()
+        .expect("cannot read the working sets");
     assert_eq!(sets.len(), list(entry, "working_sets").len());
     for (set, wanted) in sets.iter().zip(list(entry, "working_sets")) {
         assert_eq!(set.name, text(wanted, "name"));
@@ -374,7 +379,7 @@ fn blobs_are_as_in(entry: &Value, snapshot: &Snapshot) {
             .collect();
         assert_eq!(runs, wanted);
     }
-    let attachments = snapshot.attachments().expect("attachments");
+    let attachments = snapshot.attachments().expect("cannot read the attachments");
     assert_eq!(attachments.len(), list(entry, "attachments").len());
     for (attachment, wanted) in attachments.iter().zip(list(entry, "attachments")) {
         let mut bytes = Vec::new();
@@ -430,7 +435,7 @@ fn regions_are_as_in(entry: &Value, pages: &mut Pages) {
 }
 
 #[test]
-fn bad_files_lose_the_pages_of_the_defect_and_no_other() {
+fn bad_files_lose_only_the_damaged_pages() {
     for entry in manifest().iter().filter(|entry| !entry["of"].is_null()) {
         let file = text(entry, "file");
         let lost = ranges(entry, "lost");
@@ -482,7 +487,7 @@ fn one_read_of_the_tail_opens_a_file() {
 
 /// A file of a later writer of version 1 reads like any other, and reports its unknown parts.
 #[test]
-fn what_is_not_known_is_ignored() {
+fn unknown_optional_content_is_ignored() {
     let snapshot = Pages::open("good-from-the-future.snap").snapshot;
     assert_eq!(snapshot.optional_features(), 1 << 40);
     assert_eq!(SectionKind::from_number(1000), None);

@@ -142,7 +142,7 @@ fn every_flipped_byte_is_found() {
 }
 
 #[test]
-fn every_length_is_refused() {
+fn every_truncation_is_refused() {
     let sample = Sample::new();
     let bytes = Arc::new(sample.bytes.clone());
     for len in 0..bytes.len() {
@@ -169,7 +169,7 @@ fn every_length_is_refused() {
 }
 
 #[test]
-fn other_files_are_no_snapshots() {
+fn foreign_files_are_not_snapshots() {
     for bytes in [
         &b""[..],
         b"\x7fELF",
@@ -195,7 +195,7 @@ fn other_files_are_no_snapshots() {
 }
 
 #[test]
-fn what_is_no_file_or_disk_is_refused_by_name() {
+fn input_other_than_file_or_disk_is_refused_by_kind() {
     let folder = tempfile::tempdir().unwrap();
     let fifo = folder.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
@@ -215,7 +215,7 @@ fn what_is_no_file_or_disk_is_refused_by_name() {
         });
         let error = heard
             .recv_timeout(std::time::Duration::from_secs(60))
-            .expect("it doesn't wait for a writer")
+            .expect("opening waits for a writer")
             .expect_err("no snapshot");
         assert!(!error.is_damage());
         assert!(error.to_string().contains(path.to_str().unwrap()));
@@ -277,7 +277,7 @@ proptest! {
     /// Checksums are right, so only the checks of the values protect memory. A file that still
     /// opens may hold other pages than the sample does, but is read without a panic.
     #[test]
-    fn a_hostile_writer_is_no_match(bytes in tampered()) {
+    fn hostile_writer_causes_no_panic(bytes in tampered()) {
         let _ = problems(&bytes);
         if let Ok(snapshot) = open(&bytes) {
             let mut decoder = FrameDecoder::new();

@@ -181,11 +181,12 @@ fn in_child_with(
 ) {
     let pages = gib * PAGES_PER_GIB;
     if std::env::var_os(CHILD).is_none() {
-        let output = Command::new(std::env::current_exe().expect("the test's own path"))
-            .args(["--exact", test, "--nocapture"])
-            .env(CHILD, "1")
-            .output()
-            .expect("a process of its own");
+        let output =
+            Command::new(std::env::current_exe().expect("cannot find the test's own path"))
+                .args(["--exact", test, "--nocapture"])
+                .env(CHILD, "1")
+                .output()
+                .expect("a process of its own");
         assert!(output.status.success(), "{test}: {output:?}");
         // The rest is the output of a test harness, and would be counted. Written past this
         // harness, which swallows a `println!`.
@@ -228,7 +229,7 @@ fn peak_bytes() -> u64 {
         .trim_end_matches(" kB")
         .trim()
         .parse()
-        .expect("a number");
+        .expect("not a number");
     kib << 10
 }
 
@@ -241,7 +242,7 @@ fn distinct_1() {
 
 #[test]
 fn distinct_8() {
-    let gib = std::env::var("DISTINCT_GIB").map_or(8, |gib| gib.parse().expect("a number"));
+    let gib = std::env::var("DISTINCT_GIB").map_or(8, |gib| gib.parse().expect("not a number"));
     in_child("distinct_8", gib, distinct, |summary| {
         assert_eq!(summary.stored_pages, gib * PAGES_PER_GIB);
     });

@@ -60,9 +60,9 @@ fn allocations() -> u64 {
 #[test]
 fn decoding_allocates_nothing() {
     let before = allocations();
-    let snapshot = Sample::new().open().expect("open");
+    let snapshot = Sample::new().open().expect("cannot open the snapshot");
     assert!(allocations() > before, "the counter counts");
-    snapshot.prepare().expect("prepare");
+    snapshot.prepare().expect("cannot read the dictionaries");
     let mut decoder = FrameDecoder::new();
     let mut out = vec![0; 512 * PAGE_SIZE];
     // Raw, zstd, zstd with a dictionary.
@@ -77,10 +77,12 @@ fn decoding_allocates_nothing() {
         for _ in 0..3 {
             let pages = decoder
                 .decode(&snapshot, &frame, Reason::Demand, out)
-                .expect("decode");
+                .expect("cannot decode");
             listed = pages.runs().map(|run| run.count).sum();
         }
-        let cached = snapshot.look_up(page, Reason::Demand).expect("look up");
+        let cached = snapshot
+            .look_up(page, Reason::Demand)
+            .expect("cannot look up the page");
         assert_eq!(
             allocations(),
             before,

@@ -27,26 +27,27 @@ fn unused_room_is_ignored_and_guarded() {
         let error = sample.open().expect_err("its checksum is wrong");
         assert!(error.to_string().contains("checksum"), "{error}");
         sample.seal();
-        let snapshot = sample.open().expect("opens");
+        let snapshot = sample.open().expect("cannot open the snapshot");
         assert_eq!(snapshot.regions(), good.open().unwrap().regions());
-        let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+        let report =
+            verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
         assert_eq!(report.problems, []);
     }
 }
 
 #[test]
-fn a_top_table_above_the_callers_limit_is_refused_by_that_name() {
+fn top_table_above_the_callers_limit_is_named() {
     let sample = Sample::new();
     let open = |bytes| {
-        let options = SnapshotOptions::default().most_top_bytes(bytes);
+        let options = SnapshotOptions::default().max_top_bytes(bytes);
         Snapshot::open_with(sample.store(), &options)
     };
     let top_bytes = BLOCKS * size_of::<RawTopEntry>() as u64;
     let error = open(top_bytes - 1).expect_err("too large");
     assert!(!error.is_damage() && matches!(error, OpenError::TopTooLarge { .. }));
-    assert!(error.to_string().contains("most_top_bytes"), "{error}");
-    open(top_bytes).expect("opens");
-    let options = VerifyOptions::default().most_top_bytes(0);
+    assert!(error.to_string().contains("max_top_bytes"), "{error}");
+    open(top_bytes).expect("cannot open the snapshot");
+    let options = VerifyOptions::default().max_top_bytes(0);
     assert!(verify(sample.store(), options).is_err());
-    assert_eq!(SnapshotOptions::default().most_top_bytes, 256 << 20);
+    assert_eq!(SnapshotOptions::default().max_top_bytes, 256 << 20);
 }

@@ -13,13 +13,16 @@ use snapshot_format::{FrameDecoder, ListedRun, Page, ReadError, Reason, Snapshot
 
 /// Returns the bytes of a page as a reader gets them; none if the page has none.
 fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Option<Vec<u8>> {
-    match snapshot.look_up(page, Reason::Demand).expect("look up") {
+    match snapshot
+        .look_up(page, Reason::Demand)
+        .expect("cannot look up the page")
+    {
         Page::Fill(word) => Some(word.to_le_bytes().repeat(PAGE_SIZE / 8)),
         Page::Stored { frame, slot } => {
             let mut out = vec![0; frame.decoded_len()];
             decoder
                 .decode(snapshot, &frame, Reason::Demand, &mut out)
-                .expect("decode");
+                .expect("cannot decode");
             Some(
                 out.chunks(PAGE_SIZE)
                     .nth(slot.into())
@@ -34,14 +37,18 @@ fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Opti
 #[test]
 fn every_page_reads_as_it_was_written() {
     for inline_regions in [true, false] {
-        let snapshot = Sample::build(inline_regions).open().expect("open");
+        let snapshot = Sample::build(inline_regions)
+            .open()
+            .expect("cannot open the snapshot");
         let mut decoder = FrameDecoder::new();
         for page in 0..BLOCKS * 512 + 3 {
             assert!(
                 read_page(&snapshot, &mut decoder, page) == page_bytes(page),
                 "page {page}"
             );
-            let found = snapshot.look_up(page, Reason::Demand).expect("look up");
+            let found = snapshot
+                .look_up(page, Reason::Demand)
+                .expect("cannot look up the page");
             match content(page) {
                 None => assert_eq!(found, Page::Unused, "page {page}"),
                 Some(Content::Unavailable) => assert_eq!(found, Page::Unavailable, "page {page}"),
@@ -58,8 +65,8 @@ fn every_page_reads_as_it_was_written() {
 }
 
 #[test]
-fn all_that_is_in_the_file_can_be_asked_for() {
-    let snapshot = Sample::new().open().expect("open");
+fn everything_in_the_file_can_be_queried() {
+    let snapshot = Sample::new().open().expect("cannot open the snapshot");
     assert_eq!(
         snapshot.id().to_string(),
         "30313233343536373839616263646566"
@@ -96,12 +103,14 @@ fn all_that_is_in_the_file_can_be_asked_for() {
         })
     ));
 
-    let runs = snapshot.fill_runs().expect("fill runs");
+    let runs = snapshot.fill_runs().expect("cannot read the fill runs");
     assert_eq!(
         (runs.len(), runs[0].first_page, runs[0].pages),
         (3, 1024, 512)
     );
-    let dictionaries = snapshot.dictionaries().expect("dictionaries");
+    let dictionaries = snapshot
+        .dictionaries()
+        .expect("cannot read the dictionaries");
     assert_eq!(dictionaries[0].number, DICTIONARY);
     let names: Vec<_> = snapshot
         .working_sets()
@@ -113,7 +122,7 @@ fn all_that_is_in_the_file_can_be_asked_for() {
     let boot = snapshot.working_set("boot").expect("boot");
     assert_eq!((boot.len(), boot[0].first_page, boot[1].pages), (2, 512, 4));
     assert_eq!(snapshot.working_set("idle").expect("idle"), []);
-    let properties = snapshot.properties().expect("properties");
+    let properties = snapshot.properties().expect("cannot read the properties");
     assert_eq!(properties[1], ("writer".to_owned(), "test".to_owned()));
 
     let mut state = Vec::new();
@@ -130,16 +139,19 @@ fn all_that_is_in_the_file_can_be_asked_for() {
 }
 
 #[test]
-fn a_frame_lists_its_pages() {
-    let snapshot = Sample::new().open().expect("open");
-    let Page::Stored { frame, .. } = snapshot.look_up(515, Reason::Demand).expect("look up") else {
+fn frame_lists_its_pages() {
+    let snapshot = Sample::new().open().expect("cannot open the snapshot");
+    let Page::Stored { frame, .. } = snapshot
+        .look_up(515, Reason::Demand)
+        .expect("cannot look up the page")
+    else {
         panic!("page 515 is stored");
     };
     let mut decoder = FrameDecoder::new();
     let mut out = vec![0; frame.decoded_len()];
     let listed = decoder
         .decode(&snapshot, &frame, Reason::Demand, &mut out)
-        .expect("decode");
+        .expect("cannot decode");
     let run = |first_page, slot| ListedRun {
         first_page,
         slot,
@@ -158,17 +170,19 @@ fn a_frame_lists_its_pages() {
 }
 
 #[test]
-fn opening_takes_one_read_and_a_look_up_one() {
+fn opening_and_look_up_take_one_read_each() {
     for inline_regions in [true, false] {
         let store = Arc::new(Counting::new(Sample::build(inline_regions).bytes));
-        let snapshot = Snapshot::open(store.clone()).expect("open");
+        let snapshot = Snapshot::open(store.clone()).expect("cannot open the snapshot");
         let (reads, bytes) = store.take(Reason::Open);
         assert_eq!((reads, bytes), (1, TAIL_BYTES as u64));
         assert_eq!(snapshot.regions().len(), 3);
         assert_eq!(store.take(Reason::Open), (0, 0));
 
         for page in 0..snapshot.page_slots() {
-            snapshot.look_up(page, Reason::Demand).expect("look up");
+            snapshot
+                .look_up(page, Reason::Demand)
+                .expect("cannot look up the page");
         }
         let (reads, bytes) = store.take(Reason::Demand);
         assert_eq!(
@@ -178,20 +192,22 @@ fn opening_takes_one_read_and_a_look_up_one() {
         assert!(bytes <= 3 * (16 << 10));
         assert_eq!(store.take(Reason::Open), (0, 0));
 
-        snapshot.prepare().expect("prepare");
+        snapshot.prepare().expect("cannot read the dictionaries");
         assert_eq!(
             store.take(Reason::Open).0,
             2,
             "the table of dictionaries and the dictionary"
         );
-        let Page::Stored { frame, .. } = snapshot.look_up(512, Reason::Prefetch).expect("look up")
+        let Page::Stored { frame, .. } = snapshot
+            .look_up(512, Reason::Prefetch)
+            .expect("cannot look up the page")
         else {
             panic!("page 512 is stored");
         };
         let mut out = vec![0; frame.decoded_len()];
         FrameDecoder::new()
             .decode(&snapshot, &frame, Reason::Prefetch, &mut out)
-            .expect("decode");
+            .expect("cannot decode");
         assert_eq!(
             store.take(Reason::Prefetch),
             (1, u64::from(frame.stored_len()))
@@ -201,13 +217,15 @@ fn opening_takes_one_read_and_a_look_up_one() {
 }
 
 #[test]
-fn the_index_cache_has_a_bound_and_look_ups_work_without_it() {
+fn index_cache_has_a_bound_and_look_ups_work_without_it() {
     let store = Arc::new(Counting::new(Sample::new().bytes));
     let options = snapshot_format::SnapshotOptions::default().index_cache_bytes(0);
-    let snapshot = Snapshot::open_with(store.clone(), &options).expect("open");
+    let snapshot = Snapshot::open_with(store.clone(), &options).expect("cannot open the snapshot");
     for _ in 0..10 {
         assert_eq!(
-            snapshot.look_up(25, Reason::Demand).expect("look up"),
+            snapshot
+                .look_up(25, Reason::Demand)
+                .expect("cannot look up the page"),
             Page::Fill(CC)
         );
     }

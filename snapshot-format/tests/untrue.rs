@@ -19,7 +19,7 @@ use snapshot_format::{
 
 /// Fields that only the verifier checks: each value is possible, but not true.
 #[test]
-fn what_is_possible_but_not_true() {
+fn consistent_but_false_fields_are_reported() {
     let sample = Sample::new();
     let summary = sample.trailer() + offset_of!(RawTrailer, summary);
     let index = sample.blocks[0].1.start;
@@ -78,7 +78,8 @@ fn what_is_possible_but_not_true() {
         wrong.put(case.at, &case.bytes);
         assert!(wrong.bytes != sample.bytes, "{}", case.error);
         wrong.seal();
-        let report = verify(wrong.store(), VerifyOptions::default().threads(1)).expect("verify");
+        let report = verify(wrong.store(), VerifyOptions::default().threads(1))
+            .expect("cannot verify the snapshot");
         assert!(
             report
                 .problems
@@ -92,7 +93,7 @@ fn what_is_possible_but_not_true() {
 }
 
 #[test]
-fn an_index_block_may_not_name_a_frame_twice() {
+fn index_block_may_not_name_a_frame_twice() {
     let mut sample = Sample::new();
     let frames = sample.blocks[1].1.start + size_of::<RawIndexHeader>();
     let first = sample.bytes[frames..frames + size_of::<RawFrameRef>()].to_vec();
@@ -103,20 +104,22 @@ fn an_index_block_may_not_name_a_frame_twice() {
         }
     }
     sample.seal();
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
     assert!(details.contains(&"names a frame twice"), "{details:?}");
     assert!(details.contains(&"block 1 has another digest than is recorded"));
 }
 
 #[test]
-fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
+fn frame_may_not_store_fills_or_more_than_one_zstd_frame() {
     let mut sample = Sample::new();
     let payload =
         sample.frames[0].start + size_of::<RawFrameHeader>() + 2 * size_of::<RawPageRun>();
     sample.bytes[payload..payload + 4096].fill(0x11);
     sample.seal();
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     assert!(
         report
             .problems
@@ -133,7 +136,8 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
         ]
         .concat()
     });
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     let details: Vec<_> = report.problems.iter().map(|p| p.detail.as_str()).collect();
     assert_eq!(
         details, ["cannot be decoded: not exactly one zstd frame"; 2],
@@ -143,17 +147,17 @@ fn a_frame_may_not_store_fills_or_more_than_one_zstd_frame() {
 
 /// Each of 4100 index blocks is damaged in its own way: 1000 are listed, the rest are counted.
 #[test]
-fn the_list_of_problems_is_bounded() {
+fn list_of_problems_is_bounded() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
     writer
         .begin_region(&RegionSpec::default())
-        .expect("begin_region");
+        .expect("cannot begin a region");
     let blocks = 4100;
     for block in 0..blocks {
         writer.write_fill(511, 0).expect("a fill");
         writer.write_fill(1, block + 1).expect("another fill");
     }
-    let (mut bytes, _) = writer.finish().expect("finish");
+    let (mut bytes, _) = writer.finish().expect("cannot finish the snapshot");
     // Nothing is stored but the index blocks, right behind the header.
     let summary = bytes.len() - TRAILER_BYTES + offset_of!(RawTrailer, summary);
     let index_bytes = summary + offset_of!(RawSummary, index_bytes);
@@ -164,7 +168,7 @@ fn the_list_of_problems_is_bounded() {
         Arc::new(MemoryStore::new(bytes)),
         VerifyOptions::default().threads(2),
     )
-    .expect("verify");
+    .expect("cannot verify the snapshot");
     assert_eq!(report.problems.len(), MAX_PROBLEMS);
     assert_eq!(report.more_problems, blocks - MAX_PROBLEMS as u64);
     assert!(report.problems.iter().all(|p| p.what == "index block"));
@@ -176,7 +180,8 @@ fn bad_frames_are_all_reported() {
     for frame in sample.frames.clone() {
         sample.bytes[frame.start..frame.end].fill(7);
     }
-    let report = verify(sample.store(), VerifyOptions::default()).expect("verify");
+    let report =
+        verify(sample.store(), VerifyOptions::default()).expect("cannot verify the snapshot");
     assert_eq!(
         report.problems.iter().filter(|p| p.what == "frame").count(),
         4

@@ -16,11 +16,11 @@ use snapshot_format::{
 };
 
 fn report(sample: &Sample) -> Report {
-    verify(sample.store(), VerifyOptions::default().threads(2)).expect("verify")
+    verify(sample.store(), VerifyOptions::default().threads(2)).expect("cannot verify the snapshot")
 }
 
 #[test]
-fn a_good_file_has_no_problem() {
+fn good_file_has_no_problems() {
     for inline_regions in [true, false] {
         let sample = Sample::build(inline_regions);
         let report = report(&sample);
@@ -32,14 +32,14 @@ fn a_good_file_has_no_problem() {
 }
 
 #[test]
-fn progress_is_told_and_can_cancel() {
+fn progress_callback_can_cancel() {
     let mut last = (0, 0);
     let options = VerifyOptions::default().progress(|progress| {
         assert!(progress.pages_done >= last.0);
         last = (progress.pages_done, progress.pages);
         ControlFlow::Continue(())
     });
-    verify(Sample::new().store(), options).expect("verify");
+    verify(Sample::new().store(), options).expect("cannot verify the snapshot");
     assert_eq!(last, (1525, 1525));
 
     let options = VerifyOptions::default().progress(|_| ControlFlow::Break(()));
@@ -73,7 +73,7 @@ impl Store for Failing {
 }
 
 #[test]
-fn a_store_that_fails_is_no_verdict_on_the_file() {
+fn failing_store_is_not_damage() {
     let sample = Sample::new();
     for (what, at) in [
         ("header", 0),
@@ -107,14 +107,15 @@ fn verifying_can_be_cancelled_within_an_attachment() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
     writer
         .attach("long", &mut &vec![7; 10 << 20][..])
-        .expect("attach");
-    let (bytes, _) = writer.finish().expect("finish");
+        .expect("cannot add the attachment");
+    let (bytes, _) = writer.finish().expect("cannot finish the snapshot");
     let mut calls = 0;
     let options = VerifyOptions::default().progress(|_| {
         calls += 1;
         ControlFlow::Continue(())
     });
-    let report = verify(Arc::new(MemoryStore::new(bytes)), options).expect("verify");
+    let report =
+        verify(Arc::new(MemoryStore::new(bytes)), options).expect("cannot verify the snapshot");
     assert!(report.ok());
     assert!(calls > 100, "{calls} calls for 160 pieces of 64 KiB");
 }
@@ -146,17 +147,17 @@ impl Store for Counting {
 /// Regression: a frame that pages all over the snapshot share was decoded once for every 2 GiB of
 /// them.
 #[test]
-fn a_frame_that_all_share_is_decoded_twice_at_most() {
+fn shared_frame_is_decoded_at_most_twice() {
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).expect("writer");
     writer
         .begin_region(&RegionSpec::default())
-        .expect("begin_region");
+        .expect("cannot begin a region");
     let windows = 8;
     for _ in 0..windows {
         writer.write_pages(&common::pattern(1)).expect("a page");
         writer.write_fill((2 << 30) / 4096 - 1, 0).expect("a fill");
     }
-    let (mut bytes, written) = writer.finish().expect("finish");
+    let (mut bytes, written) = writer.finish().expect("cannot finish the snapshot");
     assert_eq!(
         (written.summary.frames, written.summary.stored_pages),
         (1, 1)
@@ -167,12 +168,17 @@ fn a_frame_that_all_share_is_decoded_twice_at_most() {
             at: frame.offset(),
             reads: AtomicU64::new(0),
         });
-        let report = verify(store.clone(), VerifyOptions::default()).expect("verify");
+        let report =
+            verify(store.clone(), VerifyOptions::default()).expect("cannot verify the snapshot");
         assert_eq!(report.frames_checked, 1);
         (report, store.reads.load(Ordering::Relaxed))
     };
-    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.clone()))).expect("opens");
-    let Page::Stored { frame, .. } = snapshot.look_up(0, Reason::Verify).expect("look_up") else {
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes.clone())))
+        .expect("cannot open the snapshot");
+    let Page::Stored { frame, .. } = snapshot
+        .look_up(0, Reason::Verify)
+        .expect("cannot look up the page")
+    else {
         panic!("page 0 is stored");
     };
     let (report, reads) = count(&bytes, frame);

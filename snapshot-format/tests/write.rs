@@ -44,7 +44,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn reads_back_what_was_written(
+    fn snapshot_returns_what_was_written(
         image in model::images(),
         pieces in prop::collection::vec(1usize..1300, 1..5),
         frame_pages in prop::sample::select(vec![1usize, 2, 3, 7, 32, 100, 512]),
@@ -59,7 +59,7 @@ proptest! {
     /// The file depends on the content alone, not on the number of threads or on how the input is
     /// split.
     #[test]
-    fn the_same_input_gives_the_same_bytes(
+    fn same_input_gives_the_same_bytes(
         image in model::images(),
         pieces in prop::collection::vec(1usize..700, 1..4),
         frame_pages in 1usize..40,
@@ -75,7 +75,7 @@ proptest! {
 }
 
 #[test]
-fn the_same_content_is_stored_once() {
+fn same_content_is_stored_once() {
     let mut writer = writer(options());
     for _ in 0..40 {
         writer.write_pages(&data(0, 100)).unwrap();
@@ -91,7 +91,7 @@ fn the_same_content_is_stored_once() {
 }
 
 #[test]
-fn a_list_names_no_slot_more_than_four_times() {
+fn list_names_no_slot_more_than_four_times() {
     let mut writer = writer(options());
     // 31 pages don't fill a frame, so all pages that share them come while it is open.
     for _ in 0..100 {
@@ -115,7 +115,7 @@ fn a_list_names_no_slot_more_than_four_times() {
 }
 
 #[test]
-fn index_blocks_do_not_wait_for_ever() {
+fn frames_are_sealed_early_for_index_blocks() {
     // Each block adds one page to the open frame, which would be full after 512 blocks.
     let (mut writer, shared) = (
         Writer::new(
@@ -139,7 +139,7 @@ fn index_blocks_do_not_wait_for_ever() {
 }
 
 #[test]
-fn a_trained_dictionary_is_used_where_it_pays() {
+fn trained_dictionary_is_used_where_it_pays() {
     // Small frames of pages that look alike.
     let template = data_page(7);
     let page = |n: u64| {
@@ -188,7 +188,7 @@ fn a_trained_dictionary_is_used_where_it_pays() {
 }
 
 #[test]
-fn a_dictionary_that_does_not_pay_is_left_out() {
+fn dictionary_that_does_not_pay_is_left_out() {
     let noise: Vec<u8> = (0..2000).flat_map(model::noise_page).collect();
     assert!(snapshot_format::dictionary::train(&noise, 32, 3, 1 << 40).is_none());
     let text = data(0, 1000);
@@ -245,7 +245,7 @@ fn blobs_and_properties_come_back() {
 }
 
 #[test]
-fn a_pipe_will_do() {
+fn snapshot_can_be_written_to_a_pipe() {
     let (mut reader, sink) = io::pipe().unwrap();
     let received = std::thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -296,7 +296,7 @@ fn write_all(mut writer: Writer<Failing>) -> Result<Written, WriteError> {
 }
 
 #[test]
-fn an_output_that_fails_stops_the_writer() {
+fn failing_output_stops_the_writer() {
     let whole = write_all(Writer::new(Failing(usize::MAX), options()).unwrap())
         .unwrap()
         .file_bytes;
@@ -321,7 +321,7 @@ fn an_output_that_fails_stops_the_writer() {
 }
 
 #[test]
-fn a_file_whose_writing_fails_leaves_nothing() {
+fn failed_write_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("snapshot");
     let file = snapshot_format::SnapshotFile::create(&target, false).unwrap();
@@ -335,7 +335,7 @@ fn a_file_whose_writing_fails_leaves_nothing() {
 }
 
 #[test]
-fn the_callback_sees_progress_and_cancels() {
+fn progress_callback_can_cancel_writing() {
     let mut writer = writer(options());
     let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
     let record = Arc::clone(&seen);
@@ -439,8 +439,8 @@ fn wrong_arguments_are_refused() {
 
 /// A reader with the default options opens whatever the writer has written.
 #[test]
-fn memory_whose_top_table_readers_refuse_is_refused_at_once() {
-    let blocks = SnapshotOptions::default().most_top_bytes / size_of::<RawTopEntry>() as u64;
+fn memory_beyond_the_top_table_limit_is_refused() {
+    let blocks = SnapshotOptions::default().max_top_bytes / size_of::<RawTopEntry>() as u64;
     let mut writer = Writer::new(io::sink(), WriterOptions::default()).unwrap();
     writer.begin_region(&RegionSpec::default()).unwrap();
     writer.write_fill(1, 0).unwrap();
@@ -452,13 +452,13 @@ fn memory_whose_top_table_readers_refuse_is_refused_at_once() {
         panic!("{error}");
     };
     assert_eq!((bytes, limit), ((blocks + 1) * 24, 256 << 20));
-    for says in ["21.3 TiB", "most_top_bytes", "in parts"] {
+    for says in ["21.3 TiB", "max_top_bytes", "in parts"] {
         assert!(error.to_string().contains(says), "{error}");
     }
 }
 
 #[test]
-fn what_passes_a_limit_is_refused() {
+fn input_beyond_a_limit_is_refused() {
     let limit: [(&str, Call); 8] = [
         ("pages", |w| w.write_fill(1 << 36, 0)),
         ("long name", |w| {
@@ -555,7 +555,7 @@ fn wrong_options_are_refused() {
 }
 
 #[test]
-fn nothing_at_all_is_a_snapshot_too() {
+fn empty_snapshot_is_valid() {
     let (bytes, written) = Writer::new(Vec::new(), options())
         .unwrap()
         .finish()
@@ -577,7 +577,7 @@ fn nothing_at_all_is_a_snapshot_too() {
 }
 
 #[test]
-fn a_terabyte_of_zeros_is_nothing() {
+fn terabyte_of_zeros_is_a_tiny_file() {
     let image = Image::one_region(vec![
         (Given::Fill(0), 1 << 27),
         (Given::Data(1), 1),
@@ -629,7 +629,7 @@ fn stored(level: i32, pages: &[u8]) -> (Vec<Codec>, u64) {
 }
 
 #[test]
-fn what_does_not_compress_is_stored_as_it_is() {
+fn incompressible_frames_are_stored_raw() {
     let noise: Vec<u8> = (0..64).flat_map(noise_page).collect();
     let (codecs, bytes) = stored(3, &noise);
     assert_eq!(codecs, [Codec::Raw, Codec::Raw]);
@@ -639,7 +639,7 @@ fn what_does_not_compress_is_stored_as_it_is() {
 }
 
 #[test]
-fn a_higher_level_compresses_more() {
+fn higher_level_compresses_more() {
     let pages = data(0, 64);
     let (_, fast) = stored(1, &pages);
     let (_, small) = stored(19, &pages);

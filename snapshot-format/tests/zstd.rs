@@ -12,7 +12,7 @@ use snapshot_format::{
     VerifyOptions, Writer, WriterOptions, dictionary, verify,
 };
 use zerocopy::FromBytes;
-use zstd_safe::{CCtx, CParameter};
+use zstd::zstd_safe::{self, CCtx, CParameter};
 
 /// Single segment: the window is as large as the content.
 const SINGLE_SEGMENT: u8 = 1 << 5;
@@ -22,7 +22,10 @@ const DICTIONARY_ID: u8 = 3;
 const SKIPPABLE: &[u8] = b"\x50\x2a\x4d\x18\x01\x00\x00\x00!";
 
 fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
-    match snapshot.look_up(page, Reason::Demand).expect("look_up") {
+    match snapshot
+        .look_up(page, Reason::Demand)
+        .expect("cannot look up the page")
+    {
         Page::Stored { frame, .. } => frame,
         other => panic!("page {page} is {other:?}"),
     }
@@ -32,7 +35,7 @@ fn frame_of_page(snapshot: &Snapshot, page: u64) -> FrameRef {
 /// finds.
 fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
     let sample = Sample::build_with(true, pack);
-    let snapshot = sample.open().expect("opens");
+    let snapshot = sample.open().expect("cannot open the snapshot");
     let frame = frame_of_page(&snapshot, 4);
     let mut out = vec![0; frame.decoded_len()];
     let decoded = FrameDecoder::new()
@@ -63,7 +66,8 @@ fn outcome(pack: Pack<'_>) -> (Result<(), String>, Vec<String>) {
         decoded.is_ok(),
         snapshot.look_up(1536, Reason::Demand).is_ok()
     );
-    let report = verify(sample.store(), VerifyOptions::default().threads(1)).expect("verify");
+    let report = verify(sample.store(), VerifyOptions::default().threads(1))
+        .expect("cannot verify the snapshot");
     let problems = report.problems.into_iter().map(|p| p.detail).collect();
     (decoded, problems)
 }
@@ -73,7 +77,9 @@ fn with(parameter: CParameter) -> impl Fn(&[u8]) -> Vec<u8> {
         let mut context = CCtx::create();
         context.set_parameter(parameter).expect("a parameter");
         let mut out = vec![0; zstd_safe::compress_bound(raw.len())];
-        let len = context.compress2(&mut out[..], raw).expect("compress");
+        let len = context
+            .compress2(&mut out[..], raw)
+            .expect("cannot compress");
         out.truncate(len);
         out
     }
@@ -87,7 +93,7 @@ fn windowed(raw: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn frames_that_readers_must_take() {
+fn unusual_valid_zstd_frames_are_accepted() {
     let window = |log: u8| {
         move |raw: &[u8]| {
             let mut frame = windowed(raw);
@@ -109,7 +115,7 @@ fn frames_that_readers_must_take() {
 }
 
 #[test]
-fn frames_that_readers_must_refuse() {
+fn invalid_zstd_frames_are_refused() {
     let all: [(&str, Pack<'_>); 9] = [
         ("a wrong checksum", &|raw| {
             let mut frame = with(CParameter::ChecksumFlag(true))(raw);
@@ -175,15 +181,15 @@ fn pack(
     let mut writer = Writer::new(Vec::new(), options).expect("writer");
     writer
         .begin_region(&RegionSpec::default())
-        .expect("begin_region");
+        .expect("cannot begin a region");
     for page in pages {
         writer.write_pages(&page).expect("pages");
     }
-    writer.finish().expect("finish").0
+    writer.finish().expect("cannot finish the snapshot").0
 }
 
 fn open(bytes: Vec<u8>) -> Snapshot {
-    Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("opens")
+    Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("cannot open the snapshot")
 }
 
 /// Returns the frame header descriptor of the first frame, and its codec.
@@ -215,7 +221,7 @@ fn text_page(page: u64) -> Vec<u8> {
 }
 
 #[test]
-fn frames_are_decoded_as_far_as_they_are_wanted() {
+fn frames_are_decoded_only_as_far_as_requested() {
     let dictionary = || Dictionary::Use(text_page(5000));
     for (frame_pages, dictionary) in [
         (16, Dictionary::Off),
@@ -232,12 +238,12 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
             let frame = frame_of_page(&snapshot, page);
             let listed = whole
                 .decode(&snapshot, &frame, Reason::Demand, &mut expected)
-                .expect("decodes");
+                .expect("cannot decode");
             let mut out = vec![0xaa; frame.decoded_len()];
             let wanted = u16::try_from(n * 7 % frame_pages + 1).expect("small");
             let (named, ready) = steps
                 .decode_first(&snapshot, &frame, Reason::Demand, wanted, &mut out)
-                .expect("decodes");
+                .expect("cannot decode");
             assert!(named.runs().eq(listed.runs()));
             assert!(ready >= wanted && ready <= frame.slots());
             let ready = usize::from(ready) * PAGE_SIZE;
@@ -249,13 +255,13 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
             }
             steps
                 .decode_rest(&snapshot, &frame, &mut out)
-                .expect("decodes");
+                .expect("cannot decode");
             assert!(out == expected);
             // A frame that wasn't begun is decoded from the start.
             let mut other = vec![0; out.len()];
             steps
                 .decode_rest(&snapshot, &frame, &mut other)
-                .expect("decodes");
+                .expect("cannot decode");
             assert!(other == expected);
         }
         let frames = 2048 / frame_pages;
@@ -264,7 +270,7 @@ fn frames_are_decoded_as_far_as_they_are_wanted() {
 }
 
 #[test]
-fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
+fn damaged_rest_keeps_the_pages_before_it() {
     // The payload is damaged before the record's checksum is computed.
     let sample = Sample::build_with(true, &|raw| {
         let mut frame = with(CParameter::MaxBlockSize(1024))(raw);
@@ -273,7 +279,7 @@ fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
         frame[len - 2] ^= 0xff;
         frame
     });
-    let snapshot = sample.open().expect("opens");
+    let snapshot = sample.open().expect("cannot open the snapshot");
     let frame = frame_of_page(&snapshot, 4);
     let mut steps = FrameDecoder::in_steps(&snapshot).expect("a decoder");
     let mut out = vec![0; frame.decoded_len()];
@@ -289,7 +295,7 @@ fn a_frame_whose_rest_is_damaged_gives_what_comes_before() {
 }
 
 #[test]
-fn what_the_writer_writes() {
+fn writer_emits_the_documented_zstd_frames() {
     for (level, frame_pages) in [(1, 1), (3, 32), (19, 512)] {
         let (plain, codec) = written(Dictionary::Off, level, frame_pages);
         assert_eq!(

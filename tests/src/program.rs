@@ -32,13 +32,13 @@ fn build() -> PathBuf {
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
-        .expect("cargo runs");
+        .expect("cannot run cargo");
     assert!(output.status.success(), "{what:?} can't be built");
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .expect("cargo says where the program lies")
+        .expect("cargo named no program")
 }
 
 /// Returns a `snaprestore` command with arguments and empty standard input.

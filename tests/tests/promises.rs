@@ -1,22 +1,61 @@
-//! The table of promises names tests that exist.
+//! Every claim of `docs/promises.md` names a test, and every test that it names exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Returns the places and test names of a table row: each `code` with a slash is a place, each
-/// other one a test at the last place.
-fn named(row: &str) -> Vec<(String, String)> {
-    let mut place = String::new();
-    let mut tests = Vec::new();
-    let cell = row.rsplit('|').nth(1).unwrap_or_default();
-    for code in cell.split('`').skip(1).step_by(2) {
-        if code.contains('/') {
-            code.clone_into(&mut place);
-        } else {
-            tests.push((place.clone(), code.to_owned()));
+/// A claim under a promise, and the tests behind it, each with its place.
+struct Claim {
+    text: String,
+    tests: Vec<(String, String)>,
+}
+
+/// Returns the claims under each promise: items of a list whose nested items name one test each.
+/// What a promise does not cover is no claim.
+fn promises(text: &str) -> Vec<Vec<Claim>> {
+    let chapters = text.split("\n## ").skip(1);
+    let covered = chapters.map(|chapter| chapter.split("\n### ").next().unwrap_or_default());
+    covered.map(claims).collect()
+}
+
+fn claims(chapter: &str) -> Vec<Claim> {
+    let mut claims: Vec<Claim> = Vec::new();
+    for item in items(chapter) {
+        match (item.strip_prefix("  - "), item.strip_prefix("- ")) {
+            (Some(test), _) => {
+                let claim = claims.last_mut().expect("a claim above its test");
+                claim.tests.push(place_and_name(test));
+            }
+            (None, Some(text)) => claims.push(Claim {
+                text: text.to_owned(),
+                tests: Vec::new(),
+            }),
+            (None, None) => panic!("neither a claim nor a test: {item}"),
         }
     }
-    tests
+    claims
+}
+
+/// Returns the items of all lists, each in one line with its indentation.
+fn items(chapter: &str) -> Vec<String> {
+    let mut items: Vec<String> = Vec::new();
+    for line in chapter.lines().skip(1) {
+        if line.trim_start().starts_with("- ") {
+            items.push(line.to_owned());
+        } else if line.starts_with(' ') {
+            let item = items.last_mut().expect("an item above its next line");
+            item.push(' ');
+            item.push_str(line.trim_start());
+        }
+    }
+    items
+}
+
+fn place_and_name(test: &str) -> (String, String) {
+    let codes: Vec<&str> = test.split('`').collect();
+    match codes[..] {
+        ["", place, " ", name, ""] if place.contains('/') => (place.to_owned(), name.to_owned()),
+        _ => panic!("not one place and one test: {test}"),
+    }
 }
 
 /// Returns the source files of a place: a file, all Rust files below a folder, or a file named
@@ -57,22 +96,21 @@ fn has_test(source: &Path, name: &str) -> bool {
 fn every_promise_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let text = fs::read_to_string(root.join("docs/promises.md")).unwrap();
-    let rows = text
-        .lines()
-        .filter(|line| line.starts_with("| ") && !line.starts_with("| ---"));
+    let promises = promises(&text);
+    assert_eq!(promises.len(), 7);
     let mut tests = 0;
-    for row in rows.filter(|row| *row != "| what | test |") {
-        let named = named(row);
-        assert!(!named.is_empty(), "no test in: {row}");
-        for (place, name) in named {
-            let found = sources(&root.join(&place))
-                .iter()
-                .any(|source| has_test(source, &name));
-            assert!(found, "{place} has no test {name}");
-            tests += 1;
+    for claims in promises {
+        assert!(!claims.is_empty(), "a promise without a claim");
+        for claim in claims {
+            assert!(!claim.tests.is_empty(), "no test of: {}", claim.text);
+            for (place, name) in claim.tests {
+                let found = sources(&root.join(&place))
+                    .iter()
+                    .any(|source| has_test(source, &name));
+                assert!(found, "{place} has no test {name}");
+                tests += 1;
+            }
         }
     }
-    let promises = text.lines().filter(|line| line.starts_with("## ")).count();
-    assert_eq!(promises, 7);
-    assert!(tests > 40, "{tests}");
+    assert!(tests > 250, "{tests}");
 }

@@ -43,7 +43,7 @@ fn time(snapshot: &Arc<Snapshot>, pages: &[u64], count: u64) -> Duration {
     while left > 0 {
         let restored = Restore::new(Arc::clone(snapshot))
             .start()
-            .expect("a restore");
+            .expect("cannot start the restore");
         let base = restored.regions()[0].as_ptr();
         let now = left.min(pages.len());
         let began = Instant::now();

@@ -11,13 +11,13 @@ use crate::pieces::{frames, memory, noise, snapshot, written};
 
 /// Measures opening a file that is in the page cache.
 pub(crate) fn open(criterion: &mut Criterion) {
-    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let mut file = tempfile::NamedTempFile::new().expect("cannot create a temporary file");
     file.write_all(&written(memory(), 32, Dictionary::Off))
         .expect("writing");
     let path = file.path().to_owned();
     assert!(fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0));
     criterion.bench_function("open", |bencher| {
-        bencher.iter(|| black_box(Snapshot::open_path(&path).expect("it opens")));
+        bencher.iter(|| black_box(Snapshot::open_path(&path).expect("cannot open the snapshot")));
     });
 }
 
@@ -94,13 +94,14 @@ pub(crate) fn decode(criterion: &mut Criterion) {
         for frame_kib in [4, 16, 64, 128, 256, 512] {
             let frame_pages = frame_kib / 4;
             let snapshot = snapshot(bytes, frame_pages, kind.clone());
-            snapshot.prepare().expect("dictionaries");
+            snapshot.prepare().expect("cannot read the dictionaries");
             let frames: Vec<FrameRef> = frames(&snapshot)
                 .into_iter()
                 .map(|(frame, _)| frame)
                 .filter(|frame| usize::from(frame.slots()) == frame_pages)
                 .collect();
-            let mut decoder = FrameDecoder::in_steps(&snapshot).expect("dictionaries");
+            let mut decoder =
+                FrameDecoder::in_steps(&snapshot).expect("cannot read the dictionaries");
             let mut out = vec![0; frame_pages * 4096];
             let mut next = 0;
             group.throughput(Throughput::Bytes(out.len() as u64));

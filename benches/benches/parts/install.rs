@@ -5,10 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use snaprestore_uffd::memory::{Mapping, MappingOptions, RawRegion, Scratch};
-use snaprestore_uffd::uffd::{
-    Features, Installed, Modes, MoveHoles, OpenOptions, Userfaultfd, Wake,
-};
+use snaprestore_uffd::memory::{Mapping, MappingOptions, RawRegion};
+use snaprestore_uffd::uffd::{Features, Installed, Modes, OpenOptions, Userfaultfd, Wake};
 
 /// Memory that is filled, emptied and filled again.
 const BYTES: u64 = 64 << 20;
@@ -38,24 +36,22 @@ impl Target {
         assert_eq!(result, 0, "emptying the memory");
     }
 
-    /// Measures `count` installs of `len` bytes each. Each time the memory is full it is emptied
-    /// and `before` is called, neither of which is timed.
+    /// Measures `count` installs of `len` bytes each. Each time the memory is full it is emptied,
+    /// which is not timed.
     fn time(
         &self,
         count: u64,
         len: u64,
-        mut before: impl FnMut(),
-        mut install: impl FnMut(&Userfaultfd, u64, u64) -> Installed,
+        mut install: impl FnMut(&Userfaultfd, u64) -> Installed,
     ) -> Duration {
         let mut total = Duration::ZERO;
         let mut left = count;
         while left > 0 {
             self.empty();
-            before();
             let now = left.min(BYTES / len);
             let began = Instant::now();
             for n in 0..now {
-                let done = install(&self.uffd, self.memory.address() + n * len, n * len);
+                let done = install(&self.uffd, self.memory.address() + n * len);
                 assert_eq!(done, Installed::Done);
             }
             total += began.elapsed();
@@ -65,7 +61,7 @@ impl Target {
     }
 }
 
-/// Measures COPY, ZEROPAGE and MOVE.
+/// Measures COPY and ZEROPAGE.
 pub(crate) fn install(criterion: &mut Criterion) {
     let Some(target) = Target::new() else {
         return;
@@ -78,48 +74,18 @@ pub(crate) fn install(criterion: &mut Criterion) {
         let size = format!("{kib} KiB");
         group.bench_function(BenchmarkId::new("COPY", &size), |bencher| {
             bencher.iter_custom(|count| {
-                target.time(
-                    count,
-                    len,
-                    || (),
-                    |uffd, at, _| uffd.copy(at, &bytes, Wake::Later).expect("COPY"),
-                )
+                target.time(count, len, |uffd, at| {
+                    uffd.copy(at, &bytes, Wake::Later).expect("COPY")
+                })
             });
         });
         group.bench_function(BenchmarkId::new("ZEROPAGE", &size), |bencher| {
             bencher.iter_custom(|count| {
-                target.time(
-                    count,
-                    len,
-                    || (),
-                    |uffd, at, _| uffd.zeropage(at, len, Wake::Later).expect("ZEROPAGE"),
-                )
+                target.time(count, len, |uffd, at| {
+                    uffd.zeropage(at, len, Wake::Later).expect("ZEROPAGE")
+                })
             });
         });
-        if !target.uffd.available().contains(Features::MOVE) {
-            continue;
-        }
-        let scratch = std::cell::RefCell::new(Scratch::new(BYTES).expect("memory"));
-        group.bench_function(
-            BenchmarkId::new("MOVE, without the writing", &size),
-            |bencher| {
-                bencher.iter_custom(|count| {
-                    let fill = || scratch.borrow_mut().bytes_mut().fill(0x5a);
-                    target.time(count, len, fill, |uffd, at, offset| {
-                        let mut scratch = scratch.borrow_mut();
-                        uffd.move_(
-                            at,
-                            &mut scratch,
-                            offset,
-                            len,
-                            MoveHoles::Refuse,
-                            Wake::Later,
-                        )
-                        .expect("MOVE")
-                    })
-                });
-            },
-        );
     }
     group.finish();
 }

@@ -37,7 +37,7 @@ pub(crate) fn snapshot(bytes: &[u8], frame_pages: usize, dictionary: Dictionary)
             frame_pages,
             dictionary,
         ))))
-        .expect("what was written opens"),
+        .expect("cannot open the snapshot"),
     )
 }
 

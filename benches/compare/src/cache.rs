@@ -20,7 +20,7 @@ pub(crate) fn warm(path: &Path) -> Result<(), BenchError> {
 /// Drops the file from the page cache: all caches if that is permitted, otherwise this file's
 /// pages, as far as the kernel follows the advice. Returns which.
 pub(crate) fn cool(path: &Path) -> Result<&'static str, BenchError> {
-    keep_own_code();
+    populate_own_code();
     let named = format!("{}: dropping it from the page cache", path.display());
     let file = File::open(path).map_err(BenchError::io(named))?;
     // SAFETY: the call is advice about an open file.
@@ -38,7 +38,7 @@ pub(crate) fn cool(path: &Path) -> Result<&'static str, BenchError> {
 
 /// Maps all pages of the program and its libraries. Mapped pages aren't dropped, and otherwise the
 /// time of a contender would include reading its code again.
-fn keep_own_code() {
+fn populate_own_code() {
     const MADV_POPULATE_READ: i32 = 22;
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for line in maps.lines() {

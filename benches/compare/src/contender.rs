@@ -312,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_reads_back_as_what_it_names() {
+    fn contender_name_round_trips() {
         for name in [
             "ours",
             "ours:prefetch=all",
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_contender_is_refused_with_what_would_be() {
+    fn unknown_contender_error_lists_the_known_ones() {
         for name in [
             "",
             "theirs",

@@ -1,4 +1,9 @@
-//! Measures restores side by side: snaprestore's, and those of common alternatives.
+//! Measures restores of memory side by side: those of snaprestore, and those of the common
+//! alternatives.
+//!
+//! A *workload* says which pages are touched, in which order and how. A *contender* is a way to
+//! restore memory: snaprestore, a mapped file, a decompressed file, a userfaultfd handler, a
+//! compressed file system.
 //!
 //! ```text
 //! workload (data) --> plan: the pages, in the order of touch
@@ -8,34 +13,60 @@
 //! rounds: every contender once, then all again, ...  --> spreads --> table, results, pictures
 //! ```
 //!
-//! | module | what |
+//! # Example
+//!
+//! ```
+//! use snaprestore_compare::contender::Contender;
+//! use snaprestore_compare::workload::{Access, Order, Workload};
+//!
+//! let workload: Workload = serde_json::from_str(
+//!     r#"{
+//!         "name": "random-reads",
+//!         "title": "random reads of everything",
+//!         "contenders": ["ours:prefetch=all,frame=64", "mmap"]
+//!     }"#,
+//! )?;
+//! workload.check()?;
+//! assert_eq!((workload.order, workload.access), (Order::Random, Access::Read));
+//! assert_eq!(workload.contenders[1], Contender::Mmap);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! `snaprestore bench` runs such a workload on one file, and the project's own `benches/` run many.
+//!
+//! # Where to start
+//!
+//! | module | contents |
 //! | --- | --- |
 //! | [`workload`] | what is touched and how; which page comes when |
-//! | [`contender`] | the ways to bring memory back, and their implementations |
-//! | [`touch`] | the loop that touches, the same for all |
-//! | [`usage`] | processor time, memory and disk reads of a process |
-//! | [`trial`] | one measurement in a process of its own |
-//! | `server` | the process that serves a trial's memory, where another one does |
+//! | [`contender`] | the ways to restore memory, and their implementations |
 //! | [`prepare`] | the files that the contenders need, made from the raw image |
+//! | [`trial`] | one measurement in a process of its own |
 //! | [`rounds`] | trials interleaved in rounds, and whether all of them read the same bytes |
+//! | [`touch`] | the loop that touches, the same for all |
 //! | [`create`] | writing snapshots, against writing a compressed file |
 //! | [`crowd`] | several VMs served at once, of which one storms |
-//! | [`limits`] | what decoding and installing cost by themselves |
-//! | [`stats`] | medians, quartiles, percentiles |
+//! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of parts |
 //! | [`machine`] | what was measured on |
-//! | [`report`] | results as a table |
+//! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of the parts |
+//!
+//! # How it measures
 //!
 //! A trial is a process because memory, processor time and page tables of the one before would
 //! otherwise be counted with it. The first round is for proof, not for time: every page that was
 //! touched is compared between the contenders, byte by byte through a checksum, and a difference
 //! ends the run.
+//!
+//! # Features
+//!
+//! The crate has no optional features.
 
 mod cache;
 pub mod contender;
 mod contenders;
 pub mod create;
 pub mod crowd;
-pub mod limits;
+mod limits;
 pub mod machine;
 pub mod plot;
 pub mod prepare;
@@ -47,7 +78,7 @@ pub mod targets;
 pub mod touch;
 pub mod trial;
 mod uffd;
-pub mod usage;
+mod usage;
 pub mod wide;
 pub mod workload;
 
@@ -115,7 +146,7 @@ impl BenchError {
 }
 
 /// Formats an error with all its causes in one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

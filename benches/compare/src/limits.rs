@@ -63,7 +63,7 @@ impl Contents {
 
 /// Returns one page of each frame of a snapshot: touching them in any order causes one fault per
 /// frame.
-pub fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
+pub(crate) fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
     Ok(Contents::of(path)?.first_pages)
 }
 

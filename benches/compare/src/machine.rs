@@ -129,14 +129,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn dates_follow_the_calendar() {
         assert_eq!(date(0), "1970-01-01T00:00:00Z");
         assert_eq!(date(951_827_696), "2000-02-29T12:34:56Z");
         assert_eq!(date(1_798_761_599), "2026-12-31T23:59:59Z");
     }
 
     #[test]
-    fn the_setting_is_the_word_in_brackets() {
+    fn active_setting_is_the_bracketed_word() {
         assert_eq!(selected("always [madvise] never\n"), "madvise");
         assert_eq!(selected(""), "");
     }

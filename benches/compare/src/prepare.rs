@@ -17,7 +17,7 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, get_error_name, zstd_sys};
+use zstd::zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, get_error_name, zstd_sys};
 
 use crate::contender::{Contender, SnapshotKind};
 use crate::{BenchError, limits};
@@ -53,29 +53,25 @@ impl Images {
         }
         let named = format!("{}: making the folder", folder.display());
         fs::create_dir_all(folder).map_err(BenchError::io(named))?;
-        Ok(Self {
-            raw: Some(raw),
+        Ok(Self::unprepared(Some(raw), bytes, folder, program))
+    }
+
+    fn unprepared(raw: Option<PathBuf>, bytes: u64, folder: &Path, program: &Path) -> Self {
+        Self {
+            raw,
             bytes,
             folder: folder.to_owned(),
             program: program.to_owned(),
             made: BTreeMap::new(),
             namespace: false,
             mounted: Vec::new(),
-        })
+        }
     }
 
     /// Creates the images for a snapshot of `bytes` of memory and nothing else: only snaprestore
     /// can restore it.
     pub fn of_snapshot(snapshot: &Path, bytes: u64, folder: &Path, program: &Path) -> Self {
-        let mut images = Self {
-            raw: None,
-            bytes,
-            folder: folder.to_owned(),
-            program: program.to_owned(),
-            made: BTreeMap::new(),
-            namespace: false,
-            mounted: Vec::new(),
-        };
+        let mut images = Self::unprepared(None, bytes, folder, program);
         images.use_snapshot(snapshot);
         images
     }
@@ -459,7 +455,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_of_snapshots_have_names_of_their_own() {
+    fn snapshot_kinds_have_distinct_names() {
         let kind = |frame_kib, level, no_dictionary| SnapshotKind {
             frame_kib,
             level,
@@ -484,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_solid_file_decompresses_to_its_source() {
+    fn solid_file_decompresses_to_its_source() {
         let folder = tempfile::tempdir().unwrap();
         let (raw, out) = (folder.path().join("raw"), folder.path().join("zst"));
         let bytes: Vec<u8> = (0..3_000_000_u32)
@@ -494,7 +490,7 @@ mod tests {
         compress(&raw, &out, bytes.len() as u64).unwrap();
         let stored = fs::read(&out).unwrap();
         let mut plain = vec![0; bytes.len()];
-        zstd_safe::decompress(&mut plain[..], &stored).unwrap();
+        zstd::zstd_safe::decompress(&mut plain[..], &stored).unwrap();
         assert!(stored.len() < bytes.len() && plain == bytes);
     }
 }

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_contender_that_reads_other_bytes_ends_the_run() {
+    fn contender_with_wrong_bytes_fails_the_run() {
         let good = [sample("a", 0, 7), sample("b", 0, 7), sample("b", 1, 9)];
         assert!(check(&workload(), 0, &good).is_ok());
         let bad = [sample("a", 0, 7), sample("b", 0, 8)];
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn the_round_for_proof_is_not_measured() {
+    fn proof_round_is_not_measured() {
         let samples = Samples {
             samples: vec![sample("a", 0, 1000), sample("a", 1, 3), sample("a", 2, 4)],
             absent: Vec::new(),
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn workloads_that_make_no_sense_are_refused() {
+    fn invalid_workloads_are_refused() {
         assert!(workload().check().is_ok());
         let changes: [fn(&mut Workload); 4] = [
             |w| w.share = 0.0,

@@ -20,7 +20,7 @@ use crate::contenders::outside::Outside;
 use crate::trial::Trial;
 
 /// Time allowed for it to listen, and to exit.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A serving process and its descendants.
 pub(crate) struct Server {
@@ -136,7 +136,7 @@ impl Server {
         let began = Instant::now();
         while !self.socket.exists() {
             let ended = self.child.try_wait().ok().flatten();
-            if ended.is_some() || began.elapsed() > PATIENCE {
+            if ended.is_some() || began.elapsed() > TIMEOUT {
                 return Err(BenchError::Trial {
                     what: format!("waiting for {} to listen", program.display()),
                     why: format!("{ended:?}: {}", text(&mut self.complained).trim()),
@@ -172,7 +172,7 @@ impl Server {
         unsafe { libc::kill(self.child.id().cast_signed(), libc::SIGTERM) };
         let began = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > TIMEOUT {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 return;

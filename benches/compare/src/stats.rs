@@ -1,6 +1,7 @@
 //! Medians with their spread, and percentiles.
 
 use serde::{Deserialize, Serialize};
+use snaprestore_engine::stats::nearest_rank;
 
 /// Median and range of some samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -36,7 +37,8 @@ impl Spread {
 }
 
 /// Returns the value below which `part` of the sorted values lie, interpolated linearly between two
-/// of them.
+/// of them: the few rounds of a benchmark are samples, and not all values of a distribution, whose
+/// percentiles [`Latencies`] has.
 fn at(sorted: &[f64], part: f64) -> f64 {
     let place = part * float(sorted.len().saturating_sub(1) as u64);
     let low = index(place.floor());
@@ -68,20 +70,20 @@ impl Latencies {
     /// Returns the percentiles of durations in nanoseconds.
     pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
         nanos.sort_unstable();
-        let micros = |part: f64| {
-            // The nearest rank: a duration that actually occurred.
-            let rank = index((float(nanos.len() as u64) * part).ceil()).max(1);
+        let count = nanos.len() as u64;
+        let micros = |permille: u16| {
+            let rank = usize::try_from(nearest_rank(count, permille)).ok()?;
             nanos.get(rank - 1).map(|nanos| float(*nanos) / 1e3)
         };
         Some(Self {
-            count: nanos.len() as u64,
-            p50: micros(0.5)?,
-            p90: micros(0.9)?,
-            p99: micros(0.99)?,
-            p999: micros(0.999)?,
-            max: micros(1.0)?,
+            count,
+            p50: micros(500)?,
+            p90: micros(900)?,
+            p99: micros(990)?,
+            p999: micros(999)?,
+            max: micros(1000)?,
             curve: (0..=100)
-                .filter_map(|percent| micros(f64::from(percent) / 100.0))
+                .filter_map(|percent| micros(percent * 10))
                 .collect(),
         })
     }
@@ -115,13 +117,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_no_spread() {
+    fn empty_samples_have_no_spread() {
         assert_eq!(Spread::of([]), None);
         assert_eq!(Latencies::of(Vec::new()), None);
     }
 
     #[test]
-    fn one_sample_is_everything() {
+    fn single_sample_is_the_whole_spread() {
         let spread = Spread::of([7.0]).unwrap();
         assert!(
             [spread.min, spread.q1, spread.median, spread.q3, spread.max]
@@ -132,14 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_samples_does_not_matter() {
+    fn sample_order_does_not_matter() {
         let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
         assert!(near(spread.median, 2.5) && near(spread.q1, 1.75) && near(spread.q3, 3.25));
         assert!(near(spread.min, 1.0) && near(spread.max, 4.0));
     }
 
     #[test]
-    fn percentiles_are_durations_that_occurred() {
+    fn percentiles_are_measured_durations() {
         let latencies = Latencies::of((1..=1000).map(|us| us * 1000).rev().collect()).unwrap();
         assert!(near(latencies.p50, 500.0) && near(latencies.p99, 990.0));
         assert!(near(latencies.p999, 999.0) && near(latencies.max, 1000.0));

@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_depends_on_bytes_and_places_but_not_on_order_or_threads() {
+    fn checksum_depends_on_bytes_and_places_only() {
         let mut bytes: Vec<u8> = (0..4 * 4096_u32)
             .map(|n| n.to_le_bytes()[0] ^ 0x5a)
             .collect();
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_are_found_and_what_lies_beside_them_is_summed() {
+    fn writes_are_checked_and_their_neighbours_summed() {
         let mut bytes = vec![2; 2 * 4096];
         let memory = memory(&mut bytes);
         let offsets = [7, 5000];

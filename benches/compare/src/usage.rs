@@ -15,7 +15,7 @@ use crate::BenchError;
 
 /// Processes whose processor time is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
+pub(crate) enum Who {
     /// All threads of this process.
     Own,
     /// Children that were waited for.
@@ -23,7 +23,7 @@ pub enum Who {
 }
 
 /// Returns the processor time in seconds, of user code and of the kernel on its behalf.
-pub fn cpu_seconds(who: Who) -> f64 {
+pub(crate) fn cpu_seconds(who: Who) -> f64 {
     let who = match who {
         Who::Own => libc::RUSAGE_SELF,
         Who::Children => libc::RUSAGE_CHILDREN,
@@ -41,7 +41,7 @@ pub fn cpu_seconds(who: Who) -> f64 {
 }
 
 /// Returns the processor time of another process in seconds; none if it no longer exists.
-pub fn cpu_seconds_of(pid: u32) -> f64 {
+pub(crate) fn cpu_seconds_of(pid: u32) -> f64 {
     let mut clock = 0;
     // SAFETY: `clock` is a live clockid_t that is filled.
     let found = unsafe { libc::clock_getcpuclockid(pid.cast_signed(), &raw mut clock) };
@@ -59,7 +59,7 @@ pub fn cpu_seconds_of(pid: u32) -> f64 {
 }
 
 /// Returns a process and its descendants.
-pub fn family(pid: u32) -> Vec<u32> {
+pub(crate) fn family(pid: u32) -> Vec<u32> {
     let mut family = vec![pid];
     let mut next = 0;
     while let Some(pid) = family.get(next) {
@@ -81,26 +81,26 @@ pub fn family(pid: u32) -> Vec<u32> {
 
 /// Memory of this process that it doesn't share with the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub(crate) struct Held {
     /// Anonymous and shared memory that is resident.
-    pub resident: u64,
+    pub(crate) resident: u64,
     /// Page tables.
-    pub tables: u64,
+    pub(crate) tables: u64,
 }
 
 impl Held {
     /// Returns the current use of this process.
-    pub fn now() -> Self {
+    pub(crate) fn now() -> Self {
         Self::parse(&fs::read_to_string("/proc/self/status").unwrap_or_default())
     }
 
     /// Returns the current use of another process.
-    pub fn of(pid: u32) -> Self {
+    pub(crate) fn of(pid: u32) -> Self {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }
 
     /// Returns the sum of both, in bytes.
-    pub fn bytes(self) -> u64 {
+    pub(crate) fn bytes(self) -> u64 {
         self.resident + self.tables
     }
 
@@ -121,7 +121,7 @@ fn kib(text: &str, name: &str) -> u64 {
 }
 
 /// Returns the number of bytes that this process has read from disk.
-pub fn disk_bytes() -> u64 {
+pub(crate) fn disk_bytes() -> u64 {
     let text = fs::read_to_string("/proc/self/io").unwrap_or_default();
     text.lines()
         .find_map(|line| line.strip_prefix("read_bytes: "))
@@ -131,7 +131,7 @@ pub fn disk_bytes() -> u64 {
 
 /// Returns the number of bytes read, by any process, from the disk that holds `path`: loop devices
 /// read in threads of the kernel.
-pub fn device_bytes(path: &Path) -> u64 {
+pub(crate) fn device_bytes(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let Ok(metadata) = fs::metadata(path) else {
         return 0;
@@ -152,7 +152,7 @@ pub fn device_bytes(path: &Path) -> u64 {
 
 /// Returns the processor time of the whole machine in seconds, with the kernel's resolution of 10
 /// ms.
-pub fn machine_cpu_seconds() -> f64 {
+pub(crate) fn machine_cpu_seconds() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let Some(line) = text.lines().next() else {
         return 0.0;
@@ -171,7 +171,7 @@ pub fn machine_cpu_seconds() -> f64 {
 
 /// Returns the anonymous memory of the mappings in `[start, start + len)`, and the size of the page
 /// tables for it.
-pub fn content(start: u64, len: u64) -> Result<Held, BenchError> {
+pub(crate) fn content(start: u64, len: u64) -> Result<Held, BenchError> {
     let maps = fs::read_to_string("/proc/self/smaps")
         .map_err(BenchError::io("reading /proc/self/smaps"))?;
     let resident = resident_in(&maps, start, start + len);
@@ -233,7 +233,7 @@ fn tables_in(start: u64, len: u64) -> Result<u64, BenchError> {
 }
 
 /// Records the peak memory of this process.
-pub struct Watcher {
+pub(crate) struct Watcher {
     over: Arc<AtomicBool>,
     most: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
@@ -241,7 +241,7 @@ pub struct Watcher {
 
 impl Watcher {
     /// Starts sampling, every 2 ms.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let most = Arc::new(AtomicU64::new(0));
         let (seen, stop) = (Arc::clone(&most), Arc::clone(&over));
@@ -262,7 +262,7 @@ impl Watcher {
     }
 
     /// Stops watching and returns the highest use that was seen, in bytes.
-    pub fn stop(mut self) -> u64 {
+    pub(crate) fn stop(mut self) -> u64 {
         self.over.store(true, Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_belongs_to_the_family_and_has_memory_and_time_of_its_own() {
+    fn child_process_is_counted_with_its_parent() {
         let mut child = std::process::Command::new("sh")
             .args(["-c", "sleep 60 & echo; while :; do :; done"])
             .stdout(std::process::Stdio::piped())
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn working_costs_processor_time() {
+    fn busy_loop_costs_processor_time() {
         let before = cpu_seconds(Who::Own);
         let mut sum = 0_u64;
         while cpu_seconds(Who::Own) - before < 0.01 {

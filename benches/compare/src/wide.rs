@@ -58,7 +58,7 @@ mod tests {
     use snapshot_format::Snapshot;
 
     #[test]
-    fn every_page_is_stored_once_however_often_it_occurs() {
+    fn duplicate_pages_are_stored_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("wide.snap");
         write(&path, 4096, 1024).unwrap();

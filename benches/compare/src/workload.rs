@@ -273,14 +273,14 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_names_an_order() {
+    fn same_seed_gives_the_same_order() {
         let plan = |seed| Plan::new(1000, Order::Random, seed, 1.0, None, None);
         assert_eq!(plan(1), plan(1));
         assert_ne!(plan(1), plan(2));
     }
 
     #[test]
-    fn a_share_is_the_start_of_the_order() {
+    fn share_takes_the_start_of_the_order() {
         let plan = |share, most| pages(&Plan::new(1000, Order::Random, 1, share, most, None));
         let whole = plan(1.0, None);
         assert_eq!(plan(0.25, None), whole[..250]);
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn every_workload_file_makes_sense() {
+    fn workload_files_are_valid() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../workloads");
         let mut count = 0;
         for entry in fs::read_dir(folder).unwrap() {
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_are_not_there_are_not_touched() {
+    fn pages_outside_the_image_are_not_touched() {
         let plan = Plan::new(10, Order::Trace, 1, 1.0, None, Some(vec![3, 10, 2, 99]));
         assert_eq!(pages(&plan), [3, 2]);
         assert!(

@@ -15,8 +15,8 @@ use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_uffd::os::receive;
 
 use crate::api::config::Service;
-use crate::api::summary::{Ending, VmSummary};
-use crate::api::types::{self, Upgraded};
+use crate::api::summary::VmSummary;
+use crate::api::types::{self, Upgraded, VmState};
 
 /// Maximum size of a message: the regions of a VM, at most a thousand.
 const MAX_MESSAGE_BYTES: usize = 160 << 10;
@@ -72,6 +72,9 @@ pub(crate) enum ToWorker {
         number: u64,
         /// The result; for an upgrade, the new program, for most other requests nothing.
         result: Result<Option<Upgraded>, String>,
+        /// Whether it failed because the file is not a usable snapshot.
+        #[serde(default)]
+        bad_snapshot: bool,
     },
     /// Reports a VM that ended while this worker was not serving it.
     VmEnded {
@@ -102,11 +105,11 @@ pub(crate) struct Facts {
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
     /// Counts of VMs that have ended, by service.
-    pub(crate) ended: BTreeMap<u64, Endings>,
+    pub(crate) ended: BTreeMap<u64, EndCounts>,
 }
 
-/// Counts of VMs by the way in which they ended.
-pub(crate) type Endings = BTreeMap<Ending, u64>;
+/// Counts of ended VMs by their final state.
+pub(crate) type EndCounts = BTreeMap<VmState, u64>;
 
 /// A request that a worker can't serve by itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]

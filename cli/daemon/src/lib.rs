@@ -32,56 +32,114 @@
 //!
 //! # Embedding
 //!
-//! The daemon runs its own program again for its other processes. So the program first asks whether
-//! it was started for such a [`Role`], before it starts a thread.
+//! A launcher that starts VMs can have the supervisor inside. It supplies three things:
+//!
+//! - [`Role`]: the daemon runs its own program again as worker and as guardian. So the program asks
+//!   first, before it starts a thread, whether it was started for such a role.
+//! - [`StopRequests`]: a descriptor and a count by which the daemon is asked to stop, such as a
+//!   pipe that a thread for signals writes to.
+//! - [`Console`]: where messages go. Without one they are logged through `tracing`.
 //!
 //! ```no_run
+//! use std::fmt::Display;
+//! use std::io::PipeReader;
+//! use std::os::fd::{AsFd, BorrowedFd};
 //! use std::process::ExitCode;
+//! use std::sync::Arc;
+//! use std::sync::atomic::{AtomicU32, Ordering};
 //!
-//! use snaprestore_daemon::{Options, Role, StopRequests, Supervisor, api::config::Config};
+//! use snaprestore_daemon::api::config::{MetricsAddress, Service};
+//! use snaprestore_daemon::{Console, Endpoint, Options, Role, StopRequests, Supervisor};
 //!
-//! fn serve(config: &str, stop: Box<dyn StopRequests>) -> anyhow::Result<ExitCode> {
+//! /// A pipe that another thread closes in order to stop the daemon, and the number of requests.
+//! struct Stop(PipeReader, Arc<AtomicU32>);
+//!
+//! impl AsFd for Stop {
+//!     fn as_fd(&self) -> BorrowedFd<'_> {
+//!         self.0.as_fd()
+//!     }
+//! }
+//!
+//! impl StopRequests for Stop {
+//!     fn count(&self) -> u32 {
+//!         self.1.load(Ordering::SeqCst)
+//!     }
+//! }
+//!
+//! struct Terminal;
+//!
+//! impl Console for Terminal {
+//!     fn info(&self, message: &dyn Display) {
+//!         eprintln!("{message}");
+//!     }
+//!
+//!     fn error(&self, message: &dyn Display) {
+//!         eprintln!("error: {message}");
+//!     }
+//! }
+//!
+//! fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
 //!     if let Some(role) = Role::of_this_process() {
-//!         return role.run();
+//!         return Ok(role.run()?);
 //!     }
-//!     let config = Config::load(config.as_ref())?;
-//!     let mut supervisor = Supervisor::new(Options::default(), None, stop)?;
-//!     for service in config.services {
-//!         supervisor.add(service)?;
-//!     }
+//!     let (reader, writer) = std::io::pipe()?;
+//!     let requests = Arc::new(AtomicU32::new(0));
+//!     let stop = Stop(reader, Arc::clone(&requests));
+//!     // Elsewhere: `requests.fetch_add(1, Ordering::SeqCst); drop(writer);`
+//!
+//!     let options = Options::default();
+//!     let mut supervisor = Supervisor::new(options, Some(Box::new(Terminal)), Box::new(stop))?;
+//!     supervisor.add(Service::new("web", "/srv/web.snap", "/run/web.socket"))?;
+//!     let metrics = MetricsAddress::Loopback(([127, 0, 0, 1], 9100).into());
+//!     supervisor.open(Endpoint::Metrics, &metrics)?;
 //!     let summary = supervisor.run()?;
-//!     println!("served {} VMs", summary.count);
+//! #   drop(writer);
+//!     println!("served {} VMs", summary.served);
 //!     Ok(ExitCode::SUCCESS)
 //! }
 //! ```
+//!
+//! `examples/launcher.rs` is a whole program, which the project's tests run. The supervisor
+//! occupies its thread until it has stopped; it takes no other thread of the program, but raises
+//! the limit of open files and, for the guardian, has children.
+//!
+//! # Features
+//!
+//! - `fail-points`: places where the project's own tests have the process killed. Off by default.
 //!
 //! # Where to start
 //!
 //! - [`Supervisor`]: starts the daemon, adds services, and runs it.
 //! - [`api::config`]: services and the configuration file; [`api::control`]: the control socket;
-//!   [`api::types`]: statistics and states.
-//! - In the source: `supervisor/mod.rs` has the event loop, `worker/mod.rs` serves VMs,
-//!   `fd_store/mod.rs` says who holds descriptors besides the supervisor, `ipc.rs` has the
-//!   messages.
+//!   [`api::types`]: statistics and states; [`api::summary`]: how VMs ended.
+//! - In the source: `supervisor/vm.rs` draws the states of a VM, `supervisor/event_loop.rs` has the
+//!   event loop, `policy.rs` the limits, `worker/mod.rs` serves VMs, `fd_store/mod.rs` says who
+//!   holds descriptors besides the supervisor, `ipc.rs` has the messages.
 
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod error;
 mod fd_store;
 mod ipc;
 pub mod log;
+mod policy;
 mod role;
+mod signals;
 mod supervisor;
 mod worker;
 
 pub use ipc::Endpoint;
-pub use role::Role;
-pub use supervisor::{Console, Options, RunSummary, StopRequests, Supervisor};
+pub use role::{Role, RoleError};
+pub use supervisor::{
+    AddServiceError, Console, ListenError, Options, RunError, StartError, StopRequests, Supervisor,
+};
+pub use worker::WorkerError;
 
 /// Parts that the project's own tests run in isolation; not part of the interface.
 #[doc(hidden)]
 pub mod parts {
     pub use crate::fd_store::systemd::{Inherited, take_inherited_fds};
-    pub use crate::fd_store::{FdStore, OWNER, StoreEvent, UFFD};
+    pub use crate::fd_store::{FdStore, OWNER, StoreError, StoreEvent, UFFD};
     pub use crate::worker::sandbox::{Account, Confined, Confinement, confine_worker};
 }

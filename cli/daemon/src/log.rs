@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::{LazyLock, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::ValueEnum;
 use indicatif::HumanCount;
@@ -22,11 +22,10 @@ use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::policy::{self, Counter};
+
 /// The variable that selects what is shown.
 const VARIABLE: &str = "SNAPRESTORE_LOG";
-/// Maximum number of events of one place that are shown per [`WINDOW`].
-const MAX_EVENTS: u32 = 10;
-const WINDOW: Duration = Duration::from_secs(1);
 
 /// How events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -171,9 +170,8 @@ struct Limiter {
 /// A place in the code that logs.
 struct Place {
     metadata: &'static Metadata<'static>,
-    /// Start of the current window.
-    since: Instant,
-    shown: u32,
+    /// The events of the current window that were shown.
+    shown: Counter,
     suppressed: u64,
 }
 
@@ -189,27 +187,22 @@ impl Limiter {
         let mut places = self.lock();
         let place = places.entry(metadata.callsite()).or_insert(Place {
             metadata,
-            since: now,
-            shown: 0,
+            shown: Counter::default(),
             suppressed: 0,
         });
-        if now.saturating_duration_since(place.since) >= WINDOW {
-            (place.since, place.shown) = (now, 0);
-        }
-        if place.shown < MAX_EVENTS {
-            place.shown += 1;
-            true
-        } else {
-            place.suppressed += 1;
-            false
-        }
+        let is_shown = place.shown.admit(&policy::LOG_EVENTS, now);
+        place.suppressed += u64::from(!is_shown);
+        is_shown
     }
 
     /// Returns the suppressed events of windows that are over, once.
     fn due(&self, now: Instant) -> Vec<Suppressed> {
         let mut places = self.lock();
         let over = |place: &&mut Place| {
-            place.suppressed > 0 && now.saturating_duration_since(place.since) >= WINDOW
+            let since = place.shown.since();
+            let is_over = since
+                .is_none_or(|since| now.saturating_duration_since(since) >= policy::LOG_WINDOW);
+            place.suppressed > 0 && is_over
         };
         let tell = |place: &mut Place| Suppressed {
             metadata: place.metadata,
@@ -264,6 +257,8 @@ mod tests {
     use std::sync::Arc;
     use tracing_subscriber::fmt::MakeWriter;
 
+    const MAX_EVENTS: u32 = 10;
+
     /// A writer that keeps the log.
     #[derive(Clone, Default)]
     struct Kept(Arc<Mutex<Vec<u8>>>);
@@ -307,7 +302,11 @@ mod tests {
     /// Moves the windows of all places a second into the past.
     fn let_time_pass(limiter: &Limiter) {
         for place in limiter.lock().values_mut() {
-            place.since -= WINDOW;
+            let since = place.shown.since().expect("the place has logged");
+            let earlier = since.checked_sub(policy::LOG_WINDOW);
+            place
+                .shown
+                .set_since(earlier.expect("the clock starts at 0"));
         }
     }
 
@@ -318,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_shows_some_events_and_then_how_many_it_did_not() {
+    fn place_that_logs_too_much_is_counted() {
         let (kept, limiter) = (Kept::default(), limiter());
         let subscriber = tracing_subscriber::fmt()
             .with_ansi(false)
@@ -334,7 +333,7 @@ mod tests {
             for number in 0..MAX_EVENTS + 25 {
                 log(number);
                 for place in limiter.lock().values_mut() {
-                    place.since = Instant::now();
+                    place.shown.set_since(Instant::now());
                 }
             }
             assert_eq!(
@@ -358,11 +357,11 @@ mod tests {
         );
         assert!(last.contains("number=99"), "{lines:?}");
         assert_eq!(lines.len(), MAX_EVENTS as usize + 3, "{lines:?}");
-        assert!(limiter.due(Instant::now() + WINDOW).is_empty());
+        assert!(limiter.due(Instant::now() + policy::LOG_WINDOW).is_empty());
     }
 
     #[test]
-    fn as_json_every_line_is_an_object() {
+    fn json_log_has_one_object_per_line() {
         let (kept, limiter) = (Kept::default(), limiter());
         let subscriber = tracing_subscriber::fmt()
             .json()
@@ -377,7 +376,7 @@ mod tests {
             for number in 0..=MAX_EVENTS {
                 log(number);
                 for place in limiter.lock().values_mut() {
-                    place.since = Instant::now();
+                    place.shown.set_since(Instant::now());
                 }
             }
             let_time_pass(limiter);

@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
 use clap::{Parser, Subcommand};
+use nix::errno::Errno;
 
 use crate::fd_store::guardian;
 use crate::log;
-use crate::worker::{self, WorkerOptions};
+use crate::signals::block_file_size_signal;
+use crate::worker::{self, WorkerError, WorkerOptions};
 
 /// The role in a daemon that a process was started for.
 #[derive(Debug)]
@@ -31,6 +32,18 @@ enum Hidden {
     },
 }
 
+/// Why a process could not play its role.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RoleError {
+    /// The signal for files that grow too large could not be blocked.
+    #[error("cannot block SIGXFSZ")]
+    Signals(#[source] Errno),
+    /// The worker failed.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+}
+
 impl Role {
     /// Returns the role that this process was started for, or `None` if no daemon started it.
     pub fn of_this_process() -> Option<Self> {
@@ -42,11 +55,17 @@ impl Role {
     ///
     /// The process must have no other thread yet, and must not have changed its handling of
     /// signals.
-    pub fn run(self) -> Result<ExitCode> {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the worker can't continue; the supervisor then starts another one.
+    pub fn run(self) -> Result<ExitCode, RoleError> {
+        // The mask is inherited from the supervisor, which another program may have started.
+        block_file_size_signal().map_err(RoleError::Signals)?;
         match self.0 {
             Hidden::Worker(options) => {
                 log::start(Some(options.log_format));
-                worker::run(&options)
+                Ok(worker::run(&options)?)
             }
             Hidden::Guardian { stay } => Ok(guardian::run(stay)),
         }

@@ -5,7 +5,6 @@ use std::fmt;
 use std::io::{Write as _, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use indicatif::BinaryBytes;
@@ -21,7 +20,6 @@ use snapshot_format::{OpenError, Snapshot};
 
 use crate::args;
 use crate::exit::{Exit, Refusal};
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
@@ -30,7 +28,7 @@ use crate::signals::Cancel;
 pub(crate) const TRIAL: &str = "bench-trial";
 
 #[derive(Serialize)]
-struct Report {
+struct BenchReport {
     file: String,
     machine: Machine,
     memory_bytes: u64,
@@ -43,7 +41,7 @@ struct Report {
     table: String,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Machine {
             cpu, cores, kernel, ..
@@ -76,7 +74,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     }
     let own = std::env::current_exe()
         .context("finding this program, which runs itself for each trial")?;
-    let snapshot = match Snapshot::open(Arc::new(input::store(&args.file)?)) {
+    let snapshot = match Snapshot::open_path(&args.file) {
         Ok(snapshot) => Some(snapshot),
         Err(OpenError::NotASnapshot { .. }) => None,
         Err(error) => return Err(error.into()),
@@ -113,7 +111,7 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
         let _ = write!(stderr(), "\r\x1b[K");
     }
     done?;
-    let report = Report {
+    let report = BenchReport {
         file: names::exact(&args.file),
         machine: Machine::describe(),
         memory_bytes: images.bytes(),

@@ -39,7 +39,7 @@ const MEMORY_BYTES: u64 = 192 << 20;
 
 /// Report about the written snapshot.
 #[derive(Serialize)]
-pub(crate) struct Report {
+pub(crate) struct CreateReport {
     #[serde(flatten)]
     pub(crate) facts: Facts,
     /// Ways in which the source may have been read differently than intended.
@@ -50,7 +50,7 @@ pub(crate) struct Report {
     pub(crate) elapsed_ms: u64,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for CreateReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
         for remark in &self.remarks {
@@ -101,13 +101,7 @@ fn check_memory() -> Result<()> {
 
 pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
-    let to_stdout = target::is_stdout(&args.output);
-    if to_stdout && output.json() {
-        return Err(Refusal::Usage(
-            "--json writes to standard output, and so does --output -; name a file".into(),
-        )
-        .into());
-    }
+    let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     let attached = args.attach.iter().map(|attachment| &attachment.path);
     let dictionary = match &args.dictionary {
         args::Dictionary::File(path) => Some(path),
@@ -150,7 +144,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
-    let report = Report {
+    let report = CreateReport {
         facts: facts(&written),
         remarks,
         held_ms,

@@ -17,9 +17,8 @@ use snapshot_format::{Region, Snapshot};
 
 use crate::args::{self, Unavailable};
 use crate::blocks::{BlockReader, Kind};
-use crate::exit::{Exit, Refusal};
+use crate::exit::Exit;
 use crate::facts::RegionFacts;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -30,10 +29,10 @@ use crate::target::{self, Target};
 const LISTED_REGIONS: usize = 8;
 
 /// Number of blocks that a thread takes at once: 32 MiB, so that few frames are decoded twice.
-const BLOCKS_AT_ONCE: u64 = 16;
+const BLOCKS_PER_BATCH: u64 = 16;
 
 #[derive(Serialize)]
-struct Report {
+struct ExtractReport {
     file: String,
     output: String,
     /// Length of the output.
@@ -52,7 +51,7 @@ struct Report {
     target: String,
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for ExtractReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
@@ -128,16 +127,10 @@ struct Written {
 
 pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
-    let to_stdout = target::is_stdout(&args.output);
-    if to_stdout && output.json() {
-        return Err(Refusal::Usage(
-            "--json writes to standard output, and so does --output -; name a file".into(),
-        )
-        .into());
-    }
+    let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     target::refuse_source(&args.output, &args.file)?;
-    let snapshot = input::open(&args.file)?;
-    let mut report = Report {
+    let snapshot = Snapshot::open_path(&args.file)?;
+    let mut report = ExtractReport {
         file: names::exact(&args.file),
         output: names::exact(&args.output),
         bytes: 0,
@@ -264,7 +257,7 @@ impl<'s> Plan<'s> {
         let threads = threads
             .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
             .unwrap_or(1)
-            .min(usize::try_from(self.blocks.div_ceil(BLOCKS_AT_ONCE))?);
+            .min(usize::try_from(self.blocks.div_ceil(BLOCKS_PER_BATCH))?);
         let next = AtomicU64::new(0);
         let failed = Mutex::new(None);
         std::thread::scope(|scope| {
@@ -272,8 +265,8 @@ impl<'s> Plan<'s> {
                 scope.spawn(|| {
                     let mut reader = BlockReader::new(self.snapshot);
                     loop {
-                        let from = next.fetch_add(BLOCKS_AT_ONCE, Ordering::Relaxed);
-                        let numbers = from..self.blocks.min(from.saturating_add(BLOCKS_AT_ONCE));
+                        let from = next.fetch_add(BLOCKS_PER_BATCH, Ordering::Relaxed);
+                        let numbers = from..self.blocks.min(from.saturating_add(BLOCKS_PER_BATCH));
                         if numbers.is_empty() {
                             return;
                         }

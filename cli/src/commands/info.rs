@@ -7,11 +7,11 @@ use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 use serde::Serialize;
+use snapshot_format::Snapshot;
 
 use crate::args;
 use crate::exit::Exit;
 use crate::facts::Facts;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 
@@ -19,7 +19,7 @@ use crate::output::{Output, count};
 const LISTED_REGIONS: usize = 200;
 
 #[derive(Serialize)]
-struct Report {
+struct InfoReport {
     file: String,
     #[serde(flatten)]
     facts: Facts,
@@ -49,10 +49,10 @@ struct Dictionary {
 }
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
-    let snapshot = input::open(&args.file)?;
-    let report = Report {
+    let snapshot = Snapshot::open_path(&args.file)?;
+    let report = InfoReport {
         file: names::exact(&args.file),
-        facts: Facts::of(&snapshot)?,
+        facts: Facts::of(&snapshot),
         properties: snapshot.properties()?.into_iter().collect(),
         attachments: snapshot
             .attachments()?
@@ -87,7 +87,7 @@ pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for InfoReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
         for dictionary in &self.dictionaries {

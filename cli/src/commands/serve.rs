@@ -1,34 +1,17 @@
 //! `snaprestore serve`: serves the memory of VMs that run in other processes.
 
-use std::fmt;
 use std::path::absolute;
 use std::time::Duration;
 
 use anyhow::Result;
-use indicatif::HumanCount;
-use serde::Serialize;
 use snaprestore_daemon::api::config::{Config, MetricsAddress};
-use snaprestore_daemon::api::summary::VmSummary;
 use snaprestore_daemon::log::LogFormat;
 use snaprestore_daemon::{Console, Endpoint, Options, Supervisor};
 
 use crate::args;
 use crate::exit::Exit;
-use crate::output::{Output, count};
+use crate::output::Output;
 use crate::signals::Cancel;
-
-/// Report of all VMs.
-#[derive(Serialize)]
-struct Report {
-    /// Number of VMs.
-    served: u64,
-    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
-    /// memory.
-    incomplete: u64,
-    /// Number of workers that replaced a dead one.
-    worker_restarts: u64,
-    vms: Vec<VmSummary>,
-}
 
 pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result<Exit> {
     let config = config(args)?;
@@ -54,14 +37,9 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
     for service in config.services {
         supervisor.add(service)?;
     }
-    let ended = supervisor.run()?;
-    output.report(&Report {
-        served: ended.count,
-        incomplete: ended.incomplete,
-        worker_restarts: ended.worker_restarts,
-        vms: ended.vms,
-    })?;
-    Ok(match ended.incomplete {
+    let summary = supervisor.run()?;
+    output.report(&summary)?;
+    Ok(match summary.incomplete {
         0 => Exit::Done,
         _ => Exit::Failed,
     })
@@ -87,15 +65,4 @@ fn config(args: &args::Serve) -> Result<Config> {
     }
     config.check()?;
     Ok(config)
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "served {}", count(self.served, "VM"))?;
-        if self.incomplete > 0 {
-            let killed = HumanCount(self.incomplete);
-            write!(f, "; {killed} killed before their memory was complete")?;
-        }
-        writeln!(f)
-    }
 }

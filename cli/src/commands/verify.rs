@@ -9,11 +9,10 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{VerifyError, VerifyOptions};
+use snapshot_format::{FileStore, OpenError, VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
-use crate::input;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -23,7 +22,7 @@ use crate::signals::Cancel;
 const LISTED_PROBLEMS: usize = 20;
 
 #[derive(Serialize)]
-pub(crate) struct Report {
+pub(crate) struct VerifyReport {
     file: String,
     pub(crate) ok: bool,
     pub(crate) frames_checked: u64,
@@ -53,10 +52,13 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 }
 
 /// Verifies a snapshot and returns a report.
-pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<Report> {
+pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<VerifyReport> {
     let began = Instant::now();
     let file = names::exact(&args.file);
-    let store = input::store(&args.file)?;
+    let store = FileStore::open(&args.file).map_err(|source| OpenError::NoStore {
+        file: names::path(&args.file),
+        source,
+    })?;
     let progress = Progress::bytes(output, "verifying", None);
     let mut options = VerifyOptions::default().progress(|at| {
         progress.set_total(at.pages * PAGE_SIZE_U64);
@@ -78,7 +80,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         other => anyhow::Error::from(other).context(names::path(&args.file)),
     })?;
     drop(progress);
-    Ok(Report {
+    Ok(VerifyReport {
         ok: found.ok(),
         file,
         frames_checked: found.frames_checked,
@@ -99,7 +101,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
     })
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = names::shown(&self.file);
         if let (true, [problem]) = (self.not_a_snapshot, &self.problems[..]) {

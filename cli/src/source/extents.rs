@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_with_one_byte_of_data_is_data() {
+    fn page_with_one_byte_of_data_is_data() {
         let extents = Extents {
             data: vec![5000..5001, 8191..8193, 40960..45056],
             hole_bytes: 0,

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_is_told_by_its_magic_alone() {
+    fn each_kind_is_recognised_by_its_magic_alone() {
         for kind in KINDS {
             let mut start = [0xaa; 1024];
             start[..kind.begins.len()].copy_from_slice(kind.begins);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_to_skip_are_told_by_sixteen_magic_numbers() {
+    fn skippable_frames_have_sixteen_magic_numbers() {
         for low in 0..=0xff {
             let start = [low, 0x2a, 0x4d, 0x18, 4, 0, 0, 0];
             assert_eq!(is_refused(&start), (0x50..0x60).contains(&low), "{low:#x}");
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_cores_are_taken() {
+    fn memory_and_cores_are_accepted() {
         assert!(!is_refused(&[]));
         assert!(!is_refused(&[0; 64]));
         // Interrupt vectors of a guest, at the start of its memory.
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn states_of_firecracker_are_known() {
+    fn firecracker_states_are_recognised() {
         // The number as written by bincode and bitcode, for both architectures.
         for start in [
             &b"\x00\x00\x64\x86\x84\x19\x10\x07\x05\x00"[..],

@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_shrinks_or_grows_is_an_error() {
+    fn source_that_shrinks_or_grows_is_an_error() {
         for (later, says) in [(4096, "to 4096 bytes"), (3 << 20, "to 3145728 bytes")] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(&vec![1; 2 << 20]).unwrap();
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_come_from_all_over_and_leave_zeros_out() {
+    fn samples_are_spread_and_omit_zeros() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 30).unwrap();
         for byte in [100_u8, 112] {

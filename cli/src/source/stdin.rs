@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_arrive_whole_however_the_pipe_cuts_them() {
+    fn pages_stay_whole_across_short_reads() {
         let bytes: Vec<u8> = (0..768_u32)
             .flat_map(|page| [page.to_le_bytes()[0]; 4096])
             .collect();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_within_a_page_is_an_error() {
+    fn stream_ending_within_a_page_is_an_error() {
         let error = stream(vec![1; (1 << 20) + 5], false)
             .unwrap_err()
             .to_string();

@@ -73,12 +73,9 @@ fn every_contender_reads_the_same_bytes_in_every_way_to_touch() {
 }
 
 #[test]
-fn memory_that_is_served_from_outside_has_the_same_bytes() {
+fn served_memory_has_the_same_bytes() {
     let folder = Folder::new();
-    if !prepared(
-        "memory_that_is_served_from_outside_has_the_same_bytes",
-        &folder,
-    ) {
+    if !prepared("served_memory_has_the_same_bytes", &folder) {
         return;
     }
     let everybody = [
@@ -103,9 +100,9 @@ fn memory_that_is_served_from_outside_has_the_same_bytes() {
 }
 
 #[test]
-fn a_snapshot_is_compared_as_it_is() {
+fn existing_snapshot_is_benchmarked_unchanged() {
     let folder = Folder::new();
-    if !prepared("a_snapshot_is_compared_as_it_is", &folder) {
+    if !prepared("existing_snapshot_is_benchmarked_unchanged", &folder) {
         return;
     }
     run(
@@ -153,7 +150,7 @@ fn ordinary_user_compares_for_user_mode() {
 }
 
 #[test]
-fn what_cannot_be_compared_is_refused() {
+fn unsupported_benchmark_input_is_refused() {
     let folder = Folder::new();
     folder.write("odd", &[1; 5000]);
     run(&folder, &["bench", "odd", "--dir", "."])

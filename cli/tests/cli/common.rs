@@ -100,7 +100,7 @@ pub(crate) fn as_nobody(folder: &Folder, args: &[&str]) -> Run {
             Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            output => return output.expect("the command starts").into(),
+            output => return output.expect("cannot start the command").into(),
         }
     }
 }
@@ -115,7 +115,7 @@ pub(crate) struct Run {
 
 impl Run {
     pub(crate) fn of(command: &mut Command) -> Self {
-        command.output().expect("the command starts").into()
+        command.output().expect("cannot start the command").into()
     }
 
     /// Asserts the exit code, and shows the output if it is another one.
@@ -163,7 +163,7 @@ pub(crate) struct Folder(tempfile::TempDir);
 
 impl Folder {
     pub(crate) fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary folder"))
+        Self(tempfile::tempdir().expect("cannot create a temporary folder"))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -175,17 +175,17 @@ impl Folder {
     }
 
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
-        fs::write(self.file(name), bytes).expect("writing a test file");
+        fs::write(self.file(name), bytes).expect("cannot write the test file");
     }
 
     pub(crate) fn read(&self, name: &str) -> Vec<u8> {
-        fs::read(self.file(name)).expect("reading a test file")
+        fs::read(self.file(name)).expect("cannot read the test file")
     }
 
     /// Returns the names in the folder, sorted.
     pub(crate) fn names(&self) -> Vec<String> {
         let mut names: Vec<_> = fs::read_dir(self.path())
-            .expect("listing a folder")
+            .expect("cannot list the folder")
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
@@ -205,7 +205,7 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Returns the state letters of all threads of process `pid`.
 pub(crate) fn states(pid: u32) -> String {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there");
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("process is missing");
     let state = |task: std::io::Result<fs::DirEntry>| {
         // The name before it may be any bytes.
         let stat = fs::read(task.ok()?.path().join("stat")).ok()?;
@@ -219,7 +219,7 @@ pub(crate) fn states(pid: u32) -> String {
 pub(crate) fn finish(child: Child) -> Run {
     child
         .wait_with_output()
-        .expect("waiting for a child")
+        .expect("cannot wait for the child")
         .into()
 }
 
@@ -227,7 +227,11 @@ pub(crate) fn finish(child: Child) -> Run {
 #[track_caller]
 pub(crate) fn finish_within(mut child: Child, timeout: Duration) -> Run {
     let began = Instant::now();
-    while child.try_wait().expect("waiting for a child").is_none() {
+    while child
+        .try_wait()
+        .expect("cannot wait for the child")
+        .is_none()
+    {
         if began.elapsed() > timeout {
             let _ = child.kill();
             panic!("it does not end");

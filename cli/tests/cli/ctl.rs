@@ -128,6 +128,10 @@ fn services_are_added_with_whole_paths_and_removed() {
     let (removed, asked) = once(&folder, json!({"ok": {}}), &["remove", "web", "--json"]);
     assert_eq!(removed.exits(0).json(), json!({"service": "web"}));
     assert_eq!(asked, json!({"op": "remove", "name": "web"}));
+    let bad = json!({"error": "web.snap is damaged", "bad_snapshot": true});
+    let add = ["add", "web", "--snapshot", "web.snap", "--socket", "/run/w"];
+    let (refused, _) = once(&folder, bad, &add);
+    refused.exits(3).says(&["web.snap is damaged"]);
     // A request that can't be right isn't sent.
     ctl(&folder, &["list"]).exits(1);
     let _daemon = Daemon::start(&folder, Vec::new());
@@ -148,7 +152,7 @@ fn services_are_added_with_whole_paths_and_removed() {
 }
 
 #[test]
-fn what_is_served_is_listed() {
+fn served_vms_are_listed() {
     let folder = Folder::new();
     let list = json!({
         "version": "0.1.0", "pid": 42, "worker_restarts": 2, "draining": false,
@@ -208,7 +212,7 @@ fn statistics_are_shown_with_percentiles() {
 }
 
 #[test]
-fn vms_are_let_go_and_one_that_can_not_be_is_a_failure() {
+fn vms_are_released_and_a_refusal_is_a_failure() {
     let folder = Folder::new();
     let done = json!([{"vm": 3, "done": true}]);
     let (run, asked) = once(&folder, json!({"ok": done}), &["complete", "3"]);
@@ -229,7 +233,7 @@ fn vms_are_let_go_and_one_that_can_not_be_is_a_failure() {
 }
 
 #[test]
-fn another_program_takes_over() {
+fn upgrade_replaces_the_running_program() {
     let folder = Folder::new();
     let reply = json!({"ok": {"from": "0.1.0", "to": "0.2.0"}});
     let (run, asked) = once(&folder, reply.clone(), &["upgrade", "new"]);
@@ -281,7 +285,7 @@ fn top_shows_rates_and_outlives_a_worker() {
 }
 
 #[test]
-fn errors_say_what_is_wrong_and_what_would_help() {
+fn errors_name_the_cause_and_the_remedy() {
     let folder = Folder::new();
     ctl(&folder, &["list"]).exits(1).says(&[
         "no daemon listens on ",
@@ -316,9 +320,9 @@ fn run_at(folder: &Folder, control: &str) -> Run {
 }
 
 #[test]
-fn a_user_who_may_not_connect_is_told_so() {
+fn user_without_access_gets_an_explanation() {
     if !nix::unistd::geteuid().is_root() {
-        let name = "a_user_who_may_not_connect_is_told_so";
+        let name = "user_without_access_gets_an_explanation";
         return skipped(name, &"only root becomes another user");
     }
     let folder = Folder::new();

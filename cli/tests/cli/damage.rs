@@ -15,7 +15,7 @@ fn snapshot(folder: &Folder) -> Vec<u8> {
 }
 
 #[test]
-fn a_flipped_bit_in_a_frame_is_found_and_nothing_is_extracted() {
+fn flipped_bit_in_a_frame_is_found_and_nothing_is_extracted() {
     let folder = Folder::new();
     let mut bytes = snapshot(&folder);
     // The first frame follows the header.
@@ -50,7 +50,7 @@ fn a_flipped_bit_in_a_frame_is_found_and_nothing_is_extracted() {
 }
 
 #[test]
-fn what_is_cut_off_or_no_snapshot_exits_3() {
+fn truncated_or_foreign_file_exits_3() {
     let folder = Folder::new();
     let bytes = snapshot(&folder);
     folder.write("short", &bytes[..bytes.len() - 1]);
@@ -76,7 +76,7 @@ fn what_is_cut_off_or_no_snapshot_exits_3() {
 }
 
 #[test]
-fn what_is_no_snapshot_is_not_called_damaged() {
+fn foreign_file_is_not_called_damaged() {
     let folder = Folder::new();
     folder.write("nothing", b"");
     std::fs::create_dir(folder.file("folder")).unwrap();
@@ -213,7 +213,7 @@ fn block_device_holds_a_snapshot_or_raw_memory() {
 }
 
 #[test]
-fn what_only_a_newer_program_reads_exits_3() {
+fn newer_format_exits_3() {
     let folder = Folder::new();
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/golden/v1/");
     for (file, says) in [
@@ -228,7 +228,7 @@ fn what_only_a_newer_program_reads_exits_3() {
 }
 
 #[test]
-fn a_section_that_several_checks_read_is_told_once() {
+fn damaged_section_is_reported_once() {
     let folder = Folder::new();
     // A run of zero pages long enough to be listed.
     let mut raw = crate::common::noise(8 * 4096);
@@ -244,7 +244,7 @@ fn a_section_that_several_checks_read_is_told_once() {
 }
 
 #[test]
-fn a_missing_file_is_a_failed_operation() {
+fn missing_file_is_a_failed_operation() {
     let folder = Folder::new();
     for command in [&["info"][..], &["verify"], &["extract", "-o", "out"]] {
         let mut args = command.to_vec();

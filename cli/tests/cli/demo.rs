@@ -11,11 +11,11 @@ use crate::owner::Owner;
 use crate::restore::{nobody_is_limited, possible};
 
 #[test]
-fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
+fn demo_packs_and_restores_a_process_without_preparation() {
     let folder = Folder::new();
     if !possible(
         &folder,
-        "with_nothing_prepared_it_packs_a_process_and_brings_it_back",
+        "demo_packs_and_restores_a_process_without_preparation",
     ) {
         return;
     }
@@ -65,8 +65,8 @@ fn with_nothing_prepared_it_packs_a_process_and_brings_it_back() {
 }
 
 #[test]
-fn ordinary_user_can_run_it() {
-    if !nobody_is_limited("ordinary_user_can_run_it") {
+fn ordinary_user_can_run_the_demo() {
+    if !nobody_is_limited("ordinary_user_can_run_the_demo") {
         return;
     }
     let folder = Folder::new();
@@ -76,9 +76,9 @@ fn ordinary_user_can_run_it() {
 }
 
 #[test]
-fn another_process_can_be_shown() {
+fn demo_accepts_another_process() {
     let folder = Folder::new();
-    if !possible(&folder, "another_process_can_be_shown") {
+    if !possible(&folder, "demo_accepts_another_process") {
         return;
     }
     let mut owner = Owner::small();
@@ -93,12 +93,9 @@ fn another_process_can_be_shown() {
 }
 
 #[test]
-fn an_interrupted_demonstration_leaves_no_process_behind() {
+fn interrupted_demo_leaves_no_process_behind() {
     let folder = Folder::new();
-    if !possible(
-        &folder,
-        "an_interrupted_demonstration_leaves_no_process_behind",
-    ) {
+    if !possible(&folder, "interrupted_demo_leaves_no_process_behind") {
         return;
     }
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {

@@ -63,8 +63,8 @@ fn missing_proc_is_named() {
 }
 
 #[test]
-fn without_rights_it_says_what_would_give_them() {
-    let name = "without_rights_it_says_what_would_give_them";
+fn missing_rights_come_with_a_remedy() {
+    let name = "missing_rights_come_with_a_remedy";
     let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
     let skip = |why: &str| skipped(name, &Unavailable { why: why.into() });
     if !nix::unistd::geteuid().is_root() {

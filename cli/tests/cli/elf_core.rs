@@ -263,7 +263,7 @@ fn segments_are_sorted_named_and_taken_once() {
 }
 
 #[test]
-fn a_guest_has_physical_addresses_and_its_memory_is_one_where_it_touches() {
+fn adjacent_guest_memory_is_one_physical_region() {
     let folder = Folder::new();
     let core = Core {
         loads: vec![
@@ -298,7 +298,7 @@ fn properties(folder: &Folder, snapshot: &str) -> serde_json::Value {
 
 /// Dumps of machines whose virtual addresses are meaningless: by VirtualBox, and by a kernel.
 #[test]
-fn machines_are_taken_by_physical_addresses() {
+fn machine_cores_use_physical_addresses() {
     let folder = Folder::new();
     for (note, virt, no_version, source) in [
         (&b"VBCORE"[..], 0, false, "elf core of a guest"),
@@ -343,7 +343,7 @@ fn machines_are_taken_by_physical_addresses() {
 }
 
 #[test]
-fn segments_that_contradict_each_other_are_refused_by_number_and_address() {
+fn contradicting_segments_are_named_by_number_and_address() {
     let folder = Folder::new();
     let core = Core {
         loads: vec![
@@ -367,7 +367,7 @@ fn segments_that_contradict_each_other_are_refused_by_number_and_address() {
 
 /// The summary, the JSON object, a property and a warning report what is not taken as it is.
 #[test]
-fn what_is_not_taken_completely_is_told_everywhere() {
+fn incomplete_input_is_remarked_everywhere() {
     let folder = Folder::new();
     let load = |start, bytes: usize, memory_bytes| Load {
         start,
@@ -460,7 +460,7 @@ fn what_is_not_taken_completely_is_told_everywhere() {
 
 /// Sanitizers reserve terabytes of address space, of which the kernel dumps nothing.
 #[test]
-fn vast_memory_that_a_core_lacks_is_left_out_and_the_snapshot_opens() {
+fn vast_missing_memory_is_omitted_and_the_snapshot_opens() {
     let folder = Folder::new();
     let lacking = |start, pages: u64| Load {
         start,
@@ -511,7 +511,7 @@ fn vast_memory_that_a_core_lacks_is_left_out_and_the_snapshot_opens() {
 }
 
 #[test]
-fn what_is_there_of_a_core_that_was_cut_short_is_taken_if_that_is_wanted() {
+fn truncated_core_is_packed_on_request() {
     let folder = Folder::new();
     let core = Core {
         loads: vec![Load::pages(0x1000, &[1, 2, 3, 4])],
@@ -574,7 +574,7 @@ fn names_of_mapped_files_stay_different_and_can_be_shown() {
 }
 
 #[test]
-fn more_segments_than_16_bits_can_count() {
+fn core_with_more_than_65535_segments_is_read() {
     let folder = Folder::new();
     let loads: Vec<_> = (0..70_000_u32)
         .map(|n| Load {
@@ -599,7 +599,7 @@ fn more_segments_than_16_bits_can_count() {
 }
 
 #[test]
-fn damaged_cores_are_refused_and_say_why() {
+fn damaged_cores_are_refused_with_a_reason() {
     let folder = Folder::new();
     let core = Core {
         loads: vec![Load::pages(0x1000, &[1, 2, 3])],
@@ -659,8 +659,8 @@ fn damaged_cores_are_refused_and_say_why() {
 }
 
 #[test]
-fn a_core_by_gcore_holds_what_the_process_held() {
-    let name = "a_core_by_gcore_holds_what_the_process_held";
+fn gcore_core_equals_the_process_memory() {
+    let name = "gcore_core_equals_the_process_memory";
     let gcore = match ensure_program("gcore", "gdb") {
         Ok(gcore) => gcore,
         Err(why) => return skipped(name, &why),
@@ -689,7 +689,7 @@ fn a_core_by_gcore_holds_what_the_process_held() {
     let index = regions
         .iter()
         .position(|(_, start, bytes)| (*start..start + bytes).contains(&pattern))
-        .expect("the region is there");
+        .expect("region is missing");
     let bytes = region(&folder, "s", index);
     let at = usize::try_from(pattern - regions[index].1).unwrap();
     assert!(bytes[at..].starts_with(&Owner::pattern()));
@@ -700,8 +700,8 @@ fn a_core_by_gcore_holds_what_the_process_held() {
 }
 
 #[test]
-fn a_dump_by_qemu_holds_what_the_guest_held() {
-    let name = "a_dump_by_qemu_holds_what_the_guest_held";
+fn qemu_dump_equals_the_guest_memory() {
+    let name = "qemu_dump_equals_the_guest_memory";
     let qemu = match ensure_program("qemu-system-x86_64", "qemu-system-x86") {
         Ok(qemu) => qemu,
         Err(why) => return skipped(name, &why),

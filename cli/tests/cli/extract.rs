@@ -27,7 +27,7 @@ fn three_regions(folder: &Folder) {
 }
 
 #[test]
-fn unknown_pages_are_refused_unless_zeros_will_do() {
+fn unknown_pages_are_refused_unless_zeros_are_allowed() {
     let folder = Folder::new();
     three_regions(&folder);
     for target in ["out", "-"] {
@@ -99,7 +99,7 @@ fn regions_are_named_or_numbered_and_keep_their_order() {
 }
 
 #[test]
-fn an_existing_file_stays_unless_forced() {
+fn existing_file_stays_unless_forced() {
     let folder = Folder::new();
     folder.write("raw", &[7; 8192]);
     folder.write("out", b"precious");
@@ -118,7 +118,7 @@ fn an_existing_file_stays_unless_forced() {
 }
 
 #[test]
-fn nothing_is_written_over_what_is_read() {
+fn extract_never_overwrites_its_source() {
     let folder = Folder::new();
     folder.write("raw", &[7; 8192]);
     folder.write("note", b"a note");
@@ -152,7 +152,7 @@ fn nothing_is_written_over_what_is_read() {
 }
 
 #[test]
-fn an_attachment_goes_to_standard_output() {
+fn attachment_goes_to_standard_output() {
     let folder = Folder::new();
     folder.write("raw", &[7; 8192]);
     folder.write("note", b"a note");
@@ -173,7 +173,7 @@ fn an_attachment_goes_to_standard_output() {
 
 /// A guest with more than 3 GiB has a gap in its addresses below 4 GiB.
 #[test]
-fn offsets_are_told_where_they_are_no_addresses() {
+fn offsets_are_printed_where_they_are_not_addresses() {
     let folder = Folder::new();
     let load = |start, byte| Load {
         start,

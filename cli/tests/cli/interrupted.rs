@@ -41,7 +41,7 @@ fn send(child: &Child, signal: Signal) {
 }
 
 #[test]
-fn a_signal_ends_it_without_a_trace() {
+fn interrupted_command_leaves_no_files() {
     for signal in [
         Signal::SIGINT,
         Signal::SIGTERM,
@@ -61,7 +61,7 @@ fn a_signal_ends_it_without_a_trace() {
 }
 
 #[test]
-fn an_interrupted_command_leaves_the_old_target() {
+fn interrupted_command_leaves_the_old_target() {
     let folder = Folder::new();
     folder.write("s", b"precious");
     let mut child = streaming(&folder, "s");
@@ -76,7 +76,7 @@ fn an_interrupted_command_leaves_the_old_target() {
 }
 
 #[test]
-fn a_signal_that_the_parent_ignored_stays_ignored() {
+fn signal_that_the_parent_ignored_stays_ignored() {
     // Signals are ignored as with `nohup`, and in background jobs of a script.
     let folder = Folder::new();
     let mut child = std::process::Command::new("/bin/sh")
@@ -126,7 +126,7 @@ fn waiting_for_a_pipe_can_be_interrupted() {
 
 /// Nobody reads, so that a write would block for ever.
 #[test]
-fn one_signal_ends_a_write_that_waits_for_its_reader() {
+fn one_signal_stops_a_write_blocked_on_its_reader() {
     let folder = Folder::new();
     folder.write("raw", &noise(4 << 20));
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);

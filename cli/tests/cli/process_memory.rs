@@ -257,8 +257,8 @@ fn is_kernel_at_least(major: u32, minor: u32) -> bool {
 }
 
 #[test]
-fn guard_page_is_no_lost_page_and_extract_works() {
-    let test = "guard_page_is_no_lost_page_and_extract_works";
+fn guard_page_is_not_reported_as_lost() {
+    let test = "guard_page_is_not_reported_as_lost";
     // MADV_GUARD_INSTALL.
     let program = "
 at = mapped('memory', 16 * PAGE)
@@ -349,8 +349,8 @@ sparse('written', SHARED, held)
 /// Without privileges, nobody can tell what shared memory holds that isn't in a page table; it is
 /// never taken for zeros.
 #[test]
-fn an_ordinary_user_is_told_what_shared_memory_can_hide() {
-    let test = "an_ordinary_user_is_told_what_shared_memory_can_hide";
+fn ordinary_user_is_warned_about_shared_memory() {
+    let test = "ordinary_user_is_warned_about_shared_memory";
     if !geteuid().is_root() {
         return skipped(test, &"becoming another user needs root");
     }
@@ -465,8 +465,8 @@ fill(mapped('whole', 64 * MIB, 3, SHARED | NORESERVE, other), 1, 9)
 }
 
 #[test]
-fn mappings_longer_than_their_file_take_no_read_a_page() {
-    let test = "mappings_longer_than_their_file_take_no_read_a_page";
+fn mapping_beyond_its_file_costs_no_read_per_page() {
+    let test = "mapping_beyond_its_file_costs_no_read_per_page";
     let program = "
 import tempfile
 file = tempfile.TemporaryFile()
@@ -529,8 +529,8 @@ mapped('vast', 4096 * GIB, 1, SHARED, file.fileno())
 }
 
 #[test]
-fn secret_memory_is_unavailable_and_undumped_memory_is_taken() {
-    let test = "secret_memory_is_unavailable_and_undumped_memory_is_taken";
+fn secret_memory_is_unavailable_and_dontdump_memory_is_read() {
+    let test = "secret_memory_is_unavailable_and_dontdump_memory_is_read";
     // memfd_secret, MADV_DONTDUMP.
     let program = "
 at = mapped('undumped', 4 * PAGE)
@@ -557,8 +557,8 @@ fill(mapped('secret', 8 * PAGE, 3, SHARED, fd), 2 * PAGE, 6)
 
 /// An ordinary file may have the name that the kernel uses for something else.
 #[test]
-fn files_named_like_memory_of_the_kernel_are_taken() {
-    let test = "files_named_like_memory_of_the_kernel_are_taken";
+fn files_named_like_kernel_memory_are_packed() {
+    let test = "files_named_like_kernel_memory_are_packed";
     if !geteuid().is_root() {
         return skipped(test, &"mounting needs root");
     }
@@ -600,8 +600,8 @@ if libc.umount2(folder.encode(), 2): unable('tmpfs cannot be detached')
 }
 
 #[test]
-fn pages_that_another_process_brings_are_unavailable() {
-    let test = "pages_that_another_process_brings_are_unavailable";
+fn pages_served_by_another_process_are_unavailable() {
+    let test = "pages_served_by_another_process_are_unavailable";
     let program = "
 fd = userfaultfd(0)
 at = mapped('memory', 16 * PAGE)

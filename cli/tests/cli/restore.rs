@@ -45,12 +45,9 @@ fn restore(folder: &Folder, options: &[&str]) -> Run {
 }
 
 #[test]
-fn whatever_the_order_and_the_threads_memory_equals_the_source() {
+fn memory_equals_the_source_in_any_order() {
     let folder = Folder::new();
-    if !possible(
-        &folder,
-        "whatever_the_order_and_the_threads_memory_equals_the_source",
-    ) {
+    if !possible(&folder, "memory_equals_the_source_in_any_order") {
         return;
     }
     packed(&folder, 3000);
@@ -102,11 +99,11 @@ fn whatever_the_order_and_the_threads_memory_equals_the_source() {
 }
 
 #[test]
-fn without_touches_prefetch_brings_everything_or_nothing() {
+fn untouched_restore_prefetches_everything_or_nothing() {
     let folder = Folder::new();
     if !possible(
         &folder,
-        "without_touches_prefetch_brings_everything_or_nothing",
+        "untouched_restore_prefetches_everything_or_nothing",
     ) {
         return;
     }
@@ -130,9 +127,9 @@ fn without_touches_prefetch_brings_everything_or_nothing() {
 }
 
 #[test]
-fn memory_that_differs_is_told_and_fails() {
+fn mismatch_is_reported_and_fails() {
     let folder = Folder::new();
-    if !possible(&folder, "memory_that_differs_is_told_and_fails") {
+    if !possible(&folder, "mismatch_is_reported_and_fails") {
         return;
     }
     packed(&folder, 600);
@@ -160,9 +157,9 @@ fn memory_that_differs_is_told_and_fails() {
 }
 
 #[test]
-fn a_bad_frame_costs_its_pages_and_no_others() {
+fn bad_frame_loses_only_its_own_pages() {
     let folder = Folder::new();
-    if !possible(&folder, "a_bad_frame_costs_its_pages_and_no_others") {
+    if !possible(&folder, "bad_frame_loses_only_its_own_pages") {
         return;
     }
     // Every page is distinct, so that a frame holds 32 consecutive pages.
@@ -218,9 +215,9 @@ fn a_bad_frame_costs_its_pages_and_no_others() {
 }
 
 #[test]
-fn everything_is_prefetched_unless_told_otherwise() {
+fn prefetching_everything_is_the_default() {
     let folder = Folder::new();
-    if !possible(&folder, "everything_is_prefetched_unless_told_otherwise") {
+    if !possible(&folder, "prefetching_everything_is_the_default") {
         return;
     }
     let mut raw = crate::common::noise(600 * 4096);
@@ -263,9 +260,9 @@ fn index_block(file: &[u8], block: usize) -> usize {
 }
 
 #[test]
-fn a_bad_index_block_costs_its_pages() {
+fn bad_index_block_loses_only_its_own_pages() {
     let folder = Folder::new();
-    if !possible(&folder, "a_bad_index_block_costs_its_pages") {
+    if !possible(&folder, "bad_index_block_loses_only_its_own_pages") {
         return;
     }
     folder.write("raw", &crate::common::noise(1024 * 4096));
@@ -283,9 +280,9 @@ fn a_bad_index_block_costs_its_pages() {
 }
 
 #[test]
-fn unknown_pages_are_left_alone_and_are_no_damage() {
+fn unknown_pages_are_skipped_and_are_no_damage() {
     let folder = Folder::new();
-    if !possible(&folder, "unknown_pages_are_left_alone_and_are_no_damage") {
+    if !possible(&folder, "unknown_pages_are_skipped_and_are_no_damage") {
         return;
     }
     let load = |start: u64, known: &[u8], unknown: u64| Load {
@@ -317,7 +314,7 @@ fn unknown_pages_are_left_alone_and_are_no_damage() {
 }
 
 #[test]
-fn what_is_no_snapshot_exits_3() {
+fn foreign_file_exits_3() {
     let folder = Folder::new();
     folder.write("s", b"hello");
     run(&folder, &["restore", "s"])
@@ -343,8 +340,8 @@ pub(crate) fn nobody_is_limited(test: &str) -> bool {
 }
 
 #[test]
-fn ordinary_user_restores_and_is_told_of_user_mode() {
-    if !nobody_is_limited("ordinary_user_restores_and_is_told_of_user_mode") {
+fn ordinary_user_restores_with_a_user_mode_warning() {
+    if !nobody_is_limited("ordinary_user_restores_with_a_user_mode_warning") {
         return;
     }
     let folder = Folder::new();
@@ -377,8 +374,8 @@ fn ordinary_user_restores_and_is_told_of_user_mode() {
 
 /// The system call filter of a container may block userfaultfd.
 #[test]
-fn without_any_right_to_it_exits_4_and_says_what_would_permit_it() {
-    let name = "without_any_right_to_it_exits_4_and_says_what_would_permit_it";
+fn missing_rights_exit_4_with_a_remedy() {
+    let name = "missing_rights_exit_4_with_a_remedy";
     if !nobody_is_limited(name) {
         return;
     }

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use crate::common::{Folder, Run, command, run};
 
 #[test]
-fn wrong_usage_exits_2_and_says_what_is_right() {
+fn wrong_usage_exits_2_with_a_hint() {
     let folder = Folder::new();
     folder.write("raw", &[1; 4096]);
     folder.write("note", b"x");
@@ -174,7 +174,7 @@ fn manual_pages_are_written_over_by_force_only() {
 }
 
 #[test]
-fn with_json_a_failure_is_an_object_too() {
+fn json_failure_is_an_object() {
     let folder = Folder::new();
     folder.write("text", b"hello");
     let cases: &[(&[&str], i32, &str)] = &[
@@ -201,7 +201,7 @@ fn with_json_a_failure_is_an_object_too() {
 }
 
 #[test]
-fn standard_output_that_is_full_is_named() {
+fn full_standard_output_is_named() {
     let folder = Folder::new();
     folder.write("raw", &[1; 4096]);
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);
@@ -233,7 +233,7 @@ fn completions_know_the_commands() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_failure() {
+fn closed_pipe_reader_is_not_a_failure() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let run = Run::of(command(["man"]).stdout(writer).stderr(Stdio::piped()));
@@ -265,7 +265,7 @@ fn quiet_prints_errors_only() {
 
 /// Regression: a socket without a listener was removed, and so was any other file.
 #[test]
-fn a_file_that_is_no_socket_is_left_where_a_daemon_is_to_listen() {
+fn regular_file_at_the_socket_path_is_kept() {
     let folder = Folder::new();
     folder.write("raw", &[7; 4096]);
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use kvm_ioctls::Kvm;
-use snaprestore_engine::restore::Prefetch;
+use snaprestore_engine::Prefetch;
 
 use crate::{restore, snapshot};
 

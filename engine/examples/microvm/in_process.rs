@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore, Restored};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailurePolicy, Restore, Restored};
 use snaprestore_uffd::memory::guest_memory;
 use snapshot_format::Snapshot;
 use vm_memory::GuestMemoryMmap;

@@ -42,7 +42,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use kvm_ioctls::Kvm;
-use snaprestore_engine::restore::Prefetch;
+use snaprestore_engine::Prefetch;
 use snapshot_format::Snapshot;
 
 use crate::handed_over::HandedOver;

@@ -271,8 +271,10 @@ mod tests {
     /// Sends `text` with `count` descriptors, in pieces of `piece` bytes, and then closes the
     /// socket.
     fn sent(text: &str, count: usize, piece: usize) -> Result<Handshake, HandshakeError> {
-        let (here, there) = UnixStream::pair().expect("a pair");
-        let uffd = OpenOptions::new().open().expect("a userfaultfd");
+        let (here, there) = UnixStream::pair().expect("socketpair failed");
+        let uffd = OpenOptions::new()
+            .open()
+            .expect("cannot open a userfaultfd");
         let fds = vec![uffd.as_fd().as_raw_fd(); count];
         let mut pieces = text.as_bytes().chunks(piece);
         if let Some(first) = pieces.next() {
@@ -280,22 +282,22 @@ mod tests {
             let rights = if count == 0 { &[][..] } else { &rights[..] };
             let bytes = [IoSlice::new(first)];
             sendmsg::<()>(there.as_raw_fd(), &bytes, rights, MsgFlags::empty(), None)
-                .expect("sent");
+                .expect("cannot send");
         }
         let mut rest: Vec<Vec<u8>> = pieces.map(<[u8]>::to_vec).collect();
         let sender = std::thread::spawn(move || {
             for piece in rest.drain(..) {
                 std::thread::sleep(Duration::from_millis(1));
-                (&there).write_all(&piece).expect("sent");
+                (&there).write_all(&piece).expect("cannot send");
             }
         });
         let result = handshake(&here, Duration::from_secs(20));
-        sender.join().expect("the sender");
+        sender.join().expect("sender thread panicked");
         result
     }
 
     fn sizes(text: &str, piece: usize) -> Vec<(u64, u64)> {
-        let regions = sent(text, 1, piece).expect("a handshake").regions;
+        let regions = sent(text, 1, piece).expect("handshake failed").regions;
         regions
             .iter()
             .map(|region| (region.len, region.page_size))
@@ -303,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn every_release_is_understood_whole_and_in_pieces() {
+    fn every_release_is_parsed_whole_and_in_pieces() {
         for piece in [1 << 20, 50, 7] {
             assert_eq!(sizes(V1_1, piece), [(64 << 20, 4096)]);
             assert_eq!(sizes(V1_7, piece), [(64 << 20, 2 << 20)]);
@@ -316,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_handshake_is_refused_by_name() {
+    fn invalid_handshake_is_refused_with_reason() {
         let secret_free = V1_1.replace("}]", ",\"is_guest_memfd\":true}]");
         // As short as possible, so that its size alone would be accepted.
         let many = format!("[{}[0,0,0,0,0]]", "[0,0,0,0,0],".repeat(MAX_REGIONS));
@@ -342,20 +344,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_userfaultfd_is_refused_by_name() {
-        let (here, there) = UnixStream::pair().expect("a pair");
+    fn other_descriptor_is_refused_with_its_name() {
+        let (here, there) = UnixStream::pair().expect("socketpair failed");
         let fds = [here.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
         let bytes = [IoSlice::new(V1_1.as_bytes())];
-        sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None).expect("sent");
+        sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None)
+            .expect("cannot send");
         let error = handshake(&here, Duration::from_secs(20)).expect_err("a socket");
         let error = error.to_string();
         assert!(error.contains("sent \"socket:["), "{error}");
     }
 
     #[test]
-    fn a_silent_vmm_is_not_waited_for_without_end() {
-        let (here, _there) = UnixStream::pair().expect("a pair");
+    fn silent_vmm_times_out() {
+        let (here, _there) = UnixStream::pair().expect("socketpair failed");
         let error = handshake(&here, Duration::from_millis(20)).expect_err("silent");
         assert!(
             matches!(error, HandshakeError::Silent { received: 0, .. }),

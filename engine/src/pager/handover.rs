@@ -243,13 +243,13 @@ mod tests {
     }
 
     fn places(regions: &[OwnerRegion], snapshot: &[Region]) -> Vec<(u64, u64, u64)> {
-        let extents = extents(regions, snapshot).expect("they fit");
+        let extents = extents(regions, snapshot).expect("regions do not fit");
         let place = |extent: &Extent| (extent.address / PAGE, extent.pages, extent.first_page);
         extents.iter().map(place).collect()
     }
 
     #[test]
-    fn regions_may_come_in_any_order_and_be_cut_otherwise_than_in_the_snapshot() {
+    fn regions_may_be_ordered_and_split_differently() {
         // The second one is at a lower address in the owner, as with Firecracker.
         let owner = [of(5000, 3, 0), of(100, 5, 3)];
         assert_eq!(places(&owner, &[region(8, 0)]), [(5000, 3, 0), (100, 5, 3)]);
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn regions_that_do_not_fit_are_refused() {
         let snapshot = [region(8, 0)];
         let refused = |regions: &[OwnerRegion]| {
             let error = extents(regions, &snapshot).expect_err("it doesn't fit");
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn large_pages_come_whole_from_one_region_of_the_snapshot() {
+    fn large_page_across_snapshot_regions_is_refused() {
         let large = |address, len, offset| OwnerRegion {
             page_size: LARGE_SIZE,
             ..of(
@@ -326,7 +326,7 @@ mod tests {
             region(2 * LARGE_PAGES, 0),
             region(3 * LARGE_PAGES, 4 * LARGE_PAGES),
         ];
-        let found = extents(&owner, &two).expect("they fit");
+        let found = extents(&owner, &two).expect("regions do not fit");
         let place = |extent: &Extent| {
             assert!(extent.large);
             [extent.address / PAGE, extent.pages, extent.first_page].map(|n| n / LARGE_PAGES)
@@ -346,7 +346,7 @@ mod tests {
         // Small pages before it may be cut anywhere, but its page numbers must be aligned.
         let mixed = [of(1000, LARGE_PAGES, 0), large(7, 4, 1)];
         let one = [region(5 * LARGE_PAGES, 0)];
-        let sizes = extents(&mixed, &one).expect("they fit");
+        let sizes = extents(&mixed, &one).expect("regions do not fit");
         assert_eq!(
             sizes.iter().map(|e| e.large).collect::<Vec<_>>(),
             [false, true]

@@ -36,11 +36,6 @@ mod paged;
 
 pub use handover::{Handover, HandoverError, OwnerRegion};
 pub use owner::OnError;
-pub use paged::{AttachError, Ending, Paged, Pager};
+pub use paged::{AttachError, Paged, Pager, SessionEnd};
 
-pub use crate::runtime::{
-    FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
-};
-pub use crate::session::{
-    Durations, Failure, FailureKind, FrameCacheStats, Histogram, Percentiles, Pulse, Vitals,
-};
+pub use crate::session::{Pulse, Vitals};

@@ -105,20 +105,20 @@ impl Guard for OwnerGuard {
             OnError::Kill => {
                 self.owner.kill(&failure.to_string());
                 // Nobody answers the fault: the waiting process is about to be gone.
-                Decision::Forget
+                Decision::Drop
             }
         }
     }
 
-    fn undecided(&self, _: Fault, _: u64) -> Option<Decision> {
+    fn pending_decision(&self, _: Fault, _: u64) -> Option<Decision> {
         None
     }
 
-    fn end_owner(&self, why: &str) {
+    fn kill_owner(&self, why: &str) {
         self.owner.kill(why);
     }
 
-    fn tells_of_end(&self) -> bool {
+    fn logs_kills(&self) -> bool {
         self.on_error == OnError::Kill
     }
 }

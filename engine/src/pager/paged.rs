@@ -1,19 +1,21 @@
 //! Attaches to an owner, and runs the session that follows.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::runtime::{
-    Prefetch, Runtime, Shared, Stats, ThreadError, ThreadOptions, Threads, crew_options,
-};
+use crate::runtime::{Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
 use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
+use crate::stats::Stats;
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
 use snaprestore_uffd::os::{PageMap, may_kill, open_page_map};
@@ -24,7 +26,7 @@ use snaprestore_uffd::{PageSizeError, check_page_size};
 #[must_use = "nothing happens before `attach`"]
 pub struct Pager {
     snapshot: Arc<Snapshot>,
-    crew: ThreadOptions,
+    threads: ThreadOptions,
     on_error: OnError,
 }
 
@@ -57,6 +59,15 @@ pub enum AttachError {
          as its user, or with CAP_SYS_PTRACE"
     )]
     PageMap(#[source] io::Error),
+    /// The owner has not registered memory that it handed over.
+    #[error(
+        "the memory at {address:#x} is not registered with the userfaultfd that was handed over, so its missing pages \
+         would read as zeros; register every region (UFFDIO_REGISTER, missing pages) before the handover"
+    )]
+    NotRegistered {
+        /// The address in the owner.
+        address: u64,
+    },
     /// A thread, memory or descriptor for the session itself is not available. If the owner had
     /// been served already, it was killed.
     #[error("cannot create {what}{hint}")]
@@ -83,15 +94,41 @@ impl AttachError {
     }
 }
 
-/// The way in which a session ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
+/// How a session ended, and why if it was not for the good.
+///
+/// As JSON it has the fields `ending` and, with a reason, `reason`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ending", content = "reason", rename_all = "lowercase")]
+pub enum SessionEnd {
     /// Everything is present, and only the owner uses the memory.
     Complete,
     /// The owner has exited by itself.
-    OwnerGone,
+    Exited,
     /// The owner was killed, for this reason.
     Killed(String),
+    /// The session never began, for this reason; a front end reports it.
+    Refused(String),
+}
+
+impl SessionEnd {
+    /// Returns the reason why the owner was killed or refused.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Complete | Self::Exited => None,
+            Self::Killed(why) | Self::Refused(why) => Some(why),
+        }
+    }
+}
+
+impl std::fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Complete => f.write_str("complete"),
+            Self::Exited => f.write_str("exited"),
+            Self::Killed(why) => write!(f, "killed: {why}"),
+            Self::Refused(why) => write!(f, "refused: {why}"),
+        }
+    }
 }
 
 impl Pager {
@@ -99,12 +136,59 @@ impl Pager {
     pub fn new(snapshot: Arc<Snapshot>) -> Self {
         Self {
             snapshot,
-            crew: ThreadOptions::default(),
+            threads: ThreadOptions::default(),
             on_error: OnError::Kill,
         }
     }
 
-    crew_options!();
+    /// Sets the number of threads that serve faults, at least 1. One thread serves one touching
+    /// thread well. More help when many threads touch at once, or when the store is slow.
+    /// Default: 2.
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.threads.fault_threads = threads.max(1);
+        self
+    }
+
+    /// Sets the pages to load before they are touched. Default: [`Prefetch::Off`].
+    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+        self.threads.prefetch = prefetch;
+        self
+    }
+
+    /// Sets how many threads prefetch for this session at once, like
+    /// [`Restore::prefetch_threads`](crate::restore::Restore::prefetch_threads). Default: one per
+    /// core.
+    pub fn prefetch_threads(mut self, threads: usize) -> Self {
+        self.threads.prefetch_threads = threads.max(1);
+        self
+    }
+
+    /// Limits prefetch to this many bytes of memory per second, on average. Default: no limit.
+    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.threads.prefetch_bandwidth = Some(bytes_per_second.max(1));
+        self
+    }
+
+    /// Sets how long the read of an unreadable page is retried before it counts as failed, like
+    /// [`Restore::retry_timeout`](crate::restore::Restore::retry_timeout). Default: 5 s.
+    pub fn retry_timeout(mut self, timeout: Duration) -> Self {
+        self.threads.retry_timeout = timeout;
+        self
+    }
+
+    /// Sets the resources that the session shares with others of the same process, like
+    /// [`Restore::shared`](crate::restore::Restore::shared). Default: the prefetch threads.
+    pub fn shared(mut self, shared: &Shared) -> Self {
+        self.threads.shared = OnceLock::from(shared.clone());
+        self
+    }
+
+    /// Sets a hook that each thread of this session calls before it does anything else, like
+    /// [`Restore::on_thread_start`](crate::restore::Restore::on_thread_start).
+    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.threads.hook = Some(Arc::new(hook));
+        self
+    }
 
     /// Sets the action taken when a page that the owner waits for can't be restored. Default:
     /// [`OnError::Kill`].
@@ -174,7 +258,7 @@ impl Pager {
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
-        let frames = self.crew.shared().frames(&self.snapshot);
+        let frames = self.threads.shared().frames(&self.snapshot);
         let image = SnapshotImage::new(Arc::clone(&self.snapshot), frames)?;
         let page_map = match handover.page_map {
             _ if !state.has_large() => None,
@@ -202,15 +286,16 @@ impl Pager {
             owner: Arc::clone(&owner),
             on_error: self.on_error,
         };
-        let decoders = self.crew.decoders();
+        let decoders = self.threads.decoders();
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
-        session.refuse(quarantined.iter().copied());
+        session.quarantine(quarantined.iter().copied());
         session.recover();
-        let running = Runtime::new(session, begun, &self.crew, Box::new(|_| ()));
-        let running = Arc::new(running);
-        match self.crew.start(&running) {
+        check_registered(&session)?;
+        let runtime = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
+        let runtime = Arc::new(runtime);
+        match self.threads.start(&runtime) {
             Ok(threads) => Ok(Paged {
-                running,
+                runtime,
                 threads,
                 owner,
             }),
@@ -223,12 +308,30 @@ impl Pager {
     }
 }
 
+/// Checks that the ends of the memory are registered, as long as nothing is installed. Later, the
+/// owner may have unmapped it, or the session may have unregistered it because it is complete.
+fn check_registered(session: &Session<Kernel, SnapshotImage>) -> Result<(), AttachError> {
+    let state = &session.state;
+    let pages: u64 = state.map().extents().map(|extent| extent.pages).sum();
+    if state.unsettled() != pages {
+        return Ok(());
+    }
+    for Range { start, end } in state.map().extents().map(|extent| extent.addresses()) {
+        for address in [start, end - PAGE_SIZE_U64] {
+            if !session.platform.may_be_registered(address) {
+                return Err(AttachError::NotRegistered { address });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A session that serves another process.
 ///
 /// Dropping it before it has ended kills the owner and waits until the owner has exited. In a
 /// forked child nothing is done.
 pub struct Paged {
-    running: Arc<Runtime>,
+    runtime: Arc<Runtime>,
     threads: Threads,
     owner: Arc<Owner>,
 }
@@ -243,15 +346,15 @@ impl std::fmt::Debug for Paged {
 
 impl Paged {
     /// Returns how the session ended, if it has.
-    pub fn ending(&self) -> Option<Ending> {
-        if self.running.is_complete() {
-            return Some(Ending::Complete);
+    pub fn ending(&self) -> Option<SessionEnd> {
+        if self.runtime.is_complete() {
+            return Some(SessionEnd::Complete);
         }
-        if !self.owner.is_gone() && !self.running.session.is_owner_gone() {
+        if !self.owner.is_gone() && !self.runtime.session.is_owner_gone() {
             return None;
         }
-        let killed = self.owner.killed().map(Ending::Killed);
-        Some(killed.unwrap_or(Ending::OwnerGone))
+        let killed = self.owner.killed().map(SessionEnd::Killed);
+        Some(killed.unwrap_or(SessionEnd::Exited))
     }
 
     /// Returns the pidfd of the owner, which becomes readable when the owner has exited.
@@ -260,8 +363,8 @@ impl Paged {
     }
 
     /// Waits until the session has ended.
-    pub fn wait(&self) -> Ending {
-        self.running.wait_served_out();
+    pub fn wait(&self) -> SessionEnd {
+        self.runtime.wait_served_out();
         loop {
             if let Some(ending) = self.ending() {
                 return ending;
@@ -274,16 +377,16 @@ impl Paged {
     /// Waits until prefetch has finished, or the session has ended. Returns `true` if everything is
     /// present.
     pub fn wait_complete(&self) -> bool {
-        self.running.wait_complete()
+        self.runtime.wait_complete()
     }
 
     /// Installs the missing pages and releases the owner. Returns `false` if that fails; the
     /// session then continues as before, or has ended, as [`Paged::ending`] returns.
     pub fn complete(&self) -> bool {
-        if self.running.install_rest() {
+        if self.runtime.install_rest() {
             self.wait();
         }
-        self.running.is_complete()
+        self.runtime.is_complete()
     }
 
     /// Kills the owner for the given reason, unless it has exited: it must not be served any more.
@@ -295,36 +398,36 @@ impl Paged {
 
     /// Returns the statistics so far.
     pub fn stats(&self) -> Stats {
-        self.running.stats()
+        self.runtime.stats()
     }
 
     /// Returns the failures of pages that could not be restored when they were wanted: the first
     /// thousand.
     pub fn failures(&self) -> Vec<Failure> {
-        self.running.session.failures().0
+        self.runtime.session.failures().0
     }
 }
 
 impl Drop for Paged {
     fn drop(&mut self) {
-        if self.running.is_of_parent() {
+        if self.runtime.is_of_parent() {
             // A forked child: the session and the owner are the parent's.
             std::mem::forget(std::mem::take(&mut self.threads));
-            std::mem::forget(Arc::clone(&self.running));
+            std::mem::forget(Arc::clone(&self.runtime));
             return;
         }
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         // A complete session stays complete, although its threads may not have reported it yet.
         if !session.is_complete() && self.ending().is_none() {
             self.owner.kill("its pager ends");
         }
         session.end();
-        self.running.end_threads(&mut self.threads);
+        self.runtime.end_threads(&mut self.threads);
         if !session.is_complete() && !session.is_owner_gone() {
             // Missing pages become zeros when the descriptor closes, so nobody may be left to see
             // them.
             self.owner.wait_gone();
         }
-        self.running.session.platform.close();
+        self.runtime.session.platform.close();
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use snapshot_format::{ReadError, Region, Snapshot};
 
@@ -21,16 +21,16 @@ use snaprestore_uffd::uffd::{
 };
 use snaprestore_uffd::{PageSizeError, check_page_size};
 
-use super::guard::{Asker, Owner};
+use super::guard::{Asker, PolicyGuard};
 use super::restored::{self, Restored, RestoredRegion};
-use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, crew_options};
+use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions};
 
 /// A builder for a restore into this process.
 #[must_use = "nothing happens before `start`"]
 pub struct Restore {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) regions: BTreeMap<usize, RawRegion>,
-    crew: ThreadOptions,
+    threads: ThreadOptions,
     pub(super) on_failure: FailurePolicy,
     pub(super) user_mode_only: bool,
     pub(super) leave_zero_runs: bool,
@@ -168,7 +168,7 @@ impl Restore {
         Self {
             snapshot,
             regions: BTreeMap::new(),
-            crew: ThreadOptions::default(),
+            threads: ThreadOptions::default(),
             on_failure: FailurePolicy::Poison,
             user_mode_only: false,
             leave_zero_runs: true,
@@ -182,7 +182,8 @@ impl Restore {
     /// length. The [`Restored`] takes ownership of it:
     ///
     /// ```compile_fail,E0382
-    /// # use snaprestore_engine::{restore::Restore, uffd::memory::RawRegion};
+    /// # use snaprestore_engine::restore::Restore;
+    /// # use snaprestore_uffd::memory::RawRegion;
     /// # fn again(restore: Restore, memory: RawRegion) {
     /// let restore = restore.region(0, memory);
     /// memory.make_inaccessible(0, 4096);
@@ -196,7 +197,61 @@ impl Restore {
         self
     }
 
-    crew_options!();
+    /// Sets the number of threads that serve faults: at least 1, and at least 2 with a first-touch
+    /// observer, so that a fault of the observer is noticed. One thread serves one touching thread
+    /// well. More help when many threads touch at once, or when the store is slow. Default: 2.
+    pub fn fault_threads(mut self, threads: usize) -> Self {
+        self.threads.fault_threads = threads.max(1);
+        self
+    }
+
+    /// Sets the pages to load before they are touched. Default: [`Prefetch::Off`].
+    pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
+        self.threads.prefetch = prefetch;
+        self
+    }
+
+    /// Sets how many threads prefetch for this session at once, from 1 to 64. They belong to
+    /// [`Shared`], and are at most half as many as its first session started. Default: one per
+    /// core.
+    pub fn prefetch_threads(mut self, threads: usize) -> Self {
+        self.threads.prefetch_threads = threads.max(1);
+        self
+    }
+
+    /// Limits prefetch to this many bytes of memory per second, on average. Default: no limit.
+    pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.threads.prefetch_bandwidth = Some(bytes_per_second.max(1));
+        self
+    }
+
+    /// Sets how long the read of an unreadable page is retried before it counts as failed, with
+    /// pauses that grow from 1 ms to half a second. Other faults are served meanwhile. Damaged data
+    /// isn't read again. Prefetch that finds no memory retries for the same time. Default: 5 s.
+    pub fn retry_timeout(mut self, timeout: Duration) -> Self {
+        self.threads.retry_timeout = timeout;
+        self
+    }
+
+    /// Sets the resources that the session shares with others of the same process. By default, all
+    /// sessions without an explicit `Shared` share the prefetch threads, except those with a hook
+    /// ([`on_thread_start`](Self::on_thread_start)).
+    pub fn shared(mut self, shared: &Shared) -> Self {
+        self.threads.shared = OnceLock::from(shared.clone());
+        self
+    }
+
+    /// Sets a hook that each thread of this session calls before it does anything else, for
+    /// instance to confine the thread, or to set its scheduling policy or cores. Signals are
+    /// already blocked. The thread has the cores of the main thread and of the thread that starts
+    /// it, and no real-time policy, whatever the latter has. The hook must return, and must not
+    /// touch memory that is being restored. With a hook, the session gets prefetch threads of its
+    /// own, unless it was given a [`Shared`](Self::shared): its threads serve several sessions, and
+    /// call only the hook of [`Shared::on_thread_start`].
+    pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.threads.hook = Some(Arc::new(hook));
+        self
+    }
 
     /// Sets the action taken when a touched page can't be restored. Default:
     /// [`FailurePolicy::Poison`]. For a VM's memory choose [`FailurePolicy::Abort`].
@@ -263,9 +318,11 @@ impl Restore {
         }
         let dont_fork = check_given(&self.regions)?;
         let regions = self.memory()?;
-        check_heap(self.crew.threads())?;
-        let image =
-            SnapshotImage::new(Arc::clone(&snapshot), self.crew.shared().frames(&snapshot))?;
+        check_heap(self.threads.threads())?;
+        let image = SnapshotImage::new(
+            Arc::clone(&snapshot),
+            self.threads.shared().frames(&snapshot),
+        )?;
         // Dropped after everything that is created below, when the userfaultfd is already closed.
         let mut in_children = LeftOutOfChildren::default();
         let uffd = self.open_userfaultfd()?;
@@ -293,7 +350,7 @@ impl Restore {
             self.register(&uffd, index, memory, region, left)?;
             prove_empty(pagemap.as_ref(), index, memory)?;
             for pages in within(region.page_numbers(), left) {
-                state.leave_out(pages);
+                state.leave_to_kernel(pages);
             }
         }
         kept.sort_unstable_by_key(|pages| pages.start);
@@ -302,32 +359,32 @@ impl Restore {
             FailurePolicy::Ask(callback) => Some(Asker::new(Arc::clone(callback))),
             FailurePolicy::Poison | FailurePolicy::Abort => None,
         };
-        let owner = Owner::new(&self.on_failure, asker.as_ref());
+        let owner = PolicyGuard::new(&self.on_failure, asker.as_ref());
         let session = Session::new(
             kernel,
             image,
             state,
             Box::new(owner),
             self.observer.take(),
-            self.crew.decoders(),
+            self.threads.decoders(),
         );
         session.threads.watch_faults();
         let named = named(&regions, needed);
         let kept: Arc<[Range<u64>]> = kept.into();
         let collapse = self.huge_pages.then(|| left.clone());
         let on_complete = restored::on_complete(Arc::clone(&kept), collapse);
-        let running = Runtime::new(session, begun, &self.crew, on_complete);
+        let runtime = Runtime::new(session, begun, &self.threads, on_complete);
         let mapped = begun.elapsed();
-        let running = Arc::new(running);
-        self.crew.other = asker.map(|asker| {
-            let ask: Body = Box::new(move |running| asker.run(&running.session));
+        let runtime = Arc::new(runtime);
+        self.threads.other = asker.map(|asker| {
+            let ask: Body = Box::new(move |runtime| asker.run(&runtime.session));
             ("snap-ask", ask)
         });
-        match self.crew.start(&running) {
+        match self.threads.start(&runtime) {
             Ok(threads) => {
                 in_children.keep();
                 Ok(Restored {
-                    running,
+                    runtime,
                     threads,
                     regions: named,
                     mapped,
@@ -346,7 +403,7 @@ impl Restore {
     /// that touches the memory, the other reads its fault.
     fn watch_observer(&mut self) {
         if self.observer.is_some() {
-            self.crew.fault_threads = self.crew.fault_threads.max(2);
+            self.threads.fault_threads = self.threads.fault_threads.max(2);
         }
     }
 
@@ -631,7 +688,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_split_a_region() {
+    fn zero_runs_split_a_region() {
         let runs = [0..10, 600..700, 1020..2000];
         assert_eq!(within(512..1024, &runs), [600..700, 1020..1024]);
         assert_eq!(without(512..1024, &runs), [512..600, 700..1020]);

@@ -14,7 +14,7 @@ use snaprestore_uffd::os::abort;
 pub(super) type Callback = Arc<dyn Fn(&Failure) -> FailureDecision + Send + Sync>;
 
 /// The failure policy of this process.
-pub(super) struct Owner {
+pub(super) struct PolicyGuard {
     policy: Policy,
 }
 
@@ -31,7 +31,7 @@ pub(super) struct Asker {
 }
 
 /// Interval at which the asking thread checks whether the session has ended.
-const ASK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Asker {
     pub(super) fn new(callback: Callback) -> Self {
@@ -45,36 +45,38 @@ impl Asker {
     /// meanwhile; other faults are served.
     pub(super) fn run(self, session: &Session<Kernel, SnapshotImage>) {
         while !session.is_ending() {
-            let Some(failure) = self.questions.next(ASK_AGAIN) else {
+            let Some(failure) = self.questions.next(POLL_INTERVAL) else {
                 continue;
             };
             let page = failure.page;
-            let verdict = (self.callback)(&failure);
+            let decision = (self.callback)(&failure);
             if session.is_ending() {
                 // The callback took so long that the restore was given up, with all its pages.
                 return;
             }
-            match verdict {
-                FailureDecision::Retry => self.each(page, |fault| session.serve_again(fault, page)),
-                FailureDecision::Poison => self.each(page, |fault| session.poison_left(fault)),
+            match decision {
+                FailureDecision::Retry => {
+                    self.each(page, |fault| session.retry_deferred(fault, page));
+                }
+                FailureDecision::Poison => self.each(page, |fault| session.poison_deferred(fault)),
                 FailureDecision::Abort => abort(&failure.to_string()),
             }
         }
     }
 
-    /// Calls `verdict` with each fault that waits for a decision about `page`.
-    fn each(&self, page: u64, verdict: impl Fn(Fault)) {
+    /// Calls `apply` with each fault that waits for a decision about `page`.
+    fn each(&self, page: u64, apply: impl Fn(Fault)) {
         loop {
             let faults = self.questions.take(page);
             if faults.is_empty() {
                 return;
             }
-            faults.into_iter().for_each(&verdict);
+            faults.into_iter().for_each(&apply);
         }
     }
 }
 
-impl Owner {
+impl PolicyGuard {
     pub(super) fn new(on_failure: &FailurePolicy, asker: Option<&Asker>) -> Self {
         let policy = match (on_failure, asker) {
             (FailurePolicy::Ask(_), Some(asker)) => Policy::Ask(Arc::clone(&asker.questions)),
@@ -85,7 +87,7 @@ impl Owner {
     }
 }
 
-impl Guard for Owner {
+impl Guard for PolicyGuard {
     fn decide(&self, fault: Fault, failure: &Failure) -> Decision {
         match &self.policy {
             Policy::Poison => Decision::Poison,
@@ -96,14 +98,14 @@ impl Guard for Owner {
         }
     }
 
-    fn undecided(&self, fault: Fault, page: u64) -> Option<Decision> {
+    fn pending_decision(&self, fault: Fault, page: u64) -> Option<Decision> {
         match &self.policy {
             Policy::Ask(questions) => questions.join(fault, page),
             Policy::Poison | Policy::Abort => None,
         }
     }
 
-    fn end_owner(&self, why: &str) {
+    fn kill_owner(&self, why: &str) {
         abort(why)
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use snaprestore_engine::restore::{FailurePolicy, Prefetch, Restore};
+//! use snaprestore_engine::Prefetch;
+//! use snaprestore_engine::restore::{FailurePolicy, Restore};
 //! use snapshot_format::Snapshot;
 //!
 //! let snapshot = Arc::new(Snapshot::open_path("guest.snap")?);
@@ -87,6 +88,9 @@
 //!   get EIO. [`Restored::read_at`] waits.
 //! - Guard pages (`MADV_GUARD_INSTALL`) in incomplete memory are overwritten when their page
 //!   arrives. Install them when the restore is complete.
+//!
+//! [`Shared`]: crate::Shared
+//! [`SYSTEM_CALLS`]: crate::SYSTEM_CALLS
 
 mod builder;
 mod guard;
@@ -97,9 +101,4 @@ mod restored;
 pub use builder::{Restore, StartError};
 pub use restored::{ReadAtError, Restored, RestoredRegion, StopError, StopMode};
 
-pub use crate::runtime::{
-    FaultKinds, FaultTimes, PageCounts, Prefetch, SYSTEM_CALLS, Shared, Stats,
-};
-pub use crate::session::{
-    Durations, Failure, FailureDecision, FailureKind, FailurePolicy, Histogram, Percentiles,
-};
+pub use crate::session::{FailureDecision, FailurePolicy};

@@ -54,7 +54,7 @@ impl Questions {
         self.count.store(open.questions.len(), Relaxed);
         drop(open);
         self.changed.notify_one();
-        Decision::Leave
+        Decision::Defer
     }
 
     /// Adds a fault to the question about its page, if there is one.
@@ -65,9 +65,9 @@ impl Questions {
         Some(self.lock().about(page)?.join(fault))
     }
 
-    /// Returns the next failure to ask about; waits for one for at most `patience`.
-    pub(super) fn next(&self, patience: Duration) -> Option<Failure> {
-        let deadline = Instant::now() + patience;
+    /// Returns the next failure to ask about; waits for one for at most `timeout`.
+    pub(super) fn next(&self, timeout: Duration) -> Option<Failure> {
+        let deadline = Instant::now() + timeout;
         let mut open = self.lock();
         loop {
             if let Some(question) = open.questions.iter_mut().find(|it| !it.asked) {
@@ -114,10 +114,10 @@ impl Open {
 impl Question {
     fn join(&mut self, fault: Fault) -> Decision {
         if self.faults.iter().any(|it| it.address == fault.address) {
-            return Decision::Forget;
+            return Decision::Drop;
         }
         self.faults.push(fault);
-        Decision::Leave
+        Decision::Defer
     }
 }
 
@@ -131,7 +131,6 @@ mod tests {
     fn fault(address: u64) -> Fault {
         Fault {
             address,
-            thread: 0,
             at: Instant::now(),
             retries: Retries::default(),
         }
@@ -153,24 +152,24 @@ mod tests {
     }
 
     #[test]
-    fn one_question_a_page_and_one_fault_an_address() {
+    fn page_is_asked_once_address_is_kept_once() {
         let questions = Questions::default();
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Leave);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Forget);
-        assert_eq!(questions.join(fault(2), 7), Some(Decision::Leave));
+        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Defer);
+        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Drop);
+        assert_eq!(questions.join(fault(2), 7), Some(Decision::Defer));
         assert_eq!(questions.join(fault(2), 8), None);
-        assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Leave);
+        assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Defer);
         assert_eq!((asked(&questions), asked(&questions)), (Some(7), Some(8)));
         assert_eq!(asked(&questions), None);
         // Faults join while the question is being asked, and while earlier faults are poisoned.
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Forget));
+        assert_eq!(questions.join(fault(1), 7), Some(Decision::Drop));
         let addresses = |faults: Vec<Fault>| faults.iter().map(|f| f.address).collect::<Vec<_>>();
         assert_eq!(addresses(questions.take(7)), [1, 2]);
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Leave));
+        assert_eq!(questions.join(fault(1), 7), Some(Decision::Defer));
         assert_eq!(addresses(questions.take(7)), [1]);
         assert!(questions.take(7).is_empty());
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.join(fault(4), 8), Some(Decision::Leave));
+        assert_eq!(questions.join(fault(4), 8), Some(Decision::Defer));
     }
 }

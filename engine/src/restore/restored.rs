@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::runtime::{OnComplete, Runtime, Stats, Threads};
+use crate::runtime::{OnComplete, Runtime, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
+use crate::stats::Stats;
 use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
 use snaprestore_uffd::os::abort;
@@ -154,7 +155,7 @@ pub enum ReadAtError {
 }
 
 /// Number of bytes that [`Restored::read_at`] loads and reads at once.
-const READ_PIECE: usize = 64 << 10;
+const MAX_READ_PIECE: usize = 64 << 10;
 
 /// How often giving up a restore on a kernel without poison retries while the owner keeps changing
 /// its mappings, and the pause in between.
@@ -169,7 +170,7 @@ const ROUND_INTERVAL: Duration = Duration::from_micros(100);
 /// (see [the module](super#callbacks)). In a forked child nothing is done, because the restore is
 /// the parent's.
 pub struct Restored {
-    pub(super) running: Arc<Runtime>,
+    pub(super) runtime: Arc<Runtime>,
     pub(super) threads: Threads,
     pub(super) regions: Vec<RestoredRegion>,
     pub(super) mapped: Duration,
@@ -201,7 +202,7 @@ pub(super) fn on_complete(
     collapse: Option<Vec<Range<u64>>>,
 ) -> OnComplete {
     Box::new(move |session| {
-        let_children_have(session, &kept);
+        inherit_in_children(session, &kept);
         if let Some(left) = &collapse {
             huge::collapse(session, left);
         }
@@ -210,7 +211,7 @@ pub(super) fn on_complete(
 
 /// Makes forked children inherit the memory, at the addresses where the owner has it now. At an
 /// address that the owner has unmapped there may be something else.
-fn let_children_have(session: &Session<Kernel, SnapshotImage>, kept: &[Range<u64>]) {
+fn inherit_in_children(session: &Session<Kernel, SnapshotImage>, kept: &[Range<u64>]) {
     for extent in session.state.mapped() {
         for pages in without(extent.page_numbers(), kept) {
             let address = extent.address + (pages.start - extent.first_page) * PAGE;
@@ -244,13 +245,13 @@ impl Restored {
 
     /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
     pub fn is_complete(&self) -> bool {
-        self.running.is_complete()
+        self.runtime.is_complete()
     }
 
     /// Waits until the restore is complete, or until prefetch has finished without completing it.
     /// Returns `true` if the restore is complete.
     ///
-    /// With [`Prefetch::All`](super::Prefetch::All), an incomplete restore means that some pages
+    /// With [`Prefetch::All`](crate::Prefetch::All), an incomplete restore means that some pages
     /// can't be restored, or that there was no memory for them until the retry timeout, as
     /// [`failures`](Self::failures) reports. With another prefetch, only touches load the remaining
     /// pages. While a touch waits for its page, or for a failure decision about it, the outcome is
@@ -258,10 +259,10 @@ impl Restored {
     ///
     /// Doesn't wait when called by a callback, which would wait for itself.
     pub fn wait_complete(&self) -> bool {
-        if self.running.session.threads.is_current() {
+        if self.runtime.session.threads.is_current() {
             return self.is_complete();
         }
-        self.running.wait_complete()
+        self.runtime.wait_complete()
     }
 
     /// Returns the statistics so far.
@@ -269,7 +270,7 @@ impl Restored {
         Stats {
             mapped: self.mapped,
             left_to_kernel: self.left_pages(),
-            ..self.running.stats()
+            ..self.runtime.stats()
         }
     }
 
@@ -291,7 +292,7 @@ impl Restored {
     /// Returns the failures of pages that could not be restored when they were wanted: the first
     /// thousand.
     pub fn failures(&self) -> Vec<Failure> {
-        self.running.session.failures().0
+        self.runtime.session.failures().0
     }
 
     /// Reads memory of region `region` from `offset` on. Missing pages are restored first, and
@@ -302,7 +303,7 @@ impl Restored {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), ReadAtError> {
-        if self.running.session.threads.is_current() {
+        if self.runtime.session.threads.is_current() {
             return Err(ReadAtError::InCallback);
         }
         let len = buffer.len() as u64;
@@ -333,11 +334,11 @@ impl Restored {
     /// Reads in pieces, so that a page loaded for a read is rarely discarded again before it is
     /// read.
     fn read_memory(&self, start: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         let mut at = start;
-        for piece in buffer.chunks_mut(READ_PIECE) {
+        for piece in buffer.chunks_mut(MAX_READ_PIECE) {
             let end = at + piece.len() as u64;
-            session.bring_for_reader(at..end);
+            session.load_for_reader(at..end);
             let mut read = read_checked(at, piece);
             // With another userfaultfd, the kernel requests pages that the owner has discarded.
             // With this one it doesn't.
@@ -369,11 +370,11 @@ impl Restored {
     /// Under a KVM memslot, call it only after the virtual CPUs have stopped: a guest must not
     /// touch memory that is poisoned or inaccessible.
     pub fn stop(&mut self, stop: StopMode) -> Result<(), StopError> {
-        if self.running.is_of_parent() {
+        if self.runtime.is_of_parent() {
             return Err(StopError::InChild);
         }
         match stop {
-            StopMode::Complete if self.running.session.threads.is_current() => {
+            StopMode::Complete if self.runtime.session.threads.is_current() => {
                 Err(StopError::InCallback)
             }
             StopMode::Complete => self.complete(),
@@ -386,10 +387,10 @@ impl Restored {
         if self.over && !self.is_complete() {
             return Err(StopError::Over);
         }
-        if self.running.install_rest() {
+        if self.runtime.install_rest() {
             self.join();
         }
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         let (failures, count) = session.failures();
         let first = failures.into_iter().next();
         if self.is_complete() {
@@ -414,7 +415,7 @@ impl Restored {
     }
 
     fn join(&mut self) {
-        self.running.end_threads(&mut self.threads);
+        self.runtime.end_threads(&mut self.threads);
     }
 
     /// Ends the threads, makes missing pages unreadable, and closes the userfaultfd. If everything
@@ -424,14 +425,14 @@ impl Restored {
         if std::mem::replace(&mut self.over, true) {
             return Ok(());
         }
-        self.running.session.end();
+        self.runtime.session.end();
         self.join();
         if self.is_complete() {
             return Ok(());
         }
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         let done = if unmapped && self.make_own_inaccessible() {
-            session.let_go();
+            session.release_memory();
             Ok(())
         } else {
             session
@@ -440,14 +441,14 @@ impl Restored {
         };
         session.platform.close();
         // Present pages stay the owner's, and a child can't touch missing ones either.
-        let_children_have(session, &self.kept);
+        inherit_in_children(session, &self.kept);
         done
     }
 
     /// Makes all memory inaccessible if all of it is the engine's, which nobody else unmaps or
     /// moves: one call per region of any size. Returns `false` if it isn't.
     fn make_own_inaccessible(&self) -> bool {
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         session.read_events(0);
         if !session.state.is_in_place() || !self.memory.iter().all(RawRegion::is_owned) {
             return false;
@@ -466,7 +467,7 @@ impl Restored {
     /// The contract of [`RawRegion::new`] guarantees that the owner neither unmaps nor moves
     /// anything meanwhile.
     fn give_up_without_poison(&self) -> Result<(), StopError> {
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         session.read_events(0);
         let mut done = Ok(());
         for round in 0.. {
@@ -491,12 +492,12 @@ impl Restored {
                 None => break,
             }
         }
-        session.let_go();
+        session.release_memory();
         done
     }
 
     fn make_all_inaccessible(&self) {
-        let session = &self.running.session;
+        let session = &self.runtime.session;
         for extent in session.state.mapped() {
             let made = session
                 .platform
@@ -512,11 +513,11 @@ impl Restored {
 
 impl Drop for Restored {
     fn drop(&mut self) {
-        if self.running.is_of_parent() {
+        if self.runtime.is_of_parent() {
             // In the child there is no thread to wait for and no memory to unmap.
             std::mem::forget(std::mem::take(&mut self.threads));
             std::mem::forget(std::mem::take(&mut self.memory));
-            std::mem::forget(Arc::clone(&self.running));
+            std::mem::forget(Arc::clone(&self.runtime));
             return;
         }
         if let Err(error) = self.give_up(true) {

@@ -14,7 +14,7 @@ use snaprestore_uffd::os::trim_heap;
 use super::prefetcher::Pool;
 
 /// The contexts of a pool.
-pub(super) struct Workers {
+pub(super) struct ContextPool {
     state: Mutex<State>,
     /// Number of contexts that are kept even if nobody uses them.
     most: usize,
@@ -31,15 +31,15 @@ struct State {
 }
 
 /// A session that uses the pool, until dropped.
-pub(super) struct User(Arc<Pool>);
+pub(super) struct PoolUser(Arc<Pool>);
 
 /// The contexts as a source for one session.
-pub(super) struct For<'a> {
-    pub(super) workers: &'a Workers,
+pub(super) struct SessionContexts<'a> {
+    pub(super) contexts: &'a ContextPool,
     pub(super) image: &'a SnapshotImage,
 }
 
-impl Workers {
+impl ContextPool {
     pub(super) fn new(most: usize) -> Self {
         Self {
             state: Mutex::default(),
@@ -50,23 +50,23 @@ impl Workers {
     fn lend(&self, image: &SnapshotImage) -> ThreadContext<SnapshotImage> {
         let mut state = self.state();
         let idle = &state.idle;
-        let known = idle.iter().rposition(|worker| worker.knows(image));
+        let known = idle.iter().rposition(|context| context.was_lent_to(image));
         // Otherwise leave them: another session may want its contexts again, most likely the
         // latest.
         let may_take = state.total >= self.most && !idle.is_empty();
-        let prepared = || idle.iter().position(|worker| worker.is_prepared(image));
+        let prepared = || idle.iter().position(|context| context.is_prepared(image));
         let at = known.or_else(|| may_take.then(|| prepared().unwrap_or(0)));
         let found = at.map(|at| state.idle.remove(at));
         state.total += usize::from(found.is_none());
         drop(state);
-        let mut worker = found.unwrap_or_else(|| ThreadContext::new(SnapshotImage::decoder()));
-        worker.adopt(image);
-        worker
+        let mut context = found.unwrap_or_else(|| ThreadContext::new(SnapshotImage::decoder()));
+        context.adopt(image);
+        context
     }
 
-    fn give_back(&self, worker: ThreadContext<SnapshotImage>) {
+    fn give_back(&self, context: ThreadContext<SnapshotImage>) {
         let mut state = self.state();
-        state.idle.push(worker);
+        state.idle.push(context);
         let is_one_too_many = state.total > self.most || state.sessions == 0;
         let unwanted = is_one_too_many.then(|| state.idle.remove(0));
         state.total -= usize::from(is_one_too_many);
@@ -80,35 +80,35 @@ impl Workers {
     }
 }
 
-impl For<'_> {
+impl SessionContexts<'_> {
     /// Creates the first context before it is needed.
     pub(super) fn prepare(&self) {
-        let total = self.workers.state().total;
+        let total = self.contexts.state().total;
         if total == 0 {
-            self.workers.give_back(self.workers.lend(self.image));
+            self.contexts.give_back(self.contexts.lend(self.image));
         }
     }
 }
 
-impl LendContext<SnapshotImage> for For<'_> {
+impl LendContext<SnapshotImage> for SessionContexts<'_> {
     fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<SnapshotImage>) -> T) -> T {
-        let mut worker = self.workers.lend(self.image);
-        let done = work(&mut worker);
-        self.workers.give_back(worker);
+        let mut context = self.contexts.lend(self.image);
+        let done = work(&mut context);
+        self.contexts.give_back(context);
         done
     }
 }
 
-impl User {
+impl PoolUser {
     pub(super) fn new(pool: &Arc<Pool>) -> Self {
-        pool.workers().state().sessions += 1;
+        pool.contexts().state().sessions += 1;
         Self(Arc::clone(pool))
     }
 }
 
-impl Drop for User {
+impl Drop for PoolUser {
     fn drop(&mut self) {
-        let mut state = self.0.workers().state();
+        let mut state = self.0.contexts().state();
         state.sessions -= 1;
         if state.sessions > 0 {
             return;

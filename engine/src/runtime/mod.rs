@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   ThreadOptions::start ──▶ snap-fault-N ──▶ serve faults until the session ends
-//!                        └─▶ feed ──────────▶ its turns at the pool of all sessions, until all
-//!                                             pages are present
+//!                        └─▶ feed ──────────▶ tasks for the pool of all sessions, until all pages
+//!                                             are present
 //!   the last fault thread of a complete session closes it
 //! ```
 
@@ -11,7 +11,6 @@ mod contexts;
 mod prefetcher;
 mod session_prefetch;
 mod shared;
-mod stats;
 mod threads;
 
 use std::io;
@@ -20,15 +19,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::{Durations, Kernel, Session, SnapshotImage};
+use crate::session::{Kernel, Session, SnapshotImage};
+use crate::stats::{Durations, Stats};
 use snaprestore_uffd::os::trim_heap;
 
 use prefetcher::Pool;
 use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
-pub use stats::{FaultKinds, FaultTimes, PageCounts, Stats};
 pub use threads::SYSTEM_CALLS;
-pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads, crew_options};
+pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads};
 
 /// Pages that are loaded before they are touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +66,7 @@ pub(crate) struct Runtime {
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
     /// The session's use of the pool, until nobody serves faults any more.
-    user: Mutex<Option<contexts::User>>,
+    user: Mutex<Option<contexts::PoolUser>>,
     fault_threads: AtomicUsize,
     /// The process that started the session.
     pid: u32,
@@ -113,21 +112,21 @@ impl Runtime {
     pub(crate) fn new(
         mut session: Session<Kernel, SnapshotImage>,
         begun: Instant,
-        crew: &ThreadOptions,
+        options: &ThreadOptions,
         on_complete: OnComplete,
     ) -> Self {
-        let pool = Arc::clone(crew.shared().pool());
+        let pool = Arc::clone(options.shared().pool());
         session.queue.count_in(pool.demand());
-        session.retry_timeout = crew.retry_timeout;
+        session.retry_timeout = options.retry_timeout;
         Self {
             session,
             begun,
             on_complete,
-            user: Mutex::new(Some(contexts::User::new(&pool))),
+            user: Mutex::new(Some(contexts::PoolUser::new(&pool))),
             pool,
             feed: OnceLock::new(),
-            prefetch_threads: crew.prefetch_threads,
-            fault_threads: AtomicUsize::new(crew.fault_threads),
+            prefetch_threads: options.prefetch_threads,
+            fault_threads: AtomicUsize::new(options.fault_threads),
             pid: std::process::id(),
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
@@ -278,45 +277,29 @@ impl Runtime {
 
     /// Returns the statistics so far, except those that only the restore or pager knows.
     pub(crate) fn stats(&self) -> Stats {
-        let stats = &self.session.stats;
-        let read = |counter: &AtomicU64| counter.load(Relaxed);
-        let pages = |pages: &crate::session::Pages| PageCounts {
-            copied: read(&pages.copied),
-            filled: read(&pages.filled),
-            zeroed: read(&pages.zeroed),
-        };
-        let complete = read(&self.complete_nanos);
+        let counters = &self.session.stats;
+        let sources = counters.sources.load();
+        let mut fault_time = Durations::default();
+        for times in sources.values() {
+            fault_time += times;
+        }
+        let complete = self.complete_nanos.load(Relaxed);
         Stats {
             mapped: Duration::ZERO,
             complete: (complete != 0).then(|| Duration::from_nanos(complete)),
-            faults: read(&stats.faults),
-            fault_time: Durations::of(&stats.fault_times.all()).percentiles(),
-            fault_kinds: FaultKinds {
-                stored: read(&stats.kinds.stored),
-                fill: read(&stats.kinds.fill),
-                removed: read(&stats.kinds.removed),
-                present: read(&stats.kinds.present),
-                poisoned: read(&stats.kinds.poisoned),
-                outside: read(&stats.kinds.outside),
-            },
-            fault_times: FaultTimes {
-                all: Durations::of(&stats.fault_times.all()),
-                nowhere: stats.fault_times.nowhere.durations(),
-                fill: stats.fault_times.fill.durations(),
-                read: stats.fault_times.read.durations(),
-                cached: stats.fault_times.cached.durations(),
-                another: stats.fault_times.another.durations(),
-            },
+            left_to_kernel: 0,
             pages: self.session.image.snapshot().summary().pages,
             missing: self.session.state.unsettled(),
-            demand: pages(&stats.demand),
-            prefetch: pages(&stats.prefetch),
-            left_to_kernel: 0,
-            poisoned: read(&stats.poisoned),
-            events: read(&stats.events),
-            retries: read(&stats.retries),
-            shortages: read(&stats.shortages),
-            huge_shortages: read(&stats.large_shortages),
+            faults: counters.faults.load(Relaxed),
+            fault_kinds: counters.fault_kinds.load(),
+            fault_time,
+            sources,
+            demand: counters.demand.load(),
+            prefetch: counters.prefetch.load(),
+            poisoned: counters.poisoned.load(Relaxed),
+            discards: counters.discards.load(Relaxed),
+            retries: counters.retries.load(Relaxed),
+            shortages: counters.shortages.load(),
             bytes_read: self.session.image.bytes_read(),
             bytes_decoded: self.session.image.bytes_decoded(),
             failures: self.session.failures().1,

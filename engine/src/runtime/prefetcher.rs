@@ -6,9 +6,9 @@
 //!   session ─▶ feed ─┘            └─ ...          ─┘
 //! ```
 //!
-//! A job of the rayon pool is a turn: it runs tasks of any feed until there are none left. The ring
-//! makes sessions take turns: rayon prefers jobs that its own threads spawned over jobs from
-//! outside, so with one job per feed the first feed would block the others.
+//! A job of the rayon pool runs tasks of any feed until there are none left. The ring serves the
+//! sessions round-robin: rayon prefers jobs that its own threads spawned over jobs from outside, so
+//! with one job per feed the first feed would block the others.
 //!
 //! An install can block for reasons that lie with the owner: its memory is limited, or it changes
 //! its mappings all the time. Therefore a feed gets at most half of the threads of a pool that
@@ -25,13 +25,13 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::contexts::Workers;
+use super::contexts::ContextPool;
 use super::session_prefetch::{Feed, Step};
 use super::threads::{Hook, aborting_on_panic, run};
 
 /// Maximum time for which prefetch yields to demand before each frame: an owner that faults all the
 /// time must not stop prefetch.
-const MAX_STAND_BACK: Duration = Duration::from_micros(500);
+const MAX_YIELD: Duration = Duration::from_micros(500);
 /// Interval at which a yielding thread checks again.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 /// Maximum number of threads that work on one feed at once: each has a bit of a word.
@@ -50,7 +50,7 @@ pub(crate) struct Pool {
     ring: Mutex<Ring>,
     /// Signals that a task has become available or has ended, or that the threads have exited.
     changed: Condvar,
-    workers: Workers,
+    contexts: ContextPool,
 }
 
 #[derive(Default)]
@@ -58,7 +58,7 @@ struct Ring {
     feeds: VecDeque<Entry>,
     threads: Option<Threads>,
     /// Number of jobs of the rayon pool.
-    turns: usize,
+    jobs: usize,
     /// Whether one of them waits for a feed that is pausing.
     has_waiter: bool,
     /// Threads that are exiting.
@@ -131,10 +131,10 @@ impl Ring {
         entries.find(|entry| Arc::ptr_eq(&entry.feed, feed))
     }
 
-    /// Lets the threads exit if no feed and no turn is left.
+    /// Lets the threads exit if no feed and no job is left.
     fn retire_if_idle(&mut self) {
         if self.feeds.is_empty()
-            && self.turns == 0
+            && self.jobs == 0
             && let Some(threads) = self.threads.take()
         {
             self.retired.extend(threads.handles);
@@ -159,7 +159,7 @@ impl Pool {
             hook,
             ring: Mutex::default(),
             changed: Condvar::new(),
-            workers: Workers::new(2 * cores + 2),
+            contexts: ContextPool::new(2 * cores + 2),
         }
     }
 
@@ -169,8 +169,8 @@ impl Pool {
     }
 
     /// Returns the contexts with which threads decode.
-    pub(super) fn workers(&self) -> &Workers {
-        &self.workers
+    pub(super) fn contexts(&self) -> &ContextPool {
+        &self.contexts
     }
 
     /// Adds a feed, and starts the threads if there are none. They inherit the caller's signal
@@ -259,7 +259,7 @@ impl Pool {
             slots: 0,
             rest: Rest::Ready,
         });
-        self.spawn_turn(ring);
+        self.spawn_job(ring);
         self.changed.notify_all();
     }
 
@@ -269,21 +269,21 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// Spawns one more turn, if there is a thread for it.
-    fn spawn_turn(self: &Arc<Self>, ring: &mut Ring) {
+    /// Spawns one more job, if there is a thread for it.
+    fn spawn_job(self: &Arc<Self>, ring: &mut Ring) {
         let Some(threads) = &ring.threads else {
             return;
         };
-        if ring.turns < threads.rayon.current_num_threads() {
-            ring.turns += 1;
+        if ring.jobs < threads.rayon.current_num_threads() {
+            ring.jobs += 1;
             let pool = Arc::clone(self);
             threads
                 .rayon
-                .spawn_fifo(move || aborting_on_panic(|| pool.turn()));
+                .spawn_fifo(move || aborting_on_panic(|| pool.run_job()));
         }
     }
 
-    fn turn(self: &Arc<Self>) {
+    fn run_job(self: &Arc<Self>) {
         let mut ring = self.ring();
         loop {
             match ring.next(None) {
@@ -302,7 +302,7 @@ impl Pool {
                 Next::Until(_) | Next::Unknown => break,
             }
         }
-        ring.turns -= 1;
+        ring.jobs -= 1;
         ring.retire_if_idle();
         self.changed.notify_all();
     }
@@ -317,8 +317,8 @@ impl Pool {
         self.fetching.fetch_add(1, Relaxed);
         // While this thread runs the task, another must take care of the other feeds.
         match ring.next(None) {
-            Next::Now(_) => self.spawn_turn(ring),
-            Next::Until(_) if !ring.has_waiter => self.spawn_turn(ring),
+            Next::Now(_) => self.spawn_job(ring),
+            Next::Until(_) if !ring.has_waiter => self.spawn_job(ring),
             Next::Until(_) | Next::Unknown => {}
         }
         Some(Task {
@@ -367,7 +367,7 @@ impl Pool {
 
     /// Waits while demand needs this thread's core, but not forever: faults being answered and
     /// frames being prefetched together don't exceed the number of cores.
-    pub(super) fn stand_back(&self, is_over: impl Fn() -> bool) {
+    pub(super) fn yield_to_demand(&self, is_over: impl Fn() -> bool) {
         let demand = || self.demand.load(Relaxed);
         if demand() + self.fetching.load(Relaxed) <= self.cores {
             return;
@@ -377,7 +377,7 @@ impl Pool {
         while demand() > 0
             && demand() + self.fetching.load(Relaxed) >= self.cores
             && !is_over()
-            && begun.elapsed() < MAX_STAND_BACK
+            && begun.elapsed() < MAX_YIELD
         {
             std::thread::sleep(POLL_INTERVAL);
         }
@@ -423,13 +423,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefetch_stands_back_for_the_faults_of_any_session() {
+    fn prefetch_yields_to_faults_of_any_session() {
         let pool = Pool::new(None, true);
         pool.fetching.store(1, Relaxed);
         // It would continue after some time in any case, so the test checks whether it asks.
         let asks = || {
             let asked = Cell::new(false);
-            pool.stand_back(|| asked.replace(true) || asked.get());
+            pool.yield_to_demand(|| asked.replace(true) || asked.get());
             asked.get()
         };
         pool.demand().store(pool.cores, Relaxed);

@@ -21,22 +21,20 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::session::{
-    Kernel, Left, LendContext as _, PAGE, PrefetchStop, Retries, Session, SnapshotImage,
-};
+use crate::session::{Kernel, LendContext as _, PAGE, Prefetched, Retries, Session, SnapshotImage};
 
 use super::contexts;
 use super::prefetcher::{MAX_FEED_THREADS, Pool};
 use super::{Prefetch, Runtime};
 
 /// Pause before the next round if pages were left because another thread was loading them.
-const NEXT_ROUND: Duration = Duration::from_millis(1);
+const ROUND_INTERVAL: Duration = Duration::from_millis(1);
 /// Minimum time without progress after which the last round ends.
 const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of rounds to complete a session while another thread is always loading some page.
 const MAX_ROUNDS: u32 = 10_000;
 /// Number of index blocks that one task searches for duplicates.
-const NOTED_BLOCKS: u64 = 64;
+const MAX_NOTED_BLOCKS: u64 = 64;
 
 /// The prefetch requested for a session.
 pub(super) struct Plan {
@@ -53,7 +51,7 @@ pub(super) struct Plan {
 
 /// The prefetch of one session.
 pub(super) struct Feed {
-    running: Weak<Runtime>,
+    runtime: Weak<Runtime>,
     /// The tracing span of the creating thread, in which messages are logged.
     span: tracing::Span,
     plan: Plan,
@@ -78,7 +76,7 @@ struct Progress {
     /// The next index block to search for duplicates.
     noting: Option<u64>,
     /// Pages that this round left.
-    left: Left,
+    left: Prefetched,
     rounds: u32,
     retries: Retries,
     pause_until: Option<Instant>,
@@ -126,9 +124,9 @@ enum Task {
 }
 
 impl Feed {
-    pub(super) fn new(running: &Arc<Runtime>, plan: Plan) -> Arc<Self> {
+    pub(super) fn new(runtime: &Arc<Runtime>, plan: Plan) -> Arc<Self> {
         Arc::new(Self {
-            running: Arc::downgrade(running),
+            runtime: Arc::downgrade(runtime),
             span: tracing::Span::current(),
             plan,
             begun: Instant::now(),
@@ -147,10 +145,10 @@ impl Feed {
 
     /// Runs one task in this thread, which has slot `slot` at this feed.
     pub(super) fn step(&self, pool: &Pool, slot: usize) -> Step {
-        let Some(running) = self.running.upgrade() else {
+        let Some(runtime) = self.runtime.upgrade() else {
             return Step::Over;
         };
-        let session = &running.session;
+        let session = &runtime.session;
         // A pool thread counts as one of the session's threads while it works for it.
         let _of = self.span.enter();
         let place = session
@@ -161,9 +159,9 @@ impl Feed {
             Next::Task(task) => task,
             Next::None(step) => return step,
         };
-        let stand_back = || pool.stand_back(|| session.is_ending());
-        let workers = contexts::For {
-            workers: pool.workers(),
+        let yield_to_demand = || pool.yield_to_demand(|| session.is_ending());
+        let contexts = contexts::SessionContexts {
+            contexts: pool.contexts(),
             image: &session.image,
         };
         let number = self.plan.first_number + slot;
@@ -173,23 +171,23 @@ impl Feed {
                 self.progress().planned(ranges, &self.plan);
             }
             Task::Heal { last } => {
-                let left = workers.with(|worker| {
-                    worker.number = number;
-                    session.heal(worker, last)
+                let left = contexts.with(|context| {
+                    context.number = number;
+                    session.heal(context, last)
                 });
-                self.progress().healed(&left, session.retry_timeout, last);
+                self.progress().healed(left, session.retry_timeout, last);
             }
             Task::Note(blocks) => {
                 let noted = session.image.note_duplicates(blocks, || {
-                    stand_back();
+                    yield_to_demand();
                     !session.is_ending()
                 });
                 self.progress().noted(noted);
             }
             Task::Fetch { pages, last } => {
-                let left = workers.with(|worker| {
-                    worker.number = number;
-                    session.prefetch(worker, pages.clone(), last, stand_back)
+                let left = contexts.with(|context| {
+                    context.number = number;
+                    session.prefetch(context, pages.clone(), last, yield_to_demand)
                 });
                 self.progress()
                     .fetched(&pages, left, session.retry_timeout, last);
@@ -200,10 +198,10 @@ impl Feed {
 
     /// Notifies the waiters that the feed is finished.
     pub(super) fn ended(&self) {
-        if let Some(running) = self.running.upgrade() {
-            running.session.kick();
+        if let Some(runtime) = self.runtime.upgrade() {
+            runtime.session.kick();
             if !self.plan.completes {
-                running.prefetch_ended();
+                runtime.prefetch_ended();
             }
         }
     }
@@ -252,8 +250,8 @@ impl Progress {
             return Next::None(Step::Over);
         }
         let paced = plan.bandwidth.map(|bandwidth| {
-            let brought = session.stats.prefetch.total() * PAGE;
-            begun + Duration::from_nanos(nanos(brought, bandwidth))
+            let loaded = session.stats.prefetch.load().total() * PAGE;
+            begun + Duration::from_nanos(nanos(loaded, bandwidth))
         });
         if let Some(until) = self.pause_until.max(paced)
             && until > Instant::now()
@@ -293,7 +291,7 @@ impl Progress {
     fn next_noted(&mut self, session: &Session<Kernel, SnapshotImage>) -> Option<Range<u64>> {
         let first = self.noting.take()?;
         let end = session.image.snapshot().block_count();
-        (first < end).then(|| first..end.min(first + NOTED_BLOCKS))
+        (first < end).then(|| first..end.min(first + MAX_NOTED_BLOCKS))
     }
 
     /// Returns the next pages of the round: at most one index block.
@@ -319,16 +317,16 @@ impl Progress {
     fn round_ends(&mut self, plan: &Plan, session: &Session<Kernel, SnapshotImage>) -> Next {
         let left = std::mem::take(&mut self.left);
         self.rounds += 1;
-        if left.unread + left.short > 0 && !self.last {
+        if left.unread + left.no_memory > 0 && !self.last {
             self.last = self.timed_out;
         } else if left.busy > 0
             && plan.fetches_all()
             && !(plan.completes && self.rounds >= MAX_ROUNDS)
         {
-            self.pause_until = Some(Instant::now() + NEXT_ROUND);
+            self.pause_until = Some(Instant::now() + ROUND_INTERVAL);
         } else {
             let absent = |pages: &Range<u64>| session.state.any_absent(pages.clone());
-            let missing = left.busy + left.unread + left.short + left.failed > 0;
+            let missing = left.busy + left.unread + left.no_memory + left.failed > 0;
             self.over = Some(!missing && !self.failed.iter().any(absent));
             return Next::None(Step::Over);
         }
@@ -353,10 +351,10 @@ impl Progress {
         self.noting = next;
     }
 
-    fn healed(&mut self, left: &Result<Left, PrefetchStop>, timeout: Duration, was_last: bool) {
+    fn healed(&mut self, left: Option<Prefetched>, timeout: Duration, was_last: bool) {
         self.out -= 1;
         match left {
-            Ok(left) if left.unread > 0 && !was_last => self.retry(timeout),
+            Some(left) if left.unread > 0 && !was_last => self.retry(timeout),
             _ => {
                 self.stage = Stage::Rounds;
                 (self.range, self.next) = (0, 0);
@@ -369,35 +367,32 @@ impl Progress {
     fn fetched(
         &mut self,
         pages: &Range<u64>,
-        left: Result<Left, PrefetchStop>,
+        left: Option<Prefetched>,
         timeout: Duration,
         was_last: bool,
     ) {
         self.out -= 1;
-        let left = match left {
-            Ok(left) => left,
-            Err(PrefetchStop::Ending) => return,
-            Err(PrefetchStop::Kernel) => {
-                self.over = Some(false);
-                return;
-            }
-        };
+        let Some(left) = left else { return };
+        if left.refused {
+            self.over = Some(false);
+            return;
+        }
         self.left.add(left);
-        if left.brought > 0 {
+        if left.loaded > 0 {
             self.retries = Retries::default();
         }
-        if left.unread + left.short > 0 && !was_last {
+        if left.unread + left.no_memory > 0 && !was_last {
             self.retry(timeout);
             let rest = left.rest.map(|rest| rest..pages.end);
             self.rests.extend(rest.filter(|_| !self.timed_out));
-        } else if left.short > 0 {
+        } else if left.no_memory > 0 {
             // There is none for the other tasks either.
             self.over = Some(false);
         } else if left.failed > 0 && left.busy == 0 {
             self.failed.insert(pages.clone());
-            if was_last && left.brought == 0 {
-                let patience = timeout.max(LAST_ROUND_TIMEOUT);
-                let goes_on = self.retries.failed(Instant::now(), patience).is_some();
+            if was_last && left.loaded == 0 {
+                let timeout = timeout.max(LAST_ROUND_TIMEOUT);
+                let goes_on = self.retries.failed(Instant::now(), timeout).is_some();
                 self.over = (!goes_on).then_some(false);
             }
         }

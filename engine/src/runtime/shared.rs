@@ -13,7 +13,8 @@ use std::sync::{Arc, LazyLock};
 
 use snapshot_format::Snapshot;
 
-use crate::session::{FrameCache, FrameCacheStats, SharedFrames};
+use crate::session::{FrameCache, SharedFrames};
+use crate::stats::FrameCacheStats;
 
 use super::prefetcher::Pool;
 use super::threads::Hook;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -23,10 +23,6 @@ pub const SYSTEM_CALLS: &[&str] = &[
     "epoll_wait",
     "epoll_pwait",
     "epoll_ctl",
-    // Migrating to the core of the faulting thread.
-    "sched_getscheduler",
-    "sched_getaffinity",
-    "sched_setaffinity",
     // Waking other threads, and waiting.
     "futex",
     "write",
@@ -71,9 +67,9 @@ pub(crate) struct ThreadError {
 
 /// Aborts the process if its thread panics: waiters for that thread's pages would otherwise wait
 /// forever.
-struct EndOnPanic<'a>(&'a str);
+struct AbortOnPanic<'a>(&'a str);
 
-impl Drop for EndOnPanic<'_> {
+impl Drop for AbortOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             abort(&format!(
@@ -88,14 +84,14 @@ impl Drop for EndOnPanic<'_> {
 /// panics.
 pub(super) fn aborting_on_panic(body: impl FnOnce()) {
     let thread = std::thread::current();
-    let _end = EndOnPanic(thread.name().unwrap_or_default());
+    let _end = AbortOnPanic(thread.name().unwrap_or_default());
     body();
 }
 
 /// Runs `body` in the calling thread, which was started as engine thread `name`. It keeps its
 /// `place` in a session if it works for only one.
 pub(super) fn run(name: &str, place: Option<Place>, hook: Option<&Hook>, body: impl FnOnce()) {
-    let _end = EndOnPanic(name);
+    let _end = AbortOnPanic(name);
     leave_creator();
     if let Some(place) = &place {
         place.begin();
@@ -121,7 +117,8 @@ pub(crate) struct ThreadOptions {
     pub(crate) prefetch_bandwidth: Option<u64>,
     pub(crate) retry_timeout: Duration,
     pub(crate) hook: Option<Hook>,
-    pub(crate) shared: Option<Shared>,
+    /// The resources shared with other sessions; set at their first use if they were not given.
+    pub(crate) shared: OnceLock<Shared>,
     /// One additional thread, with its name.
     pub(crate) other: Option<(&'static str, Body)>,
 }
@@ -135,83 +132,19 @@ impl Default for ThreadOptions {
             prefetch_bandwidth: None,
             retry_timeout: RETRY_TIMEOUT,
             hook: None,
-            shared: None,
+            shared: OnceLock::new(),
             other: None,
         }
     }
 }
 
-/// Defines the options of a builder that has its thread options in `crew`.
-macro_rules! crew_options {
-    () => {
-        /// Sets the number of threads that serve faults: at least 1, and at least 2 with a
-        /// first-touch observer, so that a fault of the observer is noticed. One thread serves one
-        /// touching thread well. More help when many threads touch at once, or when the store is
-        /// slow. Default: 2.
-        pub fn fault_threads(mut self, threads: usize) -> Self {
-            self.crew.fault_threads = threads.max(1);
-            self
-        }
-
-        /// Sets the pages to load before they are touched. Default: [`Prefetch::Off`].
-        pub fn prefetch(mut self, prefetch: Prefetch) -> Self {
-            self.crew.prefetch = prefetch;
-            self
-        }
-
-        /// Sets how many threads prefetch for this session at once, from 1 to 64. They belong to
-        /// [`Shared`], and are at most half as many as its first session started. Default: one per
-        /// core.
-        pub fn prefetch_threads(mut self, threads: usize) -> Self {
-            self.crew.prefetch_threads = threads.max(1);
-            self
-        }
-
-        /// Limits prefetch to this many bytes of memory per second, on average. Default: no limit.
-        pub fn prefetch_bandwidth(mut self, bytes_per_second: u64) -> Self {
-            self.crew.prefetch_bandwidth = Some(bytes_per_second.max(1));
-            self
-        }
-
-        /// Sets how long the read of an unreadable page is retried before it counts as failed, with
-        /// pauses that grow from 1 ms to half a second. Other faults are served meanwhile. Damaged
-        /// data isn't read again. Prefetch that finds no memory retries for the same time. Default:
-        /// 5 s.
-        pub fn retry_timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.crew.retry_timeout = timeout;
-            self
-        }
-
-        /// Sets the resources that the session shares with others of the same process. By default,
-        /// all sessions without an explicit `Shared` share the prefetch threads, except those with
-        /// a hook ([`on_thread_start`](Self::on_thread_start)).
-        pub fn shared(mut self, shared: &Shared) -> Self {
-            self.crew.shared = Some(shared.clone());
-            self
-        }
-
-        /// Sets a hook that each thread of this session calls before it does anything else, for
-        /// instance to confine the thread, or to set its scheduling policy or cores. Signals are
-        /// already blocked. The thread has the cores of the main thread and of the thread that
-        /// starts it, and no real-time policy, whatever the latter has. The hook must return, and
-        /// must not touch memory that is being restored. With a hook, the session gets prefetch
-        /// threads of its own, unless it was given a [`Shared`](Self::shared): its threads serve
-        /// several sessions, and call only the hook of [`Shared::on_thread_start`].
-        pub fn on_thread_start(mut self, hook: impl Fn(&str) + Send + Sync + 'static) -> Self {
-            self.crew.hook = Some(Arc::new(hook));
-            self
-        }
-    };
-}
-
 impl ThreadOptions {
     /// Returns the resources that the session shares, which may be its own.
-    pub(crate) fn shared(&self) -> Shared {
-        match (&self.shared, &self.hook) {
-            (Some(shared), _) => shared.clone(),
-            (None, Some(hook)) => Shared::alone(hook),
-            (None, None) => Shared::of_the_process(),
-        }
+    pub(crate) fn shared(&self) -> &Shared {
+        self.shared.get_or_init(|| match &self.hook {
+            Some(hook) => Shared::alone(hook),
+            None => Shared::of_the_process(),
+        })
     }
 
     /// Returns the maximum number of threads that are started.
@@ -219,8 +152,7 @@ impl ThreadOptions {
         if self.prefetch == Prefetch::Off {
             return self.fault_threads;
         }
-        let shared = self.shared();
-        self.fault_threads + shared.pool().thread_count(self.prefetch_threads)
+        self.fault_threads + self.shared().pool().thread_count(self.prefetch_threads)
     }
 
     /// Returns the maximum number of threads that decode for the session at the same time.
@@ -229,20 +161,20 @@ impl ThreadOptions {
     }
 
     /// Starts the threads. If one can't be started, those already started are ended.
-    pub(crate) fn start(self, running: &Arc<Runtime>) -> Result<Threads, ThreadError> {
+    pub(crate) fn start(self, runtime: &Arc<Runtime>) -> Result<Threads, ThreadError> {
         // Threads inherit the mask, so no signal reaches them even before their first instruction.
         let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
             what: "threads that block signals",
             source,
         })?;
         let mut threads = Threads::new();
-        let started = self.start_all(running, &mut threads);
+        let started = self.start_all(runtime, &mut threads);
         drop(blocked);
         match started {
             Ok(()) => Ok(threads),
             Err(source) => {
-                running.session.end();
-                running.end_threads(&mut threads);
+                runtime.session.end();
+                runtime.end_threads(&mut threads);
                 Err(ThreadError {
                     what: "the engine's threads",
                     source,
@@ -251,10 +183,10 @@ impl ThreadOptions {
         }
     }
 
-    fn start_all(self, running: &Arc<Runtime>, threads: &mut Threads) -> io::Result<()> {
+    fn start_all(self, runtime: &Arc<Runtime>, threads: &mut Threads) -> io::Result<()> {
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| -> io::Result<()> {
             let hook = self.hook.clone();
-            let place = running.session.threads.place(&name);
+            let place = runtime.session.threads.place(&name);
             let named = name.clone();
             let span = tracing::Span::current();
             let thread = Builder::new().name(name).spawn(move || {
@@ -265,30 +197,30 @@ impl ThreadOptions {
             Ok(())
         };
         for i in 0..self.fault_threads {
-            let running = Arc::clone(running);
+            let runtime = Arc::clone(runtime);
             spawn(
                 format!("snap-fault-{i}"),
                 Box::new(move || {
-                    let workers = contexts::For {
-                        workers: running.pool.workers(),
-                        image: &running.session.image,
+                    let contexts = contexts::SessionContexts {
+                        contexts: runtime.pool.contexts(),
+                        image: &runtime.session.image,
                     };
                     // Done before the first fault, without delaying the start.
-                    workers.prepare();
-                    running.session.serve(i, &workers);
-                    running.fault_thread_ends();
+                    contexts.prepare();
+                    runtime.session.serve(i, &contexts);
+                    runtime.fault_thread_ends();
                 }),
             )?;
         }
         if let Some((name, body)) = self.other {
-            let running = Arc::clone(running);
-            spawn(name.to_owned(), Box::new(move || body(&running)))?;
+            let runtime = Arc::clone(runtime);
+            spawn(name.to_owned(), Box::new(move || body(&runtime)))?;
         }
         if self.prefetch == Prefetch::Off {
-            running.prefetch_ended();
+            runtime.prefetch_ended();
             return Ok(());
         }
-        running.prefetch(Plan {
+        runtime.prefetch(Plan {
             prefetch: self.prefetch,
             completes: false,
             threads: self.prefetch_threads,
@@ -298,4 +230,20 @@ impl ThreadOptions {
     }
 }
 
-pub(crate) use crew_options;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn session_with_a_hook_creates_one_pool() {
+        let hook: Hook = Arc::new(|_: &str| ());
+        let threads = ThreadOptions {
+            hook: Some(hook),
+            ..ThreadOptions::default()
+        };
+        let pool = Arc::clone(threads.shared().pool());
+        assert!(Arc::ptr_eq(&pool, threads.shared().pool()));
+        let process = ThreadOptions::default();
+        assert!(!Arc::ptr_eq(&pool, process.shared().pool()));
+    }
+}

@@ -1,187 +1,82 @@
-//! Healing: replaces poison by content that was unavailable earlier and is available now.
+//! Completion: every page is settled, and the kernel gets the memory back.
 //!
 //! ```text
-//! heal():
-//!   keep the session from completing, because nothing can be installed afterwards
-//!   for each poisoned page: look up its content, read, check, decode
-//!     hold the lock shared: COPY it over the poison, mark it present
+//!   last page settled ──▶ wake_if_settled: a thread that waits for messages checks
+//!                         complete_if_settled: recount under the exclusive lock
+//!                           ──▶ release_memory: UNREGISTER, WAKE, read events until none is left
+//!                           ──▶ complete: the threads return from serve
 //! ```
-//!
-//! The kernel accepts a COPY over poison. ZEROPAGE and POISON return EEXIST there, so a page of
-//! zeros is copied as well.
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use snapshot_format::Reason;
-use snapshot_format::layout::PAGE_SIZE;
-
-use crate::session::fault::huge::Assembly;
-use crate::session::fault::install::InstallError;
-use crate::session::fault::load::LoadError;
-use crate::session::platform::{Content, Image, Installed, PageNumber, Platform};
-use crate::session::state::Status;
-use crate::session::state::address_map::{LARGE_PAGES, block_of};
-use crate::session::stats::add;
-use crate::session::{Failure, FailureKind, Left, PrefetchStop, Session, ThreadContext};
-use snaprestore_uffd::uffd::Wake;
-
-/// The outcome of one hold of the lock.
-enum HoldOutcome {
-    /// The page is present, or nobody wants it any more.
-    Settled,
-    /// Read events first.
-    Again,
-    /// The kernel had no memory for the page.
-    NoMemory,
-    /// The install failed for good.
-    Failed(InstallError),
-}
+use crate::fail_point::{FailPoint, fail_point};
+use crate::session::Session;
+use crate::session::platform::{Image, PAGE, Platform};
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Loads the poisoned pages. Unless this is the `last` attempt, it stops without a report at
-    /// the first page that can't be read now. Returns the pages that were left;
-    /// [`State::count_poisoned`] returns how many stay poisoned.
+    /// Whether every page is present, removed or poisoned, and the kernel has the memory back.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.phase.complete.load(Relaxed)
+    }
+
+    /// Makes a thread that waits for messages check whether the session is complete, because no
+    /// further message may arrive.
+    pub(crate) fn wake_if_settled(&self) {
+        if self.state.may_be_settled() {
+            self.platform.kick();
+        }
+    }
+
+    /// Completes the session if every page is settled. Returns `true` if it did.
     ///
-    /// [`State::count_poisoned`]: super::State::count_poisoned
-    pub(crate) fn heal(
-        &self,
-        worker: &mut ThreadContext<I>,
-        last: bool,
-    ) -> Result<Left, PrefetchStop> {
-        if self.state.first_poisoned(0).is_none() || self.phase.finishing.swap(true, Relaxed) {
-            return Ok(Left::default());
+    /// From then on the kernel may answer faults by itself: a page that is still missing was
+    /// discarded. A thread whose discard waits for its event to be read must not wait forever, so
+    /// events are read until none can be pending.
+    pub(crate) fn complete_if_settled(&self) -> bool {
+        if !self.state.may_be_settled() || self.phase.finishing.swap(true, Relaxed) {
+            return false;
         }
-        worker.prepare(&self.state);
-        let healed = self.heal_each(worker, last);
-        self.phase.finishing.store(false, Relaxed);
-        self.look_if_settled();
-        healed
+        let hold = self.platform.exclusive(0);
+        if self.state.recount() > 0 {
+            self.phase.finishing.store(false, Relaxed);
+            return false;
+        }
+        drop(hold);
+        fail_point(FailPoint::Settled);
+        self.release_memory();
+        fail_point(FailPoint::Complete);
+        self.phase.complete.store(true, Relaxed);
+        self.end();
+        true
     }
 
-    fn heal_each(&self, worker: &mut ThreadContext<I>, last: bool) -> Result<Left, PrefetchStop> {
-        let mut left = Left::default();
-        let mut next = 0;
-        while let Some(page) = self.state.first_poisoned(next) {
-            if self.is_ending() {
-                return Err(PrefetchStop::Ending);
+    /// Returns the memory to the kernel: unregisters it, wakes waiting threads, and reads events
+    /// until none can be pending.
+    pub(crate) fn release_memory(&self) {
+        let extents = self.state.mapped();
+        // In reverse order, so that a list of the ranges shrinks at its end.
+        for extent in extents.iter().rev() {
+            let (address, len) = (extent.address, extent.pages * PAGE);
+            if !self.platform.unregister(address, len) {
+                // The owner would block forever at the first page that it discards.
+                self.guard
+                    .kill_owner("its memory can't be given back to the kernel");
             }
-            let large = self.is_large(page);
-            next = if large { block_of(page).end } else { page + 1 };
-            let healed = if large {
-                self.heal_large(worker, page)
-            } else {
-                self.heal_page(worker, page)
-            };
-            match healed {
-                Ok(()) => {}
-                Err(LoadError::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
-                    left.unread += 1;
-                    return Ok(left);
-                }
-                Err(LoadError::Failed(failure)) => {
-                    self.report(&failure);
-                    left.failed += 1;
-                }
-                Err(LoadError::Stopped(InstallError::OwnerGone)) => {
-                    self.owner_is_gone();
-                    return Err(PrefetchStop::Ending);
-                }
-                Err(LoadError::Stopped(stop)) => {
-                    self.report(&self.install_failure(page, stop));
-                    left.failed += 1;
-                }
-            }
+            fail_point(FailPoint::Unregistered);
         }
-        Ok(left)
-    }
-
-    fn heal_page(&self, worker: &mut ThreadContext<I>, page: PageNumber) -> Result<(), LoadError> {
-        match self.image.content(page, Reason::Prefetch)? {
-            Content::Fill(word) => {
-                let bytes = &worker.filled(word)[..PAGE_SIZE];
-                Ok(self.install_over_poison(page, bytes)?)
-            }
-            Content::Stored(frame, slot) => {
-                if let Some(failure) = worker.known_bad(&frame) {
-                    let failure = failure.clone();
-                    return Err(LoadError::Failed(Failure { page, ..failure }));
-                }
-                self.check_quarantine(page, &frame)?;
-                let slots = self.image.slots(&frame);
-                self.decode(worker, page, &frame, slots, Reason::Prefetch)?;
-                let start = usize::from(slot) * PAGE_SIZE;
-                let bytes = &self.image.bytes(&worker.decoder)[start..start + PAGE_SIZE];
-                Ok(self.install_over_poison(page, bytes)?)
-            }
-            Content::Unavailable => Err(self.unavailable(page).into()),
+        // The kernel wakes the waiters of a range before it unregisters the range (seen with 6.18).
+        // A thread that faults in between waits where nobody reads any more. Closing the
+        // userfaultfd would wake it too, but not while the owner holds a descriptor of its own.
+        for extent in &extents {
+            self.platform.wake(extent.address, extent.pages * PAGE);
         }
-    }
-
-    fn install_over_poison(&self, page: PageNumber, bytes: &[u8]) -> Result<(), InstallError> {
-        let (mut tries, mut shortages) = (0, 0);
-        loop {
-            match self.hold_over_poison(page, bytes) {
-                HoldOutcome::Settled => return Ok(()),
-                HoldOutcome::Again => self.after_again(&mut tries, page)?,
-                HoldOutcome::NoMemory => {
-                    self.after_no_memory(&mut shortages, page, false, Reason::Prefetch)?;
-                }
-                HoldOutcome::Failed(stop) => return Err(stop),
+        let mut tries = 0;
+        while let Some(extent) = extents.first() {
+            self.read_events(0);
+            if !self.platform.is_changing(extent.address) || !self.platform.back_off(tries) {
+                break;
             }
+            tries += 1;
         }
-    }
-
-    /// Looks up the page and issues one COPY, in one hold of the lock.
-    fn hold_over_poison(&self, page: PageNumber, bytes: &[u8]) -> HoldOutcome {
-        let _hold = self.platform.shared(page);
-        let pages = page..page + 1;
-        if self.state.status(page) != Status::Poisoned {
-            return HoldOutcome::Settled;
-        }
-        let Some(at) = self.state.map().rest_from(page) else {
-            return HoldOutcome::Settled;
-        };
-        match self.platform.copy(at.address, bytes, Wake::Now) {
-            Installed::Done | Installed::Partial(_) => {
-                self.state.mark_healed(pages);
-                add(&self.stats.prefetch.copied, 1);
-                HoldOutcome::Settled
-            }
-            // Another thread is healing it.
-            Installed::Exists => HoldOutcome::Settled,
-            Installed::Again => HoldOutcome::Again,
-            Installed::Gone if self.platform.is_changing(at.address) => HoldOutcome::Again,
-            Installed::Gone => {
-                self.state.mark_removed(pages);
-                HoldOutcome::Settled
-            }
-            Installed::NoMemory => HoldOutcome::NoMemory,
-            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
-        }
-    }
-
-    fn heal_large(&self, worker: &mut ThreadContext<I>, page: PageNumber) -> Result<(), LoadError> {
-        let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
-        let pages = block_of(page);
-        let healed = match self.assemble(worker, &mut assembly, pages, Reason::Prefetch) {
-            Ok(Some(_)) => self.install_large_over_poison(&mut assembly, page),
-            Ok(None) => Ok(()),
-            Err(failure) => Err(failure.into()),
-        };
-        worker.assembly = Some(assembly);
-        healed
-    }
-
-    fn install_large_over_poison(
-        &self,
-        assembly: &mut Assembly<I::Frame>,
-        page: PageNumber,
-    ) -> Result<(), LoadError> {
-        let over = Status::Poisoned;
-        if self.install_large(assembly, page, over, Wake::Now, Reason::Prefetch)? {
-            add(&self.stats.prefetch.copied, LARGE_PAGES);
-        }
-        Ok(())
     }
 }

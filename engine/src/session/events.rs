@@ -1,52 +1,14 @@
 //! Reads userfaultfd messages and records them.
 
-use std::time::Instant;
-
-use super::{Fault, Session};
 use crate::fail_point::{FailPoint, fail_point};
-use crate::session::platform::{Event, Image, PAGE, Platform, ReadFailed, Waited};
+use crate::session::Session;
+use crate::session::platform::{Event, Image, PAGE, Platform, ReadFailed};
 use crate::session::stats::add;
 
 /// Reason for killing an owner that forks with fork events enabled.
 const FORKED: &str = "it forked, and nobody serves its child";
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Waits for the next fault to serve and returns it, or `None` if the session ends.
-    ///
-    /// An incoming message wakes one thread, which reads all messages. If they contain more than
-    /// one fault, it wakes another thread.
-    pub(super) fn next_fault(&self) -> Option<Fault> {
-        loop {
-            if self.is_ending() {
-                // Only one thread was woken for the end of the session, so it wakes the next.
-                self.platform.kick();
-                return None;
-            }
-            let next_due = self.queue.resume();
-            if let Some(fault) = self.queue.pop() {
-                // Another thread serves the remaining faults, and those that are paused.
-                if !self.queue.is_empty() || next_due.is_some() {
-                    self.platform.kick();
-                }
-                return Some(fault);
-            }
-            if self.finish_if_settled() {
-                return None;
-            }
-            let patience = next_due.map(|due| due.saturating_duration_since(Instant::now()));
-            match self.platform.wait_readable(patience) {
-                Waited::Ready => {
-                    self.read_events(0);
-                }
-                Waited::OwnerGone => self.owner_is_gone(),
-                Waited::Failed => {
-                    self.guard.end_owner("waiting for faults failed");
-                    self.end();
-                }
-            }
-        }
-    }
-
     /// Reads messages and records them, all in one exclusive hold. Returns the number of messages.
     pub(crate) fn read_events(&self, about: u64) -> usize {
         let mut hold = self.platform.exclusive(about);
@@ -62,9 +24,9 @@ impl<P: Platform, I: Image> Session<P, I> {
         });
         fail_point(FailPoint::RingCleared);
         // Not earlier: until now the messages could still be found again.
-        self.state.map().batch_ends();
+        self.state.map().end_batch();
         read.unwrap_or_else(|ReadFailed| {
-            self.guard.end_owner("reading faults failed");
+            self.guard.kill_owner("reading faults failed");
             self.end();
             0
         })
@@ -81,25 +43,25 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// has no further effect.
     pub(crate) fn recover(&self) {
         let mut hold = self.platform.exclusive(0);
-        let taken_in = self.state.map().taken_in();
+        let handled = self.state.map().handled();
         self.platform.unrecorded(&mut hold, &mut |slot, event| {
             match event {
                 // The woken thread faults again.
                 Event::Fault { .. } => {}
-                Event::Unmap { start, end } if slot < taken_in => {
+                Event::Unmap { start, end } if slot < handled => {
                     self.platform.wake(start, end - start);
                 }
-                Event::Remap { from, len, .. } if slot < taken_in => {
+                Event::Remap { from, len, .. } if slot < handled => {
                     self.platform.wake(from, len);
                 }
-                _ if slot < taken_in => {}
+                _ if slot < handled => {}
                 event => self.record(slot, &event),
             }
             fail_point(FailPoint::Replaying);
         });
         fail_point(FailPoint::Replayed);
         self.platform.forget(&mut hold);
-        self.state.map().batch_ends();
+        self.state.map().end_batch();
         fail_point(FailPoint::ReplayCleared);
         self.state.recover();
         for extent in self.state.map().extents() {
@@ -113,18 +75,18 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// exclusively.
     fn record(&self, slot: usize, event: &Event) {
         if !matches!(event, Event::Fault { .. }) {
-            add(&self.stats.events, 1);
+            add(&self.stats.discards, 1);
         }
         match *event {
             Event::Fault { address, thread } => {
                 if let Some(name) = self.threads.faulting(thread) {
-                    self.guard.end_owner(&format!(
+                    self.guard.kill_owner(&format!(
                         "engine thread {name} touched {address:#x}, which it restores and would \
                          wait for: a callback, the store or the tracing subscriber must not touch \
                          memory that is being restored"
                     ));
                 }
-                self.queue.push(address, thread);
+                self.queue.push(address);
             }
             Event::Remove { start, end } => {
                 for pages in self.state.map().pages_in(start..end) {
@@ -141,14 +103,14 @@ impl<P: Platform, I: Image> Session<P, I> {
                 let removed = |pages| self.state.mark_removed(pages);
                 let old = from..from + len;
                 if self.state.map().remap(slot, &old, to, removed).is_err() {
-                    self.guard.end_owner(&format!(
+                    self.guard.kill_owner(&format!(
                         "the owner's mremap calls split its memory into more than {} pieces, the limit of a session",
-                        self.state.most_pieces(),
+                        self.state.max_pieces(),
                     ));
                 }
                 self.platform.wake(from, len);
             }
-            Event::Fork => self.guard.end_owner(FORKED),
+            Event::Fork => self.guard.kill_owner(FORKED),
             Event::Unexpected => {
                 tracing::warn!("ignored an unexpected userfaultfd message");
             }

@@ -27,8 +27,10 @@
 
 use snapshot_format::Reason;
 
-use super::Session;
-use crate::session::fault::install::{InstallError, Purpose, Source};
+use crate::session::Session;
+use crate::session::fault::context::Purpose;
+use crate::session::fault::install::Source;
+use crate::session::fault::outcome::InstallError;
 use crate::session::platform::{Image, Platform};
 
 /// The error for a kernel that can't poison pages. Nothing was done.
@@ -45,12 +47,12 @@ impl<P: Platform, I: Image> Session<P, I> {
             Err(InstallError::Refused(libc::EINVAL)) => return Err(NoPoison),
             // Closing would turn missing pages into zeros, and not closing would leave threads that
             // touch them waiting forever.
-            Err(stop) => self.guard.end_owner(&format!(
+            Err(error) => self.guard.kill_owner(&format!(
                 "cannot poison its missing pages: {}",
-                self.install_failure(0, stop).detail
+                self.install_failure(0, error).detail
             )),
         }
-        self.let_go();
+        self.release_memory();
         Ok(())
     }
 }

@@ -21,7 +21,7 @@
 //!
 //! (1) For demand; a page that prefetch fails to load stays absent. (2) When the restore is
 //! completed, a good frame is copied over the poison, and the page becomes present
-//! ([`completion`]).
+//! ([`healing`]).
 //!
 //! A frame that is being loaded is *claimed*. Another fault that wants the frame waits for the
 //! claim to be released and then looks the page up again, unless a prefetcher holds the claim:
@@ -53,6 +53,8 @@ mod events;
 mod failure;
 mod fault;
 mod give_up;
+mod guard;
+mod healing;
 mod platform;
 mod state;
 mod stats;
@@ -63,64 +65,36 @@ mod model;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::fail_point::{FailPoint, fail_point};
-use state::address_map::block_of;
+use fault::in_flight::InFlight;
+use fault::outcome::InstallError;
+use platform::FrameId;
+use state::address_map::{LARGE_BYTES, block_of};
 use stats::add;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
-pub use content::frame_cache::FrameCacheStats;
 pub use failure::{Failure, FailureDecision, FailureKind, FailurePolicy};
 pub use state::{Pulse, Vitals};
-pub use stats::{Durations, Histogram, Percentiles};
 
 pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
 pub(crate) use content::snapshot::{SnapshotImage, zero_runs};
-pub(crate) use fault::in_flight::{FrameId, InFlight};
-pub(crate) use fault::load::{LendContext, ThreadContext};
-pub(crate) use fault::prefetch::{Left, PrefetchStop};
+pub(crate) use fault::context::{LendContext, ThreadContext};
+pub(crate) use fault::outcome::{Decision, Prefetched};
 pub(crate) use fault::queue::{Fault, FaultQueue};
 pub(crate) use fault::retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use give_up::NoPoison;
+pub(crate) use guard::Guard;
 pub(crate) use platform::kernel::Kernel;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
 pub(crate) use state::State;
 pub(crate) use state::address_map::{Extent, LARGE_PAGES};
-pub(crate) use stats::{Pages, Stats};
+pub(crate) use stats::Counters;
 pub(crate) use threads::{EngineThreads, Place};
 
 /// Maximum number of failures that are kept verbatim; further ones are only counted.
-const KEPT_FAILURES: usize = 1000;
-
-/// The guard's decision about a page that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Decision {
-    /// Poison the page.
-    Poison,
-    /// Leave the fault to the guard, which later has it served again or poisoned.
-    Leave,
-    /// Drop the fault: another fault for the same address is pending, and its answer covers this
-    /// one.
-    Forget,
-}
-
-/// A handler that decides what happens to the owner when its memory can't be restored.
-pub(crate) trait Guard: Send + Sync {
-    /// Decides about a faulting page that can't be restored.
-    fn decide(&self, fault: Fault, failure: &Failure) -> Decision;
-    /// Returns the decision for a fault on a page whose failure is still being decided, or `None`
-    /// if no decision is pending for that page.
-    fn undecided(&self, fault: Fault, page: PageNumber) -> Option<Decision>;
-    /// Kills the owner, because the session can't continue and the owner must not run without it.
-    fn end_owner(&self, why: &str);
-    /// Whether the guard itself logs that it killed the owner and why, so that such a failure is
-    /// not logged twice.
-    fn tells_of_end(&self) -> bool {
-        false
-    }
-}
+const MAX_KEPT_FAILURES: usize = 1000;
 
 /// A callback that receives the number of each page that a fault loaded.
 pub(crate) type TouchObserver = Box<dyn Fn(PageNumber) + Send + Sync>;
@@ -131,10 +105,11 @@ pub(crate) struct Session<P, I> {
     pub(crate) image: I,
     pub(crate) state: State,
     pub(crate) queue: FaultQueue,
-    pub(crate) stats: Stats,
+    pub(crate) stats: Counters,
     /// Threads that currently work for the session.
     pub(crate) threads: Arc<EngineThreads>,
-    claims: InFlight,
+    /// Frames that are being loaded.
+    in_flight: InFlight,
     /// Zeros that fill a discarded large page; empty if the session has no large pages.
     zeros: Vec<u8>,
     guard: Box<dyn Guard>,
@@ -187,14 +162,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         threads: usize,
     ) -> Self {
         Self {
-            zeros: fault::huge::zeros(&state),
+            zeros: vec![0; if state.has_large() { LARGE_BYTES } else { 0 }],
             platform,
             image,
             state,
             queue: FaultQueue::new(),
-            stats: Stats::default(),
+            stats: Counters::default(),
             threads: Arc::default(),
-            claims: InFlight::new(threads),
+            in_flight: InFlight::new(threads),
             guard,
             observer,
             quarantined: Vec::new(),
@@ -207,7 +182,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Quarantines these frames: they fail as damaged frames do, without being decoded.
-    pub(crate) fn refuse(&mut self, frames: impl IntoIterator<Item = u64>) {
+    pub(crate) fn quarantine(&mut self, frames: impl IntoIterator<Item = u64>) {
         self.quarantined.extend(frames.into_iter().map(FrameId));
     }
 
@@ -238,11 +213,6 @@ impl<P: Platform, I: Image> Session<P, I> {
         [ending, finishing, complete].map(|flag| flag.load(Relaxed))
     }
 
-    /// Whether every page is present, removed or poisoned.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.phase.complete.load(Relaxed)
-    }
-
     /// Returns the ranges in which the owner has absent pages, each as address and number of pages.
     pub(crate) fn missing(&self) -> Vec<(u64, u64)> {
         let mut missing = Vec::new();
@@ -262,96 +232,28 @@ impl<P: Platform, I: Image> Session<P, I> {
         missing
     }
 
-    /// Schedules a fault that was left to be served again after a pause; its content may be
-    /// available by then.
-    pub(crate) fn serve_again(&self, mut fault: Fault, page: PageNumber) {
-        let pause = fault.retries.pause();
-        self.queue.pause(fault, page, Instant::now() + pause);
-        self.platform.kick();
-    }
-
-    /// Poisons the page of a fault that was left.
-    pub(crate) fn poison_left(&self, fault: Fault) {
-        self.poison(fault);
-        self.queue.resolve();
-        self.look_if_settled();
-    }
-
-    /// Finishes the session if every page is settled. Returns `true` if it finished.
-    ///
-    /// From then on the kernel may answer faults by itself: a page that is still missing was
-    /// discarded. A thread whose discard waits for its event to be read must not wait forever, so
-    /// events are read until none can be pending.
-    fn finish_if_settled(&self) -> bool {
-        if !self.state.may_be_settled() || self.phase.finishing.swap(true, Relaxed) {
-            return false;
-        }
-        let hold = self.platform.exclusive(0);
-        if self.state.recount() > 0 {
-            self.phase.finishing.store(false, Relaxed);
-            return false;
-        }
-        drop(hold);
-        fail_point(FailPoint::Settled);
-        self.let_go();
-        fail_point(FailPoint::Complete);
-        self.phase.complete.store(true, Relaxed);
-        self.end();
-        true
-    }
-
-    /// Returns the memory to the kernel: unregisters it, wakes waiting threads, and reads events
-    /// until none can be pending.
-    pub(crate) fn let_go(&self) {
-        let extents = self.state.mapped();
-        // In reverse order, so that a list of the ranges shrinks at its end.
-        for extent in extents.iter().rev() {
-            let (address, len) = (extent.address, extent.pages * PAGE);
-            if !self.platform.unregister(address, len) {
-                // The owner would block forever at the first page that it discards.
-                self.guard
-                    .end_owner("its memory can't be given back to the kernel");
-            }
-            fail_point(FailPoint::Unregistered);
-        }
-        // The kernel wakes the waiters of a range before it unregisters the range (seen with 6.18).
-        // A thread that faults in between waits where nobody reads any more. Closing the
-        // userfaultfd would wake it too, but not while the owner holds a descriptor of its own.
-        for extent in &extents {
-            self.platform.wake(extent.address, extent.pages * PAGE);
-        }
-        let mut tries = 0;
-        while let Some(extent) = extents.first() {
-            self.read_events(0);
-            if !self.platform.is_changing(extent.address) || !self.platform.back_off(tries) {
-                break;
-            }
-            tries += 1;
-        }
-    }
-
     /// Whether the owner's memory is gone: the owner has exited or executed another program.
     pub(crate) fn is_owner_gone(&self) -> bool {
         self.phase.owner_gone.load(Relaxed)
     }
 
-    fn owner_is_gone(&self) {
+    fn mark_owner_gone(&self) {
         self.phase.owner_gone.store(true, Relaxed);
         tracing::debug!("the owner of the memory is gone");
         self.end();
     }
 
     /// Records an install that found no memory, and logs the first of a series.
-    fn is_short(&self, large: bool) {
+    fn record_shortage(&self, large: bool) {
         add(self.stats.shortages_of(large), 1);
         if !self.shortage_of(large).swap(true, Relaxed) {
             let _of = self.span.enter();
-            tracing::warn!("cannot install pages: {}", fault::install::no_memory(large));
+            tracing::warn!("cannot install pages: {}", InstallError::NoMemory { large });
         }
     }
 
     /// Records an install that found memory.
-    fn has_memory(&self, large: bool) {
+    fn record_memory(&self, large: bool) {
         let shortage = self.shortage_of(large);
         if shortage.load(Relaxed) {
             shortage.store(false, Relaxed);
@@ -385,11 +287,11 @@ impl<P: Platform, I: Image> Session<P, I> {
             return false;
         }
         failures.count += 1;
-        let is_told = failures.kept.len() < KEPT_FAILURES;
-        if is_told {
+        let is_kept = failures.kept.len() < MAX_KEPT_FAILURES;
+        if is_kept {
             failures.kept.push(failure.clone());
         }
-        is_told
+        is_kept
     }
 
     /// Returns the failures kept, and how many there were in total.

@@ -75,10 +75,10 @@ impl EngineThreads {
         self.lock().iter().any(is_it)
     }
 
-    /// Waits until no thread is left, for at most `patience`. Returns `true` if none is left.
-    pub(crate) fn wait_gone(&self, patience: Duration) -> bool {
+    /// Waits until no thread is left, for at most `timeout`. Returns `true` if none is left.
+    pub(crate) fn wait_gone(&self, timeout: Duration) -> bool {
         let some = |places: &mut Vec<Entry>| !places.is_empty();
-        let waited = self.left.wait_timeout_while(self.lock(), patience, some);
+        let waited = self.left.wait_timeout_while(self.lock(), timeout, some);
         waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
     }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread::sleep;
 use std::time::Duration;
 
-use snaprestore_engine::pager::{Ending, Pager};
+use snaprestore_engine::pager::{Pager, SessionEnd};
 use snaprestore_fixtures::host::skipped;
 use snapshot_format::Reason;
 
@@ -219,7 +219,7 @@ fn owner_that_faults_while_the_last_page_arrives_is_not_left_waiting() {
         assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
         let ending = paged.wait();
         assert!(
-            matches!(ending, Ending::Complete | Ending::OwnerGone),
+            matches!(ending, SessionEnd::Complete | SessionEnd::Exited),
             "{ending:?}"
         );
     }

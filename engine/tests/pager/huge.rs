@@ -1,11 +1,14 @@
 //! Owners whose memory is in pages of 2 MiB.
 
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::pager::{Ending, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+
+use snaprestore_engine::pager::{OnError, Pager, SessionEnd};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
 use snaprestore_uffd::os::open_page_map;
@@ -47,8 +50,8 @@ fn pool(test: &str, pages: u64) -> Option<HugePool> {
 }
 
 #[test]
-fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
-    let test = "an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size";
+fn huge_page_owner_reads_source_at_every_frame_size() {
+    let test = "huge_page_owner_reads_source_at_every_frame_size";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -73,8 +76,8 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
         let stats = paged.stats();
         assert_eq!(stats.failures, 0);
         if prefetch == Prefetch::Off {
-            let brought = stats.demand;
-            assert_eq!(brought.copied + brought.filled + brought.zeroed, PAGES);
+            let loaded = stats.demand;
+            assert_eq!(loaded.copied + loaded.filled + loaded.zeroed, PAGES);
             assert!((COUNT..=4 * COUNT).contains(&stats.faults));
         }
     }
@@ -82,8 +85,8 @@ fn an_owner_of_huge_pages_gets_every_byte_whatever_the_frame_size() {
 
 /// The kernel removes only whole pages from private memory, and rounds the end of a range down.
 #[test]
-fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
-    let test = "discarded_huge_pages_read_as_zeros_also_under_prefetch";
+fn discarded_huge_pages_are_zero_during_prefetch() {
+    let test = "discarded_huge_pages_are_zero_during_prefetch";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -112,7 +115,7 @@ fn discarded_huge_pages_read_as_zeros_also_under_prefetch() {
             .attach(owner.handover())
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
-        assert!(paged.stats().events > 0);
+        assert!(paged.stats().discards > 0);
         paged.wait();
     }
 }
@@ -140,8 +143,8 @@ fn remove(memory: &Memory, ranges: &[std::ops::Range<u64>]) {
 /// Regression test: if a page is missing, the kernel zeroes nothing when a part of it is discarded.
 /// Rounded inwards, the discarded parts came back from the snapshot.
 #[test]
-fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
-    let test = "lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros";
+fn lesson_7_discarded_parts_of_huge_pages_are_zero() {
+    let test = "lesson_7_discarded_parts_of_huge_pages_are_zero";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -173,15 +176,15 @@ fn lesson_7_parts_of_huge_pages_that_are_discarded_read_as_zeros() {
             .attach(owner.handover())
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
-        assert!(paged.stats().events > 0);
+        assert!(paged.stats().discards > 0);
         paged.wait();
     }
 }
 
 /// Nothing was touched before the discards, which are the first events that the pager reads.
 #[test]
-fn parts_discarded_before_anything_is_there_are_zeros() {
-    let test = "parts_discarded_before_anything_is_there_are_zeros";
+fn parts_discarded_before_load_are_zero() {
+    let test = "parts_discarded_before_load_are_zero";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -200,7 +203,7 @@ fn parts_discarded_before_anything_is_there_are_zeros() {
             .unwrap();
         let discards = ranges(round).len() as u64;
         crate::common::wait_until("the discards are known", || {
-            paged.stats().events == discards
+            paged.stats().discards == discards
         });
         if round % 2 == 1 {
             assert!(paged.complete());
@@ -212,8 +215,8 @@ fn parts_discarded_before_anything_is_there_are_zeros() {
 }
 
 #[test]
-fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
-    let test = "an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there";
+fn completed_huge_page_owner_runs_without_pager() {
+    let test = "completed_huge_page_owner_runs_without_pager";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };
@@ -227,7 +230,7 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
         .attach(owner.handover())
         .unwrap();
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
@@ -235,8 +238,8 @@ fn an_owner_of_huge_pages_goes_on_without_its_pager_when_all_is_there() {
 
 /// Only one of many frames in a large page is bad.
 #[test]
-fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
-    let Some(_pool) = pool("an_owner_is_ended_for_a_bad_frame_in_a_huge_page", COUNT) else {
+fn bad_frame_in_huge_page_kills_owner() {
+    let Some(_pool) = pool("bad_frame_in_huge_page_kills_owner", COUNT) else {
         return;
     };
     let bytes = Arc::new(random_bytes(PAGES, 5));
@@ -262,7 +265,7 @@ fn an_owner_is_ended_for_a_bad_frame_in_a_huge_page() {
             OnError::Kill => {
                 let place = format!("offset {}", frame.offset());
                 assert!(
-                    matches!(&ending, Ending::Killed(why) if why.contains(&place)),
+                    matches!(&ending, SessionEnd::Killed(why) if why.contains(&place)),
                     "{ending:?}"
                 );
             }
@@ -308,9 +311,11 @@ fn completing_heals_poisoned_huge_pages() {
         Ok(())
     });
     let expected = Arc::clone(&bytes);
+    let (mut signal, to_parent) = std::io::pipe().unwrap();
     let owner = Owner::start_in(Backing::Huge, &one_region(2), move |memory| {
         let (_reader, pipe) = std::io::pipe().unwrap();
         let touches = [LARGE + 5, LARGE + 300].map(|page| wrote(&pipe, memory.page(page)));
+        (&to_parent).write_all(b"!").unwrap();
         if touches != [Err(libc::EFAULT); 2] {
             return 1;
         }
@@ -323,7 +328,9 @@ fn completing_heals_poisoned_huge_pages() {
         .retry_timeout(Duration::ZERO)
         .attach(owner.handover())
         .unwrap();
-    wait_until("the page is poisoned", || paged.stats().poisoned > 0);
+    // The page stays poisoned until both touches have met it.
+    signal.read_exact(&mut [0]).unwrap();
+    wait_until("the page is marked", || paged.stats().poisoned > 0);
     assert_eq!(paged.failures()[0].page / LARGE, 1);
     ill.store(false, SeqCst);
     assert!(paged.complete());
@@ -334,8 +341,8 @@ fn completing_heals_poisoned_huge_pages() {
 /// The kernel returns EEXIST when it has no free page. If that were trusted, the page would be
 /// zeros from then on.
 #[test]
-fn an_owner_waits_for_a_huge_page_that_is_given_back() {
-    let test = "an_owner_waits_for_a_huge_page_that_is_given_back";
+fn owner_waits_until_a_huge_page_is_free() {
+    let test = "owner_waits_until_a_huge_page_is_free";
     let Some(pool) = pool(test, 4) else {
         return;
     };
@@ -382,8 +389,8 @@ fn wait_for_a_huge_page(pool: &HugePool, with_page_map: bool) {
 }
 
 #[test]
-fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
-    let test = "an_owner_for_whom_there_is_no_huge_page_is_ended";
+fn empty_huge_page_pool_kills_owner() {
+    let test = "empty_huge_page_pool_kills_owner";
     let _pool = match HugePool::empty() {
         Ok(pool) => pool,
         Err(why) => return skipped(test, &why),
@@ -400,7 +407,7 @@ fn an_owner_for_whom_there_is_no_huge_page_is_ended() {
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
     let ending = paged.wait();
     assert!(
-        matches!(&ending, Ending::Killed(why) if why.contains("hugepages-2048kB")),
+        matches!(&ending, SessionEnd::Killed(why) if why.contains("hugepages-2048kB")),
         "{ending:?}"
     );
 }

@@ -23,7 +23,8 @@ use std::sync::Arc;
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
-use snaprestore_engine::pager::{AttachError, Ending, HandoverError, OnError, Pager, Prefetch};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{AttachError, HandoverError, OnError, Pager, SessionEnd};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
 use uffd_support::Ended;
 
@@ -42,7 +43,7 @@ const REGIONS: [Region; 2] = [
 ];
 
 #[test]
-fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
+fn owner_reads_source_in_any_order_and_thread() {
     let bytes = Arc::new(mixed(PAGES));
     for prefetch in [Prefetch::Off, Prefetch::All] {
         let expected = Arc::clone(&bytes);
@@ -59,7 +60,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
         let ending = paged.wait();
         // With prefetch, everything may have been present before the owner exited.
         assert!(
-            matches!(ending, Ending::OwnerGone | Ending::Complete),
+            matches!(ending, SessionEnd::Exited | SessionEnd::Complete),
             "{ending:?}"
         );
         let stats = paged.stats();
@@ -76,7 +77,7 @@ fn an_owner_gets_every_byte_in_any_order_from_any_thread() {
 /// the end of the session and the unregistration, and nobody read faults any more. All threads are
 /// now woken once more.
 #[test]
-fn discarded_pages_read_as_zeros_also_under_prefetch() {
+fn discarded_pages_are_zero_during_prefetch() {
     let bytes = Arc::new(mixed(PAGES));
     for round in 0..8 {
         let expected = Arc::clone(&bytes);
@@ -89,13 +90,13 @@ fn discarded_pages_read_as_zeros_also_under_prefetch() {
             .attach(owner.handover())
             .unwrap();
         assert_eq!(owner.child.wait(), Ended::Exit(0), "round {round}");
-        assert!(paged.stats().events > 0);
+        assert!(paged.stats().discards > 0);
         paged.wait();
     }
 }
 
 #[test]
-fn a_completed_owner_goes_on_without_its_pager() {
+fn completed_owner_runs_without_its_pager() {
     let bytes = Arc::new(mixed(PAGES));
     let expected = Arc::clone(&bytes);
     let owner = Owner::start(&REGIONS, move |memory| {
@@ -107,14 +108,14 @@ fn a_completed_owner_goes_on_without_its_pager() {
         .unwrap();
     assert_eq!(paged.ending(), None);
     assert!(paged.complete());
-    assert_eq!(paged.ending(), Some(Ending::Complete));
+    assert_eq!(paged.ending(), Some(SessionEnd::Complete));
     drop(paged);
     owner.word();
     assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
 #[test]
-fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
+fn owner_with_damaged_page_is_killed_before_zeros() {
     let bytes = Arc::new(random_bytes(PAGES, 5));
     let file = pack(&bytes, 32);
     let page = 700;
@@ -127,7 +128,7 @@ fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
-    let Ending::Killed(why) = paged.wait() else {
+    let SessionEnd::Killed(why) = paged.wait() else {
         panic!("{:?}", paged.ending());
     };
     let place = format!("offset {}", frame.offset());
@@ -135,7 +136,7 @@ fn an_owner_whose_page_is_damaged_is_killed_and_never_reads_zeros() {
 }
 
 #[test]
-fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
+fn damaged_page_is_poisoned_if_requested() {
     let bytes = Arc::new(random_bytes(PAGES, 6));
     let file = pack(&bytes, 32);
     let frame = frame_of(&open(file.clone()), 700);
@@ -148,12 +149,12 @@ fn an_owner_that_is_no_vm_may_have_the_page_poisoned() {
         .attach(owner.handover())
         .unwrap();
     assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGBUS));
-    assert_eq!(paged.wait(), Ending::OwnerGone);
+    assert_eq!(paged.wait(), SessionEnd::Exited);
     assert_eq!(paged.stats().poisoned, 1);
 }
 
 #[test]
-fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
+fn mismatched_owner_is_refused_and_not_killed() {
     let bytes = mixed(PAGES);
     let owner = Owner::start(&REGIONS, |memory| {
         memory.wait_for_word();
@@ -181,10 +182,40 @@ fn an_owner_that_does_not_fit_is_refused_and_left_alone() {
     assert_eq!(owner.child.wait(), Ended::Exit(0));
 }
 
+/// Its missing pages would read as zeros, and the session would be complete without them.
+#[test]
+fn memory_that_was_never_registered_is_refused() {
+    let bytes = mixed(PAGES);
+    let owner = Owner::start(&REGIONS, |memory| {
+        memory.wait_for_word();
+        0
+    });
+    let snapshot = open(pack(&bytes, 32));
+    // Nothing is mapped at this address of the owner; the end of the other region is registered.
+    let elsewhere = 64 << 20;
+    let mut handover = owner.handover();
+    handover.regions[1].address = elsewhere;
+    let refused = Pager::new(Arc::clone(&snapshot)).attach(handover);
+    assert!(
+        matches!(refused, Err(AttachError::NotRegistered { address }) if address == elsewhere),
+        "{refused:?}"
+    );
+    let mut handover = owner.handover();
+    handover.regions[1].address -= 4096;
+    let begins = handover.regions[1].address;
+    let refused = Pager::new(snapshot).attach(handover);
+    assert!(
+        matches!(refused, Err(AttachError::NotRegistered { address }) if address == begins),
+        "{refused:?}"
+    );
+    owner.word();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+}
+
 /// A descriptor that came by a detour: filling memory through it would bypass the protection of
 /// this process's own memory.
 #[test]
-fn the_memory_of_this_process_is_refused() {
+fn memory_of_the_pager_itself_is_refused() {
     let own = OpenOptions::new().open().unwrap();
     let owner = Owner::start(&REGIONS, |memory| {
         memory.wait_for_word();
@@ -206,7 +237,7 @@ fn the_memory_of_this_process_is_refused() {
 
 /// Two hundred sessions leave no descriptors behind.
 #[test]
-fn sessions_leave_nothing_behind() {
+fn finished_sessions_leak_nothing() {
     let bytes = Arc::new(mixed(64));
     let snapshot = open(pack(&bytes, 16));
     let regions = [Region {

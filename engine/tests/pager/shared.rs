@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::pager::{Ending, Pager, Prefetch, Shared, Stats};
+use snaprestore_engine::pager::{Pager, SessionEnd};
+use snaprestore_engine::stats::Stats;
+use snaprestore_engine::{Prefetch, Shared};
 use snapshot_format::Snapshot;
 
 use crate::common::{damaged, frame_of, open, pack, random_bytes};
@@ -19,7 +21,7 @@ fn serve(
     bytes: &Arc<Vec<u8>>,
     prefetch: Prefetch,
     shared: &Shared,
-) -> (Ended, Ending, Stats) {
+) -> (Ended, SessionEnd, Stats) {
     let expected = Arc::clone(bytes);
     let owner = Owner::start(&REGIONS, move |memory| {
         memory.compare_in_threads(&expected, 2)
@@ -34,7 +36,7 @@ fn serve(
 }
 
 #[test]
-fn what_one_session_has_decoded_the_next_needs_not_decode() {
+fn second_session_reuses_decoded_frames() {
     let bytes = Arc::new(mixed(PAGES));
     let snapshot = open(pack(&bytes, 32));
     let shared = Shared::new(PLENTY);
@@ -58,7 +60,7 @@ fn what_one_session_has_decoded_the_next_needs_not_decode() {
 
 /// More sessions than cores prefetch at the same time, in turn, and wait for each other's frames.
 #[test]
-fn sessions_that_start_together_all_get_every_byte() {
+fn concurrent_sessions_all_read_the_source() {
     let bytes = Arc::new(mixed(PAGES));
     let snapshot = open(pack(&bytes, 32));
     for room in [PLENTY, 2 << 20] {
@@ -70,7 +72,7 @@ fn sessions_that_start_together_all_get_every_byte() {
             for session in sessions {
                 let (ended, ending, stats) = session.join().unwrap();
                 assert_eq!(ended, Ended::Exit(0));
-                assert!(matches!(ending, Ending::Complete | Ending::OwnerGone));
+                assert!(matches!(ending, SessionEnd::Complete | SessionEnd::Exited));
                 assert_eq!(stats.failures, 0);
             }
         });
@@ -82,7 +84,7 @@ fn sessions_that_start_together_all_get_every_byte() {
 
 /// Both files claim the same ID, and their indexes say the same about the frame.
 #[test]
-fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_round() {
+fn damaged_and_good_file_share_no_frames() {
     let bytes = Arc::new(random_bytes(PAGES, 7));
     let file = pack(&bytes, 32);
     let good = open(file.clone());
@@ -94,12 +96,12 @@ fn a_damaged_file_is_not_served_with_the_frames_of_a_good_one_nor_the_other_way_
         assert_eq!(ended, Ended::Exit(0));
         let (ended, ending, _) = serve(&bad, &bytes, Prefetch::Off, &shared);
         assert_eq!(ended, Ended::Signal(libc::SIGKILL));
-        assert!(matches!(ending, Ending::Killed(_)), "{ending:?}");
+        assert!(matches!(ending, SessionEnd::Killed(_)), "{ending:?}");
     }
 }
 
 #[test]
-fn frames_of_a_snapshot_that_was_closed_are_dropped() {
+fn frames_of_a_closed_snapshot_are_dropped() {
     let bytes = Arc::new(mixed(PAGES));
     let snapshot = open(pack(&bytes, 32));
     let shared = Shared::new(PLENTY);

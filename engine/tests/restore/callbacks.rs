@@ -5,8 +5,9 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use snaprestore_engine::Prefetch;
 use snaprestore_engine::restore::{
-    FailureDecision, FailurePolicy, Prefetch, ReadAtError, Restore, Restored, StopError, StopMode,
+    FailureDecision, FailurePolicy, ReadAtError, Restore, Restored, StopError, StopMode,
 };
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::Loads;
@@ -112,7 +113,7 @@ fn callback_that_panics_aborts_with_the_reason() {
 }
 
 #[test]
-fn question_without_answer_does_not_hold_up_drop() {
+fn callback_that_blocks_does_not_block_drop() {
     in_child(|| {
         let gate = Gate::default();
         let asked = gate.clone();
@@ -137,7 +138,7 @@ fn question_without_answer_does_not_hold_up_drop() {
 
 /// A thread that is left behind in the store can't reach memory that is mapped there afterwards.
 #[test]
-fn store_that_blocks_does_not_hold_up_drop() {
+fn store_that_blocks_does_not_block_drop() {
     in_child(|| {
         for (reason, prefetch) in [
             (Reason::Demand, Prefetch::Off),
@@ -209,7 +210,7 @@ fn map(address: *mut libc::c_void, len: usize, more: i32) -> *mut libc::c_void {
 }
 
 #[test]
-fn hook_that_does_not_return_does_not_hold_up_drop() {
+fn hook_that_blocks_does_not_block_drop() {
     in_child(|| {
         let gate = Gate::default();
         let hook = gate.clone();
@@ -227,7 +228,7 @@ fn hook_that_does_not_return_does_not_hold_up_drop() {
 type Slot = Arc<Mutex<Option<Restored>>>;
 
 #[test]
-fn handle_can_be_dropped_by_the_observer_the_store_and_the_question() {
+fn handle_can_be_dropped_inside_any_callback() {
     in_child(|| {
         let (slot, told) = (Slot::default(), channel());
         let dropper = |slot: &Slot| {
@@ -303,7 +304,7 @@ fn callback_that_would_wait_for_itself_gets_an_error() {
 }
 
 #[test]
-fn forked_child_that_drops_its_copy_changes_nothing() {
+fn drop_in_forked_child_changes_nothing() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 9);
         let mut restored = Restore::new(open(pack(&bytes, 8)))
@@ -338,8 +339,8 @@ fn forked_child_that_drops_its_copy_changes_nothing() {
 
 /// A thread under `SCHED_FIFO`, bound to one core, starts a restore.
 #[test]
-fn engine_threads_inherit_neither_real_time_policy_nor_one_core() {
-    let test = "engine_threads_inherit_neither_real_time_policy_nor_one_core";
+fn engine_threads_do_not_inherit_policy_or_affinity() {
+    let test = "engine_threads_do_not_inherit_policy_or_affinity";
     let said = in_child(|| {
         // More than one task, so that prefetch is not finished during the check.
         let bytes = random_bytes(4 * 512, 10);

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
-use snaprestore_engine::restore::{
-    FailureDecision, FailurePolicy, Prefetch, Restore, SYSTEM_CALLS,
-};
+use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Restore};
+use snaprestore_engine::{Prefetch, SYSTEM_CALLS};
 use snapshot_format::Snapshot;
 
 use crate::common::{
@@ -99,7 +98,7 @@ fn engine_threads_make_only_the_listed_system_calls() {
 
 /// The filter is effective: without a call that every fault needs, the process is killed.
 #[test]
-fn another_system_call_ends_the_process() {
+fn unlisted_system_call_kills_the_process() {
     let ended = in_child(|| {
         let fewer: Vec<&str> = SYSTEM_CALLS
             .iter()

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use snaprestore_engine::restore::{Durations, Restore, Restored, Stats};
+use snaprestore_engine::restore::{Restore, Restored};
+use snaprestore_engine::stats::Stats;
 use snapshot_format::{Reason, Snapshot};
 
 use crate::common::{PAGE, address, index, open, open_hooked, pack, peek, random_bytes, source};
@@ -33,16 +34,12 @@ fn start(snapshot: Arc<Snapshot>, fault_threads: usize) -> Restored {
         .unwrap()
 }
 
-fn number(times: &Durations) -> u64 {
-    times.buckets.iter().map(|(_, count)| count).sum()
-}
-
 /// Returns the statistics once every fault read is answered: a woken thread runs before its fault
 /// is counted.
 fn settled(restored: &Restored) -> Stats {
     loop {
         let stats = restored.stats();
-        if number(&stats.fault_times.all) == stats.faults {
+        if stats.fault_time.count == stats.faults {
             return stats;
         }
         std::thread::yield_now();
@@ -50,7 +47,7 @@ fn settled(restored: &Restored) -> Stats {
 }
 
 #[test]
-fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
+fn faults_are_counted_by_kind_and_source() {
     let bytes = image();
     let restored = start(open(pack(&bytes, FRAME)), 1);
     let touch = |page: u64| assert!(peek(address(&restored, page)) == source(&bytes, page));
@@ -65,16 +62,16 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
     let stored = settled(&restored);
     assert_eq!(stored.faults, STORED / FRAME as u64);
     assert_eq!(stored.fault_kinds.stored, stored.faults);
-    assert_eq!(number(&stored.fault_times.read), stored.faults);
-    assert!(stored.fault_times.all.sum >= stored.fault_times.all.max);
+    assert_eq!(stored.sources.read.count, stored.faults);
+    assert!(stored.fault_time.sum >= stored.fault_time.max);
     assert!(stored.missing <= begun.missing - STORED, "{stored:?}");
 
     let filled = STORED + REPEATED;
     touch(filled);
     let stats = settled(&restored);
     assert_eq!(stats.fault_kinds.fill, 1);
-    assert_eq!(number(&stats.fault_times.fill), 1);
-    assert_eq!(number(&stats.fault_times.nowhere), 0);
+    assert_eq!(stats.sources.fill.count, 1);
+    assert_eq!(stats.sources.none.count, 0);
 
     let start = std::ptr::with_exposed_provenance_mut(address(&restored, filled));
     // SAFETY: the memory is the test's, which has no reference to it.
@@ -87,18 +84,15 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
     );
     let stats = settled(&restored);
     assert_eq!(stats.fault_kinds.removed, 1);
-    assert_eq!(number(&stats.fault_times.nowhere), 1);
+    assert_eq!(stats.sources.none.count, 1);
 
     // The frame is read at most once more, and is then cached for all pages that repeat it.
     for page in STORED..STORED + REPEATED {
         touch(page);
     }
     let stats = settled(&restored);
-    assert!(number(&stats.fault_times.cached) > 0, "{stats:?}");
-    assert!(
-        number(&stats.fault_times.read) <= stored.faults + 1,
-        "{stats:?}"
-    );
+    assert!(stats.sources.cached.count > 0, "{stats:?}");
+    assert!(stats.sources.read.count <= stored.faults + 1, "{stats:?}");
     let kinds = stats.fault_kinds;
     assert_eq!(kinds.stored + kinds.fill + kinds.removed, stats.faults);
     assert_eq!(kinds.present + kinds.poisoned + kinds.outside, 0);
@@ -108,7 +102,7 @@ fn faults_are_counted_by_what_they_met_and_where_the_content_came_from() {
 /// other's. The scheduler decides how soon the second one begins, so one frame after another is
 /// tried.
 #[test]
-fn a_fault_that_waited_for_another_thread_is_told_apart() {
+fn fault_that_waited_is_counted_separately() {
     let bytes = random_bytes(STORED, 4);
     let snapshot = open_hooked(pack(&bytes, FRAME), |_, _, reason| {
         if reason == Reason::Demand {
@@ -126,7 +120,7 @@ fn a_fault_that_waited_for_another_thread_is_told_apart() {
             }
         });
         let stats = settled(&restored);
-        if number(&stats.fault_times.another) > 0 {
+        if stats.sources.waited.count > 0 {
             assert!(stats.fault_kinds.stored >= 2, "{stats:?}");
             return;
         }

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Barrier};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 
 use crate::common::{
     PAGE, address, compare, frame_of, index, open, pack, pages_of_frame, peek, random_bytes,
@@ -10,7 +11,7 @@ use crate::common::{
 };
 
 #[test]
-fn sixty_four_threads_fault_at_once() {
+fn sixty_four_threads_fault_at_once_correctly() {
     let bytes = Arc::new(random_bytes(4096, 1));
     let snapshot = open(pack(&bytes, 8));
     for fault_threads in [1, 2, 4] {
@@ -45,7 +46,7 @@ fn sixty_four_threads_fault_at_once() {
 }
 
 #[test]
-fn three_hundred_touch_the_same_page() {
+fn three_hundred_threads_touch_the_same_page() {
     let bytes = Arc::new(random_bytes(64, 2));
     let snapshot = open(pack(&bytes, 8));
     for _ in 0..5 {
@@ -74,7 +75,7 @@ fn three_hundred_touch_the_same_page() {
 /// Eight contents are shared by 10,000 pages: a fault must not install them all, and the frame is
 /// not decoded for each.
 #[test]
-fn a_frame_that_ten_thousand_pages_share() {
+fn frame_shared_by_ten_thousand_pages() {
     const PAGES: u64 = 10_000;
     let eight = random_bytes(8, 3);
     let bytes: Vec<u8> = (0..PAGES)

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, Restored};
 use snaprestore_fixtures::host::told;
 use snapshot_format::{Reason, Snapshot};
 

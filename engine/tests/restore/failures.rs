@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snaprestore_engine::restore::{
-    FailureDecision, FailureKind, FailurePolicy, Prefetch, Restore, Restored, StartError,
-    StopError, StopMode,
+    FailureDecision, FailurePolicy, Restore, Restored, StartError, StopError, StopMode,
 };
+use snaprestore_engine::{FailureKind, Prefetch};
 use snaprestore_uffd::uffd::{KernelVersion, Mask};
 use snapshot_format::{Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -76,7 +76,7 @@ fn poison_hits_exactly_the_bad_frame() {
 }
 
 #[test]
-fn a_poisoned_touch_is_a_sigbus() {
+fn touching_poison_raises_sigbus() {
     let ended = in_child(|| {
         let (bytes, snapshot, _) = bad_frame(2);
         let restored = Restore::new(snapshot).start().unwrap();
@@ -88,7 +88,7 @@ fn a_poisoned_touch_is_a_sigbus() {
 }
 
 #[test]
-fn a_system_call_gets_efault_from_poison() {
+fn system_call_on_poison_returns_efault() {
     let (bytes, snapshot, _) = bad_frame(3);
     let restored = Restore::new(snapshot).start().unwrap();
     let mut to = tempfile::tempfile().unwrap();
@@ -112,7 +112,7 @@ fn a_system_call_gets_efault_from_poison() {
 }
 
 #[test]
-fn abort_ends_the_process() {
+fn abort_policy_aborts_the_process() {
     let ended = in_child(|| {
         let (bytes, snapshot, _) = bad_frame(4);
         let restored = Restore::new(snapshot)
@@ -156,7 +156,7 @@ fn abort_does_not_wait_for_a_full_standard_error() {
 
 /// Prefetch alone never ends the owner: nobody has touched the page yet.
 #[test]
-fn prefetch_leaves_a_bad_frame_and_reports_it() {
+fn prefetch_skips_and_reports_a_bad_frame() {
     let (bytes, snapshot, bad) = bad_frame(5);
     let restored = Restore::new(snapshot)
         .on_failure(FailurePolicy::Abort)
@@ -354,7 +354,7 @@ fn completing_heals_poisoned_pages() {
 
 /// While the restore is being completed, the store fails a little longer.
 #[test]
-fn completing_reads_again_what_could_not_be_read() {
+fn completing_retries_unreadable_pages() {
     let Ill {
         snapshot,
         healed,
@@ -373,7 +373,7 @@ fn completing_reads_again_what_could_not_be_read() {
 
 /// Prefetch skips pages that it can't read, loads everything else, and comes back to them.
 #[test]
-fn prefetch_comes_back_to_what_could_not_be_read() {
+fn prefetch_retries_unreadable_pages() {
     let Ill {
         snapshot,
         healed,
@@ -398,7 +398,7 @@ fn prefetch_comes_back_to_what_could_not_be_read() {
 
 /// Pages that prefetch could not read until the timeout are reported one by one.
 #[test]
-fn prefetch_reports_what_it_could_not_read_in_time() {
+fn prefetch_reports_pages_unreadable_until_timeout() {
     for timeout in [Duration::ZERO, Duration::from_millis(30)] {
         let Ill {
             snapshot, bytes, ..
@@ -427,7 +427,7 @@ fn prefetch_reports_what_it_could_not_read_in_time() {
 
 /// The prefetch threads get ENOMEM, as if the owner's cgroup were at its limit.
 #[test]
-fn prefetch_without_memory_ends_and_says_so() {
+fn prefetch_without_memory_ends_with_failure() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 22);
         // An ioctl that copies pages fails with ENOMEM.
@@ -482,7 +482,7 @@ fn completing_with_pages_that_stay_poisoned_is_an_error() {
 }
 
 #[test]
-fn asking_can_heal_while_others_are_served() {
+fn retry_decision_heals_while_others_are_served() {
     let Ill {
         snapshot,
         healed,
@@ -537,7 +537,7 @@ fn asking_can_heal_while_others_are_served() {
 }
 
 #[test]
-fn asking_can_poison() {
+fn poison_decision_poisons_the_page() {
     let Ill {
         snapshot, bytes, ..
     } = ill(7);
@@ -553,7 +553,7 @@ fn asking_can_poison() {
 /// While a decision is pending the restore may still become complete, so a wait for completion
 /// waits for the decision.
 #[test]
-fn waiting_for_completion_waits_for_the_verdict() {
+fn wait_complete_waits_for_the_decision() {
     let (bytes, snapshot, bad) = bad_frame(11);
     let gate = Gate::default();
     let asked = gate.clone();
@@ -576,7 +576,7 @@ fn waiting_for_completion_waits_for_the_verdict() {
         let waits = scope.spawn(|| restored.wait_complete());
         // Longer than the polling interval of a waiter.
         std::thread::sleep(Duration::from_millis(120));
-        assert!(!waits.is_finished(), "the verdict is open");
+        assert!(!waits.is_finished(), "the decision is pending");
         gate.open();
         assert!(reads.into_iter().all(|read| read.join().unwrap().is_err()));
         assert!(waits.join().unwrap());
@@ -589,7 +589,7 @@ extern "C" fn interrupted(_: libc::c_int) {}
 /// A signal that interrupts a waiting thread makes it touch the page again. There is still one
 /// question, and the page isn't read again because of the signal.
 #[test]
-fn an_interrupted_toucher_is_one_question() {
+fn interrupted_touch_is_asked_once() {
     in_child(|| {
         // SAFETY: the handler does nothing, so it may run anywhere.
         unsafe {
@@ -686,7 +686,7 @@ fn unavailable_pages_never_read_as_zeros() {
 /// A snapshot of 64 GiB of unreadable pages, and nothing else. Each index block is one failure:
 /// page by page there would be millions.
 #[test]
-fn unavailable_blocks_are_skipped_as_a_whole() {
+fn unavailable_blocks_are_skipped_at_once() {
     const BLOCKS: u64 = 32 << 10;
     const BLOCK_PAGES: u64 = 512;
     let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
@@ -716,7 +716,7 @@ fn unavailable_blocks_are_skipped_as_a_whole() {
 }
 
 #[test]
-fn poison_is_refused_where_the_kernel_has_none() {
+fn poison_policy_is_refused_without_kernel_support() {
     let (_, snapshot, _) = bad_frame(9);
     let start = |policy| {
         Restore::new(Arc::clone(&snapshot))
@@ -734,7 +734,7 @@ fn poison_is_refused_where_the_kernel_has_none() {
 
 /// A damaged index block is a failure of each of its pages, found by the same checks.
 #[test]
-fn a_damaged_index_block_poisons_its_pages_only() {
+fn damaged_index_block_poisons_only_its_pages() {
     let bytes = random_bytes(1024, 10);
     let file = pack(&bytes, 8);
     let good = open(file.clone());

@@ -1,6 +1,7 @@
 //! The restored regions as `vm-memory` guest memory.
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 use snaprestore_uffd::memory::guest_memory;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};

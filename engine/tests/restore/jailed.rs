@@ -1,6 +1,7 @@
 //! Restores in processes that see little of the machine: without `/proc`, or not dumpable.
 
-use snaprestore_engine::restore::{Prefetch, Restore, StartError};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 
 use crate::common::{compare, in_child, open, pack, random_bytes};
@@ -46,8 +47,8 @@ fn is_root(test: &str) -> bool {
 }
 
 #[test]
-fn a_process_that_is_not_dumpable_restores() {
-    if !is_root("a_process_that_is_not_dumpable_restores") {
+fn non_dumpable_process_can_restore() {
+    if !is_root("non_dumpable_process_can_restore") {
         return;
     }
     in_child(|| {
@@ -64,8 +65,8 @@ fn a_process_that_is_not_dumpable_restores() {
 }
 
 #[test]
-fn a_process_without_proc_restores() {
-    if !is_root("a_process_without_proc_restores") {
+fn process_without_proc_can_restore() {
+    if !is_root("process_without_proc_can_restore") {
         return;
     }
     in_child(|| {

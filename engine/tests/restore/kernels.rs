@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{FailurePolicy, Prefetch, ReadAtError, Restore, StartError};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailurePolicy, ReadAtError, Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
 use snaprestore_uffd::uffd::{Features, KernelVersion, Mask};
@@ -13,7 +14,7 @@ use crate::common::{
 };
 
 #[test]
-fn every_kernel_level_restores_right() {
+fn every_kernel_level_restores_correctly() {
     const PAGES: u64 = 2048;
     let bytes = Mix::new(PAGES, 1).bytes();
     let snapshot = open(pack(&bytes, 8));
@@ -47,7 +48,7 @@ fn every_kernel_level_restores_right() {
 
 /// Without its events a discarded page would come back, so that kernel is refused.
 #[test]
-fn a_kernel_without_events_is_refused() {
+fn kernel_without_events_is_refused() {
     let bytes = Mix::new(64, 2).bytes();
     for event in [
         Features::EVENT_REMOVE,
@@ -66,7 +67,7 @@ fn a_kernel_without_events_is_refused() {
 /// does, user code is served, a system call gets EFAULT where it would have to wait, and `read_at`
 /// reads everything readable.
 #[test]
-fn user_mode_only_is_asked_for() {
+fn user_mode_only_requires_permission() {
     let said = in_child(|| {
         // SAFETY: none of these touches memory. The user `nobody` has no permission for the device,
         // and none for the system call except for user code, unless the machine grants it to all.
@@ -150,7 +151,7 @@ fn user_mode_only_is_asked_for() {
     .expect_success();
     if said.contains("every user may") {
         skipped(
-            "user_mode_only_is_asked_for",
+            "user_mode_only_requires_permission",
             &"every user may use userfaultfd on this machine",
         );
     } else {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Prefetch, Restore, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailureDecision, FailurePolicy, Restore, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
@@ -16,7 +17,7 @@ use crate::common::{
 };
 
 #[test]
-fn two_restores_of_one_snapshot_at_once() {
+fn two_concurrent_restores_of_one_snapshot() {
     const PAGES: u64 = 2048;
     let bytes = random_bytes(PAGES, 1);
     let snapshot = open(pack(&bytes, 8));
@@ -42,7 +43,7 @@ fn two_restores_of_one_snapshot_at_once() {
 /// A thread waits for a page while the restore is dropped: it gets SIGSEGV. Closing first would
 /// have shown it zeros.
 #[test]
-fn dropping_never_shows_zeros_to_who_waits() {
+fn dropping_never_shows_zeros_to_waiters() {
     let ended = in_child(|| {
         let bytes = random_bytes(64, 2);
         let gate = Gate::default();
@@ -145,7 +146,7 @@ fn mappings() -> usize {
 }
 
 #[test]
-fn nothing_is_left_after_fifty_restores() {
+fn fifty_restores_leak_nothing() {
     in_child(|| {
         let bytes = random_bytes(512, 3);
         let snapshot = open(pack(&bytes, 8));
@@ -261,8 +262,8 @@ fn ten_thousand_given_regions_start_at_once() {
 
 /// The kernel returns ENOMEM, on a machine that has memory.
 #[test]
-fn more_regions_than_mappings_are_permitted_name_the_limit() {
-    let test = "more_regions_than_mappings_are_permitted_name_the_limit";
+fn too_many_regions_error_names_the_limit() {
+    let test = "too_many_regions_error_names_the_limit";
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
     let limit: u64 = limit.trim().parse().unwrap();
     if limit > 200_000 {
@@ -306,7 +307,7 @@ fn shared_kib() -> u64 {
 /// Regression test: page ranges left to the kernel need no memory for their states. They took half
 /// a gigabyte for 16 TiB.
 #[test]
-fn a_terabyte_of_zeros_needs_no_tables() {
+fn terabyte_of_zeros_allocates_no_tables() {
     const PAGES: u64 = 1 << 28;
     in_child(|| {
         let bytes = random_bytes(512, 7);
@@ -336,7 +337,7 @@ fn a_terabyte_of_zeros_needs_no_tables() {
 /// If the process may not have more memory (`RLIMIT_DATA`), starting is an error, and does not kill
 /// the process.
 #[test]
-fn start_without_memory_is_an_error() {
+fn start_without_memory_returns_error() {
     in_child(|| {
         let bytes = random_bytes(4096, 8);
         let snapshot = open(pack(&bytes, 8));

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::available_parallelism;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, Shared};
+use snaprestore_engine::restore::{Restore, Restored};
+use snaprestore_engine::{Prefetch, Shared};
 use snaprestore_fixtures::host::told;
 use snapshot_format::{Reason, Snapshot};
 
@@ -80,7 +81,7 @@ fn allocated() -> u64 {
 }
 
 #[test]
-fn three_hundred_restores_share_one_pool_and_leave_nothing() {
+fn three_hundred_restores_share_one_pool() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 1);
         // Make the one-time allocations of the process now.
@@ -173,7 +174,7 @@ fn blocked_prefetch_does_not_stop_that_of_other_sessions() {
 /// Sessions of several snapshots borrow the same contexts: none is served with frames that another
 /// has decoded.
 #[test]
-fn workers_that_serve_several_snapshots_mix_nothing_up() {
+fn contexts_used_by_several_snapshots_stay_separate() {
     const PAGES: u64 = 512;
     let shared = Shared::new(0);
     let images: Vec<_> = (0..12)
@@ -211,7 +212,7 @@ fn workers_that_serve_several_snapshots_mix_nothing_up() {
 /// A session's own hook is called in all of its threads, a hook of `Shared` only in those of the
 /// pool.
 #[test]
-fn hooks_are_called_where_they_were_given() {
+fn hooks_run_only_in_their_own_threads() {
     let bytes = random_bytes(512, 3);
     let own = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     let of_pool = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, Restored, StopMode};
 use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
@@ -121,7 +122,7 @@ fn stop_completes() {
 }
 
 #[test]
-fn stop_makes_what_is_missing_inaccessible() {
+fn stop_makes_missing_pages_inaccessible() {
     let image = Mix::new(PAGES, 5);
     let mut restored = Restore::new(snapshot(&image)).start().unwrap();
     let page = (0..SPLIT).find(|page| image.page(*page)[0] != 0).unwrap();
@@ -136,7 +137,7 @@ fn stop_makes_what_is_missing_inaccessible() {
 }
 
 #[test]
-fn reading_at_restores_what_is_missing() {
+fn read_at_restores_missing_pages() {
     let image = Mix::new(PAGES, 6);
     let restored = Restore::new(snapshot(&image)).start().unwrap();
     let mut bytes = vec![0; 3 * PAGE];
@@ -187,7 +188,7 @@ fn discard(restored: &Restored, pages: Range<usize>) {
 }
 
 #[test]
-fn discarded_pages_are_zero_under_prefetch() {
+fn discarded_pages_stay_zero_during_prefetch() {
     let image = Mix::new(PAGES, 8);
     let snapshot = snapshot(&image);
     for round in 0..20 {
@@ -211,7 +212,7 @@ fn discarded_pages_are_zero_under_prefetch() {
 }
 
 #[test]
-fn threads_have_names_and_end() {
+fn threads_are_named_and_exit() {
     let image = Mix::new(PAGES, 9);
     let named = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&named);
@@ -231,7 +232,7 @@ fn threads_have_names_and_end() {
 }
 
 #[test]
-fn given_pages_are_fetched() {
+fn prefetch_loads_the_requested_pages() {
     let image = Mix::new(PAGES, 11);
     let restored = Restore::new(snapshot(&image))
         .prefetch(Prefetch::Pages(vec![700..900, 0..10]))
@@ -251,7 +252,7 @@ fn golden(name: &str) -> Arc<Snapshot> {
 /// Regression test: a region may have no pages. `mmap` refused its length of 0, and the whole
 /// restore failed.
 #[test]
-fn a_region_without_pages_has_no_memory() {
+fn empty_region_has_no_memory() {
     let restored = Restore::new(golden("good-several-regions.snap")).prefetch(Prefetch::All);
     let restored = restored.start().unwrap();
     assert!(restored.wait_complete());
@@ -264,7 +265,7 @@ fn a_region_without_pages_has_no_memory() {
 /// Regression test: a run of zeros that falsely covers stored pages, with a good checksum, left
 /// these pages to the kernel, which made them zero. The index determines what is restored.
 #[test]
-fn a_fill_run_that_lies_makes_no_zeros() {
+fn wrong_fill_run_makes_no_zeros() {
     let snapshot = golden("bad-fill-run.snap");
     assert!(snapshot.fill_runs().is_err(), "the run is a lie");
     let restored = Restore::new(Arc::clone(&snapshot)).start().unwrap();
@@ -283,7 +284,7 @@ fn a_fill_run_that_lies_makes_no_zeros() {
 /// Frames falsely list pages of other frames, or fills, with good checksums. Decoding such a frame
 /// for one page must not install any page that the index places elsewhere.
 #[test]
-fn a_page_list_that_lies_brings_no_page() {
+fn wrong_page_list_loads_no_page() {
     for name in [
         "bad-list-names-pages-of-other-frames.snap",
         "bad-list-disagrees.snap",

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{Prefetch, Restore, Restored, StartError, StopMode};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{Restore, Restored, StartError, StopMode};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::RawRegion;
 use snapshot_format::{RegionSpec, Writer, WriterOptions};
@@ -115,7 +116,7 @@ fn mremap(from: usize, pages: usize, to: usize, grown: usize, flags: libc::c_int
 /// `MCL_FUTURE` fills every new mapping with zeros at once: the engine must avoid that for its own
 /// mappings.
 #[test]
-fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
+fn memory_under_mlockall_is_restored_or_refused() {
     in_child(|| {
         // SAFETY: locking changes no content.
         succeeded(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) });
@@ -141,7 +142,7 @@ fn under_mlockall_memory_is_right_and_full_memory_is_refused() {
 
 /// A single present page is found, wherever it is; empty memory of the caller's is accepted.
 #[test]
-fn a_page_that_is_there_is_refused() {
+fn given_memory_with_present_page_is_refused() {
     let bytes = random_bytes(PAGES, 2);
     let memory = map(PAGES as usize);
     // SAFETY: the memory is the test's own and is never unmapped.
@@ -192,7 +193,7 @@ fn in_a_fork(address: usize) -> Option<u8> {
 }
 
 #[test]
-fn children_have_the_memory_only_when_it_is_complete() {
+fn children_inherit_memory_only_after_completion() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 3);
         let mut restored = start(&bytes, Prefetch::Off);
@@ -211,7 +212,7 @@ fn children_have_the_memory_only_when_it_is_complete() {
 /// A restore that is given up, and one that doesn't start, leave the caller's memory as it was, for
 /// children as well.
 #[test]
-fn children_have_what_a_restore_leaves() {
+fn children_inherit_memory_after_giving_up() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 11);
         for end in [
@@ -242,7 +243,7 @@ fn children_have_what_a_restore_leaves() {
 /// complete. Children never had it, and whatever was at the old address by then was advised about
 /// instead. The advice now follows the memory.
 #[test]
-fn children_have_what_moved_when_it_is_complete() {
+fn children_inherit_moved_memory_after_completion() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 10);
         let mut restored = start_in_own(&bytes, Prefetch::Off);
@@ -258,7 +259,7 @@ fn children_have_what_moved_when_it_is_complete() {
 /// Regression test: memory that the caller itself had left out of children stays left out. The end
 /// of the restore gave it to them.
 #[test]
-fn memory_that_children_never_had_stays_so() {
+fn memory_with_dontfork_is_never_inherited() {
     in_child(|| {
         let bytes = random_bytes(PAGES, 15);
         let give = |memory: RawRegion| {
@@ -297,7 +298,7 @@ fn memory_that_children_never_had_stays_so() {
 
 /// Regression test: an owner was killed when its memory was in more than some thousand pieces.
 #[test]
-fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
+fn memory_may_be_split_into_any_number_of_pieces() {
     const MANY: u64 = 12_000;
     in_child(|| {
         let bytes = random_bytes(MANY, 16);
@@ -339,7 +340,7 @@ fn memory_may_be_unmapped_and_moved_in_any_number_of_pieces() {
 
 /// Mappings that begin and end inside frames: installs must stop at their borders.
 #[test]
-fn split_mappings_and_huge_page_advice() {
+fn split_mappings_with_huge_page_advice_restore() {
     let bytes = random_bytes(PAGES, 4);
     for prefetch in [Prefetch::Off, Prefetch::All] {
         let restored = start(&bytes, prefetch);
@@ -378,7 +379,7 @@ fn smaps(start: usize, pages: usize, field: &str) -> usize {
 /// not. Giving the restore up took the new mapping there, in an unregistered run of zeros that
 /// reports no events.
 #[test]
-fn what_is_unmapped_in_given_memory_is_left_alone() {
+fn unmapped_parts_of_given_memory_are_left_alone() {
     const HUGE: u64 = 512;
     let mut bytes = random_bytes(6 * HUGE, 14);
     bytes[HUGE as usize * PAGE..3 * HUGE as usize * PAGE].fill(0);
@@ -407,7 +408,7 @@ fn what_is_unmapped_in_given_memory_is_left_alone() {
 
 /// Huge pages are formed from present memory, and from nothing else.
 #[test]
-fn huge_pages_give_no_memory_to_holes() {
+fn huge_pages_allocate_nothing_in_holes() {
     const HUGE: usize = 512;
     let said = in_child(|| {
         // Stored, zero, stored except for a discarded page, half stored and half zero, and stored
@@ -446,7 +447,7 @@ fn huge_pages_give_no_memory_to_holes() {
     .expect_success();
     if said.contains("no huge page was made") {
         skipped(
-            "huge_pages_give_no_memory_to_holes",
+            "huge_pages_allocate_nothing_in_holes",
             &"this kernel made no huge page",
         );
     }
@@ -505,7 +506,7 @@ fn discard_over_two_regions_is_zero_in_both() {
         };
         assert!(peek(memory + page * PAGE) == expected, "page {page}");
     }
-    assert_eq!(restored.stats().events, 1);
+    assert_eq!(restored.stats().discards, 1);
 }
 
 #[test]
@@ -544,7 +545,7 @@ fn moved_memory_is_restored_where_it_is() {
 
 /// `MREMAP_DONTUNMAP` leaves an empty mapping behind, which reads as zeros.
 #[test]
-fn what_a_move_leaves_behind_is_zero() {
+fn memory_left_behind_by_a_move_is_zero() {
     let bytes = random_bytes(PAGES, 7);
     for prefetch in [Prefetch::Off, Prefetch::All] {
         let restored = start_in_own(&bytes, prefetch);
@@ -568,7 +569,7 @@ fn what_a_move_leaves_behind_is_zero() {
 /// Threads discard without a pause while the restore becomes complete: none may wait forever, and
 /// discarded pages are zero.
 #[test]
-fn discards_at_the_moment_of_completion_go_on() {
+fn discards_during_completion_do_not_block() {
     let bytes = random_bytes(64, 8);
     let file = pack(&bytes, 8);
     for _ in 0..200 {
@@ -601,7 +602,7 @@ fn discards_at_the_moment_of_completion_go_on() {
 /// aborted because nothing was mapped there, and moved pages would have read as zeros. Missing
 /// pages are now poisoned, which the kernel refuses until the events have been read.
 #[test]
-fn giving_up_knows_the_last_moves() {
+fn giving_up_follows_the_last_moves() {
     let ended = in_child(|| {
         let bytes = random_bytes(PAGES, 9);
         let gate = crate::common::Gate::default();

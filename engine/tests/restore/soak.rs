@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use snaprestore_engine::restore::{Prefetch, Restore};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::Restore;
 use snaprestore_fixtures::host::told;
 use snaprestore_fixtures::images::{Mix, SplitMix};
 use snaprestore_uffd::memory::RawRegion;
@@ -33,7 +34,7 @@ const DISCARDS_A_MINUTE: u64 = 34_000;
 /// Discards required per minute of pages that were apparently absent.
 const ABSENT_A_MINUTE: u64 = 3_400;
 /// Maximum time that an owner may be without progress.
-const LONGEST_WAIT: Duration = Duration::from_secs(3);
+const MAX_WAIT: Duration = Duration::from_secs(3);
 
 const OWNERS: usize = 4;
 /// Number of pages of each owner.
@@ -359,13 +360,13 @@ impl Drop for EndWatch {
 }
 
 #[test]
-fn every_page_is_what_its_owner_expects() {
+fn random_owner_always_reads_expected_pages() {
     let asked: Option<u64> = std::env::var("SNAPRESTORE_SOAK_SECONDS")
         .ok()
         .map(|text| text.parse().expect("seconds"));
     let duration = asked.map_or(SHORT, Duration::from_secs);
     // The short form shares the machine with the other tests.
-    let longest = asked.map_or(crate::common::PATIENCE, |_| LONGEST_WAIT);
+    let longest = asked.map_or(crate::common::PATIENCE, |_| MAX_WAIT);
     let image = Mix::new(PAGES as u64, 1).bytes();
     let snapshot = open(pack(&image, 8));
     for fault_threads in [1, 2, 4] {

@@ -71,7 +71,7 @@ fn faults_beyond_one_batch_of_messages_are_served() {
 /// Two frames are being read, and another thread waits for each. The thread that waits first waits
 /// for the frame that finishes last: it must not swallow the notification of the other read.
 #[test]
-fn threads_that_wait_for_different_frames_all_go_on() {
+fn threads_waiting_for_different_frames_all_resume() {
     let bytes = random_bytes(64, 22);
     let file = pack(&bytes, 8);
     let good = open(file.clone());

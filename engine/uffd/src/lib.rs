@@ -1,16 +1,24 @@
-//! Userfaultfd and the memory under it, without `unsafe` code in the caller: the kernel's
-//! interface, memory mappings, and the other Linux functions that a program needs to restore
-//! memory.
+//! Safe userfaultfd: opens it, registers memory, installs pages and reads events, and owns the
+//! memory below it. The caller needs no `unsafe` code.
 //!
-//! | module | contents |
-//! | --- | --- |
-//! | [`uffd`] | userfaultfd: opening, registering, installing, reading messages, capabilities |
-//! | [`memory`] | mappings and who owns them, blocks shared between processes, checked loads |
-//! | [`os`] | waiting, signals, other processes and their descriptors, limits, sandboxes |
+//! Userfaultfd lets a program fill memory when it is first touched. A thread that touches a missing
+//! page stops; the program reads a message, installs the page, and the thread continues:
 //!
-//! A userfaultfd can fill memory that it does not own, so every function that installs a page
-//! checks that the page lies in memory that was registered under the contract of
-//! [`RawRegion::new`](memory::RawRegion::new), which is the one `unsafe` step.
+//! ```text
+//!  thread            kernel                        this crate                       caller
+//!    │ touch           │                               │                               │
+//!    ├────────────────▶│  PAGEFAULT, REMOVE, UNMAP, .. │                               │
+//!    ┆ waits           ├──────────────────────────────▶│ Userfaultfd::read: Message    │
+//!    ┆                 │                               ├──────────────────────────────▶│
+//!    ┆                 │ UFFDIO_COPY, ZEROPAGE, ..     │ Userfaultfd::copy, zeropage   │
+//!    ┆                 │◀──────────────────────────────┤◀──────────────────────────────┤
+//!    │◀────────────────┤ page present                  │ Installed::Done, Again, ..    │
+//! ```
+//!
+//! The kernel's error numbers become outcomes ([`Installed`](uffd::Installed)) that say what to do
+//! next, for every kernel version since 5.7.
+//!
+//! # Example
 //!
 //! ```
 //! use std::sync::Arc;
@@ -26,6 +34,27 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Where to start
+//!
+//! | module | contents |
+//! | --- | --- |
+//! | [`uffd`] | userfaultfd: opening, registering, installing, reading messages, capabilities |
+//! | [`memory`] | mappings and who owns them, blocks shared between processes, checked loads |
+//! | [`os`] | waiting, signals, other processes and their descriptors, limits, sandboxes |
+//!
+//! To open a userfaultfd, or to find out why it is not permitted, start at
+//! [`OpenOptions`](uffd::OpenOptions) and [`Probe`](uffd::Probe).
+//!
+//! # Safety
+//!
+//! A userfaultfd can fill memory that it does not own. Therefore every function that installs a
+//! page checks that the page lies in memory that was registered under the contract of
+//! [`RawRegion::new`](memory::RawRegion::new), which is the one `unsafe` step.
+//!
+//! # Features
+//!
+//! - `rust-vmm`: presents regions as guest memory of the crate `vm-memory`.
 //!
 //! # Minimum kernel: 5.7
 //!

@@ -30,7 +30,7 @@ macro_rules! same_layout {
 
 #[test]
 #[expect(clippy::cast_lossless, reason = "the constants have several widths")]
-fn numbers_are_those_of_linux_raw_sys() {
+fn numbers_agree_with_linux_raw_sys() {
     same_constants!(
         UFFD_API,
         UFFDIO,
@@ -84,7 +84,7 @@ fn numbers_are_those_of_linux_raw_sys() {
 }
 
 #[test]
-fn request_numbers_are_those_of_linux_raw_sys() {
+fn request_numbers_agree_with_linux_raw_sys() {
     // linux-raw-sys has no POISON and no MOVE; those are compared with the literals in `ioctls.rs`.
     let ours_and_theirs = [
         (abi::UFFDIO_API, ioctl::UFFDIO_API),
@@ -102,7 +102,7 @@ fn request_numbers_are_those_of_linux_raw_sys() {
 }
 
 #[test]
-fn structures_are_those_of_linux_raw_sys() {
+fn structures_agree_with_linux_raw_sys() {
     same_layout! {
         uffd_msg { event, arg }
         uffdio_api { api, features, ioctls }
@@ -124,7 +124,7 @@ fn structures_are_those_of_linux_raw_sys() {
 /// The first public version of `linux/userfaultfd.h` (Linux 4.3), from its text: its definitions
 /// have never changed their meaning.
 #[test]
-fn the_first_header_still_holds() {
+fn first_published_header_still_agrees() {
     assert_eq!(abi::UFFD_API, 0xAA);
     assert_eq!(abi::UFFDIO, 0xAA);
     assert_eq!(abi::_UFFDIO_REGISTER, 0x00);

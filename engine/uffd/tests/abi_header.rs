@@ -62,7 +62,7 @@ fn preprocess(options: &[&str]) -> Option<String> {
 }
 
 fn run(command: &mut Command) -> String {
-    let output = command.output().expect("the command starts");
+    let output = command.output().expect("cannot start the command");
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}\n{error}");
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -81,10 +81,10 @@ fn host() -> String {
 }
 
 #[test]
-fn the_abi_is_that_of_this_systems_header() {
+fn abi_agrees_with_this_systems_header() {
     let (Some(macros), Some(text)) = (preprocess(&["-dM"]), preprocess(&[])) else {
         return skipped(
-            "the_abi_is_that_of_this_systems_header",
+            "abi_agrees_with_this_systems_header",
             &"no cc, or no linux/userfaultfd.h",
         );
     };

@@ -15,8 +15,8 @@ use snaprestore_uffd::uffd::{
     ReadOutcome, Ready, Unregistered, Userfaultfd, Waiting, Wake,
 };
 use support::{
-    Child, Ended, PAGE, PATIENCE, Scene, eventually, madvise, messages, munmap, page, peek,
-    peeking, pointer,
+    Child, Ended, PAGE, Scene, TIMEOUT, eventually, madvise, messages, munmap, page, peek, peeking,
+    pointer,
 };
 
 /// Registers memory that a test may move or unmap piece by piece: nothing unmaps it at the end.
@@ -49,7 +49,7 @@ fn mremap(from: u64, old_pages: u64, new_pages: u64) -> u64 {
 }
 
 #[test]
-fn a_discard_is_one_message_and_the_pages_can_be_filled_again() {
+fn discard_is_one_message_and_pages_can_be_refilled() {
     let mut scene = Scene::with_events(4);
     assert_eq!(
         scene.uffd.copy(scene.at(1), &page(1), Wake::Now).unwrap(),
@@ -171,7 +171,7 @@ fn unmapped_memory_is_reported_and_gone() {
 /// A common cause of hangs: a thread that waits for a page while another unmaps it is woken only if
 /// its old range is woken.
 #[test]
-fn a_fault_across_munmap_ends_by_waking_the_old_range() {
+fn fault_across_munmap_resolves_by_waking_the_old_range() {
     let child = Child::start(|| {
         let uffd = OpenOptions::new().open().unwrap();
         let mut ring = Ring::private().unwrap();
@@ -188,14 +188,14 @@ fn a_fault_across_munmap_ends_by_waking_the_old_range() {
         owner.join().unwrap();
         uffd.wake(start, PAGE).unwrap();
         // The reader now touches unmapped memory, which kills this process.
-        std::thread::sleep(PATIENCE);
+        std::thread::sleep(TIMEOUT);
         1
     });
     assert_eq!(child.wait(), Ended::Signal(libc::SIGSEGV));
 }
 
 #[test]
-fn lesson_1_a_fault_is_read_before_a_discard_that_is_older() {
+fn fault_is_read_before_an_older_discard() {
     let mut scene = Scene::with_events(8);
     let (start, len) = (scene.at(0), PAGE);
     let owner = std::thread::spawn(move || madvise(start, len, libc::MADV_DONTNEED));
@@ -231,12 +231,12 @@ fn pending(uffd: &Userfaultfd) -> u64 {
     let line = info
         .lines()
         .find_map(|line| line.strip_prefix("pending:"))
-        .expect("a userfaultfd");
+        .expect("cannot open a userfaultfd");
     line.trim().parse().unwrap()
 }
 
 #[test]
-fn lesson_4_a_fault_that_was_read_comes_back_only_by_wake() {
+fn read_fault_is_reported_again_only_after_wake() {
     let mut scene = Scene::with_events(4);
     let reader = peeking(scene.at(3));
     let address = scene.fault();
@@ -264,7 +264,7 @@ fn lesson_4_a_fault_that_was_read_comes_back_only_by_wake() {
 }
 
 #[test]
-fn a_page_may_be_woken_many_times_before_it_is_served() {
+fn page_may_be_woken_many_times_before_it_is_served() {
     let mut scene = Scene::new(1);
     let reader = peeking(scene.at(0));
     for _ in 0..100 {
@@ -315,7 +315,7 @@ fn faults_name_their_thread_and_access_when_asked_to() {
 }
 
 #[test]
-fn sixty_four_messages_are_read_at_a_time_and_the_ring_keeps_them_until_it_is_cleared() {
+fn ring_keeps_64_messages_until_it_is_cleared() {
     let mut scene = Scene::new(70);
     let readers: Vec<_> = (0..70).map(|at| peeking(scene.at(at))).collect();
     eventually("all wait", || pending(&scene.uffd) == 70);
@@ -364,7 +364,7 @@ fn sixty_four_messages_are_read_at_a_time_and_the_ring_keeps_them_until_it_is_cl
 }
 
 #[test]
-fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
+fn blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut scene = Scene::new(1);
     let raw = scene.uffd.as_fd().as_raw_fd();
@@ -394,7 +394,7 @@ fn lesson_19_a_blocking_userfaultfd_polls_as_an_error_and_is_repaired() {
 /// Regression test: a process that shares the open file can make its reads block, just before one.
 /// That read held the lock that all installs need, and its thread could no longer be killed.
 #[test]
-fn a_read_does_not_wait_even_where_the_flag_was_cleared() {
+fn read_does_not_block_without_o_nonblock() {
     let scene = Scene::new(1);
     let raw = scene.uffd.as_fd().as_raw_fd();
     // SAFETY: F_SETFL takes a number.
@@ -408,7 +408,7 @@ fn a_read_does_not_wait_even_where_the_flag_was_cleared() {
     let read = unsafe { libc::preadv2(raw, &raw const slice, 1, -1, libc::RWF_NOWAIT) };
     assert_eq!(read, -1);
     if std::io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
-        let test = "a_read_does_not_wait_even_where_the_flag_was_cleared";
+        let test = "read_does_not_block_without_o_nonblock";
         return skipped(test, &"the kernel has only the flag (Linux 6.10)");
     }
     let (done, is_done) = std::sync::mpsc::channel();
@@ -417,11 +417,11 @@ fn a_read_does_not_wait_even_where_the_flag_was_cleared() {
         let read = scene.uffd.read(&mut ring, &mut Vec::new());
         let _ = done.send(read.unwrap());
     });
-    assert_eq!(is_done.recv_timeout(PATIENCE), Ok(ReadOutcome::Empty));
+    assert_eq!(is_done.recv_timeout(TIMEOUT), Ok(ReadOutcome::Empty));
 }
 
 #[test]
-fn lesson_20_nothing_to_read_is_not_the_end() {
+fn empty_read_is_not_the_end_of_input() {
     let mut scene = Scene::new(1);
     scene.assert_quiet();
     let waiting = Waiting::new(&scene.uffd).unwrap();
@@ -440,7 +440,7 @@ fn lesson_20_nothing_to_read_is_not_the_end() {
 }
 
 #[test]
-fn a_wakeup_ends_a_waiting_or_the_next() {
+fn wakeup_ends_this_wait_or_the_next() {
     let scene = Scene::new(1);
     let waiting = Waiting::new(&scene.uffd).unwrap();
     let woken = Ready {
@@ -448,7 +448,7 @@ fn a_wakeup_ends_a_waiting_or_the_next() {
         ..Ready::default()
     };
     std::thread::scope(|scope| {
-        let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();
+        let wait = || waiting.wait(&scene.uffd, Some(TIMEOUT)).unwrap();
         let waiters: Vec<_> = (0..6).map(|_| scope.spawn(wait)).collect();
         let finished = || waiters.iter().filter(|w| w.is_finished()).count();
         let mut wakeups = 0;
@@ -474,7 +474,7 @@ fn a_wakeup_ends_a_waiting_or_the_next() {
 
 /// Each fault wakes one or two waiting threads, and none is lost while nobody waits.
 #[test]
-fn a_message_ends_a_waiting_or_the_next() {
+fn message_ends_this_wait_or_the_next() {
     let mut scene = Scene::new(6);
     let waiting = Waiting::new(&scene.uffd).unwrap();
     let came = Ready {
@@ -482,7 +482,7 @@ fn a_message_ends_a_waiting_or_the_next() {
         ..Ready::default()
     };
     let readers = std::thread::scope(|scope| {
-        let wait = || waiting.wait(&scene.uffd, Some(PATIENCE)).unwrap();
+        let wait = || waiting.wait(&scene.uffd, Some(TIMEOUT)).unwrap();
         let waiters: Vec<_> = (0..6).map(|_| scope.spawn(wait)).collect();
         let finished = || waiters.iter().filter(|w| w.is_finished()).count();
         let mut readers = Vec::new();
@@ -545,7 +545,7 @@ fn adopt(fd: OwnedFd) -> Result<Userfaultfd, AdoptError> {
 }
 
 #[test]
-fn lesson_15_another_process_is_served_and_its_end_is_no_error() {
+fn other_process_is_served_and_its_exit_is_no_error() {
     let (child, fd, start) = owner(4, |start| {
         // Two pages that only the parent can fill, and a discard that it must read.
         let sum = peek(start) + peek(start + PAGE);
@@ -631,10 +631,10 @@ fn only_a_negotiated_userfaultfd_is_adopted_and_made_non_blocking() {
 }
 
 #[test]
-fn a_fork_brings_a_userfaultfd_for_the_childs_memory() {
+fn fork_delivers_a_userfaultfd_for_the_child() {
     let options = OpenOptions::new().required(Features::EVENTS | Features::EVENT_FORK);
     if let Err(error) = options.open() {
-        return skipped("a_fork_brings_a_userfaultfd_for_the_childs_memory", &error);
+        return skipped("fork_delivers_a_userfaultfd_for_the_child", &error);
     }
     // In a separate process: fork copies every registered memory of a process, and other tests have
     // some.
@@ -694,7 +694,7 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
         } = Scene::with(1, &options, Modes::MISSING);
         let forker = std::thread::spawn(|| Child::start(|| 7));
         let waiting = Waiting::new(&uffd).unwrap();
-        assert!(waiting.wait(&uffd, Some(PATIENCE)).unwrap().messages);
+        assert!(waiting.wait(&uffd, Some(TIMEOUT)).unwrap().messages);
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
@@ -726,7 +726,7 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
 
 /// An owner's madvise that is already waiting when everything is unregistered must still be read.
 #[test]
-fn finishing_reads_on_until_the_probe_says_gone_and_not_changing() {
+fn reading_continues_until_the_probe_says_gone() {
     let mut scene = Scene::with_events(4);
     let (start, len) = (scene.at(0), 4 * PAGE);
     let owner = std::thread::spawn(move || madvise(start, len, libc::MADV_DONTNEED));
@@ -743,7 +743,7 @@ fn finishing_reads_on_until_the_probe_says_gone_and_not_changing() {
 /// A child that holds a copy of the descriptor keeps the userfaultfd alive, and nobody reads its
 /// events any more.
 #[test]
-fn dropping_ends_it_although_a_forked_child_holds_the_descriptor() {
+fn drop_unregisters_although_a_child_holds_the_descriptor() {
     let Scene {
         uffd,
         mapping,

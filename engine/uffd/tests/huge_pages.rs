@@ -1,4 +1,4 @@
-//! Huge pages: the pool of hugetlbfs, and 2 MiB moved at once.
+//! Huge pages: the pool of hugetlbfs.
 
 #![allow(unsafe_code, reason = "a test that touches memory under restore")]
 
@@ -8,18 +8,18 @@ use std::sync::Arc;
 
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
-use snaprestore_uffd::memory::{MappingOptions, RawRegion, Scratch, first_populated};
-use snaprestore_uffd::uffd::{Installed, Ioctls, Modes, MoveHoles, OpenOptions, Wake};
-use support::{Scene, errno, page, peek};
+use snaprestore_uffd::memory::{MappingOptions, RawRegion, first_populated};
+use snaprestore_uffd::uffd::{Installed, Ioctls, Modes, OpenOptions, Wake};
+use support::{errno, page, peek};
 
 /// Linux 6.18 returns EEXIST when it can't get a huge page, although the page is absent; earlier
 /// kernels return ENOMEM. Treated as "present", this would be a fault that returns forever.
 #[test]
-fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
+fn empty_huge_pool_is_no_memory_or_looks_present() {
     let _pool = match HugePool::empty() {
         Ok(pool) => pool,
         Err(why) => {
-            let test = "an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page";
+            let test = "empty_huge_pool_is_no_memory_or_looks_present";
             return skipped(test, &why);
         }
     };
@@ -41,11 +41,11 @@ fn an_empty_pool_of_huge_pages_is_no_memory_or_looks_like_an_existing_page() {
 }
 
 #[test]
-fn lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage() {
+fn huge_pool_pages_are_copied_whole_and_never_zeroed() {
     let _pool = match HugePool::with(2) {
         Ok(pool) => pool,
         Err(why) => {
-            let test = "lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage";
+            let test = "huge_pool_pages_are_copied_whole_and_never_zeroed";
             return skipped(test, &why);
         }
     };
@@ -74,28 +74,4 @@ fn lesson_6_huge_pool_pages_are_copied_whole_and_never_by_zeropage() {
         uffd.copy(region.address(), &bytes, Wake::Now).unwrap(),
         Installed::Exists
     );
-}
-
-#[test]
-fn huge_pages_are_moved_whole() {
-    let scene = Scene::new(1024);
-    let mut source = Scratch::new(4 << 20).unwrap();
-    source.bytes_mut().fill(3);
-    let (start, len) = (scene.at(0), 4 << 20);
-    let moved = scene
-        .uffd
-        .move_(start, &mut source, 0, len, MoveHoles::Refuse, Wake::Now);
-    assert_eq!(moved.unwrap(), Installed::Done);
-    assert_eq!(peek(start + len - 1), 3);
-    assert!(
-        source.bytes_mut().iter().all(|byte| *byte == 0),
-        "moved pages are zero where they were"
-    );
-    source.bytes_mut().fill(4);
-    let again = scene
-        .uffd
-        .move_(start, &mut source, 0, len, MoveHoles::Refuse, Wake::Now);
-    assert_eq!(again.unwrap(), Installed::Exists);
-    assert_eq!(peek(start), 3);
-    assert_eq!(source.bytes_mut()[0], 4);
 }

@@ -7,11 +7,11 @@ mod support;
 use std::sync::Arc;
 
 use snaprestore_fixtures::host::skipped;
-use snaprestore_uffd::memory::{Mapping, RawRegion, Scratch};
+use snaprestore_uffd::memory::{Mapping, RawRegion};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
 use snaprestore_uffd::uffd::{
-    Features, InstallError, Installed, Ioctls, Message, Modes, MoveHoles, OpenOptions, Presence,
-    Protected, Userfaultfd, Wake,
+    Features, InstallError, Installed, Ioctls, Message, Modes, OpenOptions, Presence, Protected,
+    Userfaultfd, Wake,
 };
 use support::{Child, Ended, PAGE, Scene, errno, eventually, madvise, page, peek, peeking, poke};
 
@@ -31,7 +31,7 @@ fn write_protecting(pages: u64) -> Scene {
 }
 
 #[test]
-fn a_fault_is_read_and_served_by_copy() {
+fn fault_is_read_and_served_by_copy() {
     let mut scene = Scene::new(16);
     let reader = peeking(scene.at(3) + 7);
     let address = scene.fault();
@@ -45,7 +45,7 @@ fn a_fault_is_read_and_served_by_copy() {
 }
 
 #[test]
-fn a_fault_is_served_by_zeropage() {
+fn fault_is_served_by_zeropage() {
     let mut scene = Scene::new(4);
     let reader = peeking(scene.at(1));
     let address = scene.fault();
@@ -78,7 +78,7 @@ fn copies_of_many_pages_arrive_in_order() {
 }
 
 #[test]
-fn lesson_11_eexist_wakes_nobody_and_wake_does() {
+fn eexist_wakes_nobody_and_wake_does() {
     let mut scene = Scene::new(1);
     let reader = peeking(scene.at(0));
     let address = scene.fault();
@@ -97,7 +97,7 @@ fn lesson_11_eexist_wakes_nobody_and_wake_does() {
 }
 
 #[test]
-fn lesson_12_a_copy_over_a_present_page_stops_before_it_and_can_go_on_behind() {
+fn copy_stops_at_a_present_page_and_continues_behind() {
     let scene = Scene::new(8);
     assert_eq!(
         scene
@@ -124,7 +124,7 @@ fn lesson_12_a_copy_over_a_present_page_stops_before_it_and_can_go_on_behind() {
 }
 
 #[test]
-fn lesson_12_the_part_that_was_copied_wakes_its_waiters() {
+fn partial_copy_wakes_the_waiters_of_its_part() {
     let mut scene = Scene::new(2);
     assert_eq!(
         scene.uffd.copy(scene.at(1), &page(2), Wake::Now).unwrap(),
@@ -169,25 +169,10 @@ fn every_install_reports_a_partial_run_and_an_existing_page() {
         scene.uffd.poison(scene.at(2), PAGE, Wake::Now).unwrap(),
         Installed::Exists
     );
-
-    let scene = Scene::new(4);
-    let mut source = filled(4, 9);
-    assert_eq!(
-        scene.uffd.copy(scene.at(2), &page(7), Wake::Now).unwrap(),
-        Installed::Done
-    );
-    let mut moved = |at, from, len| {
-        scene
-            .uffd
-            .move_(at, &mut source, from, len, MoveHoles::Refuse, Wake::Now)
-            .unwrap()
-    };
-    assert_eq!(moved(scene.at(0), 0, all), partial);
-    assert_eq!(moved(scene.at(2), 2 * PAGE, PAGE), Installed::Exists);
 }
 
 #[test]
-fn lesson_14_memory_that_went_away_is_gone_and_memory_that_never_was_is_an_error() {
+fn unmapped_memory_is_gone_and_unregistered_an_error() {
     let uffd = OpenOptions::new().required(Features::EMPTY).open().unwrap();
     let at = leaked(&uffd, 4);
     let (start, len) = (at(2), 2 * PAGE);
@@ -223,7 +208,7 @@ fn lesson_14_memory_that_went_away_is_gone_and_memory_that_never_was_is_an_error
 }
 
 #[test]
-fn what_is_unregistered_is_gone_and_reads_as_zeros() {
+fn unregistered_pages_are_gone_and_read_as_zeros() {
     let mut scene = Scene::new(4);
     let reader = peeking(scene.at(1));
     scene.fault();
@@ -265,7 +250,7 @@ fn memory_registered_with_another_userfaultfd_cannot_be_filled() {
 }
 
 #[test]
-fn lesson_16_an_unreadable_source_is_an_error_and_installs_nothing() {
+fn unreadable_source_is_an_error_and_installs_nothing() {
     let scene = Scene::new(2);
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
@@ -288,7 +273,7 @@ fn lesson_16_an_unreadable_source_is_an_error_and_installs_nothing() {
 }
 
 #[test]
-fn requests_that_are_not_whole_pages_are_refused() {
+fn requests_of_partial_pages_are_refused() {
     let scene = Scene::new(2);
     let odd = scene
         .uffd
@@ -351,7 +336,7 @@ fn write_protection_stops_a_write_until_it_is_cleared() {
 }
 
 #[test]
-fn lesson_29_a_protected_copy_misses_no_write() {
+fn protected_copy_misses_no_write() {
     let mut scene = write_protecting(1);
     let address = scene.at(0);
     let writer = std::thread::spawn(move || poke(address, 2));
@@ -377,7 +362,7 @@ fn lesson_29_a_protected_copy_misses_no_write() {
 }
 
 #[test]
-fn write_protection_of_memory_that_is_not_registered_for_it_is_gone() {
+fn write_protection_without_registration_is_gone() {
     let scene = Scene::new(1);
     let outcome = scene
         .uffd
@@ -522,7 +507,7 @@ fn poison_kills_the_process_that_touches_it() {
 }
 
 #[test]
-fn a_discard_clears_poison() {
+fn discard_clears_poison() {
     let scene = Scene::new(1);
     assert_eq!(
         scene.uffd.poison(scene.at(0), PAGE, Wake::Now).unwrap(),
@@ -536,77 +521,8 @@ fn a_discard_clears_poison() {
     assert_eq!(peek(scene.at(0)), 0);
 }
 
-/// Returns pages that repeat `byte`.
-fn filled(pages: u64, byte: u8) -> Scratch {
-    let mut scratch = Scratch::new(pages * PAGE).unwrap();
-    scratch.bytes_mut().fill(byte);
-    scratch
-}
-
 #[test]
-fn move_takes_the_pages_out_of_their_source() {
-    let mut scene = Scene::new(4);
-    let mut source = filled(4, 6);
-    let reader = peeking(scene.at(2));
-    let address = scene.fault();
-    let moved = |source: &mut Scratch, at, from, len, holes| {
-        scene.uffd.move_(at, source, from, len, holes, Wake::Now)
-    };
-    let first = moved(&mut source, address, 0, PAGE, MoveHoles::Refuse).unwrap();
-    assert_eq!(first, Installed::Done);
-    assert_eq!(reader.join().unwrap(), 6);
-
-    // The first source page is now a hole.
-    let at = scene.at(0);
-    let holes = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Refuse).unwrap();
-    assert_eq!(holes, Installed::Gone);
-    let skipped = moved(&mut source, at, 0, 2 * PAGE, MoveHoles::Skip).unwrap();
-    assert_eq!(skipped, Installed::Done);
-    assert_eq!(peek(scene.at(1)), 6);
-    assert_eq!(
-        scene.uffd.zeropage(at, PAGE, Wake::Now).unwrap(),
-        Installed::Done
-    );
-    let left: Vec<u8> = (0..4).map(|page| source.bytes_mut()[page * 4096]).collect();
-    assert_eq!(left, [0, 0, 6, 6]);
-
-    let outside = moved(
-        &mut source,
-        scene.at(3),
-        3 * PAGE,
-        2 * PAGE,
-        MoveHoles::Refuse,
-    );
-    assert_eq!(errno(&outside.unwrap_err()), Some(libc::EINVAL));
-}
-
-#[test]
-fn a_shared_source_page_is_busy() {
-    let scene = Scene::new(1);
-    let mut source = Scratch::new(PAGE).unwrap();
-    madvise(source.address(), PAGE, libc::MADV_DOFORK);
-    source.bytes_mut().fill(6);
-    // A child that was forked after the page was written shares it until one of the two writes
-    // again.
-    let child = Child::start(|| {
-        // SAFETY: waits to be killed.
-        unsafe { libc::pause() }
-    });
-    let moved = scene.uffd.move_(
-        scene.at(0),
-        &mut source,
-        0,
-        PAGE,
-        MoveHoles::Refuse,
-        Wake::Now,
-    );
-    assert_eq!(moved.unwrap(), Installed::SourceBusy);
-    assert_eq!(source.bytes_mut()[0], 6);
-    drop(child);
-}
-
-#[test]
-fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
+fn installs_are_refused_while_a_discard_is_unread() {
     let mut scene = Scene::with_events(4);
     let (start, len) = (scene.at(0), 4 * PAGE);
     let owner = std::thread::spawn(move || madvise(start, len, libc::MADV_DONTNEED));
@@ -625,11 +541,6 @@ fn lesson_3_installs_are_refused_while_a_discard_waits_to_be_read() {
         scene.uffd.poison(start, PAGE, Wake::Now).unwrap(),
         Installed::Again
     );
-    let mut source = filled(1, 6);
-    let moved = scene
-        .uffd
-        .move_(start, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now);
-    assert_eq!(moved.unwrap(), Installed::Again);
     assert!(
         !owner.is_finished(),
         "the owner waits for its message to be read"
@@ -656,11 +567,9 @@ fn hidden_ioctls_are_refused_as_by_a_kernel_without_them() {
     let ioctls = uffd.register(&region, 0, PAGE, Modes::MISSING).unwrap();
     assert_eq!(ioctls, Ioctls::WAKE | Ioctls::COPY | Ioctls::ZEROPAGE);
     let address = region.address();
-    let mut source = filled(1, 1);
     let refused = [
         uffd.poison(address, PAGE, Wake::Now),
         uffd.continue_(address, PAGE, Wake::Now),
-        uffd.move_(address, &mut source, 0, PAGE, MoveHoles::Refuse, Wake::Now),
     ];
     for result in refused {
         assert_eq!(errno(&result.unwrap_err()), Some(libc::EINVAL));

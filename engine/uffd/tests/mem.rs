@@ -25,7 +25,7 @@ fn is_mapped(address: u64) -> bool {
 }
 
 #[test]
-fn a_mapping_is_empty_readable_and_congruent_to_the_owners_start() {
+fn mapping_is_empty_readable_and_congruent_to_the_owners_start() {
     for owner_start in [
         0,
         PAGE,
@@ -50,7 +50,7 @@ fn a_mapping_is_empty_readable_and_congruent_to_the_owners_start() {
 }
 
 #[test]
-fn a_mapping_of_no_whole_pages_is_refused() {
+fn mapping_of_partial_pages_is_refused() {
     for len in [0, 1, PAGE + 1, u64::MAX, u64::MAX - 4095] {
         assert!(Mapping::new(len).is_err(), "{len}");
     }
@@ -59,7 +59,7 @@ fn a_mapping_of_no_whole_pages_is_refused() {
 }
 
 #[test]
-fn a_mapping_is_unmapped_when_dropped_unless_it_was_given_away() {
+fn mapping_is_unmapped_when_dropped_unless_it_was_given_away() {
     // In a separate process, where nobody else maps anything at the freed address.
     let child = Child::start(|| {
         let mapping = Mapping::new(4 * PAGE).unwrap();
@@ -75,7 +75,7 @@ fn a_mapping_is_unmapped_when_dropped_unless_it_was_given_away() {
 }
 
 #[test]
-fn a_mapping_is_empty_under_mlockall_too() {
+fn mapping_is_empty_under_mlockall_too() {
     let child = Child::start(|| {
         // SAFETY: mlockall takes a number; it changes only this child process.
         if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
@@ -103,7 +103,7 @@ fn a_mapping_is_empty_under_mlockall_too() {
 }
 
 #[test]
-fn the_first_populated_page_is_found_by_both_ways() {
+fn first_populated_page_is_found_in_both_ways() {
     let scene = Scene::new(2048);
     let (start, len) = (scene.at(0), 2048 * PAGE);
     let both = |start, len| {
@@ -144,7 +144,7 @@ fn the_first_populated_page_is_found_by_both_ways() {
 }
 
 #[test]
-fn children_do_not_get_memory_that_is_left_out_of_forks() {
+fn dontfork_memory_is_absent_in_children() {
     let region = RawRegion::owned(Arc::new(Mapping::new(PAGE).unwrap()));
     let address = region.address();
     poke(address, 5);
@@ -188,7 +188,7 @@ fn small_pages_collapse_into_a_huge_one_while_registered() {
 }
 
 #[test]
-fn memory_that_was_made_inaccessible_is_an_error_and_not_zeros() {
+fn inaccessible_memory_is_an_error_and_not_zeros() {
     let region = RawRegion::owned(Arc::new(Mapping::new(2 * PAGE).unwrap()));
     poke(region.address(), 3);
     region.make_inaccessible(PAGE, PAGE).unwrap();
@@ -241,7 +241,7 @@ fn regions_of_the_callers_memory_are_whole_pages() {
 }
 
 #[test]
-fn a_registration_keeps_its_mapping_alive() {
+fn registration_keeps_its_mapping_alive() {
     let Scene {
         uffd,
         mapping,
@@ -262,8 +262,8 @@ fn a_registration_keeps_its_mapping_alive() {
 }
 
 #[test]
-fn a_block_starts_as_zeros_and_is_shared_with_a_child() {
-    let (block, _ring) = Block::anonymous(1 << 16).unwrap();
+fn private_block_starts_as_zeros_and_can_be_locked() {
+    let (block, _ring) = Block::private(1 << 16).unwrap();
     assert!(
         block
             .words(0, (1 << 16) / 8)
@@ -276,14 +276,21 @@ fn a_block_starts_as_zeros_and_is_shared_with_a_child() {
         0
     });
     assert_eq!(child.wait(), Ended::Exit(0));
-    assert_eq!(block.word(65528).load(Ordering::Acquire), 9);
+    assert_eq!(block.word(65528).load(Ordering::Acquire), 0);
     block.lock().unwrap();
 }
 
 #[test]
-fn a_block_in_a_memfd_keeps_its_size_and_content_for_the_next_process() {
+fn block_in_a_memfd_keeps_size_and_content_for_other_processes() {
     let (block, ring) = Block::memfd(c"snaprestore-test", 4096).unwrap();
     block.word(8).fetch_or(0b101, Ordering::AcqRel);
+    let child = Child::start(|| {
+        block.word(4088).store(9, Ordering::Release);
+        0
+    });
+    assert_eq!(child.wait(), Ended::Exit(0));
+    assert_eq!(block.word(4088).load(Ordering::Acquire), 9);
+    block.lock().unwrap();
     let fd: OwnedFd = block.as_memfd().unwrap().try_clone_to_owned().unwrap();
     for size in [0, 4096, 1 << 20] {
         // SAFETY: ftruncate takes numbers.
@@ -302,15 +309,15 @@ fn a_block_in_a_memfd_keeps_its_size_and_content_for_the_next_process() {
 
 #[test]
 fn views_outside_a_block_are_refused() {
-    let (block, _ring) = Block::anonymous(64).unwrap();
+    let (block, _ring) = Block::private(64).unwrap();
     assert_eq!(block.words(0, 8).len(), 8);
     assert_eq!(block.words(64, 0).len(), 0);
     for (offset, count) in [(0, 9), (64, 1), (4, 1), (u64::MAX - 7, 2), (0, usize::MAX)] {
         let view = std::panic::catch_unwind(|| block.words(offset, count).len());
         assert!(view.is_err(), "{offset} {count}");
     }
-    assert!(Block::anonymous(7).is_err());
-    assert!(Block::anonymous(u64::MAX - 7).is_err());
+    assert!(Block::private(7).is_err());
+    assert!(Block::private(u64::MAX - 7).is_err());
     assert_eq!(Ring::BYTES, 2048);
 }
 
@@ -397,7 +404,7 @@ fn pages_that_fault() -> [u64; 2] {
 }
 
 #[test]
-fn load_of_a_page_that_cannot_be_had_is_an_error() {
+fn load_of_an_unreadable_page_is_an_error() {
     let child = Child::start(|| {
         let mapping = Mapping::new(PAGE).unwrap();
         poke(mapping.address() + 5, 7);
@@ -420,7 +427,7 @@ fn load_of_a_page_that_cannot_be_had_is_an_error() {
 }
 
 #[test]
-fn other_faults_meet_the_action_that_was_set_before_loads() {
+fn other_faults_reach_the_previous_signal_action() {
     extern "C" fn exits(signal: i32) {
         // SAFETY: exits this child process at once.
         unsafe { libc::_exit(40 + signal) };

@@ -23,7 +23,7 @@ fn everything() -> Option<Features> {
 }
 
 #[test]
-fn a_new_userfaultfd_has_the_events_and_is_close_on_exec_and_non_blocking() {
+fn new_userfaultfd_has_the_events_and_is_close_on_exec_and_non_blocking() {
     let uffd = OpenOptions::new().open().unwrap();
     assert_eq!(uffd.features(), Features::EVENTS);
     assert!(
@@ -44,7 +44,7 @@ fn a_new_userfaultfd_has_the_events_and_is_close_on_exec_and_non_blocking() {
 }
 
 #[test]
-fn both_ways_lead_to_the_same_features() {
+fn device_and_system_call_give_the_same_features() {
     let (mut found, mut closed) = (Vec::new(), Vec::new());
     for access in [Access::Device, Access::Syscall] {
         match OpenOptions::new().access(access).open() {
@@ -53,13 +53,16 @@ fn both_ways_lead_to_the_same_features() {
         }
     }
     if !closed.is_empty() {
-        return skipped("both_ways_lead_to_the_same_features", &closed.join("; "));
+        return skipped(
+            "device_and_system_call_give_the_same_features",
+            &closed.join("; "),
+        );
     }
     assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{found:?}");
 }
 
 #[test]
-fn wanted_features_are_enabled_where_there_are_any_and_required_ones_fail_by_name() {
+fn wanted_features_are_optional_and_required_ones_fail_by_name() {
     let wanted = Features::THREAD_ID | Features::WP_UNPOPULATED;
     let mask = Mask::kernel(KernelVersion::new(5, 7));
     let uffd = OpenOptions::new().wanted(wanted).mask(mask).open().unwrap();
@@ -114,7 +117,7 @@ fn every_kernel_since_the_minimum_can_be_imitated() {
 }
 
 #[test]
-fn a_kernel_below_the_minimum_is_refused_by_number() {
+fn kernel_below_the_minimum_is_refused_by_number() {
     let mask = Mask::kernel(KernelVersion::new(5, 4));
     let error = OpenOptions::new().mask(mask).open().unwrap_err();
     let OpenError::KernelTooOld { found, needed } = &error else {
@@ -131,13 +134,13 @@ fn a_kernel_below_the_minimum_is_refused_by_number() {
 }
 
 #[test]
-fn hiding_a_feature_hides_its_ioctl_and_the_other_way_round() {
+fn hiding_a_feature_hides_its_ioctl() {
     let mask = Mask::NONE.hiding(Features::POISON);
     assert_eq!(mask.ioctls, Ioctls::POISON);
-    let mask = Mask::NONE.hiding_ioctls(Ioctls::MOVE | Ioctls::POISON);
-    assert_eq!(mask.features, Features::MOVE | Features::POISON);
+    let mask = Mask::NONE.hiding(Features::MOVE | Features::POISON);
+    assert_eq!(mask.ioctls, Ioctls::MOVE | Ioctls::POISON);
     let probe = Probe::with_mask(mask);
-    let ioctls = probe.ioctls.expect("a userfaultfd");
+    let ioctls = probe.ioctls.expect("cannot open a userfaultfd");
     assert!(
         !ioctls.contains(Ioctls::MOVE) && !ioctls.contains(Ioctls::POISON),
         "{ioctls}"
@@ -149,7 +152,7 @@ fn hiding_a_feature_hides_its_ioctl_and_the_other_way_round() {
 }
 
 #[test]
-fn kernel_releases_are_understood() {
+fn kernel_releases_are_parsed() {
     let good = [
         ("5.7", 5, 7),
         ("6.1.0-28-amd64", 6, 1),
@@ -202,8 +205,8 @@ fn can_drop_privileges(test: &str) -> bool {
 }
 
 #[test]
-fn a_process_without_privileges_is_told_what_would_permit_it() {
-    if !can_drop_privileges("a_process_without_privileges_is_told_what_would_permit_it") {
+fn unprivileged_process_gets_a_remedy() {
+    if !can_drop_privileges("unprivileged_process_gets_a_remedy") {
         return;
     }
     let child = Child::start(|| {
@@ -253,7 +256,7 @@ fn user_mode_only_is_used_when_allowed_and_needed() {
 }
 
 #[test]
-fn a_system_call_meets_efault_where_only_user_mode_is_served() {
+fn system_call_meets_efault_where_only_user_mode_is_served() {
     use snaprestore_uffd::memory::{ReadFault, read_checked};
     use snaprestore_uffd::uffd::Modes;
     let options = OpenOptions::new().user_mode_only(UserModeOnly::Always);
@@ -264,7 +267,7 @@ fn a_system_call_meets_efault_where_only_user_mode_is_served() {
 }
 
 #[test]
-fn the_probe_tells_what_opening_meets() {
+fn probe_agrees_with_opening() {
     let probe = Probe::take();
     assert_eq!(probe.kernel, KernelVersion::running());
     assert!(
@@ -309,7 +312,7 @@ fn the_probe_tells_what_opening_meets() {
 }
 
 #[test]
-fn lesson_27_memory_of_another_userfaultfd_is_busy_and_files_are_unsuitable() {
+fn memory_of_another_userfaultfd_is_busy_and_files_unsuitable() {
     use snaprestore_uffd::memory::RawRegion;
     use snaprestore_uffd::uffd::{Modes, RegisterError};
     let scene = support::Scene::new(2);
@@ -359,7 +362,7 @@ fn lesson_27_memory_of_another_userfaultfd_is_busy_and_files_are_unsuitable() {
 }
 
 #[test]
-fn lesson_22_closing_the_last_reference_makes_what_is_missing_zero() {
+fn closing_the_last_descriptor_leaves_zeros() {
     let mut scene = support::Scene::new(2);
     let reader = support::peeking(scene.at(1));
     scene.fault();

@@ -52,7 +52,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 const PRIVATE: u32 = 0o600;
 /// Permissions that are copied from a replaced file. They exclude the bits that change the user or
 /// group of a running program.
-const TAKEN_OVER: u32 = 0o777;
+const KEPT_MODE_BITS: u32 = 0o777;
 /// Number of temporary names that are tried.
 const NAME_TRIES: u32 = 100;
 
@@ -223,8 +223,8 @@ impl SnapshotFile {
             place,
         };
         if exists && let Ok(replaced) = created.target.metadata() {
-            let mode = replaced.permissions().mode() & TAKEN_OVER;
-            take_over(created.out.get_ref(), Permissions::from_mode(mode))
+            let mode = replaced.permissions().mode() & KEPT_MODE_BITS;
+            keep_permissions(created.out.get_ref(), Permissions::from_mode(mode))
                 .map_err(FileError::io("set the permissions of", &created.target))?;
         }
         Ok(created)
@@ -486,7 +486,7 @@ fn claim(path: &Path) -> io::Result<()> {
 }
 
 /// Sets the permissions of a file, if the file system supports any. If not, it stays private.
-fn take_over(file: &File, permissions: Permissions) -> io::Result<()> {
+fn keep_permissions(file: &File, permissions: Permissions) -> io::Result<()> {
     match file.set_permissions(permissions) {
         Err(error) if is_unsupported(&error) => Ok(()),
         result => result,
@@ -516,7 +516,7 @@ fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
     let copied = file
         .seek(SeekFrom::Start(0))
         .and_then(|_| io::copy(&mut file, &mut copy))
-        .and_then(|_| take_over(&copy, permissions))
+        .and_then(|_| keep_permissions(&copy, permissions))
         .and_then(|()| sync(&copy, &copy));
     match copied {
         Ok(()) => Ok(temporary),

@@ -34,7 +34,7 @@ fn write_new(target: &Path, force: bool, nameless: bool) -> SnapshotFile {
 }
 
 #[test]
-fn appears_whole_or_not_at_all() {
+fn target_appears_whole_or_not_at_all() {
     for (folder, nameless, force) in cases() {
         let target = folder.path().join("snapshot");
         drop(write_new(&target, force, nameless));
@@ -50,7 +50,7 @@ fn appears_whole_or_not_at_all() {
 }
 
 #[test]
-fn an_existing_target_is_an_error_and_stays() {
+fn existing_target_is_an_error_and_stays() {
     for (folder, nameless, _) in cases() {
         let target = folder.path().join("snapshot");
         fs::write(&target, "old").unwrap();
@@ -83,7 +83,7 @@ fn kept(committed: Result<(), FileError>) -> Vec<u8> {
 }
 
 #[test]
-fn a_replaced_target_stays_until_the_end() {
+fn replaced_target_stays_until_the_end() {
     for (folder, nameless, _) in cases() {
         let target = folder.path().join("snapshot");
         fs::write(&target, "old").unwrap();
@@ -119,7 +119,7 @@ fn in_dying_process(name: &str, folder: &Path, step: &str) {
 }
 
 #[test]
-fn a_killed_writer_leaves_the_old_target_or_the_new() {
+fn killed_writer_leaves_the_old_target_or_the_new() {
     if let Some(folder) = std::env::var_os("SNAPSHOT_FILE_TEST") {
         let target = Path::new(&folder).join("snapshot");
         let mut file = SnapshotFile::create(&target, true).unwrap();
@@ -139,7 +139,7 @@ fn a_killed_writer_leaves_the_old_target_or_the_new() {
         let target = folder.path().join("snapshot");
         fs::write(&target, "old").unwrap();
         in_dying_process(
-            "a_killed_writer_leaves_the_old_target_or_the_new",
+            "killed_writer_leaves_the_old_target_or_the_new",
             folder.path(),
             step,
         );
@@ -157,7 +157,7 @@ fn a_killed_writer_leaves_the_old_target_or_the_new() {
 }
 
 #[test]
-fn a_missing_folder_and_a_folder_are_named() {
+fn missing_folder_and_a_folder_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let missing = SnapshotFile::create(folder.path().join("no/snapshot"), true);
     assert!(matches!(missing, Err(FileError::NoFolder { .. })));
@@ -168,7 +168,7 @@ fn a_missing_folder_and_a_folder_are_named() {
 }
 
 #[test]
-fn a_link_keeps_pointing_to_the_replaced_file() {
+fn link_keeps_pointing_to_the_replaced_file() {
     let folder = tempfile::tempdir().unwrap();
     let (link, target) = (folder.path().join("link"), folder.path().join("snapshot"));
     fs::write(&target, "old").unwrap();
@@ -179,7 +179,7 @@ fn a_link_keeps_pointing_to_the_replaced_file() {
 }
 
 #[test]
-fn devices_and_pipes_are_written_straight_to() {
+fn devices_and_pipes_are_written_directly() {
     let mut null = SnapshotFile::create("/dev/null", false).unwrap();
     assert!(!null.is_regular());
     null.write_all(&vec![1; 100_000]).unwrap();
@@ -205,7 +205,7 @@ fn devices_and_pipes_are_written_straight_to() {
 }
 
 #[test]
-fn a_full_device_is_an_error() {
+fn full_device_is_an_error() {
     let mut full = SnapshotFile::create("/dev/full", false).unwrap();
     full.write_all(b"new").unwrap();
     assert!(matches!(full.commit(), Err(FileError::Io { .. })));
@@ -242,7 +242,7 @@ fn only_the_owner_reads_a_new_file_and_a_replaced_one_keeps_its_permissions() {
 }
 
 #[test]
-fn a_nameless_file_that_gets_no_name_is_copied() {
+fn nameless_file_that_gets_no_name_is_copied() {
     let refuse = |_: &Path, _: &Path| Err(io::Error::from(Errno::EXDEV));
     for force in [true, false] {
         let folder = tempfile::tempdir().unwrap();
@@ -254,7 +254,7 @@ fn a_nameless_file_that_gets_no_name_is_copied() {
         let file = write_new(&target, force, true);
         if !matches!(file.place, Place::Nameless { .. }) {
             return skipped(
-                "a_nameless_file_that_gets_no_name_is_copied",
+                "nameless_file_that_gets_no_name_is_copied",
                 "the file system knows none",
             );
         }
@@ -276,7 +276,7 @@ fn a_nameless_file_that_gets_no_name_is_copied() {
 
 /// `rename_new` where there is neither a flag for it nor a link.
 #[test]
-fn a_name_is_claimed_once() {
+fn temporary_name_is_claimed_once() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("snapshot");
     claim(&target).unwrap();
@@ -288,7 +288,7 @@ fn a_name_is_claimed_once() {
 }
 
 #[test]
-fn a_file_that_cannot_be_named_is_kept() {
+fn file_that_cannot_be_named_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("snapshot");
     let file = write_new(&target, true, false);
@@ -302,7 +302,7 @@ fn a_file_that_cannot_be_named_is_kept() {
 }
 
 #[test]
-fn temporary_names_cannot_be_foreseen() {
+fn temporary_names_are_unpredictable() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("snapshot");
     let (_first, one) = create_named(&target).unwrap();
@@ -312,7 +312,7 @@ fn temporary_names_cannot_be_foreseen() {
 }
 
 #[test]
-fn a_block_device_is_refused() {
+fn block_device_is_refused() {
     use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
     let folder = tempfile::tempdir().unwrap();
@@ -320,7 +320,7 @@ fn a_block_device_is_refused() {
     // No driver has this number, and it is not opened.
     if let Err(error) = mknod(&disk, SFlag::S_IFBLK, Mode::S_IRWXU, makedev(511, 7)) {
         return skipped(
-            "a_block_device_is_refused",
+            "block_device_is_refused",
             &format!("cannot make one: {error}"),
         );
     }

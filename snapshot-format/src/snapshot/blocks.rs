@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, PoisonError};
 
+use zstd::zstd_safe;
+
 use super::Snapshot;
 use super::decoder::one_zstd_frame;
 use crate::error::{Defect, Flaw, Part, ReadError};

@@ -20,7 +20,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
+use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use super::Snapshot;
 use crate::error::{Defect, FrameError, ReadError};
@@ -31,7 +31,7 @@ use crate::types::SnapshotId;
 
 /// Minimum number of pages of a frame that is decoded in steps. The writer gives such frames at
 /// least two zstd blocks.
-const LEAST_PAGES: u16 = 16;
+const MIN_STEPPED_PAGES: u16 = 16;
 /// Dictionaries that a decoder prepares for decoding in steps.
 const MAX_STREAMS: usize = 4;
 /// Bytes that tell zstd how many it wants next.
@@ -53,7 +53,7 @@ pub struct FrameDecoder {
     streams: Vec<(StreamKey, DCtx<'static>)>,
     /// The snapshot whose dictionaries they have.
     streams_of: Option<SnapshotId>,
-    begun: Option<Begun>,
+    partial: Option<PartialFrame>,
 }
 
 /// The number of a dictionary, and the layer of the file that has it.
@@ -62,7 +62,7 @@ type StreamKey = (u16, u16);
 const NO_DICTIONARY: StreamKey = (0, 0);
 
 /// A frame that is decoded as far as it was asked for.
-struct Begun {
+struct PartialFrame {
     frame: FrameRef,
     stream: usize,
     /// Bytes at the end of the record that aren't decoded.
@@ -91,7 +91,7 @@ impl FrameDecoder {
             context: DCtx::create(),
             streams: Vec::new(),
             streams_of: None,
-            begun: None,
+            partial: None,
         }
     }
 
@@ -107,7 +107,7 @@ impl FrameDecoder {
     /// discards the state of the previous snapshot, and the frame that was in progress. After an
     /// error it decodes frames as a whole.
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
-        self.begun = None;
+        self.partial = None;
         self.streams_of = None;
         // The first context needs no dictionary.
         self.streams.retain(|(key, _)| *key == NO_DICTIONARY);
@@ -154,7 +154,7 @@ impl FrameDecoder {
         reason: Reason,
         out: &mut [u8],
     ) -> Result<ListedPages<'a>, FrameError> {
-        self.begun = None;
+        self.partial = None;
         let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
         decode_whole(&mut self.context, snapshot, frame, parts.payload, out)?;
         Ok(parts.listed)
@@ -178,7 +178,7 @@ impl FrameDecoder {
             let listed = self.decode(snapshot, frame, reason, out)?;
             return Ok((listed, frame.slots));
         };
-        self.begun = None;
+        self.partial = None;
         let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
         let payload = parts.payload;
         if !is_stepwise(payload, out.len()) {
@@ -186,7 +186,7 @@ impl FrameDecoder {
             return decoded.map(|()| (parts.listed, frame.slots));
         }
         let context = &mut self.streams[stream].1;
-        let mut begun = Begun {
+        let mut partial = PartialFrame {
             frame: *frame,
             stream,
             left: payload.len(),
@@ -196,11 +196,11 @@ impl FrameDecoder {
         let reset = context.reset(ResetDirective::SessionOnly);
         reset
             .map_err(decode_defect)
-            .and_then(|_| begun.advance(context, payload, out, usize::from(pages) * PAGE_SIZE))
+            .and_then(|_| partial.advance(context, payload, out, usize::from(pages) * PAGE_SIZE))
             .map_err(|defect| damaged(snapshot, frame, defect))?;
-        let ready = begun.decoded / PAGE_SIZE;
-        if begun.left > 0 {
-            self.begun = Some(begun);
+        let ready = partial.decoded / PAGE_SIZE;
+        if partial.left > 0 {
+            self.partial = Some(partial);
         }
         // At most the slots of the frame, because `out` is no longer than the frame.
         Ok((parts.listed, u16::try_from(ready).unwrap_or(frame.slots)))
@@ -214,14 +214,17 @@ impl FrameDecoder {
         frame: &FrameRef,
         out: &mut [u8],
     ) -> Result<(), FrameError> {
-        let begun = self.begun.take().filter(|begun| begun.frame == *frame);
-        let Some(mut begun) = begun.filter(|_| out.len() == frame.decoded_len()) else {
+        let partial = self
+            .partial
+            .take()
+            .filter(|partial| partial.frame == *frame);
+        let Some(mut partial) = partial.filter(|_| out.len() == frame.decoded_len()) else {
             return self.decode(snapshot, frame, Reason::Demand, out).map(drop);
         };
         let record = &self.record[..frame.stored_len as usize];
-        let payload = &record[record.len() - begun.left..];
-        let context = &mut self.streams[begun.stream].1;
-        begun
+        let payload = &record[record.len() - partial.left..];
+        let context = &mut self.streams[partial.stream].1;
+        partial
             .advance(context, payload, out, usize::MAX)
             .map_err(|defect| damaged(snapshot, frame, defect))
     }
@@ -235,7 +238,7 @@ impl FrameDecoder {
             Codec::Raw => return None,
         };
         if pages >= frame.slots
-            || frame.slots < LEAST_PAGES
+            || frame.slots < MIN_STEPPED_PAGES
             || self.streams_of != Some(snapshot.id())
         {
             return None;
@@ -244,7 +247,7 @@ impl FrameDecoder {
     }
 }
 
-impl Begun {
+impl PartialFrame {
     /// Decodes `payload`, the part that is left, until at least `enough` bytes are in `out` or the
     /// frame ends.
     fn advance(

@@ -42,7 +42,7 @@ struct Dictionary {
 
 /// A dictionary that was read and checked.
 struct Prepared {
-    digested: zstd_safe::DDict<'static>,
+    digested: zstd::zstd_safe::DDict<'static>,
     /// The dictionary's bytes, for contexts that digest them themselves.
     bytes: Vec<u8>,
 }
@@ -355,7 +355,10 @@ impl Layer {
     }
 
     /// Returns the prepared dictionary for the number that a frame of this file names.
-    pub(crate) fn dictionary(&self, number: u16) -> Result<&zstd_safe::DDict<'static>, ReadError> {
+    pub(crate) fn dictionary(
+        &self,
+        number: u16,
+    ) -> Result<&zstd::zstd_safe::DDict<'static>, ReadError> {
         let known = self
             .dictionary_table()?
             .iter()
@@ -402,7 +405,7 @@ impl Layer {
         get_or_try(&dictionary.prepared, || {
             let blob = &dictionary.blob;
             let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc)?;
-            let digested = zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
+            let digested = zstd::zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
                 let reason = "not a dictionary".into();
                 self.damaged(
                     Part::Dictionary,

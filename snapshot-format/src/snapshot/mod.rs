@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use zstd::zstd_safe;
 
 use self::ancestors::Chain;
 pub(crate) use self::ancestors::name_property;
@@ -36,9 +37,9 @@ use crate::sections;
 use crate::store::{FileStore, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
-/// The default of [`SnapshotOptions::most_top_bytes`]. The writer refuses to write what a reader
+/// The default of [`SnapshotOptions::max_top_bytes`]. The writer refuses to write what a reader
 /// with it refuses to open.
-pub(crate) const DEFAULT_MOST_TOP_BYTES: u64 = 256 << 20;
+pub(crate) const DEFAULT_MAX_TOP_BYTES: u64 = 256 << 20;
 
 /// Options for opening a snapshot.
 #[derive(Clone, Debug)]
@@ -50,7 +51,7 @@ pub struct SnapshotOptions {
     /// Maximum number of bytes of a top table that is read into memory: 12 for each MiB of the
     /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
     /// costs nothing to make, so its claims must not decide how much is allocated.
-    pub most_top_bytes: u64,
+    pub max_top_bytes: u64,
     /// Where the ancestors of a layered snapshot are found. By default in the folder of its file.
     pub ancestors: Option<Arc<dyn Ancestors>>,
 }
@@ -59,7 +60,7 @@ impl Default for SnapshotOptions {
     fn default() -> Self {
         Self {
             index_cache_bytes: 8 << 20,
-            most_top_bytes: DEFAULT_MOST_TOP_BYTES,
+            max_top_bytes: DEFAULT_MAX_TOP_BYTES,
             ancestors: None,
         }
     }
@@ -73,10 +74,10 @@ impl SnapshotOptions {
         self
     }
 
-    /// Sets [`SnapshotOptions::most_top_bytes`].
+    /// Sets [`SnapshotOptions::max_top_bytes`].
     #[must_use]
-    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
-        self.most_top_bytes = bytes;
+    pub fn max_top_bytes(mut self, bytes: u64) -> Self {
+        self.max_top_bytes = bytes;
         self
     }
 
@@ -146,7 +147,7 @@ impl Snapshot {
             tail: &tail,
         };
         // Everything that is wrong with the file itself is found before any other is looked for.
-        let (top, regions) = tables.read(options.most_top_bytes)?;
+        let (top, regions) = tables.read(options.max_top_bytes)?;
         own.read_listed(&tail)?;
         let chain = open_chain(own, &top, options)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);

@@ -20,14 +20,14 @@ pub(super) struct Tables<'a> {
 impl Tables<'_> {
     /// Returns the top table and the regions, from the tail if it contains them. If the regions end
     /// where the top table begins, the rest takes one more read.
-    pub(super) fn read(&self, most_top_bytes: u64) -> Result<(TopTable, Vec<Region>), OpenError> {
+    pub(super) fn read(&self, max_top_bytes: u64) -> Result<(TopTable, Vec<Region>), OpenError> {
         let top = self.section(SectionKind::Top)?;
         let regions = self.section(SectionKind::Regions)?;
-        if top.len > most_top_bytes {
+        if top.len > max_top_bytes {
             return Err(OpenError::TopTooLarge {
                 file: self.name.to_owned(),
                 bytes: top.len,
-                limit: most_top_bytes,
+                limit: max_top_bytes,
             });
         }
         let (region_bytes, top_bytes) = if regions.offset + regions.len == top.offset {

@@ -37,7 +37,7 @@ impl Snapshot {
         let mut good = Vec::with_capacity(runs.len());
         for (number, run) in runs.into_iter().enumerate() {
             let at = section.offset + (number * size_of::<layout::RawFillRun>()) as u64;
-            let run = self.hold_against_index(number, run, at)?;
+            let run = self.check_against_index(number, run, at)?;
             good.extend((run.pages > 0).then_some(run));
         }
         good.sort_by_key(|run| Reverse(run.pages));
@@ -46,7 +46,7 @@ impl Snapshot {
 
     /// Returns the part of fill run `number` whose index blocks are intact, or an error if one of
     /// its pages is not a fill. Whole blocks must be fills of the top table, which is in memory.
-    fn hold_against_index(
+    fn check_against_index(
         &self,
         number: usize,
         run: FillRun,

@@ -78,7 +78,7 @@ impl Check<'_> {
                 return Ok(());
             }
             at += len as u64;
-            self.tell_progress()?;
+            self.report_progress()?;
         }
         Ok(())
     }

@@ -70,8 +70,8 @@ pub struct VerifyOptions<'a> {
     pub threads: Option<usize>,
     /// Callback for the progress.
     pub progress: Option<VerifyCallback<'a>>,
-    /// See [`SnapshotOptions::most_top_bytes`].
-    pub most_top_bytes: Option<u64>,
+    /// See [`SnapshotOptions::max_top_bytes`].
+    pub max_top_bytes: Option<u64>,
     /// See [`SnapshotOptions::ancestors`].
     pub ancestors: Option<Arc<dyn Ancestors>>,
 }
@@ -92,10 +92,10 @@ impl<'a> VerifyOptions<'a> {
         self
     }
 
-    /// Sets [`VerifyOptions::most_top_bytes`].
+    /// Sets [`VerifyOptions::max_top_bytes`].
     #[must_use]
-    pub fn most_top_bytes(mut self, bytes: u64) -> Self {
-        self.most_top_bytes = Some(bytes);
+    pub fn max_top_bytes(mut self, bytes: u64) -> Self {
+        self.max_top_bytes = Some(bytes);
         self
     }
 
@@ -232,8 +232,8 @@ pub enum VerifyError {
 pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Report, VerifyError> {
     let mut report = Report::default();
     let mut how = SnapshotOptions::default();
-    if let Some(bytes) = options.most_top_bytes {
-        how = how.most_top_bytes(bytes);
+    if let Some(bytes) = options.max_top_bytes {
+        how = how.max_top_bytes(bytes);
     }
     how.ancestors = options.ancestors;
     let snapshot = match Snapshot::open_with(store, &how) {
@@ -348,7 +348,7 @@ impl Check<'_> {
         self.failed.take().map_or(Ok(()), Err)
     }
 
-    fn tell_progress(&mut self) -> Result<(), VerifyError> {
+    fn report_progress(&mut self) -> Result<(), VerifyError> {
         self.stop_if_failed()?;
         let Some(callback) = &mut self.progress else {
             return Ok(());
@@ -419,7 +419,7 @@ impl Check<'_> {
                     self.note(checked);
                 }
             }
-            self.tell_progress()?;
+            self.report_progress()?;
         }
         Ok(())
     }
@@ -446,7 +446,7 @@ impl Check<'_> {
                     let mut hasher = blake3::Hasher::new();
                     let checked = own.check_blob(part, &blob, Reason::Verify, |bytes| {
                         hasher.update(bytes);
-                        self.tell_progress()
+                        self.report_progress()
                     });
                     match checked {
                         Ok(()) => {
@@ -461,7 +461,7 @@ impl Check<'_> {
             };
             self.extents.add(part, blob.offset, blob.len);
             self.note(result);
-            self.tell_progress()?;
+            self.report_progress()?;
         }
         Ok(())
     }

@@ -80,10 +80,10 @@ impl Check<'_> {
             let wanted = self.plan(&window, &mut frames, &mut digests);
             for batch in wanted.chunks(BATCH) {
                 self.decode_batch(batch, &window, &workers, &mut digests);
-                self.tell_progress()?;
+                self.report_progress()?;
             }
             self.finish_window(&window, &mut digests);
-            self.tell_progress()?;
+            self.report_progress()?;
             first += count;
         }
         let mut own: Vec<&Known> = frames

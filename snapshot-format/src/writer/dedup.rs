@@ -201,7 +201,7 @@ mod tests {
     proptest! {
         /// Up to the limit the table behaves like a map.
         #[test]
-        fn equals_a_map_up_to_its_limit(pages in prop::collection::vec(0u64..200, 1..600)) {
+        fn dedup_table_equals_a_map_up_to_its_limit(pages in prop::collection::vec(0u64..200, 1..600)) {
             let mut table = DedupTable::new(200);
             let mut map = HashMap::new();
             for (n, &page) in (0u64..).zip(&pages) {
@@ -219,7 +219,7 @@ mod tests {
         /// never grows, loses only the entries that it evicts, and finds every page that repeats
         /// soon.
         #[test]
-        fn never_answers_wrongly_beyond_its_limit(seed in 0u64..1000) {
+        fn dedup_table_never_errs_beyond_its_limit(seed in 0u64..1000) {
             let mut table = DedupTable::new(64);
             let slots = table.slots.len();
             let (mut map, mut found_soon) = (HashMap::new(), 0);
@@ -251,7 +251,7 @@ mod tests {
     /// Keys are equal only if all 128 bits are. The table is filled so that the search for the
     /// other key passes the entry for any position of the differing bit.
     #[test]
-    fn keys_that_differ_in_one_bit_are_two() {
+    fn keys_differing_in_one_bit_are_distinct() {
         for bit in 0..128 {
             let mut table = DedupTable::new(8);
             let mask = table.slots.len() as u64 - 1;
@@ -281,7 +281,7 @@ mod tests {
     /// Regression: a new page whose own slot was empty was not inserted into a full table, which
     /// affected every fourth page.
     #[test]
-    fn a_full_table_takes_every_new_page_in() {
+    fn full_table_accepts_every_new_page() {
         let mut table = DedupTable::new(64);
         for n in 0..10_000 {
             if let Err(place) = table.find(key(n), 0) {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_forgotten_frames_are_entered_anew() {
+    fn pages_of_forgotten_frames_are_added_again() {
         let mut table = DedupTable::new(8);
         let (old, new) = (
             Location { frame: 4, slot: 1 },

@@ -44,10 +44,10 @@ pub enum WriteError {
         limit: u64,
     },
     /// The snapshot would be one that a reader refuses, unless its
-    /// [`most_top_bytes`](crate::SnapshotOptions::most_top_bytes) is raised.
+    /// [`max_top_bytes`](crate::SnapshotOptions::max_top_bytes) is raised.
     #[error(
         "the memory is too large for one snapshot: with {} TiB its top table would have {bytes} \
-         bytes, and readers refuse more than {limit} (most_top_bytes), which is {} TiB of memory; \
+         bytes, and readers refuse more than {limit} (max_top_bytes), which is {} TiB of memory; \
          take it in parts",
         tib(*bytes),
         tib(*limit)

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
-use zstd_safe::{CCtx, CParameter, ErrorCode};
+use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_references_are_kept() {
+    fn newest_references_are_kept() {
         let mut refs = FrameRefs::new(3);
         for n in 0..5000 {
             assert_eq!(refs.written(), n);
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_names_each_slot_at_most_four_times() {
+    fn list_names_each_slot_at_most_four_times() {
         let mut open = OpenFrame::default();
         for page in 0..8 {
             open.add(page, 0);
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_out_of_the_lists_reach_are_refused_or_left_out() {
+    fn pages_beyond_the_list_reach_are_refused_or_omitted() {
         let mut open = OpenFrame::default();
         assert!(open.reaches(u64::MAX));
         open.add(512, 0);

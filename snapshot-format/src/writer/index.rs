@@ -1,7 +1,7 @@
 //! Index blocks on output.
 
 use zerocopy::IntoBytes;
-use zstd_safe::CCtx;
+use zstd::zstd_safe::{self, CCtx};
 
 use super::WriteError;
 use super::frame::FrameRefs;

@@ -49,7 +49,7 @@ use crate::layout::{
     MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
     RawTopEntry,
 };
-use crate::snapshot::DEFAULT_MOST_TOP_BYTES;
+use crate::snapshot::DEFAULT_MAX_TOP_BYTES;
 use crate::types::{Region, SnapshotId, Summary};
 
 /// Progress of a writer.
@@ -396,10 +396,10 @@ impl<W: Write> Writer<W> {
         )?;
         let blocks = (region.first_page + len).div_ceil(PAGES_PER_BLOCK_U64);
         let bytes = blocks * size_of::<RawTopEntry>() as u64;
-        if bytes > DEFAULT_MOST_TOP_BYTES {
+        if bytes > DEFAULT_MAX_TOP_BYTES {
             return Err(WriteError::TopTooLarge {
                 bytes,
-                limit: DEFAULT_MOST_TOP_BYTES,
+                limit: DEFAULT_MAX_TOP_BYTES,
             });
         }
         // Below the limit the product can't overflow. A region may end where the address space

@@ -1,6 +1,7 @@
 //! Options of the writer.
 
 use std::sync::Arc;
+use zstd::zstd_safe;
 
 use super::WriteError;
 use super::base::check_base_page;

@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_join_and_regions_part() {
+    fn adjacent_runs_join_within_a_region_only() {
         let mut runs = ZeroRuns::default();
         runs.push(0, 0, 10);
         runs.push(0, 10, 502);
@@ -75,7 +75,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn keeps_the_longest(lens in prop::collection::vec(1u64..50, 0..300)) {
+        fn longest_runs_are_kept(lens in prop::collection::vec(1u64..50, 0..300)) {
             let (mut runs, mut all, mut page) = (ZeroRuns::default(), Vec::new(), 0);
             for len in lens {
                 runs.push(0, page, len);

@@ -17,7 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use zstd_safe::CDict;
+use zstd::zstd_safe::CDict;
 
 use super::WriteError;
 use super::base::Base;
@@ -95,7 +95,7 @@ pub(super) struct Workers {
     examined: Reorder<Examined>,
     built: Reorder<Built>,
     verdict: Option<Verdict>,
-    most_frames: usize,
+    max_frames: usize,
     free: Vec<Vec<u8>>,
     /// Number of buffers that may still be allocated.
     buffers_left: usize,
@@ -134,7 +134,7 @@ impl Workers {
             examined: Reorder::new(),
             built: Reorder::new(),
             verdict: None,
-            most_frames: (FRAME_BYTES_UNDER_WAY / frame_bytes).max(threads + 2),
+            max_frames: (FRAME_BYTES_UNDER_WAY / frame_bytes).max(threads + 2),
             free: Vec::new(),
             // One is filled, one is sequenced, and each thread has one; a few more keep the
             // threads busy while the caller reads.
@@ -212,7 +212,7 @@ impl Workers {
 
     /// Returns whether no more frames should be handed out for now.
     pub(super) fn frames_full(&self) -> bool {
-        self.built.items.len() >= self.most_frames
+        self.built.items.len() >= self.max_frames
     }
 
     /// Returns whether any frames are in progress.
@@ -252,7 +252,7 @@ impl Workers {
     pub(super) fn poll(&mut self) -> Result<(), WriteError> {
         loop {
             match self.receiver.try_recv() {
-                Ok(event) => self.take_in(event)?,
+                Ok(event) => self.accept(event)?,
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
             }
         }
@@ -262,11 +262,11 @@ impl Workers {
     pub(super) fn wait(&mut self) -> Result<(), WriteError> {
         // The workers hold a sender, so the channel can't be closed.
         let event = self.receiver.recv().map_err(|_| WriteError::Panicked)?;
-        self.take_in(event)?;
+        self.accept(event)?;
         self.poll()
     }
 
-    fn take_in(&mut self, event: Event) -> Result<(), WriteError> {
+    fn accept(&mut self, event: Event) -> Result<(), WriteError> {
         match event {
             Event::Examined(number, examined) => self.examined.put(number, examined?),
             Event::Built(built) => {
@@ -298,7 +298,7 @@ mod tests {
 
     /// Regression: pages given as bytes without a buffer were recorded as unavailable.
     #[test]
-    fn bytes_that_got_lost_are_an_error() {
+    fn lost_bytes_are_an_error() {
         let mut workers = Workers::start(1, 1, 1).expect("threads");
         workers.examine(vec![Given::Bytes], None, None);
         assert!(matches!(workers.wait(), Err(WriteError::Panicked)));

@@ -20,6 +20,7 @@ use snapshot_format::layout::{
 };
 use snapshot_format::{MemoryStore, OpenError, Snapshot};
 use zerocopy::{FromZeros, IntoBytes};
+use zstd::zstd_safe;
 
 pub const CC: u64 = 0xcccc_cccc_cccc_cccc;
 pub const AB: u64 = 0xabab_abab_abab_abab;
@@ -477,7 +478,7 @@ pub fn compress(bytes: &[u8], dictionary: &[u8]) -> Vec<u8> {
     let mut out = vec![0; zstd_safe::compress_bound(bytes.len())];
     let len = zstd_safe::CCtx::create()
         .compress_using_dict(&mut out[..], bytes, dictionary, 3)
-        .expect("compress");
+        .expect("cannot compress");
     out.truncate(len);
     out
 }

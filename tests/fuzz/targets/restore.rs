@@ -6,9 +6,8 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use snaprestore_engine::restore::{
-    FailurePolicy, Prefetch, ReadAtError, Restore, Restored, StartError,
-};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::restore::{FailurePolicy, ReadAtError, Restore, Restored, StartError};
 use snaprestore_fixtures::images::SplitMix;
 use snaprestore_fuzz::{Eager, Found, mutate, only_damage, open, watched};
 use snapshot_format::layout::PAGE_SIZE;

@@ -20,7 +20,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::getppid;
 use snaprestore_daemon::parts::{Account, Confinement, confine_worker};
-use snaprestore_engine::pager::{Handover, Pager, Prefetch, firecracker};
+use snaprestore_engine::Prefetch;
+use snaprestore_engine::pager::{Handover, Pager, firecracker};
 use snaprestore_uffd::os::{open_pidfd, peer_of};
 use snapshot_format::{FileStore, Snapshot};
 

@@ -5,75 +5,53 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
-use snaprestore_fixtures::images::{Mix, Shares};
+use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
-use tempfile::TempDir;
 
 use crate::manager::FakeManager;
+use crate::scene::{Scene, endings};
 
 const PAGES: u64 = 2048;
 
-struct Scene {
-    folder: TempDir,
+/// Creates a scene in a folder that a VM of another user can connect in.
+fn scene(shares: Shares) -> Scene {
+    let scene = Scene::of(PAGES, shares);
+    scene.share_folder(0o755);
+    scene
 }
 
-impl Scene {
-    fn new(shares: Shares) -> Self {
-        let scene = Self {
-            folder: TempDir::new().expect("a folder"),
-        };
-        // A VM of another user connects to the socket in this folder.
-        let mode = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(scene.folder.path(), mode).expect("set");
-        let bytes = Mix::with_shares(PAGES, 3, shares).bytes();
-        fs::write(scene.path("raw"), bytes).expect("written");
-        let (raw, snapshot) = (scene.path("raw"), scene.path("snap"));
-        let args = [
-            OsStr::new("create"),
-            raw.as_ref(),
-            "--output".as_ref(),
-            snapshot.as_ref(),
-        ];
-        let _ = Run::of(&mut snaprestore(args)).exits(0);
-        scene
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Runs a worker with these options that serves one VM to its end. Returns the lines that the
-    /// worker printed, and both runs.
-    fn serve(&self, options: &[&str]) -> (Vec<String>, Run, Run) {
-        let _ = fs::remove_file(self.path("socket"));
-        let mut worker = Command::new(env!("CARGO_BIN_EXE_confined-worker"));
-        let mut worker = worker
-            .arg(self.path("socket"))
-            .arg(self.path("snap"))
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("a worker");
-        let mut lines = BufReader::new(worker.stdout.take().expect("a pipe")).lines();
-        let first = lines.next().map(|line| line.expect("text"));
-        let Some("listening") = first.as_deref() else {
-            panic!("{first:?}: {}", Run::finish(worker).err);
-        };
-        let mut vm = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
-        vm.arg(self.path("socket")).arg(self.path("raw"));
-        vm.args(["--threads", "2", "--split", "500", "--discard"]);
-        let vm = Run::of(&mut vm);
-        let said = lines.map(|line| line.expect("text")).collect();
-        (said, Run::finish(worker), vm)
-    }
+/// Runs a worker with these options that serves one VM to its end. Returns the lines that the
+/// worker printed, and both runs.
+fn serve_confined(scene: &Scene, options: &[&str]) -> (Vec<String>, Run, Run) {
+    let _ = fs::remove_file(scene.socket());
+    let mut worker = Command::new(env!("CARGO_BIN_EXE_confined-worker"));
+    let mut worker = worker
+        .arg(scene.socket())
+        .arg(&scene.snapshot)
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("no worker runs");
+    let mut lines = BufReader::new(worker.stdout.take().expect("no pipe to the child")).lines();
+    let first = lines.next().map(|line| line.expect("output is not UTF-8"));
+    let Some("listening") = first.as_deref() else {
+        panic!("{first:?}: {}", Run::finish(worker).err);
+    };
+    let mut vm = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
+    vm.arg(scene.socket()).arg(scene.raw());
+    vm.args(["--threads", "2", "--split", "500", "--discard"]);
+    let vm = Run::of(&mut vm);
+    let said = lines
+        .map(|line| line.expect("output is not UTF-8"))
+        .collect();
+    (said, Run::finish(worker), vm)
 }
 
 fn is_root(test: &str) -> bool {
@@ -92,33 +70,37 @@ fn last(said: &[String]) -> &str {
 /// The worker of `serve`, as operators use it, is confined by default and runs as another user, and
 /// VMs still survive its death.
 #[test]
-fn serve_with_a_confined_worker_serves_vms_and_replaces_it() {
+fn killed_confined_worker_is_replaced() {
     let all: [(&[&str], _); 3] = [
         (&[], "2"),
         (&["--user", "nobody"], "2"),
         (&["--no-confine"], "0"),
     ];
     for (options, filtered) in all {
-        let mut scene = crate::scene::Scene::new(Shares::MIXED);
+        let mut scene = Scene::new(Shares::MIXED);
         scene.serve(&[&["--prefetch", "off"], options].concat());
-        let mut vmm = scene.vmm(&["--wait", "--discard"]).spawn().expect("a VMM");
+        let mut vmm = scene
+            .vmm(&["--wait", "--discard"])
+            .spawn()
+            .expect("cannot start a VMM");
         scene.wait_for("served", 1);
-        let worker = scene.worker().expect("a worker");
-        let status = fs::read_to_string(format!("/proc/{worker}/status")).expect("its status");
+        let worker = scene.worker().expect("no worker runs");
+        let status = fs::read_to_string(format!("/proc/{worker}/status"))
+            .expect("cannot read the status of the worker");
         let expected = format!("\nSeccomp:\t{filtered}\n");
         assert!(status.contains(&expected), "{status}");
-        kill(worker, Signal::SIGKILL).expect("killed");
+        kill(worker, Signal::SIGKILL).expect("cannot kill the process");
         drop(vmm.stdin.take());
         let run = Run::finish(vmm).exits(0);
         assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
-        assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
+        assert_eq!(endings(&scene.stop()), ["exited"]);
     }
 }
 
 /// If no filter can be installed, nothing is served unless the operator opts out of confinement.
 #[test]
-fn without_seccomp_serve_says_what_does_without() {
-    let mut scene = crate::scene::Scene::new(Shares::MIXED);
+fn missing_seccomp_is_named_with_its_remedy() {
+    let mut scene = Scene::new(Shares::MIXED);
     let mut refused = scene.daemon(&[]);
     forbid_seccomp(&mut refused);
     let run = Run::of(&mut refused).exits(1);
@@ -132,19 +114,28 @@ fn without_seccomp_serve_says_what_does_without() {
     forbid_seccomp(&mut served);
     scene.start(served);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
-    assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+}
+
+/// Nobody connects to a daemon that is about to fail.
+#[test]
+fn unknown_user_is_refused_before_serve_listens() {
+    let scene = crate::scene::Scene::new(Shares::MIXED);
+    let run = Run::of(&mut scene.daemon(&["--user", "nosuch"])).exits(1);
+    run.says(&["no user nosuch"]);
+    assert!(!run.err.contains("serving "), "{}", run.err);
 }
 
 /// Makes the call that installs filters fail in this program, by a filter.
 fn forbid_seccomp(command: &mut Command) {
     let step = |code: u32, jt, jf, k| libc::sock_filter {
-        code: u16::try_from(code).expect("a code"),
+        code: u16::try_from(code).expect("code out of range"),
         jt,
         jf,
         k,
     };
-    let call = u32::try_from(libc::SYS_seccomp).expect("a number");
-    let eperm = u32::try_from(libc::EPERM).expect("a number");
+    let call = u32::try_from(libc::SYS_seccomp).expect("number out of range");
+    let eperm = u32::try_from(libc::EPERM).expect("number out of range");
     let filter = [
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
         step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
@@ -167,19 +158,18 @@ fn forbid_seccomp(command: &mut Command) {
 /// The daemon's user may control it, regardless of the user that its worker has become and of the
 /// worker's allowed system calls.
 #[test]
-fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
-    if !is_root("a_daemon_that_is_not_of_root_is_controlled_by_its_user") {
+fn unprivileged_daemon_is_controlled_by_its_user() {
+    if !is_root("unprivileged_daemon_is_controlled_by_its_user") {
         return;
     }
-    let mut scene = crate::scene::Scene::new(Shares::ZERO);
-    let everybody = fs::Permissions::from_mode(0o777);
-    fs::set_permissions(scene.folder.path(), everybody).expect("set");
+    let mut scene = Scene::new(Shares::ZERO);
+    scene.share_folder(0o777);
     // A place where the user nobody may run it.
-    let program = scene.folder.path().join("program");
-    fs::copy(snaprestore_tests::program::program(), &program).expect("copied");
+    let program = scene.path("program");
+    fs::copy(snaprestore_tests::program::program(), &program).expect("cannot copy the program");
     let readable = fs::Permissions::from_mode(0o644);
-    fs::set_permissions(&scene.snapshot, readable).expect("set");
-    let control = scene.folder.path().join("control");
+    fs::set_permissions(&scene.snapshot, readable).expect("cannot change the setting");
+    let control = scene.path("control");
     let as_nobody = |like: &Command| {
         let mut command = Command::new(&program);
         command.args(like.get_args()).current_dir("/");
@@ -197,21 +187,22 @@ fn a_daemon_that_is_not_of_root_is_controlled_by_its_user() {
 /// Each of three workers must know which huge pages are present, although none of them may open the
 /// file with that information.
 #[test]
-fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervisors() {
-    let test = "huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervisors";
+fn huge_pages_survive_confined_workers_and_supervisors() {
+    let test = "huge_pages_survive_confined_workers_and_supervisors";
     let _pool = match HugePool::with(crate::scene::PAGES / 512) {
         Ok(pool) => pool,
         Err(why) => return skipped(test, &why),
     };
-    let mut scene = crate::scene::Scene::new(Shares::MIXED);
-    let notify = scene.folder.path().join("notify");
+    let mut scene = Scene::new(Shares::MIXED);
+    let notify = scene.path("notify");
     let mut manager = FakeManager::at(&notify);
     let options = ["--prefetch", "off"];
     scene.start(manager.manages(scene.daemon(&options), 64));
     let huge = ["--huge", "--split", "3072", "--wait", "--discard"];
-    let mut vmm = scene.vmm(&huge).spawn().expect("a VMM");
+    let mut vmm = scene.vmm(&huge).spawn().expect("cannot start a VMM");
     scene.wait_for(": served", 1);
-    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    kill(scene.worker().expect("no worker runs"), Signal::SIGKILL)
+        .expect("cannot kill the process");
     scene.wait_for(": served", 2);
     // Two descriptors for the service: the snapshot's file and the socket. Five for the VM.
     while manager.names().len() < 7 {
@@ -225,14 +216,14 @@ fn huge_pages_are_served_by_a_confined_worker_its_successor_and_the_next_supervi
     drop(vmm.stdin.take());
     let run = Run::finish(vmm).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
-    assert_eq!(crate::scene::endings(&scene.stop()), ["exited"]);
+    assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
 #[test]
-fn a_confined_worker_serves_a_vm_and_can_do_nothing_else() {
-    let scene = Scene::new(Shares::MIXED);
+fn confined_worker_serves_and_can_do_nothing_else() {
+    let scene = scene(Shares::MIXED);
     for what in ["open", "socket", "connect", "fork", "kill", "pidfd", "stat"] {
-        let (said, worker, vm) = scene.serve(&["--then", what]);
+        let (said, worker, vm) = serve_confined(&scene, &["--then", what]);
         let _ = vm.exits(0);
         assert_eq!(
             last(&said),
@@ -243,19 +234,19 @@ fn a_confined_worker_serves_a_vm_and_can_do_nothing_else() {
         assert!(said.contains(&"0 failures".into()), "{said:?}");
     }
     for what in ["exec", "userfaultfd"] {
-        let (said, worker, vm) = scene.serve(&["--then", what]);
+        let (said, worker, vm) = serve_confined(&scene, &["--then", what]);
         let _ = vm.exits(0);
         assert_eq!(worker.signal, Some(libc::SIGSYS), "{said:?}");
     }
 }
 
 #[test]
-fn a_confined_worker_opens_files_beneath_its_folders_only() {
-    let test = "a_confined_worker_opens_files_beneath_its_folders_only";
-    let scene = Scene::new(Shares::MIXED);
+fn confined_worker_opens_only_its_readable_folders() {
+    let test = "confined_worker_opens_only_its_readable_folders";
+    let scene = scene(Shares::MIXED);
     let folder = scene.folder.path().display().to_string();
     let with = |what: &str| {
-        let (said, worker, vm) = scene.serve(&["--readable", &folder, "--then", what]);
+        let (said, worker, vm) = serve_confined(&scene, &["--readable", &folder, "--then", what]);
         let _ = vm.exits(0);
         assert!(said[0].starts_with("landlock "), "{said:?} {}", worker.err);
         (said[0] != "landlock 0", last(&said).to_owned())
@@ -271,13 +262,13 @@ fn a_confined_worker_opens_files_beneath_its_folders_only() {
 
 /// The VM runs as root, and is nevertheless killed when a page of it is damaged.
 #[test]
-fn a_worker_that_is_nobody_ends_the_vm_of_another_user() {
-    let test = "a_worker_that_is_nobody_ends_the_vm_of_another_user";
+fn worker_of_nobody_kills_vm_of_another_user() {
+    let test = "worker_of_nobody_kills_vm_of_another_user";
     if !is_root(test) {
         return;
     }
-    let scene = Scene::new(Shares::RANDOM);
-    let (said, worker, vm) = scene.serve(&["--user", "nobody", "--then", "kill"]);
+    let scene = scene(Shares::RANDOM);
+    let (said, worker, vm) = serve_confined(&scene, &["--user", "nobody", "--then", "kill"]);
     let _ = vm.exits(0);
     assert_eq!(
         last(&said),
@@ -285,11 +276,11 @@ fn a_worker_that_is_nobody_ends_the_vm_of_another_user() {
         "{}",
         worker.err
     );
-    let mut bytes = fs::read(scene.path("snap")).expect("read");
+    let mut bytes = fs::read(scene.path("snap")).expect("cannot read the file");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    fs::write(scene.path("snap"), bytes).expect("written");
-    let (said, worker, vm) = scene.serve(&["--user", "nobody"]);
+    fs::write(scene.path("snap"), bytes).expect("cannot write the file");
+    let (said, worker, vm) = serve_confined(&scene, &["--user", "nobody"]);
     assert_eq!(vm.signal, Some(libc::SIGKILL), "{said:?} {}", worker.err);
     assert!(
         said.iter().any(|line| line.starts_with("ended: Killed(")),

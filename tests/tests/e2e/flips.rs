@@ -8,9 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use snaprestore_engine::restore::{
-    Failure, FailureKind, FailurePolicy, Prefetch, Restore, Restored, StartError,
-};
+use snaprestore_engine::restore::{FailurePolicy, Restore, Restored, StartError};
+use snaprestore_engine::{Failure, FailureKind, Prefetch};
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::compare::PAGE;
 use snaprestore_tests::real::{can_restore, skip};

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
-/// Time limit that only a leak exceeds.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::scene::HANG_TIMEOUT;
 
 /// Number of sockets of an idle supervisor, worker and guardian, for a daemon with one service and
 /// a control socket. The supervisor listens on both and is connected to the other two. The worker
@@ -73,7 +72,7 @@ impl Footprint {
                 return now;
             }
             let told = "does not come to rest";
-            assert!(began.elapsed() < PATIENCE, "the {name} {told}: {now:?}");
+            assert!(began.elapsed() < HANG_TIMEOUT, "the {name} {told}: {now:?}");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -124,7 +123,7 @@ impl Footprint {
                 return;
             }
             assert!(
-                began.elapsed() < PATIENCE,
+                began.elapsed() < HANG_TIMEOUT,
                 "{about}: the {name} has too much: {:?}, and too little: {:?}",
                 now.over(self),
                 self.over(&now)
@@ -150,7 +149,7 @@ impl Mapped {
         Self {
             mappings: maps.lines().count(),
             memfds: maps.matches("/memfd:").count(),
-            anonymous_kib: anonymous.trim().parse().expect("a number"),
+            anonymous_kib: anonymous.trim().parse().expect("number out of range"),
         }
     }
 }
@@ -163,7 +162,7 @@ pub(crate) fn process_with(mark: &str, word: &str) -> Option<Pid> {
             .any(|part| part == wanted.as_bytes())
     };
     let mut pids = fs::read_dir("/proc")
-        .expect("processes")
+        .expect("cannot list the processes")
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let found = pids.find(|pid| has(*pid, "environ", mark) && has(*pid, "cmdline", word));
     found.map(Pid::from_raw)

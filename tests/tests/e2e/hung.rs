@@ -20,7 +20,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 use snapshot_format::{Page, Reason, Snapshot};
 
-use crate::scene::{PATIENCE, Scene, end_of, endings, within};
+use crate::scene::{HANG_TIMEOUT, Scene, end_of, endings, within};
 
 const NAME: &str = "snap";
 const TTL: Duration = Duration::from_secs(3600);
@@ -117,7 +117,7 @@ impl Filesystem for Served {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match &mut *self.0.stalled.lock().expect("not poisoned") {
+        match &mut *self.0.stalled.lock().expect("another thread panicked") {
             Some(stalled)
                 if offset < stalled.bytes.end && offset + u64::from(size) > stalled.bytes.start =>
             {
@@ -163,29 +163,35 @@ impl Mounted {
     /// Stops answering requests.
     fn stall(&self) {
         // Opening the file drops its content from the kernel's cache.
-        std::fs::File::open(self.snapshot()).expect("opened");
+        std::fs::File::open(self.snapshot()).expect("cannot open the file");
         self.stall_at(0..u64::MAX);
     }
 
     fn stall_at(&self, bytes: Range<u64>) {
         let waiting = Vec::new();
-        *self.disk.stalled.lock().expect("not poisoned") = Some(Stalled { bytes, waiting });
+        *self.disk.stalled.lock().expect("another thread panicked") =
+            Some(Stalled { bytes, waiting });
     }
 
     /// Waits until a request is waiting.
     fn wait_until_asked(&self) {
         let is_asked = || {
-            let stalled = self.disk.stalled.lock().expect("not poisoned");
+            let stalled = self.disk.stalled.lock().expect("another thread panicked");
             stalled
                 .as_ref()
                 .is_some_and(|stalled| !stalled.waiting.is_empty())
         };
-        assert!(within(PATIENCE, is_asked), "nobody reads it");
+        assert!(within(HANG_TIMEOUT, is_asked), "nobody reads it");
     }
 
     /// Resumes answering, including the requests that waited.
     fn go_on(&self) {
-        let waiting = self.disk.stalled.lock().expect("not poisoned").take();
+        let waiting = self
+            .disk
+            .stalled
+            .lock()
+            .expect("another thread panicked")
+            .take();
         let waiting = waiting.into_iter().flat_map(|stalled| stalled.waiting);
         for (offset, size, reply) in waiting {
             reply.data(self.disk.part(offset, size));
@@ -194,7 +200,7 @@ impl Mounted {
 
     fn vmm(&self, scene: &Scene, options: &[&str]) -> Child {
         let mut vmm = scene.vmm_at(&self.socket(), options);
-        vmm.spawn().expect("a VMM")
+        vmm.spawn().expect("cannot start a VMM")
     }
 }
 
@@ -274,8 +280,8 @@ fn place_in_frame(snapshot: &Path) -> u64 {
 
 /// The waiting worker can be killed, and the next worker blocks at the same place.
 #[test]
-fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
-    let test = "a_disk_that_stops_answering_ends_its_vms_and_no_others";
+fn hung_disk_kills_its_vms_and_no_others() {
+    let test = "hung_disk_kills_its_vms_and_no_others";
     let mut scene = Scene::new(Shares::MIXED);
     let Some(early) = mount(test, &scene, "early", false) else {
         return;
@@ -287,7 +293,7 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
         return;
     };
     serve(&mut scene, STUCK_AFTER, &[&early, &late]);
-    let good = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let good = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     let mut bad = late.vmm(&scene, &["--wait"]);
     scene.wait_for(": served", 2);
     let place = place_in_frame(&scene.snapshot);
@@ -312,14 +318,14 @@ fn a_disk_that_stops_answering_ends_its_vms_and_no_others() {
 
 /// The waiting worker can't be killed, and so it never exits.
 #[test]
-fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
-    let test = "a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones";
+fn unkillable_worker_is_abandoned_and_replaced() {
+    let test = "unkillable_worker_is_abandoned_and_replaced";
     let mut scene = Scene::new(Shares::MIXED);
     let Some(disk) = mount(test, &scene, "disk", true) else {
         return;
     };
     serve(&mut scene, STUCK_AFTER, &[&disk]);
-    let good = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let good = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     let mut bad = disk.vmm(&scene, &["--wait"]);
     scene.wait_for(": served", 2);
     disk.stall();
@@ -327,7 +333,7 @@ fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
     is_killed(bad, &scene);
     // No other worker may read its userfaultfd.
     is_killed(good, &scene);
-    is_right(scene.vmm(&[]).spawn().expect("a VMM"));
+    is_right(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
     is_killed(disk.vmm(&scene, &[]), &scene);
     disk.go_on();
     scene.wait_for("readable again", 1);
@@ -342,8 +348,8 @@ fn a_worker_that_cannot_be_killed_ends_its_vms_and_another_serves_new_ones() {
 
 /// Stopping the daemon must not depend on its worker's exit.
 #[test]
-fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
-    let test = "a_daemon_whose_worker_cannot_be_killed_can_be_stopped";
+fn daemon_with_unkillable_worker_can_be_stopped() {
+    let test = "daemon_with_unkillable_worker_can_be_stopped";
     let mut scene = Scene::new(Shares::MIXED);
     let Some(disk) = mount(test, &scene, "disk", true) else {
         return;
@@ -359,8 +365,8 @@ fn a_daemon_whose_worker_cannot_be_killed_can_be_stopped() {
 
 /// Regression: the supervisor waited for the disk, accepted nobody, and took its worker for stuck.
 #[test]
-fn a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting() {
-    let test = "a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waiting";
+fn service_on_hung_disk_delays_no_others() {
+    let test = "service_on_hung_disk_delays_no_others";
     let mut scene = Scene::new(Shares::MIXED);
     let Some(disk) = mount(test, &scene, "disk", false) else {
         return;
@@ -369,10 +375,10 @@ fn a_snapshot_that_is_added_from_a_disk_that_does_not_answer_keeps_nobody_waitin
     disk.stall();
     let mut add = adding(&scene, &disk);
     let add = add.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut add = add.spawn().expect("ctl");
+    let mut add = add.spawn().expect("cannot run ctl");
     disk.wait_until_asked();
-    is_right(scene.vmm(&[]).spawn().expect("a VMM"));
-    assert!(add.try_wait().expect("a child").is_none());
+    is_right(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
+    assert!(add.try_wait().expect("cannot query the child").is_none());
     disk.go_on();
     let _ = end_of(add).exits(0);
     is_right(disk.vmm(&scene, &[]));

@@ -16,7 +16,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
 use crate::footprint::{Footprint, IDLE_SOCKETS, process_with};
-use crate::scene::{PATIENCE, Scene, end_of, ends_within};
+use crate::scene::{HANG_TIMEOUT, Scene, end_of, ends_within};
 
 const PAGES: u64 = 1024;
 /// Number of simultaneous liars.
@@ -24,7 +24,7 @@ const AT_ONCE: u64 = 3;
 /// Time limit that only a liar exceeds that hangs or has stopped itself.
 const LIARS_TIME: Duration = Duration::from_secs(2);
 /// Time limit of liars whose behaviour was given by name.
-const LONGEST: Duration = Duration::from_secs(20);
+const LIAR_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A daemon, and its footprint when idle.
 struct Watched {
@@ -41,7 +41,7 @@ impl Watched {
         let raw = scene.folder.path().join("raw");
         let mark = scene.folder.path().display().to_string();
         let mut all = vec!["--handshake-timeout", "5", "--control"];
-        all.push(control.to_str().expect("text"));
+        all.push(control.to_str().expect("output is not UTF-8"));
         all.extend(options);
         scene.serve_with(&all, &[("SNAPRESTORE_TEST", &mark)]);
         let mut watched = Self {
@@ -54,11 +54,11 @@ impl Watched {
         // This opens the snapshot.
         assert_eq!(watched.honest(&[]), Ok(()));
         let guardian = process_with(&format!("SNAPRESTORE_TEST={mark}"), "guardian");
-        let worker = watched.scene.worker().expect("a worker");
+        let worker = watched.scene.worker().expect("no worker runs");
         let named = [
             ("supervisor", watched.scene.supervisor()),
             ("worker", worker),
-            ("guardian", guardian.expect("a guardian")),
+            ("guardian", guardian.expect("no guardian runs")),
         ];
         let idle = named.into_iter().zip(IDLE_SOCKETS);
         let idle =
@@ -76,7 +76,7 @@ impl Watched {
     fn lie(&self, words: &[String]) -> String {
         let (mut liar, said) = self.liar(words);
         let by_seed = words.len() == 1;
-        ends_within(&mut liar, if by_seed { LIARS_TIME } else { LONGEST });
+        ends_within(&mut liar, if by_seed { LIARS_TIME } else { LIAR_TIMEOUT });
         end_group(liar);
         fs::read_to_string(&said).expect("what it said")
     }
@@ -93,14 +93,17 @@ impl Watched {
             .stdin(Stdio::null())
             .stdout(fs::File::create(&said).expect("a file"))
             .stderr(Stdio::null());
-        (liar.spawn().expect("a liar"), said)
+        (liar.spawn().expect("cannot start a liar"), said)
     }
 
     /// Runs an honest VM, which must read the right memory.
     fn honest(&self, options: &[&str]) -> Result<(), String> {
         let mut vmm = self.scene.vmm(options);
-        let mut vmm = vmm.stdin(Stdio::null()).spawn().expect("a VMM");
-        if !ends_within(&mut vmm, PATIENCE) {
+        let mut vmm = vmm
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("cannot start a VMM");
+        if !ends_within(&mut vmm, HANG_TIMEOUT) {
             let _ = vmm.kill();
             return Err(format!("an honest VM waits: {options:?}"));
         }
@@ -130,7 +133,7 @@ impl Watched {
 
 /// Kills the rest of its process group, including children.
 fn end_group(mut leader: Child) {
-    let group = Pid::from_raw(i32::try_from(leader.id()).expect("a pid"));
+    let group = Pid::from_raw(i32::try_from(leader.id()).expect("PID out of range"));
     let _ = killpg(group, Signal::SIGKILL);
     let _ = leader.wait();
 }
@@ -141,16 +144,16 @@ fn number(name: &str, otherwise: u64) -> u64 {
 }
 
 #[test]
-fn liars_at_random_harm_no_one_but_themselves() {
+fn random_liars_harm_only_themselves() {
     let first = number("SNAPRESTORE_LIES_SEED", 1);
     let count = number("SNAPRESTORE_LIES", 120);
     let watched = Watched::new(&["--prefetch", "off"]);
     let next = AtomicU64::new(first);
     let over = AtomicBool::new(false);
     let harm = Mutex::new(None::<String>);
-    let harmed = || harm.lock().expect("not poisoned").is_some();
+    let harmed = || harm.lock().expect("another thread panicked").is_some();
     let running = Mutex::new(Vec::<u64>::new());
-    let now = || running.lock().expect("not poisoned").clone();
+    let now = || running.lock().expect("another thread panicked").clone();
     std::thread::scope(|scope| {
         let liars: Vec<_> = (0..AT_ONCE)
             .map(|_| {
@@ -160,9 +163,9 @@ fn liars_at_random_harm_no_one_but_themselves() {
                         if seed >= first + count {
                             return;
                         }
-                        running.lock().expect("not poisoned").push(seed);
+                        running.lock().expect("another thread panicked").push(seed);
                         let _ = watched.lie(&[seed.to_string()]);
-                        let mut running = running.lock().expect("not poisoned");
+                        let mut running = running.lock().expect("another thread panicked");
                         running.retain(|other| *other != seed);
                     }
                 })
@@ -177,7 +180,7 @@ fn liars_at_random_harm_no_one_but_themselves() {
                 while !over.load(SeqCst) {
                     if let Err(what) = watched.honest(options) {
                         let told = format!("{what}, beside the seeds {:?}", now());
-                        *harm.lock().expect("not poisoned") = Some(told);
+                        *harm.lock().expect("another thread panicked") = Some(told);
                         return;
                     }
                 }
@@ -188,7 +191,7 @@ fn liars_at_random_harm_no_one_but_themselves() {
         }
         over.store(true, SeqCst);
     });
-    let harm = harm.into_inner().expect("not poisoned");
+    let harm = harm.into_inner().expect("another thread panicked");
     assert_eq!(harm, None, "{}", watched.scene.said());
     let told = format!("the seeds from {first} on, {count} of them");
     watched.assert_unharmed(&told);
@@ -207,7 +210,7 @@ fn leaves_others_alone(words: &[&str], options: &[&str]) {
 /// Regression: the supervisor could not pass so many regions to the worker, and gave up all its
 /// VMs.
 #[test]
-fn regions_by_the_thousand_cost_nobody_else() {
+fn thousands_of_regions_harm_no_other_vm() {
     leaves_others_alone(&["VeryManyRegions"], &[]);
     leaves_others_alone(&["ManyRegions", "Touch"], &[]);
 }
@@ -215,7 +218,7 @@ fn regions_by_the_thousand_cost_nobody_else() {
 /// Regression: a thread of the worker blocked forever in a read, with everything that it held, and
 /// could not be stopped.
 #[test]
-fn reads_that_were_made_to_wait_keep_no_thread() {
+fn blocking_userfaultfd_keeps_no_thread() {
     let watched = Watched::new(&["--prefetch", "off"]);
     let clear = ["ClearNonblocking"; 3];
     // Repeated, because a read is not always in progress at the right moment.
@@ -228,13 +231,13 @@ fn reads_that_were_made_to_wait_keep_no_thread() {
 
 /// Regression: the userfaultfds of the children stayed open in the worker.
 #[test]
-fn forks_that_are_reported_leave_nothing_behind() {
+fn reported_forks_leave_nothing_behind() {
     leaves_others_alone(&["Forks", "Fork", "Touch"], &[]);
 }
 
 /// Regression: the sessions of one process, each with its threads, were not limited.
 #[test]
-fn a_process_has_a_bounded_number_of_vms() {
+fn process_has_a_bounded_number_of_vms() {
     let watched = Watched::new(&["--prefetch", "off"]);
     // The liar must live until all connections have been made.
     let words = ["times=100", "Touch", "seconds=600"].map(str::to_owned);
@@ -247,7 +250,7 @@ fn a_process_has_a_bounded_number_of_vms() {
 /// Regression: a worker was considered stuck, and killed, when one VM caused every install to be
 /// repeated.
 #[test]
-fn a_storm_of_discards_is_no_worker_that_stands_still() {
+fn storm_of_discards_is_not_a_stuck_worker() {
     let storm = [
         "DiscardStorm",
         "DiscardStorm",
@@ -261,8 +264,8 @@ fn a_storm_of_discards_is_no_worker_that_stands_still() {
 /// Regression: the thread that closed the file waited for the liar and could not be killed, so the
 /// worker could not be replaced.
 #[test]
-fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
-    if !can_mount("a_file_that_cannot_be_closed_keeps_nobody_waiting") {
+fn unclosable_file_delays_no_other_vm() {
+    if !can_mount("unclosable_file_delays_no_other_vm") {
         return;
     }
     let watched = Watched::new(&["--prefetch", "off"]);
@@ -279,8 +282,8 @@ fn a_file_that_cannot_be_closed_keeps_nobody_waiting() {
 
 /// Regression: each such file cost a thread and some descriptors, without a limit.
 #[test]
-fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
-    if !can_mount("files_that_cannot_be_closed_are_taken_a_bounded_number_of_times") {
+fn unclosable_files_are_accepted_up_to_a_limit() {
+    if !can_mount("unclosable_files_are_accepted_up_to_a_limit") {
         return;
     }
     let watched = Watched::new(&["--prefetch", "off"]);
@@ -302,15 +305,15 @@ fn files_that_cannot_be_closed_are_taken_a_bounded_number_of_times() {
 
 /// There are enough liars that none of them exceeds the limit per process.
 #[test]
-fn who_comes_while_too_many_files_are_kept_open_waits_and_is_served() {
-    if !can_mount("who_comes_while_too_many_files_are_kept_open_waits_and_is_served") {
+fn vm_behind_unclosable_files_is_served_later() {
+    if !can_mount("vm_behind_unclosable_files_is_served_later") {
         return;
     }
     let watched = Watched::new(&["--prefetch", "off"]);
     let words = ["Fuse", "times=13", "seconds=600"].map(str::to_owned);
     let liars: Vec<_> = (0..5).map(|_| watched.liar(&words).0).collect();
     watched.scene.wait_for("instead of a userfaultfd", 64);
-    let honest = watched.scene.vmm(&[]).spawn().expect("a VMM");
+    let honest = watched.scene.vmm(&[]).spawn().expect("cannot start a VMM");
     liars.into_iter().for_each(end_group);
     let _ = end_of(honest).exits(0);
     watched.assert_unharmed("files that can't be closed");

@@ -6,10 +6,8 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
-/// Time limit that only a hang exceeds.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::scene::HANG_TIMEOUT;
 
 /// A stand-in for systemd that stores the descriptors that a service sends.
 pub(crate) struct FakeManager {
@@ -20,8 +18,10 @@ pub(crate) struct FakeManager {
 
 impl FakeManager {
     pub(crate) fn at(path: &Path) -> Self {
-        let socket = UnixDatagram::bind(path).expect("a socket");
-        socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        let socket = UnixDatagram::bind(path).expect("no socket at the path");
+        socket
+            .set_read_timeout(Some(HANG_TIMEOUT))
+            .expect("cannot change the setting");
         Self {
             socket,
             path: path.to_owned(),
@@ -40,7 +40,7 @@ impl FakeManager {
     pub(crate) fn take_one(&mut self) {
         use snaprestore_uffd::os::receive;
         let mut buffer = [0; 4096];
-        let received = receive(self.socket_fd(), &mut buffer).expect("a message");
+        let received = receive(self.socket_fd(), &mut buffer).expect("no message arrived");
         let text = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();
         let lines: Vec<_> = text.lines().collect();
         let name = |line: &str| line.strip_prefix("FDNAME=").expect(line).to_owned();
@@ -69,7 +69,7 @@ impl FakeManager {
     pub(crate) fn start(&self, service: &Command) -> Command {
         let names: Vec<_> = std::iter::once("some.socket").chain(self.names()).collect();
         // In the service they are numbered from 3 on, whatever their numbers are here.
-        let null = fs::File::open("/dev/null").expect("it is there");
+        let null = fs::File::open("/dev/null").expect("file is missing");
         let mut sources: Vec<RawFd> = vec![null.as_raw_fd()];
         sources.extend(self.kept.iter().map(|(_, fd)| fd.as_raw_fd()));
         let high: Vec<OwnedFd> = sources

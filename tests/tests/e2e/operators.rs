@@ -10,7 +10,7 @@ use serde_json::Value;
 use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{self, Run, snaprestore};
 
-use crate::scene::{PAGES, PATIENCE, Scene, endings, within};
+use crate::scene::{HANG_TIMEOUT, PAGES, Scene, endings, within};
 
 /// Runs `ctl`, asserts that it succeeds, and returns its output.
 fn ctl(scene: &Scene, args: &[&str]) -> Value {
@@ -40,12 +40,14 @@ fn serve(scene: &mut Scene) {
 }
 
 fn scrape(socket: &Path) -> String {
-    let mut stream = UnixStream::connect(socket).expect("connected");
+    let mut stream = UnixStream::connect(socket).expect("cannot connect");
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
-        .expect("asked");
+        .expect("cannot reach the process");
     let mut text = String::new();
-    stream.read_to_string(&mut text).expect("told");
+    stream
+        .read_to_string(&mut text)
+        .expect("cannot reach the daemon");
     text
 }
 
@@ -78,19 +80,24 @@ fn vms_of_one_snapshot_share_decoded_frames() {
 }
 
 #[test]
-fn an_operator_sees_vms_and_lets_them_go() {
+fn operator_lists_and_completes_vms() {
     let mut scene = Scene::new(Shares::MIXED);
     serve(&mut scene);
-    let mut vmm = scene.vmm(&["--hold"]).spawn().expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    assert_eq!(said.next().expect("a line").expect("read"), "right so far");
+    let mut vmm = scene.vmm(&["--hold"]).spawn().expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    assert_eq!(
+        said.next()
+            .expect("no line was written")
+            .expect("cannot read the file"),
+        "right so far"
+    );
     let list = ctl(&scene, &["list"]);
     assert_eq!(list["services"][0]["service"]["name"], "default");
     assert_eq!(list["vms"][0]["state"], "complete", "{list}");
     drop(vmm.stdin.take());
-    assert!(vmm.wait().expect("its end").success());
+    assert!(vmm.wait().expect("cannot wait for the process").success());
 
-    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     scene.wait_for("served", 2);
     let stats = ctl(&scene, &["stats"]);
     let stats = &stats["vms"][0];
@@ -106,7 +113,7 @@ fn an_operator_sees_vms_and_lets_them_go() {
 
     // Another program file of the same version takes over while a VM is being served.
     let copy = scene.folder.path().join("copy");
-    fs::copy(program::program(), &copy).expect("copied");
+    fs::copy(program::program(), &copy).expect("cannot copy the program");
     let program = copy.display().to_string();
     let upgraded = ctl(&scene, &["upgrade", &program]);
     assert_eq!(upgraded["from"], upgraded["to"]);
@@ -118,9 +125,9 @@ fn an_operator_sees_vms_and_lets_them_go() {
 
     scene.wait_for("served", 3);
     let list = ctl(&scene, &["list"]);
-    let vms = list["vms"].as_array().expect("VMs");
+    let vms = list["vms"].as_array().expect("report has no VMs");
     let served = vms.iter().find(|vm| vm["state"] == "serving");
-    let id = served.expect("a VM")["id"].to_string();
+    let id = served.expect("cannot start a VM")["id"].to_string();
     // Repeated, because the first upgrade has only just completed.
     for _ in 0..2 {
         let done = ctl(&scene, &["complete", &id]);
@@ -129,7 +136,8 @@ fn an_operator_sees_vms_and_lets_them_go() {
     let run = Run::of(&mut command(&scene, &["complete", "99"])).exits(1);
     run.says(&["no VM 99"]);
     // A new worker knows it as well.
-    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    kill(scene.worker().expect("no worker runs"), Signal::SIGKILL)
+        .expect("cannot kill the process");
     scene.wait_for("started a new one", 1);
     let done = ctl(&scene, &["complete", &id]);
     assert_eq!(done["vms"][0]["done"], true, "{done}");
@@ -146,7 +154,7 @@ fn metrics_count_each_ended_vm_once() {
     let mut scene = Scene::new(Shares::MIXED);
     serve(&mut scene);
     let misfit = scene.folder.path().join("misfit");
-    fs::write(&misfit, vec![0; 7 * 4096]).expect("written");
+    fs::write(&misfit, vec![0; 7 * 4096]).expect("cannot write the file");
     for _ in 0..2 {
         let _ = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
         let _ = Run::of(&mut scene.vmm(&["--only", "10"])).exits(0);
@@ -160,27 +168,35 @@ fn metrics_count_each_ended_vm_once() {
             let line =
                 format!("snaprestore_vms_ended_total{{service=\"default\",ending=\"{ending}\"}} ");
             let value = text.lines().find_map(|other| other.strip_prefix(&line));
-            value.expect(&text).parse::<u64>().expect("a number")
+            value
+                .expect(&text)
+                .parse::<u64>()
+                .expect("number out of range")
         };
         [of("complete") + of("exited"), of("killed"), of("refused")]
     };
     let expected = [4, 0, 4];
     assert!(
-        within(PATIENCE, || told(&scene) == expected),
+        within(HANG_TIMEOUT, || told(&scene) == expected),
         "{:?}",
         told(&scene)
     );
-    kill(scene.worker().expect("a worker"), Signal::SIGKILL).expect("killed");
+    kill(scene.worker().expect("no worker runs"), Signal::SIGKILL)
+        .expect("cannot kill the process");
     scene.wait_for("started a new one", 1);
     assert_eq!(told(&scene), expected);
     let list = ctl(&scene, &["list"]);
     assert_eq!(list["services"][0]["ended"], 8, "{list}");
     assert_eq!(list["vms"].as_array().expect("VMs").len(), 6, "{list}");
-    assert_eq!(scene.stop().len(), 8);
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+    let summary = scene.exits(0);
+    let counts = (&summary["served"], &summary["refused"]);
+    assert_eq!(counts, (&4.into(), &4.into()), "{summary}");
+    assert_eq!(summary["vms"].as_array().expect("VMs").len(), 8);
 }
 
 #[test]
-fn services_come_and_go_and_a_drain_ends_the_daemon() {
+fn services_are_added_removed_and_drained() {
     let mut scene = Scene::new(Shares::MIXED);
     serve(&mut scene);
     let folder = scene.folder.path().to_owned();
@@ -198,10 +214,21 @@ fn services_come_and_go_and_a_drain_ends_the_daemon() {
     let run = Run::of(&mut command(&scene, &add));
     assert_ne!(run.code, Some(0));
     run.says(&["already"]);
+    // As by every command, a file that is no usable snapshot is told apart from other failures.
+    let (cut, absent, third) = (path("cut"), path("absent"), path("third"));
+    let whole = fs::read(&scene.snapshot).expect("read");
+    fs::write(&cut, &whole[..whole.len() / 2]).expect("written");
+    for (file, code) in [(&cut, 3), (&absent, 1)] {
+        let add = ["add", "third", "--snapshot", file, "--socket", &third];
+        Run::of(&mut command(&scene, &add))
+            .exits(code)
+            .says(&[file]);
+    }
+    assert!(!Path::new(&third).exists(), "the socket is left");
     let mut vmm = scene
         .vmm_at(Path::new(&second), &["--wait"])
         .spawn()
-        .expect("a VMM");
+        .expect("cannot start a VMM");
     scene.wait_for("served", 1);
     let _ = ctl(&scene, &["remove", "second"]);
     assert!(!Path::new(&second).exists(), "the socket is left");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -18,7 +19,7 @@ use crate::footprint::process_with;
 
 pub(crate) const PAGES: u64 = 8192;
 /// Time limit that only a hang exceeds.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A memory, its snapshot, and the daemon that serves it.
 pub(crate) struct Scene {
@@ -37,9 +38,10 @@ impl Scene {
 
     /// Creates a scene with `pages` pages.
     pub(crate) fn of(pages: u64, shares: Shares) -> Self {
-        let folder = TempDir::new().expect("a folder");
+        let folder = TempDir::new().expect("cannot create a folder");
         let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("snap"));
-        fs::write(&raw, Mix::with_shares(pages, 31, shares).bytes()).expect("written");
+        fs::write(&raw, Mix::with_shares(pages, 31, shares).bytes())
+            .expect("cannot write the file");
         let create = snaprestore([
             "create".as_ref(),
             raw.as_os_str(),
@@ -62,7 +64,19 @@ impl Scene {
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
+        self.path("socket")
+    }
+
+    /// Returns the path of a file in the scene's folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Lets every user read the files, and connect to the sockets, in the scene's folder; with
+    /// `mode` 0o777, also create some.
+    pub(crate) fn share_folder(&self, mode: u32) {
+        let mode = fs::Permissions::from_mode(mode);
+        fs::set_permissions(self.folder.path(), mode).expect("cannot change the mode");
     }
 
     pub(crate) fn serve(&mut self, options: &[&str]) {
@@ -96,12 +110,12 @@ impl Scene {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         self.said = Arc::default();
-        let mut daemon = command.spawn().expect("the daemon");
-        let lines = BufReader::new(daemon.stderr.take().expect("a pipe")).lines();
+        let mut daemon = command.spawn().expect("cannot start the daemon");
+        let lines = BufReader::new(daemon.stderr.take().expect("no pipe to the child")).lines();
         let said = Arc::clone(&self.said);
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
-                let mut said = said.lock().expect("not poisoned");
+                let mut said = said.lock().expect("another thread panicked");
                 said.push_str(&line);
                 said.push('\n');
             }
@@ -113,11 +127,15 @@ impl Scene {
     /// Waits until the daemon has logged `what` this many times.
     pub(crate) fn wait_for(&self, what: &str, times: usize) {
         let is_said = || self.said().matches(what).count() >= times;
-        assert!(within(PATIENCE, is_said), "no {what:?} in {}", self.said());
+        assert!(
+            within(HANG_TIMEOUT, is_said),
+            "no {what:?} in {}",
+            self.said()
+        );
     }
 
     pub(crate) fn said(&self) -> String {
-        self.said.lock().expect("not poisoned").clone()
+        self.said.lock().expect("another thread panicked").clone()
     }
 
     pub(crate) fn vmm(&self, options: &[&str]) -> Command {
@@ -146,15 +164,15 @@ impl Scene {
 
     /// Kills the supervisor.
     pub(crate) fn kill(&mut self) {
-        let mut daemon = self.daemon.take().expect("it runs");
-        daemon.kill().expect("killed");
-        daemon.wait().expect("its end");
+        let mut daemon = self.daemon.take().expect("process exited unexpectedly");
+        daemon.kill().expect("cannot kill the process");
+        daemon.wait().expect("cannot wait for the process");
     }
 
     /// Returns the supervisor's process.
     pub(crate) fn supervisor(&self) -> Pid {
-        let daemon = self.daemon.as_ref().expect("it runs");
-        Pid::from_raw(i32::try_from(daemon.id()).expect("a pid"))
+        let daemon = self.daemon.as_ref().expect("process exited unexpectedly");
+        Pid::from_raw(i32::try_from(daemon.id()).expect("PID out of range"))
     }
 
     /// Returns the worker's process, if there is one at the moment.
@@ -167,33 +185,36 @@ impl Scene {
 
     /// Asks the daemon to stop, and returns its report.
     pub(crate) fn stop(&mut self) -> Vec<Value> {
-        kill(self.supervisor(), Signal::SIGTERM).expect("asked");
+        kill(self.supervisor(), Signal::SIGTERM).expect("cannot reach the process");
         self.ended()
     }
 
     /// Waits until the daemon, which was asked to stop, exits, and returns its report.
     pub(crate) fn ended(&mut self) -> Vec<Value> {
         let report = self.exits(0);
-        report["vms"].as_array().expect("VMs").clone()
+        report["vms"].as_array().expect("report has no VMs").clone()
     }
 
     /// Waits until the daemon, which was asked to stop, exits with this code, and returns its
     /// report.
     pub(crate) fn exits(&mut self, code: i32) -> Value {
-        let mut daemon = self.daemon.take().expect("it runs");
+        let mut daemon = self.daemon.take().expect("process exited unexpectedly");
         // A report of many VMs is larger than a pipe's buffer: the daemon would wait for its
         // reader.
-        let mut stdout = daemon.stdout.take().expect("a pipe");
+        let mut stdout = daemon.stdout.take().expect("no pipe to the child");
         let report = std::thread::spawn(move || {
             let mut report = Vec::new();
             stdout.read_to_end(&mut report).map(|_| report)
         });
-        if !ends_within(&mut daemon, PATIENCE) {
+        if !ends_within(&mut daemon, HANG_TIMEOUT) {
             let _ = daemon.kill();
             panic!("the daemon does not end: {}", self.said());
         }
         let mut run = Run::finish(daemon);
-        run.out = report.join().expect("a thread").expect("the report");
+        run.out = report
+            .join()
+            .expect("the thread panicked")
+            .expect("cannot read the report");
         let run = run.exits(code);
         assert!(!self.socket().exists(), "the socket is left");
         run.json()
@@ -225,7 +246,7 @@ impl Drop for Scene {
 /// Waits for a VMM to exit, with a time limit.
 #[track_caller]
 pub(crate) fn end_of(mut vmm: Child) -> Run {
-    if !ends_within(&mut vmm, PATIENCE) {
+    if !ends_within(&mut vmm, HANG_TIMEOUT) {
         let _ = vmm.kill();
         panic!("it waits for ever");
     }
@@ -234,7 +255,9 @@ pub(crate) fn end_of(mut vmm: Child) -> Run {
 
 /// Returns whether it exits by itself within this time.
 pub(crate) fn ends_within(child: &mut Child, time: Duration) -> bool {
-    within(time, || child.try_wait().expect("a child").is_some())
+    within(time, || {
+        child.try_wait().expect("cannot query the child").is_some()
+    })
 }
 
 /// Returns whether the condition becomes true within this time.

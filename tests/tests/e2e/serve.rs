@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::huge_pool::HugePool;
@@ -12,10 +14,10 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 use snaprestore_uffd::uffd::{Features, OpenOptions};
 
-use crate::scene::{PAGES, Scene, end_of, endings};
+use crate::scene::{HANG_TIMEOUT, PAGES, Scene, end_of, endings, ends_within, within};
 
 #[test]
-fn vms_of_every_release_are_served_one_after_another_and_at_once() {
+fn vms_of_every_release_are_served() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "all"]);
     let options: [&[&str]; 5] = [
@@ -30,7 +32,7 @@ fn vms_of_every_release_are_served_one_after_another_and_at_once() {
     }
     let at_once: Vec<Child> = options
         .iter()
-        .map(|options| scene.vmm(options).spawn().expect("a VMM"))
+        .map(|options| scene.vmm(options).spawn().expect("cannot start a VMM"))
         .collect();
     for vmm in at_once {
         let run = Run::finish(vmm).exits(0);
@@ -55,7 +57,7 @@ fn vms_with_huge_pages_are_served() {
         ];
         let vmms: Vec<Child> = options
             .iter()
-            .map(|options| scene.vmm(options).spawn().expect("a VMM"))
+            .map(|options| scene.vmm(options).spawn().expect("cannot start a VMM"))
             .collect();
         for vmm in vmms {
             let run = Run::finish(vmm).exits(0);
@@ -70,38 +72,50 @@ fn vms_with_huge_pages_are_served() {
 }
 
 #[test]
-fn asked_to_stop_the_daemon_completes_its_vms_and_they_go_on() {
+fn stopping_daemon_completes_its_vms() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "off"]);
     // It has touched nothing when the daemon exits.
-    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    assert_eq!(said.next().expect("a line").expect("text"), "handed over");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    assert_eq!(
+        said.next()
+            .expect("no line was written")
+            .expect("output is not UTF-8"),
+        "handed over"
+    );
     scene.wait_for(": served", 1);
     let vms = scene.stop();
     assert_eq!(vms.len(), 1);
     assert_eq!(vms[0]["ending"], "complete");
     assert_eq!(vms[0]["faults"], 0);
     drop(vmm.stdin.take());
-    assert!(vmm.wait().expect("its end").success());
+    assert!(vmm.wait().expect("cannot wait for the process").success());
     assert_eq!(
-        said.next().expect("a line").expect("text"),
+        said.next()
+            .expect("no line was written")
+            .expect("output is not UTF-8"),
         format!("{PAGES} pages right")
     );
 }
 
 #[test]
-fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
+fn vm_with_damaged_page_is_killed_alone() {
     let mut scene = Scene::new(Shares::RANDOM);
     scene.serve(&["--prefetch", "off"]);
-    let mut good = scene.vmm(&["--hold"]).spawn().expect("a VMM");
-    let mut said = BufReader::new(good.stdout.take().expect("a pipe")).lines();
-    assert_eq!(said.next().expect("a line").expect("text"), "right so far");
+    let mut good = scene.vmm(&["--hold"]).spawn().expect("cannot start a VMM");
+    let mut said = BufReader::new(good.stdout.take().expect("no pipe to the child")).lines();
+    assert_eq!(
+        said.next()
+            .expect("no line was written")
+            .expect("output is not UTF-8"),
+        "right so far"
+    );
     damage(&scene.snapshot);
     let bad = Run::of(&mut scene.vmm(&["--threads", "2"]));
     assert_eq!(bad.signal, Some(libc::SIGKILL), "{}", bad.err);
     drop(good.stdin.take());
-    assert!(good.wait().expect("its end").success());
+    assert!(good.wait().expect("cannot wait for the process").success());
     // The message names the file, the page and the place.
     scene.wait_for(&format!("killed: {}: page ", scene.snapshot.display()), 1);
     assert!(scene.said().contains("at offset"), "{}", scene.said());
@@ -116,8 +130,8 @@ fn a_vm_whose_page_is_damaged_is_killed_and_the_others_go_on() {
 
 /// An option for owners that are not VMs. The daemon's log is in the format for programs.
 #[test]
-fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
-    let test = "an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted";
+fn damaged_page_is_poisoned_if_asked_for() {
+    let test = "damaged_page_is_poisoned_if_asked_for";
     if let Err(error) = OpenOptions::new().required(Features::POISON).open() {
         return skipped(test, &error);
     }
@@ -135,7 +149,7 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         let line: serde_json::Value = serde_json::from_str(line).expect(line);
         let fields = &line["fields"];
         if fields["vm"].is_null() {
-            let message = fields["message"].as_str().expect("a message");
+            let message = fields["message"].as_str().expect("no message arrived");
             assert!(
                 !message.contains("VM") && !message.contains("page"),
                 "{line}"
@@ -144,7 +158,12 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
         }
         let of = (&fields["vm"], &fields["pid"], &fields["service"]);
         assert_eq!(of, (id, pid, &"default".into()), "{line}");
-        of_vm.push(fields["message"].as_str().expect("a message").to_owned());
+        of_vm.push(
+            fields["message"]
+                .as_str()
+                .expect("no message arrived")
+                .to_owned(),
+        );
     }
     // Messages from the supervisor, from a thread of the engine, and at the end.
     for part in ["served", "cannot restore a page", "exited"] {
@@ -158,10 +177,10 @@ fn an_owner_whose_page_is_damaged_gets_sigbus_if_that_is_wanted() {
 fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     let mut scene = Scene::new(Shares::RANDOM);
     scene.serve(&["--prefetch", "off"]);
-    let vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     scene.wait_for(": served", 1);
     damage(&scene.snapshot);
-    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("cannot reach the process");
     let report = scene.exits(1);
     assert_eq!(report["incomplete"], 1, "{report}");
     assert_eq!(report["vms"][0]["ending"], "killed", "{report}");
@@ -172,6 +191,84 @@ fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     scene.wait_for("killed: ", 1);
     assert_eq!(endings(&scene.stop()), ["killed"]);
+}
+
+/// The tables of a session and the description of a VM are memory files, which have the limit of
+/// other files.
+#[test]
+fn file_size_limit_costs_vms_and_not_workers() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let mut limited = scene.daemon(&[]);
+    limit_file_size(&mut limited);
+    scene.start(limited);
+    let run = end_of(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    scene.wait_for("File too large", 1);
+    kill(scene.supervisor(), Signal::SIGTERM).expect("daemon exited unexpectedly");
+    let report = scene.exits(0);
+    assert_eq!(report["vms"][0]["ending"], "refused", "{report}");
+    assert_eq!(report["worker_restarts"], 0, "{report}");
+}
+
+fn limit_file_size(command: &mut Command) {
+    let limit = || Ok(setrlimit(Resource::RLIMIT_FSIZE, 4096, 4096)?);
+    // SAFETY: the closure makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(limit) };
+}
+
+/// A program that knows nothing of the signal: the daemon inside blocks it.
+#[test]
+fn file_size_limit_costs_a_launcher_only_vms() {
+    let scene = Scene::new(Shares::MIXED);
+    let mut launcher = launcher(&scene);
+    limit_file_size(&mut launcher);
+    let launcher = start_launcher(&scene, launcher);
+    let run = end_of(scene.vmm(&[]).spawn().expect("cannot start a VMM"));
+    assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
+    let run = stop_launcher(launcher);
+    run.says(&["refused: ", "File too large"]);
+    assert!(!run.err.contains("started a new one"), "{}", run.err);
+}
+
+/// Returns the command of a program that has the supervisor inside.
+fn launcher(scene: &Scene) -> Command {
+    let mut launcher = Command::new(env!("CARGO_BIN_EXE_launcher"));
+    launcher.arg(&scene.snapshot).arg(scene.socket());
+    for variable in ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS"] {
+        launcher.env_remove(variable);
+    }
+    let pipe = Stdio::piped;
+    launcher.stdin(pipe()).stdout(pipe()).stderr(pipe());
+    launcher
+}
+
+/// Starts a launcher, and waits until it listens.
+fn start_launcher(scene: &Scene, mut launcher: Command) -> Child {
+    let launcher = launcher.spawn().expect("cannot start the launcher");
+    let listens = within(HANG_TIMEOUT, || scene.socket().exists());
+    assert!(listens, "the launcher does not listen");
+    launcher
+}
+
+/// Ends the input of a launcher, and waits until it has stopped.
+fn stop_launcher(mut launcher: Child) -> Run {
+    drop(launcher.stdin.take());
+    let stops = ends_within(&mut launcher, HANG_TIMEOUT);
+    assert!(stops, "the launcher does not stop");
+    Run::finish(launcher).exits(0)
+}
+
+/// Another program has the supervisor inside, and is its own worker and guardian.
+#[test]
+fn launcher_with_the_supervisor_inside_serves_vms() {
+    let scene = Scene::new(Shares::MIXED);
+    let launcher = start_launcher(&scene, launcher(&scene));
+    let run = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
+    assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
+    let run = stop_launcher(launcher);
+    let said = String::from_utf8_lossy(&run.out);
+    assert!(said.ends_with("served 1 VMs\n"), "{said}");
+    assert!(!scene.socket().exists(), "the socket is left");
 }
 
 #[test]
@@ -186,7 +283,7 @@ fn socket_has_the_mode_and_group_that_are_asked_for() {
     };
     let options = ["--socket-mode", "0664", "--socket-group"];
     scene.serve(&[&options[..], &[&group.to_string()]].concat());
-    let socket = fs::metadata(scene.socket()).expect("a socket");
+    let socket = fs::metadata(scene.socket()).expect("no socket at the path");
     assert_eq!(socket.permissions().mode() & 0o7777, 0o664);
     assert_eq!(socket.gid(), group);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
@@ -199,8 +296,8 @@ fn socket_has_the_mode_and_group_that_are_asked_for() {
 
 /// Half of the memory gets its pages from the pool, and the rest doesn't.
 #[test]
-fn empty_huge_page_pool_is_named_by_those_who_need_it() {
-    let test = "empty_huge_page_pool_is_named_by_those_who_need_it";
+fn empty_huge_page_pool_is_named() {
+    let test = "empty_huge_page_pool_is_named";
     let pool = match HugePool::with(PAGES / 512 / 2) {
         Ok(pool) => pool,
         Err(why) => return skipped(test, &why),
@@ -210,7 +307,10 @@ fn empty_huge_page_pool_is_named_by_those_who_need_it() {
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
     scene.serve(&["--prefetch", "off", "--control", &control]);
-    let mut vmm = scene.vmm(&["--huge", "--wait"]).spawn().expect("a VMM");
+    let mut vmm = scene
+        .vmm(&["--huge", "--wait"])
+        .spawn()
+        .expect("cannot start a VMM");
     scene.wait_for(": served", 1);
     let ctl = |args: &[&str]| {
         let mut ctl = snaprestore([&["ctl", "--control", &control], args].concat());
@@ -232,8 +332,8 @@ fn empty_huge_page_pool_is_named_by_those_who_need_it() {
     let shortages = logged.matches("cannot install pages: no free page in the pool");
     assert_eq!(shortages.count(), 1, "{logged}");
     // Its pages return to the pool before the pool is as it was.
-    vmm.kill().expect("killed");
-    vmm.wait().expect("its end");
+    vmm.kill().expect("cannot kill the process");
+    vmm.wait().expect("cannot wait for the process");
     let _ = scene.stop();
 }
 
@@ -244,16 +344,18 @@ fn damage(snapshot: &Path) {
         .read(true)
         .write(true)
         .open(snapshot)
-        .expect("opened");
+        .expect("cannot open the file");
     let middle = file.metadata().expect("its length").len() / 2;
     let mut byte = [0];
-    file.read_exact_at(&mut byte, middle).expect("read");
+    file.read_exact_at(&mut byte, middle)
+        .expect("cannot read the file");
     byte[0] ^= 1;
-    file.write_all_at(&byte, middle).expect("written");
+    file.write_all_at(&byte, middle)
+        .expect("cannot write the file");
 }
 
 #[test]
-fn who_is_no_vmm_is_refused_and_hurts_nobody() {
+fn peer_that_is_no_vmm_is_refused() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--handshake-timeout", "1"]);
     // One peer sends nothing, one something else, one disconnects. They are separate processes,
@@ -269,8 +371,11 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
         peer(&["Nothing", "None", "HangsUp", "seconds=600"]),
     ];
     let short = scene.folder.path().join("short");
-    fs::write(&short, vec![0; 4096 * 10]).expect("written");
-    let mut misfit = scene.vmm_of(&short, &[]).spawn().expect("a VMM");
+    fs::write(&short, vec![0; 4096 * 10]).expect("cannot write the file");
+    let mut misfit = scene
+        .vmm_of(&short, &[])
+        .spawn()
+        .expect("cannot start a VMM");
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     for part in [
         "other than Firecracker's region list",
@@ -281,28 +386,28 @@ fn who_is_no_vmm_is_refused_and_hurts_nobody() {
         scene.wait_for(part, 1);
     }
     for peer in &mut peers {
-        peer.kill().expect("killed");
-        peer.wait().expect("its end");
+        peer.kill().expect("cannot kill the process");
+        peer.wait().expect("cannot wait for the process");
     }
     assert_eq!(
         endings(&scene.stop()),
         ["exited", "refused", "refused", "refused", "refused"]
     );
     // No process serves it, so its owner has to kill it.
-    misfit.kill().expect("killed");
-    misfit.wait().expect("its end");
+    misfit.kill().expect("cannot kill the process");
+    misfit.wait().expect("cannot wait for the process");
 }
 
 /// Covers two failures that the fake VMM can't show: KVM reads the memory by itself, and does so
 /// before the first instruction.
 #[test]
-fn a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended() {
-    let test = "a_guest_on_kvm_is_served_and_one_with_a_bad_page_is_ended";
+fn kvm_guest_is_served_or_killed_for_bad_page() {
+    let test = "kvm_guest_is_served_or_killed_for_bad_page";
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return skipped(test, &format!("/dev/kvm: {error}"));
     }
     let mut scene = Scene::new(Shares::ZERO);
-    fs::remove_file(&scene.snapshot).expect("removed");
+    fs::remove_file(&scene.snapshot).expect("cannot remove the file");
     let microvm = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).stdin(Stdio::null());

@@ -16,21 +16,24 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 
 use crate::manager::FakeManager;
-use crate::scene::{PATIENCE, Scene, end_of, endings, within};
+use crate::scene::{HANG_TIMEOUT, Scene, end_of, endings, within};
 
 /// Starts a VMM that has given some memory back, keeps no descriptor, and touches nothing until its
 /// input is closed.
 fn vmm(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
     let options = ["--wait", "--let-go", "--discard", "--threads", "2"];
-    let mut vmm = scene.vmm(&options).spawn().expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    let line = said.next().expect("a line").expect("read");
+    let mut vmm = scene.vmm(&options).spawn().expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    let line = said
+        .next()
+        .expect("no line was written")
+        .expect("cannot read the file");
     assert_eq!(line, "handed over");
     (vmm, said)
 }
 
 #[test]
-fn the_next_supervisor_goes_on_with_what_systemd_has_held() {
+fn next_supervisor_serves_vms_stored_by_systemd() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
@@ -55,12 +58,15 @@ fn the_next_supervisor_goes_on_with_what_systemd_has_held() {
 /// The store has room for everything of a VM except its tables, as happens to some VM sooner or
 /// later. Regression: the daemon took this as a reason to give up all its VMs.
 #[test]
-fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
+fn vm_without_room_in_store_is_served() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
     scene.start(manager.manages(scene.daemon(&["--prefetch", "off"]), 5));
-    let vmm = scene.vmm(&["--discard", "--hold"]).spawn().expect("a VMM");
+    let vmm = scene
+        .vmm(&["--discard", "--hold"])
+        .spawn()
+        .expect("cannot start a VMM");
     scene.wait_for("cannot store all of its descriptors; it is killed", 1);
     // The service's two and the VM's three. The VM's are then removed, except for the one by which
     // a next supervisor kills it.
@@ -75,7 +81,7 @@ fn a_vm_for_which_the_store_has_no_room_is_served_all_the_same() {
 }
 
 #[test]
-fn without_systemd_a_guardian_ends_the_vms_of_a_killed_supervisor() {
+fn guardian_kills_vms_of_killed_supervisor() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "off"]);
     let (mut vmm, _said) = vmm(&scene);
@@ -86,12 +92,12 @@ fn without_systemd_a_guardian_ends_the_vms_of_a_killed_supervisor() {
 }
 
 #[test]
-fn a_supervisor_killed_at_random_leaves_no_vm_with_a_wrong_byte() {
+fn supervisor_killed_at_random_leaves_no_wrong_byte() {
     let mut scene = Scene::new(Shares::MIXED);
     for round in 0..12 {
         scene.serve(&["--prefetch", "all"]);
         let options = ["--threads", "3", "--discard", "--let-go"];
-        let vmm = scene.vmm(&options).spawn().expect("a VMM");
+        let vmm = scene.vmm(&options).spawn().expect("cannot start a VMM");
         // Until then it may be accepted without being held by any other process, for the duration
         // of three system calls.
         scene.wait_for("served", 1);
@@ -114,18 +120,21 @@ fn is_guarded(pid: u32) -> bool {
         let mut infos = open.filter_map(|info| fs::read_to_string(info.ok()?.path()).ok());
         is_guardian && infos.any(|info| info.contains(&format!("Pid:\t{pid}\n")))
     };
-    let mut processes = fs::read_dir("/proc").expect("processes");
+    let mut processes = fs::read_dir("/proc").expect("cannot list the processes");
     processes.any(|process| process.is_ok_and(|process| holds(&process.path())))
 }
 
 /// The VM has a descriptor of its memory, as Firecracker has, and so would wait at its first page.
 #[test]
-fn a_vm_that_is_handing_over_when_the_supervisor_is_killed_is_ended() {
+fn vm_in_handshake_dies_with_its_supervisor() {
     let mut scene = Scene::new(Shares::MIXED);
     for part in ["nothing", "half"] {
         scene.serve(&["--handshake-timeout", "3600"]);
-        let vmm = scene.vmm(&["--send", part]).spawn().expect("a VMM");
-        let held = within(PATIENCE, || is_guarded(vmm.id()));
+        let vmm = scene
+            .vmm(&["--send", part])
+            .spawn()
+            .expect("cannot start a VMM");
+        let held = within(HANG_TIMEOUT, || is_guarded(vmm.id()));
         assert!(held, "nobody holds it");
         scene.kill();
         let run = end_of(vmm);
@@ -133,14 +142,20 @@ fn a_vm_that_is_handing_over_when_the_supervisor_is_killed_is_ended() {
     }
     // A refused VM is released, and nobody kills it when the supervisor dies.
     scene.start(scene.marked(&["--handshake-timeout", "1"]));
-    let guardian = scene.guardian().expect("a guardian");
-    let mut vmm = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
+    let guardian = scene.guardian().expect("no guardian runs");
+    let mut vmm = scene
+        .vmm(&["--send", "half"])
+        .spawn()
+        .expect("cannot start a VMM");
     scene.wait_for("refused", 1);
     scene.kill();
     wait_for_end(guardian);
-    assert!(vmm.try_wait().expect("a child").is_none(), "it was ended");
-    vmm.kill().expect("killed");
-    vmm.wait().expect("its end");
+    assert!(
+        vmm.try_wait().expect("cannot query the child").is_none(),
+        "it was ended"
+    );
+    vmm.kill().expect("cannot kill the process");
+    vmm.wait().expect("cannot wait for the process");
 }
 
 /// Waits until a guardian has finished its work.
@@ -150,21 +165,27 @@ fn wait_for_end(guardian: Pid) {
         stat.rsplit_once(") ")
             .is_some_and(|(_, rest)| !rest.starts_with('Z'))
     };
-    assert!(within(PATIENCE, || !runs()), "the guardian does not end");
+    assert!(
+        within(HANG_TIMEOUT, || !runs()),
+        "the guardian does not end"
+    );
 }
 
 /// Starts a VMM that hands its memory over to a supervisor that no longer accepts anything.
 fn queued(scene: &Scene) -> (Child, Lines<BufReader<ChildStdout>>) {
-    kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
-    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    let line = said.next().expect("a line").expect("read");
+    kill(scene.supervisor(), Signal::SIGSTOP).expect("cannot stop the process");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    let line = said
+        .next()
+        .expect("no line was written")
+        .expect("cannot read the file");
     assert_eq!(line, "handed over");
     (vmm, said)
 }
 
 #[test]
-fn a_vm_that_waits_to_be_accepted_when_the_supervisor_is_killed_is_ended() {
+fn vm_in_backlog_dies_with_its_supervisor() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
     let (mut vmm, _said) = queued(&scene);
@@ -180,7 +201,7 @@ fn a_vm_that_waits_to_be_accepted_when_the_supervisor_is_killed_is_ended() {
 
 /// Returns the number of sockets that a process has open.
 fn open_sockets(pid: u32) -> usize {
-    let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("process exited unexpectedly");
     let links = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
     let is_socket = |link: &std::path::PathBuf| link.to_string_lossy().starts_with("socket:");
     links.filter(is_socket).count()
@@ -191,11 +212,11 @@ fn open_sockets(pid: u32) -> usize {
 fn second_guardian_kills_vms_that_wait_to_be_accepted() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.start(scene.marked(&[]));
-    let first = scene.guardian().expect("a guardian");
-    kill(first, Signal::SIGKILL).expect("killed");
+    let first = scene.guardian().expect("no guardian runs");
+    kill(first, Signal::SIGKILL).expect("cannot kill the process");
     // Logged once everything is stored again.
     scene.wait_for("the guardian exited", 1);
-    let second = scene.guardian().expect("another guardian");
+    let second = scene.guardian().expect("no other guardian runs");
     assert_ne!(first, second);
     let (mut vmm, _said) = queued(&scene);
     scene.kill();
@@ -208,27 +229,33 @@ fn second_guardian_kills_vms_that_wait_to_be_accepted() {
 /// A stopped guardian receives all messages when it is resumed: it kills no VM that it was told to
 /// release.
 #[test]
-fn release_that_finds_the_guardian_stopped_is_not_lost() {
+fn release_for_stopped_guardian_is_not_lost() {
     let mut scene = Scene::of(16, Shares::MIXED);
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
     scene.start(scene.marked(&["--prefetch", "off", "--control", &control]));
-    let guardian = scene.guardian().expect("a guardian");
+    let guardian = scene.guardian().expect("no guardian runs");
     let (mut vmm, _said) = vmm(&scene);
     scene.wait_for(": served", 1);
-    assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
-    kill(guardian, Signal::SIGSTOP).expect("stopped");
+    assert!(
+        within(HANG_TIMEOUT, || is_guarded(vmm.id())),
+        "nobody holds it"
+    );
+    kill(guardian, Signal::SIGSTOP).expect("cannot stop the process");
     // Each VM is held twice and released, until nothing more fits into the guardian's socket.
     while !scene.said().contains("messages are queued") {
         let _ = Run::of(&mut scene.vmm(&[])).exits(0);
     }
     let complete = ["ctl", "complete", "1", "--control", &control];
     let _ = Run::of(&mut snaprestore(complete)).exits(0);
-    kill(guardian, Signal::SIGCONT).expect("goes on");
+    kill(guardian, Signal::SIGCONT).expect("cannot continue the process");
     scene.wait_for("has read all queued messages", 1);
     scene.kill();
     wait_for_end(guardian);
-    assert!(vmm.try_wait().expect("a child").is_none(), "it was killed");
+    assert!(
+        vmm.try_wait().expect("cannot query the child").is_none(),
+        "it was killed"
+    );
     drop(vmm.stdin.take());
     let _ = end_of(vmm).exits(0);
 }
@@ -242,15 +269,23 @@ fn vm_that_hands_over_during_a_drain_is_completed() {
     let mut vmm = scene
         .vmm(&["--send", "late", "--wait"])
         .spawn()
-        .expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    assert_eq!(said.next().expect("a line").expect("read"), "half sent");
-    assert!(within(PATIENCE, || is_guarded(vmm.id())), "nobody holds it");
-    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+        .expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    assert_eq!(
+        said.next()
+            .expect("no line was written")
+            .expect("cannot read the file"),
+        "half sent"
+    );
+    assert!(
+        within(HANG_TIMEOUT, || is_guarded(vmm.id())),
+        "nobody holds it"
+    );
+    kill(scene.supervisor(), Signal::SIGTERM).expect("cannot reach the process");
     let is_draining = || !scene.socket().exists();
-    assert!(within(PATIENCE, is_draining), "it goes on listening");
-    let mut stdin = vmm.stdin.take().expect("a pipe");
-    writeln!(stdin).expect("told");
+    assert!(within(HANG_TIMEOUT, is_draining), "it goes on listening");
+    let mut stdin = vmm.stdin.take().expect("no pipe to the child");
+    writeln!(stdin).expect("cannot reach the daemon");
     let vms = scene.ended();
     assert_eq!(vms[0]["ending"], "complete", "{vms:?}");
     drop(stdin);
@@ -268,13 +303,14 @@ impl Nobody {
         }
         let folder = scene.folder.path();
         let everybody = |path: &Path, mode| {
-            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("set");
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .expect("cannot change the setting");
         };
         everybody(folder, 0o755);
         everybody(scene.raw(), 0o644);
         everybody(&scene.socket(), 0o666);
         let program = folder.join("vmm");
-        fs::copy(env!("CARGO_BIN_EXE_fake-vmm"), &program).expect("copied");
+        fs::copy(env!("CARGO_BIN_EXE_fake-vmm"), &program).expect("cannot copy the program");
         Some(Self(program))
     }
 
@@ -290,27 +326,31 @@ impl Nobody {
 }
 
 #[test]
-fn users_that_are_not_allowed_are_refused_and_the_others_served() {
+fn users_not_in_allow_uid_are_refused() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--allow-uid", "65534"]);
-    let test = "users_that_are_not_allowed_are_refused_and_the_others_served";
+    let test = "users_not_in_allow_uid_are_refused";
     let Some(nobody) = Nobody::new(test, &scene) else {
         return;
     };
-    let mut refused = scene.vmm(&[]).spawn().expect("a VMM");
+    let mut refused = scene.vmm(&[]).spawn().expect("cannot start a VMM");
     scene.wait_for("refused: its user 0 is not in --allow-uid", 1);
     let _ = Run::of(&mut nobody.vmm(&scene.vmm(&[]))).exits(0);
-    refused.kill().expect("killed");
-    refused.wait().expect("its end");
+    refused.kill().expect("cannot kill the process");
+    refused.wait().expect("cannot wait for the process");
     assert_eq!(endings(&scene.stop()), ["exited"]);
     // The same check with the roles of the users exchanged.
     scene.serve(&["--allow-uid", "0"]);
-    fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666)).expect("set");
-    let mut refused = nobody.vmm(&scene.vmm(&[])).spawn().expect("a VMM");
+    fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666))
+        .expect("cannot change the setting");
+    let mut refused = nobody
+        .vmm(&scene.vmm(&[]))
+        .spawn()
+        .expect("cannot start a VMM");
     scene.wait_for("refused: its user 65534 is not in --allow-uid", 1);
     let _ = Run::of(&mut scene.vmm(&[])).exits(0);
-    refused.kill().expect("killed");
-    refused.wait().expect("its end");
+    refused.kill().expect("cannot kill the process");
+    refused.wait().expect("cannot wait for the process");
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
@@ -318,25 +358,36 @@ fn users_that_are_not_allowed_are_refused_and_the_others_served() {
 fn backlog_peers_of_other_users_are_not_killed() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.start(scene.marked(&["--allow-uid", "65534"]));
-    let guardian = scene.guardian().expect("a guardian");
+    let guardian = scene.guardian().expect("no guardian runs");
     let test = "backlog_peers_of_other_users_are_not_killed";
     let Some(nobody) = Nobody::new(test, &scene) else {
         return;
     };
     let (mut stranger, _said) = queued(&scene);
-    let mut vmm = nobody.vmm(&scene.vmm(&["--wait"])).spawn().expect("a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("a pipe")).lines();
-    assert_eq!(said.next().expect("a line").expect("read"), "handed over");
+    let mut vmm = nobody
+        .vmm(&scene.vmm(&["--wait"]))
+        .spawn()
+        .expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    assert_eq!(
+        said.next()
+            .expect("no line was written")
+            .expect("cannot read the file"),
+        "handed over"
+    );
     scene.kill();
     let run = end_of(vmm);
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     wait_for_end(guardian);
     assert!(
-        stranger.try_wait().expect("a child").is_none(),
+        stranger
+            .try_wait()
+            .expect("cannot query the child")
+            .is_none(),
         "it was killed"
     );
-    stranger.kill().expect("killed");
-    stranger.wait().expect("its end");
+    stranger.kill().expect("cannot kill the process");
+    stranger.wait().expect("cannot wait for the process");
 }
 
 /// The daemon is in a PID namespace of its own, as in a container, and the VMM is outside.
@@ -356,37 +407,43 @@ fn vmm_of_another_pid_namespace_is_refused_with_the_remedy() {
     }
     let mut scene = Scene::new(Shares::MIXED);
     scene.start(within_namespace(&scene.daemon(&[])));
-    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     scene.wait_for("is in a PID namespace that this one can't see", 1);
     scene.wait_for("--pid=host", 1);
     // It may have exited by itself: its connection may be closed before it has sent its memory.
-    let ended = vmm.try_wait().expect("a child");
+    let ended = vmm.try_wait().expect("cannot query the child");
     let signal = ended.and_then(|status| status.signal());
     assert_eq!(signal, None, "it was killed");
-    vmm.kill().expect("killed");
-    vmm.wait().expect("its end");
+    vmm.kill().expect("cannot kill the process");
+    vmm.wait().expect("cannot wait for the process");
 }
 
 /// Regression: after the first refused VM, those that waited behind it were killed.
 #[test]
-fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() {
+fn stopping_daemon_serves_vm_behind_refused_peer() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&[]);
-    kill(scene.supervisor(), Signal::SIGSTOP).expect("stopped");
+    kill(scene.supervisor(), Signal::SIGSTOP).expect("cannot stop the process");
     // One more than is allowed per process. It is a separate process, because the daemon might kill
     // it.
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_lying-vmm"));
     let crowd = crowd.arg(scene.socket()).arg(scene.raw());
     let crowd = crowd.args(["Nothing", "None", "times=17", "seconds=600"]);
-    let mut crowd = crowd.stdout(Stdio::null()).spawn().expect("a crowd");
+    let mut crowd = crowd
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("cannot start the crowd");
     let connected = || open_sockets(crowd.id()) == 17;
-    assert!(within(PATIENCE, connected), "the crowd does not connect");
+    assert!(
+        within(HANG_TIMEOUT, connected),
+        "the crowd does not connect"
+    );
     let (mut vmm, _said) = queued(&scene);
-    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
-    kill(scene.supervisor(), Signal::SIGCONT).expect("goes on");
+    kill(scene.supervisor(), Signal::SIGTERM).expect("cannot reach the process");
+    kill(scene.supervisor(), Signal::SIGCONT).expect("cannot continue the process");
     scene.wait_for("already has 16 VMs", 1);
-    crowd.kill().expect("killed");
-    crowd.wait().expect("its end");
+    crowd.kill().expect("cannot kill the process");
+    crowd.wait().expect("cannot wait for the process");
     drop(vmm.stdin.take());
     let run = end_of(vmm);
     assert_eq!(run.code, Some(0), "{}", scene.said());
@@ -396,13 +453,16 @@ fn a_daemon_that_is_asked_to_stop_serves_who_waits_behind_one_that_is_refused() 
 }
 
 #[test]
-fn the_next_supervisor_serves_who_waits_and_ends_who_was_handing_over() {
+fn next_supervisor_serves_backlog_and_kills_handshakes() {
     let mut scene = Scene::new(Shares::MIXED);
     let notify = scene.folder.path().join("notify");
     let mut manager = FakeManager::at(&notify);
     let options = ["--prefetch", "off", "--handshake-timeout", "3600"];
     scene.start(manager.manages(scene.daemon(&options), 64));
-    let half = scene.vmm(&["--send", "half"]).spawn().expect("a VMM");
+    let half = scene
+        .vmm(&["--send", "half"])
+        .spawn()
+        .expect("cannot start a VMM");
     while !manager.names().contains(&"vm.vm-1.owner") {
         manager.take_one();
     }

@@ -100,8 +100,8 @@ struct Daemon {
 impl Daemon {
     /// Records the footprints before all VMs but one.
     fn of(scene: &Scene, mark: &str) -> Self {
-        let guardian = process_with(mark, "guardian").expect("a guardian");
-        let worker = scene.worker().expect("a worker");
+        let guardian = process_with(mark, "guardian").expect("no guardian runs");
+        let worker = scene.worker().expect("no worker runs");
         let processes = [scene.supervisor(), worker, guardian];
         let names = ["supervisor", "worker", "guardian"];
         let idle = std::array::from_fn(|at| {
@@ -165,21 +165,27 @@ fn run_vms(scene: &Scene, misfit: &std::path::Path, count: usize, mut meanwhile:
 }
 
 #[test]
-fn a_thousand_vms_leave_nothing_behind() {
+fn thousand_vms_leave_nothing_behind() {
     let mut scene = Scene::of(PAGES, Shares::MIXED);
     let misfit = scene.folder.path().join("misfit");
-    std::fs::write(&misfit, vec![0; 7 * 4096]).expect("written");
+    std::fs::write(&misfit, vec![0; 7 * 4096]).expect("cannot write the file");
     let control = scene.folder.path().join("control");
     let mark = scene.folder.path().display().to_string();
     let options = ["--prefetch", "all", "--control"];
-    let options = [&options[..], &[control.to_str().expect("text")]].concat();
+    let options = [
+        &options[..],
+        &[control.to_str().expect("output is not UTF-8")],
+    ]
+    .concat();
     let mut environment = STRICT_HEAP.to_vec();
     environment.push(("SNAPRESTORE_TEST", &mark));
     scene.serve_with(&options, &environment);
     let restarts = || {
         let mut ctl = snaprestore(["ctl", "list", "--json", "--control"]);
         let list = Run::of(ctl.arg(&control)).exits(0).json();
-        list["worker_restarts"].as_u64().expect("a number")
+        list["worker_restarts"]
+            .as_u64()
+            .expect("number out of range")
     };
     assert_eq!(restarts(), 0);
 
@@ -207,12 +213,15 @@ fn a_thousand_vms_leave_nothing_behind() {
     });
     assert!(kills > 0);
     assert!(restarts() > 0);
-    daemon.processes[1] = scene.worker().expect("a worker");
+    daemon.processes[1] = scene.worker().expect("no worker runs");
     daemon.is_idle();
 
     let mut counts = BTreeMap::<String, usize>::new();
     for vm in scene.stop() {
-        let ending = vm["ending"].as_str().expect("text").to_owned();
+        let ending = vm["ending"]
+            .as_str()
+            .expect("output is not UTF-8")
+            .to_owned();
         *counts.entry(ending).or_default() += 1;
     }
     let each = (SESSIONS + WARM) / End::ALL.len();

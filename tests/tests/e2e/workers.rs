@@ -25,7 +25,7 @@ fn all_right(vmm: Child) {
 /// Several workers in a row reach each point; the first of them finds the leftovers of one that
 /// died after a read.
 #[test]
-fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
+fn worker_killed_at_any_fail_point_is_replaced() {
     let mut scene = Scene::new(Shares::MIXED);
     for point in FailPoint::ALL {
         let name = point.name();
@@ -36,7 +36,7 @@ fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
         };
         let places = format!("{before},{name}:1,{name}:2,{name}:5,{name}:1");
         scene.serve_with(&["--prefetch", "all"], &[("SNAPRESTORE_FAIL", &places)]);
-        let vmm = scene.vmm(VMM).spawn().expect("a VMM");
+        let vmm = scene.vmm(VMM).spawn().expect("cannot start a VMM");
         all_right(vmm);
         let vms = scene.stop();
         let deaths = scene.said().matches(DIED).count();
@@ -48,7 +48,7 @@ fn a_worker_killed_at_any_place_is_replaced_and_no_byte_is_wrong() {
 /// The worker is killed again and again while two VMs are restored: one that it completes and one
 /// that requests its pages one by one.
 #[test]
-fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
+fn workers_killed_at_random_make_no_byte_wrong() {
     let mut scene = Scene::new(Shares::MIXED);
     let (mut kills, mut round) = (0, 0_u64);
     while kills < 200 {
@@ -59,11 +59,11 @@ fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
         };
         scene.serve(&["--prefetch", prefetch]);
         let mut vmms: Vec<Child> = (0..2)
-            .map(|_| scene.vmm(VMM).spawn().expect("a VMM"))
+            .map(|_| scene.vmm(VMM).spawn().expect("cannot start a VMM"))
             .collect();
         while vmms
             .iter_mut()
-            .any(|vmm| vmm.try_wait().expect("a child").is_none())
+            .any(|vmm| vmm.try_wait().expect("cannot query the child").is_none())
         {
             // Kills workers that have hardly started as well as workers that are well under way.
             std::thread::sleep(Duration::from_micros(500 + kills * 7919 % 25_000));
@@ -79,13 +79,13 @@ fn a_worker_killed_at_random_hundreds_of_times_makes_no_byte_wrong() {
 }
 
 #[test]
-fn a_worker_that_stands_still_while_a_vm_waits_is_replaced() {
+fn stopped_worker_is_replaced_while_vm_waits() {
     let mut scene = Scene::new(Shares::MIXED);
     scene.serve(&["--prefetch", "off", "--stuck-after", "1"]);
-    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("a VMM");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     scene.wait_for("served", 1);
-    let worker = scene.worker().expect("a worker");
-    kill(worker, Signal::SIGSTOP).expect("stopped");
+    let worker = scene.worker().expect("no worker runs");
+    kill(worker, Signal::SIGSTOP).expect("cannot stop the process");
     drop(vmm.stdin.take());
     let run = Run::finish(vmm).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
@@ -100,7 +100,7 @@ fn a_worker_that_stands_still_while_a_vm_waits_is_replaced() {
 
 /// A frame that crashes its decoder would crash every worker.
 #[test]
-fn a_frame_on_which_two_workers_crash_counts_as_damaged() {
+fn frame_that_crashed_two_workers_is_quarantined() {
     let mut scene = Scene::new(Shares::RANDOM);
     let crash = "decoding:1:crash,decoding:1:crash";
     let options = ["--prefetch", "off", "--threads", "1"];

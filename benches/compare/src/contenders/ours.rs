@@ -51,9 +51,9 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         .on_failure(FailurePolicy::Abort)
         .user_mode_only(true);
     restore = restore.prefetch(match options.prefetch {
-        Prefetch::Off => restore::Prefetch::Off,
-        Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
-        Prefetch::All => restore::Prefetch::All,
+        Prefetch::Off => snaprestore_engine::Prefetch::Off,
+        Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+        Prefetch::All => snaprestore_engine::Prefetch::All,
     });
     if let Some(threads) = options.fault_threads {
         restore = restore.fault_threads(threads);
@@ -127,8 +127,8 @@ impl Restored for Lazily {
             "complete_ms": stats.complete.map(|time| time.as_secs_f64() * 1e3),
             "faults": stats.faults,
             "fault_us": { "p50": micros(stats.fault_time.p50), "p99": micros(stats.fault_time.p99) },
-            "demand_pages": stats.demand.copied + stats.demand.filled + stats.demand.zeroed,
-            "prefetch_pages": stats.prefetch.copied + stats.prefetch.filled + stats.prefetch.zeroed,
+            "demand_pages": stats.demand.total(),
+            "prefetch_pages": stats.prefetch.total(),
             "bytes_read": stats.bytes_read,
             "bytes_decoded": stats.bytes_decoded,
             "retries": stats.retries,

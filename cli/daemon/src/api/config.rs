@@ -16,13 +16,14 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{Permissions, set_permissions};
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context as _, Result, anyhow, bail};
 use clap::ValueEnum;
+use nix::errno::Errno;
 use nix::unistd::Group;
 use serde::{Deserialize, Serialize};
 use snapshot_format::FileStore;
@@ -36,7 +37,7 @@ const MAX_SERVICE_NAME_BYTES: usize = 64;
 /// The maximum length of a Unix socket's path, without the terminating zero byte.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// The values that `--threads` takes.
-const THREADS: std::ops::RangeInclusive<usize> = 1..=512;
+const THREADS: std::ops::RangeInclusive<u64> = 1..=512;
 /// The values that `--handshake-timeout` takes.
 const HANDSHAKE_TIMEOUTS: std::ops::RangeInclusive<u64> = 1..=3600;
 /// The values that `--retry-timeout` takes.
@@ -107,12 +108,197 @@ pub enum FailurePolicy {
     Poison,
 }
 
-fn group_number(group: &str) -> Result<u32> {
+/// Why a file can't be used as a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The file can't be read.
+    #[error("cannot read {file}")]
+    Read {
+        /// The path of the file, escaped.
+        file: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The file is too large for a configuration.
+    #[error("cannot read {file}: it is larger than 4 MiB")]
+    TooLarge {
+        /// The path of the file, escaped.
+        file: String,
+    },
+    /// The content is wrong.
+    #[error("{file}")]
+    Invalid {
+        /// The path of the file, escaped.
+        file: String,
+        /// The place, and the right values.
+        source: ConfigError,
+    },
+}
+
+/// Why a configuration can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The text is not a configuration.
+    #[error("{message}")]
+    Parse {
+        /// The line and, for an unknown key, the known ones.
+        message: String,
+    },
+    /// The path of a socket is wrong.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+    /// A service is wrong.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// The control socket is also that of the metrics.
+    #[error("metrics = {socket}: control already uses that socket")]
+    MetricsSocket {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// Two services have one name.
+    #[error("two services are named {name:?}: give each its own name")]
+    SameName {
+        /// The name.
+        name: String,
+    },
+    /// A service has the socket of another one, or of the daemon.
+    #[error("service {service:?}: socket = {socket} is used above: give each its own socket")]
+    SameSocket {
+        /// The name of the later service.
+        service: String,
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// There are neither services nor a control socket.
+    #[error(
+        "there is nothing to serve: add a [[service]], or control = \"PATH\" to add services later"
+    )]
+    Nothing,
+}
+
+/// Why a service can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServiceError {
+    /// The name can't be that of a service.
+    #[error(
+        "the name {name:?} of a service must have 1 to {MAX_SERVICE_NAME_BYTES} letters, digits, \
+         dots, dashes and underscores"
+    )]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// A setting is wrong.
+    #[error("service {service:?}")]
+    Setting {
+        /// The name of the service.
+        service: String,
+        /// The setting, and the right values.
+        source: SettingError,
+    },
+}
+
+/// Why a setting is wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SettingError {
+    /// A path is empty.
+    #[error("{setting} is empty: it must be a path")]
+    Empty {
+        /// The name of the setting.
+        setting: &'static str,
+    },
+    /// A path is relative.
+    #[error("{setting} = {path}: the path must begin with /")]
+    Relative {
+        /// The name of the setting.
+        setting: &'static str,
+        /// The path, escaped.
+        path: String,
+    },
+    /// A path is too long for a socket.
+    #[error(
+        "{setting} = {path}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, and this one {len}"
+    )]
+    SocketPath {
+        /// The name of the setting.
+        setting: &'static str,
+        /// The path, escaped.
+        path: String,
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// A number is out of its range.
+    #[error("{setting} = {value} must be from {min} to {max}{unit}")]
+    Range {
+        /// The name of the setting.
+        setting: &'static str,
+        /// The value.
+        value: u64,
+        /// The minimum.
+        min: u64,
+        /// The maximum.
+        max: u64,
+        /// The unit, after a space.
+        unit: &'static str,
+    },
+}
+
+/// Why a socket can't get the group or the mode that its service asks for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShareError {
+    /// The group could not be looked up.
+    #[error("cannot look up group {group}")]
+    LookUp {
+        /// The name of the group.
+        group: String,
+        /// The error of the system call.
+        source: Errno,
+    },
+    /// There is no such group.
+    #[error("there is no group {group:?}")]
+    NoGroup {
+        /// The name of the group.
+        group: String,
+    },
+    /// The group of the socket can't be changed.
+    #[error(
+        "{socket}: cannot give the socket to group {group}; this takes CAP_CHOWN, or a daemon whose user \
+         owns the socket and is in the group"
+    )]
+    Group {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The name of the group.
+        group: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The mode of the socket can't be changed.
+    #[error("{socket}: cannot set the mode of the socket")]
+    Mode {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+fn group_number(group: &str) -> Result<u32, ShareError> {
     if let Ok(number) = group.parse() {
         return Ok(number);
     }
-    let found = Group::from_name(group).with_context(|| format!("group {group}"))?;
-    let found = found.with_context(|| format!("there is no group {group:?}"))?;
+    let owned = || group.to_owned();
+    let found = Group::from_name(group).map_err(|source| ShareError::LookUp {
+        group: owned(),
+        source,
+    })?;
+    let found = found.ok_or_else(|| ShareError::NoGroup { group: owned() })?;
     Ok(found.gid.as_raw())
 }
 
@@ -172,79 +358,115 @@ fn default_retry_timeout() -> u64 {
 }
 
 impl Service {
+    /// Creates a service that serves `snapshot` to the VMs that connect to `socket`, with the
+    /// defaults of a configuration file. Both paths must be absolute.
+    pub fn new(
+        name: impl Into<String>,
+        snapshot: impl Into<PathBuf>,
+        socket: impl Into<PathBuf>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            snapshot: snapshot.into(),
+            socket: socket.into(),
+            prefetch: default_prefetch(),
+            on_error: default_on_error(),
+            allow_uid: Vec::new(),
+            threads: default_threads(),
+            handshake_timeout: default_handshake_timeout(),
+            retry_timeout: default_retry_timeout(),
+            socket_mode: None,
+            socket_group: None,
+        }
+    }
+
     /// Gives the socket the requested permissions; the umask and the daemon's user have determined
     /// the rest.
-    pub(crate) fn share_socket(&self) -> Result<()> {
-        let socket = &self.socket;
-        let name = escape_path(socket);
+    pub(crate) fn share_socket(&self) -> Result<(), ShareError> {
+        let path = &self.socket;
+        let socket = || escape_path(path);
         if let Some(group) = &self.socket_group {
             let number = group_number(group)?;
-            lchown(socket, None, Some(number)).with_context(|| {
-                format!(
-                    "{name}: cannot give the socket to group {group}; this takes CAP_CHOWN, or a daemon whose user \
-                     owns the socket and is in the group"
-                )
+            lchown(path, None, Some(number)).map_err(|source| ShareError::Group {
+                socket: socket(),
+                group: group.clone(),
+                source,
             })?;
         }
         if let Some(SocketMode(mode)) = self.socket_mode {
-            set_permissions(socket, Permissions::from_mode(mode))
-                .with_context(|| format!("{name}: cannot set the mode of the socket"))?;
+            let set = set_permissions(path, Permissions::from_mode(mode));
+            set.map_err(|source| ShareError::Mode {
+                socket: socket(),
+                source,
+            })?;
         }
         Ok(())
     }
 
-    /// Checks the service on its own. The error names the correct values.
-    pub fn check(&self) -> Result<()> {
+    /// Checks the service on its own.
+    ///
+    /// # Errors
+    ///
+    /// Returns the first setting that is wrong, with the right values.
+    pub fn check(&self) -> Result<(), ServiceError> {
         let name = &self.name;
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if name.is_empty() || name.len() > MAX_SERVICE_NAME_BYTES || !name.chars().all(good) {
-            bail!(
-                "the name {name:?} of a service must have 1 to {MAX_SERVICE_NAME_BYTES} letters, digits, \
-                 dots, dashes and underscores"
-            );
+            return Err(ServiceError::Name { name: name.clone() });
         }
-        let wrong = || format!("service {name:?}");
-        absolute("snapshot", &self.snapshot).with_context(wrong)?;
-        check_socket("socket", &self.socket).with_context(wrong)?;
-        if !THREADS.contains(&self.threads) {
-            let error = anyhow!("threads = {} must be from 1 to 512", self.threads);
-            return Err(error).with_context(wrong);
-        }
-        if !HANDSHAKE_TIMEOUTS.contains(&self.handshake_timeout) {
-            let error = anyhow!(
-                "handshake_timeout = {} must be from 1 to 3600 s",
-                self.handshake_timeout
-            );
-            return Err(error).with_context(wrong);
-        }
-        if !RETRY_TIMEOUTS.contains(&self.retry_timeout) {
-            let retry_timeout = self.retry_timeout;
-            let error = anyhow!("retry_timeout = {retry_timeout} must be from 0 to 3600 s");
-            return Err(error).with_context(wrong);
+        self.check_settings()
+            .map_err(|source| ServiceError::Setting {
+                service: name.clone(),
+                source,
+            })
+    }
+
+    fn check_settings(&self) -> Result<(), SettingError> {
+        absolute("snapshot", &self.snapshot)?;
+        check_socket("socket", &self.socket)?;
+        let seconds = " s";
+        for (setting, value, range, unit) in [
+            ("threads", self.threads as u64, THREADS, ""),
+            (
+                "handshake_timeout",
+                self.handshake_timeout,
+                HANDSHAKE_TIMEOUTS,
+                seconds,
+            ),
+            ("retry_timeout", self.retry_timeout, RETRY_TIMEOUTS, seconds),
+        ] {
+            if !range.contains(&value) {
+                return Err(SettingError::Range {
+                    setting,
+                    value,
+                    min: *range.start(),
+                    max: *range.end(),
+                    unit,
+                });
+            }
         }
         Ok(())
     }
 }
 
-fn absolute(what: &str, path: &Path) -> Result<()> {
+fn absolute(setting: &'static str, path: &Path) -> Result<(), SettingError> {
     if path.as_os_str().is_empty() {
-        bail!("{what} is empty: it must be a path");
+        return Err(SettingError::Empty { setting });
     }
     if !path.is_absolute() {
-        bail!("{what} = {}: the path must begin with /", escape_path(path));
+        let path = escape_path(path);
+        return Err(SettingError::Relative { setting, path });
     }
     Ok(())
 }
 
 /// Checks that a path is possible for a Unix socket.
-fn check_socket(what: &str, path: &Path) -> Result<()> {
-    absolute(what, path)?;
+fn check_socket(setting: &'static str, path: &Path) -> Result<(), SettingError> {
+    absolute(setting, path)?;
     let len = path.as_os_str().len();
     if len > MAX_SOCKET_PATH_BYTES {
-        bail!(
-            "{what} = {}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes, and this one {len}",
-            escape_path(path)
-        );
+        let path = escape_path(path);
+        return Err(SettingError::SocketPath { setting, path, len });
     }
     Ok(())
 }
@@ -318,18 +540,32 @@ pub struct Config {
 
 impl Config {
     /// Reads and checks a file. Relative paths in it are relative to the file's folder.
-    pub fn load(file: &Path) -> Result<Self> {
-        let name = escape_path(file);
-        let text = read(file).with_context(|| format!("cannot read {name}"))?;
-        let folder = std::path::absolute(file).with_context(|| name.clone())?;
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the file can't be read, or what is wrong in it, with its line if
+    /// possible and the right values.
+    pub fn load(file: &Path) -> Result<Self, LoadError> {
+        let name = || escape_path(file);
+        let failed = |source| LoadError::Read {
+            file: name(),
+            source,
+        };
+        let text = read(file).map_err(failed)?;
+        let text = text.ok_or_else(|| LoadError::TooLarge { file: name() })?;
+        let folder = std::path::absolute(file).map_err(failed)?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
-        Self::parse(&text, folder).with_context(|| name.clone())
+        Self::parse(&text, folder).map_err(|source| LoadError::Invalid {
+            file: name(),
+            source,
+        })
     }
 
-    fn parse(text: &str, folder: &Path) -> Result<Self> {
+    fn parse(text: &str, folder: &Path) -> Result<Self, ConfigError> {
         // The error shows the line and, for an unknown key, the known ones.
-        let mut config: Self =
-            toml::from_str(text).map_err(|error| anyhow!("{}", error.to_string().trim_end()))?;
+        let mut config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            message: error.to_string().trim_end().to_owned(),
+        })?;
         let resolve = |path: &mut PathBuf| {
             if !path.as_os_str().is_empty() {
                 *path = folder.join(&*path);
@@ -348,7 +584,12 @@ impl Config {
     }
 
     /// Checks that all services and sockets can be served together.
-    pub fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// Returns the first setting that is wrong, with the right values, or the services that are in
+    /// each other's way.
+    pub fn check(&self) -> Result<(), ConfigError> {
         let mut names = BTreeSet::new();
         let mut sockets = BTreeSet::new();
         if let Some(control) = &self.control {
@@ -358,53 +599,45 @@ impl Config {
         if let Some(MetricsAddress::Socket(path)) = &self.metrics {
             check_socket("metrics", path)?;
             if !sockets.insert(path) {
-                bail!(
-                    "metrics = {}: control already uses that socket",
-                    escape_path(path)
-                );
+                let socket = escape_path(path);
+                return Err(ConfigError::MetricsSocket { socket });
             }
         }
         for service in &self.services {
             service.check()?;
-            if !names.insert(&service.name) {
-                bail!(
-                    "two services are named {:?}: give each its own name",
-                    service.name
-                );
+            let name = &service.name;
+            if !names.insert(name) {
+                return Err(ConfigError::SameName { name: name.clone() });
             }
             if !sockets.insert(&service.socket) {
-                bail!(
-                    "service {:?}: socket = {} is used above: give each its own socket",
-                    service.name,
-                    escape_path(&service.socket)
-                );
+                return Err(ConfigError::SameSocket {
+                    service: name.clone(),
+                    socket: escape_path(&service.socket),
+                });
             }
         }
         if self.services.is_empty() && self.control.is_none() {
-            bail!(
-                "there is nothing to serve: add a [[service]], or control = \"PATH\" to add services later"
-            );
+            return Err(ConfigError::Nothing);
         }
         Ok(())
     }
 }
 
-/// Reads a configuration file; a size limit guards against a disk image named by mistake.
-fn read(file: &Path) -> Result<String> {
+/// Reads a configuration file. Returns `None` if it is too large: a size limit guards against a
+/// disk image named by mistake.
+fn read(file: &Path) -> io::Result<Option<String>> {
     use std::io::Read as _;
 
     let file = FileStore::open(file)?.into_file();
     let mut text = String::new();
     file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_CONFIG_BYTES {
-        bail!("it is larger than 4 MiB");
-    }
-    Ok(text)
+    Ok((text.len() as u64 <= MAX_CONFIG_BYTES).then_some(text))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Chain;
 
     const WHOLE: &str = r#"
 control = "/run/control.socket"
@@ -429,20 +662,20 @@ socket_mode = "0660"
 socket_group = "kvm"
 "#;
 
-    fn parse(text: &str) -> Result<Config> {
+    fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("/etc/snaprestore"))
     }
 
     #[track_caller]
     fn refused(text: &str, says: &[&str]) {
-        let error = format!("{:#}", parse(text).unwrap_err());
+        let error = Chain(&parse(text).unwrap_err()).to_string();
         for part in says {
             assert!(error.contains(part), "no {part:?} in: {error}");
         }
     }
 
     #[test]
-    fn a_file_names_services_and_paths_are_meant_from_its_folder() {
+    fn relative_paths_start_at_the_file() {
         let config = parse(WHOLE).unwrap();
         assert_eq!(config.control, Some("/run/control.socket".into()));
         let address = "127.0.0.1:9100".parse().unwrap();
@@ -477,7 +710,15 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn what_was_parsed_is_written_and_parsed_alike() {
+    fn new_service_has_the_defaults_of_a_file() {
+        let config = parse(WHOLE).unwrap();
+        let (folder, socket) = (Path::new("/etc/snaprestore"), "/run/web.socket");
+        let service = Service::new("web", folder.join("web.snap"), socket);
+        assert_eq!(config.services[0], service);
+    }
+
+    #[test]
+    fn written_configuration_parses_alike() {
         let config = parse(WHOLE).unwrap();
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
@@ -492,7 +733,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_its_line_and_what_would_be_right() {
+    fn wrong_setting_is_named_with_right_values() {
         refused("contrl = \"/x\"", &["line 1", "contrl", "control"]);
         let service = "[[service]]\nname = \"a\"\nsnapshot = \"s\"\nsocket = \"/run/a\"\n";
         refused(
@@ -543,7 +784,7 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn metrics_are_given_on_this_machine_only() {
+    fn metrics_address_must_be_local() {
         for good in ["127.0.0.1:1", "127.1.2.3:9100", "[::1]:9100"] {
             let address = good.parse::<MetricsAddress>().unwrap();
             assert!(matches!(address, MetricsAddress::Loopback(_)), "{good}");
@@ -569,13 +810,13 @@ socket_group = "kvm"
     }
 
     #[test]
-    fn a_file_that_is_none_is_refused() {
+    fn file_that_is_no_configuration_is_refused() {
         for (path, says) in [
             ("/none", "No such file"),
             ("/dev/zero", "character device"),
             ("/", "folder"),
         ] {
-            let error = format!("{:#}", Config::load(Path::new(path)).unwrap_err());
+            let error = Chain(&Config::load(Path::new(path)).unwrap_err()).to_string();
             assert!(error.contains(says) && error.contains(path), "{error}");
         }
     }

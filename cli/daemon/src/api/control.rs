@@ -5,6 +5,8 @@
 //!       ◀── {"ok":[{"vm":3,"done":true}]}\n     or {"error":"there is no VM 3; ..."}\n
 //! ```
 //!
+//! An error also has `"bad_snapshot":true` if the file of a service is not a usable snapshot.
+//!
 //! Only the daemon's own user and root may use it: the socket's mode ensures that, and the
 //! credentials of the client are checked as well. A line that is too long, or takes too long, ends
 //! the connection. A line that can't be parsed gets an error as its reply, and the next one is
@@ -16,7 +18,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -86,12 +87,39 @@ pub enum Request {
     },
 }
 
-/// A reply.
+/// A reply: either `ok` or `error`.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Reply<T> {
-    Ok(T),
-    Error(String),
+struct Reply<T> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ok: Option<T>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// Whether the request failed because a file is not a usable snapshot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    bad_snapshot: bool,
+}
+
+impl<T> From<ApiResult<T>> for Reply<T> {
+    fn from(result: ApiResult<T>) -> Self {
+        match result {
+            Ok(said) => Self {
+                ok: Some(said),
+                error: None,
+                bad_snapshot: false,
+            },
+            Err(RequestError { text, bad_snapshot }) => Self {
+                ok: None,
+                error: Some(text),
+                bad_snapshot,
+            },
+        }
+    }
+}
+
+impl Reply<()> {
+    fn error(text: String) -> Self {
+        Err(RequestError::from(text)).into()
+    }
 }
 
 /// The body of a successful reply.
@@ -107,21 +135,18 @@ enum ReplyBody {
 
 /// Creates the control socket at `path`, for the daemon's own user only. Nobody else can connect in
 /// between.
-pub(crate) fn listen_at(path: &Path) -> Result<UnixListener> {
-    let make = || -> nix::Result<UnixListener> {
-        let socket = socket(
-            AddressFamily::Unix,
-            SockType::Stream,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
-        // The socket's file gets this mode.
-        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
-        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        listen(&socket, Backlog::new(128)?)?;
-        Ok(socket.into())
-    };
-    make().with_context(|| format!("cannot listen on {}", escape_path(path)))
+pub(crate) fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // The socket's file gets this mode.
+    fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(128)?)?;
+    Ok(socket.into())
 }
 
 /// Serves a connection to the control socket of a daemon of user `own` until the client hangs up.
@@ -137,22 +162,19 @@ fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::R
     if !may_use(uid, own) {
         tracing::warn!(pid, uid, "refused a control connection of another user");
         let text = format!("user {uid} may not control this daemon: only user {own} and root may");
-        return send(stream, &Reply::<()>::Error(text));
+        return send(stream, &Reply::error(text));
     }
     loop {
         let line = match lines.next(Some(Instant::now() + IO_TIMEOUT)) {
             Ok(Some(line)) => line,
             Ok(None) => return Ok(()),
             Err(error) => {
-                let _ = send(stream, &Reply::<()>::Error(error.to_string()));
+                let _ = send(stream, &Reply::error(error.to_string()));
                 return Err(error);
             }
         };
-        let reply = match parse(line).and_then(|request| dispatch(api, request)) {
-            Ok(said) => Reply::Ok(said),
-            Err(RequestError(why)) => Reply::Error(why),
-        };
-        send(stream, &reply)?;
+        let result = parse(line).and_then(|request| dispatch(api, request));
+        send(stream, &Reply::from(result))?;
     }
 }
 
@@ -163,7 +185,7 @@ fn may_use(uid: u32, own: u32) -> bool {
 
 fn parse(line: &[u8]) -> ApiResult<Request> {
     let request = serde_json::from_slice(line);
-    request.map_err(|error| RequestError(format!("invalid request: {error}")))
+    request.map_err(|error| format!("invalid request: {error}").into())
 }
 
 /// Calls the API for a request.
@@ -192,7 +214,7 @@ fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
             let which = match (vm, all) {
                 (Some(vm), false) => VmSelector::Vm(vm),
                 (None, true) => VmSelector::All,
-                _ => return Err(RequestError("name one VM, or all of them".to_owned())),
+                _ => return Err("name one VM, or all of them".to_owned().into()),
             };
             ReplyBody::Completed(api.complete(which)?)
         }
@@ -322,7 +344,53 @@ pub enum ConnectError {
     },
 }
 
+/// Why a request got no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The request could not be sent.
+    #[error("cannot send a request to {socket}")]
+    Send {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// No reply was received in time, or it was too long.
+    #[error("no reply from the daemon at {socket}")]
+    Receive {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The daemon closed the connection.
+    #[error("the daemon at {socket} closed the connection without a reply")]
+    Closed {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// The reply is not one that this version knows.
+    #[error("cannot parse the reply from {socket}: the daemon may be of another version")]
+    Parse {
+        /// The path of the socket, escaped.
+        socket: String,
+        /// The place and kind of the error.
+        source: serde_json::Error,
+    },
+    /// The reply has neither a result nor an error.
+    #[error("the reply from {socket} has neither a result nor an error")]
+    Empty {
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// The daemon refused the request.
+    #[error(transparent)]
+    Refused(#[from] RequestError),
+}
+
 /// A connection to a daemon.
+#[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
     path: PathBuf,
@@ -330,6 +398,10 @@ pub struct Client {
 
 impl Client {
     /// Connects to the daemon with the control socket at `path`.
+    ///
+    /// # Errors
+    ///
+    /// Returns the reason why no daemon can be reached there; see [`ConnectError`].
     pub fn connect(path: &Path) -> Result<Self, ConnectError> {
         let stream = UnixStream::connect(path).map_err(|source| {
             let socket = escape_path(path);
@@ -347,32 +419,47 @@ impl Client {
     }
 
     /// Sends a request.
-    pub fn send(&self, request: &Request) -> Result<()> {
-        let name = escape_path(&self.path);
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Send`] if the daemon does not read the request within 30 s.
+    pub fn send(&self, request: &Request) -> Result<(), ClientError> {
         match send(&self.stream, request) {
             // The daemon may have sent the reason before it hung up.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            sent => sent.with_context(|| format!("cannot send a request to {name}")),
+            Err(source) => Err(ClientError::Send {
+                socket: escape_path(&self.path),
+                source,
+            }),
+            Ok(()) => Ok(()),
         }
     }
 
     /// Receives the reply. With `unlimited`, waits without a time limit, since some requests take
-    /// long.
-    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T> {
-        let name = escape_path(&self.path);
+    /// long; else, for 30 s.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ClientError::Refused`] with the daemon's text if it refuses the request, and the
+    /// other errors if there is no reply, or none that this version knows.
+    pub fn receive<T: DeserializeOwned>(&self, unlimited: bool) -> Result<T, ClientError> {
+        let socket = escape_path(&self.path);
         let until = (!unlimited).then(|| Instant::now() + IO_TIMEOUT);
         let mut lines = Lines::new(&self.stream, MAX_REPLY_BYTES);
-        let line = lines.next(until);
-        let line = line.with_context(|| format!("no reply from the daemon at {name}"))?;
-        let Some(line) = line else {
-            bail!("the daemon at {name} closed the connection without a reply");
+        let line = match lines.next(until) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Err(ClientError::Closed { socket }),
+            Err(source) => return Err(ClientError::Receive { socket, source }),
         };
-        let reply: Reply<T> = serde_json::from_slice(line).with_context(|| {
-            format!("cannot parse the reply from {name}: the daemon may be of another version")
-        })?;
-        match reply {
-            Reply::Ok(said) => Ok(said),
-            Reply::Error(why) => bail!(why),
+        let reply: Reply<T> = match serde_json::from_slice(line) {
+            Ok(reply) => reply,
+            Err(source) => return Err(ClientError::Parse { socket, source }),
+        };
+        let bad_snapshot = reply.bad_snapshot;
+        match (reply.ok, reply.error) {
+            (Some(said), _) => Ok(said),
+            (None, Some(text)) => Err(ClientError::Refused(RequestError { text, bad_snapshot })),
+            (None, None) => Err(ClientError::Empty { socket }),
         }
     }
 }

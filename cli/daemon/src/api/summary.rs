@@ -1,12 +1,14 @@
-//! Summaries of VMs that have ended, for people and programs.
+//! Summaries of a run and of VMs that have ended, for people and programs.
 
 use std::fmt;
 use std::time::Duration;
 
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::pager::{PageCounts, Stats};
+use snaprestore_engine::pager::SessionEnd;
+use snaprestore_engine::stats::Stats;
 
+use crate::api::types::VmState;
 use crate::log::count;
 
 /// The name of a VM in logs, messages and reports.
@@ -35,17 +37,45 @@ impl fmt::Display for VmLabel {
     }
 }
 
+/// Summary of a daemon's run.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunSummary {
+    /// Number of VMs that were served.
+    pub served: u64,
+    /// Number of connections and VMs that were refused.
+    pub refused: u64,
+    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
+    /// memory.
+    pub incomplete: u64,
+    /// Number of workers that replaced a dead one.
+    pub worker_restarts: u64,
+    /// Summaries of the first VMs.
+    pub vms: Vec<VmSummary>,
+}
+
+impl fmt::Display for RunSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "served {}", count(self.served, "VM"))?;
+        if self.refused > 0 {
+            write!(f, "; refused {}", HumanCount(self.refused))?;
+        }
+        if self.incomplete > 0 {
+            let killed = HumanCount(self.incomplete);
+            write!(f, "; {killed} killed before their memory was complete")?;
+        }
+        writeln!(f)
+    }
+}
+
 /// Summary of a VM that has ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmSummary {
     /// The VM.
     #[serde(flatten)]
     pub label: VmLabel,
-    /// The way in which the VM ended.
-    pub ending: Ending,
-    /// Reason why the VM was killed or refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
+    /// How the VM ended: the fields `ending` and `reason`.
+    #[serde(flatten)]
+    pub end: SessionEnd,
     faults: u64,
     fault_p50_us: u64,
     fault_p99_us: u64,
@@ -56,27 +86,23 @@ pub struct VmSummary {
     discards: u64,
 }
 
-/// The way in which the daemon stopped serving a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Ending {
-    /// The VM has all its memory, and no longer needs the daemon.
-    Complete,
-    /// The process exited by itself.
-    Exited,
-    /// The process was killed.
-    Killed,
-    /// The VM was never served.
-    Refused,
+impl From<&SessionEnd> for VmState {
+    fn from(end: &SessionEnd) -> Self {
+        match end {
+            SessionEnd::Complete => Self::Complete,
+            SessionEnd::Exited => Self::Exited,
+            SessionEnd::Killed(_) => Self::Killed,
+            SessionEnd::Refused(_) => Self::Refused,
+        }
+    }
 }
 
 impl VmSummary {
     /// Creates the summary of a VM that was not served.
-    pub(crate) fn new(label: VmLabel, ending: Ending, reason: Option<String>) -> Self {
+    pub(crate) fn new(label: VmLabel, end: SessionEnd) -> Self {
         Self {
             label,
-            ending,
-            reason,
+            end,
             faults: 0,
             fault_p50_us: 0,
             fault_p99_us: 0,
@@ -88,38 +114,23 @@ impl VmSummary {
 
     /// Adds the statistics of the VM's session.
     pub(crate) fn with(self, stats: &Stats) -> Self {
-        let total = |counts: PageCounts| counts.copied + counts.filled + counts.zeroed;
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Self {
             faults: stats.faults,
             fault_p50_us: micros(stats.fault_time.p50),
             fault_p99_us: micros(stats.fault_time.p99),
-            pages: total(stats.demand) + total(stats.prefetch),
-            prefetched: total(stats.prefetch),
-            discards: stats.events,
+            pages: stats.demand.total() + stats.prefetch.total(),
+            prefetched: stats.prefetch.total(),
+            discards: stats.discards,
             ..self
         }
-    }
-}
-
-impl fmt::Display for Ending {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Complete => "complete",
-            Self::Exited => "exited",
-            Self::Killed => "killed",
-            Self::Refused => "refused",
-        })
     }
 }
 
 /// Formats the part of a log line that follows the label.
 impl fmt::Display for VmSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.ending)?;
-        if let Some(reason) = &self.reason {
-            write!(f, ": {reason}")?;
-        }
+        write!(f, "{}", self.end)?;
         if self.pages > 0 {
             write!(
                 f,

@@ -3,14 +3,16 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, peer_of};
 
-/// Number of retries of accept when memory or descriptors are short.
-const ACCEPT_RETRIES: u32 = 100;
+use crate::policy::{ACCEPT_RETRIES, Counter};
+
+/// Pause before accept is retried when memory or descriptors are short.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// A peer that was killed.
 #[derive(Debug)]
@@ -45,7 +47,7 @@ fn kill_peers_with(
     // Connections in the backlog can still be accepted.
     let _ = shutdown(listener.as_raw_fd(), Shutdown::Read);
     let _ = listener.set_nonblocking(true);
-    let mut failed = 0;
+    let mut failed = Counter::default();
     loop {
         match listener.accept() {
             Ok((stream, _)) => match kill_peer(&mut kill, stream, allowed) {
@@ -69,16 +71,13 @@ fn kill_peers_with(
             {
                 return killed;
             }
-            Err(error) if failed == ACCEPT_RETRIES => {
+            Err(error) if !failed.admit(&ACCEPT_RETRIES, Instant::now()) => {
                 say(format!(
                     "cannot accept a VMM that waits at service {service}: {error}"
                 ));
                 return killed;
             }
-            Err(_) => {
-                failed += 1;
-                std::thread::sleep(Duration::from_millis(10));
-            }
+            Err(_) => std::thread::sleep(ACCEPT_PAUSE),
         }
     }
 }
@@ -163,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_before_is_found_and_nothing_can_follow() {
+    fn data_sent_before_shutdown_is_found() {
         let (here, mut there) = UnixStream::pair().unwrap();
         there.write_all(b"[").unwrap();
         assert!(!shut_down_and_check_empty(&here));

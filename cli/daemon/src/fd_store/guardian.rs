@@ -48,15 +48,14 @@ use snapshot_format::names::escape_path;
 
 use super::{backlog, cgroup, systemd};
 use crate::fd_store::StoreEvent;
+use crate::policy::{self, Counter};
 
 /// The hidden subcommand, and the option of the process that stays.
 pub(crate) const COMMAND: &str = "guardian";
 const STAY: &str = "--stay";
 
-/// Time limit for a guardian to become ready: exec, and some writes to kernel files.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// The maximum size of a message.
-const MAX_MESSAGE_BYTES: usize = 4096;
+pub(crate) const MAX_MESSAGE_BYTES: usize = 4096;
 /// Milliseconds to wait for room in the socket.
 pub(crate) const SEND_TIMEOUT_MS: u8 = 200;
 
@@ -122,7 +121,7 @@ impl Guardian {
     }
 
     fn first_message(&self) -> io::Result<String> {
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + policy::GUARDIAN_TIMEOUT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -156,10 +155,6 @@ impl Guardian {
     /// Sends one message with these descriptors. Waits up to `wait` milliseconds for room in the
     /// socket.
     pub(crate) fn send(&self, text: &str, fds: &[BorrowedFd<'_>], wait: u8) -> io::Result<()> {
-        if text.len() > MAX_MESSAGE_BYTES {
-            let why = "too many users are allowed to connect";
-            return Err(io::Error::new(ErrorKind::InvalidInput, why));
-        }
         let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let control = [ControlMessage::ScmRights(&fds)];
         let control = if fds.is_empty() { &[][..] } else { &control };
@@ -325,16 +320,15 @@ struct GuardedListener {
 fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
     let mut vms = BTreeMap::<String, GuardedVm>::new();
     let mut listeners = BTreeMap::<String, GuardedListener>::new();
-    let mut errors = 0;
+    let mut errors = Counter::default();
     loop {
         let mut buffer = [0; MAX_MESSAGE_BYTES];
         let received = match receive(socket.as_fd(), &mut buffer) {
             Ok(received) => received,
             // If the supervisor died with unread messages, one read fails, and the messages that it
             // sent follow. If memory is short, a retry succeeds a moment later.
-            Err(_) if errors < 100 => {
-                errors += 1;
-                std::thread::sleep(Duration::from_millis(errors));
+            Err(_) if errors.admit(&policy::READ_RETRIES, Instant::now()) => {
+                std::thread::sleep(Duration::from_millis(errors.number().into()));
                 continue;
             }
             Err(error) => {
@@ -345,7 +339,7 @@ fn guard(socket: &OwnedFd) -> (Vec<GuardedVm>, Vec<GuardedListener>) {
         if received.bytes == 0 {
             break;
         }
-        errors = 0;
+        errors.reset();
         let message = String::from_utf8_lossy(&buffer[..received.bytes]).into_owned();
         match message.split_once(' ') {
             Some(("hold", rest)) => {

@@ -41,8 +41,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
-use self::guardian::{Guardian, SEND_TIMEOUT_MS};
+use self::guardian::{Guardian, MAX_MESSAGE_BYTES, SEND_TIMEOUT_MS};
 use self::systemd::{Inherited, Manager};
+use crate::policy;
 
 /// The role of a userfaultfd; those of an owner's forks have roles with this prefix.
 pub const UFFD: &str = "uffd";
@@ -55,6 +56,32 @@ const LISTENING: &str = "listening";
 /// The maximum length of an id. With the longest role, a name has the 255 bytes of systemd's limit.
 const MAX_ID_BYTES: usize = 64;
 const MAX_ROLE_BYTES: usize = 64;
+
+/// Why descriptors could not be stored or removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// systemd stores no more descriptors for this service.
+    #[error("the descriptor store is full; raise FileDescriptorStoreMax= (now {room})")]
+    Full {
+        /// The number of descriptors that it stores.
+        room: usize,
+    },
+    /// systemd would not accept an id or a role.
+    #[error(
+        "the id {id:?} or a role of it is no name: at most {MAX_ID_BYTES} letters, digits, - and _ are"
+    )]
+    Name {
+        /// The id.
+        id: String,
+    },
+    /// The message to the guardian is too long.
+    #[error("too many users are allowed to connect")]
+    TooManyUsers,
+    /// A message could not be sent.
+    #[error(transparent)]
+    Send(#[from] io::Error),
+}
 
 /// A store of descriptors outside this process.
 #[derive(Debug)]
@@ -153,12 +180,16 @@ impl FdStore {
     /// The guardian stores the owner and the userfaultfds, and nothing else: it kills VMs, and
     /// can't serve them. Once this has returned, the supervisor may die, unless the guardian
     /// [lags](FdStore::send_queued).
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if systemd has no room, or a message could not be sent.
     pub fn store(
         &mut self,
         id: &str,
         service: &str,
         fds: &[(&str, BorrowedFd<'_>)],
-    ) -> io::Result<()> {
+    ) -> Result<(), StoreError> {
         check(id, fds)?;
         match &self.backend {
             Backend::Systemd { manager, room } => {
@@ -167,10 +198,7 @@ impl FdStore {
                 let known = |role: &str| roles.iter().any(|known| known == role);
                 let new: Vec<_> = fds.iter().filter(|(role, _)| !known(role)).collect();
                 if stored + new.len() > *room {
-                    let why = format!(
-                        "the descriptor store is full; raise FileDescriptorStoreMax= (now {room})"
-                    );
-                    return Err(io::Error::other(why));
+                    return Err(StoreError::Full { room: *room });
                 }
                 for (role, fd) in new {
                     manager.store(&systemd::name(id, role), *fd)?;
@@ -204,7 +232,7 @@ impl FdStore {
         service: &str,
         listener: BorrowedFd<'_>,
         allowed: &[u32],
-    ) -> io::Result<()> {
+    ) -> Result<(), StoreError> {
         if !matches!(self.backend, Backend::Guardian(_)) {
             return self.store(id, service, &[(LISTENING, listener)]);
         }
@@ -214,12 +242,16 @@ impl FdStore {
     }
 
     /// Removes all descriptors of `id`: its VM has exited, or has all its memory.
-    pub fn remove(&mut self, id: &str) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if a message could not be sent.
+    pub fn remove(&mut self, id: &str) -> Result<(), StoreError> {
         let roles = self.stored.remove(id).unwrap_or_default();
         match &self.backend {
-            Backend::Systemd { manager, .. } => roles
+            Backend::Systemd { manager, .. } => Ok(roles
                 .iter()
-                .try_for_each(|role| manager.remove(&systemd::name(id, role))),
+                .try_for_each(|role| manager.remove(&systemd::name(id, role)))?),
             Backend::Guardian(_) => self.send(id, format!("release {id}"), &[]),
             Backend::Unavailable { .. } => Ok(()),
         }
@@ -227,10 +259,13 @@ impl FdStore {
 
     /// Sends the guardian a message about `id`, replacing one that is still queued. If the guardian
     /// doesn't read, the message is queued.
-    fn send(&mut self, id: &str, text: String, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn send(&mut self, id: &str, text: String, fds: &[BorrowedFd<'_>]) -> Result<(), StoreError> {
         let Backend::Guardian(guardian) = &self.backend else {
             return Ok(());
         };
+        if text.len() > MAX_MESSAGE_BYTES {
+            return Err(StoreError::TooManyUsers);
+        }
         self.queued.remove(id);
         // The guardian gets this time once, and not for each message.
         let wait = if self.queued.is_empty() {
@@ -248,7 +283,7 @@ impl FdStore {
             }
             // The next guardian will be sent everything.
             Err(error) if is_gone(&error) => Ok(()),
-            told => told,
+            sent => Ok(sent?),
         }
     }
 
@@ -268,15 +303,13 @@ impl FdStore {
             }
         }
         let waiting = self.queued.len();
-        match (waiting, self.is_lagging) {
-            (1.., false) => {
-                self.is_lagging = true;
-                Some(GuardianProgress::Lagging(waiting))
-            }
-            (0, true) => {
-                self.is_lagging = false;
-                Some(GuardianProgress::CaughtUp)
-            }
+        let is_lagging = policy::QUEUED_MESSAGES.is_reached_by(waiting);
+        match (
+            std::mem::replace(&mut self.is_lagging, is_lagging),
+            is_lagging,
+        ) {
+            (false, true) => Some(GuardianProgress::Lagging(waiting)),
+            (true, false) => Some(GuardianProgress::CaughtUp),
             _ => None,
         }
     }
@@ -362,7 +395,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Checks that systemd accepts the names, and that they can be split again.
-fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
+fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> Result<(), StoreError> {
     let plain = |text: &str, max, also: &[u8]| {
         let byte = |byte: u8| byte.is_ascii_alphanumeric() || also.contains(&byte);
         !text.is_empty() && text.len() <= max && text.bytes().all(byte)
@@ -374,14 +407,11 @@ fn check(id: &str, fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<()> {
     {
         return Ok(());
     }
-    let why = format!(
-        "the id {id:?} or a role of it is no name: at most {MAX_ID_BYTES} letters, digits, - and _ are"
-    );
-    Err(io::Error::new(ErrorKind::InvalidInput, why))
+    Err(StoreError::Name { id: id.to_owned() })
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
@@ -390,10 +420,10 @@ mod tests {
     use super::*;
 
     /// A guardian that reads when the test tells it to.
-    struct FakeGuardian(OwnedFd);
+    pub(crate) struct FakeGuardian(OwnedFd);
 
     impl FakeGuardian {
-        fn pair() -> (FdStore, Self) {
+        pub(crate) fn pair() -> (FdStore, Self) {
             let flags = SockFlag::SOCK_CLOEXEC;
             let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
             let (ours, theirs) = pair.unwrap();
@@ -416,7 +446,8 @@ mod tests {
             Some((text, received.descriptors.len()))
         }
 
-        fn read_all(&self) -> Vec<(String, usize)> {
+        /// Returns the messages that were sent and not read yet.
+        pub(crate) fn read_all(&self) -> Vec<(String, usize)> {
             std::iter::from_fn(|| self.read()).collect()
         }
     }
@@ -495,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn shortage_of_kernel_memory_is_tried_again() {
+    fn shortage_of_kernel_memory_is_retried() {
         for errno in [
             Errno::EAGAIN,
             Errno::ENOBUFS,
@@ -508,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn guardian_that_has_ended_loses_nothing_more() {
+    fn messages_to_exited_guardian_are_dropped() {
         let (mut store, other) = FakeGuardian::pair();
         let _ = fill(&mut store);
         drop(other);

@@ -65,7 +65,7 @@ impl Manager {
     }
 
     /// Sends `state`, which is lines such as `READY=1`.
-    pub(crate) fn notify(&self, state: &str) -> io::Result<()> {
+    fn notify(&self, state: &str) -> io::Result<()> {
         self.send(state, &[])
     }
 
@@ -95,6 +95,14 @@ impl Manager {
             None,
         )?;
         Ok(())
+    }
+}
+
+/// Sends `state` to the manager, if it has started this process.
+pub(crate) fn notify(state: &str) {
+    if let Some(Ok(manager)) = Manager::from_env() {
+        // systemd notices by itself if this fails.
+        let _ = manager.notify(state);
     }
 }
 

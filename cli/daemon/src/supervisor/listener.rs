@@ -9,19 +9,65 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
 };
 use snapshot_format::names::escape_path;
 
-use crate::api::config::MetricsAddress;
+use crate::api::config::{MetricsAddress, ShareError};
 use crate::api::control;
 use crate::fd_store::backlog::{self, BacklogPeer};
 
 /// Time limit for the guardian of a dead supervisor to close its sockets.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a daemon can't listen at an address.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListenError {
+    /// The socket could not be created or bound.
+    #[error("cannot listen on {address}{}", if *.is_taken {
+        " (remove the file if no process uses it any more)"
+    } else {
+        ""
+    })]
+    Failed {
+        /// The path of the socket, escaped, or the address.
+        address: String,
+        /// Whether there is a file at the path.
+        is_taken: bool,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The path is that of a file which is not a socket.
+    #[error(
+        "cannot listen on {path}: the file exists and is not a socket; remove it, or choose another path"
+    )]
+    NotASocket {
+        /// The path, escaped.
+        path: String,
+    },
+    /// Another process listens at the path.
+    #[error("cannot listen on {path}: another process listens there")]
+    InUse {
+        /// The path, escaped.
+        path: String,
+    },
+    /// The socket can't get the group or the mode that the service asks for.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+}
+
+impl ListenError {
+    fn failed(address: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Failed {
+            address: address.into(),
+            is_taken: false,
+            source,
+        }
+    }
+}
 
 /// A listening socket. Its name in the file system is removed when it is dropped.
 #[derive(Debug)]
@@ -45,7 +91,10 @@ struct Name {
 
 impl BoundSocket {
     /// Listens on `path`. Nobody can connect before `share` has set the permissions.
-    pub(crate) fn bind_with(path: &Path, share: impl FnOnce() -> Result<()>) -> Result<Self> {
+    pub(crate) fn bind_with(
+        path: &Path,
+        share: impl FnOnce() -> Result<(), ShareError>,
+    ) -> Result<Self, ListenError> {
         make_room(path)?;
         let bound = || -> nix::Result<OwnedFd> {
             let flags = SockFlag::SOCK_CLOEXEC;
@@ -53,19 +102,17 @@ impl BoundSocket {
             bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
             Ok(socket)
         };
-        let socket = bound().with_context(|| {
-            let hint = if path.exists() {
-                " (remove the file if no process uses it any more)"
-            } else {
-                ""
-            };
-            format!("cannot listen on {}{hint}", escape_path(path))
+        let socket = bound().map_err(|errno| ListenError::Failed {
+            address: escape_path(path),
+            is_taken: path.exists(),
+            source: errno.into(),
         })?;
         // Dropping this removes the socket again if sharing fails.
-        let socket = Self::unix(socket.into(), path)?;
+        let socket = Self::unix(socket.into(), path);
+        let socket = socket.map_err(ListenError::failed(escape_path(path)))?;
         share()?;
         listen(&socket, Backlog::MAXCONN)
-            .with_context(|| format!("cannot listen on {}", escape_path(path)))?;
+            .map_err(|errno| ListenError::failed(escape_path(path))(errno.into()))?;
         Ok(socket)
     }
 
@@ -121,19 +168,20 @@ impl BoundSocket {
     }
 
     /// Listens for connections of this user and root only.
-    pub(crate) fn private(path: &Path) -> Result<Self> {
+    pub(crate) fn private(path: &Path) -> Result<Self, ListenError> {
         make_room(path)?;
-        Self::unix(control::listen_at(path)?, path)
+        let socket = control::listen_at(path).and_then(|listener| Self::unix(listener, path));
+        socket.map_err(ListenError::failed(escape_path(path)))
     }
 
     /// Listens for clients that read metrics.
-    pub(crate) fn metrics(address: &MetricsAddress) -> Result<Self> {
+    pub(crate) fn metrics(address: &MetricsAddress) -> Result<Self, ListenError> {
         match address {
             MetricsAddress::Socket(path) => Self::bind_with(path, || Ok(())),
             MetricsAddress::Loopback(address) => {
                 let listener = TcpListener::bind(address)
-                    .with_context(|| format!("cannot listen on {address}"))?;
-                listener.set_nonblocking(true)?;
+                    .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+                    .map_err(ListenError::failed(address.to_string()))?;
                 Ok(Self {
                     listener: Listener::Tcp(listener),
                     name: None,
@@ -142,7 +190,7 @@ impl BoundSocket {
         }
     }
 
-    fn unix(listener: UnixListener, path: &Path) -> Result<Self> {
+    fn unix(listener: UnixListener, path: &Path) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let name = identity(path).map(|file| Name {
             path: path.to_owned(),
@@ -190,31 +238,28 @@ impl Drop for BoundSocket {
 
 /// Removes a socket that nobody listens on, left by a killed server. A guardian may need a moment
 /// to close it.
-fn make_room(path: &Path) -> Result<()> {
+fn make_room(path: &Path) -> Result<(), ListenError> {
     let began = Instant::now();
     // The probe is of another socket type, which tells whether the socket is in use without a
     // connection that somebody has to accept.
-    let probe = UnixDatagram::unbound()?;
+    let probe = UnixDatagram::unbound().map_err(ListenError::failed(escape_path(path)))?;
     loop {
         match probe.connect(path) {
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                 // This error occurs for any file that can't be connected to, whatever its type.
                 if symlink_metadata(path).is_ok_and(|file| !file.file_type().is_socket()) {
-                    bail!(
-                        "cannot listen on {}: the file exists and is not a socket; remove it, or choose \
-                         another path",
-                        escape_path(path)
-                    );
+                    return Err(ListenError::NotASocket {
+                        path: escape_path(path),
+                    });
                 }
                 let _ = remove_file(path);
                 return Ok(());
             }
             Err(error) if error.raw_os_error() != Some(Errno::EPROTOTYPE as i32) => return Ok(()),
             _ if began.elapsed() >= RELEASE_TIMEOUT => {
-                bail!(
-                    "cannot listen on {}: another process listens there",
-                    escape_path(path)
-                )
+                return Err(ListenError::InUse {
+                    path: escape_path(path),
+                });
             }
             _ => std::thread::sleep(RELEASE_TIMEOUT / 100),
         }

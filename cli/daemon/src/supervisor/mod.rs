@@ -1,72 +1,63 @@
 //! The supervisor: one thread that holds everything irreplaceable, and watches the worker.
 //!
 //! ```text
-//!   loop: wait for any of
-//!     a connection          identify the peer, and check whether the service admits it
-//!     a handshake           complete: it becomes a VM, and the worker gets it
-//!     a worker's message    tables to keep, a VM that ended
-//!     the worker's exit     read its last messages, start another, brief it
-//!     a client              the worker gets its connection
-//!     an upgrade's message  kill the old worker; the new one serves
-//!     an event of the store the guardian exited: start another, store everything again
-//!     an owner's exit       close its descriptors
-//!     a signal              no more VMs; the worker completes those that are there; after a second
-//!                           one they are killed
-//!     a second has passed   is the worker stuck, is a handshake overdue?
+//!   event_loop ──┬── Vms         each a VmRecord: its state, and the custody of its descriptors
+//!                ├── Services    snapshots, the sockets to which VMs connect, admission
+//!                ├── Workers     the worker, its queue of messages, its successors
+//!                ├── Endpoints   the sockets for operators and for readers of metrics
+//!                ├── FdStore     custody by another process; transitions of VMs take it
+//!                └── Journal     log lines and summaries
 //! ```
 //!
-//! The loop is here. `services` has the services, their sockets and handshakes; `vms` the VMs that
-//! were handed over; `workers` the worker and its messages; `stuck` the handling of stuck workers;
-//! and `upgrade` a worker of another program that takes over.
+//! A part changes only itself. What concerns several parts is a method of [`Supervisor`]:
+//! `event_loop` waits and dispatches, `connections` leads from a connection to a VM and to its end,
+//! `worker_events` handles the worker's messages and its death, and `recovery` continues with what
+//! is stored. [`policy`](crate::policy) has the limits.
 
+mod connections;
+mod endpoints;
+mod event_loop;
 mod handshake;
+mod journal;
 mod listener;
-mod refusal_log;
+mod recovery;
 mod services;
-mod stuck;
 mod upgrade;
 mod vm;
 mod vms;
+mod worker_events;
 mod worker_process;
 mod workers;
 
-use std::collections::{BTreeMap, VecDeque};
-use std::ffi::OsString;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use self::services::{ClosingConnection, OpeningService, ServiceRecord};
-use self::stuck::UnkillableWorker;
-use self::upgrade::Upgrade;
-use self::workers::{FailedStarts, Outgoing};
-use crate::api::summary::{VmLabel, VmSummary};
-use crate::api::types::{self, MAX_RECENT_VMS};
+use self::endpoints::Endpoints;
+use self::journal::Journal;
+pub use self::listener::ListenError;
+pub use self::services::AddServiceError;
+use self::services::Services;
+use self::vms::Vms;
+pub use self::worker_process::StartError;
+use self::workers::{Outgoing, Workers};
+use crate::api::config::{MetricsAddress, Service};
+use crate::api::summary::RunSummary;
+use crate::error::Chain;
 use crate::fd_store::FdStore;
-use crate::fd_store::systemd::{self, Manager};
+use crate::fd_store::systemd;
 use crate::ipc::Endpoint;
 use crate::log::LogFormat;
-use crate::supervisor::handshake::PendingHandshake;
-use crate::supervisor::listener::BoundSocket;
-use crate::supervisor::refusal_log::RefusalLog;
-use crate::supervisor::vm::{ExitingVm, VmRecord};
-use crate::supervisor::worker_process::WorkerProcess;
+use crate::policy;
+use crate::signals::block_file_size_signal;
+use crate::worker::sandbox::Account;
 
 /// Interval at which the loop checks conditions that no descriptor reports.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum number of summaries of VMs to keep; further ones are only counted.
-const MAX_SUMMARIES: usize = 10_000;
-/// Time limit for the guardian to read its last messages.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// Maximum number of clients that wait for a worker.
-const MAX_WAITING_CLIENTS: usize = 64;
 
 /// The options of a daemon.
 #[derive(Clone, Debug)]
@@ -111,55 +102,61 @@ pub trait StopRequests: AsFd {
     fn count(&self) -> u32;
 }
 
-/// The result of a run.
-#[derive(Debug)]
-pub struct RunSummary {
-    /// Summaries of the first VMs.
-    pub vms: Vec<VmSummary>,
-    /// Number of VMs.
-    pub count: u64,
-    /// Number of VMs that were killed after the daemon was asked to stop, before they had all their
-    /// memory.
-    pub incomplete: u64,
-    /// Number of workers that replaced a dead one.
-    pub worker_restarts: u64,
+/// Why a daemon can't go on. All its VMs were killed, since nobody would serve them.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The supervisor can't wait for events.
+    #[error("cannot wait for events")]
+    Wait(#[source] Errno),
+    /// A message can't be sent to the worker.
+    #[error("cannot send to the worker")]
+    Send(#[source] io::Error),
+    /// A message of the worker can't be received.
+    #[error("cannot receive from the worker")]
+    Receive(#[source] io::Error),
+    /// The first worker can't confine itself.
+    #[error("{why}")]
+    Confine {
+        /// The reason, and the remedy.
+        why: String,
+    },
+    /// The exit status of the worker can't be collected.
+    #[error("cannot get the exit status of the worker")]
+    Reap(#[source] io::Error),
+    /// A worker can't be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// No worker became ready.
+    #[error(
+        "no worker became ready for {time:?}: {failed} of them exited at once, and the last {last}"
+    )]
+    NoWorker {
+        /// The time for which workers failed.
+        time: Duration,
+        /// Number of workers in a row.
+        failed: u32,
+        /// How the last worker exited.
+        last: String,
+    },
 }
 
-/// The supervisor.
+/// The supervisor of a daemon, in this process.
+///
+/// It starts its own program again as worker and as guardian: see [`Role`](crate::Role).
+///
+/// If it is dropped, or its process exits, its VMs are killed by the guardian, or continue with the
+/// next supervisor that systemd starts.
 pub struct Supervisor {
     options: Options,
-    /// Output for messages; without it, they are logged.
-    console: Option<Box<dyn Console>>,
     stop_requests: Box<dyn StopRequests>,
-    program: OsString,
-    worker: WorkerProcess,
-    unkillable: Vec<UnkillableWorker>,
-    /// Number of workers started, and of those in a row that failed at once.
-    workers: u64,
-    failed_starts: FailedStarts,
-    restarts: u64,
-    upgrade: Option<Upgrade>,
-    fd_store: FdStore,
-    outgoing: VecDeque<Outgoing>,
-    services: BTreeMap<u64, ServiceRecord>,
-    opening: Vec<OpeningService>,
-    endpoints: Vec<(Endpoint, BoundSocket)>,
-    vms: BTreeMap<u64, VmRecord>,
-    /// The numbers of the next service and the next VM.
-    next: (u64, u64),
-    handshakes: Vec<PendingHandshake>,
-    closing: Vec<ClosingConnection>,
-    /// Sockets of a dead supervisor, by path, with the ids that they are stored under.
-    inherited: BTreeMap<PathBuf, (String, BoundSocket)>,
-    /// VMs that are no longer served, and whose processes have not exited yet.
-    exiting: BTreeMap<u64, ExitingVm>,
-    endings: Vec<VmSummary>,
-    ended: u64,
-    incomplete: u64,
-    /// The VMs that ended last, for operators.
-    recent: VecDeque<types::VmStatus>,
-    refusal_log: RefusalLog,
     stopping: Stopping,
+    vms: Vms,
+    services: Services,
+    workers: Workers,
+    endpoints: Endpoints,
+    fd_store: FdStore,
+    journal: Journal,
 }
 
 /// Stage of stopping.
@@ -172,358 +169,122 @@ enum Stopping {
     Killing,
 }
 
-/// Meaning of a descriptor that the loop waits for.
-#[derive(Clone, Copy)]
-enum Token {
-    Signal,
-    Channel,
-    WorkerExit,
-    Upgrade,
-    FdStore,
-    Endpoint(usize),
-    Listener(u64),
-    Handshake(usize),
-    Exiting,
+impl std::fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supervisor")
+            .field("options", &self.options)
+            .field("stopping", &self.stopping)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Supervisor {
     /// Starts the worker and the guardian, and recovers the VMs that systemd has stored.
+    ///
+    /// Messages go to `console`; without it, they are logged through `tracing`. The daemon stops
+    /// when `stop_requests` asks it to.
+    ///
+    /// The process's limit of descriptors is raised to the hard one. `SIGXFSZ` is blocked in this
+    /// thread, so that a limit of the size of files costs a VM, and not the supervisor.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if no worker can be started. A missing guardian is only logged.
     pub fn new(
         options: Options,
         console: Option<Box<dyn Console>>,
         stop_requests: Box<dyn StopRequests>,
-    ) -> Result<Self> {
+    ) -> Result<Self, StartError> {
+        // The worker would fail as well, but only after the sockets are open.
+        if let Some(user) = options.user.as_ref().filter(|_| options.confine) {
+            Account::find(user)?;
+        }
         raise_descriptor_limit();
-        let program = OsString::from("/proc/self/exe");
+        // Without it, a limit of the size of files kills the supervisor instead of a VM.
+        let _ = block_file_size_signal();
         let inherited = systemd::take_inherited_fds();
-        let fd_store = FdStore::find(Path::new(&program), &inherited);
-        let worker = WorkerProcess::start(&program, 0, &options)?;
+        let program = std::path::Path::new(workers::OWN_PROGRAM);
+        let fd_store = FdStore::find(program, &inherited);
         let mut supervisor = Self {
+            workers: Workers::start(options.clone())?,
             options,
-            console,
             stop_requests,
-            program,
-            worker,
-            unkillable: Vec::new(),
-            workers: 1,
-            failed_starts: FailedStarts::default(),
-            restarts: 0,
-            upgrade: None,
-            fd_store,
-            outgoing: VecDeque::new(),
-            services: BTreeMap::new(),
-            opening: Vec::new(),
-            endpoints: Vec::new(),
-            vms: BTreeMap::new(),
-            next: (1, 1),
-            handshakes: Vec::new(),
-            closing: Vec::new(),
-            inherited: BTreeMap::new(),
-            exiting: BTreeMap::new(),
-            endings: Vec::new(),
-            ended: 0,
-            incomplete: 0,
-            recent: VecDeque::new(),
-            refusal_log: RefusalLog::new(),
             stopping: Stopping::No,
+            vms: Vms::new(),
+            services: Services::new(),
+            endpoints: Endpoints::default(),
+            fd_store,
+            journal: Journal::new(console),
         };
         if let Some(warning) = supervisor.fd_store.warning() {
-            supervisor.log_error(warning);
+            supervisor.journal.error(warning);
         }
         supervisor.recover_stored(inherited.stored);
         Ok(supervisor)
     }
 
+    /// Accepts clients at `address`.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the address can't be listened on; see [`ListenError`].
+    pub fn open(
+        &mut self,
+        endpoint: Endpoint,
+        address: &MetricsAddress,
+    ) -> Result<(), ListenError> {
+        self.endpoints.open(endpoint, address)
+    }
+
+    /// Starts listening for the VMs of a service. They are served once [`run`](Self::run) is
+    /// called.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the snapshot can't be opened within [`Options::stuck_after`], the socket
+    /// can't be created, or another service has the name or the socket.
+    pub fn add(&mut self, service: Service) -> Result<(), AddServiceError> {
+        self.services.check_addable(&service)?;
+        let file = services::open(&service.snapshot, self.options.stuck_after)?;
+        self.add_opened(service, file)
+    }
+
     /// Serves until asked to stop, and every VM has ended or was released.
-    pub fn run(mut self) -> Result<RunSummary> {
-        notify_manager("READY=1");
-        self.kill_inherited_backlogs();
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the daemon can't go on, such as when no worker becomes ready. All VMs
+    /// were killed then, since nobody would serve them.
+    pub fn run(mut self) -> Result<RunSummary, RunError> {
+        systemd::notify("READY=1");
+        for socket in self.services.take_all_inherited() {
+            self.kill_backlog(&socket, "?", &[]);
+        }
         let mut outcome = Ok(());
         loop {
             let result = self.run_once();
             let fails_again = result.is_err() && self.stopping == Stopping::Killing;
             if let Err(error) = &result {
                 // Without a supervisor, the VMs would wait for ever.
-                self.kill_all(&format!("the daemon failed: {error:#}"));
+                self.kill_all(&format!("the daemon failed: {}", Chain(error)));
                 self.stopping = Stopping::Killing;
             }
             outcome = outcome.and(result);
-            let is_empty = self.vms.is_empty() && self.handshakes.is_empty();
-            if fails_again || self.stopping != Stopping::No && is_empty {
+            if fails_again || self.stopping != Stopping::No && self.vms.is_idle() {
                 break;
             }
         }
-        while !self.exiting.is_empty() {
-            self.wait_for_one(&[Token::Exiting])?;
-            self.reap();
-        }
+        self.wait_for_exits()?;
         self.shut_down_worker();
-        if !self.fd_store.flush(FLUSH_TIMEOUT) {
-            self.log_error(format_args!(
+        if !self.fd_store.flush(policy::FLUSH_TIMEOUT) {
+            self.journal.error(format_args!(
                 "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \
                  when it resumes",
                 self.fd_store
             ));
         }
-        outcome.map(|()| RunSummary {
-            vms: self.endings,
-            count: self.ended,
-            incomplete: self.incomplete,
-            worker_restarts: self.restarts,
-        })
-    }
-
-    /// Waits for events and handles them: one pass of the loop.
-    fn run_once(&mut self) -> Result<()> {
-        self.send()?;
-        let tokens = self.tokens();
-        let ready = self.wait_for_one(&tokens)?;
-        // Handled from the back, so that indices into lists stay valid.
-        for token in ready.into_iter().rev() {
-            match token {
-                // Checked below, whenever it arrives.
-                Token::Signal => {}
-                Token::Channel => self.read_worker()?,
-                Token::WorkerExit => self.replace_worker()?,
-                Token::Upgrade => self.read_upgrade(),
-                Token::Endpoint(at) => self.accept_client(at),
-                Token::Listener(key) => {
-                    self.accept(key);
-                }
-                Token::Handshake(at) => self.read_handshake(at),
-                Token::Exiting => self.reap(),
-                Token::FdStore => self.handle_store_events(),
-            }
-        }
-        if self.stop_requests.count() > 0 {
-            self.stop();
-        }
-        for at in (0..self.handshakes.len()).rev() {
-            if let Some(error) = self.handshakes[at].overdue() {
-                self.refuse(at, &error);
-            }
-        }
-        if self.stopping == Stopping::Draining && self.stop_requests.count() > 1 {
-            self.kill_all("asked twice to stop");
-            self.stopping = Stopping::Killing;
-        }
-        self.flush_fd_store();
-        self.check_closing();
-        self.check_opening();
-        if let Some(suppressed) = self.refusal_log.take_suppressed(Instant::now()) {
-            self.log_error(format_args!("{suppressed} more connections were refused"));
-        }
-        self.check_upgrade();
-        self.check_worker()
-    }
-
-    fn tokens(&self) -> Vec<Token> {
-        let mut tokens = vec![Token::WorkerExit, Token::Channel, Token::FdStore];
-        if self.stop_requests.count() == 0 {
-            tokens.push(Token::Signal);
-        }
-        if self.upgrade.is_some() {
-            tokens.push(Token::Upgrade);
-        }
-        if self.outgoing.len() < MAX_WAITING_CLIENTS {
-            tokens.extend((0..self.endpoints.len()).map(Token::Endpoint));
-        }
-        if self.has_capacity() {
-            let listening = self
-                .services
-                .iter()
-                .filter(|(_, record)| record.listener.is_some());
-            tokens.extend(listening.map(|(key, _)| Token::Listener(*key)));
-        }
-        tokens.extend((0..self.handshakes.len()).map(Token::Handshake));
-        if !self.exiting.is_empty() {
-            tokens.push(Token::Exiting);
-        }
-        tokens
-    }
-
-    /// Waits until one of `tokens` is ready, at most for [`POLL_INTERVAL`]. Returns the ready ones.
-    fn wait_for_one(&self, tokens: &[Token]) -> Result<Vec<Token>> {
-        let mut fds = Vec::with_capacity(tokens.len() + self.exiting.len());
-        let mut owners = Vec::with_capacity(fds.capacity());
-        let mut add = |fd, token| {
-            fds.push(PollFd::new(fd, PollFlags::POLLIN));
-            owners.push(token);
-        };
-        for token in tokens {
-            match *token {
-                Token::Signal => add(self.stop_requests.as_fd(), *token),
-                Token::Channel => add(self.worker.channel.as_fd(), *token),
-                Token::WorkerExit => add(self.worker.pidfd(), *token),
-                Token::Upgrade => {
-                    if let Some(upgrade) = &self.upgrade {
-                        add(upgrade.worker.channel.as_fd(), *token);
-                    }
-                }
-                Token::FdStore => {
-                    if let Some(fd_store) = self.fd_store.poll_fd() {
-                        add(fd_store, *token);
-                    }
-                }
-                Token::Endpoint(at) => add(self.endpoints[at].1.as_fd(), *token),
-                Token::Listener(key) => {
-                    let listener = self
-                        .services
-                        .get(&key)
-                        .and_then(|record| record.listener.as_ref());
-                    if let Some(listener) = listener {
-                        add(listener.as_fd(), *token);
-                    }
-                }
-                Token::Handshake(at) => add(self.handshakes[at].as_fd(), *token),
-                Token::Exiting => {
-                    for vm in self.exiting.values() {
-                        add(vm.owner(), *token);
-                    }
-                }
-            }
-        }
-        // If the worker doesn't read, its channel is retried soon; a file being opened is checked
-        // again as well.
-        let millis = if self.outgoing.is_empty() && self.opening.is_empty() {
-            POLL_INTERVAL.as_millis()
-        } else {
-            10
-        };
-        let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("waiting"),
-        }
-        let ready = fds.iter().zip(owners);
-        let ready = ready.filter(|(fd, _)| fd.any().unwrap_or(true));
-        Ok(ready.map(|(_, token)| token).collect())
-    }
-
-    /// Passes a client to the worker.
-    fn accept_client(&mut self, at: usize) {
-        let (endpoint, listener) = &self.endpoints[at];
-        match listener.accept() {
-            Ok(Some(stream)) => self.outgoing.push_back(Outgoing::Client(*endpoint, stream)),
-            Ok(None) => {}
-            Err(error) => self.accept_failed(&error),
-        }
-    }
-
-    /// Logs that a connection could not be accepted, and pauses, since descriptors may be short.
-    fn accept_failed(&self, error: &io::Error) {
-        self.log_error(format_args!("cannot accept a connection: {error}"));
-        std::thread::sleep(Duration::from_millis(100));
-    }
-
-    /// Stops accepting VMs, and makes the worker complete the current ones.
-    fn stop(&mut self) {
-        if self.stopping != Stopping::No {
-            return;
-        }
-        let keys: Vec<u64> = self.services.keys().copied().collect();
-        for key in keys {
-            self.close(key);
-        }
-        notify_manager("STOPPING=1");
-        self.stopping = Stopping::Draining;
-        self.outgoing.push_back(Outgoing::Drain);
-    }
-
-    /// Logs how a VM of a service ended, and keeps it for the summary and for operators. Returns
-    /// its status for them.
-    fn record_end(
-        &mut self,
-        service: u64,
-        connected: Instant,
-        report: VmSummary,
-    ) -> types::VmStatus {
-        match report.reason {
-            Some(_) => self.log_vm_error(&report.label, &report),
-            None => self.log_vm(&report.label, &report),
-        }
-        self.ended += 1;
-        self.count_ended(service, report.ending);
-        let age = u64::try_from(connected.elapsed().as_millis());
-        let told = types::VmStatus {
-            id: report.label.id,
-            service: report.label.service.clone(),
-            pid: report.label.pid,
-            state: report.ending.into(),
-            reason: report.reason.clone(),
-            age_ms: age.unwrap_or(u64::MAX),
-        };
-        if self.recent.len() == MAX_RECENT_VMS {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(told.clone());
-        if self.endings.len() < MAX_SUMMARIES {
-            self.endings.push(report);
-        }
-        told
-    }
-
-    /// Logs a refused connection, unless there are too many.
-    fn log_refusal(&mut self, label: &VmLabel, what: impl Display) {
-        if !self.refusal_log.admit_line() {
-            return;
-        }
-        match &self.console {
-            Some(console) => console.error(&format_args!("{label}: {what}")),
-            // Logged at a place of its own, so that these events don't suppress others.
-            None => label.span().in_scope(|| tracing::error!("{what}")),
-        }
-    }
-
-    /// Logs a refused handshake, and keeps it for the summary.
-    fn record_refusal(&mut self, report: VmSummary) {
-        self.log_refusal(&report.label, &report);
-        self.ended += 1;
-        if self.refusal_log.admit_to_summaries() && self.endings.len() < MAX_SUMMARIES {
-            self.endings.push(report);
-        }
-    }
-
-    /// Logs an event.
-    fn log(&self, what: impl Display) {
-        if let Some(console) = &self.console {
-            console.info(&what);
-        } else {
-            tracing::info!("{what}");
-        }
-    }
-
-    /// Logs `what` happens to a VM.
-    fn log_vm(&self, label: &VmLabel, what: impl Display) {
-        match &self.console {
-            Some(console) => console.info(&format_args!("{label}: {what}")),
-            None => label.span().in_scope(|| tracing::info!("{what}")),
-        }
-    }
-
-    /// Logs an error of a VM.
-    fn log_vm_error(&self, label: &VmLabel, what: impl Display) {
-        match &self.console {
-            Some(console) => console.error(&format_args!("{label}: {what}")),
-            None => label.span().in_scope(|| tracing::error!("{what}")),
-        }
-    }
-
-    /// Logs an error.
-    fn log_error(&self, what: impl Display) {
-        if let Some(console) = &self.console {
-            console.error(&what);
-        } else {
-            tracing::error!("{what}");
-        }
-    }
-}
-
-/// Notifies systemd, if it has started this process.
-fn notify_manager(state: &str) {
-    if let Some(Ok(manager)) = Manager::from_env() {
-        // systemd notices by itself if this fails.
-        let _ = manager.notify(state);
+        outcome?;
+        Ok(self.journal.into_summary(self.workers.restarts()))
     }
 }
 

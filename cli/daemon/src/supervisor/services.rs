@@ -1,95 +1,203 @@
-//! Services: their sockets, the admission of peers, and handshakes.
+//! Services: their snapshots and the sockets to which VMs connect.
+//!
+//! Invariant: a service's snapshot and listening socket are stored before a VM can connect to it,
+//! and stay stored until its last VM has ended.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use snaprestore_engine::pager::AttachError;
-use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
-use snaprestore_uffd::os::{Peer, credentials_of, kill_by_pidfd, peer_of};
-use snaprestore_uffd::uffd::Closing;
+use snaprestore_uffd::os::{Peer, credentials_of, peer_of};
 use snapshot_format::names::escape_path;
-use snapshot_format::{FileStore, Snapshot};
+use snapshot_format::{FileStore, OpenError, Snapshot};
 
-use super::workers::Outgoing;
-use super::{Stopping, Supervisor};
-use crate::api::config::{MetricsAddress, Service};
-use crate::api::summary::{Ending, VmSummary};
-use crate::api::types::RequestError;
-use crate::ipc::{Endings, Endpoint};
-use crate::supervisor::handshake::{self, PendingHandshake};
-use crate::supervisor::listener::BoundSocket;
-use crate::supervisor::vm::{ExitingVm, VmRecord};
+use super::listener::{BoundSocket, ListenError};
+use super::vm::SnapshotRef;
+use crate::api::config::Service;
+use crate::api::types::{RequestError, VmState};
+use crate::error::Chain;
+use crate::fd_store::FdStore;
+use crate::ipc::{EndCounts, ToWorker};
 
-/// Maximum number of VMs and handshakes of one process. One is usual; the limit reserves places for
-/// other processes.
-const MAX_PER_PROCESS: usize = 16;
+/// Why a service can't be added.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddServiceError {
+    /// Another service has the name.
+    #[error("service {name:?} already exists")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// Another service listens on the socket.
+    #[error("service {name:?} already listens on {socket}")]
+    SocketInUse {
+        /// The name of the other service.
+        name: String,
+        /// The path of the socket, escaped.
+        socket: String,
+    },
+    /// The snapshot can't be used.
+    #[error("cannot open the snapshot")]
+    Snapshot(#[from] OpenError),
+    /// The snapshot consists of several files.
+    #[error("{snapshot} is layered: a service needs a snapshot in one file")]
+    Layered {
+        /// The path of the snapshot, escaped.
+        snapshot: String,
+    },
+    /// The snapshot's file could not be opened once more, or no thread could be started to open it.
+    #[error("cannot open {snapshot}")]
+    Open {
+        /// The path of the snapshot, escaped.
+        snapshot: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The snapshot's disk does not answer.
+    #[error("cannot read {snapshot}: timed out after {timeout:?}")]
+    TimedOut {
+        /// The path of the snapshot, escaped.
+        snapshot: String,
+        /// The time limit.
+        timeout: Duration,
+    },
+    /// The socket can't be created.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The daemon accepts no more VMs.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+}
 
-/// Maximum number of refused connections with descriptors that are not closed yet.
-const MAX_CLOSING: usize = 64;
-/// Time in which the kernel closes such descriptors, unless their peer delays it.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+impl From<AddServiceError> for RequestError {
+    fn from(error: AddServiceError) -> Self {
+        Self {
+            bad_snapshot: matches!(&error, AddServiceError::Snapshot(cause) if cause.is_unusable()),
+            text: Chain(&error).to_string(),
+        }
+    }
+}
 
-/// A refused connection whose descriptors may still be open.
+/// Why a peer is not admitted.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AdmitError {
+    #[error("cannot identify its process")]
+    Unidentified(#[source] io::Error),
+    #[error("its user {uid} is not in --allow-uid")]
+    NotAllowed { uid: u32 },
+    #[error(
+        "its process is in a PID namespace that this one can't see, and could not be killed after losing a page; run \
+         `serve` in the VMM's PID namespace or one above it (in a container: the host's, `--pid=host`), and \
+         kill this VMM, which blocks at its first page"
+    )]
+    OtherNamespace,
+    #[error("its process already has {max} VMs, the maximum")]
+    ProcessFull { max: usize },
+    #[error("cannot prepare the handshake")]
+    Handshake(#[source] io::Error),
+}
+
+/// The services of a daemon.
 #[derive(Debug)]
-pub(super) struct ClosingConnection {
-    peer: Peer,
-    closing: Closing,
-    since: Instant,
+pub(super) struct Services {
+    records: BTreeMap<u64, ServiceRecord>,
+    /// The number of the next service.
+    next: u64,
+    opening: Vec<OpeningService>,
+    /// Sockets of a dead supervisor, by path.
+    inherited: BTreeMap<PathBuf, StoredSocket>,
 }
 
 /// A service with its snapshot open.
-pub(super) struct ServiceRecord {
-    pub(super) service: Service,
-    pub(super) file: OwnedFd,
-    /// The id under which the file is stored.
-    pub(super) store_id: String,
-    pub(super) listener: Option<BoundSocket>,
-    /// The id under which the listening socket is stored.
-    pub(super) listener_store_id: Option<String>,
+#[derive(Debug)]
+struct ServiceRecord {
+    snapshot: SnapshotRef,
+    file: OwnedFd,
+    /// The socket to which VMs connect, until the service is closed.
+    listener: Option<StoredSocket>,
     /// Whether the service was removed; it is dropped with its last VM.
-    pub(super) removed: bool,
-    /// Counts of ended VMs.
-    pub(super) ended: Endings,
+    removed: bool,
+    ended: EndCounts,
+}
+
+/// A listening socket, with the id under which it is stored.
+#[derive(Debug)]
+pub(super) struct StoredSocket {
+    pub(super) socket: BoundSocket,
+    /// `None` if its path refers to another file.
+    pub(super) id: Option<String>,
 }
 
 /// A service being added by an operator, whose snapshot is not open yet.
 #[derive(Debug)]
-pub(super) struct OpeningService {
+struct OpeningService {
     /// The number of the operator's request.
     number: u64,
     service: Service,
-    opened: Receiver<Result<OwnedFd>>,
+    opened: Receiver<Result<OwnedFd, AddServiceError>>,
     since: Instant,
 }
 
-impl Supervisor {
-    /// Accepts clients at `address`.
-    pub fn open(&mut self, endpoint: Endpoint, address: &MetricsAddress) -> Result<()> {
-        let listener = match (endpoint, address) {
-            (Endpoint::Control, MetricsAddress::Socket(path)) => BoundSocket::private(path)?,
-            _ => BoundSocket::metrics(address)?,
-        };
-        self.endpoints.push((endpoint, listener));
+/// A service whose snapshot was opened, or could not be.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// The number of the operator's request.
+    pub(super) number: u64,
+    pub(super) result: Result<(Service, OwnedFd), AddServiceError>,
+}
+
+/// A connection, and what is known about its peer.
+#[derive(Debug)]
+pub(super) struct Accepted {
+    pub(super) stream: UnixStream,
+    /// The PID of the peer; 0 if it is unknown.
+    pub(super) pid: u32,
+    pub(super) snapshot: SnapshotRef,
+    /// The peer, if the service admits it.
+    pub(super) peer: Result<Peer, AdmitError>,
+}
+
+impl Services {
+    pub(super) fn new() -> Self {
+        Self {
+            records: BTreeMap::new(),
+            next: 1,
+            opening: Vec::new(),
+            inherited: BTreeMap::new(),
+        }
+    }
+
+    /// Checks that no other service has the name or the socket.
+    pub(super) fn check_addable(&self, service: &Service) -> Result<(), AddServiceError> {
+        for record in self.records.values().filter(|record| !record.removed) {
+            let other = &record.snapshot.service;
+            if other.name == service.name {
+                let name = service.name.clone();
+                return Err(AddServiceError::Exists { name });
+            }
+            if other.socket == service.socket && record.listener.is_some() {
+                return Err(AddServiceError::SocketInUse {
+                    name: other.name.clone(),
+                    socket: escape_path(&service.socket),
+                });
+            }
+        }
         Ok(())
     }
 
-    /// Starts listening for the VMs of a service.
-    pub fn add(&mut self, service: Service) -> Result<()> {
-        self.check_addable(&service)?;
-        let timeout = self.options.stuck_after;
-        let opened = start_opening(&service.snapshot)?;
-        let file = opened.recv_timeout(timeout);
-        let file = file.map_err(|_| timed_out(&service.snapshot, timeout))?;
-        self.add_opened(service, file?)
-    }
-
-    /// Starts to add a service for an operator, and replies when its snapshot is open: a disk that
-    /// doesn't answer must not block the supervisor.
-    pub(super) fn start_adding(&mut self, number: u64, service: Service) -> Result<()> {
+    /// Starts to add a service for an operator: a disk that doesn't answer must not block the
+    /// supervisor.
+    pub(super) fn start_opening(
+        &mut self,
+        number: u64,
+        service: Service,
+    ) -> Result<(), AddServiceError> {
         self.check_addable(&service)?;
         self.opening.push(OpeningService {
             number,
@@ -100,350 +208,310 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Adds the services whose snapshots are open by now, and replies to their operators.
-    pub(super) fn check_opening(&mut self) {
-        let timeout = self.options.stuck_after;
+    /// Returns the services whose snapshots are open by now, or not in time.
+    pub(super) fn take_opened(&mut self, timeout: Duration) -> Vec<Opened> {
+        let mut done = Vec::new();
         for opening in std::mem::take(&mut self.opening) {
-            let opened = opening.opened.try_recv();
-            let result = match opened {
-                _ if self.stopping != Stopping::No => Err(anyhow!("the daemon is shutting down")),
-                Ok(file) => file.and_then(|file| self.add_opened(opening.service, file)),
+            let result = match opening.opened.try_recv() {
+                Ok(opened) => opened.map(|file| (opening.service, file)),
                 Err(TryRecvError::Empty) if opening.since.elapsed() < timeout => {
                     self.opening.push(opening);
                     continue;
                 }
                 Err(_) => Err(timed_out(&opening.service.snapshot, timeout)),
             };
-            self.reply(opening.number, result);
+            done.push(Opened {
+                number: opening.number,
+                result,
+            });
         }
+        done
     }
 
-    fn check_addable(&self, service: &Service) -> Result<()> {
-        for record in self.services.values().filter(|record| !record.removed) {
-            let (other, path) = (&record.service, escape_path(&service.socket));
-            if other.name == service.name {
-                bail!("service {:?} already exists", service.name);
-            }
-            if other.socket == service.socket && record.listener.is_some() {
-                bail!("service {:?} already listens on {path}", other.name);
-            }
-        }
-        Ok(())
+    /// Forgets the services being added: their operators can no longer be answered.
+    pub(super) fn cancel_opening(&mut self) {
+        self.opening.clear();
     }
 
-    fn add_opened(&mut self, service: Service, file: OwnedFd) -> Result<()> {
-        // Another service may have been added meanwhile.
-        self.check_addable(&service)?;
-        let listener = self.listen(&service)?;
-        let key = self.next.0;
-        self.next.0 += 1;
-        self.log(format_args!(
-            "serving {} at {}",
-            escape_path(&service.snapshot),
-            escape_path(&service.socket)
-        ));
+    /// Whether a snapshot is being opened.
+    pub(super) fn is_opening(&self) -> bool {
+        !self.opening.is_empty()
+    }
+
+    /// Adds a service, and stores its snapshot and its socket. Returns its number, and warnings.
+    pub(super) fn insert(
+        &mut self,
+        service: Service,
+        file: OwnedFd,
+        socket: BoundSocket,
+        fd_store: &mut FdStore,
+    ) -> (u64, Vec<String>) {
+        let key = self.next_key();
         let store_id = format!("file-{}-{key}", std::process::id());
-        let fds = [("snapshot", file.as_fd())];
-        if let Err(error) = self.fd_store.store(&store_id, &service.name, &fds) {
-            self.log_error(format_args!(
+        let mut warnings = Vec::new();
+        if let Err(error) = fd_store.store(&store_id, &service.name, &[("snapshot", file.as_fd())])
+        {
+            warnings.push(format!(
                 "cannot store a snapshot's descriptor; its VMs are lost if this process dies: {error}"
             ));
         }
         let record = ServiceRecord {
-            service,
+            snapshot: SnapshotRef {
+                service: Arc::new(service),
+                file: store_id.into(),
+            },
             file,
-            store_id,
-            listener_store_id: listener.store_id(),
-            listener: Some(listener),
+            listener: Some(StoredSocket {
+                id: socket.store_id(),
+                socket,
+            }),
             removed: false,
-            ended: Endings::new(),
+            ended: EndCounts::new(),
         };
-        self.services.insert(key, record);
-        self.store_listener(key);
-        self.outgoing.push_back(Outgoing::Service(key));
-        Ok(())
+        warnings.extend(record.store_listener(fd_store));
+        self.records.insert(key, record);
+        (key, warnings)
     }
 
-    /// Listens on the socket of a service. Uses an inherited socket of the same path if there is
-    /// one, since VMs may wait on it.
-    fn listen(&mut self, service: &Service) -> Result<BoundSocket> {
-        if let Some((id, listener)) = self.inherited.remove(&service.socket) {
-            if listener.store_id().as_ref() == Some(&id) {
-                service.share_socket()?;
-                return Ok(listener);
-            }
-            self.kill_backlog(&id, &listener, &service.name, &service.allow_uid);
-        }
-        BoundSocket::bind_with(&service.socket, || service.share_socket())
-    }
-
-    /// Stores the listening socket of a service.
-    pub(super) fn store_listener(&mut self, key: u64) {
-        let Some(record) = self.services.get(&key) else {
-            return;
-        };
-        if let (Some(id), Some(listener)) = (&record.listener_store_id, &record.listener) {
-            let allowed = &record.service.allow_uid;
-            let (name, fd) = (&record.service.name, listener.as_fd());
-            let held = self.fd_store.store_listener(id, name, fd, allowed);
-            if let Err(error) = held {
-                self.log_error(format_args!(
-                    "cannot store a socket; VMMs that wait there are lost if this process dies: {error}"
-                ));
-            }
-        }
-    }
-
-    /// Stops listening for a service, and accepts the VMs that have connected already.
-    pub(super) fn close(&mut self, key: u64) {
-        let record = self.services.get_mut(&key);
-        if let Some(listener) = record.and_then(|record| record.listener.as_mut()) {
-            listener.close();
-        }
-        let most = self.handshakes.len() + handshake::MAX_PENDING;
-        // Refused peers don't prevent those behind them from being accepted.
-        while self.handshakes.len() < most && self.accept(key) {}
-        let Some(record) = self.services.get_mut(&key) else {
-            return;
-        };
-        let (name, allowed) = (
-            record.service.name.clone(),
-            record.service.allow_uid.clone(),
-        );
-        let store_id = record.listener_store_id.take().unwrap_or_default();
-        if let Some(listener) = record.listener.take() {
-            self.kill_backlog(&store_id, &listener, &name, &allowed);
-        }
-    }
-
-    /// Kills the VMs that wait on inherited sockets that no service uses any more.
-    pub(super) fn kill_inherited_backlogs(&mut self) {
-        for (id, listener) in std::mem::take(&mut self.inherited).into_values() {
-            self.kill_backlog(&id, &listener, "?", &[]);
-        }
-    }
-
-    fn kill_backlog(
+    /// Returns the number of the service that the VMs of a stored snapshot belong to, and whether
+    /// it is new: the first of these VMs brings the snapshot's `file`. The service accepts no VMs.
+    pub(super) fn recover(
         &mut self,
-        store_id: &str,
-        listener: &BoundSocket,
-        service: &str,
-        allowed: &[u32],
-    ) {
-        for peer in listener.kill_backlog(service, allowed, |what| self.log_error(what)) {
-            let id = self.next.1;
-            self.next.1 += 1;
-            self.store_owner(id, service, peer.peer.pidfd.as_fd());
-            let mut vm = ExitingVm::from(peer);
-            service.clone_into(&mut vm.service_name);
-            self.await_exit(id, vm);
+        snapshot: SnapshotRef,
+        file: Option<OwnedFd>,
+    ) -> Option<(u64, bool)> {
+        // All VMs of one snapshot belong to one service.
+        let mut records = self.records.iter();
+        let known = records.find(|(_, record)| record.snapshot.file == snapshot.file);
+        if let Some((key, _)) = known {
+            return Some((*key, false));
         }
-        self.remove_stored(store_id);
+        let file = file?;
+        let key = self.next_key();
+        let record = ServiceRecord {
+            snapshot,
+            file,
+            listener: None,
+            removed: true,
+            ended: EndCounts::new(),
+        };
+        self.records.insert(key, record);
+        Some((key, true))
     }
 
-    pub(super) fn remove(&mut self, name: &str) -> Result<(), String> {
-        let mut found = self.services.iter_mut();
-        let named = found.find(|(_, record)| record.service.name == name && !record.removed);
-        let Some((key, record)) = named else {
-            return Err(RequestError::no_service(name).0);
+    fn next_key(&mut self) -> u64 {
+        let key = self.next;
+        self.next += 1;
+        key
+    }
+
+    /// Keeps a socket that an earlier supervisor has stored as `id`, for the service that will use
+    /// it.
+    pub(super) fn inherit(&mut self, id: String, socket: OwnedFd) {
+        if let Some((path, socket)) = BoundSocket::inherit(socket, &id) {
+            let id = Some(id);
+            self.inherited.insert(path, StoredSocket { socket, id });
+        }
+    }
+
+    /// Takes the inherited socket at `path`: VMs may wait on it.
+    pub(super) fn take_inherited(&mut self, path: &Path) -> Option<StoredSocket> {
+        self.inherited.remove(path)
+    }
+
+    /// Takes the inherited sockets that no service uses.
+    pub(super) fn take_all_inherited(&mut self) -> Vec<StoredSocket> {
+        let inherited = std::mem::take(&mut self.inherited);
+        inherited.into_values().collect()
+    }
+
+    /// Stores the listening sockets again. Returns warnings.
+    pub(super) fn store_again(&self, fd_store: &mut FdStore) -> Vec<String> {
+        let records = self.records.values();
+        records
+            .filter_map(|record| record.store_listener(fd_store))
+            .collect()
+    }
+
+    /// Returns the sockets to which VMs can connect, by service.
+    pub(super) fn listeners(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+        self.records.iter().filter_map(|(key, record)| {
+            let listener = record.listener.as_ref()?;
+            Some((*key, listener.socket.as_fd()))
+        })
+    }
+
+    /// Accepts one connection, and identifies its peer. Returns `None` if nobody waits.
+    pub(super) fn accept(&self, key: u64) -> io::Result<Option<Accepted>> {
+        let Some(record) = self.records.get(&key) else {
+            return Ok(None);
         };
-        let key = *key;
+        let Some(listener) = &record.listener else {
+            return Ok(None);
+        };
+        let Some(stream) = listener.socket.accept()? else {
+            return Ok(None);
+        };
+        let stream = UnixStream::from(stream);
+        let pid = credentials_of(stream.as_fd()).map_or(0, |(pid, _)| pid);
+        Ok(Some(Accepted {
+            peer: admit(&record.snapshot.service, &stream),
+            pid,
+            stream,
+            snapshot: record.snapshot.clone(),
+        }))
+    }
+
+    /// Refuses new connections to a service. Waiting ones can still be accepted.
+    pub(super) fn refuse_connections(&mut self, key: u64) {
+        let record = self.records.get_mut(&key);
+        if let Some(listener) = record.and_then(|record| record.listener.as_mut()) {
+            listener.socket.close();
+        }
+    }
+
+    /// Takes the socket of a service, with the service.
+    pub(super) fn take_listener(&mut self, key: u64) -> Option<(Arc<Service>, StoredSocket)> {
+        let record = self.records.get_mut(&key)?;
+        let listener = record.listener.take()?;
+        Some((Arc::clone(&record.snapshot.service), listener))
+    }
+
+    /// Marks the service of this name as removed, and returns its number.
+    pub(super) fn mark_removed(&mut self, name: &str) -> Option<u64> {
+        let mut records = self.records.iter_mut();
+        let (key, record) =
+            records.find(|(_, record)| record.snapshot.service.name == name && !record.removed)?;
         record.removed = true;
-        self.close(key);
-        self.drop_service_if_unused(key);
-        Ok(())
+        Some(*key)
+    }
+
+    /// Whether a service was removed, and waits for its last VM to end.
+    pub(super) fn is_removed(&self, key: u64) -> bool {
+        self.records.get(&key).is_some_and(|record| record.removed)
+    }
+
+    /// Drops a service, and removes its snapshot from the store.
+    pub(super) fn drop(&mut self, key: u64, fd_store: &mut FdStore) {
+        if let Some(record) = self.records.remove(&key) {
+            // If this fails, systemd drops it when the service stops.
+            let _ = fd_store.remove(&record.snapshot.file);
+        }
     }
 
     /// Counts an ended VM of a service.
-    pub(super) fn count_ended(&mut self, key: u64, ending: Ending) {
-        if let Some(record) = self.services.get_mut(&key) {
-            *record.ended.entry(ending).or_default() += 1;
+    pub(super) fn count_ended(&mut self, key: u64, state: VmState) {
+        if let Some(record) = self.records.get_mut(&key) {
+            *record.ended.entry(state).or_default() += 1;
         }
     }
 
-    /// Drops a service that was removed, once its last VM has ended.
-    pub(super) fn drop_service_if_unused(&mut self, key: u64) {
-        let is_removed = self.services.get(&key).is_some_and(|record| record.removed);
-        let is_used = self.vms.values().any(|vm| vm.service == key)
-            || self.handshakes.iter().any(|pending| pending.service == key)
-            || self.is_hung(key);
-        if is_removed && !is_used {
-            self.drop_service(key);
-        }
+    /// Returns the counts of ended VMs.
+    pub(super) fn ended(&self) -> BTreeMap<u64, EndCounts> {
+        let records = self.records.iter();
+        records
+            .map(|(key, record)| (*key, record.ended.clone()))
+            .collect()
     }
 
-    fn drop_service(&mut self, key: u64) {
-        if let Some(record) = self.services.remove(&key) {
-            // If this fails, systemd drops it when the service stops.
-            let _ = self.fd_store.remove(&record.store_id);
-        }
-        self.outgoing.push_back(Outgoing::RemoveService(key));
+    /// Returns the numbers of the services.
+    pub(super) fn keys(&self) -> Vec<u64> {
+        self.records.keys().copied().collect()
     }
 
-    /// Accepts one connection. Returns whether there was one.
-    pub(super) fn accept(&mut self, key: u64) -> bool {
-        let Some(record) = self.services.get(&key) else {
-            return false;
-        };
-        let accepted = record.listener.as_ref().map(BoundSocket::accept);
-        let stream = match accepted {
-            Some(Ok(Some(stream))) => UnixStream::from(stream),
-            Some(Err(error)) => {
-                self.accept_failed(&error);
-                return false;
-            }
-            Some(Ok(None)) | None => return false,
-        };
-        let timeout = Duration::from_secs(record.service.handshake_timeout);
-        let name = record.service.name.clone();
-        let id = self.next.1;
-        self.next.1 += 1;
-        let pid = credentials_of(stream.as_fd()).map_or(0, |(pid, _)| pid);
-        let pending = admit(record, &stream).and_then(|peer| {
-            self.check_process_limit(&peer)?;
-            self.store_owner(id, &name, peer.pidfd.as_fd());
-            PendingHandshake::new(id, key, stream, peer, timeout)
-                .context("cannot prepare the handshake")
-        });
-        match pending {
-            Ok(pending) => self.handshakes.push(pending),
-            Err(error) => {
-                self.remove_stored_vm(id);
-                self.count_ended(key, Ending::Refused);
-                let label = self.label(id, key, pid);
-                self.log_refusal(&label, format_args!("refused: {error:#}"));
-            }
-        }
-        true
+    /// Returns the message that passes a service to a worker, with its snapshot.
+    pub(super) fn message(&self, key: u64) -> Option<(ToWorker, BorrowedFd<'_>)> {
+        let record = self.records.get(&key)?;
+        let service = Service::clone(&record.snapshot.service);
+        Some((ToWorker::Service { key, service }, record.file.as_fd()))
     }
 
-    /// Whether the supervisor can accept more connections; others wait in the kernel's queue.
-    pub(super) fn has_capacity(&self) -> bool {
-        self.handshakes.len() < handshake::MAX_PENDING && self.closing.len() < MAX_CLOSING
+    /// Names the snapshots of these services.
+    pub(super) fn snapshots(&self, services: &BTreeSet<u64>) -> String {
+        let known = services.iter().filter_map(|key| self.records.get(key));
+        let paths: BTreeSet<_> = known
+            .map(|record| escape_path(&record.snapshot.service.snapshot))
+            .collect();
+        let paths: Vec<_> = paths.into_iter().collect();
+        if paths.is_empty() {
+            return "an unknown file".to_owned();
+        }
+        paths.join(", ")
     }
+}
 
-    /// Forgets refused connections whose descriptors are closed. If too many stay open, kills their
-    /// peers, which closes descriptors of a file system that the peer itself serves. If they stay
-    /// open even then, the supervisor accepts nobody until that program exits: VMs that are being
-    /// served need descriptors and threads as well.
-    pub(super) fn check_closing(&mut self) {
-        self.closing
-            .retain(|connection| connection.closing.is_open());
-        if self.closing.len() < MAX_CLOSING {
-            return;
-        }
-        for ClosingConnection { peer, since, .. } in &self.closing {
-            if since.elapsed() >= CLOSE_TIMEOUT {
-                let _ = kill_by_pidfd(peer.pidfd.as_fd());
-            }
-        }
+impl ServiceRecord {
+    /// Stores the listening socket. Returns a warning if that fails.
+    fn store_listener(&self, fd_store: &mut FdStore) -> Option<String> {
+        let StoredSocket { socket, id } = self.listener.as_ref()?;
+        let service = &self.snapshot.service;
+        let stored = fd_store.store_listener(
+            id.as_ref()?,
+            &service.name,
+            socket.as_fd(),
+            &service.allow_uid,
+        );
+        let error = stored.err()?;
+        Some(format!(
+            "cannot store a socket; VMMs that wait there are lost if this process dies: {error}"
+        ))
     }
+}
 
-    /// Checks the limit of VMs per process. A process of another PID namespace has no PID here.
-    fn check_process_limit(&self, peer: &Peer) -> Result<()> {
-        let pid = peer.pid;
-        let pending = self.handshakes.iter().map(|pending| pending.peer.pid);
-        let served = self.vms.values().map(|vm| vm.peer.pid);
-        let exiting = self.exiting.values().map(|vm| vm.pid);
-        let closing = self.closing.iter().map(|closing| closing.peer.pid);
-        let peers = pending.chain(served).chain(exiting).chain(closing);
-        if pid != 0 && peers.filter(|peer| *peer == pid).count() >= MAX_PER_PROCESS {
-            bail!("its process already has {MAX_PER_PROCESS} VMs, the maximum");
-        }
-        Ok(())
+impl StoredSocket {
+    /// Whether its path still refers to it, so that a service can continue with it.
+    pub(super) fn is_current(&self) -> bool {
+        self.id.is_some() && self.socket.store_id() == self.id
     }
+}
 
-    /// Reads the next part of a handshake.
-    pub(super) fn read_handshake(&mut self, at: usize) {
-        match self.handshakes[at].read() {
-            Ok(None) => {}
-            Ok(Some(handshake)) => self.start_vm(at, handshake),
-            Err(error) => self.refuse(at, &error),
-        }
-    }
-
-    /// Refuses a handshake.
-    pub(super) fn refuse(&mut self, at: usize, error: &HandshakeError) {
-        let closing = self.handshakes[at].closing();
-        let PendingHandshake {
-            id, service, peer, ..
-        } = self.handshakes.swap_remove(at);
-        self.remove_stored_vm(id);
-        let why = Some(error.to_string());
-        let label = self.label(id, service, peer.pid);
-        self.count_ended(service, Ending::Refused);
-        self.record_refusal(VmSummary::new(label, Ending::Refused, why));
-        self.closing.push(ClosingConnection {
-            peer,
-            closing,
-            since: Instant::now(),
-        });
-        self.drop_service_if_unused(service);
-    }
-
-    fn start_vm(&mut self, at: usize, handshake: Handshake) {
-        let PendingHandshake {
-            id, service, peer, ..
-        } = self.handshakes.swap_remove(at);
-        let Handshake {
-            userfaultfd,
-            regions,
-        } = handshake;
-        let mut vm = VmRecord::new(service, peer, userfaultfd, regions);
-        if self.is_hung(service) {
-            let why = "cannot read its snapshot: a worker hangs reading it and cannot be killed";
-            self.drop_vm(id, vm, Ending::Refused, why.to_owned());
-            return self.drop_service_if_unused(service);
-        }
-        if let Err(error) = vm.open_page_map() {
-            let why = anyhow::Error::from(AttachError::PageMap(error));
-            self.drop_vm(id, vm, Ending::Refused, format!("{why:#}"));
-            return self.drop_service_if_unused(service);
-        }
-        self.vms.insert(id, vm);
-        self.store_vm(id);
-        self.outgoing.push_back(Outgoing::Vm(id));
-    }
+/// Opens the file of a snapshot, and waits for its disk at most for `timeout`.
+pub(super) fn open(path: &Path, timeout: Duration) -> Result<OwnedFd, AddServiceError> {
+    let opened = start_opening(path)?.recv_timeout(timeout);
+    opened.map_err(|_| timed_out(path, timeout))?
 }
 
 /// Opens the file of a snapshot in a thread of its own, since the disk may not answer. A bad
 /// snapshot is refused here, and not for each VM.
-fn start_opening(path: &Path) -> Result<Receiver<Result<OwnedFd>>> {
-    let open = |path: &Path| -> Result<OwnedFd> {
+fn start_opening(
+    path: &Path,
+) -> Result<Receiver<Result<OwnedFd, AddServiceError>>, AddServiceError> {
+    let failed = |path: &Path| {
+        let snapshot = escape_path(path);
+        move |source| AddServiceError::Open { snapshot, source }
+    };
+    let open = move |path: &Path| -> Result<OwnedFd, AddServiceError> {
         if !Snapshot::open_path(path)?.ancestors().is_empty() {
-            anyhow::bail!(
-                "{}: is layered; a service needs a snapshot in one file",
-                escape_path(path)
-            );
+            let snapshot = escape_path(path);
+            return Err(AddServiceError::Layered { snapshot });
         }
-        let store = FileStore::open(path).with_context(|| escape_path(path))?;
+        let store = FileStore::open(path).map_err(failed(path))?;
         Ok(store.into_file().into())
     };
     let (sender, opened) = channel();
-    let path = path.to_owned();
+    let own = path.to_owned();
     let thread = std::thread::Builder::new().name("open".into());
-    thread.spawn(move || sender.send(open(&path)))?;
+    let started = thread.spawn(move || sender.send(open(&own)));
+    started.map_err(failed(path))?;
     Ok(opened)
 }
 
-fn timed_out(path: &Path, timeout: Duration) -> anyhow::Error {
-    let path = escape_path(path);
-    anyhow!("cannot read {path}: timed out after {timeout:?}")
+fn timed_out(path: &Path, timeout: Duration) -> AddServiceError {
+    AddServiceError::TimedOut {
+        snapshot: escape_path(path),
+        timeout,
+    }
 }
 
 /// Identifies the peer of a connection, and checks whether the service admits it.
-fn admit(record: &ServiceRecord, stream: &UnixStream) -> Result<Peer> {
-    let (pid, uid) = credentials_of(stream.as_fd()).context("cannot identify its process")?;
-    let allowed = &record.service.allow_uid;
+fn admit(service: &Service, stream: &UnixStream) -> Result<Peer, AdmitError> {
+    let (pid, uid) = credentials_of(stream.as_fd()).map_err(AdmitError::Unidentified)?;
+    let allowed = &service.allow_uid;
     if !allowed.is_empty() && !allowed.contains(&uid) {
-        bail!("its user {uid} is not in --allow-uid");
+        return Err(AdmitError::NotAllowed { uid });
     }
     if pid == 0 {
-        bail!(
-            "its process is in a PID namespace that this one can't see, and could not be killed after losing a page; run \
-             `serve` in the VMM's PID namespace or one above it (in a container: the host's, `--pid=host`), and \
-             kill this VMM, which blocks at its first page"
-        );
+        return Err(AdmitError::OtherNamespace);
     }
-    peer_of(stream.as_fd()).context("cannot identify its process")
+    peer_of(stream.as_fd()).map_err(AdmitError::Unidentified)
 }

@@ -1,289 +1,225 @@
-//! The supervisor's VMs: storing, recovering after a supervisor's death, and killing them.
+//! The VMs of a daemon, in all states from the connection to the exit of the process.
+//!
+//! Invariant: a record leaves this table only when nothing is stored under its id any more, or is
+//! being removed.
 
-use std::collections::BTreeMap;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
-use snaprestore_engine::pager::AttachError;
+use nix::errno::Errno;
+use snaprestore_engine::pager::firecracker::HandshakeError;
 
-use super::services::ServiceRecord;
-use super::workers::Outgoing;
-use super::{Stopping, Supervisor};
-use crate::api::config::Service;
-use crate::api::summary::{Ending, VmLabel, VmSummary};
-use crate::fd_store::systemd;
-use crate::fd_store::{FdStore, GuardianProgress, OWNER, StoreEvent};
-use crate::ipc::Endings;
-use crate::supervisor::listener::BoundSocket;
-use crate::supervisor::vm::{ExitingVm, StoredVm, VmRecord, store_id};
+use super::vm::{PartlyStored, VmRecord};
+use crate::api::summary::VmLabel;
+use crate::fd_store::FdStore;
+use crate::policy;
 
-impl Supervisor {
-    /// Recovers everything that an earlier supervisor has stored. Its worker died with it, or
-    /// before this process was started.
-    pub(super) fn recover_stored(&mut self, held: BTreeMap<String, Vec<(String, OwnedFd)>>) {
-        let (mut files, mut vms) = (BTreeMap::new(), Vec::new());
-        for (id, mut descriptors) in held {
-            let number = id.strip_prefix("vm-").and_then(|id| id.parse().ok());
-            if let Some(number) = number {
-                vms.push((number, descriptors));
-            } else if !id.starts_with("socket-") {
-                files.insert(id, descriptors);
-            } else if let Some((_, socket)) = descriptors.pop()
-                && let Some((path, listener)) = BoundSocket::inherit(socket, &id)
-            {
-                self.inherited.insert(path, (id, listener));
-            }
-        }
-        for (id, descriptors) in vms {
-            self.next.1 = self.next.1.max(id + 1);
-            match StoredVm::recover(descriptors) {
-                Ok(StoredVm::Whole { vm, service, file }) => {
-                    self.recover_vm(id, *vm, (service, file), &mut files);
-                }
-                Ok(StoredVm::Partial { vm, why }) => self.drop_vm(id, vm, Ending::Killed, why),
-                Err(error) => {
-                    let label = self.label(id, 0, 0);
-                    self.log_vm_error(&label, format_args!("cannot resume serving it: {error:#}"));
-                }
-            }
-        }
-        for id in files.into_keys() {
-            self.remove_stored(&id);
+/// The VMs of a daemon, by number.
+#[derive(Debug)]
+pub(super) struct Vms {
+    records: BTreeMap<u64, VmRecord>,
+    /// The number of the next VM.
+    next: u64,
+}
+
+impl Vms {
+    pub(super) fn new() -> Self {
+        Self {
+            records: BTreeMap::new(),
+            next: 1,
         }
     }
 
-    fn recover_vm(
-        &mut self,
-        id: u64,
-        mut vm: VmRecord,
-        (service, file): (Service, String),
-        files: &mut BTreeMap<String, Vec<(String, OwnedFd)>>,
-    ) {
-        let pid = vm.peer.pid;
-        // All VMs of one snapshot belong to one service.
-        let known = self
-            .services
-            .iter()
-            .find(|(_, record)| record.store_id == file);
-        let key = match (known.map(|(key, _)| *key), files.remove(&file)) {
-            (Some(key), _) => Some(key),
-            (None, Some(mut fds)) => fds.pop().map(|(_, file_fd)| {
-                let key = self.next.0;
-                self.next.0 += 1;
-                let record = ServiceRecord {
-                    service,
-                    file: file_fd,
-                    store_id: file,
-                    listener: None,
-                    listener_store_id: None,
-                    removed: true,
-                    ended: Endings::new(),
-                };
-                self.services.insert(key, record);
-                self.outgoing.push_back(Outgoing::Service(key));
-                key
-            }),
-            (None, None) => None,
-        };
-        let Some(key) = key else {
-            let why = "its snapshot's open file was not held".to_owned();
-            return self.drop_vm(id, vm, Ending::Killed, why);
-        };
-        vm.service = key;
-        if let Err(error) = vm.open_page_map() {
-            let why = anyhow::Error::from(AttachError::PageMap(error));
-            return self.drop_vm(id, vm, Ending::Killed, format!("{why:#}"));
-        }
-        self.vms.insert(id, vm);
-        self.outgoing.push_back(Outgoing::Vm(id));
-        self.log_vm(&self.label(id, key, pid), "taken back from systemd");
+    /// Returns a number that no VM of this daemon has had.
+    pub(super) fn next_id(&mut self) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        id
     }
 
-    /// Stores a VM.
-    pub(super) fn store_vm(&mut self, id: u64) {
-        let Some(vm) = self.vms.get(&id) else { return };
-        let Some(record) = self.services.get(&vm.service) else {
+    /// Takes a number that an earlier supervisor has given to a VM.
+    pub(super) fn take_id(&mut self, id: u64) {
+        self.next = self.next.max(id.saturating_add(1));
+    }
+
+    pub(super) fn insert(&mut self, record: VmRecord) {
+        self.records.insert(record.id(), record);
+    }
+
+    pub(super) fn get(&self, id: u64) -> Option<&VmRecord> {
+        self.records.get(&id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: u64) -> Option<&mut VmRecord> {
+        self.records.get_mut(&id)
+    }
+
+    /// Takes a VM out of the table, in order to end it.
+    pub(super) fn remove(&mut self, id: u64) -> Option<VmRecord> {
+        self.records.remove(&id)
+    }
+
+    /// Takes a VM out of the table, in order to end it, if its memory was handed over.
+    pub(super) fn take_active(&mut self, id: u64) -> Option<VmRecord> {
+        self.get(id).filter(|record| record.is_active())?;
+        self.remove(id)
+    }
+
+    /// Returns the numbers of the VMs with incomplete handshakes.
+    pub(super) fn connecting(&self) -> Vec<u64> {
+        self.ids(VmRecord::is_connecting)
+    }
+
+    /// Returns the numbers of the VMs that are, or will be, served.
+    pub(super) fn active(&self) -> Vec<u64> {
+        self.ids(VmRecord::is_active)
+    }
+
+    fn ids(&self, is_meant: impl Fn(&VmRecord) -> bool) -> Vec<u64> {
+        let meant = self.records.values().filter(|record| is_meant(record));
+        meant.map(VmRecord::id).collect()
+    }
+
+    /// Whether no VM is being, or about to be, served.
+    pub(super) fn is_idle(&self) -> bool {
+        let mut records = self.records.values();
+        !records.any(|record| record.is_connecting() || record.is_active())
+    }
+
+    /// Returns the connections with incomplete handshakes, by VM.
+    pub(super) fn connections(&self) -> impl Iterator<Item = (u64, BorrowedFd<'_>)> {
+        let records = self.records.values();
+        records.filter_map(|record| Some((record.id(), record.connection()?)))
+    }
+
+    /// Whether the process of a VM has to be waited for.
+    pub(super) fn has_exiting(&self) -> bool {
+        self.records.values().any(VmRecord::is_exiting)
+    }
+
+    /// Returns the pidfds of exiting VMs.
+    pub(super) fn exiting_pidfds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let exiting = self.records.values().filter(|record| record.is_exiting());
+        exiting.map(VmRecord::pidfd)
+    }
+
+    /// Whether a VM of a service is being, or about to be, served.
+    pub(super) fn uses(&self, service: u64) -> bool {
+        let mut of_service = self.records.values().filter(|vm| vm.service() == service);
+        of_service.any(|record| record.is_connecting() || record.is_active())
+    }
+
+    /// Whether the supervisor can accept more connections; others wait in the kernel's queue.
+    pub(super) fn has_capacity(&self) -> bool {
+        let (mut connecting, mut closing) = (0, 0);
+        for record in self.records.values() {
+            connecting += usize::from(record.is_connecting());
+            closing += usize::from(record.closing_since().is_some());
+        }
+        !policy::HANDSHAKES.is_reached_by(connecting) && !policy::CLOSING.is_reached_by(closing)
+    }
+
+    /// Whether a process has as many VMs as it may have. A process of another PID namespace has no
+    /// PID here.
+    pub(super) fn is_process_full(&self, pid: u32) -> bool {
+        let of_process = self.records.values().filter(|record| record.pid() == pid);
+        pid != 0 && policy::VMS_PER_PROCESS.is_reached_by(of_process.count())
+    }
+
+    /// Returns the handshakes that take too long, with the errors for refusing them.
+    pub(super) fn overdue(&self) -> Vec<(u64, HandshakeError)> {
+        let records = self.records.values();
+        records
+            .filter_map(|record| Some((record.id(), record.overdue()?)))
+            .collect()
+    }
+
+    /// Updates the heartbeats. Returns whether the worker keeps a VM waiting, and counts that.
+    pub(super) fn check_neglected(&mut self, stuck_after: Duration) -> bool {
+        let mut is_stuck = false;
+        for record in self.records.values_mut() {
+            if record.check_neglected(stuck_after) {
+                record.count_stuck(stuck_after);
+                is_stuck = true;
+            }
+        }
+        is_stuck
+    }
+
+    /// Returns the services of the VMs that the worker keeps waiting; if there is none, it hangs
+    /// while it prefetches, and they are those that it reads for.
+    pub(super) fn hung_services(&self) -> BTreeSet<u64> {
+        let services = |of: fn(&VmRecord) -> bool| -> BTreeSet<u64> {
+            let vms = self.records.values().filter(|vm| of(vm));
+            vms.map(VmRecord::service).collect()
+        };
+        let stuck = services(VmRecord::is_stuck);
+        if stuck.is_empty() {
+            return services(VmRecord::is_reading);
+        }
+        stuck
+    }
+
+    /// Returns the VMs on which one worker after another gets stuck.
+    pub(super) fn without_hope(&self, stuck_after: Duration) -> Vec<u64> {
+        self.ids(|record| record.has_exhausted_workers(stuck_after))
+    }
+
+    /// Blames the frames that a worker was decoding when it died.
+    pub(super) fn blame_frames(&mut self) {
+        self.records.values_mut().for_each(VmRecord::blame_frames);
+    }
+
+    /// Prepares the VMs for another worker.
+    pub(super) fn detach(&mut self) {
+        self.records.values_mut().for_each(VmRecord::detach);
+    }
+
+    /// Kills a VM, whose record stays until its process has exited. Returns its label, and the
+    /// error if it can't be killed.
+    pub(super) fn kill(&mut self, mut record: VmRecord) -> (VmLabel, Result<(), Errno>) {
+        let killed = record.kill();
+        let label = record.label();
+        self.insert(record);
+        (label, killed)
+    }
+
+    /// Takes the VMs whose processes have exited.
+    pub(super) fn take_exited(&mut self) -> Vec<VmRecord> {
+        let exited = self.ids(VmRecord::has_exited).into_iter();
+        exited.filter_map(|id| self.records.remove(&id)).collect()
+    }
+
+    /// Forgets refused connections whose descriptors are closed. If too many stay open, kills their
+    /// peers, which closes descriptors of a file system that the peer itself serves. If they stay
+    /// open even then, the supervisor accepts nobody until that program exits: VMs that are being
+    /// served need descriptors and threads as well.
+    pub(super) fn check_closing(&mut self) {
+        self.records.retain(|_, record| !record.is_closed());
+        let closing = self.records.values().filter_map(|record| {
+            let since = record.closing_since()?;
+            Some((record, since))
+        });
+        if !policy::CLOSING.is_reached_by(closing.clone().count()) {
             return;
-        };
-        let fd_store = &mut self.fd_store;
-        let held = vm.store(id, &record.service, &record.store_id, fd_store);
-        if let Err(error) = held {
-            self.store_owner_only(id, &error);
         }
-    }
-
-    /// Stores only the pidfd of a VM that can't be stored as a whole, so that the next supervisor
-    /// kills it. Without the tables, it would not know which pages the VM has discarded.
-    pub(super) fn store_owner_only(&mut self, id: u64, why: &anyhow::Error) {
-        self.remove_stored_vm(id);
-        let Some(vm) = self.vms.get(&id) else { return };
-        let label = self.label(id, vm.service, vm.peer.pid);
-        let owner = [(OWNER, vm.peer.pidfd.as_fd())];
-        let owner = self.fd_store.store(&store_id(id), &label.service, &owner);
-        let is = match owner {
-            Ok(()) => "killed",
-            Err(_) => "lost",
-        };
-        self.log_vm_error(
-            &label,
-            format_args!(
-                "cannot store all of its descriptors; it is {is} if this process dies: {why:#}"
-            ),
-        );
-    }
-
-    /// Stores the pidfd of a peer that has connected, since the socket may already hold its memory.
-    pub(super) fn store_owner(&mut self, id: u64, service: &str, owner: BorrowedFd<'_>) {
-        // A failure is reported when the peer becomes a VM.
-        let _ = self
-            .fd_store
-            .store(&store_id(id), service, &[(OWNER, owner)]);
-    }
-
-    /// Returns the label of VM number `id`.
-    pub(super) fn label(&self, id: u64, service: u64, pid: u32) -> VmLabel {
-        let record = self.services.get(&service);
-        VmLabel {
-            id,
-            pid,
-            service: record.map_or_else(|| "?".to_owned(), |record| record.service.name.clone()),
-        }
-    }
-
-    /// Removes a VM from the store.
-    pub(super) fn remove_stored_vm(&mut self, id: u64) {
-        self.remove_stored(&store_id(id));
-    }
-
-    pub(super) fn remove_stored(&mut self, id: &str) {
-        if let Err(error) = self.fd_store.remove(id) {
-            self.log_error(format_args!("cannot release {id}: {error}"));
-        }
-    }
-
-    pub(super) fn handle_store_events(&mut self) {
-        for event in self.fd_store.events() {
-            match event {
-                StoreEvent::NotStored { id, why } => self.log_error(format_args!(
-                    "cannot store {id}; it is lost if this process dies: {why}"
-                )),
-                StoreEvent::GuardianExited => {
-                    self.fd_store =
-                        FdStore::find(Path::new(&self.program), &systemd::Inherited::default());
-                    let ids: Vec<u64> = self.vms.keys().copied().collect();
-                    for id in ids {
-                        self.store_vm(id);
-                    }
-                    for pending in &self.handshakes {
-                        let record = self.services.get(&pending.service);
-                        let service = record.map_or("", |record| &record.service.name);
-                        let owner = [(OWNER, pending.peer.pidfd.as_fd())];
-                        let _ = self.fd_store.store(&store_id(pending.id), service, &owner);
-                    }
-                    for (id, vm) in &self.exiting {
-                        let _ = vm.store(*id, &mut self.fd_store);
-                    }
-                    let keys: Vec<u64> = self.services.keys().copied().collect();
-                    for key in keys {
-                        self.store_listener(key);
-                    }
-                    self.log_error(format_args!(
-                        "the guardian exited; its descriptors are now held by: {}",
-                        self.fd_store
-                    ));
-                    if let Some(warning) = self.fd_store.warning() {
-                        self.log_error(warning);
-                    }
-                }
+        for (record, since) in closing {
+            if since.elapsed() >= policy::CLOSE_TIMEOUT {
+                let _ = record.kill_process();
             }
         }
     }
 
-    /// Sends the messages queued for the guardian.
-    pub(super) fn flush_fd_store(&mut self) {
-        match self.fd_store.send_queued() {
-            Some(GuardianProgress::Lagging(count)) => self.log_error(format_args!(
-                "{} is not reading: {count} messages are queued until it resumes; their VMs are lost if this process is \
-                 killed before that",
-                self.fd_store
-            )),
-            Some(GuardianProgress::CaughtUp) => self.log(format_args!(
-                "{} has read all queued messages",
-                self.fd_store
-            )),
-            None => {}
+    /// Stores every VM again, in a store that has nothing yet. Returns those that are not stored as
+    /// a whole.
+    pub(super) fn store_again(&self, fd_store: &mut FdStore) -> Vec<(VmLabel, PartlyStored)> {
+        let mut failed = Vec::new();
+        for record in self.records.values() {
+            if let Err(partly) = record.store(fd_store) {
+                failed.push((record.label(), partly));
+            }
         }
-    }
-
-    /// Closes the descriptors of VMs whose processes have exited.
-    pub(super) fn reap(&mut self) {
-        let gone = self.exiting.iter().filter(|(_, vm)| vm.is_gone());
-        let gone: Vec<u64> = gone.map(|(id, _)| *id).collect();
-        for id in gone {
-            self.exiting.remove(&id);
-            self.remove_stored_vm(id);
-        }
-    }
-
-    /// Kills every VM, since nobody will serve it.
-    pub(super) fn kill_all(&mut self, why: &str) {
-        for pending in std::mem::take(&mut self.handshakes) {
-            // The VM may have sent all of its memory, and would wait for it.
-            let (id, service) = (pending.id, pending.service);
-            self.drop_vm(id, pending, Ending::Killed, why.to_owned());
-            self.drop_service_if_unused(service);
-        }
-        for (id, vm) in std::mem::take(&mut self.vms) {
-            let service = vm.service;
-            self.drop_vm(id, vm, Ending::Killed, why.to_owned());
-            self.drop_service_if_unused(service);
-        }
-    }
-
-    /// Kills a VM that is not, or no longer, being served, and reports it.
-    pub(super) fn drop_vm(
-        &mut self,
-        id: u64,
-        vm: impl Into<ExitingVm>,
-        ending: Ending,
-        why: String,
-    ) {
-        let vm = vm.into();
-        let (service, connected) = (vm.service, vm.connected);
-        if self.stopping != Stopping::No && ending == Ending::Killed {
-            self.incomplete += 1;
-        }
-        let label = self.kill_vm(id, vm);
-        let told = self.record_end(service, connected, VmSummary::new(label, ending, Some(why)));
-        self.outgoing.push_back(Outgoing::VmEnded(told));
-    }
-
-    /// Kills a VM without reporting it. Returns its label.
-    pub(super) fn kill_vm(&mut self, id: u64, vm: impl Into<ExitingVm>) -> VmLabel {
-        let vm = vm.into();
-        let killed = vm.kill();
-        let label = self.await_exit(id, vm);
-        if let Err(errno) = killed {
-            self.log_vm_error(
-                &label,
-                format_args!(
-                    "cannot kill it ({errno}): it will block for ever at its next missing page; kill it"
-                ),
-            );
-        }
-        label
-    }
-
-    /// Keeps the descriptors of a VM until its process has exited. Returns its label.
-    pub(super) fn await_exit(&mut self, id: u64, vm: impl Into<ExitingVm>) -> VmLabel {
-        let mut vm = vm.into();
-        let mut label = self.label(id, vm.service, vm.pid);
-        if vm.service_name.is_empty() {
-            vm.service_name.clone_from(&label.service);
-        } else {
-            label.service.clone_from(&vm.service_name);
-        }
-        self.exiting.insert(id, vm);
-        label
+        failed
     }
 }

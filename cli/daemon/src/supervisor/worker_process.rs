@@ -2,13 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
 use clap::ValueEnum as _;
 use snaprestore_uffd::os::open_pidfd;
 use snapshot_format::names::escape_path;
@@ -16,6 +16,30 @@ use snapshot_format::names::escape_path;
 use crate::fd_store::systemd;
 use crate::ipc::{Channel, FAIL};
 use crate::supervisor::Options;
+use crate::worker::sandbox::SandboxError;
+
+/// Why a worker could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// There is no socket for its messages.
+    #[error("cannot create a socket for the worker")]
+    Socket(#[source] io::Error),
+    /// The program could not be run.
+    #[error("cannot start {program} as a worker")]
+    Program {
+        /// The path of the program, escaped.
+        program: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The process can't be watched.
+    #[error("cannot open a pidfd of the worker")]
+    Watch(#[source] io::Error),
+    /// The user that the worker would run as can't be used.
+    #[error(transparent)]
+    User(#[from] SandboxError),
+}
 
 /// A worker process.
 #[derive(Debug)]
@@ -47,8 +71,12 @@ pub(crate) struct ExitCause {
 
 impl WorkerProcess {
     /// Starts `program` as worker number `number`, counted from 0.
-    pub(crate) fn start(program: &OsStr, number: u64, options: &Options) -> Result<Self> {
-        let (channel, theirs) = Channel::pair().context("a socket for the worker")?;
+    pub(crate) fn start(
+        program: &OsStr,
+        number: u64,
+        options: &Options,
+    ) -> Result<Self, StartError> {
+        let (channel, theirs) = Channel::pair().map_err(StartError::Socket)?;
         let mut command = Command::new(program);
         // Only the supervisor reacts to Ctrl-C.
         command.arg("worker").process_group(0);
@@ -70,10 +98,11 @@ impl WorkerProcess {
             Some(place) => command.env(FAIL, place),
             None => command.env_remove(FAIL),
         };
-        let child = command.spawn().with_context(|| {
-            format!("cannot start {} as a worker", escape_path(program.as_ref()))
+        let child = command.spawn().map_err(|source| StartError::Program {
+            program: escape_path(program.as_ref()),
+            source,
         })?;
-        let pidfd = open_pidfd(child.id()).context("a pidfd of the worker")?;
+        let pidfd = open_pidfd(child.id()).map_err(StartError::Watch)?;
         Ok(Self {
             child,
             pidfd,
@@ -128,8 +157,8 @@ impl WorkerProcess {
     }
 
     /// Reaps a worker whose pidfd is readable.
-    pub(crate) fn reap(&mut self) -> Result<ExitCause> {
-        let status: ExitStatus = self.child.wait().context("the worker's status")?;
+    pub(crate) fn reap(&mut self) -> io::Result<ExitCause> {
+        let status: ExitStatus = self.child.wait()?;
         let description = if self.stuck {
             "hung and was killed".to_owned()
         } else {

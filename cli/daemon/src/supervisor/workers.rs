@@ -1,32 +1,75 @@
-//! The worker: messages to and from it, and its replacement.
+//! The worker, its predecessors that can't be killed, and its successor.
+//!
+//! ```text
+//!   a VM waits for --stuck-after          the worker is killed
+//!     it exits                            another serves all VMs; a frame on which two got stuck
+//!                                         is quarantined; a VM for which three got stuck in a row
+//!                                         is killed
+//!     it doesn't, for --stuck-after more  every VM is killed, since no other worker may read its
+//!                                         messages; another worker serves new VMs, but not from
+//!                                         the snapshots that this one waits for
+//!       it exits at last                  those snapshots are served again
+//! ```
+//!
+//! A process killed in an uninterruptible wait, such as for a network file system, exits when that
+//! wait ends. Until then the kernel may be reading a message for it.
+//!
+//! Invariant: at most one worker reads the messages of a VM. A successor is started only after the
+//! current worker has exited, or after all its VMs were killed.
 
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::mem;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use snapshot_format::names::escape_path;
 
-use super::{Stopping, Supervisor, Token};
-use crate::api::summary::Ending;
-use crate::api::types::{self, Upgraded};
-use crate::ipc::{Endpoint, Facts, FromWorker, SupervisorRequest, ToWorker};
-use crate::log::count;
-use crate::supervisor::worker_process::{ExitCause, WorkerProcess};
+use super::services::Services;
+use super::upgrade::{Upgrade, UpgradeError, own_path};
+use super::vms::Vms;
+use super::worker_process::{ExitCause, StartError, WorkerProcess};
+use super::{Options, RunError};
+use crate::api::types::{ApiResult, Upgraded, VmStatus};
+use crate::ipc::{Endpoint, Facts, FromWorker, ToWorker};
+use crate::policy::{self, Counter};
 
-/// Minimum number of workers in a row that exit before they are ready, or soon afterwards, for the
-/// daemon to give up;
-const MAX_FAILED_STARTS: u32 = 20;
-/// and minimum time for which that lasts. On an overloaded machine workers are slow, and may be
-/// killed early many times.
-const FAILED_STARTS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Minimum uptime of a worker that did not fail to start.
-const MIN_UPTIME: Duration = Duration::from_secs(10);
-/// Delay of the next start for each failed one in a row, and its maximum.
-const RESTART_DELAY: Duration = Duration::from_millis(10);
-const MAX_RESTART_DELAY: Duration = Duration::from_secs(1);
 /// Time limit for a worker that is replaced, or has nothing left to do, to finish its replies to
 /// operators.
 pub(super) const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The program of this process.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// The workers of a daemon.
+#[derive(Debug)]
+pub(super) struct Workers {
+    options: Options,
+    program: OsString,
+    current: WorkerProcess,
+    unkillable: Vec<UnkillableWorker>,
+    upgrade: Option<Upgrade>,
+    /// Messages for the current worker.
+    outgoing: VecDeque<Outgoing>,
+    /// Number of workers started.
+    started: u64,
+    /// Number of workers that replaced a dead one.
+    restarts: u64,
+    /// Workers in a row that exited before they could serve.
+    failed_starts: Counter,
+    /// Whether the connection of an operator was passed to the worker.
+    has_operator: bool,
+}
+
+/// A worker that was killed and doesn't exit.
+#[derive(Debug)]
+struct UnkillableWorker {
+    worker: WorkerProcess,
+    /// Services whose snapshots the worker waits for.
+    hung: BTreeSet<u64>,
+}
 
 /// A message queued for the worker. Its descriptors are looked up when it is sent.
 #[derive(Debug)]
@@ -35,98 +78,145 @@ pub(super) enum Outgoing {
     RemoveService(u64),
     Vm(u64),
     Client(Endpoint, OwnedFd),
-    Reply(u64, Result<Option<Upgraded>, String>),
-    VmEnded(types::VmStatus),
+    Reply(u64, ApiResult<Option<Upgraded>>),
+    VmEnded(VmStatus),
     Drain,
     Shutdown,
 }
 
-/// Counter of workers in a row that exited before they could serve.
-#[derive(Debug, Default)]
-pub(super) struct FailedStarts {
-    count: u32,
-    since: Option<Instant>,
+/// Everything that messages to a worker are made from.
+pub(super) struct Briefing<'a> {
+    pub(super) services: &'a Services,
+    pub(super) vms: &'a Vms,
+    pub(super) draining: bool,
 }
 
-impl FailedStarts {
-    /// Records a worker that exited at `now`.
-    fn record(&mut self, lived: bool, now: Instant) {
-        if lived {
-            *self = Self::default();
-        } else {
-            self.count += 1;
-            self.since.get_or_insert(now);
-        }
-    }
-
-    /// Whether the daemon should give up.
-    fn is_hopeless(&self, now: Instant) -> bool {
-        let lasts = |since| now.saturating_duration_since(since) >= FAILED_STARTS_TIMEOUT;
-        self.count >= MAX_FAILED_STARTS && self.since.is_some_and(lasts)
-    }
-
-    /// Returns the delay before the next start.
-    fn pause(&self) -> Duration {
-        // The first one of a row is replaced at once, because VMs wait.
-        (RESTART_DELAY * self.count.saturating_sub(1)).min(MAX_RESTART_DELAY)
-    }
+/// The state of a worker, as far as the supervisor has to act.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum WorkerState {
+    /// The worker is to be watched.
+    Running,
+    /// The worker was killed, and its exit is awaited.
+    Dying,
+    /// The worker was killed, and doesn't exit.
+    Unkillable,
 }
 
-impl Supervisor {
+impl Workers {
+    /// Starts the first worker, from the program of this process.
+    pub(super) fn start(options: Options) -> Result<Self, StartError> {
+        let program = OsString::from(OWN_PROGRAM);
+        Ok(Self {
+            current: WorkerProcess::start(&program, 0, &options)?,
+            options,
+            program,
+            unkillable: Vec::new(),
+            upgrade: None,
+            outgoing: VecDeque::new(),
+            started: 1,
+            restarts: 0,
+            failed_starts: Counter::default(),
+            has_operator: false,
+        })
+    }
+
+    /// Returns the program of the workers.
+    pub(super) fn program(&self) -> &Path {
+        Path::new(&self.program)
+    }
+
+    /// Returns the number of workers that replaced a dead one.
+    pub(super) fn restarts(&self) -> u64 {
+        self.restarts
+    }
+
+    /// Returns the descriptor that is readable when the worker has sent a message.
+    pub(super) fn channel(&self) -> BorrowedFd<'_> {
+        self.current.channel.as_fd()
+    }
+
+    /// Returns the pidfd of the worker, which is readable when all its threads are gone.
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.current.pidfd()
+    }
+
+    /// Returns the descriptor that is readable when the worker that takes over has sent a message.
+    pub(super) fn upgrade_channel(&self) -> Option<BorrowedFd<'_>> {
+        let upgrade = self.upgrade.as_ref()?;
+        Some(upgrade.worker.channel.as_fd())
+    }
+
+    /// Whether messages wait for the worker to read.
+    pub(super) fn has_outgoing(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
+    /// Whether another client may wait for the worker.
+    pub(super) fn admits_clients(&self) -> bool {
+        !policy::CLIENTS.is_reached_by(self.outgoing.len())
+    }
+
+    /// Queues a message for the worker.
+    pub(super) fn queue(&mut self, message: Outgoing) {
+        self.has_operator |= matches!(message, Outgoing::Client(Endpoint::Control, _));
+        self.outgoing.push_back(message);
+    }
+
+    /// Whether the worker has, or is about to get, the connection of an operator. Without one, a
+    /// request that it passes on is its own.
+    pub(super) fn has_operator(&self) -> bool {
+        self.has_operator
+    }
+
+    /// Queues the reply to an operator's request.
+    pub(super) fn reply(&mut self, number: u64, result: ApiResult<()>) {
+        self.queue(Outgoing::Reply(number, result.map(|()| None)));
+    }
+
     /// Sends queued messages until the worker's socket is full.
-    pub(super) fn send(&mut self) -> Result<()> {
+    pub(super) fn send(&mut self, briefing: &Briefing<'_>) -> Result<(), RunError> {
         while let Some(next) = self.outgoing.pop_front() {
-            match self.send_one(&next) {
+            match self.send_one(&next, briefing) {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // If the worker has died, its successor is sent everything, including waiting
+                // clients.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_gone(&error) => {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
-                // The worker has died; its successor is sent everything, including waiting clients.
-                Err(error) if is_gone(&error) => {
-                    self.outgoing.push_front(next);
-                    return Ok(());
-                }
-                Err(error) => return Err(error).context("cannot send to the worker"),
+                Err(error) => return Err(RunError::Send(error)),
             }
         }
         Ok(())
     }
 
-    fn send_one(&self, what: &Outgoing) -> io::Result<()> {
-        let channel = &self.worker.channel;
+    fn send_one(&self, what: &Outgoing, briefing: &Briefing<'_>) -> io::Result<()> {
+        let channel = &self.current.channel;
         match what {
-            Outgoing::Service(key) => {
-                let Some(record) = self.services.get(key) else {
-                    return Ok(());
-                };
-                let (key, service) = (*key, record.service.clone());
-                let message = ToWorker::Service { key, service };
-                channel.send(&message, &[record.file.as_fd()])
-            }
+            Outgoing::Service(key) => match briefing.services.message(*key) {
+                Some((message, file)) => channel.send(&message, &[file]),
+                None => Ok(()),
+            },
             Outgoing::Vm(id) => {
-                let Some(vm) = self.vms.get(id) else {
-                    return Ok(());
-                };
-                let age = vm.connected.elapsed().as_millis();
-                let message = ToWorker::Vm {
-                    id: *id,
-                    service: vm.service,
-                    pid: vm.peer.pid,
-                    age_ms: u64::try_from(age).unwrap_or(u64::MAX),
-                    regions: vm.regions.clone(),
-                    page_map: vm.has_page_map(),
-                    quarantined: vm.quarantined(),
-                };
-                channel.send(&message, &vm.descriptors())
+                match briefing.vms.get(*id).and_then(super::vm::VmRecord::message) {
+                    Some((message, descriptors)) => channel.send(&message, &descriptors),
+                    None => Ok(()),
+                }
             }
             Outgoing::Client(endpoint, stream) => {
-                let (endpoint, facts) = (*endpoint, self.facts());
-                channel.send(&ToWorker::Client { endpoint, facts }, &[stream.as_fd()])
+                let message = ToWorker::Client {
+                    endpoint: *endpoint,
+                    facts: self.facts(briefing),
+                };
+                channel.send(&message, &[stream.as_fd()])
             }
             Outgoing::Reply(number, result) => {
-                let (number, result) = (*number, result.clone());
-                channel.send(&ToWorker::Reply { number, result }, &[])
+                let message = ToWorker::Reply {
+                    number: *number,
+                    result: result.clone().map_err(|error| error.text),
+                    bad_snapshot: matches!(result, Err(error) if error.bad_snapshot),
+                };
+                channel.send(&message, &[])
             }
             Outgoing::VmEnded(vm) => channel.send(&ToWorker::VmEnded { vm: vm.clone() }, &[]),
             Outgoing::RemoveService(key) => {
@@ -137,212 +227,228 @@ impl Supervisor {
         }
     }
 
-    fn facts(&self) -> Facts {
-        let ended = self.services.iter();
-        let ended = ended.map(|(key, record)| (*key, record.ended.clone()));
+    fn facts(&self, briefing: &Briefing<'_>) -> Facts {
         Facts {
             supervisor: std::process::id(),
             worker_restarts: self.restarts,
-            draining: self.stopping != Stopping::No,
-            ended: ended.collect(),
+            draining: briefing.draining,
+            ended: briefing.services.ended(),
         }
     }
 
-    /// Reads and handles the messages of the worker.
-    pub(super) fn read_worker(&mut self) -> Result<()> {
-        loop {
-            match self.worker.channel.receive() {
-                Ok(Some((message, descriptors))) => self.handle_message(message, descriptors)?,
-                // The worker's death is noticed separately.
-                Ok(None) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error).context("cannot receive from the worker"),
-            }
+    /// Receives the next message of the worker. Returns `None` if there is none; the worker's death
+    /// is noticed separately.
+    pub(super) fn receive(&self) -> Result<Option<(FromWorker, Vec<OwnedFd>)>, RunError> {
+        match self.current.channel.receive() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            received => received.map_err(RunError::Receive),
         }
     }
 
-    fn handle_message(&mut self, message: FromWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
-        match message {
-            FromWorker::Ready { version } => self.worker.version = Some(version),
-            // If the first worker fails, another one would fail as well. A later one may fail
-            // because memory is short.
-            FromWorker::ConfineFailed { why } if self.workers == 1 => bail!("{why}"),
-            FromWorker::ConfineFailed { why } => self.log_error(why),
-            FromWorker::Request { number, request } => self.handle_request(number, request),
-            // The operator has been told, so the old worker may exit.
-            FromWorker::Replied => {
-                if self
-                    .upgrade
-                    .as_ref()
-                    .is_some_and(|next| next.ready.is_some())
-                {
-                    self.worker.kill();
-                }
-            }
-            FromWorker::Tables { id } => {
-                let memfd = descriptors
-                    .into_iter()
-                    .next()
-                    .context("tables without a memfd")?;
-                if let Some(vm) = self.vms.get_mut(&id) {
-                    vm.set_tables(memfd)?;
-                    let record = self.services.get(&vm.service);
-                    let service = record.map_or("", |record| &record.service.name);
-                    if let Err(error) = vm.store_tables(id, service, &mut self.fd_store) {
-                        self.store_owner_only(id, &error);
-                    }
-                }
-            }
-            FromWorker::Served { id } => {
-                if let Some(vm) = self.vms.get_mut(&id) {
-                    vm.mark_served();
-                    let (service, pid) = (vm.service, vm.peer.pid);
-                    self.log_vm(&self.label(id, service, pid), "served");
-                }
-            }
-            FromWorker::VmEnded {
-                id,
-                vm: report,
-                incomplete,
-            } => {
-                let Some(vm) = self.vms.remove(&id) else {
-                    return Ok(());
-                };
-                let (service, connected) = (vm.service, vm.connected);
-                match report.ending {
-                    Ending::Complete => self.remove_stored_vm(id),
-                    Ending::Refused => {
-                        self.kill_vm(id, vm);
-                    }
-                    _ => {
-                        self.await_exit(id, vm);
-                    }
-                }
-                self.incomplete += u64::from(incomplete);
-                let _ = self.record_end(service, connected, report);
-                self.drop_service_if_unused(service);
-            }
-        }
-        Ok(())
+    /// Notes that the worker reads messages.
+    pub(super) fn mark_ready(&mut self, version: String) {
+        self.current.version = Some(version);
     }
 
-    /// Handles an operator's request that the worker can't serve alone.
-    fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
-        let result = match request {
-            SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
-                Err(anyhow!("the daemon is shutting down"))
-            }
-            SupervisorRequest::Add(service) => match self.start_adding(number, service) {
-                // The reply follows when the snapshot is open.
-                Ok(()) => return,
-                Err(error) => Err(error),
-            },
-            SupervisorRequest::Remove(name) => self.remove(&name).map_err(anyhow::Error::msg),
-            SupervisorRequest::Drain => {
-                self.stop();
-                Ok(())
-            }
-            SupervisorRequest::Upgrade(program) => match self.start_upgrade(number, program) {
-                // The reply follows when the new worker is ready.
-                Ok(()) => return,
-                Err(error) => Err(error),
-            },
-        };
-        self.reply(number, result);
-    }
-
-    pub(super) fn reply(&mut self, number: u64, result: Result<()>) {
-        let result = result.map(|()| None).map_err(|error| format!("{error:#}"));
-        self.outgoing.push_back(Outgoing::Reply(number, result));
-    }
-
-    /// Shuts the worker down, with time to finish its replies to operators.
-    pub(super) fn shut_down_worker(&mut self) {
-        self.outgoing.push_back(Outgoing::Shutdown);
-        let until = Instant::now() + SHUTDOWN_TIMEOUT;
-        while self.send().is_ok() && Instant::now() < until {
-            let ready = self.wait_for_one(&[Token::WorkerExit, Token::Channel]);
-            if ready.is_err() || self.read_worker().is_err() || self.worker.is_gone() {
-                return;
-            }
-        }
-    }
-
-    /// Replaces a worker that has exited.
-    pub(super) fn replace_worker(&mut self) -> Result<()> {
-        // Its last messages count, and it sends no more.
-        self.read_worker()?;
-        let death = self.worker.reap()?;
-        if self.stopping == Stopping::Killing {
-            return Ok(());
-        }
-        if death.is_own_fault {
-            for vm in self.vms.values_mut() {
-                vm.blame_frames();
-            }
-        }
-        self.worker = self.next_worker(&death)?;
-        self.kill_vms_without_workers();
-        self.brief_worker();
-        Ok(())
-    }
-
-    /// Returns the next worker: that of a ready upgrade, else a new one of the same program.
-    pub(super) fn next_worker(&mut self, death: &ExitCause) -> Result<WorkerProcess> {
-        let upgrade = self.upgrade.take_if(|upgrade| upgrade.ready.is_some());
-        let Some(upgrade) = upgrade else {
-            return self.restart_worker(death);
-        };
-        let version = upgrade.worker.version.clone().unwrap_or_default();
-        self.log(format_args!("upgraded to a worker of version {version}"));
-        self.program = upgrade.program;
-        Ok(upgrade.worker)
+    /// Whether no worker has been replaced yet.
+    pub(super) fn is_first(&self) -> bool {
+        self.started == 1
     }
 
     /// Queues everything that a new worker needs to know.
-    pub(super) fn brief_worker(&mut self) {
-        for vm in self.vms.values_mut() {
-            vm.restart_heartbeat();
-        }
-        let services = self.services.keys().map(|key| Outgoing::Service(*key));
-        let ended = self.recent.iter().cloned().map(Outgoing::VmEnded);
-        let vms = self.vms.keys().map(|id| Outgoing::Vm(*id));
-        // The operators who wait for these can no longer be answered.
-        self.opening.clear();
+    pub(super) fn brief<'a>(
+        &mut self,
+        briefing: &Briefing<'_>,
+        recent: impl Iterator<Item = &'a VmStatus>,
+    ) {
+        let services = briefing.services.keys().into_iter().map(Outgoing::Service);
+        let ended = recent.cloned().map(Outgoing::VmEnded);
+        let vms = briefing.vms.active().into_iter().map(Outgoing::Vm);
         // Clients of the dead worker are lost, but not those still queued for it.
-        let waiting = std::mem::take(&mut self.outgoing).into_iter();
+        let waiting = mem::take(&mut self.outgoing).into_iter();
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Client(..)));
         self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
-        if self.stopping == Stopping::Draining {
+        let is_operator = |it: &Outgoing| matches!(it, Outgoing::Client(Endpoint::Control, _));
+        self.has_operator = self.outgoing.iter().any(is_operator);
+        if briefing.draining {
             self.outgoing.push_back(Outgoing::Drain);
         }
     }
 
-    fn restart_worker(&mut self, death: &ExitCause) -> Result<WorkerProcess> {
-        let ExitCause {
-            description,
-            is_own_fault,
-            stuck,
-        } = death;
-        let ready = self.worker.version.is_some();
-        let lived =
-            ready && (!is_own_fault || *stuck || self.worker.started.elapsed() >= MIN_UPTIME);
-        self.failed_starts.record(lived, Instant::now());
-        let vms = count(self.vms.len() as u64, "VM");
-        self.log_error(format_args!(
-            "the worker {description}; started a new one, which takes over {vms}"
-        ));
-        if self.failed_starts.is_hopeless(Instant::now()) {
-            bail!(
-                "no worker became ready for {FAILED_STARTS_TIMEOUT:?}: {} of them exited at once, and the last {description}",
-                self.failed_starts.count
-            );
+    /// Returns whether the worker is to be watched.
+    pub(super) fn state(&self) -> WorkerState {
+        match self.current.killed() {
+            None => WorkerState::Running,
+            Some(killed) if killed.elapsed() < self.options.stuck_after => WorkerState::Dying,
+            Some(_) => WorkerState::Unkillable,
         }
-        std::thread::sleep(self.failed_starts.pause());
-        let worker = WorkerProcess::start(&self.program, self.workers, &self.options)?;
-        self.workers += 1;
+    }
+
+    /// Whether the worker takes too long to start.
+    pub(super) fn is_start_overdue(&self) -> bool {
+        let started = self.current.started.elapsed();
+        self.current.version.is_none() && started >= self.options.stuck_after
+    }
+
+    /// Kills the worker because it is stuck.
+    pub(super) fn kill_stuck(&mut self) {
+        self.current.kill_stuck();
+    }
+
+    /// Reaps the worker if it has exited, and returns whether it has.
+    pub(super) fn is_gone(&mut self) -> bool {
+        self.current.is_gone()
+    }
+
+    /// Reaps a worker that has exited.
+    pub(super) fn reap(&mut self) -> Result<ExitCause, RunError> {
+        self.current.reap().map_err(RunError::Reap)
+    }
+
+    /// Returns where in the kernel an unkillable worker is blocked.
+    pub(super) fn blocked_in(&self) -> String {
+        self.current.blocked_in()
+    }
+
+    /// Replaces a worker that has exited.
+    pub(super) fn replace(&mut self, cause: &ExitCause) -> Result<(), RunError> {
+        self.current = self.next(cause)?;
+        Ok(())
+    }
+
+    /// Replaces a worker that can't be killed. It waits for the snapshots of the services `hung`.
+    pub(super) fn abandon(
+        &mut self,
+        cause: &ExitCause,
+        hung: BTreeSet<u64>,
+    ) -> Result<(), RunError> {
+        let next = self.next(cause)?;
+        let worker = mem::replace(&mut self.current, next);
+        self.unkillable.push(UnkillableWorker { worker, hung });
+        Ok(())
+    }
+
+    /// Returns the version of the worker that takes over, if it is ready.
+    pub(super) fn upgrade_version(&self) -> Option<&str> {
+        let upgrade = self.upgrade.as_ref()?;
+        upgrade.ready?;
+        upgrade.worker.version.as_deref()
+    }
+
+    /// Returns the next worker: that of a ready upgrade, else a new one of the same program.
+    fn next(&mut self, cause: &ExitCause) -> Result<WorkerProcess, RunError> {
+        if let Some(upgrade) = self.upgrade.take_if(|upgrade| upgrade.ready.is_some()) {
+            self.program = upgrade.program;
+            return Ok(upgrade.worker);
+        }
+        let now = Instant::now();
+        let is_ready = self.current.version.is_some();
+        let lived = self.current.started.elapsed() >= policy::MIN_UPTIME;
+        if is_ready && (!cause.is_own_fault || cause.stuck || lived) {
+            self.failed_starts.reset();
+        } else {
+            self.failed_starts.count(&policy::FAILED_STARTS, now);
+        }
+        if self.failed_starts.is_reached(&policy::FAILED_STARTS, now) {
+            return Err(RunError::NoWorker {
+                time: policy::FAILED_STARTS.lasting(),
+                failed: self.failed_starts.number(),
+                last: cause.description.clone(),
+            });
+        }
+        std::thread::sleep(policy::restart_delay(self.failed_starts.number()));
+        let worker = WorkerProcess::start(&self.program, self.started, &self.options)?;
+        self.started += 1;
         self.restarts += 1;
         Ok(worker)
+    }
+
+    /// Takes the services whose snapshots were waited for by abandoned workers that have exited by
+    /// now, one set for each worker.
+    pub(super) fn take_readable_again(&mut self) -> Vec<BTreeSet<u64>> {
+        let exited = |unkillable: &mut UnkillableWorker| unkillable.worker.is_gone();
+        let exited = self.unkillable.extract_if(.., exited);
+        exited.map(|unkillable| unkillable.hung).collect()
+    }
+
+    /// Whether an unkillable worker waits for the snapshot of a service; no new VM must be served
+    /// from it.
+    pub(super) fn is_hung(&self, service: u64) -> bool {
+        let mut unkillable = self.unkillable.iter();
+        unkillable.any(|unkillable| unkillable.hung.contains(&service))
+    }
+
+    /// Starts the program that takes over; the reply to request `number` follows when it is ready.
+    pub(super) fn start_upgrade(
+        &mut self,
+        number: u64,
+        program: Option<PathBuf>,
+    ) -> Result<(), UpgradeError> {
+        if self.upgrade.is_some() {
+            return Err(UpgradeError::InProgress);
+        }
+        let program = program.map_or_else(own_path, Ok)?.into_os_string();
+        let worker = WorkerProcess::start(&program, self.started, &self.options)?;
+        self.started += 1;
+        self.upgrade = Some(Upgrade {
+            worker,
+            program,
+            number,
+            ready: None,
+        });
+        Ok(())
+    }
+
+    /// Reads the first message of the worker that takes over.
+    pub(super) fn read_upgrade(&mut self) {
+        let Some(upgrade) = &mut self.upgrade else {
+            return;
+        };
+        match upgrade.worker.channel.receive() {
+            Ok(Some((FromWorker::Ready { version }, _))) => {
+                let upgraded = Upgraded {
+                    from: self.current.version.clone().unwrap_or_default(),
+                    to: version.clone(),
+                };
+                upgrade.worker.version = Some(version);
+                upgrade.ready = Some(Instant::now());
+                let reply = Outgoing::Reply(upgrade.number, Ok(Some(upgraded)));
+                self.outgoing.push_back(reply);
+            }
+            Ok(Some((FromWorker::ConfineFailed { why }, _))) => self.abort_upgrade(&why),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => self.abort_upgrade("it exited, or is not a snaprestore worker"),
+        }
+    }
+
+    fn abort_upgrade(&mut self, why: &str) {
+        if let Some(upgrade) = self.upgrade.take() {
+            let program = escape_path(upgrade.program.as_ref());
+            let why = format!("cannot upgrade to {program}: {why}; the old worker keeps serving");
+            self.reply(upgrade.number, Err(why.into()));
+        }
+    }
+
+    /// Lets the worker that takes over do so: the operator has been told.
+    pub(super) fn finish_upgrade(&mut self) {
+        let upgrade = self.upgrade.as_ref();
+        if upgrade.is_some_and(|upgrade| upgrade.ready.is_some()) {
+            self.current.kill();
+        }
+    }
+
+    /// Checks the time limits of an upgrade.
+    pub(super) fn check_upgrade(&mut self) {
+        let Some(upgrade) = &self.upgrade else {
+            return;
+        };
+        match upgrade.ready {
+            None if upgrade.worker.started.elapsed() >= policy::UPGRADE_TIMEOUT => {
+                self.abort_upgrade("it did not start in time");
+            }
+            Some(since) if since.elapsed() >= SHUTDOWN_TIMEOUT => self.current.kill(),
+            _ => {}
+        }
     }
 }
 
@@ -356,30 +462,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failed_starts_end_the_daemon_after_a_time_and_not_after_a_number() {
-        let begun = Instant::now();
-        let mut failed_starts = FailedStarts::default();
-        for _ in 0..1000 {
-            failed_starts.record(false, begun);
-        }
-        assert!(!failed_starts.is_hopeless(begun + FAILED_STARTS_TIMEOUT / 2));
-        assert!(failed_starts.is_hopeless(begun + FAILED_STARTS_TIMEOUT));
-        assert_eq!(failed_starts.pause(), MAX_RESTART_DELAY);
-    }
+    fn worker_may_pass_on_requests_of_a_connected_operator_only() {
+        // The process is this test program, which exits at once: it doesn't know the options.
+        let mut workers = Workers::start(Options::default()).unwrap();
+        let client = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        workers.queue(Outgoing::Client(Endpoint::Metrics, client()));
+        assert!(!workers.has_operator());
+        workers.queue(Outgoing::Client(Endpoint::Control, client()));
+        assert!(workers.has_operator());
 
-    #[test]
-    fn worker_that_lived_begins_another_row() {
-        let begun = Instant::now();
-        let mut failed_starts = FailedStarts::default();
-        assert_eq!(failed_starts.pause(), Duration::ZERO);
-        for lived in [false, true, false] {
-            failed_starts.record(lived, begun);
-        }
-        assert_eq!(
-            (failed_starts.count, failed_starts.pause()),
-            (1, Duration::ZERO)
+        let briefing = Briefing {
+            services: &Services::new(),
+            vms: &Vms::new(),
+            draining: false,
+        };
+        workers.brief(&briefing, std::iter::empty());
+        assert!(
+            workers.has_operator(),
+            "the next worker gets a client that waits"
         );
-        // A few workers that each take long are no reason to give up either.
-        assert!(!failed_starts.is_hopeless(begun + 10 * FAILED_STARTS_TIMEOUT));
+        workers.outgoing.clear();
+        workers.brief(&briefing, std::iter::empty());
+        assert!(
+            !workers.has_operator(),
+            "the operator was connected to the dead worker"
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! Metrics for Prometheus: statistics of the sessions by service, rendered as text for each scrape.
 //!
 //! Sessions come and go, and a counter must not fall. So [`Totals`] keeps the statistics of ended
-//! sessions, and adds those of the current ones. The names are part of the interface:
-//! `docs/operations.md` lists them.
+//! sessions, and adds those of the current ones. [`snaprestore_engine::stats`] defines the metrics
+//! of sessions; those that only the daemon knows are defined here. The names are part of the
+//! interface: `docs/operations.md` lists them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,9 +17,11 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::{collector::Collector, encoding::text, registry::Registry};
 
-use snaprestore_engine::pager::FrameCacheStats;
+use snaprestore_engine::stats::{
+    Durations, FRAME_CACHE_METRICS, FrameCacheStats, METRICS, Metric, Metrics, Numbers, Stats,
+};
 
-use crate::api::types::{SessionStats, Times, VmState, VmStats};
+use crate::api::types::{VmState, VmStats};
 
 /// The maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 8 << 10;
@@ -56,10 +59,8 @@ pub(crate) struct DaemonStats {
     pub(crate) worker_restarts: u64,
     /// Whether no more VMs are accepted.
     pub(crate) draining: bool,
-    /// The names of all services, so that those without a VM are included.
-    pub(crate) services: Vec<String>,
     /// Counts of ended VMs by service and state: all that the daemon has seen, whichever worker
-    /// served them.
+    /// served them. Includes the services without a VM.
     pub(crate) ended: BTreeMap<String, BTreeMap<VmState, u64>>,
     /// Statistics of the cache of frames that the sessions share.
     pub(crate) frame_cache: FrameCacheStats,
@@ -74,7 +75,7 @@ pub(crate) struct Totals {
 /// The totals of one service.
 #[derive(Clone, Debug, Default)]
 struct ServiceTotals {
-    session: SessionStats,
+    session: Stats,
     /// Number of VMs by state, filled in when rendered.
     states: BTreeMap<VmState, u64>,
 }
@@ -87,7 +88,7 @@ impl Totals {
         (vm.session.pages, vm.session.missing) = (0, 0);
         let mut services = self.lock();
         let totals = services.entry(vm.vm.service.clone()).or_default();
-        totals.session.add(&vm.session);
+        totals.session += &vm.session;
     }
 
     /// Drops a service that was removed and whose VMs have ended.
@@ -98,16 +99,13 @@ impl Totals {
     /// Renders the metrics, including those of the VMs being served.
     pub(crate) fn render(&self, live: &[VmStats], daemon: &DaemonStats) -> String {
         let mut services = self.lock().clone();
-        for name in &daemon.services {
-            services.entry(name.clone()).or_default();
-        }
         for (name, ended) in &daemon.ended {
             let totals = services.entry(name.clone()).or_default();
             totals.states.clone_from(ended);
         }
         for vm in live {
             let totals = services.entry(vm.vm.service.clone()).or_default();
-            totals.session.add(&vm.session);
+            totals.session += &vm.session;
             *totals.states.entry(vm.vm.state).or_default() += 1;
         }
         let mut registry = Registry::with_prefix("snaprestore");
@@ -142,252 +140,155 @@ struct Render {
     daemon: DaemonStats,
 }
 
-/// Counters or gauges of a service: one value, or one for each value of a further label.
-type Values = fn(&ServiceTotals) -> Vec<(&'static str, u64)>;
-
-/// The counters: name, description, further label.
-const COUNTERS: &[(&str, &str, &str, Values)] = &[
-    (
-        "faults",
-        "Page faults, by state of the page",
-        "kind",
-        |totals| {
-            let kinds = totals.session.fault_kinds;
-            vec![
-                ("stored", kinds.stored),
-                ("fill", kinds.fill),
-                ("removed", kinds.removed),
-                ("present", kinds.present),
-                ("poisoned", kinds.poisoned),
-                ("outside", kinds.outside),
-            ]
-        },
-    ),
-    (
-        "demand_pages",
-        "Pages installed on demand, by content",
-        "content",
-        |totals| pages(totals.session.demand),
-    ),
-    (
-        "prefetch_pages",
-        "Pages installed by prefetch, by content",
-        "content",
-        |totals| pages(totals.session.prefetch),
-    ),
-    (
-        "poisoned_pages",
-        "Pages poisoned because they could not be restored",
-        "",
-        |totals| vec![("", totals.session.poisoned)],
-    ),
-    (
-        "read_bytes",
-        "Bytes of frames read from snapshots",
-        "",
-        |totals| vec![("", totals.session.bytes_read)],
-    ),
-    ("decoded_bytes", "Bytes decoded from frames", "", |totals| {
-        vec![("", totals.session.bytes_decoded)]
-    }),
-    (
-        "discards",
-        "Events that report discarded, unmapped or moved memory",
-        "",
-        |totals| vec![("", totals.session.discards)],
-    ),
-    (
-        "retries",
-        "Installs repeated because the mappings were changing",
-        "",
-        |totals| vec![("", totals.session.retries)],
-    ),
-    (
-        "shortages",
-        "Installs that failed because memory ran out, by memory pool",
-        "source",
-        |totals| {
-            let shortages = totals.session.shortages;
-            vec![
-                ("memory", shortages.memory),
-                ("hugepages-2048kB", shortages.huge_pages),
-            ]
-        },
-    ),
-    ("failures", "Failures to restore a page", "", |totals| {
-        vec![("", totals.session.failures)]
-    }),
-    (
-        "vms_ended",
-        "VMs that are no longer served, by outcome",
-        "ending",
-        |totals| states(totals, true),
-    ),
+/// The label values of VMs that are served and of those that are not, with their descriptions.
+const SERVED_STATES: &[(&str, &str)] = &[
+    (VmState::Connecting.name(), ""),
+    (VmState::Serving.name(), ""),
+    (VmState::Completing.name(), ""),
+];
+const ENDED_STATES: &[(&str, &str)] = &[
+    (VmState::Complete.name(), "Has all its memory"),
+    (VmState::Exited.name(), "By itself"),
+    (VmState::Killed.name(), "A page could not be restored"),
+    (VmState::Refused.name(), "Never served"),
 ];
 
-const GAUGES: &[(&str, &str, &str, Values)] = &[
-    ("vms", "VMs that are served, by state", "state", |totals| {
-        states(totals, false)
-    }),
-    (
-        "pages",
-        "Pages of the memory of VMs that are served",
-        "",
-        |totals| vec![("", totals.session.pages)],
-    ),
-    (
-        "missing_pages",
-        "Pages still missing from VMs that are served",
-        "",
-        |totals| vec![("", totals.session.missing)],
-    ),
-];
+/// The metrics of a service that only the daemon knows.
+const SERVICE_METRICS: Metrics<ServiceTotals> = Metrics {
+    counters: &[Metric {
+        name: "vms_ended",
+        help: "VMs that are no longer served, by outcome",
+        label: Some(("ending", ENDED_STATES)),
+        get: |totals| totals.counts(ENDED_STATES),
+    }],
+    gauges: &[Metric {
+        name: "vms",
+        help: "VMs that are served, by state",
+        label: Some(("state", SERVED_STATES)),
+        get: |totals| totals.counts(SERVED_STATES),
+    }],
+    histograms: &[],
+};
 
-fn pages(pages: crate::api::types::Pages) -> Vec<(&'static str, u64)> {
-    vec![
-        ("frame", pages.copied),
-        ("fill", pages.filled),
-        ("zero", pages.zeroed),
-    ]
-}
+/// The metrics of the daemon as a whole.
+const DAEMON_METRICS: Metrics<DaemonStats> = Metrics {
+    counters: &[Metric {
+        name: "worker_restarts",
+        help: "Workers that exited or hung and were replaced",
+        label: None,
+        get: |daemon| vec![daemon.worker_restarts],
+    }],
+    gauges: &[Metric {
+        name: "draining",
+        help: "1 while draining: no new VMs are accepted",
+        label: None,
+        get: |daemon| vec![u64::from(daemon.draining)],
+    }],
+    histograms: &[],
+};
 
-fn states(totals: &ServiceTotals, ended: bool) -> Vec<(&'static str, u64)> {
-    let states = VmState::ALL
-        .into_iter()
-        .filter(|state| state.is_ended() == ended);
-    states
-        .map(|state| {
-            let count = totals.states.get(&state).copied();
-            (state.name(), count.unwrap_or(0))
-        })
-        .collect()
+/// The name, description and label of the metric that names the program.
+const BUILD: (&str, &str, &str) = ("build", "The program that serves", "version");
+
+impl ServiceTotals {
+    /// Returns the number of VMs in each of these states.
+    fn counts(&self, states: &[(&str, &str)]) -> Vec<u64> {
+        let count = |name: &str| {
+            let found = self.states.iter().find(|(state, _)| state.name() == name);
+            found.map_or(0, |(_, count)| *count)
+        };
+        states.iter().map(|(name, _)| count(name)).collect()
+    }
 }
 
 impl Collector for Render {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        for (name, help, label, values) in COUNTERS {
-            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            self.each(label, *values, |labels, value| {
-                one_counter(metric.encode_family(labels)?, value)
-            })?;
-        }
-        for (name, help, label, values) in GAUGES {
-            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            self.each(label, *values, |labels, value| {
-                metric.encode_family(labels)?.encode_gauge(&value)
-            })?;
-        }
-        let help = "Time from reading a fault to resolving it, by source of the content";
+        let services = || {
+            self.services
+                .iter()
+                .map(|(name, totals)| (Some(&**name), totals))
+        };
+        let sessions: Vec<_> = services()
+            .map(|(name, totals)| (name, &totals.session))
+            .collect();
+        encode(&mut encoder, &METRICS, &sessions)?;
+        encode(
+            &mut encoder,
+            &SERVICE_METRICS,
+            &services().collect::<Vec<_>>(),
+        )?;
+        encode(&mut encoder, &DAEMON_METRICS, &[(None, &self.daemon)])?;
+        let cache = &self.daemon.frame_cache;
+        encode(&mut encoder, &FRAME_CACHE_METRICS, &[(None, cache)])?;
+        let (name, help, label) = BUILD;
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Info)?;
+        metric.encode_info(&[(label, env!("CARGO_PKG_VERSION"))])
+    }
+}
+
+/// Renders the metrics of each of `sources`, with the name of its service.
+fn encode<S>(
+    encoder: &mut DescriptorEncoder<'_>,
+    metrics: &Metrics<S>,
+    sources: &[(Option<&str>, &S)],
+) -> fmt::Result {
+    let mut numbers = |metric: &Metric<Numbers<S>>, kind: MetricType| {
+        let mut encoder = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
+        each(metric, sources, metric.get, |labels, number| {
+            // An empty family would be rendered with empty braces.
+            if labels.is_empty() {
+                return encode_number(&mut encoder, kind, number);
+            }
+            encode_number(&mut encoder.encode_family(labels)?, kind, number)
+        })
+    };
+    for metric in metrics.counters {
+        numbers(metric, MetricType::Counter)?;
+    }
+    for metric in metrics.gauges {
+        numbers(metric, MetricType::Gauge)?;
+    }
+    for metric in metrics.histograms {
         let kind = MetricType::Histogram;
-        let mut metric = encoder.encode_descriptor("fault_seconds", help, None, kind)?;
-        for (service, totals) in &self.services {
-            for (source, times) in sources(&totals.session) {
-                let labels = vec![("service", service.as_str()), ("source", source)];
-                let buckets = coarse(times);
-                metric
-                    .encode_family(&labels)?
-                    .encode_histogram::<NoLabelSet>(times.sum / 1e6, times.count, &buckets, None)?;
-            }
-        }
-        self.encode_daemon(encoder)
+        let mut encoder = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
+        each(metric, sources, metric.get, |labels, times| {
+            let (sum, buckets) = (times.sum.as_secs_f64(), coarse(times));
+            let mut encoder = encoder.encode_family(labels)?;
+            encoder.encode_histogram::<NoLabelSet>(sum, times.count, &buckets, None)
+        })?;
+    }
+    Ok(())
+}
+
+fn encode_number(encoder: &mut MetricEncoder<'_>, kind: MetricType, number: u64) -> fmt::Result {
+    match kind {
+        MetricType::Counter => encoder.encode_counter::<NoLabelSet, _, u64>(&number, None),
+        _ => encoder.encode_gauge(&number),
     }
 }
 
-impl Render {
-    /// Calls a function for each value of each service, with its labels.
-    fn each(
-        &self,
-        label: &'static str,
-        values: Values,
-        mut encode: impl FnMut(&Vec<(&str, &str)>, u64) -> fmt::Result,
-    ) -> fmt::Result {
-        for (service, totals) in &self.services {
-            for (name, value) in values(totals) {
-                let mut labels = vec![("service", service.as_str())];
-                if !label.is_empty() {
-                    labels.push((label, name));
-                }
-                encode(&labels, value)?;
-            }
+/// Calls a function for each value of a metric of each source, with its labels.
+fn each<'a, S, Get, T>(
+    metric: &Metric<Get>,
+    sources: &[(Option<&'a str>, &'a S)],
+    get: impl Fn(&'a S) -> Vec<T>,
+    mut encode: impl FnMut(&Vec<(&str, &str)>, T) -> fmt::Result,
+) -> fmt::Result {
+    for (service, source) in sources {
+        for (position, value) in get(source).into_iter().enumerate() {
+            let service = service.map(|service| ("service", service));
+            let label = metric
+                .label
+                .map(|(name, values)| (name, values[position].0));
+            encode(&service.into_iter().chain(label).collect(), value)?;
         }
-        Ok(())
     }
-
-    fn encode_daemon(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let daemon = &self.daemon;
-        let cache = &daemon.frame_cache;
-        let counters = [
-            (
-                "worker_restarts",
-                "Workers that exited or hung and were replaced",
-                daemon.worker_restarts,
-            ),
-            (
-                "frame_cache_hits",
-                "Frames found decoded in the shared cache",
-                cache.hits,
-            ),
-            (
-                "frame_cache_misses",
-                "Frames not found in the shared cache",
-                cache.misses,
-            ),
-            (
-                "frame_cache_evictions",
-                "Frames evicted from the shared cache",
-                cache.evictions,
-            ),
-        ];
-        let gauges = [
-            (
-                "draining",
-                "1 while draining: no new VMs are accepted",
-                u64::from(daemon.draining),
-            ),
-            (
-                "frame_cache_frames",
-                "Frames in the shared cache",
-                cache.frames,
-            ),
-            (
-                "frame_cache_bytes",
-                "Bytes used by the shared cache",
-                cache.bytes,
-            ),
-        ];
-        for (name, help, value) in counters {
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            one_counter(metric, value)?;
-        }
-        for (name, help, value) in gauges {
-            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            metric.encode_gauge(&value)?;
-        }
-        let help = "Version of the running program";
-        let mut metric = encoder.encode_descriptor("build", help, None, MetricType::Info)?;
-        metric.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])
-    }
-}
-
-fn one_counter(mut metric: MetricEncoder<'_>, value: u64) -> fmt::Result {
-    metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
-}
-
-/// Returns the histograms, by source of the content.
-fn sources(session: &SessionStats) -> [(&'static str, &Times); 5] {
-    let sources = &session.sources;
-    [
-        ("read", &sources.read),
-        ("cached", &sources.cached),
-        ("waited", &sources.waited),
-        ("fill", &sources.fill),
-        ("none", &sources.none),
-    ]
+    Ok(())
 }
 
 /// Sorts durations into the buckets of the metrics. A duration is never counted as shorter than it
 /// was, and as longer by at most a sixteenth.
-fn coarse(times: &Times) -> Vec<(f64, u64)> {
+fn coarse(times: &Durations) -> Vec<(f64, u64)> {
     let mut coarse: Vec<(f64, u64)> = BUCKET_BOUNDS.iter().map(|upper| (*upper, 0)).collect();
     for (nanos, count) in &times.buckets {
         #[expect(clippy::cast_precision_loss, reason = "compared with round numbers")]

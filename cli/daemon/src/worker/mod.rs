@@ -13,6 +13,7 @@ pub(crate) mod sandbox;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
+use std::io;
 use std::net::TcpStream;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -24,21 +25,25 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
+use snaprestore_engine::Shared;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
-use snaprestore_engine::pager::{self, AttachError, Handover, OwnerRegion, Paged, Pager, Shared};
-use snapshot_format::{FileStore, Snapshot};
+use snaprestore_engine::pager::{
+    self, AttachError, Handover, OwnerRegion, Paged, Pager, SessionEnd,
+};
+use snaprestore_engine::stats::Stats;
+use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use self::metrics::Totals;
 use self::operator::PendingRequests;
-use self::sandbox::{Account, Confinement, confine_worker, exit_with_supervisor};
+use self::sandbox::{Account, Confinement, SandboxError, confine_worker, exit_with_supervisor};
 use crate::api::config::{self, Service};
 use crate::api::control;
-use crate::api::summary::{Ending, VmLabel, VmSummary};
-use crate::api::types::{self, MAX_RECENT_VMS, SessionStats, VmState, VmStats};
+use crate::api::summary::{VmLabel, VmSummary};
+use crate::api::types::{self, MAX_RECENT_VMS, RequestError, VmState, VmStats};
+use crate::error::Chain;
 use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
 use crate::log::{self, LogFormat};
 
@@ -64,9 +69,64 @@ pub(crate) struct WorkerOptions {
     pub(crate) log_format: LogFormat,
 }
 
+/// Why a worker can't continue. The supervisor starts another one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The socket to the supervisor can't be used.
+    #[error("cannot talk to the supervisor")]
+    Channel(#[from] io::Error),
+    /// A message of the supervisor came without a descriptor, or before another message.
+    #[error("unexpected message from the supervisor: {what}")]
+    Message {
+        /// The missing part.
+        what: &'static str,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the thread {name}")]
+    Thread {
+        /// The name of the thread.
+        name: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The supervisor exited.
+    #[error("the supervisor exited")]
+    SupervisorExited,
+}
+
+/// Why a VM can't be served.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("cannot use the snapshot's file")]
+    File(#[source] io::Error),
+    #[error("cannot open the snapshot")]
+    Snapshot(#[from] OpenError),
+    #[error("cannot send the tables of the session to the supervisor")]
+    Tables(#[source] io::Error),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+}
+
+impl ServeError {
+    /// Whether the process of the VM has exited.
+    fn is_exit(&self) -> bool {
+        matches!(self, Self::Attach(AttachError::NotPermitted(Errno::ESRCH)))
+    }
+}
+
+/// Why a worker could not be confined as its options want.
+#[derive(Debug, thiserror::Error)]
+enum ConfineError {
+    #[error("cannot sandbox the worker (pass --no-confine to run without a sandbox)")]
+    Sandbox(#[source] SandboxError),
+    #[error(transparent)]
+    Other(#[from] SandboxError),
+}
+
 /// Runs the process that the supervisor has started, with the supervisor's socket as standard
 /// input.
-pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
+pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode, WorkerError> {
     let channel = Channel::new(std::io::stdin().as_fd().try_clone_to_owned()?);
     // Values that can't be queried any more after this process is confined: the daemon's user, and
     // the number of cores that its cgroup may use.
@@ -75,7 +135,7 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
     let shared = Shared::new(args.frame_cache << 20);
     let pool = HugePool::open();
     if let Err(error) = confine(args) {
-        let why = format!("{error:#}");
+        let why = Chain(&error).to_string();
         channel.send(&FromWorker::ConfineFailed { why }, &[])?;
         return Ok(ExitCode::FAILURE);
     }
@@ -99,21 +159,20 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode> {
     }
     // The supervisor is gone. The descriptors here must stay open until the VMs are gone, which the
     // guardian or systemd takes care of.
-    bail!("the supervisor exited");
+    Err(WorkerError::SupervisorExited)
 }
 
 /// Confines the worker, if requested. The process has no other thread yet.
-fn confine(args: &WorkerOptions) -> Result<()> {
+fn confine(args: &WorkerOptions) -> Result<(), ConfineError> {
     if !args.confine {
-        return exit_with_supervisor();
+        return Ok(exit_with_supervisor()?);
     }
     let account = args.user.as_deref().map(Account::find).transpose()?;
     let confined = confine_worker(&Confinement {
         readable: Vec::new(),
         account,
     });
-    let confined = confined
-        .context("cannot sandbox the worker (pass --no-confine to run without a sandbox)")?;
+    let confined = confined.map_err(ConfineError::Sandbox)?;
     tracing::debug!(landlock = confined.landlock, "confined");
     for warning in confined.warnings {
         tracing::warn!("{warning}");
@@ -247,12 +306,17 @@ impl Worker {
     }
 
     /// Handles a message of the supervisor.
-    fn handle(self: &Arc<Self>, message: ToWorker, descriptors: Vec<OwnedFd>) -> Result<()> {
+    fn handle(
+        self: &Arc<Self>,
+        message: ToWorker,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), WorkerError> {
+        let missing = |what| move || WorkerError::Message { what };
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next();
         match message {
             ToWorker::Service { key, service } => {
-                let file = next().context("a snapshot came without its file")?;
+                let file = next().ok_or_else(missing("a snapshot without its file"))?;
                 lock(&self.services).insert(key, Arc::new(OpenService::new(file, service)));
             }
             ToWorker::RemoveService { key } => {
@@ -275,7 +339,7 @@ impl Worker {
                 let served = Arc::new(ServedVm {
                     id,
                     pid,
-                    service: service.context("a VM came before its snapshot")?,
+                    service: service.ok_or_else(missing("a VM before its snapshot"))?,
                     since: now
                         .checked_sub(Duration::from_millis(age_ms))
                         .unwrap_or(now),
@@ -287,8 +351,8 @@ impl Worker {
                 let arrived = ReceivedVm {
                     regions,
                     quarantined,
-                    userfaultfd: next().context("a VM came without its userfaultfd")?,
-                    owner: next().context("a VM came without its pidfd")?,
+                    userfaultfd: next().ok_or_else(missing("a VM without its userfaultfd"))?,
+                    owner: next().ok_or_else(missing("a VM without its pidfd"))?,
                     page_map: page_map.then(&mut next).flatten(),
                     tables: next(),
                 };
@@ -298,16 +362,16 @@ impl Worker {
                 let begun = self.spawn("vm", move |worker| worker.serve(&vm, arrived));
                 if let Err(error) = begun {
                     // Only this VM is lost: those that are served have their threads.
-                    let vm = VmSummary::new(label, Ending::Refused, Some(format!("{error:#}")));
+                    let vm = VmSummary::new(label, SessionEnd::Refused(Chain(&error).to_string()));
                     self.record_end(&served, vm);
                 }
             }
             ToWorker::VmEnded { vm } => self.remember(VmStats {
                 vm,
-                session: SessionStats::default(),
+                session: Stats::default(),
             }),
             ToWorker::Client { endpoint, facts } => {
-                let stream = next().context("a client came without a connection")?;
+                let stream = next().ok_or_else(missing("a client without its connection"))?;
                 *lock(&self.facts) = facts;
                 self.clients.fetch_add(1, SeqCst);
                 let begun = self.spawn("client", move |worker| {
@@ -316,10 +380,18 @@ impl Worker {
                 });
                 if let Err(error) = begun {
                     self.clients.fetch_sub(1, SeqCst);
-                    tracing::warn!("cannot handle a control or metrics connection: {error:#}");
+                    let why = Chain(&error);
+                    tracing::warn!("cannot handle a control or metrics connection: {why}");
                 }
             }
-            ToWorker::Reply { number, result } => self.requests.resolve(number, result),
+            ToWorker::Reply {
+                number,
+                result,
+                bad_snapshot,
+            } => {
+                let result = result.map_err(|text| RequestError { text, bad_snapshot });
+                self.requests.resolve(number, result);
+            }
             ToWorker::Drain => {
                 self.draining.store(true, SeqCst);
                 let vms: Vec<_> = lock(&self.vms).values().cloned().collect();
@@ -327,7 +399,7 @@ impl Worker {
                     let own = Arc::clone(&vm);
                     if let Err(error) = self.spawn("complete", move |_| own.complete_or_kill()) {
                         // Only this VM is lost.
-                        vm.kill(&format!("{error:#}"));
+                        vm.kill(&Chain(&error).to_string());
                     }
                 }
             }
@@ -340,13 +412,15 @@ impl Worker {
         self: &Arc<Self>,
         name: &str,
         body: impl FnOnce(&Self) + Send + 'static,
-    ) -> Result<()> {
+    ) -> Result<(), WorkerError> {
         let worker = Arc::clone(self);
         let begun = std::thread::Builder::new()
             .name(name.into())
             .spawn(move || body(&worker));
-        begun.with_context(|| format!("cannot start the thread {name}"))?;
-        Ok(())
+        begun.map(drop).map_err(|source| WorkerError::Thread {
+            name: name.to_owned(),
+            source,
+        })
     }
 
     /// Serves a VM to its end.
@@ -357,8 +431,8 @@ impl Worker {
         let label = served.label();
         let vm = match self.resume(served, arrived) {
             Ok(paged) => wait_for_end(label, paged),
-            Err(error) if has_ended(&error) => VmSummary::new(label, Ending::Exited, None),
-            Err(error) => VmSummary::new(label, Ending::Refused, Some(format!("{error:#}"))),
+            Err(error) if error.is_exit() => VmSummary::new(label, SessionEnd::Exited),
+            Err(error) => VmSummary::new(label, SessionEnd::Refused(Chain(&error).to_string())),
         };
         self.record_end(served, vm);
     }
@@ -367,8 +441,8 @@ impl Worker {
     fn record_end(&self, served: &ServedVm, vm: VmSummary) {
         let id = served.id;
         let mut stats = served.stats();
-        stats.vm.state = vm.ending.into();
-        stats.vm.reason.clone_from(&vm.reason);
+        stats.vm.state = (&vm.end).into();
+        stats.vm.reason = vm.end.reason().map(str::to_owned);
         {
             // Operators find it either among the VMs being served, or among those that have ended.
             let mut vms = lock(&self.vms);
@@ -377,7 +451,7 @@ impl Worker {
             self.remember(stats);
             vms.remove(&id);
         }
-        let incomplete = vm.ending == Ending::Killed && served.to_complete.load(SeqCst);
+        let incomplete = matches!(vm.end, SessionEnd::Killed(_)) && served.to_complete.load(SeqCst);
         self.notify(&FromWorker::VmEnded { id, vm, incomplete });
     }
 
@@ -390,7 +464,11 @@ impl Worker {
         ended.push_back(stats);
     }
 
-    fn resume<'a>(&self, served: &'a ServedVm, arrived: ReceivedVm) -> Result<&'a Paged> {
+    fn resume<'a>(
+        &self,
+        served: &'a ServedVm,
+        arrived: ReceivedVm,
+    ) -> Result<&'a Paged, ServeError> {
         let id = served.id;
         let pager = served.service.pager(&self.shared)?;
         let pager = pager.prefetch_threads(self.cores);
@@ -400,7 +478,8 @@ impl Worker {
             let tables = pager.tables(&arrived.regions)?;
             fail_point(FailPoint::TablesMade);
             let message = FromWorker::Tables { id };
-            self.channel.send(&message, &[tables.as_fd()])?;
+            let sent = self.channel.send(&message, &[tables.as_fd()]);
+            sent.map_err(ServeError::Tables)?;
             fail_point(FailPoint::TablesGiven);
             tables
         };
@@ -447,15 +526,13 @@ impl Worker {
         let mut endings = BTreeMap::<String, BTreeMap<VmState, u64>>::new();
         for (key, open) in services.iter() {
             let of_service = endings.entry(open.service.name.clone()).or_default();
-            for (ending, count) in facts.ended.get(key).into_iter().flatten() {
-                *of_service.entry((*ending).into()).or_default() += count;
+            for (state, count) in facts.ended.get(key).into_iter().flatten() {
+                *of_service.entry(*state).or_default() += count;
             }
         }
-        let names = services.values().map(|open| open.service.name.clone());
         let daemon = metrics::DaemonStats {
             worker_restarts: facts.worker_restarts,
             draining: facts.draining,
-            services: names.collect(),
             ended: endings,
             frame_cache: self.shared.frame_cache(),
         };
@@ -486,15 +563,15 @@ impl OpenService {
         }
     }
 
-    fn open(&self) -> Result<Arc<Snapshot>> {
-        let file = self.file.try_clone().context("a snapshot's file")?;
+    fn open(&self) -> Result<Arc<Snapshot>, ServeError> {
+        let file = self.file.try_clone().map_err(ServeError::File)?;
         let store = FileStore::from_file(File::from(file), &self.service.snapshot);
         Ok(Arc::new(Snapshot::open(Arc::new(store))?))
     }
 
     /// Opens the snapshot if it is not open. A lack of descriptors costs one VM, and not all that
     /// follow.
-    fn snapshot(&self) -> Result<Arc<Snapshot>> {
+    fn snapshot(&self) -> Result<Arc<Snapshot>, ServeError> {
         let mut snapshot = lock(&self.snapshot);
         let opened = match snapshot.take() {
             Some(snapshot) => snapshot,
@@ -503,15 +580,15 @@ impl OpenService {
         Ok(Arc::clone(snapshot.insert(opened)))
     }
 
-    fn pager(&self, shared: &Shared) -> Result<Pager> {
+    fn pager(&self, shared: &Shared) -> Result<Pager, ServeError> {
         Ok(Pager::new(self.snapshot()?)
             .shared(shared)
             .fault_threads(self.service.threads)
             .retry_timeout(Duration::from_secs(self.service.retry_timeout))
             .prefetch(match self.service.prefetch {
-                config::Prefetch::Off => pager::Prefetch::Off,
-                config::Prefetch::WorkingSet => pager::Prefetch::WorkingSet,
-                config::Prefetch::All => pager::Prefetch::All,
+                config::Prefetch::Off => snaprestore_engine::Prefetch::Off,
+                config::Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+                config::Prefetch::All => snaprestore_engine::Prefetch::All,
             })
             .on_error(match self.service.on_error {
                 config::FailurePolicy::Kill => pager::OnError::Kill,
@@ -544,10 +621,10 @@ impl ServedVm {
             return Ok(());
         }
         let after = paged.stats();
-        if after.huge_shortages > before.huge_shortages {
+        if after.shortages.huge_pages > before.shortages.huge_pages {
             return Err(self.pool.shortage());
         }
-        if after.shortages > before.shortages {
+        if after.shortages.memory > before.shortages.memory {
             return Err(MEMORY_SHORTAGE.to_owned());
         }
         let first = paged.failures().into_iter().next();
@@ -595,29 +672,15 @@ impl ServedVm {
                 reason: None,
                 age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             },
-            session: paged
-                .map(|paged| (&paged.stats()).into())
-                .unwrap_or_default(),
+            session: paged.map(Paged::stats).unwrap_or_default(),
         }
     }
 }
 
 /// Waits for the end of a VM.
 fn wait_for_end(label: VmLabel, paged: &Paged) -> VmSummary {
-    let (ending, reason) = match paged.wait() {
-        pager::Ending::Complete => (Ending::Complete, None),
-        pager::Ending::OwnerGone => (Ending::Exited, None),
-        pager::Ending::Killed(why) => (Ending::Killed, Some(why)),
-    };
-    VmSummary::new(label, ending, reason).with(&paged.stats())
-}
-
-/// Whether a VM can't be served because its process has exited.
-fn has_ended(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref(),
-        Some(AttachError::NotPermitted(Errno::ESRCH))
-    )
+    let end = paged.wait();
+    VmSummary::new(label, end).with(&paged.stats())
 }
 
 fn is_unix(socket: &OwnedFd) -> bool {

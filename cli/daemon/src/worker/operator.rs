@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use super::{ServedVm, Worker, lock};
 use crate::api::config::Service;
-use crate::api::summary::Ending;
 use crate::api::types::{
     ApiResult, Completed, List, OperatorApi, RequestError, ServiceStatus, Upgraded, VmId,
     VmSelector, VmState, VmStats,
@@ -32,12 +31,12 @@ pub(crate) struct PendingRequests {
 #[derive(Debug, Default)]
 struct Pending {
     next: u64,
-    replies: HashMap<u64, Sender<Result<Option<Upgraded>, String>>>,
+    replies: HashMap<u64, Sender<ApiResult<Option<Upgraded>>>>,
 }
 
 impl PendingRequests {
     /// Passes on an answer of the supervisor.
-    pub(crate) fn resolve(&self, number: u64, result: Result<Option<Upgraded>, String>) {
+    pub(crate) fn resolve(&self, number: u64, result: ApiResult<Option<Upgraded>>) {
         if let Some(answer) = lock(&self.pending).replies.remove(&number) {
             // The operator may have disconnected.
             let _ = answer.send(result);
@@ -62,10 +61,8 @@ impl Worker {
         };
         self.notify(&FromWorker::Request { number, request });
         match answer.recv_timeout(REPLY_TIMEOUT) {
-            Ok(result) => result.map_err(RequestError),
-            Err(_) => Err(RequestError(
-                "the supervisor did not reply in time".to_owned(),
-            )),
+            Ok(result) => result,
+            Err(_) => Err("the supervisor did not reply in time".to_owned().into()),
         }
     }
 
@@ -192,18 +189,10 @@ impl OperatorApi for Worker {
     fn upgrade(&self, program: Option<PathBuf>) -> ApiResult<Upgraded> {
         let upgraded = self.ask(SupervisorRequest::Upgrade(program))?;
         self.requests.replaced.store(true, SeqCst);
-        upgraded
-            .ok_or_else(|| RequestError("the supervisor did not name the new version".to_owned()))
-    }
-}
-
-impl From<Ending> for VmState {
-    fn from(ending: Ending) -> Self {
-        match ending {
-            Ending::Complete => Self::Complete,
-            Ending::Exited => Self::Exited,
-            Ending::Killed => Self::Killed,
-            Ending::Refused => Self::Refused,
-        }
+        upgraded.ok_or_else(|| {
+            "the supervisor did not name the new version"
+                .to_owned()
+                .into()
+        })
     }
 }

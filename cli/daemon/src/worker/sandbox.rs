@@ -27,18 +27,18 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail};
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr as _,
     RulesetCreatedAttr as _, Scope, path_beneath_rules,
 };
+use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, User, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
 use serde_json::{Value, json};
-use snaprestore_engine::pager::SYSTEM_CALLS;
+use snaprestore_engine::SYSTEM_CALLS;
 use snaprestore_uffd::os::sandbox::{CAP_KILL, install_filter, keep_capabilities};
 use snaprestore_uffd::uffd::abi;
 
@@ -131,6 +131,75 @@ const KILLING_CALLS: &[&str] = &[
     "reboot",
 ];
 
+/// Why a process could not be confined.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SandboxError {
+    /// The user to become could not be looked up.
+    #[error("cannot look up user {name}")]
+    LookUp {
+        /// The name or number.
+        name: String,
+        /// The error of the system call.
+        source: Errno,
+    },
+    /// There is no such user.
+    #[error("there is no user {name}")]
+    NoUser {
+        /// The name or number.
+        name: String,
+    },
+    /// The process has threads, which would not be confined.
+    #[error(
+        "cannot sandbox a process with {threads} threads: the filter would cover one of them only"
+    )]
+    Threads {
+        /// The number of threads.
+        threads: usize,
+    },
+    /// A right could not be given up.
+    #[error("cannot {action}")]
+    GiveUp {
+        /// The failed action.
+        action: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The process could not become another user.
+    #[error("cannot switch to uid {uid}, gid {gid}")]
+    Switch {
+        /// The user.
+        uid: u32,
+        /// The group.
+        gid: u32,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// A file that may be read does not exist.
+    #[error("{path}")]
+    Readable {
+        /// The path, escaped.
+        path: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The access to files could not be restricted.
+    #[error("cannot apply the Landlock rules")]
+    Landlock(#[from] landlock::RulesetError),
+    /// The filter of system calls is wrong.
+    #[error("cannot compile the seccomp filter")]
+    Compile(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl SandboxError {
+    fn give_up<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::GiveUp {
+            action,
+            source: source.into(),
+        }
+    }
+}
+
 /// Settings for confining a worker.
 #[derive(Debug, Default)]
 pub struct Confinement {
@@ -149,14 +218,20 @@ pub struct Account {
 
 impl Account {
     /// Looks up a user by name or number.
-    pub fn find(name: &str) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if there is no such user, or it can't be looked up.
+    pub fn find(name: &str) -> Result<Self, SandboxError> {
         let user = match name.parse() {
             Ok(uid) => User::from_uid(Uid::from_raw(uid)),
             Err(_) => User::from_name(name),
         };
-        match user.with_context(|| format!("cannot look up user {name}"))? {
-            Some(User { uid, gid, .. }) => Ok(Self { uid, gid }),
-            None => bail!("there is no user {name}"),
+        let name = name.to_owned();
+        match user {
+            Ok(Some(User { uid, gid, .. })) => Ok(Self { uid, gid }),
+            Ok(None) => Err(SandboxError::NoUser { name }),
+            Err(source) => Err(SandboxError::LookUp { name, source }),
         }
     }
 }
@@ -172,18 +247,21 @@ pub struct Confined {
 
 /// Makes the kernel kill this process when the supervisor exits; otherwise it would read messages
 /// that belong to the worker of the next supervisor.
-pub(crate) fn exit_with_supervisor() -> Result<()> {
-    prctl::set_pdeathsig(Signal::SIGKILL).context("cannot set the parent-death signal")
+pub(crate) fn exit_with_supervisor() -> Result<(), SandboxError> {
+    let set = prctl::set_pdeathsig(Signal::SIGKILL);
+    set.map_err(SandboxError::give_up("set the parent-death signal"))
 }
 
 /// Confines this process. It must have no other thread yet.
-pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
+///
+/// # Errors
+///
+/// Returns an error if a right can't be given up. The process may have given up others by then.
+pub fn confine_worker(wanted: &Confinement) -> Result<Confined, SandboxError> {
     // If /proc is not visible, the caller has to be right.
     let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads != 1 {
-        bail!(
-            "cannot sandbox a process with {threads} threads: the filter would cover one of them only"
-        );
+        return Err(SandboxError::Threads { threads });
     }
     raise_limits();
     // Compiled before anything is given up that compiling could need.
@@ -191,8 +269,8 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
     become_user(wanted.account)?;
     // Becoming another user resets it, and the filter forbids setting it.
     exit_with_supervisor()?;
-    prctl::set_dumpable(false).context("cannot clear the dumpable flag")?;
-    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
+    prctl::set_dumpable(false).map_err(SandboxError::give_up("clear the dumpable flag"))?;
+    prctl::set_no_new_privs().map_err(SandboxError::give_up("set no_new_privs"))?;
     let landlock = restrict_files(&wanted.readable)?;
     let mut warnings = Vec::new();
     if landlock.is_none() {
@@ -206,7 +284,7 @@ pub fn confine_worker(wanted: &Confinement) -> Result<Confined> {
         ));
     }
     for filter in &filters {
-        install_filter(filter).context("cannot install the seccomp filter")?;
+        install_filter(filter).map_err(SandboxError::give_up("install the seccomp filter"))?;
     }
     Ok(Confined { landlock, warnings })
 }
@@ -223,7 +301,7 @@ fn raise_limits() {
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, all, all);
 }
 
-fn become_user(account: Option<Account>) -> Result<()> {
+fn become_user(account: Option<Account>) -> Result<(), SandboxError> {
     if let Some(Account { uid, gid }) = account {
         let change = || -> io::Result<()> {
             prctl::set_keepcaps(true)?;
@@ -233,14 +311,21 @@ fn become_user(account: Option<Account>) -> Result<()> {
             prctl::set_keepcaps(false)?;
             Ok(())
         };
-        change().with_context(|| format!("cannot switch to uid {uid}, gid {gid}"))?;
+        change().map_err(|source| SandboxError::Switch {
+            uid: uid.as_raw(),
+            gid: gid.as_raw(),
+            source,
+        })?;
     }
-    keep_capabilities(&[CAP_KILL]).context("cannot drop capabilities")
+    keep_capabilities(&[CAP_KILL]).map_err(SandboxError::give_up("drop capabilities"))
 }
 
-fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
+fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>, SandboxError> {
     for path in readable {
-        fs::metadata(path).with_context(|| escape_path(path))?;
+        fs::metadata(path).map_err(|source| SandboxError::Readable {
+            path: escape_path(path),
+            source,
+        })?;
     }
     let restrict = || -> Result<_, landlock::RulesetError> {
         Ruleset::default()
@@ -254,7 +339,7 @@ fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
             ))?
             .restrict_self()
     };
-    let status = restrict().context("cannot apply the Landlock rules")?;
+    let status = restrict()?;
     Ok(match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => {
             let number = effective_abi.min(LANDLOCK) as i32;
@@ -266,7 +351,7 @@ fn restrict_files(readable: &[PathBuf]) -> Result<Option<u32>> {
 
 /// Returns the filters in the order of their installation; the last one forbids the call that
 /// installs more. If they disagree on a call, the strictest applies.
-fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
+fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>, SandboxError> {
     let all: Vec<Value> = KILLING_CALLS
         .iter()
         .map(|call| json!({ "syscall": call }))
@@ -280,15 +365,17 @@ fn filters(opens_files: bool) -> Result<Vec<Vec<nix::libc::sock_filter>>> {
     ];
     let filters = filters.iter().map(compile);
     filters
-        .collect::<Result<_>>()
-        .context("cannot compile the seccomp filter")
+        .collect::<Result<_, _>>()
+        .map_err(SandboxError::Compile)
 }
 
-fn compile(filter: &Value) -> Result<Vec<nix::libc::sock_filter>> {
+fn compile(
+    filter: &Value,
+) -> Result<Vec<nix::libc::sock_filter>, Box<dyn std::error::Error + Send + Sync>> {
     let arch: TargetArch = std::env::consts::ARCH.try_into()?;
     let json = json!({ "worker": filter }).to_string();
     let program = compile_from_json(json.as_bytes(), arch)?.remove("worker");
-    let program: BpfProgram = program.context("there is no filter")?;
+    let program: BpfProgram = program.ok_or("there is no filter")?;
     let instruction = |of: seccompiler::sock_filter| nix::libc::sock_filter {
         code: of.code,
         jt: of.jt,

@@ -16,7 +16,7 @@ use crate::signals::Cancel;
 use snaprestore_daemon::api::control::{Client, Request};
 use snaprestore_daemon::api::types::Completed;
 
-use report::{Done, LetGo, Listing, Statistics};
+use report::{CompleteReport, ListReport, ServiceReport, StatsReport};
 
 pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<Exit> {
     // The daemon finishes a request even if this command is interrupted.
@@ -30,47 +30,47 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
             let name = service.name.clone();
             client.send(&Request::Add { service })?;
             let _: IgnoredAny = client.receive(true)?;
-            output.report(&Done::added(name))?;
+            output.report(&ServiceReport::added(name))?;
         }
         CtlOp::Remove(remove) => {
             let name = remove.name.clone();
             client.send(&Request::Remove { name: name.clone() })?;
             let _: IgnoredAny = client.receive(false)?;
-            output.report(&Done::removed(name))?;
+            output.report(&ServiceReport::removed(name))?;
         }
         CtlOp::List => {
             client.send(&Request::List {})?;
-            output.report(&Listing(client.receive(false)?))?;
+            output.report(&ListReport(client.receive(false)?))?;
         }
         CtlOp::Stats(stats) => {
             let (vm, buckets) = (stats.vm, stats.buckets);
             client.send(&Request::Stats { vm, buckets })?;
             let vms = client.receive(false)?;
-            output.report(&Statistics { vms })?;
+            output.report(&StatsReport { vms })?;
         }
         CtlOp::Complete(complete) => {
             let (vm, all) = (complete.vm, complete.all);
             client.send(&Request::Complete { vm, all })?;
-            return let_go(client.receive(true)?, output);
+            return report_completed(client.receive(true)?, output);
         }
         CtlOp::Drain => {
             client.send(&Request::Drain {})?;
-            return let_go(client.receive(true)?, output);
+            return report_completed(client.receive(true)?, output);
         }
         CtlOp::Top(top) => return top::run(top, &args.control, client, output),
         CtlOp::Upgrade(upgrade) => {
             let program = upgrade.program.as_deref().map(absolute).transpose()?;
             client.send(&Request::Upgrade { program })?;
-            output.report(&report::NowRuns(client.receive(true)?))?;
+            output.report(&report::UpgradeReport(client.receive(true)?))?;
         }
     }
     Ok(Exit::Done)
 }
 
 /// Reports the VMs that were to be released; fails if one could not be.
-fn let_go(vms: Vec<Completed>, output: Output) -> Result<Exit> {
+fn report_completed(vms: Vec<Completed>, output: Output) -> Result<Exit> {
     let all = vms.iter().all(|vm| vm.done);
-    output.report(&LetGo { vms })?;
+    output.report(&CompleteReport { vms })?;
     Ok(if all { Exit::Done } else { Exit::Failed })
 }
 

@@ -7,18 +7,19 @@ use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 
 use crate::names;
-use crate::output::{count, percent};
-use snaprestore_daemon::api::types::{Completed, List, Pages, Times, Upgraded, VmStats, VmStatus};
+use crate::output::{count, micros, percent};
+use snaprestore_daemon::api::types::{Completed, List, Upgraded, VmStats, VmStatus};
+use snaprestore_engine::stats::{Durations, FaultSources};
 
 /// Report of an added or removed service.
 #[derive(Serialize)]
-pub(super) struct Done {
+pub(super) struct ServiceReport {
     service: String,
     #[serde(skip)]
     what: &'static str,
 }
 
-impl Done {
+impl ServiceReport {
     pub(super) fn added(service: String) -> Self {
         let what = "is served";
         Self { service, what }
@@ -30,7 +31,7 @@ impl Done {
     }
 }
 
-impl fmt::Display for Done {
+impl fmt::Display for ServiceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} {}", self.service, self.what)
     }
@@ -39,9 +40,9 @@ impl fmt::Display for Done {
 /// Report of an upgrade to another program.
 #[derive(Serialize)]
 #[serde(transparent)]
-pub(super) struct NowRuns(pub(super) Upgraded);
+pub(super) struct UpgradeReport(pub(super) Upgraded);
 
-impl fmt::Display for NowRuns {
+impl fmt::Display for UpgradeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Upgraded { from, to } = &self.0;
         writeln!(f, "upgraded from {from} to {to}")
@@ -51,9 +52,9 @@ impl fmt::Display for NowRuns {
 /// Report of the services and VMs.
 #[derive(Serialize)]
 #[serde(transparent)]
-pub(super) struct Listing(pub(super) List);
+pub(super) struct ListReport(pub(super) List);
 
-impl fmt::Display for Listing {
+impl fmt::Display for ListReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = &self.0;
         write!(f, "snaprestore {}, process {}", list.version, list.pid)?;
@@ -120,11 +121,11 @@ fn age(millis: u64) -> String {
 
 /// Report of the sessions' statistics.
 #[derive(Serialize)]
-pub(super) struct Statistics {
+pub(super) struct StatsReport {
     pub(super) vms: Vec<VmStats>,
 }
 
-impl fmt::Display for Statistics {
+impl fmt::Display for StatsReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.vms.is_empty() {
             return writeln!(f, "no VM is served");
@@ -171,26 +172,18 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
         HumanCount(kinds.poisoned),
         HumanCount(kinds.outside)
     )?;
-    writeln!(f, "latency     {}", Latency(&s.fault_us))?;
-    let sources = [
-        ("read", &s.sources.read),
-        ("cached", &s.sources.cached),
-        ("waited", &s.sources.waited),
-        ("fill", &s.sources.fill),
-        ("none", &s.sources.none),
-    ];
-    for (name, times) in sources {
+    writeln!(f, "latency     {}", Latency(&s.fault_time))?;
+    for ((name, _), times) in FaultSources::LABELS.iter().zip(s.sources.values()) {
         if times.count > 0 {
             let number = HumanCount(times.count);
             writeln!(f, "  {name:<8}  {}; {number}", Latency(times))?;
         }
     }
-    let pages = |pages: Pages| HumanCount(pages.total());
     writeln!(
         f,
         "installed   {} pages by faults, {} by prefetch",
-        pages(s.demand),
-        pages(s.prefetch)
+        HumanCount(s.demand.total()),
+        HumanCount(s.prefetch.total())
     )?;
     writeln!(
         f,
@@ -219,7 +212,7 @@ fn one(f: &mut fmt::Formatter<'_>, stats: &VmStats) -> fmt::Result {
 }
 
 /// Latency percentiles, formatted in one line.
-struct Latency<'a>(&'a Times);
+struct Latency<'a>(&'a Durations);
 
 impl fmt::Display for Latency<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -230,18 +223,21 @@ impl fmt::Display for Latency<'_> {
         write!(
             f,
             "{:.1} us at p50, {:.1} p90, {:.1} p99, {:.1} at most",
-            times.p50, times.p90, times.p99, times.max
+            micros(times.p50),
+            micros(times.p90),
+            micros(times.p99),
+            micros(times.max)
         )
     }
 }
 
 /// Report of the VMs that were to be released.
 #[derive(Serialize)]
-pub(super) struct LetGo {
+pub(super) struct CompleteReport {
     pub(super) vms: Vec<Completed>,
 }
 
-impl fmt::Display for LetGo {
+impl fmt::Display for CompleteReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.vms.is_empty() {
             return writeln!(f, "no VM left to complete");
@@ -297,7 +293,7 @@ mod tests {
             ],
             ..List::default()
         };
-        let text = Listing(list).to_string();
+        let text = ListReport(list).to_string();
         let table = text.lines().skip_while(|line| !line.contains("STATE"));
         let table: Vec<_> = table.collect();
         assert_eq!(table.len(), 4, "{text}");
@@ -311,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_have_two_units_at_most() {
+    fn ages_have_at_most_two_units() {
         for (millis, text) in [
             (0, "0.0 s"),
             (1_950, "1.9 s"),

@@ -13,9 +13,10 @@ use super::report::{plain, to_the_right};
 use crate::args;
 use crate::exit::Exit;
 use crate::names;
-use crate::output::{Output, count, percent};
-use snaprestore_daemon::api::control::{Client, Request};
-use snaprestore_daemon::api::types::{SessionStats, VmId, VmStats};
+use crate::output::{Output, count, micros, percent};
+use snaprestore_daemon::api::control::{Client, ClientError, Request};
+use snaprestore_daemon::api::types::{VmId, VmStats};
+use snaprestore_engine::stats::Stats;
 
 pub(super) fn run(
     args: &args::CtlTop,
@@ -57,7 +58,7 @@ struct Sample {
 
 impl Daemon<'_> {
     fn look(&mut self) -> Result<Sample> {
-        let ask = |client: &Client| -> Result<Vec<VmStats>> {
+        let ask = |client: &Client| -> Result<Vec<VmStats>, ClientError> {
             let (vm, buckets) = (None, true);
             client.send(&Request::Stats { vm, buckets })?;
             client.receive(false)
@@ -125,26 +126,26 @@ impl Frame {
 }
 
 impl Row {
-    fn between(before: Option<&SessionStats>, now: &VmStats, seconds: f64) -> Self {
-        let none = SessionStats::default();
+    fn between(before: Option<&Stats>, now: &VmStats, seconds: f64) -> Self {
+        let none = Stats::default();
         // A new worker starts to count at 0.
         let before = before.filter(|before| before.faults <= now.session.faults);
         let before = before.unwrap_or(&none);
         let VmStats { vm, session } = now;
-        let rate = |count: fn(&SessionStats) -> u64| {
+        let rate = |count: fn(&Stats) -> u64| {
             let new = count(session).saturating_sub(count(before));
             #[expect(clippy::cast_precision_loss, reason = "one decimal of it is shown")]
             let new = new as f64;
             if seconds > 0.0 { new / seconds } else { 0.0 }
         };
-        let faults = session.fault_us.since(&before.fault_us);
+        let faults = session.fault_time.since(&before.fault_time);
         Self {
             id: vm.id,
             service: vm.service.clone(),
             pid: vm.pid,
             state: vm.state.name(),
             faults: rate(|s| s.faults),
-            fault_p99_us: (faults.count > 0).then_some(faults.p99),
+            fault_p99_us: (faults.count > 0).then_some(micros(faults.p99)),
             demand_pages: rate(|s| s.demand.total()),
             prefetch_pages: rate(|s| s.prefetch.total()),
             discards: rate(|s| s.discards),
@@ -223,7 +224,8 @@ fn redraw(text: &str, first: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use snaprestore_daemon::api::types::{Pages, Times, VmState, VmStatus};
+    use snaprestore_daemon::api::types::{VmState, VmStatus};
+    use snaprestore_engine::stats::{Durations, PageCounts};
 
     fn vm(id: VmId, faults: u64, slow: u64) -> VmStats {
         let nanos = Duration::from_nanos(2_000 * (faults - slow) + 50_000 * slow);
@@ -238,16 +240,16 @@ mod tests {
                 reason: None,
                 age_ms: 0,
             },
-            session: SessionStats {
+            session: Stats {
                 pages: 1000,
                 missing: 1000 - faults,
                 faults,
-                fault_us: Times::of(buckets.collect(), nanos, Duration::from_micros(50)),
-                demand: Pages {
+                fault_time: Durations::new(buckets.collect(), nanos, Duration::from_micros(50)),
+                demand: PageCounts {
                     copied: faults,
-                    ..Pages::default()
+                    ..PageCounts::default()
                 },
-                ..SessionStats::default()
+                ..Stats::default()
             },
         }
     }
@@ -262,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_those_since_the_frame_before() {
+    fn rates_are_computed_since_the_previous_frame() {
         // All slow faults came before the first sample, so only new ones count.
         let before = vec![vm(1, 100, 100), vm(2, 10, 0)];
         let after = vec![vm(1, 110, 100), vm(2, 50, 1), vm(3, 8, 0), vm(4, 5, 0)];
@@ -291,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_without_faults_has_no_latency_and_a_new_worker_counts_from_0() {
+    fn vm_without_faults_shows_no_latency() {
         let frame = frame(
             vec![vm(1, 10, 0), vm(2, 20, 0)],
             vec![vm(1, 10, 0), vm(2, 6, 0)],
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_busiest_are_drawn_if_there_is_no_room() {
+    fn small_terminal_shows_the_busiest_vms() {
         let mut frame = frame(Vec::new(), (1..=30).map(|id| vm(id, id, 0)).collect());
         frame.rows = Some(5);
         let text = frame.to_string();

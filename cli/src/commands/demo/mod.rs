@@ -17,7 +17,7 @@ use serde::Serialize;
 use snaprestore_daemon::api::config::RETRY_TIMEOUT;
 use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
-use self::owner::{Owner, Told};
+use self::owner::{Owner, OwnerCounts};
 use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
@@ -32,18 +32,18 @@ use crate::target::{Stream, Target};
 pub(crate) use owner::run as run_owner;
 
 #[derive(Serialize)]
-struct Report {
+struct DemoReport {
     /// Whether every page was restored as the process held it.
     ok: bool,
     pid: i32,
     /// Answers of the process before and after it was packed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    before: Option<Told>,
+    before: Option<OwnerCounts>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    after: Option<Told>,
-    create: create::Report,
-    verify: verify::Report,
-    restore: restore::Report,
+    after: Option<OwnerCounts>,
+    create: create::CreateReport,
+    verify: verify::VerifyReport,
+    restore: restore::RestoreReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     kept: Option<PathBuf>,
 }
@@ -103,7 +103,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
     };
     let restore = restore::restore(&options, output, cancel)?;
     let equal = restore.mismatches == 0 && restore.checked_pages == restore.known_pages();
-    let report = Report {
+    let report = DemoReport {
         ok: verify.ok && restore.exit() == Exit::Done && equal,
         pid,
         before,
@@ -150,7 +150,7 @@ fn pack(
     reference: &File,
     output: Output,
     cancel: &Cancel,
-) -> Result<create::Report> {
+) -> Result<create::CreateReport> {
     let recipe = Recipe {
         level: 3,
         frame_bytes: 128 << 10,
@@ -177,7 +177,7 @@ fn pack(
     reference.set_len(bytes)?;
     let (target, written) = writer.finish(&remarks)?;
     target.complete()?;
-    Ok(create::Report {
+    Ok(create::CreateReport {
         facts: create::facts(&written),
         remarks,
         held_ms,
@@ -240,7 +240,7 @@ fn fd_path(file: &File) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DemoReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let facts = &self.create.facts;
         match &self.before {

@@ -38,7 +38,7 @@ pub(super) const WORD: &str = "the";
 
 /// The owner's description of its state.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(super) struct Told {
+pub(super) struct OwnerCounts {
     pub(super) files: u64,
     pub(super) bytes: u64,
     /// Number of distinct words in the index.
@@ -82,7 +82,7 @@ impl Owner {
     }
 
     /// Queries the owner's state. The first query waits until it has loaded everything.
-    pub(super) fn ask(&mut self, cancel: &Cancel) -> Result<Told> {
+    pub(super) fn ask(&mut self, cancel: &Cancel) -> Result<OwnerCounts> {
         let mut answer = String::new();
         writeln!(self.questions, "{WORD}").context("asking the packed process")?;
         // The owner answers with one line, which arrives whole.
@@ -95,7 +95,7 @@ impl Owner {
             .filter_map(|number| number.parse().ok())
             .collect();
         match numbers[..] {
-            [files, bytes, words, occurrences, rounds] => Ok(Told {
+            [files, bytes, words, occurrences, rounds] => Ok(OwnerCounts {
                 files,
                 bytes,
                 words,

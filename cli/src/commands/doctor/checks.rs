@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_not_good_comes_with_a_remedy() {
+    fn every_failed_check_names_a_remedy() {
         let versions = [(4, 14), (5, 7), (6, 1), (6, 18)];
         for (major, minor) in versions {
             let mask = Mask::kernel(KernelVersion::new(major, minor));
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_is_missing_and_says_which_is_needed() {
+    fn old_kernel_error_names_the_needed_version() {
         let mask = Mask::kernel(KernelVersion::new(5, 4));
         let checks = all(&Probe::with_mask(mask), &Surroundings::default());
         let kernel = find(&checks, "kernel");
@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn where_user_mode_only_would_do_nothing_is_missing() {
+    fn user_mode_only_is_enough_where_permitted() {
         let mut probe = Probe::take();
         for (would_do, state) in [(true, State::Limited), (false, State::Missing)] {
             probe.open = Err(OpenError::NotPermitted {
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kernel_lacks_names_the_one_that_has_it() {
+    fn missing_feature_names_the_first_kernel_with_it() {
         let probe = Probe::with_mask(Mask::kernel(KernelVersion::new(6, 1)));
         if probe.features.is_none() {
             // Without any way to open a userfaultfd, its features are unknown.
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn small_limits_and_closed_doors_are_told() {
+    fn small_limits_and_missing_rights_are_reported() {
         let mut probe = Probe::take();
         probe.cap_sys_ptrace = Some(false);
         probe.unprivileged_userfaultfd = Some(false);

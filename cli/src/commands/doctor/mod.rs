@@ -13,7 +13,7 @@ use crate::output::Output;
 use checks::{Check, State};
 
 #[derive(Serialize)]
-struct Report {
+struct DoctorReport {
     /// Whether memory can be restored lazily on this machine.
     ok: bool,
     /// Whether it can be restored only if no system call or virtual CPU touches missing memory.
@@ -27,7 +27,7 @@ pub(crate) fn run(output: Output) -> Result<Exit> {
     let checks = checks::all(&probe, &checks::Surroundings::look());
     let ok = checks.iter().all(|check| check.state != State::Missing);
     let refused = probe.open.as_ref().err();
-    output.report(&Report {
+    output.report(&DoctorReport {
         ok,
         user_mode_only: ok && refused.is_some_and(checks::needs_user_mode_only),
         kernel: probe.kernel_release.clone(),
@@ -36,7 +36,7 @@ pub(crate) fn run(output: Output) -> Result<Exit> {
     Ok(if ok { Exit::Done } else { Exit::NotPermitted })
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DoctorReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for check in &self.checks {
             let mark = match check.state {

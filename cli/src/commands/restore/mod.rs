@@ -16,13 +16,12 @@ use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
-use crate::input;
 use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use order::Order;
-pub(crate) use report::Report;
+pub(crate) use report::RestoreReport;
 use touch::Pages;
 
 /// Note that the command works with less permission than the engine wants.
@@ -31,7 +30,7 @@ pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full use
      what would permit the other)";
 
 /// Maximum time for the engine to notice that every page was touched.
-const PATIENCE: Duration = Duration::from_secs(5);
+const COMPLETE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Exit> {
     // The memory disappears with this process: nothing has to be undone or waited for.
@@ -42,7 +41,11 @@ pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Resu
 }
 
 /// Restores a snapshot and returns a report.
-pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Report> {
+pub(crate) fn restore(
+    args: &args::Restore,
+    output: Output,
+    cancel: &Cancel,
+) -> Result<RestoreReport> {
     if args.check.is_some() && args.touch == Touch::None {
         return Err(Refusal::Usage(
             "--check compares pages when they are touched, and --touch none touches none; leave \
@@ -51,8 +54,8 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
         )
         .into());
     }
-    let snapshot = Arc::new(input::open(&args.file)?);
-    let pages = Pages::of(&snapshot)?;
+    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
+    let pages = Pages::of(&snapshot);
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,
@@ -90,12 +93,12 @@ pub(crate) fn restore(args: &args::Restore, output: Output, cancel: &Cancel) -> 
     // touched, so a restore that has some never completes.
     if touched.is_some() && snapshot.summary().unavailable_pages == 0 {
         let waiting = Instant::now();
-        while !restored.is_complete() && waiting.elapsed() < PATIENCE {
+        while !restored.is_complete() && waiting.elapsed() < COMPLETE_TIMEOUT {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
     let stats = restored.stats();
-    Ok(Report::new(
+    Ok(RestoreReport::new(
         names::exact(&args.file),
         &snapshot,
         &stats,
@@ -130,9 +133,9 @@ fn start(
             .fault_threads(args.threads)
             .retry_timeout(Duration::from_secs(args.retry_timeout))
             .prefetch(match args.prefetch {
-                args::Prefetch::Off => restore::Prefetch::Off,
-                args::Prefetch::WorkingSet => restore::Prefetch::WorkingSet,
-                args::Prefetch::All => restore::Prefetch::All,
+                args::Prefetch::Off => snaprestore_engine::Prefetch::Off,
+                args::Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
+                args::Prefetch::All => snaprestore_engine::Prefetch::All,
             })
             .on_failure(on_failure)
             .user_mode_only(true)

@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_number_comes_once() {
+    fn order_contains_every_number_once() {
         for count in [1_u64, 2, 3, 7, 64, 1000, 4097] {
             for seed in [0, 1, 0xdead_beef] {
                 let order = Order::random(count, seed);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_give_orders_of_their_own_without_runs() {
+    fn different_seeds_give_different_orders_without_runs() {
         let order = |seed| -> Vec<u64> {
             let order = Order::random(10_000, seed);
             (0..10_000).map(|position| order.at(position)).collect()

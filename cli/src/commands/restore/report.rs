@@ -6,19 +6,20 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snaprestore_engine::restore::{Failure, FailureKind, Stats};
+use snaprestore_engine::stats::{Durations, Stats};
+use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
 use super::touch::Touched;
 use crate::exit::Exit;
-use crate::output::count;
+use crate::output::{count, micros};
 
 /// Maximum number of bad places listed for people.
 const LISTED: usize = 20;
 
 /// Report of a restore. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
-pub(crate) struct Report {
+pub(crate) struct RestoreReport {
     pub(super) file: String,
     pub(super) pages: u64,
     /// Number of pages with unknown content, which were not touched.
@@ -31,7 +32,7 @@ pub(crate) struct Report {
     /// Number of pages that were needed but could not be restored.
     bad_pages: u64,
     faults: u64,
-    fault_us: Percentiles,
+    fault_us: Durations,
     pages_copied: u64,
     pages_zeroed: u64,
     /// Number of zero pages that the kernel serves itself.
@@ -46,15 +47,6 @@ pub(crate) struct Report {
     failures: Vec<Bad>,
 }
 
-/// Times in microseconds.
-#[derive(Debug, Serialize)]
-struct Percentiles {
-    p50: f64,
-    p90: f64,
-    p99: f64,
-    max: f64,
-}
-
 /// A place in the file that could not be used, and the pages affected by it.
 #[derive(Debug, Serialize)]
 struct Bad {
@@ -67,7 +59,7 @@ struct Bad {
     detail: String,
 }
 
-impl Report {
+impl RestoreReport {
     pub(super) fn new(
         file: String,
         snapshot: &Snapshot,
@@ -83,6 +75,8 @@ impl Report {
             .flat_map(|bad| &bad.pages)
             .map(|(first, last)| last - first + 1)
             .sum();
+        let mut fault_us = stats.fault_time.clone();
+        fault_us.drop_buckets();
         Self {
             file,
             pages: snapshot.summary().pages,
@@ -94,19 +88,14 @@ impl Report {
             complete_ms: stats.complete.filter(|_| bad_pages == 0).map(whole_millis),
             bad_pages,
             faults: stats.faults,
-            fault_us: Percentiles {
-                p50: micros(stats.fault_time.p50),
-                p90: micros(stats.fault_time.p90),
-                p99: micros(stats.fault_time.p99),
-                max: micros(stats.fault_time.max),
-            },
+            fault_us,
             pages_copied: [stats.demand, stats.prefetch]
                 .iter()
                 .map(|pages| pages.copied + pages.filled)
                 .sum(),
             pages_zeroed: stats.demand.zeroed + stats.prefetch.zeroed,
             pages_left_to_kernel: stats.left_to_kernel,
-            prefetched_pages: stats.prefetch.copied + stats.prefetch.filled + stats.prefetch.zeroed,
+            prefetched_pages: stats.prefetch.total(),
             bytes_read: stats.bytes_read,
             bytes_decoded: stats.bytes_decoded,
             checked_pages: found.checked_pages,
@@ -240,12 +229,7 @@ fn whole_millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Converts a duration to microseconds with one decimal.
-fn micros(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e7).round() / 10.0
-}
-
-impl fmt::Display for Report {
+impl fmt::Display for RestoreReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "mapped      after {} us", HumanCount(self.map_us))?;
         if let Some(first) = self.first_page_us {
@@ -281,10 +265,10 @@ impl fmt::Display for Report {
                 f,
                 "faults      {}; {} us at p50, {} p90, {} p99, {} at most",
                 HumanCount(self.faults),
-                self.fault_us.p50,
-                self.fault_us.p90,
-                self.fault_us.p99,
-                self.fault_us.max
+                micros(self.fault_us.p50),
+                micros(self.fault_us.p90),
+                micros(self.fault_us.p99),
+                micros(self.fault_us.max)
             )?;
         }
         writeln!(
@@ -353,13 +337,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_told_in_runs() {
+    fn pages_are_reported_in_runs() {
         assert_eq!(runs(vec![]), []);
         assert_eq!(runs(vec![5, 3, 4, 4, 9]), [(3, 5), (9, 9)]);
     }
 
     #[test]
-    fn a_place_is_told_once() {
+    fn repeated_place_is_reported_once() {
         let told = |text, offset| without_place(text, "s: t", offset);
         assert_eq!(
             told("s: t: damaged frame at byte 40: wrong", Some(40)),
@@ -369,11 +353,5 @@ mod tests {
             told("its frame could not be restored", Some(40)),
             "its frame could not be restored"
         );
-    }
-
-    #[test]
-    fn times_keep_a_tenth_of_a_microsecond() {
-        assert_eq!(micros(Duration::from_nanos(3_749)).to_string(), "3.7");
-        assert_eq!(whole_micros(Duration::from_millis(2)), 2000);
     }
 }

@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::signals::Cancel;
 
 /// Number of positions of the order that a thread takes at once.
-const AT_ONCE: u64 = 64;
+const PAGES_PER_BATCH: u64 = 64;
 /// Maximum number of mismatches listed.
 const LISTED: usize = 16;
 
@@ -36,7 +36,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    pub(super) fn of(snapshot: &Snapshot) -> Result<Self> {
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
         let mut count = 0;
         let mut regions = Vec::new();
         for region in snapshot.regions() {
@@ -48,11 +48,11 @@ impl Pages {
         } else {
             Vec::new()
         };
-        Ok(Self {
+        Self {
             regions,
             count,
             unavailable,
-        })
+        }
     }
 
     /// Returns the region, the offset in it, and the page number of a page.
@@ -194,12 +194,12 @@ impl Shared<'_> {
         let mut expected = vec![0; PAGE_SIZE];
         let mut found = Touched::default();
         while !self.stop.load(Relaxed) {
-            let from = self.next.fetch_add(AT_ONCE, Relaxed);
+            let from = self.next.fetch_add(PAGES_PER_BATCH, Relaxed);
             if from >= self.work.pages.count {
                 break;
             }
             self.cancel.check()?;
-            let to = self.work.pages.count.min(from + AT_ONCE);
+            let to = self.work.pages.count.min(from + PAGES_PER_BATCH);
             for position in from..to {
                 let page = self.work.order.at(position);
                 self.touch(&loads, page, &mut memory, &mut expected, &mut found)?;

@@ -228,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_cores_are_cores() {
+    fn only_elf_cores_are_recognised() {
         let core = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0";
         assert!(is_core(core));
         assert!(!is_core(&core[..17]));

@@ -657,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn process_is_let_go_when_nothing_is_read_of_it() {
+    fn process_is_released_when_nothing_is_read_of_it() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
         let output = Output::new(crate::args::Common {

@@ -304,7 +304,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 ";
 
     #[test]
-    fn smaps_is_understood() {
+    fn smaps_is_parsed() {
         let mut all = parse(SMAPS.as_bytes(), &|| ()).unwrap();
         all[5].internal = Some(Internal::AnonymousHuge);
         assert_eq!(all.len(), 7);
@@ -351,7 +351,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     }
 
     #[test]
-    fn names_are_any_bytes() {
+    fn names_may_be_any_bytes() {
         let line = b"7f0000000000-7f0010000000 r--p 00000000 00:0f 42   /tmp/a\x1b[31m \xff\x85\n";
         let all = parse(&line[..], &|| ()).unwrap();
         assert_eq!(all[0].name, b"/tmp/a\x1b[31m \xff\x85");
@@ -359,7 +359,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     }
 
     #[test]
-    fn maps_alone_promises_nothing_about_what_is_populated() {
+    fn maps_alone_does_not_prove_population() {
         let line = "7f0000000000-7f0010000000 ---p 00000000 00:00 0 \n";
         let all = parse(line.as_bytes(), &|| ()).unwrap();
         assert_eq!(all[0].details, None);

@@ -140,7 +140,7 @@ impl HeldProcess {
         let most = inner
             .mappings
             .iter()
-            .map(|mapping| inner.most_stored(mapping));
+            .map(|mapping| inner.max_stored(mapping));
         spool.leave_room(most.sum());
         let reader = {
             let spool = Arc::clone(&spool);
@@ -193,7 +193,7 @@ fn expected_pages(mappings: &[Mapping]) -> u64 {
 
 impl Inner {
     /// Returns an upper bound of the bytes of `mapping` that are not zero.
-    fn most_stored(&self, mapping: &Mapping) -> u64 {
+    fn max_stored(&self, mapping: &Mapping) -> u64 {
         let len = mapping.end - mapping.start;
         let Some(details) = mapping.details else {
             return len;

@@ -193,7 +193,7 @@ mod tests {
 
     /// Checks the words that kernels return that can't list pages.
     #[test]
-    fn words_tell_content_from_markers() {
+    fn pagemap_words_distinguish_content_from_markers() {
         #[expect(clippy::host_endian_bytes, reason = "a word as the kernel has it")]
         let entry = |word: u64| to_entry(word.to_ne_bytes());
         // The lowest bits are a page frame number, and the meaning of bit 55 doesn't matter here.

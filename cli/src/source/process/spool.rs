@@ -339,7 +339,7 @@ const ZEROS: u8 = b'Z';
 const UNAVAILABLE: u8 = b'U';
 
 /// Minimum room in a chunk for it to take more pages.
-const LEAST_ROOM: usize = 64 << 10;
+const MIN_ROOM: usize = 64 << 10;
 
 /// The reader's end of a [`Spool`].
 pub(super) struct Filler<'a> {
@@ -393,7 +393,7 @@ impl<'a> Filler<'a> {
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> Result<io::Result<usize>> {
         (self.check)()?;
-        if self.chunk.len() + LEAST_ROOM > CHUNK {
+        if self.chunk.len() + MIN_ROOM > CHUNK {
             self.flush()?;
         }
         let room = (CHUNK - self.chunk.len()) as u64 / PAGE * PAGE;
@@ -625,7 +625,7 @@ mod tests {
     }
 
     #[test]
-    fn reader_that_waits_sees_that_nobody_writes() {
+    fn waiting_reader_notices_that_nobody_writes() {
         let spool = spool_in_memory();
         let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
         std::thread::scope(|scope| {
@@ -636,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn reader_does_not_wait_for_ever_for_a_writer_that_takes_nothing() {
+    fn reader_gives_up_on_a_writer_that_is_stuck() {
         let spool = spool_in_memory();
         spool.lock().room_timeout = 2 * LOOK_INTERVAL;
         let count = 3 * u32::try_from(MAX_CHUNKS_IN_MEMORY * CHUNK / 4096).unwrap();
@@ -645,7 +645,7 @@ mod tests {
     }
 
     #[test]
-    fn next_folder_has_the_file_if_the_first_cannot() {
+    fn spool_file_falls_back_to_the_next_folder() {
         let folder = |path: PathBuf, is_shared| Folder { path, is_shared };
         let place = Place {
             folders: vec![

@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_repeats_a_frame_is_noted_as_the_index_says_and_given_once() {
+    fn duplicates_are_noted_and_returned_once() {
         let snapshot = snapshot();
         let notes = noted(&snapshot, 0..4);
         for number in 0..64 {
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_out_of_turn_shows_what_is_older_than_its_own() {
+    fn block_out_of_order_finds_older_frames() {
         let snapshot = snapshot();
         let notes = noted(&snapshot, [3, 0]);
         // Its first frame is the newest of block 0.
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_takes_no_more() {
+    fn full_table_accepts_no_more_entries() {
         let snapshot = snapshot();
         let notes = Duplicates::new(4);
         let block = snapshot.index_block(3, Reason::Demand).unwrap();

@@ -26,6 +26,7 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 use snapshot_format::{FrameRef, Reason, Snapshot};
 
 use crate::session::platform::Run;
+use crate::stats::FrameCacheStats;
 
 /// Number of parts of the cache that are locked and bounded separately. With more, the parts would
 /// be too small for the largest frames.
@@ -159,22 +160,6 @@ struct Counts {
     misses: AtomicU64,
 }
 
-/// Content and effectiveness of a cache of decoded frames.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct FrameCacheStats {
-    /// Number of look-ups that found the frame.
-    pub hits: u64,
-    /// Number of look-ups that did not find the frame.
-    pub misses: u64,
-    /// Number of frames that were evicted.
-    pub evictions: u64,
-    /// Number of frames in the cache.
-    pub frames: u64,
-    /// Size of these frames in bytes.
-    pub bytes: u64,
-}
-
 impl FrameCache {
     /// Creates a cache of `bytes` in total.
     pub(crate) fn new(bytes: u64) -> Self {
@@ -243,14 +228,14 @@ pub(crate) struct SharedFrames {
 }
 
 /// The result of a look-up.
-pub(crate) enum Look<'a> {
+pub(crate) enum CacheLookup<'a> {
     /// The frame was found.
-    Found(Arc<Decoded>),
+    Hit(Arc<Decoded>),
     /// Nothing was found, and this place is reserved for the frame: others that prefetch it wait
     /// until the place is filled or dropped.
-    Place(Place<'a>),
+    Reserved(Place<'a>),
     /// Nothing was found.
-    Nothing,
+    Miss,
 }
 
 impl SharedFrames {
@@ -287,40 +272,46 @@ impl SharedFrames {
     }
 
     /// Looks up `frame`. A prefetcher waits for another thread that is loading it.
-    pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> Look<'_> {
+    pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> CacheLookup<'_> {
         if self.is_alone() {
-            return Look::Nothing;
+            return CacheLookup::Miss;
         }
         let key = self.key(frame);
         let look = if reason == Reason::Demand {
             self.cache
                 .frames
                 .get(&key)
-                .map_or(Look::Nothing, Look::Found)
+                .map_or(CacheLookup::Miss, CacheLookup::Hit)
         } else {
             match self.cache.frames.get_value_or_guard(&key, Some(MAX_WAIT)) {
-                GuardResult::Value(decoded) => Look::Found(decoded),
-                GuardResult::Guard(place) => Look::Place(place),
-                GuardResult::Timeout => Look::Nothing,
+                GuardResult::Value(decoded) => CacheLookup::Hit(decoded),
+                GuardResult::Guard(place) => CacheLookup::Reserved(place),
+                GuardResult::Timeout => CacheLookup::Miss,
             }
         };
         let count = match look {
-            Look::Found(_) => &self.cache.counts.hits,
-            Look::Place(_) | Look::Nothing => &self.cache.counts.misses,
+            CacheLookup::Hit(_) => &self.cache.counts.hits,
+            CacheLookup::Reserved(_) | CacheLookup::Miss => &self.cache.counts.misses,
         };
         count.fetch_add(1, Relaxed);
         look
     }
 
     /// Stores the frame that was not found, unless it has been stored meanwhile.
-    pub(crate) fn keep(&self, look: Look<'_>, frame: &FrameRef, bytes: &[u8], listed: &[Run]) {
+    pub(crate) fn keep(
+        &self,
+        look: CacheLookup<'_>,
+        frame: &FrameRef,
+        bytes: &[u8],
+        listed: &[Run],
+    ) {
         let frames = &self.cache.frames;
         let place = match look {
-            Look::Found(_) => return,
-            Look::Nothing if self.is_alone() => return,
-            Look::Place(place) => place,
+            CacheLookup::Hit(_) => return,
+            CacheLookup::Miss if self.is_alone() => return,
+            CacheLookup::Reserved(place) => place,
             // Another thread that is decoding the frame is not waited for.
-            Look::Nothing => {
+            CacheLookup::Miss => {
                 match frames.get_value_or_guard(&self.key(frame), Some(Duration::ZERO)) {
                     GuardResult::Guard(place) => place,
                     GuardResult::Value(_) | GuardResult::Timeout => return,
@@ -343,7 +334,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_small_frame_does_not_take_the_buffer_of_a_large_one() {
+    fn small_frame_does_not_get_large_buffer() {
         let buffers = Buffers::default();
         buffers.put(Vec::with_capacity(1 << 20));
         let small = buffers.with(&[1; 4096]);
@@ -354,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn the_buffers_that_wait_are_few_and_the_latest() {
+    fn idle_buffers_are_bounded_and_the_latest() {
         let buffers = Buffers::default();
         for size in 1..=2 * MAX_IDLE {
             buffers.put(Vec::with_capacity(size << 12));

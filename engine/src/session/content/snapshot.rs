@@ -12,14 +12,13 @@ use snapshot_format::{
 };
 
 use crate::session::content::duplicates::Duplicates;
-use crate::session::content::frame_cache::{Decoded, Look, SharedFrames};
+use crate::session::content::frame_cache::{CacheLookup, Decoded, SharedFrames};
 use crate::session::failure::{Failure, FailureKind};
-use crate::session::fault::in_flight::FrameId;
-use crate::session::platform::{Content, Image, PageNumber, Run};
+use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps for pages whose content is shared by many: their frame is
 /// wanted repeatedly, and its list doesn't name all of them.
-const KEPT_BYTES: usize = 2 << 20;
+const MAX_KEPT_BYTES: usize = 2 << 20;
 
 /// The number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
@@ -78,7 +77,7 @@ struct Kept {
 
 impl Kept {
     /// Stores the frame in the shared cache.
-    fn share(&self, shared: &SharedFrames, look: Look<'_>, frame: &FrameRef) {
+    fn share(&self, shared: &SharedFrames, look: CacheLookup<'_>, frame: &FrameRef) {
         shared.keep(look, frame, &self.bytes[..self.len], &self.listed);
     }
 
@@ -136,8 +135,8 @@ impl SnapshotImage {
         }
     }
 
-    /// Whether `decoder` has decoded frames for this session.
-    pub(crate) fn is_known_to(&self, decoder: &Decoder) -> bool {
+    /// Whether `decoder` was last used for this session.
+    pub(crate) fn was_used_by(&self, decoder: &Decoder) -> bool {
         decoder.session == self.session
     }
 
@@ -149,7 +148,7 @@ impl SnapshotImage {
     /// Prepares `decoder` for this session. Frames of another session are forgotten.
     pub(crate) fn adopt(&self, decoder: &mut Decoder) {
         decoder.begun = None;
-        if self.is_known_to(decoder) {
+        if self.was_used_by(decoder) {
             return;
         }
         decoder.session = self.session;
@@ -162,7 +161,7 @@ impl SnapshotImage {
         let frame_bytes = usize::try_from(self.snapshot.summary().frame_bytes)
             .unwrap_or(usize::MAX)
             .clamp(PAGE_SIZE, MAX_FRAME_SLOTS * PAGE_SIZE);
-        let count = (KEPT_BYTES / frame_bytes).clamp(1, 16);
+        let count = (MAX_KEPT_BYTES / frame_bytes).clamp(1, 16);
         if decoder.frame_bytes != frame_bytes || decoder.kept.len() != count {
             decoder.kept.clear();
         }
@@ -223,7 +222,7 @@ impl SnapshotImage {
         kept.ready = kept.len;
         kept.frame = Some(*frame);
         if let Some(shared) = &self.shared {
-            kept.share(shared, Look::Nothing, frame);
+            kept.share(shared, CacheLookup::Miss, frame);
         }
         Ok(())
     }
@@ -368,8 +367,8 @@ impl Image for SnapshotImage {
         kept.listed.clear();
         kept.len = frame.decoded_len();
         let shared = self.shared.as_ref();
-        let look = shared.map_or(Look::Nothing, |shared| shared.look(frame, reason));
-        if let Look::Found(decoded) = look {
+        let look = shared.map_or(CacheLookup::Miss, |shared| shared.look(frame, reason));
+        if let CacheLookup::Hit(decoded) = look {
             kept.take(frame, decoded);
             decoder.cached = true;
             return Ok(());

@@ -1,7 +1,7 @@
 //! Memory in pages of 2 MiB (hugetlbfs), which are installed whole or not at all.
 //!
 //! ```text
-//! bring_large(block):
+//! load_large(block):
 //!   claim it; if another claim blocks this, wait (a fault) and look again
 //!   for each of its 512 pages that is not removed: look up its content, write it if it is a fill
 //!   for each frame that holds some of the others, by offset: read, check, decode as far as needed,
@@ -53,36 +53,19 @@ use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
 use crate::fail_point::{FailPoint, fail_point};
-use crate::session::fault::in_flight::FrameId;
-use crate::session::fault::install::InstallError;
-use crate::session::fault::load::{LoadError, Loaded};
-use crate::session::platform::{Content, Image, Installed, PageNumber, Platform};
-use crate::session::state::address_map::{LARGE_PAGES, block_of};
-use crate::session::state::{State, Status};
+use crate::session::Session;
+use crate::session::failure::Failure;
+use crate::session::fault::context::{Assembly, Part, ThreadContext};
+use crate::session::fault::install::InstallRetries;
+use crate::session::fault::outcome::{InstallError, LoadError};
+use crate::session::platform::{Content, FrameId, Image, Installed, PageNumber, Platform};
+use crate::session::state::Status;
+use crate::session::state::address_map::block_of;
 use crate::session::stats::add;
-use crate::session::{Failure, Session, ThreadContext};
 use snaprestore_uffd::to_usize;
-use snaprestore_uffd::uffd::Wake;
 
 /// Distinguishes the claim of a large page from that of a frame, whose offset is smaller.
 const LARGE_CLAIM: u64 = 1 << 63;
-
-/// Size of a large page in bytes.
-const LARGE_BYTES: usize = to_usize(LARGE_PAGES) * PAGE_SIZE;
-
-/// A buffer in which a thread assembles a large page.
-pub(crate) struct Assembly<F> {
-    bytes: Vec<u8>,
-    /// Pages whose content is in frames.
-    stored: Vec<Part<F>>,
-}
-
-/// A page of a large page whose content is in a frame.
-struct Part<F> {
-    frame: F,
-    slot: u16,
-    page: PageNumber,
-}
 
 /// Number of pages in a large page, by kind of content.
 #[derive(Clone, Copy, Default)]
@@ -92,109 +75,51 @@ pub(crate) struct Parts {
     zeroed: u64,
 }
 
-/// The outcome of one hold of the lock.
-enum HoldOutcome {
-    /// The page was installed; threads that wait in this range (address, length) must be woken.
-    Installed(u64, u64),
-    /// There was nothing to install.
-    Settled,
-    /// Read events first.
-    Again,
-    /// The kernel had no memory for the page.
-    NoMemory,
-    /// The install failed for good.
-    Failed(InstallError),
-}
-
-/// Returns the zeros that a session needs for large pages.
-pub(crate) fn zeros(state: &State) -> Vec<u8> {
-    vec![0; if state.has_large() { LARGE_BYTES } else { 0 }]
-}
-
-impl<F> Assembly<F> {
-    pub(crate) fn new() -> Self {
-        Self {
-            bytes: vec![0; LARGE_BYTES],
-            stored: Vec::with_capacity(to_usize(LARGE_PAGES)),
-        }
-    }
-
-    /// Returns the bytes of `pages`, which must lie in one block.
-    fn pages_mut(&mut self, pages: &Range<PageNumber>) -> &mut [u8] {
-        let start = block_of(pages.start).start;
-        let within = |page: PageNumber| to_usize(page - start) * PAGE_SIZE;
-        &mut self.bytes[within(pages.start)..within(pages.end)]
-    }
-}
-
-impl<I: Image> ThreadContext<I> {
-    /// Allocates the buffer for large pages, before the first is wanted.
-    pub(crate) fn prepare(&mut self, state: &State) {
-        if state.has_large() && self.assembly.is_none() {
-            self.assembly = Some(Assembly::new());
-        }
-    }
-}
-
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Whether `page` is part of a large page.
-    pub(crate) fn is_large(&self, page: PageNumber) -> bool {
-        self.state.has_large() && {
-            let _hold = self.platform.shared(page);
-            let unit = self.state.map().unit_of(page);
-            unit.is_some_and(|unit| unit.large)
-        }
-    }
-
     /// Returns zeros for a large page, or for the part of it that its owner still has mapped.
     pub(crate) fn zeros_of(&self, len: u64) -> &[u8] {
         &self.zeros[..to_usize(len)]
     }
 
-    /// Loads `page`, which is absent, and the pages that come with it; if `large`, the whole large
-    /// page.
-    pub(crate) fn load_unit(
+    /// Loads the large page that contains `page`, which is absent. Returns `true` if this thread
+    /// installed it.
+    pub(super) fn load_large(
         &self,
-        worker: &mut ThreadContext<I>,
+        context: &mut ThreadContext<I>,
         page: PageNumber,
-        large: bool,
         reason: Reason,
-    ) -> Result<Loaded, LoadError> {
-        if !large {
-            return self.bring(worker, page, reason);
-        }
+    ) -> Result<bool, LoadError> {
         let id = FrameId(LARGE_CLAIM | block_of(page).start);
-        let Some(claim) = self.claims.claim(id, reason) else {
+        let Some(claim) = self.in_flight.claim(id, reason) else {
             if reason == Reason::Demand {
-                self.platform.wait_unclaimed(&self.claims, id);
+                self.platform.wait_in_flight(id, || self.in_flight.wait(id));
             }
-            return Ok(Loaded::Look);
+            return Ok(false);
         };
         // Taken out of the context, because its decoder is needed at the same time.
-        let mut assembly = worker.assembly.take().unwrap_or_else(Assembly::new);
-        let brought = self.bring_large(worker, &mut assembly, page, reason);
-        worker.assembly = Some(assembly);
+        let mut assembly = context.assembly.take().unwrap_or_else(Assembly::new);
+        let installed = self.load_claimed(context, &mut assembly, page, reason);
+        context.assembly = Some(assembly);
         drop(claim);
-        brought
+        installed
     }
 
-    fn bring_large(
+    fn load_claimed(
         &self,
-        worker: &mut ThreadContext<I>,
+        context: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         reason: Reason,
-    ) -> Result<Loaded, LoadError> {
+    ) -> Result<bool, LoadError> {
         // The previous holder of the claim may have loaded it.
-        if self.is_settled(page) {
-            return Ok(Loaded::Look);
+        if self.settle(page) {
+            return Ok(false);
         }
-        let Some(parts) = self.assemble(worker, assembly, block_of(page), reason)? else {
-            return Ok(Loaded::Look);
+        let Some(parts) = self.assemble(context, assembly, block_of(page), reason)? else {
+            return Ok(false);
         };
-        let wake = worker.purpose(page, reason).wake;
-        if !self.install_large(assembly, page, Status::Absent, wake, reason)? {
-            return Ok(Loaded::Look);
+        if !self.install_large(assembly, page, Status::Absent, reason)? {
+            return Ok(false);
         }
         let pages = match reason {
             Reason::Demand => &self.stats.demand,
@@ -203,12 +128,12 @@ impl<P: Platform, I: Image> Session<P, I> {
         add(&pages.copied, parts.copied);
         add(&pages.filled, parts.filled);
         add(&pages.zeroed, parts.zeroed);
-        Ok(Loaded::Yes)
+        Ok(true)
     }
 
-    /// Whether the large page that contains `page` is settled. If so, all of it is marked: a worker
-    /// that died while marking it must not leave a part that stays wanted forever.
-    fn is_settled(&self, page: PageNumber) -> bool {
+    /// Marks all of the large page that contains `page` if it is settled, and returns whether it
+    /// is: a worker that died while marking it must not leave a part that stays wanted forever.
+    fn settle(&self, page: PageNumber) -> bool {
         let _hold = self.platform.shared(page);
         let Some(unit) = self.state.map().unit_of(page) else {
             return true;
@@ -226,7 +151,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// `None` if the session ends.
     pub(crate) fn assemble(
         &self,
-        worker: &mut ThreadContext<I>,
+        context: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         pages: Range<PageNumber>,
         reason: Reason,
@@ -261,7 +186,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         // Each frame is decoded once, however its pages are scattered.
         let mut stored = std::mem::take(&mut assembly.stored);
         stored.sort_unstable_by_key(|part| (self.image.id(&part.frame).0, part.slot));
-        let copied = self.copy_stored(worker, assembly, &stored, reason);
+        let copied = self.copy_stored(context, assembly, &stored, reason);
         assembly.stored = stored;
         Ok(copied?.then_some(parts))
     }
@@ -270,7 +195,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// ends.
     fn copy_stored(
         &self,
-        worker: &mut ThreadContext<I>,
+        context: &mut ThreadContext<I>,
         assembly: &mut Assembly<I::Frame>,
         stored: &[Part<I::Frame>],
         reason: Reason,
@@ -283,7 +208,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 if self.is_ending() {
                     return Ok(false);
                 }
-                if let Some(failure) = worker.known_bad(&first.frame) {
+                if let Some(failure) = context.known_bad(&first.frame) {
                     let page = first.page;
                     return Err(Failure {
                         page,
@@ -292,13 +217,13 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
             }
             self.check_quarantine(first.page, &first.frame)?;
-            self.decode(worker, first.page, &first.frame, last.slot + 1, reason)?;
-            let bytes = self.image.bytes(&worker.decoder);
+            self.decode(context, first.page, &first.frame, last.slot + 1, reason)?;
+            let bytes = self.image.bytes(&context.decoder);
             for part in of_frame {
-                let content = &bytes[usize::from(part.slot) * PAGE_SIZE..][..PAGE_SIZE];
+                let slot = &bytes[usize::from(part.slot) * PAGE_SIZE..][..PAGE_SIZE];
                 assembly
                     .pages_mut(&(part.page..part.page + 1))
-                    .copy_from_slice(content);
+                    .copy_from_slice(slot);
             }
         }
         Ok(true)
@@ -311,50 +236,43 @@ impl<P: Platform, I: Image> Session<P, I> {
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         over: Status,
-        wake: Wake,
         reason: Reason,
     ) -> Result<bool, InstallError> {
-        let (mut tries, mut shortages) = (0, 0);
+        let mut retries = InstallRetries::new(true, reason);
         loop {
-            match self.hold_large(assembly, page, over, wake) {
-                HoldOutcome::Installed(address, len) => {
-                    self.has_memory(true);
-                    if wake == Wake::Later {
-                        self.platform.wake(address, len);
+            match self.install_large_once(assembly, page, over) {
+                Ok(installed) => {
+                    if installed {
+                        self.record_memory(true);
                     }
-                    return Ok(true);
+                    return Ok(installed);
                 }
-                HoldOutcome::Settled => return Ok(false),
-                HoldOutcome::Again => self.after_again(&mut tries, page)?,
-                HoldOutcome::NoMemory => {
-                    self.after_no_memory(&mut shortages, page, true, reason)?;
-                }
-                HoldOutcome::Failed(stop) => return Err(stop),
+                Err(error) => self.before_retry(&mut retries, error, page)?,
             }
         }
     }
 
     /// Looks up the page, zeroes its removed parts and issues one COPY, in one hold of the lock.
-    fn hold_large(
+    /// Returns `false` if there was nothing to install.
+    fn install_large_once(
         &self,
         assembly: &mut Assembly<I::Frame>,
         page: PageNumber,
         over: Status,
-        wake: Wake,
-    ) -> HoldOutcome {
+    ) -> Result<bool, InstallError> {
         let _hold = self.platform.shared(page);
         // Unmapping a page also marks it removed, in the same exclusive hold.
         let Some(unit) = self.state.map().unit_of(page) else {
-            return HoldOutcome::Settled;
+            return Ok(false);
         };
         if self.state.status_of(&unit) != over {
-            return HoldOutcome::Settled;
+            return Ok(false);
         }
         self.state.each_removed(unit.pages.clone(), |page| {
             assembly.pages_mut(&(page..page + 1)).fill(0);
         });
         let bytes = assembly.pages_mut(&unit.pages);
-        let installed = self.platform.copy(unit.address, bytes, wake);
+        let installed = self.platform.copy(unit.address, bytes);
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
@@ -363,31 +281,33 @@ impl<P: Platform, I: Image> Session<P, I> {
                 } else {
                     self.state.mark_present(unit.pages.clone());
                 }
-                HoldOutcome::Installed(unit.address, unit.len())
+                Ok(true)
             }
             // Another thread is healing it.
-            Installed::Exists if over == Status::Poisoned => HoldOutcome::Settled,
+            Installed::Exists if over == Status::Poisoned => Ok(false),
             Installed::Exists if self.platform.is_there(unit.address) => {
                 self.state.mark_present(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                HoldOutcome::Settled
+                Ok(false)
             }
-            Installed::Exists | Installed::NoMemory => HoldOutcome::NoMemory,
+            Installed::Exists | Installed::NoMemory => Err(InstallError::NoMemory { large: true }),
             Installed::Again => {
                 add(&self.stats.retries, 1);
-                HoldOutcome::Again
+                Err(InstallError::Changing)
             }
             // As with small pages: a change that began meanwhile has moved or unmapped it.
-            Installed::Gone if self.platform.is_changing(unit.address) => HoldOutcome::Again,
+            Installed::Gone if self.platform.is_changing(unit.address) => {
+                Err(InstallError::Changing)
+            }
             Installed::Gone => {
                 self.state.mark_removed(unit.pages.clone());
                 self.platform.wake(unit.address, unit.len());
-                HoldOutcome::Settled
+                Ok(false)
             }
             // The mapping has small pages, contrary to what was declared.
-            Installed::Partial(_) => HoldOutcome::Failed(InstallError::Refused(libc::EINVAL)),
-            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
+            Installed::Partial(_) => Err(InstallError::Refused(libc::EINVAL)),
+            Installed::OwnerGone => Err(InstallError::OwnerGone),
+            Installed::Refused(errno) => Err(InstallError::Refused(errno)),
         }
     }
 }

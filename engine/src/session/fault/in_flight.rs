@@ -16,9 +16,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use snapshot_format::Reason;
 
-/// The identity of a frame: the offset of its record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FrameId(pub(crate) u64);
+use crate::session::platform::FrameId;
 
 /// Frames that are claimed now: at most one per thread, so a list is enough.
 #[derive(Debug, Default)]
@@ -37,7 +35,7 @@ struct ClaimList {
 /// A claim on a frame, released when dropped.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
-    claims: &'a InFlight,
+    in_flight: &'a InFlight,
     frame: (FrameId, Reason),
 }
 
@@ -65,7 +63,7 @@ impl InFlight {
         let frame = (frame, reason);
         held.frames.push(frame);
         Some(Claim {
-            claims: self,
+            in_flight: self,
             frame,
         })
     }
@@ -106,10 +104,10 @@ impl InFlight {
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let mut held = self.claims.lock();
+        let mut held = self.in_flight.lock();
         held.frames.retain(|frame| *frame != self.frame);
         if self.frame.1 == Reason::Demand && held.waiting > 0 {
-            self.claims.released.notify_all();
+            self.in_flight.released.notify_all();
         }
     }
 }
@@ -120,20 +118,20 @@ mod tests {
     use Reason::{Demand, Prefetch};
 
     #[test]
-    fn demand_passes_prefetch_and_nothing_else_passes() {
-        let claims = InFlight::new(4);
+    fn only_demand_passes_a_prefetch_claim() {
+        let in_flight = InFlight::new(4);
         let frame = FrameId(7);
-        let fetching = claims.claim(frame, Prefetch).unwrap();
-        assert!(claims.claim(frame, Prefetch).is_none());
+        let fetching = in_flight.claim(frame, Prefetch).unwrap();
+        assert!(in_flight.claim(frame, Prefetch).is_none());
         // Returns at once.
-        claims.wait(frame);
-        let serving = claims.claim(frame, Demand).unwrap();
-        assert!(claims.claim(frame, Demand).is_none());
+        in_flight.wait(frame);
+        let serving = in_flight.claim(frame, Demand).unwrap();
+        assert!(in_flight.claim(frame, Demand).is_none());
         drop(fetching);
-        assert!(claims.claim(frame, Prefetch).is_none());
+        assert!(in_flight.claim(frame, Prefetch).is_none());
         drop(serving);
-        assert!(claims.claim(frame, Prefetch).is_some());
-        assert!(claims.claim(FrameId(8), Demand).is_some());
-        assert!(claims.lock().frames.is_empty());
+        assert!(in_flight.claim(frame, Prefetch).is_some());
+        assert!(in_flight.claim(FrameId(8), Demand).is_some());
+        assert!(in_flight.lock().frames.is_empty());
     }
 }

@@ -7,7 +7,6 @@
 //!       find the next absent pages, and where the owner has them now
 //!       one ioctl for at most 256 KiB of them, which wakes their waiters
 //!       mark the pages that it installed
-//!     wake the waiters only now if they would run on this core and meet the lock
 //!     after EAGAIN: read events, then continue (everything is looked up again)
 //! ```
 
@@ -17,37 +16,29 @@ use snapshot_format::Reason;
 use snapshot_format::layout::PAGE_SIZE;
 
 use crate::fail_point::{FailPoint, fail_point};
+use crate::session::fault::context::Purpose;
+use crate::session::fault::outcome::InstallError;
 use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform, Run};
 use crate::session::stats::add;
-use crate::session::{Session, Stats};
-use snaprestore_uffd::uffd::Wake;
+use crate::session::{Counters, Session};
 
 /// Maximum number of pages of one hold: 256 KiB, so that the reader of events waits only briefly.
-pub(crate) const HOLD_PAGES: u64 = 64;
+pub(crate) const MAX_HOLD_PAGES: u64 = 64;
 
 /// Maximum number of pages of one hold that poisons: 1 GiB, for which the kernel takes about 30 ms.
-const POISON_PAGES: u64 = 1 << 18;
+const MAX_POISON_PAGES: u64 = 1 << 18;
 
 /// Number of consecutive refusals of POISON after which the owner is held up.
-const MAX_REFUSALS: u32 = 16;
+const MAX_POISON_REFUSALS: u32 = 16;
 
 /// Returns how often an install that found no memory is retried: for some seconds for a fault, only
-/// briefly for prefetch.
-const fn memory_tries(reason: Reason) -> u32 {
-    if matches!(reason, Reason::Demand) {
-        1000
-    } else {
-        20
-    }
-}
-
-/// Returns how often an install of a large page that found no memory is retried. Large pages come
-/// from a pool, in which one becomes free only when somebody returns it.
-const fn large_memory_tries(reason: Reason) -> u32 {
-    if matches!(reason, Reason::Demand) {
-        1000
-    } else {
-        100
+/// briefly for prefetch. Large pages come from a pool, in which one becomes free only when somebody
+/// returns it.
+const fn no_memory_retries(large: bool, reason: Reason) -> u32 {
+    match reason {
+        Reason::Demand => 1000,
+        _ if large => 100,
+        _ => 20,
     }
 }
 
@@ -64,63 +55,28 @@ pub(crate) enum Source<'a> {
     Poison,
 }
 
-/// The purpose of an install.
-#[derive(Clone, Copy)]
-pub(crate) struct Purpose {
-    pub(crate) reason: Reason,
-    /// The page that a thread is known to wait for.
-    pub(crate) wanted: Option<PageNumber>,
-    /// When the waiter for that page is woken: at once, or after the lock was released. A waiter on
-    /// this core may run at once, and would then meet the lock at its next fault.
-    pub(crate) wake: Wake,
+/// Retries of one install so far.
+pub(crate) struct InstallRetries {
+    /// Consecutive attempts that met a changing mapping with no event to read.
+    changing: u32,
+    /// Consecutive attempts that found no memory.
+    no_memory: u32,
+    max_no_memory: u32,
 }
 
-impl Purpose {
-    /// Returns the purpose of pages that are installed along with others.
-    pub(crate) fn along(reason: Reason) -> Self {
+impl InstallRetries {
+    pub(crate) fn new(large: bool, reason: Reason) -> Self {
         Self {
-            reason,
-            wanted: None,
-            wake: Wake::Now,
+            changing: 0,
+            no_memory: 0,
+            max_no_memory: no_memory_retries(large, reason),
         }
     }
-}
 
-/// Returns advice to the operator for when there is no memory for a page.
-pub(crate) const fn no_memory(large: bool) -> &'static str {
-    if large {
-        "no free page in the pool hugepages-2048kB; raise vm.nr_hugepages, or hugetlb.2MB.max of the owner's \
-         cgroup"
-    } else {
-        "out of memory; the machine or the owner's cgroup (memory.max) is at its limit"
+    /// Returns the retries of an install that a thread waits for.
+    pub(crate) fn of_fault() -> Self {
+        Self::new(false, Reason::Demand)
     }
-}
-
-/// The reason why an install stopped early.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum InstallError {
-    /// The owner is gone.
-    OwnerGone,
-    /// The mappings kept changing for too long, with no event to read.
-    Stuck,
-    /// The kernel had no memory, even after many retries.
-    NoMemory,
-    /// The kernel refused with this errno.
-    Refused(i32),
-}
-
-/// The outcome of one hold of the lock.
-enum HoldOutcome {
-    /// Continue at this page.
-    Next(PageNumber),
-    /// Try again with fewer pages at once.
-    Fewer(u64),
-    /// Read events first.
-    Again,
-    /// The kernel had no memory for the pages.
-    NoMemory,
-    /// The install failed for good.
-    Failed(InstallError),
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
@@ -138,116 +94,100 @@ impl<P: Platform, I: Image> Session<P, I> {
             return Ok(false);
         }
         let mut next = pages.start;
-        let mut limit = source.most_pages();
-        let mut tries = 0;
+        let mut limit = source.max_pages();
+        let mut retries = InstallRetries::new(false, purpose.reason);
         let mut wanted_done = false;
         let (mut refusals, mut brake) = (0, None);
         while next < pages.end {
-            let mut woken_later = None;
             let piece = next..pages.end.min(next + limit);
-            let held = self.hold(piece, source, purpose.wake, |done, address| {
+            let installed = self.install_piece(piece, source, |done| {
                 let installed = done.end - done.start;
                 wanted_done |= purpose.wanted.is_some_and(|page| done.contains(&page));
                 count(&self.stats, source, purpose.reason, installed);
-                woken_later = (purpose.wake == Wake::Later).then_some((address, installed * PAGE));
             });
             fail_point(FailPoint::Marked);
-            if let Some((address, len)) = woken_later {
-                self.platform.wake(address, len);
-            }
-            match held {
-                HoldOutcome::Next(page) => {
+            match installed {
+                Ok((page, None)) => {
                     next = page;
-                    (tries, refusals) = (0, 0);
-                    limit = source.most_pages().min(limit * 2);
-                    self.has_memory(false);
+                    (retries, refusals) = (InstallRetries::new(false, purpose.reason), 0);
+                    limit = source.max_pages().min(limit * 2);
+                    self.record_memory(false);
                 }
-                HoldOutcome::Fewer(pages) => limit = pages,
-                HoldOutcome::Again => {
-                    self.after_again(&mut tries, next)?;
-                    refusals += 1;
-                    if matches!(source, Source::Poison) && refusals > MAX_REFUSALS {
+                Ok((page, Some(fewer))) => (next, limit) = (page, fewer),
+                Err(error) => {
+                    self.before_retry(&mut retries, error, next)?;
+                    refusals += u32::from(error == InstallError::Changing);
+                    if matches!(source, Source::Poison) && refusals > MAX_POISON_REFUSALS {
                         brake.get_or_insert_with(|| self.platform.brake());
                         // The thread that was released must run before the next one is held up.
                         self.platform.back_off(1);
                     }
                 }
-                HoldOutcome::NoMemory if tries < memory_tries(purpose.reason) => {
-                    tries += 1;
-                    self.platform.back_off(tries);
-                }
-                HoldOutcome::NoMemory => {
-                    self.is_short(false);
-                    return Err(InstallError::NoMemory);
-                }
-                HoldOutcome::Failed(stop) => return Err(stop),
             }
         }
         Ok(wanted_done)
     }
 
     /// Looks up pages and issues one ioctl, in one hold of the lock. Passes the pages that it
-    /// installed, and the address of the first, to `done`.
-    fn hold(
+    /// installed, and the address of the first, to `done`. Returns the first page that is left and,
+    /// if the range may span several mappings, how many pages to try at once from there.
+    fn install_piece(
         &self,
         pages: Range<PageNumber>,
         source: Source<'_>,
-        wake: Wake,
-        done: impl FnOnce(Range<PageNumber>, u64),
-    ) -> HoldOutcome {
+        done: impl FnOnce(Range<PageNumber>),
+    ) -> Result<(PageNumber, Option<u64>), InstallError> {
         let _hold = self.platform.shared(pages.start);
         let Some(absent) = self.state.absent_in(pages.clone()) else {
-            return HoldOutcome::Next(pages.end);
+            return Ok((pages.end, None));
         };
         let first = absent.start;
         // Unmapping a page also marks it removed, in the same exclusive hold.
         let Some(rest) = self.state.map().rest_from(first) else {
-            return HoldOutcome::Next(first + 1);
+            return Ok((first + 1, None));
         };
         if rest.large {
-            return HoldOutcome::Next(rest.page_numbers().end);
+            return Ok((rest.page_numbers().end, None));
         }
         let address = rest.address;
-        let count = (absent.end - first)
-            .min(rest.pages)
-            .min(source.most_pages());
-        let installed = source.install(&self.platform, first, address, count, wake);
+        let count = (absent.end - first).min(rest.pages).min(source.max_pages());
+        let installed = source.install(&self.platform, first, address, count);
         fail_point(FailPoint::Installed);
         match installed {
             Installed::Done => {
                 self.mark(first..first + count, source);
-                done(first..first + count, address);
-                HoldOutcome::Next(first + count)
+                done(first..first + count);
+                Ok((first + count, None))
             }
             Installed::Partial(bytes) => {
                 let end = first + bytes / PAGE;
                 self.mark(first..end, source);
-                done(first..end, address);
-                HoldOutcome::Next(end)
+                done(first..end);
+                Ok((end, None))
             }
             Installed::Exists => {
                 self.state.mark_present(first..first + 1);
                 self.platform.wake(address, PAGE);
-                HoldOutcome::Next(first + 1)
+                Ok((first + 1, None))
             }
             Installed::Again => {
                 add(&self.stats.retries, 1);
-                HoldOutcome::Again
+                Err(InstallError::Changing)
             }
             // The range may span several mappings, each of which accepts a part of it.
-            Installed::Gone if count > 1 => HoldOutcome::Fewer(count / 2),
+            Installed::Gone if count > 1 => Ok((first, Some(count / 2))),
             // The kernel checks for a change before it looks up the mapping: a change that began
             // meanwhile has moved or unmapped the page. Its event, which can't be read during this
             // hold, will say where the page is.
-            Installed::Gone if self.platform.is_changing(address) => HoldOutcome::Again,
+            Installed::Gone if self.platform.is_changing(address) => Err(InstallError::Changing),
             Installed::Gone => {
                 self.state.mark_removed(first..first + 1);
                 self.platform.wake(address, PAGE);
-                HoldOutcome::Next(first + 1)
+                Ok((first + 1, None))
             }
-            Installed::NoMemory => HoldOutcome::NoMemory,
-            Installed::OwnerGone => HoldOutcome::Failed(InstallError::OwnerGone),
-            Installed::Refused(errno) => HoldOutcome::Failed(InstallError::Refused(errno)),
+            Installed::NoMemory => Err(InstallError::NoMemory { large: false }),
+            Installed::OwnerGone => Err(InstallError::OwnerGone),
+            Installed::Refused(errno) => Err(InstallError::Refused(errno)),
         }
     }
 
@@ -259,27 +199,34 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Waits after an install that found no memory. The owner may be about to return memory, and
-    /// proceeds only after the event of that was read.
-    pub(crate) fn after_no_memory(
+    /// Prepares another attempt after `error`: reads events, and waits if that alone changes
+    /// nothing. Returns the error if there must be no further attempt.
+    pub(crate) fn before_retry(
         &self,
-        tries: &mut u32,
+        retries: &mut InstallRetries,
+        error: InstallError,
         about: u64,
-        large: bool,
-        reason: Reason,
     ) -> Result<(), InstallError> {
-        if *tries == large_memory_tries(reason) {
-            self.is_short(large);
-            return Err(InstallError::NoMemory);
+        match error {
+            InstallError::Changing => self.after_changing(&mut retries.changing, about),
+            InstallError::NoMemory { large } => {
+                if retries.no_memory == retries.max_no_memory {
+                    self.record_shortage(large);
+                    return Err(error);
+                }
+                retries.no_memory += 1;
+                // The owner may be about to return memory, and proceeds only after the event of
+                // that was read.
+                self.read_now(about);
+                self.platform.back_off(retries.no_memory);
+                Ok(())
+            }
+            InstallError::OwnerGone | InstallError::Refused(_) => Err(error),
         }
-        *tries += 1;
-        self.read_now(about);
-        self.platform.back_off(*tries);
-        Ok(())
     }
 
     /// Handles EAGAIN: reads the events that it announced, or waits if there are none yet.
-    pub(crate) fn after_again(&self, tries: &mut u32, about: u64) -> Result<(), InstallError> {
+    pub(crate) fn after_changing(&self, tries: &mut u32, about: u64) -> Result<(), InstallError> {
         if self.read_now(about) {
             *tries = 0;
             return Ok(());
@@ -288,7 +235,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         if self.platform.back_off(*tries) {
             Ok(())
         } else {
-            Err(InstallError::Stuck)
+            Err(InstallError::Changing)
         }
     }
 
@@ -297,7 +244,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.state.beat_all();
         let any = self.read_events(about) > 0;
         if any {
-            self.look_if_settled();
+            self.wake_if_settled();
             if !self.queue.is_empty() {
                 self.platform.kick();
             }
@@ -308,11 +255,11 @@ impl<P: Platform, I: Image> Session<P, I> {
 
 impl Source<'_> {
     /// Returns the maximum number of pages of one ioctl from this source.
-    fn most_pages(&self) -> u64 {
+    fn max_pages(&self) -> u64 {
         match self {
             Self::Filled(buffer) => (buffer.len() / PAGE_SIZE) as u64,
-            Self::Frame(..) | Self::Zeros => HOLD_PAGES,
-            Self::Poison => POISON_PAGES,
+            Self::Frame(..) | Self::Zeros => MAX_HOLD_PAGES,
+            Self::Poison => MAX_POISON_PAGES,
         }
     }
 
@@ -324,24 +271,23 @@ impl Source<'_> {
         first: PageNumber,
         address: u64,
         count: u64,
-        wake: Wake,
     ) -> Installed {
         let len = count * PAGE;
         match self {
             Self::Frame(bytes, run) => {
                 let start = (u64::from(run.slot) + (first - run.page)) * PAGE;
                 let bytes = &bytes[start as usize..(start + len) as usize];
-                platform.copy(address, bytes, wake)
+                platform.copy(address, bytes)
             }
-            Self::Zeros => platform.zeropage(address, len, wake),
-            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize], wake),
+            Self::Zeros => platform.zeropage(address, len),
+            Self::Filled(buffer) => platform.copy(address, &buffer[..len as usize]),
             Self::Poison => platform.poison(address, len),
         }
     }
 }
 
 /// Counts installed pages by kind and reason.
-fn count(stats: &Stats, source: Source<'_>, reason: Reason, pages: u64) {
+fn count(stats: &Counters, source: Source<'_>, reason: Reason, pages: u64) {
     let by_reason = match reason {
         Reason::Demand => &stats.demand,
         _ => &stats.prefetch,

@@ -4,48 +4,12 @@ use std::ops::Range;
 
 use snapshot_format::Reason;
 
-use crate::session::fault::install::InstallError;
-use crate::session::fault::load::{LoadError, Loaded};
+use crate::session::Session;
+use crate::session::failure::FailureKind;
+use crate::session::fault::context::ThreadContext;
+use crate::session::fault::outcome::{InstallError, LoadError, Prefetched};
 use crate::session::platform::{Content, Image, PageNumber, Platform};
 use crate::session::state::address_map::block_of;
-use crate::session::{FailureKind, Session, ThreadContext};
-
-/// The reason why prefetch stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PrefetchStop {
-    /// The session ends.
-    Ending,
-    /// The kernel refused to continue. The failure was reported.
-    Kernel,
-}
-
-/// The outcome of a prefetch, in pages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Left {
-    /// Pages that this thread loaded, including those that came with them.
-    pub(crate) brought: u64,
-    /// Pages left absent because another thread was loading them. Try them again.
-    pub(crate) busy: u64,
-    /// Pages left absent because there was no memory for the first of them.
-    pub(crate) short: u64,
-    /// Pages left absent because the first of them could not be read, although it may be later.
-    pub(crate) unread: u64,
-    /// After `unread`: the first of the untried pages that may be in another frame.
-    pub(crate) rest: Option<PageNumber>,
-    /// Pages left absent because they can't be restored, which was reported.
-    pub(crate) failed: u64,
-}
-
-impl Left {
-    /// Adds the outcome of another call.
-    pub(crate) fn add(&mut self, other: Self) {
-        self.brought += other.brought;
-        self.busy += other.busy;
-        self.short += other.short;
-        self.unread += other.unread;
-        self.failed += other.failed;
-    }
-}
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Loads the absent pages of `pages`, which must lie in one index block. `pause` is called
@@ -53,67 +17,77 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// demand again.
     ///
     /// Stops at the first page that can't be read now or for which there is no memory. Such a page
-    /// is reported only if this is the `last` attempt.
+    /// is reported only if this is the `last` attempt. Returns `None` if the session ends.
     pub(crate) fn prefetch(
         &self,
-        worker: &mut ThreadContext<I>,
+        context: &mut ThreadContext<I>,
         pages: Range<PageNumber>,
         last: bool,
         mut pause: impl FnMut(),
-    ) -> Result<Left, PrefetchStop> {
+    ) -> Option<Prefetched> {
         // The thread may work for several sessions.
         let _of = self.span.enter();
-        worker.prepare(&self.state);
-        let mut left = Left::default();
+        context.prepare(&self.state);
+        let mut done = Prefetched::default();
         let mut next = pages.start;
         while let Some(page) = self.state.first_absent(next..pages.end) {
             if self.is_ending() {
-                return Err(PrefetchStop::Ending);
+                return None;
             }
             let known = self.image.unavailable_until(page).min(pages.end);
             if known > page {
                 self.report(&self.unavailable(page));
-                left.failed += known - page;
+                done.failed += known - page;
                 next = known;
                 continue;
             }
             pause();
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
-            match self.load_unit(worker, page, large, Reason::Prefetch) {
-                Ok(Loaded::Yes) => left.brought += 1,
-                Ok(Loaded::Look) => left.busy += 1,
-                Err(LoadError::Stopped(stop @ InstallError::NoMemory)) => {
+            match self.load(context, page, large, Reason::Prefetch) {
+                Ok(true) => done.loaded += 1,
+                Ok(false) => done.busy += 1,
+                Err(LoadError::Install(error @ InstallError::NoMemory { .. })) => {
                     if last {
-                        self.report(&self.install_failure(page, stop));
+                        self.report(&self.install_failure(page, error));
                     }
-                    left.short += self.state.count_absent(page..pages.end);
+                    done.no_memory += self.state.count_absent(page..pages.end);
                     break;
                 }
-                Err(LoadError::Failed(failure)) if failure.kind == FailureKind::Io && !last => {
+                Err(LoadError::Content(failure)) if failure.kind == FailureKind::Io && !last => {
                     tracing::debug!(%failure, "prefetch reads a page again");
-                    left.unread += 1;
-                    left.rest = self.behind_frame(page, pages.end).filter(|_| !large);
+                    done.unread += 1;
+                    done.rest = self.behind_frame(page, pages.end).filter(|_| !large);
                     break;
                 }
-                Err(LoadError::Failed(failure)) => {
+                Err(LoadError::Content(failure)) => {
                     self.report(&failure);
-                    left.failed += 1;
+                    done.failed += 1;
                 }
-                Err(LoadError::Stopped(InstallError::OwnerGone)) => {
-                    self.owner_is_gone();
-                    return Err(PrefetchStop::Ending);
+                Err(LoadError::Install(InstallError::OwnerGone)) => {
+                    self.mark_owner_gone();
+                    return None;
                 }
-                Err(LoadError::Stopped(
-                    stop @ (InstallError::Stuck | InstallError::Refused(_)),
+                Err(LoadError::Install(
+                    error @ (InstallError::Changing | InstallError::Refused(_)),
                 )) => {
-                    self.report(&self.install_failure(page, stop));
-                    return Err(PrefetchStop::Kernel);
+                    self.report(&self.install_failure(page, error));
+                    done.refused = true;
+                    return Some(done);
                 }
             }
         }
-        self.look_if_settled();
-        Ok(left)
+        self.wake_if_settled();
+        Some(done)
+    }
+
+    /// Whether `page` is part of a large page.
+    pub(crate) fn is_large(&self, page: PageNumber) -> bool {
+        self.state.has_large() && {
+            let _hold = self.platform.shared(page);
+            let unit = self.state.map().unit_of(page);
+            unit.is_some_and(|unit| unit.large)
+        }
     }
 
     /// Returns the first page after `page`, and before `end`, that lies in another frame, or `None`

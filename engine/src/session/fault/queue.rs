@@ -9,20 +9,18 @@ use std::sync::atomic::{
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::Decision;
+use crate::session::fault::outcome::Decision;
 use crate::session::fault::retries::Retries;
 use crate::session::platform::PageNumber;
 
 /// Number of faults for which room is reserved; rarely do more threads fault at once.
-const ROOM: usize = 1024;
+const INITIAL_CAPACITY: usize = 1024;
 
 /// A fault of an owner's thread that waits for a page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fault {
     /// The page's address.
     pub(crate) address: u64,
-    /// The thread's ID, or 0 if unknown.
-    pub(crate) thread: u32,
     /// The time at which its message was read.
     pub(crate) at: Instant,
     /// Failed reads of its page.
@@ -88,7 +86,7 @@ impl Drop for FaultQueue {
 impl FaultQueue {
     pub(crate) fn new() -> Self {
         Self {
-            faults: Mutex::new(VecDeque::with_capacity(ROOM)),
+            faults: Mutex::new(VecDeque::with_capacity(INITIAL_CAPACITY)),
             paused: Mutex::default(),
             paused_count: AtomicUsize::new(0),
             waiting: Arc::default(),
@@ -105,11 +103,10 @@ impl FaultQueue {
     }
 
     /// Adds a fault that was just read.
-    pub(crate) fn push(&self, address: u64, thread: u32) {
+    pub(crate) fn push(&self, address: u64) {
         self.track();
         self.lock().push_back(Fault {
             address,
-            thread,
             at: Instant::now(),
             retries: Retries::default(),
         });
@@ -135,12 +132,12 @@ impl FaultQueue {
         let (due, retries) = (*due, first.retries);
         let address = |it: &Paused| it.page == page && it.fault.address == fault.address;
         if paused.iter().any(address) {
-            return Some(Decision::Forget);
+            return Some(Decision::Drop);
         }
         let fault = Fault { retries, ..fault };
         paused.push(Paused { fault, page, due });
         self.paused_count.store(paused.len(), Relaxed);
-        Some(Decision::Leave)
+        Some(Decision::Defer)
     }
 
     /// Queues the paused faults whose pause is over. Returns when the next pause ends.
@@ -152,8 +149,7 @@ impl FaultQueue {
         let now = Instant::now();
         for Paused { fault, .. } in paused.extract_if(.., |it| it.due <= now) {
             self.waiting.fetch_add(1, Relaxed);
-            // Its thread may be doing something else by now.
-            self.lock().push_back(Fault { thread: 0, ..fault });
+            self.lock().push_back(fault);
         }
         self.paused_count.store(paused.len(), Relaxed);
         paused.iter().map(|it| it.due).min()
@@ -215,13 +211,13 @@ impl FaultQueue {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until there are more answers than `seen`, for at most `patience`.
-    pub(crate) fn wait_for_answer(&self, seen: u64, patience: Duration) {
+    /// Waits until there are more answers than `seen`, for at most `timeout`.
+    pub(crate) fn wait_for_answer(&self, seen: u64, timeout: Duration) {
         let answers = self.answers();
         let none = |answers: &mut u64| *answers == seen;
         let _ = self
             .answered
-            .wait_timeout_while(answers, patience, none)
+            .wait_timeout_while(answers, timeout, none)
             .unwrap_or_else(PoisonError::into_inner);
     }
 
@@ -258,14 +254,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_session_that_ends_with_faults_leaves_none_in_the_number_of_all() {
+    fn ended_queue_leaves_shared_counter_at_zero() {
         let waiting = Arc::default();
         let (mut one, mut other) = (FaultQueue::new(), FaultQueue::new());
         one.count_in(&waiting);
         other.count_in(&waiting);
         for address in 0..3 {
-            one.push(address << 12, 0);
-            other.push(address << 12, 0);
+            one.push(address << 12);
+            other.push(address << 12);
         }
         let served = one.pop();
         one.abandon();
@@ -279,11 +275,10 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_fault_waits_and_takes_in_those_of_its_page() {
+    fn paused_fault_is_joined_by_faults_of_its_page() {
         let queue = FaultQueue::new();
         let fault = |address| Fault {
             address,
-            thread: 5,
             at: Instant::now(),
             retries: Retries::default(),
         };
@@ -293,9 +288,9 @@ mod tests {
         assert_eq!(queue.resume(), None);
         let due = Instant::now() + Duration::from_secs(3600);
         queue.pause(failed, 1, due);
-        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Forget));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Leave));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Forget));
+        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Drop));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Defer));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Drop));
         assert_eq!(queue.join(fault(0x2000), 2), None);
         assert_eq!(queue.resume(), Some(due));
         assert!(queue.is_empty());
@@ -309,9 +304,9 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_keeps_its_age_and_its_retries() {
+    fn resumed_fault_keeps_age_and_retries() {
         let queue = FaultQueue::new();
-        queue.push(0x1000, 0);
+        queue.push(0x1000);
         let mut fault = queue.pop().unwrap();
         queue.detach();
         fault.retries.pause();

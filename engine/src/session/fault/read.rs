@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::session::Session;
-use crate::session::fault::Lookup;
+use crate::session::fault::outcome::InstallError;
 use crate::session::platform::{Image, PAGE, PageNumber, Platform};
 use crate::session::state::Status;
 
@@ -18,7 +18,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Loads every page of `addresses`, up to the first that can't be loaded, and waits for it.
-    pub(crate) fn bring_for_reader(&self, addresses: Range<u64>) {
+    pub(crate) fn load_for_reader(&self, addresses: Range<u64>) {
         let mut next = addresses.start & !(PAGE - 1);
         while next < addresses.end && !self.is_ending() {
             match self.status_at(next) {
@@ -33,7 +33,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// owner has moved it away.
     fn wait_for(&self, address: u64, page: PageNumber) {
         let _reader = self.queue.reader();
-        self.queue.push(address, 0);
+        self.queue.push(address);
         self.platform.kick();
         loop {
             // Read before the check, so that an answer given after the check is not missed.
@@ -49,8 +49,8 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn zero_for_reader(&self, address: u64) {
         let address = address & !(PAGE - 1);
         let mut tries = 0;
-        while let Lookup::Again = self.look(address) {
-            if self.after_again(&mut tries, address).is_err() {
+        while let Err(InstallError::Changing) = self.look_up(address) {
+            if self.after_changing(&mut tries, address).is_err() {
                 return;
             }
         }

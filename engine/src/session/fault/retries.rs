@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_retry_is_at_the_end_of_the_timeout() {
+    fn last_retry_is_at_end_of_timeout() {
         let (mut retries, mut now) = (Retries::default(), Instant::now());
         let (begun, timeout) = (now, Duration::from_millis(100));
         while let Some(pause) = retries.failed(now, timeout) {

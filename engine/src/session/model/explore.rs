@@ -177,7 +177,7 @@ fn run<S: Scene>(
         let threads = Rc::clone(&threads);
         let stack = stacks
             .pop()
-            .unwrap_or_else(|| DefaultStack::new(256 << 10).expect("stack"));
+            .unwrap_or_else(|| DefaultStack::new(256 << 10).expect("cannot allocate a stack"));
         let mut coroutine =
             Coroutine::with_stack(stack, move |yielder: &Yielder<usize, Pause<S::Op>>, _| {
                 threads[number].yielder.set(yielder);

@@ -6,430 +6,15 @@
 //! below it makes some interleaving fail.
 
 mod explore;
-
 mod pages;
 mod platform;
+mod scenario;
 mod world;
 
-use std::cell::RefCell;
 use std::ops::Range;
-use std::rc::Rc;
 
-use explore::{Body, Explored, Setup, Thread, explore};
-use pages::Pages;
-use platform::{Mistake, Model, Scene};
-use world::{Change, Content, Unmapped, World, at};
-
-use super::failure::{Failure, FailureKind};
-use super::{Decision, Fault, Guard, LendContext, PageNumber, Session, State, ThreadContext};
-use crate::session::platform::PAGE;
-use crate::session::state::address_map::Extent;
-use platform::Op;
-
-/// Number of pages in the model's snapshot: two frames of two pages.
-const PAGES: u64 = 4;
-
-/// An action of a thread of the owner.
-#[derive(Clone, Copy, Debug)]
-enum Act {
-    /// Read the page at this place. The page must have its content, or be zero if it was discarded.
-    Touch(u64),
-    /// Discard the pages in a range of places.
-    Discard(u64, u64),
-    /// Unmap a range of places.
-    Unmap(u64, u64),
-    /// Move one place to another, where the same content is expected.
-    Move(u64, u64),
-    /// Read a place that another thread may unmap or move away.
-    TouchIfMapped(u64),
-    /// Write to this place, which must then keep the written content.
-    Write(u64, u8),
-    /// Map something else at this place, if nothing is mapped there. Its content must stay
-    /// unchanged.
-    MapAfresh(u64),
-}
-
-/// The content of new mappings.
-const FRESH: u8 = 77;
-
-/// A scenario to run.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "independent switches of a test"
-)]
-struct Scenario {
-    owner: &'static [&'static [Act]],
-    fault_threads: usize,
-    prefetchers: usize,
-    /// Pages that are prefetched.
-    prefetched: Range<u64>,
-    mistake: Option<Mistake>,
-    /// Pages whose discard was lost: they are marked present, and are missing.
-    lost: &'static [u64],
-    /// Whether those pages are counted twice.
-    miscounted: bool,
-    /// Numbers of COPY calls that may be cut short, and of installs that may find no memory.
-    cuts: u32,
-    shortages: u32,
-    /// Whether time passes between the start of a change and its event.
-    slow: bool,
-    /// Whether a change may begin between an install's first check for one and the kernel's lock.
-    two_checks: bool,
-    /// Whether fault threads run on the core of the thread that they serve, and so wake it after
-    /// they have released the lock.
-    same_core: bool,
-    /// Whether nobody ends the session, so that it must complete by itself.
-    completes: bool,
-    /// Whether the memory has large pages, of two pages each.
-    large: bool,
-    /// Whether a thread gives the session up, at any time.
-    gives_up: bool,
-    /// The damaged frame.
-    damaged: Option<u64>,
-    /// Number of faults that are served together: none is served before this many were taken, as
-    /// with a store that answers the first read after the last.
-    together: usize,
-    /// The place of a discarded page that a session thread fills with zeros, for a reader.
-    zeroed: Option<u64>,
-}
-
-impl Default for Scenario {
-    fn default() -> Self {
-        Self {
-            owner: &[],
-            fault_threads: 1,
-            prefetchers: 0,
-            prefetched: 0..PAGES,
-            mistake: None,
-            lost: &[],
-            miscounted: false,
-            cuts: 0,
-            shortages: 0,
-            slow: false,
-            two_checks: false,
-            same_core: false,
-            completes: false,
-            large: false,
-            gives_up: false,
-            damaged: None,
-            together: 0,
-            zeroed: None,
-        }
-    }
-}
-
-/// The owner's knowledge of a page.
-#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
-enum Knows {
-    /// The page has its original content.
-    Original,
-    /// A discard has begun, so the page may have its original content or be zero.
-    Discarding,
-    /// The page was discarded.
-    Zero,
-    /// The page was written after its discard.
-    Written(u8),
-}
-
-impl Knows {
-    /// Whether the page of `place`, which may be lost, may read as `content`.
-    fn allows(self, place: u64, content: Content, may_be_lost: bool) -> bool {
-        let original = content == Content::Byte(pages::content_of(place))
-            || may_be_lost && content == Content::Poison;
-        match self {
-            Self::Original => original,
-            Self::Discarding => original || content == Content::Byte(0),
-            Self::Zero => content == Content::Byte(0),
-            Self::Written(byte) => content == Content::Byte(byte),
-        }
-    }
-}
-
-/// A guard that poisons the pages of the damaged frame. Nothing else fails in these scenarios.
-struct OnlyDamage;
-
-impl Guard for OnlyDamage {
-    fn decide(&self, _: Fault, failure: &Failure) -> Decision {
-        assert_eq!(failure.kind, FailureKind::Damaged, "{failure}");
-        Decision::Poison
-    }
-    fn undecided(&self, _: Fault, _: PageNumber) -> Option<Decision> {
-        None
-    }
-    fn end_owner(&self, why: &str) {
-        panic!("{why}")
-    }
-}
-
-/// A context source with one context for each thread.
-struct Own {
-    scene: Rc<Scene>,
-    worker: RefCell<ThreadContext<Pages>>,
-}
-
-impl LendContext<Pages> for Own {
-    fn with<T>(&self, work: impl FnOnce(&mut ThreadContext<Pages>) -> T) -> T {
-        if self.scene.together > 0 {
-            let model = &self.scene.session.platform;
-            model.taken.set(model.taken.get() + 1);
-            model.stop(Op::Together);
-        }
-        work(&mut self.worker.borrow_mut())
-    }
-}
-
-type Owner = RefCell<(Vec<Knows>, Vec<String>, usize)>;
-
-impl Scenario {
-    fn explore(&self) -> Explored {
-        explore(|| self.setup())
-    }
-
-    #[expect(
-        clippy::too_many_lines,
-        reason = "one scene, set up from top to bottom"
-    )]
-    fn setup(&self) -> Setup<Scene> {
-        let readers = usize::from(self.zeroed.is_some());
-        let serving = self.fault_threads + self.prefetchers + readers;
-        let served = self.owner.len() + serving;
-        let count = served + usize::from(self.gives_up);
-        let threads: Rc<[Thread<Op>]> = (0..count).map(|_| Thread::new()).collect();
-        let mut world = World {
-            cuts: self.cuts,
-            shortages: self.shortages,
-            large: self.large,
-            ..World::default()
-        };
-        for place in 0..PAGES {
-            world.places.insert(at(place), Content::Missing);
-        }
-        let extent = Extent {
-            address: at(0),
-            pages: PAGES,
-            first_page: 0,
-            large: self.large,
-        };
-        let (state, _) = State::new(PAGES, &[extent], 8).unwrap();
-        for page in self.lost {
-            state.mark_present(*page..page + 1);
-            if self.miscounted {
-                state.leave_out(*page..page + 1);
-            }
-        }
-        let knows = (0..PAGES)
-            .map(|page| {
-                if self.lost.contains(&page) {
-                    Knows::Zero
-                } else {
-                    Knows::Original
-                }
-            })
-            .collect();
-        let model = Model::new(
-            world,
-            Rc::clone(&threads),
-            self.mistake,
-            self.two_checks,
-            self.same_core,
-        );
-        let pages = Pages {
-            damaged: self.damaged,
-        };
-        let scene = Rc::new(Scene {
-            session: Session::new(model, pages, state, Box::new(OnlyDamage), None, 4),
-            owner: RefCell::new((knows, Vec::new(), self.owner.len())),
-            owners: self.owner.len(),
-            gives_up: self.gives_up,
-            together: self.together,
-        });
-        scene.session.platform.watch(&scene.session);
-        scene.session.platform.serving.set(serving);
-        let mut bodies: Vec<Body> = Vec::new();
-        for (thread, acts) in self.owner.iter().copied().enumerate() {
-            let (scene, threads) = (Rc::clone(&scene), Rc::clone(&threads));
-            let (slow, ends) = (self.slow, !self.completes && !self.gives_up);
-            bodies.push(Box::new(move || {
-                for (i, act) in (0..).zip(acts) {
-                    threads[thread].forget(i);
-                    owner_acts(&scene, &threads[thread], thread, *act, slow);
-                }
-                let mut owner = scene.owner.borrow_mut();
-                owner.2 -= 1;
-                if owner.2 == 0 && ends {
-                    scene.session.end();
-                }
-            }));
-        }
-        for i in 0..serving {
-            let (scene, thread) = (Rc::clone(&scene), self.owner.len() + i);
-            let is_fault_thread = i < self.fault_threads;
-            let zeroed = self.zeroed.filter(|_| i + 1 == serving);
-            let prefetched = self.prefetched.clone();
-            bodies.push(Box::new(move || {
-                let session = &scene.session;
-                let own = Own {
-                    scene: Rc::clone(&scene),
-                    worker: RefCell::new(ThreadContext::new(Vec::new())),
-                };
-                session.platform.enter(thread);
-                if is_fault_thread {
-                    session.serve(0, &own);
-                } else if let Some(place) = zeroed {
-                    session.zero_for_reader(at(place));
-                } else {
-                    let worker = &mut own.worker.borrow_mut();
-                    let _ = session.prefetch(worker, prefetched, false, || ());
-                }
-                session.platform.leave();
-            }));
-        }
-        if self.gives_up {
-            let scene = Rc::clone(&scene);
-            bodies.push(Box::new(move || {
-                let session = &scene.session;
-                session.platform.enter(served);
-                session.platform.stop(Op::End);
-                session.end();
-                session.platform.stop(Op::Join);
-                session.give_up().expect("the model can poison");
-                session.platform.close();
-            }));
-        }
-        Setup {
-            scene,
-            threads,
-            bodies,
-        }
-    }
-
-    /// Asserts that every interleaving is correct.
-    #[expect(clippy::print_stdout, reason = "how much was tried")]
-    fn holds(&self) {
-        let explored = self.explore();
-        println!("{} states, {} runs", explored.states, explored.runs);
-        assert!(
-            explored.violation.is_none(),
-            "{}",
-            explored.violation.unwrap()
-        );
-    }
-
-    /// Asserts that some interleaving fails as described by `expected`.
-    fn goes_wrong(&self, expected: &str) {
-        let violation = self
-            .explore()
-            .violation
-            .expect("the mistake went unnoticed");
-        assert!(
-            violation.contains(expected),
-            "another violation: {violation}"
-        );
-    }
-}
-
-/// Performs one action of an owner's thread, operation by operation.
-fn owner_acts(scene: &Scene, thread: &Thread<Op>, number: usize, act: Act, slow: bool) {
-    let (model, owner) = (&scene.session.platform, &scene.owner);
-    let may_be_lost = |page: u64| scene.gives_up || scene.session.image.is_damaged(page);
-    let set = |places: std::ops::Range<u64>, to: Knows| {
-        for place in places {
-            owner.borrow_mut().0[usize::try_from(place).unwrap()] = to;
-        }
-    };
-    let wrong = |what: String| owner.borrow_mut().1.push(what);
-    let read = |place: u64| {
-        thread.stop(Op::Touch(at(place)));
-        loop {
-            if let Some(found) = model.world.borrow_mut().touch(number, at(place)) {
-                thread.tell(&found.is_ok());
-                return found;
-            }
-            thread.stop(Op::Sleep);
-        }
-    };
-    let change = |change: Change, before: &dyn Fn(), after: &dyn Fn()| {
-        thread.stop(Op::BeginChange);
-        if !model.world.borrow().is_registered(change) {
-            before();
-            after();
-            return;
-        }
-        model.world.borrow_mut().begin_change();
-        before();
-        if slow {
-            thread.stop(Op::Announce);
-        }
-        model.world.borrow_mut().announce(number, change);
-        thread.stop(Op::WaitRead);
-        model.world.borrow_mut().end_change();
-        thread.stop(Op::GoOn);
-        after();
-    };
-    match act {
-        Act::Touch(place) | Act::TouchIfMapped(place) => match read(place) {
-            Ok(content) => {
-                let knows = owner.borrow().0[usize::try_from(place).unwrap()];
-                let right = knows.allows(place, content, may_be_lost(place));
-                if !right {
-                    wrong(format!(
-                        "wrong byte: page {place} reads {content:?}, but it is {knows:?}"
-                    ));
-                }
-            }
-            Err(Unmapped) if matches!(act, Act::TouchIfMapped(_)) => {}
-            Err(Unmapped) => wrong(format!("page {place} is not mapped")),
-        },
-        Act::Write(place, byte) => {
-            if let Ok(Content::Byte(_)) = read(place) {
-                model
-                    .world
-                    .borrow_mut()
-                    .places
-                    .insert(at(place), Content::Byte(byte));
-                set(place..place + 1, Knows::Written(byte));
-            }
-        }
-        Act::Discard(start, end) => change(
-            Change::Remove(at(start), at(end)),
-            &|| set(start..end, Knows::Discarding),
-            &|| {
-                model.world.borrow_mut().zap(at(start), at(end));
-                set(start..end, Knows::Zero);
-            },
-        ),
-        // The kernel first removes the mappings, and then sends the event.
-        Act::Unmap(start, end) => change(
-            Change::Unmap(at(start), at(end)),
-            &|| model.world.borrow_mut().unmap(at(start), at(end)),
-            &|| (),
-        ),
-        Act::MapAfresh(place) => {
-            thread.stop(Op::MapAfresh);
-            let mapped = model.world.borrow_mut().map_afresh(at(place), FRESH);
-            thread.tell(&mapped);
-            if mapped {
-                match read(place) {
-                    Ok(Content::Byte(FRESH)) => {}
-                    found => wrong(format!("wrong byte: fresh place {place} reads {found:?}")),
-                }
-            }
-        }
-        Act::Move(from, to) => {
-            change(
-                Change::Remap(at(from), at(to), PAGE),
-                &|| model.world.borrow_mut().remap(at(from), at(to), PAGE),
-                &|| (),
-            );
-            let expected = Content::Byte(pages::content_of(from));
-            match read(to) {
-                Ok(content) if content == expected => {}
-                Ok(Content::Poison) if may_be_lost(from) => {}
-                found => wrong(format!("wrong byte: moved page {from} reads {found:?}")),
-            }
-        }
-    }
-}
+use platform::Mistake;
+use scenario::{Act, Scenario};
 
 use Act::{Discard, MapAfresh, Move, Touch, TouchIfMapped, Unmap, Write};
 
@@ -442,10 +27,9 @@ fn two_faulting_threads_a_prefetcher_and_a_discarder_of(prefetched: Range<u64>) 
         owner: TWO_AND_A_DISCARDER,
         prefetchers: 1,
         prefetched,
-        same_core: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -464,10 +48,9 @@ fn a_faulting_thread_a_prefetcher_of_two_frames_and_a_discarder() {
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Discard(1, 3)]],
         prefetchers: 1,
-        same_core: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -477,25 +60,25 @@ fn two_fault_threads_and_a_discarder() {
         fault_threads: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn copies_that_are_cut_short() {
+fn copies_cut_short() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
         prefetchers: 1,
         cuts: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: PAGES_BEHIND_THE_CUT,
         prefetchers: 1,
         cuts: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// The pages after the cut, of either frame, are touched as well: the session must not consider
@@ -503,88 +86,85 @@ fn copies_that_are_cut_short() {
 const PAGES_BEHIND_THE_CUT: &[&[Act]] = &[&[Touch(0), Touch(1)], &[Touch(3)]];
 
 #[test]
-fn installs_that_find_no_memory() {
+fn installs_without_memory() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(3)]],
         prefetchers: 1,
         shortages: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn what_is_written_after_a_discard_stays() {
+fn write_after_discard_is_kept() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Write(1, 99), Touch(1)]],
         prefetchers: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn unmapping_under_faults() {
-    for same_core in [false, true] {
-        Scenario {
-            owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
-            prefetchers: 1,
-            same_core,
-            ..Scenario::default()
-        }
-        .holds();
+fn unmapping_during_faults() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Unmap(0, 1), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
     }
+    .passes();
 }
 
 /// Regression test: a page was moved while its install waited for the kernel's lock. The kernel had
 /// checked for a change before, and returned ENOENT. The page was considered gone and read as zeros
 /// at its new address. A thread that gets ENOENT now checks whether a change has begun.
 #[test]
-fn moving_under_an_install_that_waits_for_the_kernel() {
+fn moving_while_install_waits_for_kernel() {
     Scenario {
         owner: &[&[TouchIfMapped(0)], &[Move(0, 9)]],
         two_checks: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Move(0, 9)]],
         prefetchers: 1,
         two_checks: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Regression test: one thread settled the last page while another waited for messages forever.
 #[test]
-fn a_session_completes_by_itself() {
+fn session_completes_by_itself() {
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Touch(3)]],
         fault_threads: 2,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 3)]],
         prefetchers: 1,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: FAULTS_AT_THE_END,
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Two threads may both count a page, so that all pages seem settled when one is not. The exact
 /// check finds it, and is repeated later.
 #[test]
-fn a_session_completes_though_a_page_was_counted_twice() {
+fn session_completes_after_page_was_counted_twice() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(3)]],
         lost: &[1],
@@ -593,7 +173,7 @@ fn a_session_completes_though_a_page_was_counted_twice() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Touches of discarded pages come at any moment of the completion, also between the kernel's
@@ -601,45 +181,42 @@ fn a_session_completes_though_a_page_was_counted_twice() {
 const FAULTS_AT_THE_END: &[&[Act]] = &[&[Touch(0), Touch(3)], &[Discard(1, 2), Touch(1)]];
 
 #[test]
-fn moving_under_faults() {
-    for same_core in [false, true] {
-        Scenario {
-            owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
-            prefetchers: 1,
-            same_core,
-            ..Scenario::default()
-        }
-        .holds();
+fn moving_during_faults() {
+    Scenario {
+        owner: &[&[TouchIfMapped(0)], &[Move(0, 9), Touch(1)]],
+        prefetchers: 1,
+        ..Scenario::default()
     }
+    .passes();
 }
 
 /// One thread may read both faults at once: another one must serve the second.
 #[test]
-fn faults_that_are_served_together() {
+fn faults_served_at_the_same_time() {
     Scenario {
         owner: &[&[Touch(0)], &[Touch(2)]],
         fault_threads: 2,
         together: 2,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// A fault is read during an install for prefetch, by a thread that does not serve it.
 #[test]
-fn faults_that_are_read_in_an_install() {
+fn faults_read_during_an_install() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2)]],
         prefetchers: 1,
         prefetched: 2..4,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// A thread that only fills a page with zeros reads the discard of the last absent page.
 #[test]
-fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
+fn session_settled_during_an_install_completes() {
     Scenario {
         owner: &[&[Touch(2)], &[Discard(1, 2)]],
         lost: &[0],
@@ -647,13 +224,13 @@ fn a_session_that_is_settled_in_the_middle_of_an_install_completes() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// The pages of a damaged frame are poisoned, and discarded ones among them are zero, including one
 /// that is discarded after its frame has failed.
 #[test]
-fn pages_of_a_damaged_frame() {
+fn damaged_frame_poisons_its_pages() {
     let owners: [&[&[Act]]; 5] = [
         &[&[Touch(1)], &[Discard(1, 2)]],
         &[&[Touch(1)], &[Discard(1, 2), Touch(1)]],
@@ -667,7 +244,7 @@ fn pages_of_a_damaged_frame() {
             damaged: Some(0),
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
     Scenario {
         owner: &[&[Touch(0), Touch(2)], &[Touch(1)]],
@@ -676,7 +253,7 @@ fn pages_of_a_damaged_frame() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(1)], &[Discard(0, 2)]],
         prefetchers: 1,
@@ -684,33 +261,33 @@ fn pages_of_a_damaged_frame() {
         completes: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn a_page_whose_discard_was_lost() {
+fn page_marked_present_but_missing_is_zero() {
     Scenario {
         owner: &[&[Touch(1)], &[Touch(1), Touch(0)]],
         lost: &[1],
         prefetchers: 1,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
-fn an_event_that_is_late() {
+fn event_later_than_its_change() {
     Scenario {
         owner: &[&[Touch(0)], &[Discard(0, 2), Touch(1)]],
         slow: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 /// Parts of large pages are discarded while the pages are assembled, and when they are present.
 #[test]
-fn large_pages_of_which_parts_are_discarded() {
+fn large_pages_with_discarded_parts() {
     let owners: [(usize, &[&[Act]]); 3] = [
         (1, &[&[Touch(0)], &[Discard(1, 2), Touch(1)]]),
         (1, &[&[Touch(3)], &[Discard(1, 3)]]),
@@ -726,16 +303,15 @@ fn large_pages_of_which_parts_are_discarded() {
             large: true,
             ..Scenario::default()
         }
-        .holds();
+        .passes();
     }
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 2), Touch(1)]],
         fault_threads: 2,
-        same_core: true,
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -746,7 +322,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(1)], &[Touch(0), Touch(2)]],
         lost: &[0, 1],
@@ -754,7 +330,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
     Scenario {
         owner: &[&[Touch(0)], &[Discard(1, 3), Touch(2)]],
         prefetchers: 1,
@@ -762,7 +338,7 @@ fn large_pages_without_memory_lost_or_complete() {
         large: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -774,7 +350,7 @@ fn mistake_no_install_lock_is_found_with_large_pages() {
         mistake: Some(Mistake::NoInstallLock),
         ..Scenario::default()
     }
-    .goes_wrong("wrong byte");
+    .fails_with("wrong byte");
 }
 
 /// Owners of a session that is given up at any moment.
@@ -789,7 +365,7 @@ const GIVEN_UP: [&[&[Act]]; 5] = [
 /// Missing pages are poisoned wherever they are, present and discarded ones stay, and new mappings
 /// of the owner at unmapped places are left alone.
 #[test]
-fn giving_up_under_an_owner_that_changes_its_memory() {
+fn giving_up_while_owner_changes_memory() {
     for owner in GIVEN_UP {
         for two_checks in [false, true] {
             Scenario {
@@ -798,7 +374,7 @@ fn giving_up_under_an_owner_that_changes_its_memory() {
                 gives_up: true,
                 ..Scenario::default()
             }
-            .holds();
+            .passes();
         }
     }
     Scenario {
@@ -808,7 +384,7 @@ fn giving_up_under_an_owner_that_changes_its_memory() {
         gives_up: true,
         ..Scenario::default()
     }
-    .holds();
+    .passes();
 }
 
 #[test]
@@ -819,7 +395,7 @@ fn mistake_protecting_by_address_is_found() {
         mistake: Some(Mistake::ProtectByAddress),
         ..Scenario::default()
     }
-    .goes_wrong("fresh place");
+    .fails_with("fresh place");
 }
 
 #[test]
@@ -831,7 +407,7 @@ fn mistake_eagain_dropped_in_giving_up_is_found() {
         mistake: Some(Mistake::EagainDropped),
         ..Scenario::default()
     }
-    .goes_wrong("page 0");
+    .fails_with("page 0");
 }
 
 fn planted(mistake: Mistake) -> Scenario {
@@ -845,7 +421,7 @@ fn planted(mistake: Mistake) -> Scenario {
 
 #[test]
 fn mistake_no_install_lock_is_found() {
-    planted(Mistake::NoInstallLock).goes_wrong("wrong byte");
+    planted(Mistake::NoInstallLock).fails_with("wrong byte");
 }
 
 #[test]
@@ -856,12 +432,12 @@ fn mistake_wake_for_present_is_found() {
         mistake: Some(Mistake::WakeForPresent),
         ..Scenario::default()
     }
-    .goes_wrong("no progress");
+    .fails_with("no progress");
 }
 
 #[test]
 fn mistake_eagain_dropped_is_found() {
-    planted(Mistake::EagainDropped).goes_wrong("hang");
+    planted(Mistake::EagainDropped).fails_with("hang");
 }
 
 #[test]
@@ -871,28 +447,17 @@ fn mistake_no_wake_after_unmap_is_found() {
         mistake: Some(Mistake::NoWakeAfterUnmap),
         ..Scenario::default()
     }
-    .goes_wrong("hang");
+    .fails_with("hang");
 }
 
 #[test]
 fn mistake_present_before_copy_is_found() {
-    planted(Mistake::PresentBeforeCopy).goes_wrong("wrong byte");
-}
-
-#[test]
-fn mistake_no_late_wake_is_found() {
-    Scenario {
-        owner: &[&[Touch(0)]],
-        same_core: true,
-        mistake: Some(Mistake::NoLateWake),
-        ..Scenario::default()
-    }
-    .goes_wrong("hang");
+    planted(Mistake::PresentBeforeCopy).fails_with("wrong byte");
 }
 
 #[test]
 fn mistake_remove_after_faults_is_found() {
-    planted(Mistake::RemoveAfterFaults).goes_wrong("wrong byte");
+    planted(Mistake::RemoveAfterFaults).fails_with("wrong byte");
 }
 
 #[test]
@@ -904,7 +469,7 @@ fn mistake_cut_marks_one_page_more_is_found() {
         mistake: Some(Mistake::CutMarksOneMore),
         ..Scenario::default()
     }
-    .goes_wrong("wrong byte");
+    .fails_with("wrong byte");
 }
 
 #[test]
@@ -915,5 +480,5 @@ fn mistake_no_wake_after_unregister_is_found() {
         mistake: Some(Mistake::NoWakeAfterUnregister),
         ..Scenario::default()
     }
-    .goes_wrong("hang");
+    .fails_with("hang");
 }

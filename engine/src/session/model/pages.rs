@@ -3,8 +3,7 @@
 use snapshot_format::Reason;
 
 use crate::session::failure::{Failure, FailureKind};
-use crate::session::fault::in_flight::FrameId;
-use crate::session::platform::{Content, Image, PageNumber, Run};
+use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 
 /// Returns the content of a page, whose number is its initial place.
 pub(super) fn content_of(page: u64) -> u8 {

@@ -7,12 +7,10 @@ use std::time::Duration;
 
 use super::explore::{self, Thread};
 use super::pages::Pages;
+use super::scenario::{Expected, Owner};
 use super::world::{BASE, Content as Held, World, at};
-use super::{Knows, Owner};
 use crate::session::Session;
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
-use snaprestore_uffd::uffd::Wake;
+use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// An operation before which a thread stops.
 #[derive(Clone, Copy, Debug, PartialEq, Hash)]
@@ -20,7 +18,7 @@ pub(super) enum Op {
     Shared(u64),
     Exclusive(u64),
     WaitReadable,
-    WaitUnclaimed(FrameId),
+    WaitInFlight(FrameId),
     BackOff,
     Copy(u64, u64),
     Zeropage(u64, u64),
@@ -47,7 +45,7 @@ pub(super) enum Op {
     BeginChange,
     Announce,
     WaitRead,
-    GoOn,
+    Resume,
 }
 
 /// A mistake planted in the platform.
@@ -64,8 +62,6 @@ pub(super) enum Mistake {
     NoWakeAfterUnmap,
     /// Pages are marked present before the COPY.
     PresentBeforeCopy,
-    /// Waiters that the install did not wake are not woken after it either.
-    NoLateWake,
     /// Faults of a batch are served before its events are recorded.
     RemoveAfterFaults,
     /// Pages that are missing in the end are made inaccessible by their address.
@@ -86,8 +82,6 @@ pub(super) struct Model {
     /// Whether a change may begin between an install's first check for one and taking the kernel's
     /// lock.
     two_checks: bool,
-    /// Whether fault threads run on the core of the thread that they serve.
-    same_core: bool,
     /// Whether the last install of the running thread returned EAGAIN.
     again: Cell<bool>,
     /// Number of session threads that have not returned.
@@ -108,7 +102,6 @@ impl Model {
         threads: Rc<[Thread<Op>]>,
         mistake: Option<Mistake>,
         two_checks: bool,
-        same_core: bool,
     ) -> Self {
         Self {
             world: RefCell::new(world),
@@ -116,7 +109,6 @@ impl Model {
             current: Cell::new(0),
             mistake,
             two_checks,
-            same_core,
             again: Cell::new(false),
             serving: Cell::new(0),
             taken: Cell::new(0),
@@ -199,15 +191,13 @@ impl Model {
     }
 
     /// Performs the kernel's wake at the end of an install.
-    fn wake_now(&self, wake: Wake, address: u64, installed: Installed, len: u64) {
+    fn wake_now(&self, address: u64, installed: Installed, len: u64) {
         let done = match installed {
             Installed::Done => len,
             Installed::Partial(done) => done,
             _ => return,
         };
-        if wake == Wake::Now {
-            self.world.borrow_mut().wake(address, done);
-        }
+        self.world.borrow_mut().wake(address, done);
     }
 
     fn out_of_memory(&self) -> bool {
@@ -255,12 +245,7 @@ impl Platform for Model {
     where
         Self: 'h;
 
-    type CoreFollower = ();
     type Brake = ();
-
-    fn follow(&self, (): &mut (), _: u32) -> bool {
-        self.same_core
-    }
 
     fn shared(&self, about: u64) -> Self::Shared<'_> {
         // A hold that ends in EAGAIN is repeated from the same point.
@@ -288,8 +273,8 @@ impl Platform for Model {
         }
     }
 
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
-        assert_eq!(patience, None, "nothing fails in the model");
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
+        assert_eq!(timeout, None, "nothing fails in the model");
         // Between two faults, a fault thread carries no state.
         self.threads[self.current.get()].forget(0);
         self.stop(Op::WaitReadable);
@@ -302,8 +287,8 @@ impl Platform for Model {
         self.world.borrow_mut().kicked = true;
     }
 
-    fn wait_unclaimed(&self, _: &InFlight, frame: FrameId) {
-        self.stop(Op::WaitUnclaimed(frame));
+    fn wait_in_flight(&self, frame: FrameId, _wait: impl FnOnce()) {
+        self.stop(Op::WaitInFlight(frame));
     }
 
     fn back_off(&self, _: u32) -> bool {
@@ -336,7 +321,7 @@ impl Platform for Model {
 
     fn wake_all(&self) {}
 
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
         let len = bytes.len() as u64;
         // The copied content was assembled before, from what was known then: threads that copy
         // different bytes are not in the same state.
@@ -366,7 +351,7 @@ impl Platform for Model {
         }
         let page = |i: u64| Held::Byte(bytes[usize::try_from(i * PAGE).unwrap()]);
         let installed = self.world.borrow_mut().install(address, len, most, page);
-        self.wake_now(wake, address, installed, len);
+        self.wake_now(address, installed, len);
         let reported = self.told(installed);
         let again = self.again.take();
         self.stop(Op::Mark);
@@ -374,7 +359,7 @@ impl Platform for Model {
         reported
     }
 
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
         self.stop(Op::Zeropage(address, len));
         if self.is(Mistake::WakeForPresent) {
             return self.told(Installed::Exists);
@@ -390,7 +375,7 @@ impl Platform for Model {
             .world
             .borrow_mut()
             .install(address, len, u64::MAX, zero);
-        self.wake_now(wake, address, installed, len);
+        self.wake_now(address, installed, len);
         self.told(installed)
     }
 
@@ -408,7 +393,7 @@ impl Platform for Model {
             .world
             .borrow_mut()
             .install(address, len, u64::MAX, poison);
-        self.wake_now(Wake::Now, address, installed, len);
+        self.wake_now(address, installed, len);
         self.told(installed)
     }
 
@@ -442,7 +427,6 @@ impl Platform for Model {
         let unregistered = self.world.borrow().unregistered.contains(&address);
         if unregistered && self.is(Mistake::NoWakeAfterUnregister)
             || place.is_none() && self.is(Mistake::NoWakeAfterUnmap)
-            || matches!(place, Some(Held::Byte(_))) && self.is(Mistake::NoLateWake)
         {
             return;
         }
@@ -456,7 +440,7 @@ fn shared_digest(session: &Session<Model, Pages>) -> u64 {
     let mut hasher = DefaultHasher::new();
     session.state.snapshot().hash(&mut hasher);
     session.queue.addresses().hash(&mut hasher);
-    session.claims.frames().hash(&mut hasher);
+    session.in_flight.frames().hash(&mut hasher);
     session.phase_digest().hash(&mut hasher);
     hasher.finish()
 }
@@ -481,9 +465,9 @@ impl Scene {
         if world.fresh.values().any(|content| *content == Held::Poison) {
             return Err("a fresh place became inaccessible".to_owned());
         }
-        for (page, knows) in (0..).zip(&self.owner.borrow().0) {
+        for (page, expected) in (0..).zip(&self.owner.borrow().0) {
             let content = world.places.get(&at(page));
-            if *knows == Knows::Original && content == Some(&Held::Missing) {
+            if *expected == Expected::Original && content == Some(&Held::Missing) {
                 return Err(format!("page {page} would read as zeros"));
             }
         }
@@ -503,7 +487,7 @@ impl explore::Scene for Scene {
             Op::Exclusive(_) => unlocked || (!world.exclusive && world.shared == 0),
             // Messages that another thread has read by then don't end the wait.
             Op::WaitReadable => world.kicked || world.edge && world.readable(),
-            Op::WaitUnclaimed(frame) => !self.session.claims.is_claimed(*frame),
+            Op::WaitInFlight(frame) => !self.session.in_flight.is_claimed(*frame),
             // Time passes until something has changed.
             Op::BackOff => world.readable() || !world.is_changing(),
             Op::Sleep => !world.sleeps(thread),

@@ -316,7 +316,7 @@ impl World {
             let place = self
                 .places
                 .get_mut(&(address + i * PAGE))
-                .expect("looked up above");
+                .expect("place vanished during the install");
             match place {
                 Content::Missing => {}
                 Content::Byte(_) | Content::Poison => break,

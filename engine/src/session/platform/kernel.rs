@@ -6,19 +6,18 @@ use std::time::Duration;
 
 use crate::fail_point::{FailPoint, fail_point};
 use snaprestore_uffd::memory::{Brake, MemError, Ring};
-use snaprestore_uffd::os::{CoreFollower, PageMap};
+use snaprestore_uffd::os::PageMap;
 use snaprestore_uffd::uffd::abi::UFFD_EVENT_FORK;
 use snaprestore_uffd::uffd::{
     self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
 };
 
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use crate::session::platform::{Event, Installed, PAGE, Platform, ReadFailed, Waited};
+use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
 
 /// Maximum number of consecutive installs that meet a changing mapping with no event to read: an
 /// owner that forks or unmaps a huge mapping spends a while between the start of the change and its
 /// event.
-const MAX_TRIES: u32 = 4000;
+const MAX_RETRIES: u32 = 4000;
 /// Range of addresses in which the memory of a process can lie: above what is never mapped, below
 /// the end of the smallest address space of a 64-bit process with four levels of page tables.
 const EVERYWHERE: (u64, u64) = (1 << 20, (1 << 47) - PAGE);
@@ -65,6 +64,14 @@ impl Kernel {
         self.waiting.watch(pidfd)
     }
 
+    /// Whether the page at `address` may be registered. Returns `false` only if the kernel would
+    /// never report a fault there, and no change of the mappings waits to be read.
+    pub(crate) fn may_be_registered(&self, address: u64) -> bool {
+        self.with(true, |uffd| {
+            !matches!(uffd.probe(address), Ok(Presence::Gone))
+        })
+    }
+
     /// Closes the userfaultfd. Missing pages that are still registered then read as zeros, so no
     /// page that anybody can touch may be missing. Threads that serve faults must be gone.
     pub(crate) fn close(&self) {
@@ -104,7 +111,6 @@ fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
         Ok(uffd::Installed::Gone) | Err(InstallError::NotRegistered { .. }) => Installed::Gone,
         Ok(uffd::Installed::OwnerGone) => Installed::OwnerGone,
         Ok(uffd::Installed::NoMemory) => Installed::NoMemory,
-        Ok(uffd::Installed::SourceBusy) => Installed::Refused(libc::EBUSY),
         Err(InstallError::Refused { source, .. }) => {
             Installed::Refused(source.raw_os_error().unwrap_or(libc::EIO))
         }
@@ -115,12 +121,7 @@ fn outcome(result: Result<uffd::Installed, InstallError>) -> Installed {
 impl Platform for Kernel {
     type Shared<'a> = RwLockReadGuard<'a, Reader>;
     type Exclusive<'a> = RwLockWriteGuard<'a, Reader>;
-    type CoreFollower = CoreFollower;
     type Brake = Option<Brake>;
-
-    fn follow(&self, follower: &mut CoreFollower, thread: u32) -> bool {
-        follower.served(thread)
-    }
 
     // A panic while the lock is held leaves the ring as the kernel wrote it and everything else
     // consistent.
@@ -132,8 +133,8 @@ impl Platform for Kernel {
         self.install.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited {
-        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, patience);
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
+        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, timeout);
         match self.with(Ok(Ready::default()), wait) {
             Ok(ready) if ready.owner_gone => Waited::OwnerGone,
             Ok(_) => Waited::Ready,
@@ -148,14 +149,14 @@ impl Platform for Kernel {
         self.waiting.wake();
     }
 
-    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId) {
-        claims.wait(frame);
+    fn wait_in_flight(&self, _frame: FrameId, wait: impl FnOnce()) {
+        wait();
     }
 
     fn back_off(&self, tries: u32) -> bool {
         let pause = Duration::from_micros(20) * tries.min(1000);
         std::thread::sleep(pause.min(MAX_PAUSE));
-        tries < MAX_TRIES
+        tries < MAX_RETRIES
     }
 
     fn brake(&self) -> Option<Brake> {
@@ -222,12 +223,12 @@ impl Platform for Kernel {
         hold.ring.clear();
     }
 
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed {
-        self.install(|uffd| uffd.copy(address, bytes, wake))
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed {
+        self.install(|uffd| uffd.copy(address, bytes, Wake::Now))
     }
 
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed {
-        self.install(|uffd| uffd.zeropage(address, len, wake))
+    fn zeropage(&self, address: u64, len: u64) -> Installed {
+        self.install(|uffd| uffd.zeropage(address, len, Wake::Now))
     }
 
     fn poison(&self, address: u64, len: u64) -> Installed {

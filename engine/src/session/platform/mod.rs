@@ -10,8 +10,6 @@ use std::time::Duration;
 use snapshot_format::Reason;
 
 use crate::session::failure::Failure;
-use crate::session::fault::in_flight::{FrameId, InFlight};
-use snaprestore_uffd::uffd::Wake;
 
 /// A page's number in the snapshot.
 pub(crate) type PageNumber = u64;
@@ -85,27 +83,22 @@ pub(crate) trait Platform: Sync {
     where
         Self: 'a;
 
-    /// State with which a fault thread follows the threads it serves from core to core.
-    type CoreFollower: Default;
     /// A guard that keeps the owner from changing its mappings until dropped.
     type Brake;
 
-    /// Announces that the calling thread is about to serve a fault of `thread`, so that it can be
-    /// moved to a better core. Returns `true` if it now runs on the core of `thread`.
-    fn follow(&self, follower: &mut Self::CoreFollower, thread: u32) -> bool;
     /// Takes the install lock shared, to look up a state and issue one ioctl. `about` is the
     /// address or page number that the hold concerns; it distinguishes the actions of two threads.
     fn shared(&self, about: u64) -> Self::Shared<'_>;
     /// Takes the install lock exclusively, to read, record and wake. `about` as in
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
-    /// Waits until there may be a message, [`Platform::kick`] was called, or `patience` has passed.
+    /// Waits until there may be a message, [`Platform::kick`] was called, or `timeout` has passed.
     /// If several threads wait, a message wakes only one of them, which must read it.
-    fn wait_readable(&self, patience: Option<Duration>) -> Waited;
+    fn wait_readable(&self, timeout: Option<Duration>) -> Waited;
     /// Makes the current [`Platform::wait_readable`] of one thread return, or the next one.
     fn kick(&self);
-    /// Waits until no fault holds a claim on `frame`.
-    fn wait_unclaimed(&self, claims: &InFlight, frame: FrameId);
+    /// Calls `wait`, which returns when no fault is loading `frame` any more.
+    fn wait_in_flight(&self, frame: FrameId, wait: impl FnOnce());
     /// Waits after the `tries`-th consecutive install that met a changing mapping with no event to
     /// read. Returns `false` if this has taken too long.
     fn back_off(&self, tries: u32) -> bool;
@@ -125,11 +118,10 @@ pub(crate) trait Platform: Sync {
     fn unrecorded(&self, hold: &mut Self::Exclusive<'_>, record: &mut dyn FnMut(usize, Event));
     /// Discards these messages, so that nobody finds them again.
     fn forget(&self, hold: &mut Self::Exclusive<'_>);
-    /// Copies `bytes` to missing pages from `address` on, and wakes their waiters now if `wake`
-    /// says so.
-    fn copy(&self, address: u64, bytes: &[u8], wake: Wake) -> Installed;
+    /// Copies `bytes` to missing pages from `address` on, and wakes their waiters.
+    fn copy(&self, address: u64, bytes: &[u8]) -> Installed;
     /// Maps zeros to missing pages; otherwise like [`Platform::copy`].
-    fn zeropage(&self, address: u64, len: u64, wake: Wake) -> Installed;
+    fn zeropage(&self, address: u64, len: u64) -> Installed;
     /// Marks missing pages as poisoned and wakes their waiters.
     fn poison(&self, address: u64, len: u64) -> Installed;
     /// Whether there is a page at `address`, as an install of a large page reported. Only the
@@ -149,6 +141,10 @@ pub(crate) trait Platform: Sync {
     fn is_changing(&self, address: u64) -> bool;
 }
 
+/// The identity of a frame: the offset of its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FrameId(pub(crate) u64);
+
 /// The content of one page of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content<F> {
@@ -166,6 +162,13 @@ pub(crate) struct Run {
     pub(crate) page: PageNumber,
     pub(crate) slot: u16,
     pub(crate) count: u16,
+}
+
+impl Run {
+    /// Returns the page numbers of this run.
+    pub(crate) fn pages(&self) -> std::ops::Range<PageNumber> {
+        self.page..self.page + u64::from(self.count)
+    }
 }
 
 /// The content source of a session.

@@ -30,6 +30,10 @@ const EXTENT_WORDS: usize = 5;
 /// smaller blocks.)
 pub(crate) const LARGE_PAGES: u64 = if cfg!(test) { 2 } else { PAGES_PER_BLOCK_U64 };
 
+/// Size of a large page in bytes.
+pub(crate) const LARGE_BYTES: usize =
+    snaprestore_uffd::to_usize(LARGE_PAGES) * snapshot_format::layout::PAGE_SIZE;
+
 /// A range of consecutive pages at consecutive addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Extent {
@@ -154,7 +158,7 @@ fn zeroed(words: usize) -> Option<Box<[AtomicU64]>> {
 pub(crate) struct TooManyPieces;
 
 /// Number of bits of the version word that count the messages of the batch that the map reflects.
-const TAKEN_IN_BITS: u32 = 8;
+const HANDLED_BITS: u32 = 8;
 
 /// A view of the map in the session's block.
 #[derive(Clone, Copy)]
@@ -187,7 +191,7 @@ impl<'a> Map<'a> {
 
     /// Whether the map is unchanged since it was created.
     pub(crate) fn is_first(&self) -> bool {
-        self.version.load(Relaxed) >> TAKEN_IN_BITS == 1
+        self.version.load(Relaxed) >> HANDLED_BITS == 1
     }
 
     /// Returns the page at `address`.
@@ -282,34 +286,34 @@ impl<'a> Map<'a> {
 
     /// Returns how many messages at the front of the batch were certainly handled. If the reader
     /// was killed, more may have been.
-    pub(crate) fn taken_in(&self) -> usize {
-        usize::try_from(self.version.load(Relaxed) & ((1 << TAKEN_IN_BITS) - 1)).unwrap_or(0)
+    pub(crate) fn handled(&self) -> usize {
+        usize::try_from(self.version.load(Relaxed) & ((1 << HANDLED_BITS) - 1)).unwrap_or(0)
     }
 
     /// Resets the count of handled messages: the batch is over, and nobody will find its messages
     /// again.
-    pub(crate) fn batch_ends(&self) {
+    pub(crate) fn end_batch(&self) {
         let version = self.version.load(Relaxed);
         // Usually zero already, which saves a store to a cache line that every look-up reads.
-        if self.taken_in() > 0 {
-            let none = version >> TAKEN_IN_BITS << TAKEN_IN_BITS;
+        if self.handled() > 0 {
+            let none = version >> HANDLED_BITS << HANDLED_BITS;
             self.version.store(none, Release);
         }
     }
 
-    /// Makes `extents` the valid map, and records the first `taken_in` messages of the batch as
+    /// Makes `extents` the valid map, and records the first `handled` messages of the batch as
     /// handled.
     pub(crate) fn publish(
         &self,
         mut extents: Vec<Extent>,
-        taken_in: usize,
+        handled: usize,
     ) -> Result<(), TooManyPieces> {
         let mut copies = self.copies;
         if Self::words(extents.len()) > copies[0].len() {
             let more = Self::words(extents.len()).max(2 * copies[0].len());
             copies = self.growth.grow(more).ok_or(TooManyPieces)?;
         }
-        let version = (self.version.load(Relaxed) >> TAKEN_IN_BITS) + 1;
+        let version = (self.version.load(Relaxed) >> HANDLED_BITS) + 1;
         let copy = copies[copy_of(version)];
         extents.sort_unstable_by_key(|extent| extent.address);
         let mut order: Vec<usize> = (0..extents.len()).collect();
@@ -323,14 +327,14 @@ impl<'a> Map<'a> {
         }
         self.counts[copy_of(version)].store(extents.len() as u64, Relaxed);
         fail_point(FailPoint::MapWritten);
-        let word = version << TAKEN_IN_BITS | taken_in as u64;
+        let word = version << HANDLED_BITS | handled as u64;
         self.version.store(word, Release);
         fail_point(FailPoint::MapPublished);
         Ok(())
     }
 
     fn valid(&self) -> usize {
-        copy_of(self.version.load(Relaxed) >> TAKEN_IN_BITS)
+        copy_of(self.version.load(Relaxed) >> HANDLED_BITS)
     }
 
     #[expect(clippy::cast_possible_truncation)] // The extents lie in memory.
@@ -438,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_agree_with_a_naive_map() {
+    fn changes_match_a_naive_map() {
         let extents =
             [(0, 64, 0), (100, 200, 512), (400, 64, 1024)].map(|(i, pages, first)| Extent {
                 address: at(i),
@@ -486,7 +490,7 @@ mod tests {
 
     /// A large page is looked up as a whole, by any of its addresses or pages.
     #[test]
-    fn large_pages_are_units() {
+    fn large_pages_are_returned_as_units() {
         let extent = |place, first_page, large| Extent {
             address: at(place),
             pages: 4 * LARGE_PAGES,
@@ -527,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn unmapped_pages_are_removed_and_need_no_piece() {
+    fn unmapped_pages_need_no_extra_piece() {
         let state = State::shared(1024, &[ten_pages()], 0).unwrap().0;
         for place in (1..10).step_by(2) {
             unmap(&state, place..place + 1);
@@ -545,7 +549,7 @@ mod tests {
 
     /// A page that moves to an unmapped page's address is the only page there.
     #[test]
-    fn a_move_takes_an_address_from_what_was_unmapped_there() {
+    fn move_reuses_addresses_of_unmapped_pages() {
         let state = State::new(1024, &[ten_pages()], 8).unwrap().0;
         unmap(&state, 2..4);
         let target = at(3);
@@ -560,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_moves_leave_a_shared_map_as_it_was() {
+    fn too_many_moves_leave_shared_map_unchanged() {
         let state = State::shared(1024, &[ten_pages()], 2).unwrap().0;
         state
             .map()
@@ -573,7 +577,7 @@ mod tests {
 
     /// Pages that are moved one by one, in an order that leaves no two adjacent.
     #[test]
-    fn moves_grow_the_map_of_this_process() {
+    fn moves_grow_a_map_that_is_not_shared() {
         const PAGES: u64 = 3000;
         let extent = Extent {
             pages: PAGES,
@@ -597,7 +601,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_says_which_message_made_it_until_the_batch_ends() {
+    fn change_records_its_message_until_batch_ends() {
         let extent = Extent {
             address: at(0),
             pages: 10,
@@ -606,16 +610,16 @@ mod tests {
         };
         let state = State::new(64, &[extent], 8).unwrap().0;
         let map = state.map();
-        assert_eq!(map.taken_in(), 0);
+        assert_eq!(map.handled(), 0);
         map.remap(5, &(at(100)..at(101)), at(200), |_| ()).unwrap();
-        assert_eq!(map.taken_in(), 0, "nothing of ours was there");
+        assert_eq!(map.handled(), 0, "nothing of ours was there");
         map.remap(2, &(at(0)..at(2)), at(50), |_| ()).unwrap();
-        assert_eq!(map.taken_in(), 3);
+        assert_eq!(map.handled(), 3);
         map.remap(63, &(at(9)..at(10)), at(60), |_| ()).unwrap();
-        assert_eq!(map.taken_in(), 64);
+        assert_eq!(map.handled(), 64);
         let before: Vec<_> = map.extents().collect();
-        map.batch_ends();
-        assert_eq!(map.taken_in(), 0);
+        map.end_batch();
+        assert_eq!(map.handled(), 0);
         assert_eq!(map.extents().collect::<Vec<_>>(), before);
     }
 }

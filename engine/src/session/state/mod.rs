@@ -18,6 +18,8 @@
 //! under an exclusive one. All accesses are relaxed, because the lock provides the ordering.
 
 pub(crate) mod address_map;
+mod bits;
+mod vitals;
 
 use std::io;
 use std::ops::Range;
@@ -31,6 +33,9 @@ use snaprestore_uffd::memory::{Block, Ring};
 
 use crate::session::platform::{PAGE, PageNumber};
 use crate::session::state::address_map::{Extent, Growth, Map, Unit};
+use crate::session::state::bits::{first_bit, masks, place, word_of};
+
+pub use vitals::{Pulse, Vitals};
 
 /// Word of the header with the number of changes of the map, which selects the valid copy.
 const MAP_VERSION: usize = 0;
@@ -109,7 +114,7 @@ impl State {
         extents: &[Extent],
         extra: usize,
     ) -> io::Result<(Self, Ring)> {
-        Self::begin(pages, extents, extra, Block::anonymous)
+        Self::begin(pages, extents, extra, Block::private)
     }
 
     /// Creates the state like [`State::new`], in a memfd that other processes can share.
@@ -220,7 +225,7 @@ impl State {
     }
 
     /// Records the frame that thread number `thread` decodes.
-    pub(crate) fn decoding(&self, thread: usize, frame: Option<u64>) {
+    pub(crate) fn set_decoding(&self, thread: usize, frame: Option<u64>) {
         if let Some(words) = self.thread(thread) {
             words[DECODING].store(frame.map_or(0, |frame| frame + 1), Relaxed);
         }
@@ -263,7 +268,7 @@ impl State {
 
     /// Returns the maximum number of pieces of an owner's memory if the owner is in another
     /// process.
-    pub(crate) fn most_pieces(&self) -> usize {
+    pub(crate) fn max_pieces(&self) -> usize {
         self.extent_capacity
     }
 
@@ -418,7 +423,7 @@ impl State {
     }
 
     /// Leaves `pages` to the kernel. Must be called before any state of these pages is recorded.
-    pub(crate) fn leave_out(&self, pages: Range<PageNumber>) {
+    pub(crate) fn leave_to_kernel(&self, pages: Range<PageNumber>) {
         let blocks = pages.start.div_ceil(LEFT_PAGES)..pages.end / LEFT_PAGES;
         for (word, mask) in masks(blocks.clone()) {
             self.left()[word].fetch_or(mask, Relaxed);
@@ -578,50 +583,6 @@ impl State {
     }
 }
 
-/// A supervisor's view of the threads of a session whose state is in a memfd.
-#[derive(Debug)]
-pub struct Vitals {
-    state: State,
-}
-
-/// The activity of the threads of a session up to one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pulse {
-    /// Number of reads of messages.
-    pub reads: u64,
-    /// For each thread, the number of starts and ends of serving: odd while it serves.
-    pub turns: Vec<u64>,
-}
-
-impl Vitals {
-    /// Opens the session state in `memfd`.
-    pub fn new(memfd: OwnedFd) -> io::Result<Self> {
-        let state = State::open(memfd)?.0;
-        Ok(Self { state })
-    }
-
-    /// Returns the activity so far.
-    pub fn pulse(&self) -> Pulse {
-        let turns = self.threads().map(|words| words[HEARTBEATS].load(Relaxed));
-        Pulse {
-            reads: self.state.words()[READS].load(Relaxed),
-            turns: turns.collect(),
-        }
-    }
-
-    /// Returns the frames that are being decoded, by their offset in the file. For a dead worker
-    /// these are the frames on which it died.
-    pub fn decoding(&self) -> Vec<u64> {
-        self.threads()
-            .filter_map(|words| words[DECODING].load(Relaxed).checked_sub(1))
-            .collect()
-    }
-
-    fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {
-        (0..MAX_THREADS).filter_map(|thread| self.state.thread(thread))
-    }
-}
-
 /// Returns the number of words of a state of `pages` page numbers with a map of `extents`.
 fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     let bitmap = usize::try_from(pages.div_ceil(64)).ok()?;
@@ -629,44 +590,6 @@ fn words(pages: PageNumber, extents: usize) -> Option<usize> {
     let map = extents.checked_mul(Map::words(1))?.checked_mul(2)?;
     let bitmaps = bitmap.checked_mul(BITMAPS)?.checked_add(left)?;
     HEADER_END.checked_add(bitmaps)?.checked_add(map)
-}
-
-/// Returns the first page of `within` whose bit is set in the words returned by `word`.
-fn first_bit(within: Range<PageNumber>, word: impl Fn(usize) -> u64) -> Option<PageNumber> {
-    masks(within).find_map(|(index, mask)| {
-        let set = mask & word(index);
-        (set != 0).then(|| index as u64 * 64 + u64::from(set.trailing_zeros()))
-    })
-}
-
-/// Returns the index of the word with a page's bit, and the bit.
-fn place(page: PageNumber) -> (usize, u64) {
-    (word_of(page), 1 << (page % 64))
-}
-
-/// Returns the index of the word with a page's bit. Page numbers fit, because the block that
-/// contains the bits was allocated.
-fn word_of(page: PageNumber) -> usize {
-    snaprestore_uffd::to_usize(page / 64)
-}
-
-/// Returns the words that contain the bits of `pages`, each with the mask of those bits.
-fn masks(pages: Range<PageNumber>) -> impl Iterator<Item = (usize, u64)> {
-    let words = if pages.is_empty() {
-        0..0
-    } else {
-        pages.start / 64..(pages.end - 1) / 64 + 1
-    };
-    words.map(move |word| {
-        let low = pages.start.max(word * 64) - word * 64;
-        let high = pages.end.min((word + 1) * 64) - word * 64;
-        let ones = if high - low == 64 {
-            u64::MAX
-        } else {
-            (1 << (high - low)) - 1
-        };
-        (word_of(word * 64), ones << low)
-    })
 }
 
 #[cfg(test)]
@@ -688,7 +611,7 @@ mod tests {
     /// the first absent page and the end of its range, the other thread marked the page, the range
     /// came out empty, and the kernel refuses to install nothing.
     #[test]
-    fn a_range_of_absent_pages_is_never_empty_while_another_thread_marks() {
+    fn absent_range_is_never_empty_during_marking() {
         const PAGES: u64 = 1 << 22;
         let state = one_extent(PAGES);
         std::thread::scope(|scope| {
@@ -703,25 +626,8 @@ mod tests {
         });
     }
 
-    /// The masks of a range contain exactly the bits of its pages.
     #[test]
-    fn masks_are_the_pages() {
-        for start in 0..140_u64 {
-            for end in start..200 {
-                let mut bits = [0_u64; 4];
-                for (word, mask) in masks(start..end) {
-                    bits[word] |= mask;
-                }
-                for page in 0..200_u64 {
-                    let set = bits[word_of(page)] >> (page % 64) & 1 == 1;
-                    assert_eq!(set, (start..end).contains(&page), "{start}..{end}: {page}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn removed_wins_over_all() {
+    fn removed_takes_precedence_over_other_states() {
         let state = one_extent(100);
         state.mark_present(3..5);
         state.mark_poisoned(4..6);
@@ -735,7 +641,7 @@ mod tests {
     }
 
     #[test]
-    fn healed_pages_are_present_and_poisoned_no_more() {
+    fn healed_pages_are_present_not_poisoned() {
         let state = one_extent(200);
         state.mark_poisoned(60..70);
         state.mark_removed(61..62);
@@ -758,7 +664,7 @@ mod tests {
 
     /// A large page is present if any part of it was marked, and removed only if all of it was.
     #[test]
-    fn a_large_page_has_one_status() {
+    fn large_page_has_a_single_status() {
         let unit = Unit {
             address: 1 << 30,
             pages: 64..192,
@@ -792,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_counted_once_and_only_where_mapped() {
+    fn unsettled_pages_are_counted_once_where_mapped() {
         let state = one_extent(130);
         state.mark_present(0..130);
         state.mark_removed(10..500);

@@ -8,12 +8,14 @@
 //!                             ──▶ any other program counter: the action that was set before
 //! ```
 
-use std::io;
-use std::marker::PhantomData;
-use std::mem::MaybeUninit;
+use std::io::{self, IoSliceMut};
 
 use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
 
+use crate::os::SignalMask;
 use crate::to_usize;
 
 /// The error for memory of this process that could not be read.
@@ -40,26 +42,18 @@ pub enum ReadFault {
 pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
     let mut done = 0;
     while done < buffer.len() {
-        let rest = &mut buffer[done..];
-        let local = libc::iovec {
-            iov_base: rest.as_mut_ptr().cast(),
-            iov_len: rest.len(),
-        };
         let from = address.wrapping_add(done as u64);
-        let remote = libc::iovec {
-            iov_base: std::ptr::with_exposed_provenance_mut(to_usize(from)),
-            iov_len: rest.len(),
+        let remote = RemoteIoVec {
+            base: to_usize(from),
+            len: buffer.len() - done,
         };
-        // SAFETY: the kernel writes only into `rest`, which is exclusively ours for its length. It
-        // treats the remote address as data: it checks the mapping and access rights of every page
-        // and returns EFAULT.
-        let read = unsafe {
-            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
-        };
-        match Errno::result(read) {
+        // The kernel treats the remote address as data: it checks the mapping and access rights of
+        // every page.
+        let local = &mut [IoSliceMut::new(&mut buffer[done..])];
+        match process_vm_readv(Pid::this(), local, &[remote]) {
             Ok(0) | Err(Errno::EFAULT) => return Err(ReadFault::Unreadable { address: from }),
             // A short read ends at an unreadable page; the next iteration gets the error.
-            Ok(bytes) => done += usize::try_from(bytes).unwrap_or(0),
+            Ok(bytes) => done += bytes,
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(ReadFault::Failed(errno.into())),
         }
@@ -74,10 +68,7 @@ pub fn read_checked(address: u64, buffer: &mut [u8]) -> Result<(), ReadFault> {
 /// whereas another load would kill the process by SIGBUS or SIGSEGV.
 #[derive(Debug)]
 pub struct Loads {
-    /// The signal mask that this thread had before.
-    before: libc::sigset_t,
-    // The mask belongs to one thread.
-    not_send: PhantomData<*const ()>,
+    _mask: SignalMask,
 }
 
 impl Loads {
@@ -85,43 +76,14 @@ impl Loads {
     /// this thread until the value is dropped.
     pub fn in_this_thread() -> io::Result<Self> {
         catch::install()?;
-        let mut faults = MaybeUninit::<libc::sigset_t>::uninit();
-        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: all pointers are to live, writable sigset_t. sigemptyset initialises the first
-        // before it is used. pthread_sigmask initialises the second when it returns 0, which is
-        // checked before it is used.
-        let before = unsafe {
-            libc::sigemptyset(faults.as_mut_ptr());
-            libc::sigaddset(faults.as_mut_ptr(), libc::SIGBUS);
-            libc::sigaddset(faults.as_mut_ptr(), libc::SIGSEGV);
-            match libc::pthread_sigmask(libc::SIG_UNBLOCK, faults.as_ptr(), before.as_mut_ptr()) {
-                0 => before.assume_init(),
-                errno => return Err(io::Error::from_raw_os_error(errno)),
-            }
-        };
-        Ok(Self {
-            before,
-            not_send: PhantomData,
-        })
+        let faults = SigSet::from_iter([Signal::SIGBUS, Signal::SIGSEGV]);
+        let mask = SignalMask::change(SigmaskHow::SIG_UNBLOCK, &faults)?;
+        Ok(Self { _mask: mask })
     }
 
     /// Loads the byte at `address`.
     pub fn byte(&self, address: u64) -> Result<u8, ReadFault> {
         catch::byte(address)
-    }
-}
-
-impl Drop for Loads {
-    fn drop(&mut self) {
-        // SAFETY: `before` is the initialised mask of this thread, and can't have moved to another
-        // thread. The call fails only for a bad first argument.
-        unsafe {
-            libc::pthread_sigmask(
-                libc::SIG_SETMASK,
-                &raw const self.before,
-                std::ptr::null_mut(),
-            )
-        };
     }
 }
 

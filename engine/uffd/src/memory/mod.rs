@@ -4,7 +4,6 @@
 //! | --- | --- |
 //! | [`Mapping`] | ours: created here, unmapped on drop |
 //! | [`RawRegion`] | ours or the caller's, lent to a restore; its constructor is `unsafe` |
-//! | [`Scratch`] | exclusively ours, never lent: a buffer to assemble pages |
 //! | [`Block`] | a session's state, shareable with another process |
 //! | [`Ring`] | the head of a block, into which the kernel writes messages |
 //!
@@ -19,7 +18,6 @@ mod load;
 mod mapping;
 mod region;
 mod residency;
-mod scratch;
 mod shared_block;
 
 use std::io;
@@ -40,7 +38,6 @@ pub use residency::{
     Pagemap, SMAPS, Unsuitable, dont_fork_of, first_populated, first_populated_by_pagemap,
     first_resident,
 };
-pub use scratch::Scratch;
 pub use shared_block::{Block, Ring};
 
 /// The huge page size of x86-64 and of ARM with 4 KiB pages.
@@ -78,11 +75,6 @@ impl MemError {
             hint: Hint::default(),
             source: Errno::EINVAL.into(),
         }
-    }
-
-    /// Returns the kernel's error number.
-    pub fn os_error(&self) -> Option<i32> {
-        self.source.raw_os_error()
     }
 }
 

@@ -6,7 +6,7 @@
 //!  ├── ring ──┼── (unused) ───┼── data: AtomicU64s ────┤
 //! ```
 //!
-//! A block in a memfd is allocated and mapped in full from the start. An anonymous block, like any
+//! A block in a memfd is allocated and mapped in full from the start. A private block, like any
 //! memory of the process, is allocated when it is first used, so that a restore of much memory can
 //! start at once.
 //!
@@ -17,68 +17,64 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 
 use crate::to_usize;
 
 const HEAD: u64 = 4096;
 const WORD: u64 = 8;
+/// The seals without which a mapping of a memfd could lose its pages.
+const FIXED_SIZE: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW);
 
-/// A block of zeroed shared memory.
+/// A block of zeroed memory, whose content is handed out only as atomics.
 #[derive(Debug)]
 pub struct Block {
-    start: NonNull<u8>,
+    /// The head and the data.
+    map: MmapRaw,
     /// Length of the data in bytes, without the head.
     len: u64,
     memfd: Option<OwnedFd>,
 }
 
-// SAFETY: the value is an address, a length and a descriptor; the content is handed out only as
-// atomics.
-unsafe impl Send for Block {}
-// SAFETY: as for Send.
-unsafe impl Sync for Block {}
-
 impl Block {
-    /// Creates a block that is shared only with children of `fork`.
-    pub fn anonymous(len: u64) -> io::Result<(Arc<Self>, Ring)> {
-        Self::map(len, None)
+    /// Creates a block that no other process shares. A child of `fork` gets a copy.
+    pub fn private(len: u64) -> io::Result<(Arc<Self>, Ring)> {
+        let map = MmapOptions::new().len(to_usize(total(len)?)).map_anon()?;
+        // A huge page would be zeroed as a whole in the middle of a fault. Kernels without huge
+        // pages refuse the advice.
+        let _ = map.advise(Advice::NoHugePage);
+        Ok(Self::new(map.into(), len, None))
     }
 
     /// Creates a block in a memfd that can neither shrink nor grow, to be passed to another
     /// process.
     pub fn memfd(name: &CStr, len: u64) -> io::Result<(Arc<Self>, Ring)> {
-        let total = total(len)?;
-        // SAFETY: `name` is a terminated string that the kernel copies.
-        let number = Errno::result(unsafe {
-            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        })?;
-        // SAFETY: the kernel has just created this descriptor, so nobody else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(number) };
-        let size = i64::try_from(total).map_err(|_| io::Error::from(Errno::EFBIG))?;
-        // SAFETY: both take the descriptor and numbers. Allocating everything now turns a lack of
-        // memory into an error here instead of SIGBUS at some later store.
-        unsafe {
-            Errno::result(libc::ftruncate(fd.as_raw_fd(), size))?;
-            Errno::result(libc::fallocate(fd.as_raw_fd(), 0, 0, size))?;
-            let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-            Errno::result(libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
-        }
-        Self::map(len, Some(fd))
+        let size = i64::try_from(total(len)?).map_err(|_| Errno::EFBIG)?;
+        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+        ftruncate(&fd, size)?;
+        // Allocating everything now turns a lack of memory into an error here instead of SIGBUS at
+        // some later store.
+        fallocate(&fd, FallocateFlags::empty(), 0, size)?;
+        fcntl(
+            &fd,
+            FcntlArg::F_ADD_SEALS(FIXED_SIZE | SealFlag::F_SEAL_SEAL),
+        )?;
+        Self::map(fd, len)
     }
 
     /// Maps the block in a memfd that [`memfd`](Self::memfd) created, in this or another process,
     /// with its current content.
     pub fn from_memfd(fd: OwnedFd) -> io::Result<(Arc<Self>, Ring)> {
-        // SAFETY: F_GET_SEALS takes no argument.
-        let seals = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })?;
-        let needed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-        if seals & needed != needed {
+        let seals = SealFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GET_SEALS)?);
+        if !seals.contains(FIXED_SIZE) {
             let message = "the block's memfd is not sealed against shrinking and growing";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
@@ -89,30 +85,25 @@ impl Block {
         let len = len
             .filter(|len| len.is_multiple_of(WORD))
             .ok_or(Errno::EINVAL)?;
-        Self::map(len, Some(fd))
+        Self::map(fd, len)
     }
 
-    fn map(len: u64, memfd: Option<OwnedFd>) -> io::Result<(Arc<Self>, Ring)> {
-        let total = to_usize(total(len)?);
-        let (kind, number) = match &memfd {
-            Some(fd) => (libc::MAP_POPULATE, fd.as_raw_fd()),
-            None => (libc::MAP_ANONYMOUS, -1),
-        };
-        let flags = libc::MAP_SHARED | kind;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: without an address the kernel picks memory that nothing else uses. The file, if
-        // any, is sealed against shrinking, so every byte of the mapping stays backed.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), total, protection, flags, number, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start.cast()).ok_or(Errno::ENOMEM)?;
-        let block = Arc::new(Self { start, len, memfd });
+    /// Maps the whole memfd, whose pages are allocated and which is sealed against shrinking.
+    fn map(memfd: OwnedFd, len: u64) -> io::Result<(Arc<Self>, Ring)> {
+        let mut options = MmapOptions::new();
+        let map = options
+            .len(to_usize(total(len)?))
+            .populate()
+            .map_raw(&memfd)?;
+        Ok(Self::new(map, len, Some(memfd)))
+    }
+
+    fn new(map: MmapRaw, len: u64, memfd: Option<OwnedFd>) -> (Arc<Self>, Ring) {
+        let block = Arc::new(Self { map, len, memfd });
         let ring = Ring {
             block: Arc::clone(&block),
         };
-        Ok((block, ring))
+        (block, ring)
     }
 
     /// Returns the length of the data in bytes.
@@ -143,13 +134,21 @@ impl Block {
             "{count} words at {offset} of a block of {} bytes",
             self.len
         );
+        // SAFETY: the assertion keeps the view inside the data and aligned.
+        unsafe { self.view(HEAD + offset, count) }
+    }
+
+    /// # Safety
+    ///
+    /// `at` is a multiple of 8, and the `count` words from there on lie inside the head and the
+    /// data.
+    unsafe fn view(&self, at: u64, count: usize) -> &[AtomicU64] {
+        let first = self.map.as_mut_ptr().wrapping_add(to_usize(at));
         // SAFETY: HEAD + len bytes are mapped, readable and writable, as long as `self` lives, and
-        // page-aligned; the assertion keeps the view inside and aligned. All views are of atomics,
-        // in every process, so there is no data race, and every bit pattern is a u64.
-        unsafe {
-            let first = self.start.add(to_usize(HEAD + offset)).cast::<AtomicU64>();
-            std::slice::from_raw_parts(first.as_ptr(), count)
-        }
+        // page-aligned; a memfd is sealed, so they stay backed. The caller keeps the view inside
+        // and aligned. All views are of atomics, in every process, so there is no data race, and
+        // every bit pattern is a u64.
+        unsafe { std::slice::from_raw_parts(first.cast::<libc::c_void>().cast(), count) }
     }
 
     /// Returns the word at `offset` bytes.
@@ -164,18 +163,7 @@ impl Block {
     /// Locks the block in memory (mlock), so that no store into it waits for a disk. Limited by
     /// `RLIMIT_MEMLOCK`.
     pub fn lock(&self) -> io::Result<()> {
-        // SAFETY: mlock changes only residence; the range is our mapping.
-        let result = unsafe { libc::mlock(self.start.as_ptr().cast(), to_usize(HEAD + self.len)) };
-        Errno::result(result)?;
-        Ok(())
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and every view of it borrows from `self` or, in a Ring,
-        // keeps it alive.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), to_usize(HEAD + self.len)) };
+        self.map.lock()
     }
 }
 
@@ -198,33 +186,27 @@ impl Ring {
     /// Number of messages that fit.
     pub const SLOTS: usize = 64;
     /// Size of a message, `struct uffd_msg`, in bytes.
-    pub const SLOT_BYTES: usize = 32;
+    const SLOT_BYTES: usize = 32;
     /// Size of all slots in bytes.
     pub const BYTES: usize = Self::SLOTS * Self::SLOT_BYTES;
 
     /// Whether no other process can write to it.
-    pub fn is_private(&self) -> bool {
+    pub(crate) fn is_private(&self) -> bool {
         self.block.memfd.is_none()
     }
 
     /// Creates a ring that nobody shares.
     pub fn private() -> io::Result<Self> {
-        Ok(Block::anonymous(0)?.1)
+        Ok(Block::private(0)?.1)
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the head of a block is HEAD bytes, which is more than BYTES, and page-aligned;
-        // the rest as in `Block::words`.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.block.start.cast::<AtomicU64>().as_ptr(),
-                Self::BYTES / 8,
-            )
-        }
+        // SAFETY: the head of a block is HEAD bytes, which is more than BYTES.
+        unsafe { self.block.view(0, Self::BYTES / 8) }
     }
 
     pub(crate) fn as_ptr(&mut self) -> *mut libc::c_void {
-        self.block.start.as_ptr().cast()
+        self.block.map.as_mut_ptr().cast()
     }
 
     /// Returns the 32 bytes of a slot, which [`Raw::from_words`](crate::uffd::Raw::from_words)

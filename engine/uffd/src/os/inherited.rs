@@ -39,7 +39,7 @@ mod tests {
     use std::os::fd::{AsRawFd as _, IntoRawFd as _};
 
     #[test]
-    fn what_came_from_outside_is_taken_once() {
+    fn inherited_descriptor_is_taken_once() {
         let own = std::fs::File::open("/dev/null").unwrap();
         let error = |number| take_inherited(number).unwrap_err().raw_os_error();
         assert_eq!(error(own.as_raw_fd()), Some(libc::EEXIST));

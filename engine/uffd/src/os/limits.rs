@@ -27,13 +27,13 @@ impl fmt::Display for Hint {
 impl Hint {
     /// Finds the limit behind `error` of mapping, protecting or unmapping `bytes` bytes of this
     /// process.
-    pub fn for_memory(error: &io::Error, bytes: u64) -> Self {
+    pub(crate) fn for_memory(error: &io::Error, bytes: u64) -> Self {
         let is_shortage = error.raw_os_error() == Some(Errno::ENOMEM as i32);
         Self(is_shortage.then(|| Facts::look().limit(bytes)).flatten())
     }
 
     /// Finds the limit behind `error` of splitting a mapping, which may be another process's.
-    pub fn for_mappings(error: &io::Error) -> Self {
+    pub(crate) fn for_mappings(error: &io::Error) -> Self {
         if error.raw_os_error() != Some(Errno::ENOMEM as i32) {
             return Self(None);
         }

@@ -2,7 +2,7 @@
 //!
 //! | file | contents |
 //! | --- | --- |
-//! | `thread`, `affinity` | signals, scheduling, cores, freed memory |
+//! | `thread` | signals, scheduling, freed memory |
 //! | `process`, `socket`, `inherited` | other processes, and descriptors that come from them |
 //! | `pagemap` | which pages of a process exist |
 //! | `secret` | memory that only its owner can read |
@@ -11,7 +11,6 @@
 //! | `abort` | aborting this process, with the reason on standard error |
 
 mod abort;
-mod affinity;
 mod inherited;
 pub mod limits;
 pub mod pagemap;
@@ -22,9 +21,9 @@ mod socket;
 mod thread;
 
 pub use abort::abort;
-pub use affinity::CoreFollower;
 pub use inherited::take_inherited;
 pub use process::{PageMap, kill_by_pidfd, may_kill, open_page_map, open_pidfd, pid_of};
 pub use secret::create_secret_memory;
 pub use socket::{Peer, Received, credentials_of, peer_of, receive};
+pub(crate) use thread::SignalMask;
 pub use thread::{SignalsBlocked, leave_creator, trim_heap};

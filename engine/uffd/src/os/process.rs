@@ -107,7 +107,7 @@ mod tests {
     use crate::memory::Mapping;
 
     #[test]
-    fn the_page_map_tells_which_pages_are_there() {
+    fn page_map_shows_present_pages() {
         let own = open_pidfd(std::process::id()).unwrap();
         let map = PageMap::new(open_page_map(own.as_fd()).unwrap());
         let memory = Mapping::new(4 * page_size()).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_has_ended_has_no_page_map() {
+    fn exited_process_has_no_page_map() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pidfd = open_pidfd(child.id()).unwrap();
         child.wait().unwrap();

@@ -3,11 +3,36 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::unistd::Pid;
+
+/// A guard that changes the signal mask of the calling thread until dropped.
+#[derive(Debug)]
+pub(crate) struct SignalMask {
+    before: SigSet,
+    // The mask belongs to one thread, so the value must be dropped there.
+    not_send: PhantomData<*const ()>,
+}
+
+impl SignalMask {
+    /// Changes the mask of the calling thread.
+    pub(crate) fn change(how: SigmaskHow, signals: &SigSet) -> io::Result<Self> {
+        Ok(Self {
+            before: signals.thread_swap_mask(how)?,
+            not_send: PhantomData,
+        })
+    }
+}
+
+impl Drop for SignalMask {
+    fn drop(&mut self) {
+        // Fails only for an unknown `how`.
+        let _ = self.before.thread_set_mask();
+    }
+}
 
 /// A guard that blocks all signals of the calling thread until dropped; threads started meanwhile
 /// inherit the mask and keep it.
@@ -16,44 +41,14 @@ use nix::unistd::Pid;
 /// cause.
 #[derive(Debug)]
 pub struct SignalsBlocked {
-    before: libc::sigset_t,
-    // The mask belongs to one thread, so the value must be dropped there.
-    not_send: PhantomData<*const ()>,
+    _mask: SignalMask,
 }
 
 impl SignalsBlocked {
     /// Blocks all signals of the calling thread.
     pub fn now() -> io::Result<Self> {
-        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
-        let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: both pointers are to live, writable sigset_t. sigfillset initialises the first
-        // before it is read. pthread_sigmask initialises the second when it returns 0, which is
-        // checked before it is used.
-        let before = unsafe {
-            libc::sigfillset(all.as_mut_ptr());
-            match libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr()) {
-                0 => before.assume_init(),
-                errno => return Err(io::Error::from_raw_os_error(errno)),
-            }
-        };
-        Ok(Self {
-            before,
-            not_send: PhantomData,
-        })
-    }
-}
-
-impl Drop for SignalsBlocked {
-    fn drop(&mut self) {
-        // SAFETY: `before` is the initialised mask of this thread, and can't have moved to another
-        // thread. The call fails only for a bad first argument.
-        unsafe {
-            libc::pthread_sigmask(
-                libc::SIG_SETMASK,
-                &raw const self.before,
-                std::ptr::null_mut(),
-            )
-        };
+        let mask = SignalMask::change(SigmaskHow::SIG_SETMASK, &SigSet::all())?;
+        Ok(Self { _mask: mask })
     }
 }
 

@@ -315,17 +315,4 @@ impl Mask {
         }
         self
     }
-
-    /// Also hides these ioctls, and the features that only announce them.
-    #[must_use]
-    pub fn hiding_ioctls(mut self, ioctls: Ioctls) -> Self {
-        self.ioctls |= ioctls;
-        if ioctls.contains(Ioctls::POISON) {
-            self.features |= Features::POISON;
-        }
-        if ioctls.contains(Ioctls::MOVE) {
-            self.features |= Features::MOVE;
-        }
-        self
-    }
 }

@@ -154,12 +154,12 @@ mod tests {
     use crate::uffd::{Features, OpenOptions};
 
     #[test]
-    fn who_may_report_forks_is_known() {
+    fn fork_reporting_descriptors_are_detected() {
         let (pipe, _) = pipe().unwrap();
         assert!(!may_report_forks(pipe.as_fd()));
         let plain = match OpenOptions::new().wanted(Features::EVENTS).open() {
             Ok(plain) => plain,
-            Err(why) => return skipped("who_may_report_forks_is_known", &why),
+            Err(why) => return skipped("fork_reporting_descriptors_are_detected", &why),
         };
         assert!(!may_report_forks(plain.as_fd()));
         // Fork events require a privilege.
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dropped_is_closed_by_another_thread() {
+    fn dropped_descriptor_is_closed_by_another_thread() {
         let (mut pipe, end) = pipe().unwrap();
         let mut untrusted = Untrusted::default();
         untrusted.extend(vec![end.into()]);
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn features_are_found_in_what_the_kernel_says() {
+    fn features_are_parsed_from_fdinfo() {
         let about =
             "pos:\t0\nflags:\t00\npending:\t0\ntotal:\t1\nAPI:\taa:8000000a:80000000000001ff\n";
         assert_eq!(features_in(about), Some(0x8000_000a));

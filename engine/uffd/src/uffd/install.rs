@@ -17,7 +17,6 @@ use nix::errno::Errno;
 use super::features::Ioctls;
 use super::userfaultfd::Userfaultfd;
 use super::{abi, ioctls};
-use crate::memory::Scratch;
 
 /// Whether an operation wakes the threads that wait in its range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,14 +49,12 @@ pub enum Installed {
     /// Nothing was done: the owner is changing its mappings and waits until the event is read.
     Again,
     /// Nothing was done: the first page is not (or no longer) registered, or the range extends
-    /// beyond the mapping in which it begins. For a move also: a source page is absent.
+    /// beyond the mapping in which it begins.
     Gone,
     /// The owner has exited.
     OwnerGone,
     /// Nothing was done: no memory, or the pool of huge pages is empty.
     NoMemory,
-    /// Nothing was done: the first page to move is pinned or shared. Use a copy instead.
-    SourceBusy,
 }
 
 /// The outcome of a change of write protection.
@@ -74,15 +71,6 @@ pub enum Protected {
     OwnerGone,
 }
 
-/// Whether a move may encounter absent source pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MoveHoles {
-    /// The move stops there with [`Installed::Gone`].
-    Refuse,
-    /// The move skips them, and the pages at the destination stay absent.
-    Skip,
-}
-
 /// An install operation, named in errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
@@ -94,8 +82,6 @@ pub enum Op {
     Continue,
     /// `UFFDIO_POISON`
     Poison,
-    /// `UFFDIO_MOVE`
-    Move,
     /// `UFFDIO_WRITEPROTECT`
     WriteProtect,
 }
@@ -107,7 +93,6 @@ impl fmt::Display for Op {
             Self::Zeropage => "UFFDIO_ZEROPAGE",
             Self::Continue => "UFFDIO_CONTINUE",
             Self::Poison => "UFFDIO_POISON",
-            Self::Move => "UFFDIO_MOVE",
             Self::WriteProtect => "UFFDIO_WRITEPROTECT",
         })
     }
@@ -220,7 +205,6 @@ impl Request {
             Err(Errno::ENOENT) => Ok(Installed::Gone),
             Err(Errno::ESRCH) => Ok(Installed::OwnerGone),
             Err(Errno::ENOMEM) => Ok(Installed::NoMemory),
-            Err(Errno::EBUSY) => Ok(Installed::SourceBusy),
             Err(errno) => Err(self.refused(errno)),
         }
     }
@@ -336,51 +320,6 @@ impl Userfaultfd {
         })
     }
 
-    /// Installs pages by moving them out of `source`, whose pages at `offset` are absent
-    /// afterwards.
-    ///
-    /// Works only in this process's own memory. Huge pages move as a whole if both sides are
-    /// aligned to them.
-    pub fn move_(
-        &self,
-        address: u64,
-        source: &mut Scratch,
-        offset: u64,
-        len: u64,
-        holes: MoveHoles,
-        wake: Wake,
-    ) -> Result<Installed, InstallError> {
-        let request = Request {
-            op: Op::Move,
-            address,
-            len,
-        };
-        let inside = offset
-            .checked_add(len)
-            .is_some_and(|end| end <= source.len());
-        if !inside {
-            return Err(request.refused(Errno::EINVAL));
-        }
-        request.submit(self, Ioctls::MOVE, Installed::Gone, || {
-            let holes = match holes {
-                MoveHoles::Refuse => 0,
-                MoveHoles::Skip => abi::UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
-            };
-            let mut argument = abi::uffdio_move {
-                dst: address,
-                src: source.address() + offset,
-                len,
-                mode: mode(wake, abi::UFFDIO_MOVE_MODE_DONTWAKE) | holes,
-                move_: 0,
-            };
-            // SAFETY: `argument` is a live uffdio_move; the destination is as in `copy`. The source
-            // lies inside a scratch buffer that is borrowed exclusively, so no reference sees its
-            // pages disappear; they read as zeros afterwards.
-            let result = unsafe { ioctls::move_(self.as_raw(), &raw mut argument) };
-            request.outcome(result, argument.move_)
-        })
-    }
-
     /// Sets or clears write protection of a range that is registered as [`Modes::WRITE_PROTECT`].
     ///
     /// [`Modes::WRITE_PROTECT`]: super::Modes::WRITE_PROTECT
@@ -454,7 +393,7 @@ mod tests {
     };
 
     #[test]
-    fn lesson_13_every_way_in_which_kernels_report_is_understood() {
+    fn every_kernel_answer_maps_to_an_outcome() {
         let eagain = i64::from(libc::EAGAIN);
         let outcomes = [
             // Newer kernels write -EAGAIN when the mapping is changing, older ones write nothing.
@@ -493,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_contradicts_itself_is_an_error() {
+    fn implausible_kernel_answer_is_an_error() {
         for (result, reported) in [
             (Ok(0), 0x1000),
             (Ok(0), -11),

@@ -6,7 +6,7 @@
 //! | `features` | feature and ioctl sets with their first kernel, masks, kernel versions |
 //! | `open` | the ways to a userfaultfd, negotiation, errors that name the remedy |
 //! | `userfaultfd` | [`Userfaultfd`]: register, unregister, wake, probe |
-//! | `install` | copy, zero, write-protect, continue, poison, move, and their outcomes |
+//! | `install` | copy, zero, write-protect, continue, poison, and their outcomes |
 //! | `message`, `waiting` | reading messages, and waiting for them or to be woken |
 //! | `grants` | which memory of this process a userfaultfd may fill |
 //! | `foreign` | descriptors from another process: whether one is a userfaultfd, closing it |
@@ -26,7 +26,7 @@ mod waiting;
 
 pub use features::{BadRelease, Features, Ioctls, KernelVersion, Mask};
 pub use foreign::{Closing, Untrusted, is_userfaultfd, may_report_forks};
-pub use install::{InstallError, Installed, MoveHoles, Op, Protected, Wake};
+pub use install::{InstallError, Installed, Op, Protected, Wake};
 pub use message::{FaultFlags, Forked, Message, Raw, ReadError, ReadOutcome};
 pub use open::{Access, AccessFailure, OpenError, OpenOptions, UserModeOnly};
 pub use probe::{AccessProbe, HugePool, Limit, Probe};

@@ -20,7 +20,7 @@ use snaprestore_uffd::uffd::{
 pub const PAGE: u64 = 4096;
 /// Maximum time for a wait: long enough for any thread to be scheduled; only a broken test or
 /// engine reaches it.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Returns a page that repeats one byte.
 pub fn page(byte: u8) -> Vec<u8> {
@@ -97,16 +97,16 @@ impl Scene {
     }
 
     pub fn with(pages: u64, options: &OpenOptions, modes: Modes) -> Self {
-        let uffd = options.open().expect("a userfaultfd");
-        let mapping = Arc::new(Mapping::new(pages * PAGE).expect("a mapping"));
+        let uffd = options.open().expect("cannot open a userfaultfd");
+        let mapping = Arc::new(Mapping::new(pages * PAGE).expect("cannot map memory"));
         let region = RawRegion::owned(Arc::clone(&mapping));
         uffd.register(&region, 0, region.len(), modes)
-            .expect("registered");
+            .expect("cannot register the memory");
         Self {
             uffd,
             mapping,
             region,
-            ring: Ring::private().expect("a ring"),
+            ring: Ring::private().expect("cannot map a ring"),
         }
     }
 
@@ -137,10 +137,10 @@ impl Scene {
 }
 
 pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
-    let waiting = Waiting::new(uffd).expect("an epoll");
+    let waiting = Waiting::new(uffd).expect("cannot create an epoll");
     let mut messages = Vec::new();
     loop {
-        let ready = waiting.wait(uffd, Some(PATIENCE)).expect("wait");
+        let ready = waiting.wait(uffd, Some(TIMEOUT)).expect("wait");
         assert!(ready.messages && !ready.woken, "nothing came: {ready:?}");
         // A userfaultfd that had to be repaired has nothing to read yet.
         match uffd.read(ring, &mut messages).expect("read") {
@@ -165,7 +165,7 @@ pub fn errno(error: &InstallError) -> Option<i32> {
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < PATIENCE, "never: {what}");
+        assert!(start.elapsed() < TIMEOUT, "never: {what}");
         std::thread::yield_now();
     }
 }

@@ -1,7 +1,9 @@
 //! Tests of scrapes.
 
+use snaprestore_engine::stats::{FaultKinds, FaultSources, PageCounts};
+
 use super::*;
-use crate::api::types::{FaultKinds, Pages, Sources, VmStatus};
+use crate::api::types::VmStatus;
 
 fn vm(service: &str, state: VmState) -> VmStats {
     VmStats {
@@ -13,7 +15,7 @@ fn vm(service: &str, state: VmState) -> VmStats {
             reason: None,
             age_ms: 0,
         },
-        session: SessionStats {
+        session: Stats {
             pages: 1000,
             missing: 400,
             faults: 7,
@@ -22,22 +24,22 @@ fn vm(service: &str, state: VmState) -> VmStats {
                 fill: 2,
                 ..FaultKinds::default()
             },
-            sources: Sources {
+            sources: FaultSources {
                 // A little more than 5 us, so not in the bucket that ends there.
-                read: Times::of(
+                read: Durations::new(
                     vec![(4_900, 2), (5_100, 2), (9_000_000_000, 1)],
                     Duration::from_secs(9),
                     Duration::from_secs(9),
                 ),
-                ..Sources::default()
+                ..FaultSources::default()
             },
-            demand: Pages {
+            demand: PageCounts {
                 copied: 40,
                 filled: 2,
                 zeroed: 1,
             },
             bytes_read: 4096,
-            ..SessionStats::default()
+            ..Stats::default()
         },
     }
 }
@@ -45,7 +47,9 @@ fn vm(service: &str, state: VmState) -> VmStats {
 fn daemon() -> DaemonStats {
     DaemonStats {
         worker_restarts: 3,
-        services: vec!["web".into(), "idle".into()],
+        ended: ["web", "idle"]
+            .map(|name| (name.into(), BTreeMap::new()))
+            .into(),
         ..DaemonStats::default()
     }
 }
@@ -58,7 +62,7 @@ fn has(text: &str, lines: &[&str]) {
 }
 
 #[test]
-fn what_the_vms_of_a_service_did_is_added_up() {
+fn vms_of_a_service_are_added_up() {
     let totals = Totals::default();
     let live = [vm("web", VmState::Serving), vm("web", VmState::Completing)];
     let text = totals.render(&live, &daemon());
@@ -87,7 +91,7 @@ fn what_the_vms_of_a_service_did_is_added_up() {
 }
 
 #[test]
-fn buckets_hold_what_was_not_longer() {
+fn buckets_hold_durations_up_to_their_bound() {
     let text = Totals::default().render(&[vm("web", VmState::Serving)], &daemon());
     let bucket = |le: &str, count: u64| {
         format!(
@@ -106,7 +110,7 @@ fn buckets_hold_what_was_not_longer() {
 }
 
 #[test]
-fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
+fn counters_keep_ended_vms_and_gauges_drop_them() {
     let totals = Totals::default();
     totals.add(&vm("web", VmState::Exited));
     totals.add(&vm("web", VmState::Killed));
@@ -135,7 +139,7 @@ fn counters_do_not_fall_when_a_vm_ends_and_gauges_do() {
 }
 
 #[test]
-fn the_cache_of_frames_is_told_about() {
+fn frame_cache_is_scraped() {
     let mut daemon = DaemonStats::default();
     (daemon.frame_cache.hits, daemon.frame_cache.bytes) = (5, 1 << 20);
     let text = Totals::default().render(&[], &daemon);
@@ -148,14 +152,81 @@ fn the_cache_of_frames_is_told_about() {
     );
 }
 
-/// Every scraped name is documented, and every documented name is scraped.
 #[test]
-fn the_documentation_has_the_names() {
-    let text = Totals::default().render(&[], &daemon());
+fn every_state_is_counted() {
+    let counted = [SERVED_STATES, ENDED_STATES].concat();
+    let counted: Vec<_> = counted.iter().map(|(name, _)| *name).collect();
+    assert_eq!(counted, VmState::ALL.map(VmState::name));
+}
+
+/// Returns a row of the documentation.
+fn row(name: &str, help: &str, label: Option<(&str, &[(&str, &str)])>) -> String {
+    let plain = |text: &str| {
+        let text = text.trim_end_matches('.');
+        let (first, rest) = text.split_at(1.min(text.len()));
+        // Abbreviations stay as they are.
+        let is_word = !rest.starts_with(char::is_uppercase);
+        let first = if is_word {
+            first.to_lowercase()
+        } else {
+            first.to_owned()
+        };
+        first + rest
+    };
+    let label = label.map(|(name, values)| {
+        let values = values.iter().map(|(value, help)| match plain(help) {
+            help if help.is_empty() => format!("`{value}`"),
+            help => format!("`{value}` ({help})"),
+        });
+        let values: Vec<_> = values.collect();
+        let colon = if values.is_empty() { "" } else { ": " };
+        format!("`{name}`{colon}{} ", values.join(", "))
+    });
+    let (help, label) = (plain(help), label.unwrap_or_default());
+    format!("| `snaprestore_{name}` | {help} | {label}|")
+}
+
+/// Returns the rows of the documentation for some metrics.
+fn rows<S>(metrics: &Metrics<S>) -> Vec<String> {
+    let mut rows = Vec::new();
+    for metric in metrics.counters {
+        let name = format!("{}_total", metric.name);
+        rows.push(row(&name, metric.help, metric.label));
+    }
+    for metric in metrics.gauges {
+        rows.push(row(metric.name, metric.help, metric.label));
+    }
+    for metric in metrics.histograms {
+        rows.push(row(metric.name, metric.help, metric.label));
+    }
+    rows
+}
+
+/// The documentation has the rows of the definitions, and no others.
+#[test]
+fn documentation_has_the_defined_metrics() {
+    let mut expected = rows(&METRICS);
+    expected.extend(rows(&SERVICE_METRICS));
+    expected.extend(rows(&DAEMON_METRICS));
+    expected.extend(rows(&FRAME_CACHE_METRICS));
+    let (name, help, label) = BUILD;
+    expected.push(row(&format!("{name}_info"), help, Some((label, &[]))));
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operations.md");
     let page = std::fs::read_to_string(path).unwrap();
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| `snaprestore_"));
+    let documented: Vec<_> = rows.collect();
+    let table = expected.join("\n");
+    assert!(documented == expected, "the table must be:\n{table}\n");
+}
+
+/// Every defined metric is scraped, under its documented name.
+#[test]
+fn every_documented_metric_is_scraped() {
+    let text = Totals::default().render(&[], &daemon());
     let scraped = text.lines().filter_map(|line| {
-        let mut words = line.strip_prefix("# TYPE ")?.split(' ');
+        let mut words = line.strip_prefix("# TYPE snaprestore_")?.split(' ');
         let (name, kind) = (words.next()?, words.next()?);
         Some(match kind {
             "counter" => format!("{name}_total"),
@@ -163,18 +234,17 @@ fn the_documentation_has_the_names() {
             _ => name.to_owned(),
         })
     });
-    let mut names: Vec<String> = scraped.collect();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/operations.md");
+    let page = std::fs::read_to_string(path).unwrap();
     let documented = page.lines().filter_map(|line| {
-        let name = line
-            .strip_prefix("| `snaprestore_")?
-            .split(['`', '{'])
-            .next()?;
-        Some(format!("snaprestore_{name}"))
+        let (name, _) = line.strip_prefix("| `snaprestore_")?.split_once('`')?;
+        Some(name.to_owned())
     });
+    let mut scraped: Vec<String> = scraped.collect();
     let mut documented: Vec<String> = documented.collect();
-    names.sort();
+    scraped.sort();
     documented.sort();
-    assert_eq!(names, documented);
+    assert_eq!(scraped, documented);
 }
 
 /// Returns the answer to `request`, whose sender then waits.
@@ -191,7 +261,7 @@ fn answered(request: &[u8]) -> String {
 }
 
 #[test]
-fn a_scrape_is_answered_and_nothing_else() {
+fn only_a_scrape_of_metrics_is_answered() {
     let reply = answered(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     assert!(reply.starts_with("HTTP/1.1 200 OK\r\n"), "{reply}");
     assert!(reply.contains("Content-Length: 9\r\n"), "{reply}");

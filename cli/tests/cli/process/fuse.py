@@ -1,5 +1,5 @@
-# A file system of this process's own, on /dev/fuse: files in memory, in one folder. It needs root, and
-# is mounted for this process and its children only: others find it in `/proc/PID/root`.
+# A file system that this process serves through /dev/fuse: files in memory, in one folder. It needs
+# root, and is mounted for this process and its children only: others find it in `/proc/PID/root`.
 import errno, stat, threading
 
 INIT, LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, LINK = 26, 1, 2, 3, 4, 10, 12, 13
@@ -53,7 +53,7 @@ class FileSystem:
         blocks = (size + 511) // 512
         return struct.pack('<6Q10I', node, size, blocks, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
-    # Nothing may be kept in mind: each look at a file is a question.
+    # The kernel must cache nothing: each access to a file is a request.
     def entry(self, node):
         return struct.pack('<4Q2I', node, 0, 0, 0, 0, 0) + self.attributes(node)
 
@@ -90,7 +90,7 @@ class FileSystem:
             return b'' if self.names.pop(name, None) else errno.ENOENT
         if operation in (RENAME, RENAME2):
             old, new = body[8 if operation == RENAME else 16:].split(b'\0')[:2]
-            # RENAME_NOREPLACE is all that is asked for.
+            # RENAME_NOREPLACE is the only flag that is used.
             if operation == RENAME2 and new in self.names:
                 return errno.EEXIST
             self.names[new] = self.names.pop(old)

@@ -1,0 +1,252 @@
+//! The worker's messages, its replacement, and its getting stuck.
+
+use std::os::fd::OwnedFd;
+
+use snaprestore_engine::pager::SessionEnd;
+
+use super::workers::{Briefing, WorkerState};
+use super::{RunError, Stopping, Supervisor};
+use crate::api::summary::VmSummary;
+use crate::error::Chain;
+use crate::ipc::{FromWorker, SupervisorRequest};
+use crate::log::count;
+use crate::supervisor::services::AddServiceError;
+use crate::supervisor::worker_process::ExitCause;
+
+impl Supervisor {
+    /// Reads and handles the messages of the worker.
+    pub(super) fn read_worker(&mut self) -> Result<(), RunError> {
+        while let Some((message, descriptors)) = self.workers.receive()? {
+            self.handle_message(message, descriptors)?;
+        }
+        Ok(())
+    }
+
+    fn handle_message(
+        &mut self,
+        message: FromWorker,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), RunError> {
+        match message {
+            FromWorker::Ready { version } => self.workers.mark_ready(version),
+            // If the first worker fails, another one would fail as well. A later one may fail
+            // because memory is short.
+            FromWorker::ConfineFailed { why } if self.workers.is_first() => {
+                return Err(RunError::Confine { why });
+            }
+            FromWorker::ConfineFailed { why } => self.journal.error(why),
+            FromWorker::Request { number, request } => self.handle_request(number, request),
+            // The operator has been told, so the old worker may exit.
+            FromWorker::Replied => self.workers.finish_upgrade(),
+            FromWorker::Tables { id } => self.keep_tables(id, descriptors.into_iter().next()),
+            FromWorker::Served { id } => {
+                let record = self.vms.get_mut(id).filter(|record| record.is_active());
+                if let Some(record) = record {
+                    record.serve();
+                    self.journal.vm_info(&record.label(), "served");
+                }
+            }
+            FromWorker::VmEnded { id, vm, incomplete } => self.end_vm(id, vm, incomplete),
+        }
+        Ok(())
+    }
+
+    /// Keeps the tables that the worker has created for a VM.
+    fn keep_tables(&mut self, id: u64, memfd: Option<OwnedFd>) {
+        let record = self.vms.get_mut(id).filter(|record| record.is_active());
+        let Some(record) = record else {
+            return;
+        };
+        let tracked = match memfd {
+            Some(memfd) => record.track(memfd, &mut self.fd_store),
+            None => Err(std::io::Error::other("the worker sent no memfd")),
+        };
+        let label = record.label();
+        match tracked {
+            Ok(stored) => self.log_partly_stored(&label, stored),
+            Err(error) => {
+                let why = format!("cannot use the tables of its session: {error}");
+                self.drop_active(id, SessionEnd::Killed(why));
+            }
+        }
+    }
+
+    /// Ends a VM that the worker no longer serves.
+    fn end_vm(&mut self, id: u64, summary: VmSummary, incomplete: bool) {
+        let Some(mut record) = self.vms.take_active(id) else {
+            return;
+        };
+        let (service, connected) = (record.service(), record.connected());
+        match summary.end {
+            SessionEnd::Complete => {
+                if let Err(error) = record.release_complete(&mut self.fd_store) {
+                    self.log_not_removed(&summary.label, &error);
+                }
+            }
+            SessionEnd::Refused(_) => {
+                self.kill_vm(record);
+            }
+            SessionEnd::Exited | SessionEnd::Killed(_) => {
+                record.leave();
+                self.vms.insert(record);
+            }
+        }
+        if incomplete {
+            self.journal.count_incomplete();
+        }
+        let _ = self.record_end(service, connected, summary);
+        self.drop_service_if_unused(service);
+    }
+
+    /// Handles an operator's request that the worker can't serve alone.
+    fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
+        let result = match request {
+            // A compromised worker must not get rights that nobody has asked for.
+            _ if !self.workers.has_operator() => {
+                self.journal
+                    .error("the worker made a request although no operator is connected: refused");
+                Err("no operator is connected".to_owned().into())
+            }
+            SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
+                Err(AddServiceError::ShuttingDown.into())
+            }
+            SupervisorRequest::Add(service) => {
+                match self.services.start_opening(number, service) {
+                    // The reply follows when the snapshot is open.
+                    Ok(()) => return,
+                    Err(error) => Err(error.into()),
+                }
+            }
+            SupervisorRequest::Remove(name) => self.remove_service(&name),
+            SupervisorRequest::Drain => {
+                self.stop();
+                Ok(())
+            }
+            SupervisorRequest::Upgrade(program) => {
+                match self.workers.start_upgrade(number, program) {
+                    // The reply follows when the new worker is ready.
+                    Ok(()) => return,
+                    Err(error) => Err(Chain(&error).to_string().into()),
+                }
+            }
+        };
+        self.workers.reply(number, result);
+    }
+
+    /// Replaces a worker that has exited.
+    pub(super) fn replace_worker(&mut self) -> Result<(), RunError> {
+        // Its last messages count, and it sends no more.
+        self.read_worker()?;
+        let cause = self.workers.reap()?;
+        if self.stopping == Stopping::Killing {
+            return Ok(());
+        }
+        if cause.is_own_fault {
+            self.vms.blame_frames();
+        }
+        self.log_replacement(&cause);
+        self.workers.replace(&cause)?;
+        self.kill_vms_without_hope();
+        self.brief_worker();
+        Ok(())
+    }
+
+    fn log_replacement(&self, cause: &ExitCause) {
+        if let Some(version) = self.workers.upgrade_version() {
+            self.journal
+                .info(format_args!("upgraded to a worker of version {version}"));
+            return;
+        }
+        let vms = count(self.vms.active().len() as u64, "VM");
+        let how = &cause.description;
+        self.journal.error(format_args!(
+            "the worker {how}; started a new one, which takes over {vms}"
+        ));
+    }
+
+    /// Tells a new worker everything that it needs to know.
+    fn brief_worker(&mut self) {
+        self.vms.detach();
+        // The operators who wait for these can no longer be answered.
+        self.services.cancel_opening();
+        let briefing = Briefing {
+            services: &self.services,
+            vms: &self.vms,
+            draining: self.stopping == Stopping::Draining,
+        };
+        self.workers.brief(&briefing, self.journal.recent());
+    }
+
+    /// Kills a worker that keeps a VM waiting, and abandons it if it doesn't exit.
+    pub(super) fn check_worker(&mut self) -> Result<(), RunError> {
+        self.check_unkillable();
+        match self.workers.state() {
+            WorkerState::Unkillable if self.stopping != Stopping::Killing => {
+                return self.abandon_worker();
+            }
+            WorkerState::Unkillable | WorkerState::Dying => return Ok(()),
+            WorkerState::Running => {}
+        }
+        let keeps_waiting = self.vms.check_neglected(self.options.stuck_after);
+        if keeps_waiting || self.workers.is_start_overdue() {
+            self.workers.kill_stuck();
+        }
+        Ok(())
+    }
+
+    /// Kills VMs on which one worker after another gets stuck.
+    fn kill_vms_without_hope(&mut self) {
+        for id in self.vms.without_hope(self.options.stuck_after) {
+            let Some(service) = self.vms.get(id).map(super::vm::VmRecord::service) else {
+                continue;
+            };
+            let what = self.services.snapshots(&[service].into());
+            let why =
+                format!("{what}: several workers in a row hung while the VM waited for a page");
+            self.drop_active(id, SessionEnd::Killed(why));
+        }
+    }
+
+    /// Abandons a worker that was killed and doesn't exit: kills all its VMs, and starts another
+    /// worker.
+    fn abandon_worker(&mut self) -> Result<(), RunError> {
+        self.read_worker()?;
+        let hung = self.vms.hung_services();
+        let why = format!(
+            "its worker hangs reading {} and cannot be killed: {}",
+            self.services.snapshots(&hung),
+            self.workers.blocked_in()
+        );
+        let mut services = Vec::new();
+        for id in self.vms.active() {
+            if let Some(record) = self.vms.take_active(id) {
+                services.push(record.service());
+                self.drop_vm(record, SessionEnd::Killed(why.clone()));
+            }
+        }
+        let cause = ExitCause {
+            description: "can't be killed".to_owned(),
+            is_own_fault: true,
+            stuck: true,
+        };
+        self.log_replacement(&cause);
+        self.workers.abandon(&cause, hung)?;
+        for service in services {
+            self.drop_service_if_unused(service);
+        }
+        self.brief_worker();
+        Ok(())
+    }
+
+    /// Serves the snapshots again that abandoned workers have waited for.
+    fn check_unkillable(&mut self) {
+        for hung in self.workers.take_readable_again() {
+            let what = self.services.snapshots(&hung);
+            self.journal
+                .info(format_args!("{what}: readable again; new VMs are served"));
+            for service in hung {
+                self.drop_service_if_unused(service);
+            }
+        }
+    }
+}
