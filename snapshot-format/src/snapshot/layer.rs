@@ -108,6 +108,11 @@ impl Layer {
         &*self.store
     }
 
+    /// Returns the store that the file is read from, to share it.
+    pub fn shared_store(&self) -> Arc<dyn Store> {
+        Arc::clone(&self.store)
+    }
+
     /// Returns the ancestors that the file lists. They need not be open.
     pub fn listed_ancestors(&self) -> &[Ancestor] {
         &self.listed
