@@ -128,12 +128,22 @@ pub(crate) struct Create {
     /// Treat SOURCE as plain memory, whatever it looks like
     #[arg(long)]
     pub(crate) raw: bool,
-    /// Confirm that holes of a raw file are zeros
+    /// Store only what differs from this snapshot; the new one needs it and its ancestors
     ///
-    /// Holes are read as zeros, and the summary counts them. In a diff snapshot of Firecracker, a
-    /// hole means "unchanged", so a diff must be merged into its base first. A file that is mostly
-    /// holes is therefore refused together with the state of a Firecracker VM (--attach), unless
-    /// this option is given.
+    /// Holes of a sparse raw file then mean "as in the base" (see --holes), so the file may be a
+    /// diff snapshot of Firecracker. Anything else is compared with the base: regions that have the
+    /// same start and name. The base is found later by its ID, under any name, in the folder of the
+    /// new snapshot or in those of --layers. It must not be changed or deleted.
+    #[arg(long, value_name = "SNAPSHOT", value_hint = ValueHint::FilePath)]
+    pub(crate) base: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
+    /// Meaning of the holes of a raw file [default: base with --base, or else zero]
+    ///
+    /// Without --base, holes are read as zeros, and the summary counts them. In a diff snapshot of
+    /// Firecracker, a hole means "unchanged", so a diff needs its base. A file that is mostly holes
+    /// is therefore refused together with the state of a Firecracker VM (--attach), unless this
+    /// option or --base is given.
     #[arg(long, value_enum, value_name = "WHAT", conflicts_with = "pid")]
     pub(crate) holes: Option<Holes>,
     /// Accept a truncated ELF core; the missing part is recorded as unavailable
@@ -175,11 +185,36 @@ pub(crate) struct Create {
     pub(crate) threads: Option<usize>,
 }
 
+impl Create {
+    /// Returns the meaning of the holes of a raw file.
+    pub(crate) fn meaning_of_holes(&self) -> Holes {
+        match (self.holes, &self.base) {
+            (Some(holes), _) => holes,
+            (None, Some(_)) => Holes::Base,
+            (None, None) => Holes::Zero,
+        }
+    }
+}
+
 /// `create --holes`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Holes {
     /// They are zeros
     Zero,
+    /// They are as in the base
+    Base,
+}
+
+/// Where the ancestors of layered snapshots are.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub(crate) struct Layers {
+    /// Folder with ancestors of a layered snapshot (may be repeated)
+    ///
+    /// A snapshot made with `create --base` needs the files of its ancestors. They are found by
+    /// their ID, under any name: in the folder of the snapshot, then in these folders, then in
+    /// those of the environment variable SNAPRESTORE_LAYERS, which are separated by colons.
+    #[arg(long = "layers", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) folders: Vec<PathBuf>,
 }
 
 /// `create --frame-size`.
@@ -263,24 +298,33 @@ impl Attachment {
 
 /// Show what a snapshot holds
 ///
-/// Prints identity, sizes, regions, attachments and properties. Reads only the directory of the
-/// file, whatever its size.
+/// Prints identity, sizes, regions, attachments and properties; of a layered snapshot also the
+/// files of its ancestors, with the number of pages taken from each. Reads only the directory of
+/// the file, whatever its size, and the index of a layered one.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Info {
     /// Snapshot to look at
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
 }
 
 /// Check every byte of a snapshot
 ///
 /// Checks the structure and every checksum, decodes every frame, checks the index against the
-/// frames and the frames against the index, and checks the digest of the content.
+/// frames and the frames against the index, and checks the digest of the content. Of the ancestors
+/// of a layered snapshot it checks what this snapshot uses.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Verify {
     /// Snapshot to check
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    /// Check every byte of the ancestors of a layered snapshot, too
+    #[arg(long)]
+    pub(crate) chain: bool,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
     /// Decoding threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
@@ -298,6 +342,8 @@ pub(crate) struct Extract {
     /// Snapshot to read
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
     /// File to write; `-` is standard output, and a named pipe must have a reader
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
@@ -337,6 +383,8 @@ pub(crate) struct Restore {
     /// Snapshot to restore
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
     /// Order in which every page is touched
     #[arg(long, value_enum, default_value_t = Touch::Sequential, value_name = "ORDER")]
     pub(crate) touch: Touch,

@@ -12,7 +12,7 @@ use crate::output::{count, percent, ratio};
 /// The figures of a snapshot. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
 pub(crate) struct Facts {
-    snapshot_id: String,
+    pub(crate) snapshot_id: String,
     format_version: u32,
     content_digest: String,
     state_digest: String,
@@ -23,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) stored_pages: u64,
     pub(crate) duplicate_pages: u64,
     unavailable_pages: u64,
+    /// Number of pages whose content lies in files of ancestors.
+    pub(crate) ancestor_pages: u64,
     frames: u64,
     frame_bytes: u64,
     pub(crate) logical_bytes: u64,
@@ -71,6 +73,19 @@ impl RegionFacts {
     }
 }
 
+/// Returns the number of pages that the counts of a layered snapshot leave to its ancestors; 0 if
+/// it is not layered.
+fn in_ancestors(summary: &Summary) -> u64 {
+    let own = [
+        summary.zero_pages,
+        summary.fill_pages,
+        summary.stored_pages,
+        summary.duplicate_pages,
+        summary.unavailable_pages,
+    ];
+    summary.pages.saturating_sub(own.iter().sum())
+}
+
 fn protection(flags: u32) -> String {
     use snapshot_format::layout::region_flags::{EXECUTE, READ, SHARED, WRITE};
     if flags == 0 {
@@ -107,6 +122,7 @@ impl Facts {
             stored_pages: summary.stored_pages,
             duplicate_pages: summary.duplicate_pages,
             unavailable_pages: summary.unavailable_pages,
+            ancestor_pages: in_ancestors(summary),
             frames: summary.frames,
             frame_bytes: summary.frame_bytes,
             logical_bytes: summary.pages * PAGE_SIZE_U64,
@@ -162,10 +178,11 @@ impl fmt::Display for Facts {
             ("fill", self.fill_pages),
             ("duplicate", self.duplicate_pages),
             ("stored", self.stored_pages),
+            ("ancestors", self.ancestor_pages),
             ("unavailable", self.unavailable_pages),
         ];
         for (what, pages) in lines {
-            if pages > 0 || what != "unavailable" {
+            if pages > 0 || !matches!(what, "ancestors" | "unavailable") {
                 writeln!(
                     f,
                     "{what:<11} {:>13} pages {:>7}",

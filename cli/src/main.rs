@@ -44,6 +44,7 @@ mod blocks;
 mod commands;
 mod exit;
 mod facts;
+mod layers;
 mod names;
 mod output;
 mod progress;

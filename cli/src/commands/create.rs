@@ -7,22 +7,25 @@ use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
+use indicatif::BinaryBytes;
 use serde::Serialize;
 use snapshot_format::layout::{
     MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
 use snapshot_format::{
-    Dictionary, FileStore, RegionSpec, Writer, WriterOptions, Written, dictionary,
+    Dictionary, FileStore, RegionSpec, Snapshot, Writer, WriterOptions, Written, dictionary,
 };
 
 use snaprestore_uffd::memory::Mapping;
 
-use crate::args;
+use crate::args::{self, Holes};
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
+use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -42,6 +45,9 @@ const MEMORY_BYTES: u64 = 192 << 20;
 pub(crate) struct CreateReport {
     #[serde(flatten)]
     pub(crate) facts: Facts,
+    /// The base, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) base: Option<BaseFacts>,
     /// Ways in which the source may have been read differently than intended.
     pub(crate) remarks: Vec<Remark>,
     /// Time for which a process was stopped, until its memory was read.
@@ -50,9 +56,26 @@ pub(crate) struct CreateReport {
     pub(crate) elapsed_ms: u64,
 }
 
+/// The base of a new snapshot.
+#[derive(Serialize)]
+pub(crate) struct BaseFacts {
+    file: String,
+    snapshot_id: String,
+    /// Number of pages taken from it and its ancestors.
+    pages: u64,
+}
+
 impl fmt::Display for CreateReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
+        if let Some(base) = &self.base {
+            let (file, pages) = (names::shown(&base.file), count(base.pages, "page"));
+            let id = &base.snapshot_id;
+            writeln!(
+                f,
+                "base        {file} ({id}): {pages} taken from it and its ancestors"
+            )?;
+        }
         for remark in &self.remarks {
             let what = if remark.warning { "WARNING" } else { "note" };
             writeln!(f, "{what:<11} {}", remark.text)?;
@@ -72,6 +95,7 @@ pub(crate) struct Recipe {
     pub(crate) dictionary: Wanted,
     pub(crate) threads: Option<usize>,
     pub(crate) attachments: Vec<Attachment>,
+    pub(crate) base: Option<Arc<Snapshot>>,
 }
 
 /// A file to store beside the memory.
@@ -107,15 +131,19 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         args::Dictionary::File(path) => Some(path),
         _ => None,
     };
-    for source in args.source.iter().chain(attached).chain(dictionary) {
+    let read = args.source.iter().chain(attached).chain(dictionary);
+    for source in read.chain(&args.base) {
         target::refuse_source(&args.output, source)?;
     }
     // Reports all errors in options and target before a process is stopped.
     let recipe = Recipe::new(args)?;
+    if let Some(base) = &recipe.base {
+        layers::refuse_ancestor(&args.output, base)?;
+    }
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
     let mut source = source::open(args, output, cancel)?;
-    if args.holes.is_none() && source.is_mostly_holes() {
+    if args.holes.is_none() && args.base.is_none() && source.is_mostly_holes() {
         recipe.refuse_diff(args.source.as_deref())?;
     }
     let progress = Progress::bytes(
@@ -137,6 +165,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .attach(recipe.attachments)
         .map_err(|error| target::named(error, &args.output))?;
     remarks.extend(changed);
+    remarks.extend(writer.base_remark());
     for remark in remarks.iter().filter(|remark| remark.warning) {
         output.warn(format_args!("warning: {}", remark.text));
     }
@@ -144,8 +173,15 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
+    let facts = facts(&written);
+    let base = args.base.as_deref().zip(recipe.base);
     let report = CreateReport {
-        facts: facts(&written),
+        base: base.map(|(path, base)| BaseFacts {
+            file: names::exact(path),
+            snapshot_id: base.id().to_string(),
+            pages: facts.ancestor_pages,
+        }),
+        facts,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
@@ -195,6 +231,17 @@ impl Recipe {
                 file,
             });
         }
+        if args.holes == Some(Holes::Base) && args.base.is_none() {
+            let text = "--holes base needs --base, the snapshot that the holes are as in";
+            return Err(Refusal::Usage(text.into()).into());
+        }
+        let base = args
+            .base
+            .as_deref()
+            .map(|path| layers::open(path, &args.layers))
+            .transpose()
+            .context("cannot open the base")?
+            .map(Arc::new);
         let frame_bytes = args.frame_size.kib << 10;
         let frame_pages = frame_bytes / PAGE_SIZE;
         Ok(Self {
@@ -210,6 +257,7 @@ impl Recipe {
             },
             threads: args.threads,
             attachments,
+            base,
         })
     }
 
@@ -248,13 +296,19 @@ impl Recipe {
             Wanted::This(bytes) => Dictionary::Use(bytes.clone()),
         };
         source.begin()?;
+        let mut properties = source.describe();
+        if let Some(base) = &self.base {
+            properties.push(("base.id".into(), base.id().to_string()));
+            properties.push(("base.path".into(), base.name().to_owned()));
+        }
         let options = WriterOptions {
             level: self.level,
             frame_pages: self.frame_bytes / PAGE_SIZE,
             dictionary,
             threads: self.threads,
             expected_pages: source.pages(),
-            properties: source.describe(),
+            properties,
+            base: self.base.clone(),
             ..WriterOptions::default()
         };
         let mut writer = Writer::new(target, options)?;
@@ -267,7 +321,14 @@ impl Recipe {
                 ControlFlow::Continue(())
             }
         });
-        Ok(SnapshotSink { writer })
+        Ok(SnapshotSink {
+            writer,
+            base: self.base.clone(),
+            counterpart: None,
+            pages: 0,
+            compared_pages: 0,
+            has_holes: false,
+        })
     }
 
     /// Trains a dictionary on samples from the whole source, if it pays off. If the source can't be
@@ -320,6 +381,15 @@ fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
 /// A snapshot being written.
 pub(crate) struct SnapshotSink {
     writer: Writer<Target>,
+    base: Option<Arc<Snapshot>>,
+    /// The base's region that corresponds to the region being written.
+    counterpart: Option<snapshot_format::Region>,
+    /// Number of pages of the region so far.
+    pages: u64,
+    /// Number of the base's pages that have a counterpart in the regions before.
+    compared_pages: u64,
+    /// Whether the base's pages were taken for holes.
+    has_holes: bool,
 }
 
 impl SnapshotSink {
@@ -353,6 +423,36 @@ impl SnapshotSink {
         }))
     }
 
+    /// Counts the pages of the region that ends.
+    fn end_region(&mut self) {
+        let pages = std::mem::take(&mut self.pages);
+        let counterpart = self.counterpart.take();
+        self.compared_pages += counterpart.map_or(0, |region| region.pages.min(pages));
+    }
+
+    /// Returns a remark about memory of the base that the new snapshot lacks.
+    fn base_remark(&mut self) -> Option<Remark> {
+        self.end_region();
+        let base = self.base.as_ref()?;
+        let bytes = (base.summary().pages).saturating_sub(self.compared_pages) * PAGE_SIZE_U64;
+        let why = if self.compared_pages == 0 {
+            ": no region of the source has the same start and name as one of the base, so nothing \
+             was compared"
+        } else {
+            ": the source is smaller, or has other regions"
+        };
+        (bytes > 0).then(|| Remark {
+            key: "base.left_out_bytes",
+            value: bytes.to_string(),
+            text: format!(
+                "{} of the base's memory has no counterpart in the source{why}",
+                BinaryBytes(bytes)
+            ),
+            // A diff is of the memory of its base.
+            warning: self.has_holes || self.compared_pages == 0,
+        })
+    }
+
     /// Records the remarks as properties and writes the end. The target is not yet complete.
     pub(crate) fn finish(mut self, remarks: &[Remark]) -> Result<(Target, Written)> {
         for remark in remarks {
@@ -364,25 +464,55 @@ impl SnapshotSink {
 
 impl Sink for SnapshotSink {
     fn region(&mut self, region: &Region) -> Result<()> {
+        self.end_region();
+        let name = names::shortened(region.name.clone(), MAX_NAME_BYTES);
+        let regions = self.base.iter().flat_map(|base| base.regions());
+        self.counterpart = regions
+            .filter(|base| (base.space, base.start) == (0, region.start) && base.name == name)
+            .max_by_key(|base| base.pages)
+            .cloned();
         Ok(self.writer.begin_region(&RegionSpec {
             space: 0,
             flags: region.flags,
             start: region.start,
             page_shift: region.page_shift,
-            name: names::shortened(region.name.clone(), MAX_NAME_BYTES),
-            base_page: None,
+            name,
+            base_page: self.counterpart.as_ref().map(|base| base.first_page),
         })?)
     }
 
     fn pages(&mut self, bytes: &[u8]) -> Result<()> {
+        self.pages += (bytes.len() / PAGE_SIZE) as u64;
         Ok(self.writer.write_pages(bytes)?)
     }
 
     fn zeros(&mut self, pages: u64) -> Result<()> {
+        self.pages += pages;
         Ok(self.writer.write_fill(pages, 0)?)
     }
 
     fn unavailable(&mut self, pages: u64) -> Result<()> {
+        self.pages += pages;
         Ok(self.writer.write_unavailable(pages)?)
+    }
+
+    fn from_base(&mut self, pages: u64) -> Result<()> {
+        let first = self.pages;
+        self.pages += pages;
+        let there = self.counterpart.as_ref().map_or(0, |region| region.pages);
+        if self.pages > there {
+            let base = self.base.as_ref().map_or("no base", |base| base.name());
+            bail!(
+                "bytes {} to {} of the source are a hole, which means \"as in the base\", but \
+                 {base} has {} bytes of memory there; name the base that it is a diff of; if the \
+                 source is all of the memory: --holes zero; if the memory has grown, write the \
+                 zeros of the new part into the file",
+                first * PAGE_SIZE_U64,
+                self.pages * PAGE_SIZE_U64,
+                there * PAGE_SIZE_U64
+            );
+        }
+        self.has_holes = true;
+        Ok(self.writer.write_from_base(pages)?)
     }
 }

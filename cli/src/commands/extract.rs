@@ -19,6 +19,7 @@ use crate::args::{self, Unavailable};
 use crate::blocks::{BlockReader, Kind};
 use crate::exit::Exit;
 use crate::facts::RegionFacts;
+use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -129,7 +130,8 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
     let began = Instant::now();
     let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     target::refuse_source(&args.output, &args.file)?;
-    let snapshot = Snapshot::open_path(&args.file)?;
+    let snapshot = layers::open(&args.file, &args.layers)?;
+    layers::refuse_ancestor(&args.output, &snapshot)?;
     let mut report = ExtractReport {
         file: names::exact(&args.file),
         output: names::exact(&args.output),

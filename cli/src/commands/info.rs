@@ -5,13 +5,14 @@ use std::fmt;
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
-use indicatif::BinaryBytes;
+use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snapshot_format::Snapshot;
+use snapshot_format::{Reason, Snapshot};
 
 use crate::args;
 use crate::exit::Exit;
 use crate::facts::Facts;
+use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 
@@ -27,6 +28,17 @@ struct InfoReport {
     attachments: Vec<Attachment>,
     working_sets: Vec<WorkingSet>,
     dictionaries: Vec<Dictionary>,
+    /// The other files that a layered snapshot needs.
+    ancestors: Vec<Ancestor>,
+}
+
+#[derive(Serialize)]
+struct Ancestor {
+    file: String,
+    snapshot_id: String,
+    file_bytes: u64,
+    /// Number of pages whose content lies in this file.
+    pages: u64,
 }
 
 #[derive(Serialize)]
@@ -49,10 +61,13 @@ struct Dictionary {
 }
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
-    let snapshot = Snapshot::open_path(&args.file)?;
+    let snapshot = layers::open(&args.file, &args.layers)?;
+    let ancestors = ancestors(&snapshot)?;
+    let mut facts = Facts::of(&snapshot);
+    facts.ancestor_pages = ancestors.iter().map(|ancestor| ancestor.pages).sum();
     let report = InfoReport {
         file: names::exact(&args.file),
-        facts: Facts::of(&snapshot),
+        facts,
         properties: snapshot.properties()?.into_iter().collect(),
         attachments: snapshot
             .attachments()?
@@ -82,9 +97,37 @@ pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
                 bytes: dictionary.bytes,
             })
             .collect(),
+        ancestors,
     };
     output.report(&report)?;
     Ok(Exit::Done)
+}
+
+/// Returns the ancestors, with the number of pages that lie in each.
+fn ancestors(snapshot: &Snapshot) -> Result<Vec<Ancestor>> {
+    let mut pages = vec![0; 1 + snapshot.ancestors().len()];
+    let blocks = if snapshot.ancestors().is_empty() {
+        0
+    } else {
+        snapshot.block_count()
+    };
+    for block in 0..blocks {
+        let index = snapshot.uncached_block(block, Reason::Verify)?;
+        for page in 0..index.page_count() {
+            if let Some((frame, _)) = index.stored(page) {
+                pages[usize::from(index.frames()[frame].layer())] += 1;
+            }
+        }
+    }
+    let ancestors = snapshot.ancestors().iter().zip(&pages[1..]);
+    Ok(ancestors
+        .map(|(layer, &pages)| Ancestor {
+            file: layer.name().to_owned(),
+            snapshot_id: layer.id().to_string(),
+            file_bytes: layer.file_bytes(),
+            pages,
+        })
+        .collect())
 }
 
 impl fmt::Display for InfoReport {
@@ -118,12 +161,51 @@ impl fmt::Display for InfoReport {
         for (key, value) in &self.properties {
             writeln!(f, "property    {key} = {value}")?;
         }
+        if !self.ancestors.is_empty() {
+            writeln!(f, "\n{}", self.chain_table().trim_fmt())?;
+        }
         writeln!(f, "\n{}", region_table(&self.facts).trim_fmt())?;
         let left = self.facts.regions.len().saturating_sub(LISTED_REGIONS);
         if left > 0 {
             writeln!(f, "... and {left} more regions (all with --json)")?;
         }
         Ok(())
+    }
+}
+
+impl InfoReport {
+    /// Returns the files of a layered snapshot, its own first.
+    fn chain_table(&self) -> Table {
+        let mut table = Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .set_header(["layer", "id", "size", "pages", "file"]);
+        let facts = &self.facts;
+        let own = Ancestor {
+            file: names::shown(&self.file).into_owned(),
+            snapshot_id: facts.snapshot_id.clone(),
+            file_bytes: facts.file_bytes,
+            pages: facts.stored_pages + facts.duplicate_pages,
+        };
+        for (number, layer) in [&own].into_iter().chain(&self.ancestors).enumerate() {
+            table.add_row([
+                number.to_string(),
+                layer.snapshot_id.clone(),
+                BinaryBytes(layer.file_bytes).to_string(),
+                HumanCount(layer.pages).to_string(),
+                layer.file.clone(),
+            ]);
+        }
+        align_right(&mut table, &[0, 2, 3]);
+        table
+    }
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for &column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
 }
 
@@ -142,10 +224,6 @@ fn region_table(facts: &Facts) -> Table {
             names::shown(&region.name).into_owned(),
         ]);
     }
-    for column in [0, 1, 2, 3] {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, &[0, 1, 2, 3]);
     table
 }

@@ -9,10 +9,11 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{FileStore, OpenError, VerifyError, VerifyOptions};
+use snapshot_format::{LayerFolders, Store, VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
+use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -23,14 +24,32 @@ const LISTED_PROBLEMS: usize = 20;
 
 #[derive(Serialize)]
 pub(crate) struct VerifyReport {
-    file: String,
+    /// Whether nothing is wrong with the file and, if they were checked, its ancestors.
     pub(crate) ok: bool,
+    #[serde(flatten)]
+    pub(crate) own: FileReport,
+    /// Reports about the ancestors, if they were to be checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<Vec<AncestorReport>>,
+    pub(crate) elapsed_ms: u64,
+}
+
+#[derive(Serialize)]
+struct AncestorReport {
+    ok: bool,
+    #[serde(flatten)]
+    report: FileReport,
+}
+
+/// Findings about one file.
+#[derive(Serialize)]
+pub(crate) struct FileReport {
+    file: String,
     pub(crate) frames_checked: u64,
     pub(crate) pages_checked: u64,
     problems: Vec<Problem>,
     /// Number of problems beyond those listed.
     more_problems: u64,
-    pub(crate) elapsed_ms: u64,
     #[serde(skip)]
     not_a_snapshot: bool,
 }
@@ -54,72 +73,134 @@ pub(crate) fn run(args: &args::Verify, output: Output, cancel: &Cancel) -> Resul
 /// Verifies a snapshot and returns a report.
 pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Result<VerifyReport> {
     let began = Instant::now();
+    let work = Work {
+        threads: args.threads,
+        output,
+        cancel,
+    };
+    let store = layers::open_file(&args.file)?;
+    let beside = store.folder();
     let file = names::exact(&args.file);
-    let store = FileStore::open(&args.file).map_err(|source| OpenError::NoStore {
-        file: names::path(&args.file),
-        source,
-    })?;
-    let progress = Progress::bytes(output, "verifying", None);
-    let mut options = VerifyOptions::default().progress(|at| {
-        progress.set_total(at.pages * PAGE_SIZE_U64);
-        progress.set(at.pages_done * PAGE_SIZE_U64);
-        if cancel.requested() {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    });
-    if let Some(threads) = args.threads {
-        options = options.threads(threads);
-    }
-    let found = snapshot_format::verify(Arc::new(store), options).map_err(|error| match error {
-        // These errors name the file themselves, and determine the exit code.
-        VerifyError::Open(error) => anyhow::Error::from(error),
-        VerifyError::Read(error) => error.into(),
-        VerifyError::Frame(error) => error.into(),
-        other => anyhow::Error::from(other).context(names::path(&args.file)),
-    })?;
-    drop(progress);
+    let own = work.check(file, store, layers::resolver(&args.layers, None)?)?;
+    let chain = if args.chain {
+        // An ancestor's ancestors may lie where this file's do.
+        let resolver = layers::resolver(&args.layers, beside)?;
+        Some(work.check_ancestors(args, &own, &resolver)?)
+    } else {
+        None
+    };
+    let mut ancestors = chain.iter().flatten();
     Ok(VerifyReport {
-        ok: found.ok(),
-        file,
-        frames_checked: found.frames_checked,
-        pages_checked: found.pages_checked,
-        problems: found
-            .problems
-            .into_iter()
-            .map(|problem| Problem {
-                file: problem.file,
-                what: problem.what,
-                offset: problem.offset,
-                detail: problem.detail,
-            })
-            .collect(),
-        more_problems: found.more_problems,
-        not_a_snapshot: found.not_a_snapshot,
+        ok: own.ok() && ancestors.all(|ancestor| ancestor.ok),
+        own,
+        chain,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })
 }
 
-impl fmt::Display for VerifyReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+/// A verification of one or several files.
+struct Work<'a> {
+    threads: Option<usize>,
+    output: Output,
+    cancel: &'a Cancel,
+}
+
+impl Work<'_> {
+    fn check(
+        &self,
+        file: String,
+        store: Arc<dyn Store>,
+        ancestors: Arc<LayerFolders>,
+    ) -> Result<FileReport> {
+        let progress = Progress::bytes(self.output, "verifying", None);
+        let mut options = VerifyOptions::default()
+            .ancestors(ancestors)
+            .progress(|at| {
+                progress.set_total(at.pages * PAGE_SIZE_U64);
+                progress.set(at.pages_done * PAGE_SIZE_U64);
+                if self.cancel.requested() {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            });
+        if let Some(threads) = self.threads {
+            options = options.threads(threads);
+        }
+        let name = store.name();
+        let found = snapshot_format::verify(store, options).map_err(|error| match error {
+            // These errors name the file themselves, and determine the exit code.
+            VerifyError::Open(error) => anyhow::Error::from(error),
+            VerifyError::Read(error) => error.into(),
+            VerifyError::Frame(error) => error.into(),
+            other => anyhow::Error::from(other).context(name),
+        })?;
+        Ok(FileReport {
+            file,
+            frames_checked: found.frames_checked,
+            pages_checked: found.pages_checked,
+            problems: found
+                .problems
+                .into_iter()
+                .map(|problem| Problem {
+                    file: problem.file,
+                    what: problem.what,
+                    offset: problem.offset,
+                    detail: problem.detail,
+                })
+                .collect(),
+            more_problems: found.more_problems,
+            not_a_snapshot: found.not_a_snapshot,
+        })
+    }
+
+    /// Checks all of the files of the ancestors.
+    fn check_ancestors(
+        &self,
+        args: &args::Verify,
+        own: &FileReport,
+        resolver: &Arc<LayerFolders>,
+    ) -> Result<Vec<AncestorReport>> {
+        let snapshot = match layers::open(&args.file, &args.layers) {
+            Ok(snapshot) => snapshot,
+            // The damage is reported already.
+            Err(error) if !own.ok() && Exit::of(&error) == Exit::Damaged => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let ancestors = snapshot.ancestors().iter().map(|layer| {
+            let file = layer.name().to_owned();
+            let report = self.check(file, layer.shared_store(), Arc::clone(resolver))?;
+            Ok(AncestorReport {
+                ok: report.ok(),
+                report,
+            })
+        });
+        ancestors.collect()
+    }
+}
+
+impl FileReport {
+    fn ok(&self) -> bool {
+        self.problems.is_empty() && self.more_problems == 0
+    }
+
+    fn write(&self, f: &mut fmt::Formatter<'_>, elapsed_ms: Option<u64>) -> fmt::Result {
         let file = names::shown(&self.file);
         if let (true, [problem]) = (self.not_a_snapshot, &self.problems[..]) {
             return writeln!(f, "{file}: {}", problem.detail);
         }
         let found = self.problems.len() as u64 + self.more_problems;
-        if self.ok {
+        if self.ok() {
             write!(f, "{file}: good")?;
         } else {
             write!(f, "{file}: DAMAGED, {}", count(found, "problem"))?;
         }
-        writeln!(
-            f,
-            " ({}, {} checked in {} ms)",
-            count(self.pages_checked, "page"),
-            count(self.frames_checked, "frame"),
-            self.elapsed_ms
-        )?;
+        let (pages, frames) = (self.pages_checked, self.frames_checked);
+        let (pages, frames) = (count(pages, "page"), count(frames, "frame"));
+        match elapsed_ms {
+            Some(time) => writeln!(f, " ({pages}, {frames} checked in {time} ms)")?,
+            None => writeln!(f, " ({pages}, {frames} checked)")?,
+        }
         for problem in self.problems.iter().take(LISTED_PROBLEMS) {
             write!(f, "  {} at byte {}", problem.what, problem.offset)?;
             if let Some(file) = &problem.file {
@@ -130,6 +211,16 @@ impl fmt::Display for VerifyReport {
         let listed = self.problems.len().min(LISTED_PROBLEMS) as u64;
         if found > listed {
             writeln!(f, "  ... and {} more", HumanCount(found - listed))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for VerifyReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.own.write(f, Some(self.elapsed_ms))?;
+        for ancestor in self.chain.iter().flatten() {
+            ancestor.report.write(f, None)?;
         }
         Ok(())
     }

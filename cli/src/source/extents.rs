@@ -18,6 +18,9 @@ const MAX_EXTENTS: u64 = 1 << 19;
 /// Minimum length of a hole that is skipped. A seek for each shorter one would cost more than
 /// reading it. All of them are counted as holes.
 const MIN_HOLE: u64 = 64 << 10;
+/// Maximum number of extents of a diff, of which no hole may be left out: 256 MiB of memory, and at
+/// least 128 GiB of a guest's.
+const MAX_EXACT_EXTENTS: usize = 1 << 24;
 
 /// Number of extents that file systems locate without a block of their own, and the most bytes that
 /// each further one takes there. Holes of a file that has more allocated are not trusted.
@@ -52,19 +55,40 @@ impl Extents {
     /// FUSE server may not know about pages written through a mapping), and the answer is not
     /// trusted if the file has more allocated than the reported data needs.
     pub(crate) fn of(file: &File, len: u64) -> io::Result<Self> {
-        let walked = Walked::all(file, len)?;
+        let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
+        let walked = Walked::all(file, len, min_hole)?;
         if walked.bytes >= len || knows_its_cache(file) {
             return Ok(walked.extents);
         }
         if file.sync_data().is_err() {
             return Ok(Self::dense(len));
         }
-        let walked = Walked::all(file, len)?;
+        let walked = Walked::all(file, len, min_hole)?;
         let allocated = file.metadata()?.blocks().saturating_mul(512);
         if allocated > walked.allocated_at_most() {
             return Ok(Self::dense(len));
         }
         Ok(walked.extents)
+    }
+
+    /// Finds the data of a diff, with every hole, however short: what is read as zeros there would
+    /// replace the base's content. Returns nothing if the file system doesn't tell the holes
+    /// reliably, or if there are too many.
+    pub(crate) fn exact(file: &File, len: u64) -> io::Result<Option<Self>> {
+        let is_known = knows_its_cache(file);
+        if !is_known {
+            file.sync_data()?;
+        }
+        let walked = Walked::all(file, len, 1)?;
+        let allocated = file.metadata()?.blocks().saturating_mul(512);
+        // A file system that knows no holes reports none, and stores all of a file without any.
+        let is_reliable = if walked.bytes >= len {
+            is_known || allocated >= len
+        } else {
+            is_known || allocated <= walked.allocated_at_most()
+        };
+        let is_short = walked.extents.data.len() <= MAX_EXACT_EXTENTS;
+        Ok((is_reliable && is_short).then_some(walked.extents))
     }
 
     /// Returns the extents of a file without holes.
@@ -149,8 +173,8 @@ struct Walked {
 }
 
 impl Walked {
-    fn all(file: &File, len: u64) -> io::Result<Self> {
-        let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
+    /// Walks a file; data is joined across holes that are shorter than `min_hole`.
+    fn all(file: &File, len: u64, min_hole: u64) -> io::Result<Self> {
         let mut data: Vec<Range<u64>> = Vec::new();
         let (mut bytes, mut count) = (0, 0);
         // Bytes of the pages with data, and the end of the last of them.
@@ -184,8 +208,10 @@ impl Walked {
             let first_page = data_end.max(start / PAGE * PAGE);
             data_end = data_end.max(end.next_multiple_of(PAGE));
             data_bytes += data_end - first_page;
+            let is_full = data.len() > MAX_EXACT_EXTENTS;
             match data.last_mut() {
                 Some(last) if start - last.end < min_hole => last.end = end,
+                _ if is_full => {}
                 _ => data.push(start..end),
             }
             at = end.max(start + 1);
@@ -310,6 +336,33 @@ mod tests {
         let walked = walk(&extents, 0..8 << 20);
         assert!(matches!(&walked[0], Stretch::Data(range) if range.end > 7 << 20));
         assert_eq!(extents.hole_bytes(), (8 << 20) / 8 * 7);
+    }
+
+    #[test]
+    fn every_hole_of_a_diff_is_found() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        for place in (0..8 << 20).step_by(8 << 10) {
+            file.write_all_at(&[1; 4096], place).unwrap();
+        }
+        let extents = Extents::exact(&file, 8 << 20).unwrap();
+        let extents = extents.expect("a file system that tells its holes");
+        assert_eq!(extents.hole_bytes(), 4 << 20);
+        let walked = walk(&extents, 0..8 << 20);
+        assert_eq!(walked.len(), 2048);
+        for (stretch, at) in walked.into_iter().zip((0..).step_by(4096)) {
+            let expected = if at % 8192 == 0 {
+                Stretch::Data(at..at + 4096)
+            } else {
+                Stretch::Hole(at..at + 4096)
+            };
+            assert_eq!(stretch, expected);
+        }
+        // A file without holes is all of a memory.
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 8192], 0).unwrap();
+        let extents = Extents::exact(&file, 8192).unwrap().unwrap();
+        assert_eq!(extents.hole_bytes(), 0);
     }
 
     #[test]

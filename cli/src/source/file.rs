@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, anyhow};
 use super::extents::{Extents, Stretch};
 use super::kinds::START_BYTES;
 use super::{CHUNK, PAGE, Remark, Samples, Sampling, Sink};
+use crate::args::Holes;
 use crate::names;
 use crate::signals::Cancel;
 
@@ -167,6 +168,30 @@ impl SourceFile {
             .with_context(|| format!("{}: finding its holes", names::path(&self.path)))
     }
 
+    /// Finds the data of the file with all its holes, which mean "as in the base". Fails if they
+    /// can't be told reliably.
+    pub(crate) fn exact_extents(&self) -> Result<Extents> {
+        if self.at_opening.0.is_none() {
+            return Ok(Extents::dense(self.len));
+        }
+        let path = names::path(&self.path);
+        let extents = Extents::exact(&self.file, self.len)
+            .with_context(|| format!("{path}: finding its holes"))?;
+        extents.ok_or_else(|| {
+            anyhow!(
+                "{path}: its file system does not tell reliably where its holes are, and in a diff \
+                 a hole means \"as in the base\"; write the diff to ext4, xfs, btrfs or tmpfs; if \
+                 the file is all of the memory: --holes zero"
+            )
+        })
+    }
+
+    /// Returns the size of the pieces in which the file system stores the file.
+    pub(crate) fn piece_bytes(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        Ok(metadata.with_context(|| names::path(&self.path))?.blksize())
+    }
+
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.file
             .read_exact_at(buffer, offset)
@@ -180,18 +205,26 @@ impl SourceFile {
             })
     }
 
-    /// Delivers `range` of the file, in whole pages counted from its start.
+    /// Delivers `range` of the file, in whole pages counted from its start. `holes` tells what its
+    /// holes mean.
     pub(crate) fn feed(
         &self,
         extents: &Extents,
         range: Range<u64>,
+        holes: Holes,
         sink: &mut dyn Sink,
         cancel: &Cancel,
     ) -> Result<()> {
         let mut buffer = vec![0; CHUNK];
         for stretch in extents.stretches(range.clone()) {
             match stretch {
-                Stretch::Hole(hole) => sink.zeros((hole.end - hole.start) / PAGE)?,
+                Stretch::Hole(hole) => {
+                    let pages = (hole.end - hole.start) / PAGE;
+                    match holes {
+                        Holes::Zero => sink.zeros(pages)?,
+                        Holes::Base => sink.from_base(pages)?,
+                    }
+                }
                 Stretch::Data(data) => {
                     for at in data.clone().step_by(CHUNK) {
                         cancel.check()?;

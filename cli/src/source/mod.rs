@@ -15,7 +15,7 @@ use anyhow::Result;
 use serde::Serialize;
 use snapshot_format::layout::{PAGE_SIZE, PAGE_SIZE_U64};
 
-use crate::args;
+use crate::args::{self, Holes};
 use crate::exit::Refusal;
 use crate::names;
 use crate::output::{Output, count};
@@ -62,6 +62,10 @@ pub(crate) trait Sink {
     fn zeros(&mut self, pages: u64) -> Result<()>;
     /// Takes pages that could not be read.
     fn unavailable(&mut self, pages: u64) -> Result<()>;
+    /// Takes pages that are as in the base at this place.
+    fn from_base(&mut self, pages: u64) -> Result<()> {
+        anyhow::bail!("{pages} pages are as in a base, and there is none")
+    }
 }
 
 /// A way in which a source may have been read differently than intended. Whenever something is left
@@ -183,15 +187,30 @@ pub(crate) fn open(
         // Standard input redirected from a file has holes and random access.
         return match file::stdin()? {
             Some(file) => open_file(file, create, cancel),
-            None => Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?)),
+            None => {
+                refuse_diff_in_a_stream(create)?;
+                Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?))
+            }
         };
     }
     match file::open(path)? {
-        file::Opened::Pipe(pipe) => Ok(Box::new(stdin::Stream::pipe(
-            path, pipe, create.raw, cancel,
-        ))),
+        file::Opened::Pipe(pipe) => {
+            refuse_diff_in_a_stream(create)?;
+            let stream = stdin::Stream::pipe(path, pipe, create.raw, cancel);
+            Ok(Box::new(stream))
+        }
         file::Opened::File(file) => open_file(file, create, cancel),
     }
+}
+
+/// Refuses a stream with a base, unless it is known to be all of the memory.
+fn refuse_diff_in_a_stream(create: &args::Create) -> Result<()> {
+    if create.meaning_of_holes() == Holes::Zero {
+        return Ok(());
+    }
+    let text = "a pipe has no holes, so a diff in it cannot be told from all of a memory; name the \
+                file of the diff; if the pipe delivers all of the memory: --holes zero";
+    Err(Refusal::Usage(text.into()).into())
 }
 
 fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result<Box<dyn Source>> {
@@ -199,6 +218,14 @@ fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result
     match guess {
         _ if create.raw => {}
         Guess::ElfCore => {
+            if create.holes == Some(Holes::Base) {
+                let path = names::path(file.path());
+                let text = format!(
+                    "{path}: is an ELF core, and no diff; leave --holes base out to compare all of \
+                     it with the base"
+                );
+                return Err(Refusal::Usage(text).into());
+            }
             let core = elf_core::ElfCore::open(file, create.incomplete, cancel)?;
             return Ok(Box::new(core));
         }
@@ -208,7 +235,11 @@ fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result
         Guess::Raw => {}
     }
     let is_known = !matches!(guess, Guess::Raw);
-    let raw = raw::Raw::open(file, is_known, create.holes, cancel)?;
+    let holes = raw::HolesOf {
+        meaning: create.meaning_of_holes(),
+        is_stated: create.holes.is_some(),
+    };
+    let raw = raw::Raw::open(file, is_known, holes, cancel)?;
     Ok(Box::new(raw))
 }
 

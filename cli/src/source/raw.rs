@@ -11,8 +11,16 @@ use crate::names;
 use crate::signals::Cancel;
 
 /// Advice on how to turn a diff into memory.
-pub(crate) const MERGE_A_DIFF: &str = "merge it into its base first (Firecracker: snapshot-editor \
-     edit-memory rebase --memory-path BASE --diff-path DIFF)";
+pub(crate) const MERGE_A_DIFF: &str = "pack it with --base, or merge it into its base first \
+     (Firecracker: snapshot-editor edit-memory rebase --memory-path BASE --diff-path DIFF)";
+
+/// Meaning of the holes of a raw file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HolesOf {
+    pub(super) meaning: Holes,
+    /// Whether the user stated it.
+    pub(super) is_stated: bool,
+}
 
 /// A file or block device without structure.
 #[derive(Debug)]
@@ -20,8 +28,9 @@ pub(crate) struct Raw {
     file: SourceFile,
     extents: Extents,
     hole_bytes: u64,
-    /// Meaning of holes, if the user stated it.
-    holes: Option<Holes>,
+    holes: HolesOf,
+    /// Size of the pieces in which the file system stores the file.
+    piece_bytes: u64,
     /// Remark if the file changed while it was read.
     changed: Option<Remark>,
     cancel: Cancel,
@@ -30,10 +39,10 @@ pub(crate) struct Raw {
 impl Raw {
     /// Opens a file as memory. `is_known` tells that the file looks like another kind, so that an
     /// error does not suggest padding it.
-    pub(crate) fn open(
+    pub(super) fn open(
         file: SourceFile,
         is_known: bool,
-        holes: Option<Holes>,
+        holes: HolesOf,
         cancel: &Cancel,
     ) -> Result<Self> {
         let name = names::path(file.path());
@@ -52,15 +61,64 @@ impl Raw {
                 file.len()
             );
         }
-        let extents = file.extents()?;
+        let extents = match holes.meaning {
+            Holes::Zero => file.extents()?,
+            Holes::Base => file.exact_extents()?,
+        };
         Ok(Self {
             hole_bytes: extents.hole_bytes(),
             extents,
+            piece_bytes: file.piece_bytes()?,
             file,
             holes,
             changed: None,
             cancel: cancel.clone(),
         })
+    }
+
+    fn hole_remarks(&self) -> Vec<Remark> {
+        if self.hole_bytes == 0 {
+            return Vec::new();
+        }
+        let bytes = BinaryBytes(self.hole_bytes);
+        let note = |key, value: u64, text| Remark {
+            key,
+            value: value.to_string(),
+            text,
+            warning: false,
+        };
+        if self.holes.meaning == Holes::Base {
+            let advice = if self.holes.is_stated {
+                ", as --holes base says"
+            } else {
+                "; if the file is all of the memory, holes are zeros: --holes zero"
+            };
+            let text = format!("{bytes} taken from the base for holes{advice}");
+            let taken = note("source.base_hole_bytes", self.hole_bytes, text);
+            let coarse = (self.piece_bytes > PAGE).then(|| Remark {
+                warning: true,
+                ..note(
+                    "source.hole_granularity",
+                    self.piece_bytes,
+                    format!(
+                        "{}: its file system may store it in pieces of {}; where the diff leaves \
+                         out less, zeros take the place of the base's pages",
+                        names::path(self.file.path()),
+                        BinaryBytes(self.piece_bytes)
+                    ),
+                )
+            });
+            return [Some(taken), coarse].into_iter().flatten().collect();
+        }
+        let read = format!("{bytes} read as zeros from holes");
+        let text = if self.holes.is_stated {
+            format!("{read}, as --holes zero says")
+        } else {
+            format!(
+                "{read}; if the file is a diff, in which a hole means \"unchanged\", {MERGE_A_DIFF}"
+            )
+        };
+        vec![note("source.hole_bytes", self.hole_bytes, text)]
     }
 }
 
@@ -91,26 +149,21 @@ impl Source for Raw {
 
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
         sink.region(&region())?;
-        self.file
-            .feed(&self.extents, 0..self.file.len(), sink, &self.cancel)?;
+        self.file.feed(
+            &self.extents,
+            0..self.file.len(),
+            self.holes.meaning,
+            sink,
+            &self.cancel,
+        )?;
         self.changed = self.file.check_unchanged()?;
         Ok(())
     }
 
     fn remarks(&self) -> Vec<Remark> {
-        let read = format!("{} read as zeros from holes", BinaryBytes(self.hole_bytes));
-        let holes = (self.hole_bytes > 0).then(|| Remark {
-            key: "source.hole_bytes",
-            value: self.hole_bytes.to_string(),
-            text: match self.holes {
-                Some(Holes::Zero) => format!("{read}, as --holes zero says"),
-                None => format!(
-                    "{read}; if the file is a diff, in which a hole means \"unchanged\", {MERGE_A_DIFF}"
-                ),
-            },
-            warning: false,
-        });
-        holes.into_iter().chain(self.changed.clone()).collect()
+        let mut remarks = self.hole_remarks();
+        remarks.extend(self.changed.clone());
+        remarks
     }
 
     fn is_mostly_holes(&self) -> bool {
@@ -130,7 +183,11 @@ mod tests {
         let Opened::File(file) = open(path)? else {
             panic!("not a file");
         };
-        Raw::open(file, false, None, &Cancel::never())
+        let holes = HolesOf {
+            meaning: Holes::Zero,
+            is_stated: false,
+        };
+        Raw::open(file, false, holes, &Cancel::never())
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod doctor;
 mod elf_core;
 mod extract;
 mod interrupted;
+mod layers;
 mod owner;
 mod process;
 mod process_memory;

@@ -86,12 +86,15 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
     step("verifying the snapshot ...");
     let check = args::Verify {
         file: snapshot.path.clone(),
+        chain: false,
+        layers: args::Layers::default(),
         threads: None,
     };
     let verify = verify::check(&check, output, cancel)?;
     step("restoring it lazily under random touches ...");
     let options = args::Restore {
         file: snapshot.path.clone(),
+        layers: args::Layers::default(),
         touch: Touch::Random,
         prefetch: Prefetch::Off,
         threads: 1,
@@ -157,6 +160,7 @@ fn pack(
         dictionary: Wanted::Off,
         threads: None,
         attachments: Vec::new(),
+        base: None,
     };
     let began = Instant::now();
     let place = Place::beside(Some(&std::env::temp_dir().join("snapshot")));
@@ -179,6 +183,7 @@ fn pack(
     target.complete()?;
     Ok(create::CreateReport {
         facts: create::facts(&written),
+        base: None,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
@@ -285,8 +290,8 @@ impl fmt::Display for DemoReport {
             f,
             "verified    {}: {} in {}, in {} ms",
             if self.verify.ok { "good" } else { "DAMAGED" },
-            count(self.verify.pages_checked, "page"),
-            count(self.verify.frames_checked, "frame"),
+            count(self.verify.own.pages_checked, "page"),
+            count(self.verify.own.frames_checked, "frame"),
             HumanCount(self.verify.elapsed_ms)
         )?;
         write!(f, "{}", self.restore)?;

@@ -16,6 +16,7 @@ use snapshot_format::{FileStore, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
+use crate::layers;
 use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -54,7 +55,7 @@ pub(crate) fn restore(
         )
         .into());
     }
-    let snapshot = Arc::new(Snapshot::open_path(&args.file)?);
+    let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
     let pages = Pages::of(&snapshot);
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),

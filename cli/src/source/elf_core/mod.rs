@@ -28,6 +28,7 @@ use object::elf;
 use super::extents::Extents;
 use super::file::SourceFile;
 use super::{CHUNK, PAGE, Region, Remark, Samples, Sampling, Sink, Source};
+use crate::args::Holes;
 use crate::names;
 use crate::output::count;
 use crate::signals::Cancel;
@@ -201,7 +202,8 @@ impl Source for ElfCore {
                 Content::Unknown => sink.unavailable(segment.pages)?,
                 Content::At(offset) => {
                     let range = *offset..*offset + segment.pages * PAGE;
-                    self.file.feed(&self.extents, range, sink, &self.cancel)?;
+                    self.file
+                        .feed(&self.extents, range, Holes::Zero, sink, &self.cancel)?;
                 }
                 Content::Pieces(pieces) => {
                     let mut page = vec![0; usize::try_from(PAGE)?];

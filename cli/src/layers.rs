@@ -1,0 +1,75 @@
+//! Opening of snapshots with the files of their ancestors.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use snapshot_format::{FileStore, Layer, LayerFolders, OpenError, Snapshot, SnapshotOptions};
+
+use crate::args;
+use crate::exit::Refusal;
+use crate::names;
+use crate::target;
+
+/// The environment variable with folders of ancestors, separated by colons.
+const FOLDERS_VARIABLE: &str = "SNAPRESTORE_LAYERS";
+
+/// Returns the folders to search for ancestors, besides those of the snapshots: of the options,
+/// then of the environment.
+fn folders(layers: &args::Layers) -> Result<Vec<PathBuf>> {
+    let mut folders = layers.folders.clone();
+    for folder in &folders {
+        let named = || format!("{}: cannot search it for layers", names::path(folder));
+        if !folder.metadata().with_context(named)?.is_dir() {
+            let folder = names::path(folder);
+            return Err(Refusal::Usage(format!("--layers {folder}: is not a folder")).into());
+        }
+    }
+    let more = std::env::var_os(FOLDERS_VARIABLE).unwrap_or_default();
+    folders.extend(std::env::split_paths(&more).filter(|path| !path.as_os_str().is_empty()));
+    Ok(folders)
+}
+
+/// Returns the resolver of ancestors; `first` is a folder that is searched before all others.
+pub(crate) fn resolver(layers: &args::Layers, first: Option<PathBuf>) -> Result<Arc<LayerFolders>> {
+    let all = first.into_iter().chain(folders(layers)?);
+    Ok(Arc::new(LayerFolders::new(all)))
+}
+
+/// Opens the file of a snapshot.
+pub(crate) fn open_file(path: &Path) -> Result<Arc<FileStore>, OpenError> {
+    let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
+        file: names::path(path),
+        source,
+    })?;
+    Ok(Arc::new(store))
+}
+
+/// Opens a snapshot and all its ancestors.
+pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
+    let options = SnapshotOptions::default().ancestors(resolver(layers, None)?);
+    Ok(Snapshot::open_with(open_file(path)?, &options)?)
+}
+
+/// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.
+pub(crate) fn refuse_ancestor(target: &Path, snapshot: &Snapshot) -> Result<()> {
+    if snapshot.ancestors().is_empty() || target::is_stdout(target) || !target.is_file() {
+        return Ok(());
+    }
+    let Ok(there) = Layer::open_path(target) else {
+        return Ok(());
+    };
+    if snapshot
+        .ancestors()
+        .iter()
+        .any(|layer| layer.id() == there.id())
+    {
+        return Err(Refusal::Usage(format!(
+            "{}: is an ancestor of {}, which would be lost with it; name another file to write",
+            names::path(target),
+            snapshot.name()
+        ))
+        .into());
+    }
+    Ok(())
+}
