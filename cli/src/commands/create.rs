@@ -496,7 +496,7 @@ impl Sink for SnapshotSink {
         Ok(self.writer.write_unavailable(pages)?)
     }
 
-    fn from_base(&mut self, pages: u64) -> Result<()> {
+    fn as_in_base(&mut self, pages: u64) -> Result<()> {
         let first = self.pages;
         self.pages += pages;
         let there = self.counterpart.as_ref().map_or(0, |region| region.pages);

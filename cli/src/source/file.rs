@@ -222,7 +222,7 @@ impl SourceFile {
                     let pages = (hole.end - hole.start) / PAGE;
                     match holes {
                         Holes::Zero => sink.zeros(pages)?,
-                        Holes::Base => sink.from_base(pages)?,
+                        Holes::Base => sink.as_in_base(pages)?,
                     }
                 }
                 Stretch::Data(data) => {

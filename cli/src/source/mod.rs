@@ -63,7 +63,7 @@ pub(crate) trait Sink {
     /// Takes pages that could not be read.
     fn unavailable(&mut self, pages: u64) -> Result<()>;
     /// Takes pages that are as in the base at this place.
-    fn from_base(&mut self, pages: u64) -> Result<()> {
+    fn as_in_base(&mut self, pages: u64) -> Result<()> {
         anyhow::bail!("{pages} pages are as in a base, and there is none")
     }
 }
@@ -185,13 +185,11 @@ pub(crate) fn open(
     };
     if path == Path::new("-") {
         // Standard input redirected from a file has holes and random access.
-        return match file::stdin()? {
-            Some(file) => open_file(file, create, cancel),
-            None => {
-                refuse_diff_in_a_stream(create)?;
-                Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?))
-            }
-        };
+        if let Some(file) = file::stdin()? {
+            return open_file(file, create, cancel);
+        }
+        refuse_diff_in_a_stream(create)?;
+        return Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?));
     }
     match file::open(path)? {
         file::Opened::Pipe(pipe) => {
