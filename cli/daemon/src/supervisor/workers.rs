@@ -162,8 +162,8 @@ impl Workers {
         self.outgoing.push_back(message);
     }
 
-    /// Whether the worker has, or is about to get, the connection of an operator. Without one, a
-    /// request that it passes on is its own.
+    /// Whether the worker has had, or is about to get, the connection of an operator. Without one,
+    /// no operator has made the request that it passes on.
     pub(super) fn has_operator(&self) -> bool {
         self.has_operator
     }

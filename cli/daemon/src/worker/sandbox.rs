@@ -1,7 +1,7 @@
 //! The sandbox: rights that the worker gives up before it serves.
 //!
-//! The worker parses untrusted data: handshakes and snapshots. It gets everything that it needs as
-//! a descriptor, so it can do without almost everything else:
+//! The worker parses untrusted data: snapshots, and requests for metrics. It gets everything that
+//! it needs as a descriptor, so it can do without almost everything else:
 //!
 //! | what | how |
 //! | --- | --- |
