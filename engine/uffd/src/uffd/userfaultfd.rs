@@ -18,10 +18,10 @@
 //!    the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes of any value
 //!    until the restore is over. The kernel alone would also permit memory that other code
 //!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
-//! 3. Memory of another process can't be made unsound by us; whoever handed over the descriptor
-//!    decides what may be done to it. [`Userfaultfd::adopt`] is `unsafe` because it trusts that the
-//!    descriptor is foreign and no detour to this process; [`Userfaultfd::adopt_foreign`] checks
-//!    it.
+//! 3. Memory of another process can't be made unsound by us. The process that handed over the
+//!    descriptor has permitted changes to its memory. [`Userfaultfd::adopt`] is `unsafe` because it
+//!    trusts that the descriptor is foreign and no detour to this process;
+//!    [`Userfaultfd::adopt_foreign`] checks it.
 
 use std::fmt;
 use std::io;
