@@ -20,7 +20,7 @@
 //! | poisoned | POISON again; if EEXIST, WAKE | skip (4) | skip | -> removed |
 //!
 //! 1. For demand; a page that prefetch fails to load stays absent.
-//! 2. Advisory: the page may be absent again, by a discard whose event has not been read.
+//! 2. Advisory: the kernel has reported the page as present. A fault doesn't rely on that (rule 4).
 //! 3. Final: no later event changes it.
 //! 4. When the caller completes the restore, a good frame is copied over the poison, and the page
 //!    becomes present ([`healing`]).
