@@ -80,7 +80,7 @@ pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 /// third worker does not decode the frames on which the first two died. A pause ends the row: a
 /// worker that meets the same obstacle gets stuck again at once.
 pub(crate) fn stuck_workers(stuck_after: Duration) -> Limit {
-    Limit::new(3, Forget::AfterPause(4 * stuck_after))
+    Limit::new(3, Forget::AfterPause(stuck_after.saturating_mul(4)))
 }
 
 /// Returns the delay before a worker starts, after `failed` failed starts in a row. The first one

@@ -38,7 +38,7 @@ use crate::types::Summary;
 const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
 /// table of known pages is larger, its size is used instead.
-const MAX_SHARED_FRAMES: u64 = 1 << 20;
+const RECENT_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -79,7 +79,7 @@ impl<W: Write> Stage<W> {
             dedup: DedupTable::new(exact_distinct_pages),
             open: OpenFrame::default(),
             sealed: 0,
-            refs: FrameRefs::new(MAX_SHARED_FRAMES.max(exact_distinct_pages as u64)),
+            refs: FrameRefs::new(RECENT_FRAMES.max(exact_distinct_pages as u64)),
             drafts: VecDeque::new(),
             drafts_on_open: 0,
             index: IndexEncoder::new(),

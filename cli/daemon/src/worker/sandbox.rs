@@ -49,6 +49,8 @@ const LANDLOCK: ABI = ABI::V7;
 
 /// System calls that are permitted with any arguments, besides those of the engine's threads.
 const PERMITTED_CALLS: &[&str] = &[
+    // The C library: the number of cores bounds the arenas of its allocator.
+    "sched_getaffinity",
     // Existing sockets: none can be created, bound or connected.
     "recvmsg",
     "sendmsg",

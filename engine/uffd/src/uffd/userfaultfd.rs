@@ -27,7 +27,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -154,9 +154,11 @@ impl Userfaultfd {
     ///
     /// Unregistering what is not registered changes nothing, and the kernel returns EINVAL where
     /// nothing is mapped. Therefore places in a range that this process has just reserved are
-    /// tried, except at the addresses of `registered`: if all of them are mapped in the address
-    /// space of the descriptor, it belongs to this process. The range is so long that another
-    /// process has nothing mapped in most of it.
+    /// tried, except at the addresses of `registered`. If all of them are mapped in the address
+    /// space of the descriptor, it belongs to this process: the range is so long that another
+    /// process has nothing mapped in most of it. The exception is a child that was forked at this
+    /// moment and has inherited the range, so the places are tried once more after the range was
+    /// released.
     pub fn adopt_foreign(
         fd: OwnedFd,
         enabled: Features,
@@ -166,25 +168,29 @@ impl Userfaultfd {
         // SAFETY: nothing is filled through the result before the check below, and it is dropped if
         // the memory is this process's.
         let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
-        let page = crate::page_size();
+        // Otherwise another thread might reserve the range that this one has just released.
+        static PROBE: Mutex<()> = Mutex::new(());
+        let _alone = PROBE.lock().unwrap_or_else(PoisonError::into_inner);
         let reserved = RESERVED
             .iter()
             .find_map(|len| Mapping::inaccessible(*len).ok());
         let reserved = reserved.ok_or_else(|| AdoptError::Inspect(Errno::ENOMEM.into()))?;
-        let step = reserved.len() / 16;
-        for address in (reserved.address()..)
-            .step_by(crate::to_usize(step))
-            .take(16)
-        {
-            if registered.iter().any(|range| range.contains(&address)) {
-                continue;
-            }
-            match adopted.unregister(address, page) {
-                Ok(Unregistered::Done) => {}
-                Ok(Unregistered::Gone | Unregistered::OwnerGone) | Err(_) => return Ok(adopted),
-            }
+        let step = crate::to_usize(reserved.len() / 16);
+        let places = (reserved.address()..).step_by(step).take(16);
+        let places: Vec<u64> = places
+            .filter(|at| !registered.iter().any(|range| range.contains(at)))
+            .collect();
+        let is_mapped = |at: &u64| {
+            let answer = adopted.unregister(*at, crate::page_size());
+            matches!(answer, Ok(Unregistered::Done))
+        };
+        let was_mapped = places.iter().all(is_mapped);
+        drop(reserved);
+        let is_foreign = !places.is_empty() && (!was_mapped || places.iter().all(is_mapped));
+        if !is_foreign {
+            return Err(AdoptError::OwnMemory);
         }
-        Err(AdoptError::OwnMemory)
+        Ok(adopted)
     }
 
     /// Returns the enabled features.
