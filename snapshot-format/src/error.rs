@@ -9,6 +9,7 @@ use std::fmt;
 use std::io;
 
 use crate::layout::SectionKind;
+use crate::types::SnapshotId;
 
 /// A part of the file, as named in messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -245,6 +246,67 @@ pub enum OpenError {
         /// The features' names, or bit numbers where no name is known.
         names: String,
     },
+    /// No file of an ancestor was found.
+    #[error(
+        "{file}: is layered, and its ancestor {id}{} is missing; searched: {}; name the folder \
+         that has it with --layers DIR or SNAPRESTORE_LAYERS",
+        known_as(name),
+        places(searched)
+    )]
+    AncestorMissing {
+        /// The name of the snapshot's own file.
+        file: String,
+        /// Id of the ancestor.
+        id: SnapshotId,
+        /// Name under which its file was last known; may be empty.
+        name: String,
+        /// Folders that were searched.
+        searched: Vec<String>,
+    },
+    /// The file of an ancestor can't be used.
+    #[error("{file}: is layered, and its ancestor {id} cannot be used")]
+    AncestorUnusable {
+        /// The name of the snapshot's own file.
+        file: String,
+        /// Id of the ancestor.
+        id: SnapshotId,
+        /// Why the ancestor's file can't be used.
+        source: Box<OpenError>,
+    },
+    /// The file is not the one that a child recorded as its ancestor.
+    #[error(
+        "{file}: is not the file that was recorded as ancestor {id}: {difference}; restore that \
+         file, or name the folder that has it with --layers DIR or SNAPRESTORE_LAYERS"
+    )]
+    AncestorReplaced {
+        /// The name of the file.
+        file: String,
+        /// Id of the wanted ancestor.
+        id: SnapshotId,
+        /// How the file differs.
+        difference: String,
+    },
+    /// The file, an ancestor of another, has pages of another size.
+    #[error(
+        "{file}: has pages of {page_size} bytes; accepted: {}",
+        crate::layout::PAGE_SIZE
+    )]
+    AncestorPageSize {
+        /// The name of the file.
+        file: String,
+        /// The page size that its header names.
+        page_size: u32,
+    },
+    /// The snapshot is its own ancestor.
+    #[error("{file}: is its own ancestor: {ancestor} lists the id {id}")]
+    AncestorCycle {
+        /// The name of the snapshot's own file.
+        file: String,
+        /// Its id.
+        id: SnapshotId,
+        /// The name of the file that lists it.
+        ancestor: String,
+    },
     /// The file's top table is larger than the caller's limit.
     #[error(
         "{file}: its top table of {bytes} bytes is too large for the limit of {limit} bytes that \
@@ -273,16 +335,42 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Returns whether the file is damaged, incomplete or not a snapshot; false if the operation
-    /// failed for another reason.
+    /// Returns the name of the file that could not be opened.
+    pub fn file(&self) -> &str {
+        match self {
+            Self::Io { file, .. }
+            | Self::NoStore { file, .. }
+            | Self::NotASnapshot { file, .. }
+            | Self::Incomplete { file, .. }
+            | Self::UnsupportedVersion { file, .. }
+            | Self::UnsupportedFeature { file, .. }
+            | Self::AncestorMissing { file, .. }
+            | Self::AncestorUnusable { file, .. }
+            | Self::AncestorReplaced { file, .. }
+            | Self::AncestorPageSize { file, .. }
+            | Self::AncestorCycle { file, .. }
+            | Self::TopTooLarge { file, .. }
+            | Self::Damaged { file, .. } => file,
+        }
+    }
+
+    /// Returns whether the file, or an ancestor of it, is damaged, incomplete or not a snapshot;
+    /// false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_cut_off(source),
+            Self::AncestorUnusable { source, .. } => source.is_damage(),
             Self::NoStore { .. }
+            | Self::AncestorMissing { .. }
+            | Self::AncestorReplaced { .. }
+            | Self::AncestorPageSize { .. }
             | Self::TopTooLarge { .. }
             | Self::UnsupportedVersion { .. }
             | Self::UnsupportedFeature { .. } => false,
-            Self::NotASnapshot { .. } | Self::Incomplete { .. } | Self::Damaged { .. } => true,
+            Self::NotASnapshot { .. }
+            | Self::Incomplete { .. }
+            | Self::AncestorCycle { .. }
+            | Self::Damaged { .. } => true,
         }
     }
 
@@ -294,6 +382,22 @@ impl OpenError {
             Self::UnsupportedVersion { .. } | Self::UnsupportedFeature { .. }
         );
         is_newer || self.is_damage()
+    }
+}
+
+/// Returns the last known name of an ancestor, for messages.
+fn known_as(name: &str) -> String {
+    match name {
+        "" => String::new(),
+        name => format!(" (last known as {name})"),
+    }
+}
+
+/// Returns the folders that were searched, for messages.
+fn places(searched: &[String]) -> String {
+    match searched {
+        [] => "no folder".to_owned(),
+        searched => searched.join(", "),
     }
 }
 
@@ -362,6 +466,17 @@ pub enum ReadError {
 }
 
 impl ReadError {
+    /// Returns the name of the file that could not be read: the snapshot's own, or an ancestor's.
+    pub fn file(&self) -> &str {
+        match self {
+            Self::Io { file, .. }
+            | Self::Damaged { file, .. }
+            | Self::NoSuchBlock { file, .. }
+            | Self::NoSuchName { file, .. }
+            | Self::Output { file, .. } => file,
+        }
+    }
+
     /// Returns whether the file is damaged; false if the operation failed for another reason.
     pub fn is_damage(&self) -> bool {
         match self {

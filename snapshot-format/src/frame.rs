@@ -3,15 +3,16 @@
 use zerocopy::FromBytes;
 
 use crate::error::Defect;
-use crate::index::{Body, check_layer, records};
+use crate::index::{Files, records};
 use crate::layout::{
     self, FRAME_MAGIC, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT,
     MIN_FRAME_RECORD_BYTES, PAGE_SIZE, RawFrameHeader, RawPageRun, codec,
 };
 
-/// Location and encoding of a frame, checked against the file.
+/// Location and encoding of a frame, checked against the file that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrameRef {
+    pub(crate) layer: u16,
     pub(crate) offset: u64,
     pub(crate) stored_len: u32,
     pub(crate) crc: u32,
@@ -52,14 +53,14 @@ impl Codec {
 }
 
 impl FrameRef {
-    pub(crate) fn check(raw: &layout::RawFrameRef, body: Body) -> Result<Self, Defect> {
+    pub(crate) fn check(raw: &layout::RawFrameRef, files: &Files<'_>) -> Result<Self, Defect> {
         let (slots, stored_len) = (raw.slots.get(), raw.stored_len.get());
         if raw.reserved != 0 {
             return Err(Defect::Reserved {
                 field: "reserved byte of a frame reference",
             });
         }
-        check_layer(raw.layer.get())?;
+        let (layer, body) = files.resolve(raw.layer.get())?;
         check_slots(slots)?;
         let codec = Codec::check(raw.codec, raw.dictionary.get())?;
         if stored_len as usize > MAX_FRAME_RECORD_BYTES {
@@ -78,6 +79,7 @@ impl FrameRef {
         }
         body.check("frame", raw.offset.get(), stored_len.into())?;
         Ok(Self {
+            layer,
             offset: raw.offset.get(),
             stored_len,
             crc: raw.crc.get(),
@@ -86,7 +88,34 @@ impl FrameRef {
         })
     }
 
-    /// Returns the offset of the frame record's first byte in the file.
+    /// Returns the reference of a file that has the frame's file as `layer`.
+    pub(crate) fn to_raw(self, layer: u16) -> layout::RawFrameRef {
+        let (codec, dictionary) = match self.codec {
+            Codec::Raw => (codec::RAW, 0),
+            Codec::Zstd => (codec::ZSTD, 0),
+            Codec::ZstdDictionary(number) => (codec::ZSTD_DICTIONARY, number),
+        };
+        layout::RawFrameRef {
+            offset: self.offset.into(),
+            stored_len: self.stored_len.into(),
+            crc: self.crc.into(),
+            slots: self.slots.into(),
+            layer: layer.into(),
+            dictionary: dictionary.into(),
+            codec,
+            reserved: 0,
+        }
+    }
+
+    /// Returns the number of the file that holds the frame, among the files of the open snapshot:
+    /// 0 for the snapshot's own file, `n` for the `n`th of [`crate::Snapshot::ancestors`].
+    ///
+    /// The page list of a frame in another file has the page numbers of that file.
+    pub fn layer(&self) -> u16 {
+        self.layer
+    }
+
+    /// Returns the offset of the frame record's first byte in the file that holds it.
     pub fn offset(&self) -> u64 {
         self.offset
     }

@@ -63,9 +63,46 @@ impl Body {
     }
 }
 
-/// Location of an index block, checked against the file.
+/// Files of a chain, as an index block that lies in one of them names them.
+pub(crate) struct Files<'a> {
+    /// Layer of the file that holds the index block.
+    pub(crate) holder: u16,
+    /// Layers of the ancestors that the holder lists, in its order; 0 for one that is not among the
+    /// files of the open snapshot.
+    pub(crate) listed: &'a [u16],
+    /// Body of each file of the open snapshot.
+    pub(crate) bodies: &'a [Body],
+}
+
+impl Files<'_> {
+    /// Returns the layer that the holder calls `number`, and that file's body.
+    pub(crate) fn resolve(&self, number: u16) -> Result<(u16, Body), Defect> {
+        check_layer(number, self.listed.len() as u64)?;
+        let layer = match number.checked_sub(1) {
+            None => self.holder,
+            Some(entry) => match self.listed[usize::from(entry)] {
+                0 => {
+                    let detail = format!(
+                        "names layer {number}, which is not among the ancestors of the snapshot"
+                    );
+                    return Err(Defect::Text {
+                        field: "layer",
+                        detail: detail.into(),
+                    });
+                }
+                layer => layer,
+            },
+        };
+        Ok((layer, self.bodies[usize::from(layer)]))
+    }
+}
+
+/// Location of an index block, checked against the file that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockRef {
+    pub(crate) layer: u16,
+    /// Number of the block in that file, if it is not the snapshot's own.
+    pub(crate) ancestor_block: u32,
     pub(crate) offset: u64,
     pub(crate) stored_len: u16,
     pub(crate) decoded_len: u16,
@@ -88,14 +125,34 @@ pub(crate) struct TopTable {
 }
 
 impl TopTable {
-    /// Checks every entry; `at` is the table's offset in the file.
-    pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body) -> Result<Self, Flaw> {
-        for (number, entry) in records::<RawTopEntry>(&bytes).iter().enumerate() {
-            check_top(entry, body).map_err(|defect| {
+    /// Checks every entry of a file with `ancestors` ancestors; `at` is the table's offset in the
+    /// file. [`TopTable::check_ancestors`] must follow.
+    pub(crate) fn check(bytes: Vec<u8>, at: u64, body: Body, ancestors: u64) -> Result<Self, Flaw> {
+        let table = Self { bytes };
+        table.check_each(at, |entry| check_top(entry, body, ancestors))?;
+        Ok(table)
+    }
+
+    /// Checks that the index blocks in ancestors lie within their files; `bodies` are those of all
+    /// layers.
+    pub(crate) fn check_ancestors(&self, at: u64, bodies: &[Body]) -> Result<(), Flaw> {
+        self.check_each(at, |entry| match usize::from(entry.layer.get()) {
+            0 => Ok(()),
+            layer => check_place(entry, bodies[layer]),
+        })
+    }
+
+    fn check_each(
+        &self,
+        at: u64,
+        check: impl Fn(&RawTopEntry) -> Result<(), Defect>,
+    ) -> Result<(), Flaw> {
+        for (number, entry) in records::<RawTopEntry>(&self.bytes).iter().enumerate() {
+            check(entry).map_err(|defect| {
                 Flaw::new(at + (number * size_of::<RawTopEntry>()) as u64, defect)
             })?;
         }
-        Ok(Self { bytes })
+        Ok(())
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -107,6 +164,8 @@ impl TopTable {
         Some(match entry.kind {
             top_kind::FILL => CheckedTop::Fill(entry.word_or_offset.get()),
             top_kind::BLOCK => CheckedTop::Block(BlockRef {
+                layer: entry.layer.get(),
+                ancestor_block: entry.ancestor_block.get(),
                 offset: entry.word_or_offset.get(),
                 stored_len: entry.stored_len.get(),
                 decoded_len: entry.decoded_len.get(),
@@ -131,7 +190,7 @@ where
     }
 }
 
-fn check_top(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
+fn check_top(entry: &RawTopEntry, body: Body, ancestors: u64) -> Result<(), Defect> {
     let without_block = entry.codec == 0
         && entry.layer.get() == 0
         && entry.stored_len.get() == 0
@@ -144,15 +203,15 @@ fn check_top(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
         top_kind::FILL | top_kind::UNAVAILABLE => Err(Defect::Reserved {
             field: "what a top entry without an index block leaves unused",
         }),
-        top_kind::BLOCK => check_block_entry(entry, body),
+        top_kind::BLOCK => check_block_entry(entry, body, ancestors),
         other => Err(Defect::value("kind of a top entry", other, "0, 1 or 2")),
     }
 }
 
-fn check_block_entry(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
+fn check_block_entry(entry: &RawTopEntry, body: Body, ancestors: u64) -> Result<(), Defect> {
     let (stored_len, decoded_len) = (entry.stored_len.get(), entry.decoded_len.get());
-    check_layer(entry.layer.get())?;
-    if entry.ancestor_block.get() != 0 {
+    check_layer(entry.layer.get(), ancestors)?;
+    if entry.layer.get() == 0 && entry.ancestor_block.get() != 0 {
         return Err(Defect::Reserved {
             field: "ancestor block of a top entry with an index block of this file",
         });
@@ -194,20 +253,29 @@ fn check_block_entry(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
         codec::RAW | codec::ZSTD => {}
         other => return Err(Defect::value("codec of an index block", other, "0 or 1")),
     }
-    body.check("index block", entry.word_or_offset.get(), stored_len.into())
+    if entry.layer.get() == 0 {
+        check_place(entry, body)?;
+    }
+    Ok(())
 }
 
-/// Checks that everything is in this file: the reader has refused files that set the `ancestors`
-/// feature.
-pub(crate) fn check_layer(layer: u16) -> Result<(), Defect> {
-    if layer == 0 {
+/// Checks that an index block lies within `body`, the body of its file.
+fn check_place(entry: &RawTopEntry, body: Body) -> Result<(), Defect> {
+    let (offset, len) = (entry.word_or_offset.get(), entry.stored_len.get());
+    body.check("index block", offset, len.into())
+}
+
+/// Checks a layer in a file that lists `ancestors` ancestors; one without the feature has none.
+fn check_layer(layer: u16, ancestors: u64) -> Result<(), Defect> {
+    if u64::from(layer) <= ancestors {
         return Ok(());
     }
-    Err(Defect::value(
-        "layer",
-        layer,
-        "0, as the file does not name the feature \"ancestors\"",
-    ))
+    let accepted = if ancestors == 0 {
+        "0, as the file does not name the feature \"ancestors\"".to_owned()
+    } else {
+        format!("0 to {ancestors}, the number of ancestors")
+    };
+    Err(Defect::value("layer", layer, accepted))
 }
 
 /// One block of the index, checked: the content of each of up to 512 pages.
@@ -235,16 +303,17 @@ impl IndexBlock {
         }
     }
 
-    /// Checks a decoded index block at offset `at` in the file. Afterwards every frame that it
-    /// names lies within the file, and every slot and fill number is within its frame and table.
+    /// Checks a decoded index block at offset `at` in its file, where its first page has the number
+    /// `first_page`. Afterwards every frame that it names lies within the frame's file, and every
+    /// slot and fill number is within its frame and table.
     pub(crate) fn check(
         bytes: &[u8],
         at: u64,
         first_page: u64,
         page_count: usize,
-        body: Body,
+        named: &Files<'_>,
     ) -> Result<Self, Flaw> {
-        Self::check_parts(bytes, first_page, page_count, body)
+        Self::check_parts(bytes, first_page, page_count, named)
             .map_err(|defect| Flaw::new(at, defect))
     }
 
@@ -252,7 +321,7 @@ impl IndexBlock {
         bytes: &[u8],
         first_page: u64,
         page_count: usize,
-        body: Body,
+        named: &Files<'_>,
     ) -> Result<Self, Defect> {
         let Ok((header, rest)) = RawIndexHeader::ref_from_prefix(bytes) else {
             return Err(Defect::value(
@@ -304,7 +373,7 @@ impl IndexBlock {
         let (fills, entries) = rest.split_at(fill_bytes);
         let frames = records::<layout::RawFrameRef>(frames)
             .iter()
-            .map(|raw| FrameRef::check(raw, body))
+            .map(|raw| FrameRef::check(raw, named))
             .collect::<Result<Box<[_]>, _>>()?;
         let fills = records::<zerocopy::little_endian::U64>(fills)
             .iter()

@@ -66,6 +66,12 @@
 //! Files are read, never mapped. Errors distinguish a damaged file from a failed read
 //! ([`ReadError::is_damage`]).
 //!
+//! # Layers
+//!
+//! A snapshot can be the child of another, the base: [`WriterOptions::base`]. It stores only what
+//! differs and refers to the files of its ancestors for the rest. [`Snapshot::open_path`] finds
+//! them beside the child, [`LayerFolders`] in other folders, and [`Ancestors`] anywhere.
+//!
 //! # Features
 //!
 //! The crate has no optional features. It runs on Linux and has no `unsafe` code.
@@ -94,7 +100,9 @@ pub use file::{FileError, SnapshotFile, is_unsupported};
 pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
-pub use snapshot::{FrameDecoder, Snapshot, SnapshotOptions};
+pub use snapshot::{
+    Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, Snapshot, SnapshotOptions,
+};
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{
     Attachment, DictionaryInfo, FillRun, Region, SnapshotId, Summary, WorkingSet, WorkingSetRun,

@@ -6,19 +6,19 @@
 
 use zerocopy::FromBytes;
 
+use crate::digest::Digest;
 use crate::error::{Defect, OpenError, Part};
 use crate::index::Body;
 use crate::layout::{
     FORMAT_VERSION, HEADER_BYTES, HEADER_MAGIC, MAX_SECTIONS, PAGE_SIZE, RawHeader, RawTrailer,
-    TAIL_BYTES, TRAILER_BYTES, TRAILER_MAGIC, optional, required,
+    SectionKind, TRAILER_BYTES, TRAILER_MAGIC, optional, required,
 };
 use crate::sections::Directory;
 use crate::store::{Reason, Store};
 use crate::types::{SnapshotId, Summary};
 
-/// Features that this reader supports or can ignore. It knows `ancestors` and reports it by name,
-/// but can't read such files yet.
-const SUPPORTED: u64 = required::KNOWN & !required::ANCESTORS;
+/// Features that this reader supports.
+const SUPPORTED: u64 = required::KNOWN;
 
 /// Checked content of the trailer.
 #[derive(Debug)]
@@ -31,17 +31,27 @@ pub(crate) struct Ends {
     pub(crate) body: Body,
     pub(crate) summary: Summary,
     pub(crate) directory: Directory,
+    /// Hash of the whole trailer, by which a child recognizes the file.
+    pub(crate) trailer_hash: Digest,
 }
 
-/// The last 64 KiB of a file, or all of a shorter one.
+impl Ends {
+    /// Returns the number of ancestors that the file lists.
+    pub(crate) fn ancestor_count(&self) -> u64 {
+        let section = self.directory.get(SectionKind::Ancestors);
+        section.map_or(0, |section| section.count)
+    }
+}
+
+/// The end of a file, or all of a shorter one.
 pub(crate) struct Tail {
     start: u64,
     bytes: Vec<u8>,
 }
 
 impl Tail {
-    fn read(store: &dyn Store, file_bytes: u64) -> Result<Self, OpenError> {
-        let len = usize::try_from(file_bytes).map_or(TAIL_BYTES, |len| len.min(TAIL_BYTES));
+    fn read(store: &dyn Store, file_bytes: u64, most: usize) -> Result<Self, OpenError> {
+        let len = usize::try_from(file_bytes).map_or(most, |len| len.min(most));
         let start = file_bytes - len as u64;
         let mut bytes = vec![0; len];
         read(store, Part::Trailer, &mut bytes, start)?;
@@ -72,14 +82,15 @@ impl Tail {
     }
 }
 
-/// Checks the end of the file, which takes one read.
-pub(crate) fn ends(store: &dyn Store) -> Result<(Ends, Tail), OpenError> {
+/// Checks the end of the file, of which it reads at most `tail_bytes`, in one read. They have room
+/// for the trailer.
+pub(crate) fn ends(store: &dyn Store, tail_bytes: usize) -> Result<(Ends, Tail), OpenError> {
     let file = || store.name();
     let file_bytes = store.len().map_err(|source| OpenError::NoStore {
         file: file(),
         source,
     })?;
-    let tail = Tail::read(store, file_bytes)?;
+    let tail = Tail::read(store, file_bytes, tail_bytes)?;
     if !tail.bytes.ends_with(&TRAILER_MAGIC) || file_bytes < (HEADER_BYTES + TRAILER_BYTES) as u64 {
         return Err(without_trailer(store, file_bytes));
     }
@@ -148,6 +159,32 @@ fn check_header_crc(header: &RawHeader, bytes: &[u8]) -> Result<(), Defect> {
         return Ok(());
     }
     Err(Defect::Checksum { stored, computed })
+}
+
+/// Returns the page size that the header of `store` names. Nothing if the header can't be trusted:
+/// a reader ignores a damaged one.
+pub(crate) fn header_page_size(store: &dyn Store) -> Result<Option<u32>, OpenError> {
+    let mut bytes = [0; HEADER_BYTES];
+    read(store, Part::Header, &mut bytes, 0)?;
+    let header = RawHeader::ref_from_bytes(&bytes).ok();
+    let header = header.filter(|header| {
+        bytes.starts_with(&HEADER_MAGIC) && check_header_crc(header, &bytes).is_ok()
+    });
+    Ok(header.map(|header| header.page_size.get()))
+}
+
+/// Returns the snapshot ID in the first bytes of a file; nothing if it doesn't begin like a
+/// snapshot. Only a hint: the trailer decides.
+pub(crate) fn id_in_header(store: &dyn Store) -> Option<SnapshotId> {
+    const LEN: usize = std::mem::offset_of!(RawHeader, reserved);
+    let mut bytes = [0; HEADER_BYTES];
+    store
+        .read_exact_at(&mut bytes[..LEN], 0, Reason::Open)
+        .ok()?;
+    let header = RawHeader::ref_from_bytes(&bytes).ok()?;
+    bytes
+        .starts_with(&HEADER_MAGIC)
+        .then_some(SnapshotId(header.snapshot_id))
 }
 
 /// Compares the header, the first bytes of the file, with the trailer: for the verifier.
@@ -225,13 +262,12 @@ fn check_features(file: &dyn Fn() -> String, features: u64) -> Result<(), OpenEr
     let names: Vec<String> = (0..u64::BITS)
         .map(|bit| (bit, 1 << bit))
         .filter(|(_, mask)| refused & mask != 0)
-        .map(|(bit, mask)| {
-            match required::NAMES.iter().find(|(known, _)| *known == mask) {
-                // The one feature that is known and refused: the message says what is missing.
-                Some((_, name)) => format!("{name} (the file needs its ancestors)"),
+        .map(
+            |(bit, mask)| match required::NAMES.iter().find(|(known, _)| *known == mask) {
+                Some((_, name)) => (*name).to_owned(),
                 None => format!("bit {bit}"),
-            }
-        })
+            },
+        )
         .collect();
     Err(OpenError::UnsupportedFeature {
         file: file(),
@@ -297,13 +333,15 @@ fn check_trailer(
         to: at,
     };
     let entries_at = at + std::mem::offset_of!(RawTrailer, sections) as u64;
-    let directory =
-        Directory::check(entries, entries_at, body).map_err(|flaw| OpenError::Damaged {
+    let layered = trailer.required_features.get() & required::ANCESTORS != 0;
+    let directory = Directory::check(entries, entries_at, body, layered).map_err(|flaw| {
+        OpenError::Damaged {
             file: file(),
             part: Part::Trailer,
             offset: flaw.at,
             defect: flaw.defect,
-        })?;
+        }
+    })?;
     Ok(Ends {
         id: SnapshotId(trailer.snapshot_id),
         version: trailer.version.get(),
@@ -313,5 +351,6 @@ fn check_trailer(
         body,
         summary: Summary::from(&trailer.summary),
         directory,
+        trailer_hash: blake3::hash(bytes).into(),
     })
 }

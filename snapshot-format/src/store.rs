@@ -42,6 +42,12 @@ pub trait Store: Send + Sync {
 
     /// Returns the store's name in messages: for a file, its path, escaped.
     fn name(&self) -> String;
+
+    /// Returns the folder in which the ancestors of a layered snapshot are looked for first: for a
+    /// file that was opened by its path, the folder that it lies in.
+    fn folder(&self) -> Option<PathBuf> {
+        None
+    }
 }
 
 /// A snapshot in a regular file or on a block device, read with `pread`.
@@ -49,6 +55,8 @@ pub trait Store: Send + Sync {
 pub struct FileStore {
     file: File,
     path: PathBuf,
+    /// Whether `path` is where the file was opened, and more than a name in messages.
+    opened_here: bool,
 }
 
 impl FileStore {
@@ -65,7 +73,11 @@ impl FileStore {
         // The name may refer to another file by now.
         check_kind(file.metadata()?.file_type())?;
         make_blocking(&file)?;
-        Ok(Self { file, path })
+        Ok(Self {
+            file,
+            path,
+            opened_here: true,
+        })
     }
 
     /// Wraps a file that is already open; `path` is its name in messages.
@@ -73,6 +85,7 @@ impl FileStore {
         Self {
             file,
             path: path.into(),
+            opened_here: false,
         }
     }
 
@@ -128,6 +141,15 @@ impl Store for FileStore {
 
     fn name(&self) -> String {
         escape_path(&self.path)
+    }
+
+    fn folder(&self) -> Option<PathBuf> {
+        let folder = self.path.parent().filter(|_| self.opened_here)?;
+        Some(if folder.as_os_str().is_empty() {
+            PathBuf::from(".")
+        } else {
+            folder.to_owned()
+        })
     }
 }
 

@@ -158,6 +158,20 @@ fn each_header_field_is_checked() {
 }
 
 #[test]
+fn feature_of_ancestors_needs_their_section() {
+    let mut sample = Sample::new();
+    let at = sample.trailer() + offset_of!(RawTrailer, required_features);
+    sample.put(at, &required::ANCESTORS.to_le_bytes());
+    sample.seal();
+    let error = sample.open().expect_err("refused");
+    assert!(error.is_damage(), "{error}");
+    assert!(
+        error.to_string().contains("ancestor section is missing"),
+        "{error}"
+    );
+}
+
+#[test]
 fn unsupported_feature_is_named_and_is_no_damage() {
     let refused = |at: usize, bytes: &[u8]| {
         let mut sample = Sample::new();
@@ -176,8 +190,6 @@ fn unsupported_feature_is_named_and_is_no_damage() {
         OpenError::UnsupportedVersion { version: 2, .. }
     ));
     let features = at + offset_of!(RawTrailer, required_features);
-    let error = refused(features, &required::ANCESTORS.to_le_bytes());
-    assert!(error.to_string().contains("ancestors"), "{error}");
     let error = refused(features, &(1u64 << 40 | 1 << 3).to_le_bytes());
     assert!(error.to_string().contains("bit 3, bit 40"), "{error}");
     // A reader ignores unknown optional features and unknown sections.

@@ -12,8 +12,8 @@ use counting::Counting;
 use serde_json::Value;
 use snapshot_format::layout::{PAGE_SIZE, SectionKind, TAIL_BYTES};
 use snapshot_format::{
-    Defect, FrameDecoder, MemoryStore, OpenError, Page, Reason, Report, Snapshot, Store,
-    VerifyError, VerifyOptions, WorkingSetRun, verify,
+    Defect, FrameDecoder, LayerFolders, MemoryStore, OpenError, Page, Reason, Report, Snapshot,
+    SnapshotOptions, Store, VerifyError, VerifyOptions, WorkingSetRun, verify,
 };
 
 fn folder() -> PathBuf {
@@ -65,10 +65,11 @@ fn name_of(error: &OpenError) -> String {
         OpenError::NotASnapshot { .. } => "not a snapshot".to_owned(),
         OpenError::Incomplete { .. } => "incomplete".to_owned(),
         OpenError::UnsupportedVersion { version, .. } => format!("unsupported version {version}"),
-        OpenError::UnsupportedFeature { names, .. } => {
-            let name = names.split(" (").next().unwrap_or_default();
-            format!("unsupported feature {name}")
-        }
+        OpenError::UnsupportedFeature { names, .. } => format!("unsupported feature {names}"),
+        OpenError::AncestorMissing { .. } => "orphaned: missing".to_owned(),
+        OpenError::AncestorUnusable { source, .. } => name_of(source),
+        OpenError::AncestorReplaced { .. } => "orphaned: replaced".to_owned(),
+        OpenError::AncestorCycle { .. } => "damaged cycle".to_owned(),
         OpenError::Damaged { part, defect, .. } => {
             let defect = match defect {
                 Defect::Checksum { .. } => "checksum",
@@ -118,18 +119,21 @@ enum Content {
     Lost,
 }
 
+/// Layer and offset of a frame.
+type FrameKey = (u16, u64);
+
 /// Reads pages one after the other, and decodes each frame when it is needed and is not the last
 /// one decoded.
 struct Pages {
     snapshot: Snapshot,
     decoder: FrameDecoder,
-    last: Option<(u64, Option<Vec<u8>>)>,
+    last: Option<(FrameKey, Option<Vec<u8>>)>,
 }
 
 impl Pages {
     fn open(file: &str) -> Self {
         Self {
-            snapshot: Snapshot::open(store(file)).unwrap_or_else(|error| panic!("{error}")),
+            snapshot: open(store(file)).unwrap_or_else(|error| panic!("{error}")),
             decoder: FrameDecoder::new(),
             last: None,
         }
@@ -144,7 +148,7 @@ impl Pages {
                 if self
                     .last
                     .as_ref()
-                    .is_none_or(|(at, _)| *at != frame.offset())
+                    .is_none_or(|(at, _)| *at != (frame.layer(), frame.offset()))
                 {
                     let mut out = vec![0; frame.decoded_len()];
                     let decoded =
@@ -157,7 +161,8 @@ impl Pages {
                             false
                         }
                     };
-                    self.last = Some((frame.offset(), good.then_some(out)));
+                    let at = (frame.layer(), frame.offset());
+                    self.last = Some((at, good.then_some(out)));
                 }
                 let decoded = self.last.as_ref().and_then(|(_, decoded)| decoded.as_ref());
                 decoded.map_or(Content::Lost, |bytes| {
@@ -174,7 +179,17 @@ impl Pages {
 }
 
 fn check(file: &str) -> Result<Report, VerifyError> {
-    verify(store(file), VerifyOptions::default().threads(2))
+    let options = VerifyOptions::default().threads(2);
+    verify(store(file), options.ancestors(ancestors()))
+}
+
+/// Returns the folder as the place where ancestors are.
+fn ancestors() -> Arc<LayerFolders> {
+    Arc::new(LayerFolders::new([folder()]))
+}
+
+fn open(store: Arc<dyn Store>) -> Result<Snapshot, OpenError> {
+    Snapshot::open_with(store, &SnapshotOptions::default().ancestors(ancestors()))
 }
 
 /// Returns the kinds of a report's problems, sorted, each once.
@@ -241,14 +256,14 @@ fn each_outcome_follows_from_errors_and_problems() {
                 !good && (open == "ok" || open.starts_with(outcome)),
                 "{file}"
             ),
-            "incomplete" | "not a snapshot" | "unsupported" => {
+            "incomplete" | "not a snapshot" | "unsupported" | "orphaned" => {
                 assert!(open.starts_with(outcome), "{file}");
             }
             other => panic!("{file}: {other}"),
         }
         seen.insert(outcome.to_owned());
     }
-    assert_eq!(seen.len(), 5, "{seen:?}");
+    assert_eq!(seen.len(), 6, "{seen:?}");
 }
 
 #[test]
@@ -256,7 +271,7 @@ fn reader_agrees_with_the_manifest() {
     let mut refused = 0;
     for entry in &manifest() {
         let (file, wanted) = (text(entry, "file"), text(entry, "open"));
-        match Snapshot::open(store(file)) {
+        match open(store(file)) {
             // Regions may be read on first use.
             Ok(_) => assert_eq!(wanted, "ok", "{file}"),
             Err(error) => {
@@ -265,7 +280,9 @@ fn reader_agrees_with_the_manifest() {
                     assert_eq!(part, text(&entry["place"], "part"), "{file}: {error}");
                     assert!(is_there(entry, offset), "{file}: {error}");
                 }
-                let unsupported = wanted.starts_with("unsupported");
+                // Such files get no verdict.
+                let unsupported =
+                    wanted.starts_with("unsupported") || wanted.starts_with("orphaned");
                 assert_eq!(error.is_damage(), !unsupported, "{file}: {error}");
                 match check(file) {
                     Ok(report) => assert!(!unsupported && report.problems.len() == 1, "{file}"),
@@ -446,9 +463,12 @@ fn one_read_of_the_tail_opens_a_file() {
         let bytes = fs::read(folder().join(file)).expect("a golden file");
         let tail = bytes.len().min(TAIL_BYTES) as u64;
         let counting = Arc::new(Counting::new(bytes));
-        let snapshot = Snapshot::open(counting.clone()).expect("cannot open the snapshot");
+        let snapshot = open(counting.clone()).expect("opens");
         let (reads, bytes) = counting.take(Reason::Open);
-        if file == "good-long-region-section.snap" {
+        if !snapshot.ancestors().is_empty() {
+            // Its properties have the names of the ancestors.
+            assert_eq!(reads, 2, "{file}");
+        } else if file == "good-long-region-section.snap" {
             let before = counting.len().expect("a length") - tail;
             assert_eq!(reads, 2, "{file}");
             assert!(bytes > tail && bytes <= tail + before, "{file}: {bytes}");

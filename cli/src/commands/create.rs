@@ -371,6 +371,7 @@ impl Sink for SnapshotSink {
             start: region.start,
             page_shift: region.page_shift,
             name: names::shortened(region.name.clone(), MAX_NAME_BYTES),
+            base_page: None,
         })?)
     }
 

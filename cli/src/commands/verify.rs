@@ -37,6 +37,9 @@ pub(crate) struct VerifyReport {
 
 #[derive(Serialize)]
 struct Problem {
+    /// The ancestor that has the problem, unless it is the verified file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
     what: String,
     offset: u64,
     detail: String,
@@ -86,6 +89,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
             .problems
             .into_iter()
             .map(|problem| Problem {
+                file: problem.file,
                 what: problem.what,
                 offset: problem.offset,
                 detail: problem.detail,
@@ -117,11 +121,11 @@ impl fmt::Display for VerifyReport {
             self.elapsed_ms
         )?;
         for problem in self.problems.iter().take(LISTED_PROBLEMS) {
-            writeln!(
-                f,
-                "  {} at byte {}: {}",
-                problem.what, problem.offset, problem.detail
-            )?;
+            write!(f, "  {} at byte {}", problem.what, problem.offset)?;
+            if let Some(file) = &problem.file {
+                write!(f, " of {}", names::shown(file))?;
+            }
+            writeln!(f, ": {}", problem.detail)?;
         }
         let listed = self.problems.len().min(LISTED_PROBLEMS) as u64;
         if found > listed {

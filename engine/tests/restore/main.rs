@@ -25,6 +25,7 @@ mod give_up;
 mod guest_memory;
 mod jailed;
 mod kernels;
+mod layers;
 mod lifecycle;
 mod many;
 mod orders;

@@ -51,7 +51,13 @@ pub(crate) struct Directory {
 
 impl Directory {
     /// Checks the used entries of the directory, which is at offset `at` in the file.
-    pub(crate) fn check(entries: &[RawSectionEntry], at: u64, body: Body) -> Result<Self, Flaw> {
+    /// `layered` says whether the file has the feature `ANCESTORS`.
+    pub(crate) fn check(
+        entries: &[RawSectionEntry],
+        at: u64,
+        body: Body,
+        layered: bool,
+    ) -> Result<Self, Flaw> {
         let mut sections = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
         for (number, raw) in entries.iter().enumerate() {
@@ -82,13 +88,24 @@ impl Directory {
                 return Err(Flaw::new(at, Defect::Missing { what: what.into() }));
             }
         }
-        if directory.get(SectionKind::Ancestors).is_some() {
-            let defect = Defect::value(
-                "kind of a section",
-                SectionKind::Ancestors as u32,
-                "no ancestors, as the file does not name the feature \"ancestors\"",
-            );
-            return Err(Flaw::new(at, defect));
+        match directory.get(SectionKind::Ancestors) {
+            Some(_) if !layered => {
+                let defect = Defect::value(
+                    "kind of a section",
+                    SectionKind::Ancestors as u32,
+                    "no ancestors, as the file does not name the feature \"ancestors\"",
+                );
+                return Err(Flaw::new(at, defect));
+            }
+            Some(section) if section.count == 0 => {
+                let defect = Defect::value("count of the ancestor section", 0u32, "at least 1");
+                return Err(Flaw::new(at, defect));
+            }
+            None if layered => {
+                let what = format!("{}", crate::error::Part::Section(SectionKind::Ancestors));
+                return Err(Flaw::new(at, Defect::Missing { what: what.into() }));
+            }
+            Some(_) | None => {}
         }
         Ok(directory)
     }

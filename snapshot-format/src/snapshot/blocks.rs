@@ -7,7 +7,7 @@ use zstd::zstd_safe;
 use super::Snapshot;
 use super::decoder::one_zstd_frame;
 use crate::error::{Defect, Flaw, Part, ReadError};
-use crate::index::{BlockRef, CheckedTop, IndexBlock, Page};
+use crate::index::{BlockRef, CheckedTop, Files, IndexBlock, Page};
 use crate::layout::{MAX_INDEX_BLOCK_BYTES, PAGES_PER_BLOCK_U64};
 use crate::sections;
 use crate::store::Reason;
@@ -34,7 +34,7 @@ impl Snapshot {
             }),
             Some(_) => self.uncached_block(block, reason).map(Arc::new),
             None => Err(ReadError::NoSuchBlock {
-                file: self.name.clone(),
+                file: self.name().to_owned(),
                 block,
                 count: self.top.len(),
             }),
@@ -50,7 +50,7 @@ impl Snapshot {
             Some(CheckedTop::Unavailable) => alike(Page::Unavailable),
             Some(CheckedTop::Block(index)) => self.load_block(block, index, reason),
             None => Err(ReadError::NoSuchBlock {
-                file: self.name.clone(),
+                file: self.name().to_owned(),
                 block,
                 count: self.top.len(),
             }),
@@ -81,13 +81,15 @@ impl Snapshot {
         reason: Reason,
     ) -> Result<IndexBlock, ReadError> {
         let pages = self.pages_of_block(block);
-        let damaged = |defect| self.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
+        // The number was compared with that of the ancestors when the top table was read.
+        let layer = &self.chain.layers[usize::from(index.layer)];
+        let damaged = |defect| layer.damaged(Part::IndexBlock, Flaw::new(index.offset, defect));
         // Both lengths were compared with the limit when the top table was read.
         let mut stored = [0; MAX_INDEX_BLOCK_BYTES];
         let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
         let stored = &mut stored[..usize::from(index.stored_len)];
         let decoded = &mut decoded[..usize::from(index.decoded_len)];
-        self.read(Part::IndexBlock, stored, index.offset, reason)?;
+        layer.read(Part::IndexBlock, stored, index.offset, reason)?;
         let computed = crc32fast::hash(stored);
         if computed != index.crc {
             return Err(damaged(Defect::Checksum {
@@ -113,14 +115,18 @@ impl Snapshot {
         } else {
             stored
         };
-        IndexBlock::check(
-            bytes,
-            index.offset,
-            block * PAGES_PER_BLOCK_U64,
-            pages,
-            self.ends.body,
-        )
-        .map_err(|flaw| self.damaged(Part::IndexBlock, flaw))
+        let files = Files {
+            holder: index.layer,
+            listed: &self.chain.listed[usize::from(index.layer)],
+            bodies: &self.chain.bodies,
+        };
+        let number = match index.layer {
+            0 => block,
+            _ => index.ancestor_block.into(),
+        };
+        let first_page = number * PAGES_PER_BLOCK_U64;
+        IndexBlock::check(bytes, index.offset, first_page, pages, &files)
+            .map_err(|flaw| layer.damaged(Part::IndexBlock, flaw))
     }
 
     fn decompress(&self, out: &mut [u8], from: &[u8]) -> Result<usize, &'static str> {

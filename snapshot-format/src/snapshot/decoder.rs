@@ -5,7 +5,7 @@
 //!     read the whole record into this thread's buffer         one read
 //!     CRC-32 of the record = the one that the index recorded  before any byte of it is believed
 //!     header agrees with the index; lengths add up
-//!     page list: slots within the frame, pages within the snapshot, at most 4 pages a slot
+//!     page list: slots within the frame, pages within its file, at most 4 pages a slot
 //!     payload is exactly one zstd frame                       none before, between or behind
 //!     payload -> out, exactly slots * 4096 bytes
 //! ```
@@ -15,7 +15,7 @@
 //! least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
-//! [`FrameDecoder`], a dictionary is prepared once per snapshot.
+//! [`FrameDecoder`], a dictionary is prepared once per file.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -48,13 +48,18 @@ const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
 pub struct FrameDecoder {
     record: Box<[u8]>,
     context: DCtx<'static>,
-    /// Contexts for decoding in steps, one for each dictionary, with the dictionary's number; 0
-    /// means no dictionary.
-    streams: Vec<(u16, DCtx<'static>)>,
+    /// Contexts for decoding in steps, one for each dictionary, with the dictionary's number and
+    /// the layer of its file; number 0 means no dictionary, in any layer.
+    streams: Vec<(StreamKey, DCtx<'static>)>,
     /// The snapshot whose dictionaries they have.
     streams_of: Option<SnapshotId>,
     partial: Option<PartialFrame>,
 }
+
+/// The number of a dictionary, and the layer of the file that has it.
+type StreamKey = (u16, u16);
+/// The key of the context without a dictionary.
+const NO_DICTIONARY: StreamKey = (0, 0);
 
 /// A frame that is decoded as far as it was asked for.
 struct PartialFrame {
@@ -105,12 +110,16 @@ impl FrameDecoder {
         self.partial = None;
         self.streams_of = None;
         // The first context needs no dictionary.
-        self.streams.retain(|(number, _)| *number == 0);
+        self.streams.retain(|(key, _)| *key == NO_DICTIONARY);
         if self.streams.is_empty() {
-            self.add_stream(0, &[]);
+            self.add_stream(NO_DICTIONARY, &[]);
         }
-        for (number, bytes) in snapshot.dictionary_bytes(MAX_STREAMS)? {
-            self.add_stream(number, bytes);
+        let mut left = MAX_STREAMS;
+        for (layer, file) in (0..).zip(snapshot.layers()) {
+            for (number, bytes) in file.dictionary_bytes(left)? {
+                self.add_stream((number, layer), bytes);
+                left -= 1;
+            }
         }
         self.streams_of = Some(snapshot.id());
         Ok(())
@@ -118,7 +127,7 @@ impl FrameDecoder {
 
     /// Adds a context for frames with the dictionary `bytes`. If it cannot be prepared, these
     /// frames are decoded as a whole.
-    fn add_stream(&mut self, number: u16, bytes: &[u8]) {
+    fn add_stream(&mut self, key: StreamKey, bytes: &[u8]) {
         let mut context = DCtx::create();
         let mut byte = [0_u8];
         let ready = context
@@ -129,7 +138,7 @@ impl FrameDecoder {
                 context.decompress_stream(&mut output, &mut InBuffer::around(&WARM_UP))
             });
         if ready == Ok(0) {
-            self.streams.push((number, context));
+            self.streams.push((key, context));
         }
     }
 
@@ -223,9 +232,9 @@ impl FrameDecoder {
     /// Returns the index of the context that can decode the first `pages` of `frame` in steps; none
     /// if the frame must be decoded as a whole anyway.
     fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
-        let number = match frame.codec {
-            Codec::Zstd => 0,
-            Codec::ZstdDictionary(number) => number,
+        let key = match frame.codec {
+            Codec::Zstd => NO_DICTIONARY,
+            Codec::ZstdDictionary(number) => (number, frame.layer),
             Codec::Raw => return None,
         };
         if pages >= frame.slots
@@ -234,7 +243,7 @@ impl FrameDecoder {
         {
             return None;
         }
-        self.streams.iter().position(|(have, _)| *have == number)
+        self.streams.iter().position(|(have, _)| *have == key)
     }
 }
 
@@ -295,11 +304,12 @@ fn read<'a>(
     }
     // `FrameRef::check` has compared the length with the size of the buffer.
     let record = &mut record[..frame.stored_len as usize];
-    snapshot
+    let layer = snapshot.layer_of(frame);
+    layer
         .store()
         .read_exact_at(record, frame.offset, reason)
         .map_err(|source| FrameError::Io {
-            file: snapshot.name().to_owned(),
+            file: layer.name().to_owned(),
             offset: frame.offset,
             len: frame.stored_len.into(),
             source,
@@ -309,7 +319,7 @@ fn read<'a>(
         let defect = Defect::Checksum { stored, computed };
         return Err(damaged(snapshot, frame, defect));
     }
-    Parts::check(record, frame, snapshot.page_slots())
+    Parts::check(record, frame, layer.page_slots())
         .and_then(|parts| {
             if frame.codec != Codec::Raw {
                 one_zstd_frame(parts.payload)?;
@@ -343,13 +353,13 @@ fn decode_whole(
         }
         Codec::Zstd => context.decompress(out, payload),
         Codec::ZstdDictionary(number) => {
-            let dictionary =
-                snapshot
-                    .dictionary(number)
-                    .map_err(|source| FrameError::Dictionary {
-                        offset: frame.offset,
-                        source: Box::new(source),
-                    })?;
+            let dictionary = snapshot
+                .layer_of(frame)
+                .dictionary(number)
+                .map_err(|source| FrameError::Dictionary {
+                    offset: frame.offset,
+                    source: Box::new(source),
+                })?;
             context.decompress_using_ddict(out, payload, dictionary)
         }
     };
@@ -369,7 +379,7 @@ fn is_stepwise(payload: &[u8], len: usize) -> bool {
 
 fn damaged(snapshot: &Snapshot, frame: &FrameRef, defect: Defect) -> FrameError {
     FrameError::Damaged {
-        file: snapshot.name().to_owned(),
+        file: snapshot.layer_of(frame).name().to_owned(),
         offset: frame.offset,
         defect,
     }

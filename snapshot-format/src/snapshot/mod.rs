@@ -5,8 +5,10 @@
 //! the first request, checked, and kept. A look-up reads at most one index block, which carries
 //! everything that is needed to find the frame; index blocks stay in a bounded cache.
 
+mod ancestors;
 mod blocks;
 mod decoder;
+mod layer;
 mod opening;
 mod tables;
 
@@ -19,15 +21,20 @@ use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use zstd::zstd_safe;
 
+use self::ancestors::Chain;
+pub(crate) use self::ancestors::name_property;
+pub use self::ancestors::{Ancestor, Ancestors, LayerFolders};
 pub use self::decoder::FrameDecoder;
+pub use self::layer::Layer;
 use self::opening::Tables;
-use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
+use crate::error::{OpenError, Part, ReadError};
+use crate::frame::FrameRef;
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
-use crate::layout::{HEADER_BYTES, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
+use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind, TAIL_BYTES};
 use crate::names::escape_path;
-use crate::open::{self, Ends};
-use crate::sections::{self, Blob, Directory, Section};
-use crate::store::{FileStore, Reason, Store};
+use crate::open;
+use crate::sections;
+use crate::store::{FileStore, Store};
 use crate::types::{Region, SnapshotId, Summary};
 
 /// The default of [`SnapshotOptions::max_top_bytes`]. The writer refuses to write what a reader
@@ -45,6 +52,8 @@ pub struct SnapshotOptions {
     /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
     /// costs nothing to make, so its claims must not decide how much is allocated.
     pub max_top_bytes: u64,
+    /// Where the ancestors of a layered snapshot are found. By default in the folder of its file.
+    pub ancestors: Option<Arc<dyn Ancestors>>,
 }
 
 impl Default for SnapshotOptions {
@@ -52,6 +61,7 @@ impl Default for SnapshotOptions {
         Self {
             index_cache_bytes: 8 << 20,
             max_top_bytes: DEFAULT_MAX_TOP_BYTES,
+            ancestors: None,
         }
     }
 }
@@ -70,32 +80,24 @@ impl SnapshotOptions {
         self.max_top_bytes = bytes;
         self
     }
+
+    /// Sets [`SnapshotOptions::ancestors`].
+    #[must_use]
+    pub fn ancestors(mut self, ancestors: Arc<dyn Ancestors>) -> Self {
+        self.ancestors = Some(ancestors);
+        self
+    }
 }
 
-/// An open snapshot. All methods can be called from many threads at once.
+/// An open snapshot, with the files of its ancestors if it is layered. All methods can be called
+/// from many threads at once.
 pub struct Snapshot {
-    store: Arc<dyn Store>,
-    name: String,
-    ends: Ends,
+    chain: Chain,
     top: TopTable,
     regions: Vec<Region>,
-    dictionaries: OnceLock<Vec<Dictionary>>,
     /// Decompressors for index blocks: as many as there were simultaneous look-ups.
     contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
     blocks: Cache<u64, Arc<IndexBlock>, ByMemory>,
-}
-
-/// A dictionary of the file, and its prepared form once it was needed.
-struct Dictionary {
-    blob: Blob,
-    prepared: OnceLock<Prepared>,
-}
-
-/// A dictionary that was read and checked.
-struct Prepared {
-    digested: zstd_safe::DDict<'static>,
-    /// The dictionary's bytes, for contexts that digest them themselves.
-    bytes: Vec<u8>,
 }
 
 #[derive(Clone)]
@@ -110,8 +112,8 @@ impl Weighter<u64, Arc<IndexBlock>> for ByMemory {
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Snapshot")
-            .field("name", &self.name)
-            .field("id", &self.ends.id)
+            .field("name", &self.name())
+            .field("id", &self.id())
             .field("blocks", &self.top.len())
             .finish_non_exhaustive()
     }
@@ -123,7 +125,8 @@ impl Snapshot {
         Self::open_with(store, &SnapshotOptions::default())
     }
 
-    /// Opens the regular file or block device at `path`.
+    /// Opens the regular file or block device at `path`, and its ancestors if it is layered. They
+    /// are looked for in the folder of the file.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
@@ -135,15 +138,18 @@ impl Snapshot {
 
     /// Opens the snapshot in `store` with options.
     pub fn open_with(store: Arc<dyn Store>, options: &SnapshotOptions) -> Result<Self, OpenError> {
-        let (ends, tail) = open::ends(&*store)?;
-        let name = store.name();
+        let (ends, tail) = open::ends(&*store, TAIL_BYTES)?;
+        let mut own = Layer::new(store, ends);
         let tables = Tables {
-            store: &*store,
-            name: &name,
-            ends: &ends,
+            store: own.store(),
+            name: own.name(),
+            ends: own.ends(),
             tail: &tail,
         };
+        // Everything that is wrong with the file itself is found before any other is looked for.
         let (top, regions) = tables.read(options.max_top_bytes)?;
+        own.read_listed(&tail)?;
+        let chain = open_chain(own, &top, options)?;
         let items = usize::try_from(options.index_cache_bytes / (4 << 10)).unwrap_or(usize::MAX);
         // The default is one shard for every quarter of a core. On a large machine that would split
         // the bound into pieces smaller than a few blocks.
@@ -153,16 +159,13 @@ impl Snapshot {
             .weight_capacity(options.index_cache_bytes)
             .build()
             .map_err(|error| OpenError::NoStore {
-                file: name.clone(),
+                file: chain.layers[0].name().to_owned(),
                 source: io::Error::other(error.to_string()),
             })?;
         Ok(Self {
-            store,
-            name,
-            ends,
+            chain,
             top,
             regions,
-            dictionaries: OnceLock::new(),
             contexts: Mutex::new(Vec::new()),
             blocks: Cache::with_options(
                 cache,
@@ -175,38 +178,72 @@ impl Snapshot {
 
     /// Returns the id of this layout of frames.
     pub fn id(&self) -> SnapshotId {
-        self.ends.id
+        self.own().id()
     }
 
     /// Returns the totals of the snapshot's content, as counted by its writer. `verify` counts
     /// again.
     pub fn summary(&self) -> &Summary {
-        &self.ends.summary
+        &self.own().ends().summary
     }
 
     /// Returns the length of the file, in bytes.
     pub fn file_bytes(&self) -> u64 {
-        self.ends.file_bytes
+        self.own().file_bytes()
     }
 
     /// Returns the version of the file's format.
     pub fn format_version(&self) -> u32 {
-        self.ends.version
+        self.own().ends().version
     }
 
     /// Returns the bits of [`crate::layout::optional`], and those that this version doesn't define.
     pub fn optional_features(&self) -> u64 {
-        self.ends.optional_features
+        self.own().ends().optional_features
     }
 
     /// Returns the name of the snapshot in messages, which is the store's name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.own().name()
     }
 
     /// Returns the store that the snapshot is read from.
     pub fn store(&self) -> &dyn Store {
-        &*self.store
+        self.own().store()
+    }
+
+    /// Returns the files of the ancestors, in the order of the snapshot's list; none if it is not
+    /// layered.
+    pub fn ancestors(&self) -> &[Arc<Layer>] {
+        &self.chain.layers[1..]
+    }
+
+    /// Returns file number `layer` of the snapshot: its own file for 0, then its ancestors. See
+    /// [`crate::FrameRef::layer`].
+    pub fn layer(&self, layer: u16) -> Option<&Arc<Layer>> {
+        self.chain.layers.get(usize::from(layer))
+    }
+
+    /// Returns all files of the snapshot, its own first.
+    pub(crate) fn layers(&self) -> &[Arc<Layer>] {
+        &self.chain.layers
+    }
+
+    /// Returns the file that holds `frame`. A reference from another snapshot may name a layer that
+    /// this one doesn't have; its checksum is then not that of the bytes in the own file.
+    pub(crate) fn layer_of(&self, frame: &FrameRef) -> &Layer {
+        self.layer(frame.layer()).map_or(self.own(), |layer| layer)
+    }
+
+    /// Returns the name of the file of `layer`, if that is an ancestor.
+    pub(crate) fn ancestor_name(&self, layer: u16) -> Option<&str> {
+        let ancestor = self.layer(layer).filter(|_| layer > 0)?;
+        Some(ancestor.name())
+    }
+
+    /// Returns the snapshot's own file.
+    pub(crate) fn own(&self) -> &Layer {
+        &self.chain.layers[0]
     }
 
     /// Returns the number of entries of the top table, which are the blocks of the page-number
@@ -251,7 +288,7 @@ impl Snapshot {
     }
 
     /// Returns the number of pages of a block: 512, or fewer at the end of a region.
-    fn pages_of_block(&self, block: u64) -> usize {
+    pub(crate) fn pages_of_block(&self, block: u64) -> usize {
         let first = block * PAGES_PER_BLOCK_U64;
         let region = sections::region_of(&self.regions, first);
         let pages = region.map_or(0, |region| region.first_page + region.pages - first);
@@ -259,84 +296,36 @@ impl Snapshot {
     }
 }
 
-/// Reading and checking, used by everything that follows.
-impl Snapshot {
-    pub(crate) fn directory(&self) -> &Directory {
-        &self.ends.directory
+/// Opens the ancestors of `own`, and checks the entries of its top table that point to them.
+fn open_chain(
+    mut own: Layer,
+    top: &TopTable,
+    options: &SnapshotOptions,
+) -> Result<Chain, OpenError> {
+    if own.listed_ancestors().is_empty() {
+        return Chain::open(own, &LayerFolders::default());
     }
-
-    /// Compares the header with the trailer: for the verifier.
-    pub(crate) fn check_header(&self) -> Result<(), ReadError> {
-        let mut bytes = [0; HEADER_BYTES];
-        self.read(Part::Header, &mut bytes, 0, Reason::Verify)?;
-        open::check_header(&bytes, &self.ends)
-            .map_err(|defect| self.damaged(Part::Header, Flaw::new(0, defect)))
-    }
-
-    pub(crate) fn read_section(&self, section: &Section, part: Part) -> Result<Vec<u8>, ReadError> {
-        self.read_checked(part, section.offset, section.len, section.crc)
-    }
-
-    /// Reads bytes whose length was checked against a limit and the file.
-    fn read_checked(
-        &self,
-        part: Part,
-        offset: u64,
-        len: u64,
-        crc: u32,
-    ) -> Result<Vec<u8>, ReadError> {
-        let mut bytes = buffer(len).map_err(|source| ReadError::Io {
-            file: self.name.clone(),
-            part,
-            offset,
-            len,
-            source,
-        })?;
-        self.read(part, &mut bytes, offset, Reason::Open)?;
-        self.check_crc(part, offset, crc, crc32fast::hash(&bytes))?;
-        Ok(bytes)
-    }
-
-    fn check_crc(
-        &self,
-        part: Part,
-        offset: u64,
-        stored: u32,
-        computed: u32,
-    ) -> Result<(), ReadError> {
-        if stored == computed {
-            return Ok(());
-        }
-        let defect = Defect::Checksum { stored, computed };
-        Err(self.damaged(part, Flaw::new(offset, defect)))
-    }
-
-    pub(crate) fn read(
-        &self,
-        part: Part,
-        buf: &mut [u8],
-        offset: u64,
-        reason: Reason,
-    ) -> Result<(), ReadError> {
-        self.store
-            .read_exact_at(buf, offset, reason)
-            .map_err(|source| ReadError::Io {
-                file: self.name.clone(),
-                part,
-                offset,
-                len: buf.len() as u64,
-                source,
-            })
-    }
-
-    fn damaged(&self, part: Part, flaw: Flaw) -> ReadError {
-        ReadError::Damaged {
-            file: self.name.clone(),
-            part,
+    // A hint: without it the ancestors are found by their ids.
+    let properties = own.properties().unwrap_or_default();
+    own.name_listed(|id| {
+        let key = name_property(id);
+        let known = properties.iter().find(|(known, _)| *known == key);
+        known.map(|(_, name)| name.clone())
+    });
+    let chain = match &options.ancestors {
+        Some(ancestors) => Chain::open(own, &**ancestors)?,
+        None => Chain::open(own, &LayerFolders::default())?,
+    };
+    let own = &chain.layers[0];
+    let at = own.ends().directory.get(SectionKind::Top);
+    top.check_ancestors(at.map_or(0, |section| section.offset), &chain.bodies)
+        .map_err(|flaw| OpenError::Damaged {
+            file: own.name().to_owned(),
+            part: Part::TOP,
             offset: flaw.at,
             defect: flaw.defect,
-        }
-    }
+        })?;
+    Ok(chain)
 }
 
 /// Returns zeroed memory of `len` bytes, or an error if it cannot be allocated.

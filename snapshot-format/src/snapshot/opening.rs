@@ -42,8 +42,13 @@ impl Tables<'_> {
             (regions, top)
         };
         self.check_crc(Part::TOP, top, &top_bytes)?;
-        let table = TopTable::check(top_bytes, top.offset, self.ends.body)
-            .map_err(|flaw| self.damaged(Part::TOP, flaw))?;
+        let table = TopTable::check(
+            top_bytes,
+            top.offset,
+            self.ends.body,
+            self.ends.ancestor_count(),
+        )
+        .map_err(|flaw| self.damaged(Part::TOP, flaw))?;
         self.check_crc(Part::REGIONS, regions, &region_bytes)?;
         let pages = self.ends.summary.pages;
         let regions = sections::regions(&region_bytes, regions, table.len(), pages)

@@ -2,28 +2,23 @@
 
 use std::cmp::Reverse;
 use std::io;
-use std::sync::OnceLock;
 
-use zstd::zstd_safe;
-
-use super::{Dictionary, Prepared, Snapshot, get_or_try};
+use super::Snapshot;
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::{Page, Top};
 use crate::layout::{self, PAGES_PER_BLOCK_U64, SectionKind};
-use crate::sections::{self, Blob, Section};
+use crate::sections::{self, Blob};
 use crate::store::Reason;
 use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
 
-/// Number of bytes of a blob that are in memory at a time.
-const PIECE: usize = 64 << 10;
-
 impl Snapshot {
-    /// Reads everything that decoding would otherwise read on first use: all dictionaries.
+    /// Reads everything that decoding would otherwise read on first use: all dictionaries of all
+    /// files.
     pub fn prepare(&self) -> Result<(), ReadError> {
-        for dictionary in self.dictionary_table()? {
-            self.prepared(dictionary)?;
-        }
-        Ok(())
+        self.chain
+            .layers
+            .iter()
+            .try_for_each(|layer| layer.prepare())
     }
 
     /// Returns the longest runs of pages that all repeat one word, longest first, verified against
@@ -34,11 +29,11 @@ impl Snapshot {
     /// left out of the run.
     pub fn fill_runs(&self) -> Result<Vec<FillRun>, ReadError> {
         let kind = SectionKind::FillRuns;
-        let Some((section, bytes)) = self.optional_section(kind)? else {
+        let Some((section, bytes)) = self.own().optional_section(kind)? else {
             return Ok(Vec::new());
         };
         let runs = sections::fill_runs(&bytes, section, &self.regions)
-            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))?;
+            .map_err(|flaw| self.own().damaged(Part::Section(kind), flaw))?;
         let mut good = Vec::with_capacity(runs.len());
         for (number, run) in runs.into_iter().enumerate() {
             let at = section.offset + (number * size_of::<layout::RawFillRun>()) as u64;
@@ -96,7 +91,7 @@ impl Snapshot {
                     detail: detail.into(),
                 };
                 let part = Part::Section(SectionKind::FillRuns);
-                return Err(self.damaged(part, Flaw::new(at, defect)));
+                return Err(self.own().damaged(part, Flaw::new(at, defect)));
             }
         }
         Ok(FillRun {
@@ -108,31 +103,21 @@ impl Snapshot {
 
     /// Returns the writer's properties, which describe how the file was created, sorted by key.
     pub fn properties(&self) -> Result<Vec<(String, String)>, ReadError> {
-        let kind = SectionKind::Properties;
-        let Some((section, bytes)) = self.optional_section(kind)? else {
-            return Ok(Vec::new());
-        };
-        sections::properties(&bytes, section)
-            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
+        self.own().properties()
     }
 
-    /// Returns the dictionaries that frames may name.
+    /// Returns the dictionaries of the snapshot's own file that frames may name.
     pub fn dictionaries(&self) -> Result<Vec<DictionaryInfo>, ReadError> {
-        Ok(self
-            .dictionary_table()?
-            .iter()
-            .map(|dictionary| DictionaryInfo {
-                // `sections::blobs` has checked that the number fits.
-                number: u16::try_from(dictionary.blob.tag).unwrap_or(0),
-                bytes: dictionary.blob.len,
-            })
+        let lengths = self.own().dictionary_lengths()?.into_iter();
+        Ok(lengths
+            .map(|(number, bytes)| DictionaryInfo { number, bytes })
             .collect())
     }
 
     /// Returns the working sets, in the order of the file.
     pub fn working_sets(&self) -> Result<Vec<WorkingSet>, ReadError> {
         let run = size_of::<layout::RawWorkingSetRun>() as u64;
-        let blobs = self.blobs(SectionKind::WorkingSets)?;
+        let blobs = self.own().blobs(SectionKind::WorkingSets)?;
         Ok(blobs
             .into_iter()
             .map(|blob| WorkingSet {
@@ -149,14 +134,16 @@ impl Snapshot {
     }
 
     pub(crate) fn working_set_runs(&self, blob: &Blob) -> Result<Vec<WorkingSetRun>, ReadError> {
-        let bytes = self.read_checked(Part::WorkingSet, blob.offset, blob.len, blob.crc)?;
+        let bytes = self
+            .own()
+            .read_checked(Part::WorkingSet, blob.offset, blob.len, blob.crc)?;
         sections::working_set(&bytes, blob.offset, self.page_slots())
-            .map_err(|flaw| self.damaged(Part::WorkingSet, flaw))
+            .map_err(|flaw| self.own().damaged(Part::WorkingSet, flaw))
     }
 
     /// Returns the attachments, in the order of the file.
     pub fn attachments(&self) -> Result<Vec<Attachment>, ReadError> {
-        let blobs = self.blobs(SectionKind::Attachments)?;
+        let blobs = self.own().blobs(SectionKind::Attachments)?;
         Ok(blobs
             .into_iter()
             .map(|blob| Attachment {
@@ -172,17 +159,19 @@ impl Snapshot {
     /// file changes between the two reads, that is an error after the last byte.
     pub fn read_attachment(&self, name: &str, mut out: impl io::Write) -> Result<u64, ReadError> {
         let blob = self.named_blob(SectionKind::Attachments, Part::Attachment, name)?;
-        self.check_blob(Part::Attachment, &blob, Reason::Open, |_| {
-            Ok::<_, ReadError>(())
-        })?;
-        self.check_blob(Part::Attachment, &blob, Reason::Open, |bytes| {
-            out.write_all(bytes).map_err(|source| ReadError::Output {
-                file: self.name.clone(),
-                part: Part::Attachment,
-                name: name.to_owned(),
-                source,
-            })
-        })?;
+        self.own()
+            .check_blob(Part::Attachment, &blob, Reason::Open, |_| {
+                Ok::<_, ReadError>(())
+            })?;
+        self.own()
+            .check_blob(Part::Attachment, &blob, Reason::Open, |bytes| {
+                out.write_all(bytes).map_err(|source| ReadError::Output {
+                    file: self.name().to_owned(),
+                    part: Part::Attachment,
+                    name: name.to_owned(),
+                    source,
+                })
+            })?;
         Ok(blob.len)
     }
 
@@ -195,133 +184,23 @@ impl Snapshot {
                 value: blob.len,
                 limit,
             };
-            return Err(self.damaged(Part::Attachment, Flaw::new(blob.offset, defect)));
+            return Err(self
+                .own()
+                .damaged(Part::Attachment, Flaw::new(blob.offset, defect)));
         }
-        self.read_checked(Part::Attachment, blob.offset, blob.len, blob.crc)
+        self.own()
+            .read_checked(Part::Attachment, blob.offset, blob.len, blob.crc)
     }
 }
 
-/// Accessors for the decoder and the verifier.
 impl Snapshot {
-    /// Returns the prepared dictionary for the number that a frame names.
-    pub(crate) fn dictionary(&self, number: u16) -> Result<&zstd_safe::DDict<'static>, ReadError> {
-        let known = self
-            .dictionary_table()?
-            .iter()
-            .find(|dictionary| dictionary.blob.tag == u32::from(number));
-        if let Some(dictionary) = known {
-            return Ok(&self.prepared(dictionary)?.digested);
-        }
-        let section = self.directory().get(SectionKind::Dictionaries);
-        let what = format!("dictionary {number}").into();
-        let flaw = Flaw::new(
-            section.map_or(0, |section| section.offset),
-            Defect::Missing { what },
-        );
-        Err(self.damaged(Part::Section(SectionKind::Dictionaries), flaw))
-    }
-
-    /// Returns the first `most` dictionaries, with their numbers.
-    pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, &[u8])>, ReadError> {
-        let table = self.dictionary_table()?.iter().take(most);
-        let read = table.filter_map(|dictionary| {
-            // No frame can name a larger number.
-            let number = u16::try_from(dictionary.blob.tag).ok()?;
-            let prepared = self.prepared(dictionary);
-            Some(prepared.map(|prepared| (number, &prepared.bytes[..])))
-        });
-        read.collect()
-    }
-
-    fn dictionary_table(&self) -> Result<&[Dictionary], ReadError> {
-        let table = get_or_try(&self.dictionaries, || {
-            let blobs = self.blobs(SectionKind::Dictionaries)?;
-            Ok(blobs
-                .into_iter()
-                .map(|blob| Dictionary {
-                    blob,
-                    prepared: OnceLock::new(),
-                })
-                .collect())
-        })?;
-        Ok(table)
-    }
-
-    fn prepared<'a>(&self, dictionary: &'a Dictionary) -> Result<&'a Prepared, ReadError> {
-        get_or_try(&dictionary.prepared, || {
-            let blob = &dictionary.blob;
-            let bytes = self.read_checked(Part::Dictionary, blob.offset, blob.len, blob.crc)?;
-            let digested = zstd_safe::DDict::try_create(&bytes).ok_or_else(|| {
-                let reason = "not a dictionary".into();
-                self.damaged(
-                    Part::Dictionary,
-                    Flaw::new(blob.offset, Defect::Decode { reason }),
-                )
-            })?;
-            Ok(Prepared { digested, bytes })
-        })
-    }
-
-    pub(crate) fn blobs(&self, kind: SectionKind) -> Result<Vec<Blob>, ReadError> {
-        let Some((section, bytes)) = self.optional_section(kind)? else {
-            return Ok(Vec::new());
-        };
-        sections::blobs(&bytes, section, kind, self.ends.body)
-            .map_err(|flaw| self.damaged(Part::Section(kind), flaw))
-    }
-
     fn named_blob(&self, kind: SectionKind, part: Part, name: &str) -> Result<Blob, ReadError> {
-        let blob = self.blobs(kind)?.into_iter().find(|blob| blob.name == name);
+        let blobs = self.own().blobs(kind)?;
+        let blob = blobs.into_iter().find(|blob| blob.name == name);
         blob.ok_or_else(|| ReadError::NoSuchName {
-            file: self.name.clone(),
+            file: self.name().to_owned(),
             part,
             name: name.to_owned(),
         })
-    }
-
-    /// Reads a blob piece by piece, passes the pieces on, and returns an error at the end if its
-    /// checksum is wrong.
-    pub(crate) fn check_blob<E: From<ReadError>>(
-        &self,
-        part: Part,
-        blob: &Blob,
-        reason: Reason,
-        mut each: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut hasher = crc32fast::Hasher::new();
-        let mut piece = vec![0; usize::try_from(blob.len).map_or(PIECE, |len| len.min(PIECE))];
-        let mut done = 0;
-        while done < blob.len {
-            let len = usize::try_from(blob.len - done).map_or(PIECE, |left| left.min(PIECE));
-            let piece = &mut piece[..len];
-            self.read(part, piece, blob.offset + done, reason)?;
-            hasher.update(piece);
-            each(piece)?;
-            done += len as u64;
-        }
-        Ok(self.check_crc(part, blob.offset, blob.crc, hasher.finalize())?)
-    }
-
-    /// Reads a section piece by piece, only to check it.
-    pub(crate) fn check_section(&self, section: &Section, part: Part) -> Result<(), ReadError> {
-        let blob = Blob {
-            offset: section.offset,
-            len: section.len,
-            crc: section.crc,
-            tag: 0,
-            name: String::new(),
-        };
-        self.check_blob(part, &blob, Reason::Verify, |_| Ok(()))
-    }
-
-    fn optional_section(
-        &self,
-        kind: SectionKind,
-    ) -> Result<Option<(&Section, Vec<u8>)>, ReadError> {
-        let Some(section) = self.directory().get(kind) else {
-            return Ok(None);
-        };
-        let bytes = self.read_section(section, Part::Section(kind))?;
-        Ok(Some((section, bytes)))
     }
 }

@@ -64,7 +64,10 @@ impl Check<'_> {
         while at < to {
             let len = usize::try_from(to - at).map_or(PIECE, |len| len.min(PIECE));
             let piece = &mut piece[..len];
-            let read = self.snapshot.read(Part::Gap, piece, at, Reason::Verify);
+            let read = self
+                .snapshot
+                .own()
+                .read(Part::Gap, piece, at, Reason::Verify);
             if let Err(error) = read {
                 self.problem(error);
                 return self.stop_if_failed();

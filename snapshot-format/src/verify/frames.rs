@@ -7,11 +7,53 @@ use super::pages::Window;
 use super::{Problem, VerifyError};
 use crate::digest::{self, Digest};
 use crate::error::{FrameError, Part};
-use crate::frame::FrameRef;
+use crate::frame::{FrameRef, ListedPages};
 use crate::index::Page;
 use crate::layout::{MAX_FRAME_SLOTS, PAGE_SIZE};
 use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
+
+/// Layer and offset of a frame.
+pub(super) type FrameKey = (u16, u64);
+
+/// Returns what identifies a frame among all files.
+pub(super) fn key(frame: &FrameRef) -> FrameKey {
+    (frame.layer(), frame.offset())
+}
+
+/// Slots of a frame, one bit each. Those of most frames fit into one word.
+pub(super) struct Slots {
+    first: u64,
+    more: Box<[u64]>,
+}
+
+impl Slots {
+    pub(super) fn new(count: u16) -> Self {
+        let words = usize::from(count).div_ceil(64);
+        Self {
+            first: 0,
+            more: vec![0; words.saturating_sub(1)].into(),
+        }
+    }
+
+    pub(super) fn add(&mut self, slot: u16) {
+        let bit = 1 << (slot % 64);
+        match usize::from(slot / 64).checked_sub(1) {
+            None => self.first |= bit,
+            Some(word) => self.more[word] |= bit,
+        }
+    }
+
+    pub(super) fn contains(&self, slot: u16) -> bool {
+        let word = usize::from(slot / 64).checked_sub(1);
+        word.map_or(self.first, |word| self.more[word]) & 1 << (slot % 64) != 0
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        let words = std::iter::once(&self.first).chain(&self.more);
+        words.map(|word| u64::from(word.count_ones())).sum()
+    }
+}
 
 /// Maximum number of problems that one frame may add; the rest are counted.
 const MAX_OF_ONE: usize = 8;
@@ -30,6 +72,8 @@ pub(super) struct Seen {
     /// Digest of each slot; none if it could not be decoded.
     pub(super) digests: Option<Arc<[Digest]>>,
     pub(super) problems: Vec<Problem>,
+    /// Slots that the frame's list names, if there is one that it doesn't.
+    pub(super) listed: Option<Slots>,
     pub(super) more: u64,
     /// The store failed, which says nothing about the frame.
     pub(super) failed: Option<VerifyError>,
@@ -74,7 +118,7 @@ const ENTRY: usize = 3;
 /// other.
 pub(super) struct Remembered {
     /// None for a bad frame.
-    frames: HashMap<u64, Option<Arc<[Digest]>>>,
+    frames: HashMap<FrameKey, Option<Arc<[Digest]>>>,
     left: usize,
 }
 
@@ -89,7 +133,7 @@ impl Default for Remembered {
 
 impl Remembered {
     pub(super) fn get(&self, wanted: &Wanted) -> Option<Seen> {
-        let digests = self.frames.get(&wanted.frame.offset())?.clone();
+        let digests = self.frames.get(&key(&wanted.frame))?.clone();
         Some(Seen {
             digests,
             ..Seen::default()
@@ -97,14 +141,14 @@ impl Remembered {
     }
 
     pub(super) fn keep(&mut self, wanted: &Wanted, digests: Option<Arc<[Digest]>>) {
-        let offset = wanted.frame.offset();
+        let key = key(&wanted.frame);
         let cost = digests.as_ref().map_or(0, |digests| digests.len()) + ENTRY;
-        if wanted.new && digests.is_some() || self.frames.contains_key(&offset) {
+        if wanted.new && digests.is_some() || self.frames.contains_key(&key) {
             return;
         }
         if let Some(left) = self.left.checked_sub(cost) {
             self.left = left;
-            self.frames.insert(offset, digests);
+            self.frames.insert(key, digests);
         }
     }
 }
@@ -119,6 +163,7 @@ pub(super) fn look_at(
 ) -> Seen {
     let frame = &wanted.frame;
     let out = &mut out[..frame.decoded_len()];
+    let file = snapshot.ancestor_name(frame.layer());
     let mut seen = Seen::default();
     let listed = match decoder.decode(snapshot, frame, Reason::Verify, out) {
         Ok(listed) => listed,
@@ -129,7 +174,7 @@ pub(super) fn look_at(
         Err(error) => {
             // A frame that several windows need is reported once.
             if wanted.new {
-                seen.add(Part::Frame.to_string(), frame.offset(), detail(&error));
+                seen.add(file, Part::Frame.to_string(), frame, detail(&error));
             }
             return seen;
         }
@@ -143,12 +188,27 @@ pub(super) fn look_at(
     for (slot, page) in pages.enumerate() {
         if digest::fill_word(page).is_some() {
             let detail = format!("slot {slot} stores a fill");
-            seen.add(Part::Frame.to_string(), frame.offset(), detail);
+            seen.add(file, Part::Frame.to_string(), frame, detail);
         }
         digests.push(digest::page(page));
     }
     seen.digests = Some(digests.into());
-    let mut has_page = vec![false; frame.slots().into()];
+    // The list of another file's frame has that file's page numbers.
+    if file.is_none() {
+        check_list(snapshot, window, frame, listed, &mut seen);
+    }
+    seen
+}
+
+/// Compares the page list of a frame of the verified file with the index.
+fn check_list(
+    snapshot: &Snapshot,
+    window: &Window,
+    frame: &FrameRef,
+    listed: ListedPages<'_>,
+    seen: &mut Seen,
+) {
+    let mut slots = Slots::new(frame.slots());
     let mut pages: Vec<u64> = listed
         .runs()
         .flat_map(|run| run.first_page..run.first_page + u64::from(run.count))
@@ -156,12 +216,12 @@ pub(super) fn look_at(
     pages.sort_unstable();
     if let Some([page, _]) = pages.windows(2).find(|pair| pair[0] == pair[1]) {
         let detail = format!("page {page} is listed twice");
-        seen.add("page list".to_owned(), frame.offset(), detail);
+        seen.add(None, "page list".to_owned(), frame, detail);
     }
     for run in listed.runs() {
         for i in 0..run.count {
             let (page, slot) = (run.first_page + u64::from(i), run.slot + i);
-            has_page[usize::from(slot)] = true;
+            slots.add(slot);
             let indexed = match window.look_up(page) {
                 Some(indexed) => indexed,
                 None => match snapshot.look_up(page, Reason::Verify) {
@@ -170,7 +230,7 @@ pub(super) fn look_at(
                     Err(error) if error.is_damage() => continue,
                     Err(error) => {
                         seen.failed = Some(error.into());
-                        return seen;
+                        return;
                     }
                 },
             };
@@ -183,23 +243,22 @@ pub(super) fn look_at(
                     "page {page} is listed in slot {slot} of the frame, but its index entry \
                      points elsewhere"
                 );
-                seen.add("page list".to_owned(), frame.offset(), detail);
+                seen.add(None, "page list".to_owned(), frame, detail);
             }
         }
     }
-    if let Some(slot) = has_page.iter().position(|listed| !listed) {
-        let detail = format!("no page is listed for slot {slot} of the frame");
-        seen.add("page list".to_owned(), frame.offset(), detail);
+    if slots.len() < frame.slots().into() {
+        seen.listed = Some(slots);
     }
-    seen
 }
 
 impl Seen {
-    fn add(&mut self, what: String, offset: u64, detail: String) {
+    fn add(&mut self, file: Option<&str>, what: String, frame: &FrameRef, detail: String) {
         if self.problems.len() < MAX_OF_ONE {
             self.problems.push(Problem {
+                file: file.map(ToOwned::to_owned),
                 what,
-                offset,
+                offset: frame.offset(),
                 detail,
             });
         } else {

@@ -16,13 +16,16 @@
 //! fill runs                                  as the index says
 //! ```
 //!
+//! Of the ancestors of a layered snapshot, the index blocks and frames that its pages use are
+//! checked like its own, except for page lists. Everything else in them is their own affair.
+//!
 //! A frame that several windows need is decoded at most twice: after that its digests are
 //! remembered. There is room for the digests of a million slots, which is 4 GiB of content shared
 //! by windows; beyond it, a frame is decoded once for each window that needs it.
 //!
 //! Maximum memory: 100 MiB with frames of 32 pages (160 MiB more if each page is a frame of its
 //! own), 4 MiB for each thread, the top table, the longest of the sections and working sets (each
-//! is read whole, and has at most 256 MiB), and 120 bytes for each frame and index block of the
+//! is read whole, and has at most 256 MiB), and 150 bytes for each frame and index block of the
 //! file. Measured with 4 GiB of pages that all differ: 36 MiB in frames of 32 pages, 238 MiB in a
 //! million frames of one.
 
@@ -37,7 +40,7 @@ use std::sync::Arc;
 use crate::digest::{self, Digest};
 use crate::error::{FrameError, OpenError, Part, ReadError};
 use crate::layout::SectionKind;
-use crate::snapshot::{Snapshot, SnapshotOptions};
+use crate::snapshot::{Ancestors, Snapshot, SnapshotOptions};
 use crate::store::{Reason, Store};
 use crate::types::Summary;
 
@@ -69,6 +72,8 @@ pub struct VerifyOptions<'a> {
     pub progress: Option<VerifyCallback<'a>>,
     /// See [`SnapshotOptions::max_top_bytes`].
     pub max_top_bytes: Option<u64>,
+    /// See [`SnapshotOptions::ancestors`].
+    pub ancestors: Option<Arc<dyn Ancestors>>,
 }
 
 impl fmt::Debug for VerifyOptions<'_> {
@@ -94,6 +99,13 @@ impl<'a> VerifyOptions<'a> {
         self
     }
 
+    /// Sets [`VerifyOptions::ancestors`].
+    #[must_use]
+    pub fn ancestors(mut self, ancestors: Arc<dyn Ancestors>) -> Self {
+        self.ancestors = Some(ancestors);
+        self
+    }
+
     /// Sets [`VerifyOptions::progress`].
     #[must_use]
     pub fn progress(
@@ -108,6 +120,8 @@ impl<'a> VerifyOptions<'a> {
 /// One problem of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
+    /// Name of the ancestor's file that has the problem; none if it is the verified file.
+    pub file: Option<String>,
     /// The kind of the problem, in a word or two: a [`Part`], or `digest`, `summary`, `page list`,
     /// `overlap`.
     pub what: String,
@@ -140,11 +154,15 @@ impl Report {
     }
 
     fn add(&mut self, what: impl fmt::Display, offset: u64, detail: impl Into<String>) {
-        let problem = Problem {
+        self.add_problem(Problem {
+            file: None,
             what: what.to_string(),
             offset,
             detail: detail.into(),
-        };
+        });
+    }
+
+    fn add_problem(&mut self, problem: Problem) {
         // A problem that several checks come across, such as in a section that is read twice, is
         // reported once.
         if self.problems.contains(&problem) {
@@ -157,23 +175,34 @@ impl Report {
         }
     }
 
-    /// Adds the error of reading a part.
-    fn add_error(&mut self, error: &ReadError) {
-        match error {
+    /// Adds the error of reading a part of the file called `own`, or of an ancestor.
+    fn add_error(&mut self, error: &ReadError, own: &str) {
+        let (what, offset, detail) = match error {
             ReadError::Damaged {
                 part,
                 offset,
                 defect,
                 ..
-            } => self.add(part, *offset, defect.to_string()),
+            } => (part.to_string(), *offset, defect.to_string()),
             ReadError::Io {
                 part,
                 offset,
                 source,
                 ..
-            } => self.add(part, *offset, format!("cannot be read: {source}")),
-            other => self.add("file", 0, other.to_string()),
-        }
+            } => (
+                part.to_string(),
+                *offset,
+                format!("cannot be read: {source}"),
+            ),
+            other => ("file".to_owned(), 0, other.to_string()),
+        };
+        let file = error.file();
+        self.add_problem(Problem {
+            file: (file != own).then(|| file.to_owned()),
+            what,
+            offset,
+            detail,
+        });
     }
 }
 
@@ -206,10 +235,11 @@ pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Repor
     if let Some(bytes) = options.max_top_bytes {
         how = how.max_top_bytes(bytes);
     }
+    how.ancestors = options.ancestors;
     let snapshot = match Snapshot::open_with(store, &how) {
         Ok(snapshot) => snapshot,
         Err(error) if error.is_damage() => {
-            add_open_error(&mut report, &error);
+            add_open_error(&mut report, &error, None);
             return Ok(report);
         }
         Err(error) => return Err(error.into()),
@@ -225,6 +255,7 @@ pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Repor
         progress: options.progress,
         counted: Summary::default(),
         extents: extents::Extents::default(),
+        own_pages: 0,
         attachments: Vec::new(),
         complete: true,
         failed: None,
@@ -240,29 +271,43 @@ pub fn verify(store: Arc<dyn Store>, options: VerifyOptions<'_>) -> Result<Repor
     Ok(check.report)
 }
 
-fn add_open_error(report: &mut Report, error: &OpenError) {
-    match error {
+/// Adds the damage that opening a file found; `ancestor` is its name if it is not the verified one.
+fn add_open_error(report: &mut Report, error: &OpenError, ancestor: Option<&str>) {
+    let (part, offset, detail) = match error {
         OpenError::Damaged {
             part,
             offset,
             defect,
             ..
-        } => report.add(part, *offset, defect.to_string()),
+        } => (*part, *offset, defect.to_string()),
         OpenError::Io {
             part,
             offset,
             source,
             ..
-        } => report.add(part, *offset, format!("cannot be read: {source}")),
+        } => (*part, *offset, format!("cannot be read: {source}")),
         OpenError::Incomplete { file, file_bytes } => {
-            report.add(Part::Trailer, *file_bytes, without_name(error, file));
+            (Part::Trailer, *file_bytes, without_name(error, file))
         }
         OpenError::NotASnapshot { file, .. } => {
-            report.not_a_snapshot = true;
-            report.add(Part::Header, 0, without_name(error, file));
+            report.not_a_snapshot = ancestor.is_none();
+            (Part::Header, 0, without_name(error, file))
         }
-        other => report.add(Part::Header, 0, other.to_string()),
-    }
+        OpenError::AncestorUnusable { source, .. } => {
+            return add_open_error(report, source, Some(source.file()));
+        }
+        OpenError::AncestorCycle { file, .. } => {
+            let part = Part::Section(SectionKind::Ancestors);
+            (part, 0, without_name(error, file))
+        }
+        other => (Part::Header, 0, other.to_string()),
+    };
+    report.add_problem(Problem {
+        file: ancestor.map(ToOwned::to_owned),
+        what: part.to_string(),
+        offset,
+        detail,
+    });
 }
 
 /// Formats an error without the file's name, which the caller that asked for the report knows.
@@ -286,6 +331,8 @@ struct Check<'a> {
     /// The summary as it should be.
     counted: Summary,
     extents: extents::Extents,
+    /// Pages whose frame lies in the file itself.
+    own_pages: u64,
     /// Names and digests of the attachments that were read.
     attachments: Vec<(String, Digest)>,
     /// Whether everything so far was readable. If so, bytes that remain unexplained are a problem
@@ -332,7 +379,7 @@ impl Check<'_> {
     /// Records damage as a problem; any other error ends the verification.
     fn problem(&mut self, error: ReadError) {
         if error.is_damage() {
-            self.report.add_error(&error);
+            self.report.add_error(&error, self.snapshot.name());
         } else {
             self.failed.get_or_insert(error.into());
         }
@@ -340,15 +387,15 @@ impl Check<'_> {
 
     /// Checks the header, which nothing else depends on.
     fn header(&mut self) {
-        if let Err(error) = self.snapshot.check_header() {
+        if let Err(error) = self.snapshot.own().check_header() {
             self.problem(error);
         }
     }
 
     /// Checks every section and everything that it points to, except the index.
     fn sections(&mut self) -> Result<(), VerifyError> {
-        let snapshot = self.snapshot;
-        for section in snapshot.directory().all() {
+        let own = self.snapshot.own();
+        for section in own.ends().directory.all() {
             let kind = SectionKind::from_number(section.number);
             let part = kind.map_or(Part::UnknownSection(section.number), Part::Section);
             self.extents.add(part, section.offset, section.len);
@@ -356,7 +403,7 @@ impl Check<'_> {
                 // Read and checked when the snapshot was opened.
                 Some(SectionKind::Top | SectionKind::Regions) => {}
                 Some(SectionKind::Properties) => {
-                    self.note(snapshot.properties());
+                    self.note(own.properties());
                 }
                 Some(
                     kind @ (SectionKind::Dictionaries
@@ -368,7 +415,7 @@ impl Check<'_> {
                     SectionKind::FillRuns | SectionKind::BlockDigests | SectionKind::Ancestors,
                 )
                 | None => {
-                    let checked = snapshot.check_section(section, part);
+                    let checked = own.check_section(section, part);
                     self.note(checked);
                 }
             }
@@ -379,14 +426,15 @@ impl Check<'_> {
 
     fn blobs(&mut self, kind: SectionKind) -> Result<(), VerifyError> {
         let snapshot = self.snapshot;
-        let Some(blobs) = self.note(snapshot.blobs(kind)) else {
+        let own = snapshot.own();
+        let Some(blobs) = self.note(own.blobs(kind)) else {
             return Ok(());
         };
         for blob in blobs {
             let (part, result) = match kind {
                 SectionKind::Dictionaries => {
                     let number = u16::try_from(blob.tag).unwrap_or(0);
-                    (Part::Dictionary, snapshot.dictionary(number).map(|_| ()))
+                    (Part::Dictionary, own.dictionary(number).map(|_| ()))
                 }
                 SectionKind::WorkingSets => {
                     let runs = snapshot.working_set_runs(&blob);
@@ -396,7 +444,7 @@ impl Check<'_> {
                 _ => {
                     let part = Part::Attachment;
                     let mut hasher = blake3::Hasher::new();
-                    let checked = snapshot.check_blob(part, &blob, Reason::Verify, |bytes| {
+                    let checked = own.check_blob(part, &blob, Reason::Verify, |bytes| {
                         hasher.update(bytes);
                         self.report_progress()
                     });

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use rayon::prelude::*;
 
-use super::frames::{Remembered, Seen, Wanted, Workers, look_at};
-use super::{Check, VerifyError};
+use super::frames::{FrameKey, Remembered, Seen, Slots, Wanted, Workers, key, look_at};
+use super::{Check, Problem, VerifyError};
 use crate::digest::{self, ContentHasher, Digest, UniformBlocks};
 use crate::error::{Part, ReadError};
 use crate::frame::FrameRef;
@@ -35,6 +35,13 @@ impl Window {
     }
 }
 
+/// A frame that some index block names.
+struct Known {
+    frame: FrameRef,
+    /// Slots that pages use.
+    used: Slots,
+}
+
 /// Digests of the blocks as they become known, and the root over them.
 struct Digests {
     content: ContentHasher,
@@ -43,6 +50,8 @@ struct Digests {
     pages: Vec<Digest>,
     /// Blocks of the window with a page whose content is not known.
     unknown: Vec<bool>,
+    /// Frames whose page list doesn't name all their slots, with those that it names.
+    partly_listed: Vec<(FrameKey, Slots)>,
     remembered: Remembered,
 }
 
@@ -56,6 +65,7 @@ impl Check<'_> {
             uniform: UniformBlocks::default(),
             pages: Vec::new(),
             unknown: Vec::new(),
+            partly_listed: Vec::new(),
             remembered: Remembered::default(),
         };
         let mut first = 0;
@@ -76,16 +86,33 @@ impl Check<'_> {
             self.report_progress()?;
             first += count;
         }
-        for frame in frames.values() {
+        let mut own: Vec<&Known> = frames
+            .values()
+            .filter(|known| known.frame.layer() == 0)
+            .collect();
+        own.sort_by_key(|known| known.frame.offset());
+        let mut used_slots = 0;
+        for known in own {
+            let frame = &known.frame;
+            used_slots += known.used.len();
             self.counted.frames += 1;
             self.counted.stored_pages += u64::from(frame.slots());
             self.counted.stored_bytes += u64::from(frame.stored_len());
             self.extents
                 .add(Part::Frame, frame.offset(), frame.stored_len().into());
         }
-        // Stored entries were counted as duplicates, but one for each slot is not one.
-        let stored = self.counted.stored_pages;
-        self.counted.duplicate_pages = self.counted.duplicate_pages.saturating_sub(stored);
+        for (key, listed) in &digests.partly_listed {
+            let Some(Known { frame, used }) = frames.get(key) else {
+                continue;
+            };
+            let mut slots = 0..frame.slots();
+            if let Some(slot) = slots.find(|slot| used.contains(*slot) && !listed.contains(*slot)) {
+                let detail = format!("no page is listed for slot {slot} of the frame");
+                self.report.add("page list", frame.offset(), detail);
+            }
+        }
+        // The first page of each slot is no duplicate.
+        self.counted.duplicate_pages = self.own_pages.saturating_sub(used_slots);
         let regions = self.snapshot.regions();
         self.counted.content_digest = digests
             .content
@@ -106,7 +133,7 @@ impl Check<'_> {
         });
         let mut blocks = Vec::with_capacity(loaded.len());
         for (block, loaded) in (first..).zip(loaded) {
-            if let Some(index) = snapshot.block_ref(block) {
+            if let Some(index) = snapshot.block_ref(block).filter(|index| index.layer == 0) {
                 self.counted.index_bytes += u64::from(index.stored_len);
                 self.extents
                     .add(Part::IndexBlock, index.offset, index.stored_len.into());
@@ -121,24 +148,28 @@ impl Check<'_> {
     fn plan(
         &mut self,
         window: &Window,
-        frames: &mut HashMap<u64, FrameRef>,
+        frames: &mut HashMap<FrameKey, Known>,
         digests: &mut Digests,
     ) -> Vec<Wanted> {
-        let mut wanted: HashMap<u64, Wanted> = HashMap::new();
+        let mut wanted: HashMap<FrameKey, Wanted> = HashMap::new();
         for (number, block) in window.blocks.iter().enumerate() {
             let Some(block) = block else { continue };
-            let offset = self
+            let place = self
                 .snapshot
                 .block_ref(window.first + number as u64)
-                .map_or(0, |index| index.offset);
+                .map_or((0, 0), |index| (index.layer, index.offset));
             // Frames as numbered by this block: whether each agrees with other blocks.
             let known: Vec<bool> = block
                 .frames()
                 .iter()
                 .map(|frame| {
-                    let new = !frames.contains_key(&frame.offset());
-                    let first = *frames.entry(frame.offset()).or_insert(*frame);
-                    wanted.entry(frame.offset()).or_insert(Wanted {
+                    let new = !frames.contains_key(&key(frame));
+                    let first = frames.entry(key(frame)).or_insert_with(|| Known {
+                        frame: *frame,
+                        used: Slots::new(frame.slots()),
+                    });
+                    let first = first.frame;
+                    wanted.entry(key(frame)).or_insert(Wanted {
                         frame: first,
                         new,
                         uses: Vec::new(),
@@ -148,21 +179,21 @@ impl Check<'_> {
                 .collect();
             if known.contains(&false) {
                 let detail = "names a frame otherwise than another index block does";
-                self.report.add(Part::IndexBlock, offset, detail);
+                self.index_problem(place, detail);
             }
-            self.unused(block, offset);
+            self.unused(block, place);
             let fills: Vec<Digest> = block
                 .fills()
                 .iter()
                 .map(|word| digest::fill(*word))
                 .collect();
             for i in 0..block.page_count() {
-                let place = number * PAGES_PER_BLOCK + i;
+                let at = number * PAGES_PER_BLOCK + i;
                 self.counted.pages += 1;
                 match block.page(i) {
                     Page::Fill(word) => {
                         let fill = block.fills().iter().position(|fill| *fill == word);
-                        digests.pages[place] = fills[fill.unwrap_or(0)];
+                        digests.pages[at] = fills[fill.unwrap_or(0)];
                         if word == 0 {
                             self.counted.zero_pages += 1;
                         } else {
@@ -171,18 +202,18 @@ impl Check<'_> {
                         self.report.pages_checked += 1;
                     }
                     Page::Unavailable => {
-                        digests.pages[place] = digest::unavailable();
+                        digests.pages[at] = digest::unavailable();
                         self.counted.unavailable_pages += 1;
                         self.report.pages_checked += 1;
                     }
                     Page::Stored { frame, slot } => {
-                        self.counted.duplicate_pages += 1;
+                        self.own_pages += u64::from(frame.layer() == 0);
                         let agrees = block.stored(i).is_some_and(|(frame, _)| known[frame]);
-                        match wanted.get_mut(&frame.offset()).filter(|_| agrees) {
+                        match wanted.get_mut(&key(&frame)).filter(|_| agrees) {
                             // A window has 2^19 pages.
                             Some(wanted) => wanted
                                 .uses
-                                .push((u32::try_from(place).unwrap_or(u32::MAX), slot)),
+                                .push((u32::try_from(at).unwrap_or(u32::MAX), slot)),
                             None => digests.unknown[number] = true,
                         }
                     }
@@ -191,12 +222,20 @@ impl Check<'_> {
             }
         }
         let mut wanted: Vec<Wanted> = wanted.into_values().collect();
-        wanted.sort_by_key(|wanted| wanted.frame.offset());
+        for wanted in &wanted {
+            if let Some(known) = frames.get_mut(&key(&wanted.frame)) {
+                wanted
+                    .uses
+                    .iter()
+                    .for_each(|(_, slot)| known.used.add(*slot));
+            }
+        }
+        wanted.sort_by_key(|wanted| key(&wanted.frame));
         wanted
     }
 
     /// Checks that an index block names nothing twice and has no unused frames or words.
-    fn unused(&mut self, block: &IndexBlock, offset: u64) {
+    fn unused(&mut self, block: &IndexBlock, place: (u16, u64)) {
         let mut used = vec![false; block.frames().len()];
         let mut used_words = vec![false; block.fills().len()];
         for i in 0..block.page_count() {
@@ -209,24 +248,33 @@ impl Check<'_> {
         }
         if let Some(word) = used_words.iter().position(|used| !used) {
             let detail = format!("names fill word {word}, which no page of it uses");
-            self.report.add(Part::IndexBlock, offset, detail);
+            self.index_problem(place, detail);
         }
         if let Some(frame) = used.iter().position(|used| !used) {
             let detail = format!("names frame {frame}, which no page of it uses");
-            self.report.add(Part::IndexBlock, offset, detail);
+            self.index_problem(place, detail);
         }
-        let mut offsets: Vec<u64> = block.frames().iter().map(FrameRef::offset).collect();
+        let mut offsets: Vec<FrameKey> = block.frames().iter().map(key).collect();
         offsets.sort_unstable();
         if offsets.windows(2).any(|pair| pair[0] == pair[1]) {
-            self.report
-                .add(Part::IndexBlock, offset, "names a frame twice");
+            self.index_problem(place, "names a frame twice");
         }
         let mut words = block.fills().to_vec();
         words.sort_unstable();
         if words.windows(2).any(|pair| pair[0] == pair[1]) {
-            self.report
-                .add(Part::IndexBlock, offset, "names a fill word twice");
+            self.index_problem(place, "names a fill word twice");
         }
+    }
+
+    /// Reports a problem of the index block at this layer and offset.
+    fn index_problem(&mut self, (layer, offset): (u16, u64), detail: impl Into<String>) {
+        let file = self.snapshot.ancestor_name(layer);
+        self.report.add_problem(Problem {
+            file: file.map(ToOwned::to_owned),
+            what: Part::IndexBlock.to_string(),
+            offset,
+            detail: detail.into(),
+        });
     }
 
     fn decode_batch(
@@ -252,8 +300,10 @@ impl Check<'_> {
         for (wanted, seen) in batch.iter().zip(seen) {
             self.report.frames_checked += u64::from(wanted.new);
             for problem in seen.problems {
-                self.report
-                    .add(problem.what, problem.offset, problem.detail);
+                self.report.add_problem(problem);
+            }
+            if let Some(listed) = seen.listed {
+                digests.partly_listed.push((key(&wanted.frame), listed));
             }
             self.report.more_problems += seen.more;
             if let Some(failed) = seen.failed {
@@ -297,7 +347,8 @@ impl Check<'_> {
             self.pages_done += index.as_ref().map_or(0, |index| index.page_count() as u64);
             let differs = recorded.get(number).filter(|recorded| **recorded != digest);
             if differs.is_some() {
-                let section = self.snapshot.directory().get(SectionKind::BlockDigests);
+                let directory = &self.snapshot.own().ends().directory;
+                let section = directory.get(SectionKind::BlockDigests);
                 let at = section.map_or(0, |section| section.offset) + 32 * block;
                 let detail = format!("block {block} has another digest than is recorded");
                 self.report.add("digest", at, detail);
@@ -336,7 +387,8 @@ impl Check<'_> {
     /// section of them.
     fn recorded_digests(&mut self, window: &Window) -> Vec<Digest> {
         let snapshot = self.snapshot;
-        let Some(section) = snapshot.directory().get(SectionKind::BlockDigests) else {
+        let directory = &snapshot.own().ends().directory;
+        let Some(section) = directory.get(SectionKind::BlockDigests) else {
             return Vec::new();
         };
         if section.count != snapshot.block_count() {
@@ -352,7 +404,7 @@ impl Check<'_> {
             return Vec::new();
         }
         let mut digests = vec![Digest::default(); window.blocks.len()];
-        let read = snapshot.read(
+        let read = snapshot.own().read(
             Part::Section(SectionKind::BlockDigests),
             digests.as_flattened_mut(),
             section.offset + 32 * window.first,

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use super::WriteError;
+use super::base::{Base, BasePage, Kept};
 use super::dedup::Key;
 use super::workers::Event;
 use crate::digest::{self, Digest};
@@ -56,6 +58,8 @@ pub(super) enum Given {
     /// Its bytes are in the buffer.
     Bytes,
     Alike(Alike),
+    /// As in the base.
+    Base,
 }
 
 /// Content of a page, as found by examining it.
@@ -63,12 +67,18 @@ pub(super) enum Given {
 pub(super) enum Seen {
     Alike(Alike),
     Data(Key),
+    /// In a frame of the base or of one of its ancestors.
+    Base(BasePage),
 }
 
 /// The pages of an index block and the digest of their content.
 pub(super) struct Examined {
     pub(super) pages: Vec<Seen>,
     pub(super) digest: Digest,
+    /// The base's block, if this one is the same.
+    pub(super) kept: Option<Kept>,
+    /// Slots of the frames of the base's block, if this one differs.
+    pub(super) base_pages: Vec<(Key, BasePage)>,
 }
 
 impl Examined {
@@ -82,12 +92,31 @@ impl Examined {
     }
 }
 
-/// Examines every page: finds fills, and computes the digests of the others.
+/// Examines every page: finds fills, and computes the digests of the others. Compares them with a
+/// block of the base, if there is one.
 ///
 /// # Panics
 ///
 /// If a page was given as bytes and there is no buffer: bytes of the caller's would be lost.
-pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Examined {
+pub(super) fn examine(
+    given: &[Given],
+    buffer: Option<&Arc<BlockBuffer>>,
+    base: Option<&(Arc<Base>, u64)>,
+) -> Result<Examined, WriteError> {
+    match base {
+        Some((base, number)) => base.examine(given, buffer, *number),
+        None => Ok(examine_pages(given, buffer, |_| {
+            unreachable!("a writer without a base takes no page of it")
+        })),
+    }
+}
+
+/// Examines every page on its own; `of_base` returns what a page of the base is, and its digest.
+pub(super) fn examine_pages(
+    given: &[Given],
+    buffer: Option<&Arc<BlockBuffer>>,
+    of_base: impl Fn(usize) -> (Seen, Digest),
+) -> Examined {
     let mut digests = Vec::with_capacity(given.len());
     let mut last_fill = None;
     let pages = given
@@ -96,6 +125,11 @@ pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Exa
         .map(|(index, given)| {
             let alike = match *given {
                 Given::Alike(alike) => alike,
+                Given::Base => {
+                    let (seen, digest) = of_base(index);
+                    digests.push(digest);
+                    return seen;
+                }
                 Given::Bytes => {
                     let buffer = buffer.expect("pages given as bytes come with a buffer");
                     let bytes = buffer.page(index);
@@ -124,11 +158,13 @@ pub(super) fn examine(given: &[Given], buffer: Option<&Arc<BlockBuffer>>) -> Exa
     Examined {
         pages,
         digest: digest::block(&digests),
+        kept: None,
+        base_pages: Vec::new(),
     }
 }
 
 /// Returns the first 128 bits of the digest.
-fn key(digest: &Digest) -> Key {
+pub(super) fn key(digest: &Digest) -> Key {
     let (words, _) = digest.as_chunks::<8>();
     [u64::from_le_bytes(words[0]), u64::from_le_bytes(words[1])]
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::error::{FrameError, ReadError};
 use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawTopEntry};
 
 /// Why a snapshot could not be written. The writer that returned it accepts no further calls.
@@ -57,6 +58,12 @@ pub enum WriteError {
         /// The limit.
         limit: u64,
     },
+    /// A part of the base could not be read.
+    #[error("could not read the base")]
+    Base(#[from] ReadError),
+    /// A frame of the base could not be read.
+    #[error("could not read the base")]
+    BaseFrame(#[from] FrameError),
     /// An argument is invalid.
     #[error("{what} is {value}; accepted: {accepted}")]
     Argument {

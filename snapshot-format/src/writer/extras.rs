@@ -14,6 +14,7 @@ use super::{WriteError, Writer, Written};
 use crate::digest::{self, ContentHasher};
 use crate::layout::{
     self, MAX_PROPERTIES_BYTES, MAX_SECTION_BYTES, PAGES_PER_BLOCK_U64, SectionKind, optional,
+    required,
 };
 use crate::types::WorkingSetRun;
 
@@ -207,6 +208,16 @@ impl<W: Write> Writer<W> {
         sections.write_blobs(out, SectionKind::Dictionaries, &dictionaries)?;
         sections.write_blobs(out, SectionKind::WorkingSets, &self.working_sets)?;
         sections.write_blobs(out, SectionKind::Attachments, &self.attachments)?;
+        let (ancestors, names) = stage.layers.records();
+        let mut required_features = 0;
+        if !ancestors.is_empty() {
+            required_features |= required::ANCESTORS;
+            let (kind, count) = (SectionKind::Ancestors, ancestors.len() as u64);
+            sections.write(out, kind, count, &[ancestors.as_bytes()])?;
+        }
+        for (key, name) in &names {
+            self.properties.set(key, name)?;
+        }
         let properties = self.properties.text();
         sections.write(
             out,
@@ -223,7 +234,8 @@ impl<W: Write> Writer<W> {
             stage.top.len() as u64,
             &[stage.top.as_bytes()],
         )?;
-        let file_bytes = sections.finish(out, self.id, self.optional_features, &stage.summary)?;
+        let features = [required_features, self.optional_features];
+        let file_bytes = sections.finish(out, self.id, features, &stage.summary)?;
         Ok(Written {
             id: self.id,
             summary: stage.summary,

@@ -13,14 +13,23 @@ use crate::layout::{
 /// Compression level of index blocks. They are small, and their size hardly depends on the level.
 const LEVEL: i32 = 3;
 
+/// A frame that an index block names.
+#[derive(Clone, Copy, PartialEq)]
+enum NamedFrame {
+    /// The number of a frame of this file.
+    Own(u64),
+    /// A frame of an ancestor.
+    Ancestor(RawFrameRef),
+}
+
 /// An index block whose frames may not be written yet.
 pub(super) struct Draft {
     /// Its position in the top table.
     pub(super) block: usize,
     pub(super) first_page: u64,
     entries: Vec<RawPageEntry>,
-    /// Numbers of the frames that it names.
-    frames: Vec<u64>,
+    /// Frames that it names.
+    frames: Vec<NamedFrame>,
     words: Vec<u64>,
     /// Number of frames that must be written before it: its own and those of the blocks before it,
     /// so that the order of the file doesn't depend on the speed of the threads.
@@ -41,6 +50,15 @@ impl Draft {
 
     pub(super) fn push_stored(&mut self, frame: u64, slot: u16) {
         self.needs = self.needs.max(frame + 1);
+        self.push_frame(NamedFrame::Own(frame), slot);
+    }
+
+    /// Appends a page that lies in an ancestor's frame.
+    pub(super) fn push_ancestor(&mut self, frame: RawFrameRef, slot: u16) {
+        self.push_frame(NamedFrame::Ancestor(frame), slot);
+    }
+
+    fn push_frame(&mut self, frame: NamedFrame, slot: u16) {
         let frame = number(&mut self.frames, frame);
         self.entries.push(RawPageEntry {
             frame: frame.into(),
@@ -78,7 +96,10 @@ impl Draft {
         bytes.clear();
         bytes.extend_from_slice(header.as_bytes());
         for &frame in &self.frames {
-            let reference: RawFrameRef = refs.get(frame);
+            let reference = match frame {
+                NamedFrame::Own(number) => refs.get(number),
+                NamedFrame::Ancestor(reference) => reference,
+            };
             bytes.extend_from_slice(reference.as_bytes());
         }
         for word in &self.words {

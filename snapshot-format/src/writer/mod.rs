@@ -7,10 +7,14 @@
 //!                                              pool: compress frame, checksum --> write
 //! ```
 //!
+//! With a base, the pool also compares each block with the base's: see `base`. Blocks that are the
+//! same get the base's index block, and pages that are known there get its frames.
+//!
 //! The caller's thread gathers, orders and writes; the pool hashes and compresses. All of it is
 //! bounded: blocks by the number of buffers, frames by the number under way, index blocks by
 //! sealing frames early. See `sequence` for the order of what is written.
 
+mod base;
 mod block;
 mod dedup;
 mod error;
@@ -33,6 +37,7 @@ use std::sync::Arc;
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
 
+use self::base::{Base, UsedLayers};
 use self::block::{Alike, BlockBuffer, Gather, Given};
 use self::extras::Properties;
 use self::output::Output;
@@ -111,6 +116,9 @@ pub struct Writer<W: Write> {
     stage: Stage<W>,
     gather: Gather,
     queue: VecDeque<Queued>,
+    base: Option<Arc<Base>>,
+    /// Page of the base that corresponds to the next page that begins a block.
+    base_page: Option<u64>,
     regions: Vec<Region>,
     /// Bytes that the regions will take in the file.
     region_bytes: u64,
@@ -162,10 +170,16 @@ impl<W: Write> Writer<W> {
         if let Dictionary::Use(bytes) = options.dictionary {
             stage.dictionary = Some(bytes);
         }
+        let base = options.base.map(Base::new).transpose()?.map(Arc::new);
+        if let Some(base) = &base {
+            stage.layers = UsedLayers::of(Arc::clone(base));
+        }
         Ok(Self {
             stage,
             gather: Gather::default(),
             queue: VecDeque::new(),
+            base,
+            base_page: None,
             regions: Vec::new(),
             region_bytes: 0,
             next_page: 0,
@@ -195,7 +209,16 @@ impl<W: Write> Writer<W> {
             sections::check_region_count(writer.regions.len() + 1)?;
             let bytes = writer.region_bytes + sections::region_bytes(&region.name);
             WriteError::limit("the size of the regions", bytes, MAX_SECTION_BYTES)?;
+            if region.base_page.is_some() && writer.base.is_none() {
+                let expected = "none, as the writer has no base";
+                return Err(WriteError::argument(
+                    "a region's page of the base",
+                    "given",
+                    expected,
+                ));
+            }
             writer.end_region()?;
+            writer.base_page = region.base_page;
             writer.region_bytes = bytes;
             writer.regions.push(Region {
                 space: region.space,
@@ -283,6 +306,36 @@ impl<W: Write> Writer<W> {
         self.guarded(|writer| writer.write_alike(pages, Alike::Unavailable))
     }
 
+    /// Writes the next `pages` pages of the region, which are as in the base at the corresponding
+    /// place: see [`RegionSpec::base_page`]. They must belong to one region of the base.
+    pub fn write_from_base(&mut self, pages: u64) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            let begun = writer.gather.given.len() as u64;
+            let first = writer.base_page.map(|page| page.saturating_add(begun));
+            let has_pages = |first| {
+                let base = writer.base.as_ref();
+                base.is_some_and(|base| pages == 0 || base.has_pages(first, pages))
+            };
+            if !first.is_some_and(has_pages) {
+                return Err(WriteError::argument(
+                    "pages as in the base",
+                    format_args!("{pages} pages from the base's page {first:?}"),
+                    "pages of one region of the base",
+                ));
+            }
+            writer.extend_region(pages)?;
+            let mut left = pages;
+            while left > 0 {
+                let room = writer.gather.room();
+                let count = usize::try_from(left).map_or(room, |left| left.min(room));
+                writer.gather.push(Given::Base, count);
+                left -= count as u64;
+                writer.end_full_block()?;
+            }
+            Ok(())
+        })
+    }
+
     fn write_alike(&mut self, pages: u64, alike: Alike) -> Result<(), WriteError> {
         self.extend_region(pages)?;
         let mut left = usize::try_from(pages).map_err(|_| WriteError::Limit {
@@ -299,6 +352,7 @@ impl<W: Write> Writer<W> {
         let blocks = left / PAGES_PER_BLOCK;
         if blocks > 0 {
             let pages = (blocks * PAGES_PER_BLOCK) as u64;
+            self.base_page = self.base_page.map(|page| page.saturating_add(pages));
             self.enqueue(Queued::Uniform {
                 region: self.regions.len() - 1,
                 alike,
@@ -384,7 +438,12 @@ impl<W: Write> Writer<W> {
         }
         let region = self.regions.len() - 1;
         let buffer = buffer.map(Arc::new);
-        self.stage.workers.examine(given, buffer.clone());
+        let base_block = self.base_page.map(|page| page / PAGES_PER_BLOCK_U64);
+        let base = self.base.clone().zip(base_block);
+        self.base_page = self
+            .base_page
+            .map(|page| page.saturating_add(PAGES_PER_BLOCK_U64));
+        self.stage.workers.examine(given, buffer.clone(), base);
         self.enqueue(Queued::Block { region, buffer })
     }
 

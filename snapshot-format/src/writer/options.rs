@@ -1,9 +1,12 @@
 //! Options of the writer.
 
+use std::sync::Arc;
 use zstd::zstd_safe;
 
 use super::WriteError;
+use super::base::check_base_page;
 use crate::layout::{MAX_DICTIONARY_BYTES, MAX_FRAME_SLOTS, MAX_NAME_BYTES, PAGE_SIZE_U64};
+use crate::snapshot::Snapshot;
 use crate::types::SnapshotId;
 
 /// Dictionary policy.
@@ -47,6 +50,9 @@ pub struct WriterOptions {
     pub snapshot_id: Option<SnapshotId>,
     /// Properties to record, besides the writer's own.
     pub properties: Vec<(String, String)>,
+    /// The base, of which the new snapshot becomes a child: only what differs is stored. See
+    /// [`RegionSpec::base_page`].
+    pub base: Option<Arc<Snapshot>>,
 }
 
 /// Frames of 128 KiB.
@@ -68,6 +74,7 @@ impl Default for WriterOptions {
             expected_pages: None,
             snapshot_id: None,
             properties: Vec::new(),
+            base: None,
         }
     }
 }
@@ -158,6 +165,9 @@ pub struct RegionSpec {
     pub page_shift: u32,
     /// The owner's name for the region; no control characters.
     pub name: String,
+    /// Number of the base's page that corresponds to the first page of the region, if there is a
+    /// base and it has the region. The first page of a block: a multiple of 512.
+    pub base_page: Option<u64>,
 }
 
 impl RegionSpec {
@@ -184,6 +194,7 @@ impl RegionSpec {
                 "read 1, write 2, execute 4, shared 0x100",
             ));
         }
+        self.base_page.map_or(Ok(()), check_base_page)?;
         if crate::sections::has_control(&self.name) {
             return Err(WriteError::argument(
                 "a region's name",

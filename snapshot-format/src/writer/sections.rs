@@ -217,7 +217,7 @@ impl Sections {
         self,
         out: &mut Output<W>,
         id: SnapshotId,
-        optional_features: u64,
+        [required_features, optional_features]: [u64; 2],
         summary: &Summary,
     ) -> Result<u64, WriteError> {
         debug_assert!(self.entries.len() <= MAX_SECTIONS);
@@ -227,6 +227,7 @@ impl Sections {
         trailer.section_count = u32::try_from(self.entries.len())
             .expect("at most 64")
             .into();
+        trailer.required_features = required_features.into();
         trailer.optional_features = optional_features.into();
         trailer.snapshot_id = id.0;
         trailer.file_bytes = file_bytes.into();

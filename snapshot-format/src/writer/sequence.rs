@@ -22,8 +22,9 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::WriteError;
+use super::base::{BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
-use super::dedup::{DedupTable, Location};
+use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Key, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
@@ -31,6 +32,7 @@ use super::runs::ZeroRuns;
 use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
+use crate::frame::FrameRef;
 use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
 use crate::types::Summary;
 
@@ -39,6 +41,8 @@ const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
 /// table of known pages is larger, its size is used instead.
 const RECENT_FRAMES: u64 = 1 << 20;
+/// Maximum number of frames of ancestors that are known by their pages: 32 MiB of references.
+const MAX_ANCESTOR_FRAMES: usize = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -56,6 +60,10 @@ pub(super) struct Stage<W> {
     training: Option<Training>,
     /// The dictionary in use.
     pub(super) dictionary: Option<Vec<u8>>,
+    /// Ancestors that are referred to.
+    pub(super) layers: UsedLayers,
+    /// Frames of ancestors whose pages the table of known pages has.
+    ancestor_frames: Vec<FrameRef>,
     pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
@@ -85,6 +93,8 @@ impl<W: Write> Stage<W> {
             index: IndexEncoder::new(),
             training,
             dictionary: None,
+            layers: UsedLayers::default(),
+            ancestor_frames: Vec::new(),
             top: Vec::new(),
             digests: Vec::new(),
             uniform: UniformBlocks::default(),
@@ -128,7 +138,7 @@ impl<W: Write> Stage<W> {
             }
             Seen::Alike(Alike::Fill(_)) => self.summary.fill_pages += pages,
             Seen::Alike(Alike::Unavailable) => self.summary.unavailable_pages += pages,
-            Seen::Data(_) => {}
+            Seen::Data(_) | Seen::Base(_) => {}
         }
     }
 
@@ -144,16 +154,37 @@ impl<W: Write> Stage<W> {
             return Ok(());
         }
         let first_page = self.top.len() as u64 * PAGES_PER_BLOCK_U64;
+        if let Some(kept) = &examined.kept {
+            for (&seen, page) in examined.pages.iter().zip(first_page..) {
+                self.count(region, seen, page, 1);
+            }
+            let entry = self.layers.top_entry(kept)?;
+            self.top.push(entry);
+            self.digests.push(examined.digest);
+            return Ok(());
+        }
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
         let mut draft = Draft::new(self.top.len(), first_page, needs);
         let oldest = self.refs.oldest_shared(self.sealed);
+        self.note_base_pages(&examined.base_pages, oldest);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
                 Seen::Alike(Alike::Fill(word)) => draft.push_fill(word),
                 Seen::Alike(Alike::Unavailable) => draft.push_unavailable(),
+                Seen::Base(BasePage { frame, slot }) => {
+                    let layer = self.layers.number(frame.layer())?;
+                    draft.push_ancestor(frame.to_raw(layer), slot);
+                }
                 Seen::Data(key) => {
                     let (frame, slot) = match self.dedup.find(key, oldest) {
+                        Ok(Location { frame, slot }) if frame >= FIRST_ANCESTOR_FRAME => {
+                            let number = frame - FIRST_ANCESTOR_FRAME;
+                            let frame = self.ancestor_frames[number as usize];
+                            let layer = self.layers.number(frame.layer())?;
+                            draft.push_ancestor(frame.to_raw(layer), slot);
+                            continue;
+                        }
                         Ok(Location { frame, slot }) => {
                             self.summary.duplicate_pages += 1;
                             let frame = u64::from(frame);
@@ -168,8 +199,10 @@ impl<W: Write> Stage<W> {
                                 self.seal(buffer.as_ref())?;
                             }
                             let slot = self.open.add(page, index);
-                            // Beyond 2^32 frames nothing is shared any more.
-                            if let Ok(frame) = u32::try_from(self.sealed) {
+                            // Beyond 2^31 frames nothing is shared any more.
+                            let frame = u32::try_from(self.sealed).ok();
+                            if let Some(frame) = frame.filter(|frame| *frame < FIRST_ANCESTOR_FRAME)
+                            {
                                 self.dedup.insert(place, key, Location { frame, slot });
                             }
                             (self.sealed, slot)
@@ -188,6 +221,24 @@ impl<W: Write> Stage<W> {
         self.top.push(empty_entry());
         self.digests.push(examined.digest);
         self.push_draft(draft)
+    }
+
+    /// Makes pages of the base known, so that they are found if they turn up elsewhere.
+    fn note_base_pages(&mut self, pages: &[(Key, BasePage)], oldest: u64) {
+        for &(key, BasePage { frame, slot }) in pages {
+            if self.ancestor_frames.last() != Some(&frame) {
+                if self.ancestor_frames.len() == MAX_ANCESTOR_FRAMES {
+                    return;
+                }
+                self.ancestor_frames.push(frame);
+            }
+            // At most 2^20 of them.
+            let number = u32::try_from(self.ancestor_frames.len() - 1).unwrap_or(0);
+            if let Err(place) = self.dedup.find(key, oldest) {
+                let frame = FIRST_ANCESTOR_FRAME + number;
+                self.dedup.insert(place, key, Location { frame, slot });
+            }
+        }
     }
 
     fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {

@@ -20,6 +20,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use zstd::zstd_safe::CDict;
 
 use super::WriteError;
+use super::base::Base;
 use super::block::{BlockBuffer, Examined, Given, examine};
 use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
 use crate::dictionary::{Trained, train_on_frames};
@@ -32,7 +33,7 @@ const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
 
 /// Message from a thread of the pool.
 pub(super) enum Event {
-    Examined(u64, Examined),
+    Examined(u64, Result<Examined, WriteError>),
     Built(Result<Built, WriteError>),
     Buffer(Vec<u8>),
     Trained(Verdict),
@@ -187,11 +188,17 @@ impl Workers {
     }
 
     /// Hands a block to the pool to be examined.
-    pub(super) fn examine(&mut self, given: Vec<Given>, buffer: Option<Arc<BlockBuffer>>) {
+    /// `base` is the base and the number of its block to compare with.
+    pub(super) fn examine(
+        &mut self,
+        given: Vec<Given>,
+        buffer: Option<Arc<BlockBuffer>>,
+        base: Option<(Arc<Base>, u64)>,
+    ) {
         let number = self.examined.expect();
         let sender = self.sender.clone();
         self.pool.spawn_fifo(move || {
-            let examined = examine(&given, buffer.as_ref());
+            let examined = examine(&given, buffer.as_ref(), base.as_ref());
             drop(buffer);
             // The receiver is gone if the writer itself was dropped.
             let _ = sender.send(Event::Examined(number, examined));
@@ -261,7 +268,7 @@ impl Workers {
 
     fn accept(&mut self, event: Event) -> Result<(), WriteError> {
         match event {
-            Event::Examined(number, examined) => self.examined.put(number, examined),
+            Event::Examined(number, examined) => self.examined.put(number, examined?),
             Event::Built(built) => {
                 let built = built?;
                 self.built.put(built.number, built);
@@ -293,7 +300,7 @@ mod tests {
     #[test]
     fn lost_bytes_are_an_error() {
         let mut workers = Workers::start(1, 1, 1).expect("threads");
-        workers.examine(vec![Given::Bytes], None);
+        workers.examine(vec![Given::Bytes], None, None);
         assert!(matches!(workers.wait(), Err(WriteError::Panicked)));
     }
 }

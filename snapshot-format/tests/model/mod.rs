@@ -92,6 +92,7 @@ pub(crate) fn images() -> impl Strategy<Value = Image> {
                     start: start * 4096,
                     page_shift: 12,
                     name,
+                    base_page: None,
                 },
                 runs,
             }

@@ -45,6 +45,12 @@ pub enum AddServiceError {
     /// The snapshot can't be used.
     #[error("cannot open the snapshot")]
     Snapshot(#[from] OpenError),
+    /// The snapshot consists of several files.
+    #[error("{snapshot} is layered: a service needs a snapshot in one file")]
+    Layered {
+        /// The path of the snapshot, escaped.
+        snapshot: String,
+    },
     /// The snapshot's file could not be opened once more, or no thread could be started to open it.
     #[error("cannot open {snapshot}")]
     Open {
@@ -475,7 +481,10 @@ fn start_opening(
         move |source| AddServiceError::Open { snapshot, source }
     };
     let open = move |path: &Path| -> Result<OwnedFd, AddServiceError> {
-        drop(Snapshot::open_path(path)?);
+        if !Snapshot::open_path(path)?.ancestors().is_empty() {
+            let snapshot = escape_path(path);
+            return Err(AddServiceError::Layered { snapshot });
+        }
         let store = FileStore::open(path).map_err(failed(path))?;
         Ok(store.into_file().into())
     };

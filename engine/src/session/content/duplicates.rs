@@ -9,6 +9,9 @@
 //! prefetch, all blocks are. The notes come from index blocks with valid checksums, so they need no
 //! further confirmation. Nothing is allocated after the start: when the table is full, each page
 //! that is not in it costs a decode.
+//!
+//! The page list of an ancestor's frame has the page numbers of another file. All pages of such a
+//! frame are noted, so that they come with it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -124,9 +127,14 @@ impl Duplicates {
             let Some((frame, slot)) = stored else {
                 continue;
             };
-            let offset = block.frames()[frame].offset();
-            newest = newest.max(offset);
-            if offset < newest {
+            let frame_ref = &block.frames()[frame];
+            // Pages of an ancestor's frame are known from the index alone.
+            let foreign = frame_ref.layer() != 0;
+            let offset = frame_ref.offset();
+            if !foreign {
+                newest = newest.max(offset);
+            }
+            if foreign || offset < newest {
                 let count = 1;
                 open = Some((frame, Run { page, slot, count }));
             }

@@ -207,6 +207,7 @@ impl SnapshotImage {
         Failure {
             page,
             kind: kind(error.is_damage()),
+            file: error.file().to_owned(),
             ..self.failure(message(error))
         }
     }
@@ -226,10 +227,17 @@ impl SnapshotImage {
         Ok(())
     }
 
+    /// Returns the name of the file that holds `frame`.
+    fn file_of(&self, frame: &FrameRef) -> &str {
+        let layer = self.snapshot.layer(frame.layer());
+        layer.map_or(self.snapshot.name(), |layer| layer.name())
+    }
+
     fn frame_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
         Failure {
             offset: Some(frame.offset()),
             kind: kind(error.is_damage()),
+            file: self.file_of(frame).to_owned(),
             ..self.failure(message(error))
         }
     }
@@ -287,7 +295,8 @@ impl Image for SnapshotImage {
     type Decoder = Decoder;
 
     fn id(&self, frame: &FrameRef) -> FrameId {
-        FrameId(frame.offset())
+        // No file of 2^48 bytes exists; a false one would only make two frames wait for each other.
+        FrameId(frame.offset().wrapping_add(u64::from(frame.layer()) << 48))
     }
 
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<FrameRef>, Failure> {
@@ -370,11 +379,15 @@ impl Image for SnapshotImage {
             .frames
             .decode_first(&self.snapshot, frame, reason, slots, out)
             .map_err(|error| self.frame_failure(frame, &error))?;
-        kept.listed.extend(listed.runs().map(|listed| Run {
-            page: listed.first_page,
-            slot: listed.slot,
-            count: listed.count,
-        }));
+        // The list of an ancestor's frame has page numbers of that file. Its pages here come from
+        // the notes on index blocks.
+        if frame.layer() == 0 {
+            kept.listed.extend(listed.runs().map(|listed| Run {
+                page: listed.first_page,
+                slot: listed.slot,
+                count: listed.count,
+            }));
+        }
         kept.ready = usize::from(ready) * PAGE_SIZE;
         if kept.ready == kept.len {
             kept.frame = Some(*frame);

@@ -1,0 +1,295 @@
+//! Ancestors of a layered snapshot: how their files are found, recognized and opened.
+//!
+//! ```text
+//! the list of the snapshot's own file      id, length and trailer hash of every file referred to
+//! for each of them:
+//!     find it                              by its id, under any name: see `LayerFolders`
+//!     compare length and trailer           otherwise it was replaced
+//!     page size of its header              must be ours
+//!     translate its own list               layer n there is layer m here, or not among ours
+//! ```
+//!
+//! All of them are open before the snapshot is, so a missing file is found before anything is
+//! mapped, and a file that is renamed or deleted later stays readable.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::layer::Layer;
+use crate::digest::Digest;
+use crate::error::OpenError;
+use crate::index::Body;
+use crate::layout::PAGE_SIZE;
+use crate::names::escape_path;
+use crate::open;
+use crate::store::FileStore;
+use crate::types::SnapshotId;
+
+/// The description of an ancestor in the file that refers to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Ancestor {
+    /// Id of its file.
+    pub id: SnapshotId,
+    /// Length of its file, in bytes.
+    pub file_bytes: u64,
+    /// Hash of its trailer, if it was known.
+    pub trailer_hash: Option<Digest>,
+    /// Name under which the file was last known, escaped and without a folder; may be empty. Only
+    /// a hint.
+    pub name: String,
+}
+
+impl Ancestor {
+    /// Returns how `layer` differs from the recorded file.
+    fn difference(&self, layer: &Layer) -> Option<String> {
+        if layer.id() != self.id {
+            return Some(format!("its id is {}", layer.id()));
+        }
+        if layer.file_bytes() != self.file_bytes {
+            let (there, recorded) = (layer.file_bytes(), self.file_bytes);
+            return Some(format!("it has {there} bytes instead of {recorded}"));
+        }
+        let hash = self.trailer_hash?;
+        (layer.ends().trailer_hash != hash).then(|| "its trailer is another one".to_owned())
+    }
+
+    /// Checks that `layer` is the recorded file.
+    fn check(&self, layer: &Layer) -> Result<(), OpenError> {
+        match self.difference(layer) {
+            None => Ok(()),
+            Some(difference) => Err(OpenError::AncestorReplaced {
+                file: layer.name().to_owned(),
+                id: self.id,
+                difference,
+            }),
+        }
+    }
+}
+
+/// A way to find the files of ancestors.
+pub trait Ancestors: fmt::Debug + Send + Sync {
+    /// Finds the file of an ancestor; nothing if there is none. `beside` is the folder of the file
+    /// that refers to it, if known.
+    fn find(
+        &self,
+        wanted: &Ancestor,
+        beside: Option<&Path>,
+    ) -> Result<Option<Arc<Layer>>, OpenError>;
+
+    /// Returns the places that [`Ancestors::find`] searches, for messages.
+    fn searched(&self, beside: Option<&Path>) -> Vec<String> {
+        let _ = beside;
+        Vec::new()
+    }
+}
+
+/// Folders with ancestors. Files are recognized by their id, so they may have any name.
+///
+/// The folder of the referring file is searched first, then the given ones in order: first for the
+/// last known name in each, then for a file with the wanted id.
+#[derive(Debug, Default)]
+pub struct LayerFolders {
+    folders: Vec<PathBuf>,
+    /// Files of each folder that was searched, by the id in their headers.
+    known: Mutex<HashMap<PathBuf, FilesById>>,
+}
+
+type FilesById = HashMap<SnapshotId, Vec<PathBuf>>;
+
+impl LayerFolders {
+    /// Creates a resolver that searches these folders, besides that of the referring file.
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self {
+            folders: folders.into_iter().collect(),
+            known: Mutex::default(),
+        }
+    }
+
+    fn all<'a>(&'a self, beside: Option<&'a Path>) -> impl Iterator<Item = &'a Path> {
+        beside
+            .into_iter()
+            .chain(self.folders.iter().map(PathBuf::as_path))
+    }
+
+    /// Returns the files in `folder` whose header has this id. The folder is read the first time,
+    /// or if `again` is set.
+    fn by_id(&self, folder: &Path, id: SnapshotId, again: bool) -> Vec<PathBuf> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if again || !known.contains_key(folder) {
+            known.insert(folder.to_owned(), ids_in(folder));
+        }
+        let files = known.get(folder).and_then(|files| files.get(&id));
+        files.cloned().unwrap_or_default()
+    }
+}
+
+/// Returns the regular files of a folder that begin like snapshots, by the id there.
+fn ids_in(folder: &Path) -> FilesById {
+    let mut files = FilesById::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if !path.is_file() {
+            continue;
+        }
+        let id = FileStore::open(&path)
+            .ok()
+            .and_then(|store| open::id_in_header(&store));
+        if let Some(id) = id {
+            files.entry(id).or_default().push(path);
+        }
+    }
+    // The order in which a folder lists its files means nothing.
+    for paths in files.values_mut() {
+        paths.sort();
+    }
+    files
+}
+
+/// Returns a name's path in `folder`, if the name is that of a file and not escaped. A file with an
+/// escaped name is found by its id.
+fn path_of(folder: &Path, name: &str) -> Option<PathBuf> {
+    let plain = !matches!(name, "" | "." | "..") && !name.contains(['/', '\\']);
+    plain.then(|| folder.join(name))
+}
+
+impl Ancestors for LayerFolders {
+    fn find(
+        &self,
+        wanted: &Ancestor,
+        beside: Option<&Path>,
+    ) -> Result<Option<Arc<Layer>>, OpenError> {
+        let mut refused = None;
+        let mut found = |path: &Path, is_named: bool| {
+            let layer = Layer::open_path(path);
+            // A damaged header may have any id. Another file under the last known name is worth a
+            // word.
+            if let Ok(layer) = &layer
+                && layer.id() != wanted.id
+                && !is_named
+            {
+                return None;
+            }
+            let checked = layer.and_then(|layer| wanted.check(&layer).map(|()| layer));
+            match checked {
+                Ok(layer) => Some(Arc::new(layer)),
+                Err(error) => {
+                    refused.get_or_insert(error);
+                    None
+                }
+            }
+        };
+        for folder in self.all(beside) {
+            let path = path_of(folder, &wanted.name).filter(|path| path.is_file());
+            if let Some(layer) = path.and_then(|path| found(&path, true)) {
+                return Ok(Some(layer));
+            }
+        }
+        for again in [false, true] {
+            for folder in self.all(beside) {
+                let mut paths = self.by_id(folder, wanted.id, again).into_iter();
+                if let Some(layer) = paths.find_map(|path| found(&path, false)) {
+                    return Ok(Some(layer));
+                }
+            }
+        }
+        refused.map_or(Ok(None), Err)
+    }
+
+    fn searched(&self, beside: Option<&Path>) -> Vec<String> {
+        let shown = |folder: &Path| match fs::read_dir(folder) {
+            Ok(_) => escape_path(folder),
+            Err(error) => format!("{} ({error})", escape_path(folder)),
+        };
+        self.all(beside).map(shown).collect()
+    }
+}
+
+/// The files of an open snapshot.
+#[derive(Debug)]
+pub(super) struct Chain {
+    /// The snapshot's own file, then its ancestors in the order of its list.
+    pub(super) layers: Vec<Arc<Layer>>,
+    /// For each of them: the layers that its own list names, as [`crate::index::Files::listed`].
+    pub(super) listed: Vec<Box<[u16]>>,
+    pub(super) bodies: Box<[Body]>,
+}
+
+impl Chain {
+    /// Opens all ancestors of `own`.
+    pub(super) fn open(own: Layer, ancestors: &dyn Ancestors) -> Result<Self, OpenError> {
+        let mut layers = vec![Arc::new(own)];
+        let own = Arc::clone(&layers[0]);
+        let beside = own.store().folder();
+        for wanted in own.listed_ancestors() {
+            let layer = open_one(&own, wanted, ancestors, beside.as_deref())?;
+            layers.push(layer);
+        }
+        // At most `MAX_ANCESTORS` of them.
+        let by_id: HashMap<SnapshotId, u16> = layers
+            .iter()
+            .zip(0u16..)
+            .map(|(layer, number)| (layer.id(), number))
+            .collect();
+        let listed = layers.iter().map(|layer| {
+            let numbers = layer.listed_ancestors().iter();
+            numbers
+                .map(|ancestor| by_id.get(&ancestor.id).copied().unwrap_or(0))
+                .collect()
+        });
+        Ok(Self {
+            listed: listed.collect(),
+            bodies: layers.iter().map(|layer| layer.ends().body).collect(),
+            layers,
+        })
+    }
+}
+
+fn open_one(
+    own: &Layer,
+    wanted: &Ancestor,
+    ancestors: &dyn Ancestors,
+    beside: Option<&Path>,
+) -> Result<Arc<Layer>, OpenError> {
+    let unusable = |source: OpenError| OpenError::AncestorUnusable {
+        file: own.name().to_owned(),
+        id: wanted.id,
+        source: Box::new(source),
+    };
+    let found = ancestors.find(wanted, beside).map_err(unusable)?;
+    let Some(layer) = found else {
+        return Err(OpenError::AncestorMissing {
+            file: own.name().to_owned(),
+            id: wanted.id,
+            name: wanted.name.clone(),
+            searched: ancestors.searched(beside),
+        });
+    };
+    wanted.check(&layer).map_err(unusable)?;
+    let mut listed = layer.listed_ancestors().iter();
+    if listed.any(|ancestor| ancestor.id == own.id()) {
+        return Err(OpenError::AncestorCycle {
+            file: own.name().to_owned(),
+            id: own.id(),
+            ancestor: layer.name().to_owned(),
+        });
+    }
+    let page_size = open::header_page_size(layer.store()).map_err(unusable)?;
+    match page_size {
+        Some(page_size) if page_size as usize != PAGE_SIZE => {
+            Err(unusable(OpenError::AncestorPageSize {
+                file: layer.name().to_owned(),
+                page_size,
+            }))
+        }
+        Some(_) | None => Ok(layer),
+    }
+}
+
+/// Returns the key of the property that keeps the last known name of an ancestor.
+pub(crate) fn name_property(id: SnapshotId) -> String {
+    format!("ancestor.{id}")
+}

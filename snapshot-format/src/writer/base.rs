@@ -1,0 +1,336 @@
+//! The base of a layered snapshot: which of a block's pages it has already.
+//!
+//! ```text
+//! no page differs (block digests)      the whole block is the base's: nothing is decoded
+//! otherwise                            decode the frames of the base's block; pages that one of
+//!                                      them has lie there, the others are new
+//! ```
+//!
+//! All of it runs on the pool, as a part of examining a block.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::WriteError;
+use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
+use super::dedup::Key;
+use crate::digest::{self, Digest};
+use crate::frame::FrameRef;
+use crate::index::{BlockRef, IndexBlock, Page};
+use crate::layout::{
+    MAX_ANCESTORS, MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawAncestorEntry, RawTopEntry,
+    SectionKind, codec, top_kind,
+};
+use crate::names::escape_text;
+use crate::sections;
+use crate::snapshot::{FrameDecoder, Snapshot, name_property};
+use crate::store::Reason;
+
+/// A snapshot that the new one refers to.
+pub(super) struct Base {
+    snapshot: Arc<Snapshot>,
+    /// Digest of each block; empty if the file has none.
+    digests: Vec<Digest>,
+    /// Decoders that no thread uses now.
+    decoders: Mutex<Vec<Decoder>>,
+}
+
+struct Decoder {
+    frames: FrameDecoder,
+    bytes: Vec<u8>,
+}
+
+/// A block that is as in the base.
+pub(super) struct Kept {
+    index: BlockRef,
+    /// Number of the block in the base.
+    number: u64,
+    /// Files of the frames that it names, as layers of the base.
+    layers: Vec<u16>,
+}
+
+/// A page of the base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BasePage {
+    pub(super) frame: FrameRef,
+    pub(super) slot: u16,
+}
+
+/// The content of a base's block.
+struct Pages {
+    index: IndexBlock,
+    digests: Vec<Digest>,
+    /// All slots of the frames that the block names. Those that no page uses any more have what the
+    /// memory was before.
+    slots: Vec<(Key, BasePage)>,
+}
+
+impl Base {
+    pub(super) fn new(snapshot: Arc<Snapshot>) -> Result<Self, WriteError> {
+        snapshot.prepare()?;
+        let section = snapshot.own().optional_section(SectionKind::BlockDigests)?;
+        let bytes = section.map_or_else(Vec::new, |(_, bytes)| bytes);
+        let (digests, _) = bytes.as_chunks::<32>();
+        let complete = digests.len() as u64 == snapshot.block_count();
+        Ok(Self {
+            digests: if complete {
+                digests.to_vec()
+            } else {
+                Vec::new()
+            },
+            snapshot,
+            decoders: Mutex::default(),
+        })
+    }
+
+    /// Returns whether all these pages belong to one region of the base.
+    pub(super) fn has_pages(&self, first: u64, pages: u64) -> bool {
+        let region = sections::region_of(self.snapshot.regions(), first);
+        let end = first.checked_add(pages);
+        region.is_some_and(|region| end.is_some_and(|end| end <= region.page_numbers().end))
+    }
+
+    fn digest(&self, block: u64) -> Option<Digest> {
+        self.digests.get(usize::try_from(block).ok()?).copied()
+    }
+
+    /// Examines the pages of a block as [`super::block::examine`] does, and compares them with
+    /// block `number` of the base.
+    pub(super) fn examine(
+        &self,
+        given: &[Given],
+        buffer: Option<&Arc<BlockBuffer>>,
+        number: u64,
+    ) -> Result<Examined, WriteError> {
+        let as_base = |given: &Given| matches!(given, Given::Base);
+        let mut examined = None;
+        if !given.iter().any(as_base) {
+            let alone = examine_pages(given, buffer, |_| unreachable!("no page is the base's"));
+            if alone.uniform().is_some() || number >= self.snapshot.block_count() {
+                return Ok(alone);
+            }
+            if given.len() == self.snapshot.pages_of_block(number)
+                && self.digest(number) == Some(alone.digest)
+            {
+                return self.kept(number, alone.digest);
+            }
+            examined = Some(alone);
+        } else if given.iter().all(as_base)
+            && given.len() == self.snapshot.pages_of_block(number)
+            && let Some(digest) = self.digest(number)
+        {
+            return self.kept(number, digest);
+        }
+
+        let base = self.pages(number)?;
+        let mut examined = examined.unwrap_or_else(|| {
+            examine_pages(given, buffer, |i| {
+                let seen = match base.index.page(i) {
+                    Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
+                    Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
+                    // A page of the base's region is not unused.
+                    Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
+                };
+                (seen, base.digests[i])
+            })
+        });
+        if examined.pages.len() == base.digests.len()
+            && examined.digest == digest::block(&base.digests)
+            && examined.uniform().is_none()
+        {
+            return self.kept(number, examined.digest);
+        }
+        let known: HashMap<Key, BasePage> = base.slots.iter().copied().collect();
+        for (i, seen) in examined.pages.iter_mut().enumerate() {
+            let Seen::Data(data) = *seen else { continue };
+            // The same page first: pages of a frame stay together.
+            let same = base.digests.get(i).filter(|digest| key(digest) == data);
+            let same = same.and_then(|_| base.page(i));
+            if let Some(page) = same.or_else(|| known.get(&data).copied()) {
+                *seen = Seen::Base(page);
+            }
+        }
+        examined.base_pages = base.slots;
+        Ok(examined)
+    }
+
+    /// Returns a block that is as block `number` of the base.
+    fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
+        let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
+        let pages = (0..index.page_count())
+            .map(|i| match index.page(i) {
+                Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
+                Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
+                Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
+            })
+            .collect();
+        let mut layers: Vec<u16> = index.frames().iter().map(FrameRef::layer).collect();
+        layers.sort_unstable();
+        layers.dedup();
+        let kept = self.snapshot.block_ref(number).map(|index| Kept {
+            index,
+            number,
+            layers,
+        });
+        Ok(Examined {
+            pages,
+            digest,
+            kept,
+            base_pages: Vec::new(),
+        })
+    }
+
+    /// Decodes a block of the base, and computes the digests of its pages.
+    fn pages(&self, number: u64) -> Result<Pages, WriteError> {
+        let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
+        let mut digests: Vec<Digest> = (0..index.page_count())
+            .map(|i| match index.page(i) {
+                Page::Fill(word) => digest::fill(word),
+                Page::Unavailable => digest::unavailable(),
+                Page::Stored { .. } | Page::Unused => Digest::default(),
+            })
+            .collect();
+        let mut uses: Vec<Vec<(usize, u16)>> = vec![Vec::new(); index.frames().len()];
+        for i in 0..index.page_count() {
+            if let Some((frame, slot)) = index.stored(i) {
+                uses[frame].push((i, slot));
+            }
+        }
+        let mut slots = Vec::new();
+        let mut decoder = self.take_decoder();
+        for (frame, uses) in index.frames().iter().zip(&uses) {
+            let bytes = &mut decoder.bytes[..frame.decoded_len()];
+            decoder
+                .frames
+                .decode(&self.snapshot, frame, Reason::Prefetch, bytes)?;
+            let of_slots: Vec<Digest> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+            for (i, slot) in uses {
+                digests[*i] = of_slots[usize::from(*slot)];
+            }
+            slots.extend((0..).zip(&of_slots).map(|(slot, digest)| {
+                let frame = *frame;
+                (key(digest), BasePage { frame, slot })
+            }));
+        }
+        self.lock_decoders().push(decoder);
+        Ok(Pages {
+            index,
+            digests,
+            slots,
+        })
+    }
+
+    fn take_decoder(&self) -> Decoder {
+        let idle = self.lock_decoders().pop();
+        idle.unwrap_or_else(|| Decoder {
+            frames: FrameDecoder::new(),
+            bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
+        })
+    }
+
+    /// Locks the list, which is consistent after every statement.
+    fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
+        self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pages {
+    fn page(&self, i: usize) -> Option<BasePage> {
+        let (frame, slot) = self.index.stored(i)?;
+        let frame = self.index.frames()[frame];
+        Some(BasePage { frame, slot })
+    }
+}
+
+/// The ancestors that the new snapshot refers to, in the order of first use.
+#[derive(Default)]
+pub(super) struct UsedLayers {
+    base: Option<Arc<Base>>,
+    /// Number here of each layer of the base; 0 if it is not used.
+    numbers: Vec<u16>,
+    /// Layers of the base that are used.
+    used: Vec<u16>,
+}
+
+impl UsedLayers {
+    pub(super) fn of(base: Arc<Base>) -> Self {
+        Self {
+            numbers: vec![0; base.snapshot.layers().len()],
+            used: Vec::new(),
+            base: Some(base),
+        }
+    }
+
+    /// Returns the number of a layer of the base in the new snapshot.
+    pub(super) fn number(&mut self, layer: u16) -> Result<u16, WriteError> {
+        let number = &mut self.numbers[usize::from(layer)];
+        if *number == 0 {
+            let count = self.used.len() as u64 + 1;
+            WriteError::limit("the number of ancestors", count, MAX_ANCESTORS as u64)?;
+            self.used.push(layer);
+            *number = u16::try_from(count).expect("at most 1024");
+        }
+        Ok(*number)
+    }
+
+    /// Returns the entry of the top table for a block that is as in the base.
+    pub(super) fn top_entry(&mut self, kept: &Kept) -> Result<RawTopEntry, WriteError> {
+        for &layer in &kept.layers {
+            self.number(layer)?;
+        }
+        let index = &kept.index;
+        let ancestor_block = match index.layer {
+            0 => u32::try_from(kept.number).expect("at most 2^36 pages"),
+            _ => index.ancestor_block,
+        };
+        Ok(RawTopEntry {
+            kind: top_kind::BLOCK,
+            codec: if index.compressed {
+                codec::ZSTD
+            } else {
+                codec::RAW
+            },
+            layer: self.number(index.layer)?.into(),
+            stored_len: index.stored_len.into(),
+            decoded_len: index.decoded_len.into(),
+            word_or_offset: index.offset.into(),
+            crc: index.crc.into(),
+            ancestor_block: ancestor_block.into(),
+        })
+    }
+
+    /// Returns the records of the section of ancestors, and the properties with their names.
+    pub(super) fn records(&self) -> (Vec<RawAncestorEntry>, Vec<(String, String)>) {
+        let layers = self.base.iter().flat_map(|base| {
+            let layers = base.snapshot.layers();
+            self.used.iter().map(|used| &layers[usize::from(*used)])
+        });
+        layers
+            .map(|layer| {
+                let entry = RawAncestorEntry {
+                    snapshot_id: layer.id().0,
+                    file_bytes: layer.file_bytes().into(),
+                    reserved: 0.into(),
+                    trailer_hash: layer.ends().trailer_hash,
+                };
+                // The store's name is the path, escaped.
+                let name = layer.name().rsplit('/').next().unwrap_or_default();
+                let name = (name_property(layer.id()), escape_text(name).into_owned());
+                (entry, name)
+            })
+            .unzip()
+    }
+}
+
+/// Checks the page of a base that a region begins with.
+pub(super) fn check_base_page(page: u64) -> Result<(), WriteError> {
+    if page.is_multiple_of(PAGES_PER_BLOCK_U64) {
+        return Ok(());
+    }
+    let expected = "the first page of a block, a multiple of 512";
+    Err(WriteError::argument(
+        "a region's page of the base",
+        page,
+        expected,
+    ))
+}
