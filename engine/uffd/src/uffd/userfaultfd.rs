@@ -42,6 +42,8 @@ use crate::os::limits::Hint;
 /// Sizes of address space that a process reserves to find out whether a userfaultfd is its own: a
 /// large one, or a smaller one where address space is limited.
 const RESERVED: [u64; 2] = [1 << 40, 1 << 30];
+/// Held while the range is in use: another thread might reserve what one has just released.
+static PROBE: Mutex<()> = Mutex::new(());
 
 /// The kinds of faults that a registration reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -168,8 +170,6 @@ impl Userfaultfd {
         // SAFETY: nothing is filled through the result before the check below, and it is dropped if
         // the memory is this process's.
         let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
-        // Otherwise another thread might reserve the range that this one has just released.
-        static PROBE: Mutex<()> = Mutex::new(());
         let _alone = PROBE.lock().unwrap_or_else(PoisonError::into_inner);
         let reserved = RESERVED
             .iter()
