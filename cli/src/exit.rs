@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use snaprestore_daemon::api::control::ConnectError;
-use snaprestore_daemon::api::types::RequestError;
+use snaprestore_daemon::api::control::{ClientError, ConnectError};
 use snaprestore_uffd::uffd;
 use snapshot_format::{FrameError, OpenError, ReadError};
 
@@ -89,7 +88,7 @@ impl Exit {
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
                     return Some(damage(error.is_damage()));
                 }
-                if let Some(error) = cause.downcast_ref::<RequestError>() {
+                if let Some(ClientError::Refused(error)) = cause.downcast_ref() {
                     return Some(damage(error.bad_snapshot));
                 }
                 if let Some(ConnectError::NotPermitted { .. }) = cause.downcast_ref() {

@@ -18,7 +18,8 @@
 //! ```
 //!
 //! Every byte is verified before it reaches memory. A page that can't be restored never reads as
-//! zeros, and a thread that touches it never waits forever: a failure policy decides.
+//! zeros, and a thread that touches it never waits forever: a failure policy decides whether to
+//! poison the page, kill the owner or ask a callback.
 //!
 //! # Example
 //!
@@ -39,7 +40,7 @@
 //! // The memory may be touched as soon as `start` returns.
 //! let restored = Restore::new(snapshot)
 //!     .prefetch(Prefetch::WorkingSet)
-//!     .user_mode_only(true) // Permits less where the kernel doesn't permit more.
+//!     .user_mode_only(true) // Without privileges, serves only faults of user code.
 //!     .start()?;
 //! let region = &restored.regions()[0];
 //! println!("{} bytes at {:p}", region.len(), region.as_ptr());
@@ -82,7 +83,7 @@
 //!
 //! | Linux | what it permits |
 //! | --- | --- |
-//! | 5.7 | everything below is optional; older kernels are refused |
+//! | 5.7 | restoring; older kernels are refused, and everything below is optional |
 //! | 5.11 | [`user_mode_only`](restore::Restore::user_mode_only) without privileges |
 //! | 6.1 | [`huge_pages`](restore::Restore::huge_pages) for complete memory |
 //! | 6.6 | poisoning of pages that can't be restored |
@@ -94,7 +95,7 @@
 //! - A `userfaultfd` needs `vm.unprivileged_userfaultfd`, access to `/dev/userfaultfd`, or
 //!   `CAP_SYS_PTRACE`, unless faults of user code suffice.
 
-// The model checker of the session, a test, switches stacks.
+// In tests, the model checker of the session needs `unsafe` to switch stacks.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 
 #[doc(hidden)]

@@ -38,7 +38,7 @@
 //!
 //! | module | contents |
 //! | --- | --- |
-//! | [`workload`] | what is touched and how; which page comes when |
+//! | [`workload`] | which pages are touched, in which order and how |
 //! | [`contender`] | the ways to restore memory, and their implementations |
 //! | [`prepare`] | the files that the contenders need, made from the raw image |
 //! | [`trial`] | one measurement in a process of its own |
@@ -46,16 +46,17 @@
 //! | [`touch`] | the loop that touches, the same for all |
 //! | [`create`] | writing snapshots, against writing a compressed file |
 //! | [`crowd`] | several VMs served at once, of which one storms |
-//! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of parts |
-//! | [`machine`] | what was measured on |
 //! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of the parts |
+//! | [`machine`] | the machine on which the trials ran |
+//! | [`report`], [`plot`], [`stats`] | tables and charts of the results, medians and percentiles |
+//! | [`targets`] | the project's performance targets, computed from the results |
 //!
 //! # How it measures
 //!
-//! A trial is a process because memory, processor time and page tables of the one before would
-//! otherwise be counted with it. The first round is for proof, not for time: every page that was
-//! touched is compared between the contenders, byte by byte through a checksum, and a difference
-//! ends the run.
+//! Each trial is a process of its own. Otherwise memory, processor time and page tables of the
+//! trial before would be counted with it. The first round checks the contenders and its times are
+//! not used: a checksum over every byte of the touched pages is compared between them, and a
+//! difference ends the run.
 //!
 //! # Features
 //!

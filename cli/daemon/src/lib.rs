@@ -13,22 +13,23 @@
 //! The supervisor owns everything that can't be created again: listening sockets, the connection on
 //! which a userfaultfd arrives, pidfds, the open files of snapshots, and the tables of each session
 //! (a memfd that the worker creates and hands over before its first read). The supervisor is one
-//! thread that moves descriptors and watches; the worker decodes, parses snapshots and serves
-//! operators. After a worker has died, its successor resumes from the tables by
+//! thread that passes descriptors on and watches the worker. It opens each snapshot only to check
+//! it. The worker reads and decodes snapshots, and serves operators. After a worker has died, its
+//! successor resumes from the tables by
 //! [`Pager::resume`](snaprestore_engine::pager::Pager::resume). An upgrade works the same way: the
 //! supervisor kills the old worker.
 //!
-//! | dies | then |
+//! | event | consequence |
 //! | --- | --- |
-//! | worker | the supervisor starts another |
-//! | worker, twice on one frame | that frame counts as damaged: a VM that wants it is killed |
-//! | worker stops, hangs in a lock or on a disk while faults wait | the supervisor kills it |
-//! | worker, for getting stuck three times in a row while one VM waits | that VM is killed |
-//! | worker can't be killed: its disk never answers | its VMs are killed; another serves new ones |
-//! | 20 workers in a row before they are ready, for 30 s | the VMs are killed; the daemon exits |
-//! | supervisor | systemd restarts it with what was stored; or the guardian kills the VMs |
-//! | supervisor, during a handshake | that VM is killed |
-//! | supervisor, before it accepts a VM | systemd's next one serves it; or the guardian kills it |
+//! | a worker dies | the supervisor starts another |
+//! | two workers die on one frame | it counts as damaged: the service's `on_error` applies |
+//! | a worker stops or hangs while faults wait | the supervisor kills it |
+//! | three workers in a row hang while one VM waits | that VM is killed |
+//! | a worker can't be killed: its disk hangs | its VMs are killed; another serves new ones |
+//! | workers die before they are ready, 20 in a row, for 30 s | VMs are killed; the daemon exits |
+//! | the supervisor dies | systemd restarts it with its descriptors; or the guardian kills VMs |
+//! | the supervisor dies during a handshake | that VM is killed |
+//! | the supervisor dies before it accepts a VM | the next one does, or the guardian kills the VM |
 //!
 //! # Embedding
 //!
@@ -100,12 +101,13 @@
 //! ```
 //!
 //! `examples/launcher.rs` is a whole program, which the project's tests run. The supervisor
-//! occupies its thread until it has stopped; it takes no other thread of the program, but raises
-//! the limit of open files and, for the guardian, has children.
+//! occupies its thread until it has stopped. It also starts a short-lived thread for each snapshot
+//! that it opens, raises the process's limit of open files, and has child processes: workers, and
+//! one that starts the guardian and exits.
 //!
 //! # Features
 //!
-//! - `fail-points`: places where the project's own tests have the process killed. Off by default.
+//! - `fail-points`: places at which the project's own tests kill the process. Off by default.
 //!
 //! # Where to start
 //!
@@ -113,8 +115,8 @@
 //! - [`api::config`]: services and the configuration file; [`api::control`]: the control socket;
 //!   [`api::types`]: statistics and states; [`api::summary`]: how VMs ended.
 //! - In the source: `supervisor/vm.rs` draws the states of a VM, `supervisor/event_loop.rs` has the
-//!   event loop, `policy.rs` the limits, `worker/mod.rs` serves VMs, `fd_store/mod.rs` says who
-//!   holds descriptors besides the supervisor, `ipc.rs` has the messages.
+//!   event loop, `policy.rs` the limits, `worker/mod.rs` serves VMs, `fd_store/mod.rs` stores
+//!   descriptors in another process, `ipc.rs` has the messages.
 
 #![forbid(unsafe_code)]
 

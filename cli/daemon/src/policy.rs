@@ -1,25 +1,25 @@
-//! The policy of the daemon for everything that misbehaves: how often it may happen, within which
-//! time, and what follows.
+//! The limits of the daemon for everything that misbehaves: how often it may happen, within which
+//! time, and the consequence.
 //!
-//! | what | how often | within | then | limit |
+//! | event | how often | within | consequence | limit |
 //! | --- | --- | --- | --- | --- |
 //! | workers die while decoding a frame | 2 | ever | the frame is quarantined | [`QUARANTINE`] |
 //! | a VM waits for a worker | once | `--stuck-after` | the worker is killed | |
 //! | a killed worker does not exit | once | `--stuck-after` | its VMs are killed | |
 //! | workers get stuck on one VM | 3 | see the limit | the VM is killed | [`stuck_workers`] |
-//! | workers exit before they are ready | 20 | for 30 s | the daemon exits | [`FAILED_STARTS`] |
+//! | workers in a row fail to start | 20 | for 30 s | the daemon exits | [`FAILED_STARTS`] |
 //! | a worker fails to start | each | | the next start waits longer | [`restart_delay`] |
-//! | an upgrade is not ready | once | 20 s | it is killed | [`UPGRADE_TIMEOUT`] |
-//! | a guardian is not ready | once | 20 s | there is no guardian | [`GUARDIAN_TIMEOUT`] |
+//! | an upgrade is not ready | once | 20 s | its worker is killed | [`UPGRADE_TIMEOUT`] |
+//! | a guardian is not ready | once | 20 s | nothing is stored | [`GUARDIAN_TIMEOUT`] |
 //! | a guardian exits | each | | another one starts | |
 //! | messages to the guardian are queued | 1 | | the operator is told, once | [`QUEUED_MESSAGES`] |
-//! | a guardian has unread messages at the end | once | 5 s | it is named | [`FLUSH_TIMEOUT`] |
-//! | a guardian cannot read a message | 100 in a row | | it acts as if alone | [`READ_RETRIES`] |
-//! | a backlog cannot be accepted from | 100 | | its peers are given up | [`ACCEPT_RETRIES`] |
-//! | connections are refused | 100 | 10 a second | they are only counted | [`REFUSAL_LINES`] |
-//! | refusals are in the summary | 100 | ever | they are only counted | [`REFUSAL_SUMMARIES`] |
-//! | one place in the code logs | 10 | 1 s | events are only counted | [`LOG_EVENTS`] |
-//! | handshakes are incomplete | 256 at once | | nobody is accepted | [`HANDSHAKES`] |
+//! | a guardian does not read its last messages | once | 5 s | an error | [`FLUSH_TIMEOUT`] |
+//! | a guardian cannot read a message | 100 in a row | | it kills the VMs | [`READ_RETRIES`] |
+//! | accepting from a backlog fails | 100 | | its other peers stay alive | [`ACCEPT_RETRIES`] |
+//! | refusals are logged | 100, then 10 a second | | others are counted | [`REFUSAL_LINES`] |
+//! | refusals are in the summary | 100 | ever | others are only counted | [`REFUSAL_SUMMARIES`] |
+//! | one place in the code logs | 10 | 1 s | other events are only counted | [`LOG_EVENTS`] |
+//! | handshakes are incomplete | 256 at once | | further peers wait | [`HANDSHAKES`] |
 //! | refused connections stay open | 64 at once | 1 s | their peers are killed | [`CLOSING`] |
 //! | VMs of one process | 16 at once | | further ones are refused | [`VMS_PER_PROCESS`] |
 //! | messages and clients wait for a worker | 64 at once | | no client is accepted | [`CLIENTS`] |
@@ -45,9 +45,10 @@ pub(crate) const REFUSAL_SUMMARIES: Limit = Limit::new(100, Forget::Never);
 pub(crate) const LOG_EVENTS: Limit = Limit::new(10, Forget::After(LOG_WINDOW));
 /// Time for which the events of one place in the code are counted together.
 pub(crate) const LOG_WINDOW: Duration = Duration::from_secs(1);
-/// Failures to accept from the backlog of a socket, after which its peers are given up.
+/// Failures to accept from the backlog of a socket, after which its other peers are left alive.
 pub(crate) const ACCEPT_RETRIES: Limit = Limit::new(100, Forget::Never);
-/// Failures in a row to read a message from the supervisor, after which a guardian gives it up.
+/// Failures in a row to read a message from the supervisor, after which a guardian kills the VMs as
+/// if the supervisor had exited.
 pub(crate) const READ_RETRIES: Limit = Limit::new(100, Forget::Never);
 
 /// Incomplete handshakes, after which further peers wait in the kernel's queue.
@@ -75,10 +76,11 @@ pub(crate) const GUARDIAN_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time limit for the guardian to read its last messages.
 pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Workers in a row that get stuck on one VM, after which the VM is killed. The third one knows the
-/// frames of the others. In the same row, the next worker would have got stuck at once.
+/// Returns the limit of workers that get stuck on one VM in a row, at which the VM is killed. The
+/// third worker does not decode the frames on which the first two died. A pause ends the row: a
+/// worker that meets the same obstacle gets stuck again at once.
 pub(crate) fn stuck_workers(stuck_after: Duration) -> Limit {
-    Limit::new(3, Forget::AfterPause(4 * stuck_after))
+    Limit::new(3, Forget::AfterPause(stuck_after.saturating_mul(4)))
 }
 
 /// Returns the delay before a worker starts, after `failed` failed starts in a row. The first one

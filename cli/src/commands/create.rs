@@ -33,11 +33,11 @@ use crate::signals::Cancel;
 use crate::source::{self, Change, MERGE_A_DIFF, Region, Remark, Sampling, Sink, Source, Stamp};
 use crate::target::{self, Target};
 
-/// Minimum amount of memory for training and trying a dictionary. Four frames are the least that
-/// gives a meaningful result.
+/// Minimum size of the samples on which a dictionary is trained and tried. With large frames it is
+/// four frames, because fewer give no meaningful result.
 const SAMPLE_BYTES: usize = 8 << 20;
 
-/// Memory that writing takes with default options, and the stacks of its threads.
+/// Memory that writing takes with default options, including the stacks of its threads.
 const MEMORY_BYTES: u64 = 192 << 20;
 
 /// Report about the written snapshot.
@@ -112,7 +112,8 @@ pub(crate) enum Wanted {
     This(Vec<u8>),
 }
 
-/// Checks that a limit leaves room for writing: an allocation that fails later ends the process.
+/// Checks that the process's memory limit leaves room for writing: if an allocation fails later,
+/// the process aborts.
 fn check_memory() -> Result<()> {
     Mapping::new(MEMORY_BYTES).with_context(|| {
         format!(

@@ -58,7 +58,7 @@ impl Owner {
         }
         match kill_by_pidfd(self.pidfd()) {
             Ok(()) => {
-                // The reason is passed to whoever waits for the end of the session.
+                // `Paged::ending` returns the reason.
                 tracing::debug!(why, "killed the owner of the memory");
                 *killed = Some(why.to_owned());
             }

@@ -59,7 +59,8 @@ pub enum AttachError {
          as its user, or with CAP_SYS_PTRACE"
     )]
     PageMap(#[source] io::Error),
-    /// The owner has not registered memory that it handed over.
+    /// The owner has not registered memory that it handed over. It was killed: its registered pages
+    /// would read as zeros from now on.
     #[error(
         "the memory at {address:#x} is not registered with the userfaultfd that was handed over, so its missing pages \
          would read as zeros; register every region (UFFDIO_REGISTER, missing pages) before the handover"
@@ -229,7 +230,7 @@ impl Pager {
     /// are frames, by their offset in the file, that must not be decoded:
     /// [`Vitals::decoding`](super::Vitals::decoding) returns those on which a process died.
     ///
-    /// If this fails, nobody serves the owner, and the tables are unchanged.
+    /// If this fails, nobody serves the owner. The tables are unchanged, unless it was killed.
     pub fn resume(
         self,
         handover: Handover,
@@ -290,7 +291,10 @@ impl Pager {
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
         session.quarantine(quarantined.iter().copied());
         session.recover();
-        check_registered(&session)?;
+        check_registered(&session).inspect_err(|_| {
+            owner.kill("it hands over memory that is not registered");
+            owner.wait_gone();
+        })?;
         let runtime = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
         let runtime = Arc::new(runtime);
         match self.threads.start(&runtime) {

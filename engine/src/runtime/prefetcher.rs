@@ -6,14 +6,15 @@
 //!   session ─▶ feed ─┘            └─ ...          ─┘
 //! ```
 //!
-//! A job of the rayon pool runs tasks of any feed until there are none left. The ring serves the
-//! sessions round-robin: rayon prefers jobs that its own threads spawned over jobs from outside, so
-//! with one job per feed the first feed would block the others.
+//! A [`Feed`] is the prefetch of one session, which hands out small tasks. A job of the rayon pool
+//! runs tasks of any feed until there are none left. The ring serves the feeds round-robin. With
+//! one rayon job per feed, the first feed would block the others, because rayon prefers jobs that
+//! its own threads spawned over jobs from outside.
 //!
 //! An install can block for reasons that lie with the owner: its memory is limited, or it changes
 //! its mappings all the time. Therefore a feed gets at most half of the threads of a pool that
-//! others may share. The threads start with the first feed, in the thread that adds it, and exit
-//! with the last one.
+//! others may share. The thread that adds the first feed starts the pool's threads. They exit with
+//! the last feed.
 
 use std::collections::VecDeque;
 use std::io;
@@ -34,7 +35,7 @@ use super::threads::{Hook, aborting_on_panic, run};
 const MAX_YIELD: Duration = Duration::from_micros(500);
 /// Interval at which a yielding thread checks again.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
-/// Maximum number of threads that work on one feed at once: each has a bit of a word.
+/// Maximum number of threads that work on one feed at once: each has a bit in [`Entry::slots`].
 pub(super) const MAX_FEED_THREADS: usize = 64;
 
 /// The prefetcher of all sessions that share it, with their decoding contexts.
@@ -348,7 +349,8 @@ impl Pool {
         let is_last = entry.slots == bit;
         let is_over = entry.rest == Rest::Over;
         if is_last && is_over {
-            // The thread keeps its slot, so the session exists until it was notified.
+            // The thread keeps its slot meanwhile: `leave` waits for it, so the session still
+            // exists.
             drop(ring);
             feed.ended();
             ring = self.ring();
@@ -365,8 +367,8 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// Waits while demand needs this thread's core, but not forever: faults being answered and
-    /// frames being prefetched together don't exceed the number of cores.
+    /// Waits, at most for [`MAX_YIELD`], while demand needs this thread's core: while faults being
+    /// served and frames being prefetched are together more than there are cores.
     pub(super) fn yield_to_demand(&self, is_over: impl Fn() -> bool) {
         let demand = || self.demand.load(Relaxed);
         if demand() + self.fetching.load(Relaxed) <= self.cores {

@@ -7,7 +7,7 @@
 //!                      <--   woken       <--    the page, COPY it; then the rest of the frame
 //!   madvise(DONTNEED)  -->   REMOVE      -->    removed
 //!   munmap, mremap     -->   UNMAP,REMAP -->    address map, WAKE of the old range
-//!                                               prefetch: the same path, from the other side
+//!                                               prefetch: the same path, without a fault
 //! ```
 //!
 //! Page states, and the effect of each event on them:
@@ -15,13 +15,15 @@
 //! | state | fault | frame arrives good | frame is bad | REMOVE |
 //! | --- | --- | --- | --- | --- |
 //! | absent | decode, COPY, -> present | COPY, -> present | failure policy (1) | -> removed |
-//! | present (advice) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
-//! | removed (sticky) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
-//! | poisoned | POISON again; if EEXIST, WAKE | skip (2) | skip | -> removed |
+//! | present (2) | ZEROPAGE; if EEXIST, WAKE | skip | skip | -> removed |
+//! | removed (3) | ZEROPAGE; if EEXIST, WAKE | skip | skip | stays |
+//! | poisoned | POISON again; if EEXIST, WAKE | skip (4) | skip | -> removed |
 //!
-//! (1) For demand; a page that prefetch fails to load stays absent. (2) When the restore is
-//! completed, a good frame is copied over the poison, and the page becomes present
-//! ([`healing`]).
+//! 1. For demand; a page that prefetch fails to load stays absent.
+//! 2. Advisory: the kernel has reported the page as present. A fault doesn't rely on that (rule 4).
+//! 3. Final: no later event changes it.
+//! 4. When the caller completes the restore, a good frame is copied over the poison, and the page
+//!    becomes present ([`healing`]).
 //!
 //! A frame that is being loaded is *claimed*. Another fault that wants the frame waits for the
 //! claim to be released and then looks the page up again, unless a prefetcher holds the claim:
@@ -31,14 +33,14 @@
 //!
 //! 1. One thread at a time reads messages. It holds the install lock exclusively until it has
 //!    recorded every message in the order read, and has woken the old range of each UNMAP and REMAP
-//!    ([`events`]). The kernel delivers faults before events, so no fault of a batch is served
-//!    before the events of that batch are recorded.
+//!    ([`events`]). One read returns faults before events, even if the events are older. So no
+//!    fault of a batch is served before the events of that batch are recorded.
 //! 2. An install holds the lock shared while it looks up state and address and issues one ioctl of
 //!    at most 256 KiB, or of one 2 MiB page ([`fault::huge`], [`fault::install`]). The owner's
 //!    discard proceeds only after its event has been read, that is, when no install that was
 //!    decided earlier can still follow it.
-//! 3. EAGAIN means that an event is waiting to be read: the thread releases the lock, reads events,
-//!    and looks everything up again.
+//! 3. EAGAIN means that a change of the mappings has begun: its event must be read first. The
+//!    thread releases the lock, reads events, and looks everything up again.
 //! 4. A page is marked present after the ioctl succeeded or returned EEXIST. A fault on a present
 //!    page is answered with ZEROPAGE, never with WAKE alone: if the mark were wrong, WAKE alone
 //!    would repeat the fault forever.

@@ -20,6 +20,7 @@ mod uffd_support;
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
@@ -69,6 +70,39 @@ fn owner_reads_source_in_any_order_and_thread() {
             assert!(stats.faults > 0);
         }
     }
+}
+
+/// Regression test: a child that was forked while another thread attached an owner inherited the
+/// range that attaching reserves, and was taken for the pager's own process.
+#[test]
+fn owner_forked_during_an_attach_is_foreign() {
+    let snapshot = open(pack(&mixed(PAGES), 32));
+    let attach = |owner: &Owner| {
+        let pager = Pager::new(Arc::clone(&snapshot)).prefetch(Prefetch::Off);
+        pager.attach(owner.handover()).map(drop)
+    };
+    let start = || {
+        Owner::start(&REGIONS, |memory| {
+            memory.wait_for_word();
+            0
+        })
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                attach(&start()).expect("cannot attach an owner");
+            }
+        });
+        for _ in 0..200 {
+            let attached = attach(&start());
+            if attached.is_err() {
+                stop.store(true, Relaxed);
+            }
+            attached.expect("cannot attach an owner forked during an attach");
+        }
+        stop.store(true, Relaxed);
+    });
 }
 
 /// The owner discards while pages arrive: what it reads there afterwards is zero.
@@ -185,31 +219,26 @@ fn mismatched_owner_is_refused_and_not_killed() {
 /// Its missing pages would read as zeros, and the session would be complete without them.
 #[test]
 fn memory_that_was_never_registered_is_refused() {
-    let bytes = mixed(PAGES);
-    let owner = Owner::start(&REGIONS, |memory| {
-        memory.wait_for_word();
-        0
-    });
-    let snapshot = open(pack(&bytes, 32));
+    let snapshot = open(pack(&mixed(PAGES), 32));
+    let refuses = |move_region: fn(&mut u64)| {
+        let owner = Owner::start(&REGIONS, |memory| {
+            memory.wait_for_word();
+            0
+        });
+        let mut handover = owner.handover();
+        move_region(&mut handover.regions[1].address);
+        let begins = handover.regions[1].address;
+        let refused = Pager::new(Arc::clone(&snapshot)).attach(handover);
+        assert!(
+            matches!(refused, Err(AttachError::NotRegistered { address }) if address == begins),
+            "{refused:?}"
+        );
+        // Nobody else has its userfaultfd: what it has registered would read as zeros.
+        assert_eq!(owner.child.wait(), Ended::Signal(libc::SIGKILL));
+    };
     // Nothing is mapped at this address of the owner; the end of the other region is registered.
-    let elsewhere = 64 << 20;
-    let mut handover = owner.handover();
-    handover.regions[1].address = elsewhere;
-    let refused = Pager::new(Arc::clone(&snapshot)).attach(handover);
-    assert!(
-        matches!(refused, Err(AttachError::NotRegistered { address }) if address == elsewhere),
-        "{refused:?}"
-    );
-    let mut handover = owner.handover();
-    handover.regions[1].address -= 4096;
-    let begins = handover.regions[1].address;
-    let refused = Pager::new(snapshot).attach(handover);
-    assert!(
-        matches!(refused, Err(AttachError::NotRegistered { address }) if address == begins),
-        "{refused:?}"
-    );
-    owner.word();
-    assert_eq!(owner.child.wait(), Ended::Exit(0));
+    refuses(|address| *address = 64 << 20);
+    refuses(|address| *address -= 4096);
 }
 
 /// A descriptor that came by a detour: filling memory through it would bypass the protection of

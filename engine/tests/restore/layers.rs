@@ -4,7 +4,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use snaprestore_engine::restore::{FailureKind, Prefetch, Restore};
+use snaprestore_engine::restore::Restore;
+use snaprestore_engine::{FailureKind, Prefetch};
 use snapshot_format::{RegionSpec, Snapshot, Writer, WriterOptions};
 
 use crate::common::{PAGE, compare, frame_of, index, random_bytes};

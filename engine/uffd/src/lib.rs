@@ -40,7 +40,7 @@
 //! | module | contents |
 //! | --- | --- |
 //! | [`uffd`] | userfaultfd: opening, registering, installing, reading messages, capabilities |
-//! | [`memory`] | mappings and who owns them, blocks shared between processes, checked loads |
+//! | [`memory`] | mappings and their owners, blocks shared between processes, checked loads |
 //! | [`os`] | waiting, signals, other processes and their descriptors, limits, sandboxes |
 //!
 //! To open a userfaultfd, or to find out why it is not permitted, start at

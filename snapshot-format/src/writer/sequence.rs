@@ -1,17 +1,20 @@
-//! The stage that processes blocks in page order: shares pages, fills frames, and writes finished
-//! ones.
+//! The stage that processes blocks in page order: finds pages that repeat earlier ones, fills
+//! frames, and writes frames and index blocks.
+//!
+//! The *open* frame takes new pages. A *sealed* frame takes no more: the pool compresses it. A
+//! *draft* is an index block that waits until the frames that it names are written.
 //!
 //! ```text
 //! for each page of the next examined block:
-//!     fill         -> word of the index block; zero pages also feed the runs
-//!     known        -> its frame and slot; listed in the frame while that is open
+//!     fill         -> word of the index block; zero pages also extend the fill runs
+//!     known        -> its frame and slot; if that frame is still open, it lists the page
 //!     new          -> next slot of the open frame; full -> sealed -> handed to the pool
 //! the block's draft waits until all frames up to its newest are written
 //! for each frame that comes back, in order: write it; write the drafts that waited for it
 //! ```
 //!
-//! A draft follows the last frame that it or a draft before it needs, so the file is the same
-//! whichever thread was faster. The amount of waiting data is bounded by the frames in progress,
+//! A draft is written after the last frame that it or a draft before it needs, so the file does not
+//! depend on the speed of threads. The amount of waiting data is bounded by the frames in progress,
 //! and by sealing the open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
 
 use std::collections::VecDeque;
@@ -33,13 +36,13 @@ use crate::frame::FrameRef;
 use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
 use crate::types::Summary;
 
-/// Drafts that may wait for the frame that is being filled: 128 MiB of the source.
+/// Maximum number of drafts that wait for the open frame: 128 MiB of the source.
 const MAX_DRAFTS_ON_OPEN: usize = 64;
+/// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
+/// table of known pages is larger, its size is used instead.
+const RECENT_FRAMES: u64 = 1 << 20;
 /// Maximum number of frames of ancestors that are known by their pages: 32 MiB of references.
 const MAX_ANCESTOR_FRAMES: usize = 1 << 20;
-/// Minimum number of the newest frames that can be shared: 24 MiB of references. A larger table of
-/// known pages raises it.
-const MAX_SHARED_FRAMES: u64 = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -84,7 +87,7 @@ impl<W: Write> Stage<W> {
             dedup: DedupTable::new(exact_distinct_pages),
             open: OpenFrame::default(),
             sealed: 0,
-            refs: FrameRefs::new(MAX_SHARED_FRAMES.max(exact_distinct_pages as u64)),
+            refs: FrameRefs::new(RECENT_FRAMES.max(exact_distinct_pages as u64)),
             drafts: VecDeque::new(),
             drafts_on_open: 0,
             index: IndexEncoder::new(),
@@ -276,8 +279,8 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Passes the next frame to the training, and uses the resulting dictionary if this is the
-    /// frame to start with.
+    /// Passes the next frame to the training. At the first frame that may use the dictionary, waits
+    /// for the training to finish, and uses its dictionary if that pays.
     fn train(&mut self, sealed: &Sealed) -> Result<(), WriteError> {
         let Some(training) = &mut self.training else {
             return Ok(());
@@ -305,8 +308,8 @@ impl<W: Write> Stage<W> {
         Ok(())
     }
 
-    /// Writes the frames that are built, and the drafts that waited for them. Returns whether there
-    /// was one.
+    /// Writes the frames that are built, and the drafts that waited for them. Returns whether it
+    /// wrote a frame.
     pub(super) fn write_ready(&mut self) -> Result<bool, WriteError> {
         let mut any = false;
         while let Some(mut built) = self.workers.pop_built() {
@@ -354,7 +357,7 @@ impl<W: Write> Stage<W> {
     }
 }
 
-/// Returns a top-table entry without a block. It also stands for a draft until that is written.
+/// Returns a top-table entry without a block. It holds the place of a draft until that is written.
 fn empty_entry() -> RawTopEntry {
     RawTopEntry {
         kind: top_kind::UNAVAILABLE,

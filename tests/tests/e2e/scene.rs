@@ -21,7 +21,7 @@ pub(crate) const PAGES: u64 = 8192;
 /// Time limit that only a hang exceeds.
 pub(crate) const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A memory, its snapshot, and the daemon that serves it.
+/// A memory image, its snapshot, and the daemon that serves it.
 pub(crate) struct Scene {
     pub(crate) folder: TempDir,
     raw: PathBuf,
@@ -72,8 +72,8 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// Lets every user read the files, and connect to the sockets, in the scene's folder; with
-    /// `mode` 0o777, also create some.
+    /// Sets the mode of the scene's folder: with 0o755, every user may read its files and connect
+    /// to its sockets; with 0o777, also create files.
     pub(crate) fn share_folder(&self, mode: u32) {
         let mode = fs::Permissions::from_mode(mode);
         fs::set_permissions(self.folder.path(), mode).expect("cannot change the mode");
@@ -253,7 +253,7 @@ pub(crate) fn end_of(mut vmm: Child) -> Run {
     Run::finish(vmm)
 }
 
-/// Returns whether it exits by itself within this time.
+/// Returns whether the child exits by itself within this time.
 pub(crate) fn ends_within(child: &mut Child, time: Duration) -> bool {
     within(time, || {
         child.try_wait().expect("cannot query the child").is_some()
@@ -274,8 +274,8 @@ pub(crate) fn within(time: Duration, mut is_true: impl FnMut() -> bool) -> bool 
     }
 }
 
-/// Returns how the VMs ended. A VM that has touched everything may have been complete before it
-/// exited.
+/// Returns how the VMs ended. `complete` counts as `exited`, because a VM that has touched
+/// everything may have been complete before it exited.
 pub(crate) fn endings(vms: &[Value]) -> Vec<&str> {
     fn ending(vm: &Value) -> Option<&str> {
         match vm["ending"].as_str()? {

@@ -449,6 +449,10 @@ impl Client {
         let line = match lines.next(until) {
             Ok(Some(line)) => line,
             Ok(None) => return Err(ClientError::Closed { socket }),
+            // The daemon had not read the whole request.
+            Err(source) if source.kind() == io::ErrorKind::ConnectionReset => {
+                return Err(ClientError::Closed { socket });
+            }
             Err(source) => return Err(ClientError::Receive { socket, source }),
         };
         let reply: Reply<T> = match serde_json::from_slice(line) {

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!   store                    the supervisor dies                      afterwards
-//!   systemd's store          systemd starts it again, with all        VMs go on; they waited
+//!   systemd's store          systemd starts it again, with all        VMs continue; they waited
 //!                            that was stored                          meanwhile at missing pages
 //!   the guardian, a process  it kills the VMs, waits for their exit,  they are started anew
 //!   outside of its cgroup    and only then closes

@@ -1,11 +1,11 @@
 //! The supervisor: one thread that holds everything irreplaceable, and watches the worker.
 //!
 //! ```text
-//!   event_loop ──┬── Vms         each a VmRecord: its state, and the custody of its descriptors
+//!   event_loop ──┬── Vms         each a VmRecord: its state and its descriptors
 //!                ├── Services    snapshots, the sockets to which VMs connect, admission
 //!                ├── Workers     the worker, its queue of messages, its successors
 //!                ├── Endpoints   the sockets for operators and for readers of metrics
-//!                ├── FdStore     custody by another process; transitions of VMs take it
+//!                ├── FdStore     copies of the descriptors in another process
 //!                └── Journal     log lines and summaries
 //! ```
 //!
@@ -102,7 +102,7 @@ pub trait StopRequests: AsFd {
     fn count(&self) -> u32;
 }
 
-/// Why a daemon can't go on. All its VMs were killed, since nobody would serve them.
+/// Why a daemon can't continue. All its VMs were killed, since nobody would serve them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
@@ -253,7 +253,7 @@ impl Supervisor {
     ///
     /// # Errors
     ///
-    /// Returns an error if the daemon can't go on, such as when no worker becomes ready. All VMs
+    /// Returns an error if the daemon can't continue, such as when no worker becomes ready. All VMs
     /// were killed then, since nobody would serve them.
     pub fn run(mut self) -> Result<RunSummary, RunError> {
         systemd::notify("READY=1");

@@ -1,4 +1,4 @@
-//! The record of one VM: its state, and the custody of its descriptors.
+//! The record of one VM: its state, and the descriptors that are held and stored in that state.
 //!
 //! ```text
 //!   accept                      hand_over               track               serve
@@ -18,16 +18,16 @@
 //!
 //! | state | held here | stored under `vm-ID` |
 //! | --- | --- | --- |
-//! | `Connecting` | pidfd, connection with what was sent | pidfd |
+//! | `Connecting` | pidfd, connection, data that it has sent | pidfd |
 //! | `HandedOver` | pidfd, userfaultfd, page map | the same, and the description |
 //! | `Tracked`, `Serving` | the same, and the tables | the same, and the tables |
-//! | `Exiting` | pidfd, and what may hold its memory | as before, until the process has exited |
+//! | `Exiting` | pidfd, and [`Held`] until the process has exited | the same as before |
 //! | `Closing` | pidfd | nothing |
 //!
-//! Each transition takes the descriptor store and stores first: nothing can be sent to a worker, or
-//! be read from a peer, that the next supervisor or the guardian would not have. A VM that is not
-//! stored as a whole is served all the same; its pidfd alone is stored, so that it is killed and
-//! does not wait for ever.
+//! A transition that adds descriptors stores them before it returns, and only then is anything sent
+//! to a worker or read from a peer. So the next supervisor, or the guardian, knows every VM that
+//! could lose memory. If not all descriptors of a VM can be stored, it is served all the same. Then
+//! its pidfd alone is stored: if the supervisor dies, the VM is killed and does not wait for ever.
 
 mod stored;
 
@@ -62,7 +62,7 @@ use crate::policy::{self, Counter};
 const TABLES: &str = "tables";
 /// The role of the page map of a VM with huge pages.
 const PAGE_MAP: &str = "pagemap";
-/// The role of the other facts about a VM.
+/// The role of the description: the other facts about a VM.
 const META: &str = "meta";
 
 /// The name of a service that this daemon doesn't have.
@@ -132,10 +132,12 @@ struct Tables {
     vitals: Vitals,
 }
 
-/// The last signs of life of the worker that serves a VM.
+/// The last signs of life of the worker that serves a VM: counters, and when each last changed.
 #[derive(Debug)]
 struct Heartbeat {
+    /// Reads of messages.
     reads: (u64, Instant),
+    /// Starts and ends of serving, for each thread: odd while it serves.
     beats: Vec<(u64, Instant)>,
 }
 
@@ -274,8 +276,8 @@ impl VmRecord {
         Ok(())
     }
 
-    /// `HandedOver` → `Tracked`: keeps the tables that the worker has created, before it reads any
-    /// message of the VM, and stores them.
+    /// `HandedOver` → `Tracked`: keeps and stores the tables that the worker has created. The
+    /// worker sends them before it reads any message of the VM.
     pub(super) fn track(
         &mut self,
         memfd: OwnedFd,
@@ -334,7 +336,8 @@ impl VmRecord {
         self.state = State::Exiting(held);
     }
 
-    /// Any state → `Exiting`: kills the process. If that fails, it blocks at its next missing page.
+    /// Any state → `Exiting`: kills the process. If that fails, the process blocks at its next
+    /// missing page.
     pub(super) fn kill(&mut self) -> Result<(), Errno> {
         let killed = self.kill_process();
         self.leave();
@@ -373,7 +376,8 @@ impl VmRecord {
         fd_store.remove(&store_id(self.id))
     }
 
-    /// Stores the VM again, in a store that has nothing yet. Fails if it is not stored as a whole.
+    /// Stores all descriptors that belong to the VM's state. Fails if an active VM is not stored as
+    /// a whole.
     pub(super) fn store(&self, fd_store: &mut FdStore) -> Result<(), PartlyStored> {
         let mut descriptors = vec![(OWNER, self.pidfd())];
         match &self.state {
@@ -674,7 +678,8 @@ impl Heartbeat {
         }
     }
 
-    /// Notes what the worker has done since the last time, and where it had nothing to do.
+    /// Restarts the clock of each counter that has changed since the last time, or for which there
+    /// is nothing to do.
     fn update(&mut self, tables: &Tables, userfaultfd: BorrowedFd<'_>, now: Instant) {
         let pulse = tables.vitals.pulse();
         if pulse.reads != self.reads.0 || !readable(userfaultfd) {

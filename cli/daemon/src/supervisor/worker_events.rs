@@ -102,10 +102,10 @@ impl Supervisor {
     fn handle_request(&mut self, number: u64, request: SupervisorRequest) {
         let result = match request {
             // A compromised worker must not get rights that nobody has asked for.
-            _ if !self.workers.has_operator() => {
+            _ if !self.workers.had_operator() => {
                 self.journal
-                    .error("the worker made a request although no operator is connected: refused");
-                Err("no operator is connected".to_owned().into())
+                    .error("the worker made a request although no operator has connected: refused");
+                Err("no operator has connected".to_owned().into())
             }
             SupervisorRequest::Add(_) if self.stopping != Stopping::No => {
                 Err(AddServiceError::ShuttingDown.into())

@@ -60,7 +60,7 @@ pub(super) struct Workers {
     /// Workers in a row that exited before they could serve.
     failed_starts: Counter,
     /// Whether the connection of an operator was passed to the worker.
-    has_operator: bool,
+    had_operator: bool,
 }
 
 /// A worker that was killed and doesn't exit.
@@ -116,7 +116,7 @@ impl Workers {
             started: 1,
             restarts: 0,
             failed_starts: Counter::default(),
-            has_operator: false,
+            had_operator: false,
         })
     }
 
@@ -158,14 +158,14 @@ impl Workers {
 
     /// Queues a message for the worker.
     pub(super) fn queue(&mut self, message: Outgoing) {
-        self.has_operator |= matches!(message, Outgoing::Client(Endpoint::Control, _));
+        self.had_operator |= matches!(message, Outgoing::Client(Endpoint::Control, _));
         self.outgoing.push_back(message);
     }
 
-    /// Whether the worker has, or is about to get, the connection of an operator. Without one, a
-    /// request that it passes on is its own.
-    pub(super) fn has_operator(&self) -> bool {
-        self.has_operator
+    /// Whether the worker has had, or is about to get, the connection of an operator. Without one,
+    /// no operator has made the request that it passes on.
+    pub(super) fn had_operator(&self) -> bool {
+        self.had_operator
     }
 
     /// Queues the reply to an operator's request.
@@ -269,7 +269,7 @@ impl Workers {
         let waiting = waiting.filter(|outgoing| matches!(outgoing, Outgoing::Client(..)));
         self.outgoing = services.chain(ended).chain(vms).chain(waiting).collect();
         let is_operator = |it: &Outgoing| matches!(it, Outgoing::Client(Endpoint::Control, _));
-        self.has_operator = self.outgoing.iter().any(is_operator);
+        self.had_operator = self.outgoing.iter().any(is_operator);
         if briefing.draining {
             self.outgoing.push_back(Outgoing::Drain);
         }
@@ -467,9 +467,9 @@ mod tests {
         let mut workers = Workers::start(Options::default()).unwrap();
         let client = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         workers.queue(Outgoing::Client(Endpoint::Metrics, client()));
-        assert!(!workers.has_operator());
+        assert!(!workers.had_operator());
         workers.queue(Outgoing::Client(Endpoint::Control, client()));
-        assert!(workers.has_operator());
+        assert!(workers.had_operator());
 
         let briefing = Briefing {
             services: &Services::new(),
@@ -478,13 +478,13 @@ mod tests {
         };
         workers.brief(&briefing, std::iter::empty());
         assert!(
-            workers.has_operator(),
+            workers.had_operator(),
             "the next worker gets a client that waits"
         );
         workers.outgoing.clear();
         workers.brief(&briefing, std::iter::empty());
         assert!(
-            !workers.has_operator(),
+            !workers.had_operator(),
             "the operator was connected to the dead worker"
         );
     }

@@ -1,7 +1,7 @@
 //! Stops every thread of a process, and guarantees that they continue.
 //!
 //! ```text
-//!   tracer thread:  seize + interrupt all ──all stopped──▶ wait ──let go──▶ ends
+//!   tracer thread:  seize + interrupt all ──all stopped──▶ wait ──release──▶ exits
 //!                        │    ▲                                  (the kernel detaches)
 //!                        ▼    │ after a pause, in which the process runs
 //!                   one thread doesn't stop

@@ -215,6 +215,9 @@ impl<P: Platform, I: Image> Session<P, I> {
                     return Err(error);
                 }
                 retries.no_memory += 1;
+                if large {
+                    self.state.beat_all();
+                }
                 // The owner may be about to return memory, and proceeds only after the event of
                 // that was read.
                 self.read_now(about);
@@ -227,6 +230,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Handles EAGAIN: reads the events that it announced, or waits if there are none yet.
     pub(crate) fn after_changing(&self, tries: &mut u32, about: u64) -> Result<(), InstallError> {
+        self.state.beat_all();
         if self.read_now(about) {
             *tries = 0;
             return Ok(());
@@ -241,7 +245,6 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Reads events in the middle of an install. Returns `true` if there were any.
     fn read_now(&self, about: u64) -> bool {
-        self.state.beat_all();
         let any = self.read_events(about) > 0;
         if any {
             self.wake_if_settled();

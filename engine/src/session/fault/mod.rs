@@ -1,25 +1,25 @@
 //! The fault path: from the message of a fault to the thread that runs again.
 //!
 //! ```text
-//! serve(), in each fault thread until the session ends:
+//! serve(), in each fault thread until the session ends ("the lock" is the install lock):
 //!   wait     take a fault from the queue; if it is empty, wait for messages and record them
 //!   look up  hold the lock shared; by the state of the page at the address:
 //!              outside the session, removed, present: ZEROPAGE (for a large page, COPY of zeros),
 //!                or WAKE if a page is there; the fault is resolved
 //!              poisoned: POISON, or WAKE; the fault is resolved
 //!              absent: load it
-//!   load     look up its content; claim its frame, or wait for the fault that has it and look up
-//!            again; read, check and decode the frame up to the page               [`load`]
+//!   load     look up its content; claim its frame (if another fault has claimed it, wait and look
+//!            the page up again); read, check and decode the frame up to the page  [`load`]
 //!   install  hold the lock shared, look up state and address again, one COPY, mark  [`install`]
 //!            (the thread that waits runs now; the rest of the frame is loaded and installed)
-//!   resolve  count the fault, take it off the queue, wake a thread if it was the last page
+//!   resolve  count the fault; if it was the last page, wake a thread to complete the session
 //! ```
 //!
 //! A page that can't be loaded leaves the path for [`failing`]: its read is retried after a pause
 //! while others are served, and then the failure policy decides.
 //!
-//! Prefetch ([`prefetch`]) takes the same path from "load" on. Pages of 2 MiB part from it in
-//! "load" and have their own install ([`huge`]).
+//! Prefetch ([`prefetch`]) takes the same path from "load" on. Pages of 2 MiB leave it in "load",
+//! and have their own load and install ([`huge`]).
 
 pub(crate) mod context;
 pub(crate) mod failing;
@@ -65,12 +65,12 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Waits for the next fault to serve and returns it, or `None` if the session ends.
     ///
-    /// An incoming message wakes one thread, which reads all messages. If they contain more than
-    /// one fault, it wakes another thread.
+    /// An incoming message wakes up to two threads. The first one that runs reads all messages. If
+    /// they contain more than one fault, it wakes others.
     fn wait_for_fault(&self) -> Option<Fault> {
         loop {
             if self.is_ending() {
-                // Only one thread was woken for the end of the session, so it wakes the next.
+                // The end of the session wakes a few threads only, so each wakes the next.
                 self.platform.kick();
                 return None;
             }

@@ -93,9 +93,9 @@ pub(crate) trait Platform: Sync {
     /// [`Platform::shared`].
     fn exclusive(&self, about: u64) -> Self::Exclusive<'_>;
     /// Waits until there may be a message, [`Platform::kick`] was called, or `timeout` has passed.
-    /// If several threads wait, a message wakes only one of them, which must read it.
+    /// If several threads wait, a message wakes only one or two of them, one of which must read it.
     fn wait_readable(&self, timeout: Option<Duration>) -> Waited;
-    /// Makes the current [`Platform::wait_readable`] of one thread return, or the next one.
+    /// Makes the current [`Platform::wait_readable`] of one or two threads return, or the next one.
     fn kick(&self);
     /// Calls `wait`, which returns when no fault is loading `frame` any more.
     fn wait_in_flight(&self, frame: FrameId, wait: impl FnOnce());
@@ -107,7 +107,7 @@ pub(crate) trait Platform: Sync {
     fn brake(&self) -> Self::Brake;
 
     /// Reads up to 64 messages without waiting and passes each to `record`, in the kernel's order.
-    /// Returns the number of messages. If there may be more, one waiting thread is woken for them.
+    /// Returns the number of messages. If there may be more, a waiting thread is woken for them.
     fn read(
         &self,
         hold: &mut Self::Exclusive<'_>,

@@ -185,9 +185,10 @@ mod catch {
         let before = at.and_then(|at| BEFORE[at].get());
         let action = before.map_or(libc::SIG_DFL, |before| before.sa_sigaction);
         let takes_info = before.is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0);
-        // SAFETY: the address is that of a handler of the type that its flags declare, as whoever
-        // set it vouched for. It receives what the kernel passed. `signal` and `raise` take numbers
-        // and are allowed in a handler. The kernel sets `si_code`.
+        // SAFETY: the address is that of a handler of the type that its flags declare: the code
+        // that set the handler guarantees that. It receives the arguments that the kernel passed.
+        // `signal` and `raise` take numbers and are allowed in a handler. The kernel sets
+        // `si_code`.
         unsafe {
             let was_sent = (*info).si_code <= 0;
             match action {

@@ -26,10 +26,11 @@ pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
 
 /// Untrusted descriptors that another process has sent.
 ///
-/// Closing one can involve whoever is behind it: a file system that is a program (FUSE) is notified
-/// and need not answer; for a userfaultfd, its memory is locked. The closing thread then waits and
-/// can't be killed, and neither can its process. Therefore a separate thread closes them. A process
-/// that takes many must check how many of these threads are still running: [`Untrusted::closing`].
+/// Closing one can depend on another process: a file system that is a program (FUSE) is notified
+/// and need not answer; for a userfaultfd, the kernel locks the memory of its process. The closing
+/// thread then waits and can't be killed, and neither can its process. Therefore a separate thread
+/// closes them. A process that takes many must check how many of these threads are still running:
+/// [`Untrusted::closing`].
 #[derive(Debug, Default)]
 pub struct Untrusted {
     descriptors: Vec<OwnedFd>,

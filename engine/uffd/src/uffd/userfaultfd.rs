@@ -18,16 +18,16 @@
 //!    the `unsafe` step: [`RawRegion`]'s contract says that the memory is plain bytes of any value
 //!    until the restore is over. The kernel alone would also permit memory that other code
 //!    registered with its own userfaultfd; the list in `grants.rs` doesn't.
-//! 3. Memory of another process can't be made unsound by us; whoever handed over the descriptor
-//!    decides what may be done to it. [`Userfaultfd::adopt`] is `unsafe` because it trusts that the
-//!    descriptor is foreign and no detour to this process; [`Userfaultfd::adopt_foreign`] checks
-//!    it.
+//! 3. Memory of another process can't be made unsound by us. The process that handed over the
+//!    descriptor has permitted changes to its memory. [`Userfaultfd::adopt`] is `unsafe` because it
+//!    trusts that the descriptor is foreign and no detour to this process;
+//!    [`Userfaultfd::adopt_foreign`] checks it.
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -42,6 +42,8 @@ use crate::os::limits::Hint;
 /// Sizes of address space that a process reserves to find out whether a userfaultfd is its own: a
 /// large one, or a smaller one where address space is limited.
 const RESERVED: [u64; 2] = [1 << 40, 1 << 30];
+/// Held while the range is in use: another thread might reserve what one has just released.
+static PROBE: Mutex<()> = Mutex::new(());
 
 /// The kinds of faults that a registration reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -154,9 +156,11 @@ impl Userfaultfd {
     ///
     /// Unregistering what is not registered changes nothing, and the kernel returns EINVAL where
     /// nothing is mapped. Therefore places in a range that this process has just reserved are
-    /// tried, except at the addresses of `registered`: if all of them are mapped in the address
-    /// space of the descriptor, it belongs to this process. The range is so long that another
-    /// process has nothing mapped in most of it.
+    /// tried, except at the addresses of `registered`. If all of them are mapped in the address
+    /// space of the descriptor, it belongs to this process: the range is so long that another
+    /// process has nothing mapped in most of it. The exception is a child that was forked at this
+    /// moment and has inherited the range, so the places are tried once more after the range was
+    /// released.
     pub fn adopt_foreign(
         fd: OwnedFd,
         enabled: Features,
@@ -166,25 +170,27 @@ impl Userfaultfd {
         // SAFETY: nothing is filled through the result before the check below, and it is dropped if
         // the memory is this process's.
         let adopted = unsafe { Self::adopt(fd, enabled, hidden) }?;
-        let page = crate::page_size();
+        let _alone = PROBE.lock().unwrap_or_else(PoisonError::into_inner);
         let reserved = RESERVED
             .iter()
             .find_map(|len| Mapping::inaccessible(*len).ok());
         let reserved = reserved.ok_or_else(|| AdoptError::Inspect(Errno::ENOMEM.into()))?;
-        let step = reserved.len() / 16;
-        for address in (reserved.address()..)
-            .step_by(crate::to_usize(step))
-            .take(16)
-        {
-            if registered.iter().any(|range| range.contains(&address)) {
-                continue;
-            }
-            match adopted.unregister(address, page) {
-                Ok(Unregistered::Done) => {}
-                Ok(Unregistered::Gone | Unregistered::OwnerGone) | Err(_) => return Ok(adopted),
-            }
+        let step = crate::to_usize(reserved.len() / 16);
+        let places = (reserved.address()..).step_by(step).take(16);
+        let places: Vec<u64> = places
+            .filter(|at| !registered.iter().any(|range| range.contains(at)))
+            .collect();
+        let is_mapped = |at: &u64| {
+            let answer = adopted.unregister(*at, crate::page_size());
+            matches!(answer, Ok(Unregistered::Done))
+        };
+        let was_mapped = places.iter().all(is_mapped);
+        drop(reserved);
+        let is_foreign = !places.is_empty() && (!was_mapped || places.iter().all(is_mapped));
+        if !is_foreign {
+            return Err(AdoptError::OwnMemory);
         }
-        Err(AdoptError::OwnMemory)
+        Ok(adopted)
     }
 
     /// Returns the enabled features.

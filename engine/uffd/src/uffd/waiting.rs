@@ -11,22 +11,23 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::userfaultfd::Userfaultfd;
 
-/// Epoll data that distinguishes the messages of the userfaultfd from the eventfd.
+/// Epoll data of the userfaultfd. The next two are those of the eventfd and of the owner's pidfd.
 const MESSAGES: u64 = 0;
 const WOKEN: u64 = 1;
 const OWNER: u64 = 2;
 
 /// Number of threads that one message wakes. The scheduler puts the first on an idle core, which
 /// takes 45-60 us in a virtual machine, and the second on the core of the faulting thread, which
-/// takes 6.
+/// takes 6. The thread that runs first reads the message.
 const WOKEN_AT_ONCE: usize = 2;
 
 /// A wait queue for the messages of one userfaultfd.
 ///
-/// Any number of threads may wait, in two rows. A message wakes one thread of each row, the one
-/// that came last, and does so once (epoll, edge-triggered): the woken thread must read until
-/// nothing is left, or [wake](Self::wake) another. A message that arrives while nobody of a row
-/// waits ends the row's next wait. With `poll`, every message would wake every thread.
+/// Any number of threads may wait, in two rows, each with an epoll of its own. A message wakes one
+/// thread of each row, the one that came last. It does so only once (edge-triggered): a woken
+/// thread must read until nothing is left, or [wake](Self::wake) another. A message that arrives
+/// while no thread of a row waits ends the row's next wait. With `poll`, every message would wake
+/// every thread.
 #[derive(Debug)]
 pub struct Waiting {
     rows: [Row; WOKEN_AT_ONCE],
@@ -40,7 +41,7 @@ struct Row {
     len: AtomicUsize,
 }
 
-/// The reasons why a wait ended; none of them after the timeout, or after a signal handler ran.
+/// The reasons why a wait ended. None is set after the timeout, or after a signal handler ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
     /// Whether messages can be read, or could a moment ago.
@@ -83,11 +84,12 @@ impl Waiting {
         let _ = self.wakeup.write(1);
     }
 
-    /// Waits until messages can be read, [`Waiting::wake`] is called, or the time is over (`None`:
-    /// no limit).
+    /// Waits until messages can be read, [`Waiting::wake`] is called, the watched process exits, or
+    /// the time is over (`None`: no limit).
     ///
-    /// A userfaultfd without `O_NONBLOCK` reports an error forever. The flag can be lost when the
-    /// open file is shared with another process; it is then set again here, and the wait continues.
+    /// Epoll reports an error for a userfaultfd without `O_NONBLOCK`, and no messages. Another
+    /// process that shares the open file can clear the flag. This method then sets it again, and
+    /// returns as if there were messages.
     /// `uffd` must be the one for which this queue was created.
     pub fn wait(&self, uffd: &Userfaultfd, timeout: Option<Duration>) -> io::Result<Ready> {
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
