@@ -294,7 +294,8 @@ impl Restore {
     }
 
     /// Sets a callback that receives the number of each page that a touch loaded, in that order:
-    /// the working set of the program. The thread that served the page calls it. [The
+    /// the working set of the program. The thread that served the page calls it after the page is
+    /// there, so touches that follow each other at once may be reported in another order. [The
     /// module](super#callbacks) describes what it may do.
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));

@@ -9,6 +9,8 @@ use snaprestore_engine::restore::{Restore, Restored, StopMode};
 use snaprestore_fixtures::images::Mix;
 use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
 
+use crate::common::wait_until;
+
 const PAGE: usize = 4096;
 /// Number of pages in the image: 32 MiB.
 const PAGES: u64 = 8192;
@@ -162,7 +164,14 @@ fn first_touches_are_observed_in_order() {
         .unwrap();
     let region = snapshot.regions()[1].clone();
     let wanted = [4000, 3000, 8000, 6000];
-    compare(&restored, &image, wanted.into_iter());
+    for page in wanted {
+        compare(&restored, &image, std::iter::once(page));
+        // The page is there before the observer is called.
+        wait_until("the observer was called", || {
+            let stats = restored.stats();
+            stats.fault_time.count == stats.faults
+        });
+    }
     let numbers: Vec<u64> = wanted
         .iter()
         .map(|page| region.first_page + page - SPLIT)
