@@ -42,7 +42,7 @@ const STACK_END: u64 = 0x1_0000;
 const LOW_PAGES: u64 = 0x1_0000;
 const HIGH_PAGES: u64 = 4 << 30;
 /// Maximum size of the memory in MiB: the page tables map one GiB for each half.
-const MOST_MIB: u64 = 2048;
+const MAX_MIB: u64 = 2048;
 
 std::arch::global_asm!(
     include_str!("guest.s"),
@@ -72,8 +72,8 @@ fn program() -> &'static [u8] {
 /// Returns the guest addresses and lengths in bytes of a memory of `mib` MiB.
 pub(crate) fn layout(mib: u64) -> Result<[(GuestAddress, usize); 2]> {
     ensure!(
-        (2..=MOST_MIB).contains(&mib),
-        "the guest's memory can have 2 to {MOST_MIB} MiB, not {mib}"
+        (2..=MAX_MIB).contains(&mib),
+        "the guest's memory can have 2 to {MAX_MIB} MiB, not {mib}"
     );
     let low = mib / 2;
     let bytes = |mib: u64| usize::try_from(mib << 20);

@@ -143,8 +143,8 @@ fn remove(memory: &Memory, ranges: &[std::ops::Range<u64>]) {
 /// Regression test: if a page is missing, the kernel zeroes nothing when a part of it is discarded.
 /// Rounded inwards, the discarded parts came back from the snapshot.
 #[test]
-fn lesson_7_discarded_parts_of_huge_pages_are_zero() {
-    let test = "lesson_7_discarded_parts_of_huge_pages_are_zero";
+fn discarded_parts_of_huge_pages_are_zero() {
+    let test = "discarded_parts_of_huge_pages_are_zero";
     let Some(_pool) = pool(test, COUNT) else {
         return;
     };

@@ -66,7 +66,7 @@ fn observer_that_touches_memory_aborts_with_the_reason() {
             .unwrap();
         target.store(address(&restored, 700), SeqCst);
         peek(address(&restored, 0));
-        std::thread::sleep(crate::common::PATIENCE);
+        std::thread::sleep(crate::common::HANG_TIMEOUT);
     });
     is_aborted_for_touching(&ended, "snap-fault-");
 }
@@ -103,7 +103,7 @@ fn callback_that_panics_aborts_with_the_reason() {
             .start()
             .unwrap();
         peek(address(&restored, 0));
-        std::thread::sleep(crate::common::PATIENCE);
+        std::thread::sleep(crate::common::HANG_TIMEOUT);
     });
     assert_eq!(ended.signal(), Some(libc::SIGABRT), "{ended:?}");
     assert!(
@@ -267,7 +267,7 @@ fn handle_can_be_dropped_inside_any_callback() {
             *slot.lock().unwrap() = Some(restored);
             in_store.store(page == 1, SeqCst);
             let touching = touch(touched);
-            told.1.recv_timeout(crate::common::PATIENCE).unwrap();
+            told.1.recv_timeout(crate::common::HANG_TIMEOUT).unwrap();
             let got = touching.join().unwrap();
             // The observer is called when the page is present, and the page may be unmapped before
             // it is read.
@@ -296,7 +296,7 @@ fn callback_that_would_wait_for_itself_gets_an_error() {
     let first = address(&restored, 0);
     handle.set(Mutex::new(restored)).unwrap();
     assert!(peek(first) == source(&bytes, 0));
-    let (read, complete, stop) = told.1.recv_timeout(crate::common::PATIENCE).unwrap();
+    let (read, complete, stop) = told.1.recv_timeout(crate::common::HANG_TIMEOUT).unwrap();
     assert!(matches!(read, Err(ReadAtError::InCallback)), "{read:?}");
     assert!(matches!(stop, Err(StopError::InCallback)), "{stop:?}");
     assert!(!complete);

@@ -15,7 +15,7 @@ use snapshot_format::{
 pub(crate) const PAGE: usize = 4096;
 
 /// Maximum time for a wait; only a hang takes this long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Returns pages that are all stored and all different.
 pub(crate) fn random_bytes(pages: u64, seed: u64) -> Vec<u8> {
@@ -138,7 +138,7 @@ pub(crate) fn within<T: Send + 'static>(
     let (done, result) = mpsc::channel();
     std::thread::spawn(move || done.send(work()));
     result
-        .recv_timeout(PATIENCE)
+        .recv_timeout(HANG_TIMEOUT)
         .unwrap_or_else(|error| panic!("{what}: {error}"))
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn within<T: Send + 'static>(
 pub(crate) fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let begun = Instant::now();
     while !condition() {
-        assert!(begun.elapsed() < PATIENCE, "waiting until {what}");
+        assert!(begun.elapsed() < HANG_TIMEOUT, "waiting until {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -245,7 +245,7 @@ pub(crate) fn in_child<F: FnOnce()>(body: F) -> Ended {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
         }
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > HANG_TIMEOUT {
             child.kill().unwrap();
             child.wait().unwrap();
             panic!("the child of {name} hangs");

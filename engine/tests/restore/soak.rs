@@ -366,7 +366,7 @@ fn random_owner_always_reads_expected_pages() {
         .map(|text| text.parse().expect("seconds"));
     let duration = asked.map_or(SHORT, Duration::from_secs);
     // The short form shares the machine with the other tests.
-    let longest = asked.map_or(crate::common::PATIENCE, |_| MAX_WAIT);
+    let longest = asked.map_or(crate::common::HANG_TIMEOUT, |_| MAX_WAIT);
     let image = Mix::new(PAGES as u64, 1).bytes();
     let snapshot = open(pack(&image, 8));
     for fault_threads in [1, 2, 4] {
