@@ -157,9 +157,13 @@ impl<'a> Eager<'a> {
                     return Found::Bytes(frame[from..from + PAGE_SIZE].to_vec());
                 }
                 let mut out = vec![0; frame.decoded_len()];
-                let first = self.steps.decode_first(snapshot, &frame, Reason::Demand, slot + 1, &mut out);
+                let first =
+                    self.steps
+                        .decode_first(snapshot, &frame, Reason::Demand, slot + 1, &mut out);
                 match first {
-                    Ok((_, ready)) if ready > slot => Found::Torn(out[from..from + PAGE_SIZE].to_vec()),
+                    Ok((_, ready)) if ready > slot => {
+                        Found::Torn(out[from..from + PAGE_SIZE].to_vec())
+                    }
                     _ => Found::Nothing,
                 }
             }
