@@ -35,13 +35,15 @@ fn worker_killed_at_any_fail_point_is_replaced() {
             _ => "read:3",
         };
         let places = format!("{before},{name}:1,{name}:2,{name}:5,{name}:1");
-        scene.serve_with(&["--prefetch", "all"], &[("SNAPRESTORE_FAIL", &places)]);
-        let vmm = scene.vmm(VMM).spawn().expect("cannot start a VMM");
-        all_right(vmm);
-        let vms = scene.stop();
-        let deaths = scene.said().matches(DIED).count();
-        assert!(deaths >= 2, "{name}: {}", scene.said());
-        assert_eq!(endings(&vms), ["exited"], "{name}");
+        // How often a point is reached depends on the scheduler: a VM may be done with few reads.
+        let reached = (0..5).any(|_| {
+            scene.serve_with(&["--prefetch", "all"], &[("SNAPRESTORE_FAIL", &places)]);
+            let vmm = scene.vmm(VMM).spawn().expect("cannot start a VMM");
+            all_right(vmm);
+            assert_eq!(endings(&scene.stop()), ["exited"], "{name}");
+            scene.said().matches(DIED).count() >= 2
+        });
+        assert!(reached, "{name}: {}", scene.said());
     }
 }
 
