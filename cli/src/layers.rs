@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use snapshot_format::{FileStore, Layer, LayerFolders, OpenError, Snapshot, SnapshotOptions};
+use snapshot_format::{FileStore, Layer, LayerFolders, Snapshot, SnapshotOptions};
 
 use crate::args;
 use crate::exit::Refusal;
@@ -36,19 +36,13 @@ pub(crate) fn resolver(layers: &args::Layers, first: Option<PathBuf>) -> Result<
     Ok(Arc::new(LayerFolders::new(all)))
 }
 
-/// Opens the file of a snapshot.
-pub(crate) fn open_file(path: &Path) -> Result<Arc<FileStore>, OpenError> {
-    let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
-        file: names::path(path),
-        source,
-    })?;
-    Ok(Arc::new(store))
-}
-
 /// Opens a snapshot and all its ancestors.
 pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
     let options = SnapshotOptions::default().ancestors(resolver(layers, None)?);
-    Ok(Snapshot::open_with(open_file(path)?, &options)?)
+    Ok(Snapshot::open_with(
+        FileStore::open_snapshot(path)?,
+        &options,
+    )?)
 }
 
 /// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.

@@ -8,9 +8,11 @@ use std::fs::{File, FileType};
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::error::OpenError;
 use crate::names::escape_path;
 
 /// Why bytes are read. Stores may treat the reasons differently; statistics count them separately.
@@ -60,6 +62,15 @@ pub struct FileStore {
 }
 
 impl FileStore {
+    /// Opens the regular file or block device at `path`, to read a snapshot from it.
+    pub fn open_snapshot(path: &Path) -> Result<Arc<Self>, OpenError> {
+        let store = Self::open(path).map_err(|source| OpenError::NoStore {
+            file: escape_path(path),
+            source,
+        })?;
+        Ok(Arc::new(store))
+    }
+
     /// Opens the regular file or block device at `path` for reading. It refuses everything else,
     /// and never blocks: a pipe without a writer, or a terminal, would block here forever.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {

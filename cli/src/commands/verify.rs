@@ -9,7 +9,7 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{LayerFolders, Store, VerifyError, VerifyOptions};
+use snapshot_format::{FileStore, LayerFolders, Store, VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
@@ -78,7 +78,7 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         output,
         cancel,
     };
-    let store = layers::open_file(&args.file)?;
+    let store = FileStore::open_snapshot(&args.file)?;
     let beside = store.folder();
     let file = names::exact(&args.file);
     let own = work.check(file, store, layers::resolver(&args.layers, None)?)?;

@@ -13,7 +13,6 @@ use crate::index::records;
 use crate::layout::{
     HEADER_BYTES, PAGES_PER_BLOCK_U64, RawAncestorEntry, SectionKind, TRAILER_BYTES,
 };
-use crate::names::escape_path;
 use crate::open::{self, Ends, Tail};
 use crate::sections::{self, Blob, Section};
 use crate::store::{FileStore, Reason, Store};
@@ -68,12 +67,7 @@ impl Layer {
 
     /// Opens the regular file or block device at `path` as [`Layer::open`] does.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
-        let path = path.as_ref();
-        let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
-            file: escape_path(path),
-            source,
-        })?;
-        Self::open(Arc::new(store))
+        Self::open(FileStore::open_snapshot(path.as_ref())?)
     }
 
     /// Creates a layer that doesn't know its ancestors yet.

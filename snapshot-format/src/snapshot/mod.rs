@@ -31,7 +31,6 @@ use crate::error::{OpenError, Part, ReadError};
 use crate::frame::FrameRef;
 use crate::index::{BlockRef, CheckedTop, IndexBlock, Top, TopTable};
 use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, SectionKind, TAIL_BYTES};
-use crate::names::escape_path;
 use crate::open;
 use crate::sections;
 use crate::store::{FileStore, Store};
@@ -128,12 +127,7 @@ impl Snapshot {
     /// Opens the regular file or block device at `path`, and its ancestors if it is layered. They
     /// are looked for in the folder of the file.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, OpenError> {
-        let path = path.as_ref();
-        let store = FileStore::open(path).map_err(|source| OpenError::NoStore {
-            file: escape_path(path),
-            source,
-        })?;
-        Self::open(Arc::new(store))
+        Self::open(FileStore::open_snapshot(path.as_ref())?)
     }
 
     /// Opens the snapshot in `store` with options.
