@@ -15,7 +15,7 @@ use snapshot_format::Reason;
 
 use crate::common::{in_child, open, open_hooked, pack, random_bytes, wait_until};
 use crate::owner::{Memory, Owner, Region, mixed};
-use crate::uffd_support::{Ended, madvise, peek};
+use crate::uffd_support::{Ended, in_threads, madvise, peek};
 use crate::{PAGES, REGIONS};
 
 #[test]
@@ -63,19 +63,15 @@ fn touching_owner_sees_no_zeros_when_its_session_is_dropped() {
                 memory.wait_for_word();
                 memory.close_userfaultfd();
                 let memory: &Memory = memory;
-                std::thread::scope(|scope| {
-                    for thread in 0..4 {
-                        let expected = &expected;
-                        scope.spawn(move || {
-                            for page in (thread..PAGES).step_by(4).map(|page| page * 1021 % PAGES) {
-                                let start = usize::try_from(page * 4096).unwrap();
-                                if peek(memory.page(page)) != expected[start] {
-                                    wrong.fetch_add(1, Relaxed);
-                                }
-                            }
-                        });
+                let touch = |thread| {
+                    for page in (thread..PAGES).step_by(4).map(|page| page * 1021 % PAGES) {
+                        let start = usize::try_from(page * 4096).unwrap();
+                        if peek(memory.page(page)) != expected[start] {
+                            wrong.fetch_add(1, Relaxed);
+                        }
                     }
-                });
+                };
+                in_threads(4, touch, || {});
                 0
             });
             let snapshot = open_hooked(pack(&bytes, 8), |_, _, reason| {
@@ -204,9 +200,6 @@ fn owner_that_faults_while_the_last_page_arrives_is_not_left_waiting() {
     for round in 0..300 {
         let expected = Arc::clone(&bytes);
         let owner = Owner::start(&regions, move |memory| {
-            // SIGALRM ends a process in which a thread is left waiting.
-            // SAFETY: the call takes a number; SIGALRM is not handled.
-            unsafe { libc::alarm(100) };
             i32::from(!touch_discarded_pages_at_the_end(
                 memory,
                 &expected,
@@ -242,19 +235,19 @@ fn touch_discarded_pages_at_the_end(memory: &Memory, source: &[u8], ahead: usize
     let (last, others) = firsts.split_last().unwrap();
     let others = others.iter().all(|page| right(*page));
     let looks = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let settles = scope.spawn(|| {
-            while looks.load(Relaxed) < 5 {
-                std::thread::yield_now();
-            }
-            right(*last)
-        });
+    let settles = |_| {
+        while looks.load(Relaxed) < 5 {
+            std::thread::yield_now();
+        }
+        right(*last)
+    };
+    let (settled, zeros) = in_threads(1, settles, || {
         while memory.is_registered(firsts[0]) {
             looks.fetch_add(1, Relaxed);
         }
-        let zeros = firsts[ahead..]
+        firsts[ahead..]
             .iter()
-            .all(|page| peek(memory.page(page + 1)) == 0);
-        others && zeros && settles.join().unwrap()
-    })
+            .all(|page| peek(memory.page(page + 1)) == 0)
+    });
+    others && zeros && settled == [true]
 }

@@ -15,7 +15,7 @@ use snaprestore_uffd::os::open_page_map;
 
 use crate::common::{damaged, frame_of, open, open_hooked, pack, random_bytes, wait_until};
 use crate::owner::{Backing, Memory, Owner, Region, mixed};
-use crate::uffd_support::{Ended, madvise};
+use crate::uffd_support::{Ended, in_threads, madvise};
 
 /// Number of the snapshot's pages in one of the owner's.
 const LARGE: u64 = 512;
@@ -155,21 +155,18 @@ fn discarded_parts_of_huge_pages_are_zero() {
         let owner = Owner::start_in(Backing::HugeFile, &REGIONS, move |memory| {
             let ranges = ranges(round);
             let (before, during) = ranges.split_at(ranges.len() / 2);
-            let threads = std::thread::scope(|scope| {
-                // Another thread touches the pages that are being discarded.
-                let toucher = scope.spawn(|| {
-                    for page in (0..PAGES).step_by(97) {
-                        memory.is(page, &[]);
-                    }
-                });
-                remove(memory, during);
-                toucher.join().is_ok()
-            });
+            // Another thread touches the pages that are being discarded.
+            let touch = |_| {
+                for page in (0..PAGES).step_by(97) {
+                    memory.is(page, &[]);
+                }
+            };
+            in_threads(1, touch, || remove(memory, during));
             // Everything is present by now; then it is discarded again.
             remove(memory, before);
             let gone = |page: u64| ranges.iter().any(|pages| pages.contains(&page));
             let right = (0..2).all(|_| memory.wrong(&expected, gone).is_none());
-            i32::from(!threads || !right)
+            i32::from(!right)
         });
         let paged = Pager::new(open(pack(&bytes, 32)))
             .prefetch(prefetch)
@@ -362,19 +359,16 @@ fn wait_for_a_huge_page(pool: &HugePool, with_page_map: bool) {
         let memory: &Memory = memory;
         let source = |page: u64| &expected[usize::try_from(page * 4096).unwrap()..][..4096];
         let right = (0..count - 2).all(|large| memory.is(large * LARGE, source(large * LARGE)));
-        let waited = std::thread::scope(|scope| {
-            let others = [count - 2, count - 1].map(|large| {
-                scope.spawn(move || {
-                    let page = large * LARGE + 5;
-                    memory.is(page, source(page))
-                })
-            });
+        let other = |number| {
+            let page = (count - 2 + number) * LARGE + 5;
+            memory.is(page, source(page))
+        };
+        let (others, ()) = in_threads(2, other, || {
             // Long enough for both to find the pool empty.
             std::thread::sleep(std::time::Duration::from_millis(100));
             madvise(memory.page(0), 4 << 20, libc::MADV_DONTNEED);
-            others.map(|other| other.join().unwrap()) == [true; 2]
         });
-        i32::from(!right || !waited)
+        i32::from(!right || others != [true; 2])
     });
     let mut handover = owner.handover();
     if with_page_map {

@@ -11,7 +11,7 @@ use snaprestore_uffd::os::open_pidfd;
 use snaprestore_uffd::uffd::{Features, Installed, Modes, OpenOptions, Userfaultfd, Wake};
 
 use crate::common::PAGE;
-use crate::uffd_support::Child;
+use crate::uffd_support::{Child, in_threads};
 
 /// Returns pages of all kinds: zeros, fills, repeated ones and others.
 pub(crate) fn mixed(pages: u64) -> Vec<u8> {
@@ -230,22 +230,17 @@ impl Memory {
     /// Reads all pages in shuffled order from `threads` threads. Returns 0 if they are right.
     pub(crate) fn compare_in_threads(&self, source: &[u8], threads: u64) -> i32 {
         let pages = self.pages();
-        let right = std::thread::scope(|scope| {
-            let check = |thread: u64| {
-                let mine = (thread..pages).step_by(usize::try_from(threads).unwrap());
-                // A step that has no factor in common with the number of pages.
-                let order = mine.map(|page| page * 1021 % pages);
-                order.fold(true, |right, page| {
-                    let start = usize::try_from(page).unwrap() * PAGE;
-                    right & self.is(page, &source[start..start + PAGE])
-                })
-            };
-            let threads: Vec<_> = (0..threads)
-                .map(|thread| scope.spawn(move || check(thread)))
-                .collect();
-            threads.into_iter().all(|thread| thread.join().unwrap())
-        });
-        i32::from(!right)
+        let check = |thread: u64| {
+            let mine = (thread..pages).step_by(usize::try_from(threads).unwrap());
+            // A step that has no factor in common with the number of pages.
+            let order = mine.map(|page| page * 1021 % pages);
+            order.fold(true, |right, page| {
+                let start = usize::try_from(page).unwrap() * PAGE;
+                right & self.is(page, &source[start..start + PAGE])
+            })
+        };
+        let (right, ()) = in_threads(threads, check, || {});
+        i32::from(right.contains(&false))
     }
 
     /// Reads all pages in order; they must be those of the source, except for `gone` ones, which

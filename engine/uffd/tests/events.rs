@@ -15,8 +15,8 @@ use snaprestore_uffd::uffd::{
     ReadOutcome, Ready, Unregistered, Userfaultfd, Waiting, Wake,
 };
 use support::{
-    Child, Ended, PAGE, Scene, TIMEOUT, eventually, madvise, messages, munmap, page, peek, peeking,
-    pointer,
+    Child, Ended, PAGE, Scene, TIMEOUT, Thread, eventually, madvise, messages, munmap, page, peek,
+    peeking, pointer,
 };
 
 /// Registers memory that a test may move or unmap piece by piece: nothing unmaps it at the end.
@@ -176,13 +176,13 @@ fn fault_across_munmap_resolves_by_waking_the_old_range() {
         let uffd = OpenOptions::new().open().unwrap();
         let mut ring = Ring::private().unwrap();
         let start = leaked(&uffd, 1);
-        let _reader = peeking(start);
+        let _reader = Thread::start(move || peek(start));
         let fault = messages(&uffd, &mut ring);
         assert!(
             matches!(fault[..], [Message::Pagefault { .. }]),
             "{fault:?}"
         );
-        let owner = std::thread::spawn(move || munmap(start, PAGE));
+        let owner = Thread::start(move || munmap(start, PAGE));
         let unmap = messages(&uffd, &mut ring);
         assert!(matches!(unmap[..], [Message::Unmap { .. }]), "{unmap:?}");
         owner.join().unwrap();
@@ -647,7 +647,7 @@ fn fork_delivers_a_userfaultfd_for_the_child() {
             ..
         } = scene;
         let address = region.address();
-        let forker = std::thread::spawn(move || Child::start(move || i32::from(peek(address))));
+        let forker = Thread::start(move || Child::start(move || i32::from(peek(address))));
         let mut seen = messages(&uffd, &mut ring);
         let Some(Message::Fork { child }) = seen.pop() else {
             return 1;
@@ -692,7 +692,7 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
             mapping,
             ..
         } = Scene::with(1, &options, Modes::MISSING);
-        let forker = std::thread::spawn(|| Child::start(|| 7));
+        let forker = Thread::start(|| Child::start(|| 7));
         let waiting = Waiting::new(&uffd).unwrap();
         assert!(waiting.wait(&uffd, Some(TIMEOUT)).unwrap().messages);
         let mut limit = libc::rlimit {

@@ -8,7 +8,7 @@
 )]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ pub const PAGE: u64 = 4096;
 /// Maximum time for a wait: long enough for any thread to be scheduled; only a broken test or
 /// engine reaches it.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
+/// Number of seconds after which a child process is killed, for the same reason.
+const HANG_SECONDS: u32 = 300;
 
 /// Returns a page that repeats one byte.
 pub fn page(byte: u8) -> Vec<u8> {
@@ -170,6 +172,87 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// A thread in the body of a [`Child`].
+///
+/// Regression test: each thread of the standard library takes one of its locks when it starts. If
+/// another thread of the parent held that lock at the fork, nobody releases it in the child, and
+/// such a thread hung there.
+pub struct Thread<T> {
+    handle: libc::pthread_t,
+    result: Arc<OnceLock<T>>,
+}
+
+impl<T: Send + Sync + 'static> Thread<T> {
+    /// Runs `body` in a thread.
+    pub fn start(body: impl FnOnce() -> T + Send + 'static) -> Self {
+        // SAFETY: the body borrows nothing.
+        unsafe { Self::start_unchecked(body) }
+    }
+}
+
+impl<T: Send + Sync> Thread<T> {
+    /// # Safety
+    ///
+    /// The thread must have been joined when anything that `body` borrows goes away.
+    unsafe fn start_unchecked<'a>(body: impl FnOnce() -> T + Send + 'a) -> Self
+    where
+        T: 'a,
+    {
+        type Body<'a> = Box<dyn FnOnce() + Send + 'a>;
+        extern "C" fn run(body: *mut libc::c_void) -> *mut libc::c_void {
+            // SAFETY: `start_unchecked` gave this box away, to this thread only.
+            let body = unsafe { Box::from_raw(body.cast::<Body<'_>>()) };
+            // A panic was printed, and is found as a missing result.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            std::ptr::null_mut()
+        }
+        let result = Arc::new(OnceLock::new());
+        let to_fill = Arc::clone(&result);
+        let body: Body<'a> = Box::new(move || {
+            let _ = to_fill.set(body());
+        });
+        let mut handle = 0;
+        // SAFETY: `run` takes the box over. The caller keeps alive what the body borrows.
+        let error = unsafe {
+            let body = Box::into_raw(Box::new(body));
+            libc::pthread_create(&raw mut handle, std::ptr::null(), run, body.cast())
+        };
+        assert_eq!(error, 0, "pthread_create");
+        Self { handle, result }
+    }
+
+    /// Waits for the thread and returns its result, or `None` if it panicked.
+    pub fn join(self) -> Option<T> {
+        // SAFETY: the thread was neither joined nor detached.
+        let error = unsafe { libc::pthread_join(self.handle, std::ptr::null_mut()) };
+        assert_eq!(error, 0, "pthread_join");
+        Arc::into_inner(self.result)?.into_inner()
+    }
+}
+
+/// Runs `body` in `count` [`Thread`]s, which get their numbers, and `meanwhile` in this one. Returns
+/// the results of both.
+pub fn in_threads<T: Send + Sync, R>(
+    count: u64,
+    body: impl Fn(u64) -> T + Sync,
+    meanwhile: impl FnOnce() -> R,
+) -> (Vec<T>, R) {
+    let body = &body;
+    let threads: Vec<_> = (0..count)
+        // SAFETY: all threads are joined before this returns or unwinds.
+        .map(|number| unsafe { Thread::start_unchecked(move || body(number)) })
+        .collect();
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(meanwhile));
+    let results: Vec<_> = threads.into_iter().map(Thread::join).collect();
+    let results = results
+        .into_iter()
+        .map(|result| result.expect("a thread panicked"));
+    match result {
+        Ok(result) => (results.collect(), result),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
 /// The way in which a child process ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -184,13 +267,17 @@ pub struct Child {
 }
 
 impl Child {
-    /// Runs `body` in a child process, which exits with its result.
+    /// Runs `body` in a child process, which exits with its result. The body starts threads as
+    /// [`Thread`]s only. SIGALRM kills a child that hangs.
     pub fn start(body: impl FnOnce() -> i32) -> Self {
-        // SAFETY: the child runs only the test's body and leaves by _exit. glibc makes malloc
-        // usable after fork in a process with threads; the bodies take no other lock.
+        // SAFETY: the child runs only the test's body and leaves by _exit. glibc makes malloc and
+        // pthread_create usable after fork in a process with threads; the bodies take no other
+        // lock.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0, "{}", std::io::Error::last_os_error());
         if pid == 0 {
+            // SAFETY: the call takes a number; SIGALRM is not handled.
+            unsafe { libc::alarm(HANG_SECONDS) };
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
             // SAFETY: exits this process without running what belongs to the parent.
             unsafe { libc::_exit(outcome.unwrap_or(101)) }
