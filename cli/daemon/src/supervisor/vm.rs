@@ -27,7 +27,7 @@
 //! A transition that adds descriptors stores them before it returns, and only then is anything sent
 //! to a worker or read from a peer. So the next supervisor, or the guardian, knows every VM that
 //! could lose memory. If not all descriptors of a VM can be stored, it is served all the same. Then
-//! its pidfd alone is stored: if the supervisor dies, the VM is killed and does not wait for ever.
+//! its pidfd alone is stored: if the supervisor dies, the VM is killed and does not wait forever.
 
 mod stored;
 

@@ -6,7 +6,7 @@
 //!
 //! The process is stopped until the last chunk is in the queue, not until it is compressed and
 //! written. The reader waits for the writer only if there is no room in the file either, and not
-//! for ever: the writer may be blocked on the stopped process. The file has no name, so it
+//! forever: the writer may be blocked on the stopped process. The file has no name, so it
 //! disappears when this process exits, however it exits. Chunks that were taken from it are punched
 //! out, so that in most cases hardly any of it reaches the disk.
 //!
