@@ -162,7 +162,7 @@ impl Vms {
     }
 
     /// Returns the VMs on which one worker after another gets stuck.
-    pub(super) fn without_hope(&self, stuck_after: Duration) -> Vec<u64> {
+    pub(super) fn stuck_repeatedly(&self, stuck_after: Duration) -> Vec<u64> {
         self.ids(|record| record.has_exhausted_workers(stuck_after))
     }
 

@@ -39,9 +39,9 @@ pub struct Untrusted {
 
 /// A handle that tells whether dropped descriptors are closed.
 #[derive(Clone, Debug)]
-pub struct Closing(Weak<()>);
+pub struct PendingClose(Weak<()>);
 
-impl Closing {
+impl PendingClose {
     /// Whether the descriptors are not closed yet, or not even dropped.
     pub fn is_open(&self) -> bool {
         self.0.strong_count() > 0
@@ -63,8 +63,8 @@ impl Untrusted {
     }
 
     /// Returns a handle that tells, after the drop, whether all are closed.
-    pub fn closing(&self) -> Closing {
-        Closing(Arc::downgrade(&self.open))
+    pub fn closing(&self) -> PendingClose {
+        PendingClose(Arc::downgrade(&self.open))
     }
 
     /// Returns the first descriptor if it is a userfaultfd. Otherwise the error is its kernel name,
