@@ -96,7 +96,7 @@ pub enum StopError {
     /// pages. Pages discarded during that time may be inaccessible.
     #[error(
         "the restore was given up while its memory changed, and this kernel can't poison pages (that needs Linux 6.6): \
-         pages discarded meanwhile may be inaccessible as well as those that were missing. StopMode what uses the memory first"
+         pages discarded meanwhile may be inaccessible as well as those that were missing. Stop what uses the memory first"
     )]
     Changed,
     /// The restore was given up on a kernel that can't poison pages, and the missing pages were in
@@ -243,7 +243,7 @@ impl Restored {
         regions
     }
 
-    /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
+    /// Whether every page is present, removed or poisoned, and the memory is unregistered.
     pub fn is_complete(&self) -> bool {
         self.runtime.is_complete()
     }
