@@ -56,7 +56,7 @@ pub(crate) fn restore(
         .into());
     }
     let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
-    let pages = Pages::of(&snapshot);
+    let pages = Pages::all(&snapshot);
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,

@@ -36,7 +36,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
+    pub(super) fn all(snapshot: &Snapshot) -> Self {
         let mut count = 0;
         let mut regions = Vec::new();
         for region in snapshot.regions() {

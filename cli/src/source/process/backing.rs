@@ -26,7 +26,7 @@ pub(super) struct Backing {
 impl Backing {
     /// Opens the file behind a mapping of process `pid`. Returns `None` if there is no file, or no
     /// permission to open it. If the process serves files, it is looked up only under its own name.
-    pub(super) fn of(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
+    pub(super) fn open(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
         let file = open(Path::new(&mapping.link(pid)), |_| true)
             .or_else(|| by_descriptor(pid, mapping, served))
             .or_else(|| by_name(pid, mapping))?;
@@ -36,7 +36,7 @@ impl Backing {
             // The file system of huge pages can't report holes.
             Extents::dense(0)
         } else {
-            Extents::of(&file, len).ok()?
+            Extents::find(&file, len).ok()?
         };
         Some(Self {
             file,
