@@ -380,7 +380,7 @@ impl fmt::Display for FdStore {
     }
 }
 
-/// Whether a retry may succeed, after the guardian has read or the kernel has memory again.
+/// Returns whether a retry may succeed, after the guardian has read or the kernel has memory again.
 fn is_retryable(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(
