@@ -237,8 +237,8 @@ impl Walked {
     }
 }
 
-/// Whether the file is on one of the kernel's own file systems that check the page cache before
-/// they report a hole.
+/// Returns whether the file is on one of the kernel's own file systems that check the page cache
+/// before they report a hole.
 fn knows_its_cache(file: &File) -> bool {
     let known = [
         BTRFS_SUPER_MAGIC,

@@ -172,7 +172,7 @@ fn one_signal_stops_a_write_blocked_on_its_reader() {
     assert_eq!(folder.names(), ["fifo", "raw", "s"]);
 }
 
-/// Whether in pieces or at once, all data arrives.
+/// Returns whether in pieces or at once, all data arrives.
 #[test]
 fn slow_readers_get_every_byte() {
     let folder = Folder::new();

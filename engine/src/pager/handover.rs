@@ -157,7 +157,7 @@ pub(super) fn extents(
 }
 
 impl OwnerRegion {
-    /// Whether it has pages of 2 MiB.
+    /// Returns whether it has pages of 2 MiB.
     pub fn is_huge(&self) -> bool {
         self.page_size == LARGE_SIZE
     }

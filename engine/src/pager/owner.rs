@@ -69,7 +69,7 @@ impl Owner {
         }
     }
 
-    /// Whether it has exited.
+    /// Returns whether it has exited.
     pub(super) fn is_gone(&self) -> bool {
         if self.gone.load(Relaxed) {
             return true;

@@ -171,8 +171,8 @@ impl Runtime {
         self.pool.add(&feed)
     }
 
-    /// Whether this is the copy in a forked child. Threads, memory and userfaultfd belong to the
-    /// parent.
+    /// Returns whether this is the copy in a forked child. Threads, memory and userfaultfd belong
+    /// to the parent.
     pub(crate) fn is_of_parent(&self) -> bool {
         self.pid != std::process::id()
     }
@@ -220,7 +220,7 @@ impl Runtime {
         self.changed.notify_all();
     }
 
-    /// Whether every page is present, removed or poisoned, and the memory is unregistered.
+    /// Returns whether every page is present, removed or poisoned, and the memory is unregistered.
     pub(crate) fn is_complete(&self) -> bool {
         self.complete_nanos.load(Relaxed) != 0
     }
@@ -246,8 +246,9 @@ impl Runtime {
         self.is_complete()
     }
 
-    /// Whether the last pages may be present or on their way. A page is marked only after its
-    /// waiter was woken, and its fault is closed only after that, so the faults are checked first.
+    /// Returns whether the last pages may be present or on their way. A page is marked only after
+    /// its waiter was woken, and its fault is closed only after that, so the faults are checked
+    /// first.
     fn may_complete_yet(&self) -> bool {
         self.session.queue.has_open() || self.session.state.may_be_settled()
     }

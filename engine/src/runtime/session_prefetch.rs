@@ -132,7 +132,7 @@ impl Feed {
         self.plan.threads.clamp(1, MAX_FEED_THREADS)
     }
 
-    /// Whether all pages were prefetched, once the feed is over.
+    /// Returns whether all pages were prefetched, once the feed is over.
     pub(super) fn is_done(&self) -> bool {
         self.progress().over == Some(true)
     }
@@ -225,7 +225,7 @@ impl Feed {
 }
 
 impl Plan {
-    /// Whether the whole snapshot is to be prefetched.
+    /// Returns whether the whole snapshot is to be prefetched.
     fn fetches_all(&self) -> bool {
         self.completes || self.prefetch == Prefetch::All
     }

@@ -15,8 +15,8 @@ pub(crate) trait Guard: Send + Sync {
     fn pending_decision(&self, fault: Fault, page: PageNumber) -> Option<FaultOutcome>;
     /// Kills the owner, because the session can't continue and the owner must not run without it.
     fn kill_owner(&self, why: &str);
-    /// Whether the guard itself logs that it killed the owner and why, so that such a failure is
-    /// not logged twice.
+    /// Returns whether the guard itself logs that it killed the owner and why, so that such a
+    /// failure is not logged twice.
     fn logs_kills(&self) -> bool {
         false
     }

@@ -99,8 +99,8 @@ impl Place {
     }
 }
 
-/// Whether files in the folder may depend on a process: a FUSE server, or a server of network files
-/// on this machine.
+/// Returns whether files in the folder may depend on a process: a FUSE server, or a server of
+/// network files on this machine.
 fn may_be_served(folder: &Path) -> bool {
     const CEPH_SUPER_MAGIC: FsType = FsType(0x00c3_6400);
     const CIFS_SUPER_MAGIC: FsType = FsType(0xff53_4d42);

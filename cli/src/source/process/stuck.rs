@@ -46,7 +46,7 @@ pub(super) fn why(pid: i32, tid: Pid) -> Stuck {
 }
 
 impl Stuck {
-    /// Whether waiting is pointless.
+    /// Returns whether waiting is pointless.
     pub(super) fn is_frozen(&self) -> bool {
         matches!(self.reason, StuckReason::Frozen(_))
     }

@@ -221,12 +221,12 @@ impl FaultQueue {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
-    /// Whether a fault waits to be popped.
+    /// Returns whether a fault waits to be popped.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
 
-    /// Whether the outcome of some fault is not recorded yet.
+    /// Returns whether the outcome of some fault is not recorded yet.
     pub(crate) fn has_open(&self) -> bool {
         self.open.load(Acquire) > 0
     }

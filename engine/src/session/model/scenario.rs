@@ -121,7 +121,7 @@ pub(super) enum Expected {
 }
 
 impl Expected {
-    /// Whether the page of `place`, which may be lost, may read as `content`.
+    /// Returns whether the page of `place`, which may be lost, may read as `content`.
     fn allows(self, place: u64, content: Content, may_be_lost: bool) -> bool {
         let original = content == Content::Byte(pages::content_of(place))
             || may_be_lost && content == Content::Poison;

@@ -64,8 +64,8 @@ impl Kernel {
         self.wait_queue.watch(pidfd)
     }
 
-    /// Whether the page at `address` may be registered. Returns `false` only if the kernel would
-    /// never report a fault there, and no change of the mappings waits to be read.
+    /// Returns whether the page at `address` may be registered. Returns `false` only if the kernel
+    /// would never report a fault there, and no change of the mappings waits to be read.
     pub(crate) fn may_be_registered(&self, address: u64) -> bool {
         self.with(true, |uffd| {
             !matches!(uffd.probe(address), Ok(Presence::Gone))
