@@ -50,7 +50,7 @@ impl Output {
         self.json
     }
 
-    /// Whether progress may be drawn: only on a terminal, without `--quiet` and `--json`.
+    /// Returns whether progress may be drawn: only on a terminal, without `--quiet` and `--json`.
     pub(crate) fn shows_progress(self) -> bool {
         !self.quiet && !self.json && io::stderr().is_terminal()
     }

@@ -90,8 +90,8 @@ impl Drop for Progress {
     }
 }
 
-/// Whether standard error is a terminal that this job may draw on. Any job may draw on a terminal
-/// without job control.
+/// Returns whether standard error is a terminal that this job may draw on. Any job may draw on a
+/// terminal without job control.
 fn is_in_foreground() -> bool {
     tcgetpgrp(io::stderr()).map_or(true, |group| group == getpgrp())
 }

@@ -39,7 +39,7 @@ pub(crate) struct Stream {
     piece: usize,
 }
 
-/// Whether `path` means standard output.
+/// Returns whether `path` means standard output.
 pub(crate) fn is_stdout(path: &Path) -> bool {
     path == Path::new("-")
 }
@@ -90,7 +90,7 @@ pub(crate) fn refuse_source(target: &Path, source: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether two names refer to one file, or to one block device.
+/// Returns whether two names refer to one file, or to one block device.
 fn is_same(a: &Metadata, b: &Metadata) -> bool {
     let holds_data = a.is_file() || a.file_type().is_block_device();
     let one_file = (a.dev(), a.ino()) == (b.dev(), b.ino());

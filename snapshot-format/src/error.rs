@@ -374,8 +374,8 @@ impl OpenError {
         }
     }
 
-    /// Whether this program can't use the file as a snapshot: it is damaged, or has a version or
-    /// features that this program doesn't know.
+    /// Returns whether this program can't use the file as a snapshot: it is damaged, or has a
+    /// version or features that this program doesn't know.
     pub fn is_unusable(&self) -> bool {
         let is_newer = matches!(
             self,

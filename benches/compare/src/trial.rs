@@ -327,7 +327,7 @@ impl Served {
         let family = server.map(usage::family).unwrap_or_default();
         family.into_iter().fold(Self::default(), |sum, pid| Self {
             cpu: sum.cpu + usage::cpu_seconds_of(pid),
-            bytes: sum.bytes + Held::of(pid).bytes(),
+            bytes: sum.bytes + Held::of_process(pid).bytes(),
         })
     }
 }

@@ -95,7 +95,7 @@ impl Held {
     }
 
     /// Returns the current use of another process.
-    pub(crate) fn of(pid: u32) -> Self {
+    pub(crate) fn of_process(pid: u32) -> Self {
         Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default())
     }
 
@@ -304,7 +304,7 @@ mod tests {
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
         let mut found = family(pid);
         while cpu_seconds_of(pid) < 0.01 {}
-        let held = Held::of(pid).bytes();
+        let held = Held::of_process(pid).bytes();
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(

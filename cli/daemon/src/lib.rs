@@ -1,6 +1,6 @@
 //! The daemon behind `snaprestore serve`, as a library: it serves the memory of VMs in other
 //! processes from snapshots. It may be killed at any instant, and no VM gets a wrong byte or waits
-//! for ever.
+//! forever.
 //!
 //! ```text
 //!   VMM ──connects──▶ supervisor ──descriptors, regions──▶ worker

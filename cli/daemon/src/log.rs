@@ -182,7 +182,7 @@ struct Suppressed {
 }
 
 impl Limiter {
-    /// Whether an event should be shown.
+    /// Returns whether an event should be shown.
     fn admits(&self, metadata: &'static Metadata<'static>, now: Instant) -> bool {
         let mut places = self.lock();
         let place = places.entry(metadata.callsite()).or_insert(Place {

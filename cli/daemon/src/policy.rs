@@ -129,7 +129,7 @@ impl Limit {
         Self::new(count, Forget::Never)
     }
 
-    /// Whether `number` of something is as many as are permitted.
+    /// Returns whether `number` of something is as many as are permitted.
     pub(crate) fn is_reached_by(&self, number: usize) -> bool {
         number >= self.count()
     }
@@ -173,7 +173,7 @@ impl Counter {
         admitted
     }
 
-    /// Whether the limit is reached.
+    /// Returns whether the limit is reached.
     pub(crate) fn is_reached(&self, limit: &Limit, now: Instant) -> bool {
         let lasts = |first| now.saturating_duration_since(first) >= limit.lasting;
         self.count >= limit.count && self.first.is_none_or(lasts)

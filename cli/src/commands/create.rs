@@ -89,10 +89,10 @@ impl fmt::Display for CreateReport {
 }
 
 /// Settings for writing a snapshot, checked and with their files opened.
-pub(crate) struct Recipe {
+pub(crate) struct WriteSettings {
     pub(crate) level: i32,
     pub(crate) frame_bytes: usize,
-    pub(crate) dictionary: Wanted,
+    pub(crate) dictionary: DictionaryChoice,
     pub(crate) threads: Option<usize>,
     pub(crate) attachments: Vec<Attachment>,
     pub(crate) base: Option<Arc<Snapshot>>,
@@ -106,10 +106,10 @@ pub(crate) struct Attachment {
 }
 
 /// Choice of dictionary.
-pub(crate) enum Wanted {
+pub(crate) enum DictionaryChoice {
     Trained,
     Off,
-    This(Vec<u8>),
+    Given(Vec<u8>),
 }
 
 /// Checks that the process's memory limit leaves room for writing: if an allocation fails later,
@@ -137,22 +137,22 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         target::refuse_source(&args.output, source)?;
     }
     // Reports all errors in options and target before a process is stopped.
-    let recipe = Recipe::new(args)?;
-    if let Some(base) = &recipe.base {
+    let settings = WriteSettings::new(args)?;
+    if let Some(base) = &settings.base {
         layers::refuse_ancestor(&args.output, base)?;
     }
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && args.base.is_none() && source.is_mostly_holes() {
-        recipe.refuse_diff(args.source.as_deref())?;
+        settings.refuse_diff(args.source.as_deref())?;
     }
     let progress = Progress::bytes(
         output,
         "packing",
         source.pages().map(|pages| pages * PAGE_SIZE_U64),
     );
-    let mut writer = recipe
+    let mut writer = settings
         .start(target, &mut *source, progress, cancel)
         .map_err(|error| target::named(error, &args.output))?;
     source
@@ -163,7 +163,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
     let changed = writer
-        .attach(recipe.attachments)
+        .attach(settings.attachments)
         .map_err(|error| target::named(error, &args.output))?;
     remarks.extend(changed);
     remarks.extend(writer.base_remark());
@@ -175,7 +175,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .map_err(|error| target::named(error, &args.output))?;
     target.complete()?;
     let facts = facts(&written);
-    let base = args.base.as_deref().zip(recipe.base);
+    let base = args.base.as_deref().zip(settings.base);
     let report = CreateReport {
         base: base.map(|(path, base)| BaseFacts {
             file: names::exact(path),
@@ -204,7 +204,7 @@ pub(crate) fn facts(written: &Written) -> Facts {
     )
 }
 
-impl Recipe {
+impl WriteSettings {
     fn new(args: &args::Create) -> Result<Self> {
         if args.attach.len() > MAX_BLOBS {
             return Err(Refusal::Usage(format!(
@@ -228,7 +228,7 @@ impl Recipe {
             let file = store.into_file();
             attachments.push(Attachment {
                 name: attachment.name.clone(),
-                at_opening: Stamp::of(&file.metadata().with_context(named)?),
+                at_opening: Stamp::from_metadata(&file.metadata().with_context(named)?),
                 file,
             });
         }
@@ -250,11 +250,11 @@ impl Recipe {
             frame_bytes,
             dictionary: match &args.dictionary {
                 args::Dictionary::Auto if dictionary::is_worth_training(frame_pages) => {
-                    Wanted::Trained
+                    DictionaryChoice::Trained
                 }
-                args::Dictionary::Train => Wanted::Trained,
-                args::Dictionary::Auto | args::Dictionary::Off => Wanted::Off,
-                args::Dictionary::File(path) => Wanted::This(read_dictionary(path)?),
+                args::Dictionary::Train => DictionaryChoice::Trained,
+                args::Dictionary::Auto | args::Dictionary::Off => DictionaryChoice::Off,
+                args::Dictionary::File(path) => DictionaryChoice::Given(read_dictionary(path)?),
             },
             threads: args.threads,
             attachments,
@@ -292,9 +292,9 @@ impl Recipe {
         cancel: &Cancel,
     ) -> Result<SnapshotSink> {
         let dictionary = match &self.dictionary {
-            Wanted::Trained => self.train(source)?,
-            Wanted::Off => Dictionary::Off,
-            Wanted::This(bytes) => Dictionary::Use(bytes.clone()),
+            DictionaryChoice::Trained => self.train(source)?,
+            DictionaryChoice::Off => Dictionary::Off,
+            DictionaryChoice::Given(bytes) => Dictionary::Use(bytes.clone()),
         };
         source.begin()?;
         let mut properties = source.describe();
@@ -402,7 +402,7 @@ impl SnapshotSink {
             let name = &attachment.name;
             self.writer.attach(name, &mut attachment.file)?;
             let now = attachment.file.metadata().with_context(|| name.clone())?;
-            match attachment.at_opening.change(Stamp::of(&now)) {
+            match attachment.at_opening.change(Stamp::from_metadata(&now)) {
                 Change::None => {}
                 Change::Size => bail!(
                     "the attachment {name:?}: its size changed since the command began, to {} \

@@ -54,7 +54,7 @@ impl Extents {
     /// are not yet on disk. On any other one, the file is synced before its holes are queried (a
     /// FUSE server may not know about pages written through a mapping), and the answer is not
     /// trusted if the file has more allocated than the reported data needs.
-    pub(crate) fn of(file: &File, len: u64) -> io::Result<Self> {
+    pub(crate) fn find(file: &File, len: u64) -> io::Result<Self> {
         let min_hole = MIN_HOLE.max(len / MAX_EXTENTS);
         let walked = Walked::all(file, len, min_hole)?;
         if walked.bytes >= len || knows_its_cache(file) {
@@ -237,8 +237,8 @@ impl Walked {
     }
 }
 
-/// Whether the file is on one of the kernel's own file systems that check the page cache before
-/// they report a hole.
+/// Returns whether the file is on one of the kernel's own file systems that check the page cache
+/// before they report a hole.
 fn knows_its_cache(file: &File) -> bool {
     let known = [
         BTRFS_SUPER_MAGIC,
@@ -309,7 +309,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(64 << 20).unwrap();
         file.write_all_at(&[1; 4096], 32 << 20).unwrap();
-        let extents = Extents::of(&file, 64 << 20).unwrap();
+        let extents = Extents::find(&file, 64 << 20).unwrap();
         let data: u64 = walk(&extents, 0..64 << 20)
             .iter()
             .map(|stretch| match stretch {
@@ -331,7 +331,7 @@ mod tests {
         for place in (0..8 << 20).step_by(32 << 10) {
             file.write_all_at(&[1; 4096], place).unwrap();
         }
-        let extents = Extents::of(&file, 8 << 20).unwrap();
+        let extents = Extents::find(&file, 8 << 20).unwrap();
         // Everything except the hole behind the last page is read as data.
         let walked = walk(&extents, 0..8 << 20);
         assert!(matches!(&walked[0], Stretch::Data(range) if range.end > 7 << 20));

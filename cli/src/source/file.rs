@@ -56,7 +56,7 @@ pub(crate) enum Change {
 }
 
 impl Stamp {
-    pub(crate) fn of(metadata: &Metadata) -> Self {
+    pub(crate) fn from_metadata(metadata: &Metadata) -> Self {
         Self(metadata.is_file().then(|| Times {
             len: metadata.len(),
             written: (metadata.mtime(), metadata.mtime_nsec()),
@@ -111,7 +111,7 @@ pub(crate) fn open(path: &Path) -> Result<Opened> {
         file,
         path: path.to_owned(),
         len,
-        at_opening: Stamp::of(&metadata),
+        at_opening: Stamp::from_metadata(&metadata),
     }))
 }
 
@@ -135,7 +135,7 @@ pub(crate) fn stdin() -> Result<Option<SourceFile>> {
         file,
         path: named().into(),
         len: metadata.len(),
-        at_opening: Stamp::of(&metadata),
+        at_opening: Stamp::from_metadata(&metadata),
     }))
 }
 
@@ -164,7 +164,7 @@ impl SourceFile {
         if self.at_opening.0.is_none() {
             return Ok(Extents::dense(self.len));
         }
-        Extents::of(&self.file, self.len)
+        Extents::find(&self.file, self.len)
             .with_context(|| format!("{}: finding its holes", names::path(&self.path)))
     }
 
@@ -273,7 +273,7 @@ impl SourceFile {
             .file
             .metadata()
             .with_context(|| names::path(&self.path))?;
-        let (value, what) = match self.at_opening.change(Stamp::of(&metadata)) {
+        let (value, what) = match self.at_opening.change(Stamp::from_metadata(&metadata)) {
             Change::None => return Ok(None),
             Change::Size => return Err(self.changed_size()),
             Change::Written => ("written", "was written to while it was read"),

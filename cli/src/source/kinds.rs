@@ -251,9 +251,9 @@ pub(super) fn guess(start: &[u8]) -> Guess {
     }
 }
 
-/// Whether a file that starts with `start` is the state of a Firecracker VM. Its first number has
-/// the architecture in its upper bits. Newer releases write bitcode, which puts a byte before the
-/// number.
+/// Returns whether a file that starts with `start` is the state of a Firecracker VM. Its first
+/// number has the architecture in its upper bits. Newer releases write bitcode, which puts a byte
+/// before the number.
 pub(crate) fn is_firecracker_state(start: &[u8]) -> bool {
     [2, 3].iter().any(|&at| {
         let after = start.get(at..).unwrap_or_default();

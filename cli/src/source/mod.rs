@@ -159,7 +159,7 @@ pub(crate) trait Source {
     fn remarks(&self) -> Vec<Remark> {
         Vec::new()
     }
-    /// Whether the source is a raw file that is mostly holes.
+    /// Returns whether the source is a raw file that is mostly holes.
     fn is_mostly_holes(&self) -> bool {
         false
     }

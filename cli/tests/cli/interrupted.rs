@@ -124,7 +124,7 @@ fn waiting_for_a_pipe_can_be_interrupted() {
     assert_eq!(folder.names(), ["in"]);
 }
 
-/// Nobody reads, so that a write would block for ever.
+/// Nobody reads, so that a write would block forever.
 #[test]
 fn one_signal_stops_a_write_blocked_on_its_reader() {
     let folder = Folder::new();
@@ -172,7 +172,7 @@ fn one_signal_stops_a_write_blocked_on_its_reader() {
     assert_eq!(folder.names(), ["fifo", "raw", "s"]);
 }
 
-/// Whether in pieces or at once, all data arrives.
+/// Returns whether in pieces or at once, all data arrives.
 #[test]
 fn slow_readers_get_every_byte() {
     let folder = Folder::new();

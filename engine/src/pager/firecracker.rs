@@ -23,7 +23,7 @@ use serde::Deserialize;
 
 use super::handover::OwnerRegion;
 use snaprestore_uffd::os::receive;
-use snaprestore_uffd::uffd::{Closing, Untrusted, may_report_forks};
+use snaprestore_uffd::uffd::{PendingClose, Untrusted, may_report_forks};
 
 /// Maximum number of bytes in a message: some hundred regions, where a VM has four.
 const MAX_BYTES: usize = 64 << 10;
@@ -157,7 +157,7 @@ impl Arriving {
 
     /// Returns a handle that tells, after `self` was dropped, whether every received descriptor is
     /// closed.
-    pub fn closing(&self) -> Closing {
+    pub fn closing(&self) -> PendingClose {
         self.descriptors.closing()
     }
 

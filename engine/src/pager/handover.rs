@@ -157,7 +157,7 @@ pub(super) fn extents(
 }
 
 impl OwnerRegion {
-    /// Whether it has pages of 2 MiB.
+    /// Returns whether it has pages of 2 MiB.
     pub fn is_huge(&self) -> bool {
         self.page_size == LARGE_SIZE
     }
@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    fn of(address: u64, len: u64, offset: u64) -> OwnerRegion {
+    fn owner_region(address: u64, len: u64, offset: u64) -> OwnerRegion {
         OwnerRegion {
             address: address * PAGE,
             len: len * PAGE,
@@ -251,13 +251,13 @@ mod tests {
     #[test]
     fn regions_may_be_ordered_and_split_differently() {
         // The second one is at a lower address in the owner, as with Firecracker.
-        let owner = [of(5000, 3, 0), of(100, 5, 3)];
+        let owner = [owner_region(5000, 3, 0), owner_region(100, 5, 3)];
         assert_eq!(places(&owner, &[region(8, 0)]), [(5000, 3, 0), (100, 5, 3)]);
         assert_eq!(
             places(&owner, &[region(2, 0), region(6, 512)]),
             [(5000, 2, 0), (5002, 1, 512), (100, 5, 513)]
         );
-        let owner = [of(100, 5, 3), of(5000, 3, 0)];
+        let owner = [owner_region(100, 5, 3), owner_region(5000, 3, 0)];
         assert_eq!(
             places(&owner, &[region(3, 0), region(5, 512)]),
             [(100, 5, 512), (5000, 3, 0)]
@@ -273,19 +273,19 @@ mod tests {
         };
         let larger = OwnerRegion {
             page_size: 1 << 30,
-            ..of(512, 8, 0)
+            ..owner_region(512, 8, 0)
         };
         let misplaced = OwnerRegion {
             page_size: LARGE_SIZE,
-            ..of(LARGE_PAGES + 1, 8, 0)
+            ..owner_region(LARGE_PAGES + 1, 8, 0)
         };
         let odd = OwnerRegion {
             address: 12,
-            ..of(1, 8, 0)
+            ..owner_region(1, 8, 0)
         };
         let beyond = OwnerRegion {
             address: u64::MAX - PAGE + 1,
-            ..of(0, 8, 0)
+            ..owner_region(0, 8, 0)
         };
         let cases: [(&[OwnerRegion], &str); 10] = [
             (&[], "no region"),
@@ -295,15 +295,27 @@ mod tests {
             ),
             (&[misplaced], "which must be a multiple of the page size"),
             (&[odd], "address 0xc, which must be a multiple"),
-            (&[of(1, 0, 0)], "length 0x0, which must be more than 0"),
-            (&[beyond], "ends below 2^64"),
-            (&[of(1, 4, 0), of(4, 4, 4)], "overlap in the owner"),
-            (&[of(1, 4, 0), of(9, 4, 3)], "overlap in the snapshot"),
             (
-                &[of(1, 7, 0)],
+                &[owner_region(1, 0, 0)],
+                "length 0x0, which must be more than 0",
+            ),
+            (&[beyond], "ends below 2^64"),
+            (
+                &[owner_region(1, 4, 0), owner_region(4, 4, 4)],
+                "overlap in the owner",
+            ),
+            (
+                &[owner_region(1, 4, 0), owner_region(9, 4, 3)],
+                "overlap in the snapshot",
+            ),
+            (
+                &[owner_region(1, 7, 0)],
                 "28672 bytes of memory and the snapshot 32768",
             ),
-            (&[of(1, 4, 0), of(9, 4, 5)], "the snapshot of another VM"),
+            (
+                &[owner_region(1, 4, 0), owner_region(9, 4, 5)],
+                "the snapshot of another VM",
+            ),
         ];
         for (regions, expected) in cases {
             let message = refused(regions);
@@ -315,7 +327,7 @@ mod tests {
     fn large_page_across_snapshot_regions_is_refused() {
         let large = |address, len, offset| OwnerRegion {
             page_size: LARGE_SIZE,
-            ..of(
+            ..owner_region(
                 address * LARGE_PAGES,
                 len * LARGE_PAGES,
                 offset * LARGE_PAGES,
@@ -344,7 +356,7 @@ mod tests {
             "{error}"
         );
         // Small pages before it may be cut anywhere, but its page numbers must be aligned.
-        let mixed = [of(1000, LARGE_PAGES, 0), large(7, 4, 1)];
+        let mixed = [owner_region(1000, LARGE_PAGES, 0), large(7, 4, 1)];
         let one = [region(5 * LARGE_PAGES, 0)];
         let sizes = extents(&mixed, &one).expect("regions do not fit");
         assert_eq!(

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::session::{Decision, Failure, Fault, Guard};
+use crate::session::{Failure, Fault, FaultOutcome, Guard};
 use snaprestore_uffd::os::kill_by_pidfd;
 
 /// The action taken when a page that the owner waits for can't be restored.
@@ -69,7 +69,7 @@ impl Owner {
         }
     }
 
-    /// Whether it has exited.
+    /// Returns whether it has exited.
     pub(super) fn is_gone(&self) -> bool {
         if self.gone.load(Relaxed) {
             return true;
@@ -99,18 +99,18 @@ pub(super) struct OwnerGuard {
 }
 
 impl Guard for OwnerGuard {
-    fn decide(&self, _: Fault, failure: &Failure) -> Decision {
+    fn decide(&self, _: Fault, failure: &Failure) -> Option<FaultOutcome> {
         match self.on_error {
-            OnError::Poison => Decision::Poison,
+            OnError::Poison => None,
             OnError::Kill => {
                 self.owner.kill(&failure.to_string());
                 // Nobody answers the fault: the waiting process is about to be gone.
-                Decision::Drop
+                Some(FaultOutcome::Dropped)
             }
         }
     }
 
-    fn pending_decision(&self, _: Fault, _: u64) -> Option<Decision> {
+    fn pending_decision(&self, _: Fault, _: u64) -> Option<FaultOutcome> {
         None
     }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::session::{
-    Decision, Failure, FailureDecision, FailurePolicy, Fault, Guard, Kernel, Session, SnapshotImage,
+    Failure, FailureDecision, FailurePolicy, Fault, FaultOutcome, Guard, Kernel, Session,
+    SnapshotImage,
 };
 
 use super::questions::Questions;
@@ -88,17 +89,17 @@ impl PolicyGuard {
 }
 
 impl Guard for PolicyGuard {
-    fn decide(&self, fault: Fault, failure: &Failure) -> Decision {
+    fn decide(&self, fault: Fault, failure: &Failure) -> Option<FaultOutcome> {
         match &self.policy {
-            Policy::Poison => Decision::Poison,
+            Policy::Poison => None,
             // The asking thread runs until the session ends. After that no fault is served any
             // more.
-            Policy::Ask(questions) => questions.ask(fault, failure),
+            Policy::Ask(questions) => Some(questions.ask(fault, failure)),
             Policy::Abort => abort(&failure.to_string()),
         }
     }
 
-    fn pending_decision(&self, fault: Fault, page: u64) -> Option<Decision> {
+    fn pending_decision(&self, fault: Fault, page: u64) -> Option<FaultOutcome> {
         match &self.policy {
             Policy::Ask(questions) => questions.join(fault, page),
             Policy::Poison | Policy::Abort => None,

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::{Decision, Failure, Fault};
+use crate::session::{Failure, Fault, FaultOutcome};
 
 /// Open questions.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ struct Question {
 
 impl Questions {
     /// Asks a question, unless there is already one about the same page.
-    pub(super) fn ask(&self, fault: Fault, failure: &Failure) -> Decision {
+    pub(super) fn ask(&self, fault: Fault, failure: &Failure) -> FaultOutcome {
         let mut open = self.lock();
         if let Some(question) = open.about(failure.page) {
             return question.join(fault);
@@ -54,11 +54,11 @@ impl Questions {
         self.count.store(open.questions.len(), Relaxed);
         drop(open);
         self.changed.notify_one();
-        Decision::Defer
+        FaultOutcome::Deferred
     }
 
     /// Adds a fault to the question about its page, if there is one.
-    pub(super) fn join(&self, fault: Fault, page: u64) -> Option<Decision> {
+    pub(super) fn join(&self, fault: Fault, page: u64) -> Option<FaultOutcome> {
         if self.count.load(Relaxed) == 0 {
             return None;
         }
@@ -112,12 +112,12 @@ impl Open {
 }
 
 impl Question {
-    fn join(&mut self, fault: Fault) -> Decision {
+    fn join(&mut self, fault: Fault) -> FaultOutcome {
         if self.faults.iter().any(|it| it.address == fault.address) {
-            return Decision::Drop;
+            return FaultOutcome::Dropped;
         }
         self.faults.push(fault);
-        Decision::Defer
+        FaultOutcome::Deferred
     }
 }
 
@@ -155,21 +155,21 @@ mod tests {
     fn page_is_asked_once_address_is_kept_once() {
         let questions = Questions::default();
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Defer);
-        assert_eq!(questions.ask(fault(1), &failure(7)), Decision::Drop);
-        assert_eq!(questions.join(fault(2), 7), Some(Decision::Defer));
+        assert_eq!(questions.ask(fault(1), &failure(7)), FaultOutcome::Deferred);
+        assert_eq!(questions.ask(fault(1), &failure(7)), FaultOutcome::Dropped);
+        assert_eq!(questions.join(fault(2), 7), Some(FaultOutcome::Deferred));
         assert_eq!(questions.join(fault(2), 8), None);
-        assert_eq!(questions.ask(fault(3), &failure(8)), Decision::Defer);
+        assert_eq!(questions.ask(fault(3), &failure(8)), FaultOutcome::Deferred);
         assert_eq!((asked(&questions), asked(&questions)), (Some(7), Some(8)));
         assert_eq!(asked(&questions), None);
         // Faults join while the question is being asked, and while earlier faults are poisoned.
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Drop));
+        assert_eq!(questions.join(fault(1), 7), Some(FaultOutcome::Dropped));
         let addresses = |faults: Vec<Fault>| faults.iter().map(|f| f.address).collect::<Vec<_>>();
         assert_eq!(addresses(questions.take(7)), [1, 2]);
-        assert_eq!(questions.join(fault(1), 7), Some(Decision::Defer));
+        assert_eq!(questions.join(fault(1), 7), Some(FaultOutcome::Deferred));
         assert_eq!(addresses(questions.take(7)), [1]);
         assert!(questions.take(7).is_empty());
         assert_eq!(questions.join(fault(1), 7), None);
-        assert_eq!(questions.join(fault(4), 8), Some(Decision::Defer));
+        assert_eq!(questions.join(fault(4), 8), Some(FaultOutcome::Deferred));
     }
 }

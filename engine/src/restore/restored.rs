@@ -50,7 +50,7 @@ impl RestoredRegion {
         self.len
     }
 
-    /// Whether it has no pages.
+    /// Returns whether it has no pages.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -96,7 +96,7 @@ pub enum StopError {
     /// pages. Pages discarded during that time may be inaccessible.
     #[error(
         "the restore was given up while its memory changed, and this kernel can't poison pages (that needs Linux 6.6): \
-         pages discarded meanwhile may be inaccessible as well as those that were missing. StopMode what uses the memory first"
+         pages discarded meanwhile may be inaccessible as well as those that were missing. Stop what uses the memory first"
     )]
     Changed,
     /// The restore was given up on a kernel that can't poison pages, and the missing pages were in
@@ -243,7 +243,7 @@ impl Restored {
         regions
     }
 
-    /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
+    /// Returns whether every page is present, removed or poisoned, and the memory is unregistered.
     pub fn is_complete(&self) -> bool {
         self.runtime.is_complete()
     }
@@ -357,8 +357,8 @@ impl Restored {
         Ok(())
     }
 
-    /// Whether only instructions of this process wait at a missing page. If so, a system call or
-    /// virtual CPU that touches one before the restore is complete fails with EFAULT.
+    /// Returns whether only instructions of this process wait at a missing page. If so, a system
+    /// call or virtual CPU that touches one before the restore is complete fails with EFAULT.
     /// [`read_at`](Self::read_at) works nevertheless.
     pub fn is_user_mode_only(&self) -> bool {
         self.user_mode_only

@@ -71,27 +71,27 @@ pub(crate) struct Runtime {
     /// The process that started the session.
     pid: u32,
     complete_nanos: AtomicU64,
-    progress: Mutex<Progress>,
+    progress: Mutex<Milestones>,
     changed: Condvar,
     /// Dropped after everything else.
-    _counted: Counted,
+    _count: SessionCount,
 }
 
 /// A session of this process. When the last one is dropped, the memory that sessions took is
 /// returned to the system.
-struct Counted;
+struct SessionCount;
 
 /// Number of sessions in this process.
 static SESSIONS: AtomicUsize = AtomicUsize::new(0);
 
-impl Counted {
+impl SessionCount {
     fn new() -> Self {
         SESSIONS.fetch_add(1, Relaxed);
         Self
     }
 }
 
-impl Drop for Counted {
+impl Drop for SessionCount {
     fn drop(&mut self) {
         if SESSIONS.fetch_sub(1, AcqRel) == 1 {
             trim_heap();
@@ -99,9 +99,9 @@ impl Drop for Counted {
     }
 }
 
-/// Progress that waiters wait for.
+/// The events of a session that callers wait for.
 #[derive(Debug, Default)]
-struct Progress {
+struct Milestones {
     served_out: bool,
     prefetched: bool,
     /// Whether some threads were left behind; the memory may then belong to somebody else.
@@ -131,7 +131,7 @@ impl Runtime {
             complete_nanos: AtomicU64::new(0),
             progress: Mutex::default(),
             changed: Condvar::new(),
-            _counted: Counted::new(),
+            _count: SessionCount::new(),
         }
     }
 
@@ -171,8 +171,8 @@ impl Runtime {
         self.pool.add(&feed)
     }
 
-    /// Whether this is the copy in a forked child. Threads, memory and userfaultfd belong to the
-    /// parent.
+    /// Returns whether this is the copy in a forked child. Threads, memory and userfaultfd belong
+    /// to the parent.
     pub(crate) fn is_of_parent(&self) -> bool {
         self.pid != std::process::id()
     }
@@ -215,12 +215,12 @@ impl Runtime {
         self.update(|progress| progress.prefetched = true);
     }
 
-    fn update(&self, change: impl FnOnce(&mut Progress)) {
+    fn update(&self, change: impl FnOnce(&mut Milestones)) {
         change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_all();
     }
 
-    /// Whether every page is present, discarded or poisoned, and the memory is unregistered.
+    /// Returns whether every page is present, removed or poisoned, and the memory is unregistered.
     pub(crate) fn is_complete(&self) -> bool {
         self.complete_nanos.load(Relaxed) != 0
     }
@@ -228,7 +228,7 @@ impl Runtime {
     /// Waits until nobody serves faults any more.
     pub(crate) fn wait_served_out(&self) {
         let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        let serves = |progress: &mut Progress| !progress.served_out;
+        let serves = |progress: &mut Milestones| !progress.served_out;
         drop(self.changed.wait_while(progress, serves));
     }
 
@@ -246,8 +246,9 @@ impl Runtime {
         self.is_complete()
     }
 
-    /// Whether the last pages may be present or on their way. A page is marked only after its
-    /// waiter was woken, and its fault is closed only after that, so the faults are checked first.
+    /// Returns whether the last pages may be present or on their way. A page is marked only after
+    /// its waiter was woken, and its fault is closed only after that, so the faults are checked
+    /// first.
     fn may_complete_yet(&self) -> bool {
         self.session.queue.has_open() || self.session.state.may_be_settled()
     }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::contexts::ContextPool;
-use super::session_prefetch::{Feed, Step};
+use super::session_prefetch::{Availability, Feed};
 use super::threads::{Hook, aborting_on_panic, run};
 
 /// Maximum time for which prefetch yields to demand before each frame: an owner that faults all the
@@ -78,23 +78,11 @@ struct Entry {
     threads: usize,
     /// One bit for each thread that runs a task of it.
     slots: u64,
-    rest: Rest,
+    availability: Availability,
 }
 
-/// When the next task of a feed becomes available.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Rest {
-    Ready,
-    /// Not before this time.
-    Until(Instant),
-    /// When all tasks handed out so far are done.
-    Drained,
-    /// Never.
-    Over,
-}
-
-/// When the next task becomes available.
-enum Next {
+/// When the next task of any feed becomes available.
+enum NextTask {
     /// Now, from the entry at this index.
     Now(usize),
     /// Not before this time.
@@ -105,7 +93,7 @@ enum Next {
 
 impl Ring {
     /// Returns when the next task becomes available; with `only`, the next task of that feed.
-    fn next(&self, only: Option<&Arc<Feed>>) -> Next {
+    fn next(&self, only: Option<&Arc<Feed>>) -> NextTask {
         let now = Instant::now();
         let mut earliest: Option<Instant> = None;
         for (at, entry) in self.feeds.iter().enumerate() {
@@ -115,16 +103,16 @@ impl Ring {
             // If all its threads are running a task, one task must end first.
             let is_full =
                 snaprestore_uffd::to_usize(entry.slots.count_ones().into()) >= entry.threads;
-            match entry.rest {
+            match entry.availability {
                 _ if is_full => {}
-                Rest::Until(due) if due > now => {
+                Availability::Until(due) if due > now => {
                     earliest = Some(earliest.map_or(due, |earliest| earliest.min(due)));
                 }
-                Rest::Ready | Rest::Until(_) => return Next::Now(at),
-                Rest::Drained | Rest::Over => {}
+                Availability::Now | Availability::Until(_) => return NextTask::Now(at),
+                Availability::Drained | Availability::Over => {}
             }
         }
-        earliest.map_or(Next::Unknown, Next::Until)
+        earliest.map_or(NextTask::Unknown, NextTask::Until)
     }
 
     fn entry(&mut self, feed: &Arc<Feed>) -> Option<&mut Entry> {
@@ -144,7 +132,7 @@ impl Ring {
 }
 
 /// A thread's slot at a feed, assigned by [`Pool::begin`].
-struct Task {
+struct Assignment {
     feed: Arc<Feed>,
     slot: usize,
 }
@@ -221,15 +209,15 @@ impl Pool {
         self.push(&mut ring, feed);
         while ring.entry(feed).is_some() {
             match ring.next(Some(feed)) {
-                Next::Now(at) => {
-                    if let Some(task) = self.begin(&mut ring, at) {
+                NextTask::Now(at) => {
+                    if let Some(assignment) = self.begin(&mut ring, at) {
                         drop(ring);
-                        self.work(task);
+                        self.work(assignment);
                         ring = self.ring();
                     }
                 }
-                Next::Until(due) => ring = wait(&self.changed, ring, Some(due)),
-                Next::Unknown => ring = wait(&self.changed, ring, None),
+                NextTask::Until(due) => ring = wait(&self.changed, ring, Some(due)),
+                NextTask::Unknown => ring = wait(&self.changed, ring, None),
             }
         }
         self.join_retired(ring);
@@ -240,7 +228,7 @@ impl Pool {
     pub(super) fn leave(&self, feed: &Arc<Feed>) {
         let mut ring = self.ring();
         while let Some(entry) = ring.entry(feed) {
-            entry.rest = Rest::Over;
+            entry.availability = Availability::Over;
             if entry.slots == 0 {
                 self.remove(&mut ring, feed);
                 break;
@@ -258,7 +246,7 @@ impl Pool {
             feed: Arc::clone(feed),
             threads: feed.threads().min(share),
             slots: 0,
-            rest: Rest::Ready,
+            availability: Availability::Now,
         });
         self.spawn_job(ring);
         self.changed.notify_all();
@@ -288,19 +276,19 @@ impl Pool {
         let mut ring = self.ring();
         loop {
             match ring.next(None) {
-                Next::Now(at) => {
-                    if let Some(task) = self.begin(&mut ring, at) {
+                NextTask::Now(at) => {
+                    if let Some(assignment) = self.begin(&mut ring, at) {
                         drop(ring);
-                        self.work(task);
+                        self.work(assignment);
                         ring = self.ring();
                     }
                 }
-                Next::Until(due) if !ring.has_waiter => {
+                NextTask::Until(due) if !ring.has_waiter => {
                     ring.has_waiter = true;
                     ring = wait(&self.changed, ring, Some(due));
                     ring.has_waiter = false;
                 }
-                Next::Until(_) | Next::Unknown => break,
+                NextTask::Until(_) | NextTask::Unknown => break,
             }
         }
         ring.jobs -= 1;
@@ -309,7 +297,7 @@ impl Pool {
     }
 
     /// Starts a task of the entry at an index, and moves the entry to the end of the ring.
-    fn begin(self: &Arc<Self>, ring: &mut Ring, at: usize) -> Option<Task> {
+    fn begin(self: &Arc<Self>, ring: &mut Ring, at: usize) -> Option<Assignment> {
         let mut entry = ring.feeds.remove(at)?;
         let slot = entry.slots.trailing_ones();
         entry.slots |= 1 << slot;
@@ -318,36 +306,31 @@ impl Pool {
         self.fetching.fetch_add(1, Relaxed);
         // While this thread runs the task, another must take care of the other feeds.
         match ring.next(None) {
-            Next::Now(_) => self.spawn_job(ring),
-            Next::Until(_) if !ring.has_waiter => self.spawn_job(ring),
-            Next::Until(_) | Next::Unknown => {}
+            NextTask::Now(_) => self.spawn_job(ring),
+            NextTask::Until(_) if !ring.has_waiter => self.spawn_job(ring),
+            NextTask::Until(_) | NextTask::Unknown => {}
         }
-        Some(Task {
+        Some(Assignment {
             feed,
             slot: snaprestore_uffd::to_usize(slot.into()),
         })
     }
 
-    fn work(&self, task: Task) {
-        let Task { feed, slot } = task;
-        let step = feed.step(self, slot);
+    fn work(&self, assignment: Assignment) {
+        let Assignment { feed, slot } = assignment;
+        let availability = feed.run_task(self, slot);
         self.fetching.fetch_sub(1, Relaxed);
         let mut ring = self.ring();
         let bit = 1 << slot;
         let Some(entry) = ring.entry(&feed) else {
             return;
         };
-        // The result of a step no longer matters once the feed is over.
-        if entry.rest != Rest::Over {
-            entry.rest = match step {
-                Step::Did => Rest::Ready,
-                Step::Until(due) => Rest::Until(due),
-                Step::Drained => Rest::Drained,
-                Step::Over => Rest::Over,
-            };
+        // `leave` may have ended the feed meanwhile.
+        if entry.availability != Availability::Over {
+            entry.availability = availability;
         }
         let is_last = entry.slots == bit;
-        let is_over = entry.rest == Rest::Over;
+        let is_over = entry.availability == Availability::Over;
         if is_last && is_over {
             // The thread keeps its slot meanwhile: `leave` waits for it, so the session still
             // exists.
@@ -361,8 +344,8 @@ impl Pool {
         entry.slots &= !bit;
         if is_last && is_over {
             self.remove(&mut ring, &feed);
-        } else if is_last && entry.rest == Rest::Drained {
-            entry.rest = Rest::Ready;
+        } else if is_last && entry.availability == Availability::Drained {
+            entry.availability = Availability::Now;
         }
         self.changed.notify_all();
     }

@@ -98,22 +98,16 @@ enum Stage {
     Rounds,
 }
 
-/// The outcome of a thread's step at a feed.
-pub(super) enum Step {
-    /// The thread ran a task.
-    Did,
-    /// There is no task before this time.
+/// When the next task of a feed becomes available.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Availability {
+    Now,
+    /// Not before this time.
     Until(Instant),
-    /// There is no task until those handed out so far are done.
+    /// When all tasks handed out so far are done.
     Drained,
-    /// There are no more tasks.
+    /// Never.
     Over,
-}
-
-/// A task, or the reason why there is none.
-enum Next {
-    Task(Task),
-    None(Step),
 }
 
 enum Task {
@@ -138,15 +132,16 @@ impl Feed {
         self.plan.threads.clamp(1, MAX_FEED_THREADS)
     }
 
-    /// Whether all pages were prefetched, once the feed is over.
+    /// Returns whether all pages were prefetched, once the feed is over.
     pub(super) fn is_done(&self) -> bool {
         self.progress().over == Some(true)
     }
 
-    /// Runs one task in this thread, which has slot `slot` at this feed.
-    pub(super) fn step(&self, pool: &Pool, slot: usize) -> Step {
+    /// Runs one task in this thread, which has slot `slot` at this feed, if there is one. Returns
+    /// when the next one becomes available.
+    pub(super) fn run_task(&self, pool: &Pool, slot: usize) -> Availability {
         let Some(runtime) = self.runtime.upgrade() else {
-            return Step::Over;
+            return Availability::Over;
         };
         let session = &runtime.session;
         // A pool thread counts as one of the session's threads while it works for it.
@@ -155,9 +150,9 @@ impl Feed {
             .threads
             .place(std::thread::current().name().unwrap_or("prefetch"));
         place.begin();
-        let task = match self.progress().next(&self.plan, self.begun, session) {
-            Next::Task(task) => task,
-            Next::None(step) => return step,
+        let task = match self.progress().next_task(&self.plan, self.begun, session) {
+            Ok(task) => task,
+            Err(availability) => return availability,
         };
         let yield_to_demand = || pool.yield_to_demand(|| session.is_ending());
         let contexts = contexts::SessionContexts {
@@ -193,7 +188,7 @@ impl Feed {
                     .fetched(&pages, left, session.retry_timeout, last);
             }
         }
-        Step::Did
+        Availability::Now
     }
 
     /// Notifies the waiters that the feed is finished.
@@ -230,24 +225,25 @@ impl Feed {
 }
 
 impl Plan {
-    /// Whether the whole snapshot is to be prefetched.
+    /// Returns whether the whole snapshot is to be prefetched.
     fn fetches_all(&self) -> bool {
         self.completes || self.prefetch == Prefetch::All
     }
 }
 
 impl Progress {
-    fn next(
+    /// Returns the next task, or when there will be one.
+    fn next_task(
         &mut self,
         plan: &Plan,
         begun: Instant,
         session: &Session<Kernel, SnapshotImage>,
-    ) -> Next {
+    ) -> Result<Task, Availability> {
         if session.is_ending() {
             self.over.get_or_insert(true);
         }
         if self.over.is_some() {
-            return Next::None(Step::Over);
+            return Err(Availability::Over);
         }
         let paced = plan.bandwidth.map(|bandwidth| {
             let loaded = session.stats.prefetch.load().total() * PAGE;
@@ -256,34 +252,37 @@ impl Progress {
         if let Some(until) = self.pause_until.max(paced)
             && until > Instant::now()
         {
-            return Next::None(Step::Until(until));
+            return Err(Availability::Until(until));
         }
         match self.stage {
-            Stage::Plan | Stage::Heal if self.out > 0 => return Next::None(Step::Drained),
-            Stage::Plan => return self.give(Task::Plan),
-            Stage::Heal => return self.give(Task::Heal { last: self.last }),
+            Stage::Plan | Stage::Heal if self.out > 0 => return Err(Availability::Drained),
+            Stage::Plan => return Ok(self.give(Task::Plan)),
+            Stage::Heal => {
+                let last = self.last;
+                return Ok(self.give(Task::Heal { last }));
+            }
             Stage::Rounds => {}
         }
         if self.range + 1 == self.ranges.len()
             && let Some(blocks) = self.next_noted(session)
         {
-            return self.give(Task::Note(blocks));
+            return Ok(self.give(Task::Note(blocks)));
         }
         while let Some(pages) = self.next_pages() {
             if session.state.any_absent(pages.clone()) && !self.failed.contains(&pages) {
                 let last = self.last;
-                return self.give(Task::Fetch { pages, last });
+                return Ok(self.give(Task::Fetch { pages, last }));
             }
         }
         if self.out > 0 {
-            return Next::None(Step::Drained);
+            return Err(Availability::Drained);
         }
-        self.round_ends(plan, session)
+        Err(self.round_ends(plan, session))
     }
 
-    fn give(&mut self, task: Task) -> Next {
+    fn give(&mut self, task: Task) -> Task {
         self.out += 1;
-        Next::Task(task)
+        task
     }
 
     /// Returns index blocks in which one thread searches for pages that repeat earlier ones, ahead
@@ -313,8 +312,13 @@ impl Progress {
         }
     }
 
-    /// Decides whether there is another round. All tasks of the current one must be done.
-    fn round_ends(&mut self, plan: &Plan, session: &Session<Kernel, SnapshotImage>) -> Next {
+    /// Returns when the next round starts, if there is one. All tasks of the current one must be
+    /// done.
+    fn round_ends(
+        &mut self,
+        plan: &Plan,
+        session: &Session<Kernel, SnapshotImage>,
+    ) -> Availability {
         let left = std::mem::take(&mut self.left);
         self.rounds += 1;
         if left.unread + left.no_memory > 0 && !self.last {
@@ -328,10 +332,10 @@ impl Progress {
             let absent = |pages: &Range<u64>| session.state.any_absent(pages.clone());
             let missing = left.busy + left.unread + left.no_memory + left.failed > 0;
             self.over = Some(!missing && !self.failed.iter().any(absent));
-            return Next::None(Step::Over);
+            return Availability::Over;
         }
         (self.range, self.next) = (0, 0);
-        Next::None(Step::Until(self.pause_until.unwrap_or_else(Instant::now)))
+        Availability::Until(self.pause_until.unwrap_or_else(Instant::now))
     }
 
     fn planned(&mut self, ranges: Vec<Range<u64>>, plan: &Plan) {

@@ -26,7 +26,7 @@ impl PageStates {
         self.0.mark_present(pages);
     }
 
-    /// Whether a page must be installed.
+    /// Returns whether a page must be installed.
     pub fn is_absent(&self, page: u64) -> bool {
         self.0.status(page) == crate::session::state::Status::Absent
     }

@@ -14,7 +14,8 @@ use crate::session::Session;
 use crate::session::platform::{Image, PAGE, Platform};
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Whether every page is present, removed or poisoned, and the kernel has the memory back.
+    /// Returns whether every page is present, removed or poisoned, and the kernel has the memory
+    /// back.
     pub(crate) fn is_complete(&self) -> bool {
         self.phase.complete.load(Relaxed)
     }

@@ -83,7 +83,7 @@ pub use state::{Pulse, Vitals};
 pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
 pub(crate) use content::snapshot::{SnapshotImage, zero_runs};
 pub(crate) use fault::context::{LendContext, ThreadContext};
-pub(crate) use fault::outcome::{Decision, Prefetched};
+pub(crate) use fault::outcome::{FaultOutcome, Prefetched};
 pub(crate) use fault::queue::{Fault, FaultQueue};
 pub(crate) use fault::retries::{RETRY_TIMEOUT, Retries};
 pub(crate) use give_up::NoPoison;

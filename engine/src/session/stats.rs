@@ -13,7 +13,7 @@ pub(crate) enum FaultKind {
     Stored,
     /// The page repeats one word.
     Fill,
-    /// The owner has discarded the page.
+    /// The owner had discarded or unmapped the page.
     Removed,
     /// The page was present by then.
     Present,

@@ -68,7 +68,7 @@ impl EngineThreads {
         places.iter().find(is_it).map(|entry| entry.name.clone())
     }
 
-    /// Whether the calling thread is an engine thread of this session.
+    /// Returns whether the calling thread is an engine thread of this session.
     pub(crate) fn is_current(&self) -> bool {
         let current = std::thread::current().id();
         let is_it = |entry: &Entry| entry.thread.is_some_and(|(id, _)| id == current);

@@ -99,7 +99,7 @@ family! {
         pub stored: C => "stored",
         /// One repeated word.
         pub fill: C => "fill",
-        /// Discarded before.
+        /// Discarded or unmapped before.
         pub removed: C => "removed",
         /// There by the time of the look-up.
         pub present: C => "present",
@@ -172,7 +172,7 @@ pub struct Stats {
     pub left_to_kernel: u64,
     /// Number of pages in the snapshot's regions, of 4 KiB.
     pub pages: u64,
-    /// Number of pages that are neither present nor discarded nor poisoned; an upper bound.
+    /// Number of pages that are neither present nor removed nor poisoned; an upper bound.
     pub missing: u64,
     /// Number of faults read, plus pages requested by
     /// [`Restored::read_at`](crate::restore::Restored::read_at).

@@ -196,7 +196,7 @@ impl Memory {
         assert_eq!(unsafe { libc::close(uffd.as_fd().as_raw_fd()) }, 0);
     }
 
-    /// Whether `page`, which is present, is still registered. Checks without a fault.
+    /// Returns whether `page`, which is present, is still registered. Checks without a fault.
     pub(crate) fn is_registered(&self, page: u64) -> bool {
         let uffd = self.uffd.as_ref().unwrap();
         let copied = uffd.copy(self.page(page), &[0; PAGE], Wake::Later);
@@ -221,7 +221,7 @@ impl Memory {
         self.regions.iter().map(|region| region.len).sum::<u64>() / PAGE as u64
     }
 
-    /// Whether `page` reads as `expected`; touches it.
+    /// Returns whether `page` reads as `expected`; touches it.
     pub(crate) fn is(&self, page: u64, expected: &[u8]) -> bool {
         let address = usize::try_from(self.page(page)).unwrap();
         crate::common::peek(address)[..] == *expected

@@ -114,8 +114,8 @@ fn unlisted_system_call_kills_the_process() {
 const CANNOT_BE_BLOCKED: u64 =
     1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1) | 1 << 31 | 1 << 32;
 
-/// Whether a thread with this name is the engine's. Threads of the snapshot's writer may still be
-/// exiting.
+/// Returns whether a thread with this name is the engine's. Threads of the snapshot's writer may
+/// still be exiting.
 fn is_engine(name: &str) -> bool {
     name.starts_with("snap-") && !name.starts_with("snap-write")
 }

@@ -35,8 +35,8 @@ fn restore_here(folder: &str) {
     );
 }
 
-/// Whether this process may become another user: only root may, and only root may change the root
-/// folder.
+/// Returns whether this process may become another user: only root may, and only root may change
+/// the root folder.
 fn is_root(test: &str) -> bool {
     // SAFETY: geteuid takes nothing and can't fail.
     let root = unsafe { libc::geteuid() } == 0;

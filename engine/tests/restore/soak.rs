@@ -159,7 +159,7 @@ impl Owner<'_> {
         (page + 1..end).take_while(is_next).count() + 1
     }
 
-    /// Whether the page is absent now; it may arrive between this check and the discard.
+    /// Returns whether the page is absent now; it may arrive between this check and the discard.
     fn is_absent(&self, page: usize) -> bool {
         let mut resident = 0_u8;
         // SAFETY: the result goes to a live byte.

@@ -14,7 +14,7 @@ use crate::common::{
     wait_until, within,
 };
 
-/// Whether a thread of this process sleeps.
+/// Returns whether a thread of this process sleeps.
 fn sleeps(thread: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
     let state = stat.rsplit(") ").next().unwrap();

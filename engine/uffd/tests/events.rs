@@ -12,7 +12,7 @@ use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::{Mapping, RawRegion, Ring};
 use snaprestore_uffd::uffd::{
     AdoptError, Features, Installed, Ioctls, Message, Modes, OpenOptions, Presence, ReadError,
-    ReadOutcome, Ready, Unregistered, Userfaultfd, Waiting, Wake,
+    ReadOutcome, Readiness, Unregistered, Userfaultfd, WaitQueue, Wake,
 };
 use support::{
     Child, Ended, PAGE, Scene, TIMEOUT, Thread, eventually, madvise, messages, munmap, page, peek,
@@ -424,11 +424,11 @@ fn read_does_not_block_without_o_nonblock() {
 fn empty_read_is_not_the_end_of_input() {
     let mut scene = Scene::new(1);
     scene.assert_quiet();
-    let waiting = Waiting::new(&scene.uffd).unwrap();
+    let waiting = WaitQueue::new(&scene.uffd).unwrap();
     let nothing = waiting
         .wait(&scene.uffd, Some(Duration::from_millis(1)))
         .unwrap();
-    assert_eq!(nothing, Ready::default());
+    assert_eq!(nothing, Readiness::default());
     let reader = peeking(scene.at(0));
     assert_eq!(scene.fault(), scene.at(0));
     scene.assert_quiet();
@@ -442,10 +442,10 @@ fn empty_read_is_not_the_end_of_input() {
 #[test]
 fn wakeup_ends_this_wait_or_the_next() {
     let scene = Scene::new(1);
-    let waiting = Waiting::new(&scene.uffd).unwrap();
-    let woken = Ready {
+    let waiting = WaitQueue::new(&scene.uffd).unwrap();
+    let woken = Readiness {
         woken: true,
-        ..Ready::default()
+        ..Readiness::default()
     };
     std::thread::scope(|scope| {
         let wait = || waiting.wait(&scene.uffd, Some(TIMEOUT)).unwrap();
@@ -466,20 +466,20 @@ fn wakeup_ends_this_wait_or_the_next() {
     let now = || waiting.wait(&scene.uffd, Some(Duration::ZERO)).unwrap();
     // A row in which nobody waited still has the last wakeup.
     let _ = now();
-    assert_eq!(now(), Ready::default());
+    assert_eq!(now(), Readiness::default());
     waiting.wake();
     assert_eq!(now(), woken);
-    assert_eq!(now(), Ready::default());
+    assert_eq!(now(), Readiness::default());
 }
 
 /// Each fault wakes one or two waiting threads, and none is lost while nobody waits.
 #[test]
 fn message_ends_this_wait_or_the_next() {
     let mut scene = Scene::new(6);
-    let waiting = Waiting::new(&scene.uffd).unwrap();
-    let came = Ready {
+    let waiting = WaitQueue::new(&scene.uffd).unwrap();
+    let came = Readiness {
         messages: true,
-        ..Ready::default()
+        ..Readiness::default()
     };
     let readers = std::thread::scope(|scope| {
         let wait = || waiting.wait(&scene.uffd, Some(TIMEOUT)).unwrap();
@@ -693,7 +693,7 @@ fn without_a_free_descriptor_a_fork_message_stays_pending() {
             ..
         } = Scene::with(1, &options, Modes::MISSING);
         let forker = Thread::start(|| Child::start(|| 7));
-        let waiting = Waiting::new(&uffd).unwrap();
+        let waiting = WaitQueue::new(&uffd).unwrap();
         assert!(waiting.wait(&uffd, Some(TIMEOUT)).unwrap().messages);
         let mut limit = libc::rlimit {
             rlim_cur: 0,

@@ -54,7 +54,7 @@ const PRIVATE: u32 = 0o600;
 /// group of a running program.
 const KEPT_MODE_BITS: u32 = 0o777;
 /// Number of temporary names that are tried.
-const NAME_TRIES: u32 = 100;
+const NAME_RETRIES: u32 = 100;
 
 /// Why a file could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -552,7 +552,7 @@ fn with_temporary_name<T>(
         let number = RandomState::new().hash_one((std::process::id(), tries));
         let path = target.with_file_name(format!(".snaprestore-{number:016x}.partial"));
         match make(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < NAME_TRIES => {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < NAME_RETRIES => {
                 tries += 1;
             }
             result => return result.map(|made| (made, path)),

@@ -34,7 +34,7 @@ pub(crate) struct Mapped {
 
 impl Footprint {
     /// Reads the footprint of a process; `None` if it has exited.
-    pub(crate) fn of(process: Pid) -> Option<Self> {
+    pub(crate) fn read(process: Pid) -> Option<Self> {
         let mut descriptors = BTreeMap::new();
         for entry in fs::read_dir(format!("/proc/{process}/fd")).ok()? {
             let Ok(link) = fs::read_link(entry.ok()?.path()) else {
@@ -67,7 +67,7 @@ impl Footprint {
     pub(crate) fn at_rest(name: &str, process: Pid, sockets: usize) -> Self {
         let began = Instant::now();
         loop {
-            let now = Self::of(process).unwrap_or_else(|| panic!("the {name} has ended"));
+            let now = Self::read(process).unwrap_or_else(|| panic!("the {name} has ended"));
             if now.is_at_rest() && now.descriptors.get("socket") == Some(&sockets) {
                 return now;
             }
@@ -118,7 +118,8 @@ impl Footprint {
     pub(crate) fn comes_back(&self, name: &str, process: Pid, about: &str) {
         let began = Instant::now();
         loop {
-            let now = Self::of(process).unwrap_or_else(|| panic!("{about}: the {name} has ended"));
+            let now =
+                Self::read(process).unwrap_or_else(|| panic!("{about}: the {name} has ended"));
             if now == *self {
                 return;
             }
@@ -134,7 +135,7 @@ impl Footprint {
 }
 
 impl Mapped {
-    pub(crate) fn of(process: Pid) -> Self {
+    pub(crate) fn read(process: Pid) -> Self {
         let read = |name: &str| {
             fs::read_to_string(format!("/proc/{process}/{name}"))
                 .unwrap_or_else(|error| panic!("{name} of {process}: {error}"))

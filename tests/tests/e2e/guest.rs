@@ -35,7 +35,7 @@ pub(crate) fn snapshot(image: &GuestImage) -> &'static Path {
 
 /// Compares the counts of `create` with counts of this test's own.
 fn check_report(image: &GuestImage, report: &serde_json::Value) {
-    let stats = PageStats::of(File::open(&image.raw).unwrap()).unwrap();
+    let stats = PageStats::read(File::open(&image.raw).unwrap()).unwrap();
     let count = |key| number(report, key);
     assert_eq!(count("page_size"), 4096);
     assert_eq!(count("pages"), stats.pages);

@@ -248,7 +248,7 @@ impl Drop for Scene {
 pub(crate) fn end_of(mut vmm: Child) -> Run {
     if !ends_within(&mut vmm, HANG_TIMEOUT) {
         let _ = vmm.kill();
-        panic!("it waits for ever");
+        panic!("it waits forever");
     }
     Run::finish(vmm)
 }

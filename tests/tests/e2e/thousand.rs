@@ -99,7 +99,7 @@ struct Daemon {
 
 impl Daemon {
     /// Records the footprints before all VMs but one.
-    fn of(scene: &Scene, mark: &str) -> Self {
+    fn new(scene: &Scene, mark: &str) -> Self {
         let guardian = process_with(mark, "guardian").expect("no guardian runs");
         let worker = scene.worker().expect("no worker runs");
         let processes = [scene.supervisor(), worker, guardian];
@@ -122,7 +122,7 @@ impl Daemon {
     }
 
     fn mapped(&self) -> [Mapped; 3] {
-        self.processes.map(Mapped::of)
+        self.processes.map(Mapped::read)
     }
 
     /// Asserts that its mappings have not grown beyond `before`, except for the allowed number of
@@ -191,7 +191,7 @@ fn thousand_vms_leave_nothing_behind() {
 
     // The worker opens the snapshot when the first VM needs it.
     End::Early.run(&scene, &misfit);
-    let mut daemon = Daemon::of(&scene, &format!("SNAPRESTORE_TEST={mark}"));
+    let mut daemon = Daemon::new(&scene, &format!("SNAPRESTORE_TEST={mark}"));
     let idle = || std::thread::sleep(Duration::from_millis(20));
     run_vms(&scene, &misfit, WARM, idle);
     daemon.is_idle();

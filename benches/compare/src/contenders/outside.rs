@@ -9,7 +9,7 @@
 //! Firecracker has examples of both, which do more than they need: they poll before each read, and
 //! map the raw file when the VMM has connected. Here the file is mapped, with all its pages, before
 //! any connection, and reads block. So the handlers are as fast as their designs can be.
-#![allow(unsafe_code, reason = "a trial that would wait for ever is ended")]
+#![allow(unsafe_code, reason = "a trial that would wait forever is ended")]
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;

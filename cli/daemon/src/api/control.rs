@@ -178,7 +178,7 @@ fn serve_requests(stream: &UnixStream, own: u32, api: &dyn OperatorApi) -> io::R
     }
 }
 
-/// Whether user `uid` may control a daemon of user `own`.
+/// Returns whether user `uid` may control a daemon of user `own`.
 fn may_use(uid: u32, own: u32) -> bool {
     uid == own || uid == 0
 }

@@ -22,7 +22,7 @@
 //! All signals are blocked, so only SIGKILL can kill a guardian before its supervisor, which then
 //! sees the end of the socket. Otherwise the guardian sleeps in `poll`. If it may not kill an
 //! owner, it reports that to the system's log, and keeps the userfaultfds open until the owner has
-//! exited: a VM that waits for ever is bad, one that reads zeros is worse.
+//! exited: a VM that waits forever is bad, one that reads zeros is worse.
 
 use std::collections::BTreeMap;
 use std::fs;

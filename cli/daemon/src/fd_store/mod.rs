@@ -2,7 +2,7 @@
 //! harms no guest.
 //!
 //! When the last descriptor of a userfaultfd closes, missing pages become zeros; if the VM has kept
-//! a descriptor, it waits for ever instead. Supervisor and worker can die together, by a kill of
+//! a descriptor, it waits forever instead. Supervisor and worker can die together, by a kill of
 //! their group or because the machine is out of memory. So another process has to hold the
 //! descriptors:
 //!
@@ -12,13 +12,13 @@
 //!                            that was stored                          meanwhile at missing pages
 //!   the guardian, a process  it kills the VMs, waits for their exit,  they are started anew
 //!   outside of its cgroup    and only then closes
-//!   none                                                              VMs wait for ever, or read
+//!   none                                                              VMs wait forever, or read
 //!                                                                     zeros
 //! ```
 //!
 //! A VM is stored from the moment at which it is accepted, by its pidfd alone until its handshake
-//! is complete: data that it has sent could be lost with the supervisor, and it would wait for
-//! ever. A VM that has connected and was not accepted is stored with the listening socket: the next
+//! is complete: data that it has sent could be lost with the supervisor, and it would wait forever.
+//! A VM that has connected and was not accepted is stored with the listening socket: the next
 //! supervisor accepts from the same socket, and the guardian kills the peers in its backlog.
 //!
 //! Stored descriptors have an id, made of letters, digits, `-` and `_`, which keeps its meaning
@@ -358,12 +358,12 @@ impl FdStore {
             Backend::Guardian(guardian) => guardian.cgroup_error().map(|why| {
                 format!(
                     "the guardian cannot leave the cgroup of this process ({why}): if the whole cgroup is \
-                     killed, VMs block for ever at missing pages or read zeros; run as a service with \
+                     killed, VMs block forever at missing pages or read zeros; run as a service with \
                      FileDescriptorStoreMax=, or with a writable parent cgroup"
                 )
             }),
             Backend::Unavailable { why } => Some(format!(
-                "cannot start a guardian ({why}): if this process is killed, VMs block for ever at missing \
+                "cannot start a guardian ({why}): if this process is killed, VMs block forever at missing \
                  pages or read zeros; run as a service with FileDescriptorStoreMax="
             )),
         }
@@ -380,7 +380,7 @@ impl fmt::Display for FdStore {
     }
 }
 
-/// Whether a retry may succeed, after the guardian has read or the kernel has memory again.
+/// Returns whether a retry may succeed, after the guardian has read or the kernel has memory again.
 fn is_retryable(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(

@@ -251,7 +251,7 @@ impl Supervisor {
             self.journal.vm_error(
                 &label,
                 format_args!(
-                    "cannot kill it ({errno}): it will block for ever at its next missing page; kill it"
+                    "cannot kill it ({errno}): it will block forever at its next missing page; kill it"
                 ),
             );
         }

@@ -199,7 +199,7 @@ impl Supervisor {
                 ],
                 self.interval(),
             );
-            if ready.is_err() || self.read_worker().is_err() || self.workers.is_gone() {
+            if ready.is_err() || self.read_worker().is_err() || self.workers.reap_if_exited() {
                 return;
             }
         }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use snaprestore_engine::pager::firecracker::{Arriving, Handshake, HandshakeError};
-use snaprestore_uffd::uffd::Closing;
+use snaprestore_uffd::uffd::PendingClose;
 
 /// An incomplete handshake.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl PendingHandshake {
 
     /// Returns a watch that tells, after this is dropped, whether all descriptors sent by the peer
     /// are closed.
-    pub(super) fn closing(&self) -> Closing {
+    pub(super) fn closing(&self) -> PendingClose {
         self.arriving.closing()
     }
 

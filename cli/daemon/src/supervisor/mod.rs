@@ -265,7 +265,7 @@ impl Supervisor {
             let result = self.run_once();
             let fails_again = result.is_err() && self.stopping == Stopping::Killing;
             if let Err(error) = &result {
-                // Without a supervisor, the VMs would wait for ever.
+                // Without a supervisor, the VMs would wait forever.
                 self.kill_all(&format!("the daemon failed: {}", Chain(error)));
                 self.stopping = Stopping::Killing;
             }

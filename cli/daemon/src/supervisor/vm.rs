@@ -27,7 +27,7 @@
 //! A transition that adds descriptors stores them before it returns, and only then is anything sent
 //! to a worker or read from a peer. So the next supervisor, or the guardian, knows every VM that
 //! could lose memory. If not all descriptors of a VM can be stored, it is served all the same. Then
-//! its pidfd alone is stored: if the supervisor dies, the VM is killed and does not wait for ever.
+//! its pidfd alone is stored: if the supervisor dies, the VM is killed and does not wait forever.
 
 mod stored;
 
@@ -45,9 +45,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::pager::{AttachError, OwnerRegion, Vitals};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map};
-use snaprestore_uffd::uffd::{Closing, is_userfaultfd};
+use snaprestore_uffd::uffd::{PendingClose, is_userfaultfd};
 
-use self::stored::Meta;
+use self::stored::Description;
 pub(super) use self::stored::StoredVm;
 use super::handshake::PendingHandshake;
 use crate::api::config::Service;
@@ -63,7 +63,7 @@ const TABLES: &str = "tables";
 /// The role of the page map of a VM with huge pages.
 const PAGE_MAP: &str = "pagemap";
 /// The role of the description: the other facts about a VM.
-const META: &str = "meta";
+const DESCRIPTION: &str = "meta";
 
 /// The name of a service that this daemon doesn't have.
 const UNKNOWN_SERVICE: &str = "?";
@@ -97,7 +97,10 @@ enum State {
     /// The VM is no longer served. Its process was killed or exits, but may not be gone yet.
     Exiting(Held),
     /// The connection was refused, and descriptors that the peer has sent may still be open.
-    Closing { closing: Closing, since: Instant },
+    Closing {
+        closing: PendingClose,
+        since: Instant,
+    },
     /// All descriptors but the pidfd are closed. The record is about to be dropped.
     Released,
 }
@@ -322,7 +325,7 @@ impl VmRecord {
 
     /// Any state → `Exiting`: keeps only the descriptors that must stay open until the process has
     /// exited. They stay stored as they are.
-    pub(super) fn leave(&mut self) {
+    pub(super) fn await_exit(&mut self) {
         let held = match self.take_state() {
             State::Connecting { handshake, .. } => Held::Handshake {
                 _handshake: handshake,
@@ -340,7 +343,7 @@ impl VmRecord {
     /// missing page.
     pub(super) fn kill(&mut self) -> Result<(), Errno> {
         let killed = self.kill_process();
-        self.leave();
+        self.await_exit();
         killed
     }
 
@@ -406,18 +409,18 @@ impl VmRecord {
         tables: Option<&Tables>,
         fd_store: &mut FdStore,
     ) -> Result<(), StoreVmError> {
-        let meta = Meta {
+        let description = Description {
             pid: self.peer.pid,
             uid: self.peer.uid,
             regions: memory.regions.clone(),
             service: Service::clone(&memory.snapshot.service),
             file: memory.snapshot.file.to_string(),
         };
-        let meta = meta.write().map_err(StoreVmError::Describe)?;
+        let description = description.write().map_err(StoreVmError::Describe)?;
         let mut descriptors = vec![
             (UFFD, memory.userfaultfd.as_fd()),
             (OWNER, self.pidfd()),
-            (META, meta.as_fd()),
+            (DESCRIPTION, description.as_fd()),
         ];
         descriptors.extend(memory.page_map.as_ref().map(|map| (PAGE_MAP, map.as_fd())));
         fd_store.store(&store_id(self.id), &self.service_name, &descriptors)?;

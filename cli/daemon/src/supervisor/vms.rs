@@ -81,7 +81,7 @@ impl Vms {
         meant.map(VmRecord::id).collect()
     }
 
-    /// Whether no VM is being, or about to be, served.
+    /// Returns whether no VM is being, or about to be, served.
     pub(super) fn is_idle(&self) -> bool {
         let mut records = self.records.values();
         !records.any(|record| record.is_connecting() || record.is_active())
@@ -93,7 +93,7 @@ impl Vms {
         records.filter_map(|record| Some((record.id(), record.connection()?)))
     }
 
-    /// Whether the process of a VM has to be waited for.
+    /// Returns whether the process of a VM has to be waited for.
     pub(super) fn has_exiting(&self) -> bool {
         self.records.values().any(VmRecord::is_exiting)
     }
@@ -104,13 +104,14 @@ impl Vms {
         exiting.map(VmRecord::pidfd)
     }
 
-    /// Whether a VM of a service is being, or about to be, served.
+    /// Returns whether a VM of a service is being, or about to be, served.
     pub(super) fn uses(&self, service: u64) -> bool {
         let mut of_service = self.records.values().filter(|vm| vm.service() == service);
         of_service.any(|record| record.is_connecting() || record.is_active())
     }
 
-    /// Whether the supervisor can accept more connections; others wait in the kernel's queue.
+    /// Returns whether the supervisor can accept more connections; others wait in the kernel's
+    /// queue.
     pub(super) fn has_capacity(&self) -> bool {
         let (mut connecting, mut closing) = (0, 0);
         for record in self.records.values() {
@@ -120,8 +121,8 @@ impl Vms {
         !policy::HANDSHAKES.is_reached_by(connecting) && !policy::CLOSING.is_reached_by(closing)
     }
 
-    /// Whether a process has as many VMs as it may have. A process of another PID namespace has no
-    /// PID here.
+    /// Returns whether a process has as many VMs as it may have. A process of another PID namespace
+    /// has no PID here.
     pub(super) fn is_process_full(&self, pid: u32) -> bool {
         let of_process = self.records.values().filter(|record| record.pid() == pid);
         pid != 0 && policy::VMS_PER_PROCESS.is_reached_by(of_process.count())
@@ -162,7 +163,7 @@ impl Vms {
     }
 
     /// Returns the VMs on which one worker after another gets stuck.
-    pub(super) fn without_hope(&self, stuck_after: Duration) -> Vec<u64> {
+    pub(super) fn stuck_repeatedly(&self, stuck_after: Duration) -> Vec<u64> {
         self.ids(|record| record.has_exhausted_workers(stuck_after))
     }
 

@@ -87,7 +87,7 @@ impl Supervisor {
                 self.kill_vm(record);
             }
             SessionEnd::Exited | SessionEnd::Killed(_) => {
-                record.leave();
+                record.await_exit();
                 self.vms.insert(record);
             }
         }
@@ -146,7 +146,7 @@ impl Supervisor {
         }
         self.log_replacement(&cause);
         self.workers.replace(&cause)?;
-        self.kill_vms_without_hope();
+        self.kill_vms_stuck_repeatedly();
         self.brief_worker();
         Ok(())
     }
@@ -195,8 +195,8 @@ impl Supervisor {
     }
 
     /// Kills VMs on which one worker after another gets stuck.
-    fn kill_vms_without_hope(&mut self) {
-        for id in self.vms.without_hope(self.options.stuck_after) {
+    fn kill_vms_stuck_repeatedly(&mut self) {
+        for id in self.vms.stuck_repeatedly(self.options.stuck_after) {
             let Some(service) = self.vms.get(id).map(super::vm::VmRecord::service) else {
                 continue;
             };

@@ -119,7 +119,7 @@ impl WorkerProcess {
     }
 
     /// Reaps the process if it has exited, and returns whether it has.
-    pub(crate) fn is_gone(&mut self) -> bool {
+    pub(crate) fn reap_if_exited(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
@@ -181,7 +181,7 @@ impl Drop for WorkerProcess {
         self.kill();
         // An unkillable worker is left to the process that reaps orphans.
         let began = Instant::now();
-        while !self.is_gone() && began.elapsed() < DROP_TIMEOUT {
+        while !self.reap_if_exited() && began.elapsed() < DROP_TIMEOUT {
             std::thread::sleep(DROP_TIMEOUT / 100);
         }
     }

@@ -180,7 +180,9 @@ impl Workers {
                 Ok(()) => {}
                 // If the worker has died, its successor is sent everything, including waiting
                 // clients.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_gone(&error) => {
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock || reap_if_exited(&error) =>
+                {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
@@ -296,8 +298,8 @@ impl Workers {
     }
 
     /// Reaps the worker if it has exited, and returns whether it has.
-    pub(super) fn is_gone(&mut self) -> bool {
-        self.current.is_gone()
+    pub(super) fn reap_if_exited(&mut self) -> bool {
+        self.current.reap_if_exited()
     }
 
     /// Reaps a worker that has exited.
@@ -366,7 +368,7 @@ impl Workers {
     /// Takes the services whose snapshots were waited for by abandoned workers that have exited by
     /// now, one set for each worker.
     pub(super) fn take_readable_again(&mut self) -> Vec<BTreeSet<u64>> {
-        let exited = |unkillable: &mut UnkillableWorker| unkillable.worker.is_gone();
+        let exited = |unkillable: &mut UnkillableWorker| unkillable.worker.reap_if_exited();
         let exited = self.unkillable.extract_if(.., exited);
         exited.map(|unkillable| unkillable.hung).collect()
     }
@@ -452,7 +454,7 @@ impl Workers {
     }
 }
 
-fn is_gone(error: &io::Error) -> bool {
+fn reap_if_exited(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }

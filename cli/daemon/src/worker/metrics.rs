@@ -363,7 +363,7 @@ fn respond(stream: &mut impl TimedStream, metrics: impl FnOnce() -> String) -> i
     }
 }
 
-/// Whether the head of a request is complete.
+/// Returns whether the head of a request is complete.
 fn has_ended(head: &[u8]) -> bool {
     let ends = |end: &[u8]| head.windows(end.len()).any(|window| window == end);
     ends(b"\r\n\r\n") || ends(b"\n\n")

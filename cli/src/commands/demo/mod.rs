@@ -18,7 +18,7 @@ use snaprestore_daemon::api::config::RETRY_TIMEOUT;
 use snaprestore_uffd::uffd::{OpenOptions, UserModeOnly};
 
 use self::owner::{Owner, OwnerCounts};
-use super::create::{self, Recipe, Wanted};
+use super::create::{self, DictionaryChoice, WriteSettings};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
 use crate::exit::{self, Exit};
@@ -154,10 +154,10 @@ fn pack(
     output: Output,
     cancel: &Cancel,
 ) -> Result<create::CreateReport> {
-    let recipe = Recipe {
+    let settings = WriteSettings {
         level: 3,
         frame_bytes: 128 << 10,
-        dictionary: Wanted::Off,
+        dictionary: DictionaryChoice::Off,
         threads: None,
         attachments: Vec::new(),
         base: None,
@@ -166,7 +166,7 @@ fn pack(
     let place = Place::beside(Some(&std::env::temp_dir().join("snapshot")));
     let mut process = HeldProcess::hold(pid, &place, output, cancel)?;
     let progress = Progress::bytes(output, "packing", process.pages().map(|pages| pages * PAGE));
-    let mut writer = recipe.start(target, &mut process, progress, cancel)?;
+    let mut writer = settings.start(target, &mut process, progress, cancel)?;
     let mut both = Both {
         snapshot: &mut writer,
         reference,

@@ -155,7 +155,8 @@ pub(crate) fn run(args: &args::DemoOwner, cancel: &Cancel) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Whether the parent exited before this process was tied to it: nobody writes questions then.
+/// Returns whether the parent exited before this process was tied to it: nobody writes questions
+/// then.
 fn asker_is_gone() -> bool {
     let questions = io::stdin();
     let mut fds = [PollFd::new(questions.as_fd(), PollFlags::empty())];

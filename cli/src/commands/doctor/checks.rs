@@ -138,7 +138,7 @@ fn userfaultfd(probe: &Probe) -> Check {
     }
 }
 
-/// Whether a refused userfaultfd would be permitted for user-mode faults only.
+/// Returns whether a refused userfaultfd would be permitted for user-mode faults only.
 pub(super) fn needs_user_mode_only(error: &OpenError) -> bool {
     matches!(
         error,

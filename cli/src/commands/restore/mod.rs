@@ -56,7 +56,7 @@ pub(crate) fn restore(
         .into());
     }
     let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
-    let pages = Pages::of(&snapshot);
+    let pages = Pages::all(&snapshot);
     let raw = match &args.check {
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,
@@ -143,7 +143,7 @@ fn start(
             .start()
     };
     match with(FailurePolicy::Poison) {
-        // Without poison, a bad page can't be marked: the touching thread would wait for ever.
+        // Without poison, a bad page can't be marked: the touching thread would wait forever.
         Err(StartError::NoPoison) => with(FailurePolicy::Ask(Arc::new(move |failure| {
             output.fail(&anyhow!(
                 "{failure}; this kernel cannot poison pages (that needs Linux 6.6), so the restore \

@@ -15,7 +15,7 @@ use crate::exit::Exit;
 use crate::output::{count, micros};
 
 /// Maximum number of bad places listed for people.
-const LISTED: usize = 20;
+const MAX_LISTED: usize = 20;
 
 /// Report of a restore. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
@@ -296,14 +296,14 @@ impl fmt::Display for RestoreReport {
                 }
             )?;
         }
-        for bad in self.failures.iter().take(LISTED) {
+        for bad in self.failures.iter().take(MAX_LISTED) {
             writeln!(f, "{bad}")?;
         }
-        if self.failures.len() > LISTED {
+        if self.failures.len() > MAX_LISTED {
             writeln!(
                 f,
                 "... and {} more bad places",
-                self.failures.len() - LISTED
+                self.failures.len() - MAX_LISTED
             )?;
         }
         Ok(())
@@ -317,7 +317,7 @@ impl fmt::Display for Bad {
             write!(f, ", at byte {offset}")?;
         }
         write!(f, ": {}; pages ", self.detail)?;
-        for (number, (first, last)) in self.pages.iter().take(LISTED).enumerate() {
+        for (number, (first, last)) in self.pages.iter().take(MAX_LISTED).enumerate() {
             let comma = if number == 0 { "" } else { ", " };
             if first == last {
                 write!(f, "{comma}{first}")?;
@@ -325,7 +325,7 @@ impl fmt::Display for Bad {
                 write!(f, "{comma}{first}-{last}")?;
             }
         }
-        if self.pages.len() > LISTED {
+        if self.pages.len() > MAX_LISTED {
             write!(f, ", ...")?;
         }
         Ok(())

@@ -23,7 +23,7 @@ use crate::signals::Cancel;
 /// Number of positions of the order that a thread takes at once.
 const PAGES_PER_BATCH: u64 = 64;
 /// Maximum number of mismatches listed.
-const LISTED: usize = 16;
+const MAX_LISTED: usize = 16;
 
 /// The pages of all regions, numbered consecutively without the gaps between regions.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
+    pub(super) fn all(snapshot: &Snapshot) -> Self {
         let mut count = 0;
         let mut regions = Vec::new();
         for region in snapshot.regions() {
@@ -209,7 +209,7 @@ impl Shared<'_> {
         let mut all = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         all.checked_pages += found.checked_pages;
         all.mismatches += found.mismatches;
-        let room = LISTED - all.mismatched.len();
+        let room = MAX_LISTED - all.mismatched.len();
         all.mismatched.extend(found.mismatched.iter().take(room));
         all.bad.append(&mut found.bad);
         Ok(())
@@ -257,7 +257,7 @@ impl Shared<'_> {
         found.checked_pages += 1;
         if memory != expected {
             found.mismatches += 1;
-            if found.mismatched.len() < LISTED {
+            if found.mismatched.len() < MAX_LISTED {
                 found.mismatched.push(number);
             }
         }

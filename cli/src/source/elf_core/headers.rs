@@ -32,7 +32,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// Whether the memory is addressed by `p_paddr`.
+    /// Returns whether the memory is addressed by `p_paddr`.
     pub(super) fn is_physical(self) -> bool {
         self != Self::Process
     }

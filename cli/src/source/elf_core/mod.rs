@@ -36,7 +36,7 @@ use crate::signals::Cancel;
 use headers::{Kind, parse};
 use plan::{Content, Overlap, Plan, Segment, flaw};
 
-/// Whether a file that starts with `start` is a core.
+/// Returns whether a file that starts with `start` is a core.
 pub(super) fn is_core(start: &[u8]) -> bool {
     let little = match start {
         [0x7f, b'E', b'L', b'F', _, data, ..] => *data != elf::ELFDATA2MSB.0,

@@ -26,7 +26,7 @@ pub(super) struct Backing {
 impl Backing {
     /// Opens the file behind a mapping of process `pid`. Returns `None` if there is no file, or no
     /// permission to open it. If the process serves files, it is looked up only under its own name.
-    pub(super) fn of(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
+    pub(super) fn open(pid: i32, mapping: &Mapping, served: &Served) -> Option<Self> {
         let file = open(Path::new(&mapping.link(pid)), |_| true)
             .or_else(|| by_descriptor(pid, mapping, served))
             .or_else(|| by_name(pid, mapping))?;
@@ -36,7 +36,7 @@ impl Backing {
             // The file system of huge pages can't report holes.
             Extents::dense(0)
         } else {
-            Extents::of(&file, len).ok()?
+            Extents::find(&file, len).ok()?
         };
         Some(Self {
             file,
@@ -92,13 +92,13 @@ impl Served {
         self.devices.is_empty()
     }
 
-    /// Whether the mapped file may be on one of them.
+    /// Returns whether the mapped file may be on one of them.
     pub(super) fn has(&self, mapping: &Mapping) -> bool {
         self.devices.contains(&mapping.device)
     }
 }
 
-/// Whether process `pid` serves a file system through FUSE.
+/// Returns whether process `pid` serves a file system through FUSE.
 fn serves(pid: i32) -> bool {
     const FUSE: Device = (10, 229);
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
@@ -135,14 +135,14 @@ pub(super) fn allocated(pid: i32, mapping: &Mapping) -> Option<u64> {
     Some(metadata.blocks() * 512)
 }
 
-/// Whether every allocated page of the file is populated in this mapping.
+/// Returns whether every allocated page of the file is populated in this mapping.
 fn is_all_mapped(mapping: &Mapping, metadata: &Metadata) -> bool {
     let allocated = metadata.blocks() * 512;
     let populated = mapping.details.map_or(0, |details| details.populated);
     allocated == 0 || mapping.shared && populated >= allocated
 }
 
-/// Whether this is a private mapping of `/dev/zero`, which is anonymous memory.
+/// Returns whether this is a private mapping of `/dev/zero`, which is anonymous memory.
 pub(super) fn is_dev_zero(pid: i32, mapping: &Mapping) -> bool {
     const ZERO: (u64, u64) = (1, 5);
     if mapping.shared || mapping.name != b"/dev/zero" {
@@ -179,8 +179,9 @@ fn by_name(pid: i32, mapping: &Mapping) -> Option<File> {
     })
 }
 
-/// Whether `metadata` is that of the file behind `mapping`. Some file systems (btrfs, overlayfs)
-/// show other device numbers in `maps`; there, the kernel's name for the open file decides.
+/// Returns whether `metadata` is that of the file behind `mapping`. Some file systems (btrfs,
+/// overlayfs) show other device numbers in `maps`; there, the kernel's name for the open file
+/// decides.
 fn is_mapped(metadata: &Metadata, mapping: &Mapping, same_name: bool) -> bool {
     let same_device = device(metadata.dev()) == mapping.device;
     metadata.ino() == mapping.inode && (same_device || same_name)

@@ -59,7 +59,7 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// Number of times that threads may refuse to be traced, and the pause after each. A thread that
 /// exits refuses, and so does a process for a moment when it runs another program (`execve`).
-const REFUSALS: u32 = 20;
+const MAX_REFUSALS: u32 = 20;
 const REFUSAL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A process whose threads are all stopped until this is dropped.
@@ -410,7 +410,7 @@ impl Tracer<'_> {
                 // A thread that ran another program took the main thread's place, and is traced
                 // already.
                 Err(Errno::EPERM) if tracer_of(pid, tid) == Some(gettid()) => {}
-                Err(Errno::EPERM) if self.refusals < REFUSALS => {
+                Err(Errno::EPERM) if self.refusals < MAX_REFUSALS => {
                     self.refusals += 1;
                     new = true;
                     sleep(REFUSAL_INTERVAL);
@@ -574,7 +574,7 @@ fn absent(pid: i32) -> anyhow::Error {
     }
 }
 
-/// Whether this is a kernel thread. Any other process without memory is exiting.
+/// Returns whether this is a kernel thread. Any other process without memory is exiting.
 fn is_of_the_kernel(pid: i32) -> bool {
     const PF_KTHREAD: u64 = 0x0020_0000;
     let main = format!("/proc/{pid}/stat");
@@ -590,7 +590,7 @@ fn tracer_of(pid: i32, tid: Pid) -> Option<Pid> {
     Some(Pid::from_raw(tracer)).filter(|tracer| tracer.as_raw() != 0)
 }
 
-/// Whether the process has threads besides the main one, which may have exited before them.
+/// Returns whether the process has threads besides the main one, which may have exited before them.
 fn has_threads(pid: i32) -> bool {
     fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
 }
@@ -651,7 +651,7 @@ mod tests {
     use super::*;
     use std::process::Command;
 
-    /// Whether the main thread is stopped by its tracer.
+    /// Returns whether the main thread is stopped by its tracer.
     fn is_traced(pid: Pid) -> bool {
         thread_state(pid.as_raw(), pid) == Some(TRACED)
     }

@@ -35,7 +35,7 @@ impl Internal {
     /// Returns the devices of this file system. Each size of huge pages has its own.
     pub(super) fn devices(self) -> Vec<Device> {
         let files = match self {
-            Self::AnonymousHuge => (SMALLEST_HUGE..=LARGEST_HUGE)
+            Self::AnonymousHuge => (MIN_HUGE_SHIFT..=MAX_HUGE_SHIFT)
                 .filter_map(|shift| {
                     let size = MFdFlags::from_bits_retain(shift << HUGE_SHIFT);
                     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | size;
@@ -56,8 +56,8 @@ impl Internal {
 /// Bit position of the huge page size in the flags, as a power of two (`MFD_HUGE_SHIFT`), and the
 /// sizes that an architecture can have: 64 KiB to 16 GiB.
 const HUGE_SHIFT: u32 = 26;
-const SMALLEST_HUGE: u32 = 16;
-const LARGEST_HUGE: u32 = 34;
+const MIN_HUGE_SHIFT: u32 = 16;
+const MAX_HUGE_SHIFT: u32 = 34;
 
 /// Returns the major and minor number.
 pub(super) fn device(number: u64) -> Device {

@@ -110,19 +110,19 @@ impl Mapping {
         OsStr::from_bytes(&self.name).as_ref()
     }
 
-    /// Whether this is data of the kernel, or its entry for obsolete system calls, which is not
-    /// memory of the process and must not be read.
+    /// Returns whether this is data of the kernel, or its entry for obsolete system calls, which is
+    /// not memory of the process and must not be read.
     pub(super) fn is_kernel_data(&self) -> bool {
         self.name == b"[vsyscall]" || self.name.starts_with(b"[vvar")
     }
 
-    /// Whether this is memory of `memfd_secret`, which only the process itself can read.
+    /// Returns whether this is memory of `memfd_secret`, which only the process itself can read.
     pub(super) fn is_secret(&self) -> bool {
         self.internal == Some(Internal::Secret)
     }
 
-    /// Whether this is reserved address space: inaccessible, with nothing populated. Only the page
-    /// table tells whether it has markers.
+    /// Returns whether this is reserved address space: inaccessible, with nothing populated. Only
+    /// the page table tells whether it has markers.
     pub(super) fn is_empty_reservation(&self) -> bool {
         !(self.read || self.write || self.execute)
             && self.is_private_anonymous()
@@ -131,8 +131,8 @@ impl Mapping {
                 .is_some_and(|details| details.populated == 0 && !details.userfault)
     }
 
-    /// Whether this is private memory without a file. The kernel's own mappings, such as `[vdso]`,
-    /// have neither a file nor such a name.
+    /// Returns whether this is private memory without a file. The kernel's own mappings, such as
+    /// `[vdso]`, have neither a file nor such a name.
     fn is_private_anonymous(&self) -> bool {
         let named_by_kernel = self.name.starts_with(b"[")
             && !matches!(&*self.name, b"[heap]" | b"[stack]")
@@ -141,8 +141,8 @@ impl Mapping {
         !self.shared && ((!self.is_of_file() && !named_by_kernel) || huge)
     }
 
-    /// Whether there is a file behind the mapping. The first segment of System V shared memory has
-    /// inode number 0.
+    /// Returns whether there is a file behind the mapping. The first segment of System V shared
+    /// memory has inode number 0.
     fn is_of_file(&self) -> bool {
         self.inode != 0 || self.name.starts_with(b"/")
     }

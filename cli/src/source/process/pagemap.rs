@@ -88,7 +88,7 @@ impl Pagemap {
         runs.finish()
     }
 
-    /// Whether no page of `mapping` has content of its own.
+    /// Returns whether no page of `mapping` has content of its own.
     pub(super) fn is_untouched(&self, mapping: &Mapping) -> bool {
         let mut untouched = true;
         let looked = self.runs(mapping, |_, _, own| {
@@ -98,7 +98,7 @@ impl Pagemap {
         looked.is_ok() && untouched
     }
 
-    /// Whether the page at `address` is a guard page. For kernels that can't list them.
+    /// Returns whether the page at `address` is a guard page. For kernels that can't list them.
     pub(super) fn is_guard(&self, address: u64) -> bool {
         let mut word = [0; 8];
         let read = self.file.read_exact_at(&mut word, address / PAGE * 8);

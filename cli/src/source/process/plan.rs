@@ -30,14 +30,14 @@ pub(super) enum Plan {
     File(Arc<Backing>),
     Zero,
     /// The content can't be determined.
-    Unavailable(Reason),
+    Unavailable(UnavailableReason),
     /// Shared memory or a file that this user can't open: only reading through the process tells.
     Hidden,
 }
 
 /// Reason why pages are unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reason {
+pub(super) enum UnavailableReason {
     /// Device memory, which may have side effects when read.
     Device,
     /// Missing pages that another process provides.
@@ -59,22 +59,22 @@ impl Inner {
         let pages = (mapping.end - mapping.start) / PAGE;
         let mut whole = |reason| run(mapping.start, pages, Plan::Unavailable(reason));
         if mapping.is_secret() {
-            return whole(Reason::Secret);
+            return whole(UnavailableReason::Secret);
         }
         if mapping.details.is_some_and(|details| details.device) {
-            return whole(Reason::Device);
+            return whole(UnavailableReason::Device);
         }
         match mapping.untouched() {
             Untouched::Zero => self.plan_alike(mapping, Plan::Zero, run),
             Untouched::Unknown => {
-                self.plan_alike(mapping, Plan::Unavailable(Reason::Answered), run)
+                self.plan_alike(mapping, Plan::Unavailable(UnavailableReason::Answered), run)
             }
             Untouched::Read => run(mapping.start, pages, Plan::Process),
             Untouched::File if backing::is_dev_zero(self.pid, mapping) => {
                 self.plan_alike(mapping, Plan::Zero, run)
             }
             Untouched::File if self.served.has(mapping) => {
-                self.plan_alike(mapping, Plan::Unavailable(Reason::Served), run)
+                self.plan_alike(mapping, Plan::Unavailable(UnavailableReason::Served), run)
             }
             Untouched::File => match self.backing(mapping) {
                 Some(backing) => self.plan_file(mapping, &backing, run),
@@ -133,7 +133,7 @@ impl Inner {
             })?;
         }
         if there < len {
-            let plan = Plan::Unavailable(Reason::BeyondFile);
+            let plan = Plan::Unavailable(UnavailableReason::BeyondFile);
             run(mapping.start + there, (len - there) / PAGE, plan)?;
         }
         Ok(())
@@ -151,7 +151,7 @@ impl Inner {
                 backing.clone()
             }
             _ => {
-                let backing = Backing::of(self.pid, mapping, &self.served).map(Arc::new);
+                let backing = Backing::open(self.pid, mapping, &self.served).map(Arc::new);
                 *last = Some((mapping.device, mapping.inode, backing.clone()));
                 backing
             }

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::super::{CHUNK, PAGE, Remark};
 use super::hold::ended;
-use super::plan::{Plan, Reason};
+use super::plan::{Plan, UnavailableReason};
 use super::spool::{Filler, Spool};
 use super::{Inner, VAST, region};
 use crate::output::count;
@@ -125,11 +125,11 @@ impl Inner {
             Plan::Zero => filler.zeros(pages)?,
             Plan::Unavailable(reason) => {
                 match reason {
-                    Reason::Device => summary.device += pages,
-                    Reason::Answered => summary.answered += pages,
-                    Reason::Secret => summary.secret += pages,
-                    Reason::Served => summary.served += pages,
-                    Reason::BeyondFile => summary.beyond_file += pages,
+                    UnavailableReason::Device => summary.device += pages,
+                    UnavailableReason::Answered => summary.answered += pages,
+                    UnavailableReason::Secret => summary.secret += pages,
+                    UnavailableReason::Served => summary.served += pages,
+                    UnavailableReason::BeyondFile => summary.beyond_file += pages,
                 }
                 filler.unavailable(pages)?;
             }

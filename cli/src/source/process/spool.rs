@@ -6,7 +6,7 @@
 //!
 //! The process is stopped until the last chunk is in the queue, not until it is compressed and
 //! written. The reader waits for the writer only if there is no room in the file either, and not
-//! for ever: the writer may be blocked on the stopped process. The file has no name, so it
+//! forever: the writer may be blocked on the stopped process. The file has no name, so it
 //! disappears when this process exits, however it exits. Chunks that were taken from it are punched
 //! out, so that in most cases hardly any of it reaches the disk.
 //!
@@ -99,8 +99,8 @@ impl Place {
     }
 }
 
-/// Whether files in the folder may depend on a process: a FUSE server, or a server of network files
-/// on this machine.
+/// Returns whether files in the folder may depend on a process: a FUSE server, or a server of
+/// network files on this machine.
 fn may_be_served(folder: &Path) -> bool {
     const CEPH_SUPER_MAGIC: FsType = FsType(0x00c3_6400);
     const CIFS_SUPER_MAGIC: FsType = FsType(0xff53_4d42);

@@ -16,11 +16,11 @@ use crate::names;
 pub(super) struct Stuck {
     pid: i32,
     tid: Pid,
-    reason: Reason,
+    reason: StuckReason,
 }
 
 #[derive(Debug)]
-enum Reason {
+enum StuckReason {
     /// The path of a frozen cgroup; may be any bytes.
     Frozen(Vec<u8>),
     /// A wait in the kernel, with the name of the function if it is known.
@@ -36,19 +36,19 @@ pub(super) fn why(pid: i32, tid: Pid) -> Stuck {
         .ok()
         .filter(|name| !name.is_empty() && name != "0");
     let reason = if let Some(cgroup) = frozen_cgroup(&folder) {
-        Reason::Frozen(cgroup)
+        StuckReason::Frozen(cgroup)
     } else if thread_state(pid, tid) == Some('D') {
-        Reason::Waits(waits_in)
+        StuckReason::Waits(waits_in)
     } else {
-        Reason::Unknown
+        StuckReason::Unknown
     };
     Stuck { pid, tid, reason }
 }
 
 impl Stuck {
-    /// Whether waiting is pointless.
+    /// Returns whether waiting is pointless.
     pub(super) fn is_frozen(&self) -> bool {
-        matches!(self.reason, Reason::Frozen(_))
+        matches!(self.reason, StuckReason::Frozen(_))
     }
 }
 
@@ -56,13 +56,13 @@ impl fmt::Display for Stuck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { pid, tid, reason } = self;
         match reason {
-            Reason::Frozen(cgroup) => write!(
+            StuckReason::Frozen(cgroup) => write!(
                 f,
                 "process {pid} is frozen, so it cannot be stopped (freezer.state of its cgroup \
                  {}, as docker pause sets it); thaw it, and try again",
                 names::stored(cgroup)
             ),
-            Reason::Waits(Some(function)) => {
+            StuckReason::Waits(Some(function)) => {
                 write!(
                     f,
                     "process {pid}: thread {tid} does not stop; it waits in the kernel, in \
@@ -73,12 +73,12 @@ impl fmt::Display for Stuck {
                     None => Ok(()),
                 }
             }
-            Reason::Waits(None) => write!(
+            StuckReason::Waits(None) => write!(
                 f,
                 "process {pid}: thread {tid} does not stop; it waits in the kernel (for a disk, a \
                  file server, or a child of vfork?)"
             ),
-            Reason::Unknown => write!(f, "process {pid}: thread {tid} does not stop"),
+            StuckReason::Unknown => write!(f, "process {pid}: thread {tid} does not stop"),
         }
     }
 }
@@ -175,11 +175,11 @@ mod tests {
             tid: Pid::from_raw(8),
             reason,
         };
-        let waits = |function: &str| stuck(Reason::Waits(Some(function.into()))).to_string();
+        let waits = |function: &str| stuck(StuckReason::Waits(Some(function.into()))).to_string();
         assert!(waits("kernel_clone").contains("kernel_clone (for the child of its vfork"));
         assert!(waits("rpc_wait_bit_killable").contains("file server"));
         assert!(waits("something_else").ends_with("in something_else"));
-        let frozen = stuck(Reason::Frozen("/docker/abc".into()));
+        let frozen = stuck(StuckReason::Frozen("/docker/abc".into()));
         assert!(frozen.is_frozen() && frozen.to_string().contains("cgroup /docker/abc"));
     }
 }

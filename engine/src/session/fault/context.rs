@@ -71,12 +71,12 @@ impl Purpose {
 }
 
 impl ThreadContext<SnapshotImage> {
-    /// Whether the context was last lent to this session.
+    /// Returns whether the context was last lent to this session.
     pub(crate) fn was_lent_to(&self, image: &SnapshotImage) -> bool {
         image.was_used_by(&self.decoder)
     }
 
-    /// Whether the context was last lent to a session of this snapshot.
+    /// Returns whether the context was last lent to a session of this snapshot.
     pub(crate) fn is_prepared(&self, image: &SnapshotImage) -> bool {
         image.is_prepared(&self.decoder)
     }

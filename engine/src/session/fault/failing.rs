@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use crate::session::Session;
 use crate::session::failure::{Failure, FailureKind};
-use crate::session::fault::outcome::{Decision, FaultOutcome, InstallError};
+use crate::session::fault::outcome::{FaultOutcome, InstallError};
 use crate::session::fault::queue::Fault;
 use crate::session::platform::{Image, Installed, PAGE, PageNumber, Platform};
 use crate::session::state::Status;
@@ -45,16 +45,8 @@ impl<P: Platform, I: Image> Session<P, I> {
             // decide about any of its pages.
             return FaultOutcome::Dropped;
         }
-        self.apply(self.guard.decide(fault, failure), fault)
-    }
-
-    /// Applies the guard's decision about the page of a fault.
-    pub(super) fn apply(&self, decision: Decision, fault: Fault) -> FaultOutcome {
-        match decision {
-            Decision::Poison => self.poison(fault),
-            Decision::Defer => FaultOutcome::Deferred,
-            Decision::Drop => FaultOutcome::Dropped,
-        }
+        let decided = self.guard.decide(fault, failure);
+        decided.unwrap_or_else(|| self.poison(fault))
     }
 
     /// Schedules a deferred fault to be served again after a pause; its content may be available by

@@ -116,8 +116,8 @@ impl<P: Platform, I: Image> Session<P, I> {
                 },
             };
             let pending = self.guard.pending_decision(fault, page);
-            if let Some(decision) = pending.or_else(|| self.queue.join(fault, page)) {
-                return self.apply(decision, fault);
+            if let Some(outcome) = pending.or_else(|| self.queue.join(fault, page)) {
+                return outcome;
             }
             match self.load(context, page, large, Reason::Demand) {
                 Ok(true) => {

@@ -5,8 +5,7 @@
 //! | look up | [`Lookup`] or [`InstallError`] |
 //! | load | whether this thread installed the page, or [`LoadError`] |
 //! | install | [`Installed`] of the kernel, or [`InstallError`] |
-//! | failure policy | [`Decision`] |
-//! | resolve | [`FaultOutcome`] |
+//! | failure policy, resolve | [`FaultOutcome`] |
 //!
 //! [`Installed`]: crate::session::platform::Installed
 
@@ -84,18 +83,6 @@ impl fmt::Display for InstallError {
     }
 }
 
-/// The guard's decision about a page that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Decision {
-    /// Poison the page.
-    Poison,
-    /// Defer the fault: the guard later has it served again or poisoned.
-    Defer,
-    /// Drop the fault: another fault for the same address is pending, and its answer covers this
-    /// one, or the owner is being killed.
-    Drop,
-}
-
 /// The outcome of serving a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FaultOutcome {
@@ -104,7 +91,8 @@ pub(crate) enum FaultOutcome {
     /// The fault is served again after a pause, or the guard keeps it and later has it served again
     /// or poisoned.
     Deferred,
-    /// The fault is not answered, or the answer to another fault covers it.
+    /// The fault is not answered: the owner is gone or being killed, or the session is ending. Or
+    /// another fault for the same address is pending, and its answer covers this one.
     Dropped,
 }
 

@@ -81,7 +81,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         Some(done)
     }
 
-    /// Whether `page` is part of a large page.
+    /// Returns whether `page` is part of a large page.
     pub(crate) fn is_large(&self, page: PageNumber) -> bool {
         self.state.has_large() && {
             let _hold = self.platform.shared(page);

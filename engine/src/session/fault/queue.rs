@@ -9,7 +9,7 @@ use std::sync::atomic::{
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::fault::outcome::Decision;
+use crate::session::fault::outcome::FaultOutcome;
 use crate::session::fault::retries::Retries;
 use crate::session::platform::PageNumber;
 
@@ -120,7 +120,7 @@ impl FaultQueue {
     }
 
     /// Merges a fault into a paused one for the same page, if there is one.
-    pub(crate) fn join(&self, fault: Fault, page: PageNumber) -> Option<Decision> {
+    pub(crate) fn join(&self, fault: Fault, page: PageNumber) -> Option<FaultOutcome> {
         if self.paused_count.load(Relaxed) == 0 {
             return None;
         }
@@ -132,12 +132,12 @@ impl FaultQueue {
         let (due, retries) = (*due, first.retries);
         let address = |it: &Paused| it.page == page && it.fault.address == fault.address;
         if paused.iter().any(address) {
-            return Some(Decision::Drop);
+            return Some(FaultOutcome::Dropped);
         }
         let fault = Fault { retries, ..fault };
         paused.push(Paused { fault, page, due });
         self.paused_count.store(paused.len(), Relaxed);
-        Some(Decision::Defer)
+        Some(FaultOutcome::Deferred)
     }
 
     /// Queues the paused faults whose pause is over. Returns when the next pause ends.
@@ -221,12 +221,12 @@ impl FaultQueue {
             .unwrap_or_else(PoisonError::into_inner);
     }
 
-    /// Whether a fault waits to be popped.
+    /// Returns whether a fault waits to be popped.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
 
-    /// Whether the outcome of some fault is not recorded yet.
+    /// Returns whether the outcome of some fault is not recorded yet.
     pub(crate) fn has_open(&self) -> bool {
         self.open.load(Acquire) > 0
     }
@@ -288,9 +288,9 @@ mod tests {
         assert_eq!(queue.resume(), None);
         let due = Instant::now() + Duration::from_secs(3600);
         queue.pause(failed, 1, due);
-        assert_eq!(queue.join(fault(0x1000), 1), Some(Decision::Drop));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Defer));
-        assert_eq!(queue.join(fault(0x9000), 1), Some(Decision::Drop));
+        assert_eq!(queue.join(fault(0x1000), 1), Some(FaultOutcome::Dropped));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(FaultOutcome::Deferred));
+        assert_eq!(queue.join(fault(0x9000), 1), Some(FaultOutcome::Dropped));
         assert_eq!(queue.join(fault(0x2000), 2), None);
         assert_eq!(queue.resume(), Some(due));
         assert!(queue.is_empty());

@@ -32,7 +32,7 @@ pub(super) enum Pause<O> {
 pub(super) trait Scene: 'static {
     /// An operation before which a thread can stop.
     type Op: Copy + std::fmt::Debug + PartialEq + Hash + 'static;
-    /// Whether the thread that stopped before `op` can continue.
+    /// Returns whether the thread that stopped before `op` can continue.
     fn enabled(&self, thread: usize, op: &Self::Op) -> bool;
     /// Returns a digest of all shared state.
     fn digest(&self) -> u64;

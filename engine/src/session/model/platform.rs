@@ -520,7 +520,7 @@ impl explore::Scene for Scene {
             return Err(wrong.clone());
         }
         if let Some(thread) = stuck.iter().find(|thread| **thread < self.owners) {
-            return Err(format!("hang: thread {thread} of the owner waits for ever"));
+            return Err(format!("hang: thread {thread} of the owner waits forever"));
         }
         if !stuck.is_empty() {
             return Err(format!(

@@ -12,7 +12,7 @@ use super::world::{Change, Content, Unmapped, World, at};
 use crate::session::Session;
 use crate::session::failure::{Failure, FailureKind};
 use crate::session::fault::context::{LendContext, ThreadContext};
-use crate::session::fault::outcome::Decision;
+use crate::session::fault::outcome::FaultOutcome;
 use crate::session::fault::queue::Fault;
 use crate::session::guard::Guard;
 use crate::session::platform::{PAGE, PageNumber};
@@ -121,7 +121,7 @@ pub(super) enum Expected {
 }
 
 impl Expected {
-    /// Whether the page of `place`, which may be lost, may read as `content`.
+    /// Returns whether the page of `place`, which may be lost, may read as `content`.
     fn allows(self, place: u64, content: Content, may_be_lost: bool) -> bool {
         let original = content == Content::Byte(pages::content_of(place))
             || may_be_lost && content == Content::Poison;
@@ -138,11 +138,11 @@ impl Expected {
 struct OnlyDamage;
 
 impl Guard for OnlyDamage {
-    fn decide(&self, _: Fault, failure: &Failure) -> Decision {
+    fn decide(&self, _: Fault, failure: &Failure) -> Option<FaultOutcome> {
         assert_eq!(failure.kind, FailureKind::Damaged, "{failure}");
-        Decision::Poison
+        None
     }
-    fn pending_decision(&self, _: Fault, _: PageNumber) -> Option<Decision> {
+    fn pending_decision(&self, _: Fault, _: PageNumber) -> Option<FaultOutcome> {
         None
     }
     fn kill_owner(&self, why: &str) {

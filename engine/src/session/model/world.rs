@@ -97,14 +97,14 @@ impl World {
         hasher.finish()
     }
 
-    /// Whether a read would return something.
+    /// Returns whether a read would return something.
     pub(super) fn readable(&self) -> bool {
         self.sleepers.iter().any(|s| !s.read)
             || !self.events.is_empty()
             || !self.withheld.is_empty()
     }
 
-    /// Whether installs are currently refused.
+    /// Returns whether installs are currently refused.
     pub(super) fn is_changing(&self) -> bool {
         self.changing > 0
     }
@@ -145,12 +145,12 @@ impl World {
         start..start + len
     }
 
-    /// Whether a thread sleeps in a fault.
+    /// Returns whether a thread sleeps in a fault.
     pub(super) fn sleeps(&self, thread: Thread) -> bool {
         self.sleepers.iter().any(|sleeper| sleeper.thread == thread)
     }
 
-    /// Whether the session receives an event for a change.
+    /// Returns whether the session receives an event for a change.
     pub(super) fn is_registered(&self, change: Change) -> bool {
         let (Change::Remove(start, end) | Change::Unmap(start, end)) = change else {
             let Change::Remap(from, ..) = change else {
@@ -174,7 +174,7 @@ impl World {
         self.edge = true;
     }
 
-    /// Whether a thread's event has not been read yet.
+    /// Returns whether a thread's event has not been read yet.
     pub(super) fn announced(&self, thread: Thread) -> bool {
         self.events.iter().any(|(waiting, _)| *waiting == thread)
     }

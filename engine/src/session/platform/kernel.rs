@@ -9,7 +9,7 @@ use snaprestore_uffd::memory::{Brake, MemError, Ring};
 use snaprestore_uffd::os::PageMap;
 use snaprestore_uffd::uffd::abi::UFFD_EVENT_FORK;
 use snaprestore_uffd::uffd::{
-    self, InstallError, Message, Presence, Raw, Ready, Userfaultfd, Waiting, Wake,
+    self, InstallError, Message, Presence, Raw, Readiness, Userfaultfd, WaitQueue, Wake,
 };
 
 use crate::session::platform::{Event, FrameId, Installed, PAGE, Platform, ReadFailed, Waited};
@@ -28,7 +28,7 @@ const MAX_PAUSE: Duration = Duration::from_millis(5);
 pub(crate) struct Kernel {
     /// The userfaultfd; `None` once the session is over and missing pages are no longer installed.
     uffd: RwLock<Option<Userfaultfd>>,
-    waiting: Waiting,
+    wait_queue: WaitQueue,
     /// The owner's page map, which tells the pages that the owner has.
     page_map: Option<PageMap>,
     /// The install lock. An exclusive hold includes the ring into which messages are read.
@@ -44,7 +44,7 @@ pub(crate) struct Reader {
 impl Kernel {
     pub(crate) fn new(uffd: Userfaultfd, ring: Ring) -> std::io::Result<Self> {
         Ok(Self {
-            waiting: Waiting::new(&uffd)?,
+            wait_queue: WaitQueue::new(&uffd)?,
             page_map: None,
             uffd: RwLock::new(Some(uffd)),
             install: RwLock::new(Reader {
@@ -61,11 +61,11 @@ impl Kernel {
 
     /// Ends the session when the process behind `pidfd` has exited.
     pub(crate) fn watch_owner(&self, pidfd: BorrowedFd<'_>) -> std::io::Result<()> {
-        self.waiting.watch(pidfd)
+        self.wait_queue.watch(pidfd)
     }
 
-    /// Whether the page at `address` may be registered. Returns `false` only if the kernel would
-    /// never report a fault there, and no change of the mappings waits to be read.
+    /// Returns whether the page at `address` may be registered. Returns `false` only if the kernel
+    /// would never report a fault there, and no change of the mappings waits to be read.
     pub(crate) fn may_be_registered(&self, address: u64) -> bool {
         self.with(true, |uffd| {
             !matches!(uffd.probe(address), Ok(Presence::Gone))
@@ -134,8 +134,8 @@ impl Platform for Kernel {
     }
 
     fn wait_readable(&self, timeout: Option<Duration>) -> Waited {
-        let wait = |uffd: &Userfaultfd| self.waiting.wait(uffd, timeout);
-        match self.with(Ok(Ready::default()), wait) {
+        let wait = |uffd: &Userfaultfd| self.wait_queue.wait(uffd, timeout);
+        match self.with(Ok(Readiness::default()), wait) {
             Ok(ready) if ready.owner_gone => Waited::OwnerGone,
             Ok(_) => Waited::Ready,
             Err(error) => {
@@ -146,7 +146,7 @@ impl Platform for Kernel {
     }
 
     fn kick(&self) {
-        self.waiting.wake();
+        self.wait_queue.wake();
     }
 
     fn wait_in_flight(&self, _frame: FrameId, wait: impl FnOnce()) {
@@ -198,7 +198,7 @@ impl Platform for Kernel {
         fail_point(FailPoint::AllRecorded);
         ring.clear();
         if count == Ring::SLOTS {
-            self.waiting.wake();
+            self.wait_queue.wake();
         }
         Ok(count)
     }

@@ -189,7 +189,7 @@ impl<'a> Map<'a> {
         }
     }
 
-    /// Whether the map is unchanged since it was created.
+    /// Returns whether the map is unchanged since it was created.
     pub(crate) fn is_first(&self) -> bool {
         self.version.load(Relaxed) >> HANDLED_BITS == 1
     }

@@ -82,7 +82,7 @@ pub(crate) enum Status {
     Absent,
     /// The kernel reported the page as present.
     Present,
-    /// The owner discarded the page: it is zero.
+    /// The owner discarded or unmapped the page: it is zero from then on.
     Removed,
     /// The page couldn't be restored.
     Poisoned,

@@ -116,7 +116,7 @@ impl RawRegion {
             .ok_or_else(|| MemError::invalid(doing, self.address.saturating_add(offset), len))
     }
 
-    /// Whether the engine mapped the memory.
+    /// Returns whether the engine mapped the memory.
     pub fn is_owned(&self) -> bool {
         self.keep.is_some()
     }

@@ -111,7 +111,7 @@ impl Block {
         self.len
     }
 
-    /// Whether there is no data, only the ring.
+    /// Returns whether there is no data, only the ring.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -190,7 +190,7 @@ impl Ring {
     /// Size of all slots in bytes.
     pub const BYTES: usize = Self::SLOTS * Self::SLOT_BYTES;
 
-    /// Whether no other process can write to it.
+    /// Returns whether no other process can write to it.
     pub(crate) fn is_private(&self) -> bool {
         self.block.memfd.is_none()
     }
@@ -221,7 +221,7 @@ impl Ring {
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
     }
 
-    /// Whether it contains no message.
+    /// Returns whether it contains no message.
     pub fn is_clear(&self) -> bool {
         self.words()
             .iter()

@@ -87,7 +87,7 @@ impl PageMap {
         Self { file: file.into() }
     }
 
-    /// Whether there is a page at `address`, in memory or in swap.
+    /// Returns whether there is a page at `address`, in memory or in swap.
     pub fn has(&self, address: u64) -> io::Result<bool> {
         const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
         let mut entry = [0; 8];

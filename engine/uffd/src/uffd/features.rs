@@ -102,12 +102,12 @@ macro_rules! bit_set {
                 self.0
             }
 
-            /// Whether every member of `other` is in `self`.
+            /// Returns whether every member of `other` is in `self`.
             pub const fn contains(self, other: Self) -> bool {
                 self.0 & other.0 == other.0
             }
 
-            /// Whether the set is empty.
+            /// Returns whether the set is empty.
             pub const fn is_empty(self) -> bool {
                 self.0 == 0
             }

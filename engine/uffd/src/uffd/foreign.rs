@@ -19,7 +19,7 @@ pub(super) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<OsString> {
     Ok(link.into_os_string())
 }
 
-/// Whether `fd` is a userfaultfd.
+/// Returns whether `fd` is a userfaultfd.
 pub fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     kind_of(fd).is_ok_and(|kind| kind == USERFAULTFD)
 }
@@ -39,10 +39,10 @@ pub struct Untrusted {
 
 /// A handle that tells whether dropped descriptors are closed.
 #[derive(Clone, Debug)]
-pub struct Closing(Weak<()>);
+pub struct PendingClose(Weak<()>);
 
-impl Closing {
-    /// Whether the descriptors are not closed yet, or not even dropped.
+impl PendingClose {
+    /// Returns whether the descriptors are not closed yet, or not even dropped.
     pub fn is_open(&self) -> bool {
         self.0.strong_count() > 0
     }
@@ -63,8 +63,8 @@ impl Untrusted {
     }
 
     /// Returns a handle that tells, after the drop, whether all are closed.
-    pub fn closing(&self) -> Closing {
-        Closing(Arc::downgrade(&self.open))
+    pub fn closing(&self) -> PendingClose {
+        PendingClose(Arc::downgrade(&self.open))
     }
 
     /// Returns the first descriptor if it is a userfaultfd. Otherwise the error is its kernel name,
@@ -111,8 +111,8 @@ impl Drop for Untrusted {
     }
 }
 
-/// Whether `fd` is a userfaultfd that reports forks, or that nobody has negotiated yet, so that it
-/// can still be made to report them.
+/// Returns whether `fd` is a userfaultfd that reports forks, or that nobody has negotiated yet, so
+/// that it can still be made to report them.
 ///
 /// The kernel puts the userfaultfd of each child into the descriptor table of the process that
 /// reads the fork message. A reader that dies at any instant can't know whether it had taken that

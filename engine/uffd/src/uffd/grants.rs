@@ -42,7 +42,7 @@ impl Grants {
         self.entries.partition_point(|entry| entry.end <= address)
     }
 
-    /// Whether all of `[start, end)` is granted.
+    /// Returns whether all of `[start, end)` is granted.
     pub(super) fn contains(&self, start: u64, end: u64) -> bool {
         let mut reached = start;
         for entry in &self.entries[self.position(start)..] {
@@ -70,7 +70,7 @@ impl Grants {
         self.ever.splice(first..last, [merged]);
     }
 
-    /// Whether all of `[start, end)` has ever been granted.
+    /// Returns whether all of `[start, end)` has ever been granted.
     pub(super) fn ever_contained(&self, start: u64, end: u64) -> bool {
         let at = self.ever.partition_point(|range| range.1 < end);
         self.ever.get(at).is_some_and(|range| range.0 <= start)

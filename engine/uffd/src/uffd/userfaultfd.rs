@@ -204,12 +204,13 @@ impl Userfaultfd {
         self.available
     }
 
-    /// Whether faults of the kernel's own accesses fail with EFAULT instead of being reported.
+    /// Returns whether faults of the kernel's own accesses fail with EFAULT instead of being
+    /// reported.
     pub fn is_user_mode_only(&self) -> bool {
         self.user_mode_only
     }
 
-    /// Whether the memory is this process's own.
+    /// Returns whether the memory is this process's own.
     pub fn is_own_memory(&self) -> bool {
         self.grants.is_some()
     }

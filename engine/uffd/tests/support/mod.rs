@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use snaprestore_uffd::memory::{Mapping, RawRegion, Ring};
 use snaprestore_uffd::uffd::{
-    Features, InstallError, Message, Modes, OpenOptions, ReadOutcome, Userfaultfd, Waiting,
+    Features, InstallError, Message, Modes, OpenOptions, ReadOutcome, Userfaultfd, WaitQueue,
 };
 
 pub const PAGE: u64 = 4096;
@@ -139,7 +139,7 @@ impl Scene {
 }
 
 pub fn messages(uffd: &Userfaultfd, ring: &mut Ring) -> Vec<Message> {
-    let waiting = Waiting::new(uffd).expect("cannot create an epoll");
+    let waiting = WaitQueue::new(uffd).expect("cannot create an epoll");
     let mut messages = Vec::new();
     loop {
         let ready = waiting.wait(uffd, Some(TIMEOUT)).expect("wait");

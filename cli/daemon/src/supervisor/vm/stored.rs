@@ -14,7 +14,8 @@ use snaprestore_engine::pager::OwnerRegion;
 use snaprestore_uffd::os::{Peer, pid_of};
 
 use super::{
-    Held, META, Memory, PAGE_MAP, SnapshotRef, State, TABLES, Tables, UNKNOWN_SERVICE, VmRecord,
+    DESCRIPTION, Held, Memory, PAGE_MAP, SnapshotRef, State, TABLES, Tables, UNKNOWN_SERVICE,
+    VmRecord,
 };
 use crate::api::config::Service;
 use crate::fd_store::{OWNER, UFFD};
@@ -34,7 +35,7 @@ pub(in crate::supervisor) enum RecoverError {
 
 /// The description of a VM that is stored beside its descriptors.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Meta {
+pub(super) struct Description {
     pub(super) pid: u32,
     pub(super) uid: u32,
     pub(super) regions: Vec<OwnerRegion>,
@@ -43,7 +44,7 @@ pub(super) struct Meta {
     pub(super) file: String,
 }
 
-impl Meta {
+impl Description {
     /// Writes the description to a new memory file.
     pub(super) fn write(&self) -> io::Result<OwnedFd> {
         let memfd = memfd_create(c"snaprestore vm", MFdFlags::MFD_CLOEXEC)?;
@@ -84,29 +85,29 @@ impl StoredVm {
             let held = Held::Memory(held);
             Self::Partial(VmRecord::exiting(id, UNKNOWN_SERVICE, peer, held), why)
         };
-        let meta = match by_role.get(META).map(Meta::read) {
-            Some(Ok(meta)) => Ok(meta),
+        let description = match by_role.get(DESCRIPTION).map(Description::read) {
+            Some(Ok(description)) => Ok(description),
             Some(Err(error)) => Err(RecoverError::Description(error)),
             None => Err(RecoverError::Incomplete),
         };
-        let (meta, userfaultfd) = match (meta, by_role.remove(UFFD)) {
-            (Ok(meta), Some(userfaultfd)) => (meta, userfaultfd),
-            (meta, userfaultfd) => {
+        let (description, userfaultfd) = match (description, by_role.remove(UFFD)) {
+            (Ok(description), Some(userfaultfd)) => (description, userfaultfd),
+            (description, userfaultfd) => {
                 let held = userfaultfd.into_iter().chain(by_role.into_values());
-                let why = meta.err().unwrap_or(RecoverError::Incomplete);
+                let why = description.err().unwrap_or(RecoverError::Incomplete);
                 return Ok(part(pidfd, held.collect(), why));
             }
         };
         let peer = Peer {
-            pid: meta.pid,
-            uid: meta.uid,
+            pid: description.pid,
+            uid: description.uid,
             pidfd,
         };
         let snapshot = SnapshotRef {
-            service: Arc::new(meta.service),
-            file: meta.file.into(),
+            service: Arc::new(description.service),
+            file: description.file.into(),
         };
-        let mut memory = Memory::new(userfaultfd, meta.regions, snapshot.clone());
+        let mut memory = Memory::new(userfaultfd, description.regions, snapshot.clone());
         memory.page_map = by_role.remove(PAGE_MAP);
         let state = match by_role.remove(TABLES).map(Tables::new) {
             None => State::HandedOver(memory),

@@ -45,7 +45,7 @@ fn each_transition_stores_before_it_returns() {
     assert!(matches!(handed_over, Ok(Ok(()))), "{handed_over:?}");
     assert_eq!(guardian.read_all(), [message("hold vm-7 web", 2)]);
     assert!(vm.is_active() && vm.message().is_some());
-    vm.leave();
+    vm.await_exit();
     assert!(vm.is_exiting() && vm.message().is_none());
     assert!(guardian.read_all().is_empty());
     // Another guardian gets what is still held.
@@ -90,7 +90,11 @@ fn part_of_a_stored_vm_is_enough_to_kill_it() {
         StoredVm::recover(7, roles.collect())
     };
     let handshake = part(vec![(OWNER, pidfd())]);
-    let unreadable = part(vec![(OWNER, pidfd()), (UFFD, null()), (META, null())]);
+    let unreadable = part(vec![
+        (OWNER, pidfd()),
+        (UFFD, null()),
+        (DESCRIPTION, null()),
+    ]);
     for stored in [handshake, unreadable] {
         let Ok(StoredVm::Partial(vm, why)) = stored else {
             panic!("{stored:?}");

@@ -29,7 +29,7 @@ const WOKEN_AT_ONCE: usize = 2;
 /// while no thread of a row waits ends the row's next wait. With `poll`, every message would wake
 /// every thread.
 #[derive(Debug)]
-pub struct Waiting {
+pub struct WaitQueue {
     rows: [Row; WOKEN_AT_ONCE],
     wakeup: EventFd,
 }
@@ -43,16 +43,16 @@ struct Row {
 
 /// The reasons why a wait ended. None is set after the timeout, or after a signal handler ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ready {
+pub struct Readiness {
     /// Whether messages can be read, or could a moment ago.
     pub messages: bool,
-    /// Whether [`Waiting::wake`] was called.
+    /// Whether [`WaitQueue::wake`] was called.
     pub woken: bool,
-    /// Whether the process of [`Waiting::watch`] has exited.
+    /// Whether the process of [`WaitQueue::watch`] has exited.
     pub owner_gone: bool,
 }
 
-impl Waiting {
+impl WaitQueue {
     /// Creates a wait queue for the messages of `uffd`.
     pub fn new(uffd: &Userfaultfd) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -84,14 +84,14 @@ impl Waiting {
         let _ = self.wakeup.write(1);
     }
 
-    /// Waits until messages can be read, [`Waiting::wake`] is called, the watched process exits, or
-    /// the time is over (`None`: no limit).
+    /// Waits until messages can be read, [`wake`](Self::wake) is called, the watched process exits,
+    /// or the time is over (`None`: no limit).
     ///
     /// Epoll reports an error for a userfaultfd without `O_NONBLOCK`, and no messages. Another
     /// process that shares the open file can clear the flag. This method then sets it again, and
     /// returns as if there were messages.
     /// `uffd` must be the one for which this queue was created.
-    pub fn wait(&self, uffd: &Userfaultfd, timeout: Option<Duration>) -> io::Result<Ready> {
+    pub fn wait(&self, uffd: &Userfaultfd, timeout: Option<Duration>) -> io::Result<Readiness> {
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
             // Rounded up, so that a short wait doesn't become a spin.
             let millis = timeout.as_nanos().div_ceil(1_000_000);
@@ -105,10 +105,10 @@ impl Waiting {
         row.len.fetch_sub(1, Relaxed);
         let count = match waited {
             Ok(count) => count,
-            Err(Errno::EINTR) => return Ok(Ready::default()),
+            Err(Errno::EINTR) => return Ok(Readiness::default()),
             Err(errno) => return Err(errno.into()),
         };
-        let mut ready = Ready::default();
+        let mut ready = Readiness::default();
         for event in &events[..count] {
             match event.data() {
                 WOKEN => ready.woken = true,
