@@ -10,7 +10,7 @@ use std::sync::Arc;
 use chain::Given;
 use common::pattern;
 use proptest::prelude::*;
-use snapshot_format::layout::{PAGE_SIZE, RawIndexHeader};
+use snapshot_format::layout::{MAX_ANCESTORS, PAGE_SIZE, RawIndexHeader};
 use snapshot_format::{
     Dictionary, FrameDecoder, Layer, MemoryStore, Page, Reason, RegionSpec, Snapshot,
     SnapshotOptions, Top, VerifyOptions, WriteError, Writer, WriterOptions, Written, verify,
@@ -317,6 +317,57 @@ fn pages_that_the_base_does_not_have_are_refused() {
         ..RegionSpec::default()
     };
     assert!(alone.begin_region(&region).is_err());
+}
+
+/// Writes a child that is as its base, whose pages lie in `ancestors` other files.
+fn write_child_of_many(ancestors: usize) -> Result<Written, WriteError> {
+    let mut frames = Vec::new();
+    let files: Vec<chain::File> = (0..ancestors)
+        .map(|number| {
+            let name = format!("{number:04}.snap");
+            let mut file = chain::Encoder::new(&name, &[("ram", 1)], &[]);
+            let frame = file.frame(0, &[number as u64], false);
+            file.block(&[chain::Entry::Stored(frame.clone(), 0)]);
+            frames.push(frame);
+            file.finish()
+        })
+        .collect();
+    let all: Vec<&chain::File> = files.iter().collect();
+    let pages = ancestors as u64;
+    let mut base = chain::Encoder::new("base.snap", &[("ram", pages)], &all);
+    let entries: Vec<chain::Entry> = (1..)
+        .zip(&frames)
+        .map(|(layer, frame)| chain::Entry::Stored(frame.of(layer), 0))
+        .collect();
+    for block in entries.chunks(512) {
+        base.block(block);
+    }
+    let snapshot = chain::open(&base.finish(), &all).expect("open");
+    assert_eq!(snapshot.ancestors().len(), ancestors);
+    let options = WriterOptions {
+        base: Some(Arc::new(snapshot)),
+        ..options()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("writer");
+    let region = RegionSpec {
+        base_page: Some(0),
+        ..RegionSpec::default()
+    };
+    writer.begin_region(&region).expect("region");
+    writer.write_from_base(pages)?;
+    Ok(writer.finish()?.1)
+}
+
+/// The base itself is an ancestor, too: its index blocks are used.
+#[test]
+fn child_of_more_than_1024_files_is_refused() {
+    let written = write_child_of_many(MAX_ANCESTORS - 1).expect("1024 files");
+    assert_eq!(written.summary.pages, 1023);
+    let error = write_child_of_many(MAX_ANCESTORS).expect_err("1025 files");
+    let WriteError::Limit { .. } = error else {
+        panic!("{error}");
+    };
+    assert!(error.to_string().contains("ancestors"), "{error}");
 }
 
 #[test]
