@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -31,6 +32,7 @@ pub struct Layer {
     /// Ancestors that the file lists.
     listed: Vec<Ancestor>,
     dictionaries: OnceLock<Vec<Dictionary>>,
+    is_absent: bool,
 }
 
 /// A dictionary of the file, and its prepared form once it was needed.
@@ -79,7 +81,31 @@ impl Layer {
             ends,
             listed: Vec::new(),
             dictionaries: OnceLock::new(),
+            is_absent: false,
         }
+    }
+
+    /// Creates a stand-in for the file of an ancestor that is missing, of which nothing can be
+    /// read. A snapshot that was opened with it can be given [another base](crate::rebase).
+    pub fn absent(wanted: &Ancestor) -> Self {
+        let name = match &wanted.name[..] {
+            "" => wanted.id.to_string(),
+            name => format!("{name} ({})", wanted.id),
+        };
+        let ends = Ends::absent(wanted.id, wanted.file_bytes, wanted.trailer_hash);
+        let store = Arc::new(AbsentStore {
+            name,
+            file_bytes: wanted.file_bytes,
+        });
+        Self {
+            is_absent: true,
+            ..Self::new(store, ends)
+        }
+    }
+
+    /// Returns whether the layer stands in for a file that is [missing](Layer::absent).
+    pub fn is_absent(&self) -> bool {
+        self.is_absent
     }
 
     /// Returns the id of the file.
@@ -160,6 +186,30 @@ impl Layer {
         for ancestor in &mut self.listed {
             ancestor.name = name_of(ancestor.id).unwrap_or_default();
         }
+    }
+}
+
+/// The store of a file that is missing.
+#[derive(Debug)]
+struct AbsentStore {
+    name: String,
+    file_bytes: u64,
+}
+
+impl Store for AbsentStore {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file_bytes)
+    }
+
+    fn read_exact_at(&self, _buf: &mut [u8], _offset: u64, _reason: Reason) -> io::Result<()> {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the file is missing",
+        ))
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
     }
 }
 
