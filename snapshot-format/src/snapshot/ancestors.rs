@@ -57,6 +57,11 @@ impl Ancestor {
         (layer.ends().trailer_hash != hash).then(|| "its trailer is another one".to_owned())
     }
 
+    /// Returns whether `layer` is the recorded file.
+    pub fn is(&self, layer: &Layer) -> bool {
+        self.difference(layer).is_none()
+    }
+
     /// Checks that `layer` is the recorded file.
     fn check(&self, layer: &Layer) -> Result<(), OpenError> {
         match self.difference(layer) {

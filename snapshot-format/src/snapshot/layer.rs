@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use super::ancestors::Ancestor;
+use super::ancestors::{Ancestor, name_property};
 use super::{buffer, get_or_try};
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::records;
@@ -138,6 +138,21 @@ impl Layer {
         &self.listed
     }
 
+    /// Returns the ancestors that the file lists, with the names under which they were last known,
+    /// which are read from the properties. Without those they have no names.
+    pub fn named_ancestors(&self) -> Vec<Ancestor> {
+        let properties = self.properties().unwrap_or_default();
+        let named = self.listed.iter().map(|ancestor| {
+            let key = name_property(ancestor.id);
+            let known = properties.iter().find(|(known, _)| *known == key);
+            Ancestor {
+                name: known.map(|(_, name)| name.clone()).unwrap_or_default(),
+                ..ancestor.clone()
+            }
+        });
+        named.collect()
+    }
+
     /// Returns the size of the file's page-number space.
     pub(crate) fn page_slots(&self) -> u64 {
         let top = self.ends.directory.get(SectionKind::Top);
@@ -182,10 +197,8 @@ impl Layer {
     }
 
     /// Adds the names under which the ancestors were last known.
-    pub(super) fn name_listed(&mut self, name_of: impl Fn(SnapshotId) -> Option<String>) {
-        for ancestor in &mut self.listed {
-            ancestor.name = name_of(ancestor.id).unwrap_or_default();
-        }
+    pub(super) fn name_listed(&mut self) {
+        self.listed = self.named_ancestors();
     }
 }
 

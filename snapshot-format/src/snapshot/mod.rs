@@ -300,12 +300,7 @@ fn open_chain(
         return Chain::open(own, &LayerFolders::default());
     }
     // A hint: without it the ancestors are found by their ids.
-    let properties = own.properties().unwrap_or_default();
-    own.name_listed(|id| {
-        let key = name_property(id);
-        let known = properties.iter().find(|(known, _)| *known == key);
-        known.map(|(_, name)| name.clone())
-    });
+    own.name_listed();
     let chain = match &options.ancestors {
         Some(ancestors) => Chain::open(own, &**ancestors)?,
         None => Chain::open(own, &LayerFolders::default())?,

@@ -120,9 +120,8 @@ impl Base {
         }
 
         let base = self.pages(number)?;
-        let mut examined = examined.unwrap_or_else(|| {
-            examine_pages(given, buffer, |i| (base.seen(i), base.digests[i]))
-        });
+        let mut examined = examined
+            .unwrap_or_else(|| examine_pages(given, buffer, |i| (base.seen(i), base.digests[i])));
         if examined.pages.len() == base.digests.len()
             && examined.digest == digest::block(&base.digests)
             && examined.uniform().is_none()
@@ -146,9 +145,7 @@ impl Base {
     /// Returns a block that is as block `number` of the base.
     pub(super) fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
-        let pages = (0..index.page_count())
-            .map(|i| seen(&index, i))
-            .collect();
+        let pages = (0..index.page_count()).map(|i| seen(&index, i)).collect();
         let mut layers: Vec<u16> = index.frames().iter().map(FrameRef::layer).collect();
         layers.sort_unstable();
         layers.dedup();

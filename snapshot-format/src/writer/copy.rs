@@ -592,11 +592,12 @@ fn dictionary(snapshot: &Snapshot, (layer, number): (u16, u16)) -> Result<Vec<u8
         .dictionary_bytes(MAX_DICTIONARIES)
         .map_err(WriteError::Copied)?;
     let found = all.into_iter().find(|(known, _)| *known == number);
-    found.map_or_else(
-        || file.dictionary(number).map(|_| Vec::new()),
-        |(_, bytes)| Ok(bytes.to_vec()),
-    )
-    .map_err(WriteError::Copied)
+    found
+        .map_or_else(
+            || file.dictionary(number).map(|_| Vec::new()),
+            |(_, bytes)| Ok(bytes.to_vec()),
+        )
+        .map_err(WriteError::Copied)
 }
 
 /// Adds a dictionary unless it is there, and returns its number; none if there are too many.

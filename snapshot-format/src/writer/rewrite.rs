@@ -7,9 +7,7 @@ use std::sync::Arc;
 use super::block::Alike;
 use super::copy::CopySource;
 use super::sections::{self, BlobWriter};
-use super::{
-    Dictionary, Progress, Queued, WriteError, Writer, WriterOptions, Written,
-};
+use super::{Dictionary, Progress, Queued, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::Top;
 use crate::layout::{
@@ -131,7 +129,8 @@ fn rewrite<W: Write>(
     // The writer records its own, and a new base is the caller's to name.
     let kept = properties.into_iter().filter(|(key, _)| {
         !["writer", "writer.level", "writer.frame_pages"].contains(&&key[..])
-            && !["ancestor.", "base."].iter().any(|of| key.starts_with(of))
+            && !["base.id", "base.path"].contains(&&key[..])
+            && !key.starts_with("ancestor.")
     });
     let writer_options = WriterOptions {
         level: options.level,
@@ -247,10 +246,11 @@ impl<W: Write> Writer<W> {
             Part::Attachment => "an attachment",
             _ => "a working set",
         };
-        from.own().check_blob(part, blob, Reason::Prefetch, |bytes| {
-            let written = copy.write(&mut self.stage.out, what, bytes);
-            written.and_then(|()| self.report()).map_err(Copying::Write)
-        })?;
+        from.own()
+            .check_blob(part, blob, Reason::Prefetch, |bytes| {
+                let written = copy.write(&mut self.stage.out, what, bytes);
+                written.and_then(|()| self.report()).map_err(Copying::Write)
+            })?;
         Ok(copy.finish())
     }
 
@@ -274,15 +274,15 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    fn copy_region(
-        &mut self,
-        source: &Arc<CopySource>,
-        region: &Region,
-    ) -> Result<(), WriteError> {
+    fn copy_region(&mut self, source: &Arc<CopySource>, region: &Region) -> Result<(), WriteError> {
         self.end_region()?;
         sections::check_region_count(self.regions.len() + 1)?;
         self.region_bytes += sections::region_bytes(&region.name);
-        WriteError::limit("the size of the regions", self.region_bytes, MAX_SECTION_BYTES)?;
+        WriteError::limit(
+            "the size of the regions",
+            self.region_bytes,
+            MAX_SECTION_BYTES,
+        )?;
         debug_assert_eq!(self.next_page, region.first_page);
         self.regions.push(Region {
             pages: 0,
@@ -310,7 +310,9 @@ impl<W: Write> Writer<W> {
                     continue;
                 }
             };
-            let same = (block..blocks).take_while(|next| top(*next) == kind).count() as u64;
+            let same = (block..blocks)
+                .take_while(|next| top(*next) == kind)
+                .count() as u64;
             let end = region.pages.min((block + same) * PAGES_PER_BLOCK_U64);
             self.enqueue(Queued::Uniform {
                 region: number,
