@@ -102,7 +102,7 @@ enum Queued {
 /// Length of the queue above which the writer waits for the first entry. Blocks with bytes are
 /// already bounded by their buffers.
 const MAX_QUEUED: usize = 64;
-/// The same for blocks of a snapshot that is copied, which bring bytes of their own.
+/// Its length for blocks of a snapshot that is copied, which bring bytes of their own.
 const MAX_QUEUED_COPIES: usize = 16;
 
 /// Writes one snapshot to `W`, which may be a pipe.

@@ -84,8 +84,8 @@ pub fn flatten<W: Write>(
     rewrite(out, snapshot, None, options)
 }
 
-/// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its base
-/// so far: that base flattened, or packed with other options.
+/// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its
+/// base so far: that base flattened, or packed with other options.
 ///
 /// Frames of the child's own file are copied as by [`flatten`]. What lay in files of ancestors is
 /// looked for in `base`, at the same place first; the digests of blocks prove that it is the same,

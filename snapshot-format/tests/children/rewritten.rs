@@ -1,4 +1,4 @@
-//! Chains that are flattened, and children that get another base: the memory stays exactly the same.
+//! Chains that are flattened, and children that get another base: the memory stays the same.
 
 use super::*;
 use crate::common::Sample;
