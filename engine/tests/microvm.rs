@@ -14,7 +14,10 @@ use std::time::{Duration, Instant, SystemTime};
 use snaprestore_engine::Prefetch;
 use snaprestore_engine::restore::Restore;
 use snaprestore_fixtures::host::skipped;
-use snapshot_format::{Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+use snapshot_format::{
+    FileStore, LayerFolders, Page, Reason, RegionSpec, Snapshot, VerifyOptions, Writer,
+    WriterOptions, verify,
+};
 
 /// Maximum time for a wait; only a hang takes this long.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -207,6 +210,72 @@ fn guest_and_its_copy_end_with_equal_memory() {
         assert_eq!(endings.len(), 2, "{ended:#?}");
         assert_eq!(endings[0], endings[1]);
     }
+}
+
+/// Asserts that a child of the snapshot in `base` stores what the guest wrote, and that the guest
+/// continues from it.
+fn check_child(child: &Path, base: &Snapshot) -> Snapshot {
+    let held = Snapshot::open_path(child).unwrap();
+    let ids: Vec<_> = held.ancestors().iter().map(|layer| layer.id()).collect();
+    assert_eq!(ids, [base.id()]);
+    // The guest has inverted the first word of every fourth page, and used its stack. Pages of
+    // zeros are now alike in another way.
+    let summary = held.summary();
+    let changed = summary.stored_pages + summary.duplicate_pages;
+    assert!(
+        (FILLED / 4..FILLED / 4 + 16).contains(&changed),
+        "{summary:?}"
+    );
+    let given = Arc::new(LayerFolders::new([]));
+    let store = Arc::new(FileStore::open(child).unwrap());
+    let report = verify(store, VerifyOptions::default().ancestors(given)).unwrap();
+    assert_eq!(report.problems, []);
+    for prefetch in ["off", "all"] {
+        let ended = restore(child, prefetch).succeeded();
+        let verified = format!("verified again {FILLED} pages");
+        assert_eq!(ended.guest(), [verified], "{ended:#?}");
+    }
+    held
+}
+
+#[test]
+fn child_of_a_running_guest_restores_exactly() {
+    if let Some(why) = no_kvm() {
+        return skipped("child_of_a_running_guest_restores_exactly", &why);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).into_os_string();
+    let (file, child) = (path("guest.snap"), path("child.snap"));
+    let [filled, goes_on, verified, again] = [
+        format!("filled {FILLED} pages"),
+        "goes on".to_owned(),
+        format!("verified {FILLED} pages"),
+        format!("verified again {FILLED} pages"),
+    ];
+    // Run, snapshot, run, snapshot.
+    let args = ["snapshot", "--memory", MIB, "--child"].map(Into::into);
+    let ended = microvm([&args[..], &[child.clone(), file.clone()]].concat()).succeeded();
+    assert_eq!(ended.guest(), [&filled[..], &goes_on, &verified]);
+    let base = Snapshot::open_path(&file).unwrap();
+    let held = check_child(child.as_ref(), &base);
+
+    // The same of a guest that was restored itself, whose other pages have not all arrived.
+    for prefetch in ["off", "all"] {
+        let child = path(prefetch);
+        let args = ["restore", "--prefetch", prefetch, "--child"].map(Into::into);
+        let ended = microvm([&args[..], &[child.clone(), file.clone()]].concat()).succeeded();
+        assert_eq!(ended.guest(), [&goes_on[..], &verified, &again]);
+        let same = check_child(child.as_ref(), &base);
+        let digest = |held: &Snapshot| held.summary().content_digest;
+        assert_eq!(digest(&same), digest(&held), "{prefetch}");
+    }
+
+    // Nothing runs without the pages that have not changed.
+    fs::remove_file(&file).unwrap();
+    let ended = restore(child.as_ref(), "off");
+    assert_eq!(ended.status.code(), Some(1), "{ended:#?}");
+    assert!(ended.out.is_empty(), "{ended:#?}");
+    assert!(ended.err.contains(&base.id().to_string()), "{ended:#?}");
 }
 
 /// This holds whatever page the frame contains, and whether the guest, its page walk or prefetch

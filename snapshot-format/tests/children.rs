@@ -3,6 +3,8 @@
 
 mod chain;
 mod common;
+#[path = "children/rewritten.rs"]
+mod rewritten;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use std::sync::Arc;
 use chain::Given;
 use common::pattern;
 use proptest::prelude::*;
-use snapshot_format::layout::{PAGE_SIZE, RawIndexHeader};
+use snapshot_format::layout::{MAX_ANCESTORS, PAGE_SIZE, RawIndexHeader};
 use snapshot_format::{
     Dictionary, FrameDecoder, Layer, MemoryStore, Page, Reason, RegionSpec, Snapshot,
     SnapshotOptions, Top, VerifyOptions, WriteError, Writer, WriterOptions, Written, verify,
@@ -146,6 +148,11 @@ fn ancestors_of(file: &File) -> Given {
 /// Compares a file with its memory, and with a plain snapshot of it. Returns the number of pages
 /// that lie in ancestors.
 fn check(file: &File) -> u64 {
+    check_with(file, 0)
+}
+
+/// Does the same with a file of which `dead_slots` slots have no page.
+fn check_with(file: &File, dead_slots: u64) -> u64 {
     let snapshot = &file.snapshot;
     let mut decoder = FrameDecoder::new();
     let mut frames: HashMap<(u16, u64), Vec<u8>> = HashMap::new();
@@ -175,7 +182,7 @@ fn check(file: &File) -> u64 {
     }
     let summary = snapshot.summary();
     assert_eq!(
-        summary.pages,
+        summary.pages + dead_slots,
         summary.zero_pages
             + summary.fill_pages
             + summary.stored_pages
@@ -319,6 +326,57 @@ fn pages_that_the_base_does_not_have_are_refused() {
     assert!(alone.begin_region(&region).is_err());
 }
 
+/// Writes a child that is as its base, whose pages lie in `ancestors` other files.
+fn write_child_of_many(ancestors: usize) -> Result<Written, WriteError> {
+    let mut frames = Vec::new();
+    let files: Vec<chain::File> = (0..ancestors)
+        .map(|number| {
+            let name = format!("{number:04}.snap");
+            let mut file = chain::Encoder::new(&name, &[("ram", 1)], &[]);
+            let frame = file.frame(0, &[number as u64], false);
+            file.block(&[chain::Entry::Stored(frame.clone(), 0)]);
+            frames.push(frame);
+            file.finish()
+        })
+        .collect();
+    let all: Vec<&chain::File> = files.iter().collect();
+    let pages = ancestors as u64;
+    let mut base = chain::Encoder::new("base.snap", &[("ram", pages)], &all);
+    let entries: Vec<chain::Entry> = (1..)
+        .zip(&frames)
+        .map(|(layer, frame)| chain::Entry::Stored(frame.of(layer), 0))
+        .collect();
+    for block in entries.chunks(512) {
+        base.block(block);
+    }
+    let snapshot = chain::open(&base.finish(), &all).expect("open");
+    assert_eq!(snapshot.ancestors().len(), ancestors);
+    let options = WriterOptions {
+        base: Some(Arc::new(snapshot)),
+        ..options()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("writer");
+    let region = RegionSpec {
+        base_page: Some(0),
+        ..RegionSpec::default()
+    };
+    writer.begin_region(&region).expect("region");
+    writer.write_from_base(pages)?;
+    Ok(writer.finish()?.1)
+}
+
+/// The base itself is an ancestor, too: its index blocks are used.
+#[test]
+fn child_of_more_than_1024_files_is_refused() {
+    let written = write_child_of_many(MAX_ANCESTORS - 1).expect("1024 files");
+    assert_eq!(written.summary.pages, 1023);
+    let error = write_child_of_many(MAX_ANCESTORS).expect_err("1025 files");
+    let WriteError::Limit { .. } = error else {
+        panic!("{error}");
+    };
+    assert!(error.to_string().contains("ancestors"), "{error}");
+}
+
 #[test]
 fn damage_of_the_base_is_an_error_that_names_it() {
     let base = write(&vec![data(0..100)], None, options());
@@ -409,35 +467,40 @@ fn layers() -> impl Strategy<Value = (Memory, Vec<Edit>)> {
     (memory, prop::collection::vec(layer, 1..5))
 }
 
+/// Writes a file of `memory`, and for each edit a child of the file before.
+fn chain_of(memory: Memory, edits: Vec<Edit>) -> Vec<File> {
+    let mut files = vec![write(&memory, None, options())];
+    let mut memory = memory;
+    for (changes, new_len, how) in edits {
+        if let Some(len) = new_len {
+            memory[0].resize(len, Content::Fill(9));
+        }
+        for (region, first, count, content) in changes {
+            let regions = memory.len();
+            let pages = &mut memory[region % regions];
+            let first = first % pages.len();
+            let end = (first + count).min(pages.len());
+            for (n, page) in (0..).zip(&mut pages[first..end]) {
+                *page = match content {
+                    Content::Data(seed) => Content::Data(seed + n),
+                    other => other,
+                };
+            }
+        }
+        let base = files.last().expect("the first");
+        let child = write(&memory, Some((base, how)), options());
+        files.push(child);
+    }
+    files
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// Every layer of a chain of random edits is exactly its memory.
     #[test]
     fn every_layer_reads_back_exactly((memory, edits) in layers()) {
-        let mut files = vec![write(&memory, None, options())];
-        let mut memory = memory;
-        for (changes, new_len, how) in edits {
-            if let Some(len) = new_len {
-                memory[0].resize(len, Content::Fill(9));
-            }
-            for (region, first, count, content) in changes {
-                let regions = memory.len();
-                let pages = &mut memory[region % regions];
-                let first = first % pages.len();
-                let end = (first + count).min(pages.len());
-                for (n, page) in (0..).zip(&mut pages[first..end]) {
-                    *page = match content {
-                        Content::Data(seed) => Content::Data(seed + n),
-                        other => other,
-                    };
-                }
-            }
-            let base = files.last().expect("the first");
-            let child = write(&memory, Some((base, how)), options());
-            files.push(child);
-        }
-        for file in &files {
+        for file in &chain_of(memory, edits) {
             check(file);
         }
     }

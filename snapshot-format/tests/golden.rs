@@ -69,6 +69,7 @@ fn name_of(error: &OpenError) -> String {
         OpenError::AncestorMissing { .. } => "orphaned: missing".to_owned(),
         OpenError::AncestorUnusable { source, .. } => name_of(source),
         OpenError::AncestorReplaced { .. } => "orphaned: replaced".to_owned(),
+        OpenError::AncestorPageSize { .. } => "orphaned: page size".to_owned(),
         OpenError::AncestorCycle { .. } => "damaged cycle".to_owned(),
         OpenError::Damaged { part, defect, .. } => {
             let defect = match defect {

@@ -468,6 +468,46 @@ fn defects_of_the_top_table_are_damage() {
     assert!(text.contains("ancestor block"), "{text}");
 }
 
+/// Only the ends and the list of an ancestor are checked, and what is read of it.
+#[test]
+fn other_parts_of_an_ancestor_do_not_matter() {
+    let chain = three();
+    for kind in [
+        SectionKind::Top,
+        SectionKind::Regions,
+        SectionKind::BlockDigests,
+    ] {
+        let mut changed = chain.clone();
+        for file in [&mut changed.a, &mut changed.b] {
+            let at = file.section(kind);
+            file.bytes[at] ^= 1;
+        }
+        assert_reads(&open_c(&changed).expect("open"), &chain.c);
+        let report = verified(&changed.c, &[&changed.a, &changed.b]);
+        assert_eq!(report.problems, [], "{kind:?}");
+        assert!(chain::open(&changed.a, &[]).is_err() || kind == SectionKind::BlockDigests);
+    }
+}
+
+/// A file that no page of the snapshot lies in is not needed, even if its ancestor lists it.
+#[test]
+fn files_that_only_an_ancestor_lists_are_not_opened() {
+    let mut a = Encoder::new("a.snap", &[("ram", 2)], &[]);
+    let of_a = a.frame(0, &[1], false);
+    a.block(&[Entry::Stored(of_a.clone(), 0), Entry::Fill(0)]);
+    let a = a.finish();
+    let mut b = Encoder::new("b.snap", &[("ram", 2)], &[&a]);
+    let of_b = b.frame(1, &[2], false);
+    b.block(&[Entry::Stored(of_a.of(1), 0), Entry::Stored(of_b.clone(), 0)]);
+    let b = b.finish();
+    let mut c = Encoder::new("c.snap", &[("ram", 2)], &[&b]);
+    c.block(&[Entry::Fill(0), Entry::Stored(of_b.of(1), 0)]);
+    let c = c.finish();
+    assert_reads(&chain::open(&c, &[&b]).expect("open"), &c);
+    assert_eq!(verified(&c, &[&b]).problems, []);
+    assert!(chain::open(&b, &[]).is_err());
+}
+
 #[test]
 fn own_damage_is_found_before_ancestors_are_missed() {
     let mut chain = three();

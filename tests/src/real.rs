@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use snaprestore_fixtures::guest::{self, GuestImage};
+use snaprestore_fixtures::guest::{self, GuestImage, GuestStates, Unavailable};
 use snaprestore_fixtures::host::{find_program, skipped};
 use snaprestore_fixtures::live::Live;
 use snaprestore_uffd::uffd::{OpenError, OpenOptions};
@@ -19,6 +19,15 @@ pub fn skip(test: &str, why: &str) {
 /// Returns the memory of a real guest. Returns `None` and reports it on a machine that cannot make
 /// one; on any other machine, a failure to make a guest fails the test.
 pub fn guest(test: &str) -> Option<GuestImage> {
+    made(test, guest::memory())
+}
+
+/// Returns the states of a small working guest, as [`guest`] returns the memory of a large one.
+pub fn guest_states(test: &str) -> Option<GuestStates> {
+    made(test, guest::states())
+}
+
+fn made<T>(test: &str, made: Result<T, Unavailable>) -> Option<T> {
     let lacks = if cfg!(not(target_arch = "x86_64")) {
         Some("the guest is a PC (x86-64), and this machine is none")
     } else if find_program("apt-get").is_none() || find_program("dpkg-deb").is_none() {
@@ -28,7 +37,7 @@ pub fn guest(test: &str) -> Option<GuestImage> {
     } else {
         None
     };
-    match (guest::memory(), lacks) {
+    match (made, lacks) {
         (Ok(image), _) => Some(image),
         (Err(_), Some(lacks)) => {
             skip(test, lacks);

@@ -297,6 +297,155 @@ fn truncated_or_replaced_ancestor_is_an_error() {
     holds(&folder, "child.snap", &memory);
 }
 
+/// Returns the damage that a test does to a file of a chain, by name.
+fn damages(whole: &[u8]) -> [(&'static str, Option<Vec<u8>>); 4] {
+    let mut trailer = whole.to_vec();
+    let at = trailer.len() - 100;
+    trailer[at] ^= 1;
+    [
+        ("missing", None),
+        ("truncated", Some(whole[..whole.len() / 2].to_vec())),
+        ("replaced", None),
+        ("damaged trailer", Some(trailer)),
+    ]
+}
+
+/// Whatever happens to whichever file of a chain, no command does anything before it says so.
+#[test]
+fn each_lost_file_of_a_chain_is_an_error_by_name() {
+    let folder = Folder::new();
+    let mut memory = base(&folder);
+    write_diff(&folder, "diff", &mut memory, (1, 40, 1));
+    create(&folder, "diff", "base.snap", "middle.snap", &[]);
+    write_diff(&folder, "diff", &mut memory, (1, 40, 2));
+    create(&folder, "diff", "middle.snap", "child.snap", &[]);
+    let id = |name| run(&folder, &["info", name, "--json"]).json()["snapshot_id"].to_string();
+    let ids: Vec<_> = ["base.snap", "middle.snap", "child.snap"]
+        .map(|name| (name, id(name).trim_matches('"').to_owned()))
+        .into();
+    fs::create_dir(folder.file("empty")).unwrap();
+    // The same memory, packed anew.
+    run(&folder, &["create", "base.raw", "-o", "other"]).exits(0);
+    let other = folder.read("other");
+    fs::remove_file(folder.file("other")).unwrap();
+    for (victim, id) in &ids {
+        let whole = folder.read(victim);
+        for (damage, bytes) in damages(&whole) {
+            fs::remove_file(folder.file(victim)).unwrap();
+            match (damage, bytes) {
+                ("replaced", _) => folder.write(victim, &other),
+                (_, Some(bytes)) => folder.write(victim, &bytes),
+                (_, None) => {}
+            }
+            let names = folder.names();
+            let is_child = *victim == "child.snap";
+            for args in [
+                &["info", "child.snap"][..],
+                &["verify", "child.snap"],
+                &["verify", "child.snap", "--chain"],
+                &["extract", "child.snap", "-o", "out"],
+                &["restore", "child.snap"],
+                &["create", "diff", "--base", "child.snap", "-o", "out"],
+            ] {
+                let run = run(&folder, &[args, &["--layers", "empty"]].concat());
+                let case = format!("{damage} {victim}: {args:?}");
+                if is_child && damage == "replaced" {
+                    // Another good snapshot.
+                    assert_eq!(run.code, Some(0), "{case}: {}", run.err);
+                    let _ = fs::remove_file(folder.file("out"));
+                    continue;
+                }
+                let code = match damage {
+                    "missing" | "replaced" => 1,
+                    _ => 3,
+                };
+                assert_eq!(run.code, Some(code), "{case}: {}{}", run.text(), run.err);
+                // `verify` reports damage on standard output.
+                let said = run.text() + &run.err;
+                assert!(said.contains(victim), "{case}: {said}");
+                if !is_child {
+                    assert!(said.contains(id), "{case}: {said}");
+                    assert!(said.contains("child.snap"), "{case}: {said}");
+                }
+                if !is_child && damage == "missing" {
+                    let searched = ["searched: ., empty", "--layers DIR or SNAPRESTORE_LAYERS"];
+                    let all = searched.iter().all(|part| said.contains(part));
+                    assert!(all, "{case}: {said}");
+                }
+                assert_eq!(folder.names(), names, "{case} left a file");
+            }
+            folder.write(victim, &whole);
+        }
+    }
+    holds(&folder, "child.snap", &memory);
+}
+
+/// Memory of a VM with more than 3 GiB is in two slots, with a gap between their addresses and none
+/// in the file. Slots begin and end at any page, also within a block.
+#[test]
+fn diff_of_several_memory_slots_equals_their_memory() {
+    let folder = Folder::new();
+    let slots = [(3 << 30) / PAGE, 700, 1 << 18, 1];
+    let pages: usize = slots.iter().sum();
+    let sparse = |name: &str| {
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(folder.file(name))
+            .unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        file
+    };
+    let ends: Vec<usize> = slots
+        .iter()
+        .scan(0, |end, slot| {
+            *end += slot;
+            Some(*end)
+        })
+        .collect();
+    // Content about each end of a slot, and far from any.
+    let put = |file: &File, first: usize, count: usize, seed: u64| {
+        let count = count.min(pages - first);
+        let bytes = Mix::new(count as u64, seed).bytes();
+        file.write_all_at(&bytes, (first * PAGE) as u64).unwrap();
+    };
+    let memory = sparse("memory");
+    for (seed, end) in (10..).zip(&ends) {
+        put(&memory, end.saturating_sub(40), 80, seed);
+    }
+    put(&memory, 1000, 600, 20);
+    let flat = |name: &str| {
+        let args = ["create", "memory", "--holes", "zero", "-o", name, "--json"];
+        run(&folder, &args).exits(0).json()
+    };
+    flat("base.snap");
+    // Single pages, and 2 MiB of huge pages, across the ends.
+    for (granule, (name, base)) in [(1, ("4k", "base.snap")), (512, ("2m", "4k"))] {
+        let _ = fs::remove_file(folder.file("diff"));
+        let diff = sparse("diff");
+        for (seed, end) in (30..).zip(&ends) {
+            let first = (end - 1) / granule * granule;
+            for page in [first, first + granule] {
+                if page < pages {
+                    put(&diff, page, granule, seed + granule as u64);
+                    put(&memory, page, granule, seed + granule as u64);
+                }
+            }
+        }
+        let report = create(&folder, "diff", base, name, &[]);
+        let plain = flat("flat");
+        fs::remove_file(folder.file("flat")).unwrap();
+        assert_eq!(report["content_digest"], plain["content_digest"], "{name}");
+        assert_eq!(number(&report, "pages"), pages as u64);
+        assert!(
+            number(&report, "file_bytes") < number(&plain, "file_bytes"),
+            "{report}"
+        );
+        run(&folder, &["verify", name, "--chain"]).exits(0);
+    }
+}
+
 #[test]
 fn chain_is_verified_wholly_on_request() {
     let folder = Folder::new();

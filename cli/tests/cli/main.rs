@@ -14,6 +14,7 @@ mod doctor;
 mod elf_core;
 mod extract;
 mod interrupted;
+mod killed;
 mod layers;
 mod owner;
 mod process;

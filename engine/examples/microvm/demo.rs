@@ -15,14 +15,14 @@ pub(crate) fn run(kvm: &Kvm, mib: u64, seed: u64, prefetch: &Prefetch) -> Result
     let file = folder.path().join("guest.snap");
 
     let memory = snapshot::new_memory(mib)?;
-    let mut vm = snapshot::run_until_filled(kvm, &memory, mib, seed)?;
-    let bytes = snapshot::write(&file, kvm, &vm, &memory)?;
+    let mut vm = snapshot::run_until_filled(kvm, &memory, mib, seed, false)?;
+    let bytes = snapshot::write(&file, kvm, &vm, &memory, None)?;
     println!(
         "snapshot   {mib} MiB in {} KiB; the guest goes on",
         bytes >> 10
     );
     let said_before = vm.serial.lines.len();
-    let stopped = vm.run()?;
+    let stopped = vm.run_to_end()?;
     let said = vm.serial.lines.split_off(said_before);
     drop(vm);
     let ending = restore::ending(stopped, &memory)?;

@@ -5,7 +5,7 @@
 #     say "goes on"
 #     check xmm7                            did the vector registers come back?
 #     invert(i) if i % 4 == 0; check(i)     for every page i, shuffled
-#     say "verified"
+#     say "verified", ask for a pause       a child of that snapshot can be taken here
 #     check(i)                              for every page i, in order
 #     say "verified again"
 #     end
@@ -82,6 +82,8 @@ microvm_guest_start:
     jb      2b
     lea     rsi, [rip + guest_text_verified]
     call    guest_say_pages
+    mov     al, {PAUSE}
+    out     {REQUEST}, al
 
     xor     r15d, r15d
 2:  mov     rax, r15

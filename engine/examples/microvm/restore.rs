@@ -1,6 +1,8 @@
 //! From a snapshot to a running guest.
 
 use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,6 +15,7 @@ use vm_memory::{
 };
 
 use crate::cpu::CpuState;
+use crate::snapshot::{self, Base};
 use crate::vm::{Stopped, Vm};
 
 /// The memory of a guest that is being restored.
@@ -27,18 +30,31 @@ pub(crate) trait ArrivingMemory {
     fn report(&self) -> String;
 }
 
-/// Runs the guest of `snapshot` in `memory` until it is finished.
+/// Runs the guest of `snapshot` in `memory` until it is finished. When it can be paused, it is
+/// written to `child`, if one is wanted.
 pub(crate) fn run(
     kvm: &Kvm,
-    snapshot: &Snapshot,
+    snapshot: &Arc<Snapshot>,
     memory: &dyn ArrivingMemory,
+    child: Option<&Path>,
     begun: Instant,
 ) -> Result<()> {
     let state = CpuState::from_snapshot(snapshot)?;
-    let mut vm = Vm::new(kvm, memory.guest())?;
+    let mut vm = Vm::new(kvm, memory.guest(), child.is_some())?;
     state.give_to(kvm, &vm.vcpu)?;
     let ready = begun.elapsed();
-    let stopped = vm.run()?;
+    if let Some(child) = child {
+        let stopped = vm.run()?;
+        ensure!(stopped == Stopped::Paused, "the guest has not paused");
+        // Only written pages are read, so pages that have not arrived yet need not.
+        let base = Base {
+            snapshot: Arc::clone(snapshot),
+            written: vm.take_written()?,
+        };
+        let bytes = snapshot::write(child, kvm, &vm, memory.guest(), Some(base))?;
+        println!("child      {} KiB; the guest goes on", bytes >> 10);
+    }
+    let stopped = vm.run_to_end()?;
     let ended = begun.elapsed();
     let first = vm.serial.first.map(|at| at - begun);
     // No virtual CPU is left that could touch the memory.

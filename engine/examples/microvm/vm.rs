@@ -4,7 +4,7 @@ use std::io::{self, Write as _};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
@@ -33,20 +33,29 @@ pub(crate) enum Stopped {
 pub(crate) struct Vm<'memory> {
     pub(crate) vcpu: VcpuFd,
     pub(crate) serial: Serial,
-    _machine: VmFd,
-    _memory: &'memory GuestMemoryMmap,
+    machine: VmFd,
+    memory: &'memory GuestMemoryMmap,
 }
 
 impl<'memory> Vm<'memory> {
-    /// Creates a VM whose CPU is in the reset state.
-    pub(crate) fn new(kvm: &Kvm, memory: &'memory GuestMemoryMmap) -> Result<Self> {
+    /// Creates a VM whose CPU is in the reset state. With `log_writes`, KVM keeps a log of the
+    /// pages that the guest writes to, for [`Vm::take_written`].
+    pub(crate) fn new(
+        kvm: &Kvm,
+        memory: &'memory GuestMemoryMmap,
+        log_writes: bool,
+    ) -> Result<Self> {
         let vm = kvm.create_vm().context("making a VM")?;
         vm.set_tss_address(KVM_OWN_PAGES)
             .context("giving KVM pages of its own")?;
         for (slot, region) in (0..).zip(memory.iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags: if log_writes {
+                    KVM_MEM_LOG_DIRTY_PAGES
+                } else {
+                    0
+                },
                 guest_phys_addr: region.start_addr().0,
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr().expose_provenance() as u64,
@@ -64,9 +73,36 @@ impl<'memory> Vm<'memory> {
         Ok(Self {
             vcpu,
             serial: Serial::default(),
-            _machine: vm,
-            _memory: memory,
+            machine: vm,
+            memory,
         })
+    }
+
+    /// Returns for each memory slot a bitmap of the pages that were written to since the last call,
+    /// or since the VM was made.
+    ///
+    /// KVM logs writes of the guest and its own. Pages that arrive in a restore are not logged:
+    /// they are what the snapshot has. A launcher must record its own writes; this one makes none
+    /// after the first snapshot.
+    pub(crate) fn take_written(&self) -> Result<Vec<Vec<u64>>> {
+        let slots = (0..).zip(self.memory.iter());
+        slots
+            .map(|(slot, region)| {
+                let bytes = usize::try_from(region.len())?;
+                let log = self.machine.get_dirty_log(slot, bytes);
+                log.context("asking KVM which pages were written to")
+            })
+            .collect()
+    }
+
+    /// Runs the guest to its end, past requests to pause it.
+    pub(crate) fn run_to_end(&mut self) -> Result<Stopped> {
+        loop {
+            match self.run()? {
+                Stopped::Paused => {}
+                ended => return Ok(ended),
+            }
+        }
     }
 
     /// Runs the guest until it makes a request.

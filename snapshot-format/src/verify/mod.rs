@@ -293,8 +293,13 @@ fn add_open_error(report: &mut Report, error: &OpenError, ancestor: Option<&str>
             report.not_a_snapshot = ancestor.is_none();
             (Part::Header, 0, without_name(error, file))
         }
-        OpenError::AncestorUnusable { source, .. } => {
-            return add_open_error(report, source, Some(source.file()));
+        OpenError::AncestorUnusable { id, source, .. } => {
+            let first = report.problems.len();
+            add_open_error(report, source, Some(source.file()));
+            for problem in &mut report.problems[first..] {
+                problem.detail += &format!("; it is wanted as ancestor {id}");
+            }
+            return;
         }
         OpenError::AncestorCycle { file, .. } => {
             let part = Part::Section(SectionKind::Ancestors);

@@ -15,6 +15,7 @@ use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
 use super::dedup::Key;
 use crate::digest::{self, Digest};
+use crate::error::ReadError;
 use crate::frame::FrameRef;
 use crate::index::{BlockRef, IndexBlock, Page};
 use crate::layout::{
@@ -57,27 +58,19 @@ pub(super) struct BasePage {
 }
 
 /// The content of a base's block.
-struct Pages {
+pub(super) struct Pages {
     index: IndexBlock,
-    digests: Vec<Digest>,
+    pub(super) digests: Vec<Digest>,
     /// All slots of the frames that the block names. Those that no page uses any more have what the
     /// memory was before.
-    slots: Vec<(Key, BasePage)>,
+    pub(super) slots: Vec<(Key, BasePage)>,
 }
 
 impl Base {
     pub(super) fn new(snapshot: Arc<Snapshot>) -> Result<Self, WriteError> {
         snapshot.prepare()?;
-        let section = snapshot.own().optional_section(SectionKind::BlockDigests)?;
-        let bytes = section.map_or_else(Vec::new, |(_, bytes)| bytes);
-        let (digests, _) = bytes.as_chunks::<32>();
-        let complete = digests.len() as u64 == snapshot.block_count();
         Ok(Self {
-            digests: if complete {
-                digests.to_vec()
-            } else {
-                Vec::new()
-            },
+            digests: block_digests(&snapshot)?,
             snapshot,
             decoders: Mutex::default(),
         })
@@ -90,7 +83,11 @@ impl Base {
         region.is_some_and(|region| end.is_some_and(|end| end <= region.page_numbers().end))
     }
 
-    fn digest(&self, block: u64) -> Option<Digest> {
+    pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    pub(super) fn digest(&self, block: u64) -> Option<Digest> {
         self.digests.get(usize::try_from(block).ok()?).copied()
     }
 
@@ -123,17 +120,8 @@ impl Base {
         }
 
         let base = self.pages(number)?;
-        let mut examined = examined.unwrap_or_else(|| {
-            examine_pages(given, buffer, |i| {
-                let seen = match base.index.page(i) {
-                    Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
-                    Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
-                    // A page of the base's region is not unused.
-                    Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
-                };
-                (seen, base.digests[i])
-            })
-        });
+        let mut examined = examined
+            .unwrap_or_else(|| examine_pages(given, buffer, |i| (base.seen(i), base.digests[i])));
         if examined.pages.len() == base.digests.len()
             && examined.digest == digest::block(&base.digests)
             && examined.uniform().is_none()
@@ -155,15 +143,9 @@ impl Base {
     }
 
     /// Returns a block that is as block `number` of the base.
-    fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
+    pub(super) fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
-        let pages = (0..index.page_count())
-            .map(|i| match index.page(i) {
-                Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
-                Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
-                Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
-            })
-            .collect();
+        let pages = (0..index.page_count()).map(|i| seen(&index, i)).collect();
         let mut layers: Vec<u16> = index.frames().iter().map(FrameRef::layer).collect();
         layers.sort_unstable();
         layers.dedup();
@@ -176,12 +158,12 @@ impl Base {
             pages,
             digest,
             kept,
-            base_pages: Vec::new(),
+            ..Examined::default()
         })
     }
 
     /// Decodes a block of the base, and computes the digests of its pages.
-    fn pages(&self, number: u64) -> Result<Pages, WriteError> {
+    pub(super) fn pages(&self, number: u64) -> Result<Pages, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
         let mut digests: Vec<Digest> = (0..index.page_count())
             .map(|i| match index.page(i) {
@@ -234,8 +216,36 @@ impl Base {
     }
 }
 
+/// Returns the digest of each block that a snapshot records; nothing if it records none.
+pub(super) fn block_digests(snapshot: &Snapshot) -> Result<Vec<Digest>, ReadError> {
+    let section = snapshot.own().optional_section(SectionKind::BlockDigests)?;
+    let bytes = section.map_or_else(Vec::new, |(_, bytes)| bytes);
+    let (digests, _) = bytes.as_chunks::<32>();
+    let complete = digests.len() as u64 == snapshot.block_count();
+    Ok(if complete {
+        digests.to_vec()
+    } else {
+        Vec::new()
+    })
+}
+
+/// Returns page `i` of a block of the base.
+fn seen(index: &IndexBlock, i: usize) -> Seen {
+    match index.page(i) {
+        Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
+        Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
+        // A page of the base's region is not unused.
+        Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
+    }
+}
+
 impl Pages {
-    fn page(&self, i: usize) -> Option<BasePage> {
+    /// Returns page `i` of the block.
+    pub(super) fn seen(&self, i: usize) -> Seen {
+        seen(&self.index, i)
+    }
+
+    pub(super) fn page(&self, i: usize) -> Option<BasePage> {
         let (frame, slot) = self.index.stored(i)?;
         let frame = self.index.frames()[frame];
         Some(BasePage { frame, slot })

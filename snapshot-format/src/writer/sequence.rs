@@ -24,6 +24,7 @@ use std::sync::Arc;
 use super::WriteError;
 use super::base::{BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
+use super::copy::CopiedFrame;
 use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Key, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
@@ -33,7 +34,9 @@ use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
 use crate::frame::FrameRef;
-use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
+use crate::layout::{
+    PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawFrameRef, RawTopEntry, top_kind,
+};
 use crate::types::Summary;
 
 /// Maximum number of drafts that wait for the open frame: 128 MiB of the source.
@@ -58,8 +61,19 @@ pub(super) struct Stage<W> {
     drafts_on_open: usize,
     index: IndexEncoder,
     training: Option<Training>,
-    /// The dictionary in use.
-    pub(super) dictionary: Option<Vec<u8>>,
+    /// The dictionaries of the file, by their numbers from 1 on. New frames use the first.
+    pub(super) dictionaries: Vec<Vec<u8>>,
+    /// References of the copied frames that are written.
+    copied: Vec<RawFrameRef>,
+    /// Number of copied frames so far.
+    copies: usize,
+    /// Number of pages in copied frames.
+    copied_pages: u64,
+    copied_slots_in_use: u64,
+    /// Number of slots in copied frames that no page uses.
+    pub(super) dead_slots: u64,
+    /// Number of pages that lie in files of ancestors.
+    pub(super) ancestor_pages: u64,
     /// Ancestors that are referred to.
     pub(super) layers: UsedLayers,
     /// Frames of ancestors whose pages the table of known pages has.
@@ -92,7 +106,13 @@ impl<W: Write> Stage<W> {
             drafts_on_open: 0,
             index: IndexEncoder::new(),
             training,
-            dictionary: None,
+            dictionaries: Vec::new(),
+            copied: Vec::new(),
+            copies: 0,
+            copied_pages: 0,
+            copied_slots_in_use: 0,
+            dead_slots: 0,
+            ancestor_pages: 0,
             layers: UsedLayers::default(),
             ancestor_frames: Vec::new(),
             top: Vec::new(),
@@ -138,7 +158,9 @@ impl<W: Write> Stage<W> {
             }
             Seen::Alike(Alike::Fill(_)) => self.summary.fill_pages += pages,
             Seen::Alike(Alike::Unavailable) => self.summary.unavailable_pages += pages,
-            Seen::Data(_) | Seen::Base(_) => {}
+            Seen::Base(_) => self.ancestor_pages += pages,
+            Seen::Copied(..) => self.copied_pages += pages,
+            Seen::Data(_) => {}
         }
     }
 
@@ -146,9 +168,10 @@ impl<W: Write> Stage<W> {
     pub(super) fn push_block(
         &mut self,
         region: usize,
-        examined: &Examined,
+        examined: Examined,
         buffer: Option<Arc<BlockBuffer>>,
     ) -> Result<(), WriteError> {
+        let buffer = examined.buffer.clone().or(buffer);
         if let Some(alike) = examined.uniform() {
             self.push_uniform(region, alike, 1, examined.pages.len() as u64);
             return Ok(());
@@ -163,8 +186,9 @@ impl<W: Write> Stage<W> {
             self.digests.push(examined.digest);
             return Ok(());
         }
+        self.push_copies(examined.copies)?;
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
-        let mut draft = Draft::new(self.top.len(), first_page, needs);
+        let mut draft = Draft::new(self.top.len(), first_page, needs, self.copies);
         let oldest = self.refs.oldest_shared(self.sealed);
         self.note_base_pages(&examined.base_pages, oldest);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
@@ -176,11 +200,13 @@ impl<W: Write> Stage<W> {
                     let layer = self.layers.number(frame.layer())?;
                     draft.push_ancestor(frame.to_raw(layer), slot);
                 }
+                Seen::Copied(frame, slot) => draft.push_copied(frame, slot),
                 Seen::Data(key) => {
                     let (frame, slot) = match self.dedup.find(key, oldest) {
                         Ok(Location { frame, slot }) if frame >= FIRST_ANCESTOR_FRAME => {
                             let number = frame - FIRST_ANCESTOR_FRAME;
                             let frame = self.ancestor_frames[number as usize];
+                            self.ancestor_pages += 1;
                             let layer = self.layers.number(frame.layer())?;
                             draft.push_ancestor(frame.to_raw(layer), slot);
                             continue;
@@ -221,6 +247,25 @@ impl<W: Write> Stage<W> {
         self.top.push(empty_entry());
         self.digests.push(examined.digest);
         self.push_draft(draft)
+    }
+
+    /// Takes copied frames, whose numbers follow those so far.
+    fn push_copies(&mut self, copies: Vec<CopiedFrame>) -> Result<(), WriteError> {
+        for CopiedFrame {
+            built,
+            slots_in_use,
+        } in copies
+        {
+            let slots = u64::from(built.reference.slots.get());
+            self.summary.stored_pages += slots;
+            self.summary.frame_bytes = self.summary.frame_bytes.max(slots * PAGE_SIZE_U64);
+            self.copied_slots_in_use += slots_in_use;
+            self.dead_slots += slots - slots_in_use;
+            self.copies += 1;
+            self.workers.add_built(built);
+        }
+        self.write_ready()?;
+        Ok(())
     }
 
     /// Makes pages of the base known, so that they are found if they turn up elsewhere.
@@ -301,7 +346,7 @@ impl<W: Write> Stage<W> {
                 };
                 if let Verdict::Pays(trained) = verdict {
                     self.workers.use_dictionary(&trained.bytes)?;
-                    self.dictionary = Some(trained.bytes);
+                    self.dictionaries.push(trained.bytes);
                 }
             }
         }
@@ -318,8 +363,12 @@ impl<W: Write> Stage<W> {
             self.out.write("a frame", &built.record[..built.len])?;
             self.summary.frames += 1;
             self.summary.stored_bytes += built.len as u64;
-            self.refs.push(built.reference);
-            self.workers.recycle(built.record, built.spare);
+            if built.copied {
+                self.copied.push(built.reference);
+            } else {
+                self.refs.push(built.reference);
+                self.workers.recycle(built.record, built.spare);
+            }
             self.write_drafts()?;
         }
         Ok(any)
@@ -328,8 +377,10 @@ impl<W: Write> Stage<W> {
     fn write_drafts(&mut self) -> Result<(), WriteError> {
         while let Some(draft) = self.drafts.front()
             && draft.needs <= self.refs.written()
+            && draft.needs_copies <= self.copied.len()
         {
-            let (stored, entry) = self.index.encode(draft, &self.refs, self.out.offset())?;
+            let offset = self.out.offset();
+            let (stored, entry) = self.index.encode(draft, &self.refs, &self.copied, offset)?;
             self.top[draft.block] = entry;
             self.summary.index_bytes += stored.len() as u64;
             self.out.write("an index block", stored)?;
@@ -352,6 +403,7 @@ impl<W: Write> Stage<W> {
     pub(super) fn finish(&mut self) -> Result<(), WriteError> {
         self.seal(None)?;
         self.settle()?;
+        self.summary.duplicate_pages += self.copied_pages - self.copied_slots_in_use;
         debug_assert!(self.drafts.is_empty() && self.refs.written() == self.sealed);
         Ok(())
     }

@@ -1,5 +1,6 @@
-//! Every byte of a small snapshot is flipped, and the snapshot is cut at every length: the engine
-//! restores each page correctly or poisons it, and it poisons exactly the pages of the bad frame.
+//! Every byte of a small snapshot, and of a chain of two, is flipped, and the snapshot is cut at
+//! every length: the engine restores each page correctly or poisons it, and it poisons exactly the
+//! pages of the bad frame.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,10 +11,14 @@ use std::time::Duration;
 
 use snaprestore_engine::restore::{FailurePolicy, Restore, Restored, StartError};
 use snaprestore_engine::{Failure, FailureKind, Prefetch};
+use snaprestore_fixtures::chain::InMemory;
 use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::compare::PAGE;
 use snaprestore_tests::real::{can_restore, skip};
-use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+use snapshot_format::{
+    FrameRef, Layer, MemoryStore, OpenError, Page, Reason, RegionSpec, Snapshot, SnapshotOptions,
+    Writer, WriterOptions,
+};
 
 const PAGES: u64 = 24;
 
@@ -59,7 +64,14 @@ fn frames(bytes: &[u8]) -> Vec<(Range<u64>, Vec<u64>)> {
 
 /// Starts a restore of a snapshot that may be damaged; `None` if it is refused as damaged.
 fn start(snapshot: Vec<u8>, prefetch: Prefetch) -> Option<Restored> {
-    let snapshot = match Snapshot::open(Arc::new(MemoryStore::new(snapshot))) {
+    start_opened(
+        Snapshot::open(Arc::new(MemoryStore::new(snapshot))),
+        prefetch,
+    )
+}
+
+fn start_opened(opened: Result<Snapshot, OpenError>, prefetch: Prefetch) -> Option<Restored> {
+    let snapshot = match opened {
         Ok(snapshot) => snapshot,
         Err(error) => {
             assert!(error.is_damage(), "{error}");
@@ -241,5 +253,189 @@ fn a_file_that_shrinks_while_it_is_restored_is_never_wrong() {
         };
         assert!(failures.iter().all(of_a_frame), "{failures:?}");
         assert!(failures.len() >= frames.len() - cut, "{failures:?}");
+    }
+}
+
+/// Pages of each of the two regions of a chain's memory: each region is a block.
+const REGION: usize = 10;
+
+/// Two files of a chain, the child first, and the memory of the child.
+struct Chain {
+    files: [(&'static str, Vec<u8>); 2],
+    memory: Vec<u8>,
+}
+
+impl Chain {
+    /// Makes a child that changes pages of one block of two, so that the other block is the base's.
+    fn new() -> Self {
+        let shares = Shares {
+            almost_fill: 600,
+            text: 200,
+            pointers: 200,
+            ..Shares::NONE
+        };
+        let mut memory = Mix::with_shares(2 * REGION as u64, 4, shares).bytes();
+        let write = |memory: &[u8], base: Option<Snapshot>| {
+            let options = WriterOptions {
+                frame_pages: 4,
+                base: base.map(Arc::new),
+                ..WriterOptions::default()
+            };
+            let is_child = options.base.is_some();
+            let mut writer = Writer::new(Vec::new(), options).unwrap();
+            for (number, pages) in (0..).zip(memory.chunks(REGION * PAGE)) {
+                let region = RegionSpec {
+                    start: number << 30,
+                    base_page: is_child.then_some(number * 512),
+                    ..RegionSpec::default()
+                };
+                writer.begin_region(&region).unwrap();
+                writer.write_pages(pages).unwrap();
+            }
+            writer.finish().unwrap().0
+        };
+        let base = write(&memory, None);
+        let opened = Snapshot::open(Arc::new(MemoryStore::named(base.clone(), "base"))).unwrap();
+        let new = Mix::with_shares(3, 5, shares).bytes();
+        memory[2 * PAGE..5 * PAGE].copy_from_slice(&new);
+        let child = write(&memory, Some(opened));
+        Self {
+            files: [("child", child), ("base", base)],
+            memory,
+        }
+    }
+
+    /// Opens the child, with a byte of a file changed if one is given.
+    fn open(&self, flip: Option<(usize, usize)>) -> Result<Snapshot, OpenError> {
+        let store = |number: usize| {
+            let (name, bytes) = &self.files[number];
+            let mut bytes = bytes.clone();
+            if let Some((_, at)) = flip.filter(|(file, _)| *file == number) {
+                bytes[at] ^= 1 << (at % 8);
+            }
+            Arc::new(MemoryStore::named(bytes, *name))
+        };
+        // A file that is not a snapshot any more is found by nobody.
+        let found = Layer::open(store(1))
+            .ok()
+            .map(Arc::new)
+            .into_iter()
+            .collect();
+        let options = SnapshotOptions::default().ancestors(Arc::new(InMemory(found)));
+        Snapshot::open_with(store(0), &options)
+    }
+
+    /// Returns the frames that the child's pages lie in, with the numbers of these pages.
+    fn frames(&self) -> Vec<(FrameRef, Vec<u64>)> {
+        let snapshot = self.open(None).unwrap();
+        let mut frames: Vec<(FrameRef, Vec<u64>)> = Vec::new();
+        for page in snapshot.regions().iter().flat_map(|r| r.page_numbers()) {
+            if let Page::Stored { frame, .. } = snapshot.look_up(page, Reason::Verify).unwrap() {
+                match frames.iter_mut().find(|(known, _)| *known == frame) {
+                    Some((_, pages)) => pages.push(page),
+                    None => frames.push((frame, vec![page])),
+                }
+            }
+        }
+        frames
+    }
+
+    /// Returns the numbers of the pages that can't be read; all others must be correct.
+    fn poisoned(&self, restored: &Restored, case: (&str, usize)) -> Vec<u64> {
+        let mut lost = Vec::new();
+        for (region, pages) in self.memory.chunks(REGION * PAGE).enumerate() {
+            for (page, wanted) in pages.chunks(PAGE).enumerate() {
+                let mut found = [0xee; PAGE];
+                match restored.read_at(region, (page * PAGE) as u64, &mut found) {
+                    Ok(()) => assert!(
+                        found == wanted,
+                        "{case:?}: page {page} of region {region} is WRONG"
+                    ),
+                    Err(_) => lost.push((region * 512 + page) as u64),
+                }
+            }
+        }
+        lost
+    }
+}
+
+#[test]
+fn a_flipped_byte_of_a_chain_poisons_the_pages_of_its_frame_by_file() {
+    let name = "a_flipped_byte_of_a_chain_poisons_the_pages_of_its_frame_by_file";
+    if !can_restore(name) || !can_poison(name, &image()) {
+        return;
+    }
+    let chain = Chain::new();
+    let frames = chain.frames();
+    let in_file = |file: usize| {
+        let all = frames.iter();
+        all.filter(move |(frame, _)| usize::from(frame.layer()) == file)
+    };
+    assert!(in_file(0).count() > 0 && in_file(1).count() >= 3);
+    for (file, (file_name, bytes)) in chain.files.iter().enumerate() {
+        assert!(
+            bytes.len() < 24 << 10,
+            "{} bytes take too long",
+            bytes.len()
+        );
+        let (mut refused, mut in_frames, mut in_index, mut harmless) = (0, 0, 0, 0);
+        // Most of a header is reserved bytes, and nothing but a verifier reads them.
+        for at in (0..64)
+            .chain((64..4096).step_by(61))
+            .chain(4096..bytes.len())
+        {
+            let case = (*file_name, at);
+            let hit = in_file(file).find(|(frame, _)| {
+                let end = frame.offset() + u64::from(frame.stored_len());
+                (frame.offset()..end).contains(&(at as u64))
+            });
+            let prefetch = if at % 3 == 0 {
+                Prefetch::All
+            } else {
+                Prefetch::Off
+            };
+            let restored = match chain.open(Some((file, at))) {
+                // A damaged base is not found, which is no damage of the child.
+                Err(OpenError::AncestorMissing { .. }) if file == 1 => None,
+                opened => start_opened(opened, prefetch),
+            };
+            let Some(restored) = restored else {
+                refused += 1;
+                assert!(hit.is_none(), "{case:?}: a bad frame is no reason");
+                continue;
+            };
+            let lost = chain.poisoned(&restored, case);
+            let failures = restored.failures();
+            let is_here = |failure: &Failure| failure.file == *file_name;
+            assert!(failures.iter().all(is_here), "{case:?}: {failures:?}");
+            match hit {
+                Some((frame, held)) => {
+                    assert_eq!(&lost, held, "{case:?}");
+                    assert!(!failures.is_empty(), "{case:?}");
+                    for failure in failures {
+                        assert_eq!(failure.offset, Some(frame.offset()), "{case:?}");
+                        assert_eq!(failure.kind, FailureKind::Damaged, "{case:?}");
+                    }
+                    in_frames += 1;
+                }
+                None if lost.is_empty() => harmless += 1,
+                // An index block: that of the child is of its first region, and the base's is that
+                // of the second.
+                None => {
+                    let first = 512 * file as u64;
+                    let all: Vec<u64> = (first..first + REGION as u64).collect();
+                    assert_eq!(lost, all, "{case:?}");
+                    in_index += 1;
+                }
+            }
+        }
+        let stored: u64 = in_file(file)
+            .map(|(frame, _)| u64::from(frame.stored_len()))
+            .sum();
+        assert_eq!(in_frames, stored);
+        assert!(
+            refused >= 4096 && in_index > 32 && harmless > 100,
+            "{refused} {in_index} {harmless}"
+        );
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::Value;
 use snaprestore_fixtures::host::ensure_program;
@@ -164,6 +165,52 @@ fn restore_with_unknown_pages(snapshot: &str, raw: &str, created: &Value) {
             pages - unknown,
             "{report}"
         );
+    }
+}
+
+/// Every state of a process that works is a child of the state before.
+#[test]
+fn every_state_of_a_live_process_comes_back() {
+    let name = "every_state_of_a_live_process_comes_back";
+    let Some(mut live) = live(name, 24) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let id = pid(&live).to_string();
+    let mut states: Vec<(String, String, Value)> = Vec::new();
+    for state in 0..5 {
+        live.work(40).unwrap();
+        let before = live.checksum().unwrap();
+        let snapshot = path(&folder, &format!("{state}.snap"));
+        let out = path(&folder, &format!("{state}.raw"));
+        let create = ["create", "--pid", &id, "-o", &snapshot];
+        stop(pid(&live));
+        let report = match states.last() {
+            None => done(create),
+            Some((base, _, _)) => done([&create[..], &["--base", base]].concat()),
+        };
+        done(["extract", &snapshot, "-o", &out, "--unavailable", "zero"]);
+        let info = done(["info", &snapshot]);
+        let (same, unreadable) = compare_with_process(pid(&live), &regions(&info), Path::new(&out));
+        assert_eq!(same + unreadable, number(&report, "pages"));
+        kill(pid(&live), Signal::SIGCONT).unwrap();
+        assert_eq!(live.checksum().unwrap(), before, "its data is untouched");
+        let stored = number(&report, "stored_pages");
+        if let Some((_, _, first)) = states.first() {
+            let all = number(first, "stored_pages");
+            assert!(stored < all / 2, "{stored} pages of {all} are new");
+            assert!(number(&report, "ancestor_pages") > all / 2, "{report}");
+        }
+        states.push((snapshot, out, report));
+    }
+    assert!(live.quit().unwrap());
+
+    states.shuffle(&mut SmallRng::seed_from_u64(5));
+    for (snapshot, out, report) in &states {
+        assert_eq!(done(["verify", snapshot, "--chain"])["ok"], true);
+        if can_restore(name) {
+            restore_with_unknown_pages(snapshot, out, report);
+        }
     }
 }
 
