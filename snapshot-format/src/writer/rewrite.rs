@@ -71,9 +71,10 @@ pub struct Rewritten {
 /// are packed anew. A flat snapshot is thereby rid of what no page uses. Regions, attachments,
 /// working sets and properties are kept, except for properties about ancestors.
 ///
-/// Every frame is decoded, and the digest of every block compared with the recorded one. The
-/// content digest and the state digest of the new file are those of `snapshot`, or the result is an
-/// error.
+/// The checksum of every frame is verified. The content digest, which is computed from the recorded
+/// digests of the blocks, and the state digest are those of `snapshot`, or the result is an error.
+/// Copied frames are not decoded; [`verify`](crate::verify()) compares every page of the new file
+/// with its digest.
 ///
 /// Takes 250 bytes of memory for each frame, besides that of a [`Writer`].
 pub fn flatten<W: Write>(
@@ -92,7 +93,8 @@ pub fn flatten<W: Write>(
 /// so the ancestors so far are not needed as a rule. [`Layer::absent`](crate::Layer::absent) stands
 /// in for those that are missing. A page that `base` does not have is stored in the new file.
 ///
-/// Everything else is kept, and checked, as by [`flatten`].
+/// Everything else is kept, and checked, as by [`flatten`]. Blocks that are not as in `base` are
+/// decoded, and compared with their recorded digests.
 pub fn rebase<W: Write>(
     out: W,
     child: &Arc<Snapshot>,
