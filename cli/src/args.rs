@@ -386,7 +386,7 @@ pub(crate) struct Extract {
 /// Write a chain of layered snapshots as one file
 ///
 /// The new snapshot holds the same memory, attachments, working sets and properties, and needs no
-/// other file. Frames of which at least half is still in use are copied as they are; the others are
+/// other file. Frames of which at least 45 % is still in use are copied as they are; the others are
 /// packed anew. A snapshot that is not layered is rid of what no page of it uses. Every checksum is
 /// verified, and the digests of the result are compared with those of the chain; `verify` compares
 /// every page. The output file appears only when it is complete and on disk. The files of the chain

@@ -44,7 +44,11 @@ use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
 
 /// Percentage of a frame's slots that must be in use for it to be copied as it is.
-const MIN_PERCENT_IN_USE: usize = 50;
+///
+/// Measured with a guest of 1 GiB after 64 layers that each change 1 % of the pages, relative to
+/// packing its memory (CPU time, size of the file): 25 % 0.22, 1.56; 40 % 0.35, 1.52;
+/// 45 % 0.39, 1.44; 50 % 0.58, 1.39; 75 % 1.45, 1.04.
+const MIN_PERCENT_IN_USE: usize = 45;
 /// Number of blocks whose index is read together for the plan.
 const WINDOW: u64 = 1024;
 /// Number of remembered digests of slots, of frames that several blocks use: 32 MiB.

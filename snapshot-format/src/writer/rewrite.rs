@@ -67,7 +67,7 @@ pub struct Rewritten {
 
 /// Writes `snapshot`, which may be layered, as a snapshot in one file.
 ///
-/// Frames of which at least half is in use are copied as they are, with a new page list; the others
+/// Frames of which at least 45 % is in use are copied as they are, with a new page list; the others
 /// are packed anew. A flat snapshot is thereby rid of what no page uses. Regions, attachments,
 /// working sets and properties are kept, except for properties about ancestors.
 ///
