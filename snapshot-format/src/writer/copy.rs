@@ -307,14 +307,13 @@ impl CopySource {
                     Codec::Raw | Codec::Zstd => Some(0),
                     Codec::ZstdDictionary(number) => {
                         let known = (frame.layer(), number);
-                        match numbers.get(&known) {
-                            Some(number) => *number,
-                            None => {
-                                let bytes = dictionary(&self.snapshot, known)?;
-                                let number = add_dictionary(&mut self.dictionaries, bytes);
-                                numbers.insert(known, number);
-                                number
-                            }
+                        if let Some(number) = numbers.get(&known) {
+                            *number
+                        } else {
+                            let bytes = dictionary(&self.snapshot, known)?;
+                            let number = add_dictionary(&mut self.dictionaries, bytes);
+                            numbers.insert(known, number);
+                            number
                         }
                     }
                 };
@@ -444,9 +443,12 @@ impl CopySource {
             }
             let slots = (0u16..).zip(bytes.chunks_exact(PAGE_SIZE));
             slots
-                .map(|(slot, page)| match planned.pages.has(slot) {
-                    true => digest::page(page),
-                    false => Digest::default(),
+                .map(|(slot, page)| {
+                    if planned.pages.has(slot) {
+                        digest::page(page)
+                    } else {
+                        Digest::default()
+                    }
                 })
                 .collect()
         })?;
@@ -532,10 +534,9 @@ impl CopySource {
     ) -> Result<T, WriteError> {
         let mut decoder = self.take_decoder();
         let bytes = &mut decoder.bytes[..frame.decoded_len()];
-        let decoded = decoder
+        let result = decoder
             .frames
-            .decode(&self.snapshot, frame, Reason::Prefetch, bytes);
-        let result = decoded
+            .decode(&self.snapshot, frame, Reason::Prefetch, bytes)
             .map(drop)
             .map_err(WriteError::CopiedFrame)
             .map(|()| then(&decoder.frames, &decoder.bytes[..frame.decoded_len()]));

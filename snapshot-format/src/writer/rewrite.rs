@@ -1,13 +1,12 @@
 //! Snapshots that are made of other snapshots: flattened chains, and children with another base.
 
 use std::io::Write;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::block::Alike;
 use super::copy::CopySource;
 use super::sections::{self, BlobWriter};
-use super::{Dictionary, Progress, Queued, WriteError, Writer, WriterOptions, Written};
+use super::{Dictionary, ProgressCallback, Queued, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::Top;
 use crate::layout::{
@@ -30,7 +29,7 @@ pub struct RewriteOptions {
     /// Properties to record, besides those of the snapshot.
     pub properties: Vec<(String, String)>,
     /// Callback as of [`Writer::on_progress`].
-    pub progress: Option<Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>>,
+    pub progress: Option<ProgressCallback>,
 }
 
 impl Default for RewriteOptions {
