@@ -386,10 +386,11 @@ pub(crate) struct Extract {
 /// Write a chain of layered snapshots as one file
 ///
 /// The new snapshot holds the same memory, attachments, working sets and properties, and needs no
-/// other file. Frames of which at least half is still in use are copied as they are; the others are
-/// packed anew. A snapshot that is not layered is rid of what no page of it uses. Every frame is
-/// decoded, and the digests of the result are compared with those of the chain. The output file
-/// appears only when it is complete and on disk. The files of the chain are not changed.
+/// other file. Frames of which at least 45 % is still in use are copied as they are; the others are
+/// packed anew. A snapshot that is not layered is rid of what no page of it uses. Every checksum is
+/// verified, and the digests of the result are compared with those of the chain; `verify` compares
+/// every page. The output file appears only when it is complete and on disk. The files of the chain
+/// are not changed.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Flatten {
     /// Snapshot to flatten: the newest of the chain

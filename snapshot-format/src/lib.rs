@@ -113,6 +113,6 @@ pub use verify::{
     verify,
 };
 pub use writer::{
-    Dictionary, Progress, RegionSpec, RewriteOptions, Rewritten, WriteError, Writer, WriterOptions,
-    Written, flatten, rebase,
+    BaseDamage, Dictionary, Progress, RegionSpec, RewriteOptions, Rewritten, WriteError, Writer,
+    WriterOptions, Written, flatten, rebase,
 };

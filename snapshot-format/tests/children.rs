@@ -411,6 +411,51 @@ fn damage_of_the_base_is_an_error_that_names_it() {
     );
 }
 
+/// A full image has all bytes: the block is stored whole, and the damage is reported.
+#[test]
+fn damaged_block_of_the_base_is_stored_whole_if_all_bytes_are_given() {
+    let base = write(&vec![data(0..1100)], None, options());
+    let mut bytes = base.bytes.clone();
+    bytes[4096 + 100] ^= 1;
+    let snapshot = Snapshot::open(Arc::new(MemoryStore::named(bytes, "the base"))).expect("open");
+    let snapshot = Arc::new(snapshot);
+    let mut memory = base.memory.clone();
+    for page in [0, 600] {
+        memory[0][page] = Content::Data(9000 + page as u64);
+    }
+    let options = WriterOptions {
+        base: Some(Arc::clone(&snapshot)),
+        ..options()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("writer");
+    let region = RegionSpec {
+        base_page: Some(0),
+        ..RegionSpec::default()
+    };
+    writer.begin_region(&region).expect("region");
+    for page in &memory[0] {
+        give(&mut writer, *page);
+    }
+    let damage = writer.base_damage().expect("settled").expect("damage");
+    assert_eq!(damage.blocks, 1);
+    assert!(
+        damage.first.starts_with("the base: damaged frame"),
+        "{damage:?}"
+    );
+    assert!(writer.write_fill(1, 0).is_err(), "the region has ended");
+    let refused = writer.finish();
+    assert!(matches!(refused, Err(WriteError::Stopped)));
+
+    let child = write(
+        &memory,
+        Some((&File { snapshot, ..base }, How::Full)),
+        self::options(),
+    );
+    // All of the damaged block, and one page of the second.
+    assert_eq!(child.written.summary.stored_pages, 512 + 1);
+    assert_eq!(check(&child), 1100 - 513);
+}
+
 /// A child with a few changed pages costs these pages and, for each changed block, its index.
 #[test]
 fn size_of_a_child_is_that_of_the_changes() {

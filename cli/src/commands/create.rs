@@ -196,6 +196,8 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .map_err(|error| target::named(error, &args.output))?;
     remarks.extend(changed);
     remarks.extend(writer.base_remark());
+    let damaged = writer.damage_remark();
+    remarks.extend(damaged.map_err(|error| target::named(error, &args.output))?);
     for remark in remarks.iter().filter(|remark| remark.warning) {
         output.warn(format_args!("warning: {}", remark.text));
     }
@@ -559,6 +561,21 @@ impl SnapshotSink {
             // A diff is of the memory of its base.
             warning: self.has_holes || self.compared_pages == 0,
         })
+    }
+
+    /// Returns a remark about damage of the base that the new snapshot does without.
+    fn damage_remark(&mut self) -> Result<Option<Remark>> {
+        let damage = self.writer.base_damage()?;
+        Ok(damage.map(|damage| Remark {
+            key: "base.damaged_blocks",
+            value: damage.blocks.to_string(),
+            text: format!(
+                "{} of 2 MiB stored whole, because the base is damaged there: {}",
+                count(damage.blocks, "block"),
+                damage.first
+            ),
+            warning: true,
+        }))
     }
 
     /// Records the remarks as properties and writes the end. The target is not yet complete.

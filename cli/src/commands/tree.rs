@@ -108,9 +108,10 @@ impl Findings {
             let entry = entry.with_context(named)?;
             if entry.file_type().with_context(named)?.is_file() {
                 // Names in messages are as short as the folder's.
-                paths.push(match folder == Path::new(".") {
-                    true => PathBuf::from(entry.file_name()),
-                    false => entry.path(),
+                paths.push(if folder == Path::new(".") {
+                    PathBuf::from(entry.file_name())
+                } else {
+                    entry.path()
                 });
             } else {
                 self.other_entries += 1;
@@ -182,7 +183,7 @@ impl Findings {
             parents[at] = deepest.map(|(_, holder)| holder);
         }
         let mut order = Vec::with_capacity(self.found.len());
-        self.list_children(None, &parents, 0, &mut order);
+        list_children(None, &parents, 0, &mut order);
         // Of files that need each other, which only hostile ones do, none is below a root.
         let listed: BTreeSet<usize> = order.iter().map(|(at, _)| *at).collect();
         order.extend(
@@ -227,20 +228,19 @@ impl Findings {
             other_entries: self.other_entries,
         }
     }
+}
 
-    /// Lists the files below `parent`, each followed by those below it.
-    fn list_children(
-        &self,
-        parent: Option<usize>,
-        parents: &[Option<usize>],
-        depth: usize,
-        order: &mut Vec<(usize, usize)>,
-    ) {
-        // A parent needs fewer files than its children do, so this ends.
-        for at in (0..parents.len()).filter(|at| parents[*at] == parent) {
-            order.push((at, depth));
-            self.list_children(Some(at), parents, depth + 1, order);
-        }
+/// Lists the files below `parent`, each followed by those below it.
+fn list_children(
+    parent: Option<usize>,
+    parents: &[Option<usize>],
+    depth: usize,
+    order: &mut Vec<(usize, usize)>,
+) {
+    // Each file has one parent, so none is listed twice.
+    for at in (0..parents.len()).filter(|at| parents[*at] == parent) {
+        order.push((at, depth));
+        list_children(Some(at), parents, depth + 1, order);
     }
 }
 
@@ -261,7 +261,7 @@ impl fmt::Display for TreeReport {
         for node in &self.files {
             let mut file = format!("{}{}", "  ".repeat(node.depth), names::shown(&node.file));
             if let Some(copy) = node.copies.first() {
-                file.push_str(&format!(" (copy of {})", names::shown(copy)));
+                file.extend([" (copy of ", &names::shown(copy), ")"]);
             }
             table.add_row([
                 file,

@@ -19,7 +19,7 @@ const PAGE: usize = 4096;
 const PAGES: usize = 2100;
 
 /// Creates the image `base.raw` and its snapshot `base.snap`; returns the image.
-fn base(folder: &Folder) -> Vec<u8> {
+pub(crate) fn base(folder: &Folder) -> Vec<u8> {
     let bytes = Mix::new(PAGES as u64, 3).bytes();
     folder.write("base.raw", &bytes);
     run(folder, &["create", "base.raw", "-o", "base.snap"]).exits(0);
@@ -28,7 +28,7 @@ fn base(folder: &Folder) -> Vec<u8> {
 
 /// Changes granules of `granule` pages, every `stride` pages from page `first` on, and writes them
 /// to a sparse file of full length, as Firecracker does. Returns the number of changed pages.
-fn write_diff(
+pub(crate) fn write_diff(
     folder: &Folder,
     name: &str,
     memory: &mut [u8],
@@ -51,7 +51,13 @@ fn write_diff(
 }
 
 #[track_caller]
-fn create(folder: &Folder, source: &str, base: &str, child: &str, more: &[&str]) -> Value {
+pub(crate) fn create(
+    folder: &Folder,
+    source: &str,
+    base: &str,
+    child: &str,
+    more: &[&str],
+) -> Value {
     let args = ["create", source, "--base", base, "-o", child, "--json"];
     run(folder, &[&args[..], more].concat()).exits(0).json()
 }
@@ -72,7 +78,7 @@ fn piped(folder: &Folder, file: &str, args: &[&str]) -> Run {
 
 /// Asserts that a snapshot is good and holds `memory`.
 #[track_caller]
-fn holds(folder: &Folder, snapshot: &str, memory: &[u8]) {
+pub(crate) fn holds(folder: &Folder, snapshot: &str, memory: &[u8]) {
     run(folder, &["verify", snapshot]).exits(0);
     run(folder, &["extract", snapshot, "-o", "out", "--force"]).exits(0);
     assert!(folder.read("out") == memory, "{snapshot}");

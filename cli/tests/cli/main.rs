@@ -5,6 +5,7 @@
 )]
 
 mod bench;
+mod chains;
 mod common;
 mod create;
 mod ctl;

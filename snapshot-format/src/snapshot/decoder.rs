@@ -161,6 +161,20 @@ impl FrameDecoder {
         Ok(parts.listed)
     }
 
+    /// Reads and checks `frame` without decoding it: its checksum, its header and page list, and
+    /// that the payload is one zstd frame. Returns the payload.
+    pub(crate) fn check(
+        &mut self,
+        snapshot: &Snapshot,
+        frame: &FrameRef,
+        reason: Reason,
+    ) -> Result<&[u8], FrameError> {
+        self.partial = None;
+        let room = frame.decoded_len();
+        let parts = read(&mut self.record, snapshot, frame, reason, room)?;
+        Ok(parts.payload)
+    }
+
     /// Returns the payload of `frame`, which must be the last one that [`FrameDecoder::decode`]
     /// has decoded: the bytes that follow the page list in its record.
     pub(crate) fn payload(&self, frame: &FrameRef) -> &[u8] {

@@ -9,6 +9,7 @@
 //! All of it runs on the pool, as a part of examining a block.
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::WriteError;
@@ -34,6 +35,16 @@ pub(super) struct Base {
     digests: Vec<Digest>,
     /// Decoders that no thread uses now.
     decoders: Mutex<Vec<Decoder>>,
+    damage: Mutex<Option<BaseDamage>>,
+}
+
+/// Damage in the base that cost nothing but room.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseDamage {
+    /// Number of blocks that were stored whole because the base's could not be read.
+    pub blocks: u64,
+    /// The first damage that was found.
+    pub first: String,
 }
 
 struct Decoder {
@@ -73,7 +84,24 @@ impl Base {
             digests: block_digests(&snapshot)?,
             snapshot,
             decoders: Mutex::default(),
+            damage: Mutex::default(),
         })
+    }
+
+    /// Returns the damage that was found in blocks of which all bytes were given.
+    pub(super) fn damage(&self) -> Option<BaseDamage> {
+        let damage = self.damage.lock();
+        damage.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes damage of a block that is then taken for one that differs.
+    fn note_damage(&self, error: &WriteError) {
+        let mut damage = self.damage.lock().unwrap_or_else(PoisonError::into_inner);
+        let damage = damage.get_or_insert_with(|| BaseDamage {
+            blocks: 0,
+            first: error.source().map_or_else(String::new, ToString::to_string),
+        });
+        damage.blocks += 1;
     }
 
     /// Returns whether all these pages belong to one region of the base.
@@ -109,7 +137,13 @@ impl Base {
             if given.len() == self.snapshot.pages_of_block(number)
                 && self.digest(number) == Some(alone.digest)
             {
-                return self.kept(number, alone.digest);
+                return match self.kept(number, alone.digest) {
+                    Err(error) if is_damage(&error) => {
+                        self.note_damage(&error);
+                        Ok(alone)
+                    }
+                    result => result,
+                };
             }
             examined = Some(alone);
         } else if given.iter().all(as_base)
@@ -119,7 +153,18 @@ impl Base {
             return self.kept(number, digest);
         }
 
-        let base = self.pages(number)?;
+        let base = match (self.pages(number), examined.take()) {
+            (Ok(base), alone) => {
+                examined = alone;
+                base
+            }
+            // All bytes are at hand, so the base is not needed.
+            (Err(error), Some(alone)) if is_damage(&error) => {
+                self.note_damage(&error);
+                return Ok(alone);
+            }
+            (Err(error), _) => return Err(error),
+        };
         let mut examined = examined
             .unwrap_or_else(|| examine_pages(given, buffer, |i| (base.seen(i), base.digests[i])));
         if examined.pages.len() == base.digests.len()
@@ -213,6 +258,15 @@ impl Base {
     /// Locks the list, which is consistent after every statement.
     fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
         self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns whether an error says that a file of the base is damaged.
+fn is_damage(error: &WriteError) -> bool {
+    match error {
+        WriteError::Base(error) => error.is_damage(),
+        WriteError::BaseFrame(error) => error.is_damage(),
+        _ => false,
     }
 }
 

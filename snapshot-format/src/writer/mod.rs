@@ -36,6 +36,7 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+pub use base::BaseDamage;
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
 pub use rewrite::{RewriteOptions, Rewritten, flatten, rebase};
@@ -140,6 +141,8 @@ pub struct Writer<W: Write> {
     stopped: bool,
     /// Whether the blocks are those of a snapshot that is copied.
     copies: bool,
+    /// Whether the last region takes no more pages.
+    region_ended: bool,
 }
 
 impl<W: Write> Writer<W> {
@@ -200,6 +203,7 @@ impl<W: Write> Writer<W> {
             progress: None,
             stopped: false,
             copies: false,
+            region_ended: false,
         })
     }
 
@@ -228,6 +232,7 @@ impl<W: Write> Writer<W> {
                 ));
             }
             writer.end_region()?;
+            writer.region_ended = false;
             writer.base_page = region.base_page;
             writer.region_bytes = bytes;
             writer.regions.push(Region {
@@ -346,6 +351,18 @@ impl<W: Write> Writer<W> {
         })
     }
 
+    /// Ends the last region, and waits until all pages are compared with the base. Returns damage
+    /// that was found in blocks of the base whose counterparts were given as bytes alone: these are
+    /// stored whole. Other blocks with damage are errors.
+    pub fn base_damage(&mut self) -> Result<Option<BaseDamage>, WriteError> {
+        self.guarded(|writer| {
+            writer.end_region()?;
+            writer.region_ended = true;
+            writer.settle()?;
+            Ok(writer.base.as_ref().and_then(|base| base.damage()))
+        })
+    }
+
     fn write_alike(&mut self, pages: u64, alike: Alike) -> Result<(), WriteError> {
         self.extend_region(pages)?;
         let mut left = usize::try_from(pages).map_err(|_| WriteError::Limit {
@@ -391,7 +408,7 @@ impl<W: Write> Writer<W> {
     }
 
     fn extend_region(&mut self, pages: u64) -> Result<(), WriteError> {
-        let Some(region) = self.regions.last_mut() else {
+        let Some(region) = self.regions.last_mut().filter(|_| !self.region_ended) else {
             return Err(WriteError::argument(
                 "the region of the pages",
                 "none",

@@ -1,13 +1,12 @@
 //! Snapshots that are made of other snapshots: flattened chains, and children with another base.
 
 use std::io::Write;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::block::Alike;
 use super::copy::CopySource;
 use super::sections::{self, BlobWriter};
-use super::{Dictionary, Progress, Queued, WriteError, Writer, WriterOptions, Written};
+use super::{Dictionary, ProgressCallback, Queued, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::Top;
 use crate::layout::{
@@ -30,7 +29,7 @@ pub struct RewriteOptions {
     /// Properties to record, besides those of the snapshot.
     pub properties: Vec<(String, String)>,
     /// Callback as of [`Writer::on_progress`].
-    pub progress: Option<Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>>,
+    pub progress: Option<ProgressCallback>,
 }
 
 impl Default for RewriteOptions {
@@ -67,13 +66,14 @@ pub struct Rewritten {
 
 /// Writes `snapshot`, which may be layered, as a snapshot in one file.
 ///
-/// Frames of which at least half is in use are copied as they are, with a new page list; the others
+/// Frames of which at least 45 % is in use are copied as they are, with a new page list; the others
 /// are packed anew. A flat snapshot is thereby rid of what no page uses. Regions, attachments,
 /// working sets and properties are kept, except for properties about ancestors.
 ///
-/// Every frame is decoded, and the digest of every block compared with the recorded one. The
-/// content digest and the state digest of the new file are those of `snapshot`, or the result is an
-/// error.
+/// The checksum of every frame is verified. The content digest, which is computed from the recorded
+/// digests of the blocks, and the state digest are those of `snapshot`, or the result is an error.
+/// Copied frames are not decoded; [`verify`](crate::verify()) compares every page of the new file
+/// with its digest.
 ///
 /// Takes 250 bytes of memory for each frame, besides that of a [`Writer`].
 pub fn flatten<W: Write>(
@@ -92,7 +92,8 @@ pub fn flatten<W: Write>(
 /// so the ancestors so far are not needed as a rule. [`Layer::absent`](crate::Layer::absent) stands
 /// in for those that are missing. A page that `base` does not have is stored in the new file.
 ///
-/// Everything else is kept, and checked, as by [`flatten`].
+/// Everything else is kept, and checked, as by [`flatten`]. Blocks that are not as in `base` are
+/// decoded, and compared with their recorded digests.
 pub fn rebase<W: Write>(
     out: W,
     child: &Arc<Snapshot>,

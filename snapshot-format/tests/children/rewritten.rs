@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::common::Sample;
-use snapshot_format::layout::{RawSummary, RawTrailer, SectionKind, codec};
+use snapshot_format::layout::{
+    RawSectionEntry, RawSummary, RawTrailer, SectionKind, TRAILER_BYTES, codec,
+};
 use snapshot_format::{Codec, OrAbsent, RewriteOptions, Rewritten, WorkingSetRun, flatten, rebase};
 
 fn rewrite_options() -> RewriteOptions {
@@ -215,7 +217,7 @@ fn wrong_digests_are_found_when_flattening() {
     sample.bytes[at] ^= 1;
     sample.seal();
     let told = flattened(&sample);
-    assert!(told.contains("block 0 has another digest"), "{told}");
+    assert!(told.contains("content digest"), "{told}");
     for (field, name) in [
         (
             std::mem::offset_of!(RawSummary, content_digest),
@@ -234,6 +236,66 @@ fn wrong_digests_are_found_when_flattening() {
         assert!(told.contains("damaged trailer"), "{told}");
         assert!(told.contains(name), "{told}");
     }
+}
+
+/// Without recorded digests the pages are decoded to compute them.
+#[test]
+fn file_without_block_digests_is_flattened() {
+    let mut sample = Sample::new();
+    let at = sample.entry_of(SectionKind::BlockDigests);
+    sample.put_u32(at, 2000);
+    sample.seal();
+    let snapshot = Arc::new(sample.open().expect("open"));
+    let (bytes, rewritten) = flatten(Vec::new(), &snapshot, rewrite_options()).expect("flatten");
+    assert!(rewritten.copied_frames > 0);
+    let report = verify(Arc::new(MemoryStore::new(bytes)), VerifyOptions::default());
+    assert_eq!(report.expect("verify").problems, []);
+}
+
+/// Returns the file with one bit of the first block's recorded digest changed, and the checksums
+/// corrected.
+fn with_wrong_digest(file: &File) -> Vec<u8> {
+    let mut bytes = file.bytes.clone();
+    let trailer = bytes.len() - TRAILER_BYTES;
+    let number = |bytes: &[u8], at: usize, len: usize| {
+        let mut word = [0; 8];
+        word[..len].copy_from_slice(&bytes[at..at + len]);
+        usize::try_from(u64::from_le_bytes(word)).expect("small")
+    };
+    let first = trailer + std::mem::offset_of!(RawTrailer, sections);
+    let entry = (0..64)
+        .map(|entry| first + entry * size_of::<RawSectionEntry>())
+        .find(|at| number(&bytes, *at, 4) == SectionKind::BlockDigests as usize)
+        .expect("digests");
+    let (from, len) = (number(&bytes, entry + 8, 8), number(&bytes, entry + 16, 8));
+    bytes[from] ^= 1;
+    let crc = crc32fast::hash(&bytes[from..from + len]);
+    bytes[entry + 4..entry + 8].copy_from_slice(&crc.to_le_bytes());
+    let end = trailer + std::mem::offset_of!(RawTrailer, crc);
+    let crc = crc32fast::hash(&bytes[trailer..end]);
+    bytes[end..end + 4].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn wrong_digest_of_a_block_is_found_by_a_rebase() {
+    let base = write(&vec![data(0..600)], None, options());
+    let mut memory = base.memory.clone();
+    memory[0][3] = Content::Data(5000);
+    let child = write(&memory, Some((&base, How::Diff)), options());
+    let store = MemoryStore::named(with_wrong_digest(&child), "the child");
+    let options = SnapshotOptions::default().ancestors(Arc::new(ancestors_of(&base)));
+    let child = Snapshot::open_with(Arc::new(store), &options).expect("open");
+    let error = rebase(
+        Vec::new(),
+        &Arc::new(child),
+        &flat(&base).0.snapshot,
+        rewrite_options(),
+    );
+    let error = error.expect_err("wrong");
+    let source = std::error::Error::source(&error).expect("a source");
+    let source = source.to_string();
+    assert!(source.contains("block 0 has another digest"), "{source}");
 }
 
 #[test]
