@@ -39,8 +39,11 @@ pub(super) struct Meta {
     pub(super) uid: u32,
     pub(super) regions: Vec<OwnerRegion>,
     pub(super) service: Service,
-    /// The id under which the snapshot's open file is stored.
+    /// The id under which the snapshot's open files are stored.
     pub(super) file: String,
+    /// The names of its ancestors' files.
+    #[serde(default)]
+    pub(super) ancestors: Vec<String>,
 }
 
 impl Meta {
@@ -105,6 +108,7 @@ impl StoredVm {
         let snapshot = SnapshotRef {
             service: Arc::new(meta.service),
             file: meta.file.into(),
+            ancestors: meta.ancestors.into(),
         };
         let mut memory = Memory::new(userfaultfd, meta.regions, snapshot.clone());
         memory.page_map = by_role.remove(PAGE_MAP);
