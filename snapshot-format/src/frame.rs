@@ -115,8 +115,8 @@ impl FrameRef {
         self.layer
     }
 
-    /// Returns the reference as the file that holds the frame would have it: equal for all snapshots
-    /// of which that file is a layer, whatever its number there.
+    /// Returns the reference as the file that holds the frame would have it: equal for all
+    /// snapshots of which that file is a layer, whatever its number there.
     #[must_use]
     pub fn in_own_file(self) -> Self {
         Self { layer: 0, ..self }

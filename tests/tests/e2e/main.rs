@@ -13,6 +13,7 @@ mod footprint;
 mod guest;
 mod hung;
 mod killed;
+mod layers;
 mod lazily;
 mod lies;
 mod live;

@@ -1,7 +1,7 @@
 //! Services: their snapshots and the sockets to which VMs connect.
 //!
-//! Invariant: the files of a service's snapshot and its listening socket are stored before a VM can connect to it,
-//! and stay stored until its last VM has ended.
+//! Invariant: the files of a service's snapshot and its listening socket are stored before a VM can
+//! connect to it, and stay stored until its last VM has ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

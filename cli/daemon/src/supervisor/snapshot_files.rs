@@ -1,8 +1,8 @@
 //! The open files of a service's snapshot: its own, and those of its ancestors.
 //!
 //! ```text
-//!   open        find the ancestors, check the chain            keep a descriptor of every file
-//!   store       under the id of the service's snapshot         `snapshot`, `layer-1`, `layer-2`, ...
+//!   open        find the ancestors, check the chain        keep a descriptor of every file
+//!   store       under the id of the service's snapshot     `snapshot`, `layer-1`, `layer-2`, ...
 //!   pass on     to each worker, which looks up nothing by path
 //! ```
 //!
@@ -115,4 +115,29 @@ fn role_of(number: usize) -> String {
 
 fn not_a_file() -> std::io::Error {
     std::io::Error::other("it has no descriptor")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_complete_chain_is_recovered() {
+        let names: Arc<[String]> = ["/a", "/b"].map(str::to_owned).into();
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let stored = |roles: &[&str]| {
+            let roles = roles.iter().map(|role| ((*role).to_owned(), null()));
+            SnapshotFiles::recover(roles.collect(), &names)
+        };
+        let files = stored(&["layer-2", "snapshot", "layer-1"]).unwrap();
+        assert_eq!(files.ancestor(0).unwrap().0, "/a");
+        assert!(files.ancestor(1).is_some() && files.ancestor(2).is_none());
+        for part in [
+            &["snapshot", "layer-1"][..],
+            &["snapshot", "layer-2"],
+            &["layer-1", "layer-2"],
+        ] {
+            assert!(stored(part).is_none(), "{part:?}");
+        }
+    }
 }

@@ -129,3 +129,103 @@ impl Ancestors for PassedAncestors {
         vec!["the files that the supervisor has open".to_owned()]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use snapshot_format::{LayerFolders, RegionSpec, Writer, WriterOptions};
+
+    use super::*;
+
+    const PAGES: usize = 1024;
+
+    /// Writes a snapshot whose page `changed` differs from the others.
+    fn write(path: &Path, changed: usize, base: Option<&Path>) {
+        let base = base.map(|base| Arc::new(Snapshot::open_path(base).unwrap()));
+        let region = RegionSpec {
+            base_page: base.is_some().then_some(0),
+            ..RegionSpec::default()
+        };
+        let options = WriterOptions {
+            base,
+            ..WriterOptions::default()
+        };
+        let mut bytes: Vec<u8> = (0..PAGES * 4096)
+            .map(|i| (i / 7 + i / 4096).to_le_bytes()[0])
+            .collect();
+        bytes[changed * 4096] ^= 1;
+        let mut writer = Writer::new(Vec::new(), options).unwrap();
+        writer.begin_region(&region).unwrap();
+        writer.write_pages(&bytes).unwrap();
+        fs::write(path, writer.finish().unwrap().0).unwrap();
+    }
+
+    /// Opens a snapshot by new descriptors of its files.
+    fn open(layers: &Arc<OpenLayers>, own: &Path, ancestors: &[&Path]) -> Snapshot {
+        let file = |path: &Path| FileStore::named(File::open(path).unwrap(), "passed");
+        let ancestors = ancestors.iter().map(|path| Arc::new(file(path)));
+        let files = PassedFiles::new(file(own), ancestors.collect(), layers);
+        files.open().unwrap()
+    }
+
+    #[test]
+    fn same_file_is_one_layer_and_a_copy_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let (base, copy) = (path("base"), path("copy"));
+        let (one, two, three) = (path("one"), path("two"), path("three"));
+        write(&base, 0, None);
+        fs::copy(&base, &copy).unwrap();
+        write(&one, 1, Some(&base));
+        write(&two, 2, Some(&base));
+        let layers = Arc::default();
+        let is_shared = |a: &Snapshot, b: &Snapshot, numbers: (u16, u16)| {
+            Arc::ptr_eq(a.layer(numbers.0).unwrap(), b.layer(numbers.1).unwrap())
+        };
+        let first = open(&layers, &one, &[&base]);
+        let second = open(&layers, &two, &[&base]);
+        assert!(is_shared(&first, &second, (1, 1)));
+        assert!(!is_shared(&first, &second, (0, 0)));
+        assert!(
+            is_shared(&first, &open(&layers, &base, &[]), (1, 0)),
+            "served itself"
+        );
+        assert!(is_shared(&first, &open(&layers, &one, &[&base]), (0, 0)));
+        assert!(!is_shared(&first, &open(&layers, &two, &[&copy]), (1, 1)));
+
+        // The file of the same inode is another snapshot now.
+        write(&base, 3, None);
+        write(&three, 4, Some(&base));
+        let third = open(&layers, &three, &[&base]);
+        assert!(!is_shared(&first, &third, (1, 1)));
+        drop(third);
+
+        layers.forget_closed();
+        assert_eq!(lock(&layers.0).values().map(Vec::len).sum::<usize>(), 3);
+        drop((first, second));
+        layers.forget_closed();
+        assert!(lock(&layers.0).is_empty());
+    }
+
+    #[test]
+    fn ancestor_that_was_not_passed_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (base, child) = (folder.path().join("base"), folder.path().join("child"));
+        write(&base, 0, None);
+        write(&child, 1, Some(&base));
+        let own = FileStore::open(&child).unwrap();
+        // It lies beside the child, where only a process that may open files looks.
+        Snapshot::open_with(
+            FileStore::open_snapshot(&child).unwrap(),
+            &SnapshotOptions::default().ancestors(Arc::new(LayerFolders::default())),
+        )
+        .unwrap();
+        let files = PassedFiles::new(own, Vec::new(), &Arc::default());
+        let error = files.open().unwrap_err();
+        assert!(
+            matches!(error, OpenError::AncestorMissing { .. }),
+            "{error}"
+        );
+    }
+}

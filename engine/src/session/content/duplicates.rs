@@ -191,8 +191,13 @@ fn chain(frame: &FrameRef) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+    use std::path::Path;
     use std::sync::Arc;
+
+    use snapshot_format::{
+        Ancestor, Ancestors, Layer, MemoryStore, OpenError, Page, Reason, RegionSpec, Snapshot,
+        SnapshotOptions, Writer, WriterOptions,
+    };
 
     use super::*;
 
@@ -282,6 +287,64 @@ mod tests {
         // Its first frame is the newest of block 0.
         assert!(taken(&notes, &frame(&snapshot, 504), usize::MAX).is_empty());
         assert_eq!(taken(&notes, &frame(&snapshot, 0), usize::MAX).len(), 8);
+    }
+
+    /// A resolver that knows one layer.
+    #[derive(Debug)]
+    struct Given(Arc<Layer>);
+
+    impl Ancestors for Given {
+        fn find(&self, _: &Ancestor, _: Option<&Path>) -> Result<Option<Arc<Layer>>, OpenError> {
+            Ok(Some(Arc::clone(&self.0)))
+        }
+    }
+
+    /// The pages beside a wanted one come from its index block. Noting them as well would fill the
+    /// table with a few gigabytes.
+    #[test]
+    fn ancestors_frames_are_noted_at_ends_of_blocks_only() {
+        let write = |base: Option<Arc<Snapshot>>, first: u64| {
+            let options = WriterOptions {
+                frame_pages: 24,
+                base: base.clone(),
+                ..WriterOptions::default()
+            };
+            let mut writer = Writer::new(Vec::new(), options).unwrap();
+            let region = RegionSpec {
+                base_page: base.is_some().then_some(0),
+                ..RegionSpec::default()
+            };
+            writer.begin_region(&region).unwrap();
+            for n in [first].into_iter().chain(1..1536) {
+                let mut page = vec![0; 4096];
+                page[..8].copy_from_slice(&(n + 1).to_le_bytes());
+                writer.write_pages(&page).unwrap();
+            }
+            Arc::new(MemoryStore::new(writer.finish().unwrap().0))
+        };
+        let base = Arc::new(Snapshot::open(write(None, 0)).unwrap());
+        let child = write(Some(Arc::clone(&base)), 1 << 40);
+        let layer = Arc::clone(base.layer(0).unwrap());
+        let options = SnapshotOptions::default().ancestors(Arc::new(Given(layer)));
+        let child = Snapshot::open_with(child, &options).unwrap();
+
+        let notes = noted(&child, 0..3);
+        let pages = |page: u64| {
+            let frame = frame(&child, page);
+            assert_eq!(frame.layer(), 1);
+            let runs = taken(&notes, &frame, usize::MAX);
+            let mut pages: Vec<_> = runs.iter().flat_map(Run::pages).collect();
+            pages.sort_unstable();
+            pages
+        };
+        assert_eq!(
+            frame(&child, 511),
+            frame(&child, 512),
+            "one frame in two blocks"
+        );
+        let across = pages(511);
+        assert!(across.contains(&511) && across.contains(&512), "{across:?}");
+        assert!(pages(1000).is_empty() && pages(100).is_empty());
     }
 
     #[test]
