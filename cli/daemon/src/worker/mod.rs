@@ -343,6 +343,8 @@ impl Worker {
                 if let Some(open) = lock(&self.services).remove(&key) {
                     self.totals.forget(&open.service.name);
                 }
+                // The service may have been removed before it was announced.
+                lock(&self.ancestors).remove(&key);
                 self.layers.forget_closed();
                 self.shared.forget_closed();
             }
