@@ -145,8 +145,8 @@ fn quarantine_is_of_a_frame_in_one_file() {
         let pager = Pager::new(Arc::clone(&child)).prefetch(Prefetch::Off);
         let handover = owner.handover();
         let tables = pager.tables(&handover.regions).unwrap();
-        let paged = pager.resume(handover, tables, &[quarantined]).unwrap();
-        (owner.child.wait(), paged.wait())
+        let served = pager.resume(handover, tables, &[quarantined]).unwrap();
+        (owner.child.wait(), served.wait())
     };
     let (ended, _) = end(id(1, &unused));
     assert_eq!(ended, Ended::Exit(0), "no page is in that frame");

@@ -23,10 +23,13 @@ use snapshot_format::{
 
 use super::lock;
 
-/// The open layers of all snapshots of this worker, by device and inode of their files. The number
-/// of an inode is not reused as long as its layer is open.
+/// The open layers of all snapshots of this worker. The number of an inode is not reused as long as
+/// its layer is open.
 #[derive(Debug, Default)]
-pub(super) struct OpenLayers(Mutex<HashMap<(u64, u64), Vec<Weak<Layer>>>>);
+pub(super) struct OpenLayers(Mutex<LayersByFile>);
+
+/// Layers by the device and inode of their files.
+type LayersByFile = HashMap<(u64, u64), Vec<Weak<Layer>>>;
 
 impl OpenLayers {
     /// Returns the layer of the same file that another snapshot has open, or this one.

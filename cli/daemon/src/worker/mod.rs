@@ -334,20 +334,9 @@ impl Worker {
             }
             ToWorker::Service { key, service } => {
                 let file = next().ok_or_else(missing("a snapshot without its file"))?;
-                let own = FileStore::from_file(File::from(file), &service.snapshot);
-                let ancestors = lock(&self.ancestors).remove(&key).unwrap_or_default();
-                let files = PassedFiles::new(own, ancestors, &self.layers);
-                lock(&self.services).insert(key, Arc::new(OpenService::new(files, service)));
+                self.add_service(key, service, file);
             }
-            ToWorker::RemoveService { key } => {
-                if let Some(open) = lock(&self.services).remove(&key) {
-                    self.totals.forget(&open.service.name);
-                }
-                // The service may have been removed before it was announced.
-                lock(&self.ancestors).remove(&key);
-                self.layers.forget_closed();
-                self.shared.forget_closed();
-            }
+            ToWorker::RemoveService { key } => self.remove_service(key),
             ToWorker::Vm {
                 id,
                 service,
@@ -429,6 +418,24 @@ impl Worker {
             ToWorker::Shutdown => {}
         }
         Ok(())
+    }
+
+    /// Adds a service, whose snapshot's ancestors were passed before.
+    fn add_service(&self, key: u64, service: Service, file: OwnedFd) {
+        let own = FileStore::from_file(File::from(file), &service.snapshot);
+        let ancestors = lock(&self.ancestors).remove(&key).unwrap_or_default();
+        let files = PassedFiles::new(own, ancestors, &self.layers);
+        lock(&self.services).insert(key, Arc::new(OpenService::new(files, service)));
+    }
+
+    fn remove_service(&self, key: u64) {
+        if let Some(open) = lock(&self.services).remove(&key) {
+            self.totals.forget(&open.service.name);
+        }
+        // The service may have been removed before it was announced.
+        lock(&self.ancestors).remove(&key);
+        self.layers.forget_closed();
+        self.shared.forget_closed();
     }
 
     fn spawn(
