@@ -518,6 +518,7 @@ correspond to the options, with the same defaults; only name, snapshot and socke
 
   control = \"/run/snaprestore/control.socket\"
   metrics = \"127.0.0.1:9100\"
+  layers = [\"/var/lib/snaprestore/bases\"]
 
   [[service]]
   name = \"web\"
@@ -546,6 +547,9 @@ Events are logged to standard error. SNAPRESTORE_LOG sets the level, for example
 /// exits. On a second signal it kills the VMs that are not complete. The exit code is 1 if it
 /// killed a VM that it should have completed. A worker process serves the pages; it is replaced
 /// when it crashes or hangs.
+///
+/// A layered snapshot is served like any other. The daemon keeps the files of its ancestors open,
+/// so they may be renamed or deleted while it is served.
 ///
 /// --config serves several snapshots, each at its own socket. --control lets `snaprestore ctl` add
 /// and remove snapshots, list the VMs, and complete them.
@@ -579,8 +583,8 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stuck_after: u64,
-    /// Size of the cache of decoded frames that VMs of one snapshot share, in MiB for the whole
-    /// daemon; 0 disables it
+    /// Size of the cache of decoded frames that VMs of one snapshot, or of children of one base,
+    /// share, in MiB for the whole daemon; 0 disables it
     #[arg(long, default_value_t = 64, value_name = "MIB",
         value_parser = clap::value_parser!(u64).range(..=1 << 20))]
     pub(crate) frame_cache: u64,
@@ -591,6 +595,8 @@ pub(crate) struct Serve {
     /// User to run the sandboxed worker as, by name or number; it keeps CAP_KILL to kill VMs
     #[arg(long, value_name = "USER", conflicts_with = "no_confine")]
     pub(crate) user: Option<String>,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
     #[command(flatten)]
     pub(crate) options: ServiceOptions,
 }

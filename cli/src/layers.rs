@@ -19,9 +19,10 @@ use crate::target;
 const FOLDERS_VARIABLE: &str = "SNAPRESTORE_LAYERS";
 
 /// Returns the folders to search for ancestors, besides those of the snapshots: of the options,
-/// then of the environment.
-fn folders(layers: &args::Layers) -> Result<Vec<PathBuf>> {
+/// then `configured` ones, then of the environment.
+pub(crate) fn folders(layers: &args::Layers, configured: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut folders = layers.folders.clone();
+    folders.extend_from_slice(configured);
     for folder in &folders {
         let named = || format!("{}: cannot search it for layers", names::path(folder));
         if !folder.metadata().with_context(named)?.is_dir() {
@@ -36,7 +37,7 @@ fn folders(layers: &args::Layers) -> Result<Vec<PathBuf>> {
 
 /// Returns the resolver of ancestors; `first` is a folder that is searched before all others.
 pub(crate) fn resolver(layers: &args::Layers, first: Option<PathBuf>) -> Result<Arc<LayerFolders>> {
-    let all = first.into_iter().chain(folders(layers)?);
+    let all = first.into_iter().chain(folders(layers, &[])?);
     Ok(Arc::new(LayerFolders::new(all)))
 }
 
@@ -94,7 +95,7 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
         _ => PathBuf::from("."),
     };
-    for folder in std::iter::once(beside).chain(folders(layers)?) {
+    for folder in std::iter::once(beside).chain(folders(layers, &[])?) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
             let Ok(other) = Layer::open_path(&path) else {

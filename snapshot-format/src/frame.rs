@@ -115,6 +115,13 @@ impl FrameRef {
         self.layer
     }
 
+    /// Returns the reference as the file that holds the frame would have it: equal for all
+    /// snapshots of which that file is a layer, whatever its number there.
+    #[must_use]
+    pub fn in_own_file(self) -> Self {
+        Self { layer: 0, ..self }
+    }
+
     /// Returns the offset of the frame record's first byte in the file that holds it.
     pub fn offset(&self) -> u64 {
         self.offset

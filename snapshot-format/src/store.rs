@@ -50,15 +50,21 @@ pub trait Store: Send + Sync {
     fn folder(&self) -> Option<PathBuf> {
         None
     }
+
+    /// Returns the open file that is read, if the store is one: its descriptor can be passed to
+    /// another process.
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// A snapshot in a regular file or on a block device, read with `pread`.
 #[derive(Debug)]
 pub struct FileStore {
     file: File,
-    path: PathBuf,
-    /// Whether `path` is where the file was opened, and more than a name in messages.
-    opened_here: bool,
+    name: String,
+    /// The folder of the file, if it was opened by its path.
+    folder: Option<PathBuf>,
 }
 
 impl FileStore {
@@ -74,29 +80,38 @@ impl FileStore {
     /// Opens the regular file or block device at `path` for reading. It refuses everything else,
     /// and never blocks: a pipe without a writer, or a terminal, would block here forever.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
-        let path = path.as_ref().to_path_buf();
+        let path = path.as_ref();
         // Opening a device can have side effects, and opening a socket has no error that names it.
         check_kind(path.metadata()?.file_type())?;
         let file = File::options()
             .read(true)
             .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-            .open(&path)?;
+            .open(path)?;
         // The name may refer to another file by now.
         check_kind(file.metadata()?.file_type())?;
         make_blocking(&file)?;
+        let folder = path.parent().map(|folder| match folder.as_os_str() {
+            empty if empty.is_empty() => PathBuf::from("."),
+            _ => folder.to_owned(),
+        });
         Ok(Self {
             file,
-            path,
-            opened_here: true,
+            name: escape_path(path),
+            folder,
         })
     }
 
     /// Wraps a file that is already open; `path` is its name in messages.
-    pub fn from_file(file: File, path: impl Into<PathBuf>) -> Self {
+    pub fn from_file(file: File, path: impl AsRef<Path>) -> Self {
+        Self::named(file, escape_path(path.as_ref()))
+    }
+
+    /// Wraps a file that is already open, with the given name.
+    pub fn named(file: File, name: impl Into<String>) -> Self {
         Self {
             file,
-            path: path.into(),
-            opened_here: false,
+            name: name.into(),
+            folder: None,
         }
     }
 
@@ -151,16 +166,15 @@ impl Store for FileStore {
     }
 
     fn name(&self) -> String {
-        escape_path(&self.path)
+        self.name.clone()
     }
 
     fn folder(&self) -> Option<PathBuf> {
-        let folder = self.path.parent().filter(|_| self.opened_here)?;
-        Some(if folder.as_os_str().is_empty() {
-            PathBuf::from(".")
-        } else {
-            folder.to_owned()
-        })
+        self.folder.clone()
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 }
 

@@ -11,7 +11,7 @@ use nix::sys::socket::{
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use snaprestore_engine::pager::OwnerRegion;
+use snaprestore_engine::pager::{FrameId, OwnerRegion};
 use snaprestore_uffd::os::receive;
 
 use crate::api::config::Service;
@@ -28,7 +28,16 @@ pub(crate) const FAIL: &str = "SNAPRESTORE_FAIL";
 /// Messages from the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
-    /// Announces a snapshot from which VMs may be restored. Comes with its open file.
+    /// Passes on the next ancestor of a snapshot that is about to be announced. Comes with its open
+    /// file. A message for each, since one can't carry the descriptors of a long chain.
+    Layer {
+        /// The number of the service.
+        key: u64,
+        /// The name of the file in messages.
+        name: String,
+    },
+    /// Announces a snapshot from which VMs may be restored. Comes with its open file; its ancestors
+    /// have been passed on.
     Service {
         /// The number by which VMs refer to it.
         key: u64,
@@ -52,7 +61,7 @@ pub(crate) enum ToWorker {
         #[serde(default)]
         page_map: bool,
         /// Frames of the snapshot that must not be decoded.
-        quarantined: Vec<u64>,
+        quarantined: Vec<FrameId>,
     },
     /// Ends a service: no more VMs will be restored from its snapshot, and all of them have ended.
     RemoveService {

@@ -10,6 +10,7 @@ use snaprestore_daemon::{Console, Endpoint, Options, Supervisor};
 
 use crate::args;
 use crate::exit::Exit;
+use crate::layers;
 use crate::output::Output;
 use crate::signals::Cancel;
 
@@ -17,6 +18,10 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
     let config = config(args)?;
     let options = Options {
         stuck_after: Duration::from_secs(args.stuck_after),
+        layers: layers::folders(&args.layers, &config.layers)?
+            .iter()
+            .map(absolute)
+            .collect::<Result<_, _>>()?,
         frame_cache: args.frame_cache,
         log_format: args.log_format,
         confine: !args.no_confine,

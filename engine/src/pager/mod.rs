@@ -17,7 +17,7 @@
 //! The indispensable state of a session is in its [tables](Pager::tables), a memfd. Messages are
 //! read into this memfd, too: a read permits the owner's discard to proceed, and the kernel
 //! finishes it even if the process is killed meanwhile, so the message must not be lost. A
-//! supervisor holds the userfaultfd, the pidfd, the tables and the snapshot's open file. After the
+//! supervisor holds the userfaultfd, the pidfd, the tables and the snapshot's open files. After the
 //! process is gone, another one [continues](Pager::resume) with them. [`Vitals`] tells the
 //! supervisor whether the process is stuck, and on which frames it died.
 //!
@@ -38,4 +38,4 @@ pub use handover::{Handover, HandoverError, OwnerRegion};
 pub use owner::OnError;
 pub use paged::{AttachError, Paged, Pager, SessionEnd};
 
-pub use crate::session::{Pulse, Vitals};
+pub use crate::session::{FrameId, Pulse, Vitals};

@@ -14,7 +14,7 @@ use snapshot_format::{ReadError, Snapshot};
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
 use crate::runtime::{Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
-use crate::session::{Extent, Failure, Kernel, Session, SnapshotImage, State};
+use crate::session::{Extent, Failure, FrameId, Kernel, Session, SnapshotImage, State};
 use crate::stats::Stats;
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
@@ -227,15 +227,15 @@ impl Pager {
     /// The previous serving process must be gone entirely, as its pidfd tells. Messages that it had
     /// read but not recorded are recorded, and waiting threads are made to fault again. The regions
     /// are those of the handover, whatever the owner has done with its memory since. `quarantined`
-    /// are frames, by their offset in the file, that must not be decoded:
-    /// [`Vitals::decoding`](super::Vitals::decoding) returns those on which a process died.
+    /// are frames that must not be decoded: [`Vitals::decoding`](super::Vitals::decoding) returns
+    /// those on which a process died. The snapshot must have the same layers as before.
     ///
     /// If this fails, nobody serves the owner. The tables are unchanged, unless it was killed.
     pub fn resume(
         self,
         handover: Handover,
         tables: OwnedFd,
-        quarantined: &[u64],
+        quarantined: &[FrameId],
     ) -> Result<Paged, AttachError> {
         let begun = Instant::now();
         let tables = State::open(tables).map_err(AttachError::resources(TABLES))?;
@@ -255,7 +255,7 @@ impl Pager {
         self,
         handover: Handover,
         (state, ring): (State, Ring),
-        quarantined: &[u64],
+        quarantined: &[FrameId],
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
@@ -289,7 +289,7 @@ impl Pager {
         };
         let decoders = self.threads.decoders();
         let mut session = Session::new(kernel, image, state, Box::new(guard), None, decoders);
-        session.quarantine(quarantined.iter().copied());
+        session.quarantine(quarantined);
         session.recover();
         check_registered(&session).inspect_err(|_| {
             owner.kill("it hands over memory that is not registered");

@@ -45,6 +45,10 @@ impl Shared {
     /// Creates shared resources that keep `frame_cache` bytes of decoded frames; 0 keeps none. A
     /// frame larger than a quarter of that is not kept. Each thread that is serving or prefetching
     /// may hold another 3 MiB; two such contexts per core are kept as long as there is a session.
+    ///
+    /// Frames belong to the file that holds them: sessions of one snapshot share them, and sessions
+    /// of snapshots that have a [`Layer`](snapshot_format::Layer) in common share those of the
+    /// layer.
     pub fn new(frame_cache: u64) -> Self {
         let frames = (frame_cache > 0).then(|| Arc::new(FrameCache::new(frame_cache)));
         Self {
@@ -81,7 +85,7 @@ impl Shared {
         frames.map(|frames| frames.stats()).unwrap_or_default()
     }
 
-    /// Drops the frames of snapshots that nobody has open any more. Starting a session does so,
+    /// Drops the frames of files that nobody has open any more. Starting a session does so,
     /// too.
     pub fn forget_closed(&self) {
         if let Some(frames) = &self.frames {

@@ -71,13 +71,13 @@ use std::time::Duration;
 
 use fault::in_flight::InFlight;
 use fault::outcome::InstallError;
-use platform::FrameId;
 use state::address_map::{LARGE_BYTES, block_of};
 use stats::add;
 
 #[cfg(feature = "bench-internals")]
 pub use bench::PageStates;
 pub use failure::{Failure, FailureDecision, FailureKind, FailurePolicy};
+pub use platform::FrameId;
 pub use state::{Pulse, Vitals};
 
 pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
@@ -184,8 +184,8 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Quarantines these frames: they fail as damaged frames do, without being decoded.
-    pub(crate) fn quarantine(&mut self, frames: impl IntoIterator<Item = u64>) {
-        self.quarantined.extend(frames.into_iter().map(FrameId));
+    pub(crate) fn quarantine(&mut self, frames: &[FrameId]) {
+        self.quarantined.extend(frames);
     }
 
     /// Makes every thread return from [`Session::serve`]. Pending faults are not answered.

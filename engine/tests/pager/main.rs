@@ -9,6 +9,7 @@
 
 mod ending;
 mod huge;
+mod layers;
 mod owner;
 mod shared;
 

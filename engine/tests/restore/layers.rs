@@ -92,19 +92,30 @@ fn frames_of_ancestors_bring_neighbours() {
     let bytes = random_bytes(PAGES, 3);
     write(folder.path(), "a.snap", &bytes, None);
     write(folder.path(), "b.snap", &bytes, Some("a.snap"));
-    let decoded = |name: &str| {
+    // One page within each frame of the base changes, so that its others are in two pieces.
+    let mut changed = bytes.clone();
+    for page in changed.chunks_mut(PAGE).skip(3).step_by(FRAME) {
+        page[0] ^= 1;
+    }
+    write(folder.path(), "c.snap", &changed, Some("a.snap"));
+    let decoded = |name: &str, bytes: &[u8]| {
         let snapshot = Arc::new(Snapshot::open_path(folder.path().join(name)).unwrap());
         let restored = Restore::new(snapshot)
             .prefetch(Prefetch::Off)
             .start()
             .unwrap();
-        compare(&restored, &bytes, (0..PAGES).map(|n| n * 1031 % PAGES));
+        compare(&restored, bytes, (0..PAGES).map(|n| n * 1031 % PAGES));
         restored.stats().bytes_decoded
     };
-    let (flat, layered) = (decoded("a.snap"), decoded("b.snap"));
+    let (flat, layered) = (decoded("a.snap", &bytes), decoded("b.snap", &bytes));
     assert!(
         layered <= flat * 11 / 10,
         "{layered} bytes decoded, {flat} flat"
+    );
+    let (own, split) = (PAGES * 4096 / 8, decoded("c.snap", &changed));
+    assert!(
+        split <= (flat + own) * 11 / 10,
+        "{split} bytes decoded, {flat} flat and {own} changed"
     );
 }
 
@@ -133,6 +144,7 @@ fn damage_in_an_ancestor_fails_its_pages_by_name() {
         &bytes,
         (0..PAGES).filter(|page| !(490..510).contains(page)),
     );
+    assert!(!restored.wait_complete());
     let failures = restored.failures();
     assert!(!failures.is_empty());
     for failure in failures {

@@ -85,6 +85,12 @@ pub trait Ancestors: fmt::Debug + Send + Sync {
         beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError>;
 
+    /// Returns the layer to use for the snapshot's own file, of which `own` was opened: one of the
+    /// same file that other snapshots use already, or `own`.
+    fn share_own(&self, own: Arc<Layer>) -> Arc<Layer> {
+        own
+    }
+
     /// Returns the places that [`Ancestors::find`] searches, for messages.
     fn searched(&self, beside: Option<&Path>) -> Vec<String> {
         let _ = beside;
@@ -247,8 +253,10 @@ pub(super) struct Chain {
 impl Chain {
     /// Opens all ancestors of `own`.
     pub(super) fn open(own: Layer, ancestors: &dyn Ancestors) -> Result<Self, OpenError> {
-        let mut layers = vec![Arc::new(own)];
-        let own = Arc::clone(&layers[0]);
+        let own = Arc::new(own);
+        let shared = ancestors.share_own(Arc::clone(&own));
+        let is_same = shared.claims_content_of(&own);
+        let mut layers = vec![if is_same { shared } else { Arc::clone(&own) }];
         let beside = own.store().folder();
         for wanted in own.listed_ancestors() {
             let layer = open_one(&own, wanted, ancestors, beside.as_deref())?;

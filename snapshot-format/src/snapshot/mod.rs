@@ -296,15 +296,14 @@ fn open_chain(
     top: &TopTable,
     options: &SnapshotOptions,
 ) -> Result<Chain, OpenError> {
+    let folders = LayerFolders::default();
+    let ancestors = options.ancestors.as_deref().unwrap_or(&folders);
     if own.listed_ancestors().is_empty() {
-        return Chain::open(own, &LayerFolders::default());
+        return Chain::open(own, ancestors);
     }
     // A hint: without it the ancestors are found by their ids.
     own.name_listed();
-    let chain = match &options.ancestors {
-        Some(ancestors) => Chain::open(own, &**ancestors)?,
-        None => Chain::open(own, &LayerFolders::default())?,
-    };
+    let chain = Chain::open(own, ancestors)?;
     let own = &chain.layers[0];
     let at = own.ends().directory.get(SectionKind::Top);
     top.check_ancestors(at.map_or(0, |section| section.offset), &chain.bodies)

@@ -23,6 +23,7 @@ mod operators;
 mod outcomes;
 mod scene;
 mod serve;
+mod states;
 mod supervisors;
 mod thousand;
 mod workers;

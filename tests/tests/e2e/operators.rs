@@ -54,10 +54,12 @@ fn scrape(socket: &Path) -> String {
 /// Returns a number of the metrics, summed over all services.
 fn metric(scene: &Scene, name: &str) -> u64 {
     let text = scrape(&scene.folder.path().join("metrics"));
-    let line = text.lines().find(|line| line.starts_with(name));
-    let value = line.and_then(|line| line.rsplit(' ').next());
-    let value = value.unwrap_or_else(|| panic!("no {name} in {text}"));
-    value.parse().expect(name)
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    let values: Vec<u64> = lines
+        .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+        .collect();
+    assert!(!values.is_empty(), "no {name} in {text}");
+    values.iter().sum()
 }
 
 #[test]
@@ -77,6 +79,62 @@ fn vms_of_one_snapshot_share_decoded_frames() {
     assert!(metric(&scene, "snaprestore_frame_cache_hits_total") > 0);
     assert!(metric(&scene, "snaprestore_frame_cache_frames") > 0);
     assert_eq!(endings(&scene.stop()).len(), 4);
+}
+
+/// The VMs of two services touch the same tenth of their memory, one after the other. The snapshots
+/// are children of one base.
+#[test]
+fn services_of_one_base_share_decoded_frames() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let (base, base_raw) = (scene.snapshot.clone(), scene.raw().to_owned());
+    scene.branch("one", (0..PAGES).step_by(100));
+    serve(&mut scene);
+    // The second child is another one of the base.
+    let one_raw = scene.raw().to_owned();
+    scene.base_on(&base, &base_raw);
+    scene.branch("two", (50..PAGES).step_by(100));
+    let path = |name: &str| scene.path(name).display().to_string();
+    for (name, snapshot) in [("two", &scene.snapshot), ("base", &base)] {
+        let (snapshot, socket) = (snapshot.display().to_string(), path(&format!("at-{name}")));
+        let options = [
+            "--prefetch",
+            "off",
+            "--snapshot",
+            &snapshot,
+            "--socket",
+            &socket,
+        ];
+        ctl(&scene, &[&["add", name][..], &options].concat());
+    }
+    let list = ctl(&scene, &["list"]);
+    let layers: Vec<_> = (0..3)
+        .map(|n| list["services"][n]["layers"].clone())
+        .collect();
+    assert_eq!(layers, [2, 2, 1], "{list}");
+
+    let tenth = (PAGES / 10).to_string();
+    let only = ["--only", &tenth];
+    let mut decoded = Vec::new();
+    for (number, mut vmm) in [
+        scene.vmm_of(&one_raw, &only),
+        scene.vmm_at(&scene.path("at-two"), &only),
+        scene.vmm_to(&scene.path("at-base"), &base_raw, &only),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let run = Run::of(&mut vmm).exits(0);
+        assert_eq!(run.out, format!("{tenth} pages right\n").as_bytes());
+        scene.wait_for("pages installed", number + 1);
+        decoded.push(metric(&scene, "snaprestore_decoded_bytes_total"));
+    }
+    let [one, two, all] = decoded[..] else {
+        panic!("{decoded:?}");
+    };
+    assert!(two * 100 <= one * 115, "{decoded:?}");
+    // The base is a service, too, and its file is open already.
+    assert!(all * 100 <= one * 115, "{decoded:?}");
+    assert_eq!(endings(&scene.stop()), ["exited"; 3]);
 }
 
 #[test]

@@ -58,6 +58,32 @@ impl Scene {
         }
     }
 
+    /// Changes `pages` of the memory, and makes the scene's snapshot a child of the one before, as
+    /// a file of this name.
+    pub(crate) fn branch(&mut self, name: &str, pages: impl Iterator<Item = u64>) {
+        let mut memory = fs::read(&self.raw).expect("cannot read the file");
+        for page in pages {
+            let page = usize::try_from(page).expect("page number out of range");
+            let salt = name.len() * 31 + page;
+            let bytes = memory[page * 4096..][..4096].iter_mut();
+            for (at, byte) in bytes.enumerate() {
+                *byte = byte.wrapping_add((salt + at * at).to_le_bytes()[0] | 1);
+            }
+        }
+        self.raw = self.path(&format!("{name}.raw"));
+        fs::write(&self.raw, memory).expect("cannot write the file");
+        let (base, child) = (self.snapshot.clone(), self.path(name));
+        let mut create = snaprestore(["create", "--holes", "zero", "--base"]);
+        create.args([&base, &self.raw]).arg("--output").arg(&child);
+        let _ = Run::of(&mut create).exits(0);
+        self.snapshot = child;
+    }
+
+    /// Makes the scene's snapshot and memory those of an earlier one.
+    pub(crate) fn base_on(&mut self, snapshot: &Path, raw: &Path) {
+        (self.snapshot, self.raw) = (snapshot.to_owned(), raw.to_owned());
+    }
+
     /// Returns the path of the original memory.
     pub(crate) fn raw(&self) -> &Path {
         &self.raw
@@ -143,16 +169,17 @@ impl Scene {
     }
 
     pub(crate) fn vmm_of(&self, raw: &Path, options: &[&str]) -> Command {
-        self.vmm_with(&self.socket(), raw, options)
+        self.vmm_to(&self.socket(), raw, options)
     }
 
     /// Returns a VMM's command with the given socket.
     pub(crate) fn vmm_at(&self, socket: &Path, options: &[&str]) -> Command {
-        self.vmm_with(socket, &self.raw, options)
+        self.vmm_to(socket, &self.raw, options)
     }
 
+    /// Returns a VMM's command with the given socket and memory.
     #[expect(clippy::unused_self, reason = "a VMM is one of a scene")]
-    fn vmm_with(&self, socket: &Path, raw: &Path, options: &[&str]) -> Command {
+    pub(crate) fn vmm_to(&self, socket: &Path, raw: &Path, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
         command.arg(socket).arg(raw).args(options);
         command

@@ -4,6 +4,7 @@
 //! ```toml
 //! control = "/run/snaprestore/control.socket"
 //! metrics = "127.0.0.1:9100"
+//! layers = ["/var/lib/snaprestore/bases"]
 //!
 //! [[service]]
 //! name = "web"
@@ -355,6 +356,10 @@ pub struct Config {
     /// The address at which metrics are served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<MetricsAddress>,
+    /// Folders in which the ancestors of layered snapshots are looked for, after the folder of the
+    /// snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<PathBuf>,
     /// The services.
     #[serde(default, rename = "service")]
     pub services: Vec<Service>,
@@ -394,6 +399,7 @@ impl Config {
             }
         };
         config.control.iter_mut().for_each(resolve);
+        config.layers.iter_mut().for_each(resolve);
         if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {
             resolve(path);
         }
@@ -414,6 +420,9 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         let mut names = BTreeSet::new();
         let mut sockets = BTreeSet::new();
+        for folder in &self.layers {
+            absolute("layers", folder)?;
+        }
         if let Some(control) = &self.control {
             check_socket("control", control)?;
             sockets.insert(control);
@@ -464,6 +473,7 @@ mod tests {
     const WHOLE: &str = r#"
 control = "/run/control.socket"
 metrics = "127.0.0.1:9100"
+layers = ["bases", "/srv/bases"]
 
 [[service]]
 name = "web"
@@ -502,6 +512,8 @@ socket_group = "kvm"
         assert_eq!(config.control, Some("/run/control.socket".into()));
         let address = "127.0.0.1:9100".parse().unwrap();
         assert_eq!(config.metrics, Some(MetricsAddress::Loopback(address)));
+        let layers = ["/etc/snaprestore/bases", "/srv/bases"];
+        assert_eq!(config.layers, layers.map(PathBuf::from));
         let [web, db] = &config.services[..] else {
             panic!("{config:?}");
         };
@@ -601,6 +613,7 @@ socket_group = "kvm"
             &["107", "120"],
         );
         refused(&service.replace("\"s\"", "\"\""), &["snapshot", "empty"]);
+        refused(&format!("layers = [\"\"]\n{service}"), &["layers", "empty"]);
         refused("[[service]]\nname = \"a\"", &["snapshot"]);
         refused("", &["nothing to serve"]);
     }

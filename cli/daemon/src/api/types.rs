@@ -101,10 +101,17 @@ pub struct List {
 pub struct ServiceStatus {
     /// The service.
     pub service: Service,
+    /// Number of files of its snapshot: 1, and one for each ancestor.
+    #[serde(default = "one_layer")]
+    pub layers: u64,
     /// Number of VMs being served.
     pub serving: u64,
     /// Number of VMs that have ended, in whatever way.
     pub ended: u64,
+}
+
+fn one_layer() -> u64 {
+    1
 }
 
 /// Status of a VM.

@@ -1,7 +1,6 @@
 //! From a connection to a VM, and to its end.
 
 use std::fmt::Display;
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use snaprestore_engine::pager::SessionEnd;
@@ -10,6 +9,7 @@ use snapshot_format::names::escape_path;
 
 use super::listener::BoundSocket;
 use super::services::{Accepted, AddServiceError, AdmitError, StoredSocket};
+use super::snapshot_files::SnapshotFiles;
 use super::vm::{PartlyStored, VmRecord};
 use super::{Outgoing, Stopping, Supervisor};
 use crate::api::config::Service;
@@ -24,23 +24,27 @@ impl Supervisor {
     pub(super) fn add_opened(
         &mut self,
         service: Service,
-        file: OwnedFd,
+        files: SnapshotFiles,
     ) -> Result<(), AddServiceError> {
         // Another service may have been added meanwhile.
         self.services.check_addable(&service)?;
         let socket = self.listen(&service)?;
+        let layers = match files.ancestor_names().len() {
+            0 => String::new(),
+            ancestors => format!(" ({} layers)", ancestors + 1),
+        };
         self.journal.info(format_args!(
-            "serving {} at {}",
+            "serving {}{layers} at {}",
             escape_path(&service.snapshot),
             escape_path(&service.socket)
         ));
         let (key, warnings) = self
             .services
-            .insert(service, file, socket, &mut self.fd_store);
+            .insert(service, files, socket, &mut self.fd_store);
         for warning in warnings {
             self.journal.error(warning);
         }
-        self.workers.queue(Outgoing::Service(key));
+        self.workers.queue_service(key, &self.services);
         Ok(())
     }
 
@@ -63,7 +67,7 @@ impl Supervisor {
         for opened in self.services.take_opened(self.options.stuck_after) {
             let result = match opened.result {
                 _ if self.stopping != Stopping::No => Err(AddServiceError::ShuttingDown),
-                Ok((service, file)) => self.add_opened(service, file),
+                Ok((service, files)) => self.add_opened(service, files),
                 Err(error) => Err(error),
             };
             self.workers

@@ -22,6 +22,7 @@ mod journal;
 mod listener;
 mod recovery;
 mod services;
+mod snapshot_files;
 mod upgrade;
 mod vm;
 mod vms;
@@ -32,6 +33,7 @@ mod workers;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -64,7 +66,10 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Time for which a VM may wait for an inactive worker.
     pub stuck_after: Duration,
-    /// Size of the cache of decoded frames that VMs of one snapshot share, in MiB.
+    /// Folders in which the ancestors of layered snapshots are looked for, after the folder of the
+    /// snapshot.
+    pub layers: Vec<PathBuf>,
+    /// Size of the cache of decoded frames that VMs share, in MiB.
     pub frame_cache: u64,
     /// The format of log lines.
     pub log_format: LogFormat,
@@ -79,6 +84,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             stuck_after: Duration::from_secs(30),
+            layers: Vec::new(),
             frame_cache: 64,
             log_format: LogFormat::Text,
             confine: true,
@@ -245,8 +251,9 @@ impl Supervisor {
     /// can't be created, or another service has the name or the socket.
     pub fn add(&mut self, service: Service) -> Result<(), AddServiceError> {
         self.services.check_addable(&service)?;
-        let file = services::open(&service.snapshot, self.options.stuck_after)?;
-        self.add_opened(service, file)
+        let (folders, timeout) = (&self.options.layers, self.options.stuck_after);
+        let files = services::open(&service.snapshot, folders, timeout)?;
+        self.add_opened(service, files)
     }
 
     /// Serves until asked to stop, and every VM has ended or was released.

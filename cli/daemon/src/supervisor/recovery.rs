@@ -33,9 +33,8 @@ impl Supervisor {
             self.vms.take_id(id);
             match StoredVm::recover(id, descriptors) {
                 Ok(StoredVm::Whole(record, snapshot)) => {
-                    let file = files.remove(&*snapshot.file);
-                    let file = file.and_then(|mut fds| fds.pop()).map(|(_, file)| file);
-                    self.recover_vm(record, snapshot, file);
+                    let stored = files.remove(&*snapshot.file);
+                    self.recover_vm(record, snapshot, stored);
                 }
                 Ok(StoredVm::Partial(record, why)) => {
                     self.drop_vm(record, SessionEnd::Killed(Chain(&why).to_string()));
@@ -56,13 +55,18 @@ impl Supervisor {
         }
     }
 
-    fn recover_vm(&mut self, mut record: VmRecord, snapshot: SnapshotRef, file: Option<OwnedFd>) {
-        let Some((service, is_new)) = self.services.recover(snapshot, file) else {
-            let why = "its snapshot's open file was not held".to_owned();
+    fn recover_vm(
+        &mut self,
+        mut record: VmRecord,
+        snapshot: SnapshotRef,
+        stored: Option<Vec<(String, OwnedFd)>>,
+    ) {
+        let Some((service, is_new)) = self.services.recover(snapshot, stored) else {
+            let why = "not all open files of its snapshot were held".to_owned();
             return self.drop_vm(record, SessionEnd::Killed(why));
         };
         if is_new {
-            self.workers.queue(Outgoing::Service(service));
+            self.workers.queue_service(service, &self.services);
         }
         record.assign(service);
         if let Err(error) = record.open_page_map() {

@@ -1,7 +1,7 @@
 //! Services: their snapshots and the sockets to which VMs connect.
 //!
-//! Invariant: a service's snapshot and listening socket are stored before a VM can connect to it,
-//! and stay stored until its last VM has ended.
+//! Invariant: the files of a service's snapshot and its listening socket are stored before a VM can
+//! connect to it, and stay stored until its last VM has ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -13,10 +13,11 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use snaprestore_uffd::os::{Peer, credentials_of, peer_of};
+use snapshot_format::OpenError;
 use snapshot_format::names::escape_path;
-use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use super::listener::{BoundSocket, ListenError};
+use super::snapshot_files::SnapshotFiles;
 use super::vm::SnapshotRef;
 use crate::api::config::Service;
 use crate::api::types::{RequestError, VmState};
@@ -45,13 +46,7 @@ pub enum AddServiceError {
     /// The snapshot can't be used.
     #[error("cannot open the snapshot")]
     Snapshot(#[from] OpenError),
-    /// The snapshot consists of several files.
-    #[error("{snapshot} is layered: a service needs a snapshot in one file")]
-    Layered {
-        /// The path of the snapshot, escaped.
-        snapshot: String,
-    },
-    /// The snapshot's file could not be opened once more, or no thread could be started to open it.
+    /// A descriptor of the snapshot could not be kept, or no thread could be started to open it.
     #[error("cannot open {snapshot}")]
     Open {
         /// The path of the snapshot, escaped.
@@ -118,7 +113,7 @@ pub(super) struct Services {
 #[derive(Debug)]
 struct ServiceRecord {
     snapshot: SnapshotRef,
-    file: OwnedFd,
+    files: SnapshotFiles,
     /// The socket to which VMs connect, until the service is closed.
     listener: Option<StoredSocket>,
     /// Whether the service was removed; it is dropped with its last VM.
@@ -140,7 +135,7 @@ struct OpeningService {
     /// The number of the operator's request.
     number: u64,
     service: Service,
-    opened: Receiver<Result<OwnedFd, AddServiceError>>,
+    opened: Receiver<Result<SnapshotFiles, AddServiceError>>,
     since: Instant,
 }
 
@@ -149,7 +144,7 @@ struct OpeningService {
 pub(super) struct Opened {
     /// The number of the operator's request.
     pub(super) number: u64,
-    pub(super) result: Result<(Service, OwnedFd), AddServiceError>,
+    pub(super) result: Result<(Service, SnapshotFiles), AddServiceError>,
 }
 
 /// A connection, and what is known about its peer.
@@ -197,11 +192,12 @@ impl Services {
         &mut self,
         number: u64,
         service: Service,
+        folders: &[PathBuf],
     ) -> Result<(), AddServiceError> {
         self.check_addable(&service)?;
         self.opening.push(OpeningService {
             number,
-            opened: start_opening(&service.snapshot)?,
+            opened: start_opening(&service.snapshot, folders)?,
             service,
             since: Instant::now(),
         });
@@ -213,7 +209,7 @@ impl Services {
         let mut done = Vec::new();
         for opening in std::mem::take(&mut self.opening) {
             let result = match opening.opened.try_recv() {
-                Ok(opened) => opened.map(|file| (opening.service, file)),
+                Ok(opened) => opened.map(|files| (opening.service, files)),
                 Err(TryRecvError::Empty) if opening.since.elapsed() < timeout => {
                     self.opening.push(opening);
                     continue;
@@ -242,25 +238,26 @@ impl Services {
     pub(super) fn insert(
         &mut self,
         service: Service,
-        file: OwnedFd,
+        files: SnapshotFiles,
         socket: BoundSocket,
         fd_store: &mut FdStore,
     ) -> (u64, Vec<String>) {
         let key = self.next_key();
         let store_id = format!("file-{}-{key}", std::process::id());
         let mut warnings = Vec::new();
-        if let Err(error) = fd_store.store(&store_id, &service.name, &[("snapshot", file.as_fd())])
-        {
+        if let Err(error) = files.store(&store_id, &service.name, fd_store) {
             warnings.push(format!(
-                "cannot store a snapshot's descriptor; its VMs are lost if this process dies: {error}"
+                "cannot store the descriptors of {}; its VMs are lost if this process dies: {error}",
+                escape_path(&service.snapshot)
             ));
         }
         let record = ServiceRecord {
             snapshot: SnapshotRef {
                 service: Arc::new(service),
                 file: store_id.into(),
+                ancestors: Arc::clone(files.ancestor_names()),
             },
-            file,
+            files,
             listener: Some(StoredSocket {
                 id: socket.store_id(),
                 socket,
@@ -274,11 +271,12 @@ impl Services {
     }
 
     /// Returns the number of the service that the VMs of a stored snapshot belong to, and whether
-    /// it is new: the first of these VMs brings the snapshot's `file`. The service accepts no VMs.
+    /// it is new: the first of these VMs brings what was `stored` of the snapshot. The service
+    /// accepts no VMs. Returns `None` if a file of the snapshot is missing.
     pub(super) fn recover(
         &mut self,
         snapshot: SnapshotRef,
-        file: Option<OwnedFd>,
+        stored: Option<Vec<(String, OwnedFd)>>,
     ) -> Option<(u64, bool)> {
         // All VMs of one snapshot belong to one service.
         let mut records = self.records.iter();
@@ -286,11 +284,11 @@ impl Services {
         if let Some((key, _)) = known {
             return Some((*key, false));
         }
-        let file = file?;
+        let files = SnapshotFiles::recover(stored?, &snapshot.ancestors)?;
         let key = self.next_key();
         let record = ServiceRecord {
             snapshot,
-            file,
+            files,
             listener: None,
             removed: true,
             ended: EndCounts::new(),
@@ -419,11 +417,29 @@ impl Services {
         self.records.keys().copied().collect()
     }
 
-    /// Returns the message that passes a service to a worker, with its snapshot.
+    /// Returns the number of ancestors of a service's snapshot.
+    pub(super) fn ancestors(&self, key: u64) -> usize {
+        let record = self.records.get(&key);
+        record.map_or(0, |record| record.files.ancestor_names().len())
+    }
+
+    /// Returns the message that passes a service to a worker, with the file of its snapshot.
     pub(super) fn message(&self, key: u64) -> Option<(ToWorker, BorrowedFd<'_>)> {
         let record = self.records.get(&key)?;
         let service = Service::clone(&record.snapshot.service);
-        Some((ToWorker::Service { key, service }, record.file.as_fd()))
+        Some((ToWorker::Service { key, service }, record.files.own()))
+    }
+
+    /// Returns the message that passes an ancestor of a service's snapshot to a worker, with its
+    /// file.
+    pub(super) fn layer_message(
+        &self,
+        key: u64,
+        number: usize,
+    ) -> Option<(ToWorker, BorrowedFd<'_>)> {
+        let (name, file) = self.records.get(&key)?.files.ancestor(number)?;
+        let name = name.to_owned();
+        Some((ToWorker::Layer { key, name }, file))
     }
 
     /// Names the snapshots of these services.
@@ -465,34 +481,31 @@ impl StoredSocket {
     }
 }
 
-/// Opens the file of a snapshot, and waits for its disk at most for `timeout`.
-pub(super) fn open(path: &Path, timeout: Duration) -> Result<OwnedFd, AddServiceError> {
-    let opened = start_opening(path)?.recv_timeout(timeout);
+/// Opens the files of a snapshot, and waits for their disks at most for `timeout`. Ancestors are
+/// looked for beside the snapshot and in `folders`.
+pub(super) fn open(
+    path: &Path,
+    folders: &[PathBuf],
+    timeout: Duration,
+) -> Result<SnapshotFiles, AddServiceError> {
+    let opened = start_opening(path, folders)?.recv_timeout(timeout);
     opened.map_err(|_| timed_out(path, timeout))?
 }
 
-/// Opens the file of a snapshot in a thread of its own, since the disk may not answer. A bad
+/// Opens the files of a snapshot in a thread of its own, since a disk may not answer. A bad
 /// snapshot is refused here, and not for each VM.
 fn start_opening(
     path: &Path,
-) -> Result<Receiver<Result<OwnedFd, AddServiceError>>, AddServiceError> {
-    let failed = |path: &Path| {
-        let snapshot = escape_path(path);
-        move |source| AddServiceError::Open { snapshot, source }
-    };
-    let open = move |path: &Path| -> Result<OwnedFd, AddServiceError> {
-        if !Snapshot::open_path(path)?.ancestors().is_empty() {
-            let snapshot = escape_path(path);
-            return Err(AddServiceError::Layered { snapshot });
-        }
-        let store = FileStore::open(path).map_err(failed(path))?;
-        Ok(store.into_file().into())
-    };
+    folders: &[PathBuf],
+) -> Result<Receiver<Result<SnapshotFiles, AddServiceError>>, AddServiceError> {
     let (sender, opened) = channel();
-    let own = path.to_owned();
+    let (own, folders) = (path.to_owned(), folders.to_vec());
     let thread = std::thread::Builder::new().name("open".into());
-    let started = thread.spawn(move || sender.send(open(&own)));
-    started.map_err(failed(path))?;
+    let started = thread.spawn(move || sender.send(SnapshotFiles::open(&own, folders)));
+    started.map_err(|source| AddServiceError::Open {
+        snapshot: escape_path(path),
+        source,
+    })?;
     Ok(opened)
 }
 

@@ -43,7 +43,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
-use snaprestore_engine::pager::{AttachError, OwnerRegion, Vitals};
+use snaprestore_engine::pager::{AttachError, FrameId, OwnerRegion, Vitals};
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map};
 use snaprestore_uffd::uffd::{PendingClose, is_userfaultfd};
 
@@ -112,8 +112,8 @@ struct Memory {
     regions: Vec<OwnerRegion>,
     page_map: Option<OwnedFd>,
     snapshot: SnapshotRef,
-    /// Offsets of frames on which workers have died.
-    suspects: BTreeMap<u64, Counter>,
+    /// Frames on which workers have died.
+    suspects: BTreeMap<FrameId, Counter>,
     /// Workers in a row that got stuck on this VM.
     stuck: Counter,
     /// The time at which the present worker was started, or the memory handed over.
@@ -124,8 +124,10 @@ struct Memory {
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotRef {
     pub(super) service: Arc<Service>,
-    /// The id under which the snapshot's open file is stored.
+    /// The id under which the snapshot's open files are stored.
     pub(super) file: Arc<str>,
+    /// The names of its ancestors' files in messages, in the order of its list.
+    pub(super) ancestors: Arc<[String]>,
 }
 
 /// The tables of a VM's session, which its worker and the supervisor share.
@@ -415,6 +417,7 @@ impl VmRecord {
             regions: memory.regions.clone(),
             service: Service::clone(&memory.snapshot.service),
             file: memory.snapshot.file.to_string(),
+            ancestors: memory.snapshot.ancestors.to_vec(),
         };
         let description = description.write().map_err(StoreVmError::Describe)?;
         let mut descriptors = vec![
@@ -589,7 +592,7 @@ impl VmRecord {
         !self.decoding().is_empty()
     }
 
-    fn decoding(&self) -> Vec<u64> {
+    fn decoding(&self) -> Vec<FrameId> {
         let tables = self.state.tables();
         tables.map_or_else(Vec::new, |tables| tables.vitals.decoding())
     }
@@ -656,7 +659,7 @@ impl Memory {
     }
 
     /// Returns the frames that must not be decoded.
-    fn quarantined(&self) -> Vec<u64> {
+    fn quarantined(&self) -> Vec<FrameId> {
         let now = Instant::now();
         let suspects = self.suspects.iter();
         suspects

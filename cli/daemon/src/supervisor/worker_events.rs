@@ -111,7 +111,10 @@ impl Supervisor {
                 Err(AddServiceError::ShuttingDown.into())
             }
             SupervisorRequest::Add(service) => {
-                match self.services.start_opening(number, service) {
+                match self
+                    .services
+                    .start_opening(number, service, &self.options.layers)
+                {
                     // The reply follows when the snapshot is open.
                     Ok(()) => return,
                     Err(error) => Err(error.into()),

@@ -74,6 +74,8 @@ struct UnkillableWorker {
 /// A message queued for the worker. Its descriptors are looked up when it is sent.
 #[derive(Debug)]
 pub(super) enum Outgoing {
+    /// An ancestor of a service's snapshot, by its number.
+    Layer(u64, usize),
     Service(u64),
     RemoveService(u64),
     Vm(u64),
@@ -162,6 +164,11 @@ impl Workers {
         self.outgoing.push_back(message);
     }
 
+    /// Queues the messages that pass a service to the worker.
+    pub(super) fn queue_service(&mut self, key: u64, services: &Services) {
+        self.outgoing.extend(service_messages(key, services));
+    }
+
     /// Whether the worker has had, or is about to get, the connection of an operator. Without one,
     /// no operator has made the request that it passes on.
     pub(super) fn had_operator(&self) -> bool {
@@ -180,9 +187,7 @@ impl Workers {
                 Ok(()) => {}
                 // If the worker has died, its successor is sent everything, including waiting
                 // clients.
-                Err(error)
-                    if error.kind() == io::ErrorKind::WouldBlock || reap_if_exited(&error) =>
-                {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_gone(&error) => {
                     self.outgoing.push_front(next);
                     return Ok(());
                 }
@@ -195,6 +200,10 @@ impl Workers {
     fn send_one(&self, what: &Outgoing, briefing: &Briefing<'_>) -> io::Result<()> {
         let channel = &self.current.channel;
         match what {
+            Outgoing::Layer(key, number) => match briefing.services.layer_message(*key, *number) {
+                Some((message, file)) => channel.send(&message, &[file]),
+                None => Ok(()),
+            },
             Outgoing::Service(key) => match briefing.services.message(*key) {
                 Some((message, file)) => channel.send(&message, &[file]),
                 None => Ok(()),
@@ -263,7 +272,8 @@ impl Workers {
         briefing: &Briefing<'_>,
         recent: impl Iterator<Item = &'a VmStatus>,
     ) {
-        let services = briefing.services.keys().into_iter().map(Outgoing::Service);
+        let services = briefing.services.keys().into_iter();
+        let services = services.flat_map(|key| service_messages(key, briefing.services));
         let ended = recent.cloned().map(Outgoing::VmEnded);
         let vms = briefing.vms.active().into_iter().map(Outgoing::Vm);
         // Clients of the dead worker are lost, but not those still queued for it.
@@ -454,7 +464,14 @@ impl Workers {
     }
 }
 
-fn reap_if_exited(error: &io::Error) -> bool {
+/// Returns the messages that pass a service to a worker: its snapshot is complete with the last.
+fn service_messages(key: u64, services: &Services) -> impl Iterator<Item = Outgoing> + use<> {
+    let layers = 0..services.ancestors(key);
+    let layers = layers.map(move |number| Outgoing::Layer(key, number));
+    layers.chain([Outgoing::Service(key)])
+}
+
+fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }

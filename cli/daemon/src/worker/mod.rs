@@ -7,6 +7,7 @@
 //!   one thread per client  serves the control socket, or a scrape of the metrics
 //! ```
 
+mod layers;
 mod metrics;
 mod operator;
 pub(crate) mod sandbox;
@@ -31,11 +32,12 @@ use nix::unistd::geteuid;
 use snaprestore_engine::Shared;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{
-    self, AttachError, Handover, OwnerRegion, Paged, Pager, SessionEnd,
+    self, AttachError, FrameId, Handover, OwnerRegion, Paged, Pager, SessionEnd,
 };
 use snaprestore_engine::stats::Stats;
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
+use self::layers::{OpenLayers, PassedFiles};
 use self::metrics::Totals;
 use self::operator::PendingRequests;
 use self::sandbox::{Account, Confinement, SandboxError, confine_worker, exit_with_supervisor};
@@ -98,8 +100,6 @@ pub enum WorkerError {
 /// Why a VM can't be served.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("cannot use the snapshot's file")]
-    File(#[source] io::Error),
     #[error("cannot open the snapshot")]
     Snapshot(#[from] OpenError),
     #[error("cannot send the tables of the session to the supervisor")]
@@ -198,6 +198,9 @@ pub(crate) struct Worker {
     user: u32,
     cores: usize,
     pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
+    /// Ancestors of snapshots that have not been announced yet, by service.
+    ancestors: Mutex<BTreeMap<u64, Vec<Arc<FileStore>>>>,
+    layers: Arc<OpenLayers>,
     pub(crate) vms: Mutex<BTreeMap<u64, Arc<ServedVm>>>,
     /// The VMs that ended last.
     pub(crate) ended: Mutex<VecDeque<VmStats>>,
@@ -213,9 +216,16 @@ pub(crate) struct Worker {
 /// A snapshot, and the settings for serving VMs from it.
 pub(crate) struct OpenService {
     pub(crate) service: Service,
-    file: OwnedFd,
-    /// Opened when a VM needs it, so that a disk that doesn't answer blocks no other VMs.
-    snapshot: Mutex<Option<Arc<Snapshot>>>,
+    /// Number of files of the snapshot.
+    pub(crate) layers: u64,
+    snapshot: Mutex<ServedSnapshot>,
+}
+
+/// A snapshot, which is opened when a VM needs it, so that a disk that doesn't answer blocks no
+/// other VMs.
+enum ServedSnapshot {
+    Passed(PassedFiles),
+    Open(Arc<Snapshot>),
 }
 
 /// A VM served by this worker.
@@ -279,7 +289,7 @@ const MEMORY_SHORTAGE: &str = "out of memory: the machine or the VM's cgroup (me
 /// Descriptors and description of a VM that has arrived.
 struct ReceivedVm {
     regions: Vec<OwnerRegion>,
-    quarantined: Vec<u64>,
+    quarantined: Vec<FrameId>,
     userfaultfd: OwnedFd,
     owner: OwnedFd,
     page_map: Option<OwnedFd>,
@@ -295,6 +305,8 @@ impl Worker {
             cores,
             shared,
             services: Mutex::default(),
+            ancestors: Mutex::default(),
+            layers: Arc::default(),
             vms: Mutex::default(),
             ended: Mutex::default(),
             requests: PendingRequests::default(),
@@ -315,16 +327,16 @@ impl Worker {
         let mut descriptors = descriptors.into_iter();
         let mut next = || descriptors.next();
         match message {
+            ToWorker::Layer { key, name } => {
+                let file = next().ok_or_else(missing("an ancestor without its file"))?;
+                let file = Arc::new(FileStore::named(File::from(file), name));
+                lock(&self.ancestors).entry(key).or_default().push(file);
+            }
             ToWorker::Service { key, service } => {
                 let file = next().ok_or_else(missing("a snapshot without its file"))?;
-                lock(&self.services).insert(key, Arc::new(OpenService::new(file, service)));
+                self.add_service(key, service, file);
             }
-            ToWorker::RemoveService { key } => {
-                if let Some(open) = lock(&self.services).remove(&key) {
-                    self.totals.forget(&open.service.name);
-                }
-                self.shared.forget_closed();
-            }
+            ToWorker::RemoveService { key } => self.remove_service(key),
             ToWorker::Vm {
                 id,
                 service,
@@ -406,6 +418,24 @@ impl Worker {
             ToWorker::Shutdown => {}
         }
         Ok(())
+    }
+
+    /// Adds a service, whose snapshot's ancestors were passed before.
+    fn add_service(&self, key: u64, service: Service, file: OwnedFd) {
+        let own = FileStore::from_file(File::from(file), &service.snapshot);
+        let ancestors = lock(&self.ancestors).remove(&key).unwrap_or_default();
+        let files = PassedFiles::new(own, ancestors, &self.layers);
+        lock(&self.services).insert(key, Arc::new(OpenService::new(files, service)));
+    }
+
+    fn remove_service(&self, key: u64) {
+        if let Some(open) = lock(&self.services).remove(&key) {
+            self.totals.forget(&open.service.name);
+        }
+        // The service may have been removed before it was announced.
+        lock(&self.ancestors).remove(&key);
+        self.layers.forget_closed();
+        self.shared.forget_closed();
     }
 
     fn spawn(
@@ -555,29 +585,24 @@ impl Worker {
 }
 
 impl OpenService {
-    fn new(file: OwnedFd, service: Service) -> Self {
+    fn new(files: PassedFiles, service: Service) -> Self {
         Self {
-            file,
             service,
-            snapshot: Mutex::default(),
+            layers: files.count(),
+            snapshot: Mutex::new(ServedSnapshot::Passed(files)),
         }
     }
 
-    fn open(&self) -> Result<Arc<Snapshot>, ServeError> {
-        let file = self.file.try_clone().map_err(ServeError::File)?;
-        let store = FileStore::from_file(File::from(file), &self.service.snapshot);
-        Ok(Arc::new(Snapshot::open(Arc::new(store))?))
-    }
-
-    /// Opens the snapshot if it is not open. A lack of descriptors costs one VM, and not all that
-    /// follow.
+    /// Opens the snapshot if it is not open. A failure costs one VM, and not all that follow.
     fn snapshot(&self) -> Result<Arc<Snapshot>, ServeError> {
         let mut snapshot = lock(&self.snapshot);
-        let opened = match snapshot.take() {
-            Some(snapshot) => snapshot,
-            None => self.open()?,
+        let opened = match &*snapshot {
+            ServedSnapshot::Passed(files) => Arc::new(files.open()?),
+            ServedSnapshot::Open(snapshot) => return Ok(Arc::clone(snapshot)),
         };
-        Ok(Arc::clone(snapshot.insert(opened)))
+        // Closes the files of which another snapshot had a layer open.
+        *snapshot = ServedSnapshot::Open(Arc::clone(&opened));
+        Ok(opened)
     }
 
     fn pager(&self, shared: &Shared) -> Result<Pager, ServeError> {

@@ -114,6 +114,7 @@ impl OperatorApi for Worker {
             let here = serving.iter().filter(|vm| &vm.vm.service == name);
             ServiceStatus {
                 service: open.service.clone(),
+                layers: open.layers,
                 serving: here.count() as u64,
                 ended: facts.ended.get(key).map_or(0, |ended| ended.values().sum()),
             }

@@ -68,17 +68,20 @@ impl fmt::Display for ListReport {
         if list.services.is_empty() {
             writeln!(f, "no services; add one with `snaprestore ctl add`")?;
         } else {
-            let mut table = plain(["SERVICE", "SERVING", "ENDED", "SNAPSHOT", "SOCKET"]);
+            let mut table = plain([
+                "SERVICE", "SERVING", "ENDED", "LAYERS", "SNAPSHOT", "SOCKET",
+            ]);
             for listed in &list.services {
                 table.add_row([
                     listed.service.name.clone(),
                     listed.serving.to_string(),
                     listed.ended.to_string(),
+                    listed.layers.to_string(),
                     names::path(&listed.service.snapshot),
                     names::path(&listed.service.socket),
                 ]);
             }
-            to_the_right(&mut table, &[1, 2]);
+            to_the_right(&mut table, &[1, 2, 3]);
             writeln!(f, "\n{}", table.trim_fmt())?;
         }
         if !list.vms.is_empty() {

@@ -10,8 +10,10 @@
 //! further confirmation. Nothing is allocated after the start: when the table is full, each page
 //! that is not in it costs a decode.
 //!
-//! The page list of an ancestor's frame has the page numbers of another file. All pages of such a
-//! frame are noted, so that they come with it.
+//! The page list of an ancestor's frame has the page numbers of another file. The pages beside the
+//! wanted one, in its index block, come from that block instead, so only those of other blocks are
+//! noted: pages that repeat an older frame, and those at the ends of a block, whose frame may have
+//! pages in the next or the previous block.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,10 +41,10 @@ pub(crate) struct Duplicates {
 struct Table {
     chains: Box<[u32]>,
     noted: Vec<Noted>,
-    /// The block after the one noted last, and the newest frame up to there. A block that is noted
-    /// out of order yields only runs that are older than its own newest frame.
+    /// The block after the one noted last, and the newest frame up to there, for each layer. A
+    /// block that is noted out of order yields only runs that are older than its own newest frame.
     next_block: u64,
-    newest: u64,
+    newest: Box<[u64]>,
 }
 
 struct Noted {
@@ -68,8 +70,8 @@ impl Table {
 }
 
 impl Duplicates {
-    /// Creates notes for a snapshot of `blocks` index blocks.
-    pub(crate) fn new(blocks: u64) -> Self {
+    /// Creates notes for a snapshot of `blocks` index blocks, in `layers` files.
+    pub(crate) fn new(blocks: u64, layers: usize) -> Self {
         Self {
             seen: (0..blocks.div_ceil(64))
                 .map(|_| AtomicU64::new(0))
@@ -78,7 +80,7 @@ impl Duplicates {
                 chains: vec![END; CHAINS].into(),
                 noted: Vec::with_capacity(MAX_RUNS),
                 next_block: 0,
-                newest: 0,
+                newest: vec![0; layers].into(),
             }),
         }
     }
@@ -101,17 +103,22 @@ impl Duplicates {
     }
 
     /// Notes the pages of index block `number` whose frame was written before the frames of the
-    /// pages in front of them.
+    /// pages in front of them, and those at its ends that lie in frames of ancestors.
     pub(crate) fn note(&self, number: u64, block: &IndexBlock) {
         let mut table = self.lock();
         let first = number * PAGES_PER_BLOCK_U64;
-        let mut newest = if number == table.next_block {
-            table.newest
-        } else {
-            0
-        };
+        let mut newest = std::mem::take(&mut table.newest);
+        if number != table.next_block {
+            newest.fill(0);
+        }
+        let frame_of = |i: usize| block.stored(i).map(|(frame, _)| frame);
+        let pages = 0..block.page_count();
+        let ends = [
+            pages.clone().find_map(frame_of),
+            pages.clone().rev().find_map(frame_of),
+        ];
         let mut open: Option<(usize, Run)> = None;
-        for (page, i) in (first..).zip(0..block.page_count()) {
+        for (page, i) in (first..).zip(pages) {
             let stored = block.stored(i);
             if let (Some((frame, slot)), Some((open_frame, run))) = (stored, &mut open)
                 && frame == *open_frame
@@ -128,13 +135,13 @@ impl Duplicates {
                 continue;
             };
             let frame_ref = &block.frames()[frame];
-            // Pages of an ancestor's frame are known from the index alone.
-            let foreign = frame_ref.layer() != 0;
             let offset = frame_ref.offset();
-            if !foreign {
-                newest = newest.max(offset);
-            }
-            if foreign || offset < newest {
+            let layer = usize::from(frame_ref.layer());
+            let is_older = newest.get_mut(layer).is_some_and(|newest| {
+                *newest = (*newest).max(offset);
+                offset < *newest
+            });
+            if is_older || layer != 0 && ends.contains(&Some(frame)) {
                 let count = 1;
                 open = Some((frame, Run { page, slot, count }));
             }
@@ -184,8 +191,13 @@ fn chain(frame: &FrameRef) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use snapshot_format::{MemoryStore, Page, Reason, RegionSpec, Snapshot, Writer, WriterOptions};
+    use std::path::Path;
     use std::sync::Arc;
+
+    use snapshot_format::{
+        Ancestor, Ancestors, Layer, MemoryStore, OpenError, Page, Reason, RegionSpec, Snapshot,
+        SnapshotOptions, Writer, WriterOptions,
+    };
 
     use super::*;
 
@@ -222,7 +234,7 @@ mod tests {
     }
 
     fn noted(snapshot: &Snapshot, blocks: impl IntoIterator<Item = u64>) -> Duplicates {
-        let notes = Duplicates::new(snapshot.block_count());
+        let notes = Duplicates::new(snapshot.block_count(), 1 + snapshot.ancestors().len());
         for block in blocks {
             assert!(notes.first_look(block));
             assert!(!notes.first_look(block));
@@ -277,10 +289,68 @@ mod tests {
         assert_eq!(taken(&notes, &frame(&snapshot, 0), usize::MAX).len(), 8);
     }
 
+    /// A resolver that knows one layer.
+    #[derive(Debug)]
+    struct Given(Arc<Layer>);
+
+    impl Ancestors for Given {
+        fn find(&self, _: &Ancestor, _: Option<&Path>) -> Result<Option<Arc<Layer>>, OpenError> {
+            Ok(Some(Arc::clone(&self.0)))
+        }
+    }
+
+    /// The pages beside a wanted one come from its index block. Noting them as well would fill the
+    /// table with a few gigabytes.
+    #[test]
+    fn ancestors_frames_are_noted_at_ends_of_blocks_only() {
+        let write = |base: Option<Arc<Snapshot>>, first: u64| {
+            let options = WriterOptions {
+                frame_pages: 24,
+                base: base.clone(),
+                ..WriterOptions::default()
+            };
+            let mut writer = Writer::new(Vec::new(), options).unwrap();
+            let region = RegionSpec {
+                base_page: base.is_some().then_some(0),
+                ..RegionSpec::default()
+            };
+            writer.begin_region(&region).unwrap();
+            for n in [first].into_iter().chain(1..1536) {
+                let mut page = vec![0; 4096];
+                page[..8].copy_from_slice(&(n + 1).to_le_bytes());
+                writer.write_pages(&page).unwrap();
+            }
+            Arc::new(MemoryStore::new(writer.finish().unwrap().0))
+        };
+        let base = Arc::new(Snapshot::open(write(None, 0)).unwrap());
+        let child = write(Some(Arc::clone(&base)), 1 << 40);
+        let layer = Arc::clone(base.layer(0).unwrap());
+        let options = SnapshotOptions::default().ancestors(Arc::new(Given(layer)));
+        let child = Snapshot::open_with(child, &options).unwrap();
+
+        let notes = noted(&child, 0..3);
+        let pages = |page: u64| {
+            let frame = frame(&child, page);
+            assert_eq!(frame.layer(), 1);
+            let runs = taken(&notes, &frame, usize::MAX);
+            let mut pages: Vec<_> = runs.iter().flat_map(Run::pages).collect();
+            pages.sort_unstable();
+            pages
+        };
+        assert_eq!(
+            frame(&child, 511),
+            frame(&child, 512),
+            "one frame in two blocks"
+        );
+        let across = pages(511);
+        assert!(across.contains(&511) && across.contains(&512), "{across:?}");
+        assert!(pages(1000).is_empty() && pages(100).is_empty());
+    }
+
     #[test]
     fn full_table_accepts_no_more_entries() {
         let snapshot = snapshot();
-        let notes = Duplicates::new(4);
+        let notes = Duplicates::new(4, 1);
         let block = snapshot.index_block(3, Reason::Demand).unwrap();
         while !notes.is_full() {
             notes.note(3, &block);

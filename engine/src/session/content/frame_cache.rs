@@ -7,23 +7,28 @@
 //! ```
 //!
 //! Frames are kept as long as there is room, whichever session decoded them and for whatever
-//! reason. The exception is the first session of a snapshot as long as there has been no other:
-//! perhaps nobody ever wants its frames, and copying them costs a twentieth of a restore. Frames
-//! are keyed by the open snapshot and everything its index says about them: two files may claim the
-//! same ID, and one of the claims may be false.
+//! reason. The exception is the first session of a snapshot as long as no other has used the
+//! snapshot's own file: perhaps nobody ever wants its frames, and copying them costs a twentieth of
+//! a restore. Frames of ancestors are always kept: an ancestor exists for the sake of its children,
+//! and the session of another may follow.
+//!
+//! Frames are keyed by the open layer that holds them, so that all snapshots with that layer share
+//! them, and by everything that an index says about them: two files may claim the same ID, and one
+//! of the claims may be false. The number of the layer differs from snapshot to snapshot, and is
+//! not part of the key.
 //!
 //! A prefetcher that wants a frame that another is decoding waits briefly for it, because clones
 //! that start together fetch the same frames at the same time. A fault doesn't wait: the wanted
 //! page may be at the front of the frame.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quick_cache::sync::{Cache, GuardResult, PlaceholderGuard};
 use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
-use snapshot_format::{FrameRef, Reason, Snapshot};
+use snapshot_format::{FrameRef, Layer, Reason, Snapshot};
 
 use crate::session::platform::Run;
 use crate::stats::FrameCacheStats;
@@ -38,28 +43,34 @@ const MAX_IDLE: usize = 16;
 /// Maximum time that a prefetcher waits for another one, which may be waiting for a disk.
 const MAX_WAIT: Duration = Duration::from_millis(20);
 
-/// A cache of decoded frames of any number of snapshots that evicts the least wanted ones.
+/// A cache of decoded frames of any number of layers that evicts the least wanted ones.
 pub(crate) struct FrameCache {
     frames: Frames,
-    known: Mutex<KnownSnapshots>,
+    known: Mutex<KnownLayers>,
     counts: Counts,
     evictions: Arc<AtomicU64>,
     buffers: Arc<Buffers>,
 }
 
-/// Snapshots that the cached frames belong to.
+/// Layers that the cached frames belong to.
 #[derive(Default)]
-struct KnownSnapshots {
-    /// Snapshots by their address. No other object can get that address as long as they are listed
+struct KnownLayers {
+    /// Layers by their address. No other object can get that address as long as they are listed
     /// here.
     by_place: BTreeMap<usize, Known>,
     /// The next number. No number is used twice.
     next: u64,
 }
 
-/// A snapshot, the number that keys its frames, and the number of sessions of it so far.
+/// A layer, and how its frames are shared.
 struct Known {
-    snapshot: Weak<Snapshot>,
+    layer: Weak<Layer>,
+    shared: SharedLayer,
+}
+
+/// The number that keys the frames of a layer, and the number of sessions so far that use it.
+#[derive(Clone)]
+struct SharedLayer {
     number: u64,
     sessions: Arc<AtomicUsize>,
 }
@@ -69,14 +80,16 @@ type Place<'a> = PlaceholderGuard<'a, Key, Arc<Decoded>, ByBytes, DefaultHashBui
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
-    snapshot: u64,
+    /// The number of the layer in this cache.
+    layer: u64,
+    /// The frame in terms of its own file.
     frame: FrameRef,
 }
 
 /// A decoded frame.
 pub(crate) struct Decoded {
     bytes: Vec<u8>,
-    /// The pages that the frame itself lists.
+    /// The pages that the frame itself lists, in the numbers of its file.
     listed: Box<[Run]>,
     buffers: Arc<Buffers>,
 }
@@ -197,34 +210,53 @@ impl FrameCache {
         }
     }
 
-    /// Drops the frames of snapshots that nobody has open any more.
+    /// Drops the frames of layers that nobody has open any more.
     pub(crate) fn forget_closed(&self) {
         let mut known = self.known();
-        // Collected in one pass; a snapshot that is closed meanwhile is forgotten the next time.
-        let mut closed = Vec::new();
+        // Collected in one pass; a layer that is closed meanwhile is forgotten the next time.
+        let mut closed = BTreeSet::new();
         known.by_place.retain(|_, known| {
-            let is_open = known.snapshot.strong_count() > 0;
+            let is_open = known.layer.strong_count() > 0;
             if !is_open {
-                closed.push(known.number);
+                closed.insert(known.shared.number);
             }
             is_open
         });
         if !closed.is_empty() {
-            self.frames.retain(|key, _| !closed.contains(&key.snapshot));
+            self.frames.retain(|key, _| !closed.contains(&key.layer));
         }
     }
 
     /// Locks the table, which is consistent after every statement.
-    fn known(&self) -> MutexGuard<'_, KnownSnapshots> {
+    fn known(&self) -> MutexGuard<'_, KnownLayers> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The frames of one snapshot, for a session that restores it.
+impl KnownLayers {
+    /// Counts one more session that uses `layer`.
+    fn add_session(&mut self, layer: &Arc<Layer>) -> SharedLayer {
+        let place = Arc::as_ptr(layer).addr();
+        let known = self.by_place.entry(place).or_insert_with(|| {
+            self.next += 1;
+            Known {
+                layer: Arc::downgrade(layer),
+                shared: SharedLayer {
+                    number: self.next,
+                    sessions: Arc::default(),
+                },
+            }
+        });
+        known.shared.sessions.fetch_add(1, Relaxed);
+        known.shared.clone()
+    }
+}
+
+/// The frames of one snapshot's layers, for a session that restores it.
 pub(crate) struct SharedFrames {
     cache: Arc<FrameCache>,
-    snapshot: u64,
-    sessions: Arc<AtomicUsize>,
+    /// The snapshot's own file, then its ancestors.
+    layers: Box<[SharedLayer]>,
 }
 
 /// The result of a look-up.
@@ -241,42 +273,30 @@ pub(crate) enum CacheLookup<'a> {
 impl SharedFrames {
     pub(crate) fn new(cache: &Arc<FrameCache>, snapshot: &Arc<Snapshot>) -> Self {
         cache.forget_closed();
-        let known = &mut *cache.known();
-        let place = Arc::as_ptr(snapshot).addr();
-        let here = known.by_place.entry(place).or_insert_with(|| {
-            known.next += 1;
-            Known {
-                snapshot: Arc::downgrade(snapshot),
-                number: known.next,
-                sessions: Arc::default(),
-            }
-        });
-        here.sessions.fetch_add(1, Relaxed);
+        let mut known = cache.known();
+        let layers = (0..).map_while(|layer| snapshot.layer(layer));
         Self {
             cache: Arc::clone(cache),
-            snapshot: here.number,
-            sessions: Arc::clone(&here.sessions),
+            layers: layers.map(|layer| known.add_session(layer)).collect(),
         }
     }
 
-    fn key(&self, frame: &FrameRef) -> Key {
-        Key {
-            snapshot: self.snapshot,
-            frame: *frame,
-        }
-    }
-
-    /// Whether there is no other session to share with.
-    fn is_alone(&self) -> bool {
-        self.sessions.load(Relaxed) < 2
+    /// Returns the key of a frame of the session's snapshot. Returns `None` if the frame is not
+    /// shared, since no other session has used the snapshot's own file.
+    fn key(&self, frame: &FrameRef) -> Option<Key> {
+        let layer = self.layers.get(usize::from(frame.layer()))?;
+        let is_shared = frame.layer() > 0 || layer.sessions.load(Relaxed) > 1;
+        is_shared.then(|| Key {
+            layer: layer.number,
+            frame: frame.in_own_file(),
+        })
     }
 
     /// Looks up `frame`. A prefetcher waits for another thread that is loading it.
     pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> CacheLookup<'_> {
-        if self.is_alone() {
+        let Some(key) = self.key(frame) else {
             return CacheLookup::Miss;
-        }
-        let key = self.key(frame);
+        };
         let look = if reason == Reason::Demand {
             self.cache
                 .frames
@@ -308,11 +328,11 @@ impl SharedFrames {
         let frames = &self.cache.frames;
         let place = match look {
             CacheLookup::Hit(_) => return,
-            CacheLookup::Miss if self.is_alone() => return,
             CacheLookup::Reserved(place) => place,
-            // Another thread that is decoding the frame is not waited for.
             CacheLookup::Miss => {
-                match frames.get_value_or_guard(&self.key(frame), Some(Duration::ZERO)) {
+                let Some(key) = self.key(frame) else { return };
+                // Another thread that is decoding the frame is not waited for.
+                match frames.get_value_or_guard(&key, Some(Duration::ZERO)) {
                     GuardResult::Guard(place) => place,
                     GuardResult::Value(_) | GuardResult::Timeout => return,
                 }

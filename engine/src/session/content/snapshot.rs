@@ -67,7 +67,7 @@ struct Kept {
     /// Number of bytes of the frame, and number of those that are decoded.
     len: usize,
     ready: usize,
-    /// The pages that the frame itself lists.
+    /// The pages that the frame itself lists, in the numbers of its file.
     listed: Vec<Run>,
     /// The listed pages that the index confirmed, once it was consulted.
     runs: Vec<Run>,
@@ -98,7 +98,7 @@ impl SnapshotImage {
         snapshot.prepare()?;
         Ok(Self {
             session: SESSIONS.fetch_add(1, Relaxed),
-            duplicates: Duplicates::new(snapshot.block_count()),
+            duplicates: Duplicates::new(snapshot.block_count(), 1 + snapshot.ancestors().len()),
             snapshot,
             shared,
             bytes_read: AtomicU64::new(0),
@@ -218,7 +218,7 @@ impl SnapshotImage {
         decoder
             .frames
             .decode_rest(&self.snapshot, frame, &mut kept.bytes[..kept.len])
-            .map_err(|error| self.frame_failure(frame, &error))?;
+            .map_err(|error| self.decode_failure(frame, &error))?;
         kept.ready = kept.len;
         kept.frame = Some(*frame);
         if let Some(shared) = &self.shared {
@@ -227,19 +227,36 @@ impl SnapshotImage {
         Ok(())
     }
 
-    /// Returns the name of the file that holds `frame`.
-    fn file_of(&self, frame: &FrameRef) -> &str {
-        let layer = self.snapshot.layer(frame.layer());
-        layer.map_or(self.snapshot.name(), |layer| layer.name())
+    fn decode_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
+        Failure {
+            kind: kind(error.is_damage()),
+            ..self.frame_failure(frame, message(error))
+        }
     }
 
-    fn frame_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
-        Failure {
-            offset: Some(frame.offset()),
-            kind: kind(error.is_damage()),
-            file: self.file_of(frame).to_owned(),
-            ..self.failure(message(error))
+    /// Appends the pages that lie in `frame` and are described by the index block of `page`.
+    fn runs_beside(&self, page: PageNumber, frame: &FrameRef, reason: Reason, runs: &mut Vec<Run>) {
+        let number = page / PAGES_PER_BLOCK_U64;
+        // The block was read to find the page. If it can't be read again, its pages come later.
+        let Ok(block) = self.snapshot.index_block(number, reason) else {
+            return;
+        };
+        let Some(held) = block.frames().iter().position(|other| other == frame) else {
+            return;
+        };
+        let mut open: Option<Run> = None;
+        for (page, i) in (number * PAGES_PER_BLOCK_U64..).zip(0..block.page_count()) {
+            let stored = block.stored(i).filter(|(frame, _)| *frame == held);
+            match (&mut open, stored) {
+                (Some(run), Some((_, slot))) if slot == run.slot + run.count => run.count += 1,
+                (_, stored) => {
+                    runs.extend(open.take());
+                    let count = 1;
+                    open = stored.map(|(_, slot)| Run { page, slot, count });
+                }
+            }
         }
+        runs.extend(open);
     }
 
     /// Appends the part of `listed` that the index confirms, page by page, because the list is only
@@ -295,8 +312,10 @@ impl Image for SnapshotImage {
     type Decoder = Decoder;
 
     fn id(&self, frame: &FrameRef) -> FrameId {
-        // No file of 2^48 bytes exists; a false one would only make two frames wait for each other.
-        FrameId(frame.offset().wrapping_add(u64::from(frame.layer()) << 48))
+        FrameId {
+            layer: frame.layer(),
+            offset: frame.offset(),
+        }
     }
 
     fn content(&self, page: PageNumber, reason: Reason) -> Result<Content<FrameRef>, Failure> {
@@ -378,16 +397,12 @@ impl Image for SnapshotImage {
         let (listed, ready) = decoder
             .frames
             .decode_first(&self.snapshot, frame, reason, slots, out)
-            .map_err(|error| self.frame_failure(frame, &error))?;
-        // The list of an ancestor's frame has page numbers of that file. Its pages here come from
-        // the notes on index blocks.
-        if frame.layer() == 0 {
-            kept.listed.extend(listed.runs().map(|listed| Run {
-                page: listed.first_page,
-                slot: listed.slot,
-                count: listed.count,
-            }));
-        }
+            .map_err(|error| self.decode_failure(frame, &error))?;
+        kept.listed.extend(listed.runs().map(|listed| Run {
+            page: listed.first_page,
+            slot: listed.slot,
+            count: listed.count,
+        }));
         kept.ready = usize::from(ready) * PAGE_SIZE;
         if kept.ready == kept.len {
             kept.frame = Some(*frame);
@@ -407,11 +422,19 @@ impl Image for SnapshotImage {
         decoder.cached
     }
 
-    fn runs(&self, decoder: &mut Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize {
+    fn runs(
+        &self,
+        decoder: &mut Decoder,
+        page: PageNumber,
+        reason: Reason,
+        runs: &mut Vec<Run>,
+    ) -> usize {
         runs.clear();
         let kept = &mut decoder.kept[decoder.last];
         let Some(frame) = kept.frame else { return 0 };
-        if !kept.confirmed {
+        // The list of an ancestor's frame has page numbers of that file.
+        let is_own = frame.layer() == 0;
+        if is_own && !kept.confirmed {
             let mut block = None;
             kept.runs.clear();
             for listed in &kept.listed {
@@ -424,7 +447,11 @@ impl Image for SnapshotImage {
             }
             kept.confirmed = true;
         }
-        runs.extend_from_slice(&kept.runs);
+        if is_own {
+            runs.extend_from_slice(&kept.runs);
+        } else {
+            self.runs_beside(page, &frame, reason, runs);
+        }
         let own = runs.len();
         // Ten thousand pages may share one content, and a fault for the frame must not wait for all
         // of them.
@@ -450,6 +477,18 @@ impl Image for SnapshotImage {
             address: None,
             kind: FailureKind::Io,
             detail,
+        }
+    }
+
+    fn frame_failure(&self, frame: &FrameRef, detail: String) -> Failure {
+        let failure = self.failure(detail);
+        Failure {
+            file: match self.snapshot.layer(frame.layer()) {
+                Some(layer) => layer.name().to_owned(),
+                None => failure.file,
+            },
+            offset: Some(frame.offset()),
+            ..failure
         }
     }
 }

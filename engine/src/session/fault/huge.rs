@@ -64,8 +64,8 @@ use crate::session::state::address_map::block_of;
 use crate::session::stats::add;
 use snaprestore_uffd::to_usize;
 
-/// Distinguishes the claim of a large page from that of a frame, whose offset is smaller.
-const LARGE_CLAIM: u64 = 1 << 63;
+/// Distinguishes the claim of a large page from that of a frame: no snapshot has this many layers.
+const LARGE_CLAIM: u16 = u16::MAX;
 
 /// Number of pages in a large page, by kind of content.
 #[derive(Clone, Copy, Default)]
@@ -89,7 +89,10 @@ impl<P: Platform, I: Image> Session<P, I> {
         page: PageNumber,
         reason: Reason,
     ) -> Result<bool, LoadError> {
-        let id = FrameId(LARGE_CLAIM | block_of(page).start);
+        let id = FrameId {
+            layer: LARGE_CLAIM,
+            offset: block_of(page).start,
+        };
         let Some(claim) = self.in_flight.claim(id, reason) else {
             if reason == Reason::Demand {
                 self.platform.wait_in_flight(id, || self.in_flight.wait(id));
@@ -185,7 +188,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         // Each frame is decoded once, however its pages are scattered.
         let mut stored = std::mem::take(&mut assembly.stored);
-        stored.sort_unstable_by_key(|part| (self.image.id(&part.frame).0, part.slot));
+        stored.sort_unstable_by_key(|part| (self.image.id(&part.frame), part.slot));
         let copied = self.copy_stored(context, assembly, &stored, reason);
         assembly.stored = stored;
         Ok(copied?.then_some(parts))

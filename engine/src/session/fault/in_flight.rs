@@ -85,7 +85,7 @@ impl InFlight {
     #[cfg(test)]
     pub(crate) fn frames(&self) -> Vec<(FrameId, Reason)> {
         let mut frames = self.lock().frames.clone();
-        frames.sort_unstable_by_key(|(frame, reason)| (frame.0, *reason != Reason::Demand));
+        frames.sort_unstable_by_key(|(frame, reason)| (*frame, *reason != Reason::Demand));
         frames
     }
 
@@ -120,7 +120,8 @@ mod tests {
     #[test]
     fn only_demand_passes_a_prefetch_claim() {
         let in_flight = InFlight::new(4);
-        let frame = FrameId(7);
+        let at = |offset| FrameId { layer: 0, offset };
+        let frame = at(7);
         let fetching = in_flight.claim(frame, Prefetch).unwrap();
         assert!(in_flight.claim(frame, Prefetch).is_none());
         // Returns at once.
@@ -131,7 +132,7 @@ mod tests {
         assert!(in_flight.claim(frame, Prefetch).is_none());
         drop(serving);
         assert!(in_flight.claim(frame, Prefetch).is_some());
-        assert!(in_flight.claim(FrameId(8), Demand).is_some());
+        assert!(in_flight.claim(at(8), Demand).is_some());
         assert!(in_flight.lock().frames.is_empty());
     }
 }

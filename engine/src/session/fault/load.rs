@@ -117,8 +117,8 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Decodes `frame` and installs its content: `page`, then the pages around it that its own
-    /// index block lists, then, when nobody waits any more, the pages that the frame lists and some
-    /// of those that repeat it elsewhere.
+    /// index block lists, then, when nobody waits any more, the pages that the frame lists (a frame
+    /// of an ancestor: that the index block lists) and some of those that repeat it elsewhere.
     fn load_frame(
         &self,
         context: &mut ThreadContext<I>,
@@ -164,7 +164,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         let own = self
             .image
-            .runs(&mut context.decoder, reason, &mut context.runs);
+            .runs(&mut context.decoder, page, reason, &mut context.runs);
         let bytes = self.image.bytes(&context.decoder);
         let purpose = Purpose::along(reason);
         for run in &context.runs {
@@ -196,7 +196,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         reason: Reason,
     ) -> Result<(), Failure> {
         self.state
-            .set_decoding(context.number, Some(self.image.id(frame).0));
+            .set_decoding(context.number, Some(self.image.id(frame)));
         fail_point(FailPoint::Decoding);
         let decoded = self
             .image
@@ -270,9 +270,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         Err(Failure {
             page,
-            offset: Some(id.0),
             kind: FailureKind::Damaged,
-            ..self.image.failure(QUARANTINED.to_owned())
+            ..self.image.frame_failure(frame, QUARANTINED.to_owned())
         })
     }
 

@@ -31,7 +31,10 @@ impl Image for Pages {
     type Decoder = Vec<u8>;
 
     fn id(&self, frame: &u64) -> FrameId {
-        FrameId(*frame)
+        FrameId {
+            layer: 0,
+            offset: *frame,
+        }
     }
 
     fn content(&self, page: PageNumber, _: Reason) -> Result<Content<u64>, Failure> {
@@ -64,7 +67,13 @@ impl Image for Pages {
         Ok(())
     }
 
-    fn runs(&self, decoder: &mut Self::Decoder, _: Reason, runs: &mut Vec<Run>) -> usize {
+    fn runs(
+        &self,
+        decoder: &mut Self::Decoder,
+        _: PageNumber,
+        _: Reason,
+        runs: &mut Vec<Run>,
+    ) -> usize {
         runs.clear();
         runs.push(Run {
             page: first_page(decoder),

@@ -141,9 +141,17 @@ pub(crate) trait Platform: Sync {
     fn is_changing(&self, address: u64) -> bool;
 }
 
-/// The identity of a frame: the offset of its record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FrameId(pub(crate) u64);
+/// The identity of a frame: the file that holds it, and its place there.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+pub struct FrameId {
+    /// The number of the file among those of the snapshot: 0 for its own file, `n` for the `n`th
+    /// of its ancestors.
+    pub layer: u16,
+    /// The offset of the frame record in that file.
+    pub offset: u64,
+}
 
 /// The content of one page of the snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,13 +218,28 @@ pub(crate) trait Image: Sync {
     }
 
     /// Writes the pages that the last decoded frame holds to `runs`, as far as it has room. Each is
-    /// confirmed by its own index entry. Returns how many runs at the front are listed by the frame
-    /// itself; the others repeat its content elsewhere.
-    fn runs(&self, decoder: &mut Self::Decoder, reason: Reason, runs: &mut Vec<Run>) -> usize;
+    /// confirmed by its own index entry. Returns how many runs at the front are those that the
+    /// frame was made of, as far as is known, or that lie near `page`, for which it was decoded;
+    /// the others repeat its content elsewhere.
+    fn runs(
+        &self,
+        decoder: &mut Self::Decoder,
+        page: PageNumber,
+        reason: Reason,
+        runs: &mut Vec<Run>,
+    ) -> usize;
 
     /// Returns the bytes of the last frame, as far as it is decoded.
     fn bytes<'a>(&self, decoder: &'a Self::Decoder) -> &'a [u8];
 
     /// Returns a failure that names this snapshot.
     fn failure(&self, detail: String) -> Failure;
+
+    /// Returns a failure that names the file of `frame`, and its place there.
+    fn frame_failure(&self, frame: &Self::Frame, detail: String) -> Failure {
+        Failure {
+            offset: Some(self.id(frame).offset),
+            ..self.failure(detail)
+        }
+    }
 }

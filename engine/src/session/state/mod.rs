@@ -25,13 +25,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
 use snaprestore_uffd::memory::{Block, Ring};
 
-use crate::session::platform::{PAGE, PageNumber};
+use crate::session::platform::{FrameId, PAGE, PageNumber};
 use crate::session::state::address_map::{Extent, Growth, Map, Unit};
 use crate::session::state::bits::{first_bit, masks, place, word_of};
 
@@ -66,6 +67,8 @@ const MAX_THREADS: usize = 32;
 const HEARTBEATS: usize = 0;
 /// Word of a thread that holds the frame that it decodes: the frame's offset plus one, or 0.
 const DECODING: usize = 1;
+/// Word of a thread that holds the layer of that frame, which is stored first.
+const DECODING_LAYER: usize = 2;
 /// Number of bitmaps with one bit per page.
 const BITMAPS: usize = 4;
 /// Number of pages that are left to the kernel together: those of one index block.
@@ -225,10 +228,14 @@ impl State {
     }
 
     /// Records the frame that thread number `thread` decodes.
-    pub(crate) fn set_decoding(&self, thread: usize, frame: Option<u64>) {
-        if let Some(words) = self.thread(thread) {
-            words[DECODING].store(frame.map_or(0, |frame| frame + 1), Relaxed);
+    pub(crate) fn set_decoding(&self, thread: usize, frame: Option<FrameId>) {
+        let Some(words) = self.thread(thread) else {
+            return;
+        };
+        if let Some(frame) = frame {
+            words[DECODING_LAYER].store(frame.layer.into(), Relaxed);
         }
+        words[DECODING].store(frame.map_or(0, |frame| frame.offset + 1), Release);
     }
 
     fn thread(&self, thread: usize) -> Option<&[AtomicU64]> {

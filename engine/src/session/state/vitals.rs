@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
-use super::{DECODING, HEARTBEATS, MAX_THREADS, READS, State};
+use super::{DECODING, DECODING_LAYER, HEARTBEATS, MAX_THREADS, READS, State};
+use crate::session::platform::FrameId;
 
 /// A supervisor's view of the threads of a session whose state is in a memfd.
 #[derive(Debug)]
@@ -37,12 +39,16 @@ impl Vitals {
         }
     }
 
-    /// Returns the frames that are being decoded, by their offset in the file. For a dead worker
-    /// these are the frames on which it died.
-    pub fn decoding(&self) -> Vec<u64> {
-        self.threads()
-            .filter_map(|words| words[DECODING].load(Relaxed).checked_sub(1))
-            .collect()
+    /// Returns the frames that are being decoded. For a dead worker these are the frames on which
+    /// it died.
+    pub fn decoding(&self) -> Vec<FrameId> {
+        let decoding = |words: &[AtomicU64]| {
+            let offset = words[DECODING].load(Acquire).checked_sub(1)?;
+            let layer = words[DECODING_LAYER].load(Relaxed);
+            let layer = u16::try_from(layer).ok()?;
+            Some(FrameId { layer, offset })
+        };
+        self.threads().filter_map(decoding).collect()
     }
 
     fn threads(&self) -> impl Iterator<Item = &[AtomicU64]> {

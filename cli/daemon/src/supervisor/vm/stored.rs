@@ -40,8 +40,11 @@ pub(super) struct Description {
     pub(super) uid: u32,
     pub(super) regions: Vec<OwnerRegion>,
     pub(super) service: Service,
-    /// The id under which the snapshot's open file is stored.
+    /// The id under which the snapshot's open files are stored.
     pub(super) file: String,
+    /// The names of its ancestors' files.
+    #[serde(default)]
+    pub(super) ancestors: Vec<String>,
 }
 
 impl Description {
@@ -106,6 +109,7 @@ impl StoredVm {
         let snapshot = SnapshotRef {
             service: Arc::new(description.service),
             file: description.file.into(),
+            ancestors: description.ancestors.into(),
         };
         let mut memory = Memory::new(userfaultfd, description.regions, snapshot.clone());
         memory.page_map = by_role.remove(PAGE_MAP);

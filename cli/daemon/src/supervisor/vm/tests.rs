@@ -20,6 +20,7 @@ fn connecting(fd_store: &mut FdStore) -> (VmRecord, UnixStream) {
     let snapshot = SnapshotRef {
         service: Arc::new(Service::new("web", "/snap", "/socket")),
         file: "file-1-1".into(),
+        ancestors: Arc::default(),
     };
     let pid = std::process::id();
     let pidfd = open_pidfd(pid).unwrap();
