@@ -6,10 +6,12 @@
 //!                                      them has lie there, the others are new
 //! ```
 //!
-//! All of it runs on the pool, as a part of examining a block.
+//! All of it runs on the pool, as a part of examining a block. Several blocks may name one frame:
+//! at their border, or because they share content. It is decoded once, and the digests of its pages
+//! are kept.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
@@ -33,6 +35,42 @@ pub(super) struct Base {
     digests: Vec<Digest>,
     /// Decoders that no thread uses now.
     decoders: Mutex<Vec<Decoder>>,
+    decoded: Mutex<DecodedFrames>,
+}
+
+/// Maximum number of pages whose digests are kept: 16 MiB of digests.
+const MAX_DECODED_PAGES: usize = 1 << 19;
+
+/// Digests of the pages of frames that were decoded last, by frame.
+#[derive(Default)]
+struct DecodedFrames {
+    by_frame: HashMap<FrameRef, DecodedFrame>,
+    /// The frames in the order in which they were first wanted.
+    oldest: VecDeque<FrameRef>,
+    pages: usize,
+}
+
+/// The digests of a frame's pages, once a thread has decoded it. Others wait for that thread.
+type DecodedFrame = Arc<Mutex<Option<Arc<[Digest]>>>>;
+
+impl DecodedFrames {
+    /// Returns the place of a frame's digests, which may be empty.
+    fn place(&mut self, frame: &FrameRef) -> DecodedFrame {
+        if let Some(known) = self.by_frame.get(frame) {
+            return Arc::clone(known);
+        }
+        let place = DecodedFrame::default();
+        self.by_frame.insert(*frame, Arc::clone(&place));
+        self.oldest.push_back(*frame);
+        self.pages += usize::from(frame.slots());
+        while self.pages > MAX_DECODED_PAGES
+            && let Some(oldest) = self.oldest.pop_front()
+        {
+            self.by_frame.remove(&oldest);
+            self.pages -= usize::from(oldest.slots());
+        }
+        place
+    }
 }
 
 struct Decoder {
@@ -60,9 +98,21 @@ pub(super) struct BasePage {
 struct Pages {
     index: IndexBlock,
     digests: Vec<Digest>,
-    /// All slots of the frames that the block names. Those that no page uses any more have what the
-    /// memory was before.
-    slots: Vec<(Key, BasePage)>,
+    frames: Vec<BaseFrame>,
+}
+
+/// A frame that a block of the base names, and the digests of all its slots. Those that no page uses
+/// any more have what the memory was before.
+pub(super) struct BaseFrame {
+    pub(super) frame: FrameRef,
+    digests: Arc<[Digest]>,
+}
+
+impl BaseFrame {
+    /// Returns the keys of its pages, with their slots.
+    pub(super) fn keys(&self) -> impl Iterator<Item = (Key, u16)> {
+        self.digests.iter().map(key).zip(0..)
+    }
 }
 
 impl Base {
@@ -80,6 +130,7 @@ impl Base {
             },
             snapshot,
             decoders: Mutex::default(),
+            decoded: Mutex::default(),
         })
     }
 
@@ -140,17 +191,22 @@ impl Base {
         {
             return self.kept(number, examined.digest);
         }
-        let known: HashMap<Key, BasePage> = base.slots.iter().copied().collect();
+        let mut known: Option<Vec<(Key, BasePage)>> = None;
         for (i, seen) in examined.pages.iter_mut().enumerate() {
             let Seen::Data(data) = *seen else { continue };
             // The same page first: pages of a frame stay together.
             let same = base.digests.get(i).filter(|digest| key(digest) == data);
             let same = same.and_then(|_| base.page(i));
-            if let Some(page) = same.or_else(|| known.get(&data).copied()) {
+            let known = || {
+                let known = known.get_or_insert_with(|| base.known());
+                let at = known.binary_search_by_key(&data, |(key, _)| *key).ok()?;
+                Some(known[at].1)
+            };
+            if let Some(page) = same.or_else(known) {
                 *seen = Seen::Base(page);
             }
         }
-        examined.base_pages = base.slots;
+        examined.base_frames = base.frames;
         Ok(examined)
     }
 
@@ -176,7 +232,7 @@ impl Base {
             pages,
             digest,
             kept,
-            base_pages: Vec::new(),
+            base_frames: Vec::new(),
         })
     }
 
@@ -196,42 +252,56 @@ impl Base {
                 uses[frame].push((i, slot));
             }
         }
-        let mut slots = Vec::new();
-        let mut decoder = self.take_decoder();
+        let mut frames = Vec::with_capacity(uses.len());
         for (frame, uses) in index.frames().iter().zip(&uses) {
-            let bytes = &mut decoder.bytes[..frame.decoded_len()];
-            decoder
-                .frames
-                .decode(&self.snapshot, frame, Reason::Prefetch, bytes)?;
-            let of_slots: Vec<Digest> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+            let of_slots = self.frame_digests(frame)?;
             for (i, slot) in uses {
                 digests[*i] = of_slots[usize::from(*slot)];
             }
-            slots.extend((0..).zip(&of_slots).map(|(slot, digest)| {
-                let frame = *frame;
-                (key(digest), BasePage { frame, slot })
-            }));
+            frames.push(BaseFrame {
+                frame: *frame,
+                digests: of_slots,
+            });
         }
-        self.lock_decoders().push(decoder);
         Ok(Pages {
             index,
             digests,
-            slots,
+            frames,
         })
     }
 
-    fn take_decoder(&self) -> Decoder {
-        let idle = self.lock_decoders().pop();
-        idle.unwrap_or_else(|| Decoder {
+    /// Returns the digests of a frame's pages, and decodes it if no block has named it before.
+    fn frame_digests(&self, frame: &FrameRef) -> Result<Arc<[Digest]>, WriteError> {
+        let place = lock(&self.decoded).place(frame);
+        let mut digests = lock(&place);
+        if let Some(digests) = &*digests {
+            return Ok(Arc::clone(digests));
+        }
+        let idle = lock(&self.decoders).pop();
+        let mut decoder = idle.unwrap_or_else(Decoder::new);
+        let bytes = &mut decoder.bytes[..frame.decoded_len()];
+        decoder
+            .frames
+            .decode(&self.snapshot, frame, Reason::Prefetch, bytes)?;
+        let computed: Arc<[Digest]> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+        *digests = Some(Arc::clone(&computed));
+        lock(&self.decoders).push(decoder);
+        Ok(computed)
+    }
+}
+
+impl Decoder {
+    fn new() -> Self {
+        Self {
             frames: FrameDecoder::new(),
             bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
-        })
+        }
     }
+}
 
-    /// Locks the list, which is consistent after every statement.
-    fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
-        self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Locks data that is consistent after every statement.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Pages {
@@ -239,6 +309,19 @@ impl Pages {
         let (frame, slot) = self.index.stored(i)?;
         let frame = self.index.frames()[frame];
         Some(BasePage { frame, slot })
+    }
+
+    /// Returns the pages of all frames, sorted by key. Of equal ones the first comes first.
+    fn known(&self) -> Vec<(Key, BasePage)> {
+        let pages = self.frames.iter().flat_map(|known| {
+            let frame = known.frame;
+            let keys = known.keys();
+            keys.map(move |(key, slot)| (key, BasePage { frame, slot }))
+        });
+        let mut pages: Vec<_> = pages.collect();
+        pages.sort_by_key(|(key, _)| *key);
+        pages.dedup_by_key(|(key, _)| *key);
+        pages
     }
 }
 

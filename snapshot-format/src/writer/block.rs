@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use super::WriteError;
-use super::base::{Base, BasePage, Kept};
+use super::base::{Base, BaseFrame, BasePage, Kept};
 use super::dedup::Key;
 use super::workers::Event;
 use crate::digest::{self, Digest};
@@ -77,8 +77,8 @@ pub(super) struct Examined {
     pub(super) digest: Digest,
     /// The base's block, if this one is the same.
     pub(super) kept: Option<Kept>,
-    /// Slots of the frames of the base's block, if this one differs.
-    pub(super) base_pages: Vec<(Key, BasePage)>,
+    /// Frames that the base's block names, if this one differs.
+    pub(super) base_frames: Vec<BaseFrame>,
 }
 
 impl Examined {
@@ -159,7 +159,7 @@ pub(super) fn examine_pages(
         pages,
         digest: digest::block(&digests),
         kept: None,
-        base_pages: Vec::new(),
+        base_frames: Vec::new(),
     }
 }
 

@@ -17,14 +17,14 @@
 //! depend on the speed of threads. The amount of waiting data is bounded by the frames in progress,
 //! and by sealing the open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::Write;
 use std::sync::Arc;
 
 use super::WriteError;
-use super::base::{BasePage, UsedLayers};
+use super::base::{BaseFrame, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
-use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Key, Location};
+use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
@@ -41,7 +41,7 @@ const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
 /// table of known pages is larger, its size is used instead.
 const RECENT_FRAMES: u64 = 1 << 20;
-/// Maximum number of frames of ancestors that are known by their pages: 32 MiB of references.
+/// Maximum number of frames of ancestors that are known by their pages: 64 MiB of references.
 const MAX_ANCESTOR_FRAMES: usize = 1 << 20;
 
 pub(super) struct Stage<W> {
@@ -64,6 +64,8 @@ pub(super) struct Stage<W> {
     pub(super) layers: UsedLayers,
     /// Frames of ancestors whose pages the table of known pages has.
     ancestor_frames: Vec<FrameRef>,
+    /// The same frames, to enter each once.
+    noted_frames: HashSet<FrameRef>,
     pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
@@ -95,6 +97,7 @@ impl<W: Write> Stage<W> {
             dictionary: None,
             layers: UsedLayers::default(),
             ancestor_frames: Vec::new(),
+            noted_frames: HashSet::new(),
             top: Vec::new(),
             digests: Vec::new(),
             uniform: UniformBlocks::default(),
@@ -166,7 +169,7 @@ impl<W: Write> Stage<W> {
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
         let mut draft = Draft::new(self.top.len(), first_page, needs);
         let oldest = self.refs.oldest_shared(self.sealed);
-        self.note_base_pages(&examined.base_pages, oldest);
+        self.note_base_frames(&examined.base_frames, oldest);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
@@ -224,19 +227,22 @@ impl<W: Write> Stage<W> {
     }
 
     /// Makes pages of the base known, so that they are found if they turn up elsewhere.
-    fn note_base_pages(&mut self, pages: &[(Key, BasePage)], oldest: u64) {
-        for &(key, BasePage { frame, slot }) in pages {
-            if self.ancestor_frames.last() != Some(&frame) {
-                if self.ancestor_frames.len() == MAX_ANCESTOR_FRAMES {
-                    return;
-                }
-                self.ancestor_frames.push(frame);
+    fn note_base_frames(&mut self, frames: &[BaseFrame], oldest: u64) {
+        for known in frames {
+            if self.ancestor_frames.len() == MAX_ANCESTOR_FRAMES {
+                return;
+            }
+            if !self.noted_frames.insert(known.frame) {
+                continue;
             }
             // At most 2^20 of them.
-            let number = u32::try_from(self.ancestor_frames.len() - 1).unwrap_or(0);
-            if let Err(place) = self.dedup.find(key, oldest) {
-                let frame = FIRST_ANCESTOR_FRAME + number;
-                self.dedup.insert(place, key, Location { frame, slot });
+            let number = u32::try_from(self.ancestor_frames.len()).unwrap_or(0);
+            self.ancestor_frames.push(known.frame);
+            for (key, slot) in known.keys() {
+                if let Err(place) = self.dedup.find(key, oldest) {
+                    let frame = FIRST_ANCESTOR_FRAME + number;
+                    self.dedup.insert(place, key, Location { frame, slot });
+                }
             }
         }
     }

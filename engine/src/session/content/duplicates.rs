@@ -11,7 +11,8 @@
 //! that is not in it costs a decode.
 //!
 //! The page list of an ancestor's frame has the page numbers of another file. All pages of such a
-//! frame are noted, so that they come with it.
+//! frame are noted, so that they come with it. A layered snapshot therefore has a larger table: in a
+//! chain of 64 layers of 1 % each, a block has a hundred runs.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,8 +24,12 @@ use crate::session::platform::Run;
 
 /// Maximum number of runs that are noted; they take 1.5 MiB.
 const MAX_RUNS: usize = 1 << 15;
-/// Number of chains in the table.
-const CHAINS: usize = 1 << 12;
+/// Number of runs for each block of a layered snapshot, and the maximum; they take 6 KiB for 2 MiB of
+/// memory, at most 12 MiB.
+const LAYERED_RUNS: u64 = 128;
+const MAX_LAYERED_RUNS: u64 = 1 << 18;
+/// Number of runs for each chain of the table.
+const RUNS_PER_CHAIN: usize = 8;
 /// Marks the end of a chain.
 const END: u32 = u32::MAX;
 
@@ -39,6 +44,7 @@ pub(crate) struct Duplicates {
 struct Table {
     chains: Box<[u32]>,
     noted: Vec<Noted>,
+    most: usize,
     /// The block after the one noted last, and the newest frame up to there. A block that is noted
     /// out of order yields only runs that are older than its own newest frame.
     next_block: u64,
@@ -52,13 +58,23 @@ struct Noted {
 }
 
 impl Table {
+    /// Returns the chain of a frame. Frames lie some kilobytes apart; those of several files may
+    /// have the same offset.
+    fn chain(&self, frame: &FrameRef) -> usize {
+        let place = frame.offset() ^ u64::from(frame.layer()) << 48;
+        let hash = place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        // The number of chains is a power of two.
+        usize::try_from(hash).unwrap_or(0) & (self.chains.len() - 1)
+    }
+
     fn push(&mut self, frame: &FrameRef, run: Run) {
-        if self.noted.len() == MAX_RUNS {
+        if self.noted.len() == self.most {
             return;
         }
-        // An index below MAX_RUNS fits.
+        // An index below the maximum fits.
         let here = u32::try_from(self.noted.len()).unwrap_or(END);
-        let next = std::mem::replace(&mut self.chains[chain(frame)], here);
+        let chain = self.chain(frame);
+        let next = std::mem::replace(&mut self.chains[chain], here);
         self.noted.push(Noted {
             frame: *frame,
             run,
@@ -68,15 +84,19 @@ impl Table {
 }
 
 impl Duplicates {
-    /// Creates notes for a snapshot of `blocks` index blocks.
-    pub(crate) fn new(blocks: u64) -> Self {
+    /// Creates notes for a snapshot of `blocks` index blocks, which may be layered.
+    pub(crate) fn new(blocks: u64, is_layered: bool) -> Self {
+        let layered = blocks.saturating_mul(LAYERED_RUNS).min(MAX_LAYERED_RUNS);
+        let layered = usize::try_from(layered).unwrap_or(MAX_RUNS);
+        let most = MAX_RUNS.max(if is_layered { layered } else { 0 });
         Self {
             seen: (0..blocks.div_ceil(64))
                 .map(|_| AtomicU64::new(0))
                 .collect(),
             table: Mutex::new(Table {
-                chains: vec![END; CHAINS].into(),
-                noted: Vec::with_capacity(MAX_RUNS),
+                chains: vec![END; (most / RUNS_PER_CHAIN).next_power_of_two()].into(),
+                noted: Vec::with_capacity(most),
+                most,
                 next_block: 0,
                 newest: 0,
             }),
@@ -97,7 +117,8 @@ impl Duplicates {
 
     /// Whether the table is full.
     pub(crate) fn is_full(&self) -> bool {
-        self.lock().noted.len() == MAX_RUNS
+        let table = self.lock();
+        table.noted.len() == table.most
     }
 
     /// Notes the pages of index block `number` whose frame was written before the frames of the
@@ -152,7 +173,8 @@ impl Duplicates {
         let table = &mut *table;
         let mut pages = 0;
         // The place of the next note's index: the head of the chain, or the previous note.
-        let mut link = &mut table.chains[chain(frame)];
+        let chain = table.chain(frame);
+        let mut link = &mut table.chains[chain];
         let mut rest = table.noted.as_mut_slice();
         while pages < most && runs.len() < runs.capacity() && *link != END {
             // A note points to an older one, thus to a smaller index.
@@ -174,12 +196,6 @@ impl Duplicates {
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Returns the chain of a frame. Frames lie some kilobytes apart.
-fn chain(frame: &FrameRef) -> usize {
-    let hash = frame.offset().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
-    usize::try_from(hash).unwrap_or(0) % CHAINS
 }
 
 #[cfg(test)]
@@ -222,7 +238,7 @@ mod tests {
     }
 
     fn noted(snapshot: &Snapshot, blocks: impl IntoIterator<Item = u64>) -> Duplicates {
-        let notes = Duplicates::new(snapshot.block_count());
+        let notes = Duplicates::new(snapshot.block_count(), false);
         for block in blocks {
             assert!(notes.first_look(block));
             assert!(!notes.first_look(block));
@@ -280,7 +296,7 @@ mod tests {
     #[test]
     fn full_table_accepts_no_more_entries() {
         let snapshot = snapshot();
-        let notes = Duplicates::new(4);
+        let notes = Duplicates::new(4, false);
         let block = snapshot.index_block(3, Reason::Demand).unwrap();
         while !notes.is_full() {
             notes.note(3, &block);

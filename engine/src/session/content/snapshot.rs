@@ -98,7 +98,7 @@ impl SnapshotImage {
         snapshot.prepare()?;
         Ok(Self {
             session: SESSIONS.fetch_add(1, Relaxed),
-            duplicates: Duplicates::new(snapshot.block_count()),
+            duplicates: Duplicates::new(snapshot.block_count(), !snapshot.ancestors().is_empty()),
             snapshot,
             shared,
             bytes_read: AtomicU64::new(0),
