@@ -307,7 +307,7 @@ impl Recipe {
             frame_pages: self.frame_bytes / PAGE_SIZE,
             dictionary,
             threads: self.threads,
-            expected_pages: source.pages(),
+            expected_pages: source.data_pages(),
             properties,
             base: self.base.clone(),
             ..WriterOptions::default()

@@ -10,7 +10,8 @@
 //! at their border, or because they share content. It is decoded once, and the digests of its pages
 //! are kept.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::WriteError;
@@ -104,15 +105,8 @@ struct Pages {
 /// A frame that a block of the base names, and the digests of all its slots. Those that no page uses
 /// any more have what the memory was before.
 pub(super) struct BaseFrame {
-    pub(super) frame: FrameRef,
+    frame: FrameRef,
     digests: Arc<[Digest]>,
-}
-
-impl BaseFrame {
-    /// Returns the keys of its pages, with their slots.
-    pub(super) fn keys(&self) -> impl Iterator<Item = (Key, u16)> {
-        self.digests.iter().map(key).zip(0..)
-    }
 }
 
 impl Base {
@@ -313,15 +307,72 @@ impl Pages {
 
     /// Returns the pages of all frames, sorted by key. Of equal ones the first comes first.
     fn known(&self) -> Vec<(Key, BasePage)> {
-        let pages = self.frames.iter().flat_map(|known| {
-            let frame = known.frame;
-            let keys = known.keys();
-            keys.map(move |(key, slot)| (key, BasePage { frame, slot }))
+        let pages = self.frames.iter().flat_map(|BaseFrame { frame, digests }| {
+            let slots = digests.iter().zip(0..);
+            slots.map(|(digest, slot)| {
+                let frame = *frame;
+                (key(digest), BasePage { frame, slot })
+            })
         });
         let mut pages: Vec<_> = pages.collect();
         pages.sort_by_key(|(key, _)| *key);
         pages.dedup_by_key(|(key, _)| *key);
         pages
+    }
+}
+
+/// Pages of ancestors' frames, to find content that turns up in another block than the base's.
+#[derive(Default)]
+pub(super) struct AncestorPages {
+    frames: Vec<FrameRef>,
+    /// The same frames, to enter each once.
+    noted: HashSet<FrameRef>,
+    /// Number of the frame, and the slot.
+    pages: HashMap<Key, (u32, u16), BuildHasherDefault<KeyHasher>>,
+}
+
+/// Maximum number of pages of ancestors that are known: 2 GiB of changed blocks, in 32 MiB.
+const MAX_ANCESTOR_PAGES: usize = 1 << 19;
+
+/// Hasher of keys, which are digests: any part of them is as good as any other.
+#[derive(Default)]
+pub(super) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for word in bytes.as_chunks::<8>().0 {
+            self.0 ^= u64::from_ne_bytes(*word);
+        }
+    }
+}
+
+impl AncestorPages {
+    /// Enters the pages of these frames that aren't known yet, as far as there is room.
+    pub(super) fn note(&mut self, frames: &[BaseFrame]) {
+        for BaseFrame { frame, digests } in frames {
+            if self.pages.len() + digests.len() > MAX_ANCESTOR_PAGES {
+                return;
+            }
+            if !self.noted.insert(*frame) {
+                continue;
+            }
+            // Each frame has a page, so there are no more than pages.
+            let number = u32::try_from(self.frames.len()).expect("at most 2^19 frames");
+            self.frames.push(*frame);
+            for (digest, slot) in digests.iter().zip(0..) {
+                self.pages.entry(key(digest)).or_insert((number, slot));
+            }
+        }
+    }
+
+    pub(super) fn find(&self, key: Key) -> Option<BasePage> {
+        let (number, slot) = *self.pages.get(&key)?;
+        let frame = self.frames[number as usize];
+        Some(BasePage { frame, slot })
     }
 }
 

@@ -17,14 +17,14 @@
 //! depend on the speed of threads. The amount of waiting data is bounded by the frames in progress,
 //! and by sealing the open frame early when [`MAX_DRAFTS_ON_OPEN`] drafts wait for it.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::Arc;
 
 use super::WriteError;
-use super::base::{BaseFrame, BasePage, UsedLayers};
+use super::base::{AncestorPages, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
-use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Location};
+use super::dedup::{DedupTable, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
@@ -32,7 +32,6 @@ use super::runs::ZeroRuns;
 use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
-use crate::frame::FrameRef;
 use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
 use crate::types::Summary;
 
@@ -41,8 +40,6 @@ const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
 /// table of known pages is larger, its size is used instead.
 const RECENT_FRAMES: u64 = 1 << 20;
-/// Maximum number of frames of ancestors that are known by their pages: 64 MiB of references.
-const MAX_ANCESTOR_FRAMES: usize = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -62,10 +59,8 @@ pub(super) struct Stage<W> {
     pub(super) dictionary: Option<Vec<u8>>,
     /// Ancestors that are referred to.
     pub(super) layers: UsedLayers,
-    /// Frames of ancestors whose pages the table of known pages has.
-    ancestor_frames: Vec<FrameRef>,
-    /// The same frames, to enter each once.
-    noted_frames: HashSet<FrameRef>,
+    /// Pages of ancestors that were met so far.
+    ancestor_pages: AncestorPages,
     pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
@@ -96,8 +91,7 @@ impl<W: Write> Stage<W> {
             training,
             dictionary: None,
             layers: UsedLayers::default(),
-            ancestor_frames: Vec::new(),
-            noted_frames: HashSet::new(),
+            ancestor_pages: AncestorPages::default(),
             top: Vec::new(),
             digests: Vec::new(),
             uniform: UniformBlocks::default(),
@@ -169,7 +163,7 @@ impl<W: Write> Stage<W> {
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
         let mut draft = Draft::new(self.top.len(), first_page, needs);
         let oldest = self.refs.oldest_shared(self.sealed);
-        self.note_base_frames(&examined.base_frames, oldest);
+        self.ancestor_pages.note(&examined.base_frames);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
@@ -180,14 +174,12 @@ impl<W: Write> Stage<W> {
                     draft.push_ancestor(frame.to_raw(layer), slot);
                 }
                 Seen::Data(key) => {
+                    if let Some(BasePage { frame, slot }) = self.ancestor_pages.find(key) {
+                        let layer = self.layers.number(frame.layer())?;
+                        draft.push_ancestor(frame.to_raw(layer), slot);
+                        continue;
+                    }
                     let (frame, slot) = match self.dedup.find(key, oldest) {
-                        Ok(Location { frame, slot }) if frame >= FIRST_ANCESTOR_FRAME => {
-                            let number = frame - FIRST_ANCESTOR_FRAME;
-                            let frame = self.ancestor_frames[number as usize];
-                            let layer = self.layers.number(frame.layer())?;
-                            draft.push_ancestor(frame.to_raw(layer), slot);
-                            continue;
-                        }
                         Ok(Location { frame, slot }) => {
                             self.summary.duplicate_pages += 1;
                             let frame = u64::from(frame);
@@ -202,10 +194,8 @@ impl<W: Write> Stage<W> {
                                 self.seal(buffer.as_ref())?;
                             }
                             let slot = self.open.add(page, index);
-                            // Beyond 2^31 frames nothing is shared any more.
-                            let frame = u32::try_from(self.sealed).ok();
-                            if let Some(frame) = frame.filter(|frame| *frame < FIRST_ANCESTOR_FRAME)
-                            {
+                            // Beyond 2^32 frames nothing is shared any more.
+                            if let Ok(frame) = u32::try_from(self.sealed) {
                                 self.dedup.insert(place, key, Location { frame, slot });
                             }
                             (self.sealed, slot)
@@ -224,27 +214,6 @@ impl<W: Write> Stage<W> {
         self.top.push(empty_entry());
         self.digests.push(examined.digest);
         self.push_draft(draft)
-    }
-
-    /// Makes pages of the base known, so that they are found if they turn up elsewhere.
-    fn note_base_frames(&mut self, frames: &[BaseFrame], oldest: u64) {
-        for known in frames {
-            if self.ancestor_frames.len() == MAX_ANCESTOR_FRAMES {
-                return;
-            }
-            if !self.noted_frames.insert(known.frame) {
-                continue;
-            }
-            // At most 2^20 of them.
-            let number = u32::try_from(self.ancestor_frames.len()).unwrap_or(0);
-            self.ancestor_frames.push(known.frame);
-            for (key, slot) in known.keys() {
-                if let Err(place) = self.dedup.find(key, oldest) {
-                    let frame = FIRST_ANCESTOR_FRAME + number;
-                    self.dedup.insert(place, key, Location { frame, slot });
-                }
-            }
-        }
     }
 
     fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {
