@@ -357,7 +357,7 @@ pub fn compare(
             let (cpu, began) = (usage::cpu_seconds(Who::Children), Instant::now());
             match run(command) {
                 Err(BenchError::Trial { why, .. }) if *name == FLATTEN && round == 0 => {
-                    missing = Some(why);
+                    missing = Some(why.lines().next().unwrap_or_default().to_owned());
                     continue;
                 }
                 result => result?,
@@ -435,10 +435,14 @@ pub fn table(samples: &Samples) -> String {
             let bytes = &outcome.facts["file_bytes"];
             bytes.as_f64().unwrap_or(f64::NAN)
         });
-        let mib = Spread::of(bytes).map_or(f64::NAN, |bytes| bytes.median / 1_048_576.0);
+        // A limit writes no file.
+        let mib = Spread::of(bytes.filter(|bytes| bytes.is_finite()));
+        let mib = mib.map_or(String::new(), |bytes| {
+            format!("{:.1}", bytes.median / 1_048_576.0)
+        });
         let _ = writeln!(
             text,
-            " {:<32} {:>9} {:>8} {:>8} {:>8.3} {mib:>10.1}",
+            " {:<32} {:>9} {:>8} {:>8} {:>8.3} {mib:>10}",
             row.contender,
             short(row.total_ms.median),
             short(row.total_ms.min),

@@ -513,6 +513,31 @@ mod tests {
     }
 
     #[test]
+    fn allowances_for_layers_are_subtracted() {
+        let started = |start_us| Outcome {
+            start_us,
+            ..Outcome::default()
+        };
+        let samples = Samples {
+            samples: vec![
+                sample("chain-start", "ours", 1, started(600.0)),
+                sample("chain-start", LAYERED, 1, started(1280.0 + 900.0)),
+            ],
+            absent: Vec::new(),
+        };
+        let sizes = ChildSizes {
+            child: 4_000_000 + 10 * 600,
+            only: 4_000_000,
+            pages: 2000,
+            blocks: 10,
+        };
+        let targets = all(&samples, None, Some(&sizes));
+        assert!((find(&targets, "18").value.unwrap() - 1.0).abs() < 1e-9);
+        assert!((find(&targets, "19").value.unwrap() - 1.5).abs() < 1e-9);
+        assert_eq!(find(&targets, "16").value, None);
+    }
+
+    #[test]
     fn serve_is_compared_with_the_pinned_handler() {
         let samples = Samples {
             samples: vec![

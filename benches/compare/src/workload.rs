@@ -102,6 +102,8 @@ pub struct Workload {
 pub enum Limit {
     /// Every frame decoded once, on all cores.
     Decode,
+    /// Every frame that the end of the image's chain uses decoded once, on all cores.
+    DecodeChain,
     /// Every stored page copied to its place, on all cores.
     Copy,
     /// Frames decoded one by one, each timed.
@@ -113,6 +115,7 @@ impl Limit {
     pub fn name(self) -> &'static str {
         match self {
             Self::Decode => "limit:decode",
+            Self::DecodeChain => "limit:decode-chain",
             Self::Copy => "limit:copy",
             Self::DecodeEach => "limit:decode-each",
         }

@@ -345,7 +345,7 @@ impl Hasher for KeyHasher {
 
     fn write(&mut self, bytes: &[u8]) {
         for word in bytes.as_chunks::<8>().0 {
-            self.0 ^= u64::from_ne_bytes(*word);
+            self.0 ^= u64::from_le_bytes(*word);
         }
     }
 }

@@ -293,6 +293,23 @@ mod tests {
         assert_eq!(taken(&notes, &frame(&snapshot, 0), usize::MAX).len(), 8);
     }
 
+    /// Every page of an ancestor's frame is noted, also where runs are short.
+    #[test]
+    fn layered_table_has_room_for_short_runs() {
+        let snapshot = snapshot();
+        // Block 3 has a run for each of its pages.
+        let block = snapshot.index_block(3, Reason::Demand).unwrap();
+        for (is_layered, room) in [(false, MAX_RUNS), (true, 2 * MAX_RUNS)] {
+            let notes = Duplicates::new(512, is_layered);
+            for _ in 1..room / 512 {
+                notes.note(3, &block);
+            }
+            assert!(!notes.is_full());
+            notes.note(3, &block);
+            assert!(notes.is_full(), "{room} runs");
+        }
+    }
+
     #[test]
     fn full_table_accepts_no_more_entries() {
         let snapshot = snapshot();
