@@ -58,6 +58,9 @@ pub(crate) enum Command {
     Info(Info),
     Verify(Verify),
     Extract(Extract),
+    Flatten(Flatten),
+    Rebase(Rebase),
+    Tree(Tree),
     Restore(Restore),
     Serve(Serve),
     Ctl(Ctl),
@@ -78,7 +81,12 @@ impl Command {
     /// Whether the command writes a file and could leave an incomplete one behind.
     pub(crate) fn writes(&self) -> bool {
         match self {
-            Self::Create(_) | Self::Extract(_) | Self::Bench(_) | Self::Demo(_) => true,
+            Self::Create(_)
+            | Self::Extract(_)
+            | Self::Flatten(_)
+            | Self::Rebase(_)
+            | Self::Bench(_)
+            | Self::Demo(_) => true,
             Self::Man(man) => man.output.is_some(),
             _ => false,
         }
@@ -180,6 +188,17 @@ pub(crate) struct Create {
     #[arg(long, value_name = "NAME=PATH",
           value_parser = OsStringValueParser::new().try_map(Attachment::parse))]
     pub(crate) attach: Vec<Attachment>,
+    /// Store an attachment of the base, too (may be repeated)
+    #[arg(long, value_name = "NAME", requires = "base")]
+    pub(crate) inherit_attachment: Vec<String>,
+    /// Write a flat snapshot instead of one that would need more than N other files
+    ///
+    /// The new snapshot is first packed as a child of the base, in a file without a name, and then
+    /// flattened as `snaprestore flatten` does. It holds the same, and needs neither the base nor
+    /// its ancestors. The summary and `flattened` of --json say so. The output must be a file.
+    #[arg(long, value_name = "N", requires = "base",
+          value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub(crate) flatten_after: Option<u16>,
     /// Compression threads [default: one per core, at most 8]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
@@ -362,6 +381,83 @@ pub(crate) struct Extract {
     /// Decoding threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,
+}
+
+/// Write a chain of layered snapshots as one file
+///
+/// The new snapshot holds the same memory, attachments, working sets and properties, and needs no
+/// other file. Frames of which at least half is still in use are copied as they are; the others are
+/// packed anew. A snapshot that is not layered is rid of what no page of it uses. Every frame is
+/// decoded, and the digests of the result are compared with those of the chain. The output file
+/// appears only when it is complete and on disk. The files of the chain are not changed.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Flatten {
+    /// Snapshot to flatten: the newest of the chain
+    #[arg(value_name = "CHAIN", value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
+    /// Snapshot to write; `-` is standard output, and a named pipe must have a reader
+    #[arg(long, short, value_hint = ValueHint::FilePath)]
+    pub(crate) output: PathBuf,
+    /// Replace an existing snapshot, once the new one is complete
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) packing: Packing,
+}
+
+/// How frames are packed anew.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Packing {
+    /// Compression level of zstd, for what is packed anew
+    #[arg(long, short, default_value_t = 3, value_name = "N", allow_hyphen_values = true,
+          value_parser = clap::value_parser!(i32).range(-7..=22))]
+    pub(crate) level: i32,
+    /// Threads [default: one per core, at most 8]
+    #[arg(long, value_name = "N", value_parser = threads())]
+    pub(crate) threads: Option<usize>,
+}
+
+/// Give a layered snapshot another base that holds the same memory
+///
+/// The new base is the old one flattened, or packed with other options. CHILD is replaced by a
+/// snapshot with the same memory and a new ID, which needs the new base and its ancestors only.
+/// What it took from the old base is proved by digests to be in the new one, so the old base need
+/// not be there as a rule; where pages were taken from elsewhere in it, it must be found. A base
+/// with other memory is refused, and so is the replacement of a snapshot that is itself an ancestor
+/// of another one in its folder or in those of --layers.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Rebase {
+    /// Layered snapshot
+    #[arg(value_name = "CHILD", value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// The new base
+    #[arg(long, value_name = "SNAPSHOT", value_hint = ValueHint::FilePath)]
+    pub(crate) base: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
+    /// Snapshot to write [default: CHILD, which is replaced once the new one is complete]
+    #[arg(long, short, value_hint = ValueHint::FilePath)]
+    pub(crate) output: Option<PathBuf>,
+    /// Replace an existing snapshot other than CHILD, once the new one is complete
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) packing: Packing,
+}
+
+/// Show which snapshots of a folder need which others
+///
+/// Each snapshot is listed below one that it needs, with its size, with the size of it and all that
+/// need it (what deleting all of these frees), and with the number of files that would be lost if
+/// it were deleted. Names what no other needs, ancestors that are missing, and files that cannot be
+/// read. Reads only the ends of the files. Folders within the folder are not searched.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Tree {
+    /// Folders to search together [default: .]
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) folders: Vec<PathBuf>,
 }
 
 /// `extract --unavailable`.

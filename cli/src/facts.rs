@@ -5,7 +5,7 @@ use std::fmt;
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 use snapshot_format::layout::{FORMAT_VERSION, PAGE_SIZE_U64};
-use snapshot_format::{Region, Snapshot, SnapshotId, Summary};
+use snapshot_format::{Region, Snapshot, SnapshotId, Summary, Written};
 
 use crate::output::{count, percent, ratio};
 
@@ -104,12 +104,7 @@ fn protection(flags: u32) -> String {
 
 impl Facts {
     /// Returns the facts of a snapshot that has just been written.
-    pub(crate) fn written(
-        id: SnapshotId,
-        summary: &Summary,
-        file_bytes: u64,
-        regions: &[Region],
-    ) -> Self {
+    fn written(id: SnapshotId, summary: &Summary, file_bytes: u64, regions: &[Region]) -> Self {
         Self {
             snapshot_id: id.to_string(),
             format_version: FORMAT_VERSION,
@@ -130,6 +125,20 @@ impl Facts {
             index_bytes: summary.index_bytes,
             file_bytes,
             regions: RegionFacts::all(regions),
+        }
+    }
+
+    /// Returns the facts of a snapshot that a writer has just written.
+    pub(crate) fn of_written(written: &Written) -> Self {
+        Self {
+            // Slots that no page uses are no reason to count others twice.
+            ancestor_pages: written.ancestor_pages,
+            ..Self::written(
+                written.id,
+                &written.summary,
+                written.file_bytes,
+                &written.regions,
+            )
         }
     }
 

@@ -1,10 +1,14 @@
 //! Opening of snapshots with the files of their ancestors.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use snapshot_format::{FileStore, Layer, LayerFolders, Snapshot, SnapshotOptions};
+use snapshot_format::{
+    Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, OrAbsent, Snapshot,
+    SnapshotOptions,
+};
 
 use crate::args;
 use crate::exit::Refusal;
@@ -43,6 +47,72 @@ pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
         FileStore::open_snapshot(path)?,
         &options,
     )?)
+}
+
+/// Opens a snapshot with those of its ancestors that are at hand.
+pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
+    let resolver = OrAbsent(resolver(layers, None)?);
+    let options = SnapshotOptions::default().ancestors(Arc::new(resolver));
+    Ok(Snapshot::open_with(
+        FileStore::open_snapshot(path)?,
+        &options,
+    )?)
+}
+
+/// Opens a file that has no name yet, but whose ancestors are `base` and those of it.
+pub(crate) fn open_child(file: File, path: &Path, base: &Snapshot) -> Result<Snapshot> {
+    let layers = (0..).map_while(|number| base.layer(number).cloned());
+    let options = SnapshotOptions::default().ancestors(Arc::new(OpenLayers(layers.collect())));
+    let store = Arc::new(FileStore::from_file(file, path));
+    Ok(Snapshot::open_with(store, &options)?)
+}
+
+/// Files that are open already.
+#[derive(Debug)]
+struct OpenLayers(Vec<Arc<Layer>>);
+
+impl Ancestors for OpenLayers {
+    fn find(
+        &self,
+        wanted: &Ancestor,
+        _beside: Option<&Path>,
+    ) -> Result<Option<Arc<Layer>>, OpenError> {
+        Ok(self.0.iter().find(|layer| wanted.is(layer)).cloned())
+    }
+}
+
+/// Refuses a target that would replace a snapshot which others need: those in its folder, and in
+/// the folders of `layers`.
+pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> {
+    if target::is_stdout(target) || !target.is_file() {
+        return Ok(());
+    }
+    let Ok(there) = Layer::open_path(target) else {
+        return Ok(());
+    };
+    let beside = match target.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    for folder in std::iter::once(beside).chain(folders(layers)?) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            let Ok(other) = Layer::open_path(&path) else {
+                continue;
+            };
+            let mut listed = other.listed_ancestors().iter();
+            if listed.any(|ancestor| ancestor.id == there.id()) {
+                return Err(Refusal::Usage(format!(
+                    "{}: is an ancestor of {}, which would be lost with it; name another file to \
+                     write, and rebase that one",
+                    names::path(target),
+                    names::path(&path)
+                ))
+                .into());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.

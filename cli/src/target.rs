@@ -140,6 +140,19 @@ impl Target {
         }
     }
 
+    /// Whether it is a file that gets its name when it is complete.
+    pub(crate) fn is_file(&self) -> bool {
+        matches!(self, Self::File(_))
+    }
+
+    /// Returns the file, to be read; `None` for a stream.
+    pub(crate) fn open_again(&mut self) -> io::Result<Option<File>> {
+        match self {
+            Self::File(file) => file.file()?.try_clone().map(Some),
+            Self::Stream(_) => Ok(None),
+        }
+    }
+
     /// Returns the file, set to `len` bytes of holes. Returns `None` if the target can't have holes
     /// or can't be written at any offset.
     pub(crate) fn sparse(&mut self, len: u64) -> io::Result<Option<&File>> {

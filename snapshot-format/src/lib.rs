@@ -71,6 +71,7 @@
 //! A snapshot can be the child of another, the base: [`WriterOptions::base`]. It stores only what
 //! differs and refers to the files of its ancestors for the rest. [`Snapshot::open_path`] finds
 //! them beside the child, [`LayerFolders`] in other folders, and [`Ancestors`] anywhere.
+//! [`flatten`] makes one file of a chain, and [`rebase`] gives a child another base.
 //!
 //! # Features
 //!
@@ -101,7 +102,7 @@ pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
 pub use snapshot::{
-    Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, Snapshot, SnapshotOptions,
+    Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, OrAbsent, Snapshot, SnapshotOptions,
 };
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{
@@ -111,4 +112,7 @@ pub use verify::{
     MAX_PROBLEMS, Problem, Report, VerifyCallback, VerifyError, VerifyOptions, VerifyProgress,
     verify,
 };
-pub use writer::{Dictionary, Progress, RegionSpec, WriteError, Writer, WriterOptions, Written};
+pub use writer::{
+    Dictionary, Progress, RegionSpec, RewriteOptions, Rewritten, WriteError, Writer, WriterOptions,
+    Written, flatten, rebase,
+};

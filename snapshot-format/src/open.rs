@@ -36,6 +36,24 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
+    /// Returns what is known of a file that is missing.
+    pub(crate) fn absent(id: SnapshotId, file_bytes: u64, trailer_hash: Option<Digest>) -> Self {
+        Self {
+            id,
+            version: FORMAT_VERSION,
+            required_features: 0,
+            optional_features: 0,
+            file_bytes,
+            body: Body {
+                from: HEADER_BYTES as u64,
+                to: file_bytes.saturating_sub(TRAILER_BYTES as u64),
+            },
+            summary: Summary::default(),
+            directory: Directory::empty(),
+            trailer_hash: trailer_hash.unwrap_or_default(),
+        }
+    }
+
     /// Returns the number of ancestors that the file lists.
     pub(crate) fn ancestor_count(&self) -> u64 {
         let section = self.directory.get(SectionKind::Ancestors);

@@ -4,6 +4,8 @@
 mod chain;
 mod common;
 mod counting;
+#[path = "children/rewritten.rs"]
+mod rewritten;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -148,6 +150,11 @@ fn ancestors_of(file: &File) -> Given {
 /// Compares a file with its memory, and with a plain snapshot of it. Returns the number of pages
 /// that lie in ancestors.
 fn check(file: &File) -> u64 {
+    check_with(file, 0)
+}
+
+/// Does the same with a file of which `dead_slots` slots have no page.
+fn check_with(file: &File, dead_slots: u64) -> u64 {
     let snapshot = &file.snapshot;
     let mut decoder = FrameDecoder::new();
     let mut frames: HashMap<(u16, u64), Vec<u8>> = HashMap::new();
@@ -177,7 +184,7 @@ fn check(file: &File) -> u64 {
     }
     let summary = snapshot.summary();
     assert_eq!(
-        summary.pages,
+        summary.pages + dead_slots,
         summary.zero_pages
             + summary.fill_pages
             + summary.stored_pages
@@ -382,7 +389,7 @@ fn size_of_a_child_is_that_of_the_changes() {
 /// A frame that several blocks name is decoded for the first of them only.
 #[test]
 fn frames_of_the_base_are_decoded_once() {
-    // Frames of 7 pages reach over the borders of blocks, and each block repeats pages of the first.
+    // Frames of 7 pages reach over the borders of blocks, and each block repeats pages of block 0.
     let options = || WriterOptions {
         frame_pages: 7,
         ..options()
@@ -476,35 +483,40 @@ fn layers() -> impl Strategy<Value = (Memory, Vec<Edit>)> {
     (memory, prop::collection::vec(layer, 1..5))
 }
 
+/// Writes a file of `memory`, and for each edit a child of the file before.
+fn chain_of(memory: Memory, edits: Vec<Edit>) -> Vec<File> {
+    let mut files = vec![write(&memory, None, options())];
+    let mut memory = memory;
+    for (changes, new_len, how) in edits {
+        if let Some(len) = new_len {
+            memory[0].resize(len, Content::Fill(9));
+        }
+        for (region, first, count, content) in changes {
+            let regions = memory.len();
+            let pages = &mut memory[region % regions];
+            let first = first % pages.len();
+            let end = (first + count).min(pages.len());
+            for (n, page) in (0..).zip(&mut pages[first..end]) {
+                *page = match content {
+                    Content::Data(seed) => Content::Data(seed + n),
+                    other => other,
+                };
+            }
+        }
+        let base = files.last().expect("the first");
+        let child = write(&memory, Some((base, how)), options());
+        files.push(child);
+    }
+    files
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// Every layer of a chain of random edits is exactly its memory.
     #[test]
     fn every_layer_reads_back_exactly((memory, edits) in layers()) {
-        let mut files = vec![write(&memory, None, options())];
-        let mut memory = memory;
-        for (changes, new_len, how) in edits {
-            if let Some(len) = new_len {
-                memory[0].resize(len, Content::Fill(9));
-            }
-            for (region, first, count, content) in changes {
-                let regions = memory.len();
-                let pages = &mut memory[region % regions];
-                let first = first % pages.len();
-                let end = (first + count).min(pages.len());
-                for (n, page) in (0..).zip(&mut pages[first..end]) {
-                    *page = match content {
-                        Content::Data(seed) => Content::Data(seed + n),
-                        other => other,
-                    };
-                }
-            }
-            let base = files.last().expect("the first");
-            let child = write(&memory, Some((base, how)), options());
-            files.push(child);
-        }
-        for file in &files {
+        for file in &chain_of(memory, edits) {
             check(file);
         }
     }

@@ -1,7 +1,7 @@
 //! Layered snapshots: writing a child of the guest's memory, and the chains that are restored.
 //!
-//! A *change* replaces a share of the pages, in runs of 1 to 16, by other pages of the guest in which
-//! a few words differ. It is the same on every machine.
+//! A *change* replaces a share of the pages, in runs of 1 to 16, by other pages of the guest in
+//! which a few words differ. It is the same on every machine.
 //!
 //! | file | content |
 //! | --- | --- |
@@ -36,7 +36,7 @@ pub const NAME: &str = "layers";
 pub const FULL: &str = "create";
 /// `create --base` from a diff; the changes lie in two fifths of the blocks.
 pub const DIFF: &str = "create --base, diff";
-/// The same; the changes lie anywhere.
+/// `create --base` from a diff; the changes lie anywhere.
 pub const SCATTERED: &str = "create --base, scattered diff";
 /// `create --base` from the whole memory after the change.
 pub const WITH_BASE: &str = "create --base, full image";
@@ -114,8 +114,8 @@ impl ChainKind {
     }
 }
 
-/// Makes a chain in `folder`: `raw` is the memory of its first layer. Returns images of the memory at
-/// its end.
+/// Makes a chain in `folder`: `raw` is the memory of its first layer. Returns images of the memory
+/// at its end.
 pub fn chain(
     kind: ChainKind,
     raw: &Path,
@@ -293,8 +293,8 @@ fn create_command(program: &Path, source: &Path, base: Option<&Path>, out: &Path
     command
 }
 
-/// Measures writing of children in turn with that of full snapshots: a round that doesn't count, then
-/// `rounds` that do. Returns the sizes of a child.
+/// Measures writing of children in turn with that of full snapshots: a round that doesn't count,
+/// then `rounds` that do. Returns the sizes of a child.
 pub fn compare(
     raw: &Path,
     chain: &mut Images,

@@ -22,6 +22,7 @@ use snapshot_format::{
 
 use snaprestore_uffd::memory::Mapping;
 
+use super::flatten::{self, RewriteFacts};
 use crate::args::{self, Holes};
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
@@ -48,6 +49,9 @@ pub(crate) struct CreateReport {
     /// The base, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) base: Option<BaseFacts>,
+    /// The number of files that the snapshot would have needed, if it was flattened for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) flattened: Option<Flattened>,
     /// Ways in which the source may have been read differently than intended.
     pub(crate) remarks: Vec<Remark>,
     /// Time for which a process was stopped, until its memory was read.
@@ -65,6 +69,17 @@ pub(crate) struct BaseFacts {
     pages: u64,
 }
 
+/// A child that was flattened because its chain was too long.
+#[derive(Serialize)]
+pub(crate) struct Flattened {
+    /// Number of files that the child would have needed.
+    ancestors: usize,
+    /// The number that it may need.
+    limit: u16,
+    #[serde(flatten)]
+    rewrite: RewriteFacts,
+}
+
 impl fmt::Display for CreateReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.facts)?;
@@ -75,6 +90,14 @@ impl fmt::Display for CreateReport {
                 f,
                 "base        {file} ({id}): {pages} taken from it and its ancestors"
             )?;
+        }
+        if let Some(flattened) = &self.flattened {
+            let (ancestors, limit) = (count(flattened.ancestors as u64, "file"), flattened.limit);
+            writeln!(
+                f,
+                "flattened   needs no other file; would have needed {ancestors}, more than {limit}"
+            )?;
+            write!(f, "{}", flattened.rewrite)?;
         }
         for remark in &self.remarks {
             let what = if remark.warning { "WARNING" } else { "note" };
@@ -96,6 +119,8 @@ pub(crate) struct Recipe {
     pub(crate) threads: Option<usize>,
     pub(crate) attachments: Vec<Attachment>,
     pub(crate) base: Option<Arc<Snapshot>>,
+    /// Names of attachments of the base.
+    pub(crate) inherited: Vec<String>,
 }
 
 /// A file to store beside the memory.
@@ -143,6 +168,10 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     }
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
+    if args.flatten_after.is_some() && !target.is_file() {
+        let text = "--flatten-after needs a file as its output, as it may have to be written twice";
+        return Err(Refusal::Usage(text.into()).into());
+    }
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && args.base.is_none() && source.is_mostly_holes() {
         recipe.refuse_diff(args.source.as_deref())?;
@@ -163,7 +192,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let held_ms = held.map(u64::try_from).transpose()?;
     drop(source);
     let changed = writer
-        .attach(recipe.attachments)
+        .attach(recipe.attachments, &recipe.inherited)
         .map_err(|error| target::named(error, &args.output))?;
     remarks.extend(changed);
     remarks.extend(writer.base_remark());
@@ -173,16 +202,25 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let (target, written) = writer
         .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
+    let taken_pages = written.ancestor_pages;
+    let (target, written, flattened) = match args.flatten_after.zip(recipe.base.as_deref()) {
+        Some((limit, base)) => {
+            flatten_beyond(limit, args, base, (target, written), (output, cancel))
+                .map_err(|error| target::named(error, &args.output))?
+        }
+        None => (target, written, None),
+    };
     target.complete()?;
-    let facts = facts(&written);
+    let facts = Facts::of_written(&written);
     let base = args.base.as_deref().zip(recipe.base);
     let report = CreateReport {
         base: base.map(|(path, base)| BaseFacts {
             file: names::exact(path),
             snapshot_id: base.id().to_string(),
-            pages: facts.ancestor_pages,
+            pages: taken_pages,
         }),
         facts,
+        flattened,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
@@ -195,13 +233,36 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     Ok(Exit::Done)
 }
 
-pub(crate) fn facts(written: &Written) -> Facts {
-    Facts::written(
-        written.id,
-        &written.summary,
-        written.file_bytes,
-        &written.regions,
-    )
+/// Flattens a child that is written but has no name yet, if it needs more than `limit` files.
+fn flatten_beyond(
+    limit: u16,
+    args: &args::Create,
+    base: &Snapshot,
+    (mut target, written): (Target, Written),
+    (output, cancel): (Output, &Cancel),
+) -> Result<(Target, Written, Option<Flattened>)> {
+    let Some(file) = target.open_again()? else {
+        return Ok((target, written, None));
+    };
+    let child = Arc::new(layers::open_child(file, &args.output, base)?);
+    let ancestors = child.ancestors().len();
+    if ancestors <= limit.into() {
+        return Ok((target, written, None));
+    }
+    let packing = args::Packing {
+        level: args.level,
+        threads: args.threads,
+    };
+    let options = flatten::options(&packing, &child, (output, "flattening"), cancel);
+    let flat = Target::create(&args.output, args.force, cancel)?;
+    let (flat, rewritten) = snapshot_format::flatten(flat, &child, options)?;
+    let rewrite = RewriteFacts::of(&rewritten);
+    let flattened = Flattened {
+        ancestors,
+        limit,
+        rewrite,
+    };
+    Ok((flat, rewritten.written, Some(flattened)))
 }
 
 impl Recipe {
@@ -243,6 +304,10 @@ impl Recipe {
             .transpose()
             .context("cannot open the base")?
             .map(Arc::new);
+        let inherited = &args.inherit_attachment;
+        if let Some(base) = &base {
+            check_inherited(inherited, base, &mut used)?;
+        }
         let frame_bytes = args.frame_size.kib << 10;
         let frame_pages = frame_bytes / PAGE_SIZE;
         Ok(Self {
@@ -259,6 +324,7 @@ impl Recipe {
             threads: args.threads,
             attachments,
             base,
+            inherited: inherited.clone(),
         })
     }
 
@@ -359,6 +425,38 @@ impl Recipe {
     }
 }
 
+/// Checks that the base has these attachments, and that none has the name of another one.
+fn check_inherited<'a>(
+    names: &'a [String],
+    base: &Snapshot,
+    used: &mut HashSet<&'a String>,
+) -> Result<()> {
+    let there = base.attachments().context("cannot read the base")?;
+    for name in names {
+        if !there.iter().any(|attachment| attachment.name == *name) {
+            let there: Vec<String> = there
+                .iter()
+                .map(|attachment| format!("{:?}", attachment.name))
+                .collect();
+            let there = match &there[..] {
+                [] => "none".to_owned(),
+                there => there.join(", "),
+            };
+            bail!(
+                "{}: has no attachment {name:?} to inherit; attachments there: {there}",
+                base.name()
+            );
+        }
+        if !used.insert(name) {
+            return Err(Refusal::Usage(format!(
+                "two attachments are named {name:?}; each needs a name of its own"
+            ))
+            .into());
+        }
+    }
+    Ok(())
+}
+
 fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
     let named = || format!("{}: reading the dictionary", names::path(path));
     let mut bytes = Vec::new();
@@ -394,9 +492,18 @@ pub(crate) struct SnapshotSink {
 }
 
 impl SnapshotSink {
-    /// Stores the attachments. Returns a remark about those that changed since they were opened;
-    /// fails if the length of one changed.
-    fn attach(&mut self, attachments: Vec<Attachment>) -> Result<Option<Remark>> {
+    /// Stores the attachments, and those of the base that are inherited. Returns a remark about
+    /// files that changed since they were opened; fails if the length of one changed.
+    fn attach(
+        &mut self,
+        attachments: Vec<Attachment>,
+        inherited: &[String],
+    ) -> Result<Option<Remark>> {
+        if let Some(base) = &self.base {
+            for name in inherited {
+                self.writer.copy_attachment(base, name)?;
+            }
+        }
         let mut changed = Vec::new();
         for mut attachment in attachments {
             let name = &attachment.name;

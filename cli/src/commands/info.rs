@@ -30,6 +30,9 @@ struct InfoReport {
     dictionaries: Vec<Dictionary>,
     /// The other files that a layered snapshot needs.
     ancestors: Vec<Ancestor>,
+    /// Number of pages whose content lies in the file itself, if it is layered.
+    #[serde(skip)]
+    own_pages: u64,
 }
 
 #[derive(Serialize)]
@@ -62,7 +65,7 @@ struct Dictionary {
 
 pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
     let snapshot = layers::open(&args.file, &args.layers)?;
-    let ancestors = ancestors(&snapshot)?;
+    let (own_pages, ancestors) = ancestors(&snapshot)?;
     let mut facts = Facts::of(&snapshot);
     facts.ancestor_pages = ancestors.iter().map(|ancestor| ancestor.pages).sum();
     let report = InfoReport {
@@ -98,13 +101,15 @@ pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
             })
             .collect(),
         ancestors,
+        own_pages,
     };
     output.report(&report)?;
     Ok(Exit::Done)
 }
 
-/// Returns the ancestors, with the number of pages that lie in each.
-fn ancestors(snapshot: &Snapshot) -> Result<Vec<Ancestor>> {
+/// Returns the number of pages that lie in the file of a layered snapshot, and its ancestors with
+/// the number of pages that lie in each.
+fn ancestors(snapshot: &Snapshot) -> Result<(u64, Vec<Ancestor>)> {
     let mut pages = vec![0; 1 + snapshot.ancestors().len()];
     let blocks = if snapshot.ancestors().is_empty() {
         0
@@ -120,14 +125,13 @@ fn ancestors(snapshot: &Snapshot) -> Result<Vec<Ancestor>> {
         }
     }
     let ancestors = snapshot.ancestors().iter().zip(&pages[1..]);
-    Ok(ancestors
-        .map(|(layer, &pages)| Ancestor {
-            file: layer.name().to_owned(),
-            snapshot_id: layer.id().to_string(),
-            file_bytes: layer.file_bytes(),
-            pages,
-        })
-        .collect())
+    let ancestors = ancestors.map(|(layer, &pages)| Ancestor {
+        file: layer.name().to_owned(),
+        snapshot_id: layer.id().to_string(),
+        file_bytes: layer.file_bytes(),
+        pages,
+    });
+    Ok((pages[0], ancestors.collect()))
 }
 
 impl fmt::Display for InfoReport {
@@ -185,7 +189,7 @@ impl InfoReport {
             file: names::shown(&self.file).into_owned(),
             snapshot_id: facts.snapshot_id.clone(),
             file_bytes: facts.file_bytes,
-            pages: facts.stored_pages + facts.duplicate_pages,
+            pages: self.own_pages,
         };
         for (number, layer) in [&own].into_iter().chain(&self.ancestors).enumerate() {
             table.add_row([

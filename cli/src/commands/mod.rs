@@ -8,10 +8,13 @@ mod ctl;
 mod demo;
 mod doctor;
 mod extract;
+mod flatten;
 mod info;
 mod man;
+mod rebase;
 mod restore;
 mod serve;
+mod tree;
 mod verify;
 
 use anyhow::Result;
@@ -28,6 +31,9 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Info(args) => info::run(&args, output),
         Command::Verify(args) => verify::run(&args, output, cancel),
         Command::Extract(args) => extract::run(&args, output, cancel),
+        Command::Flatten(args) => flatten::run(&args, output, cancel),
+        Command::Rebase(args) => rebase::run(&args, output, cancel),
+        Command::Tree(args) => tree::run(&args, output),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),
         Command::Ctl(args) => ctl::run(&args, output, cancel),

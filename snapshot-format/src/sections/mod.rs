@@ -50,6 +50,13 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
+    /// Returns the directory of a file that is not at hand.
+    pub(crate) fn empty() -> Self {
+        Self {
+            sections: Vec::new(),
+        }
+    }
+
     /// Checks the used entries of the directory, which is at offset `at` in the file.
     /// `layered` says whether the file has the feature `ANCESTORS`.
     pub(crate) fn check(

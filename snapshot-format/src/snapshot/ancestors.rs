@@ -57,6 +57,11 @@ impl Ancestor {
         (layer.ends().trailer_hash != hash).then(|| "its trailer is another one".to_owned())
     }
 
+    /// Returns whether `layer` is the recorded file.
+    pub fn is(&self, layer: &Layer) -> bool {
+        self.difference(layer).is_none()
+    }
+
     /// Checks that `layer` is the recorded file.
     fn check(&self, layer: &Layer) -> Result<(), OpenError> {
         match self.difference(layer) {
@@ -212,6 +217,27 @@ impl Ancestors for LayerFolders {
     }
 }
 
+/// A resolver that stands in for files that another one does not find, or finds unusable.
+#[derive(Debug)]
+pub struct OrAbsent(pub Arc<dyn Ancestors>);
+
+impl Ancestors for OrAbsent {
+    fn find(
+        &self,
+        wanted: &Ancestor,
+        beside: Option<&Path>,
+    ) -> Result<Option<Arc<Layer>>, OpenError> {
+        let found = self.0.find(wanted, beside).ok().flatten();
+        Ok(Some(
+            found.unwrap_or_else(|| Arc::new(Layer::absent(wanted))),
+        ))
+    }
+
+    fn searched(&self, beside: Option<&Path>) -> Vec<String> {
+        self.0.searched(beside)
+    }
+}
+
 /// The files of an open snapshot.
 #[derive(Debug)]
 pub(super) struct Chain {
@@ -280,6 +306,9 @@ fn open_one(
             id: own.id(),
             ancestor: layer.name().to_owned(),
         });
+    }
+    if layer.is_absent() {
+        return Ok(layer);
     }
     let page_size = open::header_page_size(layer.store()).map_err(unusable)?;
     match page_size {

@@ -15,18 +15,19 @@
 //! least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
-//! [`FrameDecoder`], a dictionary is prepared once per file: those of the snapshot's own file before,
-//! that of an ancestor with the first frame that needs it.
+//! [`FrameDecoder`], a dictionary is prepared once per file: those of the snapshot's own file
+//! before, that of an ancestor with the first frame that needs it.
 
 use std::borrow::Cow;
 use std::fmt;
 
+use zerocopy::FromBytes as _;
 use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use super::Snapshot;
 use crate::error::{Defect, FrameError, ReadError};
 use crate::frame::{Codec, FrameRef, ListedPages, Parts};
-use crate::layout::{MAX_FRAME_RECORD_BYTES, PAGE_SIZE};
+use crate::layout::{MAX_FRAME_RECORD_BYTES, PAGE_SIZE, RawFrameHeader, RawPageRun};
 use crate::store::Reason;
 use crate::types::SnapshotId;
 
@@ -156,6 +157,15 @@ impl FrameDecoder {
         let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
         decode_whole(&mut self.context, snapshot, frame, parts.payload, out)?;
         Ok(parts.listed)
+    }
+
+    /// Returns the payload of `frame`, which must be the last one that [`FrameDecoder::decode`]
+    /// has decoded: the bytes that follow the page list in its record.
+    pub(crate) fn payload(&self, frame: &FrameRef) -> &[u8] {
+        let record = &self.record[..frame.stored_len as usize];
+        let runs = RawFrameHeader::ref_from_prefix(record)
+            .map_or(0, |(header, _)| usize::from(header.run_count.get()));
+        &record[size_of::<RawFrameHeader>() + runs * size_of::<RawPageRun>()..]
     }
 
     /// Decodes `frame` as [`FrameDecoder::decode`] does, but may stop once the first `pages` pages

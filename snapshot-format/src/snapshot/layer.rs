@@ -3,10 +3,11 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use super::ancestors::Ancestor;
+use super::ancestors::{Ancestor, name_property};
 use super::{buffer, get_or_try};
 use crate::error::{Defect, Flaw, OpenError, Part, ReadError};
 use crate::index::records;
@@ -31,6 +32,7 @@ pub struct Layer {
     /// Ancestors that the file lists.
     listed: Vec<Ancestor>,
     dictionaries: OnceLock<Vec<Dictionary>>,
+    is_absent: bool,
 }
 
 /// A dictionary of the file, and its prepared form once it was needed.
@@ -79,7 +81,31 @@ impl Layer {
             ends,
             listed: Vec::new(),
             dictionaries: OnceLock::new(),
+            is_absent: false,
         }
+    }
+
+    /// Creates a stand-in for the file of an ancestor that is missing, of which nothing can be
+    /// read. A snapshot that was opened with it can be given [another base](crate::rebase).
+    pub fn absent(wanted: &Ancestor) -> Self {
+        let name = match &wanted.name[..] {
+            "" => wanted.id.to_string(),
+            name => format!("{name} ({})", wanted.id),
+        };
+        let ends = Ends::absent(wanted.id, wanted.file_bytes, wanted.trailer_hash);
+        let store = Arc::new(AbsentStore {
+            name,
+            file_bytes: wanted.file_bytes,
+        });
+        Self {
+            is_absent: true,
+            ..Self::new(store, ends)
+        }
+    }
+
+    /// Returns whether the layer stands in for a file that is [missing](Layer::absent).
+    pub fn is_absent(&self) -> bool {
+        self.is_absent
     }
 
     /// Returns the id of the file.
@@ -110,6 +136,21 @@ impl Layer {
     /// Returns the ancestors that the file lists. They need not be open.
     pub fn listed_ancestors(&self) -> &[Ancestor] {
         &self.listed
+    }
+
+    /// Returns the ancestors that the file lists, with the names under which they were last known,
+    /// which are read from the properties. Without those they have no names.
+    pub fn named_ancestors(&self) -> Vec<Ancestor> {
+        let properties = self.properties().unwrap_or_default();
+        let named = self.listed.iter().map(|ancestor| {
+            let key = name_property(ancestor.id);
+            let known = properties.iter().find(|(known, _)| *known == key);
+            Ancestor {
+                name: known.map(|(_, name)| name.clone()).unwrap_or_default(),
+                ..ancestor.clone()
+            }
+        });
+        named.collect()
     }
 
     /// Returns the size of the file's page-number space.
@@ -156,10 +197,32 @@ impl Layer {
     }
 
     /// Adds the names under which the ancestors were last known.
-    pub(super) fn name_listed(&mut self, name_of: impl Fn(SnapshotId) -> Option<String>) {
-        for ancestor in &mut self.listed {
-            ancestor.name = name_of(ancestor.id).unwrap_or_default();
-        }
+    pub(super) fn name_listed(&mut self) {
+        self.listed = self.named_ancestors();
+    }
+}
+
+/// The store of a file that is missing.
+#[derive(Debug)]
+struct AbsentStore {
+    name: String,
+    file_bytes: u64,
+}
+
+impl Store for AbsentStore {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file_bytes)
+    }
+
+    fn read_exact_at(&self, _buf: &mut [u8], _offset: u64, _reason: Reason) -> io::Result<()> {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the file is missing",
+        ))
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
     }
 }
 

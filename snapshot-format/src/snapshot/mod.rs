@@ -23,7 +23,7 @@ use zstd::zstd_safe;
 
 use self::ancestors::Chain;
 pub(crate) use self::ancestors::name_property;
-pub use self::ancestors::{Ancestor, Ancestors, LayerFolders};
+pub use self::ancestors::{Ancestor, Ancestors, LayerFolders, OrAbsent};
 pub use self::decoder::FrameDecoder;
 pub use self::layer::Layer;
 use self::opening::Tables;
@@ -300,12 +300,7 @@ fn open_chain(
         return Chain::open(own, &LayerFolders::default());
     }
     // A hint: without it the ancestors are found by their ids.
-    let properties = own.properties().unwrap_or_default();
-    own.name_listed(|id| {
-        let key = name_property(id);
-        let known = properties.iter().find(|(known, _)| *known == key);
-        known.map(|(_, name)| name.clone())
-    });
+    own.name_listed();
     let chain = match &options.ancestors {
         Some(ancestors) => Chain::open(own, &**ancestors)?,
         None => Chain::open(own, &LayerFolders::default())?,

@@ -192,7 +192,12 @@ impl Snapshot {
 }
 
 impl Snapshot {
-    fn named_blob(&self, kind: SectionKind, part: Part, name: &str) -> Result<Blob, ReadError> {
+    pub(crate) fn named_blob(
+        &self,
+        kind: SectionKind,
+        part: Part,
+        name: &str,
+    ) -> Result<Blob, ReadError> {
         let blobs = self.own().blobs(kind)?;
         let blob = blobs.into_iter().find(|blob| blob.name == name);
         blob.ok_or_else(|| ReadError::NoSuchName {

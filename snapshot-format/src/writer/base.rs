@@ -18,6 +18,7 @@ use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
 use super::dedup::Key;
 use crate::digest::{self, Digest};
+use crate::error::ReadError;
 use crate::frame::FrameRef;
 use crate::index::{BlockRef, IndexBlock, Page};
 use crate::layout::{
@@ -96,14 +97,15 @@ pub(super) struct BasePage {
 }
 
 /// The content of a base's block.
-struct Pages {
+pub(super) struct Pages {
     index: IndexBlock,
-    digests: Vec<Digest>,
-    frames: Vec<BaseFrame>,
+    pub(super) digests: Vec<Digest>,
+    pub(super) frames: Vec<BaseFrame>,
 }
 
-/// A frame that a block of the base names, and the digests of all its slots. Those that no page uses
-/// any more have what the memory was before.
+/// A frame that a block of the base names, and the digests of all its slots. Those that no page
+/// uses any more have what the memory was before.
+#[derive(Clone)]
 pub(super) struct BaseFrame {
     frame: FrameRef,
     digests: Arc<[Digest]>,
@@ -112,16 +114,8 @@ pub(super) struct BaseFrame {
 impl Base {
     pub(super) fn new(snapshot: Arc<Snapshot>) -> Result<Self, WriteError> {
         snapshot.prepare()?;
-        let section = snapshot.own().optional_section(SectionKind::BlockDigests)?;
-        let bytes = section.map_or_else(Vec::new, |(_, bytes)| bytes);
-        let (digests, _) = bytes.as_chunks::<32>();
-        let complete = digests.len() as u64 == snapshot.block_count();
         Ok(Self {
-            digests: if complete {
-                digests.to_vec()
-            } else {
-                Vec::new()
-            },
+            digests: block_digests(&snapshot)?,
             snapshot,
             decoders: Mutex::default(),
             decoded: Mutex::default(),
@@ -135,7 +129,11 @@ impl Base {
         region.is_some_and(|region| end.is_some_and(|end| end <= region.page_numbers().end))
     }
 
-    fn digest(&self, block: u64) -> Option<Digest> {
+    pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    pub(super) fn digest(&self, block: u64) -> Option<Digest> {
         self.digests.get(usize::try_from(block).ok()?).copied()
     }
 
@@ -168,34 +166,21 @@ impl Base {
         }
 
         let base = self.pages(number)?;
-        let mut examined = examined.unwrap_or_else(|| {
-            examine_pages(given, buffer, |i| {
-                let seen = match base.index.page(i) {
-                    Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
-                    Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
-                    // A page of the base's region is not unused.
-                    Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
-                };
-                (seen, base.digests[i])
-            })
-        });
+        let mut examined = examined
+            .unwrap_or_else(|| examine_pages(given, buffer, |i| (base.seen(i), base.digests[i])));
         if examined.pages.len() == base.digests.len()
             && examined.digest == digest::block(&base.digests)
             && examined.uniform().is_none()
         {
             return self.kept(number, examined.digest);
         }
-        let mut known: Option<Vec<(Key, BasePage)>> = None;
+        let mut known: Option<PagesByKey> = None;
         for (i, seen) in examined.pages.iter_mut().enumerate() {
             let Seen::Data(data) = *seen else { continue };
             // The same page first: pages of a frame stay together.
             let same = base.digests.get(i).filter(|digest| key(digest) == data);
             let same = same.and_then(|_| base.page(i));
-            let known = || {
-                let known = known.get_or_insert_with(|| base.known());
-                let at = known.binary_search_by_key(&data, |(key, _)| *key).ok()?;
-                Some(known[at].1)
-            };
+            let known = || known.get_or_insert_with(|| base.known()).find(data);
             if let Some(page) = same.or_else(known) {
                 *seen = Seen::Base(page);
             }
@@ -205,15 +190,9 @@ impl Base {
     }
 
     /// Returns a block that is as block `number` of the base.
-    fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
+    pub(super) fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
-        let pages = (0..index.page_count())
-            .map(|i| match index.page(i) {
-                Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
-                Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
-                Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
-            })
-            .collect();
+        let pages = (0..index.page_count()).map(|i| seen(&index, i)).collect();
         let mut layers: Vec<u16> = index.frames().iter().map(FrameRef::layer).collect();
         layers.sort_unstable();
         layers.dedup();
@@ -226,12 +205,12 @@ impl Base {
             pages,
             digest,
             kept,
-            base_frames: Vec::new(),
+            ..Examined::default()
         })
     }
 
     /// Decodes a block of the base, and computes the digests of its pages.
-    fn pages(&self, number: u64) -> Result<Pages, WriteError> {
+    pub(super) fn pages(&self, number: u64) -> Result<Pages, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
         let mut digests: Vec<Digest> = (0..index.page_count())
             .map(|i| match index.page(i) {
@@ -298,15 +277,43 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns the digest of each block that a snapshot records; nothing if it records none.
+pub(super) fn block_digests(snapshot: &Snapshot) -> Result<Vec<Digest>, ReadError> {
+    let section = snapshot.own().optional_section(SectionKind::BlockDigests)?;
+    let bytes = section.map_or_else(Vec::new, |(_, bytes)| bytes);
+    let (digests, _) = bytes.as_chunks::<32>();
+    let complete = digests.len() as u64 == snapshot.block_count();
+    Ok(if complete {
+        digests.to_vec()
+    } else {
+        Vec::new()
+    })
+}
+
+/// Returns page `i` of a block of the base.
+fn seen(index: &IndexBlock, i: usize) -> Seen {
+    match index.page(i) {
+        Page::Fill(word) => Seen::Alike(Alike::Fill(word)),
+        Page::Stored { frame, slot } => Seen::Base(BasePage { frame, slot }),
+        // A page of the base's region is not unused.
+        Page::Unavailable | Page::Unused => Seen::Alike(Alike::Unavailable),
+    }
+}
+
 impl Pages {
-    fn page(&self, i: usize) -> Option<BasePage> {
+    /// Returns page `i` of the block.
+    pub(super) fn seen(&self, i: usize) -> Seen {
+        seen(&self.index, i)
+    }
+
+    pub(super) fn page(&self, i: usize) -> Option<BasePage> {
         let (frame, slot) = self.index.stored(i)?;
         let frame = self.index.frames()[frame];
         Some(BasePage { frame, slot })
     }
 
-    /// Returns the pages of all frames, sorted by key. Of equal ones the first comes first.
-    fn known(&self) -> Vec<(Key, BasePage)> {
+    /// Returns the pages of all frames, by key.
+    pub(super) fn known(&self) -> PagesByKey {
         let pages = self.frames.iter().flat_map(|BaseFrame { frame, digests }| {
             let slots = digests.iter().zip(0..);
             slots.map(|(digest, slot)| {
@@ -316,8 +323,19 @@ impl Pages {
         });
         let mut pages: Vec<_> = pages.collect();
         pages.sort_by_key(|(key, _)| *key);
+        // Of equal ones the first is kept.
         pages.dedup_by_key(|(key, _)| *key);
-        pages
+        PagesByKey(pages)
+    }
+}
+
+/// Pages of a base's block, sorted by key.
+pub(super) struct PagesByKey(Vec<(Key, BasePage)>);
+
+impl PagesByKey {
+    pub(super) fn find(&self, key: Key) -> Option<BasePage> {
+        let at = self.0.binary_search_by_key(&key, |(key, _)| *key).ok()?;
+        Some(self.0[at].1)
     }
 }
 
@@ -325,7 +343,7 @@ impl Pages {
 #[derive(Default)]
 pub(super) struct AncestorPages {
     frames: Vec<FrameRef>,
-    /// The same frames, to enter each once.
+    /// All of them, to enter each once.
     noted: HashSet<FrameRef>,
     /// Number of the frame, and the slot.
     pages: HashMap<Key, (u32, u16), BuildHasherDefault<KeyHasher>>,

@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 
 use super::WriteError;
 use super::base::{Base, BaseFrame, BasePage, Kept};
+use super::copy::CopiedFrame;
 use super::dedup::Key;
 use super::workers::Event;
 use crate::digest::{self, Digest};
@@ -13,13 +14,25 @@ use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 /// Buffer for the bytes of one index block. It returns to its pool when the last user drops it.
 pub(super) struct BlockBuffer {
     bytes: Vec<u8>,
-    home: Sender<Event>,
+    /// None for a buffer that is dropped with its last user.
+    home: Option<Sender<Event>>,
 }
 
 impl BlockBuffer {
     pub(super) fn new(bytes: Vec<u8>, home: Sender<Event>) -> Self {
         debug_assert_eq!(bytes.len(), PAGES_PER_BLOCK * PAGE_SIZE);
-        Self { bytes, home }
+        Self {
+            bytes,
+            home: Some(home),
+        }
+    }
+
+    /// Creates a buffer outside of the pool.
+    pub(super) fn extra() -> Self {
+        Self {
+            bytes: vec![0; PAGES_PER_BLOCK * PAGE_SIZE],
+            home: None,
+        }
     }
 
     pub(super) fn page(&self, index: usize) -> &[u8] {
@@ -38,10 +51,10 @@ impl BlockBuffer {
 
 impl Drop for BlockBuffer {
     fn drop(&mut self) {
-        // The receiver is gone if the writer itself was dropped.
-        let _ = self
-            .home
-            .send(Event::Buffer(std::mem::take(&mut self.bytes)));
+        if let Some(home) = &self.home {
+            // The receiver is gone if the writer itself was dropped.
+            let _ = home.send(Event::Buffer(std::mem::take(&mut self.bytes)));
+        }
     }
 }
 
@@ -69,9 +82,12 @@ pub(super) enum Seen {
     Data(Key),
     /// In a frame of the base or of one of its ancestors.
     Base(BasePage),
+    /// In a slot of the copied frame of this number.
+    Copied(u32, u16),
 }
 
 /// The pages of an index block and the digest of their content.
+#[derive(Default)]
 pub(super) struct Examined {
     pub(super) pages: Vec<Seen>,
     pub(super) digest: Digest,
@@ -79,6 +95,10 @@ pub(super) struct Examined {
     pub(super) kept: Option<Kept>,
     /// Frames that the base's block names, if this one differs.
     pub(super) base_frames: Vec<BaseFrame>,
+    /// Copied frames that no earlier block uses, in the order of their numbers.
+    pub(super) copies: Vec<CopiedFrame>,
+    /// Bytes of the pages that are not given by the caller.
+    pub(super) buffer: Option<Arc<BlockBuffer>>,
 }
 
 impl Examined {
@@ -158,8 +178,7 @@ pub(super) fn examine_pages(
     Examined {
         pages,
         digest: digest::block(&digests),
-        kept: None,
-        base_frames: Vec::new(),
+        ..Examined::default()
     }
 }
 

@@ -64,6 +64,55 @@ pub enum WriteError {
     /// A frame of the base could not be read.
     #[error("could not read the base")]
     BaseFrame(#[from] FrameError),
+    /// A part of a snapshot that is copied could not be read.
+    #[error("could not read the snapshot")]
+    Copied(#[source] ReadError),
+    /// A frame of a snapshot that is copied could not be read.
+    #[error("could not read the snapshot")]
+    CopiedFrame(#[source] FrameError),
+    /// The snapshot that was to get another base has none.
+    #[error("{file}: needs no other file, so there is no base to replace")]
+    NotLayered {
+        /// The name of the snapshot's file.
+        file: String,
+    },
+    /// The new base is the snapshot itself, or a descendant of it.
+    #[error("{file}: cannot become a child of {base}, which needs it")]
+    BaseOfItself {
+        /// The name of the snapshot's file.
+        file: String,
+        /// The name of the new base.
+        base: String,
+    },
+    /// The new base holds other memory than the base so far.
+    #[error(
+        "{base}: holds other memory than {old_base}, the base of {file}: its content digest is \
+         another; a base can be replaced by a snapshot of the same memory, such as a flattened one"
+    )]
+    OtherContent {
+        /// The name of the child.
+        file: String,
+        /// The name of the new base.
+        base: String,
+        /// The name of the base so far.
+        old_base: String,
+    },
+    /// A block could not be taken from the new base.
+    #[error(
+        "{file}: its block {block} is not as in {base}: either that holds other memory than \
+         {old_base}, the base so far, or the block needs an ancestor that is missing; name the \
+         folder that has it with --layers DIR or SNAPRESTORE_LAYERS"
+    )]
+    NotInBase {
+        /// The name of the child.
+        file: String,
+        /// Number of the block.
+        block: u64,
+        /// The name of the new base.
+        base: String,
+        /// The name of the base so far.
+        old_base: String,
+    },
     /// An argument is invalid.
     #[error("{what} is {value}; accepted: {accepted}")]
     Argument {

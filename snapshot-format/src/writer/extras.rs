@@ -159,7 +159,7 @@ impl<W: Write> Writer<W> {
         Ok((self.stage.out.finish()?, written))
     }
 
-    fn write_end(&mut self) -> Result<Written, WriteError> {
+    pub(super) fn write_end(&mut self) -> Result<Written, WriteError> {
         self.end_region()?;
         self.settle()?;
         self.stage.finish()?;
@@ -167,8 +167,8 @@ impl<W: Write> Writer<W> {
         let stage = &mut self.stage;
         let out = &mut stage.out;
         let mut dictionaries = Vec::new();
-        if let Some(bytes) = &stage.dictionary {
-            let mut blob = BlobWriter::new(out, "", DICTIONARY_NUMBER.into());
+        for (number, bytes) in (u32::from(DICTIONARY_NUMBER)..).zip(&stage.dictionaries) {
+            let mut blob = BlobWriter::new(out, "", number);
             blob.write(out, "the dictionary", bytes)?;
             dictionaries.push(blob.finish());
             self.optional_features |= optional::DICTIONARIES;
@@ -241,6 +241,7 @@ impl<W: Write> Writer<W> {
             summary: stage.summary,
             file_bytes,
             regions: std::mem::take(&mut self.regions),
+            ancestor_pages: stage.ancestor_pages,
             dictionary_bytes: dictionaries.iter().map(|blob| blob.len).sum(),
         })
     }

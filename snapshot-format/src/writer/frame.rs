@@ -12,54 +12,40 @@ use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
+use crate::frame::FrameRef;
 use crate::layout::{
     FRAME_MAGIC, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawFrameHeader,
     RawFrameRef, RawPageRun, codec,
 };
 
-/// The frame that takes new pages.
+/// The pages that a frame's record lists.
 #[derive(Default)]
-pub(super) struct OpenFrame {
+pub(super) struct PageList {
     base_page: u64,
     runs: Vec<RawPageRun>,
     /// Number of listed pages of each slot; as long as the frame has slots.
     listed: Vec<u8>,
-    /// Bytes of the pages from earlier blocks.
-    own: Vec<u8>,
-    /// Pages of the current block, by their index in it.
-    tail: Vec<u16>,
 }
 
-impl OpenFrame {
-    pub(super) fn slots(&self) -> usize {
-        self.listed.len()
-    }
-
-    /// Returns whether the page list can name `page`: it counts from the first page in 32 bits.
-    pub(super) fn reaches(&self, page: u64) -> bool {
-        self.slots() == 0 || u32::try_from(page - self.base_page).is_ok()
-    }
-
-    /// Adds page `page`, which is page `index` of the current block, and returns its slot.
-    pub(super) fn add(&mut self, page: u64, index: u16) -> u16 {
-        if self.slots() == 0 {
-            self.base_page = page;
+impl PageList {
+    /// Creates the empty list of a frame of which `base_page` is the first page that is listed.
+    pub(super) fn new(base_page: u64, slots: u16) -> Self {
+        Self {
+            base_page,
+            runs: Vec::new(),
+            listed: vec![0; slots.into()],
         }
-        let slot = u16::try_from(self.slots()).expect("a frame has at most 512 slots");
-        self.tail.push(index);
-        self.listed.push(0);
-        self.list(page, slot);
-        slot
     }
 
-    /// Lists `page` as one with the content of `slot`, unless the list has no room for it.
-    pub(super) fn list(&mut self, page: u64, slot: u16) {
+    /// Lists `page` as one with the content of `slot`, unless the list has no room for it. Returns
+    /// whether the slot has a listed page.
+    pub(super) fn list(&mut self, page: u64, slot: u16) -> bool {
         let listed = &mut self.listed[usize::from(slot)];
         let Ok(delta) = u32::try_from(page - self.base_page) else {
-            return;
+            return *listed > 0;
         };
         if usize::from(*listed) == MAX_LISTED_PAGES_PER_SLOT {
-            return;
+            return true;
         }
         *listed += 1;
         if let Some(last) = self.runs.last_mut() {
@@ -68,7 +54,7 @@ impl OpenFrame {
                 && last.slot.get() + count == slot
             {
                 last.count.set(count + 1);
-                return;
+                return true;
             }
         }
         self.runs.push(RawPageRun {
@@ -76,6 +62,60 @@ impl OpenFrame {
             slot: slot.into(),
             count: 1.into(),
         });
+        true
+    }
+
+    /// Returns whether a page is listed for `slot`.
+    pub(super) fn has(&self, slot: u16) -> bool {
+        self.listed[usize::from(slot)] > 0
+    }
+
+    /// Returns the number of slots for which a page is listed.
+    pub(super) fn slots_in_use(&self) -> usize {
+        self.listed.iter().filter(|count| **count > 0).count()
+    }
+
+    /// Returns the length of a record with this list and a payload of `payload` bytes.
+    pub(super) fn record_len(&self, payload: usize) -> usize {
+        size_of::<RawFrameHeader>() + size_of_val(&self.runs[..]) + payload
+    }
+}
+
+/// The frame that takes new pages.
+#[derive(Default)]
+pub(super) struct OpenFrame {
+    pages: PageList,
+    /// Bytes of the pages from earlier blocks.
+    own: Vec<u8>,
+    /// Pages of the current block, by their index in it.
+    tail: Vec<u16>,
+}
+
+impl OpenFrame {
+    pub(super) fn slots(&self) -> usize {
+        self.pages.listed.len()
+    }
+
+    /// Returns whether the page list can name `page`: it counts from the first page in 32 bits.
+    pub(super) fn reaches(&self, page: u64) -> bool {
+        self.slots() == 0 || u32::try_from(page - self.pages.base_page).is_ok()
+    }
+
+    /// Adds page `page`, which is page `index` of the current block, and returns its slot.
+    pub(super) fn add(&mut self, page: u64, index: u16) -> u16 {
+        if self.slots() == 0 {
+            self.pages.base_page = page;
+        }
+        let slot = u16::try_from(self.slots()).expect("a frame has at most 512 slots");
+        self.tail.push(index);
+        self.pages.listed.push(0);
+        self.list(page, slot);
+        slot
+    }
+
+    /// Lists `page` as one with the content of `slot`, unless the list has no room for it.
+    pub(super) fn list(&mut self, page: u64, slot: u16) {
+        self.pages.list(page, slot);
     }
 
     /// Copies the referenced pages of `block`, which is about to be released. `spare` returns a
@@ -103,13 +143,13 @@ impl OpenFrame {
         let sealed = Sealed {
             number,
             slots: self.slots(),
-            base_page: self.base_page,
-            runs: std::mem::take(&mut self.runs),
+            base_page: self.pages.base_page,
+            runs: std::mem::take(&mut self.pages.runs),
             own: std::mem::take(&mut self.own),
             tail: std::mem::take(&mut self.tail),
             block,
         };
-        self.listed.clear();
+        self.pages.listed.clear();
         sealed
     }
 }
@@ -230,6 +270,8 @@ pub(super) struct Built {
     pub(super) reference: RawFrameRef,
     /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
+    /// Whether it is the copy of a frame of another file.
+    pub(super) copied: bool,
 }
 
 /// Returns the size of a buffer that holds any record of `frame_pages` pages while it is built.
@@ -247,8 +289,7 @@ pub(super) fn build(
     mut record: Vec<u8>,
 ) -> Result<Built, WriteError> {
     let prepared = scratch.prepare(compression);
-    let runs = sealed.runs.as_bytes();
-    let head = size_of::<RawFrameHeader>() + runs.len();
+    let head = size_of::<RawFrameHeader>() + size_of_val(&sealed.runs[..]);
     let bytes = sealed.bytes(&mut scratch.gathered);
     debug_assert_eq!(bytes.len(), sealed.slots * PAGE_SIZE);
 
@@ -270,42 +311,77 @@ pub(super) fn build(
     };
 
     let slots = u16::try_from(sealed.slots).expect("a frame has at most 512 slots");
-    let header = RawFrameHeader {
-        magic: FRAME_MAGIC.into(),
-        slots: slots.into(),
-        run_count: u16::try_from(sealed.runs.len())
-            .expect("at most 4 runs for each slot")
-            .into(),
-        dictionary: dictionary.into(),
-        codec,
-        reserved: 0,
-        payload_len: u32::try_from(payload)
-            .expect("a frame has at most 2 MiB")
-            .into(),
-        base_page: sealed.base_page.into(),
-    };
-    record[..size_of::<RawFrameHeader>()].copy_from_slice(header.as_bytes());
-    record[size_of::<RawFrameHeader>()..head].copy_from_slice(runs);
+    let list = (&sealed.runs[..], sealed.base_page);
+    let encoding = (codec, dictionary);
     let len = head + payload;
-    let reference = RawFrameRef {
-        offset: 0.into(),
-        stored_len: u32::try_from(len)
-            .expect("a record has at most 2.1 MiB")
-            .into(),
-        crc: crc32fast::hash(&record[..len]).into(),
-        slots: slots.into(),
-        layer: 0.into(),
-        dictionary: dictionary.into(),
-        codec,
-        reserved: 0,
-    };
+    let reference = complete(&mut record[..len], list, slots, encoding);
     Ok(Built {
         number: sealed.number,
         record,
         len,
         reference,
         spare: sealed.own,
+        copied: false,
     })
+}
+
+/// Writes header and list of a record that has its payload in place, and returns its reference.
+/// `encoding` is codec and dictionary.
+fn complete(
+    record: &mut [u8],
+    (runs, base_page): (&[RawPageRun], u64),
+    slots: u16,
+    (codec, dictionary): (u8, u16),
+) -> RawFrameRef {
+    let head = size_of::<RawFrameHeader>() + size_of_val(runs);
+    let header = RawFrameHeader {
+        magic: FRAME_MAGIC.into(),
+        slots: slots.into(),
+        run_count: u16::try_from(runs.len())
+            .expect("at most 4 runs for each slot")
+            .into(),
+        dictionary: dictionary.into(),
+        codec,
+        reserved: 0,
+        payload_len: u32::try_from(record.len() - head)
+            .expect("a frame has at most 2 MiB")
+            .into(),
+        base_page: base_page.into(),
+    };
+    record[..size_of::<RawFrameHeader>()].copy_from_slice(header.as_bytes());
+    record[size_of::<RawFrameHeader>()..head].copy_from_slice(runs.as_bytes());
+    RawFrameRef {
+        offset: 0.into(),
+        stored_len: u32::try_from(record.len())
+            .expect("a record has at most 2.1 MiB")
+            .into(),
+        crc: crc32fast::hash(record).into(),
+        slots: slots.into(),
+        layer: 0.into(),
+        dictionary: dictionary.into(),
+        codec,
+        reserved: 0,
+    }
+}
+
+/// Copies a frame with its payload as it is, for a file in which it has the page list `pages` and
+/// its dictionary, if any, has the number `dictionary`.
+pub(super) fn copy(frame: &FrameRef, payload: &[u8], pages: &PageList, dictionary: u16) -> Built {
+    let head = pages.record_len(0);
+    let mut record = vec![0; head];
+    record.extend_from_slice(payload);
+    let raw = frame.to_raw(0);
+    let list = (&pages.runs[..], pages.base_page);
+    let reference = complete(&mut record, list, frame.slots(), (raw.codec, dictionary));
+    Built {
+        // The number is given when it is handed out.
+        number: 0,
+        len: record.len(),
+        record,
+        reference,
+        spare: Vec::new(),
+        copied: true,
+    }
 }
 
 /// Number of frames that are kept besides those that can be shared. While a block is processed, at

@@ -20,6 +20,8 @@ enum NamedFrame {
     Own(u64),
     /// A frame of an ancestor.
     Ancestor(RawFrameRef),
+    /// The number of a copied frame of this file.
+    Copied(u32),
 }
 
 /// An index block whose frames may not be written yet.
@@ -34,10 +36,12 @@ pub(super) struct Draft {
     /// Number of frames that must be written before it: its own and those of the blocks before it,
     /// so that the order of the file doesn't depend on the speed of the threads.
     pub(super) needs: u64,
+    /// Number of copied frames that must be written before it.
+    pub(super) needs_copies: usize,
 }
 
 impl Draft {
-    pub(super) fn new(block: usize, first_page: u64, needs: u64) -> Self {
+    pub(super) fn new(block: usize, first_page: u64, needs: u64, needs_copies: usize) -> Self {
         Self {
             block,
             first_page,
@@ -45,6 +49,7 @@ impl Draft {
             frames: Vec::new(),
             words: Vec::new(),
             needs,
+            needs_copies,
         }
     }
 
@@ -56,6 +61,11 @@ impl Draft {
     /// Appends a page that lies in an ancestor's frame.
     pub(super) fn push_ancestor(&mut self, frame: RawFrameRef, slot: u16) {
         self.push_frame(NamedFrame::Ancestor(frame), slot);
+    }
+
+    /// Appends a page that lies in a copied frame.
+    pub(super) fn push_copied(&mut self, frame: u32, slot: u16) {
+        self.push_frame(NamedFrame::Copied(frame), slot);
     }
 
     fn push_frame(&mut self, frame: NamedFrame, slot: u16) {
@@ -82,7 +92,7 @@ impl Draft {
     }
 
     /// Appends the block's uncompressed bytes to `bytes`.
-    fn encode(&self, refs: &FrameRefs, bytes: &mut Vec<u8>) {
+    fn encode(&self, refs: &FrameRefs, copied: &[RawFrameRef], bytes: &mut Vec<u8>) {
         let count = |len: usize| u16::try_from(len).expect("at most one for each of 512 pages");
         let header = RawIndexHeader {
             magic: INDEX_MAGIC.into(),
@@ -99,6 +109,7 @@ impl Draft {
             let reference = match frame {
                 NamedFrame::Own(number) => refs.get(number),
                 NamedFrame::Ancestor(reference) => reference,
+                NamedFrame::Copied(number) => copied[number as usize],
             };
             bytes.extend_from_slice(reference.as_bytes());
         }
@@ -143,9 +154,10 @@ impl IndexEncoder {
         &mut self,
         draft: &Draft,
         refs: &FrameRefs,
+        copied: &[RawFrameRef],
         offset: u64,
     ) -> Result<(&[u8], RawTopEntry), WriteError> {
-        draft.encode(refs, &mut self.plain);
+        draft.encode(refs, copied, &mut self.plain);
         let packed = self
             .context
             .compress(&mut self.packed[..], &self.plain, LEVEL)

@@ -16,6 +16,7 @@
 
 mod base;
 mod block;
+mod copy;
 mod dedup;
 mod error;
 mod extras;
@@ -23,6 +24,7 @@ mod frame;
 mod index;
 mod options;
 mod output;
+mod rewrite;
 mod runs;
 mod sections;
 mod sequence;
@@ -36,6 +38,7 @@ use std::sync::Arc;
 
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
+pub use rewrite::{RewriteOptions, Rewritten, flatten, rebase};
 
 use self::base::{Base, UsedLayers};
 use self::block::{Alike, BlockBuffer, Gather, Given};
@@ -72,7 +75,9 @@ pub struct Written {
     pub file_bytes: u64,
     /// The regions, with their page numbers.
     pub regions: Vec<Region>,
-    /// Length of the dictionary, or 0.
+    /// Number of pages whose content lies in files of ancestors.
+    pub ancestor_pages: u64,
+    /// Length of the dictionaries, or 0.
     pub dictionary_bytes: u64,
 }
 
@@ -97,6 +102,8 @@ enum Queued {
 /// Length of the queue above which the writer waits for the first entry. Blocks with bytes are
 /// already bounded by their buffers.
 const MAX_QUEUED: usize = 64;
+/// Its length for blocks of a snapshot that is copied, which bring bytes of their own.
+const MAX_QUEUED_COPIES: usize = 16;
 
 /// Writes one snapshot to `W`, which may be a pipe.
 ///
@@ -131,6 +138,8 @@ pub struct Writer<W: Write> {
     working_sets: Vec<Blob>,
     progress: Option<ProgressCallback>,
     stopped: bool,
+    /// Whether the blocks are those of a snapshot that is copied.
+    copies: bool,
 }
 
 impl<W: Write> Writer<W> {
@@ -162,7 +171,7 @@ impl<W: Write> Writer<W> {
         sections::write_header(&mut out, id, 0)?;
         let mut stage = Stage::new(out, workers, frame_pages, options.known_pages(), training);
         if let Dictionary::Use(bytes) = options.dictionary {
-            stage.dictionary = Some(bytes);
+            stage.dictionaries.push(bytes);
         }
         let base = options.base.map(Base::new).transpose()?.map(Arc::new);
         if let Some(base) = &base {
@@ -184,6 +193,7 @@ impl<W: Write> Writer<W> {
             working_sets: Vec::new(),
             progress: None,
             stopped: false,
+            copies: false,
         })
     }
 
@@ -444,7 +454,12 @@ impl<W: Write> Writer<W> {
     fn enqueue(&mut self, queued: Queued) -> Result<(), WriteError> {
         self.queue.push_back(queued);
         self.advance()?;
-        while self.queue.len() > MAX_QUEUED {
+        let most = if self.copies {
+            MAX_QUEUED_COPIES
+        } else {
+            MAX_QUEUED
+        };
+        while self.queue.len() > most {
             self.stage.workers.wait()?;
             self.advance()?;
         }
@@ -471,7 +486,7 @@ impl<W: Write> Writer<W> {
                         self.queue.push_front(Queued::Block { region, buffer });
                         break;
                     };
-                    self.stage.push_block(region, &examined, buffer)?;
+                    self.stage.push_block(region, examined, buffer)?;
                 }
             }
             any = true;

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use super::WriteError;
 use super::base::{AncestorPages, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
+use super::copy::CopiedFrame;
 use super::dedup::{DedupTable, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
@@ -32,7 +33,9 @@ use super::runs::ZeroRuns;
 use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
-use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawTopEntry, top_kind};
+use crate::layout::{
+    PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawFrameRef, RawTopEntry, top_kind,
+};
 use crate::types::Summary;
 
 /// Maximum number of drafts that wait for the open frame: 128 MiB of the source.
@@ -55,12 +58,23 @@ pub(super) struct Stage<W> {
     drafts_on_open: usize,
     index: IndexEncoder,
     training: Option<Training>,
-    /// The dictionary in use.
-    pub(super) dictionary: Option<Vec<u8>>,
+    /// The dictionaries of the file, by their numbers from 1 on. New frames use the first.
+    pub(super) dictionaries: Vec<Vec<u8>>,
+    /// References of the copied frames that are written.
+    copied: Vec<RawFrameRef>,
+    /// Number of copied frames so far.
+    copies: usize,
+    /// Number of pages in copied frames.
+    copied_pages: u64,
+    copied_slots_in_use: u64,
+    /// Number of slots in copied frames that no page uses.
+    pub(super) dead_slots: u64,
+    /// Number of pages that lie in files of ancestors.
+    pub(super) ancestor_pages: u64,
     /// Ancestors that are referred to.
     pub(super) layers: UsedLayers,
     /// Pages of ancestors that were met so far.
-    ancestor_pages: AncestorPages,
+    ancestor_content: AncestorPages,
     pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
@@ -89,9 +103,15 @@ impl<W: Write> Stage<W> {
             drafts_on_open: 0,
             index: IndexEncoder::new(),
             training,
-            dictionary: None,
+            dictionaries: Vec::new(),
+            copied: Vec::new(),
+            copies: 0,
+            copied_pages: 0,
+            copied_slots_in_use: 0,
+            dead_slots: 0,
+            ancestor_pages: 0,
             layers: UsedLayers::default(),
-            ancestor_pages: AncestorPages::default(),
+            ancestor_content: AncestorPages::default(),
             top: Vec::new(),
             digests: Vec::new(),
             uniform: UniformBlocks::default(),
@@ -135,7 +155,9 @@ impl<W: Write> Stage<W> {
             }
             Seen::Alike(Alike::Fill(_)) => self.summary.fill_pages += pages,
             Seen::Alike(Alike::Unavailable) => self.summary.unavailable_pages += pages,
-            Seen::Data(_) | Seen::Base(_) => {}
+            Seen::Base(_) => self.ancestor_pages += pages,
+            Seen::Copied(..) => self.copied_pages += pages,
+            Seen::Data(_) => {}
         }
     }
 
@@ -143,9 +165,10 @@ impl<W: Write> Stage<W> {
     pub(super) fn push_block(
         &mut self,
         region: usize,
-        examined: &Examined,
+        examined: Examined,
         buffer: Option<Arc<BlockBuffer>>,
     ) -> Result<(), WriteError> {
+        let buffer = examined.buffer.clone().or(buffer);
         if let Some(alike) = examined.uniform() {
             self.push_uniform(region, alike, 1, examined.pages.len() as u64);
             return Ok(());
@@ -160,10 +183,11 @@ impl<W: Write> Stage<W> {
             self.digests.push(examined.digest);
             return Ok(());
         }
+        self.push_copies(examined.copies)?;
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
-        let mut draft = Draft::new(self.top.len(), first_page, needs);
+        let mut draft = Draft::new(self.top.len(), first_page, needs, self.copies);
         let oldest = self.refs.oldest_shared(self.sealed);
-        self.ancestor_pages.note(&examined.base_frames);
+        self.ancestor_content.note(&examined.base_frames);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
@@ -173,8 +197,10 @@ impl<W: Write> Stage<W> {
                     let layer = self.layers.number(frame.layer())?;
                     draft.push_ancestor(frame.to_raw(layer), slot);
                 }
+                Seen::Copied(frame, slot) => draft.push_copied(frame, slot),
                 Seen::Data(key) => {
-                    if let Some(BasePage { frame, slot }) = self.ancestor_pages.find(key) {
+                    if let Some(BasePage { frame, slot }) = self.ancestor_content.find(key) {
+                        self.ancestor_pages += 1;
                         let layer = self.layers.number(frame.layer())?;
                         draft.push_ancestor(frame.to_raw(layer), slot);
                         continue;
@@ -214,6 +240,25 @@ impl<W: Write> Stage<W> {
         self.top.push(empty_entry());
         self.digests.push(examined.digest);
         self.push_draft(draft)
+    }
+
+    /// Takes copied frames, whose numbers follow those so far.
+    fn push_copies(&mut self, copies: Vec<CopiedFrame>) -> Result<(), WriteError> {
+        for CopiedFrame {
+            built,
+            slots_in_use,
+        } in copies
+        {
+            let slots = u64::from(built.reference.slots.get());
+            self.summary.stored_pages += slots;
+            self.summary.frame_bytes = self.summary.frame_bytes.max(slots * PAGE_SIZE_U64);
+            self.copied_slots_in_use += slots_in_use;
+            self.dead_slots += slots - slots_in_use;
+            self.copies += 1;
+            self.workers.add_built(built);
+        }
+        self.write_ready()?;
+        Ok(())
     }
 
     fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {
@@ -276,7 +321,7 @@ impl<W: Write> Stage<W> {
                 };
                 if let Verdict::Pays(trained) = verdict {
                     self.workers.use_dictionary(&trained.bytes)?;
-                    self.dictionary = Some(trained.bytes);
+                    self.dictionaries.push(trained.bytes);
                 }
             }
         }
@@ -293,8 +338,12 @@ impl<W: Write> Stage<W> {
             self.out.write("a frame", &built.record[..built.len])?;
             self.summary.frames += 1;
             self.summary.stored_bytes += built.len as u64;
-            self.refs.push(built.reference);
-            self.workers.recycle(built.record, built.spare);
+            if built.copied {
+                self.copied.push(built.reference);
+            } else {
+                self.refs.push(built.reference);
+                self.workers.recycle(built.record, built.spare);
+            }
             self.write_drafts()?;
         }
         Ok(any)
@@ -303,8 +352,10 @@ impl<W: Write> Stage<W> {
     fn write_drafts(&mut self) -> Result<(), WriteError> {
         while let Some(draft) = self.drafts.front()
             && draft.needs <= self.refs.written()
+            && draft.needs_copies <= self.copied.len()
         {
-            let (stored, entry) = self.index.encode(draft, &self.refs, self.out.offset())?;
+            let offset = self.out.offset();
+            let (stored, entry) = self.index.encode(draft, &self.refs, &self.copied, offset)?;
             self.top[draft.block] = entry;
             self.summary.index_bytes += stored.len() as u64;
             self.out.write("an index block", stored)?;
@@ -327,6 +378,7 @@ impl<W: Write> Stage<W> {
     pub(super) fn finish(&mut self) -> Result<(), WriteError> {
         self.seal(None)?;
         self.settle()?;
+        self.summary.duplicate_pages += self.copied_pages - self.copied_slots_in_use;
         debug_assert!(self.drafts.is_empty() && self.refs.written() == self.sealed);
         Ok(())
     }

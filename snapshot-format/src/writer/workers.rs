@@ -22,6 +22,7 @@ use zstd::zstd_safe::CDict;
 use super::WriteError;
 use super::base::Base;
 use super::block::{BlockBuffer, Examined, Given, examine};
+use super::copy::CopySource;
 use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
 use crate::dictionary::{Trained, train_on_frames};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
@@ -205,6 +206,20 @@ impl Workers {
         });
     }
 
+    /// Hands a block of a snapshot that is copied to the pool.
+    pub(super) fn examine_copied(&mut self, source: Arc<CopySource>, block: u64) {
+        let number = self.examined.expect();
+        let sender = self.sender.clone();
+        self.pool.spawn_fifo(move || {
+            let _ = sender.send(Event::Examined(number, source.examine(block)));
+        });
+    }
+
+    /// Returns the threads of the pool.
+    pub(super) fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+
     /// Returns the next block in the order of [`Workers::examine`], if it is done.
     pub(super) fn pop_examined(&mut self) -> Option<Examined> {
         self.examined.pop()
@@ -223,16 +238,22 @@ impl Workers {
     /// Hands a frame to the pool to be built. Frames come in the order of their numbers.
     pub(super) fn build(&mut self, sealed: Sealed) {
         let number = self.built.expect();
-        debug_assert_eq!(number, sealed.number);
         let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
         let compression = Arc::clone(&self.compression);
         self.pool.spawn_fifo(move || {
             let mut scratch = take(&shared.scratch).unwrap_or_else(Scratch::new);
             let record = take(&shared.records).unwrap_or_else(|| vec![0; shared.record_room]);
-            let built = build(sealed, &compression, &mut scratch, record);
+            let built = build(sealed, &compression, &mut scratch, record)
+                .map(|built| Built { number, ..built });
             give(&shared.scratch, scratch);
             let _ = sender.send(Event::Built(built));
         });
+    }
+
+    /// Adds a frame that is built already, after those that were handed to the pool.
+    pub(super) fn add_built(&mut self, built: Built) {
+        let number = self.built.expect();
+        self.built.put(number, Built { number, ..built });
     }
 
     /// Returns the next frame in the order of [`Workers::build`], if it is done.

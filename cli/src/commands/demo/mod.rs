@@ -22,6 +22,7 @@ use super::create::{self, Recipe, Wanted};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
 use crate::exit::{self, Exit};
+use crate::facts::Facts;
 use crate::names;
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
@@ -161,6 +162,7 @@ fn pack(
         threads: None,
         attachments: Vec::new(),
         base: None,
+        inherited: Vec::new(),
     };
     let began = Instant::now();
     let place = Place::beside(Some(&std::env::temp_dir().join("snapshot")));
@@ -182,8 +184,9 @@ fn pack(
     let (target, written) = writer.finish(&remarks)?;
     target.complete()?;
     Ok(create::CreateReport {
-        facts: create::facts(&written),
+        facts: Facts::of_written(&written),
         base: None,
+        flattened: None,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,

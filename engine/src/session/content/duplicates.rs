@@ -11,8 +11,8 @@
 //! that is not in it costs a decode.
 //!
 //! The page list of an ancestor's frame has the page numbers of another file. All pages of such a
-//! frame are noted, so that they come with it. A layered snapshot therefore has a larger table: in a
-//! chain of 64 layers of 1 % each, a block has a hundred runs.
+//! frame are noted, so that they come with it. A layered snapshot therefore has a larger table: in
+//! a chain of 64 layers of 1 % each, a block has a hundred runs.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -24,8 +24,8 @@ use crate::session::platform::Run;
 
 /// Maximum number of runs that are noted; they take 1.5 MiB.
 const MAX_RUNS: usize = 1 << 15;
-/// Number of runs for each block of a layered snapshot, and the maximum; they take 6 KiB for 2 MiB of
-/// memory, at most 12 MiB.
+/// Number of runs for each block of a layered snapshot, and the maximum; they take 6 KiB for 2 MiB
+/// of memory, at most 12 MiB.
 const LAYERED_RUNS: u64 = 128;
 const MAX_LAYERED_RUNS: u64 = 1 << 18;
 /// Number of runs for each chain of the table.

@@ -1,0 +1,606 @@
+//! Copying of a snapshot into a new file: which frames keep their bytes, and what each page is in
+//! the new file.
+//!
+//! ```text
+//! plan      read all index blocks; note for every frame which slots are in use, and by which pages
+//! decide    mostly in use: copied, with a new page list; otherwise its pages are packed anew
+//! examine   for each block, on the pool: decode its frames, compare the block's digest with the
+//!           recorded one, build the copies of frames that no earlier block uses
+//! ```
+//!
+//! A copy has the payload of the original, byte for byte. Only header, page list and checksum are
+//! new. Every frame is decoded once all the same, because a checksum of the record says nothing of
+//! the pages that the index takes from it.
+//!
+//! With a new base (a rebase), only frames of the snapshot's own file are copied. Blocks whose
+//! digest is that of the new base's block become the base's. In the others, pages that lay in an
+//! ancestor are first assumed to be as in the new base; if the block's digest says that this is
+//! right, the old ancestor isn't needed.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::WriteError;
+use super::base::{Base, BaseFrame, BasePage, PagesByKey, block_digests};
+use super::block::{Alike, BlockBuffer, Examined, Seen, key};
+use super::frame::{Built, PageList, copy};
+use crate::digest::{self, Digest};
+use crate::error::{Defect, Flaw, Part};
+use crate::frame::{Codec, FrameRef};
+use crate::index::{IndexBlock, Page, Top};
+use crate::layout::{
+    MAX_DICTIONARIES, MAX_FRAME_RECORD_BYTES, MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK,
+    PAGES_PER_BLOCK_U64, SectionKind,
+};
+use crate::snapshot::{FrameDecoder, Snapshot};
+use crate::store::Reason;
+
+/// Percentage of a frame's slots that must be in use for it to be copied as it is.
+const MIN_PERCENT_IN_USE: usize = 50;
+/// Number of blocks whose index is read together for the plan.
+const WINDOW: u64 = 1024;
+/// Number of remembered digests of slots, of frames that several blocks use: 32 MiB.
+const MAX_REMEMBERED: u64 = 1 << 20;
+
+/// A snapshot that is copied. Threads of the pool share it.
+pub(super) struct CopySource {
+    snapshot: Arc<Snapshot>,
+    /// Digest of each block as recorded; empty if the file records none.
+    recorded: Vec<Digest>,
+    base: Option<NewBase>,
+    /// Frames whose pages go into the new file, in the order of their first use.
+    frames: Vec<Planned>,
+    by_place: HashMap<Place, usize>,
+    /// Dictionaries that copied frames use, by their numbers in the new file from 1 on.
+    dictionaries: Vec<Vec<u8>>,
+    /// Digests of slots, by the frame's index in `frames`.
+    remembered: Cache<usize, Arc<[Digest]>, BySlots>,
+    decoders: Mutex<Vec<Decoder>>,
+}
+
+/// Layer and offset of a frame.
+type Place = (u16, u64);
+/// Pages of a block with their slots in one frame.
+type Uses = Vec<(usize, u16)>;
+
+/// A frame of the snapshot.
+struct Planned {
+    frame: FrameRef,
+    first_block: u64,
+    last_block: u64,
+    /// Pages of the snapshot that lie in the frame.
+    pages: PageList,
+    /// Whether each slot in use has a listed page.
+    is_listed: bool,
+    /// Number among the copied frames, and number of its dictionary or 0; none if its pages are
+    /// packed anew.
+    copied: Option<(u32, u16)>,
+}
+
+/// A copied frame that is ready to be written.
+pub(super) struct CopiedFrame {
+    pub(super) built: Built,
+    /// Number of slots that pages of the snapshot use.
+    pub(super) slots_in_use: u64,
+}
+
+/// The base of a snapshot that gets another one.
+struct NewBase {
+    base: Arc<Base>,
+    /// For each region: the first block of the base's region that corresponds, and the number of
+    /// blocks there.
+    counterparts: Vec<Option<(u64, u64)>>,
+    /// Name of the base so far, for messages.
+    old_base: String,
+}
+
+#[derive(Clone)]
+struct BySlots;
+
+impl Weighter<usize, Arc<[Digest]>> for BySlots {
+    fn weight(&self, _frame: &usize, slots: &Arc<[Digest]>) -> u64 {
+        slots.len() as u64
+    }
+}
+
+struct Decoder {
+    frames: FrameDecoder,
+    bytes: Vec<u8>,
+}
+
+/// The pages of a block as they become known.
+struct Block {
+    number: u64,
+    pages: Vec<Seen>,
+    digests: Vec<Digest>,
+    /// Bytes of the pages that are packed anew.
+    buffer: Option<BlockBuffer>,
+    copies: Vec<(u32, CopiedFrame)>,
+    base_frames: Vec<BaseFrame>,
+}
+
+impl CopySource {
+    /// Plans the copy of `snapshot`, for which `base` becomes the base if there is one. `old_base`
+    /// is the name of the one so far.
+    pub(super) fn plan(
+        snapshot: &Arc<Snapshot>,
+        base: Option<&Arc<Base>>,
+        old_base: &str,
+        pool: &ThreadPool,
+    ) -> Result<Self, WriteError> {
+        snapshot.prepare().map_err(WriteError::Copied)?;
+        let mut source = Self {
+            recorded: block_digests(snapshot).map_err(WriteError::Copied)?,
+            base: base.map(|base| NewBase::new(snapshot, base, old_base)),
+            frames: Vec::new(),
+            by_place: HashMap::new(),
+            dictionaries: Vec::new(),
+            remembered: Cache::with_weighter(1 << 15, MAX_REMEMBERED, BySlots),
+            decoders: Mutex::default(),
+            snapshot: Arc::clone(snapshot),
+        };
+        let blocks = snapshot.block_count();
+        let mut first = 0;
+        while first < blocks {
+            let end = blocks.min(first + WINDOW);
+            let loaded: Vec<Option<Result<IndexBlock, WriteError>>> = pool.install(|| {
+                (first..end)
+                    .into_par_iter()
+                    .map(|block| source.needs_index(block).then(|| source.index_block(block)))
+                    .collect()
+            });
+            for (block, index) in (first..end).zip(loaded) {
+                if let Some(index) = index {
+                    source.note(block, &index?)?;
+                }
+            }
+            first = end;
+        }
+        source.decide()?;
+        Ok(source)
+    }
+
+    pub(super) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Takes the dictionaries that copied frames use, in the order of their numbers.
+    pub(super) fn take_dictionaries(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.dictionaries)
+    }
+
+    /// Returns the number of frames that are copied as they are.
+    pub(super) fn copied_frames(&self) -> u64 {
+        let copied = self.frames.iter().filter(|frame| frame.copied.is_some());
+        copied.count() as u64
+    }
+
+    fn needs_index(&self, block: u64) -> bool {
+        self.snapshot.top(block) == Top::Block && self.kept(block).is_none()
+    }
+
+    /// Returns the new base's block that is the same as `block`, and its digest.
+    fn kept(&self, block: u64) -> Option<(u64, Digest)> {
+        let there = self.counterpart(block)?;
+        let base = &self.base.as_ref()?.base;
+        let digest = *self.recorded.get(usize::try_from(block).ok()?)?;
+        let same = base.digest(there) == Some(digest)
+            && base.snapshot().pages_of_block(there) == self.snapshot.pages_of_block(block);
+        same.then_some((there, digest))
+    }
+
+    /// Returns the number of the block that corresponds to `block` in the new base.
+    fn counterpart(&self, block: u64) -> Option<u64> {
+        let base = self.base.as_ref()?;
+        let regions = self.snapshot.regions();
+        let first_page = block * PAGES_PER_BLOCK_U64;
+        let after = regions.partition_point(|region| region.first_page <= first_page);
+        // Regions without pages have the number of the one behind them.
+        let region = after.checked_sub(1)?;
+        let (first, blocks) = base.counterparts[region]?;
+        let within = block - regions[region].first_page / PAGES_PER_BLOCK_U64;
+        (within < blocks).then_some(first + within)
+    }
+
+    /// Reads an index block of the snapshot.
+    fn index_block(&self, block: u64) -> Result<IndexBlock, WriteError> {
+        let place = self.snapshot.block_ref(block);
+        let holder = place.and_then(|place| self.snapshot.layer(place.layer));
+        if holder.is_some_and(|layer| layer.is_absent()) {
+            return Err(self.not_in_base(block));
+        }
+        self.snapshot
+            .uncached_block(block, Reason::Prefetch)
+            .map_err(WriteError::Copied)
+    }
+
+    fn not_in_base(&self, block: u64) -> WriteError {
+        let base = self.base.as_ref();
+        WriteError::NotInBase {
+            file: self.snapshot.name().to_owned(),
+            block,
+            base: base.map_or_else(String::new, |new| new.base.snapshot().name().to_owned()),
+            old_base: base.map_or_else(String::new, |new| new.old_base.clone()),
+        }
+    }
+
+    /// Notes which frames the pages of a block use.
+    fn note(&mut self, block: u64, index: &IndexBlock) -> Result<(), WriteError> {
+        let own_only = self.base.is_some();
+        let mut planned: Vec<Option<usize>> = vec![None; index.frames().len()];
+        for i in 0..index.page_count() {
+            let Some((number, slot)) = index.stored(i) else {
+                continue;
+            };
+            let frame = index.frames()[number];
+            if own_only && frame.layer() > 0 {
+                continue;
+            }
+            let page = block * PAGES_PER_BLOCK_U64 + i as u64;
+            let at = planned[number].unwrap_or_else(|| self.planned(frame, page));
+            planned[number] = Some(at);
+            let planned = &mut self.frames[at];
+            if planned.frame != frame {
+                let place = self.snapshot.block_ref(block);
+                let detail = "names a frame otherwise than another index block does".into();
+                let field = "frame of an index block";
+                let flaw = Flaw::new(
+                    place.map_or(0, |place| place.offset),
+                    Defect::Text { field, detail },
+                );
+                let holder = place.and_then(|place| self.snapshot.layer(place.layer));
+                let holder = holder.map_or(self.snapshot.own(), |layer| layer);
+                return Err(WriteError::Copied(holder.damaged(Part::IndexBlock, flaw)));
+            }
+            planned.last_block = block;
+            planned.is_listed &= planned.pages.list(page, slot);
+        }
+        Ok(())
+    }
+
+    /// Returns the index of a frame in the plan, to which it is added at its first page.
+    fn planned(&mut self, frame: FrameRef, page: u64) -> usize {
+        let next = self.frames.len();
+        let place = (frame.layer(), frame.offset());
+        let at = *self.by_place.entry(place).or_insert(next);
+        if at == next {
+            let block = page / PAGES_PER_BLOCK_U64;
+            self.frames.push(Planned {
+                frame,
+                first_block: block,
+                last_block: block,
+                pages: PageList::new(page, frame.slots()),
+                is_listed: true,
+                copied: None,
+            });
+        }
+        at
+    }
+
+    /// Decides which frames are copied as they are.
+    fn decide(&mut self) -> Result<(), WriteError> {
+        let mut numbers: HashMap<(u16, u16), Option<u16>> = HashMap::new();
+        let mut copies = 0;
+        for planned in &mut self.frames {
+            let frame = planned.frame;
+            let in_use = planned.pages.slots_in_use() * 100;
+            let is_live = in_use >= MIN_PERCENT_IN_USE * usize::from(frame.slots());
+            // The record gets no longer than this: the original has a list, too.
+            let room = planned.pages.record_len(frame.stored_len() as usize);
+            let fits = room <= MAX_FRAME_RECORD_BYTES;
+            if is_live && fits && planned.is_listed && copies < u32::MAX {
+                let dictionary = match frame.codec() {
+                    Codec::Raw | Codec::Zstd => Some(0),
+                    Codec::ZstdDictionary(number) => {
+                        let known = (frame.layer(), number);
+                        match numbers.get(&known) {
+                            Some(number) => *number,
+                            None => {
+                                let bytes = dictionary(&self.snapshot, known)?;
+                                let number = add_dictionary(&mut self.dictionaries, bytes);
+                                numbers.insert(known, number);
+                                number
+                            }
+                        }
+                    }
+                };
+                planned.copied = dictionary.map(|dictionary| (copies, dictionary));
+            }
+            if planned.copied.is_some() {
+                copies += 1;
+            } else {
+                planned.pages = PageList::default();
+            }
+        }
+        Ok(())
+    }
+
+    /// Examines a block that has an index block.
+    pub(super) fn examine(&self, block: u64) -> Result<Examined, WriteError> {
+        if let Some((there, digest)) = self.kept(block)
+            && let Some(base) = &self.base
+        {
+            return base.base.kept(there, digest);
+        }
+        let index = self.index_block(block)?;
+        let mut pages = Block::new(block, &index);
+        let mut uses: Vec<Uses> = vec![Uses::new(); index.frames().len()];
+        for i in 0..index.page_count() {
+            if let Some((frame, slot)) = index.stored(i) {
+                uses[frame].push((i, slot));
+            }
+        }
+        let mut elsewhere = Vec::new();
+        for (frame, uses) in index.frames().iter().zip(uses) {
+            match self.by_place.get(&(frame.layer(), frame.offset())) {
+                Some(&at) => match self.frames[at].copied {
+                    Some((number, _)) => {
+                        let digests = self.slots(at, &mut pages)?;
+                        for (i, slot) in uses {
+                            pages.pages[i] = Seen::Copied(number, slot);
+                            pages.digests[i] = digests[usize::from(slot)];
+                        }
+                    }
+                    None => self.take_bytes(frame, &uses, &mut pages, None)?,
+                },
+                None => elsewhere.push((frame, uses)),
+            }
+        }
+        if !elsewhere.is_empty() {
+            self.take_from_base(&elsewhere, &mut pages)?;
+        }
+        self.check(pages)
+    }
+
+    /// Compares a block with its recorded digest.
+    fn check(&self, mut block: Block) -> Result<Examined, WriteError> {
+        let digest = digest::block(&block.digests);
+        let recorded = usize::try_from(block.number)
+            .ok()
+            .and_then(|number| self.recorded.get(number));
+        if recorded.is_some_and(|recorded| *recorded != digest) {
+            let own = self.snapshot.own();
+            let part = Part::Section(SectionKind::BlockDigests);
+            let section = own.ends().directory.get(SectionKind::BlockDigests);
+            let at = section.map_or(0, |section| section.offset) + 32 * block.number;
+            let detail = format!("block {} has another digest than is recorded", block.number);
+            let defect = Defect::Text {
+                field: "digest",
+                detail: detail.into(),
+            };
+            return Err(WriteError::Copied(own.damaged(part, Flaw::new(at, defect))));
+        }
+        block.copies.sort_by_key(|(number, _)| *number);
+        Ok(Examined {
+            pages: block.pages,
+            digest,
+            copies: block.copies.into_iter().map(|(_, copy)| copy).collect(),
+            buffer: block.buffer.map(Arc::new),
+            base_frames: block.base_frames,
+            ..Examined::default()
+        })
+    }
+
+    /// Returns the digests of the slots in use of a copied frame. The first block that uses the
+    /// frame gets its copy.
+    fn slots(&self, at: usize, block: &mut Block) -> Result<Arc<[Digest]>, WriteError> {
+        let planned = &self.frames[at];
+        let is_first = planned.first_block == block.number;
+        if !is_first && let Some(digests) = self.remembered.get(&at) {
+            return Ok(digests);
+        }
+        let frame = &planned.frame;
+        let digests: Arc<[Digest]> = self.decode(frame, |decoder, bytes| {
+            if let Some((number, dictionary)) = planned.copied.filter(|_| is_first) {
+                let payload = decoder.payload(frame);
+                let copy = CopiedFrame {
+                    built: copy(frame, payload, &planned.pages, dictionary),
+                    slots_in_use: planned.pages.slots_in_use() as u64,
+                };
+                block.copies.push((number, copy));
+            }
+            let slots = (0u16..).zip(bytes.chunks_exact(PAGE_SIZE));
+            slots
+                .map(|(slot, page)| match planned.pages.has(slot) {
+                    true => digest::page(page),
+                    false => Digest::default(),
+                })
+                .collect()
+        })?;
+        if planned.last_block > block.number {
+            self.remembered.insert(at, Arc::clone(&digests));
+        }
+        Ok(digests)
+    }
+
+    /// Takes the bytes of pages that are packed anew; those that `known` has lie in the base.
+    fn take_bytes(
+        &self,
+        frame: &FrameRef,
+        uses: &Uses,
+        block: &mut Block,
+        known: Option<&KnownPages>,
+    ) -> Result<(), WriteError> {
+        self.decode(frame, |_, bytes| {
+            for &(i, slot) in uses {
+                let page = &bytes[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
+                let digest = digest::page(page);
+                block.digests[i] = digest;
+                let in_base = known.and_then(|known| known.find(i, &digest));
+                block.pages[i] = match (digest::fill_word(page), in_base) {
+                    (Some(word), _) => Seen::Alike(Alike::Fill(word)),
+                    (None, Some(page)) => Seen::Base(page),
+                    (None, None) => {
+                        let buffer = block.buffer.get_or_insert_with(BlockBuffer::extra);
+                        buffer.pages_mut(i, 1).copy_from_slice(page);
+                        Seen::Data(key(&digest))
+                    }
+                };
+            }
+        })
+    }
+
+    /// Finds pages that lay in ancestors in the new base, and takes the bytes of the others.
+    fn take_from_base(
+        &self,
+        elsewhere: &[(&FrameRef, Uses)],
+        block: &mut Block,
+    ) -> Result<(), WriteError> {
+        let new = self.base.as_ref();
+        let there = new.zip(self.counterpart(block.number));
+        let base = there
+            .map(|(new, there)| new.base.pages(there))
+            .transpose()?;
+        if let Some(base) = &base {
+            // If all are as in the new base, the digest of the block is right.
+            for &(i, _) in elsewhere.iter().flat_map(|(_, uses)| uses) {
+                if let Some(digest) = base.digests.get(i) {
+                    block.pages[i] = base.seen(i);
+                    block.digests[i] = *digest;
+                }
+            }
+            let digest = digest::block(&block.digests);
+            let recorded = usize::try_from(block.number)
+                .ok()
+                .and_then(|number| self.recorded.get(number));
+            if recorded == Some(&digest) {
+                block.base_frames.clone_from(&base.frames);
+                return Ok(());
+            }
+        }
+        let known = base.as_ref().map(|base| KnownPages {
+            base,
+            slots: base.known(),
+        });
+        for (frame, uses) in elsewhere {
+            if self.snapshot.layer_of(frame).is_absent() {
+                return Err(self.not_in_base(block.number));
+            }
+            self.take_bytes(frame, uses, block, known.as_ref())?;
+        }
+        if let Some(base) = base {
+            block.base_frames = base.frames;
+        }
+        Ok(())
+    }
+
+    /// Reads, checks and decodes a frame.
+    fn decode<T>(
+        &self,
+        frame: &FrameRef,
+        then: impl FnOnce(&FrameDecoder, &[u8]) -> T,
+    ) -> Result<T, WriteError> {
+        let mut decoder = self.lock_decoders().pop().unwrap_or_else(|| Decoder {
+            frames: FrameDecoder::new(),
+            bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
+        });
+        let bytes = &mut decoder.bytes[..frame.decoded_len()];
+        let decoded = decoder
+            .frames
+            .decode(&self.snapshot, frame, Reason::Prefetch, bytes);
+        let result = decoded
+            .map(drop)
+            .map_err(WriteError::CopiedFrame)
+            .map(|()| then(&decoder.frames, &decoder.bytes[..frame.decoded_len()]));
+        self.lock_decoders().push(decoder);
+        result
+    }
+
+    /// Locks the list, which is consistent after every statement.
+    fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
+        self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl NewBase {
+    fn new(snapshot: &Snapshot, base: &Arc<Base>, old_base: &str) -> Self {
+        let there = base.snapshot().regions();
+        let counterparts = snapshot.regions().iter().map(|region| {
+            let mut same = there.iter().filter(|other| {
+                (other.space, other.start) == (region.space, region.start)
+                    && other.name == region.name
+            });
+            let other = same.next()?;
+            let first = other.first_page / PAGES_PER_BLOCK_U64;
+            Some((first, other.pages.div_ceil(PAGES_PER_BLOCK_U64)))
+        });
+        Self {
+            counterparts: counterparts.collect(),
+            base: Arc::clone(base),
+            old_base: old_base.to_owned(),
+        }
+    }
+}
+
+/// Pages of the new base's block.
+struct KnownPages<'a> {
+    base: &'a super::base::Pages,
+    slots: PagesByKey,
+}
+
+impl KnownPages<'_> {
+    /// Returns a page of this digest: page `i` of the block if it has it.
+    fn find(&self, i: usize, digest: &Digest) -> Option<BasePage> {
+        let same = self.base.digests.get(i).filter(|known| *known == digest);
+        let same = same.and_then(|_| self.base.page(i));
+        same.or_else(|| self.slots.find(key(digest)))
+    }
+}
+
+impl Block {
+    /// Creates a block of which the fills and the unavailable pages are known.
+    fn new(number: u64, index: &IndexBlock) -> Self {
+        let fills: Vec<Digest> = index
+            .fills()
+            .iter()
+            .map(|word| digest::fill(*word))
+            .collect();
+        let mut pages = Vec::with_capacity(PAGES_PER_BLOCK);
+        let mut digests = Vec::with_capacity(PAGES_PER_BLOCK);
+        for i in 0..index.page_count() {
+            let (seen, digest) = match (index.page(i), index.fill_number(i)) {
+                (Page::Fill(word), Some(number)) => (Alike::Fill(word), fills[number]),
+                (Page::Fill(word), None) => (Alike::Fill(word), digest::fill(word)),
+                // Stored pages get their content from the frames.
+                _ => (Alike::Unavailable, digest::unavailable()),
+            };
+            pages.push(Seen::Alike(seen));
+            digests.push(digest);
+        }
+        Self {
+            number,
+            pages,
+            digests,
+            buffer: None,
+            copies: Vec::new(),
+            base_frames: Vec::new(),
+        }
+    }
+}
+
+/// Reads a dictionary: the number that a layer's frames name.
+fn dictionary(snapshot: &Snapshot, (layer, number): (u16, u16)) -> Result<Vec<u8>, WriteError> {
+    let file = snapshot.layer(layer).map_or(snapshot.own(), |layer| layer);
+    let bytes = file.dictionary_bytes(number);
+    bytes.map(<[u8]>::to_vec).map_err(WriteError::Copied)
+}
+
+/// Adds a dictionary unless it is there, and returns its number; none if there are too many.
+fn add_dictionary(all: &mut Vec<Vec<u8>>, bytes: Vec<u8>) -> Option<u16> {
+    let at = all.iter().position(|known| *known == bytes);
+    let at = at.unwrap_or_else(|| {
+        if all.len() < MAX_DICTIONARIES {
+            all.push(bytes);
+            all.len() - 1
+        } else {
+            all.len()
+        }
+    });
+    let number = u16::try_from(at + 1).ok()?;
+    (at < all.len()).then_some(number)
+}

@@ -1,0 +1,354 @@
+//! Snapshots that are made of other snapshots: flattened chains, and children with another base.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::block::Alike;
+use super::copy::CopySource;
+use super::sections::{self, BlobWriter};
+use super::{Dictionary, Progress, Queued, WriteError, Writer, WriterOptions, Written};
+use crate::error::{Defect, Flaw, Part, ReadError};
+use crate::index::Top;
+use crate::layout::{
+    MAX_FRAME_SLOTS, MAX_SECTION_BYTES, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, SectionKind,
+    TRAILER_BYTES, region_flags,
+};
+use crate::sections::Blob;
+use crate::snapshot::Snapshot;
+use crate::store::Reason;
+use crate::types::{Region, SnapshotId};
+
+/// Options of [`flatten`] and [`rebase`].
+pub struct RewriteOptions {
+    /// The zstd level of frames that are packed anew.
+    pub level: i32,
+    /// Threads that decode, hash and compress. By default one for each processor, at most 8.
+    pub threads: Option<usize>,
+    /// The new snapshot's id; random by default.
+    pub snapshot_id: Option<SnapshotId>,
+    /// Properties to record, besides those of the snapshot.
+    pub properties: Vec<(String, String)>,
+    /// Callback as of [`Writer::on_progress`].
+    pub progress: Option<Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>>,
+}
+
+impl Default for RewriteOptions {
+    fn default() -> Self {
+        Self {
+            level: WriterOptions::default().level,
+            threads: None,
+            snapshot_id: None,
+            properties: Vec::new(),
+            progress: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for RewriteOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RewriteOptions")
+            .field("level", &self.level)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Result of [`flatten`] and [`rebase`].
+#[derive(Clone, Debug)]
+pub struct Rewritten {
+    /// The new snapshot. Its digests are those of the old one.
+    pub written: Written,
+    /// Number of frames that were copied as they are.
+    pub copied_frames: u64,
+    /// Number of slots in copied frames that no page uses.
+    pub dead_slots: u64,
+}
+
+/// Writes `snapshot`, which may be layered, as a snapshot in one file.
+///
+/// Frames of which at least half is in use are copied as they are, with a new page list; the others
+/// are packed anew. A flat snapshot is thereby rid of what no page uses. Regions, attachments,
+/// working sets and properties are kept, except for properties about ancestors.
+///
+/// Every frame is decoded, and the digest of every block compared with the recorded one. The
+/// content digest and the state digest of the new file are those of `snapshot`, or the result is an
+/// error.
+///
+/// Takes 250 bytes of memory for each frame, besides that of a [`Writer`].
+pub fn flatten<W: Write>(
+    out: W,
+    snapshot: &Arc<Snapshot>,
+    options: RewriteOptions,
+) -> Result<(W, Rewritten), WriteError> {
+    rewrite(out, snapshot, None, options)
+}
+
+/// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its
+/// base so far: that base flattened, or packed with other options.
+///
+/// Frames of the child's own file are copied as by [`flatten`]. What lay in files of ancestors is
+/// looked for in `base`, at the same place first; the digests of blocks prove that it is the same,
+/// so the ancestors so far are not needed as a rule. [`Layer::absent`](crate::Layer::absent) stands
+/// in for those that are missing. A page that `base` does not have is stored in the new file.
+///
+/// Everything else is kept, and checked, as by [`flatten`].
+pub fn rebase<W: Write>(
+    out: W,
+    child: &Arc<Snapshot>,
+    base: &Arc<Snapshot>,
+    options: RewriteOptions,
+) -> Result<(W, Rewritten), WriteError> {
+    if child.ancestors().is_empty() {
+        return Err(WriteError::NotLayered {
+            file: child.name().to_owned(),
+        });
+    }
+    if base.layers().iter().any(|layer| layer.id() == child.id()) {
+        return Err(WriteError::BaseOfItself {
+            file: child.name().to_owned(),
+            base: base.name().to_owned(),
+        });
+    }
+    rewrite(out, child, Some(base), options)
+}
+
+fn rewrite<W: Write>(
+    out: W,
+    snapshot: &Arc<Snapshot>,
+    base: Option<&Arc<Snapshot>>,
+    options: RewriteOptions,
+) -> Result<(W, Rewritten), WriteError> {
+    let properties = snapshot.properties().map_err(WriteError::Copied)?;
+    let mut old_base = String::new();
+    if let Some(base) = base {
+        old_base = check_base(snapshot, base, &properties)?;
+    }
+    let frame_pages = snapshot.summary().frame_bytes / PAGE_SIZE_U64;
+    let frame_pages = usize::try_from(frame_pages).unwrap_or(MAX_FRAME_SLOTS);
+    // The writer records its own, and a new base is the caller's to name.
+    let kept = properties.into_iter().filter(|(key, _)| {
+        !["writer", "writer.level", "writer.frame_pages"].contains(&&key[..])
+            && !["base.id", "base.path"].contains(&&key[..])
+            && !key.starts_with("ancestor.")
+    });
+    let writer_options = WriterOptions {
+        level: options.level,
+        frame_pages: frame_pages.clamp(1, MAX_FRAME_SLOTS),
+        dictionary: Dictionary::Off,
+        threads: options.threads,
+        snapshot_id: options.snapshot_id,
+        properties: kept.chain(options.properties).collect(),
+        base: base.cloned(),
+        ..WriterOptions::default()
+    };
+    let mut writer = Writer::new(out, writer_options)?;
+    writer.progress = options.progress;
+    let copied_frames = writer.copy_from(snapshot, &old_base)?;
+    for attachment in snapshot.attachments().map_err(WriteError::Copied)? {
+        writer.copy_attachment(snapshot, &attachment.name)?;
+    }
+    writer.copy_working_sets(snapshot)?;
+    let (out, written, dead_slots) = writer.finish_copy()?;
+    let (old, new) = (snapshot.summary(), &written.summary);
+    for (field, differs) in [
+        ("content digest", old.content_digest != new.content_digest),
+        ("state digest", old.state_digest != new.state_digest),
+    ] {
+        if differs {
+            let at = snapshot.file_bytes() - TRAILER_BYTES as u64;
+            let detail = "not that of what the file holds".into();
+            let flaw = Flaw::new(at, Defect::Text { field, detail });
+            let damaged = snapshot.own().damaged(Part::Trailer, flaw);
+            return Err(WriteError::Copied(damaged));
+        }
+    }
+    let rewritten = Rewritten {
+        written,
+        copied_frames,
+        dead_slots,
+    };
+    Ok((out, rewritten))
+}
+
+/// Compares a new base with the base so far, if that is known and at hand. Returns the name of the
+/// latter for messages.
+fn check_base(
+    child: &Snapshot,
+    base: &Snapshot,
+    properties: &[(String, String)],
+) -> Result<String, WriteError> {
+    let known = properties.iter().find(|(key, _)| key == "base.id");
+    let Some((_, id)) = known else {
+        return Ok("its base".to_owned());
+    };
+    let old = child
+        .ancestors()
+        .iter()
+        .find(|layer| layer.id().to_string() == *id);
+    let Some(old) = old else {
+        return Ok(id.clone());
+    };
+    if old.is_absent() {
+        return Ok(old.name().to_owned());
+    }
+    if old.ends().summary.content_digest != base.summary().content_digest {
+        return Err(WriteError::OtherContent {
+            file: child.name().to_owned(),
+            base: base.name().to_owned(),
+            old_base: old.name().to_owned(),
+        });
+    }
+    Ok(old.name().to_owned())
+}
+
+/// Copying from other snapshots.
+impl<W: Write> Writer<W> {
+    /// Adds the attachment `name` of another snapshot.
+    pub fn copy_attachment(&mut self, from: &Snapshot, name: &str) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            sections::check_blob_name(
+                "an attachment's name",
+                "the number of attachments",
+                name,
+                &writer.attachments,
+            )?;
+            let (kind, part) = (SectionKind::Attachments, Part::Attachment);
+            let blob = from.named_blob(kind, part, name);
+            let blob = writer.copy_blob(from, part, &blob.map_err(WriteError::Copied)?)?;
+            writer.attachments.push(blob);
+            Ok(())
+        })
+    }
+
+    fn copy_working_sets(&mut self, from: &Snapshot) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            let blobs = from.own().blobs(SectionKind::WorkingSets);
+            for blob in blobs.map_err(WriteError::Copied)? {
+                // Page numbers are the same, so the bytes are, once they are checked.
+                from.working_set_runs(&blob).map_err(WriteError::Copied)?;
+                let blob = writer.copy_blob(from, Part::WorkingSet, &blob)?;
+                writer.working_sets.push(blob);
+            }
+            Ok(())
+        })
+    }
+
+    fn copy_blob(
+        &mut self,
+        from: &Snapshot,
+        part: Part,
+        blob: &Blob,
+    ) -> Result<sections::Blob, WriteError> {
+        self.settle()?;
+        let mut copy = BlobWriter::new(&self.stage.out, &blob.name, 0);
+        let what = match part {
+            Part::Attachment => "an attachment",
+            _ => "a working set",
+        };
+        from.own()
+            .check_blob(part, blob, Reason::Prefetch, |bytes| {
+                let written = copy.write(&mut self.stage.out, what, bytes);
+                written.and_then(|()| self.report()).map_err(Copying::Write)
+            })?;
+        Ok(copy.finish())
+    }
+
+    /// Writes all memory of `snapshot`. Returns the number of frames that are copied as they are.
+    fn copy_from(&mut self, snapshot: &Arc<Snapshot>, old_base: &str) -> Result<u64, WriteError> {
+        self.guarded(|writer| {
+            let (base, pool) = (writer.base.as_ref(), writer.stage.workers.pool());
+            let mut source = CopySource::plan(snapshot, base, old_base, pool)?;
+            let dictionaries = source.take_dictionaries();
+            if let Some(first) = dictionaries.first() {
+                writer.stage.workers.use_dictionary(first)?;
+            }
+            writer.stage.dictionaries = dictionaries;
+            writer.copies = true;
+            let source = Arc::new(source);
+            for region in snapshot.regions() {
+                writer.copy_region(&source, region)?;
+            }
+            writer.end_region()?;
+            Ok(source.copied_frames())
+        })
+    }
+
+    fn copy_region(&mut self, source: &Arc<CopySource>, region: &Region) -> Result<(), WriteError> {
+        self.end_region()?;
+        sections::check_region_count(self.regions.len() + 1)?;
+        self.region_bytes += sections::region_bytes(&region.name);
+        WriteError::limit(
+            "the size of the regions",
+            self.region_bytes,
+            MAX_SECTION_BYTES,
+        )?;
+        debug_assert_eq!(self.next_page, region.first_page);
+        self.regions.push(Region {
+            pages: 0,
+            // Hints are for the reader of the file that they were written for.
+            flags: region.flags & region_flags::KNOWN,
+            ..region.clone()
+        });
+        self.extend_region(region.pages)?;
+        let number = self.regions.len() - 1;
+        let first = region.first_page / PAGES_PER_BLOCK_U64;
+        let blocks = region.pages.div_ceil(PAGES_PER_BLOCK_U64);
+        let top = |block| source.snapshot().top(first + block);
+        let mut block = 0;
+        while block < blocks {
+            let kind = top(block);
+            let alike = match kind {
+                Top::Fill(word) => Alike::Fill(word),
+                Top::Unavailable => Alike::Unavailable,
+                Top::Block => {
+                    let source = Arc::clone(source);
+                    self.stage.workers.examine_copied(source, first + block);
+                    let (region, buffer) = (number, None);
+                    self.enqueue(Queued::Block { region, buffer })?;
+                    block += 1;
+                    continue;
+                }
+            };
+            let same = (block..blocks)
+                .take_while(|next| top(*next) == kind)
+                .count() as u64;
+            let end = region.pages.min((block + same) * PAGES_PER_BLOCK_U64);
+            self.enqueue(Queued::Uniform {
+                region: number,
+                alike,
+                blocks: usize::try_from(same).map_err(|_| WriteError::Stopped)?,
+                pages: end - block * PAGES_PER_BLOCK_U64,
+            })?;
+            block += same;
+        }
+        Ok(())
+    }
+
+    fn finish_copy(mut self) -> Result<(W, Written, u64), WriteError> {
+        let written = self.guarded(Self::write_end)?;
+        let dead_slots = self.stage.dead_slots;
+        Ok((self.stage.out.finish()?, written, dead_slots))
+    }
+}
+
+/// An error of either side of a copy.
+enum Copying {
+    Read(ReadError),
+    Write(WriteError),
+}
+
+impl From<ReadError> for Copying {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl From<Copying> for WriteError {
+    fn from(error: Copying) -> Self {
+        match error {
+            Copying::Read(error) => Self::Copied(error),
+            Copying::Write(error) => error,
+        }
+    }
+}
