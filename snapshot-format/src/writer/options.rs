@@ -53,7 +53,7 @@ pub struct WriterOptions {
     /// Properties to record, besides the writer's own.
     pub properties: Vec<(String, String)>,
     /// The base, of which the new snapshot becomes a child: only what differs is stored. See
-    /// [`RegionSpec::base_page`].
+    /// [`RegionSpec::base_page`]. It takes up to 50 MiB more, for what is known of the base.
     pub base: Option<Arc<Snapshot>>,
 }
 
