@@ -3,6 +3,7 @@
 
 mod chain;
 mod common;
+mod counting;
 #[path = "children/rewritten.rs"]
 mod rewritten;
 
@@ -11,11 +12,12 @@ use std::sync::Arc;
 
 use chain::Given;
 use common::pattern;
+use counting::Counting;
 use proptest::prelude::*;
 use snapshot_format::layout::{MAX_ANCESTORS, PAGE_SIZE, RawIndexHeader};
 use snapshot_format::{
     Dictionary, FrameDecoder, Layer, MemoryStore, Page, Reason, RegionSpec, Snapshot,
-    SnapshotOptions, Top, VerifyOptions, WriteError, Writer, WriterOptions, Written, verify,
+    SnapshotOptions, Store, Top, VerifyOptions, WriteError, Writer, WriterOptions, Written, verify,
 };
 
 /// A page of the oracle.
@@ -478,6 +480,71 @@ fn size_of_a_child_is_that_of_the_changes() {
     let index = child.written.summary.index_bytes;
     let plain_index = 3 * (size_of::<RawIndexHeader>() as u64 + 512 * 4);
     assert!(index < plain_index, "{index} bytes of index");
+}
+
+/// A frame that several blocks name is decoded for the first of them only.
+#[test]
+fn frames_of_the_base_are_decoded_once() {
+    // Frames of 7 pages reach over the borders of blocks, and each block repeats pages of block 0.
+    let options = || WriterOptions {
+        frame_pages: 7,
+        ..options()
+    };
+    let mut memory = vec![data(0..2048)];
+    for block in 1..4 {
+        for page in 0..50 {
+            memory[0][block * 512 + page] = Content::Data(page as u64 * 10);
+        }
+    }
+    let base = write(&memory, None, options());
+    let store = Arc::new(Counting::new(base.bytes.clone()));
+    let counted = Arc::clone(&store) as Arc<dyn Store>;
+    let counted = File {
+        snapshot: Arc::new(Snapshot::open(counted).expect("open")),
+        bytes: base.bytes.clone(),
+        written: base.written.clone(),
+        memory: base.memory.clone(),
+    };
+    for block in 0..4 {
+        memory[0][block * 512 + 100] = Content::Data(9000 + block as u64);
+    }
+    for how in [How::Diff, How::Full] {
+        let child = write(&memory, Some((&counted, how)), options());
+        let (reads, _) = store.take(Reason::Prefetch);
+        assert_eq!(reads, base.written.summary.frames + 4, "{how:?}");
+        assert_eq!(child.written.summary.stored_pages, 4, "{how:?}");
+        check(&child);
+    }
+}
+
+/// The first pages of an ancestor's frame are decoded alone, with a dictionary too.
+#[test]
+fn frames_of_ancestors_are_decoded_in_steps() {
+    let options = || WriterOptions {
+        dictionary: Dictionary::Use([pattern(3), pattern(900)].concat()),
+        frame_pages: 32,
+        ..options()
+    };
+    let base = write(&vec![data(0..512)], None, options());
+    let mut memory = base.memory.clone();
+    memory[0][100] = Content::Data(7000);
+    let child = write(&memory, Some((&base, How::Diff)), options());
+    check(&child);
+    let snapshot = &child.snapshot;
+    let mut decoder = FrameDecoder::in_steps(snapshot).expect("a decoder");
+    let Ok(Page::Stored { frame, .. }) = snapshot.look_up(0, Reason::Demand) else {
+        panic!("page 0 is stored");
+    };
+    assert_eq!(frame.layer(), 1);
+    let mut out = vec![0; frame.decoded_len()];
+    let first = decoder.decode_first(snapshot, &frame, Reason::Demand, 1, &mut out);
+    let (_, ready) = first.expect("the first page");
+    assert!(ready > 0 && ready < frame.slots(), "{ready} pages");
+    assert_eq!(out[..PAGE_SIZE], pattern(0));
+    decoder
+        .decode_rest(snapshot, &frame, &mut out)
+        .expect("the rest");
+    assert_eq!(out[31 * PAGE_SIZE..], pattern(31));
 }
 
 /// A change of a layer: pages `first..` of a region become these.

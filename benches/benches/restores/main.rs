@@ -19,6 +19,7 @@ use clap::Parser;
 use serde::Serialize;
 use snaprestore_compare::create::{self, Sizes};
 use snaprestore_compare::crowd;
+use snaprestore_compare::layers::{self, ChildSizes};
 use snaprestore_compare::machine::Machine;
 use snaprestore_compare::rounds::{self, Samples};
 use snaprestore_compare::targets::{self, Target};
@@ -29,7 +30,7 @@ use snaprestore_compare::{plot, report};
 /// Compares restores with the other ways to do it.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Workloads to run, by name [default: all of `workloads/`, `create` and `crowd`]
+    /// Workloads to run, by name [default: all of `workloads/`, `create`, `crowd` and `layers`]
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Contenders to run: those whose names begin so [default: all]
@@ -68,6 +69,8 @@ struct Results {
     command: Vec<String>,
     rounds: u32,
     sizes: Option<Sizes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    child_sizes: Option<ChildSizes>,
     targets: Vec<Target>,
     workloads: Vec<Workload>,
     #[serde(flatten)]
@@ -104,6 +107,7 @@ fn main() -> Result<()> {
     let runner = Runner::new(std::env::current_exe()?, ["--trial"]);
     let mut samples = Samples::default();
     let mut sizes = None;
+    let mut child_sizes = None;
     let mut done = BTreeMap::new();
     let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| only == name);
     if wanted(create::NAME) {
@@ -118,6 +122,13 @@ fn main() -> Result<()> {
         let table = crowd::table(&samples);
         println!("\n{table}");
         done.insert(crowd::NAME.to_owned(), table);
+    }
+    if wanted(layers::NAME) {
+        eprintln!("layers: {} rounds", args.rounds);
+        child_sizes = Some(setup.compare_layers(args.rounds, &mut samples)?);
+        let table = layers::table(&samples);
+        println!("\n{table}");
+        done.insert(layers::NAME.to_owned(), table);
     }
     for workload in &workloads {
         let images = setup.images(&workload.image)?;
@@ -138,7 +149,7 @@ fn main() -> Result<()> {
         println!("\n{table}");
         done.insert(workload.name.clone(), table);
     }
-    let mut targets = targets::all(&samples, sizes.as_ref());
+    let mut targets = targets::all(&samples, sizes.as_ref(), child_sizes.as_ref());
     if !args.only.is_empty() {
         targets.retain(|target| target.value.is_some());
     }
@@ -149,6 +160,7 @@ fn main() -> Result<()> {
             command: std::env::args().skip(1).collect(),
             rounds: args.rounds,
             sizes,
+            child_sizes,
             targets,
             workloads,
             samples,
@@ -171,11 +183,17 @@ fn write(
     fs::write(out.join("targets.md"), targets::table(&results.targets))?;
     let workloads = results.workloads.iter();
     let names = workloads.map(|workload| workload.name.as_str());
-    let tables: Vec<&str> = std::iter::once(crowd::NAME)
+    let in_order: Vec<&str> = [crowd::NAME, layers::NAME]
+        .into_iter()
         .chain(names)
         .filter_map(|name| tables.get(name).map(String::as_str))
         .collect();
-    fs::write(out.join("tables.txt"), tables.join("\n"))?;
+    fs::write(out.join("tables.txt"), in_order.join("\n"))?;
+    let workload = layers::workload();
+    if tables.contains_key(&workload.name) {
+        let svg = plot::bars(&results.samples, &workload);
+        fs::write(out.join(format!("{}.svg", workload.name)), svg)?;
+    }
     for workload in &results.workloads {
         let name = |kind: &str| out.join(format!("{}{kind}.svg", workload.name));
         if workload.latencies {

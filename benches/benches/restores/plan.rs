@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use snaprestore_compare::layers::{self, ChainKind, ChildSizes};
 use snaprestore_compare::prepare::Images;
+use snaprestore_compare::rounds::Samples;
 use snaprestore_compare::workload::Workload;
 use snaprestore_compare::{PAGE, create, crowd, wide};
 use snaprestore_fixtures::guest;
@@ -41,7 +43,7 @@ pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Wo
     let mut chosen: Vec<Workload> = if only.is_empty() {
         all.into_values().collect()
     } else {
-        let others = [create::NAME, crowd::NAME];
+        let others = [create::NAME, crowd::NAME, layers::NAME];
         let names = only.iter().filter(|name| !others.contains(&name.as_str()));
         names
             .map(|name| {
@@ -94,18 +96,42 @@ impl Setup {
             fs::create_dir_all(&folder)?;
             let images = match name {
                 "wide" => self.wide(&folder)?,
-                "guest" => {
-                    let raw = match &self.image {
-                        Some(raw) => raw.clone(),
-                        None => guest::memory()?.raw,
-                    };
-                    Images::new(&raw, &folder, &self.program)?
+                "guest" => Images::new(&self.raw()?, &folder, &self.program)?,
+                name if let Some(kind) = ChainKind::named(name) => {
+                    eprintln!("writing the snapshots of the {name}");
+                    layers::chain(kind, &self.raw()?, &folder, &self.program)?
                 }
                 path => Images::new(Path::new(path), &folder, &self.program)?,
             };
             self.images.insert(name.to_owned(), images);
         }
         self.images.get_mut(name).context("it was made just now")
+    }
+
+    /// Measures writing of children and chains.
+    pub(crate) fn compare_layers(
+        &mut self,
+        rounds: u32,
+        samples: &mut Samples,
+    ) -> Result<ChildSizes> {
+        self.images("chain")?;
+        let (raw, folder) = (self.raw()?, self.folder.join(layers::NAME));
+        let chain = self
+            .images
+            .get_mut("chain")
+            .context("it was made just now")?;
+        let program = &self.program;
+        Ok(layers::compare(
+            &raw, chain, &folder, program, rounds, samples,
+        )?)
+    }
+
+    /// Returns the memory of the guest.
+    fn raw(&self) -> Result<PathBuf> {
+        match &self.image {
+            Some(raw) => Ok(raw.clone()),
+            None => Ok(guest::memory()?.raw),
+        }
     }
 
     fn wide(&self, folder: &Path) -> Result<Images> {

@@ -102,6 +102,9 @@ pub struct SnapshotKind {
     pub level: Option<i32>,
     /// Whether the snapshot has no dictionary.
     pub no_dictionary: bool,
+    /// Whether the snapshot is the end of the image's chain, in place of one file.
+    #[serde(default)]
+    pub layered: bool,
 }
 
 /// Memory that a contender has restored, or is restoring.
@@ -203,7 +206,8 @@ impl Ours {
         let snapshot = &self.snapshot;
         option("frame", snapshot.frame_kib.map(|kib| kib.to_string()))?;
         option("level", snapshot.level.map(|level| level.to_string()))?;
-        option("dictionary", snapshot.no_dictionary.then(|| "off".into()))
+        option("dictionary", snapshot.no_dictionary.then(|| "off".into()))?;
+        option("layered", snapshot.layered.then(|| "yes".into()))
     }
 }
 
@@ -267,7 +271,7 @@ impl FromStr for Ours {
                 BenchError::Invalid(format!(
                     "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, fault-threads=N, \
                      prefetch-threads=N, huge-pages=yes, pinned=yes, frame-cache=MIB, frame=KIB, level=N, \
-                     dictionary=off"
+                     dictionary=off, layered=yes"
                 ))
             };
             let (name, value) = option.split_once('=').ok_or_else(invalid)?;
@@ -286,6 +290,7 @@ impl FromStr for Ours {
                 }
                 ("level", _) => ours.snapshot.level = Some(value.parse().map_err(|_| invalid())?),
                 ("dictionary", "off") => ours.snapshot.no_dictionary = true,
+                ("layered", "yes") => ours.snapshot.layered = true,
                 _ => return Err(invalid()),
             }
         }
@@ -325,6 +330,7 @@ mod tests {
             "squashfs-64k",
             "squashfs-128k",
             "erofs",
+            "ours:prefetch=all,layered=yes",
             "serve",
             "serve:prefetch=all,fault-threads=3,pinned=yes,frame-cache=0,frame=64",
             "vmm-handler",

@@ -46,6 +46,7 @@
 //! | [`touch`] | the loop that touches, the same for all |
 //! | [`create`] | writing snapshots, against writing a compressed file |
 //! | [`crowd`] | several VMs served at once, of which one storms |
+//! | [`layers`] | writing children of a base, and the chains that are restored |
 //! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of the parts |
 //! | [`machine`] | the machine on which the trials ran |
 //! | [`report`], [`plot`], [`stats`] | tables and charts of the results, medians and percentiles |
@@ -67,6 +68,7 @@ pub mod contender;
 mod contenders;
 pub mod create;
 pub mod crowd;
+pub mod layers;
 mod limits;
 pub mod machine;
 pub mod plot;

@@ -1,12 +1,13 @@
 //! Costs of the parts of a restore by themselves: no restore of the same snapshot can be faster
 //! than decoding its frames and copying its pages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
-use snapshot_format::{FrameDecoder, FrameRef, Page, Reason, Snapshot};
+use snapshot_format::layout::PAGE_SIZE;
+use snapshot_format::{FrameDecoder, FrameRef, Page, Reason, Snapshot, digest};
 
 use crate::contenders::Region;
 use crate::stats::Latencies;
@@ -44,7 +45,8 @@ impl Contents {
                 let Page::Stored { frame, .. } = index.page(i) else {
                     continue;
                 };
-                frames.entry(frame.offset()).or_insert((frame, page));
+                let key = (frame.layer(), frame.offset());
+                frames.entry(key).or_insert((frame, page));
                 match runs.last_mut() {
                     Some((first, count)) if *first + *count == page => *count += 1,
                     _ => runs.push((page, 1)),
@@ -120,6 +122,43 @@ pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError>
     let mut outcome = before.outcome(path);
     outcome.total_ms = total.as_secs_f64() * 1e3;
     outcome.count = contents.frames.len() as u64;
+    Ok(outcome)
+}
+
+/// Decodes every frame that the index of these blocks names once, and computes the digests of its
+/// pages, on all cores.
+pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outcome, BenchError> {
+    let failed = || format!("{}: decoding blocks", path.display());
+    let snapshot = Snapshot::open_path(path).map_err(BenchError::of(failed()))?;
+    cache::warm(path)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let before = Before::now(path);
+    let began = Instant::now();
+    let mut frames = BTreeMap::new();
+    for block in blocks {
+        let index = snapshot
+            .uncached_block(*block, Reason::Prefetch)
+            .map_err(BenchError::of(failed()))?;
+        let named = index.frames().iter();
+        frames.extend(named.map(|frame| ((frame.layer(), frame.offset()), *frame)));
+    }
+    let frames: Vec<FrameRef> = frames.into_values().collect();
+    let largest = frames.iter().map(FrameRef::decoded_len).max();
+    let state = || (FrameDecoder::new(), vec![0; largest.unwrap_or(0)]);
+    on_all(frames.len(), threads, state, |(decoder, buffer), item| {
+        let out = &mut buffer[..frames[item].decoded_len()];
+        decoder
+            .decode(&snapshot, &frames[item], Reason::Prefetch, out)
+            .map_err(BenchError::of(failed()))?;
+        for page in out.chunks_exact(PAGE_SIZE) {
+            std::hint::black_box(digest::page(page));
+        }
+        Ok(())
+    })?;
+    let total = began.elapsed();
+    let mut outcome = before.outcome(path);
+    outcome.total_ms = total.as_secs_f64() * 1e3;
+    outcome.count = frames.len() as u64;
     Ok(outcome)
 }
 

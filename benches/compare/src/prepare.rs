@@ -25,6 +25,14 @@ use crate::{BenchError, limits};
 /// Level of the solid file.
 const SOLID_LEVEL: i32 = 3;
 
+/// The kind of a snapshot that is the end of a chain.
+const LAYERED: SnapshotKind = SnapshotKind {
+    frame_kib: None,
+    level: None,
+    no_dictionary: false,
+    layered: true,
+};
+
 /// The raw image and everything that was made from it.
 #[derive(Debug)]
 pub struct Images {
@@ -82,6 +90,17 @@ impl Images {
         self.made.insert(name, Ok(snapshot.to_owned()));
     }
 
+    /// Uses an existing chain of the same memory, which ends with the snapshot `last`.
+    pub fn use_chain(&mut self, last: &Path) {
+        let name = snapshot_name(&LAYERED);
+        self.made.insert(name, Ok(last.to_owned()));
+    }
+
+    /// Returns the last snapshot of the chain.
+    pub fn chain(&mut self) -> Result<PathBuf, BenchError> {
+        self.snapshot(&LAYERED)
+    }
+
     /// Returns the size of the memory, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -135,6 +154,10 @@ impl Images {
 
     /// Writes a snapshot with `snaprestore create`.
     pub fn create(&self, out: &Path, kind: &SnapshotKind) -> Result<(), BenchError> {
+        if kind.layered {
+            let why = "there is no chain of this image".into();
+            return Err(BenchError::Unavailable(why));
+        }
         let mut command = Command::new(&self.program);
         command
             .arg("create")
@@ -325,6 +348,9 @@ fn snapshot_name(kind: &SnapshotKind) -> String {
     if kind.no_dictionary {
         name += "-plain";
     }
+    if kind.layered {
+        name += "-layered";
+    }
     name + ".snap"
 }
 
@@ -460,6 +486,7 @@ mod tests {
             frame_kib,
             level,
             no_dictionary,
+            layered: false,
         };
         let names = [
             kind(None, None, false),

@@ -72,7 +72,12 @@ pub fn run(
         }
     }
     for limit in &workload.limits {
-        let snapshot = images.snapshot(&workload.snapshot())?;
+        let snapshot = match limit {
+            Limit::DecodeChain => images.chain()?,
+            Limit::Decode | Limit::Copy | Limit::DecodeEach => {
+                images.snapshot(&workload.snapshot())?
+            }
+        };
         here.push((limit.name().into(), limit_trial(workload, *limit, snapshot)));
     }
     for round in 0..=rounds {
@@ -122,7 +127,7 @@ fn step(on_step: OnStep<'_>, what: &str) -> Result<(), BenchError> {
 fn limit_trial(workload: &Workload, limit: Limit, snapshot: PathBuf) -> Trial {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     match limit {
-        Limit::Decode => Trial::Decode { snapshot, threads },
+        Limit::Decode | Limit::DecodeChain => Trial::Decode { snapshot, threads },
         Limit::Copy => Trial::Copy { snapshot, threads },
         Limit::DecodeEach => Trial::DecodeEach {
             snapshot,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::create::{self, Sizes};
 use crate::crowd::{self, Eighth};
+use crate::layers::{self, ChildSizes};
 use crate::report::short;
 use crate::rounds::Samples;
 use crate::stats::{Latencies, Spread, float};
@@ -141,6 +142,21 @@ impl Medians<'_> {
         Some((stormed / alone, from))
     }
 
+    /// Returns the start through the long chain, less the allowance for each layer.
+    fn layered_start(&self) -> Found {
+        let start = |contender| self.of("chain-start", contender, |outcome| outcome.start_us);
+        let (mine, flat) = (start(LAYERED)?, start("ours")?);
+        let from = format!("({} us - 64 * 20 us) / {} us", short(mine), short(flat));
+        Some(((mine - 64.0 * 20.0) / flat, from))
+    }
+
+    fn layered_fault(&self, of: fn(&Latencies) -> f64) -> Found {
+        let time = |contender| self.latency("chain-faults", contender, of);
+        let (mine, flat) = (time(LAYERED)?, time("ours")?);
+        let from = format!("{} us / {} us", short(mine), short(flat));
+        Some((mine / flat, from))
+    }
+
     fn complete(&self, value: fn(&Outcome) -> f64, unit: &str) -> Found {
         let mine = self.of("complete", OURS_ALL, value)?;
         let decode = self.of("complete", "limit:decode", value)?;
@@ -156,13 +172,19 @@ impl Medians<'_> {
 }
 
 const OURS_ALL: &str = "ours:prefetch=all";
+const LAYERED: &str = "ours:layered=yes";
+const LAYERED_ALL: &str = "ours:prefetch=all,layered=yes";
 const SERVE_ALL: &str = "serve:prefetch=all";
 const HANDLERS: [&str; 2] = ["handler", "handler-pinned"];
 const COLD: [&str; 4] = ["mmap", "squashfs-64k", "squashfs-128k", "erofs"];
 
 /// Returns all targets, met or not.
 #[expect(clippy::too_many_lines, reason = "it is a table")]
-pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
+pub fn all(
+    samples: &Samples,
+    sizes: Option<&Sizes>,
+    child_sizes: Option<&ChildSizes>,
+) -> Vec<Target> {
     let medians = Medians(samples);
     let mut targets = Vec::new();
     let mut add = |number: &str, what: &str, limit: f64, unit: &str, found: Found| {
@@ -339,6 +361,70 @@ pub fn all(samples: &Samples, sizes: Option<&Sizes>) -> Vec<Target> {
         "",
         medians.stormed(),
     );
+    let written = |ours, full| medians.against_best(layers::NAME, ours, &[full]);
+    add(
+        "16",
+        "create from a diff of 5 %, against a full create",
+        0.12,
+        "",
+        written(layers::DIFF, layers::FULL),
+    );
+    add(
+        "17",
+        "create from a full image with a base, against a full create",
+        0.60,
+        "",
+        written(layers::WITH_BASE, layers::FULL),
+    );
+    add(
+        "18",
+        "size of that child less 600 bytes a changed block, against its pages alone",
+        1.05,
+        "",
+        child_sizes.map(ChildSizes::ratio),
+    );
+    add(
+        "19",
+        "start through 64 layers less 20 us a layer, against flat",
+        2.0,
+        "",
+        medians.layered_start(),
+    );
+    add(
+        "20a",
+        "one fault through 64 layers, p50, against flat",
+        1.10,
+        "",
+        medians.layered_fault(p50),
+    );
+    add(
+        "20b",
+        "one fault through 64 layers, p99, against flat",
+        1.25,
+        "",
+        medians.layered_fault(p99),
+    );
+    add(
+        "21",
+        "complete restore through 64 layers of 1 %, against flat",
+        1.35,
+        "",
+        medians.against_best("chain-complete", LAYERED_ALL, &[OURS_ALL]),
+    );
+    add(
+        "22",
+        "random reads of everything, child of 5 %, prefetch all, against flat",
+        1.05,
+        "",
+        medians.against_best("child-random-reads", LAYERED_ALL, &[OURS_ALL]),
+    );
+    add(
+        "23",
+        "flattening 64 layers, against create of the full image",
+        0.60,
+        "",
+        written(layers::FLATTEN, layers::LONG_FULL),
+    );
     targets
 }
 
@@ -415,7 +501,7 @@ mod tests {
             ],
             absent: Vec::new(),
         };
-        let targets = all(&samples, None);
+        let targets = all(&samples, None, None);
         let all_fetched = find(&targets, "4a");
         assert!((all_fetched.value.unwrap() - 0.13).abs() < 1e-9 && !all_fetched.is_met());
         assert!(find(&targets, "5").is_met());
@@ -424,6 +510,31 @@ mod tests {
         assert!(table(&targets).contains(
             "| 4a | random reads, prefetch all, against a handler | 0.130 | 0.12 | NO |"
         ));
+    }
+
+    #[test]
+    fn allowances_for_layers_are_subtracted() {
+        let started = |start_us| Outcome {
+            start_us,
+            ..Outcome::default()
+        };
+        let samples = Samples {
+            samples: vec![
+                sample("chain-start", "ours", 1, started(600.0)),
+                sample("chain-start", LAYERED, 1, started(1280.0 + 900.0)),
+            ],
+            absent: Vec::new(),
+        };
+        let sizes = ChildSizes {
+            child: 4_000_000 + 10 * 600,
+            only: 4_000_000,
+            pages: 2000,
+            blocks: 10,
+        };
+        let targets = all(&samples, None, Some(&sizes));
+        assert!((find(&targets, "18").value.unwrap() - 1.0).abs() < 1e-9);
+        assert!((find(&targets, "19").value.unwrap() - 1.5).abs() < 1e-9);
+        assert_eq!(find(&targets, "16").value, None);
     }
 
     #[test]
@@ -438,7 +549,7 @@ mod tests {
             ],
             absent: Vec::new(),
         };
-        let targets = all(&samples, None);
+        let targets = all(&samples, None, None);
         assert!((find(&targets, "14").value.unwrap() - 0.2).abs() < 1e-9);
         assert!(!find(&targets, "14").is_met());
         assert!(find(&targets, "13a").is_met() && !find(&targets, "13b").is_met());
@@ -468,7 +579,7 @@ mod tests {
             ],
             absent: Vec::new(),
         };
-        let targets = all(&samples, None);
+        let targets = all(&samples, None, None);
         assert!((find(&targets, "8a").value.unwrap() - 1.0).abs() < 1e-9);
         assert!((find(&targets, "9a").value.unwrap() - 1.5).abs() < 1e-9);
     }

@@ -57,7 +57,8 @@ pub struct Workload {
     pub name: String,
     /// Description of the workload, for people.
     pub title: String,
-    /// The image: `guest` for the memory of a real guest, or the path of a raw file.
+    /// The image: `guest` for the memory of a real guest, `child` or `chain` for the memory at the
+    /// end of a short or long chain of snapshots of it, or the path of a raw file.
     #[serde(default = "guest")]
     pub image: String,
     /// The order of touches.
@@ -101,6 +102,8 @@ pub struct Workload {
 pub enum Limit {
     /// Every frame decoded once, on all cores.
     Decode,
+    /// Every frame that the end of the image's chain uses decoded once, on all cores.
+    DecodeChain,
     /// Every stored page copied to its place, on all cores.
     Copy,
     /// Frames decoded one by one, each timed.
@@ -112,6 +115,7 @@ impl Limit {
     pub fn name(self) -> &'static str {
         match self {
             Self::Decode => "limit:decode",
+            Self::DecodeChain => "limit:decode-chain",
             Self::Copy => "limit:copy",
             Self::DecodeEach => "limit:decode-each",
         }
@@ -247,7 +251,7 @@ fn shuffle(pages: &mut [u64], seed: u64) {
 }
 
 /// Returns a number that looks random and depends on `number` alone (the finisher of splitmix64).
-fn mixed(number: u64) -> u64 {
+pub(crate) fn mixed(number: u64) -> u64 {
     let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -375,7 +375,7 @@ impl WriteSettings {
             frame_pages: self.frame_bytes / PAGE_SIZE,
             dictionary,
             threads: self.threads,
-            expected_pages: source.pages(),
+            expected_pages: source.data_pages(),
             properties,
             base: self.base.clone(),
             ..WriterOptions::default()

@@ -108,6 +108,12 @@ impl Extents {
         self.hole_bytes
     }
 
+    /// Returns the number of pages of the file in which data lies.
+    pub(crate) fn data_pages(&self) -> u64 {
+        let pages = |range: &Range<u64>| range.end.div_ceil(PAGE) - range.start / PAGE;
+        self.data.iter().map(pages).sum()
+    }
+
     /// Returns the number of bytes of data.
     pub(crate) fn data_bytes(&self) -> u64 {
         self.data.iter().map(|range| range.end - range.start).sum()

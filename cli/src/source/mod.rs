@@ -146,6 +146,10 @@ pub(crate) trait Source {
     fn describe(&self) -> Vec<(String, String)>;
     /// Returns the number of pages to be delivered, if it is known beforehand.
     fn pages(&self) -> Option<u64>;
+    /// Returns the maximum number of those pages whose bytes are delivered, if it is known.
+    fn data_pages(&self) -> Option<u64> {
+        self.pages()
+    }
     /// Samples pages from all over the source to train a dictionary. Returns nothing if the source
     /// can only be read once, or is no larger than the sample.
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples>;

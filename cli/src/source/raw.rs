@@ -143,6 +143,10 @@ impl Source for Raw {
         Some(self.file.len() / PAGE)
     }
 
+    fn data_pages(&self) -> Option<u64> {
+        Some(self.extents.data_pages())
+    }
+
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
         self.file.sample(&self.extents, wanted)
     }
@@ -200,6 +204,11 @@ mod tests {
         raw.feed(&mut sink).unwrap();
         assert!(raw.is_mostly_holes());
         assert_eq!(raw.remarks()[0].key, "source.hole_bytes");
+        assert_eq!(raw.pages(), Some(2048));
+        assert!(
+            matches!(raw.data_pages(), Some(1..=1024)),
+            "holes have no data"
+        );
         assert_eq!(sink.regions.len(), 1);
         let zeros = &sink.regions[0].1;
         assert!(

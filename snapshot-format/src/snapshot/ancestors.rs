@@ -176,6 +176,10 @@ impl Ancestors for LayerFolders {
         let mut refused = None;
         let mut found = |path: &Path, is_named: bool| {
             let layer = Layer::open_path(path);
+            // Nothing, or a folder, has the last known name. Looking first would take a call more.
+            if layer.is_err() && is_named && !path.is_file() {
+                return None;
+            }
             // A damaged header may have any id. Another file under the last known name is worth a
             // word.
             if let Ok(layer) = &layer
@@ -194,7 +198,7 @@ impl Ancestors for LayerFolders {
             }
         };
         for folder in self.all(beside) {
-            let path = path_of(folder, &wanted.name).filter(|path| path.is_file());
+            let path = path_of(folder, &wanted.name);
             if let Some(layer) = path.and_then(|path| found(&path, true)) {
                 return Ok(Some(layer));
             }

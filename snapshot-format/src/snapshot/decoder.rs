@@ -15,7 +15,8 @@
 //! least two.
 //!
 //! Nothing on this path allocates: the record buffer and the decompressors live as long as the
-//! [`FrameDecoder`], a dictionary is prepared once per file.
+//! [`FrameDecoder`], a dictionary is prepared once per file: those of the snapshot's own file
+//! before, that of an ancestor with the first frame that needs it.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -106,7 +107,8 @@ impl FrameDecoder {
 
     /// Prepares the decoder to [decode in steps](Self::decode_first) the frames of `snapshot`. It
     /// discards the state of the previous snapshot, and the frame that was in progress. After an
-    /// error it decodes frames as a whole.
+    /// error it decodes frames as a whole. For the dictionary of an ancestor it is prepared when a
+    /// frame first needs that.
     pub fn prepare_for(&mut self, snapshot: &Snapshot) -> Result<(), ReadError> {
         self.partial = None;
         self.streams_of = None;
@@ -115,12 +117,8 @@ impl FrameDecoder {
         if self.streams.is_empty() {
             self.add_stream(NO_DICTIONARY, &[]);
         }
-        let mut left = MAX_STREAMS;
-        for (layer, file) in (0..).zip(snapshot.layers()) {
-            for (number, bytes) in file.dictionary_bytes(left)? {
-                self.add_stream((number, layer), bytes);
-                left -= 1;
-            }
+        for (number, bytes) in snapshot.own().first_dictionaries(MAX_STREAMS)? {
+            self.add_stream((number, 0), bytes);
         }
         self.streams_of = Some(snapshot.id());
         Ok(())
@@ -147,7 +145,7 @@ impl FrameDecoder {
     /// bytes. On an error the content of `out` is unspecified.
     ///
     /// Allocates nothing once the frame's dictionary is prepared, which [`Snapshot::prepare`] does
-    /// for all of them.
+    /// for those of the snapshot's own file.
     pub fn decode<'a>(
         &'a mut self,
         snapshot: &Snapshot,
@@ -255,7 +253,7 @@ impl FrameDecoder {
 
     /// Returns the index of the context that can decode the first `pages` of `frame` in steps; none
     /// if the frame must be decoded as a whole anyway.
-    fn stream(&self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
+    fn stream(&mut self, snapshot: &Snapshot, frame: &FrameRef, pages: u16) -> Option<usize> {
         let key = match frame.codec {
             Codec::Zstd => NO_DICTIONARY,
             Codec::ZstdDictionary(number) => (number, frame.layer),
@@ -267,6 +265,13 @@ impl FrameDecoder {
         {
             return None;
         }
+        let known = self.streams.iter().position(|(have, _)| *have == key);
+        if known.is_some() || key == NO_DICTIONARY || self.streams.len() > MAX_STREAMS {
+            return known;
+        }
+        // A dictionary that can't be used is reported when the frame is decoded as a whole.
+        let bytes = snapshot.layer_of(frame).dictionary_bytes(key.0).ok()?;
+        self.add_stream(key, bytes);
         self.streams.iter().position(|(have, _)| *have == key)
     }
 }

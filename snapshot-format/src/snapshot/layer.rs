@@ -428,12 +428,21 @@ impl Layer {
         &self,
         number: u16,
     ) -> Result<&zstd::zstd_safe::DDict<'static>, ReadError> {
+        Ok(&self.numbered(number)?.digested)
+    }
+
+    /// Returns the bytes of the dictionary for the number that a frame of this file names.
+    pub(crate) fn dictionary_bytes(&self, number: u16) -> Result<&[u8], ReadError> {
+        Ok(&self.numbered(number)?.bytes)
+    }
+
+    fn numbered(&self, number: u16) -> Result<&Prepared, ReadError> {
         let known = self
             .dictionary_table()?
             .iter()
             .find(|dictionary| dictionary.blob.tag == u32::from(number));
         if let Some(dictionary) = known {
-            return Ok(&self.prepared(dictionary)?.digested);
+            return self.prepared(dictionary);
         }
         let section = self.ends.directory.get(SectionKind::Dictionaries);
         let what = format!("dictionary {number}").into();
@@ -445,7 +454,7 @@ impl Layer {
     }
 
     /// Returns the first `most` dictionaries, with their numbers.
-    pub(crate) fn dictionary_bytes(&self, most: usize) -> Result<Vec<(u16, &[u8])>, ReadError> {
+    pub(crate) fn first_dictionaries(&self, most: usize) -> Result<Vec<(u16, &[u8])>, ReadError> {
         let table = self.dictionary_table()?.iter().take(most);
         let read = table.filter_map(|dictionary| {
             // No frame can name a larger number.

@@ -12,13 +12,11 @@ use crate::store::Reason;
 use crate::types::{Attachment, DictionaryInfo, FillRun, WorkingSet, WorkingSetRun};
 
 impl Snapshot {
-    /// Reads everything that decoding would otherwise read on first use: all dictionaries of all
-    /// files.
+    /// Reads everything that decoding a frame of the snapshot's own file would otherwise read on
+    /// first use: its dictionaries. A dictionary of an ancestor is read when the first frame that
+    /// needs it is decoded, so that opening a long chain stays fast.
     pub fn prepare(&self) -> Result<(), ReadError> {
-        self.chain
-            .layers
-            .iter()
-            .try_for_each(|layer| layer.prepare())
+        self.own().prepare()
     }
 
     /// Returns the longest runs of pages that all repeat one word, longest first, verified against

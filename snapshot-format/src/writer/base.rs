@@ -6,11 +6,14 @@
 //!                                      them has lie there, the others are new
 //! ```
 //!
-//! All of it runs on the pool, as a part of examining a block.
+//! All of it runs on the pool, as a part of examining a block. Several blocks may name one frame:
+//! at their border, or because they share content. It is decoded once, and the digests of its pages
+//! are kept.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
@@ -36,6 +39,7 @@ pub(super) struct Base {
     /// Decoders that no thread uses now.
     decoders: Mutex<Vec<Decoder>>,
     damage: Mutex<Option<BaseDamage>>,
+    decoded: Mutex<DecodedFrames>,
 }
 
 /// Damage in the base that cost nothing but room.
@@ -45,6 +49,41 @@ pub struct BaseDamage {
     pub blocks: u64,
     /// The first damage that was found.
     pub first: String,
+}
+
+/// Maximum number of pages whose digests are kept: 16 MiB of digests.
+const MAX_DECODED_PAGES: usize = 1 << 19;
+
+/// Digests of the pages of frames that were decoded last, by frame.
+#[derive(Default)]
+struct DecodedFrames {
+    by_frame: HashMap<FrameRef, DecodedFrame>,
+    /// The frames in the order in which they were first wanted.
+    oldest: VecDeque<FrameRef>,
+    pages: usize,
+}
+
+/// The digests of a frame's pages, once a thread has decoded it. Others wait for that thread.
+type DecodedFrame = Arc<Mutex<Option<Arc<[Digest]>>>>;
+
+impl DecodedFrames {
+    /// Returns the place of a frame's digests, which may be empty.
+    fn place(&mut self, frame: &FrameRef) -> DecodedFrame {
+        if let Some(known) = self.by_frame.get(frame) {
+            return Arc::clone(known);
+        }
+        let place = DecodedFrame::default();
+        self.by_frame.insert(*frame, Arc::clone(&place));
+        self.oldest.push_back(*frame);
+        self.pages += usize::from(frame.slots());
+        while self.pages > MAX_DECODED_PAGES
+            && let Some(oldest) = self.oldest.pop_front()
+        {
+            self.by_frame.remove(&oldest);
+            self.pages -= usize::from(oldest.slots());
+        }
+        place
+    }
 }
 
 struct Decoder {
@@ -72,9 +111,15 @@ pub(super) struct BasePage {
 pub(super) struct Pages {
     index: IndexBlock,
     pub(super) digests: Vec<Digest>,
-    /// All slots of the frames that the block names. Those that no page uses any more have what the
-    /// memory was before.
-    pub(super) slots: Vec<(Key, BasePage)>,
+    pub(super) frames: Vec<BaseFrame>,
+}
+
+/// A frame that a block of the base names, and the digests of all its slots. Those that no page
+/// uses any more have what the memory was before.
+#[derive(Clone)]
+pub(super) struct BaseFrame {
+    frame: FrameRef,
+    digests: Arc<[Digest]>,
 }
 
 impl Base {
@@ -85,6 +130,7 @@ impl Base {
             snapshot,
             decoders: Mutex::default(),
             damage: Mutex::default(),
+            decoded: Mutex::default(),
         })
     }
 
@@ -173,17 +219,18 @@ impl Base {
         {
             return self.kept(number, examined.digest);
         }
-        let known: HashMap<Key, BasePage> = base.slots.iter().copied().collect();
+        let mut known: Option<PagesByKey> = None;
         for (i, seen) in examined.pages.iter_mut().enumerate() {
             let Seen::Data(data) = *seen else { continue };
             // The same page first: pages of a frame stay together.
             let same = base.digests.get(i).filter(|digest| key(digest) == data);
             let same = same.and_then(|_| base.page(i));
-            if let Some(page) = same.or_else(|| known.get(&data).copied()) {
+            let known = || known.get_or_insert_with(|| base.known()).find(data);
+            if let Some(page) = same.or_else(known) {
                 *seen = Seen::Base(page);
             }
         }
-        examined.base_pages = base.slots;
+        examined.base_frames = base.frames;
         Ok(examined)
     }
 
@@ -223,42 +270,56 @@ impl Base {
                 uses[frame].push((i, slot));
             }
         }
-        let mut slots = Vec::new();
-        let mut decoder = self.take_decoder();
+        let mut frames = Vec::with_capacity(uses.len());
         for (frame, uses) in index.frames().iter().zip(&uses) {
-            let bytes = &mut decoder.bytes[..frame.decoded_len()];
-            decoder
-                .frames
-                .decode(&self.snapshot, frame, Reason::Prefetch, bytes)?;
-            let of_slots: Vec<Digest> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+            let of_slots = self.frame_digests(frame)?;
             for (i, slot) in uses {
                 digests[*i] = of_slots[usize::from(*slot)];
             }
-            slots.extend((0..).zip(&of_slots).map(|(slot, digest)| {
-                let frame = *frame;
-                (key(digest), BasePage { frame, slot })
-            }));
+            frames.push(BaseFrame {
+                frame: *frame,
+                digests: of_slots,
+            });
         }
-        self.lock_decoders().push(decoder);
         Ok(Pages {
             index,
             digests,
-            slots,
+            frames,
         })
     }
 
-    fn take_decoder(&self) -> Decoder {
-        let idle = self.lock_decoders().pop();
-        idle.unwrap_or_else(|| Decoder {
+    /// Returns the digests of a frame's pages, and decodes it if no block has named it before.
+    fn frame_digests(&self, frame: &FrameRef) -> Result<Arc<[Digest]>, WriteError> {
+        let place = lock(&self.decoded).place(frame);
+        let mut digests = lock(&place);
+        if let Some(digests) = &*digests {
+            return Ok(Arc::clone(digests));
+        }
+        let idle = lock(&self.decoders).pop();
+        let mut decoder = idle.unwrap_or_else(Decoder::new);
+        let bytes = &mut decoder.bytes[..frame.decoded_len()];
+        decoder
+            .frames
+            .decode(&self.snapshot, frame, Reason::Prefetch, bytes)?;
+        let computed: Arc<[Digest]> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+        *digests = Some(Arc::clone(&computed));
+        lock(&self.decoders).push(decoder);
+        Ok(computed)
+    }
+}
+
+impl Decoder {
+    fn new() -> Self {
+        Self {
             frames: FrameDecoder::new(),
             bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
-        })
+        }
     }
+}
 
-    /// Locks the list, which is consistent after every statement.
-    fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
-        self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Locks data that is consistent after every statement.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns whether an error says that a file of the base is damaged.
@@ -302,6 +363,87 @@ impl Pages {
     pub(super) fn page(&self, i: usize) -> Option<BasePage> {
         let (frame, slot) = self.index.stored(i)?;
         let frame = self.index.frames()[frame];
+        Some(BasePage { frame, slot })
+    }
+
+    /// Returns the pages of all frames, by key.
+    pub(super) fn known(&self) -> PagesByKey {
+        let pages = self.frames.iter().flat_map(|BaseFrame { frame, digests }| {
+            let slots = digests.iter().zip(0..);
+            slots.map(|(digest, slot)| {
+                let frame = *frame;
+                (key(digest), BasePage { frame, slot })
+            })
+        });
+        let mut pages: Vec<_> = pages.collect();
+        pages.sort_by_key(|(key, _)| *key);
+        // Of equal ones the first is kept.
+        pages.dedup_by_key(|(key, _)| *key);
+        PagesByKey(pages)
+    }
+}
+
+/// Pages of a base's block, sorted by key.
+pub(super) struct PagesByKey(Vec<(Key, BasePage)>);
+
+impl PagesByKey {
+    pub(super) fn find(&self, key: Key) -> Option<BasePage> {
+        let at = self.0.binary_search_by_key(&key, |(key, _)| *key).ok()?;
+        Some(self.0[at].1)
+    }
+}
+
+/// Pages of ancestors' frames, to find content that turns up in another block than the base's.
+#[derive(Default)]
+pub(super) struct AncestorPages {
+    frames: Vec<FrameRef>,
+    /// All of them, to enter each once.
+    noted: HashSet<FrameRef>,
+    /// Number of the frame, and the slot.
+    pages: HashMap<Key, (u32, u16), BuildHasherDefault<KeyHasher>>,
+}
+
+/// Maximum number of pages of ancestors that are known: 2 GiB of changed blocks, in 32 MiB.
+const MAX_ANCESTOR_PAGES: usize = 1 << 19;
+
+/// Hasher of keys, which are digests: any part of them is as good as any other.
+#[derive(Default)]
+pub(super) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for word in bytes.as_chunks::<8>().0 {
+            self.0 ^= u64::from_le_bytes(*word);
+        }
+    }
+}
+
+impl AncestorPages {
+    /// Enters the pages of these frames that aren't known yet, as far as there is room.
+    pub(super) fn note(&mut self, frames: &[BaseFrame]) {
+        for BaseFrame { frame, digests } in frames {
+            if self.pages.len() + digests.len() > MAX_ANCESTOR_PAGES {
+                return;
+            }
+            if !self.noted.insert(*frame) {
+                continue;
+            }
+            // Each frame has a page, so there are no more than pages.
+            let number = u32::try_from(self.frames.len()).expect("at most 2^19 frames");
+            self.frames.push(*frame);
+            for (digest, slot) in digests.iter().zip(0..) {
+                self.pages.entry(key(digest)).or_insert((number, slot));
+            }
+        }
+    }
+
+    pub(super) fn find(&self, key: Key) -> Option<BasePage> {
+        let (number, slot) = *self.pages.get(&key)?;
+        let frame = self.frames[number as usize];
         Some(BasePage { frame, slot })
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use super::WriteError;
-use super::base::{Base, BasePage, Kept};
+use super::base::{Base, BaseFrame, BasePage, Kept};
 use super::copy::CopiedFrame;
 use super::dedup::Key;
 use super::workers::Event;
@@ -93,8 +93,8 @@ pub(super) struct Examined {
     pub(super) digest: Digest,
     /// The base's block, if this one is the same.
     pub(super) kept: Option<Kept>,
-    /// Slots of the frames of the base's block, if this one differs.
-    pub(super) base_pages: Vec<(Key, BasePage)>,
+    /// Frames that the base's block names, if this one differs.
+    pub(super) base_frames: Vec<BaseFrame>,
     /// Copied frames that no earlier block uses, in the order of their numbers.
     pub(super) copies: Vec<CopiedFrame>,
     /// Bytes of the pages that are not given by the caller.

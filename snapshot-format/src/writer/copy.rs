@@ -28,9 +28,8 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::WriteError;
-use super::base::{Base, BasePage, block_digests};
+use super::base::{Base, BaseFrame, BasePage, PagesByKey, block_digests};
 use super::block::{Alike, BlockBuffer, Examined, Seen, key};
-use super::dedup::Key;
 use super::frame::{Built, PageList, copy};
 use crate::digest::{self, Digest};
 use crate::error::{Defect, Flaw, Part};
@@ -130,7 +129,7 @@ struct Block {
     /// Whether the digest of a page is not known, because its frame is not decoded.
     has_unknown: bool,
     copies: Vec<(u32, CopiedFrame)>,
-    base_pages: Vec<(Key, BasePage)>,
+    base_frames: Vec<BaseFrame>,
 }
 
 impl CopySource {
@@ -407,7 +406,7 @@ impl CopySource {
             digest,
             copies: block.copies.into_iter().map(|(_, copy)| copy).collect(),
             buffer: block.buffer.map(Arc::new),
-            base_pages: block.base_pages,
+            base_frames: block.base_frames,
             ..Examined::default()
         })
     }
@@ -506,13 +505,13 @@ impl CopySource {
             }
             let digest = digest::block(&block.digests);
             if self.recorded(block.number) == Some(&digest) {
-                block.base_pages.clone_from(&base.slots);
+                block.base_frames.clone_from(&base.frames);
                 return Ok(());
             }
         }
         let known = base.as_ref().map(|base| KnownPages {
             base,
-            slots: base.slots.iter().copied().collect(),
+            slots: base.known(),
         });
         for (frame, uses) in elsewhere {
             if self.snapshot.layer_of(frame).is_absent() {
@@ -521,7 +520,7 @@ impl CopySource {
             self.take_bytes(frame, uses, block, known.as_ref())?;
         }
         if let Some(base) = base {
-            block.base_pages = base.slots;
+            block.base_frames = base.frames;
         }
         Ok(())
     }
@@ -593,7 +592,7 @@ impl NewBase {
 /// Pages of the new base's block.
 struct KnownPages<'a> {
     base: &'a super::base::Pages,
-    slots: HashMap<Key, BasePage>,
+    slots: PagesByKey,
 }
 
 impl KnownPages<'_> {
@@ -601,7 +600,7 @@ impl KnownPages<'_> {
     fn find(&self, i: usize, digest: &Digest) -> Option<BasePage> {
         let same = self.base.digests.get(i).filter(|known| *known == digest);
         let same = same.and_then(|_| self.base.page(i));
-        same.or_else(|| self.slots.get(&key(digest)).copied())
+        same.or_else(|| self.slots.find(key(digest)))
     }
 }
 
@@ -632,7 +631,7 @@ impl Block {
             buffer: None,
             has_unknown: false,
             copies: Vec::new(),
-            base_pages: Vec::new(),
+            base_frames: Vec::new(),
         }
     }
 }
@@ -640,17 +639,8 @@ impl Block {
 /// Reads a dictionary: the number that a layer's frames name.
 fn dictionary(snapshot: &Snapshot, (layer, number): (u16, u16)) -> Result<Vec<u8>, WriteError> {
     let file = snapshot.layer(layer).map_or(snapshot.own(), |layer| layer);
-    // Frames that name a dictionary that is not there fail when they are decoded.
-    let all = file
-        .dictionary_bytes(MAX_DICTIONARIES)
-        .map_err(WriteError::Copied)?;
-    let found = all.into_iter().find(|(known, _)| *known == number);
-    found
-        .map_or_else(
-            || file.dictionary(number).map(|_| Vec::new()),
-            |(_, bytes)| Ok(bytes.to_vec()),
-        )
-        .map_err(WriteError::Copied)
+    let bytes = file.dictionary_bytes(number);
+    bytes.map(<[u8]>::to_vec).map_err(WriteError::Copied)
 }
 
 /// Adds a dictionary unless it is there, and returns its number; none if there are too many.

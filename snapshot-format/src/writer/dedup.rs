@@ -18,7 +18,7 @@
 /// pages, and `verify` would detect them, because it compares whole digests.
 pub(super) type Key = [u64; 2];
 
-/// Location of a stored page. Frames from [`FIRST_ANCESTOR_FRAME`] on are those of ancestors.
+/// Location of a page that this file stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Location {
     pub(super) frame: u32,
@@ -39,9 +39,6 @@ impl Location {
         }
     }
 }
-
-/// Number of the first frame that is an ancestor's: half of the numbers are for own frames.
-pub(super) const FIRST_ANCESTOR_FRAME: u32 = 1 << 31;
 
 /// Number of entries that are examined to find an old one.
 const CANDIDATES: usize = 16;

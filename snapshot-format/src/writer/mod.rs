@@ -172,13 +172,7 @@ impl<W: Write> Writer<W> {
         };
         let mut out = Output::new(out);
         sections::write_header(&mut out, id, 0)?;
-        let mut stage = Stage::new(
-            out,
-            workers,
-            frame_pages,
-            options.exact_distinct_pages,
-            training,
-        );
+        let mut stage = Stage::new(out, workers, frame_pages, options.known_pages(), training);
         if let Dictionary::Use(bytes) = options.dictionary {
             stage.dictionaries.push(bytes);
         }

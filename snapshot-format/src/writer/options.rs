@@ -42,16 +42,18 @@ pub struct WriterOptions {
     /// Threads that hash and compress. By default one for each processor, at most 8.
     pub threads: Option<usize>,
     /// Distinct pages up to which every repetition is found; beyond, old pages are forgotten.
-    /// Costs 48 bytes each.
+    /// Costs 48 bytes each, but no more than for [`WriterOptions::expected_pages`].
     pub exact_distinct_pages: usize,
-    /// Pages that will be written, if known: decides how large a dictionary pays.
+    /// Pages that will be written, those of the base left out, if known: decides how large a
+    /// dictionary pays, and bounds the table of known pages. With more pages than expected, some
+    /// repetitions may be stored again.
     pub expected_pages: Option<u64>,
     /// The snapshot's id; random by default. The same input, options and id give the same bytes.
     pub snapshot_id: Option<SnapshotId>,
     /// Properties to record, besides the writer's own.
     pub properties: Vec<(String, String)>,
     /// The base, of which the new snapshot becomes a child: only what differs is stored. See
-    /// [`RegionSpec::base_page`].
+    /// [`RegionSpec::base_page`]. It takes up to 50 MiB more, for what is known of the base.
     pub base: Option<Arc<Snapshot>>,
 }
 
@@ -80,6 +82,14 @@ impl Default for WriterOptions {
 }
 
 impl WriterOptions {
+    /// Returns the number of distinct pages for which the table of known pages is made. Its memory
+    /// is touched all over, so a table that is too large takes time.
+    pub(super) fn known_pages(&self) -> usize {
+        let expected = self.expected_pages.unwrap_or(u64::MAX);
+        let expected = usize::try_from(expected).unwrap_or(usize::MAX);
+        self.exact_distinct_pages.min(expected)
+    }
+
     /// Refuses invalid values.
     pub(super) fn check(&self) -> Result<(), WriteError> {
         let levels = zstd_safe::min_c_level()..=zstd_safe::max_c_level();

@@ -22,10 +22,10 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::WriteError;
-use super::base::{BasePage, UsedLayers};
+use super::base::{AncestorPages, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
 use super::copy::CopiedFrame;
-use super::dedup::{DedupTable, FIRST_ANCESTOR_FRAME, Key, Location};
+use super::dedup::{DedupTable, Location};
 use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
@@ -33,7 +33,6 @@ use super::runs::ZeroRuns;
 use super::training::{Step, Training};
 use super::workers::{Verdict, Workers};
 use crate::digest::{self, Digest, UniformBlocks};
-use crate::frame::FrameRef;
 use crate::layout::{
     PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64, RawFrameRef, RawTopEntry, top_kind,
 };
@@ -44,8 +43,6 @@ const MAX_DRAFTS_ON_OPEN: usize = 64;
 /// Number of the newest frames whose pages later pages can share: 24 MiB of references. If the
 /// table of known pages is larger, its size is used instead.
 const RECENT_FRAMES: u64 = 1 << 20;
-/// Maximum number of frames of ancestors that are known by their pages: 32 MiB of references.
-const MAX_ANCESTOR_FRAMES: usize = 1 << 20;
 
 pub(super) struct Stage<W> {
     pub(super) out: Output<W>,
@@ -76,8 +73,8 @@ pub(super) struct Stage<W> {
     pub(super) ancestor_pages: u64,
     /// Ancestors that are referred to.
     pub(super) layers: UsedLayers,
-    /// Frames of ancestors whose pages the table of known pages has.
-    ancestor_frames: Vec<FrameRef>,
+    /// Pages of ancestors that were met so far.
+    ancestor_content: AncestorPages,
     pub(super) top: Vec<RawTopEntry>,
     pub(super) digests: Vec<Digest>,
     uniform: UniformBlocks,
@@ -114,7 +111,7 @@ impl<W: Write> Stage<W> {
             dead_slots: 0,
             ancestor_pages: 0,
             layers: UsedLayers::default(),
-            ancestor_frames: Vec::new(),
+            ancestor_content: AncestorPages::default(),
             top: Vec::new(),
             digests: Vec::new(),
             uniform: UniformBlocks::default(),
@@ -190,7 +187,7 @@ impl<W: Write> Stage<W> {
         let needs = self.drafts.back().map_or(0, |draft| draft.needs);
         let mut draft = Draft::new(self.top.len(), first_page, needs, self.copies);
         let oldest = self.refs.oldest_shared(self.sealed);
-        self.note_base_pages(&examined.base_pages, oldest);
+        self.ancestor_content.note(&examined.base_frames);
         for (index, (&seen, page)) in (0u16..).zip(examined.pages.iter().zip(first_page..)) {
             self.count(region, seen, page, 1);
             match seen {
@@ -202,15 +199,13 @@ impl<W: Write> Stage<W> {
                 }
                 Seen::Copied(frame, slot) => draft.push_copied(frame, slot),
                 Seen::Data(key) => {
+                    if let Some(BasePage { frame, slot }) = self.ancestor_content.find(key) {
+                        self.ancestor_pages += 1;
+                        let layer = self.layers.number(frame.layer())?;
+                        draft.push_ancestor(frame.to_raw(layer), slot);
+                        continue;
+                    }
                     let (frame, slot) = match self.dedup.find(key, oldest) {
-                        Ok(Location { frame, slot }) if frame >= FIRST_ANCESTOR_FRAME => {
-                            let number = frame - FIRST_ANCESTOR_FRAME;
-                            let frame = self.ancestor_frames[number as usize];
-                            self.ancestor_pages += 1;
-                            let layer = self.layers.number(frame.layer())?;
-                            draft.push_ancestor(frame.to_raw(layer), slot);
-                            continue;
-                        }
                         Ok(Location { frame, slot }) => {
                             self.summary.duplicate_pages += 1;
                             let frame = u64::from(frame);
@@ -225,10 +220,8 @@ impl<W: Write> Stage<W> {
                                 self.seal(buffer.as_ref())?;
                             }
                             let slot = self.open.add(page, index);
-                            // Beyond 2^31 frames nothing is shared any more.
-                            let frame = u32::try_from(self.sealed).ok();
-                            if let Some(frame) = frame.filter(|frame| *frame < FIRST_ANCESTOR_FRAME)
-                            {
+                            // Beyond 2^32 frames nothing is shared any more.
+                            if let Ok(frame) = u32::try_from(self.sealed) {
                                 self.dedup.insert(place, key, Location { frame, slot });
                             }
                             (self.sealed, slot)
@@ -266,24 +259,6 @@ impl<W: Write> Stage<W> {
         }
         self.write_ready()?;
         Ok(())
-    }
-
-    /// Makes pages of the base known, so that they are found if they turn up elsewhere.
-    fn note_base_pages(&mut self, pages: &[(Key, BasePage)], oldest: u64) {
-        for &(key, BasePage { frame, slot }) in pages {
-            if self.ancestor_frames.last() != Some(&frame) {
-                if self.ancestor_frames.len() == MAX_ANCESTOR_FRAMES {
-                    return;
-                }
-                self.ancestor_frames.push(frame);
-            }
-            // At most 2^20 of them.
-            let number = u32::try_from(self.ancestor_frames.len() - 1).unwrap_or(0);
-            if let Err(place) = self.dedup.find(key, oldest) {
-                let frame = FIRST_ANCESTOR_FRAME + number;
-                self.dedup.insert(place, key, Location { frame, slot });
-            }
-        }
     }
 
     fn push_draft(&mut self, draft: Draft) -> Result<(), WriteError> {
