@@ -193,8 +193,9 @@ fn opening_reads_little_of_an_ancestor() {
     };
     let mut out = vec![0; frame.decoded_len()];
     for reads in [2, 0] {
-        let decoded = decoder.decode(&snapshot, &frame, Reason::Verify, &mut out);
-        decoded.expect("decode");
+        decoder
+            .decode(&snapshot, &frame, Reason::Verify, &mut out)
+            .expect("decode");
         assert_eq!(a.take(Reason::Open).0, reads);
     }
     assert_eq!(b.take(Reason::Open), (0, 0));

@@ -480,7 +480,7 @@ mod tests {
     fn change_is_written_as_memory_as_a_diff_and_alone() {
         let folder = tempfile::tempdir().unwrap();
         let raw = folder.path().join("raw");
-        let before: Vec<u8> = (0..64 * PAGE).map(|n| (n / PAGE) as u8 + 1).collect();
+        let before: Vec<u8> = (1..=64_u8).flat_map(|byte| vec![byte; 4096]).collect();
         fs::write(&raw, &before).unwrap();
         let series = Series::begin(&raw, folder.path()).unwrap();
         let change = Change::new(64, 0.2, 7, None);

@@ -68,6 +68,10 @@ fn can_trace(test: &str) -> bool {
 
 /// Runs a command and kills it before step number `step`, counted from 0. Returns its exit code if
 /// it has fewer steps.
+#[expect(
+    clippy::zombie_processes,
+    reason = "waited for by its number, as a tracer does"
+)]
 fn run_until(mut command: Command, step: usize) -> Option<i32> {
     trace(&mut command);
     let child = command.spawn().unwrap();
@@ -114,9 +118,12 @@ fn is_step(thread: Pid) -> bool {
     let Ok(info) = ptrace::syscall_info(thread) else {
         return false;
     };
+    if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
+        return false;
+    }
     // SAFETY: the kernel has filled in the union's member that `op` names.
-    let entered = (info.op == libc::PTRACE_SYSCALL_INFO_ENTRY).then(|| unsafe { info.u.entry.nr });
-    entered.is_some_and(|nr| STEPS.contains(&nr.cast_signed()))
+    let number = unsafe { info.u.entry.nr };
+    STEPS.contains(&number.cast_signed())
 }
 
 /// A command, and the file that must be complete if it is killed after writing it.

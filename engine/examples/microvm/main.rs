@@ -91,7 +91,7 @@ fn main() -> Result<()> {
                 snapshot: Arc::new(Snapshot::open_path(&file)?),
                 written: vm.take_written()?,
             };
-            let bytes = snapshot::write(&child, &kvm, &vm, &memory, Some(base))?;
+            let bytes = snapshot::write(&child, &kvm, &vm, &memory, Some(&base))?;
             println!("child      {} KiB", bytes >> 10);
             Ok(())
         }

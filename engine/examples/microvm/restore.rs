@@ -51,7 +51,7 @@ pub(crate) fn run(
             snapshot: Arc::clone(snapshot),
             written: vm.take_written()?,
         };
-        let bytes = snapshot::write(child, kvm, &vm, memory.guest(), Some(base))?;
+        let bytes = snapshot::write(child, kvm, &vm, memory.guest(), Some(&base))?;
         println!("child      {} KiB; the guest goes on", bytes >> 10);
     }
     let stopped = vm.run_to_end()?;

@@ -69,11 +69,11 @@ pub(crate) fn write(
     kvm: &Kvm,
     vm: &Vm<'_>,
     memory: &GuestMemoryMmap,
-    base: Option<Base>,
+    base: Option<&Base>,
 ) -> Result<u64> {
     let file = SnapshotFile::create(path, false)?;
     let options = WriterOptions {
-        base: base.as_ref().map(|base| Arc::clone(&base.snapshot)),
+        base: base.map(|base| Arc::clone(&base.snapshot)),
         ..WriterOptions::default()
     };
     let mut writer = Writer::new(file, options)?;
@@ -81,14 +81,14 @@ pub(crate) fn write(
         let start = region.start_addr();
         let pages = region.len() / PAGE_SIZE_U64;
         // The base has the same regions, in the same order.
-        let before = base.as_ref().map(|base| &base.snapshot.regions()[number]);
+        let before = base.map(|base| &base.snapshot.regions()[number]);
         writer.begin_region(&RegionSpec {
             start: start.0,
             name: format!("ram{number}"),
             base_page: before.map(|before| before.first_page),
             ..RegionSpec::default()
         })?;
-        let runs = match &base {
+        let runs = match base {
             Some(base) => runs(&base.written[number], pages),
             None => vec![(true, 0..pages)],
         };

@@ -297,7 +297,7 @@ fn add_open_error(report: &mut Report, error: &OpenError, ancestor: Option<&str>
             let first = report.problems.len();
             add_open_error(report, source, Some(source.file()));
             for problem in &mut report.problems[first..] {
-                problem.detail += &format!("; it is wanted as ancestor {id}");
+                problem.detail = format!("{}; it is wanted as ancestor {id}", problem.detail);
             }
             return;
         }

@@ -16,8 +16,8 @@ use snaprestore_fixtures::images::{Mix, Shares};
 use snaprestore_tests::compare::PAGE;
 use snaprestore_tests::real::{can_restore, skip};
 use snapshot_format::{
-    FrameRef, Layer, MemoryStore, OpenError, Page, Reason, RegionSpec, Snapshot, SnapshotOptions,
-    Writer, WriterOptions,
+    FrameRef, Layer, MemoryStore, OpenError, Page, Reason, Region, RegionSpec, Snapshot,
+    SnapshotOptions, Writer, WriterOptions,
 };
 
 const PAGES: u64 = 24;
@@ -329,7 +329,7 @@ impl Chain {
     fn frames(&self) -> Vec<(FrameRef, Vec<u64>)> {
         let snapshot = self.open(None).unwrap();
         let mut frames: Vec<(FrameRef, Vec<u64>)> = Vec::new();
-        for page in snapshot.regions().iter().flat_map(|r| r.page_numbers()) {
+        for page in snapshot.regions().iter().flat_map(Region::page_numbers) {
             if let Page::Stored { frame, .. } = snapshot.look_up(page, Reason::Verify).unwrap() {
                 match frames.iter_mut().find(|(known, _)| *known == frame) {
                     Some((_, pages)) => pages.push(page),

@@ -1,6 +1,7 @@
 //! Chains of snapshots of memory that really changes: a working guest, of which each state is a
 //! child of the one before.
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -29,7 +30,11 @@ fn content_digest(memory: &[u8]) -> String {
         hasher.block(&digest::block(&pages));
     }
     let digest = hasher.finish([(0, 0, (memory.len() / PAGE) as u64)]);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::new();
+    for byte in digest {
+        write!(text, "{byte:02x}").unwrap();
+    }
+    text
 }
 
 /// Pages of a state that differ from the state before, by number.
@@ -81,7 +86,7 @@ impl States {
 }
 
 /// Restores a snapshot and compares all its pages, in a random order.
-fn restores(snapshot: &Arc<Snapshot>, memory: &[u8], prefetch: Prefetch, rng: &mut SmallRng) {
+fn restores(snapshot: &Arc<Snapshot>, memory: &[u8], prefetch: &Prefetch, rng: &mut SmallRng) {
     let restored = Restore::new(Arc::clone(snapshot))
         .prefetch(prefetch.clone())
         .start()
@@ -182,7 +187,7 @@ fn every_state_of_a_working_guest_restores_in_every_mode() {
     for state in order {
         let memory = states.memory(state);
         let snapshot = Arc::new(Snapshot::open_path(path(state)).unwrap());
-        for prefetch in [Prefetch::Off, Prefetch::All, Prefetch::WorkingSet] {
+        for prefetch in &[Prefetch::Off, Prefetch::All, Prefetch::WorkingSet] {
             restores(&snapshot, &memory, prefetch, &mut rng);
         }
     }

@@ -230,8 +230,8 @@ impl<T: Send + Sync> Thread<T> {
     }
 }
 
-/// Runs `body` in `count` [`Thread`]s, which get their numbers, and `meanwhile` in this one. Returns
-/// the results of both.
+/// Runs `body` in `count` [`Thread`]s, which get their numbers, and `meanwhile` in this one.
+/// Returns the results of both.
 pub fn in_threads<T: Send + Sync, R>(
     count: u64,
     body: impl Fn(u64) -> T + Sync,
