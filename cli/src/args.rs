@@ -78,7 +78,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// Whether the command writes a file and could leave an incomplete one behind.
+    /// Returns whether the command writes a file and could leave an incomplete one behind.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Create(_)

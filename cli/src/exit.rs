@@ -71,7 +71,7 @@ no permission to create a userfaultfd; any one of these grants it:\n  access to 
 
 impl Exit {
     /// Returns the exit code for an error, from the first of its causes that has one.
-    pub(crate) fn of(error: &anyhow::Error) -> Self {
+    pub(crate) fn from_error(error: &anyhow::Error) -> Self {
         error
             .chain()
             .find_map(|cause| {
@@ -120,7 +120,7 @@ mod tests {
             .context("while doing this")
             .context("and that")
             .unwrap_err();
-        assert_eq!(Exit::of(&error), Exit::NotPermitted);
-        assert_eq!(Exit::of(&anyhow::anyhow!("other")), Exit::Failed);
+        assert_eq!(Exit::from_error(&error), Exit::NotPermitted);
+        assert_eq!(Exit::from_error(&anyhow::anyhow!("other")), Exit::Failed);
     }
 }

@@ -97,7 +97,7 @@ impl Output {
     /// Prints an error with its causes and returns the exit code.
     pub(crate) fn fail(self, error: &anyhow::Error) -> Exit {
         self.failed(&text_of(error), failed(error) as i32);
-        Exit::of(error)
+        Exit::from_error(error)
     }
 
     /// Prints the JSON object of a failure if `--json` was given and no object was printed yet.
@@ -126,7 +126,7 @@ impl Console for Output {
 /// Prints an error with its causes, whatever the options, and returns the exit code.
 pub(crate) fn failed(error: &anyhow::Error) -> Exit {
     to_stderr(&format!("snaprestore: {}\n", text_of(error)));
-    Exit::of(error)
+    Exit::from_error(error)
 }
 
 /// Formats an error with its causes, and with the limit that a write has met.

@@ -140,7 +140,7 @@ impl Target {
         }
     }
 
-    /// Whether it is a file that gets its name when it is complete.
+    /// Returns whether it is a file that gets its name when it is complete.
     pub(crate) fn is_file(&self) -> bool {
         matches!(self, Self::File(_))
     }

@@ -64,7 +64,7 @@ pub struct Run {
 
 impl Run {
     /// Runs a command to its end.
-    pub fn of(command: &mut Command) -> Self {
+    pub fn to_end(command: &mut Command) -> Self {
         let what = format!("{command:?}");
         let output = command.output();
         Self::new(what, output)
@@ -130,7 +130,7 @@ impl Run {
 /// Runs `snaprestore`, asserts that it succeeds, and returns its JSON report.
 #[track_caller]
 pub fn done<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Value {
-    Run::of(snaprestore(args).arg("--json")).exits(0).json()
+    Run::to_end(snaprestore(args).arg("--json")).exits(0).json()
 }
 
 /// Returns a number of a report.

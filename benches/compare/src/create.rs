@@ -53,8 +53,10 @@ pub fn sizes(images: &mut Images) -> Result<Sizes, BenchError> {
     let solid = images.solid()?;
     let path = images.snapshot(&SnapshotKind::default())?;
     let failed = || format!("{}: reading its sizes", path.display());
-    let snapshot = Snapshot::open_path(&path).map_err(BenchError::of(failed()))?;
-    let dictionaries = snapshot.dictionaries().map_err(BenchError::of(failed()))?;
+    let snapshot = Snapshot::open_path(&path).map_err(BenchError::trial(failed()))?;
+    let dictionaries = snapshot
+        .dictionaries()
+        .map_err(BenchError::trial(failed()))?;
     let summary = snapshot.summary();
     let dictionaries = dictionaries.iter().map(|dictionary| dictionary.bytes).sum();
     let size = |path: &Path| fs::metadata(path).map_err(BenchError::io(failed()));

@@ -164,7 +164,7 @@ pub fn table(samples: &Samples) -> String {
                 sample.round > 0 && sample.workload == NAME && sample.contender == eighth.name()
             });
             let times = times.filter_map(|sample| sample.outcome.latencies.as_ref().map(of));
-            Spread::of(times).map_or(f64::NAN, |spread| spread.median)
+            Spread::from_samples(times).map_or(f64::NAN, |spread| spread.median)
         };
         let [p50, p90, p99, max] = [
             median(|times| times.p50),
@@ -186,7 +186,7 @@ pub fn table(samples: &Samples) -> String {
     for name in [CLONES_SHARE, CLONES_ALONE] {
         let median = |of: fn(&Outcome) -> f64| {
             let values = samples.values(NAME, name, of);
-            Spread::of(values).map_or(f64::NAN, |spread| spread.median)
+            Spread::from_samples(values).map_or(f64::NAN, |spread| spread.median)
         };
         let (total, cpu) = (median(|one| one.total_ms), median(|one| one.cpu_s));
         let _ = writeln!(text, "{name:<46} {total:>8.0} {cpu:>8.2}");
@@ -234,7 +234,7 @@ impl Setting<'_> {
         })?;
         Ok(Outcome {
             count: nanos.len() as u64,
-            latencies: Latencies::of(nanos),
+            latencies: Latencies::from_nanos(nanos),
             facts: serde_json::json!({ "server": server.stop() }),
             ..Outcome::default()
         })

@@ -436,7 +436,7 @@ pub fn table(samples: &Samples) -> String {
             bytes.as_f64().unwrap_or(f64::NAN)
         });
         // A limit writes no file.
-        let mib = Spread::of(bytes.filter(|bytes| bytes.is_finite()));
+        let mib = Spread::from_samples(bytes.filter(|bytes| bytes.is_finite()));
         let mib = mib.map_or(String::new(), |bytes| {
             format!("{:.1}", bytes.median / 1_048_576.0)
         });

@@ -139,7 +139,7 @@ impl BenchError {
     }
 
     /// Wraps any error of the libraries under test.
-    pub(crate) fn of<E: std::error::Error>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn trial<E: std::error::Error>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
         let what = what.into();
         move |error| Self::Trial {
             what,

@@ -31,16 +31,16 @@ struct Contents {
 }
 
 impl Contents {
-    fn of(path: &Path) -> Result<Self, BenchError> {
+    fn read(path: &Path) -> Result<Self, BenchError> {
         let failed = || format!("{}: reading its index", path.display());
-        let snapshot = Snapshot::open_path(path).map_err(BenchError::of(failed()))?;
-        snapshot.prepare().map_err(BenchError::of(failed()))?;
+        let snapshot = Snapshot::open_path(path).map_err(BenchError::trial(failed()))?;
+        snapshot.prepare().map_err(BenchError::trial(failed()))?;
         let mut frames = BTreeMap::new();
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for block in 0..snapshot.block_count() {
             let index = snapshot
                 .uncached_block(block, Reason::Verify)
-                .map_err(BenchError::of(failed()))?;
+                .map_err(BenchError::trial(failed()))?;
             for (i, page) in (0..index.page_count()).zip(block * 512..) {
                 let Page::Stored { frame, .. } = index.page(i) else {
                     continue;
@@ -66,7 +66,7 @@ impl Contents {
 /// Returns one page of each frame of a snapshot: touching them in any order causes one fault per
 /// frame.
 pub(crate) fn page_of_each_frame(path: &Path) -> Result<Vec<u64>, BenchError> {
-    Ok(Contents::of(path)?.first_pages)
+    Ok(Contents::read(path)?.first_pages)
 }
 
 /// Runs `work` for 0 to `count` on `threads` threads, each with a state of its own.
@@ -99,7 +99,7 @@ fn on_all<S>(
 
 /// Decodes every frame once.
 pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
-    let contents = Contents::of(path)?;
+    let contents = Contents::read(path)?;
     cache::warm(path)?;
     let largest = contents.frames.iter().map(FrameRef::decoded_len).max();
     let state = || (FrameDecoder::new(), vec![0; largest.unwrap_or(0)]);
@@ -115,7 +115,7 @@ pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError>
             decoder
                 .decode(&contents.snapshot, frame, Reason::Prefetch, out)
                 .map(|_| ())
-                .map_err(BenchError::of("decoding a frame"))
+                .map_err(BenchError::trial("decoding a frame"))
         },
     )?;
     let total = began.elapsed();
@@ -129,7 +129,7 @@ pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError>
 /// pages, on all cores.
 pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outcome, BenchError> {
     let failed = || format!("{}: decoding blocks", path.display());
-    let snapshot = Snapshot::open_path(path).map_err(BenchError::of(failed()))?;
+    let snapshot = Snapshot::open_path(path).map_err(BenchError::trial(failed()))?;
     cache::warm(path)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let before = Before::now(path);
@@ -138,7 +138,7 @@ pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outco
     for block in blocks {
         let index = snapshot
             .uncached_block(*block, Reason::Prefetch)
-            .map_err(BenchError::of(failed()))?;
+            .map_err(BenchError::trial(failed()))?;
         let named = index.frames().iter();
         frames.extend(named.map(|frame| ((frame.layer(), frame.offset()), *frame)));
     }
@@ -149,7 +149,7 @@ pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outco
         let out = &mut buffer[..frames[item].decoded_len()];
         decoder
             .decode(&snapshot, &frames[item], Reason::Prefetch, out)
-            .map_err(BenchError::of(failed()))?;
+            .map_err(BenchError::trial(failed()))?;
         for page in out.chunks_exact(PAGE_SIZE) {
             std::hint::black_box(digest::page(page));
         }
@@ -164,7 +164,7 @@ pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outco
 
 /// Decodes frames one by one in the order of a shuffle, each timed.
 pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, BenchError> {
-    let contents = Contents::of(path)?;
+    let contents = Contents::read(path)?;
     cache::warm(path)?;
     let count = contents.frames.len() as u64;
     // The plan's offsets lie in the pages that stand for the frames.
@@ -185,21 +185,21 @@ pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, 
                 Reason::Demand,
                 &mut buffer[..frame.decoded_len()],
             )
-            .map_err(BenchError::of("decoding a frame"))?;
+            .map_err(BenchError::trial("decoding a frame"))?;
         nanos.push(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
     }
     let total = all.elapsed();
     let mut outcome = before.outcome(path);
     outcome.total_ms = total.as_secs_f64() * 1e3;
     outcome.count = nanos.len() as u64;
-    outcome.latencies = Latencies::of(nanos);
+    outcome.latencies = Latencies::from_nanos(nanos);
     Ok(outcome)
 }
 
 /// Copies the same number of bytes to the same places as a restore does, from a buffer that stays
 /// in the processor's cache.
 pub(crate) fn copy(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
-    let contents = Contents::of(path)?;
+    let contents = Contents::read(path)?;
     let mut pieces = Vec::new();
     for (first, count) in &contents.runs {
         let (mut at, end) = (first * PAGE, (first + count) * PAGE);

@@ -34,19 +34,22 @@ const MIB: f64 = 1_048_576.0;
 pub fn rows(samples: &Samples, workload: &Workload) -> Vec<Row> {
     let name = &workload.name;
     let median = |contender: &str, value: fn(&Outcome) -> f64| {
-        Spread::of(samples.values(name, contender, value)).map_or(0.0, |spread| spread.median)
+        Spread::from_samples(samples.values(name, contender, value))
+            .map_or(0.0, |spread| spread.median)
     };
     let mut rows: Vec<Row> = samples
         .contenders(name)
         .into_iter()
         .filter_map(|contender| {
             let total_ms =
-                Spread::of(samples.values(name, &contender, |outcome| outcome.total_ms))?;
+                Spread::from_samples(samples.values(name, &contender, |outcome| outcome.total_ms))?;
             let latency = |value: fn(&crate::stats::Latencies) -> f64| {
                 let all = samples.samples.iter().filter(|sample| {
                     sample.round > 0 && sample.workload == *name && sample.contender == contender
                 });
-                Spread::of(all.filter_map(|sample| sample.outcome.latencies.as_ref().map(value)))
+                Spread::from_samples(
+                    all.filter_map(|sample| sample.outcome.latencies.as_ref().map(value)),
+                )
             };
             let touch_us = latency(|touch| touch.p50)
                 .zip(latency(|touch| touch.p99))

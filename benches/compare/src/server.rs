@@ -91,7 +91,7 @@ impl Server {
             everything,
             populated,
         });
-        let text = serde_json::to_vec(&trial).map_err(BenchError::of("starting a handler"))?;
+        let text = serde_json::to_vec(&trial).map_err(BenchError::trial("starting a handler"))?;
         let own = std::env::current_exe().map_err(BenchError::io("starting a handler"))?;
         let mut command = Command::new(own);
         command.args(std::env::args_os().skip(1));

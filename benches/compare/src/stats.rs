@@ -22,7 +22,7 @@ pub struct Spread {
 
 impl Spread {
     /// Returns the spread of `samples`, or none if there are none.
-    pub fn of(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
+    pub fn from_samples(samples: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = samples.into_iter().collect();
         sorted.sort_unstable_by(f64::total_cmp);
         Some(Self {
@@ -68,7 +68,7 @@ pub struct Latencies {
 
 impl Latencies {
     /// Returns the percentiles of durations in nanoseconds.
-    pub fn of(mut nanos: Vec<u64>) -> Option<Self> {
+    pub fn from_nanos(mut nanos: Vec<u64>) -> Option<Self> {
         nanos.sort_unstable();
         let count = nanos.len() as u64;
         let micros = |permille: u16| {
@@ -118,13 +118,13 @@ mod tests {
 
     #[test]
     fn empty_samples_have_no_spread() {
-        assert_eq!(Spread::of([]), None);
-        assert_eq!(Latencies::of(Vec::new()), None);
+        assert_eq!(Spread::from_samples([]), None);
+        assert_eq!(Latencies::from_nanos(Vec::new()), None);
     }
 
     #[test]
     fn single_sample_is_the_whole_spread() {
-        let spread = Spread::of([7.0]).unwrap();
+        let spread = Spread::from_samples([7.0]).unwrap();
         assert!(
             [spread.min, spread.q1, spread.median, spread.q3, spread.max]
                 .iter()
@@ -135,14 +135,15 @@ mod tests {
 
     #[test]
     fn sample_order_does_not_matter() {
-        let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
+        let spread = Spread::from_samples([4.0, 1.0, 3.0, 2.0]).unwrap();
         assert!(near(spread.median, 2.5) && near(spread.q1, 1.75) && near(spread.q3, 3.25));
         assert!(near(spread.min, 1.0) && near(spread.max, 4.0));
     }
 
     #[test]
     fn percentiles_are_measured_durations() {
-        let latencies = Latencies::of((1..=1000).map(|us| us * 1000).rev().collect()).unwrap();
+        let latencies =
+            Latencies::from_nanos((1..=1000).map(|us| us * 1000).rev().collect()).unwrap();
         assert!(near(latencies.p50, 500.0) && near(latencies.p99, 990.0));
         assert!(near(latencies.p999, 999.0) && near(latencies.max, 1000.0));
         assert_eq!(latencies.curve.len(), 101);

@@ -44,7 +44,7 @@ type Found = Option<(f64, String)>;
 
 impl Medians<'_> {
     fn of(&self, workload: &str, contender: &str, value: fn(&Outcome) -> f64) -> Option<f64> {
-        Spread::of(self.0.values(workload, contender, value)).map(|spread| spread.median)
+        Spread::from_samples(self.0.values(workload, contender, value)).map(|spread| spread.median)
     }
 
     fn total(&self, workload: &str, contender: &str) -> Option<f64> {
@@ -74,7 +74,7 @@ impl Medians<'_> {
             sample.round > 0 && sample.workload == workload && sample.contender == contender
         });
         let values = samples.filter_map(|sample| sample.outcome.latencies.as_ref().map(of));
-        Spread::of(values).map(|spread| spread.median)
+        Spread::from_samples(values).map(|spread| spread.median)
     }
 
     /// Compares the better of `ours` with the better of the handlers plus a decode. One contender
@@ -102,7 +102,7 @@ impl Medians<'_> {
         let values = self
             .0
             .values(workload, contender, |outcome| float(outcome.beyond_bytes));
-        let spread = Spread::of(values)?;
+        let spread = Spread::from_samples(values)?;
         Some((
             spread.max / 1_048_576.0,
             format!("the largest of {} runs", spread.count),
@@ -124,7 +124,7 @@ impl Medians<'_> {
 
     /// Returns the median of a time in milliseconds over the processes, of which each is one trial.
     fn fresh(&self, workload: &str, contender: &str, ms: fn(&Outcome) -> f64) -> Found {
-        let spread = Spread::of(self.0.values(workload, contender, ms))?;
+        let spread = Spread::from_samples(self.0.values(workload, contender, ms))?;
         let from = format!(
             "median of {} fresh processes, {} to {} ms",
             spread.count,

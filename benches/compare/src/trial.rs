@@ -244,7 +244,7 @@ impl RestoreTrial {
             });
         }
         outcome.checksum = self.proof.then(|| memory.checksum(&plan.offsets));
-        outcome.latencies = Latencies::of(touched.nanos);
+        outcome.latencies = Latencies::from_nanos(touched.nanos);
         outcome.cooled = cooled;
         outcome.facts = restored.facts();
         // The memory still exists, so it may be completed now.
@@ -352,7 +352,7 @@ impl Runner {
     pub fn run(&self, trial: &Trial) -> Result<Outcome, BenchError> {
         let what = || format!("a trial with {}", trial.file().display());
         let failed = || BenchError::io(what());
-        let text = serde_json::to_vec(trial).map_err(BenchError::of(what()))?;
+        let text = serde_json::to_vec(trial).map_err(BenchError::trial(what()))?;
         let mut child = Command::new(&self.program)
             .args(&self.args)
             .stdin(Stdio::piped())
@@ -373,7 +373,7 @@ impl Runner {
             Some(Ok(Reply::Done(outcome))) => Ok(*outcome),
             Some(Ok(Reply::Unavailable(why))) => Err(BenchError::Unavailable(why)),
             Some(Ok(Reply::Failed(why))) => Err(BenchError::Trial { what: what(), why }),
-            Some(Err(error)) => Err(BenchError::of(what())(error)),
+            Some(Err(error)) => Err(BenchError::trial(what())(error)),
             None => {
                 let said = String::from_utf8_lossy(&output.stderr);
                 let why = format!("it ended with {}: {}", output.status, said.trim());
@@ -392,13 +392,14 @@ pub fn run_child(input: &mut dyn Read, output: &mut dyn Write) -> Result<(), Ben
         libc::alarm(MAX_SECONDS);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }
-    let trial: Trial = serde_json::from_reader(input).map_err(BenchError::of("reading a trial"))?;
+    let trial: Trial =
+        serde_json::from_reader(input).map_err(BenchError::trial("reading a trial"))?;
     let reply = match trial.run() {
         Ok(outcome) => Reply::Done(Box::new(outcome)),
         Err(BenchError::Unavailable(why)) => Reply::Unavailable(why),
         Err(error) => Reply::Failed(crate::with_causes(&error)),
     };
-    let text = serde_json::to_vec(&reply).map_err(BenchError::of("writing an outcome"))?;
+    let text = serde_json::to_vec(&reply).map_err(BenchError::trial("writing an outcome"))?;
     output
         .write_all(&text)
         .map_err(BenchError::io("writing an outcome"))

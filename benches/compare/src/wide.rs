@@ -20,14 +20,14 @@ pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
         ..WriterOptions::default()
     };
     let mut writer =
-        Writer::new(BufWriter::new(file), options).map_err(BenchError::of(failed()))?;
+        Writer::new(BufWriter::new(file), options).map_err(BenchError::trial(failed()))?;
     let region = RegionSpec {
         name: "wide".into(),
         ..RegionSpec::default()
     };
     writer
         .begin_region(&region)
-        .map_err(BenchError::of(failed()))?;
+        .map_err(BenchError::trial(failed()))?;
     let mut number = 0_u64;
     writer
         .read_pages(pages, |room| {
@@ -37,8 +37,8 @@ pub fn write(out: &Path, pages: u64, distinct: u64) -> Result<(), BenchError> {
             }
             Ok(())
         })
-        .map_err(BenchError::of(failed()))?;
-    let (file, _) = writer.finish().map_err(BenchError::of(failed()))?;
+        .map_err(BenchError::trial(failed()))?;
+    let (file, _) = writer.finish().map_err(BenchError::trial(failed()))?;
     let file = file
         .into_inner()
         .map_err(|error| BenchError::io(failed())(error.into_error()))?;

@@ -164,7 +164,9 @@ impl Work<'_> {
         let snapshot = match layers::open(&args.file, &args.layers) {
             Ok(snapshot) => snapshot,
             // The damage is reported already.
-            Err(error) if !own.ok() && Exit::of(&error) == Exit::Damaged => return Ok(Vec::new()),
+            Err(error) if !own.ok() && Exit::from_error(&error) == Exit::Damaged => {
+                return Ok(Vec::new());
+            }
             Err(error) => return Err(error),
         };
         let ancestors = snapshot.ancestors().iter().map(|layer| {

@@ -76,7 +76,7 @@ pub(crate) fn without_proc(mut command: Command) -> Command {
 
 /// Runs the command in `folder`, and returns its results.
 pub(crate) fn run(folder: &Folder, args: &[&str]) -> Run {
-    Run::of(command(args).current_dir(folder.path()))
+    Run::to_end(command(args).current_dir(folder.path()))
 }
 
 /// Runs the command in `folder` as an unprivileged user, which needs root.
@@ -114,7 +114,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    pub(crate) fn of(command: &mut Command) -> Self {
+    pub(crate) fn to_end(command: &mut Command) -> Self {
         command.output().expect("cannot start the command").into()
     }
 

@@ -313,7 +313,7 @@ fn errors_name_the_cause_and_the_remedy() {
 /// Runs `ctl list` with the socket named by the environment variable.
 fn run_at(folder: &Folder, control: &str) -> Run {
     let mut list: Command = command(["ctl", "list"]);
-    Run::of(
+    Run::to_end(
         list.env("SNAPRESTORE_CONTROL", control)
             .current_dir(folder.path()),
     )

@@ -47,7 +47,7 @@ fn missing_proc_is_named() {
         let why = "hiding /proc needs root".into();
         return skipped(name, &Unavailable { why });
     }
-    let doctor = Run::of(&mut without_proc(command(["doctor", "--json"])));
+    let doctor = Run::to_end(&mut without_proc(command(["doctor", "--json"])));
     let report = doctor.json();
     let checks = report["checks"].as_array().unwrap();
     for name in ["/proc", "live processes"] {
@@ -123,7 +123,7 @@ fn with_address_space(folder: &Folder, bytes: u64, args: &[&str]) -> Run {
     command.current_dir(folder.path());
     // SAFETY: the closure neither allocates nor takes a lock.
     unsafe { command.pre_exec(set) };
-    Run::of(&mut command)
+    Run::to_end(&mut command)
 }
 
 /// The kernel only reports that there is no memory, on a machine that has some.

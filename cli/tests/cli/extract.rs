@@ -144,7 +144,7 @@ fn extract_never_overwrites_its_source() {
     }
     let stdin = std::fs::File::open(folder.file("raw")).unwrap();
     let mut piped = command(["create", "-", "-o", "raw", "-f"]);
-    Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(2);
+    Run::to_end(piped.current_dir(folder.path()).stdin(stdin)).exits(2);
     assert_eq!(folder.names(), ["link", "note", "raw", "s"]);
     assert_eq!(folder.read("raw"), [7; 8192]);
     assert_eq!(folder.read("note"), b"a note");

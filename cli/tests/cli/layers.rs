@@ -69,7 +69,7 @@ fn piped(folder: &Folder, file: &str, args: &[&str]) -> Run {
     // Fails if the command refuses the pipe.
     let feeder = std::thread::spawn(move || writer.write_all(&bytes));
     let mut command = command(args);
-    let run = Run::of(command.current_dir(folder.path()).stdin(reader));
+    let run = Run::to_end(command.current_dir(folder.path()).stdin(reader));
     // The read end is closed with the command that holds it.
     drop(command);
     let _ = feeder.join().expect("the feeder does not panic");
@@ -256,7 +256,7 @@ fn missing_ancestor_is_named_with_folders_and_remedy() {
     by_variable
         .current_dir(folder.path())
         .env("SNAPRESTORE_LAYERS", "empty::old");
-    Run::of(&mut by_variable).exits(0);
+    Run::to_end(&mut by_variable).exits(0);
 
     // Beside the child, under another name.
     fs::rename(folder.file("old/renamed"), folder.file("renamed")).unwrap();

@@ -396,7 +396,7 @@ fn missing_rights_exit_4_with_a_remedy() {
         };
         // SAFETY: the closure makes two system calls, and neither allocates nor takes a lock.
         unsafe { command.pre_exec(confine) };
-        Run::of(&mut command)
+        Run::to_end(&mut command)
     };
     for args in [&["restore", "s"][..], &["demo", "--size", "1"]] {
         without(args).exits(4).says(&[

@@ -113,7 +113,7 @@ fn wrong_usage_exits_2_with_a_hint() {
 
 #[test]
 fn help_documents_the_exit_codes() {
-    let help = Run::of(&mut command(["--help"])).exits(0).text();
+    let help = Run::to_end(&mut command(["--help"])).exits(0).text();
     for line in [
         "3  the file is damaged",
         "\"exit_code\": N",
@@ -122,7 +122,7 @@ fn help_documents_the_exit_codes() {
     ] {
         assert!(help.contains(line), "{help}");
     }
-    let version = Run::of(&mut command(["--version"])).exits(0).text();
+    let version = Run::to_end(&mut command(["--version"])).exits(0).text();
     assert_eq!(
         version,
         concat!("snaprestore ", env!("CARGO_PKG_VERSION"), "\n")
@@ -213,7 +213,7 @@ fn full_standard_output_is_named() {
     info.current_dir(folder.path())
         .stdout(full)
         .stderr(Stdio::piped());
-    Run::of(&mut info)
+    Run::to_end(&mut info)
         .exits(1)
         .says(&["cannot write to standard output", "No space left"]);
 }
@@ -236,7 +236,7 @@ fn completions_know_the_commands() {
 fn closed_pipe_reader_is_not_a_failure() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let run = Run::of(command(["man"]).stdout(writer).stderr(Stdio::piped()));
+    let run = Run::to_end(command(["man"]).stdout(writer).stderr(Stdio::piped()));
     assert_eq!((run.code, run.err.as_str()), (Some(0), ""));
 }
 
@@ -322,7 +322,7 @@ fn names_of_any_bytes_are_escaped_in_messages() {
             vec![os("serve"), os("--config"), name.into()],
         ];
         for args in all {
-            let said = Run::of(command(&args).current_dir(folder.path()));
+            let said = Run::to_end(command(&args).current_dir(folder.path()));
             assert_ne!(said.code, Some(0), "{args:?}");
             let shown = format!("a\\\\\\x0a\\x1b[31m\\x{end:02x}");
             let said = said.text() + &said.err;
@@ -339,6 +339,6 @@ fn names_of_any_bytes_are_escaped_in_messages() {
     }
     // Unexpected arguments are repeated as typed, or as a shell made them from file names.
     let args = ["info", "s", "\u{1b}[31m"];
-    let said = Run::of(command(args).current_dir(folder.path())).exits(2);
+    let said = Run::to_end(command(args).current_dir(folder.path())).exits(2);
     assert!(!said.err.contains('\u{1b}'), "{}", said.err);
 }

@@ -49,7 +49,7 @@ pub(crate) struct CpuState {
 
 impl CpuState {
     /// Reads the state of a CPU that isn't running, and has finished its last instruction.
-    pub(crate) fn of(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self> {
+    pub(crate) fn read(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self> {
         refuse_large_xsave(kvm)?;
         let asked: Vec<_> = MSRS
             .iter()

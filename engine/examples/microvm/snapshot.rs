@@ -106,7 +106,7 @@ pub(crate) fn write(
             })?;
         }
     }
-    CpuState::of(kvm, &vm.vcpu)?.attach(&mut writer)?;
+    CpuState::read(kvm, &vm.vcpu)?.attach(&mut writer)?;
     let (file, written) = writer.finish()?;
     file.commit()?;
     Ok(written.file_bytes)

@@ -234,7 +234,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         missing
     }
 
-    /// Whether the owner's memory is gone: the owner has exited or executed another program.
+    /// Returns whether the owner's memory is gone: the owner has exited or executed another
+    /// program.
     pub(crate) fn is_owner_gone(&self) -> bool {
         self.phase.owner_gone.load(Relaxed)
     }

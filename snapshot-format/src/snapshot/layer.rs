@@ -123,8 +123,8 @@ impl Layer {
         self.ends.file_bytes
     }
 
-    /// Whether the content of the two files is the same, as far as their trailers tell. Files with
-    /// other content can claim as much.
+    /// Returns whether the content of the two files is the same, as far as their trailers tell.
+    /// Files with other content can claim as much.
     pub fn claims_content_of(&self, other: &Self) -> bool {
         let claim = |layer: &Self| (layer.id(), layer.file_bytes(), layer.ends.trailer_hash);
         claim(self) == claim(other)

@@ -459,7 +459,7 @@ pub(super) struct UsedLayers {
 }
 
 impl UsedLayers {
-    pub(super) fn of(base: Arc<Base>) -> Self {
+    pub(super) fn new(base: Arc<Base>) -> Self {
         Self {
             numbers: vec![0; base.snapshot.layers().len()],
             used: Vec::new(),

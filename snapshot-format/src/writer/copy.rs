@@ -371,8 +371,8 @@ impl CopySource {
         self.check(pages)
     }
 
-    /// Whether the digests of blocks need not be computed. A rebase compares them with those of
-    /// other pages.
+    /// Returns whether the digests of blocks need not be computed. A rebase compares them with
+    /// those of other pages.
     fn trusts_digests(&self) -> bool {
         self.base.is_none() && !self.recorded.is_empty()
     }

@@ -85,7 +85,7 @@ pub struct Written {
 type ProgressCallback = Box<dyn FnMut(&Progress) -> ControlFlow<()> + Send>;
 
 /// One or several blocks on their way to the ordering stage.
-enum Queued {
+enum QueueEntry {
     /// Being examined by the pool.
     Block {
         region: usize,
@@ -123,7 +123,7 @@ const MAX_QUEUED_COPIES: usize = 16;
 pub struct Writer<W: Write> {
     stage: Stage<W>,
     gather: Gather,
-    queue: VecDeque<Queued>,
+    queue: VecDeque<QueueEntry>,
     base: Option<Arc<Base>>,
     /// Page of the base that corresponds to the next page that begins a block.
     base_page: Option<u64>,
@@ -178,7 +178,7 @@ impl<W: Write> Writer<W> {
         }
         let base = options.base.map(Base::new).transpose()?.map(Arc::new);
         if let Some(base) = &base {
-            stage.layers = UsedLayers::of(Arc::clone(base));
+            stage.layers = UsedLayers::new(Arc::clone(base));
         }
         Ok(Self {
             stage,
@@ -374,7 +374,7 @@ impl<W: Write> Writer<W> {
         if blocks > 0 {
             let pages = (blocks * PAGES_PER_BLOCK) as u64;
             self.base_page = self.base_page.map(|page| page.saturating_add(pages));
-            self.enqueue(Queued::Uniform {
+            self.enqueue(QueueEntry::Uniform {
                 region: self.regions.len() - 1,
                 alike,
                 blocks,
@@ -465,10 +465,10 @@ impl<W: Write> Writer<W> {
             .base_page
             .map(|page| page.saturating_add(PAGES_PER_BLOCK_U64));
         self.stage.workers.examine(given, buffer.clone(), base);
-        self.enqueue(Queued::Block { region, buffer })
+        self.enqueue(QueueEntry::Block { region, buffer })
     }
 
-    fn enqueue(&mut self, queued: Queued) -> Result<(), WriteError> {
+    fn enqueue(&mut self, queued: QueueEntry) -> Result<(), WriteError> {
         self.queue.push_back(queued);
         self.advance()?;
         let most = if self.copies {
@@ -490,7 +490,7 @@ impl<W: Write> Writer<W> {
         let mut any = false;
         while let Some(first) = self.queue.pop_front() {
             match first {
-                Queued::Uniform {
+                QueueEntry::Uniform {
                     region,
                     alike,
                     blocks,
@@ -498,9 +498,9 @@ impl<W: Write> Writer<W> {
                 } => {
                     self.stage.push_uniform(region, alike, blocks, pages);
                 }
-                Queued::Block { region, buffer } => {
+                QueueEntry::Block { region, buffer } => {
                     let Some(examined) = self.stage.workers.pop_examined() else {
-                        self.queue.push_front(Queued::Block { region, buffer });
+                        self.queue.push_front(QueueEntry::Block { region, buffer });
                         break;
                     };
                     self.stage.push_block(region, examined, buffer)?;

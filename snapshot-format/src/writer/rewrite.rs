@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::block::Alike;
 use super::copy::CopySource;
 use super::sections::{self, BlobWriter};
-use super::{Dictionary, ProgressCallback, Queued, WriteError, Writer, WriterOptions, Written};
+use super::{Dictionary, ProgressCallback, QueueEntry, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::Top;
 use crate::layout::{
@@ -306,7 +306,7 @@ impl<W: Write> Writer<W> {
                     let source = Arc::clone(source);
                     self.stage.workers.examine_copied(source, first + block);
                     let (region, buffer) = (number, None);
-                    self.enqueue(Queued::Block { region, buffer })?;
+                    self.enqueue(QueueEntry::Block { region, buffer })?;
                     block += 1;
                     continue;
                 }
@@ -315,7 +315,7 @@ impl<W: Write> Writer<W> {
                 .take_while(|next| top(*next) == kind)
                 .count() as u64;
             let end = region.pages.min((block + same) * PAGES_PER_BLOCK_U64);
-            self.enqueue(Queued::Uniform {
+            self.enqueue(QueueEntry::Uniform {
                 region: number,
                 alike,
                 blocks: usize::try_from(same).map_err(|_| WriteError::Stopped)?,

@@ -20,7 +20,7 @@ const PAGES: u64 = 2048;
 
 /// Creates a scene in a folder that a VM of another user can connect in.
 fn scene(shares: Shares) -> Scene {
-    let scene = Scene::of(PAGES, shares);
+    let scene = Scene::with_pages(PAGES, shares);
     scene.share_folder(0o755);
     scene
 }
@@ -47,7 +47,7 @@ fn serve_confined(scene: &Scene, options: &[&str]) -> (Vec<String>, Run, Run) {
     let mut vm = Command::new(env!("CARGO_BIN_EXE_fake-vmm"));
     vm.arg(scene.socket()).arg(scene.raw());
     vm.args(["--threads", "2", "--split", "500", "--discard"]);
-    let vm = Run::of(&mut vm);
+    let vm = Run::to_end(&mut vm);
     let said = lines
         .map(|line| line.expect("output is not UTF-8"))
         .collect();
@@ -103,7 +103,7 @@ fn missing_seccomp_is_named_with_its_remedy() {
     let mut scene = Scene::new(Shares::MIXED);
     let mut refused = scene.daemon(&[]);
     forbid_seccomp(&mut refused);
-    let run = Run::of(&mut refused).exits(1);
+    let run = Run::to_end(&mut refused).exits(1);
     run.says(&[
         "cannot sandbox the worker",
         "--no-confine",
@@ -113,7 +113,7 @@ fn missing_seccomp_is_named_with_its_remedy() {
     let mut served = scene.daemon(&["--no-confine"]);
     forbid_seccomp(&mut served);
     scene.start(served);
-    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
@@ -121,7 +121,7 @@ fn missing_seccomp_is_named_with_its_remedy() {
 #[test]
 fn unknown_user_is_refused_before_serve_listens() {
     let scene = crate::scene::Scene::new(Shares::MIXED);
-    let run = Run::of(&mut scene.daemon(&["--user", "nosuch"])).exits(1);
+    let run = Run::to_end(&mut scene.daemon(&["--user", "nosuch"])).exits(1);
     run.says(&["no user nosuch"]);
     assert!(!run.err.contains("serving "), "{}", run.err);
 }
@@ -180,7 +180,7 @@ fn unprivileged_daemon_is_controlled_by_its_user() {
     scene.start(as_nobody(&scene.daemon(&options)));
     let list = snaprestore(["ctl", "list", "--control"].map(OsStr::new));
     let mut list = as_nobody(&list);
-    let _ = Run::of(list.arg(&control)).exits(0);
+    let _ = Run::to_end(list.arg(&control)).exits(0);
     let _ = scene.stop();
 }
 

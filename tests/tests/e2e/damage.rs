@@ -63,7 +63,7 @@ fn a_bad_byte_of_a_frame_costs_its_pages_and_no_more() {
     {
         let at = rng.random_range(bytes.clone());
         invert(&snapshot, at);
-        let verified = Run::of(snaprestore(["verify", "--json"]).arg(&snapshot))
+        let verified = Run::to_end(snaprestore(["verify", "--json"]).arg(&snapshot))
             .exits(3)
             .json();
         assert_eq!(verified["ok"], false);
@@ -77,7 +77,7 @@ fn a_bad_byte_of_a_frame_costs_its_pages_and_no_more() {
         );
 
         let (touch, prefetch) = [("sequential", "off"), ("random", "all")][round % 2];
-        let run = Run::of(
+        let run = Run::to_end(
             snaprestore([
                 "restore",
                 "--json",
@@ -164,11 +164,11 @@ fn a_bad_byte_outside_the_frames_is_found_too() {
     for at in places {
         assert!(!in_frame(at));
         invert(&snapshot, at);
-        let verified = Run::of(snaprestore(["verify", "--json"]).arg(&snapshot))
+        let verified = Run::to_end(snaprestore(["verify", "--json"]).arg(&snapshot))
             .exits(3)
             .json();
         assert_eq!(verified["ok"], false, "{at}");
-        let run = Run::of(
+        let run = Run::to_end(
             snaprestore(["restore", "--json", "--touch", "sequential", "--check"])
                 .args([&raw, &snapshot]),
         );

@@ -27,7 +27,7 @@ struct Talker {
 
 /// Creates a memory without a page of zeros, and its snapshot.
 fn scene() -> Scene {
-    Scene::of(PAGES, Shares::RANDOM)
+    Scene::with_pages(PAGES, Shares::RANDOM)
 }
 
 /// Returns the command of the supervisor, in a process group of its own.

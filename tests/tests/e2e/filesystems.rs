@@ -286,7 +286,7 @@ impl Mounted {
     /// standard error.
     #[track_caller]
     fn run(&self, args: &[&str], code: i32) -> String {
-        let run = Run::of(snaprestore(args).current_dir(self.folder.path()));
+        let run = Run::to_end(snaprestore(args).current_dir(self.folder.path()));
         run.exits(code).err
     }
 

@@ -97,7 +97,7 @@ fn a_guest_through_pipes_is_the_same_memory() {
     let snapshot = snapshot(&image);
     let info = done(["info".as_ref(), snapshot.as_os_str()]);
     let streamed = scratch("guest-stdin.snap");
-    let report = Run::of(
+    let report = Run::to_end(
         snaprestore(["create", "-", "--json", "--force", "--output"])
             .arg(&streamed)
             .stdin(File::open(&image.raw).unwrap()),

@@ -228,7 +228,7 @@ fn serve(scene: &mut Scene, stuck_after: &str, disks: &[&Mounted]) {
 }
 
 fn add(scene: &Scene, disk: &Mounted) -> Run {
-    Run::of(&mut adding(scene, disk))
+    Run::to_end(&mut adding(scene, disk))
 }
 
 fn adding(scene: &Scene, disk: &Mounted) -> Command {

@@ -115,7 +115,7 @@ fn next_supervisor_serves_vms_of_a_chain() {
     lose_files(&scene);
     let (raw, flat) = (scene.raw().to_owned(), scene.path("flat"));
     let mut create = snaprestore(["create".as_ref(), raw.as_os_str(), "-o".as_ref()]);
-    let _ = Run::of(create.arg(&flat)).exits(0);
+    let _ = Run::to_end(create.arg(&flat)).exits(0);
     scene.base_on(&flat, &raw);
     drop(vmm.stdin.take());
 
@@ -167,9 +167,9 @@ fn damage_in_an_ancestor_kills_only_vms_that_touch_it() {
         .expect("cannot write the file");
 
     scene.serve(&["--prefetch", "off"]);
-    let run = Run::of(&mut scene.vmm(&["--only", "20"])).exits(0);
+    let run = Run::to_end(&mut scene.vmm(&["--only", "20"])).exits(0);
     assert_eq!(run.out, b"20 pages right\n");
-    let run = Run::of(&mut scene.vmm(&[]));
+    let run = Run::to_end(&mut scene.vmm(&[]));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["exited", "killed"]);
@@ -189,7 +189,7 @@ fn frame_of_an_ancestor_is_quarantined_by_name() {
     let crash = "decoding:1:crash,decoding:1:crash";
     let options = ["--prefetch", "off", "--threads", "1"];
     scene.serve_with(&options, &[("SNAPRESTORE_FAIL", crash)]);
-    let run = Run::of(&mut scene.vmm(&[]));
+    let run = Run::to_end(&mut scene.vmm(&[]));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     let vms = scene.stop();
     let reason = vms[0]["reason"].as_str().expect("no reason");
@@ -204,7 +204,7 @@ fn frame_of_an_ancestor_is_quarantined_by_name() {
 
 /// Runs a daemon that can't start, and returns its error.
 fn refusal(scene: &Scene, code: i32) -> String {
-    Run::of(&mut scene.daemon(&[])).exits(code).err
+    Run::to_end(&mut scene.daemon(&[])).exits(code).err
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn incomplete_chain_is_refused() {
         "{why}"
     );
 
-    let _ = Run::of(
+    let _ = Run::to_end(
         snaprestore(["create", "--force"])
             .arg(scene.raw())
             .arg("--output")
@@ -256,7 +256,7 @@ fn add(scene: &Scene, name: &str) -> Run {
         .arg(&scene.snapshot)
         .arg("--socket")
         .arg(scene.path(name));
-    Run::of(&mut command)
+    Run::to_end(&mut command)
 }
 
 #[test]

@@ -36,7 +36,7 @@ struct Watched {
 
 impl Watched {
     fn new(options: &[&str]) -> Self {
-        let mut scene = Scene::of(PAGES, Shares::MIXED);
+        let mut scene = Scene::with_pages(PAGES, Shares::MIXED);
         let control = scene.folder.path().join("control");
         let raw = scene.folder.path().join("raw");
         let mark = scene.folder.path().display().to_string();
@@ -69,7 +69,7 @@ impl Watched {
 
     fn list(&self) -> Value {
         let mut ctl = snaprestore(["ctl", "list", "--json", "--control"]);
-        Run::of(ctl.arg(&self.control)).exits(0).json()
+        Run::to_end(ctl.arg(&self.control)).exits(0).json()
     }
 
     /// Runs a liar to its end, or for a limited time. Returns its output.

@@ -14,7 +14,7 @@ use crate::scene::{HANG_TIMEOUT, PAGES, Scene, endings, within};
 
 /// Runs `ctl`, asserts that it succeeds, and returns its output.
 fn ctl(scene: &Scene, args: &[&str]) -> Value {
-    Run::of(&mut command(scene, args)).exits(0).json()
+    Run::to_end(&mut command(scene, args)).exits(0).json()
 }
 
 fn command(scene: &Scene, args: &[&str]) -> std::process::Command {
@@ -68,7 +68,7 @@ fn vms_of_one_snapshot_share_decoded_frames() {
     serve(&mut scene);
     let mut decoded = Vec::new();
     for number in 0..4 {
-        let run = Run::of(&mut scene.vmm(&[])).exits(0);
+        let run = Run::to_end(&mut scene.vmm(&[])).exits(0);
         assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
         scene.wait_for("pages installed", number + 1);
         decoded.push(metric(&scene, "snaprestore_decoded_bytes_total"));
@@ -123,7 +123,7 @@ fn services_of_one_base_share_decoded_frames() {
     .into_iter()
     .enumerate()
     {
-        let run = Run::of(&mut vmm).exits(0);
+        let run = Run::to_end(&mut vmm).exits(0);
         assert_eq!(run.out, format!("{tenth} pages right\n").as_bytes());
         scene.wait_for("pages installed", number + 1);
         decoded.push(metric(&scene, "snaprestore_decoded_bytes_total"));
@@ -177,7 +177,7 @@ fn operator_lists_and_completes_vms() {
     assert_eq!(upgraded["from"], upgraded["to"]);
     scene.wait_for("upgraded to a worker", 1);
     // A program that can't take over changes nothing.
-    let run = Run::of(&mut command(&scene, &["upgrade", "/bin/false"]));
+    let run = Run::to_end(&mut command(&scene, &["upgrade", "/bin/false"]));
     assert_ne!(run.code, Some(0));
     run.says(&["the old worker keeps serving"]);
 
@@ -191,7 +191,7 @@ fn operator_lists_and_completes_vms() {
         let done = ctl(&scene, &["complete", &id]);
         assert_eq!(done["vms"][0]["done"], true, "{done}");
     }
-    let run = Run::of(&mut command(&scene, &["complete", "99"])).exits(1);
+    let run = Run::to_end(&mut command(&scene, &["complete", "99"])).exits(1);
     run.says(&["no VM 99"]);
     // A new worker knows it as well.
     kill(scene.worker().expect("no worker runs"), Signal::SIGKILL)
@@ -214,10 +214,10 @@ fn metrics_count_each_ended_vm_once() {
     let misfit = scene.folder.path().join("misfit");
     fs::write(&misfit, vec![0; 7 * 4096]).expect("cannot write the file");
     for _ in 0..2 {
-        let _ = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
-        let _ = Run::of(&mut scene.vmm(&["--only", "10"])).exits(0);
-        let _ = Run::of(&mut scene.vmm(&["--send", "half", "--hang-up"])).exits(0);
-        let run = Run::of(&mut scene.vmm_of(&misfit, &[]));
+        let _ = Run::to_end(&mut scene.vmm(&["--discard"])).exits(0);
+        let _ = Run::to_end(&mut scene.vmm(&["--only", "10"])).exits(0);
+        let _ = Run::to_end(&mut scene.vmm(&["--send", "half", "--hang-up"])).exits(0);
+        let run = Run::to_end(&mut scene.vmm_of(&misfit, &[]));
         assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     }
     let told = |scene: &Scene| {
@@ -269,7 +269,7 @@ fn services_are_added_removed_and_drained() {
         &second,
     ];
     let _ = ctl(&scene, &add);
-    let run = Run::of(&mut command(&scene, &add));
+    let run = Run::to_end(&mut command(&scene, &add));
     assert_ne!(run.code, Some(0));
     run.says(&["already"]);
     // As by every command, a file that is no usable snapshot is told apart from other failures.
@@ -278,7 +278,7 @@ fn services_are_added_removed_and_drained() {
     fs::write(&cut, &whole[..whole.len() / 2]).expect("written");
     for (file, code) in [(&cut, 3), (&absent, 1)] {
         let add = ["add", "third", "--snapshot", file, "--socket", &third];
-        Run::of(&mut command(&scene, &add))
+        Run::to_end(&mut command(&scene, &add))
             .exits(code)
             .says(&[file]);
     }
@@ -290,7 +290,7 @@ fn services_are_added_removed_and_drained() {
     scene.wait_for("served", 1);
     let _ = ctl(&scene, &["remove", "second"]);
     assert!(!Path::new(&second).exists(), "the socket is left");
-    let run = Run::of(&mut command(&scene, &["remove", "second"]));
+    let run = Run::to_end(&mut command(&scene, &["remove", "second"]));
     assert_ne!(run.code, Some(0));
     // The VM is still served, and then released.
     let drained = ctl(&scene, &["drain"]);

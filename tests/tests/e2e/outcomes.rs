@@ -89,7 +89,7 @@ fn a_full_disk_leaves_the_old_target() {
     let create = || {
         let mut command = snaprestore(["create", "--force", "--output"]);
         command.arg(&target).arg(&raw);
-        Run::of(&mut command).exits(1)
+        Run::to_end(&mut command).exits(1)
     };
     create().says(&[target.to_str().unwrap(), "No space left"]);
     assert_eq!(names(disk.0.path()), [""; 0]);
@@ -107,7 +107,7 @@ fn a_full_disk_leaves_the_old_target() {
         "-o".as_ref(),
         snapshot.as_os_str(),
     ]);
-    Run::of(
+    Run::to_end(
         snaprestore(["extract", "--force", "--output"])
             .arg(&target)
             .arg(&snapshot),
@@ -133,7 +133,7 @@ fn a_missing_folder_is_named() {
         snapshot.as_os_str(),
     ]);
     for (command, source) in [("create", &raw), ("extract", &snapshot)] {
-        Run::of(snaprestore([command, "--output"]).arg(&target).arg(source))
+        Run::to_end(snaprestore([command, "--output"]).arg(&target).arg(source))
             .exits(1)
             .says(&[missing.to_str().unwrap(), "does not exist"]);
     }
@@ -249,7 +249,7 @@ fn a_source_that_may_not_be_read_is_named() {
     let (raw, target) = (folder.path().join("raw"), folder.path().join("s"));
     noise(&raw, 1);
     fs::set_permissions(&raw, fs::Permissions::from_mode(0o600)).unwrap();
-    Run::of(
+    Run::to_end(
         as_nobody(folder.path())
             .args(["create", "-o"])
             .arg(&target)
@@ -257,7 +257,7 @@ fn a_source_that_may_not_be_read_is_named() {
     )
     .exits(1)
     .says(&[raw.to_str().unwrap(), "Permission denied"]);
-    Run::of(
+    Run::to_end(
         as_nobody(folder.path())
             .args(["create", "-o", "/s"])
             .arg(program()),
@@ -278,7 +278,7 @@ fn ordinary_user_runs_the_first_commands() {
     let folder = tempfile::tempdir().unwrap();
     let nobody = |args: &[&str]| {
         let mut command = as_nobody(folder.path());
-        Run::of(command.args(args).current_dir(folder.path()))
+        Run::to_end(command.args(args).current_dir(folder.path()))
     };
     let doctor = nobody(&["doctor", "--json"]);
     if doctor.code != Some(0) {

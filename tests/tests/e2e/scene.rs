@@ -33,11 +33,11 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) fn new(shares: Shares) -> Self {
-        Self::of(PAGES, shares)
+        Self::with_pages(PAGES, shares)
     }
 
     /// Creates a scene with `pages` pages.
-    pub(crate) fn of(pages: u64, shares: Shares) -> Self {
+    pub(crate) fn with_pages(pages: u64, shares: Shares) -> Self {
         let folder = TempDir::new().expect("cannot create a folder");
         let (raw, snapshot) = (folder.path().join("raw"), folder.path().join("snap"));
         fs::write(&raw, Mix::with_shares(pages, 31, shares).bytes())
@@ -48,7 +48,7 @@ impl Scene {
             "--output".as_ref(),
             snapshot.as_os_str(),
         ]);
-        let _ = Run::of(&mut { create }).exits(0);
+        let _ = Run::to_end(&mut { create }).exits(0);
         Self {
             folder,
             raw,
@@ -75,7 +75,7 @@ impl Scene {
         let (base, child) = (self.snapshot.clone(), self.path(name));
         let mut create = snaprestore(["create", "--holes", "zero", "--base"]);
         create.args([&base, &self.raw]).arg("--output").arg(&child);
-        let _ = Run::of(&mut create).exits(0);
+        let _ = Run::to_end(&mut create).exits(0);
         self.snapshot = child;
     }
 

@@ -28,7 +28,7 @@ fn vms_of_every_release_are_served() {
         &["--discard"],
     ];
     for options in options {
-        let _ = Run::of(&mut scene.vmm(options)).exits(0);
+        let _ = Run::to_end(&mut scene.vmm(options)).exits(0);
     }
     let at_once: Vec<Child> = options
         .iter()
@@ -67,7 +67,7 @@ fn vms_with_huge_pages_are_served() {
     }
     // The field that v1.7 calls KiB is in bytes.
     scene.serve(&[]);
-    let _ = Run::of(&mut scene.vmm(&["--manner", "v1.7", "--huge"])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&["--manner", "v1.7", "--huge"])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
@@ -112,7 +112,7 @@ fn vm_with_damaged_page_is_killed_alone() {
         "right so far"
     );
     damage(&scene.snapshot);
-    let bad = Run::of(&mut scene.vmm(&["--threads", "2"]));
+    let bad = Run::to_end(&mut scene.vmm(&["--threads", "2"]));
     assert_eq!(bad.signal, Some(libc::SIGKILL), "{}", bad.err);
     drop(good.stdin.take());
     assert!(good.wait().expect("cannot wait for the process").success());
@@ -139,7 +139,7 @@ fn damaged_page_is_poisoned_if_asked_for() {
     damage(&scene.snapshot);
     let options = ["--on-error", "poison", "--log-format", "json"];
     scene.serve(&[&options[..], &["--prefetch", "off"]].concat());
-    let run = Run::of(&mut scene.vmm(&["--threads", "2"]));
+    let run = Run::to_end(&mut scene.vmm(&["--threads", "2"]));
     assert_eq!(run.signal, Some(libc::SIGBUS), "{}", scene.said());
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["exited"], "{}", scene.said());
@@ -187,7 +187,7 @@ fn daemon_that_cannot_complete_a_vm_exits_with_1() {
     assert_eq!(end_of(vmm).signal, Some(libc::SIGKILL));
     // A VM that was killed before does not count.
     scene.serve(&["--prefetch", "off"]);
-    let run = Run::of(&mut scene.vmm(&[]));
+    let run = Run::to_end(&mut scene.vmm(&[]));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     scene.wait_for("killed: ", 1);
     assert_eq!(endings(&scene.stop()), ["killed"]);
@@ -263,7 +263,7 @@ fn stop_launcher(mut launcher: Child) -> Run {
 fn launcher_with_the_supervisor_inside_serves_vms() {
     let scene = Scene::new(Shares::MIXED);
     let launcher = start_launcher(&scene, launcher(&scene));
-    let run = Run::of(&mut scene.vmm(&["--discard"])).exits(0);
+    let run = Run::to_end(&mut scene.vmm(&["--discard"])).exits(0);
     assert!(String::from_utf8_lossy(&run.out).ends_with("pages right\n"));
     let run = stop_launcher(launcher);
     let said = String::from_utf8_lossy(&run.out);
@@ -286,12 +286,12 @@ fn socket_has_the_mode_and_group_that_are_asked_for() {
     let socket = fs::metadata(scene.socket()).expect("no socket at the path");
     assert_eq!(socket.permissions().mode() & 0o7777, 0o664);
     assert_eq!(socket.gid(), group);
-    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     let _ = scene.stop();
-    let run = Run::of(&mut scene.daemon(&["--socket-group", "no-such-group"])).exits(1);
+    let run = Run::to_end(&mut scene.daemon(&["--socket-group", "no-such-group"])).exits(1);
     run.says(&["there is no group \"no-such-group\""]);
     assert!(!scene.socket().exists(), "the socket is left");
-    let _ = Run::of(&mut scene.daemon(&["--socket-mode", "0x1"])).exits(2);
+    let _ = Run::to_end(&mut scene.daemon(&["--socket-mode", "0x1"])).exits(2);
 }
 
 /// Half of the memory gets its pages from the pool, and the rest doesn't.
@@ -303,7 +303,7 @@ fn empty_huge_page_pool_is_named() {
         Err(why) => return skipped(test, &why),
     };
     let huge_pages = pool.free() + 4;
-    let mut scene = Scene::of(huge_pages * 512, Shares::MIXED);
+    let mut scene = Scene::with_pages(huge_pages * 512, Shares::MIXED);
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
     scene.serve(&["--prefetch", "off", "--control", &control]);
@@ -314,7 +314,7 @@ fn empty_huge_page_pool_is_named() {
     scene.wait_for(": served", 1);
     let ctl = |args: &[&str]| {
         let mut ctl = snaprestore([&["ctl", "--control", &control], args].concat());
-        Run::of(&mut ctl)
+        Run::to_end(&mut ctl)
     };
     let run = ctl(&["complete", "1"]).exits(1);
     let said = String::from_utf8_lossy(&run.out).into_owned();
@@ -376,7 +376,7 @@ fn peer_that_is_no_vmm_is_refused() {
         .vmm_of(&short, &[])
         .spawn()
         .expect("cannot start a VMM");
-    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     for part in [
         "other than Firecracker's region list",
         "then nothing for 1s",
@@ -411,7 +411,7 @@ fn kvm_guest_is_served_or_killed_for_bad_page() {
     let microvm = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).stdin(Stdio::null());
-        Run::of(&mut command)
+        Run::to_end(&mut command)
     };
     let (snapshot, socket) = (scene.snapshot.display().to_string(), scene.socket());
     let socket = socket.display().to_string();

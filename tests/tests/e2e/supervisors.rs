@@ -195,7 +195,7 @@ fn vm_in_backlog_dies_with_its_supervisor() {
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     // Another daemon can start at once.
     scene.serve(&[]);
-    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
 }
 
@@ -230,7 +230,7 @@ fn second_guardian_kills_vms_that_wait_to_be_accepted() {
 /// release.
 #[test]
 fn release_for_stopped_guardian_is_not_lost() {
-    let mut scene = Scene::of(16, Shares::MIXED);
+    let mut scene = Scene::with_pages(16, Shares::MIXED);
     let control = scene.folder.path().join("control");
     let control = control.display().to_string();
     scene.start(scene.marked(&["--prefetch", "off", "--control", &control]));
@@ -244,10 +244,10 @@ fn release_for_stopped_guardian_is_not_lost() {
     kill(guardian, Signal::SIGSTOP).expect("cannot stop the process");
     // Each VM is held twice and released, until nothing more fits into the guardian's socket.
     while !scene.said().contains("messages are queued") {
-        let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+        let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     }
     let complete = ["ctl", "complete", "1", "--control", &control];
-    let _ = Run::of(&mut snaprestore(complete)).exits(0);
+    let _ = Run::to_end(&mut snaprestore(complete)).exits(0);
     kill(guardian, Signal::SIGCONT).expect("cannot continue the process");
     scene.wait_for("has read all queued messages", 1);
     scene.kill();
@@ -335,7 +335,7 @@ fn users_not_in_allow_uid_are_refused() {
     };
     let mut refused = scene.vmm(&[]).spawn().expect("cannot start a VMM");
     scene.wait_for("refused: its user 0 is not in --allow-uid", 1);
-    let _ = Run::of(&mut nobody.vmm(&scene.vmm(&[]))).exits(0);
+    let _ = Run::to_end(&mut nobody.vmm(&scene.vmm(&[]))).exits(0);
     refused.kill().expect("cannot kill the process");
     refused.wait().expect("cannot wait for the process");
     assert_eq!(endings(&scene.stop()), ["exited"]);
@@ -348,7 +348,7 @@ fn users_not_in_allow_uid_are_refused() {
         .spawn()
         .expect("cannot start a VMM");
     scene.wait_for("refused: its user 65534 is not in --allow-uid", 1);
-    let _ = Run::of(&mut scene.vmm(&[])).exits(0);
+    let _ = Run::to_end(&mut scene.vmm(&[])).exits(0);
     refused.kill().expect("cannot kill the process");
     refused.wait().expect("cannot wait for the process");
     assert_eq!(endings(&scene.stop()), ["exited"]);

@@ -69,7 +69,7 @@ impl End {
             Self::Misfit => scene.vmm_of(misfit, &[]),
             Self::HangsUp => scene.vmm(&["--send", "half", "--hang-up"]),
         };
-        let run = Run::of(&mut vmm);
+        let run = Run::to_end(&mut vmm);
         match self {
             Self::Complete => expect(run, &format!("{PAGES} pages right\n")),
             Self::Early => expect(run, &format!("{touch} pages right\n")),
@@ -166,7 +166,7 @@ fn run_vms(scene: &Scene, misfit: &std::path::Path, count: usize, mut meanwhile:
 
 #[test]
 fn thousand_vms_leave_nothing_behind() {
-    let mut scene = Scene::of(PAGES, Shares::MIXED);
+    let mut scene = Scene::with_pages(PAGES, Shares::MIXED);
     let misfit = scene.folder.path().join("misfit");
     std::fs::write(&misfit, vec![0; 7 * 4096]).expect("cannot write the file");
     let control = scene.folder.path().join("control");
@@ -182,7 +182,7 @@ fn thousand_vms_leave_nothing_behind() {
     scene.serve_with(&options, &environment);
     let restarts = || {
         let mut ctl = snaprestore(["ctl", "list", "--json", "--control"]);
-        let list = Run::of(ctl.arg(&control)).exits(0).json();
+        let list = Run::to_end(ctl.arg(&control)).exits(0).json();
         list["worker_restarts"]
             .as_u64()
             .expect("number out of range")

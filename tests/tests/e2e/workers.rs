@@ -107,7 +107,7 @@ fn frame_that_crashed_two_workers_is_quarantined() {
     let crash = "decoding:1:crash,decoding:1:crash";
     let options = ["--prefetch", "off", "--threads", "1"];
     scene.serve_with(&options, &[("SNAPRESTORE_FAIL", crash)]);
-    let run = Run::of(&mut scene.vmm(&[]));
+    let run = Run::to_end(&mut scene.vmm(&[]));
     assert_eq!(run.signal, Some(libc::SIGKILL), "{}", run.err);
     let vms = scene.stop();
     assert_eq!(endings(&vms), ["killed"]);

@@ -31,7 +31,7 @@ pub(crate) struct Lazily {
 pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, BenchError> {
     let failed = || format!("{}: restoring", file.display());
     let began = Instant::now();
-    let snapshot = Snapshot::open_path(file).map_err(BenchError::of(failed()))?;
+    let snapshot = Snapshot::open_path(file).map_err(BenchError::trial(failed()))?;
     let open = began.elapsed();
     let snapshot = Arc::new(snapshot);
     let lens: Vec<u64> = snapshot
@@ -73,7 +73,7 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
             // SAFETY: the mapping is fresh, used only by the touching loop, and outlives the
             // restore: `Lazily` drops the restore first.
             let memory = unsafe { RawRegion::new(region.at(offset), *len) };
-            restore = restore.region(index, memory.map_err(BenchError::of(failed()))?);
+            restore = restore.region(index, memory.map_err(BenchError::trial(failed()))?);
             offset += len;
         }
         Some(region)
@@ -85,7 +85,7 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         restore::StartError::Userfaultfd(error) => {
             BenchError::Unavailable(crate::with_causes(&error))
         }
-        error => BenchError::of(failed())(error),
+        error => BenchError::trial(failed())(error),
     })?;
     let memory = match (&given, restored.regions().first()) {
         (Some(region), _) => region.memory(),

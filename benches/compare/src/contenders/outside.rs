@@ -57,7 +57,7 @@ impl Outside {
         let listener = UnixListener::bind(&self.socket).map_err(BenchError::io(named()))?;
         let (stream, _) = listener.accept().map_err(BenchError::io(named()))?;
         let handed =
-            handshake(&stream, Duration::from_secs(10)).map_err(BenchError::of(named()))?;
+            handshake(&stream, Duration::from_secs(10)).map_err(BenchError::trial(named()))?;
         let uffd = Uffd::received(handed.userfaultfd)?;
         let Some(memory) = handed.regions.first() else {
             return Err(BenchError::Invalid(format!("{}: no region", named())));

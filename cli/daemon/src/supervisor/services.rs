@@ -229,7 +229,7 @@ impl Services {
         self.opening.clear();
     }
 
-    /// Whether a snapshot is being opened.
+    /// Returns whether a snapshot is being opened.
     pub(super) fn is_opening(&self) -> bool {
         !self.opening.is_empty()
     }
@@ -384,7 +384,7 @@ impl Services {
         Some(*key)
     }
 
-    /// Whether a service was removed, and waits for its last VM to end.
+    /// Returns whether a removed service waits for its last VM to end.
     pub(super) fn is_removed(&self, key: u64) -> bool {
         self.records.get(&key).is_some_and(|record| record.removed)
     }
@@ -475,7 +475,7 @@ impl ServiceRecord {
 }
 
 impl StoredSocket {
-    /// Whether its path still refers to it, so that a service can continue with it.
+    /// Returns whether its path still refers to it, so that a service can continue with it.
     pub(super) fn is_current(&self) -> bool {
         self.id.is_some() && self.socket.store_id() == self.id
     }

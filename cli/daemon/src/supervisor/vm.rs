@@ -510,7 +510,7 @@ impl VmRecord {
         matches!(self.state, State::Connecting { .. })
     }
 
-    /// Whether the VM has handed its memory over and is, or will be, served.
+    /// Returns whether the VM has handed its memory over and is, or will be, served.
     pub(super) fn is_active(&self) -> bool {
         self.state.memory().is_some()
     }
@@ -519,7 +519,7 @@ impl VmRecord {
         matches!(self.state, State::Exiting(_))
     }
 
-    /// Whether the process of an exiting VM is gone.
+    /// Returns whether the process of an exiting VM is gone.
     pub(super) fn has_exited(&self) -> bool {
         self.is_exiting() && readable(self.pidfd())
     }
@@ -532,7 +532,7 @@ impl VmRecord {
         }
     }
 
-    /// Whether all descriptors of a refused connection are closed.
+    /// Returns whether all descriptors of a refused connection are closed.
     pub(super) fn is_closed(&self) -> bool {
         matches!(&self.state, State::Closing { closing, .. } if !closing.is_open())
     }
@@ -574,20 +574,20 @@ impl VmRecord {
         }
     }
 
-    /// Whether the worker was killed for keeping this VM waiting, and has not exited yet.
+    /// Returns whether the worker was killed for keeping this VM waiting, and has not exited yet.
     pub(super) fn is_stuck(&self) -> bool {
         let memory = self.state.memory();
         memory.is_some_and(|memory| memory.stuck.last() >= Some(memory.since))
     }
 
-    /// Whether too many workers in a row got stuck on this VM.
+    /// Returns whether too many workers in a row got stuck on this VM.
     pub(super) fn has_exhausted_workers(&self, stuck_after: Duration) -> bool {
         let limit = policy::stuck_workers(stuck_after);
         let memory = self.state.memory();
         memory.is_some_and(|memory| memory.stuck.is_reached(&limit, Instant::now()))
     }
 
-    /// Whether the worker is reading a frame for this VM.
+    /// Returns whether the worker is reading a frame for this VM.
     pub(super) fn is_reading(&self) -> bool {
         !self.decoding().is_empty()
     }

@@ -148,12 +148,12 @@ impl Workers {
         Some(upgrade.worker.channel.as_fd())
     }
 
-    /// Whether messages wait for the worker to read.
+    /// Returns whether messages wait for the worker to read.
     pub(super) fn has_outgoing(&self) -> bool {
         !self.outgoing.is_empty()
     }
 
-    /// Whether another client may wait for the worker.
+    /// Returns whether another client may wait for the worker.
     pub(super) fn admits_clients(&self) -> bool {
         !policy::CLIENTS.is_reached_by(self.outgoing.len())
     }
@@ -169,8 +169,8 @@ impl Workers {
         self.outgoing.extend(service_messages(key, services));
     }
 
-    /// Whether the worker has had, or is about to get, the connection of an operator. Without one,
-    /// no operator has made the request that it passes on.
+    /// Returns whether the worker has had, or is about to get, the connection of an operator.
+    /// Without one, no operator has made the request that it passes on.
     pub(super) fn had_operator(&self) -> bool {
         self.had_operator
     }
@@ -261,7 +261,7 @@ impl Workers {
         self.current.version = Some(version);
     }
 
-    /// Whether no worker has been replaced yet.
+    /// Returns whether no worker has been replaced yet.
     pub(super) fn is_first(&self) -> bool {
         self.started == 1
     }
@@ -296,7 +296,7 @@ impl Workers {
         }
     }
 
-    /// Whether the worker takes too long to start.
+    /// Returns whether the worker takes too long to start.
     pub(super) fn is_start_overdue(&self) -> bool {
         let started = self.current.started.elapsed();
         self.current.version.is_none() && started >= self.options.stuck_after
@@ -383,8 +383,8 @@ impl Workers {
         exited.map(|unkillable| unkillable.hung).collect()
     }
 
-    /// Whether an unkillable worker waits for the snapshot of a service; no new VM must be served
-    /// from it.
+    /// Returns whether an unkillable worker waits for the snapshot of a service; no new VM must be
+    /// served from it.
     pub(super) fn is_hung(&self, service: u64) -> bool {
         let mut unkillable = self.unkillable.iter();
         unkillable.any(|unkillable| unkillable.hung.contains(&service))

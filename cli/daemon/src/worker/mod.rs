@@ -109,7 +109,7 @@ enum ServeError {
 }
 
 impl ServeError {
-    /// Whether the process of the VM has exited.
+    /// Returns whether the process of the VM has exited.
     fn is_exit(&self) -> bool {
         matches!(self, Self::Attach(AttachError::NotPermitted(Errno::ESRCH)))
     }

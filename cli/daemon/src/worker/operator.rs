@@ -43,7 +43,7 @@ impl PendingRequests {
         }
     }
 
-    /// Whether another worker takes over.
+    /// Returns whether another worker takes over.
     pub(crate) fn is_replaced(&self) -> bool {
         self.replaced.load(SeqCst)
     }

@@ -132,7 +132,7 @@ fn file_names_of_any_bytes_are_recorded_and_shown() {
         let args = ["create", "-o", "s", "-f", "--attach"].map(OsStr::new);
         let mut create = command(args);
         create.arg(OsStr::from_bytes(&attach)).arg(name);
-        Run::of(create.current_dir(folder.path())).exits(0);
+        Run::to_end(create.current_dir(folder.path())).exits(0);
         let info = run(&folder, &["info", "s", "--json"]).exits(0).json();
         recorded.push(
             info["properties"]["source.path"]
@@ -147,7 +147,7 @@ fn file_names_of_any_bytes_are_recorded_and_shown() {
         std::fs::remove_file(folder.path().join(name)).unwrap();
         for command_line in [&["create", "-o", "s", "-f"][..], &["info"], &["verify"]] {
             let mut missing = command(command_line);
-            let missing = Run::of(missing.arg(name).current_dir(folder.path())).exits(1);
+            let missing = Run::to_end(missing.arg(name).current_dir(folder.path())).exits(1);
             assert!(!missing.err.contains('\x1b'), "{}", missing.err);
         }
     }
@@ -190,7 +190,7 @@ fn skipped_bytes_of_a_redirected_file_are_remarked() {
     let mut file = File::open(folder.file("raw")).unwrap();
     file.seek(SeekFrom::Start(4096)).unwrap();
     let mut create = command(["create", "-", "-o", "s", "--json"]);
-    let told = Run::of(create.current_dir(folder.path()).stdin(file))
+    let told = Run::to_end(create.current_dir(folder.path()).stdin(file))
         .exits(0)
         .says(&["warning: 4,096 bytes of the redirected file", "left out"])
         .json();
@@ -215,7 +215,7 @@ fn pipe_without_a_writer_yet_is_waited_for() {
     });
     assert!(child.try_wait().unwrap().is_none());
     writer.unwrap().write_all(&[3; 4096]).unwrap();
-    assert_eq!(Run::of(&mut command(["--version"])).code, Some(0));
+    assert_eq!(Run::to_end(&mut command(["--version"])).code, Some(0));
     finish(child).exits(0);
     run(&folder, &["verify", "s"]).exits(0);
 }

@@ -46,7 +46,7 @@ fn holes_read_as_zeros_are_remarked() {
     // A file is treated the same through standard input.
     let stdin = File::open(folder.file("diff")).unwrap();
     let mut piped = command(["create", "-", "-o", "s", "-f", "--json"]);
-    let piped = Run::of(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
+    let piped = Run::to_end(piped.current_dir(folder.path()).stdin(stdin)).exits(0);
     assert_eq!(piped.json()["remarks"], json_remarks(&folder, &create));
 
     folder.write("dense", &vec![7; 64 << 10]);

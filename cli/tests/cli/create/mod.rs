@@ -21,5 +21,5 @@ fn image() -> Vec<u8> {
 fn shell(folder: &Folder, script: &str) -> Run {
     let mut shell = Command::new("/bin/sh");
     let shell = shell.args(["-c", script]).arg(program());
-    Run::of(shell.current_dir(folder.path()).stdin(Stdio::null()))
+    Run::to_end(shell.current_dir(folder.path()).stdin(Stdio::null()))
 }

@@ -18,7 +18,7 @@ fn missing_proc_is_named_and_not_the_process() {
     }
     let folder = Folder::new();
     let mut create = without_proc(command(["create", "--pid", "1", "-o", "s"]));
-    Run::of(create.current_dir(folder.path()))
+    Run::to_end(create.current_dir(folder.path()))
         .exits(1)
         .says(&["no /proc", "mount -t proc"]);
 }

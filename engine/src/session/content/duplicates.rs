@@ -85,8 +85,8 @@ impl Duplicates {
         }
     }
 
-    /// Whether this is the first look at `block`, and marks it as seen. If so, the caller must
-    /// [note](Self::note) it.
+    /// Returns whether this is the first look at `block`, and marks it as seen. If so, the caller
+    /// must [note](Self::note) it.
     pub(crate) fn first_look(&self, block: u64) -> bool {
         let bit = 1 << (block % 64);
         usize::try_from(block / 64)
@@ -97,7 +97,7 @@ impl Duplicates {
             })
     }
 
-    /// Whether the table is full.
+    /// Returns whether the table is full.
     pub(crate) fn is_full(&self) -> bool {
         self.lock().noted.len() == MAX_RUNS
     }

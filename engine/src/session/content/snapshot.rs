@@ -135,12 +135,12 @@ impl SnapshotImage {
         }
     }
 
-    /// Whether `decoder` was last used for this session.
+    /// Returns whether `decoder` was last used for this session.
     pub(crate) fn was_used_by(&self, decoder: &Decoder) -> bool {
         decoder.session == self.session
     }
 
-    /// Whether `decoder` is prepared for this snapshot.
+    /// Returns whether `decoder` is prepared for this snapshot.
     pub(crate) fn is_prepared(&self, decoder: &Decoder) -> bool {
         std::ptr::eq(decoder.of.as_ptr(), Arc::as_ptr(&self.snapshot))
     }

@@ -89,7 +89,7 @@ impl InFlight {
         frames
     }
 
-    /// Whether a fault holds a claim on `frame`.
+    /// Returns whether a fault holds a claim on `frame`.
     #[cfg(test)]
     pub(crate) fn is_claimed(&self, frame: FrameId) -> bool {
         self.lock().frames.contains(&(frame, Reason::Demand))

@@ -18,7 +18,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// Whether `page` is in the damaged frame.
+    /// Returns whether `page` is in the damaged frame.
     pub(super) fn is_damaged(&self, page: PageNumber) -> bool {
         self.damaged == Some(page / 2)
     }

@@ -124,9 +124,9 @@ pub(crate) trait Platform: Sync {
     fn zeropage(&self, address: u64, len: u64) -> Installed;
     /// Marks missing pages as poisoned and wakes their waiters.
     fn poison(&self, address: u64, len: u64) -> Installed;
-    /// Whether there is a page at `address`, as an install of a large page reported. Only the
-    /// owner's page table is reliable: some kernels report the same when there is neither a page
-    /// nor memory for one.
+    /// Returns whether there is a page at `address`, as an install of a large page reported. Only
+    /// the owner's page table is reliable: some kernels report the same when there is neither a
+    /// page nor memory for one.
     fn is_there(&self, address: u64) -> bool;
     /// Wakes the threads that wait for a page in the range; each then faults again.
     fn wake(&self, address: u64, len: u64);
@@ -136,7 +136,7 @@ pub(crate) trait Platform: Sync {
     /// wakes the threads that wait in it. Has no effect on parts that are no longer registered.
     /// Returns `false` if the kernel refused.
     fn unregister(&self, address: u64, len: u64) -> bool;
-    /// Whether a thread waits, or is about to wait, for an event to be read. `address` was
+    /// Returns whether a thread waits, or is about to wait, for an event to be read. `address` was
     /// registered and no longer is.
     fn is_changing(&self, address: u64) -> bool;
 }
@@ -212,7 +212,7 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
-    /// Whether the last frame decoded was already there, so that it was not read.
+    /// Returns whether the last frame decoded was already there, so that it was not read.
     fn was_cached(&self, _decoder: &Self::Decoder) -> bool {
         false
     }

@@ -304,7 +304,8 @@ impl State {
         mapped
     }
 
-    /// Whether the owner has neither moved nor unmapped anything, according to the events so far.
+    /// Returns whether the owner has neither moved nor unmapped anything, according to the events
+    /// so far.
     pub(crate) fn is_in_place(&self) -> bool {
         self.words()[UNMAPPED].load(Relaxed) == 0 && self.map().is_first()
     }
@@ -326,7 +327,7 @@ impl State {
         }
     }
 
-    /// Whether some of the owner's memory has large pages. This never changes.
+    /// Returns whether some of the owner's memory has large pages. This never changes.
     pub(crate) fn has_large(&self) -> bool {
         self.words()[LARGE].load(Relaxed) != 0
     }
@@ -382,7 +383,7 @@ impl State {
             .find_map(|part| first_bit(part, |word| !self.settled_word(word)))
     }
 
-    /// Whether any page of `within` is absent. Checks 64 pages at once.
+    /// Returns whether any page of `within` is absent. Checks 64 pages at once.
     pub(crate) fn any_absent(&self, within: Range<PageNumber>) -> bool {
         self.first_absent(within).is_some()
     }
@@ -408,7 +409,7 @@ impl State {
         })
     }
 
-    /// Whether every page of `within` is present.
+    /// Returns whether every page of `within` is present.
     pub(crate) fn all_present(&self, within: Range<PageNumber>) -> bool {
         masks(within).all(|(word, mask)| {
             let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed);
@@ -520,7 +521,7 @@ impl State {
         self.words()[UNSETTLED].load(Relaxed)
     }
 
-    /// Whether every page may be settled; [`State::recount`] returns the exact number.
+    /// Returns whether every page may be settled; [`State::recount`] returns the exact number.
     pub(crate) fn may_be_settled(&self) -> bool {
         self.words()[UNSETTLED].load(Relaxed) == 0
     }
