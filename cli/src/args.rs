@@ -482,8 +482,12 @@ pub(crate) struct Restore {
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) layers: Layers,
-    /// Order in which every page is touched
-    #[arg(long, value_enum, default_value_t = Touch::Sequential, value_name = "ORDER")]
+    /// Order in which pages are touched: none, sequential, random or file:PATH
+    ///
+    /// Sequential and random touch every page once. The file lists the numbers of pages to touch,
+    /// one per line, in this order; empty lines and lines that start with # are ignored.
+    #[arg(long, default_value = "sequential", value_name = "ORDER",
+          value_parser = OsStringValueParser::new().try_map(|text| Touch::parse(&text)))]
     pub(crate) touch: Touch,
     /// Pages to fetch in the background before they are touched
     #[arg(long, value_enum, default_value_t = Prefetch::All, value_name = "WHAT")]
@@ -653,14 +657,30 @@ impl ServiceOptions {
 }
 
 /// `restore --touch`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Touch {
-    /// No page is touched
+    /// No page.
     None,
-    /// From the first page to the last
+    /// From the first page to the last.
     Sequential,
-    /// Each page once, in a random order
+    /// Each page once, in a random order.
     Random,
+    /// The pages that a file lists.
+    File(PathBuf),
+}
+
+impl Touch {
+    fn parse(text: &OsStr) -> Result<Self, &'static str> {
+        match text.as_bytes() {
+            b"none" => Ok(Self::None),
+            b"sequential" => Ok(Self::Sequential),
+            b"random" => Ok(Self::Random),
+            other => match other.strip_prefix(b"file:") {
+                Some(path) if !path.is_empty() => Ok(Self::File(OsStr::from_bytes(path).into())),
+                _ => Err("expected none, sequential, random or file:PATH"),
+            },
+        }
+    }
 }
 
 /// Compare restores with alternatives, on your file and machine

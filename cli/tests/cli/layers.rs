@@ -3,13 +3,11 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
-use std::process::Stdio;
-use std::time::Duration;
 
 use serde_json::Value;
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, Run, command, finish_within, noise, number, remarks, run};
+use crate::common::{Folder, Run, command, noise, number, remarks, run};
 use crate::elf_core::{Core, Load};
 use crate::owner::Owner;
 use crate::restore::possible;
@@ -598,20 +596,25 @@ fn unusable_bases_and_outputs_are_refused() {
     assert!(!folder.file("n").exists());
 }
 
+/// Regression test: the report of a restore named the child, with the offset in the base.
 #[test]
-fn service_of_a_layered_snapshot_is_refused() {
+fn restore_names_the_file_of_a_damaged_frame() {
     let folder = Folder::new();
     child(&folder);
-    let mut serve = command(["serve", "--snapshot", "child.snap", "--socket", "socket"]);
-    let serve = serve
-        .current_dir(folder.path())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    finish_within(serve, Duration::from_secs(60))
-        .exits(1)
-        .says(&["child.snap is layered: a service needs a snapshot in one file"]);
+    let mut bytes = folder.read("base.snap");
+    bytes[4096 + 200] ^= 1;
+    folder.write("base.snap", &bytes);
+    for prefetch in ["off", "all"] {
+        let args = ["restore", "child.snap", "--prefetch", prefetch, "--json"];
+        if !possible(&folder, "restore_names_the_file_of_a_damaged_frame") {
+            return;
+        }
+        let report = run(&folder, &args).exits(3).json();
+        let failures = report["failures"].as_array().unwrap();
+        assert_eq!(failures.len(), 1, "{report}");
+        assert_eq!(failures[0]["file"], "base.snap", "{report}");
+        assert_eq!(failures[0]["offset"], 4096, "{report}");
+    }
 }
 
 #[test]

@@ -414,3 +414,53 @@ fn without_userfaultfd() -> seccompiler::BpfProgram {
     let mut filters = seccompiler::compile_from_json(json.as_bytes(), arch).unwrap();
     filters.remove("all").unwrap()
 }
+
+#[test]
+fn listed_pages_are_touched_in_their_order() {
+    let folder = Folder::new();
+    if !possible(&folder, "listed_pages_are_touched_in_their_order") {
+        return;
+    }
+    // Two regions: the second begins at the next multiple of 512 page numbers.
+    let load = |start, seed| Load {
+        start,
+        bytes: Mix::new(40, seed).bytes(),
+        memory_bytes: 40 * 4096,
+    };
+    let core = Core {
+        loads: vec![load(0x10_0000, 1), load(0x80_0000, 2)],
+        ..Core::default()
+    };
+    folder.write("core", &core.bytes());
+    run(&folder, &["create", "core", "-o", "s"]).exits(0);
+    run(&folder, &["extract", "s", "-o", "raw"]).exits(0);
+    folder.write("order", b"# first\n39\n\n 512\n551\n0\n");
+    let args = [
+        "restore",
+        "s",
+        "--touch",
+        "file:order",
+        "--prefetch",
+        "off",
+        "--check",
+        "raw",
+        "--json",
+    ];
+    let report = run(&folder, &args).exits(0).json();
+    assert_eq!(number(&report, "touched_pages"), 4, "{report}");
+    assert_eq!(number(&report, "checked_pages"), 4, "{report}");
+    assert_eq!(report["complete_ms"], Value::Null, "{report}");
+
+    for (order, says) in [
+        ("1\n40\n", "order, line 2: the snapshot has no page 40"),
+        ("552", "order, line 1: the snapshot has no page 552"),
+        ("x", "order, line 1: \"x\" is not a page number"),
+        ("-1", "order, line 1: \"-1\" is not a page number"),
+    ] {
+        folder.write("order", order.as_bytes());
+        run(&folder, &args).exits(1).says(&[says]);
+    }
+    let other = ["restore", "s", "--touch", "file:"];
+    let expected = "expected none, sequential, random or file:PATH";
+    run(&folder, &other).exits(2).says(&[expected]);
+}

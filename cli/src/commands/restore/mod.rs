@@ -61,29 +61,31 @@ pub(crate) fn restore(
         Some(path) => Some(open_raw(path, pages.count * PAGE_SIZE_U64)?),
         None => None,
     };
+    let order = match &args.touch {
+        Touch::None => None,
+        Touch::Sequential => Some(Order::Sequential(pages.count)),
+        Touch::Random => Some(Order::random(pages.count, args.seed)),
+        Touch::File(path) => Some(Order::listed(path, &pages)?),
+    };
     let began = Instant::now();
     let restored =
         start(&snapshot, args, output).map_err(|error| exit::name_the_remedies(error.into()))?;
     if restored.is_user_mode_only() && !args.user_mode_only {
         output.warn(USER_MODE_ONLY);
     }
-    let touched = match args.touch {
-        Touch::None => None,
-        order => {
-            let order = match order {
-                Touch::Random => Order::random(pages.count, args.seed),
-                Touch::Sequential | Touch::None => Order::Sequential,
-            };
-            let progress = Progress::bytes(output, "touching", Some(pages.count * PAGE_SIZE_U64));
+    let touched = match order {
+        None => None,
+        Some(order) => {
+            let progress = Progress::bytes(output, "touching", Some(order.len() * PAGE_SIZE_U64));
             let touching = Instant::now();
             let work = touch::Work {
                 restored: &restored,
                 pages: &pages,
-                order,
+                order: &order,
                 raw: raw.as_ref(),
                 began,
             };
-            let touched = work.all(args.touch_threads, &progress, cancel)?;
+            let touched = work.run(args.touch_threads, &progress, cancel)?;
             Some((touched, touching.elapsed()))
         }
     };
@@ -92,7 +94,8 @@ pub(crate) fn restore(
     }
     // The engine counts the last touched page as present a moment later. Unavailable pages weren't
     // touched, so a restore that has some never completes.
-    if touched.is_some() && snapshot.summary().unavailable_pages == 0 {
+    let touches_all = matches!(args.touch, Touch::Sequential | Touch::Random);
+    if touches_all && snapshot.summary().unavailable_pages == 0 {
         let waiting = Instant::now();
         while !restored.is_complete() && waiting.elapsed() < COMPLETE_TIMEOUT {
             std::thread::sleep(Duration::from_micros(200));

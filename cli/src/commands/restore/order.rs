@@ -1,10 +1,21 @@
 //! Orders in which pages are touched.
 
-/// An order of the numbers below a count: each exactly once, without a table.
-#[derive(Clone, Copy, Debug)]
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::touch::Pages;
+use crate::names;
+
+/// An order of pages.
+#[derive(Debug)]
 pub(super) enum Order {
-    Sequential,
+    /// All pages below a count, from the first.
+    Sequential(u64),
+    /// All pages below a count, each exactly once, without a table.
     Random(Shuffle),
+    /// These pages.
+    Listed(Vec<u64>),
 }
 
 /// A permutation of four Feistel rounds. Numbers outside the count are permuted again until they
@@ -26,11 +37,47 @@ impl Order {
         })
     }
 
-    /// Returns the number at `position`, which must be below the count.
+    /// Reads a list of page numbers, one per line. Empty lines and lines that start with `#` are
+    /// ignored.
+    pub(super) fn listed(path: &Path, pages: &Pages) -> Result<Self> {
+        let named = || names::path(path);
+        let text = std::fs::read_to_string(path).with_context(named)?;
+        let mut listed = Vec::new();
+        for (line, text) in (1..).zip(text.lines()) {
+            let text = text.trim();
+            if text.is_empty() || text.starts_with('#') {
+                continue;
+            }
+            let Ok(number) = text.parse() else {
+                bail!("{}, line {line}: {text:?} is not a page number", named());
+            };
+            let Some(page) = pages.with_number(number) else {
+                bail!(
+                    "{}, line {line}: the snapshot has no page {number}",
+                    named()
+                );
+            };
+            listed.push(page);
+        }
+        Ok(Self::Listed(listed))
+    }
+
+    /// Returns the number of touches.
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Sequential(count) => *count,
+            Self::Random(shuffle) => shuffle.count,
+            Self::Listed(pages) => pages.len() as u64,
+        }
+    }
+
+    /// Returns the page at `position`, which must be below the length.
     pub(super) fn at(&self, position: u64) -> u64 {
         match self {
-            Self::Sequential => position,
+            Self::Sequential(_) => position,
             Self::Random(shuffle) => shuffle.at(position),
+            #[expect(clippy::cast_possible_truncation)] // Less than the length of a vector.
+            Self::Listed(pages) => pages[position as usize],
         }
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct RestoreReport {
     map_us: u64,
     first_page_us: Option<u64>,
     touch_ms: Option<u64>,
+    /// Number of pages that were touched, in that time.
+    touched_pages: u64,
     /// Time until all memory was present; `None` if pages are bad or unknown.
     complete_ms: Option<u64>,
     /// Number of pages that were needed but could not be restored.
@@ -84,6 +86,7 @@ impl RestoreReport {
             map_us: whole_micros(stats.mapped),
             first_page_us: found.first_page.map(whole_micros),
             touch_ms: touched.map(|(_, took)| whole_millis(took)),
+            touched_pages: found.pages,
             // The engine counts a poisoned page as settled, but its memory is not restored.
             complete_ms: stats.complete.filter(|_| bad_pages == 0).map(whole_millis),
             bad_pages,
@@ -140,7 +143,8 @@ impl RestoreReport {
 
 /// Groups the pages that could not be restored by the place that is to blame.
 fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec<Bad> {
-    let mut places: BTreeMap<Option<u64>, (Vec<u64>, bool, String)> = BTreeMap::new();
+    type Affected = (Vec<u64>, bool, String);
+    let mut places: BTreeMap<(String, Option<u64>), Affected> = BTreeMap::new();
     // Pages that were unavailable when the snapshot was taken are no failure of the restore.
     let failures = failures
         .iter()
@@ -148,7 +152,7 @@ fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec
     for failure in failures {
         let damaged = failure.kind == FailureKind::Damaged;
         places
-            .entry(failure.offset)
+            .entry((failure.file.clone(), failure.offset))
             .or_insert_with(|| {
                 let detail = without_place(&failure.detail, &failure.file, failure.offset);
                 (Vec::new(), damaged, detail)
@@ -158,17 +162,17 @@ fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec
     }
     // The engine records the first failures only; the place of any other is looked up by its page.
     for &page in touched {
-        let (offset, damaged, detail) = blame(snapshot, page);
+        let (place, damaged, detail) = blame(snapshot, page);
         places
-            .entry(offset)
+            .entry(place)
             .or_insert_with(|| (Vec::new(), damaged, detail))
             .0
             .push(page);
     }
     places
         .into_iter()
-        .map(|(offset, (pages, damaged, detail))| Bad {
-            file: snapshot.name().to_owned(),
+        .map(|((file, offset), (pages, damaged, detail))| Bad {
+            file,
             offset,
             damaged,
             pages: runs(pages),
@@ -177,21 +181,30 @@ fn bad_places(snapshot: &Snapshot, failures: &[Failure], touched: &[u64]) -> Vec
         .collect()
 }
 
-fn blame(snapshot: &Snapshot, page: u64) -> (Option<u64>, bool, String) {
+/// Returns the file and the offset that are to blame for a page, whether there is damage, and what
+/// is wrong.
+fn blame(snapshot: &Snapshot, page: u64) -> ((String, Option<u64>), bool, String) {
+    let own = snapshot.name();
     match snapshot.look_up(page, Reason::Verify) {
-        Ok(Page::Stored { frame, .. }) => (
-            Some(frame.offset()),
-            true,
-            "its frame could not be restored".into(),
-        ),
-        Ok(_) => (None, false, "the page could not be installed".into()),
+        Ok(Page::Stored { frame, .. }) => {
+            let layer = snapshot.layer(frame.layer());
+            let file = layer.map_or(own, |layer| layer.name()).to_owned();
+            let detail = "its frame could not be restored";
+            ((file, Some(frame.offset())), true, detail.into())
+        }
+        Ok(_) => {
+            let detail = "the page could not be installed";
+            ((own.to_owned(), None), false, detail.into())
+        }
         Err(error) => {
-            let offset = match &error {
-                ReadError::Damaged { offset, .. } | ReadError::Io { offset, .. } => Some(*offset),
-                _ => None,
+            let (file, offset) = match &error {
+                ReadError::Damaged { file, offset, .. } | ReadError::Io { file, offset, .. } => {
+                    (&file[..], Some(*offset))
+                }
+                _ => (own, None),
             };
-            let detail = without_place(&error.to_string(), snapshot.name(), offset);
-            (offset, error.is_damage(), detail)
+            let detail = without_place(&error.to_string(), file, offset);
+            ((file.to_owned(), offset), error.is_damage(), detail)
         }
     }
 }
@@ -239,7 +252,7 @@ impl fmt::Display for RestoreReport {
             writeln!(
                 f,
                 "touched     {} in {} ms",
-                count(self.known_pages(), "page"),
+                count(self.touched_pages, "page"),
                 HumanCount(touch)
             )?;
         }

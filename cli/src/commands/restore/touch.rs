@@ -1,4 +1,4 @@
-//! Touches every page, from several threads, and compares the contents.
+//! Touches pages, from several threads, and compares the contents.
 //!
 //! A touch loads one byte, as an owner of the memory would: its page fault is what is measured.
 //! Whole pages are read only for comparison.
@@ -55,6 +55,15 @@ impl Pages {
         }
     }
 
+    /// Returns the page with a page number of the snapshot, if it has one.
+    pub(super) fn with_number(&self, number: u64) -> Option<u64> {
+        let after = self.regions.partition_point(|&(_, first)| first <= number);
+        let &(page, first) = self.regions.get(after.checked_sub(1)?)?;
+        let page = page.checked_add(number - first)?;
+        let end = self.regions.get(after).map_or(self.count, |&(end, _)| end);
+        (page < end).then_some(page)
+    }
+
     /// Returns the region, the offset in it, and the page number of a page.
     fn place(&self, page: u64) -> (usize, u64, u64) {
         let region = self.regions.partition_point(|&(first, _)| first <= page) - 1;
@@ -107,6 +116,8 @@ fn unavailable(snapshot: &Snapshot, regions: &[Region]) -> Vec<Range<u64>> {
 pub(super) struct Touched {
     /// Time from the start of the restore to the first touched page.
     pub(super) first_page: Option<Duration>,
+    /// Number of touches.
+    pub(super) pages: u64,
     pub(super) checked_pages: u64,
     pub(super) mismatches: u64,
     /// Numbers of the first pages that differed.
@@ -119,7 +130,7 @@ pub(super) struct Touched {
 pub(super) struct Work<'a> {
     pub(super) restored: &'a Restored,
     pub(super) pages: &'a Pages,
-    pub(super) order: Order,
+    pub(super) order: &'a Order,
     /// Raw memory file to compare with.
     pub(super) raw: Option<&'a File>,
     /// Start of the restore.
@@ -138,8 +149,8 @@ struct Shared<'a> {
 }
 
 impl Work<'_> {
-    /// Touches every page once.
-    pub(super) fn all(
+    /// Touches the pages.
+    pub(super) fn run(
         &self,
         threads: usize,
         progress: &Progress,
@@ -182,6 +193,7 @@ impl Work<'_> {
             .unwrap_or_else(PoisonError::into_inner);
         touched.first_page = first_page;
         touched.bad.sort_unstable();
+        touched.bad.dedup();
         touched.mismatched.sort_unstable();
         Ok(touched)
     }
@@ -195,11 +207,12 @@ impl Shared<'_> {
         let mut found = Touched::default();
         while !self.stop.load(Relaxed) {
             let from = self.next.fetch_add(PAGES_PER_BATCH, Relaxed);
-            if from >= self.work.pages.count {
+            let count = self.work.order.len();
+            if from >= count {
                 break;
             }
             self.cancel.check()?;
-            let to = self.work.pages.count.min(from + PAGES_PER_BATCH);
+            let to = count.min(from + PAGES_PER_BATCH);
             for position in from..to {
                 let page = self.work.order.at(position);
                 self.touch(&loads, page, &mut memory, &mut expected, &mut found)?;
@@ -207,6 +220,7 @@ impl Shared<'_> {
             self.progress.advance((to - from) * PAGE_SIZE_U64);
         }
         let mut all = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        all.pages += found.pages;
         all.checked_pages += found.checked_pages;
         all.mismatches += found.mismatches;
         let room = MAX_LISTED - all.mismatched.len();
@@ -227,6 +241,7 @@ impl Shared<'_> {
         if self.work.pages.is_unavailable(number) {
             return Ok(());
         }
+        found.pages += 1;
         let start = self.work.restored.regions()[region].as_ptr();
         match loads.byte(start.expose_provenance() as u64 + offset) {
             Ok(_) => {}
