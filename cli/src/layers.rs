@@ -1,12 +1,13 @@
 //! Opening of snapshots with the files of their ancestors.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use snapshot_format::{
-    Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, OrAbsent, Snapshot,
+    Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, OrAbsent, Snapshot, SnapshotId,
     SnapshotOptions,
 };
 
@@ -63,22 +64,46 @@ pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot>
 /// Opens a file that has no name yet, but whose ancestors are `base` and those of it.
 pub(crate) fn open_child(file: File, path: &Path, base: &Snapshot) -> Result<Snapshot> {
     let layers = (0..).map_while(|number| base.layer(number).cloned());
-    let options = SnapshotOptions::default().ancestors(Arc::new(OpenLayers(layers.collect())));
+    let layers = OpenLayers::new(layers.collect(), None);
+    let options = SnapshotOptions::default().ancestors(Arc::new(layers));
     let store = Arc::new(FileStore::from_file(file, path));
     Ok(Snapshot::open_with(store, &options)?)
 }
 
-/// Files that are open already.
+/// Files that are open already, and folders in which others are looked for.
 #[derive(Debug)]
-struct OpenLayers(Vec<Arc<Layer>>);
+pub(crate) struct OpenLayers {
+    layers: HashMap<SnapshotId, Arc<Layer>>,
+    folders: Option<Arc<LayerFolders>>,
+}
+
+impl OpenLayers {
+    pub(crate) fn new(layers: Vec<Arc<Layer>>, folders: Option<Arc<LayerFolders>>) -> Self {
+        let layers = layers.into_iter().map(|layer| (layer.id(), layer));
+        Self {
+            layers: layers.collect(),
+            folders,
+        }
+    }
+}
 
 impl Ancestors for OpenLayers {
     fn find(
         &self,
         wanted: &Ancestor,
-        _beside: Option<&Path>,
+        beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError> {
-        Ok(self.0.iter().find(|layer| wanted.is(layer)).cloned())
+        let layer = self.layers.get(&wanted.id);
+        match (layer.filter(|layer| wanted.is(layer)), &self.folders) {
+            (Some(layer), _) => Ok(Some(Arc::clone(layer))),
+            (None, Some(folders)) => folders.find(wanted, beside),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn searched(&self, beside: Option<&Path>) -> Vec<String> {
+        let folders = self.folders.as_ref();
+        folders.map_or_else(Vec::new, |folders| folders.searched(beside))
     }
 }
 
@@ -91,11 +116,14 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
     let Ok(there) = Layer::open_path(target) else {
         return Ok(());
     };
-    let beside = match target.parent() {
+    let beside = |path: &Path| match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
         _ => PathBuf::from("."),
     };
-    for folder in std::iter::once(beside).chain(folders(layers, &[])?) {
+    // Writing through a symbolic link replaces the file that it names.
+    let real = target.canonicalize().map(|real| beside(&real)).ok();
+    let all = std::iter::once(beside(target)).chain(real);
+    for folder in all.chain(folders(layers, &[])?) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
             let Ok(other) = Layer::open_path(&path) else {
@@ -114,6 +142,23 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// Returns an error if the file of an open base has been replaced since, by `rebase` for example:
+/// a child of it would need a file that is gone.
+pub(crate) fn check_unchanged(path: &Path, base: &Snapshot) -> Result<()> {
+    let there = Layer::open_path(path)?;
+    if base
+        .layer(0)
+        .is_some_and(|own| own.claims_content_of(&there))
+    {
+        return Ok(());
+    }
+    bail!(
+        "{}: was replaced while the snapshot was written, which needs the file that was there \
+         before; repeat the command",
+        names::path(path)
+    )
 }
 
 /// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.

@@ -72,6 +72,8 @@ fn main() -> ExitCode {
     if let Err(error) = signals::outlive_file_limit() {
         return output.fail(&error).into();
     }
+    // A chain may have more files than the usual limit.
+    snaprestore_uffd::os::limits::raise_descriptor_limit();
     let writes = args.command.writes();
     log::start(args.command.log_format());
     let cancel = match signals::watch() {

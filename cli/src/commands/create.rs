@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 use snapshot_format::layout::{
-    MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
+    MAX_ANCESTORS, MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
 use snapshot_format::{
     Dictionary, FileStore, RegionSpec, Snapshot, Writer, WriterOptions, Written, dictionary,
@@ -165,6 +165,14 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let settings = WriteSettings::new(args)?;
     if let Some(base) = &settings.base {
         layers::refuse_ancestor(&args.output, base)?;
+        if base.ancestors().len() >= MAX_ANCESTORS {
+            let text = format!(
+                "{}: has {MAX_ANCESTORS} ancestors, as many as a snapshot may have; make a flat \
+                 base of it first, with `snaprestore flatten`",
+                base.name()
+            );
+            return Err(Refusal::Usage(text).into());
+        }
     }
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
@@ -212,6 +220,12 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         }
         None => (target, written, None),
     };
+    if let (None, Some((path, base))) = (
+        &flattened,
+        args.base.as_deref().zip(settings.base.as_deref()),
+    ) {
+        layers::check_unchanged(path, base)?;
+    }
     target.complete()?;
     let facts = Facts::of_written(&written);
     let base = args.base.as_deref().zip(settings.base);

@@ -101,6 +101,7 @@ pub(crate) fn run(args: &args::Flatten, output: Output, cancel: &Cancel) -> Resu
     let options = options(&args.packing, &snapshot, (output, "flattening"), cancel);
     let (target, rewritten) = flatten(target, &snapshot, options)
         .map_err(|error| target::named(error.into(), &args.output))?;
+    layers::refuse_needed(&args.output, &args.layers)?;
     target.complete()?;
     let report = FlattenReport {
         facts: Facts::of_written(&rewritten.written),

@@ -75,6 +75,8 @@ pub(crate) fn run(args: &args::Rebase, output: Output, cancel: &Cancel) -> Resul
     ];
     let (target, rewritten) =
         rebase(target, &child, &base, options).map_err(|error| target::named(error.into(), to))?;
+    layers::check_unchanged(&args.base, &base)?;
+    layers::refuse_needed(to, &args.layers)?;
     target.complete()?;
     output.report(&RebaseReport {
         file: names::exact(to),

@@ -1,20 +1,24 @@
 //! `snaprestore tree`: shows which snapshots of a folder need which, and what nothing needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::BinaryBytes;
 use serde::Serialize;
-use snapshot_format::{Ancestor, Layer, OpenError};
+use snapshot_format::{Ancestor, Layer, OpenError, SnapshotId};
 
 use crate::args;
 use crate::exit::Exit;
 use crate::names;
 use crate::output::{Output, count};
+
+/// Maximum number of levels by which a file is indented.
+const MAX_INDENT: usize = 32;
 
 /// The snapshots of one or several folders, and what they need.
 #[derive(Serialize)]
@@ -24,13 +28,15 @@ struct TreeReport {
     missing: Vec<Missing>,
     /// Files that could not be read, or are damaged or incomplete.
     unreadable: Vec<Unreadable>,
-    /// Number of entries that are no snapshots: other files, folders, symbolic links.
+    /// Number of entries that are not snapshots: other files, and folders.
     other_entries: u64,
 }
 
 #[derive(Serialize)]
 struct Node {
     file: String,
+    /// Other names of this file: hard and symbolic links.
+    other_names: Vec<String>,
     snapshot_id: String,
     /// Length of the file, which deleting it frees.
     file_bytes: u64,
@@ -38,11 +44,12 @@ struct Node {
     parent: Option<String>,
     /// IDs of the files that it needs.
     ancestors: Vec<String>,
-    /// Files that could not be read any more if this one were deleted.
+    /// Files that could not be read any more if this one were deleted. Of several copies, the first
+    /// is the one that is needed.
     needed_by: Vec<String>,
     /// Bytes that deleting it and the files that need it would free.
     bytes_with_dependents: u64,
-    /// Files with the same content, of which any one is enough.
+    /// Files with the same content, as far as their trailers tell.
     copies: Vec<String>,
     #[serde(skip)]
     depth: usize,
@@ -67,6 +74,7 @@ struct Unreadable {
 /// A snapshot that was found.
 struct Found {
     file: String,
+    other_names: Vec<String>,
     layer: Layer,
     ancestors: Vec<Ancestor>,
 }
@@ -75,6 +83,8 @@ struct Found {
 #[derive(Default)]
 struct Findings {
     found: Vec<Found>,
+    /// Place in `found` of each file, by device and inode.
+    places: HashMap<(u64, u64), usize>,
     unreadable: Vec<Unreadable>,
     other_entries: u64,
 }
@@ -106,7 +116,8 @@ impl Findings {
         let mut paths = Vec::new();
         for entry in fs::read_dir(folder).with_context(named)? {
             let entry = entry.with_context(named)?;
-            if entry.file_type().with_context(named)?.is_file() {
+            // A symbolic link to a file is one more name of it.
+            if entry.path().is_file() {
                 // Names in messages are as short as the folder's.
                 paths.push(if folder == Path::new(".") {
                     PathBuf::from(entry.file_name())
@@ -120,12 +131,24 @@ impl Findings {
         paths.sort();
         for path in paths {
             let file = names::exact(&path);
+            let inode = fs::metadata(&path)
+                .map(|file| (file.dev(), file.ino()))
+                .ok();
+            if let Some(place) = inode.and_then(|inode| self.places.get(&inode)) {
+                self.found[*place].other_names.push(file);
+                continue;
+            }
             match Layer::open_path(&path) {
-                Ok(layer) => self.found.push(Found {
-                    file,
-                    ancestors: layer.named_ancestors(),
-                    layer,
-                }),
+                Ok(layer) => {
+                    let place = self.found.len();
+                    self.places.extend(inode.map(|inode| (inode, place)));
+                    self.found.push(Found {
+                        file,
+                        other_names: Vec::new(),
+                        ancestors: layer.named_ancestors(),
+                        layer,
+                    });
+                }
                 Err(OpenError::NotASnapshot { .. }) => self.other_entries += 1,
                 Err(error) => self.unreadable.push(Unreadable {
                     file,
@@ -136,13 +159,6 @@ impl Findings {
         Ok(())
     }
 
-    /// Returns the files that are the recorded one.
-    fn matching<'a>(&'a self, wanted: &Ancestor) -> impl Iterator<Item = usize> + 'a {
-        let wanted = wanted.clone();
-        let found = self.found.iter().enumerate();
-        found.filter_map(move |(at, found)| wanted.is(&found.layer).then_some(at))
-    }
-
     fn report(self) -> TreeReport {
         let names = |files: &BTreeSet<usize>| -> Vec<String> {
             files
@@ -150,6 +166,11 @@ impl Findings {
                 .map(|at| self.found[*at].file.clone())
                 .collect()
         };
+        let mut by_id: HashMap<SnapshotId, Vec<usize>> = HashMap::new();
+        for (at, found) in self.found.iter().enumerate() {
+            by_id.entry(found.layer.id()).or_default().push(at);
+        }
+        let with_id = |id: &SnapshotId| by_id.get(id).map_or(&[][..], Vec::as_slice);
         // Files that need each file, itself left out, and the one that each is shown below.
         let mut needed_by = vec![BTreeSet::new(); self.found.len()];
         let mut parents = vec![None; self.found.len()];
@@ -157,13 +178,12 @@ impl Findings {
         for (at, found) in self.found.iter().enumerate() {
             let mut deepest = None;
             for wanted in &found.ancestors {
-                let mut holders = self.matching(wanted).peekable();
+                let same_id = with_id(&wanted.id);
+                let is_recorded = |at: &&usize| wanted.is(&self.found[**at].layer);
+                let mut holders = same_id.iter().filter(is_recorded).copied().peekable();
                 if holders.peek().is_none() {
                     let id = wanted.id.to_string();
-                    let replaced = self
-                        .found
-                        .iter()
-                        .find(|other| other.layer.id() == wanted.id);
+                    let replaced = same_id.first().map(|at| &self.found[*at]);
                     let entry = missing.entry(id.clone()).or_insert_with(|| Missing {
                         snapshot_id: id,
                         name: wanted.name.clone(),
@@ -182,8 +202,7 @@ impl Findings {
             }
             parents[at] = deepest.map(|(_, holder)| holder);
         }
-        let mut order = Vec::with_capacity(self.found.len());
-        list_children(None, &parents, 0, &mut order);
+        let mut order = in_order(&parents);
         // Of files that need each other, which only hostile ones do, none is below a root.
         let listed: BTreeSet<usize> = order.iter().map(|(at, _)| *at).collect();
         order.extend(
@@ -193,20 +212,23 @@ impl Findings {
         );
         let files = order.into_iter().map(|(at, depth)| {
             let found = &self.found[at];
-            let copies: BTreeSet<usize> = (0..self.found.len())
-                .filter(|other| *other != at && is_copy(&self.found[*other], found))
-                .collect();
+            let is_copy =
+                |other: &&usize| found.layer.claims_content_of(&self.found[**other].layer);
+            let copies = with_id(&found.layer.id()).iter().filter(is_copy);
+            let mut copies: BTreeSet<usize> = copies.copied().collect();
+            copies.remove(&at);
             let bytes = |at: &usize| self.found[*at].layer.file_bytes();
             let dependents: u64 = needed_by[at].iter().map(bytes).sum();
             let nobody = BTreeSet::new();
-            // With a copy left, nothing is lost.
-            let needed_by = if copies.is_empty() {
+            // With a copy left, nothing is lost: one of them must stay.
+            let needed_by = if copies.first().is_none_or(|first| at < *first) {
                 &needed_by[at]
             } else {
                 &nobody
             };
             Node {
                 file: found.file.clone(),
+                other_names: found.other_names.clone(),
                 snapshot_id: found.layer.id().to_string(),
                 file_bytes: found.layer.file_bytes(),
                 parent: parents[at].map(|parent| self.found[parent].file.clone()),
@@ -230,22 +252,25 @@ impl Findings {
     }
 }
 
-/// Lists the files below `parent`, each followed by those below it.
-fn list_children(
-    parent: Option<usize>,
-    parents: &[Option<usize>],
-    depth: usize,
-    order: &mut Vec<(usize, usize)>,
-) {
-    // Each file has one parent, so none is listed twice.
-    for at in (0..parents.len()).filter(|at| parents[*at] == parent) {
-        order.push((at, depth));
-        list_children(Some(at), parents, depth + 1, order);
+/// Returns the files, each followed by those below it, with their depths.
+fn in_order(parents: &[Option<usize>]) -> Vec<(usize, usize)> {
+    let mut children: HashMap<Option<usize>, Vec<usize>> = HashMap::new();
+    for (at, parent) in parents.iter().enumerate() {
+        children.entry(*parent).or_default().push(at);
     }
-}
-
-fn is_copy(a: &Found, b: &Found) -> bool {
-    a.layer.id() == b.layer.id() && a.layer.file_bytes() == b.layer.file_bytes()
+    // Each file has one parent, so none is listed twice.
+    let mut order = Vec::with_capacity(parents.len());
+    let mut below = |parent, depth, next: &mut Vec<(usize, usize)>| {
+        let files = children.remove(&parent).unwrap_or_default();
+        next.extend(files.into_iter().rev().map(|at| (at, depth)));
+    };
+    let mut next = Vec::new();
+    below(None, 0, &mut next);
+    while let Some((at, depth)) = next.pop() {
+        order.push((at, depth));
+        below(Some(at), depth + 1, &mut next);
+    }
+    order
 }
 
 impl fmt::Display for TreeReport {
@@ -259,7 +284,14 @@ impl fmt::Display for TreeReport {
             "id",
         ]);
         for node in &self.files {
-            let mut file = format!("{}{}", "  ".repeat(node.depth), names::shown(&node.file));
+            let mut file = format!(
+                "{}{}",
+                "  ".repeat(node.depth.min(MAX_INDENT)),
+                names::shown(&node.file)
+            );
+            if let Some(other) = node.other_names.first() {
+                file.extend([" (also ", &names::shown(other), ")"]);
+            }
             if let Some(copy) = node.copies.first() {
                 file.extend([" (copy of ", &names::shown(copy), ")"]);
             }
@@ -289,6 +321,9 @@ impl fmt::Display for TreeReport {
             let separator = if number == 0 { ": " } else { ", " };
             write!(f, "{separator}{}", names::shown(&node.file))?;
         }
+        if !self.unreadable.is_empty() {
+            write!(f, "; what the unreadable files need is not known")?;
+        }
         writeln!(f)?;
         for missing in &self.missing {
             write!(f, "MISSING     {}", missing.snapshot_id)?;
@@ -299,7 +334,12 @@ impl fmt::Display for TreeReport {
                 let other = names::shown(other);
                 write!(f, ", whose id {other} has, which is another file")?;
             }
-            writeln!(f, ", needed by {}", missing.needed_by.join(", "))?;
+            let needed_by: Vec<_> = missing
+                .needed_by
+                .iter()
+                .map(|file| names::shown(file))
+                .collect();
+            writeln!(f, ", needed by {}", needed_by.join(", "))?;
         }
         for unreadable in &self.unreadable {
             writeln!(f, "UNREADABLE  {}", unreadable.error)?;

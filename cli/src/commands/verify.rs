@@ -9,11 +9,11 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{FileStore, LayerFolders, Store, VerifyError, VerifyOptions};
+use snapshot_format::{Ancestors, FileStore, LayerFolders, Store, VerifyError, VerifyOptions};
 
 use crate::args;
 use crate::exit::Exit;
-use crate::layers;
+use crate::layers::{self, OpenLayers};
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -110,7 +110,7 @@ impl Work<'_> {
         &self,
         file: String,
         store: Arc<dyn Store>,
-        ancestors: Arc<LayerFolders>,
+        ancestors: Arc<dyn Ancestors>,
     ) -> Result<FileReport> {
         let progress = Progress::bytes(self.output, "verifying", None);
         let mut options = VerifyOptions::default()
@@ -169,9 +169,12 @@ impl Work<'_> {
             }
             Err(error) => return Err(error),
         };
+        // Each of them is opened once, however many of the files need it.
+        let open = OpenLayers::new(snapshot.ancestors().to_vec(), Some(Arc::clone(resolver)));
+        let open: Arc<dyn Ancestors> = Arc::new(open);
         let ancestors = snapshot.ancestors().iter().map(|layer| {
             let file = layer.name().to_owned();
-            let report = self.check(file, layer.shared_store(), Arc::clone(resolver))?;
+            let report = self.check(file, layer.shared_store(), Arc::clone(&open))?;
             Ok(AncestorReport {
                 ok: report.ok(),
                 report,

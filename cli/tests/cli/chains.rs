@@ -3,10 +3,12 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
+use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::common::{Folder, noise, number, run};
+use crate::common::{Folder, command, finish_within, noise, number, run};
 use crate::layers::{base, create, holds, write_diff};
 
 const PAGE: usize = 4096;
@@ -369,6 +371,8 @@ fn tree_shows_what_needs_what() {
     fs::write(folder.file("readme"), "no snapshot").unwrap();
     fs::create_dir(folder.file("more")).unwrap();
     fs::copy(folder.file("1.snap"), folder.file("copy.snap")).unwrap();
+    fs::hard_link(folder.file("3.snap"), folder.file("hard.snap")).unwrap();
+    std::os::unix::fs::symlink("3.snap", folder.file("link.snap")).unwrap();
     let whole = folder.read("3.snap");
     folder.write("cut.snap", &whole[..whole.len() / 2]);
     let mut damaged = whole;
@@ -399,9 +403,15 @@ fn tree_shows_what_needs_what() {
     assert_eq!(number(base, "bytes_with_dependents"), bytes);
     let length = fs::metadata(folder.file("base.snap")).unwrap().len();
     assert_eq!(number(base, "file_bytes"), length);
-    // A copy is left of it.
-    assert_eq!(node("1.snap")["needed_by"], json!([]));
+    // One of the two copies must stay.
+    assert_eq!(node("1.snap")["needed_by"], json!(["2.snap", "3.snap"]));
     assert_eq!(node("1.snap")["copies"], json!(["copy.snap"]));
+    assert_eq!(node("copy.snap")["needed_by"], json!([]));
+    assert_eq!(node("copy.snap")["copies"], json!(["1.snap"]));
+    assert_eq!(
+        node("3.snap")["other_names"],
+        json!(["hard.snap", "link.snap"])
+    );
     assert_eq!(node("2.snap")["needed_by"], json!(["3.snap"]));
     assert_eq!(node("3.snap")["parent"], "2.snap");
     assert_eq!(node("3.snap")["needed_by"], json!([]));
@@ -433,15 +443,26 @@ fn tree_shows_what_needs_what() {
         "\n   1.snap",
         "\n       3.snap",
         "(copy of 1.snap)",
-        "no other needs 3 files of",
-        ": 1.snap, ",
+        "no other needs 2 files of",
+        ": copy.snap, ",
+        "what the unreadable files need is not known",
         "UNREADABLE  cut.snap: incomplete",
         "5 other entries",
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
+}
 
-    // A missing and a replaced ancestor.
+#[test]
+fn tree_names_missing_and_replaced_ancestors() {
+    let folder = Folder::new();
+    chain(&folder);
+    fs::create_dir(folder.file("more")).unwrap();
+    let tree = |args: &[&str]| {
+        run(&folder, &[&["tree", "--json"], args].concat())
+            .exits(0)
+            .json()
+    };
     let missing = id(&folder, "base.snap");
     fs::rename(folder.file("base.snap"), folder.file("more/renamed")).unwrap();
     let report = tree(&["."]);
@@ -452,7 +473,7 @@ fn tree_shows_what_needs_what() {
         (&entry["snapshot_id"], &entry["name"]),
         (&json!(missing), &json!("base.snap"))
     );
-    assert_eq!(entry["needed_by"].as_array().unwrap().len(), 4);
+    assert_eq!(entry["needed_by"].as_array().unwrap().len(), 3);
     let text = run(&folder, &["tree"]).exits(0).text();
     assert!(
         text.contains(&format!("MISSING     {missing} (last known as base.snap)")),
@@ -519,4 +540,54 @@ fn damaged_block_of_the_base_is_stored_whole_with_a_warning() {
     assert_eq!(info["properties"]["base.damaged_blocks"], "1");
     assert!(number(&info, "ancestor_pages") > 0, "{info}");
     holds(&folder, "child.snap", &memory);
+}
+
+/// Regression test: the folder of the link was searched instead of that of the file.
+#[test]
+fn ancestor_is_not_replaced_through_a_link() {
+    let folder = Folder::new();
+    chain(&folder);
+    fs::create_dir(folder.file("links")).unwrap();
+    std::os::unix::fs::symlink("../1.snap", folder.file("links/1")).unwrap();
+    let before = folder.read("1.snap");
+    run(&folder, &["flatten", "base.snap", "-o", "links/flat"]).exits(0);
+    run(
+        &folder,
+        &["flatten", "base.snap", "-o", "links/1", "--force"],
+    )
+    .exits(2)
+    .says(&["is an ancestor of"]);
+    run(&folder, &["rebase", "links/1", "--base", "links/flat"])
+        .exits(2)
+        .says(&["is an ancestor of"]);
+    assert!(folder.read("1.snap") == before);
+}
+
+/// Regression test: the child was written, and nothing could read it.
+#[test]
+fn base_that_is_replaced_meanwhile_is_an_error() {
+    let folder = Folder::new();
+    chain(&folder);
+    let args = [
+        "create", "-", "--raw", "--base", "1.snap", "--holes", "zero",
+    ];
+    let mut create = command(args.into_iter().chain(["-o", "late.snap"]));
+    let create = create.current_dir(folder.path()).stdin(Stdio::piped());
+    let mut create = create
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It has opened its base when it has read more than fits into the pipe.
+    let memory = folder.read("base.raw");
+    let mut stdin = create.stdin.take().unwrap();
+    stdin.write_all(&memory[..4 << 20]).unwrap();
+    run(&folder, &["flatten", "1.snap", "-o", "flat"]).exits(0);
+    fs::rename(folder.file("flat"), folder.file("1.snap")).unwrap();
+    stdin.write_all(&memory[4 << 20..]).unwrap();
+    drop(stdin);
+    finish_within(create, Duration::from_secs(60))
+        .exits(1)
+        .says(&["1.snap: was replaced", "repeat the command"]);
+    assert!(!folder.file("late.snap").exists());
 }

@@ -17,6 +17,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::layer::Layer;
 use crate::digest::Digest;
@@ -59,7 +60,8 @@ impl Ancestor {
 
     /// Returns whether `layer` is the recorded file.
     pub fn is(&self, layer: &Layer) -> bool {
-        self.difference(layer).is_none()
+        // A text for each file that is another one would be slow in a long chain.
+        layer.id() == self.id && self.difference(layer).is_none()
     }
 
     /// Checks that `layer` is the recorded file.
@@ -106,10 +108,20 @@ pub trait Ancestors: fmt::Debug + Send + Sync {
 pub struct LayerFolders {
     folders: Vec<PathBuf>,
     /// Files of each folder that was searched, by the id in their headers.
-    known: Mutex<HashMap<PathBuf, FilesById>>,
+    known: Mutex<HashMap<PathBuf, KnownFolder>>,
+}
+
+/// The content of a folder.
+#[derive(Debug)]
+struct KnownFolder {
+    files: FilesById,
+    read: Instant,
 }
 
 type FilesById = HashMap<SnapshotId, Vec<PathBuf>>;
+
+/// Minimum time between two readings of a folder, so that many missing files don't cost one each.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
 
 impl LayerFolders {
     /// Creates a resolver that searches these folders, besides that of the referring file.
@@ -126,14 +138,16 @@ impl LayerFolders {
             .chain(self.folders.iter().map(PathBuf::as_path))
     }
 
-    /// Returns the files in `folder` whose header has this id. The folder is read the first time,
-    /// or if `again` is set.
+    /// Returns the files in `folder` whose header has this id. The folder is read the first time
+    /// and, if `again` is set, when that was long ago.
     fn by_id(&self, folder: &Path, id: SnapshotId, again: bool) -> Vec<PathBuf> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if again || !known.contains_key(folder) {
-            known.insert(folder.to_owned(), ids_in(folder));
+        let is_recent = |known: &KnownFolder| !again || known.read.elapsed() < READ_INTERVAL;
+        if !known.get(folder).is_some_and(is_recent) {
+            let (files, read) = (ids_in(folder), Instant::now());
+            known.insert(folder.to_owned(), KnownFolder { files, read });
         }
-        let files = known.get(folder).and_then(|files| files.get(&id));
+        let files = known.get(folder).and_then(|known| known.files.get(&id));
         files.cloned().unwrap_or_default()
     }
 }

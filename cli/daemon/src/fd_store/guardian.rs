@@ -37,7 +37,6 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
@@ -254,9 +253,7 @@ fn stay() -> io::Result<()> {
     // Makes this the last process for the OOM killer to choose, and raises its limit of
     // descriptors; both as far as permitted.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
+    snaprestore_uffd::os::limits::raise_descriptor_limit();
     let place = match cgroup::leave() {
         Ok(()) => "left".to_owned(),
         Err(error) => format!("stays {error}"),

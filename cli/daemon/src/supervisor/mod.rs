@@ -37,7 +37,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use self::endpoints::Endpoints;
 use self::journal::Journal;
@@ -205,7 +204,8 @@ impl Supervisor {
         if let Some(user) = options.user.as_ref().filter(|_| options.confine) {
             Account::find(user)?;
         }
-        raise_descriptor_limit();
+        // Every VM takes some.
+        snaprestore_uffd::os::limits::raise_descriptor_limit();
         // Without it, a limit of the size of files kills the supervisor instead of a VM.
         let _ = block_file_size_signal();
         let inherited = systemd::take_inherited_fds();
@@ -292,13 +292,5 @@ impl Supervisor {
         }
         outcome?;
         Ok(self.journal.into_summary(self.workers.restarts()))
-    }
-}
-
-/// Raises the limit of descriptors, since every VM takes some.
-fn raise_descriptor_limit() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // With a lower limit, fewer VMs can be served.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }

@@ -1,15 +1,24 @@
-//! Diagnosis of the limit behind a refusal of the kernel, because ENOMEM and EAGAIN name none.
+//! Diagnosis of the limit behind a refusal of the kernel, because ENOMEM and EAGAIN name none; and
+//! the limit of descriptors.
 
 use std::fmt;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader};
 
 use nix::errno::Errno;
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 /// Number of mappings that an operation may need at once; with fewer left, their number is the
 /// limit.
 const FEW_MAPPINGS: u64 = 4;
+
+/// Raises this process's limit of open descriptors as far as it may.
+pub fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // With the lower limit, less works, and says so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
 
 /// A description of the limit that an operation reached, if known. In messages it comes last.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
