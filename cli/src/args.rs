@@ -197,8 +197,8 @@ pub(crate) struct Create {
     ///
     /// N is 0 to 1024; 0 always flattens. The new snapshot is first packed as a child of the base,
     /// in a file without a name, and then flattened as `snaprestore flatten` does. It holds the
-    /// same, and needs neither the base nor its ancestors. The summary and `flattened` of --json say
-    /// so. The output must be a file.
+    /// same, and needs neither the base nor its ancestors. The summary and `flattened` of --json
+    /// say so. The output must be a file.
     #[arg(long, value_name = "N", requires = "base",
           value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub(crate) flatten_after: Option<u16>,
