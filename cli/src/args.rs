@@ -139,9 +139,11 @@ pub(crate) struct Create {
     /// Store only what differs from this snapshot; the new one needs it and its ancestors
     ///
     /// Holes of a sparse raw file then mean "as in the base" (see --holes), so the file may be a
-    /// diff snapshot of Firecracker. Anything else is compared with the base: regions that have the
-    /// same start and name. The base is found later by its ID, under any name, in the folder of the
-    /// new snapshot or in those of --layers. It must not be changed or deleted.
+    /// diff snapshot of Firecracker. All other memory is compared with the base: raw files and
+    /// streams from their start, cores and processes by regions of the same start and name. The
+    /// base is found later by its ID, under any name, in the folder of the new snapshot or in those
+    /// of --layers. It must not be changed or deleted. Damage in blocks of the base that did not
+    /// change is not noticed: run `snaprestore verify` on the base first.
     #[arg(long, value_name = "SNAPSHOT", value_hint = ValueHint::FilePath)]
     pub(crate) base: Option<PathBuf>,
     #[command(flatten)]
@@ -193,9 +195,10 @@ pub(crate) struct Create {
     pub(crate) inherit_attachment: Vec<String>,
     /// Write a flat snapshot instead of one that would need more than N other files
     ///
-    /// The new snapshot is first packed as a child of the base, in a file without a name, and then
-    /// flattened as `snaprestore flatten` does. It holds the same, and needs neither the base nor
-    /// its ancestors. The summary and `flattened` of --json say so. The output must be a file.
+    /// N is 0 to 1024; 0 always flattens. The new snapshot is first packed as a child of the base,
+    /// in a file without a name, and then flattened as `snaprestore flatten` does. It holds the
+    /// same, and needs neither the base nor its ancestors. The summary and `flattened` of --json
+    /// say so. The output must be a file.
     #[arg(long, value_name = "N", requires = "base",
           value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub(crate) flatten_after: Option<u16>,
@@ -224,7 +227,7 @@ pub(crate) enum Holes {
     Base,
 }
 
-/// Where the ancestors of layered snapshots are.
+/// The folders with ancestors of layered snapshots.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub(crate) struct Layers {
     /// Folder with ancestors of a layered snapshot (may be repeated)
@@ -387,14 +390,14 @@ pub(crate) struct Extract {
 ///
 /// The new snapshot holds the same memory, attachments, working sets and properties, and needs no
 /// other file. Frames of which at least 45 % is still in use are copied as they are; the others are
-/// packed anew. A snapshot that is not layered is rid of what no page of it uses. Every checksum is
-/// verified, and the digests of the result are compared with those of the chain; `verify` compares
-/// every page. The output file appears only when it is complete and on disk. The files of the chain
-/// are not changed.
+/// repacked. SNAPSHOT need not be layered: a flat one then takes less room, if its frames hold many
+/// pages that it does not use. Every checksum is verified, and the digests of the result are
+/// compared with those of the chain; `verify` compares every page. The output file appears only
+/// when it is complete and on disk. The files of the chain are not changed.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Flatten {
     /// Snapshot to flatten: the newest of the chain
-    #[arg(value_name = "CHAIN", value_hint = ValueHint::FilePath)]
+    #[arg(value_name = "SNAPSHOT", value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) layers: Layers,
@@ -408,10 +411,10 @@ pub(crate) struct Flatten {
     pub(crate) packing: Packing,
 }
 
-/// How frames are packed anew.
+/// Options for repacking frames.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Packing {
-    /// Compression level of zstd, for what is packed anew
+    /// Compression level of zstd, for frames that are repacked
     #[arg(long, short, default_value_t = 3, value_name = "N", allow_hyphen_values = true,
           value_parser = clap::value_parser!(i32).range(-7..=22))]
     pub(crate) level: i32,
@@ -424,8 +427,8 @@ pub(crate) struct Packing {
 ///
 /// The new base is the old one flattened, or packed with other options. CHILD is replaced by a
 /// snapshot with the same memory and a new ID, which needs the new base and its ancestors only.
-/// What it took from the old base is proved by digests to be in the new one, so the old base need
-/// not be there as a rule; where pages were taken from elsewhere in it, it must be found. A base
+/// The old base is needed only for blocks in which CHILD took a page from another place of it, or
+/// of its ancestors. For the others, digests prove that the new base has the same pages. A base
 /// with other memory is refused, and so is the replacement of a snapshot that is itself an ancestor
 /// of another one in its folder or in those of --layers.
 #[derive(Debug, ClapArgs)]
@@ -452,8 +455,10 @@ pub(crate) struct Rebase {
 ///
 /// Each snapshot is listed below one that it needs, with its size, with the size of it and all that
 /// need it (what deleting all of these frees), and with the number of files that would be lost if
-/// it were deleted. Names what no other needs, ancestors that are missing, and files that cannot be
-/// read. Reads only the ends of the files. Folders within the folder are not searched.
+/// it were deleted. The report also names the files that no other needs, the ancestors that are
+/// missing, and the files that are incomplete or damaged at their ends. Only the ends of files are
+/// read: use `snaprestore verify --chain` to check all of them. Folders within the folder are not
+/// searched.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Tree {
     /// Folders to search together [default: .]
@@ -605,7 +610,7 @@ pub(crate) struct Serve {
     pub(crate) options: ServiceOptions,
 }
 
-/// How VMs are served.
+/// Options of a service.
 #[derive(Clone, Debug, ClapArgs)]
 pub(crate) struct ServiceOptions {
     /// Pages to fetch in the background before they are touched

@@ -31,10 +31,10 @@ impl From<Exit> for ExitCode {
 pub(crate) const HELP: &str = "\
 Exit codes:
   0  done
-  1  the operation failed
+  1  the operation failed; also if an ancestor of a layered snapshot is missing or was replaced
   2  wrong usage
-  3  the file is damaged, incomplete or not a snapshot, or has a version or features that this
-     program doesn't know
+  3  the file, or one of its ancestors, is damaged, incomplete or not a snapshot, or the file has
+     a version or features that this program doesn't know
   4  this machine does not permit it (the message says what would)
 A command interrupted by Ctrl-C or SIGTERM removes its partial output, lets the process that it
 stopped continue, and dies from that signal: a shell shows 130 or 143.

@@ -51,7 +51,7 @@ pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
     )?)
 }
 
-/// Opens a snapshot with those of its ancestors that are at hand.
+/// Opens a snapshot with those of its ancestors that can be found and used.
 pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
     let resolver = OrAbsent(resolver(layers, None)?);
     let options = SnapshotOptions::default().ancestors(Arc::new(resolver));

@@ -270,7 +270,7 @@ pub enum OpenError {
         file: String,
         /// Id of the ancestor.
         id: SnapshotId,
-        /// Why the ancestor's file can't be used.
+        /// The reason why the ancestor's file can't be used.
         source: Box<OpenError>,
     },
     /// The file is not the one that a child recorded as its ancestor.
@@ -518,7 +518,7 @@ pub enum FrameError {
     Dictionary {
         /// First byte of the frame record.
         offset: u64,
-        /// Why there is no dictionary.
+        /// The reason why there is no dictionary.
         source: Box<ReadError>,
     },
     /// The caller's buffer has another length than the decoded frame.

@@ -48,6 +48,59 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # A child
+//!
+//! Writes a base and a child of it, in which one page differs, to files in one folder, and reads
+//! the child.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use snapshot_format::layout::PAGE_SIZE;
+//! use snapshot_format::{
+//!     FrameDecoder, Page, Reason, RegionSpec, Snapshot, SnapshotFile, Writer, WriterOptions,
+//! };
+//!
+//! let folder = tempfile::tempdir()?;
+//! let (base_path, child_path) = (folder.path().join("base"), folder.path().join("child"));
+//! let text = b"it was a dark and stormy night".repeat(1000);
+//! let file = SnapshotFile::create(&base_path, false)?;
+//! let mut writer = Writer::new(file, WriterOptions::default())?;
+//! writer.begin_region(&RegionSpec { name: "ram".into(), ..RegionSpec::default() })?;
+//! writer.write_pages(&text[..3 * PAGE_SIZE])?;
+//! writer.finish()?.0.commit()?;
+//!
+//! let base = Arc::new(Snapshot::open_path(&base_path)?);
+//! let region = &base.regions()[0];
+//! let options = WriterOptions { base: Some(Arc::clone(&base)), ..WriterOptions::default() };
+//! let mut writer = Writer::new(SnapshotFile::create(&child_path, false)?, options)?;
+//! writer.begin_region(&RegionSpec {
+//!     name: region.name.clone(),
+//!     base_page: Some(region.first_page),
+//!     ..RegionSpec::default()
+//! })?;
+//! writer.write_from_base(2)?;
+//! writer.write_pages(&text[5 * PAGE_SIZE..6 * PAGE_SIZE])?;
+//! let (file, written) = writer.finish()?;
+//! file.commit()?;
+//! assert_eq!(written.ancestor_pages, 2);
+//!
+//! // The base is found beside the child.
+//! let child = Snapshot::open_path(&child_path)?;
+//! assert_eq!(child.ancestors()[0].id(), base.id());
+//! let mut decoder = FrameDecoder::new();
+//! for (number, expected) in [(0, 0), (1, 1), (2, 5)] {
+//!     let Page::Stored { frame, slot } = child.look_up(number, Reason::Demand)? else {
+//!         panic!("page {number} is stored in a frame");
+//!     };
+//!     let mut pages = vec![0; frame.decoded_len()];
+//!     decoder.decode(&child, &frame, Reason::Demand, &mut pages)?;
+//!     let page = &pages[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
+//!     assert_eq!(page, &text[expected * PAGE_SIZE..][..PAGE_SIZE]);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Where to start
 //!
 //! | to | use |
@@ -56,6 +109,10 @@
 //! | read from something other than a file | the trait [`Store`] |
 //! | write a snapshot in one pass, to anything that implements [`std::io::Write`] | [`Writer`] |
 //! | write a file that gets its name when all of it is on disk | [`SnapshotFile`] |
+//! | name the base of a child to write | [`WriterOptions::base`], [`RegionSpec::base_page`] |
+//! | leave out pages that are as in the base | [`Writer::write_from_base`] |
+//! | say where ancestors are found | [`SnapshotOptions::ancestors`], [`LayerFolders`] |
+//! | make one file of a chain, or change a base | [`flatten`], [`rebase`] |
 //! | read everything, and report everything that is wrong | [`verify()`] |
 //! | know what the fields on disk mean | [`layout`], `FORMAT.md` |
 //!

@@ -15,7 +15,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use crate::error::OpenError;
 use crate::names::escape_path;
 
-/// Why bytes are read. Stores may treat the reasons differently; statistics count them separately.
+/// The reason for which bytes are read. Stores may treat the reasons differently; statistics count
+/// them separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// Header, trailer, sections and dictionaries.

@@ -22,7 +22,7 @@ pub fn guest(test: &str) -> Option<GuestImage> {
     made(test, guest::memory())
 }
 
-/// Returns the states of a small working guest, as [`guest`] returns the memory of a large one.
+/// Returns the states of a small working guest, as [`guest()`] returns the memory of a large one.
 pub fn guest_states(test: &str) -> Option<GuestStates> {
     made(test, guest::states())
 }

@@ -41,6 +41,9 @@ pub(crate) enum CtlOp {
 }
 
 /// Serve one more snapshot
+///
+/// The ancestors of a layered snapshot are searched for in its folder, then in the folders of the
+/// daemon: those of `serve --layers`, of its configuration, and of its SNAPRESTORE_LAYERS.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlAdd {
     /// Name of the service: letters, digits, dots, dashes and underscores

@@ -577,7 +577,7 @@ impl SnapshotSink {
         })
     }
 
-    /// Returns a remark about damage of the base that the new snapshot does without.
+    /// Returns a remark about damage of the base in blocks that were stored whole instead.
     fn damage_remark(&mut self) -> Result<Option<Remark>> {
         let damage = self.writer.base_damage()?;
         Ok(damage.map(|damage| Remark {

@@ -37,7 +37,7 @@ struct FlattenReport {
 pub(crate) struct RewriteFacts {
     /// Number of frames that were copied as they are.
     copied_frames: u64,
-    /// Number of frames that were packed anew.
+    /// Number of frames that were repacked.
     packed_frames: u64,
     /// Number of pages stored in copied frames that are not a part of the memory any more.
     dead_pages: u64,

@@ -507,7 +507,7 @@ fn resealed(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// A chain in which much was changed is packed anew where little is left of a frame.
+/// A chain in which much was changed is repacked where little is left of a frame.
 #[test]
 fn frames_of_which_little_is_left_are_packed_anew() {
     let folder = Folder::new();

@@ -293,7 +293,7 @@ fn killed_rebase_leaves_the_child_with_one_of_its_bases() {
     let folder = Folder::new();
     chain(&folder);
     let memory = folder.read("other.raw");
-    // The same memory as the base, packed anew.
+    // The same memory as the base, repacked.
     let pack = [
         "create",
         "base.raw",

@@ -282,7 +282,7 @@ fn truncated_or_replaced_ancestor_is_an_error() {
     let verified = run(&folder, &["verify", "child.snap"]).exits(3).text();
     assert!(verified.contains("base.snap"), "{verified}");
 
-    // The same memory, packed anew.
+    // The same memory, repacked.
     run(
         &folder,
         &["create", "base.raw", "-o", "base.snap", "--force"],
@@ -328,7 +328,7 @@ fn each_lost_file_of_a_chain_is_an_error_by_name() {
         .map(|name| (name, id(name).trim_matches('"').to_owned()))
         .into();
     fs::create_dir(folder.file("empty")).unwrap();
-    // The same memory, packed anew.
+    // The same memory, repacked.
     run(&folder, &["create", "base.raw", "-o", "other"]).exits(0);
     let other = folder.read("other");
     fs::remove_file(folder.file("other")).unwrap();

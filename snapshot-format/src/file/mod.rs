@@ -56,7 +56,7 @@ const KEPT_MODE_BITS: u32 = 0o777;
 /// Number of temporary names that are tried.
 const NAME_RETRIES: u32 = 100;
 
-/// Why a file could not be made.
+/// An error of [`SnapshotFile`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FileError {

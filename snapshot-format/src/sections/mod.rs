@@ -50,7 +50,7 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    /// Returns the directory of a file that is not at hand.
+    /// Returns the directory of a file that is not there.
     pub(crate) fn empty() -> Self {
         Self {
             sections: Vec::new(),

@@ -78,17 +78,67 @@ impl Ancestor {
 }
 
 /// A way to find the files of ancestors.
+///
+/// An implementation need not check what it finds. Opening compares each layer with the recorded
+/// ID, length and trailer hash, and refuses another file.
+///
+/// # Example
+///
+/// Finds ancestors among snapshots that are open already:
+///
+/// ```
+/// use std::path::Path;
+/// use std::sync::Arc;
+///
+/// use snapshot_format::{Ancestor, Ancestors, Layer, OpenError};
+/// # use snapshot_format::{
+/// #     MemoryStore, RegionSpec, Snapshot, SnapshotOptions, Writer, WriterOptions,
+/// # };
+///
+/// #[derive(Debug)]
+/// struct OpenLayers(Vec<Arc<Layer>>);
+///
+/// impl Ancestors for OpenLayers {
+///     fn find(
+///         &self,
+///         wanted: &Ancestor,
+///         _beside: Option<&Path>,
+///     ) -> Result<Option<Arc<Layer>>, OpenError> {
+///         Ok(self.0.iter().find(|layer| wanted.is(layer)).cloned())
+///     }
+/// }
+/// # fn write(base: Option<Arc<Snapshot>>) -> Result<Vec<u8>, snapshot_format::WriteError> {
+/// #     let base_page = base.as_ref().map(|base| base.regions()[0].first_page);
+/// #     let mut writer = Writer::new(Vec::new(), WriterOptions { base, ..Default::default() })?;
+/// #     writer.begin_region(&RegionSpec { base_page, ..RegionSpec::default() })?;
+/// #     match base_page {
+/// #         Some(_) => writer.write_from_base(1)?,
+/// #         None => writer.write_pages(&b"stormy ".repeat(600)[..4096])?,
+/// #     }
+/// #     Ok(writer.finish()?.0)
+/// # }
+/// # let base = Arc::new(Snapshot::open(Arc::new(MemoryStore::new(write(None)?)))?);
+/// # let child = write(Some(Arc::clone(&base)))?;
+///
+/// let layers = base.layer(0).into_iter().chain(base.ancestors()).cloned();
+/// let options = SnapshotOptions::default().ancestors(Arc::new(OpenLayers(layers.collect())));
+/// let child = Snapshot::open_with(Arc::new(MemoryStore::new(child)), &options)?;
+/// assert_eq!(child.ancestors()[0].id(), base.id());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Ancestors: fmt::Debug + Send + Sync {
-    /// Finds the file of an ancestor; nothing if there is none. `beside` is the folder of the file
-    /// that refers to it, if known.
+    /// Finds the file of an ancestor; returns `None` if there is none. `beside` is the folder of
+    /// the file that refers to it, if known.
     fn find(
         &self,
         wanted: &Ancestor,
         beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError>;
 
-    /// Returns the layer to use for the snapshot's own file, of which `own` was opened: one of the
-    /// same file that other snapshots use already, or `own`.
+    /// Returns the layer to use for the snapshot's own file. `own` was just opened from it. If
+    /// another snapshot has the same file open, its layer can be returned instead, so that both
+    /// share what is read from the file. Opening ignores a layer whose ID, length or trailer hash
+    /// differ from those of `own`.
     fn share_own(&self, own: Arc<Layer>) -> Arc<Layer> {
         own
     }
@@ -194,8 +244,8 @@ impl Ancestors for LayerFolders {
             if layer.is_err() && is_named && !path.is_file() {
                 return None;
             }
-            // A damaged header may have any id. Another file under the last known name is worth a
-            // word.
+            // A damaged header may have any id. Another file under the last known name is
+            // reported.
             if let Ok(layer) = &layer
                 && layer.id() != wanted.id
                 && !is_named
@@ -237,7 +287,8 @@ impl Ancestors for LayerFolders {
     }
 }
 
-/// A resolver that stands in for files that another one does not find, or finds unusable.
+/// A resolver that returns [stand-ins](Layer::absent) for files that another resolver does not
+/// find, or finds unusable.
 #[derive(Debug)]
 pub struct OrAbsent(pub Arc<dyn Ancestors>);
 
@@ -261,9 +312,9 @@ impl Ancestors for OrAbsent {
 /// The files of an open snapshot.
 #[derive(Debug)]
 pub(super) struct Chain {
-    /// The snapshot's own file, then its ancestors in the order of its list.
+    /// The snapshot's own file, followed by its ancestors in the order of its list.
     pub(super) layers: Vec<Arc<Layer>>,
-    /// For each of them: the layers that its own list names, as [`crate::index::Files::listed`].
+    /// The layers that the list of each of these files names: see [`crate::index::Files::listed`].
     pub(super) listed: Vec<Box<[u16]>>,
     pub(super) bodies: Box<[Body]>,
 }

@@ -51,7 +51,8 @@ pub struct SnapshotOptions {
     /// owner's memory, so the default of 256 MiB is enough for 21 TiB. A sparse file of any length
     /// costs nothing to make, so its claims must not decide how much is allocated.
     pub max_top_bytes: u64,
-    /// Where the ancestors of a layered snapshot are found. By default in the folder of its file.
+    /// The resolver that finds the ancestors of a layered snapshot. By default, the folder of its
+    /// file is searched.
     pub ancestors: Option<Arc<dyn Ancestors>>,
 }
 
@@ -119,7 +120,10 @@ impl fmt::Debug for Snapshot {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `store`.
+    /// Opens the snapshot in `store`, and its ancestors if it is layered. They are looked for in
+    /// the folder of the store's file. A store without one, such as a
+    /// [`MemoryStore`](crate::MemoryStore), has no folder to search: open a child in it by
+    /// [`Snapshot::open_with`], with [`SnapshotOptions::ancestors`].
     pub fn open(store: Arc<dyn Store>) -> Result<Self, OpenError> {
         Self::open_with(store, &SnapshotOptions::default())
     }

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! Of the ancestors of a layered snapshot, the index blocks and frames that its pages use are
-//! checked like its own, except for page lists. Everything else in them is their own affair.
+//! checked like its own, except for page lists. Nothing else in them is checked.
 //!
 //! A frame that several windows need is decoded at most twice: after that its digests are
 //! remembered. There is room for the digests of a million slots, which is 4 GiB of content shared
@@ -59,7 +59,7 @@ pub struct VerifyProgress {
     pub frames_done: u64,
 }
 
-/// Called now and then on the thread that called [`verify`]; `Break` cancels.
+/// A callback that [`verify`] calls now and then, on the thread of its caller. `Break` cancels.
 pub type VerifyCallback<'a> = Box<dyn FnMut(VerifyProgress) -> ControlFlow<()> + 'a>;
 
 /// Options for verifying.
@@ -343,7 +343,8 @@ struct Check<'a> {
     /// Whether everything so far was readable. If so, bytes that remain unexplained are a problem
     /// of their own, and the counts are worth comparing.
     complete: bool,
-    /// Why no verdict is possible: the store failed, which says nothing about the file.
+    /// The error that makes a verdict impossible: the store failed, which says nothing about the
+    /// file.
     failed: Option<VerifyError>,
     pages_done: u64,
 }

@@ -42,7 +42,7 @@ pub(super) struct Base {
     decoded: Mutex<DecodedFrames>,
 }
 
-/// Damage in the base that cost nothing but room.
+/// Damage in the base that made the child larger, but did not make it wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseDamage {
     /// Number of blocks that were stored whole because the base's could not be read.
@@ -204,7 +204,7 @@ impl Base {
                 examined = alone;
                 base
             }
-            // All bytes are at hand, so the base is not needed.
+            // All bytes were given, so the base is not needed.
             (Err(error), Some(alone)) if is_damage(&error) => {
                 self.note_damage(&error);
                 return Ok(alone);

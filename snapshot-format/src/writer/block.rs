@@ -68,10 +68,10 @@ pub(super) enum Alike {
 /// The caller's description of a page.
 #[derive(Clone, Copy)]
 pub(super) enum Given {
-    /// Its bytes are in the buffer.
+    /// A page whose bytes are in the buffer.
     Bytes,
     Alike(Alike),
-    /// As in the base.
+    /// A page that is as in the base.
     Base,
 }
 
@@ -80,9 +80,9 @@ pub(super) enum Given {
 pub(super) enum Seen {
     Alike(Alike),
     Data(Key),
-    /// In a frame of the base or of one of its ancestors.
+    /// A page in a frame of the base or of one of its ancestors.
     Base(BasePage),
-    /// In a slot of the copied frame of this number.
+    /// A slot of the copied frame of this number.
     Copied(u32, u16),
 }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! plan      read all index blocks; note for every frame which slots are in use, and by which pages
-//! decide    mostly in use: copied, with a new page list; otherwise its pages are packed anew
+//! decide    mostly in use: copied, with a new page list; otherwise its pages are repacked
 //! examine   for each block, on the pool: check its frames, build the copies of those that no
 //!           earlier block uses, decode the others
 //! ```
@@ -84,7 +84,7 @@ struct Planned {
     /// Whether each slot in use has a listed page.
     is_listed: bool,
     /// Number among the copied frames, and number of its dictionary or 0; none if its pages are
-    /// packed anew.
+    /// repacked.
     copied: Option<(u32, u16)>,
 }
 
@@ -98,10 +98,10 @@ pub(super) struct CopiedFrame {
 /// The base of a snapshot that gets another one.
 struct NewBase {
     base: Arc<Base>,
-    /// For each region: the first block of the base's region that corresponds, and the number of
+    /// The first block of the base's region that corresponds to each region, and the number of
     /// blocks there.
     counterparts: Vec<Option<(u64, u64)>>,
-    /// Name of the base so far, for messages.
+    /// Name of the old base, for messages.
     old_base: String,
 }
 
@@ -124,7 +124,7 @@ struct Block {
     number: u64,
     pages: Vec<Seen>,
     digests: Vec<Digest>,
-    /// Bytes of the pages that are packed anew.
+    /// Bytes of the pages that are repacked.
     buffer: Option<BlockBuffer>,
     /// Whether the digest of a page is not known, because its frame is not decoded.
     has_unknown: bool,
@@ -457,7 +457,7 @@ impl CopySource {
         Ok(digests)
     }
 
-    /// Takes the bytes of pages that are packed anew; those that `known` has lie in the base.
+    /// Takes the bytes of pages that are repacked; those that `known` has lie in the base.
     fn take_bytes(
         &self,
         frame: &FrameRef,

@@ -5,7 +5,7 @@ use std::io;
 use crate::error::{FrameError, ReadError};
 use crate::layout::{PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawTopEntry};
 
-/// Why a snapshot could not be written. The writer that returned it accepts no further calls.
+/// An error of the writer. The writer that returned it accepts no further calls.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteError {
@@ -84,7 +84,7 @@ pub enum WriteError {
         /// The name of the new base.
         base: String,
     },
-    /// The new base holds other memory than the base so far.
+    /// The new base holds other memory than the old base.
     #[error(
         "{base}: holds other memory than {old_base}, the base of {file}: its content digest is \
          another; a base can be replaced by a snapshot of the same memory, such as a flattened one"
@@ -94,7 +94,7 @@ pub enum WriteError {
         file: String,
         /// The name of the new base.
         base: String,
-        /// The name of the base so far.
+        /// The name of the old base.
         old_base: String,
     },
     /// A block could not be taken from the new base.
@@ -110,7 +110,7 @@ pub enum WriteError {
         block: u64,
         /// The name of the new base.
         base: String,
-        /// The name of the base so far.
+        /// The name of the old base.
         old_base: String,
     },
     /// An argument is invalid.

@@ -175,8 +175,8 @@ pub struct RegionSpec {
     pub page_shift: u32,
     /// The owner's name for the region; no control characters.
     pub name: String,
-    /// Number of the base's page that corresponds to the first page of the region, if there is a
-    /// base and it has the region. The first page of a block: a multiple of 512.
+    /// [`Region::first_page`](crate::Region::first_page) of the base's region that corresponds, if
+    /// there is a base and it has the region. Must be the first page of a block, a multiple of 512.
     pub base_page: Option<u64>,
 }
 

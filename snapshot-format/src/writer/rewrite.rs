@@ -20,7 +20,7 @@ use crate::types::{Region, SnapshotId};
 
 /// Options of [`flatten`] and [`rebase`].
 pub struct RewriteOptions {
-    /// The zstd level of frames that are packed anew.
+    /// The zstd level of frames that are repacked.
     pub level: i32,
     /// Threads that decode, hash and compress. By default one for each processor, at most 8.
     pub threads: Option<usize>,
@@ -67,7 +67,7 @@ pub struct Rewritten {
 /// Writes `snapshot`, which may be layered, as a snapshot in one file.
 ///
 /// Frames of which at least 45 % is in use are copied as they are, with a new page list; the others
-/// are packed anew. A flat snapshot is thereby rid of what no page uses. Regions, attachments,
+/// are repacked, without the pages that the snapshot does not use. Regions, attachments,
 /// working sets and properties are kept, except for properties about ancestors.
 ///
 /// The checksum of every frame is verified. The content digest, which is computed from the recorded
@@ -84,13 +84,14 @@ pub fn flatten<W: Write>(
     rewrite(out, snapshot, None, options)
 }
 
-/// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its
-/// base so far: that base flattened, or packed with other options.
+/// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its old
+/// base: that base flattened, or packed with other options.
 ///
-/// Frames of the child's own file are copied as by [`flatten`]. What lay in files of ancestors is
-/// looked for in `base`, at the same place first; the digests of blocks prove that it is the same,
-/// so the ancestors so far are not needed as a rule. [`Layer::absent`](crate::Layer::absent) stands
-/// in for those that are missing. A page that `base` does not have is stored in the new file.
+/// Frames of the child's own file are copied as by [`flatten`]. Pages that lay in files of old
+/// ancestors are looked for in `base`, at the same place first. Where the digest of the block
+/// proves that they are the same, the old ancestors are not read.
+/// [`Layer::absent`](crate::Layer::absent) stands in for those that are missing. A page that `base`
+/// does not have is stored in the new file.
 ///
 /// Everything else is kept, and checked, as by [`flatten`]. Blocks that are not as in `base` are
 /// decoded, and compared with their recorded digests.
@@ -172,8 +173,8 @@ fn rewrite<W: Write>(
     Ok((out, rewritten))
 }
 
-/// Compares a new base with the base so far, if that is known and at hand. Returns the name of the
-/// latter for messages.
+/// Compares a new base with the old base, if that is known and open. Returns the name of the old
+/// base for messages.
 fn check_base(
     child: &Snapshot,
     base: &Snapshot,

@@ -42,7 +42,7 @@ fn flat(file: &File) -> (File, Rewritten) {
     (flat, rewritten)
 }
 
-/// Opens a child of which no ancestor is at hand.
+/// Opens a child of which no ancestor is available.
 fn alone(child: &File) -> Arc<Snapshot> {
     let store = Arc::new(MemoryStore::named(child.bytes.clone(), "the child"));
     let nothing = OrAbsent(Arc::new(Given::default()));
@@ -330,7 +330,7 @@ fn child_moves_to_the_flattened_base_without_the_old_one() {
 }
 
 /// A page whose content lay elsewhere in the base is found there by its digest, if the old base is
-/// at hand.
+/// available.
 #[test]
 fn moved_pages_are_found_in_the_new_base() {
     let base = write(&vec![data(0..512)], None, options());
