@@ -218,14 +218,14 @@ impl Findings {
             let mut copies: BTreeSet<usize> = copies.copied().collect();
             copies.remove(&at);
             let bytes = |at: &usize| self.found[*at].layer.file_bytes();
-            let dependents: u64 = needed_by[at].iter().map(bytes).sum();
-            let nobody = BTreeSet::new();
+            let none = BTreeSet::new();
             // With a copy left, nothing is lost: one of them must stay.
             let needed_by = if copies.first().is_none_or(|first| at < *first) {
                 &needed_by[at]
             } else {
-                &nobody
+                &none
             };
+            let dependents: u64 = needed_by.iter().map(bytes).sum();
             Node {
                 file: found.file.clone(),
                 other_names: found.other_names.clone(),

@@ -444,7 +444,7 @@ fn tree_shows_what_needs_what() {
         "\n       3.snap",
         "(copy of 1.snap)",
         "no other needs 2 files of",
-        ": copy.snap, ",
+        ": 3.snap, copy.snap; ",
         "what the unreadable files need is not known",
         "UNREADABLE  cut.snap: incomplete",
         "5 other entries",
