@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use snapshot_format::{
-    Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, OrAbsent, Snapshot,
+    AllowMissing, Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, Snapshot,
     SnapshotOptions,
 };
 
@@ -52,7 +52,7 @@ pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
 
 /// Opens a snapshot with those of its ancestors that are at hand.
 pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
-    let resolver = OrAbsent(resolver(layers, None)?);
+    let resolver = AllowMissing(resolver(layers, None)?);
     let options = SnapshotOptions::default().ancestors(Arc::new(resolver));
     Ok(Snapshot::open_with(
         FileStore::open_snapshot(path)?,
@@ -63,22 +63,22 @@ pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot>
 /// Opens a file that has no name yet, but whose ancestors are `base` and those of it.
 pub(crate) fn open_child(file: File, path: &Path, base: &Snapshot) -> Result<Snapshot> {
     let layers = (0..).map_while(|number| base.layer(number).cloned());
-    let options = SnapshotOptions::default().ancestors(Arc::new(OpenLayers(layers.collect())));
+    let options = SnapshotOptions::default().ancestors(Arc::new(ChainOfBase(layers.collect())));
     let store = Arc::new(FileStore::from_file(file, path));
     Ok(Snapshot::open_with(store, &options)?)
 }
 
-/// Files that are open already.
+/// The files of a base and its ancestors, which are open already.
 #[derive(Debug)]
-struct OpenLayers(Vec<Arc<Layer>>);
+struct ChainOfBase(Vec<Arc<Layer>>);
 
-impl Ancestors for OpenLayers {
+impl Ancestors for ChainOfBase {
     fn find(
         &self,
         wanted: &Ancestor,
         _beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError> {
-        Ok(self.0.iter().find(|layer| wanted.is(layer)).cloned())
+        Ok(self.0.iter().find(|layer| wanted.matches(layer)).cloned())
     }
 }
 
@@ -91,11 +91,7 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
     let Ok(there) = Layer::open_path(target) else {
         return Ok(());
     };
-    let beside = match target.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    for folder in std::iter::once(beside).chain(folders(layers, &[])?) {
+    for folder in std::iter::once(folder_of(target)).chain(folders(layers, &[])?) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
             let Ok(other) = Layer::open_path(&path) else {
@@ -105,7 +101,7 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
             if listed.any(|ancestor| ancestor.id == there.id()) {
                 return Err(Refusal::Usage(format!(
                     "{}: is an ancestor of {}, which would be lost with it; name another file to \
-                     write, and rebase that one",
+                     write (`rebase` moves that snapshot to another base of the same memory)",
                     names::path(target),
                     names::path(&path)
                 ))
@@ -114,6 +110,25 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// Returns the ancestors listed in a snapshot, to be named `target`, that commands would not find
+/// without `--layers`. The snapshot's file has no name yet.
+pub(crate) fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
+    let resolver = resolver(&args::Layers::default(), None)?;
+    let layer = Layer::open(Arc::new(FileStore::from_file(file, target)))?;
+    let beside = folder_of(target);
+    let mut ancestors = layer.named_ancestors();
+    ancestors.retain(|wanted| !matches!(resolver.find(wanted, Some(&beside)), Ok(Some(_))));
+    Ok(ancestors)
+}
+
+/// Returns the folder that a file of this name is in.
+fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    }
 }
 
 /// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.

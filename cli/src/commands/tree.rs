@@ -38,7 +38,8 @@ struct Node {
     parent: Option<String>,
     /// IDs of the files that it needs.
     ancestors: Vec<String>,
-    /// Files that could not be read any more if this one were deleted.
+    /// Files that could not be read any more if this one were deleted. Of copies, it is the first
+    /// that is counted as needed: the others can be deleted.
     needed_by: Vec<String>,
     /// Bytes that deleting it and the files that need it would free.
     bytes_with_dependents: u64,
@@ -140,7 +141,7 @@ impl Findings {
     fn matching<'a>(&'a self, wanted: &Ancestor) -> impl Iterator<Item = usize> + 'a {
         let wanted = wanted.clone();
         let found = self.found.iter().enumerate();
-        found.filter_map(move |(at, found)| wanted.is(&found.layer).then_some(at))
+        found.filter_map(move |(at, found)| wanted.matches(&found.layer).then_some(at))
     }
 
     fn report(self) -> TreeReport {
@@ -194,17 +195,18 @@ impl Findings {
         let files = order.into_iter().map(|(at, depth)| {
             let found = &self.found[at];
             let copies: BTreeSet<usize> = (0..self.found.len())
-                .filter(|other| *other != at && is_copy(&self.found[*other], found))
+                .filter(|other| {
+                    *other != at && self.found[*other].layer.claims_content_of(&found.layer)
+                })
                 .collect();
-            let bytes = |at: &usize| self.found[*at].layer.file_bytes();
-            let dependents: u64 = needed_by[at].iter().map(bytes).sum();
             let nobody = BTreeSet::new();
-            // With a copy left, nothing is lost.
-            let needed_by = if copies.is_empty() {
-                &needed_by[at]
-            } else {
-                &nobody
+            // With the first copy left, nothing is lost.
+            let needed_by = match copies.first() {
+                Some(first) if *first < at => &nobody,
+                _ => &needed_by[at],
             };
+            let bytes = |at: &usize| self.found[*at].layer.file_bytes();
+            let dependents: u64 = needed_by.iter().map(bytes).sum();
             Node {
                 file: found.file.clone(),
                 snapshot_id: found.layer.id().to_string(),
@@ -244,8 +246,24 @@ fn list_children(
     }
 }
 
-fn is_copy(a: &Found, b: &Found) -> bool {
-    a.layer.id() == b.layer.id() && a.layer.file_bytes() == b.layer.file_bytes()
+impl TreeReport {
+    /// Writes which files can be deleted.
+    fn write_unneeded(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.files.is_empty() {
+            return writeln!(f, "no snapshots here");
+        }
+        let unneeded = self.files.iter().filter(|node| node.needed_by.is_empty());
+        let unneeded: Vec<&Node> = unneeded.collect();
+        let bytes: u64 = unneeded.iter().map(|node| node.file_bytes).sum();
+        let files = count(unneeded.len() as u64, "file");
+        let bytes = BinaryBytes(bytes);
+        write!(f, "no other needs {files} of {bytes}")?;
+        for (number, node) in unneeded.iter().enumerate() {
+            let separator = if number == 0 { ": " } else { ", " };
+            write!(f, "{separator}{}", names::shown(&node.file))?;
+        }
+        writeln!(f)
+    }
 }
 
 impl fmt::Display for TreeReport {
@@ -279,17 +297,7 @@ impl fmt::Display for TreeReport {
         if !self.files.is_empty() {
             writeln!(f, "{}\n", table.trim_fmt())?;
         }
-        let unneeded = self.files.iter().filter(|node| node.needed_by.is_empty());
-        let unneeded: Vec<&Node> = unneeded.collect();
-        let bytes: u64 = unneeded.iter().map(|node| node.file_bytes).sum();
-        let files = count(unneeded.len() as u64, "file");
-        let bytes = BinaryBytes(bytes);
-        write!(f, "no other needs {files} of {bytes}")?;
-        for (number, node) in unneeded.iter().enumerate() {
-            let separator = if number == 0 { ": " } else { ", " };
-            write!(f, "{separator}{}", names::shown(&node.file))?;
-        }
-        writeln!(f)?;
+        self.write_unneeded(f)?;
         for missing in &self.missing {
             write!(f, "MISSING     {}", missing.snapshot_id)?;
             if !missing.name.is_empty() {
@@ -306,8 +314,8 @@ impl fmt::Display for TreeReport {
         }
         match self.other_entries {
             0 => Ok(()),
-            1 => writeln!(f, "1 other entry is no snapshot"),
-            others => writeln!(f, "{others} other entries are no snapshots"),
+            1 => writeln!(f, "1 other entry is not a snapshot"),
+            others => writeln!(f, "{others} other entries are not snapshots"),
         }
     }
 }

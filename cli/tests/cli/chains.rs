@@ -89,7 +89,11 @@ fn flattened_chain_is_one_file_with_the_same_memory() {
     let text = run(&folder, &["flatten", "base.snap", "-o", "same.snap"])
         .exits(0)
         .text();
-    for part in ["copied", "flattened   base.snap", "0 ancestors"] {
+    for part in [
+        "copied as stored, 0 packed again",
+        "flattened   base.snap",
+        "0 ancestors",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     holds(&folder, "same.snap", &states[0]);
@@ -280,6 +284,11 @@ fn child_is_rebased_onto_the_flattened_base() {
     // In place.
     let text = run(&folder, &rebase).exits(0).text();
     assert!(text.contains("taken from it and its ancestors"), "{text}");
+    let replaced = format!(
+        "replaced    3.snap (its ID was {})",
+        old_id.as_str().unwrap()
+    );
+    assert!(text.contains(&replaced), "{text}");
     assert_ne!(*id(&folder, "3.snap"), old_id);
     holds(&folder, "3.snap", &states[3]);
     let info = info(&folder, "3.snap");
@@ -399,8 +408,10 @@ fn tree_shows_what_needs_what() {
     assert_eq!(number(base, "bytes_with_dependents"), bytes);
     let length = fs::metadata(folder.file("base.snap")).unwrap().len();
     assert_eq!(number(base, "file_bytes"), length);
-    // A copy is left of it.
-    assert_eq!(node("1.snap")["needed_by"], json!([]));
+    // Of two copies, one is needed.
+    assert_eq!(node("1.snap")["needed_by"], json!(["2.snap", "3.snap"]));
+    assert_eq!(node("copy.snap")["needed_by"], json!([]));
+    assert_eq!(node("copy.snap")["copies"], json!(["1.snap"]));
     assert_eq!(node("1.snap")["copies"], json!(["copy.snap"]));
     assert_eq!(node("2.snap")["needed_by"], json!(["3.snap"]));
     assert_eq!(node("3.snap")["parent"], "2.snap");
@@ -433,10 +444,10 @@ fn tree_shows_what_needs_what() {
         "\n   1.snap",
         "\n       3.snap",
         "(copy of 1.snap)",
-        "no other needs 3 files of",
-        ": 1.snap, ",
+        "no other needs 2 files of",
+        "3.snap, copy.snap\n",
         "UNREADABLE  cut.snap: incomplete",
-        "5 other entries",
+        "5 other entries are not snapshots",
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
@@ -473,6 +484,9 @@ fn tree_shows_what_needs_what() {
     run(&folder, &["tree", "none"]).exits(1).says(&["none"]);
     let empty = run(&folder, &["tree", "more"]).exits(0).text();
     assert!(empty.contains("no other needs 1 file of"), "{empty}");
+    fs::create_dir(folder.file("empty")).unwrap();
+    let empty = run(&folder, &["tree", "empty"]).exits(0).text();
+    assert_eq!(empty, "no snapshots here\n");
 }
 
 /// Corrects the length that a trailer names, and its checksum.

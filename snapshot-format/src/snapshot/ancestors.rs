@@ -58,7 +58,7 @@ impl Ancestor {
     }
 
     /// Returns whether `layer` is the recorded file.
-    pub fn is(&self, layer: &Layer) -> bool {
+    pub fn matches(&self, layer: &Layer) -> bool {
         self.difference(layer).is_none()
     }
 
@@ -225,9 +225,9 @@ impl Ancestors for LayerFolders {
 
 /// A resolver that stands in for files that another one does not find, or finds unusable.
 #[derive(Debug)]
-pub struct OrAbsent(pub Arc<dyn Ancestors>);
+pub struct AllowMissing(pub Arc<dyn Ancestors>);
 
-impl Ancestors for OrAbsent {
+impl Ancestors for AllowMissing {
     fn find(
         &self,
         wanted: &Ancestor,
