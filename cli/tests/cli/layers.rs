@@ -663,7 +663,7 @@ fn restore_names_the_file_of_a_damaged_frame() {
         let report = run(&folder, &args).exits(3).json();
         let failures = report["failures"].as_array().unwrap();
         assert_eq!(failures.len(), 1, "{report}");
-        assert_eq!(failures[0]["file"], "base.snap", "{report}");
+        assert_eq!(failures[0]["file"], "./base.snap", "{report}");
         assert_eq!(failures[0]["offset"], 4096, "{report}");
     }
 }

@@ -30,6 +30,7 @@ use crate::names::escape_text;
 use crate::sections;
 use crate::snapshot::{FrameDecoder, Snapshot, name_property};
 use crate::store::Reason;
+use crate::types::Region;
 
 /// A snapshot that the new one refers to.
 pub(super) struct Base {
@@ -153,7 +154,7 @@ impl Base {
     /// Checks that all these pages belong to one region of the base.
     pub(super) fn check_pages(&self, first: u64, pages: u64) -> Result<(), WriteError> {
         let region = sections::region_of(self.snapshot.regions(), first);
-        let there = region.map_or(first..first, |region| region.page_numbers());
+        let there = region.map_or(first..first, Region::page_numbers);
         if first.checked_add(pages).is_some_and(|end| end <= there.end) {
             return Ok(());
         }
