@@ -480,16 +480,16 @@ fn tree_shows_what_needs_what() {
     file.unwrap().write_all(&resealed(longer)).unwrap();
     let report = tree(&[]);
     assert_eq!(report["missing"][0]["replaced_by"], "longer");
-
-    let empty = run(&folder, &["tree", "more"]).exits(0).text();
-    assert!(empty.contains("no other needs 1 file of"), "{empty}");
 }
 
 #[test]
-fn tree_of_an_empty_folder_says_so() {
+fn tree_tells_an_empty_folder_from_one_with_a_file() {
     let folder = Folder::new();
     let empty = run(&folder, &["tree"]).exits(0).text();
     assert_eq!(empty, "no snapshots here\n");
+    base(&folder);
+    let text = run(&folder, &["tree"]).exits(0).text();
+    assert!(text.contains("no other needs 1 file of"), "{text}");
     run(&folder, &["tree", "none"]).exits(1).says(&["none"]);
 }
 
