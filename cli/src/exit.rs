@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use snaprestore_daemon::api::control::{ClientError, ConnectError};
 use snaprestore_uffd::uffd;
-use snapshot_format::{FrameError, OpenError, ReadError};
+use snapshot_format::{FrameError, OpenError, ReadError, WriteError};
 
 /// The documented exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,25 @@ no permission to create a userfaultfd; any one of these grants it:\n  access to 
          \n  the capability CAP_SYS_PTRACE\
          \nIn a container its system call filter must let userfaultfd through.";
     Refusal::NotPermitted(text.to_owned()).into()
+}
+
+/// Returns the remedy for files of a chain that are missing or damaged, to follow the error's text.
+pub(crate) fn layers_remedy(error: &anyhow::Error) -> &'static str {
+    const NAME_FOLDER: &str = "; restore that file, or name the folder that has it with --layers \
+                               DIR or SNAPRESTORE_LAYERS";
+    let remedies = error.chain().find_map(|cause| {
+        if let Some(error) = cause.downcast_ref::<OpenError>() {
+            return error.lacks_ancestor().then_some(NAME_FOLDER);
+        }
+        match cause.downcast_ref::<WriteError>()? {
+            WriteError::NotInBase { .. } => Some(NAME_FOLDER),
+            error if error.is_base_damage() => {
+                Some("; restore the base from a copy, or take a full snapshot")
+            }
+            _ => None,
+        }
+    });
+    remedies.unwrap_or_default()
 }
 
 impl Exit {

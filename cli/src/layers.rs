@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use snapshot_format::{
-    Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, OrAbsent, Snapshot, SnapshotId,
-    SnapshotOptions,
+    AllowMissing, Ancestor, Ancestors, FileStore, Layer, LayerFolders, OpenError, Snapshot,
+    SnapshotId, SnapshotOptions,
 };
 
 use crate::args;
@@ -53,7 +53,7 @@ pub(crate) fn open(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
 
 /// Opens a snapshot with those of its ancestors that can be found and used.
 pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot> {
-    let resolver = OrAbsent(resolver(layers, None)?);
+    let resolver = AllowMissing(resolver(layers, None)?);
     let options = SnapshotOptions::default().ancestors(Arc::new(resolver));
     Ok(Snapshot::open_with(
         FileStore::open_snapshot(path)?,
@@ -64,7 +64,7 @@ pub(crate) fn open_alone(path: &Path, layers: &args::Layers) -> Result<Snapshot>
 /// Opens a file that has no name yet, but whose ancestors are `base` and those of it.
 pub(crate) fn open_child(file: File, path: &Path, base: &Snapshot) -> Result<Snapshot> {
     let layers = (0..).map_while(|number| base.layer(number).cloned());
-    let layers = OpenLayers::new(layers.collect(), None);
+    let layers = KnownLayers::new(layers.collect(), None);
     let options = SnapshotOptions::default().ancestors(Arc::new(layers));
     let store = Arc::new(FileStore::from_file(file, path));
     Ok(Snapshot::open_with(store, &options)?)
@@ -72,12 +72,12 @@ pub(crate) fn open_child(file: File, path: &Path, base: &Snapshot) -> Result<Sna
 
 /// Files that are open already, and folders in which others are looked for.
 #[derive(Debug)]
-pub(crate) struct OpenLayers {
+pub(crate) struct KnownLayers {
     layers: HashMap<SnapshotId, Arc<Layer>>,
     folders: Option<Arc<LayerFolders>>,
 }
 
-impl OpenLayers {
+impl KnownLayers {
     pub(crate) fn new(layers: Vec<Arc<Layer>>, folders: Option<Arc<LayerFolders>>) -> Self {
         let layers = layers.into_iter().map(|layer| (layer.id(), layer));
         Self {
@@ -87,14 +87,14 @@ impl OpenLayers {
     }
 }
 
-impl Ancestors for OpenLayers {
+impl Ancestors for KnownLayers {
     fn find(
         &self,
         wanted: &Ancestor,
         beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError> {
         let layer = self.layers.get(&wanted.id);
-        match (layer.filter(|layer| wanted.is(layer)), &self.folders) {
+        match (layer.filter(|layer| wanted.matches(layer)), &self.folders) {
             (Some(layer), _) => Ok(Some(Arc::clone(layer))),
             (None, Some(folders)) => folders.find(wanted, beside),
             (None, None) => Ok(None),
@@ -116,13 +116,9 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
     let Ok(there) = Layer::open_path(target) else {
         return Ok(());
     };
-    let beside = |path: &Path| match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-        _ => PathBuf::from("."),
-    };
     // Writing through a symbolic link replaces the file that it names.
-    let real = target.canonicalize().map(|real| beside(&real)).ok();
-    let all = std::iter::once(beside(target)).chain(real);
+    let real = target.canonicalize().map(|real| folder_of(&real)).ok();
+    let all = std::iter::once(folder_of(target)).chain(real);
     for folder in all.chain(folders(layers, &[])?) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
@@ -133,7 +129,7 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
             if listed.any(|ancestor| ancestor.id == there.id()) {
                 return Err(Refusal::Usage(format!(
                     "{}: is an ancestor of {}, which would be lost with it; name another file to \
-                     write, and rebase that one",
+                     write (`rebase` moves that snapshot to another base of the same memory)",
                     names::path(target),
                     names::path(&path)
                 ))
@@ -159,6 +155,25 @@ pub(crate) fn check_unchanged(path: &Path, base: &Snapshot) -> Result<()> {
          before; repeat the command",
         names::path(path)
     )
+}
+
+/// Returns the ancestors listed in a snapshot, to be named `target`, that commands would not find
+/// without `--layers`. The snapshot's file has no name yet.
+pub(crate) fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
+    let resolver = resolver(&args::Layers::default(), None)?;
+    let layer = Layer::open(Arc::new(FileStore::from_file(file, target)))?;
+    let beside = folder_of(target);
+    let mut ancestors = layer.named_ancestors();
+    ancestors.retain(|wanted| !matches!(resolver.find(wanted, Some(&beside)), Ok(Some(_))));
+    Ok(ancestors)
+}
+
+/// Returns the folder that a file of this name is in.
+fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    }
 }
 
 /// Refuses a target that would replace an ancestor of `snapshot`, which would then be lost.

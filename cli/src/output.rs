@@ -12,7 +12,7 @@ use snaprestore_daemon::Console;
 use snaprestore_uffd::os::limits::Hint;
 
 use crate::args::Common;
-use crate::exit::Exit;
+use crate::exit::{Exit, layers_remedy};
 use crate::names;
 
 pub(crate) use snaprestore_daemon::log::count;
@@ -129,11 +129,13 @@ pub(crate) fn failed(error: &anyhow::Error) -> Exit {
     Exit::from_error(error)
 }
 
-/// Formats an error with its causes, and with the limit that a write has met.
+/// Formats an error with its causes, with the limit that a write has met, and with the remedy for
+/// an incomplete chain.
 fn text_of(error: &anyhow::Error) -> String {
     let io_error = error.chain().find_map(|cause| cause.downcast_ref());
     let hint = io_error.map(Hint::for_file).unwrap_or_default();
-    format!("{error:#}{hint}")
+    let remedy = layers_remedy(error);
+    format!("{error:#}{hint}{remedy}")
 }
 
 /// Writes text for people. Errors are ignored: standard error may be closed.

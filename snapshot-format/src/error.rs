@@ -248,8 +248,7 @@ pub enum OpenError {
     },
     /// No file of an ancestor was found.
     #[error(
-        "{file}: is layered, and its ancestor {id}{} is missing; searched: {}; name the folder \
-         that has it with --layers DIR or SNAPRESTORE_LAYERS",
+        "{file}: is layered, and its ancestor {id}{} is missing; searched: {}",
         known_as(name),
         places(searched)
     )]
@@ -274,10 +273,7 @@ pub enum OpenError {
         source: Box<OpenError>,
     },
     /// The file is not the one that a child recorded as its ancestor.
-    #[error(
-        "{file}: is not the file that was recorded as ancestor {id}: {difference}; restore that \
-         file, or name the folder that has it with --layers DIR or SNAPRESTORE_LAYERS"
-    )]
+    #[error("{file}: is not the file that was recorded as ancestor {id}: {difference}")]
     AncestorReplaced {
         /// The name of the file.
         file: String,
@@ -382,6 +378,16 @@ impl OpenError {
             Self::UnsupportedVersion { .. } | Self::UnsupportedFeature { .. }
         );
         is_newer || self.is_damage()
+    }
+
+    /// Returns whether the file of an ancestor was not found where it was looked for. It may be in
+    /// another folder.
+    pub fn lacks_ancestor(&self) -> bool {
+        match self {
+            Self::AncestorMissing { .. } | Self::AncestorReplaced { .. } => true,
+            Self::AncestorUnusable { source, .. } => source.lacks_ancestor(),
+            _ => false,
+        }
     }
 }
 

@@ -159,7 +159,7 @@ pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
 pub use snapshot::{
-    Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, OrAbsent, Snapshot, SnapshotOptions,
+    AllowMissing, Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, Snapshot, SnapshotOptions,
 };
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{

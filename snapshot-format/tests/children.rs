@@ -299,7 +299,7 @@ fn ancestors_are_known_by_name_in_the_properties() {
 #[test]
 fn pages_that_the_base_does_not_have_are_refused() {
     let base = write(&vec![data(0..600)], None, options());
-    let refused = |base_page, pages| {
+    let refused = |base_page, pages, says: &str| {
         let options = WriterOptions {
             base: Some(Arc::clone(&base.snapshot)),
             ..options()
@@ -313,19 +313,34 @@ fn pages_that_the_base_does_not_have_are_refused() {
         let result = begun.and_then(|()| writer.write_from_base(pages));
         let error = result.expect_err("refused");
         assert!(matches!(error, WriteError::Argument { .. }), "{error}");
+        assert!(error.to_string().contains(says), "{error}");
     };
-    refused(Some(0), 601);
-    refused(Some(512), 89);
-    refused(Some(1024), 1);
-    refused(Some(1), 1);
-    refused(None, 1);
-    refused(Some(u64::MAX - 511), 1);
+    refused(
+        Some(0),
+        601,
+        "601 from its page 0 on, where its region has 600 more",
+    );
+    refused(
+        Some(512),
+        89,
+        "89 from its page 512 on, where its region has 88 more",
+    );
+    refused(Some(1024), 1, "has 0 more");
+    refused(Some(1), 1, "a multiple of 512");
+    refused(None, 1, "RegionSpec::base_page");
+    refused(Some(u64::MAX - 511), 1, "has 0 more");
     let mut alone = Writer::new(Vec::new(), options()).expect("writer");
     let region = RegionSpec {
         base_page: Some(0),
         ..RegionSpec::default()
     };
     assert!(alone.begin_region(&region).is_err());
+    let mut alone = Writer::new(Vec::new(), options()).expect("writer");
+    alone
+        .begin_region(&RegionSpec::default())
+        .expect("a region");
+    let error = alone.write_from_base(1).expect_err("no base");
+    assert!(error.to_string().contains("WriterOptions::base"), "{error}");
 }
 
 /// Writes a child that is as its base, whose pages lie in `ancestors` other files.

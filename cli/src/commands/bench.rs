@@ -6,7 +6,7 @@ use std::io::{Write as _, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 use snaprestore_compare::machine::Machine;
@@ -77,6 +77,11 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     let snapshot = match Snapshot::open_path(&args.file) {
         Ok(snapshot) => Some(snapshot),
         Err(OpenError::NotASnapshot { .. }) => None,
+        // There is no --layers.
+        Err(error) if error.lacks_ancestor() => {
+            let error = anyhow::Error::from(error);
+            bail!("{error:#}; copy the file beside the snapshot");
+        }
         Err(error) => return Err(error.into()),
     };
     // Removed when the command ends, unless it is killed.

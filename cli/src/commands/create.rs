@@ -174,6 +174,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
             return Err(Refusal::Usage(text).into());
         }
     }
+    layers::refuse_needed(&args.output, &args.layers)?;
     check_memory()?;
     let target = Target::create(&args.output, args.force, cancel)?;
     if args.flatten_after.is_some() && !target.is_file() {
@@ -213,7 +214,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
     let taken_pages = written.ancestor_pages;
-    let (target, written, flattened) = match args.flatten_after.zip(settings.base.as_deref()) {
+    let (mut target, written, flattened) = match args.flatten_after.zip(settings.base.as_deref()) {
         Some((limit, base)) => {
             flatten_beyond(limit, args, base, (target, written), (output, cancel))
                 .map_err(|error| target::named(error, &args.output))?
@@ -226,6 +227,8 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     ) {
         layers::check_unchanged(path, base)?;
     }
+    // Not a property: the files may be moved.
+    remarks.extend(away_from_ancestors(&mut target, &args.output)?);
     target.complete()?;
     let facts = Facts::of_written(&written);
     let base = args.base.as_deref().zip(settings.base);
@@ -247,6 +250,25 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         output.report(&report)?;
     }
     Ok(Exit::Done)
+}
+
+/// Returns a remark about ancestors that are not found from the folder of the new snapshot.
+fn away_from_ancestors(target: &mut Target, output: &Path) -> Result<Option<Remark>> {
+    let Some(file) = target.open_again()? else {
+        return Ok(None);
+    };
+    let away = layers::not_beside(file, output)?;
+    Ok(away.first().map(|first| Remark {
+        key: "base.elsewhere",
+        value: away.len().to_string(),
+        text: format!(
+            "{} of the new snapshot not in its folder (the first was {}): pass --layers DIR to the \
+             commands that read it, or move the files into one folder",
+            count(away.len() as u64, "ancestor"),
+            names::shown(&first.name)
+        ),
+        warning: false,
+    }))
 }
 
 /// Flattens a child that is written but has no name yet, if it needs more than `limit` files.
@@ -642,13 +664,14 @@ impl Sink for SnapshotSink {
         if self.pages > there {
             let base = self.base.as_ref().map_or("no base", |base| base.name());
             bail!(
-                "bytes {} to {} of the source are a hole, which means \"as in the base\", but \
-                 {base} has {} bytes of memory there; name the base that it is a diff of; if the \
-                 source is all of the memory: --holes zero; if the memory has grown, write the \
-                 zeros of the new part into the file",
+                "the diff is at least {} long, the memory of the base {base} {}; name the base \
+                 that the diff was taken from (bytes {} to {} are a hole, which means \"as in the \
+                 base\"); if the source is all of the memory: --holes zero; if the memory has \
+                 grown, write the zeros of the new part into the file",
+                BinaryBytes(self.pages * PAGE_SIZE_U64),
+                BinaryBytes(there * PAGE_SIZE_U64),
                 first * PAGE_SIZE_U64,
-                self.pages * PAGE_SIZE_U64,
-                there * PAGE_SIZE_U64
+                self.pages * PAGE_SIZE_U64
             );
         }
         self.has_holes = true;

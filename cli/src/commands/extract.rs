@@ -132,6 +132,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
     target::refuse_source(&args.output, &args.file)?;
     let snapshot = layers::open(&args.file, &args.layers)?;
     layers::refuse_ancestor(&args.output, &snapshot)?;
+    layers::refuse_needed(&args.output, &args.layers)?;
     let mut report = ExtractReport {
         file: names::exact(&args.file),
         output: names::exact(&args.output),

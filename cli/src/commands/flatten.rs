@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
+use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{Progress as Written, RewriteOptions, Rewritten, Snapshot, flatten};
+use snapshot_format::{Progress as WriteProgress, RewriteOptions, Rewritten, Snapshot, flatten};
 
 use crate::args;
 use crate::exit::Exit;
@@ -64,13 +65,16 @@ impl RewriteFacts {
 impl fmt::Display for RewriteFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (copied, packed) = (
-            count(self.copied_frames, "frame"),
-            count(self.packed_frames, "frame"),
+            HumanCount(self.copied_frames),
+            HumanCount(self.packed_frames),
         );
-        write!(f, "copied      {copied} as they are, {packed} packed anew")?;
+        write!(
+            f,
+            "frames      {copied} copied as stored, {packed} packed again"
+        )?;
         match self.dead_pages {
             0 => writeln!(f),
-            dead => writeln!(f, "; {} of no use any more", count(dead, "page")),
+            dead => writeln!(f, "; {}", count(dead, "dead page")),
         }
     }
 }
@@ -134,7 +138,7 @@ pub(crate) fn options(
     RewriteOptions {
         level: packing.level,
         threads: packing.threads,
-        progress: Some(Box::new(move |at: &Written| {
+        progress: Some(Box::new(move |at: &WriteProgress| {
             progress.set(at.pages_done * PAGE_SIZE_U64);
             if cancel.requested() {
                 ControlFlow::Break(())

@@ -26,14 +26,17 @@ struct RebaseReport {
     facts: Facts,
     #[serde(flatten)]
     rewrite: RewriteFacts,
-    base: BaseFacts,
+    base: NewBase,
     /// Id of the child before.
     old_snapshot_id: String,
+    /// Whether the file of the child was replaced.
+    #[serde(skip)]
+    in_place: bool,
     elapsed_ms: u64,
 }
 
 #[derive(Serialize)]
-struct BaseFacts {
+struct NewBase {
     file: String,
     snapshot_id: String,
 }
@@ -48,7 +51,11 @@ impl fmt::Display for RebaseReport {
             "base        {base} ({id}): {pages} taken from it and its ancestors"
         )?;
         let (file, old) = (names::shown(&self.file), &self.old_snapshot_id);
-        writeln!(f, "written     {file}, before {old}")?;
+        if self.in_place {
+            writeln!(f, "replaced    {file} (its ID was {old})")?;
+        } else {
+            writeln!(f, "written     {file}")?;
+        }
         writeln!(f, "time        {} ms", self.elapsed_ms)
     }
 }
@@ -82,11 +89,12 @@ pub(crate) fn run(args: &args::Rebase, output: Output, cancel: &Cancel) -> Resul
         file: names::exact(to),
         facts: Facts::of_written(&rewritten.written),
         rewrite: RewriteFacts::of(&rewritten),
-        base: BaseFacts {
+        base: NewBase {
             file: names::exact(&args.base),
             snapshot_id: base.id().to_string(),
         },
         old_snapshot_id: child.id().to_string(),
+        in_place,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })?;
     Ok(Exit::Done)

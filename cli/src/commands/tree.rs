@@ -179,7 +179,7 @@ impl Findings {
             let mut deepest = None;
             for wanted in &found.ancestors {
                 let same_id = with_id(&wanted.id);
-                let is_recorded = |at: &&usize| wanted.is(&self.found[**at].layer);
+                let is_recorded = |at: &&usize| wanted.matches(&self.found[**at].layer);
                 let mut holders = same_id.iter().filter(is_recorded).copied().peekable();
                 if holders.peek().is_none() {
                     let id = wanted.id.to_string();
@@ -273,6 +273,29 @@ fn in_order(parents: &[Option<usize>]) -> Vec<(usize, usize)> {
     order
 }
 
+impl TreeReport {
+    /// Writes which files can be deleted.
+    fn write_unneeded(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.files.is_empty() {
+            return writeln!(f, "no snapshots here");
+        }
+        let unneeded = self.files.iter().filter(|node| node.needed_by.is_empty());
+        let unneeded: Vec<&Node> = unneeded.collect();
+        let bytes: u64 = unneeded.iter().map(|node| node.file_bytes).sum();
+        let files = count(unneeded.len() as u64, "file");
+        let bytes = BinaryBytes(bytes);
+        write!(f, "no other needs {files} of {bytes}")?;
+        for (number, node) in unneeded.iter().enumerate() {
+            let separator = if number == 0 { ": " } else { ", " };
+            write!(f, "{separator}{}", names::shown(&node.file))?;
+        }
+        if !self.unreadable.is_empty() {
+            write!(f, "; what the unreadable files need is not known")?;
+        }
+        writeln!(f)
+    }
+}
+
 impl fmt::Display for TreeReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
@@ -311,20 +334,7 @@ impl fmt::Display for TreeReport {
         if !self.files.is_empty() {
             writeln!(f, "{}\n", table.trim_fmt())?;
         }
-        let unneeded = self.files.iter().filter(|node| node.needed_by.is_empty());
-        let unneeded: Vec<&Node> = unneeded.collect();
-        let bytes: u64 = unneeded.iter().map(|node| node.file_bytes).sum();
-        let files = count(unneeded.len() as u64, "file");
-        let bytes = BinaryBytes(bytes);
-        write!(f, "no other needs {files} of {bytes}")?;
-        for (number, node) in unneeded.iter().enumerate() {
-            let separator = if number == 0 { ": " } else { ", " };
-            write!(f, "{separator}{}", names::shown(&node.file))?;
-        }
-        if !self.unreadable.is_empty() {
-            write!(f, "; what the unreadable files need is not known")?;
-        }
-        writeln!(f)?;
+        self.write_unneeded(f)?;
         for missing in &self.missing {
             write!(f, "MISSING     {}", missing.snapshot_id)?;
             if !missing.name.is_empty() {
@@ -346,8 +356,8 @@ impl fmt::Display for TreeReport {
         }
         match self.other_entries {
             0 => Ok(()),
-            1 => writeln!(f, "1 other entry is no snapshot"),
-            others => writeln!(f, "{others} other entries are no snapshots"),
+            1 => writeln!(f, "1 other entry is not a snapshot"),
+            others => writeln!(f, "{others} other entries are not snapshots"),
         }
     }
 }

@@ -13,7 +13,7 @@ use snapshot_format::{Ancestors, FileStore, LayerFolders, Store, VerifyError, Ve
 
 use crate::args;
 use crate::exit::Exit;
-use crate::layers::{self, OpenLayers};
+use crate::layers::{self, KnownLayers};
 use crate::names;
 use crate::output::{Output, count};
 use crate::progress::Progress;
@@ -170,7 +170,7 @@ impl Work<'_> {
             Err(error) => return Err(error),
         };
         // Each of them is opened once, however many of the files need it.
-        let open = OpenLayers::new(snapshot.ancestors().to_vec(), Some(Arc::clone(resolver)));
+        let open = KnownLayers::new(snapshot.ancestors().to_vec(), Some(Arc::clone(resolver)));
         let open: Arc<dyn Ancestors> = Arc::new(open);
         let ancestors = snapshot.ancestors().iter().map(|layer| {
             let file = layer.name().to_owned();

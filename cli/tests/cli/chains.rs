@@ -91,7 +91,11 @@ fn flattened_chain_is_one_file_with_the_same_memory() {
     let text = run(&folder, &["flatten", "base.snap", "-o", "same.snap"])
         .exits(0)
         .text();
-    for part in ["copied", "flattened   base.snap", "0 ancestors"] {
+    for part in [
+        "copied as stored, 0 packed again",
+        "flattened   base.snap",
+        "0 ancestors",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     holds(&folder, "same.snap", &states[0]);
@@ -282,6 +286,11 @@ fn child_is_rebased_onto_the_flattened_base() {
     // In place.
     let text = run(&folder, &rebase).exits(0).text();
     assert!(text.contains("taken from it and its ancestors"), "{text}");
+    let replaced = format!(
+        "replaced    3.snap (its ID was {})",
+        old_id.as_str().unwrap()
+    );
+    assert!(text.contains(&replaced), "{text}");
     assert_ne!(*id(&folder, "3.snap"), old_id);
     holds(&folder, "3.snap", &states[3]);
     let info = info(&folder, "3.snap");
@@ -447,7 +456,7 @@ fn tree_shows_what_needs_what() {
         ": 3.snap, copy.snap; ",
         "what the unreadable files need is not known",
         "UNREADABLE  cut.snap: incomplete",
-        "5 other entries",
+        "5 other entries are not snapshots",
     ] {
         assert!(text.contains(part), "no {part:?} in {text}");
     }
@@ -490,10 +499,17 @@ fn tree_names_missing_and_replaced_ancestors() {
     file.unwrap().write_all(&resealed(longer)).unwrap();
     let report = tree(&[]);
     assert_eq!(report["missing"][0]["replaced_by"], "longer");
+}
 
+#[test]
+fn tree_tells_an_empty_folder_from_one_with_a_file() {
+    let folder = Folder::new();
+    let empty = run(&folder, &["tree"]).exits(0).text();
+    assert_eq!(empty, "no snapshots here\n");
+    base(&folder);
+    let text = run(&folder, &["tree"]).exits(0).text();
+    assert!(text.contains("no other needs 1 file of"), "{text}");
     run(&folder, &["tree", "none"]).exits(1).says(&["none"]);
-    let empty = run(&folder, &["tree", "more"]).exits(0).text();
-    assert!(empty.contains("no other needs 1 file of"), "{empty}");
 }
 
 /// Corrects the length that a trailer names, and its checksum.

@@ -514,7 +514,7 @@ fn memory_larger_or_smaller_than_the_base_is_packed() {
     let args = ["create", "diff", "--base", "base.snap", "-o", "new"];
     run(&folder, &args)
         .exits(1)
-        .says(&["base.snap has 8601600 bytes", "--holes zero"]);
+        .says(&["the memory of the base base.snap 8.20 MiB", "--holes zero"]);
     assert!(!folder.file("new").exists());
     let diff = File::options()
         .write(true)
@@ -570,6 +570,25 @@ fn unusable_bases_and_outputs_are_refused() {
     run(&folder, &over)
         .exits(2)
         .says(&["is an ancestor of child.snap"]);
+    // Another snapshot of the folder, or of those of `--layers`, needs it.
+    run(&folder, &["create", "base.raw", "-o", "other"]).exits(0);
+    for over in [
+        &["create", "base.raw", "-o", "base.snap", "--force"][..],
+        &["extract", "other", "-o", "base.snap", "--force"],
+    ] {
+        run(&folder, over)
+            .exits(2)
+            .says(&["base.snap: is an ancestor of ./child.snap"]);
+    }
+    fs::create_dir(folder.file("more")).unwrap();
+    fs::rename(folder.file("child.snap"), folder.file("more/child.snap")).unwrap();
+    let over = ["extract", "other", "-o", "base.snap", "--force"];
+    run(&folder, &[&over[..], &["--layers", "more"]].concat())
+        .exits(2)
+        .says(&["base.snap: is an ancestor of more/child.snap"]);
+    fs::rename(folder.file("more/child.snap"), folder.file("child.snap")).unwrap();
+    fs::remove_dir(folder.file("more")).unwrap();
+    fs::remove_file(folder.file("other")).unwrap();
     assert_eq!(folder.names(), names);
     assert!(folder.read("base.snap") == whole);
 
@@ -592,8 +611,40 @@ fn unusable_bases_and_outputs_are_refused() {
         &["create", "diff", "--base", "base.snap", "-o", "n"],
     )
     .exits(3)
-    .says(&["base.snap", "damaged frame"]);
+    .says(&[
+        "base.snap",
+        "damaged frame",
+        "restore the base from a copy, or take a full snapshot",
+    ]);
     assert!(!folder.file("n").exists());
+}
+
+#[test]
+fn child_in_another_folder_than_its_base_is_remarked() {
+    let folder = Folder::new();
+    let mut memory = base(&folder);
+    write_diff(&folder, "diff", &mut memory, (1, 37, 5));
+    fs::create_dir(folder.file("out")).unwrap();
+    let report = create(&folder, "diff", "base.snap", "out/child.snap", &[]);
+    assert!(
+        remarks(&report).contains(&("base.elsewhere".to_owned(), 1)),
+        "{report}"
+    );
+    let text = report["remarks"].to_string();
+    for part in ["base.snap", "pass --layers DIR"] {
+        assert!(text.contains(part), "{text}");
+    }
+    run(&folder, &["info", "out/child.snap"]).exits(1);
+    let args = ["info", "out/child.snap", "--layers", ".", "--json"];
+    let info = run(&folder, &args).exits(0).json();
+    assert!(info["properties"]["base.elsewhere"].is_null(), "{info}");
+    run(&folder, &["bench", "out/child.snap"])
+        .exits(1)
+        .says(&["is missing", "; copy the file beside the snapshot"]);
+    // All files at hand, under another name.
+    fs::copy(folder.file("base.snap"), folder.file("out/renamed")).unwrap();
+    let report = create(&folder, "diff", "base.snap", "out/2nd.snap", &[]);
+    assert!(!report.to_string().contains("base.elsewhere"), "{report}");
 }
 
 /// Regression test: the report of a restore named the child, with the offset in the base.

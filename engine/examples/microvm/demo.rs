@@ -18,7 +18,7 @@ pub(crate) fn run(kvm: &Kvm, mib: u64, seed: u64, prefetch: &Prefetch) -> Result
     let mut vm = snapshot::run_until_filled(kvm, &memory, mib, seed, false)?;
     let bytes = snapshot::write(&file, kvm, &vm, &memory, None)?;
     println!(
-        "snapshot   {mib} MiB in {} KiB; the guest goes on",
+        "snapshot   {mib} MiB in {} KiB; the guest continues",
         bytes >> 10
     );
     let said_before = vm.serial.lines.len();

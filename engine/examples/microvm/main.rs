@@ -175,6 +175,9 @@ impl Options {
                 _ => bail!(USAGE),
             }
         }
+        if matches!(options.command, Command::Demo) && options.child.is_some() {
+            bail!("--child needs snapshot or restore\n{USAGE}");
+        }
         Ok(options)
     }
 }

@@ -52,7 +52,7 @@ pub(crate) fn run(
             written: vm.take_written()?,
         };
         let bytes = snapshot::write(child, kvm, &vm, memory.guest(), Some(&base))?;
-        println!("child      {} KiB; the guest goes on", bytes >> 10);
+        println!("child      {} KiB; the guest continues", bytes >> 10);
     }
     let stopped = vm.run_to_end()?;
     let ended = begun.elapsed();

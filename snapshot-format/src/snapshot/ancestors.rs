@@ -59,7 +59,7 @@ impl Ancestor {
     }
 
     /// Returns whether `layer` is the recorded file.
-    pub fn is(&self, layer: &Layer) -> bool {
+    pub fn matches(&self, layer: &Layer) -> bool {
         // A text for each file that is another one would be slow in a long chain.
         layer.id() == self.id && self.difference(layer).is_none()
     }
@@ -104,7 +104,7 @@ impl Ancestor {
 ///         wanted: &Ancestor,
 ///         _beside: Option<&Path>,
 ///     ) -> Result<Option<Arc<Layer>>, OpenError> {
-///         Ok(self.0.iter().find(|layer| wanted.is(layer)).cloned())
+///         Ok(self.0.iter().find(|layer| wanted.matches(layer)).cloned())
 ///     }
 /// }
 /// # fn write(base: Option<Arc<Snapshot>>) -> Result<Vec<u8>, snapshot_format::WriteError> {
@@ -290,9 +290,9 @@ impl Ancestors for LayerFolders {
 /// A resolver that returns [stand-ins](Layer::absent) for files that another resolver does not
 /// find, or finds unusable.
 #[derive(Debug)]
-pub struct OrAbsent(pub Arc<dyn Ancestors>);
+pub struct AllowMissing(pub Arc<dyn Ancestors>);
 
-impl Ancestors for OrAbsent {
+impl Ancestors for AllowMissing {
     fn find(
         &self,
         wanted: &Ancestor,

@@ -56,7 +56,7 @@ impl Slots {
 }
 
 /// Maximum number of problems that one frame may add; the rest are counted.
-const MAX_OF_ONE: usize = 8;
+const MAX_PROBLEMS_PER_FRAME: usize = 8;
 /// A frame that a window needs, and its uses there.
 pub(super) struct Wanted {
     pub(super) frame: FrameRef,
@@ -254,7 +254,7 @@ fn check_list(
 
 impl Seen {
     fn add(&mut self, file: Option<&str>, what: String, frame: &FrameRef, detail: String) {
-        if self.problems.len() < MAX_OF_ONE {
+        if self.problems.len() < MAX_PROBLEMS_PER_FRAME {
             self.problems.push(Problem {
                 file: file.map(ToOwned::to_owned),
                 what,

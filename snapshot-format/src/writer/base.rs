@@ -30,6 +30,7 @@ use crate::names::escape_text;
 use crate::sections;
 use crate::snapshot::{FrameDecoder, Snapshot, name_property};
 use crate::store::Reason;
+use crate::types::Region;
 
 /// A snapshot that the new one refers to.
 pub(super) struct Base {
@@ -150,11 +151,19 @@ impl Base {
         damage.blocks += 1;
     }
 
-    /// Returns whether all these pages belong to one region of the base.
-    pub(super) fn has_pages(&self, first: u64, pages: u64) -> bool {
+    /// Checks that all these pages belong to one region of the base.
+    pub(super) fn check_pages(&self, first: u64, pages: u64) -> Result<(), WriteError> {
         let region = sections::region_of(self.snapshot.regions(), first);
-        let end = first.checked_add(pages);
-        region.is_some_and(|region| end.is_some_and(|end| end <= region.page_numbers().end))
+        let there = region.map_or(first..first, Region::page_numbers);
+        if first.checked_add(pages).is_some_and(|end| end <= there.end) {
+            return Ok(());
+        }
+        let most = there.end - first;
+        Err(WriteError::argument(
+            "the number of pages as in the base",
+            format_args!("{pages} from its page {first} on, where its region has {most} more"),
+            "pages of one region of the base",
+        ))
     }
 
     pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
@@ -183,8 +192,8 @@ impl Base {
             if given.len() == self.snapshot.pages_of_block(number)
                 && self.digest(number) == Some(alone.digest)
             {
-                return match self.kept(number, alone.digest) {
-                    Err(error) if is_damage(&error) => {
+                return match self.unchanged_block(number, alone.digest) {
+                    Err(error) if error.is_base_damage() => {
                         self.note_damage(&error);
                         Ok(alone)
                     }
@@ -196,7 +205,7 @@ impl Base {
             && given.len() == self.snapshot.pages_of_block(number)
             && let Some(digest) = self.digest(number)
         {
-            return self.kept(number, digest);
+            return self.unchanged_block(number, digest);
         }
 
         let base = match (self.pages(number), examined.take()) {
@@ -205,7 +214,7 @@ impl Base {
                 base
             }
             // All bytes were given, so the base is not needed.
-            (Err(error), Some(alone)) if is_damage(&error) => {
+            (Err(error), Some(alone)) if error.is_base_damage() => {
                 self.note_damage(&error);
                 return Ok(alone);
             }
@@ -217,7 +226,7 @@ impl Base {
             && examined.digest == digest::block(&base.digests)
             && examined.uniform().is_none()
         {
-            return self.kept(number, examined.digest);
+            return self.unchanged_block(number, examined.digest);
         }
         let mut known: Option<PagesByKey> = None;
         for (i, seen) in examined.pages.iter_mut().enumerate() {
@@ -235,7 +244,11 @@ impl Base {
     }
 
     /// Returns a block that is as block `number` of the base.
-    pub(super) fn kept(&self, number: u64, digest: Digest) -> Result<Examined, WriteError> {
+    pub(super) fn unchanged_block(
+        &self,
+        number: u64,
+        digest: Digest,
+    ) -> Result<Examined, WriteError> {
         let index = self.snapshot.uncached_block(number, Reason::Prefetch)?;
         let pages = (0..index.page_count()).map(|i| seen(&index, i)).collect();
         let mut layers: Vec<u16> = index.frames().iter().map(FrameRef::layer).collect();
@@ -320,15 +333,6 @@ impl Decoder {
 /// Locks data that is consistent after every statement.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Returns whether an error says that a file of the base is damaged.
-fn is_damage(error: &WriteError) -> bool {
-    match error {
-        WriteError::Base(error) => error.is_damage(),
-        WriteError::BaseFrame(error) => error.is_damage(),
-        _ => false,
-    }
 }
 
 /// Returns the digest of each block that a snapshot records; nothing if it records none.

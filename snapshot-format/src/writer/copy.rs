@@ -332,7 +332,7 @@ impl CopySource {
         if let Some((there, digest)) = self.kept(block)
             && let Some(base) = &self.base
         {
-            return base.base.kept(there, digest);
+            return base.base.unchanged_block(there, digest);
         }
         let index = self.index_block(block)?;
         let mut pages = Block::new(block, &index);

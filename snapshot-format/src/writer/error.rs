@@ -100,8 +100,7 @@ pub enum WriteError {
     /// A block could not be taken from the new base.
     #[error(
         "{file}: its block {block} is not as in {base}: either that holds other memory than \
-         {old_base}, the base so far, or the block needs an ancestor that is missing; name the \
-         folder that has it with --layers DIR or SNAPRESTORE_LAYERS"
+         {old_base}, the base so far, or the block needs an ancestor that is missing"
     )]
     NotInBase {
         /// The name of the child.
@@ -151,6 +150,15 @@ fn tib(top_bytes: u64) -> String {
 }
 
 impl WriteError {
+    /// Returns whether a file of the base is damaged.
+    pub fn is_base_damage(&self) -> bool {
+        match self {
+            Self::Base(error) => error.is_damage(),
+            Self::BaseFrame(error) => error.is_damage(),
+            _ => false,
+        }
+    }
+
     /// Creates a [`WriteError::Argument`] with a displayable value.
     pub(crate) fn argument(
         what: &'static str,

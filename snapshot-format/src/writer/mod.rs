@@ -319,18 +319,23 @@ impl<W: Write> Writer<W> {
     /// place: see [`RegionSpec::base_page`]. They must belong to one region of the base.
     pub fn write_from_base(&mut self, pages: u64) -> Result<(), WriteError> {
         self.guarded(|writer| {
-            let begun = writer.gather.given.len() as u64;
-            let first = writer.base_page.map(|page| page.saturating_add(begun));
-            let has_pages = |first| {
-                let base = writer.base.as_ref();
-                base.is_some_and(|base| pages == 0 || base.has_pages(first, pages))
-            };
-            if !first.is_some_and(has_pages) {
+            let Some(base) = &writer.base else {
                 return Err(WriteError::argument(
-                    "pages as in the base",
-                    format_args!("{pages} pages from the base's page {first:?}"),
-                    "pages of one region of the base",
+                    "the base of pages that are as in it",
+                    "none",
+                    "a snapshot (WriterOptions::base)",
                 ));
+            };
+            let Some(page) = writer.base_page else {
+                return Err(WriteError::argument(
+                    "the base's first page of the region",
+                    "none",
+                    "a page that the region begins with (RegionSpec::base_page)",
+                ));
+            };
+            if pages > 0 {
+                let begun = writer.gather.given.len() as u64;
+                base.check_pages(page.saturating_add(begun), pages)?;
             }
             writer.extend_region(pages)?;
             let mut left = pages;

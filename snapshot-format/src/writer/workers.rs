@@ -30,7 +30,7 @@ use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 /// Number of the only dictionary that a writer uses.
 pub(super) const DICTIONARY_NUMBER: u16 = 1;
 /// Maximum number of bytes of frames in progress.
-const FRAME_BYTES_UNDER_WAY: usize = 4 << 20;
+const MAX_FRAME_BYTES_IN_PROGRESS: usize = 4 << 20;
 
 /// Message from a thread of the pool.
 pub(super) enum Event {
@@ -135,7 +135,7 @@ impl Workers {
             examined: Reorder::new(),
             built: Reorder::new(),
             verdict: None,
-            max_frames: (FRAME_BYTES_UNDER_WAY / frame_bytes).max(threads + 2),
+            max_frames: (MAX_FRAME_BYTES_IN_PROGRESS / frame_bytes).max(threads + 2),
             free: Vec::new(),
             // One is filled, one is sequenced, and each thread has one; a few more keep the
             // threads busy while the caller reads.

@@ -5,7 +5,9 @@ use crate::common::Sample;
 use snapshot_format::layout::{
     RawSectionEntry, RawSummary, RawTrailer, SectionKind, TRAILER_BYTES, codec,
 };
-use snapshot_format::{Codec, OrAbsent, RewriteOptions, Rewritten, WorkingSetRun, flatten, rebase};
+use snapshot_format::{
+    AllowMissing, Codec, RewriteOptions, Rewritten, WorkingSetRun, flatten, rebase,
+};
 
 fn rewrite_options() -> RewriteOptions {
     RewriteOptions {
@@ -45,7 +47,7 @@ fn flat(file: &File) -> (File, Rewritten) {
 /// Opens a child of which no ancestor is available.
 fn alone(child: &File) -> Arc<Snapshot> {
     let store = Arc::new(MemoryStore::named(child.bytes.clone(), "the child"));
-    let nothing = OrAbsent(Arc::new(Given::default()));
+    let nothing = AllowMissing(Arc::new(Given::default()));
     let options = SnapshotOptions::default().ancestors(Arc::new(nothing));
     Arc::new(Snapshot::open_with(store, &options).expect("open"))
 }

@@ -72,9 +72,19 @@ pub enum AddServiceError {
 
 impl From<AddServiceError> for RequestError {
     fn from(error: AddServiceError) -> Self {
+        let mut text = Chain(&error).to_string();
+        let AddServiceError::Snapshot(cause) = &error else {
+            return Self::from(text);
+        };
+        if cause.lacks_ancestor() {
+            text.push_str(
+                "; copy the file beside the snapshot, or add its folder to `layers` of the \
+                 daemon's configuration (or serve's --layers DIR)",
+            );
+        }
         Self {
-            bad_snapshot: matches!(&error, AddServiceError::Snapshot(cause) if cause.is_unusable()),
-            text: Chain(&error).to_string(),
+            bad_snapshot: cause.is_unusable(),
+            text,
         }
     }
 }
