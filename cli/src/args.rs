@@ -702,6 +702,8 @@ pub(crate) struct Bench {
     /// Snapshot, or raw memory file
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
     /// Measured rounds, after one that compares all bytes
     #[arg(long, default_value_t = 3, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=1000))]

@@ -11,7 +11,7 @@ use snapshot_format::{FrameDecoder, FrameRef, Page, Reason, Snapshot, digest};
 
 use crate::contenders::Region;
 use crate::stats::Latencies;
-use crate::trial::{Before, Outcome};
+use crate::trial::{Before, Outcome, open_snapshot};
 use crate::uffd::Uffd;
 use crate::workload::{Order, Plan};
 use crate::{BenchError, PAGE, cache};
@@ -33,7 +33,7 @@ struct Contents {
 impl Contents {
     fn read(path: &Path) -> Result<Self, BenchError> {
         let failed = || format!("{}: reading its index", path.display());
-        let snapshot = Snapshot::open_path(path).map_err(BenchError::trial(failed()))?;
+        let snapshot = open_snapshot(path).map_err(BenchError::trial(failed()))?;
         snapshot.prepare().map_err(BenchError::trial(failed()))?;
         let mut frames = BTreeMap::new();
         let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -129,7 +129,7 @@ pub(crate) fn decode(path: &Path, threads: usize) -> Result<Outcome, BenchError>
 /// pages, on all cores.
 pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outcome, BenchError> {
     let failed = || format!("{}: decoding blocks", path.display());
-    let snapshot = Snapshot::open_path(path).map_err(BenchError::trial(failed()))?;
+    let snapshot = open_snapshot(path).map_err(BenchError::trial(failed()))?;
     cache::warm(path)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let before = Before::now(path);

@@ -8,9 +8,11 @@ use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use snapshot_format::{FileStore, LayerFolders, OpenError, Snapshot, SnapshotOptions};
 
 use crate::contender::Contender;
 use crate::contenders::outside::Outside;
@@ -332,11 +334,23 @@ impl Served {
     }
 }
 
+/// The environment variable with folders of ancestors, as `snaprestore` reads it.
+const LAYERS_VARIABLE: &str = "SNAPRESTORE_LAYERS";
+
+/// Opens a snapshot in a trial's process: see [`Runner::layers`].
+pub(crate) fn open_snapshot(path: &Path) -> Result<Snapshot, OpenError> {
+    let folders = std::env::var_os(LAYERS_VARIABLE).unwrap_or_default();
+    let folders = std::env::split_paths(&folders).filter(|path| !path.as_os_str().is_empty());
+    let options = SnapshotOptions::default().ancestors(Arc::new(LayerFolders::new(folders)));
+    Snapshot::open_with(FileStore::open_snapshot(path)?, &options)
+}
+
 /// Runs trials in processes of their own.
 #[derive(Clone, Debug)]
 pub struct Runner {
     program: PathBuf,
     args: Vec<OsString>,
+    layers: Option<OsString>,
 }
 
 impl Runner {
@@ -345,7 +359,16 @@ impl Runner {
         Self {
             program,
             args: args.into_iter().map(Into::into).collect(),
+            layers: None,
         }
+    }
+
+    /// Sets the folders in which trials look for ancestors of snapshots, besides the snapshot's
+    /// own, separated by colons: the environment variable `SNAPRESTORE_LAYERS` of their processes.
+    #[must_use]
+    pub fn layers(mut self, folders: OsString) -> Self {
+        self.layers = Some(folders);
+        self
     }
 
     /// Runs one trial to its end.
@@ -353,8 +376,10 @@ impl Runner {
         let what = || format!("a trial with {}", trial.file().display());
         let failed = || BenchError::io(what());
         let text = serde_json::to_vec(trial).map_err(BenchError::trial(what()))?;
+        let layers = self.layers.iter().map(|folders| (LAYERS_VARIABLE, folders));
         let mut child = Command::new(&self.program)
             .args(&self.args)
+            .envs(layers)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -6,7 +6,7 @@ use std::io::{Write as _, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 use snaprestore_compare::machine::Machine;
@@ -20,6 +20,7 @@ use snapshot_format::{OpenError, Snapshot};
 
 use crate::args;
 use crate::exit::{Exit, Refusal};
+use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
@@ -74,15 +75,12 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
     }
     let own = std::env::current_exe()
         .context("finding this program, which runs itself for each trial")?;
-    let snapshot = match Snapshot::open_path(&args.file) {
+    let snapshot = match layers::open(&args.file, &args.layers) {
         Ok(snapshot) => Some(snapshot),
-        Err(OpenError::NotASnapshot { .. }) => None,
-        // There is no --layers.
-        Err(error) if error.lacks_ancestor() => {
-            let error = anyhow::Error::from(error);
-            bail!("{error:#}; copy the file beside the snapshot");
-        }
-        Err(error) => return Err(error.into()),
+        Err(error) => match error.downcast_ref() {
+            Some(OpenError::NotASnapshot { .. }) => None,
+            _ => return Err(error),
+        },
     };
     // Removed when the command ends, unless it is killed.
     let folder = tempfile::Builder::new()
@@ -96,7 +94,9 @@ pub(crate) fn run(args: &args::Bench, output: Output, cancel: &Cancel) -> Result
         })?;
     let mut images = images(args, snapshot.as_ref(), folder.path(), &own, output)?;
     let mut samples = Samples::default();
-    let runner = Runner::new(own, [TRIAL]);
+    let folders = std::env::join_paths(layers::folders(&args.layers, &[])?)
+        .context("a folder of --layers has a colon in its name")?;
+    let runner = Runner::new(own, [TRIAL]).layers(folders);
     let mut on_step = |step: &str| {
         if output.shows_progress() {
             // On a terminal, each step overwrites the line, which is cleared at the end.
@@ -214,6 +214,12 @@ fn images(
     run_program(
         Command::new(own)
             .args(["extract", "--quiet", "--unavailable", "zero"])
+            .args(
+                args.layers
+                    .folders
+                    .iter()
+                    .flat_map(|folder| ["--layers".as_ref(), folder.as_os_str()]),
+            )
             .arg(&args.file)
             .arg("-o")
             .arg(&raw),

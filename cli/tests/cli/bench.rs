@@ -1,5 +1,7 @@
 //! Comparison with other ways to restore.
 
+use std::fs;
+
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
 use snaprestore_uffd::uffd::OpenOptions;
@@ -164,4 +166,49 @@ fn unsupported_benchmark_input_is_refused() {
         .exits(1)
         .says(&["nowhere"]);
     assert_eq!(folder.names(), ["odd"]);
+}
+
+#[test]
+fn chain_in_several_folders_is_benchmarked() {
+    let folder = Folder::new();
+    if !prepared("chain_in_several_folders_is_benchmarked", &folder) {
+        return;
+    }
+    let mut later = folder.read("raw");
+    later[0] ^= 1;
+    folder.write("later", &later);
+    fs::create_dir(folder.file("bases")).unwrap();
+    run(&folder, &["create", "raw", "-o", "bases/base.snap"]).exits(0);
+    let args = [
+        "create",
+        "later",
+        "--base",
+        "bases/base.snap",
+        "--holes",
+        "zero",
+    ];
+    run(&folder, &[&args[..], &["-o", "child.snap"]].concat()).exits(0);
+    let args = [
+        "bench",
+        "child.snap",
+        "--rounds",
+        "1",
+        "--dir",
+        ".",
+        "--contenders",
+        "ours;mmap",
+    ];
+    let report = run(
+        &folder,
+        &[&args[..], &["--layers", "bases", "--json"]].concat(),
+    );
+    let report = report.exits(0).json();
+    assert_eq!(
+        report["contenders"].as_array().unwrap().len(),
+        2,
+        "{report}"
+    );
+    run(&folder, &args)
+        .exits(1)
+        .says(&["base.snap", "--layers DIR"]);
 }

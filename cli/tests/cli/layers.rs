@@ -638,9 +638,10 @@ fn child_in_another_folder_than_its_base_is_remarked() {
     let args = ["info", "out/child.snap", "--layers", ".", "--json"];
     let info = run(&folder, &args).exits(0).json();
     assert!(info["properties"]["base.elsewhere"].is_null(), "{info}");
-    run(&folder, &["bench", "out/child.snap"])
-        .exits(1)
-        .says(&["is missing", "; copy the file beside the snapshot"]);
+    run(&folder, &["bench", "out/child.snap"]).exits(1).says(&[
+        "is missing",
+        "name the folder that has it with --layers DIR",
+    ]);
     // All files at hand, under another name.
     fs::copy(folder.file("base.snap"), folder.file("out/renamed")).unwrap();
     let report = create(&folder, "diff", "base.snap", "out/2nd.snap", &[]);

@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use snaprestore_engine::restore::{self, FailurePolicy, Restore};
 use snaprestore_uffd::memory::RawRegion;
-use snapshot_format::Snapshot;
 
 use super::region::Region;
 use crate::BenchError;
 use crate::contender::{Ours, Prefetch, Restored};
 use crate::touch::Memory;
+use crate::trial::open_snapshot;
 
 pub(crate) struct Lazily {
     // Dropped, and thereby stopped, before the memory is unmapped.
@@ -31,7 +31,7 @@ pub(crate) struct Lazily {
 pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, BenchError> {
     let failed = || format!("{}: restoring", file.display());
     let began = Instant::now();
-    let snapshot = Snapshot::open_path(file).map_err(BenchError::trial(failed()))?;
+    let snapshot = open_snapshot(file).map_err(BenchError::trial(failed()))?;
     let open = began.elapsed();
     let snapshot = Arc::new(snapshot);
     let lens: Vec<u64> = snapshot
