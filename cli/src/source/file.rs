@@ -144,6 +144,11 @@ impl SourceFile {
         &self.path
     }
 
+    /// Returns whether this is a block device, which has no holes.
+    pub(crate) fn is_device(&self) -> bool {
+        self.at_opening.0.is_none()
+    }
+
     pub(crate) fn len(&self) -> u64 {
         self.len
     }

@@ -192,12 +192,12 @@ pub(crate) fn open(
         if let Some(file) = file::stdin()? {
             return open_file(file, create, cancel);
         }
-        refuse_diff_in_a_stream(create)?;
+        refuse_diff_in(create, "a pipe")?;
         return Ok(Box::new(stdin::Stream::stdin(create.raw, cancel)?));
     }
     match file::open(path)? {
         file::Opened::Pipe(pipe) => {
-            refuse_diff_in_a_stream(create)?;
+            refuse_diff_in(create, "a pipe")?;
             let stream = stdin::Stream::pipe(path, pipe, create.raw, cancel);
             Ok(Box::new(stream))
         }
@@ -205,14 +205,16 @@ pub(crate) fn open(
     }
 }
 
-/// Refuses a stream with a base, unless it is known to be all of the memory.
-fn refuse_diff_in_a_stream(create: &args::Create) -> Result<()> {
+/// Refuses a source without holes if there is a base, unless it is known to be all of the memory.
+fn refuse_diff_in(create: &args::Create, what: &str) -> Result<()> {
     if create.meaning_of_holes() == Holes::Zero {
         return Ok(());
     }
-    let text = "a pipe has no holes, so a diff in it cannot be told from all of a memory; name the \
-                file of the diff; if the pipe delivers all of the memory: --holes zero";
-    Err(Refusal::Usage(text.into()).into())
+    let text = format!(
+        "{what} has no holes, so a diff in it cannot be told from all of a memory; name the file \
+         of the diff; if this is all of the memory: --holes zero"
+    );
+    Err(Refusal::Usage(text).into())
 }
 
 fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result<Box<dyn Source>> {
@@ -235,6 +237,9 @@ fn open_file(file: SourceFile, create: &args::Create, cancel: &Cancel) -> Result
             anyhow::bail!("{}: {}", names::path(file.path()), what.refusal());
         }
         Guess::Raw => {}
+    }
+    if file.is_device() {
+        refuse_diff_in(create, "a block device")?;
     }
     let is_known = !matches!(guess, Guess::Raw);
     let holes = raw::HolesOf {

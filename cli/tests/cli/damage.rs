@@ -207,6 +207,12 @@ fn block_device_holds_a_snapshot_or_raw_memory() {
     run(&folder, &["extract", &snapshot.0, "-o", "out"]).exits(0);
     assert!(folder.read("out") == folder.read("raw"));
     run(&folder, &["create", &raw.0, "-o", "again"]).exits(0);
+    // A device has no holes.
+    let args = ["create", &raw.0, "--base", "again", "-o", "child"];
+    run(&folder, &args)
+        .exits(2)
+        .says(&["a block device has no holes", "--holes zero"]);
+    run(&folder, &[&args[..], &["--holes", "zero"]].concat()).exits(0);
     if crate::restore::possible(&folder, "block_device_holds_a_snapshot_or_raw_memory") {
         run(&folder, &["restore", &snapshot.0, "--check", &raw.0]).exits(0);
     }
