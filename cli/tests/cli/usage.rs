@@ -115,7 +115,7 @@ fn wrong_usage_exits_2_with_a_hint() {
 fn help_documents_the_exit_codes() {
     let help = Run::to_end(&mut command(["--help"])).exits(0).text();
     for line in [
-        "3  the file is damaged",
+        "3  the file, or one of its ancestors, is damaged",
         "\"exit_code\": N",
         "4  this machine does not permit it",
         "130",
