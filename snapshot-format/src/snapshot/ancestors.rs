@@ -17,7 +17,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime};
 
 use super::layer::Layer;
 use crate::digest::Digest;
@@ -165,13 +165,40 @@ pub struct LayerFolders {
 #[derive(Debug)]
 struct KnownFolder {
     files: FilesById,
-    read: Instant,
+    /// When the folder had changed last, and when it was read. Unknown if it can't be queried.
+    times: Option<(SystemTime, SystemTime)>,
 }
 
 type FilesById = HashMap<SnapshotId, Vec<PathBuf>>;
 
-/// Minimum time between two readings of a folder, so that many missing files don't cost one each.
-const READ_INTERVAL: Duration = Duration::from_secs(1);
+/// Age above which a change of a folder is certainly not in the same tick of the file system's
+/// clock as a later one.
+const MAX_TICK: Duration = Duration::from_millis(100);
+
+impl KnownFolder {
+    fn read(folder: &Path) -> Self {
+        let changed = last_change(folder);
+        Self {
+            times: changed.map(|changed| (changed, SystemTime::now())),
+            files: ids_in(folder),
+        }
+    }
+
+    /// Returns whether the folder has the same files as when it was read. Reading it for each of
+    /// many missing files would take long.
+    fn is_current(&self, folder: &Path) -> bool {
+        self.times.is_some_and(|(changed, read)| {
+            let age = read.duration_since(changed).unwrap_or_default();
+            age > MAX_TICK && last_change(folder) == Some(changed)
+        })
+    }
+}
+
+fn last_change(folder: &Path) -> Option<SystemTime> {
+    fs::metadata(folder)
+        .and_then(|folder| folder.modified())
+        .ok()
+}
 
 impl LayerFolders {
     /// Creates a resolver that searches these folders, besides that of the referring file.
@@ -189,13 +216,12 @@ impl LayerFolders {
     }
 
     /// Returns the files in `folder` whose header has this id. The folder is read the first time
-    /// and, if `again` is set, when that was long ago.
+    /// and, if `again` is set, when it has changed.
     fn by_id(&self, folder: &Path, id: SnapshotId, again: bool) -> Vec<PathBuf> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_recent = |known: &KnownFolder| !again || known.read.elapsed() < READ_INTERVAL;
-        if !known.get(folder).is_some_and(is_recent) {
-            let (files, read) = (ids_in(folder), Instant::now());
-            known.insert(folder.to_owned(), KnownFolder { files, read });
+        let is_enough = |known: &KnownFolder| !again || known.is_current(folder);
+        if !known.get(folder).is_some_and(is_enough) {
+            known.insert(folder.to_owned(), KnownFolder::read(folder));
         }
         let files = known.get(folder).and_then(|known| known.files.get(&id));
         files.cloned().unwrap_or_default()
