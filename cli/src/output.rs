@@ -69,11 +69,16 @@ impl Output {
         }
     }
 
-    /// Prints a result on standard error, because standard output carries the data itself.
-    pub(crate) fn report_aside(self, report: &impl Report) {
+    /// Prints the result of a command that writes data: on standard error if the data themselves
+    /// went to standard output.
+    pub(crate) fn report_beside(self, data_to_stdout: bool, report: &impl Report) -> Result<()> {
+        if !data_to_stdout {
+            return self.report(report);
+        }
         if !self.quiet {
             to_stderr(&report.to_string());
         }
+        Ok(())
     }
 
     /// Writes to standard output, whatever the options. If the reader has closed the pipe, it has

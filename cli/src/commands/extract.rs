@@ -182,11 +182,7 @@ pub(crate) fn run(args: &args::Extract, output: Output, cancel: &Cancel) -> Resu
         report.regions = Some(RegionFacts::all(plan.regions));
     }
     report.elapsed_ms = u64::try_from(began.elapsed().as_millis())?;
-    if to_stdout {
-        output.report_aside(&report);
-    } else {
-        output.report(&report)?;
-    }
+    output.report_beside(to_stdout, &report)?;
     Ok(Exit::Done)
 }
 

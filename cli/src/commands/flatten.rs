@@ -117,11 +117,7 @@ pub(crate) fn run(args: &args::Flatten, output: Output, cancel: &Cancel) -> Resu
         },
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     };
-    if to_stdout {
-        output.report_aside(&report);
-    } else {
-        output.report(&report)?;
-    }
+    output.report_beside(to_stdout, &report)?;
     Ok(Exit::Done)
 }
 
