@@ -225,7 +225,6 @@ impl ThreadOptions {
             completes: false,
             threads: self.prefetch_threads,
             first_number: self.fault_threads,
-            bandwidth: self.prefetch_bandwidth,
         })
     }
 }

@@ -150,6 +150,34 @@ fn completed_owner_runs_without_its_pager() {
 }
 
 #[test]
+fn paused_prefetch_resumes_or_is_completed() {
+    for resume in [true, false] {
+        let bytes = Arc::new(mixed(PAGES));
+        let expected = Arc::clone(&bytes);
+        let owner = Owner::start(&REGIONS, move |memory| {
+            memory.wait_for_word();
+            memory.compare_in_threads(&expected, 1)
+        });
+        let paged = Pager::new(open(pack(&bytes, 32)))
+            .prefetch(Prefetch::All)
+            .prefetch_bandwidth(1)
+            .attach(owner.handover())
+            .unwrap();
+        paged.pause_prefetch();
+        paged.set_prefetch_bandwidth(None);
+        assert_eq!(paged.ending(), None);
+        if resume {
+            paged.resume_prefetch();
+            assert!(paged.wait_complete());
+        } else {
+            assert!(paged.complete());
+        }
+        owner.word();
+        assert_eq!(owner.child.wait(), Ended::Exit(0));
+    }
+}
+
+#[test]
 fn owner_with_damaged_page_is_killed_before_zeros() {
     let bytes = Arc::new(random_bytes(PAGES, 5));
     let file = pack(&bytes, 32);

@@ -31,4 +31,5 @@ mod many;
 mod orders;
 mod owner;
 mod soak;
+mod throttled;
 mod waits;
