@@ -434,6 +434,12 @@ pub(crate) struct Restore {
     /// Compare every touched page with this raw memory file, as `extract` writes it
     #[arg(long, value_name = "RAW", value_hint = ValueHint::FilePath)]
     pub(crate) check: Option<PathBuf>,
+    /// Record the pages that are touched, in order of first touch, to this new file
+    ///
+    /// A recording ends after 10 s, after 262,144 pages, when the rate of first touches has settled,
+    /// or with the command. Until then each touch installs one page, and prefetch waits.
+    #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
+    pub(crate) record: Option<PathBuf>,
     /// Suppress the note that only user-mode faults are permitted here
     ///
     /// Without permission for a full userfaultfd, the command falls back to one that catches faults

@@ -62,6 +62,7 @@
 //! | serve a VMM such as Firecracker | [`pager::Pager`] and [`pager::firecracker`] |
 //! | supervise a serving process | [`pager::Pager::tables`], [`pager::Vitals`] |
 //! | load pages before they are touched | [`Prefetch`] |
+//! | record which pages are touched | [`Recording`] |
 //! | run many sessions in one process | [`Shared`] |
 //! | handle pages that can't be restored | [`restore::FailurePolicy`], [`pager::OnError`] |
 //! | measure | [`stats`] |
@@ -106,8 +107,8 @@ mod runtime;
 mod session;
 pub mod stats;
 
-pub use runtime::{Prefetch, SYSTEM_CALLS, Shared};
-pub use session::{Failure, FailureKind};
+pub use runtime::{Prefetch, RecordError, Recording, SYSTEM_CALLS, Shared};
+pub use session::{Failure, FailureKind, RecordingOptions};
 
 /// The example of the project's front page, compiled with the documentation tests.
 #[cfg(doctest)]

@@ -16,6 +16,7 @@ use super::owner::{OnError, Owner, OwnerGuard};
 use crate::runtime::{PausedBy, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
 use crate::session::{Extent, Failure, FrameId, Kernel, Session, SnapshotImage, State};
 use crate::stats::Stats;
+use crate::{RecordError, Recording, RecordingOptions};
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
 use snaprestore_uffd::os::{PageMap, may_kill, open_page_map};
@@ -195,6 +196,14 @@ impl Pager {
     /// [`OnError::Kill`].
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.on_error = on_error;
+        self
+    }
+
+    /// Records first touches from the first one on, like
+    /// [`Restore::record`](crate::restore::Restore::record). A session that is
+    /// [resumed](Pager::resume) knows only the touches from then on. Default: no.
+    pub fn record(mut self, options: RecordingOptions) -> Self {
+        self.threads.record = Some(options);
         self
     }
 
@@ -415,6 +424,16 @@ impl Paged {
     /// [`Pager::prefetch_bandwidth`]. `None` removes the limit.
     pub fn set_prefetch_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.runtime.set_prefetch_bandwidth(bytes_per_second);
+    }
+
+    /// Records first touches from now on. Fails if a recording is running.
+    pub fn record(&self, options: RecordingOptions) -> Result<Recording, RecordError> {
+        self.runtime.record(options)
+    }
+
+    /// Returns the recording that began last, also after it has ended.
+    pub fn recording(&self) -> Option<Recording> {
+        self.runtime.recording()
     }
 
     /// Returns the statistics so far.

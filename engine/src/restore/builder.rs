@@ -23,6 +23,7 @@ use snaprestore_uffd::{PageSizeError, check_page_size};
 
 use super::guard::{Asker, PolicyGuard};
 use super::restored::{self, Restored, RestoredRegion};
+use crate::RecordingOptions;
 use crate::runtime::{Body, Prefetch, Runtime, Shared, ThreadError, ThreadOptions};
 
 /// A builder for a restore into this process.
@@ -299,6 +300,13 @@ impl Restore {
     /// module](super#callbacks) describes what it may do.
     pub fn on_first_touch(mut self, observer: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.observer = Some(Box::new(observer));
+        self
+    }
+
+    /// Records first touches from the first one on. [`Restored::recording`] returns the recording,
+    /// and [`Recording`](crate::Recording) describes what it sees. Default: no.
+    pub fn record(mut self, options: RecordingOptions) -> Self {
+        self.threads.record = Some(options);
         self
     }
 

@@ -9,6 +9,7 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 use crate::runtime::{OnComplete, PausedBy, Runtime, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
 use crate::stats::Stats;
+use crate::{RecordError, Recording, RecordingOptions};
 use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
 use snaprestore_uffd::os::abort;
@@ -286,6 +287,16 @@ impl Restored {
     /// limit.
     pub fn set_prefetch_bandwidth(&self, bytes_per_second: Option<u64>) {
         self.runtime.set_prefetch_bandwidth(bytes_per_second);
+    }
+
+    /// Records first touches from now on. Fails if a recording is running.
+    pub fn record(&self, options: RecordingOptions) -> Result<Recording, RecordError> {
+        self.runtime.record(options)
+    }
+
+    /// Returns the recording that began last, also after it has ended.
+    pub fn recording(&self) -> Option<Recording> {
+        self.runtime.recording()
     }
 
     /// Returns the statistics so far.

@@ -9,6 +9,7 @@
 
 mod contexts;
 mod prefetcher;
+mod recording;
 mod session_prefetch;
 mod shared;
 mod threads;
@@ -20,11 +21,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use snapshot_format::trace::TraceEnd;
+
 use crate::session::{Kernel, PAGE, Session, SnapshotImage};
 use crate::stats::{Durations, Stats};
 use snaprestore_uffd::os::trim_heap;
 
 use prefetcher::Pool;
+pub use recording::{RecordError, Recording};
 use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
 pub use threads::SYSTEM_CALLS;
@@ -294,6 +298,7 @@ impl Runtime {
     /// pool. Returns `false` if some page can't be installed, or if the owner keeps changing its
     /// memory. Otherwise the session is ending, complete or not.
     pub(crate) fn install_rest(self: &Arc<Self>) -> bool {
+        self.session.end_recording(TraceEnd::Stopped);
         let feed = Feed::new(
             self,
             Plan {

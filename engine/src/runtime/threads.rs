@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crate::session::{Place, RETRY_TIMEOUT};
+use crate::session::{Place, RETRY_TIMEOUT, RecordingOptions};
 use snaprestore_uffd::os::{SignalsBlocked, abort, leave_creator};
 
 use super::session_prefetch::Plan;
@@ -116,6 +116,8 @@ pub(crate) struct ThreadOptions {
     pub(crate) prefetch_threads: usize,
     pub(crate) prefetch_bandwidth: Option<u64>,
     pub(crate) retry_timeout: Duration,
+    /// Options of the recording that begins with the session.
+    pub(crate) record: Option<RecordingOptions>,
     pub(crate) hook: Option<Hook>,
     /// The resources shared with other sessions; set at their first use if they were not given.
     pub(crate) shared: OnceLock<Shared>,
@@ -131,6 +133,7 @@ impl Default for ThreadOptions {
             prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             prefetch_bandwidth: None,
             retry_timeout: RETRY_TIMEOUT,
+            record: None,
             hook: None,
             shared: OnceLock::new(),
             other: None,
@@ -162,6 +165,10 @@ impl ThreadOptions {
 
     /// Starts the threads. If one can't be started, those already started are ended.
     pub(crate) fn start(self, runtime: &Arc<Runtime>) -> Result<Threads, ThreadError> {
+        if let Some(options) = self.record {
+            // No other recording is running yet.
+            let _ = runtime.record(options);
+        }
         // Threads inherit the mask, so no signal reaches them even before their first instruction.
         let blocked = SignalsBlocked::now().map_err(|source| ThreadError {
             what: "threads that block signals",

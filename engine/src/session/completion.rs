@@ -9,6 +9,8 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use snapshot_format::trace::TraceEnd;
+
 use crate::fail_point::{FailPoint, fail_point};
 use crate::session::Session;
 use crate::session::platform::{Image, PAGE, Platform};
@@ -47,6 +49,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.release_memory();
         fail_point(FailPoint::Complete);
         self.phase.complete.store(true, Relaxed);
+        self.end_recording(TraceEnd::Completed);
         self.end();
         true
     }

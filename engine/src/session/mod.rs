@@ -58,6 +58,7 @@ mod give_up;
 mod guard;
 mod healing;
 mod platform;
+mod recording;
 mod state;
 mod stats;
 mod threads;
@@ -69,8 +70,11 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use snapshot_format::trace::TraceEnd;
+
 use fault::in_flight::InFlight;
 use fault::outcome::InstallError;
+use recording::Recorder;
 use state::address_map::{LARGE_BYTES, block_of};
 use stats::add;
 
@@ -78,6 +82,7 @@ use stats::add;
 pub use bench::PageStates;
 pub use failure::{Failure, FailureDecision, FailureKind, FailurePolicy};
 pub use platform::FrameId;
+pub use recording::RecordingOptions;
 pub use state::{Pulse, Vitals};
 
 pub(crate) use content::frame_cache::{FrameCache, SharedFrames};
@@ -90,6 +95,7 @@ pub(crate) use give_up::NoPoison;
 pub(crate) use guard::Guard;
 pub(crate) use platform::kernel::Kernel;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
+pub(crate) use recording::Record;
 pub(crate) use state::State;
 pub(crate) use state::address_map::{Extent, LARGE_PAGES};
 pub(crate) use stats::Counters;
@@ -116,6 +122,7 @@ pub(crate) struct Session<P, I> {
     zeros: Vec<u8>,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
+    pub(crate) recorder: Recorder,
     /// Frames that must not be decoded, because a worker died decoding them.
     quarantined: Vec<FrameId>,
     /// How long an unreadable page is retried before it counts as failed.
@@ -174,6 +181,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             in_flight: InFlight::new(threads),
             guard,
             observer,
+            recorder: Recorder::default(),
             quarantined: Vec::new(),
             retry_timeout: RETRY_TIMEOUT,
             failures: Mutex::default(),
@@ -190,6 +198,7 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Makes every thread return from [`Session::serve`]. Pending faults are not answered.
     pub(crate) fn end(&self) {
+        self.end_recording(TraceEnd::Stopped);
         self.phase.ending.store(true, Relaxed);
         self.platform.kick();
     }
@@ -243,6 +252,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     fn mark_owner_gone(&self) {
         self.phase.owner_gone.store(true, Relaxed);
         tracing::debug!("the owner of the memory is gone");
+        self.end_recording(TraceEnd::OwnerEnded);
         self.end();
     }
 

@@ -1,6 +1,7 @@
 //! `snaprestore restore`: restores a snapshot lazily into this process.
 
 mod order;
+mod record;
 mod report;
 mod touch;
 
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use snaprestore_engine::RecordingOptions;
 use snaprestore_engine::restore::{self, FailurePolicy, Restored, StartError};
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{FileStore, Snapshot, Store as _};
@@ -22,6 +24,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use order::Order;
+use record::{TraceFile, TraceWriter};
 pub(crate) use report::RestoreReport;
 use touch::Pages;
 
@@ -34,8 +37,10 @@ pub(crate) const USER_MODE_ONLY: &str = "note: this user may not make a full use
 const COMPLETE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Result<Exit> {
-    // The memory disappears with this process: nothing has to be undone or waited for.
-    cancel.end_at_once();
+    if args.record.is_none() {
+        // The memory disappears with this process: nothing has to be undone or waited for.
+        cancel.end_at_once();
+    }
     let report = restore(args, output, cancel)?;
     output.report(&report)?;
     Ok(report.exit())
@@ -67,12 +72,17 @@ pub(crate) fn restore(
         Touch::Random => Some(Order::random(pages.count, args.seed)),
         Touch::File(path) => Some(Order::listed(path, &pages)?),
     };
+    let trace = args.record.as_deref().map(TraceFile::create).transpose()?;
     let began = Instant::now();
     let restored =
         start(&snapshot, args, output).map_err(|error| exit::name_the_remedies(error.into()))?;
     if restored.is_user_mode_only() && !args.user_mode_only {
         output.warn(USER_MODE_ONLY);
     }
+    let trace = match (trace, restored.recording()) {
+        (Some(file), Some(recording)) => Some(TraceWriter::start(recording, file, output, cancel)?),
+        _ => None,
+    };
     let touched = match order {
         None => None,
         Some(order) => {
@@ -102,13 +112,15 @@ pub(crate) fn restore(
         }
     }
     let stats = restored.stats();
-    Ok(RestoreReport::new(
+    let mut report = RestoreReport::new(
         names::exact(&args.file),
         &snapshot,
         &stats,
         &restored.failures(),
         touched.as_ref().map(|(touched, took)| (touched, *took)),
-    ))
+    );
+    report.trace = trace.map(TraceWriter::finish).transpose()?;
+    Ok(report)
 }
 
 /// Opens the file to compare with, which must be as long as the memory.
@@ -133,7 +145,12 @@ fn start(
     output: Output,
 ) -> Result<Restored, StartError> {
     let with = |on_failure| {
-        restore::Restore::new(Arc::clone(snapshot))
+        let builder = restore::Restore::new(Arc::clone(snapshot));
+        let builder = match args.record {
+            Some(_) => builder.record(RecordingOptions::default()),
+            None => builder,
+        };
+        builder
             .fault_threads(args.threads)
             .retry_timeout(Duration::from_secs(args.retry_timeout))
             .prefetch(match args.prefetch {

@@ -10,6 +10,7 @@ use snaprestore_engine::stats::{Durations, Stats};
 use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
+use super::record::TraceReport;
 use super::touch::Touched;
 use crate::exit::Exit;
 use crate::output::{count, micros};
@@ -47,6 +48,9 @@ pub(crate) struct RestoreReport {
     /// Numbers of the first pages that differed.
     mismatched: Vec<u64>,
     failures: Vec<Bad>,
+    /// The trace that was recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) trace: Option<TraceReport>,
 }
 
 /// A place in the file that could not be used, and the pages affected by it.
@@ -105,6 +109,7 @@ impl RestoreReport {
             mismatches: found.mismatches,
             mismatched: found.mismatched.clone(),
             failures: bad,
+            trace: None,
         }
     }
 
@@ -298,6 +303,21 @@ impl fmt::Display for RestoreReport {
             BinaryBytes(self.bytes_read),
             BinaryBytes(self.bytes_decoded)
         )?;
+        if let Some(trace) = &self.trace {
+            write!(
+                f,
+                "recorded    {} in {}, the last after {} ms; ended: {}",
+                count(trace.touches, "touch"),
+                trace.file,
+                HumanCount(trace.last_touch_ms),
+                trace.why
+            )?;
+            if trace.present_at_start > 0 {
+                let present = count(trace.present_at_start, "page");
+                write!(f, "; {present} not seen, because present before")?;
+            }
+            writeln!(f)?;
+        }
         if self.checked_pages > 0 {
             writeln!(
                 f,

@@ -9,8 +9,9 @@
 //! Frames are kept as long as there is room, whichever session decoded them and for whatever
 //! reason. The exception is the first session of a snapshot as long as no other has used the
 //! snapshot's own file: perhaps nobody ever wants its frames, and copying them costs a twentieth of
-//! a restore. Frames of ancestors are always kept: an ancestor exists for the sake of its children,
-//! and the session of another may follow.
+//! a restore. While the session records touches, it keeps them nevertheless. Frames of ancestors are
+//! always kept: an ancestor exists for the sake of its children, and the session of another may
+//! follow.
 //!
 //! Frames are keyed by the open layer that holds them, so that all snapshots with that layer share
 //! them, and by everything that an index says about them: two files may claim the same ID, and one
@@ -278,6 +279,19 @@ impl SharedFrames {
         Self {
             cache: Arc::clone(cache),
             layers: layers.map(|layer| known.add_session(layer)).collect(),
+        }
+    }
+
+    /// Sets whether frames of the snapshot's own file are kept although no other session uses it.
+    pub(crate) fn keep_own(&self, keep: bool) {
+        let Some(own) = self.layers.first() else {
+            return;
+        };
+        // Counts as one more session.
+        if keep {
+            own.sessions.fetch_add(1, Relaxed);
+        } else {
+            own.sessions.fetch_sub(1, Relaxed);
         }
     }
 

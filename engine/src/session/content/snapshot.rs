@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use snapshot_format::layout::{
     MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
@@ -12,13 +12,16 @@ use snapshot_format::{
 };
 
 use crate::session::content::duplicates::Duplicates;
-use crate::session::content::frame_cache::{CacheLookup, Decoded, SharedFrames};
+use crate::session::content::frame_cache::{CacheLookup, Decoded, FrameCache, SharedFrames};
 use crate::session::failure::{Failure, FailureKind};
 use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps for pages whose content is shared by many: their frame is
 /// wanted repeatedly, and its list doesn't name all of them.
 const MAX_KEPT_BYTES: usize = 2 << 20;
+
+/// Decoded bytes that a session without shared frames keeps while a recording runs.
+const MAX_RECORDING_BYTES: u64 = 64 << 20;
 
 /// The number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
@@ -30,7 +33,9 @@ pub(crate) struct SnapshotImage {
     session: u64,
     duplicates: Duplicates,
     /// Frames that other sessions of the snapshot have decoded.
-    shared: Option<SharedFrames>,
+    shared: Option<Arc<SharedFrames>>,
+    /// Frames that this session keeps while a recording runs, if it shares none.
+    kept: Mutex<Option<Arc<SharedFrames>>>,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
 }
@@ -100,7 +105,8 @@ impl SnapshotImage {
             session: SESSIONS.fetch_add(1, Relaxed),
             duplicates: Duplicates::new(snapshot.block_count(), 1 + snapshot.ancestors().len()),
             snapshot,
-            shared,
+            shared: shared.map(Arc::new),
+            kept: Mutex::default(),
             bytes_read: AtomicU64::new(0),
             bytes_decoded: AtomicU64::new(0),
         })
@@ -221,10 +227,20 @@ impl SnapshotImage {
             .map_err(|error| self.decode_failure(frame, &error))?;
         kept.ready = kept.len;
         kept.frame = Some(*frame);
-        if let Some(shared) = &self.shared {
-            kept.share(shared, CacheLookup::Miss, frame);
+        if let Some(frames) = self.frames() {
+            kept.share(&frames, CacheLookup::Miss, frame);
         }
         Ok(())
+    }
+
+    /// Returns the frames that were decoded earlier, if any are kept.
+    fn frames(&self) -> Option<Arc<SharedFrames>> {
+        self.shared.clone().or_else(|| self.kept().clone())
+    }
+
+    /// Locks the frames of a recording, which are consistent after every statement.
+    fn kept(&self) -> MutexGuard<'_, Option<Arc<SharedFrames>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn decode_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
@@ -385,7 +401,8 @@ impl Image for SnapshotImage {
         kept.confirmed = false;
         kept.listed.clear();
         kept.len = frame.decoded_len();
-        let shared = self.shared.as_ref();
+        let shared = self.frames();
+        let shared = shared.as_deref();
         let look = shared.map_or(CacheLookup::Miss, |shared| shared.look(frame, reason));
         if let CacheLookup::Hit(decoded) = look {
             kept.take(frame, decoded);
@@ -416,6 +433,21 @@ impl Image for SnapshotImage {
             .fetch_add(u64::from(frame.stored_len()), Relaxed);
         self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
         Ok(())
+    }
+
+    fn keep_frames(&self, keep: bool) {
+        if let Some(shared) = &self.shared {
+            shared.keep_own(keep);
+            return;
+        }
+        let frames = keep.then(|| {
+            let cache = Arc::new(FrameCache::new(MAX_RECORDING_BYTES));
+            let frames = SharedFrames::new(&cache, &self.snapshot);
+            frames.keep_own(true);
+            Arc::new(frames)
+        });
+        let before = std::mem::replace(&mut *self.kept(), frames);
+        drop(before);
     }
 
     fn was_cached(&self, decoder: &Decoder) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! load(page):
-//!   fill: install the fills around it
+//!   fill: install the fills around it (while a recording runs: only the page, here and below)
 //!   stored: claim the frame; if another claim blocks this, wait (a fault) and look up again
 //!           read, check, decode up to the page, and install it
 //!           decode the rest; install the page's run, the other runs, and the fills between them
@@ -33,14 +33,15 @@ const QUARANTINED: &str = "quarantined: two workers crashed or hung while readin
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Loads `page`, which is absent, and the pages that come with it; if `large`, the whole large
-    /// page. Returns `true` if this thread installed it. Otherwise its state may have changed: look
-    /// it up again.
+    /// page. If `alone`, nothing else is installed. Returns `true` if this thread installed it.
+    /// Otherwise its state may have changed: look it up again.
     pub(crate) fn load(
         &self,
         context: &mut ThreadContext<I>,
         page: PageNumber,
         large: bool,
         reason: Reason,
+        alone: bool,
     ) -> Result<bool, LoadError> {
         if large {
             return self.load_large(context, page, reason);
@@ -50,7 +51,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 context.trace.meet(FaultKind::Fill);
                 context.trace.from = ContentSource::Fill;
                 let purpose = Purpose::wanted(page, reason);
-                Ok(self.load_fill(context, page, word, purpose)?)
+                Ok(self.load_fill(context, page, word, purpose, alone)?)
             }
             Content::Stored(frame, slot) => {
                 context.trace.meet(FaultKind::Stored);
@@ -75,7 +76,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                     context.trace.from = ContentSource::Another;
                     return Ok(false);
                 }
-                let installed = self.load_frame(context, page, &frame, slot, reason)?;
+                let installed = self.load_frame(context, page, &frame, slot, reason, alone)?;
                 drop(claim);
                 Ok(installed)
             }
@@ -83,16 +84,19 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Installs the fills around `page`.
+    /// Installs the fill at `page` and, unless `alone`, those around it.
     fn load_fill(
         &self,
         context: &mut ThreadContext<I>,
         page: PageNumber,
         word: u64,
         purpose: Purpose,
+        alone: bool,
     ) -> Result<bool, InstallError> {
         let reason = purpose.reason;
-        let most = if word == 0 {
+        let most = if alone {
+            1
+        } else if word == 0 {
             MAX_HOLD_PAGES
         } else {
             FILL_PAGES as u64
@@ -118,7 +122,8 @@ impl<P: Platform, I: Image> Session<P, I> {
 
     /// Decodes `frame` and installs its content: `page`, then the pages around it that its own
     /// index block lists, then, when nobody waits any more, the pages that the frame lists (a frame
-    /// of an ancestor: that the index block lists) and some of those that repeat it elsewhere.
+    /// of an ancestor: that the index block lists) and some of those that repeat it elsewhere. If
+    /// `alone`, decodes all of it, but installs only `page`.
     fn load_frame(
         &self,
         context: &mut ThreadContext<I>,
@@ -126,19 +131,20 @@ impl<P: Platform, I: Image> Session<P, I> {
         frame: &I::Frame,
         slot: u16,
         reason: Reason,
+        alone: bool,
     ) -> Result<bool, LoadError> {
         let slots = self.image.slots(frame);
         let purpose = Purpose::wanted(page, reason);
+        let single = Run {
+            page,
+            slot,
+            count: 1,
+        };
         let mut done = false;
         if reason == Reason::Demand && slots > MAX_PAGES_AT_ONCE {
             self.decode(context, page, frame, slot + 1, reason)?;
-            let alone = Run {
-                page,
-                slot,
-                count: 1,
-            };
-            let source = Source::Frame(self.image.bytes(&context.decoder), alone);
-            done = self.install(alone.pages(), source, purpose)?;
+            let source = Source::Frame(self.image.bytes(&context.decoder), single);
+            done = self.install(single.pages(), source, purpose)?;
         }
         match self.decode(context, page, frame, slots, reason) {
             Ok(()) => {}
@@ -149,7 +155,14 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             Err(failure) => return Err(failure.into()),
         }
-        let near = self.run_around(page, frame, slot, reason);
+        if alone && done {
+            return Ok(true);
+        }
+        let near = if alone {
+            single
+        } else {
+            self.run_around(page, frame, slot, reason)
+        };
         let bytes = self.image.bytes(&context.decoder);
         let purpose = if done {
             Purpose::along(reason)
@@ -161,6 +174,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             // The pages around the wanted one were only installed along with it.
             Err(InstallError::NoMemory { .. } | InstallError::Changing) if done => return Ok(true),
             Err(error) => return Err(error.into()),
+        }
+        if alone {
+            return Ok(done);
         }
         let own = self
             .image
@@ -229,7 +245,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         while let Some(page) = self.state.first_absent(next..between.end.min(block.end)) {
             next = page + 1;
             if let Ok(Content::Fill(word)) = self.image.content(page, Reason::Demand)
-                && self.load_fill(context, page, word, purpose).is_err()
+                && self.load_fill(context, page, word, purpose, false).is_err()
             {
                 // The next fault for the page will hit the same failure.
                 return;

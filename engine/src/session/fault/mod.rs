@@ -104,10 +104,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         let address = fault.address & !(PAGE - 1);
         let mut retries = InstallRetries::of_fault();
         loop {
-            let (page, large) = match self.look_up(address) {
-                Ok(Lookup::Absent { page, large }) => (page, large),
-                Ok(Lookup::Answered(kind)) => {
+            let (pages, large) = match self.look_up(address) {
+                Ok(Lookup::Absent { pages, large }) => (pages, large),
+                Ok(Lookup::Answered { kind, present }) => {
                     context.trace.meet(kind);
+                    if let Some(page) = present {
+                        self.record_present(page, fault.at);
+                    }
                     return FaultOutcome::Resolved;
                 }
                 Err(error) => match self.before_retry(&mut retries, error, address) {
@@ -115,11 +118,13 @@ impl<P: Platform, I: Image> Session<P, I> {
                     Err(error) => return self.fail_install(fault, error),
                 },
             };
+            let page = pages.start;
             let pending = self.guard.pending_decision(fault, page);
             if let Some(outcome) = pending.or_else(|| self.queue.join(fault, page)) {
                 return outcome;
             }
-            match self.load(context, page, large, Reason::Demand) {
+            let alone = self.record_fault(pages, fault.at);
+            match self.load(context, page, large, Reason::Demand, alone) {
                 Ok(true) => {
                     if let Some(observe) = &self.observer {
                         observe(page);
@@ -154,8 +159,8 @@ impl<P: Platform, I: Image> Session<P, I> {
             (address, len) = (unit.address, unit.len());
             kind = match self.state.status_of(unit) {
                 Status::Absent => {
-                    let page = unit.pages.start;
-                    return Ok(Lookup::Absent { page, large });
+                    let pages = unit.pages.clone();
+                    return Ok(Lookup::Absent { pages, large });
                 }
                 Status::Poisoned => FaultKind::Poisoned,
                 Status::Present => FaultKind::Present,
@@ -163,6 +168,12 @@ impl<P: Platform, I: Image> Session<P, I> {
             };
         }
         let poisoned = matches!(kind, FaultKind::Poisoned);
+        // A large page that is present was discarded as a whole ([`huge`]).
+        let present = unit.filter(|_| kind == FaultKind::Present && !large);
+        let answered = Ok(Lookup::Answered {
+            kind,
+            present: present.map(|unit| unit.pages.start),
+        });
         let installed = match poisoned {
             true => self.platform.poison(address, len),
             false if large => self.platform.copy(address, self.zeros_of(len)),
@@ -173,11 +184,11 @@ impl<P: Platform, I: Image> Session<P, I> {
             Installed::Exists if large && !poisoned && !self.platform.is_there(address) => {
                 Err(InstallError::NoMemory { large })
             }
-            Installed::Done => Ok(Lookup::Answered(kind)),
-            Installed::Partial(_) if !large => Ok(Lookup::Answered(kind)),
+            Installed::Done => answered,
+            Installed::Partial(_) if !large => answered,
             Installed::Exists | Installed::Gone | Installed::Partial(_) => {
                 self.platform.wake(address, len);
-                Ok(Lookup::Answered(kind))
+                answered
             }
             Installed::Again | Installed::NoMemory => Err(InstallError::Changing),
             Installed::OwnerGone => Err(InstallError::OwnerGone),

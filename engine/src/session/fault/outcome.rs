@@ -10,6 +10,7 @@
 //! [`Installed`]: crate::session::platform::Installed
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::session::failure::Failure;
 use crate::session::platform::PageNumber;
@@ -18,11 +19,15 @@ use crate::session::stats::FaultKind;
 /// The result of looking up the page of a fault.
 pub(crate) enum Lookup {
     /// The fault was answered: the state of the page required no load.
-    Answered(FaultKind),
+    Answered {
+        kind: FaultKind,
+        /// The page that is there, unless the fault means that it was discarded.
+        present: Option<PageNumber>,
+    },
     /// The page must be loaded.
     Absent {
-        page: PageNumber,
-        /// Whether to load the whole large page that contains it.
+        /// The page, or all pages of the large page that contains it.
+        pages: Range<PageNumber>,
         large: bool,
     },
 }

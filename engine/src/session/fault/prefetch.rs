@@ -47,7 +47,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             }
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
-            match self.load(context, page, large, Reason::Prefetch) {
+            match self.load(context, page, large, Reason::Prefetch, false) {
                 Ok(true) => done.loaded += 1,
                 Ok(false) => done.busy += 1,
                 Err(LoadError::Install(error @ InstallError::NoMemory { .. })) => {

@@ -217,6 +217,9 @@ pub(crate) trait Image: Sync {
         false
     }
 
+    /// Sets whether decoded frames are kept, because more faults for each of them will follow.
+    fn keep_frames(&self, _keep: bool) {}
+
     /// Writes the pages that the last decoded frame holds to `runs`, as far as it has room. Each is
     /// confirmed by its own index entry. Returns how many runs at the front are those that the
     /// frame was made of, as far as is known, or that lie near `page`, for which it was decoded;

@@ -425,6 +425,16 @@ impl State {
             .sum()
     }
 
+    /// Returns the number of the owner's pages that are present, without those that are left to the
+    /// kernel.
+    pub(crate) fn count_present(&self) -> u64 {
+        let of = |(word, mask): (usize, u64)| {
+            let load = |bitmap: &[AtomicU64]| bitmap[word].load(Relaxed);
+            u64::from((load(self.present()) & !load(self.removed()) & mask).count_ones())
+        };
+        self.not_left(0..self.pages).flat_map(masks).map(of).sum()
+    }
+
     /// Marks pages that the kernel reported as present.
     pub(crate) fn mark_present(&self, pages: Range<PageNumber>) {
         self.mark(self.present(), pages);

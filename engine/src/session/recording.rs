@@ -1,0 +1,318 @@
+//! Recording of first touches.
+//!
+//! ```text
+//!   record ──▶ running ── each fault: its page, once; only that page is installed
+//!                 │
+//!                 ▼ stopped, settled, a limit, all pages settled, or the owner is gone
+//!               ended ──▶ the session installs whole frames again, and prefetch continues
+//! ```
+//!
+//! While a recording runs, a fault installs its page and nothing else, so that a touch of any other
+//! page faults, too. The frame is decoded as a whole nevertheless, and kept
+//! ([`Image::keep_frames`]): the fault of a neighbour decodes nothing.
+//!
+//! A touch is recorded before its page is installed. The thread that touched it can't touch the
+//! next page before, so the order is exact for each thread of the owner, however many threads serve
+//! faults.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use snapshot_format::layout::MAX_TRACE_TOUCHES;
+use snapshot_format::trace::{Touch, TouchReason, TraceEnd};
+
+use crate::session::Session;
+use crate::session::platform::{Image, PageNumber, Platform};
+use crate::session::state::Status;
+use snaprestore_uffd::to_usize;
+
+/// The share of the touches that may come in the second half of a settled recording: one in this
+/// many.
+const SETTLED_SHARE: usize = 20;
+
+/// Time of a limit that no clock can express.
+const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// When a recording of first touches ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordingOptions {
+    /// The maximum time. Default: 10 s.
+    pub max_time: Duration,
+    /// The maximum number of pages. A recording takes 24 bytes of memory for each, and one bit for
+    /// each page of the snapshot. Default: 262,144, which is 1 GiB of touched memory.
+    pub max_pages: u64,
+    /// The time after which a recording ends as soon as it has settled: when at most one twentieth
+    /// of its touches came in the second half of its time. `None` never settles. Default: 1 s.
+    pub settled_after: Option<Duration>,
+}
+
+impl Default for RecordingOptions {
+    fn default() -> Self {
+        Self {
+            max_time: Duration::from_secs(10),
+            max_pages: 1 << 18,
+            settled_after: Some(Duration::from_secs(1)),
+        }
+    }
+}
+
+/// The recordings of a session, of which one runs at a time.
+#[derive(Default)]
+pub(crate) struct Recorder {
+    /// Whether one runs. Checked by each fault.
+    running: AtomicBool,
+    latest: Mutex<Option<Arc<Record>>>,
+}
+
+impl Recorder {
+    /// Returns the recording that began last, whether it runs or has ended.
+    pub(crate) fn latest(&self) -> Option<Arc<Record>> {
+        self.lock().clone()
+    }
+
+    /// Returns the recording that runs.
+    fn current(&self) -> Option<Arc<Record>> {
+        self.running.load(Relaxed).then(|| self.latest()).flatten()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Record>>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A callback for the end of a recording.
+pub(crate) type OnEnd = Box<dyn FnOnce() + Send>;
+
+/// A recording.
+pub(crate) struct Record {
+    options: RecordingOptions,
+    begun: Instant,
+    begun_at: SystemTime,
+    found: Mutex<Found>,
+    ended: Condvar,
+}
+
+/// The state of a recording.
+#[derive(Default)]
+struct Found {
+    /// One bit for each page, until the recording ends.
+    seen: Vec<u64>,
+    touches: Vec<Touch>,
+    /// Number of pages that were present when the recording began.
+    present: u64,
+    /// Number of pages that had been installed when it began; once it has ended, of those that were
+    /// installed meanwhile.
+    installed: u64,
+    end: Option<TraceEnd>,
+    on_end: Option<OnEnd>,
+}
+
+/// The result of a recording.
+#[derive(Clone, Debug)]
+pub(crate) struct Recorded {
+    pub(crate) begun: SystemTime,
+    pub(crate) touches: Vec<Touch>,
+    /// Number of pages whose touches could not be seen.
+    pub(crate) present: u64,
+    pub(crate) end: TraceEnd,
+}
+
+impl Record {
+    /// Returns whether the recording has not ended. A recording that is due ends with the next
+    /// [`Session::check_recording`].
+    pub(crate) fn is_running(&self) -> bool {
+        self.found().end.is_none()
+    }
+
+    /// Waits until the recording has ended, or until `until`.
+    pub(crate) fn wait(&self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        let running = |found: &mut Found| found.end.is_none();
+        let waited = self.ended.wait_timeout_while(self.found(), left, running);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Returns when the recording ends if no other page is touched until then, and why.
+    fn due(&self, found: &Found) -> (Instant, TraceEnd) {
+        let RecordingOptions {
+            max_time,
+            settled_after,
+            ..
+        } = self.options;
+        let settled = settled_after.and_then(|least| {
+            // The last touch before those that may come in the second half.
+            let count = found.touches.len() - found.touches.len() / SETTLED_SHARE;
+            let last = found.touches.get(count.checked_sub(1)?)?.at;
+            Some(least.max(2 * last))
+        });
+        let (after, end) = match settled {
+            Some(settled) if settled < max_time => (settled, TraceEnd::Settled),
+            _ => (max_time, TraceEnd::TimeLimit),
+        };
+        let due = self.begun.checked_add(after);
+        (due.unwrap_or_else(|| self.begun + FAR_FUTURE), end)
+    }
+
+    /// Locks the state, which is consistent after every statement.
+    fn found(&self) -> MutexGuard<'_, Found> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Found {
+    /// Records the first touch of `page`.
+    fn add(&mut self, page: PageNumber, at: Duration, reason: TouchReason) {
+        let (word, bit) = (to_usize(page / 64), 1 << (page % 64));
+        let Some(seen) = self.seen.get_mut(word).filter(|seen| **seen & bit == 0) else {
+            return;
+        };
+        *seen |= bit;
+        self.touches.push(Touch { page, at, reason });
+    }
+}
+
+impl<P: Platform, I: Image> Session<P, I> {
+    /// Begins a recording. `on_end` is called when it ends, by any thread, without a lock. Returns
+    /// `None` if a recording runs, or if the session is ending.
+    pub(crate) fn begin_recording(
+        &self,
+        options: RecordingOptions,
+        on_end: OnEnd,
+    ) -> Option<Arc<Record>> {
+        let mut latest = self.recorder.lock();
+        if latest.as_ref().is_some_and(|record| record.is_running()) || self.is_ending() {
+            return None;
+        }
+        let record = Arc::new(Record {
+            options,
+            begun: Instant::now(),
+            begun_at: SystemTime::now(),
+            found: Mutex::new(Found {
+                seen: vec![0; to_usize(self.state.page_slots().div_ceil(64))],
+                on_end: Some(on_end),
+                ..Found::default()
+            }),
+            ended: Condvar::new(),
+        });
+        self.image.keep_frames(true);
+        // Faults wait for the lock, so that none is recorded before the pages are counted.
+        let mut found = record.found();
+        *latest = Some(Arc::clone(&record));
+        self.recorder.running.store(true, Relaxed);
+        drop(latest);
+        // A page that is installed in between counts twice, rather than not at all.
+        found.installed = self.installed();
+        found.present = self.state.count_present();
+        drop(found);
+        if self.is_ending() {
+            self.end_recording(TraceEnd::Stopped);
+        }
+        Some(record)
+    }
+
+    /// Ends the recording that runs, if there is one.
+    pub(crate) fn end_recording(&self, end: TraceEnd) {
+        if let Some(record) = self.recorder.current() {
+            self.end_record(&record, end);
+        }
+    }
+
+    /// Ends `record`, unless it has ended.
+    pub(crate) fn end_record(&self, record: &Record, end: TraceEnd) {
+        let mut found = record.found();
+        if found.end.is_some() {
+            return;
+        }
+        found.end = Some(end);
+        found.seen = Vec::new();
+        found.installed = self.installed().saturating_sub(found.installed);
+        let on_end = found.on_end.take();
+        self.recorder.running.store(false, Relaxed);
+        drop(found);
+        record.ended.notify_all();
+        self.image.keep_frames(false);
+        if let Some(on_end) = on_end {
+            on_end();
+        }
+    }
+
+    /// Ends the recording that runs if it is due. Otherwise returns when it will be, or `None` if
+    /// there is none.
+    pub(crate) fn check_recording(&self) -> Option<Instant> {
+        let record = self.recorder.current()?;
+        let (due, end) = record.due(&record.found());
+        if due > Instant::now() {
+            return Some(due);
+        }
+        self.end_record(&record, end);
+        None
+    }
+
+    /// Records a fault, read at `at`, on `pages`, of which those that are absent belong to the
+    /// snapshot. Returns whether only the wanted page is to be installed.
+    pub(super) fn record_fault(&self, pages: Range<PageNumber>, at: Instant) -> bool {
+        self.record_touch(pages, at, TouchReason::Demand)
+    }
+
+    /// Records a fault, read at `at`, on a page that was installed since.
+    pub(super) fn record_present(&self, page: PageNumber, at: Instant) {
+        self.record_touch(page..page + 1, at, TouchReason::Present);
+    }
+
+    fn record_touch(&self, pages: Range<PageNumber>, at: Instant, reason: TouchReason) -> bool {
+        if self.check_recording().is_none() {
+            return false;
+        }
+        let Some(record) = self.recorder.current() else {
+            return false;
+        };
+        let mut found = record.found();
+        let most = record.options.max_pages.min(MAX_TRACE_TOUCHES);
+        // A touch before the recording began belongs to its start.
+        let at = at.saturating_duration_since(record.begun);
+        for page in pages {
+            let wanted =
+                reason == TouchReason::Present || self.state.status(page) == Status::Absent;
+            if wanted && found.end.is_none() && (found.touches.len() as u64) < most {
+                found.add(page, at, reason);
+            }
+        }
+        let is_full = found.touches.len() as u64 >= most;
+        drop(found);
+        if is_full {
+            self.end_record(&record, TraceEnd::PageLimit);
+        }
+        !is_full
+    }
+
+    /// Returns what `record` has found. Pages that could not be restored are left out.
+    pub(crate) fn recorded(&self, record: &Record) -> Recorded {
+        let found = record.found();
+        let mut touches = found.touches.clone();
+        let installed = match found.end {
+            Some(_) => found.installed,
+            None => self.installed().saturating_sub(found.installed),
+        };
+        let (present, end) = (found.present, found.end.unwrap_or(TraceEnd::Stopped));
+        drop(found);
+        let restored = |page| matches!(self.state.status(page), Status::Present | Status::Removed);
+        touches.retain(|touch| restored(touch.page));
+        // Threads that serve faults at the same time record them in any order.
+        touches.sort_by_key(|touch| touch.at);
+        let is_demand = |touch: &&Touch| touch.reason == TouchReason::Demand;
+        let seen = touches.iter().filter(is_demand).count() as u64;
+        Recorded {
+            begun: record.begun_at,
+            touches,
+            present: present + installed.saturating_sub(seen),
+            end,
+        }
+    }
+
+    /// Returns the number of pages installed so far.
+    fn installed(&self) -> u64 {
+        self.stats.demand.load().total() + self.stats.prefetch.load().total()
+    }
+}
