@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Moved content is looked for in blocks of which at least 64 pages are not in the same place, and
-//! at least one isn't found in the same blocks. The base is sampled when the first of them turns up:
-//! up to 32 pages of one frame of each block, a sixteenth of its pages with frames of 128 KiB.
+//! at least one isn't found in the same blocks. The base is sampled when the first of them turns
+//! up: up to 32 pages of one frame of each block, a sixteenth of its pages with frames of 128 KiB.
 //! Wherever content moved to, 512 consecutive pages of a dense base have sampled ones among them.
 //! Each of those that a block of the child has says by how many pages the content moved, and so
 //! where the rest of it is to be compared.
